@@ -1,0 +1,224 @@
+"""Decides what each step computes. No torch here, and no phases.
+
+A step has one budget of tokens. Each sequence is given *known - computed* of them, capped by what is left: a decoding
+sequence needs 1, a prompt many, one whose prefix is cached or that was preempted whatever is missing. Running sequences
+come before new ones, so a long prompt never starves decoding.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.sequence import Sequence, Status
+from nanovllm.sampling_params import SamplingParams
+
+
+@dataclass(slots=True)
+class Admission:
+    """A slot's new owner: what the sampler must know of it."""
+
+    slot: int
+    params: SamplingParams
+    seed: int
+    min_length: int  # while the sequence is shorter, `end_ids` cannot be drawn
+    end_ids: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Tokens start .. start + len(token_ids) of the sequence in `slot`; `samples` if they are its last known ones."""
+
+    slot: int
+    start: int
+    token_ids: list[int]
+    samples: bool
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step as plain data; what every rank is sent."""
+
+    decode_slots: list[int] = field(default_factory=list)  # one token each, which the device has
+    chunks: list[Chunk] = field(default_factory=list)
+    admissions: list[Admission] = field(default_factory=list)
+    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (slot, place in its table, block id)
+
+
+@dataclass(slots=True)
+class Step:
+    """A batch and the sequences behind its rows, decode rows first."""
+
+    batch: Batch = field(default_factory=Batch)
+    decoding: list[Sequence] = field(default_factory=list)
+    chunked: list[Sequence] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[Sequence]:
+        return self.decoding + self.chunked
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """The sequences that get a token, in the order of the tokens."""
+        return self.decoding + [s for s, chunk in zip(self.chunked, self.batch.chunks, strict=True) if chunk.samples]
+
+
+class Scheduler:
+    """Owns the queues, the slots and the block manager.
+
+    Args:
+        max_num_seqs: sequences that may run at once, which is the number of slots.
+        max_num_batched_tokens: token budget of a step, at least max_num_seqs.
+        block_manager: the pool.
+    """
+
+    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, block_manager: BlockManager):
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.block_manager = block_manager
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of admission; the last is preempted first
+        self.free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self.num_preemptions = 0
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def schedule(self) -> Step | None:
+        """The next step, or None when there is nothing to launch (all waits for tokens in flight, or nothing is left)."""
+        step = Step()
+        budget, preemptions = self.max_num_batched_tokens, self.num_preemptions
+        for seq in list(self.running):
+            num_new = min(seq.num_tokens - seq.num_computed, budget)
+            if seq.status is not Status.RUNNING or num_new == 0 or seq.num_generated >= seq.params.max_tokens:
+                continue  # preempted for one before it, out of budget, or its last token is in flight
+            if not self._make_room(seq, num_new):
+                break  # it was the last one and preempted itself
+            self._add_row(seq, num_new, step)
+            budget -= num_new
+        if self.num_preemptions == preemptions:
+            self._admit(budget, step)
+        return step if step.decoding or step.chunked else None
+
+    def update(self, step: Step, token_ids: Iterable[int]) -> list[Sequence]:
+        """Take in a collected step's tokens; the sequences that are finished for good, in order.
+
+        A token of a sequence that has ended meanwhile is dropped.
+        """
+        done, rows = [], step.rows
+        for seq in rows:
+            seq.in_flight -= 1
+        for seq, token_id in zip(step.sampled, token_ids, strict=True):
+            seq.pending -= 1
+            if seq.status is Status.FINISHED:
+                continue
+            seq.token_ids.append(token_id)
+            self.block_manager.register(seq)
+            num_generated = len(seq.token_ids) - len(seq.prompt_ids)
+            if token_id in seq.end_ids and num_generated > seq.params.min_tokens:
+                self.finish(seq, "stop")
+            elif num_generated >= seq.params.max_tokens:
+                self.finish(seq, "length")
+            if seq.finish_reason:
+                done.append(seq)
+        for seq in rows:
+            if seq.status is Status.FINISHED:
+                self._release(seq)
+        return done
+
+    def finish(self, seq: Sequence, reason: str) -> None:
+        """End `seq` in whatever state it is. Its slot and blocks return once no step in flight uses them."""
+        if seq.status is Status.FINISHED:
+            return
+        if seq.status is Status.WAITING:
+            self.waiting.remove(seq)
+        else:
+            self.running.remove(seq)
+        seq.status, seq.finish_reason = Status.FINISHED, reason
+        self._release(seq)
+
+    # -- parts of schedule -------------------------------------------------------------------------------------------
+
+    def _make_room(self, seq: Sequence, num_new: int) -> bool:
+        """Preempt from the end until `seq` can have `num_new` tokens more; False if that took `seq` itself."""
+        while self.block_manager.num_missing(seq, seq.num_computed + num_new) > self.block_manager.num_free:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Put `seq` back to the front of the queue. Its tokens are kept, also one in flight; their KV is recomputed.
+
+        Steps run in order on the device, so what a step in flight still writes comes before what the blocks' next owner
+        writes.
+        """
+        self.running.remove(seq)
+        self.waiting.appendleft(seq)
+        seq.status = Status.WAITING
+        self._give_back(seq)
+        self.num_preemptions += 1
+
+    def _admit(self, budget: int, step: Step) -> None:
+        while self.waiting and self.free_slots and budget > 0:
+            seq = self.waiting[0]
+            if seq.pending:  # preempted with a token in flight: wait until the host knows it
+                break
+            found = self.block_manager.find_prefix(seq)
+            num_cached = len(found) * self.block_manager.block_size
+            num_new = min(seq.num_tokens - num_cached, budget)
+            # What is found but unused leaves the free list too; one block in reserve for each that runs keeps a new
+            # sequence from being preempted by the next decode step.
+            needed = -(-(num_cached + num_new) // self.block_manager.block_size) - len(found)
+            needed += sum(self.block_manager.blocks[block_id].ref_count == 0 for block_id in found)
+            if needed + len(self.running) > self.block_manager.num_free:
+                break
+            self.waiting.popleft()
+            self.running.append(seq)
+            seq.status, seq.slot = Status.RUNNING, self.free_slots.pop()
+            self.block_manager.share(seq, found)
+            if seq.num_generated == 0:
+                seq.num_cached = num_cached
+            num_prompt = len(seq.prompt_ids)
+            min_length = num_prompt + seq.params.min_tokens
+            step.batch.admissions.append(
+                Admission(seq.slot, seq.params, seq.seed, min_length, tuple(sorted(seq.end_ids)))
+            )
+            step.batch.new_blocks += [(seq.slot, i, block_id) for i, block_id in enumerate(found)]
+            self._add_row(seq, num_new, step)
+            budget -= num_new
+
+    def _add_row(self, seq: Sequence, num_new: int, step: Step) -> None:
+        """Give `seq` its blocks and a row of `num_new` tokens in `step`, and count them as computed."""
+        start, first = seq.num_computed, len(seq.block_table)
+        self.block_manager.allocate(seq, start + num_new)
+        for i in range(first, len(seq.block_table)):
+            step.batch.new_blocks.append((seq.slot, i, seq.block_table[i]))
+        samples = start + num_new == seq.num_tokens
+        if seq.on_device:
+            step.batch.decode_slots.append(seq.slot)
+            step.decoding.append(seq)
+        else:
+            step.batch.chunks.append(Chunk(seq.slot, start, seq.token_ids[start : start + num_new], samples))
+            step.chunked.append(seq)
+            seq.on_device = samples
+        seq.num_computed += num_new
+        seq.in_flight += 1
+        seq.pending += samples
+        self.block_manager.register(seq)
+
+    # -- giving back -------------------------------------------------------------------------------------------------
+
+    def _release(self, seq: Sequence) -> None:
+        if seq.in_flight == 0:
+            self._give_back(seq)
+
+    def _give_back(self, seq: Sequence) -> None:
+        self.block_manager.free(seq)
+        if seq.slot >= 0:
+            self.free_slots.append(seq.slot)
+        seq.slot, seq.on_device = -1, False

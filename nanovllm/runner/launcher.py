@@ -1,0 +1,205 @@
+"""Starts the ranks, tells them what to run, and notices when one dies.
+
+    tensor_parallel_size=1   one runner, in this process
+    under torchrun           every process is a rank and runs the same engine on the same requests: nothing to send
+    otherwise                rank 0 is this process; the others are children that read batches from an inherited socket
+
+Children are started as `python -m nanovllm.runner.worker`, so the caller's script is not run again. Nothing is pickled
+from outside the process tree, and nothing listens beyond loopback: the ranks meet in a temporary file.
+"""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from multiprocessing.connection import Connection
+
+import torch
+import torch.distributed as dist
+
+from nanovllm.config import Config
+from nanovllm.engine.scheduler import Batch
+from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.utils.hub import ModelSource
+from nanovllm.utils.parallel import TensorParallel
+
+_POLL_SECONDS = 0.2
+
+
+def make_group(rank: int, size: int, store: "dist.Store", device_type: str) -> "dist.ProcessGroup":
+    """A process group of its own (no global default group), bound to loopback."""
+    if device_type == "cpu":
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(interface="lo")]
+        return dist.ProcessGroupGloo(store, rank, size, options)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    return dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
+
+
+def rank_device(device_type: str, local_rank: int) -> torch.device:
+    """The device of a rank; on CUDA it also becomes the process's current one."""
+    if device_type == "cpu":
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"tensor_parallel_size needs GPU {local_rank}, but torch sees {torch.cuda.device_count()} GPUs here"
+        )
+    device = torch.device("cuda", torch.cuda.current_device() if local_rank == 0 else local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def start(config: Config, source: ModelSource) -> "Executor":
+    """The executor that fits `config` and the way this process was started."""
+    size = config.tensor_parallel_size
+    if size > 1 and ("TORCHELASTIC_RUN_ID" in os.environ or dist.is_initialized()):
+        return _join_outside_group(config, source)
+    if size > 1:
+        return SpawnedRanks(config, source)
+    return Executor(ModelRunner(config, source, TensorParallel(), rank_device(config.device_type, 0)))
+
+
+def _join_outside_group(config: Config, source: ModelSource) -> "Executor":
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if config.device_type == "cuda" else "gloo")
+    if dist.get_world_size() != config.tensor_parallel_size:
+        raise ValueError(
+            f"tensor_parallel_size={config.tensor_parallel_size} must equal the world size, {dist.get_world_size()}"
+        )
+    device = rank_device(config.device_type, int(os.environ.get("LOCAL_RANK", dist.get_rank())))
+    return Executor(ModelRunner(config, source, TensorParallel.default(), device))
+
+
+class Executor:
+    """Runs batches on the ranks; here, on the only one that is this process's business."""
+
+    def __init__(self, runner: ModelRunner):
+        self.runner = runner
+
+    def launch(self, batch: Batch) -> None:
+        self.runner.launch(batch)
+
+    def collect(self) -> list[int]:
+        return self.runner.collect()
+
+    def close(self) -> None:
+        self.runner = None
+
+
+class SpawnedRanks(Executor):
+    """Rank 0 in this process and the other ranks in children."""
+
+    def __init__(self, config: Config, source: ModelSource):
+        self.processes: list[subprocess.Popen] = []
+        self.channels: list[Connection] = []
+        self.error: str | None = None
+        self.closing = threading.Event()
+        self.folder = tempfile.mkdtemp(prefix="nanovllm-")
+        size = config.tensor_parallel_size
+        device = rank_device(config.device_type, 0)
+        try:
+            store_path = os.path.join(self.folder, "store")
+            for rank in range(1, size):
+                self._spawn(rank, size)
+                self.channels[-1].send((config, rank, store_path))
+            self.monitor = threading.Thread(target=self._watch, name="nanovllm-monitor", daemon=True)
+            self.monitor.start()
+            with self._explained():
+                group = make_group(0, size, dist.FileStore(store_path, size), config.device_type)
+                super().__init__(ModelRunner(config, source, TensorParallel(0, size, group), device))
+                self.runner.check_ranks = self.check
+        except BaseException:
+            self.close()
+            raise
+
+    def _spawn(self, rank: int, size: int) -> None:
+        ours, theirs = socket.socketpair()
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // size)))
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "nanovllm.runner.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=environment,
+            )
+        self.processes.append(process)
+        self.channels.append(Connection(ours.detach()))
+
+    def launch(self, batch: Batch) -> None:
+        with self._explained():
+            for channel in self.channels:
+                channel.send(batch)
+            self.runner.launch(batch)
+
+    def collect(self) -> list[int]:
+        with self._explained():
+            return self.runner.collect()
+
+    def check(self) -> None:
+        """Raise RuntimeError if a rank has failed."""
+        if self.error:
+            raise RuntimeError(self.error)
+
+    @contextlib.contextmanager
+    def _explained(self):
+        """Turn what a dead rank does to this one (a broken pipe, a failed collective) into an error that says so."""
+        self.check()
+        try:
+            yield
+        except Exception as error:
+            deadline = time.monotonic() + 2  # the monitor may be a moment behind
+            while not self.error and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if self.error:
+                raise RuntimeError(self.error) from error
+            raise
+
+    def _watch(self) -> None:
+        """Wait for a child that ended, stopped, or sent a traceback; then end the others, so that nobody waits for it."""
+        while not self.closing.wait(_POLL_SECONDS):
+            for rank, process in enumerate(self.processes, start=1):
+                what = self._failure(rank, process)
+                if what:
+                    self.error = what
+                    for other in self.processes:
+                        other.kill()
+                    return
+
+    def _failure(self, rank: int, process: subprocess.Popen) -> str | None:
+        channel = self.channels[rank - 1]
+        with contextlib.suppress(OSError, EOFError):
+            if channel.poll():
+                return f"tensor-parallel rank {rank} failed:\n{channel.recv()}"
+        try:
+            flags = os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+            state = os.waitid(os.P_PID, process.pid, flags)
+        except ChildProcessError:
+            return f"tensor-parallel rank {rank} (process {process.pid}) is gone"
+        if state is None:
+            return None
+        verb = "was stopped by" if state.si_code == os.CLD_STOPPED else "ended with status or"
+        return f"tensor-parallel rank {rank} (process {process.pid}) {verb} signal {state.si_status}"
+
+    def close(self) -> None:
+        """End the children and remove what was made for them. May be called again."""
+        self.closing.set()
+        for channel in self.channels:
+            with contextlib.suppress(OSError):
+                channel.send(None)
+            channel.close()
+        deadline = time.monotonic() + (0 if self.error else 5)
+        for process in self.processes:
+            try:
+                process.wait(max(0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.channels, self.processes = [], []
+        shutil.rmtree(self.folder, ignore_errors=True)
+        super().close()

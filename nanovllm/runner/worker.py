@@ -1,0 +1,53 @@
+"""The program of a tensor-parallel rank other than 0: build a runner, then run what rank 0 sends."""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+
+import torch.distributed as dist
+
+from nanovllm.runner.launcher import make_group, rank_device
+from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.utils.hub import open_model
+from nanovllm.utils.parallel import TensorParallel
+
+
+def _end_with_parent() -> None:
+    """Leave when the parent is gone, however it went and whatever this process waits for."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(fd: int) -> None:
+    _end_with_parent()
+    channel = Connection(fd)
+    try:
+        config, rank, store_path = channel.recv()
+        size = config.tensor_parallel_size
+        device = rank_device(config.device_type, rank)
+        group = make_group(rank, size, dist.FileStore(store_path, size), config.device_type)
+        source = open_model(config.model, config.load_format)
+        runner = ModelRunner(config, source, TensorParallel(rank, size, group), device)
+        while (batch := channel.recv()) is not None:
+            runner.launch(batch)
+            while len(runner.in_flight) > 1:  # staging buffers are used again two steps later
+                runner.collect()
+    except EOFError:  # rank 0 is gone
+        pass
+    except BaseException:
+        channel.send(traceback.format_exc())
+        time.sleep(5)  # rank 0 reads this and ends us; leaving at once would show it a broken collective first
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

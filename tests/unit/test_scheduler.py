@@ -1,0 +1,226 @@
+"""Random schedules against an oracle that knows what each block holds."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanovllm.engine import block_manager as block_manager_module
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence, Status
+from nanovllm.sampling_params import SamplingParams
+
+BLOCK = 4
+
+
+def next_token(token_ids):
+    """A deterministic model: the next token depends on everything before it."""
+    return hash(tuple(token_ids)) % 7
+
+
+def expected(prompt, params, end_ids):
+    ids = list(prompt)
+    while len(ids) - len(prompt) < params.max_tokens:
+        ids.append(next_token(ids))
+        if ids[-1] in end_ids and len(ids) - len(prompt) > params.min_tokens:
+            break
+    return ids[len(prompt) :]
+
+
+class FakeDevice:
+    """Executes batches on a cache of token ids instead of keys and values, and checks each row's view of it."""
+
+    def __init__(self, num_slots):
+        self.cache = {}  # (block, offset) -> token
+        self.tables = [{} for _ in range(num_slots)]
+        self.last = [None] * num_slots
+        self.length = [0] * num_slots
+
+    def launch(self, batch):
+        for slot, place, block in batch.new_blocks:
+            self.tables[slot][place] = block
+        rows = [(slot, self.length[slot], [self.last[slot]], True) for slot in batch.decode_slots]
+        rows += [(c.slot, c.start, c.token_ids, c.samples) for c in batch.chunks]
+        assert len({row[0] for row in rows}) == len(rows)
+        written = set()
+        for slot, start, token_ids, _ in rows:  # all rows write before any reads, as in a layer
+            for position, token_id in enumerate(token_ids, start):
+                place = self.tables[slot][position // BLOCK], position % BLOCK
+                assert place not in written, "two rows write to one place"
+                written.add(place)
+                self.cache[place] = token_id
+        sampled = []
+        for slot, start, token_ids, samples in rows:
+            end = start + len(token_ids)
+            seen = [self.cache[self.tables[slot][i // BLOCK], i % BLOCK] for i in range(end)]
+            if samples:
+                self.last[slot], self.length[slot] = next_token(seen), end
+                sampled.append(self.last[slot])
+        return sampled
+
+
+def run(requests, *, num_blocks, max_num_seqs, budget, overlap, caching=True, aborts=()):
+    """Serve `requests` (prompt, params, end_ids), each added at its step; returns sequences and the scheduler."""
+    manager = BlockManager(num_blocks, BLOCK, caching)
+    scheduler = Scheduler(max_num_seqs, budget, manager)
+    device = FakeDevice(max_num_seqs)
+    seqs = [Sequence(list(prompt), params, frozenset(end_ids)) for prompt, params, end_ids in requests]
+    arriving, in_flight, steps = list(seqs), [], 0
+    while arriving or scheduler.has_unfinished or in_flight:
+        steps += 1
+        assert steps < 5000, "no progress"
+        if arriving:
+            scheduler.add(arriving.pop(0))
+        for step, index in aborts:
+            if step == steps and seqs[index] not in arriving:
+                scheduler.finish(seqs[index], "abort")
+        step = scheduler.schedule()
+        if step:
+            num_tokens = len(step.batch.decode_slots) + sum(len(c.token_ids) for c in step.batch.chunks)
+            assert 0 < num_tokens <= budget
+            assert len(scheduler.running) <= max_num_seqs
+            in_flight.append((step, device.launch(step.batch)))
+        if in_flight and (not step or len(in_flight) > overlap):
+            scheduler.update(*in_flight.pop(0))
+        check_integrity(scheduler, seqs)
+    return seqs, scheduler
+
+
+def check_integrity(scheduler, seqs):
+    manager = scheduler.block_manager
+    held = [block_id for seq in seqs for block_id in seq.block_table]
+    for block_id, block in enumerate(manager.blocks):
+        assert block.ref_count == held.count(block_id)
+        assert (block.ref_count == 0) == (block_id in manager.free_ids)
+    slots = [seq.slot for seq in seqs if seq.slot >= 0]
+    assert sorted(slots + scheduler.free_slots) == list(range(len(slots) + len(scheduler.free_slots)))
+
+
+requests_strategy = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 2), min_size=1, max_size=20),  # few ids: prefixes are often shared
+        st.builds(
+            lambda n, m: SamplingParams(max_tokens=n, min_tokens=min(n, m)), st.integers(1, 12), st.integers(0, 4)
+        ),
+        st.sets(st.integers(0, 6), max_size=2),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    requests=requests_strategy,
+    num_blocks=st.integers(8, 24),
+    max_num_seqs=st.integers(1, 4),
+    extra=st.integers(0, 30),
+    overlap=st.integers(0, 1),
+    caching=st.booleans(),
+    aborts=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 7)), max_size=3),
+)
+def test_random_schedules_give_the_oracle_s_tokens(
+    requests, num_blocks, max_num_seqs, extra, overlap, caching, aborts
+):
+    aborts = [(step, index) for step, index in aborts if index < len(requests)]
+    seqs, scheduler = run(
+        requests,
+        num_blocks=num_blocks,
+        max_num_seqs=max_num_seqs,
+        budget=max_num_seqs + extra,
+        overlap=overlap,
+        caching=caching,
+        aborts=aborts,
+    )
+    for seq, (prompt, params, end_ids) in zip(seqs, requests, strict=True):
+        want = expected(prompt, params, end_ids)
+        assert seq.status is Status.FINISHED
+        if seq.finish_reason == "abort":
+            assert seq.output_ids == want[: len(seq.output_ids)]
+        else:
+            assert seq.output_ids == want
+            assert seq.finish_reason == ("stop" if want[-1] in end_ids and len(want) > params.min_tokens else "length")
+    assert scheduler.block_manager.num_free == num_blocks
+    assert len(scheduler.free_slots) == max_num_seqs
+
+
+def test_a_tiny_pool_preempts_and_gives_the_same_tokens():
+    requests = [([i, 1, 2], SamplingParams(max_tokens=16), ()) for i in range(4)]
+    large, _ = run(requests, num_blocks=64, max_num_seqs=4, budget=64, overlap=1)
+    small, scheduler = run(requests, num_blocks=6, max_num_seqs=4, budget=64, overlap=1)
+    assert scheduler.num_preemptions > 0
+    assert [seq.output_ids for seq in small] == [seq.output_ids for seq in large]
+
+
+def test_a_long_prompt_does_not_stop_decoding():
+    scheduler = Scheduler(4, 8, BlockManager(64, BLOCK))
+    device = FakeDevice(4)
+    first = Sequence([1, 2], SamplingParams(max_tokens=30))
+    scheduler.add(first)
+    step = scheduler.schedule()
+    scheduler.update(step, device.launch(step.batch))
+    scheduler.add(Sequence([3] * 60, SamplingParams(max_tokens=1)))
+    for generated in range(2, 9):
+        step = scheduler.schedule()
+        assert step.decoding == [first] and len(step.chunked) == 1
+        scheduler.update(step, device.launch(step.batch))
+        assert len(first.output_ids) == generated
+
+
+def test_requests_given_at_once_share_a_prefix_within_one_step():
+    scheduler = Scheduler(4, 64, BlockManager(64, BLOCK))
+    for last in range(3):
+        scheduler.add(Sequence([5] * 8 + [last], SamplingParams()))
+    step = scheduler.schedule()
+    assert [len(chunk.token_ids) for chunk in step.batch.chunks] == [9, 1, 1]
+
+
+def test_at_least_one_token_is_recomputed_on_a_full_hit():
+    requests = [([1] * 8, SamplingParams(max_tokens=2), ()), ([1] * 8, SamplingParams(max_tokens=2), ())]
+    seqs, _ = run(requests, num_blocks=16, max_num_seqs=1, budget=16, overlap=0)
+    assert [seq.num_cached for seq in seqs] == [0, 4]
+
+
+def test_colliding_hashes_miss_instead_of_mixing_prefixes(monkeypatch):
+    monkeypatch.setattr(block_manager_module, "_chain", lambda prefix_hash, token_ids: prefix_hash + 1)
+    prompts = [[1] * 4 + [9] * 5, [2] * 4 + [9] * 5, [1] * 4 + [9] * 5]
+    requests = [(prompt, SamplingParams(max_tokens=6), ()) for prompt in prompts]
+    seqs, _ = run(requests, num_blocks=32, max_num_seqs=1, budget=32, overlap=1)
+    for seq, (prompt, params, end_ids) in zip(seqs, requests, strict=True):
+        assert seq.output_ids == expected(prompt, params, end_ids)
+
+
+def test_free_blocks_leave_in_lru_order_tail_first():
+    manager = BlockManager(6, BLOCK)
+    seq = Sequence(list(range(12)), SamplingParams())
+    manager.allocate(seq, 12)
+    seq.num_computed = 12
+    manager.register(seq)
+    manager.free(seq)
+    assert list(manager.free_ids) == [3, 4, 5, 2, 1, 0]
+    other = Sequence([7] * 16, SamplingParams())
+    manager.allocate(other, 16)  # takes the unused ones and the tail
+    again = Sequence(list(range(13)), SamplingParams())
+    assert manager.find_prefix(again) == [0, 1]
+
+
+@pytest.mark.parametrize("state", ["waiting", "prefilling", "decoding", "in flight", "finished"])
+def test_abort_in_every_state_returns_the_blocks(state):
+    manager = BlockManager(16, BLOCK)
+    scheduler = Scheduler(2, 4, manager)
+    device = FakeDevice(2)
+    seq = Sequence(list(range(3 if state in ("decoding", "in flight") else 10)), SamplingParams(max_tokens=3))
+    scheduler.add(seq)
+    pending = []
+    if state != "waiting":
+        step = scheduler.schedule()
+        pending.append((step, device.launch(step.batch)))
+    if state in ("decoding", "prefilling"):
+        scheduler.update(*pending.pop())
+    if state == "finished":
+        scheduler.finish(seq, "abort")
+    scheduler.finish(seq, "abort")
+    for step, tokens in pending:
+        scheduler.update(step, tokens)
+    scheduler.finish(seq, "abort")
+    assert manager.num_free == 16 and len(scheduler.free_slots) == 2 and not scheduler.has_unfinished
