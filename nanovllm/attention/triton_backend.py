@@ -1,0 +1,45 @@
+"""Attention by this project's own Triton kernels."""
+
+import torch
+
+from nanovllm.attention.base import AttentionBackend
+from nanovllm.kernels._triton import HAVE_TRITON
+from nanovllm.kernels.decode_attention import decode_attention_triton
+from nanovllm.kernels.prefill_attention import prefill_attention_triton
+from nanovllm.utils.context import Context
+
+
+class TritonBackend(AttentionBackend):
+    """Nothing to prepare: the kernels read lengths and block tables on the device, so graphs may hold them.
+
+    Raises:
+        ImportError: Triton is not installed.
+        ValueError: no CUDA device, or a block size that is no power of two.
+    """
+
+    name = "triton"
+    capturable = True
+
+    def __init__(self, device: torch.device, block_size: int):
+        if not HAVE_TRITON:
+            raise ImportError("attention_backend='triton' needs the triton package, which is not installed")
+        if device.type != "cuda":
+            raise ValueError(f"attention_backend='triton' needs a CUDA device, not device={str(device)!r}; use 'torch'")
+        if block_size < 1 or block_size & (block_size - 1):
+            raise ValueError(f"block_size={block_size} must be a power of two for attention_backend='triton'")
+
+    def decode(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float, ctx: Context
+    ) -> torch.Tensor:
+        rows = slice(ctx.num_decode)
+        return decode_attention_triton(
+            q, k_cache, v_cache, ctx.block_tables, ctx.slots[rows], ctx.context_lens[rows], scale
+        )
+
+    def prefill(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float, ctx: Context
+    ) -> torch.Tensor:
+        rows = slice(ctx.num_decode, None)
+        return prefill_attention_triton(
+            q, k_cache, v_cache, ctx.block_tables, ctx.slots[rows], ctx.cu_seqlens_q, ctx.context_lens[rows], scale
+        )

@@ -1,0 +1,408 @@
+"""Causal attention of many query tokens per row over a paged KV cache (prefill), rows of any lengths packed together.
+
+FlashAttention-2 (Dao, 2023) with grouped queries: an M tile holds BLOCK_Q = BLOCK_M // group tokens times the query
+heads of one KV head, so short rows fill a tile and the diagonal is narrow.
+
+The grid follows from shapes alone, so that it can be captured: row r owns the query tiles from cu[r] // BLOCK_Q + r on,
+which leaves each row at least the tiles it needs. A program finds its row by bisection and leaves if its tile is past
+the row's end.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels._triton import HAVE_TRITON, tl, triton
+from nanovllm.kernels.decode_attention import (
+    LOG2E,
+    MIN_DOT,
+    check_attention_inputs,
+    offsets_in_block,
+    tile_blocks,
+    tile_pointers,
+)
+
+
+class PrefillConfig(NamedTuple):
+    """How a prefill kernel is built: query rows (tokens x heads) and cache tokens of a tile, warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def default_prefill_config(tokens_per_row: int, group: int, head_dim: int, itemsize: int) -> PrefillConfig:
+    """The tiles for rows of about `tokens_per_row` tokens.
+
+    Hopper's matrix units want 64 query rows for each four warps: 128 with eight where rows are long enough, else 64.
+    Wide heads halve the cache tile, which keeps the stages in shared memory and the accumulators in registers. float32
+    is computed without tensor cores, in small tiles.
+    """
+    if itemsize > 2:
+        return PrefillConfig(32, 32, 4, 2)
+    block_n = 64 if head_dim <= 128 else 32
+    if tokens_per_row * group <= 64:
+        return PrefillConfig(64, block_n, 4, 3)
+    return PrefillConfig(128, block_n, 8, 3)
+
+
+@triton.jit
+def _find_row(cu_seqlens_ptr, pid, num_rows, BLOCK_Q: tl.constexpr):
+    """The last row whose first tile is at or before tile `pid`."""
+    low = 0
+    high = num_rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(cu_seqlens_ptr + middle) // BLOCK_Q + middle <= pid:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _attend_tiles(
+    acc,
+    running_max,
+    running_sum,
+    q,
+    q_positions,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    first_tile,
+    last_tile,
+    context_len,
+    scale_log2e,
+    in_token,
+    MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Fold the cache tiles [first_tile, last_tile) into the running softmax. MASKED: by causality and context end."""
+    tokens = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, HEAD_PAD)
+    in_block = offsets_in_block(in_token, BLOCK_SIZE, BLOCK_N, TOKEN_STRIDE)
+    last_block = (context_len - 1) // BLOCK_SIZE
+    # The next tile's block ids are loaded one step ahead, so that K and V loads never wait for them.
+    blocks = tile_blocks(table_ptr, first_tile, last_block, BLOCK_SIZE, BLOCK_N)
+    for tile in tl.range(first_tile, last_tile):
+        next_blocks = tile_blocks(table_ptr, tile + 1, last_block, BLOCK_SIZE, BLOCK_N)
+        k_ptrs = tile_pointers(k_ptr, blocks, tile, in_block, BLOCK_SIZE, BLOCK_N, TOKEN_STRIDE)
+        v_ptrs = tile_pointers(v_ptr, blocks, tile, in_block, BLOCK_SIZE, BLOCK_N, TOKEN_STRIDE)
+        positions = tile * BLOCK_N + tokens
+        if MASKED:
+            kv_mask = (positions < context_len)[:, None] & (dims < HEAD_DIM)[None, :]
+            k = tl.load(k_ptrs, mask=kv_mask, other=0.0)
+            v = tl.load(v_ptrs, mask=kv_mask, other=0.0)
+        elif HEAD_DIM == HEAD_PAD:
+            k = tl.load(k_ptrs)
+            v = tl.load(v_ptrs)
+        else:
+            k = tl.load(k_ptrs, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+            v = tl.load(v_ptrs, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if MASKED:
+            scores = tl.where(q_positions[:, None] >= positions[None, :], scores, float("-inf"))
+        # The first tile of all holds position 0, which every query sees: the maximum is finite from there on.
+        new_max = tl.maximum(running_max, tl.max(scores, 1) * scale_log2e)
+        decay = tl.exp2(running_max - new_max)
+        p = tl.exp2(scores * scale_log2e - new_max[:, None])
+        running_sum = running_sum * decay + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        running_max = new_max
+        blocks = next_blocks
+    return acc, running_max, running_sum
+
+
+@triton.jit(do_not_specialize=["slots_ptr", "context_lens_ptr", "num_rows"])  # slices, and a count that varies by step
+def _prefill_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    tables_ptr,
+    slots_ptr,
+    cu_seqlens_ptr,
+    context_lens_ptr,
+    out_ptr,
+    scale_log2e,
+    num_rows,
+    q_token_stride,
+    q_head_stride,
+    table_stride,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
+    # KV heads vary fastest and tiles run from the last: a row's longest go first, its programs share K and V in L2.
+    kv_head = tl.program_id(0)
+    pid = tl.num_programs(1) - 1 - tl.program_id(1)
+    row = _find_row(cu_seqlens_ptr, pid, num_rows, BLOCK_Q)
+    q_start = tl.load(cu_seqlens_ptr + row)
+    q_len = tl.load(cu_seqlens_ptr + row + 1) - q_start
+    first_query = (pid - (q_start // BLOCK_Q + row)) * BLOCK_Q
+    if first_query >= q_len:
+        return
+
+    # Index m is token m // GROUP and head m % GROUP of this KV head. A GROUP that is no power of two leaves some unused.
+    m = tl.arange(0, BLOCK_M)
+    queries = first_query + m // GROUP
+    heads = kv_head * GROUP + m % GROUP
+    dims = tl.arange(0, HEAD_PAD)
+    mask = ((m < BLOCK_Q * GROUP) & (queries < q_len))[:, None] & (dims < HEAD_DIM)[None, :]
+    tokens = (q_start + queries).to(tl.int64)
+    q_rows = tokens * q_token_stride + heads * q_head_stride
+    q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=mask, other=0.0)
+
+    context_len = tl.load(context_lens_ptr + row)
+    first_position = context_len - q_len + first_query
+    q_positions = context_len - q_len + queries
+    table_ptr = tables_ptr + tl.load(slots_ptr + row).to(tl.int64) * table_stride
+    in_token = kv_head * HEAD_DIM + dims
+    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    running_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
+    full_tiles = (first_position + 1) // BLOCK_N  # every query of the tile sees all of these
+    num_tiles = tl.cdiv(tl.minimum(first_position + BLOCK_Q, context_len), BLOCK_N)
+    acc, running_max, running_sum = _attend_tiles(
+        acc,
+        running_max,
+        running_sum,
+        q,
+        q_positions,
+        k_ptr,
+        v_ptr,
+        table_ptr,
+        0,
+        full_tiles,
+        context_len,
+        scale_log2e,
+        in_token,
+        False,
+        HEAD_DIM,
+        HEAD_PAD,
+        TOKEN_STRIDE,
+        BLOCK_SIZE,
+        BLOCK_N,
+        PRECISION,
+    )
+    acc, running_max, running_sum = _attend_tiles(
+        acc,
+        running_max,
+        running_sum,
+        q,
+        q_positions,
+        k_ptr,
+        v_ptr,
+        table_ptr,
+        full_tiles,
+        num_tiles,
+        context_len,
+        scale_log2e,
+        in_token,
+        True,
+        HEAD_DIM,
+        HEAD_PAD,
+        TOKEN_STRIDE,
+        BLOCK_SIZE,
+        BLOCK_N,
+        PRECISION,
+    )
+    out = (acc / running_sum[:, None]).to(out_ptr.dtype.element_ty)
+    out_rows = (tokens * (KV_HEADS * GROUP) + heads) * HEAD_DIM
+    tl.store(out_ptr + out_rows[:, None] + dims[None, :], out, mask=mask)
+
+
+def prefill_attention_triton(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    *,
+    block_m: int | None = None,
+    block_n: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
+) -> torch.Tensor:
+    """`prefill_attention` as a Triton kernel. What is None is picked by `default_prefill_config`.
+
+    Args:
+        block_m: query rows (tokens x heads of a group) of a tile, a power of two of at least 16 and the group.
+        block_n: cache tokens of a tile, a power of two of at least 16.
+
+    Raises:
+        ValueError: a size that is no power of two, or heads that do not divide.
+        ImportError: Triton is not installed.
+    """
+    if not HAVE_TRITON:
+        raise ImportError("prefill_attention_triton needs triton, which is not installed; use prefill_attention_torch")
+    num_tokens, heads, head_dim = q.shape
+    _, block_size, kv_heads, _ = k_cache.shape
+    check_attention_inputs(q, k_cache, v_cache)
+    num_rows, group = len(slots), heads // kv_heads
+    out = torch.empty((num_tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+    if num_tokens == 0:
+        return out
+    config = default_prefill_config(triton.cdiv(num_tokens, num_rows), group, head_dim, q.element_size())
+    block_m = block_m or max(config.block_m, triton.next_power_of_2(group))
+    block_n = block_n or config.block_n
+    for name, value, least in (("block_m", block_m, max(MIN_DOT, group)), ("block_n", block_n, MIN_DOT)):
+        if value < least or value & (value - 1):
+            raise ValueError(f"{name}={value} must be a power of two of at least {least}")
+    num_tiles = num_tokens // (block_m // group) + num_rows
+    _prefill_kernel[(kv_heads, num_tiles)](
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        slots,
+        cu_seqlens_q,
+        context_lens,
+        out,
+        scale * LOG2E,
+        num_rows,
+        q.stride(0),
+        q.stride(1),
+        block_tables.stride(0),
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        HEAD_PAD=max(MIN_DOT, triton.next_power_of_2(head_dim)),
+        KV_HEADS=kv_heads,
+        BLOCK_SIZE=block_size,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=num_warps or config.num_warps,
+        num_stages=num_stages or config.num_stages,
+    )
+    return out
+
+
+class RowPlan(NamedTuple):
+    """What `attend_row` needs to know of a prefill row, worked out once for all layers.
+
+    Attributes:
+        start, end: the row's tokens in the packed queries.
+        indices: [K * L] int64, for each KV head and position the place in the cache seen as [tokens * K, Dh].
+        mask: [end - start, L], 0 where a query sees a position, else -inf; None if the row has no cached prefix, for
+            which plain causality will do.
+    """
+
+    start: int
+    end: int
+    indices: torch.Tensor
+    mask: torch.Tensor | None
+
+
+def plan_rows(
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_size: int,
+    kv_heads: int,
+    dtype: torch.dtype,
+) -> list[RowPlan]:
+    """The plans of the rows that have tokens. Synchronises with the device."""
+    bounds = cu_seqlens_q.tolist()
+    device = slots.device
+    heads = torch.arange(kv_heads, device=device)
+    plans = []
+    for slot, start, end, length in zip(slots.tolist(), bounds, bounds[1:], context_lens.tolist(), strict=False):
+        if start == end:
+            continue
+        positions = torch.arange(length, device=device)
+        blocks = block_tables[slot, positions // block_size].to(torch.int64)
+        tokens = blocks * block_size + positions % block_size
+        indices = (tokens * kv_heads + heads[:, None]).view(-1)
+        mask = None
+        if length > end - start:
+            hidden = positions > positions[start - end :, None]
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+        plans.append(RowPlan(start, end, indices, mask))
+    return plans
+
+
+def attend_row(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Causal attention of one row's q [N, H, Dh] over gathered k and v [K, L, Dh] -> [N, H, Dh]."""
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k[None],
+        v[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[0],
+    )
+    return out[0].transpose(0, 1)
+
+
+def prefill_attention_torch(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """`prefill_attention` in plain torch, row by row. Synchronises with the device."""
+    check_attention_inputs(q, k_cache, v_cache)
+    _, block_size, kv_heads, head_dim = k_cache.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    shape = (kv_heads, -1, head_dim)
+    for row in plan_rows(block_tables, slots, cu_seqlens_q, context_lens, block_size, kv_heads, q.dtype):
+        k = k_cache.view(-1, head_dim).index_select(0, row.indices).view(shape)
+        v = v_cache.view(-1, head_dim).index_select(0, row.indices).view(shape)
+        out[row.start : row.end] = attend_row(q[row.start : row.end], k, v, row.mask, scale)
+    return out
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of each row's newest tokens over the row's pages, which hold these tokens' K and V already.
+
+    Query i of a row of n queries is at position context_len - n + i and sees positions up to its own.
+
+    Args:
+        q: [T, H, Dh], the rows' tokens one after the other, heads contiguous.
+        k_cache, v_cache: [num_blocks, block_size, K, Dh], contiguous; H is a multiple of K.
+        block_tables: [S, W] int32, physical block ids of each slot.
+        slots: [P] int32, the slot of each row.
+        cu_seqlens_q: [P + 1] int32, where each row starts in q and where the last one ends; empty rows are fine.
+        context_lens: [P] int32, tokens each row holds, its queries included.
+        scale: factor of the logits, positive.
+
+    Returns:
+        [T, H, Dh] in q's dtype.
+    """
+    attend = prefill_attention_triton if q.is_cuda else prefill_attention_torch
+    return attend(q, k_cache, v_cache, block_tables, slots, cu_seqlens_q, context_lens, scale)

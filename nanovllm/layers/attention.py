@@ -1,0 +1,59 @@
+import torch
+from torch import nn
+
+from nanovllm.kernels.rope_store import qk_norm_rope_store
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.utils.context import get_context
+
+
+class Attention(nn.Module):
+    """Rotates queries and keys, writes keys and values to the paged cache, and attends through the context's backend.
+
+    qkv [T, (num_heads + 2 num_kv_heads) head_dim] -> [T, num_heads head_dim]
+
+    Args:
+        num_heads, num_kv_heads: this rank's.
+        rotary: the table of angles, shared by all layers.
+        qk_norm_eps: epsilon of the norm of each query and key head (Qwen3); None for models that have none.
+
+    Attributes:
+        k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], set by the runner.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rotary: RotaryEmbedding,
+        qk_norm_eps: float | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.scale = head_dim**-0.5
+        self.rotary = rotary
+        self.eps = qk_norm_eps or 0.0
+        self.q_norm = self.k_norm = None
+        if qk_norm_eps is not None:
+            self.q_norm = RMSNorm(head_dim, qk_norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(head_dim, qk_norm_eps, dtype=dtype)
+        self.k_cache = self.v_cache = torch.empty(0)
+
+    def forward(self, qkv: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        context = get_context()
+        q = qk_norm_rope_store(
+            qkv,
+            self.q_norm.weight if self.q_norm else None,
+            self.k_norm.weight if self.k_norm else None,
+            self.eps,
+            self.rotary.cos_sin,
+            positions,
+            context.slot_mapping,
+            self.k_cache,
+            self.v_cache,
+            self.num_heads,
+        )
+        return context.backend.attend(q, self.k_cache, self.v_cache, self.scale, context).flatten(1)

@@ -1,0 +1,144 @@
+"""Linear layers split over the tensor-parallel ranks.
+
+Column-parallel layers split the output features: no communication. Row-parallel layers split the input features and sum
+the partial results. One after the other they need a single all-reduce (Megatron-LM, arXiv:1909.08053).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanovllm.layers.parameter import check_shape, divide, make_parameter
+from nanovllm.utils.parallel import TensorParallel
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where this rank's rows of one checkpoint tensor come from and where they go."""
+
+    total: int  # rows of the checkpoint's tensor
+    start: int  # the first of them that this rank holds
+    size: int  # how many it holds
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x W^T + b with the rows of W split: [..., in_features] -> [..., this rank's rows].
+
+    Args:
+        in_features: size of the input, whole on every rank.
+        parts: the checkpoint tensors that are merged here, by shard id and in their order.
+        bias: whether there is one; it is split like the rows.
+    """
+
+    def __init__(self, in_features: int, parts: dict[str | int, Part], bias: bool, dtype: torch.dtype | None):
+        super().__init__()
+        self.parts = parts
+        rows = sum(part.size for part in parts.values())
+        self.weight = make_parameter(rows, in_features, dtype=dtype, weight_loader=self.weight_loader)
+        self.bias = make_parameter(rows, dtype=dtype, weight_loader=self.weight_loader) if bias else None
+
+    def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: str | int) -> None:
+        offset = 0
+        for name, part in self.parts.items():
+            if name == shard_id:
+                check_shape(loaded, (part.total, *param.shape[1:]))
+                param[offset : offset + part.size].copy_(loaded[part.start : part.start + part.size])
+            offset += part.size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class MergedColumnParallelLinear(ColumnParallelLinear):
+    """Several projections of one input in one product, as gate and up. Shard ids are 0, 1, ...
+
+    Args:
+        in_features: size of the input.
+        out_features: sizes of the projections; the ranks must divide each.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: list[int],
+        bias: bool = False,
+        *,
+        dtype: torch.dtype | None = None,
+        tp: TensorParallel | None = None,
+    ):
+        tp = tp or TensorParallel.default()
+        parts = {}
+        for i, total in enumerate(out_features):
+            size = divide("intermediate_size", total, tp)
+            parts[i] = Part(total, tp.rank * size, size)
+        super().__init__(in_features, parts, bias, dtype)
+
+
+class QKVParallelLinear(ColumnParallelLinear):
+    """Queries, keys and values in one product, split by heads. Shard ids are "q", "k", "v".
+
+    With more ranks than KV heads each KV head is held by several ranks, those whose query heads use it.
+
+    Attributes:
+        num_heads, num_kv_heads: this rank's.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        head_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        bias: bool = False,
+        *,
+        dtype: torch.dtype | None = None,
+        tp: TensorParallel | None = None,
+    ):
+        tp = tp or TensorParallel.default()
+        self.num_heads = divide("num_attention_heads", num_heads, tp)
+        copies = max(1, tp.size // num_kv_heads)  # ranks that hold the same KV head
+        if num_kv_heads * copies % tp.size:
+            raise ValueError(
+                f"tensor_parallel_size={tp.size} does not fit the model's num_key_value_heads={num_kv_heads}: "
+                "one must divide the other"
+            )
+        self.num_kv_heads = num_kv_heads * copies // tp.size
+        size, kv_size = self.num_heads * head_dim, self.num_kv_heads * head_dim
+        kv = Part(num_kv_heads * head_dim, tp.rank // copies * kv_size, kv_size)
+        parts = {"q": Part(num_heads * head_dim, tp.rank * size, size), "k": kv, "v": kv}
+        super().__init__(hidden_size, parts, bias, dtype)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x W^T + b with the columns of W split: [..., this rank's inputs] -> [..., out_features], whole on every rank.
+
+    Args:
+        in_features, out_features: sizes of the whole layer; `in_features` must be divisible by the ranks.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        dtype: torch.dtype | None = None,
+        tp: TensorParallel | None = None,
+    ):
+        super().__init__()
+        self.tp = tp or TensorParallel.default()
+        self.in_features = in_features
+        size = divide("input size of a row-parallel layer", in_features, self.tp)
+        self.weight = make_parameter(out_features, size, dtype=dtype, weight_loader=self.weight_loader)
+        self.bias = make_parameter(out_features, dtype=dtype) if bias else None
+
+    def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
+        rows, size = param.shape
+        check_shape(loaded, (rows, self.in_features))
+        param.copy_(loaded[:, self.tp.rank * size : (self.tp.rank + 1) * size])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.bias if self.tp.rank == 0 else None  # the sum over the ranks must hold it once
+        return self.tp.all_reduce(F.linear(x, self.weight, bias))

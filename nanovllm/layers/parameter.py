@@ -1,0 +1,40 @@
+"""Parameters that load themselves: each carries `weight_loader(param, loaded, shard_id=None)`.
+
+`loaded` is the checkpoint's whole tensor; the loader takes this rank's slice of it. `shard_id` names the part of a
+merged parameter that it belongs to.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from nanovllm.utils.parallel import TensorParallel
+
+
+def check_shape(loaded: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless `loaded` has the `shape` of the whole tensor."""
+    if tuple(loaded.shape) != tuple(shape):
+        raise ValueError(f"has shape {list(loaded.shape)}, but the model needs {list(shape)}")
+
+
+def load_whole(param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
+    """The weight loader of a parameter that every rank holds in full."""
+    check_shape(loaded, param.shape)
+    param.copy_(loaded)
+
+
+def make_parameter(
+    *shape: int, dtype: torch.dtype | None = None, weight_loader: Callable[..., None] = load_whole
+) -> nn.Parameter:
+    """An uninitialised parameter without gradient on the current default device."""
+    param = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+    param.weight_loader = weight_loader
+    return param
+
+
+def divide(name: str, value: int, tp: TensorParallel) -> int:
+    """A rank's share of `value`; ValueError if the ranks cannot share it evenly."""
+    if value % tp.size:
+        raise ValueError(f"tensor_parallel_size={tp.size} does not divide the model's {name}={value}")
+    return value // tp.size

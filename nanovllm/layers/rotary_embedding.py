@@ -1,0 +1,75 @@
+"""Rotary position embedding (RoPE, arXiv:2104.09864): the table of angles and the ways to stretch it."""
+
+import math
+
+import torch
+from torch import nn
+
+# The supported types and the options that a checkpoint must give for each.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "frequency_factors": ("factors",),  # GGUF's spelling of llama3: a divisor for each frequency
+}
+
+
+def _llama3(inv_freq: torch.Tensor, options: dict) -> torch.Tensor:
+    """Llama 3.1: slow frequencies divided by the factor, fast ones kept, a linear blend between."""
+    low, high = options["low_freq_factor"], options["high_freq_factor"]
+    turns = options["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return inv_freq * kept + inv_freq / options["factor"] * (1 - kept)
+
+
+def _yarn(inv_freq: torch.Tensor, theta: float, options: dict) -> tuple[torch.Tensor, float]:
+    """YaRN (arXiv:2309.00071): the blend runs over the dimension's index, and cos and sin are scaled."""
+    factor, dim = options["factor"], 2 * len(inv_freq)
+
+    def index_of(turns: float) -> float:
+        span = options["original_max_position_embeddings"] / (turns * 2 * math.pi)
+        return dim * math.log(span) / (2 * math.log(theta))
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    low, high = index_of(options.get("beta_fast") or 32), index_of(options.get("beta_slow") or 1)
+    if options.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    stretched = ((torch.arange(dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
+    inv_freq = inv_freq / factor * stretched + inv_freq * (1 - stretched)
+    if options.get("attention_factor") is not None:
+        return inv_freq, options["attention_factor"]
+    scale, scale_all = options.get("mscale"), options.get("mscale_all_dim")
+    return inv_freq, magnitude(scale) / magnitude(scale_all) if scale and scale_all else magnitude(1)
+
+
+def rope_table(head_dim: int, max_position: int, theta: float, scaling: dict | None = None) -> torch.Tensor:
+    """cos (first half) and sin (second half) of every position's angles, [max_position, head_dim] float32.
+
+    Args:
+        scaling: None, or the checkpoint's options with one of ROPE_TYPES as "rope_type".
+    """
+    inv_freq = theta ** (torch.arange(0, head_dim, 2).float() / -head_dim)  # [head_dim / 2]
+    scaling, magnitude = scaling or {"rope_type": "default"}, 1.0
+    match scaling["rope_type"]:
+        case "linear":
+            inv_freq = inv_freq / scaling["factor"]
+        case "llama3":
+            inv_freq = _llama3(inv_freq, scaling)
+        case "yarn":
+            inv_freq, magnitude = _yarn(inv_freq, theta, scaling)
+        case "frequency_factors":
+            inv_freq = inv_freq / torch.tensor(scaling["factors"])
+    angles = torch.outer(torch.arange(max_position).float(), inv_freq)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1) * magnitude
+
+
+class RotaryEmbedding(nn.Module):
+    """Holds the table `cos_sin` for all layers; the kernel that stores K and V applies it."""
+
+    def __init__(self, head_dim: int, max_position: int, theta: float, scaling: dict | None = None):
+        super().__init__()
+        self.register_buffer("cos_sin", rope_table(head_dim, max_position, theta, scaling), persistent=False)

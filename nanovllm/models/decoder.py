@@ -1,0 +1,100 @@
+"""The one decoder. Its module names are the checkpoints' own, but for merged projections (see loader.py)."""
+
+import torch
+from torch import nn
+
+from nanovllm.layers.activation import SiluAndMul
+from nanovllm.layers.attention import Attention
+from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.models.registry import ModelConfig
+from nanovllm.utils.parallel import TensorParallel
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel):
+        super().__init__()
+        heads = (config.head_dim, config.num_heads, config.num_kv_heads)
+        self.qkv_proj = QKVParallelLinear(config.hidden_size, *heads, config.qkv_bias, dtype=dtype, tp=tp)
+        self.attn = Attention(
+            self.qkv_proj.num_heads,
+            self.qkv_proj.num_kv_heads,
+            config.head_dim,
+            rotary,
+            config.rms_norm_eps if config.qk_norm else None,
+            dtype=dtype,
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_heads * config.head_dim, config.hidden_size, config.o_bias, dtype=dtype, tp=tp
+        )
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.o_proj(self.attn(self.qkv_proj(x), positions))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype | None, tp: TensorParallel):
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up_proj = MergedColumnParallelLinear(hidden, [inner, inner], bias, dtype=dtype, tp=tp)
+        self.act_fn = SiluAndMul()
+        self.down_proj = RowParallelLinear(inner, hidden, bias, dtype=dtype, tp=tp)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Takes and gives what was last added to the residual stream apart from the stream: each norm does the adding."""
+
+    def __init__(self, config: ModelConfig, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.self_attn = SelfAttention(config, rotary, dtype, tp)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.mlp = MLP(config, dtype, tp)
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            x, residual = self.input_layernorm(x), x
+        else:
+            x, residual = self.input_layernorm(x, residual)
+        x, residual = self.post_attention_layernorm(self.self_attn(x, positions), residual)
+        return self.mlp(x), residual
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer of any family in registry.py, built with uninitialised weights on the default device.
+
+    Args:
+        config: its options.
+        dtype: of weights and activations; torch's default if None.
+        tp: the tensor-parallel group; the process's default one if None.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None, tp: TensorParallel | None = None):
+        super().__init__()
+        self.config = config
+        self.tp = tp = tp or TensorParallel.default()
+        rotary = RotaryEmbedding(config.head_dim, config.max_position, config.rope_theta, config.rope_scaling)
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
+        self.layers = nn.ModuleList(DecoderLayer(config, rotary, dtype, tp) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """input_ids, positions [T] int64 -> normed hidden states [T, hidden_size], within a forward context."""
+        x, residual = self.embed_tokens(input_ids), None
+        for layer in self.layers:
+            x, residual = layer(x, residual, positions)
+        return self.norm(x, residual)[0]
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Hidden states [T, hidden_size] -> logits [L, vocab_size], None on ranks but 0; see ParallelLMHead."""
+        return self.lm_head(hidden)

@@ -1,0 +1,118 @@
+"""Gets weights into a decoder: strictly, one tensor at a time."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from nanovllm.utils.gguf import iterate_gguf
+
+if TYPE_CHECKING:
+    from nanovllm.models.decoder import Decoder
+
+# Merged parameters, and the checkpoint's name of each of their shards.
+_MERGED = {
+    "qkv_proj": {"q": "q_proj", "k": "k_proj", "v": "v_proj"},
+    "gate_up_proj": {0: "gate_proj", 1: "up_proj"},
+}
+
+
+def _targets(model: "Decoder") -> dict[str, tuple[nn.Parameter, str | int | None]]:
+    """Every tensor that a checkpoint must have, by its name there, with the parameter and shard id it belongs to."""
+    targets = {}
+    for name, param in model.named_parameters():
+        # Attention owns the norms of the heads, which checkpoints keep one level up.
+        *path, module, kind = name.replace(".attn.", ".").split(".")
+        for shard_id, shard in _MERGED.get(module, {None: module}).items():
+            hf_name = ".".join((*path, shard, kind))
+            targets[hf_name if module == "lm_head" else f"model.{hf_name}"] = param, shard_id
+    return targets
+
+
+def _is_redundant(name: str, model: "Decoder") -> bool:
+    """Whether a checkpoint may hold the tensor although the model computes it or has it elsewhere."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings)
+
+
+def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy a whole checkpoint into the parameters, in place; each rank takes its slices.
+
+    Args:
+        weights: the checkpoint's names (as transformers has them) and whole tensors, each once and in any order. Only
+            one at a time is held here.
+
+    Raises:
+        ValueError: naming a tensor that is missing, left over, given twice, of the wrong shape or not floating point.
+            The parameters may be partly overwritten then.
+    """
+    targets, seen = _targets(model), set()
+    quiet = True if model.tp.rank else None  # None: silent unless on a terminal
+    for name, loaded in tqdm(weights, "Loading weights", len(targets), delay=2, disable=quiet, leave=False):
+        if _is_redundant(name, model):
+            continue
+        if name in seen:
+            raise ValueError(f"the checkpoint has the tensor {name} twice")
+        if name not in targets:
+            raise ValueError(f"the checkpoint has the tensor {name}, for which the model has no place")
+        if loaded.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"the tensor {name} has dtype {loaded.dtype}; it must be float32, bfloat16 or float16")
+        param, shard_id = targets[name]
+        try:
+            with torch.inference_mode():  # parameters made in inference mode can only be written in it
+                param.weight_loader(param, loaded, shard_id)
+        except ValueError as error:
+            raise ValueError(f"the tensor {name} {error}") from None
+        seen.add(name)
+    missing = [name for name in targets if name not in seen]
+    if missing:
+        raise ValueError(f"the checkpoint lacks {len(missing)} tensors: {', '.join(missing[:8])}")
+
+
+def init_dummy_weights(model: "Decoder", seed: int) -> None:
+    """Fill the parameters in place with small random numbers (norms with ones), from a generator of its own."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    with torch.inference_mode():
+        for name, param in model.named_parameters():
+            if name.endswith("norm.weight"):
+                param.fill_(1)
+            else:
+                param.normal_(std=0.02, generator=generator)
+
+
+def iterate_weights(location: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a safetensors folder or a GGUF file, memory-mapped, one at a time, named as in transformers.
+
+    Raises:
+        ValueError: there are none, or only pickled ones, which are never loaded.
+    """
+    return iterate_gguf(location) if location.suffix == ".gguf" else _iterate_safetensors(_weight_files(location))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+        if absent:
+            raise ValueError(f"{index} names {absent[0]!r}, which is not a file in that folder")
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    if not files and any(folder.glob(pattern) for pattern in ("*.bin", "*.pt", "*.pth")):
+        raise ValueError(f"{folder} has pickled weights only, which can run code when loaded; convert to safetensors")
+    if not files:
+        raise ValueError(f"{folder} has no *.safetensors files")
+    return files
+
+
+def _iterate_safetensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    from safetensors import safe_open
+
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                yield name, tensors.get_tensor(name)

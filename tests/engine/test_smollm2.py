@@ -1,0 +1,49 @@
+"""The default model: real text from real weights, token for token what transformers gives."""
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "List three prime numbers.",
+    "Write a haiku about the sea.",
+    "Why is the sky blue?",
+    "Explain what a paged KV cache is.",
+    "Translate 'good morning' into Spanish.",
+    "Who wrote Romeo and Juliet, and when was it first performed? Answer in one sentence.",
+    "Give me a recipe for pancakes.",
+]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM(device="cpu", max_model_len=512, max_num_seqs=8) as llm:
+        yield llm
+
+
+def chat(llm, question):
+    messages = [{"role": "user", "content": question}]
+    return llm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def test_paris(llm):
+    params = SamplingParams(temperature=0.0, max_tokens=24)
+    assert "Paris" in llm.generate(chat(llm, QUESTIONS[0]), params, use_tqdm=False)[0].text
+
+
+def test_greedy_tokens_equal_transformers(llm):
+    from transformers import AutoModelForCausalLM
+
+    path = llm.source.path
+    reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+    prompts = [llm.tokenizer.encode(chat(llm, question)) for question in QUESTIONS]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    for prompt, out in zip(prompts, outputs, strict=True):
+        ids = torch.tensor([prompt])
+        want = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert out.token_ids == want[0, len(prompt) :].tolist()

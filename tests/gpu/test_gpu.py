@@ -1,0 +1,80 @@
+"""What only a CUDA GPU can show: graphs, pinned staging, the compiled kernels in a whole model."""
+
+import random
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+from tests.models.tiny import FAMILIES, make_model, reference_greedy
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+OPTIONS = dict(device="cuda", kvcache_block_size=16, max_model_len=256, max_num_batched_tokens=256)
+
+
+def prompts_of(lengths, vocab_size=97, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(vocab_size) for _ in range(n)] for n in lengths]
+
+
+def greedy(num_tokens):
+    return SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+
+
+def tokens(llm, prompts, params):
+    return [out.token_ids for out in llm.generate(prompts, params, use_tqdm=False)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model("qwen3-gqa3", tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_float32_greedy_tokens_equal_transformers(name, tmp_path):
+    path = make_model(name, tmp_path)
+    prompts = prompts_of([1, 5, 15, 16, 17, 40, 64])
+    with LLM(path, dtype="float32", max_num_seqs=8, **OPTIONS) as llm:
+        assert tokens(llm, prompts, greedy(20)) == [reference_greedy(path, prompt, 20) for prompt in prompts]
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 12, 20])
+def test_graph_equals_eager_at_every_batch_size(model, max_num_seqs):
+    prompts = prompts_of(range(3, 3 + max_num_seqs))
+    params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=8, ignore_eos=True) for i in range(max_num_seqs)]
+    options = dict(dtype="float32", max_num_seqs=max_num_seqs, **OPTIONS)
+    with LLM(model, **options) as graph, LLM(model, enforce_eager=True, **options) as eager:
+        assert graph.executor.runner.graphs and not eager.executor.runner.graphs
+        for size in range(1, max_num_seqs + 1):
+            assert tokens(graph, prompts[:size], params[:size]) == tokens(eager, prompts[:size], params[:size])
+
+
+def test_schedules_do_not_change_the_tokens(model):
+    prompts = prompts_of([3, 20, 47, 100, 33])
+    params = [SamplingParams(temperature=1.0, seed=i, max_tokens=60, ignore_eos=True) for i in range(5)]
+    options = {**OPTIONS, "dtype": "float32", "max_num_seqs": 8}
+    with LLM(model, **options) as llm:
+        want = tokens(llm, prompts, params)
+        assert tokens(llm, prompts, params) == want
+    for change in (dict(overlap=0), dict(max_num_batched_tokens=16), dict(num_kvcache_blocks=16), dict(max_num_seqs=2)):
+        with LLM(model, **{**options, **change}) as llm:
+            assert tokens(llm, prompts, params) == want
+
+
+def test_a_large_head_and_vocabulary_in_bfloat16():
+    """A real shape with random weights: the top-two gap decides which tokens must agree with float32."""
+    prompt = prompts_of([50], 10_000)[0]
+    options = dict(load_format="dummy", max_model_len=256, max_num_seqs=4, gpu_memory_utilization=0.4)
+    with LLM("qwen3-0.6b", **options) as llm:
+        assert len(tokens(llm, [prompt], greedy(16))[0]) == 16
+
+
+def test_closing_gives_the_memory_back(model):
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    llm = LLM(model, max_num_seqs=4, num_kvcache_blocks=4096, **OPTIONS)
+    llm.generate(prompts_of([5]), greedy(4), use_tqdm=False)
+    assert torch.cuda.memory_allocated() - before > 1 << 20
+    llm.close()
+    assert torch.cuda.memory_allocated() - before < 1 << 20

@@ -1,0 +1,73 @@
+"""Bad arguments are refused by name before anything is allocated."""
+
+import dataclasses
+
+import pytest
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.config import Config
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("temperature", -0.1, ValueError),
+        ("temperature", float("nan"), ValueError),
+        ("temperature", "hot", TypeError),
+        ("temperature", 1e-9, ValueError),
+        ("max_tokens", 0, ValueError),
+        ("max_tokens", 1.5, TypeError),
+        ("max_tokens", True, TypeError),
+        ("top_k", -1, ValueError),
+        ("top_p", 0.0, ValueError),
+        ("top_p", 1.01, ValueError),
+        ("min_p", 2, ValueError),
+        ("seed", -1, ValueError),
+        ("min_tokens", 65, ValueError),
+        ("stop_token_ids", "12", TypeError),
+        ("stop_token_ids", [1, -1], ValueError),
+        ("stop_token_ids", [1] * 33, ValueError),
+        ("ignore_eos", 1, TypeError),
+    ],
+)
+def test_sampling_params_are_checked(name, value, error):
+    with pytest.raises(error, match=name):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("tensor_parallel_size", 0, ValueError),
+        ("max_model_len", "4096", TypeError),
+        ("max_num_seqs", True, TypeError),
+        ("max_num_batched_tokens", 8, ValueError),
+        ("gpu_memory_utilization", 1.5, ValueError),
+        ("kvcache_block_size", 48, ValueError),
+        ("kvcache_block_size", 8, ValueError),
+        ("num_kvcache_blocks", 0, ValueError),
+        ("dtype", "int8", ValueError),
+        ("device", "tpu", ValueError),
+        ("attention_backend", "best", ValueError),
+        ("load_format", "pickle", ValueError),
+        ("enforce_eager", "no", TypeError),
+        ("overlap", 2, ValueError),
+        ("overlap", True, ValueError),
+        ("model", 5, TypeError),
+    ],
+)
+def test_config_is_checked(name, value, error):
+    with pytest.raises(error, match=name):
+        Config(**{name: value})
+
+
+def test_unknown_arguments_raise():
+    with pytest.raises(TypeError, match="max_sequences"):
+        LLM(max_sequences=4)
+
+
+def test_config_and_params_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SamplingParams().seed = 1
