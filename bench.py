@@ -47,7 +47,12 @@ def offline(llm: LLM, args) -> dict:
     prompts, params = offline_requests(args, llm.source.config.vocab_size)
     seconds = timed(llm, prompts, params)
     tokens = sum(p.max_tokens for p in params)
-    return {"input_tokens": sum(map(len, prompts)), "output_tokens": tokens, "seconds": seconds, "tok/s": tokens / seconds}
+    return {
+        "input_tokens": sum(map(len, prompts)),
+        "output_tokens": tokens,
+        "seconds": seconds,
+        "tok/s": tokens / seconds,
+    }
 
 
 def latency(llm: LLM, args) -> dict:
@@ -137,7 +142,9 @@ def engine_arguments(args) -> dict:
 
 
 def show(name: str, figures: dict) -> None:
-    values = (f"{key} {value:,.2f}" if isinstance(value, float) else f"{key} {value:,}" for key, value in figures.items())
+    values = (
+        f"{key} {value:,.2f}" if isinstance(value, float) else f"{key} {value:,}" for key, value in figures.items()
+    )
     print(f"{name:14s}" + " | ".join(values), flush=True)
 
 

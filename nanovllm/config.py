@@ -100,7 +100,7 @@ class Config:
 
     @property
     def device_type(self) -> str:
-        """"cuda" or "cpu"."""
+        """ "cuda" or "cpu"."""
         if self.device != "auto":
             return self.device
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,61 @@
+"""Attention backends behind one seam; `select_backend` picks one."""
+
+import importlib.util
+import logging
+
+import torch
+
+from nanovllm.attention.base import AttentionBackend
+from nanovllm.kernels._triton import HAVE_TRITON
+
+__all__ = ["BACKENDS", "AttentionBackend", "select_backend"]
+
+BACKENDS = ("auto", "torch", "triton", "flash_attn")
+MAX_HEAD_DIM = 256  # of the Triton and flash-attn kernels
+
+logger = logging.getLogger(__name__)
+
+
+def select_backend(
+    name: str, device: torch.device | str, head_dim: int, block_size: int, dtype: torch.dtype
+) -> AttentionBackend:
+    """The backend called `name`, or for "auto" the fastest that is installed and fits, which is logged.
+
+    Args:
+        name: one of BACKENDS. A named backend is used or raises; only "auto" chooses.
+        device, head_dim, block_size, dtype: of the KV cache.
+
+    Raises:
+        ValueError: an unknown name, or a backend that does not support the device, head_dim, block_size or dtype.
+        ImportError: the backend's package is not installed.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"attention_backend={name!r} must be one of {', '.join(map(repr, BACKENDS))}")
+    device = torch.device(device)
+    if name == "auto":
+        name = _automatic(device, head_dim, block_size, dtype)
+        logger.info("attention backend: %s (%s, head size %d)", name, device.type, head_dim)
+    if name == "torch":
+        from nanovllm.attention.torch_ref import TorchBackend
+
+        return TorchBackend()
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim={head_dim} must be at most {MAX_HEAD_DIM} for attention_backend={name!r}")
+    if name == "triton":
+        from nanovllm.attention.triton_backend import TritonBackend
+
+        return TritonBackend(device, block_size)
+    from nanovllm.attention.flash_attn_backend import FlashAttnBackend
+
+    return FlashAttnBackend(device, block_size, dtype)
+
+
+def _automatic(device: torch.device, head_dim: int, block_size: int, dtype: torch.dtype) -> str:
+    if device.type != "cuda" or head_dim > MAX_HEAD_DIM:
+        return "torch"
+    if HAVE_TRITON and block_size & (block_size - 1) == 0:
+        return "triton"
+    half = dtype in (torch.float16, torch.bfloat16)
+    if importlib.util.find_spec("flash_attn") and half and block_size % 256 == 0:
+        return "flash_attn"
+    return "torch"

@@ -37,7 +37,7 @@ class FlashAttnBackend(AttentionBackend):
                 f"block_size={block_size} must be a multiple of {PAGE_MULTIPLE} for attention_backend='flash_attn'"
             )
         if dtype not in (torch.float16, torch.bfloat16):
-            raise ValueError(f"dtype={dtype} must be torch.float16 or torch.bfloat16 for attention_backend='flash_attn'")
+            raise ValueError(f"dtype={dtype} must be float16 or bfloat16 for attention_backend='flash_attn'")
         try:
             from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
         except ImportError as error:

@@ -16,22 +16,67 @@ class _Plans(NamedTuple):
 
 
 class TorchBackend(AttentionBackend):
-    """Gathers each row's pages, then calls scaled_dot_product_attention: once for all decode rows, once a prefill row.
+    """Gathers each row's KV, then calls scaled_dot_product_attention: once for all decode rows, once a prefill row.
 
-    Where the pages lie is worked out once a step. The gathered K and V of a layer go to buffers that are kept: on a CPU,
-    fresh ones of some MB cost more in page faults than the attention itself.
-
-    Args:
-        block_size: tokens in a block.
+    Where the KV lies is worked out once a step, by its first layer, whose cache tells the number of KV heads. The
+    gathered K and V of a layer go to buffers that are kept: on a CPU, fresh ones of some MB cost more in page faults
+    than the attention itself.
     """
 
     name = "torch"
     capturable = False
 
-    def __init__(self, block_size: int):
-        self.block_size = block_size
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+    def __init__(self):
+        self._buffers: list[torch.Tensor] = [torch.empty(0), torch.empty(0)]
 
-    def prepare(self, ctx: Context) -> None:
-        # The number of KV heads is only known from a layer's cache: indices are completed by the first layer.
-        ctx.meta = None
+    def decode(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float, ctx: Context
+    ) -> torch.Tensor:
+        plan = self._plans(q, k_cache, ctx).decode
+        shape = (len(q), k_cache.shape[2], -1, k_cache.shape[3])
+        k, v = self._gather(k_cache, v_cache, plan.indices)
+        return attend_gathered(q, k.view(shape), v.view(shape), plan.mask, scale)
+
+    def prefill(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float, ctx: Context
+    ) -> torch.Tensor:
+        rows = self._plans(q, k_cache, ctx).prefill
+        shape = (k_cache.shape[2], -1, k_cache.shape[3])
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for row in rows:
+            k, v = self._gather(k_cache, v_cache, row.indices)
+            tokens = slice(row.start, row.end)
+            out[tokens] = attend_row(q[tokens], k.view(shape), v.view(shape), row.mask, scale)
+        return out
+
+    def _plans(self, q: torch.Tensor, k_cache: torch.Tensor, ctx: Context) -> _Plans:
+        if ctx.meta is None:
+            num_decode, layout = ctx.num_decode, (k_cache.shape[1], k_cache.shape[2], q.dtype)
+            decode, prefill = None, []
+            if num_decode:
+                rows = slice(num_decode)
+                decode = plan_gather(ctx.block_tables, ctx.slots[rows], ctx.context_lens[rows], *layout)
+            if ctx.cu_seqlens_q is not None:
+                rows = slice(num_decode, None)
+                lens = ctx.context_lens[rows]
+                prefill = plan_rows(ctx.block_tables, ctx.slots[rows], ctx.cu_seqlens_q, lens, *layout)
+            ctx.meta = _Plans(decode, prefill)
+        return ctx.meta
+
+    def _gather(
+        self, k_cache: torch.Tensor, v_cache: torch.Tensor, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows `indices` of the caches seen as [tokens * K, Dh]. Valid until the next call."""
+        head_dim = k_cache.shape[-1]
+        size = len(indices) * head_dim
+        first = self._buffers[0]
+        if first.numel() < size or first.dtype != k_cache.dtype or first.device != k_cache.device:
+            with torch.inference_mode(False):  # usable in and out of inference mode
+                self._buffers.clear()  # the old ones go before the new ones come
+                self._buffers = [
+                    torch.empty(size + size // 4, dtype=k_cache.dtype, device=k_cache.device) for _ in range(2)
+                ]
+        k, v = (buffer[:size].view(-1, head_dim) for buffer in self._buffers)
+        torch.index_select(k_cache.view(-1, head_dim), 0, indices, out=k)
+        torch.index_select(v_cache.view(-1, head_dim), 0, indices, out=v)
+        return k, v

@@ -7,7 +7,8 @@ and V is read from memory once. A row's context is split over programs, whose pa
     grid (H, B)                      partials weighted by exp(lse - max lse) -> output
 
 `num_splits` is a launch constant, an upper bound. How many of them a row uses follows from its context length on the
-device, so a captured graph is valid for any lengths. A row of one split is written by the first kernel.
+device, so a captured graph is valid for any lengths. A row of one split is written by the first kernel. The kernels are
+compiled once for all batch sizes and split counts.
 """
 
 from functools import lru_cache
@@ -21,6 +22,7 @@ from nanovllm.kernels._triton import HAVE_TRITON, tl, triton
 LOG2E = 1.4426950408889634
 MIN_DOT = 16  # smallest side of a tensor-core tile
 MERGE_CHUNK = 16  # partials the merge kernel holds at once
+MAX_SPLITS = 128
 
 
 class DecodeConfig(NamedTuple):
@@ -44,15 +46,14 @@ def default_decode_config(group: int, head_dim: int, itemsize: int) -> DecodeCon
 
 
 def default_num_splits(batch: int, kv_heads: int, sm_count: int) -> int:
-    """Splits of the longest row: a power of two that gives each SM about 32 programs.
+    """Splits of the longest row: a power of two that gives each SM 16 to 32 programs.
 
     Many small programs even out rows of different lengths. More than 64 splits are worth their partial results only
     where the SMs would otherwise idle.
     """
     programs = max(batch * kv_heads, 1)
-    wanted = triton.next_power_of_2(triton.cdiv(32 * sm_count, programs))
-    most = 64 if 64 * programs >= 2 * sm_count else 128
-    return min(wanted, most)
+    wanted = triton.next_power_of_2(triton.cdiv(16 * sm_count, programs))
+    return min(wanted, 64 if 64 * programs >= 2 * sm_count else MAX_SPLITS)
 
 
 @lru_cache
@@ -62,10 +63,10 @@ def sm_count(device: torch.device) -> int:
 
 
 @triton.jit
-def _split_tiles(context_len, TILE: tl.constexpr, NUM_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr):
+def _split_tiles(context_len, num_splits, TILE: tl.constexpr, MIN_SPLIT: tl.constexpr):
     """Tiles of each split of a row; both kernels must agree on it."""
     num_tiles = tl.cdiv(context_len, TILE)
-    return tl.maximum(tl.cdiv(num_tiles, NUM_SPLITS), tl.cdiv(MIN_SPLIT, TILE))
+    return tl.maximum(tl.cdiv(num_tiles, num_splits), tl.cdiv(MIN_SPLIT, TILE))
 
 
 @triton.jit
@@ -103,8 +104,8 @@ def tile_pointers(
         return cache_ptr + starts[:, None] + in_block
 
 
-# Alignment of the per-row vectors is not worth a recompilation: they may be slices.
-@triton.jit(do_not_specialize=["slots_ptr", "context_lens_ptr"])
+# What varies from step to step, the alignment of slices included, is not worth a recompilation.
+@triton.jit(do_not_specialize=["slots_ptr", "context_lens_ptr", "num_splits"])
 def _decode_kernel(
     q_ptr,
     k_ptr,
@@ -119,6 +120,7 @@ def _decode_kernel(
     q_row_stride,
     q_head_stride,
     table_stride,
+    num_splits,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -126,7 +128,6 @@ def _decode_kernel(
     KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -135,7 +136,7 @@ def _decode_kernel(
     row = tl.program_id(1)
     split = tl.program_id(2)
     context_len = tl.load(context_lens_ptr + row)
-    split_tiles = _split_tiles(context_len, TILE, NUM_SPLITS, MIN_SPLIT)
+    split_tiles = _split_tiles(context_len, num_splits, TILE, MIN_SPLIT)
     first_tile = split * split_tiles
     if first_tile * TILE >= context_len:
         return
@@ -180,41 +181,42 @@ def _decode_kernel(
 
     acc = acc / running_sum[:, None]
     out_rows = row.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + heads
-    if NUM_SPLITS == 1 or split_tiles * TILE >= context_len:
+    if split_tiles * TILE >= context_len:
         out = acc.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :], out, mask=out_mask)
     else:
-        parts = out_rows * NUM_SPLITS + split
+        parts = out_rows * num_splits + split
         tl.store(partial_ptr + parts[:, None] * HEAD_DIM + dims[None, :], acc, mask=out_mask)
         tl.store(lse_ptr + parts, running_max + tl.log2(running_sum), mask=heads < GROUP)
 
 
-@triton.jit(do_not_specialize=["context_lens_ptr"])
+@triton.jit(do_not_specialize=["context_lens_ptr", "num_splits"])
 def _merge_kernel(
     context_lens_ptr,
     out_ptr,
     partial_ptr,
     lse_ptr,
+    num_splits,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     head = tl.program_id(0)
     row = tl.program_id(1)
     context_len = tl.load(context_lens_ptr + row)
-    split_tiles = _split_tiles(context_len, TILE, NUM_SPLITS, MIN_SPLIT)
+    split_tiles = _split_tiles(context_len, num_splits, TILE, MIN_SPLIT)
     used = tl.cdiv(context_len, split_tiles * TILE)
     if used <= 1:
         return
 
     dims = tl.arange(0, HEAD_PAD)
     out_row = row.to(tl.int64) * HEADS + head
-    first_part = out_row * NUM_SPLITS
-    all_splits = tl.arange(0, NUM_SPLITS)
+    first_part = out_row * num_splits
+    all_splits = tl.arange(0, MAX_SPLITS)
     lse = tl.load(lse_ptr + first_part + all_splits, mask=all_splits < used, other=float("-inf"))
     max_lse = tl.max(lse, 0)  # finite: used splits are not empty
     total = tl.sum(tl.exp2(lse - max_lse), 0)
@@ -248,12 +250,12 @@ def decode_attention_triton(
     """`decode_attention` as Triton kernels. What is None is picked by `default_num_splits` and `default_decode_config`.
 
     Args:
-        num_splits: most splits of a row, a power of two.
+        num_splits: most splits of a row, at most MAX_SPLITS.
         tile: cache tokens per loop step, a power of two of at least 16.
         min_split: fewest tokens of a split but a row's last.
 
     Raises:
-        ValueError: a size that is no power of two, or heads that do not divide.
+        ValueError: a size out of range or no power of two where one is needed, or heads that do not divide.
         ImportError: Triton is not installed.
     """
     if not HAVE_TRITON:
@@ -265,7 +267,9 @@ def decode_attention_triton(
     config = default_decode_config(group, head_dim, q.element_size())
     tile = tile or config.tile
     num_splits = num_splits or default_num_splits(batch, kv_heads, sm_count(q.device))
-    for name, value, least in (("num_splits", num_splits, 1), ("tile", tile, MIN_DOT), ("block_size", block_size, 1)):
+    if not 1 <= num_splits <= MAX_SPLITS:
+        raise ValueError(f"num_splits={num_splits} must be between 1 and {MAX_SPLITS}")
+    for name, value, least in (("tile", tile, MIN_DOT), ("block_size", block_size, 1)):
         if value < least or value & (value - 1):
             raise ValueError(f"{name}={value} must be a power of two of at least {least}")
     out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device)
@@ -276,7 +280,6 @@ def decode_attention_triton(
         partial = torch.empty((batch, heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((batch, heads, num_splits), dtype=torch.float32, device=q.device)
     head_pad = max(MIN_DOT, triton.next_power_of_2(head_dim))
-    splitting = {"TILE": tile, "NUM_SPLITS": num_splits, "MIN_SPLIT": min_split}
     _decode_kernel[(kv_heads, batch, num_splits)](
         q,
         k_cache,
@@ -291,14 +294,16 @@ def decode_attention_triton(
         q.stride(0),
         q.stride(1),
         block_tables.stride(0),
+        num_splits,
         GROUP=group,
         GROUP_PAD=max(MIN_DOT, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
         HEAD_PAD=head_pad,
         KV_HEADS=kv_heads,
         BLOCK_SIZE=block_size,
+        TILE=tile,
+        MIN_SPLIT=min_split,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        **splitting,
         num_warps=num_warps or config.num_warps,
         num_stages=num_stages or config.num_stages,
     )
@@ -308,11 +313,14 @@ def decode_attention_triton(
             out,
             partial,
             lse,
+            num_splits,
             HEADS=heads,
             HEAD_DIM=head_dim,
             HEAD_PAD=head_pad,
-            CHUNK=min(num_splits, MERGE_CHUNK),
-            **splitting,
+            TILE=tile,
+            MAX_SPLITS=MAX_SPLITS,
+            MIN_SPLIT=min_split,
+            CHUNK=MERGE_CHUNK,
             num_warps=2,
         )
     return out

@@ -157,7 +157,7 @@ def _prefill_kernel(
     if first_query >= q_len:
         return
 
-    # Index m is token m // GROUP and head m % GROUP of this KV head. A GROUP that is no power of two leaves some unused.
+    # Index m is token m // GROUP and head m % GROUP of this KV head; those past BLOCK_Q * GROUP are unused.
     m = tl.arange(0, BLOCK_M)
     queries = first_query + m // GROUP
     heads = kv_head * GROUP + m % GROUP

@@ -102,7 +102,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     single = folder / "model.safetensors"
     files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-    if not files and any(folder.glob(pattern) for pattern in ("*.bin", "*.pt", "*.pth")):
+    if not files and any(file.suffix in (".bin", ".pt", ".pth") for file in folder.iterdir()):
         raise ValueError(f"{folder} has pickled weights only, which can run code when loaded; convert to safetensors")
     if not files:
         raise ValueError(f"{folder} has no *.safetensors files")

@@ -55,7 +55,13 @@ class BatchState:
     """
 
     def __init__(
-        self, max_num_seqs: int, max_blocks: int, block_size: int, scratch_block: int, max_tokens: int, device: torch.device
+        self,
+        max_num_seqs: int,
+        max_blocks: int,
+        block_size: int,
+        scratch_block: int,
+        max_tokens: int,
+        device: torch.device,
     ):
         rows = max_num_seqs + 1
         self.scratch_slot = max_num_seqs

@@ -25,9 +25,7 @@ class DecodeGraphs:
     def __init__(self, runner: "ModelRunner"):
         self.state = runner.state
         self.sizes = buckets(runner.config.max_num_seqs)
-        self.slots = torch.full(
-            (self.sizes[-1],), self.state.scratch_slot, dtype=torch.int32, device=runner.device
-        )
+        self.slots = torch.full((self.sizes[-1],), self.state.scratch_slot, dtype=torch.int32, device=runner.device)
         self.current: list[int] = []  # what `slots` holds
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         pool = None

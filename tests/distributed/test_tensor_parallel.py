@@ -10,7 +10,7 @@ import time
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from tests.models.tiny import make_model
+from tests.models.tiny import save_tiny
 
 OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32)
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6] * 15, [5]]
@@ -25,8 +25,8 @@ def one_thread_a_rank(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """4 query heads, 2 KV heads, a vocabulary that neither 2 nor 4 divides."""
-    return make_model("qwen3-tp", tmp_path_factory.mktemp("model"))
+    """12 query heads on 4 KV heads, and a vocabulary that neither 2 nor 4 divides."""
+    return save_tiny(tmp_path_factory.mktemp("model"), "qwen2")
 
 
 def tokens(llm, prompts=PROMPTS, params=PARAMS):
@@ -61,6 +61,14 @@ def test_the_tokens_are_those_of_one_rank(model, want, size):
         assert tokens(llm) == want  # a batch of 3, mixed with chunks
         assert tokens(llm, PROMPTS[:1], PARAMS[:1]) == want[:1]  # and of 1
     assert gone(pids)
+
+
+def test_kv_heads_are_replicated_where_there_are_more_ranks(tmp_path):
+    path = save_tiny(tmp_path, "llama")  # a single KV head
+    with LLM(path, **OPTIONS) as llm:
+        want = tokens(llm)
+    with LLM(path, tensor_parallel_size=2, **OPTIONS) as llm:
+        assert tokens(llm) == want
 
 
 def test_two_engines_of_two_ranks(model, want):
@@ -113,7 +121,9 @@ def test_the_pool_is_the_smallest_rank_s(tmp_path):
     """
     path = str(tmp_path / "store")
     ranks = [
-        subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(rank), path], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), str(rank), path], stdout=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     assert [int(rank.communicate(timeout=60)[0]) for rank in ranks] == [63, 63]

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from tests.models.tiny import FAMILIES, make_model, reference_greedy
+from tests.engine.reference import reference_greedy
+from tests.models.tiny import TINY, save_tiny
 
 BLOCK = 16
 
 
-def prompts_of(lengths, vocab_size=97, seed=0):
+def prompts_of(lengths, vocab_size=131, seed=0):
     rng = random.Random(seed)
     return [[rng.randrange(vocab_size) for _ in range(n)] for n in lengths]
 
@@ -21,7 +22,9 @@ def greedy(num_tokens, **kwargs):
 
 
 def engine(path, **kwargs):
-    defaults = dict(device="cpu", kvcache_block_size=BLOCK, max_model_len=128, max_num_seqs=8, max_num_batched_tokens=256)
+    defaults = dict(
+        device="cpu", kvcache_block_size=BLOCK, max_model_len=128, max_num_seqs=8, max_num_batched_tokens=256
+    )
     return LLM(path, **{**defaults, **kwargs})
 
 
@@ -31,12 +34,12 @@ def tokens(llm, prompts, params):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return make_model("qwen3-gqa3", tmp_path_factory.mktemp("model"))
+    return save_tiny(tmp_path_factory.mktemp("model"), "qwen3")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TINY)
 def test_greedy_tokens_equal_transformers(name, tmp_path):
-    path = make_model(name, tmp_path)
+    path = save_tiny(tmp_path, name)
     prompts = prompts_of([1, 5, 15, 16, 17, 40, 64])
     with engine(path) as llm:
         assert tokens(llm, prompts, greedy(20)) == [reference_greedy(path, prompt, 20) for prompt in prompts]
@@ -136,7 +139,7 @@ def test_bad_requests_are_refused_alone(model):
         want = tokens(llm, [good], greedy(4))
         bad = [
             ([], greedy(4), ValueError, "empty"),
-            ([1, 97], greedy(4), ValueError, "97"),
+            ([1, 131], greedy(4), ValueError, "131"),
             ([1, -1], greedy(4), ValueError, "-1"),
             ([1, 2.0], greedy(4), TypeError, "2.0"),
             ([1, True], greedy(4), TypeError, "True"),
@@ -144,7 +147,7 @@ def test_bad_requests_are_refused_alone(model):
             ([1] * 120, greedy(20), ValueError, "max_model_len"),
             ([1] * 70, greedy(20), ValueError, "num_kvcache_blocks"),
             ([1], "greedy", TypeError, "sampling_params"),
-            ([1], SamplingParams(stop_token_ids=[97]), ValueError, "stop_token_ids"),
+            ([1], SamplingParams(stop_token_ids=[131]), ValueError, "stop_token_ids"),
         ]
         for prompt, params, error, words in bad:
             with pytest.raises(error, match=words):

@@ -44,6 +44,11 @@ def test_greedy_tokens_equal_transformers(llm):
     for prompt, out in zip(prompts, outputs, strict=True):
         ids = torch.tensor([prompt])
         want = reference.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=64,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         assert out.token_ids == want[0, len(prompt) :].tolist()

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from tests.models.tiny import FAMILIES, make_model, reference_greedy
+from tests.engine.reference import reference_greedy
+from tests.models.tiny import TINY, save_tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 OPTIONS = dict(device="cuda", kvcache_block_size=16, max_model_len=256, max_num_batched_tokens=256)
 
 
-def prompts_of(lengths, vocab_size=97, seed=0):
+def prompts_of(lengths, vocab_size=131, seed=0):
     rng = random.Random(seed)
     return [[rng.randrange(vocab_size) for _ in range(n)] for n in lengths]
 
@@ -28,12 +29,12 @@ def tokens(llm, prompts, params):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return make_model("qwen3-gqa3", tmp_path_factory.mktemp("model"))
+    return save_tiny(tmp_path_factory.mktemp("model"), "qwen3")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TINY)
 def test_float32_greedy_tokens_equal_transformers(name, tmp_path):
-    path = make_model(name, tmp_path)
+    path = save_tiny(tmp_path, name)
     prompts = prompts_of([1, 5, 15, 16, 17, 40, 64])
     with LLM(path, dtype="float32", max_num_seqs=8, **OPTIONS) as llm:
         assert tokens(llm, prompts, greedy(20)) == [reference_greedy(path, prompt, 20) for prompt in prompts]

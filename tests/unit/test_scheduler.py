@@ -119,9 +119,7 @@ requests_strategy = st.lists(
     caching=st.booleans(),
     aborts=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 7)), max_size=3),
 )
-def test_random_schedules_give_the_oracle_s_tokens(
-    requests, num_blocks, max_num_seqs, extra, overlap, caching, aborts
-):
+def test_random_schedules_give_the_oracle_s_tokens(requests, num_blocks, max_num_seqs, extra, overlap, caching, aborts):
     aborts = [(step, index) for step, index in aborts if index < len(requests)]
     seqs, scheduler = run(
         requests,

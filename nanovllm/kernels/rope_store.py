@@ -1,0 +1,150 @@
+"""What happens to queries, keys and values between their projection and attention, in one kernel."""
+
+import torch
+
+from nanovllm.kernels._triton import tl, triton
+from nanovllm.kernels.rms_norm import rms_norm_torch
+
+
+@triton.jit
+def _rope_store_kernel(
+    qkv_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_sin_ptr,
+    positions_ptr,
+    slot_mapping_ptr,
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    qkv_stride,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KV_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions_ptr + token)
+    place = tl.load(slot_mapping_ptr + token).to(tl.int64)
+    heads = tl.arange(0, ROWS)[:, None]
+    dims = tl.arange(0, HALF)[None, :]
+    in_half = dims < HEAD_DIM // 2
+    mask = (heads < HEADS + KV_HEADS) & in_half
+    source = qkv_ptr + token * qkv_stride + heads * HEAD_DIM + dims
+    a = tl.load(source, mask=mask, other=0.0)
+    b = tl.load(source + HEAD_DIM // 2, mask=mask, other=0.0)
+    dtype = a.dtype
+    a = a.to(tl.float32)
+    b = b.to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM + eps)[:, None]
+        is_query = heads < HEADS
+        q_a = tl.load(q_weight_ptr + dims, mask=in_half, other=0.0)
+        k_a = tl.load(k_weight_ptr + dims, mask=in_half, other=0.0)
+        q_b = tl.load(q_weight_ptr + HEAD_DIM // 2 + dims, mask=in_half, other=0.0)
+        k_b = tl.load(k_weight_ptr + HEAD_DIM // 2 + dims, mask=in_half, other=0.0)
+        weight_a = tl.where(is_query, q_a.to(tl.float32), k_a.to(tl.float32))
+        weight_b = tl.where(is_query, q_b.to(tl.float32), k_b.to(tl.float32))
+        # Rounded where transformers rounds.
+        a = ((a * scale).to(dtype).to(tl.float32) * weight_a).to(dtype).to(tl.float32)
+        b = ((b * scale).to(dtype).to(tl.float32) * weight_b).to(dtype).to(tl.float32)
+    cos = tl.load(cos_sin_ptr + position * HEAD_DIM + dims, mask=in_half, other=0.0)
+    sin = tl.load(cos_sin_ptr + position * HEAD_DIM + HEAD_DIM // 2 + dims, mask=in_half, other=0.0)
+    first = (a * cos - b * sin).to(dtype)
+    second = (b * cos + a * sin).to(dtype)
+    q_out = q_ptr + token * HEADS * HEAD_DIM + heads * HEAD_DIM + dims
+    k_out = k_cache_ptr + place * KV_HEADS * HEAD_DIM + (heads - HEADS) * HEAD_DIM + dims
+    q_mask = mask & (heads < HEADS)
+    k_mask = mask & (heads >= HEADS)
+    tl.store(q_out, first, mask=q_mask)
+    tl.store(q_out + HEAD_DIM // 2, second, mask=q_mask)
+    tl.store(k_out, first, mask=k_mask)
+    tl.store(k_out + HEAD_DIM // 2, second, mask=k_mask)
+    flat = tl.arange(0, KV_ROWS)
+    v_mask = flat < KV_HEADS * HEAD_DIM
+    v = tl.load(qkv_ptr + token * qkv_stride + (HEADS + KV_HEADS) * HEAD_DIM + flat, mask=v_mask, other=0.0)
+    tl.store(v_cache_ptr + place * KV_HEADS * HEAD_DIM + flat, v, mask=v_mask)
+
+
+def qk_norm_rope_store_triton(
+    qkv, q_weight, k_weight, eps, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads: int
+) -> torch.Tensor:
+    """`qk_norm_rope_store` as a Triton kernel, one program a token."""
+    kv_heads, head_dim = k_cache.shape[-2:]
+    q = torch.empty((len(qkv), num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    if len(qkv):
+        _rope_store_kernel[(len(qkv),)](
+            qkv,
+            q_weight,
+            k_weight,
+            cos_sin,
+            positions,
+            slot_mapping,
+            q,
+            k_cache,
+            v_cache,
+            qkv.stride(0),
+            eps,
+            HEADS=num_heads,
+            KV_HEADS=kv_heads,
+            ROWS=triton.next_power_of_2(num_heads + kv_heads),
+            KV_ROWS=triton.next_power_of_2(kv_heads * head_dim),
+            HEAD_DIM=head_dim,
+            HALF=triton.next_power_of_2(head_dim // 2),
+            NORM=q_weight is not None,
+            num_warps=4,
+        )
+    return q
+
+
+def qk_norm_rope_store_torch(
+    qkv, q_weight, k_weight, eps, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads: int
+) -> torch.Tensor:
+    """`qk_norm_rope_store` in plain torch."""
+    kv_heads, head_dim = k_cache.shape[-2:]
+    q, k, v = qkv.view(len(qkv), -1, head_dim).split([num_heads, kv_heads, kv_heads], dim=1)
+    if q_weight is not None:
+        q, k = rms_norm_torch(q, q_weight, eps), rms_norm_torch(k, k_weight, eps)
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+
+    def rotate(x):
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+    k_cache.view(-1, kv_heads, head_dim).index_copy_(0, slot_mapping, rotate(k))
+    v_cache.view(-1, kv_heads, head_dim).index_copy_(0, slot_mapping, v)
+    return rotate(q)
+
+
+def qk_norm_rope_store(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    num_heads: int,
+) -> torch.Tensor:
+    """Norm each query and key head (if there are weights), rotate them (RoPE, halves paired), write K and V to the cache.
+
+    Args:
+        qkv: [T, (H + 2 K) Dh], rows contiguous.
+        q_weight, k_weight: [Dh] of the heads' RMSNorms, or both None.
+        cos_sin: [max_position, Dh] float32, cosines in the first half, sines in the second.
+        positions: [T] int64.
+        slot_mapping: [T] int64, each token's place in the cache seen as [num_blocks * block_size, K, Dh].
+        k_cache, v_cache: [num_blocks, block_size, K, Dh], contiguous; written in place.
+        num_heads: H.
+
+    Returns:
+        The queries, [T, H, Dh], a new tensor.
+    """
+    run = qk_norm_rope_store_triton if qkv.is_cuda else qk_norm_rope_store_torch
+    return run(qkv, q_weight, k_weight, eps, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads)

@@ -1,0 +1,372 @@
+"""Drawing tokens: logits -> ban stop ids -> temperature -> top-k -> top-p -> min-p -> Gumbel-max.
+
+The largest of logit + Gumbel noise is a draw from the softmax (Gumbel, 1954; Maddison et al., arXiv:1411.0030): one pass
+over the vocabulary, no cumulative sum, no wait for the host. The noise is a hash of (seed, context length, token id), so a
+row's draw depends on nothing else: not on its place in the batch, and not on other rows.
+
+The filters come down to one threshold a row. It is found by bisection on the order-preserving integer image of a float:
+at most 32 passes over the row for an exact k-th value, and as many for the top-p cut. Rows without filters skip that.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.kernels._triton import tl, triton
+from nanovllm.sampling_params import MAX_STOP_IDS
+
+_GOLDEN = 0x9E3779B9
+_MIX1, _MIX2 = 0x7FEB352D, 0x846CA68B  # "lowbias32" of Wellons' hash prospector
+_KEEP_ALL = -(2**31)
+TILE = 4096  # logits a program holds
+
+
+@dataclass
+class SamplingState:
+    """Parameters by slot, on the device; S slots and a scratch one.
+
+    Args:
+        temperature: [S + 1] float32, 0 is greedy.
+        top_k: [S + 1] int32, 0 keeps all.
+        top_p, min_p: [S + 1] float32, 1 and 0 keep all.
+        seed: [S + 1] int64.
+        min_length: [S + 1] int32; while a row's context is shorter its stop ids cannot be drawn.
+        stop_ids: [S + 1, MAX_STOP_IDS] int32, padded with -1.
+    """
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    seed: torch.Tensor
+    min_length: torch.Tensor
+    stop_ids: torch.Tensor
+
+
+@triton.jit
+def _mix(x):
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _gumbel(tokens, seed, context_len):
+    low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    key = _mix(_mix(_mix(high + 0x9E3779B9) ^ low) ^ context_len.to(tl.uint32))
+    bits = _mix(_mix(tokens.to(tl.uint32) + key) ^ _mix(key + 0x9E3779B9))
+    u = ((bits >> 1).to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10  # 2**-31
+    u = tl.minimum(u, 0.99999994)
+    # -log(1 - u) for small u, where 1 - u would lose the bits that decide
+    exponential = tl.where(u < 0.001, u + u * u * 0.5 + u * u * u * 0.33333334, -tl.log(1 - u))
+    return -tl.log(exponential)
+
+
+@triton.jit
+def _image(x):
+    """int32 that orders as the float32 `x` does."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _scaled(logits_ptr, columns, vocab_size, temperature, stop_ptr, banned, STOPS: tl.constexpr):
+    """Logits of `columns`, stop ids banned, divided by the temperature; -inf past the vocabulary."""
+    x = tl.load(logits_ptr + columns, mask=columns < vocab_size, other=float("-inf")).to(tl.float32)
+    if banned:
+        for i in range(STOPS):
+            x = tl.where(columns == tl.load(stop_ptr + i), float("-inf"), x)
+    return x / temperature
+
+
+@triton.jit
+def _threshold_kernel(
+    logits_ptr,
+    logits_stride,
+    slots_ptr,
+    context_lens_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    min_length_ptr,
+    stop_ids_ptr,
+    threshold_ptr,
+    vocab_size,
+    STOPS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    temperature = tl.load(temperature_ptr + slot)
+    top_k = tl.load(top_k_ptr + slot)
+    top_p = tl.load(top_p_ptr + slot)
+    min_p = tl.load(min_p_ptr + slot)
+    if (temperature == 0) | ((top_k == 0) & (top_p >= 1) & (min_p == 0)):
+        tl.store(threshold_ptr + row, -2147483648)
+        return
+    logits_ptr += row.to(tl.int64) * logits_stride
+    stop_ptr = stop_ids_ptr + slot * STOPS
+    banned = tl.load(context_lens_ptr + row) < tl.load(min_length_ptr + slot)
+    columns = tl.arange(0, TILE)
+
+    top = tl.full([TILE], float("-inf"), tl.float32)
+    for start in range(0, vocab_size, TILE):
+        top = tl.maximum(top, _scaled(logits_ptr, start + columns, vocab_size, temperature, stop_ptr, banned, STOPS))
+    best = tl.max(top, 0)
+    high_image = tl.max(_image(top), 0).to(tl.int64)
+    low = tl.full([], -2147483648, tl.int64)
+
+    if (top_k > 0) & (top_k < vocab_size):
+        high = high_image
+        while low < high:
+            middle = (low + high + 1) >> 1
+            count = tl.zeros([TILE], tl.int32)
+            for start in range(0, vocab_size, TILE):
+                x = _scaled(logits_ptr, start + columns, vocab_size, temperature, stop_ptr, banned, STOPS)
+                count += (_image(x).to(tl.int64) >= middle).to(tl.int32)
+            if tl.sum(count, 0) >= top_k:
+                low = middle
+            else:
+                high = middle - 1
+
+    if top_p < 1:
+        kept = tl.zeros([TILE], tl.float32)
+        for start in range(0, vocab_size, TILE):
+            x = _scaled(logits_ptr, start + columns, vocab_size, temperature, stop_ptr, banned, STOPS)
+            kept += tl.where(_image(x).to(tl.int64) >= low, tl.exp(x - best), 0.0)
+        wanted = top_p * tl.sum(kept, 0)
+        high = high_image
+        while low < high:
+            middle = (low + high + 1) >> 1
+            mass = tl.zeros([TILE], tl.float32)
+            for start in range(0, vocab_size, TILE):
+                x = _scaled(logits_ptr, start + columns, vocab_size, temperature, stop_ptr, banned, STOPS)
+                mass += tl.where(_image(x).to(tl.int64) >= middle, tl.exp(x - best), 0.0)
+            if tl.sum(mass, 0) >= wanted:
+                low = middle
+            else:
+                high = middle - 1
+
+    if min_p > 0:
+        low = tl.maximum(low, _image(best + tl.log(min_p)).to(tl.int64))
+    tl.store(threshold_ptr + row, low.to(tl.int32))
+
+
+@triton.jit
+def _draw_kernel(
+    logits_ptr,
+    logits_stride,
+    slots_ptr,
+    context_lens_ptr,
+    temperature_ptr,
+    seed_ptr,
+    min_length_ptr,
+    stop_ids_ptr,
+    threshold_ptr,
+    best_ptr,
+    token_ptr,
+    vocab_size,
+    STOPS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0)
+    tile = tl.program_id(1)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    context_len = tl.load(context_lens_ptr + row)
+    temperature = tl.load(temperature_ptr + slot)
+    greedy = temperature == 0
+    banned = context_len < tl.load(min_length_ptr + slot)
+    columns = tile * TILE + tl.arange(0, TILE)
+    logits_ptr += row.to(tl.int64) * logits_stride
+    divisor = tl.where(greedy, 1.0, temperature)
+    x = _scaled(logits_ptr, columns, vocab_size, divisor, stop_ids_ptr + slot * STOPS, banned, STOPS)
+    if not greedy:
+        x = tl.where(_image(x) >= tl.load(threshold_ptr + row), x, float("-inf"))
+        x += _gumbel(columns, tl.load(seed_ptr + slot), context_len)
+    place = row * tl.num_programs(1) + tile
+    tl.store(best_ptr + place, tl.max(x, 0))
+    tl.store(token_ptr + place, tile * TILE + tl.argmax(x, 0))
+
+
+@triton.jit
+def _reduce_kernel(best_ptr, token_ptr, out_ptr, num_tiles, TILES: tl.constexpr):
+    row = tl.program_id(0)
+    tiles = tl.arange(0, TILES)
+    best = tl.load(best_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf"))
+    token = tl.load(token_ptr + row * num_tiles + tl.argmax(best, 0))
+    tl.store(out_ptr + row, token.to(tl.int64))
+
+
+def sample_triton(
+    logits: torch.Tensor, slots: torch.Tensor, context_lens: torch.Tensor, state: SamplingState
+) -> torch.Tensor:
+    """`sample` as Triton kernels."""
+    rows, vocab_size = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if rows == 0:
+        return tokens
+    num_tiles = triton.cdiv(vocab_size, TILE)
+    threshold = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    best = torch.empty((rows, num_tiles), dtype=torch.float32, device=logits.device)
+    best_token = torch.empty((rows, num_tiles), dtype=torch.int32, device=logits.device)
+    sizes = {"STOPS": MAX_STOP_IDS, "TILE": TILE}
+    _threshold_kernel[(rows,)](
+        logits,
+        logits.stride(0),
+        slots,
+        context_lens,
+        state.temperature,
+        state.top_k,
+        state.top_p,
+        state.min_p,
+        state.min_length,
+        state.stop_ids,
+        threshold,
+        vocab_size,
+        **sizes,
+        num_warps=16,
+    )
+    _draw_kernel[(rows, num_tiles)](
+        logits,
+        logits.stride(0),
+        slots,
+        context_lens,
+        state.temperature,
+        state.seed,
+        state.min_length,
+        state.stop_ids,
+        threshold,
+        best,
+        best_token,
+        vocab_size,
+        **sizes,
+        num_warps=8,
+    )
+    _reduce_kernel[(rows,)](best, best_token, tokens, num_tiles, TILES=triton.next_power_of_2(num_tiles), num_warps=1)
+    return tokens
+
+
+def _signed(value: int) -> int:
+    return value - 2**32 if value >= 2**31 else value
+
+
+def _mix_torch(x: torch.Tensor) -> torch.Tensor:
+    """`_mix` on int32, in place; products wrap as unsigned ones do."""
+    x ^= (x >> 16) & 0xFFFF
+    x *= _MIX1
+    x ^= (x >> 15) & 0x1FFFF
+    x *= _signed(_MIX2)
+    x ^= (x >> 16) & 0xFFFF
+    return x
+
+
+def _gumbel_torch(vocab_size: int, seed: torch.Tensor, context_lens: torch.Tensor) -> torch.Tensor:
+    """Noise [R, V] float32 for seed [R] int64 and context_lens [R] int32."""
+    low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
+    key = _mix_torch(_mix_torch(_mix_torch(high + _signed(_GOLDEN)) ^ low) ^ context_lens)[:, None]
+    bits = torch.arange(vocab_size, dtype=torch.int32, device=seed.device) + key
+    bits = _mix_torch(_mix_torch(bits) ^ _mix_torch(key + _signed(_GOLDEN)))
+    u = ((bits >> 1) & 0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2**-31).clamp_(max=0.99999994)
+    return torch.log1p(-u).neg_().log_().neg_()
+
+
+def _filter_torch(x: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """x [R, V] with what the filters drop set to -inf."""
+    vocab_size = x.shape[1]
+    ordered = x.sort(dim=-1, descending=True).values
+    last = torch.where(top_k > 0, top_k.clamp(max=vocab_size), vocab_size).to(torch.int64) - 1
+    ordered = ordered.masked_fill(ordered < ordered.gather(1, last[:, None]), float("-inf"))
+    probs = ordered.softmax(-1)
+    before = probs.cumsum(-1) - probs  # mass of the tokens above each
+    count = (before < top_p[:, None]).sum(-1).clamp(min=1)
+    count = torch.where(top_p < 1, count, (ordered > float("-inf")).sum(-1).clamp(min=1))
+    threshold = ordered.gather(1, count[:, None] - 1)
+    threshold = torch.maximum(threshold, ordered[:, :1] + min_p[:, None].log())
+    return x.masked_fill(x < threshold, float("-inf"))
+
+
+def sample_torch(
+    logits: torch.Tensor, slots: torch.Tensor, context_lens: torch.Tensor, state: SamplingState
+) -> torch.Tensor:
+    """`sample` in plain torch. Synchronises with the device to skip what no row asks for."""
+    slots = slots.to(torch.int64)
+    x = logits.float()
+    banned = context_lens < state.min_length[slots]
+    if banned.any():
+        stop_ids = state.stop_ids[slots].to(torch.int64)
+        drop = torch.zeros((len(x), x.shape[1] + 1), dtype=torch.bool, device=x.device)
+        drop.scatter_(1, stop_ids.masked_fill((stop_ids < 0) | ~banned[:, None], x.shape[1]), True)
+        x = x.masked_fill(drop[:, :-1], float("-inf"))
+    tokens = x.argmax(-1)
+    drawn = state.temperature[slots].nonzero()[:, 0]
+    if len(drawn):
+        at = slots[drawn]
+        y = x[drawn] / state.temperature[at, None]
+        top_k, top_p, min_p = state.top_k[at], state.top_p[at], state.min_p[at]
+        filtered = ((top_k > 0) | (top_p < 1) | (min_p > 0)).nonzero()[:, 0]
+        if len(filtered):
+            y[filtered] = _filter_torch(y[filtered], top_k[filtered], top_p[filtered], min_p[filtered])
+        y += _gumbel_torch(y.shape[1], state.seed[at], context_lens[drawn])
+        tokens[drawn] = y.argmax(-1)
+    return tokens
+
+
+def sample(logits: torch.Tensor, slots: torch.Tensor, context_lens: torch.Tensor, state: SamplingState) -> torch.Tensor:
+    """Draw a token for each row.
+
+    Args:
+        logits: [R, V], any float dtype; worked on in float32.
+        slots: [R] int32, whose parameters apply.
+        context_lens: [R] int32, tokens before the one that is drawn: the counter of the noise.
+        state: the parameters of all slots.
+
+    Returns:
+        [R] int64. top_p keeps the smallest set whose mass reaches it; ties at a threshold are all kept.
+    """
+    return (sample_triton if logits.is_cuda else sample_torch)(logits, slots, context_lens, state)
+
+
+@triton.jit
+def _advance_kernel(
+    tokens_ptr, slots_ptr, context_lens_ptr, last_token_ptr, length_ptr, rows, scratch_slot, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    slots = tl.load(slots_ptr + row, mask=row < rows, other=scratch_slot)
+    mask = (row < rows) & (slots != scratch_slot)
+    tl.store(last_token_ptr + slots, tl.load(tokens_ptr + row, mask=mask, other=0), mask=mask)
+    tl.store(length_ptr + slots, tl.load(context_lens_ptr + row, mask=mask, other=0), mask=mask)
+
+
+def advance_triton(tokens, slots, context_lens, last_token, length, scratch_slot: int) -> None:
+    """`advance` as a Triton kernel."""
+    rows = len(tokens)
+    if rows:
+        _advance_kernel[(triton.cdiv(rows, 128),)](
+            tokens, slots, context_lens, last_token, length, rows, scratch_slot, BLOCK=128, num_warps=4
+        )
+
+
+def advance_torch(tokens, slots, context_lens, last_token, length, scratch_slot: int) -> None:
+    """`advance` in plain torch."""
+    real = slots != scratch_slot
+    slots = slots[real].to(torch.int64)
+    last_token[slots], length[slots] = tokens[real], context_lens[real]
+
+
+def advance(
+    tokens: torch.Tensor,
+    slots: torch.Tensor,
+    context_lens: torch.Tensor,
+    last_token: torch.Tensor,
+    length: torch.Tensor,
+    scratch_slot: int,
+) -> None:
+    """Take drawn tokens [R] into the slots' state, in place: last_token[slot] = token, length[slot] = context_len.
+
+    Rows of `scratch_slot` are padding and change nothing.
+    """
+    (advance_triton if tokens.is_cuda else advance_torch)(tokens, slots, context_lens, last_token, length, scratch_slot)

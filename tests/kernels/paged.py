@@ -1,0 +1,95 @@
+"""A paged KV cache for attention tests, with NaN wherever no token lies."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The interpreter computes in numpy, which has no bfloat16 arithmetic worth testing.
+DTYPES = [torch.float32, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32]
+
+
+@dataclass
+class Paged:
+    """Rows of given context lengths in scattered blocks and slots.
+
+    keys, values: for each row [context, K, Dh], what lies in its pages.
+    """
+
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    block_tables: torch.Tensor
+    slots: torch.Tensor
+    context_lens: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+    @property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.block_tables, self.slots
+
+
+def make_paged(
+    contexts: list[int],
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = DEVICE,
+    num_scratch_rows: int = 0,
+) -> Paged:
+    """Pages for `contexts`, the last `num_scratch_rows` of which are padding: context 1, one shared slot and block."""
+    rows = len(contexts)
+    generator = torch.Generator().manual_seed(rows)
+    width = max(-(-context // block_size) for context in contexts)
+    num_blocks = sum(-(-context // block_size) for context in contexts) + 2
+    shape = (num_blocks, block_size, kv_heads, head_dim)
+    k_cache, v_cache = torch.full(shape, float("nan")), torch.full(shape, float("nan"))
+    free = torch.randperm(num_blocks, generator=generator).tolist()
+    slots = torch.randperm(rows + 3, generator=generator)[:rows].tolist()
+    scratch_block, nan_block = free.pop(), free.pop()
+    tables = torch.full((rows + 4, width), nan_block)
+    keys, values = [], []
+    for row, context in enumerate(contexts):
+        k, v = torch.randn(2, context, kv_heads, head_dim, generator=generator)
+        padding = row >= rows - num_scratch_rows
+        if padding:
+            slots[row] = rows + 3
+        for place, start in enumerate(range(0, context, block_size)):
+            block = scratch_block if padding else free.pop()
+            tables[slots[row], place] = block
+            length = min(block_size, context - start)
+            k_cache[block, :length] = k[start : start + length]
+            v_cache[block, :length] = v[start : start + length]
+        keys.append(k.to(device, dtype))
+        values.append(v.to(device, dtype))
+    return Paged(
+        k_cache.to(device, dtype),
+        v_cache.to(device, dtype),
+        tables.to(device, torch.int32),
+        torch.tensor(slots, dtype=torch.int32, device=device),
+        torch.tensor(contexts, dtype=torch.int32, device=device),
+        keys,
+        values,
+    )
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """The formula: q [N, H, Dh], the last N of k and v's [L, K, Dh] positions -> [N, H, Dh] float32."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.float().repeat_interleave(group, dim=1) for x in (k, v))
+    logits = torch.einsum("nhd,lhd->hnl", q.float(), k) * scale
+    hidden = torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device).triu(len(k) - len(q) + 1)
+    return torch.einsum("hnl,lhd->nhd", logits.masked_fill(hidden, float("-inf")).softmax(-1), v)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = 2e-5 if actual.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(actual.float(), expected.float(), atol=tolerance, rtol=tolerance)
+
+
+def assert_same(tensors: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> None:
+    """Bit for bit equal, NaN included."""
+    for actual, other in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(actual, other, atol=0, rtol=0, equal_nan=True)

@@ -1,0 +1,138 @@
+import pytest
+import torch
+
+from nanovllm.kernels._triton import HAVE_TRITON
+from nanovllm.kernels.decode_attention import (
+    MAX_SPLITS,
+    decode_attention,
+    decode_attention_torch,
+    decode_attention_triton,
+    default_decode_config,
+    default_num_splits,
+)
+from tests.kernels.paged import DEVICE, DTYPES, assert_close, assert_same, make_paged, plain_attention
+
+needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
+
+
+def check(attend, contexts, heads, kv_heads, head_dim, block_size, dtype=torch.float32, num_scratch_rows=0, **options):
+    """`attend` gives what the formula gives, and changes no input."""
+    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype, num_scratch_rows=num_scratch_rows)
+    q = torch.randn(len(contexts), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    inputs = (q, paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens)
+    before = [x.clone() for x in inputs]
+    scale = head_dim**-0.5
+    out = attend(*inputs, scale, **options)
+    assert_same(inputs, before)
+    assert out.shape == q.shape and out.dtype == dtype and out.isfinite().all()
+    rows = zip(q, paged.keys, paged.values, strict=True)
+    expected = torch.cat([plain_attention(query[None], k, v, scale) for query, k, v in rows])
+    real = len(contexts) - num_scratch_rows
+    assert_close(out[:real], expected[:real])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (9, 3), (10, 2), (8, 1)])
+@pytest.mark.parametrize("contexts", [[1], [33, 33], [1, 16, 17, 130]])
+def test_twin_is_the_formula(contexts, heads, kv_heads):
+    check(decode_attention_torch, contexts, heads, kv_heads, 64, 16)
+
+
+def test_twin_takes_padding_rows_and_no_rows():
+    check(decode_attention_torch, [50, 1, 1], 4, 2, 64, 16, num_scratch_rows=2)
+    paged = make_paged([3], 1, 64, 16)
+    empty = torch.empty(0, 2, 64, device=DEVICE)
+    nothing = paged.slots[:0]
+    args = (empty, paged.k_cache, paged.v_cache, paged.block_tables, nothing, nothing, 1.0)
+    assert decode_attention(*args).shape == (0, 2, 64)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size", "tile"),
+    [
+        (2, 2, 64, 16, 16),  # a block is a tile
+        (9, 3, 64, 16, 32),  # a tile is two blocks
+        (6, 2, 96, 64, 32),  # two tiles in a block, padded head
+        (5, 1, 128, 64, 64),
+        (16, 2, 128, 16, None),
+        (4, 2, 256, 64, None),
+        (20, 1, 64, 64, 16),  # more query heads than the smallest tile
+    ],
+)
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_triton_is_the_formula(heads, kv_heads, head_dim, block_size, tile, num_splits, dtype):
+    contexts = [1, 47, 130]
+    check(
+        decode_attention_triton,
+        contexts,
+        heads,
+        kv_heads,
+        head_dim,
+        block_size,
+        dtype,
+        num_splits=num_splits,
+        tile=tile,
+        min_split=16,
+    )
+
+
+@needs_triton
+@pytest.mark.parametrize("num_splits", [2, 8, 32, MAX_SPLITS])
+def test_rows_use_as_many_splits_as_they_fill(num_splits):
+    contexts = [1, 16, 17, 100, 257]  # from one split, the others empty, to more than the merge kernel holds at once
+    check(decode_attention_triton, contexts, 2, 1, 64, 16, num_splits=num_splits, tile=16, min_split=1)
+
+
+@needs_triton
+def test_padding_rows_do_not_disturb():
+    check(decode_attention_triton, [40, 90, 1, 1, 1], 4, 2, 64, 16, num_scratch_rows=3, num_splits=4)
+
+
+@needs_triton
+def test_query_may_be_strided():
+    paged = make_paged([20, 30], 2, 64, 16)
+    fused = torch.randn(2, 4, 2, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    q = fused[:, :, 1]
+    args = (paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens, 0.1)
+    assert_close(decode_attention_triton(q, *args), decode_attention_torch(q.contiguous(), *args))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tile": 24}, "tile=24 must be a power of two of at least 16"),
+        ({"tile": 8}, "tile=8 must be a power of two of at least 16"),
+        ({"num_splits": 129}, "num_splits=129 must be between 1 and 128"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    paged = make_paged([5], 1, 64, 16)
+    q = torch.zeros(1, 1, 64, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        decode_attention_triton(q, paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens, 1.0, **options)
+
+
+def test_heads_that_do_not_fit_are_refused():
+    paged = make_paged([5], 2, 64, 16)
+    q = torch.zeros(1, 3, 64, device=DEVICE)
+    with pytest.raises(ValueError, match="KV heads must divide"):
+        decode_attention(q, paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens, 1.0)
+
+
+def test_default_splits_fill_the_device_and_no_more():
+    assert default_num_splits(512, 8, 132) == 1
+    assert default_num_splits(256, 8, 132) == 2
+    assert default_num_splits(32, 8, 132) == 16
+    assert default_num_splits(1, 8, 132) == 64
+    assert default_num_splits(1, 1, 132) == MAX_SPLITS
+
+
+def test_default_tile_fits_shared_memory():
+    for group in (1, 2, 4, 8, 64):
+        for head_dim in (64, 96, 128, 256):
+            for itemsize in (2, 4):
+                config = default_decode_config(group, head_dim, itemsize)
+                assert config.tile >= 16
+                assert 2 * config.tile * max(head_dim, 128) * itemsize * config.num_stages <= 200 << 10

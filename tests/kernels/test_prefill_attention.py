@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from nanovllm.kernels._triton import HAVE_TRITON
+from nanovllm.kernels.prefill_attention import (
+    prefill_attention,
+    prefill_attention_torch,
+    prefill_attention_triton,
+)
+from tests.kernels.paged import DEVICE, DTYPES, assert_close, assert_same, make_paged, plain_attention
+
+needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
+
+
+def check(attend, rows, heads, kv_heads, head_dim, block_size, dtype=torch.float32, **options):
+    """`attend` gives what the formula gives for `rows` of (queries, context), and changes no input."""
+    lens, contexts = (list(column) for column in zip(*rows, strict=True))
+    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype)
+    q = torch.randn(sum(lens), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    cu_seqlens = torch.tensor([0, *lens]).cumsum(0).to(DEVICE, torch.int32)
+    inputs = (q, paged.k_cache, paged.v_cache, *paged.tables, cu_seqlens, paged.context_lens)
+    before = [x.clone() for x in inputs]
+    scale = head_dim**-0.5
+    out = attend(*inputs, scale, **options)
+    assert_same(inputs, before)
+    assert out.shape == q.shape and out.dtype == dtype
+    parts = zip(q.split(lens), paged.keys, paged.values, strict=True)
+    assert_close(out, torch.cat([plain_attention(queries, k, v, scale) for queries, k, v in parts]))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (9, 3), (10, 2), (8, 1)])
+@pytest.mark.parametrize("rows", [[(1, 1)], [(40, 40)], [(3, 3), (1, 20), (17, 50), (0, 7)]])
+def test_twin_is_the_formula(rows, heads, kv_heads):
+    check(prefill_attention_torch, rows, heads, kv_heads, 64, 16)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size"),
+    [(2, 2, 64, 16), (9, 3, 64, 64), (5, 1, 96, 16), (14, 2, 64, 16), (8, 1, 128, 64), (4, 2, 256, 16)],
+)
+def test_triton_is_the_formula(heads, kv_heads, head_dim, block_size, dtype):
+    rows = [(75, 75), (1, 1), (30, 101), (1, 64)]  # whole, shortest, with a cached prefix, like a decode row
+    check(prefill_attention_triton, rows, heads, kv_heads, head_dim, block_size, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (64, 16), (16, 64)])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_tiles_of_any_shape(block_m, block_n, block_size):
+    rows = [(16, 16), (33, 97), (5, 70)]
+    check(prefill_attention_triton, rows, 6, 2, 64, block_size, block_m=block_m, block_n=block_n)
+
+
+@needs_triton
+def test_many_short_rows_and_empty_ones():
+    rows = [(n % 4, 2 + n) for n in range(23)]  # each fourth has no queries, as a captured grid may have
+    check(prefill_attention_triton, rows, 4, 2, 64, 16, block_m=16, block_n=16)
+
+
+@needs_triton
+def test_slices_of_a_mixed_step():
+    """Rows that follow decode rows: vectors and queries that start at any offset, queries strided."""
+    paged = make_paged([9, 40, 25], 2, 64, 16)
+    q = torch.randn(31, 4, 2, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)[1:, :, 1]
+    cu_seqlens = torch.tensor([0, 20, 30], dtype=torch.int32, device=DEVICE)
+    caches = (paged.k_cache, paged.v_cache, paged.block_tables)
+    args = (*caches, paged.slots[1:], cu_seqlens, paged.context_lens[1:], 0.1)
+    assert_close(prefill_attention_triton(q, *args), prefill_attention_torch(q.contiguous(), *args))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_m": 96}, "block_m=96 must be a power of two of at least 20"),
+        ({"block_m": 16}, "block_m=16 must be a power of two of at least 20"),
+        ({"block_n": 8}, "block_n=8 must be a power of two of at least 16"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    paged = make_paged([5], 1, 64, 16)
+    q = torch.zeros(5, 20, 64, device=DEVICE)
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
+    caches = (paged.k_cache, paged.v_cache)
+    with pytest.raises(ValueError, match=message):
+        prefill_attention_triton(q, *caches, *paged.tables, cu_seqlens, paged.context_lens, 1.0, **options)
+
+
+def test_no_tokens_and_bad_heads():
+    paged = make_paged([5], 2, 64, 16)
+    cu_seqlens = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    args = (paged.k_cache, paged.v_cache, *paged.tables, cu_seqlens, paged.context_lens, 1.0)
+    assert prefill_attention(torch.empty(0, 4, 64, device=DEVICE), *args).shape == (0, 4, 64)
+    with pytest.raises(ValueError, match="KV heads must divide"):
+        prefill_attention(torch.empty(0, 3, 64, device=DEVICE), *args)

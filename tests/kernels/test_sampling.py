@@ -1,0 +1,140 @@
+"""The sampler: Triton = torch, and both = what sampling theory says."""
+
+import pytest
+import torch
+
+from nanovllm.kernels import sampling
+from nanovllm.kernels.sampling import SamplingState, sample_torch, sample_triton
+from nanovllm.sampling_params import MAX_STOP_IDS
+
+
+def state_of(device, rows, **columns):
+    """A state with one slot per row (and a scratch one); `columns` override the defaults."""
+    defaults = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, min_length=0)
+    dtypes = dict(top_k=torch.int32, seed=torch.int64, min_length=torch.int32)
+    tensors = {}
+    for name, default in defaults.items():
+        values = columns.get(name, [default] * rows)
+        values = list(values) if isinstance(values, (list, range)) else [values] * rows
+        tensors[name] = torch.tensor([*values, default], dtype=dtypes.get(name, torch.float32), device=device)
+    stop_ids = torch.full((rows + 1, MAX_STOP_IDS), -1, dtype=torch.int32, device=device)
+    for row, ids in enumerate(columns.get("stop_ids", [])):
+        stop_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+    return SamplingState(stop_ids=stop_ids, **tensors)
+
+
+def draw(run, logits, state, context_lens=None):
+    rows = len(logits)
+    slots = torch.arange(rows, dtype=torch.int32, device=logits.device)
+    if context_lens is None:
+        context_lens = torch.full((rows,), 5, dtype=torch.int32, device=logits.device)
+    return run(logits, slots, context_lens, state)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def run(request, device):
+    if request.param == "triton" and device.type == "cpu":
+        pytest.skip("the interpreter is slow: there, Triton = torch is enough")
+    return sample_triton if request.param == "triton" else sample_torch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [11, 4099])
+def test_triton_equals_torch(device, vocab_size, dtype):
+    rows = 12
+    logits = torch.randn((rows, vocab_size), generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
+    state = state_of(
+        device,
+        rows,
+        temperature=[0, 1, 0.5, 2, 1, 1, 0.7, 1, 0, 1, 1, 1],
+        top_k=[0, 0, 3, 0, 0, 7, 1, vocab_size + 9, 5, 0, 2, 0],
+        top_p=[1, 1, 1, 0.5, 1, 0.9, 1, 0.01, 1, 1, 0.3, 1],
+        min_p=[0, 0, 0, 0, 0.2, 0, 0, 0, 0, 1, 0, 0],
+        seed=[2**62 + i for i in range(rows)],
+        min_length=[0] * 10 + [9, 9],
+        stop_ids=[[]] * 10 + [[0, 1, 2], list(range(8))],
+    )
+    got, want = draw(sample_triton, logits, state), draw(sample_torch, logits, state)
+    assert got.dtype == torch.int64 and got.tolist() == want.tolist()
+
+
+def test_draws_follow_the_softmax(device, run):
+    """Chi-square of 4,000 draws at fixed seeds against the softmax; the 99.9% bound for 7 degrees of freedom is 24.3."""
+    rows = 4000
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, 0.1, -0.3, 1.5], device=device)
+    state = state_of(device, rows, temperature=0.8, seed=range(rows))
+    counts = draw(run, logits.expand(rows, -1).contiguous(), state).bincount(minlength=8).double()
+    expected = (logits / 0.8).softmax(-1).double() * rows
+    assert ((counts - expected) ** 2 / expected).sum() < 24.3
+
+
+def test_positions_draw_independently(device):
+    rows = 4000
+    logits = torch.zeros((rows, 8), device=device)
+    state = state_of(device, rows, seed=7)
+    tokens = draw(sample_torch, logits, state, torch.arange(rows, dtype=torch.int32, device=device))
+    counts = tokens.bincount(minlength=8).double()
+    assert ((counts - rows / 8) ** 2 / (rows / 8)).sum() < 24.3
+    pairs = (tokens[:-1] * 8 + tokens[1:]).bincount(minlength=64).double()  # 63 degrees of freedom: 103.4
+    assert ((pairs - rows / 64) ** 2 / (rows / 64)).sum() < 103.4
+
+
+def kept(run, probs, device, **filters):
+    """The tokens that are drawn at all in many draws."""
+    rows = 200
+    logits = torch.tensor(probs, device=device).log().expand(rows, -1).contiguous()
+    return set(draw(run, logits, state_of(device, rows, seed=range(rows), **filters)).tolist())
+
+
+def test_filters_keep_what_they_say(device, run):
+    probs = [0.1, 0.2, 0.3, 0.4]
+    assert kept(run, probs, device, top_p=0.6) == {2, 3}
+    assert kept(run, probs, device, top_p=0.05) == {3}
+    assert kept(run, probs, device, top_k=3) == {1, 2, 3}
+    assert kept(run, probs, device, min_p=0.6) == {2, 3}
+    assert kept(run, probs, device, top_k=2, top_p=0.5) == {3}  # 0.4 is 57% of the two
+    assert kept(run, probs, device) == {0, 1, 2, 3}
+
+
+def test_greedy_is_argmax_and_ties_go_to_the_first(device, run):
+    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, -1.0, -2.0, -3.0]], device=device)
+    assert draw(run, logits, state_of(device, 2, temperature=0.0)).tolist() == [1, 0]
+
+
+def test_stop_ids_are_banned_until_min_length(device, run):
+    logits = torch.tensor([[5.0, 4.0, 3.0]] * 2, device=device)
+    state = state_of(device, 2, temperature=0.0, min_length=6, stop_ids=[[0], [0]])
+    context_lens = torch.tensor([5, 6], dtype=torch.int32, device=device)
+    assert draw(run, logits, state, context_lens).tolist() == [1, 0]
+
+
+def test_a_row_s_place_and_neighbours_do_not_matter(device, run):
+    generator = torch.Generator(device).manual_seed(2)
+    row, others = (torch.randn((n, 300), generator=generator, device=device) for n in (1, 4))
+    state = state_of(device, 5, seed=[1, 2, 99, 3, 4])
+    alone = run(
+        row,
+        torch.tensor([2], dtype=torch.int32, device=device),
+        torch.tensor([8], dtype=torch.int32, device=device),
+        state,
+    )
+    logits = torch.cat([others, row])
+    slots = torch.tensor([0, 1, 3, 4, 2], dtype=torch.int32, device=device)
+    among = run(logits, slots, torch.tensor([3, 1, 4, 1, 8], dtype=torch.int32, device=device), state)
+    assert alone[0] == among[-1]
+
+
+def test_inputs_are_unchanged(device, run):
+    logits = torch.randn((3, 50), device=device)
+    copy = logits.clone()
+    draw(run, logits, state_of(device, 3, top_k=5, min_length=9, stop_ids=[[1], [2], [3]]))
+    assert torch.equal(logits, copy)
+
+
+def test_advance(device):
+    for run in (sampling.advance_triton, sampling.advance_torch):
+        last_token = torch.zeros(5, dtype=torch.int64, device=device)
+        length = torch.zeros(5, dtype=torch.int32, device=device)
+        slots = torch.tensor([3, 4, 0, 4], dtype=torch.int32, device=device)
+        run(torch.tensor([7, 8, 9, 8], device=device), slots, slots + 10, last_token, length, 4)
+        assert last_token.tolist() == [9, 0, 0, 7, 0] and length.tolist() == [10, 0, 0, 13, 0]

@@ -1,0 +1,51 @@
+"""Logits of the decoder against transformers', in float32."""
+
+import pytest
+import torch
+
+from nanovllm.attention import select_backend
+from nanovllm.layers.attention import Attention
+from nanovllm.models.decoder import Decoder
+from nanovllm.models.loader import load_weights
+from nanovllm.utils.context import Context, set_context
+from nanovllm.utils.hub import open_model
+from tests.models.tiny import TINY, save_tiny, tiny_model
+
+BLOCK = 16
+
+
+@torch.inference_mode()
+def prefill_logits(model, ids):
+    """All logits of one prompt, its KV in scattered blocks of a small cache."""
+    num_tokens, num_blocks = len(ids), -(-len(ids) // BLOCK)
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    for layer in layers:
+        shape = (2 * num_blocks + 1, BLOCK, layer.num_kv_heads, layer.head_dim)
+        layer.k_cache, layer.v_cache = torch.zeros(shape), torch.zeros(shape)
+    table = torch.arange(2 * num_blocks, 0, -2)
+    positions = torch.arange(num_tokens)
+    context = Context(
+        backend=select_backend("torch", torch.device("cpu"), layers[0].head_dim, BLOCK, torch.float32),
+        slots=torch.tensor([0], dtype=torch.int32),
+        context_lens=torch.tensor([num_tokens], dtype=torch.int32),
+        block_tables=torch.stack([table, torch.zeros_like(table)]).int(),
+        slot_mapping=table[positions // BLOCK] * BLOCK + positions % BLOCK,
+        cu_seqlens_q=torch.tensor([0, num_tokens], dtype=torch.int32),
+        max_seqlen_q=num_tokens,
+        max_context_len=num_tokens,
+    )
+    context.backend.prepare(context)
+    with set_context(context):
+        return model.compute_logits(model(ids, positions))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_logits_equal_transformers(tmp_path, name):
+    reference = tiny_model(name)
+    source = open_model(save_tiny(tmp_path, name))
+    model = Decoder(source.config, dtype=torch.float32)
+    load_weights(model, source.weights())
+    ids = torch.randint(source.config.vocab_size, (150,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = reference(ids[None]).logits[0]
+    torch.testing.assert_close(prefill_logits(model, ids), expected, atol=2e-4, rtol=2e-4)

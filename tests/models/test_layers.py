@@ -1,0 +1,147 @@
+"""Sharding: the ranks run one after another, rank 0 last, and a fake group hands it what the others sent."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.parameter import make_parameter
+from nanovllm.layers.rotary_embedding import rope_table
+from nanovllm.utils.context import Context, set_context
+from nanovllm.utils.parallel import TensorParallel
+
+
+@dataclass(frozen=True)
+class FakeRank(TensorParallel):
+    sent: dict = field(default_factory=dict)
+
+    def _all(self, x):
+        self.sent[self.rank] = x
+        return [self.sent[rank] for rank in range(self.size)] if self.rank == 0 else None
+
+    def all_reduce(self, x):
+        parts = self._all(x)
+        return torch.stack(parts).sum(0) if parts else x
+
+    def gather(self, x):
+        parts = self._all(x)
+        return torch.cat(parts, -1) if parts else None
+
+
+def ranks(size):
+    sent = {}
+    return [FakeRank(rank, size, None, sent) for rank in reversed(range(size))]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_vocab_parallel_embedding_and_head(size):
+    vocab, dim = 13, 6  # 2 and 4 do not divide it
+    full, ids, x = torch.randn(vocab, dim), torch.tensor([0, 3, 4, 7, 8, 12]), torch.randn(5, dim)
+    for tp in ranks(size):
+        embedding = VocabParallelEmbedding(vocab, dim, tp=tp)
+        embedding.weight.weight_loader(embedding.weight, full)
+        embedded = embedding(ids)
+    torch.testing.assert_close(embedded, full[ids])
+    for last in (None, torch.tensor([1, 4])):
+        for tp in ranks(size):
+            head = ParallelLMHead(vocab, dim, tp=tp)
+            head.weight.weight_loader(head.weight, full)
+            assert head.weight.shape[0] == -(-vocab // size)
+            with set_context(Context(last_indices=last)):
+                logits = head(x)
+            assert (logits is None) == (tp.rank > 0)
+        torch.testing.assert_close(logits, (x if last is None else x[last]) @ full.T)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_mlp_shards(size, bias):
+    hidden, inner = 6, 8
+    gate, up, down = torch.randn(inner, hidden), torch.randn(inner, hidden), torch.randn(hidden, inner)
+    gate_bias, up_bias, down_bias = torch.randn(inner), torch.randn(inner), torch.randn(hidden)
+    x = torch.randn(3, hidden)
+    for tp in ranks(size):
+        merged = MergedColumnParallelLinear(hidden, [inner, inner], bias, tp=tp)
+        row = RowParallelLinear(inner, hidden, bias, tp=tp)
+        for i, weight in enumerate((gate, up)):
+            merged.weight.weight_loader(merged.weight, weight, i)
+        row.weight.weight_loader(row.weight, down)
+        if bias:
+            merged.bias.weight_loader(merged.bias, gate_bias, 0)
+            merged.bias.weight_loader(merged.bias, up_bias, 1)
+            row.bias.weight_loader(row.bias, down_bias)
+        a, b = merged(x).chunk(2, -1)
+        out = row(a * b)
+    biases = (gate_bias, up_bias, down_bias) if bias else (None, None, None)
+    expected = F.linear(F.linear(x, gate, biases[0]) * F.linear(x, up, biases[1]), down, biases[2])
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize(("size", "kv_heads"), [(1, 2), (2, 2), (4, 2), (4, 1), (2, 4), (8, 2)])
+def test_qkv_shards_and_replicates_kv_heads(size, kv_heads):
+    hidden, heads, dim = 5, 8, 3
+    full = {"q": torch.randn(heads * dim, hidden), "k": torch.randn(kv_heads * dim, hidden)}
+    full["v"] = -full["k"]
+    x = torch.randn(2, hidden)
+    q, k, v = ((x @ full[i].T).unflatten(-1, (-1, dim)) for i in "qkv")
+    expected = torch.cat([q, k.repeat_interleave(heads // kv_heads, 1), v.repeat_interleave(heads // kv_heads, 1)], -1)
+    got = []
+    for rank in range(size):
+        layer = QKVParallelLinear(hidden, dim, heads, kv_heads, tp=TensorParallel(rank, size))
+        for shard_id, weight in full.items():
+            layer.weight.weight_loader(layer.weight, weight, shard_id)
+        local = layer(x).unflatten(-1, (-1, dim))
+        q, k, v = local.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], 1)
+        group = layer.num_heads // layer.num_kv_heads
+        got.append(torch.cat([q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)], -1))
+    torch.testing.assert_close(torch.cat(got, 1), expected)
+
+
+def test_what_ranks_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="tensor_parallel_size=3 does not divide the model's num_attention_heads=8"):
+        QKVParallelLinear(4, 2, 8, 4, tp=TensorParallel(0, 3))
+    for size, kv_heads in ((4, 6), (6, 4)):
+        with pytest.raises(ValueError, match=f"tensor_parallel_size={size} .* num_key_value_heads={kv_heads}"):
+            QKVParallelLinear(4, 2, 12, kv_heads, tp=TensorParallel(0, size))
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=4 does not divide .* intermediate_size=6"):
+        MergedColumnParallelLinear(4, [6, 6], tp=TensorParallel(0, 4))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope_type": "linear", "factor": 3.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "truncate": False, "beta_fast": 16, "attention_factor": 1.5},
+        {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5},
+    ],
+)
+def test_stretched_rope_tables(options):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    options = options | {"original_max_position_embeddings": 128}
+    config = LlamaConfig(head_dim=64, rope_parameters=options | {"rope_theta": 5e4}, max_position_embeddings=512)
+    inv_freq, magnitude = ROPE_INIT_FUNCTIONS[options["rope_type"]](config, "cpu")
+    angles = torch.arange(512)[:, None] * inv_freq
+    expected = torch.cat([angles.cos(), angles.sin()], -1) * magnitude
+    torch.testing.assert_close(rope_table(64, 512, 5e4, options), expected, atol=2e-4, rtol=0)
+    plain = rope_table(64, 512, 5e4)
+    assert (plain - expected).abs().max() > 0.1
+    factors = rope_table(64, 1, 5e4)[0, :32]  # ones
+    torch.testing.assert_close(
+        rope_table(64, 512, 5e4, {"rope_type": "frequency_factors", "factors": factors.tolist()}), plain
+    )
+
+
+def test_a_wrong_shape_is_refused():
+    param = make_parameter(4)
+    with pytest.raises(ValueError, match=r"\[3\].*\[4\]"):
+        param.weight_loader(param, torch.zeros(3))
+    layer = QKVParallelLinear(4, 2, 2, 1)
+    with pytest.raises(ValueError, match=r"\[8, 4\].*\[2, 4\]"):
+        layer.weight.weight_loader(layer.weight, torch.zeros(8, 4), "k")

@@ -1,0 +1,119 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanovllm.models.decoder import Decoder
+from nanovllm.models.loader import init_dummy_weights, iterate_weights, load_weights
+from nanovllm.models.registry import ModelConfig
+from nanovllm.utils.parallel import TensorParallel
+from tests.models.tiny import save_tiny, tiny_model
+
+
+@pytest.fixture(scope="module")
+def untied():
+    """(an empty decoder's maker, the checkpoint it loads)"""
+    model = tiny_model("qwen3-yarn")
+    config = ModelConfig.from_hf(model.config)
+    return lambda tp=None: Decoder(config, tp=tp), {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def test_a_checkpoint_fills_every_parameter_and_can_do_so_again(untied):
+    make, weights = untied
+    with torch.inference_mode():  # as the runner builds it
+        model = make()
+    for factor in (1.0, 2.0):
+        load_weights(model, ((name, factor * tensor) for name, tensor in reversed(weights.items())))
+        attention = model.layers[1].self_attn
+        prefix = "model.layers.1.self_attn."
+        expected = torch.cat([weights[f"{prefix}{i}_proj.bias"] for i in "qkv"])
+        torch.testing.assert_close(attention.qkv_proj.bias, factor * expected)
+        torch.testing.assert_close(attention.attn.q_norm.weight, factor * weights[prefix + "q_norm.weight"])
+        torch.testing.assert_close(model.lm_head.weight, factor * weights["lm_head.weight"])
+
+
+def test_each_rank_takes_its_slices(untied):
+    make, weights = untied
+    models = [make(TensorParallel(rank, 2)) for rank in range(2)]
+    for model in models:
+        load_weights(model, weights.items())
+    got = torch.cat([model.layers[0].mlp.down_proj.weight for model in models], 1)
+    torch.testing.assert_close(got, weights["model.layers.0.mlp.down_proj.weight"])
+    got = torch.cat([model.lm_head.weight for model in models])
+    torch.testing.assert_close(got[:131], weights["lm_head.weight"])
+    assert not got[131:].any()
+
+
+def test_what_is_wrong_with_a_checkpoint_is_named(untied):
+    make, weights = untied
+    name = "model.layers.0.self_attn.k_proj.weight"
+
+    def load(items):
+        load_weights(make(), items)
+
+    with pytest.raises(ValueError, match=f"lacks 1 tensors: {name}"):
+        load((k, v) for k, v in weights.items() if k != name)
+    with pytest.raises(ValueError, match=r"model\.layers\.7\.x\.weight, for which the model has no place"):
+        load([*weights.items(), ("model.layers.7.x.weight", torch.zeros(1))])
+    with pytest.raises(ValueError, match=f"{name} twice"):
+        load([*weights.items(), (name, weights[name])])
+    with pytest.raises(ValueError, match=rf"{name} has shape \[64, 55\], but the model needs \[64, 56\]"):
+        load({**weights, name: weights[name][:, 1:]}.items())
+    with pytest.raises(ValueError, match=rf"{name} has dtype torch\.int8"):
+        load({**weights, name: weights[name].to(torch.int8)}.items())
+
+
+def test_what_may_be_redundant_is_ignored():
+    model = tiny_model("qwen3")
+    weights = dict(model.state_dict())
+    weights["lm_head.weight"] = torch.zeros(1)  # tied: the embedding's is taken
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(1)
+    decoder = Decoder(ModelConfig.from_hf(model.config))
+    load_weights(decoder, weights.items())
+    assert decoder.lm_head.weight is decoder.embed_tokens.weight
+    torch.testing.assert_close(decoder.lm_head.weight, weights["model.embed_tokens.weight"])
+
+
+def test_dummy_weights_follow_the_seed_alone():
+    decoders = [Decoder(ModelConfig.from_hf(tiny_model("qwen2").config)) for _ in range(3)]
+    state = torch.get_rng_state()
+    for decoder, seed in zip(decoders, (1, 1, 2), strict=True):
+        init_dummy_weights(decoder, seed)
+    assert torch.equal(torch.get_rng_state(), state)
+    first, same, other = (decoder.layers[0].mlp.down_proj.weight for decoder in decoders)
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert first.std().item() == pytest.approx(0.02, rel=0.1)
+    assert torch.equal(decoders[0].norm.weight, torch.ones_like(decoders[0].norm.weight))
+
+
+def test_safetensors_in_one_file_or_several(tmp_path):
+    folder = save_tiny(tmp_path, "llama-bias")
+    single = dict(iterate_weights(folder))
+    whole = load_file(folder / "model.safetensors")
+    assert single.keys() == whole.keys()
+    names = sorted(whole)
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in files.items():
+        save_file({name: whole[name] for name in part}, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, part in files.items() for name in part}}))
+    (folder / "model.safetensors").unlink()
+    save_file({"not": torch.zeros(1)}, folder / "consolidated.safetensors")  # not in the index
+    sharded = dict(iterate_weights(folder))
+    assert sharded.keys() == whole.keys()
+    assert all(torch.equal(sharded[name], whole[name]) for name in names)
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"b\.safetensors"):
+        iterate_weights(folder)
+    index.write_text(json.dumps({"weight_map": {"x": "../a.safetensors"}}))
+    with pytest.raises(ValueError, match="not a file in that folder"):
+        iterate_weights(folder)
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no \\*\\.safetensors"):
+        iterate_weights(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="pickled weights"):
+        iterate_weights(tmp_path)

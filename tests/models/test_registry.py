@@ -1,0 +1,110 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from nanovllm.models.registry import FAMILIES, PRESETS, ModelConfig
+
+LLAMA3 = {
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def hf_config(**options):
+    """A config as transformers 4 gives it for a llama checkpoint."""
+    defaults = {
+        "model_type": "llama",
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "torch_dtype": torch.bfloat16,
+        "eos_token_id": 2,
+    }
+    return SimpleNamespace(**{**defaults, **options})
+
+
+def test_families_differ_by_options():
+    small = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    qwen3 = ModelConfig.from_hf(Qwen3Config(**small))
+    qwen2 = ModelConfig.from_hf(Qwen2Config(**small))
+    llama = ModelConfig.from_hf(LlamaConfig(**small, attention_bias=True, mlp_bias=True))
+    mistral = ModelConfig.from_hf(MistralConfig(**small, sliding_window=None))
+    assert {c.model_type for c in (qwen3, qwen2, llama, mistral)} == set(FAMILIES)
+    assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.head_dim) == (True, False, 128)
+    assert (qwen2.qk_norm, qwen2.qkv_bias, qwen2.o_bias, qwen2.head_dim) == (False, True, False, 16)
+    assert (llama.qkv_bias, llama.o_bias, llama.mlp_bias) == (True, True, True)
+    assert (mistral.qkv_bias, mistral.o_bias, mistral.mlp_bias) == (False, False, False)
+
+
+def test_both_rope_spellings():
+    old = hf_config(rope_theta=5e5, rope_scaling={"type": "llama3", **LLAMA3})
+    new = hf_config(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3})
+    assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)
+    assert ModelConfig.from_hf(new).rope_theta == 5e5
+    assert ModelConfig.from_hf(new).rope_scaling == {"rope_type": "llama3", **LLAMA3}
+    for plain in ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_parameters": {"rope_theta": 5e5}}):
+        config = ModelConfig.from_hf(hf_config(**plain))
+        assert (config.rope_theta, config.rope_scaling) == (5e5, None)
+    # transformers 4 with a checkpoint saved by 5: the default theta beside the checkpoint's own
+    both = hf_config(rope_theta=1e4, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    assert ModelConfig.from_hf(both).rope_theta == 5e5
+
+
+def test_dtype_and_eos_ids():
+    config = ModelConfig.from_hf(hf_config(eos_token_id=[3, 4]))
+    assert (config.dtype, config.eos_token_ids) == (torch.bfloat16, (3, 4))
+    config = ModelConfig.from_hf(hf_config(dtype="float16"), eos_token_ids=(7, 8))
+    assert (config.dtype, config.eos_token_ids) == (torch.float16, (7, 8))
+    assert ModelConfig.from_hf(hf_config(torch_dtype=None, eos_token_id=None)).eos_token_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"model_type": "gemma3"}, "gemma3"),
+        ({"model_type": None}, "None"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"model_type": "mistral", "sliding_window": 1024}, "sliding_window=1024"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "sliding_window"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differs between layers"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial RoPE"),
+        ({"num_attention_heads": 5}, "num_attention_heads=5"),
+        ({"dtype": "float64"}, "float64"),
+    ],
+)
+def test_unsupported_is_refused_by_name(options, named):
+    with pytest.raises(ValueError, match="qwen3, qwen2, llama, mistral") as error:
+        ModelConfig.from_hf(hf_config(**options))
+    assert named in str(error.value)
+
+
+def test_rope_options_that_are_missing_are_named():
+    with pytest.raises(ValueError, match=r"'linear' but lacks factor"):
+        ModelConfig.from_hf(hf_config(rope_scaling={"rope_type": "linear"}))
+
+
+def test_a_sliding_window_that_is_not_in_use_is_fine():
+    ModelConfig.from_hf(hf_config(model_type="qwen2", sliding_window=1024, use_sliding_window=False))
+    ModelConfig.from_hf(hf_config(model_type="mistral", sliding_window=4096))
+    ModelConfig.from_hf(hf_config(model_type="mistral", sliding_window=None))
+
+
+@pytest.mark.parametrize(("name", "billions"), [("qwen3-0.6b", 0.596), ("qwen3-4b", 4.02), ("qwen3-8b", 8.19)])
+def test_presets_have_the_real_sizes(name, billions):
+    from nanovllm.models.decoder import Decoder
+
+    with torch.device("meta"):
+        model = Decoder(PRESETS[name])
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=5e-3)

@@ -1,0 +1,78 @@
+"""Tiny random models of every family, in odd shapes, as transformers saves them."""
+
+from pathlib import Path
+
+import torch
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
+# Heads and inner sizes divide by 4 ranks; vocabularies by none. name: (family, options)
+TINY = {
+    "qwen3": ("qwen3", {"heads": (4, 4), "head_dim": 32, "tied": True}),  # GQA 1, head_dim not hidden / heads
+    "qwen3-yarn": ("qwen3", {"heads": (12, 4), "head_dim": 16, "attention_bias": True, "rope_parameters": _YARN}),
+    "qwen2": ("qwen2", {"heads": (12, 4), "hidden_size": 96}),  # GQA 3, head_dim 8
+    "qwen2-tied": ("qwen2", {"heads": (8, 2), "hidden_size": 64, "tied": True}),
+    "llama": ("llama", {"heads": (8, 1), "head_dim": 16, "tied": True}),  # GQA 8
+    "llama3": ("llama", {"heads": (12, 4), "hidden_size": 48, "head_dim": 24, "rope_parameters": _LLAMA3}),
+    "llama-bias": (
+        "llama",
+        {
+            "heads": (4, 2),
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+        },
+    ),
+    "mistral": ("mistral", {"heads": (8, 4), "head_dim": 10, "sliding_window": None}),
+}
+
+
+def tiny_model(name: str, seed: int = 0, **overrides):
+    """The transformers model `name` of TINY in float32 with random weights, biases and norms.
+
+    Args:
+        overrides: options of the transformers config that replace TINY's.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family, options = TINY[name]
+    options = dict(options)
+    heads, kv_heads = options.pop("heads")
+    options = {
+        "vocab_size": 131,
+        "hidden_size": 56,
+        "intermediate_size": 76,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": options.pop("tied", False),
+        "eos_token_id": 1,
+        "bos_token_id": None,
+        "pad_token_id": 0,
+        "dtype": "float32",
+        **options,
+        **overrides,
+    }
+    config = AutoConfig.for_model(family, **options)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, param in model.named_parameters():
+            param.normal_(1.0 if key.endswith("norm.weight") else 0.0, 0.2, generator=generator)
+    return model
+
+
+def save_tiny(folder: Path, name: str, seed: int = 0, **overrides) -> Path:
+    """Save `tiny_model(...)` in a folder of its own under `folder`, which is returned."""
+    path = Path(folder) / name
+    tiny_model(name, seed, **overrides).save_pretrained(path)
+    return path
