@@ -1,7 +1,7 @@
 """Benchmarks: `python bench.py --help`.
 
-The workloads are those of nano-vLLM's bench (offline) and what an engine's users feel besides (latency, prefill, prefix,
-start). Prompts are random token ids, so any model will do, also random weights of a real shape:
+The workloads are those of nano-vLLM's bench (offline) and what an engine's users feel besides (latency, prefill,
+prefix, start). Prompts are random token ids, so any model will do, also random weights of a real shape:
 
     python bench.py --model qwen3-0.6b --load-format dummy                       # offline, at nano-vLLM's parameters
     python bench.py --workload all --model qwen3-8b --load-format dummy

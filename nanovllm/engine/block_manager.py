@@ -27,8 +27,8 @@ class Block:
 class BlockManager:
     """Hands out blocks, counts references, and finds shared prefixes.
 
-    A block whose count falls to 0 joins the free list's end but keeps its content until it is taken from the front (LRU),
-    so a later request with the same prefix can still have it.
+    A block whose count falls to 0 joins the free list's end but keeps its content until it is taken from the front
+    (LRU), so a later request with the same prefix can still have it.
 
     Args:
         num_blocks: blocks in the pool.
@@ -108,8 +108,8 @@ class BlockManager:
     def register(self, seq: Sequence) -> None:
         """Put `seq`'s full blocks, computed or scheduled to be, in the prefix index.
 
-        A block may be shared as soon as the step that fills it is scheduled: steps run in order on the device, and within
-        a step every layer writes all keys and values before any row reads them.
+        A block may be shared as soon as the step that fills it is scheduled: steps run in order on the device, and
+        within a step every layer writes all keys and values before any row reads them.
         """
         if not self.enable_prefix_caching:
             return

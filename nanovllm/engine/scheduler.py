@@ -88,7 +88,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def schedule(self) -> Step | None:
-        """The next step, or None when there is nothing to launch (all waits for tokens in flight, or nothing is left)."""
+        """The next step, or None when there is nothing to launch: all is done or waits for tokens in flight."""
         step = Step()
         budget, preemptions = self.max_num_batched_tokens, self.num_preemptions
         for seq in list(self.running):

@@ -1,8 +1,8 @@
 """Drawing tokens: logits -> ban stop ids -> temperature -> top-k -> top-p -> min-p -> Gumbel-max.
 
-The largest of logit + Gumbel noise is a draw from the softmax (Gumbel, 1954; Maddison et al., arXiv:1411.0030): one pass
-over the vocabulary, no cumulative sum, no wait for the host. The noise is a hash of (seed, context length, token id), so a
-row's draw depends on nothing else: not on its place in the batch, and not on other rows.
+The largest of logit + Gumbel noise is a draw from the softmax (Gumbel, 1954; Maddison et al., arXiv:1411.0030): one
+pass over the vocabulary, no cumulative sum, no wait for the host. The noise is a hash of (seed, context length, token
+id), so a row's draw depends on nothing else: not on its place in the batch, and not on other rows.
 
 The filters come down to one threshold a row. It is found by bisection on the order-preserving integer image of a float:
 at most 32 passes over the row for an exact k-th value, and as many for the top-p cut. Rows without filters skip that.

@@ -9,8 +9,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanovllm.utils.gguf import iterate_gguf
-
 if TYPE_CHECKING:
     from nanovllm.models.decoder import Decoder
 
@@ -89,7 +87,11 @@ def iterate_weights(location: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         ValueError: there are none, or only pickled ones, which are never loaded.
     """
-    return iterate_gguf(location) if location.suffix == ".gguf" else _iterate_safetensors(_weight_files(location))
+    if location.suffix == ".gguf":
+        from nanovllm.utils.gguf import iterate_gguf
+
+        return iterate_gguf(location)
+    return _iterate_safetensors(_weight_files(location))
 
 
 def _weight_files(folder: Path) -> list[Path]:

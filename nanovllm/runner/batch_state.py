@@ -16,8 +16,8 @@ from nanovllm.sampling_params import MAX_STOP_IDS
 class Staging:
     """A ring of pinned host buffers for copies to the device that do not wait.
 
-    One buffer serves one step. It is used again `depth` steps later, when that step's tokens have been collected and its
-    copies are therefore done.
+    One buffer serves one step. It is used again `depth` steps later, when that step's tokens have been collected and
+    its copies are therefore done.
     """
 
     def __init__(self, num_bytes: int, device: torch.device, depth: int = 2):

@@ -161,7 +161,7 @@ class SpawnedRanks(Executor):
             raise
 
     def _watch(self) -> None:
-        """Wait for a child that ended, stopped, or sent a traceback; then end the others, so that nobody waits for it."""
+        """Wait for a child that ended, stopped or sent a traceback; then end the others, which may wait for it."""
         while not self.closing.wait(_POLL_SECONDS):
             for rank, process in enumerate(self.processes, start=1):
                 what = self._failure(rank, process)

@@ -1,7 +1,7 @@
 """The global forward context: what a step's layers need to know besides their activations.
 
-The runner sets it for exactly one forward; layers read it with `get_context()`. That keeps layer signatures the same for
-every model and every attention backend.
+The runner sets it for exactly one forward; layers read it with `get_context()`. That keeps layer signatures the same
+for every model and every attention backend.
 """
 
 from collections.abc import Iterator

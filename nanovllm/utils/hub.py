@@ -16,7 +16,6 @@ import torch
 
 from nanovllm.models.loader import iterate_weights
 from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, token_ids
-from nanovllm.utils.gguf import gguf_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,6 +88,8 @@ def open_model(name: str | Path | None, load_format: str = "auto") -> ModelSourc
         return _open_folder(path)
     if path.suffix != ".gguf":
         raise ValueError(f"model {name!r} is a file, but not a .gguf file")
+    from nanovllm.utils.gguf import gguf_config
+
     return ModelSource(gguf_config(path), path)
 
 

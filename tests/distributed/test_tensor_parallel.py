@@ -99,7 +99,7 @@ def test_a_dead_or_stopped_rank_is_a_clear_error_in_seconds(model, want, how):
 def test_a_worker_s_error_reaches_the_caller_with_its_traceback(model, monkeypatch):
     with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
         llm.executor.channels[0].send("not a batch")
-        with pytest.raises(RuntimeError, match="rank 1 failed:\n.*Traceback"):
+        with pytest.raises(RuntimeError, match=r"rank 1 failed:\n.*Traceback"):
             while True:
                 tokens(llm)
 
@@ -135,7 +135,8 @@ from nanovllm import LLM, SamplingParams
 llm = LLM(sys.argv[1], tensor_parallel_size=2, **json.loads(sys.argv[2]))
 processes = getattr(llm.executor, "processes", [])
 print("pids", *[p.pid for p in processes], flush=True)
-outs = llm.generate(json.loads(sys.argv[3]), SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True), use_tqdm=False)
+params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+outs = llm.generate(json.loads(sys.argv[3]), params, use_tqdm=False)
 print("tokens", json.dumps([out.token_ids for out in outs]), flush=True)
 if len(sys.argv) > 4:
     time.sleep(600)

@@ -205,7 +205,7 @@ def test_a_failed_step_fails_the_engine_clearly(model, monkeypatch):
     monkeypatch.setattr(llm.executor, "launch", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         llm.generate(prompts_of([5]), greedy(6), use_tqdm=False)
-    with pytest.raises(RuntimeError, match="has failed.*out of memory"):
+    with pytest.raises(RuntimeError, match=r"has failed.*out of memory"):
         llm.generate(prompts_of([5]), greedy(6), use_tqdm=False)
 
 

@@ -11,7 +11,13 @@ from tests.models.tiny import TINY, save_tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-OPTIONS = dict(device="cuda", kvcache_block_size=16, max_model_len=256, max_num_batched_tokens=256)
+OPTIONS = {
+    "device": "cuda",
+    "kvcache_block_size": 16,
+    "max_model_len": 256,
+    "max_num_batched_tokens": 256,
+    "num_kvcache_blocks": 256,
+}
 
 
 def prompts_of(lengths, vocab_size=131, seed=0):
@@ -74,7 +80,7 @@ def test_a_large_head_and_vocabulary_in_bfloat16():
 def test_closing_gives_the_memory_back(model):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    llm = LLM(model, max_num_seqs=4, num_kvcache_blocks=4096, **OPTIONS)
+    llm = LLM(model, max_num_seqs=4, **{**OPTIONS, "num_kvcache_blocks": 4096})
     llm.generate(prompts_of([5]), greedy(4), use_tqdm=False)
     assert torch.cuda.memory_allocated() - before > 1 << 20
     llm.close()

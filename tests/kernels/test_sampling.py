@@ -59,7 +59,7 @@ def test_triton_equals_torch(device, vocab_size, dtype):
 
 
 def test_draws_follow_the_softmax(device, run):
-    """Chi-square of 4,000 draws at fixed seeds against the softmax; the 99.9% bound for 7 degrees of freedom is 24.3."""
+    """Chi-square of 4,000 draws at fixed seeds; the 99.9% bound for 7 degrees of freedom is 24.3."""
     rows = 4000
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, 0.1, -0.3, 1.5], device=device)
     state = state_of(device, rows, temperature=0.8, seed=range(rows))
