@@ -132,7 +132,7 @@ def qk_norm_rope_store(
     v_cache: torch.Tensor,
     num_heads: int,
 ) -> torch.Tensor:
-    """Norm the query and key heads (if there are weights), rotate them (RoPE, halves paired), write K and V to the cache.
+    """Norm the query and key heads (if there are weights), rotate them (RoPE, halves paired), store K and V.
 
     Args:
         qkv: [T, (H + 2 K) Dh], rows contiguous.

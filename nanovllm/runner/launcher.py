@@ -9,6 +9,7 @@ from outside the process tree, and nothing listens beyond loopback: the ranks me
 """
 
 import contextlib
+import gc
 import os
 import shutil
 import socket
@@ -88,7 +89,12 @@ class Executor:
         return self.runner.collect()
 
     def close(self) -> None:
-        self.runner = None
+        """Give back the device's memory. Parameters and their loaders refer to each other: the collector frees them."""
+        if self.runner is not None:
+            self.runner = None
+            gc.collect()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
 
 
 class SpawnedRanks(Executor):
@@ -98,6 +104,7 @@ class SpawnedRanks(Executor):
         self.processes: list[subprocess.Popen] = []
         self.channels: list[Connection] = []
         self.error: str | None = None
+        self.runner = None
         self.closing = threading.Event()
         self.folder = tempfile.mkdtemp(prefix="nanovllm-")
         size = config.tensor_parallel_size
