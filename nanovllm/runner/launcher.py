@@ -8,6 +8,7 @@ Children are started as `python -m nanovllm.runner.worker`, so the caller's scri
 from outside the process tree, and nothing listens beyond loopback: the ranks meet in a temporary file.
 """
 
+import atexit
 import contextlib
 import gc
 import os
@@ -68,12 +69,18 @@ def start(config: Config, source: ModelSource) -> "Executor":
 def _join_outside_group(config: Config, source: ModelSource) -> "Executor":
     if not dist.is_initialized():
         dist.init_process_group("nccl" if config.device_type == "cuda" else "gloo")
+        atexit.register(_leave_group)  # its threads must end before the interpreter does
     if dist.get_world_size() != config.tensor_parallel_size:
         raise ValueError(
             f"tensor_parallel_size={config.tensor_parallel_size} must equal the world size, {dist.get_world_size()}"
         )
     device = rank_device(config.device_type, int(os.environ.get("LOCAL_RANK", dist.get_rank())))
     return Executor(ModelRunner(config, source, TensorParallel.default(), device))
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Executor:

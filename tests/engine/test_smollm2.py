@@ -1,9 +1,9 @@
 """The default model: real text from real weights, token for token what transformers gives."""
 
 import pytest
-import torch
 
 from nanovllm import LLM, SamplingParams
+from tests.engine.reference import load_reference, reference_greedy
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -34,21 +34,9 @@ def test_paris(llm):
 
 
 def test_greedy_tokens_equal_transformers(llm):
-    from transformers import AutoModelForCausalLM
-
-    path = llm.source.path
-    reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
     prompts = [llm.tokenizer.encode(chat(llm, question)) for question in QUESTIONS]
     outputs = llm.generate(prompts, params, use_tqdm=False)
+    model = load_reference(llm.source.path)
     for prompt, out in zip(prompts, outputs, strict=True):
-        ids = torch.tensor([prompt])
-        want = reference.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=64,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        assert out.token_ids == want[0, len(prompt) :].tolist()
+        assert out.token_ids == reference_greedy(model, prompt, 64)

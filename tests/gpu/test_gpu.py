@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from tests.engine.reference import reference_greedy
+from tests.engine.reference import load_reference, reference_greedy
 from tests.models.tiny import TINY, save_tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -41,9 +41,10 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize("name", TINY)
 def test_float32_greedy_tokens_equal_transformers(name, tmp_path):
     path = save_tiny(tmp_path, name)
+    model = load_reference(path)
     prompts = prompts_of([1, 5, 15, 16, 17, 40, 64])
     with LLM(path, dtype="float32", max_num_seqs=8, **OPTIONS) as llm:
-        assert tokens(llm, prompts, greedy(20)) == [reference_greedy(path, prompt, 20) for prompt in prompts]
+        assert tokens(llm, prompts, greedy(20)) == [reference_greedy(model, prompt, 20) for prompt in prompts]
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 12, 20])
