@@ -130,6 +130,7 @@ def compare_transformers(llm: LLM, args) -> dict:
     ours, theirs = [], []
     for _ in range(args.repeat):
         theirs.append(run(steps))
+        llm.scheduler.block_manager.reset_prefix_cache()
         ours.append(offline(llm, args)["seconds"])
     ours, theirs = statistics.median(ours), statistics.median(theirs)
     return {"nanovllm tok/s": tokens / ours, "transformers tok/s": tokens / theirs, "ratio": theirs / ours}

@@ -134,10 +134,12 @@ import json, sys, time
 from nanovllm import LLM, SamplingParams
 llm = LLM(sys.argv[1], tensor_parallel_size=2, **json.loads(sys.argv[2]))
 processes = getattr(llm.executor, "processes", [])
-print("pids", *[p.pid for p in processes], flush=True)
+sys.stdout.write(" ".join(["pids", *[str(p.pid) for p in processes]]) + "\\n")  # one write: ranks share the pipe
+sys.stdout.flush()
 params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 outs = llm.generate(json.loads(sys.argv[3]), params, use_tqdm=False)
-print("tokens", json.dumps([out.token_ids for out in outs]), flush=True)
+sys.stdout.write("tokens " + json.dumps([out.token_ids for out in outs]) + "\\n")
+sys.stdout.flush()
 if len(sys.argv) > 4:
     time.sleep(600)
 """
