@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from multiprocessing.connection import Connection
 
 import torch
@@ -67,18 +68,24 @@ def start(config: Config, source: ModelSource) -> "Executor":
 
 
 def _join_outside_group(config: Config, source: ModelSource) -> "Executor":
-    if not dist.is_initialized():
+    joined = not dist.is_initialized()
+    if joined:
         dist.init_process_group("nccl" if config.device_type == "cuda" else "gloo")
-        atexit.register(_leave_group)  # its threads must end before the interpreter does
     if dist.get_world_size() != config.tensor_parallel_size:
         raise ValueError(
             f"tensor_parallel_size={config.tensor_parallel_size} must equal the world size, {dist.get_world_size()}"
         )
     device = rank_device(config.device_type, int(os.environ.get("LOCAL_RANK", dist.get_rank())))
-    return Executor(ModelRunner(config, source, TensorParallel.default(), device))
+    executor = Executor(ModelRunner(config, source, TensorParallel.default(), device))
+    if joined:
+        atexit.register(_leave_group, weakref.ref(executor))
+    return executor
 
 
-def _leave_group() -> None:
+def _leave_group(executor: "weakref.ref[Executor]") -> None:
+    """End what the group runs on before the interpreter ends: the engine that holds it first, then the group."""
+    if executor() is not None:
+        executor().close()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -142,6 +142,7 @@ sys.stdout.write("tokens " + json.dumps([out.token_ids for out in outs]) + "\\n"
 sys.stdout.flush()
 if len(sys.argv) > 4:
     time.sleep(600)
+llm.close()
 """
 
 
