@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovllm.layers.parameter import check_shape, make_parameter
+from nanovllm.layers.parameter import PackedLayer, check_shape, make_parameter
 from nanovllm.utils.context import get_context
 from nanovllm.utils.parallel import TensorParallel
 
@@ -47,7 +47,7 @@ class VocabParallelEmbedding(nn.Module):
         return self.tp.all_reduce(x.masked_fill(outside.unsqueeze(-1), 0))
 
 
-class ParallelLMHead(VocabParallelEmbedding):
+class ParallelLMHead(VocabParallelEmbedding, PackedLayer):
     """Hidden states [T, embedding_dim] -> logits [L, num_embeddings] on rank 0, None on the others.
 
     L is the number of the context's `last_indices`, or T if there are none.
@@ -57,5 +57,5 @@ class ParallelLMHead(VocabParallelEmbedding):
         last_indices = get_context().last_indices
         if last_indices is not None:
             x = x[last_indices]
-        logits = self.tp.gather(F.linear(x, self.weight))
+        logits = self.tp.gather(self.product(x))
         return None if logits is None else logits[:, : self.num_embeddings]

@@ -7,10 +7,9 @@ the partial results. One after the other they need a single all-reduce (Megatron
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from nanovllm.layers.parameter import check_shape, divide, make_parameter
+from nanovllm.layers.parameter import PackedLayer, check_shape, divide, make_parameter
 from nanovllm.utils.parallel import TensorParallel
 
 
@@ -23,7 +22,7 @@ class Part:
     size: int  # how many it holds
 
 
-class ColumnParallelLinear(nn.Module):
+class ColumnParallelLinear(PackedLayer):
     """y = x W^T + b with the rows of W split: [..., in_features] -> [..., this rank's rows].
 
     Args:
@@ -48,7 +47,7 @@ class ColumnParallelLinear(nn.Module):
             offset += part.size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x, self.bias)
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
@@ -111,7 +110,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         super().__init__(hidden_size, parts, bias, dtype)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(PackedLayer):
     """y = x W^T + b with the columns of W split: [..., this rank's inputs] -> [..., out_features], whole on every rank.
 
     Args:
@@ -141,4 +140,4 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.bias if self.tp.rank == 0 else None  # the sum over the ranks must hold it once
-        return self.tp.all_reduce(F.linear(x, self.weight, bias))
+        return self.tp.all_reduce(self.product(x, bias))

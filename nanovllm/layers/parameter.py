@@ -9,7 +9,30 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from nanovllm.kernels.linear import can_pack, linear, pack
 from nanovllm.utils.parallel import TensorParallel
+
+
+class PackedLayer(nn.Module):
+    """A layer whose `weight` [N, K] multiplies, and which may keep it in a faster layout instead of the plain one."""
+
+    packed: torch.Tensor | None = None
+
+    def pack(self, keep_plain: bool) -> None:
+        """Change to the faster layout where there is one; `keep_plain` if another layer reads the plain weight."""
+        if can_pack(self.weight):
+            self.packed = pack(self.weight)
+            if not keep_plain:
+                self.weight.data = self.weight.data.new_empty(0)
+
+    def unpack(self) -> None:
+        """Change back, so that the weight can be written."""
+        if self.packed is not None and not self.weight.numel():
+            self.weight.data = self.packed.to_dense()
+        self.packed = None
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return linear(x, self.weight if self.packed is None else self.packed, bias)
 
 
 def check_shape(loaded: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from tqdm import tqdm
+
+from nanovllm.layers.parameter import PackedLayer
 
 if TYPE_CHECKING:
     from nanovllm.models.decoder import Decoder
@@ -47,6 +50,23 @@ def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) 
         ValueError: naming a tensor that is missing, left over, given twice, of the wrong shape or not floating point.
             The parameters may be partly overwritten then.
     """
+    # Parameters made in inference mode can only be written in it.
+    with torch.inference_mode(), _plain_layout(model):
+        _load_weights(model, weights)
+
+
+@contextmanager
+def _plain_layout(model: "Decoder") -> Iterator[None]:
+    """Weights can be written within; after it the layers have them in the layout they like best."""
+    layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
+    for layer in layers:
+        layer.unpack()
+    yield
+    for layer in layers:
+        layer.pack(keep_plain=layer.weight is model.embed_tokens.weight)
+
+
+def _load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     targets, seen = _targets(model), set()
     quiet = True if model.tp.rank else None  # None: silent unless on a terminal
     for name, loaded in tqdm(weights, "Loading weights", len(targets), delay=2, disable=quiet, leave=False):
@@ -60,8 +80,7 @@ def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) 
             raise ValueError(f"the tensor {name} has dtype {loaded.dtype}; it must be float32, bfloat16 or float16")
         param, shard_id = targets[name]
         try:
-            with torch.inference_mode():  # parameters made in inference mode can only be written in it
-                param.weight_loader(param, loaded, shard_id)
+            param.weight_loader(param, loaded, shard_id)
         except ValueError as error:
             raise ValueError(f"the tensor {name} {error}") from None
         seen.add(name)
@@ -73,7 +92,7 @@ def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) 
 def init_dummy_weights(model: "Decoder", seed: int) -> None:
     """Fill the parameters in place with small random numbers (norms with ones), from a generator of its own."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    with torch.inference_mode():
+    with torch.inference_mode(), _plain_layout(model):
         for name, param in model.named_parameters():
             if name.endswith("norm.weight"):
                 param.fill_(1)
