@@ -1,59 +1,59 @@
 """Attention of one query token per row over a paged KV cache (decode).
 
 Flash-decoding (Dao et al., 2023) with grouped queries: all query heads of a KV head form one tile, so each element of K
-and V is read from memory once. A row's context is split over programs, whose partial results a second kernel merges:
+and V is read from memory once. A row's context is split over programs:
 
-    grid (kv_heads, B, num_splits)   tokens [s * chunk, (s + 1) * chunk) of a row -> partial output, log-sum-exp
-    grid (H, B)                      partials weighted by exp(lse - max lse) -> output
+    grid (kv_heads, B, num_splits)   some tiles of a row -> partial output and log-sum-exp; the program of a row that
+                                     finishes last merges the partials, weighted by exp(lse - max lse)
 
 `num_splits` is a launch constant, an upper bound. How many of them a row uses follows from its context length on the
-device, so a captured graph is valid for any lengths. A row of one split is written by the first kernel. The kernels are
-compiled once for all batch sizes and split counts.
+device, so a captured graph is valid for any lengths. What rows have in common can be attended to before, for many rows
+at once (see shared_prefix.py): such a row begins where that ended, and merges those partials too.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels._triton import HAVE_TRITON, tl, triton
 
+if TYPE_CHECKING:
+    from nanovllm.kernels.shared_prefix import SharedParts
+
 LOG2E = 1.4426950408889634
 MIN_DOT = 16  # smallest side of a tensor-core tile
-MERGE_CHUNK = 16  # partials the merge kernel holds at once
 MAX_SPLITS = 128
+MAX_PARTS = 256  # splits and shared parts of a row together
+MERGE_SIZE = 32  # partials (splits x heads) that a merging program holds at once
 
 
 class DecodeConfig(NamedTuple):
-    """How a decode kernel is built: tokens per step of its loop, warps, pipeline stages."""
+    """How a decode kernel is built: tokens per step of its loop, warps, pipeline stages, most splits of a row."""
 
     tile: int
     num_warps: int
     num_stages: int
+    num_splits: int
 
 
-def default_decode_config(group: int, head_dim: int, itemsize: int) -> DecodeConfig:
-    """The tile for `group` query heads per KV head.
+def default_decode_config(batch: int, kv_heads: int, head_dim: int, itemsize: int, sm_count: int) -> DecodeConfig:
+    """What `python -m nanovllm.kernels.tune decode` chose on an H100.
 
-    Small tiles with few warps leave room for several programs on an SM, which hides the latency that one program's loop
-    exposes. Larger groups do more arithmetic for each byte and want more warps. The stages in flight of a program take
-    tile * head_dim * itemsize bytes of shared memory for K and again for V, so wide heads get a smaller tile.
-    """
-    tile, num_warps, num_stages = (32, 2, 4) if group <= 2 else (64, 4, 3)
-    row_bytes = triton.next_power_of_2(head_dim) * itemsize
-    return DecodeConfig(max(MIN_DOT, min(tile, tile * 256 // row_bytes)), num_warps, num_stages)
-
-
-def default_num_splits(batch: int, kv_heads: int, sm_count: int) -> int:
-    """Splits of the longest row: a power of two that gives each SM 16 to 32 programs.
-
-    Many small programs even out rows of different lengths. More than 64 splits are worth their partial results only
-    where the SMs would otherwise idle.
+    From four programs an SM on, splitting a row only costs: partial results and a merge. Fewer rows are split until
+    there are eight programs an SM. Small tiles with few warps leave room for several programs on an SM, which hides the
+    latency of each; without splits, loops are long enough for large tiles. The stages in flight of a program take tile *
+    head_dim * itemsize bytes of shared memory for K and again for V, so wide heads get a smaller tile.
     """
     programs = max(batch * kv_heads, 1)
-    wanted = triton.next_power_of_2(triton.cdiv(16 * sm_count, programs))
-    return min(wanted, 64 if 64 * programs >= 2 * sm_count else MAX_SPLITS)
+    if programs >= 4 * sm_count - 16:
+        tile, num_warps, num_stages, num_splits = 128, 4, 3, 1
+    else:
+        tile, num_warps, num_stages = 64, 2, 3
+        num_splits = min(64, triton.next_power_of_2(triton.cdiv(8 * sm_count - 32, programs)))
+    row_bytes = triton.next_power_of_2(head_dim) * itemsize
+    return DecodeConfig(max(MIN_DOT, min(tile, tile * 256 // row_bytes)), num_warps, num_stages, num_splits)
 
 
 @lru_cache
@@ -63,10 +63,10 @@ def sm_count(device: torch.device) -> int:
 
 
 @triton.jit
-def _split_tiles(context_len, num_splits, TILE: tl.constexpr, MIN_SPLIT: tl.constexpr):
-    """Tiles of each split of a row; both kernels must agree on it."""
-    num_tiles = tl.cdiv(context_len, TILE)
-    return tl.maximum(tl.cdiv(num_tiles, num_splits), tl.cdiv(MIN_SPLIT, TILE))
+def _split_tiles(num_tiles, num_splits, MIN_TILES: tl.constexpr):
+    """Tiles of each split of a row: as few as `num_splits` allows, but only long rows are cut more than 16 times."""
+    few = tl.minimum(tl.cdiv(num_tiles, 16), 8)
+    return tl.maximum(tl.maximum(tl.cdiv(num_tiles, num_splits), few), MIN_TILES)
 
 
 @triton.jit
@@ -104,8 +104,46 @@ def tile_pointers(
         return cache_ptr + starts[:, None] + in_block
 
 
+@triton.jit
+def _merge(
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    first_head,
+    num_parts,
+    part_stride,
+    GROUP: tl.constexpr,
+    GROUP_POW2: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """out[first_head + i] = the partials of that head, weighted by exp(lse - max lse); `first_head` counts over rows."""
+    heads = tl.arange(0, GROUP_POW2)
+    dims = tl.arange(0, HEAD_PAD)
+    parts = tl.arange(0, MAX_PARTS)
+    first_part = (first_head + heads).to(tl.int64) * part_stride
+    lse_mask = (heads < GROUP)[:, None] & (parts < num_parts)[None, :]
+    lse = tl.load(lse_ptr + first_part[:, None] + parts[None, :], mask=lse_mask, other=float("-inf"))
+    max_lse = tl.max(tl.where((heads < GROUP)[:, None], lse, 0.0), 1)  # finite: parts are not empty
+    total = tl.sum(tl.exp2(lse - max_lse[:, None]), 1)
+    acc = tl.zeros([GROUP_POW2, HEAD_PAD], tl.float32)
+    for start in tl.range(0, num_parts, CHUNK):
+        parts = start + tl.arange(0, CHUNK)
+        mask = (heads < GROUP)[:, None] & (parts < num_parts)[None, :]
+        place = first_part[:, None] + parts[None, :]
+        weights = tl.exp2(tl.load(lse_ptr + place, mask=mask, other=float("-inf")) - max_lse[:, None])
+        mask = mask[:, :, None] & (dims < HEAD_DIM)[None, None, :]
+        partial = tl.load(partial_ptr + place[:, :, None] * HEAD_DIM + dims[None, None, :], mask=mask, other=0.0)
+        acc += tl.sum(partial * weights[:, :, None], 1)
+    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    out_rows = (first_head + heads).to(tl.int64)[:, None] * HEAD_DIM
+    tl.store(out_ptr + out_rows + dims[None, :], out, mask=(heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :])
+
+
 # What varies from step to step, the alignment of slices included, is not worth a recompilation.
-@triton.jit(do_not_specialize=["slots_ptr", "context_lens_ptr", "num_splits"])
+@triton.jit(do_not_specialize=["slots_ptr", "context_lens_ptr", "shared_ptr", "num_splits", "part_stride"])
 def _decode_kernel(
     q_ptr,
     k_ptr,
@@ -113,22 +151,30 @@ def _decode_kernel(
     tables_ptr,
     slots_ptr,
     context_lens_ptr,
+    shared_ptr,
     out_ptr,
     partial_ptr,
     lse_ptr,
+    counter_ptr,
     scale_log2e,
     q_row_stride,
     q_head_stride,
     table_stride,
     num_splits,
+    part_stride,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
+    GROUP_POW2: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SHARED: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # KV heads vary fastest: programs that run together read neighbouring memory.
@@ -136,11 +182,19 @@ def _decode_kernel(
     row = tl.program_id(1)
     split = tl.program_id(2)
     context_len = tl.load(context_lens_ptr + row)
-    split_tiles = _split_tiles(context_len, num_splits, TILE, MIN_SPLIT)
-    first_tile = split * split_tiles
-    if first_tile * TILE >= context_len:
+    start_tile = 0
+    shared_parts = 0
+    if SHARED:
+        start_tile = tl.load(shared_ptr + 2 * row) // TILE
+        shared_parts = tl.load(shared_ptr + 2 * row + 1)
+    end_tile = tl.cdiv(context_len, TILE)
+    split_tiles = end_tile - start_tile
+    if SPLIT:
+        split_tiles = _split_tiles(split_tiles, num_splits, MIN_TILES)
+    first_tile = start_tile + split * split_tiles
+    if first_tile >= end_tile:
         return
-    last_tile = tl.minimum(first_tile + split_tiles, tl.cdiv(context_len, TILE))
+    last_tile = tl.minimum(first_tile + split_tiles, end_tile)
 
     TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
     heads = tl.arange(0, GROUP_PAD)
@@ -180,56 +234,35 @@ def _decode_kernel(
         blocks = next_blocks
 
     acc = acc / running_sum[:, None]
-    out_rows = row.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + heads
-    if split_tiles * TILE >= context_len:
+    first_head = row * (KV_HEADS * GROUP) + kv_head * GROUP
+    out_rows = (first_head + heads).to(tl.int64)
+    num_own = tl.cdiv(end_tile - start_tile, split_tiles)
+    if num_own + shared_parts == 1:
         out = acc.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :], out, mask=out_mask)
-    else:
-        parts = out_rows * num_splits + split
+    elif SPLIT or SHARED:
+        parts = out_rows * part_stride + shared_parts + split
         tl.store(partial_ptr + parts[:, None] * HEAD_DIM + dims[None, :], acc, mask=out_mask)
         tl.store(lse_ptr + parts, running_max + tl.log2(running_sum), mask=heads < GROUP)
-
-
-@triton.jit(do_not_specialize=["context_lens_ptr", "num_splits"])
-def _merge_kernel(
-    context_lens_ptr,
-    out_ptr,
-    partial_ptr,
-    lse_ptr,
-    num_splits,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    TILE: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    head = tl.program_id(0)
-    row = tl.program_id(1)
-    context_len = tl.load(context_lens_ptr + row)
-    split_tiles = _split_tiles(context_len, num_splits, TILE, MIN_SPLIT)
-    used = tl.cdiv(context_len, split_tiles * TILE)
-    if used <= 1:
-        return
-
-    dims = tl.arange(0, HEAD_PAD)
-    out_row = row.to(tl.int64) * HEADS + head
-    first_part = out_row * num_splits
-    all_splits = tl.arange(0, MAX_SPLITS)
-    lse = tl.load(lse_ptr + first_part + all_splits, mask=all_splits < used, other=float("-inf"))
-    max_lse = tl.max(lse, 0)  # finite: used splits are not empty
-    total = tl.sum(tl.exp2(lse - max_lse), 0)
-    acc = tl.zeros([HEAD_PAD], tl.float32)
-    for start in tl.range(0, used, CHUNK):
-        splits = start + tl.arange(0, CHUNK)
-        parts = first_part + splits
-        weights = tl.exp2(tl.load(lse_ptr + parts, mask=splits < used, other=float("-inf")) - max_lse)
-        mask = (splits < used)[:, None] & (dims < HEAD_DIM)[None, :]
-        partial = tl.load(partial_ptr + parts[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
-        acc += tl.sum(partial * weights[:, None], 0)
-    out = (acc / total).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + out_row * HEAD_DIM + dims, out, mask=dims < HEAD_DIM)
+        tl.debug_barrier()  # all of this program's stores come before its count
+        counter = counter_ptr + row * KV_HEADS + kv_head
+        if tl.atomic_add(counter, 1, sem="acq_rel") == num_own - 1:
+            tl.store(counter, 0)  # for the next launch
+            num_parts = num_own + shared_parts
+            _merge(
+                out_ptr,
+                partial_ptr,
+                lse_ptr,
+                first_head,
+                num_parts,
+                part_stride,
+                GROUP,
+                GROUP_POW2,
+                HEAD_DIM,
+                HEAD_PAD,
+                MAX_PARTS,
+                CHUNK,
+            )
 
 
 def decode_attention_triton(
@@ -240,19 +273,26 @@ def decode_attention_triton(
     slots: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
-    num_splits: int | None = None,
     *,
+    out: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
+    shared: "SharedParts | None" = None,
+    num_splits: int | None = None,
     tile: int | None = None,
     num_warps: int | None = None,
     num_stages: int | None = None,
-    min_split: int = 64,
+    min_tiles: int = 1,
 ) -> torch.Tensor:
-    """`decode_attention` as Triton kernels. What is None is picked by `default_num_splits` and `default_decode_config`.
+    """`decode_attention` as a Triton kernel. What is None of the last five is picked by `default_decode_config`.
 
     Args:
+        out: [B, H, Dh] contiguous, where the result goes; a new tensor if None.
+        counters: at least B * K int32 zeros, and zeros again afterwards; new ones if None. Launches that may overlap
+            must not have the same.
+        shared: partial results over what rows have in common, by `attend_shared`; or None.
         num_splits: most splits of a row, at most MAX_SPLITS.
         tile: cache tokens per loop step, a power of two of at least 16.
-        min_split: fewest tokens of a split but a row's last.
+        min_tiles: fewest tiles of a split but a row's last.
 
     Raises:
         ValueError: a size out of range or no power of two where one is needed, or heads that do not divide.
@@ -264,22 +304,24 @@ def decode_attention_triton(
     _, block_size, kv_heads, _ = k_cache.shape
     check_attention_inputs(q, k_cache, v_cache)
     group = heads // kv_heads
-    config = default_decode_config(group, head_dim, q.element_size())
-    tile = tile or config.tile
-    num_splits = num_splits or default_num_splits(batch, kv_heads, sm_count(q.device))
+    config = default_decode_config(batch, kv_heads, head_dim, q.element_size(), sm_count(q.device))
+    tile, num_splits = tile or config.tile, num_splits or config.num_splits
     if not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits={num_splits} must be between 1 and {MAX_SPLITS}")
     for name, value, least in (("tile", tile, MIN_DOT), ("block_size", block_size, 1)):
         if value < least or value & (value - 1):
             raise ValueError(f"{name}={value} must be a power of two of at least {least}")
-    out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device)
+    out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device) if out is None else out
     if batch == 0:
         return out
-    partial = lse = out  # not touched when there is one split
-    if num_splits > 1:
-        partial = torch.empty((batch, heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
-        lse = torch.empty((batch, heads, num_splits), dtype=torch.float32, device=q.device)
-    head_pad = max(MIN_DOT, triton.next_power_of_2(head_dim))
+    partial, lse, num_parts = out, out, num_splits  # not touched when there is one part
+    if shared is not None:
+        partial, lse, num_parts = shared.partial, shared.lse, shared.lse.shape[2]
+    elif num_splits > 1:
+        partial, lse = new_partials(q, num_parts)
+    if counters is None:
+        counters = torch.zeros(batch * kv_heads, dtype=torch.int32, device=q.device)
+    group_pow2 = triton.next_power_of_2(group)
     _decode_kernel[(kv_heads, batch, num_splits)](
         q,
         k_cache,
@@ -287,43 +329,42 @@ def decode_attention_triton(
         block_tables,
         slots,
         context_lens,
+        slots if shared is None else shared.rows,
         out,
         partial,
         lse,
+        counters,
         scale * LOG2E,
         q.stride(0),
         q.stride(1),
         block_tables.stride(0),
         num_splits,
+        num_parts,
         GROUP=group,
-        GROUP_PAD=max(MIN_DOT, triton.next_power_of_2(group)),
+        GROUP_PAD=max(MIN_DOT, group_pow2),
+        GROUP_POW2=group_pow2,
         HEAD_DIM=head_dim,
-        HEAD_PAD=head_pad,
+        HEAD_PAD=max(MIN_DOT, triton.next_power_of_2(head_dim)),
         KV_HEADS=kv_heads,
         BLOCK_SIZE=block_size,
         TILE=tile,
-        MIN_SPLIT=min_split,
+        MIN_TILES=min_tiles,
+        SPLIT=num_splits > 1,
+        SHARED=shared is not None,
+        MAX_PARTS=MAX_PARTS,
+        CHUNK=max(1, MERGE_SIZE // group_pow2),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=num_warps or config.num_warps,
         num_stages=num_stages or config.num_stages,
     )
-    if num_splits > 1:
-        _merge_kernel[(heads, batch)](
-            context_lens,
-            out,
-            partial,
-            lse,
-            num_splits,
-            HEADS=heads,
-            HEAD_DIM=head_dim,
-            HEAD_PAD=head_pad,
-            TILE=tile,
-            MAX_SPLITS=MAX_SPLITS,
-            MIN_SPLIT=min_split,
-            CHUNK=MERGE_CHUNK,
-            num_warps=2,
-        )
     return out
+
+
+def new_partials(q: torch.Tensor, num_parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for partial results of q [B, H, Dh]: outputs [B, H, P, Dh] and log-sum-exps (base 2) [B, H, P], float32."""
+    batch, heads, head_dim = q.shape
+    partial = torch.empty((batch, heads, num_parts, head_dim), dtype=torch.float32, device=q.device)
+    return partial, torch.empty((batch, heads, num_parts), dtype=torch.float32, device=q.device)
 
 
 def check_attention_inputs(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
@@ -415,7 +456,6 @@ def decode_attention(
     slots: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
-    num_splits: int | None = None,
 ) -> torch.Tensor:
     """Attention of one query per row over the row's pages; the query's own K and V are in the cache already.
 
@@ -426,11 +466,9 @@ def decode_attention(
         slots: [B] int32, the slot of each row.
         context_lens: [B] int32, tokens each row sees, at least 1.
         scale: factor of the logits, positive.
-        num_splits: most splits of a row on a GPU (see `decode_attention_triton`); the result does not depend on it.
 
     Returns:
         [B, H, Dh] in q's dtype.
     """
-    if q.is_cuda:
-        return decode_attention_triton(q, k_cache, v_cache, block_tables, slots, context_lens, scale, num_splits)
-    return decode_attention_torch(q, k_cache, v_cache, block_tables, slots, context_lens, scale)
+    attend = decode_attention_triton if q.is_cuda else decode_attention_torch
+    return attend(q, k_cache, v_cache, block_tables, slots, context_lens, scale)

@@ -8,7 +8,6 @@ from nanovllm.kernels.decode_attention import (
     decode_attention_torch,
     decode_attention_triton,
     default_decode_config,
-    default_num_splits,
 )
 from tests.kernels.paged import DEVICE, DTYPES, assert_close, assert_same, make_paged, plain_attention
 
@@ -73,15 +72,22 @@ def test_triton_is_the_formula(heads, kv_heads, head_dim, block_size, tile, num_
         dtype,
         num_splits=num_splits,
         tile=tile,
-        min_split=16,
     )
 
 
 @needs_triton
 @pytest.mark.parametrize("num_splits", [2, 8, 32, MAX_SPLITS])
 def test_rows_use_as_many_splits_as_they_fill(num_splits):
-    contexts = [1, 16, 17, 100, 257]  # from one split, the others empty, to more than the merge kernel holds at once
-    check(decode_attention_triton, contexts, 2, 1, 64, 16, num_splits=num_splits, tile=16, min_split=1)
+    contexts = [1, 16, 17, 100, 257]  # from one split, the others empty, to more than a merging program holds at once
+    check(decode_attention_triton, contexts, 2, 1, 64, 16, num_splits=num_splits, tile=16)
+
+
+@needs_triton
+def test_counters_are_zero_again_after_each_launch():
+    counters = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    for _ in range(2):
+        check(decode_attention_triton, [1, 17, 100], 4, 2, 64, 16, num_splits=8, tile=16, counters=counters)
+        assert not counters.any()
 
 
 @needs_triton
@@ -122,17 +128,15 @@ def test_heads_that_do_not_fit_are_refused():
 
 
 def test_default_splits_fill_the_device_and_no_more():
-    assert default_num_splits(512, 8, 132) == 1
-    assert default_num_splits(256, 8, 132) == 2
-    assert default_num_splits(32, 8, 132) == 16
-    assert default_num_splits(1, 8, 132) == 64
-    assert default_num_splits(1, 1, 132) == MAX_SPLITS
+    splits = {batch: default_decode_config(batch, 8, 128, 2, 132).num_splits for batch in (512, 64, 32, 8, 1)}
+    assert splits == {512: 1, 64: 1, 32: 4, 8: 16, 1: 64}
+    assert default_decode_config(1, 1, 128, 2, 132).num_splits == 64
 
 
 def test_default_tile_fits_shared_memory():
-    for group in (1, 2, 4, 8, 64):
+    for batch in (1, 512):
         for head_dim in (64, 96, 128, 256):
             for itemsize in (2, 4):
-                config = default_decode_config(group, head_dim, itemsize)
+                config = default_decode_config(batch, 8, head_dim, itemsize, 132)
                 assert config.tile >= 16
                 assert 2 * config.tile * max(head_dim, 128) * itemsize * config.num_stages <= 200 << 10

@@ -1,0 +1,134 @@
+"""Measures the attention kernels over sizes and settings: `python -m nanovllm.kernels.tune --help`.
+
+The defaults beside each kernel (`default_decode_config` and its like) are what this chose on an H100. On another chip:
+run it, and change them.
+"""
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from nanovllm.kernels.decode_attention import decode_attention_triton, default_decode_config
+from nanovllm.kernels.decode_attention import sm_count as count_sms
+from nanovllm.kernels.prefill_attention import default_prefill_config, prefill_attention_triton
+
+COLD_BYTES = 256 << 20  # several times any L2 cache
+BLOCK_SIZE = 64
+HEAD_DIM = 128
+KV_HEADS = 8
+
+
+def seconds(calls: list[Callable[[], object]], repeat: int = 5) -> float:
+    """Seconds of one of `calls` on the GPU: all of them in a graph, the median of several replays."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeat + 1):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / len(calls))
+    return statistics.median(times[1:])
+
+
+def make_cache(lens: list[int]) -> list[tuple[torch.Tensor, ...]]:
+    """(k_cache, v_cache, block_tables) of rows of `lens` tokens, as many as L2 cannot hold, blocks shuffled."""
+    needed = [-(-n // BLOCK_SIZE) for n in lens]
+    num_bytes = 4 * sum(needed) * BLOCK_SIZE * KV_HEADS * HEAD_DIM
+    caches = []
+    for _ in range(max(1, -(-COLD_BYTES // num_bytes))):
+        shape = (sum(needed), BLOCK_SIZE, KV_HEADS, HEAD_DIM)
+        k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        ids = torch.randperm(sum(needed), device="cuda", dtype=torch.int32).split(needed)
+        caches.append((k, v, torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)))
+    return caches
+
+
+def decode(full: bool) -> None:
+    """Bandwidth of decode attention: bytes of K and V read once, over time."""
+    print("decode attention: rows x tokens, group | tile warps stages splits | us, TB/s  (* default)")
+    sizes = [(256, 500, 1500), (128, 500, 1500), (32, 2000, 2000), (1, 4000, 4000), (1, 600, 600)]
+    for group, (rows, low, high) in itertools.product((2, 4), sizes):
+        lens = torch.linspace(low, high, rows).int().tolist()
+        caches, slots = make_cache(lens), torch.randperm(rows, device="cuda", dtype=torch.int32)
+        context_lens = torch.tensor(lens, device="cuda", dtype=torch.int32)[slots.long()]
+        q = torch.randn(rows, KV_HEADS * group, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        counters = torch.zeros(rows * KV_HEADS, device="cuda", dtype=torch.int32)
+        default = tuple(default_decode_config(rows, KV_HEADS, HEAD_DIM, 2, count_sms(q.device)))
+        configs = [default]
+        if full:
+            tiles = [(32, 2, 3), (32, 2, 4), (32, 2, 5), (64, 2, 3), (64, 4, 3), (64, 4, 4), (128, 4, 3)]
+            splits = {1: (8, 16, 32, 64), 32: (4, 8, 16), 128: (1, 2, 4, 8), 256: (1, 2, 4)}[rows]
+            configs += [(*tile, split) for tile in tiles for split in splits]
+        results = []
+        for tile, warps, stages, splits in configs:
+            options = {
+                "num_splits": splits,
+                "tile": tile,
+                "num_warps": warps,
+                "num_stages": stages,
+                "counters": counters,
+            }
+            calls = [
+                lambda c=c, o=options: decode_attention_triton(q, *c, slots, context_lens, 0.1, **o) for c in caches
+            ]
+            results.append((seconds(calls), (tile, warps, stages, splits)))
+        show(f"{rows} x {low}-{high}, {group}", results, 4 * sum(lens) * KV_HEADS * HEAD_DIM / 1e12, "TB/s")
+
+
+def prefill(full: bool) -> None:
+    """Arithmetic rate of prefill attention, the masked half not counted."""
+    print("prefill attention: rows x new tokens of context, group | m n warps stages | us, TFLOP/s  (* default)")
+    for group, (rows, new, context) in itertools.product((2, 4), [(4, 4000, 4000), (256, 64, 2112), (1, 128, 128)]):
+        caches, slots = make_cache([context] * rows), torch.arange(rows, device="cuda", dtype=torch.int32)
+        cu_seqlens = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * new
+        context_lens = torch.full((rows,), context, device="cuda", dtype=torch.int32)
+        q = torch.randn(rows * new, KV_HEADS * group, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        configs = [tuple(default_prefill_config(new, group, HEAD_DIM, 2))]
+        if full:
+            configs += [(128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 64, 4, 2)]
+            configs += [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 128, 8, 3), (128, 32, 8, 4)]
+        results = []
+        for m, n, warps, stages in configs:
+            options = {"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages}
+            calls = [
+                lambda c=c, o=options: prefill_attention_triton(q, *c, slots, cu_seqlens, context_lens, 0.1, **o)
+                for c in caches
+            ]
+            results.append((seconds(calls), (m, n, warps, stages)))
+        seen = rows * new * (context - (new - 1) / 2)
+        show(f"{rows} x {new} of {context}, {group}", results, 4 * seen * KV_HEADS * group * HEAD_DIM / 1e12, "TFLOP/s")
+
+
+def show(what: str, results: list[tuple[float, tuple]], work: float, unit: str, most: int = 6) -> None:
+    default = results[0][1]
+    best = sorted(set(results[1:] or results))[:most]
+    for time, config in [results[0], *best] if results[0] not in best else best:
+        mark = "*" if config == default else " "
+        print(f"{what:24s}{mark} {' '.join(map(str, config)):14s} {time * 1e6:8.1f} us {work / time:8.2f} {unit}")
+
+
+KERNELS = {"decode": decode, "prefill": prefill}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernels", nargs="*", choices=[*KERNELS, []], help="which (default: all)")
+    parser.add_argument("--defaults", action="store_true", help="measure the default settings only")
+    args = parser.parse_args()
+    for name in args.kernels or KERNELS:
+        KERNELS[name](not args.defaults)
+
+
+if __name__ == "__main__":
+    main()
