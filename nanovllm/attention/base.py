@@ -14,27 +14,41 @@ class AttentionBackend(ABC):
 
     Attributes:
         name: how users ask for it.
-        capturable: whether `decode` may be captured in a CUDA graph: it neither waits for the device nor keeps host
-            metadata of the step.
+        capturable: whether steps of decode rows may be captured in a CUDA graph: `decode` neither waits for the device
+            nor keeps host metadata of the step.
+        capturable_prefill: the same for `prefill`, whose work must then follow from the context's tensors alone.
     """
 
     name: str
     capturable: bool = False
+    capturable_prefill: bool = False
 
     def prepare(self, ctx: Context) -> None:  # noqa: B027  optional: most backends need nothing
         """Work out, once for all layers, what the context's tensors imply; kept in `ctx.meta`."""
 
     @abstractmethod
     def decode(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float, ctx: Context
-    ) -> torch.Tensor:
-        """Attention of the decode rows' q [D, H, Dh] -> [D, H, Dh]."""
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        scale: float,
+        ctx: Context,
+        out: torch.Tensor,
+    ) -> None:
+        """Attention of the decode rows' q [D, H, Dh] into `out`, of the same shape."""
 
     @abstractmethod
     def prefill(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float, ctx: Context
-    ) -> torch.Tensor:
-        """Causal attention of the prefill rows' packed q [Tp, H, Dh] -> [Tp, H, Dh]."""
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        scale: float,
+        ctx: Context,
+        out: torch.Tensor,
+    ) -> None:
+        """Causal attention of the prefill rows' packed q [Tp, H, Dh] into `out`, of the same shape."""
 
     def attend(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float, ctx: Context
@@ -49,10 +63,9 @@ class AttentionBackend(ABC):
         Returns:
             [T, H, Dh].
         """
-        num_decode = ctx.num_decode
-        if num_decode == len(q):
-            return self.decode(q, k_cache, v_cache, scale, ctx)
-        if num_decode == 0:
-            return self.prefill(q, k_cache, v_cache, scale, ctx)
-        decoded = self.decode(q[:num_decode], k_cache, v_cache, scale, ctx)
-        return torch.cat([decoded, self.prefill(q[num_decode:], k_cache, v_cache, scale, ctx)])
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if ctx.num_decode:
+            self.decode(q[: ctx.num_decode], k_cache, v_cache, scale, ctx, out[: ctx.num_decode])
+        if ctx.num_decode < len(q):
+            self.prefill(q[ctx.num_decode :], k_cache, v_cache, scale, ctx, out[ctx.num_decode :])
+        return out

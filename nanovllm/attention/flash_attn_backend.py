@@ -13,6 +13,7 @@ PAGE_MULTIPLE = 256  # flash-attn 2 pages its cache in multiples of this
 class _Metadata(NamedTuple):
     decode_tables: torch.Tensor  # [D, W] int32
     prefill_tables: torch.Tensor  # [P, W] int32
+    cu_seqlens_q: torch.Tensor | None  # [P + 1] int32, from 0
     cu_seqlens_k: torch.Tensor | None  # [P + 1] int32
 
 
@@ -49,15 +50,22 @@ class FlashAttnBackend(AttentionBackend):
     def prepare(self, ctx: Context) -> None:
         # flash-attn indexes block tables by row, not by slot. A device-side gather: a graph replays it.
         tables = ctx.block_tables.index_select(0, ctx.slots)
-        cu_seqlens_k = None
+        cu_seqlens_q = cu_seqlens_k = None
         if ctx.cu_seqlens_q is not None:
+            cu_seqlens_q = ctx.cu_seqlens_q - ctx.num_decode
             cu_seqlens_k = torch.nn.functional.pad(ctx.context_lens[ctx.num_decode :].cumsum(0), (1, 0)).int()
-        ctx.meta = _Metadata(tables[: ctx.num_decode], tables[ctx.num_decode :], cu_seqlens_k)
+        ctx.meta = _Metadata(tables[: ctx.num_decode], tables[ctx.num_decode :], cu_seqlens_q, cu_seqlens_k)
 
     def decode(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float, ctx: Context
-    ) -> torch.Tensor:
-        out = self._with_kvcache(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        scale: float,
+        ctx: Context,
+        out: torch.Tensor,
+    ) -> None:
+        attended = self._with_kvcache(
             q[:, None],
             k_cache,
             v_cache,
@@ -66,16 +74,22 @@ class FlashAttnBackend(AttentionBackend):
             softmax_scale=scale,
             causal=True,
         )
-        return out[:, 0]
+        out.copy_(attended[:, 0])
 
     def prefill(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float, ctx: Context
-    ) -> torch.Tensor:
-        return self._varlen(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        scale: float,
+        ctx: Context,
+        out: torch.Tensor,
+    ) -> None:
+        attended = self._varlen(
             q,
             k_cache,
             v_cache,
-            cu_seqlens_q=ctx.cu_seqlens_q,
+            cu_seqlens_q=ctx.meta.cu_seqlens_q,
             cu_seqlens_k=ctx.meta.cu_seqlens_k,
             max_seqlen_q=ctx.max_seqlen_q,
             max_seqlen_k=ctx.max_context_len,
@@ -83,3 +97,4 @@ class FlashAttnBackend(AttentionBackend):
             causal=True,
             block_table=ctx.meta.prefill_tables,
         )
+        out.copy_(attended)

@@ -30,24 +30,34 @@ class TorchBackend(AttentionBackend):
         self._buffers: list[torch.Tensor] = [torch.empty(0), torch.empty(0)]
 
     def decode(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float, ctx: Context
-    ) -> torch.Tensor:
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        scale: float,
+        ctx: Context,
+        out: torch.Tensor,
+    ) -> None:
         plan = self._plans(q, k_cache, ctx).decode
         shape = (len(q), k_cache.shape[2], -1, k_cache.shape[3])
         k, v = self._gather(k_cache, v_cache, plan.indices)
-        return attend_gathered(q, k.view(shape), v.view(shape), plan.mask, scale)
+        out.copy_(attend_gathered(q, k.view(shape), v.view(shape), plan.mask, scale))
 
     def prefill(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float, ctx: Context
-    ) -> torch.Tensor:
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        scale: float,
+        ctx: Context,
+        out: torch.Tensor,
+    ) -> None:
         rows = self._plans(q, k_cache, ctx).prefill
         shape = (k_cache.shape[2], -1, k_cache.shape[3])
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for row in rows:
             k, v = self._gather(k_cache, v_cache, row.indices)
             tokens = slice(row.start, row.end)
             out[tokens] = attend_row(q[tokens], k.view(shape), v.view(shape), row.mask, scale)
-        return out
 
     def _plans(self, q: torch.Tensor, k_cache: torch.Tensor, ctx: Context) -> _Plans:
         if ctx.meta is None:

@@ -18,7 +18,7 @@ class TritonBackend(AttentionBackend):
     """
 
     name = "triton"
-    capturable = True
+    capturable = capturable_prefill = True
 
     def __init__(self, device: torch.device, block_size: int):
         if not HAVE_TRITON:
@@ -27,19 +27,50 @@ class TritonBackend(AttentionBackend):
             raise ValueError(f"attention_backend='triton' needs a CUDA device, not device={str(device)!r}; use 'torch'")
         if block_size < 1 or block_size & (block_size - 1):
             raise ValueError(f"block_size={block_size} must be a power of two for attention_backend='triton'")
+        self.counters: torch.Tensor | None = None  # of finished splits; this engine's own
 
     def decode(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float, ctx: Context
-    ) -> torch.Tensor:
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        scale: float,
+        ctx: Context,
+        out: torch.Tensor,
+    ) -> None:
         rows = slice(ctx.num_decode)
-        return decode_attention_triton(
-            q, k_cache, v_cache, ctx.block_tables, ctx.slots[rows], ctx.context_lens[rows], scale
+        if self.counters is None:
+            self.counters = torch.zeros(1 << 16, dtype=torch.int32, device=q.device)  # more than are ever split
+        decode_attention_triton(
+            q,
+            k_cache,
+            v_cache,
+            ctx.block_tables,
+            ctx.slots[rows],
+            ctx.context_lens[rows],
+            scale,
+            out=out,
+            counters=self.counters,
         )
 
     def prefill(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float, ctx: Context
-    ) -> torch.Tensor:
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        scale: float,
+        ctx: Context,
+        out: torch.Tensor,
+    ) -> None:
         rows = slice(ctx.num_decode, None)
-        return prefill_attention_triton(
-            q, k_cache, v_cache, ctx.block_tables, ctx.slots[rows], ctx.cu_seqlens_q, ctx.context_lens[rows], scale
+        prefill_attention_triton(
+            q,
+            k_cache,
+            v_cache,
+            ctx.block_tables,
+            ctx.slots[rows],
+            ctx.cu_seqlens_q,
+            ctx.context_lens[rows],
+            scale,
+            out=out,
         )

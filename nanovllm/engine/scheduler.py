@@ -27,7 +27,10 @@ class Admission:
 
 @dataclass(slots=True)
 class Chunk:
-    """Tokens start .. start + len(token_ids) of the sequence in `slot`; `samples` if they are its last known ones."""
+    """Tokens start .. start + len(token_ids) of the sequence in `slot`.
+
+    `samples` if they are its last known ones. A token is drawn for each row, but only then does it mean anything.
+    """
 
     slot: int
     start: int
@@ -44,6 +47,14 @@ class Batch:
     admissions: list[Admission] = field(default_factory=list)
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (slot, place in its table, block id)
 
+    @property
+    def num_rows(self) -> int:
+        return len(self.decode_slots) + len(self.chunks)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decode_slots) + sum(len(chunk.token_ids) for chunk in self.chunks)
+
 
 @dataclass(slots=True)
 class Step:
@@ -58,9 +69,9 @@ class Step:
         return self.decoding + self.chunked
 
     @property
-    def sampled(self) -> list[Sequence]:
-        """The sequences that get a token, in the order of the tokens."""
-        return self.decoding + [s for s, chunk in zip(self.chunked, self.batch.chunks, strict=True) if chunk.samples]
+    def samples(self) -> list[bool]:
+        """Whether each row's token is the next one of its sequence."""
+        return [True] * len(self.decoding) + [chunk.samples for chunk in self.batch.chunks]
 
 
 class Scheduler:
@@ -104,14 +115,16 @@ class Scheduler:
         return step if step.decoding or step.chunked else None
 
     def update(self, step: Step, token_ids: Iterable[int]) -> list[Sequence]:
-        """Take in a collected step's tokens; the sequences that are finished for good, in order.
+        """Take in a collected step's tokens, one a row; the sequences that are finished for good, in order.
 
         A token of a sequence that has ended meanwhile is dropped.
         """
         done, rows = [], step.rows
         for seq in rows:
             seq.in_flight -= 1
-        for seq, token_id in zip(step.sampled, token_ids, strict=True):
+        for seq, samples, token_id in zip(rows, step.samples, token_ids, strict=True):
+            if not samples:
+                continue
             seq.pending -= 1
             if seq.status is Status.FINISHED:
                 continue

@@ -43,7 +43,7 @@ def default_decode_config(batch: int, kv_heads: int, head_dim: int, itemsize: in
 
     From four programs an SM on, splitting a row only costs: partial results and a merge. Fewer rows are split until
     there are eight programs an SM. Small tiles with few warps leave room for several programs on an SM, which hides the
-    latency of each; without splits, loops are long enough for large tiles. The stages in flight of a program take tile *
+    latency of each; without splits, loops are long enough for large tiles. A program takes stages * tile *
     head_dim * itemsize bytes of shared memory for K and again for V, so wide heads get a smaller tile.
     """
     programs = max(batch * kv_heads, 1)
@@ -119,15 +119,15 @@ def _merge(
     MAX_PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """out[first_head + i] = the partials of that head, weighted by exp(lse - max lse); `first_head` counts over rows."""
+    """out[first_head + i] = that head's partials, weighted by exp(lse - max lse); `first_head` counts over rows."""
     heads = tl.arange(0, GROUP_POW2)
     dims = tl.arange(0, HEAD_PAD)
-    parts = tl.arange(0, MAX_PARTS)
+    every = tl.arange(0, MAX_PARTS)
     first_part = (first_head + heads).to(tl.int64) * part_stride
-    lse_mask = (heads < GROUP)[:, None] & (parts < num_parts)[None, :]
-    lse = tl.load(lse_ptr + first_part[:, None] + parts[None, :], mask=lse_mask, other=float("-inf"))
+    lse_mask = (heads < GROUP)[:, None] & (every < num_parts)[None, :]
+    lse = tl.load(lse_ptr + first_part[:, None] + every[None, :], mask=lse_mask, other=float("-inf"))
     max_lse = tl.max(tl.where((heads < GROUP)[:, None], lse, 0.0), 1)  # finite: parts are not empty
-    total = tl.sum(tl.exp2(lse - max_lse[:, None]), 1)
+    total = tl.maximum(tl.sum(tl.exp2(lse - max_lse[:, None]), 1), 1e-30)  # 0 where there is no head
     acc = tl.zeros([GROUP_POW2, HEAD_PAD], tl.float32)
     for start in tl.range(0, num_parts, CHUNK):
         parts = start + tl.arange(0, CHUNK)

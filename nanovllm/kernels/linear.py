@@ -27,3 +27,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def linear_add(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+) -> torch.Tensor:
+    """residual [T, N] += x W^T + b, in place; on a GPU the sum is part of the product."""
+    if bias is not None or not x.is_cuda:
+        return residual.add_(linear(x, weight, bias))
+    return torch.addmm(residual, x, weight.t(), out=residual)

@@ -33,29 +33,26 @@ class PrefillConfig(NamedTuple):
     num_stages: int
 
 
-def default_prefill_config(tokens_per_row: int, group: int, head_dim: int, itemsize: int) -> PrefillConfig:
-    """The tiles for rows of about `tokens_per_row` tokens.
+def default_prefill_config(head_dim: int, itemsize: int) -> PrefillConfig:
+    """What `python -m nanovllm.kernels.tune prefill` chose on an H100, for rows of any length.
 
-    Hopper's matrix units want 64 query rows for each four warps: 128 with eight where rows are long enough, else 64.
-    Wide heads halve the cache tile, which keeps the stages in shared memory and the accumulators in registers. float32
-    is computed without tensor cores, in small tiles.
+    Hopper's matrix units want 64 query rows for each four warps. Wide heads halve the cache tile, which keeps the
+    stages in shared memory and the accumulators in registers. float32 is computed without tensor cores, in small tiles.
     """
     if itemsize > 2:
         return PrefillConfig(32, 32, 4, 2)
-    block_n = 64 if head_dim <= 128 else 32
-    if tokens_per_row * group <= 64:
-        return PrefillConfig(64, block_n, 4, 3)
-    return PrefillConfig(128, block_n, 8, 3)
+    return PrefillConfig(64, 64 if head_dim <= 128 else 32, 4, 3)
 
 
 @triton.jit
 def _find_row(cu_seqlens_ptr, pid, num_rows, BLOCK_Q: tl.constexpr):
     """The last row whose first tile is at or before tile `pid`."""
+    base = tl.load(cu_seqlens_ptr)
     low = 0
     high = num_rows
     while high - low > 1:
         middle = (low + high) // 2
-        if tl.load(cu_seqlens_ptr + middle) // BLOCK_Q + middle <= pid:
+        if (tl.load(cu_seqlens_ptr + middle) - base) // BLOCK_Q + middle <= pid:
             low = middle
         else:
             high = middle
@@ -121,7 +118,8 @@ def _attend_tiles(
     return acc, running_max, running_sum
 
 
-@triton.jit(do_not_specialize=["slots_ptr", "context_lens_ptr", "num_rows"])  # slices, and a count that varies by step
+# Slices, and a count that varies by step, are not worth a recompilation.
+@triton.jit(do_not_specialize=["slots_ptr", "cu_seqlens_ptr", "context_lens_ptr", "num_rows"])
 def _prefill_kernel(
     q_ptr,
     k_ptr,
@@ -151,8 +149,9 @@ def _prefill_kernel(
     kv_head = tl.program_id(0)
     pid = tl.num_programs(1) - 1 - tl.program_id(1)
     row = _find_row(cu_seqlens_ptr, pid, num_rows, BLOCK_Q)
-    q_start = tl.load(cu_seqlens_ptr + row)
-    q_len = tl.load(cu_seqlens_ptr + row + 1) - q_start
+    base = tl.load(cu_seqlens_ptr)
+    q_start = tl.load(cu_seqlens_ptr + row) - base
+    q_len = tl.load(cu_seqlens_ptr + row + 1) - base - q_start
     first_query = (pid - (q_start // BLOCK_Q + row)) * BLOCK_Q
     if first_query >= q_len:
         return
@@ -236,6 +235,7 @@ def prefill_attention_triton(
     context_lens: torch.Tensor,
     scale: float,
     *,
+    out: torch.Tensor | None = None,
     block_m: int | None = None,
     block_n: int | None = None,
     num_warps: int | None = None,
@@ -244,6 +244,7 @@ def prefill_attention_triton(
     """`prefill_attention` as a Triton kernel. What is None is picked by `default_prefill_config`.
 
     Args:
+        out: [T, H, Dh] contiguous, where the result goes; a new tensor if None.
         block_m: query rows (tokens x heads of a group) of a tile, a power of two of at least 16 and the group.
         block_n: cache tokens of a tile, a power of two of at least 16.
 
@@ -257,10 +258,10 @@ def prefill_attention_triton(
     _, block_size, kv_heads, _ = k_cache.shape
     check_attention_inputs(q, k_cache, v_cache)
     num_rows, group = len(slots), heads // kv_heads
-    out = torch.empty((num_tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+    out = torch.empty((num_tokens, heads, head_dim), dtype=q.dtype, device=q.device) if out is None else out
     if num_tokens == 0:
         return out
-    config = default_prefill_config(triton.cdiv(num_tokens, num_rows), group, head_dim, q.element_size())
+    config = default_prefill_config(head_dim, q.element_size())
     block_m = block_m or max(config.block_m, triton.next_power_of_2(group))
     block_n = block_n or config.block_n
     for name, value, least in (("block_m", block_m, max(MIN_DOT, group)), ("block_n", block_n, MIN_DOT)):
@@ -321,7 +322,7 @@ def plan_rows(
     dtype: torch.dtype,
 ) -> list[RowPlan]:
     """The plans of the rows that have tokens. Synchronises with the device."""
-    bounds = cu_seqlens_q.tolist()
+    bounds = (cu_seqlens_q - cu_seqlens_q[0]).tolist()
     device = slots.device
     heads = torch.arange(kv_heads, device=device)
     plans = []
@@ -397,7 +398,8 @@ def prefill_attention(
         k_cache, v_cache: [num_blocks, block_size, K, Dh], contiguous; H is a multiple of K.
         block_tables: [S, W] int32, physical block ids of each slot.
         slots: [P] int32, the slot of each row.
-        cu_seqlens_q: [P + 1] int32, where each row starts in q and where the last one ends; empty rows are fine.
+        cu_seqlens_q: [P + 1] int32, where each row starts and the last one ends, q[0] being at the first of them; empty
+            rows are fine.
         context_lens: [P] int32, tokens each row holds, its queries included.
         scale: factor of the logits, positive.
 

@@ -1,4 +1,4 @@
-"""Root mean square norm, with and without the residual sum before it."""
+"""Root mean square norm."""
 
 import torch
 
@@ -6,61 +6,27 @@ from nanovllm.kernels._triton import tl, triton
 
 
 @triton.jit
-def _rms_norm_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    out_ptr,
-    sum_ptr,
-    x_stride,
-    eps,
-    N: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ADD: tl.constexpr,
-):
+def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, eps, N: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < N
     dtype = out_ptr.dtype.element_ty
     x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    if ADD:
-        x += tl.load(residual_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
-        total = x.to(dtype)
-        tl.store(sum_ptr + row * N + columns, total, mask=mask)
-        x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / N + eps)
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     normed = (x * scale).to(dtype).to(tl.float32)  # rounded where transformers rounds
     tl.store(out_ptr + row * N + columns, (normed * weight).to(dtype), mask=mask)
 
 
-def _launch(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, size = x.shape
-    out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
-    total = out if residual is None else torch.empty_like(out)
-    if rows:
-        block = triton.next_power_of_2(size)
-        _rms_norm_kernel[(rows,)](
-            x,
-            x if residual is None else residual,
-            weight,
-            out,
-            total,
-            x.stride(0),
-            eps,
-            N=size,
-            BLOCK=block,
-            ADD=residual is not None,
-            num_warps=min(8, max(1, block // 512)),
-        )
-    return out, total
-
-
 def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`rms_norm` as a Triton kernel, one program a row."""
-    return _launch(x, None, weight, eps)[0]
+    rows, size = x.shape
+    out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
+    if rows:
+        block = triton.next_power_of_2(size)
+        num_warps = min(8, max(1, block // 512))
+        _rms_norm_kernel[(rows,)](x, weight, out, x.stride(0), eps, N=size, BLOCK=block, num_warps=num_warps)
+    return out
 
 
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -80,25 +46,3 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         [T, N], a new tensor.
     """
     return (rms_norm_triton if x.is_cuda else rms_norm_torch)(x, weight, eps)
-
-
-def add_rms_norm_triton(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`add_rms_norm` as a Triton kernel, one program a row."""
-    return _launch(x, residual, weight, eps)
-
-
-def add_rms_norm_torch(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`add_rms_norm` in plain torch."""
-    residual = x + residual
-    return rms_norm_torch(residual, weight, eps), residual
-
-
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The residual sum and its norm: (rms_norm(x + residual), x + residual), two new tensors [T, N]."""
-    return (add_rms_norm_triton if x.is_cuda else add_rms_norm_torch)(x, residual, weight, eps)

@@ -8,8 +8,7 @@ The filters come down to one threshold a row. It is found by bisection on the or
 at most 32 passes over the row for an exact k-th value, and as many for the top-p cut. Rows without filters skip that.
 """
 
-from dataclasses import dataclass
-
+import numpy as np
 import torch
 
 from nanovllm.kernels._triton import tl, triton
@@ -21,26 +20,51 @@ _KEEP_ALL = -(2**31)
 TILE = 4096  # logits a program holds
 
 
-@dataclass
+# One slot's parameters as they lie in memory: a new request's go to the device in one copy. The kernels read the fields
+# at these places: an int32 each, the seed two.
+ROW = np.dtype(
+    [
+        ("seed", np.int64),  # 0, 1
+        ("temperature", np.float32),  # 2; 0 is greedy
+        ("top_k", np.int32),  # 3; 0 keeps all
+        ("top_p", np.float32),  # 4; 1 keeps all
+        ("min_p", np.float32),  # 5; 0 keeps all
+        ("min_length", np.int32),  # 6; while a row's context is shorter its stop ids cannot be drawn
+        ("unused", np.int32),
+        ("stop_ids", np.int32, MAX_STOP_IDS),  # from 8; padded with -1
+    ]
+)
+STRIDE = ROW.itemsize // 4
+
+
 class SamplingState:
-    """Parameters by slot, on the device; S slots and a scratch one.
+    """Parameters by slot, on the device.
 
     Args:
-        temperature: [S + 1] float32, 0 is greedy.
-        top_k: [S + 1] int32, 0 keeps all.
-        top_p, min_p: [S + 1] float32, 1 and 0 keep all.
-        seed: [S + 1] int64.
-        min_length: [S + 1] int32; while a row's context is shorter its stop ids cannot be drawn.
-        stop_ids: [S + 1, MAX_STOP_IDS] int32, padded with -1.
+        rows: [S + 1] of dtype ROW, those of S slots and a scratch one.
+
+    Attributes:
+        table: [S + 1, STRIDE] int32; the fields are views of it.
     """
 
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-    seed: torch.Tensor
-    min_length: torch.Tensor
-    stop_ids: torch.Tensor
+    def __init__(self, rows: np.ndarray, device: torch.device):
+        self.table = torch.from_numpy(rows.view(np.int32).reshape(len(rows), STRIDE)).to(device, copy=True)
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        if name not in ROW.fields:
+            raise AttributeError(name)
+        dtype, offset = ROW.fields[name][:2]
+        if dtype.subdtype:
+            return self.table[:, offset // 4 :]
+        return self.table.view(getattr(torch, dtype.name))[:, offset // dtype.itemsize]
+
+
+def default_rows(count: int) -> np.ndarray:
+    """`count` rows of dtype ROW that draw greedily."""
+    rows = np.zeros(count, ROW)
+    rows["top_p"] = 1
+    rows["stop_ids"] = -1
+    return rows
 
 
 @triton.jit
@@ -53,9 +77,14 @@ def _mix(x):
 
 
 @triton.jit
-def _gumbel(tokens, seed, context_len):
-    low = (seed & 0xFFFFFFFF).to(tl.uint32)
-    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+def _float(ptr):
+    return tl.load(ptr).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _gumbel(tokens, seed_ptr, context_len):
+    low = tl.load(seed_ptr).to(tl.uint32, bitcast=True)
+    high = tl.load(seed_ptr + 1).to(tl.uint32, bitcast=True)
     key = _mix(_mix(_mix(high + 0x9E3779B9) ^ low) ^ context_len.to(tl.uint32))
     bits = _mix(_mix(tokens.to(tl.uint32) + key) ^ _mix(key + 0x9E3779B9))
     u = ((bits >> 1).to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10  # 2**-31
@@ -88,29 +117,25 @@ def _threshold_kernel(
     logits_stride,
     slots_ptr,
     context_lens_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    min_length_ptr,
-    stop_ids_ptr,
+    params_ptr,
     threshold_ptr,
     vocab_size,
+    STRIDE: tl.constexpr,
     STOPS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
-    temperature = tl.load(temperature_ptr + slot)
-    top_k = tl.load(top_k_ptr + slot)
-    top_p = tl.load(top_p_ptr + slot)
-    min_p = tl.load(min_p_ptr + slot)
+    params_ptr += tl.load(slots_ptr + row).to(tl.int64) * STRIDE
+    temperature = _float(params_ptr + 2)
+    top_k = tl.load(params_ptr + 3)
+    top_p = _float(params_ptr + 4)
+    min_p = _float(params_ptr + 5)
     if (temperature == 0) | ((top_k == 0) & (top_p >= 1) & (min_p == 0)):
         tl.store(threshold_ptr + row, -2147483648)
         return
     logits_ptr += row.to(tl.int64) * logits_stride
-    stop_ptr = stop_ids_ptr + slot * STOPS
-    banned = tl.load(context_lens_ptr + row) < tl.load(min_length_ptr + slot)
+    stop_ptr = params_ptr + 8
+    banned = tl.load(context_lens_ptr + row) < tl.load(params_ptr + 6)
     columns = tl.arange(0, TILE)
 
     top = tl.full([TILE], float("-inf"), tl.float32)
@@ -162,31 +187,29 @@ def _draw_kernel(
     logits_stride,
     slots_ptr,
     context_lens_ptr,
-    temperature_ptr,
-    seed_ptr,
-    min_length_ptr,
-    stop_ids_ptr,
+    params_ptr,
     threshold_ptr,
     best_ptr,
     token_ptr,
     vocab_size,
+    STRIDE: tl.constexpr,
     STOPS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0)
     tile = tl.program_id(1)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
+    params_ptr += tl.load(slots_ptr + row).to(tl.int64) * STRIDE
     context_len = tl.load(context_lens_ptr + row)
-    temperature = tl.load(temperature_ptr + slot)
+    temperature = _float(params_ptr + 2)
     greedy = temperature == 0
-    banned = context_len < tl.load(min_length_ptr + slot)
+    banned = context_len < tl.load(params_ptr + 6)
     columns = tile * TILE + tl.arange(0, TILE)
     logits_ptr += row.to(tl.int64) * logits_stride
     divisor = tl.where(greedy, 1.0, temperature)
-    x = _scaled(logits_ptr, columns, vocab_size, divisor, stop_ids_ptr + slot * STOPS, banned, STOPS)
+    x = _scaled(logits_ptr, columns, vocab_size, divisor, params_ptr + 8, banned, STOPS)
     if not greedy:
         x = tl.where(_image(x) >= tl.load(threshold_ptr + row), x, float("-inf"))
-        x += _gumbel(columns, tl.load(seed_ptr + slot), context_len)
+        x += _gumbel(columns, params_ptr, context_len)
     place = row * tl.num_programs(1) + tile
     tl.store(best_ptr + place, tl.max(x, 0))
     tl.store(token_ptr + place, tile * TILE + tl.argmax(x, 0))
@@ -213,18 +236,13 @@ def sample_triton(
     threshold = torch.empty(rows, dtype=torch.int32, device=logits.device)
     best = torch.empty((rows, num_tiles), dtype=torch.float32, device=logits.device)
     best_token = torch.empty((rows, num_tiles), dtype=torch.int32, device=logits.device)
-    sizes = {"STOPS": MAX_STOP_IDS, "TILE": TILE}
+    sizes = {"STRIDE": STRIDE, "STOPS": MAX_STOP_IDS, "TILE": TILE}
     _threshold_kernel[(rows,)](
         logits,
         logits.stride(0),
         slots,
         context_lens,
-        state.temperature,
-        state.top_k,
-        state.top_p,
-        state.min_p,
-        state.min_length,
-        state.stop_ids,
+        state.table,
         threshold,
         vocab_size,
         **sizes,
@@ -235,10 +253,7 @@ def sample_triton(
         logits.stride(0),
         slots,
         context_lens,
-        state.temperature,
-        state.seed,
-        state.min_length,
-        state.stop_ids,
+        state.table,
         threshold,
         best,
         best_token,

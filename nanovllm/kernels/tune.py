@@ -8,6 +8,7 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -79,9 +80,7 @@ def decode(full: bool) -> None:
                 "num_stages": stages,
                 "counters": counters,
             }
-            calls = [
-                lambda c=c, o=options: decode_attention_triton(q, *c, slots, context_lens, 0.1, **o) for c in caches
-            ]
+            calls = [partial(decode_attention_triton, q, *c, slots, context_lens, 0.1, **options) for c in caches]
             results.append((seconds(calls), (tile, warps, stages, splits)))
         show(f"{rows} x {low}-{high}, {group}", results, 4 * sum(lens) * KV_HEADS * HEAD_DIM / 1e12, "TB/s")
 
@@ -94,7 +93,7 @@ def prefill(full: bool) -> None:
         cu_seqlens = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * new
         context_lens = torch.full((rows,), context, device="cuda", dtype=torch.int32)
         q = torch.randn(rows * new, KV_HEADS * group, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-        configs = [tuple(default_prefill_config(new, group, HEAD_DIM, 2))]
+        configs = [tuple(default_prefill_config(HEAD_DIM, 2))]
         if full:
             configs += [(128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 64, 4, 2)]
             configs += [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 128, 8, 3), (128, 32, 8, 4)]
@@ -102,7 +101,7 @@ def prefill(full: bool) -> None:
         for m, n, warps, stages in configs:
             options = {"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages}
             calls = [
-                lambda c=c, o=options: prefill_attention_triton(q, *c, slots, cu_seqlens, context_lens, 0.1, **o)
+                partial(prefill_attention_triton, q, *c, slots, cu_seqlens, context_lens, 0.1, **options)
                 for c in caches
             ]
             results.append((seconds(calls), (m, n, warps, stages)))

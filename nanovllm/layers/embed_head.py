@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.kernels.linear import linear
 from nanovllm.layers.parameter import PackedLayer, check_shape, make_parameter
 from nanovllm.utils.context import get_context
 from nanovllm.utils.parallel import TensorParallel
@@ -57,5 +58,5 @@ class ParallelLMHead(VocabParallelEmbedding, PackedLayer):
         last_indices = get_context().last_indices
         if last_indices is not None:
             x = x[last_indices]
-        logits = self.tp.gather(self.product(x))
+        logits = self.tp.gather(linear(x, self.operand))
         return None if logits is None else logits[:, : self.num_embeddings]

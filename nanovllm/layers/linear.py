@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nanovllm.kernels.linear import linear, linear_add
 from nanovllm.layers.parameter import PackedLayer, check_shape, divide, make_parameter
 from nanovllm.utils.parallel import TensorParallel
 
@@ -47,7 +48,7 @@ class ColumnParallelLinear(PackedLayer):
             offset += part.size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x, self.bias)
+        return linear(x, self.operand, self.bias)
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
@@ -111,7 +112,10 @@ class QKVParallelLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(PackedLayer):
-    """y = x W^T + b with the columns of W split: [..., this rank's inputs] -> [..., out_features], whole on every rank.
+    """y = residual + x W^T + b with the columns of W split: [T, this rank's inputs] -> [T, out_features] on every rank.
+
+    The residual, which every rank has, is overwritten. Rank 0 adds it and the bias, so that the sum over the ranks has
+    each once.
 
     Args:
         in_features, out_features: sizes of the whole layer; `in_features` must be divisible by the ranks.
@@ -138,6 +142,7 @@ class RowParallelLinear(PackedLayer):
         check_shape(loaded, (rows, self.in_features))
         param.copy_(loaded[:, self.tp.rank * size : (self.tp.rank + 1) * size])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = self.bias if self.tp.rank == 0 else None  # the sum over the ranks must hold it once
-        return self.tp.all_reduce(self.product(x, bias))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        if self.tp.rank == 0:
+            return self.tp.all_reduce(linear_add(x, self.operand, self.bias, residual))
+        return self.tp.all_reduce(linear(x, self.operand))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from nanovllm.kernels.linear import can_pack, linear, pack
+from nanovllm.kernels.linear import can_pack, pack
 from nanovllm.utils.parallel import TensorParallel
 
 
@@ -31,8 +31,10 @@ class PackedLayer(nn.Module):
             self.weight.data = self.packed.to_dense()
         self.packed = None
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return linear(x, self.weight if self.packed is None else self.packed, bias)
+    @property
+    def operand(self) -> torch.Tensor:
+        """The weight as products want it."""
+        return self.weight if self.packed is None else self.packed
 
 
 def check_shape(loaded: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -30,8 +30,8 @@ class SelfAttention(nn.Module):
             config.num_heads * config.head_dim, config.hidden_size, config.o_bias, dtype=dtype, tp=tp
         )
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return self.o_proj(self.attn(self.qkv_proj(x), positions))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.o_proj(self.attn(self.qkv_proj(x), positions), residual)
 
 
 class MLP(nn.Module):
@@ -42,12 +42,12 @@ class MLP(nn.Module):
         self.act_fn = SiluAndMul()
         self.down_proj = RowParallelLinear(inner, hidden, bias, dtype=dtype, tp=tp)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_up_proj(x)))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_up_proj(x)), residual)
 
 
 class DecoderLayer(nn.Module):
-    """Takes and gives what was last added to the residual stream apart from the stream: each norm does the adding."""
+    """Adds attention and MLP to the residual stream x [T, hidden_size], in place: their last products do that."""
 
     def __init__(self, config: ModelConfig, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel):
         super().__init__()
@@ -56,15 +56,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype, tp)
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if residual is None:
-            x, residual = self.input_layernorm(x), x
-        else:
-            x, residual = self.input_layernorm(x, residual)
-        x, residual = self.post_attention_layernorm(self.self_attn(x, positions), residual)
-        return self.mlp(x), residual
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        x = self.self_attn(self.input_layernorm(x), x, positions)
+        return self.mlp(self.post_attention_layernorm(x), x)
 
 
 class Decoder(nn.Module):
@@ -90,10 +84,10 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """input_ids, positions [T] int64 -> normed hidden states [T, hidden_size], within a forward context."""
-        x, residual = self.embed_tokens(input_ids), None
+        x = self.embed_tokens(input_ids)
         for layer in self.layers:
-            x, residual = layer(x, residual, positions)
-        return self.norm(x, residual)[0]
+            x = layer(x, positions)
+        return self.norm(x)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """Hidden states [T, hidden_size] -> logits [L, vocab_size], None on ranks but 0; see ParallelLMHead."""

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from nanovllm.engine.scheduler import Admission, Batch
-from nanovllm.kernels.sampling import SamplingState
-from nanovllm.sampling_params import MAX_STOP_IDS
+from nanovllm.kernels.sampling import ROW, STRIDE, SamplingState, default_rows
+from nanovllm.kernels.step_inputs import StepRows
 
 
 class Staging:
@@ -64,7 +64,7 @@ class BatchState:
         device: torch.device,
     ):
         rows = max_num_seqs + 1
-        self.scratch_slot = max_num_seqs
+        self.scratch_slot, self.scratch_block = max_num_seqs, scratch_block
         self.block_size = block_size
         self.device = device
 
@@ -74,18 +74,8 @@ class BatchState:
         self.last_token = full((rows,), 0, torch.int64)
         self.length = full((rows,), 0, torch.int32)
         self.block_tables = full((rows, max_blocks), scratch_block, torch.int32)
-        self.sampling = SamplingState(
-            temperature=full((rows,), 0.0, torch.float32),
-            top_k=full((rows,), 0, torch.int32),
-            top_p=full((rows,), 1.0, torch.float32),
-            min_p=full((rows,), 0.0, torch.float32),
-            seed=full((rows,), 0, torch.int64),
-            min_length=full((rows,), 0, torch.int32),
-            stop_ids=full((rows, MAX_STOP_IDS), -1, torch.int32),
-        )
-        # The host's copy of the block tables, from which prefill tokens' places in the cache are worked out.
-        self.host_tables = np.full((rows, max_blocks), scratch_block, dtype=np.int32)
-        self.staging = Staging(64 * max_tokens + 1024 * rows, device)
+        self.sampling = SamplingState(default_rows(rows), device)
+        self.staging = Staging(8 * max_tokens + (ROW.itemsize + 64) * rows + 32 * max_tokens // block_size, device)
 
     def apply(self, batch: Batch) -> None:
         """Send what `batch` changes: the parameters of new slots and new block ids."""
@@ -94,26 +84,41 @@ class BatchState:
             self._admit(batch.admissions)
         if batch.new_blocks:
             slots, places, blocks = np.array(batch.new_blocks, dtype=np.int64).T
-            self.host_tables[slots, places] = blocks
             flat = self.staging.to_device(slots * self.block_tables.shape[1] + places)
             values = self.staging.to_device(blocks.astype(np.int32))
             self.block_tables.view(-1).index_copy_(0, flat, values)
 
     def _admit(self, admissions: list[Admission]) -> None:
-        params = [a.params for a in admissions]
-        stop_ids = np.full((len(admissions), MAX_STOP_IDS), -1, dtype=np.int32)
-        for row, a in zip(stop_ids, admissions, strict=True):
+        rows = default_rows(len(admissions))
+        for row, a in zip(rows, admissions, strict=True):
+            for name in ("temperature", "top_k", "top_p", "min_p"):
+                row[name] = getattr(a.params, name)
+            row["seed"], row["min_length"] = a.seed, a.min_length
             if a.params.min_tokens:
-                row[: len(a.end_ids)] = a.end_ids
-        slots = self.staging.to_device(np.array([a.slot for a in admissions]))
-        columns = {
-            "temperature": np.array([p.temperature for p in params], dtype=np.float32),
-            "top_k": np.array([p.top_k for p in params], dtype=np.int32),
-            "top_p": np.array([p.top_p for p in params], dtype=np.float32),
-            "min_p": np.array([p.min_p for p in params], dtype=np.float32),
-            "seed": np.array([a.seed for a in admissions], dtype=np.int64),
-            "min_length": np.array([a.min_length for a in admissions], dtype=np.int32),
-            "stop_ids": stop_ids,
-        }
-        for name, values in columns.items():
-            getattr(self.sampling, name).index_copy_(0, slots, self.staging.to_device(values))
+                row["stop_ids"][: len(a.end_ids)] = a.end_ids
+        slots = np.array([a.slot for a in admissions])
+        values = self.staging.to_device(rows.view(np.int32).reshape(-1, STRIDE))
+        self.sampling.table.index_copy_(0, self.staging.to_device(slots), values)
+
+    def pack(self, batch: Batch, num_rows: int, num_tokens: int) -> np.ndarray:
+        """The StepRows of `batch` in one array, padded to the given sizes.
+
+        Padding tokens belong to the last row, which must then be one of padding: it has the scratch slot and no tokens
+        that attention sees.
+        """
+        packed = np.zeros(StepRows.size(num_rows, num_tokens), dtype=np.int32)
+        rows, num_decode, chunks = StepRows.split(packed, num_rows, num_tokens), len(batch.decode_slots), batch.chunks
+        used_rows, used_tokens = batch.num_rows, batch.num_tokens
+        rows.slots[:used_rows] = [*batch.decode_slots, *(chunk.slot for chunk in chunks)]
+        rows.slots[used_rows:] = self.scratch_slot
+        rows.starts[:num_decode] = -1
+        rows.starts[num_decode:used_rows] = [chunk.start for chunk in chunks]
+        lens = np.array([1] * num_decode + [len(chunk.token_ids) for chunk in chunks], dtype=np.int64)
+        rows.cu_seqlens[1 : used_rows + 1] = lens.cumsum()
+        rows.cu_seqlens[used_rows + 1 :] = used_tokens
+        rows.token_rows[:used_tokens] = np.repeat(np.arange(used_rows), lens)
+        rows.token_rows[used_tokens:] = num_rows - 1
+        rows.token_ids[:num_decode] = -1
+        for chunk, end in zip(chunks, rows.cu_seqlens[num_decode + 1 :], strict=False):
+            rows.token_ids[end - len(chunk.token_ids) : end] = chunk.token_ids
+        return packed

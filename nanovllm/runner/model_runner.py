@@ -10,14 +10,14 @@ import torch
 
 from nanovllm.attention import select_backend
 from nanovllm.config import Config
-from nanovllm.engine.scheduler import Batch
-from nanovllm.kernels.decode_inputs import decode_inputs
+from nanovllm.engine.scheduler import Batch, Chunk
 from nanovllm.kernels.sampling import advance, sample
+from nanovllm.kernels.step_inputs import StepRows, step_inputs
 from nanovllm.layers.attention import Attention
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import init_dummy_weights, load_weights
 from nanovllm.runner.batch_state import BatchState
-from nanovllm.runner.cuda_graphs import DecodeGraphs
+from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.utils.context import Context, set_context
 from nanovllm.utils.hub import ModelSource
 from nanovllm.utils.parallel import TensorParallel
@@ -65,7 +65,7 @@ class ModelRunner:
         self._allocate(self.num_blocks)
         self.graphs = None
         if self.device.type == "cuda" and not self.config.enforce_eager and self.backend.capturable:
-            self.graphs = DecodeGraphs(self)
+            self.graphs = StepGraphs(self)
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -116,16 +116,9 @@ class ModelRunner:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        # The largest step: a full budget of prompt tokens, and as many sampled rows as there are slots.
-        num_tokens = self.config.max_num_batched_tokens
-        ids = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
-        hidden = self._forward(ids, ids, self._warmup_context(num_tokens))
-        slots = torch.full((self.config.max_num_seqs,), self.state.scratch_slot, dtype=torch.int32, device=self.device)
-        rows = hidden[: self.config.max_num_seqs]
-        self._sample(self.model.compute_logits(rows), slots, torch.ones_like(slots))
+        self._eager(self._largest_batch())
         torch.cuda.synchronize()
         activations = torch.cuda.max_memory_allocated() - before
-        del hidden, rows
         for layer in self.attention_layers:
             layer.k_cache = layer.v_cache = torch.empty(0)
         gc.collect()
@@ -134,20 +127,12 @@ class ModelRunner:
         graphs = 256 << 20  # graph pools and library workspaces
         return int(free - total * (1 - self.config.gpu_memory_utilization)) - activations - graphs
 
-    def _warmup_context(self, num_tokens: int) -> Context:
-        """Prefill rows of at most max_model_len tokens, all in the scratch slot."""
-        lens = [self.max_model_len] * (num_tokens // self.max_model_len)
-        lens += [num_tokens - sum(lens)] if num_tokens > sum(lens) else []
-        return Context(
-            backend=self.backend,
-            slots=torch.full((len(lens),), self.state.scratch_slot, dtype=torch.int32, device=self.device),
-            context_lens=torch.tensor(lens, dtype=torch.int32, device=self.device),
-            block_tables=self.state.block_tables,
-            slot_mapping=torch.zeros(num_tokens, dtype=torch.int64, device=self.device),
-            cu_seqlens_q=torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32, device=self.device),
-            max_seqlen_q=max(lens),
-            max_context_len=max(lens),
-        )
+    def _largest_batch(self) -> Batch:
+        """A full budget of prompt tokens, in at least as many rows as there are slots, all in the scratch slot."""
+        num_tokens = self.config.max_num_batched_tokens
+        num_rows = max(self.config.max_num_seqs, -(-num_tokens // self.max_model_len))
+        lens = [len(part) for part in np.array_split(np.arange(num_tokens), num_rows)]
+        return Batch(chunks=[Chunk(self.state.scratch_slot, 0, [0] * n, True) for n in lens])
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -155,13 +140,10 @@ class ModelRunner:
     def launch(self, batch: Batch) -> None:
         """Start `batch`: differences in, forward, sample, tokens on their way to the host. Does not wait on a GPU."""
         self.state.apply(batch)
-        if not batch.chunks and self.graphs is not None:
-            tokens = self.graphs.replay(batch.decode_slots)
-        elif not batch.chunks:
-            slots = self.state.staging.to_device(np.array(batch.decode_slots, dtype=np.int32))
-            tokens = self.decode(slots)
+        if self.graphs is not None and self.graphs.fits(batch):
+            tokens = self.graphs.replay(batch)
         else:
-            tokens = self._mixed(batch)
+            tokens = self._eager(batch)
         self._send(tokens)
 
     def collect(self) -> list[int]:
@@ -175,73 +157,49 @@ class ModelRunner:
         self.in_flight.popleft()
         return host.tolist()
 
-    def decode(self, slots: torch.Tensor) -> torch.Tensor:
-        """One token for each of `slots` [B] int32. All inputs and all that changes are on the device: capturable."""
+    def _eager(self, batch: Batch) -> torch.Tensor:
+        num_decode, to_device = len(batch.decode_slots), self.state.staging.to_device
+        if not batch.chunks:
+            return self.step(to_device(np.array(batch.decode_slots, dtype=np.int32)), num_decode)
+        sizes = batch.num_rows, batch.num_tokens
+        rows = StepRows.split(to_device(self.state.pack(batch, *sizes)), *sizes)
+        longest = max(len(chunk.token_ids) for chunk in batch.chunks)
+        return self.step(rows, num_decode, longest, max(c.start + len(c.token_ids) for c in batch.chunks))
+
+    def step(
+        self, rows: StepRows | torch.Tensor, num_decode: int, max_seqlen_q: int = 0, max_context_len: int = 0
+    ) -> torch.Tensor:
+        """One step, on the device from inputs to drawn tokens, and therefore capturable.
+
+        Args:
+            rows: the step's; or only the slots [B] int32 of decode rows.
+            num_decode: how many of the rows, the first ones, are attended as decode rows.
+            max_seqlen_q, max_context_len: at least the longest other row's tokens, and context.
+
+        Returns:
+            A token for each row, [R] int64.
+        """
         state = self.state
-        input_ids, positions, slot_mapping, context_lens = decode_inputs(
-            slots, state.last_token, state.length, state.block_tables, self.block_size
+        slots = rows if isinstance(rows, torch.Tensor) else rows.slots
+        inputs = step_inputs(
+            rows, state.last_token, state.length, state.block_tables, self.block_size, state.scratch_slot
         )
-        context = Context(
-            backend=self.backend,
-            num_decode=len(slots),
-            slots=slots,
-            context_lens=context_lens,
-            block_tables=state.block_tables,
-            slot_mapping=slot_mapping,
-        )
-        hidden = self._forward(input_ids, positions, context)
-        return self._sample(self.model.compute_logits(hidden), slots, context_lens)
-
-    def _mixed(self, batch: Batch) -> torch.Tensor:
-        """A step with prompt tokens: decode rows from the device's state, chunks from the host."""
-        state, to_device = self.state, self.state.staging.to_device
-        num_decode, chunks = len(batch.decode_slots), batch.chunks
-        lens = np.array([len(c.token_ids) for c in chunks])
-        starts = np.array([c.start for c in chunks])
-        ends = np.cumsum(lens)
-        rows = np.repeat(np.array([c.slot for c in chunks]), lens)
-        positions = np.arange(ends[-1]) + np.repeat(starts - (ends - lens), lens)
-        blocks = state.host_tables[rows, positions // self.block_size].astype(np.int64)
-        slots = to_device(np.array([*batch.decode_slots, *(c.slot for c in chunks)], dtype=np.int32))
-        inputs = (
-            to_device(np.concatenate([c.token_ids for c in chunks]).astype(np.int64)),
-            to_device(positions),
-            to_device(blocks * self.block_size + positions % self.block_size),
-            to_device((starts + lens).astype(np.int32)),
-        )
-        if num_decode:
-            decoding = decode_inputs(
-                slots[:num_decode], state.last_token, state.length, state.block_tables, self.block_size
-            )
-            inputs = tuple(torch.cat(pair) for pair in zip(decoding, inputs, strict=True))
-        input_ids, positions, slot_mapping, context_lens = inputs
-
-        samples = np.array([c.samples for c in chunks])
-        wanted = np.concatenate([np.arange(num_decode), num_decode + ends[samples] - 1])  # tokens that get logits
-        wanted_rows = to_device(np.concatenate([np.arange(num_decode), num_decode + np.flatnonzero(samples)]))
         context = Context(
             backend=self.backend,
             num_decode=num_decode,
             slots=slots,
-            context_lens=context_lens,
+            context_lens=inputs.context_lens,
             block_tables=state.block_tables,
-            slot_mapping=slot_mapping,
-            cu_seqlens_q=to_device(np.concatenate([[0], ends]).astype(np.int32)),
-            max_seqlen_q=int(lens.max()),
-            max_context_len=int((starts + lens).max()),
-            last_indices=to_device(wanted),
+            slot_mapping=inputs.slot_mapping,
+            cu_seqlens_q=None if num_decode == len(slots) else rows.cu_seqlens[num_decode:],
+            max_seqlen_q=max_seqlen_q,
+            max_context_len=max_context_len,
+            last_indices=inputs.last_indices,
         )
-        hidden = self._forward(input_ids, positions, context)
-        if not len(wanted):
-            return input_ids[:0]
-        with set_context(context):
-            logits = self.model.compute_logits(hidden)
-        return self._sample(logits, slots[wanted_rows], context_lens[wanted_rows])
-
-    def _forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:
         self.backend.prepare(context)
         with set_context(context):
-            return self.model(input_ids, positions)
+            logits = self.model.compute_logits(self.model(inputs.input_ids, inputs.positions))
+        return self._sample(logits, slots, inputs.context_lens)
 
     def _sample(self, logits: torch.Tensor | None, slots: torch.Tensor, context_lens: torch.Tensor) -> torch.Tensor:
         """Draw on rank 0, which has the logits; every rank then holds the tokens and advances its state."""

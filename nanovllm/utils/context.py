@@ -29,7 +29,7 @@ class Context:
     context_lens: torch.Tensor | None = None  # [R] int32, tokens a row sees, this step's included
     block_tables: torch.Tensor | None = None  # [S + 1, W] int32, indexed by slot
     slot_mapping: torch.Tensor | None = None  # [T] int64, place of each token in the flattened cache
-    cu_seqlens_q: torch.Tensor | None = None  # [P + 1] int32, prefill rows' token offsets, starting at 0
+    cu_seqlens_q: torch.Tensor | None = None  # [P + 1] int32, where prefill rows begin among the T tokens; the end
     max_seqlen_q: int = 0  # longest prefill row of this step
     max_context_len: int = 0  # longest prefill row's context
     last_indices: torch.Tensor | None = None  # [L] int64, tokens whose logits are wanted; None: all of them

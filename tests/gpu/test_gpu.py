@@ -53,7 +53,7 @@ def test_graph_equals_eager_at_every_batch_size(model, max_num_seqs):
     params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=8, ignore_eos=True) for i in range(max_num_seqs)]
     options = dict(dtype="float32", max_num_seqs=max_num_seqs, **OPTIONS)
     with LLM(model, **options) as graph, LLM(model, enforce_eager=True, **options) as eager:
-        assert graph.executor.runner.graphs and not eager.executor.runner.graphs
+        assert graph.executor.runner.graphs.mixed and not eager.executor.runner.graphs
         for size in range(1, max_num_seqs + 1):
             assert tokens(graph, prompts[:size], params[:size]) == tokens(eager, prompts[:size], params[:size])
 
@@ -79,10 +79,14 @@ def test_a_large_head_and_vocabulary_in_bfloat16():
 
 
 def test_closing_gives_the_memory_back(model):
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    llm = LLM(model, max_num_seqs=4, **{**OPTIONS, "num_kvcache_blocks": 4096})
-    llm.generate(prompts_of([5]), greedy(4), use_tqdm=False)
-    assert torch.cuda.memory_allocated() - before > 1 << 20
-    llm.close()
-    assert torch.cuda.memory_allocated() - before < 1 << 20
+    def left_by_an_engine():
+        llm = LLM(model, max_num_seqs=4, **{**OPTIONS, "num_kvcache_blocks": 4096})
+        llm.generate(prompts_of([5]), greedy(4), use_tqdm=False)
+        held = torch.cuda.memory_allocated()
+        llm.close()
+        return held, torch.cuda.memory_allocated()
+
+    left_by_an_engine()  # cuBLAS keeps its workspaces, a first time only
+    held, first = left_by_an_engine()
+    assert held - first > 8 << 20
+    assert left_by_an_engine()[1] == first

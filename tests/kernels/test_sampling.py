@@ -4,23 +4,17 @@ import pytest
 import torch
 
 from nanovllm.kernels import sampling
-from nanovllm.kernels.sampling import SamplingState, sample_torch, sample_triton
-from nanovllm.sampling_params import MAX_STOP_IDS
+from nanovllm.kernels.sampling import SamplingState, default_rows, sample_torch, sample_triton
 
 
-def state_of(device, rows, **columns):
+def state_of(device, rows, stop_ids=(), **columns):
     """A state with one slot per row (and a scratch one); `columns` override the defaults."""
-    defaults = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, min_length=0)
-    dtypes = dict(top_k=torch.int32, seed=torch.int64, min_length=torch.int32)
-    tensors = {}
-    for name, default in defaults.items():
-        values = columns.get(name, [default] * rows)
-        values = list(values) if isinstance(values, (list, range)) else [values] * rows
-        tensors[name] = torch.tensor([*values, default], dtype=dtypes.get(name, torch.float32), device=device)
-    stop_ids = torch.full((rows + 1, MAX_STOP_IDS), -1, dtype=torch.int32, device=device)
-    for row, ids in enumerate(columns.get("stop_ids", [])):
-        stop_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
-    return SamplingState(stop_ids=stop_ids, **tensors)
+    table = default_rows(rows + 1)
+    for name, values in {"temperature": 1.0, **columns}.items():
+        table[name][:rows] = values
+    for row, ids in enumerate(stop_ids):
+        table["stop_ids"][row, : len(ids)] = ids
+    return SamplingState(table, device)
 
 
 def draw(run, logits, state, context_lens=None):

@@ -1,9 +1,9 @@
-"""Norms, activation, rotary embedding with the cache write, and decode inputs: each Triton kernel = its twin."""
+"""Norms, activation, rotary embedding with the cache write, and step inputs: each Triton kernel = its twin."""
 
 import pytest
 import torch
 
-from nanovllm.kernels import decode_inputs, rms_norm, rope_store, silu_mul
+from nanovllm.kernels import rms_norm, rope_store, silu_mul, step_inputs
 from nanovllm.layers.rotary_embedding import rope_table
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -18,15 +18,11 @@ def close(got, want):
 @pytest.mark.parametrize("shape", [(1, 48), (3, 576), (5, 1000), (2, 4096), (0, 64)])
 def test_rms_norm(device, shape, dtype):
     generator = torch.Generator(device).manual_seed(0)
-    x, residual = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(2))
+    x = torch.randn(shape, generator=generator, device=device).to(dtype)
     weight = torch.randn(shape[1], generator=generator, device=device).to(dtype)
-    copies = x.clone(), residual.clone()
+    copy = x.clone()
     close(rms_norm.rms_norm_triton(x, weight, 1e-6), rms_norm.rms_norm_torch(x, weight, 1e-6))
-    got = rms_norm.add_rms_norm_triton(x, residual, weight, 1e-6)
-    want = rms_norm.add_rms_norm_torch(x, residual, weight, 1e-6)
-    close(got[0], want[0])
-    close(got[1], want[1])
-    assert torch.equal(x, copies[0]) and torch.equal(residual, copies[1])
+    assert torch.equal(x, copy)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,15 +61,35 @@ def test_rope_store(device, heads, kv_heads, head_dim, norm, dtype):
     assert torch.equal(qkv, copy)
 
 
-@pytest.mark.parametrize("batch", [1, 5, 130])
-def test_decode_inputs(device, batch):
-    slots_count, block_size, width = 200, 16, 6
+@pytest.mark.parametrize("lens", [None, [1], [1, 7, 1, 130, 3, 0, 0]])
+@pytest.mark.parametrize("batch", [1, 7, 130])
+def test_step_inputs(device, batch, lens):
+    """Decode rows alone, or rows of `lens` tokens, some of which start where the device knows; the last are padding."""
+    if lens and len(lens) != batch:
+        pytest.skip("as many rows as lens")
+    slots_count, block_size, width = 200, 16, 12
     generator = torch.Generator(device).manual_seed(0)
-    slots = torch.randperm(slots_count, generator=generator, device=device)[:batch].int()
-    last_token = torch.randint(0, 1000, (slots_count,), generator=generator, device=device)
-    length = torch.randint(0, block_size * width, (slots_count,), generator=generator, device=device).int()
-    tables = torch.randint(0, 99, (slots_count, width), generator=generator, device=device).int()
-    arguments = (slots, last_token, length, tables, block_size)
-    got, want = decode_inputs.decode_inputs_triton(*arguments), decode_inputs.decode_inputs_torch(*arguments)
+
+    def randint(high, *shape):
+        return torch.randint(0, high, shape, generator=generator, device=device).int()
+
+    rows = torch.randperm(slots_count - 1, generator=generator, device=device)[:batch].int()
+    if lens:
+        starts = randint(50, batch)
+        starts[:1] = -1
+        cu_seqlens = torch.tensor([0, *lens], device=device).cumsum(0).int()
+        token_rows = torch.arange(batch, device=device).repeat_interleave(torch.tensor(lens, device=device)).int()
+        token_ids = randint(1000, len(token_rows))
+        token_ids[:1] = -1
+        if lens[-1] == 0:
+            rows[-2:] = slots_count - 1
+            token_rows = torch.cat([token_rows, torch.full_like(token_rows[:5], batch - 1)])
+            token_ids = torch.cat([token_ids, token_ids[:5] * 0])
+        rows = step_inputs.StepRows(rows, starts, cu_seqlens, token_rows, token_ids)
+    last_token, length = randint(1000, slots_count).long(), randint(50, slots_count)
+    arguments = (rows, last_token, length, randint(99, slots_count, width), block_size, slots_count - 1)
+    got, want = step_inputs.step_inputs_triton(*arguments), step_inputs.step_inputs_torch(*arguments)
+    assert (got.last_indices is None) == (want.last_indices is None) == (lens is None)
     for a, b in zip(got, want, strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b)
+        assert a is b is None or (a.dtype == b.dtype and torch.equal(a, b))
+    assert got.context_lens[0] == length[rows[0] if lens is None else rows.slots[0]] + 1

@@ -62,7 +62,7 @@ def test_mlp_shards(size, bias):
     hidden, inner = 6, 8
     gate, up, down = torch.randn(inner, hidden), torch.randn(inner, hidden), torch.randn(hidden, inner)
     gate_bias, up_bias, down_bias = torch.randn(inner), torch.randn(inner), torch.randn(hidden)
-    x = torch.randn(3, hidden)
+    x, residual = torch.randn(2, 3, hidden)
     for tp in ranks(size):
         merged = MergedColumnParallelLinear(hidden, [inner, inner], bias, tp=tp)
         row = RowParallelLinear(inner, hidden, bias, tp=tp)
@@ -74,9 +74,9 @@ def test_mlp_shards(size, bias):
             merged.bias.weight_loader(merged.bias, up_bias, 1)
             row.bias.weight_loader(row.bias, down_bias)
         a, b = merged(x).chunk(2, -1)
-        out = row(a * b)
+        out = row(a * b, residual.clone())
     biases = (gate_bias, up_bias, down_bias) if bias else (None, None, None)
-    expected = F.linear(F.linear(x, gate, biases[0]) * F.linear(x, up, biases[1]), down, biases[2])
+    expected = residual + F.linear(F.linear(x, gate, biases[0]) * F.linear(x, up, biases[1]), down, biases[2])
     torch.testing.assert_close(out, expected)
 
 

@@ -34,7 +34,7 @@ def check_step(backend, decode, prefill, block_size=16, dtype=torch.float32, lay
         block_tables=paged.block_tables,
     )
     if prefill:
-        ctx.cu_seqlens_q = torch.tensor([0, *(n for n, _ in prefill)]).cumsum(0).int()
+        ctx.cu_seqlens_q = torch.tensor([len(decode), *(n for n, _ in prefill)]).cumsum(0).int()
         ctx.max_seqlen_q, ctx.max_context_len = (max(column) for column in zip(*prefill, strict=True))
     backend.prepare(ctx)
     parts = zip(q.split(lens), paged.keys, paged.values, strict=True)
@@ -58,8 +58,12 @@ def test_torch_backend_attends_all_kinds_of_steps(dtype):
 
 def test_triton_backend_hands_each_kernel_its_rows(monkeypatch):
     monkeypatch.setattr(triton_backend, "HAVE_TRITON", True)
-    monkeypatch.setattr(triton_backend, "decode_attention_triton", decode_attention_torch)
-    monkeypatch.setattr(triton_backend, "prefill_attention_triton", prefill_attention_torch)
+
+    def into(twin):
+        return lambda *args, out, counters=None: out.copy_(twin(*args))
+
+    monkeypatch.setattr(triton_backend, "decode_attention_triton", into(decode_attention_torch))
+    monkeypatch.setattr(triton_backend, "prefill_attention_triton", into(prefill_attention_torch))
     backend = triton_backend.TritonBackend(torch.device("cuda"), 16)
     for decode, prefill in STEPS:
         check_step(backend, decode, prefill)
@@ -71,9 +75,8 @@ def fake_flash_attn():
     def with_kvcache(q, k_cache, v_cache, *, cache_seqlens, block_table, softmax_scale, causal):
         assert causal and q.shape[1] == 1
         rows = torch.arange(len(q))
-        return decode_attention_torch(q[:, 0], k_cache, v_cache, block_table, rows, cache_seqlens, softmax_scale)[
-            :, None
-        ]
+        args = (q[:, 0], k_cache, v_cache, block_table, rows, cache_seqlens, softmax_scale)
+        return decode_attention_torch(*args)[:, None]
 
     def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, block_table):
         assert causal and cu_seqlens_k.dtype == torch.int32

@@ -53,9 +53,8 @@ class FakeDevice:
         for slot, start, token_ids, samples in rows:
             end = start + len(token_ids)
             seen = [self.cache[self.tables[slot][i // BLOCK], i % BLOCK] for i in range(end)]
-            if samples:
-                self.last[slot], self.length[slot] = next_token(seen), end
-                sampled.append(self.last[slot])
+            self.last[slot], self.length[slot] = next_token(seen), end
+            sampled.append(self.last[slot] if samples else None)
         return sampled
 
 
