@@ -1,7 +1,10 @@
 """Import guard for Triton, so that the kernel modules can be imported on machines without it."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
+
+import torch
 
 try:
     import triton
@@ -44,4 +47,24 @@ except ImportError:
     triton: Any = _MissingTriton()
     tl: Any = _MissingLanguage()
 
-__all__ = ["HAVE_TRITON", "tl", "triton"]
+__all__ = ["HAVE_TRITON", "launch_options", "tl", "triton", "wait_for_inputs"]
+
+
+@lru_cache
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that calls `wait_for_inputs`: programmatic dependent launch, where there is such a thing."""
+    pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Let the next kernel begin, then wait for the one before to end.
+
+    A kernel so launched begins while the one before it runs. Only what no kernel writes, as weights, may be read before
+    this. All kernels of a chain must call it, even if they don't need to: the end of one then means the end of all
+    before it.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import HAVE_TRITON, tl, triton
+from nanovllm.kernels._triton import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
 
 if TYPE_CHECKING:
     from nanovllm.kernels.shared_prefix import SharedParts
@@ -176,7 +176,9 @@ def _decode_kernel(
     MAX_PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     # KV heads vary fastest: programs that run together read neighbouring memory.
     kv_head = tl.program_id(0)
     row = tl.program_id(1)
@@ -356,6 +358,7 @@ def decode_attention_triton(
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=num_warps or config.num_warps,
         num_stages=num_stages or config.num_stages,
+        **launch_options(q.device),
     )
     return out
 

@@ -1,7 +1,11 @@
-"""Products with a weight, in the layout that is fastest where they run."""
+"""Products with a weight: with what comes before and after, and in the way that is fastest where they run."""
 
 import torch
 import torch.nn.functional as F
+
+from nanovllm.kernels.gemv import gemv_triton, is_gemv
+from nanovllm.kernels.rms_norm import rms_norm
+from nanovllm.kernels.silu_mul import silu_mul
 
 
 def can_pack(weight: torch.Tensor) -> bool:
@@ -22,17 +26,38 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, K], weight [N, K], plain or packed, bias [N] -> x W^T + b [T, N]."""
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm: tuple[torch.Tensor, float] | None = None,
+    gated: bool = False,
+) -> torch.Tensor:
+    """x [T, K] -> x W^T + b [T, N].
+
+    Args:
+        weight: [N, K], plain or packed; [2 N, K], gate and up, if `gated`.
+        bias: one number for each row of the weight.
+        norm: weight [K] and epsilon of an RMSNorm of x that comes first.
+        gated: the result is silu(gate) * up (SwiGLU, arXiv:2002.05202).
+    """
+    if is_gemv(x, weight):
+        return gemv_triton(x, weight, bias, norm, gated)
+    if norm is not None:
+        x = rms_norm(x, *norm)
     if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    else:
+        y = F.linear(x, weight, bias)
+    return silu_mul(y) if gated else y
 
 
 def linear_add(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
 ) -> torch.Tensor:
     """residual [T, N] += x W^T + b, in place; on a GPU the sum is part of the product."""
+    if is_gemv(x, weight):
+        return gemv_triton(x, weight, bias, residual=residual)
     if bias is not None or not x.is_cuda:
         return residual.add_(linear(x, weight, bias))
     return torch.addmm(residual, x, weight.t(), out=residual)

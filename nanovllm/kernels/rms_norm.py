@@ -2,11 +2,14 @@
 
 import torch
 
-from nanovllm.kernels._triton import tl, triton
+from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
 
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, eps, N: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_kernel(
+    x_ptr, weight_ptr, out_ptr, x_stride, eps, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < N
@@ -24,8 +27,8 @@ def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
     out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
     if rows:
         block = triton.next_power_of_2(size)
-        num_warps = min(8, max(1, block // 512))
-        _rms_norm_kernel[(rows,)](x, weight, out, x.stride(0), eps, N=size, BLOCK=block, num_warps=num_warps)
+        options = {"num_warps": min(8, max(1, block // 512)), **launch_options(x.device)}
+        _rms_norm_kernel[(rows,)](x, weight, out, x.stride(0), eps, N=size, BLOCK=block, **options)
     return out
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from nanovllm.kernels._triton import tl, triton
+from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
 from nanovllm.kernels.rms_norm import rms_norm_torch
 
 
@@ -26,7 +26,9 @@ def _rope_store_kernel(
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token)
     place = tl.load(slot_mapping_ptr + token).to(tl.int64)
@@ -97,6 +99,7 @@ def qk_norm_rope_store_triton(
             HALF=triton.next_power_of_2(head_dim // 2),
             NORM=q_weight is not None,
             num_warps=4,
+            **launch_options(qkv.device),
         )
     return q
 

@@ -11,7 +11,7 @@ at most 32 passes over the row for an exact k-th value, and as many for the top-
 import numpy as np
 import torch
 
-from nanovllm.kernels._triton import tl, triton
+from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
 from nanovllm.sampling_params import MAX_STOP_IDS
 
 _GOLDEN = 0x9E3779B9
@@ -123,7 +123,9 @@ def _threshold_kernel(
     STRIDE: tl.constexpr,
     STOPS: tl.constexpr,
     TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     row = tl.program_id(0)
     params_ptr += tl.load(slots_ptr + row).to(tl.int64) * STRIDE
     temperature = _float(params_ptr + 2)
@@ -195,7 +197,9 @@ def _draw_kernel(
     STRIDE: tl.constexpr,
     STOPS: tl.constexpr,
     TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     row = tl.program_id(0)
     tile = tl.program_id(1)
     params_ptr += tl.load(slots_ptr + row).to(tl.int64) * STRIDE
@@ -216,7 +220,8 @@ def _draw_kernel(
 
 
 @triton.jit
-def _reduce_kernel(best_ptr, token_ptr, out_ptr, num_tiles, TILES: tl.constexpr):
+def _reduce_kernel(best_ptr, token_ptr, out_ptr, num_tiles, TILES: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
     row = tl.program_id(0)
     tiles = tl.arange(0, TILES)
     best = tl.load(best_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf"))
@@ -236,7 +241,8 @@ def sample_triton(
     threshold = torch.empty(rows, dtype=torch.int32, device=logits.device)
     best = torch.empty((rows, num_tiles), dtype=torch.float32, device=logits.device)
     best_token = torch.empty((rows, num_tiles), dtype=torch.int32, device=logits.device)
-    sizes = {"STRIDE": STRIDE, "STOPS": MAX_STOP_IDS, "TILE": TILE}
+    pdl = launch_options(logits.device)
+    sizes = {"STRIDE": STRIDE, "STOPS": MAX_STOP_IDS, "TILE": TILE, **pdl}
     _threshold_kernel[(rows,)](
         logits,
         logits.stride(0),
@@ -261,7 +267,8 @@ def sample_triton(
         **sizes,
         num_warps=8,
     )
-    _reduce_kernel[(rows,)](best, best_token, tokens, num_tiles, TILES=triton.next_power_of_2(num_tiles), num_warps=1)
+    tiles = triton.next_power_of_2(num_tiles)
+    _reduce_kernel[(rows,)](best, best_token, tokens, num_tiles, TILES=tiles, num_warps=1, **pdl)
     return tokens
 
 

@@ -3,11 +3,12 @@
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import tl, triton
+from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
 
 
 @triton.jit
-def _silu_mul_kernel(x_ptr, out_ptr, x_stride, N: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(x_ptr, out_ptr, x_stride, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < N
@@ -24,7 +25,8 @@ def silu_mul_triton(x: torch.Tensor) -> torch.Tensor:
     out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
     if rows:
         block = min(1024, triton.next_power_of_2(size))
-        _silu_mul_kernel[(rows, triton.cdiv(size, block))](x, out, x.stride(0), N=size, BLOCK=block, num_warps=4)
+        options = {"num_warps": 4, **launch_options(x.device)}
+        _silu_mul_kernel[(rows, triton.cdiv(size, block))](x, out, x.stride(0), N=size, BLOCK=block, **options)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Measures the attention kernels over sizes and settings: `python -m nanovllm.kernels.tune --help`.
+"""Measures kernels over sizes and settings: `python -m nanovllm.kernels.tune --help`.
 
 The defaults beside each kernel (`default_decode_config` and its like) are what this chose on an H100. On another chip:
 run it, and change them.
@@ -12,9 +12,13 @@ from functools import partial
 
 import torch
 
+from nanovllm.kernels._triton import triton
 from nanovllm.kernels.decode_attention import decode_attention_triton, default_decode_config
 from nanovllm.kernels.decode_attention import sm_count as count_sms
+from nanovllm.kernels.gemv import GemvConfig, default_gemv_config, gemv_triton
 from nanovllm.kernels.prefill_attention import default_prefill_config, prefill_attention_triton
+from nanovllm.kernels.rms_norm import rms_norm
+from nanovllm.kernels.silu_mul import silu_mul
 
 COLD_BYTES = 256 << 20  # several times any L2 cache
 BLOCK_SIZE = 64
@@ -109,6 +113,48 @@ def prefill(full: bool) -> None:
         show(f"{rows} x {new} of {context}, {group}", results, 4 * seen * KV_HEADS * group * HEAD_DIM / 1e12, "TFLOP/s")
 
 
+def gemv(full: bool) -> None:
+    """Bandwidth of the products of a decode step with one row, beside cuBLAS's and what comes with it."""
+    print(
+        "gemv: rows x k of the weight | rows of a program, warps | us, TB/s  (* default; cuBLAS with norm and SiLU)"
+    )
+    shapes = {  # Qwen3-0.6B's and Qwen3-8B's
+        "qkv": [(4096, 1024), (6144, 4096)],
+        "o": [(1024, 2048), (4096, 4096)],
+        "gate_up": [(6144, 1024), (24576, 4096)],
+        "down": [(1024, 3072), (4096, 12288)],
+        "head": [(151936, 1024), (151936, 4096)],
+    }
+    for name, sizes in shapes.items():
+        for n, k in sizes:
+            x, norm = torch.randn(2, 1, k, device="cuda", dtype=torch.bfloat16)
+            weights = [
+                torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(-(-COLD_BYTES // (2 * n * k)))
+            ]
+            gated, residual = name == "gate_up", torch.zeros(1, n, device="cuda", dtype=torch.bfloat16)
+            options = {"residual": residual} if name in ("o", "down") else {"norm": (norm[0], 1e-6), "gated": gated}
+            default, results = default_gemv_config(k, gated), []
+            configs = [default]
+            if full:
+                configs += [GemvConfig(rows, warps) for rows in (1, 2, 4, 8, 16) for warps in (2, 4, 8)]
+            for config in configs:
+                if config.rows * triton.next_power_of_2(k) * (2 if gated else 1) > 256 * 32 * config.num_warps:
+                    continue  # more than the registers hold
+                calls = [partial(gemv_triton, x, w, config=config, **options) for w in weights]
+                results.append((seconds(calls), tuple(config)))
+            if name in ("o", "down"):
+                calls = [partial(torch.addmm, residual, x, w.t(), out=residual) for w in weights]
+            else:
+                calls = [partial(_plain, x, w, norm[0], gated) for w in weights]
+            show(f"{name} {n} x {k}", [(seconds(calls), ("cuBLAS",))], 2 * n * k / 1e12, "TB/s")
+            show(f"{name} {n} x {k}", results, 2 * n * k / 1e12, "TB/s", most=4)
+
+
+def _plain(x: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor, gated: bool) -> torch.Tensor:
+    y = torch.nn.functional.linear(rms_norm(x, norm, 1e-6), weight)
+    return silu_mul(y) if gated else y
+
+
 def show(what: str, results: list[tuple[float, tuple]], work: float, unit: str, most: int = 6) -> None:
     default = results[0][1]
     best = sorted(set(results[1:] or results))[:most]
@@ -117,7 +163,7 @@ def show(what: str, results: list[tuple[float, tuple]], work: float, unit: str, 
         print(f"{what:24s}{mark} {' '.join(map(str, config)):14s} {time * 1e6:8.1f} us {work / time:8.2f} {unit}")
 
 
-KERNELS = {"decode": decode, "prefill": prefill}
+KERNELS = {"decode": decode, "prefill": prefill, "gemv": gemv}
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nanovllm.kernels.linear import linear, linear_add
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parameter import PackedLayer, check_shape, divide, make_parameter
 from nanovllm.utils.parallel import TensorParallel
 
@@ -47,33 +48,34 @@ class ColumnParallelLinear(PackedLayer):
                 param[offset : offset + part.size].copy_(loaded[part.start : part.start + part.size])
             offset += part.size
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.operand, self.bias)
+    def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor:
+        """y for x, or for norm(x)."""
+        return linear(x, self.operand, self.bias, norm and (norm.weight, norm.eps))
 
 
-class MergedColumnParallelLinear(ColumnParallelLinear):
-    """Several projections of one input in one product, as gate and up. Shard ids are 0, 1, ...
+class GateUpParallelLinear(ColumnParallelLinear):
+    """The gated unit of SwiGLU (arXiv:2002.05202): silu(x G^T) * x U^T. Shard ids are 0, the gate, and 1.
 
     Args:
-        in_features: size of the input.
-        out_features: sizes of the projections; the ranks must divide each.
+        hidden_size, intermediate_size: sizes of the input and of each projection; the ranks must divide the latter.
     """
 
     def __init__(
         self,
-        in_features: int,
-        out_features: list[int],
+        hidden_size: int,
+        intermediate_size: int,
         bias: bool = False,
         *,
         dtype: torch.dtype | None = None,
         tp: TensorParallel | None = None,
     ):
         tp = tp or TensorParallel.default()
-        parts = {}
-        for i, total in enumerate(out_features):
-            size = divide("intermediate_size", total, tp)
-            parts[i] = Part(total, tp.rank * size, size)
-        super().__init__(in_features, parts, bias, dtype)
+        size = divide("intermediate_size", intermediate_size, tp)
+        part = Part(intermediate_size, tp.rank * size, size)
+        super().__init__(hidden_size, {0: part, 1: part}, bias, dtype)
+
+    def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor:
+        return linear(x, self.operand, self.bias, norm and (norm.weight, norm.eps), gated=True)
 
 
 class QKVParallelLinear(ColumnParallelLinear):

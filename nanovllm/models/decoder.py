@@ -3,11 +3,10 @@
 import torch
 from torch import nn
 
-from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.registry import ModelConfig
 from nanovllm.utils.parallel import TensorParallel
@@ -30,24 +29,26 @@ class SelfAttention(nn.Module):
             config.num_heads * config.head_dim, config.hidden_size, config.o_bias, dtype=dtype, tp=tp
         )
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return self.o_proj(self.attn(self.qkv_proj(x), positions), residual)
+    def forward(self, x: torch.Tensor, norm: RMSNorm, positions: torch.Tensor) -> torch.Tensor:
+        return self.o_proj(self.attn(self.qkv_proj(x, norm), positions), x)
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype | None, tp: TensorParallel):
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_up_proj = MergedColumnParallelLinear(hidden, [inner, inner], bias, dtype=dtype, tp=tp)
-        self.act_fn = SiluAndMul()
+        self.gate_up_proj = GateUpParallelLinear(hidden, inner, bias, dtype=dtype, tp=tp)
         self.down_proj = RowParallelLinear(inner, hidden, bias, dtype=dtype, tp=tp)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_up_proj(x)), residual)
+    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        return self.down_proj(self.gate_up_proj(x, norm), x)
 
 
 class DecoderLayer(nn.Module):
-    """Adds attention and MLP to the residual stream x [T, hidden_size], in place: their last products do that."""
+    """Adds attention and MLP to the residual stream x [T, hidden_size], in place.
+
+    Norms belong to the products after them, sums to the ones before: where rows are few they are one kernel.
+    """
 
     def __init__(self, config: ModelConfig, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel):
         super().__init__()
@@ -57,8 +58,8 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, dtype, tp)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        x = self.self_attn(self.input_layernorm(x), x, positions)
-        return self.mlp(self.post_attention_layernorm(x), x)
+        x = self.self_attn(x, self.input_layernorm, positions)
+        return self.mlp(x, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):

@@ -6,6 +6,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from nanovllm.kernels import _triton
+
 
 class CompileOnly:
     """What Triton asks of a driver before it launches anything."""
@@ -24,6 +26,7 @@ class CompileOnly:
 
 
 driver.set_active(CompileOnly())
+_triton.launch_options = lambda device: {"PDL": True, "launch_pdl": True}
 launch = JITFunction.run
 compiled = []
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter takes what its compiler refuses, so each kernel is also compiled for an H100, which needs none."""
+"""Triton's interpreter takes what its compiler refuses: each kernel is also compiled for an H100. That needs none."""
 
 import os
 import subprocess
@@ -14,12 +14,15 @@ SCRIPT = """
 import torch
 from tests.kernels.compile_for_hopper import compiled
 from nanovllm.kernels import decode_attention as decode, prefill_attention as prefill
-from nanovllm.kernels import rms_norm, rope_store, sampling, silu_mul, step_inputs
+from nanovllm.kernels import gemv, rms_norm, rope_store, sampling, silu_mul, step_inputs
 
 bf16, i32, i64 = (dict(dtype=getattr(torch, name)) for name in ("bfloat16", "int32", "int64"))
 x, weight = torch.zeros(4, 256, **bf16), torch.zeros(256, **bf16)
 rms_norm.rms_norm_triton(x, weight, 1e-6)
 silu_mul.silu_mul_triton(x)
+wide = torch.zeros(512, 256, **bf16)
+for options in (dict(norm=(weight, 1e-6), gated=True), dict(bias=weight, residual=torch.zeros(4, 512, **bf16))):
+    gemv.gemv_triton(x, wide, **options)
 slots, lens, tables = torch.zeros(4, **i32), torch.ones(4, **i32), torch.zeros(5, 8, **i32)
 for rows in (slots, step_inputs.StepRows.split(torch.zeros(100, **i32), 4, 20)):
     step_inputs.step_inputs_triton(rows, torch.zeros(5, **i64), torch.zeros(5, **i32), tables, 64, 4)

@@ -2,7 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels.linear import can_pack, linear, pack
+from nanovllm.kernels._triton import HAVE_TRITON
+from nanovllm.kernels.gemv import GemvConfig, gemv_triton
+from nanovllm.kernels.linear import can_pack, linear, linear_add, pack
+from nanovllm.kernels.rms_norm import rms_norm
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 16, 65])
@@ -16,3 +19,44 @@ def test_a_packed_product_is_the_plain_one(rows, bias):
     torch.testing.assert_close(packed.to_dense(), weight, atol=0, rtol=0)
     b = b if bias else None
     torch.testing.assert_close(linear(x, packed, b), F.linear(x, weight, b), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("rows", "size", "k", "config"), [(1, 33, 48, None), (4, 20, 300, (4, 4)), (3, 5, 64, (1, 2))])
+def test_gemv_is_norm_product_activation_and_sum(device, rows, size, k, config, biased, gated):
+    generator = torch.Generator().manual_seed(rows)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator).to(device)
+
+    x, weight, norm = randn(rows, k), randn(size * (2 if gated else 1), k), (randn(k), 1e-6)
+    bias, residual = (randn(len(weight)) if biased else None), randn(rows, size)
+    config = config and GemvConfig(*config)
+    wide = x.double()
+    normed = (wide / (wide.pow(2).mean(-1, keepdim=True) + norm[1]).sqrt()).float() * norm[0]
+    for given, options in ((x, {}), (normed, {"norm": norm})):
+        y = F.linear(given, weight, bias)
+        if gated:
+            y = F.silu(y[:, :size]) * y[:, size:]
+        got = gemv_triton(x, weight, bias, gated=gated, config=config, **options)
+        torch.testing.assert_close(got, y, atol=1e-4, rtol=1e-4)
+        total = residual.clone()
+        assert gemv_triton(x, weight, bias, gated=gated, residual=total, config=config, **options) is total
+        torch.testing.assert_close(total, residual + y, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5])
+def test_linear_does_the_same_for_few_and_many_rows(device, rows):
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    x, weight, norm = (torch.randn(s, generator=generator).to(device, dtype) for s in ((rows, 64), (96, 64), (64,)))
+    y = F.linear(rms_norm(x, norm, 1e-6), weight)
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    close = {"atol": tolerance, "rtol": tolerance}
+    torch.testing.assert_close(linear(x, weight, norm=(norm, 1e-6)), y, **close)
+    torch.testing.assert_close(linear(x, weight, norm=(norm, 1e-6), gated=True), F.silu(y[:, :48]) * y[:, 48:], **close)
+    residual = torch.ones(rows, 96, dtype=dtype, device=device)
+    assert linear_add(x, weight, None, residual) is residual
+    torch.testing.assert_close(residual, 1 + F.linear(x, weight), **close)

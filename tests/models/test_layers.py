@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
-from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.parameter import make_parameter
 from nanovllm.layers.rotary_embedding import rope_table
 from nanovllm.utils.context import Context, set_context
@@ -64,7 +64,7 @@ def test_mlp_shards(size, bias):
     gate_bias, up_bias, down_bias = torch.randn(inner), torch.randn(inner), torch.randn(hidden)
     x, residual = torch.randn(2, 3, hidden)
     for tp in ranks(size):
-        merged = MergedColumnParallelLinear(hidden, [inner, inner], bias, tp=tp)
+        merged = GateUpParallelLinear(hidden, inner, bias, tp=tp)
         row = RowParallelLinear(inner, hidden, bias, tp=tp)
         for i, weight in enumerate((gate, up)):
             merged.weight.weight_loader(merged.weight, weight, i)
@@ -73,10 +73,9 @@ def test_mlp_shards(size, bias):
             merged.bias.weight_loader(merged.bias, gate_bias, 0)
             merged.bias.weight_loader(merged.bias, up_bias, 1)
             row.bias.weight_loader(row.bias, down_bias)
-        a, b = merged(x).chunk(2, -1)
-        out = row(a * b, residual.clone())
+        out = row(merged(x), residual.clone())
     biases = (gate_bias, up_bias, down_bias) if bias else (None, None, None)
-    expected = residual + F.linear(F.linear(x, gate, biases[0]) * F.linear(x, up, biases[1]), down, biases[2])
+    expected = residual + F.linear(F.silu(F.linear(x, gate, biases[0])) * F.linear(x, up, biases[1]), down, biases[2])
     torch.testing.assert_close(out, expected)
 
 
@@ -107,7 +106,7 @@ def test_what_ranks_cannot_share_is_refused():
         with pytest.raises(ValueError, match=f"tensor_parallel_size={size} .* num_key_value_heads={kv_heads}"):
             QKVParallelLinear(4, 2, 12, kv_heads, tp=TensorParallel(0, size))
     with pytest.raises(ValueError, match=r"tensor_parallel_size=4 does not divide .* intermediate_size=6"):
-        MergedColumnParallelLinear(4, [6, 6], tp=TensorParallel(0, 4))
+        GateUpParallelLinear(4, 6, tp=TensorParallel(0, 4))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,129 @@
+"""Products of very few rows, bound by reading the weight: norm, activation and residual sum are part of them.
+
+A program reads its rows of the weight in one go into registers, before it waits for the kernel that makes its input
+(programmatic dependent launch): while one product ends, the next one's weights are already on their way.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from nanovllm.kernels._triton import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
+
+MAX_ROWS = 4  # rows of x; more are left to cuBLAS
+
+
+class GemvConfig(NamedTuple):
+    """How a kernel is built: rows of the weight for a program, warps."""
+
+    rows: int
+    num_warps: int
+
+
+def default_gemv_config(k: int, gated: bool) -> GemvConfig:
+    """The rows of length `k` for a program, twice as many where gate and up are taken together."""
+    k_pad = triton.next_power_of_2(k)
+    rows = max(1, 8192 * (2 if k > 2048 else 1) // k_pad // (2 if gated else 1))
+    return GemvConfig(min(rows, 8), 4 if k_pad <= 4096 else 8)
+
+
+def is_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether x [M, K] has so few rows that `gemv_triton` is the way to multiply it with `weight`."""
+    return HAVE_TRITON and x.is_cuda and 0 < len(x) <= MAX_ROWS and weight.dtype != torch.float32
+
+
+@triton.jit
+def _gemv_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    norm_ptr,
+    residual_ptr,
+    out_ptr,
+    x_stride,
+    eps,
+    N,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    ADD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    ks = tl.arange(0, K_PAD)
+    places = rows.to(tl.int64)[:, None] * K + ks[None, :]
+    mask = (rows < N)[:, None] & (ks < K)[None, :]
+    weight = tl.load(weight_ptr + places, mask=mask, other=0.0)
+    if GATED:
+        up_weight = tl.load(weight_ptr + N.to(tl.int64) * K + places, mask=mask, other=0.0)
+    if NORM:
+        norm = tl.load(norm_ptr + ks, mask=ks < K, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
+    dtype = out_ptr.dtype.element_ty
+    for m in tl.static_range(M):
+        x = tl.load(x_ptr + m * x_stride + ks, mask=ks < K, other=0.0).to(tl.float32)
+        scale = 1.0
+        if NORM:  # the scale of the row is a factor of the product too
+            scale = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
+            x = x * norm
+        y = tl.sum(weight.to(tl.float32) * x[None, :], 1) * scale
+        if BIAS:
+            y += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+        if GATED:
+            up = tl.sum(up_weight.to(tl.float32) * x[None, :], 1) * scale
+            if BIAS:
+                up += tl.load(bias_ptr + N + rows, mask=rows < N, other=0.0).to(tl.float32)
+            y = y / (1 + tl.exp(-y)) * up
+        if ADD:
+            y += tl.load(residual_ptr + m * N + rows, mask=rows < N, other=0.0).to(tl.float32)
+        tl.store(out_ptr + m * N + rows, y.to(dtype), mask=rows < N)
+
+
+def gemv_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm: tuple[torch.Tensor, float] | None = None,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+    config: GemvConfig | None = None,
+) -> torch.Tensor:
+    """x [M, K] -> x W^T for a few rows; sums in float32, rounded once.
+
+    Args:
+        weight: [N, K] contiguous; [2 N, K], gate and up, if `gated`.
+        bias: one number for each row of the weight.
+        norm: weight [K] and epsilon of the RMSNorm of x that comes first.
+        gated: silu(gate) * up is the result.
+        residual: [M, N] contiguous; the result is added to it, in place.
+        config: `default_gemv_config` if None.
+    """
+    (m, k), n = x.shape, len(weight) // (2 if gated else 1)
+    config = config or default_gemv_config(k, gated)
+    out = torch.empty((m, n), dtype=x.dtype, device=x.device) if residual is None else residual
+    _gemv_kernel[(triton.cdiv(n, config.rows),)](
+        x,
+        weight,
+        weight if bias is None else bias,
+        weight if norm is None else norm[0],
+        out,
+        out,
+        x.stride(0),
+        0.0 if norm is None else norm[1],
+        n,
+        M=m,
+        K=k,
+        K_PAD=triton.next_power_of_2(k),
+        ROWS=config.rows,
+        NORM=norm is not None,
+        BIAS=bias is not None,
+        GATED=gated,
+        ADD=residual is not None,
+        num_warps=config.num_warps,
+        **launch_options(x.device),
+    )
+    return out
