@@ -16,12 +16,14 @@ class AttentionBackend(ABC):
         name: how users ask for it.
         capturable: whether steps of decode rows may be captured in a CUDA graph: `decode` neither waits for the device
             nor keeps host metadata of the step.
+        shares_prefixes: whether `decode` makes use of the context's `shared`.
         capturable_prefill: the same for `prefill`, whose work must then follow from the context's tensors alone.
     """
 
     name: str
     capturable: bool = False
     capturable_prefill: bool = False
+    shares_prefixes: bool = False
 
     def prepare(self, ctx: Context) -> None:  # noqa: B027  optional: most backends need nothing
         """Work out, once for all layers, what the context's tensors imply; kept in `ctx.meta`."""

@@ -6,6 +6,7 @@ from nanovllm.attention.base import AttentionBackend
 from nanovllm.kernels._triton import HAVE_TRITON
 from nanovllm.kernels.decode_attention import decode_attention_triton
 from nanovllm.kernels.prefill_attention import prefill_attention_triton
+from nanovllm.kernels.shared_prefix import attend_shared_triton
 from nanovllm.utils.context import Context
 
 
@@ -18,7 +19,7 @@ class TritonBackend(AttentionBackend):
     """
 
     name = "triton"
-    capturable = capturable_prefill = True
+    capturable = capturable_prefill = shares_prefixes = True
 
     def __init__(self, device: torch.device, block_size: int):
         if not HAVE_TRITON:
@@ -41,17 +42,9 @@ class TritonBackend(AttentionBackend):
         rows = slice(ctx.num_decode)
         if self.counters is None:
             self.counters = torch.zeros(1 << 16, dtype=torch.int32, device=q.device)  # more than are ever split
-        decode_attention_triton(
-            q,
-            k_cache,
-            v_cache,
-            ctx.block_tables,
-            ctx.slots[rows],
-            ctx.context_lens[rows],
-            scale,
-            out=out,
-            counters=self.counters,
-        )
+        where = (q, k_cache, v_cache, ctx.block_tables, ctx.slots[rows])
+        shared = None if ctx.shared is None else attend_shared_triton(*where, scale, ctx.shared)
+        decode_attention_triton(*where, ctx.context_lens[rows], scale, out=out, counters=self.counters, shared=shared)
 
     def prefill(
         self,

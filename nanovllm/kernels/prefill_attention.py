@@ -60,7 +60,7 @@ def _find_row(cu_seqlens_ptr, pid, num_rows, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def _attend_tiles(
+def attend_tiles(
     acc,
     running_max,
     running_sum,
@@ -176,7 +176,7 @@ def _prefill_kernel(
     acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
     full_tiles = (first_position + 1) // BLOCK_N  # every query of the tile sees all of these
     num_tiles = tl.cdiv(tl.minimum(first_position + BLOCK_Q, context_len), BLOCK_N)
-    acc, running_max, running_sum = _attend_tiles(
+    acc, running_max, running_sum = attend_tiles(
         acc,
         running_max,
         running_sum,
@@ -198,7 +198,7 @@ def _prefill_kernel(
         BLOCK_N,
         PRECISION,
     )
-    acc, running_max, running_sum = _attend_tiles(
+    acc, running_max, running_sum = attend_tiles(
         acc,
         running_max,
         running_sum,

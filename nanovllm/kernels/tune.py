@@ -115,9 +115,7 @@ def prefill(full: bool) -> None:
 
 def gemv(full: bool) -> None:
     """Bandwidth of the products of a decode step with one row, beside cuBLAS's and what comes with it."""
-    print(
-        "gemv: rows x k of the weight | rows of a program, warps | us, TB/s  (* default; cuBLAS with norm and SiLU)"
-    )
+    print("gemv: rows x k of the weight | rows of a program, warps | us, TB/s  (* default; cuBLAS with norm and SiLU)")
     shapes = {  # Qwen3-0.6B's and Qwen3-8B's
         "qkv": [(4096, 1024), (6144, 4096)],
         "o": [(1024, 2048), (4096, 4096)],
@@ -133,7 +131,7 @@ def gemv(full: bool) -> None:
             ]
             gated, residual = name == "gate_up", torch.zeros(1, n, device="cuda", dtype=torch.bfloat16)
             options = {"residual": residual} if name in ("o", "down") else {"norm": (norm[0], 1e-6), "gated": gated}
-            default, results = default_gemv_config(k, gated), []
+            default, results = default_gemv_config(n // (2 if gated else 1), k, gated), []
             configs = [default]
             if full:
                 configs += [GemvConfig(rows, warps) for rows in (1, 2, 4, 8, 16) for warps in (2, 4, 8)]

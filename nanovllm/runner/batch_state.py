@@ -75,6 +75,9 @@ class BatchState:
         self.length = full((rows,), 0, torch.int32)
         self.block_tables = full((rows, max_blocks), scratch_block, torch.int32)
         self.sampling = SamplingState(default_rows(rows), device)
+        # The host's copy of the block tables, where an entry that a running sequence does not own is the scratch block.
+        self.host_tables = np.full((rows, max_blocks), scratch_block, dtype=np.int32)
+        self.num_admissions = 0
         self.staging = Staging(8 * max_tokens + (ROW.itemsize + 64) * rows + 32 * max_tokens // block_size, device)
 
     def apply(self, batch: Batch) -> None:
@@ -84,6 +87,7 @@ class BatchState:
             self._admit(batch.admissions)
         if batch.new_blocks:
             slots, places, blocks = np.array(batch.new_blocks, dtype=np.int64).T
+            self.host_tables[slots, places] = blocks
             flat = self.staging.to_device(slots * self.block_tables.shape[1] + places)
             values = self.staging.to_device(blocks.astype(np.int32))
             self.block_tables.view(-1).index_copy_(0, flat, values)
@@ -97,6 +101,8 @@ class BatchState:
             if a.params.min_tokens:
                 row["stop_ids"][: len(a.end_ids)] = a.end_ids
         slots = np.array([a.slot for a in admissions])
+        self.host_tables[slots] = self.scratch_block
+        self.num_admissions += len(admissions)
         values = self.staging.to_device(rows.view(np.int32).reshape(-1, STRIDE))
         self.sampling.table.index_copy_(0, self.staging.to_device(slots), values)
 

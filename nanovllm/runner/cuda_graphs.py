@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from nanovllm.engine.scheduler import Batch
+from nanovllm.kernels.decode_attention import sm_count
+from nanovllm.kernels.shared_prefix import MIN_ROWS, SharedPlan, plan_shared
 from nanovllm.kernels.step_inputs import StepRows
 
 if TYPE_CHECKING:
@@ -19,6 +21,11 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
     """Batch sizes of decode steps that get a graph: 1, 2, 4, every 8, every 16 from 256 on, and the maximum itself."""
     sizes = {1, 2, 4, *range(8, 256, 8), *range(256, max_num_seqs, 16), max_num_seqs}
     return sorted(size for size in sizes if size <= max_num_seqs)
+
+
+def shared_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes of decode steps with shared prefixes that get a graph: powers of two, and the maximum itself."""
+    return sorted({*(size for size in (16, 32, 64, 128, 256, 512, 1024) if size < max_num_seqs), max_num_seqs})
 
 
 def mixed_sizes(max_num_batched_tokens: int) -> list[int]:
@@ -39,6 +46,9 @@ class StepGraphs:
     A decode step is told its slots, and only when they change. A step with prompt tokens is told its rows; decode rows
     among them are attended as prompts of one token, so that one graph does for any mixture.
 
+    Decode steps whose rows share long prefixes have graphs of their own, as finding out on the device that they do not
+    would cost the others.
+
     Rows beyond the batch are given the scratch slot, whose state never advances.
     """
 
@@ -47,7 +57,13 @@ class StepGraphs:
         self.pool, self.stream = torch.cuda.graph_pool_handle(), capture_stream(runner.device)
         self.slots = torch.full((max_num_seqs,), self.state.scratch_slot, dtype=torch.int32, device=runner.device)
         self.current: list[int] = []  # what `slots` holds
+        self.shares = False  # whether these rows share prefixes, told by `plan`
+        self.num_admissions = 0  # when that was found out
+        self.plan = torch.zeros(SharedPlan.size(max_num_seqs), dtype=torch.int32, device=runner.device)
+        layer = runner.attention_layers[0]
+        self.heads = layer.num_heads // layer.num_kv_heads, layer.num_kv_heads
         self.decode: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self.shared: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.mixed: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, int, torch.Tensor]] = {}
         gc.collect()
         gc.disable()  # a collection during capture could free CUDA memory, which capture forbids
@@ -55,6 +71,9 @@ class StepGraphs:
             if runner.backend.capturable_prefill:
                 for size in reversed(mixed_sizes(runner.config.max_num_batched_tokens)):
                     self._capture_mixed(runner, size, min(size, max_num_seqs) + 1)
+            if runner.backend.shares_prefixes and runner.config.enable_prefix_caching and max_num_seqs >= MIN_ROWS:
+                for size in reversed(shared_sizes(max_num_seqs)):
+                    self._capture_shared(runner, size)
             for size in reversed(decode_sizes(max_num_seqs)):  # the largest first: the others fit in its memory
                 slots = self.slots[:size]
                 self.decode[size] = self._capture(lambda slots=slots: runner.step(slots, len(slots)))
@@ -67,6 +86,11 @@ class StepGraphs:
         rows = StepRows.split(packed, num_rows, num_tokens)
         graph, tokens = self._capture(lambda: runner.step(rows, 0, num_tokens, runner.max_model_len))
         self.mixed[num_tokens] = graph, tokens, num_rows, packed
+
+    def _capture_shared(self, runner: "ModelRunner", size: int) -> None:
+        slots, plan = self.slots[:size], SharedPlan.split(self.plan, len(self.slots))
+        plan = SharedPlan(plan.rows[:size], plan.groups[: max(1, size // MIN_ROWS)])
+        self.shared[size] = self._capture(lambda: runner.step(slots, size, shared=plan))
 
     def _capture(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
@@ -93,11 +117,24 @@ class StepGraphs:
             packed.copy_(to_device(self.state.pack(batch, num_rows, size)))
         else:
             slots = batch.decode_slots
-            graph, tokens = self.decode[min(size for size in self.decode if size >= len(slots))]
-            if slots != self.current:
-                padded = np.full(len(self.slots), self.state.scratch_slot, dtype=np.int32)
-                padded[: len(slots)] = slots
-                self.slots.copy_(to_device(padded))
-                self.current = list(slots)
+            if slots != self.current or self.num_admissions != self.state.num_admissions:
+                self._set_slots(slots)
+            graphs = self.shared if self.shares else self.decode
+            graph, tokens = graphs[min(size for size in graphs if size >= len(slots))]
         graph.replay()
         return tokens[: batch.num_rows]
+
+    def _set_slots(self, slots: list[int]) -> None:
+        """Tell the device the rows of the decode steps from now on, and what they share."""
+        state, to_device = self.state, self.state.staging.to_device
+        padded = np.full(len(self.slots), state.scratch_slot, dtype=np.int32)
+        padded[: len(slots)] = slots
+        self.slots.copy_(to_device(padded))
+        self.current, self.num_admissions, self.shares = list(slots), state.num_admissions, False
+        if self.shared and len(slots) >= MIN_ROWS:
+            tables = state.host_tables[slots]
+            sms = sm_count(self.slots.device)
+            plan = plan_shared(tables, state.scratch_block, state.block_size, *self.heads, sms, len(self.slots))
+            if plan is not None:
+                self.shares = True
+                self.plan.copy_(to_device(plan))

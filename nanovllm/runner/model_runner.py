@@ -12,6 +12,7 @@ from nanovllm.attention import select_backend
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import Batch, Chunk
 from nanovllm.kernels.sampling import advance, sample
+from nanovllm.kernels.shared_prefix import SharedPlan
 from nanovllm.kernels.step_inputs import StepRows, step_inputs
 from nanovllm.layers.attention import Attention
 from nanovllm.models.decoder import Decoder
@@ -167,7 +168,12 @@ class ModelRunner:
         return self.step(rows, num_decode, longest, max(c.start + len(c.token_ids) for c in batch.chunks))
 
     def step(
-        self, rows: StepRows | torch.Tensor, num_decode: int, max_seqlen_q: int = 0, max_context_len: int = 0
+        self,
+        rows: StepRows | torch.Tensor,
+        num_decode: int,
+        max_seqlen_q: int = 0,
+        max_context_len: int = 0,
+        shared: SharedPlan | None = None,
     ) -> torch.Tensor:
         """One step, on the device from inputs to drawn tokens, and therefore capturable.
 
@@ -175,6 +181,7 @@ class ModelRunner:
             rows: the step's; or only the slots [B] int32 of decode rows.
             num_decode: how many of the rows, the first ones, are attended as decode rows.
             max_seqlen_q, max_context_len: at least the longest other row's tokens, and context.
+            shared: what decode rows have in common, if that is to be made use of.
 
         Returns:
             A token for each row, [R] int64.
@@ -194,6 +201,7 @@ class ModelRunner:
             cu_seqlens_q=None if num_decode == len(slots) else rows.cu_seqlens[num_decode:],
             max_seqlen_q=max_seqlen_q,
             max_context_len=max_context_len,
+            shared=shared,
             last_indices=inputs.last_indices,
         )
         self.backend.prepare(context)

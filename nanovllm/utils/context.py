@@ -14,6 +14,7 @@ import torch
 
 if TYPE_CHECKING:
     from nanovllm.attention.base import AttentionBackend
+    from nanovllm.kernels.shared_prefix import SharedPlan
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Context:
     cu_seqlens_q: torch.Tensor | None = None  # [P + 1] int32, where prefill rows begin among the T tokens; the end
     max_seqlen_q: int = 0  # longest prefill row of this step
     max_context_len: int = 0  # longest prefill row's context
+    shared: "SharedPlan | None" = None  # what decode rows have in common (see kernels/shared_prefix.py)
     last_indices: torch.Tensor | None = None  # [L] int64, tokens whose logits are wanted; None: all of them
     meta: Any = None  # the backend's own, filled by `prepare`
 

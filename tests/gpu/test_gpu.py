@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.kernels import shared_prefix
 from tests.engine.reference import load_reference, reference_greedy
 from tests.models.tiny import TINY, save_tiny
 
@@ -68,6 +69,22 @@ def test_schedules_do_not_change_the_tokens(model):
     for change in (dict(overlap=0), dict(max_num_batched_tokens=16), dict(num_kvcache_blocks=16), dict(max_num_seqs=2)):
         with LLM(model, **{**options, **change}) as llm:
             assert tokens(llm, prompts, params) == want
+
+
+def test_shared_prefixes_do_not_change_the_tokens(model):
+    """40 rows with 200 tokens in common, of which 128 are attended to for all rows at once."""
+    common = prompts_of([200])[0]
+    prompts = [common + own for own in prompts_of([3, 20, 7, 1] * 10, seed=1)]
+    params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=20, ignore_eos=True) for i in range(len(prompts))]
+    options = {**OPTIONS, "dtype": "float32", "max_num_seqs": 40, "num_kvcache_blocks": 1000}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_prefix, "MIN_SAVED", 1000)
+        patch.setattr(shared_prefix, "MIN_TOKENS", 128)
+        with LLM(model, **options) as llm:
+            got = tokens(llm, prompts, params)
+            assert llm.executor.runner.graphs.shares
+    with LLM(model, enable_prefix_caching=False, **options) as llm:
+        assert tokens(llm, prompts, params) == got
 
 
 def test_a_large_head_and_vocabulary_in_bfloat16():

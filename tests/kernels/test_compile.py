@@ -14,7 +14,7 @@ SCRIPT = """
 import torch
 from tests.kernels.compile_for_hopper import compiled
 from nanovllm.kernels import decode_attention as decode, prefill_attention as prefill
-from nanovllm.kernels import gemv, rms_norm, rope_store, sampling, silu_mul, step_inputs
+from nanovllm.kernels import gemv, rms_norm, rope_store, sampling, shared_prefix, silu_mul, step_inputs
 
 bf16, i32, i64 = (dict(dtype=getattr(torch, name)) for name in ("bfloat16", "int32", "int64"))
 x, weight = torch.zeros(4, 256, **bf16), torch.zeros(256, **bf16)
@@ -38,6 +38,9 @@ for group, head_dim, dtype in ((2, 128, "bfloat16"), (4, 128, "bfloat16"), (3, 6
         rope_store.qk_norm_rope_store_triton(
             qkv, *norms, 1e-6, table, lens.long(), lens.long(), cache, cache, 8 * group
         )
+    plan = shared_prefix.SharedPlan(torch.zeros(4, 2, **i32), torch.zeros(1, 4, **i32))
+    parts = shared_prefix.attend_shared_triton(q, cache, cache, tables, slots, 0.1, plan)
+    decode.decode_attention_triton(q, cache, cache, tables, slots, lens, 0.1, shared=parts)
     for splits in (1, 4):
         decode.decode_attention_triton(q, cache, cache, tables, slots, lens, 0.1, num_splits=splits)
     prefill.prefill_attention_triton(q, cache, cache, tables, slots[:1], tables[0, :2], lens[:1], 0.1)
@@ -52,4 +55,4 @@ def test_every_kernel_compiles_for_an_h100():
     result = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     count, *names = result.stdout.split()
-    assert int(count) > len(names) >= 9
+    assert int(count) > len(names) >= 11

@@ -52,8 +52,9 @@ def test_linear_does_the_same_for_few_and_many_rows(device, rows):
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     generator = torch.Generator().manual_seed(0)
     x, weight, norm = (torch.randn(s, generator=generator).to(device, dtype) for s in ((rows, 64), (96, 64), (64,)))
+    weight /= 8  # the products' size is about 1
     y = F.linear(rms_norm(x, norm, 1e-6), weight)
-    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1  # rounded once instead of thrice
     close = {"atol": tolerance, "rtol": tolerance}
     torch.testing.assert_close(linear(x, weight, norm=(norm, 1e-6)), y, **close)
     torch.testing.assert_close(linear(x, weight, norm=(norm, 1e-6), gated=True), F.silu(y[:, :48]) * y[:, 48:], **close)

@@ -60,7 +60,7 @@ def test_triton_backend_hands_each_kernel_its_rows(monkeypatch):
     monkeypatch.setattr(triton_backend, "HAVE_TRITON", True)
 
     def into(twin):
-        return lambda *args, out, counters=None: out.copy_(twin(*args))
+        return lambda *args, out, counters=None, shared=None: out.copy_(twin(*args))
 
     monkeypatch.setattr(triton_backend, "decode_attention_triton", into(decode_attention_torch))
     monkeypatch.setattr(triton_backend, "prefill_attention_triton", into(prefill_attention_torch))

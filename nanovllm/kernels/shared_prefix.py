@@ -1,0 +1,220 @@
+"""Decode attention over what the rows of a batch have in common, once for many rows.
+
+Rows whose block tables begin with the same blocks form a group (Hydragen, arXiv:2402.05099; cascade inference in
+FlashInfer). All queries of a group and KV head are one tile, as in prefill, so the shared keys and values are read once
+for the group, and arithmetic is done by whole matrix tiles. The partial results are merged with those over each row's
+own tokens by `decode_attention_triton`.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
+from nanovllm.kernels.decode_attention import LOG2E, MIN_DOT, default_decode_config, new_partials, sm_count
+from nanovllm.kernels.prefill_attention import attend_tiles, default_prefill_config
+
+MIN_ROWS = 4  # rows of a group
+MIN_TOKENS = 256  # shared tokens of a group
+MIN_SAVED = 16384  # tokens that a step must not read again; below, the launch costs more than it gains
+STEP = 128  # shared tokens are a multiple of this, which every kernel's tile divides
+MAX_PARTS = 16  # most programs that share the work of a group and KV head
+
+
+class SharedPlan(NamedTuple):
+    """Which rows share what, int32 arrays or tensors.
+
+    Args:
+        rows: [B, 2], each row's shared tokens and the number of their partial results; zeros where there are none.
+        groups: [B // MIN_ROWS, 4]: first row, rows, shared tokens, partial results; zeros past the last group.
+    """
+
+    rows: torch.Tensor
+    groups: torch.Tensor
+
+    @staticmethod
+    def size(batch: int) -> int:
+        """Numbers in both."""
+        return 2 * batch + batch // MIN_ROWS * 4
+
+    @classmethod
+    def split(cls, packed, batch: int) -> "SharedPlan":
+        """Views of the two in one array or tensor that holds them one after the other."""
+        return cls(packed[: 2 * batch].reshape(-1, 2), packed[2 * batch :].reshape(-1, 4))
+
+
+class SharedParts(NamedTuple):
+    """Partial results that `decode_attention_triton` merges with its own.
+
+    Args:
+        rows: of the SharedPlan.
+        partial, lse: [B, H, P, Dh] and [B, H, P] float32; each row's shared parts come first.
+    """
+
+    rows: torch.Tensor
+    partial: torch.Tensor
+    lse: torch.Tensor
+
+
+def plan_shared(
+    tables: np.ndarray, no_block: int, block_size: int, group: int, kv_heads: int, sm_count: int, size: int
+) -> np.ndarray | None:
+    """The SharedPlan of a batch of `size` rows in one array, or None if it would not gain.
+
+    Args:
+        tables: [B, W] block ids of the first B rows. Rows that share neighbour each other, as they do when they came
+            together.
+        no_block: the id that stands for none.
+        group: query heads of a KV head.
+    """
+    equal = (tables[1:] == tables[:-1]) & (tables[1:] != no_block)
+    common = np.where(equal.all(1), equal.shape[1], equal.argmin(1)) * block_size // STEP * STEP  # of rows i and i + 1
+    if common.sum() < MIN_SAVED:
+        return None
+    most, row, groups = max(1, default_prefill_config(128, 2).block_m // group), 0, []
+    while row < len(common):
+        tokens, last = common[row], row  # rows up to `last` have `tokens` in common
+        while tokens >= MIN_TOKENS and last < len(common) and last + 1 - row < most and common[last] >= tokens:
+            last += 1
+        if last + 1 - row >= MIN_ROWS:
+            groups.append((row, last + 1 - row, tokens))
+        row = last + 1
+    if sum((rows - 1) * tokens for _, rows, tokens in groups) < MIN_SAVED:
+        return None
+    packed = np.zeros(SharedPlan.size(size), dtype=np.int32)
+    plan = SharedPlan.split(packed, size)
+    wanted = min(MAX_PARTS, -(-4 * sm_count // (len(groups) * kv_heads)))
+    for i, (row, rows, tokens) in enumerate(groups):
+        steps = -(-tokens // STEP // wanted)
+        parts = -(-tokens // (steps * STEP))
+        plan.groups[i] = row, rows, tokens, parts
+        plan.rows[row : row + rows] = tokens, parts
+    return packed
+
+
+@triton.jit(do_not_specialize=["slots_ptr", "groups_ptr", "part_stride"])
+def _shared_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    tables_ptr,
+    slots_ptr,
+    groups_ptr,
+    partial_ptr,
+    lse_ptr,
+    scale_log2e,
+    q_row_stride,
+    q_head_stride,
+    table_stride,
+    part_stride,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_inputs(PDL)
+    kv_head = tl.program_id(0)
+    groups_ptr += 4 * tl.program_id(1)
+    part = tl.program_id(2)
+    num_parts = tl.load(groups_ptr + 3)
+    if part >= num_parts:
+        return
+    first_row = tl.load(groups_ptr)
+    num_rows = tl.load(groups_ptr + 1)
+    shared_len = tl.load(groups_ptr + 2)
+
+    m = tl.arange(0, BLOCK_M)
+    rows = (first_row + m // GROUP).to(tl.int64)
+    heads = kv_head * GROUP + m % GROUP
+    dims = tl.arange(0, HEAD_PAD)
+    row_mask = m // GROUP < num_rows
+    mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
+    q_rows = rows * q_row_stride + heads * q_head_stride
+    q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=mask, other=0.0)
+
+    table_ptr = tables_ptr + tl.load(slots_ptr + first_row).to(tl.int64) * table_stride
+    part_tiles = tl.cdiv(shared_len // STEP, num_parts) * (STEP // BLOCK_N)
+    first_tile = part * part_tiles
+    last_tile = tl.minimum(first_tile + part_tiles, shared_len // BLOCK_N)
+    acc, running_max, running_sum = attend_tiles(
+        tl.zeros([BLOCK_M, HEAD_PAD], tl.float32),
+        tl.full([BLOCK_M], float("-inf"), tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+        q,
+        m,
+        k_ptr,
+        v_ptr,
+        table_ptr,
+        first_tile,
+        last_tile,
+        shared_len,
+        scale_log2e,
+        kv_head * HEAD_DIM + dims,
+        False,
+        HEAD_DIM,
+        HEAD_PAD,
+        KV_HEADS * HEAD_DIM,
+        BLOCK_SIZE,
+        BLOCK_N,
+        PRECISION,
+    )
+    places = (rows * (KV_HEADS * GROUP) + heads) * part_stride + part
+    tl.store(partial_ptr + places[:, None] * HEAD_DIM + dims[None, :], acc / running_sum[:, None], mask=mask)
+    tl.store(lse_ptr + places, running_max + tl.log2(running_sum), mask=row_mask)
+
+
+def attend_shared_triton(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float,
+    plan: SharedPlan,
+) -> SharedParts:
+    """Attention of decode rows over the tokens that they share, for `decode_attention_triton` to go on from.
+
+    Args:
+        q, k_cache, v_cache, block_tables, slots, scale: as in `decode_attention`.
+        plan: from `plan_shared`, on the device.
+    """
+    batch, heads, head_dim = q.shape
+    _, block_size, kv_heads, _ = k_cache.shape
+    group, config = heads // kv_heads, default_prefill_config(head_dim, q.element_size())
+    own = default_decode_config(batch, kv_heads, head_dim, q.element_size(), sm_count(q.device)).num_splits
+    partial, lse = new_partials(q, MAX_PARTS + own)
+    _shared_kernel[(kv_heads, len(plan.groups), MAX_PARTS)](
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        slots,
+        plan.groups,
+        partial,
+        lse,
+        scale * LOG2E,
+        q.stride(0),
+        q.stride(1),
+        block_tables.stride(0),
+        MAX_PARTS + own,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        HEAD_PAD=max(MIN_DOT, triton.next_power_of_2(head_dim)),
+        KV_HEADS=kv_heads,
+        BLOCK_SIZE=block_size,
+        BLOCK_M=max(config.block_m, default_prefill_config(128, 2).block_m, triton.next_power_of_2(group)),
+        BLOCK_N=config.block_n,
+        STEP=STEP,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **launch_options(q.device),
+    )
+    return SharedParts(plan.rows, partial, lse)
