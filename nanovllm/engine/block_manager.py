@@ -49,6 +49,10 @@ class BlockManager:
     def num_free(self) -> int:
         return len(self.free_ids)
 
+    def has_room(self, seq: Sequence, num_new: int) -> bool:
+        """Whether the blocks of `seq` hold `num_new` tokens more."""
+        return seq.num_computed + num_new <= len(seq.block_table) * self.block_size
+
     def num_missing(self, seq: Sequence, num_tokens: int) -> int:
         """Blocks `seq` lacks to hold `num_tokens` tokens."""
         return max(0, -(-num_tokens // self.block_size) - len(seq.block_table))
@@ -111,7 +115,7 @@ class BlockManager:
         A block may be shared as soon as the step that fills it is scheduled: steps run in order on the device, and
         within a step every layer writes all keys and values before any row reads them.
         """
-        if not self.enable_prefix_caching:
+        if not self.enable_prefix_caching or seq.num_computed < (seq.num_registered + 1) * self.block_size:
             return
         for i in range(seq.num_registered, min(seq.num_computed, len(seq.token_ids)) // self.block_size):
             token_ids = self._tokens(seq, i)

@@ -95,13 +95,14 @@ class LLMEngine:
         else:
             raise TypeError(f"prompt must be text or a list of token ids, got {type(prompt).__name__}")
         vocab_size = self.source.config.vocab_size
-        for token_id in token_ids:
-            if type(token_id) is not int:
-                raise TypeError(f"prompt must be text or a list of int token ids, got an id {token_id!r}")
-            if not 0 <= token_id < vocab_size:
-                raise ValueError(f"prompt has the token id {token_id}; ids go from 0 to {vocab_size - 1}")
         if not token_ids:
             raise ValueError("prompt is empty; it must have at least one token")
+        if set(map(type, token_ids)) != {int}:
+            wrong = next(token_id for token_id in token_ids if type(token_id) is not int)
+            raise TypeError(f"prompt must be text or a list of int token ids, got an id {wrong!r}")
+        for token_id in (min(token_ids), max(token_ids)):
+            if not 0 <= token_id < vocab_size:
+                raise ValueError(f"prompt has the token id {token_id}; ids go from 0 to {vocab_size - 1}")
         total = len(token_ids) + params.max_tokens
         if total > self.max_model_len:
             raise ValueError(

@@ -103,8 +103,10 @@ class Scheduler:
         step = Step()
         budget, preemptions = self.max_num_batched_tokens, self.num_preemptions
         for seq in list(self.running):
-            num_new = min(seq.num_tokens - seq.num_computed, budget)
-            if seq.status is not Status.RUNNING or num_new == 0 or seq.num_generated >= seq.params.max_tokens:
+            num_tokens = len(seq.token_ids) + seq.pending
+            num_new = min(num_tokens - seq.num_computed, budget)
+            num_generated = num_tokens - len(seq.prompt_ids)
+            if seq.status is not Status.RUNNING or num_new == 0 or num_generated >= seq.params.max_tokens:
                 continue  # preempted for one before it, out of budget, or its last token is in flight
             if not self._make_room(seq, num_new):
                 break  # it was the last one and preempted itself
@@ -157,6 +159,8 @@ class Scheduler:
 
     def _make_room(self, seq: Sequence, num_new: int) -> bool:
         """Preempt from the end until `seq` can have `num_new` tokens more; False if that took `seq` itself."""
+        if self.block_manager.has_room(seq, num_new):
+            return True
         while self.block_manager.num_missing(seq, seq.num_computed + num_new) > self.block_manager.num_free:
             victim = self.running[-1]
             self._preempt(victim)
@@ -208,10 +212,11 @@ class Scheduler:
     def _add_row(self, seq: Sequence, num_new: int, step: Step) -> None:
         """Give `seq` its blocks and a row of `num_new` tokens in `step`, and count them as computed."""
         start, first = seq.num_computed, len(seq.block_table)
-        self.block_manager.allocate(seq, start + num_new)
-        for i in range(first, len(seq.block_table)):
-            step.batch.new_blocks.append((seq.slot, i, seq.block_table[i]))
-        samples = start + num_new == seq.num_tokens
+        if not self.block_manager.has_room(seq, num_new):
+            self.block_manager.allocate(seq, start + num_new)
+            for i in range(first, len(seq.block_table)):
+                step.batch.new_blocks.append((seq.slot, i, seq.block_table[i]))
+        samples = start + num_new == len(seq.token_ids) + seq.pending
         if seq.on_device:
             step.batch.decode_slots.append(seq.slot)
             step.decoding.append(seq)

@@ -38,20 +38,24 @@ class DecodeConfig(NamedTuple):
     num_splits: int
 
 
-def default_decode_config(batch: int, kv_heads: int, head_dim: int, itemsize: int, sm_count: int) -> DecodeConfig:
+def default_decode_config(
+    batch: int, kv_heads: int, head_dim: int, itemsize: int, sm_count: int, shared: bool = False
+) -> DecodeConfig:
     """What `python -m nanovllm.kernels.tune decode` chose on an H100.
 
     From four programs an SM on, splitting a row only costs: partial results and a merge. Fewer rows are split until
     there are eight programs an SM. Small tiles with few warps leave room for several programs on an SM, which hides the
-    latency of each; without splits, loops are long enough for large tiles. A program takes stages * tile *
-    head_dim * itemsize bytes of shared memory for K and again for V, so wide heads get a smaller tile.
+    latency of each; without splits, loops are long enough for large tiles, unless most of a row is shared. A program
+    takes stages * tile * head_dim * itemsize bytes of shared memory for K and again for V, so wide heads get a smaller
+    tile.
     """
     programs = max(batch * kv_heads, 1)
-    if programs >= 4 * sm_count - 16:
-        tile, num_warps, num_stages, num_splits = 128, 4, 3, 1
-    else:
-        tile, num_warps, num_stages = 64, 2, 3
+    tile, num_warps, num_stages, num_splits = 128, 4, 3, 1
+    if programs < 4 * sm_count - 16:
+        tile, num_warps = 64, 2
         num_splits = min(64, triton.next_power_of_2(triton.cdiv(8 * sm_count - 32, programs)))
+    if shared:
+        tile, num_warps = 32, 2
     row_bytes = triton.next_power_of_2(head_dim) * itemsize
     return DecodeConfig(max(MIN_DOT, min(tile, tile * 256 // row_bytes)), num_warps, num_stages, num_splits)
 
@@ -306,7 +310,8 @@ def decode_attention_triton(
     _, block_size, kv_heads, _ = k_cache.shape
     check_attention_inputs(q, k_cache, v_cache)
     group = heads // kv_heads
-    config = default_decode_config(batch, kv_heads, head_dim, q.element_size(), sm_count(q.device))
+    sms, in_common = sm_count(q.device), shared is not None
+    config = default_decode_config(batch, kv_heads, head_dim, q.element_size(), sms, in_common)
     tile, num_splits = tile or config.tile, num_splits or config.num_splits
     if not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits={num_splits} must be between 1 and {MAX_SPLITS}")

@@ -77,6 +77,7 @@ def test_shared_prefixes_do_not_change_the_tokens(model):
     prompts = [common + own for own in prompts_of([3, 20, 7, 1] * 10, seed=1)]
     params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=20, ignore_eos=True) for i in range(len(prompts))]
     options = {**OPTIONS, "dtype": "float32", "max_num_seqs": 40, "num_kvcache_blocks": 1000}
+    options["max_num_batched_tokens"] = 10_000  # all begin, and therefore end, together
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_prefix, "MIN_SAVED", 1000)
         patch.setattr(shared_prefix, "MIN_TOKENS", 128)
