@@ -14,6 +14,7 @@ Each figure stands beside its limit: what memory bandwidth and arithmetic allow 
 import argparse
 import importlib.util
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -582,6 +583,7 @@ def table(rows: list[dict]) -> str:
 PLOT_MARK = "<!-- nanovllm bench.py -->"
 PLOT_STYLE = """<style>
 text { font: 13px system-ui, sans-serif; fill: #24292f }
+.title { font-weight: 600 }
 .note { fill: #59636e }
 .track { fill: #8c959f; opacity: 0.25 }
 .bar { fill: #2f81f7 }
@@ -597,7 +599,7 @@ def plot(rows: list[dict], title: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height}" width="720" height="{height}" role="img">',
         PLOT_MARK,
         PLOT_STYLE,
-        f'<text x="0" y="16" font-weight="bold">{escape(title)}</text>',
+        f'<text x="0" y="16" class="title">{escape(title)}</text>',
         '<text x="0" y="34" class="note">percent of what memory bandwidth and arithmetic allow</text>',
     ]
     for i, row in enumerate(rows):
@@ -731,7 +733,12 @@ def main(argv: list[str] | None = None) -> None:
     print(table(rows))
     device, model = device_name(rows), args.model or "SmolLM2-135M-Instruct"
     if args.json:
-        result = {"command": ["bench.py", *argv], "model": model, "device": device, "torch": torch.__version__}
+        result = {
+            "command": shlex.join(["bench.py", *argv]),
+            "model": model,
+            "device": device,
+            "torch": torch.__version__,
+        }
         Path(args.json).write_text(json.dumps(result | {"rows": rows}, indent=2) + "\n")
     if args.plot:
         limited = [row for row in rows if "percent" in row]
