@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from random import Random
@@ -33,7 +33,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.scheduler import Batch
-from nanovllm.models.registry import ModelConfig
+from nanovllm.models.registry import PRESETS, ModelConfig
 from nanovllm.utils.hub import ModelSource, open_model
 
 # Of one GPU, by a part of its name: HBM TB/s as measured by a plain read, and dense bf16 TFLOP/s of large products.
@@ -64,13 +64,9 @@ class Figure:
     amount: float
     total: Callable[[list[float]], float] = sum
 
-    @property
-    def lower_is_better(self) -> bool:
-        return self.unit.startswith("ms")
-
     def value(self, seconds: list[float]) -> float:
         total = self.total(seconds)
-        return total / self.amount * 1e3 if self.lower_is_better else self.amount / total
+        return total / self.amount * 1e3 if self.unit.startswith("ms") else self.amount / total
 
 
 def random_prompts(rng: Random, count: int, low: int, high: int, vocab_size: int) -> list[list[int]]:
@@ -254,8 +250,11 @@ class Nanovllm:
         self.llm.scheduler.block_manager.reset_prefix_cache()
 
     def generate(self, group: Group) -> None:
-        params = [SamplingParams(group.temperature, ignore_eos=True, max_tokens=n) for n in group.lens]
-        self.llm.generate(group.prompts, params, use_tqdm=False)
+        self.llm.generate(group.prompts, self.params(group), use_tqdm=False)
+
+    @staticmethod
+    def params(group: Group) -> list[SamplingParams]:
+        return [SamplingParams(group.temperature, ignore_eos=True, max_tokens=n) for n in group.lens]
 
     def measure(self, group: Group) -> dict:
         """Seconds of `group`, and what its steps cost, counted when the time is taken."""
@@ -353,22 +352,12 @@ def write_config(source: ModelSource, folder: str) -> str:
     """A folder with the config.json of a shape without weights, for engines that know no such shapes."""
     from transformers import AutoConfig
 
-    config = source.config
-    AutoConfig.for_model(
-        config.model_type,
-        architectures=["Qwen3ForCausalLM"],  # all shapes are Qwen3's
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position,
-        tie_word_embeddings=config.tie_word_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        dtype="bfloat16",
-    ).save_pretrained(folder)
+    options = asdict(source.config) | {"architectures": ["Qwen3ForCausalLM"], "dtype": "bfloat16"}  # all are Qwen3's
+    options["rope_parameters"] = {"rope_type": "default", "rope_theta": options.pop("rope_theta")}
+    longer = {"layers": "hidden_layers", "heads": "attention_heads", "kv_heads": "key_value_heads"}
+    options |= {f"num_{theirs}": options.pop(f"num_{ours}") for ours, theirs in longer.items()}
+    options["max_position_embeddings"] = options.pop("max_position")
+    AutoConfig.for_model(**options).save_pretrained(folder)
     return folder
 
 
@@ -446,9 +435,11 @@ def compare_transformers(engine: Nanovllm, args) -> list[dict]:
         theirs.append(run(max(group.lens)))  # counts as what was asked for: the padding of the shorter rows is waste
         engine.reset()
         ours.append(timed(engine, group))
+    seconds = {"nanovllm": statistics.median(ours), "transformers": statistics.median(theirs)}
+    print(f"nanovllm is {seconds['transformers'] / seconds['nanovllm']:.2f} times transformers", file=sys.stderr)
     return [
-        {"workload": "offline", "engine": name, **figure_row(figure, {"seconds": [statistics.median(seconds)]})}
-        for name, seconds in (("nanovllm", ours), ("transformers", theirs))
+        {"workload": "offline", "engine": name, **figure_row(figure, {"seconds": [value]})}
+        for name, value in seconds.items()
     ]
 
 
@@ -459,8 +450,7 @@ def write_trace(engine: Nanovllm, args) -> None:
     llm, batches = engine.llm, []
     (group,), _ = offline(args, engine.config.vocab_size, engine.max_model_len)
     engine.reset()
-    params = [SamplingParams(group.temperature, ignore_eos=True, max_tokens=n) for n in group.lens]
-    ids = [llm.add_request(*request) for request in zip(group.prompts, params, strict=True)]
+    ids = [llm.add_request(*request) for request in zip(group.prompts, engine.params(group), strict=True)]
 
     def labelled(name: str, function: Callable) -> Callable:
         def call(*arguments):
@@ -683,7 +673,6 @@ def workload_names(args) -> list[str]:
 
 def check(args, parser: argparse.ArgumentParser) -> None:
     """End with a message if the flags do not fit each other, before anything takes time."""
-    peers = [name for name in args.engine if name != "nanovllm"]
     for name in ("input_len", "output_len"):
         low, high = getattr(args, name)
         if low > high:
@@ -695,24 +684,24 @@ def check(args, parser: argparse.ArgumentParser) -> None:
             parser.error(f"there is no folder for {path!r}")
     if args.plot and Path(args.plot).exists() and PLOT_MARK not in Path(args.plot).read_text(errors="replace"):
         parser.error(f"--plot would overwrite {args.plot!r}, which bench.py did not draw")
-    if len(set(args.engine)) < len(args.engine):
-        parser.error("--engine names an engine twice")
-    for name in peers:
-        if importlib.util.find_spec(name) is None:
-            parser.error(f"--engine {name}: it is not installed here")
-    if args.compare and (peers or args.workload != "offline"):
-        parser.error(
-            f"--compare {args.compare} runs nanovllm's offline workload; it goes with no other engine or workload"
-        )
-    if peers and args.workload == "start":
-        parser.error("--workload start measures nanovllm only")
+    peers = [name for name in args.engine if name != "nanovllm"]
     own = [f"--{name.replace('_', '-')}" for name in OWN_OPTIONS if getattr(args, name) is not None]
-    if peers and own:
-        parser.error(f"{own[0]} is nanovllm's own and cannot be given with --engine {peers[0]}")
-    if args.engine == peers and (args.plot or args.trace):
-        parser.error("--plot and --trace show what only nanovllm's runs tell")
-    if args.workload == "start" and (args.plot or args.trace):
-        parser.error("--plot and --trace need a workload other than start")
+    missing = [name for name in peers if importlib.util.find_spec(name) is None]
+    shows, starts = args.plot or args.trace, args.workload == "start"
+    for wrong, message in (
+        (len(set(args.engine)) < len(args.engine), "--engine names an engine twice"),
+        (missing, f"--engine {' '.join(missing)}: it is not installed here"),
+        (args.compare and peers, f"--compare {args.compare} goes with no other --engine"),
+        (args.compare and args.workload != "offline", f"--compare {args.compare} runs the offline workload only"),
+        (args.compare and args.model in PRESETS, f"--compare {args.compare} needs a model with weights"),
+        (args.compare and args.plot, "--plot draws limits, which --compare does not count"),
+        (peers and starts, "--workload start measures nanovllm only"),
+        (peers and own, f"{' '.join(own)}: nanovllm's own, cannot be given with --engine {' '.join(peers)}"),
+        (args.engine == peers and shows, "--plot and --trace show what only nanovllm's runs tell"),
+        (starts and shows, "--plot and --trace need a workload other than start"),
+    ):
+        if wrong:
+            parser.error(message)
 
 
 def check_lengths(engine, names: list[str], args, parser: argparse.ArgumentParser) -> None:

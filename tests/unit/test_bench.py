@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -133,6 +134,26 @@ def test_latency_tells_the_first_token_from_the_others():
     assert others.value([1, 3, 2, 6, 3, 6]) == pytest.approx(300)
 
 
+@pytest.mark.parametrize(
+    ("name", "itemsize", "flags", "peaks"),
+    [
+        ("NVIDIA H100 80GB HBM3", 2, "", (3.0e12, 790e12)),
+        ("NVIDIA H200", 2, "--tensor-parallel-size 2", (8.6e12, 1580e12)),
+        ("NVIDIA H100 80GB HBM3", 2, "--hbm-tb-s 2", (2e12, 790e12)),
+        ("NVIDIA H100 80GB HBM3", 4, "", None),
+        ("NVIDIA H100 PCIe", 2, "", None),
+        (None, 2, "", None),
+        (None, 4, "--hbm-tb-s 0.05 --tflops 0.5", (0.05e12, 0.5e12)),
+        (None, 4, "--hbm-tb-s 0.05", (0.05e12, float("inf"))),
+    ],
+)
+def test_peaks_are_known_by_name_or_given(name, itemsize, flags, peaks, monkeypatch):
+    monkeypatch.setattr(bench.torch.cuda, "get_device_name", lambda: name)
+    engine = SimpleNamespace(on_gpu=name is not None, itemsize=itemsize)
+    found = bench.find_peaks(bench.make_parser().parse_args(flags.split()), engine)
+    assert found == (peaks and pytest.approx(peaks))
+
+
 # -- flags -----------------------------------------------------------------------------------------------------------
 
 
@@ -151,7 +172,8 @@ def test_latency_tells_the_first_token_from_the_others():
         ("--trace trace.txt", "'trace.txt' must end in .json or .json.gz"),
         ("--json nowhere/figures.json", "no folder for 'nowhere/figures.json'"),
         ("--plot x.svg --workload start", "need a workload other than start"),
-        ("--workload prefix --compare transformers", "goes with no other engine or workload"),
+        ("--workload prefix --compare transformers", "runs the offline workload only"),
+        ("--model qwen3-8b --load-format dummy --compare transformers", "needs a model with weights"),
         ("--model nowhere.gguf", "'nowhere.gguf' is not a folder"),
     ],
 )
@@ -164,9 +186,9 @@ def test_wrong_flags_are_refused(flags, message, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--compare transformers", "goes with no other engine or workload"),
+        ("--compare transformers", "goes with no other --engine"),
         ("--workload start", "measures nanovllm only"),
-        ("--overlap 0", "--overlap is nanovllm's own"),
+        ("--overlap 0", "--overlap: nanovllm's own"),
         ("--plot x.svg", "only nanovllm's runs"),
     ],
 )
@@ -211,6 +233,34 @@ def test_a_workload_gives_its_figures(workload, model, tmp_path, capsys):
     shown = capsys.readouterr()
     assert len(shown.out.splitlines()) == 1 + len(rows)
     assert shown.err.startswith(f"{workload}: nanovllm ")
+
+
+class FakeEvent:
+    """A CUDA event by which every launch takes 2 ms."""
+
+    def __init__(self, enable_timing=False):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 2.0
+
+
+def test_gpu_time_and_memory_are_told(model, monkeypatch):
+    args = bench.make_parser().parse_args(["--model", model, "--device", "cpu", *SMALL])
+    engine = bench.Nanovllm(args)
+    try:
+        engine.on_gpu = True
+        monkeypatch.setattr(bench.torch.cuda, "Event", FakeEvent)
+        monkeypatch.setattr(bench.torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(bench.torch.cuda, "mem_get_info", lambda: (1 << 30, 3 << 30))
+        (row,) = bench.run_workload(engine, "offline", args)
+    finally:
+        engine.close()
+    assert row["gpu_ms"] == pytest.approx(2) and row["gpu_gib"] == 2
+    assert "percent" not in row
 
 
 def test_plot_and_trace(model, tmp_path):
