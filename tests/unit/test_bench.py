@@ -1,0 +1,307 @@
+"""bench.py: what it counts against numbers worked out by hand, its flags, and its outputs."""
+
+import gzip
+import json
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import pytest
+
+import bench
+from nanovllm.engine.scheduler import Batch, Chunk
+from nanovllm.models.registry import ModelConfig
+from nanovllm.utils.hub import open_model
+from tests.models.tiny import TINY, save_tiny, tiny_model
+
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=10,
+    hidden_size=8,
+    intermediate_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    max_position=64,
+)
+SMALL = ["--num-seqs", "3", "--input-len", "4", "20", "--output-len", "9", "12", "--latency-tokens", "5"]
+SMALL += ["--prefill-seqs", "2", "--prefix-seqs", "3", "--prefix-len", "130", "--max-num-seqs", "4"]
+
+FAKE_VLLM = """
+import json, os, types
+
+class SamplingParams(types.SimpleNamespace):
+    pass
+
+class LLM:
+    def __init__(self, **options):
+        self.calls = [options]
+
+    def reset_prefix_cache(self):
+        pass
+
+    def generate(self, prompts, params, use_tqdm):
+        self.calls.append([[prompt["prompt_token_ids"], vars(one)] for prompt, one in zip(prompts, params)])
+        with open(os.environ["FAKE_VLLM_CALLS"], "w") as file:
+            json.dump(self.calls, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("bench"), "qwen2"))
+
+
+@pytest.fixture
+def fake_vllm(tmp_path, monkeypatch):
+    """A module `vllm` for this process and its children; the file that its calls are written to."""
+    folder, calls = tmp_path / "modules", tmp_path / "calls.json"
+    folder.mkdir()
+    (folder / "vllm.py").write_text(FAKE_VLLM)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("FAKE_VLLM_CALLS", str(calls))
+    return calls
+
+
+# -- counting --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_body_parameters_are_all_but_the_two_ends(name, tmp_path):
+    whole = tiny_model(name)
+    config = open_model(save_tiny(tmp_path, name)).config
+    ends = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
+    assert bench.body_parameters(config) == whole.num_parameters() - ends
+
+
+def batches():
+    """Blocks of 4: a prompt of 6; its decoding beside part of a prompt that shares its first block; 1 token more."""
+    return [
+        Batch(chunks=[Chunk(0, 0, [1] * 6, True)], new_blocks=[(0, 0, 5), (0, 1, 2)]),
+        Batch(decode_slots=[0], chunks=[Chunk(1, 4, [1] * 3, False)], new_blocks=[(1, 0, 5), (1, 1, 3)]),
+        Batch(chunks=[Chunk(1, 7, [1], False)]),
+    ]
+
+
+def test_costs_are_those_worked_out_by_hand():
+    costs = bench.count_costs(batches(), CONFIG, itemsize=2, block_size=4)
+    body = 2 * 8 * (2 * 8 + 2 * 4 + 3 * 16 + 2) + 8  # 1192; the head has 80, a token's keys and values 32 bytes
+    assert bench.body_parameters(CONFIG) == body == 1192
+    # weights and embedding rows, then contexts read and tokens written
+    first = (1192 + 80 + 6 * 8) * 2 + 32 * (6 + 6)
+    second = (1192 + 80 + 4 * 8) * 2 + 32 * (4 + 3 + 3 + 4)  # the shared block's 4 once, 3 of each row's own
+    third = (1192 + 1 * 8) * 2 + 32 * (8 + 1)  # nothing is sampled: no head
+    assert costs.bytes.tolist() == [first, second, third] == [3024, 3056, 2688]
+    # products, then 64 for each token attended to: 1 + ... + 6; 7 and 5 + 6 + 7; 8
+    first, second, third = 2 * 1192 * 6 + 160 + 64 * 21, 2 * 1192 * 4 + 160 + 64 * 25, 2 * 1192 + 64 * 8
+    assert costs.flops.tolist() == [first, second, third] == [15808, 11296, 2896]
+
+
+def test_a_step_is_limited_by_what_takes_it_longer():
+    costs = bench.count_costs(batches(), CONFIG, itemsize=2, block_size=4)
+    assert costs.limit(1000, 5000) == pytest.approx(15808 / 5000 + 3056 / 1000 + 2688 / 1000)
+    assert costs.limit(1000, float("inf")) == pytest.approx((3024 + 3056 + 2688) / 1000)
+
+
+def test_a_slot_that_is_taken_again_begins_anew():
+    again = [
+        Batch(chunks=[Chunk(0, 0, [1] * 2, True)], new_blocks=[(0, 0, 1)]),
+        Batch(decode_slots=[0]),
+    ]
+    costs = bench.count_costs(batches() + again, CONFIG, itemsize=2, block_size=4)
+    alone = bench.count_costs(again, CONFIG, itemsize=2, block_size=4)
+    assert costs.bytes[3:].tolist() == alone.bytes.tolist()
+    assert costs.flops[3:].tolist() == alone.flops.tolist()
+
+
+def test_percent_and_rates_of_a_figure():
+    measured = {"seconds": [2.0], "limit": [0.5], "bytes": [4e12], "flops": [6e12], "steps": [10], "host": [1.0]}
+    row = bench.figure_row(bench.Figure("tok/s", 100), measured)
+    assert (row["value"], row["limit"], row["percent"]) == (50, 200, 25)
+    assert (row["tb_s"], row["tflop_s"], row["host_ms"]) == (2, 3, 100)
+    assert "gpu_ms" not in row
+    row = bench.figure_row(bench.Figure("ms/token", 100), measured)
+    assert (row["value"], row["limit"], row["percent"]) == (20, 5, 25)
+
+
+def test_latency_tells_the_first_token_from_the_others():
+    args = bench.make_parser().parse_args(["--latency-tokens", "10"])
+    groups, (first, others) = bench.latency(args, 131, 512)
+    assert [group.lens for group in groups] == [[1], [11]] * 3
+    assert first.value([1, 3, 2, 6, 3, 6]) == 2000
+    assert others.value([1, 3, 2, 6, 3, 6]) == pytest.approx(300)
+
+
+@pytest.mark.parametrize(
+    ("name", "itemsize", "flags", "peaks"),
+    [
+        ("NVIDIA H100 80GB HBM3", 2, "", (3.0e12, 790e12)),
+        ("NVIDIA H200", 2, "--tensor-parallel-size 2", (8.6e12, 1580e12)),
+        ("NVIDIA H100 80GB HBM3", 2, "--hbm-tb-s 2", (2e12, 790e12)),
+        ("NVIDIA H100 80GB HBM3", 4, "", None),
+        ("NVIDIA H100 PCIe", 2, "", None),
+        (None, 2, "", None),
+        (None, 4, "--hbm-tb-s 0.05 --tflops 0.5", (0.05e12, 0.5e12)),
+        (None, 4, "--hbm-tb-s 0.05", (0.05e12, float("inf"))),
+    ],
+)
+def test_peaks_are_known_by_name_or_given(name, itemsize, flags, peaks, monkeypatch):
+    monkeypatch.setattr(bench.torch.cuda, "get_device_name", lambda: name)
+    engine = SimpleNamespace(on_gpu=name is not None, itemsize=itemsize)
+    found = bench.find_peaks(bench.make_parser().parse_args(flags.split()), engine)
+    assert found == (peaks and pytest.approx(peaks))
+
+
+# -- flags -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--num-seqs 0", "at least 1, got '0'"),
+        ("--repeat 0", "at least 1, got '0'"),
+        ("--repeat x", "at least 1, got 'x'"),
+        ("--tflops nan", "above 0, got 'nan'"),
+        ("--input-len 10 5", "--input-len: LOW must be at most HIGH, got 10 5"),
+        ("--output-len 3 2", "--output-len: LOW must be at most HIGH, got 3 2"),
+        ("--engine other", "invalid choice: 'other'"),
+        ("--engine nanovllm nanovllm", "an engine twice"),
+        ("--plot limits.png", "'limits.png' must end in .svg"),
+        ("--trace trace.txt", "'trace.txt' must end in .json or .json.gz"),
+        ("--json nowhere/figures.json", "no folder for 'nowhere/figures.json'"),
+        ("--plot x.svg --workload start", "need a workload other than start"),
+        ("--workload prefix --compare transformers", "runs the offline workload only"),
+        ("--model qwen3-8b --load-format dummy --compare transformers", "needs a model with weights"),
+        ("--model nowhere.gguf", "'nowhere.gguf' is not a folder"),
+    ],
+)
+def test_wrong_flags_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(flags.split())
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--compare transformers", "goes with no other --engine"),
+        ("--workload start", "measures nanovllm only"),
+        ("--overlap 0", "--overlap: nanovllm's own"),
+        ("--plot x.svg", "only nanovllm's runs"),
+    ],
+)
+def test_what_vllm_cannot_do_is_refused(flags, message, capsys, fake_vllm):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--engine", "vllm", *flags.split()])
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_vllm_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--engine", "vllm"])
+    assert "vllm: it is not installed here" in capsys.readouterr().err
+
+
+def test_a_request_that_is_too_long_is_told_before_anything_runs(model, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--model", model, "--device", "cpu", "--workload", "prefix"])
+    assert "request of 2176 tokens, but max_model_len is 512" in capsys.readouterr().err
+
+
+# -- whole runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workload", ["offline", "latency", "prefill", "prefix"])
+def test_a_workload_gives_its_figures(workload, model, tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    flags = ["--model", model, "--device", "cpu", "--workload", workload, "--hbm-tb-s", "1", "--tflops", "2"]
+    bench.main([*flags, *SMALL, "--repeat", "2", "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["unit"] for row in rows] == {
+        "offline": ["tok/s"],
+        "latency": ["ms to first token", "ms/token"],
+        "prefill": ["tok/s in"],
+        "prefix": ["req/s"],
+    }[workload]
+    for row in rows:
+        assert 0 < row["percent"] < 100
+        assert row["steps"] >= 1 and row["host_ms"] > 0 and row["bytes"] > 0
+        assert "gpu_ms" not in row
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 1 + len(rows)
+    assert shown.err.startswith(f"{workload}: nanovllm ")
+
+
+class FakeEvent:
+    """A CUDA event by which every launch takes 2 ms."""
+
+    def __init__(self, enable_timing=False):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 2.0
+
+
+def test_gpu_time_and_memory_are_told(model, monkeypatch):
+    args = bench.make_parser().parse_args(["--model", model, "--device", "cpu", *SMALL])
+    engine = bench.Nanovllm(args)
+    try:
+        engine.on_gpu = True
+        monkeypatch.setattr(bench.torch.cuda, "Event", FakeEvent)
+        monkeypatch.setattr(bench.torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(bench.torch.cuda, "mem_get_info", lambda: (1 << 30, 3 << 30))
+        (row,) = bench.run_workload(engine, "offline", args)
+    finally:
+        engine.close()
+    assert row["gpu_ms"] == pytest.approx(2) and row["gpu_gib"] == 2
+    assert "percent" not in row
+
+
+def test_plot_and_trace(model, tmp_path):
+    plot, trace = tmp_path / "limits.svg", tmp_path / "trace.json.gz"
+    flags = ["--model", model, "--device", "cpu", *SMALL, "--plot", str(plot), "--trace", str(trace)]
+    for _ in range(2):  # its own drawing is overwritten
+        bench.main([*flags, "--hbm-tb-s", "1"])
+    texts = [element.text for element in ElementTree.parse(plot).iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[0] == "qwen2 on CPU" and texts[2] == "offline, tok/s" and "% of" not in texts[3]
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    for name in ("schedule", "launch", "collect", "update"):
+        assert sum(event["name"] == f"host: {name}" for event in events) == bench.TRACE_STEPS
+
+
+def test_a_file_that_was_not_drawn_here_is_kept(tmp_path, capsys):
+    path = tmp_path / "mine.svg"
+    path.write_text("<svg/>")
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--plot", str(path)])
+    assert path.read_text() == "<svg/>"
+
+
+def test_vllm_gets_the_same_requests_side_by_side(model, tmp_path, fake_vllm, capsys):
+    path = tmp_path / "figures.json"
+    bench.main(["--engine", "vllm", "nanovllm", "--model", model, *SMALL, "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["workload"], row["engine"]) for row in rows] == [("offline", "vllm"), ("offline", "nanovllm")]
+    assert "percent" not in rows[0] and rows[1]["steps"] > 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    options, warm_up, requests = json.loads(fake_vllm.read_text())
+    assert options["model"] == model and options["max_model_len"] == 512 and options["max_num_seqs"] == 4
+    assert len(warm_up) == 4
+    args = bench.make_parser().parse_args(SMALL)
+    (group,), _ = bench.offline(args, 131, 512)
+    assert [ids for ids, _ in requests] == group.prompts
+    assert [params["max_tokens"] for _, params in requests] == group.lens
+    assert all(params["temperature"] == 0.6 and params["ignore_eos"] for _, params in requests)
+
+
+def test_vllm_gets_a_shape_as_a_folder(tmp_path):
+    source = open_model("qwen3-0.6b", "dummy")
+    found = open_model(bench.write_config(source, str(tmp_path)), "dummy").config
+    assert bench.body_parameters(found) == bench.body_parameters(source.config)
+    assert (found.vocab_size, found.rope_theta, found.tie_word_embeddings) == (151936, 1e6, True)
