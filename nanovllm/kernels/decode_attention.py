@@ -44,15 +44,14 @@ def default_decode_config(
     """What `python -m nanovllm.kernels.tune decode` chose on an H100.
 
     From four programs an SM on, splitting a row only costs: partial results and a merge. Fewer rows are split until
-    there are eight programs an SM. Small tiles with few warps leave room for several programs on an SM, which hides the
-    latency of each; without splits, loops are long enough for large tiles, unless most of a row is shared. A program
-    takes stages * tile * head_dim * itemsize bytes of shared memory for K and again for V, so wide heads get a smaller
-    tile.
+    there are eight programs an SM. Small tiles leave room for several programs on an SM, which hides the latency of
+    each; without splits, loops are long enough for large tiles, unless most of a row is shared. A program takes stages *
+    tile * head_dim * itemsize bytes of shared memory for K and again for V, so wide heads get a smaller tile.
     """
     programs = max(batch * kv_heads, 1)
     tile, num_warps, num_stages, num_splits = 128, 4, 3, 1
     if programs < 4 * sm_count - 16:
-        tile, num_warps = 64, 2
+        tile = 64
         num_splits = min(64, triton.next_power_of_2(triton.cdiv(8 * sm_count - 32, programs)))
     if shared:
         tile, num_warps = 32, 2
