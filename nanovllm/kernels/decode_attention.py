@@ -45,8 +45,8 @@ def default_decode_config(
 
     From four programs an SM on, splitting a row only costs: partial results and a merge. Fewer rows are split until
     there are eight programs an SM. Small tiles leave room for several programs on an SM, which hides the latency of
-    each; without splits, loops are long enough for large tiles, unless most of a row is shared. A program takes stages *
-    tile * head_dim * itemsize bytes of shared memory for K and again for V, so wide heads get a smaller tile.
+    each; without splits, loops are long enough for large tiles, unless most of a row is shared. A program takes
+    stages * tile * head_dim * itemsize bytes of shared memory for K and again for V, so wide heads get a smaller tile.
     """
     programs = max(batch * kv_heads, 1)
     tile, num_warps, num_stages, num_splits = 128, 4, 3, 1
