@@ -63,12 +63,14 @@ class Config:
     def __post_init__(self):
         if isinstance(self.dtype, torch.dtype):
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
-        for name in ("tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
-            self._integer(name, 1)
-        self._integer("kvcache_block_size", 16)
-        self._integer("seed", 0)
+        self._integer("tensor_parallel_size", 1, 1024)
+        self._integer("max_model_len", 1, 1 << 24)
+        self._integer("max_num_seqs", 1, 1 << 16)
+        self._integer("max_num_batched_tokens", 1, 1 << 22)
+        self._integer("kvcache_block_size", 16, 1 << 16)
+        self._integer("seed", 0, (1 << 63) - 1)
         if self.num_kvcache_blocks is not None:
-            self._integer("num_kvcache_blocks", 1)
+            self._integer("num_kvcache_blocks", 1, (1 << 31) - 2)
         for name in ("enforce_eager", "enable_prefix_caching"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
@@ -91,12 +93,12 @@ class Config:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda' was asked for, but torch sees no CUDA GPU here; use 'cpu' or 'auto'")
 
-    def _integer(self, name: str, low: int) -> None:
+    def _integer(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name} must be an integer, got {value!r}")
-        if value < low:
-            raise ValueError(f"{name} must be at least {low}, got {value}")
+        if not low <= value <= high:
+            raise ValueError(f"{name} must be from {low} to {high}, got {value}")
 
     @property
     def device_type(self) -> str:

@@ -7,9 +7,13 @@ Overlap of depth 1 keeps the device busy while the host works:
 """
 
 import random
+import signal
+import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceType
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -23,6 +27,29 @@ from nanovllm.outputs import RequestOutput
 from nanovllm.runner import launcher
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
 from nanovllm.utils.hub import open_model
+
+
+@contextmanager
+def _interrupt_after() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of a step, so that the engine can be used again; a second one does not wait."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    interrupted = False
+
+    def remember(*_) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 class LLMEngine:
@@ -148,13 +175,14 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Launch the next step, collect the one before, and return the requests that have finished."""
         self._check_usable()
-        try:
-            self._advance()
-        except Exception as error:
-            # The ranks' state is unknown now, so no later result could be trusted.
-            self.error = error
-            self.close()
-            raise
+        with _interrupt_after():
+            try:
+                self._advance()
+            except BaseException as error:
+                # The ranks' state is unknown now, so no later result could be trusted.
+                self.error = error
+                self.close()
+                raise
         finished, self.finished = self.finished, []
         return finished
 
@@ -192,10 +220,14 @@ class LLMEngine:
         Raises:
             TypeError, ValueError: a prompt or its parameters are wrong; nothing was queued.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        if isinstance(prompts, str) or (isinstance(prompts, list | tuple) and prompts and isinstance(prompts[0], int)):
             prompts = [prompts]
+        if not isinstance(prompts, SequenceType) or isinstance(prompts, bytes):
+            raise TypeError(f"prompts must be a list of texts or of token id lists, got {type(prompts).__name__}")
         if isinstance(sampling_params, SamplingParams | None):
             sampling_params = [sampling_params] * len(prompts)
+        if not isinstance(sampling_params, list | tuple):
+            raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")
         checked = [self._checked(*pair) for pair in zip(prompts, sampling_params, strict=True)]

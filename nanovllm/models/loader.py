@@ -113,10 +113,24 @@ def iterate_weights(location: Path) -> Iterator[tuple[str, torch.Tensor]]:
     return _iterate_safetensors(_weight_files(location))
 
 
+def read_json(file: Path) -> dict:
+    """The object in a JSON file; ValueError if there is none."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map")
+        names = sorted(set(map(str, weight_map.values())))
         absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
         if absent:
             raise ValueError(f"{index} names {absent[0]!r}, which is not a file in that folder")
@@ -131,9 +145,13 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _iterate_safetensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        try:
+            opened = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a safetensors file that can be read: {error}") from error
+        with opened as tensors:
             for name in tensors.keys():  # noqa: SIM118  (not a dict)
                 yield name, tensors.get_tensor(name)

@@ -24,6 +24,8 @@ FAMILIES = {
     "llama": Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
     "mistral": Family(),
 }
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+_SIZES += ("max_position",)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,9 +39,10 @@ def unsupported(what: str) -> ValueError:
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     """A checkpoint's spelling of some token ids as a tuple."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    ids = tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
+    if any(type(token_id) is not int for token_id in ids):
+        raise ValueError(f"the model's eos_token_id must be a token id or a list of them, got {value!r}")
+    return ids
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,12 @@ class ModelConfig:
 
     def __post_init__(self):
         check_model_type(self.model_type)
+        for name in _SIZES:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"the model's {name} must be an integer of at least 1, got {value!r}")
+        if self.head_dim % 2:
+            raise ValueError(f"the model's head_dim must be even for RoPE, got {self.head_dim}")
         if self.num_heads % self.num_kv_heads:
             raise unsupported(f"num_attention_heads={self.num_heads} with num_key_value_heads={self.num_kv_heads}")
         if self.dtype not in _DTYPES:
@@ -86,9 +95,11 @@ class ModelConfig:
         rope_type = (self.rope_scaling or {"rope_type": "default"})["rope_type"]
         if rope_type not in ROPE_TYPES:
             raise unsupported(f"RoPE of type {rope_type!r}")
-        missing = [name for name in ROPE_TYPES[rope_type] if self.rope_scaling.get(name) is None]
-        if missing:
-            raise ValueError(f"the model's RoPE is of type {rope_type!r} but lacks {', '.join(missing)}")
+        for name in ROPE_TYPES[rope_type]:
+            values = self.rope_scaling.get(name)
+            for value in values if isinstance(values, list | tuple) else [values]:
+                if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                    raise ValueError(f"the model's RoPE of type {rope_type!r} needs a {name} above 0, got {value!r}")
 
     @classmethod
     def from_hf(cls, config: Any, eos_token_ids: tuple[int, ...] = ()) -> "ModelConfig":
@@ -124,7 +135,7 @@ class ModelConfig:
             qkv_bias=flag(family.qkv_bias),
             o_bias=flag(family.o_bias),
             mlp_bias=flag(family.mlp_bias),
-            dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+            dtype=getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype,
             eos_token_ids=eos_token_ids or token_ids(getattr(config, "eos_token_id", None)),
         )
 

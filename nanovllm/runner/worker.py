@@ -1,6 +1,7 @@
 """The program of a tensor-parallel rank other than 0: build a runner, then run what rank 0 sends."""
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -28,6 +29,7 @@ def _end_with_parent() -> None:
 
 
 def main(fd: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to all its processes; the parent decides
     _end_with_parent()
     channel = Connection(fd)
     try:

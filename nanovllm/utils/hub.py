@@ -1,7 +1,6 @@
 """Finds a model: the embedded default, a folder, a GGUF file, a hub id, or the name of a shape."""
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nanovllm.models.loader import iterate_weights
+from nanovllm.models.loader import iterate_weights, read_json
 from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, token_ids
 
 if TYPE_CHECKING:
@@ -97,12 +96,15 @@ def _open_folder(path: Path) -> ModelSource:
     if not (path / "config.json").is_file():
         raise ValueError(f"model {str(path)!r} is a folder without a config.json")
     # A type that is not supported is refused before transformers may want to run code of the folder.
-    check_model_type(json.loads((path / "config.json").read_text()).get("model_type"))
+    check_model_type(read_json(path / "config.json").get("model_type"))
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises what it likes
+        raise ValueError(f"{path / 'config.json'} is not a config that transformers can read: {error}") from error
     generation = path / "generation_config.json"
-    eos = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
     source = ModelSource(ModelConfig.from_hf(config, token_ids(eos)), path)
     if not source.config.eos_token_ids and source.has_tokenizer:
         eos = token_ids(source.tokenizer().eos_token_id)

@@ -1,7 +1,10 @@
 """What a user sees of the engine, on tiny random models and a CPU."""
 
+import os
 import random
+import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -177,26 +180,6 @@ def test_add_request_step_and_abort(model):
         assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
 
 
-def test_an_interrupted_generate_leaves_nothing_behind(model, monkeypatch):
-    with engine(model) as llm:
-        want = tokens(llm, prompts_of([5]), greedy(6))
-        collect, calls = llm.executor.collect, []
-
-        def interrupted():
-            calls.append(1)
-            if len(calls) == 3:
-                raise KeyboardInterrupt
-            return collect()
-
-        monkeypatch.setattr(llm.executor, "collect", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate(prompts_of([5, 9]), greedy(20), use_tqdm=False)
-        assert tokens(llm, prompts_of([5]), greedy(6)) == want
-        while llm.has_unfinished():
-            llm.step()
-        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
-
-
 def test_a_failed_step_fails_the_engine_clearly(model, monkeypatch):
     llm = engine(model)
 
@@ -225,3 +208,44 @@ def test_two_engines_side_by_side_and_close(model):
 def test_the_pool_must_hold_what_is_asked(model):
     with pytest.raises(ValueError, match="kvcache"), engine(model, num_kvcache_blocks=2) as llm:
         llm.generate([[1] * 40], greedy(4))
+
+
+def test_an_interrupt_leaves_a_usable_engine(model):
+    prompts, params = prompts_of([9, 20, 3]), greedy(30)
+    with engine(model) as llm:
+        want = tokens(llm, prompts, params)
+        launch, count = llm.executor.launch, 0
+
+        def launch_and_interrupt(batch):
+            nonlocal count
+            count += 1
+            if count == 7:
+                os.kill(os.getpid(), signal.SIGINT)  # in the middle of a step
+            launch(batch)
+
+        llm.executor.launch = launch_and_interrupt
+        with pytest.raises(KeyboardInterrupt):
+            tokens(llm, prompts, params)
+        assert count == 7
+        assert tokens(llm, prompts, params) == want
+        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params"),
+    [
+        (np.array([1, 2]), None),
+        (torch.tensor([[1, 2]]), None),
+        ((ids for ids in [[1]]), None),
+        (None, None),
+        (5, None),
+        (b"text", None),
+        ([[1]], {"temperature": 1}),
+        ([[1]], "greedy"),
+    ],
+)
+def test_what_generate_is_given_is_checked(model, prompts, params):
+    with engine(model) as llm:
+        with pytest.raises(TypeError, match="must be"):
+            llm.generate(prompts, params, use_tqdm=False)
+        assert not llm.has_unfinished()

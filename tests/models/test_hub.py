@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import threading
 import zipfile
@@ -155,3 +156,22 @@ def test_a_file_or_folder_that_is_no_model_is_named(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"model\.bin.*not a \.gguf file"):
         open_model(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", "{nope"),
+        ("config.json", "[1]"),
+        ("config.json", '{"model_type": "qwen3", "hidden_size": "a"}'),
+        ("generation_config.json", "{"),
+        ("generation_config.json", '{"eos_token_id": "a"}'),
+        ("model.safetensors", ""),
+        ("model.safetensors.index.json", '{"a": 1}'),
+    ],
+)
+def test_a_file_that_is_broken_is_named(tmp_path, file, content):
+    folder = save_tiny(tmp_path, "qwen3")
+    (folder / file).write_text(content)
+    with pytest.raises(ValueError, match="eos_token_id" if "eos" in content else re.escape(file)):
+        dict(open_model(folder).weights())

@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -91,7 +92,7 @@ def test_unsupported_is_refused_by_name(options, named):
 
 
 def test_rope_options_that_are_missing_are_named():
-    with pytest.raises(ValueError, match=r"'linear' but lacks factor"):
+    with pytest.raises(ValueError, match=r"'linear' needs a factor above 0, got None"):
         ModelConfig.from_hf(hf_config(rope_scaling={"rope_type": "linear"}))
 
 
@@ -108,3 +109,17 @@ def test_presets_have_the_real_sizes(name, billions):
     with torch.device("meta"):
         model = Decoder(PRESETS[name])
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 7}, "head_dim must be even"),
+        ({"num_layers": 0}, "num_layers must be an integer of at least 1, got 0"),
+        ({"hidden_size": -8}, "hidden_size must be an integer of at least 1, got -8"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "x"}}, "factor above 0, got 'x'"),
+    ],
+)
+def test_sizes_that_make_no_model_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(PRESETS["qwen3-0.6b"], **change)
