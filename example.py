@@ -21,7 +21,7 @@ def main() -> None:
     try:
         params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
         llm = LLM(args.model, tensor_parallel_size=args.tensor_parallel_size, device=args.device)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         parser.error(str(error))
 
     with llm:
@@ -30,7 +30,10 @@ def main() -> None:
             chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
             inputs = llm.tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
         begin = time.perf_counter()
-        outputs = llm.generate(inputs, params)
+        try:
+            outputs = llm.generate(inputs, params)
+        except ValueError as error:
+            parser.error(str(error))
         seconds = time.perf_counter() - begin
 
     for prompt, output in zip(prompts, outputs, strict=True):

@@ -128,13 +128,15 @@ class SpawnedRanks(Executor):
         device = rank_device(config.device_type, 0)
         try:
             store_path = os.path.join(self.folder, "store")
-            for rank in range(1, size):
-                self._spawn(rank, size)
-                self.channels[-1].send((config, rank, store_path))
             self.monitor = threading.Thread(target=self._watch, name="nanovllm-monitor", daemon=True)
             self.monitor.start()
             with self._explained():
-                group = make_group(0, size, dist.FileStore(store_path, size), config.device_type)
+                for rank in range(1, size):
+                    self._spawn(rank, size)
+                    self.channels[-1].send((config, rank, store_path))
+                store = dist.FileStore(store_path, size)
+                self._await_children(store)
+                group = make_group(0, size, store, config.device_type)
                 super().__init__(ModelRunner(config, source, TensorParallel(0, size, group), device))
                 self.runner.check_ranks = self.check
         except BaseException:
@@ -152,8 +154,15 @@ class SpawnedRanks(Executor):
                 stdin=subprocess.DEVNULL,
                 env=environment,
             )
-        self.processes.append(process)
         self.channels.append(Connection(ours.detach()))
+        self.processes.append(process)  # from now on the monitor watches it
+
+    def _await_children(self, store: "dist.Store") -> None:
+        """Wait until all children are about to join: who is in the making of a group cannot be told that one died."""
+        present = [f"rank {rank}" for rank in range(1, len(self.processes) + 1)]
+        while not store.check(present):
+            self.check()
+            time.sleep(0.02)
 
     def launch(self, batch: Batch) -> None:
         with self._explained():

@@ -36,7 +36,9 @@ def main(fd: int) -> None:
         config, rank, store_path = channel.recv()
         size = config.tensor_parallel_size
         device = rank_device(config.device_type, rank)
-        group = make_group(rank, size, dist.FileStore(store_path, size), config.device_type)
+        store = dist.FileStore(store_path, size)
+        store.set(f"rank {rank}", "present")
+        group = make_group(rank, size, store, config.device_type)
         source = open_model(config.model, config.load_format)
         runner = ModelRunner(config, source, TensorParallel(rank, size, group), device)
         while (batch := channel.recv()) is not None:

