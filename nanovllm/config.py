@@ -99,6 +99,7 @@ class Config:
             raise TypeError(f"{name} must be an integer, got {value!r}")
         if not low <= value <= high:
             raise ValueError(f"{name} must be from {low} to {high}, got {value}")
+        object.__setattr__(self, name, int(value))  # numpy's narrow integers would wrap around in sums
 
     @property
     def device_type(self) -> str:

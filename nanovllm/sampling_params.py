@@ -65,4 +65,10 @@ class SamplingParams:
             _number("stop_token_ids", token_id, Integral, 0, 2**31 - 1, "a list of token ids of at least 0")
         if len(self.stop_token_ids) > MAX_STOP_IDS:
             raise ValueError(f"stop_token_ids must have at most {MAX_STOP_IDS} ids, got {len(self.stop_token_ids)}")
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        # Python's own numbers: numpy's narrow ones would wrap around in sums.
+        object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids)))
+        for name in ("max_tokens", "top_k", "min_tokens", "seed"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, int(getattr(self, name)))
+        for name in ("temperature", "top_p", "min_p"):
+            object.__setattr__(self, name, float(getattr(self, name)))

@@ -112,6 +112,8 @@ class LLMEngine:
 
     def _checked(self, prompt, params: SamplingParams | None) -> tuple[list[int], SamplingParams, frozenset[int]]:
         self._check_usable()
+        if self.source.has_tokenizer:
+            _ = self.tokenizer  # a broken one refuses requests here: in a step it would take all of them down
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
@@ -256,7 +258,7 @@ class LLMEngine:
 
     def _check_usable(self) -> None:
         if self.error is not None:
-            raise RuntimeError(f"the engine has failed and must be made anew: {self.error}") from self.error
+            raise RuntimeError(f"the engine has failed and must be made anew: {self.error!r}") from self.error
         if self.executor is None:
             raise RuntimeError("the engine is closed")
 

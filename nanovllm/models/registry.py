@@ -86,6 +86,9 @@ class ModelConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"the model's {name} must be an integer of at least 1, got {value!r}")
+        wrong = [i for i in self.eos_token_ids if not 0 <= i < self.vocab_size]
+        if wrong:
+            raise ValueError(f"the model's eos_token_id has {wrong[0]}; ids go from 0 to {self.vocab_size - 1}")
         if self.head_dim % 2:
             raise ValueError(f"the model's head_dim must be even for RoPE, got {self.head_dim}")
         if self.num_heads % self.num_kv_heads:

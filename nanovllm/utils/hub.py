@@ -60,9 +60,12 @@ class ModelSource:
             raise ValueError(f"the model {self.path or ''} has no tokenizer: give prompts as token ids")
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        if self.path.is_file():  # AutoTokenizer gives the same, after seconds spent on the file's model config
-            return PreTrainedTokenizerFast.from_pretrained(self.path.parent, gguf_file=self.path.name)
-        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+        try:
+            if self.path.is_file():  # AutoTokenizer gives the same, after seconds spent on the file's model config
+                return PreTrainedTokenizerFast.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # transformers raises what it likes
+            raise ValueError(f"the tokenizer of {self.path} cannot be read: {error!r}") from error
 
 
 def open_model(name: str | Path | None, load_format: str = "auto") -> ModelSource:

@@ -249,3 +249,28 @@ def test_what_generate_is_given_is_checked(model, prompts, params):
         with pytest.raises(TypeError, match="must be"):
             llm.generate(prompts, params, use_tqdm=False)
         assert not llm.has_unfinished()
+
+
+@pytest.mark.parametrize("max_tokens", [np.int8(127), np.int32(2**31 - 1)])
+def test_narrow_numpy_integers_do_not_wrap_around_a_limit(model, max_tokens):
+    with engine(model) as llm:
+        llm.add_request([3, 4], greedy(5))
+        with pytest.raises(ValueError, match="max_model_len=128"):
+            llm.add_request([3] * 60, SamplingParams(max_tokens=max_tokens))
+        assert [len(out.token_ids) for out in finish(llm)] == [5]
+
+
+def test_a_broken_tokenizer_refuses_requests_and_no_step_fails(tmp_path):
+    path = save_tiny(tmp_path, "qwen3")
+    (path / "tokenizer.json").write_text("{")
+    with engine(path) as llm:
+        with pytest.raises(ValueError, match=r"tokenizer of .* cannot be read"):
+            llm.add_request([3, 4], greedy(2))
+        assert not llm.has_unfinished() and llm.error is None
+
+
+def finish(llm):
+    outputs = []
+    while llm.has_unfinished():
+        outputs += llm.step()
+    return outputs

@@ -115,6 +115,7 @@ def test_presets_have_the_real_sizes(name, billions):
     ("change", "message"),
     [
         ({"head_dim": 7}, "head_dim must be even"),
+        ({"eos_token_ids": (99999999,)}, "eos_token_id has 99999999; ids go from 0"),
         ({"num_layers": 0}, "num_layers must be an integer of at least 1, got 0"),
         ({"hidden_size": -8}, "hidden_size must be an integer of at least 1, got -8"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "x"}}, "factor above 0, got 'x'"),
