@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 
 import torch
+from torch import Tensor
 
 from nanovllm.utils.context import Context
 
@@ -16,8 +17,8 @@ class AttentionBackend(ABC):
         name: how users ask for it.
         capturable: whether steps of decode rows may be captured in a CUDA graph: `decode` neither waits for the device
             nor keeps host metadata of the step.
-        shares_prefixes: whether `decode` makes use of the context's `shared`.
         capturable_prefill: the same for `prefill`, whose work must then follow from the context's tensors alone.
+        shares_prefixes: whether `decode` makes use of the context's `shared`.
     """
 
     name: str
@@ -29,32 +30,14 @@ class AttentionBackend(ABC):
         """Work out, once for all layers, what the context's tensors imply; kept in `ctx.meta`."""
 
     @abstractmethod
-    def decode(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        scale: float,
-        ctx: Context,
-        out: torch.Tensor,
-    ) -> None:
+    def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         """Attention of the decode rows' q [D, H, Dh] into `out`, of the same shape."""
 
     @abstractmethod
-    def prefill(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        scale: float,
-        ctx: Context,
-        out: torch.Tensor,
-    ) -> None:
+    def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         """Causal attention of the prefill rows' packed q [Tp, H, Dh] into `out`, of the same shape."""
 
-    def attend(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float, ctx: Context
-    ) -> torch.Tensor:
+    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context) -> Tensor:
         """Attention of all of a step's tokens.
 
         Args:

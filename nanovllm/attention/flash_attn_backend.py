@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.utils.context import Context
@@ -11,10 +12,10 @@ PAGE_MULTIPLE = 256  # flash-attn 2 pages its cache in multiples of this
 
 
 class _Metadata(NamedTuple):
-    decode_tables: torch.Tensor  # [D, W] int32
-    prefill_tables: torch.Tensor  # [P, W] int32
-    cu_seqlens_q: torch.Tensor | None  # [P + 1] int32, from 0
-    cu_seqlens_k: torch.Tensor | None  # [P + 1] int32
+    decode_tables: Tensor  # [D, W] int32
+    prefill_tables: Tensor  # [P, W] int32
+    cu_seqlens_q: Tensor | None  # [P + 1] int32, from 0
+    cu_seqlens_k: Tensor | None  # [P + 1] int32
 
 
 class FlashAttnBackend(AttentionBackend):
@@ -56,15 +57,7 @@ class FlashAttnBackend(AttentionBackend):
             cu_seqlens_k = torch.nn.functional.pad(ctx.context_lens[ctx.num_decode :].cumsum(0), (1, 0)).int()
         ctx.meta = _Metadata(tables[: ctx.num_decode], tables[ctx.num_decode :], cu_seqlens_q, cu_seqlens_k)
 
-    def decode(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        scale: float,
-        ctx: Context,
-        out: torch.Tensor,
-    ) -> None:
+    def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         attended = self._with_kvcache(
             q[:, None],
             k_cache,
@@ -76,15 +69,7 @@ class FlashAttnBackend(AttentionBackend):
         )
         out.copy_(attended[:, 0])
 
-    def prefill(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        scale: float,
-        ctx: Context,
-        out: torch.Tensor,
-    ) -> None:
+    def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         attended = self._varlen(
             q,
             k_cache,

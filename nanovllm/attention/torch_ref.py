@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.kernels.decode_attention import GatherPlan, attend_gathered, plan_gather
@@ -27,31 +28,15 @@ class TorchBackend(AttentionBackend):
     capturable = False
 
     def __init__(self):
-        self._buffers: list[torch.Tensor] = [torch.empty(0), torch.empty(0)]
+        self._buffers: list[Tensor] = [torch.empty(0), torch.empty(0)]
 
-    def decode(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        scale: float,
-        ctx: Context,
-        out: torch.Tensor,
-    ) -> None:
+    def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         plan = self._plans(q, k_cache, ctx).decode
         shape = (len(q), k_cache.shape[2], -1, k_cache.shape[3])
         k, v = self._gather(k_cache, v_cache, plan.indices)
         out.copy_(attend_gathered(q, k.view(shape), v.view(shape), plan.mask, scale))
 
-    def prefill(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        scale: float,
-        ctx: Context,
-        out: torch.Tensor,
-    ) -> None:
+    def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         rows = self._plans(q, k_cache, ctx).prefill
         shape = (k_cache.shape[2], -1, k_cache.shape[3])
         for row in rows:
@@ -59,7 +44,7 @@ class TorchBackend(AttentionBackend):
             tokens = slice(row.start, row.end)
             out[tokens] = attend_row(q[tokens], k.view(shape), v.view(shape), row.mask, scale)
 
-    def _plans(self, q: torch.Tensor, k_cache: torch.Tensor, ctx: Context) -> _Plans:
+    def _plans(self, q: Tensor, k_cache: Tensor, ctx: Context) -> _Plans:
         if ctx.meta is None:
             num_decode, layout = ctx.num_decode, (k_cache.shape[1], k_cache.shape[2], q.dtype)
             decode, prefill = None, []
@@ -73,9 +58,7 @@ class TorchBackend(AttentionBackend):
             ctx.meta = _Plans(decode, prefill)
         return ctx.meta
 
-    def _gather(
-        self, k_cache: torch.Tensor, v_cache: torch.Tensor, indices: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gather(self, k_cache: Tensor, v_cache: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Rows `indices` of the caches seen as [tokens * K, Dh]. Valid until the next call."""
         head_dim = k_cache.shape[-1]
         size = len(indices) * head_dim

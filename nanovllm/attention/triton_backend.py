@@ -1,6 +1,7 @@
 """Attention by this project's own Triton kernels."""
 
 import torch
+from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.kernels._triton import HAVE_TRITON
@@ -28,17 +29,9 @@ class TritonBackend(AttentionBackend):
             raise ValueError(f"attention_backend='triton' needs a CUDA device, not device={str(device)!r}; use 'torch'")
         if block_size < 1 or block_size & (block_size - 1):
             raise ValueError(f"block_size={block_size} must be a power of two for attention_backend='triton'")
-        self.counters: torch.Tensor | None = None  # of finished splits; this engine's own
+        self.counters: Tensor | None = None  # of finished splits; this engine's own
 
-    def decode(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        scale: float,
-        ctx: Context,
-        out: torch.Tensor,
-    ) -> None:
+    def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         rows = slice(ctx.num_decode)
         if self.counters is None:
             self.counters = torch.zeros(1 << 16, dtype=torch.int32, device=q.device)  # more than are ever split
@@ -46,15 +39,7 @@ class TritonBackend(AttentionBackend):
         shared = None if ctx.shared is None else attend_shared_triton(*where, scale, ctx.shared)
         decode_attention_triton(*where, ctx.context_lens[rows], scale, out=out, counters=self.counters, shared=shared)
 
-    def prefill(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        scale: float,
-        ctx: Context,
-        out: torch.Tensor,
-    ) -> None:
+    def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         rows = slice(ctx.num_decode, None)
         prefill_attention_triton(
             q,

@@ -222,13 +222,13 @@ class LLMEngine:
         Raises:
             TypeError, ValueError: a prompt or its parameters are wrong; nothing was queued.
         """
-        if isinstance(prompts, str) or (isinstance(prompts, list | tuple) and prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]
         if not isinstance(prompts, SequenceType) or isinstance(prompts, bytes):
             raise TypeError(f"prompts must be a list of texts or of token id lists, got {type(prompts).__name__}")
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]
         if isinstance(sampling_params, SamplingParams | None):
             sampling_params = [sampling_params] * len(prompts)
-        if not isinstance(sampling_params, list | tuple):
+        if not isinstance(sampling_params, SequenceType) or isinstance(sampling_params, str | bytes):
             raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")

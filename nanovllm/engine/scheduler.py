@@ -103,6 +103,7 @@ class Scheduler:
         step = Step()
         budget, preemptions = self.max_num_batched_tokens, self.num_preemptions
         for seq in list(self.running):
+            # The properties of these names, spelt out: this runs for each row of each step.
             num_tokens = len(seq.token_ids) + seq.pending
             num_new = min(num_tokens - seq.num_computed, budget)
             num_generated = num_tokens - len(seq.prompt_ids)
@@ -216,7 +217,7 @@ class Scheduler:
             self.block_manager.allocate(seq, start + num_new)
             for i in range(first, len(seq.block_table)):
                 step.batch.new_blocks.append((seq.slot, i, seq.block_table[i]))
-        samples = start + num_new == len(seq.token_ids) + seq.pending
+        samples = start + num_new == seq.num_tokens
         if seq.on_device:
             step.batch.decode_slots.append(seq.slot)
             step.decoding.append(seq)

@@ -41,7 +41,7 @@ class DecodeConfig(NamedTuple):
 def default_decode_config(
     batch: int, kv_heads: int, head_dim: int, itemsize: int, sm_count: int, shared: bool = False
 ) -> DecodeConfig:
-    """What `python -m nanovllm.kernels.tune decode` chose on an H100.
+    """What `python -m nanovllm.kernels.tune decode` chose on an H100; for `shared`, bench.py's prefix workload did.
 
     From four programs an SM on, splitting a row only costs: partial results and a merge. Fewer rows are split until
     there are eight programs an SM. Small tiles leave room for several programs on an SM, which hides the latency of
@@ -66,10 +66,10 @@ def sm_count(device: torch.device) -> int:
 
 
 @triton.jit
-def _split_tiles(num_tiles, num_splits, MIN_TILES: tl.constexpr):
+def _split_tiles(num_tiles, num_splits):
     """Tiles of each split of a row: as few as `num_splits` allows, but only long rows are cut more than 16 times."""
     few = tl.minimum(tl.cdiv(num_tiles, 16), 8)
-    return tl.maximum(tl.maximum(tl.cdiv(num_tiles, num_splits), few), MIN_TILES)
+    return tl.maximum(tl.cdiv(num_tiles, num_splits), few)
 
 
 @triton.jit
@@ -173,7 +173,6 @@ def _decode_kernel(
     KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    MIN_TILES: tl.constexpr,
     SPLIT: tl.constexpr,
     SHARED: tl.constexpr,
     MAX_PARTS: tl.constexpr,
@@ -195,7 +194,7 @@ def _decode_kernel(
     end_tile = tl.cdiv(context_len, TILE)
     split_tiles = end_tile - start_tile
     if SPLIT:
-        split_tiles = _split_tiles(split_tiles, num_splits, MIN_TILES)
+        split_tiles = _split_tiles(split_tiles, num_splits)
     first_tile = start_tile + split * split_tiles
     if first_tile >= end_tile:
         return
@@ -286,9 +285,8 @@ def decode_attention_triton(
     tile: int | None = None,
     num_warps: int | None = None,
     num_stages: int | None = None,
-    min_tiles: int = 1,
 ) -> torch.Tensor:
-    """`decode_attention` as a Triton kernel. What is None of the last five is picked by `default_decode_config`.
+    """`decode_attention` as a Triton kernel. What is None of the last four is picked by `default_decode_config`.
 
     Args:
         out: [B, H, Dh] contiguous, where the result goes; a new tensor if None.
@@ -297,7 +295,6 @@ def decode_attention_triton(
         shared: partial results over what rows have in common, by `attend_shared`; or None.
         num_splits: most splits of a row, at most MAX_SPLITS.
         tile: cache tokens per loop step, a power of two of at least 16.
-        min_tiles: fewest tiles of a split but a row's last.
 
     Raises:
         ValueError: a size out of range or no power of two where one is needed, or heads that do not divide.
@@ -354,7 +351,6 @@ def decode_attention_triton(
         KV_HEADS=kv_heads,
         BLOCK_SIZE=block_size,
         TILE=tile,
-        MIN_TILES=min_tiles,
         SPLIT=num_splits > 1,
         SHARED=shared is not None,
         MAX_PARTS=MAX_PARTS,

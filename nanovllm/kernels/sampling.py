@@ -16,7 +16,6 @@ from nanovllm.sampling_params import MAX_STOP_IDS
 
 _GOLDEN = 0x9E3779B9
 _MIX1, _MIX2 = 0x7FEB352D, 0x846CA68B  # "lowbias32" of Wellons' hash prospector
-_KEEP_ALL = -(2**31)
 TILE = 4096  # logits a program holds
 
 

@@ -19,7 +19,8 @@ MIN_ROWS = 4  # rows of a group
 MIN_TOKENS = 256  # shared tokens of a group
 MIN_SAVED = 16384  # tokens that a step must not read again; below, the launch costs more than it gains
 STEP = 128  # shared tokens are a multiple of this, which every kernel's tile divides
-MAX_PARTS = 16  # most programs that share the work of a group and KV head
+MAX_SHARED_PARTS = 16  # most programs that share the work of a group and KV head
+TILE_QUERIES = 64  # queries (rows x heads of a KV head) that a group has at most
 
 
 class SharedPlan(NamedTuple):
@@ -72,7 +73,7 @@ def plan_shared(
     common = np.where(equal.all(1), equal.shape[1], equal.argmin(1)) * block_size // STEP * STEP  # of rows i and i + 1
     if common.sum() < MIN_SAVED:
         return None
-    most, row, groups = max(1, default_prefill_config(128, 2).block_m // group), 0, []
+    most, row, groups = max(1, TILE_QUERIES // group), 0, []
     while row < len(common):
         tokens, last = common[row], row  # rows up to `last` have `tokens` in common
         while tokens >= MIN_TOKENS and last < len(common) and last + 1 - row < most and common[last] >= tokens:
@@ -84,7 +85,7 @@ def plan_shared(
         return None
     packed = np.zeros(SharedPlan.size(size), dtype=np.int32)
     plan = SharedPlan.split(packed, size)
-    wanted = min(MAX_PARTS, -(-4 * sm_count // (len(groups) * kv_heads)))
+    wanted = min(MAX_SHARED_PARTS, -(-4 * sm_count // (len(groups) * kv_heads)))
     for i, (row, rows, tokens) in enumerate(groups):
         steps = -(-tokens // STEP // wanted)
         parts = -(-tokens // (steps * STEP))
@@ -189,8 +190,8 @@ def attend_shared_triton(
     _, block_size, kv_heads, _ = k_cache.shape
     group, config = heads // kv_heads, default_prefill_config(head_dim, q.element_size())
     own = default_decode_config(batch, kv_heads, head_dim, q.element_size(), sm_count(q.device)).num_splits
-    partial, lse = new_partials(q, MAX_PARTS + own)
-    _shared_kernel[(kv_heads, len(plan.groups), MAX_PARTS)](
+    partial, lse = new_partials(q, MAX_SHARED_PARTS + own)
+    _shared_kernel[(kv_heads, len(plan.groups), MAX_SHARED_PARTS)](
         q,
         k_cache,
         v_cache,
@@ -203,13 +204,13 @@ def attend_shared_triton(
         q.stride(0),
         q.stride(1),
         block_tables.stride(0),
-        MAX_PARTS + own,
+        MAX_SHARED_PARTS + own,
         GROUP=group,
         HEAD_DIM=head_dim,
         HEAD_PAD=max(MIN_DOT, triton.next_power_of_2(head_dim)),
         KV_HEADS=kv_heads,
         BLOCK_SIZE=block_size,
-        BLOCK_M=max(config.block_m, default_prefill_config(128, 2).block_m, triton.next_power_of_2(group)),
+        BLOCK_M=max(TILE_QUERIES, triton.next_power_of_2(group)),
         BLOCK_N=config.block_n,
         STEP=STEP,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",

@@ -77,13 +77,8 @@ def decode(full: bool) -> None:
             configs += [(*tile, split) for tile in tiles for split in splits]
         results = []
         for tile, warps, stages, splits in configs:
-            options = {
-                "num_splits": splits,
-                "tile": tile,
-                "num_warps": warps,
-                "num_stages": stages,
-                "counters": counters,
-            }
+            options = {"tile": tile, "num_warps": warps, "num_stages": stages}
+            options |= {"num_splits": splits, "counters": counters}
             calls = [partial(decode_attention_triton, q, *c, slots, context_lens, 0.1, **options) for c in caches]
             results.append((seconds(calls), (tile, warps, stages, splits)))
         show(f"{rows} x {low}-{high}, {group}", results, 4 * sum(lens) * KV_HEADS * HEAD_DIM / 1e12, "TB/s")
@@ -166,9 +161,14 @@ KERNELS = {"decode": decode, "prefill": prefill, "gemv": gemv}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernels", nargs="*", choices=[*KERNELS, []], help="which (default: all)")
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"which of {', '.join(KERNELS)} (default: all)")
     parser.add_argument("--defaults", action="store_true", help="measure the default settings only")
     args = parser.parse_args()
+    unknown = [name for name in args.kernels if name not in KERNELS]
+    if unknown:
+        parser.error(f"KERNEL must be one of {', '.join(KERNELS)}, got {unknown[0]!r}")
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU here to measure")
     for name in args.kernels or KERNELS:
         KERNELS[name](not args.defaults)
 

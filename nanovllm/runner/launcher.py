@@ -61,8 +61,9 @@ def rank_device(device_type: str, local_rank: int) -> torch.device:
 def start(config: Config, source: ModelSource) -> "Executor":
     """The executor that fits `config` and the way this process was started."""
     size = config.tensor_parallel_size
-    with torch.device("meta"):  # allocates nothing: refuses here, once, what the ranks cannot share
-        Decoder(source.config, tp=TensorParallel(0, size))
+    if size > 1:
+        with torch.device("meta"):  # allocates nothing: refuses here, once, what the ranks cannot share
+            Decoder(source.config, tp=TensorParallel(0, size))
     if size > 1 and ("TORCHELASTIC_RUN_ID" in os.environ or dist.is_initialized()):
         return _join_outside_group(config, source)
     if size > 1:

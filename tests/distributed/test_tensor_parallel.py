@@ -103,12 +103,12 @@ def test_a_rank_that_dies_before_it_joins_is_a_clear_error_in_seconds(model, mon
     def spawn_and_kill(self, rank, size):
         spawn(self, rank, size)
         processes.append(self.processes[-1].pid)
-        if rank == 2:
+        if rank == 3:
             self.processes[-1].kill()
 
     monkeypatch.setattr(SpawnedRanks, "_spawn", spawn_and_kill)
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"rank 2 .* signal 9"):
+    with pytest.raises(RuntimeError, match=r"rank 3 .* signal 9"):
         LLM(model, tensor_parallel_size=4, **OPTIONS)
     assert time.monotonic() - start < 10
     assert len(processes) == 3 and gone(processes)

@@ -3,12 +3,14 @@
 import os
 import random
 import signal
+from array import array
 
 import numpy as np
 import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.kernels.step_inputs import StepRows
 from tests.engine.reference import load_reference, reference_greedy
 from tests.models.tiny import TINY, save_tiny
 
@@ -249,6 +251,30 @@ def test_what_generate_is_given_is_checked(model, prompts, params):
         with pytest.raises(TypeError, match="must be"):
             llm.generate(prompts, params, use_tqdm=False)
         assert not llm.has_unfinished()
+
+
+@pytest.mark.parametrize("name", ["chunked", "uncached", "preempted"])
+def test_steps_padded_as_graphs_pad_them_have_the_same_tokens(model, name, monkeypatch):
+    """Rows and tokens of padding, and decode rows attended as prompts of one token."""
+    prompts, params = prompts_of([3, 33, 16, 40, 7]), greedy(12)
+    with engine(model, **VARIANTS[name]) as llm:
+        want, runner = tokens(llm, prompts, params), llm.executor.runner
+
+        def padded(batch):
+            sizes = batch.num_rows + 2, batch.num_tokens + 5
+            rows = StepRows.split(torch.from_numpy(runner.state.pack(batch, *sizes)), *sizes)
+            return runner.step(rows, 0, sizes[1], runner.max_model_len)[: batch.num_rows]
+
+        monkeypatch.setattr(runner, "_eager", padded)
+        llm.scheduler.block_manager.reset_prefix_cache()
+        assert tokens(llm, prompts, params) == want
+
+
+def test_a_prompt_may_be_any_sequence_of_ids(model):
+    with engine(model) as llm:
+        want = tokens(llm, [[5, 6, 7]], greedy(3))
+        for prompt in (range(5, 8), (5, 6, 7), array("i", [5, 6, 7])):
+            assert tokens(llm, prompt, greedy(3)) == tokens(llm, [prompt], (greedy(3),)) == want
 
 
 @pytest.mark.parametrize("max_tokens", [np.int8(127), np.int32(2**31 - 1)])

@@ -56,3 +56,11 @@ def test_every_kernel_compiles_for_an_h100():
     assert result.returncode == 0, result.stderr[-3000:]
     count, *names = result.stdout.split()
     assert int(count) > len(names) >= 11
+
+
+@pytest.mark.parametrize(("kernel", "message"), [("decode", "no CUDA GPU"), ("other", "got 'other'")])
+def test_the_sweep_says_what_it_needs(kernel, message):
+    command = [sys.executable, "-m", "nanovllm.kernels.tune", kernel]
+    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="")
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and message in result.stderr
