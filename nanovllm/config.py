@@ -37,6 +37,9 @@ class Config:
         load_format: "auto" reads the checkpoint; "dummy" draws random weights of the real shapes.
         enable_prefix_caching: share the KV blocks of equal prompt prefixes.
         seed: the engine's own; requests without a seed draw theirs from it.
+        skip_tokenizer_init: never load the tokenizer: token ids in, token ids out, and texts are "".
+        max_num_waiting: sequences that may wait; more are refused.
+        log_steps: tell the logger "nanovllm", at level INFO, of each step.
         overlap: steps launched ahead of the one whose tokens are awaited: 1, or 0 for debugging.
 
     Raises:
@@ -58,6 +61,9 @@ class Config:
     load_format: str = "auto"
     enable_prefix_caching: bool = True
     seed: int = 0
+    skip_tokenizer_init: bool = False
+    max_num_waiting: int = 1 << 20
+    log_steps: bool = False
     overlap: int = 1
 
     def __post_init__(self):
@@ -68,10 +74,11 @@ class Config:
         self._integer("max_num_seqs", 1, 1 << 16)
         self._integer("max_num_batched_tokens", 1, 1 << 22)
         self._integer("kvcache_block_size", 16, 1 << 16)
+        self._integer("max_num_waiting", 1, 1 << 30)
         self._integer("seed", 0, (1 << 63) - 1)
         if self.num_kvcache_blocks is not None:
             self._integer("num_kvcache_blocks", 1, (1 << 31) - 2)
-        for name in ("enforce_eager", "enable_prefix_caching"):
+        for name in ("enforce_eager", "enable_prefix_caching", "skip_tokenizer_init", "log_steps"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
         for name, choices in _CHOICES.items():

@@ -1,35 +1,133 @@
 """What a request gives back."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Logprob(NamedTuple):
+    """A token's log-probability (float32, natural logarithm) and its rank, 1 being the most likely token's."""
+
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One sample.
+
+    Args:
+        index: which of the request's n samples.
+        text: `token_ids` decoded; "" when the engine has no tokenizer.
+        token_ids: what was generated, the token that ended it included.
+        finish_reason: "stop" (end-of-sequence, stop id or string, or a structured output is complete), "length",
+            "abort", or None while it goes on.
+        stop_reason: the stop id or stop string that ended it; None for an end-of-sequence token and all else.
+        logprobs: for each token those asked for, by token id; None if none were.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    stop_reason: int | str | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """Sum over the drawn tokens; None if no logprobs were asked for."""
+        if self.logprobs is None:
+            return None
+        return sum(row[token_id].logprob for row, token_id in zip(self.logprobs, self.token_ids, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A finished request.
+    """A request's results; from `stream` and `AsyncLLM`, what is new since the one before.
 
-    Reads as attributes (`out.text`) and, as nano-vLLM's dicts do, by key (`out["text"]`).
+    The first sample's fields read as attributes (`out.text`) and, as nano-vLLM's dicts do, by key (`out["text"]`).
 
     Args:
         request_id: the id `add_request` gave it.
-        prompt_token_ids, token_ids: what went in, and what was generated (the token that ended it included).
-        text: `token_ids` decoded without special tokens; "" when the engine has no tokenizer.
-        finish_reason: "stop" (end-of-sequence or stop id), "length" or "abort".
+        prompt: the prompt's text, if it was given as text.
+        prompt_token_ids: what went in.
+        outputs: the samples, in their order; in a stream, those that have something new.
+        finished: whether this is the last there is of the request.
         num_cached_tokens: prompt tokens taken from the prefix cache.
+        prompt_logprobs: None for the first token, then for each token those asked for; None if none were.
+        time_to_first_token, total_time: seconds since the request was added; None as long as unknown.
+        weight_version: of the weights when the request ended; 0 until `update_weights` was called.
     """
 
-    request_id: int
+    request_id: int | str
+    prompt: str | None
     prompt_token_ids: list[int]
-    token_ids: list[int]
-    text: str
-    finish_reason: str
-    num_cached_tokens: int
+    outputs: list[CompletionOutput]
+    finished: bool = True
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    time_to_first_token: float | None = None
+    total_time: float | None = None
+    weight_version: int = 0
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.outputs[0].finish_reason
+
+    @property
+    def stop_reason(self) -> int | str | None:
+        return self.outputs[0].stop_reason
+
+    @property
+    def logprobs(self) -> list[dict[int, Logprob]] | None:
+        return self.outputs[0].logprobs
 
     def __getitem__(self, key: str) -> Any:
-        if key in self.__slots__:
+        if key in self.keys():
             return getattr(self, key)
         raise KeyError(key)
 
     def keys(self) -> tuple[str, ...]:
         """The field names, so that `dict(out)` works."""
-        return tuple(self.__slots__)
+        return (*self.__slots__, "text", "token_ids", "finish_reason", "stop_reason", "logprobs")
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """What an engine has done since it was made, and what it is doing.
+
+    Args:
+        num_running, num_waiting: sequences (samples) that have a slot, and that wait for one.
+        num_preemptions: times a running sequence was sent back to wait because the KV cache was full.
+        num_steps, step_time: steps collected, and seconds spent in `step` for them in all.
+        prompt_tokens, cached_tokens: tokens of admitted prompts, and how many of them the prefix cache had.
+        generated_tokens: tokens drawn.
+        kv_usage: share of the KV blocks that running sequences hold.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_preemptions: int
+    num_steps: int
+    step_time: float
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    kv_usage: float
+
+    @property
+    def cache_hit_rate(self) -> float:
+        """Share of the prompt tokens that the prefix cache had."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def mean_step_time(self) -> float:
+        """Seconds."""
+        return self.step_time / self.num_steps if self.num_steps else 0.0

@@ -6,27 +6,34 @@ Overlap of depth 1 keeps the device busy while the host works:
     device             |    step 1 ...............        |   step 2 ...............       |   step 3 ...
 """
 
+import logging
 import random
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceType
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 
-from tqdm import tqdm
+import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.scheduler import Scheduler, Step
+from nanovllm.engine.request import Request
+from nanovllm.engine.scheduler import Batch, Scheduler, Step
 from nanovllm.engine.sequence import Sequence
-from nanovllm.outputs import RequestOutput
+from nanovllm.engine.token_filter import GrammarFilter, compile_grammar, grammar_tokenizer, make_filter
+from nanovllm.models.loader import iterate_weights
+from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.runner import launcher
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
 from nanovllm.utils.hub import open_model
+
+logger = logging.getLogger("nanovllm")
 
 
 @contextmanager
@@ -52,6 +59,12 @@ def _interrupt_after() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(f"weights must be pairs (name, tensor) or a path that exists, got {str(path)!r}")
+    return path
+
+
 class LLMEngine:
     """Loads a model and answers requests.
 
@@ -69,6 +82,9 @@ class LLMEngine:
         self.config = Config(model=model, **kwargs)
         self.source = open_model(self.config.model, self.config.load_format)
         self.executor = launcher.start(self.config, self.source)
+        self.sleep_level = 0
+        self.weight_version = 0
+        self.weight_error: Exception | None = None  # what left the weights partly overwritten
         runner = self.executor.runner
         self.max_model_len = runner.max_model_len
         self.num_kvcache_blocks = runner.num_blocks
@@ -77,53 +93,119 @@ class LLMEngine:
             self.config.max_num_batched_tokens,
             BlockManager(runner.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching),
         )
-        self.requests: dict[int, Sequence] = {}
+        self.requests: dict[int | str, Request] = {}
         self.in_flight: deque[Step] = deque()
-        self.finished: list[RequestOutput] = []
+        self.outputs: list[RequestOutput] = []  # what the next `step` returns
+        self.ids = count()
         self.seeds = random.Random(self.config.seed)
+        self.num_steps, self.step_time = 0, 0.0
 
     @cached_property
     def tokenizer(self):
         """The model's transformers tokenizer, loaded when it is first used."""
+        if self.config.skip_tokenizer_init:
+            raise ValueError("skip_tokenizer_init is set, so there is no tokenizer: give prompts as token ids")
         return self.source.tokenizer()
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether prompts and results can be text."""
+        return self.source.has_tokenizer and not self.config.skip_tokenizer_init
+
+    @cached_property
+    def _grammar_tokenizer(self):
+        config = self.source.config
+        return grammar_tokenizer(self.tokenizer, config.vocab_size, config.eos_token_ids)
+
+    def _encode(self, text: str) -> list[int]:
+        """Token ids of a part of a text, without the special tokens that begin or end one."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _decode(self, skip_special_tokens: bool, token_ids: list[int]) -> str:
+        if not self.has_tokenizer:
+            return ""
+        if self.tokenizer.is_fast:  # past transformers' own layer, which takes longer than the decoding
+            return self.tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(token_ids, **options)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
-    def add_request(self, prompt: str | SequenceType[int], sampling_params: SamplingParams | None = None) -> int:
+    def add_request(
+        self,
+        prompt: str | SequenceType[int],
+        sampling_params: SamplingParams | None = None,
+        request_id: int | str | None = None,
+        stream: bool = False,
+    ) -> int | str:
         """Queue a request; its id.
 
         Args:
             prompt: text, which is tokenised with the model's special tokens, or token ids.
             sampling_params: SamplingParams() if None.
+            request_id: of no unfinished request; None numbers it.
+            stream: `step` returns what is new of it each time there is something, instead of all at its end.
 
         Raises:
             TypeError, ValueError: the request cannot be served; nothing else is affected.
-            RuntimeError: the engine is closed or has failed.
+            RuntimeError: the engine is closed, asleep or has failed.
         """
-        return self._queue(*self._checked(prompt, sampling_params))
+        return self._queue(self._make_request(prompt, sampling_params, request_id, stream))
 
-    def abort(self, request_id: int) -> RequestOutput | None:
-        """End a request in whatever state it is; what it has so far, or None if it is unknown or already finished."""
-        seq = self.requests.pop(request_id, None)
-        if seq is None:
+    def abort(self, request_id: int | str) -> RequestOutput | None:
+        """End a request in whatever state it is; what it has so far, or None if it is unknown or already finished.
+
+        Of a stream, what is new.
+        """
+        request = self.requests.pop(request_id, None)
+        if request is None:
             return None
-        self.scheduler.finish(seq, "abort")
-        return self._output(seq)
+        for seq in request.samples:
+            self.scheduler.finish(seq, "abort")
+        return request.output(self.weight_version)
 
-    def _checked(self, prompt, params: SamplingParams | None) -> tuple[list[int], SamplingParams, frozenset[int]]:
+    def _make_request(
+        self, prompt, params: SamplingParams | None, request_id: int | str | None = None, stream: bool = False
+    ) -> Request:
+        """Check a request and make what it needs on the host; nothing is queued yet."""
         self._check_usable()
-        if self.source.has_tokenizer:
-            _ = self.tokenizer  # a broken one refuses requests here: in a step it would take all of them down
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
+        if not isinstance(request_id, int | str | None) or isinstance(request_id, bool):
+            raise TypeError(f"request_id must be a string or an integer, got {request_id!r}")
+        if request_id in self.requests:
+            raise ValueError(f"request_id {request_id!r} is that of an unfinished request")
+        if self.has_tokenizer:
+            _ = self.tokenizer  # a broken one refuses requests here: in a step it would take all of them down
+        token_ids = self._prompt_ids(prompt)
+        end_ids = self._end_ids(params)
+        self._check_lengths(len(token_ids), params)
+        vocab_size = self.source.config.vocab_size
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            wrong = [i for i in getattr(params, name) or () if i >= vocab_size]
+            if wrong:
+                raise ValueError(f"{name} has {wrong[0]}; ids go from 0 to {vocab_size - 1}")
+        if params.min_tokens and params.allowed_token_ids and end_ids.issuperset(params.allowed_token_ids):
+            raise ValueError("min_tokens and allowed_token_ids leave no token that could be drawn first")
+        if params.stop and not self.has_tokenizer:
+            raise ValueError("stop strings need a tokenizer, and there is none")
+        make_filter = self._filter_maker(params)
+        samples = [
+            Sequence(token_ids, params, end_ids, index=index, token_filter=make_filter()) for index in range(params.n)
+        ]
+        text = prompt if isinstance(prompt, str) else None
+        decode = partial(self._decode, params.skip_special_tokens) if self.has_tokenizer else None
+        return Request(request_id, text, params, samples, stream, decode)
+
+    def _prompt_ids(self, prompt) -> list[int]:
+        vocab_size = self.source.config.vocab_size
         if isinstance(prompt, str):
             token_ids = self.tokenizer.encode(prompt)
-        elif isinstance(prompt, SequenceType) and not isinstance(prompt, bytes):
+        elif isinstance(prompt, SequenceType) and not isinstance(prompt, bytes | bytearray | memoryview):
             token_ids = list(prompt)
         else:
             raise TypeError(f"prompt must be text or a list of token ids, got {type(prompt).__name__}")
-        vocab_size = self.source.config.vocab_size
         if not token_ids:
             raise ValueError("prompt is empty; it must have at least one token")
         if set(map(type, token_ids)) != {int}:
@@ -132,18 +214,18 @@ class LLMEngine:
         for token_id in (min(token_ids), max(token_ids)):
             if not 0 <= token_id < vocab_size:
                 raise ValueError(f"prompt has the token id {token_id}; ids go from 0 to {vocab_size - 1}")
-        total = len(token_ids) + params.max_tokens
+        return token_ids
+
+    def _check_lengths(self, num_prompt: int, params: SamplingParams) -> None:
+        total = num_prompt + params.max_tokens
+        what = f"prompt has {num_prompt} tokens and max_tokens is {params.max_tokens}"
         if total > self.max_model_len:
-            raise ValueError(
-                f"prompt has {len(token_ids)} tokens and max_tokens is {params.max_tokens}; together they must be at "
-                f"most max_model_len={self.max_model_len}"
-            )
+            raise ValueError(f"{what}; together they must be at most max_model_len={self.max_model_len}")
         room = self.num_kvcache_blocks * self.config.kvcache_block_size
         if total > room:
-            raise ValueError(
-                f"prompt has {len(token_ids)} tokens and max_tokens is {params.max_tokens}; the whole KV cache holds "
-                f"{room} tokens: raise num_kvcache_blocks"
-            )
+            raise ValueError(f"{what}; the whole KV cache holds {room} tokens: raise num_kvcache_blocks")
+
+    def _end_ids(self, params: SamplingParams) -> frozenset[int]:
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             end_ids |= frozenset(self.source.config.eos_token_ids)
@@ -152,123 +234,220 @@ class LLMEngine:
                 f"stop_token_ids and the model's end-of-sequence ids are {len(end_ids)} together; with min_tokens they "
                 f"must be at most {MAX_STOP_IDS}"
             )
-        out = [i for i in params.stop_token_ids if i >= vocab_size]
-        if out:
-            raise ValueError(f"stop_token_ids has {out[0]}; ids go from 0 to {vocab_size - 1}")
-        return token_ids, params, end_ids
+        return end_ids
 
-    def _queue(self, token_ids: list[int], params: SamplingParams, end_ids: frozenset[int]) -> int:
-        seed = self.seeds.getrandbits(63) if params.seed is None else params.seed
-        seq = Sequence(token_ids, params, end_ids, seed)
-        self.requests[seq.id] = seq
-        self.scheduler.add(seq)
-        return seq.id
+    def _filter_maker(self, params: SamplingParams):
+        """What makes the token filter of each sample, or None; whether it can is found out here."""
+        vocab_size = self.source.config.vocab_size
+        if params.structured_outputs is None:
+            return partial(make_filter, params, vocab_size, self._encode)
+        tokenizer, grammar = self._grammar_tokenizer, compile_grammar(params.structured_outputs)
+        return partial(GrammarFilter, tokenizer, grammar, vocab_size)
+
+    def _queue(self, request: Request) -> int | str:
+        num_waiting = len(self.scheduler.waiting) + len(request.samples)
+        if num_waiting > self.config.max_num_waiting:
+            raise ValueError(f"{num_waiting} sequences would wait; max_num_waiting={self.config.max_num_waiting}")
+        if request.id is None:
+            request.id = next(i for i in self.ids if i not in self.requests)
+        request.seed_samples(self.seeds)
+        self.requests[request.id] = request
+        for seq in request.samples:
+            seq.request_id = request.id
+            self.scheduler.add(seq)
+        return request.id
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def has_unfinished(self) -> bool:
         """Whether `step` has anything left to do or to give."""
-        return bool(self.requests or self.in_flight or self.finished)
+        return bool(self.requests or self.in_flight or self.outputs)
+
+    @property
+    def can_step(self) -> bool:
+        """Whether `step` is of use now: there is something unfinished, and weights and memory to go on with."""
+        return self.has_unfinished() and not self.sleep_level and self.weight_error is None
 
     def is_finished(self) -> bool:
         """The opposite of `has_unfinished`."""
         return not self.has_unfinished()
 
     def step(self) -> list[RequestOutput]:
-        """Launch the next step, collect the one before, and return the requests that have finished."""
+        """Launch the next step, collect the one before; the requests that have finished, and what streams have new."""
         self._check_usable()
-        with _interrupt_after():
-            try:
-                self._advance()
-            except BaseException as error:
-                # The ranks' state is unknown now, so no later result could be trusted.
-                self.error = error
-                self.close()
-                raise
-        finished, self.finished = self.finished, []
-        return finished
+        with _interrupt_after(), self._failing():
+            begin = time.perf_counter()
+            launched = self.scheduler.schedule()
+            if launched:
+                self.executor.launch(launched.batch)
+                self.in_flight.append(launched)
+            if self.in_flight and (not launched or len(self.in_flight) > self.config.overlap):
+                self._collect()
+            seconds = time.perf_counter() - begin
+            self.step_time += seconds
+            if self.config.log_steps and launched:
+                self._log(launched.batch, seconds)
+        outputs, self.outputs = self.outputs, []
+        return outputs
 
-    def _advance(self) -> None:
-        launched = self.scheduler.schedule()
-        if launched:
-            self.executor.launch(launched.batch)
-            self.in_flight.append(launched)
-        elif not self.in_flight:
-            return
-        if not launched or len(self.in_flight) > self.config.overlap:
-            tokens = self.executor.collect()
-            for seq in self.scheduler.update(self.in_flight.popleft(), tokens):
-                del self.requests[seq.id]
-                self.finished.append(self._output(seq))
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """An error within leaves the ranks in an unknown state, so that no later result could be trusted."""
+        try:
+            yield
+        except BaseException as error:
+            self.error = error
+            self.close()
+            raise
 
-    def _output(self, seq: Sequence) -> RequestOutput:
-        ids = seq.output_ids
-        text = self.tokenizer.decode(ids, skip_special_tokens=True) if self.source.has_tokenizer else ""
-        return RequestOutput(seq.id, list(seq.prompt_ids), ids, text, seq.finish_reason, seq.num_cached)
+    def _collect(self) -> None:
+        """Take in the tokens of the oldest step in flight."""
+        output = self.executor.collect()
+        self.num_steps += 1
+        changed = self.scheduler.update(self.in_flight.popleft(), output)
+        for request_id in dict.fromkeys(seq.request_id for seq in changed):
+            request = self.requests[request_id]
+            if request.time_to_first_token is None:
+                request.time_to_first_token = time.perf_counter() - request.added
+            if request.is_finished:
+                del self.requests[request_id]
+            elif not request.stream:
+                continue
+            self.outputs.append(request.output(self.weight_version))
 
-    def generate(
-        self,
-        prompts: str | SequenceType[str] | SequenceType[int] | SequenceType[SequenceType[int]],
-        sampling_params: SamplingParams | SequenceType[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-    ) -> list[RequestOutput]:
-        """Answer all `prompts`, in their order.
+    def _step_for(self, request_ids: Container[int | str]) -> list[RequestOutput]:
+        """A step, and what it gives for these requests; the next `step` gives what is for others."""
+        outputs = self.step()
+        self.outputs += [output for output in outputs if output.request_id not in request_ids]
+        return [output for output in outputs if output.request_id in request_ids]
+
+    def metrics(self) -> Metrics:
+        """Counters since the engine was made, and what it is doing now."""
+        scheduler, blocks = self.scheduler, self.scheduler.block_manager
+        return Metrics(
+            len(scheduler.running),
+            len(scheduler.waiting),
+            scheduler.num_preemptions,
+            self.num_steps,
+            self.step_time,
+            scheduler.num_prompt_tokens,
+            scheduler.num_cached_tokens,
+            scheduler.num_generated_tokens,
+            1 - blocks.num_free / blocks.num_blocks,
+        )
+
+    def _log(self, batch: Batch, seconds: float) -> None:
+        metrics = self.metrics()
+        logger.info(
+            "step %d: %d decode rows, %d prompt rows, %d tokens, %.2f ms; %d running, %d waiting, KV %.0f%% used",
+            metrics.num_steps,
+            len(batch.decode_slots),
+            len(batch.chunks),
+            batch.num_tokens,
+            1e3 * seconds,
+            metrics.num_running,
+            metrics.num_waiting,
+            100 * metrics.kv_usage,
+        )
+
+    # -- weights and memory, as training loops want them ---------------------------------------------------------------
+
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | str | Path) -> int:
+        """Overwrite the weights in place, on all ranks; captured graphs stay valid.
+
+        The prefix cache is emptied. Requests that run go on from the tokens they have, recomputed with the new weights.
 
         Args:
-            prompts: texts, lists of token ids, or a single one of either.
-            sampling_params: one for all, or one for each prompt.
-            use_tqdm: show a progress bar with tokens/s.
+            weights: every tensor of the checkpoint, whole, on any device, by its Hugging Face name; one at a time is
+                held here. Or a folder with safetensors files, or a GGUF file. Under torchrun each rank gives them.
+
+        Returns:
+            The new weight version, which results carry.
 
         Raises:
-            TypeError, ValueError: a prompt or its parameters are wrong; nothing was queued.
+            TypeError, ValueError: a tensor is missing, left over, given twice or of the wrong shape or dtype. The old
+                weights are partly overwritten then, and the engine refuses to run until an update succeeds.
         """
-        if not isinstance(prompts, SequenceType) or isinstance(prompts, bytes):
-            raise TypeError(f"prompts must be a list of texts or of token id lists, got {type(prompts).__name__}")
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]
-        if isinstance(sampling_params, SamplingParams | None):
-            sampling_params = [sampling_params] * len(prompts)
-        if not isinstance(sampling_params, SequenceType) or isinstance(sampling_params, str | bytes):
-            raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
-        if len(sampling_params) != len(prompts):
-            raise ValueError(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")
-        checked = [self._checked(*pair) for pair in zip(prompts, sampling_params, strict=True)]
-        ids = [self._queue(*request) for request in checked]
-        outputs: dict[int, RequestOutput] = {}
-        others: list[RequestOutput] = []  # of requests that were added before; the next `step` returns them
-        mine, tokens, begin = set(ids), 0, time.perf_counter()
+        self._check_usable(weights=False)
+        if isinstance(weights, str | Path):
+            weights = iterate_weights(_existing(Path(weights).expanduser()))
+        elif not isinstance(weights, Iterable) or isinstance(weights, bytes | Mapping):
+            raise TypeError(f"weights must be pairs (name, tensor) or a path, got {type(weights).__name__}")
+        self._forget_computed()
         try:
-            with tqdm(total=len(ids), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as bar:
-                while len(outputs) < len(ids):
-                    for output in self.step():
-                        if output.request_id not in mine:
-                            others.append(output)
-                            continue
-                        outputs[output.request_id] = output
-                        tokens += len(output.token_ids)
-                        bar.set_postfix_str(f"{tokens / (time.perf_counter() - begin):.0f} tok/s", refresh=False)
-                        bar.update()
-        finally:
-            self.finished = others + self.finished
-            for request_id in mine - outputs.keys():  # interrupted: leave nothing behind
-                self.abort(request_id)
-        return [outputs[request_id] for request_id in ids]
+            with _interrupt_after():
+                self.executor.update_weights(weights)
+        except (TypeError, ValueError) as error:
+            self.weight_error = error
+            raise
+        except BaseException as error:
+            self.error = error
+            self.close()
+            raise
+        self.weight_error = None
+        self.weight_version += 1
+        return self.weight_version
+
+    def sleep(self, level: int = 1) -> None:
+        """Give device memory back until `wake_up`. Unfinished requests stay, and are recomputed later.
+
+        Args:
+            level: 1 frees the KV cache and the captured graphs; 2 also moves the weights to the host's memory (on a CPU
+                they are there already and stay).
+        """
+        self._check_usable()
+        if isinstance(level, bool) or level not in (1, 2):
+            raise ValueError(f"level must be 1 (KV cache) or 2 (KV cache and weights), got {level!r}")
+        self._forget_computed()
+        with self._failing():
+            self.executor.sleep(level)
+        self.sleep_level = level
+
+    def wake_up(self) -> None:
+        """Undo `sleep`: weights and KV cache are back, and graphs are captured anew. Does nothing when awake."""
+        if self.sleep_level:
+            self._check_usable(awake=False)
+            with self._failing():
+                self.executor.wake_up()
+            self.sleep_level = 0
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes; running requests keep their blocks."""
+        self._check_usable()
+        self.scheduler.block_manager.reset_prefix_cache()
+
+    def _forget_computed(self) -> None:
+        """Collect what is in flight, and let all that runs be computed anew."""
+        with _interrupt_after(), self._failing():
+            while self.in_flight:
+                self._collect()
+        self.scheduler.preempt_all()
 
     # -- life --------------------------------------------------------------------------------------------------------
 
-    def _check_usable(self) -> None:
+    def _check_usable(self, awake: bool = True, weights: bool = True) -> None:
         if self.error is not None:
             raise RuntimeError(f"the engine has failed and must be made anew: {self.error!r}") from self.error
         if self.executor is None:
             raise RuntimeError("the engine is closed")
+        if awake and self.sleep_level:
+            raise RuntimeError("the engine is asleep; call wake_up() first")
+        if weights and self.weight_error is not None:
+            raise RuntimeError(
+                f"the last update_weights failed and left the weights partly overwritten; call it again: "
+                f"{self.weight_error!r}"
+            ) from self.weight_error
 
     def close(self) -> None:
         """Give back memory and processes. May be called again."""
         executor, self.executor = self.executor, None
         if executor is not None:
             executor.close()
+            self.requests.clear()
+            self.in_flight.clear()
 
     def __enter__(self):
+        self._check_usable()
         return self
 
     def __exit__(self, *exception) -> None:

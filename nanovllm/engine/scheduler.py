@@ -6,11 +6,13 @@ come before new ones, so a long prompt never starves decoding.
 """
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, Status
+from nanovllm.outputs import Logprob
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -23,6 +25,9 @@ class Admission:
     seed: int
     min_length: int  # while the sequence is shorter, `end_ids` cannot be drawn
     end_ids: tuple[int, ...]
+    is_filtered: bool = False  # its masks come with the batches
+    prompt_ids: list[int] = field(default_factory=list)  # both only for penalties
+    output_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -36,6 +41,8 @@ class Chunk:
     start: int
     token_ids: list[int]
     samples: bool
+    scores: list[int] = field(default_factory=list)  # prompt tokens whose logprobs are wanted: the chunk's next ones,
+    first_scored: int = 0  # from what this token of the chunk predicts on
 
 
 @dataclass(slots=True)
@@ -46,6 +53,19 @@ class Batch:
     chunks: list[Chunk] = field(default_factory=list)
     admissions: list[Admission] = field(default_factory=list)
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (slot, place in its table, block id)
+    masks: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (slot, tokens it may draw from now on)
+    logprobs: list[int] = field(default_factory=list)  # rows whose token's logprobs are wanted
+    num_logprobs: int = 0  # how many of the most likely tokens' at most, for `logprobs` and chunks' `scores`
+    processes_logprobs: bool = False  # whether some of them are those that tokens are drawn with
+
+    @property
+    def slots(self) -> list[int]:
+        """Of each row."""
+        return [*self.decode_slots, *(chunk.slot for chunk in self.chunks)]
+
+    @property
+    def has_scores(self) -> bool:
+        return any(chunk.scores for chunk in self.chunks)
 
     @property
     def num_rows(self) -> int:
@@ -57,12 +77,49 @@ class Batch:
 
 
 @dataclass(slots=True)
+class TokenLogprobs:
+    """Log-probabilities of some tokens: each one's own, and before it in its row the k most likely ones'.
+
+    Args:
+        token_ids, logprobs: k + 1 each, for each token.
+        ranks: the token's own, 1 being the most likely.
+    """
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    ranks: list[int]
+
+    def row(self, i: int, k: int) -> dict[int, Logprob]:
+        """Those of token i and of the k most likely ones, by token id."""
+        token_ids, logprobs = self.token_ids[i], self.logprobs[i]
+        row = {token_ids[j]: Logprob(logprobs[j], j + 1) for j in range(k)}
+        row.setdefault(token_ids[-1], Logprob(logprobs[-1], self.ranks[i]))
+        return row
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What the device says of a step.
+
+    Args:
+        token_ids: the one drawn for each row.
+        logprobs: of the rows in the batch's `logprobs`.
+        prompt_logprobs: of the chunks' `scores`, one after the other.
+    """
+
+    token_ids: list[int]
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: TokenLogprobs | None = None
+
+
+@dataclass(slots=True)
 class Step:
     """A batch and the sequences behind its rows, decode rows first."""
 
     batch: Batch = field(default_factory=Batch)
     decoding: list[Sequence] = field(default_factory=list)
     chunked: list[Sequence] = field(default_factory=list)
+    with_logprobs: list[Sequence] = field(default_factory=list)
 
     @property
     def rows(self) -> list[Sequence]:
@@ -89,7 +146,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission; the last is preempted first
         self.free_slots = list(range(max_num_seqs - 1, -1, -1))
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_prompt_tokens = self.num_cached_tokens = self.num_generated_tokens = 0
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -109,43 +166,75 @@ class Scheduler:
             num_generated = num_tokens - len(seq.prompt_ids)
             if seq.status is not Status.RUNNING or num_new == 0 or num_generated >= seq.params.max_tokens:
                 continue  # preempted for one before it, out of budget, or its last token is in flight
+            if seq.token_filter and seq.waits:
+                continue
             if not self._make_room(seq, num_new):
                 break  # it was the last one and preempted itself
             self._add_row(seq, num_new, step)
             budget -= num_new
         if self.num_preemptions == preemptions:
             self._admit(budget, step)
+        if step.with_logprobs:
+            wanted = set(map(id, step.with_logprobs))
+            step.batch.logprobs = [row for row, seq in enumerate(step.rows) if id(seq) in wanted]
         return step if step.decoding or step.chunked else None
 
-    def update(self, step: Step, token_ids: Iterable[int]) -> list[Sequence]:
-        """Take in a collected step's tokens, one a row; the sequences that are finished for good, in order.
+    def update(self, step: Step, output: StepOutput) -> list[Sequence]:
+        """Take in a collected step's tokens, one a row; the sequences that have new ones or have finished, in order.
 
         A token of a sequence that has ended meanwhile is dropped.
         """
-        done, rows = [], step.rows
+        changed, rows = [], step.rows
         for seq in rows:
             seq.in_flight -= 1
-        for seq, samples, token_id in zip(rows, step.samples, token_ids, strict=True):
+        self._take_logprobs(step, output)
+        for seq, samples, token_id in zip(rows, step.samples, output.token_ids, strict=True):
             if not samples:
                 continue
             seq.pending -= 1
             if seq.status is Status.FINISHED:
                 continue
             seq.token_ids.append(token_id)
+            self.num_generated_tokens += 1
             self.block_manager.register(seq)
-            num_generated = len(seq.token_ids) - len(seq.prompt_ids)
-            if token_id in seq.end_ids and num_generated > seq.params.min_tokens:
-                self.finish(seq, "stop")
-            elif num_generated >= seq.params.max_tokens:
-                self.finish(seq, "length")
-            if seq.finish_reason:
-                done.append(seq)
+            self._check_end(seq, token_id)
+            changed.append(seq)
         for seq in rows:
             if seq.status is Status.FINISHED:
                 self._release(seq)
-        return done
+        return changed
 
-    def finish(self, seq: Sequence, reason: str) -> None:
+    def _take_logprobs(self, step: Step, output: StepOutput) -> None:
+        if output.logprobs:
+            rows = step.rows
+            for i, row in enumerate(step.batch.logprobs):
+                if rows[row].status is not Status.FINISHED:
+                    rows[row].logprobs.append(output.logprobs.row(i, rows[row].params.logprobs))
+        if output.prompt_logprobs:
+            pairs = zip(step.chunked, step.batch.chunks, strict=True)
+            for i, seq in enumerate(seq for seq, chunk in pairs for _ in chunk.scores):
+                seq.prompt_logprobs.append(output.prompt_logprobs.row(i, seq.params.prompt_logprobs))
+
+    def _check_end(self, seq: Sequence, token_id: int) -> None:
+        """Finish `seq` if its newest token ends it."""
+        params, num_generated = seq.params, len(seq.token_ids) - len(seq.prompt_ids)
+        can_stop = num_generated > params.min_tokens
+        ends = can_stop and token_id in seq.end_ids
+        stop = None
+        if seq.detokenizer and (not ends or params.include_stop_str_in_output):
+            stop = seq.detokenizer.add(token_id, can_stop)
+        if seq.token_filter:
+            seq.token_filter.accept(token_id)
+        if ends:
+            self.finish(seq, "stop", token_id if token_id in params.stop_token_ids else None)
+        elif stop is not None:
+            self.finish(seq, "stop", stop)
+        elif seq.token_filter and seq.token_filter.is_complete:
+            self.finish(seq, "stop")
+        elif num_generated >= params.max_tokens:
+            self.finish(seq, "length")
+
+    def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """End `seq` in whatever state it is. Its slot and blocks return once no step in flight uses them."""
         if seq.status is Status.FINISHED:
             return
@@ -153,8 +242,14 @@ class Scheduler:
             self.waiting.remove(seq)
         else:
             self.running.remove(seq)
-        seq.status, seq.finish_reason = Status.FINISHED, reason
+        seq.status, seq.finish_reason, seq.stop_reason = Status.FINISHED, reason, stop_reason
         self._release(seq)
+
+    def preempt_all(self) -> None:
+        """Send all back to wait: what was computed is worth nothing any more. No step may be in flight."""
+        while self.running:
+            self._preempt(self.running[-1])
+        self.block_manager.reset_prefix_cache()
 
     # -- parts of schedule -------------------------------------------------------------------------------------------
 
@@ -186,7 +281,7 @@ class Scheduler:
             seq = self.waiting[0]
             if seq.pending:  # preempted with a token in flight: wait until the host knows it
                 break
-            found = self.block_manager.find_prefix(seq)
+            found = [] if seq.num_to_score else self.block_manager.find_prefix(seq)
             num_cached = len(found) * self.block_manager.block_size
             num_new = min(seq.num_tokens - num_cached, budget)
             # What is found but unused leaves the free list too; one block in reserve for each that runs keeps a new
@@ -201,14 +296,22 @@ class Scheduler:
             self.block_manager.share(seq, found)
             if seq.num_generated == 0:
                 seq.num_cached = num_cached
-            num_prompt = len(seq.prompt_ids)
-            min_length = num_prompt + seq.params.min_tokens
-            step.batch.admissions.append(
-                Admission(seq.slot, seq.params, seq.seed, min_length, tuple(sorted(seq.end_ids)))
-            )
+                self.num_prompt_tokens += len(seq.prompt_ids)
+                self.num_cached_tokens += num_cached
+            step.batch.admissions.append(self._admission(seq))
+            if seq.token_filter and not seq.token_filter.depends_on_output:
+                step.batch.masks.append((seq.slot, seq.token_filter.mask()))
             step.batch.new_blocks += [(seq.slot, i, block_id) for i, block_id in enumerate(found)]
             self._add_row(seq, num_new, step)
             budget -= num_new
+
+    def _admission(self, seq: Sequence) -> Admission:
+        min_length = len(seq.prompt_ids) + seq.params.min_tokens
+        filtered, end_ids = seq.token_filter is not None, tuple(sorted(seq.end_ids))
+        admission = Admission(seq.slot, seq.params, seq.seed, min_length, end_ids, filtered)
+        if seq.params.penalises:
+            admission.prompt_ids, admission.output_ids = seq.prompt_ids, seq.output_ids
+        return admission
 
     def _add_row(self, seq: Sequence, num_new: int, step: Step) -> None:
         """Give `seq` its blocks and a row of `num_new` tokens in `step`, and count them as computed."""
@@ -222,13 +325,31 @@ class Scheduler:
             step.batch.decode_slots.append(seq.slot)
             step.decoding.append(seq)
         else:
-            step.batch.chunks.append(Chunk(seq.slot, start, seq.token_ids[start : start + num_new], samples))
+            chunk = Chunk(seq.slot, start, seq.token_ids[start : start + num_new], samples)
+            step.batch.chunks.append(chunk)
             step.chunked.append(seq)
             seq.on_device = samples
+            if seq.num_to_score:
+                self._score(seq, chunk, step.batch)
+        if samples and seq.params.logprobs is not None:
+            step.with_logprobs.append(seq)
+            step.batch.num_logprobs = max(step.batch.num_logprobs, seq.params.logprobs)
+            step.batch.processes_logprobs |= seq.params.logprobs_mode == "processed_logprobs"
+        if samples and seq.token_filter and seq.token_filter.depends_on_output:
+            step.batch.masks.append((seq.slot, seq.token_filter.mask()))
         seq.num_computed += num_new
         seq.in_flight += 1
         seq.pending += samples
         self.block_manager.register(seq)
+
+    def _score(self, seq: Sequence, chunk: Chunk, batch: Batch) -> None:
+        """Ask for the logprobs of the prompt tokens that the chunk's tokens predict, but for those known."""
+        end = min(chunk.start + len(chunk.token_ids), len(seq.prompt_ids) - 1)
+        if end > seq.num_scored:
+            chunk.scores = seq.prompt_ids[seq.num_scored + 1 : end + 1]
+            chunk.first_scored = seq.num_scored - chunk.start
+            seq.num_scored = end
+            batch.num_logprobs = max(batch.num_logprobs, seq.params.prompt_logprobs)
 
     # -- giving back -------------------------------------------------------------------------------------------------
 

@@ -1,12 +1,12 @@
-"""One request on its way through the engine. No torch here."""
+"""One sample of a request on its way through the engine. No torch here."""
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from itertools import count
 
+from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.token_filter import GrammarFilter, TokenFilter
+from nanovllm.outputs import Logprob
 from nanovllm.sampling_params import SamplingParams
-
-_ids = count()
 
 
 class Status(Enum):
@@ -17,7 +17,7 @@ class Status(Enum):
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A request's tokens and how far the device is with them.
+    """A sample's tokens and how far the device is with them.
 
     Three counts say it all (`pending` is 0 or 1 at overlap depth 1):
 
@@ -30,13 +30,20 @@ class Sequence:
     params: SamplingParams
     end_ids: frozenset[int] = frozenset()  # the ids that finish it: end-of-sequence unless ignored, stop_token_ids
     seed: int = 0
-    id: int = field(default_factory=lambda: next(_ids))
+    request_id: int | str = 0
+    index: int = 0  # which of the request's samples
+    token_filter: TokenFilter | GrammarFilter | None = None
+    detokenizer: Detokenizer | None = None  # of a request that stops at strings or is streamed
     status: Status = Status.WAITING
     token_ids: list[int] = field(init=False)
     pending: int = 0
     num_computed: int = 0
     num_cached: int = 0  # prompt tokens found in the prefix cache when it was first admitted
     finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # of the prompt's second token and on
+    num_scored: int = 0  # prompt tokens whose logprobs are computed, counted when their step is scheduled
 
     # What it owns while running.
     slot: int = -1
@@ -51,6 +58,16 @@ class Sequence:
 
     def __post_init__(self):
         self.token_ids = list(self.prompt_ids)
+
+    @property
+    def waits(self) -> bool:
+        """Whether its next step needs a token that the host has yet to see."""
+        return bool(self.pending and self.token_filter and self.token_filter.depends_on_output)
+
+    @property
+    def num_to_score(self) -> int:
+        """Prompt tokens whose logprobs are asked for and not yet scheduled; the first one has none."""
+        return 0 if self.params.prompt_logprobs is None else len(self.prompt_ids) - 1 - self.num_scored
 
     @property
     def num_tokens(self) -> int:

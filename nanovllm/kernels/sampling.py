@@ -1,4 +1,4 @@
-"""Drawing tokens: logits -> ban stop ids -> temperature -> top-k -> top-p -> min-p -> Gumbel-max.
+"""Drawing tokens: logits -> bias, penalties, allowed tokens -> temperature -> top-k -> top-p -> min-p -> Gumbel-max.
 
 The largest of logit + Gumbel noise is a draw from the softmax (Gumbel, 1954; Maddison et al., arXiv:1411.0030): one
 pass over the vocabulary, no cumulative sum, no wait for the host. The noise is a hash of (seed, context length, token
@@ -6,18 +6,26 @@ id), so a row's draw depends on nothing else: not on its place in the batch, and
 
 The filters come down to one threshold a row. It is found by bisection on the order-preserving integer image of a float:
 at most 32 passes over the row for an exact k-th value, and as many for the top-p cut. Rows without filters skip that.
+
+What changes logits is applied where they are read, so that nothing is written and rows that ask for none pay for none.
 """
 
 import numpy as np
 import torch
 
 from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
-from nanovllm.sampling_params import MAX_STOP_IDS
+from nanovllm.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_IDS
 
 _GOLDEN = 0x9E3779B9
 _MIX1, _MIX2 = 0x7FEB352D, 0x846CA68B  # "lowbias32" of Wellons' hash prospector
 TILE = 4096  # logits a program holds
 
+
+# What a slot asks for besides: bits of `extras`.
+COUNTS = 1  # penalties, by the slot's row of `counts`
+MASK = 2  # only tokens of the slot's row of `masks`
+BIAS = 4  # `num_bias` entries of the slot's row of `bias`
+PROCESSED = 8  # logprobs of what is drawn from (see logprobs.py; nothing to the sampler)
 
 # One slot's parameters as they lie in memory: a new request's go to the device in one copy. The kernels read the fields
 # at these places: an int32 each, the seed two.
@@ -29,11 +37,16 @@ ROW = np.dtype(
         ("top_p", np.float32),  # 4; 1 keeps all
         ("min_p", np.float32),  # 5; 0 keeps all
         ("min_length", np.int32),  # 6; while a row's context is shorter its stop ids cannot be drawn
-        ("unused", np.int32),
-        ("stop_ids", np.int32, MAX_STOP_IDS),  # from 8; padded with -1
+        ("extras", np.int32),  # 7
+        ("repetition", np.float32),  # 8; penalties
+        ("presence", np.float32),  # 9
+        ("frequency", np.float32),  # 10
+        ("num_bias", np.int32),  # 11
+        ("stop_ids", np.int32, MAX_STOP_IDS),  # 12 to 43; padded with -1
     ]
 )
 STRIDE = ROW.itemsize // 4
+MAX_COUNT = 16382  # times of a token that are counted
 
 
 class SamplingState:
@@ -41,13 +54,20 @@ class SamplingState:
 
     Args:
         rows: [S + 1] of dtype ROW, those of S slots and a scratch one.
+        vocab_size: V.
 
     Attributes:
         table: [S + 1, STRIDE] int32; the fields are views of it.
+        counts: [S + 1, V] int16: twice the times that the output has the token, plus 1 if the prompt has it.
+        masks: [S + 1, ceil(V / 32)] int32, a bit for each token that may be drawn.
+        bias: [S + 1, MAX_LOGIT_BIAS, 2] int32: a token id, and the float32 number that is added to its logit.
     """
 
-    def __init__(self, rows: np.ndarray, device: torch.device):
+    def __init__(self, rows: np.ndarray, vocab_size: int, device: torch.device):
         self.table = torch.from_numpy(rows.view(np.int32).reshape(len(rows), STRIDE)).to(device, copy=True)
+        self.counts = torch.zeros((len(rows), vocab_size), dtype=torch.int16, device=device)
+        self.masks = torch.zeros((len(rows), -(-vocab_size // 32)), dtype=torch.int32, device=device)
+        self.bias = torch.zeros((len(rows), MAX_LOGIT_BIAS, 2), dtype=torch.int32, device=device)
 
     def __getattr__(self, name: str) -> torch.Tensor:
         if name not in ROW.fields:
@@ -61,7 +81,7 @@ class SamplingState:
 def default_rows(count: int) -> np.ndarray:
     """`count` rows of dtype ROW that draw greedily."""
     rows = np.zeros(count, ROW)
-    rows["top_p"] = 1
+    rows["top_p"] = rows["repetition"] = 1
     rows["stop_ids"] = -1
     return rows
 
@@ -101,12 +121,43 @@ def _image(x):
 
 
 @triton.jit
-def _scaled(logits_ptr, columns, vocab_size, temperature, stop_ptr, banned, STOPS: tl.constexpr):
-    """Logits of `columns`, stop ids banned, divided by the temperature; -inf past the vocabulary."""
+def _slot(slots_ptr, row, context_len, params_ptr, counts_ptr, masks_ptr, bias_ptr, vocab_size, STRIDE, WORDS, BIAS):
+    """Where the row's slot is in the tables, and what changes its logits: bits of extras; 8: stop ids."""
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    params_ptr += slot * STRIDE
+    banned = (context_len < tl.load(params_ptr + 6)).to(tl.int32)
+    changes = (tl.load(params_ptr + 7) & 7) | (banned << 3)
+    return params_ptr, counts_ptr + slot * vocab_size, masks_ptr + slot * WORDS, bias_ptr + slot * BIAS * 2, changes
+
+
+@triton.jit
+def _changed(x, columns, vocab_size, slot):
+    """Logits x of `columns` with all that the slot asks for."""
+    params_ptr, counts_ptr, masks_ptr, bias_ptr, changes = slot
+    if changes & 4:
+        for i in range(tl.load(params_ptr + 11)):
+            x += tl.where(columns == tl.load(bias_ptr + 2 * i), _float(bias_ptr + 2 * i + 1), 0.0)
+    if changes & 1:
+        seen = tl.load(counts_ptr + columns, mask=columns < vocab_size, other=0)
+        times = (seen >> 1).to(tl.float32)
+        penalty = _float(params_ptr + 8)
+        x = tl.where(seen != 0, tl.where(x > 0, x / penalty, x * penalty), x)
+        x -= tl.where(times > 0, _float(params_ptr + 9), 0.0) + times * _float(params_ptr + 10)
+    if changes & 2:
+        words = tl.load(masks_ptr + columns // 32, mask=columns < vocab_size, other=0)
+        x = tl.where((words >> (columns % 32)) & 1 != 0, x, float("-inf"))
+    if changes & 8:
+        for i in range(32):
+            x = tl.where(columns == tl.load(params_ptr + 12 + i), float("-inf"), x)
+    return x
+
+
+@triton.jit
+def _scaled(logits_ptr, columns, vocab_size, temperature, slot):
+    """Logits of `columns` as asked for, divided by the temperature; -inf past the vocabulary."""
     x = tl.load(logits_ptr + columns, mask=columns < vocab_size, other=float("-inf")).to(tl.float32)
-    if banned:
-        for i in range(STOPS):
-            x = tl.where(columns == tl.load(stop_ptr + i), float("-inf"), x)
+    if slot[4] != 0:
+        x = _changed(x, columns, vocab_size, slot)
     return x / temperature
 
 
@@ -117,16 +168,24 @@ def _threshold_kernel(
     slots_ptr,
     context_lens_ptr,
     params_ptr,
+    counts_ptr,
+    masks_ptr,
+    bias_ptr,
     threshold_ptr,
     vocab_size,
     STRIDE: tl.constexpr,
-    STOPS: tl.constexpr,
+    WORDS: tl.constexpr,
+    BIAS: tl.constexpr,
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
     row = tl.program_id(0)
-    params_ptr += tl.load(slots_ptr + row).to(tl.int64) * STRIDE
+    context_len = tl.load(context_lens_ptr + row)
+    slot = _slot(
+        slots_ptr, row, context_len, params_ptr, counts_ptr, masks_ptr, bias_ptr, vocab_size, STRIDE, WORDS, BIAS
+    )
+    params_ptr = slot[0]
     temperature = _float(params_ptr + 2)
     top_k = tl.load(params_ptr + 3)
     top_p = _float(params_ptr + 4)
@@ -135,13 +194,12 @@ def _threshold_kernel(
         tl.store(threshold_ptr + row, -2147483648)
         return
     logits_ptr += row.to(tl.int64) * logits_stride
-    stop_ptr = params_ptr + 8
-    banned = tl.load(context_lens_ptr + row) < tl.load(params_ptr + 6)
     columns = tl.arange(0, TILE)
 
     top = tl.full([TILE], float("-inf"), tl.float32)
     for start in range(0, vocab_size, TILE):
-        top = tl.maximum(top, _scaled(logits_ptr, start + columns, vocab_size, temperature, stop_ptr, banned, STOPS))
+        x = _scaled(logits_ptr, start + columns, vocab_size, temperature, slot)
+        top = tl.maximum(top, x)
     best = tl.max(top, 0)
     high_image = tl.max(_image(top), 0).to(tl.int64)
     low = tl.full([], -2147483648, tl.int64)
@@ -152,7 +210,7 @@ def _threshold_kernel(
             middle = (low + high + 1) >> 1
             count = tl.zeros([TILE], tl.int32)
             for start in range(0, vocab_size, TILE):
-                x = _scaled(logits_ptr, start + columns, vocab_size, temperature, stop_ptr, banned, STOPS)
+                x = _scaled(logits_ptr, start + columns, vocab_size, temperature, slot)
                 count += (_image(x).to(tl.int64) >= middle).to(tl.int32)
             if tl.sum(count, 0) >= top_k:
                 low = middle
@@ -162,7 +220,7 @@ def _threshold_kernel(
     if top_p < 1:
         kept = tl.zeros([TILE], tl.float32)
         for start in range(0, vocab_size, TILE):
-            x = _scaled(logits_ptr, start + columns, vocab_size, temperature, stop_ptr, banned, STOPS)
+            x = _scaled(logits_ptr, start + columns, vocab_size, temperature, slot)
             kept += tl.where(_image(x).to(tl.int64) >= low, tl.exp(x - best), 0.0)
         wanted = top_p * tl.sum(kept, 0)
         high = high_image
@@ -170,7 +228,7 @@ def _threshold_kernel(
             middle = (low + high + 1) >> 1
             mass = tl.zeros([TILE], tl.float32)
             for start in range(0, vocab_size, TILE):
-                x = _scaled(logits_ptr, start + columns, vocab_size, temperature, stop_ptr, banned, STOPS)
+                x = _scaled(logits_ptr, start + columns, vocab_size, temperature, slot)
                 mass += tl.where(_image(x).to(tl.int64) >= middle, tl.exp(x - best), 0.0)
             if tl.sum(mass, 0) >= wanted:
                 low = middle
@@ -189,27 +247,33 @@ def _draw_kernel(
     slots_ptr,
     context_lens_ptr,
     params_ptr,
+    counts_ptr,
+    masks_ptr,
+    bias_ptr,
     threshold_ptr,
     best_ptr,
     token_ptr,
     vocab_size,
     STRIDE: tl.constexpr,
-    STOPS: tl.constexpr,
+    WORDS: tl.constexpr,
+    BIAS: tl.constexpr,
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
     row = tl.program_id(0)
     tile = tl.program_id(1)
-    params_ptr += tl.load(slots_ptr + row).to(tl.int64) * STRIDE
     context_len = tl.load(context_lens_ptr + row)
+    slot = _slot(
+        slots_ptr, row, context_len, params_ptr, counts_ptr, masks_ptr, bias_ptr, vocab_size, STRIDE, WORDS, BIAS
+    )
+    params_ptr = slot[0]
     temperature = _float(params_ptr + 2)
     greedy = temperature == 0
-    banned = context_len < tl.load(params_ptr + 6)
     columns = tile * TILE + tl.arange(0, TILE)
     logits_ptr += row.to(tl.int64) * logits_stride
     divisor = tl.where(greedy, 1.0, temperature)
-    x = _scaled(logits_ptr, columns, vocab_size, divisor, params_ptr + 8, banned, STOPS)
+    x = _scaled(logits_ptr, columns, vocab_size, divisor, slot)
     if not greedy:
         x = tl.where(_image(x) >= tl.load(threshold_ptr + row), x, float("-inf"))
         x += _gumbel(columns, params_ptr, context_len)
@@ -241,13 +305,22 @@ def sample_triton(
     best = torch.empty((rows, num_tiles), dtype=torch.float32, device=logits.device)
     best_token = torch.empty((rows, num_tiles), dtype=torch.int32, device=logits.device)
     pdl = launch_options(logits.device)
-    sizes = {"STRIDE": STRIDE, "STOPS": MAX_STOP_IDS, "TILE": TILE, **pdl}
+    sizes = {
+        "STRIDE": STRIDE,
+        "WORDS": state.masks.shape[1],
+        "BIAS": MAX_LOGIT_BIAS,
+        "TILE": TILE,
+        **pdl,
+    }
     _threshold_kernel[(rows,)](
         logits,
         logits.stride(0),
         slots,
         context_lens,
         state.table,
+        state.counts,
+        state.masks,
+        state.bias,
         threshold,
         vocab_size,
         **sizes,
@@ -259,6 +332,9 @@ def sample_triton(
         slots,
         context_lens,
         state.table,
+        state.counts,
+        state.masks,
+        state.bias,
         threshold,
         best,
         best_token,
@@ -295,7 +371,7 @@ def _gumbel_torch(vocab_size: int, seed: torch.Tensor, context_lens: torch.Tenso
     return torch.log1p(-u).neg_().log_().neg_()
 
 
-def _filter_torch(x: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+def filter_torch(x: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     """x [R, V] with what the filters drop set to -inf."""
     vocab_size = x.shape[1]
     ordered = x.sort(dim=-1, descending=True).values
@@ -310,12 +386,31 @@ def _filter_torch(x: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min
     return x.masked_fill(x < threshold, float("-inf"))
 
 
+def adjust(x: torch.Tensor, slots: torch.Tensor, state: SamplingState) -> torch.Tensor:
+    """x [R, V] float32 with the bias, penalties, mask of slots [R] int64, each where it is asked for."""
+    extras = state.extras[slots]
+    ids, values = state.bias[slots].mT.contiguous().unbind(1)
+    num_bias = torch.where(extras & BIAS != 0, state.num_bias[slots], 0)
+    unused = torch.arange(MAX_LOGIT_BIAS, device=x.device) >= num_bias[:, None]
+    x = x.scatter_add(1, ids.to(torch.int64), values.view(torch.float32).masked_fill(unused, 0))
+    seen = torch.where((extras & COUNTS != 0)[:, None], state.counts[slots], 0)
+    times, penalty = seen >> 1, state.repetition[slots, None]
+    x = torch.where(seen != 0, torch.where(x > 0, x / penalty, x * penalty), x)
+    x = x - ((times > 0) * state.presence[slots, None] + times * state.frequency[slots, None])
+    bits = state.masks[slots][:, :, None] >> torch.arange(32, dtype=torch.int32, device=x.device) & 1
+    allowed = bits.flatten(1)[:, : x.shape[1]] != 0
+    return x.masked_fill(~allowed & (extras & MASK != 0)[:, None], float("-inf"))
+
+
 def sample_torch(
     logits: torch.Tensor, slots: torch.Tensor, context_lens: torch.Tensor, state: SamplingState
 ) -> torch.Tensor:
     """`sample` in plain torch. Synchronises with the device to skip what no row asks for."""
     slots = slots.to(torch.int64)
     x = logits.float()
+    adjusted = (state.extras[slots] & (COUNTS | MASK | BIAS)).nonzero()[:, 0]
+    if len(adjusted):
+        x = x.index_copy(0, adjusted, adjust(x[adjusted], slots[adjusted], state))
     banned = context_lens < state.min_length[slots]
     if banned.any():
         stop_ids = state.stop_ids[slots].to(torch.int64)
@@ -330,7 +425,7 @@ def sample_torch(
         top_k, top_p, min_p = state.top_k[at], state.top_p[at], state.min_p[at]
         filtered = ((top_k > 0) | (top_p < 1) | (min_p > 0)).nonzero()[:, 0]
         if len(filtered):
-            y[filtered] = _filter_torch(y[filtered], top_k[filtered], top_p[filtered], min_p[filtered])
+            y[filtered] = filter_torch(y[filtered], top_k[filtered], top_p[filtered], min_p[filtered])
         y += _gumbel_torch(y.shape[1], state.seed[at], context_lens[drawn])
         tokens[drawn] = y.argmax(-1)
     return tokens

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.kernels._triton import tl, triton
+from nanovllm.kernels.sampling import COUNTS, MAX_COUNT, STRIDE, SamplingState
 
 
 class StepRows(NamedTuple):
@@ -53,6 +54,15 @@ class StepInputs(NamedTuple):
     last_indices: torch.Tensor | None
 
 
+@triton.jit
+def _count(params_ptr, counts_ptr, slots, token_ids, is_new, vocab_size, STRIDE: tl.constexpr, MAX_COUNT: tl.constexpr):
+    """Count the tokens `token_ids` of `slots` whose penalties depend on it."""
+    counts = is_new & (tl.load(params_ptr + slots * STRIDE + 7, mask=is_new, other=0) & 1 != 0)
+    places = counts_ptr + slots * vocab_size + token_ids
+    seen = tl.load(places, mask=counts, other=0)
+    tl.store(places, tl.where(seen < 2 * MAX_COUNT, seen + 2, seen), mask=counts)
+
+
 @triton.jit(do_not_specialize=["starts_ptr", "cu_ptr", "token_rows_ptr", "token_ids_ptr", "num_rows", "num_tokens"])
 def _step_inputs_kernel(
     slots_ptr,
@@ -68,10 +78,15 @@ def _step_inputs_kernel(
     mapping_ptr,
     lens_ptr,
     last_index_ptr,
+    params_ptr,
+    counts_ptr,
     num_rows,
     num_tokens,
     table_stride,
     scratch_slot,
+    vocab_size,
+    STRIDE: tl.constexpr,
+    MAX_COUNT: tl.constexpr,
     DECODE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -84,9 +99,12 @@ def _step_inputs_kernel(
         positions = tl.load(length_ptr + slots, mask=is_row, other=0)
         token_ids = tl.load(last_ptr + slots, mask=is_row, other=0)
         tl.store(lens_ptr + index, positions + 1, mask=is_row)
+        _count(params_ptr, counts_ptr, slots, token_ids, is_row, vocab_size, STRIDE, MAX_COUNT)
     else:
         slots = tl.load(slots_ptr + index, mask=is_row, other=0).to(tl.int64)
         starts = tl.load(starts_ptr + index, mask=is_row, other=0)
+        last = tl.load(last_ptr + slots, mask=is_row, other=0)
+        _count(params_ptr, counts_ptr, slots, last, is_row & (starts < 0), vocab_size, STRIDE, MAX_COUNT)
         starts = tl.where(starts < 0, tl.load(length_ptr + slots, mask=is_row, other=0), starts)
         begin = tl.load(cu_ptr + index, mask=is_row, other=0)
         end = tl.load(cu_ptr + index + 1, mask=is_row, other=0)
@@ -108,7 +126,13 @@ def _step_inputs_kernel(
 
 
 def step_inputs_triton(
-    rows: StepRows | torch.Tensor, last_token, length, block_tables, block_size: int, scratch_slot: int
+    rows: StepRows | torch.Tensor,
+    last_token,
+    length,
+    block_tables,
+    block_size: int,
+    scratch_slot: int,
+    sampling: SamplingState,
 ) -> StepInputs:
     """`step_inputs` as a Triton kernel."""
     decode = isinstance(rows, torch.Tensor)
@@ -129,10 +153,15 @@ def step_inputs_triton(
             mapping,
             lens,
             last,
+            sampling.table,
+            sampling.counts,
             num_rows,
             num_tokens,
             block_tables.stride(0),
             scratch_slot,
+            sampling.counts.shape[1],
+            STRIDE=STRIDE,
+            MAX_COUNT=MAX_COUNT,
             DECODE=decode,
             BLOCK_SIZE=block_size,
             BLOCK=128,
@@ -142,7 +171,13 @@ def step_inputs_triton(
 
 
 def step_inputs_torch(
-    rows: StepRows | torch.Tensor, last_token, length, block_tables, block_size: int, scratch_slot: int
+    rows: StepRows | torch.Tensor,
+    last_token,
+    length,
+    block_tables,
+    block_size: int,
+    scratch_slot: int,
+    sampling: SamplingState,
 ) -> StepInputs:
     """`step_inputs` in plain torch."""
     decode = isinstance(rows, torch.Tensor)
@@ -150,7 +185,11 @@ def step_inputs_torch(
         index = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
         known = torch.full_like(index, -1)
         rows = StepRows(rows, known, torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device), index, known)
-    starts = torch.where(rows.starts < 0, length[rows.slots], rows.starts)
+    known = rows.starts < 0
+    counted = rows.slots[known & (sampling.extras[rows.slots] & COUNTS != 0)].to(torch.int64)
+    seen = sampling.counts[counted, last_token[counted]]
+    sampling.counts[counted, last_token[counted]] = torch.where(seen < 2 * MAX_COUNT, seen + 2, seen)
+    starts = torch.where(known, length[rows.slots], rows.starts)
     context_lens = starts + rows.cu_seqlens.diff()
     of = rows.token_rows.to(torch.int64)
     slots = rows.slots[of].to(torch.int64)
@@ -169,6 +208,7 @@ def step_inputs(
     block_tables: torch.Tensor,
     block_size: int,
     scratch_slot: int,
+    sampling: SamplingState,
 ) -> StepInputs:
     """The tokens of a step, and where they go.
 
@@ -178,6 +218,7 @@ def step_inputs(
         length: [S + 1] int32, tokens computed: the last token's position.
         block_tables: [S + 1, W] int32.
         scratch_slot: the slot of padding rows, whose tokens are all put at position 0.
+        sampling: where the last tokens of slots with penalties are counted, as they are now part of the output.
     """
     run = step_inputs_triton if last_token.is_cuda else step_inputs_torch
-    return run(rows, last_token, length, block_tables, block_size, scratch_slot)
+    return run(rows, last_token, length, block_tables, block_size, scratch_slot, sampling)

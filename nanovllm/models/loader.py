@@ -66,18 +66,29 @@ def _plain_layout(model: "Decoder") -> Iterator[None]:
         layer.pack(keep_plain=layer.weight is model.embed_tokens.weight)
 
 
+def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """`weights`, which must be pairs of a name and a floating-point tensor: TypeError or ValueError if one is not."""
+    for pair in weights:
+        name, tensor = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"weights must be pairs (name, tensor), got {str(pair)[:80]}")
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"the tensor {name} has dtype {tensor.dtype}; it must be float32, bfloat16 or float16")
+        yield name, tensor
+
+
 def _load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     targets, seen = _targets(model), set()
     quiet = True if model.tp.rank else None  # None: silent unless on a terminal
-    for name, loaded in tqdm(weights, "Loading weights", len(targets), delay=2, disable=quiet, leave=False):
+    for name, loaded in tqdm(
+        checked_weights(weights), "Loading weights", len(targets), delay=2, disable=quiet, leave=False
+    ):
         if _is_redundant(name, model):
             continue
         if name in seen:
             raise ValueError(f"the checkpoint has the tensor {name} twice")
         if name not in targets:
             raise ValueError(f"the checkpoint has the tensor {name}, for which the model has no place")
-        if loaded.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"the tensor {name} has dtype {loaded.dtype}; it must be float32, bfloat16 or float16")
         param, shard_id = targets[name]
         try:
             param.weight_loader(param, loaded, shard_id)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nanovllm.engine.scheduler import Admission, Batch
-from nanovllm.kernels.sampling import ROW, STRIDE, SamplingState, default_rows
+from nanovllm.kernels.sampling import BIAS, COUNTS, MASK, MAX_COUNT, PROCESSED, ROW, STRIDE, SamplingState, default_rows
 from nanovllm.kernels.step_inputs import StepRows
 
 
@@ -52,6 +52,7 @@ class BatchState:
         block_size: tokens in a block.
         scratch_block: a block no sequence owns, where padding rows write.
         max_tokens: most tokens of a step, which sizes the staging buffers.
+        vocab_size: V.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class BatchState:
         block_size: int,
         scratch_block: int,
         max_tokens: int,
+        vocab_size: int,
         device: torch.device,
     ):
         rows = max_num_seqs + 1
@@ -74,11 +76,12 @@ class BatchState:
         self.last_token = full((rows,), 0, torch.int64)
         self.length = full((rows,), 0, torch.int32)
         self.block_tables = full((rows, max_blocks), scratch_block, torch.int32)
-        self.sampling = SamplingState(default_rows(rows), device)
+        self.sampling = SamplingState(default_rows(rows), vocab_size, device)
         # The host's copy of the block tables, where an entry that a running sequence does not own is the scratch block.
         self.host_tables = np.full((rows, max_blocks), scratch_block, dtype=np.int32)
         self.num_admissions = 0
-        self.staging = Staging(8 * max_tokens + (ROW.itemsize + 64) * rows + 32 * max_tokens // block_size, device)
+        num_bytes = 8 * max_tokens + (ROW.itemsize + vocab_size // 8 + 64) * rows + 32 * max_tokens // block_size
+        self.staging = Staging(num_bytes, device)
 
     def apply(self, batch: Batch) -> None:
         """Send what `batch` changes: the parameters of new slots and new block ids."""
@@ -91,20 +94,51 @@ class BatchState:
             flat = self.staging.to_device(slots * self.block_tables.shape[1] + places)
             values = self.staging.to_device(blocks.astype(np.int32))
             self.block_tables.view(-1).index_copy_(0, flat, values)
+        if batch.masks:
+            slots, masks = zip(*batch.masks, strict=True)
+            slots, masks = self.staging.to_device(np.array(slots)), self.staging.to_device(np.stack(masks))
+            self.sampling.masks.index_copy_(0, slots, masks)
 
     def _admit(self, admissions: list[Admission]) -> None:
         rows = default_rows(len(admissions))
         for row, a in zip(rows, admissions, strict=True):
+            params = a.params
             for name in ("temperature", "top_k", "top_p", "min_p"):
-                row[name] = getattr(a.params, name)
+                row[name] = getattr(params, name)
             row["seed"], row["min_length"] = a.seed, a.min_length
-            if a.params.min_tokens:
+            if params.min_tokens:
                 row["stop_ids"][: len(a.end_ids)] = a.end_ids
+            row["extras"] = MASK * a.is_filtered | PROCESSED * (params.logprobs_mode == "processed_logprobs")
+            if params.logit_bias:
+                row["extras"] |= BIAS
+                row["num_bias"] = len(params.logit_bias)
+                self._set_bias(a.slot, params.logit_bias)
+            if params.penalises:
+                row["extras"] |= COUNTS
+                for name in ("repetition", "presence", "frequency"):
+                    row[name] = getattr(params, f"{name}_penalty")
+                self._set_counts(a)
         slots = np.array([a.slot for a in admissions])
         self.host_tables[slots] = self.scratch_block
         self.num_admissions += len(admissions)
         values = self.staging.to_device(rows.view(np.int32).reshape(-1, STRIDE))
         self.sampling.table.index_copy_(0, self.staging.to_device(slots), values)
+
+    def _set_bias(self, slot: int, logit_bias: dict[int, float]) -> None:
+        entries = np.zeros((len(logit_bias), 2), dtype=np.int32)
+        entries[:, 0] = list(logit_bias)
+        entries[:, 1] = np.array(list(logit_bias.values()), dtype=np.float32).view(np.int32)
+        self.sampling.bias[slot, : len(entries)] = self.staging.to_device(entries)
+
+    def _set_counts(self, admission: Admission) -> None:
+        """Tell which tokens the sequence has so far; the device counts those that follow."""
+        tokens, times = np.unique(np.array(admission.output_ids, dtype=np.int64), return_counts=True)
+        prompt = np.unique(np.array(admission.prompt_ids, dtype=np.int64))
+        counts = self.sampling.counts[admission.slot]
+        counts.zero_()
+        counts.index_add_(0, *map(self.staging.to_device, (prompt, np.ones(len(prompt), dtype=np.int16))))
+        times = (2 * np.minimum(times, MAX_COUNT)).astype(np.int16)
+        counts.index_add_(0, *map(self.staging.to_device, (tokens, times)))
 
     def pack(self, batch: Batch, num_rows: int, num_tokens: int) -> np.ndarray:
         """The StepRows of `batch` in one array, padded to the given sizes.

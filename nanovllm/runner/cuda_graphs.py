@@ -14,7 +14,7 @@ from nanovllm.kernels.shared_prefix import MIN_ROWS, SharedPlan, plan_shared
 from nanovllm.kernels.step_inputs import StepRows
 
 if TYPE_CHECKING:
-    from nanovllm.runner.model_runner import ModelRunner
+    from nanovllm.runner.model_runner import ModelRunner, StepTensors
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
@@ -40,6 +40,26 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+class _Memory:
+    """Memory that belongs to another tensor, in the form that torch takes it in."""
+
+    def __init__(self, x: torch.Tensor):
+        shape, strides = tuple(x.shape), tuple(stride * x.element_size() for stride in x.stride())
+        kind = {1: "|u1", 2: "<i2", 4: "<i4"}[x.element_size()]
+        self.__cuda_array_interface__ = {
+            "shape": shape,
+            "strides": strides,
+            "typestr": kind,
+            "data": (x.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def borrow(x: torch.Tensor) -> torch.Tensor:
+    """A view of `x` that does not keep its memory: graphs of one pool share it, each valid until the next replay."""
+    return torch.as_tensor(_Memory(x), device=x.device).view(x.dtype)
+
+
 class StepGraphs:
     """Captures `ModelRunner.step` and replays it.
 
@@ -62,9 +82,9 @@ class StepGraphs:
         self.plan = torch.zeros(SharedPlan.size(max_num_seqs), dtype=torch.int32, device=runner.device)
         layer = runner.attention_layers[0]
         self.heads = layer.num_heads // layer.num_kv_heads, layer.num_kv_heads
-        self.decode: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self.shared: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self.mixed: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, int, torch.Tensor]] = {}
+        self.decode: dict[int, tuple[torch.cuda.CUDAGraph, StepTensors]] = {}
+        self.shared: dict[int, tuple[torch.cuda.CUDAGraph, StepTensors]] = {}
+        self.mixed: dict[int, tuple[torch.cuda.CUDAGraph, StepTensors, int, torch.Tensor]] = {}
         gc.collect()
         gc.disable()  # a collection during capture could free CUDA memory, which capture forbids
         try:
@@ -84,45 +104,46 @@ class StepGraphs:
     def _capture_mixed(self, runner: "ModelRunner", num_tokens: int, num_rows: int) -> None:
         packed = torch.from_numpy(self.state.pack(Batch(), num_rows, num_tokens)).to(runner.device)
         rows = StepRows.split(packed, num_rows, num_tokens)
-        graph, tokens = self._capture(lambda: runner.step(rows, 0, num_tokens, runner.max_model_len))
-        self.mixed[num_tokens] = graph, tokens, num_rows, packed
+        graph, result = self._capture(lambda: runner.step(rows, 0, num_tokens, runner.max_model_len))
+        self.mixed[num_tokens] = graph, result, num_rows, packed
 
     def _capture_shared(self, runner: "ModelRunner", size: int) -> None:
         slots, plan = self.slots[:size], SharedPlan.split(self.plan, len(self.slots))
         plan = SharedPlan(plan.rows[:size], plan.groups[: max(1, size // MIN_ROWS)])
         self.shared[size] = self._capture(lambda: runner.step(slots, size, shared=plan))
 
-    def _capture(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def _capture(self, run: Callable[[], "StepTensors"]) -> tuple[torch.cuda.CUDAGraph, "StepTensors"]:
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             run()  # compiles kernels and sets up libraries
             self.stream.synchronize()
             graph.capture_begin(pool=self.pool)
-            tokens = run()
+            result = run()
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(self.stream)
-        return graph, tokens
+        logits = None if result.logits is None else borrow(result.logits)
+        return graph, result._replace(logits=logits, hidden=None)
 
     def fits(self, batch: Batch) -> bool:
         """Whether there is a graph that holds `batch`."""
-        return not batch.chunks or batch.num_tokens <= max(self.mixed, default=0)
+        return not batch.chunks or (batch.num_tokens <= max(self.mixed, default=0) and not batch.has_scores)
 
-    def replay(self, batch: Batch) -> torch.Tensor:
-        """Run `batch`; its rows' tokens, int64, valid until the next replay."""
+    def replay(self, batch: Batch) -> "StepTensors":
+        """Run `batch`; what it leaves is valid until the next replay."""
         to_device = self.state.staging.to_device
         if batch.chunks:
             size = min(size for size in self.mixed if size >= batch.num_tokens)
-            graph, tokens, num_rows, packed = self.mixed[size]
+            graph, result, num_rows, packed = self.mixed[size]
             packed.copy_(to_device(self.state.pack(batch, num_rows, size)))
         else:
             slots = batch.decode_slots
             if slots != self.current or self.num_admissions != self.state.num_admissions:
                 self._set_slots(slots)
             graphs = self.shared if self.shares else self.decode
-            graph, tokens = graphs[min(size for size in graphs if size >= len(slots))]
+            graph, result = graphs[min(size for size in graphs if size >= len(slots))]
         graph.replay()
-        return tokens[: batch.num_rows]
+        return result._replace(tokens=result.tokens[: batch.num_rows])
 
     def _set_slots(self, slots: list[int]) -> None:
         """Tell the device the rows of the decode steps from now on, and what they share."""

@@ -20,14 +20,17 @@ import tempfile
 import threading
 import time
 import weakref
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from nanovllm.config import Config
-from nanovllm.engine.scheduler import Batch
+from nanovllm.engine.scheduler import Batch, StepOutput
 from nanovllm.models.decoder import Decoder
+from nanovllm.models.loader import checked_weights
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.utils.hub import ModelSource
 from nanovllm.utils.parallel import TensorParallel
@@ -103,8 +106,17 @@ class Executor:
     def launch(self, batch: Batch) -> None:
         self.runner.launch(batch)
 
-    def collect(self) -> list[int]:
+    def collect(self) -> StepOutput:
         return self.runner.collect()
+
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.runner.update_weights(weights)
+
+    def sleep(self, level: int) -> None:
+        self.runner.sleep(level)
+
+    def wake_up(self) -> None:
+        self.runner.wake_up()
 
     def close(self) -> None:
         """Give back the device's memory. Parameters and their loaders refer to each other: the collector frees them."""
@@ -167,13 +179,43 @@ class SpawnedRanks(Executor):
 
     def launch(self, batch: Batch) -> None:
         with self._explained():
-            for channel in self.channels:
-                channel.send(batch)
-            self.runner.launch(batch)
+            self._tell("launch", batch)
+            super().launch(batch)
 
-    def collect(self) -> list[int]:
+    def collect(self) -> StepOutput:
         with self._explained():
-            return self.runner.collect()
+            return super().collect()
+
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        with self._explained():
+            self._tell("update_weights")
+            with contextlib.closing(self._shared(weights)) as shared:
+                super().update_weights(shared)
+
+    def sleep(self, level: int) -> None:
+        with self._explained():
+            self._tell("sleep", level)
+            super().sleep(level)
+
+    def wake_up(self) -> None:
+        with self._explained():
+            self._tell("wake_up")
+            super().wake_up()
+
+    def _tell(self, *message: Any) -> None:
+        for channel in self.channels:
+            channel.send(message)
+
+    def _shared(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """`weights`, each of which is also broadcast to the other ranks; whatever ends them ends theirs."""
+        runner = self.runner
+        try:
+            for name, tensor in checked_weights(weights):
+                tensor = tensor.detach().to(runner.device).contiguous()
+                self._tell(name, tensor.shape, tensor.dtype)
+                yield name, runner.tp.broadcast(tensor)
+        finally:
+            self._tell()
 
     def check(self) -> None:
         """Raise RuntimeError if a rank has failed."""
@@ -225,7 +267,7 @@ class SpawnedRanks(Executor):
         self.closing.set()
         for channel in self.channels:
             with contextlib.suppress(OSError):
-                channel.send(None)
+                channel.send(("close",))
             channel.close()
         deadline = time.monotonic() + (0 if self.error else 5)
         for process in self.processes:

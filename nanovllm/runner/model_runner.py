@@ -3,14 +3,16 @@
 import gc
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from nanovllm.attention import select_backend
 from nanovllm.config import Config
-from nanovllm.engine.scheduler import Batch, Chunk
+from nanovllm.engine.scheduler import Batch, Chunk, StepOutput, TokenLogprobs
+from nanovllm.kernels.logprobs import process, top_logprobs
 from nanovllm.kernels.sampling import advance, sample
 from nanovllm.kernels.shared_prefix import SharedPlan
 from nanovllm.kernels.step_inputs import StepRows, step_inputs
@@ -24,6 +26,30 @@ from nanovllm.utils.hub import ModelSource
 from nanovllm.utils.parallel import TensorParallel
 
 CPU_CACHE_BYTES = 1 << 30  # default KV pool on a CPU
+SCORED_ROWS = 64  # rows whose logprobs are computed at once, which bounds the memory for them
+
+
+class StepTensors(NamedTuple):
+    """What a step leaves on the device.
+
+    Args:
+        tokens: [R] int64, one drawn for each row.
+        logits: [R, V], what they were drawn from; None on ranks but 0. After a graph's replay, valid until the next.
+        hidden: [T, H], the model's last hidden states; None after a graph's replay.
+    """
+
+    tokens: torch.Tensor
+    logits: torch.Tensor | None
+    hidden: torch.Tensor | None
+
+
+class InFlight(NamedTuple):
+    """Results of a step on their way to the host: all there once `event` is done."""
+
+    tokens: torch.Tensor
+    logprobs: tuple[torch.Tensor, ...] | None
+    prompt_logprobs: tuple[torch.Tensor, ...] | None
+    event: torch.cuda.Event | None
 
 
 class ModelRunner:
@@ -50,7 +76,7 @@ class ModelRunner:
             config.attention_backend, device, source.config.head_dim, self.block_size, self.dtype
         )
         self.check_ranks: Callable[[], None] = lambda: None  # raises if another rank has failed
-        self.in_flight: deque[tuple[torch.Tensor | None, torch.cuda.Event | None]] = deque()
+        self.in_flight: deque[InFlight] = deque()
         with torch.inference_mode():
             self._build(source)
 
@@ -64,9 +90,7 @@ class ModelRunner:
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         self.num_blocks = self._size_cache()
         self._allocate(self.num_blocks)
-        self.graphs = None
-        if self.device.type == "cuda" and not self.config.enforce_eager and self.backend.capturable:
-            self.graphs = StepGraphs(self)
+        self._capture()
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -83,6 +107,7 @@ class ModelRunner:
             self.block_size,
             num_blocks,
             self.config.max_num_batched_tokens,
+            self.model_config.vocab_size,
             self.device,
         )
         pin = self.device.type == "cuda"
@@ -139,26 +164,28 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> None:
-        """Start `batch`: differences in, forward, sample, tokens on their way to the host. Does not wait on a GPU."""
+        """Start `batch`: differences in, forward, sample, results on their way to the host. Does not wait on a GPU."""
         self.state.apply(batch)
         if self.graphs is not None and self.graphs.fits(batch):
-            tokens = self.graphs.replay(batch)
+            result = self.graphs.replay(batch)
         else:
-            tokens = self._eager(batch)
-        self._send(tokens)
+            result = self._eager(batch)
+        logprobs = self._logprobs(batch, result) if batch.logprobs else None
+        prompt_logprobs = self._prompt_logprobs(batch, result.hidden) if batch.has_scores else None
+        self._send(result.tokens, logprobs, prompt_logprobs)
 
-    def collect(self) -> list[int]:
-        """The tokens of the oldest launched step, in its rows' order; waits for that step only."""
-        host, event = self.in_flight[0]
+    def collect(self) -> StepOutput:
+        """The results of the oldest launched step; waits for that step only."""
+        tokens, *logprobs, event = self.in_flight[0]
         if event is not None and self.tp.size == 1:
             event.synchronize()
         while event is not None and not event.query():  # a dead rank would leave this one waiting for ever
             self.check_ranks()
             time.sleep(20e-6)
         self.in_flight.popleft()
-        return host.tolist()
+        return StepOutput(tokens.tolist(), *(x and TokenLogprobs(*(part.tolist() for part in x)) for x in logprobs))
 
-    def _eager(self, batch: Batch) -> torch.Tensor:
+    def _eager(self, batch: Batch) -> StepTensors:
         num_decode, to_device = len(batch.decode_slots), self.state.staging.to_device
         if not batch.chunks:
             return self.step(to_device(np.array(batch.decode_slots, dtype=np.int32)), num_decode)
@@ -174,7 +201,7 @@ class ModelRunner:
         max_seqlen_q: int = 0,
         max_context_len: int = 0,
         shared: SharedPlan | None = None,
-    ) -> torch.Tensor:
+    ) -> StepTensors:
         """One step, on the device from inputs to drawn tokens, and therefore capturable.
 
         Args:
@@ -182,15 +209,11 @@ class ModelRunner:
             num_decode: how many of the rows, the first ones, are attended as decode rows.
             max_seqlen_q, max_context_len: at least the longest other row's tokens, and context.
             shared: what decode rows have in common, if that is to be made use of.
-
-        Returns:
-            A token for each row, [R] int64.
         """
         state = self.state
         slots = rows if isinstance(rows, torch.Tensor) else rows.slots
-        inputs = step_inputs(
-            rows, state.last_token, state.length, state.block_tables, self.block_size, state.scratch_slot
-        )
+        tables = state.last_token, state.length, state.block_tables
+        inputs = step_inputs(rows, *tables, self.block_size, state.scratch_slot, state.sampling)
         context = Context(
             backend=self.backend,
             num_decode=num_decode,
@@ -206,8 +229,9 @@ class ModelRunner:
         )
         self.backend.prepare(context)
         with set_context(context):
-            logits = self.model.compute_logits(self.model(inputs.input_ids, inputs.positions))
-        return self._sample(logits, slots, inputs.context_lens)
+            hidden = self.model(inputs.input_ids, inputs.positions)
+            logits = self.model.compute_logits(hidden)
+        return StepTensors(self._sample(logits, slots, inputs.context_lens), logits, hidden)
 
     def _sample(self, logits: torch.Tensor | None, slots: torch.Tensor, context_lens: torch.Tensor) -> torch.Tensor:
         """Draw on rank 0, which has the logits; every rank then holds the tokens and advances its state."""
@@ -220,14 +244,92 @@ class ModelRunner:
         advance(tokens, slots, context_lens, state.last_token, state.length, state.scratch_slot)
         return tokens
 
-    def _send(self, tokens: torch.Tensor) -> None:
-        """Start the copy of `tokens` to the host. The ring's oldest buffer is free: its step has been collected."""
+    def _logprobs(self, batch: Batch, result: StepTensors) -> tuple[torch.Tensor, ...]:
+        """Those of the batch's `logprobs` rows: token ids, log-probabilities and ranks, as in `top_logprobs`."""
+        parts = []
+        for start in range(0, len(batch.logprobs), SCORED_ROWS):
+            rows = self.state.staging.to_device(np.array(batch.logprobs[start : start + SCORED_ROWS], dtype=np.int64))
+            logits = None
+            if result.logits is not None:
+                logits = result.logits[rows].float()
+                if batch.processes_logprobs:
+                    slots = np.array(batch.slots)[batch.logprobs[start : start + SCORED_ROWS]]
+                    logits = process(logits, self.state.staging.to_device(slots), self.state.sampling)
+            parts.append(self._top_logprobs(logits, result.tokens[rows], batch.num_logprobs))
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def _prompt_logprobs(self, batch: Batch, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Those of the chunks' `scores`, one after the other."""
+        places, wanted, start = [], [], len(batch.decode_slots)
+        for chunk in batch.chunks:
+            first = start + chunk.first_scored
+            places += range(first, first + len(chunk.scores))
+            wanted += chunk.scores
+            start += len(chunk.token_ids)
+        places, wanted = (torch.tensor(x, dtype=torch.int64).to(self.device) for x in (places, wanted))
+        parts = []
+        for rows, tokens in zip(places.split(SCORED_ROWS), wanted.split(SCORED_ROWS), strict=True):
+            logits = self.model.compute_logits(hidden[rows])
+            logits = None if logits is None else logits.float()
+            parts.append(self._top_logprobs(logits, tokens, batch.num_logprobs))
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def _top_logprobs(self, logits: torch.Tensor | None, tokens: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
+        """`top_logprobs` on rank 0, which has the logits; the other ranks are told."""
+        k = min(k, self.model_config.vocab_size)
+        if logits is not None:
+            result = top_logprobs(logits, tokens, k)
+        else:
+            shapes = ((torch.int64, (len(tokens), k + 1)), (torch.float32, (len(tokens), k + 1)))
+            shapes += ((torch.int64, (len(tokens),)),)
+            result = tuple(torch.empty(shape, dtype=dtype, device=self.device) for dtype, shape in shapes)
+        return tuple(map(self.tp.broadcast, result))
+
+    def _send(self, tokens: torch.Tensor, *logprobs: tuple[torch.Tensor, ...] | None) -> None:
+        """Start the copy of results to the host. The ring's oldest buffer is free: its step has been collected."""
         if self.device.type == "cpu":
-            self.in_flight.append((tokens, None))
+            self.in_flight.append(InFlight(tokens, *logprobs, None))
             return
         self.token_ring.rotate(-1)
         host = self.token_ring[0][: len(tokens)]
         host.copy_(tokens, non_blocking=True)
+        logprobs = (x and tuple(part.to("cpu", non_blocking=True) for part in x) for x in logprobs)
         event = torch.cuda.Event()
         event.record()
-        self.in_flight.append((host, event))
+        self.in_flight.append(InFlight(host, *logprobs, event))
+
+    # -- weights and memory ------------------------------------------------------------------------------------------
+
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Overwrite the parameters in place; see `load_weights`."""
+        load_weights(self.model, weights)
+
+    def sleep(self, level: int) -> None:
+        """Free the KV cache and what goes with it (1), and the weights' device memory too (2)."""
+        self.graphs = self.state = None
+        self.token_ring.clear()
+        for layer in self.attention_layers:
+            layer.k_cache = layer.v_cache = torch.empty(0)
+        if level == 2 and self.device.type == "cuda":
+            self._move_weights(torch.device("cpu"))
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def wake_up(self) -> None:
+        """Undo `sleep`."""
+        self._move_weights(self.device)
+        self._allocate(self.num_blocks)
+        self._capture()
+
+    def _move_weights(self, device: torch.device) -> None:
+        with torch.inference_mode():
+            for param in self.model.parameters():
+                param.data = param.data.to(device)
+
+    def _capture(self) -> None:
+        self.graphs = None
+        if self.device.type == "cuda" and not self.config.enforce_eager and self.backend.capturable:
+            self.graphs = StepGraphs(self)

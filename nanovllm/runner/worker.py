@@ -1,13 +1,16 @@
 """The program of a tensor-parallel rank other than 0: build a runner, then run what rank 0 sends."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
+import torch
 import torch.distributed as dist
 
 from nanovllm.runner.launcher import make_group, rank_device
@@ -28,6 +31,32 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def serve(runner: ModelRunner, channel: Connection) -> None:
+    """Do what rank 0 says until it says "close"."""
+    while True:
+        what, *arguments = channel.recv()
+        if what == "close":
+            return
+        if what == "update_weights":
+            # What is wrong with the weights is wrong on rank 0 too, which tells the caller.
+            weights = received_weights(runner, channel)
+            with contextlib.suppress(TypeError, ValueError):
+                runner.update_weights(weights)
+            for _ in weights:
+                pass
+            continue
+        getattr(runner, what)(*arguments)
+        while len(runner.in_flight) > (what == "launch"):  # staging buffers are used again two steps later
+            runner.collect()
+
+
+def received_weights(runner: ModelRunner, channel: Connection) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights that rank 0 broadcasts."""
+    while message := channel.recv():
+        name, shape, dtype = message
+        yield name, runner.tp.broadcast(torch.empty(shape, dtype=dtype, device=runner.device))
+
+
 def main(fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to all its processes; the parent decides
     _end_with_parent()
@@ -41,10 +70,7 @@ def main(fd: int) -> None:
         group = make_group(rank, size, store, config.device_type)
         source = open_model(config.model, config.load_format)
         runner = ModelRunner(config, source, TensorParallel(rank, size, group), device)
-        while (batch := channel.recv()) is not None:
-            runner.launch(batch)
-            while len(runner.in_flight) > 1:  # staging buffers are used again two steps later
-                runner.collect()
+        serve(runner, channel)
     except EOFError:  # rank 0 is gone
         pass
     except BaseException:

@@ -263,7 +263,8 @@ def test_steps_padded_as_graphs_pad_them_have_the_same_tokens(model, name, monke
         def padded(batch):
             sizes = batch.num_rows + 2, batch.num_tokens + 5
             rows = StepRows.split(torch.from_numpy(runner.state.pack(batch, *sizes)), *sizes)
-            return runner.step(rows, 0, sizes[1], runner.max_model_len)[: batch.num_rows]
+            result = runner.step(rows, 0, sizes[1], runner.max_model_len)
+            return result._replace(tokens=result.tokens[: batch.num_rows])
 
         monkeypatch.setattr(runner, "_eager", padded)
         llm.scheduler.block_manager.reset_prefix_cache()

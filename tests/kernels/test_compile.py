@@ -24,9 +24,9 @@ wide = torch.zeros(512, 256, **bf16)
 for options in (dict(norm=(weight, 1e-6), gated=True), dict(bias=weight, residual=torch.zeros(4, 512, **bf16))):
     gemv.gemv_triton(x, wide, **options)
 slots, lens, tables = torch.zeros(4, **i32), torch.ones(4, **i32), torch.zeros(5, 8, **i32)
+state = sampling.SamplingState(sampling.default_rows(5), 5000, torch.device("cpu"))
 for rows in (slots, step_inputs.StepRows.split(torch.zeros(100, **i32), 4, 20)):
-    step_inputs.step_inputs_triton(rows, torch.zeros(5, **i64), torch.zeros(5, **i32), tables, 64, 4)
-state = sampling.SamplingState(sampling.default_rows(5), torch.device("cpu"))
+    step_inputs.step_inputs_triton(rows, torch.zeros(5, **i64), torch.zeros(5, **i32), tables, 64, 4, state)
 tokens = sampling.sample_triton(torch.zeros(4, 5000, **bf16), slots, lens, state)
 sampling.advance_triton(tokens, slots, lens, torch.zeros(5, **i64), torch.zeros(5, **i32), 4)
 for group, head_dim, dtype in ((2, 128, "bfloat16"), (4, 128, "bfloat16"), (3, 64, "bfloat16"), (1, 96, "float32")):

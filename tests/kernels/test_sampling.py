@@ -4,17 +4,27 @@ import pytest
 import torch
 
 from nanovllm.kernels import sampling
-from nanovllm.kernels.sampling import SamplingState, default_rows, sample_torch, sample_triton
+from nanovllm.kernels.sampling import (
+    BIAS,
+    COUNTS,
+    MASK,
+    PROCESSED,
+    SamplingState,
+    adjust,
+    default_rows,
+    sample_torch,
+    sample_triton,
+)
 
 
-def state_of(device, rows, stop_ids=(), **columns):
+def state_of(device, rows, stop_ids=(), vocab_size=1, **columns):
     """A state with one slot per row (and a scratch one); `columns` override the defaults."""
     table = default_rows(rows + 1)
     for name, values in {"temperature": 1.0, **columns}.items():
         table[name][:rows] = values
     for row, ids in enumerate(stop_ids):
         table["stop_ids"][row, : len(ids)] = ids
-    return SamplingState(table, device)
+    return SamplingState(table, vocab_size, device)
 
 
 def draw(run, logits, state, context_lens=None):
@@ -50,6 +60,55 @@ def test_triton_equals_torch(device, vocab_size, dtype):
     )
     got, want = draw(sample_triton, logits, state), draw(sample_torch, logits, state)
     assert got.dtype == torch.int64 and got.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("vocab_size", [40, 4099])
+def test_triton_equals_torch_with_bias_penalties_and_masks(device, vocab_size):
+    rows = 10
+    generator = torch.Generator(device).manual_seed(3)
+    logits = torch.randn((rows, vocab_size), generator=generator, device=device) * 3
+    flags = [0, COUNTS, MASK, BIAS, COUNTS | MASK | BIAS, PROCESSED, 0, COUNTS, COUNTS | MASK, BIAS]
+    state = state_of(
+        device,
+        rows,
+        vocab_size=vocab_size,
+        temperature=[0, 0, 0, 0, 0, 1, 0.7, 1, 1, 1],
+        top_k=[0] * 7 + [5, 0, 3],
+        top_p=[1] * 8 + [0.7, 1],
+        seed=range(rows),
+        extras=flags,
+        repetition=1.7,
+        presence=0.5,
+        frequency=[0.25 * i for i in range(rows)],
+        num_bias=4,
+        min_length=[0] * 6 + [9] * 4,
+        stop_ids=[[1, 2]] * rows,
+    )
+    state.counts.copy_(torch.randint(0, 8, state.counts.shape, generator=generator, device=device))
+    state.masks.copy_(torch.randint(-(2**31), 2**31, state.masks.shape, generator=generator, device=device))
+    state.bias[:, :4, 0] = torch.tensor([0, 7, 31, 39], device=device)
+    state.bias[:, :4, 1] = torch.tensor([4.0, -5.0, 6.0, 3.0], device=device).view(torch.int32)
+    got, want = draw(sample_triton, logits, state), draw(sample_torch, logits, state)
+    assert got.tolist() == want.tolist()
+    plain = logits.argmax(1).tolist()
+    assert got[0] == plain[0] and got[:5].tolist() != plain[:5]
+
+
+def test_bias_penalties_and_masks_by_hand(device, run):
+    state = state_of(device, 1, vocab_size=6, temperature=0.0, extras=COUNTS, repetition=2, presence=1, frequency=0.5)
+    state.counts[0] = torch.tensor(
+        [1, 0, 2, 7, 0, 0]
+    )  # in the prompt; not at all; once in the output; in both, 3 times
+    logits = torch.tensor([[4.0, 1.0, 8.0, -1.0, 0.5, 2.5]], device=device)
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    assert adjust(logits, slots, state).tolist() == [[2.0, 1.0, 2.5, -4.5, 0.5, 2.5]]
+    assert draw(run, logits, state).tolist() == [2]
+    state.extras[0] = MASK
+    state.masks[0] = 0b010011
+    assert draw(run, logits, state).tolist() == [0]
+    state.extras[0], state.num_bias[0] = BIAS, 1
+    state.bias[0, 0] = torch.tensor([4, int(torch.tensor(7.75).view(torch.int32))])
+    assert draw(run, logits, state).tolist() == [4]
 
 
 def test_draws_follow_the_softmax(device, run):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanovllm.kernels import rms_norm, rope_store, silu_mul, step_inputs
+from nanovllm.kernels import rms_norm, rope_store, sampling, silu_mul, step_inputs
 from nanovllm.layers.rotary_embedding import rope_table
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -85,7 +85,17 @@ def test_step_inputs(device, batch, lens):
         rows = step_inputs.StepRows(rows, starts, cu_seqlens, token_rows, token_ids)
     last_token, length = randint(1000, slots_count).long(), randint(50, slots_count)
     arguments = (rows, last_token, length, randint(99, slots_count, width), block_size, slots_count - 1)
-    got, want = step_inputs.step_inputs_triton(*arguments), step_inputs.step_inputs_torch(*arguments)
+    states = [sampling.SamplingState(sampling.default_rows(slots_count), 1000, device) for _ in range(2)]
+    for state in states:
+        state.extras[: slots_count // 2] = sampling.COUNTS
+        state.counts[:, :900] = 2 * sampling.MAX_COUNT
+        state.counts[:, :500] = 5
+    got = step_inputs.step_inputs_triton(*arguments, states[0])
+    want = step_inputs.step_inputs_torch(*arguments, states[1])
+    assert torch.equal(states[0].counts, states[1].counts)
+    known = rows if lens is None else rows.slots[rows.starts < 0]
+    counted = [slot for slot in known.tolist() if slot < slots_count // 2 and last_token[slot] < 500]
+    assert (states[0].counts == 7).sum() == len(counted)
     assert (got.last_indices is None) == (want.last_indices is None) == (lens is None)
     for a, b in zip(got, want, strict=True):
         assert a is b is None or (a.dtype == b.dtype and torch.equal(a, b))

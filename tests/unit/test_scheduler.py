@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from nanovllm.engine import block_manager as block_manager_module
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduler import Scheduler, StepOutput
 from nanovllm.engine.sequence import Sequence, Status
 from nanovllm.sampling_params import SamplingParams
 
@@ -55,7 +55,7 @@ class FakeDevice:
             seen = [self.cache[self.tables[slot][i // BLOCK], i % BLOCK] for i in range(end)]
             self.last[slot], self.length[slot] = next_token(seen), end
             sampled.append(self.last[slot] if samples else None)
-        return sampled
+        return StepOutput(sampled)
 
 
 def run(requests, *, num_blocks, max_num_seqs, budget, overlap, caching=True, aborts=()):

@@ -1,0 +1,96 @@
+"""A request: the samples that were asked for, and what its caller is told of them. No torch here."""
+
+import random
+import time
+from collections.abc import Callable
+
+import xxhash
+
+from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.sampling_params import SamplingParams
+
+
+class Request:
+    """One prompt and its samples.
+
+    Args:
+        id: None until it is queued.
+        prompt: its text, if it was given as text.
+        stream: whether an output has what is new since the one before, instead of everything.
+        decode: token ids to text; None without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        id: int | str | None,
+        prompt: str | None,
+        params: SamplingParams,
+        samples: list[Sequence],
+        stream: bool,
+        decode: Callable[[list[int]], str] | None,
+    ):
+        self.id, self.prompt, self.params, self.stream, self.decode = id, prompt, params, stream, decode
+        self.samples = samples
+        self.added = time.perf_counter()
+        self.time_to_first_token: float | None = None
+        self.num_given = [0] * len(samples)  # tokens of each sample that outputs of the stream had
+        if decode and (stream or params.stop):
+            for seq in samples:
+                seq.detokenizer = Detokenizer(decode, params.stop, params.include_stop_str_in_output)
+
+    def seed_samples(self, seeds: random.Random) -> None:
+        """Give each sample its seed: one of its own from `seeds`, or one that follows from the request's."""
+        for seq in self.samples:
+            if self.params.seed is None:
+                seq.seed = seeds.getrandbits(63)
+            elif seq.index == 0:
+                seq.seed = self.params.seed
+            else:
+                seq.seed = xxhash.xxh64_intdigest(seq.index.to_bytes(4, "little"), seed=self.params.seed) >> 1
+
+    @property
+    def is_finished(self) -> bool:
+        return all(seq.finish_reason for seq in self.samples)
+
+    def output(self, weight_version: int) -> RequestOutput:
+        """What there is to tell now. A stream is told nothing twice."""
+        first, finished, prompt_logprobs = self.samples[0], self.is_finished, None
+        if self.params.prompt_logprobs is not None:
+            prompt_logprobs = [None, *first.prompt_logprobs]
+        return RequestOutput(
+            self.id,
+            self.prompt,
+            list(first.prompt_ids),
+            [self._completion(seq) for seq in self.samples if not self.stream or self._has_news(seq)],
+            finished,
+            first.num_cached,
+            prompt_logprobs,
+            self.time_to_first_token,
+            time.perf_counter() - self.added if finished else None,
+            weight_version,
+        )
+
+    def _has_news(self, seq: Sequence) -> bool:
+        return len(seq.token_ids) - len(seq.prompt_ids) > self.num_given[seq.index] or seq.finish_reason is not None
+
+    def _completion(self, seq: Sequence) -> CompletionOutput:
+        start, token_ids = 0, seq.output_ids
+        if self.stream:
+            start, self.num_given[seq.index] = self.num_given[seq.index], len(token_ids)
+        logprobs = None if self.params.logprobs is None else seq.logprobs[start:]
+        reasons = seq.finish_reason, seq.stop_reason
+        return CompletionOutput(seq.index, self._text(seq), token_ids[start:], *reasons, logprobs)
+
+    def _text(self, seq: Sequence) -> str:
+        if self.decode is None:
+            return ""
+        if seq.detokenizer:
+            if seq.finish_reason:
+                seq.detokenizer.finish()
+            return seq.detokenizer.take() if self.stream else seq.detokenizer.text
+        token_ids = seq.output_ids
+        if seq.finish_reason == "stop" and token_ids[-1] in seq.end_ids and not self.params.include_stop_str_in_output:
+            token_ids.pop()
+        return self.decode(token_ids)

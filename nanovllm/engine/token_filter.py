@@ -1,0 +1,143 @@
+"""Which tokens a request may draw next. No torch here.
+
+A filter's answer is a bit mask over the vocabulary: int32 words, bit i % 32 of word i // 32 is token i's. One that
+depends on the output so far is asked once the host knows all of it, which with a step in flight is every second step;
+other rows go on meanwhile.
+"""
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+
+# A small model may choose white space for ever where it is free to.
+_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def mask_of(token_ids, vocab_size: int) -> np.ndarray:
+    """The mask that has just `token_ids`, [ceil(vocab_size / 32)] int32."""
+    bits = np.zeros(-(-vocab_size // 32) * 32, dtype=bool)
+    bits[list(token_ids)] = True
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+class TokenFilter:
+    """Allowed tokens, without those that would complete a bad word.
+
+    Args:
+        allowed: mask of the tokens that are allowed at all.
+        bad_words: token ids of each spelling.
+
+    Attributes:
+        depends_on_output: whether `mask` does.
+        is_complete: whether nothing can follow.
+    """
+
+    is_complete = False
+
+    def __init__(self, allowed: np.ndarray, bad_words: list[tuple[int, ...]]):
+        self.allowed = allowed.copy()
+        for word in bad_words:
+            if len(word) == 1:
+                self._forbid(self.allowed, word[0])
+        self.bad_words = [word for word in bad_words if len(word) > 1]
+        self.depends_on_output = bool(self.bad_words)
+        self.last: list[int] = []  # as many tokens as the longest bad word needs
+        self.longest = max(map(len, self.bad_words), default=0) - 1
+
+    @staticmethod
+    def _forbid(mask: np.ndarray, token_id: int) -> None:
+        mask.view(np.uint32)[token_id // 32] &= np.uint32(0xFFFFFFFF ^ (1 << token_id % 32))
+
+    def accept(self, token_id: int) -> None:
+        """Take in a token that was drawn."""
+        if self.bad_words:
+            self.last = [*self.last, token_id][-self.longest :]
+
+    def mask(self) -> np.ndarray:
+        """The tokens that may be drawn next; all that are allowed if bad words left none."""
+        mask = self.allowed.copy()
+        for *begin, end in self.bad_words:
+            if self.last[-len(begin) :] == begin:
+                self._forbid(mask, end)
+        return mask if mask.any() else self.allowed
+
+
+class GrammarFilter:
+    """Tokens that the grammar of a structured output lets follow, by llguidance.
+
+    Args:
+        tokenizer: llguidance's, from `grammar_tokenizer`.
+        grammar: from `compile_grammar`.
+    """
+
+    depends_on_output = True
+
+    def __init__(self, tokenizer, grammar: str, vocab_size: int):
+        from llguidance import LLMatcher
+
+        self.matcher, self.num_words = LLMatcher(tokenizer, grammar), -(-vocab_size // 32)
+        if self.matcher.is_error():
+            raise ValueError(f"structured_outputs cannot be followed: {self.matcher.get_error()}")
+
+    @property
+    def is_complete(self) -> bool:
+        return self.matcher.is_stopped()
+
+    def accept(self, token_id: int) -> None:
+        self.matcher.consume_token(token_id)
+
+    def mask(self) -> np.ndarray:
+        from llguidance.numpy import fill_next_token_bitmask
+
+        mask = np.zeros((1, self.num_words), dtype=np.int32)
+        fill_next_token_bitmask(self.matcher, mask)
+        return mask[0]
+
+
+def grammar_tokenizer(tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]):
+    """What llguidance makes of a transformers tokenizer; takes about a second."""
+    try:
+        from llguidance.hf import from_tokenizer
+    except ImportError:
+        raise ValueError("structured_outputs need the llguidance package: pip install 'nanovllm[structured]'") from None
+    return from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_token_ids) or None)
+
+
+def compile_grammar(params: StructuredOutputsParams) -> str:
+    """`params` in llguidance's own notation; ValueError if they mean nothing."""
+    from llguidance import LLMatcher, grammar_from
+
+    try:
+        if params.json is not None:
+            return LLMatcher.grammar_from_json_schema(params.json, defaults=_JSON_STYLE)
+        if params.choice is not None:
+            return grammar_from("choice", json.dumps(params.choice))
+        if params.regex is not None:
+            return grammar_from("regex", params.regex)
+        return grammar_from("grammar", params.grammar)
+    except Exception as error:  # of any kind, depending on the notation
+        raise ValueError(f"structured_outputs cannot be read: {error}") from None
+
+
+def bad_word_spellings(words: tuple[str, ...], encode: Callable[[str], list[int]]) -> list[tuple[int, ...]]:
+    """Token ids of `words`, alone and after a space, where most tokenizers spell them differently."""
+    spellings = {tuple(encode(prefix + word.lstrip())) for word in words for prefix in ("", " ")}
+    return sorted(spelling for spelling in spellings if spelling)
+
+
+def make_filter(params: SamplingParams, vocab_size: int, encode: Callable[[str], list[int]]) -> TokenFilter | None:
+    """The filter of `allowed_token_ids` and `bad_words`; None if there are none.
+
+    Raises:
+        ValueError: no token is left.
+    """
+    if params.allowed_token_ids is None and not params.bad_words:
+        return None
+    allowed = mask_of(range(vocab_size) if params.allowed_token_ids is None else params.allowed_token_ids, vocab_size)
+    token_filter = TokenFilter(allowed, bad_word_spellings(params.bad_words, encode))
+    if not token_filter.allowed.any():
+        raise ValueError("bad_words and allowed_token_ids leave no token that could be drawn")
+    return token_filter

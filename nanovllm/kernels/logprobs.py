@@ -1,0 +1,38 @@
+"""Log-probabilities of tokens, for the rows whose requests ask for them. Plain torch: few rows, and no graph's part."""
+
+import torch
+
+from nanovllm.kernels.sampling import PROCESSED, SamplingState, adjust, filter_torch
+
+
+def process(x: torch.Tensor, slots: torch.Tensor, state: SamplingState) -> torch.Tensor:
+    """Logits as the sampler draws from them, for the rows that ask for these; the model's own for the others.
+
+    Args:
+        x: [R, V] float32.
+        slots: [R] int64.
+    """
+    wanted = (state.extras[slots] & PROCESSED) != 0
+    temperature = state.temperature[slots]
+    drawn = temperature > 0
+    y = adjust(x, slots, state) / torch.where(drawn, temperature, 1.0)[:, None]
+    filtered = filter_torch(y, state.top_k[slots], state.top_p[slots], state.min_p[slots])
+    return torch.where(wanted[:, None], torch.where(drawn[:, None], filtered, y), x)
+
+
+def top_logprobs(logits: torch.Tensor, tokens: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
+    """Float32 log-softmax of the k most likely tokens and of the given one.
+
+    Args:
+        logits: [R, V] float32.
+        tokens: [R] int64.
+
+    Returns:
+        Token ids [R, k + 1] int64, the given one last; their log-probabilities, float32; the given ones' ranks [R]
+        int64, 1 being the most likely.
+    """
+    logprobs = logits.log_softmax(-1)
+    own = logprobs.gather(1, tokens[:, None])
+    top = logprobs.topk(k, dim=-1)
+    ranks = (logprobs > own).sum(-1) + 1
+    return torch.cat((top.indices, tokens[:, None]), 1), torch.cat((top.values, own), 1), ranks

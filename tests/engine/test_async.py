@@ -1,0 +1,196 @@
+"""AsyncLLM: many requests from coroutines, on one engine thread."""
+
+import asyncio
+import threading
+
+import pytest
+
+from nanovllm import LLM, AsyncLLM, SamplingParams
+from tests.engine.test_generate import greedy, prompts_of, tokens
+from tests.models.tiny import save_tiny
+
+OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=8, max_num_batched_tokens=256)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"), "qwen3")
+
+
+def with_engine(model, use, **options):
+    """Run the coroutine `use(llm)` with an engine; no thread is left behind."""
+
+    async def run():
+        async with AsyncLLM(model, **OPTIONS, **options) as llm:
+            return await asyncio.wait_for(use(llm), 60)
+
+    result = asyncio.run(run())
+    assert not any(thread.name == "nanovllm-engine" for thread in threading.enumerate())
+    return result
+
+
+async def collect(llm, *args):
+    token_ids, last = [], None
+    async for last in llm.generate(*args):
+        for sample in last.outputs:
+            token_ids += sample.token_ids
+    assert last.finished
+    return token_ids
+
+
+def test_many_concurrent_requests_have_the_batch_s_tokens(model):
+    prompts, params = prompts_of(range(1, 41)), greedy(20)
+    with LLM(model, **OPTIONS) as llm:
+        want = tokens(llm, prompts, params)
+
+    async def use(llm):
+        got = await asyncio.gather(*(collect(llm, prompt, params) for prompt in prompts))
+        metrics = await llm.metrics()
+        return got, metrics
+
+    got, metrics = with_engine(model, use, max_concurrent_requests=30)
+    assert got == want and metrics.generated_tokens == 800 and metrics.num_running == 0
+
+
+def test_tokens_come_one_after_the_other(model):
+    async def use(llm):
+        return [len(out.token_ids) async for out in llm.generate([5, 6], greedy(20))]
+
+    counts = with_engine(model, use)
+    assert sum(counts) == 20 and len(counts) > 2
+
+
+def test_a_slow_consumer_gets_what_has_gathered(model):
+    async def use(llm):
+        sizes = []
+        async for out in llm.generate([5, 6], greedy(60, logprobs=0)):
+            assert len(out.token_ids) == len(out.logprobs)
+            sizes.append(len(out.token_ids))
+            await asyncio.sleep(0.05)
+        return sizes
+
+    sizes = with_engine(model, use)
+    assert sum(sizes) == 60 and max(sizes) > 1
+
+
+def test_no_more_than_so_many_requests_are_in_the_engine(model):
+    async def use(llm):
+        seen = []
+
+        async def watch():
+            while True:
+                metrics = await llm.metrics()
+                seen.append(metrics.num_running + metrics.num_waiting)
+                await asyncio.sleep(0)
+
+        watcher = asyncio.create_task(watch())
+        await asyncio.gather(*(collect(llm, prompt, greedy(8)) for prompt in prompts_of([4] * 20)))
+        watcher.cancel()
+        return max(seen)
+
+    assert with_engine(model, use, max_concurrent_requests=3) == 3
+
+
+def test_cancelled_left_and_aborted_requests_free_the_engine(model):
+    long = SamplingParams(max_tokens=100, ignore_eos=True)
+
+    async def use(llm):
+        task = asyncio.create_task(collect(llm, [5] * 20, long))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        left = llm.generate([6] * 20, long)
+        await anext(left)
+        await left.aclose()
+        aborted = llm.generate([7] * 20, long, "mine")
+        await anext(aborted)
+        await llm.abort("mine")
+        rest = [out async for out in aborted]
+        assert rest[-1].finish_reason == "abort" and rest[-1].finished
+        await llm.abort("mine")
+        await llm.abort("unknown")
+        assert len(await collect(llm, [5], greedy(5))) == 5
+        for _ in range(100):
+            metrics = await llm.metrics()
+            if metrics.num_running + metrics.num_waiting == 0 and metrics.kv_usage == 0:
+                return True
+            await asyncio.sleep(0.01)
+
+    assert with_engine(model, use)
+
+
+def test_a_bad_request_fails_alone(model):
+    async def use(llm):
+        good = asyncio.create_task(collect(llm, [5, 6], greedy(30)))
+        for prompt, error in (([], ValueError), ([999], ValueError), (5, TypeError)):
+            with pytest.raises(error, match="prompt"):
+                await collect(llm, prompt, greedy(3))
+        again = asyncio.create_task(collect(llm, [5, 6], greedy(30), "same"))
+        await asyncio.sleep(0.01)
+        with pytest.raises(ValueError, match="same"):
+            await collect(llm, [5, 6], greedy(3), "same")
+        return await good, await again
+
+    one, two = with_engine(model, use)
+    assert len(one) == 30 and one == two
+
+
+def test_closing_ends_what_goes_on_and_what_comes(model):
+    async def use():
+        llm = AsyncLLM(model, **OPTIONS)
+        going_on = llm.generate([5], SamplingParams(max_tokens=100, ignore_eos=True))
+        await anext(going_on)
+        llm.close()
+        llm.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            while True:
+                await anext(going_on)
+        with pytest.raises(RuntimeError, match="closed"):
+            await collect(llm, [5])
+
+    asyncio.run(asyncio.wait_for(use(), 60))
+
+
+def test_a_failed_engine_is_an_error_for_everyone(model):
+    async def use(llm):
+        def breaks(engine):
+            engine.executor.launch = lambda batch: 1 / 0
+
+        async def wait():
+            with pytest.raises((ZeroDivisionError, RuntimeError)):
+                await collect(llm, [5], SamplingParams(max_tokens=100, ignore_eos=True))
+
+        waiting = [asyncio.create_task(wait()) for _ in range(3)]
+        await asyncio.sleep(0.02)
+        llm._call(breaks)
+        await asyncio.gather(*waiting)
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            await llm.metrics()
+
+    with_engine(model, use)
+
+
+def test_a_model_that_is_not_there_is_the_caller_s_error():
+    with pytest.raises(ValueError, match="nowhere"):
+        AsyncLLM("./nowhere")
+    with pytest.raises(ValueError, match="max_concurrent_requests"):
+        AsyncLLM(max_concurrent_requests=0)
+
+
+def test_weights_and_memory_between_steps(model, tmp_path):
+    other = save_tiny(tmp_path, "qwen3", seed=1)
+    with LLM(other, **OPTIONS) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))[0]
+
+    async def use(llm):
+        before = await collect(llm, [5, 6], greedy(9))
+        assert await llm.update_weights(other) == 1
+        await llm.sleep(2)
+        with pytest.raises(RuntimeError, match="asleep"):
+            await collect(llm, [5, 6], greedy(9))
+        await llm.wake_up()
+        return before, await collect(llm, [5, 6], greedy(9))
+
+    before, after = with_engine(model, use)
+    assert before != want == after

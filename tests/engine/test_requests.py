@@ -1,0 +1,532 @@
+"""What a request may ask for, as a user sees it: on tiny random models, on a CPU."""
+
+import json
+import math
+import random
+
+import jsonschema
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams, StructuredOutputsParams
+from tests.engine.reference import load_reference
+from tests.engine.test_generate import engine, finish, greedy, prompts_of, tokens
+from tests.models.tiny import save_tiny
+
+VOCAB = 131
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"), "qwen3")
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    return load_reference(model)
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory):
+    """A tiny random model with SmolLM2's tokenizer, so that it speaks, if not sense."""
+    from nanovllm.utils.hub import open_model
+
+    tokenizer = open_model(None).tokenizer()
+    path = save_tiny(tmp_path_factory.mktemp("speaking"), "qwen3", vocab_size=len(tokenizer), eos_token_id=2)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def sampled(num_tokens, seed=None, **options):
+    return SamplingParams(temperature=1.0, seed=seed, max_tokens=num_tokens, ignore_eos=True, **options)
+
+
+# -- n samples --------------------------------------------------------------------------------------------------------
+
+
+def test_n_samples_differ_and_share_the_prompt_s_blocks(model):
+    prompt = prompts_of([64])[0]
+    with engine(model, num_kvcache_blocks=24) as llm:  # 3 shared and 2 for each; 8 times 5 would not fit
+        out = llm.generate([prompt], sampled(8, seed=5, n=8), use_tqdm=False)[0]
+        assert [sample.index for sample in out.outputs] == list(range(8))
+        assert len({tuple(sample.token_ids) for sample in out.outputs}) > 4
+        assert llm.scheduler.num_preemptions == 0
+        assert llm.metrics().cached_tokens == 7 * 48  # the last block is computed by each, as its last token must be
+        assert llm.scheduler.block_manager.num_free == 24
+        again = llm.generate([prompt], sampled(8, seed=5, n=3), use_tqdm=False)[0]
+        assert [s.token_ids for s in again.outputs] == [s.token_ids for s in out.outputs[:3]]
+        assert tokens(llm, [prompt], sampled(8, seed=5))[0] == out.outputs[0].token_ids == out.token_ids
+
+
+# -- logits -----------------------------------------------------------------------------------------------------------
+
+
+def reference_tokens(reference, prompt, num_tokens, **options):
+    ids = torch.tensor([prompt])
+    options |= {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": num_tokens}
+    out = reference.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("variant", [{}, {"max_num_batched_tokens": 8}, {"num_kvcache_blocks": 8}, {"overlap": 0}])
+def test_repetition_penalty_equals_transformers(model, reference, variant):
+    prompts = prompts_of([5, 20, 33])
+    want = [reference_tokens(reference, prompt, 30, repetition_penalty=1.8) for prompt in prompts]
+    with engine(model, **variant) as llm:
+        plain = tokens(llm, prompts, greedy(30))
+        got = tokens(llm, [*prompts, *prompts], [greedy(30, repetition_penalty=1.8)] * 3 + [greedy(30)] * 3)
+    assert got == want + plain and want != plain
+
+
+def test_presence_and_frequency_penalties_are_those_of_the_definition(model, reference):
+    prompt, presence, frequency = prompts_of([9])[0], 1.5, 0.7
+    ids = list(prompt)
+    for _ in range(25):
+        with torch.inference_mode():
+            logits = reference(torch.tensor([ids])).logits[0, -1]
+        times = torch.bincount(torch.tensor(ids[len(prompt) :], dtype=torch.int64), minlength=VOCAB)
+        ids.append(int((logits - presence * (times > 0) - frequency * times).argmax()))
+    with engine(model) as llm:
+        params = greedy(25, presence_penalty=presence, frequency_penalty=frequency)
+        assert tokens(llm, [prompt], params)[0] == ids[len(prompt) :] != tokens(llm, [prompt], greedy(25))[0]
+
+
+def test_logit_bias_allowed_ids_and_what_is_left_of_a_slot(model):
+    prompt = prompts_of([7])[0]
+    with engine(model, max_num_seqs=2) as llm:
+        plain = tokens(llm, [prompt], greedy(10))[0]
+        assert tokens(llm, [prompt], greedy(10, logit_bias={17: 100.0}))[0] == [17] * 10
+        assert plain[0] not in tokens(llm, [prompt], greedy(10, logit_bias={plain[0]: -100}))[0]
+        allowed = [3, 64, 130]
+        assert set(tokens(llm, [prompt], sampled(40, seed=1, allowed_token_ids=allowed))[0]) == set(allowed)
+        assert tokens(llm, [prompt] * 4, greedy(10)) == [plain] * 4  # the slots' next owners have none of it
+
+
+def test_draws_with_everything_on_follow_the_processed_softmax(model, reference):
+    """Chi-square of 2,000 first tokens over 6 allowed ids; the 99.9% bound for 5 degrees of freedom is 20.5."""
+    prompt, allowed = prompts_of([12])[0], [5, 9, 40, 77, 100, 130]
+    options = dict(allowed_token_ids=allowed, logit_bias={9: 1.0, 77: -0.5}, repetition_penalty=1.3)
+    params = SamplingParams(temperature=0.9, max_tokens=1, n=1000, seed=1, **options)
+    with engine(model, max_num_seqs=64) as llm:
+        outs = llm.generate([prompt] * 2, [params, SamplingParams(**{**vars_of(params), "seed": 2})], use_tqdm=False)
+    with torch.inference_mode():
+        logits = reference(torch.tensor([prompt])).logits[0, -1]
+    logits = logits.clone()
+    logits[9] += 1.0
+    logits[77] -= 0.5
+    seen = torch.tensor(sorted(set(prompt)))
+    logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 1.3, logits[seen] * 1.3)
+    expected = (logits[allowed] / 0.9).softmax(-1).double() * 2000
+    drawn = [sample.token_ids[0] for out in outs for sample in out.outputs]
+    counts = torch.tensor([drawn.count(token_id) for token_id in allowed]).double()
+    assert counts.sum() == 2000 and ((counts - expected) ** 2 / expected).sum() < 20.5
+
+
+def vars_of(params):
+    return {name: getattr(params, name) for name in params.__slots__}
+
+
+# -- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [{}, {"max_num_batched_tokens": 9}, {"num_kvcache_blocks": 8}])
+def test_logprobs_equal_transformers(model, reference, variant):
+    prompts = prompts_of([1, 6, 40, 33])
+    params = [greedy(12, logprobs=3, prompt_logprobs=2), sampled(20, 1, logprobs=0), greedy(9, prompt_logprobs=0)]
+    params.append(sampled(30, 2, logprobs=5, prompt_logprobs=1))
+    with engine(model, **variant) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        outputs += llm.generate(prompts, params, use_tqdm=False)  # with a warm prefix cache
+        assert llm.generate(prompts, greedy(5), use_tqdm=False)[0].logprobs is None
+    for output, prompt, asked in zip(outputs, prompts * 2, params * 2, strict=True):
+        with torch.inference_mode():
+            want = reference(torch.tensor([prompt + output.token_ids])).logits[0].log_softmax(-1)
+        if asked.prompt_logprobs is not None:
+            check_rows(output.prompt_logprobs[1:], prompt[1:], want, asked.prompt_logprobs)
+            assert output.prompt_logprobs[0] is None and len(output.prompt_logprobs) == len(prompt)
+        if asked.logprobs is None:
+            assert output.logprobs is None and output.outputs[0].cumulative_logprob is None
+            continue
+        check_rows(output.logprobs, output.token_ids, want[len(prompt) - 1 :], asked.logprobs)
+        total = sum(row[token].logprob for row, token in zip(output.logprobs, output.token_ids, strict=True))
+        assert output.outputs[0].cumulative_logprob == pytest.approx(total)
+
+
+def check_rows(rows, token_ids, want, k):
+    assert len(rows) == len(token_ids)
+    for row, token_id, logprobs in zip(rows, token_ids, want, strict=False):
+        assert k <= len(row) <= k + 1
+        assert {*logprobs.topk(k).indices.tolist(), token_id} == set(row)
+        for key, (logprob, rank) in row.items():
+            assert logprob == pytest.approx(logprobs[key].item(), abs=2e-4)
+            assert rank == (logprobs > logprobs[key]).sum() + 1
+
+
+def test_processed_logprobs_are_what_tokens_are_drawn_with(model, reference):
+    prompt = prompts_of([10])[0]
+    options = dict(top_k=4, logit_bias={3: 2.0}, frequency_penalty=0.5, logprobs=6, logprobs_mode="processed_logprobs")
+    params = SamplingParams(temperature=0.5, seed=3, max_tokens=15, ignore_eos=True, **options)
+    with engine(model) as llm:
+        raw, out = llm.generate([prompt] * 2, [greedy(15, logprobs=6), params], use_tqdm=False)
+    assert all(sum(math.exp(x.logprob) for x in row.values()) < 0.999 for row in raw.logprobs)
+    ids = list(prompt)
+    for token_id, row in zip(out.token_ids, out.logprobs, strict=True):
+        with torch.inference_mode():
+            logits = reference(torch.tensor([ids])).logits[0, -1]
+        logits = logits + 2.0 * (torch.arange(VOCAB) == 3)
+        logits = logits - 0.5 * torch.bincount(torch.tensor(ids[len(prompt) :], dtype=torch.int64), minlength=VOCAB)
+        top = (logits / 0.5).topk(4)
+        want = dict(zip(top.indices.tolist(), top.values.log_softmax(-1).tolist(), strict=True))
+        assert {k: x.logprob for k, x in row.items() if x.logprob > -math.inf} == pytest.approx(want, abs=1e-3)
+        assert token_id in want
+        ids.append(token_id)
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def test_stop_strings_across_token_borders(speaking):
+    with engine(speaking) as llm:
+        params = SamplingParams(temperature=1.0, seed=4, max_tokens=60, ignore_eos=True)
+        free = llm.generate(["Hello"], params, use_tqdm=False)[0]
+        for length in (1, 3, 8):
+            middle = len(free.text) // 2
+            stop = free.text[middle : middle + length]
+            end = free.text.index(stop)
+            options = {**vars_of(params), "stop": [stop, "never this one"]}
+            cut = llm.generate(["Hello"], SamplingParams(**options), use_tqdm=False)[0]
+            assert cut.text == free.text[:end] and (cut.finish_reason, cut.stop_reason) == ("stop", stop)
+            assert cut.token_ids == free.token_ids[: len(cut.token_ids)]
+            options["include_stop_str_in_output"] = True
+            assert llm.generate(["Hello"], SamplingParams(**options), use_tqdm=False)[0].text == free.text[:end] + stop
+        assert finish(llm) == []  # a step was in flight
+        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+
+
+def test_stop_ids_and_what_stopped_it(speaking):
+    with engine(speaking) as llm:
+        free = llm.generate(["Hello"], greedy(12), use_tqdm=False)[0]
+        stop = free.token_ids[5]
+        first = free.token_ids.index(stop)
+        out = llm.generate(["Hello"], greedy(12, stop_token_ids=[stop]), use_tqdm=False)[0]
+        assert (out.finish_reason, out.stop_reason) == ("stop", stop)
+        assert out.token_ids == free.token_ids[: first + 1]
+        assert out.text == llm.tokenizer.decode(out.token_ids[:-1])
+        params = greedy(12, stop_token_ids=[stop], include_stop_str_in_output=True)
+        assert llm.generate(["Hello"], params, use_tqdm=False)[0].text == llm.tokenizer.decode(out.token_ids)
+
+
+def test_a_stream_s_increments_are_the_whole(speaking):
+    texts = ["日本語 and 🎉🎉 emoji: 👩‍👩‍👧", "plain"]
+    with engine(speaking) as llm:
+        for seed, text in enumerate(texts * 3):
+            # Ids of real text among those drawn: characters of several tokens.
+            ids = llm.tokenizer.encode(text)
+            params = sampled(50, seed, allowed_token_ids=ids, logprobs=0, n=2)
+            whole = llm.generate([text], params, use_tqdm=False)[0]
+            parts = list(llm.stream(text, params))
+            assert [part.finished for part in parts] == [False] * (len(parts) - 1) + [True]
+            for want in whole.outputs:
+                mine = [sample for part in parts for sample in part.outputs if sample.index == want.index]
+                assert [i for sample in mine for i in sample.token_ids] == want.token_ids
+                assert [row for sample in mine for row in sample.logprobs] == want.logprobs
+                assert "".join(sample.text for sample in mine) == want.text == llm.tokenizer.decode(want.token_ids)
+                assert not any(sample.text.endswith("\ufffd") for sample in mine[:-1])
+                assert mine[-1].finish_reason == "length"
+
+
+def test_streams_side_by_side_and_one_that_is_left(speaking):
+    with engine(speaking) as llm:
+        want = [llm.generate([text], greedy(20), use_tqdm=False)[0].text for text in ("one", "two")]
+        one, two = llm.stream("one", greedy(20)), llm.stream("two", greedy(20))
+        texts = ["", ""]
+        for a, b in zip(one, two, strict=True):
+            texts[0] += a.text
+            texts[1] += b.text
+        assert texts == want
+        left = llm.stream("three", greedy(50))
+        next(left)
+        left.close()
+        assert not llm.has_unfinished() or finish(llm) == []
+        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+
+
+def test_bad_words_never_appear(speaking):
+    with engine(speaking) as llm:
+        spellings = [llm.tokenizer.encode(text) for text in ("xyzzy", " xyzzy", " plugh", "ok")]
+        assert [len(ids) > 1 for ids in spellings] == [True, True, True, False]
+        options = dict(allowed_token_ids=sorted({i for ids in spellings for i in ids}))
+
+        def found(out):
+            ids = out.token_ids
+            return [any(ids[i : i + len(s)] == s for i in range(len(ids))) for s in spellings]
+
+        free, without = (
+            llm.generate(["Hello"], [sampled(100, 9, **options, **more)], use_tqdm=False)[0]
+            for more in ({}, {"bad_words": ["xyzzy", "plugh", "ok"]})
+        )
+        assert sum(found(free)) > 1 and not any(found(without)) and len(without.token_ids) == 100
+
+
+def test_skip_special_tokens(speaking):
+    with engine(speaking) as llm:
+        eos = llm.tokenizer.eos_token_id
+        params = greedy(3, allowed_token_ids=[eos])
+        assert llm.generate(["Hello"], params, use_tqdm=False)[0].text == ""
+        out = llm.generate(["Hello"], greedy(3, allowed_token_ids=[eos], skip_special_tokens=False), use_tqdm=False)[0]
+        assert out.text == llm.tokenizer.eos_token * 3
+
+
+# -- structured outputs -----------------------------------------------------------------------------------------------
+
+
+def structured(**what):
+    return dict(structured_outputs=StructuredOutputsParams(**what))
+
+
+def random_schema(rng, depth=0):
+    kinds = ["integer", "boolean", "enum", "string", "const"] + ["object", "array"] * (depth < 2)
+    match rng.choice(kinds):
+        case "integer":
+            return {"type": "integer", "minimum": rng.randrange(10), "maximum": rng.randrange(10, 1000)}
+        case "boolean":
+            return {"type": "boolean"}
+        case "enum":
+            return {"enum": rng.sample(["red", "green", 1, 2.5, None, True, "ünï"], 3)}
+        case "const":
+            return {"const": rng.choice(["a", 7, {"k": [1]}])}
+        case "string":
+            return {"type": "string", "minLength": 1, "maxLength": rng.randrange(1, 6)}
+        case "array":
+            count = rng.randrange(3)
+            return {"type": "array", "items": random_schema(rng, depth + 1), "minItems": count, "maxItems": count + 1}
+        case "object":
+            names = rng.sample(["name", "age", "tags", "ok", "x y"], rng.randrange(1, 4))
+            properties = {name: random_schema(rng, depth + 1) for name in names}
+            return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
+
+
+def test_outputs_of_50_random_schemas_are_valid_and_others_go_on(speaking):
+    rng = random.Random(0)
+    schemas = [{"type": "object", "properties": {"v": random_schema(rng)}, "required": ["v"]} for _ in range(50)]
+    for schema in schemas:
+        schema["additionalProperties"] = False
+    options = dict(temperature=0.8, max_tokens=400)
+    params = [SamplingParams(seed=i, **structured(json=s), **options) for i, s in enumerate(schemas)]
+    plain = prompts_of([5, 9], 49152)
+    with engine(speaking, max_model_len=512, max_num_seqs=12) as llm:
+        want = tokens(llm, plain, greedy(30))
+        outputs = llm.generate([*plain, *["A JSON object:"] * 50], [*[greedy(30)] * 2, *params], use_tqdm=False)
+        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+    assert [out.token_ids for out in outputs[:2]] == want
+    for schema, out in zip(schemas, outputs[2:], strict=True):
+        assert out.finish_reason == "stop", out.text
+        jsonschema.validate(json.loads(out.text), schema)
+
+
+def test_regex_choice_grammar_and_n(speaking):
+    import re
+
+    with engine(speaking) as llm:
+        out = llm.generate(["Hi"], SamplingParams(seed=1, n=3, **structured(regex=r"[a-c]{2}-\d{3}")), use_tqdm=False)[
+            0
+        ]
+        assert all(re.fullmatch(r"[a-c]{2}-\d{3}", sample.text) for sample in out.outputs)
+        choice = ["yes", "no", 'say "maybe"']
+        outs = llm.generate(["Hi"] * 9, SamplingParams(**structured(choice=choice)), use_tqdm=False)
+        assert {out.text for out in outs} <= set(choice)
+        for grammar in ('start: "(" start2 ")"\nstart2: "[]" | "x"', 'root ::= "(" two ")"\ntwo ::= "[]" | "x"'):
+            outs = llm.generate(["Hi"] * 8, SamplingParams(**structured(grammar=grammar)), use_tqdm=False)
+            assert {out.text for out in outs} <= {"(x)", "([])"}
+
+
+@pytest.mark.parametrize(
+    "what", [dict(json="{"), dict(json={"type": "nonsense"}), dict(regex="("), dict(grammar="start: unknown")]
+)
+def test_a_bad_schema_fails_alone(speaking, what):
+    with engine(speaking) as llm:
+        request_id = llm.add_request("Hello", greedy(5))
+        with pytest.raises(ValueError, match="structured_outputs"):
+            llm.add_request("Hello", SamplingParams(**structured(**what)))
+        assert [(out.request_id, len(out.token_ids)) for out in finish(llm)] == [(request_id, 5)]
+
+
+# -- chat -------------------------------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for t in tools or [] %}<tool>{{ t['function']['name'] }}</tool>{% endfor %}"
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if not loop.last or not continue_final_message %}"
+    "</{{ m['role'] }}>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}"
+)
+
+
+def test_chat_uses_the_template_and_its_options(speaking):
+    messages = [{"role": "user", "content": "Hello"}]
+    with engine(speaking) as llm:
+        llm.tokenizer.chat_template = TEMPLATE
+        out = llm.chat(messages, greedy(4), use_tqdm=False)[0]
+        assert llm.tokenizer.decode(out.prompt_token_ids) == "<user>Hello</user><assistant>"
+        assert len(llm.chat([messages] * 3, greedy(4), use_tqdm=False)) == 3
+        tools = [{"type": "function", "function": {"name": "search", "parameters": {}}}]
+        prompt = llm.chat_prompts(messages, tools=tools, enable_thinking=False)[0]
+        assert llm.tokenizer.decode(prompt) == "<tool>search</tool><user>Hello</user><assistant><think></think>"
+        messages.append({"role": "assistant", "content": "Once upon"})
+        prompt = llm.chat_prompts(messages, continue_final_message=True)[0]
+        assert llm.tokenizer.decode(prompt) == "<user>Hello</user><assistant>Once upon"
+        for wrong in ("Hello", [], [["Hello"]], [{"content": "x"}], 5):
+            with pytest.raises(TypeError, match="messages"):
+                llm.chat(wrong)
+        llm.tokenizer.chat_template = None
+        with pytest.raises(ValueError, match="chat template"):
+            llm.chat(messages)
+
+
+# -- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def test_results_say_what_happened(speaking):
+    with engine(speaking, log_steps=True) as llm:
+        first = llm.generate(["some words " * 20], greedy(5), use_tqdm=False)[0]
+        second = llm.generate(["some words " * 20], greedy(5), use_tqdm=False)[0]
+        assert first.prompt == "some words " * 20 and first.finished and first.weight_version == 0
+        assert 0 < first.time_to_first_token < first.total_time < 60
+        assert first.num_cached_tokens == 0 < second.num_cached_tokens
+        metrics = llm.metrics()
+        prompt_tokens = len(first.prompt_token_ids)
+        assert (metrics.prompt_tokens, metrics.generated_tokens) == (2 * prompt_tokens, 10)
+        assert metrics.cached_tokens == second.num_cached_tokens
+        assert metrics.cache_hit_rate == second.num_cached_tokens / (2 * prompt_tokens)
+        assert (metrics.num_running, metrics.num_waiting, metrics.kv_usage) == (0, 0, 0)
+        assert metrics.num_steps >= 10 and 0 < metrics.mean_step_time < 60
+        llm.add_request([5] * 20, greedy(5))
+        llm.step()
+        assert llm.metrics().num_running == 1 and llm.metrics().kv_usage > 0
+
+
+def test_steps_are_logged_on_request(model, caplog):
+    with caplog.at_level("INFO", "nanovllm"):
+        with engine(model) as llm:
+            tokens(llm, prompts_of([5]), greedy(3))
+        assert not any("step" in record.message for record in caplog.records)
+        with engine(model, log_steps=True) as llm:
+            tokens(llm, prompts_of([5]), greedy(3))
+    assert sum("decode rows" in record.message for record in caplog.records) == 3
+
+
+def test_request_ids_are_the_caller_s_or_numbers(model):
+    with engine(model) as llm:
+        assert llm.add_request([1], greedy(2), request_id="mine") == "mine"
+        for wrong, error in (("mine", ValueError), (1.5, TypeError), (True, TypeError)):
+            with pytest.raises(error, match="request_id"):
+                llm.add_request([1], greedy(2), request_id=wrong)
+        other = llm.add_request([1], greedy(2))
+        assert {out.request_id for out in finish(llm)} == {"mine", other}
+
+
+def test_the_queue_has_an_end(model):
+    with engine(model, max_num_waiting=3) as llm:
+        for _ in range(3):
+            llm.add_request([1], greedy(2))
+        with pytest.raises(ValueError, match="max_num_waiting=3"):
+            llm.add_request([1], greedy(2))
+        assert len(finish(llm)) == 3
+        with pytest.raises(ValueError, match="max_num_waiting=3"):
+            llm.generate([[1]] * 4, greedy(2), use_tqdm=False)
+        assert not llm.has_unfinished() or finish(llm) == []
+
+
+def test_skip_tokenizer_init_gives_ids_and_no_text(speaking):
+    with engine(speaking, skip_tokenizer_init=True) as llm:
+        out = llm.generate([[5, 6, 7]], greedy(4), use_tqdm=False)[0]
+        assert len(out.token_ids) == 4 and out.text == "" and out.prompt_token_ids == [5, 6, 7]
+        assert "tokenizer" not in vars(llm)
+        for prompt, params in (("Hello", greedy(4)), ([5], greedy(4, stop=["x"]))):
+            with pytest.raises(ValueError, match="tokenizer"):
+                llm.generate([prompt], params)
+
+
+def test_token_ids_out_go_in_unchanged_over_turns(speaking):
+    with engine(speaking, max_model_len=256) as llm:
+        ids = [5, 6, 7]
+        for turn in range(4):
+            out = llm.generate([ids], sampled(20, turn), use_tqdm=False)[0]
+            assert out.prompt_token_ids == ids
+            ids = ids + out.token_ids
+        assert out.num_cached_tokens > 0
+
+
+def test_abort_fuzz_returns_every_block(model):
+    rng = random.Random(0)
+    kinds = [{}, dict(n=3), dict(logprobs=2), dict(prompt_logprobs=1), dict(repetition_penalty=1.5)]
+    with engine(model, num_kvcache_blocks=20, max_num_batched_tokens=24) as llm:
+        ids, outputs = [], []
+        for _ in range(300):
+            if rng.random() < 0.3:
+                params = sampled(rng.randrange(1, 40), **rng.choice(kinds))
+                ids.append(llm.add_request(prompts_of([rng.randrange(1, 60)])[0], params, stream=rng.random() < 0.3))
+            if ids and rng.random() < 0.3:
+                llm.abort(rng.choice(ids))  # also finished ones, and twice
+            outputs += llm.step()
+        outputs += finish(llm)
+        assert llm.scheduler.block_manager.num_free == 20 and len(llm.scheduler.free_slots) == 8
+        assert not llm.requests and not llm.in_flight
+        for out in outputs:
+            assert all(sample.finish_reason in ("length", None) for sample in out.outputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "names"),
+    [
+        (dict(n=0), ValueError, "n "),
+        (dict(n=1025), ValueError, "n "),
+        (dict(stop=[""]), ValueError, "stop"),
+        (dict(stop=[5]), TypeError, "stop"),
+        (dict(stop=["x"] * 65), ValueError, "stop"),
+        (dict(stop_token_ids=b"ab"), TypeError, "stop_token_ids"),
+        (dict(repetition_penalty=0), ValueError, "repetition_penalty"),
+        (dict(presence_penalty=2.1), ValueError, "presence_penalty"),
+        (dict(frequency_penalty=math.nan), ValueError, "frequency_penalty"),
+        (dict(logit_bias={1: 101}), ValueError, "logit_bias"),
+        (dict(logit_bias={-1: 1}), ValueError, "logit_bias"),
+        (dict(logit_bias=[1]), TypeError, "logit_bias"),
+        (dict(logit_bias=dict.fromkeys(range(301), 1)), ValueError, "logit_bias"),
+        (dict(allowed_token_ids=[]), ValueError, "allowed_token_ids"),
+        (dict(allowed_token_ids="5"), TypeError, "allowed_token_ids"),
+        (dict(logprobs=129), ValueError, "logprobs"),
+        (dict(logprobs=True), TypeError, "logprobs"),
+        (dict(prompt_logprobs=-1), ValueError, "prompt_logprobs"),
+        (dict(logprobs_mode="raw"), ValueError, "logprobs_mode"),
+        (dict(bad_words=[""]), ValueError, "bad_words"),
+        (dict(skip_special_tokens=1), TypeError, "skip_special_tokens"),
+        (dict(structured_outputs={"json": {}}), TypeError, "structured_outputs"),
+        (dict(structured_outputs=StructuredOutputsParams(regex="a"), min_tokens=3), ValueError, "min_tokens"),
+    ],
+)
+def test_each_bound_names_the_parameter(options, error, names):
+    with pytest.raises(error, match=names):
+        SamplingParams(**options)
+
+
+@pytest.mark.parametrize("what", [{}, dict(json={}, regex="a"), dict(choice=[]), dict(regex=5), dict(json={"a": {1}})])
+def test_structured_outputs_params_are_checked(what):
+    with pytest.raises((TypeError, ValueError), match="structured_outputs"):
+        StructuredOutputsParams(**what)
+
+
+@pytest.mark.parametrize("name", ["allowed_token_ids", "logit_bias", "stop_token_ids"])
+def test_ids_outside_the_vocabulary_fail_alone(model, name):
+    with engine(model) as llm:
+        value = {VOCAB: 1.0} if name == "logit_bias" else [VOCAB]
+        with pytest.raises(ValueError, match=name):
+            llm.add_request([1], SamplingParams(**{name: value}))
+        with pytest.raises(ValueError, match="no token"):
+            llm.add_request([1], SamplingParams(min_tokens=2, allowed_token_ids=[1]))  # the only one ends it
+        assert len(tokens(llm, [[1]], greedy(3))[0]) == 3
+
+
+def test_dummy_models_have_no_text(tmp_path):
+    with LLM(
+        "qwen3-0.6b", load_format="dummy", device="cpu", max_model_len=32, max_num_seqs=1, dtype="bfloat16"
+    ) as llm:
+        assert llm.generate([[1]], greedy(2), use_tqdm=False)[0].text == ""

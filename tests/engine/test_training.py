@@ -1,0 +1,116 @@
+"""What training loops do with an engine: new weights in place, and memory given back and taken again."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanovllm import SamplingParams
+from tests.engine.test_generate import engine, finish, greedy, prompts_of, tokens
+from tests.models.tiny import save_tiny
+
+NAMES = ["qwen3", "qwen2-tied", "llama-bias"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two sets of weights of each model."""
+    folder = tmp_path_factory.mktemp("models")
+    return {name: [save_tiny(folder / str(seed), name, seed) for seed in range(2)] for name in NAMES}
+
+
+def weights_of(path):
+    return load_file(path / "model.safetensors").items()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [1, 2])
+def test_updated_weights_are_those_of_a_fresh_load(models, name, size, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    old, new = models[name]
+    prompts = prompts_of([5, 20, 33])
+    with engine(new) as llm:
+        want = tokens(llm, prompts, greedy(12))
+    with engine(old, tensor_parallel_size=size) as llm:
+        before = tokens(llm, prompts, greedy(12))
+        assert before != want
+        assert llm.update_weights(weights_of(new)) == 1 == llm.weight_version
+        outputs = llm.generate(prompts, greedy(12), use_tqdm=False)
+        assert [out.token_ids for out in outputs] == want
+        assert [(out.weight_version, out.num_cached_tokens) for out in outputs] == [(1, 0)] * 3
+        assert llm.update_weights(old) == 2  # a folder
+        assert tokens(llm, prompts, greedy(12)) == before
+        if size == 1:
+            assert llm.update_weights((k, v.requires_grad_()) for k, v in weights_of(new)) == 3
+            assert tokens(llm, prompts, greedy(12)) == want
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_bad_update_is_refused_and_a_good_one_mends_it(models, size, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    old, new = models["qwen3"]
+    good = dict(weights_of(new))
+    first = next(iter(good))
+    bad = [
+        ({k: v for k, v in good.items() if k != first}.items(), ValueError, "lacks 1 tensors"),
+        ([*good.items(), ("model.extra", torch.zeros(2))], ValueError, "model.extra"),
+        ([*good.items(), (first, good[first])], ValueError, "twice"),
+        ({**good, first: good[first][:-1]}.items(), ValueError, first),
+        ({**good, first: good[first].long()}.items(), ValueError, "dtype"),
+        ([good[first]], TypeError, "pairs"),
+        (good, TypeError, "dict"),
+        (5, TypeError, "int"),
+        ("nowhere", ValueError, "nowhere"),
+    ]
+    with engine(new) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))
+    with engine(old, tensor_parallel_size=size) as llm:
+        for weights, error, match in bad:
+            with pytest.raises(error, match=match):
+                llm.update_weights(weights)
+        with pytest.raises(RuntimeError, match="update_weights failed"):
+            llm.generate([[5]])
+        assert llm.weight_version == 0
+        assert llm.update_weights(good.items()) == 1
+        assert tokens(llm, [[5, 6]], greedy(9)) == want
+
+
+def test_running_requests_go_on_with_the_new_weights(models):
+    old, new = models["qwen3"]
+    prompt = prompts_of([20])[0]
+    with engine(old) as llm:
+        llm.add_request(prompt, greedy(30))
+        for _ in range(8):
+            llm.step()
+        llm.update_weights(weights_of(new))
+        out = finish(llm)[0]
+        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+    with engine(old) as llm:
+        begin = tokens(llm, [prompt], greedy(30))[0]
+    same = next(i for i in range(30) if out.token_ids[i] != begin[i])
+    with engine(new) as llm:
+        rest = tokens(llm, [prompt + out.token_ids[:same]], greedy(30 - same))[0]
+    assert 5 < same < 12 and out.token_ids[same:] == rest and out.weight_version == 1
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep_frees_the_cache_and_waking_up_goes_on(models, size, level, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    prompts, params = prompts_of([20, 3]), [greedy(30), SamplingParams(seed=1, max_tokens=30, ignore_eos=True)]
+    with engine(models["qwen3"][0], tensor_parallel_size=size) as llm:
+        want = tokens(llm, prompts, params)
+        ids = [llm.add_request(*pair) for pair in zip(prompts, params, strict=True)]
+        for _ in range(8):
+            llm.step()
+        llm.sleep(level)
+        assert not any(layer.k_cache.numel() for layer in llm.executor.runner.attention_layers)
+        for use in (llm.step, lambda: llm.generate([[5]]), lambda: llm.add_request([5]), llm.sleep):
+            with pytest.raises(RuntimeError, match="asleep"):
+                use()
+        llm.wake_up()
+        llm.wake_up()
+        outputs = {out.request_id: out.token_ids for out in finish(llm)}
+        assert [outputs[request_id] for request_id in ids] == want
+        assert tokens(llm, prompts, params) == want
+        with pytest.raises(ValueError, match="level"):
+            llm.sleep(3)
