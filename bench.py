@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from random import Random
@@ -31,7 +31,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, SamplingParams, StructuredOutputsParams
 from nanovllm.engine.scheduler import Batch
 from nanovllm.models.registry import PRESETS, ModelConfig
 from nanovllm.utils.hub import ModelSource, open_model
@@ -50,6 +50,7 @@ class Group:
     prompts: list[list[int]]
     lens: list[int]
     temperature: float = 0.0
+    options: dict = field(default_factory=dict)  # of SamplingParams, besides
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,37 @@ def prefix(args, vocab_size: int, _: int) -> tuple[list[Group], list[Figure]]:
     return [Group(prompts, [64] * len(prompts))], [Figure("req/s", len(prompts))]
 
 
-WORKLOADS = {"offline": offline, "latency": latency, "prefill": prefill, "prefix": prefix}
+# What a request may ask for besides. Nothing of it ends a request before its length; all but the first need counting,
+# masking or more than a token from each step.
+FEATURES = {
+    "plain": {},
+    "top-k and top-p": {"top_k": 50, "top_p": 0.9},
+    "penalties": {"repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1},
+    "100 biases": {"logit_bias": dict.fromkeys(range(100), 1.0)},
+    "allowed ids": {"allowed_token_ids": range(0, 10_000)},
+    "1 logprob": {"logprobs": 1},
+    "20 logprobs": {"logprobs": 20},
+    "prompt logprobs": {"prompt_logprobs": 1},
+    "stop strings": {"stop": ["\x00never\x00"]},
+    "a grammar": {"structured_outputs": StructuredOutputsParams(regex="[a-z ]{20000}"), "ignore_eos": False},
+}
+
+
+def features(args, vocab_size: int, _: int) -> tuple[list[Group], list[Figure]]:
+    """The offline workload once for each of FEATURES that the model allows: output tokens/s."""
+    rng, groups, figures = Random(5), [], []
+    (group,), (figure,) = offline(args, vocab_size, _)
+    has_text = args.model not in PRESETS and importlib.util.find_spec("llguidance")
+    for i, (name, options) in enumerate(FEATURES.items()):
+        if has_text or not {"stop", "structured_outputs"} & set(options):
+            prompts = [random_prompts(rng, 1, len(p), len(p), vocab_size)[0] for p in group.prompts]  # none is cached
+            groups.append(Group(prompts, group.lens, group.temperature, options))
+            figures.append(Figure(f"tok/s, {name}", figure.amount, lambda values, i=i: values[i]))
+    return groups, figures
+
+
+STANDARD = {"offline": offline, "latency": latency, "prefill": prefill, "prefix": prefix}
+WORKLOADS = STANDARD | {"features": features}
 
 
 def start(args) -> dict:
@@ -254,7 +285,8 @@ class Nanovllm:
 
     @staticmethod
     def params(group: Group) -> list[SamplingParams]:
-        return [SamplingParams(group.temperature, ignore_eos=True, max_tokens=n) for n in group.lens]
+        options = {"temperature": group.temperature, "ignore_eos": True, **group.options}
+        return [SamplingParams(max_tokens=n, **options) for n in group.lens]
 
     def measure(self, group: Group) -> dict:
         """Seconds of `group`, and what its steps cost, counted when the time is taken."""
@@ -668,7 +700,7 @@ def workload_names(args) -> list[str]:
     """The workloads asked for; only nanovllm's start is measured."""
     if args.workload != "all":
         return [args.workload]
-    return [*WORKLOADS, "start"] if "nanovllm" in args.engine else list(WORKLOADS)
+    return [*STANDARD, "start"] if "nanovllm" in args.engine else list(STANDARD)
 
 
 def check(args, parser: argparse.ArgumentParser) -> None:
@@ -695,7 +727,7 @@ def check(args, parser: argparse.ArgumentParser) -> None:
         (args.compare and args.workload != "offline", f"--compare {args.compare} runs the offline workload only"),
         (args.compare and args.model in PRESETS, f"--compare {args.compare} needs a model with weights"),
         (args.compare and args.plot, "--plot draws limits, which --compare does not count"),
-        (peers and starts, "--workload start measures nanovllm only"),
+        (peers and args.workload in ("start", "features"), f"--workload {args.workload} measures nanovllm only"),
         (peers and own, f"{' '.join(own)}: nanovllm's own, cannot be given with --engine {' '.join(peers)}"),
         (args.engine == peers and shows, "--plot and --trace show what only nanovllm's runs tell"),
         (starts and shows, "--plot and --trace need a workload other than start"),

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import shared_prefix
@@ -104,6 +105,62 @@ def test_bfloat16_greedy_tokens_are_the_likeliest_but_for_noise(name, count, tmp
         chosen = logits.gather(1, torch.tensor(output.token_ids)[:, None])[:, 0]
         assert (logits.max(1).values - chosen <= 0.1 * logits.std(1)).all()
         assert (logits.argmax(1) == torch.tensor(output.token_ids)).float().mean() > 0.8
+
+
+def test_what_requests_ask_for_is_the_same_in_graphs_eager_and_on_a_cpu(model):
+    """Bias, penalties, masks, logprobs of drawn tokens and of prompts, in one batch; float32."""
+    asked = [
+        dict(repetition_penalty=1.7, presence_penalty=0.5, frequency_penalty=0.3, logprobs=3),
+        dict(logit_bias={7: 3.0, 130: 2.0}, logprobs=0, top_k=5, temperature=0.8, seed=1),
+        dict(allowed_token_ids=range(50, 90), logprobs=2, temperature=1.0, seed=2, logprobs_mode="processed_logprobs"),
+        dict(prompt_logprobs=2, n=3, temperature=1.0, seed=3),
+        dict(),
+    ]
+    params = [SamplingParams(**{"temperature": 0.0, **a}, max_tokens=20, ignore_eos=True) for a in asked]
+    prompts = prompts_of([9, 40, 3, 70, 16])
+    results = []
+    for options in ({}, {"enforce_eager": True}, {"device": "cpu"}):
+        options = {**OPTIONS, "dtype": "float32", "max_num_seqs": 12, **options}
+        with LLM(model, **options) as llm:
+            results.append(llm.generate(prompts, params, use_tqdm=False))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert [x.token_ids for x in a.outputs] == [x.token_ids for x in b.outputs]
+            for rows, wanted in ((a.logprobs, b.logprobs), (a.prompt_logprobs, b.prompt_logprobs)):
+                assert (rows is None) == (wanted is None)
+                for row, want in zip(rows or (), wanted or (), strict=True):
+                    assert row is want is None or {k: x.logprob for k, x in row.items()} == pytest.approx(
+                        {k: x.logprob for k, x in want.items()}, abs=1e-3
+                    )
+
+
+def test_updated_weights_are_seen_by_captured_graphs(model, tmp_path):
+    new, prompts = save_tiny(tmp_path, "qwen3", seed=1), prompts_of([5, 20, 33])
+    options = dict(dtype="float32", max_num_seqs=8, **OPTIONS)
+    with LLM(new, **options) as llm:
+        want = tokens(llm, prompts, greedy(12))
+    with LLM(model, **options) as llm:
+        before, graphs = tokens(llm, prompts, greedy(12)), llm.executor.runner.graphs
+        assert llm.update_weights(load_file(new / "model.safetensors", device="cuda").items()) == 1
+        assert tokens(llm, prompts, greedy(12)) == want != before
+        assert llm.executor.runner.graphs is graphs
+
+
+def test_sleep_frees_the_memory_and_waking_up_brings_it_back():
+    prompts = prompts_of([50, 7], 10_000)
+    options = dict(load_format="dummy", max_model_len=256, max_num_seqs=8, gpu_memory_utilization=0.4)
+    with LLM("qwen3-0.6b", **options) as llm:
+        want = tokens(llm, prompts, greedy(16))
+        cache = sum(layer.k_cache.nbytes + layer.v_cache.nbytes for layer in llm.executor.runner.attention_layers)
+        weights = sum(param.nbytes for param in llm.executor.runner.model.parameters())
+        assert cache > 10 << 30 and weights > 1 << 30
+        for level, freed in ((1, cache), (2, cache + weights)):
+            awake = torch.cuda.mem_get_info()[0]
+            llm.sleep(level)
+            assert torch.cuda.mem_get_info()[0] - awake > 0.99 * freed
+            llm.wake_up()
+            assert torch.cuda.mem_get_info()[0] - awake < 256 << 20
+            assert tokens(llm, prompts, greedy(16)) == want
 
 
 def test_real_shapes_run_in_bfloat16():
