@@ -119,7 +119,7 @@ FEATURES = {
     "top-k and top-p": {"top_k": 50, "top_p": 0.9},
     "penalties": {"repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1},
     "100 biases": {"logit_bias": dict.fromkeys(range(100), 1.0)},
-    "allowed ids": {"allowed_token_ids": range(0, 10_000)},
+    "allowed ids": {"allowed_token_ids": range(1000)},
     "1 logprob": {"logprobs": 1},
     "20 logprobs": {"logprobs": 20},
     "prompt logprobs": {"prompt_logprobs": 1},

@@ -1,5 +1,6 @@
 """What a request gives back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,6 +10,64 @@ class Logprob(NamedTuple):
 
     logprob: float
     rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities of some tokens: each one's own, last in its row, and before it the k most likely ones'.
+
+    Args:
+        token_ids, logprobs: k + 1 each, for each token.
+        ranks: the token's own.
+    """
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    ranks: list[int]
+
+    def row(self, i: int, k: int) -> dict[int, Logprob]:
+        """Those of token i and of the k most likely ones, by token id."""
+        token_ids, logprobs = self.token_ids[i], self.logprobs[i]
+        row = {token_ids[j]: Logprob(logprobs[j], j + 1) for j in range(k)}
+        row.setdefault(token_ids[-1], Logprob(logprobs[-1], self.ranks[i]))
+        return row
+
+
+class LogprobRows(Sequence):
+    """For each token the log-probabilities that were asked for, by token id.
+
+    Reads as a list of dicts, which are made when they are looked at: making them costs more than a step.
+    """
+
+    def __init__(self, rows: list[tuple[TokenLogprobs, int, int] | None] = ()):
+        self._rows = list(rows)
+
+    def append(self, part: TokenLogprobs, i: int, k: int) -> None:
+        """Add token i of `part` with its k most likely ones."""
+        self._rows.append((part, i, k))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: int | slice) -> "dict[int, Logprob] | LogprobRows | None":
+        if isinstance(place, slice):
+            return LogprobRows(self._rows[place])
+        row = self._rows[place]
+        return None if row is None else row[0].row(*row[1:])
+
+    def __add__(self, other: "LogprobRows") -> "LogprobRows":
+        return LogprobRows(self._rows + other._rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    @classmethod
+    def of_prompt(cls, rows: "LogprobRows") -> "LogprobRows":
+        """`rows` behind a None for the first token, which nothing predicts."""
+        return cls([None, *rows._rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +89,7 @@ class CompletionOutput:
     token_ids: list[int]
     finish_reason: str | None
     stop_reason: int | str | None = None
-    logprobs: list[dict[int, Logprob]] | None = None
+    logprobs: LogprobRows | None = None
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -64,7 +123,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = True
     num_cached_tokens: int = 0
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_logprobs: LogprobRows | None = None
     time_to_first_token: float | None = None
     total_time: float | None = None
     weight_version: int = 0
@@ -86,7 +145,7 @@ class RequestOutput:
         return self.outputs[0].stop_reason
 
     @property
-    def logprobs(self) -> list[dict[int, Logprob]] | None:
+    def logprobs(self) -> LogprobRows | None:
         return self.outputs[0].logprobs
 
     def __getitem__(self, key: str) -> Any:

@@ -33,6 +33,7 @@ from nanovllm.runner import launcher
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
 from nanovllm.utils.hub import open_model
 
+_MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token: a longer prompt need not be tokenised to be refused
 logger = logging.getLogger("nanovllm")
 
 
@@ -200,6 +201,8 @@ class LLMEngine:
 
     def _prompt_ids(self, prompt) -> list[int]:
         vocab_size = self.source.config.vocab_size
+        if isinstance(prompt, str) and len(prompt) > _MAX_TOKEN_CHARS * self.max_model_len:
+            raise ValueError(f"prompt has {len(prompt)} characters, too many for max_model_len={self.max_model_len}")
         if isinstance(prompt, str):
             token_ids = self.tokenizer.encode(prompt)
         elif isinstance(prompt, SequenceType) and not isinstance(prompt, bytes | bytearray | memoryview):

@@ -8,7 +8,7 @@ import xxhash
 
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.sequence import Sequence
-from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.outputs import CompletionOutput, LogprobRows, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -58,7 +58,7 @@ class Request:
         """What there is to tell now. A stream is told nothing twice."""
         first, finished, prompt_logprobs = self.samples[0], self.is_finished, None
         if self.params.prompt_logprobs is not None:
-            prompt_logprobs = [None, *first.prompt_logprobs]
+            prompt_logprobs = LogprobRows.of_prompt(first.prompt_logprobs)
         return RequestOutput(
             self.id,
             self.prompt,

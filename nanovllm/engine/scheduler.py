@@ -12,7 +12,7 @@ import numpy as np
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, Status
-from nanovllm.outputs import Logprob
+from nanovllm.outputs import TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -74,27 +74,6 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return len(self.decode_slots) + sum(len(chunk.token_ids) for chunk in self.chunks)
-
-
-@dataclass(slots=True)
-class TokenLogprobs:
-    """Log-probabilities of some tokens: each one's own, and before it in its row the k most likely ones'.
-
-    Args:
-        token_ids, logprobs: k + 1 each, for each token.
-        ranks: the token's own, 1 being the most likely.
-    """
-
-    token_ids: list[list[int]]
-    logprobs: list[list[float]]
-    ranks: list[int]
-
-    def row(self, i: int, k: int) -> dict[int, Logprob]:
-        """Those of token i and of the k most likely ones, by token id."""
-        token_ids, logprobs = self.token_ids[i], self.logprobs[i]
-        row = {token_ids[j]: Logprob(logprobs[j], j + 1) for j in range(k)}
-        row.setdefault(token_ids[-1], Logprob(logprobs[-1], self.ranks[i]))
-        return row
 
 
 @dataclass(slots=True)
@@ -209,11 +188,11 @@ class Scheduler:
             rows = step.rows
             for i, row in enumerate(step.batch.logprobs):
                 if rows[row].status is not Status.FINISHED:
-                    rows[row].logprobs.append(output.logprobs.row(i, rows[row].params.logprobs))
+                    rows[row].logprobs.append(output.logprobs, i, rows[row].params.logprobs)
         if output.prompt_logprobs:
             pairs = zip(step.chunked, step.batch.chunks, strict=True)
             for i, seq in enumerate(seq for seq, chunk in pairs for _ in chunk.scores):
-                seq.prompt_logprobs.append(output.prompt_logprobs.row(i, seq.params.prompt_logprobs))
+                seq.prompt_logprobs.append(output.prompt_logprobs, i, seq.params.prompt_logprobs)
 
     def _check_end(self, seq: Sequence, token_id: int) -> None:
         """Finish `seq` if its newest token ends it."""

@@ -5,7 +5,7 @@ from enum import Enum, auto
 
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.token_filter import GrammarFilter, TokenFilter
-from nanovllm.outputs import Logprob
+from nanovllm.outputs import LogprobRows
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -41,8 +41,8 @@ class Sequence:
     num_cached: int = 0  # prompt tokens found in the prefix cache when it was first admitted
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
-    prompt_logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # of the prompt's second token and on
+    logprobs: LogprobRows = field(default_factory=LogprobRows)
+    prompt_logprobs: LogprobRows = field(default_factory=LogprobRows)  # of the prompt's second token and on
     num_scored: int = 0  # prompt tokens whose logprobs are computed, counted when their step is scheduled
 
     # What it owns while running.
@@ -66,8 +66,12 @@ class Sequence:
 
     @property
     def num_to_score(self) -> int:
-        """Prompt tokens whose logprobs are asked for and not yet scheduled; the first one has none."""
-        return 0 if self.params.prompt_logprobs is None else len(self.prompt_ids) - 1 - self.num_scored
+        """Prompt tokens whose logprobs are asked for and not yet scheduled. The first one has none, nor have others than
+        the first sample any.
+        """
+        if self.params.prompt_logprobs is None or self.index:
+            return 0
+        return len(self.prompt_ids) - 1 - self.num_scored
 
     @property
     def num_tokens(self) -> int:

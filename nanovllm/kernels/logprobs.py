@@ -9,9 +9,10 @@ def process(x: torch.Tensor, slots: torch.Tensor, state: SamplingState) -> torch
     """Logits as the sampler draws from them, for the rows that ask for these; the model's own for the others.
 
     Args:
-        x: [R, V] float32.
+        x: [R, V], any float dtype; the result is float32.
         slots: [R] int64.
     """
+    x = x.float()
     wanted = (state.extras[slots] & PROCESSED) != 0
     temperature = state.temperature[slots]
     drawn = temperature > 0
@@ -24,15 +25,14 @@ def top_logprobs(logits: torch.Tensor, tokens: torch.Tensor, k: int) -> tuple[to
     """Float32 log-softmax of the k most likely tokens and of the given one.
 
     Args:
-        logits: [R, V] float32.
+        logits: [R, V], any float dtype; the sum is made in float32.
         tokens: [R] int64.
 
     Returns:
         Token ids [R, k + 1] int64, the given one last; their log-probabilities, float32; the given ones' ranks [R]
         int64, 1 being the most likely.
     """
-    logprobs = logits.log_softmax(-1)
-    own = logprobs.gather(1, tokens[:, None])
-    top = logprobs.topk(k, dim=-1)
-    ranks = (logprobs > own).sum(-1) + 1
-    return torch.cat((top.indices, tokens[:, None]), 1), torch.cat((top.values, own), 1), ranks
+    total = logits.float().logsumexp(-1, keepdim=True)
+    own, top = logits.gather(1, tokens[:, None]), logits.topk(k, dim=-1)
+    ranks = (logits > own).sum(-1) + 1
+    return torch.cat((top.indices, tokens[:, None]), 1), torch.cat((top.values, own), 1).float() - total, ranks

@@ -11,7 +11,7 @@ import torch
 
 from nanovllm.attention import select_backend
 from nanovllm.config import Config
-from nanovllm.engine.scheduler import Batch, Chunk, StepOutput, TokenLogprobs
+from nanovllm.engine.scheduler import Batch, Chunk, StepOutput
 from nanovllm.kernels.logprobs import process, top_logprobs
 from nanovllm.kernels.sampling import advance, sample
 from nanovllm.kernels.shared_prefix import SharedPlan
@@ -19,6 +19,7 @@ from nanovllm.kernels.step_inputs import StepRows, step_inputs
 from nanovllm.layers.attention import Attention
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import init_dummy_weights, load_weights
+from nanovllm.outputs import TokenLogprobs
 from nanovllm.runner.batch_state import BatchState
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.utils.context import Context, set_context
@@ -251,7 +252,7 @@ class ModelRunner:
             rows = self.state.staging.to_device(np.array(batch.logprobs[start : start + SCORED_ROWS], dtype=np.int64))
             logits = None
             if result.logits is not None:
-                logits = result.logits[rows].float()
+                logits = result.logits[rows]
                 if batch.processes_logprobs:
                     slots = np.array(batch.slots)[batch.logprobs[start : start + SCORED_ROWS]]
                     logits = process(logits, self.state.staging.to_device(slots), self.state.sampling)
@@ -270,7 +271,6 @@ class ModelRunner:
         parts = []
         for rows, tokens in zip(places.split(SCORED_ROWS), wanted.split(SCORED_ROWS), strict=True):
             logits = self.model.compute_logits(hidden[rows])
-            logits = None if logits is None else logits.float()
             parts.append(self._top_logprobs(logits, tokens, batch.num_logprobs))
         return tuple(map(torch.cat, zip(*parts, strict=True)))
 

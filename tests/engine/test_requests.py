@@ -525,6 +525,13 @@ def test_ids_outside_the_vocabulary_fail_alone(model, name):
         assert len(tokens(llm, [[1]], greedy(3))[0]) == 3
 
 
+def test_a_prompt_that_cannot_fit_is_not_even_tokenised(speaking):
+    with engine(speaking) as llm:
+        for length in (2000, 1 << 20):
+            with pytest.raises(ValueError, match="max_model_len=128"):
+                llm.add_request("ab " * length)
+
+
 def test_dummy_models_have_no_text(tmp_path):
     with LLM(
         "qwen3-0.6b", load_format="dummy", device="cpu", max_model_len=32, max_num_seqs=1, dtype="bfloat16"
