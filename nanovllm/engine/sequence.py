@@ -66,9 +66,7 @@ class Sequence:
 
     @property
     def num_to_score(self) -> int:
-        """Prompt tokens whose logprobs are asked for and not yet scheduled. The first one has none, nor have others than
-        the first sample any.
-        """
+        """Prompt tokens, but for the first, whose logprobs are asked for and not yet scheduled; the first sample's."""
         if self.params.prompt_logprobs is None or self.index:
             return 0
         return len(self.prompt_ids) - 1 - self.num_scored

@@ -1,8 +1,12 @@
 """Import guard for Triton, so that the kernel modules can be imported on machines without it."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -47,7 +51,27 @@ except ImportError:
     triton: Any = _MissingTriton()
     tl: Any = _MissingLanguage()
 
-__all__ = ["HAVE_TRITON", "launch_options", "tl", "triton", "wait_for_inputs"]
+__all__ = ["HAVE_TRITON", "compile_only", "launch_options", "tl", "triton", "wait_for_inputs"]
+
+
+@contextmanager
+def compile_only() -> Iterator[None]:
+    """Kernels that are called within are compiled, or loaded from the cache, side by side; none is launched.
+
+    One after the other, an engine's kernels take longer to compile than all else of its start together.
+    """
+    run = triton.JITFunction.run
+
+    def compile_instead(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+        return run(self, *args, warmup=True, **kwargs)
+
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as executor,
+        triton.AsyncCompileMode(executor),
+        patch.object(triton.JITFunction, "run", compile_instead),
+        patch.object(torch, "empty", torch.zeros),  # what no kernel writes is an index to others
+    ):
+        yield
 
 
 @lru_cache

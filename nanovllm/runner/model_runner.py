@@ -12,6 +12,7 @@ import torch
 from nanovllm.attention import select_backend
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import Batch, Chunk, StepOutput
+from nanovllm.kernels._triton import HAVE_TRITON, compile_only
 from nanovllm.kernels.logprobs import process, top_logprobs
 from nanovllm.kernels.sampling import advance, sample
 from nanovllm.kernels.shared_prefix import SharedPlan
@@ -89,6 +90,10 @@ class ModelRunner:
         else:
             load_weights(self.model, source.weights())
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
+        if self.device.type == "cuda" and HAVE_TRITON:
+            self._allocate(self.max_blocks)
+            with compile_only():
+                self._warm_up()
         self.num_blocks = self._size_cache()
         self._allocate(self.num_blocks)
         self._capture()
@@ -114,6 +119,20 @@ class ModelRunner:
         pin = self.device.type == "cuda"
         ring = [torch.empty(self.config.max_num_seqs, dtype=torch.int64, pin_memory=pin) for _ in range(2)]
         self.token_ring = deque(ring)
+
+    def _warm_up(self) -> None:
+        """One step of each kind that has kernels of its own, in the scratch slot."""
+        state, sizes = self.state, {1, 2, 4, 8, 32, 128, 512, self.config.max_num_seqs}
+        slots = torch.full((max(sizes),), state.scratch_slot, dtype=torch.int32, device=self.device)
+        for size in sorted(size for size in sizes if size <= self.config.max_num_seqs):
+            self.step(slots[:size], size)
+            if self.backend.shares_prefixes:
+                plan = torch.zeros(SharedPlan.size(size), dtype=torch.int32, device=self.device)
+                self.step(slots[:size], size, shared=SharedPlan.split(plan, size))
+        for num_tokens in (1, 2, 4, 16, min(2048, self.config.max_num_batched_tokens)):
+            sizes = min(num_tokens, self.config.max_num_seqs) + 1, num_tokens
+            rows = StepRows.split(torch.from_numpy(state.pack(Batch(), *sizes)).to(self.device), *sizes)
+            self.step(rows, 0, num_tokens, self.max_model_len)
 
     def _size_cache(self) -> int:
         """Blocks in the pool: as told, or as fits, and the same on all ranks."""

@@ -157,15 +157,15 @@ sys.stdout.write(" ".join(["pids", *[str(p.pid) for p in processes]]) + "\\n")  
 sys.stdout.flush()
 params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 outs = llm.generate(json.loads(sys.argv[3]), params, use_tqdm=False)
+sys.stdout.write("tokens " + json.dumps([out.token_ids for out in outs]) + "\\n")
+sys.stdout.flush()
+if len(sys.argv) > 4:
+    time.sleep(600)
 scored = SamplingParams(seed=1, max_tokens=5, ignore_eos=True, n=2, logprobs=2, prompt_logprobs=1, logit_bias={5: 2.0})
 scored = llm.generate(json.loads(sys.argv[3]), scored, use_tqdm=False)
 summary = [[s.token_ids, round(s.cumulative_logprob, 3)] for out in scored for s in out.outputs]
 summary += [round(sum(token.logprob for row in out.prompt_logprobs[1:] for token in row.values()), 3) for out in scored]
 sys.stdout.write("scored " + json.dumps(summary) + "\\n")
-sys.stdout.write("tokens " + json.dumps([out.token_ids for out in outs]) + "\\n")
-sys.stdout.flush()
-if len(sys.argv) > 4:
-    time.sleep(600)
 llm.close()
 """
 
