@@ -40,24 +40,23 @@ logger = logging.getLogger("nanovllm")
 @contextmanager
 def _interrupt_after() -> Iterator[None]:
     """Let Ctrl-C wait for the end of a step, so that the engine can be used again; a second one does not wait."""
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    handler, caught = signal.getsignal(signal.SIGINT), None
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
-    interrupted = False
 
-    def remember(*_) -> None:
-        nonlocal interrupted
-        interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def remember(*args) -> None:
+        nonlocal caught
+        caught = args
+        signal.signal(signal.SIGINT, handler)
 
     signal.signal(signal.SIGINT, remember)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if interrupted:
-        raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, handler)
+    if caught:
+        handler(*caught)
 
 
 def _existing(path: Path) -> Path:
@@ -85,7 +84,7 @@ class LLMEngine:
         self.executor = launcher.start(self.config, self.source)
         self.sleep_level = 0
         self.weight_version = 0
-        self.weight_error: Exception | None = None  # what left the weights partly overwritten
+        self.weight_error: BaseException | None = None  # what left the weights partly overwritten
         runner = self.executor.runner
         self.max_model_len = runner.max_model_len
         self.num_kvcache_blocks = runner.num_blocks
@@ -380,12 +379,8 @@ class LLMEngine:
         try:
             with _interrupt_after():
                 self.executor.update_weights(weights)
-        except (TypeError, ValueError) as error:
-            self.weight_error = error
-            raise
         except BaseException as error:
-            self.error = error
-            self.close()
+            self.weight_error = error
             raise
         self.weight_error = None
         self.weight_version += 1

@@ -212,7 +212,25 @@ def test_the_pool_must_hold_what_is_asked(model):
         llm.generate([[1] * 40], greedy(4))
 
 
-def test_an_interrupt_leaves_a_usable_engine(model):
+class Stop(Exception):
+    pass
+
+
+def stop(*_):
+    raise Stop
+
+
+@pytest.mark.parametrize(("handler", "error"), [(signal.default_int_handler, KeyboardInterrupt), (stop, Stop)])
+def test_an_interrupt_leaves_a_usable_engine(model, handler, error):
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        check_interrupt(model, error)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def check_interrupt(model, error):
     prompts, params = prompts_of([9, 20, 3]), greedy(30)
     with engine(model) as llm:
         want = tokens(llm, prompts, params)
@@ -226,7 +244,7 @@ def test_an_interrupt_leaves_a_usable_engine(model):
             launch(batch)
 
         llm.executor.launch = launch_and_interrupt
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(error):
             tokens(llm, prompts, params)
         assert count == 7
         assert tokens(llm, prompts, params) == want

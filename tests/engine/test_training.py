@@ -69,6 +69,8 @@ def test_a_bad_update_is_refused_and_a_good_one_mends_it(models, size, monkeypat
                 llm.update_weights(weights)
         with pytest.raises(RuntimeError, match="update_weights failed"):
             llm.generate([[5]])
+        with pytest.raises(ZeroDivisionError):  # the caller's own error
+            llm.update_weights((name, tensor / (1 // 0)) for name, tensor in good.items())
         assert llm.weight_version == 0
         assert llm.update_weights(good.items()) == 1
         assert tokens(llm, [[5, 6]], greedy(9)) == want
