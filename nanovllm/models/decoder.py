@@ -1,5 +1,8 @@
 """The one decoder. Its module names are the checkpoints' own, but for merged projections (see loader.py)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -89,6 +92,15 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, positions)
         return self.norm(x)
+
+    @contextmanager
+    def one_layer(self) -> Iterator[None]:
+        """Forward passes within go through the first layer only, which does for what all layers have in common."""
+        layers, self.layers = self.layers, self.layers[:1]
+        try:
+            yield
+        finally:
+            self.layers = layers
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """Hidden states [T, hidden_size] -> logits [L, vocab_size], None on ranks but 0; see ParallelLMHead."""

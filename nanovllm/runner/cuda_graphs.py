@@ -74,6 +74,7 @@ class StepGraphs:
 
     def __init__(self, runner: "ModelRunner"):
         self.state, max_num_seqs = runner.state, runner.config.max_num_seqs
+        self.one_layer = runner.model.one_layer
         self.pool, self.stream = torch.cuda.graph_pool_handle(), capture_stream(runner.device)
         self.slots = torch.full((max_num_seqs,), self.state.scratch_slot, dtype=torch.int32, device=runner.device)
         self.current: list[int] = []  # what `slots` holds
@@ -116,7 +117,8 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            run()  # compiles kernels and sets up libraries
+            with self.one_layer():
+                run()  # loads kernels and sets up libraries
             self.stream.synchronize()
             graph.capture_begin(pool=self.pool)
             result = run()

@@ -91,9 +91,7 @@ class ModelRunner:
             load_weights(self.model, source.weights())
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         if self.device.type == "cuda" and HAVE_TRITON:
-            self._allocate(self.max_blocks)
-            with compile_only():
-                self._warm_up()
+            self._compile()
         self.num_blocks = self._size_cache()
         self._allocate(self.num_blocks)
         self._capture()
@@ -120,19 +118,22 @@ class ModelRunner:
         ring = [torch.empty(self.config.max_num_seqs, dtype=torch.int64, pin_memory=pin) for _ in range(2)]
         self.token_ring = deque(ring)
 
-    def _warm_up(self) -> None:
-        """One step of each kind that has kernels of its own, in the scratch slot."""
-        state, sizes = self.state, {1, 2, 4, 8, 32, 128, 512, self.config.max_num_seqs}
-        slots = torch.full((max(sizes),), state.scratch_slot, dtype=torch.int32, device=self.device)
-        for size in sorted(size for size in sizes if size <= self.config.max_num_seqs):
-            self.step(slots[:size], size)
-            if self.backend.shares_prefixes:
-                plan = torch.zeros(SharedPlan.size(size), dtype=torch.int32, device=self.device)
-                self.step(slots[:size], size, shared=SharedPlan.split(plan, size))
-        for num_tokens in (1, 2, 4, 16, min(2048, self.config.max_num_batched_tokens)):
-            sizes = min(num_tokens, self.config.max_num_seqs) + 1, num_tokens
-            rows = StepRows.split(torch.from_numpy(state.pack(Batch(), *sizes)).to(self.device), *sizes)
-            self.step(rows, 0, num_tokens, self.max_model_len)
+    def _compile(self) -> None:
+        """Compile the kernels that steps of all kinds have, side by side; one after the other takes much longer."""
+        self._allocate(self.max_blocks)
+        state, most = self.state, self.config.max_num_seqs
+        slots = torch.full((most,), state.scratch_slot, dtype=torch.int32, device=self.device)
+        with compile_only(self.device), self.model.one_layer():
+            for size in sorted({min(size, most) for size in (1, 2, 4, 8, 32, 128, most)}):
+                self.step(slots[:size], size)
+                if self.backend.shares_prefixes:
+                    plan = torch.zeros(SharedPlan.size(size), dtype=torch.int32, device=self.device)
+                    self.step(slots[:size], size, shared=SharedPlan.split(plan, size))
+            for num_tokens in {min(size, self.config.max_num_batched_tokens) for size in (1, 2, 4, 16, 2048)}:
+                sizes = min(num_tokens, most) + 1, num_tokens
+                rows = StepRows.split(torch.from_numpy(state.pack(Batch(), *sizes)).to(self.device), *sizes)
+                self.step(rows, 0, num_tokens, self.max_model_len)
+            self._eager(self._largest_batch())
 
     def _size_cache(self) -> int:
         """Blocks in the pool: as told, or as fits, and the same on all ranks."""
