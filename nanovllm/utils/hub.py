@@ -82,8 +82,12 @@ def open_model(name: str | Path | None, load_format: str = "auto") -> ModelSourc
     if name is None:
         path = default_model()
     else:
-        path = Path(name).expanduser()
-        if not path.exists():
+        try:
+            path = Path(name).expanduser()
+            found = path.exists()
+        except (OSError, RuntimeError) as error:  # too long, in a folder that is closed to us, the home of nobody
+            raise ValueError(f"model {str(name)!r} is not a path that can be read: {error}") from error
+        if not found:
             if name in PRESETS and load_format == "dummy":
                 return ModelSource(PRESETS[name])
             path = _download(str(name), load_format)
