@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from nanovllm import LLM, SamplingParams, StructuredOutputsParams
+from nanovllm.config import Config
 from nanovllm.engine.scheduler import Batch
 from nanovllm.models.registry import PRESETS, ModelConfig
 from nanovllm.utils.hub import ModelSource, open_model
@@ -39,6 +40,7 @@ from nanovllm.utils.hub import ModelSource, open_model
 # Of one GPU, by a part of its name: HBM TB/s as measured by a plain read, and dense bf16 TFLOP/s of large products.
 PEAKS = {"H100 80GB": (3.0, 790.0), "H200": (4.3, 790.0)}
 TRACE_STEPS = 6
+START_LEN = 128  # prompt of the start workload, which asks for one token
 
 # -- workloads -----------------------------------------------------------------------------------------------------
 
@@ -152,14 +154,16 @@ def start(args) -> dict:
         "import json, sys; from nanovllm import LLM, SamplingParams\n"
         "with LLM(**json.loads(sys.argv[1])) as llm:\n"
         "    ready = time.perf_counter() - begin\n"
-        "    llm.generate([[1] * 128], SamplingParams(max_tokens=1, ignore_eos=True), use_tqdm=False)\n"
+        f"    llm.generate([[1] * {START_LEN}], SamplingParams(max_tokens=1, ignore_eos=True), use_tqdm=False)\n"
         "    print(json.dumps({'ready_s': ready, 'value': time.perf_counter() - begin}))"
     )
     command = [sys.executable, "-c", code, json.dumps(engine_arguments(args))]
     runs = []
     for _ in range(args.repeat):
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        runs.append(json.loads(output.splitlines()[-1]))
+        run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if run.returncode:
+            sys.exit("the run of start failed")
+        runs.append(json.loads(run.stdout.splitlines()[-1]))
     medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     return {"workload": "start", "engine": "nanovllm", "unit": "s to first token", **medians}
 
@@ -518,6 +522,7 @@ def run_engine(args, parser: argparse.ArgumentParser) -> list[dict]:
     rows, names = [], workload_names(args)
     if "start" in names:  # before this process takes the GPU's memory
         names.remove("start")
+        check_start(args, parser)
         rows += progress([start(args)])
     if not names:
         return rows
@@ -526,8 +531,10 @@ def run_engine(args, parser: argparse.ArgumentParser) -> list[dict]:
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     try:
-        check_lengths(engine, names, args, parser)
-        engine.generate(Group(random_prompts(Random(4), 4, 64, 64, engine.config.vocab_size), [8] * 4))  # warm-up
+        check_lengths(engine, names + ["offline"] * bool(args.trace), args, parser)
+        half = engine.max_model_len // 2
+        warm_up = random_prompts(Random(4), 4, min(64, half), min(64, half), engine.config.vocab_size)
+        engine.generate(Group(warm_up, [min(8, half)] * 4))
         for name in [] if args.compare else names:
             rows += progress(run_workload(engine, name, args))
         if args.compare:
@@ -725,7 +732,10 @@ def check(args, parser: argparse.ArgumentParser) -> None:
         (missing, f"--engine {' '.join(missing)}: it is not installed here"),
         (args.compare and peers, f"--compare {args.compare} goes with no other --engine"),
         (args.compare and args.workload != "offline", f"--compare {args.compare} runs the offline workload only"),
-        (args.compare and args.model in PRESETS, f"--compare {args.compare} needs a model with weights"),
+        (
+            args.compare and (args.model in PRESETS or args.load_format == "dummy"),
+            f"--compare {args.compare} needs a model with weights, not a shape or --load-format dummy",
+        ),
         (args.compare and args.plot, "--plot draws limits, which --compare does not count"),
         (peers and args.workload in ("start", "features"), f"--workload {args.workload} measures nanovllm only"),
         (peers and own, f"{' '.join(own)}: nanovllm's own, cannot be given with --engine {' '.join(peers)}"),
@@ -734,6 +744,17 @@ def check(args, parser: argparse.ArgumentParser) -> None:
     ):
         if wrong:
             parser.error(message)
+
+
+def check_start(args, parser: argparse.ArgumentParser) -> None:
+    """End with a message if the new process would fail by its arguments."""
+    try:
+        max_model_len = Config(**engine_arguments(args)).max_model_len
+        max_model_len = min(max_model_len, open_model(args.model, args.load_format or "auto").config.max_position)
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    if max_model_len <= START_LEN:
+        parser.error(f"start has a request of {START_LEN + 1} tokens, but max_model_len is {max_model_len}")
 
 
 def check_lengths(engine, names: list[str], args, parser: argparse.ArgumentParser) -> None:

@@ -26,11 +26,11 @@ def main() -> None:
 
     with llm:
         inputs = prompts
-        if llm.tokenizer.chat_template:  # to token ids: the template has the special tokens that encoding text adds
-            chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            inputs = llm.tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
-        begin = time.perf_counter()
         try:
+            if llm.tokenizer.chat_template:  # to token ids: the template has the special tokens that encoding text adds
+                chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+                inputs = llm.tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
+            begin = time.perf_counter()
             outputs = llm.generate(inputs, params)
         except ValueError as error:
             parser.error(str(error))

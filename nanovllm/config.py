@@ -12,7 +12,6 @@ _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "attention_backend": ("auto", "torch", "triton", "flash_attn"),
     "load_format": ("auto", "dummy"),
-    "overlap": (0, 1),
 }
 
 
@@ -70,12 +69,13 @@ class Config:
         if isinstance(self.dtype, torch.dtype):
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         self._integer("tensor_parallel_size", 1, 1024)
-        self._integer("max_model_len", 1, 1 << 24)
+        self._integer("max_model_len", 2, 1 << 24)  # one token of prompt, one of output
         self._integer("max_num_seqs", 1, 1 << 16)
         self._integer("max_num_batched_tokens", 1, 1 << 22)
         self._integer("kvcache_block_size", 16, 1 << 16)
         self._integer("max_num_waiting", 1, 1 << 30)
         self._integer("seed", 0, (1 << 63) - 1)
+        self._integer("overlap", 0, 1)
         if self.num_kvcache_blocks is not None:
             self._integer("num_kvcache_blocks", 1, (1 << 31) - 2)
         for name in ("enforce_eager", "enable_prefix_caching", "skip_tokenizer_init", "log_steps"):
@@ -83,8 +83,10 @@ class Config:
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+            if not isinstance(value, str):
+                raise TypeError(f"{name} must be a string, one of {', '.join(choices)}, got {value!r}")
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization must be a number above 0 and up to 1, got {share!r}")

@@ -128,7 +128,7 @@ def read_json(file: Path) -> dict:
     """The object in a JSON file; ValueError if there is none."""
     try:
         content = json.loads(file.read_text())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}")
@@ -142,7 +142,8 @@ def _weight_files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index} has no weight_map")
         names = sorted(set(map(str, weight_map.values())))
-        absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+        here = {file.name for file in folder.iterdir() if file.is_file()}
+        absent = [name for name in names if name not in here]
         if absent:
             raise ValueError(f"{index} names {absent[0]!r}, which is not a file in that folder")
         return [folder / name for name in names]
@@ -160,9 +161,8 @@ def _iterate_safetensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]
 
     for file in files:
         try:
-            opened = safe_open(file, framework="pt")
-        except SafetensorError as error:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                    yield name, tensors.get_tensor(name)
+        except (OSError, SafetensorError) as error:
             raise ValueError(f"{file} is not a safetensors file that can be read: {error}") from error
-        with opened as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                yield name, tensors.get_tensor(name)

@@ -1,11 +1,11 @@
 """Which models there are: families are rows of options of one decoder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from nanovllm.layers.rotary_embedding import ROPE_TYPES
+from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,12 @@ FAMILIES = {
     "llama": Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
     "mistral": Family(),
 }
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-_SIZES += ("max_position",)
+# What an option of each type may be: its types in a file, its range, and that in words. Real models keep far within.
+_KINDS = {
+    bool: ((bool,), 0, 1, "true or false"),
+    int: ((int,), 1, 1 << 24, "an integer from 1 to 2**24"),
+    float: ((int, float), 1e-15, 1e15, "a number from 1e-15 to 1e15"),
+}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,6 +39,19 @@ def unsupported(what: str) -> ValueError:
         f"{what} is not supported; supported are unquantised dense models with full attention of the types "
         f"{', '.join(FAMILIES)} (GGUF files may be quantised), with RoPE of the types {', '.join(ROPE_TYPES)}"
     )
+
+
+def checked(name: str, value: Any, kind: type) -> Any:
+    """`value`, which must be what a model's option of the type `kind` can be; ValueError if it is not."""
+    types, low, high, words = _KINDS[kind]
+    if type(value) not in types or not low <= value <= high:
+        raise ValueError(f"the model's {name} must be {words}, got {value!r}")
+    return value
+
+
+def default_head_dim(hidden_size: Any, num_heads: Any) -> int:
+    """What it is where a checkpoint does not say."""
+    return checked("hidden_size", hidden_size, int) // checked("num_heads", num_heads, int)
 
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
@@ -82,10 +99,9 @@ class ModelConfig:
 
     def __post_init__(self):
         check_model_type(self.model_type)
-        for name in _SIZES:
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"the model's {name} must be an integer of at least 1, got {value!r}")
+        for field in fields(self):
+            if field.type in _KINDS:
+                checked(field.name, getattr(self, field.name), field.type)
         wrong = [i for i in self.eos_token_ids if not 0 <= i < self.vocab_size]
         if wrong:
             raise ValueError(f"the model's eos_token_id has {wrong[0]}; ids go from 0 to {self.vocab_size - 1}")
@@ -95,14 +111,25 @@ class ModelConfig:
             raise unsupported(f"num_attention_heads={self.num_heads} with num_key_value_heads={self.num_kv_heads}")
         if self.dtype not in _DTYPES:
             raise unsupported(f"a checkpoint of dtype {self.dtype}")
-        rope_type = (self.rope_scaling or {"rope_type": "default"})["rope_type"]
-        if rope_type not in ROPE_TYPES:
+        self._check_rope(self.rope_scaling or {"rope_type": "default"})
+
+    def _check_rope(self, options: dict[str, Any]) -> None:
+        rope_type, num_factors = options["rope_type"], self.head_dim // 2
+        if rope_type not in tuple(ROPE_TYPES):
             raise unsupported(f"RoPE of type {rope_type!r}")
-        for name in ROPE_TYPES[rope_type]:
-            values = self.rope_scaling.get(name)
-            for value in values if isinstance(values, list | tuple) else [values]:
-                if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                    raise ValueError(f"the model's RoPE of type {rope_type!r} needs a {name} above 0, got {value!r}")
+        needed = dict.fromkeys(ROPE_TYPES[rope_type], float)
+        given = {name: kind for name, kind in ROPE_OPTIONAL.items() if options.get(name) is not None}
+        for name, kind in (needed | given).items():
+            value = options.get(name)
+            if name == "factors" and (not isinstance(value, list) or len(value) != num_factors):
+                raise ValueError(f"the model's RoPE factors must be {num_factors} (head_dim / 2), got {value!r:.80}")
+            for single in value if name == "factors" else [value]:
+                checked(f"RoPE {name}", single, kind)
+        if rope_type == "llama3" and not options["low_freq_factor"] < options["high_freq_factor"]:
+            low, high = options["low_freq_factor"], options["high_freq_factor"]
+            raise ValueError(f"the model's RoPE high_freq_factor must be above low_freq_factor={low}, got {high}")
+        if rope_type == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"the model's rope_theta must be above 1 for RoPE of type 'yarn', got {self.rope_theta}")
 
     @classmethod
     def from_hf(cls, config: Any, eos_token_ids: tuple[int, ...] = ()) -> "ModelConfig":
@@ -118,7 +145,8 @@ class ModelConfig:
         def flag(option: bool | str) -> bool:
             return getattr(config, option, False) if isinstance(option, str) else option
 
-        dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
+        num_heads, head_dim = config.num_attention_heads, getattr(config, "head_dim", None)
+        dtype = _first(getattr(config, "dtype", None), getattr(config, "torch_dtype", None), torch.float32)
         theta, scaling = _rope(config)
         return cls(
             model_type=config.model_type,
@@ -126,9 +154,9 @@ class ModelConfig:
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            num_heads=num_heads,
+            num_kv_heads=_first(getattr(config, "num_key_value_heads", None), num_heads),
+            head_dim=default_head_dim(config.hidden_size, num_heads) if head_dim is None else head_dim,
             max_position=config.max_position_embeddings,
             rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=config.tie_word_embeddings,
@@ -143,9 +171,14 @@ class ModelConfig:
         )
 
 
-def check_model_type(model_type: str | None) -> None:
+def _first(*values: Any) -> Any:
+    """The first that is given: 0 and the like are given too, and are to be refused by name."""
+    return next(value for value in values if value is not None)
+
+
+def check_model_type(model_type: Any) -> None:
     """Raise ValueError unless `model_type` is one of FAMILIES."""
-    if model_type not in FAMILIES:
+    if model_type not in tuple(FAMILIES):  # a file's may be unhashable
         raise unsupported(f"model type {model_type!r}")
 
 
@@ -160,7 +193,8 @@ def _check_variant(config: Any) -> None:
     if layer_types:
         slides = any(layer_type != "full_attention" for layer_type in layer_types)
     else:
-        slides = getattr(config, "use_sliding_window", True) and window and window < config.max_position_embeddings
+        used = getattr(config, "use_sliding_window", True) and window
+        slides = used and checked("sliding_window", window, int) < config.max_position_embeddings
     if slides:
         raise unsupported(f"sliding_window={window}")
 
@@ -172,8 +206,8 @@ def _rope(config: Any) -> tuple[float, dict[str, Any] | None]:
         raise unsupported("RoPE that differs between layers")
     if (options.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0) != 1.0:
         raise unsupported("partial RoPE")
-    theta = options.pop("rope_theta", None) or getattr(config, "rope_theta", None) or 10000.0
-    rope_type = options.pop("rope_type", None) or options.pop("type", None) or "default"
+    theta = _first(options.pop("rope_theta", None), getattr(config, "rope_theta", None), 10000.0)
+    rope_type = _first(options.pop("rope_type", None), options.pop("type", None), "default")
     if rope_type == "default":
         return theta, None
     if options.get("original_max_position_embeddings") is None:

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import torch
 
-from nanovllm.models.registry import FAMILIES, ModelConfig, check_model_type, unsupported
+from nanovllm.models.registry import FAMILIES, ModelConfig, check_model_type, default_head_dim, token_ids, unsupported
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -31,15 +31,18 @@ _LAYER_NAMES = {
 
 
 class _File(gguf.GGUFReader):
-    """A memory-mapped GGUF file; `get` reads its metadata, with "{arch}" standing for the architecture."""
+    """A memory-mapped GGUF file; `get` and `number` read its metadata, with "{arch}" standing for the architecture."""
 
     def __init__(self, path: Path):
         try:
             super().__init__(path)
-        except (ValueError, IndexError) as error:
+        except Exception as error:  # gguf raises what it likes
             raise ValueError(f"{path} is not a GGUF file that can be read: {error}") from error
+        self.path = path
         self.by_name = {tensor.name: tensor for tensor in self.tensors}
         self.arch = self.get("general.architecture")
+        if self.arch is None:
+            raise ValueError(f"{path} lacks the metadata general.architecture")
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A plain view of the mapping: the reader takes a slice for each of the vocabulary's strings, and slices of a
@@ -49,6 +52,14 @@ class _File(gguf.GGUFReader):
     def get(self, key: str, default: Any = None) -> Any:
         field = self.get_field(key.format(arch=getattr(self, "arch", None)))
         return default if field is None else field.contents()
+
+    def number(self, key: str, default: float | None = None) -> Any:
+        """As `get`; ValueError if it is no number, or missing without a default."""
+        value = self.get(key, default)
+        if type(value) not in (int, float):
+            key = key.format(arch=self.arch)
+            raise ValueError(f"{self.path} must have a number as its metadata {key}, got {value!r:.80}")
+        return value
 
     def floats(self, name: str) -> np.ndarray:
         """The tensor, dequantised to float32."""
@@ -62,55 +73,62 @@ class _File(gguf.GGUFReader):
 def _rope_scaling(file: _File) -> dict[str, Any] | None:
     if "rope_freqs.weight" in file.by_name:
         return {"rope_type": "frequency_factors", "factors": file.floats("rope_freqs.weight").tolist()}
-    rope_type = file.get("{arch}.rope.scaling.type", "none")
+    factor = file.get("{arch}.rope.scaling.factor")
+    rope_type = file.get("{arch}.rope.scaling.type", "linear" if factor else "none")  # as llama.cpp reads it
     if rope_type == "none":
         return None
     return {
         "rope_type": rope_type,
-        "factor": file.get("{arch}.rope.scaling.factor"),
-        "original_max_position_embeddings": file.get(
-            "{arch}.rope.scaling.original_context_length", file.get("{arch}.context_length")
+        "factor": factor,
+        "original_max_position_embeddings": file.number(
+            "{arch}.rope.scaling.original_context_length", file.number("{arch}.context_length")
         ),
     }
 
 
-def gguf_config(path: Path) -> ModelConfig:
-    """The config of a GGUF file; ValueError if it is not supported."""
+def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
+    """The config of a GGUF file, and whether it has a tokenizer; ValueError if it is not supported."""
     file = _File(path)
+    return _config(file), file.get_field("tokenizer.ggml.tokens") is not None
+
+
+def _config(file: _File) -> ModelConfig:
     check_model_type(file.arch)
-    hidden_size, num_heads = file.get("{arch}.embedding_length"), file.get("{arch}.attention.head_count")
-    head_dim = file.get("{arch}.attention.key_length", hidden_size // num_heads)
-    max_position = file.get("{arch}.context_length")
-    if file.get("split.count", 1) > 1:
+    hidden_size, num_heads = file.number("{arch}.embedding_length"), file.number("{arch}.attention.head_count")
+    head_dim = file.number("{arch}.attention.key_length", default_head_dim(hidden_size, num_heads))
+    max_position = file.number("{arch}.context_length")
+    if file.number("split.count", 1) > 1:
         raise unsupported("a GGUF model that is split over several files")
-    if file.get("{arch}.expert_count", 0):
+    if file.number("{arch}.expert_count", 0):
         raise unsupported("a mixture of experts")
-    if (file.get("{arch}.attention.sliding_window") or max_position) < max_position:
+    if (file.number("{arch}.attention.sliding_window", 0) or max_position) < max_position:
         raise unsupported("sliding-window attention")
-    if file.get("{arch}.rope.dimension_count", head_dim) != head_dim:
+    if file.number("{arch}.rope.dimension_count", head_dim) != head_dim:
         raise unsupported("partial RoPE")
-    embedding = file.by_name["token_embd.weight"]
+    embedding = file.by_name.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ValueError(f"{file.path} lacks the tensor token_embd.weight, a matrix")
     eos_keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
     return ModelConfig(
         model_type=file.arch,
         vocab_size=int(embedding.shape[1]),
         hidden_size=hidden_size,
-        intermediate_size=file.get("{arch}.feed_forward_length"),
-        num_layers=file.get("{arch}.block_count"),
+        intermediate_size=file.number("{arch}.feed_forward_length"),
+        num_layers=file.number("{arch}.block_count"),
         num_heads=num_heads,
-        num_kv_heads=file.get("{arch}.attention.head_count_kv", num_heads),
+        num_kv_heads=file.number("{arch}.attention.head_count_kv", num_heads),
         head_dim=head_dim,
         max_position=max_position,
-        rms_norm_eps=file.get("{arch}.attention.layer_norm_rms_epsilon"),
+        rms_norm_eps=file.number("{arch}.attention.layer_norm_rms_epsilon"),
         tie_word_embeddings="output.weight" not in file.by_name,
-        rope_theta=file.get("{arch}.rope.freq_base", 10000.0),
+        rope_theta=file.number("{arch}.rope.freq_base", 10000.0),
         rope_scaling=_rope_scaling(file),
         qk_norm=FAMILIES[file.arch].qk_norm,
         qkv_bias="blk.0.attn_q.bias" in file.by_name,
         o_bias="blk.0.attn_output.bias" in file.by_name,
         mlp_bias="blk.0.ffn_gate.bias" in file.by_name,
         dtype={"F32": torch.float32, "F16": torch.float16}.get(embedding.tensor_type.name, torch.bfloat16),
-        eos_token_ids=tuple(dict.fromkeys(i for key in eos_keys if (i := file.get(key)) is not None)),
+        eos_token_ids=tuple(dict.fromkeys(token_ids([file.get(key) for key in eos_keys if file.get_field(key)]))),
     )
 
 
@@ -127,14 +145,14 @@ def _hf_name(name: str) -> str:
 def iterate_gguf(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The file's tensors as float32, one at a time, with their transformers names and layout."""
     file = _File(path)
-    num_heads = file.get("{arch}.attention.head_count")
-    heads = {"attn_q": num_heads, "attn_k": file.get("{arch}.attention.head_count_kv", num_heads)}
+    num_heads = file.number("{arch}.attention.head_count")
+    heads = {"attn_q": num_heads, "attn_k": file.number("{arch}.attention.head_count_kv", num_heads)}
     for name in file.by_name:
         if name == "rope_freqs.weight":  # part of the config
             continue
         array = file.floats(name)
-        part = name.split(".")[-2]
-        if file.arch == "llama" and part in heads:
+        part = name.split(".")[-2:][0]
+        if file.arch == "llama" and part in heads and len(array) % (2 * heads[part]) == 0:  # else the loader refuses it
             # llama.cpp rotates neighbouring pairs, so its converter interleaves the halves of each head's rows.
             halves = array.reshape(heads[part], -1, 2, *array.shape[1:])
             array = halves.swapaxes(1, 2).reshape(array.shape)

@@ -36,23 +36,18 @@ class ModelSource:
     Args:
         config: its options.
         path: a folder in transformers' layout or a GGUF file; None for a shape without weights and tokenizer.
+        has_tokenizer: whether `tokenizer()` will find one.
     """
 
     config: ModelConfig
     path: Path | None = None
+    has_tokenizer: bool = False
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The checkpoint's tensors, as `load_weights` takes them."""
         if self.path is None:
             raise ValueError("the model is a shape only and has no weights; use load_format='dummy'")
         return iterate_weights(self.path)
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether `tokenizer()` will find one."""
-        if self.path is None:
-            return False
-        return self.path.is_file() or any((self.path / name).exists() for name in _TOKENIZER_FILES)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The transformers tokenizer, with the model's chat template if it has one."""
@@ -82,8 +77,12 @@ def open_model(name: str | Path | None, load_format: str = "auto") -> ModelSourc
     if name is None:
         path = default_model()
     else:
-        path = Path(name).expanduser()
-        if not path.exists():
+        try:
+            path = Path(name).expanduser()
+            found = path.exists()
+        except (OSError, RuntimeError) as error:  # too long, in a folder that is closed to us, the home of nobody
+            raise ValueError(f"model {str(name)!r} is not a path that can be read: {error}") from error
+        if not found:
             if name in PRESETS and load_format == "dummy":
                 return ModelSource(PRESETS[name])
             path = _download(str(name), load_format)
@@ -91,9 +90,10 @@ def open_model(name: str | Path | None, load_format: str = "auto") -> ModelSourc
         return _open_folder(path)
     if path.suffix != ".gguf":
         raise ValueError(f"model {name!r} is a file, but not a .gguf file")
-    from nanovllm.utils.gguf import gguf_config
+    from nanovllm.utils.gguf import read_gguf
 
-    return ModelSource(gguf_config(path), path)
+    config, has_tokenizer = read_gguf(path)
+    return ModelSource(config, path, has_tokenizer)
 
 
 def _open_folder(path: Path) -> ModelSource:
@@ -109,7 +109,8 @@ def _open_folder(path: Path) -> ModelSource:
         raise ValueError(f"{path / 'config.json'} is not a config that transformers can read: {error}") from error
     generation = path / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    source = ModelSource(ModelConfig.from_hf(config, token_ids(eos)), path)
+    has_tokenizer = any((path / file).exists() for file in _TOKENIZER_FILES)
+    source = ModelSource(ModelConfig.from_hf(config, token_ids(eos)), path, has_tokenizer)
     if not source.config.eos_token_ids and source.has_tokenizer:
         eos = token_ids(source.tokenizer().eos_token_id)
         source = replace(source, config=replace(source.config, eos_token_ids=eos))

@@ -3,6 +3,9 @@ import numpy as np
 import pytest
 import torch
 
+from nanovllm import LLM, SamplingParams
+from nanovllm.models.decoder import Decoder
+from nanovllm.models.loader import load_weights
 from nanovllm.models.registry import ModelConfig
 from nanovllm.utils import gguf as reader
 from nanovllm.utils.hub import open_model
@@ -16,8 +19,8 @@ def interleaved(array, heads):
     return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
-def write_gguf(path, model, extra=(), quantise=False, **metadata):
-    """Write a transformers model as llama.cpp's converter does."""
+def write_gguf(path, model, extra=(), quantise=False, without=(), **metadata):
+    """Write a transformers model as llama.cpp's converter does, but `without` some keys and tensors."""
     config = model.config
     arch = "llama" if config.model_type == "mistral" else config.model_type
     writer = gguf.GGUFWriter(path, arch)
@@ -33,7 +36,10 @@ def write_gguf(path, model, extra=(), quantise=False, **metadata):
     writer.add_eos_token_id(1)
     writer.add_eot_token_id(9)
     for key, value in metadata.items():
-        writer.add_uint32(key.replace("__", "."), value)
+        add = writer.add_uint32 if isinstance(value, int) else writer.add_array
+        add(key.replace("__", "."), value)
+    for key in without:
+        writer.kv_data[0].pop(key, None)
     for name, tensor in (*model.state_dict().items(), *extra):
         array, parts = tensor.numpy(), name.split(".")
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -47,6 +53,8 @@ def write_gguf(path, model, extra=(), quantise=False, **metadata):
             array = interleaved(array, kind)
         prefix = f"blk.{parts[2]}." if "layers" in parts else ""
         target = f"{prefix}{_GGUF_NAMES[module]}.{parts[-1]}"
+        if target in without:
+            continue
         if quantise and array.ndim == 2 and array.shape[1] % 32 == 0:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(target, gguf.quantize(array, kind), raw_dtype=kind)
@@ -108,8 +116,62 @@ def test_unsupported_is_refused_by_name(tmp_path, metadata, named):
         open_model(path)
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "general.architecture",
+        "llama.context_length",
+        "llama.embedding_length",
+        "llama.feed_forward_length",
+        "llama.block_count",
+        "llama.attention.head_count",
+        "llama.attention.layer_norm_rms_epsilon",
+        "token_embd.weight",
+    ],
+)
+def test_what_is_missing_is_named_with_the_file(tmp_path, key):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), without=[key])
+    with pytest.raises(ValueError, match=rf"tiny\.gguf .*{key}"):
+        open_model(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            {"llama__attention__head_count_kv": [2, 2]},
+            r"number as its metadata llama\.attention\.head_count_kv, got \[2",
+        ),
+        ({"llama__attention__head_count_kv": 0}, "num_kv_heads must be .*, got 0"),
+        ({"tokenizer__ggml__eot_token_id": 999}, "eos_token_id has 999"),
+        ({"extra": [("rope_freqs.weight", torch.ones(7))]}, "RoPE factors must be 8 "),
+        ({"extra": [("nonsense", torch.ones(7))]}, "tensor nonsense, for which the model has no place"),
+        ({"extra": [("blk.0.attn_q.weight", torch.ones(7, 56))], "without": ["blk.0.attn_q.weight"]}, "shape .7, 56"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, changes, named):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), **changes)
+    with pytest.raises(ValueError, match=named):
+        source = open_model(path)
+        load_weights(Decoder(source.config), source.weights())
+
+
+def test_without_a_tokenizer_prompts_and_answers_are_token_ids(tmp_path):
+    with LLM(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama")), device="cpu") as llm:
+        (output,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
+        assert len(output.token_ids) == 4 and output.text == ""
+        with pytest.raises(ValueError, match="has no tokenizer: give prompts as token ids"):
+            llm.generate("text")
+
+
+def test_a_factor_without_a_type_is_linear_scaling(tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), llama__rope__scaling__factor=2)
+    assert open_model(path).config.rope_scaling["rope_type"] == "linear"
+
+
 def test_what_is_not_a_gguf_file_is_refused(tmp_path):
-    for content in (b"", b"not at all a GGUF file"):
+    whole = write_gguf(tmp_path / "whole.gguf", tiny_model("llama")).read_bytes()
+    for content in (b"", b"not at all a GGUF file", whole[:100], whole[:-10], whole[:16] + b"\xff" * 8 + whole[24:]):
         path = tmp_path / "x.gguf"
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.gguf is not a GGUF file"):

@@ -163,6 +163,12 @@ def test_what_is_not_found_is_named(name):
         open_model(name)
 
 
+@pytest.mark.parametrize("name", ["~no-such-user/model", "x" * 300])
+def test_what_is_no_path_is_named(name):
+    with pytest.raises(ValueError, match=f"model '{name}' is not a path"):
+        open_model(name)
+
+
 def test_a_file_or_folder_that_is_no_model_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"without a config\.json"):
         open_model(tmp_path)
@@ -181,10 +187,18 @@ def test_a_file_or_folder_that_is_no_model_is_named(tmp_path):
         ("generation_config.json", '{"eos_token_id": "a"}'),
         ("model.safetensors", ""),
         ("model.safetensors.index.json", '{"a": 1}'),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"a": "x" * 300}})),
+        ("model.safetensors.index.json", "[" * 100000),
+        ("model.safetensors", None),  # a folder
+        ("model.safetensors.index.json", None),
     ],
 )
 def test_a_file_that_is_broken_is_named(tmp_path, file, content):
     folder = save_tiny(tmp_path, "qwen3")
-    (folder / file).write_text(content)
-    with pytest.raises(ValueError, match="eos_token_id" if "eos" in content else re.escape(file)):
+    if content is None:
+        (folder / file).unlink(missing_ok=True)
+        (folder / file).mkdir()
+    else:
+        (folder / file).write_text(content)
+    with pytest.raises(ValueError, match="eos_token_id" if "eos" in str(content) else re.escape(file)):
         dict(open_model(folder).weights())

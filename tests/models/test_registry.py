@@ -15,6 +15,9 @@ LLAMA3 = {
 }
 
 
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+
+
 def hf_config(**options):
     """A config as transformers 4 gives it for a llama checkpoint."""
     defaults = {
@@ -91,8 +94,28 @@ def test_unsupported_is_refused_by_name(options, named):
     assert named in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"model_type": []}, r"model type \[\] is not supported"),
+        ({"num_key_value_heads": 0}, "num_kv_heads must be .*, got 0"),
+        ({"num_attention_heads": 0}, "num_heads must be .*, got 0"),
+        ({"hidden_size": "32"}, "hidden_size must be .*, got '32'"),
+        ({"head_dim": 0}, "head_dim must be .*, got 0"),
+        ({"sliding_window": "4"}, "sliding_window must be .*, got '4'"),
+        ({"rope_theta": 0}, "rope_theta must be .*, got 0"),
+        ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta must be .*, got '1e4'"),
+        ({"rope_parameters": {"rope_type": []}}, r"RoPE of type \[\] is not supported"),
+        ({"torch_dtype": {}}, "dtype {} is not supported"),
+    ],
+)
+def test_options_of_no_use_are_named_and_not_replaced_by_defaults(options, named):
+    with pytest.raises(ValueError, match=named):
+        ModelConfig.from_hf(hf_config(**options))
+
+
 def test_rope_options_that_are_missing_are_named():
-    with pytest.raises(ValueError, match=r"'linear' needs a factor above 0, got None"):
+    with pytest.raises(ValueError, match=r"RoPE factor must be a number from 1e-15 to 1e15, got None"):
         ModelConfig.from_hf(hf_config(rope_scaling={"rope_type": "linear"}))
 
 
@@ -116,11 +139,25 @@ def test_presets_have_the_real_sizes(name, billions):
     [
         ({"head_dim": 7}, "head_dim must be even"),
         ({"eos_token_ids": (99999999,)}, "eos_token_id has 99999999; ids go from 0"),
-        ({"num_layers": 0}, "num_layers must be an integer of at least 1, got 0"),
-        ({"hidden_size": -8}, "hidden_size must be an integer of at least 1, got -8"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": "x"}}, "factor above 0, got 'x'"),
+        ({"num_layers": 0}, "num_layers must be an integer from 1 to 2..24, got 0"),
+        ({"hidden_size": -8}, "hidden_size must be .*, got -8"),
+        ({"max_position": 10**11}, "max_position must be .*, got 100000000000"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number from 1e-15 to 1e15, got nan"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be .*, got '1e-6'"),
+        ({"rope_theta": -1.0}, "rope_theta must be .*, got -1.0"),
+        ({"rope_theta": 10**400}, "rope_theta must be"),
+        ({"qkv_bias": "no"}, "qkv_bias must be true or false, got 'no'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "x"}}, "factor must be .*, got 'x'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": [2.0]}}, r"factor must be .*, got \[2.0\]"),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4}}, "high_freq_factor .* above"),
+        ({"rope_scaling": {"rope_type": "yarn", **YARN, "beta_fast": "x"}}, "beta_fast must be .*, got 'x'"),
+        ({"rope_scaling": {"rope_type": "yarn", **YARN}, "rope_theta": 1.0}, "rope_theta must be above 1 .*, got 1.0"),
+        (
+            {"rope_scaling": {"rope_type": "frequency_factors", "factors": [1.0] * 63}},
+            "factors must be 64 ",
+        ),
     ],
 )
-def test_sizes_that_make_no_model_are_named(change, message):
+def test_options_that_make_no_model_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(PRESETS["qwen3-0.6b"], **change)

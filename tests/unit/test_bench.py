@@ -174,7 +174,13 @@ def test_peaks_are_known_by_name_or_given(name, itemsize, flags, peaks, monkeypa
         ("--plot x.svg --workload start", "need a workload other than start"),
         ("--workload prefix --compare transformers", "runs the offline workload only"),
         ("--model qwen3-8b --load-format dummy --compare transformers", "needs a model with weights"),
+        ("--load-format dummy --compare transformers", "needs a model with weights"),
         ("--model nowhere.gguf", "'nowhere.gguf' is not a folder"),
+        ("--workload start --model nowhere.gguf", "'nowhere.gguf' is not a folder"),
+        (
+            "--workload start --model qwen3-0.6b --load-format dummy --max-model-len 128",
+            "start has a request of 129 tokens, but max_model_len is 128",
+        ),
     ],
 )
 def test_wrong_flags_are_refused(flags, message, capsys):
@@ -205,10 +211,23 @@ def test_a_missing_vllm_is_told(monkeypatch, capsys):
     assert "vllm: it is not installed here" in capsys.readouterr().err
 
 
-def test_a_request_that_is_too_long_is_told_before_anything_runs(model, capsys):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workload", "prefix"], "prefix has a request of 2176 tokens, but max_model_len is 512"),
+        (["--workload", "latency", "--latency-tokens", "5", "--trace", "trace.json"], "offline has a request of"),
+    ],
+)
+def test_a_request_that_is_too_long_is_told_before_anything_runs(flags, message, model, capsys):
     with pytest.raises(SystemExit, match="2"):
-        bench.main(["--model", model, "--device", "cpu", "--workload", "prefix"])
-    assert "request of 2176 tokens, but max_model_len is 512" in capsys.readouterr().err
+        bench.main(["--model", model, "--device", "cpu", *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_a_short_model_runs_what_fits(model, capsys):
+    lengths = ["--num-seqs", "2", "--input-len", "3", "9", "--output-len", "2", "7", "--max-model-len", "16"]
+    bench.main(["--model", model, "--device", "cpu", *lengths])
+    assert "offline" in capsys.readouterr().out
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
@@ -40,6 +42,7 @@ def test_sampling_params_are_checked(name, value, error):
     [
         ("tensor_parallel_size", 0, ValueError),
         ("max_model_len", "4096", TypeError),
+        ("max_model_len", 1, ValueError),
         ("max_num_seqs", True, TypeError),
         ("max_num_batched_tokens", 8, ValueError),
         ("gpu_memory_utilization", 1.5, ValueError),
@@ -52,7 +55,13 @@ def test_sampling_params_are_checked(name, value, error):
         ("load_format", "pickle", ValueError),
         ("enforce_eager", "no", TypeError),
         ("overlap", 2, ValueError),
-        ("overlap", True, ValueError),
+        ("overlap", True, TypeError),
+        ("overlap", 1.0, TypeError),
+        ("dtype", ["float32"], TypeError),
+        ("dtype", np.zeros(2), TypeError),
+        ("device", torch.device("cpu"), TypeError),
+        ("device", 0, TypeError),
+        ("load_format", None, TypeError),
         ("model", 5, TypeError),
     ],
 )
