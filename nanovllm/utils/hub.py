@@ -140,7 +140,11 @@ def _download(name: str, load_format: str) -> Path:
 
 def cache_folder() -> Path:
     """Where the default model is kept: $NANOVLLM_CACHE, or ~/.cache/nanovllm."""
-    return Path(os.environ.get("NANOVLLM_CACHE") or "~/.cache/nanovllm").expanduser()
+    folder = os.environ.get("NANOVLLM_CACHE") or "~/.cache/nanovllm"
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:  # the home of nobody
+        raise ValueError(f"the cache folder NANOVLLM_CACHE={folder!r} cannot be written: {error}") from error
 
 
 def default_model() -> Path:

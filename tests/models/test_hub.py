@@ -66,9 +66,10 @@ def test_a_damaged_file_is_fetched_again(fake_pip):
     assert len(fake_pip["commands"]) == 2
 
 
-def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+@pytest.mark.parametrize("folder", ["file/cache", "~no-such-user/cache"])
+def test_a_cache_that_cannot_be_written_is_named(folder, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv("NANOVLLM_CACHE", folder if folder[0] == "~" else str(tmp_path / folder))
     with pytest.raises(ValueError, match=r"NANOVLLM_CACHE=.*cannot be written"):
         default_model()
 
