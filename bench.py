@@ -134,7 +134,7 @@ def features(args, vocab_size: int, _: int) -> tuple[list[Group], list[Figure]]:
     """The offline workload once for each of FEATURES that the model allows: output tokens/s."""
     rng, groups, figures = Random(5), [], []
     (group,), (figure,) = offline(args, vocab_size, _)
-    has_text = args.model not in PRESETS and importlib.util.find_spec("llguidance")
+    has_text = args.model not in PRESETS and args.load_format != "dummy" and importlib.util.find_spec("llguidance")
     for i, (name, options) in enumerate(FEATURES.items()):
         if has_text or not {"stop", "structured_outputs"} & set(options):
             prompts = [random_prompts(rng, 1, len(p), len(p), vocab_size)[0] for p in group.prompts]  # none is cached
