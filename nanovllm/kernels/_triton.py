@@ -71,6 +71,7 @@ def compile_only(device: torch.device | None = None) -> Iterator[None]:
 
     def make_ready(kernel: Any) -> None:
         torch.cuda.set_device(device)
+        kernel = kernel.result() if hasattr(kernel, "result") else kernel  # of a compilation on its way
         _ = kernel.run  # loads it, and compiles the C code that launches it
 
     with ThreadPoolExecutor(os.cpu_count()) as executor:
