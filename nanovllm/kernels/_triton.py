@@ -55,34 +55,23 @@ __all__ = ["HAVE_TRITON", "compile_only", "launch_options", "tl", "triton", "wai
 
 
 @contextmanager
-def compile_only(device: torch.device | None = None) -> Iterator[None]:
+def compile_only() -> Iterator[None]:
     """Kernels that are called within are compiled, or read from the cache, side by side; none is launched.
 
     One after the other, an engine's kernels take longer to compile than all else of its start together.
-
-    Args:
-        device: the kernels are also made ready to be launched there.
     """
-    run, kernels = triton.JITFunction.run, []
+    run = triton.JITFunction.run
 
     def compile_instead(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernels.append(run(self, *args, warmup=True, **kwargs))
-        return kernels[-1]
+        return run(self, *args, warmup=True, **kwargs)
 
-    def make_ready(kernel: Any) -> None:
-        torch.cuda.set_device(device)
-        kernel = kernel.result() if hasattr(kernel, "result") else kernel  # of a compilation on its way
-        _ = kernel.run  # loads it, and compiles the C code that launches it
-
-    with ThreadPoolExecutor(os.cpu_count()) as executor:
-        with (
-            triton.AsyncCompileMode(executor),
-            patch.object(triton.JITFunction, "run", compile_instead),
-            patch.object(torch, "empty", torch.zeros),  # what no kernel writes is an index to others
-        ):
-            yield
-        if device is not None:
-            list(executor.map(make_ready, {id(kernel): kernel for kernel in kernels}.values()))
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as executor,
+        triton.AsyncCompileMode(executor),
+        patch.object(triton.JITFunction, "run", compile_instead),
+        patch.object(torch, "empty", torch.zeros),  # what no kernel writes is an index to others
+    ):
+        yield
 
 
 @lru_cache

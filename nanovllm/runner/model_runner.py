@@ -123,7 +123,7 @@ class ModelRunner:
         self._allocate(self.max_blocks)
         state, most = self.state, self.config.max_num_seqs
         slots = torch.full((most,), state.scratch_slot, dtype=torch.int32, device=self.device)
-        with compile_only(self.device), self.model.one_layer():
+        with compile_only(), self.model.one_layer():
             for size in sorted({min(size, most) for size in (1, 2, 4, 8, 32, 128, most)}):
                 self.step(slots[:size], size)
                 if self.backend.shares_prefixes:
