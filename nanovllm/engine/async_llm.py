@@ -121,7 +121,9 @@ class AsyncLLM:
         for stream in self._streams.values():
             stream.put(None, end)
         while not self._calls.empty():
-            self._calls.get()[1].set_exception(end)
+            future = self._calls.get()[1]
+            if future.set_running_or_notify_cancel():
+                future.set_exception(end)
 
     def _answer_calls(self, llm: LLM) -> bool:
         """Do what coroutines have asked for; wait for that if there is nothing else to do. False: close."""
@@ -130,8 +132,9 @@ class AsyncLLM:
             idle = False
             call, future = self._calls.get()
             if call is None:
-                future.set_result(None)
                 return False
+            if not future.set_running_or_notify_cancel():  # from here on it cannot be cancelled
+                continue
             try:
                 future.set_result(call(llm))
             except BaseException as error:

@@ -120,6 +120,20 @@ def test_cancelled_left_and_aborted_requests_free_the_engine(model):
     assert with_engine(model, use)
 
 
+def test_a_call_that_is_cancelled_does_no_harm(model):
+    async def use(llm):
+        going_on = asyncio.create_task(collect(llm, [5, 6], greedy(60)))
+        for _ in range(30):
+            task = asyncio.create_task(llm.metrics())
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.sleep(0.001)
+        return await going_on, await llm.metrics()
+
+    token_ids, metrics = with_engine(model, use)
+    assert len(token_ids) == 60 == metrics.generated_tokens
+
+
 def test_a_bad_request_fails_alone(model):
     async def use(llm):
         good = asyncio.create_task(collect(llm, [5, 6], greedy(30)))
