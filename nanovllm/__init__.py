@@ -1,6 +1,6 @@
 """nanovllm: a small, fast LLM inference engine."""
 
-from nanovllm.engine.async_llm import AsyncLLM
+from nanovllm.async_llm import AsyncLLM
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
