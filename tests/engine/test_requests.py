@@ -537,3 +537,93 @@ def test_dummy_models_have_no_text(tmp_path):
         "qwen3-0.6b", load_format="dummy", device="cpu", max_model_len=32, max_num_seqs=1, dtype="bfloat16"
     ) as llm:
         assert llm.generate([[1]], greedy(2), use_tqdm=False)[0].text == ""
+
+
+def random_request(rng):
+    options = dict(
+        temperature=rng.choice([0.0, 0.7, 1.0]),
+        max_tokens=rng.randrange(1, 40),
+        seed=rng.randrange(100),
+        n=rng.choice([1, 1, 3]),
+    )
+    for name, values in {
+        "ignore_eos": [True],
+        "top_k": [3, 10],
+        "top_p": [0.5],
+        "min_p": [0.1],
+        "repetition_penalty": [0.8, 1.5],
+        "presence_penalty": [0.5],
+        "frequency_penalty": [-0.3, 0.6],
+        "logit_bias": [{5: 3.0, 9: -2.0}],
+        "logprobs": [0, 3],
+        "prompt_logprobs": [0, 2],
+        "logprobs_mode": ["processed_logprobs"],
+        "stop": [["e", " th"], ["zz"]],
+        "include_stop_str_in_output": [True],
+        "skip_special_tokens": [False],
+        "min_tokens": [1],
+        "structured_outputs": [
+            StructuredOutputsParams(regex="[a-z ]{1,30}"),
+            StructuredOutputsParams(choice=["yes", "no"]),
+        ],
+        "allowed_token_ids": [list(range(200, 900))],
+        "bad_words": [["the", "and so"]],
+    }.items():
+        if rng.random() < 0.15:
+            options[name] = rng.choice(values)
+    if "structured_outputs" in options:
+        options = {
+            k: v for k, v in options.items() if k not in ("min_tokens", "allowed_token_ids", "bad_words", "ignore_eos")
+        }
+    prompt = rng.choice([[7] * 20, [], [300, 301] * 25]) + [
+        rng.randrange(200, 49152) for _ in range(rng.randrange(1, 30))
+    ]
+    return prompt, SamplingParams(**options)
+
+
+PRESSED = [
+    dict(num_kvcache_blocks=9, max_num_batched_tokens=16, max_num_seqs=5),
+    dict(num_kvcache_blocks=12, overlap=0, max_num_seqs=3),
+    dict(max_num_batched_tokens=8, max_num_seqs=8, enable_prefix_caching=False),
+]
+
+
+@pytest.mark.parametrize("place", range(len(PRESSED)))
+def test_mixtures_under_pressure_give_what_a_quiet_engine_gives(speaking, place):
+    """Requests with random wishes, some streamed, arriving over time; every one as when it is alone."""
+    rng = random.Random(place)
+    requests = [random_request(rng) for _ in range(40)]
+    with engine(speaking, overlap=0) as llm:
+        alone = [llm.generate([prompt], params, use_tqdm=False)[0] for prompt, params in requests]
+    got, streamed = {}, set()
+    with engine(speaking, **PRESSED[place]) as llm:
+        waiting = list(enumerate(requests))
+        while waiting or llm.has_unfinished():
+            if waiting and rng.random() < 0.4:
+                i, request = waiting.pop(0)
+                stream = rng.random() < 0.4
+                llm.add_request(*request, request_id=str(i), stream=stream)
+                streamed |= {str(i)} if stream else set()
+            for out in llm.step():
+                got.setdefault(out.request_id, []).append(out)
+        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+        assert len(llm.scheduler.free_slots) == llm.config.max_num_seqs
+        assert "num_kvcache_blocks" not in PRESSED[place] or llm.scheduler.num_preemptions > 0
+    for i, want in enumerate(alone):
+        outputs = got[str(i)]
+        assert [out.finished for out in outputs] == [False] * (len(outputs) - 1) + [True]
+        for sample in want.outputs:
+            parts = [part for out in outputs for part in out.outputs if part.index == sample.index]
+            assert "".join(part.text for part in parts) == sample.text
+            assert [token_id for part in parts for token_id in part.token_ids] == sample.token_ids
+            assert (parts[-1].finish_reason, parts[-1].stop_reason) == (sample.finish_reason, sample.stop_reason)
+            same_logprobs([row for part in parts for row in part.logprobs or ()], sample.logprobs or ())
+        same_logprobs(outputs[-1].prompt_logprobs or (), want.prompt_logprobs or ())
+
+
+def same_logprobs(rows, wanted):
+    assert len(rows) == len(wanted)
+    for row, want in zip(rows, wanted, strict=True):
+        assert (row is None) == (want is None)
+        for token_id, logprob in (want or {}).items():
+            assert row[token_id].logprob == pytest.approx(logprob.logprob, abs=1e-3)
