@@ -12,7 +12,7 @@ import torch
 from nanovllm.attention import select_backend
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import Batch, Chunk, StepOutput
-from nanovllm.kernels._triton import HAVE_TRITON, compile_only
+from nanovllm.kernels._triton import compile_only
 from nanovllm.kernels.logprobs import process, top_logprobs
 from nanovllm.kernels.sampling import advance, sample
 from nanovllm.kernels.shared_prefix import SharedPlan
@@ -90,7 +90,7 @@ class ModelRunner:
         else:
             load_weights(self.model, source.weights())
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
-        if self.device.type == "cuda" and HAVE_TRITON:
+        if self.backend.name == "triton":
             self._compile()
         self.num_blocks = self._size_cache()
         self._allocate(self.num_blocks)
@@ -125,10 +125,9 @@ class ModelRunner:
         slots = torch.full((most,), state.scratch_slot, dtype=torch.int32, device=self.device)
         with compile_only(), self.model.one_layer():
             for size in sorted({min(size, most) for size in (1, 2, 4, 8, 32, 128, most)}):
-                self.step(slots[:size], size)
-                if self.backend.shares_prefixes:
-                    plan = torch.zeros(SharedPlan.size(size), dtype=torch.int32, device=self.device)
-                    self.step(slots[:size], size, shared=SharedPlan.split(plan, size))
+                plan = torch.zeros(SharedPlan.size(size), dtype=torch.int32, device=self.device)
+                for shared in (None, SharedPlan.split(plan, size)):
+                    self.step(slots[:size], size, shared=shared)
             for num_tokens in {min(size, self.config.max_num_batched_tokens) for size in (1, 2, 4, 16, 2048)}:
                 sizes = min(num_tokens, most) + 1, num_tokens
                 rows = StepRows.split(torch.from_numpy(state.pack(Batch(), *sizes)).to(self.device), *sizes)

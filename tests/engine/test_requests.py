@@ -592,7 +592,7 @@ PRESSED = [
 def test_mixtures_under_pressure_give_what_a_quiet_engine_gives(speaking, place):
     """Requests with random wishes, some streamed, arriving over time; every one as when it is alone."""
     rng = random.Random(place)
-    requests = [random_request(rng) for _ in range(40)]
+    requests = [random_request(rng) for _ in range(25)]
     with engine(speaking, overlap=0) as llm:
         alone = [llm.generate([prompt], params, use_tqdm=False)[0] for prompt, params in requests]
     got, streamed = {}, set()
