@@ -85,7 +85,7 @@ def choose_package(
         try:
             module = importlib.import_module(package.module)
             module.flash_attn_with_kvcache  # noqa: B018  flash-attn-4 has a package `flash_attn` too, without it
-        except (ImportError, AttributeError) as error:
+        except (ImportError, OSError, AttributeError) as error:
             missing.append(f"{package.name} ({error})")
             continue
         misfit = package.misfit(torch.cuda.get_device_capability(device), head_dim, block_size, dtype)
