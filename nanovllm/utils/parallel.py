@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.all_reduce import PeerMemory, all_reduce_triton, new_buffer, open_buffer, share_buffer
+from nanovllm.kernels.all_reduce import PeerMemory, all_reduce_triton, new_memory, open_memory, share_memory
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +43,17 @@ class TensorParallel:
         """This group with `peers`, if all ranks are GPUs of one host that can write each other's memory."""
         if device.type != "cuda" or not HAVE_TRITON or self.size == 1:
             return self
-        buffer = new_buffer(self.size, device)
+        own = new_memory(self.size, device)
         host = Path("/proc/sys/kernel/random/boot_id").read_text()
-        shared = self.all_gather_json([host, share_buffer(buffer)], device)
-        buffers, failure = [], "they are on several hosts"
+        shared = self.all_gather_json([host, share_memory(own)], device)
+        memory, failure = [], "they are on several hosts"
         if all(other == host for other, _ in shared):
             try:
-                buffers = [buffer if i == self.rank else open_buffer(s, buffer) for i, (_, s) in enumerate(shared)]
+                memory = [own if i == self.rank else open_memory(s, own) for i, (_, s) in enumerate(shared)]
             except RuntimeError as error:
                 failure = error
-        if self.all_reduce_min(len(buffers), device) == self.size:
-            return replace(self, peers=PeerMemory(self.rank, buffers))
+        if self.all_reduce_min(len(memory), device) == self.size:
+            return replace(self, peers=PeerMemory(self.rank, memory))
         logger.info("rank %d: NCCL makes all sums, as ranks cannot write each other's memory: %s", self.rank, failure)
         return self
 
@@ -62,8 +62,12 @@ class TensorParallel:
         if self.peers is not None and self.peers.fits(x):
             return all_reduce_triton(x, self.peers)
         if self.size > 1:
-            self.group.allreduce([x]).wait()
+            self.start_all_reduce(x).wait()
         return x
+
+    def start_all_reduce(self, x: torch.Tensor) -> "dist.Work":
+        """Begin to sum `x` over the ranks, in place, beside what the device is given next, until its `wait()`."""
+        return self.group.allreduce([x])
 
     def all_reduce_min(self, value: int, device: torch.device) -> int:
         """The smallest of the ranks' values."""

@@ -29,9 +29,9 @@ def call_all():
     state = sampling.SamplingState(sampling.default_rows(5), 5000, torch.device("cpu"))
     for rows in (slots, step_inputs.StepRows.split(torch.zeros(100, **i32), 4, 20)):
         step_inputs.step_inputs_triton(rows, torch.zeros(5, **i64), torch.zeros(5, **i32), tables, 64, 4, state)
-    peers = all_reduce.PeerMemory(0, [all_reduce.new_buffer(2, torch.device("cpu"))] * 2)
-    for dtype in (torch.bfloat16, torch.float32):
-        all_reduce.all_reduce_triton(torch.zeros(4096, dtype=dtype), peers)
+    peers = all_reduce.PeerMemory(0, [all_reduce.new_memory(2, torch.device("cpu"))] * 2)
+    for dtype, n in ((torch.bfloat16, 4096), (torch.float32, 4096), (torch.bfloat16, 1 << 20)):
+        all_reduce.all_reduce_triton(torch.zeros(n, dtype=dtype), peers)
     tokens = sampling.sample_triton(torch.zeros(4, 5000, **bf16), slots, lens, state)
     sampling.advance_triton(tokens, slots, lens, torch.zeros(5, **i64), torch.zeros(5, **i32), 4)
     for group, head_dim, dtype in ((2, 128, "bfloat16"), (4, 128, "bfloat16"), (3, 64, "bfloat16"), (1, 96, "float32")):
