@@ -12,8 +12,8 @@ How a rank knows that something has arrived is NCCL's two protocols:
     few bytes    ("LL") a message is 64 bits, 32 of data and the number of the call: it announces itself
     more         ("Simple") data alone; a flag with the number of the call follows once the data is there
 
-A program writes, and waits for, the same block of numbers on every rank. Blocks have two places, for even and odd calls:
-a rank that has all of call n may send its part of call n + 1 while another still reads, and it cannot come to call
+A program writes, and waits for, the same block of numbers on every rank. A block has two places, for even and odd
+calls: a rank that has all of call n may send its part of call n + 1 while another still reads, and it cannot come to call
 n + 2 before that one has sent its own part of n + 1.
 """
 
