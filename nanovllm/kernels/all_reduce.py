@@ -13,8 +13,8 @@ How a rank knows that something has arrived is NCCL's two protocols:
     more         ("Simple") data alone; a flag with the number of the call follows once the data is there
 
 A program writes, and waits for, the same block of numbers on every rank. A block has two places, for even and odd
-calls: a rank that has all of call n may send its part of call n + 1 while another still reads, and it cannot come to call
-n + 2 before that one has sent its own part of n + 1.
+calls: a rank that has all of call n may send its part of call n + 1 while another still reads, and it cannot come to
+call n + 2 before that one has sent its own part of n + 1.
 """
 
 from typing import NamedTuple
@@ -49,7 +49,7 @@ class Protocol(NamedTuple):
 
 
 LL = Protocol(1 << 17, 512, 64, 4)
-SIMPLE = Protocol(1 << 23, 2048, 32, 8)
+SIMPLE = Protocol(1 << 22, 2048, 32, 8)
 
 
 @triton.jit
