@@ -13,6 +13,7 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAVE_TRITON = True
 except ImportError:
@@ -50,8 +51,9 @@ except ImportError:
 
     triton: Any = _MissingTriton()
     tl: Any = _MissingLanguage()
+    TensorDescriptor: Any = None  # no kernel that takes one is ever launched
 
-__all__ = ["HAVE_TRITON", "compile_only", "launch_options", "tl", "triton", "wait_for_inputs"]
+__all__ = ["HAVE_TRITON", "TensorDescriptor", "compile_only", "launch_options", "tl", "triton", "wait_for_inputs"]
 
 
 @contextmanager

@@ -48,7 +48,8 @@ def call_all():
         decode.decode_attention_triton(q, cache, cache, tables, slots, lens, 0.1, shared=parts)
         for splits in (1, 4):
             decode.decode_attention_triton(q, cache, cache, tables, slots, lens, 0.1, num_splits=splits)
-        prefill.prefill_attention_triton(q, cache, cache, tables, slots[:1], tables[0, :2], lens[:1], 0.1)
+        for tma in (False, True):
+            prefill.prefill_attention_triton(q, cache, cache, tables, slots[:1], tables[0, :2], lens[:1], 0.1, tma=tma)
 
 with compile_only():
     call_all()

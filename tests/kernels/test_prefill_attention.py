@@ -6,6 +6,7 @@ from nanovllm.kernels.prefill_attention import (
     prefill_attention,
     prefill_attention_torch,
     prefill_attention_triton,
+    serves_tma,
 )
 from tests.kernels.paged import DEVICE, DTYPES, assert_close, assert_same, make_paged, plain_attention
 
@@ -51,6 +52,26 @@ def test_triton_is_the_formula(heads, kv_heads, head_dim, block_size, dtype):
 def test_tiles_of_any_shape(block_m, block_n, block_size):
     rows = [(16, 16), (33, 97), (5, 70)]
     check(prefill_attention_triton, rows, 6, 2, 64, block_size, block_m=block_m, block_n=block_n)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("block_m", "block_n"), [(64, 64), (128, 16)])
+@pytest.mark.parametrize("block_size", [64, 32, 128])
+def test_boxes_end_with_the_context(block_m, block_n, block_size, dtype):
+    """By TMA, where a block holds whole tiles: the last of a row begins in the tile before it, or before the block."""
+    rows = [(70, 70), (1, 1), (0, 7), (33, 65), (64, 128), (5, 131)]
+    check(prefill_attention_triton, rows, 6, 2, 64, block_size, dtype, block_m=block_m, block_n=block_n, tma=True)
+
+
+@needs_triton
+def test_what_tma_serves():
+    def served(block_size, head_dim, block_n):
+        return serves_tma(torch.empty(2, block_size, 1, head_dim), block_n)
+
+    assert served(64, 128, 64) and served(64, 128, 16) and served(256, 64, 128)
+    assert not served(16, 128, 64) and not served(64, 96, 64)
+    assert not serves_tma(torch.empty(2 * 64 * 64 + 1)[1:].view(2, 64, 1, 64), 64)  # begins at no multiple of 16 bytes
 
 
 @needs_triton
