@@ -22,6 +22,7 @@ from nanovllm.kernels.decode_attention import (
     MIN_DOT,
     check_attention_inputs,
     offsets_in_block,
+    sm_count,
     tile_blocks,
     tile_pointers,
 )
@@ -31,10 +32,11 @@ class PrefillConfig(NamedTuple):
     """How a prefill kernel is built.
 
     Attributes:
-        block_m: query rows (tokens x heads of a group) of a tile.
-        block_n: cache tokens of a tile.
+        block_m: query rows (tokens x heads of a group) of a tile, a power of two of at least 16 and the group.
+        block_n: cache tokens of a tile, a power of two of at least 16.
         num_warps, num_stages: warps, pipeline stages.
         maxnreg: most registers of a thread, so that more programs fit on an SM; None for as many as the compiler likes.
+        tma: load K and V by TMA, where `serves_tma`.
     """
 
     block_m: int
@@ -42,16 +44,21 @@ class PrefillConfig(NamedTuple):
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
+    tma: bool = False
 
 
-def default_prefill_config(head_dim: int, itemsize: int) -> PrefillConfig:
+def default_prefill_config(head_dim: int, itemsize: int, num_queries: int = 0, sm_count: int = 1) -> PrefillConfig:
     """What `python -m nanovllm.kernels.tune prefill` chose on an H100, for rows of any length.
 
-    Hopper's matrix units want 64 query rows for each four warps. Wide heads halve the cache tile, which keeps the
-    stages in shared memory and the accumulators in registers. float32 is computed without tensor cores, in small tiles.
+    Hopper's matrix units want 64 query rows for each four warps. Tiles of 128 rows read K and V from the L2 cache half
+    as often; with TMA and at most 128 registers a thread, two such programs fit on an SM. They pay where there are
+    `num_queries` (tokens x heads) for all SMs. Wide heads halve the cache tile, which keeps the stages in shared memory
+    and the accumulators in registers. float32 is computed without tensor cores, in small tiles.
     """
     if itemsize > 2:
         return PrefillConfig(32, 32, 4, 2)
+    if head_dim == 128 and num_queries >= 4 * sm_count * 128:
+        return PrefillConfig(128, 64, 8, 2, maxnreg=128, tma=True)
     return PrefillConfig(64, 64 if head_dim <= 128 else 32, 4, 3)
 
 
@@ -302,21 +309,13 @@ def prefill_attention_triton(
     scale: float,
     *,
     out: torch.Tensor | None = None,
-    block_m: int | None = None,
-    block_n: int | None = None,
-    num_warps: int | None = None,
-    num_stages: int | None = None,
-    maxnreg: int | None = None,
-    tma: bool = False,
+    config: PrefillConfig | None = None,
 ) -> torch.Tensor:
-    """`prefill_attention` as a Triton kernel. What is None is picked by `default_prefill_config`.
+    """`prefill_attention` as a Triton kernel.
 
     Args:
         out: [T, H, Dh] contiguous, where the result goes; a new tensor if None.
-        block_m: query rows (tokens x heads of a group) of a tile, a power of two of at least 16 and the group.
-        block_n: cache tokens of a tile, a power of two of at least 16.
-        num_warps, num_stages, maxnreg: as in `PrefillConfig`.
-        tma: load K and V by TMA, where `serves_tma`.
+        config: `default_prefill_config` if None.
 
     Raises:
         ValueError: a size that is no power of two, or heads that do not divide.
@@ -331,13 +330,14 @@ def prefill_attention_triton(
     out = torch.empty((num_tokens, heads, head_dim), dtype=q.dtype, device=q.device) if out is None else out
     if num_tokens == 0:
         return out
-    config = default_prefill_config(head_dim, q.element_size())
-    block_m = block_m or max(config.block_m, triton.next_power_of_2(group))
-    block_n = block_n or config.block_n
+    if config is None:
+        config = default_prefill_config(head_dim, q.element_size(), num_tokens * heads, sm_count(q.device))
+        config = config._replace(block_m=max(config.block_m, triton.next_power_of_2(group)))
+    block_m, block_n = config.block_m, config.block_n
     for name, value, least in (("block_m", block_m, max(MIN_DOT, group)), ("block_n", block_n, MIN_DOT)):
         if value < least or value & (value - 1):
             raise ValueError(f"{name}={value} must be a power of two of at least {least}")
-    tma = tma and serves_tma(k_cache, block_n) and serves_tma(v_cache, block_n)
+    tma = config.tma and serves_tma(k_cache, block_n) and serves_tma(v_cache, block_n)
     num_tiles = num_tokens // (block_m // group) + num_rows
     _prefill_kernel[(kv_heads, num_tiles)](
         q,
@@ -362,9 +362,9 @@ def prefill_attention_triton(
         BLOCK_N=block_n,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         TMA=tma,
-        num_warps=num_warps or config.num_warps,
-        num_stages=num_stages or config.num_stages,
-        maxnreg=maxnreg or config.maxnreg,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        maxnreg=config.maxnreg,
     )
     return out
 

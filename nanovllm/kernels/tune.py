@@ -16,7 +16,7 @@ from nanovllm.kernels._triton import triton
 from nanovllm.kernels.decode_attention import decode_attention_triton, default_decode_config
 from nanovllm.kernels.decode_attention import sm_count as count_sms
 from nanovllm.kernels.gemv import GemvConfig, default_gemv_config, gemv_triton
-from nanovllm.kernels.prefill_attention import default_prefill_config, prefill_attention_triton
+from nanovllm.kernels.prefill_attention import PrefillConfig, default_prefill_config, prefill_attention_triton
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.silu_mul import silu_mul
 
@@ -86,24 +86,24 @@ def decode(full: bool) -> None:
 
 def prefill(full: bool) -> None:
     """Arithmetic rate of prefill attention, the masked half not counted."""
-    print("prefill attention: rows x new tokens of context, group | m n warps stages | us, TFLOP/s  (* default)")
+    print("prefill attention: rows x new tokens of context, group | m n warps stages registers TMA | us, TFLOP/s")
     for group, (rows, new, context) in itertools.product((2, 4), [(4, 4000, 4000), (256, 64, 2112), (1, 128, 128)]):
         caches, slots = make_cache([context] * rows), torch.arange(rows, device="cuda", dtype=torch.int32)
         cu_seqlens = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * new
         context_lens = torch.full((rows,), context, device="cuda", dtype=torch.int32)
         q = torch.randn(rows * new, KV_HEADS * group, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-        configs = [tuple(default_prefill_config(HEAD_DIM, 2))]
+        configs = [default_prefill_config(HEAD_DIM, 2, len(q) * KV_HEADS * group, count_sms(q.device))]
         if full:
-            configs += [(128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 64, 4, 2)]
-            configs += [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 128, 8, 3), (128, 32, 8, 4)]
+            tiles = [(128, 64, 8, 2, 128), (128, 64, 8, 3), (128, 32, 8, 3, 128), (128, 64, 4, 2)]
+            tiles += [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 4)]
+            configs += [PrefillConfig(*tile)._replace(tma=tma) for tile in tiles for tma in (False, True)]
         results = []
-        for m, n, warps, stages in configs:
-            options = {"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages}
+        for config in configs:
             calls = [
-                partial(prefill_attention_triton, q, *c, slots, cu_seqlens, context_lens, 0.1, **options)
+                partial(prefill_attention_triton, q, *c, slots, cu_seqlens, context_lens, 0.1, config=config)
                 for c in caches
             ]
-            results.append((seconds(calls), (m, n, warps, stages)))
+            results.append((seconds(calls), tuple(config)))
         seen = rows * new * (context - (new - 1) / 2)
         show(f"{rows} x {new} of {context}, {group}", results, 4 * seen * KV_HEADS * group * HEAD_DIM / 1e12, "TFLOP/s")
 

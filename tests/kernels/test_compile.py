@@ -48,8 +48,9 @@ def call_all():
         decode.decode_attention_triton(q, cache, cache, tables, slots, lens, 0.1, shared=parts)
         for splits in (1, 4):
             decode.decode_attention_triton(q, cache, cache, tables, slots, lens, 0.1, num_splits=splits)
-        for tma in (False, True):
-            prefill.prefill_attention_triton(q, cache, cache, tables, slots[:1], tables[0, :2], lens[:1], 0.1, tma=tma)
+        for config in (None, prefill.PrefillConfig(128, 64, 8, 2, 128, True)):
+            rows = slots[:1], tables[0, :2], lens[:1]
+            prefill.prefill_attention_triton(q, cache, cache, tables, *rows, 0.1, config=config)
 
 with compile_only():
     call_all()
