@@ -252,8 +252,7 @@ class SpawnedRanks(Executor):
                     self.error = what
                     for other in self.processes:
                         other.kill()
-                    if self.tp is not None:
-                        self.tp.end()
+                    self._end_collectives()
                     return
 
     def _failure(self, rank: int, process: subprocess.Popen) -> str | None:
@@ -271,6 +270,13 @@ class SpawnedRanks(Executor):
         verb = "was stopped by" if state.si_code == os.CLD_STOPPED else "ended with status or"
         return f"tensor-parallel rank {rank} (process {process.pid}) {verb} signal {state.si_status}"
 
+    def _end_collectives(self) -> None:
+        """Let nothing on this rank wait for the others any more. The monitor may do so beside a step that does."""
+        if self.runner is not None:
+            self.runner.free_graphs()
+        if self.tp is not None:
+            self.tp.end()
+
     def close(self) -> None:
         """End the children and remove what was made for them. May be called again."""
         self.closing.set()
@@ -278,10 +284,7 @@ class SpawnedRanks(Executor):
             with contextlib.suppress(OSError):
                 channel.send(("close",))
             channel.close()
-        if self.runner is not None:
-            self.runner.free_graphs()
-        if self.tp is not None:
-            self.tp.end()
+        self._end_collectives()
         deadline = time.monotonic() + (0 if self.error else 5)
         for process in self.processes:
             try:
