@@ -2,7 +2,8 @@
 
 It is what rope_store.py and then decode_attention.py do, for steps in which the time of a kernel is latency. Each
 program norms and rotates the queries of its KV head itself. The new key and value never come from the cache: the row's
-first split holds them in registers, begins its softmax with them, and stores them for later steps.
+last split holds them in registers, attends to them, and stores them for later steps. It does nothing else where there
+are other splits.
 
 So nothing in the cache that is read here is written in the same step, and a program can read its first tile of K and V
 before it waits for the projection (programmatic dependent launch), as gemv.py reads weights.
@@ -103,8 +104,8 @@ def _rope_decode_kernel(
     split = tl.program_id(2)
     position = tl.load(context_lens_ptr + row) - 1  # of the new token; the tiles are those before it
     num_tiles = tl.cdiv(position, TILE)
-    split_tiles = tl.maximum(tl.cdiv(num_tiles, num_splits), 1)
-    num_parts = tl.maximum(tl.cdiv(num_tiles, split_tiles), 1)
+    split_tiles = tl.maximum(tl.cdiv(num_tiles, tl.maximum(num_splits - 1, 1)), 1)
+    num_parts = tl.minimum(tl.cdiv(num_tiles, split_tiles) + 1, num_splits)
     if split >= num_parts:
         return  # without a wait: another program of the row waits
     let_next_begin(PDL)
@@ -158,7 +159,7 @@ def _rope_decode_kernel(
     running_max = tl.full([ROWS], float("-inf"), tl.float32)
     running_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
-    if split == 0:
+    if split == num_parts - 1:
         new_offsets = new_place * TOKEN_STRIDE + kv_head * HEAD_DIM + columns
         tl.store(k_cache_ptr + new_offsets, q, mask=is_key)
         tl.store(v_cache_ptr + new_offsets, new_v, mask=is_key)
@@ -166,10 +167,10 @@ def _rope_decode_kernel(
         running_max, running_sum, acc = _attend_tile(
             q, q, new_v, heads == GROUP, running_max, running_sum, acc, scale_log2e, PRECISION
         )
-    # Either the tile has a token of the context or the new one came before: the maximum is finite.
-    running_max, running_sum, acc = _attend_tile(
-        q, first_k, first_v, seen, running_max, running_sum, acc, scale_log2e, PRECISION
-    )
+    if first_tile < num_tiles:
+        running_max, running_sum, acc = _attend_tile(
+            q, first_k, first_v, seen, running_max, running_sum, acc, scale_log2e, PRECISION
+        )
     for tile in tl.range(first_tile + 1, last_tile):
         next_blocks = tile_blocks(table_ptr, tile + 1, last_block, BLOCK_SIZE, TILE)
         seen = tile * TILE + tokens < position
