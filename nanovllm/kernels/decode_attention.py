@@ -287,6 +287,8 @@ def decode_attention_triton(
 ) -> torch.Tensor:
     """`decode_attention` as a Triton kernel. What is None of the last four is picked by `default_decode_config`.
 
+    Slots, tables, lengths and `shared.rows` are read before the kernel waits for its inputs (see `wait_for_inputs`).
+
     Args:
         out: [B, H, Dh] contiguous, where the result goes; a new tensor if None.
         counters: at least B * K int32 zeros, and zeros again afterwards; new ones if None. Launches that may overlap
