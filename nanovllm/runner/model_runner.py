@@ -37,7 +37,7 @@ class StepTensors(NamedTuple):
     Args:
         tokens: [R] int64, one drawn for each row.
         logits: [R, V], what they were drawn from; None on ranks but 0. After a graph's replay, valid until the next.
-        hidden: [T, H], the model's last hidden states; None after a graph's replay.
+        hidden: [T, H], the model's last hidden states before their norm; None after a graph's replay.
     """
 
     tokens: torch.Tensor
@@ -255,12 +255,15 @@ class ModelRunner:
     def _sample(self, logits: torch.Tensor | None, slots: torch.Tensor, context_lens: torch.Tensor) -> torch.Tensor:
         """Draw on rank 0, which has the logits; every rank then holds the tokens and advances its state."""
         state = self.state
+        last = state.last_token, state.length, state.scratch_slot
+        if self.tp.size == 1:
+            return sample(logits, slots, context_lens, state.sampling, last)
         if logits is None:
             tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
         else:
             tokens = sample(logits, slots, context_lens, state.sampling)
         self.tp.broadcast(tokens)
-        advance(tokens, slots, context_lens, state.last_token, state.length, state.scratch_slot)
+        advance(tokens, slots, context_lens, *last)
         return tokens
 
     def _logprobs(self, batch: Batch, result: StepTensors) -> tuple[torch.Tensor, ...]:

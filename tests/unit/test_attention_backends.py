@@ -17,6 +17,9 @@ from nanovllm.attention.flash_attn_backend import (
 from nanovllm.attention.torch_ref import TorchBackend
 from nanovllm.kernels.decode_attention import decode_attention_torch
 from nanovllm.kernels.prefill_attention import prefill_attention_torch
+from nanovllm.kernels.rope_decode import rope_decode_torch
+from nanovllm.kernels.rope_store import QKTransform
+from nanovllm.layers.rotary_embedding import rope_table
 from nanovllm.utils.context import Context
 from tests.kernels.paged import assert_close, make_paged, plain_attention
 
@@ -74,6 +77,62 @@ def test_triton_backend_hands_each_kernel_its_rows(monkeypatch):
     backend = triton_backend.TritonBackend(torch.device("cuda"), 16)
     for decode, prefill in STEPS:
         check_step(backend, decode, prefill)
+
+
+@pytest.mark.parametrize(
+    ("decode", "prefill", "shared", "fused"),
+    [
+        ([5, 40, 16, 1], [], None, True),
+        ([5, 40, 16, 1, 2], [], None, False),  # many rows
+        ([5], [(3, 30)], None, False),
+        ([], [(1, 9)], None, False),
+        ([5, 40], [], object(), False),
+    ],
+)
+def test_triton_backend_has_one_kernel_for_few_decode_rows(monkeypatch, decode, prefill, shared, fused):
+    """What it gives and leaves in the cache is what the reference does, whichever way it goes."""
+    monkeypatch.setattr(triton_backend, "HAVE_TRITON", True)
+    calls = []
+
+    def into(twin, name):
+        def run(*args, out=None, counters=None, shared=None):
+            calls.append(name)
+            return twin(*args) if out is None else out.copy_(twin(*args))
+
+        return run
+
+    for name, twin in (
+        ("rope_decode_triton", rope_decode_torch),
+        ("decode_attention_triton", decode_attention_torch),
+        ("prefill_attention_triton", prefill_attention_torch),
+    ):
+        monkeypatch.setattr(triton_backend, name, into(twin, name))
+    monkeypatch.setattr(triton_backend, "attend_shared_triton", lambda *args: None)
+    lens = [1] * len(decode) + [n for n, _ in prefill]
+    contexts = [*decode, *(context for _, context in prefill)]
+    paged = make_paged(contexts, KV_HEADS, HEAD_DIM, 16, torch.float32, CPU)
+    generator = torch.Generator().manual_seed(3)
+    qkv = torch.randn(sum(lens), (HEADS + 2 * KV_HEADS) * HEAD_DIM, generator=generator)
+    transform = QKTransform(HEADS, rope_table(HEAD_DIM, 64, 1e4), *torch.randn(2, HEAD_DIM, generator=generator), 1e-6)
+    positions = torch.cat([torch.arange(c - n, c) for n, c in zip(lens, contexts, strict=True)])
+    rows = torch.arange(len(lens)).repeat_interleave(torch.tensor(lens))
+    blocks = paged.block_tables[paged.slots[rows].long(), positions // 16].long()
+    results = []
+    for backend in (TorchBackend(), triton_backend.TritonBackend(torch.device("cuda"), 16)):
+        ctx = Context(
+            num_decode=len(decode),
+            slots=paged.slots,
+            context_lens=paged.context_lens,
+            block_tables=paged.block_tables,
+            slot_mapping=blocks * 16 + positions % 16,
+            cu_seqlens_q=torch.tensor([0, *lens]).cumsum(0).int()[len(decode) :] if prefill else None,
+            shared=shared,
+        )
+        caches = paged.k_cache.clone(), paged.v_cache.clone()
+        results.append((backend.store_and_attend(qkv, transform, positions, *caches, SCALE, ctx), *caches))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True)
+    assert ("rope_decode_triton" in calls) == fused and len(calls) == bool(decode) + bool(prefill)
 
 
 def check_int32(rows, *tensors, width=None):
