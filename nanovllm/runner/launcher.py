@@ -48,8 +48,7 @@ def make_group(rank: int, size: int, store: "dist.Store", device_type: str) -> "
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     # A rank that dies is noticed by whoever started it; NCCL's watchdog would end this process, the caller's, for it.
     with patch.dict(os.environ, TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):
-        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # sums go before the products beside them
-        return dist.ProcessGroupNCCL(store, rank, size, options)
+        return dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
 
 
 def rank_device(device_type: str, local_rank: int) -> torch.device:

@@ -62,12 +62,8 @@ class TensorParallel:
         if self.peers is not None and self.peers.fits(x):
             return all_reduce_triton(x, self.peers)
         if self.size > 1:
-            self.start_all_reduce(x).wait()
+            self.group.allreduce([x]).wait()
         return x
-
-    def start_all_reduce(self, x: torch.Tensor) -> "dist.Work":
-        """Begin to sum `x` over the ranks, in place, beside what the device is given next, until its `wait()`."""
-        return self.group.allreduce([x])
 
     def all_reduce_min(self, value: int, device: torch.device) -> int:
         """The smallest of the ranks' values."""
