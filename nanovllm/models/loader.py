@@ -149,10 +149,10 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     single = folder / "model.safetensors"
     files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-    if not files and any(file.suffix in (".bin", ".pt", ".pth") for file in folder.iterdir()):
-        raise ValueError(f"{folder} has pickled weights only, which can run code when loaded; convert to safetensors")
     if not files:
-        raise ValueError(f"{folder} has no *.safetensors files")
+        raise ValueError(
+            f"{folder} has no *.safetensors files; pickled weights can run code when loaded, so they must be converted"
+        )
     return files
 
 

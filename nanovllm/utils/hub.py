@@ -127,13 +127,12 @@ def _download(name: str, load_format: str) -> Path:
             f"load_format='dummy', one of {', '.join(PRESETS)}"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = _HUB_FILES if load_format == "dummy" else [*_HUB_FILES, "*.safetensors"]
     try:
         # Subfolders and consolidated.safetensors hold the same weights in the vendors' own layouts.
         folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except Exception as error:  # the hub's own errors, its HTTP library's, the disk's
         raise ValueError(f"model {name!r} is not a local path and could not be had from the hub: {error}") from error
     return Path(folder)
 
