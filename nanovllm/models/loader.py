@@ -117,6 +117,8 @@ def iterate_weights(location: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         ValueError: there are none, or only pickled ones, which are never loaded.
     """
+    if not location.exists():
+        raise ValueError(f"weights are to be read from {str(location)!r}, but there is no such folder or file")
     if location.suffix == ".gguf":
         from nanovllm.utils.gguf import iterate_gguf
 

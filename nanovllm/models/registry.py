@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES
+from nanovllm.utils.checks import in_vocabulary
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,7 @@ class ModelConfig:
         for field in fields(self):
             if field.type in _KINDS:
                 checked(field.name, getattr(self, field.name), field.type)
-        wrong = [i for i in self.eos_token_ids if not 0 <= i < self.vocab_size]
-        if wrong:
-            raise ValueError(f"the model's eos_token_id has {wrong[0]}; ids go from 0 to {self.vocab_size - 1}")
+        in_vocabulary("the model's eos_token_id", self.eos_token_ids, self.vocab_size)
         if self.head_dim % 2:
             raise ValueError(f"the model's head_dim must be even for RoPE, got {self.head_dim}")
         if self.num_heads % self.num_kv_heads:

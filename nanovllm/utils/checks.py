@@ -1,6 +1,7 @@
 """Checks of what users give. Each raises TypeError or ValueError, naming the argument, its value and what is right."""
 
 import math
+from collections.abc import Collection
 from dataclasses import field, fields
 from numbers import Integral, Real
 from typing import Any
@@ -18,6 +19,13 @@ def number(name: str, value: Any, kind: type, low: float, high: float) -> int | 
     if not low <= value <= high:  # NaN fails this too
         raise ValueError(f"{name} must be {words}, got {value!r}")
     return kind(value)
+
+
+def in_vocabulary(name: str, token_ids: Collection[int], vocab_size: int) -> None:
+    """All `token_ids` are the vocabulary's."""
+    for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(f"{name} has {token_id}; ids go from 0 to {vocab_size - 1}")
 
 
 def within(low: float, high: float, default: float | None) -> Any:
