@@ -77,6 +77,7 @@ class LLMEngine:
         self.config = Config(model=model, **kwargs)
         self.source = open_model(self.config.model, self.config.load_format)
         self.executor = launcher.start(self.config, self.source)
+        self.has_tokenizer = self.source.has_tokenizer and not self.config.skip_tokenizer_init
         self.sleep_level = 0
         self.weight_version = 0
         self.weight_error: BaseException | None = None  # what left the weights partly overwritten
@@ -101,11 +102,6 @@ class LLMEngine:
         if self.config.skip_tokenizer_init:
             raise ValueError("skip_tokenizer_init is set, so there is no tokenizer: give prompts as token ids")
         return self.source.tokenizer()
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether prompts and results can be text."""
-        return self.source.has_tokenizer and not self.config.skip_tokenizer_init
 
     @cached_property
     def _grammar_tokenizer(self):

@@ -50,9 +50,27 @@ def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) 
         ValueError: naming a tensor that is missing, left over, given twice, of the wrong shape or not floating point.
             The parameters may be partly overwritten then.
     """
+    targets, seen = _targets(model), set()
+    quiet = True if model.tp.rank else None  # None: silent unless on a terminal
+    bar = tqdm(checked_weights(weights), "Loading weights", len(targets), delay=2, disable=quiet, leave=False)
     # Parameters made in inference mode can only be written in it.
     with torch.inference_mode(), _plain_layout(model):
-        _load_weights(model, weights)
+        for name, loaded in bar:
+            if _is_redundant(name, model):
+                continue
+            if name in seen:
+                raise ValueError(f"the checkpoint has the tensor {name} twice")
+            if name not in targets:
+                raise ValueError(f"the checkpoint has the tensor {name}, for which the model has no place")
+            param, shard_id = targets[name]
+            try:
+                param.weight_loader(param, loaded, shard_id)
+            except ValueError as error:
+                raise ValueError(f"the tensor {name} {error}") from None
+            seen.add(name)
+        missing = [name for name in targets if name not in seen]
+        if missing:
+            raise ValueError(f"the checkpoint lacks {len(missing)} tensors: {', '.join(missing[:8])}")
 
 
 @contextmanager
@@ -75,29 +93,6 @@ def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"the tensor {name} has dtype {tensor.dtype}; it must be float32, bfloat16 or float16")
         yield name, tensor
-
-
-def _load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    targets, seen = _targets(model), set()
-    quiet = True if model.tp.rank else None  # None: silent unless on a terminal
-    for name, loaded in tqdm(
-        checked_weights(weights), "Loading weights", len(targets), delay=2, disable=quiet, leave=False
-    ):
-        if _is_redundant(name, model):
-            continue
-        if name in seen:
-            raise ValueError(f"the checkpoint has the tensor {name} twice")
-        if name not in targets:
-            raise ValueError(f"the checkpoint has the tensor {name}, for which the model has no place")
-        param, shard_id = targets[name]
-        try:
-            param.weight_loader(param, loaded, shard_id)
-        except ValueError as error:
-            raise ValueError(f"the tensor {name} {error}") from None
-        seen.add(name)
-    missing = [name for name in targets if name not in seen]
-    if missing:
-        raise ValueError(f"the checkpoint lacks {len(missing)} tensors: {', '.join(missing[:8])}")
 
 
 def init_dummy_weights(model: "Decoder", seed: int) -> None:
