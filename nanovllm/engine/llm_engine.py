@@ -113,8 +113,6 @@ class LLMEngine:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _decode(self, skip_special_tokens: bool, token_ids: list[int]) -> str:
-        if not self.has_tokenizer:
-            return ""
         if self.tokenizer.is_fast:  # past transformers' own layer, which takes longer than the decoding
             return self.tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}

@@ -216,10 +216,7 @@ class Scheduler:
         """End `seq` in whatever state it is. Its slot and blocks return once no step in flight uses them."""
         if seq.status is Status.FINISHED:
             return
-        if seq.status is Status.WAITING:
-            self.waiting.remove(seq)
-        else:
-            self.running.remove(seq)
+        (self.waiting if seq.status is Status.WAITING else self.running).remove(seq)
         seq.status, seq.finish_reason, seq.stop_reason = Status.FINISHED, reason, stop_reason
         self._release(seq)
 
