@@ -17,6 +17,10 @@ from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
+def _packed(allowed: np.ndarray) -> np.ndarray:
+    return np.packbits(allowed, bitorder="little").view(np.int32)
+
+
 class TokenFilter:
     """Allowed tokens, without those that would complete a bad word.
 
@@ -34,6 +38,7 @@ class TokenFilter:
     def __init__(self, allowed: np.ndarray, bad_words: list[tuple[int, ...]]):
         self.allowed = allowed.copy()
         self.allowed[[word[0] for word in bad_words if len(word) == 1]] = False
+        self.words = _packed(self.allowed)
         self.bad_words = [list(word) for word in bad_words if len(word) > 1]
         self.depends_on_output = bool(self.bad_words)
         self.last: deque[int] = deque(maxlen=max(map(len, self.bad_words), default=1) - 1)
@@ -44,11 +49,13 @@ class TokenFilter:
 
     def mask(self) -> np.ndarray:
         """The tokens that may be drawn next; all that are allowed if bad words left none."""
-        allowed, last = self.allowed.copy(), list(self.last)
-        for *begin, end in self.bad_words:
-            if last[-len(begin) :] == begin:
-                allowed[end] = False
-        return np.packbits(allowed if allowed.any() else self.allowed, bitorder="little").view(np.int32)
+        last = list(self.last)
+        ends = [end for *begin, end in self.bad_words if last[-len(begin) :] == begin]
+        if not ends:
+            return self.words
+        allowed = self.allowed.copy()
+        allowed[ends] = False
+        return _packed(allowed) if allowed.any() else self.words
 
 
 class GrammarFilter:
