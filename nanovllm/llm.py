@@ -10,10 +10,11 @@ from tqdm import tqdm
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.checks import is_list
 
 
 def _is_chat(messages: Any) -> bool:
-    return isinstance(messages, SequenceType) and all(isinstance(m, dict) and "role" in m for m in messages)
+    return is_list(messages) and all(isinstance(m, dict) and "role" in m for m in messages)
 
 
 class LLM(LLMEngine):
@@ -35,13 +36,13 @@ class LLM(LLMEngine):
         Raises:
             TypeError, ValueError: a prompt or its parameters are wrong; nothing was queued.
         """
-        if not isinstance(prompts, SequenceType) or isinstance(prompts, bytes | bytearray | memoryview):
-            raise TypeError(f"prompts must be a list of texts or of token id lists, got {type(prompts).__name__}")
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        if isinstance(prompts, str) or (is_list(prompts) and prompts and isinstance(prompts[0], int)):
             prompts = [prompts]
+        if not is_list(prompts):
+            raise TypeError(f"prompts must be a list of texts or of token id lists, got {type(prompts).__name__}")
         if isinstance(sampling_params, SamplingParams | None):
             sampling_params = [sampling_params] * len(prompts)
-        if not isinstance(sampling_params, SequenceType) or isinstance(sampling_params, str | bytes):
+        if not is_list(sampling_params):
             raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")
@@ -103,9 +104,8 @@ class LLM(LLMEngine):
         Raises:
             TypeError, ValueError: the messages are not such, or the model has no chat template.
         """
-        is_list = isinstance(messages, SequenceType) and len(messages) > 0
-        chats = [messages] if is_list and isinstance(messages[0], dict) else messages
-        if not is_list or not all(map(_is_chat, chats)):
+        chats = [messages] if is_list(messages) and isinstance(next(iter(messages), None), dict) else messages
+        if not is_list(chats) or not chats or not all(map(_is_chat, chats)):
             raise TypeError(f"messages must be a list of dicts with role and content, got {messages!r}")
         if not (chat_template or self.tokenizer.chat_template):
             raise ValueError("the model has no chat template; give chat_template, or prompts to generate()")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
-from nanovllm.utils.checks import ABOVE_0, check_fields, number, one_of, within
+from nanovllm.utils.checks import ABOVE_0, check_fields, is_list, number, one_of, within
 
 # What one request may ask for at most, so that none can make unbounded work.
 MAX_SAMPLES = 1024
@@ -22,7 +22,7 @@ MAX_GRAMMAR_CHARS = 1 << 20
 
 
 def _list(name: str, value: Any, what: str, most: int) -> tuple:
-    if isinstance(value, str | bytes | bytearray | memoryview) or not isinstance(value, SequenceType | set | frozenset):
+    if not is_list(value) and not isinstance(value, set | frozenset):
         raise TypeError(f"{name} must be a list of {what}, got {value!r}")
     if len(value) > most:
         raise ValueError(f"{name} must have at most {most} entries, got {len(value)}")
@@ -30,7 +30,7 @@ def _list(name: str, value: Any, what: str, most: int) -> tuple:
 
 
 def _strings(name: str, value: Any, most: int) -> tuple[str, ...]:
-    strings = _list(name, (value,) if isinstance(value, str) else value, "strings", most)
+    strings = _list(name, [value] if isinstance(value, str) else value, "strings", most)
     for string in strings:
         if not isinstance(string, str):
             raise TypeError(f"{name} must be a list of strings, got the entry {string!r}")

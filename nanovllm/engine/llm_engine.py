@@ -31,7 +31,7 @@ from nanovllm.models.loader import iterate_weights
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.runner import launcher
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
-from nanovllm.utils.checks import in_vocabulary
+from nanovllm.utils.checks import in_vocabulary, is_list
 from nanovllm.utils.hub import open_model
 
 _MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token: a longer prompt need not be tokenised to be refused
@@ -189,7 +189,7 @@ class LLMEngine:
                     f"prompt has {len(prompt)} characters, too many for max_model_len={self.max_model_len}"
                 )
             token_ids = self.tokenizer.encode(prompt)
-        elif isinstance(prompt, SequenceType) and not isinstance(prompt, bytes | bytearray | memoryview):
+        elif is_list(prompt):
             token_ids = list(prompt)
         else:
             raise TypeError(f"prompt must be text or a list of token ids, got {type(prompt).__name__}")

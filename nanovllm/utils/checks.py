@@ -1,7 +1,7 @@
 """Checks of what users give. Each raises TypeError or ValueError, naming the argument, its value and what is right."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import field, fields
 from numbers import Integral, Real
 from typing import Any
@@ -19,6 +19,11 @@ def number(name: str, value: Any, kind: type, low: float, high: float) -> int | 
     if not low <= value <= high:  # NaN fails this too
         raise ValueError(f"{name} must be {words}, got {value!r}")
     return kind(value)
+
+
+def is_list(value: Any) -> bool:
+    """Whether `value` is a list or the like, but no text and no bytes."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
 def in_vocabulary(name: str, token_ids: Collection[int], vocab_size: int) -> None:
