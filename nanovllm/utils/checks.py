@@ -13,11 +13,11 @@ _KINDS = {int: (Integral, "an integer"), float: (Real, "a number")}
 def number(name: str, value: Any, kind: type, low: float, high: float) -> int | float:
     """`value`, from `low` to `high`, as Python's own int or float: numpy's narrow ones would wrap around in sums."""
     accepted, words = _KINDS[kind]
-    words += f" above 0 and up to {high}" if low == ABOVE_0 else f" from {low} to {high}"
+    bounds = f"above 0 and up to {high}" if low == ABOVE_0 else f"from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, accepted):
-        raise TypeError(f"{name} must be {words}, got {value!r}")
+        raise TypeError(f"{name} must be {words} {bounds}, got {value!r}")
     if not low <= value <= high:  # NaN fails this too
-        raise ValueError(f"{name} must be {words}, got {value!r}")
+        raise ValueError(f"{name} must be {bounds}, got {value!r}")
     return kind(value)
 
 
