@@ -1,6 +1,5 @@
 """Attention backends behind one seam; `select_backend` picks one."""
 
-import importlib.util
 import logging
 
 import torch
@@ -11,7 +10,7 @@ from nanovllm.kernels._triton import HAVE_TRITON
 __all__ = ["BACKENDS", "AttentionBackend", "select_backend"]
 
 BACKENDS = ("auto", "torch", "triton", "flash_attn")
-MAX_HEAD_DIM = 256  # of the Triton and flash-attn kernels
+MAX_HEAD_DIM = 256  # of the Triton and FlashAttention kernels
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ def select_backend(
 
     Raises:
         ValueError: an unknown name, or a backend that does not support the device, head_dim, block_size or dtype.
-        ImportError: the backend's package is not installed.
+        ImportError: the backend's package is not installed, or cannot be imported.
     """
     if name not in BACKENDS:
         raise ValueError(f"attention_backend={name!r} must be one of {', '.join(map(repr, BACKENDS))}")
@@ -45,9 +44,9 @@ def select_backend(
         from nanovllm.attention.triton_backend import TritonBackend
 
         return TritonBackend(device, block_size)
-    from nanovllm.attention.flash_attn_backend import FlashAttnBackend
+    from nanovllm.attention.flash_attn_backend import flash_attn_backend
 
-    return FlashAttnBackend(device, block_size, dtype)
+    return flash_attn_backend(device, head_dim, block_size, dtype)
 
 
 def _automatic(device: torch.device, head_dim: int, block_size: int, dtype: torch.dtype) -> str:
@@ -55,7 +54,10 @@ def _automatic(device: torch.device, head_dim: int, block_size: int, dtype: torc
         return "torch"
     if HAVE_TRITON and block_size & (block_size - 1) == 0:
         return "triton"
-    half = dtype in (torch.float16, torch.bfloat16)
-    if importlib.util.find_spec("flash_attn") and half and block_size % 256 == 0:
-        return "flash_attn"
-    return "torch"
+    from nanovllm.attention.flash_attn_backend import choose_package
+
+    try:
+        choose_package(device, head_dim, block_size, dtype)
+    except (ImportError, ValueError):
+        return "torch"
+    return "flash_attn"

@@ -5,13 +5,14 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.rope_store import QKTransform, qk_norm_rope_store
 from nanovllm.utils.context import Context
 
 
 class AttentionBackend(ABC):
-    """Attends a step's rows over the paged KV cache, which holds this step's K and V already.
+    """Attends a step's rows over the paged KV cache.
 
-    The runner calls `prepare` once a step, then each layer calls `attend`. All metadata is in the context.
+    The runner calls `prepare` once a step, then each layer calls `store_and_attend`. All metadata is in the context.
 
     Attributes:
         name: how users ask for it.
@@ -31,14 +32,37 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
-        """Attention of the decode rows' q [D, H, Dh] into `out`, of the same shape."""
+        """Attention of the decode rows' q [D, H, Dh] into `out`, of the same shape; the cache holds the step's K, V."""
 
     @abstractmethod
     def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         """Causal attention of the prefill rows' packed q [Tp, H, Dh] into `out`, of the same shape."""
 
+    def store_and_attend(
+        self,
+        qkv: Tensor,
+        transform: QKTransform,
+        positions: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        scale: float,
+        ctx: Context,
+    ) -> Tensor:
+        """Transform queries and keys, store keys and values, attend. A backend may have one kernel for all of it.
+
+        Args:
+            qkv: [T, (H + 2 K) Dh], decode rows' tokens first.
+            positions: [T] int64.
+            k_cache, v_cache, scale: as in `attend`; the caches are written.
+
+        Returns:
+            [T, H, Dh].
+        """
+        q = qk_norm_rope_store(qkv, transform, positions, ctx.slot_mapping, k_cache, v_cache)
+        return self.attend(q, k_cache, v_cache, scale, ctx)
+
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context) -> Tensor:
-        """Attention of all of a step's tokens.
+        """Attention of all of a step's tokens, whose K and V the cache holds already.
 
         Args:
             q: [T, H, Dh], decode rows' tokens first.

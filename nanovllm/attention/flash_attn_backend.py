@@ -1,61 +1,219 @@
-"""Attention by the flash-attn package (Dao-AILab), where it is installed."""
+"""Attention by a FlashAttention package (Dao-AILab's), where one is installed that fits.
 
+FlashAttention-2 (Dao, 2023) has a function for decode rows and another for prefill rows; FlashAttention-3 (Shah et al.,
+2024), for Hopper, has one for both. Their block tables are indexed by row, not by slot: `prepare` gathers them.
+
+FlashAttention-3 multiplies what lies behind the end of a row in its last page by zero. That must be finite, which it is
+as long as no model computes NaN: the cache begins as zeros.
+"""
+
+import importlib
+import logging
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend
+from nanovllm.kernels.decode_attention import sm_count
 from nanovllm.utils.context import Context
 
-PAGE_MULTIPLE = 256  # flash-attn 2 pages its cache in multiples of this
+QUERY_TILE = 128  # query rows (tokens x heads of a group) of a tile of FlashAttention-3; 192 if heads are small
+MAX_SPLITS = 32
+
+logger = logging.getLogger(__name__)
 
 
-class _Metadata(NamedTuple):
+class Package(NamedTuple):
+    """A build of FlashAttention.
+
+    Args:
+        name: what pip calls it.
+        module: what Python calls it.
+        version: 2 or 3.
+        page: block sizes must be a multiple of it.
+        dtypes: of the cache.
+        by_tile: pages are loaded by whole tiles only, of as many tokens as `page`.
+    """
+
+    name: str
+    module: str
+    version: int
+    page: int = 1
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+    by_tile: bool = False
+
+    def misfit(self, capability: tuple[int, int], head_dim: int, block_size: int, dtype: torch.dtype) -> str:
+        """Why this cannot serve such a cache on a card of such compute capability; "" if it can."""
+        if self.version == 3 and capability != (9, 0):
+            return "needs a card of compute capability 9.0, not {}.{}".format(*capability)
+        if capability < (8, 0):
+            return "needs a card of compute capability 8.0 or more, not {}.{}".format(*capability)
+        if dtype not in self.dtypes:
+            return f"dtype={dtype} must be {' or '.join(str(known) for known in self.dtypes)}"
+        if block_size % self.page:
+            return f"block_size={block_size} must be a multiple of {self.page}"
+        if head_dim > 256 or head_dim % 8:
+            return f"head_dim={head_dim} must be a multiple of 8 of at most 256"
+        if self.by_tile and (64 < head_dim <= 96 or head_dim > 128):  # whose tiles hold 144, 112 or 80 tokens
+            return f"head_dim={head_dim} must be at most 64, or from 97 to 128"
+        return ""
+
+
+# The first that is installed and fits is used. fa3-fwd is built without the kernels for pages of any size and float16.
+PACKAGES = (
+    Package("flash-attn-3", "flash_attn_interface", 3),
+    Package("fa3-fwd", "fa3_fwd_interface", 3, page=128, dtypes=(torch.bfloat16,), by_tile=True),
+    Package("flash-attn", "flash_attn", 2, page=256),
+)
+
+
+def choose_package(
+    device: torch.device, head_dim: int, block_size: int, dtype: torch.dtype
+) -> tuple[Package, ModuleType]:
+    """The first of PACKAGES that can be imported and serves such a cache on `device`.
+
+    Raises:
+        ImportError: none can be imported.
+        ValueError: no CUDA device, or none of those that can be imported fits.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"attention_backend='flash_attn' needs a CUDA device, not device={str(device)!r}; use 'torch'")
+    missing, misfits = [], []
+    for package in PACKAGES:
+        try:
+            module = importlib.import_module(package.module)
+            module.flash_attn_with_kvcache  # noqa: B018  flash-attn-4 has a package `flash_attn` too, without it
+        except (ImportError, OSError, AttributeError) as error:
+            missing.append(f"{package.name} ({error})")
+            continue
+        misfit = package.misfit(torch.cuda.get_device_capability(device), head_dim, block_size, dtype)
+        if not misfit:
+            return package, module
+        misfits.append(f"{package.name}: {misfit}")
+    if misfits:
+        raise ValueError(f"attention_backend='flash_attn' cannot be used: {'; '.join(misfits)}")
+    raise ImportError(f"attention_backend='flash_attn' needs one of the packages {', '.join(missing)}")
+
+
+def flash_attn_backend(
+    device: torch.device, head_dim: int, block_size: int, dtype: torch.dtype
+) -> "FlashAttn2Backend | FlashAttn3Backend":
+    """The backend for the package that is chosen, which is logged; raises as `choose_package` does."""
+    package, module = choose_package(device, head_dim, block_size, dtype)
+    logger.info("attention_backend='flash_attn' is the package %s", package.name)
+    if package.version == 2:
+        return FlashAttn2Backend(module)
+    return FlashAttn3Backend(module, package.by_tile)
+
+
+class _Rows(NamedTuple):
+    """Rows of one kind as FlashAttention-3 takes them: R rows, int32."""
+
+    page_table: Tensor  # [R, W]
+    cache_seqlens: Tensor  # [R]
+    cu_seqlens_q: Tensor  # [R + 1], from 0
+    max_seqlen_q: int
+
+
+class _Metadata3(NamedTuple):
+    decode: _Rows
+    prefill: _Rows | None
+
+
+def num_splits(num_rows: int, num_tokens: int, heads: int, kv_heads: int, num_sms: int) -> int:
+    """Most parts in which FlashAttention-3 attends a row's context: how many they are is found out on the device.
+
+    Follows from shapes alone, so a captured step stays right at any lengths. It would choose by itself, but without
+    regard to the number of rows, and keeps partial results of all tokens for each part, which can take gigabytes.
+    """
+    tiles = kv_heads * max(num_rows, -(-num_tokens * heads // (kv_heads * QUERY_TILE)))
+    return max(1, min(MAX_SPLITS, 4 * num_sms // tiles))
+
+
+class FlashAttn3Backend(AttentionBackend):
+    """FlashAttention-3: `flash_attn_with_kvcache` for rows of both kinds.
+
+    A kernel of the package reads lengths and schedules tiles in every call; all else follows from shapes and from the
+    longest row that is possible. So graphs may hold steps of both kinds.
+
+    Args:
+        module: where the function is.
+        by_tile: as in `Package`.
+    """
+
+    name = "flash_attn"
+    capturable = capturable_prefill = True
+
+    def __init__(self, module: ModuleType, by_tile: bool):
+        self._with_kvcache, self._by_tile = module.flash_attn_with_kvcache, by_tile
+
+    def prepare(self, ctx: Context) -> None:
+        tables, d = ctx.block_tables.index_select(0, ctx.slots), ctx.num_decode  # on the device: a graph replays it
+        each = torch.arange(d + 1, dtype=torch.int32, device=tables.device)
+        decode, prefill = _Rows(tables[:d], ctx.context_lens[:d], each, 1), None
+        if ctx.cu_seqlens_q is not None:
+            prefill = _Rows(tables[d:], ctx.context_lens[d:], ctx.cu_seqlens_q - d, ctx.max_seqlen_q)
+        ctx.meta = _Metadata3(decode, prefill)
+
+    def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
+        self._attend_rows(q, k_cache, v_cache, scale, ctx.meta.decode, out)
+
+    def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
+        self._attend_rows(q, k_cache, v_cache, scale, ctx.meta.prefill, out)
+
+    def _attend_rows(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, rows: _Rows, out: Tensor) -> None:
+        (num_tokens, heads, head_dim), kv_heads = q.shape, k_cache.shape[2]
+        longest = rows.max_seqlen_q
+        if self._by_tile:  # which it does only if the longest row may have more queries than a tile
+            tile = QUERY_TILE if head_dim > 64 else 192
+            longest = max(longest, tile * kv_heads // heads + 1)
+        attended = self._with_kvcache(
+            q,
+            k_cache,
+            v_cache,
+            cache_seqlens=rows.cache_seqlens,
+            page_table=rows.page_table,
+            cu_seqlens_q=rows.cu_seqlens_q,
+            max_seqlen_q=longest,
+            softmax_scale=scale,
+            causal=True,
+            num_splits=num_splits(len(rows.cache_seqlens), num_tokens, heads, kv_heads, sm_count(q.device)),
+        )
+        out.copy_(attended)
+
+
+class _Metadata2(NamedTuple):
     decode_tables: Tensor  # [D, W] int32
     prefill_tables: Tensor  # [P, W] int32
     cu_seqlens_q: Tensor | None  # [P + 1] int32, from 0
     cu_seqlens_k: Tensor | None  # [P + 1] int32
 
 
-class FlashAttnBackend(AttentionBackend):
-    """flash-attn over pages: `flash_attn_with_kvcache` for decode rows, `flash_attn_varlen_func` for prefill rows.
+class FlashAttn2Backend(AttentionBackend):
+    """FlashAttention-2: `flash_attn_with_kvcache` for decode rows, `flash_attn_varlen_func` for prefill rows.
 
-    Raises:
-        ImportError: flash-attn is not installed.
-        ValueError: no CUDA device, or a block size or dtype that flash-attn does not take.
+    Decode rows are split by the width of the block tables, not by their lengths, so graphs may hold them. A graph with
+    prefill rows would launch programs for the longest possible row in place of each.
+
+    Args:
+        module: where the functions are.
     """
 
     name = "flash_attn"
     capturable = True
 
-    def __init__(self, device: torch.device, block_size: int, dtype: torch.dtype):
-        if device.type != "cuda":
-            raise ValueError(
-                f"attention_backend='flash_attn' needs a CUDA device, not device={str(device)!r}; use 'torch'"
-            )
-        if block_size % PAGE_MULTIPLE:
-            raise ValueError(
-                f"block_size={block_size} must be a multiple of {PAGE_MULTIPLE} for attention_backend='flash_attn'"
-            )
-        if dtype not in (torch.float16, torch.bfloat16):
-            raise ValueError(f"dtype={dtype} must be float16 or bfloat16 for attention_backend='flash_attn'")
-        try:
-            from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
-        except ImportError as error:
-            raise ImportError(
-                "attention_backend='flash_attn' needs the flash-attn package, which cannot be imported"
-            ) from error
-        self._varlen, self._with_kvcache = flash_attn_varlen_func, flash_attn_with_kvcache
+    def __init__(self, module: ModuleType):
+        self._with_kvcache, self._varlen = module.flash_attn_with_kvcache, module.flash_attn_varlen_func
 
     def prepare(self, ctx: Context) -> None:
-        # flash-attn indexes block tables by row, not by slot. A device-side gather: a graph replays it.
-        tables = ctx.block_tables.index_select(0, ctx.slots)
+        tables = ctx.block_tables.index_select(0, ctx.slots)  # on the device: a graph replays it
         cu_seqlens_q = cu_seqlens_k = None
         if ctx.cu_seqlens_q is not None:
             cu_seqlens_q = ctx.cu_seqlens_q - ctx.num_decode
             cu_seqlens_k = torch.nn.functional.pad(ctx.context_lens[ctx.num_decode :].cumsum(0), (1, 0)).int()
-        ctx.meta = _Metadata(tables[: ctx.num_decode], tables[ctx.num_decode :], cu_seqlens_q, cu_seqlens_k)
+        ctx.meta = _Metadata2(tables[: ctx.num_decode], tables[ctx.num_decode :], cu_seqlens_q, cu_seqlens_k)
 
     def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         attended = self._with_kvcache(

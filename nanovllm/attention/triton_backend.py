@@ -7,6 +7,8 @@ from nanovllm.attention.base import AttentionBackend
 from nanovllm.kernels._triton import HAVE_TRITON
 from nanovllm.kernels.decode_attention import decode_attention_triton
 from nanovllm.kernels.prefill_attention import prefill_attention_triton
+from nanovllm.kernels.rope_decode import MAX_ROWS, rope_decode_triton
+from nanovllm.kernels.rope_store import QKTransform
 from nanovllm.kernels.shared_prefix import attend_shared_triton
 from nanovllm.utils.context import Context
 
@@ -31,13 +33,32 @@ class TritonBackend(AttentionBackend):
             raise ValueError(f"block_size={block_size} must be a power of two for attention_backend='triton'")
         self.counters: Tensor | None = None  # of finished splits; this engine's own
 
+    def store_and_attend(
+        self,
+        qkv: Tensor,
+        transform: QKTransform,
+        positions: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        scale: float,
+        ctx: Context,
+    ) -> Tensor:
+        if ctx.num_decode < len(qkv) or len(qkv) > MAX_ROWS or ctx.shared is not None:
+            return super().store_and_attend(qkv, transform, positions, k_cache, v_cache, scale, ctx)
+        where = (k_cache, v_cache, ctx.block_tables, ctx.slots, ctx.context_lens)
+        return rope_decode_triton(qkv, transform, *where, scale, counters=self._counters(qkv.device))
+
+    def _counters(self, device: torch.device) -> Tensor:
+        if self.counters is None:
+            self.counters = torch.zeros(1 << 16, dtype=torch.int32, device=device)  # more than are ever split
+        return self.counters
+
     def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         rows = slice(ctx.num_decode)
-        if self.counters is None:
-            self.counters = torch.zeros(1 << 16, dtype=torch.int32, device=q.device)  # more than are ever split
         where = (q, k_cache, v_cache, ctx.block_tables, ctx.slots[rows])
         shared = None if ctx.shared is None else attend_shared_triton(*where, scale, ctx.shared)
-        decode_attention_triton(*where, ctx.context_lens[rows], scale, out=out, counters=self.counters, shared=shared)
+        counters = self._counters(q.device)
+        decode_attention_triton(*where, ctx.context_lens[rows], scale, out=out, counters=counters, shared=shared)
 
     def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         rows = slice(ctx.num_decode, None)

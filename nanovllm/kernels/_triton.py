@@ -13,6 +13,7 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAVE_TRITON = True
 except ImportError:
@@ -50,8 +51,18 @@ except ImportError:
 
     triton: Any = _MissingTriton()
     tl: Any = _MissingLanguage()
+    TensorDescriptor: Any = None  # no kernel that takes one is ever launched
 
-__all__ = ["HAVE_TRITON", "compile_only", "launch_options", "tl", "triton", "wait_for_inputs"]
+__all__ = [
+    "HAVE_TRITON",
+    "TensorDescriptor",
+    "compile_only",
+    "launch_options",
+    "let_next_begin",
+    "tl",
+    "triton",
+    "wait_for_inputs",
+]
 
 
 @contextmanager
@@ -82,12 +93,21 @@ def launch_options(device: torch.device) -> dict[str, bool]:
 
 
 @triton.jit
+def let_next_begin(PDL: tl.constexpr):
+    """Let the next kernel begin, if that cannot wait for `wait_for_inputs`."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
     """Let the next kernel begin, then wait for the one before to end.
 
-    A kernel so launched begins while the one before it runs. Only what no kernel writes, as weights, may be read before
-    this. All kernels of a chain must call it, even if they don't need to: the end of one then means the end of all
-    before it.
+    A kernel so launched begins while the one before it runs. Only this may be read before the wait: what no kernel
+    writes, as weights; and what was written before the chain began, by a kernel that does not call this and therefore
+    ends before the next one begins, as the step's inputs. All kernels of a chain must call it, even if they don't need
+    to, in one program at least: the end of one then means the end of all before it. Programs that have nothing to do
+    should end without it, and make room for the next kernel's.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 LOG2E = 1.4426950408889634
 MIN_DOT = 16  # smallest side of a tensor-core tile
 MAX_SPLITS = 128
-MAX_PARTS = 256  # splits and shared parts of a row together
 MERGE_SIZE = 32  # partials (splits x heads) that a merging program holds at once
 
 
@@ -108,7 +107,7 @@ def tile_pointers(
 
 
 @triton.jit
-def _merge(
+def merge_parts(
     out_ptr,
     partial_ptr,
     lse_ptr,
@@ -119,30 +118,33 @@ def _merge(
     GROUP_POW2: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
-    MAX_PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """out[first_head + i] = that head's partials, weighted by exp(lse - max lse); `first_head` counts over rows."""
     heads = tl.arange(0, GROUP_POW2)
     dims = tl.arange(0, HEAD_PAD)
-    every = tl.arange(0, MAX_PARTS)
+    is_head = heads < GROUP
     first_part = (first_head + heads).to(tl.int64) * part_stride
-    lse_mask = (heads < GROUP)[:, None] & (every < num_parts)[None, :]
-    lse = tl.load(lse_ptr + first_part[:, None] + every[None, :], mask=lse_mask, other=float("-inf"))
-    max_lse = tl.max(tl.where((heads < GROUP)[:, None], lse, 0.0), 1)  # finite: parts are not empty
-    total = tl.maximum(tl.sum(tl.exp2(lse - max_lse[:, None]), 1), 1e-30)  # 0 where there is no head
+    running_max = tl.full([GROUP_POW2], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_POW2], tl.float32)
     acc = tl.zeros([GROUP_POW2, HEAD_PAD], tl.float32)
     for start in tl.range(0, num_parts, CHUNK):
         parts = start + tl.arange(0, CHUNK)
-        mask = (heads < GROUP)[:, None] & (parts < num_parts)[None, :]
+        mask = is_head[:, None] & (parts < num_parts)[None, :]
         place = first_part[:, None] + parts[None, :]
-        weights = tl.exp2(tl.load(lse_ptr + place, mask=mask, other=float("-inf")) - max_lse[:, None])
+        lse = tl.load(lse_ptr + place, mask=mask, other=float("-inf"))
         mask = mask[:, :, None] & (dims < HEAD_DIM)[None, None, :]
         partial = tl.load(partial_ptr + place[:, :, None] * HEAD_DIM + dims[None, None, :], mask=mask, other=0.0)
-        acc += tl.sum(partial * weights[:, :, None], 1)
-    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+        # Finite: a chunk has a part, and parts are not empty.
+        new_max = tl.where(is_head, tl.maximum(running_max, tl.max(lse, 1)), 0.0)
+        decay = tl.exp2(running_max - new_max)
+        weights = tl.exp2(lse - new_max[:, None])
+        total = total * decay + tl.sum(weights, 1)
+        acc = acc * decay[:, None] + tl.sum(partial * weights[:, :, None], 1)
+        running_max = new_max
+    out = (acc / tl.maximum(total, 1e-30)[:, None]).to(out_ptr.dtype.element_ty)  # total is 0 where there is no head
     out_rows = (first_head + heads).to(tl.int64)[:, None] * HEAD_DIM
-    tl.store(out_ptr + out_rows + dims[None, :], out, mask=(heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :])
+    tl.store(out_ptr + out_rows + dims[None, :], out, mask=is_head[:, None] & (dims < HEAD_DIM)[None, :])
 
 
 # What varies from step to step, the alignment of slices included, is not worth a recompilation.
@@ -175,12 +177,10 @@ def _decode_kernel(
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
     SHARED: tl.constexpr,
-    MAX_PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_inputs(PDL)
     # KV heads vary fastest: programs that run together read neighbouring memory.
     kv_head = tl.program_id(0)
     row = tl.program_id(1)
@@ -197,7 +197,7 @@ def _decode_kernel(
         split_tiles = _split_tiles(split_tiles, num_splits)
     first_tile = start_tile + split * split_tiles
     if first_tile >= end_tile:
-        return
+        return  # without a wait: another program of the row waits
     last_tile = tl.minimum(first_tile + split_tiles, end_tile)
 
     TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
@@ -206,17 +206,17 @@ def _decode_kernel(
     tokens = tl.arange(0, TILE)
     out_mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     q_rows = row.to(tl.int64) * q_row_stride + (kv_head * GROUP + heads) * q_head_stride
-    q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=out_mask, other=0.0)
-
     in_block = offsets_in_block(kv_head * HEAD_DIM + dims, BLOCK_SIZE, TILE, TOKEN_STRIDE)
     table_ptr = tables_ptr + tl.load(slots_ptr + row).to(tl.int64) * table_stride
     last_block = (context_len - 1) // BLOCK_SIZE
+    # The next tile's block ids are loaded one step ahead, so that K and V loads never wait for them.
+    blocks = tile_blocks(table_ptr, first_tile, last_block, BLOCK_SIZE, TILE)
 
+    wait_for_inputs(PDL)
+    q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=out_mask, other=0.0)
     running_max = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     running_sum = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
-    # The next tile's block ids are loaded one step ahead, so that K and V loads never wait for them.
-    blocks = tile_blocks(table_ptr, first_tile, last_block, BLOCK_SIZE, TILE)
     for tile in tl.range(first_tile, last_tile):
         next_blocks = tile_blocks(table_ptr, tile + 1, last_block, BLOCK_SIZE, TILE)
         # Masked V rows must be zero, not just weigh zero: memory past the context may hold NaN.
@@ -253,7 +253,7 @@ def _decode_kernel(
         if tl.atomic_add(counter, 1, sem="acq_rel") == num_own - 1:
             tl.store(counter, 0)  # for the next launch
             num_parts = num_own + shared_parts
-            _merge(
+            merge_parts(
                 out_ptr,
                 partial_ptr,
                 lse_ptr,
@@ -264,7 +264,6 @@ def _decode_kernel(
                 GROUP_POW2,
                 HEAD_DIM,
                 HEAD_PAD,
-                MAX_PARTS,
                 CHUNK,
             )
 
@@ -287,6 +286,8 @@ def decode_attention_triton(
     num_stages: int | None = None,
 ) -> torch.Tensor:
     """`decode_attention` as a Triton kernel. What is None of the last four is picked by `default_decode_config`.
+
+    Slots, tables, lengths and `shared.rows` are read before the kernel waits for its inputs (see `wait_for_inputs`).
 
     Args:
         out: [B, H, Dh] contiguous, where the result goes; a new tensor if None.
@@ -353,7 +354,6 @@ def decode_attention_triton(
         TILE=tile,
         SPLIT=num_splits > 1,
         SHARED=shared is not None,
-        MAX_PARTS=MAX_PARTS,
         CHUNK=max(1, MERGE_SIZE // group_pow2),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=num_warps or config.num_warps,

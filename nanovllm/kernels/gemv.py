@@ -64,24 +64,30 @@ def _gemv_kernel(
         up_weight = tl.load(weight_ptr + N.to(tl.int64) * K + places, mask=mask, other=0.0)
     if NORM:
         norm = tl.load(norm_ptr + ks, mask=ks < K, other=0.0).to(tl.float32)
+    if BIAS:
+        bias = tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+        if GATED:
+            up_bias = tl.load(bias_ptr + N + rows, mask=rows < N, other=0.0).to(tl.float32)
     wait_for_inputs(PDL)
     dtype = out_ptr.dtype.element_ty
     for m in tl.static_range(M):
         x = tl.load(x_ptr + m * x_stride + ks, mask=ks < K, other=0.0).to(tl.float32)
+        if ADD:  # on its way while the product is summed up
+            residual = tl.load(residual_ptr + m * N + rows, mask=rows < N, other=0.0).to(tl.float32)
         scale = 1.0
         if NORM:  # the scale of the row is a factor of the product too
             scale = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
             x = x * norm
         y = tl.sum(weight.to(tl.float32) * x[None, :], 1) * scale
         if BIAS:
-            y += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+            y += bias
         if GATED:
             up = tl.sum(up_weight.to(tl.float32) * x[None, :], 1) * scale
             if BIAS:
-                up += tl.load(bias_ptr + N + rows, mask=rows < N, other=0.0).to(tl.float32)
+                up += up_bias
             y = y / (1 + tl.exp(-y)) * up
         if ADD:
-            y += tl.load(residual_ptr + m * N + rows, mask=rows < N, other=0.0).to(tl.float32)
+            y += residual
         tl.store(out_ptr + m * N + rows, y.to(dtype), mask=rows < N)
 
 

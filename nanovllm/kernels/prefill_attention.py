@@ -6,41 +6,59 @@ heads of one KV head, so short rows fill a tile and the diagonal is narrow.
 The grid follows from shapes alone, so that it can be captured: row r owns the query tiles from cu[r] // BLOCK_Q + r on,
 which leaves each row at least the tiles it needs. A program finds its row by bisection and leaves if its tile is past
 the row's end.
+
+K and V are loaded by pointers, or, where a block of the cache holds whole tiles, by the tensor memory accelerator (TMA)
+of Hopper and later, which takes neither registers nor instructions for addresses.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import HAVE_TRITON, tl, triton
+from nanovllm.kernels._triton import HAVE_TRITON, TensorDescriptor, tl, triton
 from nanovllm.kernels.decode_attention import (
     LOG2E,
     MIN_DOT,
     check_attention_inputs,
     offsets_in_block,
+    sm_count,
     tile_blocks,
     tile_pointers,
 )
 
 
 class PrefillConfig(NamedTuple):
-    """How a prefill kernel is built: query rows (tokens x heads) and cache tokens of a tile, warps, pipeline stages."""
+    """How a prefill kernel is built.
+
+    Attributes:
+        block_m: query rows (tokens x heads of a group) of a tile, a power of two of at least 16 and the group.
+        block_n: cache tokens of a tile, a power of two of at least 16.
+        num_warps, num_stages: warps, pipeline stages.
+        maxnreg: most registers of a thread, so that more programs fit on an SM; None for as many as the compiler likes.
+        tma: load K and V by TMA, where `serves_tma`.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+    tma: bool = False
 
 
-def default_prefill_config(head_dim: int, itemsize: int) -> PrefillConfig:
+def default_prefill_config(head_dim: int, itemsize: int, num_queries: int = 0, sm_count: int = 1) -> PrefillConfig:
     """What `python -m nanovllm.kernels.tune prefill` chose on an H100, for rows of any length.
 
-    Hopper's matrix units want 64 query rows for each four warps. Wide heads halve the cache tile, which keeps the
-    stages in shared memory and the accumulators in registers. float32 is computed without tensor cores, in small tiles.
+    Hopper's matrix units want 64 query rows for each four warps. Tiles of 128 rows read K and V from the L2 cache half
+    as often; with TMA and at most 128 registers a thread, two such programs fit on an SM. They pay where there are
+    `num_queries` (tokens x heads) for all SMs. Wide heads halve the cache tile, which keeps the stages in shared memory
+    and the accumulators in registers. float32 is computed without tensor cores, in small tiles.
     """
     if itemsize > 2:
         return PrefillConfig(32, 32, 4, 2)
+    if head_dim == 128 and num_queries >= 4 * sm_count * 128:
+        return PrefillConfig(128, 64, 8, 2, maxnreg=128, tma=True)
     return PrefillConfig(64, 64 if head_dim <= 128 else 32, 4, 3)
 
 
@@ -60,20 +78,36 @@ def _find_row(cu_seqlens_ptr, pid, num_rows, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
+def load_box(
+    descriptor,
+    block,
+    tile,
+    shift,
+    column,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """K or V [BLOCK_N, HEAD_DIM] of the tile, or of as many tokens that lie `shift` before; zero before the block."""
+    row = (tile % (BLOCK_SIZE // BLOCK_N)) * BLOCK_N - shift
+    return descriptor.load([block, row, column]).reshape(BLOCK_N, HEAD_DIM)
+
+
+@triton.jit
 def attend_tiles(
     acc,
     running_max,
     running_sum,
     q,
     q_positions,
-    k_ptr,
-    v_ptr,
+    k_cache,
+    v_cache,
     table_ptr,
     first_tile,
     last_tile,
     context_len,
     scale_log2e,
-    in_token,
+    kv_head,
     MASKED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
@@ -81,32 +115,48 @@ def attend_tiles(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """Fold the cache tiles [first_tile, last_tile) into the running softmax. MASKED: by causality and context end."""
+    """Fold the cache tiles [first_tile, last_tile) into the running softmax.
+
+    MASKED: by causality and context end. TMA: the caches are descriptors, see `cache_descriptor`, else pointers.
+    """
     tokens = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, HEAD_PAD)
-    in_block = offsets_in_block(in_token, BLOCK_SIZE, BLOCK_N, TOKEN_STRIDE)
+    column = kv_head * HEAD_DIM
+    in_block = offsets_in_block(column + dims, BLOCK_SIZE, BLOCK_N, TOKEN_STRIDE)
     last_block = (context_len - 1) // BLOCK_SIZE
     # The next tile's block ids are loaded one step ahead, so that K and V loads never wait for them.
     blocks = tile_blocks(table_ptr, first_tile, last_block, BLOCK_SIZE, BLOCK_N)
     for tile in tl.range(first_tile, last_tile):
         next_blocks = tile_blocks(table_ptr, tile + 1, last_block, BLOCK_SIZE, BLOCK_N)
-        k_ptrs = tile_pointers(k_ptr, blocks, tile, in_block, BLOCK_SIZE, BLOCK_N, TOKEN_STRIDE)
-        v_ptrs = tile_pointers(v_ptr, blocks, tile, in_block, BLOCK_SIZE, BLOCK_N, TOKEN_STRIDE)
-        positions = tile * BLOCK_N + tokens
-        if MASKED:
-            kv_mask = (positions < context_len)[:, None] & (dims < HEAD_DIM)[None, :]
-            k = tl.load(k_ptrs, mask=kv_mask, other=0.0)
-            v = tl.load(v_ptrs, mask=kv_mask, other=0.0)
-        elif HEAD_DIM == HEAD_PAD:
-            k = tl.load(k_ptrs)
-            v = tl.load(v_ptrs)
+        start = tile * BLOCK_N
+        positions = start + tokens
+        if TMA:
+            # Memory past the context may hold NaN: its last tile is moved back so that it ends where the context does.
+            shift = tl.maximum(start + BLOCK_N - context_len, 0) if MASKED else 0
+            positions -= shift
+            k = load_box(k_cache, blocks, tile, shift, column, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
+            v = load_box(v_cache, blocks, tile, shift, column, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
         else:
-            k = tl.load(k_ptrs, mask=(dims < HEAD_DIM)[None, :], other=0.0)
-            v = tl.load(v_ptrs, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+            k_ptrs = tile_pointers(k_cache, blocks, tile, in_block, BLOCK_SIZE, BLOCK_N, TOKEN_STRIDE)
+            v_ptrs = tile_pointers(v_cache, blocks, tile, in_block, BLOCK_SIZE, BLOCK_N, TOKEN_STRIDE)
+            if MASKED:
+                kv_mask = (positions < context_len)[:, None] & (dims < HEAD_DIM)[None, :]
+                k = tl.load(k_ptrs, mask=kv_mask, other=0.0)
+                v = tl.load(v_ptrs, mask=kv_mask, other=0.0)
+            elif HEAD_DIM == HEAD_PAD:
+                k = tl.load(k_ptrs)
+                v = tl.load(v_ptrs)
+            else:
+                k = tl.load(k_ptrs, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+                v = tl.load(v_ptrs, mask=(dims < HEAD_DIM)[None, :], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
-            scores = tl.where(q_positions[:, None] >= positions[None, :], scores, float("-inf"))
+            seen = q_positions[:, None] >= positions[None, :]
+            if TMA:
+                seen &= (positions >= start)[None, :]
+            scores = tl.where(seen, scores, float("-inf"))
         # The first tile of all holds position 0, which every query sees: the maximum is finite from there on.
         new_max = tl.maximum(running_max, tl.max(scores, 1) * scale_log2e)
         decay = tl.exp2(running_max - new_max)
@@ -122,8 +172,8 @@ def attend_tiles(
 @triton.jit(do_not_specialize=["slots_ptr", "cu_seqlens_ptr", "context_lens_ptr", "num_rows"])
 def _prefill_kernel(
     q_ptr,
-    k_ptr,
-    v_ptr,
+    k_cache,
+    v_cache,
     tables_ptr,
     slots_ptr,
     cu_seqlens_ptr,
@@ -142,6 +192,7 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
@@ -170,7 +221,6 @@ def _prefill_kernel(
     first_position = context_len - q_len + first_query
     q_positions = context_len - q_len + queries
     table_ptr = tables_ptr + tl.load(slots_ptr + row).to(tl.int64) * table_stride
-    in_token = kv_head * HEAD_DIM + dims
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
@@ -182,14 +232,14 @@ def _prefill_kernel(
         running_sum,
         q,
         q_positions,
-        k_ptr,
-        v_ptr,
+        k_cache,
+        v_cache,
         table_ptr,
         0,
         full_tiles,
         context_len,
         scale_log2e,
-        in_token,
+        kv_head,
         False,
         HEAD_DIM,
         HEAD_PAD,
@@ -197,6 +247,7 @@ def _prefill_kernel(
         BLOCK_SIZE,
         BLOCK_N,
         PRECISION,
+        TMA,
     )
     acc, running_max, running_sum = attend_tiles(
         acc,
@@ -204,14 +255,14 @@ def _prefill_kernel(
         running_sum,
         q,
         q_positions,
-        k_ptr,
-        v_ptr,
+        k_cache,
+        v_cache,
         table_ptr,
         full_tiles,
         num_tiles,
         context_len,
         scale_log2e,
-        in_token,
+        kv_head,
         True,
         HEAD_DIM,
         HEAD_PAD,
@@ -219,10 +270,32 @@ def _prefill_kernel(
         BLOCK_SIZE,
         BLOCK_N,
         PRECISION,
+        TMA,
     )
     out = (acc / running_sum[:, None]).to(out_ptr.dtype.element_ty)
     out_rows = (tokens * (KV_HEADS * GROUP) + heads) * HEAD_DIM
     tl.store(out_ptr + out_rows[:, None] + dims[None, :], out, mask=mask)
+
+
+def serves_tma(k_cache: torch.Tensor, block_n: int) -> bool:
+    """Whether tiles of `block_n` tokens of the cache [num_blocks, block_size, K, Dh] can be loaded by TMA.
+
+    A tile must lie in one block, and a head be as wide as a tile, for what is beside it is another's.
+    """
+    block_size, head_dim = k_cache.shape[1], k_cache.shape[3]
+    fits = block_size % block_n == 0 and head_dim >= MIN_DOT and head_dim & (head_dim - 1) == 0
+    # On the CPU, kernels are interpreted, or compiled for another.
+    able = k_cache.device.type == "cpu" or torch.cuda.get_device_capability(k_cache.device) >= (9, 0)
+    return fits and able and k_cache.data_ptr() % 16 == 0
+
+
+def cache_descriptor(cache: torch.Tensor, block_n: int) -> Any:
+    """The cache as `attend_tiles` reads it by TMA: boxes of `block_n` tokens of one head in one block."""
+    num_blocks, block_size, kv_heads, head_dim = cache.shape
+    width = kv_heads * head_dim
+    return TensorDescriptor(
+        cache, [num_blocks, block_size, width], [block_size * width, width, 1], [1, block_n, head_dim]
+    )
 
 
 def prefill_attention_triton(
@@ -236,17 +309,13 @@ def prefill_attention_triton(
     scale: float,
     *,
     out: torch.Tensor | None = None,
-    block_m: int | None = None,
-    block_n: int | None = None,
-    num_warps: int | None = None,
-    num_stages: int | None = None,
+    config: PrefillConfig | None = None,
 ) -> torch.Tensor:
-    """`prefill_attention` as a Triton kernel. What is None is picked by `default_prefill_config`.
+    """`prefill_attention` as a Triton kernel.
 
     Args:
         out: [T, H, Dh] contiguous, where the result goes; a new tensor if None.
-        block_m: query rows (tokens x heads of a group) of a tile, a power of two of at least 16 and the group.
-        block_n: cache tokens of a tile, a power of two of at least 16.
+        config: `default_prefill_config` if None.
 
     Raises:
         ValueError: a size that is no power of two, or heads that do not divide.
@@ -261,17 +330,19 @@ def prefill_attention_triton(
     out = torch.empty((num_tokens, heads, head_dim), dtype=q.dtype, device=q.device) if out is None else out
     if num_tokens == 0:
         return out
-    config = default_prefill_config(head_dim, q.element_size())
-    block_m = block_m or max(config.block_m, triton.next_power_of_2(group))
-    block_n = block_n or config.block_n
+    if config is None:
+        config = default_prefill_config(head_dim, q.element_size(), num_tokens * heads, sm_count(q.device))
+        config = config._replace(block_m=max(config.block_m, triton.next_power_of_2(group)))
+    block_m, block_n = config.block_m, config.block_n
     for name, value, least in (("block_m", block_m, max(MIN_DOT, group)), ("block_n", block_n, MIN_DOT)):
         if value < least or value & (value - 1):
             raise ValueError(f"{name}={value} must be a power of two of at least {least}")
+    tma = config.tma and serves_tma(k_cache, block_n) and serves_tma(v_cache, block_n)
     num_tiles = num_tokens // (block_m // group) + num_rows
     _prefill_kernel[(kv_heads, num_tiles)](
         q,
-        k_cache,
-        v_cache,
+        cache_descriptor(k_cache, block_n) if tma else k_cache,
+        cache_descriptor(v_cache, block_n) if tma else v_cache,
         block_tables,
         slots,
         cu_seqlens_q,
@@ -290,8 +361,10 @@ def prefill_attention_triton(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=num_warps or config.num_warps,
-        num_stages=num_stages or config.num_stages,
+        TMA=tma,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        maxnreg=config.maxnreg,
     )
     return out
 

@@ -1,9 +1,28 @@
 """What happens to queries, keys and values between their projection and attention, in one kernel."""
 
+from typing import NamedTuple
+
 import torch
 
 from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
 from nanovllm.kernels.rms_norm import rms_norm_torch
+
+
+class QKTransform(NamedTuple):
+    """What a layer does to each query and key head before attention: RMSNorm, if it has one, then RoPE, halves paired.
+
+    Args:
+        num_heads: H, query heads.
+        cos_sin: [max_position, Dh] float32, cosines in the first half, sines in the second.
+        q_weight, k_weight: [Dh] of the norms, or both None.
+        eps: of the norms.
+    """
+
+    num_heads: int
+    cos_sin: torch.Tensor
+    q_weight: torch.Tensor | None = None
+    k_weight: torch.Tensor | None = None
+    eps: float = 0.0
 
 
 @triton.jit
@@ -72,10 +91,9 @@ def _rope_store_kernel(
     tl.store(v_cache_ptr + place * KV_HEADS * HEAD_DIM + flat, v, mask=v_mask)
 
 
-def qk_norm_rope_store_triton(
-    qkv, q_weight, k_weight, eps, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads: int
-) -> torch.Tensor:
+def qk_norm_rope_store_triton(qkv, transform: QKTransform, positions, slot_mapping, k_cache, v_cache) -> torch.Tensor:
     """`qk_norm_rope_store` as a Triton kernel, one program a token."""
+    num_heads, cos_sin, q_weight, k_weight, eps = transform
     kv_heads, head_dim = k_cache.shape[-2:]
     q = torch.empty((len(qkv), num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if len(qkv):
@@ -104,10 +122,9 @@ def qk_norm_rope_store_triton(
     return q
 
 
-def qk_norm_rope_store_torch(
-    qkv, q_weight, k_weight, eps, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads: int
-) -> torch.Tensor:
+def qk_norm_rope_store_torch(qkv, transform: QKTransform, positions, slot_mapping, k_cache, v_cache) -> torch.Tensor:
     """`qk_norm_rope_store` in plain torch."""
+    num_heads, cos_sin, q_weight, k_weight, eps = transform
     kv_heads, head_dim = k_cache.shape[-2:]
     q, k, v = qkv.view(len(qkv), -1, head_dim).split([num_heads, kv_heads, kv_heads], dim=1)
     if q_weight is not None:
@@ -125,29 +142,22 @@ def qk_norm_rope_store_torch(
 
 def qk_norm_rope_store(
     qkv: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    eps: float,
-    cos_sin: torch.Tensor,
+    transform: QKTransform,
     positions: torch.Tensor,
     slot_mapping: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    num_heads: int,
 ) -> torch.Tensor:
-    """Norm the query and key heads (if there are weights), rotate them (RoPE, halves paired), store K and V.
+    """Transform the query and key heads, store K and V.
 
     Args:
         qkv: [T, (H + 2 K) Dh], rows contiguous.
-        q_weight, k_weight: [Dh] of the heads' RMSNorms, or both None.
-        cos_sin: [max_position, Dh] float32, cosines in the first half, sines in the second.
         positions: [T] int64.
         slot_mapping: [T] int64, each token's place in the cache seen as [num_blocks * block_size, K, Dh].
         k_cache, v_cache: [num_blocks, block_size, K, Dh], contiguous; written in place.
-        num_heads: H.
 
     Returns:
         The queries, [T, H, Dh], a new tensor.
     """
     run = qk_norm_rope_store_triton if qkv.is_cuda else qk_norm_rope_store_torch
-    return run(qkv, q_weight, k_weight, eps, cos_sin, positions, slot_mapping, k_cache, v_cache, num_heads)
+    return run(qkv, transform, positions, slot_mapping, k_cache, v_cache)

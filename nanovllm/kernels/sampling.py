@@ -179,7 +179,6 @@ def _threshold_kernel(
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_inputs(PDL)
     row = tl.program_id(0)
     context_len = tl.load(context_lens_ptr + row)
     slot = _slot(
@@ -190,6 +189,7 @@ def _threshold_kernel(
     top_k = tl.load(params_ptr + 3)
     top_p = _float(params_ptr + 4)
     min_p = _float(params_ptr + 5)
+    wait_for_inputs(PDL)
     if (temperature == 0) | ((top_k == 0) & (top_p >= 1) & (min_p == 0)):
         tl.store(threshold_ptr + row, -2147483648)
         return
@@ -260,7 +260,6 @@ def _draw_kernel(
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_inputs(PDL)
     row = tl.program_id(0)
     tile = tl.program_id(1)
     context_len = tl.load(context_lens_ptr + row)
@@ -270,6 +269,7 @@ def _draw_kernel(
     params_ptr = slot[0]
     temperature = _float(params_ptr + 2)
     greedy = temperature == 0
+    wait_for_inputs(PDL)
     columns = tile * TILE + tl.arange(0, TILE)
     logits_ptr += row.to(tl.int64) * logits_stride
     divisor = tl.where(greedy, 1.0, temperature)
@@ -283,17 +283,40 @@ def _draw_kernel(
 
 
 @triton.jit
-def _reduce_kernel(best_ptr, token_ptr, out_ptr, num_tiles, TILES: tl.constexpr, PDL: tl.constexpr):
-    wait_for_inputs(PDL)
+def _reduce_kernel(
+    best_ptr,
+    token_ptr,
+    out_ptr,
+    slots_ptr,
+    context_lens_ptr,
+    last_token_ptr,
+    length_ptr,
+    num_tiles,
+    scratch_slot,
+    ADVANCE: tl.constexpr,
+    TILES: tl.constexpr,
+    PDL: tl.constexpr,
+):
     row = tl.program_id(0)
     tiles = tl.arange(0, TILES)
+    slot = tl.load(slots_ptr + row)
+    context_len = tl.load(context_lens_ptr + row)
+    wait_for_inputs(PDL)
     best = tl.load(best_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf"))
-    token = tl.load(token_ptr + row * num_tiles + tl.argmax(best, 0))
-    tl.store(out_ptr + row, token.to(tl.int64))
+    tokens = tl.load(token_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=0)
+    token = tl.sum(tl.where(tiles == tl.argmax(best, 0), tokens, 0), 0).to(tl.int64)
+    tl.store(out_ptr + row, token)
+    if ADVANCE:
+        tl.store(last_token_ptr + slot, token, mask=slot != scratch_slot)
+        tl.store(length_ptr + slot, context_len, mask=slot != scratch_slot)
 
 
 def sample_triton(
-    logits: torch.Tensor, slots: torch.Tensor, context_lens: torch.Tensor, state: SamplingState
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    context_lens: torch.Tensor,
+    state: SamplingState,
+    last: tuple[torch.Tensor, torch.Tensor, int] | None = None,
 ) -> torch.Tensor:
     """`sample` as Triton kernels."""
     rows, vocab_size = logits.shape
@@ -343,7 +366,22 @@ def sample_triton(
         num_warps=8,
     )
     tiles = triton.next_power_of_2(num_tiles)
-    _reduce_kernel[(rows,)](best, best_token, tokens, num_tiles, TILES=tiles, num_warps=1, **pdl)
+    last_token, length, scratch_slot = last or (tokens, slots, 0)
+    _reduce_kernel[(rows,)](
+        best,
+        best_token,
+        tokens,
+        slots,
+        context_lens,
+        last_token,
+        length,
+        num_tiles,
+        scratch_slot,
+        ADVANCE=last is not None,
+        TILES=tiles,
+        num_warps=1,
+        **pdl,
+    )
     return tokens
 
 
@@ -403,7 +441,11 @@ def adjust(x: torch.Tensor, slots: torch.Tensor, state: SamplingState) -> torch.
 
 
 def sample_torch(
-    logits: torch.Tensor, slots: torch.Tensor, context_lens: torch.Tensor, state: SamplingState
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    context_lens: torch.Tensor,
+    state: SamplingState,
+    last: tuple[torch.Tensor, torch.Tensor, int] | None = None,
 ) -> torch.Tensor:
     """`sample` in plain torch. Synchronises with the device to skip what no row asks for."""
     slots = slots.to(torch.int64)
@@ -428,10 +470,18 @@ def sample_torch(
             y[filtered] = filter_torch(y[filtered], top_k[filtered], top_p[filtered], min_p[filtered])
         y += _gumbel_torch(y.shape[1], state.seed[at], context_lens[drawn])
         tokens[drawn] = y.argmax(-1)
+    if last is not None:
+        advance_torch(tokens, slots, context_lens, *last)
     return tokens
 
 
-def sample(logits: torch.Tensor, slots: torch.Tensor, context_lens: torch.Tensor, state: SamplingState) -> torch.Tensor:
+def sample(
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    context_lens: torch.Tensor,
+    state: SamplingState,
+    last: tuple[torch.Tensor, torch.Tensor, int] | None = None,
+) -> torch.Tensor:
     """Draw a token for each row.
 
     Args:
@@ -439,11 +489,12 @@ def sample(logits: torch.Tensor, slots: torch.Tensor, context_lens: torch.Tensor
         slots: [R] int32, whose parameters apply.
         context_lens: [R] int32, tokens before the one that is drawn: the counter of the noise.
         state: the parameters of all slots.
+        last: last_token, length and scratch_slot of `advance`, if the tokens are to go there at once.
 
     Returns:
         [R] int64. top_p keeps the smallest set whose mass reaches it; ties at a threshold are all kept.
     """
-    return (sample_triton if logits.is_cuda else sample_torch)(logits, slots, context_lens, state)
+    return (sample_triton if logits.is_cuda else sample_torch)(logits, slots, context_lens, state, last)
 
 
 @triton.jit

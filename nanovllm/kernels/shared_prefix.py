@@ -157,7 +157,7 @@ def _shared_kernel(
         last_tile,
         shared_len,
         scale_log2e,
-        kv_head * HEAD_DIM + dims,
+        kv_head,
         False,
         HEAD_DIM,
         HEAD_PAD,
@@ -165,6 +165,7 @@ def _shared_kernel(
         BLOCK_SIZE,
         BLOCK_N,
         PRECISION,
+        False,
     )
     places = (rows * (KV_HEADS * GROUP) + heads) * part_stride + part
     tl.store(partial_ptr + places[:, None] * HEAD_DIM + dims[None, :], acc / running_sum[:, None], mask=mask)

@@ -91,6 +91,7 @@ def _step_inputs_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # No `wait_for_inputs`: this begins a chain, whose kernels read what is written here before they wait.
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_row = index < num_rows
     is_token = index < num_tokens

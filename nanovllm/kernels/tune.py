@@ -13,11 +13,13 @@ from functools import partial
 import torch
 
 from nanovllm.kernels._triton import triton
-from nanovllm.kernels.decode_attention import decode_attention_triton, default_decode_config
+from nanovllm.kernels.decode_attention import DecodeConfig, decode_attention_triton, default_decode_config
 from nanovllm.kernels.decode_attention import sm_count as count_sms
 from nanovllm.kernels.gemv import GemvConfig, default_gemv_config, gemv_triton
-from nanovllm.kernels.prefill_attention import default_prefill_config, prefill_attention_triton
+from nanovllm.kernels.prefill_attention import PrefillConfig, default_prefill_config, prefill_attention_triton
 from nanovllm.kernels.rms_norm import rms_norm
+from nanovllm.kernels.rope_decode import default_rope_decode_config, rope_decode_triton
+from nanovllm.kernels.rope_store import QKTransform
 from nanovllm.kernels.silu_mul import silu_mul
 
 COLD_BYTES = 256 << 20  # several times any L2 cache
@@ -62,7 +64,7 @@ def make_cache(lens: list[int]) -> list[tuple[torch.Tensor, ...]]:
 def decode(full: bool) -> None:
     """Bandwidth of decode attention: bytes of K and V read once, over time."""
     print("decode attention: rows x tokens, group | tile warps stages splits | us, TB/s  (* default)")
-    sizes = [(256, 500, 1500), (128, 500, 1500), (32, 2000, 2000), (1, 4000, 4000), (1, 600, 600)]
+    sizes = [(256, 500, 1500), (128, 500, 1500), (32, 2000, 2000), (8, 4000, 4000), (8, 600, 600)]
     for group, (rows, low, high) in itertools.product((2, 4), sizes):
         lens = torch.linspace(low, high, rows).int().tolist()
         caches, slots = make_cache(lens), torch.randperm(rows, device="cuda", dtype=torch.int32)
@@ -73,7 +75,7 @@ def decode(full: bool) -> None:
         configs = [default]
         if full:
             tiles = [(32, 2, 3), (32, 2, 4), (32, 2, 5), (64, 2, 3), (64, 4, 3), (64, 4, 4), (128, 4, 3)]
-            splits = {1: (8, 16, 32, 64), 32: (4, 8, 16), 128: (1, 2, 4, 8), 256: (1, 2, 4)}[rows]
+            splits = {8: (8, 16, 32), 32: (4, 8, 16), 128: (1, 2, 4, 8), 256: (1, 2, 4)}[rows]
             configs += [(*tile, split) for tile in tiles for split in splits]
         results = []
         for tile, warps, stages, splits in configs:
@@ -84,26 +86,56 @@ def decode(full: bool) -> None:
         show(f"{rows} x {low}-{high}, {group}", results, 4 * sum(lens) * KV_HEADS * HEAD_DIM / 1e12, "TB/s")
 
 
+def rope_decode(full: bool) -> None:
+    """Time of decode attention with few rows, the projection before it included: the two overlap."""
+    print("projection and attention: rows x tokens, group | tile warps stages splits | us, TB/s  (* default)")
+    hidden = 1024
+    for group, (rows, tokens) in itertools.product((2, 4), [(1, 128), (1, 600), (1, 4000), (4, 600)]):
+        caches, slots = make_cache([tokens] * rows), torch.arange(rows, device="cuda", dtype=torch.int32)
+        context_lens = torch.full((rows,), tokens, device="cuda", dtype=torch.int32)
+        n = KV_HEADS * (group + 2) * HEAD_DIM
+        x, *norms = torch.randn(3, rows, hidden, device="cuda", dtype=torch.bfloat16)
+        weights = torch.randn(-(-COLD_BYTES // (2 * n * hidden)), n, hidden, device="cuda", dtype=torch.bfloat16)
+        angles = torch.randn(tokens, HEAD_DIM, device="cuda")
+        transform = QKTransform(KV_HEADS * group, angles, *(norm[0, :HEAD_DIM] for norm in norms), 1e-6)
+        counters = torch.zeros(rows * KV_HEADS, device="cuda", dtype=torch.int32)
+
+        def run(weight, cache, config, where=(slots, context_lens), x=x, transform=transform, counters=counters):
+            rope_decode_triton(gemv_triton(x, weight), transform, *cache, *where, 0.1, counters=counters, config=config)
+
+        default = default_rope_decode_config(rows, KV_HEADS, HEAD_DIM, 2, count_sms(x.device))
+        configs = [default]
+        if full:
+            tiles = [(16, 1, 2), (32, 1, 2), (32, 2, 2), (64, 2, 2), (64, 4, 1), (64, 4, 2), (64, 4, 3), (128, 8, 2)]
+            configs += [DecodeConfig(*tile, splits) for tile in tiles for splits in (17, 33, 64)]
+        results = []
+        for config in configs:
+            pairs = zip(itertools.cycle(weights), caches[:512], strict=False)
+            results.append((seconds([partial(run, *pair, config) for pair in pairs]), tuple(config)))
+        num_bytes = 2 * n * hidden + 4 * rows * tokens * KV_HEADS * HEAD_DIM
+        show(f"{rows} x {tokens}, {group}", results, num_bytes / 1e12, "TB/s")
+
+
 def prefill(full: bool) -> None:
     """Arithmetic rate of prefill attention, the masked half not counted."""
-    print("prefill attention: rows x new tokens of context, group | m n warps stages | us, TFLOP/s  (* default)")
+    print("prefill attention: rows x new tokens of context, group | m n warps stages registers TMA | us, TFLOP/s")
     for group, (rows, new, context) in itertools.product((2, 4), [(4, 4000, 4000), (256, 64, 2112), (1, 128, 128)]):
         caches, slots = make_cache([context] * rows), torch.arange(rows, device="cuda", dtype=torch.int32)
         cu_seqlens = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * new
         context_lens = torch.full((rows,), context, device="cuda", dtype=torch.int32)
         q = torch.randn(rows * new, KV_HEADS * group, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-        configs = [tuple(default_prefill_config(HEAD_DIM, 2))]
+        configs = [default_prefill_config(HEAD_DIM, 2, len(q) * KV_HEADS * group, count_sms(q.device))]
         if full:
-            configs += [(128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 64, 4, 2)]
-            configs += [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 128, 8, 3), (128, 32, 8, 4)]
+            tiles = [(128, 64, 8, 2, 128), (128, 64, 8, 3), (128, 32, 8, 3, 128), (128, 64, 4, 2)]
+            tiles += [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 4)]
+            configs += [PrefillConfig(*tile)._replace(tma=tma) for tile in tiles for tma in (False, True)]
         results = []
-        for m, n, warps, stages in configs:
-            options = {"block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages}
+        for config in configs:
             calls = [
-                partial(prefill_attention_triton, q, *c, slots, cu_seqlens, context_lens, 0.1, **options)
+                partial(prefill_attention_triton, q, *c, slots, cu_seqlens, context_lens, 0.1, config=config)
                 for c in caches
             ]
-            results.append((seconds(calls), (m, n, warps, stages)))
+            results.append((seconds(calls), tuple(config)))
         seen = rows * new * (context - (new - 1) / 2)
         show(f"{rows} x {new} of {context}, {group}", results, 4 * seen * KV_HEADS * group * HEAD_DIM / 1e12, "TFLOP/s")
 
@@ -156,7 +188,7 @@ def show(what: str, results: list[tuple[float, tuple]], work: float, unit: str, 
         print(f"{what:24s}{mark} {' '.join(map(str, config)):14s} {time * 1e6:8.1f} us {work / time:8.2f} {unit}")
 
 
-KERNELS = {"decode": decode, "prefill": prefill, "gemv": gemv}
+KERNELS = {"decode": decode, "rope_decode": rope_decode, "prefill": prefill, "gemv": gemv}
 
 
 def main() -> None:

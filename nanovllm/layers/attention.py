@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from nanovllm.kernels.rope_store import qk_norm_rope_store
+from nanovllm.kernels.rope_store import QKTransform
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.utils.context import get_context
@@ -43,17 +43,8 @@ class Attention(nn.Module):
         self.k_cache = self.v_cache = torch.empty(0)
 
     def forward(self, qkv: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm else (None, None)
+        transform = QKTransform(self.num_heads, self.rotary.cos_sin, *norms, self.eps)
         context = get_context()
-        q = qk_norm_rope_store(
-            qkv,
-            self.q_norm.weight if self.q_norm else None,
-            self.k_norm.weight if self.k_norm else None,
-            self.eps,
-            self.rotary.cos_sin,
-            positions,
-            context.slot_mapping,
-            self.k_cache,
-            self.v_cache,
-            self.num_heads,
-        )
-        return context.backend.attend(q, self.k_cache, self.v_cache, self.scale, context).flatten(1)
+        attend = context.backend.store_and_attend
+        return attend(qkv, transform, positions, self.k_cache, self.v_cache, self.scale, context).flatten(1)

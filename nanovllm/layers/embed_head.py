@@ -1,10 +1,11 @@
 """The two ends of the model, both split over the vocabulary."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.kernels.embedding import embedding
 from nanovllm.kernels.linear import linear
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parameter import PackedLayer, check_shape, make_parameter
 from nanovllm.utils.context import get_context
 from nanovllm.utils.parallel import TensorParallel
@@ -40,23 +41,18 @@ class VocabParallelEmbedding(nn.Module):
         param[len(rows) :].zero_()
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        if self.tp.size == 1:
-            return F.embedding(input_ids, self.weight)
-        local = input_ids - self.start
-        outside = (local < 0) | (local >= self.size)
-        x = F.embedding(local.masked_fill(outside, 0), self.weight)
-        return self.tp.all_reduce(x.masked_fill(outside.unsqueeze(-1), 0))
+        return self.tp.all_reduce(embedding(input_ids, self.weight, self.start))
 
 
 class ParallelLMHead(VocabParallelEmbedding, PackedLayer):
     """Hidden states [T, embedding_dim] -> logits [L, num_embeddings] on rank 0, None on the others.
 
-    L is the number of the context's `last_indices`, or T if there are none.
+    L is the number of the context's `last_indices`, or T if there are none. A `norm` comes first, of those L alone.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | None:
+    def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor | None:
         last_indices = get_context().last_indices
         if last_indices is not None:
             x = x[last_indices]
-        logits = self.tp.gather(linear(x, self.operand))
+        logits = self.tp.gather(linear(x, self.operand, None, norm and (norm.weight, norm.eps)))
         return None if logits is None else logits[:, : self.num_embeddings]

@@ -14,6 +14,8 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parameter import PackedLayer, check_shape, divide, make_parameter
 from nanovllm.utils.parallel import TensorParallel
 
+OVERLAP_ROWS = 4096  # rows of a product whose sum over the ranks takes about as long as the next rows' product
+
 
 @dataclass(frozen=True)
 class Part:
@@ -145,6 +147,25 @@ class RowParallelLinear(PackedLayer):
         param.copy_(loaded[:, self.tp.rank * size : (self.tp.rank + 1) * size])
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        if self.tp.size > 1 and x.is_cuda and len(x) >= 2 * OVERLAP_ROWS:
+            return self._overlapped(x, residual)
+        return self.tp.all_reduce(self._product(x, residual))
+
+    def _product(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """This rank's summand; rank 0's may be in place of the residual."""
         if self.tp.rank == 0:
-            return self.tp.all_reduce(linear_add(x, self.operand, self.bias, residual))
-        return self.tp.all_reduce(linear(x, self.operand))
+            return linear_add(x, self.operand, self.bias, residual)
+        return linear(x, self.operand)
+
+    def _overlapped(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`forward` by parts of the rows: while one part is summed over the ranks, the next is multiplied."""
+        sums = []
+        for part, out in zip(x.split(OVERLAP_ROWS), residual.split(OVERLAP_ROWS), strict=True):
+            if self.tp.rank == 0:
+                linear_add(part, self.operand, self.bias, out)
+            else:
+                torch.mm(part, self.operand.t(), out=out)
+            sums.append(self.tp.start_all_reduce(out))
+        for work in sums:
+            work.wait()
+        return residual

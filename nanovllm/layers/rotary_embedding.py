@@ -77,4 +77,6 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, max_position: int, theta: float, scaling: dict | None = None):
         super().__init__()
-        self.register_buffer("cos_sin", rope_table(head_dim, max_position, theta, scaling), persistent=False)
+        with torch.device("cpu"):  # on the meta device this arithmetic would import torch's compiler, for seconds
+            table = rope_table(head_dim, max_position, theta, scaling)
+        self.register_buffer("cos_sin", table.to(torch.get_default_device()), persistent=False)

@@ -87,11 +87,11 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """input_ids, positions [T] int64 -> normed hidden states [T, hidden_size], within a forward context."""
+        """input_ids, positions [T] int64 -> hidden states [T, hidden_size] before the norm, in a forward context."""
         x = self.embed_tokens(input_ids)
         for layer in self.layers:
             x = layer(x, positions)
-        return self.norm(x)
+        return x
 
     @contextmanager
     def one_layer(self) -> Iterator[None]:
@@ -103,5 +103,5 @@ class Decoder(nn.Module):
             self.layers = layers
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Hidden states [T, hidden_size] -> logits [L, vocab_size], None on ranks but 0; see ParallelLMHead."""
-        return self.lm_head(hidden)
+        """What `forward` gives -> logits [L, vocab_size], None on ranks but 0; see ParallelLMHead."""
+        return self.lm_head(hidden, self.norm)

@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from nanovllm.layers.parameter import PackedLayer
+from nanovllm.utils.parallel import TensorParallel
 
 if TYPE_CHECKING:
     from nanovllm.models.decoder import Decoder
@@ -95,15 +96,18 @@ def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
         yield name, tensor
 
 
-def init_dummy_weights(model: "Decoder", seed: int) -> None:
-    """Fill the parameters in place with small random numbers (norms with ones), from a generator of its own."""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    with torch.inference_mode(), _plain_layout(model):
-        for name, param in model.named_parameters():
-            if name.endswith("norm.weight"):
-                param.fill_(1)
-            else:
-                param.normal_(std=0.02, generator=generator)
+def dummy_weights(model: "Decoder", seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """A checkpoint of small random numbers (norms of ones) for `model`, the same whatever ranks it is split over."""
+    param = next(model.parameters())
+    generator = torch.Generator(param.device).manual_seed(seed)
+    with torch.device("meta"):
+        whole = type(model)(model.config, tp=TensorParallel())
+    for name, (target, shard_id) in _targets(whole).items():
+        shape = list(target.shape)
+        if shard_id is not None:
+            shape[0] = target.weight_loader.__self__.parts[shard_id].total
+        tensor = torch.ones(shape, dtype=param.dtype, device=param.device)
+        yield name, tensor if name.endswith("norm.weight") else tensor.normal_(std=0.02, generator=generator)
 
 
 def iterate_weights(location: Path) -> Iterator[tuple[str, torch.Tensor]]:

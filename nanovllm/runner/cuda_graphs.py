@@ -98,9 +98,17 @@ class StepGraphs:
             for size in reversed(decode_sizes(max_num_seqs)):  # the largest first: the others fit in its memory
                 slots = self.slots[:size]
                 self.decode[size] = self._capture(lambda slots=slots: runner.step(slots, len(slots)))
+        except BaseException:
+            self.free()
+            raise
         finally:
             gc.enable()
         torch.cuda.synchronize()
+
+    def free(self) -> None:
+        """Give the graphs back, whoever else knows of this object."""
+        for graphs in (self.decode, self.shared, self.mixed):
+            graphs.clear()
 
     def _capture_mixed(self, runner: "ModelRunner", num_tokens: int, num_rows: int) -> None:
         packed = torch.from_numpy(self.state.pack(Batch(), num_rows, num_tokens)).to(runner.device)

@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -45,7 +46,10 @@ def make_group(rank: int, size: int, store: "dist.Store", device_type: str) -> "
         options._devices = [dist.ProcessGroupGloo.create_device(interface="lo")]
         return dist.ProcessGroupGloo(store, rank, size, options)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    return dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
+    # A rank that dies is noticed by whoever started it; NCCL's watchdog would end this process, the caller's, for it.
+    with patch.dict(os.environ, TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # sums go before the products beside them
+        return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
 def rank_device(device_type: str, local_rank: int) -> torch.device:
@@ -83,7 +87,7 @@ def _join_outside_group(config: Config, source: ModelSource) -> "Executor":
             f"tensor_parallel_size={config.tensor_parallel_size} must equal the world size, {dist.get_world_size()}"
         )
     device = rank_device(config.device_type, int(os.environ.get("LOCAL_RANK", dist.get_rank())))
-    executor = Executor(ModelRunner(config, source, TensorParallel.default(), device))
+    executor = Executor(ModelRunner(config, source, TensorParallel.default().with_peers(device), device))
     if joined:
         atexit.register(_leave_group, weakref.ref(executor))
     return executor
@@ -121,6 +125,7 @@ class Executor:
     def close(self) -> None:
         """Give back the device's memory. Parameters and their loaders refer to each other: the collector frees them."""
         if self.runner is not None:
+            self.runner.free_graphs()
             self.runner = None
             gc.collect()
             if torch.cuda.is_initialized():
@@ -134,6 +139,7 @@ class SpawnedRanks(Executor):
         self.processes: list[subprocess.Popen] = []
         self.channels: list[Connection] = []
         self.error: str | None = None
+        self.tp: TensorParallel | None = None
         self.runner = None
         self.closing = threading.Event()
         self.folder = tempfile.mkdtemp(prefix="nanovllm-")
@@ -149,8 +155,9 @@ class SpawnedRanks(Executor):
                     self.channels[-1].send((config, rank, store_path))
                 store = dist.FileStore(store_path, size)
                 self._await_children(store)
-                group = make_group(0, size, store, config.device_type)
-                super().__init__(ModelRunner(config, source, TensorParallel(0, size, group), device))
+                self.tp = TensorParallel(0, size, make_group(0, size, store, config.device_type))
+                self.tp = self.tp.with_peers(device)
+                super().__init__(ModelRunner(config, source, self.tp, device))
                 self.runner.check_ranks = self.check
         except BaseException:
             self.close()
@@ -245,6 +252,7 @@ class SpawnedRanks(Executor):
                     self.error = what
                     for other in self.processes:
                         other.kill()
+                    self._end_collectives()
                     return
 
     def _failure(self, rank: int, process: subprocess.Popen) -> str | None:
@@ -262,6 +270,13 @@ class SpawnedRanks(Executor):
         verb = "was stopped by" if state.si_code == os.CLD_STOPPED else "ended with status or"
         return f"tensor-parallel rank {rank} (process {process.pid}) {verb} signal {state.si_status}"
 
+    def _end_collectives(self) -> None:
+        """Let nothing on this rank wait for the others any more. The monitor may do so beside a step that does."""
+        if self.runner is not None:
+            self.runner.free_graphs()
+        if self.tp is not None:
+            self.tp.end()
+
     def close(self) -> None:
         """End the children and remove what was made for them. May be called again."""
         self.closing.set()
@@ -269,6 +284,7 @@ class SpawnedRanks(Executor):
             with contextlib.suppress(OSError):
                 channel.send(("close",))
             channel.close()
+        self._end_collectives()
         deadline = time.monotonic() + (0 if self.error else 5)
         for process in self.processes:
             try:

@@ -19,7 +19,7 @@ from nanovllm.kernels.shared_prefix import SharedPlan
 from nanovllm.kernels.step_inputs import StepRows, step_inputs
 from nanovllm.layers.attention import Attention
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.loader import init_dummy_weights, load_weights
+from nanovllm.models.loader import dummy_weights, load_weights
 from nanovllm.outputs import TokenLogprobs
 from nanovllm.runner.batch_state import BatchState
 from nanovllm.runner.cuda_graphs import StepGraphs
@@ -37,7 +37,7 @@ class StepTensors(NamedTuple):
     Args:
         tokens: [R] int64, one drawn for each row.
         logits: [R, V], what they were drawn from; None on ranks but 0. After a graph's replay, valid until the next.
-        hidden: [T, H], the model's last hidden states; None after a graph's replay.
+        hidden: [T, H], the model's last hidden states before their norm; None after a graph's replay.
     """
 
     tokens: torch.Tensor
@@ -78,6 +78,7 @@ class ModelRunner:
             config.attention_backend, device, source.config.head_dim, self.block_size, self.dtype
         )
         self.check_ranks: Callable[[], None] = lambda: None  # raises if another rank has failed
+        self.graphs: StepGraphs | None = None
         self.in_flight: deque[InFlight] = deque()
         with torch.inference_mode():
             self._build(source)
@@ -85,10 +86,8 @@ class ModelRunner:
     def _build(self, source: ModelSource) -> None:
         with torch.device(self.device):
             self.model = Decoder(source.config, dtype=self.dtype, tp=self.tp)
-        if self.config.load_format == "dummy":
-            init_dummy_weights(self.model, self.config.seed)
-        else:
-            load_weights(self.model, source.weights())
+        dummy = self.config.load_format == "dummy"
+        load_weights(self.model, dummy_weights(self.model, self.config.seed) if dummy else source.weights())
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         if self.backend.name == "triton":
             self._compile()
@@ -256,12 +255,15 @@ class ModelRunner:
     def _sample(self, logits: torch.Tensor | None, slots: torch.Tensor, context_lens: torch.Tensor) -> torch.Tensor:
         """Draw on rank 0, which has the logits; every rank then holds the tokens and advances its state."""
         state = self.state
+        last = state.last_token, state.length, state.scratch_slot
+        if self.tp.size == 1:
+            return sample(logits, slots, context_lens, state.sampling, last)
         if logits is None:
             tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
         else:
             tokens = sample(logits, slots, context_lens, state.sampling)
         self.tp.broadcast(tokens)
-        advance(tokens, slots, context_lens, state.last_token, state.length, state.scratch_slot)
+        advance(tokens, slots, context_lens, *last)
         return tokens
 
     def _logprobs(self, batch: Batch, result: StepTensors) -> tuple[torch.Tensor, ...]:
@@ -325,7 +327,8 @@ class ModelRunner:
 
     def sleep(self, level: int) -> None:
         """Free the KV cache and what goes with it (1), and the weights' device memory too (2)."""
-        self.graphs = self.state = None
+        self.free_graphs()
+        self.state = None
         self.token_ring.clear()
         for layer in self.attention_layers:
             layer.k_cache = layer.v_cache = torch.empty(0)
@@ -348,7 +351,13 @@ class ModelRunner:
             for param in self.model.parameters():
                 param.data = param.data.to(device)
 
-    def _capture(self) -> None:
+    def free_graphs(self) -> None:
+        """Forget the captured graphs. NCCL's communicators cannot end before the graphs that hold their kernels."""
+        if self.graphs is not None:
+            self.graphs.free()
         self.graphs = None
+
+    def _capture(self) -> None:
+        self.free_graphs()
         if self.device.type == "cuda" and not self.config.enforce_eager and self.backend.capturable:
             self.graphs = StepGraphs(self)

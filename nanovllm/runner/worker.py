@@ -69,8 +69,11 @@ def main(fd: int) -> None:
         store.set(f"rank {rank}", "present")
         group = make_group(rank, size, store, config.device_type)
         source = open_model(config.model, config.load_format)
-        runner = ModelRunner(config, source, TensorParallel(rank, size, group), device)
+        tp = TensorParallel(rank, size, group).with_peers(device)
+        runner = ModelRunner(config, source, tp, device)
         serve(runner, channel)
+        runner.free_graphs()
+        tp.end()
     except EOFError:  # rank 0 is gone
         pass
     except BaseException:

@@ -3,10 +3,18 @@
 A group is an object that is handed around, not a global: two engines in one process have two groups.
 """
 
-from dataclasses import dataclass
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from nanovllm.kernels._triton import HAVE_TRITON
+from nanovllm.kernels.all_reduce import PeerMemory, all_reduce_triton, new_memory, open_memory, share_memory
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -16,11 +24,13 @@ class TensorParallel:
     Args:
         rank, size: place of this rank and number of ranks.
         group: a `torch.distributed` process group (gloo or NCCL); None for a single rank, whose collectives do nothing.
+        peers: GPU memory through which sums of few bytes are made, where the ranks can reach each other's.
     """
 
     rank: int = 0
     size: int = 1
     group: "dist.ProcessGroup | None" = None
+    peers: PeerMemory | None = None
 
     @classmethod
     def default(cls) -> "TensorParallel":
@@ -29,11 +39,35 @@ class TensorParallel:
             return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
         return cls()
 
+    def with_peers(self, device: torch.device) -> "TensorParallel":
+        """This group with `peers`, if all ranks are GPUs of one host that can write each other's memory."""
+        if device.type != "cuda" or not HAVE_TRITON or self.size == 1:
+            return self
+        own = new_memory(self.size, device)
+        host = Path("/proc/sys/kernel/random/boot_id").read_text()
+        shared = self.all_gather_json([host, share_memory(own)], device)
+        memory, failure = [], "they are on several hosts"
+        if all(other == host for other, _ in shared):
+            try:
+                memory = [own if i == self.rank else open_memory(s, own) for i, (_, s) in enumerate(shared)]
+            except RuntimeError as error:
+                failure = error
+        if self.all_reduce_min(len(memory), device) == self.size:
+            return replace(self, peers=PeerMemory(self.rank, memory))
+        logger.info("rank %d: NCCL makes all sums, as ranks cannot write each other's memory: %s", self.rank, failure)
+        return self
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum `x` over the ranks, in place."""
+        if self.peers is not None and self.peers.fits(x):
+            return all_reduce_triton(x, self.peers)
         if self.size > 1:
-            self.group.allreduce([x]).wait()
+            self.start_all_reduce(x).wait()
         return x
+
+    def start_all_reduce(self, x: torch.Tensor) -> "dist.Work":
+        """Begin to sum `x` over the ranks, in place, beside what the device is given next, until its `wait()`."""
+        return self.group.allreduce([x])
 
     def all_reduce_min(self, value: int, device: torch.device) -> int:
         """The smallest of the ranks' values."""
@@ -44,6 +78,13 @@ class TensorParallel:
         tensor = torch.tensor([value], dtype=torch.int64, device=device)
         self.group.allreduce([tensor], options).wait()
         return int(tensor.item())
+
+    def all_gather_json(self, value: list, device: torch.device) -> list[list]:
+        """Every rank's `value`, which JSON can express in 1024 bytes."""
+        own = torch.tensor(list(json.dumps(value).encode().ljust(1024)), dtype=torch.uint8, device=device)
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        self.group.allgather([parts], [own]).wait()
+        return [json.loads(bytes(part.tolist())) for part in parts]
 
     def gather(self, x: torch.Tensor) -> torch.Tensor | None:
         """Concatenate the ranks' equally shaped `x` along the last dimension on rank 0; None on the others."""
@@ -59,3 +100,14 @@ class TensorParallel:
         if self.size > 1:
             self.group.broadcast([x]).wait()
         return x
+
+    def end(self) -> None:
+        """End all collectives of this rank, those that run included, for good: no rank need be there any more.
+
+        NCCL then waits for captured graphs that hold its kernels to be freed, which another thread may do. Not for a
+        group that is others' too.
+        """
+        if self.peers is not None:
+            self.peers.end()
+        if isinstance(self.group, getattr(dist, "ProcessGroupNCCL", ())):
+            self.group.abort()

@@ -64,6 +64,13 @@ def test_the_tokens_are_those_of_one_rank(model, want, size):
     assert gone(pids)
 
 
+def test_dummy_weights_are_those_of_one_rank(model, want):
+    with LLM(model, load_format="dummy", **OPTIONS) as llm:
+        dummy = tokens(llm)
+    with LLM(model, load_format="dummy", tensor_parallel_size=2, **OPTIONS) as llm:
+        assert tokens(llm) == dummy != want
+
+
 def test_kv_heads_are_replicated_where_there_are_more_ranks(tmp_path):
     path = save_tiny(tmp_path, "llama")  # a single KV head
     with LLM(path, **OPTIONS) as llm:

@@ -35,6 +35,17 @@ def tokens(llm, prompts, params):
     return [out.token_ids for out in llm.generate(prompts, params, use_tqdm=False)]
 
 
+def assert_likeliest(model, outputs):
+    """Each token is the float32 `model`'s first choice after those before it, or as near to it as bfloat16 can tell."""
+    for output in outputs:
+        ids = torch.tensor([output.prompt_token_ids + output.token_ids])
+        with torch.inference_mode():
+            logits = model(ids).logits[0, len(output.prompt_token_ids) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(output.token_ids)[:, None])[:, 0]
+        assert (logits.max(1).values - chosen <= 0.1 * logits.std(1)).all()
+        assert (logits.argmax(1) == torch.tensor(output.token_ids)).float().mean() > 0.8
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("model"), "qwen3")
@@ -92,19 +103,12 @@ def test_shared_prefixes_do_not_change_the_tokens(model):
 @pytest.mark.parametrize("name", ["qwen3", "llama-bias"])
 @pytest.mark.parametrize("count", [1, 3, 12])
 def test_bfloat16_greedy_tokens_are_the_likeliest_but_for_noise(name, count, tmp_path):
-    """Each token is the float32 reference's first choice, or as near to it as bfloat16 can tell."""
     path = save_tiny(tmp_path, name)
     model = load_reference(path)
     prompts = prompts_of(range(20, 20 + 3 * count, 3))
     with LLM(path, dtype="bfloat16", max_num_seqs=16, **OPTIONS) as llm:
         outputs = llm.generate(prompts, greedy(40), use_tqdm=False)
-    for output in outputs:
-        ids = torch.tensor([output.prompt_token_ids + output.token_ids])
-        with torch.inference_mode():
-            logits = model(ids).logits[0, len(output.prompt_token_ids) - 1 : -1]
-        chosen = logits.gather(1, torch.tensor(output.token_ids)[:, None])[:, 0]
-        assert (logits.max(1).values - chosen <= 0.1 * logits.std(1)).all()
-        assert (logits.argmax(1) == torch.tensor(output.token_ids)).float().mean() > 0.8
+    assert_likeliest(model, outputs)
 
 
 def test_what_requests_ask_for_is_the_same_in_graphs_eager_and_on_a_cpu(model):

@@ -15,12 +15,14 @@ import torch
 from tests.kernels.compile_for_hopper import compiled
 from nanovllm.kernels import decode_attention as decode, prefill_attention as prefill
 from nanovllm.kernels._triton import compile_only
-from nanovllm.kernels import gemv, rms_norm, rope_store, sampling, shared_prefix, silu_mul, step_inputs
+from nanovllm.kernels import all_reduce, embedding, gemv, rms_norm, rope_decode, rope_store, sampling, shared_prefix
+from nanovllm.kernels import silu_mul, step_inputs
 
 def call_all():
     bf16, i32, i64 = (dict(dtype=getattr(torch, name)) for name in ("bfloat16", "int32", "int64"))
     x, weight = torch.zeros(4, 256, **bf16), torch.zeros(256, **bf16)
     rms_norm.rms_norm_triton(x, weight, 1e-6)
+    embedding.embedding_triton(torch.zeros(4, **i64), x)
     silu_mul.silu_mul_triton(x)
     wide = torch.zeros(512, 256, **bf16)
     for options in (dict(norm=(weight, 1e-6), gated=True), dict(bias=weight, residual=torch.zeros(4, 512, **bf16))):
@@ -29,23 +31,35 @@ def call_all():
     state = sampling.SamplingState(sampling.default_rows(5), 5000, torch.device("cpu"))
     for rows in (slots, step_inputs.StepRows.split(torch.zeros(100, **i32), 4, 20)):
         step_inputs.step_inputs_triton(rows, torch.zeros(5, **i64), torch.zeros(5, **i32), tables, 64, 4, state)
-    tokens = sampling.sample_triton(torch.zeros(4, 5000, **bf16), slots, lens, state)
-    sampling.advance_triton(tokens, slots, lens, torch.zeros(5, **i64), torch.zeros(5, **i32), 4)
+    peers = all_reduce.PeerMemory(0, [all_reduce.new_memory(2, torch.device("cpu"))] * 2)
+    for dtype, n in ((torch.bfloat16, 4096), (torch.float32, 4096), (torch.bfloat16, 1 << 20)):
+        all_reduce.all_reduce_triton(torch.zeros(n, dtype=dtype), peers)
+    last = torch.zeros(5, **i64), torch.zeros(5, **i32), 4
+    for advances in (None, last):
+        tokens = sampling.sample_triton(torch.zeros(4, 5000, **bf16), slots, lens, state, advances)
+    sampling.advance_triton(tokens, slots, lens, *last)
     for group, head_dim, dtype in ((2, 128, "bfloat16"), (4, 128, "bfloat16"), (3, 64, "bfloat16"), (1, 96, "float32")):
         kind = dict(dtype=getattr(torch, dtype))
         q, cache = torch.zeros(4, 8 * group, head_dim, **kind), torch.zeros(9, 64, 8, head_dim, **kind)
         qkv, table = torch.zeros(4, 8 * (group + 2) * head_dim, **kind), torch.zeros(99, head_dim)
         norm = torch.zeros(head_dim, **kind)
         for norms in ((norm, norm), (None, None)):
-            rope_store.qk_norm_rope_store_triton(
-                qkv, *norms, 1e-6, table, lens.long(), lens.long(), cache, cache, 8 * group
-            )
+            transform = rope_store.QKTransform(8 * group, table, *norms, 1e-6)
+            rope_store.qk_norm_rope_store_triton(qkv, transform, lens.long(), lens.long(), cache, cache)
+            for splits in (1, 16):
+                config = rope_decode.default_rope_decode_config(4, 8, head_dim, kind["dtype"].itemsize, 132)
+                config = config._replace(num_splits=splits)
+                rope_decode.rope_decode_triton(
+                    qkv, transform, cache, cache, tables, slots, lens, 0.1, config=config
+                )
         plan = shared_prefix.SharedPlan(torch.zeros(4, 2, **i32), torch.zeros(1, 4, **i32))
         parts = shared_prefix.attend_shared_triton(q, cache, cache, tables, slots, 0.1, plan)
         decode.decode_attention_triton(q, cache, cache, tables, slots, lens, 0.1, shared=parts)
         for splits in (1, 4):
             decode.decode_attention_triton(q, cache, cache, tables, slots, lens, 0.1, num_splits=splits)
-        prefill.prefill_attention_triton(q, cache, cache, tables, slots[:1], tables[0, :2], lens[:1], 0.1)
+        for config in (None, prefill.PrefillConfig(128, 64, 8, 2, 128, True)):
+            rows = slots[:1], tables[0, :2], lens[:1]
+            prefill.prefill_attention_triton(q, cache, cache, tables, *rows, 0.1, config=config)
 
 with compile_only():
     call_all()
@@ -60,7 +74,7 @@ def test_every_kernel_compiles_for_an_h100():
     result = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     count, *names = result.stdout.split()
-    assert int(count) > len(names) >= 11
+    assert int(count) > len(names) >= 13
 
 
 @pytest.mark.parametrize(("kernel", "message"), [("decode", "no CUDA GPU"), ("other", "got 'other'")])

@@ -3,9 +3,12 @@ import torch
 
 from nanovllm.kernels._triton import HAVE_TRITON
 from nanovllm.kernels.prefill_attention import (
+    PrefillConfig,
+    default_prefill_config,
     prefill_attention,
     prefill_attention_torch,
     prefill_attention_triton,
+    serves_tma,
 )
 from tests.kernels.paged import DEVICE, DTYPES, assert_close, assert_same, make_paged, plain_attention
 
@@ -50,13 +53,48 @@ def test_triton_is_the_formula(heads, kv_heads, head_dim, block_size, dtype):
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_tiles_of_any_shape(block_m, block_n, block_size):
     rows = [(16, 16), (33, 97), (5, 70)]
-    check(prefill_attention_triton, rows, 6, 2, 64, block_size, block_m=block_m, block_n=block_n)
+    check(prefill_attention_triton, rows, 6, 2, 64, block_size, config=PrefillConfig(block_m, block_n, 4, 2))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("block_m", "block_n"), [(64, 64), (128, 16)])
+@pytest.mark.parametrize("block_size", [64, 32, 128])
+def test_boxes_end_with_the_context(block_m, block_n, block_size, dtype):
+    """By TMA, where a block holds whole tiles: the last of a row begins in the tile before it, or before the block."""
+    rows = [(70, 70), (1, 1), (0, 7), (33, 65), (64, 128), (5, 131)]
+    check(
+        prefill_attention_triton,
+        rows,
+        6,
+        2,
+        64,
+        block_size,
+        dtype,
+        config=PrefillConfig(block_m, block_n, 4, 2, tma=True),
+    )
+
+
+def test_large_tiles_are_for_many_queries():
+    small, large = (default_prefill_config(128, 2, n * 16, sm_count=132) for n in (2048, 16384))
+    assert (small.block_m, small.tma, large.block_m, large.tma) == (64, False, 128, True)
+    assert not default_prefill_config(128, 4, 1 << 20).tma and not default_prefill_config(64, 2, 1 << 20).tma
+
+
+@needs_triton
+def test_what_tma_serves():
+    def served(block_size, head_dim, block_n):
+        return serves_tma(torch.empty(2, block_size, 1, head_dim), block_n)
+
+    assert served(64, 128, 64) and served(64, 128, 16) and served(256, 64, 128)
+    assert not served(16, 128, 64) and not served(64, 96, 64)
+    assert not serves_tma(torch.empty(2 * 64 * 64 + 1)[1:].view(2, 64, 1, 64), 64)  # begins at no multiple of 16 bytes
 
 
 @needs_triton
 def test_many_short_rows_and_empty_ones():
     rows = [(n % 4, 2 + n) for n in range(23)]  # each fourth has no queries, as a captured grid may have
-    check(prefill_attention_triton, rows, 4, 2, 64, 16, block_m=16, block_n=16)
+    check(prefill_attention_triton, rows, 4, 2, 64, 16, config=PrefillConfig(16, 16, 4, 2))
 
 
 @needs_triton
@@ -72,20 +110,21 @@ def test_slices_of_a_mixed_step():
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("tile", "message"),
     [
-        ({"block_m": 96}, "block_m=96 must be a power of two of at least 20"),
-        ({"block_m": 16}, "block_m=16 must be a power of two of at least 20"),
-        ({"block_n": 8}, "block_n=8 must be a power of two of at least 16"),
+        ((96, 64), "block_m=96 must be a power of two of at least 20"),
+        ((16, 64), "block_m=16 must be a power of two of at least 20"),
+        ((64, 8), "block_n=8 must be a power of two of at least 16"),
     ],
 )
-def test_bad_options_are_named(options, message):
+def test_bad_tiles_are_named(tile, message):
     paged = make_paged([5], 1, 64, 16)
     q = torch.zeros(5, 20, 64, device=DEVICE)
     cu_seqlens = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
     caches = (paged.k_cache, paged.v_cache)
     with pytest.raises(ValueError, match=message):
-        prefill_attention_triton(q, *caches, *paged.tables, cu_seqlens, paged.context_lens, 1.0, **options)
+        config = PrefillConfig(*tile, 4, 2)
+        prefill_attention_triton(q, *caches, *paged.tables, cu_seqlens, paged.context_lens, 1.0, config=config)
 
 
 def test_no_tokens_and_bad_heads():

@@ -191,3 +191,19 @@ def test_advance(device):
         slots = torch.tensor([3, 4, 0, 4], dtype=torch.int32, device=device)
         run(torch.tensor([7, 8, 9, 8], device=device), slots, slots + 10, last_token, length, 4)
         assert last_token.tolist() == [9, 0, 0, 7, 0] and length.tolist() == [10, 0, 0, 13, 0]
+
+
+def test_sample_takes_its_tokens_into_the_slots(device):
+    logits = torch.randn((5, 4099), generator=torch.Generator(device).manual_seed(2), device=device)
+    state = state_of(device, 9, vocab_size=4099, temperature=[0, 1, 0, 1, 1, 0, 0, 0, 0], seed=range(9))
+    slots = torch.tensor([7, 9, 1, 9, 4], dtype=torch.int32, device=device)
+    lens = torch.tensor([50, 51, 52, 53, 54], dtype=torch.int32, device=device)
+    plain = sample_torch(logits, slots, lens, state)
+    for sampler in (sample_triton, sample_torch):
+        last_token = torch.full((10,), -7, dtype=torch.int64, device=device)
+        length = last_token.int()
+        tokens = sampler(logits, slots, lens, state, (last_token, length, 9))
+        assert tokens.tolist() == plain.tolist()
+        expected = {7: (plain[0], 50), 1: (plain[2], 52), 4: (plain[4], 54)}
+        for slot in range(10):
+            assert (last_token[slot], length[slot]) == expected.get(slot, (-7, -7))

@@ -1,9 +1,9 @@
-"""Norms, activation, rotary embedding with the cache write, and step inputs: each Triton kernel = its twin."""
+"""Embedding, norms, activation, rotary embedding with cache write, and step inputs: each Triton kernel = its twin."""
 
 import pytest
 import torch
 
-from nanovllm.kernels import rms_norm, rope_store, sampling, silu_mul, step_inputs
+from nanovllm.kernels import embedding, rms_norm, rope_store, sampling, silu_mul, step_inputs
 from nanovllm.layers.rotary_embedding import rope_table
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -12,6 +12,18 @@ DTYPES = [torch.float32, torch.bfloat16]
 def close(got, want):
     tolerance = 1e-5 if want.dtype == torch.float32 else 4e-2  # the interpreter truncates to bfloat16
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "size"), [(1, 64), (7, 100), (0, 32)])
+def test_embedding(device, tokens, size, dtype):
+    table = torch.randn(40, size, device=device).to(dtype)
+    ids = torch.randint(40, (tokens,), device=device)
+    for start, end in ((0, 40), (10, 25), (30, 40)):
+        want = table[ids].masked_fill(((ids < start) | (ids >= end))[:, None], 0)
+        for run in (embedding.embedding_triton, embedding.embedding_torch):
+            got = run(ids, table[start:end].contiguous(), start)
+            assert got.dtype == dtype and torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -55,7 +67,8 @@ def test_rope_store(device, heads, kv_heads, head_dim, norm, dtype):
         caches = [
             torch.full((num_blocks, block_size, kv_heads, head_dim), 7.0, dtype=dtype, device=device) for _ in "kv"
         ]
-        results.append((run(qkv, *weights, 1e-6, table, positions, places, *caches, heads), *caches))
+        transform = rope_store.QKTransform(heads, table, *weights, 1e-6)
+        results.append((run(qkv, transform, positions, places, *caches), *caches))
     for got, want in zip(*results, strict=True):
         close(got, want)
     assert torch.equal(qkv, copy)

@@ -33,7 +33,7 @@ class FakeRank(TensorParallel):
 
 def ranks(size):
     sent = {}
-    return [FakeRank(rank, size, None, sent) for rank in reversed(range(size))]
+    return [FakeRank(rank, size, sent=sent) for rank in reversed(range(size))]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.loader import init_dummy_weights, iterate_weights, load_weights
+from nanovllm.models.loader import dummy_weights, iterate_weights, load_weights
 from nanovllm.models.registry import ModelConfig
 from nanovllm.utils.parallel import TensorParallel
 from tests.models.tiny import save_tiny, tiny_model
@@ -85,7 +85,7 @@ def test_dummy_weights_follow_the_seed_alone():
     decoders = [Decoder(ModelConfig.from_hf(tiny_model("qwen2").config)) for _ in range(3)]
     state = torch.get_rng_state()
     for decoder, seed in zip(decoders, (1, 1, 2), strict=True):
-        init_dummy_weights(decoder, seed)
+        load_weights(decoder, dummy_weights(decoder, seed))
     assert torch.equal(torch.get_rng_state(), state)
     first, same, other = (plain(decoder.layers[0].mlp.down_proj) for decoder in decoders)
     assert torch.equal(first, same) and not torch.equal(first, other)

@@ -7,14 +7,24 @@ import torch
 
 import nanovllm.attention as attention
 from nanovllm.attention import select_backend, triton_backend
-from nanovllm.attention.flash_attn_backend import FlashAttnBackend
+from nanovllm.attention.flash_attn_backend import (
+    PACKAGES,
+    FlashAttn2Backend,
+    FlashAttn3Backend,
+    choose_package,
+    num_splits,
+)
 from nanovllm.attention.torch_ref import TorchBackend
 from nanovllm.kernels.decode_attention import decode_attention_torch
 from nanovllm.kernels.prefill_attention import prefill_attention_torch
+from nanovllm.kernels.rope_decode import rope_decode_torch
+from nanovllm.kernels.rope_store import QKTransform
+from nanovllm.layers.rotary_embedding import rope_table
 from nanovllm.utils.context import Context
 from tests.kernels.paged import assert_close, make_paged, plain_attention
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+FLASH2, FLASH3, FLASH3_BY_TILE = "flash_attn", "flash_attn_interface", "fa3_fwd_interface"
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 64
 SCALE = 0.1
 
@@ -69,32 +79,198 @@ def test_triton_backend_hands_each_kernel_its_rows(monkeypatch):
         check_step(backend, decode, prefill)
 
 
-def fake_flash_attn():
-    """A module with flash-attn's two paged functions, computed by the torch twins."""
+@pytest.mark.parametrize(
+    ("decode", "prefill", "shared", "fused"),
+    [
+        ([5, 40, 16, 1], [], None, True),
+        ([5, 40, 16, 1, 2], [], None, False),  # many rows
+        ([5], [(3, 30)], None, False),
+        ([], [(1, 9)], None, False),
+        ([5, 40], [], object(), False),
+    ],
+)
+def test_triton_backend_has_one_kernel_for_few_decode_rows(monkeypatch, decode, prefill, shared, fused):
+    """What it gives and leaves in the cache is what the reference does, whichever way it goes."""
+    monkeypatch.setattr(triton_backend, "HAVE_TRITON", True)
+    calls = []
+
+    def into(twin, name):
+        def run(*args, out=None, counters=None, shared=None):
+            calls.append(name)
+            return twin(*args) if out is None else out.copy_(twin(*args))
+
+        return run
+
+    for name, twin in (
+        ("rope_decode_triton", rope_decode_torch),
+        ("decode_attention_triton", decode_attention_torch),
+        ("prefill_attention_triton", prefill_attention_torch),
+    ):
+        monkeypatch.setattr(triton_backend, name, into(twin, name))
+    monkeypatch.setattr(triton_backend, "attend_shared_triton", lambda *args: None)
+    lens = [1] * len(decode) + [n for n, _ in prefill]
+    contexts = [*decode, *(context for _, context in prefill)]
+    paged = make_paged(contexts, KV_HEADS, HEAD_DIM, 16, torch.float32, CPU)
+    generator = torch.Generator().manual_seed(3)
+    qkv = torch.randn(sum(lens), (HEADS + 2 * KV_HEADS) * HEAD_DIM, generator=generator)
+    transform = QKTransform(HEADS, rope_table(HEAD_DIM, 64, 1e4), *torch.randn(2, HEAD_DIM, generator=generator), 1e-6)
+    positions = torch.cat([torch.arange(c - n, c) for n, c in zip(lens, contexts, strict=True)])
+    rows = torch.arange(len(lens)).repeat_interleave(torch.tensor(lens))
+    blocks = paged.block_tables[paged.slots[rows].long(), positions // 16].long()
+    results = []
+    for backend in (TorchBackend(), triton_backend.TritonBackend(torch.device("cuda"), 16)):
+        ctx = Context(
+            num_decode=len(decode),
+            slots=paged.slots,
+            context_lens=paged.context_lens,
+            block_tables=paged.block_tables,
+            slot_mapping=blocks * 16 + positions % 16,
+            cu_seqlens_q=torch.tensor([0, *lens]).cumsum(0).int()[len(decode) :] if prefill else None,
+            shared=shared,
+        )
+        caches = paged.k_cache.clone(), paged.v_cache.clone()
+        results.append((backend.store_and_attend(qkv, transform, positions, *caches, SCALE, ctx), *caches))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True)
+    assert ("rope_decode_triton" in calls) == fused and len(calls) == bool(decode) + bool(prefill)
+
+
+def check_int32(rows, *tensors, width=None):
+    for x in tensors:
+        assert x.dtype == torch.int32 and x.is_contiguous() and len(x) == rows
+        assert x.ndim == (1 if width is None else 2)
+
+
+def fake_flash_attn_2():
+    """A module with FlashAttention-2's two paged functions, computed by the torch twins."""
 
     def with_kvcache(q, k_cache, v_cache, *, cache_seqlens, block_table, softmax_scale, causal):
-        assert causal and q.shape[1] == 1
-        rows = torch.arange(len(q))
-        args = (q[:, 0], k_cache, v_cache, block_table, rows, cache_seqlens, softmax_scale)
+        assert causal and q.shape[1] == 1 and q.ndim == 4
+        check_int32(len(q), cache_seqlens)
+        check_int32(len(q), block_table, width=block_table.shape[1])
+        args = (q[:, 0], k_cache, v_cache, block_table, torch.arange(len(q)), cache_seqlens, softmax_scale)
         return decode_attention_torch(*args)[:, None]
 
     def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, block_table):
-        assert causal and cu_seqlens_k.dtype == torch.int32
+        assert causal and q.ndim == 3 and cu_seqlens_q[0] == cu_seqlens_k[0] == 0
+        check_int32(len(block_table) + 1, cu_seqlens_q, cu_seqlens_k)
+        check_int32(len(block_table), block_table, width=block_table.shape[1])
         context_lens = cu_seqlens_k.diff()
         assert (max_seqlen_q, max_seqlen_k) == (int(cu_seqlens_q.diff().max()), int(context_lens.max()))
         rows = torch.arange(len(context_lens))
         return prefill_attention_torch(q, k, v, block_table, rows, cu_seqlens_q, context_lens, softmax_scale)
 
-    module = ModuleType("flash_attn")
+    module = ModuleType(FLASH2)
     module.flash_attn_with_kvcache, module.flash_attn_varlen_func = with_kvcache, varlen
     return module
 
 
-def test_flash_attn_backend_speaks_its_packages_language(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
-    backend = FlashAttnBackend(torch.device("cuda"), 256, torch.bfloat16)
+def fake_flash_attn_3(calls):
+    """A module with FlashAttention-3's paged function, computed by a torch twin; its max_seqlen_q go to `calls`."""
+
+    def with_kvcache(
+        q, k_cache, v_cache, *, cache_seqlens, page_table, cu_seqlens_q, max_seqlen_q, softmax_scale, causal, num_splits
+    ):
+        rows = len(page_table)
+        assert causal and q.ndim == 3 and cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(q)
+        check_int32(rows, cache_seqlens)
+        check_int32(rows + 1, cu_seqlens_q)
+        check_int32(rows, page_table, width=page_table.shape[1])
+        assert type(max_seqlen_q) is int and max_seqlen_q >= cu_seqlens_q.diff().max()
+        assert type(num_splits) is int and num_splits >= 1
+        calls.append(max_seqlen_q)
+        args = (torch.arange(rows), cu_seqlens_q, cache_seqlens, softmax_scale)
+        return prefill_attention_torch(q, k_cache, v_cache, page_table, *args)
+
+    module = ModuleType(FLASH3)
+    module.flash_attn_with_kvcache = with_kvcache
+    return module
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Make the given modules the only ones of FlashAttention, on a card of the given compute capability."""
+
+    def install(*names, capability=(9, 0)):
+        for package in PACKAGES:
+            fake = fake_flash_attn_2() if package.version == 2 else fake_flash_attn_3([])
+            monkeypatch.setitem(sys.modules, package.module, fake if package.module in names else None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    return install
+
+
+def test_flash_attn_2_is_spoken_to_in_its_language():
+    backend = FlashAttn2Backend(fake_flash_attn_2())
+    assert backend.capturable and not backend.capturable_prefill
     for decode, prefill in STEPS:
         check_step(backend, decode, prefill, block_size=256)
+
+
+@pytest.mark.parametrize(("by_tile", "block_size"), [(False, 16), (True, 128)])
+def test_flash_attn_3_is_spoken_to_in_its_language(by_tile, block_size):
+    for decode, prefill in STEPS:
+        calls = []
+        backend = FlashAttn3Backend(fake_flash_attn_3(calls), by_tile)
+        assert backend.capturable and backend.capturable_prefill
+        check_step(backend, decode, prefill, block_size=block_size)
+        longest = [1] * bool(decode) + [max((n for n, _ in prefill), default=0)] * bool(prefill)
+        if by_tile:  # more queries than a tile of 192 holds
+            longest = [max(n, 192 // (HEADS // KV_HEADS) + 1) for n in longest]
+        assert calls == 2 * longest
+
+
+def test_what_flash_attn_3_keeps_of_its_splits_is_bounded():
+    def kept(rows, tokens, heads, kv_heads):
+        return num_splits(rows, tokens, heads, kv_heads, 132), num_splits(rows, tokens, heads, kv_heads, 132) * tokens
+
+    assert kept(1, 1, 32, 8)[0] == 32  # one row fills the card
+    assert kept(256, 256, 32, 8)[0] == 1  # so do many by themselves
+    assert kept(4, 16384, 32, 8)[0] == 1
+    for kv_heads in (1, 2, 8):
+        for group in (1, 4, 8):
+            for tokens in (1, 7, 64, 500, 2000, 16384):
+                splits, results = kept(1, tokens, group * kv_heads, kv_heads)
+                assert splits == 1 or results * group * kv_heads * 128 * 4 <= 40 << 20
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "head_dim", "block_size", "dtype", "expected"),
+    [
+        ((FLASH2, FLASH3, FLASH3_BY_TILE), (9, 0), 128, 64, torch.bfloat16, "flash-attn-3"),
+        ((FLASH2, FLASH3_BY_TILE), (9, 0), 128, 256, torch.bfloat16, "fa3-fwd"),
+        ((FLASH3_BY_TILE,), (9, 0), 40, 128, torch.bfloat16, "fa3-fwd"),
+        ((FLASH2, FLASH3_BY_TILE), (9, 0), 128, 256, torch.float16, "flash-attn"),
+        ((FLASH2, FLASH3_BY_TILE), (9, 0), 256, 256, torch.bfloat16, "flash-attn"),
+        ((FLASH2, FLASH3, FLASH3_BY_TILE), (8, 0), 128, 256, torch.bfloat16, "flash-attn"),
+        ((FLASH2, FLASH3, FLASH3_BY_TILE), (10, 0), 128, 256, torch.bfloat16, "flash-attn"),
+        ((FLASH3,), (10, 0), 128, 256, torch.bfloat16, "flash-attn-3: needs a card of compute capability 9.0, not 10"),
+        ((FLASH2,), (7, 5), 128, 256, torch.float16, "flash-attn: needs a card of compute capability 8.0 or more"),
+        ((FLASH3_BY_TILE,), (9, 0), 128, 64, torch.bfloat16, "fa3-fwd: block_size=64 must be a multiple of 128"),
+        ((FLASH3_BY_TILE,), (9, 0), 128, 128, torch.float16, "fa3-fwd: dtype=torch.float16 must be torch.bfloat16"),
+        ((FLASH3_BY_TILE,), (9, 0), 256, 128, torch.bfloat16, "fa3-fwd: head_dim=256 must be at most 64, or from 97"),
+        ((FLASH3,), (9, 0), 20, 16, torch.bfloat16, "flash-attn-3: head_dim=20 must be a multiple of 8"),
+        ((FLASH2,), (9, 0), 128, 64, torch.bfloat16, "flash-attn: block_size=64 must be a multiple of 256"),
+    ],
+)
+def test_the_first_flash_attn_package_that_fits_is_used(
+    install, installed, capability, head_dim, block_size, dtype, expected
+):
+    install(*installed, capability=capability)
+    if ":" in expected:
+        with pytest.raises(ValueError, match=expected):
+            choose_package(CUDA, head_dim, block_size, dtype)
+        assert select_backend("auto", "cuda", head_dim, 48, dtype).name == "torch"  # nor does Triton take blocks of 48
+    else:
+        package, module = choose_package(CUDA, head_dim, block_size, dtype)
+        assert package.name == expected and module is sys.modules[package.module]
+
+
+def test_flash_attn_4_is_not_taken_for_flash_attn_2(install, monkeypatch):
+    install()
+    monkeypatch.setitem(sys.modules, FLASH2, ModuleType(FLASH2))
+    with pytest.raises(ImportError, match=r"flash-attn-3 .*, fa3-fwd .*, flash-attn .*flash_attn_with_kvcache"):
+        select_backend("flash_attn", "cuda", 128, 256, torch.bfloat16)
 
 
 def test_auto_on_a_cpu_is_torch_and_says_so(caplog):
@@ -114,12 +290,11 @@ def test_auto_on_a_cpu_is_torch_and_says_so(caplog):
     ],
 )
 def test_auto_on_a_gpu_takes_what_is_there_and_fits(
-    monkeypatch, have_triton, have_flash, head_dim, block_size, expected
+    monkeypatch, install, have_triton, have_flash, head_dim, block_size, expected
 ):
     monkeypatch.setattr(attention, "HAVE_TRITON", have_triton)
     monkeypatch.setattr(triton_backend, "HAVE_TRITON", have_triton)
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object() if have_flash else None)
-    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
+    install(*[FLASH2] * have_flash)
     backend = select_backend("auto", "cuda", head_dim, block_size, torch.bfloat16)
     assert backend.name == expected
     assert backend.capturable == (expected != "torch")
@@ -139,14 +314,12 @@ def test_auto_on_a_gpu_takes_what_is_there_and_fits(
         ("triton", "cpu", 16, torch.float32, ValueError, "needs a CUDA device"),
         ("triton", "cuda", 48, torch.bfloat16, ValueError, "block_size=48 must be a power of two"),
         ("flash_attn", "cpu", 256, torch.bfloat16, ValueError, "needs a CUDA device"),
-        ("flash_attn", "cuda", 64, torch.bfloat16, ValueError, "block_size=64 must be a multiple of 256"),
-        ("flash_attn", "cuda", 256, torch.float32, ValueError, "dtype=torch.float32 must be float16 or bfloat16"),
-        ("flash_attn", "cuda", 256, torch.bfloat16, ImportError, "needs the flash-attn package"),
+        ("flash_attn", "cuda", 256, torch.bfloat16, ImportError, "needs one of the packages flash-attn-3 .*, fa3-fwd"),
     ],
 )
-def test_a_named_backend_is_used_or_raises(monkeypatch, name, device, block_size, dtype, error, message):
+def test_a_named_backend_is_used_or_raises(monkeypatch, install, name, device, block_size, dtype, error, message):
     monkeypatch.setattr(triton_backend, "HAVE_TRITON", True)
-    monkeypatch.setitem(sys.modules, "flash_attn", None)  # an import of it fails
+    install()
     with pytest.raises(error, match=message):
         select_backend(name, device, 64, block_size, dtype)
 

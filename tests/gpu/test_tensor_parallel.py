@@ -1,0 +1,128 @@
+"""Two GPUs: the tokens of one, sums in each other's memory inside captured steps, clear errors when a rank is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+from tests.distributed.test_tensor_parallel import SCRIPT, gone
+from tests.gpu.test_gpu import OPTIONS, greedy, prompts_of, tokens
+from tests.models.tiny import save_tiny
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+
+TINY_OPTIONS = {**OPTIONS, "dtype": "float32", "max_num_seqs": 8}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"), "qwen2")  # a vocabulary that 2 does not divide
+
+
+@pytest.fixture(scope="module")
+def want(model):
+    with LLM(model, **TINY_OPTIONS) as llm:
+        return tokens(llm, *mixture())
+
+
+def mixture():
+    params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=60, ignore_eos=True) for i in range(5)]
+    return prompts_of([3, 20, 47, 100, 33]), params
+
+
+def noise_and_agreement(judge, outputs):
+    """How far behind the likeliest token each of `outputs`' was, by `judge`'s log-probabilities; how often none."""
+    prompts = [output.prompt_token_ids + output.token_ids for output in outputs]
+    behind = []
+    for output, scored in zip(
+        outputs, judge.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=1), use_tqdm=False), strict=True
+    ):
+        start = len(output.prompt_token_ids)
+        for token_id, row in zip(output.token_ids, scored.prompt_logprobs[start:], strict=True):
+            behind.append(max(x.logprob for x in row.values()) - row[token_id].logprob)
+    return max(behind), sum(gap == 0 for gap in behind) / len(behind)
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-8b"])
+def test_bfloat16_greedy_tokens_are_those_of_one_gpu_but_for_noise(name):
+    options = dict(load_format="dummy", max_model_len=1024, max_num_seqs=64, gpu_memory_utilization=0.45)
+    prompts = prompts_of([100 + i % 7 for i in range(64)], 10_000)
+    with LLM(name, tensor_parallel_size=2, **options) as two:
+        assert two.executor.tp.peers is not None
+        outputs = [output for size in (1, 3, 64) for output in two.generate(prompts[:size], greedy(24), use_tqdm=False)]
+        graph = [output.token_ids for output in outputs[:4]]
+    with LLM(name, tensor_parallel_size=2, enforce_eager=True, **options) as two:
+        assert [tokens(two, prompts[:1], greedy(24)), tokens(two, prompts[:3], greedy(24))] == [graph[:1], graph[1:]]
+    with LLM(name, **options) as one:
+        gap, agreement = noise_and_agreement(one, outputs)
+    noise = 0.5 * 0.02 * one.source.config.hidden_size**0.5  # half a standard deviation of these random logits
+    assert (gap < noise, agreement > 0.9) == (True, True), (gap, noise, agreement)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"enforce_eager": True}, {"max_num_batched_tokens": 16}, {"num_kvcache_blocks": 16}, {"overlap": 0}],
+    ids=str,
+)
+def test_schedules_do_not_change_the_tokens(model, want, change):
+    with LLM(model, tensor_parallel_size=2, **{**TINY_OPTIONS, **change}) as llm:
+        assert tokens(llm, *mixture()) == want
+        assert tokens(llm, *mixture()) == want  # with cached prefixes
+        pids = [process.pid for process in llm.executor.processes]
+        begin = time.monotonic()
+    assert gone(pids) and time.monotonic() - begin < 5
+
+
+def test_a_killed_rank_is_a_clear_error_in_seconds(model, want):
+    memory = torch.cuda.mem_get_info()[0]
+    with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:
+        (process,) = llm.executor.processes
+        llm.add_request(mixture()[0][0], SamplingParams(max_tokens=200, ignore_eos=True))
+        for _ in range(20):
+            llm.step()
+        os.kill(process.pid, signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9"):
+            while llm.has_unfinished():
+                llm.step()
+        assert time.monotonic() - start < 10
+    assert gone([process.pid])
+    assert memory - torch.cuda.mem_get_info()[0] < 1 << 30
+    with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:  # this process's GPU is as good as before
+        assert tokens(llm, *mixture()) == want
+
+
+def test_a_rank_out_of_memory_is_a_clear_error_in_seconds():
+    options = dict(load_format="dummy", enforce_eager=True, gpu_memory_utilization=0.5, enable_prefix_caching=False)
+    prompts = prompts_of([4000] * 4, 10_000)
+    with LLM("qwen3-8b", tensor_parallel_size=2, **options) as llm:
+        (process,) = llm.executor.processes
+        free = torch.cuda.mem_get_info(1)[0]
+        hog = torch.empty(free - (200 << 20), dtype=torch.uint8, device="cuda:1")
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"rank 1 failed:\n(.|\n)*OutOfMemoryError"):
+            tokens(llm, prompts, greedy(2))
+        assert time.monotonic() - start < 10
+        del hog
+        torch.cuda.empty_cache()
+    assert gone([process.pid])
+
+
+def test_under_torchrun_every_rank_has_the_results(model, want, tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    with LLM(model, **TINY_OPTIONS) as llm:
+        one = tokens(llm, prompts_of([3, 20]), greedy(12))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(path), str(model), json.dumps(TINY_OPTIONS), json.dumps(prompts_of([3, 20]))]
+    environment = dict(os.environ, PYTHONPATH=os.getcwd())
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("tokens")]
+    assert [json.loads(line.split(" ", 1)[1]) for line in lines] == [one] * 2

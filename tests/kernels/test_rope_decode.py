@@ -1,0 +1,108 @@
+"""One kernel for norm, rotation, cache write and attention of few rows: what the separate twins give."""
+
+import pytest
+import torch
+
+from nanovllm.kernels._triton import HAVE_TRITON
+from nanovllm.kernels.decode_attention import DecodeConfig
+from nanovllm.kernels.rope_decode import (
+    default_rope_decode_config,
+    rope_decode,
+    rope_decode_torch,
+    rope_decode_triton,
+)
+from nanovllm.kernels.rope_store import QKTransform
+from nanovllm.layers.rotary_embedding import rope_table
+from tests.kernels.paged import DEVICE, DTYPES, assert_same, make_paged
+
+pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
+
+# A tile that is a block, two blocks, half a block; contexts of no tile before the new token, of whole tiles, of others.
+CONFIGS = [(16, DecodeConfig(16, 4, 2, 1)), (16, DecodeConfig(32, 4, 2, 3)), (64, DecodeConfig(32, 4, 2, 8))]
+CONTEXTS = [1, 33, 34, 130]
+
+
+def make_inputs(contexts, heads, kv_heads, head_dim, block_size, norm, dtype, num_scratch_rows=0):
+    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype, num_scratch_rows=num_scratch_rows)
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    qkv = randn(len(contexts), (heads + 2 * kv_heads) * head_dim)
+    table = rope_table(head_dim, 200, 10000.0).to(DEVICE)
+    transform = QKTransform(heads, table, *((randn(head_dim), randn(head_dim)) if norm else (None, None)), 1e-6)
+    return qkv, transform, paged
+
+
+def run(attend, qkv, transform, paged, **options):
+    """The result of `attend`, and the caches that it leaves."""
+    caches = paged.k_cache.clone(), paged.v_cache.clone()
+    out = attend(qkv, transform, *caches, *paged.tables, paged.context_lens, qkv.shape[1] ** -0.25, **options)
+    return out, *caches
+
+
+def check(*sizes, config, num_scratch_rows=0, **options):
+    qkv, transform, paged = make_inputs(*sizes, num_scratch_rows=num_scratch_rows)
+    copy, rows = qkv.clone(), len(qkv) - num_scratch_rows
+    got = run(rope_decode_triton, qkv, transform, paged, config=config, **options)
+    want = run(rope_decode_torch, qkv, transform, paged)
+    assert torch.equal(qkv, copy)
+    assert got[0].shape == want[0].shape and got[0].dtype == qkv.dtype
+    tolerance = 2e-5 if qkv.dtype == torch.float32 else 2e-2
+    close = {"atol": tolerance, "rtol": tolerance}
+    torch.testing.assert_close(got[0][:rows], want[0][:rows], **close)
+    assert got[0].isfinite().all()
+    for cache, expected, before in zip(got[1:], want[1:], (paged.k_cache, paged.v_cache), strict=True):
+        torch.testing.assert_close(cache, expected, equal_nan=True, **close)
+        written = (expected != before) & ~(expected.isnan() & before.isnan())
+        assert_same([cache.masked_fill(written, 0)], [before.masked_fill(written, 0)])  # nothing else
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 64), (6, 2, 96), (8, 1, 128), (3, 3, 24)])
+@pytest.mark.parametrize(("block_size", "config"), CONFIGS)
+def test_triton_is_the_twin(heads, kv_heads, head_dim, block_size, config, norm, dtype):
+    check(CONTEXTS, heads, kv_heads, head_dim, block_size, norm, dtype, config=config)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(20, 1, 64), (2, 1, 256)])
+def test_wide_heads_and_groups(heads, kv_heads, head_dim):
+    check([80, 3], heads, kv_heads, head_dim, 64, True, torch.float32, config=None)
+
+
+@pytest.mark.parametrize("num_splits", [2, 40])
+def test_many_parts_are_merged(num_splits):
+    config = DecodeConfig(16, 4, 2, num_splits)
+    check([200, 1, 17, 177], 4, 2, 64, 16, True, torch.float32, config=config)
+
+
+def test_padding_rows_do_not_disturb():
+    check([40, 90, 1, 1], 4, 2, 64, 16, True, torch.float32, num_scratch_rows=2, config=DecodeConfig(16, 4, 2, 4))
+
+
+def test_counters_are_zero_again():
+    counters = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    check(CONTEXTS, 4, 2, 64, 16, True, torch.float32, counters=counters, config=DecodeConfig(16, 4, 2, 8))
+    assert not counters.any()
+
+
+def test_no_rows_and_heads_that_do_not_fit():
+    qkv, transform, paged = make_inputs([5], 2, 2, 64, 16, True, torch.float32)
+    where = (paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens)
+    assert rope_decode(qkv, transform, *where, 1.0).shape == (1, 2, 64)
+    nothing = (*where[:3], paged.slots[:0], paged.context_lens[:0])
+    assert rope_decode_triton(qkv[:0], transform, *nothing, 1.0).shape == (0, 2, 64)
+    with pytest.raises(ValueError, match="KV heads must divide"):
+        rope_decode_triton(qkv, transform._replace(num_heads=3), *where, 1.0)
+
+
+def test_default_config_fills_the_device_and_fits():
+    splits = {batch: default_rope_decode_config(batch, 8, 128, 2, 132).num_splits for batch in (1, 2, 4)}
+    assert splits == {1: 64, 2: 32, 4: 16}
+    assert default_rope_decode_config(4, 8, 128, 2, 1).num_splits == 1
+    for head_dim in (64, 96, 128, 256):
+        for itemsize in (2, 4):
+            config = default_rope_decode_config(1, 8, head_dim, itemsize, 132)
+            assert config.tile >= 16 and 2 * config.tile * head_dim * itemsize <= 32 << 10  # in the registers
