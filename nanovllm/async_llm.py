@@ -3,11 +3,9 @@
 import asyncio
 import atexit
 import contextlib
-import queue
-import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from collections.abc import Sequence as SequenceType
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, Metrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.checks import number
 
 
 class _Stream:
@@ -27,30 +26,31 @@ class _Stream:
     """
 
     def __init__(self):
+        self.request_id: int | str | None = None  # as soon as the engine has it
         self.loop = asyncio.get_running_loop()
         self.ready = asyncio.Event()
         self.output: RequestOutput | None = None
         self.error: BaseException | None = None
 
-    def put(self, output: RequestOutput | None, error: BaseException | None = None) -> None:
+    def put(self, news: RequestOutput | BaseException) -> None:
         """Called by the engine's thread."""
         with contextlib.suppress(RuntimeError):  # the consumer's loop is closed: nobody waits
-            self.loop.call_soon_threadsafe(self._put, output, error)
+            self.loop.call_soon_threadsafe(self._put, news)
 
-    def _put(self, output: RequestOutput | None, error: BaseException | None) -> None:
-        if output is not None:
-            self.output = output if self.output is None else _merged(self.output, output)
-        self.error = self.error or error
+    def _put(self, news: RequestOutput | BaseException) -> None:
+        if isinstance(news, BaseException):
+            self.error = news
+        else:
+            self.output = news if self.output is None else _merged(self.output, news)
         self.ready.set()
 
     async def get(self) -> RequestOutput:
         await self.ready.wait()
-        self.ready.clear()
         output, self.output = self.output, None
         if output is None:
             raise self.error
-        if self.error is not None:
-            self.ready.set()
+        if self.error is None:
+            self.ready.clear()
         return output
 
 
@@ -82,64 +82,51 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | Path | None = None, *, max_concurrent_requests: int = 1024, **kwargs):
-        if isinstance(max_concurrent_requests, bool) or not isinstance(max_concurrent_requests, int):
-            raise TypeError(f"max_concurrent_requests must be an integer, got {max_concurrent_requests!r}")
-        if max_concurrent_requests < 1:
-            raise ValueError(f"max_concurrent_requests must be at least 1, got {max_concurrent_requests}")
-        self._free = asyncio.Semaphore(max_concurrent_requests)
-        self._calls: queue.SimpleQueue[tuple[Callable[[LLM], Any] | None, Future]] = queue.SimpleQueue()
-        self._streams: dict[int | str, _Stream] = {}  # the engine thread's
+        most = number("max_concurrent_requests", max_concurrent_requests, int, 1, 1 << 30)
+        self._free = asyncio.Semaphore(most)
+        self._thread = ThreadPoolExecutor(1, "nanovllm-engine")
+        # The rest belongs to that thread.
+        self._streams: dict[int | str, _Stream] = {}
+        self._step_queued = False
         self._end: BaseException | None = None  # why there is no engine any more
-        self._lock = threading.Lock()
-        started: Future[None] = Future()
-        self._thread = threading.Thread(
-            target=self._run, args=(model, kwargs, started), name="nanovllm-engine", daemon=True
-        )
-        self._thread.start()
-        started.result()
+        try:
+            self._llm = self._thread.submit(LLM, model, **kwargs).result()  # each thread has its own CUDA device
+        except BaseException:
+            self._thread.shutdown()
+            raise
         atexit.register(self.close)
 
     # -- the engine's thread -----------------------------------------------------------------------------------------
 
-    def _run(self, model: str | Path | None, kwargs: dict[str, Any], started: Future) -> None:
+    def _run(self, call: Callable[[LLM], Any]) -> Any:
         try:
-            llm = LLM(model, **kwargs)  # here, as a thread has a current CUDA device of its own
-        except BaseException as error:
-            started.set_exception(error)
-            return
-        started.set_result(None)
-        end: BaseException = RuntimeError("the engine is closed")
-        try:
-            with llm:
-                while self._answer_calls(llm):
-                    for output in llm.step() if llm.can_step else ():
-                        self._deliver(output)
-        except BaseException as error:
-            end = error
-        with self._lock:
-            self._end = end
-        for stream in self._streams.values():
-            stream.put(None, end)
-        while not self._calls.empty():
-            future = self._calls.get()[1]
-            if future.set_running_or_notify_cancel():
-                future.set_exception(end)
+            return call(self._llm)
+        finally:
+            self._queue_step()
 
-    def _answer_calls(self, llm: LLM) -> bool:
-        """Do what coroutines have asked for; wait for that if there is nothing else to do. False: close."""
-        idle = not llm.can_step
-        while idle or not self._calls.empty():
-            idle = False
-            call, future = self._calls.get()
-            if call is None:
-                return False
-            if not future.set_running_or_notify_cancel():  # from here on it cannot be cancelled
-                continue
-            try:
-                future.set_result(call(llm))
-            except BaseException as error:
-                future.set_exception(error)
-        return True
+    def _queue_step(self) -> None:
+        """Let a step come after all calls that wait, and the next one after those that have come meanwhile."""
+        if self._llm.can_step and not self._step_queued:
+            with contextlib.suppress(RuntimeError):  # the thread is to end
+                self._thread.submit(self._step)
+                self._step_queued = True
+
+    def _step(self) -> None:
+        self._step_queued = False
+        try:
+            for output in self._llm.step() if self._llm.can_step else ():
+                self._deliver(output)
+        except BaseException as error:
+            self._finish(error)
+        else:
+            self._queue_step()
+
+    def _finish(self, end: BaseException) -> None:
+        self._end = self._end or end
+        self._llm.close()
+        for stream in self._streams.values():
+            stream.put(end)
+        self._streams.clear()
 
     def _deliver(self, output: RequestOutput) -> None:
         stream = self._streams.get(output.request_id)
@@ -150,13 +137,14 @@ class AsyncLLM:
 
     # -- coroutines --------------------------------------------------------------------------------------------------
 
-    def _call(self, call: Callable[[LLM], Any] | None) -> Future:
-        future: Future = Future()
-        with self._lock:
-            if self._end is not None:
-                raise RuntimeError(f"the engine is closed or has failed: {self._end!r}") from self._end
-            self._calls.put((call, future))
-        return future
+    def _call(self, call: Callable[[LLM], Any]) -> asyncio.Future:
+        """What `call` gives, done by the engine's thread between two steps."""
+        if self._end is not None:
+            raise RuntimeError(f"the engine is closed or has failed: {self._end!r}") from self._end
+        try:
+            return asyncio.wrap_future(self._thread.submit(self._run, call))
+        except RuntimeError as error:
+            raise RuntimeError("the engine is closed") from error
 
     async def generate(
         self,
@@ -176,33 +164,26 @@ class AsyncLLM:
         async with self._free:
             stream = _Stream()
 
-            def add(llm: LLM) -> int | str:
-                added = llm.add_request(prompt, sampling_params, request_id, stream=True)
-                self._streams[added] = stream
-                return added
+            def add(llm: LLM) -> None:
+                stream.request_id = llm.add_request(prompt, sampling_params, request_id, stream=True)
+                self._streams[stream.request_id] = stream
+
+            def leave(llm: LLM) -> None:
+                if self._streams.get(stream.request_id) is stream:  # it has not ended
+                    del self._streams[stream.request_id]
+                    llm.abort(stream.request_id)
 
             adding = self._call(add)
             try:
-                await asyncio.shield(asyncio.wrap_future(adding))
+                await asyncio.shield(adding)
                 finished = False
                 while not finished:
                     output = await stream.get()
                     finished = output.finished
                     yield output
             finally:
-                self._leave(adding, stream)
-
-    def _leave(self, adding: Future, stream: _Stream) -> None:
-        """End the request of a generator that is left, unless it has ended."""
-
-        def leave(llm: LLM) -> None:
-            if not adding.exception() and self._streams.get(adding.result()) is stream:
-                del self._streams[adding.result()]
-                llm.abort(adding.result())
-
-        with self._lock:
-            if self._end is None:
-                self._calls.put((leave, Future()))
+                with contextlib.suppress(RuntimeError):  # the engine is closed
+                    self._thread.submit(self._run, leave)
 
     async def abort(self, request_id: int | str) -> None:
         """End a request in whatever state it is: its iteration gets what is new, with finish_reason "abort"."""
@@ -212,34 +193,35 @@ class AsyncLLM:
             if output is not None:
                 self._deliver(output)
 
-        await asyncio.wrap_future(self._call(abort))
+        await self._call(abort)
 
     async def chat_prompt(self, messages: SequenceType[dict], **template: Any) -> list[int]:
         """The token ids of a conversation; see `LLM.chat_prompts`."""
-        return (await asyncio.wrap_future(self._call(lambda llm: llm.chat_prompts(messages, **template))))[0]
+        return (await self._call(lambda llm: llm.chat_prompts(messages, **template)))[0]
 
     async def metrics(self) -> Metrics:
         """See `LLM.metrics`."""
-        return await asyncio.wrap_future(self._call(lambda llm: llm.metrics()))
+        return await self._call(lambda llm: llm.metrics())
 
     async def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | str | Path) -> int:
         """Between two steps; see `LLM.update_weights`."""
-        return await asyncio.wrap_future(self._call(lambda llm: llm.update_weights(weights)))
+        return await self._call(lambda llm: llm.update_weights(weights))
 
     async def sleep(self, level: int = 1) -> None:
         """See `LLM.sleep`; requests wait until `wake_up`."""
-        await asyncio.wrap_future(self._call(lambda llm: llm.sleep(level)))
+        await self._call(lambda llm: llm.sleep(level))
 
     async def wake_up(self) -> None:
         """See `LLM.wake_up`."""
-        await asyncio.wrap_future(self._call(lambda llm: llm.wake_up()))
+        await self._call(lambda llm: llm.wake_up())
 
     def close(self) -> None:
         """End the engine. Iterations that go on raise RuntimeError. May be called again."""
         atexit.unregister(self.close)
-        with contextlib.suppress(RuntimeError):
-            self._call(None)
-        self._thread.join()
+        with contextlib.suppress(RuntimeError):  # closed before
+            self._thread.submit(self._finish, RuntimeError("the engine is closed"))
+        self._thread.shutdown()
+        self._llm.close()  # when Python itself ends, its threads have ended before
 
     async def __aenter__(self) -> "AsyncLLM":
         return self

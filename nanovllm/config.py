@@ -1,18 +1,11 @@
 """Everything an engine is told, checked once and then frozen."""
 
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
 
 import torch
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CHOICES = {
-    "dtype": ("auto", *_DTYPES),
-    "device": ("auto", "cpu", "cuda"),
-    "attention_backend": ("auto", "torch", "triton", "flash_attn"),
-    "load_format": ("auto", "dummy"),
-}
+from nanovllm.utils.checks import ABOVE_0, check_fields, one_of, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,49 +40,28 @@ class Config:
 
     model: str | Path | None = None
     enforce_eager: bool = False
-    tensor_parallel_size: int = 1
-    max_model_len: int = 4096
-    max_num_seqs: int = 512
-    max_num_batched_tokens: int = 16384
-    gpu_memory_utilization: float = 0.9
-    kvcache_block_size: int = 64
-    num_kvcache_blocks: int | None = None
-    dtype: str | torch.dtype = "auto"
-    device: str = "auto"
-    attention_backend: str = "auto"
-    load_format: str = "auto"
+    tensor_parallel_size: int = within(1, 1024, default=1)
+    max_model_len: int = within(2, 1 << 24, default=4096)  # at least one token of prompt and one of output
+    max_num_seqs: int = within(1, 1 << 16, default=512)
+    max_num_batched_tokens: int = within(1, 1 << 22, default=16384)
+    gpu_memory_utilization: float = within(ABOVE_0, 1, default=0.9)
+    kvcache_block_size: int = within(16, 1 << 16, default=64)
+    num_kvcache_blocks: int | None = within(1, (1 << 31) - 2, default=None)
+    dtype: str | torch.dtype = one_of("auto", "float32", "bfloat16", "float16")
+    device: str = one_of("auto", "cpu", "cuda")
+    attention_backend: str = one_of("auto", "torch", "triton", "flash_attn")
+    load_format: str = one_of("auto", "dummy")
     enable_prefix_caching: bool = True
-    seed: int = 0
+    seed: int = within(0, (1 << 63) - 1, default=0)
     skip_tokenizer_init: bool = False
-    max_num_waiting: int = 1 << 20
+    max_num_waiting: int = within(1, 1 << 30, default=1 << 20)
     log_steps: bool = False
-    overlap: int = 1
+    overlap: int = within(0, 1, default=1)
 
     def __post_init__(self):
         if isinstance(self.dtype, torch.dtype):
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
-        self._integer("tensor_parallel_size", 1, 1024)
-        self._integer("max_model_len", 2, 1 << 24)  # one token of prompt, one of output
-        self._integer("max_num_seqs", 1, 1 << 16)
-        self._integer("max_num_batched_tokens", 1, 1 << 22)
-        self._integer("kvcache_block_size", 16, 1 << 16)
-        self._integer("max_num_waiting", 1, 1 << 30)
-        self._integer("seed", 0, (1 << 63) - 1)
-        self._integer("overlap", 0, 1)
-        if self.num_kvcache_blocks is not None:
-            self._integer("num_kvcache_blocks", 1, (1 << 31) - 2)
-        for name in ("enforce_eager", "enable_prefix_caching", "skip_tokenizer_init", "log_steps"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                raise TypeError(f"{name} must be a string, one of {', '.join(choices)}, got {value!r}")
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        share = self.gpu_memory_utilization
-        if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
-            raise ValueError(f"gpu_memory_utilization must be a number above 0 and up to 1, got {share!r}")
+        check_fields(self)
         if self.kvcache_block_size & (self.kvcache_block_size - 1):
             raise ValueError(f"kvcache_block_size must be a power of two, got {self.kvcache_block_size}")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -102,14 +74,6 @@ class Config:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda' was asked for, but torch sees no CUDA GPU here; use 'cpu' or 'auto'")
 
-    def _integer(self, name: str, low: int, high: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        if not low <= value <= high:
-            raise ValueError(f"{name} must be from {low} to {high}, got {value}")
-        object.__setattr__(self, name, int(value))  # numpy's narrow integers would wrap around in sums
-
     @property
     def device_type(self) -> str:
         """ "cuda" or "cpu"."""
@@ -120,5 +84,5 @@ class Config:
     def torch_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         """The dtype of weights, activations and KV cache."""
         if self.dtype != "auto":
-            return _DTYPES[self.dtype]
+            return getattr(torch, self.dtype)
         return checkpoint_dtype if self.device_type == "cuda" else torch.float32

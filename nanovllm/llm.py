@@ -10,6 +10,11 @@ from tqdm import tqdm
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.checks import is_list
+
+
+def _is_chat(messages: Any) -> bool:
+    return is_list(messages) and all(isinstance(m, dict) and "role" in m for m in messages)
 
 
 class LLM(LLMEngine):
@@ -31,36 +36,31 @@ class LLM(LLMEngine):
         Raises:
             TypeError, ValueError: a prompt or its parameters are wrong; nothing was queued.
         """
-        if not isinstance(prompts, SequenceType) or isinstance(prompts, bytes | bytearray | memoryview):
-            raise TypeError(f"prompts must be a list of texts or of token id lists, got {type(prompts).__name__}")
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        if isinstance(prompts, str) or (is_list(prompts) and prompts and isinstance(prompts[0], int)):
             prompts = [prompts]
+        if not is_list(prompts):
+            raise TypeError(f"prompts must be a list of texts or of token id lists, got {type(prompts).__name__}")
         if isinstance(sampling_params, SamplingParams | None):
             sampling_params = [sampling_params] * len(prompts)
-        if not isinstance(sampling_params, SequenceType) or isinstance(sampling_params, str | bytes):
+        if not is_list(sampling_params):
             raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")
         requests = [self._make_request(*pair) for pair in zip(prompts, sampling_params, strict=True)]
         ids: list[int | str] = []
         outputs: dict[int | str, RequestOutput] = {}
-        others, self.outputs = self.outputs, []  # of requests that were added before; the next `step` returns them
         tokens, begin = 0, time.perf_counter()
         try:
             ids += map(self._queue, requests)
             mine = set(ids)
             with tqdm(total=len(ids), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as bar:
                 while len(outputs) < len(ids):
-                    for output in self.step():
-                        if output.request_id not in mine:
-                            others.append(output)
-                            continue
+                    for output in self._step_for(mine):
                         outputs[output.request_id] = output
                         tokens += sum(len(sample.token_ids) for sample in output.outputs)
                         bar.set_postfix_str(f"{tokens / (time.perf_counter() - begin):.0f} tok/s", refresh=False)
                         bar.update()
         finally:
-            self.outputs = others + self.outputs
             for request_id in ids:  # interrupted: leave nothing behind
                 if request_id not in outputs:
                     self.abort(request_id)
@@ -104,33 +104,26 @@ class LLM(LLMEngine):
         Raises:
             TypeError, ValueError: the messages are not such, or the model has no chat template.
         """
-        if not isinstance(messages, SequenceType) or isinstance(messages, str | bytes) or not messages:
+        chats = [messages] if is_list(messages) and isinstance(next(iter(messages), None), dict) else messages
+        if not is_list(chats) or not chats or not all(map(_is_chat, chats)):
             raise TypeError(f"messages must be a list of dicts with role and content, got {messages!r}")
-        chats = [messages] if isinstance(messages[0], dict) else messages
-        for chat in chats:
-            if not isinstance(chat, SequenceType) or not all(isinstance(m, dict) and "role" in m for m in chat):
-                raise TypeError(f"messages must be dicts with role and content, got {chat!r}")
         if not (chat_template or self.tokenizer.chat_template):
             raise ValueError("the model has no chat template; give chat_template, or prompts to generate()")
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
         try:
-            return [
-                self._encode(
-                    self.tokenizer.apply_chat_template(
-                        chat,
-                        tools=tools,
-                        chat_template=chat_template,
-                        add_generation_prompt=add_generation_prompt,
-                        continue_final_message=continue_final_message,
-                        tokenize=False,
-                        **template_kwargs,
-                    )
-                )
-                for chat in chats
-            ]
+            texts = self.tokenizer.apply_chat_template(
+                list(map(list, chats)),
+                tools=tools,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **template_kwargs,
+            )
         except Exception as error:  # templates are programs of the model's
             raise ValueError(f"messages do not fit the model's chat template: {error}") from error
+        return list(map(self._encode, texts))
 
     def stream(
         self, prompt: str | SequenceType[int], sampling_params: SamplingParams | None = None

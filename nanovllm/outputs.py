@@ -36,7 +36,8 @@ class TokenLogprobs:
 class LogprobRows(Sequence):
     """For each token the log-probabilities that were asked for, by token id.
 
-    Reads as a list of dicts, which are made when they are looked at: making them costs more than a step.
+    Reads as a list of dicts, which are made when they are looked at: making them costs more than a step. A
+    prompt's first token, which nothing predicts, has None.
     """
 
     def __init__(self, rows: list[tuple[TokenLogprobs, int, int] | None] = ()):
@@ -63,11 +64,6 @@ class LogprobRows(Sequence):
 
     def __repr__(self) -> str:
         return repr(list(self))
-
-    @classmethod
-    def of_prompt(cls, rows: "LogprobRows") -> "LogprobRows":
-        """`rows` behind a None for the first token, which nothing predicts."""
-        return cls([None, *rows._rows])
 
 
 @dataclass(frozen=True, slots=True)

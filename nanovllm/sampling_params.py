@@ -1,12 +1,13 @@
 """What a request asks of the sampler, when it ends, and what it wants to be told."""
 
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
+from functools import partial
 from typing import Any
+
+from nanovllm.utils.checks import ABOVE_0, check_fields, is_list, number, one_of, within
 
 # What one request may ask for at most, so that none can make unbounded work.
 MAX_SAMPLES = 1024
@@ -15,21 +16,13 @@ MAX_STOP_IDS = 32  # ids the device can ban per request while min_tokens holds
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIAS = 300
+MAX_ALLOWED_IDS = 1 << 22
 MAX_BAD_WORDS = 1024
 MAX_GRAMMAR_CHARS = 1 << 20
 
 
-def _number(name: str, value: Any, kind: type, low: float, high: float, what: str) -> int | float:
-    """`value` as Python's own int or float: numpy's narrow ones would wrap around in sums."""
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise TypeError(f"{name} must be {what}, got {value!r}")
-    if not (low <= value <= high):  # NaN fails this too
-        raise ValueError(f"{name} must be {what}, got {value!r}")
-    return int(value) if kind is Integral else float(value)
-
-
 def _list(name: str, value: Any, what: str, most: int) -> tuple:
-    if isinstance(value, str | bytes | bytearray | memoryview) or not isinstance(value, SequenceType | set | frozenset):
+    if not is_list(value) and not isinstance(value, set | frozenset):
         raise TypeError(f"{name} must be a list of {what}, got {value!r}")
     if len(value) > most:
         raise ValueError(f"{name} must have at most {most} entries, got {len(value)}")
@@ -37,7 +30,7 @@ def _list(name: str, value: Any, what: str, most: int) -> tuple:
 
 
 def _strings(name: str, value: Any, most: int) -> tuple[str, ...]:
-    strings = _list(name, (value,) if isinstance(value, str) else value, "strings", most)
+    strings = _list(name, [value] if isinstance(value, str) else value, "strings", most)
     for string in strings:
         if not isinstance(string, str):
             raise TypeError(f"{name} must be a list of strings, got the entry {string!r}")
@@ -46,8 +39,8 @@ def _strings(name: str, value: Any, most: int) -> tuple[str, ...]:
     return strings
 
 
-def _token_ids(name: str, value: Iterable[Any]) -> tuple[int, ...]:
-    return tuple(_number(name, i, Integral, 0, 2**31 - 1, "a list of token ids of at least 0") for i in value)
+def _token_ids(name: str, value: Any, most: int) -> tuple[int, ...]:
+    return tuple(number(f"each id of {name}", i, int, 0, 2**31 - 1) for i in _list(name, value, "token ids", most))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,85 +124,55 @@ class SamplingParams:
         TypeError, ValueError: naming the argument, its value and what would be right.
     """
 
-    temperature: float = 1.0
-    max_tokens: int = 64
+    temperature: float = within(0, 100, default=1.0)
+    max_tokens: int = within(1, 2**31 - 1, default=64)
     ignore_eos: bool = False
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    min_tokens: int = 0
+    top_k: int = within(0, 2**31 - 1, default=0)
+    top_p: float = within(ABOVE_0, 1, default=1.0)
+    min_p: float = within(0, 1, default=0.0)
+    seed: int | None = within(0, 2**63 - 1, default=None)
+    min_tokens: int = within(0, 2**31 - 1, default=0)
     stop_token_ids: SequenceType[int] = ()
-    n: int = 1
+    n: int = within(1, MAX_SAMPLES, default=1)
     stop: str | SequenceType[str] = ()
     include_stop_str_in_output: bool = False
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    repetition_penalty: float = within(0.01, 100, default=1.0)
+    presence_penalty: float = within(-2, 2, default=0.0)
+    frequency_penalty: float = within(-2, 2, default=0.0)
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: SequenceType[int] | None = None
     bad_words: SequenceType[str] = ()
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    logprobs_mode: str = "raw_logprobs"
+    logprobs: int | None = within(0, MAX_LOGPROBS, default=None)
+    prompt_logprobs: int | None = within(0, MAX_LOGPROBS, default=None)
+    logprobs_mode: str = one_of("raw_logprobs", "processed_logprobs")
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self):
-        number, put = self._number, self._put
-        number("temperature", Real, 0, 100, "a number from 0 to 100")
+        put = partial(object.__setattr__, self)
+        check_fields(self)
         if 0 < self.temperature < 1e-3:
             raise ValueError(f"temperature must be 0 (greedy) or at least 0.001, got {self.temperature!r}")
-        number("max_tokens", Integral, 1, 2**31 - 1, "an integer of at least 1")
-        number("top_k", Integral, 0, 2**31 - 1, "an integer of at least 0 (0 keeps all)")
-        number("top_p", Real, math.ulp(0.0), 1, "a number above 0 and up to 1")
-        number("min_p", Real, 0, 1, "a number from 0 to 1")
-        number("min_tokens", Integral, 0, self.max_tokens, "an integer from 0 to max_tokens")
-        number("n", Integral, 1, MAX_SAMPLES, f"an integer from 1 to {MAX_SAMPLES}")
-        number("repetition_penalty", Real, 0.01, 100, "a number from 0.01 to 100")
-        number("presence_penalty", Real, -2, 2, "a number from -2 to 2")
-        number("frequency_penalty", Real, -2, 2, "a number from -2 to 2")
-        if self.seed is not None:
-            number("seed", Integral, 0, 2**63 - 1, "None or an integer from 0 to 2**63 - 1")
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                number(name, Integral, 0, MAX_LOGPROBS, f"None or an integer from 0 to {MAX_LOGPROBS}")
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        ids = _list("stop_token_ids", self.stop_token_ids, "token ids", MAX_STOP_IDS)
-        put("stop_token_ids", _token_ids("stop_token_ids", ids))
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}")
+        put("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_IDS))
         put("stop", _strings("stop", self.stop, MAX_STOP_STRINGS))
         put("bad_words", _strings("bad_words", self.bad_words, MAX_BAD_WORDS))
         if self.allowed_token_ids is not None:
-            ids = _list("allowed_token_ids", self.allowed_token_ids, "token ids", 1 << 22)
-            if not ids:
+            put("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_IDS))
+            if not self.allowed_token_ids:
                 raise ValueError("allowed_token_ids must have at least one token id; None allows all")
-            put("allowed_token_ids", _token_ids("allowed_token_ids", ids))
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise TypeError(f"logit_bias must be a dict of token ids and numbers, got {self.logit_bias!r}")
-            if len(self.logit_bias) > MAX_LOGIT_BIAS:
-                raise ValueError(f"logit_bias must have at most {MAX_LOGIT_BIAS} entries, got {len(self.logit_bias)}")
-            ids = _token_ids("logit_bias", self.logit_bias)
-            values = (_number("logit_bias", v, Real, -100, 100, "-100 to 100") for v in self.logit_bias.values())
-            put("logit_bias", dict(zip(ids, values, strict=True)))
-        if self.logprobs_mode not in ("raw_logprobs", "processed_logprobs"):
-            raise ValueError(
-                f"logprobs_mode must be 'raw_logprobs' or 'processed_logprobs', got {self.logprobs_mode!r}"
-            )
-        if self.structured_outputs is not None:
-            if not isinstance(self.structured_outputs, StructuredOutputsParams):
-                raise TypeError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
-            for name in ("min_tokens", "allowed_token_ids", "bad_words", "ignore_eos"):
-                if getattr(self, name):
-                    raise ValueError(f"structured_outputs decide what can be drawn and when it ends; {name} must not")
-
-    def _put(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-    def _number(self, name: str, kind: type, low: float, high: float, what: str) -> None:
-        self._put(name, _number(name, getattr(self, name), kind, low, high, what))
+            ids = _token_ids("logit_bias", tuple(self.logit_bias), MAX_LOGIT_BIAS)
+            biases = [number("each bias of logit_bias", bias, float, -100, 100) for bias in self.logit_bias.values()]
+            put("logit_bias", dict(zip(ids, biases, strict=True)))
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise TypeError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
+        for name in ("min_tokens", "allowed_token_ids", "bad_words", "ignore_eos"):
+            if self.structured_outputs and getattr(self, name):
+                raise ValueError(f"structured_outputs decide what can be drawn and when it ends; {name} must not")
 
     @property
     def penalises(self) -> bool:

@@ -57,17 +57,13 @@ class BlockManager:
         """Blocks `seq` lacks to hold `num_tokens` tokens."""
         return max(0, -(-num_tokens // self.block_size) - len(seq.block_table))
 
-    def allocate(self, seq: Sequence, num_tokens: int) -> bool:
-        """Give `seq` the blocks for `num_tokens` tokens; False, with nothing changed, if the pool lacks them."""
-        missing = self.num_missing(seq, num_tokens)
-        if missing > len(self.free_ids):
-            return False
-        for _ in range(missing):
+    def allocate(self, seq: Sequence, num_tokens: int) -> None:
+        """Give `seq` the blocks for `num_tokens` tokens, which the pool must have."""
+        for _ in range(self.num_missing(seq, num_tokens)):
             block_id, _ = self.free_ids.popitem(last=False)
             self._forget(self.blocks[block_id], block_id)
             self.blocks[block_id].ref_count = 1
             seq.block_table.append(block_id)
-        return True
 
     def free(self, seq: Sequence) -> None:
         """Take back all of `seq`'s blocks, its tail first, so that the tail is also reused first."""

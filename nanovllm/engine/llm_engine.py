@@ -31,6 +31,7 @@ from nanovllm.models.loader import iterate_weights
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.runner import launcher
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
+from nanovllm.utils.checks import in_vocabulary, is_list
 from nanovllm.utils.hub import open_model
 
 _MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token: a longer prompt need not be tokenised to be refused
@@ -59,12 +60,6 @@ def _interrupt_after() -> Iterator[None]:
         handler(*caught)
 
 
-def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise ValueError(f"weights must be pairs (name, tensor) or a path that exists, got {str(path)!r}")
-    return path
-
-
 class LLMEngine:
     """Loads a model and answers requests.
 
@@ -82,6 +77,7 @@ class LLMEngine:
         self.config = Config(model=model, **kwargs)
         self.source = open_model(self.config.model, self.config.load_format)
         self.executor = launcher.start(self.config, self.source)
+        self.has_tokenizer = self.source.has_tokenizer and not self.config.skip_tokenizer_init
         self.sleep_level = 0
         self.weight_version = 0
         self.weight_error: BaseException | None = None  # what left the weights partly overwritten
@@ -107,11 +103,6 @@ class LLMEngine:
             raise ValueError("skip_tokenizer_init is set, so there is no tokenizer: give prompts as token ids")
         return self.source.tokenizer()
 
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether prompts and results can be text."""
-        return self.source.has_tokenizer and not self.config.skip_tokenizer_init
-
     @cached_property
     def _grammar_tokenizer(self):
         config = self.source.config
@@ -122,8 +113,6 @@ class LLMEngine:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _decode(self, skip_special_tokens: bool, token_ids: list[int]) -> str:
-        if not self.has_tokenizer:
-            return ""
         if self.tokenizer.is_fast:  # past transformers' own layer, which takes longer than the decoding
             return self.tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
@@ -181,30 +170,26 @@ class LLMEngine:
         token_ids = self._prompt_ids(prompt)
         end_ids = self._end_ids(params)
         self._check_lengths(len(token_ids), params)
-        vocab_size = self.source.config.vocab_size
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
-            wrong = [i for i in getattr(params, name) or () if i >= vocab_size]
-            if wrong:
-                raise ValueError(f"{name} has {wrong[0]}; ids go from 0 to {vocab_size - 1}")
+            in_vocabulary(name, getattr(params, name) or (), self.source.config.vocab_size)
         if params.min_tokens and params.allowed_token_ids and end_ids.issuperset(params.allowed_token_ids):
             raise ValueError("min_tokens and allowed_token_ids leave no token that could be drawn first")
         if params.stop and not self.has_tokenizer:
             raise ValueError("stop strings need a tokenizer, and there is none")
-        make_filter = self._filter_maker(params)
-        samples = [
-            Sequence(token_ids, params, end_ids, index=index, token_filter=make_filter()) for index in range(params.n)
-        ]
+        new_filter = self._filter_maker(params)
+        samples = [Sequence(token_ids, params, end_ids, index=i, token_filter=new_filter()) for i in range(params.n)]
         text = prompt if isinstance(prompt, str) else None
         decode = partial(self._decode, params.skip_special_tokens) if self.has_tokenizer else None
         return Request(request_id, text, params, samples, stream, decode)
 
     def _prompt_ids(self, prompt) -> list[int]:
-        vocab_size = self.source.config.vocab_size
-        if isinstance(prompt, str) and len(prompt) > _MAX_TOKEN_CHARS * self.max_model_len:
-            raise ValueError(f"prompt has {len(prompt)} characters, too many for max_model_len={self.max_model_len}")
         if isinstance(prompt, str):
+            if len(prompt) > _MAX_TOKEN_CHARS * self.max_model_len:
+                raise ValueError(
+                    f"prompt has {len(prompt)} characters, too many for max_model_len={self.max_model_len}"
+                )
             token_ids = self.tokenizer.encode(prompt)
-        elif isinstance(prompt, SequenceType) and not isinstance(prompt, bytes | bytearray | memoryview):
+        elif is_list(prompt):
             token_ids = list(prompt)
         else:
             raise TypeError(f"prompt must be text or a list of token ids, got {type(prompt).__name__}")
@@ -213,9 +198,7 @@ class LLMEngine:
         if set(map(type, token_ids)) != {int}:
             wrong = next(token_id for token_id in token_ids if type(token_id) is not int)
             raise TypeError(f"prompt must be text or a list of int token ids, got an id {wrong!r}")
-        for token_id in (min(token_ids), max(token_ids)):
-            if not 0 <= token_id < vocab_size:
-                raise ValueError(f"prompt has the token id {token_id}; ids go from 0 to {vocab_size - 1}")
+        in_vocabulary("prompt", token_ids, self.source.config.vocab_size)
         return token_ids
 
     def _check_lengths(self, num_prompt: int, params: SamplingParams) -> None:
@@ -339,17 +322,11 @@ class LLMEngine:
         )
 
     def _log(self, batch: Batch, seconds: float) -> None:
-        metrics = self.metrics()
+        now = self.metrics()
         logger.info(
-            "step %d: %d decode rows, %d prompt rows, %d tokens, %.2f ms; %d running, %d waiting, KV %.0f%% used",
-            metrics.num_steps,
-            len(batch.decode_slots),
-            len(batch.chunks),
-            batch.num_tokens,
-            1e3 * seconds,
-            metrics.num_running,
-            metrics.num_waiting,
-            100 * metrics.kv_usage,
+            f"step {now.num_steps}: {len(batch.decode_slots)} decode rows, {len(batch.chunks)} prompt rows, "
+            f"{batch.num_tokens} tokens, {1e3 * seconds:.2f} ms; {now.num_running} running, {now.num_waiting} waiting, "
+            f"KV {now.kv_usage:.0%} used"
         )
 
     # -- weights and memory, as training loops want them ---------------------------------------------------------------
@@ -372,7 +349,7 @@ class LLMEngine:
         """
         self._check_usable(weights=False)
         if isinstance(weights, str | Path):
-            weights = iterate_weights(_existing(Path(weights).expanduser()))
+            weights = iterate_weights(Path(weights).expanduser())
         elif not isinstance(weights, Iterable) or isinstance(weights, bytes | Mapping):
             raise TypeError(f"weights must be pairs (name, tensor) or a path, got {type(weights).__name__}")
         self._forget_computed()

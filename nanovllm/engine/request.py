@@ -3,15 +3,17 @@
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import xxhash
 
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.sequence import Sequence
-from nanovllm.outputs import CompletionOutput, LogprobRows, RequestOutput
+from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 
+@dataclass(eq=False)
 class Request:
     """One prompt and its samples.
 
@@ -22,23 +24,20 @@ class Request:
         decode: token ids to text; None without a tokenizer.
     """
 
-    def __init__(
-        self,
-        id: int | str | None,
-        prompt: str | None,
-        params: SamplingParams,
-        samples: list[Sequence],
-        stream: bool,
-        decode: Callable[[list[int]], str] | None,
-    ):
-        self.id, self.prompt, self.params, self.stream, self.decode = id, prompt, params, stream, decode
-        self.samples = samples
-        self.added = time.perf_counter()
-        self.time_to_first_token: float | None = None
-        self.num_given = [0] * len(samples)  # tokens of each sample that outputs of the stream had
-        if decode and (stream or params.stop):
-            for seq in samples:
-                seq.detokenizer = Detokenizer(decode, params.stop, params.include_stop_str_in_output)
+    id: int | str | None
+    prompt: str | None
+    params: SamplingParams
+    samples: list[Sequence]
+    stream: bool
+    decode: Callable[[list[int]], str] | None
+    added: float = field(default_factory=time.perf_counter)
+    time_to_first_token: float | None = None
+
+    def __post_init__(self):
+        self.num_told = [len(seq.prompt_ids) for seq in self.samples]  # tokens that the caller knows; a stream's grow
+        if self.decode and (self.stream or self.params.stop):
+            for seq in self.samples:
+                seq.detokenizer = Detokenizer(self.decode, self.params.stop, self.params.include_stop_str_in_output)
 
     def seed_samples(self, seeds: random.Random) -> None:
         """Give each sample its seed: one of its own from `seeds`, or one that follows from the request's."""
@@ -56,9 +55,7 @@ class Request:
 
     def output(self, weight_version: int) -> RequestOutput:
         """What there is to tell now. A stream is told nothing twice."""
-        first, finished, prompt_logprobs = self.samples[0], self.is_finished, None
-        if self.params.prompt_logprobs is not None:
-            prompt_logprobs = LogprobRows.of_prompt(first.prompt_logprobs)
+        first, finished = self.samples[0], self.is_finished
         return RequestOutput(
             self.id,
             self.prompt,
@@ -66,22 +63,22 @@ class Request:
             [self._completion(seq) for seq in self.samples if not self.stream or self._has_news(seq)],
             finished,
             first.num_cached,
-            prompt_logprobs,
+            None if self.params.prompt_logprobs is None else first.prompt_logprobs[:],
             self.time_to_first_token,
             time.perf_counter() - self.added if finished else None,
             weight_version,
         )
 
     def _has_news(self, seq: Sequence) -> bool:
-        return len(seq.token_ids) - len(seq.prompt_ids) > self.num_given[seq.index] or seq.finish_reason is not None
+        return len(seq.token_ids) > self.num_told[seq.index] or seq.finish_reason is not None
 
     def _completion(self, seq: Sequence) -> CompletionOutput:
-        start, token_ids = 0, seq.output_ids
+        start = self.num_told[seq.index]
         if self.stream:
-            start, self.num_given[seq.index] = self.num_given[seq.index], len(token_ids)
-        logprobs = None if self.params.logprobs is None else seq.logprobs[start:]
+            self.num_told[seq.index] = len(seq.token_ids)
+        logprobs = None if self.params.logprobs is None else seq.logprobs[start - len(seq.prompt_ids) :]
         reasons = seq.finish_reason, seq.stop_reason
-        return CompletionOutput(seq.index, self._text(seq), token_ids[start:], *reasons, logprobs)
+        return CompletionOutput(seq.index, self._text(seq), seq.token_ids[start:], *reasons, logprobs)
 
     def _text(self, seq: Sequence) -> str:
         if self.decode is None:

@@ -98,7 +98,7 @@ class Step:
     batch: Batch = field(default_factory=Batch)
     decoding: list[Sequence] = field(default_factory=list)
     chunked: list[Sequence] = field(default_factory=list)
-    with_logprobs: list[Sequence] = field(default_factory=list)
+    has_logprobs: bool = False  # whether a row's token wants some
 
     @property
     def rows(self) -> list[Sequence]:
@@ -153,9 +153,9 @@ class Scheduler:
             budget -= num_new
         if self.num_preemptions == preemptions:
             self._admit(budget, step)
-        if step.with_logprobs:
-            wanted = set(map(id, step.with_logprobs))
-            step.batch.logprobs = [row for row, seq in enumerate(step.rows) if id(seq) in wanted]
+        if step.has_logprobs:
+            rows = enumerate(zip(step.rows, step.samples, strict=True))
+            step.batch.logprobs = [i for i, (seq, samples) in rows if samples and seq.params.logprobs is not None]
         return step if step.decoding or step.chunked else None
 
     def update(self, step: Step, output: StepOutput) -> list[Sequence]:
@@ -184,11 +184,10 @@ class Scheduler:
         return changed
 
     def _take_logprobs(self, step: Step, output: StepOutput) -> None:
-        if output.logprobs:
-            rows = step.rows
-            for i, row in enumerate(step.batch.logprobs):
-                if rows[row].status is not Status.FINISHED:
-                    rows[row].logprobs.append(output.logprobs, i, rows[row].params.logprobs)
+        rows = step.rows
+        for i, seq in enumerate(rows[row] for row in step.batch.logprobs):
+            if seq.status is not Status.FINISHED:
+                seq.logprobs.append(output.logprobs, i, seq.params.logprobs)
         if output.prompt_logprobs:
             pairs = zip(step.chunked, step.batch.chunks, strict=True)
             for i, seq in enumerate(seq for seq, chunk in pairs for _ in chunk.scores):
@@ -217,10 +216,7 @@ class Scheduler:
         """End `seq` in whatever state it is. Its slot and blocks return once no step in flight uses them."""
         if seq.status is Status.FINISHED:
             return
-        if seq.status is Status.WAITING:
-            self.waiting.remove(seq)
-        else:
-            self.running.remove(seq)
+        (self.waiting if seq.status is Status.WAITING else self.running).remove(seq)
         seq.status, seq.finish_reason, seq.stop_reason = Status.FINISHED, reason, stop_reason
         self._release(seq)
 
@@ -285,12 +281,10 @@ class Scheduler:
             budget -= num_new
 
     def _admission(self, seq: Sequence) -> Admission:
+        known = (seq.prompt_ids, seq.output_ids) if seq.params.penalises else ([], [])
         min_length = len(seq.prompt_ids) + seq.params.min_tokens
-        filtered, end_ids = seq.token_filter is not None, tuple(sorted(seq.end_ids))
-        admission = Admission(seq.slot, seq.params, seq.seed, min_length, end_ids, filtered)
-        if seq.params.penalises:
-            admission.prompt_ids, admission.output_ids = seq.prompt_ids, seq.output_ids
-        return admission
+        end_ids, is_filtered = tuple(sorted(seq.end_ids)), seq.token_filter is not None
+        return Admission(seq.slot, seq.params, seq.seed, min_length, end_ids, is_filtered, *known)
 
     def _add_row(self, seq: Sequence, num_new: int, step: Step) -> None:
         """Give `seq` its blocks and a row of `num_new` tokens in `step`, and count them as computed."""
@@ -311,7 +305,7 @@ class Scheduler:
             if seq.num_to_score:
                 self._score(seq, chunk, step.batch)
         if samples and seq.params.logprobs is not None:
-            step.with_logprobs.append(seq)
+            step.has_logprobs = True
             step.batch.num_logprobs = max(step.batch.num_logprobs, seq.params.logprobs)
             step.batch.processes_logprobs |= seq.params.logprobs_mode == "processed_logprobs"
         if samples and seq.token_filter and seq.token_filter.depends_on_output:

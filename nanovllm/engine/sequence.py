@@ -42,7 +42,7 @@ class Sequence:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: LogprobRows = field(default_factory=LogprobRows)
-    prompt_logprobs: LogprobRows = field(default_factory=LogprobRows)  # of the prompt's second token and on
+    prompt_logprobs: LogprobRows = field(default_factory=lambda: LogprobRows([None]))
     num_scored: int = 0  # prompt tokens whose logprobs are computed, counted when their step is scheduled
 
     # What it owns while running.

@@ -6,6 +6,7 @@ other rows go on meanwhile.
 """
 
 import json
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -16,18 +17,15 @@ from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-def mask_of(token_ids, vocab_size: int) -> np.ndarray:
-    """The mask that has just `token_ids`, [ceil(vocab_size / 32)] int32."""
-    bits = np.zeros(-(-vocab_size // 32) * 32, dtype=bool)
-    bits[list(token_ids)] = True
-    return np.packbits(bits, bitorder="little").view(np.int32)
+def _packed(allowed: np.ndarray) -> np.ndarray:
+    return np.packbits(allowed, bitorder="little").view(np.int32)
 
 
 class TokenFilter:
     """Allowed tokens, without those that would complete a bad word.
 
     Args:
-        allowed: mask of the tokens that are allowed at all.
+        allowed: which tokens are allowed at all, bools; a multiple of 32 of them.
         bad_words: token ids of each spelling.
 
     Attributes:
@@ -39,30 +37,25 @@ class TokenFilter:
 
     def __init__(self, allowed: np.ndarray, bad_words: list[tuple[int, ...]]):
         self.allowed = allowed.copy()
-        for word in bad_words:
-            if len(word) == 1:
-                self._forbid(self.allowed, word[0])
-        self.bad_words = [word for word in bad_words if len(word) > 1]
+        self.allowed[[word[0] for word in bad_words if len(word) == 1]] = False
+        self.words = _packed(self.allowed)
+        self.bad_words = [list(word) for word in bad_words if len(word) > 1]
         self.depends_on_output = bool(self.bad_words)
-        self.last: list[int] = []  # as many tokens as the longest bad word needs
-        self.longest = max(map(len, self.bad_words), default=0) - 1
-
-    @staticmethod
-    def _forbid(mask: np.ndarray, token_id: int) -> None:
-        mask.view(np.uint32)[token_id // 32] &= np.uint32(0xFFFFFFFF ^ (1 << token_id % 32))
+        self.last: deque[int] = deque(maxlen=max(map(len, self.bad_words), default=1) - 1)
 
     def accept(self, token_id: int) -> None:
         """Take in a token that was drawn."""
-        if self.bad_words:
-            self.last = [*self.last, token_id][-self.longest :]
+        self.last.append(token_id)
 
     def mask(self) -> np.ndarray:
         """The tokens that may be drawn next; all that are allowed if bad words left none."""
-        mask = self.allowed.copy()
-        for *begin, end in self.bad_words:
-            if self.last[-len(begin) :] == begin:
-                self._forbid(mask, end)
-        return mask if mask.any() else self.allowed
+        last = list(self.last)
+        ends = [end for *begin, end in self.bad_words if last[-len(begin) :] == begin]
+        if not ends:
+            return self.words
+        allowed = self.allowed.copy()
+        allowed[ends] = False
+        return _packed(allowed) if allowed.any() else self.words
 
 
 class GrammarFilter:
@@ -136,7 +129,8 @@ def make_filter(params: SamplingParams, vocab_size: int, encode: Callable[[str],
     """
     if params.allowed_token_ids is None and not params.bad_words:
         return None
-    allowed = mask_of(range(vocab_size) if params.allowed_token_ids is None else params.allowed_token_ids, vocab_size)
+    allowed = np.zeros(-(-vocab_size // 32) * 32, dtype=bool)
+    allowed[slice(vocab_size) if params.allowed_token_ids is None else list(params.allowed_token_ids)] = True
     token_filter = TokenFilter(allowed, bad_word_spellings(params.bad_words, encode))
     if not token_filter.allowed.any():
         raise ValueError("bad_words and allowed_token_ids leave no token that could be drawn")

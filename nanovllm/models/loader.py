@@ -51,9 +51,27 @@ def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) 
         ValueError: naming a tensor that is missing, left over, given twice, of the wrong shape or not floating point.
             The parameters may be partly overwritten then.
     """
+    targets, seen = _targets(model), set()
+    quiet = True if model.tp.rank else None  # None: silent unless on a terminal
+    bar = tqdm(checked_weights(weights), "Loading weights", len(targets), delay=2, disable=quiet, leave=False)
     # Parameters made in inference mode can only be written in it.
     with torch.inference_mode(), _plain_layout(model):
-        _load_weights(model, weights)
+        for name, loaded in bar:
+            if _is_redundant(name, model):
+                continue
+            if name in seen:
+                raise ValueError(f"the checkpoint has the tensor {name} twice")
+            if name not in targets:
+                raise ValueError(f"the checkpoint has the tensor {name}, for which the model has no place")
+            param, shard_id = targets[name]
+            try:
+                param.weight_loader(param, loaded, shard_id)
+            except ValueError as error:
+                raise ValueError(f"the tensor {name} {error}") from None
+            seen.add(name)
+        missing = [name for name in targets if name not in seen]
+        if missing:
+            raise ValueError(f"the checkpoint lacks {len(missing)} tensors: {', '.join(missing[:8])}")
 
 
 @contextmanager
@@ -78,29 +96,6 @@ def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
         yield name, tensor
 
 
-def _load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    targets, seen = _targets(model), set()
-    quiet = True if model.tp.rank else None  # None: silent unless on a terminal
-    for name, loaded in tqdm(
-        checked_weights(weights), "Loading weights", len(targets), delay=2, disable=quiet, leave=False
-    ):
-        if _is_redundant(name, model):
-            continue
-        if name in seen:
-            raise ValueError(f"the checkpoint has the tensor {name} twice")
-        if name not in targets:
-            raise ValueError(f"the checkpoint has the tensor {name}, for which the model has no place")
-        param, shard_id = targets[name]
-        try:
-            param.weight_loader(param, loaded, shard_id)
-        except ValueError as error:
-            raise ValueError(f"the tensor {name} {error}") from None
-        seen.add(name)
-    missing = [name for name in targets if name not in seen]
-    if missing:
-        raise ValueError(f"the checkpoint lacks {len(missing)} tensors: {', '.join(missing[:8])}")
-
-
 def dummy_weights(model: "Decoder", seed: int) -> Iterator[tuple[str, torch.Tensor]]:
     """A checkpoint of small random numbers (norms of ones) for `model`, the same whatever ranks it is split over."""
     param = next(model.parameters())
@@ -121,6 +116,8 @@ def iterate_weights(location: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         ValueError: there are none, or only pickled ones, which are never loaded.
     """
+    if not location.exists():
+        raise ValueError(f"weights are to be read from {str(location)!r}, but there is no such folder or file")
     if location.suffix == ".gguf":
         from nanovllm.utils.gguf import iterate_gguf
 
@@ -153,10 +150,10 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     single = folder / "model.safetensors"
     files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-    if not files and any(file.suffix in (".bin", ".pt", ".pth") for file in folder.iterdir()):
-        raise ValueError(f"{folder} has pickled weights only, which can run code when loaded; convert to safetensors")
     if not files:
-        raise ValueError(f"{folder} has no *.safetensors files")
+        raise ValueError(
+            f"{folder} has no *.safetensors files; pickled weights can run code when loaded, so they must be converted"
+        )
     return files
 
 

@@ -6,23 +6,14 @@ from typing import Any
 import torch
 
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES
+from nanovllm.utils.checks import in_vocabulary
 
-
-@dataclass(frozen=True)
-class Family:
-    """What tells a family from the others. A string names the checkpoint's own option."""
-
-    qk_norm: bool = False
-    qkv_bias: bool | str = False
-    o_bias: bool | str = False
-    mlp_bias: bool | str = False
-
-
-FAMILIES = {
-    "qwen3": Family(qk_norm=True, qkv_bias="attention_bias", o_bias="attention_bias"),
-    "qwen2": Family(qkv_bias=True),
-    "llama": Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
-    "mistral": Family(),
+# What tells a family from the others: options of ModelConfig. A string names the checkpoint's own option.
+FAMILIES: dict[str, dict[str, bool | str]] = {
+    "qwen3": {"qk_norm": True, "qkv_bias": "attention_bias", "o_bias": "attention_bias"},
+    "qwen2": {"qkv_bias": True},
+    "llama": {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+    "mistral": {},
 }
 # What an option of each type may be: its types in a file, its range, and that in words. Real models keep far within.
 _KINDS = {
@@ -102,9 +93,7 @@ class ModelConfig:
         for field in fields(self):
             if field.type in _KINDS:
                 checked(field.name, getattr(self, field.name), field.type)
-        wrong = [i for i in self.eos_token_ids if not 0 <= i < self.vocab_size]
-        if wrong:
-            raise ValueError(f"the model's eos_token_id has {wrong[0]}; ids go from 0 to {self.vocab_size - 1}")
+        in_vocabulary("the model's eos_token_id", self.eos_token_ids, self.vocab_size)
         if self.head_dim % 2:
             raise ValueError(f"the model's head_dim must be even for RoPE, got {self.head_dim}")
         if self.num_heads % self.num_kv_heads:
@@ -140,11 +129,8 @@ class ModelConfig:
         """
         check_model_type(config.model_type)
         _check_variant(config)
-        family = FAMILIES[config.model_type]
-
-        def flag(option: bool | str) -> bool:
-            return getattr(config, option, False) if isinstance(option, str) else option
-
+        family = FAMILIES[config.model_type].items()
+        flags = {name: getattr(config, flag, False) if isinstance(flag, str) else flag for name, flag in family}
         num_heads, head_dim = config.num_attention_heads, getattr(config, "head_dim", None)
         dtype = _first(getattr(config, "dtype", None), getattr(config, "torch_dtype", None), torch.float32)
         theta, scaling = _rope(config)
@@ -162,12 +148,9 @@ class ModelConfig:
             tie_word_embeddings=config.tie_word_embeddings,
             rope_theta=theta,
             rope_scaling=scaling,
-            qk_norm=family.qk_norm,
-            qkv_bias=flag(family.qkv_bias),
-            o_bias=flag(family.o_bias),
-            mlp_bias=flag(family.mlp_bias),
             dtype=getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype,
             eos_token_ids=eos_token_ids or token_ids(getattr(config, "eos_token_id", None)),
+            **flags,
         )
 
 

