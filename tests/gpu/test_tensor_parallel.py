@@ -55,9 +55,7 @@ def test_bfloat16_greedy_tokens_are_those_of_one_gpu_but_for_noise(name):
     prompts = prompts_of([100 + i % 7 for i in range(64)], 10_000)
     with LLM(name, tensor_parallel_size=2, **options) as two:
         assert two.executor.tp.peers is not None
-        outputs = [
-            output for size in (1, 3, 64) for output in two.generate(prompts[:size], greedy(24), use_tqdm=False)
-        ]
+        outputs = [output for size in (1, 3, 64) for output in two.generate(prompts[:size], greedy(24), use_tqdm=False)]
     with LLM(name, **options) as one:
         gap, agreement = noise_and_agreement(one, outputs)
     noise = 0.5 * 0.02 * one.source.config.hidden_size**0.5  # half a standard deviation of these random logits
