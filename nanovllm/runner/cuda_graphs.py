@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -129,7 +130,13 @@ class StepGraphs:
                 run()  # loads kernels and sets up libraries
             self.stream.synchronize()
             graph.capture_begin(pool=self.pool)
-            result = run()
+            try:
+                result = run()
+            except BaseException:  # left open, a capture forbids the process most of CUDA; NCCL waits for what it holds
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                graph.reset()
+                raise
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(self.stream)
         logits = None if result.logits is None else borrow(result.logits)

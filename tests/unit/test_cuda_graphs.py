@@ -1,0 +1,30 @@
+"""What can be shown of captures without a GPU."""
+
+from contextlib import nullcontext
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+from nanovllm.runner.cuda_graphs import StepGraphs
+
+
+@pytest.mark.parametrize("unjoined", [None, RuntimeError("capture_end: unjoined work")])
+def test_a_capture_that_fails_is_ended_and_freed(unjoined, monkeypatch):
+    """A rank that is lost or out of memory in a capture: its error is told, and nothing holds NCCL's kernels."""
+
+    def run():
+        if run.calls:
+            raise RuntimeError("out of memory")
+        run.calls += 1
+
+    run.calls = 0
+    graph, graphs = MagicMock(), object.__new__(StepGraphs)
+    graph.capture_end.side_effect = unjoined
+    graphs.pool, graphs.stream, graphs.one_layer = None, MagicMock(), nullcontext
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        graphs._capture(run)
+    assert [name for name, *_ in graph.method_calls] == ["capture_begin", "capture_end", "reset"]
