@@ -271,8 +271,9 @@ class SpawnedRanks(Executor):
 
     def _end_collectives(self) -> None:
         """Let nothing on this rank wait for the others any more. The monitor may do so beside a step that does."""
-        if self.runner is not None:
-            self.runner.free_graphs()
+        runner = self.runner  # `close` may forget it meanwhile
+        if runner is not None:
+            runner.free_graphs()
         if self.tp is not None:
             self.tp.end()
 

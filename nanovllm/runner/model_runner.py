@@ -201,6 +201,7 @@ class ModelRunner:
         while event is not None and not event.query():  # a dead rank would leave this one waiting for ever
             self.check_ranks()
             time.sleep(20e-6)
+        self.check_ranks()  # what ended the wait may be the end of the collectives: no tokens are there then
         self.in_flight.popleft()
         return StepOutput(tokens.tolist(), *(x and TokenLogprobs(*(part.tolist() for part in x)) for x in logprobs))
 
@@ -353,9 +354,9 @@ class ModelRunner:
 
     def free_graphs(self) -> None:
         """Forget the captured graphs. NCCL's communicators cannot end before the graphs that hold their kernels."""
-        if self.graphs is not None:
-            self.graphs.free()
-        self.graphs = None
+        graphs, self.graphs = self.graphs, None  # a rank's monitor may do so at the same time
+        if graphs is not None:
+            graphs.free()
 
     def _capture(self) -> None:
         self.free_graphs()
