@@ -232,7 +232,7 @@ def all_reduce_triton(x: torch.Tensor, peers: PeerMemory) -> torch.Tensor:
     channel = peers.ll if few else peers.simple
     protocol = channel.protocol
     _all_reduce_kernel[(triton.cdiv(num_words, protocol.block),)](
-        x.view(torch.int32),
+        x.view(-1).view(torch.int32),
         channel.buffers,
         channel.flags,
         channel.calls,

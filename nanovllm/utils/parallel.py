@@ -45,9 +45,13 @@ class TensorParallel:
             return self
         own = new_memory(self.size, device)
         host = Path("/proc/sys/kernel/random/boot_id").read_text()
-        shared = self.all_gather_json([host, share_memory(own)], device)
-        memory, failure = [], "they are on several hosts"
-        if all(other == host for other, _ in shared):
+        memory, failure = [], "they are on several hosts, or one cannot share its memory"
+        try:
+            handle = share_memory(own)
+        except RuntimeError as error:  # other allocators than torch's usual one may not know how
+            handle, failure = None, error
+        shared = self.all_gather_json([host, handle], device)
+        if all(other == host and handle for other, handle in shared):
             try:
                 memory = [own if i == self.rank else open_memory(s, own) for i, (_, s) in enumerate(shared)]
             except RuntimeError as error:
