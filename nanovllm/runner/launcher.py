@@ -156,8 +156,7 @@ class SpawnedRanks(Executor):
                 self._await_children(store)
                 self.tp = TensorParallel(0, size, make_group(0, size, store, config.device_type))
                 self.tp = self.tp.with_peers(device)
-                super().__init__(ModelRunner(config, source, self.tp, device))
-                self.runner.check_ranks = self.check
+                super().__init__(ModelRunner(config, source, self.tp, device, self.check))
         except BaseException:
             self.close()
             raise

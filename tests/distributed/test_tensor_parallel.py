@@ -6,15 +6,13 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections import deque
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.runner.launcher import SpawnedRanks
-from nanovllm.runner.model_runner import InFlight, ModelRunner
+from nanovllm.runner.model_runner import ModelRunner
 from tests.models.tiny import save_tiny
 
 OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32)
@@ -137,7 +135,7 @@ def test_tokens_of_a_step_that_the_monitor_ended_are_not_given():
     """On GPUs the wait for a step ends when the collectives are ended: what lies there then was never drawn."""
     failed = []
 
-    def query():  # the monitor ends the collectives while this one sleeps between two looks
+    def query():  # between two looks the monitor has ended the collectives
         failed.append("rank 1 is gone")
         return True
 
@@ -145,10 +143,9 @@ def test_tokens_of_a_step_that_the_monitor_ended_are_not_given():
         if failed:
             raise RuntimeError(*failed)
 
-    step = InFlight(torch.zeros(1), None, None, SimpleNamespace(query=query))
-    runner = SimpleNamespace(in_flight=deque([step]), tp=SimpleNamespace(size=2), check_ranks=check)
+    runner = SimpleNamespace(tp=SimpleNamespace(size=2), check_ranks=check)
     with pytest.raises(RuntimeError, match="rank 1 is gone"):
-        ModelRunner.collect(runner)
+        ModelRunner.wait(runner, SimpleNamespace(query=query, synchronize=lambda: None))
 
 
 def test_heads_that_ranks_do_not_divide_are_refused(model):
