@@ -1,5 +1,7 @@
 """Ranks as processes that share memory: each gets the sum, to the last bit the same. In the interpreter, on a CPU."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.multiprocessing
@@ -52,6 +54,15 @@ def test_what_fits():
     assert not peers.fits(torch.zeros(most + 2, dtype=torch.bfloat16))
     assert not peers.fits(torch.zeros(3, dtype=torch.bfloat16))
     assert not peers.fits(torch.zeros(8, 8)[:, :4])
+
+
+def test_sums_end_whatever_mode_their_memory_was_made_in(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    with torch.inference_mode():  # a caller's own
+        peers = all_reduce.PeerMemory(0, [all_reduce.new_memory(2, torch.device("cpu"))] * 2)
+    peers.end()
+    assert peers.stop.item() == 1
 
 
 def test_memory_that_cannot_be_shared_leaves_the_sums_to_nccl(monkeypatch):
