@@ -197,7 +197,8 @@ class PeerMemory:
 
     def end(self) -> None:
         """End all sums on this rank, now and later: a rank they wait for may be gone. Safe in any thread."""
-        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream()):  # the others may never be free
+        stream = torch.cuda.Stream(self.device)  # the others may never be free
+        with torch.inference_mode(), torch.cuda.stream(stream):  # `stop` may have been made in that mode
             self.stop.copy_(self._one, non_blocking=True)
 
 
@@ -232,7 +233,7 @@ def all_reduce_triton(x: torch.Tensor, peers: PeerMemory) -> torch.Tensor:
     channel = peers.ll if few else peers.simple
     protocol = channel.protocol
     _all_reduce_kernel[(triton.cdiv(num_words, protocol.block),)](
-        x.view(torch.int32),
+        x.view(-1).view(torch.int32),
         channel.buffers,
         channel.flags,
         channel.calls,

@@ -331,7 +331,10 @@ def prefill_attention_triton(
     if num_tokens == 0:
         return out
     if config is None:
-        config = default_prefill_config(head_dim, q.element_size(), num_tokens * heads, sm_count(q.device))
+        kind = head_dim, q.element_size()
+        config = default_prefill_config(*kind, num_tokens * heads, sm_count(q.device))
+        if config.tma and not (serves_tma(k_cache, config.block_n) and serves_tma(v_cache, config.block_n)):
+            config = default_prefill_config(*kind)  # addresses don't fit in the large tile's registers
         config = config._replace(block_m=max(config.block_m, triton.next_power_of_2(group)))
     block_m, block_n = config.block_m, config.block_n
     for name, value, least in (("block_m", block_m, max(MIN_DOT, group)), ("block_n", block_n, MIN_DOT)):

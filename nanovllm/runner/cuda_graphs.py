@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -74,7 +75,7 @@ class StepGraphs:
 
     def __init__(self, runner: "ModelRunner"):
         self.state, max_num_seqs = runner.state, runner.config.max_num_seqs
-        self.one_layer = runner.model.one_layer
+        self.one_layer, self.wait = runner.model.one_layer, runner.wait
         self.pool, self.stream = torch.cuda.graph_pool_handle(), capture_stream(runner.device)
         self.slots = torch.full((max_num_seqs,), self.state.scratch_slot, dtype=torch.int32, device=runner.device)
         self.current: list[int] = []  # what `slots` holds
@@ -98,6 +99,7 @@ class StepGraphs:
             for size in reversed(decode_sizes(max_num_seqs)):  # the largest first: the others fit in its memory
                 slots = self.slots[:size]
                 self.decode[size] = self._capture(lambda slots=slots: runner.step(slots, len(slots)))
+            runner.check_ranks()
         except BaseException:
             self.free()
             raise
@@ -127,9 +129,15 @@ class StepGraphs:
         with torch.cuda.stream(self.stream):
             with self.one_layer():
                 run()  # loads kernels and sets up libraries
-            self.stream.synchronize()
+            self.wait(self.stream.record_event())
             graph.capture_begin(pool=self.pool)
-            result = run()
+            try:
+                result = run()
+            except BaseException:  # left open, a capture forbids the process most of CUDA; NCCL waits for what it holds
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                graph.reset()
+                raise
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(self.stream)
         logits = None if result.logits is None else borrow(result.logits)
@@ -144,15 +152,16 @@ class StepGraphs:
         to_device = self.state.staging.to_device
         if batch.chunks:
             size = min(size for size in self.mixed if size >= batch.num_tokens)
-            graph, result, num_rows, packed = self.mixed[size]
+            graphs, (num_rows, packed) = self.mixed, self.mixed[size][2:]
             packed.copy_(to_device(self.state.pack(batch, num_rows, size)))
         else:
             slots = batch.decode_slots
             if slots != self.current or self.num_admissions != self.state.num_admissions:
                 self._set_slots(slots)
             graphs = self.shared if self.shares else self.decode
-            graph, result = graphs[min(size for size in graphs if size >= len(slots))]
-        graph.replay()
+            size = min(size for size in graphs if size >= len(slots))
+        result = graphs[size][1]
+        graphs[size][0].replay()  # in no variable: an error's traceback would keep the graph, and NCCL wait for its end
         return result._replace(tokens=result.tokens[: batch.num_rows])
 
     def _set_slots(self, slots: list[int]) -> None:

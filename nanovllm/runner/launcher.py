@@ -156,8 +156,7 @@ class SpawnedRanks(Executor):
                 self._await_children(store)
                 self.tp = TensorParallel(0, size, make_group(0, size, store, config.device_type))
                 self.tp = self.tp.with_peers(device)
-                super().__init__(ModelRunner(config, source, self.tp, device))
-                self.runner.check_ranks = self.check
+                super().__init__(ModelRunner(config, source, self.tp, device, self.check))
         except BaseException:
             self.close()
             raise
@@ -271,8 +270,9 @@ class SpawnedRanks(Executor):
 
     def _end_collectives(self) -> None:
         """Let nothing on this rank wait for the others any more. The monitor may do so beside a step that does."""
-        if self.runner is not None:
-            self.runner.free_graphs()
+        runner = self.runner  # `close` may forget it meanwhile
+        if runner is not None:
+            runner.free_graphs()
         if self.tp is not None:
             self.tp.end()
 

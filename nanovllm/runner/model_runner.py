@@ -62,12 +62,20 @@ class ModelRunner:
         source: the model to load.
         tp: this rank's tensor-parallel group.
         device: where this rank runs.
+        check_ranks: raises if another rank has failed.
 
     Raises:
         ValueError: the KV pool would not hold one sequence of `max_model_len` tokens.
     """
 
-    def __init__(self, config: Config, source: ModelSource, tp: TensorParallel, device: torch.device):
+    def __init__(
+        self,
+        config: Config,
+        source: ModelSource,
+        tp: TensorParallel,
+        device: torch.device,
+        check_ranks: Callable[[], None] = lambda: None,
+    ):
         self.config, self.tp, self.device = config, tp, device
         self.model_config = source.config
         self.dtype = config.torch_dtype(source.config.dtype)
@@ -77,7 +85,7 @@ class ModelRunner:
         self.backend = select_backend(
             config.attention_backend, device, source.config.head_dim, self.block_size, self.dtype
         )
-        self.check_ranks: Callable[[], None] = lambda: None  # raises if another rank has failed
+        self.check_ranks = check_ranks
         self.graphs: StepGraphs | None = None
         self.in_flight: deque[InFlight] = deque()
         with torch.inference_mode():
@@ -196,13 +204,18 @@ class ModelRunner:
     def collect(self) -> StepOutput:
         """The results of the oldest launched step; waits for that step only."""
         tokens, *logprobs, event = self.in_flight[0]
-        if event is not None and self.tp.size == 1:
-            event.synchronize()
-        while event is not None and not event.query():  # a dead rank would leave this one waiting for ever
-            self.check_ranks()
-            time.sleep(20e-6)
+        if event is not None:
+            self.wait(event)
         self.in_flight.popleft()
         return StepOutput(tokens.tolist(), *(x and TokenLogprobs(*(part.tolist() for part in x)) for x in logprobs))
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        """Wait for `event`, or raise what `check_ranks` does: a dead rank would leave this one waiting for ever."""
+        while self.tp.size > 1 and not event.query():
+            self.check_ranks()
+            time.sleep(20e-6)
+        event.synchronize()
+        self.check_ranks()  # the end of the collectives may have ended the wait: nothing that was waited for is there
 
     def _eager(self, batch: Batch) -> StepTensors:
         num_decode, to_device = len(batch.decode_slots), self.state.staging.to_device
@@ -353,11 +366,12 @@ class ModelRunner:
 
     def free_graphs(self) -> None:
         """Forget the captured graphs. NCCL's communicators cannot end before the graphs that hold their kernels."""
-        if self.graphs is not None:
-            self.graphs.free()
-        self.graphs = None
+        graphs, self.graphs = self.graphs, None  # a rank's monitor may do so at the same time
+        if graphs is not None:
+            graphs.free()
 
     def _capture(self) -> None:
         self.free_graphs()
         if self.device.type == "cuda" and not self.config.enforce_eager and self.backend.capturable:
-            self.graphs = StepGraphs(self)
+            with self.tp.capturing:
+                self.graphs = StepGraphs(self)

@@ -5,7 +5,8 @@ A group is an object that is handed around, not a global: two engines in one pro
 
 import json
 import logging
-from dataclasses import dataclass, replace
+import threading
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,12 +26,14 @@ class TensorParallel:
         rank, size: place of this rank and number of ranks.
         group: a `torch.distributed` process group (gloo or NCCL); None for a single rank, whose collectives do nothing.
         peers: GPU memory through which sums of few bytes are made, where the ranks can reach each other's.
+        capturing: held while graphs are captured, for as long as nobody else can free them.
     """
 
     rank: int = 0
     size: int = 1
     group: "dist.ProcessGroup | None" = None
     peers: PeerMemory | None = None
+    capturing: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @classmethod
     def default(cls) -> "TensorParallel":
@@ -45,9 +48,13 @@ class TensorParallel:
             return self
         own = new_memory(self.size, device)
         host = Path("/proc/sys/kernel/random/boot_id").read_text()
-        shared = self.all_gather_json([host, share_memory(own)], device)
-        memory, failure = [], "they are on several hosts"
-        if all(other == host for other, _ in shared):
+        memory, failure = [], "they are on several hosts, or one cannot share its memory"
+        try:
+            handle = share_memory(own)
+        except RuntimeError as error:  # other allocators than torch's usual one may not know how
+            handle, failure = None, error
+        shared = self.all_gather_json([host, handle], device)
+        if all(other == host and handle for other, handle in shared):
             try:
                 memory = [own if i == self.rank else open_memory(s, own) for i, (_, s) in enumerate(shared)]
             except RuntimeError as error:
@@ -100,10 +107,11 @@ class TensorParallel:
     def end(self) -> None:
         """End all collectives of this rank, those that run included, for good: no rank need be there any more.
 
-        NCCL then waits for captured graphs that hold its kernels to be freed, which another thread may do. Not for a
-        group that is others' too.
+        NCCL then waits for captured graphs that hold its kernels to be freed, which another thread may do, but not one
+        that captures: its next collective would wait for this. Not for a group that is others' too.
         """
         if self.peers is not None:
             self.peers.end()
         if isinstance(self.group, getattr(dist, "ProcessGroupNCCL", ())):
-            self.group.abort()
+            with self.capturing:
+                self.group.abort()

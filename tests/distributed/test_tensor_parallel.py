@@ -6,11 +6,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.runner.launcher import SpawnedRanks
+from nanovllm.runner.model_runner import ModelRunner
 from tests.models.tiny import save_tiny
 
 OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32)
@@ -127,6 +129,23 @@ def test_a_worker_s_error_reaches_the_caller_with_its_traceback(model, monkeypat
         with pytest.raises(RuntimeError, match=r"rank 1 failed:\n.*Traceback"):
             while True:
                 tokens(llm)
+
+
+def test_tokens_of_a_step_that_the_monitor_ended_are_not_given():
+    """On GPUs the wait for a step ends when the collectives are ended: what lies there then was never drawn."""
+    failed = []
+
+    def query():  # between two looks the monitor has ended the collectives
+        failed.append("rank 1 is gone")
+        return True
+
+    def check():
+        if failed:
+            raise RuntimeError(*failed)
+
+    runner = SimpleNamespace(tp=SimpleNamespace(size=2), check_ranks=check)
+    with pytest.raises(RuntimeError, match="rank 1 is gone"):
+        ModelRunner.wait(runner, SimpleNamespace(query=query, synchronize=lambda: None))
 
 
 def test_heads_that_ranks_do_not_divide_are_refused(model):

@@ -1,5 +1,6 @@
 """Two GPUs: the tokens of one, sums in each other's memory inside captured steps, clear errors when a rank is lost."""
 
+import gc
 import json
 import os
 import signal
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.runner.cuda_graphs import StepGraphs
+from nanovllm.runner.launcher import SpawnedRanks
 from tests.distributed.test_tensor_parallel import SCRIPT, gone
 from tests.gpu.test_gpu import OPTIONS, greedy, prompts_of, tokens
 from tests.models.tiny import save_tiny
@@ -93,6 +96,50 @@ def test_a_killed_rank_is_a_clear_error_in_seconds(model, want):
     assert memory - torch.cuda.mem_get_info()[0] < 1 << 30
     with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:  # this process's GPU is as good as before
         assert tokens(llm, *mixture()) == want
+
+
+@pytest.mark.parametrize("what", ["rank 1 is killed", "rank 0 is out of memory"])
+def test_a_failure_while_graphs_are_captured_is_a_clear_error_in_seconds(model, want, monkeypatch, what):
+    """By then NCCL's kernels are in graphs that only the capturing thread knows of."""
+    spawn, capture, processes = SpawnedRanks._spawn, StepGraphs._capture, []
+
+    def note(self, rank, size):
+        spawn(self, rank, size)
+        processes.extend(self.processes)
+
+    def fail(self, run):
+        def failing():
+            result = run()
+            if torch.cuda.is_current_stream_capturing() and len(self.decode) == 1:
+                if what == "rank 0 is out of memory":
+                    raise torch.OutOfMemoryError(what)
+                processes[0].kill()
+                time.sleep(1)  # the monitor notices
+            return result
+
+        return capture(self, failing)
+
+    start = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(SpawnedRanks, "_spawn", note)
+        patch.setattr(StepGraphs, "_capture", fail)
+        with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9|rank 0 is out of memory"):
+            LLM(model, tensor_parallel_size=2, **TINY_OPTIONS)
+    assert time.monotonic() - start < 120  # the start itself compiles
+    assert gone([process.pid for process in processes])
+    with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:  # this process's GPU is as good as before
+        assert tokens(llm, *mixture()) == want
+
+
+def test_closed_engines_leave_no_memory(model):
+    """What other processes mapped is freed, too: torch keeps it for as long as they seem to use it."""
+    left = []
+    for _ in range(3):
+        with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS):
+            pass
+        gc.collect()
+        left.append(torch.cuda.memory_allocated())
+    assert left[2] - left[1] < 1 << 20
 
 
 def test_a_rank_out_of_memory_is_a_clear_error_in_seconds():

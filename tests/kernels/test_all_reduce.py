@@ -1,11 +1,14 @@
 """Ranks as processes that share memory: each gets the sum, to the last bit the same. In the interpreter, on a CPU."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.multiprocessing
 
 from nanovllm.kernels import all_reduce
 from nanovllm.kernels._triton import HAVE_TRITON
+from nanovllm.utils import parallel
 
 pytestmark = [
     pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed"),
@@ -22,7 +25,8 @@ def run_rank(rank, memory, results):
     sums = []
     for n, dtype in CALLS:
         summands = [torch.randn(n, generator=generator).to(getattr(torch, dtype)) for _ in memory]
-        sums.append(all_reduce.all_reduce_triton(summands[rank], peers).tolist())
+        own = summands[rank].view(2, -1)  # rows of any length, as of a hidden size that is odd
+        sums.append(all_reduce.all_reduce_triton(own, peers).flatten().tolist())
     results.put((rank, sums))
 
 
@@ -50,3 +54,30 @@ def test_what_fits():
     assert not peers.fits(torch.zeros(most + 2, dtype=torch.bfloat16))
     assert not peers.fits(torch.zeros(3, dtype=torch.bfloat16))
     assert not peers.fits(torch.zeros(8, 8)[:, :4])
+
+
+def test_sums_end_whatever_mode_their_memory_was_made_in(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    with torch.inference_mode():  # a caller's own
+        peers = all_reduce.PeerMemory(0, [all_reduce.new_memory(2, torch.device("cpu"))] * 2)
+    peers.end()
+    assert peers.stop.item() == 1
+
+
+def test_memory_that_cannot_be_shared_leaves_the_sums_to_nccl(monkeypatch):
+    def refuse(memory):
+        raise RuntimeError("this allocator does not share")
+
+    def gather(tp, value, device):
+        told.append(value)
+        return [value, [value[0], ["a handle"]]]
+
+    told = []
+    monkeypatch.setattr(parallel, "new_memory", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(parallel, "share_memory", refuse)
+    monkeypatch.setattr(parallel.TensorParallel, "all_gather_json", gather)
+    monkeypatch.setattr(parallel.TensorParallel, "all_reduce_min", lambda tp, value, device: value)
+    tp = parallel.TensorParallel(0, 2)
+    assert tp.with_peers(torch.device("cuda")) is tp
+    assert told[0][1] is None  # the others are told, and don't wait

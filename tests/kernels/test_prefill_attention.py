@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from nanovllm.kernels import prefill_attention as prefill_attention_module
 from nanovllm.kernels._triton import HAVE_TRITON
 from nanovllm.kernels.prefill_attention import (
     PrefillConfig,
@@ -89,6 +90,23 @@ def test_what_tma_serves():
     assert served(64, 128, 64) and served(64, 128, 16) and served(256, 64, 128)
     assert not served(16, 128, 64) and not served(64, 96, 64)
     assert not serves_tma(torch.empty(2 * 64 * 64 + 1)[1:].view(2, 64, 1, 64), 64)  # begins at no multiple of 16 bytes
+
+
+@needs_triton
+@pytest.mark.parametrize(("block_size", "block_m"), [(64, 128), (32, 64)])
+def test_where_tma_does_not_serve_tiles_are_small(block_size, block_m, monkeypatch):
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: chosen.append(options)
+
+    chosen = []
+    monkeypatch.setattr(prefill_attention_module, "_prefill_kernel", Kernel())
+    q, cache = torch.zeros(99, 8, 128, dtype=torch.bfloat16), torch.zeros(4, block_size, 2, 128, dtype=torch.bfloat16)
+    rows = (torch.zeros(size, dtype=torch.int32) for size in (1, 2, 1))
+    prefill_attention_triton(q, cache, cache, torch.zeros(1, 4, dtype=torch.int32), *rows, 0.1)
+    (options,) = chosen
+    assert (options["BLOCK_M"], options["TMA"]) == (block_m, block_m == 128)
+    assert (options["maxnreg"] is None) == (block_m == 64)
 
 
 @needs_triton

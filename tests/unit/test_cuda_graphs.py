@@ -1,0 +1,51 @@
+"""What can be shown of captures without a GPU."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from threading import Thread
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+from nanovllm.runner.cuda_graphs import StepGraphs
+from nanovllm.utils.parallel import TensorParallel
+
+
+def test_a_rank_lost_in_a_capture_ends_collectives_after_it(monkeypatch):
+    """NCCL's end holds a mutex and waits for the graphs; the capture's next collective would wait for the mutex."""
+
+    class Group:
+        abort = MagicMock()
+
+    monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", Group, raising=False)
+    tp = replace(TensorParallel(0, 2, Group()), peers=MagicMock())
+    with tp.capturing:
+        monitor = Thread(target=tp.end)
+        monitor.start()
+        monitor.join(0.2)
+        assert monitor.is_alive() and not Group.abort.called
+        assert tp.peers.end.called  # the capture may be waiting for a sum
+    monitor.join(10)
+    assert Group.abort.called
+
+
+@pytest.mark.parametrize("unjoined", [None, RuntimeError("capture_end: unjoined work")])
+def test_a_capture_that_fails_is_ended_and_freed(unjoined, monkeypatch):
+    """A rank that is lost or out of memory in a capture: its error is told, and nothing holds NCCL's kernels."""
+
+    def run():
+        if run.calls:
+            raise RuntimeError("out of memory")
+        run.calls += 1
+
+    run.calls = 0
+    graph, graphs = MagicMock(), object.__new__(StepGraphs)
+    graph.capture_end.side_effect = unjoined
+    graphs.pool, graphs.stream, graphs.one_layer, graphs.wait = None, MagicMock(), nullcontext, MagicMock()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        graphs._capture(run)
+    assert [name for name, *_ in graph.method_calls] == ["capture_begin", "capture_end", "reset"]
