@@ -51,15 +51,17 @@ def make_group(rank: int, size: int, store: "dist.Store", device_type: str) -> "
         return dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
 
 
-def rank_device(device_type: str, local_rank: int) -> torch.device:
-    """The device of a rank; on CUDA it also becomes the process's current one."""
+def rank_device(device_type: str, local_rank: int | None) -> torch.device:
+    """The device of a rank, or of the only one (None): on CUDA the current one, which that of a rank becomes."""
     if device_type == "cpu":
         return torch.device("cpu")
+    if local_rank is None:
+        return torch.device("cuda", torch.cuda.current_device())
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"tensor_parallel_size needs GPU {local_rank}, but torch sees {torch.cuda.device_count()} GPUs here"
         )
-    device = torch.device("cuda", torch.cuda.current_device() if local_rank == 0 else local_rank)
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 
@@ -74,7 +76,7 @@ def start(config: Config, source: ModelSource) -> "Executor":
         return _join_outside_group(config, source)
     if size > 1:
         return SpawnedRanks(config, source)
-    return Executor(ModelRunner(config, source, TensorParallel(), rank_device(config.device_type, 0)))
+    return Executor(ModelRunner(config, source, TensorParallel(), rank_device(config.device_type, None)))
 
 
 def _join_outside_group(config: Config, source: ModelSource) -> "Executor":

@@ -9,9 +9,10 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.runner.launcher import SpawnedRanks
+from nanovllm.runner.launcher import SpawnedRanks, rank_device
 from nanovllm.runner.model_runner import ModelRunner
 from tests.models.tiny import save_tiny
 
@@ -148,6 +149,17 @@ def test_tokens_of_a_step_that_the_monitor_ended_are_not_given():
         ModelRunner.wait(runner, SimpleNamespace(query=query, synchronize=lambda: None))
 
 
+def test_each_rank_has_a_gpu_of_its_own_and_one_alone_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert rank_device("cuda", None) == torch.device("cuda", 1) and not chosen
+    assert [rank_device("cuda", rank) for rank in range(2)] == chosen == [torch.device("cuda", i) for i in range(2)]
+    with pytest.raises(ValueError, match="needs GPU 2, but torch sees 2"):
+        rank_device("cuda", 2)
+
+
 def test_heads_that_ranks_do_not_divide_are_refused(model):
     with pytest.raises(ValueError, match="tensor_parallel_size=3 does not fit"):
         LLM(model, tensor_parallel_size=3, **OPTIONS)
@@ -176,7 +188,7 @@ def test_the_pool_is_the_smallest_rank_s(tmp_path):
 SCRIPT = """
 import json, sys, time
 from nanovllm import LLM, SamplingParams
-from nanovllm.runner.launcher import SpawnedRanks
+from nanovllm.runner.launcher import SpawnedRanks, rank_device
 llm = LLM(sys.argv[1], tensor_parallel_size=2, **json.loads(sys.argv[2]))
 processes = getattr(llm.executor, "processes", [])
 sys.stdout.write(" ".join(["pids", *[str(p.pid) for p in processes]]) + "\\n")  # one write: ranks share the pipe
