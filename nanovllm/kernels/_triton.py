@@ -56,6 +56,7 @@ except ImportError:
 __all__ = [
     "HAVE_TRITON",
     "TensorDescriptor",
+    "begin_chain",
     "compile_only",
     "launch_options",
     "let_next_begin",
@@ -87,7 +88,7 @@ def compile_only() -> Iterator[None]:
 
 @lru_cache
 def launch_options(device: torch.device) -> dict[str, bool]:
-    """Options of a kernel that calls `wait_for_inputs`: programmatic dependent launch, where there is such a thing."""
+    """Options of a kernel that calls `wait_for_inputs` or `begin_chain`: programmatic dependent launch, where there is such a thing."""
     pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
@@ -100,14 +101,22 @@ def let_next_begin(PDL: tl.constexpr):
 
 
 @triton.jit
+def begin_chain(PDL: tl.constexpr):
+    """In the first kernel of a chain: what was written before it, all that follow may read before their own wait."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
     """Let the next kernel begin, then wait for the one before to end.
 
     A kernel so launched begins while the one before it runs. Only this may be read before the wait: what no kernel
-    writes, as weights; and what was written before the chain began, by a kernel that does not call this and therefore
-    ends before the next one begins, as the step's inputs. All kernels of a chain must call it, even if they don't need
-    to, in one program at least: the end of one then means the end of all before it. Programs that have nothing to do
-    should end without it, and make room for the next kernel's.
+    writes, as weights; and what was written before the chain began (see `begin_chain`), as the step's inputs. All other
+    kernels of a chain must call this, even if they don't need to, in one program at least: the end of one then means
+    the end of all before it. Programs that have nothing to do should end without it, and make room for the next
+    kernel's.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -2,14 +2,14 @@
 
 import torch
 
-from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
+from nanovllm.kernels._triton import begin_chain, launch_options, tl, triton
 
 
 @triton.jit(do_not_specialize=["start"])
 def _embedding_kernel(
     ids_ptr, weight_ptr, out_ptr, start, num_rows, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
-    wait_for_inputs(PDL)
+    begin_chain(PDL)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     row = tl.load(ids_ptr + token) - start + tl.zeros([BLOCK], tl.int64)
