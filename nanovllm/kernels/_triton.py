@@ -88,7 +88,7 @@ def compile_only() -> Iterator[None]:
 
 @lru_cache
 def launch_options(device: torch.device) -> dict[str, bool]:
-    """Options of a kernel that calls `wait_for_inputs` or `begin_chain`: programmatic dependent launch, where there is such a thing."""
+    """Options of a kernel of a chain (see below): programmatic dependent launch, where there is such a thing."""
     pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
