@@ -76,7 +76,8 @@ class CompletionOutput:
         token_ids: what was generated, the token that ended it included.
         finish_reason: "stop" (end-of-sequence, stop id or string, or a structured output is complete), "length",
             "abort", or None while it goes on.
-        stop_reason: the stop id or stop string that ended it; None for an end-of-sequence token and all else.
+        stop_reason: the stop id or stop string that ended it, or why a structured output had to be aborted; None for an
+            end-of-sequence token and all else.
         logprobs: for each token those asked for, by token id; None if none were.
     """
 

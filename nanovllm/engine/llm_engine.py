@@ -26,7 +26,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Batch, Scheduler, Step
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.token_filter import GrammarFilter, compile_grammar, grammar_tokenizer, make_filter
+from nanovllm.engine.token_filter import GrammarFilter, TokenFilter, compile_grammar, grammar_tokenizer, make_filter
 from nanovllm.models.loader import iterate_weights
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.runner import launcher
@@ -176,8 +176,9 @@ class LLMEngine:
             raise ValueError("min_tokens and allowed_token_ids leave no token that could be drawn first")
         if params.stop and not self.has_tokenizer:
             raise ValueError("stop strings need a tokenizer, and there is none")
-        new_filter = self._filter_maker(params)
-        samples = [Sequence(token_ids, params, end_ids, index=i, token_filter=new_filter()) for i in range(params.n)]
+        first = self._token_filter(params)
+        filters = (first and first.copy() for _ in range(params.n))
+        samples = [Sequence(token_ids, params, end_ids, index=i, token_filter=own) for i, own in enumerate(filters)]
         text = prompt if isinstance(prompt, str) else None
         decode = partial(self._decode, params.skip_special_tokens) if self.has_tokenizer else None
         return Request(request_id, text, params, samples, stream, decode)
@@ -221,13 +222,11 @@ class LLMEngine:
             )
         return end_ids
 
-    def _filter_maker(self, params: SamplingParams):
-        """What makes the token filter of each sample, or None; whether it can is found out here."""
+    def _token_filter(self, params: SamplingParams) -> TokenFilter | GrammarFilter | None:
         vocab_size = self.source.config.vocab_size
         if params.structured_outputs is None:
-            return partial(make_filter, params, vocab_size, self._encode)
-        tokenizer, grammar = self._grammar_tokenizer, compile_grammar(params.structured_outputs)
-        return partial(GrammarFilter, tokenizer, grammar, vocab_size)
+            return make_filter(params, vocab_size, self._encode)
+        return GrammarFilter(self._grammar_tokenizer, compile_grammar(params.structured_outputs), vocab_size)
 
     def _queue(self, request: Request) -> int | str:
         num_waiting = len(self.scheduler.waiting) + len(request.samples)

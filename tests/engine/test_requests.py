@@ -341,7 +341,14 @@ def test_regex_choice_grammar_and_n(speaking):
 
 
 @pytest.mark.parametrize(
-    "what", [dict(json="{"), dict(json={"type": "nonsense"}), dict(regex="("), dict(grammar="start: unknown")]
+    "what",
+    [
+        dict(json="{"),
+        dict(json={"type": "nonsense"}),
+        dict(regex="("),
+        dict(regex=r"[^\s\S]"),  # matches nothing
+        dict(grammar="start: unknown"),
+    ],
 )
 def test_a_bad_schema_fails_alone(speaking, what):
     with engine(speaking) as llm:
@@ -349,6 +356,25 @@ def test_a_bad_schema_fails_alone(speaking, what):
         with pytest.raises(ValueError, match="structured_outputs"):
             llm.add_request("Hello", SamplingParams(**structured(**what)))
         assert [(out.request_id, len(out.token_ids)) for out in finish(llm)] == [(request_id, 5)]
+
+
+def test_a_grammar_that_cannot_be_followed_to_its_end_does_not_look_complete(speaking):
+    with engine(speaking) as llm:
+        params = SamplingParams(max_tokens=30, **structured(regex="((((a{100}){100}){100}){100})"))
+        for out in (llm.generate(["Hi"], params, use_tqdm=False)[0], [*llm.stream("Hi", params)][-1]):
+            assert out.finished and out.outputs[0].finish_reason == "abort"
+            assert "too many expressions" in out.outputs[0].stop_reason
+        assert len(tokens(llm, ["Hi"], greedy(5))[0]) == 5
+
+
+def test_many_choices_for_many_samples_are_read_once(speaking):
+    choice = [f"{i} apples / +?\n" for i in range(5000)]
+    with engine(speaking, max_num_seqs=64) as llm:
+        out = llm.generate(["Hi"], SamplingParams(n=300, seed=3, **structured(choice=choice)), use_tqdm=False)[0]
+    assert all(sample.text in choice and sample.finish_reason == "stop" for sample in out.outputs)
+    assert len({sample.text for sample in out.outputs}) > 30
+    with pytest.raises(ValueError, match="choice must have at most 1048576 characters"):
+        StructuredOutputsParams(choice=["x" * 1000] * 1100)
 
 
 # -- chat -------------------------------------------------------------------------------------------------------------
