@@ -305,6 +305,13 @@ class LLMEngine:
         self.outputs += [output for output in outputs if output.request_id not in request_ids]
         return [output for output in outputs if output.request_id in request_ids]
 
+    def _leave(self, request_ids: Iterable[int | str]) -> None:
+        """Nobody waits for these requests any more: end them, and forget what there is to give of them."""
+        left = set(request_ids)
+        for request_id in left:
+            self.abort(request_id)
+        self.outputs = [output for output in self.outputs if output.request_id not in left]
+
     def metrics(self) -> Metrics:
         """Counters since the engine was made, and what it is doing now."""
         scheduler, blocks = self.scheduler, self.scheduler.block_manager

@@ -251,6 +251,17 @@ def test_streams_side_by_side_and_one_that_is_left(speaking):
         assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
 
 
+def test_nothing_is_left_of_a_stream_that_others_stepped_for_or_that_never_began(model):
+    with engine(model) as llm:
+        stream = llm.stream([1, 2, 3], greedy(40))
+        next(stream)
+        tokens(llm, [[4, 5, 6]], greedy(20))  # what is new of the stream meanwhile waits for it
+        stream.close()
+        llm.stream([1, 2, 3], greedy(40))
+        assert not llm.requests and finish(llm) == []
+        assert llm.metrics().kv_usage == 0
+
+
 def test_bad_words_never_appear(speaking):
     with engine(speaking) as llm:
         spellings = [llm.tokenizer.encode(text) for text in ("xyzzy", " xyzzy", " plugh", "ok")]
