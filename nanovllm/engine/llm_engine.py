@@ -7,6 +7,7 @@ Overlap of depth 1 keeps the device busy while the host works:
 """
 
 import logging
+import os
 import random
 import signal
 import threading
@@ -63,8 +64,8 @@ def _interrupt_after() -> Iterator[None]:
 class LLMEngine:
     """Loads a model and answers requests.
 
-    Not safe to call from several threads at once. Close it, or use it as a context manager, to give its memory and its
-    processes back.
+    Not safe to call from several threads at once, and of no use to a forked child. Close it, or use it as a context
+    manager, to give its memory and its processes back.
 
     Args:
         model: see `Config`.
@@ -73,6 +74,7 @@ class LLMEngine:
 
     def __init__(self, model: str | Path | None = None, **kwargs):
         self.executor = None
+        self.process = os.getpid()
         self.error: BaseException | None = None
         self.config = Config(model=model, **kwargs)
         self.source = open_model(self.config.model, self.config.load_format)
@@ -359,6 +361,7 @@ class LLMEngine:
         elif not isinstance(weights, Iterable) or isinstance(weights, bytes | Mapping):
             raise TypeError(f"weights must be pairs (name, tensor) or a path, got {type(weights).__name__}")
         self._forget_computed()
+        self.weight_error = RuntimeError("it has not ended yet")  # for what `weights` may call
         try:
             with _interrupt_after():
                 self.executor.update_weights(weights)
@@ -411,6 +414,8 @@ class LLMEngine:
             raise RuntimeError(f"the engine has failed and must be made anew: {self.error!r}") from self.error
         if self.executor is None:
             raise RuntimeError("the engine is closed")
+        if self.process != os.getpid():
+            raise RuntimeError("the engine is that of the process this one was forked from; make one here")
         if awake and self.sleep_level:
             raise RuntimeError("the engine is asleep; call wake_up() first")
         if weights and self.weight_error is not None:
@@ -421,6 +426,8 @@ class LLMEngine:
 
     def close(self) -> None:
         """Give back memory and processes. May be called again."""
+        if self.process != os.getpid():
+            return  # what a forked child has of it is its parent's
         executor, self.executor = self.executor, None
         if executor is not None:
             executor.close()

@@ -199,6 +199,21 @@ def test_no_process_outlives_a_killed_parent(script):
     assert gone(pids)
 
 
+def test_a_forked_child_can_neither_use_nor_end_its_parent_s_engine(model, want):
+    with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
+        child = os.fork()
+        if child == 0:
+            try:
+                with pytest.raises(RuntimeError, match="forked"):
+                    tokens(llm)
+                llm.close()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert tokens(llm) == want
+
+
 def test_under_torchrun_every_rank_has_the_results(script, want):
     import json
 
