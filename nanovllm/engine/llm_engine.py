@@ -110,9 +110,14 @@ class LLMEngine:
         config = self.source.config
         return grammar_tokenizer(self.tokenizer, config.vocab_size, config.eos_token_ids)
 
-    def _encode(self, text: str) -> list[int]:
-        """Token ids of a part of a text, without the special tokens that begin or end one."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text, or of a part of one, which has no special tokens that begin or end it."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            what = f"the text has half a character, {text[error.start]!r} at {error.start}, which no tokenizer can read"
+            raise ValueError(what) from None
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _decode(self, skip_special_tokens: bool, token_ids: list[int]) -> str:
         if self.tokenizer.is_fast:  # past transformers' own layer, which takes longer than the decoding
@@ -191,7 +196,7 @@ class LLMEngine:
                 raise ValueError(
                     f"prompt has {len(prompt)} characters, too many for max_model_len={self.max_model_len}"
                 )
-            token_ids = self.tokenizer.encode(prompt)
+            token_ids = self._encode(prompt, add_special_tokens=True)
         elif is_list(prompt):
             token_ids = list(prompt)
         else:

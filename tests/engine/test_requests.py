@@ -569,6 +569,19 @@ def test_a_prompt_that_cannot_fit_is_not_even_tokenised(speaking):
                 llm.add_request("ab " * length)
 
 
+def test_half_a_character_is_refused_alone(speaking):
+    half = "an emoji's \ud83d"  # as JSON can spell it, and command lines that are not UTF-8 have
+    with engine(speaking) as llm:
+        for add in (
+            lambda: llm.generate(half),
+            lambda: llm.chat([{"role": "user", "content": half}]),
+            lambda: llm.generate("Hi", SamplingParams(bad_words=[half])),
+        ):
+            with pytest.raises(ValueError, match=r"half a character, '.ud83d'"):
+                add()
+        assert not llm.has_unfinished()
+
+
 def test_dummy_models_have_no_text(tmp_path):
     with LLM(
         "qwen3-0.6b", load_format="dummy", device="cpu", max_model_len=32, max_num_seqs=1, dtype="bfloat16"
