@@ -6,12 +6,14 @@ Overlap of depth 1 keeps the device busy while the host works:
     device             |    step 1 ...............        |   step 2 ...............       |   step 3 ...
 """
 
+import atexit
 import logging
 import os
 import random
 import signal
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceType
@@ -61,6 +63,11 @@ def _interrupt_after() -> Iterator[None]:
         handler(*caught)
 
 
+def _close(engine: "weakref.ref[LLMEngine]") -> None:
+    if engine() is not None:
+        engine().close()
+
+
 class LLMEngine:
     """Loads a model and answers requests.
 
@@ -97,6 +104,7 @@ class LLMEngine:
         self.ids = count()
         self.seeds = random.Random(self.config.seed)
         self.num_steps, self.step_time = 0, 0.0
+        atexit.register(_close, weakref.ref(self))  # later, Python has ended what closing needs
 
     @cached_property
     def tokenizer(self):
