@@ -93,6 +93,9 @@ def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
             raise TypeError(f"weights must be pairs (name, tensor), got {str(pair)[:80]}")
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"the tensor {name} has dtype {tensor.dtype}; it must be float32, bfloat16 or float16")
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            what = f"is on {tensor.device} with layout {tensor.layout}; it must be a dense tensor that has its data"
+            raise ValueError(f"the tensor {name} {what}")
         yield name, tensor
 
 

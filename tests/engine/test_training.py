@@ -56,6 +56,8 @@ def test_a_bad_update_is_refused_and_a_good_one_mends_it(models, size, monkeypat
         ([*good.items(), (first, good[first])], ValueError, "twice"),
         ({**good, first: good[first][:-1]}.items(), ValueError, first),
         ({**good, first: good[first].long()}.items(), ValueError, "dtype"),
+        ({**good, first: good[first].to("meta")}.items(), ValueError, f"{first} is on meta"),
+        ({**good, first: good[first].to_sparse()}.items(), ValueError, "it must be a dense tensor"),
         ([good[first]], TypeError, "pairs"),
         (good, TypeError, "dict"),
         (5, TypeError, "int"),
