@@ -26,9 +26,9 @@ class TokenLogprobs:
     ranks: list[int]
 
     def row(self, i: int, k: int) -> dict[int, Logprob]:
-        """Those of token i and of the k most likely ones, by token id."""
+        """Those of token i and of the k most likely ones, by token id; a small vocabulary may have fewer."""
         token_ids, logprobs = self.token_ids[i], self.logprobs[i]
-        row = {token_ids[j]: Logprob(logprobs[j], j + 1) for j in range(k)}
+        row = {token_ids[j]: Logprob(logprobs[j], j + 1) for j in range(min(k, len(token_ids) - 1))}
         row.setdefault(token_ids[-1], Logprob(logprobs[-1], self.ranks[i]))
         return row
 

@@ -162,6 +162,14 @@ def check_rows(rows, token_ids, want, k):
             assert rank == (logprobs > logprobs[key]).sum() + 1
 
 
+def test_logprobs_of_a_vocabulary_that_has_fewer(tmp_path):
+    with engine(save_tiny(tmp_path, "qwen3", vocab_size=50)) as llm:
+        out = llm.generate([[2, 3]], sampled(3, logprobs=128, prompt_logprobs=60), use_tqdm=False)[0]
+    for row in [*out.outputs[0].logprobs, *out.prompt_logprobs[1:]]:
+        assert sorted(row) == list(range(50))
+        assert sum(math.exp(value.logprob) for value in row.values()) == pytest.approx(1, abs=1e-5)
+
+
 def test_processed_logprobs_are_what_tokens_are_drawn_with(model, reference):
     prompt = prompts_of([10])[0]
     options = dict(top_k=4, logit_bias={3: 2.0}, frequency_penalty=0.5, logprobs=6, logprobs_mode="processed_logprobs")
