@@ -322,7 +322,7 @@ class LLMEngine:
 
     def _leave(self, request_ids: Iterable[int | str]) -> None:
         """Nobody waits for these requests any more: end them, and forget what there is to give of them."""
-        left = set(request_ids)
+        left = dict.fromkeys(request_ids)  # in their order: the queue is searched from its front
         for request_id in left:
             self.abort(request_id)
         self.outputs = [output for output in self.outputs if output.request_id not in left]
