@@ -99,7 +99,10 @@ class GrammarFilter:
     @property
     def error(self) -> str | None:
         """It may also come up on the way: llguidance bounds the work that a grammar makes."""
-        return self.matcher.get_error().partition("\n<state>")[0] if self.matcher.is_error() else None
+        if not self.matcher.is_error():
+            return None
+        what = self.matcher.get_error().partition("\n<state>")[0]
+        return "no token can follow" if what == "NoExtensionBias" else what
 
     def accept(self, token_id: int) -> None:
         self.matcher.consume_token(token_id)
