@@ -29,7 +29,7 @@ def main() -> None:
         try:
             if llm.tokenizer.chat_template:  # to token ids: the template has the special tokens that encoding text adds
                 chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-                inputs = llm.tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
+                inputs = llm.chat_prompts(chats)
             begin = time.perf_counter()
             outputs = llm.generate(inputs, params)
         except ValueError as error:

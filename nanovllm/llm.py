@@ -61,9 +61,7 @@ class LLM(LLMEngine):
                         bar.set_postfix_str(f"{tokens / (time.perf_counter() - begin):.0f} tok/s", refresh=False)
                         bar.update()
         finally:
-            for request_id in ids:  # interrupted: leave nothing behind
-                if request_id not in outputs:
-                    self.abort(request_id)
+            self._leave(request_id for request_id in ids if request_id not in outputs)  # interrupted
         return [outputs[request_id] for request_id in ids]
 
     def chat(
@@ -135,14 +133,17 @@ class LLM(LLMEngine):
         Raises:
             TypeError, ValueError: at once, if the request cannot be served.
         """
-        return self._increments(self.add_request(prompt, sampling_params, stream=True))
+        increments = self._increments(self.add_request(prompt, sampling_params, stream=True))
+        next(increments)
+        return increments
 
     def _increments(self, request_id: int | str) -> Iterator[RequestOutput]:
         try:
+            yield  # to `stream`: only an iterator that has begun can be left
             while True:
                 for output in self._step_for((request_id,)):
                     yield output
                     if output.finished:
                         return
         finally:
-            self.abort(request_id)
+            self._leave([request_id])

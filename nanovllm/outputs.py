@@ -26,9 +26,9 @@ class TokenLogprobs:
     ranks: list[int]
 
     def row(self, i: int, k: int) -> dict[int, Logprob]:
-        """Those of token i and of the k most likely ones, by token id."""
+        """Those of token i and of the k most likely ones, by token id; a small vocabulary may have fewer."""
         token_ids, logprobs = self.token_ids[i], self.logprobs[i]
-        row = {token_ids[j]: Logprob(logprobs[j], j + 1) for j in range(k)}
+        row = {token_ids[j]: Logprob(logprobs[j], j + 1) for j in range(min(k, len(token_ids) - 1))}
         row.setdefault(token_ids[-1], Logprob(logprobs[-1], self.ranks[i]))
         return row
 
@@ -76,7 +76,8 @@ class CompletionOutput:
         token_ids: what was generated, the token that ended it included.
         finish_reason: "stop" (end-of-sequence, stop id or string, or a structured output is complete), "length",
             "abort", or None while it goes on.
-        stop_reason: the stop id or stop string that ended it; None for an end-of-sequence token and all else.
+        stop_reason: the stop id or stop string that ended it, or why a structured output had to be aborted; None for an
+            end-of-sequence token and all else.
         logprobs: for each token those asked for, by token id; None if none were.
     """
 

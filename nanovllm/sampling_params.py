@@ -76,8 +76,7 @@ class StructuredOutputsParams:
             object.__setattr__(self, "choice", _strings("structured_outputs.choice", self.choice, MAX_GRAMMAR_CHARS))
             if not self.choice:
                 raise ValueError("structured_outputs.choice must have at least one text")
-            return
-        text = getattr(self, given[0])
+        text = "".join(self.choice) if self.choice else getattr(self, given[0])
         if not isinstance(text, str):
             raise TypeError(f"structured_outputs.{given[0]} must be a string, got {text!r}")
         if len(text) > MAX_GRAMMAR_CHARS:

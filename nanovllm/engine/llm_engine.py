@@ -6,11 +6,14 @@ Overlap of depth 1 keeps the device busy while the host works:
     device             |    step 1 ...............        |   step 2 ...............       |   step 3 ...
 """
 
+import atexit
 import logging
+import os
 import random
 import signal
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceType
@@ -26,7 +29,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Batch, Scheduler, Step
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.token_filter import GrammarFilter, compile_grammar, grammar_tokenizer, make_filter
+from nanovllm.engine.token_filter import GrammarFilter, TokenFilter, compile_grammar, grammar_tokenizer, make_filter
 from nanovllm.models.loader import iterate_weights
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.runner import launcher
@@ -60,11 +63,16 @@ def _interrupt_after() -> Iterator[None]:
         handler(*caught)
 
 
+def _close(engine: "weakref.ref[LLMEngine]") -> None:
+    if engine() is not None:
+        engine().close()
+
+
 class LLMEngine:
     """Loads a model and answers requests.
 
-    Not safe to call from several threads at once. Close it, or use it as a context manager, to give its memory and its
-    processes back.
+    Not safe to call from several threads at once, and of no use to a forked child. Close it, or use it as a context
+    manager, to give its memory and its processes back.
 
     Args:
         model: see `Config`.
@@ -73,6 +81,7 @@ class LLMEngine:
 
     def __init__(self, model: str | Path | None = None, **kwargs):
         self.executor = None
+        self.process = os.getpid()
         self.error: BaseException | None = None
         self.config = Config(model=model, **kwargs)
         self.source = open_model(self.config.model, self.config.load_format)
@@ -95,6 +104,7 @@ class LLMEngine:
         self.ids = count()
         self.seeds = random.Random(self.config.seed)
         self.num_steps, self.step_time = 0, 0.0
+        atexit.register(_close, weakref.ref(self))  # later, Python has ended what closing needs
 
     @cached_property
     def tokenizer(self):
@@ -108,9 +118,14 @@ class LLMEngine:
         config = self.source.config
         return grammar_tokenizer(self.tokenizer, config.vocab_size, config.eos_token_ids)
 
-    def _encode(self, text: str) -> list[int]:
-        """Token ids of a part of a text, without the special tokens that begin or end one."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text, or of a part of one, which has no special tokens that begin or end it."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            what = f"the text has half a character, {text[error.start]!r} at {error.start}, which no tokenizer can read"
+            raise ValueError(what) from None
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _decode(self, skip_special_tokens: bool, token_ids: list[int]) -> str:
         if self.tokenizer.is_fast:  # past transformers' own layer, which takes longer than the decoding
@@ -176,8 +191,9 @@ class LLMEngine:
             raise ValueError("min_tokens and allowed_token_ids leave no token that could be drawn first")
         if params.stop and not self.has_tokenizer:
             raise ValueError("stop strings need a tokenizer, and there is none")
-        new_filter = self._filter_maker(params)
-        samples = [Sequence(token_ids, params, end_ids, index=i, token_filter=new_filter()) for i in range(params.n)]
+        first = self._token_filter(params)
+        filters = (first and first.copy() for _ in range(params.n))
+        samples = [Sequence(token_ids, params, end_ids, index=i, token_filter=own) for i, own in enumerate(filters)]
         text = prompt if isinstance(prompt, str) else None
         decode = partial(self._decode, params.skip_special_tokens) if self.has_tokenizer else None
         return Request(request_id, text, params, samples, stream, decode)
@@ -188,7 +204,7 @@ class LLMEngine:
                 raise ValueError(
                     f"prompt has {len(prompt)} characters, too many for max_model_len={self.max_model_len}"
                 )
-            token_ids = self.tokenizer.encode(prompt)
+            token_ids = self._encode(prompt, add_special_tokens=True)
         elif is_list(prompt):
             token_ids = list(prompt)
         else:
@@ -221,13 +237,11 @@ class LLMEngine:
             )
         return end_ids
 
-    def _filter_maker(self, params: SamplingParams):
-        """What makes the token filter of each sample, or None; whether it can is found out here."""
+    def _token_filter(self, params: SamplingParams) -> TokenFilter | GrammarFilter | None:
         vocab_size = self.source.config.vocab_size
         if params.structured_outputs is None:
-            return partial(make_filter, params, vocab_size, self._encode)
-        tokenizer, grammar = self._grammar_tokenizer, compile_grammar(params.structured_outputs)
-        return partial(GrammarFilter, tokenizer, grammar, vocab_size)
+            return make_filter(params, vocab_size, self._encode)
+        return GrammarFilter(self._grammar_tokenizer, compile_grammar(params.structured_outputs), vocab_size)
 
     def _queue(self, request: Request) -> int | str:
         num_waiting = len(self.scheduler.waiting) + len(request.samples)
@@ -306,6 +320,13 @@ class LLMEngine:
         self.outputs += [output for output in outputs if output.request_id not in request_ids]
         return [output for output in outputs if output.request_id in request_ids]
 
+    def _leave(self, request_ids: Iterable[int | str]) -> None:
+        """Nobody waits for these requests any more: end them, and forget what there is to give of them."""
+        left = dict.fromkeys(request_ids)  # in their order: the queue is searched from its front
+        for request_id in left:
+            self.abort(request_id)
+        self.outputs = [output for output in self.outputs if output.request_id not in left]
+
     def metrics(self) -> Metrics:
         """Counters since the engine was made, and what it is doing now."""
         scheduler, blocks = self.scheduler, self.scheduler.block_manager
@@ -353,6 +374,7 @@ class LLMEngine:
         elif not isinstance(weights, Iterable) or isinstance(weights, bytes | Mapping):
             raise TypeError(f"weights must be pairs (name, tensor) or a path, got {type(weights).__name__}")
         self._forget_computed()
+        self.weight_error = RuntimeError("it has not ended yet")  # for what `weights` may call
         try:
             with _interrupt_after():
                 self.executor.update_weights(weights)
@@ -405,6 +427,8 @@ class LLMEngine:
             raise RuntimeError(f"the engine has failed and must be made anew: {self.error!r}") from self.error
         if self.executor is None:
             raise RuntimeError("the engine is closed")
+        if self.process != os.getpid():
+            raise RuntimeError("the engine is that of the process this one was forked from; make one here")
         if awake and self.sleep_level:
             raise RuntimeError("the engine is asleep; call wake_up() first")
         if weights and self.weight_error is not None:
@@ -415,6 +439,8 @@ class LLMEngine:
 
     def close(self) -> None:
         """Give back memory and processes. May be called again."""
+        if self.process != os.getpid():
+            return  # what a forked child has of it is its parent's
         executor, self.executor = self.executor, None
         if executor is not None:
             executor.close()

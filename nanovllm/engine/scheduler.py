@@ -203,7 +203,9 @@ class Scheduler:
             stop = seq.detokenizer.add(token_id, can_stop)
         if seq.token_filter:
             seq.token_filter.accept(token_id)
-        if ends:
+        if seq.token_filter and seq.token_filter.error:
+            self.finish(seq, "abort", seq.token_filter.error)
+        elif ends:
             self.finish(seq, "stop", token_id if token_id in params.stop_token_ids else None)
         elif stop is not None:
             self.finish(seq, "stop", stop)

@@ -5,9 +5,9 @@ depends on the output so far is asked once the host knows all of it, which with 
 other rows go on meanwhile.
 """
 
-import json
 from collections import deque
 from collections.abc import Callable
+from copy import copy
 
 import numpy as np
 
@@ -31,9 +31,10 @@ class TokenFilter:
     Attributes:
         depends_on_output: whether `mask` does.
         is_complete: whether nothing can follow.
+        error: why it cannot be said what may follow; None if it can.
     """
 
-    is_complete = False
+    is_complete, error = False, None
 
     def __init__(self, allowed: np.ndarray, bad_words: list[tuple[int, ...]]):
         self.allowed = allowed.copy()
@@ -42,6 +43,12 @@ class TokenFilter:
         self.bad_words = [list(word) for word in bad_words if len(word) > 1]
         self.depends_on_output = bool(self.bad_words)
         self.last: deque[int] = deque(maxlen=max(map(len, self.bad_words), default=1) - 1)
+
+    def copy(self) -> "TokenFilter":
+        """One for another sample, which shares all that does not change."""
+        other = copy(self)
+        other.last = self.last.copy()
+        return other
 
     def accept(self, token_id: int) -> None:
         """Take in a token that was drawn."""
@@ -64,6 +71,9 @@ class GrammarFilter:
     Args:
         tokenizer: llguidance's, from `grammar_tokenizer`.
         grammar: from `compile_grammar`.
+
+    Raises:
+        ValueError: the grammar means nothing, or no token can be its first.
     """
 
     depends_on_output = True
@@ -71,13 +81,28 @@ class GrammarFilter:
     def __init__(self, tokenizer, grammar: str, vocab_size: int):
         from llguidance import LLMatcher
 
-        self.matcher, self.num_words = LLMatcher(tokenizer, grammar), -(-vocab_size // 32)
-        if self.matcher.is_error():
-            raise ValueError(f"structured_outputs cannot be followed: {self.matcher.get_error()}")
+        self.matcher, self.num_words = LLMatcher(tokenizer, grammar, log_level=0), -(-vocab_size // 32)
+        self.mask()  # finds out the rest
+        if self.error:
+            raise ValueError(f"structured_outputs cannot be followed: {self.error}")
+
+    def copy(self) -> "GrammarFilter":
+        """One for another sample; compiling the grammar again may take a second."""
+        other = copy(self)
+        other.matcher = self.matcher.deep_copy()
+        return other
 
     @property
     def is_complete(self) -> bool:
         return self.matcher.is_stopped()
+
+    @property
+    def error(self) -> str | None:
+        """It may also come up on the way: llguidance bounds the work that a grammar makes."""
+        if not self.matcher.is_error():
+            return None
+        what = self.matcher.get_error().partition("\n<state>")[0]
+        return "no token can follow" if what == "NoExtensionBias" else what
 
     def accept(self, token_id: int) -> None:
         self.matcher.consume_token(token_id)
@@ -107,12 +132,17 @@ def compile_grammar(params: StructuredOutputsParams) -> str:
         if params.json is not None:
             return LLMatcher.grammar_from_json_schema(params.json, defaults=_JSON_STYLE)
         if params.choice is not None:
-            return grammar_from("choice", json.dumps(params.choice))
+            return grammar_from("regex", "|".join(map(_literal, params.choice)))  # a grammar's could be 2000 at most
         if params.regex is not None:
             return grammar_from("regex", params.regex)
         return grammar_from("grammar", params.grammar)
     except Exception as error:  # of any kind, depending on the notation
         raise ValueError(f"structured_outputs cannot be read: {error}") from None
+
+
+def _literal(text: str) -> str:
+    """A regular expression that `text` alone matches."""
+    return "".join(c if c.isascii() and c.isalnum() else rf"\x{{{ord(c):x}}}" for c in text)
 
 
 def bad_word_spellings(words: tuple[str, ...], encode: Callable[[str], list[int]]) -> list[tuple[int, ...]]:

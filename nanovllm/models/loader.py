@@ -93,6 +93,9 @@ def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
             raise TypeError(f"weights must be pairs (name, tensor), got {str(pair)[:80]}")
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"the tensor {name} has dtype {tensor.dtype}; it must be float32, bfloat16 or float16")
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            what = f"is on {tensor.device} with layout {tensor.layout}; it must be a dense tensor that has its data"
+            raise ValueError(f"the tensor {name} {what}")
         yield name, tensor
 
 
@@ -116,9 +119,10 @@ def iterate_weights(location: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         ValueError: there are none, or only pickled ones, which are never loaded.
     """
-    if not location.exists():
-        raise ValueError(f"weights are to be read from {str(location)!r}, but there is no such folder or file")
-    if location.suffix == ".gguf":
+    is_gguf = location.suffix == ".gguf" and location.is_file()
+    if not is_gguf and not location.is_dir():
+        raise ValueError(f"weights are to be read from {str(location)!r}, but that is no folder or .gguf file")
+    if is_gguf:
         from nanovllm.utils.gguf import iterate_gguf
 
         return iterate_gguf(location)

@@ -230,6 +230,31 @@ def test_no_process_outlives_a_killed_parent(script):
     assert gone(pids)
 
 
+def test_a_forked_child_can_neither_use_nor_end_its_parent_s_engine(model, want):
+    with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
+        child = os.fork()
+        if child == 0:
+            try:
+                with pytest.raises(RuntimeError, match="forked"):
+                    tokens(llm)
+                llm.close()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert tokens(llm) == want
+
+
+def test_an_engine_that_is_not_closed_leaves_nothing_when_python_ends(model, tmp_path):
+    code = f"""import sys; from nanovllm import LLM
+sys.kept = LLM({str(model)!r}, tensor_parallel_size=2, **{OPTIONS})
+sys.kept.generate([[5, 6]])"""
+    environ = environment() | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not [*tmp_path.glob("nanovllm-*")]
+
+
 def test_under_torchrun_every_rank_has_the_results(script, want):
     import json
 

@@ -162,6 +162,14 @@ def check_rows(rows, token_ids, want, k):
             assert rank == (logprobs > logprobs[key]).sum() + 1
 
 
+def test_logprobs_of_a_vocabulary_that_has_fewer(tmp_path):
+    with engine(save_tiny(tmp_path, "qwen3", vocab_size=50)) as llm:
+        out = llm.generate([[2, 3]], sampled(3, logprobs=128, prompt_logprobs=60), use_tqdm=False)[0]
+    for row in [*out.outputs[0].logprobs, *out.prompt_logprobs[1:]]:
+        assert sorted(row) == list(range(50))
+        assert sum(math.exp(value.logprob) for value in row.values()) == pytest.approx(1, abs=1e-5)
+
+
 def test_processed_logprobs_are_what_tokens_are_drawn_with(model, reference):
     prompt = prompts_of([10])[0]
     options = dict(top_k=4, logit_bias={3: 2.0}, frequency_penalty=0.5, logprobs=6, logprobs_mode="processed_logprobs")
@@ -249,6 +257,17 @@ def test_streams_side_by_side_and_one_that_is_left(speaking):
         left.close()
         assert not llm.has_unfinished() or finish(llm) == []
         assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+
+
+def test_nothing_is_left_of_a_stream_that_others_stepped_for_or_that_never_began(model):
+    with engine(model) as llm:
+        stream = llm.stream([1, 2, 3], greedy(40))
+        next(stream)
+        tokens(llm, [[4, 5, 6]], greedy(20))  # what is new of the stream meanwhile waits for it
+        stream.close()
+        llm.stream([1, 2, 3], greedy(40))
+        assert not llm.requests and finish(llm) == []
+        assert llm.metrics().kv_usage == 0
 
 
 def test_bad_words_never_appear(speaking):
@@ -341,7 +360,14 @@ def test_regex_choice_grammar_and_n(speaking):
 
 
 @pytest.mark.parametrize(
-    "what", [dict(json="{"), dict(json={"type": "nonsense"}), dict(regex="("), dict(grammar="start: unknown")]
+    "what",
+    [
+        dict(json="{"),
+        dict(json={"type": "nonsense"}),
+        dict(regex="("),
+        dict(regex=r"[^\s\S]"),  # matches nothing
+        dict(grammar="start: unknown"),
+    ],
 )
 def test_a_bad_schema_fails_alone(speaking, what):
     with engine(speaking) as llm:
@@ -349,6 +375,25 @@ def test_a_bad_schema_fails_alone(speaking, what):
         with pytest.raises(ValueError, match="structured_outputs"):
             llm.add_request("Hello", SamplingParams(**structured(**what)))
         assert [(out.request_id, len(out.token_ids)) for out in finish(llm)] == [(request_id, 5)]
+
+
+def test_a_grammar_that_cannot_be_followed_to_its_end_does_not_look_complete(speaking):
+    with engine(speaking) as llm:
+        params = SamplingParams(max_tokens=30, **structured(regex="((((a{100}){100}){100}){100})"))
+        for out in (llm.generate(["Hi"], params, use_tqdm=False)[0], [*llm.stream("Hi", params)][-1]):
+            assert out.finished and out.outputs[0].finish_reason == "abort"
+            assert "too many expressions" in out.outputs[0].stop_reason
+        assert len(tokens(llm, ["Hi"], greedy(5))[0]) == 5
+
+
+def test_many_choices_for_many_samples_are_read_once(speaking):
+    choice = [f"{i} apples / +?\n" for i in range(5000)]
+    with engine(speaking, max_num_seqs=64) as llm:
+        out = llm.generate(["Hi"], SamplingParams(n=300, seed=3, **structured(choice=choice)), use_tqdm=False)[0]
+    assert all(sample.text in choice and sample.finish_reason == "stop" for sample in out.outputs)
+    assert len({sample.text for sample in out.outputs}) > 30
+    with pytest.raises(ValueError, match="choice must have at most 1048576 characters"):
+        StructuredOutputsParams(choice=["x" * 1000] * 1100)
 
 
 # -- chat -------------------------------------------------------------------------------------------------------------
@@ -530,6 +575,19 @@ def test_a_prompt_that_cannot_fit_is_not_even_tokenised(speaking):
         for length in (2000, 1 << 20):
             with pytest.raises(ValueError, match="max_model_len=128"):
                 llm.add_request("ab " * length)
+
+
+def test_half_a_character_is_refused_alone(speaking):
+    half = "an emoji's \ud83d"  # as JSON can spell it, and command lines that are not UTF-8 have
+    with engine(speaking) as llm:
+        for add in (
+            lambda: llm.generate(half),
+            lambda: llm.chat([{"role": "user", "content": half}]),
+            lambda: llm.generate("Hi", SamplingParams(bad_words=[half])),
+        ):
+            with pytest.raises(ValueError, match=r"half a character, '.ud83d'"):
+                add()
+        assert not llm.has_unfinished()
 
 
 def test_dummy_models_have_no_text(tmp_path):

@@ -56,6 +56,8 @@ def test_a_bad_update_is_refused_and_a_good_one_mends_it(models, size, monkeypat
         ([*good.items(), (first, good[first])], ValueError, "twice"),
         ({**good, first: good[first][:-1]}.items(), ValueError, first),
         ({**good, first: good[first].long()}.items(), ValueError, "dtype"),
+        ({**good, first: good[first].to("meta")}.items(), ValueError, f"{first} is on meta"),
+        ({**good, first: good[first].to_sparse()}.items(), ValueError, "it must be a dense tensor"),
         ([good[first]], TypeError, "pairs"),
         (good, TypeError, "dict"),
         (5, TypeError, "int"),
@@ -74,6 +76,23 @@ def test_a_bad_update_is_refused_and_a_good_one_mends_it(models, size, monkeypat
         assert llm.weight_version == 0
         assert llm.update_weights(good.items()) == 1
         assert tokens(llm, [[5, 6]], greedy(9)) == want
+
+
+def test_nothing_runs_on_weights_that_are_only_partly_there(models):
+    old, new = models["qwen3"]
+    prompt = prompts_of([40])[0]
+
+    def weights(llm):
+        for name, tensor in weights_of(new):
+            with pytest.raises(RuntimeError, match="it has not ended yet"):
+                llm.generate([prompt], greedy(1), use_tqdm=False)
+            yield name, tensor
+
+    with engine(new) as llm:
+        want = tokens(llm, [prompt], greedy(9))
+    with engine(old) as llm:
+        llm.update_weights(weights(llm))
+        assert tokens(llm, [prompt], greedy(9)) == want
 
 
 def test_running_requests_go_on_with_the_new_weights(models):
