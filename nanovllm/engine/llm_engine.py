@@ -282,6 +282,8 @@ class LLMEngine:
                 self.in_flight.append(launched)
             if self.in_flight and (not launched or len(self.in_flight) > self.config.overlap):
                 self._collect()
+            while self.in_flight and not self.requests:  # all have ended early: their blocks return now
+                self._collect()
             seconds = time.perf_counter() - begin
             self.step_time += seconds
             if self.config.log_steps and launched:

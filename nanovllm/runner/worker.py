@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -19,13 +20,13 @@ from nanovllm.utils.hub import open_model
 from nanovllm.utils.parallel import TensorParallel
 
 
-def _end_with_parent() -> None:
-    """Leave when the parent is gone, however it went and whatever this process waits for."""
-    parent = os.getppid()
+def _end_with(parent: int, folder: str) -> None:
+    """Leave when the parent is gone, however it went and whatever this process waits for; its `folder` goes too."""
 
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)
+        shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -59,10 +60,11 @@ def received_weights(runner: ModelRunner, channel: Connection) -> Iterator[tuple
 
 def main(fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to all its processes; the parent decides
-    _end_with_parent()
-    channel = Connection(fd)
+    channel, parent, folder = Connection(fd), os.getppid(), ""
     try:
         config, rank, store_path = channel.recv()
+        folder = os.path.dirname(store_path)
+        _end_with(parent, folder)
         size = config.tensor_parallel_size
         device = rank_device(config.device_type, rank)
         store = dist.FileStore(store_path, size)
@@ -75,7 +77,7 @@ def main(fd: int) -> None:
         runner.free_graphs()
         tp.end()
     except EOFError:  # rank 0 is gone
-        pass
+        shutil.rmtree(folder, ignore_errors=True)
     except BaseException:
         channel.send(traceback.format_exc())
         time.sleep(5)  # rank 0 reads this and ends us; leaving at once would show it a broken collective first

@@ -221,13 +221,16 @@ def environment():
     return dict(os.environ, PYTHONPATH=os.getcwd(), OMP_NUM_THREADS="1")
 
 
-def test_no_process_outlives_a_killed_parent(script):
-    parent = subprocess.Popen([sys.executable, *script, "stay"], stdout=subprocess.PIPE, text=True, env=environment())
+def test_nothing_outlives_a_killed_parent(script, tmp_path):
+    (temporary := tmp_path / "temporary").mkdir()
+    options = dict(stdout=subprocess.PIPE, text=True, env=environment() | {"TMPDIR": str(temporary)})
+    parent = subprocess.Popen([sys.executable, *script, "stay"], **options)
     pids = [int(pid) for pid in parent.stdout.readline().split()[1:]]
     assert pids and parent.stdout.readline().startswith("tokens")
+    assert list(temporary.glob("nanovllm-*"))
     parent.kill()
     parent.wait()
-    assert gone(pids)
+    assert gone(pids) and not list(temporary.glob("nanovllm-*"))
 
 
 def test_a_forked_child_can_neither_use_nor_end_its_parent_s_engine(model, want):

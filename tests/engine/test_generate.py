@@ -139,6 +139,15 @@ def test_stop_ids_and_min_tokens(model):
         assert len(out.token_ids) > 8 and stop not in out.token_ids[:8]
 
 
+def test_nothing_is_left_in_flight_when_all_have_ended(model):
+    """A stop id ends the last request while the step after it runs already."""
+    prompt = prompts_of([6])
+    with engine(model) as llm:
+        stop = tokens(llm, prompt, greedy(8))[0][3]
+        assert llm.generate(prompt, greedy(20, stop_token_ids=[stop]), use_tqdm=False)[0].finish_reason == "stop"
+        assert not llm.has_unfinished() and llm.metrics().kv_usage == 0
+
+
 def test_bad_requests_are_refused_alone(model):
     good = prompts_of([5])[0]
     with engine(model, num_kvcache_blocks=5) as llm:
