@@ -1,55 +1,31 @@
-"""The sum over the tensor-parallel ranks of one host in one launch, through each other's memory.
+"""The sum over the tensor-parallel ranks of one host in one launch, through each other's memory, and the norm after it.
 
-A decode step sums few bytes many times, twice a layer, so that latency decides: NCCL takes 12 us for the least of them.
+A decode step sums few bytes many times, twice a layer, so that latency decides: NCCL takes 9 us for the least of them.
 Here every rank writes its numbers into all others' memory (one-shot all-reduce) and adds up what arrives, in the order
 of the ranks, so that all have the same sum to the last bit.
 
-    rank 0   write x0 to rank 1's buffer | wait for rank 1's | x0 + x1
-    rank 1   write x1 to rank 0's buffer | wait for rank 0's | x0 + x1
+    rank 0   write x0 to rank 1's buffer | wait for rank 1's | x0 + x1 | norm
+    rank 1   write x1 to rank 0's buffer | wait for rank 0's | x0 + x1 | norm
 
-How a rank knows that something has arrived is NCCL's two protocols:
+How a rank knows that something has arrived: the buffers hold a bit pattern that is never sent, so that every word of 32
+bits announces itself (the "Lamport" protocol of TensorRT-LLM). No flag follows the data, no fence comes between.
 
-    few bytes    ("LL") a message is 64 bits, 32 of data and the number of the call: it announces itself
-    more         ("Simple") data alone; a flag with the number of the call follows once the data is there
-
-A program writes, and waits for, the same block of numbers on every rank. A block has two places, for even and odd
-calls: a rank that has all of call n may send its part of call n + 1 while another still reads, and it cannot come to
-call n + 2 before that one has sent its own part of n + 1.
+A place in the buffers is three, of which each call takes the next, and empties the one of the call before. A rank that
+has all of call n may send its part of call n + 1 while another still reads; it cannot come to call n + 2 before that
+one has sent its own part of n + 1, and then that one is done with call n.
 """
-
-from typing import NamedTuple
 
 import torch
 
-from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
+from nanovllm.kernels._triton import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
+from nanovllm.kernels.decode_attention import sm_count
 
-
-class Protocol(NamedTuple):
-    """One of the two ways.
-
-    Args:
-        max_bytes: of a summand, times the ranks it is sent to; chosen by measurements on two H100 (see README.md).
-        block: 32-bit words of data of a program. Fixed: each place in the buffers is only ever written by one program.
-        width: bits of a message.
-    """
-
-    max_bytes: int
-    block: int
-    width: int
-    num_warps: int
-
-    @property
-    def num_words(self) -> int:
-        """Words of data that a buffer holds."""
-        return self.max_bytes // 4
-
-    @property
-    def num_blocks(self) -> int:
-        return self.num_words // self.block
-
-
-LL = Protocol(1 << 17, 512, 64, 4)
-SIMPLE = Protocol(1 << 22, 2048, 32, 8)
+CAPACITY = 32 << 20  # bytes that a rank can send to another in one launch; more are sent in several
+FEW_BYTES = 4 << 20  # that a rank sends in all; a ring (NCCL) sends fewer from three ranks on
+UNIT = 512  # words whose calls are counted together
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_EMPTY = -0x7FFF8000  # two 16-bit numbers -0.0; as a float32, -4.6e-41
+EMPTY = tl.constexpr(_EMPTY) if HAVE_TRITON else _EMPTY
 
 
 @triton.jit
@@ -63,113 +39,93 @@ def _low(data, DTYPE: tl.constexpr):
 
 @triton.jit
 def _high(data, DTYPE: tl.constexpr):
-    """The second number of each word of two."""
-    return (data >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    """The second number of each word of two; 0 if there is none."""
+    if DTYPE.is_fp32():
+        return tl.zeros(data.shape, tl.float32)
+    else:
+        return (data >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _bits(x, DTYPE: tl.constexpr):
-    """float32 numbers rounded to a 16-bit type, in the lower half of a word."""
-    return x.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+def _words(low, high, DTYPE: tl.constexpr):
+    """32-bit words of the numbers, rounded to their type."""
+    if DTYPE.is_fp32():
+        return low.to(tl.int32, bitcast=True)
+    else:
+        low = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return low | (high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
 @triton.jit
-def _receive(place, mask, call, stop_ptr):
-    """The data of the messages at `place`, once all are of `call`; anything once the ranks are told to stop."""
-    message = tl.load(place, mask=mask, other=0, volatile=True)
-    missing = tl.max(((message >> 32).to(tl.int32) != call).to(tl.int32) * mask.to(tl.int32), 0)
+def _receive(place, mask, stop_ptr):
+    """The words at `place` once all are there; anything once the ranks are told to stop."""
+    data = tl.load(place, mask=mask, other=0, volatile=True)
+    missing = tl.max((data == EMPTY).to(tl.int32), 0)
     while (missing != 0) & (tl.load(stop_ptr, volatile=True) == 0):
-        message = tl.load(place, mask=mask, other=0, volatile=True)
-        missing = tl.max(((message >> 32).to(tl.int32) != call).to(tl.int32) * mask.to(tl.int32), 0)
-    return message.to(tl.int32)
-
-
-@triton.jit
-def _await(flag_ptr, call, stop_ptr):
-    """Return once the flag is that of `call`, with all that was written before it; or when told to stop."""
-    flag = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys")
-    while (flag != call) & (tl.load(stop_ptr, volatile=True) == 0):
-        flag = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys")
+        data = tl.load(place, mask=mask, other=0, volatile=True)
+        missing = tl.max((data == EMPTY).to(tl.int32), 0)
+    return data
 
 
 @triton.jit
 def _all_reduce_kernel(
     x_ptr,
+    norm_ptr,
+    out_ptr,
     buffers_ptr,
-    flags_ptr,
     calls_ptr,
     stop_ptr,
-    num_words,
+    rows,
+    eps,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
-    LL: tl.constexpr,
     NUM_WORDS: tl.constexpr,
+    WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
     DTYPE: tl.constexpr,
+    NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    words = tl.arange(0, BLOCK)
+    mask = words < WORDS
+    if NORM:
+        norm = tl.load(norm_ptr + words, mask=mask, other=0)
     wait_for_inputs(PDL)
-    block = tl.program_id(0)
-    call = tl.load(calls_ptr + block) + 1
-    words = block * BLOCK + tl.arange(0, BLOCK)
-    mask = words < num_words
-    own = tl.load(x_ptr + words, mask=mask, other=0)
-    places = (call & 1) * (SIZE * NUM_WORDS) + words  # of rank 0's words; those of the others follow
-    flags = (call & 1) * (SIZE * (NUM_WORDS // BLOCK)) + block
-    MESSAGE: tl.constexpr = tl.int64 if LL else tl.int32
-    message = ((call.to(tl.int64) << 32) | (own.to(tl.int64) & 0xFFFFFFFF)) if LL else own
-    for peer in tl.static_range(SIZE):
-        if peer != RANK:
-            buffer = tl.multiple_of(tl.load(buffers_ptr + peer).to(tl.pointer_type(MESSAGE)), 16)
-            tl.store(buffer + places + RANK * NUM_WORDS, message, mask=mask)
-    if not LL:
-        tl.debug_barrier()  # the flags follow what all threads have written
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        own = tl.load(x_ptr + row * WORDS + words, mask=mask, other=0)
+        own = tl.where(own == EMPTY, 0, own)
+        places = row * tl.cdiv(WORDS, UNIT) * UNIT + words
+        call = tl.load(calls_ptr + places // UNIT, mask=mask, other=0)
+        now = call * ((SIZE - 1) * NUM_WORDS) + places
         for peer in tl.static_range(SIZE):
             if peer != RANK:
-                flag_ptr = tl.load(flags_ptr + peer).to(tl.pointer_type(tl.int32))
-                tl.atomic_xchg(flag_ptr + flags + RANK * (NUM_WORDS // BLOCK), call, sem="release", scope="sys")
-    buffer = tl.multiple_of(tl.load(buffers_ptr + RANK).to(tl.pointer_type(MESSAGE)), 16)
-    flag_ptr = tl.load(flags_ptr + RANK).to(tl.pointer_type(tl.int32))
-    low = tl.zeros([BLOCK], tl.float32)
-    high = tl.zeros([BLOCK], tl.float32)
-    for peer in tl.static_range(SIZE):
-        data = own
-        if peer != RANK:
-            if LL:
-                data = _receive(buffer + places + peer * NUM_WORDS, mask, call, stop_ptr)
-            else:
-                _await(flag_ptr + flags + peer * (NUM_WORDS // BLOCK), call, stop_ptr)
-                data = tl.load(buffer + places + peer * NUM_WORDS, mask=mask, other=0, cache_modifier=".cg")
-        low += _low(data, DTYPE)
-        if not DTYPE.is_fp32():
+                buffer = tl.multiple_of(tl.load(buffers_ptr + peer).to(tl.pointer_type(tl.int32)), 16)
+                tl.store(buffer + now + (RANK - (peer < RANK)) * NUM_WORDS, own, mask=mask)
+        low = tl.zeros([BLOCK], tl.float32)
+        high = tl.zeros([BLOCK], tl.float32)
+        buffer = tl.multiple_of(tl.load(buffers_ptr + RANK).to(tl.pointer_type(tl.int32)), 16)
+        before = tl.where(call == 0, 2, call - 1) * ((SIZE - 1) * NUM_WORDS) + places
+        for peer in tl.static_range(SIZE):
+            data = own
+            if peer != RANK:
+                slot = (peer - (peer > RANK)) * NUM_WORDS
+                data = _receive(buffer + now + slot, mask, stop_ptr)
+                tl.store(buffer + before + slot, EMPTY, mask=mask)
+            low += _low(data, DTYPE)
             high += _high(data, DTYPE)
-    if DTYPE.is_fp32():
-        tl.store(x_ptr + words, low.to(tl.int32, bitcast=True), mask=mask)
-    else:
-        tl.store(x_ptr + words, _bits(low, DTYPE) | (_bits(high, DTYPE) << 16), mask=mask)
-    tl.store(calls_ptr + block, call)
-
-
-class Channel:
-    """What one protocol needs of every rank.
-
-    Args:
-        memory: each rank's buffer, int32 zeros at first: [2, ranks, num_words] messages, [2, ranks, num_blocks] flags.
-    """
-
-    def __init__(self, protocol: Protocol, memory: list[torch.Tensor], device: torch.device):
-        flags = 2 * len(memory) * protocol.num_words * protocol.width // 32
-        self.protocol = protocol
-        self.buffers, self.flags = (
-            torch.tensor([part.data_ptr() + 4 * place for part in memory], dtype=torch.int64, device=device)
-            for place in (0, flags)
-        )
-        self.calls = torch.zeros(protocol.num_blocks, dtype=torch.int32, device=device)
-
-    @staticmethod
-    def size(protocol: Protocol, ranks: int) -> int:
-        """Numbers in a rank's buffer."""
-        return 2 * ranks * (protocol.num_words * protocol.width // 32 + protocol.num_blocks)
+        data = _words(low, high, DTYPE)
+        tl.store(x_ptr + row * WORDS + words, data, mask=mask)
+        tl.store(calls_ptr + places // UNIT, tl.where(call == 2, 0, call + 1), mask=mask & (words % UNIT == 0))
+        if NORM:  # of the rounded sum, and rounded itself where rms_norm is
+            low = _low(data, DTYPE)
+            high = _high(data, DTYPE)
+            count: tl.constexpr = WORDS if DTYPE.is_fp32() else 2 * WORDS
+            scale = tl.rsqrt(tl.sum(low * low + high * high, 0) / count + eps)
+            data = _words(low * scale, high * scale, DTYPE)
+            low = _low(data, DTYPE) * _low(norm, DTYPE)
+            high = _high(data, DTYPE) * _high(norm, DTYPE)
+            tl.store(out_ptr + row * WORDS + words, _words(low, high, DTYPE), mask=mask)
 
 
 class PeerMemory:
@@ -183,29 +139,32 @@ class PeerMemory:
     def __init__(self, rank: int, memory: list[torch.Tensor]):
         self.rank, self.size, self.memory = rank, len(memory), memory
         self.device = memory[rank].device
-        sizes = [Channel.size(protocol, self.size) for protocol in (LL, SIMPLE)]
-        parts = zip(*(whole.split(sizes) for whole in memory), strict=True)
-        self.ll, self.simple = (
-            Channel(protocol, list(part), self.device) for protocol, part in zip((LL, SIMPLE), parts, strict=True)
-        )
+        pointers = [part.data_ptr() for part in memory]
+        self.buffers = torch.tensor(pointers, dtype=torch.int64, device=self.device)
+        self.calls = torch.zeros(CAPACITY // 4 // UNIT, dtype=torch.int32, device=self.device)
         self.stop = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self._one = torch.ones(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        on_gpu = self.device.type == "cuda"
+        self.max_programs = 4 * sm_count(self.device) if on_gpu else 1 << 30  # that run at once, as they wait
+        self._one = torch.ones(1, dtype=torch.int32, pin_memory=on_gpu)
+        self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # for `end`: the others may never be free
 
     def fits(self, x: torch.Tensor) -> bool:
         """Whether `all_reduce_triton` takes `x` and is the fastest to sum it."""
-        return x.nbytes * (self.size - 1) <= SIMPLE.max_bytes and x.nbytes % 4 == 0 and x.is_contiguous()
+        if x.dtype not in DTYPES or x.ndim != 2 or not x.is_contiguous():
+            return False
+        row_bytes = x.shape[1] * x.itemsize
+        few = self.size == 2 or x.nbytes * (self.size - 1) <= FEW_BYTES
+        return few and row_bytes % 4 == 0 and 0 < row_bytes <= 64 << 10
 
     def end(self) -> None:
         """End all sums on this rank, now and later: a rank they wait for may be gone. Safe in any thread."""
-        stream = torch.cuda.Stream(self.device)  # the others may never be free
-        with torch.inference_mode(), torch.cuda.stream(stream):  # `stop` may have been made in that mode
+        with torch.inference_mode(), torch.cuda.stream(self._stream):  # `stop` may have been made in that mode
             self.stop.copy_(self._one, non_blocking=True)
 
 
 def new_memory(ranks: int, device: torch.device) -> torch.Tensor:
-    """A rank's own part of a PeerMemory."""
-    num_words = sum(Channel.size(protocol, ranks) for protocol in (LL, SIMPLE))
-    return torch.zeros(num_words, dtype=torch.int32, device=device)
+    """A rank's own part of a PeerMemory: [3, ranks - 1, words] that each other rank sends."""
+    return torch.full((3 * (ranks - 1) * (CAPACITY // 4),), _EMPTY, dtype=torch.int32, device=device)
 
 
 def share_memory(memory: torch.Tensor) -> list:
@@ -223,29 +182,42 @@ def open_memory(shared: list, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=like.dtype, device=like.device).set_(storage, 0, like.shape)
 
 
-def all_reduce_triton(x: torch.Tensor, peers: PeerMemory) -> torch.Tensor:
+def all_reduce_triton(
+    x: torch.Tensor, peers: PeerMemory, norm: tuple[torch.Tensor, float] | None = None
+) -> torch.Tensor:
     """Sum `x` over the ranks, in place; all ranks must make the same calls in the same order.
 
     Args:
-        x: any float dtype; `peers.fits(x)` must hold.
+        x: [T, N], for which `peers.fits(x)`.
+        norm: weight [N] and epsilon of an RMSNorm of the sum.
+
+    Returns:
+        [T, N], the norm of the sum if there is one, a new tensor; else `x`.
     """
-    num_words, few = x.nbytes // 4, x.nbytes * (peers.size - 1) <= LL.max_bytes
-    channel = peers.ll if few else peers.simple
-    protocol = channel.protocol
-    _all_reduce_kernel[(triton.cdiv(num_words, protocol.block),)](
-        x.view(-1).view(torch.int32),
-        channel.buffers,
-        channel.flags,
-        channel.calls,
-        peers.stop,
-        num_words,
-        RANK=peers.rank,
-        SIZE=peers.size,
-        LL=few,
-        NUM_WORDS=protocol.num_words,
-        BLOCK=protocol.block,
-        DTYPE={torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype],
-        num_warps=protocol.num_warps,
-        **launch_options(x.device),
-    )
-    return x
+    words = x.shape[1] * x.itemsize // 4
+    out = x if norm is None else torch.empty_like(x)
+    weight, eps = (x, 0.0) if norm is None else norm
+    block = triton.next_power_of_2(words)
+    most = CAPACITY // 4 // (triton.cdiv(words, UNIT) * UNIT)
+    for part, out_part in zip(x.split(most), out.split(most), strict=True):
+        _all_reduce_kernel[(min(len(part), peers.max_programs),)](
+            part.view(torch.int32),
+            weight.view(torch.int32),
+            out_part.view(torch.int32),
+            peers.buffers,
+            peers.calls,
+            peers.stop,
+            len(part),
+            eps,
+            RANK=peers.rank,
+            SIZE=peers.size,
+            NUM_WORDS=CAPACITY // 4,
+            WORDS=words,
+            BLOCK=block,
+            UNIT=UNIT,
+            DTYPE=DTYPES[x.dtype],
+            NORM=norm is not None,
+            num_warps=min(8, max(1, block // 256)),
+            **launch_options(x.device),
+        )
+    return out

@@ -7,7 +7,6 @@ from nanovllm.kernels.embedding import embedding
 from nanovllm.kernels.linear import linear
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parameter import PackedLayer, check_shape, make_parameter
-from nanovllm.utils.context import get_context
 from nanovllm.utils.parallel import TensorParallel
 
 
@@ -17,6 +16,7 @@ class VocabParallelEmbedding(nn.Module):
     Args:
         num_embeddings: size of the vocabulary. Where the ranks do not divide it, the last slices are padded.
         embedding_dim: size of an embedding.
+        reduce_results: False leaves each rank its summand, for an RMSNorm to sum up.
     """
 
     def __init__(
@@ -24,11 +24,13 @@ class VocabParallelEmbedding(nn.Module):
         num_embeddings: int,
         embedding_dim: int,
         *,
+        reduce_results: bool = True,
         dtype: torch.dtype | None = None,
         tp: TensorParallel | None = None,
     ):
         super().__init__()
         self.tp = tp or TensorParallel.default()
+        self.reduce_results = reduce_results
         self.num_embeddings = num_embeddings
         self.size = -(-num_embeddings // self.tp.size)
         self.start = self.tp.rank * self.size
@@ -41,18 +43,14 @@ class VocabParallelEmbedding(nn.Module):
         param[len(rows) :].zero_()
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.tp.all_reduce(embedding(input_ids, self.weight, self.start))
+        x = embedding(input_ids, self.weight, self.start)
+        return self.tp.all_reduce(x) if self.reduce_results else x
 
 
 class ParallelLMHead(VocabParallelEmbedding, PackedLayer):
-    """Hidden states [T, embedding_dim] -> logits [L, num_embeddings] on rank 0, None on the others.
-
-    L is the number of the context's `last_indices`, or T if there are none. A `norm` comes first, of those L alone.
-    """
+    """Hidden states [L, embedding_dim], or their `norm` -> logits [L, num_embeddings] on rank 0, None on the others."""
 
     def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor | None:
-        last_indices = get_context().last_indices
-        if last_indices is not None:
-            x = x[last_indices]
-        logits = self.tp.gather(linear(x, self.operand, None, norm and (norm.weight, norm.eps)))
+        x, norm = (x, None) if norm is None else norm.split(x)
+        logits = self.tp.gather(linear(x, self.operand, norm=norm))
         return None if logits is None else logits[:, : self.num_embeddings]

@@ -3,15 +3,26 @@ from torch import nn
 
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.layers.parameter import make_parameter
+from nanovllm.utils.parallel import TensorParallel
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm (arXiv:1910.07467): x [T, size] -> [T, size]."""
+    """Root mean square norm (arXiv:1910.07467): x [T, size] -> [T, size].
 
-    def __init__(self, size: int, eps: float, *, dtype: torch.dtype | None = None):
+    Args:
+        tp: ranks each of which has a summand of x. The norm is that of the sum, which takes the place of x.
+    """
+
+    def __init__(self, size: int, eps: float, *, dtype: torch.dtype | None = None, tp: TensorParallel | None = None):
         super().__init__()
         self.eps = eps
         self.weight = make_parameter(size, dtype=dtype)
+        self.tp = tp or TensorParallel()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        norm = self.weight, self.eps
+        return rms_norm(x, *norm) if self.tp.size == 1 else self.tp.all_reduce(x, norm)
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, float] | None]:
+        """x and the norm that is left for a product to do along; none is where x is summed up first."""
+        return (x, (self.weight, self.eps)) if self.tp.size == 1 else (self(x), None)

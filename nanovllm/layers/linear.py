@@ -33,6 +33,8 @@ class ColumnParallelLinear(PackedLayer):
         bias: whether there is one; it is split like the rows.
     """
 
+    gated = False  # whether the rows are gate and up of SwiGLU
+
     def __init__(self, in_features: int, parts: dict[str | int, Part], bias: bool, dtype: torch.dtype | None):
         super().__init__()
         self.parts = parts
@@ -50,7 +52,8 @@ class ColumnParallelLinear(PackedLayer):
 
     def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor:
         """y for x, or for norm(x)."""
-        return linear(x, self.operand, self.bias, norm and (norm.weight, norm.eps))
+        x, norm = (x, None) if norm is None else norm.split(x)
+        return linear(x, self.operand, self.bias, norm, self.gated)
 
 
 class GateUpParallelLinear(ColumnParallelLinear):
@@ -59,6 +62,8 @@ class GateUpParallelLinear(ColumnParallelLinear):
     Args:
         hidden_size, intermediate_size: sizes of the input and of each projection; the ranks must divide the latter.
     """
+
+    gated = True
 
     def __init__(
         self,
@@ -73,9 +78,6 @@ class GateUpParallelLinear(ColumnParallelLinear):
         size = divide("intermediate_size", intermediate_size, tp)
         part = Part(intermediate_size, tp.rank * size, size)
         super().__init__(hidden_size, {0: part, 1: part}, bias, dtype)
-
-    def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor:
-        return linear(x, self.operand, self.bias, norm and (norm.weight, norm.eps), gated=True)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
@@ -121,6 +123,7 @@ class RowParallelLinear(PackedLayer):
 
     Args:
         in_features, out_features: sizes of the whole layer; `in_features` must be divisible by the ranks.
+        reduce_results: False leaves each rank its summand, for an RMSNorm to sum up.
     """
 
     def __init__(
@@ -129,11 +132,13 @@ class RowParallelLinear(PackedLayer):
         out_features: int,
         bias: bool = False,
         *,
+        reduce_results: bool = True,
         dtype: torch.dtype | None = None,
         tp: TensorParallel | None = None,
     ):
         super().__init__()
         self.tp = tp or TensorParallel.default()
+        self.reduce_results = reduce_results
         self.in_features = in_features
         size = divide("input size of a row-parallel layer", in_features, self.tp)
         self.weight = make_parameter(out_features, size, dtype=dtype, weight_loader=self.weight_loader)
@@ -145,6 +150,5 @@ class RowParallelLinear(PackedLayer):
         param.copy_(loaded[:, self.tp.rank * size : (self.tp.rank + 1) * size])
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        if self.tp.rank == 0:
-            return self.tp.all_reduce(linear_add(x, self.operand, self.bias, residual))
-        return self.tp.all_reduce(linear(x, self.operand))
+        y = linear_add(x, self.operand, self.bias, residual) if self.tp.rank == 0 else linear(x, self.operand)
+        return self.tp.all_reduce(y) if self.reduce_results else y

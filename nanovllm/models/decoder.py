@@ -12,6 +12,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.registry import ModelConfig
+from nanovllm.utils.context import get_context
 from nanovllm.utils.parallel import TensorParallel
 
 
@@ -29,11 +30,21 @@ class SelfAttention(nn.Module):
             dtype=dtype,
         )
         self.o_proj = RowParallelLinear(
-            config.num_heads * config.head_dim, config.hidden_size, config.o_bias, dtype=dtype, tp=tp
+            config.num_heads * config.head_dim,
+            config.hidden_size,
+            config.o_bias,
+            reduce_results=False,
+            dtype=dtype,
+            tp=tp,
         )
 
-    def forward(self, x: torch.Tensor, norm: RMSNorm, positions: torch.Tensor) -> torch.Tensor:
-        return self.o_proj(self.attn(self.qkv_proj(x, norm), positions), x)
+    def forward(
+        self, x: torch.Tensor, norm: RMSNorm, positions: torch.Tensor, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        attended = self.attn(self.qkv_proj(x, norm), positions)
+        if rows is not None:
+            attended, x = attended[rows], x[rows]
+        return self.o_proj(attended, x)
 
 
 class MLP(nn.Module):
@@ -41,7 +52,7 @@ class MLP(nn.Module):
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up_proj = GateUpParallelLinear(hidden, inner, bias, dtype=dtype, tp=tp)
-        self.down_proj = RowParallelLinear(inner, hidden, bias, dtype=dtype, tp=tp)
+        self.down_proj = RowParallelLinear(inner, hidden, bias, reduce_results=False, dtype=dtype, tp=tp)
 
     def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         return self.down_proj(self.gate_up_proj(x, norm), x)
@@ -50,18 +61,20 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Adds attention and MLP to the residual stream x [T, hidden_size], in place.
 
-    Norms belong to the products after them, sums to the ones before: where rows are few they are one kernel.
+    Norms belong to the products after them, residual sums to the ones before: where rows are few they are one kernel.
+    Between a product and the next norm, which sums them up, each rank has a summand of the stream.
     """
 
     def __init__(self, config: ModelConfig, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, tp=tp)
         self.self_attn = SelfAttention(config, rotary, dtype, tp)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, tp=tp)
         self.mlp = MLP(config, dtype, tp)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        x = self.self_attn(x, self.input_layernorm, positions)
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """x for all tokens, or for `rows` [L] of them, once each has left its key and value to the others."""
+        x = self.self_attn(x, self.input_layernorm, positions, rows)
         return self.mlp(x, self.post_attention_layernorm)
 
 
@@ -79,19 +92,25 @@ class Decoder(nn.Module):
         self.config = config
         self.tp = tp = tp or TensorParallel.default()
         rotary = RotaryEmbedding(config.head_dim, config.max_position, config.rope_theta, config.rope_scaling)
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
+        sizes = config.vocab_size, config.hidden_size
+        self.embed_tokens = VocabParallelEmbedding(*sizes, reduce_results=False, dtype=dtype, tp=tp)
         self.layers = nn.ModuleList(DecoderLayer(config, rotary, dtype, tp) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, tp=tp)
+        self.lm_head = ParallelLMHead(*sizes, dtype=dtype, tp=tp)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """input_ids, positions [T] int64 -> hidden states [T, hidden_size] before the norm, in a forward context."""
+        """input_ids, positions [T] int64 -> this rank's summand of the hidden states before the norm.
+
+        They are [L, hidden_size], of the context's `last_indices`: the others' are not wanted, so the last layer ends
+        for them when their keys and values are stored. Without `last_indices` they are [T, hidden_size].
+        """
         x = self.embed_tokens(input_ids)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             x = layer(x, positions)
-        return x
+        return last(x, positions, get_context().last_indices)
 
     @contextmanager
     def one_layer(self) -> Iterator[None]:
@@ -103,5 +122,5 @@ class Decoder(nn.Module):
             self.layers = layers
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """What `forward` gives -> logits [L, vocab_size], None on ranks but 0; see ParallelLMHead."""
+        """What `forward` gives, or some rows of it -> logits [L, vocab_size], None on ranks but 0."""
         return self.lm_head(hidden, self.norm)

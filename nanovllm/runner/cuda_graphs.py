@@ -141,7 +141,7 @@ class StepGraphs:
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(self.stream)
         logits = None if result.logits is None else borrow(result.logits)
-        return graph, result._replace(logits=logits, hidden=None)
+        return graph, result._replace(logits=logits)
 
     def fits(self, batch: Batch) -> bool:
         """Whether there is a graph that holds `batch`."""

@@ -273,13 +273,14 @@ class SpawnedRanks(Executor):
     def _end_collectives(self) -> None:
         """Let nothing on this rank wait for the others any more. The monitor may do so beside a step that does."""
         runner = self.runner  # `close` may forget it meanwhile
-        if runner is not None:
-            runner.free_graphs()
         if self.tp is not None:
-            self.tp.end()
+            self.tp.end(runner.free_graphs if runner is not None else lambda: None)
 
     def close(self) -> None:
         """End the children and remove what was made for them. May be called again."""
+        with contextlib.suppress(Exception):  # while the monitor still looks: a lost rank's part would never come
+            while self.runner is not None and self.runner.in_flight:
+                self.runner.collect()
         self.closing.set()
         for channel in self.channels:
             with contextlib.suppress(OSError):

@@ -37,7 +37,7 @@ class StepTensors(NamedTuple):
     Args:
         tokens: [R] int64, one drawn for each row.
         logits: [R, V], what they were drawn from; None on ranks but 0. After a graph's replay, valid until the next.
-        hidden: [T, H], the model's last hidden states before their norm; None after a graph's replay.
+        hidden: [T, H], the model's last hidden states before their norm; None but in a step that was told to keep them.
     """
 
     tokens: torch.Tensor
@@ -224,7 +224,8 @@ class ModelRunner:
         sizes = batch.num_rows, batch.num_tokens
         rows = StepRows.split(to_device(self.state.pack(batch, *sizes)), *sizes)
         longest = max(len(chunk.token_ids) for chunk in batch.chunks)
-        return self.step(rows, num_decode, longest, max(c.start + len(c.token_ids) for c in batch.chunks))
+        context_len = max(chunk.start + len(chunk.token_ids) for chunk in batch.chunks)
+        return self.step(rows, num_decode, longest, context_len, keep_hidden=batch.has_scores)
 
     def step(
         self,
@@ -233,6 +234,7 @@ class ModelRunner:
         max_seqlen_q: int = 0,
         max_context_len: int = 0,
         shared: SharedPlan | None = None,
+        keep_hidden: bool = False,
     ) -> StepTensors:
         """One step, on the device from inputs to drawn tokens, and therefore capturable.
 
@@ -241,6 +243,7 @@ class ModelRunner:
             num_decode: how many of the rows, the first ones, are attended as decode rows.
             max_seqlen_q, max_context_len: at least the longest other row's tokens, and context.
             shared: what decode rows have in common, if that is to be made use of.
+            keep_hidden: return the hidden states of all tokens.
         """
         state = self.state
         slots = rows if isinstance(rows, torch.Tensor) else rows.slots
@@ -257,13 +260,14 @@ class ModelRunner:
             max_seqlen_q=max_seqlen_q,
             max_context_len=max_context_len,
             shared=shared,
-            last_indices=inputs.last_indices,
+            last_indices=None if keep_hidden else inputs.last_indices,
         )
         self.backend.prepare(context)
         with set_context(context):
             hidden = self.model(inputs.input_ids, inputs.positions)
-            logits = self.model.compute_logits(hidden)
-        return StepTensors(self._sample(logits, slots, inputs.context_lens), logits, hidden)
+            logits = self.model.compute_logits(hidden[inputs.last_indices] if keep_hidden else hidden)
+        tokens = self._sample(logits, slots, inputs.context_lens)
+        return StepTensors(tokens, logits, hidden if keep_hidden else None)
 
     def _sample(self, logits: torch.Tensor | None, slots: torch.Tensor, context_lens: torch.Tensor) -> torch.Tensor:
         """Draw on rank 0, which has the logits; every rank then holds the tokens and advances its state."""

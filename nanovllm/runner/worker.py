@@ -74,8 +74,7 @@ def main(fd: int) -> None:
         tp = TensorParallel(rank, size, group).with_peers(device)
         runner = ModelRunner(config, source, tp, device)
         serve(runner, channel)
-        runner.free_graphs()
-        tp.end()
+        tp.end(runner.free_graphs)
     except EOFError:  # rank 0 is gone
         shutil.rmtree(folder, ignore_errors=True)
     except BaseException:

@@ -34,7 +34,7 @@ class Context:
     max_seqlen_q: int = 0  # longest prefill row of this step
     max_context_len: int = 0  # longest prefill row's context
     shared: "SharedPlan | None" = None  # what decode rows have in common (see kernels/shared_prefix.py)
-    last_indices: torch.Tensor | None = None  # [L] int64, tokens whose logits are wanted; None: all of them
+    last_indices: torch.Tensor | None = None  # [L] int64, tokens whose hidden states are wanted; None: all of them
     meta: Any = None  # the backend's own, filled by `prepare`
 
 

@@ -6,6 +6,7 @@ A group is an object that is handed around, not a global: two engines in one pro
 import json
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from nanovllm.kernels._triton import HAVE_TRITON
 from nanovllm.kernels.all_reduce import PeerMemory, all_reduce_triton, new_memory, open_memory, share_memory
+from nanovllm.kernels.rms_norm import rms_norm
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +66,13 @@ class TensorParallel:
         logger.info("rank %d: NCCL makes all sums, as ranks cannot write each other's memory: %s", self.rank, failure)
         return self
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum `x` over the ranks, in place."""
+    def all_reduce(self, x: torch.Tensor, norm: tuple[torch.Tensor, float] | None = None) -> torch.Tensor:
+        """Sum `x` over the ranks, in place, and return it; or its RMSNorm with `norm`, weight and epsilon."""
         if self.peers is not None and self.peers.fits(x):
-            return all_reduce_triton(x, self.peers)
+            return all_reduce_triton(x, self.peers, norm)
         if self.size > 1:
             self.group.allreduce([x]).wait()
-        return x
+        return x if norm is None else rms_norm(x, *norm)
 
     def all_reduce_min(self, value: int, device: torch.device) -> int:
         """The smallest of the ranks' values."""
@@ -104,14 +106,24 @@ class TensorParallel:
             self.group.broadcast([x]).wait()
         return x
 
-    def end(self) -> None:
+    def end(self, free_graphs: Callable[[], None]) -> None:
         """End all collectives of this rank, those that run included, for good: no rank need be there any more.
 
-        NCCL then waits for captured graphs that hold its kernels to be freed, which another thread may do, but not one
-        that captures: its next collective would wait for this. Not for a group that is others' too.
+        Not for a group that is others' too.
+
+        Args:
+            free_graphs: frees the captured graphs, for which NCCL waits if they hold its kernels; and which waits for
+                kernels that run, as CUDA then does with all else. So each kind of kernel is told to end before that.
         """
         if self.peers is not None:
             self.peers.end()
+        abort = threading.Thread(target=self._abort, daemon=True)
+        abort.start()
+        abort.join(0.2)
+        free_graphs()
+        abort.join()
+
+    def _abort(self) -> None:
         if isinstance(self.group, getattr(dist, "ProcessGroupNCCL", ())):
-            with self.capturing:
+            with self.capturing:  # the next collective of one who captures would wait for this
                 self.group.abort()

@@ -1,5 +1,9 @@
-"""Ranks as processes that share memory: each gets the sum, to the last bit the same. In the interpreter, on a CPU."""
+"""Ranks as processes that share memory: each gets the sum, to the last bit the same, or its norm, on a CPU.
 
+Triton's interpreter runs the kernels.
+"""
+
+import json
 from contextlib import nullcontext
 
 import pytest
@@ -8,52 +12,65 @@ import torch.multiprocessing
 
 from nanovllm.kernels import all_reduce
 from nanovllm.kernels._triton import HAVE_TRITON
+from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.utils import parallel
 
 pytestmark = [
     pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs tests/gpu/test_tensor_parallel.py shows it"),
 ]
-# Numbers of elements: one word, several programs, a part of one, sizes that come back after others, of both protocols.
-CALLS = [(2, "bfloat16"), (1030, "float16"), (4096, "float32"), (700, "bfloat16"), (70_000, "bfloat16")]
-CALLS += [(1030, "float16"), (5000, "float32"), (140_000, "float32"), (70_002, "float16"), (80_000, "bfloat16")]
+# One word, rows of several units and of a part of one, sizes that come back after others, more than is sent at once.
+CALLS = [((1, 2), "bfloat16"), ((3, 1030), "float16"), ((1, 4096), "float32"), ((7, 700), "bfloat16")]
+CALLS += [((40, 3000), "bfloat16"), ((3, 1030), "float16"), ((2, 500), "float32"), ((40, 3000), "bfloat16")]
+CAPACITY = 64 << 10
 
 
-def run_rank(rank, memory, results):
-    peers = all_reduce.PeerMemory(rank, memory)
+def summands(size):
+    """What each rank has, call after call; with zeros of both signs, which must not be taken for what is not there."""
     generator = torch.Generator().manual_seed(0)
-    sums = []
-    for n, dtype in CALLS:
-        summands = [torch.randn(n, generator=generator).to(getattr(torch, dtype)) for _ in memory]
-        own = summands[rank].view(2, -1)  # rows of any length, as of a hidden size that is odd
-        sums.append(all_reduce.all_reduce_triton(own, peers).flatten().tolist())
-    results.put((rank, sums))
+    for shape, dtype in CALLS:
+        parts = [torch.randn(shape, generator=generator).to(getattr(torch, dtype)) for _ in range(size)]
+        for rank, part in enumerate(parts):
+            part.flatten()[rank :: size + 1] = -0.0
+            part[-1] = -0.0
+        yield parts, (torch.randn(shape[1], generator=generator).to(parts[0].dtype), 1e-6)
+
+
+def run_rank(rank, memory, folder):
+    all_reduce.CAPACITY = CAPACITY
+    peers = all_reduce.PeerMemory(rank, memory)
+    outcome = []
+    for i, (parts, norm) in enumerate(summands(len(memory))):
+        normed = all_reduce.all_reduce_triton(parts[rank], peers, norm if i % 2 else None)
+        outcome.append((parts[rank].tolist(), normed.tolist()))
+    (folder / f"{rank}.json").write_text(json.dumps(outcome))
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_every_rank_gets_the_same_sum(size):
+def test_every_rank_gets_the_same_sum_and_its_norm(size, monkeypatch, tmp_path):
+    monkeypatch.setattr(all_reduce, "CAPACITY", CAPACITY)
     memory = [all_reduce.new_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ranks = torch.multiprocessing.spawn(run_rank, (memory, results), size, join=False)
-    sums = dict(results.get(timeout=120) for _ in range(size))
-    while not ranks.join(60):  # returns when any rank ends
-        pass
-    generator = torch.Generator().manual_seed(0)
-    for i, (n, dtype) in enumerate(CALLS):
-        want = sum(torch.randn(n, generator=generator).to(getattr(torch, dtype)).float() for _ in range(size))
-        tolerance = 1e-6 if dtype == "float32" else 1e-2  # the interpreter truncates to bfloat16
-        torch.testing.assert_close(torch.tensor(sums[0][i]), want, rtol=tolerance, atol=tolerance)
-        assert all(sums[rank][i] == sums[0][i] for rank in range(size))
+    torch.multiprocessing.spawn(run_rank, (memory, tmp_path), size)
+    outcomes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
+    for i, (parts, norm) in enumerate(summands(size)):
+        want = sum(part.float() for part in parts)
+        got, normed = map(torch.tensor, outcomes[0][i])
+        tolerance = 1e-6 if parts[0].dtype == torch.float32 else 1e-2  # the interpreter truncates to bfloat16
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+        want = rms_norm_torch(got, *norm) if i % 2 else got
+        torch.testing.assert_close(normed, want.float(), rtol=2 * tolerance, atol=2 * tolerance)
+        assert all(outcomes[rank][i] == outcomes[0][i] for rank in range(size))
 
 
 def test_what_fits():
-    peers = all_reduce.PeerMemory(0, [all_reduce.new_memory(2, torch.device("cpu"))] * 2)
-    most = all_reduce.SIMPLE.max_bytes // 2
-    assert peers.fits(torch.zeros(most, dtype=torch.bfloat16))
-    assert not peers.fits(torch.zeros(most + 2, dtype=torch.bfloat16))
-    assert not peers.fits(torch.zeros(3, dtype=torch.bfloat16))
-    assert not peers.fits(torch.zeros(8, 8)[:, :4])
+    two, three = (
+        all_reduce.PeerMemory(0, [all_reduce.new_memory(size, torch.device("cpu"))] * size) for size in (2, 3)
+    )
+    few, many = torch.zeros(256, 4096, dtype=torch.bfloat16), torch.zeros(1024, 4096, dtype=torch.bfloat16)
+    assert two.fits(few) and three.fits(few) and two.fits(many) and not three.fits(many)
+    assert not two.fits(torch.zeros(4, 3, dtype=torch.bfloat16))  # rows of half a word
+    assert not two.fits(torch.zeros(8, 8)[:, :4])
+    assert not two.fits(torch.zeros(8, 8, dtype=torch.int64))
 
 
 def test_sums_end_whatever_mode_their_memory_was_made_in(monkeypatch):

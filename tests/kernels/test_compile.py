@@ -32,8 +32,8 @@ def call_all():
     for rows in (slots, step_inputs.StepRows.split(torch.zeros(100, **i32), 4, 20)):
         step_inputs.step_inputs_triton(rows, torch.zeros(5, **i64), torch.zeros(5, **i32), tables, 64, 4, state)
     peers = all_reduce.PeerMemory(0, [all_reduce.new_memory(2, torch.device("cpu"))] * 2)
-    for dtype, n in ((torch.bfloat16, 4096), (torch.float32, 4096), (torch.bfloat16, 1 << 20)):
-        all_reduce.all_reduce_triton(torch.zeros(n, dtype=dtype), peers)
+    for dtype, norm in ((torch.bfloat16, None), (torch.bfloat16, (weight, 1e-6)), (torch.float32, None)):
+        all_reduce.all_reduce_triton(torch.zeros(4, 256, dtype=dtype), peers, norm)
     last = torch.zeros(5, **i64), torch.zeros(5, **i32), 4
     for advances in (None, last):
         tokens = sampling.sample_triton(torch.zeros(4, 5000, **bf16), slots, lens, state, advances)

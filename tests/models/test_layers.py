@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.parameter import make_parameter
 from nanovllm.layers.rotary_embedding import rope_table
-from nanovllm.utils.context import Context, set_context
 from nanovllm.utils.parallel import TensorParallel
 
 
@@ -22,9 +23,10 @@ class FakeRank(TensorParallel):
         self.sent[self.rank] = x
         return [self.sent[rank] for rank in range(self.size)] if self.rank == 0 else None
 
-    def all_reduce(self, x):
+    def all_reduce(self, x, norm=None):
         parts = self._all(x)
-        return torch.stack(parts).sum(0) if parts else x
+        x = torch.stack(parts).sum(0) if parts else x
+        return x if norm is None else rms_norm(x, *norm)
 
     def gather(self, x):
         parts = self._all(x)
@@ -45,15 +47,26 @@ def test_vocab_parallel_embedding_and_head(size):
         embedding.weight.weight_loader(embedding.weight, full)
         embedded = embedding(ids)
     torch.testing.assert_close(embedded, full[ids])
-    for last in (None, torch.tensor([1, 4])):
-        for tp in ranks(size):
-            head = ParallelLMHead(vocab, dim, tp=tp)
-            head.weight.weight_loader(head.weight, full)
-            assert head.weight.shape[0] == -(-vocab // size)
-            with set_context(Context(last_indices=last)):
-                logits = head(x)
-            assert (logits is None) == (tp.rank > 0)
-        torch.testing.assert_close(logits, (x if last is None else x[last]) @ full.T)
+    for tp in ranks(size):
+        head = ParallelLMHead(vocab, dim, tp=tp)
+        head.weight.weight_loader(head.weight, full)
+        assert head.weight.shape[0] == -(-vocab // size)
+        logits = head(x)
+        assert (logits is None) == (tp.rank > 0)
+    torch.testing.assert_close(logits, x @ full.T)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_what_ranks_leave_unsummed_the_norm_sums(size):
+    vocab, dim = 13, 6
+    full, ids = torch.randn(vocab, dim), torch.tensor([0, 3, 4, 7, 8, 12])
+    for tp in ranks(size):
+        embedding = VocabParallelEmbedding(vocab, dim, reduce_results=False, tp=tp)
+        embedding.weight.weight_loader(embedding.weight, full)
+        norm = RMSNorm(dim, 1e-6, tp=tp)
+        norm.weight.copy_(torch.arange(dim))
+        normed = norm(embedding(ids))
+    torch.testing.assert_close(normed, rms_norm(full[ids], torch.arange(dim), 1e-6))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
