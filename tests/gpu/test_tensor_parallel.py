@@ -10,10 +10,14 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.runner.cuda_graphs import StepGraphs
-from nanovllm.runner.launcher import SpawnedRanks
+from nanovllm.runner.launcher import SpawnedRanks, make_group, rank_device
+from nanovllm.utils.parallel import TensorParallel
 from tests.distributed.test_tensor_parallel import SCRIPT, gone
 from tests.gpu.test_gpu import OPTIONS, greedy, prompts_of, tokens
 from tests.models.tiny import save_tiny
@@ -32,6 +36,37 @@ def model(tmp_path_factory):
 def want(model):
     with LLM(model, **TINY_OPTIONS) as llm:
         return tokens(llm, *mixture())
+
+
+def sum_beside_nccl(rank, folder):
+    """On each rank: sums of few and many rows, one after the other in any order, are NCCL's; norms are their norms."""
+    device = rank_device("cuda", rank)
+    tp = TensorParallel(rank, 2, make_group(rank, 2, dist.FileStore(str(folder / "store"), 2), "cuda"))
+    tp = tp.with_peers(device)
+    generator, wrong = torch.Generator().manual_seed(0), []
+    for i in range(200):
+        dtype = (torch.bfloat16, torch.float16, torch.float32)[i % 3]
+        rows, size = (
+            int(torch.randint(1, most, (), generator=generator)) for most in ((20, 600, 9000)[i % 7 % 3], 2100)
+        )
+        seed = torch.Generator(device).manual_seed(2 * i + rank)
+        x = torch.randn(rows, 2 * size, generator=seed, device=device).to(dtype)
+        want = x.float()
+        tp.group.allreduce([want]).wait()
+        norm = (x[0].clone().fill_(0.5), 1e-6) if i % 2 else None
+        out = tp.all_reduce(x, norm)
+        close = torch.allclose(x.float(), want, rtol=1e-2, atol=1e-5)
+        if not close or (
+            norm and not torch.allclose(out.float(), rms_norm_torch(x, *norm).float(), rtol=2e-2, atol=1e-3)
+        ):
+            wrong.append((i, rows, size))
+    (folder / str(rank)).write_text(f"{tp.peers is not None} {wrong}")
+    tp.end(lambda: None)
+
+
+def test_sums_are_those_of_nccl(tmp_path):
+    torch.multiprocessing.spawn(sum_beside_nccl, (tmp_path,), 2)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["True []"] * 2
 
 
 def mixture():
