@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from unittest.mock import patch
 
@@ -57,29 +57,76 @@ __all__ = [
     "HAVE_TRITON",
     "TensorDescriptor",
     "begin_chain",
+    "compile_aside",
     "compile_only",
     "launch_options",
     "let_next_begin",
     "tl",
     "triton",
     "wait_for_inputs",
+    "warm_up",
 ]
+
+
+@lru_cache
+def warm_up() -> Future:
+    """Begin what Triton does once in a process before its first kernel: it hashes its library, and builds its driver.
+
+    That takes about as long as CUDA's start and need not wait for it. What fails here fails again, and is told, where
+    a kernel needs it.
+    """
+
+    def run() -> None:
+        _ = triton.runtime.driver.active
+        triton.runtime.cache.triton_key()
+
+    executor = ThreadPoolExecutor(1)
+    future = executor.submit(run)
+    executor.shutdown(wait=False)
+    return future
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that compile kernels and make them ready to be launched.
+
+    A kernel's first launch loads it and, in Triton 3.6, waits for a C compiler to build what launches it: in an
+    engine's first steps, one after the other, that takes almost as long as all kernels side by side.
+    """
+
+    def __init__(self):
+        on_gpu = torch.cuda.is_initialized()  # each thread has a current device, at first the first of all
+        to_device = partial(torch.cuda.set_device, torch.cuda.current_device()) if on_gpu else None
+        super().__init__(os.cpu_count(), initializer=to_device)
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future:
+        def run() -> Any:
+            kernel = compile_kernel()
+            getattr(kernel, "run", None)  # a property, which makes what it gives
+            return kernel
+
+        return super().submit(run)
+
+
+@contextmanager
+def compile_aside() -> Iterator[None]:
+    """New kernels are compiled, or read from the cache, side by side, and are ready to be launched when this ends.
+
+    One after the other, an engine's kernels take longer to compile than all else of its start together.
+    """
+    wait([warm_up()])
+    with _Compilers() as executor, triton.AsyncCompileMode(executor):
+        yield
 
 
 @contextmanager
 def compile_only() -> Iterator[None]:
-    """Kernels that are called within are compiled, or read from the cache, side by side; none is launched.
-
-    One after the other, an engine's kernels take longer to compile than all else of its start together.
-    """
+    """Kernels that are called within are compiled; none is launched."""
     run = triton.JITFunction.run
 
     def compile_instead(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
         return run(self, *args, warmup=True, **kwargs)
 
     with (
-        ThreadPoolExecutor(os.cpu_count()) as executor,
-        triton.AsyncCompileMode(executor),
         patch.object(triton.JITFunction, "run", compile_instead),
         patch.object(torch, "empty", torch.zeros),  # what no kernel writes is an index to others
     ):

@@ -25,7 +25,7 @@ class QKTransform(NamedTuple):
     eps: float = 0.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions_ptr"])  # whose alignment follows from how many tokens there are
 def _rope_store_kernel(
     qkv_ptr,
     q_weight_ptr,

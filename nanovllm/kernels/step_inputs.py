@@ -63,7 +63,18 @@ def _count(params_ptr, counts_ptr, slots, token_ids, is_new, vocab_size, STRIDE:
     tl.store(places, tl.where(seen < 2 * MAX_COUNT, seen + 2, seen), mask=counts)
 
 
-@triton.jit(do_not_specialize=["starts_ptr", "cu_ptr", "token_rows_ptr", "token_ids_ptr", "num_rows", "num_tokens"])
+@triton.jit(
+    do_not_specialize=[
+        "starts_ptr",
+        "cu_ptr",
+        "token_rows_ptr",
+        "token_ids_ptr",
+        "positions_ptr",
+        "last_index_ptr",
+        "num_rows",
+        "num_tokens",
+    ]
+)
 def _step_inputs_kernel(
     slots_ptr,
     starts_ptr,

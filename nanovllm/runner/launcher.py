@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import Batch, StepOutput
+from nanovllm.kernels._triton import warm_up
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import checked_weights
 from nanovllm.runner.model_runner import ModelRunner
@@ -55,6 +56,7 @@ def rank_device(device_type: str, local_rank: int | None) -> torch.device:
     """The device of a rank, or of the only one (None): on CUDA the current one, which that of a rank becomes."""
     if device_type == "cpu":
         return torch.device("cpu")
+    warm_up()
     if local_rank is None:
         return torch.device("cuda", torch.cuda.current_device())
     if local_rank >= torch.cuda.device_count():

@@ -3,7 +3,8 @@
 import gc
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from nanovllm.attention import select_backend
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import Batch, Chunk, StepOutput
-from nanovllm.kernels._triton import compile_only
+from nanovllm.kernels._triton import compile_aside, compile_only
 from nanovllm.kernels.logprobs import process, top_logprobs
 from nanovllm.kernels.sampling import advance, sample
 from nanovllm.kernels.shared_prefix import SharedPlan
@@ -94,11 +95,10 @@ class ModelRunner:
     def _build(self, source: ModelSource) -> None:
         with torch.device(self.device):
             self.model = Decoder(source.config, dtype=self.dtype, tp=self.tp)
-        dummy = self.config.load_format == "dummy"
-        load_weights(self.model, dummy_weights(self.model, self.config.seed) if dummy else source.weights())
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
-        if self.backend.name == "triton":
-            self._compile()
+        dummy = self.config.load_format == "dummy"
+        with self._compiling() if self.backend.name == "triton" else nullcontext():
+            load_weights(self.model, dummy_weights(self.model, self.config.seed) if dummy else source.weights())
         self.num_blocks = self._size_cache()
         self._allocate(self.num_blocks)
         self._capture()
@@ -125,21 +125,27 @@ class ModelRunner:
         ring = [torch.empty(self.config.max_num_seqs, dtype=torch.int64, pin_memory=pin) for _ in range(2)]
         self.token_ring = deque(ring)
 
-    def _compile(self) -> None:
-        """Compile the kernels that steps of all kinds have, side by side; one after the other takes much longer."""
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Compile the kernels that steps of all kinds have, while the body does other things.
+
+        The largest step, whose kernels take longest, comes first.
+        """
         self._allocate(self.max_blocks)
         state, most = self.state, self.config.max_num_seqs
         slots = torch.full((most,), state.scratch_slot, dtype=torch.int32, device=self.device)
-        with compile_only(), self.model.one_layer():
-            for size in sorted({min(size, most) for size in (1, 2, 4, 8, 32, 128, most)}):
-                plan = torch.zeros(SharedPlan.size(size), dtype=torch.int32, device=self.device)
-                for shared in (None, SharedPlan.split(plan, size)):
-                    self.step(slots[:size], size, shared=shared)
-            for num_tokens in {min(size, self.config.max_num_batched_tokens) for size in (1, 2, 4, 16, 2048)}:
-                sizes = min(num_tokens, most) + 1, num_tokens
-                rows = StepRows.split(torch.from_numpy(state.pack(Batch(), *sizes)).to(self.device), *sizes)
-                self.step(rows, 0, num_tokens, self.max_model_len)
-            self._eager(self._largest_batch())
+        with compile_aside():
+            with compile_only(), self.model.one_layer():
+                self._eager(self._largest_batch())
+                for size in sorted({min(size, most) for size in (1, 2, 4, 8, 32, 128, most)}):
+                    plan = torch.zeros(SharedPlan.size(size), dtype=torch.int32, device=self.device)
+                    for shared in (None, SharedPlan.split(plan, size)):
+                        self.step(slots[:size], size, shared=shared)
+                for num_tokens in {min(size, self.config.max_num_batched_tokens) for size in (1, 2, 4, 16, 2048)}:
+                    sizes = min(num_tokens, most) + 1, num_tokens
+                    rows = StepRows.split(torch.from_numpy(state.pack(Batch(), *sizes)).to(self.device), *sizes)
+                    self.step(rows, 0, num_tokens, self.max_model_len)
+            yield
 
     def _size_cache(self) -> int:
         """Blocks in the pool: as told, or as fits, and the same on all ranks."""

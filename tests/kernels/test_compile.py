@@ -11,10 +11,12 @@ from nanovllm.kernels._triton import HAVE_TRITON
 pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 
 SCRIPT = """
+import threading
+from types import SimpleNamespace
 import torch
-from tests.kernels.compile_for_hopper import compiled
+from tests.kernels.compile_for_hopper import compiled, triton
 from nanovllm.kernels import decode_attention as decode, prefill_attention as prefill
-from nanovllm.kernels._triton import compile_only
+from nanovllm.kernels._triton import compile_aside, compile_only
 from nanovllm.kernels import all_reduce, embedding, gemv, rms_norm, rope_decode, rope_store, sampling, shared_prefix
 from nanovllm.kernels import silu_mul, step_inputs
 
@@ -61,10 +63,20 @@ def call_all():
             rows = slots[:1], tables[0, :2], lens[:1]
             prefill.prefill_attention_triton(q, cache, cache, tables, *rows, 0.1, config=config)
 
-with compile_only():
+loaders = []  # threads that loaded a kernel, for which its launcher must be there
+driver = triton.runtime.driver.active
+driver.launcher_cls = lambda src, metadata: src
+driver.utils = SimpleNamespace(
+    get_device_properties=lambda device: {"max_shared_mem": 232448},
+    load_binary=lambda *args: loaders.append(threading.current_thread()) or (1, 1, 0, 0, 1024),
+    unload_module=lambda module: None,
+)
+with compile_aside(), compile_only():
     call_all()
 names = sorted({name for name, _ in compiled})
-assert all(kernel.asm["cubin"] for _, kernel in compiled)
+kernels = {future.kernel for _, future in compiled}
+assert all(kernel.asm["cubin"] for kernel in kernels)
+assert len(loaders) == len(kernels) and threading.main_thread() not in loaders
 print(len(compiled), *names)
 """
 
