@@ -89,6 +89,7 @@ def _all_reduce_kernel(
 ):
     words = tl.arange(0, BLOCK)
     mask = words < WORDS
+    whole = words < tl.cdiv(WORDS, UNIT) * UNIT  # units are emptied as a whole: rows of another length may follow
     if NORM:
         norm = tl.load(norm_ptr + words, mask=mask, other=0)
     wait_for_inputs(PDL)
@@ -96,7 +97,7 @@ def _all_reduce_kernel(
         own = tl.load(x_ptr + row * WORDS + words, mask=mask, other=0)
         own = tl.where(own == EMPTY, 0, own)
         places = row * tl.cdiv(WORDS, UNIT) * UNIT + words
-        call = tl.load(calls_ptr + places // UNIT, mask=mask, other=0)
+        call = tl.load(calls_ptr + places // UNIT, mask=whole, other=0)
         now = call * ((SIZE - 1) * NUM_WORDS) + places
         for peer in tl.static_range(SIZE):
             if peer != RANK:
@@ -111,7 +112,7 @@ def _all_reduce_kernel(
             if peer != RANK:
                 slot = (peer - (peer > RANK)) * NUM_WORDS
                 data = _receive(buffer + now + slot, mask, stop_ptr)
-                tl.store(buffer + before + slot, EMPTY, mask=mask)
+                tl.store(buffer + before + slot, EMPTY, mask=whole)
             low += _low(data, DTYPE)
             high += _high(data, DTYPE)
         data = _words(low, high, DTYPE)
@@ -197,7 +198,7 @@ def all_reduce_triton(
     words = x.shape[1] * x.itemsize // 4
     out = x if norm is None else torch.empty_like(x)
     weight, eps = (x, 0.0) if norm is None else norm
-    block = triton.next_power_of_2(words)
+    block = max(UNIT, triton.next_power_of_2(words))
     most = CAPACITY // 4 // (triton.cdiv(words, UNIT) * UNIT)
     for part, out_part in zip(x.split(most), out.split(most), strict=True):
         _all_reduce_kernel[(min(len(part), peers.max_programs),)](

@@ -87,6 +87,10 @@ class StepGraphs:
         self.decode: dict[int, tuple[torch.cuda.CUDAGraph, StepTensors]] = {}
         self.shared: dict[int, tuple[torch.cuda.CUDAGraph, StepTensors]] = {}
         self.mixed: dict[int, tuple[torch.cuda.CUDAGraph, StepTensors, int, torch.Tensor]] = {}
+
+    def capture(self, runner: "ModelRunner") -> None:
+        """Capture all graphs. Those that there are when it fails can still be freed."""
+        max_num_seqs = len(self.slots)
         gc.collect()
         gc.disable()  # a collection during capture could free CUDA memory, which capture forbids
         try:
@@ -100,9 +104,6 @@ class StepGraphs:
                 slots = self.slots[:size]
                 self.decode[size] = self._capture(lambda slots=slots: runner.step(slots, len(slots)))
             runner.check_ranks()
-        except BaseException:
-            self.free()
-            raise
         finally:
             gc.enable()
         torch.cuda.synchronize()

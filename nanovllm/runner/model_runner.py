@@ -383,5 +383,10 @@ class ModelRunner:
     def _capture(self) -> None:
         self.free_graphs()
         if self.device.type == "cuda" and not self.config.enforce_eager and self.backend.capturable:
-            with self.tp.capturing:
-                self.graphs = StepGraphs(self)
+            self.graphs = StepGraphs(self)
+            try:
+                with self.tp.capturing:
+                    self.graphs.capture(self)
+            except BaseException:
+                self.tp.end(self.free_graphs)  # another rank may be lost, and what was launched wait for it
+                raise

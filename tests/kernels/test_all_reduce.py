@@ -22,6 +22,7 @@ pytestmark = [
 # One word, rows of several units and of a part of one, sizes that come back after others, more than is sent at once.
 CALLS = [((1, 2), "bfloat16"), ((3, 1030), "float16"), ((1, 4096), "float32"), ((7, 700), "bfloat16")]
 CALLS += [((40, 3000), "bfloat16"), ((3, 1030), "float16"), ((2, 500), "float32"), ((40, 3000), "bfloat16")]
+CALLS += [((2, 500), "float32"), ((2, 6), "float16"), ((3, 1000), "float32"), ((1, 2), "bfloat16")] * 3
 CAPACITY = 64 << 10
 
 
