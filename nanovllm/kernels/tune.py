@@ -71,18 +71,16 @@ def decode(full: bool) -> None:
         context_lens = torch.tensor(lens, device="cuda", dtype=torch.int32)[slots.long()]
         q = torch.randn(rows, KV_HEADS * group, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
         counters = torch.zeros(rows * KV_HEADS, device="cuda", dtype=torch.int32)
-        default = tuple(default_decode_config(rows, KV_HEADS, HEAD_DIM, 2, count_sms(q.device)))
-        configs = [default]
+        configs = [default_decode_config(rows, KV_HEADS, HEAD_DIM, 2, count_sms(q.device))]
         if full:
             tiles = [(32, 2, 3), (32, 2, 4), (32, 2, 5), (64, 2, 3), (64, 4, 3), (64, 4, 4), (128, 4, 3)]
             splits = {8: (8, 16, 32), 32: (4, 8, 16), 128: (1, 2, 4, 8), 256: (1, 2, 4)}[rows]
-            configs += [(*tile, split) for tile in tiles for split in splits]
+            configs += [DecodeConfig(*tile, split) for tile in tiles for split in splits]
         results = []
-        for tile, warps, stages, splits in configs:
-            options = {"tile": tile, "num_warps": warps, "num_stages": stages}
-            options |= {"num_splits": splits, "counters": counters}
+        for config in configs:
+            options = {"counters": counters, "config": config}
             calls = [partial(decode_attention_triton, q, *c, slots, context_lens, 0.1, **options) for c in caches]
-            results.append((seconds(calls), (tile, warps, stages, splits)))
+            results.append((seconds(calls), tuple(config)))
         show(f"{rows} x {low}-{high}, {group}", results, 4 * sum(lens) * KV_HEADS * HEAD_DIM / 1e12, "TB/s")
 
 
