@@ -12,15 +12,12 @@ at once (see shared_prefix.py): such a row begins where that ended, and merges t
 """
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
-
-if TYPE_CHECKING:
-    from nanovllm.kernels.shared_prefix import SharedParts
 
 LOG2E = 1.4426950408889634
 MIN_DOT = 16  # smallest side of a tensor-core tile
@@ -279,18 +276,7 @@ def _decode_kernel(
 
 
 def decode_attention_triton(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    *,
-    out: torch.Tensor | None = None,
-    counters: torch.Tensor | None = None,
-    shared: "SharedParts | None" = None,
-    config: DecodeConfig | None = None,
+    q, k_cache, v_cache, block_tables, slots, context_lens, scale, *, out=None, counters=None, shared=None, config=None
 ) -> torch.Tensor:
     """`decode_attention_torch` as a Triton kernel, which does not wait for the device.
 
@@ -300,8 +286,8 @@ def decode_attention_triton(
         out: [B, H, Dh] contiguous, where the result goes; a new tensor if None.
         counters: at least B * K int32 zeros, and zeros again afterwards; new ones if None. Launches that may overlap
             must not have the same.
-        shared: partial results over what rows have in common, by `attend_shared_triton`; or None.
-        config: `default_decode_config` if None.
+        shared: SharedParts over what rows have in common, by `attend_shared_triton`; or None.
+        config: a DecodeConfig; `default_decode_config` if None.
 
     Raises:
         ValueError: a size out of range or no power of two where one is needed, or heads that do not divide.
@@ -326,22 +312,13 @@ def decode_attention_triton(
         partial, lse = new_partials(q, num_parts)
     if counters is None:
         counters = torch.zeros(batch * kv_heads, dtype=torch.int32, device=q.device)
+    plan = slots if shared is None else shared.rows
+    tensors = q, k_cache, v_cache, block_tables, slots, context_lens, plan, out, partial, lse, counters
+    strides = q.stride(0), q.stride(1), block_tables.stride(0)
     _decode_kernel[(kv_heads, batch, num_splits)](
-        q,
-        k_cache,
-        v_cache,
-        block_tables,
-        slots,
-        context_lens,
-        slots if shared is None else shared.rows,
-        out,
-        partial,
-        lse,
-        counters,
+        *tensors,
         scale * LOG2E,
-        q.stride(0),
-        q.stride(1),
-        block_tables.stride(0),
+        *strides,
         num_splits,
         num_parts,
         ROWS=max(MIN_DOT, triton.next_power_of_2(heads // kv_heads)),

@@ -239,23 +239,13 @@ def cache_descriptor(cache: torch.Tensor, block_n: int) -> Any:
 
 
 def prefill_attention_triton(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    *,
-    out: torch.Tensor | None = None,
-    config: PrefillConfig | None = None,
+    q, k_cache, v_cache, block_tables, slots, cu_seqlens_q, context_lens, scale, *, out=None, config=None
 ) -> torch.Tensor:
     """`prefill_attention_torch` as a Triton kernel, which does not wait for the device.
 
     Args:
         out: [T, H, Dh] contiguous, where the result goes; a new tensor if None.
-        config: `default_prefill_config` if None.
+        config: a PrefillConfig; `default_prefill_config` if None.
 
     Raises:
         ValueError: a size that is no power of two, or heads that do not divide.
@@ -279,20 +269,17 @@ def prefill_attention_triton(
     check_power_of_2("block_n", block_n, MIN_DOT)
     tma = config.tma and serves_tma(k_cache, block_n) and serves_tma(v_cache, block_n)
     num_tiles = num_tokens // (block_m // group) + num_rows
+    caches = (cache_descriptor(cache, block_n) if tma else cache for cache in (k_cache, v_cache))
+    rows = block_tables, slots, cu_seqlens_q, context_lens
+    strides = q.stride(0), q.stride(1), block_tables.stride(0)
     _prefill_kernel[(kv_heads, num_tiles)](
         q,
-        cache_descriptor(k_cache, block_n) if tma else k_cache,
-        cache_descriptor(v_cache, block_n) if tma else v_cache,
-        block_tables,
-        slots,
-        cu_seqlens_q,
-        context_lens,
+        *caches,
+        *rows,
         out,
         scale * LOG2E,
         num_rows,
-        q.stride(0),
-        q.stride(1),
-        block_tables.stride(0),
+        *strides,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         TMA=tma,

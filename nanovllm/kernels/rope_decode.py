@@ -164,17 +164,7 @@ def _rope_decode_kernel(
 
 
 def rope_decode_triton(
-    qkv: torch.Tensor,
-    transform: QKTransform,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    *,
-    counters: torch.Tensor | None = None,
-    config: DecodeConfig | None = None,
+    qkv, transform, k_cache, v_cache, block_tables, slots, context_lens, scale, *, counters=None, config=None
 ) -> torch.Tensor:
     """`rope_decode_torch` as a Triton kernel, for any number of rows but meant for few.
 
@@ -183,7 +173,7 @@ def rope_decode_triton(
 
     Args:
         counters: as in `decode_attention_triton`.
-        config: `default_rope_decode_config` if None.
+        config: a DecodeConfig; `default_rope_decode_config` if None.
     """
     num_heads, cos_sin, q_weight, k_weight, eps = transform
     batch, kv_heads, head_dim = len(qkv), *k_cache.shape[2:]
@@ -196,16 +186,11 @@ def rope_decode_triton(
     partial, lse = (out, out) if num_splits == 1 else new_partials(out, num_splits)
     if counters is None:
         counters = torch.zeros(batch * kv_heads, dtype=torch.int32, device=qkv.device)
+    weights, cache = (q_weight, k_weight, cos_sin), (k_cache, v_cache, block_tables, slots, context_lens)
     _rope_decode_kernel[(kv_heads, batch, num_splits)](
         qkv,
-        q_weight,
-        k_weight,
-        cos_sin,
-        k_cache,
-        v_cache,
-        block_tables,
-        slots,
-        context_lens,
+        *weights,
+        *cache,
         out,
         partial,
         lse,

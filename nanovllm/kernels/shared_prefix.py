@@ -161,15 +161,7 @@ def _shared_kernel(
     tl.store(lse_ptr + places, running_max + tl.log2(running_sum), mask=row_mask)
 
 
-def attend_shared_triton(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    scale: float,
-    plan: SharedPlan,
-) -> SharedParts:
+def attend_shared_triton(q, k_cache, v_cache, block_tables, slots, scale: float, plan: SharedPlan) -> SharedParts:
     """Attention of decode rows over the tokens that they share, for `decode_attention_triton` to go on from.
 
     Args:
@@ -180,19 +172,12 @@ def attend_shared_triton(
     kv_heads, config = k_cache.shape[2], default_prefill_config(head_dim, q.element_size())
     own = default_decode_config(batch, kv_heads, head_dim, q.element_size(), sm_count(q.device)).num_splits
     partial, lse = new_partials(q, MAX_SHARED_PARTS + own)
+    tensors = q, k_cache, v_cache, block_tables, slots, plan.groups, partial, lse
+    strides = q.stride(0), q.stride(1), block_tables.stride(0)
     _shared_kernel[(kv_heads, len(plan.groups), MAX_SHARED_PARTS)](
-        q,
-        k_cache,
-        v_cache,
-        block_tables,
-        slots,
-        plan.groups,
-        partial,
-        lse,
+        *tensors,
         scale * LOG2E,
-        q.stride(0),
-        q.stride(1),
-        block_tables.stride(0),
+        *strides,
         MAX_SHARED_PARTS + own,
         BLOCK_M=max(TILE_QUERIES, triton.next_power_of_2(heads // kv_heads)),
         BLOCK_N=config.block_n,

@@ -137,23 +137,14 @@ def step_inputs_triton(
     lens = torch.empty(num_rows, dtype=torch.int32, device=device)
     last = positions if decode else torch.empty(num_rows, dtype=torch.int64, device=device)
     if num_tokens:
+        inputs, outputs = (*rows, last_token, length, block_tables), (ids, positions, mapping, lens, last)
+        sizes = num_rows, num_tokens, block_tables.stride(0), scratch_slot, sampling.counts.shape[1]
         _step_inputs_kernel[(triton.cdiv(max(num_rows, num_tokens), 128),)](
-            *rows,
-            last_token,
-            length,
-            block_tables,
-            ids,
-            positions,
-            mapping,
-            lens,
-            last,
+            *inputs,
+            *outputs,
             sampling.table,
             sampling.counts,
-            num_rows,
-            num_tokens,
-            block_tables.stride(0),
-            scratch_slot,
-            sampling.counts.shape[1],
+            *sizes,
             STRIDE=STRIDE,
             MAX_COUNT=MAX_COUNT,
             DECODE=decode,
