@@ -123,16 +123,11 @@ def attend_tiles(
         else:
             k_ptrs = tile_pointers(k_cache, blocks, tile, in_block, BLOCK_SIZE, BLOCK_N, TOKEN_STRIDE)
             v_ptrs = tile_pointers(v_cache, blocks, tile, in_block, BLOCK_SIZE, BLOCK_N, TOKEN_STRIDE)
+            mask = (dims < HEAD_DIM)[None, :]
             if MASKED:
-                kv_mask = (positions < context_len)[:, None] & (dims < HEAD_DIM)[None, :]
-                k = tl.load(k_ptrs, mask=kv_mask, other=0.0)
-                v = tl.load(v_ptrs, mask=kv_mask, other=0.0)
-            elif HEAD_DIM == HEAD_PAD:
-                k = tl.load(k_ptrs)
-                v = tl.load(v_ptrs)
-            else:
-                k = tl.load(k_ptrs, mask=(dims < HEAD_DIM)[None, :], other=0.0)
-                v = tl.load(v_ptrs, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+                mask = (positions < context_len)[:, None] & mask
+            k = tl.load(k_ptrs, mask=mask, other=0.0)
+            v = tl.load(v_ptrs, mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             seen = q_positions[:, None] >= positions[None, :]
