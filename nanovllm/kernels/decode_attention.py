@@ -61,13 +61,6 @@ def sm_count(device: torch.device) -> int:
 
 
 @triton.jit
-def _split_tiles(num_tiles, num_splits):
-    """Tiles of each split of a row: as few as `num_splits` allows, but only long rows are cut more than 16 times."""
-    few = tl.minimum(tl.cdiv(num_tiles, 16), 8)
-    return tl.maximum(tl.cdiv(num_tiles, num_splits), few)
-
-
-@triton.jit
 def tile_blocks(table_ptr, tile, last_block, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
     """Physical blocks of a tile: one id where a block holds whole tiles, else one for each of its tokens.
 
@@ -237,8 +230,9 @@ def _decode_kernel(
         shared_parts = tl.load(shared_ptr + 2 * row + 1)
     end_tile = tl.cdiv(context_len, TILE)
     split_tiles = end_tile - start_tile
-    if SPLIT:
-        split_tiles = _split_tiles(split_tiles, num_splits)
+    if SPLIT:  # into as small parts as `num_splits` allows, but only long rows into more than 16
+        few = tl.minimum(tl.cdiv(split_tiles, 16), 8)
+        split_tiles = tl.maximum(tl.cdiv(split_tiles, num_splits), few)
     first_tile = start_tile + split * split_tiles
     if first_tile >= end_tile:
         return  # without a wait: another program of the row waits
@@ -375,7 +369,7 @@ class GatherPlan(NamedTuple):
     """Where the KV of decode rows lies: the host's part of `attend_gathered`, done once for all layers.
 
     Attributes:
-        indices: [B * K * L] int64, for each row, KV head and position the place in the cache seen as [tokens * K, Dh].
+        indices: [B, K, L] int64, for each row, KV head and position the place that `gather` takes.
         mask: [B, 1, 1, L], 0 where a position is in the row's context, else -inf; None if all rows have length L.
     """
 
@@ -400,11 +394,17 @@ def plan_gather(
     blocks = block_tables[slots.to(torch.int64)[:, None], positions // block_size].to(torch.int64)
     tokens = blocks * block_size + positions % block_size
     heads = torch.arange(kv_heads, device=slots.device)
-    indices = (tokens[:, None, :] * kv_heads + heads[None, :, None]).view(-1)  # [B, K, L]
+    indices = tokens[:, None, :] * kv_heads + heads[None, :, None]  # [B, K, L]
     if bool(seen.all()):
         return GatherPlan(indices, None)
     mask = torch.zeros(seen.shape, dtype=dtype, device=slots.device).masked_fill_(~seen, float("-inf"))
     return GatherPlan(indices, mask[:, None, None, :])
+
+
+def gather(cache: torch.Tensor, indices: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """[*indices.shape, Dh], the places `indices` of the cache seen as [tokens * K, Dh]; `out` is room for them."""
+    rows = torch.index_select(cache.view(-1, cache.shape[-1]), 0, indices.view(-1), out=out)
+    return rows.view(*indices.shape, -1)
 
 
 def attend_gathered(
@@ -445,9 +445,5 @@ def decode_attention_torch(
     check_attention_inputs(q, k_cache, v_cache)
     if len(q) == 0:
         return torch.empty_like(q)
-    _, block_size, kv_heads, head_dim = k_cache.shape
-    plan = plan_gather(block_tables, slots, context_lens, block_size, kv_heads, q.dtype)
-    shape = (len(q), kv_heads, -1, head_dim)
-    k = k_cache.view(-1, head_dim).index_select(0, plan.indices).view(shape)
-    v = v_cache.view(-1, head_dim).index_select(0, plan.indices).view(shape)
-    return attend_gathered(q, k, v, plan.mask, scale)
+    plan = plan_gather(block_tables, slots, context_lens, *k_cache.shape[1:3], q.dtype)
+    return attend_gathered(q, gather(k_cache, plan.indices), gather(v_cache, plan.indices), plan.mask, scale)

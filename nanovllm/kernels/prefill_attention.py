@@ -24,6 +24,7 @@ from nanovllm.kernels.decode_attention import (
     check_attention_inputs,
     check_power_of_2,
     empty_softmax,
+    gather,
     offsets_in_block,
     sm_count,
     tile_blocks,
@@ -291,7 +292,7 @@ class RowPlan(NamedTuple):
 
     Attributes:
         start, end: the row's tokens in the packed queries.
-        indices: [K * L] int64, for each KV head and position the place in the cache seen as [tokens * K, Dh].
+        indices: [K, L] int64, for each KV head and position the place that `gather` takes.
         mask: [end - start, L], 0 where a query sees a position, else -inf; None if the row has no cached prefix, for
             which plain causality will do.
     """
@@ -322,7 +323,7 @@ def plan_rows(
         positions = torch.arange(length, device=device)
         blocks = block_tables[slot, positions // block_size].to(torch.int64)
         tokens = blocks * block_size + positions % block_size
-        indices = (tokens * kv_heads + heads[:, None]).view(-1)
+        indices = tokens * kv_heads + heads[:, None]
         mask = None
         if length > end - start:
             hidden = positions > positions[start - end :, None]
@@ -376,11 +377,8 @@ def prefill_attention_torch(
         [T, H, Dh] in q's dtype.
     """
     check_attention_inputs(q, k_cache, v_cache)
-    _, block_size, kv_heads, head_dim = k_cache.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    shape = (kv_heads, -1, head_dim)
-    for row in plan_rows(block_tables, slots, cu_seqlens_q, context_lens, block_size, kv_heads, q.dtype):
-        k = k_cache.view(-1, head_dim).index_select(0, row.indices).view(shape)
-        v = v_cache.view(-1, head_dim).index_select(0, row.indices).view(shape)
+    for row in plan_rows(block_tables, slots, cu_seqlens_q, context_lens, *k_cache.shape[1:3], q.dtype):
+        k, v = gather(k_cache, row.indices), gather(v_cache, row.indices)
         out[row.start : row.end] = attend_row(q[row.start : row.end], k, v, row.mask, scale)
     return out
