@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nanovllm.llm import LLM
-from nanovllm.outputs import CompletionOutput, Metrics, RequestOutput
+from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import number
 
@@ -57,14 +57,12 @@ class _Stream:
 def _merged(a: RequestOutput, b: RequestOutput) -> RequestOutput:
     samples = {sample.index: sample for sample in a.outputs}
     for new in b.outputs:
-        old = samples.get(new.index)
-        samples[new.index] = new if old is None else _joined(old, new)
+        if old := samples.get(new.index):
+            logprobs = None if new.logprobs is None else old.logprobs + new.logprobs
+            text, token_ids = old.text + new.text, old.token_ids + new.token_ids
+            new = replace(new, text=text, token_ids=token_ids, logprobs=logprobs)
+        samples[new.index] = new
     return replace(b, outputs=[samples[index] for index in sorted(samples)])
-
-
-def _joined(old: CompletionOutput, new: CompletionOutput) -> CompletionOutput:
-    logprobs = None if new.logprobs is None else old.logprobs + new.logprobs
-    return replace(new, text=old.text + new.text, token_ids=old.token_ids + new.token_ids, logprobs=logprobs)
 
 
 class AsyncLLM:

@@ -1,7 +1,8 @@
 """Attention by a FlashAttention package (Dao-AILab's), where one is installed that fits.
 
 FlashAttention-2 (Dao, 2023) has a function for decode rows and another for prefill rows; FlashAttention-3 (Shah et al.,
-2024), for Hopper, has one for both. Their block tables are indexed by row, not by slot: `prepare` gathers them.
+2024), for Hopper, has one for both. Their block tables are indexed by row, not by slot: `prepare` gathers them, and
+keeps what the functions are told of decode rows and of prefill rows as two dicts of arguments.
 
 FlashAttention-3 multiplies what lies behind the end of a row in its last page by zero. That must be finite, which it is
 as long as no model computes NaN: the cache begins as zeros.
@@ -108,20 +109,6 @@ def flash_attn_backend(
     return FlashAttn3Backend(module, package.by_tile)
 
 
-class _Rows(NamedTuple):
-    """Rows of one kind as FlashAttention-3 takes them: R rows, int32."""
-
-    page_table: Tensor  # [R, W]
-    cache_seqlens: Tensor  # [R]
-    cu_seqlens_q: Tensor  # [R + 1], from 0
-    max_seqlen_q: int
-
-
-class _Metadata3(NamedTuple):
-    decode: _Rows
-    prefill: _Rows | None
-
-
 def num_splits(num_rows: int, num_tokens: int, heads: int, kv_heads: int, num_sms: int) -> int:
     """Most parts in which FlashAttention-3 attends a row's context: how many they are is found out on the device.
 
@@ -152,43 +139,29 @@ class FlashAttn3Backend(AttentionBackend):
     def prepare(self, ctx: Context) -> None:
         tables, d = ctx.block_tables.index_select(0, ctx.slots), ctx.num_decode  # on the device: a graph replays it
         each = torch.arange(d + 1, dtype=torch.int32, device=tables.device)
-        decode, prefill = _Rows(tables[:d], ctx.context_lens[:d], each, 1), None
+        lens, prefill = ctx.context_lens, None
+        decode = {"page_table": tables[:d], "cache_seqlens": lens[:d], "cu_seqlens_q": each, "max_seqlen_q": 1}
         if ctx.cu_seqlens_q is not None:
-            prefill = _Rows(tables[d:], ctx.context_lens[d:], ctx.cu_seqlens_q - d, ctx.max_seqlen_q)
-        ctx.meta = _Metadata3(decode, prefill)
+            prefill = {"page_table": tables[d:], "cache_seqlens": lens[d:]}
+            prefill |= {"cu_seqlens_q": ctx.cu_seqlens_q - d, "max_seqlen_q": ctx.max_seqlen_q}
+        ctx.meta = decode, prefill
 
     def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
-        self._attend_rows(q, k_cache, v_cache, scale, ctx.meta.decode, out)
+        self._attend_rows(q, k_cache, v_cache, scale, out, **ctx.meta[0])
 
     def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
-        self._attend_rows(q, k_cache, v_cache, scale, ctx.meta.prefill, out)
+        self._attend_rows(q, k_cache, v_cache, scale, out, **ctx.meta[1])
 
-    def _attend_rows(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, rows: _Rows, out: Tensor) -> None:
+    def _attend_rows(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, out: Tensor, max_seqlen_q: int, **rows: Tensor
+    ) -> None:
         (num_tokens, heads, head_dim), kv_heads = q.shape, k_cache.shape[2]
-        longest = rows.max_seqlen_q
         if self._by_tile:  # which it does only if the longest row may have more queries than a tile
             tile = QUERY_TILE if head_dim > 64 else 192
-            longest = max(longest, tile * kv_heads // heads + 1)
-        attended = self._with_kvcache(
-            q,
-            k_cache,
-            v_cache,
-            cache_seqlens=rows.cache_seqlens,
-            page_table=rows.page_table,
-            cu_seqlens_q=rows.cu_seqlens_q,
-            max_seqlen_q=longest,
-            softmax_scale=scale,
-            causal=True,
-            num_splits=num_splits(len(rows.cache_seqlens), num_tokens, heads, kv_heads, sm_count(q.device)),
-        )
-        out.copy_(attended)
-
-
-class _Metadata2(NamedTuple):
-    decode_tables: Tensor  # [D, W] int32
-    prefill_tables: Tensor  # [P, W] int32
-    cu_seqlens_q: Tensor | None  # [P + 1] int32, from 0
-    cu_seqlens_k: Tensor | None  # [P + 1] int32
+            max_seqlen_q = max(max_seqlen_q, tile * kv_heads // heads + 1)
+        splits = num_splits(len(rows["cache_seqlens"]), num_tokens, heads, kv_heads, sm_count(q.device))
+        options = {"softmax_scale": scale, "causal": True, "num_splits": splits}
+        out.copy_(self._with_kvcache(q, k_cache, v_cache, max_seqlen_q=max_seqlen_q, **rows, **options))
 
 
 class FlashAttn2Backend(AttentionBackend):
@@ -208,36 +181,21 @@ class FlashAttn2Backend(AttentionBackend):
         self._with_kvcache, self._varlen = module.flash_attn_with_kvcache, module.flash_attn_varlen_func
 
     def prepare(self, ctx: Context) -> None:
-        tables = ctx.block_tables.index_select(0, ctx.slots)  # on the device: a graph replays it
-        cu_seqlens_q = cu_seqlens_k = None
+        tables, d = ctx.block_tables.index_select(0, ctx.slots), ctx.num_decode  # on the device: a graph replays it
+        decode, prefill = {"block_table": tables[:d], "cache_seqlens": ctx.context_lens[:d]}, None
         if ctx.cu_seqlens_q is not None:
-            cu_seqlens_q = ctx.cu_seqlens_q - ctx.num_decode
-            cu_seqlens_k = torch.nn.functional.pad(ctx.context_lens[ctx.num_decode :].cumsum(0), (1, 0)).int()
-        ctx.meta = _Metadata2(tables[: ctx.num_decode], tables[ctx.num_decode :], cu_seqlens_q, cu_seqlens_k)
+            prefill = {
+                "block_table": tables[d:],
+                "cu_seqlens_q": ctx.cu_seqlens_q - d,
+                "cu_seqlens_k": torch.nn.functional.pad(ctx.context_lens[d:].cumsum(0), (1, 0)).int(),
+                "max_seqlen_q": ctx.max_seqlen_q,
+                "max_seqlen_k": ctx.max_context_len,
+            }
+        ctx.meta = decode, prefill
 
     def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
-        attended = self._with_kvcache(
-            q[:, None],
-            k_cache,
-            v_cache,
-            cache_seqlens=ctx.context_lens[: ctx.num_decode],
-            block_table=ctx.meta.decode_tables,
-            softmax_scale=scale,
-            causal=True,
-        )
-        out.copy_(attended[:, 0])
+        options = {"softmax_scale": scale, "causal": True, **ctx.meta[0]}
+        out.copy_(self._with_kvcache(q[:, None], k_cache, v_cache, **options)[:, 0])
 
     def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
-        attended = self._varlen(
-            q,
-            k_cache,
-            v_cache,
-            cu_seqlens_q=ctx.meta.cu_seqlens_q,
-            cu_seqlens_k=ctx.meta.cu_seqlens_k,
-            max_seqlen_q=ctx.max_seqlen_q,
-            max_seqlen_k=ctx.max_context_len,
-            softmax_scale=scale,
-            causal=True,
-            block_table=ctx.meta.prefill_tables,
-        )
-        out.copy_(attended)
+        out.copy_(self._varlen(q, k_cache, v_cache, softmax_scale=scale, causal=True, **ctx.meta[1]))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend
-from nanovllm.kernels.decode_attention import GatherPlan, attend_gathered, plan_gather
+from nanovllm.kernels.decode_attention import GatherPlan, attend_gathered, gather, plan_gather
 from nanovllm.kernels.prefill_attention import RowPlan, attend_row, plan_rows
 from nanovllm.utils.context import Context
 
@@ -32,21 +32,18 @@ class TorchBackend(AttentionBackend):
 
     def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         plan = self._plans(q, k_cache, ctx).decode
-        shape = (len(q), k_cache.shape[2], -1, k_cache.shape[3])
         k, v = self._gather(k_cache, v_cache, plan.indices)
-        out.copy_(attend_gathered(q, k.view(shape), v.view(shape), plan.mask, scale))
+        out.copy_(attend_gathered(q, k, v, plan.mask, scale))
 
     def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
-        rows = self._plans(q, k_cache, ctx).prefill
-        shape = (k_cache.shape[2], -1, k_cache.shape[3])
-        for row in rows:
+        for row in self._plans(q, k_cache, ctx).prefill:
             k, v = self._gather(k_cache, v_cache, row.indices)
             tokens = slice(row.start, row.end)
-            out[tokens] = attend_row(q[tokens], k.view(shape), v.view(shape), row.mask, scale)
+            out[tokens] = attend_row(q[tokens], k, v, row.mask, scale)
 
     def _plans(self, q: Tensor, k_cache: Tensor, ctx: Context) -> _Plans:
         if ctx.meta is None:
-            num_decode, layout = ctx.num_decode, (k_cache.shape[1], k_cache.shape[2], q.dtype)
+            num_decode, layout = ctx.num_decode, (*k_cache.shape[1:3], q.dtype)
             decode, prefill = None, []
             if num_decode:
                 rows = slice(num_decode)
@@ -59,9 +56,9 @@ class TorchBackend(AttentionBackend):
         return ctx.meta
 
     def _gather(self, k_cache: Tensor, v_cache: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows `indices` of the caches seen as [tokens * K, Dh]. Valid until the next call."""
+        """`gather` of both caches. Valid until the next call."""
         head_dim = k_cache.shape[-1]
-        size = len(indices) * head_dim
+        size = indices.numel() * head_dim
         first = self._buffers[0]
         if first.numel() < size or first.dtype != k_cache.dtype or first.device != k_cache.device:
             with torch.inference_mode(False):  # usable in and out of inference mode
@@ -70,6 +67,4 @@ class TorchBackend(AttentionBackend):
                     torch.empty(size + size // 4, dtype=k_cache.dtype, device=k_cache.device) for _ in range(2)
                 ]
         k, v = (buffer[:size].view(-1, head_dim) for buffer in self._buffers)
-        torch.index_select(k_cache.view(-1, head_dim), 0, indices, out=k)
-        torch.index_select(v_cache.view(-1, head_dim), 0, indices, out=v)
-        return k, v
+        return gather(k_cache, indices, out=k), gather(v_cache, indices, out=v)

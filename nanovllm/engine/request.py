@@ -60,7 +60,7 @@ class Request:
             self.id,
             self.prompt,
             list(first.prompt_ids),
-            [self._completion(seq) for seq in self.samples if not self.stream or self._has_news(seq)],
+            [self._completion(seq) for seq in self.samples if self._has_news(seq)],
             finished,
             first.num_cached,
             None if self.params.prompt_logprobs is None else first.prompt_logprobs[:],
@@ -70,7 +70,7 @@ class Request:
         )
 
     def _has_news(self, seq: Sequence) -> bool:
-        return len(seq.token_ids) > self.num_told[seq.index] or seq.finish_reason is not None
+        return not self.stream or len(seq.token_ids) > self.num_told[seq.index] or seq.finish_reason is not None
 
     def _completion(self, seq: Sequence) -> CompletionOutput:
         start = self.num_told[seq.index]

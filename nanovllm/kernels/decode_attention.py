@@ -12,20 +12,16 @@ at once (see shared_prefix.py): such a row begins where that ended, and merges t
 """
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
-
-if TYPE_CHECKING:
-    from nanovllm.kernels.shared_prefix import SharedParts
+from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
 
 LOG2E = 1.4426950408889634
 MIN_DOT = 16  # smallest side of a tensor-core tile
 MAX_SPLITS = 128
-MERGE_SIZE = 32  # partials (splits x heads) that a merging program holds at once
 
 
 class DecodeConfig(NamedTuple):
@@ -65,13 +61,6 @@ def sm_count(device: torch.device) -> int:
 
 
 @triton.jit
-def _split_tiles(num_tiles, num_splits):
-    """Tiles of each split of a row: as few as `num_splits` allows, but only long rows are cut more than 16 times."""
-    few = tl.minimum(tl.cdiv(num_tiles, 16), 8)
-    return tl.maximum(tl.cdiv(num_tiles, num_splits), few)
-
-
-@triton.jit
 def tile_blocks(table_ptr, tile, last_block, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
     """Physical blocks of a tile: one id where a block holds whole tiles, else one for each of its tokens.
 
@@ -107,27 +96,50 @@ def tile_pointers(
 
 
 @triton.jit
-def merge_parts(
-    out_ptr,
-    partial_ptr,
-    lse_ptr,
-    first_head,
-    num_parts,
-    part_stride,
-    GROUP: tl.constexpr,
-    GROUP_POW2: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    CHUNK: tl.constexpr,
+def load_tile(
+    k_ptr, v_ptr, blocks, tile, in_block, mask, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, TOKEN_STRIDE: tl.constexpr
+):
+    """K and V [TILE, dims] of a tile whose block ids are `blocks`, zeros where the mask is not."""
+    k_ptrs = tile_pointers(k_ptr, blocks, tile, in_block, BLOCK_SIZE, TILE, TOKEN_STRIDE)
+    v_ptrs = tile_pointers(v_ptr, blocks, tile, in_block, BLOCK_SIZE, TILE, TOKEN_STRIDE)
+    return tl.load(k_ptrs, mask=mask, other=0.0), tl.load(v_ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def empty_softmax(ROWS: tl.constexpr, HEAD_PAD: tl.constexpr):
+    """Of no tokens yet: each row's largest score (base 2), sum of weights, and sum of weighted values."""
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    return largest, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, HEAD_PAD], tl.float32)
+
+
+@triton.jit
+def attend_tile(softmax, q, k, v, seen, scale_log2e):
+    """`softmax` with the tokens of a tile that are `seen`, of which there must be one by now."""
+    running_max, running_sum, acc = softmax
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    new_max = tl.maximum(running_max, tl.max(scores, 1))
+    decay = tl.exp2(running_max - new_max)
+    p = tl.exp2(scores - new_max[:, None])
+    running_sum = running_sum * decay + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return new_max, running_sum, acc
+
+
+@triton.jit
+def _merge_parts(
+    out_ptr, partial_ptr, lse_ptr, first_head, num_parts, part_stride, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
     """out[first_head + i] = that head's partials, weighted by exp(lse - max lse); `first_head` counts over rows."""
+    GROUP_POW2: tl.constexpr = triton.next_power_of_2(GROUP)
+    CHUNK: tl.constexpr = 32 // GROUP_POW2 if GROUP_POW2 < 32 else 1  # parts at once, which registers must hold
     heads = tl.arange(0, GROUP_POW2)
-    dims = tl.arange(0, HEAD_PAD)
+    dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
     is_head = heads < GROUP
     first_part = (first_head + heads).to(tl.int64) * part_stride
     running_max = tl.full([GROUP_POW2], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_POW2], tl.float32)
-    acc = tl.zeros([GROUP_POW2, HEAD_PAD], tl.float32)
+    acc = tl.zeros([GROUP_POW2, triton.next_power_of_2(HEAD_DIM)], tl.float32)
     for start in tl.range(0, num_parts, CHUNK):
         parts = start + tl.arange(0, CHUNK)
         mask = is_head[:, None] & (parts < num_parts)[None, :]
@@ -145,6 +157,34 @@ def merge_parts(
     out = (acc / tl.maximum(total, 1e-30)[:, None]).to(out_ptr.dtype.element_ty)  # total is 0 where there is no head
     out_rows = (first_head + heads).to(tl.int64)[:, None] * HEAD_DIM
     tl.store(out_ptr + out_rows + dims[None, :], out, mask=is_head[:, None] & (dims < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def store_or_merge(out_ptr, parts, softmax, place, part, num_own, num_parts, GROUP, HEAD_DIM, PARTS):
+    """The end of a program for row * KV_HEADS + kv_head = `place`: the result if there is no other part, else its part.
+
+    Of the `num_own` programs of a place, the last one to come here merges all `num_parts` parts.
+    """
+    partial_ptr, lse_ptr, counter_ptr, part_stride = parts
+    running_max, running_sum, acc = softmax
+    heads = tl.arange(0, acc.shape[0])
+    dims = tl.arange(0, acc.shape[1])
+    first_head = place * GROUP
+    out_rows = (first_head + heads).to(tl.int64)
+    mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    acc = acc / running_sum[:, None]
+    if num_parts == 1:
+        out = acc.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :], out, mask=mask)
+    elif PARTS:
+        places = out_rows * part_stride + part
+        tl.store(partial_ptr + places[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
+        tl.store(lse_ptr + places, running_max + tl.log2(running_sum), mask=heads < GROUP)
+        tl.debug_barrier()  # all of this program's stores come before its count
+        counter_ptr += place
+        if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_own - 1:
+            tl.store(counter_ptr, 0)  # for the next launch
+            _merge_parts(out_ptr, partial_ptr, lse_ptr, first_head, num_parts, part_stride, GROUP, HEAD_DIM)
 
 
 # What varies from step to step, the alignment of slices included, is not worth a recompilation.
@@ -167,9 +207,8 @@ def _decode_kernel(
     table_stride,
     num_splits,
     part_stride,
+    ROWS: tl.constexpr,
     GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    GROUP_POW2: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -177,8 +216,6 @@ def _decode_kernel(
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
     SHARED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # KV heads vary fastest: programs that run together read neighbouring memory.
@@ -193,19 +230,20 @@ def _decode_kernel(
         shared_parts = tl.load(shared_ptr + 2 * row + 1)
     end_tile = tl.cdiv(context_len, TILE)
     split_tiles = end_tile - start_tile
-    if SPLIT:
-        split_tiles = _split_tiles(split_tiles, num_splits)
+    if SPLIT:  # into as small parts as `num_splits` allows, but only long rows into more than 16
+        few = tl.minimum(tl.cdiv(split_tiles, 16), 8)
+        split_tiles = tl.maximum(tl.cdiv(split_tiles, num_splits), few)
     first_tile = start_tile + split * split_tiles
     if first_tile >= end_tile:
         return  # without a wait: another program of the row waits
     last_tile = tl.minimum(first_tile + split_tiles, end_tile)
 
     TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
-    heads = tl.arange(0, GROUP_PAD)
+    heads = tl.arange(0, ROWS)
     dims = tl.arange(0, HEAD_PAD)
     tokens = tl.arange(0, TILE)
-    out_mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     q_rows = row.to(tl.int64) * q_row_stride + (kv_head * GROUP + heads) * q_head_stride
+    q_mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     in_block = offsets_in_block(kv_head * HEAD_DIM + dims, BLOCK_SIZE, TILE, TOKEN_STRIDE)
     table_ptr = tables_ptr + tl.load(slots_ptr + row).to(tl.int64) * table_stride
     last_block = (context_len - 1) // BLOCK_SIZE
@@ -213,79 +251,28 @@ def _decode_kernel(
     blocks = tile_blocks(table_ptr, first_tile, last_block, BLOCK_SIZE, TILE)
 
     wait_for_inputs(PDL)
-    q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=out_mask, other=0.0)
-    running_max = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    running_sum = tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
+    q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0)
+    softmax = empty_softmax(ROWS, HEAD_PAD)
     for tile in tl.range(first_tile, last_tile):
         next_blocks = tile_blocks(table_ptr, tile + 1, last_block, BLOCK_SIZE, TILE)
         # Masked V rows must be zero, not just weigh zero: memory past the context may hold NaN.
         seen = tile * TILE + tokens < context_len
         kv_mask = seen[:, None] & (dims < HEAD_DIM)[None, :]
-        k_ptrs = tile_pointers(k_ptr, blocks, tile, in_block, BLOCK_SIZE, TILE, TOKEN_STRIDE)
-        v_ptrs = tile_pointers(v_ptr, blocks, tile, in_block, BLOCK_SIZE, TILE, TOKEN_STRIDE)
-        k = tl.load(k_ptrs, mask=kv_mask, other=0.0)
-        v = tl.load(v_ptrs, mask=kv_mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2e
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        # Each tile of a split that runs holds a token of the context: the maximum is finite from the first tile on.
-        new_max = tl.maximum(running_max, tl.max(scores, 1))
-        decay = tl.exp2(running_max - new_max)
-        p = tl.exp2(scores - new_max[:, None])
-        running_sum = running_sum * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        running_max = new_max
+        k, v = load_tile(k_ptr, v_ptr, blocks, tile, in_block, kv_mask, BLOCK_SIZE, TILE, TOKEN_STRIDE)
+        softmax = attend_tile(softmax, q, k, v, seen, scale_log2e)
         blocks = next_blocks
 
-    acc = acc / running_sum[:, None]
-    first_head = row * (KV_HEADS * GROUP) + kv_head * GROUP
-    out_rows = (first_head + heads).to(tl.int64)
     num_own = tl.cdiv(end_tile - start_tile, split_tiles)
-    if num_own + shared_parts == 1:
-        out = acc.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :], out, mask=out_mask)
-    elif SPLIT or SHARED:
-        parts = out_rows * part_stride + shared_parts + split
-        tl.store(partial_ptr + parts[:, None] * HEAD_DIM + dims[None, :], acc, mask=out_mask)
-        tl.store(lse_ptr + parts, running_max + tl.log2(running_sum), mask=heads < GROUP)
-        tl.debug_barrier()  # all of this program's stores come before its count
-        counter = counter_ptr + row * KV_HEADS + kv_head
-        if tl.atomic_add(counter, 1, sem="acq_rel") == num_own - 1:
-            tl.store(counter, 0)  # for the next launch
-            num_parts = num_own + shared_parts
-            merge_parts(
-                out_ptr,
-                partial_ptr,
-                lse_ptr,
-                first_head,
-                num_parts,
-                part_stride,
-                GROUP,
-                GROUP_POW2,
-                HEAD_DIM,
-                HEAD_PAD,
-                CHUNK,
-            )
+    num_parts = num_own + shared_parts
+    parts = (partial_ptr, lse_ptr, counter_ptr, part_stride)
+    place, part = row * KV_HEADS + kv_head, shared_parts + split
+    store_or_merge(out_ptr, parts, softmax, place, part, num_own, num_parts, GROUP, HEAD_DIM, SPLIT or SHARED)
 
 
 def decode_attention_triton(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    *,
-    out: torch.Tensor | None = None,
-    counters: torch.Tensor | None = None,
-    shared: "SharedParts | None" = None,
-    num_splits: int | None = None,
-    tile: int | None = None,
-    num_warps: int | None = None,
-    num_stages: int | None = None,
+    q, k_cache, v_cache, block_tables, slots, context_lens, scale, *, out=None, counters=None, shared=None, config=None
 ) -> torch.Tensor:
-    """`decode_attention` as a Triton kernel. What is None of the last four is picked by `default_decode_config`.
+    """`decode_attention_torch` as a Triton kernel, which does not wait for the device.
 
     Slots, tables, lengths and `shared.rows` are read before the kernel waits for its inputs (see `wait_for_inputs`).
 
@@ -293,28 +280,22 @@ def decode_attention_triton(
         out: [B, H, Dh] contiguous, where the result goes; a new tensor if None.
         counters: at least B * K int32 zeros, and zeros again afterwards; new ones if None. Launches that may overlap
             must not have the same.
-        shared: partial results over what rows have in common, by `attend_shared`; or None.
-        num_splits: most splits of a row, at most MAX_SPLITS.
-        tile: cache tokens per loop step, a power of two of at least 16.
+        shared: SharedParts over what rows have in common, by `attend_shared_triton`; or None.
+        config: a DecodeConfig; `default_decode_config` if None.
 
     Raises:
         ValueError: a size out of range or no power of two where one is needed, or heads that do not divide.
         ImportError: Triton is not installed.
     """
-    if not HAVE_TRITON:
-        raise ImportError("decode_attention_triton needs triton, which is not installed; use decode_attention_torch")
     batch, heads, head_dim = q.shape
     _, block_size, kv_heads, _ = k_cache.shape
     check_attention_inputs(q, k_cache, v_cache)
-    group = heads // kv_heads
-    sms, in_common = sm_count(q.device), shared is not None
-    config = default_decode_config(batch, kv_heads, head_dim, q.element_size(), sms, in_common)
-    tile, num_splits = tile or config.tile, num_splits or config.num_splits
+    sizes = batch, kv_heads, head_dim, q.element_size(), sm_count(q.device)
+    tile, num_warps, num_stages, num_splits = config or default_decode_config(*sizes, shared is not None)
     if not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits={num_splits} must be between 1 and {MAX_SPLITS}")
-    for name, value, least in (("tile", tile, MIN_DOT), ("block_size", block_size, 1)):
-        if value < least or value & (value - 1):
-            raise ValueError(f"{name}={value} must be a power of two of at least {least}")
+    check_power_of_2("tile", tile, MIN_DOT)
+    check_power_of_2("block_size", block_size, 1)
     out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device) if out is None else out
     if batch == 0:
         return out
@@ -325,42 +306,43 @@ def decode_attention_triton(
         partial, lse = new_partials(q, num_parts)
     if counters is None:
         counters = torch.zeros(batch * kv_heads, dtype=torch.int32, device=q.device)
-    group_pow2 = triton.next_power_of_2(group)
+    plan = slots if shared is None else shared.rows
+    tensors = q, k_cache, v_cache, block_tables, slots, context_lens, plan, out, partial, lse, counters
+    strides = q.stride(0), q.stride(1), block_tables.stride(0)
     _decode_kernel[(kv_heads, batch, num_splits)](
-        q,
-        k_cache,
-        v_cache,
-        block_tables,
-        slots,
-        context_lens,
-        slots if shared is None else shared.rows,
-        out,
-        partial,
-        lse,
-        counters,
+        *tensors,
         scale * LOG2E,
-        q.stride(0),
-        q.stride(1),
-        block_tables.stride(0),
+        *strides,
         num_splits,
         num_parts,
-        GROUP=group,
-        GROUP_PAD=max(MIN_DOT, group_pow2),
-        GROUP_POW2=group_pow2,
-        HEAD_DIM=head_dim,
-        HEAD_PAD=max(MIN_DOT, triton.next_power_of_2(head_dim)),
-        KV_HEADS=kv_heads,
-        BLOCK_SIZE=block_size,
+        ROWS=max(MIN_DOT, triton.next_power_of_2(heads // kv_heads)),
         TILE=tile,
         SPLIT=num_splits > 1,
         SHARED=shared is not None,
-        CHUNK=max(1, MERGE_SIZE // group_pow2),
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=num_warps or config.num_warps,
-        num_stages=num_stages or config.num_stages,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **attention_constants(q, k_cache),
         **launch_options(q.device),
     )
     return out
+
+
+def attention_constants(q: torch.Tensor, k_cache: torch.Tensor) -> dict[str, Any]:
+    """What is compiled into an attention kernel for q [N, H, Dh] and a cache [num_blocks, block_size, K, Dh]."""
+    _, block_size, kv_heads, head_dim = k_cache.shape
+    return {
+        "GROUP": q.shape[1] // kv_heads,
+        "HEAD_DIM": head_dim,
+        "HEAD_PAD": max(MIN_DOT, triton.next_power_of_2(head_dim)),
+        "KV_HEADS": kv_heads,
+        "BLOCK_SIZE": block_size,
+    }
+
+
+def check_power_of_2(name: str, value: int, least: int) -> None:
+    """Raise ValueError unless `value` is a power of two of at least `least`."""
+    if value < least or value & (value - 1):
+        raise ValueError(f"{name}={value} must be a power of two of at least {least}")
 
 
 def new_partials(q: torch.Tensor, num_parts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -387,7 +369,7 @@ class GatherPlan(NamedTuple):
     """Where the KV of decode rows lies: the host's part of `attend_gathered`, done once for all layers.
 
     Attributes:
-        indices: [B * K * L] int64, for each row, KV head and position the place in the cache seen as [tokens * K, Dh].
+        indices: [B, K, L] int64, for each row, KV head and position the place that `gather` takes.
         mask: [B, 1, 1, L], 0 where a position is in the row's context, else -inf; None if all rows have length L.
     """
 
@@ -412,11 +394,17 @@ def plan_gather(
     blocks = block_tables[slots.to(torch.int64)[:, None], positions // block_size].to(torch.int64)
     tokens = blocks * block_size + positions % block_size
     heads = torch.arange(kv_heads, device=slots.device)
-    indices = (tokens[:, None, :] * kv_heads + heads[None, :, None]).view(-1)  # [B, K, L]
+    indices = tokens[:, None, :] * kv_heads + heads[None, :, None]  # [B, K, L]
     if bool(seen.all()):
         return GatherPlan(indices, None)
     mask = torch.zeros(seen.shape, dtype=dtype, device=slots.device).masked_fill_(~seen, float("-inf"))
     return GatherPlan(indices, mask[:, None, None, :])
+
+
+def gather(cache: torch.Tensor, indices: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """[*indices.shape, Dh], the places `indices` of the cache seen as [tokens * K, Dh]; `out` is room for them."""
+    rows = torch.index_select(cache.view(-1, cache.shape[-1]), 0, indices.view(-1), out=out)
+    return rows.view(*indices.shape, -1)
 
 
 def attend_gathered(
@@ -439,28 +427,9 @@ def decode_attention_torch(
     context_lens: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """`decode_attention` in plain torch, by a gather of each row's KV. Synchronises with the device."""
-    check_attention_inputs(q, k_cache, v_cache)
-    if len(q) == 0:
-        return torch.empty_like(q)
-    _, block_size, kv_heads, head_dim = k_cache.shape
-    plan = plan_gather(block_tables, slots, context_lens, block_size, kv_heads, q.dtype)
-    shape = (len(q), kv_heads, -1, head_dim)
-    k = k_cache.view(-1, head_dim).index_select(0, plan.indices).view(shape)
-    v = v_cache.view(-1, head_dim).index_select(0, plan.indices).view(shape)
-    return attend_gathered(q, k, v, plan.mask, scale)
-
-
-def decode_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
     """Attention of one query per row over the row's pages; the query's own K and V are in the cache already.
+
+    By a gather of each row's KV. Synchronises with the device.
 
     Args:
         q: [B, H, Dh], heads contiguous.
@@ -473,5 +442,8 @@ def decode_attention(
     Returns:
         [B, H, Dh] in q's dtype.
     """
-    attend = decode_attention_triton if q.is_cuda else decode_attention_torch
-    return attend(q, k_cache, v_cache, block_tables, slots, context_lens, scale)
+    check_attention_inputs(q, k_cache, v_cache)
+    if len(q) == 0:
+        return torch.empty_like(q)
+    plan = plan_gather(block_tables, slots, context_lens, *k_cache.shape[1:3], q.dtype)
+    return attend_gathered(q, gather(k_cache, plan.indices), gather(v_cache, plan.indices), plan.mask, scale)

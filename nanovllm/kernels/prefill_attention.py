@@ -16,11 +16,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import HAVE_TRITON, TensorDescriptor, tl, triton
+from nanovllm.kernels._triton import TensorDescriptor, tl, triton
 from nanovllm.kernels.decode_attention import (
     LOG2E,
     MIN_DOT,
+    attention_constants,
     check_attention_inputs,
+    check_power_of_2,
+    empty_softmax,
+    gather,
     offsets_in_block,
     sm_count,
     tile_blocks,
@@ -79,14 +83,7 @@ def _find_row(cu_seqlens_ptr, pid, num_rows, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def load_box(
-    descriptor,
-    block,
-    tile,
-    shift,
-    column,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    descriptor, block, tile, shift, column, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """K or V [BLOCK_N, HEAD_DIM] of the tile, or of as many tokens that lie `shift` before; zero before the block."""
     row = (tile % (BLOCK_SIZE // BLOCK_N)) * BLOCK_N - shift
@@ -95,32 +92,18 @@ def load_box(
 
 @triton.jit
 def attend_tiles(
-    acc,
-    running_max,
-    running_sum,
-    q,
-    q_positions,
-    k_cache,
-    v_cache,
-    table_ptr,
-    first_tile,
-    last_tile,
-    context_len,
-    scale_log2e,
-    kv_head,
-    MASKED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    TOKEN_STRIDE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
+    softmax, q_tile, cache, first_tile, last_tile, MASKED, HEAD_DIM, TOKEN_STRIDE, BLOCK_SIZE, BLOCK_N, TMA
 ):
-    """Fold the cache tiles [first_tile, last_tile) into the running softmax.
+    """`softmax` with the tiles [first_tile, last_tile) of the cache.
 
-    MASKED: by causality and context end. TMA: the caches are descriptors, see `cache_descriptor`, else pointers.
+    q_tile: queries, their positions, and the factor of their scores (base 2).
+    cache: K and V, descriptors (see `cache_descriptor`) if TMA, else pointers; a row's block table and length; KV head.
+    MASKED: by causality and context end.
     """
+    running_max, running_sum, acc = softmax
+    q, q_positions, scale_log2e = q_tile
+    k_cache, v_cache, table_ptr, context_len, kv_head = cache
+    HEAD_PAD: tl.constexpr = acc.shape[1]
     tokens = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, HEAD_PAD)
     column = kv_head * HEAD_DIM
@@ -141,17 +124,12 @@ def attend_tiles(
         else:
             k_ptrs = tile_pointers(k_cache, blocks, tile, in_block, BLOCK_SIZE, BLOCK_N, TOKEN_STRIDE)
             v_ptrs = tile_pointers(v_cache, blocks, tile, in_block, BLOCK_SIZE, BLOCK_N, TOKEN_STRIDE)
+            mask = (dims < HEAD_DIM)[None, :]
             if MASKED:
-                kv_mask = (positions < context_len)[:, None] & (dims < HEAD_DIM)[None, :]
-                k = tl.load(k_ptrs, mask=kv_mask, other=0.0)
-                v = tl.load(v_ptrs, mask=kv_mask, other=0.0)
-            elif HEAD_DIM == HEAD_PAD:
-                k = tl.load(k_ptrs)
-                v = tl.load(v_ptrs)
-            else:
-                k = tl.load(k_ptrs, mask=(dims < HEAD_DIM)[None, :], other=0.0)
-                v = tl.load(v_ptrs, mask=(dims < HEAD_DIM)[None, :], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                mask = (positions < context_len)[:, None] & mask
+            k = tl.load(k_ptrs, mask=mask, other=0.0)
+            v = tl.load(v_ptrs, mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             seen = q_positions[:, None] >= positions[None, :]
             if TMA:
@@ -162,10 +140,10 @@ def attend_tiles(
         decay = tl.exp2(running_max - new_max)
         p = tl.exp2(scores * scale_log2e - new_max[:, None])
         running_sum = running_sum * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
         running_max = new_max
         blocks = next_blocks
-    return acc, running_max, running_sum
+    return running_max, running_sum, acc
 
 
 # Slices, and a count that varies by step, are not worth a recompilation.
@@ -191,7 +169,6 @@ def _prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
@@ -221,56 +198,15 @@ def _prefill_kernel(
     first_position = context_len - q_len + first_query
     q_positions = context_len - q_len + queries
     table_ptr = tables_ptr + tl.load(slots_ptr + row).to(tl.int64) * table_stride
-    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    running_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
     full_tiles = (first_position + 1) // BLOCK_N  # every query of the tile sees all of these
     num_tiles = tl.cdiv(tl.minimum(first_position + BLOCK_Q, context_len), BLOCK_N)
-    acc, running_max, running_sum = attend_tiles(
-        acc,
-        running_max,
-        running_sum,
-        q,
-        q_positions,
-        k_cache,
-        v_cache,
-        table_ptr,
-        0,
-        full_tiles,
-        context_len,
-        scale_log2e,
-        kv_head,
-        False,
-        HEAD_DIM,
-        HEAD_PAD,
-        TOKEN_STRIDE,
-        BLOCK_SIZE,
-        BLOCK_N,
-        PRECISION,
-        TMA,
+    q_tile, cache = (q, q_positions, scale_log2e), (k_cache, v_cache, table_ptr, context_len, kv_head)
+    softmax = empty_softmax(BLOCK_M, HEAD_PAD)
+    softmax = attend_tiles(
+        softmax, q_tile, cache, 0, full_tiles, False, HEAD_DIM, TOKEN_STRIDE, BLOCK_SIZE, BLOCK_N, TMA
     )
-    acc, running_max, running_sum = attend_tiles(
-        acc,
-        running_max,
-        running_sum,
-        q,
-        q_positions,
-        k_cache,
-        v_cache,
-        table_ptr,
-        full_tiles,
-        num_tiles,
-        context_len,
-        scale_log2e,
-        kv_head,
-        True,
-        HEAD_DIM,
-        HEAD_PAD,
-        TOKEN_STRIDE,
-        BLOCK_SIZE,
-        BLOCK_N,
-        PRECISION,
-        TMA,
+    _, running_sum, acc = attend_tiles(
+        softmax, q_tile, cache, full_tiles, num_tiles, True, HEAD_DIM, TOKEN_STRIDE, BLOCK_SIZE, BLOCK_N, TMA
     )
     out = (acc / running_sum[:, None]).to(out_ptr.dtype.element_ty)
     out_rows = (tokens * (KV_HEADS * GROUP) + heads) * HEAD_DIM
@@ -299,32 +235,20 @@ def cache_descriptor(cache: torch.Tensor, block_n: int) -> Any:
 
 
 def prefill_attention_triton(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    *,
-    out: torch.Tensor | None = None,
-    config: PrefillConfig | None = None,
+    q, k_cache, v_cache, block_tables, slots, cu_seqlens_q, context_lens, scale, *, out=None, config=None
 ) -> torch.Tensor:
-    """`prefill_attention` as a Triton kernel.
+    """`prefill_attention_torch` as a Triton kernel, which does not wait for the device.
 
     Args:
         out: [T, H, Dh] contiguous, where the result goes; a new tensor if None.
-        config: `default_prefill_config` if None.
+        config: a PrefillConfig; `default_prefill_config` if None.
 
     Raises:
         ValueError: a size that is no power of two, or heads that do not divide.
         ImportError: Triton is not installed.
     """
-    if not HAVE_TRITON:
-        raise ImportError("prefill_attention_triton needs triton, which is not installed; use prefill_attention_torch")
     num_tokens, heads, head_dim = q.shape
-    _, block_size, kv_heads, _ = k_cache.shape
+    kv_heads = k_cache.shape[2]
     check_attention_inputs(q, k_cache, v_cache)
     num_rows, group = len(slots), heads // kv_heads
     out = torch.empty((num_tokens, heads, head_dim), dtype=q.dtype, device=q.device) if out is None else out
@@ -337,37 +261,28 @@ def prefill_attention_triton(
             config = default_prefill_config(*kind)  # addresses don't fit in the large tile's registers
         config = config._replace(block_m=max(config.block_m, triton.next_power_of_2(group)))
     block_m, block_n = config.block_m, config.block_n
-    for name, value, least in (("block_m", block_m, max(MIN_DOT, group)), ("block_n", block_n, MIN_DOT)):
-        if value < least or value & (value - 1):
-            raise ValueError(f"{name}={value} must be a power of two of at least {least}")
+    check_power_of_2("block_m", block_m, max(MIN_DOT, group))
+    check_power_of_2("block_n", block_n, MIN_DOT)
     tma = config.tma and serves_tma(k_cache, block_n) and serves_tma(v_cache, block_n)
     num_tiles = num_tokens // (block_m // group) + num_rows
+    caches = (cache_descriptor(cache, block_n) if tma else cache for cache in (k_cache, v_cache))
+    rows = block_tables, slots, cu_seqlens_q, context_lens
+    strides = q.stride(0), q.stride(1), block_tables.stride(0)
     _prefill_kernel[(kv_heads, num_tiles)](
         q,
-        cache_descriptor(k_cache, block_n) if tma else k_cache,
-        cache_descriptor(v_cache, block_n) if tma else v_cache,
-        block_tables,
-        slots,
-        cu_seqlens_q,
-        context_lens,
+        *caches,
+        *rows,
         out,
         scale * LOG2E,
         num_rows,
-        q.stride(0),
-        q.stride(1),
-        block_tables.stride(0),
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        HEAD_PAD=max(MIN_DOT, triton.next_power_of_2(head_dim)),
-        KV_HEADS=kv_heads,
-        BLOCK_SIZE=block_size,
+        *strides,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         TMA=tma,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.maxnreg,
+        **attention_constants(q, k_cache),
     )
     return out
 
@@ -377,7 +292,7 @@ class RowPlan(NamedTuple):
 
     Attributes:
         start, end: the row's tokens in the packed queries.
-        indices: [K * L] int64, for each KV head and position the place in the cache seen as [tokens * K, Dh].
+        indices: [K, L] int64, for each KV head and position the place that `gather` takes.
         mask: [end - start, L], 0 where a query sees a position, else -inf; None if the row has no cached prefix, for
             which plain causality will do.
     """
@@ -408,7 +323,7 @@ def plan_rows(
         positions = torch.arange(length, device=device)
         blocks = block_tables[slot, positions // block_size].to(torch.int64)
         tokens = blocks * block_size + positions % block_size
-        indices = (tokens * kv_heads + heads[:, None]).view(-1)
+        indices = tokens * kv_heads + heads[:, None]
         mask = None
         if length > end - start:
             hidden = positions > positions[start - end :, None]
@@ -443,31 +358,10 @@ def prefill_attention_torch(
     context_lens: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """`prefill_attention` in plain torch, row by row. Synchronises with the device."""
-    check_attention_inputs(q, k_cache, v_cache)
-    _, block_size, kv_heads, head_dim = k_cache.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    shape = (kv_heads, -1, head_dim)
-    for row in plan_rows(block_tables, slots, cu_seqlens_q, context_lens, block_size, kv_heads, q.dtype):
-        k = k_cache.view(-1, head_dim).index_select(0, row.indices).view(shape)
-        v = v_cache.view(-1, head_dim).index_select(0, row.indices).view(shape)
-        out[row.start : row.end] = attend_row(q[row.start : row.end], k, v, row.mask, scale)
-    return out
-
-
-def prefill_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
     """Causal attention of each row's newest tokens over the row's pages, which hold these tokens' K and V already.
 
-    Query i of a row of n queries is at position context_len - n + i and sees positions up to its own.
+    Row by row; synchronises with the device. Query i of a row of n queries is at position context_len - n + i and sees
+    positions up to its own.
 
     Args:
         q: [T, H, Dh], the rows' tokens one after the other, heads contiguous.
@@ -482,5 +376,9 @@ def prefill_attention(
     Returns:
         [T, H, Dh] in q's dtype.
     """
-    attend = prefill_attention_triton if q.is_cuda else prefill_attention_torch
-    return attend(q, k_cache, v_cache, block_tables, slots, cu_seqlens_q, context_lens, scale)
+    check_attention_inputs(q, k_cache, v_cache)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for row in plan_rows(block_tables, slots, cu_seqlens_q, context_lens, *k_cache.shape[1:3], q.dtype):
+        k, v = gather(k_cache, row.indices), gather(v_cache, row.indices)
+        out[row.start : row.end] = attend_row(q[row.start : row.end], k, v, row.mask, scale)
+    return out

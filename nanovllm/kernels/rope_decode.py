@@ -14,17 +14,19 @@ import torch
 from nanovllm.kernels._triton import launch_options, let_next_begin, tl, triton, wait_for_inputs
 from nanovllm.kernels.decode_attention import (
     LOG2E,
-    MERGE_SIZE,
     MIN_DOT,
     DecodeConfig,
+    attend_tile,
+    attention_constants,
     check_attention_inputs,
     decode_attention_torch,
-    merge_parts,
+    empty_softmax,
+    load_tile,
     new_partials,
     offsets_in_block,
     sm_count,
+    store_or_merge,
     tile_blocks,
-    tile_pointers,
 )
 from nanovllm.kernels.rope_store import QKTransform, qk_norm_rope_store_torch
 
@@ -53,19 +55,6 @@ def _rotated(x, partner, weight, partner_weight, cos, sin, eps, HEAD_DIM: tl.con
     return (x * cos + partner * sin).to(dtype)
 
 
-@triton.jit
-def _attend_tile(q, k, v, seen, running_max, running_sum, acc, scale_log2e, PRECISION: tl.constexpr):
-    """One step of the online softmax."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2e
-    scores = tl.where(seen[None, :], scores, float("-inf"))
-    new_max = tl.maximum(running_max, tl.max(scores, 1))
-    decay = tl.exp2(running_max - new_max)
-    p = tl.exp2(scores - new_max[:, None])
-    running_sum = running_sum * decay + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-    return new_max, running_sum, acc
-
-
 @triton.jit(do_not_specialize=["slots_ptr", "context_lens_ptr", "num_splits"])
 def _rope_decode_kernel(
     qkv_ptr,
@@ -86,17 +75,14 @@ def _rope_decode_kernel(
     qkv_stride,
     table_stride,
     num_splits,
-    GROUP: tl.constexpr,
     ROWS: tl.constexpr,
-    GROUP_POW2: tl.constexpr,
+    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     NORM: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
@@ -122,11 +108,10 @@ def _rope_decode_kernel(
     last_block = position // BLOCK_SIZE
     blocks = tile_blocks(table_ptr, first_tile, last_block, BLOCK_SIZE, TILE)
     seen = first_tile * TILE + tokens < position
-    first_mask = seen[:, None] & is_dim
-    k_ptrs = tile_pointers(k_cache_ptr, blocks, first_tile, in_block, BLOCK_SIZE, TILE, TOKEN_STRIDE)
-    v_ptrs = tile_pointers(v_cache_ptr, blocks, first_tile, in_block, BLOCK_SIZE, TILE, TOKEN_STRIDE)
-    first_k = tl.load(k_ptrs, mask=first_mask, other=0.0)
-    first_v = tl.load(v_ptrs, mask=first_mask, other=0.0)
+    kv_mask = seen[:, None] & is_dim
+    first_k, first_v = load_tile(
+        k_cache_ptr, v_cache_ptr, blocks, first_tile, in_block, kv_mask, BLOCK_SIZE, TILE, TOKEN_STRIDE
+    )
     blocks = tile_blocks(table_ptr, first_tile + 1, last_block, BLOCK_SIZE, TILE)
     new_place = tl.load(table_ptr + last_block).to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
 
@@ -156,89 +141,42 @@ def _rope_decode_kernel(
     new_v = tl.load(q_ptrs + TOKEN_STRIDE + columns, mask=is_key, other=0.0)
     q = _rotated(x, partner, weight, partner_weight, cos, sin, eps, HEAD_DIM, NORM)
 
-    running_max = tl.full([ROWS], float("-inf"), tl.float32)
-    running_sum = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+    softmax = empty_softmax(ROWS, HEAD_PAD)
     if split == num_parts - 1:
         new_offsets = new_place * TOKEN_STRIDE + kv_head * HEAD_DIM + columns
         tl.store(k_cache_ptr + new_offsets, q, mask=is_key)
         tl.store(v_cache_ptr + new_offsets, new_v, mask=is_key)
         # The matrix is a tile of keys, too, of which one counts.
-        running_max, running_sum, acc = _attend_tile(
-            q, q, new_v, heads == GROUP, running_max, running_sum, acc, scale_log2e, PRECISION
-        )
+        softmax = attend_tile(softmax, q, q, new_v, heads == GROUP, scale_log2e)
     if first_tile < num_tiles:
-        running_max, running_sum, acc = _attend_tile(
-            q, first_k, first_v, seen, running_max, running_sum, acc, scale_log2e, PRECISION
-        )
+        softmax = attend_tile(softmax, q, first_k, first_v, seen, scale_log2e)
     for tile in tl.range(first_tile + 1, last_tile):
         next_blocks = tile_blocks(table_ptr, tile + 1, last_block, BLOCK_SIZE, TILE)
         seen = tile * TILE + tokens < position
         kv_mask = seen[:, None] & is_dim
-        k_ptrs = tile_pointers(k_cache_ptr, blocks, tile, in_block, BLOCK_SIZE, TILE, TOKEN_STRIDE)
-        v_ptrs = tile_pointers(v_cache_ptr, blocks, tile, in_block, BLOCK_SIZE, TILE, TOKEN_STRIDE)
-        k = tl.load(k_ptrs, mask=kv_mask, other=0.0)
-        v = tl.load(v_ptrs, mask=kv_mask, other=0.0)
-        running_max, running_sum, acc = _attend_tile(
-            q, k, v, seen, running_max, running_sum, acc, scale_log2e, PRECISION
-        )
+        k, v = load_tile(k_cache_ptr, v_cache_ptr, blocks, tile, in_block, kv_mask, BLOCK_SIZE, TILE, TOKEN_STRIDE)
+        softmax = attend_tile(softmax, q, k, v, seen, scale_log2e)
         blocks = next_blocks
 
-    acc = acc / running_sum[:, None]
-    out_mask = is_head & is_dim
-    first_head = row * (KV_HEADS * GROUP) + kv_head * GROUP
-    out_rows = (first_head + heads).to(tl.int64)
-    if num_parts == 1:
-        out = acc.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :], out, mask=out_mask)
-    else:
-        parts = out_rows * num_splits + split
-        tl.store(partial_ptr + parts[:, None] * HEAD_DIM + dims[None, :], acc, mask=out_mask)
-        tl.store(lse_ptr + parts, running_max + tl.log2(running_sum), mask=heads < GROUP)
-        tl.debug_barrier()  # all of this program's stores come before its count
-        counter = counter_ptr + row * KV_HEADS + kv_head
-        if tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1:
-            tl.store(counter, 0)  # for the next launch
-            merge_parts(
-                out_ptr,
-                partial_ptr,
-                lse_ptr,
-                first_head,
-                num_parts,
-                num_splits,
-                GROUP,
-                GROUP_POW2,
-                HEAD_DIM,
-                HEAD_PAD,
-                CHUNK,
-            )
+    parts = (partial_ptr, lse_ptr, counter_ptr, num_splits)
+    place = row * KV_HEADS + kv_head
+    store_or_merge(out_ptr, parts, softmax, place, split, num_parts, num_parts, GROUP, HEAD_DIM, True)
 
 
 def rope_decode_triton(
-    qkv: torch.Tensor,
-    transform: QKTransform,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    *,
-    counters: torch.Tensor | None = None,
-    config: DecodeConfig | None = None,
+    qkv, transform, k_cache, v_cache, block_tables, slots, context_lens, scale, *, counters=None, config=None
 ) -> torch.Tensor:
-    """`rope_decode` as a Triton kernel, for any number of rows but meant for few.
+    """`rope_decode_torch` as a Triton kernel, for any number of rows but meant for few.
 
     The slots, tables, context lengths and the cache up to the new tokens are read before the kernel waits for its
     inputs (see `wait_for_inputs`).
 
     Args:
         counters: as in `decode_attention_triton`.
-        config: `default_rope_decode_config` if None.
+        config: a DecodeConfig; `default_rope_decode_config` if None.
     """
     num_heads, cos_sin, q_weight, k_weight, eps = transform
-    _, block_size, kv_heads, head_dim = k_cache.shape
-    batch, group = len(qkv), num_heads // kv_heads
+    batch, kv_heads, head_dim = len(qkv), *k_cache.shape[2:]
     out = torch.empty((batch, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     check_attention_inputs(out, k_cache, v_cache)
     if batch == 0:
@@ -248,17 +186,11 @@ def rope_decode_triton(
     partial, lse = (out, out) if num_splits == 1 else new_partials(out, num_splits)
     if counters is None:
         counters = torch.zeros(batch * kv_heads, dtype=torch.int32, device=qkv.device)
-    group_pow2 = triton.next_power_of_2(group)
+    weights, cache = (q_weight, k_weight, cos_sin), (k_cache, v_cache, block_tables, slots, context_lens)
     _rope_decode_kernel[(kv_heads, batch, num_splits)](
         qkv,
-        q_weight,
-        k_weight,
-        cos_sin,
-        k_cache,
-        v_cache,
-        block_tables,
-        slots,
-        context_lens,
+        *weights,
+        *cache,
         out,
         partial,
         lse,
@@ -268,37 +200,18 @@ def rope_decode_triton(
         qkv.stride(0),
         block_tables.stride(0),
         num_splits,
-        GROUP=group,
-        ROWS=max(MIN_DOT, triton.next_power_of_2(group + 1)),
-        GROUP_POW2=group_pow2,
-        HEAD_DIM=head_dim,
-        HEAD_PAD=max(MIN_DOT, triton.next_power_of_2(head_dim)),
-        KV_HEADS=kv_heads,
-        BLOCK_SIZE=block_size,
+        ROWS=max(MIN_DOT, triton.next_power_of_2(num_heads // kv_heads + 1)),
         TILE=tile,
         NORM=q_weight is not None,
-        CHUNK=max(1, MERGE_SIZE // group_pow2),
-        PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
         num_warps=num_warps,
         num_stages=num_stages,
+        **attention_constants(out, k_cache),
         **launch_options(qkv.device),
     )
     return out
 
 
 def rope_decode_torch(
-    qkv, transform: QKTransform, k_cache, v_cache, block_tables, slots, context_lens, scale: float
-) -> torch.Tensor:
-    """`rope_decode` in plain torch: one after the other."""
-    positions = context_lens.to(torch.int64) - 1
-    block_size = k_cache.shape[1]
-    blocks = block_tables[slots.to(torch.int64), positions // block_size].to(torch.int64)
-    places = blocks * block_size + positions % block_size
-    q = qk_norm_rope_store_torch(qkv, transform, positions, places, k_cache, v_cache)
-    return decode_attention_torch(q, k_cache, v_cache, block_tables, slots, context_lens, scale)
-
-
-def rope_decode(
     qkv: torch.Tensor,
     transform: QKTransform,
     k_cache: torch.Tensor,
@@ -308,7 +221,7 @@ def rope_decode(
     context_lens: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """`qk_norm_rope_store`, then `decode_attention`, of rows whose position is the last of their context.
+    """`qk_norm_rope_store`, then decode attention, of rows whose position is the last of their context.
 
     Args:
         qkv: [B, (H + 2 K) Dh], rows contiguous.
@@ -321,5 +234,9 @@ def rope_decode(
     Returns:
         [B, H, Dh] in qkv's dtype.
     """
-    run = rope_decode_triton if qkv.is_cuda else rope_decode_torch
-    return run(qkv, transform, k_cache, v_cache, block_tables, slots, context_lens, scale)
+    positions = context_lens.to(torch.int64) - 1
+    block_size = k_cache.shape[1]
+    blocks = block_tables[slots.to(torch.int64), positions // block_size].to(torch.int64)
+    places = blocks * block_size + positions % block_size
+    q = qk_norm_rope_store_torch(qkv, transform, positions, places, k_cache, v_cache)
+    return decode_attention_torch(q, k_cache, v_cache, block_tables, slots, context_lens, scale)

@@ -153,12 +153,36 @@ def _changed(x, columns, vocab_size, slot):
 
 
 @triton.jit
-def _scaled(logits_ptr, columns, vocab_size, temperature, slot):
+def _scaled(logits, columns):
     """Logits of `columns` as asked for, divided by the temperature; -inf past the vocabulary."""
+    logits_ptr, vocab_size, temperature, slot = logits
     x = tl.load(logits_ptr + columns, mask=columns < vocab_size, other=float("-inf")).to(tl.float32)
     if slot[4] != 0:
         x = _changed(x, columns, vocab_size, slot)
     return x / temperature
+
+
+@triton.jit
+def _total(logits, least, best, WEIGH: tl.constexpr, TILE: tl.constexpr):
+    """Of the tokens whose image is at least `least`: how many there are; if WEIGH, the sum of their exp(x - best)."""
+    total = tl.zeros([TILE], tl.float32 if WEIGH else tl.int32)
+    for start in range(0, logits[1], TILE):
+        x = _scaled(logits, start + tl.arange(0, TILE))
+        kept = _image(x).to(tl.int64) >= least
+        total += tl.where(kept, tl.exp(x - best), 0.0) if WEIGH else kept.to(tl.int32)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _highest(logits, low, high, wanted, best, WEIGH: tl.constexpr, TILE: tl.constexpr):
+    """The highest threshold from `low` to `high` whose `_total` reaches `wanted`; that of `low` does."""
+    while low < high:
+        middle = (low + high + 1) >> 1
+        if _total(logits, middle, best, WEIGH, TILE) >= wanted:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 @triton.jit
@@ -193,48 +217,18 @@ def _threshold_kernel(
     if (temperature == 0) | ((top_k == 0) & (top_p >= 1) & (min_p == 0)):
         tl.store(threshold_ptr + row, -2147483648)
         return
-    logits_ptr += row.to(tl.int64) * logits_stride
-    columns = tl.arange(0, TILE)
-
+    logits = (logits_ptr + row.to(tl.int64) * logits_stride, vocab_size, temperature, slot)
     top = tl.full([TILE], float("-inf"), tl.float32)
     for start in range(0, vocab_size, TILE):
-        x = _scaled(logits_ptr, start + columns, vocab_size, temperature, slot)
-        top = tl.maximum(top, x)
+        top = tl.maximum(top, _scaled(logits, start + tl.arange(0, TILE)))
     best = tl.max(top, 0)
-    high_image = tl.max(_image(top), 0).to(tl.int64)
+    high = tl.max(_image(top), 0).to(tl.int64)
     low = tl.full([], -2147483648, tl.int64)
-
     if (top_k > 0) & (top_k < vocab_size):
-        high = high_image
-        while low < high:
-            middle = (low + high + 1) >> 1
-            count = tl.zeros([TILE], tl.int32)
-            for start in range(0, vocab_size, TILE):
-                x = _scaled(logits_ptr, start + columns, vocab_size, temperature, slot)
-                count += (_image(x).to(tl.int64) >= middle).to(tl.int32)
-            if tl.sum(count, 0) >= top_k:
-                low = middle
-            else:
-                high = middle - 1
-
+        low = _highest(logits, low, high, top_k, best, False, TILE)
     if top_p < 1:
-        kept = tl.zeros([TILE], tl.float32)
-        for start in range(0, vocab_size, TILE):
-            x = _scaled(logits_ptr, start + columns, vocab_size, temperature, slot)
-            kept += tl.where(_image(x).to(tl.int64) >= low, tl.exp(x - best), 0.0)
-        wanted = top_p * tl.sum(kept, 0)
-        high = high_image
-        while low < high:
-            middle = (low + high + 1) >> 1
-            mass = tl.zeros([TILE], tl.float32)
-            for start in range(0, vocab_size, TILE):
-                x = _scaled(logits_ptr, start + columns, vocab_size, temperature, slot)
-                mass += tl.where(_image(x).to(tl.int64) >= middle, tl.exp(x - best), 0.0)
-            if tl.sum(mass, 0) >= wanted:
-                low = middle
-            else:
-                high = middle - 1
-
+        wanted = top_p * _total(logits, low, best, True, TILE)
+        low = _highest(logits, low, high, wanted, best, True, TILE)
     if min_p > 0:
         low = tl.maximum(low, _image(best + tl.log(min_p)).to(tl.int64))
     tl.store(threshold_ptr + row, low.to(tl.int32))
@@ -271,9 +265,8 @@ def _draw_kernel(
     greedy = temperature == 0
     wait_for_inputs(PDL)
     columns = tile * TILE + tl.arange(0, TILE)
-    logits_ptr += row.to(tl.int64) * logits_stride
     divisor = tl.where(greedy, 1.0, temperature)
-    x = _scaled(logits_ptr, columns, vocab_size, divisor, slot)
+    x = _scaled((logits_ptr + row.to(tl.int64) * logits_stride, vocab_size, divisor, slot), columns)
     if not greedy:
         x = tl.where(_image(x) >= tl.load(threshold_ptr + row), x, float("-inf"))
         x += _gumbel(columns, params_ptr, context_len)
@@ -311,13 +304,7 @@ def _reduce_kernel(
         tl.store(length_ptr + slot, context_len, mask=slot != scratch_slot)
 
 
-def sample_triton(
-    logits: torch.Tensor,
-    slots: torch.Tensor,
-    context_lens: torch.Tensor,
-    state: SamplingState,
-    last: tuple[torch.Tensor, torch.Tensor, int] | None = None,
-) -> torch.Tensor:
+def sample_triton(logits, slots, context_lens, state: SamplingState, last=None) -> torch.Tensor:
     """`sample` as Triton kernels."""
     rows, vocab_size = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -328,44 +315,11 @@ def sample_triton(
     best = torch.empty((rows, num_tiles), dtype=torch.float32, device=logits.device)
     best_token = torch.empty((rows, num_tiles), dtype=torch.int32, device=logits.device)
     pdl = launch_options(logits.device)
-    sizes = {
-        "STRIDE": STRIDE,
-        "WORDS": state.masks.shape[1],
-        "BIAS": MAX_LOGIT_BIAS,
-        "TILE": TILE,
-        **pdl,
-    }
-    _threshold_kernel[(rows,)](
-        logits,
-        logits.stride(0),
-        slots,
-        context_lens,
-        state.table,
-        state.counts,
-        state.masks,
-        state.bias,
-        threshold,
-        vocab_size,
-        **sizes,
-        num_warps=16,
-    )
-    _draw_kernel[(rows, num_tiles)](
-        logits,
-        logits.stride(0),
-        slots,
-        context_lens,
-        state.table,
-        state.counts,
-        state.masks,
-        state.bias,
-        threshold,
-        best,
-        best_token,
-        vocab_size,
-        **sizes,
-        num_warps=8,
-    )
-    tiles = triton.next_power_of_2(num_tiles)
+    sizes = {"STRIDE": STRIDE, "WORDS": state.masks.shape[1], "BIAS": MAX_LOGIT_BIAS, "TILE": TILE, **pdl}
+    tables = state.table, state.counts, state.masks, state.bias
+    inputs = logits, logits.stride(0), slots, context_lens, *tables, threshold
+    _threshold_kernel[(rows,)](*inputs, vocab_size, **sizes, num_warps=16)
+    _draw_kernel[(rows, num_tiles)](*inputs, best, best_token, vocab_size, **sizes, num_warps=8)
     last_token, length, scratch_slot = last or (tokens, slots, 0)
     _reduce_kernel[(rows,)](
         best,
@@ -378,7 +332,7 @@ def sample_triton(
         num_tiles,
         scratch_slot,
         ADVANCE=last is not None,
-        TILES=tiles,
+        TILES=triton.next_power_of_2(num_tiles),
         num_warps=1,
         **pdl,
     )
@@ -440,13 +394,7 @@ def adjust(x: torch.Tensor, slots: torch.Tensor, state: SamplingState) -> torch.
     return x.masked_fill(~allowed & (extras & MASK != 0)[:, None], float("-inf"))
 
 
-def sample_torch(
-    logits: torch.Tensor,
-    slots: torch.Tensor,
-    context_lens: torch.Tensor,
-    state: SamplingState,
-    last: tuple[torch.Tensor, torch.Tensor, int] | None = None,
-) -> torch.Tensor:
+def sample_torch(logits, slots, context_lens, state: SamplingState, last=None) -> torch.Tensor:
     """`sample` in plain torch. Synchronises with the device to skip what no row asks for."""
     slots = slots.to(torch.int64)
     x = logits.float()

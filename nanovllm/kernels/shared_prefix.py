@@ -12,7 +12,14 @@ import numpy as np
 import torch
 
 from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
-from nanovllm.kernels.decode_attention import LOG2E, MIN_DOT, default_decode_config, new_partials, sm_count
+from nanovllm.kernels.decode_attention import (
+    LOG2E,
+    attention_constants,
+    default_decode_config,
+    empty_softmax,
+    new_partials,
+    sm_count,
+)
 from nanovllm.kernels.prefill_attention import attend_tiles, default_prefill_config
 
 MIN_ROWS = 4  # rows of a group
@@ -117,7 +124,6 @@ def _shared_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
@@ -144,79 +150,41 @@ def _shared_kernel(
     part_tiles = tl.cdiv(shared_len // STEP, num_parts) * (STEP // BLOCK_N)
     first_tile = part * part_tiles
     last_tile = tl.minimum(first_tile + part_tiles, shared_len // BLOCK_N)
-    acc, running_max, running_sum = attend_tiles(
-        tl.zeros([BLOCK_M, HEAD_PAD], tl.float32),
-        tl.full([BLOCK_M], float("-inf"), tl.float32),
-        tl.zeros([BLOCK_M], tl.float32),
-        q,
-        m,
-        k_ptr,
-        v_ptr,
-        table_ptr,
-        first_tile,
-        last_tile,
-        shared_len,
-        scale_log2e,
-        kv_head,
-        False,
-        HEAD_DIM,
-        HEAD_PAD,
-        KV_HEADS * HEAD_DIM,
-        BLOCK_SIZE,
-        BLOCK_N,
-        PRECISION,
-        False,
+    TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
+    q_tile, cache = (q, m, scale_log2e), (k_ptr, v_ptr, table_ptr, shared_len, kv_head)
+    softmax = empty_softmax(BLOCK_M, HEAD_PAD)
+    running_max, running_sum, acc = attend_tiles(
+        softmax, q_tile, cache, first_tile, last_tile, False, HEAD_DIM, TOKEN_STRIDE, BLOCK_SIZE, BLOCK_N, False
     )
     places = (rows * (KV_HEADS * GROUP) + heads) * part_stride + part
     tl.store(partial_ptr + places[:, None] * HEAD_DIM + dims[None, :], acc / running_sum[:, None], mask=mask)
     tl.store(lse_ptr + places, running_max + tl.log2(running_sum), mask=row_mask)
 
 
-def attend_shared_triton(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    scale: float,
-    plan: SharedPlan,
-) -> SharedParts:
+def attend_shared_triton(q, k_cache, v_cache, block_tables, slots, scale: float, plan: SharedPlan) -> SharedParts:
     """Attention of decode rows over the tokens that they share, for `decode_attention_triton` to go on from.
 
     Args:
-        q, k_cache, v_cache, block_tables, slots, scale: as in `decode_attention`.
+        q, k_cache, v_cache, block_tables, slots, scale: as in `decode_attention_torch`.
         plan: from `plan_shared`, on the device.
     """
     batch, heads, head_dim = q.shape
-    _, block_size, kv_heads, _ = k_cache.shape
-    group, config = heads // kv_heads, default_prefill_config(head_dim, q.element_size())
+    kv_heads, config = k_cache.shape[2], default_prefill_config(head_dim, q.element_size())
     own = default_decode_config(batch, kv_heads, head_dim, q.element_size(), sm_count(q.device)).num_splits
     partial, lse = new_partials(q, MAX_SHARED_PARTS + own)
+    tensors = q, k_cache, v_cache, block_tables, slots, plan.groups, partial, lse
+    strides = q.stride(0), q.stride(1), block_tables.stride(0)
     _shared_kernel[(kv_heads, len(plan.groups), MAX_SHARED_PARTS)](
-        q,
-        k_cache,
-        v_cache,
-        block_tables,
-        slots,
-        plan.groups,
-        partial,
-        lse,
+        *tensors,
         scale * LOG2E,
-        q.stride(0),
-        q.stride(1),
-        block_tables.stride(0),
+        *strides,
         MAX_SHARED_PARTS + own,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        HEAD_PAD=max(MIN_DOT, triton.next_power_of_2(head_dim)),
-        KV_HEADS=kv_heads,
-        BLOCK_SIZE=block_size,
-        BLOCK_M=max(TILE_QUERIES, triton.next_power_of_2(group)),
+        BLOCK_M=max(TILE_QUERIES, triton.next_power_of_2(heads // kv_heads)),
         BLOCK_N=config.block_n,
         STEP=STEP,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **attention_constants(q, k_cache),
         **launch_options(q.device),
     )
     return SharedParts(plan.rows, partial, lse)

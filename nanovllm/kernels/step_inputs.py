@@ -106,14 +106,13 @@ def _step_inputs_kernel(
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_row = index < num_rows
     is_token = index < num_tokens
+    slots = tl.load(slots_ptr + index, mask=is_row, other=0).to(tl.int64)
     if DECODE:  # row i is token i
-        slots = tl.load(slots_ptr + index, mask=is_row, other=0).to(tl.int64)
         positions = tl.load(length_ptr + slots, mask=is_row, other=0)
         token_ids = tl.load(last_ptr + slots, mask=is_row, other=0)
         tl.store(lens_ptr + index, positions + 1, mask=is_row)
         _count(params_ptr, counts_ptr, slots, token_ids, is_row, vocab_size, STRIDE, MAX_COUNT)
     else:
-        slots = tl.load(slots_ptr + index, mask=is_row, other=0).to(tl.int64)
         starts = tl.load(starts_ptr + index, mask=is_row, other=0)
         last = tl.load(last_ptr + slots, mask=is_row, other=0)
         _count(params_ptr, counts_ptr, slots, last, is_row & (starts < 0), vocab_size, STRIDE, MAX_COUNT)
@@ -138,13 +137,7 @@ def _step_inputs_kernel(
 
 
 def step_inputs_triton(
-    rows: StepRows | torch.Tensor,
-    last_token,
-    length,
-    block_tables,
-    block_size: int,
-    scratch_slot: int,
-    sampling: SamplingState,
+    rows, last_token, length, block_tables, block_size: int, scratch_slot: int, sampling: SamplingState
 ) -> StepInputs:
     """`step_inputs` as a Triton kernel."""
     decode = isinstance(rows, torch.Tensor)
@@ -155,23 +148,14 @@ def step_inputs_triton(
     lens = torch.empty(num_rows, dtype=torch.int32, device=device)
     last = positions if decode else torch.empty(num_rows, dtype=torch.int64, device=device)
     if num_tokens:
+        inputs, outputs = (*rows, last_token, length, block_tables), (ids, positions, mapping, lens, last)
+        sizes = num_rows, num_tokens, block_tables.stride(0), scratch_slot, sampling.counts.shape[1]
         _step_inputs_kernel[(triton.cdiv(max(num_rows, num_tokens), 128),)](
-            *rows,
-            last_token,
-            length,
-            block_tables,
-            ids,
-            positions,
-            mapping,
-            lens,
-            last,
+            *inputs,
+            *outputs,
             sampling.table,
             sampling.counts,
-            num_rows,
-            num_tokens,
-            block_tables.stride(0),
-            scratch_slot,
-            sampling.counts.shape[1],
+            *sizes,
             STRIDE=STRIDE,
             MAX_COUNT=MAX_COUNT,
             DECODE=decode,
@@ -183,13 +167,7 @@ def step_inputs_triton(
 
 
 def step_inputs_torch(
-    rows: StepRows | torch.Tensor,
-    last_token,
-    length,
-    block_tables,
-    block_size: int,
-    scratch_slot: int,
-    sampling: SamplingState,
+    rows, last_token, length, block_tables, block_size: int, scratch_slot: int, sampling: SamplingState
 ) -> StepInputs:
     """`step_inputs` in plain torch."""
     decode = isinstance(rows, torch.Tensor)

@@ -6,6 +6,7 @@ run it, and change them.
 
 import argparse
 import itertools
+import math
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -48,17 +49,36 @@ def seconds(calls: list[Callable[[], object]], repeat: int = 5) -> float:
     return statistics.median(times[1:])
 
 
-def make_cache(lens: list[int]) -> list[tuple[torch.Tensor, ...]]:
-    """(k_cache, v_cache, block_tables) of rows of `lens` tokens, as many as L2 cannot hold, blocks shuffled."""
+def sweep(what: str, calls: list[Callable], configs: list[tuple], work: float, unit: str) -> None:
+    """Print the rates at which `calls` do their `work` with the default config, the first one, and with the fastest."""
+    results = [(seconds([partial(call, config=config) for call in calls]), tuple(config)) for config in configs]
+    best = sorted(set(results[1:]))[:6]
+    for time, config in best if results[0] in best else [results[0], *best]:
+        mark = "*" if config == configs[0] else " "
+        print(
+            f"{what:24s}{mark} {' '.join(map(str, config)):14s} {time * 1e6:8.1f} us {work / time / 1e12:8.2f} {unit}"
+        )
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def make_weights(n: int, k: int) -> torch.Tensor:
+    """Weights [n, k], as many as L2 cannot hold."""
+    return random(-(-COLD_BYTES // (2 * n * k)), n, k)
+
+
+def make_rows(lens: list[int]) -> tuple[list[tuple[torch.Tensor, ...]], torch.Tensor, torch.Tensor]:
+    """(k_cache, v_cache, block_tables) of rows of `lens` tokens, as many as L2 cannot hold; slots; context_lens."""
     needed = [-(-n // BLOCK_SIZE) for n in lens]
-    num_bytes = 4 * sum(needed) * BLOCK_SIZE * KV_HEADS * HEAD_DIM
+    shape = (sum(needed), BLOCK_SIZE, KV_HEADS, HEAD_DIM)
     caches = []
-    for _ in range(max(1, -(-COLD_BYTES // num_bytes))):
-        shape = (sum(needed), BLOCK_SIZE, KV_HEADS, HEAD_DIM)
-        k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(max(1, -(-COLD_BYTES // (4 * math.prod(shape))))):
         ids = torch.randperm(sum(needed), device="cuda", dtype=torch.int32).split(needed)
-        caches.append((k, v, torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)))
-    return caches
+        caches.append((random(*shape), random(*shape), torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)))
+    slots = torch.randperm(len(lens), device="cuda", dtype=torch.int32)
+    return caches, slots, torch.tensor(lens, device="cuda", dtype=torch.int32)[slots.long()]
 
 
 def decode(full: bool) -> None:
@@ -67,23 +87,16 @@ def decode(full: bool) -> None:
     sizes = [(256, 500, 1500), (128, 500, 1500), (32, 2000, 2000), (8, 4000, 4000), (8, 600, 600)]
     for group, (rows, low, high) in itertools.product((2, 4), sizes):
         lens = torch.linspace(low, high, rows).int().tolist()
-        caches, slots = make_cache(lens), torch.randperm(rows, device="cuda", dtype=torch.int32)
-        context_lens = torch.tensor(lens, device="cuda", dtype=torch.int32)[slots.long()]
-        q = torch.randn(rows, KV_HEADS * group, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        caches, *where = make_rows(lens)
+        q = random(rows, KV_HEADS * group, HEAD_DIM)
         counters = torch.zeros(rows * KV_HEADS, device="cuda", dtype=torch.int32)
-        default = tuple(default_decode_config(rows, KV_HEADS, HEAD_DIM, 2, count_sms(q.device)))
-        configs = [default]
+        calls = [partial(decode_attention_triton, q, *c, *where, 0.1, counters=counters) for c in caches]
+        configs = [default_decode_config(rows, KV_HEADS, HEAD_DIM, 2, count_sms(q.device))]
         if full:
             tiles = [(32, 2, 3), (32, 2, 4), (32, 2, 5), (64, 2, 3), (64, 4, 3), (64, 4, 4), (128, 4, 3)]
             splits = {8: (8, 16, 32), 32: (4, 8, 16), 128: (1, 2, 4, 8), 256: (1, 2, 4)}[rows]
-            configs += [(*tile, split) for tile in tiles for split in splits]
-        results = []
-        for tile, warps, stages, splits in configs:
-            options = {"tile": tile, "num_warps": warps, "num_stages": stages}
-            options |= {"num_splits": splits, "counters": counters}
-            calls = [partial(decode_attention_triton, q, *c, slots, context_lens, 0.1, **options) for c in caches]
-            results.append((seconds(calls), (tile, warps, stages, splits)))
-        show(f"{rows} x {low}-{high}, {group}", results, 4 * sum(lens) * KV_HEADS * HEAD_DIM / 1e12, "TB/s")
+            configs += [DecodeConfig(*tile, split) for tile in tiles for split in splits]
+        sweep(f"{rows} x {low}-{high}, {group}", calls, configs, 4 * sum(lens) * KV_HEADS * HEAD_DIM, "TB/s")
 
 
 def rope_decode(full: bool) -> None:
@@ -91,53 +104,41 @@ def rope_decode(full: bool) -> None:
     print("projection and attention: rows x tokens, group | tile warps stages splits | us, TB/s  (* default)")
     hidden = 1024
     for group, (rows, tokens) in itertools.product((2, 4), [(1, 128), (1, 600), (1, 4000), (4, 600)]):
-        caches, slots = make_cache([tokens] * rows), torch.arange(rows, device="cuda", dtype=torch.int32)
-        context_lens = torch.full((rows,), tokens, device="cuda", dtype=torch.int32)
+        caches, *where = make_rows([tokens] * rows)
         n = KV_HEADS * (group + 2) * HEAD_DIM
-        x, *norms = torch.randn(3, rows, hidden, device="cuda", dtype=torch.bfloat16)
-        weights = torch.randn(-(-COLD_BYTES // (2 * n * hidden)), n, hidden, device="cuda", dtype=torch.bfloat16)
-        angles = torch.randn(tokens, HEAD_DIM, device="cuda")
-        transform = QKTransform(KV_HEADS * group, angles, *(norm[0, :HEAD_DIM] for norm in norms), 1e-6)
+        x, weights, norms = random(rows, hidden), make_weights(n, hidden), random(2, HEAD_DIM)
+        transform = QKTransform(KV_HEADS * group, torch.randn(tokens, HEAD_DIM, device="cuda"), *norms, 1e-6)
         counters = torch.zeros(rows * KV_HEADS, device="cuda", dtype=torch.int32)
 
-        def run(weight, cache, config, where=(slots, context_lens), x=x, transform=transform, counters=counters):
+        def run(weight, cache, config, where=where, x=x, transform=transform, counters=counters):
             rope_decode_triton(gemv_triton(x, weight), transform, *cache, *where, 0.1, counters=counters, config=config)
 
-        default = default_rope_decode_config(rows, KV_HEADS, HEAD_DIM, 2, count_sms(x.device))
-        configs = [default]
+        calls = [partial(run, *pair) for pair in zip(itertools.cycle(weights), caches[:512], strict=False)]
+        configs = [default_rope_decode_config(rows, KV_HEADS, HEAD_DIM, 2, count_sms(x.device))]
         if full:
             tiles = [(16, 1, 2), (32, 1, 2), (32, 2, 2), (64, 2, 2), (64, 4, 1), (64, 4, 2), (64, 4, 3), (128, 8, 2)]
             configs += [DecodeConfig(*tile, splits) for tile in tiles for splits in (17, 33, 64)]
-        results = []
-        for config in configs:
-            pairs = zip(itertools.cycle(weights), caches[:512], strict=False)
-            results.append((seconds([partial(run, *pair, config) for pair in pairs]), tuple(config)))
         num_bytes = 2 * n * hidden + 4 * rows * tokens * KV_HEADS * HEAD_DIM
-        show(f"{rows} x {tokens}, {group}", results, num_bytes / 1e12, "TB/s")
+        sweep(f"{rows} x {tokens}, {group}", calls, configs, num_bytes, "TB/s")
 
 
 def prefill(full: bool) -> None:
     """Arithmetic rate of prefill attention, the masked half not counted."""
     print("prefill attention: rows x new tokens of context, group | m n warps stages registers TMA | us, TFLOP/s")
     for group, (rows, new, context) in itertools.product((2, 4), [(4, 4000, 4000), (256, 64, 2112), (1, 128, 128)]):
-        caches, slots = make_cache([context] * rows), torch.arange(rows, device="cuda", dtype=torch.int32)
-        cu_seqlens = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * new
-        context_lens = torch.full((rows,), context, device="cuda", dtype=torch.int32)
-        q = torch.randn(rows * new, KV_HEADS * group, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        caches, slots, context_lens = make_rows([context] * rows)
+        where = slots, torch.arange(rows + 1, device="cuda", dtype=torch.int32) * new, context_lens
+        q = random(rows * new, KV_HEADS * group, HEAD_DIM)
+        calls = [partial(prefill_attention_triton, q, *c, *where, 0.1) for c in caches]
         configs = [default_prefill_config(HEAD_DIM, 2, len(q) * KV_HEADS * group, count_sms(q.device))]
         if full:
             tiles = [(128, 64, 8, 2, 128), (128, 64, 8, 3), (128, 32, 8, 3, 128), (128, 64, 4, 2)]
             tiles += [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 4)]
             configs += [PrefillConfig(*tile)._replace(tma=tma) for tile in tiles for tma in (False, True)]
-        results = []
-        for config in configs:
-            calls = [
-                partial(prefill_attention_triton, q, *c, slots, cu_seqlens, context_lens, 0.1, config=config)
-                for c in caches
-            ]
-            results.append((seconds(calls), tuple(config)))
         seen = rows * new * (context - (new - 1) / 2)
-        show(f"{rows} x {new} of {context}, {group}", results, 4 * seen * KV_HEADS * group * HEAD_DIM / 1e12, "TFLOP/s")
+        sweep(
+            f"{rows} x {new} of {context}, {group}", calls, configs, 4 * seen * KV_HEADS * group * HEAD_DIM, "TFLOP/s"
+        )
 
 
 def gemv(full: bool) -> None:
@@ -150,42 +151,27 @@ def gemv(full: bool) -> None:
         "down": [(1024, 3072), (4096, 12288)],
         "head": [(151936, 1024), (151936, 4096)],
     }
-    for name, sizes in shapes.items():
-        for n, k in sizes:
-            x, norm = torch.randn(2, 1, k, device="cuda", dtype=torch.bfloat16)
-            weights = [
-                torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(-(-COLD_BYTES // (2 * n * k)))
-            ]
-            gated, residual = name == "gate_up", torch.zeros(1, n, device="cuda", dtype=torch.bfloat16)
-            options = {"residual": residual} if name in ("o", "down") else {"norm": (norm[0], 1e-6), "gated": gated}
-            default, results = default_gemv_config(n // (2 if gated else 1), k, gated), []
-            configs = [default]
-            if full:
-                configs += [GemvConfig(rows, warps) for rows in (1, 2, 4, 8, 16) for warps in (2, 4, 8)]
-            for config in configs:
-                if config.rows * triton.next_power_of_2(k) * (2 if gated else 1) > 256 * 32 * config.num_warps:
-                    continue  # more than the registers hold
-                calls = [partial(gemv_triton, x, w, config=config, **options) for w in weights]
-                results.append((seconds(calls), tuple(config)))
-            if name in ("o", "down"):
-                calls = [partial(torch.addmm, residual, x, w.t(), out=residual) for w in weights]
-            else:
-                calls = [partial(_plain, x, w, norm[0], gated) for w in weights]
-            show(f"{name} {n} x {k}", [(seconds(calls), ("cuBLAS",))], 2 * n * k / 1e12, "TB/s")
-            show(f"{name} {n} x {k}", results, 2 * n * k / 1e12, "TB/s", most=4)
+    for name, n, k in ((name, *size) for name, sizes in shapes.items() for size in sizes):
+        x, norm, weights, gated = random(1, k), random(k), make_weights(n, k), name == "gate_up"
+        options = {"norm": (norm, 1e-6), "gated": gated}
+        if name in ("o", "down"):
+            options = {"residual": torch.zeros(1, n, device="cuda", dtype=torch.bfloat16)}
+        configs = [default_gemv_config(n // (2 if gated else 1), k, gated)]
+        if full:
+            configs += [GemvConfig(rows, warps) for rows in (1, 2, 4, 8, 16) for warps in (2, 4, 8)]
+        width = triton.next_power_of_2(k) * (2 if gated else 1)
+        fitting = [c for c in configs if c.rows * width <= 256 * 32 * c.num_warps]  # in the registers
+        for product, settings in (_plain, [("cuBLAS",)]), (gemv_triton, fitting):
+            calls = [partial(product, x, weight, **options) for weight in weights]
+            sweep(f"{name} {n} x {k}", calls, settings, 2 * n * k, "TB/s")
 
 
-def _plain(x: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor, gated: bool) -> torch.Tensor:
-    y = torch.nn.functional.linear(rms_norm(x, norm, 1e-6), weight)
+def _plain(x: torch.Tensor, weight: torch.Tensor, norm=None, gated=False, residual=None, config=None) -> torch.Tensor:
+    """`gemv_triton` by cuBLAS."""
+    if residual is not None:
+        return torch.addmm(residual, x, weight.t(), out=residual)
+    y = torch.nn.functional.linear(rms_norm(x, *norm), weight)
     return silu_mul(y) if gated else y
-
-
-def show(what: str, results: list[tuple[float, tuple]], work: float, unit: str, most: int = 6) -> None:
-    default = results[0][1]
-    best = sorted(set(results[1:] or results))[:most]
-    for time, config in [results[0], *best] if results[0] not in best else best:
-        mark = "*" if config == default else " "
-        print(f"{what:24s}{mark} {' '.join(map(str, config)):14s} {time * 1e6:8.1f} us {work / time:8.2f} {unit}")
 
 
 KERNELS = {"decode": decode, "rope_decode": rope_decode, "prefill": prefill, "gemv": gemv}

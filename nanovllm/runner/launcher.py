@@ -111,19 +111,23 @@ class Executor:
         self.runner = runner
 
     def launch(self, batch: Batch) -> None:
-        self.runner.launch(batch)
+        self._run("launch", batch)
+
+    def sleep(self, level: int) -> None:
+        self._run("sleep", level)
+
+    def wake_up(self) -> None:
+        self._run("wake_up")
+
+    def _run(self, what: str, *arguments: Any) -> None:
+        """Let every rank's runner do it."""
+        getattr(self.runner, what)(*arguments)
 
     def collect(self) -> StepOutput:
         return self.runner.collect()
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.runner.update_weights(weights)
-
-    def sleep(self, level: int) -> None:
-        self.runner.sleep(level)
-
-    def wake_up(self) -> None:
-        self.runner.wake_up()
 
     def close(self) -> None:
         """Give back the device's memory. Parameters and their loaders refer to each other: the collector frees them."""
@@ -186,10 +190,10 @@ class SpawnedRanks(Executor):
             self.check()
             time.sleep(0.02)
 
-    def launch(self, batch: Batch) -> None:
+    def _run(self, what: str, *arguments: Any) -> None:
         with self._explained():
-            self._tell("launch", batch)
-            super().launch(batch)
+            self._tell(what, *arguments)
+            super()._run(what, *arguments)
 
     def collect(self) -> StepOutput:
         with self._explained():
@@ -200,16 +204,6 @@ class SpawnedRanks(Executor):
             self._tell("update_weights")
             with contextlib.closing(self._shared(weights)) as shared:
                 super().update_weights(shared)
-
-    def sleep(self, level: int) -> None:
-        with self._explained():
-            self._tell("sleep", level)
-            super().sleep(level)
-
-    def wake_up(self) -> None:
-        with self._explained():
-            self._tell("wake_up")
-            super().wake_up()
 
     def _tell(self, *message: Any) -> None:
         for channel in self.channels:

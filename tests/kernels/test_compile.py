@@ -58,7 +58,9 @@ def call_all():
         parts = shared_prefix.attend_shared_triton(q, cache, cache, tables, slots, 0.1, plan)
         decode.decode_attention_triton(q, cache, cache, tables, slots, lens, 0.1, shared=parts)
         for splits in (1, 4):
-            decode.decode_attention_triton(q, cache, cache, tables, slots, lens, 0.1, num_splits=splits)
+            config = decode.default_decode_config(4, 8, head_dim, kind["dtype"].itemsize, 132)
+            config = config._replace(num_splits=splits)
+            decode.decode_attention_triton(q, cache, cache, tables, slots, lens, 0.1, config=config)
         for config in (None, prefill.PrefillConfig(128, 64, 8, 2, 128, True)):
             rows = slots[:1], tables[0, :2], lens[:1]
             prefill.prefill_attention_triton(q, cache, cache, tables, *rows, 0.1, config=config)

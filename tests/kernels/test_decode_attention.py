@@ -4,7 +4,7 @@ import torch
 from nanovllm.kernels._triton import HAVE_TRITON
 from nanovllm.kernels.decode_attention import (
     MAX_SPLITS,
-    decode_attention,
+    DecodeConfig,
     decode_attention_torch,
     decode_attention_triton,
     default_decode_config,
@@ -42,7 +42,7 @@ def test_twin_takes_padding_rows_and_no_rows():
     empty = torch.empty(0, 2, 64, device=DEVICE)
     nothing = paged.slots[:0]
     args = (empty, paged.k_cache, paged.v_cache, paged.block_tables, nothing, nothing, 1.0)
-    assert decode_attention(*args).shape == (0, 2, 64)
+    assert decode_attention_torch(*args).shape == (0, 2, 64)
 
 
 @needs_triton
@@ -54,45 +54,38 @@ def test_twin_takes_padding_rows_and_no_rows():
         (9, 3, 64, 16, 32),  # a tile is two blocks
         (6, 2, 96, 64, 32),  # two tiles in a block, padded head
         (5, 1, 128, 64, 64),
-        (16, 2, 128, 16, None),
-        (4, 2, 256, 64, None),
+        (16, 2, 128, 16, 64),
+        (4, 2, 256, 64, 32),
         (20, 1, 64, 64, 16),  # more query heads than the smallest tile
     ],
 )
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_triton_is_the_formula(heads, kv_heads, head_dim, block_size, tile, num_splits, dtype):
     contexts = [1, 47, 130]
-    check(
-        decode_attention_triton,
-        contexts,
-        heads,
-        kv_heads,
-        head_dim,
-        block_size,
-        dtype,
-        num_splits=num_splits,
-        tile=tile,
-    )
+    config = DecodeConfig(tile, 4, 3, num_splits)
+    check(decode_attention_triton, contexts, heads, kv_heads, head_dim, block_size, dtype, config=config)
 
 
 @needs_triton
 @pytest.mark.parametrize("num_splits", [2, 8, 32, MAX_SPLITS])
 def test_rows_use_as_many_splits_as_they_fill(num_splits):
     contexts = [1, 16, 17, 100, 257]  # from one split, the others empty, to more than a merging program holds at once
-    check(decode_attention_triton, contexts, 2, 1, 64, 16, num_splits=num_splits, tile=16)
+    check(decode_attention_triton, contexts, 2, 1, 64, 16, config=DecodeConfig(16, 4, 3, num_splits))
 
 
 @needs_triton
 def test_counters_are_zero_again_after_each_launch():
-    counters = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    counters, config = torch.zeros(64, dtype=torch.int32, device=DEVICE), DecodeConfig(16, 4, 3, 8)
     for _ in range(2):
-        check(decode_attention_triton, [1, 17, 100], 4, 2, 64, 16, num_splits=8, tile=16, counters=counters)
+        check(decode_attention_triton, [1, 17, 100], 4, 2, 64, 16, config=config, counters=counters)
         assert not counters.any()
 
 
 @needs_triton
 def test_padding_rows_do_not_disturb():
-    check(decode_attention_triton, [40, 90, 1, 1, 1], 4, 2, 64, 16, num_scratch_rows=3, num_splits=4)
+    check(
+        decode_attention_triton, [40, 90, 1, 1, 1], 4, 2, 64, 16, num_scratch_rows=3, config=DecodeConfig(64, 4, 3, 4)
+    )
 
 
 @needs_triton
@@ -106,25 +99,25 @@ def test_query_may_be_strided():
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("config", "message"),
     [
-        ({"tile": 24}, "tile=24 must be a power of two of at least 16"),
-        ({"tile": 8}, "tile=8 must be a power of two of at least 16"),
-        ({"num_splits": 129}, "num_splits=129 must be between 1 and 128"),
+        (DecodeConfig(24, 4, 3, 1), "tile=24 must be a power of two of at least 16"),
+        (DecodeConfig(8, 4, 3, 1), "tile=8 must be a power of two of at least 16"),
+        (DecodeConfig(16, 4, 3, 129), "num_splits=129 must be between 1 and 128"),
     ],
 )
-def test_bad_options_are_named(options, message):
+def test_bad_options_are_named(config, message):
     paged = make_paged([5], 1, 64, 16)
     q = torch.zeros(1, 1, 64, device=DEVICE)
     with pytest.raises(ValueError, match=message):
-        decode_attention_triton(q, paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens, 1.0, **options)
+        decode_attention_triton(q, paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens, 1.0, config=config)
 
 
 def test_heads_that_do_not_fit_are_refused():
     paged = make_paged([5], 2, 64, 16)
     q = torch.zeros(1, 3, 64, device=DEVICE)
     with pytest.raises(ValueError, match="KV heads must divide"):
-        decode_attention(q, paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens, 1.0)
+        decode_attention_torch(q, paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens, 1.0)
 
 
 def test_default_splits_fill_the_device_and_no_more():

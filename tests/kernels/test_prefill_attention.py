@@ -6,7 +6,6 @@ from nanovllm.kernels._triton import HAVE_TRITON
 from nanovllm.kernels.prefill_attention import (
     PrefillConfig,
     default_prefill_config,
-    prefill_attention,
     prefill_attention_torch,
     prefill_attention_triton,
     serves_tma,
@@ -149,6 +148,6 @@ def test_no_tokens_and_bad_heads():
     paged = make_paged([5], 2, 64, 16)
     cu_seqlens = torch.zeros(2, dtype=torch.int32, device=DEVICE)
     args = (paged.k_cache, paged.v_cache, *paged.tables, cu_seqlens, paged.context_lens, 1.0)
-    assert prefill_attention(torch.empty(0, 4, 64, device=DEVICE), *args).shape == (0, 4, 64)
+    assert prefill_attention_torch(torch.empty(0, 4, 64, device=DEVICE), *args).shape == (0, 4, 64)
     with pytest.raises(ValueError, match="KV heads must divide"):
-        prefill_attention(torch.empty(0, 3, 64, device=DEVICE), *args)
+        prefill_attention_torch(torch.empty(0, 3, 64, device=DEVICE), *args)

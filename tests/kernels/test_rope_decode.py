@@ -7,7 +7,6 @@ from nanovllm.kernels._triton import HAVE_TRITON
 from nanovllm.kernels.decode_attention import DecodeConfig
 from nanovllm.kernels.rope_decode import (
     default_rope_decode_config,
-    rope_decode,
     rope_decode_torch,
     rope_decode_triton,
 )
@@ -91,7 +90,7 @@ def test_counters_are_zero_again():
 def test_no_rows_and_heads_that_do_not_fit():
     qkv, transform, paged = make_inputs([5], 2, 2, 64, 16, True, torch.float32)
     where = (paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens)
-    assert rope_decode(qkv, transform, *where, 1.0).shape == (1, 2, 64)
+    assert rope_decode_torch(qkv, transform, *where, 1.0).shape == (1, 2, 64)
     nothing = (*where[:3], paged.slots[:0], paged.context_lens[:0])
     assert rope_decode_triton(qkv[:0], transform, *nothing, 1.0).shape == (0, 2, 64)
     with pytest.raises(ValueError, match="KV heads must divide"):
