@@ -2,6 +2,10 @@
 
 import os
 
+# Before torch is imported, and for all child processes: there is a worker for each core, and threads of several
+# processes that wait for each other at every small operation cost more than the operations.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -227,12 +227,16 @@ class SpawnedRanks(Executor):
 
     @contextlib.contextmanager
     def _explained(self):
-        """Turn what a dead rank does to this one (a broken pipe, a failed collective) into an error that says so."""
+        """Turn what a dead rank does to this one (a broken pipe, a failed collective) into an error that says so.
+
+        Other errors are the caller's, such as weights that do not fit: they wait for nothing.
+        """
         self.check()
         try:
             yield
         except Exception as error:
-            deadline = time.monotonic() + 2  # the monitor may be a moment behind
+            from_ranks = isinstance(error, OSError | EOFError | RuntimeError)
+            deadline = time.monotonic() + (2 if from_ranks else 0)  # the monitor may be a moment behind
             while not self.error and time.monotonic() < deadline:
                 time.sleep(0.05)
             if self.error:

@@ -31,6 +31,7 @@ def test_an_evaluation_finds_what_the_model_knows():
     assert right >= of - 1 and found == questions
 
 
+@pytest.mark.xdist_group("default model")
 def test_loglikelihoods_are_those_of_transformers():
     source = open_model(None)
     with LLM(max_model_len=64) as llm:

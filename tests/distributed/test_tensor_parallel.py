@@ -22,11 +22,6 @@ PARAMS = [SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)] * 2
 PARAMS += [SamplingParams(temperature=1.0, seed=1, max_tokens=12, ignore_eos=True)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread_a_rank(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """12 query heads on 4 KV heads, and a vocabulary that neither 2 nor 4 divides."""
@@ -218,7 +213,7 @@ def script(tmp_path, model):
 
 
 def environment():
-    return dict(os.environ, PYTHONPATH=os.getcwd(), OMP_NUM_THREADS="1")
+    return dict(os.environ, PYTHONPATH=os.getcwd())
 
 
 def test_nothing_outlives_a_killed_parent(script, tmp_path):

@@ -1,12 +1,14 @@
 """What transformers says."""
 
+import functools
 from pathlib import Path
 
 import torch
 
 
+@functools.cache  # transformers takes 15 s to read the default model's GGUF; tests that need it share a worker
 def load_reference(path: Path):
-    """The transformers model of a folder or a GGUF file, float32, on the CPU."""
+    """The transformers model of a folder or a GGUF file, float32, on the CPU. Not to be changed: it is kept."""
     from transformers import AutoModelForCausalLM
 
     where = {"pretrained_model_name_or_path": path}
@@ -21,3 +23,13 @@ def reference_greedy(model, prompt: list[int], num_tokens: int) -> list[int]:
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, **options)
     return out[0, len(prompt) :].tolist()
+
+
+def reference_choices(model, prompt: list[int], continuation: list[int]) -> list[int]:
+    """The greedy choice at each place of `continuation`, given all before it.
+
+    Where it equals `continuation`, that is what greedy decoding gives, token by token; this takes one forward.
+    """
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + continuation[:-1]])).logits[0]
+    return logits[len(prompt) - 1 :].argmax(-1).tolist()

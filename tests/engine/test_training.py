@@ -1,5 +1,7 @@
 """What training loops do with an engine: new weights in place, and memory given back and taken again."""
 
+import time
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,8 +26,7 @@ def weights_of(path):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [1, 2])
-def test_updated_weights_are_those_of_a_fresh_load(models, name, size, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_updated_weights_are_those_of_a_fresh_load(models, name, size):
     old, new = models[name]
     prompts = prompts_of([5, 20, 33])
     with engine(new) as llm:
@@ -45,8 +46,7 @@ def test_updated_weights_are_those_of_a_fresh_load(models, name, size, monkeypat
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_bad_update_is_refused_and_a_good_one_mends_it(models, size, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_a_bad_update_is_refused_and_a_good_one_mends_it(models, size):
     old, new = models["qwen3"]
     good = dict(weights_of(new))
     first = next(iter(good))
@@ -66,9 +66,11 @@ def test_a_bad_update_is_refused_and_a_good_one_mends_it(models, size, monkeypat
     with engine(new) as llm:
         want = tokens(llm, [[5, 6]], greedy(9))
     with engine(old, tensor_parallel_size=size) as llm:
+        start = time.monotonic()
         for weights, error, match in bad:
             with pytest.raises(error, match=match):
                 llm.update_weights(weights)
+        assert time.monotonic() - start < 10  # none waits for news of a rank that died
         with pytest.raises(RuntimeError, match="update_weights failed"):
             llm.generate([[5]])
         with pytest.raises(ZeroDivisionError):  # the caller's own error
@@ -115,8 +117,7 @@ def test_running_requests_go_on_with_the_new_weights(models):
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("level", [1, 2])
-def test_sleep_frees_the_cache_and_waking_up_goes_on(models, size, level, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_sleep_frees_the_cache_and_waking_up_goes_on(models, size, level):
     prompts, params = prompts_of([20, 3]), [greedy(30), SamplingParams(seed=1, max_tokens=30, ignore_eos=True)]
     with engine(models["qwen3"][0], tensor_parallel_size=size) as llm:
         want = tokens(llm, prompts, params)
