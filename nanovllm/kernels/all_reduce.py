@@ -1,4 +1,4 @@
-"""The sum over the tensor-parallel ranks of one host in one launch, through each other's memory, and the norm after it.
+"""What the tensor-parallel ranks of one host tell each other, in one launch each, through each other's memory.
 
 A decode step sums few bytes many times, twice a layer, so that latency decides: NCCL takes 9 us for the least of them.
 Here every rank writes its numbers into all others' memory (one-shot all-reduce) and adds up what arrives, in the order
@@ -6,6 +6,9 @@ of the ranks, so that all have the same sum to the last bit.
 
     rank 0   write x0 to rank 1's buffer | wait for rank 1's | x0 + x1 | norm
     rank 1   write x1 to rank 0's buffer | wait for rank 0's | x0 + x1 | norm
+
+Before tokens are drawn, each rank has some columns of all rows' logits. They exchange them (all-to-all), so that each
+has all columns of some rows, and draws for these: if one rank drew for all, the others and their links would be idle.
 
 How a rank knows that something has arrived: the buffers hold a bit pattern that is never sent, so that every word of 32
 bits announces itself (the "Lamport" protocol of TensorRT-LLM). No flag follows the data, no fence comes between.
@@ -23,16 +26,22 @@ from nanovllm.kernels.decode_attention import sm_count
 CAPACITY = 32 << 20  # bytes that a rank can send to another in one launch; more are sent in several
 FEW_BYTES = 4 << 20  # that a rank sends in all; a ring (NCCL) sends fewer from three ranks on
 UNIT = 512  # words whose calls are counted together
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+EXCHANGE_BLOCK = 2048  # words of a row that a program exchanges
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int32: tl.int32,
+}
 _EMPTY = -0x7FFF8000  # two 16-bit numbers -0.0; as a float32, -4.6e-41
 EMPTY = tl.constexpr(_EMPTY) if HAVE_TRITON else _EMPTY
 
 
 @triton.jit
 def _low(data, DTYPE: tl.constexpr):
-    """The first number of each 32-bit word, as float32."""
-    if DTYPE.is_fp32():
-        return data.to(tl.float32, bitcast=True)
+    """The first number of each 32-bit word, as float32 or int32."""
+    if DTYPE.primitive_bitwidth == 32:
+        return data.to(DTYPE, bitcast=True)
     else:
         return (data & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
 
@@ -40,7 +49,7 @@ def _low(data, DTYPE: tl.constexpr):
 @triton.jit
 def _high(data, DTYPE: tl.constexpr):
     """The second number of each word of two; 0 if there is none."""
-    if DTYPE.is_fp32():
+    if DTYPE.primitive_bitwidth == 32:
         return tl.zeros(data.shape, tl.float32)
     else:
         return (data >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
@@ -49,7 +58,7 @@ def _high(data, DTYPE: tl.constexpr):
 @triton.jit
 def _words(low, high, DTYPE: tl.constexpr):
     """32-bit words of the numbers, rounded to their type."""
-    if DTYPE.is_fp32():
+    if DTYPE.primitive_bitwidth == 32:
         return low.to(tl.int32, bitcast=True)
     else:
         low = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
@@ -103,7 +112,7 @@ def _all_reduce_kernel(
             if peer != RANK:
                 buffer = tl.multiple_of(tl.load(buffers_ptr + peer).to(tl.pointer_type(tl.int32)), 16)
                 tl.store(buffer + now + (RANK - (peer < RANK)) * NUM_WORDS, own, mask=mask)
-        low = tl.zeros([BLOCK], tl.float32)
+        low = tl.zeros([BLOCK], tl.int32 if DTYPE.is_int() else tl.float32)
         high = tl.zeros([BLOCK], tl.float32)
         buffer = tl.multiple_of(tl.load(buffers_ptr + RANK).to(tl.pointer_type(tl.int32)), 16)
         before = tl.where(call == 0, 2, call - 1) * ((SIZE - 1) * NUM_WORDS) + places
@@ -121,12 +130,59 @@ def _all_reduce_kernel(
         if NORM:  # of the rounded sum, and rounded itself where rms_norm is
             low = _low(data, DTYPE)
             high = _high(data, DTYPE)
-            count: tl.constexpr = WORDS if DTYPE.is_fp32() else 2 * WORDS
+            count: tl.constexpr = WORDS * (32 // DTYPE.primitive_bitwidth)
             scale = tl.rsqrt(tl.sum(low * low + high * high, 0) / count + eps)
             data = _words(low * scale, high * scale, DTYPE)
             low = _low(data, DTYPE) * _low(norm, DTYPE)
             high = _high(data, DTYPE) * _high(norm, DTYPE)
             tl.store(out_ptr + row * WORDS + words, _words(low, high, DTYPE), mask=mask)
+
+
+@triton.jit
+def _exchange_kernel(
+    x_ptr,
+    out_ptr,
+    buffers_ptr,
+    calls_ptr,
+    stop_ptr,
+    rows,
+    share,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_inputs(PDL)
+    blocks: tl.constexpr = (WORDS + BLOCK - 1) // BLOCK
+    for item in range(tl.program_id(0), share * blocks, tl.num_programs(0)):
+        row = item // blocks  # of each rank's share
+        words = item % blocks * BLOCK + tl.arange(0, BLOCK)
+        places = item * BLOCK + tl.arange(0, BLOCK)
+        call = tl.load(calls_ptr + places // UNIT)
+        now = call * ((SIZE - 1) * NUM_WORDS) + places
+        before = tl.where(call == 0, 2, call - 1) * ((SIZE - 1) * NUM_WORDS) + places
+        for peer in tl.static_range(SIZE):
+            there = peer * share + row
+            valid = words < tl.where(there < rows, WORDS, 0)
+            data = tl.load(x_ptr + there * WORDS + words, mask=valid, other=0)
+            if peer == RANK:
+                tl.store(out_ptr + (row * SIZE + peer) * WORDS + words, data, mask=valid)
+            else:
+                buffer = tl.multiple_of(tl.load(buffers_ptr + peer).to(tl.pointer_type(tl.int32)), 16)
+                data = tl.where(data == EMPTY, 0, data)
+                tl.store(buffer + now + (RANK - (peer < RANK)) * NUM_WORDS, data, mask=valid)
+        buffer = tl.multiple_of(tl.load(buffers_ptr + RANK).to(tl.pointer_type(tl.int32)), 16)
+        valid = words < tl.where(RANK * share + row < rows, WORDS, 0)
+        for peer in tl.static_range(SIZE):
+            if peer != RANK:
+                slot = (peer - (peer > RANK)) * NUM_WORDS
+                data = _receive(buffer + now + slot, valid, stop_ptr)
+                tl.store(buffer + before + slot, EMPTY)
+                tl.store(out_ptr + (row * SIZE + peer) * WORDS + words, data, mask=valid)
+        tl.store(calls_ptr + places // UNIT, tl.where(call == 2, 0, call + 1), mask=places % UNIT == 0)
 
 
 class PeerMemory:
@@ -156,6 +212,14 @@ class PeerMemory:
         row_bytes = x.shape[1] * x.itemsize
         few = self.size == 2 or x.nbytes * (self.size - 1) <= FEW_BYTES
         return few and row_bytes % 4 == 0 and 0 < row_bytes <= 64 << 10
+
+    def exchanges(self, x: torch.Tensor) -> bool:
+        """Whether `exchange_triton` takes `x`."""
+        row_bytes = x.shape[1] * x.itemsize
+        fits = (
+            row_share(len(x), self.size) * triton.cdiv(row_bytes, 4 * EXCHANGE_BLOCK) <= CAPACITY // 4 // EXCHANGE_BLOCK
+        )
+        return fits and row_bytes % 4 == 0 and x.is_contiguous()
 
     def end(self) -> None:
         """End all sums on this rank, now and later: a rank they wait for may be gone. Safe in any thread."""
@@ -221,4 +285,45 @@ def all_reduce_triton(
             num_warps=min(8, max(1, block // 256)),
             **launch_options(x.device),
         )
+    return out
+
+
+def row_share(rows: int, ranks: int) -> int:
+    """How many of `rows` belong to a rank: rank r's begin at r times that, and the last ranks' may be fewer."""
+    return -(-rows // ranks)
+
+
+def exchange_triton(x: torch.Tensor, peers: PeerMemory) -> torch.Tensor:
+    """The ranks' columns of all rows -> all columns of this rank's rows.
+
+    A sum must follow, or all ranks' next exchange could come too early for one that is late.
+
+    Args:
+        x: [R, N], for which `peers.exchanges(x)`.
+
+    Returns:
+        [S, ranks N], S of the rows: see `row_share`.
+    """
+    rows, words = len(x), x.shape[1] * x.itemsize // 4
+    share = row_share(rows, peers.size)
+    own = min(share, max(0, rows - peers.rank * share))
+    out = torch.empty((own, peers.size * x.shape[1]), dtype=x.dtype, device=x.device)
+    items = share * triton.cdiv(words, EXCHANGE_BLOCK)
+    _exchange_kernel[(min(items, peers.max_programs),)](
+        x.view(torch.int32),
+        out.view(torch.int32),
+        peers.buffers,
+        peers.calls,
+        peers.stop,
+        rows,
+        share,
+        RANK=peers.rank,
+        SIZE=peers.size,
+        NUM_WORDS=CAPACITY // 4,
+        WORDS=words,
+        BLOCK=EXCHANGE_BLOCK,
+        UNIT=UNIT,
+        num_warps=8,
+        **launch_options(x.device),
+    )
     return out

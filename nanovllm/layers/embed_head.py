@@ -48,9 +48,8 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ParallelLMHead(VocabParallelEmbedding, PackedLayer):
-    """Hidden states [L, embedding_dim], or their `norm` -> logits [L, num_embeddings] on rank 0, None on the others."""
+    """Hidden states x [L, embedding_dim], or norm(x) -> logits [S, num_embeddings] of this rank's share of the rows."""
 
-    def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor | None:
+    def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor:
         x, norm = (x, None) if norm is None else norm.split(x)
-        logits = self.tp.gather(linear(x, self.operand, norm=norm))
-        return None if logits is None else logits[:, : self.num_embeddings]
+        return self.tp.exchange(linear(x, self.operand, norm=norm))[:, : self.num_embeddings]

@@ -121,6 +121,6 @@ class Decoder(nn.Module):
         finally:
             self.layers = layers
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """What `forward` gives, or some rows of it -> logits [L, vocab_size], None on ranks but 0."""
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What `forward` gives, or some rows of it -> logits [S, vocab_size] of this rank's share: `tp.rows(L)`."""
         return self.lm_head(hidden, self.norm)

@@ -141,8 +141,7 @@ class StepGraphs:
                 raise
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(self.stream)
-        logits = None if result.logits is None else borrow(result.logits)
-        return graph, result._replace(logits=logits)
+        return graph, result._replace(logits=borrow(result.logits) if len(result.logits) else result.logits)
 
     def fits(self, batch: Batch) -> bool:
         """Whether there is a graph that holds `batch`."""

@@ -37,12 +37,14 @@ class StepTensors(NamedTuple):
 
     Args:
         tokens: [R] int64, one drawn for each row.
-        logits: [R, V], what they were drawn from; None on ranks but 0. After a graph's replay, valid until the next.
+        own: this rank's share of the rows, for which it draws; those of a graph's padding are counted.
+        logits: [S, V], what tokens of `own` were drawn from. After a graph's replay, valid until the next.
         hidden: [T, H], the model's last hidden states before their norm; None but in a step that was told to keep them.
     """
 
     tokens: torch.Tensor
-    logits: torch.Tensor | None
+    own: slice
+    logits: torch.Tensor
     hidden: torch.Tensor | None
 
 
@@ -272,36 +274,36 @@ class ModelRunner:
         with set_context(context):
             hidden = self.model(inputs.input_ids, inputs.positions)
             logits = self.model.compute_logits(hidden[inputs.last_indices] if keep_hidden else hidden)
-        tokens = self._sample(logits, slots, inputs.context_lens)
-        return StepTensors(tokens, logits, hidden if keep_hidden else None)
+        own = self.tp.rows(len(slots))
+        tokens = self._sample(logits, own, slots, inputs.context_lens)
+        return StepTensors(tokens, own, logits, hidden if keep_hidden else None)
 
-    def _sample(self, logits: torch.Tensor | None, slots: torch.Tensor, context_lens: torch.Tensor) -> torch.Tensor:
-        """Draw on rank 0, which has the logits; every rank then holds the tokens and advances its state."""
+    def _sample(
+        self, logits: torch.Tensor, own: slice, slots: torch.Tensor, context_lens: torch.Tensor
+    ) -> torch.Tensor:
+        """Draw, each rank for its own rows; every rank then holds all tokens and advances its state."""
         state = self.state
         last = state.last_token, state.length, state.scratch_slot
         if self.tp.size == 1:
             return sample(logits, slots, context_lens, state.sampling, last)
-        if logits is None:
-            tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
-        else:
-            tokens = sample(logits, slots, context_lens, state.sampling)
-        self.tp.broadcast(tokens)
+        tokens = torch.zeros(len(slots), dtype=torch.int64, device=self.device)
+        tokens[own] = sample(logits, slots[own], context_lens[own], state.sampling)
+        self.tp.merge(tokens)
         advance(tokens, slots, context_lens, *last)
         return tokens
 
     def _logprobs(self, batch: Batch, result: StepTensors) -> tuple[torch.Tensor, ...]:
         """Those of the batch's `logprobs` rows: token ids, log-probabilities and ranks, as in `top_logprobs`."""
+        wanted, to_device = np.array(batch.logprobs, dtype=np.int64), self.state.staging.to_device
+        own = np.flatnonzero((wanted >= result.own.start) & (wanted < result.own.stop))
         parts = []
-        for start in range(0, len(batch.logprobs), SCORED_ROWS):
-            rows = self.state.staging.to_device(np.array(batch.logprobs[start : start + SCORED_ROWS], dtype=np.int64))
-            logits = None
-            if result.logits is not None:
-                logits = result.logits[rows]
-                if batch.processes_logprobs:
-                    slots = np.array(batch.slots)[batch.logprobs[start : start + SCORED_ROWS]]
-                    logits = process(logits, self.state.staging.to_device(slots), self.state.sampling)
-            parts.append(self._top_logprobs(logits, result.tokens[rows], batch.num_logprobs))
-        return tuple(map(torch.cat, zip(*parts, strict=True)))
+        for start in range(0, max(1, len(own)), SCORED_ROWS):
+            rows = wanted[own[start : start + SCORED_ROWS]]
+            logits = result.logits[to_device(rows - result.own.start)]
+            if batch.processes_logprobs:
+                logits = process(logits, to_device(np.array(batch.slots)[rows]), self.state.sampling)
+            parts.append(self._top_logprobs(logits, result.tokens[to_device(rows)], batch))
+        return self._merge(map(torch.cat, zip(*parts, strict=True)), to_device(own), len(wanted))
 
     def _prompt_logprobs(self, batch: Batch, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Those of the chunks' `scores`, one after the other."""
@@ -314,20 +316,20 @@ class ModelRunner:
         places, wanted = (torch.tensor(x, dtype=torch.int64).to(self.device) for x in (places, wanted))
         parts = []
         for rows, tokens in zip(places.split(SCORED_ROWS), wanted.split(SCORED_ROWS), strict=True):
-            logits = self.model.compute_logits(hidden[rows])
-            parts.append(self._top_logprobs(logits, tokens, batch.num_logprobs))
+            own = torch.arange(len(rows), device=self.device)[self.tp.rows(len(rows))]
+            result = self._top_logprobs(self.model.compute_logits(hidden[rows]), tokens[own], batch)
+            parts.append(self._merge(result, own, len(rows)))
         return tuple(map(torch.cat, zip(*parts, strict=True)))
 
-    def _top_logprobs(self, logits: torch.Tensor | None, tokens: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
-        """`top_logprobs` on rank 0, which has the logits; the other ranks are told."""
-        k = min(k, self.model_config.vocab_size)
-        if logits is not None:
-            result = top_logprobs(logits, tokens, k)
-        else:
-            shapes = ((torch.int64, (len(tokens), k + 1)), (torch.float32, (len(tokens), k + 1)))
-            shapes += ((torch.int64, (len(tokens),)),)
-            result = tuple(torch.empty(shape, dtype=dtype, device=self.device) for dtype, shape in shapes)
-        return tuple(map(self.tp.broadcast, result))
+    def _top_logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:
+        return top_logprobs(logits, tokens, min(batch.num_logprobs, self.model_config.vocab_size))
+
+    def _merge(self, parts: Iterable[torch.Tensor], own: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+        """Tensors of `count` rows, of which this rank has the parts for the rows `own` [S]."""
+        if self.tp.size == 1:
+            return tuple(parts)
+        wholes = (part.new_zeros((count, *part.shape[1:])).index_copy_(0, own, part) for part in parts)
+        return tuple(map(self.tp.merge, wholes))
 
     def _send(self, tokens: torch.Tensor, *logprobs: tuple[torch.Tensor, ...] | None) -> None:
         """Start the copy of results to the host. The ring's oldest buffer is free: its step has been collected."""
@@ -383,10 +385,11 @@ class ModelRunner:
     def _capture(self) -> None:
         self.free_graphs()
         if self.device.type == "cuda" and not self.config.enforce_eager and self.backend.capturable:
-            self.graphs = StepGraphs(self)
+            graphs = StepGraphs(self)
             try:
                 with self.tp.capturing:
-                    self.graphs.capture(self)
+                    graphs.capture(self)
             except BaseException:
-                self.tp.end(self.free_graphs)  # another rank may be lost, and what was launched wait for it
+                self.tp.end(graphs.free)  # another rank may be lost, and what was launched wait for it
                 raise
+            self.graphs = graphs

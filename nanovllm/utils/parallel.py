@@ -14,7 +14,15 @@ import torch
 import torch.distributed as dist
 
 from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.all_reduce import PeerMemory, all_reduce_triton, new_memory, open_memory, share_memory
+from nanovllm.kernels.all_reduce import (
+    PeerMemory,
+    all_reduce_triton,
+    exchange_triton,
+    new_memory,
+    open_memory,
+    row_share,
+    share_memory,
+)
 from nanovllm.kernels.rms_norm import rms_norm
 
 logger = logging.getLogger(__name__)
@@ -91,14 +99,28 @@ class TensorParallel:
         self.group.allgather([parts], [own]).wait()
         return [json.loads(bytes(part.tolist())) for part in parts]
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Concatenate the ranks' equally shaped `x` along the last dimension on rank 0; None on the others."""
+    def rows(self, count: int) -> slice:
+        """This rank's share of `count` rows; the last ranks' may be smaller, or empty."""
+        share = row_share(count, self.size)
+        return slice(min(count, self.rank * share), min(count, (self.rank + 1) * share))
+
+    def exchange(self, x: torch.Tensor) -> torch.Tensor:
+        """The ranks' columns of all rows, x [R, N] -> all columns of its own `rows`, [S, size N]; `merge` follows."""
         if self.size == 1:
             return x
-        x = x.contiguous()
-        parts = [[torch.empty_like(x) for _ in range(self.size)]] if self.rank == 0 else []
-        self.group.gather(parts, [x]).wait()
-        return torch.cat(parts[0], dim=-1) if self.rank == 0 else None
+        if self.peers is not None and self.peers.exchanges(x):
+            return exchange_triton(x, self.peers)
+        counts = [len(range(len(x))[replace(self, rank=rank).rows(len(x))]) for rank in range(self.size)]
+        own = counts[self.rank]
+        out = x.new_empty((self.size * own, x.shape[1]))
+        self.group.alltoall_base(out, x.contiguous(), [own] * self.size, counts).wait()
+        return out.view(self.size, own, -1).transpose(0, 1).reshape(own, -1)
+
+    def merge(self, x: torch.Tensor) -> torch.Tensor:
+        """Give every rank all rows of x [R, ...], of which each has other ones, and zeros in the others' places."""
+        if self.size > 1:
+            self.all_reduce(x.view(len(x), -1).view(torch.int32))
+        return x
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Overwrite `x` with rank 0's, in place."""

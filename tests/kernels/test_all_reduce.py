@@ -63,6 +63,38 @@ def test_every_rank_gets_the_same_sum_and_its_norm(size, monkeypatch, tmp_path):
         assert all(outcomes[rank][i] == outcomes[0][i] for rank in range(size))
 
 
+EXCHANGES = [(1, 6000), (5, 300), (4, 6000), (5, 300), (2, 12)] * 2
+
+
+def logits():
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in EXCHANGES:
+        yield torch.randn((rows, columns), generator=generator).to(torch.bfloat16)
+
+
+def run_exchange(rank, memory, folder):
+    tp = parallel.TensorParallel(rank, len(memory), peers=all_reduce.PeerMemory(rank, memory))
+    outcome = []
+    for whole in logits():
+        part = torch.stack(whole.chunk(tp.size, 1))[rank]
+        assert tp.peers.exchanges(part)
+        rows, tokens = tp.rows(len(whole)), torch.zeros(len(whole), dtype=torch.int64)
+        tokens[rows] = torch.arange(1, len(whole) + 1)[rows] * 100_000
+        outcome.append((tp.exchange(part).tolist(), tp.merge(tokens).tolist()))
+    (folder / f"{rank}.json").write_text(json.dumps(outcome))
+
+
+def test_every_rank_gets_all_columns_of_its_rows_and_then_all_tokens(tmp_path):
+    size = 2
+    memory = [all_reduce.new_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
+    torch.multiprocessing.spawn(run_exchange, (memory, tmp_path), size)
+    for rank in range(size):
+        rows = parallel.TensorParallel(rank, size).rows
+        for whole, (got, tokens) in zip(logits(), json.loads((tmp_path / f"{rank}.json").read_text()), strict=True):
+            torch.testing.assert_close(torch.tensor(got).view(-1, whole.shape[1]), whole[rows(len(whole))].float())
+            assert tokens == [100_000 * i for i in range(1, len(whole) + 1)]
+
+
 def test_what_fits():
     two, three = (
         all_reduce.PeerMemory(0, [all_reduce.new_memory(size, torch.device("cpu"))] * size) for size in (2, 3)

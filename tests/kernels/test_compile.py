@@ -36,6 +36,7 @@ def call_all():
     peers = all_reduce.PeerMemory(0, [all_reduce.new_memory(2, torch.device("cpu"))] * 2)
     for dtype, norm in ((torch.bfloat16, None), (torch.bfloat16, (weight, 1e-6)), (torch.float32, None)):
         all_reduce.all_reduce_triton(torch.zeros(4, 256, dtype=dtype), peers, norm)
+    all_reduce.exchange_triton(x, peers)
     last = torch.zeros(5, **i64), torch.zeros(5, **i32), 4
     for advances in (None, last):
         tokens = sampling.sample_triton(torch.zeros(4, 5000, **bf16), slots, lens, state, advances)
