@@ -43,7 +43,7 @@ class StepInputs(NamedTuple):
 
     Args:
         input_ids, positions, slot_mapping: [T] int64; the last is a token's place in the flattened cache.
-        context_lens: [R] int32, tokens a row sees, its own included.
+        context_lens: [R] int32, tokens a row sees, its own included; 1 for padding rows without any.
         last_indices: [R] int64, the last token of each row; None if each row is one token.
     """
 
@@ -119,7 +119,7 @@ def _step_inputs_kernel(
         starts = tl.where(starts < 0, tl.load(length_ptr + slots, mask=is_row, other=0), starts)
         begin = tl.load(cu_ptr + index, mask=is_row, other=0)
         end = tl.load(cu_ptr + index + 1, mask=is_row, other=0)
-        tl.store(lens_ptr + index, starts + end - begin, mask=is_row)
+        tl.store(lens_ptr + index, tl.maximum(starts + end - begin, 1), mask=is_row)
         tl.store(last_index_ptr + index, tl.maximum(end - 1, 0).to(tl.int64), mask=is_row)
 
         rows = tl.load(token_rows_ptr + index, mask=is_token, other=0)
@@ -180,7 +180,7 @@ def step_inputs_torch(
     seen = sampling.counts[counted, last_token[counted]]
     sampling.counts[counted, last_token[counted]] = torch.where(seen < 2 * MAX_COUNT, seen + 2, seen)
     starts = torch.where(known, length[rows.slots], rows.starts)
-    context_lens = starts + rows.cu_seqlens.diff()
+    context_lens = (starts + rows.cu_seqlens.diff()).clamp(min=1)
     of = rows.token_rows.to(torch.int64)
     slots = rows.slots[of].to(torch.int64)
     index = torch.arange(len(of), dtype=torch.int32, device=of.device)

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from nanovllm.kernels.rope_store import QKTransform
+from nanovllm.kernels.rope_store import QKTransform, qk_norm_rope_store
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.utils.context import get_context
@@ -10,7 +10,8 @@ from nanovllm.utils.context import get_context
 class Attention(nn.Module):
     """Rotates queries and keys, writes keys and values to the paged cache, and attends through the context's backend.
 
-    qkv [T, (num_heads + 2 num_kv_heads) head_dim] -> [T, num_heads head_dim]
+    qkv [T, (num_heads + 2 num_kv_heads) head_dim] -> [T, num_heads head_dim]; or [R, num_heads head_dim], of the tokens
+    `last` alone, which are the last ones of the rows.
 
     Args:
         num_heads, num_kv_heads: this rank's.
@@ -42,9 +43,14 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(head_dim, qk_norm_eps, dtype=dtype)
         self.k_cache = self.v_cache = torch.empty(0)
 
-    def forward(self, qkv: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(self, qkv: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
         norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm else (None, None)
         transform = QKTransform(self.num_heads, self.rotary.cos_sin, *norms, self.eps)
         context = get_context()
-        attend = context.backend.store_and_attend
-        return attend(qkv, transform, positions, self.k_cache, self.v_cache, self.scale, context).flatten(1)
+        cache, backend = (self.k_cache, self.v_cache), context.backend
+        if last is None:
+            return backend.store_and_attend(qkv, transform, positions, *cache, self.scale, context).flatten(1)
+        q = qk_norm_rope_store(qkv, transform, positions, context.slot_mapping, *cache)
+        context = context.of_last_tokens()
+        backend.prepare(context)
+        return backend.attend(q[last], *cache, self.scale, context).flatten(1)

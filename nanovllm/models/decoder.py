@@ -41,10 +41,8 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, norm: RMSNorm, positions: torch.Tensor, rows: torch.Tensor | None
     ) -> torch.Tensor:
-        attended = self.attn(self.qkv_proj(x, norm), positions)
-        if rows is not None:
-            attended, x = attended[rows], x[rows]
-        return self.o_proj(attended, x)
+        attended = self.attn(self.qkv_proj(x, norm), positions, rows)
+        return self.o_proj(attended, x if rows is None else x[rows])
 
 
 class MLP(nn.Module):
@@ -113,9 +111,10 @@ class Decoder(nn.Module):
         return last(x, positions, get_context().last_indices)
 
     @contextmanager
-    def one_layer(self) -> Iterator[None]:
-        """Forward passes within go through the first layer only, which does for what all layers have in common."""
-        layers, self.layers = self.layers, self.layers[:1]
+    def few_layers(self) -> Iterator[None]:
+        """Forward passes within go through the first and the last layer only; between are more of the first's kind."""
+        layers = self.layers
+        self.layers = nn.ModuleList(dict.fromkeys((layers[0], layers[-1])))
         try:
             yield
         finally:

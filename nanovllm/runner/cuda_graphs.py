@@ -75,7 +75,7 @@ class StepGraphs:
 
     def __init__(self, runner: "ModelRunner"):
         self.state, max_num_seqs = runner.state, runner.config.max_num_seqs
-        self.one_layer, self.wait = runner.model.one_layer, runner.wait
+        self.few_layers, self.wait = runner.model.few_layers, runner.wait
         self.pool, self.stream = torch.cuda.graph_pool_handle(), capture_stream(runner.device)
         self.slots = torch.full((max_num_seqs,), self.state.scratch_slot, dtype=torch.int32, device=runner.device)
         self.current: list[int] = []  # what `slots` holds
@@ -128,7 +128,7 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            with self.one_layer():
+            with self.few_layers():
                 run()  # loads kernels and sets up libraries
             self.wait(self.stream.record_event())
             graph.capture_begin(pool=self.pool)

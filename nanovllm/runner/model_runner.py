@@ -137,7 +137,7 @@ class ModelRunner:
         state, most = self.state, self.config.max_num_seqs
         slots = torch.full((most,), state.scratch_slot, dtype=torch.int32, device=self.device)
         with compile_aside():
-            with compile_only(), self.model.one_layer():
+            with compile_only(), self.model.few_layers():
                 self._eager(self._largest_batch())
                 for size in sorted({min(size, most) for size in (1, 2, 4, 8, 32, 128, most)}):
                     plan = torch.zeros(SharedPlan.size(size), dtype=torch.int32, device=self.device)

@@ -7,7 +7,7 @@ for every model and every attention backend.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,10 @@ class Context:
     shared: "SharedPlan | None" = None  # what decode rows have in common (see kernels/shared_prefix.py)
     last_indices: torch.Tensor | None = None  # [L] int64, tokens whose hidden states are wanted; None: all of them
     meta: Any = None  # the backend's own, filled by `prepare`
+
+    def of_last_tokens(self) -> "Context":
+        """For the attention of each row's last token alone: all are decode rows."""
+        return replace(self, num_decode=len(self.slots), cu_seqlens_q=None, shared=None, meta=None)
 
 
 _EMPTY = Context()

@@ -114,7 +114,7 @@ class TensorParallel:
         own = counts[self.rank]
         out = x.new_empty((self.size * own, x.shape[1]))
         self.group.alltoall_base(out, x.contiguous(), [own] * self.size, counts).wait()
-        return out.view(self.size, own, -1).transpose(0, 1).reshape(own, -1)
+        return out.view(self.size, own, x.shape[1]).transpose(0, 1).reshape(own, self.size * x.shape[1])
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:
         """Give every rank all rows of x [R, ...], of which each has other ones, and zeros in the others' places."""

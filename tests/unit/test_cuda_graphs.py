@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
-from threading import Thread
+from threading import Event, Thread
 from unittest.mock import MagicMock
 
 import pytest
@@ -21,13 +21,33 @@ def test_a_rank_lost_in_a_capture_ends_collectives_after_it(monkeypatch):
     monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", Group, raising=False)
     tp = replace(TensorParallel(0, 2, Group()), peers=MagicMock())
     with tp.capturing:
-        monitor = Thread(target=tp.end)
+        monitor = Thread(target=tp.end, args=[MagicMock()])
         monitor.start()
         monitor.join(0.2)
         assert monitor.is_alive() and not Group.abort.called
         assert tp.peers.end.called  # the capture may be waiting for a sum
     monitor.join(10)
     assert Group.abort.called
+
+
+def test_sums_and_collectives_are_told_to_end_before_graphs_are_freed_and_end_after(monkeypatch):
+    """CUDA frees a graph once its kernels have ended, and does nothing else meanwhile; NCCL ends after that."""
+    told, freed = [], Event()
+
+    class Group:
+        def abort(self):
+            told.append("collectives")
+            assert freed.wait(10)
+
+    def free_graphs():
+        told.append("graphs")
+        freed.set()
+
+    monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", Group, raising=False)
+    peers = MagicMock()
+    peers.end.side_effect = lambda: told.append("sums")
+    replace(TensorParallel(0, 2, Group()), peers=peers).end(free_graphs)
+    assert told == ["sums", "collectives", "graphs"]
 
 
 @pytest.mark.parametrize("unjoined", [None, RuntimeError("capture_end: unjoined work")])
@@ -42,7 +62,7 @@ def test_a_capture_that_fails_is_ended_and_freed(unjoined, monkeypatch):
     run.calls = 0
     graph, graphs = MagicMock(), object.__new__(StepGraphs)
     graph.capture_end.side_effect = unjoined
-    graphs.pool, graphs.stream, graphs.one_layer, graphs.wait = None, MagicMock(), nullcontext, MagicMock()
+    graphs.pool, graphs.stream, graphs.few_layers, graphs.wait = None, MagicMock(), nullcontext, MagicMock()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
