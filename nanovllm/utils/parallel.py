@@ -99,10 +99,10 @@ class TensorParallel:
         self.group.allgather([parts], [own]).wait()
         return [json.loads(bytes(part.tolist())) for part in parts]
 
-    def rows(self, count: int) -> slice:
-        """This rank's share of `count` rows; the last ranks' may be smaller, or empty."""
-        share = row_share(count, self.size)
-        return slice(min(count, self.rank * share), min(count, (self.rank + 1) * share))
+    def rows(self, count: int, rank: int | None = None) -> slice:
+        """This rank's share of `count` rows, or another one's; the last ranks' may be smaller, or empty."""
+        rank, share = self.rank if rank is None else rank, row_share(count, self.size)
+        return slice(min(count, rank * share), min(count, (rank + 1) * share))
 
     def exchange(self, x: torch.Tensor) -> torch.Tensor:
         """The ranks' columns of all rows, x [R, N] -> all columns of its own `rows`, [S, size N]; `merge` follows."""
@@ -110,7 +110,8 @@ class TensorParallel:
             return x
         if self.peers is not None and self.peers.exchanges(x):
             return exchange_triton(x, self.peers)
-        counts = [len(range(len(x))[replace(self, rank=rank).rows(len(x))]) for rank in range(self.size)]
+        shares = [self.rows(len(x), rank) for rank in range(self.size)]
+        counts = [share.stop - share.start for share in shares]
         own = counts[self.rank]
         out = x.new_empty((self.size * own, x.shape[1]))
         self.group.alltoall_base(out, x.contiguous(), [own] * self.size, counts).wait()
