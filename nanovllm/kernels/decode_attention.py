@@ -116,6 +116,7 @@ def empty_softmax(ROWS: tl.constexpr, HEAD_PAD: tl.constexpr):
 def attend_tile(softmax, q, k, v, seen, scale_log2e):
     """`softmax` with the tokens of a tile that are `seen`, of which there must be one by now."""
     running_max, running_sum, acc = softmax
+    # "ieee" keeps float32 from being rounded to TF32; narrower types are multiplied exactly anyway.
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e
     scores = tl.where(seen[None, :], scores, float("-inf"))
     new_max = tl.maximum(running_max, tl.max(scores, 1))
@@ -365,11 +366,20 @@ def check_attention_inputs(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torc
         )
 
 
+def cache_places(
+    block_tables: torch.Tensor, slots: torch.Tensor | int, positions: torch.Tensor, block_size: int, kv_heads: int
+) -> torch.Tensor:
+    """Where `gather` finds positions [..., L] of slots [..., 1]: [..., K, L] int64."""
+    blocks = block_tables[slots, positions // block_size].to(torch.int64)
+    tokens = blocks * block_size + positions % block_size
+    return tokens[..., None, :] * kv_heads + torch.arange(kv_heads, device=positions.device)[:, None]
+
+
 class GatherPlan(NamedTuple):
     """Where the KV of decode rows lies: the host's part of `attend_gathered`, done once for all layers.
 
     Attributes:
-        indices: [B, K, L] int64, for each row, KV head and position the place that `gather` takes.
+        indices: [B, K, L], the rows' `cache_places`.
         mask: [B, 1, 1, L], 0 where a position is in the row's context, else -inf; None if all rows have length L.
     """
 
@@ -391,10 +401,7 @@ def plan_gather(
     seen = positions < lens
     # Past its context a row repeats its last token: what the cache holds there may be NaN, which no weight of 0 hides.
     positions = torch.minimum(positions, lens - 1)  # [B, L]
-    blocks = block_tables[slots.to(torch.int64)[:, None], positions // block_size].to(torch.int64)
-    tokens = blocks * block_size + positions % block_size
-    heads = torch.arange(kv_heads, device=slots.device)
-    indices = tokens[:, None, :] * kv_heads + heads[None, :, None]  # [B, K, L]
+    indices = cache_places(block_tables, slots.to(torch.int64)[:, None], positions, block_size, kv_heads)
     if bool(seen.all()):
         return GatherPlan(indices, None)
     mask = torch.zeros(seen.shape, dtype=dtype, device=slots.device).masked_fill_(~seen, float("-inf"))

@@ -21,6 +21,7 @@ from nanovllm.kernels.decode_attention import (
     LOG2E,
     MIN_DOT,
     attention_constants,
+    cache_places,
     check_attention_inputs,
     check_power_of_2,
     empty_softmax,
@@ -260,10 +261,10 @@ def prefill_attention_triton(
         if config.tma and not (serves_tma(k_cache, config.block_n) and serves_tma(v_cache, config.block_n)):
             config = default_prefill_config(*kind)  # addresses don't fit in the large tile's registers
         config = config._replace(block_m=max(config.block_m, triton.next_power_of_2(group)))
-    block_m, block_n = config.block_m, config.block_n
+    block_m, block_n, num_warps, num_stages, maxnreg, tma = config
     check_power_of_2("block_m", block_m, max(MIN_DOT, group))
     check_power_of_2("block_n", block_n, MIN_DOT)
-    tma = config.tma and serves_tma(k_cache, block_n) and serves_tma(v_cache, block_n)
+    tma = tma and serves_tma(k_cache, block_n) and serves_tma(v_cache, block_n)
     num_tiles = num_tokens // (block_m // group) + num_rows
     caches = (cache_descriptor(cache, block_n) if tma else cache for cache in (k_cache, v_cache))
     rows = block_tables, slots, cu_seqlens_q, context_lens
@@ -279,9 +280,9 @@ def prefill_attention_triton(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         TMA=tma,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        maxnreg=config.maxnreg,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        maxnreg=maxnreg,
         **attention_constants(q, k_cache),
     )
     return out
@@ -292,7 +293,7 @@ class RowPlan(NamedTuple):
 
     Attributes:
         start, end: the row's tokens in the packed queries.
-        indices: [K, L] int64, for each KV head and position the place that `gather` takes.
+        indices: [K, L], the row's `cache_places`.
         mask: [end - start, L], 0 where a query sees a position, else -inf; None if the row has no cached prefix, for
             which plain causality will do.
     """
@@ -315,15 +316,12 @@ def plan_rows(
     """The plans of the rows that have tokens. Synchronises with the device."""
     bounds = (cu_seqlens_q - cu_seqlens_q[0]).tolist()
     device = slots.device
-    heads = torch.arange(kv_heads, device=device)
     plans = []
     for slot, start, end, length in zip(slots.tolist(), bounds, bounds[1:], context_lens.tolist(), strict=False):
         if start == end:
             continue
         positions = torch.arange(length, device=device)
-        blocks = block_tables[slot, positions // block_size].to(torch.int64)
-        tokens = blocks * block_size + positions % block_size
-        indices = tokens * kv_heads + heads[:, None]
+        indices = cache_places(block_tables, slot, positions, block_size, kv_heads)
         mask = None
         if length > end - start:
             hidden = positions > positions[start - end :, None]

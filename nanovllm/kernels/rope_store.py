@@ -97,16 +97,9 @@ def qk_norm_rope_store_triton(qkv, transform: QKTransform, positions, slot_mappi
     kv_heads, head_dim = k_cache.shape[-2:]
     q = torch.empty((len(qkv), num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if len(qkv):
+        tensors = qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, q, k_cache, v_cache
         _rope_store_kernel[(len(qkv),)](
-            qkv,
-            q_weight,
-            k_weight,
-            cos_sin,
-            positions,
-            slot_mapping,
-            q,
-            k_cache,
-            v_cache,
+            *tensors,
             qkv.stride(0),
             eps,
             HEADS=num_heads,

@@ -321,21 +321,9 @@ def sample_triton(logits, slots, context_lens, state: SamplingState, last=None) 
     _threshold_kernel[(rows,)](*inputs, vocab_size, **sizes, num_warps=16)
     _draw_kernel[(rows, num_tiles)](*inputs, best, best_token, vocab_size, **sizes, num_warps=8)
     last_token, length, scratch_slot = last or (tokens, slots, 0)
-    _reduce_kernel[(rows,)](
-        best,
-        best_token,
-        tokens,
-        slots,
-        context_lens,
-        last_token,
-        length,
-        num_tiles,
-        scratch_slot,
-        ADVANCE=last is not None,
-        TILES=triton.next_power_of_2(num_tiles),
-        num_warps=1,
-        **pdl,
-    )
+    tensors = best, best_token, tokens, slots, context_lens, last_token, length
+    options = {"ADVANCE": last is not None, "TILES": triton.next_power_of_2(num_tiles), "num_warps": 1, **pdl}
+    _reduce_kernel[(rows,)](*tensors, num_tiles, scratch_slot, **options)
     return tokens
 
 
