@@ -1,8 +1,10 @@
 """Drawing tokens: logits -> bias, penalties, allowed tokens -> temperature -> top-k -> top-p -> min-p -> Gumbel-max.
 
-The largest of logit + Gumbel noise is a draw from the softmax (Gumbel, 1954; Maddison et al., arXiv:1411.0030): one
-pass over the vocabulary, no cumulative sum, no wait for the host. The noise is a hash of (seed, context length, token
-id), so a row's draw depends on nothing else: not on its place in the batch, and not on other rows.
+The largest of logit + Gumbel noise is a draw from the softmax (Gumbel, 1954): no cumulative sum, no wait for the host.
+Over a tile of the vocabulary that largest is itself the tile's log-sum-exp + Gumbel noise, so a tile is drawn first,
+then a token of it (Maddison et al., "A* Sampling", arXiv:1411.0030): one pass over the vocabulary, free of noise, and a
+second read of one tile. The noise is a hash of (seed, context length, token id or -1 - tile), so a row's draw depends
+on nothing else: not on its place in the batch, and not on other rows.
 
 The filters come down to one threshold a row. It is found by bisection on the order-preserving integer image of a float:
 at most 32 passes over the row for an exact k-th value, and as many for the top-p cut. Rows without filters skip that.
@@ -18,7 +20,7 @@ from nanovllm.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_IDS
 
 _GOLDEN = 0x9E3779B9
 _MIX1, _MIX2 = 0x7FEB352D, 0x846CA68B  # "lowbias32" of Wellons' hash prospector
-TILE = 4096  # logits a program holds
+TILE = 4096  # logits a program holds; draws depend on it
 
 
 # What a slot asks for besides: bits of `extras`.
@@ -101,11 +103,11 @@ def _float(ptr):
 
 
 @triton.jit
-def _gumbel(tokens, seed_ptr, context_len):
+def _gumbel(counters, seed_ptr, context_len):
     low = tl.load(seed_ptr).to(tl.uint32, bitcast=True)
     high = tl.load(seed_ptr + 1).to(tl.uint32, bitcast=True)
     key = _mix(_mix(_mix(high + 0x9E3779B9) ^ low) ^ context_len.to(tl.uint32))
-    bits = _mix(_mix(tokens.to(tl.uint32) + key) ^ _mix(key + 0x9E3779B9))
+    bits = _mix(_mix(counters.to(tl.uint32, bitcast=True) + key) ^ _mix(key + 0x9E3779B9))
     u = ((bits >> 1).to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10  # 2**-31
     u = tl.minimum(u, 0.99999994)
     # -log(1 - u) for small u, where 1 - u would lose the bits that decide
@@ -121,13 +123,33 @@ def _image(x):
 
 
 @triton.jit
-def _slot(slots_ptr, row, context_len, params_ptr, counts_ptr, masks_ptr, bias_ptr, vocab_size, STRIDE, WORDS, BIAS):
-    """Where the row's slot is in the tables, and what changes its logits: bits of extras; 8: stop ids."""
+def _row(
+    logits_ptr,
+    logits_stride,
+    slots_ptr,
+    context_lens_ptr,
+    params_ptr,
+    counts_ptr,
+    masks_ptr,
+    bias_ptr,
+    vocab_size,
+    STRIDE,
+    WORDS,
+    BIAS,
+):
+    """The program's row, whether it is greedy, and what `_scaled` reads: where its logits are, what
+    divides them, where its slot is in the tables, and what changes them: bits of extras; 8: stop ids."""
+    row = tl.program_id(0)
+    context_len = tl.load(context_lens_ptr + row)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     params_ptr += slot * STRIDE
+    temperature = _float(params_ptr + 2)
+    greedy = temperature == 0
     banned = (context_len < tl.load(params_ptr + 6)).to(tl.int32)
     changes = (tl.load(params_ptr + 7) & 7) | (banned << 3)
-    return params_ptr, counts_ptr + slot * vocab_size, masks_ptr + slot * WORDS, bias_ptr + slot * BIAS * 2, changes
+    slot = params_ptr, counts_ptr + slot * vocab_size, masks_ptr + slot * WORDS, bias_ptr + slot * BIAS * 2, changes
+    logits_ptr += row.to(tl.int64) * logits_stride
+    return row, greedy, (logits_ptr, vocab_size, tl.where(greedy, 1.0, temperature), slot)
 
 
 @triton.jit
@@ -160,6 +182,13 @@ def _scaled(logits, columns):
     if slot[4] != 0:
         x = _changed(x, columns, vocab_size, slot)
     return x / temperature
+
+
+@triton.jit
+def _kept(logits, columns, threshold_ptr):
+    """`_scaled`; -inf below the row's threshold."""
+    x = _scaled(logits, columns)
+    return tl.where(_image(x) >= tl.load(threshold_ptr), x, float("-inf"))
 
 
 @triton.jit
@@ -203,21 +232,28 @@ def _threshold_kernel(
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    context_len = tl.load(context_lens_ptr + row)
-    slot = _slot(
-        slots_ptr, row, context_len, params_ptr, counts_ptr, masks_ptr, bias_ptr, vocab_size, STRIDE, WORDS, BIAS
+    row, greedy, logits = _row(
+        logits_ptr,
+        logits_stride,
+        slots_ptr,
+        context_lens_ptr,
+        params_ptr,
+        counts_ptr,
+        masks_ptr,
+        bias_ptr,
+        vocab_size,
+        STRIDE,
+        WORDS,
+        BIAS,
     )
-    params_ptr = slot[0]
-    temperature = _float(params_ptr + 2)
+    params_ptr = logits[3][0]
     top_k = tl.load(params_ptr + 3)
     top_p = _float(params_ptr + 4)
     min_p = _float(params_ptr + 5)
     wait_for_inputs(PDL)
-    if (temperature == 0) | ((top_k == 0) & (top_p >= 1) & (min_p == 0)):
+    if greedy | ((top_k == 0) & (top_p >= 1) & (min_p == 0)):
         tl.store(threshold_ptr + row, -2147483648)
         return
-    logits = (logits_ptr + row.to(tl.int64) * logits_stride, vocab_size, temperature, slot)
     top = tl.full([TILE], float("-inf"), tl.float32)
     for start in range(0, vocab_size, TILE):
         top = tl.maximum(top, _scaled(logits, start + tl.arange(0, TILE)))
@@ -235,6 +271,49 @@ def _threshold_kernel(
 
 
 @triton.jit
+def _weigh_kernel(
+    logits_ptr,
+    logits_stride,
+    slots_ptr,
+    context_lens_ptr,
+    params_ptr,
+    counts_ptr,
+    masks_ptr,
+    bias_ptr,
+    threshold_ptr,
+    weight_ptr,
+    vocab_size,
+    STRIDE: tl.constexpr,
+    WORDS: tl.constexpr,
+    BIAS: tl.constexpr,
+    TILE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row, greedy, logits = _row(
+        logits_ptr,
+        logits_stride,
+        slots_ptr,
+        context_lens_ptr,
+        params_ptr,
+        counts_ptr,
+        masks_ptr,
+        bias_ptr,
+        vocab_size,
+        STRIDE,
+        WORDS,
+        BIAS,
+    )
+    wait_for_inputs(PDL)
+    tile = tl.program_id(1)
+    x = _kept(logits, tile * TILE + tl.arange(0, TILE), threshold_ptr + row)
+    weight = tl.max(x, 0)
+    if not greedy:
+        shift = tl.where(tl.abs(weight) < float("inf"), weight, 0.0)
+        weight = shift + tl.log(tl.sum(tl.exp(x - shift), 0))
+    tl.store(weight_ptr + row * tl.num_programs(1) + tile, weight)
+
+
+@triton.jit
 def _draw_kernel(
     logits_ptr,
     logits_stride,
@@ -245,59 +324,46 @@ def _draw_kernel(
     masks_ptr,
     bias_ptr,
     threshold_ptr,
-    best_ptr,
-    token_ptr,
+    weight_ptr,
     vocab_size,
+    out_ptr,
+    last_token_ptr,
+    length_ptr,
+    scratch_slot,
+    ADVANCE: tl.constexpr,
+    TILES: tl.constexpr,
     STRIDE: tl.constexpr,
     WORDS: tl.constexpr,
     BIAS: tl.constexpr,
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    tile = tl.program_id(1)
-    context_len = tl.load(context_lens_ptr + row)
-    slot = _slot(
-        slots_ptr, row, context_len, params_ptr, counts_ptr, masks_ptr, bias_ptr, vocab_size, STRIDE, WORDS, BIAS
+    row, greedy, logits = _row(
+        logits_ptr,
+        logits_stride,
+        slots_ptr,
+        context_lens_ptr,
+        params_ptr,
+        counts_ptr,
+        masks_ptr,
+        bias_ptr,
+        vocab_size,
+        STRIDE,
+        WORDS,
+        BIAS,
     )
-    params_ptr = slot[0]
-    temperature = _float(params_ptr + 2)
-    greedy = temperature == 0
+    slot, context_len = tl.load(slots_ptr + row), tl.load(context_lens_ptr + row)
     wait_for_inputs(PDL)
-    columns = tile * TILE + tl.arange(0, TILE)
-    divisor = tl.where(greedy, 1.0, temperature)
-    x = _scaled((logits_ptr + row.to(tl.int64) * logits_stride, vocab_size, divisor, slot), columns)
+    tiles, num_tiles = tl.arange(0, TILES), tl.cdiv(vocab_size, TILE)
+    weights = tl.load(weight_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf"))
     if not greedy:
-        x = tl.where(_image(x) >= tl.load(threshold_ptr + row), x, float("-inf"))
-        x += _gumbel(columns, params_ptr, context_len)
-    place = row * tl.num_programs(1) + tile
-    tl.store(best_ptr + place, tl.max(x, 0))
-    tl.store(token_ptr + place, tile * TILE + tl.argmax(x, 0))
-
-
-@triton.jit
-def _reduce_kernel(
-    best_ptr,
-    token_ptr,
-    out_ptr,
-    slots_ptr,
-    context_lens_ptr,
-    last_token_ptr,
-    length_ptr,
-    num_tiles,
-    scratch_slot,
-    ADVANCE: tl.constexpr,
-    TILES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    row = tl.program_id(0)
-    tiles = tl.arange(0, TILES)
-    slot = tl.load(slots_ptr + row)
-    context_len = tl.load(context_lens_ptr + row)
-    wait_for_inputs(PDL)
-    best = tl.load(best_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf"))
-    tokens = tl.load(token_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=0)
-    token = tl.sum(tl.where(tiles == tl.argmax(best, 0), tokens, 0), 0).to(tl.int64)
+        weights += _gumbel(-1 - tiles, logits[3][0], context_len)
+    columns = tl.argmax(weights, 0) * TILE + tl.arange(0, TILE)
+    x = _kept(logits, columns, threshold_ptr + row)
+    if not greedy:
+        x += _gumbel(columns, logits[3][0], context_len)
+    token = tl.min(columns, 0) + tl.argmax(x, 0)
+    token = tl.minimum(token, vocab_size - 1).to(tl.int64)  # which NaN may pass
     tl.store(out_ptr + row, token)
     if ADVANCE:
         tl.store(last_token_ptr + slot, token, mask=slot != scratch_slot)
@@ -312,18 +378,24 @@ def sample_triton(logits, slots, context_lens, state: SamplingState, last=None) 
         return tokens
     num_tiles = triton.cdiv(vocab_size, TILE)
     threshold = torch.empty(rows, dtype=torch.int32, device=logits.device)
-    best = torch.empty((rows, num_tiles), dtype=torch.float32, device=logits.device)
-    best_token = torch.empty((rows, num_tiles), dtype=torch.int32, device=logits.device)
+    weight = torch.empty((rows, num_tiles), dtype=torch.float32, device=logits.device)
     pdl = launch_options(logits.device)
     sizes = {"STRIDE": STRIDE, "WORDS": state.masks.shape[1], "BIAS": MAX_LOGIT_BIAS, "TILE": TILE, **pdl}
     tables = state.table, state.counts, state.masks, state.bias
     inputs = logits, logits.stride(0), slots, context_lens, *tables, threshold
     _threshold_kernel[(rows,)](*inputs, vocab_size, **sizes, num_warps=16)
-    _draw_kernel[(rows, num_tiles)](*inputs, best, best_token, vocab_size, **sizes, num_warps=8)
-    last_token, length, scratch_slot = last or (tokens, slots, 0)
-    tensors = best, best_token, tokens, slots, context_lens, last_token, length
-    options = {"ADVANCE": last is not None, "TILES": triton.next_power_of_2(num_tiles), "num_warps": 1, **pdl}
-    _reduce_kernel[(rows,)](*tensors, num_tiles, scratch_slot, **options)
+    _weigh_kernel[(rows, num_tiles)](*inputs, weight, vocab_size, **sizes, num_warps=8)
+    _draw_kernel[(rows,)](
+        *inputs,
+        weight,
+        vocab_size,
+        tokens,
+        *(last or (tokens, slots, 0)),
+        ADVANCE=last is not None,
+        TILES=triton.next_power_of_2(num_tiles),
+        **sizes,
+        num_warps=8,
+    )
     return tokens
 
 
@@ -341,14 +413,25 @@ def _mix_torch(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _gumbel_torch(vocab_size: int, seed: torch.Tensor, context_lens: torch.Tensor) -> torch.Tensor:
-    """Noise [R, V] float32 for seed [R] int64 and context_lens [R] int32."""
+def _gumbel_torch(counters: torch.Tensor, seed: torch.Tensor, context_lens: torch.Tensor) -> torch.Tensor:
+    """Noise [R, N] float32 for counters [R or 1, N] int32, seed [R] int64 and context_lens [R] int32."""
     low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
     key = _mix_torch(_mix_torch(_mix_torch(high + _signed(_GOLDEN)) ^ low) ^ context_lens)[:, None]
-    bits = torch.arange(vocab_size, dtype=torch.int32, device=seed.device) + key
-    bits = _mix_torch(_mix_torch(bits) ^ _mix_torch(key + _signed(_GOLDEN)))
+    bits = _mix_torch(_mix_torch(counters + key) ^ _mix_torch(key + _signed(_GOLDEN)))
     u = ((bits >> 1) & 0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2**-31).clamp_(max=0.99999994)
     return torch.log1p(-u).neg_().log_().neg_()
+
+
+def _draw_torch(y: torch.Tensor, seed: torch.Tensor, context_lens: torch.Tensor) -> torch.Tensor:
+    """Tokens [R] int64 from the softmax of y [R, V]: a tile of it, then one of the tile's."""
+    width = min(TILE, y.shape[1])
+    tiles = torch.nn.functional.pad(y, (0, -y.shape[1] % width), value=float("-inf")).unflatten(1, (-1, width))
+    ids = torch.arange(max(tiles.shape[1:]), dtype=torch.int32, device=y.device)
+    weight = tiles.logsumexp(-1) + _gumbel_torch(-1 - ids[None, : tiles.shape[1]], seed, context_lens)
+    tile = weight.argmax(-1)
+    columns = tile.to(torch.int32)[:, None] * width + ids[:width]
+    x = tiles[torch.arange(len(y), device=y.device), tile] + _gumbel_torch(columns, seed, context_lens)
+    return tile * width + x.argmax(-1)
 
 
 def filter_torch(x: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
@@ -404,8 +487,7 @@ def sample_torch(logits, slots, context_lens, state: SamplingState, last=None) -
         filtered = ((top_k > 0) | (top_p < 1) | (min_p > 0)).nonzero()[:, 0]
         if len(filtered):
             y[filtered] = filter_torch(y[filtered], top_k[filtered], top_p[filtered], min_p[filtered])
-        y += _gumbel_torch(y.shape[1], state.seed[at], context_lens[drawn])
-        tokens[drawn] = y.argmax(-1)
+        tokens[drawn] = _draw_torch(y, state.seed[at], context_lens[drawn])
     if last is not None:
         advance_torch(tokens, slots, context_lens, *last)
     return tokens
