@@ -116,40 +116,24 @@ def _gumbel(counters, seed_ptr, context_len):
 
 
 @triton.jit
-def _image(x):
-    """int32 that orders as the float32 `x` does."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def _row(inputs):
+    """Whether the program's row is greedy, and what `_kept` reads.
 
-
-@triton.jit
-def _row(
-    logits_ptr,
-    logits_stride,
-    slots_ptr,
-    context_lens_ptr,
-    params_ptr,
-    counts_ptr,
-    masks_ptr,
-    bias_ptr,
-    vocab_size,
-    STRIDE,
-    WORDS,
-    BIAS,
-):
-    """The program's row, whether it is greedy, and what `_scaled` reads: where its logits are, what
-    divides them, where its slot is in the tables, and what changes them: bits of extras; 8: stop ids."""
+    That is where its logits are, how many there are, what they are multiplied by, where its threshold is, where its
+    slot is in the tables, and what changes the logits: bits of extras; 8: stop ids.
+    """
+    logits_ptr, stride, vocab_size, slots_ptr, context_lens_ptr, threshold_ptr, tables = inputs
+    params, counts, masks, bias = tables
     row = tl.program_id(0)
-    context_len = tl.load(context_lens_ptr + row)
     slot = tl.load(slots_ptr + row).to(tl.int64)
-    params_ptr += slot * STRIDE
+    params_ptr = params[0] + slot * params[1]
     temperature = _float(params_ptr + 2)
     greedy = temperature == 0
-    banned = (context_len < tl.load(params_ptr + 6)).to(tl.int32)
+    scale = tl.div_rn(1.0, tl.where(greedy, 1.0, temperature))
+    banned = (tl.load(context_lens_ptr + row) < tl.load(params_ptr + 6)).to(tl.int32)
     changes = (tl.load(params_ptr + 7) & 7) | (banned << 3)
-    slot = params_ptr, counts_ptr + slot * vocab_size, masks_ptr + slot * WORDS, bias_ptr + slot * BIAS * 2, changes
-    logits_ptr += row.to(tl.int64) * logits_stride
-    return row, greedy, (logits_ptr, vocab_size, tl.where(greedy, 1.0, temperature), slot)
+    places = params_ptr, counts[0] + slot * counts[1], masks[0] + slot * masks[1], bias[0] + slot * bias[1], changes
+    return greedy, (logits_ptr + row.to(tl.int64) * stride, vocab_size, scale, threshold_ptr + row, places)
 
 
 @triton.jit
@@ -177,28 +161,34 @@ def _changed(x, columns, vocab_size, slot):
 @triton.jit
 def _scaled(logits, columns):
     """Logits of `columns` as asked for, divided by the temperature; -inf past the vocabulary."""
-    logits_ptr, vocab_size, temperature, slot = logits
+    logits_ptr, vocab_size, scale, _, slot = logits
     x = tl.load(logits_ptr + columns, mask=columns < vocab_size, other=float("-inf")).to(tl.float32)
     if slot[4] != 0:
         x = _changed(x, columns, vocab_size, slot)
-    return x / temperature
+    return x * scale
 
 
 @triton.jit
-def _kept(logits, columns, threshold_ptr):
-    """`_scaled`; -inf below the row's threshold."""
+def _kept(logits, columns):
+    """`_scaled`; -inf below the row's threshold, and for NaN."""
     x = _scaled(logits, columns)
-    return tl.where(_image(x) >= tl.load(threshold_ptr), x, float("-inf"))
+    return tl.where(x >= tl.load(logits[3]), x, float("-inf"))
+
+
+@triton.jit
+def _image(bits):
+    """int32 that orders as the float32 of the int32 `bits` does; from that, the bits again."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _total(logits, least, best, WEIGH: tl.constexpr, TILE: tl.constexpr):
-    """Of the tokens whose image is at least `least`: how many there are; if WEIGH, the sum of their exp(x - best)."""
+    """Of the tokens of at least the float of image `least`: how many; if WEIGH, the sum of their exp(x - best)."""
     total = tl.zeros([TILE], tl.float32 if WEIGH else tl.int32)
+    threshold = _image(least.to(tl.int32)).to(tl.float32, bitcast=True)
     for start in range(0, logits[1], TILE):
         x = _scaled(logits, start + tl.arange(0, TILE))
-        kept = _image(x).to(tl.int64) >= least
-        total += tl.where(kept, tl.exp(x - best), 0.0) if WEIGH else kept.to(tl.int32)
+        total += tl.where(x >= threshold, tl.exp(x - best), 0.0) if WEIGH else (x >= threshold).to(tl.int32)
     return tl.sum(total, 0)
 
 
@@ -215,97 +205,36 @@ def _highest(logits, low, high, wanted, best, WEIGH: tl.constexpr, TILE: tl.cons
 
 
 @triton.jit
-def _threshold_kernel(
-    logits_ptr,
-    logits_stride,
-    slots_ptr,
-    context_lens_ptr,
-    params_ptr,
-    counts_ptr,
-    masks_ptr,
-    bias_ptr,
-    threshold_ptr,
-    vocab_size,
-    STRIDE: tl.constexpr,
-    WORDS: tl.constexpr,
-    BIAS: tl.constexpr,
-    TILE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    row, greedy, logits = _row(
-        logits_ptr,
-        logits_stride,
-        slots_ptr,
-        context_lens_ptr,
-        params_ptr,
-        counts_ptr,
-        masks_ptr,
-        bias_ptr,
-        vocab_size,
-        STRIDE,
-        WORDS,
-        BIAS,
-    )
-    params_ptr = logits[3][0]
-    top_k = tl.load(params_ptr + 3)
-    top_p = _float(params_ptr + 4)
-    min_p = _float(params_ptr + 5)
+def _threshold_kernel(inputs, TILE: tl.constexpr, PDL: tl.constexpr):
+    greedy, logits = _row(inputs)
+    _, vocab_size, _, threshold_ptr, slot = logits
+    top_k, top_p, min_p = tl.load(slot[0] + 3), _float(slot[0] + 4), _float(slot[0] + 5)
     wait_for_inputs(PDL)
     if greedy | ((top_k == 0) & (top_p >= 1) & (min_p == 0)):
-        tl.store(threshold_ptr + row, -2147483648)
+        tl.store(threshold_ptr, float("-inf"))
         return
     top = tl.full([TILE], float("-inf"), tl.float32)
     for start in range(0, vocab_size, TILE):
         top = tl.maximum(top, _scaled(logits, start + tl.arange(0, TILE)))
     best = tl.max(top, 0)
-    high = tl.max(_image(top), 0).to(tl.int64)
-    low = tl.full([], -2147483648, tl.int64)
+    low = tl.full([], -0x7F800001, tl.int64)  # the image of -inf
+    high = _image(best.to(tl.int32, bitcast=True)).to(tl.int64)
     if (top_k > 0) & (top_k < vocab_size):
         low = _highest(logits, low, high, top_k, best, False, TILE)
     if top_p < 1:
         wanted = top_p * _total(logits, low, best, True, TILE)
         low = _highest(logits, low, high, wanted, best, True, TILE)
-    if min_p > 0:
-        low = tl.maximum(low, _image(best + tl.log(min_p)).to(tl.int64))
-    tl.store(threshold_ptr + row, low.to(tl.int32))
+    threshold = _image(low.to(tl.int32)).to(tl.float32, bitcast=True)
+    tl.store(threshold_ptr, tl.maximum(threshold, best + tl.log(min_p)))
 
 
 @triton.jit
-def _weigh_kernel(
-    logits_ptr,
-    logits_stride,
-    slots_ptr,
-    context_lens_ptr,
-    params_ptr,
-    counts_ptr,
-    masks_ptr,
-    bias_ptr,
-    threshold_ptr,
-    weight_ptr,
-    vocab_size,
-    STRIDE: tl.constexpr,
-    WORDS: tl.constexpr,
-    BIAS: tl.constexpr,
-    TILE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    row, greedy, logits = _row(
-        logits_ptr,
-        logits_stride,
-        slots_ptr,
-        context_lens_ptr,
-        params_ptr,
-        counts_ptr,
-        masks_ptr,
-        bias_ptr,
-        vocab_size,
-        STRIDE,
-        WORDS,
-        BIAS,
-    )
+def _weigh_kernel(inputs, weight_ptr, TILE: tl.constexpr, PDL: tl.constexpr):
+    """The largest logit of each tile of a greedy row, the log-sum-exp of each of the others'."""
+    greedy, logits = _row(inputs)
+    row, tile = tl.program_id(0), tl.program_id(1)
     wait_for_inputs(PDL)
-    tile = tl.program_id(1)
-    x = _kept(logits, tile * TILE + tl.arange(0, TILE), threshold_ptr + row)
+    x = _kept(logits, tile * TILE + tl.arange(0, TILE))
     weight = tl.max(x, 0)
     if not greedy:
         shift = tl.where(tl.abs(weight) < float("inf"), weight, 0.0)
@@ -315,55 +244,31 @@ def _weigh_kernel(
 
 @triton.jit
 def _draw_kernel(
-    logits_ptr,
-    logits_stride,
-    slots_ptr,
-    context_lens_ptr,
-    params_ptr,
-    counts_ptr,
-    masks_ptr,
-    bias_ptr,
-    threshold_ptr,
+    inputs,
     weight_ptr,
-    vocab_size,
     out_ptr,
     last_token_ptr,
     length_ptr,
     scratch_slot,
     ADVANCE: tl.constexpr,
     TILES: tl.constexpr,
-    STRIDE: tl.constexpr,
-    WORDS: tl.constexpr,
-    BIAS: tl.constexpr,
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    row, greedy, logits = _row(
-        logits_ptr,
-        logits_stride,
-        slots_ptr,
-        context_lens_ptr,
-        params_ptr,
-        counts_ptr,
-        masks_ptr,
-        bias_ptr,
-        vocab_size,
-        STRIDE,
-        WORDS,
-        BIAS,
-    )
-    slot, context_len = tl.load(slots_ptr + row), tl.load(context_lens_ptr + row)
+    greedy, logits = _row(inputs)
+    row = tl.program_id(0)
+    slot, context_len = tl.load(inputs[3] + row), tl.load(inputs[4] + row)
     wait_for_inputs(PDL)
-    tiles, num_tiles = tl.arange(0, TILES), tl.cdiv(vocab_size, TILE)
+    tiles, num_tiles = tl.arange(0, TILES), tl.cdiv(logits[1], TILE)
     weights = tl.load(weight_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf"))
     if not greedy:
-        weights += _gumbel(-1 - tiles, logits[3][0], context_len)
-    columns = tl.argmax(weights, 0) * TILE + tl.arange(0, TILE)
-    x = _kept(logits, columns, threshold_ptr + row)
+        weights += _gumbel(-1 - tiles, logits[4][0], context_len)
+    first = tl.argmax(weights, 0) * TILE
+    columns = first + tl.arange(0, TILE)
+    x = _kept(logits, columns)
     if not greedy:
-        x += _gumbel(columns, logits[3][0], context_len)
-    token = tl.min(columns, 0) + tl.argmax(x, 0)
-    token = tl.minimum(token, vocab_size - 1).to(tl.int64)  # which NaN may pass
+        x += _gumbel(columns, logits[4][0], context_len)
+    token = (first + tl.argmax(x, 0)).to(tl.int64)
     tl.store(out_ptr + row, token)
     if ADVANCE:
         tl.store(last_token_ptr + slot, token, mask=slot != scratch_slot)
@@ -377,25 +282,15 @@ def sample_triton(logits, slots, context_lens, state: SamplingState, last=None) 
     if rows == 0:
         return tokens
     num_tiles = triton.cdiv(vocab_size, TILE)
-    threshold = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    threshold = torch.empty(rows, dtype=torch.float32, device=logits.device)
     weight = torch.empty((rows, num_tiles), dtype=torch.float32, device=logits.device)
-    pdl = launch_options(logits.device)
-    sizes = {"STRIDE": STRIDE, "WORDS": state.masks.shape[1], "BIAS": MAX_LOGIT_BIAS, "TILE": TILE, **pdl}
-    tables = state.table, state.counts, state.masks, state.bias
-    inputs = logits, logits.stride(0), slots, context_lens, *tables, threshold
-    _threshold_kernel[(rows,)](*inputs, vocab_size, **sizes, num_warps=16)
-    _weigh_kernel[(rows, num_tiles)](*inputs, weight, vocab_size, **sizes, num_warps=8)
-    _draw_kernel[(rows,)](
-        *inputs,
-        weight,
-        vocab_size,
-        tokens,
-        *(last or (tokens, slots, 0)),
-        ADVANCE=last is not None,
-        TILES=triton.next_power_of_2(num_tiles),
-        **sizes,
-        num_warps=8,
-    )
+    tables = tuple((table, table.stride(0)) for table in (state.table, state.counts, state.masks, state.bias))
+    inputs = logits, logits.stride(0), vocab_size, slots, context_lens, threshold, tables
+    options = {"TILE": TILE, **launch_options(logits.device)}
+    _threshold_kernel[(rows,)](inputs, **options, num_warps=16)
+    _weigh_kernel[(rows, num_tiles)](inputs, weight, **options, num_warps=8)
+    advance = {"ADVANCE": last is not None, "TILES": triton.next_power_of_2(num_tiles)}
+    _draw_kernel[(rows,)](inputs, weight, tokens, *(last or (tokens, slots, 0)), **advance, **options, num_warps=8)
     return tokens
 
 
@@ -482,7 +377,7 @@ def sample_torch(logits, slots, context_lens, state: SamplingState, last=None) -
     drawn = state.temperature[slots].nonzero()[:, 0]
     if len(drawn):
         at = slots[drawn]
-        y = x[drawn] / state.temperature[at, None]
+        y = x[drawn] * state.temperature[at, None].reciprocal()
         top_k, top_p, min_p = state.top_k[at], state.top_p[at], state.min_p[at]
         filtered = ((top_k > 0) | (top_p < 1) | (min_p > 0)).nonzero()[:, 0]
         if len(filtered):
