@@ -1,8 +1,10 @@
 """Drawing tokens: logits -> bias, penalties, allowed tokens -> temperature -> top-k -> top-p -> min-p -> Gumbel-max.
 
-The largest of logit + Gumbel noise is a draw from the softmax (Gumbel, 1954; Maddison et al., arXiv:1411.0030): one
-pass over the vocabulary, no cumulative sum, no wait for the host. The noise is a hash of (seed, context length, token
-id), so a row's draw depends on nothing else: not on its place in the batch, and not on other rows.
+The largest of logit + Gumbel noise is a draw from the softmax (Gumbel, 1954): no cumulative sum, no wait for the host.
+Over a tile of the vocabulary that largest is itself the tile's log-sum-exp + Gumbel noise, so a tile is drawn first,
+then a token of it (Maddison et al., "A* Sampling", arXiv:1411.0030): one pass over the vocabulary, free of noise, and a
+second read of one tile. The noise is a hash of (seed, context length, token id or -1 - tile), so a row's draw depends
+on nothing else: not on its place in the batch, and not on other rows.
 
 The filters come down to one threshold a row. It is found by bisection on the order-preserving integer image of a float:
 at most 32 passes over the row for an exact k-th value, and as many for the top-p cut. Rows without filters skip that.
@@ -18,7 +20,7 @@ from nanovllm.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_IDS
 
 _GOLDEN = 0x9E3779B9
 _MIX1, _MIX2 = 0x7FEB352D, 0x846CA68B  # "lowbias32" of Wellons' hash prospector
-TILE = 4096  # logits a program holds
+TILE = 4096  # logits a program holds; draws depend on it
 
 
 # What a slot asks for besides: bits of `extras`.
@@ -101,11 +103,11 @@ def _float(ptr):
 
 
 @triton.jit
-def _gumbel(tokens, seed_ptr, context_len):
+def _gumbel(counters, seed_ptr, context_len):
     low = tl.load(seed_ptr).to(tl.uint32, bitcast=True)
     high = tl.load(seed_ptr + 1).to(tl.uint32, bitcast=True)
     key = _mix(_mix(_mix(high + 0x9E3779B9) ^ low) ^ context_len.to(tl.uint32))
-    bits = _mix(_mix(tokens.to(tl.uint32) + key) ^ _mix(key + 0x9E3779B9))
+    bits = _mix(_mix(counters.to(tl.uint32, bitcast=True) + key) ^ _mix(key + 0x9E3779B9))
     u = ((bits >> 1).to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10  # 2**-31
     u = tl.minimum(u, 0.99999994)
     # -log(1 - u) for small u, where 1 - u would lose the bits that decide
@@ -114,20 +116,24 @@ def _gumbel(tokens, seed_ptr, context_len):
 
 
 @triton.jit
-def _image(x):
-    """int32 that orders as the float32 `x` does."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def _row(inputs):
+    """Whether the program's row is greedy, and what `_kept` reads.
 
-
-@triton.jit
-def _slot(slots_ptr, row, context_len, params_ptr, counts_ptr, masks_ptr, bias_ptr, vocab_size, STRIDE, WORDS, BIAS):
-    """Where the row's slot is in the tables, and what changes its logits: bits of extras; 8: stop ids."""
+    That is where its logits are, how many there are, what they are multiplied by, where its threshold is, where its
+    slot is in the tables, and what changes the logits: bits of extras; 8: stop ids.
+    """
+    logits_ptr, stride, vocab_size, slots_ptr, context_lens_ptr, threshold_ptr, tables = inputs
+    params, counts, masks, bias = tables
+    row = tl.program_id(0)
     slot = tl.load(slots_ptr + row).to(tl.int64)
-    params_ptr += slot * STRIDE
-    banned = (context_len < tl.load(params_ptr + 6)).to(tl.int32)
+    params_ptr = params[0] + slot * params[1]
+    temperature = _float(params_ptr + 2)
+    greedy = temperature == 0
+    scale = tl.div_rn(1.0, tl.where(greedy, 1.0, temperature))
+    banned = (tl.load(context_lens_ptr + row) < tl.load(params_ptr + 6)).to(tl.int32)
     changes = (tl.load(params_ptr + 7) & 7) | (banned << 3)
-    return params_ptr, counts_ptr + slot * vocab_size, masks_ptr + slot * WORDS, bias_ptr + slot * BIAS * 2, changes
+    places = params_ptr, counts[0] + slot * counts[1], masks[0] + slot * masks[1], bias[0] + slot * bias[1], changes
+    return greedy, (logits_ptr + row.to(tl.int64) * stride, vocab_size, scale, threshold_ptr + row, places)
 
 
 @triton.jit
@@ -155,21 +161,34 @@ def _changed(x, columns, vocab_size, slot):
 @triton.jit
 def _scaled(logits, columns):
     """Logits of `columns` as asked for, divided by the temperature; -inf past the vocabulary."""
-    logits_ptr, vocab_size, temperature, slot = logits
+    logits_ptr, vocab_size, scale, _, slot = logits
     x = tl.load(logits_ptr + columns, mask=columns < vocab_size, other=float("-inf")).to(tl.float32)
     if slot[4] != 0:
         x = _changed(x, columns, vocab_size, slot)
-    return x / temperature
+    return x * scale
+
+
+@triton.jit
+def _kept(logits, columns):
+    """`_scaled`; -inf below the row's threshold, and for NaN."""
+    x = _scaled(logits, columns)
+    return tl.where(x >= tl.load(logits[3]), x, float("-inf"))
+
+
+@triton.jit
+def _image(bits):
+    """int32 that orders as the float32 of the int32 `bits` does; from that, the bits again."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _total(logits, least, best, WEIGH: tl.constexpr, TILE: tl.constexpr):
-    """Of the tokens whose image is at least `least`: how many there are; if WEIGH, the sum of their exp(x - best)."""
+    """Of the tokens of at least the float of image `least`: how many; if WEIGH, the sum of their exp(x - best)."""
     total = tl.zeros([TILE], tl.float32 if WEIGH else tl.int32)
+    threshold = _image(least.to(tl.int32)).to(tl.float32, bitcast=True)
     for start in range(0, logits[1], TILE):
         x = _scaled(logits, start + tl.arange(0, TILE))
-        kept = _image(x).to(tl.int64) >= least
-        total += tl.where(kept, tl.exp(x - best), 0.0) if WEIGH else kept.to(tl.int32)
+        total += tl.where(x >= threshold, tl.exp(x - best), 0.0) if WEIGH else (x >= threshold).to(tl.int32)
     return tl.sum(total, 0)
 
 
@@ -186,118 +205,70 @@ def _highest(logits, low, high, wanted, best, WEIGH: tl.constexpr, TILE: tl.cons
 
 
 @triton.jit
-def _threshold_kernel(
-    logits_ptr,
-    logits_stride,
-    slots_ptr,
-    context_lens_ptr,
-    params_ptr,
-    counts_ptr,
-    masks_ptr,
-    bias_ptr,
-    threshold_ptr,
-    vocab_size,
-    STRIDE: tl.constexpr,
-    WORDS: tl.constexpr,
-    BIAS: tl.constexpr,
-    TILE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    row = tl.program_id(0)
-    context_len = tl.load(context_lens_ptr + row)
-    slot = _slot(
-        slots_ptr, row, context_len, params_ptr, counts_ptr, masks_ptr, bias_ptr, vocab_size, STRIDE, WORDS, BIAS
-    )
-    params_ptr = slot[0]
-    temperature = _float(params_ptr + 2)
-    top_k = tl.load(params_ptr + 3)
-    top_p = _float(params_ptr + 4)
-    min_p = _float(params_ptr + 5)
+def _threshold_kernel(inputs, TILE: tl.constexpr, PDL: tl.constexpr):
+    greedy, logits = _row(inputs)
+    _, vocab_size, _, threshold_ptr, slot = logits
+    top_k, top_p, min_p = tl.load(slot[0] + 3), _float(slot[0] + 4), _float(slot[0] + 5)
     wait_for_inputs(PDL)
-    if (temperature == 0) | ((top_k == 0) & (top_p >= 1) & (min_p == 0)):
-        tl.store(threshold_ptr + row, -2147483648)
+    if greedy | ((top_k == 0) & (top_p >= 1) & (min_p == 0)):
+        tl.store(threshold_ptr, float("-inf"))
         return
-    logits = (logits_ptr + row.to(tl.int64) * logits_stride, vocab_size, temperature, slot)
     top = tl.full([TILE], float("-inf"), tl.float32)
     for start in range(0, vocab_size, TILE):
         top = tl.maximum(top, _scaled(logits, start + tl.arange(0, TILE)))
     best = tl.max(top, 0)
-    high = tl.max(_image(top), 0).to(tl.int64)
-    low = tl.full([], -2147483648, tl.int64)
+    low = tl.full([], -0x7F800001, tl.int64)  # the image of -inf
+    high = _image(best.to(tl.int32, bitcast=True)).to(tl.int64)
     if (top_k > 0) & (top_k < vocab_size):
         low = _highest(logits, low, high, top_k, best, False, TILE)
     if top_p < 1:
         wanted = top_p * _total(logits, low, best, True, TILE)
         low = _highest(logits, low, high, wanted, best, True, TILE)
-    if min_p > 0:
-        low = tl.maximum(low, _image(best + tl.log(min_p)).to(tl.int64))
-    tl.store(threshold_ptr + row, low.to(tl.int32))
+    threshold = _image(low.to(tl.int32)).to(tl.float32, bitcast=True)
+    tl.store(threshold_ptr, tl.maximum(threshold, best + tl.log(min_p)))
+
+
+@triton.jit
+def _weigh_kernel(inputs, weight_ptr, TILE: tl.constexpr, PDL: tl.constexpr):
+    """The largest logit of each tile of a greedy row, the log-sum-exp of each of the others'."""
+    greedy, logits = _row(inputs)
+    row, tile = tl.program_id(0), tl.program_id(1)
+    wait_for_inputs(PDL)
+    x = _kept(logits, tile * TILE + tl.arange(0, TILE))
+    weight = tl.max(x, 0)
+    if not greedy:
+        shift = tl.where(tl.abs(weight) < float("inf"), weight, 0.0)
+        weight = shift + tl.log(tl.sum(tl.exp(x - shift), 0))
+    tl.store(weight_ptr + row * tl.num_programs(1) + tile, weight)
 
 
 @triton.jit
 def _draw_kernel(
-    logits_ptr,
-    logits_stride,
-    slots_ptr,
-    context_lens_ptr,
-    params_ptr,
-    counts_ptr,
-    masks_ptr,
-    bias_ptr,
-    threshold_ptr,
-    best_ptr,
-    token_ptr,
-    vocab_size,
-    STRIDE: tl.constexpr,
-    WORDS: tl.constexpr,
-    BIAS: tl.constexpr,
-    TILE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    row = tl.program_id(0)
-    tile = tl.program_id(1)
-    context_len = tl.load(context_lens_ptr + row)
-    slot = _slot(
-        slots_ptr, row, context_len, params_ptr, counts_ptr, masks_ptr, bias_ptr, vocab_size, STRIDE, WORDS, BIAS
-    )
-    params_ptr = slot[0]
-    temperature = _float(params_ptr + 2)
-    greedy = temperature == 0
-    wait_for_inputs(PDL)
-    columns = tile * TILE + tl.arange(0, TILE)
-    divisor = tl.where(greedy, 1.0, temperature)
-    x = _scaled((logits_ptr + row.to(tl.int64) * logits_stride, vocab_size, divisor, slot), columns)
-    if not greedy:
-        x = tl.where(_image(x) >= tl.load(threshold_ptr + row), x, float("-inf"))
-        x += _gumbel(columns, params_ptr, context_len)
-    place = row * tl.num_programs(1) + tile
-    tl.store(best_ptr + place, tl.max(x, 0))
-    tl.store(token_ptr + place, tile * TILE + tl.argmax(x, 0))
-
-
-@triton.jit
-def _reduce_kernel(
-    best_ptr,
-    token_ptr,
+    inputs,
+    weight_ptr,
     out_ptr,
-    slots_ptr,
-    context_lens_ptr,
     last_token_ptr,
     length_ptr,
-    num_tiles,
     scratch_slot,
     ADVANCE: tl.constexpr,
     TILES: tl.constexpr,
+    TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    greedy, logits = _row(inputs)
     row = tl.program_id(0)
-    tiles = tl.arange(0, TILES)
-    slot = tl.load(slots_ptr + row)
-    context_len = tl.load(context_lens_ptr + row)
+    slot, context_len = tl.load(inputs[3] + row), tl.load(inputs[4] + row)
     wait_for_inputs(PDL)
-    best = tl.load(best_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf"))
-    tokens = tl.load(token_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=0)
-    token = tl.sum(tl.where(tiles == tl.argmax(best, 0), tokens, 0), 0).to(tl.int64)
+    tiles, num_tiles = tl.arange(0, TILES), tl.cdiv(logits[1], TILE)
+    weights = tl.load(weight_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf"))
+    if not greedy:
+        weights += _gumbel(-1 - tiles, logits[4][0], context_len)
+    first = tl.argmax(weights, 0) * TILE
+    columns = first + tl.arange(0, TILE)
+    x = _kept(logits, columns)
+    if not greedy:
+        x += _gumbel(columns, logits[4][0], context_len)
+    token = (first + tl.argmax(x, 0)).to(tl.int64)
     tl.store(out_ptr + row, token)
     if ADVANCE:
         tl.store(last_token_ptr + slot, token, mask=slot != scratch_slot)
@@ -311,19 +282,15 @@ def sample_triton(logits, slots, context_lens, state: SamplingState, last=None) 
     if rows == 0:
         return tokens
     num_tiles = triton.cdiv(vocab_size, TILE)
-    threshold = torch.empty(rows, dtype=torch.int32, device=logits.device)
-    best = torch.empty((rows, num_tiles), dtype=torch.float32, device=logits.device)
-    best_token = torch.empty((rows, num_tiles), dtype=torch.int32, device=logits.device)
-    pdl = launch_options(logits.device)
-    sizes = {"STRIDE": STRIDE, "WORDS": state.masks.shape[1], "BIAS": MAX_LOGIT_BIAS, "TILE": TILE, **pdl}
-    tables = state.table, state.counts, state.masks, state.bias
-    inputs = logits, logits.stride(0), slots, context_lens, *tables, threshold
-    _threshold_kernel[(rows,)](*inputs, vocab_size, **sizes, num_warps=16)
-    _draw_kernel[(rows, num_tiles)](*inputs, best, best_token, vocab_size, **sizes, num_warps=8)
-    last_token, length, scratch_slot = last or (tokens, slots, 0)
-    tensors = best, best_token, tokens, slots, context_lens, last_token, length
-    options = {"ADVANCE": last is not None, "TILES": triton.next_power_of_2(num_tiles), "num_warps": 1, **pdl}
-    _reduce_kernel[(rows,)](*tensors, num_tiles, scratch_slot, **options)
+    threshold = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    weight = torch.empty((rows, num_tiles), dtype=torch.float32, device=logits.device)
+    tables = tuple((table, table.stride(0)) for table in (state.table, state.counts, state.masks, state.bias))
+    inputs = logits, logits.stride(0), vocab_size, slots, context_lens, threshold, tables
+    options = {"TILE": TILE, **launch_options(logits.device)}
+    _threshold_kernel[(rows,)](inputs, **options, num_warps=16)
+    _weigh_kernel[(rows, num_tiles)](inputs, weight, **options, num_warps=8)
+    advance = {"ADVANCE": last is not None, "TILES": triton.next_power_of_2(num_tiles)}
+    _draw_kernel[(rows,)](inputs, weight, tokens, *(last or (tokens, slots, 0)), **advance, **options, num_warps=8)
     return tokens
 
 
@@ -341,14 +308,25 @@ def _mix_torch(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _gumbel_torch(vocab_size: int, seed: torch.Tensor, context_lens: torch.Tensor) -> torch.Tensor:
-    """Noise [R, V] float32 for seed [R] int64 and context_lens [R] int32."""
+def _gumbel_torch(counters: torch.Tensor, seed: torch.Tensor, context_lens: torch.Tensor) -> torch.Tensor:
+    """Noise [R, N] float32 for counters [R or 1, N] int32, seed [R] int64 and context_lens [R] int32."""
     low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
     key = _mix_torch(_mix_torch(_mix_torch(high + _signed(_GOLDEN)) ^ low) ^ context_lens)[:, None]
-    bits = torch.arange(vocab_size, dtype=torch.int32, device=seed.device) + key
-    bits = _mix_torch(_mix_torch(bits) ^ _mix_torch(key + _signed(_GOLDEN)))
+    bits = _mix_torch(_mix_torch(counters + key) ^ _mix_torch(key + _signed(_GOLDEN)))
     u = ((bits >> 1) & 0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2**-31).clamp_(max=0.99999994)
     return torch.log1p(-u).neg_().log_().neg_()
+
+
+def _draw_torch(y: torch.Tensor, seed: torch.Tensor, context_lens: torch.Tensor) -> torch.Tensor:
+    """Tokens [R] int64 from the softmax of y [R, V]: a tile of it, then one of the tile's."""
+    width = min(TILE, y.shape[1])
+    tiles = torch.nn.functional.pad(y, (0, -y.shape[1] % width), value=float("-inf")).unflatten(1, (-1, width))
+    ids = torch.arange(max(tiles.shape[1:]), dtype=torch.int32, device=y.device)
+    weight = tiles.logsumexp(-1) + _gumbel_torch(-1 - ids[None, : tiles.shape[1]], seed, context_lens)
+    tile = weight.argmax(-1)
+    columns = tile.to(torch.int32)[:, None] * width + ids[:width]
+    x = tiles[torch.arange(len(y), device=y.device), tile] + _gumbel_torch(columns, seed, context_lens)
+    return tile * width + x.argmax(-1)
 
 
 def filter_torch(x: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
@@ -399,13 +377,12 @@ def sample_torch(logits, slots, context_lens, state: SamplingState, last=None) -
     drawn = state.temperature[slots].nonzero()[:, 0]
     if len(drawn):
         at = slots[drawn]
-        y = x[drawn] / state.temperature[at, None]
+        y = x[drawn] * state.temperature[at, None].reciprocal()
         top_k, top_p, min_p = state.top_k[at], state.top_p[at], state.min_p[at]
         filtered = ((top_k > 0) | (top_p < 1) | (min_p > 0)).nonzero()[:, 0]
         if len(filtered):
             y[filtered] = filter_torch(y[filtered], top_k[filtered], top_p[filtered], min_p[filtered])
-        y += _gumbel_torch(y.shape[1], state.seed[at], context_lens[drawn])
-        tokens[drawn] = y.argmax(-1)
+        tokens[drawn] = _draw_torch(y, state.seed[at], context_lens[drawn])
     if last is not None:
         advance_torch(tokens, slots, context_lens, *last)
     return tokens

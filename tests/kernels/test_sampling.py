@@ -43,8 +43,9 @@ def run(request, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocab_size", [11, 4099])
-def test_triton_equals_torch(device, vocab_size, dtype):
+@pytest.mark.parametrize(("vocab_size", "tile"), [(11, sampling.TILE), (4099, sampling.TILE), (150, 64)])
+def test_triton_equals_torch(device, vocab_size, tile, dtype, monkeypatch):
+    monkeypatch.setattr(sampling, "TILE", tile)
     rows = 12
     logits = torch.randn((rows, vocab_size), generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
     state = state_of(
@@ -62,8 +63,9 @@ def test_triton_equals_torch(device, vocab_size, dtype):
     assert got.dtype == torch.int64 and got.tolist() == want.tolist()
 
 
-@pytest.mark.parametrize("vocab_size", [40, 4099])
-def test_triton_equals_torch_with_bias_penalties_and_masks(device, vocab_size):
+@pytest.mark.parametrize(("vocab_size", "tile"), [(40, sampling.TILE), (4099, sampling.TILE), (150, 64)])
+def test_triton_equals_torch_with_bias_penalties_and_masks(device, vocab_size, tile, monkeypatch):
+    monkeypatch.setattr(sampling, "TILE", tile)
     rows = 10
     generator = torch.Generator(device).manual_seed(3)
     logits = torch.randn((rows, vocab_size), generator=generator, device=device) * 3
@@ -121,6 +123,41 @@ def test_draws_follow_the_softmax(device, run):
     assert ((counts - expected) ** 2 / expected).sum() < 24.3
 
 
+@pytest.mark.parametrize("top_k", [0, 30])
+def test_draws_of_many_tiles_follow_the_softmax(device, run, top_k, monkeypatch):
+    """Chi-square of tokens, and of tiles; 99.9% bounds for 49 and 6 degrees of freedom, or fewer."""
+    monkeypatch.setattr(sampling, "TILE", 8)
+    rows, order = 8000, torch.randperm(50, generator=torch.Generator().manual_seed(4))
+    logits = torch.linspace(-2, 2, 50)[order].to(device)
+    state = state_of(device, rows, temperature=1.5, seed=range(rows), top_k=top_k)
+    counts = draw(run, logits.expand(rows, -1).contiguous(), state).bincount(minlength=50).double()
+    x = logits if not top_k else logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
+    expected = (x / 1.5).softmax(-1).double() * rows
+    for width, bound in ((1, 85.4), (8, 22.5)):
+        pairs = torch.nn.functional.pad(torch.stack((counts, expected)), (0, -50 % width))
+        got, want = pairs.unflatten(1, (-1, width)).sum(-1)
+        assert not got[want == 0].any()
+        assert ((got - want) ** 2 / want)[want > 0].sum() < bound
+
+
+def test_the_only_token_is_drawn(device, monkeypatch):
+    monkeypatch.setattr(sampling, "TILE", 16)
+    only = [0, 15, 16, 47, 48, 49]
+    logits = torch.full((len(only), 50), float("-inf"), device=device)
+    logits[range(len(only)), only] = -3.0
+    state = state_of(device, len(only), temperature=[1, 0, 0.5, 1, 0, 2], top_p=[1, 1, 0.5, 1, 1, 1], seed=range(6))
+    for sampler in (sample_triton, sample_torch):
+        assert draw(sampler, logits, state).tolist() == only
+
+
+def test_what_is_no_number_gives_a_token(device, monkeypatch):
+    monkeypatch.setattr(sampling, "TILE", 16)
+    logits = torch.full((3, 50), float("nan"), device=device)
+    logits[2] = float("-inf")
+    tokens = draw(sample_triton, logits, state_of(device, 3, temperature=[0, 1, 1]))
+    assert ((tokens >= 0) & (tokens < 50)).all()
+
+
 def test_positions_draw_independently(device):
     rows = 4000
     logits = torch.zeros((rows, 8), device=device)
@@ -152,6 +189,14 @@ def test_filters_keep_what_they_say(device, run):
 def test_greedy_is_argmax_and_ties_go_to_the_first(device, run):
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, -1.0, -2.0, -3.0]], device=device)
     assert draw(run, logits, state_of(device, 2, temperature=0.0)).tolist() == [1, 0]
+
+
+def test_ties_of_tiles_go_to_the_first(device, monkeypatch):
+    monkeypatch.setattr(sampling, "TILE", 16)
+    logits = torch.zeros((1, 50), device=device)
+    logits[0, [20, 23, 40]] = 3.0
+    for sampler in (sample_triton, sample_torch):
+        assert draw(sampler, logits, state_of(device, 1, temperature=0.0)).tolist() == [20]
 
 
 def test_stop_ids_are_banned_until_min_length(device, run):
