@@ -20,7 +20,7 @@ from nanovllm.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_IDS
 
 _GOLDEN = 0x9E3779B9
 _MIX1, _MIX2 = 0x7FEB352D, 0x846CA68B  # "lowbias32" of Wellons' hash prospector
-TILE = 4096  # logits a program holds; draws depend on it
+TILE = 2048  # logits a program holds where it draws; draws depend on it
 
 
 # What a slot asks for besides: bits of `extras`.
@@ -286,11 +286,12 @@ def sample_triton(logits, slots, context_lens, state: SamplingState, last=None) 
     weight = torch.empty((rows, num_tiles), dtype=torch.float32, device=logits.device)
     tables = tuple((table, table.stride(0)) for table in (state.table, state.counts, state.masks, state.bias))
     inputs = logits, logits.stride(0), vocab_size, slots, context_lens, threshold, tables
-    options = {"TILE": TILE, **launch_options(logits.device)}
-    _threshold_kernel[(rows,)](inputs, **options, num_warps=16)
-    _weigh_kernel[(rows, num_tiles)](inputs, weight, **options, num_warps=8)
-    advance = {"ADVANCE": last is not None, "TILES": triton.next_power_of_2(num_tiles)}
-    _draw_kernel[(rows,)](inputs, weight, tokens, *(last or (tokens, slots, 0)), **advance, **options, num_warps=8)
+    pdl = launch_options(logits.device)
+    _threshold_kernel[(rows,)](inputs, TILE=4096, num_warps=16, **pdl)
+    # Of 13 settings on an H100 the fastest, and 1.7 times as fast as with all the registers the compiler likes.
+    _weigh_kernel[(rows, num_tiles)](inputs, weight, TILE=TILE, num_warps=4, maxnreg=64, **pdl)
+    sizes = {"TILE": TILE, "TILES": triton.next_power_of_2(num_tiles), "ADVANCE": last is not None}
+    _draw_kernel[(rows,)](inputs, weight, tokens, *(last or (tokens, slots, 0)), **sizes, num_warps=4, **pdl)
     return tokens
 
 
