@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.all_reduce import (
+from nanovllm.kernels.collectives import (
     PeerMemory,
     all_reduce_triton,
     exchange_triton,

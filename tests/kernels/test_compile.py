@@ -17,7 +17,7 @@ import torch
 from tests.kernels.compile_for_hopper import compiled, triton
 from nanovllm.kernels import decode_attention as decode, prefill_attention as prefill
 from nanovllm.kernels._triton import compile_aside, compile_only
-from nanovllm.kernels import all_reduce, embedding, gemv, rms_norm, rope_decode, rope_store, sampling, shared_prefix
+from nanovllm.kernels import collectives, embedding, gemv, rms_norm, rope_decode, rope_store, sampling, shared_prefix
 from nanovllm.kernels import silu_mul, step_inputs
 
 def call_all():
@@ -33,10 +33,10 @@ def call_all():
     state = sampling.SamplingState(sampling.default_rows(5), 5000, torch.device("cpu"))
     for rows in (slots, step_inputs.StepRows.split(torch.zeros(100, **i32), 4, 20)):
         step_inputs.step_inputs_triton(rows, torch.zeros(5, **i64), torch.zeros(5, **i32), tables, 64, 4, state)
-    peers = all_reduce.PeerMemory(0, [all_reduce.new_memory(2, torch.device("cpu"))] * 2)
+    peers = collectives.PeerMemory(0, [collectives.new_memory(2, torch.device("cpu"))] * 2)
     for dtype, norm in ((torch.bfloat16, None), (torch.bfloat16, (weight, 1e-6)), (torch.float32, None)):
-        all_reduce.all_reduce_triton(torch.zeros(4, 256, dtype=dtype), peers, norm)
-    all_reduce.exchange_triton(x, peers)
+        collectives.all_reduce_triton(torch.zeros(4, 256, dtype=dtype), peers, norm)
+    collectives.exchange_triton(x, peers)
     last = torch.zeros(5, **i64), torch.zeros(5, **i32), 4
     for advances in (None, last):
         tokens = sampling.sample_triton(torch.zeros(4, 5000, **bf16), slots, lens, state, advances)

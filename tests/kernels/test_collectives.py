@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from nanovllm.kernels import all_reduce
+from nanovllm.kernels import collectives
 from nanovllm.kernels._triton import HAVE_TRITON
 from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.utils import parallel
@@ -38,19 +38,19 @@ def summands(size):
 
 
 def run_rank(rank, memory, folder):
-    all_reduce.CAPACITY = CAPACITY
-    peers = all_reduce.PeerMemory(rank, memory)
+    collectives.CAPACITY = CAPACITY
+    peers = collectives.PeerMemory(rank, memory)
     outcome = []
     for i, (parts, norm) in enumerate(summands(len(memory))):
-        normed = all_reduce.all_reduce_triton(parts[rank], peers, norm if i % 2 else None)
+        normed = collectives.all_reduce_triton(parts[rank], peers, norm if i % 2 else None)
         outcome.append((parts[rank].tolist(), normed.tolist()))
     (folder / f"{rank}.json").write_text(json.dumps(outcome))
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_rank_gets_the_same_sum_and_its_norm(size, monkeypatch, tmp_path):
-    monkeypatch.setattr(all_reduce, "CAPACITY", CAPACITY)
-    memory = [all_reduce.new_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
+    monkeypatch.setattr(collectives, "CAPACITY", CAPACITY)
+    memory = [collectives.new_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
     torch.multiprocessing.spawn(run_rank, (memory, tmp_path), size)
     outcomes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
     for i, (parts, norm) in enumerate(summands(size)):
@@ -73,7 +73,7 @@ def logits():
 
 
 def run_exchange(rank, memory, folder):
-    tp = parallel.TensorParallel(rank, len(memory), peers=all_reduce.PeerMemory(rank, memory))
+    tp = parallel.TensorParallel(rank, len(memory), peers=collectives.PeerMemory(rank, memory))
     outcome = []
     for whole in logits():
         part = torch.stack(whole.chunk(tp.size, 1))[rank]
@@ -86,7 +86,7 @@ def run_exchange(rank, memory, folder):
 
 def test_every_rank_gets_all_columns_of_its_rows_and_then_all_tokens(tmp_path):
     size = 2
-    memory = [all_reduce.new_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
+    memory = [collectives.new_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
     torch.multiprocessing.spawn(run_exchange, (memory, tmp_path), size)
     for rank in range(size):
         rows = parallel.TensorParallel(rank, size).rows
@@ -97,7 +97,7 @@ def test_every_rank_gets_all_columns_of_its_rows_and_then_all_tokens(tmp_path):
 
 def test_what_fits():
     two, three = (
-        all_reduce.PeerMemory(0, [all_reduce.new_memory(size, torch.device("cpu"))] * size) for size in (2, 3)
+        collectives.PeerMemory(0, [collectives.new_memory(size, torch.device("cpu"))] * size) for size in (2, 3)
     )
     few, many = torch.zeros(256, 4096, dtype=torch.bfloat16), torch.zeros(1024, 4096, dtype=torch.bfloat16)
     assert two.fits(few) and three.fits(few) and two.fits(many) and not three.fits(many)
@@ -110,7 +110,7 @@ def test_sums_end_whatever_mode_their_memory_was_made_in(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     with torch.inference_mode():  # a caller's own
-        peers = all_reduce.PeerMemory(0, [all_reduce.new_memory(2, torch.device("cpu"))] * 2)
+        peers = collectives.PeerMemory(0, [collectives.new_memory(2, torch.device("cpu"))] * 2)
     peers.end()
     assert peers.stop.item() == 1
 
