@@ -298,7 +298,10 @@ class LLMEngine:
             yield
         except BaseException as error:
             self.error = error
-            self.close()
+            try:
+                self.close()
+            except Exception as another:  # a GPU in a bad state fails in whatever it is asked
+                error.add_note(f"Then closing the engine failed: {another!r}")
             raise
 
     def _collect(self) -> None:

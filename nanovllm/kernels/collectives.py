@@ -16,6 +16,8 @@ bits announces itself (the "Lamport" protocol of TensorRT-LLM). No flag follows 
 A place in the buffers is three, of which each call takes the next, and empties the one of the call before. A rank that
 has all of call n may send its part of call n + 1 while another still reads; it cannot come to call n + 2 before that
 one has sent its own part of n + 1, and then that one is done with call n.
+
+A rank that is told to stop waits no more, and writes to others no more: their memory may be gone.
 """
 
 import torch
@@ -67,13 +69,13 @@ def _words(low, high, DTYPE: tl.constexpr):
 
 @triton.jit
 def _receive(place, mask, stop_ptr):
-    """The words at `place` once all are there; anything once the ranks are told to stop."""
+    """The words at `place` once all are there; once this rank is told to stop, zeros for those that are not."""
     data = tl.load(place, mask=mask, other=0, volatile=True)
     missing = tl.max((data == EMPTY).to(tl.int32), 0)
     while (missing != 0) & (tl.load(stop_ptr, volatile=True) == 0):
         data = tl.load(place, mask=mask, other=0, volatile=True)
         missing = tl.max((data == EMPTY).to(tl.int32), 0)
-    return data
+    return tl.where(data == EMPTY, 0, data)
 
 
 @triton.jit
@@ -103,15 +105,17 @@ def _all_reduce_kernel(
         norm = tl.load(norm_ptr + words, mask=mask, other=0)
     wait_for_inputs(PDL)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        stopped = tl.load(stop_ptr, volatile=True)
         own = tl.load(x_ptr + row * WORDS + words, mask=mask, other=0)
         own = tl.where(own == EMPTY, 0, own)
+        sent = words < tl.where(stopped == 0, WORDS, 0)
         places = row * tl.cdiv(WORDS, UNIT) * UNIT + words
         call = tl.load(calls_ptr + places // UNIT, mask=whole, other=0)
         now = call * ((SIZE - 1) * NUM_WORDS) + places
         for peer in tl.static_range(SIZE):
             if peer != RANK:
                 buffer = tl.multiple_of(tl.load(buffers_ptr + peer).to(tl.pointer_type(tl.int32)), 16)
-                tl.store(buffer + now + (RANK - (peer < RANK)) * NUM_WORDS, own, mask=mask)
+                tl.store(buffer + now + (RANK - (peer < RANK)) * NUM_WORDS, own, mask=sent)
         low = tl.zeros([BLOCK], tl.int32 if DTYPE.is_int() else tl.float32)
         high = tl.zeros([BLOCK], tl.float32)
         buffer = tl.multiple_of(tl.load(buffers_ptr + RANK).to(tl.pointer_type(tl.int32)), 16)
@@ -164,6 +168,7 @@ def _exchange_kernel(
         call = tl.load(calls_ptr + places // UNIT)
         now = call * ((SIZE - 1) * NUM_WORDS) + places
         before = tl.where(call == 0, 2, call - 1) * ((SIZE - 1) * NUM_WORDS) + places
+        stopped = tl.load(stop_ptr, volatile=True)
         for peer in tl.static_range(SIZE):
             there = peer * share + row
             valid = words < tl.where(there < rows, WORDS, 0)
@@ -173,7 +178,8 @@ def _exchange_kernel(
             else:
                 buffer = tl.multiple_of(tl.load(buffers_ptr + peer).to(tl.pointer_type(tl.int32)), 16)
                 data = tl.where(data == EMPTY, 0, data)
-                tl.store(buffer + now + (RANK - (peer < RANK)) * NUM_WORDS, data, mask=valid)
+                sent = words < tl.where(stopped == 0, tl.where(there < rows, WORDS, 0), 0)
+                tl.store(buffer + now + (RANK - (peer < RANK)) * NUM_WORDS, data, mask=sent)
         buffer = tl.multiple_of(tl.load(buffers_ptr + RANK).to(tl.pointer_type(tl.int32)), 16)
         valid = words < tl.where(RANK * share + row < rows, WORDS, 0)
         for peer in tl.static_range(SIZE):
@@ -222,9 +228,11 @@ class PeerMemory:
         return fits and row_bytes % 4 == 0 and x.is_contiguous()
 
     def end(self) -> None:
-        """End all sums on this rank, now and later: a rank they wait for may be gone. Safe in any thread."""
+        """End all that this rank waits for and writes here, now and later. Safe in any thread."""
         with torch.inference_mode(), torch.cuda.stream(self._stream):  # `stop` may have been made in that mode
             self.stop.copy_(self._one, non_blocking=True)
+        if self._stream is not None:
+            self._stream.synchronize()
 
 
 def new_memory(ranks: int, device: torch.device) -> torch.Tensor:

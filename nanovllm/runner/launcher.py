@@ -250,6 +250,8 @@ class SpawnedRanks(Executor):
                 what = self._failure(rank, process)
                 if what:
                     self.error = what
+                    if self.tp is not None:
+                        self.tp.stop()
                     for other in self.processes:
                         other.kill()
                     self._end_collectives()

@@ -129,6 +129,11 @@ class TensorParallel:
             self.group.broadcast([x]).wait()
         return x
 
+    def stop(self) -> None:
+        """End what goes through other ranks' memory, for good, before such a rank is ended. Safe in any thread."""
+        if self.peers is not None:
+            self.peers.end()
+
     def end(self, free_graphs: Callable[[], None]) -> None:
         """End all collectives of this rank, those that run included, for good: no rank need be there any more.
 
@@ -138,8 +143,7 @@ class TensorParallel:
             free_graphs: frees the captured graphs, for which NCCL waits if they hold its kernels; and which waits for
                 kernels that run, as CUDA then does with all else. So each kind of kernel is told to end before that.
         """
-        if self.peers is not None:
-            self.peers.end()
+        self.stop()
         abort = threading.Thread(target=self._abort, daemon=True)
         abort.start()
         abort.join(0.2)

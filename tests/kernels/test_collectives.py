@@ -115,6 +115,18 @@ def test_sums_end_whatever_mode_their_memory_was_made_in(monkeypatch):
     assert peers.stop.item() == 1
 
 
+def test_a_rank_that_is_told_to_stop_waits_for_none_and_writes_to_none():
+    """Another rank's memory may be gone: a write would break this process's GPU."""
+    memory = [collectives.new_memory(2, torch.device("cpu")) for _ in range(2)]
+    peers = collectives.PeerMemory(0, memory)
+    peers.stop.fill_(1)
+    x = torch.ones(3, 300, dtype=torch.bfloat16)
+    collectives.all_reduce_triton(x, peers, (x[0].clone(), 1e-6))
+    assert torch.equal(x, torch.ones_like(x))  # and the others' part is none
+    collectives.exchange_triton(x, peers)
+    assert torch.equal(memory[1], collectives.new_memory(2, torch.device("cpu")))
+
+
 def test_memory_that_cannot_be_shared_leaves_the_sums_to_nccl(monkeypatch):
     def refuse(memory):
         raise RuntimeError("this allocator does not share")
