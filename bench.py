@@ -222,11 +222,13 @@ def count_costs(batches: list[Batch], config: ModelConfig, itemsize: int, block_
     """What the steps of a run, which began with no sequence running, move and compute at least.
 
     A step reads the body's weights once, the LM head if any row samples, an embedding for each token, and the keys and
-    values of its rows' contexts, those of shared blocks once; it writes those of its tokens.
+    values of its rows' contexts, those of shared blocks once; it writes those of its tokens. Of the last layer, tokens
+    that are not a row's last need keys and values only.
     """
     body, head = body_parameters(config), config.vocab_size * config.hidden_size
     kv_bytes = 2 * config.num_kv_heads * config.head_dim * config.num_layers * itemsize  # of a token
-    attention = 4 * config.num_heads * config.head_dim * config.num_layers  # operations for each token attended to
+    queries = config.num_heads * config.head_dim
+    rest = config.hidden_size * (2 * queries + 3 * config.intermediate_size)  # of the last layer
     tables, lengths, costs = BlockTables(batches, block_size), {}, []
     for batch in batches:
         tables.apply(batch)
@@ -236,10 +238,12 @@ def count_costs(batches: list[Batch], config: ModelConfig, itemsize: int, block_
         slots, before, new = np.array(rows).T
         num_tokens = int(new.sum())
         num_sampled = len(batch.decode_slots) + sum(chunk.samples for chunk in batch.chunks)
-        attended = int((new * before + new * (new + 1) // 2).sum())
+        attended = int((new * before + new * (new + 1) // 2).sum()) * (config.num_layers - 1)
+        attended += int((before + new).sum())
         weights = body + (head if num_sampled else 0) + num_tokens * config.hidden_size
         moved = weights * itemsize + kv_bytes * (tables.distinct_tokens(slots, before + new) + num_tokens)
-        costs.append((moved, 2 * body * num_tokens + 2 * head * num_sampled + attention * attended))
+        used = body * num_tokens - rest * (num_tokens - len(new)) + head * num_sampled
+        costs.append((moved, 2 * used + 4 * queries * attended))
     return Costs(*np.array(costs, dtype=float).reshape(-1, 2).T)
 
 
