@@ -105,7 +105,7 @@ class TensorParallel:
         return slice(min(count, rank * share), min(count, (rank + 1) * share))
 
     def exchange(self, x: torch.Tensor) -> torch.Tensor:
-        """The ranks' columns of all rows, x [R, N] -> all columns of its own `rows`, [S, size N]; `merge` follows."""
+        """The ranks' columns of all rows, x [R, N] -> all columns of its own `rows`, [S, size N]."""
         if self.size == 1:
             return x
         if self.peers is not None and self.peers.exchanges(x):
