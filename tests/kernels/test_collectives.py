@@ -86,7 +86,7 @@ def run_exchange(rank, memory, folder):
 
 
 def test_every_rank_gets_all_columns_of_its_rows_and_then_all_tokens(tmp_path):
-    size = 2
+    size = 3
     memory = [collectives.new_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
     torch.multiprocessing.spawn(run_exchange, (memory, tmp_path), size)
     for rank in range(size):
