@@ -1,6 +1,7 @@
 """Import guard for Triton, so that the kernel modules can be imported on machines without it."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -118,19 +119,24 @@ def compile_aside() -> Iterator[None]:
         yield
 
 
+_compiling_only = threading.Lock()
+
+
 @contextmanager
 def compile_only() -> Iterator[None]:
-    """Kernels that are called within are compiled; none is launched."""
-    run = triton.JITFunction.run
+    """Kernels that this thread calls within are compiled, not launched. Other threads' are, as an engine may run."""
+    caller = threading.get_ident()
+    with _compiling_only:
+        run, empty = triton.JITFunction.run, torch.empty
 
-    def compile_instead(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
-        return run(self, *args, warmup=True, **kwargs)
+        def compile_instead(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+            return run(self, *args, warmup=warmup or threading.get_ident() == caller, **kwargs)
 
-    with (
-        patch.object(triton.JITFunction, "run", compile_instead),
-        patch.object(torch, "empty", torch.zeros),  # what no kernel writes is an index to others
-    ):
-        yield
+        def zeros_instead(*args: Any, **kwargs: Any) -> torch.Tensor:  # what no kernel writes is an index to others
+            return (torch.zeros if threading.get_ident() == caller else empty)(*args, **kwargs)
+
+        with patch.object(triton.JITFunction, "run", compile_instead), patch.object(torch, "empty", zeros_instead):
+            yield
 
 
 @lru_cache

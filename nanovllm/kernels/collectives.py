@@ -171,21 +171,23 @@ def _exchange_kernel(
         stopped = tl.load(stop_ptr, volatile=True)
         for peer in tl.static_range(SIZE):
             there = peer * share + row
-            valid = words < tl.where(there < rows, WORDS, 0)
+            here = there < rows
+            valid = words < tl.where(here, WORDS, 0)
             data = tl.load(x_ptr + there * WORDS + words, mask=valid, other=0)
             if peer == RANK:
                 tl.store(out_ptr + (row * SIZE + peer) * WORDS + words, data, mask=valid)
             else:
                 buffer = tl.multiple_of(tl.load(buffers_ptr + peer).to(tl.pointer_type(tl.int32)), 16)
                 data = tl.where(data == EMPTY, 0, data)
-                sent = words < tl.where(stopped == 0, tl.where(there < rows, WORDS, 0), 0)
+                sent = words < tl.where(stopped == 0, tl.where(here, WORDS, 1), 0)  # 1: see `exchange_triton`
                 tl.store(buffer + now + (RANK - (peer < RANK)) * NUM_WORDS, data, mask=sent)
         buffer = tl.multiple_of(tl.load(buffers_ptr + RANK).to(tl.pointer_type(tl.int32)), 16)
-        valid = words < tl.where(RANK * share + row < rows, WORDS, 0)
+        here = RANK * share + row < rows
+        valid, awaited = words < tl.where(here, WORDS, 0), words < tl.where(here, WORDS, 1)
         for peer in tl.static_range(SIZE):
             if peer != RANK:
                 slot = (peer - (peer > RANK)) * NUM_WORDS
-                data = _receive(buffer + now + slot, valid, stop_ptr)
+                data = _receive(buffer + now + slot, awaited, stop_ptr)
                 tl.store(buffer + before + slot, EMPTY)
                 tl.store(out_ptr + (row * SIZE + peer) * WORDS + words, data, mask=valid)
         tl.store(calls_ptr + places // UNIT, tl.where(call == 2, 0, call + 1), mask=places % UNIT == 0)
@@ -304,7 +306,8 @@ def row_share(rows: int, ranks: int) -> int:
 def exchange_triton(x: torch.Tensor, peers: PeerMemory) -> torch.Tensor:
     """The ranks' columns of all rows -> all columns of this rank's rows.
 
-    A sum must follow, or all ranks' next exchange could come too early for one that is late.
+    A rank that gets no row gets a word of each other rank all the same: else it would be done without them, and what it
+    sent in the call after this one could come while another still empties the place in the call before.
 
     Args:
         x: [R, N], for which `peers.exchanges(x)`.

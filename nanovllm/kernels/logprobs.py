@@ -2,21 +2,23 @@
 
 import torch
 
-from nanovllm.kernels.sampling import PROCESSED, SamplingState, adjust, filter_torch
+from nanovllm.kernels.sampling import PROCESSED, SamplingState, adjust, filter_torch, without_stop_ids
 
 
-def process(x: torch.Tensor, slots: torch.Tensor, state: SamplingState) -> torch.Tensor:
+def process(x: torch.Tensor, slots: torch.Tensor, context_lens: torch.Tensor, state: SamplingState) -> torch.Tensor:
     """Logits as the sampler draws from them, for the rows that ask for these; the model's own for the others.
 
     Args:
         x: [R, V], any float dtype; the result is float32.
         slots: [R] int64.
+        context_lens: [R] int32, tokens before the one that is drawn.
     """
     x = x.float()
     wanted = (state.extras[slots] & PROCESSED) != 0
     temperature = state.temperature[slots]
     drawn = temperature > 0
-    y = adjust(x, slots, state) / torch.where(drawn, temperature, 1.0)[:, None]
+    y = without_stop_ids(adjust(x, slots, state), slots, context_lens, state)
+    y = y * torch.where(drawn, temperature, 1.0)[:, None].reciprocal()  # which rounds as the sampler does
     filtered = filter_torch(y, state.top_k[slots], state.top_p[slots], state.min_p[slots])
     return torch.where(wanted[:, None], torch.where(drawn[:, None], filtered, y), x)
 

@@ -361,6 +361,16 @@ def adjust(x: torch.Tensor, slots: torch.Tensor, state: SamplingState) -> torch.
     return x.masked_fill(~allowed & (extras & MASK != 0)[:, None], float("-inf"))
 
 
+def without_stop_ids(
+    x: torch.Tensor, slots: torch.Tensor, context_lens: torch.Tensor, state: SamplingState
+) -> torch.Tensor:
+    """x [R, V] with the stop ids of slots [R] int64 set to -inf where the row is too short to end."""
+    stop_ids, banned = state.stop_ids[slots].to(torch.int64), context_lens < state.min_length[slots]
+    drop = torch.zeros((len(x), x.shape[1] + 1), dtype=torch.bool, device=x.device)
+    drop.scatter_(1, stop_ids.masked_fill((stop_ids < 0) | ~banned[:, None], x.shape[1]), True)
+    return x.masked_fill(drop[:, :-1], float("-inf"))
+
+
 def sample_torch(logits, slots, context_lens, state: SamplingState, last=None) -> torch.Tensor:
     """`sample` in plain torch. Synchronises with the device to skip what no row asks for."""
     slots = slots.to(torch.int64)
@@ -368,12 +378,8 @@ def sample_torch(logits, slots, context_lens, state: SamplingState, last=None) -
     adjusted = (state.extras[slots] & (COUNTS | MASK | BIAS)).nonzero()[:, 0]
     if len(adjusted):
         x = x.index_copy(0, adjusted, adjust(x[adjusted], slots[adjusted], state))
-    banned = context_lens < state.min_length[slots]
-    if banned.any():
-        stop_ids = state.stop_ids[slots].to(torch.int64)
-        drop = torch.zeros((len(x), x.shape[1] + 1), dtype=torch.bool, device=x.device)
-        drop.scatter_(1, stop_ids.masked_fill((stop_ids < 0) | ~banned[:, None], x.shape[1]), True)
-        x = x.masked_fill(drop[:, :-1], float("-inf"))
+    if (context_lens < state.min_length[slots]).any():
+        x = without_stop_ids(x, slots, context_lens, state)
     tokens = x.argmax(-1)
     drawn = state.temperature[slots].nonzero()[:, 0]
     if len(drawn):

@@ -149,9 +149,9 @@ class SpawnedRanks(Executor):
         self.tp: TensorParallel | None = None
         self.runner = None
         self.closing = threading.Event()
-        self.folder = tempfile.mkdtemp(prefix="nanovllm-")
         size = config.tensor_parallel_size
         device = rank_device(config.device_type, 0)
+        self.folder = tempfile.mkdtemp(prefix="nanovllm-")
         try:
             store_path = os.path.join(self.folder, "store")
             self.monitor = threading.Thread(target=self._watch, name="nanovllm-monitor", daemon=True)
@@ -250,10 +250,12 @@ class SpawnedRanks(Executor):
                 what = self._failure(rank, process)
                 if what:
                     self.error = what
-                    if self.tp is not None:
-                        self.tp.stop()
-                    for other in self.processes:
-                        other.kill()
+                    try:
+                        if self.tp is not None:
+                            self.tp.stop()
+                    finally:  # a GPU may have failed
+                        for other in self.processes:
+                            other.kill()
                     self._end_collectives()
                     return
 
@@ -279,7 +281,20 @@ class SpawnedRanks(Executor):
             self.tp.end(runner.free_graphs if runner is not None else lambda: None)
 
     def close(self) -> None:
-        """End the children and remove what was made for them. May be called again."""
+        """End the children and remove what was made for them, whatever fails meanwhile. May be called again."""
+        try:
+            self._end_children()
+        finally:
+            self.closing.set()
+            for process in self.processes:
+                process.kill()
+                process.wait()
+            self.channels, self.processes = [], []
+            shutil.rmtree(self.folder, ignore_errors=True)
+            super().close()
+
+    def _end_children(self) -> None:
+        """Give them what they wait for, then 5 s to end by themselves."""
         with contextlib.suppress(Exception):  # while the monitor still looks: a lost rank's part would never come
             while self.runner is not None and self.runner.in_flight:
                 self.runner.collect()
@@ -291,11 +306,5 @@ class SpawnedRanks(Executor):
         self._end_collectives()
         deadline = time.monotonic() + (0 if self.error else 5)
         for process in self.processes:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self.channels, self.processes = [], []
-        shutil.rmtree(self.folder, ignore_errors=True)
-        super().close()

@@ -301,7 +301,8 @@ class ModelRunner:
             rows = wanted[own[start : start + SCORED_ROWS]]
             logits = result.logits[to_device(rows - result.own.start)]
             if batch.processes_logprobs:
-                logits = process(logits, to_device(np.array(batch.slots)[rows]), self.state.sampling)
+                slots = to_device(np.array(batch.slots)[rows])
+                logits = process(logits, slots, self.state.length[slots], self.state.sampling)
             parts.append(self._top_logprobs(logits, result.tokens[to_device(rows)], batch))
         return self._merge(map(torch.cat, zip(*parts, strict=True)), to_device(own), len(wanted))
 

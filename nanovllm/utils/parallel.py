@@ -35,7 +35,7 @@ class TensorParallel:
     Args:
         rank, size: place of this rank and number of ranks.
         group: a `torch.distributed` process group (gloo or NCCL); None for a single rank, whose collectives do nothing.
-        peers: GPU memory through which sums of few bytes are made, where the ranks can reach each other's.
+        peers: GPU memory through which ranks that can reach each other's sum and exchange what it has room for.
         capturing: held while graphs are captured, for as long as nobody else can free them.
     """
 
@@ -105,7 +105,7 @@ class TensorParallel:
         return slice(min(count, rank * share), min(count, (rank + 1) * share))
 
     def exchange(self, x: torch.Tensor) -> torch.Tensor:
-        """The ranks' columns of all rows, x [R, N] -> all columns of its own `rows`, [S, size N]; `merge` follows."""
+        """The ranks' columns of all rows, x [R, N] -> all columns of its own `rows`, [S, size N]."""
         if self.size == 1:
             return x
         if self.peers is not None and self.peers.exchanges(x):

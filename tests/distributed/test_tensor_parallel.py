@@ -14,6 +14,7 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.runner.launcher import SpawnedRanks, rank_device
 from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.utils.parallel import TensorParallel
 from tests.models.tiny import save_tiny
 
 OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32)
@@ -100,6 +101,32 @@ def test_a_dead_or_stopped_rank_is_a_clear_error_in_seconds(model, want, how):
     assert gone([process.pid])
     with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:  # and a new start is clean
         assert tokens(llm) == want
+
+
+def fail(*_):
+    raise KeyboardInterrupt("in the middle of close")  # or what CUDA says once it has failed
+
+
+def test_a_close_that_fails_leaves_nothing(model):
+    llm = LLM(model, tensor_parallel_size=2, **OPTIONS)
+    (process,), folder = llm.executor.processes, llm.executor.folder
+    os.kill(process.pid, signal.SIGSTOP)  # it will not end by itself
+    llm.executor._end_collectives = fail
+    with pytest.raises(KeyboardInterrupt):
+        llm.close()
+    assert not alive(process.pid) and not os.path.exists(folder)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_other_ranks_are_ended_even_if_this_one_s_gpu_fails(model, monkeypatch):
+    with LLM(model, tensor_parallel_size=4, **OPTIONS) as llm:
+        with monkeypatch.context() as patch:
+            patch.setattr(TensorParallel, "stop", fail)
+            pids = [process.pid for process in llm.executor.processes]
+            os.kill(pids[0], signal.SIGKILL)
+            assert gone(pids, 5)
+        with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9"):
+            tokens(llm)
 
 
 def test_a_rank_that_dies_before_it_joins_is_a_clear_error_in_seconds(model, monkeypatch):

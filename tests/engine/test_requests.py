@@ -192,6 +192,16 @@ def test_processed_logprobs_are_what_tokens_are_drawn_with(model, reference):
         ids.append(token_id)
 
 
+def test_processed_logprobs_know_of_min_tokens(model):
+    eos, options = 1, dict(max_tokens=6, min_tokens=4, logprobs=1, logprobs_mode="processed_logprobs")
+    params = SamplingParams(temperature=1.0, seed=1, logit_bias={eos: 30.0}, **options)
+    with engine(model) as llm:
+        (out,) = llm.generate(prompts_of([10]), params, use_tqdm=False)
+    assert len(out.token_ids) == 5 and out.token_ids[-1] == eos
+    for row in out.logprobs[:4]:  # beside the biased one, which cannot be drawn yet, below -20
+        assert eos not in row and all(x.logprob > -10 for x in row.values())
+
+
 # -- text -------------------------------------------------------------------------------------------------------------
 
 

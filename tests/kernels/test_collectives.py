@@ -4,6 +4,7 @@ Triton's interpreter runs the kernels.
 """
 
 import json
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -85,7 +86,7 @@ def run_exchange(rank, memory, folder):
 
 
 def test_every_rank_gets_all_columns_of_its_rows_and_then_all_tokens(tmp_path):
-    size = 2
+    size = 3
     memory = [collectives.new_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
     torch.multiprocessing.spawn(run_exchange, (memory, tmp_path), size)
     for rank in range(size):
@@ -93,6 +94,35 @@ def test_every_rank_gets_all_columns_of_its_rows_and_then_all_tokens(tmp_path):
         for whole, (got, tokens) in zip(logits(), json.loads((tmp_path / f"{rank}.json").read_text()), strict=True):
             torch.testing.assert_close(torch.tensor(got).view(-1, whole.shape[1]), whole[rows(len(whole))].float())
             assert tokens == [100_000 * i for i in range(1, len(whole) + 1)]
+
+
+def run_late(rank, memory):
+    tp = parallel.TensorParallel(rank, len(memory), peers=collectives.PeerMemory(rank, memory))
+    receive = collectives._receive
+
+    def receive_late(*arguments):
+        data = receive(*arguments)
+        time.sleep(1)  # the part has been sent, the place of the call before is not empty yet
+        return data
+
+    for _ in range(4):
+        for late in (False, False, rank == 0):
+            collectives._receive = receive_late if late else receive
+            tp.all_reduce(torch.ones(1, 300))
+        collectives._receive = receive
+        tp.exchange(torch.ones(1, 600))
+        assert tp.merge(torch.full((1,), 7 * (rank == 0))).item() == 7
+
+
+def test_a_rank_without_rows_does_not_run_ahead_of_one_that_is_late():
+    memory = [collectives.new_memory(2, torch.device("cpu")).share_memory_() for _ in range(2)]
+    ranks = torch.multiprocessing.spawn(run_late, (memory,), 2, join=False)
+    deadline = time.monotonic() + 60
+    while not (done := ranks.join(1)) and time.monotonic() < deadline:
+        pass
+    for process in ranks.processes:
+        process.kill()
+    assert done, "a rank waits for what the other has erased"
 
 
 def test_what_fits():

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from nanovllm.kernels._triton import HAVE_TRITON
+from nanovllm.kernels._triton import HAVE_TRITON, compile_only, triton
 
 pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 
@@ -98,3 +100,15 @@ def test_the_sweep_says_what_it_needs(kernel, message):
     environment = dict(os.environ, CUDA_VISIBLE_DEVICES="")
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 2 and message in result.stderr
+
+
+def test_one_thread_compiles_while_another_launches(monkeypatch):
+    """An engine that starts must not keep the kernels of one that runs in another thread from running."""
+    calls = []
+    monkeypatch.setattr(triton.JITFunction, "run", lambda self, warmup: calls.append(warmup))
+    with ThreadPoolExecutor(1) as other, compile_only():
+        for submit in (lambda call: call(), lambda call: other.submit(call).result()):
+            submit(lambda: triton.JITFunction.run(None, warmup=False))
+        assert other.submit(torch.empty, 2, memory_format=torch.contiguous_format).result().shape == (2,)
+    triton.JITFunction.run(None, warmup=False)
+    assert calls == [True, False, False]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanovllm.kernels import sampling
+from nanovllm.kernels.logprobs import process
 from nanovllm.kernels.sampling import (
     BIAS,
     COUNTS,
@@ -252,3 +253,14 @@ def test_sample_takes_its_tokens_into_the_slots(device):
         expected = {7: (plain[0], 50), 1: (plain[2], 52), 4: (plain[4], 54)}
         for slot in range(10):
             assert (last_token[slot], length[slot]) == expected.get(slot, (-7, -7))
+
+
+def test_processed_logits_round_as_the_sampler_s(device):
+    """7.5098381 and the float before it are one number once multiplied by 1 / 0.7, but not if they are divided."""
+    logits = torch.tensor([7.509838104248047], device=device).repeat(50, 2)
+    logits[:, 1] = logits[:, 0].nextafter(torch.zeros(50, device=device))
+    state = state_of(device, 50, temperature=0.7, top_k=1, seed=range(50), extras=PROCESSED, vocab_size=2)
+    lens = torch.full((50,), 5, dtype=torch.int32, device=device)
+    drawn = draw(sample_torch, logits, state, lens)
+    assert 0 < drawn.sum() < 50
+    assert process(logits, torch.arange(50, device=device), lens, state).isfinite().all()
