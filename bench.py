@@ -582,8 +582,10 @@ def number(value: float | None) -> str:
 
 def progress(rows: list[dict]) -> list[dict]:
     """The rows, after a line of them on stderr."""
-    figures = ", ".join(f"{row['engine']} {number(row['value'])} {row['unit']}" for row in rows)
-    print(f"{rows[0]['workload']}: {figures}", file=sys.stderr, flush=True)
+    figures = [f"{row['engine']} {number(row['value'])} {row['unit']}" for row in rows]
+    if rows[0]["workload"] == "offline":
+        figures = [f"{rows[0]['output_tokens']:,} tokens", f"{number(rows[0]['seconds'])} s", *figures]
+    print(f"{rows[0]['workload']}: {', '.join(figures)}", file=sys.stderr, flush=True)
     return rows
 
 
@@ -739,6 +741,10 @@ def check(args, parser: argparse.ArgumentParser) -> None:
         (
             args.compare and (args.model in PRESETS or args.load_format == "dummy"),
             f"--compare {args.compare} needs a model with weights, not a shape or --load-format dummy",
+        ),
+        (
+            args.compare and importlib.util.find_spec("accelerate") is None,
+            f"--compare {args.compare} needs the package accelerate, which the extra 'test' brings",
         ),
         (args.compare and args.plot, "--plot draws limits, which --compare does not count"),
         (peers and args.workload in ("start", "features"), f"--workload {args.workload} measures nanovllm only"),

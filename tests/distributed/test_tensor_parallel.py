@@ -187,20 +187,28 @@ def test_heads_that_ranks_do_not_divide_are_refused(model):
         LLM(model, tensor_parallel_size=3, **OPTIONS)
 
 
-def test_the_pool_is_the_smallest_rank_s(tmp_path):
-    """Ranks that measure 100 and 63 free blocks both take 63."""
+def test_the_pool_is_the_smallest_rank_s(model, tmp_path):
+    """Ranks that have room for 100 and 63 blocks both take 63."""
     code = """
         import sys, torch, torch.distributed as dist
+        from nanovllm.config import Config
+        from nanovllm.runner import model_runner
         from nanovllm.runner.launcher import make_group
+        from nanovllm.utils.hub import open_model
         from nanovllm.utils.parallel import TensorParallel
-        rank, path = int(sys.argv[1]), sys.argv[2]
+        rank, path, model = int(sys.argv[1]), sys.argv[2], sys.argv[3]
         tp = TensorParallel(rank, 2, make_group(rank, 2, dist.FileStore(path, 2), "cpu"))
-        print(tp.all_reduce_min([100, 63][rank], torch.device("cpu")))
+        config, source = Config(model, device="cpu", max_model_len=64, kvcache_block_size=16), open_model(model, "auto")
+        per_token = 2 * 4 * source.config.num_layers * source.config.num_kv_heads // 2 * source.config.head_dim
+        model_runner.CPU_CACHE_BYTES = [100, 63][rank] * 16 * per_token
+        print(model_runner.ModelRunner(config, source, tp, torch.device("cpu")).num_blocks)
     """
     path = str(tmp_path / "store")
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code), str(rank), path], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", textwrap.dedent(code), str(rank), path, str(model)],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]
