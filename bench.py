@@ -584,7 +584,7 @@ def progress(rows: list[dict]) -> list[dict]:
     """The rows, after a line of them on stderr."""
     figures = [f"{row['engine']} {number(row['value'])} {row['unit']}" for row in rows]
     if rows[0]["workload"] == "offline":
-        figures = [f"{rows[0]['output_tokens']:,} tokens", f"{number(rows[0]['seconds'])} s", *figures]
+        figures += [f"{rows[0]['output_tokens']:,} tokens in {number(rows[0]['seconds'])} s"]
     print(f"{rows[0]['workload']}: {', '.join(figures)}", file=sys.stderr, flush=True)
     return rows
 

@@ -132,7 +132,9 @@ class ModelConfig:
         family = FAMILIES[config.model_type].items()
         flags = {name: getattr(config, flag, False) if isinstance(flag, str) else flag for name, flag in family}
         num_heads, head_dim = config.num_attention_heads, getattr(config, "head_dim", None)
-        dtype = _first(config.dtype, torch.float32)
+        dtype = getattr(config, "dtype", None)
+        if dtype is None:  # its name in older configs, which warns
+            dtype = _first(getattr(config, "torch_dtype", None), torch.float32)
         theta, scaling = _rope(config)
         return cls(
             model_type=config.model_type,
