@@ -477,10 +477,8 @@ def compare_transformers(engine: Nanovllm, args) -> list[dict]:
         ours.append(timed(engine, group))
     seconds = {"nanovllm": statistics.median(ours), "transformers": statistics.median(theirs)}
     print(f"nanovllm is {seconds['transformers'] / seconds['nanovllm']:.2f} times transformers", file=sys.stderr)
-    return [
-        {"workload": "offline", "engine": name, **figure_row(figure, {"seconds": [value]})}
-        for name, value in seconds.items()
-    ]
+    row = {"workload": "offline", "output_tokens": sum(group.lens)}
+    return [row | {"engine": name} | figure_row(figure, {"seconds": [value]}) for name, value in seconds.items()]
 
 
 def write_trace(engine: Nanovllm, args) -> None:
@@ -582,9 +580,10 @@ def number(value: float | None) -> str:
 
 def progress(rows: list[dict]) -> list[dict]:
     """The rows, after a line of them on stderr."""
-    figures = [f"{row['engine']} {number(row['value'])} {row['unit']}" for row in rows]
-    if rows[0]["workload"] == "offline":
-        figures += [f"{rows[0]['output_tokens']:,} tokens in {number(rows[0]['seconds'])} s"]
+    figures = []
+    for row in rows:
+        counted = f" ({row['output_tokens']:,} in {number(row['seconds'])} s)" if row["unit"] == "tok/s" else ""
+        figures.append(f"{row['engine']} {number(row['value'])} {row['unit']}{counted}")
     print(f"{rows[0]['workload']}: {', '.join(figures)}", file=sys.stderr, flush=True)
     return rows
 

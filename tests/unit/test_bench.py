@@ -257,6 +257,16 @@ def test_a_workload_gives_its_figures(workload, model, tmp_path, capsys):
     assert shown.err.startswith(f"{workload}: nanovllm ")
 
 
+def test_transformers_answers_the_same_requests(model, capsys):
+    bench.main(["--model", model, "--device", "cpu", *SMALL, "--compare", "transformers"])
+    shown = capsys.readouterr()
+    assert [line.split()[:2] for line in shown.out.splitlines()[1:]] == [
+        ["offline", "nanovllm"],
+        ["offline", "transformers"],
+    ]
+    assert " times transformers" in shown.err
+
+
 class FakeEvent:
     """A CUDA event by which every launch takes 2 ms."""
 
