@@ -13,6 +13,7 @@ class AttentionBackend(ABC):
     """Attends a step's rows over the paged KV cache.
 
     The runner calls `prepare` once a step, then each layer calls `store_and_attend`. All metadata is in the context.
+    Where the last layer attends for some tokens only, `prepare` is called again, with a context of theirs.
 
     Attributes:
         name: how users ask for it.
@@ -47,6 +48,7 @@ class AttentionBackend(ABC):
         v_cache: Tensor,
         scale: float,
         ctx: Context,
+        last: Tensor | None = None,
     ) -> Tensor:
         """Transform queries and keys, store keys and values, attend. A backend may have one kernel for all of it.
 
@@ -54,11 +56,15 @@ class AttentionBackend(ABC):
             qkv: [T, (H + 2 K) Dh], decode rows' tokens first.
             positions: [T] int64.
             k_cache, v_cache, scale: as in `attend`; the caches are written.
+            last: [R] int64, each row's last token, if only these attend. A step of decode rows alone has none.
 
         Returns:
-            [T, H, Dh].
+            [T, H, Dh], or [R, H, Dh] with `last`.
         """
         q = qk_norm_rope_store(qkv, transform, positions, ctx.slot_mapping, k_cache, v_cache)
+        if last is not None:
+            q, ctx = q[last], ctx.of_last_tokens()
+            self.prepare(ctx)
         return self.attend(q, k_cache, v_cache, scale, ctx)
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context) -> Tensor:

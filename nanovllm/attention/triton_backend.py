@@ -42,9 +42,10 @@ class TritonBackend(AttentionBackend):
         v_cache: Tensor,
         scale: float,
         ctx: Context,
+        last: Tensor | None = None,
     ) -> Tensor:
         if ctx.num_decode < len(qkv) or len(qkv) > MAX_ROWS or ctx.shared is not None:
-            return super().store_and_attend(qkv, transform, positions, k_cache, v_cache, scale, ctx)
+            return super().store_and_attend(qkv, transform, positions, k_cache, v_cache, scale, ctx, last)
         where = (k_cache, v_cache, ctx.block_tables, ctx.slots, ctx.context_lens)
         return rope_decode_triton(qkv, transform, *where, scale, counters=self._counters(qkv.device))
 

@@ -20,6 +20,8 @@ one has sent its own part of n + 1, and then that one is done with call n.
 A rank that is told to stop waits no more, and writes to others no more: their memory may be gone.
 """
 
+from typing import Any
+
 import torch
 
 from nanovllm.kernels._triton import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
@@ -65,6 +67,12 @@ def _words(low, high, DTYPE: tl.constexpr):
     else:
         low = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         return low | (high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def _buffer(buffers_ptr, rank):
+    """A rank's buffer."""
+    return tl.multiple_of(tl.load(buffers_ptr + rank).to(tl.pointer_type(tl.int32)), 16)
 
 
 @triton.jit
@@ -114,11 +122,11 @@ def _all_reduce_kernel(
         now = call * ((SIZE - 1) * NUM_WORDS) + places
         for peer in tl.static_range(SIZE):
             if peer != RANK:
-                buffer = tl.multiple_of(tl.load(buffers_ptr + peer).to(tl.pointer_type(tl.int32)), 16)
+                buffer = _buffer(buffers_ptr, peer)
                 tl.store(buffer + now + (RANK - (peer < RANK)) * NUM_WORDS, own, mask=sent)
         low = tl.zeros([BLOCK], tl.int32 if DTYPE.is_int() else tl.float32)
         high = tl.zeros([BLOCK], tl.float32)
-        buffer = tl.multiple_of(tl.load(buffers_ptr + RANK).to(tl.pointer_type(tl.int32)), 16)
+        buffer = _buffer(buffers_ptr, RANK)
         before = tl.where(call == 0, 2, call - 1) * ((SIZE - 1) * NUM_WORDS) + places
         for peer in tl.static_range(SIZE):
             data = own
@@ -177,11 +185,11 @@ def _exchange_kernel(
             if peer == RANK:
                 tl.store(out_ptr + (row * SIZE + peer) * WORDS + words, data, mask=valid)
             else:
-                buffer = tl.multiple_of(tl.load(buffers_ptr + peer).to(tl.pointer_type(tl.int32)), 16)
+                buffer = _buffer(buffers_ptr, peer)
                 data = tl.where(data == EMPTY, 0, data)
                 sent = words < tl.where(stopped == 0, tl.where(here, WORDS, 1), 0)  # 1: see `exchange_triton`
                 tl.store(buffer + now + (RANK - (peer < RANK)) * NUM_WORDS, data, mask=sent)
-        buffer = tl.multiple_of(tl.load(buffers_ptr + RANK).to(tl.pointer_type(tl.int32)), 16)
+        buffer = _buffer(buffers_ptr, RANK)
         here = RANK * share + row < rows
         valid, awaited = words < tl.where(here, WORDS, 0), words < tl.where(here, WORDS, 1)
         for peer in tl.static_range(SIZE):
@@ -209,9 +217,14 @@ class PeerMemory:
         self.calls = torch.zeros(CAPACITY // 4 // UNIT, dtype=torch.int32, device=self.device)
         self.stop = torch.zeros(1, dtype=torch.int32, device=self.device)
         on_gpu = self.device.type == "cuda"
-        self.max_programs = 4 * sm_count(self.device) if on_gpu else 1 << 30  # that run at once, as they wait
+        self.max_programs = 4 * sm_count(self.device)  # that run at once, as they wait
         self._one = torch.ones(1, dtype=torch.int32, pin_memory=on_gpu)
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # for `end`: the others may never be free
+
+    def launch_arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+        """What every kernel here takes of this: pointers, then constants and options."""
+        constants = {"RANK": self.rank, "SIZE": self.size, "NUM_WORDS": CAPACITY // 4, "UNIT": UNIT}
+        return (self.buffers, self.calls, self.stop), constants | launch_options(self.device)
 
     def fits(self, x: torch.Tensor) -> bool:
         """Whether `all_reduce_triton` takes `x` and is the fastest to sum it."""
@@ -223,11 +236,9 @@ class PeerMemory:
 
     def exchanges(self, x: torch.Tensor) -> bool:
         """Whether `exchange_triton` takes `x`."""
-        row_bytes = x.shape[1] * x.itemsize
-        fits = (
-            row_share(len(x), self.size) * triton.cdiv(row_bytes, 4 * EXCHANGE_BLOCK) <= CAPACITY // 4 // EXCHANGE_BLOCK
-        )
-        return fits and row_bytes % 4 == 0 and x.is_contiguous()
+        row_bytes, block_bytes = x.shape[1] * x.itemsize, 4 * EXCHANGE_BLOCK
+        num_blocks = triton.cdiv(len(x), self.size) * triton.cdiv(row_bytes, block_bytes)
+        return num_blocks * block_bytes <= CAPACITY and row_bytes % 4 == 0 and x.is_contiguous()
 
     def end(self) -> None:
         """End all that this rank waits for and writes here, now and later. Safe in any thread."""
@@ -273,34 +284,30 @@ def all_reduce_triton(
     out = x if norm is None else torch.empty_like(x)
     weight, eps = (x, 0.0) if norm is None else norm
     block = max(UNIT, triton.next_power_of_2(words))
+    pointers, constants = peers.launch_arguments()
     most = CAPACITY // 4 // (triton.cdiv(words, UNIT) * UNIT)
     for part, out_part in zip(x.split(most), out.split(most), strict=True):
         _all_reduce_kernel[(min(len(part), peers.max_programs),)](
             part.view(torch.int32),
             weight.view(torch.int32),
             out_part.view(torch.int32),
-            peers.buffers,
-            peers.calls,
-            peers.stop,
+            *pointers,
             len(part),
             eps,
-            RANK=peers.rank,
-            SIZE=peers.size,
-            NUM_WORDS=CAPACITY // 4,
             WORDS=words,
             BLOCK=block,
-            UNIT=UNIT,
             DTYPE=DTYPES[x.dtype],
             NORM=norm is not None,
             num_warps=min(8, max(1, block // 256)),
-            **launch_options(x.device),
+            **constants,
         )
     return out
 
 
-def row_share(rows: int, ranks: int) -> int:
-    """How many of `rows` belong to a rank: rank r's begin at r times that, and the last ranks' may be fewer."""
-    return -(-rows // ranks)
+def rows_of(rank: int, count: int, ranks: int) -> slice:
+    """A rank's share of `count` rows; the last ranks' may be smaller, or empty."""
+    share = -(-count // ranks)
+    return slice(min(count, rank * share), min(count, (rank + 1) * share))
 
 
 def exchange_triton(x: torch.Tensor, peers: PeerMemory) -> torch.Tensor:
@@ -313,28 +320,22 @@ def exchange_triton(x: torch.Tensor, peers: PeerMemory) -> torch.Tensor:
         x: [R, N], for which `peers.exchanges(x)`.
 
     Returns:
-        [S, ranks N], S of the rows: see `row_share`.
+        [S, ranks N], S of the rows: see `rows_of`.
     """
     rows, words = len(x), x.shape[1] * x.itemsize // 4
-    share = row_share(rows, peers.size)
-    own = min(share, max(0, rows - peers.rank * share))
-    out = torch.empty((own, peers.size * x.shape[1]), dtype=x.dtype, device=x.device)
+    share, own = triton.cdiv(rows, peers.size), rows_of(peers.rank, rows, peers.size)
+    out = torch.empty((own.stop - own.start, peers.size * x.shape[1]), dtype=x.dtype, device=x.device)
+    pointers, constants = peers.launch_arguments()
     items = share * triton.cdiv(words, EXCHANGE_BLOCK)
     _exchange_kernel[(min(items, peers.max_programs),)](
         x.view(torch.int32),
         out.view(torch.int32),
-        peers.buffers,
-        peers.calls,
-        peers.stop,
+        *pointers,
         rows,
         share,
-        RANK=peers.rank,
-        SIZE=peers.size,
-        NUM_WORDS=CAPACITY // 4,
         WORDS=words,
         BLOCK=EXCHANGE_BLOCK,
-        UNIT=UNIT,
         num_warps=8,
-        **launch_options(x.device),
+        **constants,
     )
     return out

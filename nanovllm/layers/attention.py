@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from nanovllm.kernels.rope_store import QKTransform, qk_norm_rope_store
+from nanovllm.kernels.rope_store import QKTransform
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.utils.context import get_context
@@ -47,10 +47,5 @@ class Attention(nn.Module):
         norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm else (None, None)
         transform = QKTransform(self.num_heads, self.rotary.cos_sin, *norms, self.eps)
         context = get_context()
-        cache, backend = (self.k_cache, self.v_cache), context.backend
-        if last is None:
-            return backend.store_and_attend(qkv, transform, positions, *cache, self.scale, context).flatten(1)
-        q = qk_norm_rope_store(qkv, transform, positions, context.slot_mapping, *cache)
-        context = context.of_last_tokens()
-        backend.prepare(context)
-        return backend.attend(q[last], *cache, self.scale, context).flatten(1)
+        attend = context.backend.store_and_attend
+        return attend(qkv, transform, positions, self.k_cache, self.v_cache, self.scale, context, last).flatten(1)

@@ -39,10 +39,10 @@ class SelfAttention(nn.Module):
         )
 
     def forward(
-        self, x: torch.Tensor, norm: RMSNorm, positions: torch.Tensor, rows: torch.Tensor | None
+        self, x: torch.Tensor, norm: RMSNorm, positions: torch.Tensor, last: torch.Tensor | None
     ) -> torch.Tensor:
-        attended = self.attn(self.qkv_proj(x, norm), positions, rows)
-        return self.o_proj(attended, x if rows is None else x[rows])
+        attended = self.attn(self.qkv_proj(x, norm), positions, last)
+        return self.o_proj(attended, x if last is None else x[last])
 
 
 class MLP(nn.Module):
@@ -70,9 +70,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, tp=tp)
         self.mlp = MLP(config, dtype, tp)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """x for all tokens, or for `rows` [L] of them, once each has left its key and value to the others."""
-        x = self.self_attn(x, self.input_layernorm, positions, rows)
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
+        """x for all tokens, or for `last` [L] of them, once each has left its key and value to the others."""
+        x = self.self_attn(x, self.input_layernorm, positions, last)
         return self.mlp(x, self.post_attention_layernorm)
 
 

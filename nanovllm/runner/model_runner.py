@@ -296,15 +296,16 @@ class ModelRunner:
         """Those of the batch's `logprobs` rows: token ids, log-probabilities and ranks, as in `top_logprobs`."""
         wanted, to_device = np.array(batch.logprobs, dtype=np.int64), self.state.staging.to_device
         own = np.flatnonzero((wanted >= result.own.start) & (wanted < result.own.stop))
-        parts = []
+        parts, tokens = [], result.tokens[result.own]
         for start in range(0, max(1, len(own)), SCORED_ROWS):
-            rows = wanted[own[start : start + SCORED_ROWS]]
-            logits = result.logits[to_device(rows - result.own.start)]
+            chosen = wanted[own[start : start + SCORED_ROWS]]
+            rows = to_device(chosen - result.own.start)
+            logits = result.logits[rows]
             if batch.processes_logprobs:
-                slots = to_device(np.array(batch.slots)[rows])
+                slots = to_device(np.array(batch.slots)[chosen])
                 logits = process(logits, slots, self.state.length[slots], self.state.sampling)
-            parts.append(self._top_logprobs(logits, result.tokens[to_device(rows)], batch))
-        return self._merge(map(torch.cat, zip(*parts, strict=True)), to_device(own), len(wanted))
+            parts.append(self._top_logprobs(logits, tokens[rows], batch))
+        return self._merge(map(torch.cat, zip(*parts, strict=True)), own, len(wanted))
 
     def _prompt_logprobs(self, batch: Batch, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Those of the chunks' `scores`, one after the other."""
@@ -317,7 +318,7 @@ class ModelRunner:
         places, wanted = (torch.tensor(x, dtype=torch.int64).to(self.device) for x in (places, wanted))
         parts = []
         for rows, tokens in zip(places.split(SCORED_ROWS), wanted.split(SCORED_ROWS), strict=True):
-            own = torch.arange(len(rows), device=self.device)[self.tp.rows(len(rows))]
+            own = self.tp.rows(len(rows))
             result = self._top_logprobs(self.model.compute_logits(hidden[rows]), tokens[own], batch)
             parts.append(self._merge(result, own, len(rows)))
         return tuple(map(torch.cat, zip(*parts, strict=True)))
@@ -325,11 +326,16 @@ class ModelRunner:
     def _top_logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:
         return top_logprobs(logits, tokens, min(batch.num_logprobs, self.model_config.vocab_size))
 
-    def _merge(self, parts: Iterable[torch.Tensor], own: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    def _merge(self, parts: Iterable[torch.Tensor], own: slice | np.ndarray, count: int) -> tuple[torch.Tensor, ...]:
         """Tensors of `count` rows, of which this rank has the parts for the rows `own` [S]."""
         if self.tp.size == 1:
             return tuple(parts)
-        wholes = (part.new_zeros((count, *part.shape[1:])).index_copy_(0, own, part) for part in parts)
+        if not isinstance(own, slice):
+            own = self.state.staging.to_device(own)
+        wholes = []
+        for part in parts:
+            wholes.append(part.new_zeros((count, *part.shape[1:])))
+            wholes[-1][own] = part
         return tuple(map(self.tp.merge, wholes))
 
     def _send(self, tokens: torch.Tensor, *logprobs: tuple[torch.Tensor, ...] | None) -> None:

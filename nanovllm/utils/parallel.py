@@ -20,7 +20,7 @@ from nanovllm.kernels.collectives import (
     exchange_triton,
     new_memory,
     open_memory,
-    row_share,
+    rows_of,
     share_memory,
 )
 from nanovllm.kernels.rms_norm import rms_norm
@@ -101,8 +101,7 @@ class TensorParallel:
 
     def rows(self, count: int, rank: int | None = None) -> slice:
         """This rank's share of `count` rows, or another one's; the last ranks' may be smaller, or empty."""
-        rank, share = self.rank if rank is None else rank, row_share(count, self.size)
-        return slice(min(count, rank * share), min(count, (rank + 1) * share))
+        return rows_of(self.rank if rank is None else rank, count, self.size)
 
     def exchange(self, x: torch.Tensor) -> torch.Tensor:
         """The ranks' columns of all rows, x [R, N] -> all columns of its own `rows`, [S, size N]."""

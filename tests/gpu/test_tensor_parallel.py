@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def want(model):
 
 
 def sum_beside_nccl(rank, folder):
-    """On each rank: sums of few and many rows, one after the other in any order, are NCCL's; norms are their norms."""
+    """On each rank: sums of few and many rows, one after the other in any order, and exchanges are those of NCCL."""
     device = rank_device("cuda", rank)
     tp = TensorParallel(rank, 2, make_group(rank, 2, dist.FileStore(str(folder / "store"), 2), "cuda"))
     tp = tp.with_peers(device)
@@ -59,6 +60,16 @@ def sum_beside_nccl(rank, folder):
             right = right and torch.allclose(out.float(), rms_norm_torch(x, *norm).float(), rtol=2e-2, atol=1e-3)
         if not right:
             wrong.append((i, rows, size))
+    through_nccl = replace(tp, peers=None)
+    for i, (rows, columns) in enumerate([(1, 75_968), (2, 75_968), (7, 30), (256, 75_968), (1, 30)] * 3):
+        seed = torch.Generator(device).manual_seed(2 * i + rank)
+        x, share = torch.randn(rows, columns, generator=seed, device=device).bfloat16(), tp.rows(rows)
+        tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        tokens[share] = torch.arange(rows, device=device)[share] + 100_000
+        if not (tp.peers.exchanges(x) and torch.equal(tp.exchange(x), through_nccl.exchange(x))):
+            wrong.append(("exchange", rows, columns))
+        if not torch.equal(tp.merge(tokens), torch.arange(rows, device=device) + 100_000):
+            wrong.append(("merge", rows))
     (folder / str(rank)).write_text(f"{tp.peers is not None} {wrong}")
     tp.end(lambda: None)
 
