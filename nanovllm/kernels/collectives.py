@@ -26,6 +26,7 @@ import torch
 
 from nanovllm.kernels._triton import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
 from nanovllm.kernels.decode_attention import sm_count
+from nanovllm.utils.cuda_ipc import Mapping
 
 CAPACITY = 32 << 20  # bytes that a rank can send to another in one launch; more are sent in several
 FEW_BYTES = 4 << 20  # that a rank sends in all; a ring (NCCL) sends fewer from three ranks on
@@ -80,10 +81,20 @@ def _receive(place, mask, stop_ptr):
     """The words at `place` once all are there; once this rank is told to stop, zeros for those that are not."""
     data = tl.load(place, mask=mask, other=0, volatile=True)
     missing = tl.max((data == EMPTY).to(tl.int32), 0)
-    while (missing != 0) & (tl.load(stop_ptr, volatile=True) == 0):
+    while missing != 0:
         data = tl.load(place, mask=mask, other=0, volatile=True)
-        missing = tl.max((data == EMPTY).to(tl.int32), 0)
+        # Each warp may read another `stop`: only together can they decide to go on.
+        waits = (data == EMPTY) & (tl.load(stop_ptr, volatile=True) == 0)
+        missing = tl.max(waits.to(tl.int32), 0)
     return tl.where(data == EMPTY, 0, data)
+
+
+@triton.jit
+def _count(calls_ptr, first, UNITS: tl.constexpr):
+    """Count a call of UNITS units. All warps have read their counts: a `_receive` came between."""
+    units = tl.arange(0, triton.next_power_of_2(UNITS))
+    calls = tl.load(calls_ptr + first + units, mask=units < UNITS, other=0)
+    tl.store(calls_ptr + first + units, tl.where(calls == 2, 0, calls + 1), mask=units < UNITS)
 
 
 @triton.jit
@@ -108,7 +119,7 @@ def _all_reduce_kernel(
 ):
     words = tl.arange(0, BLOCK)
     mask = words < WORDS
-    whole = words < tl.cdiv(WORDS, UNIT) * UNIT  # units are emptied as a whole: rows of another length may follow
+    UNITS: tl.constexpr = (WORDS + UNIT - 1) // UNIT
     if NORM:
         norm = tl.load(norm_ptr + words, mask=mask, other=0)
     wait_for_inputs(PDL)
@@ -116,8 +127,9 @@ def _all_reduce_kernel(
         stopped = tl.load(stop_ptr, volatile=True)
         own = tl.load(x_ptr + row * WORDS + words, mask=mask, other=0)
         own = tl.where(own == EMPTY, 0, own)
-        sent = words < tl.where(stopped == 0, WORDS, 0)
-        places = row * tl.cdiv(WORDS, UNIT) * UNIT + words
+        sent = words < tl.where(stopped == 0, WORDS, 0)  # and received
+        whole = words < tl.where(stopped == 0, UNITS * UNIT, 0)  # to be emptied: rows of another length may follow
+        places = row * (UNITS * UNIT) + words
         call = tl.load(calls_ptr + places // UNIT, mask=whole, other=0)
         now = call * ((SIZE - 1) * NUM_WORDS) + places
         for peer in tl.static_range(SIZE):
@@ -132,13 +144,13 @@ def _all_reduce_kernel(
             data = own
             if peer != RANK:
                 slot = (peer - (peer > RANK)) * NUM_WORDS
-                data = _receive(buffer + now + slot, mask, stop_ptr)
+                data = _receive(buffer + now + slot, sent, stop_ptr)
                 tl.store(buffer + before + slot, EMPTY, mask=whole)
             low += _low(data, DTYPE)
             high += _high(data, DTYPE)
         data = _words(low, high, DTYPE)
         tl.store(x_ptr + row * WORDS + words, data, mask=mask)
-        tl.store(calls_ptr + places // UNIT, tl.where(call == 2, 0, call + 1), mask=mask & (words % UNIT == 0))
+        _count(calls_ptr, row * UNITS, UNITS)
         if NORM:  # of the rounded sum, and rounded itself where rms_norm is
             low = _low(data, DTYPE)
             high = _high(data, DTYPE)
@@ -187,18 +199,18 @@ def _exchange_kernel(
             else:
                 buffer = _buffer(buffers_ptr, peer)
                 data = tl.where(data == EMPTY, 0, data)
-                sent = words < tl.where(stopped == 0, tl.where(here, WORDS, 1), 0)  # 1: see `exchange_triton`
+                sent = words < tl.where(stopped == 0, tl.where(here, WORDS, 4), 0)  # 4: see `exchange_triton`
                 tl.store(buffer + now + (RANK - (peer < RANK)) * NUM_WORDS, data, mask=sent)
         buffer = _buffer(buffers_ptr, RANK)
         here = RANK * share + row < rows
-        valid, awaited = words < tl.where(here, WORDS, 0), words < tl.where(here, WORDS, 1)
+        valid, awaited = words < tl.where(here, WORDS, 0), words < tl.where(here, WORDS, 4)
         for peer in tl.static_range(SIZE):
             if peer != RANK:
                 slot = (peer - (peer > RANK)) * NUM_WORDS
                 data = _receive(buffer + now + slot, awaited, stop_ptr)
                 tl.store(buffer + before + slot, EMPTY)
                 tl.store(out_ptr + (row * SIZE + peer) * WORDS + words, data, mask=valid)
-        tl.store(calls_ptr + places // UNIT, tl.where(call == 2, 0, call + 1), mask=places % UNIT == 0)
+        _count(calls_ptr, item * (BLOCK // UNIT), BLOCK // UNIT)
 
 
 class PeerMemory:
@@ -209,7 +221,7 @@ class PeerMemory:
         memory: each rank's, from `new_memory`, as this process sees it.
     """
 
-    def __init__(self, rank: int, memory: list[torch.Tensor]):
+    def __init__(self, rank: int, memory: list[torch.Tensor | Mapping]):
         self.rank, self.size, self.memory = rank, len(memory), memory
         self.device = memory[rank].device
         pointers = [part.data_ptr() for part in memory]
@@ -217,7 +229,8 @@ class PeerMemory:
         self.calls = torch.zeros(CAPACITY // 4 // UNIT, dtype=torch.int32, device=self.device)
         self.stop = torch.zeros(1, dtype=torch.int32, device=self.device)
         on_gpu = self.device.type == "cuda"
-        self.max_programs = 4 * sm_count(self.device)  # that run at once, as they wait
+        self.num_sms = sm_count(self.device)
+        self.max_programs = 4 * self.num_sms  # that run at once, as they wait
         self._one = torch.ones(1, dtype=torch.int32, pin_memory=on_gpu)
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # for `end`: the others may never be free
 
@@ -247,25 +260,19 @@ class PeerMemory:
         if self._stream is not None:
             self._stream.synchronize()
 
+    def close(self) -> None:
+        """Give back the other ranks' memory. Waits for what this rank still runs, which must end without them."""
+        if self._stream is not None:
+            torch.cuda.synchronize(self.device)
+        for part in self.memory:
+            if isinstance(part, Mapping):
+                part.close()
+        self.memory = []
+
 
 def new_memory(ranks: int, device: torch.device) -> torch.Tensor:
     """A rank's own part of a PeerMemory: [3, ranks - 1, words] that each other rank sends."""
     return torch.full((3 * (ranks - 1) * (CAPACITY // 4),), _EMPTY, dtype=torch.int32, device=device)
-
-
-def share_memory(memory: torch.Tensor) -> list:
-    """What another process on this host needs to `open_memory`: strings and integers."""
-    _, handle, num_bytes, offset, counter, counter_offset, *_ = memory.untyped_storage()._share_cuda_()
-    return [handle.hex(), num_bytes, offset, counter.hex(), counter_offset]
-
-
-def open_memory(shared: list, like: torch.Tensor) -> torch.Tensor:
-    """Another process's part, mapped for the GPU of `like`; RuntimeError if that GPU cannot reach it."""
-    handle, num_bytes, offset, counter, counter_offset = shared
-    storage = torch.UntypedStorage._new_shared_cuda(
-        like.device.index, bytes.fromhex(handle), num_bytes, offset, bytes.fromhex(counter), counter_offset, b"", False
-    )
-    return torch.empty(0, dtype=like.dtype, device=like.device).set_(storage, 0, like.shape)
 
 
 def all_reduce_triton(
@@ -298,7 +305,7 @@ def all_reduce_triton(
             BLOCK=block,
             DTYPE=DTYPES[x.dtype],
             NORM=norm is not None,
-            num_warps=min(8, max(1, block // 256)),
+            num_warps=min(8 if len(part) <= peers.num_sms else 4, max(1, block // 256)),  # fewer where rows share an SM
             **constants,
         )
     return out
@@ -313,8 +320,9 @@ def rows_of(rank: int, count: int, ranks: int) -> slice:
 def exchange_triton(x: torch.Tensor, peers: PeerMemory) -> torch.Tensor:
     """The ranks' columns of all rows -> all columns of this rank's rows.
 
-    A rank that gets no row gets a word of each other rank all the same: else it would be done without them, and what it
-    sent in the call after this one could come while another still empties the place in the call before.
+    A rank that gets no row gets four words of each other rank all the same: else it would be done without them, and
+    what it sent in the call after this one could come while another still empties the place in the call before. One
+    would do, but accesses are of 16 bytes only where the compiler knows that all bounds are multiples of that.
 
     Args:
         x: [R, N], for which `peers.exchanges(x)`.

@@ -108,7 +108,8 @@ class Executor:
     """Runs batches on the ranks; here, on the only one that is this process's business."""
 
     def __init__(self, runner: ModelRunner):
-        self.runner = runner
+        self.runner: ModelRunner | None = runner
+        self.tp: TensorParallel | None = runner.tp
 
     def launch(self, batch: Batch) -> None:
         self._run("launch", batch)
@@ -134,6 +135,9 @@ class Executor:
         if self.runner is not None:
             self.runner.free_graphs()
             self.runner = None
+        if self.tp is not None:
+            self.tp.close()
+            self.tp = None
             gc.collect()
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
@@ -250,9 +254,10 @@ class SpawnedRanks(Executor):
                 what = self._failure(rank, process)
                 if what:
                     self.error = what
+                    tp = self.tp  # `close` may forget it meanwhile
                     try:
-                        if self.tp is not None:
-                            self.tp.stop()
+                        if tp is not None:
+                            tp.stop()
                     finally:  # a GPU may have failed
                         for other in self.processes:
                             other.kill()
@@ -276,9 +281,9 @@ class SpawnedRanks(Executor):
 
     def _end_collectives(self) -> None:
         """Let nothing on this rank wait for the others any more. The monitor may do so beside a step that does."""
-        runner = self.runner  # `close` may forget it meanwhile
-        if self.tp is not None:
-            self.tp.end(runner.free_graphs if runner is not None else lambda: None)
+        tp, runner = self.tp, self.runner
+        if tp is not None:
+            tp.end(runner.free_graphs if runner is not None else lambda: None)
 
     def close(self) -> None:
         """End the children and remove what was made for them, whatever fails meanwhile. May be called again."""

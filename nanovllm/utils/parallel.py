@@ -19,11 +19,10 @@ from nanovllm.kernels.collectives import (
     all_reduce_triton,
     exchange_triton,
     new_memory,
-    open_memory,
     rows_of,
-    share_memory,
 )
 from nanovllm.kernels.rms_norm import rms_norm
+from nanovllm.utils import cuda_ipc
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +59,13 @@ class TensorParallel:
         host = Path("/proc/sys/kernel/random/boot_id").read_text()
         memory, failure = [], "they are on several hosts, or one cannot share its memory"
         try:
-            handle = share_memory(own)
+            handle = cuda_ipc.share(own)
         except RuntimeError as error:  # other allocators than torch's usual one may not know how
             handle, failure = None, error
         shared = self.all_gather_json([host, handle], device)
         if all(other == host and handle for other, handle in shared):
             try:
-                memory = [own if i == self.rank else open_memory(s, own) for i, (_, s) in enumerate(shared)]
+                memory = [own if i == self.rank else cuda_ipc.Mapping(s) for i, (_, s) in enumerate(shared)]
             except RuntimeError as error:
                 failure = error
         if self.all_reduce_min(len(memory), device) == self.size:
@@ -148,6 +147,11 @@ class TensorParallel:
         abort.join(0.2)
         free_graphs()
         abort.join()
+
+    def close(self) -> None:
+        """Give back what is mapped of other ranks, after the last step of all or `end`."""
+        if self.peers is not None:
+            self.peers.close()
 
     def _abort(self) -> None:
         if isinstance(self.group, getattr(dist, "ProcessGroupNCCL", ())):

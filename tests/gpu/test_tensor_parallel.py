@@ -45,15 +45,18 @@ def sum_beside_nccl(rank, folder):
     tp = TensorParallel(rank, 2, make_group(rank, 2, dist.FileStore(str(folder / "store"), 2), "cuda"))
     tp = tp.with_peers(device)
     generator, wrong = torch.Generator().manual_seed(0), []
+    weight = torch.full((4096,), 0.5, device=device)
+    weights = {dtype: weight.to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+    torch.cuda.synchronize()  # weights are read before a kernel waits for the one before it
     for i in range(200):
         dtype = (torch.bfloat16, torch.float16, torch.float32)[i % 3]
         rows = int(torch.randint(1, (20, 600, 9000)[i % 7 % 3], (), generator=generator))
         size = (1, 37, 512, 2048)[i % 5 % 4]
         seed = torch.Generator(device).manual_seed(2 * i + rank)
         x = torch.randn(rows, 2 * size, generator=seed, device=device).to(dtype)
-        want = x.float()
+        want = x.to(torch.float32, copy=True)
         tp.group.allreduce([want]).wait()
-        norm = (x[0].clone().fill_(0.5), 1e-6) if i % 2 else None
+        norm = (weights[dtype][: 2 * size], 1e-6) if i % 2 else None
         out = tp.all_reduce(x, norm)
         right = torch.allclose(x.float(), want, rtol=1e-2, atol=1e-5)
         if norm is not None:
@@ -72,6 +75,7 @@ def sum_beside_nccl(rank, folder):
             wrong.append(("merge", rows))
     (folder / str(rank)).write_text(f"{tp.peers is not None} {wrong}")
     tp.end(lambda: None)
+    tp.close()
 
 
 def test_sums_are_those_of_nccl(tmp_path):
@@ -178,14 +182,14 @@ def test_a_failure_while_graphs_are_captured_is_a_clear_error_in_seconds(model, 
 
 
 def test_closed_engines_leave_no_memory(model):
-    """What other processes mapped is freed, too: torch keeps it for as long as they seem to use it."""
+    """What other processes mapped is freed, too."""
     left = []
-    for _ in range(3):
+    for _ in range(2):
         with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS):
             pass
         gc.collect()
         left.append(torch.cuda.memory_allocated())
-    assert left[2] - left[1] < 1 << 20
+    assert left[1] - left[0] < 1 << 20
 
 
 def test_a_rank_out_of_memory_is_a_clear_error_in_seconds():

@@ -164,7 +164,7 @@ def test_memory_that_cannot_be_shared_leaves_the_sums_to_nccl(monkeypatch):
 
     told = []
     monkeypatch.setattr(parallel, "new_memory", lambda *_: torch.zeros(1))
-    monkeypatch.setattr(parallel, "share_memory", refuse)
+    monkeypatch.setattr(parallel.cuda_ipc, "share", refuse)
     monkeypatch.setattr(parallel.TensorParallel, "all_gather_json", gather)
     monkeypatch.setattr(parallel.TensorParallel, "all_reduce_min", lambda tp, value, device: value)
     tp = parallel.TensorParallel(0, 2)

@@ -1,0 +1,73 @@
+"""GPU memory that other processes of the host map, by the CUDA driver (`libcuda`, which every CUDA program has loaded).
+
+torch shares tensors too, but keeps one until the other process has said that it is done with it: after that one was
+killed, for ever.
+"""
+
+import ctypes
+from functools import lru_cache
+
+import torch
+
+_Handle = ctypes.c_ubyte * 64
+_LAZY_PEER_ACCESS = 1
+
+
+class _HandleByValue(ctypes.Structure):
+    _fields_ = (("bytes", _Handle),)
+
+
+@lru_cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise RuntimeError(str(error)) from error
+
+
+def _call(function: str, *arguments: object) -> None:
+    """Call the driver; RuntimeError if that fails."""
+    status = getattr(_driver(), function)(*arguments)
+    if status:
+        name = ctypes.c_char_p()
+        _driver().cuGetErrorName(status, ctypes.byref(name))
+        raise RuntimeError(f"{function}: {(name.value or b'unknown error').decode()}")
+
+
+def share(tensor: torch.Tensor) -> list:
+    """What a `Mapping` of the tensor's memory needs, as a string and an integer; RuntimeError if its allocator is one
+    whose memory cannot be shared.
+    """
+    address, base, handle = ctypes.c_uint64(tensor.data_ptr()), ctypes.c_uint64(), _HandleByValue()
+    _call("cuMemGetAddressRange_v2", ctypes.byref(base), None, address)
+    _call("cuIpcGetMemHandle", ctypes.byref(handle), base)
+    return [bytes(handle).hex(), address.value - base.value]
+
+
+class Mapping:
+    """Memory of another process, as the current GPU sees it, until `close`.
+
+    Args:
+        shared: from that process's `share`.
+
+    Raises:
+        RuntimeError: this GPU cannot reach it.
+    """
+
+    def __init__(self, shared: list):
+        handle, self.offset = _HandleByValue.from_buffer_copy(bytes.fromhex(shared[0])), shared[1]
+        self.base, self.context = ctypes.c_uint64(), ctypes.c_void_p()
+        _call("cuCtxGetCurrent", ctypes.byref(self.context))
+        _call("cuIpcOpenMemHandle_v2", ctypes.byref(self.base), handle, ctypes.c_uint(_LAZY_PEER_ACCESS))
+
+    def data_ptr(self) -> int:
+        """The address of what the tensor's first element is there."""
+        return self.base.value + self.offset
+
+    def close(self) -> None:
+        """Unmap it, in any thread. No kernel may use it any more; the process that it belongs to may be gone."""
+        _call("cuCtxPushCurrent_v2", self.context)
+        try:
+            _call("cuIpcCloseMemHandle", self.base)
+        finally:
+            _call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
