@@ -19,6 +19,7 @@ MAX_LOGIT_BIAS = 300
 MAX_ALLOWED_IDS = 1 << 22
 MAX_BAD_WORDS = 1024
 MAX_GRAMMAR_CHARS = 1 << 20
+MAX_SALT_CHARS = 1024
 
 
 def _list(name: str, value: Any, what: str, most: int) -> tuple:
@@ -118,6 +119,8 @@ class SamplingParams:
             those that tokens were drawn with, after all of the above.
         skip_special_tokens: leave special tokens out of the text.
         structured_outputs: the output follows a JSON schema, a regular expression, a choice or a grammar.
+        cache_salt: cached prefixes are those of requests with the same salt only: how long a prompt takes tells nobody
+            else that it, or how it begins, has been here before.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would be right.
@@ -146,6 +149,7 @@ class SamplingParams:
     logprobs_mode: str = one_of("raw_logprobs", "processed_logprobs")
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
+    cache_salt: str | None = None
 
     def __post_init__(self):
         put = partial(object.__setattr__, self)
@@ -169,6 +173,10 @@ class SamplingParams:
             put("logit_bias", dict(zip(ids, biases, strict=True)))
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
             raise TypeError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
+        if not isinstance(self.cache_salt, str | None):
+            raise TypeError(f"cache_salt must be a string or None, got {self.cache_salt!r}")
+        if self.cache_salt is not None and not 0 < len(self.cache_salt) <= MAX_SALT_CHARS:
+            raise ValueError(f"cache_salt must have 1 to {MAX_SALT_CHARS} characters, got {len(self.cache_salt)}")
         for name in ("min_tokens", "allowed_token_ids", "bad_words", "ignore_eos"):
             if self.structured_outputs and getattr(self, name):
                 raise ValueError(f"structured_outputs decide what can be drawn and when it ends; {name} must not")

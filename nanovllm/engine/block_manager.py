@@ -20,7 +20,7 @@ class Block:
     ref_count: int = 0
     uid: int = 0  # 0: not in the prefix index
     hash: int = 0
-    parent_uid: int = 0
+    parent_uid: int | str = 0  # of a prefix's first block 0 or the salt: what it has for a parent
     token_ids: tuple[int, ...] = ()
 
 
@@ -73,14 +73,14 @@ class BlockManager:
             if block.ref_count == 0:
                 self.free_ids[block_id] = None
         seq.block_table.clear()
-        seq.num_computed = seq.num_registered = seq.prefix_hash = seq.prefix_uid = 0
+        seq.num_computed = seq.num_registered = 0
 
     def find_prefix(self, seq: Sequence) -> list[int]:
         """The cached blocks that `seq`'s tokens begin with. At least one token is left to compute."""
         found: list[int] = []
         if not self.enable_prefix_caching:
             return found
-        prefix_hash = parent_uid = 0
+        prefix_hash, parent_uid = _root(seq)
         for i in range((len(seq.token_ids) - 1) // self.block_size):
             token_ids = self._tokens(seq, i)
             prefix_hash = _chain(prefix_hash, token_ids)
@@ -101,9 +101,8 @@ class BlockManager:
         seq.block_table.extend(found)
         seq.num_registered = len(found)
         seq.num_computed = len(found) * self.block_size
-        if found:
-            last = self.blocks[found[-1]]
-            seq.prefix_hash, seq.prefix_uid = last.hash, last.uid
+        last = self.blocks[found[-1]] if found else None
+        seq.prefix_hash, seq.prefix_uid = (last.hash, last.uid) if last else _root(seq)
 
     def register(self, seq: Sequence) -> None:
         """Put `seq`'s full blocks, computed or scheduled to be, in the prefix index.
@@ -135,7 +134,7 @@ class BlockManager:
     def _tokens(self, seq: Sequence, i: int) -> tuple[int, ...]:
         return tuple(seq.token_ids[i * self.block_size : (i + 1) * self.block_size])
 
-    def _lookup(self, prefix_hash: int, parent_uid: int, token_ids: tuple[int, ...]) -> int | None:
+    def _lookup(self, prefix_hash: int, parent_uid: int | str, token_ids: tuple[int, ...]) -> int | None:
         block_id = self.index.get(prefix_hash)
         if block_id is None:
             return None
@@ -146,6 +145,12 @@ class BlockManager:
         if block.uid and self.index.get(block.hash) == block_id:
             del self.index[block.hash]
         block.uid, block.token_ids = 0, ()
+
+
+def _root(seq: Sequence) -> tuple[int, int | str]:
+    """Hash and uid of the empty prefix: equal for sequences that may share blocks."""
+    salt = seq.params.cache_salt
+    return (0, 0) if salt is None else (xxhash.xxh64_intdigest(salt.encode("utf-8", "surrogatepass")), salt)
 
 
 def _chain(prefix_hash: int, token_ids: tuple[int, ...]) -> int:

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceType
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
@@ -83,6 +84,9 @@ class LLMEngine:
         self.executor = None
         self.process = os.getpid()
         self.error: BaseException | None = None
+        names = [field.name for field in fields(Config)]
+        for name in kwargs.keys() - names:
+            raise TypeError(f"{name}={kwargs[name]!r} is no option; there are {', '.join(names)}")
         self.config = Config(model=model, **kwargs)
         self.source = open_model(self.config.model, self.config.load_format)
         self.executor = launcher.start(self.config, self.source)

@@ -54,7 +54,7 @@ class Sequence:
     # How far its blocks are in the prefix index (see BlockManager.register).
     num_registered: int = 0
     prefix_hash: int = 0
-    prefix_uid: int = 0
+    prefix_uid: int | str = 0
 
     def __post_init__(self):
         self.token_ids = list(self.prompt_ids)

@@ -1,11 +1,14 @@
 """Ranks as processes on the CPU: same tokens, clear errors, nothing left behind."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +71,47 @@ def test_dummy_weights_are_those_of_one_rank(model, want):
         dummy = tokens(llm)
     with LLM(model, load_format="dummy", tensor_parallel_size=2, **OPTIONS) as llm:
         assert tokens(llm) == dummy != want
+
+
+def test_messages_may_be_large_and_a_rank_slow(tmp_path, monkeypatch):
+    path = save_tiny(tmp_path, "qwen2", vocab_size=140_000, num_hidden_layers=1)
+    options = {**OPTIONS, "max_num_seqs": 64, "max_num_batched_tokens": 64}
+    prompts = [[i + 1] for i in range(64)]
+    allowed = [SamplingParams(temperature=0, max_tokens=3, allowed_token_ids=[i, i + 70_000]) for i in range(64)]
+    with LLM(path, **options) as llm:
+        want = tokens(llm, prompts, allowed)
+    (tmp_path / "sitecustomize.py").write_text(  # a rank imports this first
+        "import time\nfrom multiprocessing.connection import Connection\nreceive = Connection.recv\n"
+        "Connection.recv = lambda self: time.sleep(0.3) or receive(self)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with LLM(path, tensor_parallel_size=2, **options) as llm:
+        tell, sizes = llm.executor._tell, []
+
+        def measured(*message):
+            sizes.append(len(ForkingPickler.dumps(message)))
+            tell(*message)
+
+        llm.executor._tell = measured
+        start = time.monotonic()
+        assert tokens(llm, prompts, allowed) == want
+        assert max(sizes) > 1 << 20 and time.monotonic() - start > 0.3 * (len(sizes) - 2)
+
+
+def test_nothing_listens_beyond_loopback(model):
+    with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
+        sockets = set()
+        for pid in (os.getpid(), *(process.pid for process in llm.executor.processes)):
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    sockets.add(os.readlink(descriptor))
+        listening = []
+        for file in ("/proc/net/tcp", "/proc/net/tcp6", "/proc/net/udp", "/proc/net/udp6"):
+            for line in Path(file).read_text().splitlines()[1:]:
+                address, _, state, *_, inode = line.split()[1:10]
+                if f"socket:[{inode}]" in sockets and state in ("0A", "07"):  # TCP's listening, UDP's unconnected
+                    listening.append(address.split(":")[0])
+        assert set(listening) <= {"0100007F", "00000000000000000000000001000000"}, listening
 
 
 def test_kv_heads_are_replicated_where_there_are_more_ranks(tmp_path):

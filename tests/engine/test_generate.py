@@ -88,6 +88,19 @@ def test_cached_tokens_are_reported(model):
     assert first.token_ids == second.token_ids
 
 
+def test_a_salt_keeps_cached_prefixes_apart(model):
+    with engine(model) as llm:
+        tokens, cached = [], []
+        for salt in (None, "one", "two", "one", "\ud800", "\ud800", None):
+            (out,) = llm.generate(
+                [[7] * 40], SamplingParams(temperature=0, max_tokens=4, cache_salt=salt), use_tqdm=False
+            )
+            tokens.append(out.token_ids)
+            cached.append(out.num_cached_tokens)
+        assert [count > 0 for count in cached] == [False, False, False, True, False, True, True]
+        assert tokens == tokens[:1] * 7
+
+
 def test_outputs_read_as_dicts_and_attributes(model):
     with engine(model) as llm:
         out = llm.generate(prompts_of([4]), greedy(3), use_tqdm=False)[0]

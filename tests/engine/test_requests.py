@@ -556,6 +556,8 @@ def test_abort_fuzz_returns_every_block(model):
         (dict(logprobs_mode="raw"), ValueError, "logprobs_mode"),
         (dict(bad_words=[""]), ValueError, "bad_words"),
         (dict(skip_special_tokens=1), TypeError, "skip_special_tokens"),
+        (dict(cache_salt=5), TypeError, "cache_salt"),
+        (dict(cache_salt=""), ValueError, "cache_salt"),
         (dict(structured_outputs={"json": {}}), TypeError, "structured_outputs"),
         (dict(structured_outputs=StructuredOutputsParams(regex="a"), min_tokens=3), ValueError, "min_tokens"),
     ],

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -115,6 +117,38 @@ def test_safetensors_in_one_file_or_several(tmp_path):
     index.write_text(json.dumps({"weight_map": {"x": "../a.safetensors"}}))
     with pytest.raises(ValueError, match="not a file in that folder"):
         iterate_weights(folder)
+
+
+STREAM = """
+import sys
+from pathlib import Path
+from nanovllm.models.decoder import Decoder
+from nanovllm.models.loader import load_weights
+from nanovllm.utils.hub import open_model
+
+def own_memory():
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
+    return int(line.split()[1]) << 10
+
+def watched(weights):
+    for name, tensor in weights:
+        seen.append(own_memory())
+        yield name, tensor
+
+source = open_model(sys.argv[1])
+decoder, seen = Decoder(source.config), [own_memory()]
+load_weights(decoder, watched(source.weights()))
+print(max(seen) - seen[0])
+"""
+
+
+def test_weights_are_streamed(tmp_path):
+    """The host never holds more than the model and a few tensors: pages of the mapped file are not its own."""
+    folder = save_tiny(tmp_path, "llama3", num_hidden_layers=16, hidden_size=240, intermediate_size=2000)
+    num_bytes = (folder / "model.safetensors").stat().st_size
+    assert num_bytes > 90 << 20
+    done = subprocess.run([sys.executable, "-c", STREAM, str(folder)], capture_output=True, text=True, check=True)
+    assert num_bytes * 0.9 < int(done.stdout) < num_bytes + (24 << 20)
 
 
 def test_pickled_weights_are_refused(tmp_path):

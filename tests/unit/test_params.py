@@ -71,7 +71,7 @@ def test_config_is_checked(name, value, error):
 
 
 def test_unknown_arguments_raise():
-    with pytest.raises(TypeError, match="max_sequences"):
+    with pytest.raises(TypeError, match=r"max_sequences=4 is no option; there are model, .*max_num_seqs"):
         LLM(max_sequences=4)
 
 

@@ -187,6 +187,19 @@ def test_colliding_hashes_miss_instead_of_mixing_prefixes(monkeypatch):
         assert seq.output_ids == expected(prompt, params, end_ids)
 
 
+def test_what_salts_keep_apart_stays_apart_even_if_hashes_collide(monkeypatch):
+    monkeypatch.setattr(block_manager_module, "_chain", lambda prefix_hash, token_ids: 1)
+    manager = BlockManager(8, BLOCK)
+    for salt in ("a", "b", None):
+        seq = Sequence([1] * 5, SamplingParams(cache_salt=salt))
+        assert manager.find_prefix(seq) == []
+        manager.share(seq, [])
+        manager.allocate(seq, 5)
+        seq.num_computed = 5
+        manager.register(seq)
+        assert manager.find_prefix(Sequence([1] * 5, seq.params)) == seq.block_table[:1]
+
+
 def test_free_blocks_leave_in_lru_order_tail_first():
     manager = BlockManager(6, BLOCK)
     seq = Sequence(list(range(12)), SamplingParams())
