@@ -1,6 +1,6 @@
 """Paged KV blocks: who holds which, and which full blocks can be shared. No torch here."""
 
-from array import array
+import struct
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -155,4 +155,4 @@ def _root(seq: Sequence) -> tuple[int, int | str]:
 
 def _chain(prefix_hash: int, token_ids: tuple[int, ...]) -> int:
     """The hash of a block's tokens and of everything before them."""
-    return xxhash.xxh64_intdigest(array("q", token_ids).tobytes(), seed=prefix_hash)
+    return xxhash.xxh64_intdigest(struct.pack(f"{len(token_ids)}q", *token_ids), seed=prefix_hash)

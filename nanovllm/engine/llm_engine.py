@@ -215,10 +215,11 @@ class LLMEngine:
             raise TypeError(f"prompt must be text or a list of token ids, got {type(prompt).__name__}")
         if not token_ids:
             raise ValueError("prompt is empty; it must have at least one token")
-        if set(map(type, token_ids)) != {int}:
-            wrong = next(token_id for token_id in token_ids if type(token_id) is not int)
-            raise TypeError(f"prompt must be text or a list of int token ids, got an id {wrong!r}")
-        in_vocabulary("prompt", token_ids, self.source.config.vocab_size)
+        vocab_size = self.source.config.vocab_size
+        wrong = [i for i in token_ids if type(i) is not int or not 0 <= i < vocab_size]  # in one pass: prompts are long
+        if wrong and type(wrong[0]) is not int:
+            raise TypeError(f"prompt must be text or a list of int token ids, got an id {wrong[0]!r}")
+        in_vocabulary("prompt", wrong, vocab_size)
         return token_ids
 
     def _check_lengths(self, num_prompt: int, params: SamplingParams) -> None:
