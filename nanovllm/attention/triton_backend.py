@@ -8,7 +8,6 @@ from nanovllm.kernels._triton import HAVE_TRITON
 from nanovllm.kernels.decode_attention import decode_attention_triton
 from nanovllm.kernels.prefill_attention import prefill_attention_triton
 from nanovllm.kernels.rope_decode import MAX_ROWS, rope_decode_triton
-from nanovllm.kernels.rope_store import QKTransform
 from nanovllm.kernels.shared_prefix import attend_shared_triton
 from nanovllm.utils.context import Context
 
@@ -33,17 +32,7 @@ class TritonBackend(AttentionBackend):
             raise ValueError(f"block_size={block_size} must be a power of two for attention_backend='triton'")
         self.counters: Tensor | None = None  # of finished splits; this engine's own
 
-    def store_and_attend(
-        self,
-        qkv: Tensor,
-        transform: QKTransform,
-        positions: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        scale: float,
-        ctx: Context,
-        last: Tensor | None = None,
-    ) -> Tensor:
+    def store_and_attend(self, qkv, transform, positions, k_cache, v_cache, scale, ctx, last=None) -> Tensor:
         if ctx.num_decode < len(qkv) or len(qkv) > MAX_ROWS or ctx.shared is not None:
             return super().store_and_attend(qkv, transform, positions, k_cache, v_cache, scale, ctx, last)
         where = (k_cache, v_cache, ctx.block_tables, ctx.slots, ctx.context_lens)
@@ -63,14 +52,5 @@ class TritonBackend(AttentionBackend):
 
     def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         rows = slice(ctx.num_decode, None)
-        prefill_attention_triton(
-            q,
-            k_cache,
-            v_cache,
-            ctx.block_tables,
-            ctx.slots[rows],
-            ctx.cu_seqlens_q,
-            ctx.context_lens[rows],
-            scale,
-            out=out,
-        )
+        where = (ctx.block_tables, ctx.slots[rows], ctx.cu_seqlens_q, ctx.context_lens[rows])
+        prefill_attention_triton(q, k_cache, v_cache, *where, scale, out=out)
