@@ -130,16 +130,12 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
 
-    @property
-    def has_unfinished(self) -> bool:
-        return bool(self.waiting or self.running)
-
     def schedule(self) -> Step | None:
         """The next step, or None when there is nothing to launch: all is done or waits for tokens in flight."""
         step = Step()
         budget, preemptions = self.max_num_batched_tokens, self.num_preemptions
         for seq in list(self.running):
-            # The properties of these names, spelt out: this runs for each row of each step.
+            # The sequence's properties, spelt out: this runs for each row of each step.
             num_tokens = len(seq.token_ids) + seq.pending
             num_new = min(num_tokens - seq.num_computed, budget)
             num_generated = num_tokens - len(seq.prompt_ids)
@@ -271,7 +267,7 @@ class Scheduler:
             self.running.append(seq)
             seq.status, seq.slot = Status.RUNNING, self.free_slots.pop()
             self.block_manager.share(seq, found)
-            if seq.num_generated == 0:
+            if seq.num_tokens == len(seq.prompt_ids):
                 seq.num_cached = num_cached
                 self.num_prompt_tokens += len(seq.prompt_ids)
                 self.num_cached_tokens += num_cached

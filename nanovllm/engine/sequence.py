@@ -77,9 +77,5 @@ class Sequence:
         return len(self.token_ids) + self.pending
 
     @property
-    def num_generated(self) -> int:
-        return self.num_tokens - len(self.prompt_ids)
-
-    @property
     def output_ids(self) -> list[int]:
         return self.token_ids[len(self.prompt_ids) :]

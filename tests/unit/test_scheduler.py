@@ -65,7 +65,7 @@ def run(requests, *, num_blocks, max_num_seqs, budget, overlap, caching=True, ab
     device = FakeDevice(max_num_seqs)
     seqs = [Sequence(list(prompt), params, frozenset(end_ids)) for prompt, params, end_ids in requests]
     arriving, in_flight, steps = list(seqs), [], 0
-    while arriving or scheduler.has_unfinished or in_flight:
+    while arriving or scheduler.waiting or scheduler.running or in_flight:
         steps += 1
         assert steps < 5000, "no progress"
         if arriving:
@@ -233,4 +233,4 @@ def test_abort_in_every_state_returns_the_blocks(state):
     for step, tokens in pending:
         scheduler.update(step, tokens)
     scheduler.finish(seq, "abort")
-    assert manager.num_free == 16 and len(scheduler.free_slots) == 2 and not scheduler.has_unfinished
+    assert manager.num_free == 16 and len(scheduler.free_slots) == 2 and not (scheduler.waiting or scheduler.running)
