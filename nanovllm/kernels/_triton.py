@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import torch
 
@@ -29,44 +30,16 @@ except ImportError:
         def __getitem__(self, grid: Any) -> Callable:
             raise ImportError(f"kernel {self.name} needs triton, which is not installed; use the *_torch twin instead")
 
-    class _MissingTriton:
-        """The part of the `triton` module that is evaluated outside of kernel bodies."""
+    def _missing_jit(fn: Callable | None = None, **options: Any) -> Any:
+        return _MissingKernel if fn is None else _MissingKernel(fn)
 
-        @staticmethod
-        def jit(fn: Callable | None = None, **options: Any) -> Any:
-            return _MissingKernel(fn) if fn is not None else _MissingKernel
+    def _next_power_of_2(n: int) -> int:
+        return 1 << (n - 1).bit_length()
 
-        @staticmethod
-        def cdiv(x: int, y: int) -> int:
-            return -(-x // y)
-
-        @staticmethod
-        def next_power_of_2(n: int) -> int:
-            return 1 << (n - 1).bit_length()
-
-    class _MissingLanguage:
-        """Answers every `tl.<name>`, which annotations and defaults of kernel parameters read at definition time."""
-
-        def __getattr__(self, name: str) -> Any:
-            return None
-
-    triton: Any = _MissingTriton()
-    tl: Any = _MissingLanguage()
+    # What is evaluated outside of kernel bodies: of `tl`, any name may be, in annotations of kernels' parameters.
+    triton: Any = SimpleNamespace(jit=_missing_jit, cdiv=lambda x, y: -(-x // y), next_power_of_2=_next_power_of_2)
+    tl: Any = MagicMock()
     TensorDescriptor: Any = None  # no kernel that takes one is ever launched
-
-__all__ = [
-    "HAVE_TRITON",
-    "TensorDescriptor",
-    "begin_chain",
-    "compile_aside",
-    "compile_only",
-    "launch_options",
-    "let_next_begin",
-    "tl",
-    "triton",
-    "wait_for_inputs",
-    "warm_up",
-]
 
 
 @lru_cache

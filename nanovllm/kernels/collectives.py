@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.kernels._triton import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
+from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
 from nanovllm.kernels.decode_attention import sm_count
 from nanovllm.utils.cuda_ipc import Mapping
 
@@ -32,14 +32,9 @@ CAPACITY = 32 << 20  # bytes that a rank can send to another in one launch; more
 FEW_BYTES = 4 << 20  # that a rank sends in all; a ring (NCCL) sends fewer from three ranks on
 UNIT = 512  # words whose calls are counted together
 EXCHANGE_BLOCK = 2048  # words of a row that a program exchanges
-DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.int32: tl.int32,
-}
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int32: tl.int32}
 _EMPTY = -0x7FFF8000  # two 16-bit numbers -0.0; as a float32, -4.6e-41
-EMPTY = tl.constexpr(_EMPTY) if HAVE_TRITON else _EMPTY
+EMPTY = tl.constexpr(_EMPTY)
 
 
 @triton.jit

@@ -14,13 +14,7 @@ import torch
 import torch.distributed as dist
 
 from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.collectives import (
-    PeerMemory,
-    all_reduce_triton,
-    exchange_triton,
-    new_memory,
-    rows_of,
-)
+from nanovllm.kernels.collectives import PeerMemory, all_reduce_triton, exchange_triton, new_memory, rows_of
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.utils import cuda_ipc
 
