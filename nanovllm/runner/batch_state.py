@@ -8,6 +8,7 @@ block, and nothing at all otherwise.
 import numpy as np
 import torch
 
+from nanovllm.config import Config
 from nanovllm.engine.scheduler import Admission, Batch
 from nanovllm.kernels.sampling import BIAS, COUNTS, MASK, MAX_COUNT, PROCESSED, ROW, STRIDE, SamplingState, default_rows
 from nanovllm.kernels.step_inputs import StepRows
@@ -47,28 +48,17 @@ class BatchState:
     """The slots' state on the device.
 
     Args:
-        max_num_seqs: S, the number of slots; row S is a scratch slot for the padding rows of captured graphs.
+        config: the engine's. `max_num_seqs` is S, the number of slots; row S is a scratch slot for the padding rows of
+            captured graphs. `max_num_batched_tokens` sizes the staging buffers.
         max_blocks: W, block-table width.
-        block_size: tokens in a block.
         scratch_block: a block no sequence owns, where padding rows write.
-        max_tokens: most tokens of a step, which sizes the staging buffers.
         vocab_size: V.
     """
 
-    def __init__(
-        self,
-        max_num_seqs: int,
-        max_blocks: int,
-        block_size: int,
-        scratch_block: int,
-        max_tokens: int,
-        vocab_size: int,
-        device: torch.device,
-    ):
-        rows = max_num_seqs + 1
-        self.scratch_slot, self.scratch_block = max_num_seqs, scratch_block
-        self.block_size = block_size
-        self.device = device
+    def __init__(self, config: Config, max_blocks: int, scratch_block: int, vocab_size: int, device: torch.device):
+        rows, max_tokens = config.max_num_seqs + 1, config.max_num_batched_tokens
+        self.scratch_slot, self.scratch_block = config.max_num_seqs, scratch_block
+        self.block_size = config.kvcache_block_size
 
         def full(shape, value, dtype):
             return torch.full(shape, value, dtype=dtype, device=device)
@@ -80,7 +70,7 @@ class BatchState:
         # The host's copy of the block tables, where an entry that a running sequence does not own is the scratch block.
         self.host_tables = np.full((rows, max_blocks), scratch_block, dtype=np.int32)
         self.num_admissions = 0
-        num_bytes = 8 * max_tokens + (ROW.itemsize + vocab_size // 8 + 64) * rows + 32 * max_tokens // block_size
+        num_bytes = 8 * max_tokens + (ROW.itemsize + vocab_size // 8 + 64) * rows + 32 * max_tokens // self.block_size
         self.staging = Staging(num_bytes, device)
 
     def apply(self, batch: Batch) -> None:
@@ -149,7 +139,7 @@ class BatchState:
         packed = np.zeros(StepRows.size(num_rows, num_tokens), dtype=np.int32)
         rows, num_decode, chunks = StepRows.split(packed, num_rows, num_tokens), len(batch.decode_slots), batch.chunks
         used_rows, used_tokens = batch.num_rows, batch.num_tokens
-        rows.slots[:used_rows] = [*batch.decode_slots, *(chunk.slot for chunk in chunks)]
+        rows.slots[:used_rows] = batch.slots
         rows.slots[used_rows:] = self.scratch_slot
         rows.starts[:num_decode] = -1
         rows.starts[num_decode:used_rows] = [chunk.start for chunk in chunks]

@@ -114,15 +114,7 @@ class ModelRunner:
         for layer in self.attention_layers:
             layer.k_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
             layer.v_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        self.state = BatchState(
-            self.config.max_num_seqs,
-            self.max_blocks,
-            self.block_size,
-            num_blocks,
-            self.config.max_num_batched_tokens,
-            self.model_config.vocab_size,
-            self.device,
-        )
+        self.state = BatchState(self.config, self.max_blocks, num_blocks, self.model_config.vocab_size, self.device)
         pin = self.device.type == "cuda"
         ring = [torch.empty(self.config.max_num_seqs, dtype=torch.int64, pin_memory=pin) for _ in range(2)]
         self.token_ring = deque(ring)
