@@ -24,7 +24,7 @@ def process(x: torch.Tensor, slots: torch.Tensor, context_lens: torch.Tensor, st
 
 
 def top_logprobs(logits: torch.Tensor, tokens: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
-    """Float32 log-softmax of the k most likely tokens and of the given one.
+    """Float32 log-softmax of the k most likely tokens, V at most, and of the given one.
 
     Args:
         logits: [R, V], any float dtype; the sum is made in float32.
@@ -35,6 +35,6 @@ def top_logprobs(logits: torch.Tensor, tokens: torch.Tensor, k: int) -> tuple[to
         int64, 1 being the most likely.
     """
     total = logits.float().logsumexp(-1, keepdim=True)
-    own, top = logits.gather(1, tokens[:, None]), logits.topk(k, dim=-1)
+    own, top = logits.gather(1, tokens[:, None]), logits.topk(min(k, logits.shape[1]), dim=-1)
     ranks = (logits > own).sum(-1) + 1
     return torch.cat((top.indices, tokens[:, None]), 1), torch.cat((top.values, own), 1).float() - total, ranks

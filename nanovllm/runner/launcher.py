@@ -70,15 +70,13 @@ def rank_device(device_type: str, local_rank: int | None) -> torch.device:
 
 def start(config: Config, source: ModelSource) -> "Executor":
     """The executor that fits `config` and the way this process was started."""
-    size = config.tensor_parallel_size
-    if size > 1:
-        with torch.device("meta"):  # allocates nothing: refuses here, once, what the ranks cannot share
-            Decoder(source.config, tp=TensorParallel(0, size))
-    if size > 1 and ("TORCHELASTIC_RUN_ID" in os.environ or dist.is_initialized()):
+    if config.tensor_parallel_size == 1:
+        return Executor(ModelRunner(config, source, TensorParallel(), rank_device(config.device_type, None)))
+    with torch.device("meta"):  # allocates nothing: refuses here, once, what the ranks cannot share
+        Decoder(source.config, tp=TensorParallel(0, config.tensor_parallel_size))
+    if "TORCHELASTIC_RUN_ID" in os.environ or dist.is_initialized():
         return _join_outside_group(config, source)
-    if size > 1:
-        return SpawnedRanks(config, source)
-    return Executor(ModelRunner(config, source, TensorParallel(), rank_device(config.device_type, None)))
+    return SpawnedRanks(config, source)
 
 
 def _join_outside_group(config: Config, source: ModelSource) -> "Executor":

@@ -296,7 +296,7 @@ class ModelRunner:
             if batch.processes_logprobs:
                 slots = to_device(np.array(batch.slots)[chosen])
                 logits = process(logits, slots, self.state.length[slots], self.state.sampling)
-            parts.append(self._top_logprobs(logits, tokens[rows], batch))
+            parts.append(top_logprobs(logits, tokens[rows], batch.num_logprobs))
         return self._merge(map(torch.cat, zip(*parts, strict=True)), own, len(wanted))
 
     def _prompt_logprobs(self, batch: Batch, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -311,12 +311,9 @@ class ModelRunner:
         parts = []
         for rows, tokens in zip(places.split(SCORED_ROWS), wanted.split(SCORED_ROWS), strict=True):
             own = self.tp.rows(len(rows))
-            result = self._top_logprobs(self.model.compute_logits(hidden[rows]), tokens[own], batch)
+            result = top_logprobs(self.model.compute_logits(hidden[rows]), tokens[own], batch.num_logprobs)
             parts.append(self._merge(result, own, len(rows)))
         return tuple(map(torch.cat, zip(*parts, strict=True)))
-
-    def _top_logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:
-        return top_logprobs(logits, tokens, min(batch.num_logprobs, self.model_config.vocab_size))
 
     def _merge(self, parts: Iterable[torch.Tensor], own: slice | np.ndarray, count: int) -> tuple[torch.Tensor, ...]:
         """Tensors of `count` rows, of which this rank has the parts for the rows `own` [S]."""
