@@ -113,15 +113,12 @@ def gemv_triton(
     (m, k), n = x.shape, len(weight) // (2 if gated else 1)
     config = config or default_gemv_config(n, k, gated)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device) if residual is None else residual
+    norm_weight, eps = (weight, 0.0) if norm is None else norm
+    tensors = x, weight, weight if bias is None else bias, norm_weight, out, out
     _gemv_kernel[(triton.cdiv(n, config.rows),)](
-        x,
-        weight,
-        weight if bias is None else bias,
-        weight if norm is None else norm[0],
-        out,
-        out,
+        *tensors,
         x.stride(0),
-        0.0 if norm is None else norm[1],
+        eps,
         n,
         M=m,
         K=k,

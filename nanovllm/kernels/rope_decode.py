@@ -187,14 +187,9 @@ def rope_decode_triton(
     if counters is None:
         counters = torch.zeros(batch * kv_heads, dtype=torch.int32, device=qkv.device)
     weights, cache = (q_weight, k_weight, cos_sin), (k_cache, v_cache, block_tables, slots, context_lens)
+    tensors = qkv, *weights, *cache, out, partial, lse, counters
     _rope_decode_kernel[(kv_heads, batch, num_splits)](
-        qkv,
-        *weights,
-        *cache,
-        out,
-        partial,
-        lse,
-        counters,
+        *tensors,
         scale * LOG2E,
         eps,
         qkv.stride(0),
