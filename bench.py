@@ -305,7 +305,7 @@ class Nanovllm:
             launch(batch)
 
         with patch.object(self.llm.executor, "launch", record):
-            measured = {"seconds": timed(self, group)}
+            measured = {"seconds": timed(self.generate, group)}
         block_size = self.llm.scheduler.block_manager.block_size
         costs = count_costs(batches, self.config, self.itemsize, block_size)
         measured |= {"steps": len(batches), "bytes": float(costs.bytes.sum()), "flops": float(costs.flops.sum())}
@@ -336,7 +336,7 @@ class Nanovllm:
             stack.enter_context(patch.object(self.llm.executor, "collect", timed_collect))
             if self.on_gpu:
                 stack.enter_context(patch.object(self.llm.executor, "launch", launch_between_events))
-            seconds = timed(self, group)
+            seconds = timed(self.generate, group)
         measured = {"host": seconds - waited}
         if self.on_gpu:
             torch.cuda.synchronize()
@@ -379,7 +379,7 @@ class Vllm:
         self.llm.generate([{"prompt_token_ids": ids} for ids in group.prompts], params, use_tqdm=False)
 
     def measure(self, group: Group) -> dict:
-        return {"seconds": timed(self, group)}
+        return {"seconds": timed(self.generate, group)}
 
     def close(self) -> None:
         self.folder.cleanup()
@@ -401,10 +401,10 @@ def write_config(source: ModelSource, folder: str) -> str:
     return folder
 
 
-def timed(engine, group: Group) -> float:
-    """Seconds to answer all requests of `group`."""
+def timed(call: Callable, *arguments, **options) -> float:
+    """Seconds of a call."""
     begin = time.perf_counter()
-    engine.generate(group)
+    call(*arguments, **options)
     return time.perf_counter() - begin
 
 
@@ -455,26 +455,22 @@ def compare_transformers(engine: Nanovllm, args) -> list[dict]:
 
     (group,), (figure,) = offline(args, engine.config.vocab_size, engine.max_model_len)
     runner, path = engine.llm.executor.runner, engine.llm.source.path
-    where = {"pretrained_model_name_or_path": path}
-    if path.is_file():
-        where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=runner.dtype).to(runner.device).eval()
+    where, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+    model = AutoModelForCausalLM.from_pretrained(where, **options, dtype=runner.dtype).to(runner.device).eval()
     longest = max(map(len, group.prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in group.prompts], device=runner.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in group.prompts], device=runner.device)
     sampling = dict(do_sample=True, temperature=0.6, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0)
 
     def run(num_tokens: int) -> float:
-        begin = time.perf_counter()
-        model.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, **sampling)
-        return time.perf_counter() - begin
+        return timed(model.generate, ids, attention_mask=mask, max_new_tokens=num_tokens, **sampling)
 
     run(2)
     ours, theirs = [], []
     for _ in range(args.repeat):
         theirs.append(run(max(group.lens)))  # counts as what was asked for: the padding of the shorter rows is waste
         engine.reset()
-        ours.append(timed(engine, group))
+        ours.append(timed(engine.generate, group))
     seconds = {"nanovllm": statistics.median(ours), "transformers": statistics.median(theirs)}
     print(f"nanovllm is {seconds['transformers'] / seconds['nanovllm']:.2f} times transformers", file=sys.stderr)
     row = {"workload": "offline", "output_tokens": sum(group.lens)}
@@ -550,16 +546,12 @@ def run_engine(args, parser: argparse.ArgumentParser) -> list[dict]:
 
 def run_engines(args, argv: list[str]) -> list[dict]:
     """The rows of several engines, each in a process of its own: none would leave the GPU's memory to the next."""
-    outer = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    outer.add_argument("--engine", nargs="+")
-    for option in ("--json", "--plot", "--trace"):
-        outer.add_argument(option)
-    _, inner = outer.parse_known_args(argv)
     results = []
     for name in args.engine:
-        trace = ["--trace", args.trace] if args.trace and name == "nanovllm" else []
+        trace = args.trace if args.trace and name == "nanovllm" else ""
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            command = [sys.executable, __file__, *inner, *trace, "--engine", name, "--json", file.name]
+            own = ["--engine", name, "--json", file.name, "--plot", "", "--trace", trace]
+            command = [sys.executable, __file__, *argv, *own]  # of an option given twice the last counts
             if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
                 sys.exit(f"the run of {name} failed")
             results.append(json.load(file))
@@ -606,12 +598,9 @@ def table(rows: list[dict]) -> str:
         values = [number(row.get(key)) for key in COLUMNS.values()]
         lines.append([row["workload"], row["engine"], f"{number(row['value'])} {row['unit']}", *values])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = ["<", "<", "<", *[">"] * len(COLUMNS)]
-
-    def text(line: list[str]) -> str:
-        return "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, aligned, widths, strict=True))
-
-    return "\n".join(map(text, lines))
+    sides = ["<"] * 3 + [">"] * len(COLUMNS)
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return "\n".join(form.format(*line) for line in lines)
 
 
 PLOT_MARK = "<!-- nanovllm bench.py -->"
@@ -647,12 +636,6 @@ def plot(rows: list[dict], title: str) -> str:
             f'<text x="{left + full + 10}" y="{y + 15}">{value}</text>',
         ]
     return "\n".join([*lines, "</svg>"]) + "\n"
-
-
-def device_name(rows: list[dict]) -> str:
-    """Where the rows were measured."""
-    on_gpu = any("gpu_gib" in row for row in rows)
-    return torch.cuda.get_device_name() if on_gpu else "CPU"
 
 
 # -- command line --------------------------------------------------------------------------------------------------
@@ -782,15 +765,12 @@ def main(argv: list[str] | None = None) -> None:
     check(args, parser)
     rows = run_engines(args, argv) if len(args.engine) > 1 else run_engine(args, parser)
     print(table(rows))
-    device, model = device_name(rows), args.model or "SmolLM2-135M-Instruct"
+    model = args.model or "SmolLM2-135M-Instruct"
+    device = torch.cuda.get_device_name() if any("gpu_gib" in row for row in rows) else "CPU"
     if args.json:
-        result = {
-            "command": shlex.join(["bench.py", *argv]),
-            "model": model,
-            "device": device,
-            "torch": torch.__version__,
-        }
-        Path(args.json).write_text(json.dumps(result | {"rows": rows}, indent=2) + "\n")
+        result = {"command": shlex.join(["bench.py", *argv]), "model": model, "device": device}
+        result |= {"torch": torch.__version__, "rows": rows}
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
     if args.plot:
         limited = [row for row in rows if "percent" in row]
         if not limited:
