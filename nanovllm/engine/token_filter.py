@@ -145,12 +145,6 @@ def _literal(text: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else rf"\x{{{ord(c):x}}}" for c in text)
 
 
-def bad_word_spellings(words: tuple[str, ...], encode: Callable[[str], list[int]]) -> list[tuple[int, ...]]:
-    """Token ids of `words`, alone and after a space, where most tokenizers spell them differently."""
-    spellings = {tuple(encode(prefix + word.lstrip())) for word in words for prefix in ("", " ")}
-    return sorted(spelling for spelling in spellings if spelling)
-
-
 def make_filter(params: SamplingParams, vocab_size: int, encode: Callable[[str], list[int]]) -> TokenFilter | None:
     """The filter of `allowed_token_ids` and `bad_words`; None if there are none.
 
@@ -161,7 +155,9 @@ def make_filter(params: SamplingParams, vocab_size: int, encode: Callable[[str],
         return None
     allowed = np.zeros(-(-vocab_size // 32) * 32, dtype=bool)
     allowed[slice(vocab_size) if params.allowed_token_ids is None else list(params.allowed_token_ids)] = True
-    token_filter = TokenFilter(allowed, bad_word_spellings(params.bad_words, encode))
+    # Alone and after a space: most tokenizers spell a word differently there.
+    spellings = {tuple(encode(prefix + word.lstrip())) for word in params.bad_words for prefix in ("", " ")}
+    token_filter = TokenFilter(allowed, sorted(spellings - {()}))
     if not token_filter.allowed.any():
         raise ValueError("bad_words and allowed_token_ids leave no token that could be drawn")
     return token_filter

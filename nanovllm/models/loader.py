@@ -35,11 +35,6 @@ def _targets(model: "Decoder") -> dict[str, tuple[nn.Parameter, str | int | None
     return targets
 
 
-def _is_redundant(name: str, model: "Decoder") -> bool:
-    """Whether a checkpoint may hold the tensor although the model computes it or has it elsewhere."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings)
-
-
 def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Copy a whole checkpoint into the parameters, in place; each rank takes its slices.
 
@@ -57,8 +52,8 @@ def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) 
     # Parameters made in inference mode can only be written in it.
     with torch.inference_mode(), _plain_layout(model):
         for name, loaded in bar:
-            if _is_redundant(name, model):
-                continue
+            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
+                continue  # the model computes it, or has it elsewhere
             if name in seen:
                 raise ValueError(f"the checkpoint has the tensor {name} twice")
             if name not in targets:

@@ -17,13 +17,13 @@ from nanovllm.kernels.step_inputs import StepRows
 class Staging:
     """A ring of pinned host buffers for copies to the device that do not wait.
 
-    One buffer serves one step. It is used again `depth` steps later, when that step's tokens have been collected and
-    its copies are therefore done.
+    One buffer serves one step. It is used again two steps later, when that step's tokens have been collected and its
+    copies are therefore done.
     """
 
-    def __init__(self, num_bytes: int, device: torch.device, depth: int = 2):
+    def __init__(self, num_bytes: int, device: torch.device):
         pin = device.type == "cuda"
-        self.buffers = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin) for _ in range(depth)]
+        self.buffers = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]
         self.device = device
         self.step = self.used = 0
 
