@@ -42,15 +42,10 @@ class TorchBackend(AttentionBackend):
 
     def _plans(self, q: Tensor, k_cache: Tensor, ctx: Context) -> _Plans:
         if ctx.meta is None:
-            num_decode, layout = ctx.num_decode, (*k_cache.shape[1:3], q.dtype)
-            decode, prefill = None, []
-            if num_decode:
-                rows = slice(num_decode)
-                decode = plan_gather(ctx.block_tables, ctx.slots[rows], ctx.context_lens[rows], *layout)
-            if ctx.cu_seqlens_q is not None:
-                rows = slice(num_decode, None)
-                lens = ctx.context_lens[rows]
-                prefill = plan_rows(ctx.block_tables, ctx.slots[rows], ctx.cu_seqlens_q, lens, *layout)
+            d, layout = ctx.num_decode, (*k_cache.shape[1:3], q.dtype)
+            tables, slots, lens, cu_seqlens = ctx.block_tables, ctx.slots, ctx.context_lens, ctx.cu_seqlens_q
+            decode = plan_gather(tables, slots[:d], lens[:d], *layout) if d else None
+            prefill = [] if cu_seqlens is None else plan_rows(tables, slots[d:], cu_seqlens, lens[d:], *layout)
             ctx.meta = _Plans(decode, prefill)
         return ctx.meta
 
@@ -60,10 +55,9 @@ class TorchBackend(AttentionBackend):
         size = indices.numel() * head_dim
         first = self._buffers[0]
         if first.numel() < size or first.dtype != k_cache.dtype or first.device != k_cache.device:
+            options = {"dtype": k_cache.dtype, "device": k_cache.device}
             with torch.inference_mode(False):  # usable in and out of inference mode
                 self._buffers.clear()  # the old ones go before the new ones come
-                self._buffers = [
-                    torch.empty(size + size // 4, dtype=k_cache.dtype, device=k_cache.device) for _ in range(2)
-                ]
+                self._buffers = [torch.empty(size + size // 4, **options) for _ in range(2)]
         k, v = (buffer[:size].view(-1, head_dim) for buffer in self._buffers)
         return gather(k_cache, indices, out=k), gather(v_cache, indices, out=v)
