@@ -103,10 +103,7 @@ def gemv_triton(
     """x [M, K] -> x W^T for a few rows; sums in float32, rounded once.
 
     Args:
-        weight: [N, K] contiguous; [2 N, K], gate and up, if `gated`.
-        bias: one number for each row of the weight.
-        norm: weight [K] and epsilon of the RMSNorm of x that comes first.
-        gated: silu(gate) * up is the result.
+        weight, bias, norm, gated: as in `linear`; the weight is plain and contiguous.
         residual: [M, N] contiguous; the result is added to it, in place.
         config: `default_gemv_config` if None.
     """

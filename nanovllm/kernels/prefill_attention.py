@@ -360,13 +360,11 @@ def prefill_attention_torch(
 
     Args:
         q: [T, H, Dh], the rows' tokens one after the other, heads contiguous.
-        k_cache, v_cache: [num_blocks, block_size, K, Dh], contiguous; H is a multiple of K.
-        block_tables: [S, W] int32, physical block ids of each slot.
+        k_cache, v_cache, block_tables, scale: as in `decode_attention_torch`.
         slots: [P] int32, the slot of each row.
         cu_seqlens_q: [P + 1] int32, where each row starts and the last one ends, q[0] being at the first of them; empty
             rows are fine.
         context_lens: [P] int32, tokens each row holds, its queries included.
-        scale: factor of the logits, positive.
 
     Returns:
         [T, H, Dh] in q's dtype.

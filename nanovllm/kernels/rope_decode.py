@@ -220,11 +220,8 @@ def rope_decode_torch(
 
     Args:
         qkv: [B, (H + 2 K) Dh], rows contiguous.
-        k_cache, v_cache: [num_blocks, block_size, K, Dh], contiguous; the rows' new keys and values are written.
-        block_tables: [S, W] int32, physical block ids of each slot.
-        slots: [B] int32, the slot of each row.
-        context_lens: [B] int32, tokens each row sees, its new one included.
-        scale: factor of the logits, positive.
+        k_cache, v_cache: as in `decode_attention_torch`; the rows' new keys and values are written.
+        block_tables, slots, context_lens, scale: as there; a row's new token is part of its context.
 
     Returns:
         [B, H, Dh] in qkv's dtype.

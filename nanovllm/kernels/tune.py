@@ -14,8 +14,7 @@ from functools import partial
 import torch
 
 from nanovllm.kernels._triton import triton
-from nanovllm.kernels.decode_attention import DecodeConfig, decode_attention_triton, default_decode_config
-from nanovllm.kernels.decode_attention import sm_count as count_sms
+from nanovllm.kernels.decode_attention import DecodeConfig, decode_attention_triton, default_decode_config, sm_count
 from nanovllm.kernels.gemv import GemvConfig, default_gemv_config, gemv_triton
 from nanovllm.kernels.prefill_attention import PrefillConfig, default_prefill_config, prefill_attention_triton
 from nanovllm.kernels.rms_norm import rms_norm
@@ -91,7 +90,7 @@ def decode(full: bool) -> None:
         q = random(rows, KV_HEADS * group, HEAD_DIM)
         counters = torch.zeros(rows * KV_HEADS, device="cuda", dtype=torch.int32)
         calls = [partial(decode_attention_triton, q, *c, *where, 0.1, counters=counters) for c in caches]
-        configs = [default_decode_config(rows, KV_HEADS, HEAD_DIM, 2, count_sms(q.device))]
+        configs = [default_decode_config(rows, KV_HEADS, HEAD_DIM, 2, sm_count(q.device))]
         if full:
             tiles = [(32, 2, 3), (32, 2, 4), (32, 2, 5), (64, 2, 3), (64, 4, 3), (64, 4, 4), (128, 4, 3)]
             splits = {8: (8, 16, 32), 32: (4, 8, 16), 128: (1, 2, 4, 8), 256: (1, 2, 4)}[rows]
@@ -114,7 +113,7 @@ def rope_decode(full: bool) -> None:
             rope_decode_triton(gemv_triton(x, weight), transform, *cache, *where, 0.1, counters=counters, config=config)
 
         calls = [partial(run, *pair) for pair in zip(itertools.cycle(weights), caches[:512], strict=False)]
-        configs = [default_rope_decode_config(rows, KV_HEADS, HEAD_DIM, 2, count_sms(x.device))]
+        configs = [default_rope_decode_config(rows, KV_HEADS, HEAD_DIM, 2, sm_count(x.device))]
         if full:
             tiles = [(16, 1, 2), (32, 1, 2), (32, 2, 2), (64, 2, 2), (64, 4, 1), (64, 4, 2), (64, 4, 3), (128, 8, 2)]
             configs += [DecodeConfig(*tile, splits) for tile in tiles for splits in (17, 33, 64)]
@@ -130,7 +129,7 @@ def prefill(full: bool) -> None:
         where = slots, torch.arange(rows + 1, device="cuda", dtype=torch.int32) * new, context_lens
         q = random(rows * new, KV_HEADS * group, HEAD_DIM)
         calls = [partial(prefill_attention_triton, q, *c, *where, 0.1) for c in caches]
-        configs = [default_prefill_config(HEAD_DIM, 2, len(q) * KV_HEADS * group, count_sms(q.device))]
+        configs = [default_prefill_config(HEAD_DIM, 2, len(q) * KV_HEADS * group, sm_count(q.device))]
         if full:
             tiles = [(128, 64, 8, 2, 128), (128, 64, 8, 3), (128, 32, 8, 3, 128), (128, 64, 4, 2)]
             tiles += [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 4)]
