@@ -1,7 +1,6 @@
 import torch
 from torch import nn
 
-from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.layers.parameter import make_parameter
 from nanovllm.utils.parallel import TensorParallel
 
@@ -20,8 +19,7 @@ class RMSNorm(nn.Module):
         self.tp = tp or TensorParallel()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        norm = self.weight, self.eps
-        return rms_norm(x, *norm) if self.tp.size == 1 else self.tp.all_reduce(x, norm)
+        return self.tp.all_reduce(x, (self.weight, self.eps))
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, float] | None]:
         """x and the norm that is left for a product to do along; none is where x is summed up first."""

@@ -13,7 +13,6 @@ import contextlib
 import gc
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from typing import Any
 from unittest.mock import patch
 
@@ -172,7 +171,7 @@ class SpawnedRanks(Executor):
             raise
 
     def _spawn(self, rank: int, size: int) -> None:
-        ours, theirs = socket.socketpair()
+        ours, theirs = Pipe()
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // size)))
         with theirs:
@@ -182,7 +181,7 @@ class SpawnedRanks(Executor):
                 stdin=subprocess.DEVNULL,
                 env=environment,
             )
-        self.channels.append(Connection(ours.detach()))
+        self.channels.append(ours)
         self.processes.append(process)  # from now on the monitor watches it
 
     def _await_children(self, store: "dist.Store") -> None:
