@@ -59,13 +59,9 @@ class BatchState:
         rows, max_tokens = config.max_num_seqs + 1, config.max_num_batched_tokens
         self.scratch_slot, self.scratch_block = config.max_num_seqs, scratch_block
         self.block_size = config.kvcache_block_size
-
-        def full(shape, value, dtype):
-            return torch.full(shape, value, dtype=dtype, device=device)
-
-        self.last_token = full((rows,), 0, torch.int64)
-        self.length = full((rows,), 0, torch.int32)
-        self.block_tables = full((rows, max_blocks), scratch_block, torch.int32)
+        self.last_token = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.length = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.block_tables = torch.full((rows, max_blocks), scratch_block, dtype=torch.int32, device=device)
         self.sampling = SamplingState(default_rows(rows), vocab_size, device)
         # The host's copy of the block tables, where an entry that a running sequence does not own is the scratch block.
         self.host_tables = np.full((rows, max_blocks), scratch_block, dtype=np.int32)
