@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
-from nanovllm.utils.checks import ABOVE_0, check_fields, is_list, number, one_of, within
+from nanovllm.utils.checks import ABOVE_0, check_fields, is_list, number, one_of, plain, within
 
 # What one request may ask for at most, so that none can make unbounded work.
 MAX_SAMPLES = 1024
@@ -23,6 +23,8 @@ MAX_SALT_CHARS = 1024
 
 
 def _list(name: str, value: Any, what: str, most: int) -> tuple:
+    if value is None:
+        return ()
     if not is_list(value) and not isinstance(value, set | frozenset):
         raise TypeError(f"{name} must be a list of {what}, got {value!r}")
     if len(value) > most:
@@ -37,7 +39,7 @@ def _strings(name: str, value: Any, most: int) -> tuple[str, ...]:
             raise TypeError(f"{name} must be a list of strings, got the entry {string!r}")
         if not 0 < len(string) <= MAX_STOP_CHARS:
             raise ValueError(f"{name} must have strings of 1 to {MAX_STOP_CHARS} characters, got {string[:40]!r}")
-    return strings
+    return tuple(map(plain, strings))
 
 
 def _token_ids(name: str, value: Any, most: int) -> tuple[int, ...]:
@@ -180,6 +182,14 @@ class SamplingParams:
         for name in ("min_tokens", "allowed_token_ids", "bad_words", "ignore_eos"):
             if self.structured_outputs and getattr(self, name):
                 raise ValueError(f"structured_outputs decide what can be drawn and when it ends; {name} must not")
+
+    def for_ranks(self) -> "SamplingParams":
+        """What the sampler needs of it, without what only the engine reads and classes of the caller's own."""
+        kept = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
+        own = {"stop": (), "bad_words": (), "allowed_token_ids": None, "structured_outputs": None, "cache_salt": None}
+        if type(self) is SamplingParams and all(kept[name] == nothing for name, nothing in own.items()):
+            return self
+        return SamplingParams(**kept | own)
 
     @property
     def penalises(self) -> bool:

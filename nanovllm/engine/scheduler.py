@@ -282,7 +282,7 @@ class Scheduler:
         known = (seq.prompt_ids, seq.output_ids) if seq.params.penalises else ([], [])
         min_length = len(seq.prompt_ids) + seq.params.min_tokens
         end_ids, is_filtered = tuple(sorted(seq.end_ids)), seq.token_filter is not None
-        return Admission(seq.slot, seq.params, seq.seed, min_length, end_ids, is_filtered, *known)
+        return Admission(seq.slot, seq.params.for_ranks(), seq.seed, min_length, end_ids, is_filtered, *known)
 
     def _add_row(self, seq: Sequence, num_new: int, step: Step) -> None:
         """Give `seq` its blocks and a row of `num_new` tokens in `step`, and count them as computed."""

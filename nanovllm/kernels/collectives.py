@@ -20,6 +20,7 @@ one has sent its own part of n + 1, and then that one is done with call n.
 A rank that is told to stop waits no more, and writes to others no more: their memory may be gone.
 """
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -259,10 +260,11 @@ class PeerMemory:
         """Give back the other ranks' memory. Waits for what this rank still runs, which must end without them."""
         if self._stream is not None:
             torch.cuda.synchronize(self.device)
-        for part in self.memory:
-            if isinstance(part, Mapping):
-                part.close()
-        self.memory = []
+        memory, self.memory = self.memory, []
+        with ExitStack() as stack:  # closes all even if one fails
+            for part in memory:
+                if isinstance(part, Mapping):
+                    stack.callback(part.close)
 
 
 def new_memory(ranks: int, device: torch.device) -> torch.Tensor:

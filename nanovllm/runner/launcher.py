@@ -4,8 +4,9 @@
     under torchrun           every process is a rank and runs the same engine on the same requests: nothing to send
     otherwise                rank 0 is this process; the others are children that read batches from an inherited socket
 
-Children are started as `python -m nanovllm.runner.worker`, so the caller's script is not run again. Nothing is pickled
-from outside the process tree, and nothing listens beyond loopback: the ranks meet in a temporary file.
+Children run `nanovllm.runner.worker`, not the caller's script again, and import nothing that the caller could not.
+Nothing is pickled from outside the process tree, and nothing listens beyond loopback: the ranks meet in a temporary
+file.
 """
 
 import atexit
@@ -37,6 +38,8 @@ from nanovllm.utils.hub import ModelSource
 from nanovllm.utils.parallel import TensorParallel
 
 _POLL_SECONDS = 0.2
+# Python puts the working folder, "", in front of the path, which may not be in the caller's.
+_WORKER = "import sys; sys.path = [p for p in sys.path if p]; from nanovllm.runner.worker import main; main(*{})"
 
 
 def make_group(rank: int, size: int, store: "dist.Store", device_type: str) -> "dist.ProcessGroup":
@@ -102,7 +105,13 @@ def _leave_group(executor: "weakref.ref[Executor]") -> None:
 
 
 class Executor:
-    """Runs batches on the ranks; here, on the only one that is this process's business."""
+    """Runs batches on the ranks; here, on the only one that is this process's business.
+
+    Attributes:
+        error: why another rank, and with it the engine, is lost.
+    """
+
+    error: str | None = None
 
     def __init__(self, runner: ModelRunner):
         self.runner: ModelRunner | None = runner
@@ -146,7 +155,6 @@ class SpawnedRanks(Executor):
     def __init__(self, config: Config, source: ModelSource):
         self.processes: list[subprocess.Popen] = []
         self.channels: list[Connection] = []
-        self.error: str | None = None
         self.tp: TensorParallel | None = None
         self.runner = None
         self.closing = threading.Event()
@@ -176,7 +184,7 @@ class SpawnedRanks(Executor):
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // size)))
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", "nanovllm.runner.worker", str(theirs.fileno())],
+                [sys.executable, "-c", _WORKER.format((theirs.fileno(), os.getpid(), self.folder))],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=environment,
@@ -288,12 +296,15 @@ class SpawnedRanks(Executor):
             self._end_children()
         finally:
             self.closing.set()
-            for process in self.processes:
-                process.kill()
-                process.wait()
-            self.channels, self.processes = [], []
-            shutil.rmtree(self.folder, ignore_errors=True)
-            super().close()
+            try:
+                self._end_collectives()  # once more, if that was interrupted before
+            finally:
+                for process in self.processes:
+                    process.kill()
+                    process.wait()
+                self.channels, self.processes = [], []
+                shutil.rmtree(self.folder, ignore_errors=True)
+                super().close()
 
     def _end_children(self) -> None:
         """Give them what they wait for, then 5 s to end by themselves."""

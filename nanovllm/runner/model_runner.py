@@ -102,7 +102,12 @@ class ModelRunner:
         with self._compiling() if self.backend.name == "triton" else nullcontext():
             load_weights(self.model, dummy_weights(self.model, self.config.seed) if dummy else source.weights())
         self.num_blocks = self._size_cache()
-        self._allocate(self.num_blocks)
+        try:
+            self._allocate(self.num_blocks)
+        except RuntimeError as error:
+            if self.config.num_kvcache_blocks is None:
+                raise
+            raise ValueError(f"num_kvcache_blocks={self.num_blocks} is more than can be allocated: {error}") from error
         self._capture()
 
     # -- memory ------------------------------------------------------------------------------------------------------

@@ -20,14 +20,19 @@ from nanovllm.utils.hub import open_model
 from nanovllm.utils.parallel import TensorParallel
 
 
+def _leave(folder: str) -> None:
+    """End at once, and leave nothing: there is nobody to tell."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
 def _end_with(parent: int, folder: str) -> None:
     """Leave when the parent is gone, however it went and whatever this process waits for; its `folder` goes too."""
 
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)
-        shutil.rmtree(folder, ignore_errors=True)
-        os._exit(1)
+        _leave(folder)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -58,13 +63,19 @@ def received_weights(runner: ModelRunner, channel: Connection) -> Iterator[tuple
         yield name, runner.tp.broadcast(torch.empty(shape, dtype=dtype, device=runner.device))
 
 
-def main(fd: int) -> None:
+def main(fd: int, parent: int, folder: str) -> None:
+    """Be a rank.
+
+    Args:
+        fd: of the connection to rank 0.
+        parent: rank 0's process.
+        folder: where the ranks meet.
+    """
+    _end_with(parent, folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to all its processes; the parent decides
-    channel, parent, folder = Connection(fd), os.getppid(), ""
+    channel = Connection(fd)
     try:
         config, rank, store_path = channel.recv()
-        folder = os.path.dirname(store_path)
-        _end_with(parent, folder)
         size = config.tensor_parallel_size
         device = rank_device(config.device_type, rank)
         store = dist.FileStore(store_path, size)
@@ -76,12 +87,11 @@ def main(fd: int) -> None:
         serve(runner, channel)
         tp.end(runner.free_graphs)
     except EOFError:  # rank 0 is gone
-        shutil.rmtree(folder, ignore_errors=True)
+        _leave(folder)
     except BaseException:
-        channel.send(traceback.format_exc())
+        try:
+            channel.send(traceback.format_exc())
+        except OSError:
+            _leave(folder)
         time.sleep(5)  # rank 0 reads this and ends us; leaving at once would show it a broken collective first
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

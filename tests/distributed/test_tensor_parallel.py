@@ -1,7 +1,9 @@
 """Ranks as processes on the CPU: same tokens, clear errors, nothing left behind."""
 
 import contextlib
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -145,6 +147,73 @@ def test_a_dead_or_stopped_rank_is_a_clear_error_in_seconds(model, want, how):
     assert gone([process.pid])
     with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:  # and a new start is clean
         assert tokens(llm) == want
+
+
+def test_a_parent_killed_while_ranks_start_leaves_nothing(model):
+    script = f"from nanovllm import LLM; LLM({str(model)!r}, tensor_parallel_size=2)"
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    while not (pids := [int(pid) for pid in children.read_text().split()]):
+        time.sleep(0.01)
+    while b"worker" not in (command := Path(f"/proc/{pids[0]}/cmdline").read_bytes()):
+        time.sleep(0.01)
+    folder = re.search(rb"/[^']*nanovllm-[^']+", command)[0].decode()
+    parent.kill()
+    parent.wait()
+    assert gone(pids, 30) and not os.path.exists(folder)
+
+
+def test_ranks_import_nothing_from_the_working_folder(model, want, tmp_path):
+    (tmp_path / "queue.py").write_text("raise SystemExit('not the standard library')")
+    script = tmp_path / "scripts" / "mine.py"
+    script.parent.mkdir()
+    script.write_text(SCRIPT)
+    arguments = [str(model), json.dumps(OPTIONS), json.dumps(PROMPTS[:1])]
+    command = [sys.executable, str(script), *arguments]
+    environment = dict(os.environ, PYTHONPATH=os.getcwd())
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert f"tokens {want[:1]}" in done.stdout, done.stderr
+
+
+def test_ranks_know_no_classes_of_the_caller(model, want):
+    class Text(str):
+        __slots__ = ()
+
+    class Params(SamplingParams):
+        pass
+
+    with LLM(model, tensor_parallel_size=2, **{**OPTIONS, "dtype": Text("float32")}) as llm:
+        params = Params(
+            temperature=0.0,
+            max_tokens=12,
+            ignore_eos=True,
+            cache_salt=Text("mine"),
+            logprobs_mode=Text("raw_logprobs"),
+            bad_words=(),
+        )
+        assert tokens(llm, PROMPTS[:1], params) == want[:1]
+
+
+def test_a_rank_lost_while_weights_are_updated_is_a_clear_error(model):
+    with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
+        (process,) = llm.executor.processes
+        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9"):
+            llm.update_weights(model)
+        with pytest.raises(RuntimeError, match="has failed and must be made anew"):
+            llm.update_weights(model)
+
+
+def test_an_interrupted_close_ends_the_collectives(model):
+    llm, ended = LLM(model, tensor_parallel_size=2, **OPTIONS), []
+    llm.add_request(PROMPTS[0], PARAMS[0])
+    llm.step()
+    (process,), end = llm.executor.processes, llm.executor._end_collectives
+    llm.executor.runner.collect = fail
+    llm.executor._end_collectives = lambda: ended.append(end())
+    with pytest.raises(KeyboardInterrupt):
+        llm.close()
+    assert ended and not alive(process.pid)
 
 
 def fail(*_):

@@ -170,3 +170,26 @@ def test_memory_that_cannot_be_shared_leaves_the_sums_to_nccl(monkeypatch):
     tp = parallel.TensorParallel(0, 2)
     assert tp.with_peers(torch.device("cuda")) is tp
     assert told[0][1] is None  # the others are told, and don't wait
+
+
+@pytest.mark.parametrize("reachable", [("a", "b"), ("a",)])
+def test_memory_that_is_not_used_after_all_is_unmapped(monkeypatch, reachable):
+    class Mapping:
+        def __init__(self, handle):
+            if handle not in reachable:
+                raise RuntimeError("out of reach")
+            opened.append(handle)
+
+        def close(self):
+            opened.pop()
+
+    opened = []
+    monkeypatch.setattr(parallel, "new_memory", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(parallel.cuda_ipc, "share", lambda memory: "own")
+    monkeypatch.setattr(parallel.cuda_ipc, "Mapping", Mapping)
+    gather = lambda tp, value, device: [value, [value[0], "a"], [value[0], "b"]]  # noqa: E731
+    monkeypatch.setattr(parallel.TensorParallel, "all_gather_json", gather)
+    monkeypatch.setattr(parallel.TensorParallel, "all_reduce_min", lambda tp, value, device: 0)  # another rank's failed
+    tp = parallel.TensorParallel(0, 3)
+    assert tp.with_peers(torch.device("cuda")) is tp
+    assert opened == []
