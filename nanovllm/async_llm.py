@@ -1,8 +1,8 @@
 """The engine for asyncio: many concurrent requests on one engine thread."""
 
 import asyncio
-import atexit
 import contextlib
+import os
 from collections.abc import AsyncIterator, Callable, Iterable
 from collections.abc import Sequence as SequenceType
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from nanovllm.config import check_names
+from nanovllm.engine.llm_engine import close_at_exit
 from nanovllm.llm import LLM
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -80,6 +82,7 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | Path | None = None, *, max_concurrent_requests: int = 1024, **kwargs):
+        check_names(kwargs, "max_concurrent_requests")
         most = number("max_concurrent_requests", max_concurrent_requests, int, 1, 1 << 30)
         self._free = asyncio.Semaphore(most)
         self._thread = ThreadPoolExecutor(1, "nanovllm-engine")
@@ -92,7 +95,7 @@ class AsyncLLM:
         except BaseException:
             self._thread.shutdown()
             raise
-        atexit.register(self.close)
+        close_at_exit(self)
 
     # -- the engine's thread -----------------------------------------------------------------------------------------
 
@@ -100,6 +103,8 @@ class AsyncLLM:
         try:
             return call(self._llm)
         finally:
+            if self._llm.error is not None:
+                self._finish(self._llm.error)
             self._queue_step()
 
     def _queue_step(self) -> None:
@@ -139,6 +144,8 @@ class AsyncLLM:
         """What `call` gives, done by the engine's thread between two steps."""
         if self._end is not None:
             raise RuntimeError(f"the engine is closed or has failed: {self._end!r}") from self._end
+        if self._llm.process != os.getpid():
+            raise RuntimeError("the engine is that of the process this one was forked from; make one here")
         try:
             return asyncio.wrap_future(self._thread.submit(self._run, call))
         except RuntimeError as error:
@@ -172,6 +179,7 @@ class AsyncLLM:
                     llm.abort(stream.request_id)
 
             adding = self._call(add)
+            adding.add_done_callback(lambda done: done.cancelled() or done.exception())  # the task may be cancelled
             try:
                 await asyncio.shield(adding)
                 finished = False
@@ -194,8 +202,11 @@ class AsyncLLM:
         await self._call(abort)
 
     async def chat_prompt(self, messages: SequenceType[dict], **template: Any) -> list[int]:
-        """The token ids of a conversation; see `LLM.chat_prompts`."""
-        return (await self._call(lambda llm: llm.chat_prompts(messages, **template)))[0]
+        """The token ids of one conversation; see `LLM.chat_prompts`."""
+        prompts = await self._call(lambda llm: llm.chat_prompts(messages, **template))
+        if len(prompts) != 1:
+            raise ValueError(f"messages must be one conversation, got {len(prompts)}")
+        return prompts[0]
 
     async def metrics(self) -> Metrics:
         """See `LLM.metrics`."""
@@ -206,7 +217,7 @@ class AsyncLLM:
         return await self._call(lambda llm: llm.update_weights(weights))
 
     async def sleep(self, level: int = 1) -> None:
-        """See `LLM.sleep`; requests wait until `wake_up`."""
+        """See `LLM.sleep`; requests that are being answered wait until `wake_up`, and new ones are refused."""
         await self._call(lambda llm: llm.sleep(level))
 
     async def wake_up(self) -> None:
@@ -215,7 +226,6 @@ class AsyncLLM:
 
     def close(self) -> None:
         """End the engine. Iterations that go on raise RuntimeError. May be called again."""
-        atexit.unregister(self.close)
         with contextlib.suppress(RuntimeError):  # closed before
             self._thread.submit(self._finish, RuntimeError("the engine is closed"))
         self._thread.shutdown()

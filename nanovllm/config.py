@@ -1,6 +1,7 @@
 """Everything an engine is told, checked once and then frozen."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -86,3 +87,11 @@ class Config:
         if self.dtype != "auto":
             return getattr(torch, self.dtype)
         return checkpoint_dtype if self.device_type == "cuda" else torch.float32
+
+
+def check_names(given: Iterable[str], *more: str) -> None:
+    """Raise TypeError if a given option is none of Config's, nor one of `more`."""
+    names = [*(field.name for field in fields(Config)), *more]
+    for name in given:
+        if name not in names:
+            raise TypeError(f"there is no option {name}; there are {', '.join(names)}")

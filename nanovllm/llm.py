@@ -12,6 +12,10 @@ from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import is_list
 
+# Arguments of transformers' apply_chat_template that say what comes of it.
+_NOT_OF_TEMPLATES = {"tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"}
+_NOT_OF_TEMPLATES |= {"return_assistant_tokens_mask", "tokenizer_kwargs", "conversation"}
+
 
 def _is_chat(messages: Any) -> bool:
     return is_list(messages) and all(isinstance(m, dict) and "role" in m for m in messages)
@@ -102,6 +106,8 @@ class LLM(LLMEngine):
         Raises:
             TypeError, ValueError: the messages are not such, or the model has no chat template.
         """
+        for name in _NOT_OF_TEMPLATES & template_kwargs.keys():
+            raise TypeError(f"{name} is no variable of a template; what is made here are the whole prompt's token ids")
         chats = [messages] if is_list(messages) and isinstance(next(iter(messages), None), dict) else messages
         if not is_list(chats) or not chats or not all(map(_is_chat, chats)):
             raise TypeError(f"messages must be a list of dicts with role and content, got {messages!r}")
@@ -140,7 +146,7 @@ class LLM(LLMEngine):
     def _increments(self, request_id: int | str) -> Iterator[RequestOutput]:
         try:
             yield  # to `stream`: only an iterator that has begun can be left
-            while True:
+            while self._is_taken(request_id):  # `abort`, or another's `step`, may have ended it
                 for output in self._step_for((request_id,)):
                     yield output
                     if output.finished:

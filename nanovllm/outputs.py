@@ -100,7 +100,8 @@ class CompletionOutput:
 class RequestOutput:
     """A request's results; from `stream` and `AsyncLLM`, what is new since the one before.
 
-    The first sample's fields read as attributes (`out.text`) and, as nano-vLLM's dicts do, by key (`out["text"]`).
+    The fields of the first of `outputs` read as attributes (`out.text`) and, as nano-vLLM's dicts do, by key
+    (`out["text"]`).
 
     Args:
         request_id: the id `add_request` gave it.

@@ -18,14 +18,14 @@ from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceType
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from nanovllm.config import Config
+from nanovllm.config import Config, check_names
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Batch, Scheduler, Step
@@ -64,9 +64,14 @@ def _interrupt_after() -> Iterator[None]:
         handler(*caught)
 
 
-def _close(engine: "weakref.ref[LLMEngine]") -> None:
-    if engine() is not None:
-        engine().close()
+def close_at_exit(engine: Any) -> None:
+    """Close it when Python ends, if it is still there: later, what closing needs has ended."""
+
+    def close(engine: weakref.ref) -> None:
+        if engine() is not None:
+            engine().close()
+
+    atexit.register(close, weakref.ref(engine))
 
 
 class LLMEngine:
@@ -84,16 +89,15 @@ class LLMEngine:
         self.executor = None
         self.process = os.getpid()
         self.error: BaseException | None = None
-        names = [field.name for field in fields(Config)]
-        for name in kwargs.keys() - names:
-            raise TypeError(f"{name}={kwargs[name]!r} is no option; there are {', '.join(names)}")
+        check_names(kwargs)
         self.config = Config(model=model, **kwargs)
         self.source = open_model(self.config.model, self.config.load_format)
         self.executor = launcher.start(self.config, self.source)
         self.has_tokenizer = self.source.has_tokenizer and not self.config.skip_tokenizer_init
         self.sleep_level = 0
         self.weight_version = 0
-        self.weight_error: BaseException | None = None  # what left the weights partly overwritten
+        self.weight_error: BaseException | None = None  # what may have left the weights partly overwritten
+        self.updating = False
         runner = self.executor.runner
         self.max_model_len = runner.max_model_len
         self.num_kvcache_blocks = runner.num_blocks
@@ -108,7 +112,7 @@ class LLMEngine:
         self.ids = count()
         self.seeds = random.Random(self.config.seed)
         self.num_steps, self.step_time = 0, 0.0
-        atexit.register(_close, weakref.ref(self))  # later, Python has ended what closing needs
+        close_at_exit(self)
 
     @cached_property
     def tokenizer(self):
@@ -182,8 +186,8 @@ class LLMEngine:
             raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
         if not isinstance(request_id, int | str | None) or isinstance(request_id, bool):
             raise TypeError(f"request_id must be a string or an integer, got {request_id!r}")
-        if request_id in self.requests:
-            raise ValueError(f"request_id {request_id!r} is that of an unfinished request")
+        if self._is_taken(request_id):
+            raise ValueError(f"request_id {request_id!r} is that of a request that is unfinished or whose output waits")
         if self.has_tokenizer:
             _ = self.tokenizer  # a broken one refuses requests here: in a step it would take all of them down
         token_ids = self._prompt_ids(prompt)
@@ -201,6 +205,9 @@ class LLMEngine:
         text = prompt if isinstance(prompt, str) else None
         decode = partial(self._decode, params.skip_special_tokens) if self.has_tokenizer else None
         return Request(request_id, text, params, samples, stream, decode)
+
+    def _is_taken(self, request_id: int | str | None) -> bool:
+        return request_id in self.requests or any(output.request_id == request_id for output in self.outputs)
 
     def _prompt_ids(self, prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -253,7 +260,7 @@ class LLMEngine:
         if num_waiting > self.config.max_num_waiting:
             raise ValueError(f"{num_waiting} sequences would wait; max_num_waiting={self.config.max_num_waiting}")
         if request.id is None:
-            request.id = next(i for i in self.ids if i not in self.requests)
+            request.id = next(i for i in self.ids if not self._is_taken(i))
         request.seed_samples(self.seeds)
         self.requests[request.id] = request
         for seq in request.samples:
@@ -302,12 +309,15 @@ class LLMEngine:
         try:
             yield
         except BaseException as error:
-            self.error = error
-            try:
-                self.close()
-            except Exception as another:  # a GPU in a bad state fails in whatever it is asked
-                error.add_note(f"Then closing the engine failed: {another!r}")
+            self._fail(error)
             raise
+
+    def _fail(self, error: BaseException) -> None:
+        self.error = error
+        try:
+            self.close()
+        except Exception as another:  # a GPU in a bad state fails in whatever it is asked
+            error.add_note(f"Then closing the engine failed: {another!r}")
 
     def _collect(self) -> None:
         """Take in the tokens of the oldest step in flight."""
@@ -379,18 +389,24 @@ class LLMEngine:
                 weights are partly overwritten then, and the engine refuses to run until an update succeeds.
         """
         self._check_usable(weights=False)
+        if self.updating:
+            raise RuntimeError("update_weights is running; what gives it its weights cannot call it")
         if isinstance(weights, str | Path):
             weights = iterate_weights(Path(weights).expanduser())
         elif not isinstance(weights, Iterable) or isinstance(weights, bytes | Mapping):
             raise TypeError(f"weights must be pairs (name, tensor) or a path, got {type(weights).__name__}")
         self._forget_computed()
-        self.weight_error = RuntimeError("it has not ended yet")  # for what `weights` may call
+        self.updating, self.weight_error = True, RuntimeError("it has not ended yet")  # for what `weights` may call
         try:
             with _interrupt_after():
                 self.executor.update_weights(weights)
         except BaseException as error:
             self.weight_error = error
+            if self.executor is not None and self.executor.error:  # a rank is lost
+                self._fail(error)
             raise
+        finally:
+            self.updating = False
         self.weight_error = None
         self.weight_version += 1
         return self.weight_version
@@ -443,7 +459,7 @@ class LLMEngine:
             raise RuntimeError("the engine is asleep; call wake_up() first")
         if weights and self.weight_error is not None:
             raise RuntimeError(
-                f"the last update_weights failed and left the weights partly overwritten; call it again: "
+                f"the last update_weights failed, and the weights may be partly overwritten; call it again: "
                 f"{self.weight_error!r}"
             ) from self.weight_error
 

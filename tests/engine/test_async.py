@@ -1,7 +1,11 @@
 """AsyncLLM: many requests from coroutines, on one engine thread."""
 
 import asyncio
+import gc
+import os
 import threading
+import time
+import weakref
 
 import pytest
 
@@ -118,6 +122,50 @@ def test_cancelled_left_and_aborted_requests_free_the_engine(model):
             await asyncio.sleep(0.01)
 
     assert with_engine(model, use)
+
+
+def test_requests_are_told_when_waking_up_fails(model):
+    def out_of_memory():
+        raise MemoryError("no room to wake up")
+
+    async def use(llm):
+        task = asyncio.create_task(collect(llm, [1, 2, 3], greedy(100)))
+        await asyncio.sleep(0.05)
+        await llm.sleep(1)
+        llm._llm.executor.runner.wake_up = out_of_memory
+        with pytest.raises(MemoryError):
+            await llm.wake_up()
+        with pytest.raises(MemoryError):
+            await task
+        with pytest.raises(RuntimeError, match="no room"):
+            await llm.metrics()
+
+    with_engine(model, use)
+
+
+def test_an_engine_that_is_dropped_is_gone(model):
+    def make():
+        llm = AsyncLLM(model, **OPTIONS)
+        return weakref.ref(llm), weakref.ref(llm._llm)
+
+    refs = make()
+    deadline = time.monotonic() + 10
+    while any(ref() for ref in refs) and time.monotonic() < deadline:
+        gc.collect()
+    assert not any(ref() for ref in refs)
+
+
+def test_a_forked_child_is_told(model):
+    llm = AsyncLLM(model, **OPTIONS)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            asyncio.run(asyncio.wait_for(collect(llm, [1], greedy(2)), 5))
+        except RuntimeError as error:
+            os._exit(42 if "forked" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
+    llm.close()
 
 
 def test_a_call_that_is_cancelled_does_no_harm(model):

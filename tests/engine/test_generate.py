@@ -11,6 +11,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels.step_inputs import StepRows
+from nanovllm.runner.model_runner import ModelRunner
 from tests.engine.reference import load_reference, reference_greedy
 from tests.models.tiny import TINY, save_tiny
 
@@ -232,6 +233,17 @@ def test_two_engines_side_by_side_and_close(model):
 def test_the_pool_must_hold_what_is_asked(model):
     with pytest.raises(ValueError, match="kvcache"), engine(model, num_kvcache_blocks=2) as llm:
         llm.generate([[1] * 40], greedy(4))
+
+
+def test_a_pool_that_cannot_be_allocated_is_named(model, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(ModelRunner, "_allocate", fail)
+    with pytest.raises(ValueError, match="num_kvcache_blocks=9000 is more than can be allocated"):
+        engine(model, num_kvcache_blocks=9000)
+    with pytest.raises(RuntimeError, match=r"^can't allocate memory"):
+        engine(model)
 
 
 class Stop(Exception):

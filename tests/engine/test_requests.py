@@ -255,6 +255,37 @@ def test_a_stream_s_increments_are_the_whole(speaking):
                 assert mine[-1].finish_reason == "length"
 
 
+def test_a_stream_tells_each_sample_s_end_once(model):
+    with engine(model) as llm:
+        parts = list(llm.stream([5, 6, 7], SamplingParams(n=4, seed=3, max_tokens=30, stop_token_ids=range(30))))
+        assert sorted(s.index for part in parts for s in part.outputs if s.finish_reason) == [0, 1, 2, 3]
+        assert all(sample.token_ids for part in parts for sample in part.outputs)
+
+
+def test_a_stream_ends_when_its_request_does(model):
+    with engine(model) as llm:
+        stream = llm.stream([1, 2, 3], greedy(50))
+        llm.abort(next(stream).request_id)
+        assert list(stream) == []
+        stream = llm.stream([1, 2, 3], greedy(5))
+        next(stream)
+        while llm.has_unfinished():
+            llm.step()
+        assert list(stream) == []
+
+
+def test_ids_of_outputs_that_wait_are_taken(model):
+    with engine(model) as llm:
+        llm.add_request([9, 9, 9], greedy(1), request_id=2)
+        llm.generate([[2] * 5], greedy(4), use_tqdm=False)  # number 0; the output of 2 waits from now on
+        with pytest.raises(ValueError, match="whose output waits"):
+            llm.add_request([1], greedy(1), request_id=2)
+        outputs = llm.generate([[i] * 5 for i in (2, 3, 4)], greedy(4), use_tqdm=False)
+        assert [out.prompt_token_ids for out in outputs] == [[i] * 5 for i in (2, 3, 4)]
+        assert [out.request_id for out in llm.step()] == [2] and not llm.requests
+        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+
+
 def test_streams_side_by_side_and_one_that_is_left(speaking):
     with engine(speaking) as llm:
         want = [llm.generate([text], greedy(20), use_tqdm=False)[0].text for text in ("one", "two")]
@@ -431,6 +462,8 @@ def test_chat_uses_the_template_and_its_options(speaking):
         messages.append({"role": "assistant", "content": "Once upon"})
         prompt = llm.chat_prompts(messages, continue_final_message=True)[0]
         assert llm.tokenizer.decode(prompt) == "<user>Hello</user><assistant>Once upon"
+        with pytest.raises(TypeError, match="truncation"):
+            llm.chat(messages, truncation=True)
         for wrong in ("Hello", [], [["Hello"]], [{"content": "x"}], 5):
             with pytest.raises(TypeError, match="messages"):
                 llm.chat(wrong)

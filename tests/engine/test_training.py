@@ -45,6 +45,19 @@ def test_updated_weights_are_those_of_a_fresh_load(models, name, size):
             assert tokens(llm, prompts, greedy(12)) == want
 
 
+def test_an_update_cannot_start_another(models):
+    path = models["qwen3"][1]
+
+    def nested():
+        yield from list(weights_of(path))[:1]
+        llm.update_weights(path)
+
+    with engine(models["qwen3"][0]) as llm:
+        with pytest.raises(RuntimeError, match="update_weights is running"):
+            llm.update_weights(nested())
+        assert llm.update_weights(path) == 1
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_bad_update_is_refused_and_a_good_one_mends_it(models, size):
     old, new = models["qwen3"]

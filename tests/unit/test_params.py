@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.config import Config
 
 
@@ -71,8 +71,18 @@ def test_config_is_checked(name, value, error):
 
 
 def test_unknown_arguments_raise():
-    with pytest.raises(TypeError, match=r"max_sequences=4 is no option; there are model, .*max_num_seqs"):
+    with pytest.raises(TypeError, match=r"no option max_sequences; there are model, .*max_num_seqs"):
         LLM(max_sequences=4)
+
+
+def test_unknown_arguments_of_the_async_engine_raise_and_are_not_shown():
+    with pytest.raises(TypeError, match=r"no option max_concurrent;.* max_concurrent_requests") as caught:
+        AsyncLLM(max_concurrent="a secret")
+    assert "secret" not in str(caught.value)
+
+
+def test_none_is_nothing_where_lists_are_asked_for():
+    assert SamplingParams(stop=None, stop_token_ids=None, bad_words=None) == SamplingParams()
 
 
 def test_config_and_params_are_frozen():
