@@ -113,6 +113,12 @@ def compile_only() -> Iterator[None]:
 
 
 @lru_cache
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of `device`; a CPU, where only the interpreter runs, counts as one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@lru_cache
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Options of a kernel of a chain (see below): programmatic dependent launch, where there is such a thing."""
     pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -25,8 +25,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
-from nanovllm.kernels.decode_attention import sm_count
+from nanovllm.kernels._triton import launch_options, sm_count, tl, triton, wait_for_inputs
 from nanovllm.utils.cuda_ipc import Mapping
 
 CAPACITY = 32 << 20  # bytes that a rank can send to another in one launch; more are sent in several

@@ -11,13 +11,12 @@ device, so a captured graph is valid for any lengths. What rows have in common c
 at once (see shared_prefix.py): such a row begins where that ended, and merges those partials too.
 """
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
+from nanovllm.kernels._triton import launch_options, sm_count, tl, triton, wait_for_inputs
 
 LOG2E = 1.4426950408889634
 MIN_DOT = 16  # smallest side of a tensor-core tile
@@ -54,12 +53,6 @@ def default_decode_config(
         tile, num_warps = 32, 2
     row_bytes = triton.next_power_of_2(head_dim) * itemsize
     return DecodeConfig(max(MIN_DOT, min(tile, tile * 256 // row_bytes)), num_warps, num_stages, num_splits)
-
-
-@lru_cache
-def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors of `device`; a CPU, where only the interpreter runs, counts as one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import TensorDescriptor, tl, triton
+from nanovllm.kernels._triton import TensorDescriptor, sm_count, tl, triton
 from nanovllm.kernels.decode_attention import (
     LOG2E,
     MIN_DOT,
@@ -26,7 +26,6 @@ from nanovllm.kernels.decode_attention import (
     empty_softmax,
     gather,
     offsets_in_block,
-    sm_count,
     tile_blocks,
     tile_pointers,
 )

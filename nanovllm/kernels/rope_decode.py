@@ -11,7 +11,7 @@ before it waits for the projection (programmatic dependent launch), as gemv.py r
 
 import torch
 
-from nanovllm.kernels._triton import launch_options, let_next_begin, tl, triton, wait_for_inputs
+from nanovllm.kernels._triton import launch_options, let_next_begin, sm_count, tl, triton, wait_for_inputs
 from nanovllm.kernels.decode_attention import (
     LOG2E,
     MIN_DOT,
@@ -24,7 +24,6 @@ from nanovllm.kernels.decode_attention import (
     load_tile,
     new_partials,
     offsets_in_block,
-    sm_count,
     store_or_merge,
     tile_blocks,
 )

@@ -11,14 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
+from nanovllm.kernels._triton import launch_options, sm_count, tl, triton, wait_for_inputs
 from nanovllm.kernels.decode_attention import (
     LOG2E,
     attention_constants,
     default_decode_config,
     empty_softmax,
     new_partials,
-    sm_count,
 )
 from nanovllm.kernels.prefill_attention import attend_tiles, default_prefill_config
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from nanovllm.engine.scheduler import Batch
-from nanovllm.kernels.decode_attention import sm_count
+from nanovllm.kernels._triton import sm_count
 from nanovllm.kernels.shared_prefix import MIN_ROWS, SharedPlan, plan_shared
 from nanovllm.kernels.step_inputs import StepRows
 
