@@ -177,8 +177,10 @@ class SamplingParams:
             raise TypeError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
         if not isinstance(self.cache_salt, str | None):
             raise TypeError(f"cache_salt must be a string or None, got {self.cache_salt!r}")
-        if self.cache_salt is not None and not 0 < len(self.cache_salt) <= MAX_SALT_CHARS:
-            raise ValueError(f"cache_salt must have 1 to {MAX_SALT_CHARS} characters, got {len(self.cache_salt)}")
+        if self.cache_salt is not None:
+            if not 0 < len(self.cache_salt) <= MAX_SALT_CHARS:
+                raise ValueError(f"cache_salt must have 1 to {MAX_SALT_CHARS} characters, got {len(self.cache_salt)}")
+            put("cache_salt", plain(self.cache_salt))
         for name in ("min_tokens", "allowed_token_ids", "bad_words", "ignore_eos"):
             if self.structured_outputs and getattr(self, name):
                 raise ValueError(f"structured_outputs decide what can be drawn and when it ends; {name} must not")

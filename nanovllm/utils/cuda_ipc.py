@@ -35,8 +35,10 @@ def _call(function: str, *arguments: object) -> None:
 
 
 def share(tensor: torch.Tensor) -> list:
-    """What a `Mapping` of the tensor's memory needs, as a string and an integer; RuntimeError if its allocator is one
-    whose memory cannot be shared.
+    """What a `Mapping` of the tensor's memory needs: a string and an integer.
+
+    Raises:
+        RuntimeError: the tensor is of an allocator whose memory cannot be shared.
     """
     address, base, handle = ctypes.c_uint64(tensor.data_ptr()), ctypes.c_uint64(), _HandleByValue()
     _call("cuMemGetAddressRange_v2", ctypes.byref(base), None, address)
