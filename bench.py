@@ -518,6 +518,9 @@ def write_trace(engine: Nanovllm, args) -> None:
 def run_engine(args, parser: argparse.ArgumentParser) -> list[dict]:
     """The rows of one engine, in this process."""
     rows, names = [], workload_names(args)
+    if "offline" in names and not torch.cuda.is_available() and args.num_seqs * args.output_len[1] > 1 << 15:
+        small = "--num-seqs 16 --input-len 16 256 --output-len 16 128 --max-num-seqs 16"
+        print(f"offline has a GPU's sizes, and takes long on a CPU. For this one: {small}", file=sys.stderr)
     if "start" in names:  # before this process takes the GPU's memory
         names.remove("start")
         check_start(args, parser)
@@ -763,9 +766,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     check(args, parser)
-    if not torch.cuda.is_available() and args.num_seqs * args.output_len[1] > 1 << 15:
-        small = "--num-seqs 16 --input-len 16 256 --output-len 16 128 --max-num-seqs 16"
-        print(f"The sizes are a GPU's, and take long on a CPU. For this one: {small}", file=sys.stderr)
     rows = run_engines(args, argv) if len(args.engine) > 1 else run_engine(args, parser)
     print(table(rows))
     model = args.model or "SmolLM2-135M-Instruct"

@@ -126,10 +126,12 @@ class AsyncLLM:
 
     def _finish(self, end: BaseException) -> None:
         self._end = self._end or end
-        self._llm.close()
-        for stream in self._streams.values():
-            stream.put(end)
-        self._streams.clear()
+        try:
+            self._llm.close()
+        finally:
+            for stream in self._streams.values():
+                stream.put(end)
+            self._streams.clear()
 
     def _deliver(self, output: RequestOutput) -> None:
         stream = self._streams.get(output.request_id)
@@ -226,9 +228,12 @@ class AsyncLLM:
 
     def close(self) -> None:
         """End the engine. Iterations that go on raise RuntimeError. May be called again."""
+        finishing = None
         with contextlib.suppress(RuntimeError):  # closed before
-            self._thread.submit(self._finish, RuntimeError("the engine is closed"))
+            finishing = self._thread.submit(self._finish, RuntimeError("the engine is closed"))
         self._thread.shutdown()
+        if finishing is not None:
+            finishing.result()
         self._llm.close()  # when Python itself ends, its threads have ended before
 
     async def __aenter__(self) -> "AsyncLLM":

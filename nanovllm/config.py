@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nanovllm.utils.checks import ABOVE_0, check_fields, one_of, within
+from nanovllm.utils.checks import ABOVE_0, check_fields, one_of, plain, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,8 @@ class Config:
             )
         if not isinstance(self.model, str | Path | None):
             raise TypeError(f"model must be a path, a hub id or None, got {self.model!r}")
+        if self.model is not None:
+            object.__setattr__(self, "model", plain(self.model) if isinstance(self.model, str) else Path(self.model))
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda' was asked for, but torch sees no CUDA GPU here; use 'cpu' or 'auto'")
 

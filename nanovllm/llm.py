@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.request import Request
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import is_list
@@ -139,17 +140,24 @@ class LLM(LLMEngine):
         Raises:
             TypeError, ValueError: at once, if the request cannot be served.
         """
-        increments = self._increments(self.add_request(prompt, sampling_params, stream=True))
+        request = self._make_request(prompt, sampling_params, stream=True)
+        self._queue(request)
+        increments = self._increments(request)
         next(increments)
         return increments
 
-    def _increments(self, request_id: int | str) -> Iterator[RequestOutput]:
+    def _increments(self, request: Request) -> Iterator[RequestOutput]:
+        def is_there() -> bool:  # `abort`, or another's `step`, may have ended it, and its id may be another's by now
+            return self.requests.get(request.id, request) is request and self._is_taken(request.id)
+
         try:
             yield  # to `stream`: only an iterator that has begun can be left
-            while self._is_taken(request_id):  # `abort`, or another's `step`, may have ended it
-                for output in self._step_for((request_id,)):
+            while is_there():
+                for output in self._step_for((request.id,)):
                     yield output
                     if output.finished:
                         return
+            self._check_usable(awake=False)
         finally:
-            self._leave([request_id])
+            if is_there():
+                self._leave([request.id])

@@ -17,9 +17,8 @@ import weakref
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceType
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,7 @@ class LLMEngine:
     """
 
     def __init__(self, model: str | Path | None = None, **kwargs):
-        self.executor = None
+        self.executor, self.closed, self.updating = None, False, False
         self.process = os.getpid()
         self.error: BaseException | None = None
         check_names(kwargs)
@@ -97,7 +96,6 @@ class LLMEngine:
         self.sleep_level = 0
         self.weight_version = 0
         self.weight_error: BaseException | None = None  # what may have left the weights partly overwritten
-        self.updating = False
         runner = self.executor.runner
         self.max_model_len = runner.max_model_len
         self.num_kvcache_blocks = runner.num_blocks
@@ -109,7 +107,7 @@ class LLMEngine:
         self.requests: dict[int | str, Request] = {}
         self.in_flight: deque[Step] = deque()
         self.outputs: list[RequestOutput] = []  # what the next `step` returns
-        self.ids = count()
+        self.next_id = 0
         self.seeds = random.Random(self.config.seed)
         self.num_steps, self.step_time = 0, 0.0
         close_at_exit(self)
@@ -155,7 +153,7 @@ class LLMEngine:
         Args:
             prompt: text, which is tokenised with the model's special tokens, or token ids.
             sampling_params: SamplingParams() if None.
-            request_id: of no unfinished request; None numbers it.
+            request_id: of no request that is unfinished or whose output waits for `step`; None numbers it.
             stream: `step` returns what is new of it each time there is something, instead of all at its end.
 
         Raises:
@@ -186,7 +184,7 @@ class LLMEngine:
             raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
         if not isinstance(request_id, int | str | None) or isinstance(request_id, bool):
             raise TypeError(f"request_id must be a string or an integer, got {request_id!r}")
-        if self._is_taken(request_id):
+        if request_id is not None and self._is_taken(request_id):
             raise ValueError(f"request_id {request_id!r} is that of a request that is unfinished or whose output waits")
         if self.has_tokenizer:
             _ = self.tokenizer  # a broken one refuses requests here: in a step it would take all of them down
@@ -206,7 +204,7 @@ class LLMEngine:
         decode = partial(self._decode, params.skip_special_tokens) if self.has_tokenizer else None
         return Request(request_id, text, params, samples, stream, decode)
 
-    def _is_taken(self, request_id: int | str | None) -> bool:
+    def _is_taken(self, request_id: int | str) -> bool:
         return request_id in self.requests or any(output.request_id == request_id for output in self.outputs)
 
     def _prompt_ids(self, prompt) -> list[int]:
@@ -226,7 +224,7 @@ class LLMEngine:
         wrong = [i for i in token_ids if type(i) is not int or not 0 <= i < vocab_size]  # in one pass: prompts are long
         if wrong and type(wrong[0]) is not int:
             raise TypeError(f"prompt must be text or a list of int token ids, got an id {wrong[0]!r}")
-        in_vocabulary("prompt", wrong, vocab_size)
+        in_vocabulary("prompt", wrong[:1], vocab_size)
         return token_ids
 
     def _check_lengths(self, num_prompt: int, params: SamplingParams) -> None:
@@ -260,7 +258,9 @@ class LLMEngine:
         if num_waiting > self.config.max_num_waiting:
             raise ValueError(f"{num_waiting} sequences would wait; max_num_waiting={self.config.max_num_waiting}")
         if request.id is None:
-            request.id = next(i for i in self.ids if not self._is_taken(i))
+            request.id = self.next_id
+        if isinstance(request.id, int):
+            self.next_id = max(self.next_id, request.id + 1)  # beyond all that callers chose
         request.seed_samples(self.seeds)
         self.requests[request.id] = request
         for seq in request.samples:
@@ -386,27 +386,25 @@ class LLMEngine:
 
         Raises:
             TypeError, ValueError: a tensor is missing, left over, given twice or of the wrong shape or dtype. The old
-                weights are partly overwritten then, and the engine refuses to run until an update succeeds.
+                weights may be partly overwritten then, and the engine refuses to run until an update succeeds.
+            RuntimeError: a rank is lost, and with it the engine; or what gives the weights uses the engine.
         """
         self._check_usable(weights=False)
-        if self.updating:
-            raise RuntimeError("update_weights is running; what gives it its weights cannot call it")
         if isinstance(weights, str | Path):
             weights = iterate_weights(Path(weights).expanduser())
         elif not isinstance(weights, Iterable) or isinstance(weights, bytes | Mapping):
             raise TypeError(f"weights must be pairs (name, tensor) or a path, got {type(weights).__name__}")
         self._forget_computed()
-        self.updating, self.weight_error = True, RuntimeError("it has not ended yet")  # for what `weights` may call
+        self.updating, self.weight_error = True, RuntimeError("it was interrupted")
         try:
             with _interrupt_after():
                 self.executor.update_weights(weights)
         except BaseException as error:
-            self.weight_error = error
-            if self.executor is not None and self.executor.error:  # a rank is lost
+            self.updating, self.weight_error = False, error
+            if self.executor.error:  # a rank is lost
                 self._fail(error)
             raise
-        finally:
-            self.updating = False
+        self.updating = False
         self.weight_error = None
         self.weight_version += 1
         return self.weight_version
@@ -451,10 +449,12 @@ class LLMEngine:
     def _check_usable(self, awake: bool = True, weights: bool = True) -> None:
         if self.error is not None:
             raise RuntimeError(f"the engine has failed and must be made anew: {self.error!r}") from self.error
-        if self.executor is None:
+        if self.closed:
             raise RuntimeError("the engine is closed")
         if self.process != os.getpid():
             raise RuntimeError("the engine is that of the process this one was forked from; make one here")
+        if self.updating:
+            raise RuntimeError("update_weights is running; what gives it its weights cannot use the engine")
         if awake and self.sleep_level:
             raise RuntimeError("the engine is asleep; call wake_up() first")
         if weights and self.weight_error is not None:
@@ -464,14 +464,17 @@ class LLMEngine:
             ) from self.weight_error
 
     def close(self) -> None:
-        """Give back memory and processes. May be called again."""
+        """Give back memory and processes. May be called again, and goes on where it was interrupted."""
         if self.process != os.getpid():
             return  # what a forked child has of it is its parent's
-        executor, self.executor = self.executor, None
-        if executor is not None:
-            executor.close()
-            self.requests.clear()
-            self.in_flight.clear()
+        if self.updating:
+            raise RuntimeError("update_weights is running; what gives it its weights cannot close the engine")
+        self.closed = True
+        if self.executor is not None:
+            for owned in (self.requests, self.in_flight, self.outputs):
+                owned.clear()
+            self.executor.close()
+            self.executor = None
 
     def __enter__(self):
         self._check_usable()
@@ -482,4 +485,5 @@ class LLMEngine:
 
     def __del__(self):
         if getattr(self, "executor", None) is not None:
-            self.close()
+            with suppress(Exception):  # it would only be printed
+                self.close()

@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from nanovllm.layers.parameter import PackedLayer
+from nanovllm.utils.checks import plain
 from nanovllm.utils.parallel import TensorParallel
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
         if tensor.is_meta or tensor.layout is not torch.strided:
             what = f"is on {tensor.device} with layout {tensor.layout}; it must be a dense tensor that has its data"
             raise ValueError(f"the tensor {name} {what}")
-        yield name, tensor
+        yield plain(name), tensor
 
 
 def dummy_weights(model: "Decoder", seed: int) -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,8 +4,8 @@
     under torchrun           every process is a rank and runs the same engine on the same requests: nothing to send
     otherwise                rank 0 is this process; the others are children that read batches from an inherited socket
 
-Children run `nanovllm.runner.worker`, not the caller's script again, and import nothing that the caller could not.
-Nothing is pickled from outside the process tree, and nothing listens beyond loopback: the ranks meet in a temporary
+Children run `nanovllm.runner.worker`, not the caller's script again, and import from where the caller does. Nothing is
+pickled from outside the process tree, and nothing listens beyond loopback: the ranks meet in a temporary
 file.
 """
 
@@ -38,8 +38,12 @@ from nanovllm.utils.hub import ModelSource
 from nanovllm.utils.parallel import TensorParallel
 
 _POLL_SECONDS = 0.2
-# Python puts the working folder, "", in front of the path, which may not be in the caller's.
-_WORKER = "import sys; sys.path = [p for p in sys.path if p]; from nanovllm.runner.worker import main; main(*{})"
+# The path first: Python's begins with the working folder, which may not be in the caller's. Ctrl-C goes to all of a
+# terminal's processes; the parent decides.
+_WORKER = (
+    "import sys; sys.path = {!r}; import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    "from nanovllm.runner.worker import main; main(*{!r})"
+)
 
 
 def make_group(rank: int, size: int, store: "dist.Store", device_type: str) -> "dist.ProcessGroup":
@@ -180,11 +184,12 @@ class SpawnedRanks(Executor):
 
     def _spawn(self, rank: int, size: int) -> None:
         ours, theirs = Pipe()
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // size)))
+        path = [p or os.getcwd() for p in sys.path if isinstance(p, str)]
+        program = _WORKER.format(path, (theirs.fileno(), os.getpid(), self.folder))
+        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size)), **os.environ}
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-c", _WORKER.format((theirs.fileno(), os.getpid(), self.folder))],
+                [sys.executable, "-c", program],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=environment,

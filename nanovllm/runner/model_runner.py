@@ -102,12 +102,7 @@ class ModelRunner:
         with self._compiling() if self.backend.name == "triton" else nullcontext():
             load_weights(self.model, dummy_weights(self.model, self.config.seed) if dummy else source.weights())
         self.num_blocks = self._size_cache()
-        try:
-            self._allocate(self.num_blocks)
-        except RuntimeError as error:
-            if self.config.num_kvcache_blocks is None:
-                raise
-            raise ValueError(f"num_kvcache_blocks={self.num_blocks} is more than can be allocated: {error}") from error
+        self._allocate(self.num_blocks)
         self._capture()
 
     # -- memory ------------------------------------------------------------------------------------------------------
@@ -116,9 +111,14 @@ class ModelRunner:
         """The KV cache with one more block than the scheduler knows of, for padding rows, and the slots' state."""
         first = self.attention_layers[0]
         shape = (num_blocks + 1, self.block_size, first.num_kv_heads, first.head_dim)
-        for layer in self.attention_layers:
-            layer.k_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            layer.v_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        try:
+            for layer in self.attention_layers:
+                layer.k_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+                layer.v_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        except RuntimeError as error:
+            if num_blocks != self.config.num_kvcache_blocks:
+                raise
+            raise ValueError(f"num_kvcache_blocks={num_blocks} is more than can be allocated: {error}") from error
         self.state = BatchState(self.config, self.max_blocks, num_blocks, self.model_config.vocab_size, self.device)
         pin = self.device.type == "cuda"
         ring = [torch.empty(self.config.max_num_seqs, dtype=torch.int64, pin_memory=pin) for _ in range(2)]

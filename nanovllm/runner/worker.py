@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -26,11 +25,22 @@ def _leave(folder: str) -> None:
     os._exit(1)
 
 
+def _is_there(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _end_with(parent: int, folder: str) -> None:
-    """Leave when the parent is gone, however it went and whatever this process waits for; its `folder` goes too."""
+    """Leave when rank 0's process is gone, however it went and whatever this one waits for; its `folder` goes too."""
+    starter = os.getppid()  # another than `parent` if that is gone already, or started a wrapper of Python's
 
     def watch():
-        while os.getppid() == parent:
+        while os.getppid() == starter and _is_there(parent):
             time.sleep(0.5)
         _leave(folder)
 
@@ -72,7 +82,6 @@ def main(fd: int, parent: int, folder: str) -> None:
         folder: where the ranks meet.
     """
     _end_with(parent, folder)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to all its processes; the parent decides
     channel = Connection(fd)
     try:
         config, rank, store_path = channel.recv()

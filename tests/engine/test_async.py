@@ -143,6 +143,26 @@ def test_requests_are_told_when_waking_up_fails(model):
     with_engine(model, use)
 
 
+def test_requests_are_told_when_closing_fails(model):
+    def broken():
+        raise ValueError("the GPU is in a bad state")
+
+    async def run():
+        llm = AsyncLLM(model, **OPTIONS)
+        task = asyncio.create_task(collect(llm, [1, 2, 3], greedy(100)))
+        await asyncio.sleep(0.05)
+        executor = llm._llm.executor
+        llm._llm.executor.close, close = broken, executor.close
+        with pytest.raises(ValueError, match="bad state"):
+            await asyncio.to_thread(llm.close)
+        with pytest.raises(RuntimeError, match="closed"):
+            await asyncio.wait_for(task, 10)
+        executor.close = close
+        llm.close()
+
+    asyncio.run(run())
+
+
 def test_an_engine_that_is_dropped_is_gone(model):
     def make():
         llm = AsyncLLM(model, **OPTIONS)

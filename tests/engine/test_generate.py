@@ -11,7 +11,6 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels.step_inputs import StepRows
-from nanovllm.runner.model_runner import ModelRunner
 from tests.engine.reference import load_reference, reference_greedy
 from tests.models.tiny import TINY, save_tiny
 
@@ -172,6 +171,7 @@ def test_bad_requests_are_refused_alone(model):
             ([1, -1], greedy(4), ValueError, "-1"),
             ([1, 2.0], greedy(4), TypeError, "2.0"),
             ([1, True], greedy(4), TypeError, "True"),
+            ([131, "a"], greedy(4), ValueError, "131"),
             (5, greedy(4), TypeError, "int"),
             ([1] * 120, greedy(20), ValueError, "max_model_len"),
             ([1] * 70, greedy(20), ValueError, "num_kvcache_blocks"),
@@ -236,10 +236,13 @@ def test_the_pool_must_hold_what_is_asked(model):
 
 
 def test_a_pool_that_cannot_be_allocated_is_named(model, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("can't allocate memory")
+    def zeros(*shape, **options):
+        if "dtype" in options and len(shape[0] if isinstance(shape[0], tuple) else shape) == 4:
+            raise RuntimeError("can't allocate memory")
+        return make(*shape, **options)
 
-    monkeypatch.setattr(ModelRunner, "_allocate", fail)
+    make = torch.zeros
+    monkeypatch.setattr(torch, "zeros", zeros)
     with pytest.raises(ValueError, match="num_kvcache_blocks=9000 is more than can be allocated"):
         engine(model, num_kvcache_blocks=9000)
     with pytest.raises(RuntimeError, match=r"^can't allocate memory"):

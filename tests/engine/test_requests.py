@@ -272,6 +272,17 @@ def test_a_stream_ends_when_its_request_does(model):
         while llm.has_unfinished():
             llm.step()
         assert list(stream) == []
+        stream = llm.stream([1, 2, 3], greedy(5))
+        first = next(stream).request_id
+        llm.abort(first)
+        llm.add_request([7, 8], greedy(3), request_id=first)
+        assert list(stream) == []
+        assert [out.prompt_token_ids for out in finish(llm)] == [[7, 8]]
+        stream = llm.stream([1, 2, 3], greedy(50))
+        next(stream)
+        llm.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            list(stream)
 
 
 def test_ids_of_outputs_that_wait_are_taken(model):
