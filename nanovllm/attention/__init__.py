@@ -7,6 +7,9 @@ import torch
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.kernels._triton import HAVE_TRITON
 
+__all__ = ["BACKENDS", "AttentionBackend", "select_backend"]
+
+BACKENDS = ("auto", "torch", "triton", "flash_attn")
 MAX_HEAD_DIM = 256  # of the Triton and FlashAttention kernels
 
 logger = logging.getLogger(__name__)
@@ -18,13 +21,15 @@ def select_backend(
     """The backend called `name`, or for "auto" the fastest that is installed and fits, which is logged.
 
     Args:
-        name: as in `Config`, which checks it. A named backend is used or raises; only "auto" chooses.
+        name: one of BACKENDS. A named backend is used or raises; only "auto" chooses.
         device, head_dim, block_size, dtype: of the KV cache.
 
     Raises:
-        ValueError: the backend does not support the device, head_dim, block_size or dtype.
+        ValueError: an unknown name, or a backend that does not support the device, head_dim, block_size or dtype.
         ImportError: the backend's package is not installed, or cannot be imported.
     """
+    if name not in BACKENDS:
+        raise ValueError(f"attention_backend={name!r} must be one of {', '.join(map(repr, BACKENDS))}")
     device = torch.device(device)
     if name == "auto":
         name = _automatic(device, head_dim, block_size, dtype)
@@ -38,7 +43,7 @@ def select_backend(
     if name == "triton":
         from nanovllm.attention.triton_backend import TritonBackend
 
-        return TritonBackend(device)
+        return TritonBackend(device, block_size)
     from nanovllm.attention.flash_attn_backend import flash_attn_backend
 
     return flash_attn_backend(device, head_dim, block_size, dtype)
@@ -47,7 +52,7 @@ def select_backend(
 def _automatic(device: torch.device, head_dim: int, block_size: int, dtype: torch.dtype) -> str:
     if device.type != "cuda" or head_dim > MAX_HEAD_DIM:
         return "torch"
-    if HAVE_TRITON:
+    if HAVE_TRITON and block_size & (block_size - 1) == 0:
         return "triton"
     from nanovllm.attention.flash_attn_backend import choose_package
 

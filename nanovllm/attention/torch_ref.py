@@ -25,6 +25,7 @@ class TorchBackend(AttentionBackend):
     """
 
     name = "torch"
+    capturable = False
 
     def __init__(self):
         self._buffers: list[Tensor] = [torch.empty(0), torch.empty(0)]

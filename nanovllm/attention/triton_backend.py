@@ -17,17 +17,19 @@ class TritonBackend(AttentionBackend):
 
     Raises:
         ImportError: Triton is not installed.
-        ValueError: no CUDA device.
+        ValueError: no CUDA device, or a block size that is no power of two.
     """
 
     name = "triton"
     capturable = capturable_prefill = shares_prefixes = True
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, block_size: int):
         if not HAVE_TRITON:
             raise ImportError("attention_backend='triton' needs the triton package, which is not installed")
         if device.type != "cuda":
             raise ValueError(f"attention_backend='triton' needs a CUDA device, not device={str(device)!r}; use 'torch'")
+        if block_size < 1 or block_size & (block_size - 1):
+            raise ValueError(f"block_size={block_size} must be a power of two for attention_backend='triton'")
         self.counters: Tensor | None = None  # of finished splits; this engine's own
 
     def store_and_attend(self, qkv, transform, positions, k_cache, v_cache, scale, ctx, last=None) -> Tensor:

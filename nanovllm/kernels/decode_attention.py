@@ -20,13 +20,11 @@ from nanovllm.kernels._triton import launch_options, sm_count, tl, triton, wait_
 
 LOG2E = 1.4426950408889634
 MIN_DOT = 16  # smallest side of a tensor-core tile
+MAX_SPLITS = 128
 
 
 class DecodeConfig(NamedTuple):
-    """How a decode kernel is built: tokens per step of its loop, warps, pipeline stages, most splits of a row.
-
-    Tokens are a power of two of at least 16.
-    """
+    """How a decode kernel is built: tokens per step of its loop, warps, pipeline stages, most splits of a row."""
 
     tile: int
     num_warps: int
@@ -280,13 +278,18 @@ def decode_attention_triton(
         config: a DecodeConfig; `default_decode_config` if None.
 
     Raises:
-        ValueError: heads that do not divide, or caches or queries that are not contiguous.
+        ValueError: a size out of range or no power of two where one is needed, or heads that do not divide.
         ImportError: Triton is not installed.
     """
-    (batch, heads, head_dim), kv_heads = q.shape, k_cache.shape[2]
+    batch, heads, head_dim = q.shape
+    _, block_size, kv_heads, _ = k_cache.shape
     check_attention_inputs(q, k_cache, v_cache)
     sizes = batch, kv_heads, head_dim, q.element_size(), sm_count(q.device)
     tile, num_warps, num_stages, num_splits = config or default_decode_config(*sizes, shared is not None)
+    if not 1 <= num_splits <= MAX_SPLITS:
+        raise ValueError(f"num_splits={num_splits} must be between 1 and {MAX_SPLITS}")
+    check_power_of_2("tile", tile, MIN_DOT)
+    check_power_of_2("block_size", block_size, 1)
     out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device) if out is None else out
     if batch == 0:
         return out
@@ -328,6 +331,12 @@ def attention_constants(q: torch.Tensor, k_cache: torch.Tensor) -> dict[str, Any
         "KV_HEADS": kv_heads,
         "BLOCK_SIZE": block_size,
     }
+
+
+def check_power_of_2(name: str, value: int, least: int) -> None:
+    """Raise ValueError unless `value` is a power of two of at least `least`."""
+    if value < least or value & (value - 1):
+        raise ValueError(f"{name}={value} must be a power of two of at least {least}")
 
 
 def new_partials(q: torch.Tensor, num_parts: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ from nanovllm.kernels.decode_attention import (
     attention_constants,
     cache_places,
     check_attention_inputs,
+    check_power_of_2,
     empty_softmax,
     gather,
     offsets_in_block,
@@ -243,7 +244,7 @@ def prefill_attention_triton(
         config: a PrefillConfig; `default_prefill_config` if None.
 
     Raises:
-        ValueError: heads that do not divide, or caches or queries that are not contiguous.
+        ValueError: a size that is no power of two, or heads that do not divide.
         ImportError: Triton is not installed.
     """
     num_tokens, heads, head_dim = q.shape
@@ -260,6 +261,8 @@ def prefill_attention_triton(
             config = default_prefill_config(*kind)  # addresses don't fit in the large tile's registers
         config = config._replace(block_m=max(config.block_m, triton.next_power_of_2(group)))
     block_m, block_n, num_warps, num_stages, maxnreg, tma = config
+    check_power_of_2("block_m", block_m, max(MIN_DOT, group))
+    check_power_of_2("block_n", block_n, MIN_DOT)
     tma = tma and serves_tma(k_cache, block_n) and serves_tma(v_cache, block_n)
     num_tiles = num_tokens // (block_m // group) + num_rows
     caches = (cache_descriptor(cache, block_n) if tma else cache for cache in (k_cache, v_cache))

@@ -3,6 +3,7 @@ import torch
 
 from nanovllm.kernels._triton import HAVE_TRITON
 from nanovllm.kernels.decode_attention import (
+    MAX_SPLITS,
     DecodeConfig,
     decode_attention_torch,
     decode_attention_triton,
@@ -66,7 +67,7 @@ def test_triton_is_the_formula(heads, kv_heads, head_dim, block_size, tile, num_
 
 
 @needs_triton
-@pytest.mark.parametrize("num_splits", [2, 8, 32, 128])
+@pytest.mark.parametrize("num_splits", [2, 8, 32, MAX_SPLITS])
 def test_rows_use_as_many_splits_as_they_fill(num_splits):
     contexts = [1, 16, 17, 100, 257]  # from one split, the others empty, to more than a merging program holds at once
     check(decode_attention_triton, contexts, 2, 1, 64, 16, config=DecodeConfig(16, 4, 3, num_splits))
@@ -94,6 +95,22 @@ def test_query_may_be_strided():
     q = fused[:, :, 1]
     args = (paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens, 0.1)
     assert_close(decode_attention_triton(q, *args), decode_attention_torch(q.contiguous(), *args))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (DecodeConfig(24, 4, 3, 1), "tile=24 must be a power of two of at least 16"),
+        (DecodeConfig(8, 4, 3, 1), "tile=8 must be a power of two of at least 16"),
+        (DecodeConfig(16, 4, 3, 129), "num_splits=129 must be between 1 and 128"),
+    ],
+)
+def test_bad_options_are_named(config, message):
+    paged = make_paged([5], 1, 64, 16)
+    q = torch.zeros(1, 1, 64, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        decode_attention_triton(q, paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens, 1.0, config=config)
 
 
 def test_heads_that_do_not_fit_are_refused():

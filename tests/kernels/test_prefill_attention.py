@@ -125,6 +125,25 @@ def test_slices_of_a_mixed_step():
     assert_close(prefill_attention_triton(q, *args), prefill_attention_torch(q.contiguous(), *args))
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    ("tile", "message"),
+    [
+        ((96, 64), "block_m=96 must be a power of two of at least 20"),
+        ((16, 64), "block_m=16 must be a power of two of at least 20"),
+        ((64, 8), "block_n=8 must be a power of two of at least 16"),
+    ],
+)
+def test_bad_tiles_are_named(tile, message):
+    paged = make_paged([5], 1, 64, 16)
+    q = torch.zeros(5, 20, 64, device=DEVICE)
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
+    caches = (paged.k_cache, paged.v_cache)
+    with pytest.raises(ValueError, match=message):
+        config = PrefillConfig(*tile, 4, 2)
+        prefill_attention_triton(q, *caches, *paged.tables, cu_seqlens, paged.context_lens, 1.0, config=config)
+
+
 def test_no_tokens_and_bad_heads():
     paged = make_paged([5], 2, 64, 16)
     cu_seqlens = torch.zeros(2, dtype=torch.int32, device=DEVICE)

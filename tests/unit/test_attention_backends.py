@@ -74,7 +74,7 @@ def test_triton_backend_hands_each_kernel_its_rows(monkeypatch):
 
     monkeypatch.setattr(triton_backend, "decode_attention_triton", into(decode_attention_torch))
     monkeypatch.setattr(triton_backend, "prefill_attention_triton", into(prefill_attention_torch))
-    backend = triton_backend.TritonBackend(torch.device("cuda"))
+    backend = triton_backend.TritonBackend(torch.device("cuda"), 16)
     for decode, prefill in STEPS:
         check_step(backend, decode, prefill)
 
@@ -118,7 +118,7 @@ def test_triton_backend_has_one_kernel_for_few_decode_rows(monkeypatch, decode, 
     rows = torch.arange(len(lens)).repeat_interleave(torch.tensor(lens))
     blocks = paged.block_tables[paged.slots[rows].long(), positions // 16].long()
     results = []
-    for backend in (TorchBackend(), triton_backend.TritonBackend(torch.device("cuda"))):
+    for backend in (TorchBackend(), triton_backend.TritonBackend(torch.device("cuda"), 16)):
         ctx = Context(
             num_decode=len(decode),
             slots=paged.slots,
@@ -254,14 +254,13 @@ def test_what_flash_attn_3_keeps_of_its_splits_is_bounded():
     ],
 )
 def test_the_first_flash_attn_package_that_fits_is_used(
-    install, monkeypatch, installed, capability, head_dim, block_size, dtype, expected
+    install, installed, capability, head_dim, block_size, dtype, expected
 ):
     install(*installed, capability=capability)
     if ":" in expected:
         with pytest.raises(ValueError, match=expected):
             choose_package(CUDA, head_dim, block_size, dtype)
-        monkeypatch.setattr(attention, "HAVE_TRITON", False)
-        assert select_backend("auto", "cuda", head_dim, block_size, dtype).name == "torch"
+        assert select_backend("auto", "cuda", head_dim, 48, dtype).name == "torch"  # nor does Triton take blocks of 48
     else:
         package, module = choose_package(CUDA, head_dim, block_size, dtype)
         assert package.name == expected and module is sys.modules[package.module]
@@ -304,7 +303,16 @@ def test_auto_on_a_gpu_takes_what_is_there_and_fits(
 @pytest.mark.parametrize(
     ("name", "device", "block_size", "dtype", "error", "message"),
     [
+        (
+            "xformers",
+            "cpu",
+            16,
+            torch.float32,
+            ValueError,
+            "attention_backend='xformers' must be one of 'auto', 'torch'",
+        ),
         ("triton", "cpu", 16, torch.float32, ValueError, "needs a CUDA device"),
+        ("triton", "cuda", 48, torch.bfloat16, ValueError, "block_size=48 must be a power of two"),
         ("flash_attn", "cpu", 256, torch.bfloat16, ValueError, "needs a CUDA device"),
         ("flash_attn", "cuda", 256, torch.bfloat16, ImportError, "needs one of the packages flash-attn-3 .*, fa3-fwd"),
     ],
