@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator, Callable, Iterable
 from collections.abc import Sequence as SequenceType
 from concurrent.futures import ThreadPoolExecutor
@@ -146,8 +145,7 @@ class AsyncLLM:
         """What `call` gives, done by the engine's thread between two steps."""
         if self._end is not None:
             raise RuntimeError(f"the engine is closed or has failed: {self._end!r}") from self._end
-        if self._llm.process != os.getpid():
-            raise RuntimeError("the engine is that of the process this one was forked from; make one here")
+        self._llm.check_process()
         try:
             return asyncio.wrap_future(self._thread.submit(self._run, call))
         except RuntimeError as error:

@@ -451,8 +451,7 @@ class LLMEngine:
             raise RuntimeError(f"the engine has failed and must be made anew: {self.error!r}") from self.error
         if self.closed:
             raise RuntimeError("the engine is closed")
-        if self.process != os.getpid():
-            raise RuntimeError("the engine is that of the process this one was forked from; make one here")
+        self.check_process()
         if self.updating:
             raise RuntimeError("update_weights is running; what gives it its weights cannot use the engine")
         if awake and self.sleep_level:
@@ -462,6 +461,11 @@ class LLMEngine:
                 f"the last update_weights failed, and the weights may be partly overwritten; call it again: "
                 f"{self.weight_error!r}"
             ) from self.weight_error
+
+    def check_process(self) -> None:
+        """Raise RuntimeError in a forked child, which has no use of what its parent made."""
+        if self.process != os.getpid():
+            raise RuntimeError("the engine is that of the process this one was forked from; make one here")
 
     def close(self) -> None:
         """Give back memory and processes. May be called again, and goes on where it was interrupted."""

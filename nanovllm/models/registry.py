@@ -89,6 +89,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
+        check_model_type(self.model_type)
         for field in fields(self):
             if field.type in _KINDS:
                 checked(field.name, getattr(self, field.name), field.type)

@@ -5,8 +5,7 @@
     otherwise                rank 0 is this process; the others are children that read batches from an inherited socket
 
 Children run `nanovllm.runner.worker`, not the caller's script again, and import from where the caller does. Nothing is
-pickled from outside the process tree, and nothing listens beyond loopback: the ranks meet in a temporary
-file.
+pickled from outside the process tree, and nothing listens beyond loopback: the ranks meet in a temporary file.
 """
 
 import atexit
@@ -301,27 +300,26 @@ class SpawnedRanks(Executor):
             self._end_children()
         finally:
             self.closing.set()
-            try:
-                self._end_collectives()  # once more, if that was interrupted before
-            finally:
-                for process in self.processes:
-                    process.kill()
-                    process.wait()
-                self.channels, self.processes = [], []
-                shutil.rmtree(self.folder, ignore_errors=True)
-                super().close()
+            for process in self.processes:
+                process.kill()
+                process.wait()
+            self.channels, self.processes = [], []
+            shutil.rmtree(self.folder, ignore_errors=True)
+            super().close()
 
     def _end_children(self) -> None:
         """Give them what they wait for, then 5 s to end by themselves."""
-        with contextlib.suppress(Exception):  # while the monitor still looks: a lost rank's part would never come
-            while self.runner is not None and self.runner.in_flight:
-                self.runner.collect()
-        self.closing.set()
-        for channel in self.channels:
-            with contextlib.suppress(OSError):
-                channel.send(("close",))
-            channel.close()
-        self._end_collectives()
+        try:
+            with contextlib.suppress(Exception):  # while the monitor still looks: a lost rank's part would never come
+                while self.runner is not None and self.runner.in_flight:
+                    self.runner.collect()
+            self.closing.set()
+            for channel in self.channels:
+                with contextlib.suppress(OSError):
+                    channel.send(("close",))
+                channel.close()
+        finally:  # an interrupt, too, must leave no kernel that waits for a rank
+            self._end_collectives()
         deadline = time.monotonic() + (0 if self.error else 5)
         for process in self.processes:
             with contextlib.suppress(subprocess.TimeoutExpired):

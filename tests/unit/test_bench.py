@@ -227,6 +227,16 @@ def test_a_request_that_is_too_long_is_told_before_anything_runs(flags, message,
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("workload", "on_gpu", "told"), [("offline", False, 1), ("offline", True, 0), ("prefix", False, 0)]
+)
+def test_sizes_for_a_cpu_are_told_where_they_are_a_gpu_s(workload, on_gpu, told, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: on_gpu)
+    with pytest.raises(SystemExit):  # after the notice: there is no such model
+        bench.main(["--workload", workload, "--device", "cpu", "--model", str(tmp_path / "none")])
+    assert capsys.readouterr().err.count("takes long on a CPU") == told
+
+
 def test_a_short_model_runs_what_fits(model, capsys):
     lengths = ["--num-seqs", "2", "--input-len", "3", "9", "--output-len", "2", "7", "--max-model-len", "16"]
     bench.main(["--model", model, "--device", "cpu", *lengths])
