@@ -20,6 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 from unittest.mock import patch
@@ -174,8 +175,8 @@ class SpawnedRanks(Executor):
                     self.channels[-1].send((config, rank, store_path))
                 store = dist.FileStore(store_path, size)
                 self._await_children(store)
-                self.tp = TensorParallel(0, size, make_group(0, size, store, config.device_type))
-                self.tp = self.tp.with_peers(device)
+                self.tp = self._join(store, size, device)
+                self.check()  # the monitor may have looked for `tp` before
                 super().__init__(ModelRunner(config, source, self.tp, device, self.check))
         except BaseException:
             self.close()
@@ -197,11 +198,29 @@ class SpawnedRanks(Executor):
         self.processes.append(process)  # from now on the monitor watches it
 
     def _await_children(self, store: "dist.Store") -> None:
-        """Wait until all children are about to join: who is in the making of a group cannot be told that one died."""
+        """Wait until all children are about to join."""
         present = [f"rank {rank}" for rank in range(1, len(self.processes) + 1)]
         while not store.check(present):
             self.check()
             time.sleep(0.02)
+
+    def _join(self, store: "dist.Store", size: int, device: torch.device) -> TensorParallel:
+        """Make the group, in a thread that is left behind if a child is lost: nothing ends its wait for that one."""
+        joined = Future()
+
+        def join() -> None:
+            try:
+                if device.type == "cuda":
+                    torch.cuda.set_device(device)
+                joined.set_result(TensorParallel(0, size, make_group(0, size, store, device.type)).with_peers(device))
+            except Exception as error:
+                joined.set_exception(error)
+
+        threading.Thread(target=join, daemon=True).start()
+        while not joined.done():
+            self.check()
+            time.sleep(0.01)
+        return joined.result()
 
     def _run(self, what: str, *arguments: Any) -> None:
         with self._explained():

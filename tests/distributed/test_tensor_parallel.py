@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.runner import launcher
 from nanovllm.runner.launcher import SpawnedRanks, rank_device
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.utils.parallel import TensorParallel
@@ -289,6 +290,26 @@ def test_a_rank_that_dies_before_it_joins_is_a_clear_error_in_seconds(model, mon
     assert len(processes) == 3 and gone(processes)
 
 
+def test_a_rank_that_dies_while_others_join_is_a_clear_error_in_seconds(model, monkeypatch):
+    spawn, make_group, processes = SpawnedRanks._spawn, launcher.make_group, []
+
+    def note(self, rank, size):
+        spawn(self, rank, size)
+        processes.append(self.processes[-1])
+
+    def kill_and_join(*arguments):
+        processes[0].kill()
+        return make_group(*arguments)
+
+    monkeypatch.setattr(SpawnedRanks, "_spawn", note)
+    monkeypatch.setattr(launcher, "make_group", kill_and_join)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9"):
+        LLM(model, tensor_parallel_size=2, **OPTIONS)
+    assert time.monotonic() - start < 20
+    assert gone([processes[0].pid])
+
+
 def test_a_worker_s_error_reaches_the_caller_with_its_traceback(model, monkeypatch):
     with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
         llm.executor.channels[0].send("not a batch")
@@ -361,6 +382,7 @@ def test_the_pool_is_the_smallest_rank_s(model, tmp_path):
 SCRIPT = """
 import json, sys, time
 from nanovllm import LLM, SamplingParams
+from nanovllm.runner import launcher
 from nanovllm.runner.launcher import SpawnedRanks, rank_device
 llm = LLM(sys.argv[1], tensor_parallel_size=2, **json.loads(sys.argv[2]))
 processes = getattr(llm.executor, "processes", [])
