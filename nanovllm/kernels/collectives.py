@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from nanovllm.kernels._triton import launch_options, sm_count, tl, triton, wait_for_inputs
+from nanovllm.kernels.sum_ahead import INBOX_WORDS, SumAhead
 from nanovllm.utils.cuda_ipc import Mapping
 
 CAPACITY = 32 << 20  # bytes that a rank can send to another in one launch; more are sent in several
@@ -72,14 +73,17 @@ def _buffer(buffers_ptr, rank):
 
 
 @triton.jit
-def _receive(place, mask, stop_ptr):
+def _receive(place, mask, told_ptr):
     """The words at `place` once all are there; once this rank is told to stop, zeros for those that are not."""
     data = tl.load(place, mask=mask, other=0, volatile=True)
     missing = tl.max((data == EMPTY).to(tl.int32), 0)
+    tries = 0
     while missing != 0:
         data = tl.load(place, mask=mask, other=0, volatile=True)
-        # Each warp may read another `stop`: only together can they decide to go on.
-        waits = (data == EMPTY) & (tl.load(stop_ptr, volatile=True) == 0)
+        tries += 1
+        told = tl.load(told_ptr, mask=tries % 256 == 0, other=0, volatile=True)  # seldom, as it is far away
+        # Each warp may read another `told`: only together can they decide to go on.
+        waits = (data == EMPTY) & (told == 0)
         missing = tl.max(waits.to(tl.int32), 0)
     return tl.where(data == EMPTY, 0, data)
 
@@ -100,6 +104,7 @@ def _all_reduce_kernel(
     buffers_ptr,
     calls_ptr,
     stop_ptr,
+    told_ptr,
     rows,
     eps,
     RANK: tl.constexpr,
@@ -139,7 +144,7 @@ def _all_reduce_kernel(
             data = own
             if peer != RANK:
                 slot = (peer - (peer > RANK)) * NUM_WORDS
-                data = _receive(buffer + now + slot, sent, stop_ptr)
+                data = _receive(buffer + now + slot, sent, told_ptr)
                 tl.store(buffer + before + slot, EMPTY, mask=whole)
             low += _low(data, DTYPE)
             high += _high(data, DTYPE)
@@ -164,6 +169,7 @@ def _exchange_kernel(
     buffers_ptr,
     calls_ptr,
     stop_ptr,
+    told_ptr,
     rows,
     share,
     RANK: tl.constexpr,
@@ -198,11 +204,12 @@ def _exchange_kernel(
                 tl.store(buffer + now + (RANK - (peer < RANK)) * NUM_WORDS, data, mask=sent)
         buffer = _buffer(buffers_ptr, RANK)
         here = RANK * share + row < rows
-        valid, awaited = words < tl.where(here, WORDS, 0), words < tl.where(here, WORDS, 4)
+        valid = words < tl.where(here, WORDS, 0)
+        awaited = words < tl.where(stopped == 0, tl.where(here, WORDS, 4), 0)
         for peer in tl.static_range(SIZE):
             if peer != RANK:
                 slot = (peer - (peer > RANK)) * NUM_WORDS
-                data = _receive(buffer + now + slot, awaited, stop_ptr)
+                data = _receive(buffer + now + slot, awaited, told_ptr)
                 tl.store(buffer + before + slot, EMPTY)
                 tl.store(out_ptr + (row * SIZE + peer) * WORDS + words, data, mask=valid)
         _count(calls_ptr, item * (BLOCK // UNIT), BLOCK // UNIT)
@@ -214,6 +221,9 @@ class PeerMemory:
     Args:
         rank: this rank's number.
         memory: each rank's, from `new_memory`, as this process sees it.
+
+    Attributes:
+        ahead: for sums that are sent while they are computed, or None.
     """
 
     def __init__(self, rank: int, memory: list[torch.Tensor | Mapping]):
@@ -222,17 +232,22 @@ class PeerMemory:
         pointers = [part.data_ptr() for part in memory]
         self.buffers = torch.tensor(pointers, dtype=torch.int64, device=self.device)
         self.calls = torch.zeros(CAPACITY // 4 // UNIT, dtype=torch.int32, device=self.device)
-        self.stop = torch.zeros(1, dtype=torch.int32, device=self.device)
         on_gpu = self.device.type == "cuda"
+        # A kernel that waits is told by the host's memory: other ways to the GPU may be full of what waits for it.
+        self.told = torch.zeros(1, dtype=torch.int32, pin_memory=on_gpu)
+        self.stop = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.num_sms = sm_count(self.device)
         self.max_programs = 4 * self.num_sms  # that run at once, as they wait
-        self._one = torch.ones(1, dtype=torch.int32, pin_memory=on_gpu)
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # for `end`: the others may never be free
+        self.ahead: SumAhead | None = None
+        if on_gpu and self.size == 2:
+            start = _buffer_words(2)
+            self.ahead = SumAhead(memory[rank][start:], pointers[1 - rank] + 4 * start, self.told)
 
     def launch_arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
         """What every kernel here takes of this: pointers, then constants and options."""
         constants = {"RANK": self.rank, "SIZE": self.size, "NUM_WORDS": CAPACITY // 4, "UNIT": UNIT}
-        return (self.buffers, self.calls, self.stop), constants | launch_options(self.device)
+        return (self.buffers, self.calls, self.stop, self.told), constants | launch_options(self.device)
 
     def fits(self, x: torch.Tensor) -> bool:
         """Whether `all_reduce_triton` takes `x` and is the fastest to sum it."""
@@ -250,8 +265,9 @@ class PeerMemory:
 
     def end(self) -> None:
         """End all that this rank waits for and writes here, now and later. Safe in any thread."""
-        with torch.inference_mode(), torch.cuda.stream(self._stream):  # `stop` may have been made in that mode
-            self.stop.copy_(self._one, non_blocking=True)
+        with torch.inference_mode(), torch.cuda.stream(self._stream):  # these may have been made in that mode
+            self.told.fill_(1)
+            self.stop.copy_(self.told, non_blocking=True)
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -266,9 +282,18 @@ class PeerMemory:
                     stack.callback(part.close)
 
 
+def _buffer_words(ranks: int) -> int:
+    """Size of [3, ranks - 1, words that each other rank sends]."""
+    return 3 * (ranks - 1) * (CAPACITY // 4)
+
+
 def new_memory(ranks: int, device: torch.device) -> torch.Tensor:
-    """A rank's own part of a PeerMemory: [3, ranks - 1, words] that each other rank sends."""
-    return torch.full((3 * (ranks - 1) * (CAPACITY // 4),), _EMPTY, dtype=torch.int32, device=device)
+    """A rank's own part of a PeerMemory: the buffers of sums and exchanges, and for two GPUs an inbox of `SumAhead`."""
+    start = _buffer_words(ranks)
+    inbox = INBOX_WORDS if device.type == "cuda" and ranks == 2 else 0
+    memory = torch.full((start + inbox,), _EMPTY, dtype=torch.int32, device=device)
+    memory[start:].zero_()
+    return memory
 
 
 def all_reduce_triton(

@@ -150,5 +150,18 @@ class RowParallelLinear(PackedLayer):
         param.copy_(loaded[:, self.tp.rank * size : (self.tp.rank + 1) * size])
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        y = linear_add(x, self.operand, self.bias, residual) if self.tp.rank == 0 else linear(x, self.operand)
+        ahead = self.tp.ahead
+        if ahead is not None and ahead.fits(residual):
+            y = residual
+            for rows in ahead.parts(y):
+                self._multiply(x[rows], y[rows])
+        else:
+            y = linear_add(x, self.operand, self.bias, residual) if self.tp.rank == 0 else linear(x, self.operand)
         return self.tp.all_reduce(y) if self.reduce_results else y
+
+    def _multiply(self, x: torch.Tensor, residual: torch.Tensor) -> None:
+        """Overwrite the residual with this rank's summand."""
+        if self.tp.rank == 0:
+            linear_add(x, self.operand, self.bias, residual)
+        else:
+            torch.mm(x, self.operand.t(), out=residual)

@@ -131,7 +131,8 @@ class StepGraphs:
             with self.few_layers():
                 run()  # loads kernels and sets up libraries
             self.wait(self.stream.record_event())
-            graph.capture_begin(pool=self.pool)
+            # Other threads, as the one that watches the ranks, may call what is forbidden to this one meanwhile.
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 result = run()
             except BaseException:  # left open, a capture forbids the process most of CUDA; NCCL waits for what it holds

@@ -34,6 +34,18 @@ def _call(function: str, *arguments: object) -> None:
         raise RuntimeError(f"{function}: {(name.value or b'unknown error').decode()}")
 
 
+def copy(target: int, source: int, num_bytes: int, stream: torch.cuda.Stream) -> None:
+    """Let a copy engine copy between addresses, of which either may be of a `Mapping`, in the order of `stream`."""
+    sizes = ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(num_bytes)
+    _call("cuMemcpyDtoDAsync_v2", *sizes, ctypes.c_void_p(stream.cuda_stream))
+
+
+def write(address: int, value: int, stream: torch.cuda.Stream) -> None:
+    """Write 32 bits once all before in `stream` is done and can be seen from everywhere."""
+    bits = ctypes.c_uint64(address), ctypes.c_uint32(value & 0xFFFFFFFF)
+    _call("cuStreamWriteValue32_v2", ctypes.c_void_p(stream.cuda_stream), *bits, ctypes.c_uint(0))
+
+
 def share(tensor: torch.Tensor) -> list:
     """What a `Mapping` of the tensor's memory needs: a string and an integer.
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from nanovllm.kernels._triton import HAVE_TRITON
 from nanovllm.kernels.collectives import PeerMemory, all_reduce_triton, exchange_triton, new_memory, rows_of
 from nanovllm.kernels.rms_norm import rms_norm
+from nanovllm.kernels.sum_ahead import SumAhead
 from nanovllm.utils import cuda_ipc
 
 logger = logging.getLogger(__name__)
@@ -71,8 +72,15 @@ class TensorParallel:
         logger.info("rank %d: NCCL makes all sums, as ranks cannot write each other's memory: %s", self.rank, failure)
         return self
 
+    @property
+    def ahead(self) -> SumAhead | None:
+        """For large sums, which are sent while they are computed, where ranks can: `all_reduce` ends what it began."""
+        return None if self.peers is None else self.peers.ahead
+
     def all_reduce(self, x: torch.Tensor, norm: tuple[torch.Tensor, float] | None = None) -> torch.Tensor:
         """Sum `x` over the ranks, in place, and return it; or its RMSNorm with `norm`, weight and epsilon."""
+        if self.ahead is not None and self.ahead.sent is x:
+            return self.ahead.add(norm)
         if self.peers is not None and self.peers.fits(x):
             return all_reduce_triton(x, self.peers, norm)
         if self.size > 1:

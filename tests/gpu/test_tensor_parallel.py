@@ -57,6 +57,10 @@ def sum_beside_nccl(rank, folder):
         want = x.to(torch.float32, copy=True)
         tp.group.allreduce([want]).wait()
         norm = (weights[dtype][: 2 * size], 1e-6) if i % 2 else None
+        if tp.ahead.fits(x):
+            own, x = x, torch.empty_like(x)
+            for part in tp.ahead.parts(x):
+                x[part] = own[part]
         out = tp.all_reduce(x, norm)
         right = torch.allclose(x.float(), want, rtol=1e-2, atol=1e-5)
         if norm is not None:
@@ -73,14 +77,14 @@ def sum_beside_nccl(rank, folder):
             wrong.append(("exchange", rows, columns))
         if not torch.equal(tp.merge(tokens), torch.arange(rows, device=device) + 100_000):
             wrong.append(("merge", rows))
-    (folder / str(rank)).write_text(f"{tp.peers is not None} {wrong}")
+    (folder / str(rank)).write_text(f"{tp.peers is not None} {tp.ahead.number > 0} {wrong}")
     tp.end(lambda: None)
     tp.close()
 
 
 def test_sums_are_those_of_nccl(tmp_path):
     torch.multiprocessing.spawn(sum_beside_nccl, (tmp_path,), 2)
-    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["True []"] * 2
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["True True []"] * 2
 
 
 def mixture():

@@ -4,6 +4,7 @@ Triton's interpreter runs the kernels.
 """
 
 import json
+import threading
 import time
 
 import pytest
@@ -152,6 +153,17 @@ def test_a_rank_that_is_told_to_stop_waits_for_none_and_writes_to_none():
     assert torch.equal(x, torch.ones_like(x))  # and the others' part is none
     collectives.exchange_triton(x, peers)
     assert torch.equal(memory[1], collectives.new_memory(2, torch.device("cpu")))
+
+
+def test_a_rank_that_waits_is_told_to_stop():
+    peers = collectives.PeerMemory(0, [collectives.new_memory(2, torch.device("cpu")) for _ in range(2)])
+    waiting = threading.Thread(target=lambda: collectives.all_reduce_triton(torch.ones(3, 300), peers), daemon=True)
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()
+    peers.end()
+    waiting.join(20)
+    assert not waiting.is_alive()
 
 
 def test_memory_that_cannot_be_shared_leaves_the_sums_to_nccl(monkeypatch):

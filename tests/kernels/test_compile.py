@@ -20,7 +20,7 @@ from tests.kernels.compile_for_hopper import compiled, triton
 from nanovllm.kernels import decode_attention as decode, prefill_attention as prefill
 from nanovllm.kernels._triton import compile_aside, compile_only
 from nanovllm.kernels import collectives, embedding, gemv, rms_norm, rope_decode, rope_store, sampling, shared_prefix
-from nanovllm.kernels import silu_mul, step_inputs
+from nanovllm.kernels import silu_mul, step_inputs, sum_ahead
 
 def call_all():
     bf16, i32, i64 = (dict(dtype=getattr(torch, name)) for name in ("bfloat16", "int32", "int64"))
@@ -39,6 +39,11 @@ def call_all():
     for dtype, norm in ((torch.bfloat16, None), (torch.bfloat16, (weight, 1e-6)), (torch.float32, None)):
         collectives.all_reduce_triton(torch.zeros(4, 256, dtype=dtype), peers, norm)
     collectives.exchange_triton(x, peers)
+    inbox = torch.zeros(sum_ahead.INBOX_WORDS, **i32)
+    for norm in (None, (weight, 1e-6)):
+        ahead = sum_ahead.SumAhead(inbox, 0, peers.told)
+        ahead.sent = torch.zeros(300, 256, **bf16)
+        ahead.add(norm)
     last = torch.zeros(5, **i64), torch.zeros(5, **i32), 4
     for advances in (None, last):
         tokens = sampling.sample_triton(torch.zeros(4, 5000, **bf16), slots, lens, state, advances)

@@ -1,0 +1,154 @@
+"""Sums of two ranks' many rows, of which each part is on its way while the next is still computed.
+
+As long as the sum of many rows takes, the rows that it is for take to be multiplied, if not longer. Copy engines move
+the parts, so that all multiprocessors multiply:
+
+    rank 0   multiply part 0 | multiply part 1        | add parts, norm
+    engine                   | copy part 0 to rank 1  | copy part 1 ...
+
+A part has arrived when the number of the sum stands in a word that is written after it. An inbox has room for two sums,
+taken in turn. A rank that writes the sum after the next has all of the next from the other one, which had read its
+whole inbox before it sent that.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
+from nanovllm.utils import cuda_ipc
+
+CAPACITY = 128 << 20  # bytes of the largest sum
+LEAST = 16 << 20  # bytes of the smallest that is worth it
+LARGEST_ROW = 64 << 10  # bytes; no part of so many rows is empty
+PARTS = 4
+ROWS = 8  # for a program; all are of one part
+INBOX_WORDS = 2 * CAPACITY // 4 + PARTS  # of 32 bits: two sums, then what tells that parts are there
+
+
+@triton.jit
+def _await(words_ptr, part, number, told_ptr):
+    """Wait until the word of the part tells of this sum, or of the next one; or until this rank is told to stop."""
+    # Atomics of a program are one thread's, which tells the others: they see what was written before, and go on as one.
+    ahead = tl.atomic_add(words_ptr + part, 0, sem="acquire", scope="sys") - number
+    tries = 0
+    told = 0
+    while (ahead < 0) & (told == 0):
+        ahead = tl.atomic_add(words_ptr + part, 0, sem="acquire", scope="sys") - number
+        tries += 1
+        asks = tries % 256 == 0  # seldom, as it is far away
+        told = tl.where(asks, tl.atomic_add(told_ptr, 0, mask=asks, sem="acquire", scope="sys"), 0)
+
+
+@triton.jit(do_not_specialize=["number", "rows", "part_rows"])
+def _add_kernel(
+    x_ptr,
+    inbox_ptr,
+    arrived_ptr,
+    left_ptr,
+    told_ptr,
+    norm_ptr,
+    out_ptr,
+    number,
+    rows,
+    part_rows,
+    eps,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    columns = tl.arange(0, BLOCK)
+    dtype = x_ptr.dtype.element_ty
+    wait_for_inputs(PDL)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    _await(left_ptr, first // part_rows, number, told_ptr)  # the sum takes the place of what is sent
+    _await(arrived_ptr, first // part_rows, number, told_ptr)
+    if NORM:
+        norm = tl.load(norm_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
+    for row in range(ROWS):
+        mask = columns < tl.where(first + row < rows, N, 0)
+        places = (first + row) * N + columns
+        x = tl.load(x_ptr + places, mask=mask, other=0.0).to(tl.float32)
+        x = (x + tl.load(inbox_ptr + places, mask=mask, other=0.0).to(tl.float32)).to(dtype)
+        tl.store(x_ptr + places, x, mask=mask)
+        if NORM:  # of the rounded sum, and rounded itself where rms_norm is
+            x = x.to(tl.float32)
+            scale = tl.rsqrt(tl.sum(x * x, 0) / N + eps)
+            x = (x * scale).to(dtype).to(tl.float32) * norm
+            tl.store(out_ptr + places, x.to(dtype), mask=mask)
+
+
+class SumAhead:
+    """What a rank needs to sum with the other one.
+
+    Args:
+        inbox: this rank's, INBOX_WORDS zeros of int32.
+        other_inbox: address of the other's, as this process sees it.
+        told: in the host's memory, not 0 once no part may be waited for any more.
+    """
+
+    def __init__(self, inbox: torch.Tensor, other_inbox: int, told: torch.Tensor):
+        self.inbox, self.other_inbox, self.told = inbox, other_inbox, told
+        self.arrived, self.left = inbox[-PARTS:], torch.zeros(PARTS, dtype=torch.int32, device=inbox.device)
+        self.number = 0  # of the sum
+        self.sent: torch.Tensor | None = None  # what of it has been sent
+        self.stream = torch.cuda.Stream(inbox.device) if inbox.is_cuda else None
+
+    @staticmethod
+    def fits(x: torch.Tensor) -> bool:
+        """Whether `x` is to be sent ahead: it is large enough, there is room, and calls can be counted."""
+        fits = LEAST <= x.nbytes <= CAPACITY and x.shape[1] * x.itemsize <= LARGEST_ROW and x.is_contiguous()
+        return fits and not torch.cuda.is_current_stream_capturing()
+
+    def parts(self, x: torch.Tensor) -> Iterator[slice]:
+        """Rows of `x` [T, N], part after part: each is sent when the next is asked for, and must be computed then."""
+        self.number = (self.number + 1 + (1 << 31)) % (1 << 32) - (1 << 31)
+        for part in range(PARTS):
+            rows = slice(part * _part_rows(x), min((part + 1) * _part_rows(x), len(x)))
+            yield rows
+            self._send(x[rows], rows.start * x[0].nbytes, part)
+        self.sent = x
+
+    def _half(self) -> int:
+        """Where the sum's half of an inbox begins, in bytes."""
+        return self.number % 2 * CAPACITY
+
+    def _send(self, x: torch.Tensor, offset: int, part: int) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        cuda_ipc.copy(self.other_inbox + self._half() + offset, x.data_ptr(), x.nbytes, self.stream)
+        cuda_ipc.write(self.other_inbox + 4 * (INBOX_WORDS - PARTS + part), self.number, self.stream)
+        cuda_ipc.write(self.left[part:].data_ptr(), self.number, self.stream)
+
+    def add(self, norm: tuple[torch.Tensor, float] | None = None) -> torch.Tensor:
+        """Add what the other has sent to `sent`, in place, and return it; or its RMSNorm, as `all_reduce_triton`."""
+        x, self.sent = self.sent, None
+        out = x if norm is None else torch.empty_like(x)
+        weight, eps = (x, 0.0) if norm is None else norm
+        half = self.inbox[self._half() // 4 :].view(x.dtype)
+        words = self.arrived, self.left, self.told
+        block = triton.next_power_of_2(x.shape[1])
+        _add_kernel[(triton.cdiv(len(x), ROWS),)](
+            x,
+            half,
+            *words,
+            weight,
+            out,
+            self.number,
+            len(x),
+            _part_rows(x),
+            eps,
+            ROWS=ROWS,
+            N=x.shape[1],
+            BLOCK=block,
+            NORM=norm is not None,
+            num_warps=min(8, max(1, block // 512)),
+            **launch_options(x.device),
+        )
+        return out
+
+
+def _part_rows(x: torch.Tensor) -> int:
+    """Rows of each part but the last, of which a program has only one part's."""
+    return triton.cdiv(triton.cdiv(len(x), PARTS), ROWS) * ROWS
