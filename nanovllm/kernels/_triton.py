@@ -119,10 +119,15 @@ def sm_count(device: torch.device) -> int:
 
 
 @lru_cache
+def since_hopper(device: torch.device) -> bool:
+    """Whether `device` has what Hopper brought: loads by TMA, programmatic dependent launch (PDL)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Options of a kernel of a chain (see below): programmatic dependent launch, where there is such a thing."""
-    pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if since_hopper(device) else {"PDL": False}
 
 
 @triton.jit

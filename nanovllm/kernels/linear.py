@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from nanovllm.kernels.gemv import gemv_triton, is_gemv
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.silu_mul import silu_mul
+from nanovllm.kernels.swiglu import is_swiglu, swiglu_triton
 
 
 def can_pack(weight: torch.Tensor) -> bool:
@@ -45,6 +46,8 @@ def linear(
         return gemv_triton(x, weight, bias, norm, gated)
     if norm is not None:
         x = rms_norm(x, *norm)
+    if gated and bias is None and is_swiglu(x, weight):
+        return swiglu_triton(x, weight)
     if weight.is_mkldnn:
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     else:

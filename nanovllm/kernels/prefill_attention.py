@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import TensorDescriptor, sm_count, tl, triton
+from nanovllm.kernels._triton import TensorDescriptor, since_hopper, sm_count, tl, triton
 from nanovllm.kernels.decode_attention import (
     LOG2E,
     MIN_DOT,
@@ -221,7 +221,7 @@ def serves_tma(k_cache: torch.Tensor, block_n: int) -> bool:
     block_size, head_dim = k_cache.shape[1], k_cache.shape[3]
     fits = block_size % block_n == 0 and head_dim >= MIN_DOT and head_dim & (head_dim - 1) == 0
     # On the CPU, kernels are interpreted, or compiled for another.
-    able = k_cache.device.type == "cpu" or torch.cuda.get_device_capability(k_cache.device) >= (9, 0)
+    able = k_cache.device.type == "cpu" or since_hopper(k_cache.device)
     return fits and able and k_cache.data_ptr() % 16 == 0
 
 

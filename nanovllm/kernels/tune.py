@@ -21,6 +21,7 @@ from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.rope_decode import default_rope_decode_config, rope_decode_triton
 from nanovllm.kernels.rope_store import QKTransform
 from nanovllm.kernels.silu_mul import silu_mul
+from nanovllm.kernels.swiglu import DEFAULT_CONFIG, SwigluConfig, swiglu_triton
 
 COLD_BYTES = 256 << 20  # several times any L2 cache
 BLOCK_SIZE = 64
@@ -140,6 +141,20 @@ def prefill(full: bool) -> None:
         )
 
 
+def swiglu(full: bool) -> None:
+    """Arithmetic rate of the gated unit with many rows, beside cuBLAS and a kernel after it, while power is short."""
+    print("swiglu: rows x k -> n | m n k warps stages programs | us, TFLOP/s  (* default; cuBLAS, SiLU after it)")
+    for k, n, rows in ((k, n, rows) for k, n in [(4096, 12288), (1024, 3072)] for rows in (2048, 16384)):
+        x, weight, work = random(rows, k), random(2 * n, k) * k**-0.5, 4 * rows * n * k
+        configs = [DEFAULT_CONFIG]
+        if full:
+            tiles = [(128, 128, 64, 8, 4), (128, 64, 64, 8, 3, 2), (128, 64, 64, 4, 3, 2), (64, 128, 64, 4, 4)]
+            configs += [SwigluConfig(*tile) for tile in tiles]
+        for product, settings in (_plain, [("cuBLAS",)]), (swiglu_triton, configs):
+            calls = [partial(product, x, weight, **({"gated": True} if product is _plain else {}))]
+            sweep(f"{rows} x {k} -> {n}", calls * max(1, 10**13 // work), settings, work, "TFLOP/s")
+
+
 def gemv(full: bool) -> None:
     """Bandwidth of the products of a decode step with one row, beside cuBLAS's and what comes with it."""
     print("gemv: rows x k of the weight | rows of a program, warps | us, TB/s  (* default; cuBLAS with norm and SiLU)")
@@ -169,11 +184,11 @@ def _plain(x: torch.Tensor, weight: torch.Tensor, norm=None, gated=False, residu
     """`gemv_triton` by cuBLAS."""
     if residual is not None:
         return torch.addmm(residual, x, weight.t(), out=residual)
-    y = torch.nn.functional.linear(rms_norm(x, *norm), weight)
+    y = torch.nn.functional.linear(x if norm is None else rms_norm(x, *norm), weight)
     return silu_mul(y) if gated else y
 
 
-KERNELS = {"decode": decode, "rope_decode": rope_decode, "prefill": prefill, "gemv": gemv}
+KERNELS = {"decode": decode, "rope_decode": rope_decode, "prefill": prefill, "swiglu": swiglu, "gemv": gemv}
 
 
 def main() -> None:

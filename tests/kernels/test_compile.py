@@ -20,7 +20,7 @@ from tests.kernels.compile_for_hopper import compiled, triton
 from nanovllm.kernels import decode_attention as decode, prefill_attention as prefill
 from nanovllm.kernels._triton import compile_aside, compile_only
 from nanovllm.kernels import collectives, embedding, gemv, rms_norm, rope_decode, rope_store, sampling, shared_prefix
-from nanovllm.kernels import silu_mul, step_inputs, sum_ahead
+from nanovllm.kernels import silu_mul, step_inputs, sum_ahead, swiglu
 
 def call_all():
     bf16, i32, i64 = (dict(dtype=getattr(torch, name)) for name in ("bfloat16", "int32", "int64"))
@@ -31,6 +31,7 @@ def call_all():
     wide = torch.zeros(512, 256, **bf16)
     for options in (dict(norm=(weight, 1e-6), gated=True), dict(bias=weight, residual=torch.zeros(4, 512, **bf16))):
         gemv.gemv_triton(x, wide, **options)
+    swiglu.swiglu_triton(x, wide)
     slots, lens, tables = torch.zeros(4, **i32), torch.ones(4, **i32), torch.zeros(5, 8, **i32)
     state = sampling.SamplingState(sampling.default_rows(5), 5000, torch.device("cpu"))
     for rows in (slots, step_inputs.StepRows.split(torch.zeros(100, **i32), 4, 20)):

@@ -1,0 +1,126 @@
+"""The gated unit of SwiGLU for many rows: gate and up projection, and what is made of them, in one kernel.
+
+After a product by cuBLAS, SiLU and multiplication read back from memory all that was just written. Here a program has
+the gate and the up sums of its tile in registers, and writes half as much, once.
+
+Persistent programs take output tiles in turn, a few tiles of rows wide, so that those that run at a time share rows and
+columns in the L2 cache. Operands come by the tensor memory accelerator (TMA) of Hopper and later.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from nanovllm.kernels._triton import (
+    HAVE_TRITON,
+    TensorDescriptor,
+    launch_options,
+    sm_count,
+    tl,
+    triton,
+    wait_for_inputs,
+)
+
+GROUP_TILES = 8  # of rows that programs go through together
+
+
+class SwigluConfig(NamedTuple):
+    """How a kernel is built.
+
+    Attributes:
+        block_m, block_n, block_k: rows, columns of the output, and numbers of the sums, that are a tile.
+        num_warps, num_stages: warps, pipeline stages.
+        programs: for each multiprocessor.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    programs: int = 1
+
+
+# What `python -m nanovllm.kernels.tune swiglu` chose on an H100. Two warpgroups share the weights' tiles; one program
+# fills a multiprocessor's shared memory.
+DEFAULT_CONFIG = SwigluConfig(128, 128, 64, 8, 3)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _swiglu_kernel(
+    x_desc,
+    weight_desc,
+    out_desc,
+    rows,
+    N,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    wait_for_inputs(PDL)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        first = tile // (GROUP * tiles_n) * GROUP
+        height = min(GROUP, tiles_m - first)
+        within = tile % (GROUP * tiles_n)
+        m = (first + within % height) * BLOCK_M
+        n = within // height * BLOCK_N
+        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            x = x_desc.load([m, k])
+            gate = tl.dot(x, weight_desc.load([n, k]).T, gate)
+            up = tl.dot(x, weight_desc.load([N + n, k]).T, up)
+        y = gate / (1 + tl.exp(-gate)) * up
+        out_desc.store([m, n], y.to(out_desc.dtype))
+
+
+def is_swiglu(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `swiglu_triton` is the way to multiply x [T, K] with `weight` [2 N, K], of the same dtype.
+
+    It is where its tiles keep all multiprocessors busy, most of the time until the last one ends. TMA wants rows of
+    whole 16 bytes. Blackwell's chips for desktops (12.0) have less shared memory than the tiles take.
+    """
+    if not HAVE_TRITON or not x.is_cuda or x.itemsize != 2 or x.shape[1] % 8 or len(weight) % 16:
+        return False
+    busy = 2 * _num_tiles(len(x), len(weight) // 2, DEFAULT_CONFIG) >= 5 * sm_count(x.device)
+    return busy and x.is_contiguous() and torch.cuda.get_device_capability(x.device) in ((9, 0), (10, 0))
+
+
+def _num_tiles(rows: int, n: int, config: SwigluConfig) -> int:
+    return triton.cdiv(rows, config.block_m) * triton.cdiv(n, config.block_n)
+
+
+def swiglu_triton(x: torch.Tensor, weight: torch.Tensor, config: SwigluConfig = DEFAULT_CONFIG) -> torch.Tensor:
+    """silu(x G^T) * x U^T; sums in float32, rounded once.
+
+    Args:
+        x: [T, K], for which `is_swiglu`.
+        weight: [2 N, K], G and U, plain and contiguous.
+
+    Returns:
+        [T, N].
+    """
+    (rows, k), n = x.shape, len(weight) // 2
+    out = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    num_tiles = _num_tiles(rows, n, config)
+    _swiglu_kernel[(min(num_tiles, config.programs * sm_count(x.device)),)](
+        TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
+        TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
+        TensorDescriptor.from_tensor(out, [config.block_m, config.block_n]),
+        rows,
+        n,
+        k,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP=GROUP_TILES,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **launch_options(x.device),
+    )
+    return out

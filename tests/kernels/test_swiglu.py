@@ -1,0 +1,71 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels import linear as products
+from nanovllm.kernels import swiglu
+from nanovllm.kernels._triton import HAVE_TRITON
+from nanovllm.kernels.swiglu import SwigluConfig, is_swiglu, swiglu_triton
+
+SMALL = SwigluConfig(32, 16, 16, 4, 2)
+
+
+def operands(rows, n, k, device, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(shape, generator=generator) for shape in ((rows, k), (2 * n, k)))
+    return x.to(device, dtype), (weight * k**-0.5).to(device, dtype)
+
+
+def unit(x, weight):
+    gate, up = F.linear(x.float(), weight.float()).chunk(2, -1)
+    return F.silu(gate) * up
+
+
+@pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 8, 8), (33, 24, 40), (300, 40, 16), (64, 16, 48)])
+def test_it_is_the_gated_unit_at_odd_sizes(device, rows, n, k, dtype):
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter multiplies the bits of bfloat16")
+    x, weight = operands(rows, n, k, device, dtype)
+    torch.testing.assert_close(swiglu_triton(x, weight, SMALL).float(), unit(x, weight), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("rows", "n", "k"), [(2048, 3072, 1024), (1033, 9728, 2560), (2999, 6144, 4096)])
+def test_real_sizes_take_it(device, rows, n, k):
+    x, weight = operands(rows, n, k, device)
+    if torch.cuda.get_device_capability() not in ((9, 0), (10, 0)):
+        pytest.skip("for other chips there is cuBLAS")
+    assert is_swiglu(x, weight)
+    got = products.linear(x, weight, gated=True)
+    torch.testing.assert_close(got.float(), unit(x, weight), rtol=2e-2, atol=2e-2)
+
+
+def test_products_of_other_kinds_are_not_its_own(device, monkeypatch):
+    monkeypatch.setattr(products, "is_swiglu", lambda *_: True)
+    monkeypatch.setattr(products, "swiglu_triton", lambda x, weight: "taken")
+    x, weight = operands(8, 8, 8, device)
+    assert products.linear(x, weight, gated=True) == "taken"
+    assert products.linear(x, weight) != "taken"
+    assert products.linear(x, weight, weight[:, 0], gated=True) != "taken"
+
+
+def test_what_it_takes(monkeypatch):
+    class OnHopper(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(swiglu, "sm_count", lambda device: 132)
+    monkeypatch.setattr(swiglu, "HAVE_TRITON", True)
+
+    def takes(rows, n, k, dtype=torch.bfloat16):
+        x = torch.empty(rows, k, dtype=dtype, device="meta").as_subclass(OnHopper)
+        return is_swiglu(x, torch.empty(2 * n, k, dtype=dtype, device="meta"))
+
+    assert takes(2048, 3072, 1024) and takes(512, 12288, 4096)
+    assert not takes(1024, 3072, 1024)  # two waves of tiles, of which the second is short
+    assert not takes(2048, 3072, 1028) and not takes(2048, 3076, 1024)  # rows that TMA does not take
+    assert not takes(2048, 3072, 1024, torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert not takes(2048, 3072, 1024)
