@@ -1,9 +1,9 @@
-"""Sums of two ranks' many rows, of which each part is on its way while the next is still computed.
+"""Large sums over two ranks: each part is on its way to the other while the next is still computed.
 
-As long as the sum of many rows takes, the rows that it is for take to be multiplied, if not longer. Copy engines move
-the parts, so that all multiprocessors multiply:
+The sum of a prompt's rows takes half as long as the product that makes them, or longer. Copy engines move the parts
+meanwhile, so that all multiprocessors multiply:
 
-    rank 0   multiply part 0 | multiply part 1        | add parts, norm
+    rank 0   multiply part 0 | multiply part 1        | ... | add parts, norm
     engine                   | copy part 0 to rank 1  | copy part 1 ...
 
 A part has arrived when the number of the sum stands in a word that is written after it. An inbox has room for two sums,
@@ -45,7 +45,7 @@ def _add_kernel(
     x_ptr,
     inbox_ptr,
     arrived_ptr,
-    left_ptr,
+    departed_ptr,
     told_ptr,
     norm_ptr,
     out_ptr,
@@ -63,7 +63,7 @@ def _add_kernel(
     dtype = x_ptr.dtype.element_ty
     wait_for_inputs(PDL)
     first = tl.program_id(0).to(tl.int64) * ROWS
-    _await(left_ptr, first // part_rows, number, told_ptr)  # the sum takes the place of what is sent
+    _await(departed_ptr, first // part_rows, number, told_ptr)  # the sum takes the place of what is sent
     _await(arrived_ptr, first // part_rows, number, told_ptr)
     if NORM:
         norm = tl.load(norm_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
@@ -91,7 +91,7 @@ class SumAhead:
 
     def __init__(self, inbox: torch.Tensor, other_inbox: int, told: torch.Tensor):
         self.inbox, self.other_inbox, self.told = inbox, other_inbox, told
-        self.arrived, self.left = inbox[-PARTS:], torch.zeros(PARTS, dtype=torch.int32, device=inbox.device)
+        self.arrived, self.departed = inbox[-PARTS:], torch.zeros(PARTS, dtype=torch.int32, device=inbox.device)
         self.number = 0  # of the sum
         self.sent: torch.Tensor | None = None  # what of it has been sent
         self.stream = torch.cuda.Stream(inbox.device) if inbox.is_cuda else None
@@ -108,7 +108,7 @@ class SumAhead:
         for part in range(PARTS):
             rows = slice(part * _part_rows(x), min((part + 1) * _part_rows(x), len(x)))
             yield rows
-            self._send(x[rows], rows.start * x[0].nbytes, part)
+            self._send(x[rows], rows.start * x.shape[1] * x.itemsize, part)
         self.sent = x
 
     def _half(self) -> int:
@@ -119,15 +119,15 @@ class SumAhead:
         self.stream.wait_stream(torch.cuda.current_stream())
         cuda_ipc.copy(self.other_inbox + self._half() + offset, x.data_ptr(), x.nbytes, self.stream)
         cuda_ipc.write(self.other_inbox + 4 * (INBOX_WORDS - PARTS + part), self.number, self.stream)
-        cuda_ipc.write(self.left[part:].data_ptr(), self.number, self.stream)
+        cuda_ipc.write(self.departed[part:].data_ptr(), self.number, self.stream)
 
     def add(self, norm: tuple[torch.Tensor, float] | None = None) -> torch.Tensor:
-        """Add what the other has sent to `sent`, in place, and return it; or its RMSNorm, as `all_reduce_triton`."""
+        """Add to `sent`, in place, what the other sent, and return it; or its RMSNorm, as `all_reduce_triton` does."""
         x, self.sent = self.sent, None
         out = x if norm is None else torch.empty_like(x)
         weight, eps = (x, 0.0) if norm is None else norm
         half = self.inbox[self._half() // 4 :].view(x.dtype)
-        words = self.arrived, self.left, self.told
+        words = self.arrived, self.departed, self.told
         block = triton.next_power_of_2(x.shape[1])
         _add_kernel[(triton.cdiv(len(x), ROWS),)](
             x,

@@ -1,4 +1,4 @@
-"""GPU memory that other processes of the host map, by the CUDA driver (`libcuda`, which every CUDA program has loaded).
+"""GPU memory that processes of one host map and write, by the CUDA driver (every CUDA program has loaded `libcuda`).
 
 torch shares tensors too, but keeps one until the other process has said that it is done with it: after that one was
 killed, for ever.
