@@ -17,7 +17,7 @@ A place in the buffers is three, of which each call takes the next, and empties 
 has all of call n may send its part of call n + 1 while another still reads; it cannot come to call n + 2 before that
 one has sent its own part of n + 1, and then that one is done with call n.
 
-A rank that is told to stop waits no more, and writes to others no more: their memory may be gone.
+A rank that is told to stop waits no more, and begins to write to others no more: their memory may be gone.
 """
 
 from contextlib import ExitStack
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from nanovllm.kernels._triton import launch_options, sm_count, tl, triton, wait_for_inputs
-from nanovllm.kernels.sum_ahead import INBOX_WORDS, SumAhead
+from nanovllm.kernels.sum_ahead import SumAhead, inbox_words
 from nanovllm.utils.cuda_ipc import Mapping
 
 CAPACITY = 32 << 20  # bytes that a rank can send to another in one launch; more are sent in several
@@ -239,9 +239,8 @@ class PeerMemory:
         self.num_sms = sm_count(self.device)
         self.max_programs = 4 * self.num_sms  # that run at once, as they wait
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # for `end`: the others may never be free
-        self.ahead: SumAhead | None = None
-        if on_gpu and self.size == 2:
-            start = _buffer_words(2)
+        start, self.ahead = _buffer_words(self.size), None
+        if len(memory[rank]) > start:
             self.ahead = SumAhead(memory[rank][start:], pointers[1 - rank] + 4 * start, self.told)
 
     def launch_arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
@@ -264,7 +263,7 @@ class PeerMemory:
         return num_blocks * block_bytes <= CAPACITY and row_bytes % 4 == 0 and x.is_contiguous()
 
     def end(self) -> None:
-        """End all that this rank waits for and writes here, now and later. Safe in any thread."""
+        """End all waits of this rank here, and all that it writes later. Safe in any thread."""
         with torch.inference_mode(), torch.cuda.stream(self._stream):  # these may have been made in that mode
             self.told.fill_(1)
             self.stop.copy_(self.told, non_blocking=True)
@@ -275,7 +274,7 @@ class PeerMemory:
         """Give back the other ranks' memory. Waits for what this rank still runs, which must end without them."""
         if self._stream is not None:
             torch.cuda.synchronize(self.device)
-        memory, self.memory = self.memory, []
+        memory, self.memory, self.ahead = self.memory, [], None
         with ExitStack() as stack:  # closes all even if one fails
             for part in memory:
                 if isinstance(part, Mapping):
@@ -287,10 +286,10 @@ def _buffer_words(ranks: int) -> int:
     return 3 * (ranks - 1) * (CAPACITY // 4)
 
 
-def new_memory(ranks: int, device: torch.device) -> torch.Tensor:
-    """A rank's own part of a PeerMemory: the buffers of sums and exchanges, and for two GPUs an inbox of `SumAhead`."""
+def new_memory(ranks: int, device: torch.device, largest_sum: int = 0) -> torch.Tensor:
+    """A rank's own part of a PeerMemory: buffers, and of two ranks an inbox if `largest_sum`, in bytes, needs one."""
     start = _buffer_words(ranks)
-    inbox = INBOX_WORDS if device.type == "cuda" and ranks == 2 else 0
+    inbox = inbox_words(largest_sum) if ranks == 2 else 0
     memory = torch.full((start + inbox,), _EMPTY, dtype=torch.int32, device=device)
     memory[start:].zero_()
     return memory

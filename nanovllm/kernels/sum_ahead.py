@@ -8,7 +8,8 @@ meanwhile, so that all multiprocessors multiply:
 
 A part has arrived when the number of the sum stands in a word that is written after it. An inbox has room for two sums,
 taken in turn. A rank that writes the sum after the next has all of the next from the other one, which had read its
-whole inbox before it sent that.
+whole inbox before it sent that. (What is sent and never added, as hidden states that nobody reads, is garbage in an
+inbox until ranks meet in another sum.)
 """
 
 from collections.abc import Iterator
@@ -18,18 +19,23 @@ import torch
 from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
 from nanovllm.utils import cuda_ipc
 
-CAPACITY = 128 << 20  # bytes of the largest sum
+CAPACITY = 256 << 20  # bytes of the largest sum
 LEAST = 16 << 20  # bytes of the smallest that is worth it
-LARGEST_ROW = 64 << 10  # bytes; no part of so many rows is empty
+LEAST_ROWS = 2049  # steps of fewer tokens are captured, and their sums cannot be counted
 PARTS = 4
 ROWS = 8  # for a program; all are of one part
-INBOX_WORDS = 2 * CAPACITY // 4 + PARTS  # of 32 bits: two sums, then what tells that parts are there
+
+
+def inbox_words(largest: int) -> int:
+    """32-bit words of an inbox for sums of up to `largest` bytes: two sums, then what tells that parts are there."""
+    return 2 * min(largest, CAPACITY) // 16 * 4 + PARTS if largest >= LEAST else 0
 
 
 @triton.jit
 def _await(words_ptr, part, number, told_ptr):
     """Wait until the word of the part tells of this sum, or of the next one; or until this rank is told to stop."""
-    # Atomics of a program are one thread's, which tells the others: they see what was written before, and go on as one.
+    # A program's atomics are one thread's, which tells the others: they see what was written before, and go on as one.
+    # That of 0 is compiled to an acquiring load; the host's memory bears nothing else.
     ahead = tl.atomic_add(words_ptr + part, 0, sem="acquire", scope="sys") - number
     tries = 0
     told = 0
@@ -84,23 +90,24 @@ class SumAhead:
     """What a rank needs to sum with the other one.
 
     Args:
-        inbox: this rank's, INBOX_WORDS zeros of int32.
+        inbox: this rank's, `inbox_words` zeros of int32.
         other_inbox: address of the other's, as this process sees it.
-        told: in the host's memory, not 0 once no part may be waited for any more.
+        told: in the host's memory, not 0 once no part may be waited for, nor sent, any more.
     """
 
     def __init__(self, inbox: torch.Tensor, other_inbox: int, told: torch.Tensor):
         self.inbox, self.other_inbox, self.told = inbox, other_inbox, told
         self.arrived, self.departed = inbox[-PARTS:], torch.zeros(PARTS, dtype=torch.int32, device=inbox.device)
+        self.capacity = (len(inbox) - PARTS) // 2 * 4  # bytes of a sum
         self.number = 0  # of the sum
         self.sent: torch.Tensor | None = None  # what of it has been sent
         self.stream = torch.cuda.Stream(inbox.device) if inbox.is_cuda else None
 
-    @staticmethod
-    def fits(x: torch.Tensor) -> bool:
-        """Whether `x` is to be sent ahead: it is large enough, there is room, and calls can be counted."""
-        fits = LEAST <= x.nbytes <= CAPACITY and x.shape[1] * x.itemsize <= LARGEST_ROW and x.is_contiguous()
-        return fits and not torch.cuda.is_current_stream_capturing()
+    def fits(self, x: torch.Tensor) -> bool:
+        """Whether `x` [T, N] is to be sent ahead: it is large enough, there is room, and calls can be counted."""
+        fits = len(x) >= LEAST_ROWS and LEAST <= x.nbytes <= self.capacity
+        whole = x.is_contiguous() and x.shape[1] * x.itemsize % 16 == 0  # as copy engines like it
+        return fits and whole and not torch.cuda.is_current_stream_capturing()
 
     def parts(self, x: torch.Tensor) -> Iterator[slice]:
         """Rows of `x` [T, N], part after part: each is sent when the next is asked for, and must be computed then."""
@@ -113,17 +120,18 @@ class SumAhead:
 
     def _half(self) -> int:
         """Where the sum's half of an inbox begins, in bytes."""
-        return self.number % 2 * CAPACITY
+        return self.number % 2 * self.capacity
 
     def _send(self, x: torch.Tensor, offset: int, part: int) -> None:
+        if self.told.item():
+            return
         self.stream.wait_stream(torch.cuda.current_stream())
         cuda_ipc.copy(self.other_inbox + self._half() + offset, x.data_ptr(), x.nbytes, self.stream)
-        cuda_ipc.write(self.other_inbox + 4 * (INBOX_WORDS - PARTS + part), self.number, self.stream)
+        cuda_ipc.write(self.other_inbox + 2 * self.capacity + 4 * part, self.number, self.stream)
         cuda_ipc.write(self.departed[part:].data_ptr(), self.number, self.stream)
 
-    def add(self, norm: tuple[torch.Tensor, float] | None = None) -> torch.Tensor:
-        """Add to `sent`, in place, what the other sent, and return it; or its RMSNorm, as `all_reduce_triton` does."""
-        x, self.sent = self.sent, None
+    def add(self, x: torch.Tensor, norm: tuple[torch.Tensor, float] | None = None) -> torch.Tensor:
+        """Add to x, which was `sent`, what the other sent, and return it; or its RMSNorm, as `all_reduce_triton`."""
         out = x if norm is None else torch.empty_like(x)
         weight, eps = (x, 0.0) if norm is None else norm
         half = self.inbox[self._half() // 4 :].view(x.dtype)

@@ -88,7 +88,8 @@ def is_swiglu(x: torch.Tensor, weight: torch.Tensor) -> bool:
     if not HAVE_TRITON or not x.is_cuda or x.itemsize != 2 or x.shape[1] % 8 or len(weight) % 16:
         return False
     busy = 2 * _num_tiles(len(x), len(weight) // 2, DEFAULT_CONFIG) >= 5 * sm_count(x.device)
-    return busy and x.is_contiguous() and torch.cuda.get_device_capability(x.device) in ((9, 0), (10, 0))
+    plain = x.ndim == 2 and x.is_contiguous() and weight.is_contiguous()
+    return busy and plain and torch.cuda.get_device_capability(x.device) in ((9, 0), (10, 0))
 
 
 def _num_tiles(rows: int, n: int, config: SwigluConfig) -> int:

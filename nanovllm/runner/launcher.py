@@ -74,6 +74,12 @@ def rank_device(device_type: str, local_rank: int | None) -> torch.device:
     return device
 
 
+def largest_sum(config: Config, source: ModelSource) -> int:
+    """Bytes of the largest sum over the ranks: a full step's hidden states."""
+    itemsize = config.torch_dtype(source.config.dtype).itemsize
+    return config.max_num_batched_tokens * source.config.hidden_size * itemsize
+
+
 def start(config: Config, source: ModelSource) -> "Executor":
     """The executor that fits `config` and the way this process was started."""
     if config.tensor_parallel_size == 1:
@@ -94,7 +100,8 @@ def _join_outside_group(config: Config, source: ModelSource) -> "Executor":
             f"tensor_parallel_size={config.tensor_parallel_size} must equal the world size, {dist.get_world_size()}"
         )
     device = rank_device(config.device_type, int(os.environ.get("LOCAL_RANK", dist.get_rank())))
-    executor = Executor(ModelRunner(config, source, TensorParallel.default().with_peers(device), device))
+    tp = TensorParallel.default().with_peers(device, largest_sum(config, source))
+    executor = Executor(ModelRunner(config, source, tp, device))
     if joined:
         atexit.register(_leave_group, weakref.ref(executor))
     return executor
@@ -175,9 +182,9 @@ class SpawnedRanks(Executor):
                     self.channels[-1].send((config, rank, store_path))
                 store = dist.FileStore(store_path, size)
                 self._await_children(store)
-                self.tp = self._join(store, size, device)
+                tp = self._join(config, source, store, device)
                 self.check()  # the monitor may have looked for `tp` before
-                super().__init__(ModelRunner(config, source, self.tp, device, self.check))
+                super().__init__(ModelRunner(config, source, tp, device, self.check))
         except BaseException:
             self.close()
             raise
@@ -204,17 +211,27 @@ class SpawnedRanks(Executor):
             self.check()
             time.sleep(0.02)
 
-    def _join(self, store: "dist.Store", size: int, device: torch.device) -> TensorParallel:
+    def _join(self, config: Config, source: ModelSource, store: "dist.Store", device: torch.device) -> TensorParallel:
         """Make the group, in a thread that is left behind if a child is lost: nothing ends its wait for that one."""
-        joined = Future()
+        size, joined = config.tensor_parallel_size, Future()
 
         def join() -> None:
             try:
                 if device.type == "cuda":
                     torch.cuda.set_device(device)
-                joined.set_result(TensorParallel(0, size, make_group(0, size, store, device.type)).with_peers(device))
-            except Exception as error:
-                joined.set_exception(error)
+                tp = TensorParallel(0, size, make_group(0, size, store, device.type))
+                self.tp = tp  # from now on it can be ended
+                tp = tp.with_peers(device, largest_sum(config, source))
+                if device.type == "cuda":
+                    torch.cuda.synchronize()  # the caller's stream may be another than this thread's
+                self.tp = tp
+                joined.set_result(tp)
+                if self.closing.is_set():
+                    tp.end(lambda: None)
+                    tp.close()
+            except BaseException as error:
+                if not joined.done():
+                    joined.set_exception(error)
 
         threading.Thread(target=join, daemon=True).start()
         while not joined.done():

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed as dist
 
-from nanovllm.runner.launcher import make_group, rank_device
+from nanovllm.runner.launcher import largest_sum, make_group, rank_device
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.utils.hub import open_model
 from nanovllm.utils.parallel import TensorParallel
@@ -91,7 +91,7 @@ def main(fd: int, parent: int, folder: str) -> None:
         store.set(f"rank {rank}", "present")
         group = make_group(rank, size, store, config.device_type)
         source = open_model(config.model, config.load_format)
-        tp = TensorParallel(rank, size, group).with_peers(device)
+        tp = TensorParallel(rank, size, group).with_peers(device, largest_sum(config, source))
         runner = ModelRunner(config, source, tp, device)
         serve(runner, channel)
         tp.end(runner.free_graphs)

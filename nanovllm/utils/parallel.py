@@ -46,11 +46,15 @@ class TensorParallel:
             return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
         return cls()
 
-    def with_peers(self, device: torch.device) -> "TensorParallel":
-        """This group with `peers`, if all ranks are GPUs of one host that can write each other's memory."""
+    def with_peers(self, device: torch.device, largest_sum: int = 0) -> "TensorParallel":
+        """This group with `peers`, if all ranks are GPUs of one host that can write each other's memory.
+
+        Args:
+            largest_sum: bytes of the largest sum there will be.
+        """
         if device.type != "cuda" or not HAVE_TRITON or self.size == 1:
             return self
-        own = new_memory(self.size, device)
+        own = new_memory(self.size, device, largest_sum)
         host = Path("/proc/sys/kernel/random/boot_id").read_text()
         memory, failure = [], "they are on several hosts, or one cannot share its memory"
         try:
@@ -79,8 +83,10 @@ class TensorParallel:
 
     def all_reduce(self, x: torch.Tensor, norm: tuple[torch.Tensor, float] | None = None) -> torch.Tensor:
         """Sum `x` over the ranks, in place, and return it; or its RMSNorm with `norm`, weight and epsilon."""
-        if self.ahead is not None and self.ahead.sent is x:
-            return self.ahead.add(norm)
+        if self.ahead is not None:
+            sent, self.ahead.sent = self.ahead.sent, None
+            if sent is x:
+                return self.ahead.add(x, norm)
         if self.peers is not None and self.peers.fits(x):
             return all_reduce_triton(x, self.peers, norm)
         if self.size > 1:

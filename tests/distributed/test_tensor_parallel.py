@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -310,6 +312,39 @@ def test_a_rank_that_dies_while_others_join_is_a_clear_error_in_seconds(model, m
     assert gone([processes[0].pid])
 
 
+def test_a_group_that_fails_or_comes_too_late_is_ended(model, monkeypatch):
+    def note(what):
+        return lambda tp, *arguments: ended.append((what, tp.rank))
+
+    def with_peers(tp, *arguments):
+        if late:
+            joining.set()
+            time.sleep(1)
+            return replace(tp)
+        raise RuntimeError("no room for peers")
+
+    def interrupted(self):
+        if joining.is_set():
+            raise KeyboardInterrupt
+
+    ended, joining = [], threading.Event()
+    monkeypatch.setattr(TensorParallel, "end", note("end"))
+    monkeypatch.setattr(TensorParallel, "close", note("close"))
+    monkeypatch.setattr(TensorParallel, "with_peers", with_peers)
+    late = False
+    with pytest.raises(RuntimeError, match="no room for peers"):
+        LLM(model, tensor_parallel_size=2, **OPTIONS)
+    assert ended == [("end", 0), ("close", 0)]
+    late = True
+    ended.clear()
+    monkeypatch.setattr(SpawnedRanks, "check", interrupted)
+    monkeypatch.setattr(SpawnedRanks, "_end_children", lambda self: None)
+    with pytest.raises(KeyboardInterrupt):
+        LLM(model, tensor_parallel_size=2, **OPTIONS)
+    time.sleep(2)
+    assert ended == [("close", 0), ("end", 0), ("close", 0)]  # what was there, then what came late
+
+
 def test_a_worker_s_error_reaches_the_caller_with_its_traceback(model, monkeypatch):
     with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
         llm.executor.channels[0].send("not a batch")
@@ -382,8 +417,6 @@ def test_the_pool_is_the_smallest_rank_s(model, tmp_path):
 SCRIPT = """
 import json, sys, time
 from nanovllm import LLM, SamplingParams
-from nanovllm.runner import launcher
-from nanovllm.runner.launcher import SpawnedRanks, rank_device
 llm = LLM(sys.argv[1], tensor_parallel_size=2, **json.loads(sys.argv[2]))
 processes = getattr(llm.executor, "processes", [])
 sys.stdout.write(" ".join(["pids", *[str(p.pid) for p in processes]]) + "\\n")  # one write: ranks share the pipe

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -43,7 +44,7 @@ def sum_beside_nccl(rank, folder):
     """On each rank: sums of few and many rows, one after the other in any order, and exchanges are those of NCCL."""
     device = rank_device("cuda", rank)
     tp = TensorParallel(rank, 2, make_group(rank, 2, dist.FileStore(str(folder / "store"), 2), "cuda"))
-    tp = tp.with_peers(device)
+    tp = tp.with_peers(device, 256 << 20)
     generator, wrong = torch.Generator().manual_seed(0), []
     weight = torch.full((4096,), 0.5, device=device)
     weights = {dtype: weight.to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -196,20 +197,26 @@ def test_closed_engines_leave_no_memory(model):
     assert left[1] - left[0] < 1 << 20
 
 
-def test_a_rank_out_of_memory_is_a_clear_error_in_seconds():
+@pytest.mark.parametrize("what", ["killed", "out of memory"])
+def test_a_rank_lost_in_a_long_prompt_is_a_clear_error_in_seconds(what):
+    """Copies to it may be on their way."""
     options = dict(load_format="dummy", enforce_eager=True, gpu_memory_utilization=0.5, enable_prefix_caching=False)
-    prompts = prompts_of([4000] * 4, 10_000)
+    prompts, hog = prompts_of([4000] * 16, 10_000), None
     with LLM("qwen3-8b", tensor_parallel_size=2, **options) as llm:
         (process,) = llm.executor.processes
-        free = torch.cuda.mem_get_info(1)[0]
-        hog = torch.empty(free - (200 << 20), dtype=torch.uint8, device="cuda:1")
+        assert llm.executor.tp.ahead is not None
+        if what == "killed":
+            threading.Timer(0.4, process.kill).start()
+        else:
+            hog = torch.empty(torch.cuda.mem_get_info(1)[0] - (200 << 20), dtype=torch.uint8, device="cuda:1")
         start = time.monotonic()
-        with pytest.raises(RuntimeError, match=r"rank 1 failed:\n(.|\n)*OutOfMemoryError"):
+        with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9|rank 1 failed:\n(.|\n)*OutOfMemoryError"):
             tokens(llm, prompts, greedy(2))
         assert time.monotonic() - start < 10
         del hog
         torch.cuda.empty_cache()
     assert gone([process.pid])
+    assert torch.ones(8, device="cuda").sum().item() == 8  # this process's GPU is as good as before
 
 
 def test_under_torchrun_every_rank_has_the_results(model, want, tmp_path):

@@ -40,11 +40,9 @@ def call_all():
     for dtype, norm in ((torch.bfloat16, None), (torch.bfloat16, (weight, 1e-6)), (torch.float32, None)):
         collectives.all_reduce_triton(torch.zeros(4, 256, dtype=dtype), peers, norm)
     collectives.exchange_triton(x, peers)
-    inbox = torch.zeros(sum_ahead.INBOX_WORDS, **i32)
+    ahead = sum_ahead.SumAhead(torch.zeros(sum_ahead.inbox_words(1 << 24), **i32), 0, peers.told)
     for norm in (None, (weight, 1e-6)):
-        ahead = sum_ahead.SumAhead(inbox, 0, peers.told)
-        ahead.sent = torch.zeros(300, 256, **bf16)
-        ahead.add(norm)
+        ahead.add(torch.zeros(300, 256, **bf16), norm)
     last = torch.zeros(5, **i64), torch.zeros(5, **i32), 4
     for advances in (None, last):
         tokens = sampling.sample_triton(torch.zeros(4, 5000, **bf16), slots, lens, state, advances)
@@ -87,6 +85,8 @@ with compile_aside(), compile_only():
 names = sorted({name for name, _ in compiled})
 kernels = {future.kernel for _, future in compiled}
 assert all(kernel.asm["cubin"] for kernel in kernels)
+adds = {future.kernel for name, future in compiled if name == "_add_kernel"}
+assert adds and not any("atom" in kernel.asm["ptx"] for kernel in adds)  # of the host's memory: loads, no more
 assert len(loaders) == len(kernels) and threading.main_thread() not in loaders
 print(len(compiled), *names)
 """

@@ -1,9 +1,10 @@
 """Two ranks as processes that share memory, on a CPU: sums whose parts are sent while others are computed.
 
-Triton's interpreter runs the kernels; memory that is moved at once stands for copy engines.
+Triton's interpreter runs the kernels; a thread stands for each copy engine.
 """
 
 import ctypes
+import queue
 import threading
 import time
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from nanovllm.kernels import sum_ahead
+from nanovllm.kernels import collectives, sum_ahead
 from nanovllm.kernels._triton import HAVE_TRITON
 from nanovllm.kernels.rms_norm import rms_norm_torch
-from nanovllm.kernels.sum_ahead import INBOX_WORDS, PARTS, SumAhead
+from nanovllm.kernels.sum_ahead import LEAST_ROWS, PARTS, SumAhead, inbox_words
 from nanovllm.layers.linear import RowParallelLinear
+from nanovllm.runner.cuda_graphs import mixed_sizes
 from nanovllm.utils import cuda_ipc, parallel
 
 pytestmark = [
@@ -24,29 +26,63 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs tests/gpu/test_tensor_parallel.py shows it"),
 ]
 SHAPES = [(256, 64), (300, 48), (257, 64), (1000, 8)]
+LARGEST = 300 * 64 * 4
+
+
+class CopyEngine:
+    """A stream: does what it is given, one after the other, a moment later."""
+
+    def __init__(self):
+        self.work = queue.Queue()
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        while True:
+            do, *arguments = self.work.get()
+            time.sleep(0.005)
+            do(*arguments)
+            self.work.task_done()
+
+    def wait_stream(self, stream):
+        self.waits = True
+
+
+def copy(target, source, num_bytes, stream):
+    assert stream.waits, "what is copied may not be there yet"
+    stream.waits = False
+    stream.work.put((ctypes.memmove, target, source, num_bytes))
+
+
+def write(address, value, stream):
+    stream.work.put((lambda: ctypes.memmove(address, ctypes.byref(ctypes.c_int32(value)), 4),))
 
 
 @pytest.fixture
-def copies(monkeypatch):
-    replace_copy_engines(monkeypatch.setattr)
+def engines(monkeypatch):
+    replace_engines(monkeypatch.setattr)
 
 
-def replace_copy_engines(setattr):
-    setattr(cuda_ipc, "copy", lambda target, source, num_bytes, stream: ctypes.memmove(target, source, num_bytes))
-    setattr(
-        cuda_ipc,
-        "write",
-        lambda address, value, stream: ctypes.memmove(address, ctypes.byref(ctypes.c_int32(value)), 4),
-    )
+def replace_engines(setattr):
+    setattr(cuda_ipc, "copy", copy)
+    setattr(cuda_ipc, "write", write)
     setattr(torch.cuda, "current_stream", lambda: None)
     setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     setattr(sum_ahead, "LEAST", 256)
+    setattr(sum_ahead, "LEAST_ROWS", 256)
+
+
+def new_inboxes():
+    return [torch.zeros(2 * LARGEST // 4 + PARTS, dtype=torch.int32).share_memory_() for _ in range(2)]
 
 
 def ahead_of(rank, inboxes):
     ahead = SumAhead(inboxes[rank], inboxes[1 - rank].data_ptr(), torch.zeros(1, dtype=torch.int32))
-    ahead.stream = SimpleNamespace(wait_stream=lambda stream: None)
+    ahead.stream = CopyEngine()
     return ahead
+
+
+def tp_of(rank, ahead):
+    return parallel.TensorParallel(rank, 2, peers=SimpleNamespace(ahead=ahead, fits=lambda x: False))
 
 
 def calls(rank):
@@ -58,73 +94,123 @@ def calls(rank):
 
 
 def run_rank(rank, inboxes, folder):
-    replace_copy_engines(setattr)
+    replace_engines(setattr)
     ahead = ahead_of(rank, inboxes)
     ahead.number = (1 << 31) - 4  # the count goes round meanwhile
-    tp = parallel.TensorParallel(rank, 2, peers=SimpleNamespace(ahead=ahead, fits=None))
+    tp, await_part = tp_of(rank, ahead), sum_ahead._await
+
+    def await_late(*arguments):
+        await_part(*arguments)
+        time.sleep(0.002)  # the other has all and sends parts of the next sum
+
     for i, (own, want, norm) in enumerate(calls(rank)):
+        sum_ahead._await = await_late if rank == i % 2 else await_part
         x = torch.full_like(own, float("nan"))
         for rows in ahead.parts(x):
             if rank == i % 2:
-                time.sleep(0.02)  # the other waits, and its next sum's parts come early
+                time.sleep(0.02)  # the other waits
             x[rows] = own[rows]
         out = tp.all_reduce(x, norm)
-        assert torch.equal(x, want) and (out is x) == (norm is None)
+        assert torch.equal(x, want) and (out is x) == (norm is None) and ahead.sent is None
         if norm is not None:
             torch.testing.assert_close(out, rms_norm_torch(want, *norm))
+    ahead.stream.work.join()
     (folder / str(rank)).touch()
 
 
 def test_both_ranks_get_the_sum_and_its_norm(tmp_path):
-    inboxes = [torch.zeros(INBOX_WORDS, dtype=torch.int32).share_memory_() for _ in range(2)]
-    torch.multiprocessing.spawn(run_rank, (inboxes, tmp_path), 2)
-    assert all((tmp_path / str(rank)).exists() for rank in range(2))
+    ranks = torch.multiprocessing.spawn(run_rank, (new_inboxes(), tmp_path), 2, join=False)
+    deadline = time.monotonic() + 90
+    while not (done := ranks.join(1)) and time.monotonic() < deadline:
+        pass
+    for process in ranks.processes:
+        process.kill()
+    assert done and all((tmp_path / str(rank)).exists() for rank in range(2))
 
 
-def test_a_row_parallel_layer_sends_its_parts(copies, monkeypatch):
+def test_a_row_parallel_layer_sends_large_sums(engines):
     """Both ranks' one after the other, which is as good as at once: neither waits before both have sent."""
-    inboxes = [torch.zeros(INBOX_WORDS, dtype=torch.int32) for _ in range(2)]
+    inboxes = new_inboxes()
     x, residual, weight, bias = torch.randn(300, 32), torch.randn(300, 64), torch.randn(64, 32), torch.randn(64)
     sent = []
     for rank in range(2):
-        tp = parallel.TensorParallel(rank, 2, peers=SimpleNamespace(ahead=ahead_of(rank, inboxes)))
+        tp = tp_of(rank, ahead_of(rank, inboxes))
         layer = RowParallelLinear(32, 64, bias=True, reduce_results=False, tp=tp)
         layer.weight_loader(layer.weight, weight)
         layer.bias.copy_(bias)
         part = x[:, 16 * rank : 16 * (rank + 1)]
+        layer(part[:200], residual[:200].clone())
+        assert tp.ahead.number == 0 and tp.ahead.sent is None
         sent.append((tp, layer(part, residual.clone())))
         assert tp.ahead.number == 1
     for tp, y in sent:
         torch.testing.assert_close(tp.all_reduce(y), residual + x @ weight.t() + bias, rtol=1e-4, atol=1e-4)
 
 
-def test_a_rank_that_is_told_to_stop_waits_for_none(copies):
-    inboxes = [torch.zeros(INBOX_WORDS, dtype=torch.int32) for _ in range(2)]
+def test_what_nobody_adds_is_not_kept(engines, monkeypatch):
+    """Hidden states of a step whose logits are of some rows only."""
+    inboxes, x = new_inboxes(), torch.ones(256, 64)
+    ahead = ahead_of(0, inboxes)
+    for _ in ahead.parts(x):
+        pass
+    rows = torch.ones(2, 64)
+    monkeypatch.setattr(parallel, "all_reduce_triton", lambda x, peers, norm: x)
+    tp = parallel.TensorParallel(0, 2, peers=SimpleNamespace(ahead=ahead, fits=lambda x: True))
+    assert tp.all_reduce(rows) is rows and ahead.sent is None
+    ahead.stream.work.join()
+
+
+def test_a_rank_that_is_told_to_stop_waits_for_none_and_sends_none(engines):
+    inboxes = new_inboxes()
     ahead, x = ahead_of(0, inboxes), torch.ones(256, 64)
     for _ in ahead.parts(x):
         pass
-    waiting = threading.Thread(target=ahead.add, daemon=True)
+    waiting = threading.Thread(target=ahead.add, args=(x,), daemon=True)
     waiting.start()
     waiting.join(0.5)
     assert waiting.is_alive()
     ahead.told.fill_(1)
     waiting.join(20)
     assert not waiting.is_alive()
+    ahead.stream.work.join()
+    inboxes[1].zero_()
+    for _ in ahead.parts(x):
+        pass
+    ahead.stream.work.join()
+    assert not inboxes[1].any()
 
 
 def test_what_fits(monkeypatch):
+    def fits(rows, size, dtype=torch.bfloat16):
+        return ahead.fits(torch.empty(rows, size, dtype=dtype, device="meta"))
+
+    ahead = SumAhead.__new__(SumAhead)
+    ahead.capacity = 128 << 20
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert SumAhead.fits(torch.empty(2048, 4096, dtype=torch.bfloat16, device="meta"))
-    assert not SumAhead.fits(torch.empty(2040, 4096, dtype=torch.bfloat16, device="meta"))
-    assert SumAhead.fits(torch.empty(16384, 4096, dtype=torch.bfloat16, device="meta"))
-    assert not SumAhead.fits(torch.empty(16392, 4096, dtype=torch.bfloat16, device="meta"))
-    assert not SumAhead.fits(torch.empty(300, 40_000, dtype=torch.bfloat16, device="meta"))
-    assert not SumAhead.fits(torch.empty(4096, 8192, dtype=torch.bfloat16, device="meta")[:, :4096])
+    assert fits(2049, 4096) and not fits(2048, 8192) and not fits(2049, 2048)
+    assert fits(16384, 4096) and not fits(16385, 4096)
+    assert not fits(4096, 4097)
+    assert not ahead.fits(torch.empty(4096, 8192, dtype=torch.bfloat16, device="meta")[:, :4096])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not SumAhead.fits(torch.empty(16384, 4096, dtype=torch.bfloat16, device="meta"))
+    assert not fits(16384, 4096)
+    assert max(mixed_sizes(1 << 20)) < LEAST_ROWS  # the warm-up of a captured step does what the step does
 
 
-@pytest.mark.parametrize("num_rows", [256, 257, 300, 511, 16384])
+def test_an_inbox_is_as_large_as_the_largest_sum_needs():
+    assert inbox_words(8 << 20) == 0
+    assert inbox_words(16384 * 4096 * 2) == 64 * 2**20 + PARTS
+    assert inbox_words(1 << 40) == 128 * 2**20 + PARTS
+    start = len(collectives.new_memory(2, torch.device("cpu")))
+    memory = [collectives.new_memory(2, torch.device("cpu"), 16 << 20) for _ in range(2)]
+    peers = collectives.PeerMemory(0, memory)
+    assert peers.ahead.capacity == 16 << 20 and not memory[0][start:].any()
+    assert peers.ahead.other_inbox == memory[1][start:].data_ptr()
+    peers.close()
+    assert peers.ahead is None
+    assert collectives.PeerMemory(0, [memory[0][:start]] * 2).ahead is None
+
+
+@pytest.mark.parametrize("num_rows", [256, 257, 300, 511, 2049, 16384])
 def test_every_row_is_in_one_part(num_rows):
     ahead = SumAhead.__new__(SumAhead)
     ahead.number, ahead._send = 0, lambda *arguments: None

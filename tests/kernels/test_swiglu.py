@@ -24,7 +24,8 @@ def unit(x, weight):
 @pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 8, 8), (33, 24, 40), (300, 40, 16), (64, 16, 48)])
-def test_it_is_the_gated_unit_at_odd_sizes(device, rows, n, k, dtype):
+def test_it_is_the_gated_unit_at_odd_sizes(device, rows, n, k, dtype, monkeypatch):
+    monkeypatch.setattr(swiglu, "sm_count", lambda device: 3)  # programs that share the tiles
     if device.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("the interpreter multiplies the bits of bfloat16")
     x, weight = operands(rows, n, k, device, dtype)
@@ -62,6 +63,11 @@ def test_what_it_takes(monkeypatch):
     def takes(rows, n, k, dtype=torch.bfloat16):
         x = torch.empty(rows, k, dtype=dtype, device="meta").as_subclass(OnHopper)
         return is_swiglu(x, torch.empty(2 * n, k, dtype=dtype, device="meta"))
+
+    wide, weight = (torch.empty(size, 2048, dtype=torch.bfloat16, device="meta") for size in (2048, 6144))
+    assert is_swiglu(wide.as_subclass(OnHopper), weight)
+    assert not is_swiglu(wide.as_subclass(OnHopper)[:, :1024], weight[:, :1024].contiguous())
+    assert not is_swiglu(wide.as_subclass(OnHopper), torch.empty(2048, 6144, dtype=torch.bfloat16, device="meta").t())
 
     assert takes(2048, 3072, 1024) and takes(512, 12288, 4096)
     assert not takes(1024, 3072, 1024)  # two waves of tiles, of which the second is short
