@@ -1,6 +1,7 @@
 """The program of a tensor-parallel rank other than 0: build a runner, then run what rank 0 sends."""
 
 import contextlib
+import faulthandler
 import os
 import shutil
 import sys
@@ -81,6 +82,7 @@ def main(fd: int, parent: int, folder: str) -> None:
         parent: rank 0's process.
         folder: where the ranks meet.
     """
+    faulthandler.enable()  # rank 0 can tell the signal that ended this one, not where
     _end_with(parent, folder)
     channel = Connection(fd)
     try:
