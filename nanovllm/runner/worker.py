@@ -82,7 +82,8 @@ def main(fd: int, parent: int, folder: str) -> None:
         parent: rank 0's process.
         folder: where the ranks meet.
     """
-    faulthandler.enable()  # rank 0 can tell the signal that ended this one, not where
+    if sys.stderr is not None:
+        faulthandler.enable()  # rank 0 can tell the signal that ended this one, not where
     _end_with(parent, folder)
     channel = Connection(fd)
     try:

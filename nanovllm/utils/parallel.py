@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -54,6 +55,7 @@ class TensorParallel:
         """
         if device.type != "cuda" or not HAVE_TRITON or self.size == 1:
             return self
+        self.all_reduce_min(1, device)  # a rank that is lost by now keeps the others here, and with no memory yet
         own = new_memory(self.size, device, largest_sum)
         host = Path("/proc/sys/kernel/random/boot_id").read_text()
         memory, failure = [], "they are on several hosts, or one cannot share its memory"
@@ -62,17 +64,19 @@ class TensorParallel:
         except RuntimeError as error:  # other allocators than torch's usual one may not know how
             handle, failure = None, error
         shared = self.all_gather_json([host, handle], device)
-        if all(other == host and handle for other, handle in shared):
-            try:
-                for rank, (_, handle) in enumerate(shared):
-                    memory.append(own if rank == self.rank else cuda_ipc.Mapping(handle))
-            except RuntimeError as error:
-                failure = error
-        if self.all_reduce_min(len(memory), device) == self.size:
-            return replace(self, peers=PeerMemory(self.rank, memory))
-        for mapping in memory:
-            if mapping is not own:
-                mapping.close()
+        with ExitStack() as useless:
+            if all(other == host and handle for other, handle in shared):
+                try:
+                    for rank, (_, handle) in enumerate(shared):
+                        memory.append(own if rank == self.rank else cuda_ipc.Mapping(handle))
+                        if rank != self.rank:
+                            useless.callback(memory[rank].close)
+                except RuntimeError as error:
+                    failure = error
+            if self.all_reduce_min(len(memory), device) == self.size:
+                peers = PeerMemory(self.rank, memory)
+                useless.pop_all()
+                return replace(self, peers=peers)
         logger.info("rank %d: NCCL makes all sums, as ranks cannot write each other's memory: %s", self.rank, failure)
         return self
 

@@ -180,6 +180,16 @@ def test_ranks_import_nothing_from_the_working_folder(model, want, tmp_path):
     assert f"tokens {want[:1]}" in done.stdout, done.stderr
 
 
+def test_ranks_need_nowhere_to_tell_errors(model, want, tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(SCRIPT)
+    command = ["sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, str(script)]
+    command += [str(model), json.dumps(OPTIONS), json.dumps(PROMPTS[:1])]
+    environment = dict(os.environ, PYTHONPATH=os.getcwd())
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=120)
+    assert f"tokens {want[:1]}" in done.stdout
+
+
 def test_ranks_know_no_classes_of_the_caller(model, want):
     class Text(str):
         __slots__ = ()

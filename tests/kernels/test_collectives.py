@@ -205,3 +205,17 @@ def test_memory_that_is_not_used_after_all_is_unmapped(monkeypatch, reachable):
     tp = parallel.TensorParallel(0, 3)
     assert tp.with_peers(torch.device("cuda")) is tp
     assert opened == []
+
+    def abort(tp, value, device):
+        if opened:
+            raise RuntimeError("a rank was lost, and the group ended")
+        return value
+
+    monkeypatch.setattr(parallel.TensorParallel, "all_reduce_min", abort)
+    with pytest.raises(RuntimeError, match="was lost"):
+        tp.with_peers(torch.device("cuda"))
+    assert opened == []
+    monkeypatch.setattr(parallel.TensorParallel, "all_reduce_min", lambda tp, value, device: value)
+    monkeypatch.setattr(parallel, "PeerMemory", lambda rank, memory: len(memory))
+    used = tp.with_peers(torch.device("cuda")).peers
+    assert (used, opened) == ((3, ["a", "b"]) if len(reachable) == 2 else (None, []))
