@@ -6,6 +6,13 @@ from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
 
 
 @triton.jit
+def normalize(x, eps, N: tl.constexpr, DTYPE: tl.constexpr):
+    """x [BLOCK] float32, N numbers and zeros, over its root mean square; rounded where transformers rounds."""
+    scale = tl.rsqrt(tl.sum(x * x, 0) / N + eps)
+    return (x * scale).to(DTYPE).to(tl.float32)
+
+
+@triton.jit
 def _rms_norm_kernel(
     x_ptr, weight_ptr, out_ptr, x_stride, eps, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
@@ -15,9 +22,8 @@ def _rms_norm_kernel(
     mask = columns < N
     dtype = out_ptr.dtype.element_ty
     x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, 0) / N + eps)
+    normed = normalize(x, eps, N, dtype)
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    normed = (x * scale).to(dtype).to(tl.float32)  # rounded where transformers rounds
     tl.store(out_ptr + row * N + columns, (normed * weight).to(dtype), mask=mask)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import torch
 
 from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
+from nanovllm.kernels.rms_norm import normalize
 from nanovllm.utils import cuda_ipc
 
 CAPACITY = 256 << 20  # bytes of the largest sum
@@ -79,11 +80,9 @@ def _add_kernel(
         x = tl.load(x_ptr + places, mask=mask, other=0.0).to(tl.float32)
         x = (x + tl.load(inbox_ptr + places, mask=mask, other=0.0).to(tl.float32)).to(dtype)
         tl.store(x_ptr + places, x, mask=mask)
-        if NORM:  # of the rounded sum, and rounded itself where rms_norm is
-            x = x.to(tl.float32)
-            scale = tl.rsqrt(tl.sum(x * x, 0) / N + eps)
-            x = (x * scale).to(dtype).to(tl.float32) * norm
-            tl.store(out_ptr + places, x.to(dtype), mask=mask)
+        if NORM:  # of the rounded sum
+            normed = normalize(x.to(tl.float32), eps, N, dtype) * norm
+            tl.store(out_ptr + places, normed.to(dtype), mask=mask)
 
 
 class SumAhead:
@@ -112,10 +111,11 @@ class SumAhead:
     def parts(self, x: torch.Tensor) -> Iterator[slice]:
         """Rows of `x` [T, N], part after part: each is sent when the next is asked for, and must be computed then."""
         self.number = (self.number + 1 + (1 << 31)) % (1 << 32) - (1 << 31)
-        for part in range(PARTS):
-            rows = slice(part * _part_rows(x), min((part + 1) * _part_rows(x), len(x)))
+        size = _part_rows(x)
+        for part, start in enumerate(range(0, len(x), size)):
+            rows = slice(start, min(start + size, len(x)))
             yield rows
-            self._send(x[rows], rows.start * x.shape[1] * x.itemsize, part)
+            self._send(x[rows], start * x.shape[1] * x.itemsize, part)
         self.sent = x
 
     def _half(self) -> int:

@@ -41,8 +41,8 @@ class SwigluConfig(NamedTuple):
     programs: int = 1
 
 
-# What `python -m nanovllm.kernels.tune swiglu` chose on an H100. Two warpgroups share the weights' tiles; one program
-# fills a multiprocessor's shared memory.
+# The fastest of a sweep on an H100, as `python -m nanovllm.kernels.tune swiglu` makes it. Two warpgroups share the
+# weights' tiles; one program fills a multiprocessor's shared memory.
 DEFAULT_CONFIG = SwigluConfig(128, 128, 64, 8, 3)
 
 
@@ -97,7 +97,7 @@ def _num_tiles(rows: int, n: int, config: SwigluConfig) -> int:
 
 
 def swiglu_triton(x: torch.Tensor, weight: torch.Tensor, config: SwigluConfig = DEFAULT_CONFIG) -> torch.Tensor:
-    """silu(x G^T) * x U^T; sums in float32, rounded once.
+    """silu(x G^T) * x U^T, which is `silu_mul_torch` of x W^T; sums in float32, rounded once.
 
     Args:
         x: [T, K], for which `is_swiglu`.

@@ -150,9 +150,9 @@ def swiglu(full: bool) -> None:
         if full:
             tiles = [(128, 128, 64, 8, 4), (128, 64, 64, 8, 3, 2), (128, 64, 64, 4, 3, 2), (64, 128, 64, 4, 4)]
             configs += [SwigluConfig(*tile) for tile in tiles]
-        for product, settings in (_plain, [("cuBLAS",)]), (swiglu_triton, configs):
-            calls = [partial(product, x, weight, **({"gated": True} if product is _plain else {}))]
-            sweep(f"{rows} x {k} -> {n}", calls * max(1, 10**13 // work), settings, work, "TFLOP/s")
+        for product, settings in (partial(_plain, gated=True), [("cuBLAS",)]), (swiglu_triton, configs):
+            calls = [partial(product, x, weight)] * max(1, 10**13 // work)
+            sweep(f"{rows} x {k} -> {n}", calls, settings, work, "TFLOP/s")
 
 
 def gemv(full: bool) -> None:

@@ -217,8 +217,7 @@ class SpawnedRanks(Executor):
 
         def join() -> None:
             try:
-                if device.type == "cuda":
-                    torch.cuda.set_device(device)
+                rank_device(device.type, 0)  # this thread's, too
                 tp = TensorParallel(0, size, make_group(0, size, store, device.type))
                 self.tp = tp  # from now on it can be ended
                 tp = tp.with_peers(device, largest_sum(config, source))

@@ -180,6 +180,14 @@ def test_ranks_import_nothing_from_the_working_folder(model, want, tmp_path):
     assert f"tokens {want[:1]}" in done.stdout, done.stderr
 
 
+def test_a_rank_that_crashes_says_where(model, capfd):
+    with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
+        os.kill(llm.executor.processes[0].pid, signal.SIGSEGV)
+        with pytest.raises(RuntimeError, match=r"rank 1 .* signal 11"):
+            tokens(llm)
+    assert re.search(r"Segmentation fault(.|\n)*worker\.py.* in serve", capfd.readouterr().err)
+
+
 def test_ranks_need_nowhere_to_tell_errors(model, want, tmp_path):
     script = tmp_path / "mine.py"
     script.write_text(SCRIPT)

@@ -8,7 +8,10 @@ from safetensors.torch import load_file
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import shared_prefix
+from nanovllm.kernels.linear import linear
+from nanovllm.kernels.swiglu import is_swiglu
 from tests.engine.reference import load_reference, reference_greedy
+from tests.kernels.test_swiglu import operands, unit
 from tests.models.tiny import TINY, save_tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -172,6 +175,16 @@ def test_real_shapes_run_in_bfloat16():
     options = dict(load_format="dummy", max_model_len=256, max_num_seqs=4, gpu_memory_utilization=0.4)
     with LLM("qwen3-0.6b", **options) as llm:
         assert len(tokens(llm, [prompt], greedy(16))[0]) == 16
+
+
+@pytest.mark.parametrize(("rows", "n", "k"), [(2048, 3072, 1024), (1033, 9728, 2560), (2999, 6144, 4096)])
+def test_gated_units_of_real_sizes_are_one_kernel(rows, n, k):
+    if torch.cuda.get_device_capability() not in ((9, 0), (10, 0)):
+        pytest.skip("for other chips there is cuBLAS")
+    x, weight = operands(rows, n, k, torch.device("cuda"))
+    assert is_swiglu(x, weight)
+    got = linear(x, weight, gated=True)
+    torch.testing.assert_close(got.float(), unit(x, weight), rtol=2e-2, atol=2e-2)
 
 
 def test_closing_gives_the_memory_back(model):

@@ -9,12 +9,12 @@ import time
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from nanovllm.kernels import collectives
 from nanovllm.kernels._triton import HAVE_TRITON
 from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.utils import parallel
+from tests.kernels.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed"),
@@ -52,7 +52,7 @@ def run_rank(rank, memory, folder):
 def test_every_rank_gets_the_same_sum_and_its_norm(size, monkeypatch, tmp_path):
     monkeypatch.setattr(collectives, "CAPACITY", CAPACITY)
     memory = [collectives.new_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
-    torch.multiprocessing.spawn(run_rank, (memory, tmp_path), size)
+    run_ranks(run_rank, (memory, tmp_path), size)
     outcomes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
     for i, (parts, norm) in enumerate(summands(size)):
         want = sum(part.float() for part in parts)
@@ -88,7 +88,7 @@ def run_exchange(rank, memory, folder):
 def test_every_rank_gets_all_columns_of_its_rows_and_then_all_tokens(tmp_path):
     size = 3
     memory = [collectives.new_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
-    torch.multiprocessing.spawn(run_exchange, (memory, tmp_path), size)
+    run_ranks(run_exchange, (memory, tmp_path), size)
     for rank in range(size):
         rows = parallel.TensorParallel(rank, size).rows
         for whole, (got, tokens) in zip(logits(), json.loads((tmp_path / f"{rank}.json").read_text()), strict=True):
@@ -116,13 +116,7 @@ def run_late(rank, memory):
 
 def test_a_rank_without_rows_does_not_run_ahead_of_one_that_is_late():
     memory = [collectives.new_memory(2, torch.device("cpu")).share_memory_() for _ in range(2)]
-    ranks = torch.multiprocessing.spawn(run_late, (memory,), 2, join=False)
-    deadline = time.monotonic() + 60
-    while not (done := ranks.join(1)) and time.monotonic() < deadline:
-        pass
-    for process in ranks.processes:
-        process.kill()
-    assert done, "a rank waits for what the other has erased"
+    run_ranks(run_late, (memory,), 2, 60)
 
 
 def test_what_fits():

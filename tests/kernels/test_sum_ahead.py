@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from nanovllm.kernels import collectives, sum_ahead
 from nanovllm.kernels._triton import HAVE_TRITON
@@ -20,6 +19,7 @@ from nanovllm.kernels.sum_ahead import LEAST_ROWS, PARTS, SumAhead, inbox_words
 from nanovllm.layers.linear import RowParallelLinear
 from nanovllm.runner.cuda_graphs import mixed_sizes
 from nanovllm.utils import cuda_ipc, parallel
+from tests.kernels.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed"),
@@ -119,13 +119,8 @@ def run_rank(rank, inboxes, folder):
 
 
 def test_both_ranks_get_the_sum_and_its_norm(tmp_path):
-    ranks = torch.multiprocessing.spawn(run_rank, (new_inboxes(), tmp_path), 2, join=False)
-    deadline = time.monotonic() + 90
-    while not (done := ranks.join(1)) and time.monotonic() < deadline:
-        pass
-    for process in ranks.processes:
-        process.kill()
-    assert done and all((tmp_path / str(rank)).exists() for rank in range(2))
+    run_ranks(run_rank, (new_inboxes(), tmp_path), 2)
+    assert all((tmp_path / str(rank)).exists() for rank in range(2))
 
 
 def test_a_row_parallel_layer_sends_large_sums(engines):
