@@ -182,6 +182,7 @@ def test_ranks_import_nothing_from_the_working_folder(model, want, tmp_path):
 
 def test_a_rank_that_crashes_says_where(model, capfd):
     with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
+        tokens(llm)  # rank 0 may be ready while rank 1 still builds its runner
         os.kill(llm.executor.processes[0].pid, signal.SIGSEGV)
         with pytest.raises(RuntimeError, match=r"rank 1 .* signal 11"):
             tokens(llm)
