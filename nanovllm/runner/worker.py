@@ -22,7 +22,8 @@ from nanovllm.utils.parallel import TensorParallel
 
 def _leave(folder: str) -> None:
     """End at once, and leave nothing: there is nobody to tell."""
-    shutil.rmtree(folder, ignore_errors=True)
+    for _ in range(2):  # another thread may just have made the store's file
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
@@ -90,7 +91,9 @@ def main(fd: int, parent: int, folder: str) -> None:
         config, rank, store_path = channel.recv()
         size = config.tensor_parallel_size
         device = rank_device(config.device_type, rank)
-        store = dist.FileStore(store_path, size)
+        # By its path a store waits minutes for a file that is gone, as when rank 0 is, and lets no thread end us.
+        store_file = os.open(store_path, os.O_RDWR | os.O_CREAT, 0o600)
+        store = dist.FileStore(f"/proc/self/fd/{store_file}", size)
         store.set(f"rank {rank}", "present")
         group = make_group(rank, size, store, config.device_type)
         source = open_model(config.model, config.load_format)

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.config import Config
 from nanovllm.runner import launcher
 from nanovllm.runner.launcher import SpawnedRanks, rank_device
 from nanovllm.runner.model_runner import ModelRunner
@@ -56,7 +57,7 @@ def alive(pid):
         return False
 
 
-def gone(pids, seconds=10):
+def gone(pids, seconds=60):
     deadline = time.monotonic() + seconds
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -154,18 +155,41 @@ def test_a_dead_or_stopped_rank_is_a_clear_error_in_seconds(model, want, how):
         assert tokens(llm) == want
 
 
+def rank_of(parent):
+    """The process of a rank that `parent` has just started, and its command."""
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    while parent.poll() is None:
+        for pid in map(int, children.read_text().split()):  # it may have others, that come and go
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if b"runner.worker" in command:
+                    return pid, command
+        time.sleep(0.01)
+    raise AssertionError("the parent has ended before")
+
+
 def test_a_parent_killed_while_ranks_start_leaves_nothing(model):
     script = f"from nanovllm import LLM; LLM({str(model)!r}, tensor_parallel_size=2)"
     parent = subprocess.Popen([sys.executable, "-c", script])
-    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-    while not (pids := [int(pid) for pid in children.read_text().split()]):
-        time.sleep(0.01)
-    while b"worker" not in (command := Path(f"/proc/{pids[0]}/cmdline").read_bytes()):
-        time.sleep(0.01)
-    folder = re.search(rb"/[^']*nanovllm-[^']+", command)[0].decode()
+    pid, command = rank_of(parent)
+    folder = re.findall(rb"'([^']*nanovllm-[^']+)'", command)[-1].decode()
     parent.kill()
     parent.wait()
-    assert gone(pids, 30) and not os.path.exists(folder)
+    assert gone([pid]) and not os.path.exists(folder)
+
+
+def test_a_rank_whose_folder_is_gone_says_so_at_once(model, tmp_path):
+    """Rank 0 may have ended, and the folder with it: a store that waits for its file keeps the rank for minutes."""
+    rank_0 = SimpleNamespace(folder=str(tmp_path / "gone"), channels=[], processes=[])
+    SpawnedRanks._spawn(rank_0, 1, 2)
+    (channel,), (process,) = rank_0.channels, rank_0.processes
+    try:
+        config = Config(str(model), device="cpu", tensor_parallel_size=2)
+        channel.send((config, 1, str(tmp_path / "gone" / "store")))
+        assert channel.poll(60) and "FileNotFoundError" in channel.recv()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_ranks_import_nothing_from_the_working_folder(model, want, tmp_path):
