@@ -169,6 +169,7 @@ class SpawnedRanks(Executor):
         self.tp: TensorParallel | None = None
         self.runner = None
         self.closing = threading.Event()
+        self.looks = 0  # of the monitor, at all children
         size = config.tensor_parallel_size
         device = rank_device(config.device_type, 0)
         self.folder = tempfile.mkdtemp(prefix="nanovllm-")
@@ -283,20 +284,25 @@ class SpawnedRanks(Executor):
         try:
             yield
         except Exception as error:
-            from_ranks = isinstance(error, OSError | EOFError | RuntimeError)
-            deadline = time.monotonic() + (2 if from_ranks else 0)  # the monitor may be a moment behind
-            while not self.error and time.monotonic() < deadline:
-                time.sleep(0.05)
+            if isinstance(error, OSError | EOFError | RuntimeError):
+                self._await_news()
             if self.error:
                 raise RuntimeError(self.error) from error
             raise
 
+    def _await_news(self) -> None:
+        """Give the monitor time to see what may be behind an error: 2 s, but a whole look at least if it is slow."""
+        deadline, looks = time.monotonic() + 2, self.looks + 2  # one may have begun before
+        while not self.error and self.monitor.is_alive() and (time.monotonic() < deadline or self.looks < looks):
+            time.sleep(0.05)
+
     def _watch(self) -> None:
         """Wait for a child that ended, stopped or sent a traceback; then end the others, which may wait for it."""
         while not self.closing.wait(_POLL_SECONDS):
-            for rank, process in enumerate(self.processes, start=1):
-                what = self._failure(rank, process)
-                if what:
+            looked_at = zip(self.processes, self.channels, strict=False)  # `close` may empty both meanwhile
+            for rank, (process, channel) in enumerate(looked_at, start=1):
+                what = self._failure(rank, process, channel)
+                if what and not self.closing.is_set():  # else it is `close` that ends them
                     self.error = what
                     tp = self.tp  # `close` may forget it meanwhile
                     try:
@@ -307,9 +313,9 @@ class SpawnedRanks(Executor):
                             other.kill()
                     self._end_collectives()
                     return
+            self.looks += 1
 
-    def _failure(self, rank: int, process: subprocess.Popen) -> str | None:
-        channel = self.channels[rank - 1]
+    def _failure(self, rank: int, process: subprocess.Popen, channel: Connection) -> str | None:
         with contextlib.suppress(OSError, EOFError):
             if channel.poll():
                 return f"tensor-parallel rank {rank} failed:\n{channel.recv()}"

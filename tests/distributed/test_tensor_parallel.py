@@ -306,6 +306,37 @@ def test_a_close_that_fails_leaves_nothing(model):
     llm.close()
 
 
+def test_a_monitor_that_looks_while_ranks_are_closed_sees_no_failure(model):
+    def late(*arguments):
+        looking.set()
+        assert closed.wait(60)
+        return failure(*arguments)
+
+    looking, closed = threading.Event(), threading.Event()
+    with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
+        ranks, failure = llm.executor, llm.executor._failure
+        ranks._failure = late
+        assert looking.wait(60)
+    closed.set()
+    ranks.monitor.join(60)
+    assert not ranks.monitor.is_alive() and ranks.error is None
+
+
+def test_what_a_slow_monitor_has_to_tell_is_waited_for(monkeypatch):
+    def sleep(seconds):
+        clock.append(clock[-1] + 1)
+        ranks.looks = clock[-1] // 20
+        ranks.error = "rank 1 is gone" if clock[-1] == 39 else None
+
+    clock = [15]
+    ranks = SimpleNamespace(error=None, looks=0, monitor=SimpleNamespace(is_alive=lambda: clock[-1] < 100))
+    monkeypatch.setattr(launcher, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock[-1]))
+    SpawnedRanks._await_news(ranks)
+    assert ranks.error and clock[-1] == 39
+    SpawnedRanks._await_news(ranks)  # there is no need
+    assert clock[-1] == 39
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_the_other_ranks_are_ended_even_if_this_one_s_gpu_fails(model, monkeypatch):
     with LLM(model, tensor_parallel_size=4, **OPTIONS) as llm:
