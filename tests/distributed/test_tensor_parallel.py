@@ -1,6 +1,7 @@
 """Ranks as processes on the CPU: same tokens, clear errors, nothing left behind."""
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from nanovllm.utils.parallel import TensorParallel
 from tests.models.tiny import save_tiny
 
 OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32)
+SOON = 60  # seconds, on a busy machine too: what waits for a rank that is gone does so for minutes, or for ever
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6] * 15, [5]]
 PARAMS = [SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)] * 2
 PARAMS += [SamplingParams(temperature=1.0, seed=1, max_tokens=12, ignore_eos=True)]
@@ -57,8 +59,8 @@ def alive(pid):
         return False
 
 
-def gone(pids, seconds=60):
-    deadline = time.monotonic() + seconds
+def gone(pids):
+    deadline = time.monotonic() + SOON
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return not any(map(alive, pids))
@@ -105,13 +107,18 @@ def test_messages_may_be_large_and_a_rank_slow(tmp_path, monkeypatch):
         assert max(sizes) > 1 << 20 and time.monotonic() - start > 0.3 * (len(sizes) - 2)
 
 
+def sockets_of(pid):
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            yield os.readlink(descriptor)
+
+
 def test_nothing_listens_beyond_loopback(model):
+    others = set(sockets_of(os.getpid()))  # of other tests
     with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
-        sockets = set()
-        for pid in (os.getpid(), *(process.pid for process in llm.executor.processes)):
-            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    sockets.add(os.readlink(descriptor))
+        tokens(llm)  # now rank 1 has all its sockets, too
+        pids = os.getpid(), *(process.pid for process in llm.executor.processes)
+        sockets = {socket for pid in pids for socket in sockets_of(pid)} - others
         listening = []
         for file in ("/proc/net/tcp", "/proc/net/tcp6", "/proc/net/udp", "/proc/net/udp6"):
             for line in Path(file).read_text().splitlines()[1:]:
@@ -147,7 +154,7 @@ def test_a_dead_or_stopped_rank_is_a_clear_error_in_seconds(model, want, how):
         with pytest.raises(RuntimeError, match="rank 1"):
             while llm.has_unfinished():
                 llm.step()
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < SOON
         with pytest.raises(RuntimeError, match="has failed"):
             llm.generate(PROMPTS)
     assert gone([process.pid])
@@ -186,7 +193,7 @@ def test_a_rank_whose_folder_is_gone_says_so_at_once(model, tmp_path):
     try:
         config = Config(str(model), device="cpu", tensor_parallel_size=2)
         channel.send((config, 1, str(tmp_path / "gone" / "store")))
-        assert channel.poll(60) and "FileNotFoundError" in channel.recv()
+        assert channel.poll(SOON) and "FileNotFoundError" in channel.recv()
     finally:
         process.kill()
         process.wait()
@@ -200,7 +207,7 @@ def test_ranks_import_nothing_from_the_working_folder(model, want, tmp_path):
     arguments = [str(model), json.dumps(OPTIONS), json.dumps(PROMPTS[:1])]
     command = [sys.executable, str(script), *arguments]
     environment = dict(os.environ, PYTHONPATH=os.getcwd())
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert f"tokens {want[:1]}" in done.stdout, done.stderr
 
 
@@ -219,7 +226,7 @@ def test_ranks_need_nowhere_to_tell_errors(model, want, tmp_path):
     command = ["sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, str(script)]
     command += [str(model), json.dumps(OPTIONS), json.dumps(PROMPTS[:1])]
     environment = dict(os.environ, PYTHONPATH=os.getcwd())
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=300)
     assert f"tokens {want[:1]}" in done.stdout
 
 
@@ -297,6 +304,7 @@ def fail(*_):
 def test_a_close_that_fails_leaves_nothing(model):
     llm = LLM(model, tensor_parallel_size=2, **OPTIONS)
     (process,), folder = llm.executor.processes, llm.executor.folder
+    llm.executor._failure = lambda *_: None  # the monitor is not to end it first
     os.kill(process.pid, signal.SIGSTOP)  # it will not end by itself
     llm.executor._end_collectives = fail
     with pytest.raises(KeyboardInterrupt):
@@ -309,16 +317,16 @@ def test_a_close_that_fails_leaves_nothing(model):
 def test_a_monitor_that_looks_while_ranks_are_closed_sees_no_failure(model):
     def late(*arguments):
         looking.set()
-        assert closed.wait(60)
+        assert closed.wait(SOON)
         return failure(*arguments)
 
     looking, closed = threading.Event(), threading.Event()
     with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
         ranks, failure = llm.executor, llm.executor._failure
         ranks._failure = late
-        assert looking.wait(60)
+        assert looking.wait(SOON)
     closed.set()
-    ranks.monitor.join(60)
+    ranks.monitor.join(SOON)
     assert not ranks.monitor.is_alive() and ranks.error is None
 
 
@@ -344,7 +352,8 @@ def test_the_other_ranks_are_ended_even_if_this_one_s_gpu_fails(model, monkeypat
             patch.setattr(TensorParallel, "stop", fail)
             pids = [process.pid for process in llm.executor.processes]
             os.kill(pids[0], signal.SIGKILL)
-            assert gone(pids, 5)
+            assert gone(pids)
+            llm.executor.monitor.join(SOON)  # its error is this test's, and this patch for it
         with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9"):
             tokens(llm)
 
@@ -362,7 +371,7 @@ def test_a_rank_that_dies_before_it_joins_is_a_clear_error_in_seconds(model, mon
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"rank 3 .* signal 9"):
         LLM(model, tensor_parallel_size=4, **OPTIONS)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < SOON
     assert len(processes) == 3 and gone(processes)
 
 
@@ -382,18 +391,19 @@ def test_a_rank_that_dies_while_others_join_is_a_clear_error_in_seconds(model, m
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9"):
         LLM(model, tensor_parallel_size=2, **OPTIONS)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < SOON
     assert gone([processes[0].pid])
 
 
 def test_a_group_that_fails_or_comes_too_late_is_ended(model, monkeypatch):
     def note(what):
-        return lambda tp, *arguments: ended.append((what, tp.rank))
+        return lambda tp, *arguments: ended.append((what, tp.rank)) or closed.set()
 
     def with_peers(tp, *arguments):
         if late:
+            threads.append(threading.current_thread())
             joining.set()
-            time.sleep(1)
+            assert closed.wait(SOON)
             return replace(tp)
         raise RuntimeError("no room for peers")
 
@@ -401,7 +411,7 @@ def test_a_group_that_fails_or_comes_too_late_is_ended(model, monkeypatch):
         if joining.is_set():
             raise KeyboardInterrupt
 
-    ended, joining = [], threading.Event()
+    ended, threads, joining, closed = [], [], threading.Event(), threading.Event()
     monkeypatch.setattr(TensorParallel, "end", note("end"))
     monkeypatch.setattr(TensorParallel, "close", note("close"))
     monkeypatch.setattr(TensorParallel, "with_peers", with_peers)
@@ -411,11 +421,12 @@ def test_a_group_that_fails_or_comes_too_late_is_ended(model, monkeypatch):
     assert ended == [("end", 0), ("close", 0)]
     late = True
     ended.clear()
+    closed.clear()
     monkeypatch.setattr(SpawnedRanks, "check", interrupted)
     monkeypatch.setattr(SpawnedRanks, "_end_children", lambda self: None)
     with pytest.raises(KeyboardInterrupt):
         LLM(model, tensor_parallel_size=2, **OPTIONS)
-    time.sleep(2)
+    threads[0].join(SOON)
     assert ended == [("close", 0), ("end", 0), ("close", 0)]  # what was there, then what came late
 
 
@@ -485,7 +496,7 @@ def test_the_pool_is_the_smallest_rank_s(model, tmp_path):
         )
         for rank in range(2)
     ]
-    assert [int(rank.communicate(timeout=60)[0]) for rank in ranks] == [63, 63]
+    assert [int(rank.communicate(timeout=300)[0]) for rank in ranks] == [63, 63]
 
 
 SCRIPT = """
@@ -539,6 +550,7 @@ def test_a_forked_child_can_neither_use_nor_end_its_parent_s_engine(model, want)
     with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
         child = os.fork()
         if child == 0:
+            gc.disable()  # other tests' engines may still be garbage, and have threads that are not here
             try:
                 with pytest.raises(RuntimeError, match="forked"):
                     tokens(llm)
@@ -555,7 +567,7 @@ def test_an_engine_that_is_not_closed_leaves_nothing_when_python_ends(model, tmp
 sys.kept = LLM({str(model)!r}, tensor_parallel_size=2, **{OPTIONS})
 sys.kept.generate([[5, 6]])"""
     environ = environment() | {"TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert not [*tmp_path.glob("nanovllm-*")]
 
@@ -564,7 +576,7 @@ def test_under_torchrun_every_rank_has_the_results(script, want):
     import json
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=180)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("tokens")]
     assert [json.loads(line.split(" ", 1)[1]) for line in lines] == [want[:2]] * 2
