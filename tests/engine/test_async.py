@@ -14,6 +14,7 @@ from tests.engine.test_generate import greedy, prompts_of, tokens
 from tests.models.tiny import save_tiny
 
 OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=8, max_num_batched_tokens=256)
+SECONDS = 120  # until what does not end is a failure, on a busy machine too
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +24,39 @@ def model(tmp_path_factory):
 
 def with_engine(model, use, **options):
     """Run the coroutine `use(llm)` with an engine; no thread is left behind."""
+    others = set(threading.enumerate())
 
     async def run():
         async with AsyncLLM(model, **OPTIONS, **options) as llm:
-            return await asyncio.wait_for(use(llm), 60)
+            return await asyncio.wait_for(use(llm), SECONDS)
 
     result = asyncio.run(run())
-    assert not any(thread.name.startswith("nanovllm-engine") for thread in threading.enumerate())
+    assert not [thread for thread in set(threading.enumerate()) - others if thread.name.startswith("nanovllm-engine")]
     return result
+
+
+class Steps:
+    """An engine's steps from now on. None does anything once none is `left`, so that what is unfinished stays so."""
+
+    def __init__(self, llm, left):
+        self.llm, self.left, self.step, llm._llm.step = llm, left, llm._llm.step, self
+
+    def __call__(self):
+        if not self.left:
+            time.sleep(0.001)
+            return []
+        self.left -= 1
+        return self.step()
+
+    async def allow(self, left):
+        await self.llm._call(lambda engine: setattr(self, "left", left))  # not in the middle of one
+
+    async def done(self):
+        for _ in range(1000 * SECONDS):
+            if not self.left:
+                return
+            await asyncio.sleep(0.001)
+        raise AssertionError("the engine does not go on")
 
 
 async def collect(llm, *args):
@@ -58,10 +84,19 @@ def test_many_concurrent_requests_have_the_batch_s_tokens(model):
 
 def test_tokens_come_one_after_the_other(model):
     async def use(llm):
-        return [len(out.token_ids) async for out in llm.generate([5, 6], greedy(20))]
+        taken, deliver, counts = threading.Semaphore(0), llm._deliver, []
 
-    counts = with_engine(model, use)
-    assert sum(counts) == 20 and len(counts) > 2
+        def deliver_and_wait(output):
+            deliver(output)
+            assert taken.acquire(timeout=SECONDS)
+
+        llm._deliver = deliver_and_wait
+        async for out in llm.generate([5, 6], greedy(20)):
+            counts.append(len(out.token_ids))
+            taken.release()
+        return counts
+
+    assert with_engine(model, use) == [1] * 20
 
 
 def test_a_slow_consumer_gets_what_has_gathered(model):
@@ -70,26 +105,29 @@ def test_a_slow_consumer_gets_what_has_gathered(model):
         async for out in llm.generate([5, 6], greedy(60, logprobs=0)):
             assert len(out.token_ids) == len(out.logprobs)
             sizes.append(len(out.token_ids))
-            await asyncio.sleep(0.05)
+            while (await llm.metrics()).num_running:
+                pass
         return sizes
 
     sizes = with_engine(model, use)
-    assert sum(sizes) == 60 and max(sizes) > 1
+    assert sum(sizes) == 60 and len(sizes) <= 2  # what was there at first, and all the rest
 
 
 def test_no_more_than_so_many_requests_are_in_the_engine(model):
     async def use(llm):
-        seen = []
+        seen, step, begin = [], llm._llm.step, threading.Event()
 
-        async def watch():
-            while True:
-                metrics = await llm.metrics()
-                seen.append(metrics.num_running + metrics.num_waiting)
-                await asyncio.sleep(0)
+        def watched():
+            metrics = llm._llm.metrics()
+            seen.append(metrics.num_running + metrics.num_waiting)
+            return step()
 
-        watcher = asyncio.create_task(watch())
-        await asyncio.gather(*(collect(llm, prompt, greedy(8)) for prompt in prompts_of([4] * 20)))
-        watcher.cancel()
+        llm._llm.step = watched
+        llm._call(lambda engine: begin.wait(SECONDS))  # the first step comes after all that can be added before
+        tasks = [asyncio.create_task(collect(llm, prompt, greedy(8))) for prompt in prompts_of([4] * 20)]
+        await asyncio.sleep(0)
+        begin.set()
+        await asyncio.gather(*tasks)
         return max(seen)
 
     assert with_engine(model, use, max_concurrent_requests=3) == 3
@@ -99,14 +137,17 @@ def test_cancelled_left_and_aborted_requests_free_the_engine(model):
     long = SamplingParams(max_tokens=100, ignore_eos=True)
 
     async def use(llm):
+        steps = Steps(llm, 5)
         task = asyncio.create_task(collect(llm, [5] * 20, long))
-        await asyncio.sleep(0.05)
+        await steps.done()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        await steps.allow(5)
         left = llm.generate([6] * 20, long)
         await anext(left)
         await left.aclose()
+        await steps.allow(5)
         aborted = llm.generate([7] * 20, long, "mine")
         await anext(aborted)
         await llm.abort("mine")
@@ -114,14 +155,14 @@ def test_cancelled_left_and_aborted_requests_free_the_engine(model):
         assert rest[-1].finish_reason == "abort" and rest[-1].finished
         await llm.abort("mine")
         await llm.abort("unknown")
+        await steps.allow(-1)
         assert len(await collect(llm, [5], greedy(5))) == 5
-        for _ in range(100):
+        busy = True
+        while busy:
             metrics = await llm.metrics()
-            if metrics.num_running + metrics.num_waiting == 0 and metrics.kv_usage == 0:
-                return True
-            await asyncio.sleep(0.01)
+            busy = metrics.num_running or metrics.num_waiting or metrics.kv_usage
 
-    assert with_engine(model, use)
+    with_engine(model, use)
 
 
 def test_requests_are_told_when_waking_up_fails(model):
@@ -129,8 +170,9 @@ def test_requests_are_told_when_waking_up_fails(model):
         raise MemoryError("no room to wake up")
 
     async def use(llm):
+        steps = Steps(llm, 5)
         task = asyncio.create_task(collect(llm, [1, 2, 3], greedy(100)))
-        await asyncio.sleep(0.05)
+        await steps.done()
         await llm.sleep(1)
         llm._llm.executor.runner.wake_up = out_of_memory
         with pytest.raises(MemoryError):
@@ -149,14 +191,15 @@ def test_requests_are_told_when_closing_fails(model):
 
     async def run():
         llm = AsyncLLM(model, **OPTIONS)
+        steps = Steps(llm, 5)
         task = asyncio.create_task(collect(llm, [1, 2, 3], greedy(100)))
-        await asyncio.sleep(0.05)
+        await steps.done()
         executor = llm._llm.executor
         llm._llm.executor.close, close = broken, executor.close
         with pytest.raises(ValueError, match="bad state"):
             await asyncio.to_thread(llm.close)
         with pytest.raises(RuntimeError, match="closed"):
-            await asyncio.wait_for(task, 10)
+            await asyncio.wait_for(task, SECONDS)
         executor.close = close
         llm.close()
 
@@ -169,7 +212,7 @@ def test_an_engine_that_is_dropped_is_gone(model):
         return weakref.ref(llm), weakref.ref(llm._llm)
 
     refs = make()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + SECONDS
     while any(ref() for ref in refs) and time.monotonic() < deadline:
         gc.collect()
     assert not any(ref() for ref in refs)
@@ -179,11 +222,13 @@ def test_a_forked_child_is_told(model):
     llm = AsyncLLM(model, **OPTIONS)
     pid = os.fork()
     if pid == 0:
+        gc.disable()  # other tests' engines may still be garbage, and have threads that are not here
         try:
-            asyncio.run(asyncio.wait_for(collect(llm, [1], greedy(2)), 5))
+            asyncio.run(asyncio.wait_for(collect(llm, [1], greedy(2)), SECONDS))
         except RuntimeError as error:
             os._exit(42 if "forked" in str(error) else 1)
-        os._exit(2)
+        finally:
+            os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
     llm.close()
 
@@ -208,10 +253,12 @@ def test_a_bad_request_fails_alone(model):
         for prompt, error in (([], ValueError), ([999], ValueError), (5, TypeError)):
             with pytest.raises(error, match="prompt"):
                 await collect(llm, prompt, greedy(3))
+        steps = Steps(llm, 5)
         again = asyncio.create_task(collect(llm, [5, 6], greedy(30), "same"))
-        await asyncio.sleep(0.01)
+        await steps.done()
         with pytest.raises(ValueError, match="same"):
             await collect(llm, [5, 6], greedy(3), "same")
+        await steps.allow(-1)
         return await good, await again
 
     one, two = with_engine(model, use)
@@ -221,6 +268,7 @@ def test_a_bad_request_fails_alone(model):
 def test_closing_ends_what_goes_on_and_what_comes(model):
     async def use():
         llm = AsyncLLM(model, **OPTIONS)
+        Steps(llm, 5)
         going_on = llm.generate([5], SamplingParams(max_tokens=100, ignore_eos=True))
         await anext(going_on)
         llm.close()
@@ -231,7 +279,7 @@ def test_closing_ends_what_goes_on_and_what_comes(model):
         with pytest.raises(RuntimeError, match="closed"):
             await collect(llm, [5])
 
-    asyncio.run(asyncio.wait_for(use(), 60))
+    asyncio.run(asyncio.wait_for(use(), SECONDS))
 
 
 def test_a_failed_engine_is_an_error_for_everyone(model):
@@ -243,9 +291,11 @@ def test_a_failed_engine_is_an_error_for_everyone(model):
             with pytest.raises((ZeroDivisionError, RuntimeError)):
                 await collect(llm, [5], SamplingParams(max_tokens=100, ignore_eos=True))
 
+        steps = Steps(llm, 5)
         waiting = [asyncio.create_task(wait()) for _ in range(3)]
-        await asyncio.sleep(0.02)
+        await steps.done()
         llm._call(breaks)
+        await steps.allow(-1)
         await asyncio.gather(*waiting)
         with pytest.raises(RuntimeError, match="ZeroDivisionError"):
             await llm.metrics()
