@@ -5,7 +5,7 @@ import time
 import torch.multiprocessing
 
 
-def run_ranks(function, arguments, size, seconds=90):
+def run_ranks(function, arguments, size, seconds=300):
     """Run `function(rank, *arguments)` in `size` processes; AssertionError if one still runs after `seconds`."""
     ranks = torch.multiprocessing.spawn(function, arguments, size, join=False)
     deadline = time.monotonic() + seconds

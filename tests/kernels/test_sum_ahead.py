@@ -165,7 +165,7 @@ def test_a_rank_that_is_told_to_stop_waits_for_none_and_sends_none(engines):
     waiting.join(0.5)
     assert waiting.is_alive()
     ahead.told.fill_(1)
-    waiting.join(20)
+    waiting.join(60)
     assert not waiting.is_alive()
     ahead.stream.work.join()
     inboxes[1].zero_()

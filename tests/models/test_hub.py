@@ -256,11 +256,11 @@ def test_a_hub_id_that_cannot_be_one(fake_hub):
 
 
 def test_the_hub_being_out_of_reach_is_said(fake_hub, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        nobody = f"http://127.0.0.1:{unused.getsockname()[1]}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nobody)
-    with pytest.raises(ValueError, match=r"'owner/name' is not a local path.*hub: [^$]*[Cc]onnect"):
-        open_model("owner/name")
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen, so that nobody else can at this port
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        with pytest.raises(ValueError, match=r"'owner/name' is not a local path.*hub: [^$]*[Cc]onnect"):
+            open_model("owner/name")
 
 
 def test_a_download_that_breaks_off_is_said(fake_hub, tmp_path, monkeypatch):

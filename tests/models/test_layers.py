@@ -88,7 +88,7 @@ def test_mlp_shards(size, bias):
         out = row(merged(x), residual.clone())
     biases = (gate_bias, up_bias, down_bias) if bias else (None, None, None)
     expected = residual + F.linear(F.silu(F.linear(x, gate, biases[0])) * F.linear(x, up, biases[1]), down, biases[2])
-    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)  # sums of products of any size cancel
 
 
 @pytest.mark.parametrize(("size", "kv_heads"), [(1, 2), (2, 2), (4, 2), (4, 1), (2, 4), (8, 2)])

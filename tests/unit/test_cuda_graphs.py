@@ -3,12 +3,14 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from threading import Event, Thread
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from nanovllm.runner.cuda_graphs import StepGraphs
+from nanovllm.utils import parallel
 from nanovllm.utils.parallel import TensorParallel
 
 
@@ -19,31 +21,39 @@ def test_a_rank_lost_in_a_capture_ends_collectives_after_it(monkeypatch):
         abort = MagicMock()
 
     monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", Group, raising=False)
-    tp = replace(TensorParallel(0, 2, Group()), peers=MagicMock())
+    tp, told = replace(TensorParallel(0, 2, Group()), peers=MagicMock()), Event()
+    tp.peers.end.side_effect = told.set
     with tp.capturing:
         monitor = Thread(target=tp.end, args=[MagicMock()])
         monitor.start()
-        monitor.join(0.2)
+        assert told.wait(60)  # the capture may be waiting for a sum
+        monitor.join(0.5)
         assert monitor.is_alive() and not Group.abort.called
-        assert tp.peers.end.called  # the capture may be waiting for a sum
-    monitor.join(10)
+    monitor.join(60)
     assert Group.abort.called
 
 
 def test_sums_and_collectives_are_told_to_end_before_graphs_are_freed_and_end_after(monkeypatch):
     """CUDA frees a graph once its kernels have ended, and does nothing else meanwhile; NCCL ends after that."""
-    told, freed = [], Event()
+    told, ending, freed = [], Event(), Event()
 
     class Group:
         def abort(self):
             told.append("collectives")
-            assert freed.wait(10)
+            ending.set()
+            assert freed.wait(60)
+
+    class BusyThread(Thread):
+        def join(self, timeout=None):
+            assert ending.wait(60)  # it may begin late where there is much else to run
+            super().join(timeout)
 
     def free_graphs():
         told.append("graphs")
         freed.set()
 
     monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", Group, raising=False)
+    monkeypatch.setattr(parallel, "threading", SimpleNamespace(Thread=BusyThread))
     peers = MagicMock()
     peers.end.side_effect = lambda: told.append("sums")
     replace(TensorParallel(0, 2, Group()), peers=peers).end(free_graphs)
