@@ -24,6 +24,7 @@ class Detokenizer:
         self.num_taken = 0  # characters of `text` that `take` has given
         self.window: list[int] = []  # tokens whose text may still change, and before them some that they depend on
         self.num_known = 0  # of the window's tokens, those whose text is in `text`
+        self.num_silent = 0  # of those behind them, the ones that have brought no text, as special tokens do
         self.ended = False
 
     def add(self, token_id: int, can_stop: bool = True) -> str | None:
@@ -34,10 +35,15 @@ class Detokenizer:
         """
         self.window.append(token_id)
         before, new = len(self.text), self._new_text()
-        if not new or (new.endswith(_INCOMPLETE) and len(self.window) < _MAX_WINDOW):
+        if not new:
+            self._count_silent()
+            return None
+        num_open = len(self.window) - self.num_known - self.num_silent
+        if new.endswith(_INCOMPLETE) and num_open < _MAX_WINDOW:
             return None
         self.text += new
-        self.window, self.num_known = self.window[self.num_known :], len(self.window) - self.num_known
+        self.window = self.window[self.num_known :]
+        self.num_known, self.num_silent = len(self.window), 0
         return self._find_stop(before) if can_stop and self.stop else None
 
     def finish(self) -> None:
@@ -51,6 +57,13 @@ class Detokenizer:
         end = len(self.text) - (0 if self.ended else self._num_held())
         start, self.num_taken = self.num_taken, max(self.num_taken, end)
         return self.text[start:end]
+
+    def _count_silent(self) -> None:
+        """The newest token has brought no text; of many such the oldest is forgotten, so that a window stays small."""
+        self.num_silent += 1
+        if self.num_silent > _MAX_WINDOW:
+            del self.window[self.num_known]
+            self.num_silent -= 1
 
     def _new_text(self) -> str:
         if self.num_known == len(self.window):

@@ -68,6 +68,21 @@ def test_what_is_no_text_is_not_held_back_for_ever():
     assert set(detokenizer.text) == {"\ufffd"}
 
 
+@pytest.mark.parametrize("count", [1, 62, 63, 64, 65, 500])
+def test_a_character_after_many_tokens_without_text_is_whole(count):
+    calls = []
+
+    def without_zeros(ids):
+        calls.append(len(ids))
+        return by_bytes([byte for byte in ids if byte])
+
+    detokenizer, shown = Detokenizer(without_zeros), ""
+    for byte in ([0] * count + [*"🎉é".encode()]) * 2:
+        detokenizer.add(byte)
+        shown += detokenizer.take()
+    assert shown == "🎉é🎉é" and max(calls) < 3 * 64
+
+
 def test_a_stop_string_does_not_count_too_early():
     detokenizer = Detokenizer(by_bytes, stop=("ab",))
     assert [detokenizer.add(byte, can_stop=i >= 3) for i, byte in enumerate(b"abab")] == [None, None, None, "ab"]
