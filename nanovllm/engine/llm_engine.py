@@ -193,11 +193,9 @@ class LLMEngine:
         self._check_lengths(len(token_ids), params)
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             in_vocabulary(name, getattr(params, name) or (), self.source.config.vocab_size)
-        if params.min_tokens and params.allowed_token_ids and end_ids.issuperset(params.allowed_token_ids):
-            raise ValueError("min_tokens and allowed_token_ids leave no token that could be drawn first")
         if params.stop and not self.has_tokenizer:
             raise ValueError("stop strings need a tokenizer, and there is none")
-        first = self._token_filter(params)
+        first = self._token_filter(params, end_ids)
         filters = (first and first.copy() for _ in range(params.n))
         samples = [Sequence(token_ids, params, end_ids, index=i, token_filter=own) for i, own in enumerate(filters)]
         text = prompt if isinstance(prompt, str) else None
@@ -247,10 +245,10 @@ class LLMEngine:
             )
         return end_ids
 
-    def _token_filter(self, params: SamplingParams) -> TokenFilter | GrammarFilter | None:
+    def _token_filter(self, params: SamplingParams, end_ids: frozenset[int]) -> TokenFilter | GrammarFilter | None:
         vocab_size = self.source.config.vocab_size
         if params.structured_outputs is None:
-            return make_filter(params, vocab_size, self._encode)
+            return make_filter(params, vocab_size, self._encode, end_ids)
         return GrammarFilter(self._grammar_tokenizer, compile_grammar(params.structured_outputs), vocab_size)
 
     def _queue(self, request: Request) -> int | str:

@@ -6,7 +6,7 @@ other rows go on meanwhile.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
 
 import numpy as np
@@ -27,6 +27,7 @@ class TokenFilter:
     Args:
         allowed: which tokens are allowed at all, bools; a multiple of 32 of them.
         bad_words: token ids of each spelling.
+        end_ids: the sampler never draws these as one of the first `min_tokens`.
 
     Attributes:
         depends_on_output: whether `mask` does.
@@ -36,7 +37,10 @@ class TokenFilter:
 
     is_complete, error = False, None
 
-    def __init__(self, allowed: np.ndarray, bad_words: list[tuple[int, ...]]):
+    def __init__(
+        self, allowed: np.ndarray, bad_words: list[tuple[int, ...]], end_ids: Iterable[int] = (), min_tokens: int = 0
+    ):
+        self.end_ids, self.num_unending = list(end_ids), min_tokens
         self.allowed = allowed.copy()
         self.allowed[[word[0] for word in bad_words if len(word) == 1]] = False
         self.words = _packed(self.allowed)
@@ -53,6 +57,14 @@ class TokenFilter:
     def accept(self, token_id: int) -> None:
         """Take in a token that was drawn."""
         self.last.append(token_id)
+        self.num_unending -= 1
+
+    def has_any(self, allowed: np.ndarray) -> bool:
+        """Whether one of the tokens `allowed` can be drawn next."""
+        if self.num_unending > 0:
+            allowed = allowed.copy()
+            allowed[self.end_ids] = False
+        return bool(allowed.any())
 
     def mask(self) -> np.ndarray:
         """The tokens that may be drawn next; all that are allowed if bad words left none."""
@@ -62,7 +74,7 @@ class TokenFilter:
             return self.words
         allowed = self.allowed.copy()
         allowed[ends] = False
-        return _packed(allowed) if allowed.any() else self.words
+        return _packed(allowed) if self.has_any(allowed) else self.words
 
 
 class GrammarFilter:
@@ -145,8 +157,13 @@ def _literal(text: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else rf"\x{{{ord(c):x}}}" for c in text)
 
 
-def make_filter(params: SamplingParams, vocab_size: int, encode: Callable[[str], list[int]]) -> TokenFilter | None:
+def make_filter(
+    params: SamplingParams, vocab_size: int, encode: Callable[[str], list[int]], end_ids: Iterable[int]
+) -> TokenFilter | None:
     """The filter of `allowed_token_ids` and `bad_words`; None if there are none.
+
+    Args:
+        end_ids: those that end the request.
 
     Raises:
         ValueError: no token is left.
@@ -157,7 +174,7 @@ def make_filter(params: SamplingParams, vocab_size: int, encode: Callable[[str],
     allowed[slice(vocab_size) if params.allowed_token_ids is None else list(params.allowed_token_ids)] = True
     # Alone and after a space: most tokenizers spell a word differently there.
     spellings = {tuple(encode(prefix + word.lstrip())) for word in params.bad_words for prefix in ("", " ")}
-    token_filter = TokenFilter(allowed, sorted(spellings - {()}))
-    if not token_filter.allowed.any():
-        raise ValueError("bad_words and allowed_token_ids leave no token that could be drawn")
+    token_filter = TokenFilter(allowed, sorted(spellings - {()}), end_ids, params.min_tokens)
+    if not token_filter.has_any(token_filter.allowed):
+        raise ValueError("min_tokens, allowed_token_ids and bad_words leave no token that could be drawn first")
     return token_filter

@@ -341,6 +341,19 @@ def test_bad_words_never_appear(speaking):
         assert sum(found(free)) > 1 and not any(found(without)) and len(without.token_ids) == 100
 
 
+def test_bad_words_and_min_tokens_draw_nothing_that_is_not_allowed(speaking):
+    """Where the end may not come yet and all else would be a bad word, the bad word is drawn."""
+    with engine(speaking) as llm:
+        (word,), (twice, _) = llm.tokenizer.encode(" ok"), llm.tokenizer.encode(" ok ok")
+        assert word == twice
+        options = dict(max_tokens=6, allowed_token_ids=[word, 2], logit_bias={word: 50.0}, temperature=0.0)
+        with pytest.raises(ValueError, match="min_tokens, allowed_token_ids and bad_words leave no token"):
+            llm.add_request("Hello", SamplingParams(bad_words=["ok"], min_tokens=4, **options))
+        for min_tokens, want in ((0, [word, 2]), (1, [word, 2]), (4, [word] * 4 + [2])):
+            params = SamplingParams(bad_words=["ok ok"], min_tokens=min_tokens, **options)
+            assert tokens(llm, ["Hello"], params) == [want]
+
+
 def test_skip_special_tokens(speaking):
     with engine(speaking) as llm:
         eos = llm.tokenizer.eos_token_id
