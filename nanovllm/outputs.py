@@ -1,6 +1,6 @@
 """What a request gives back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -151,9 +151,12 @@ class RequestOutput:
             return getattr(self, key)
         raise KeyError(key)
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
     def keys(self) -> tuple[str, ...]:
-        """The field names, so that `dict(out)` works."""
-        return (*self.__slots__, "text", "token_ids", "finish_reason", "stop_reason", "logprobs")
+        """The names that read by key, so that `dict(out)`, `"text" in out` and iteration work as a dict's."""
+        return (*RequestOutput.__slots__, "text", "token_ids", "finish_reason", "stop_reason", "logprobs")
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,11 @@ def _interrupt_after() -> Iterator[None]:
         handler(*caught)
 
 
+def _check_id(request_id: Any) -> None:
+    if not isinstance(request_id, int | str) or isinstance(request_id, bool):
+        raise TypeError(f"request_id must be a string or an integer, got {request_id!r}")
+
+
 def close_at_exit(engine: Any) -> None:
     """Close it when Python ends, if it is still there: later, what closing needs has ended."""
 
@@ -167,6 +172,7 @@ class LLMEngine:
 
         Of a stream, what is new.
         """
+        _check_id(request_id)
         request = self.requests.pop(request_id, None)
         if request is None:
             return None
@@ -182,10 +188,11 @@ class LLMEngine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
-        if not isinstance(request_id, int | str | None) or isinstance(request_id, bool):
-            raise TypeError(f"request_id must be a string or an integer, got {request_id!r}")
-        if request_id is not None and self._is_taken(request_id):
-            raise ValueError(f"request_id {request_id!r} is that of a request that is unfinished or whose output waits")
+        if request_id is not None:
+            _check_id(request_id)
+            if self._is_taken(request_id):
+                what = "is that of a request that is unfinished or whose output waits"
+                raise ValueError(f"request_id {request_id!r} {what}")
         if self.has_tokenizer:
             _ = self.tokenizer  # a broken one refuses requests here: in a step it would take all of them down
         token_ids = self._prompt_ids(prompt)

@@ -108,6 +108,7 @@ def test_outputs_read_as_dicts_and_attributes(model):
     assert out["text"] == out.text
     assert out.finish_reason == "length"
     assert dict(out)["prompt_token_ids"] == prompts_of([4])[0]
+    assert "text" in out and "nothing" not in out and list(out) == list(out.keys()) == list(dict(out))
     with pytest.raises(KeyError):
         out["nothing"]
 
@@ -196,6 +197,9 @@ def test_add_request_step_and_abort(model):
         partial = llm.abort(ids[1])
         assert partial.finish_reason == "abort" and 0 < len(partial.token_ids) < 10
         assert llm.abort(ids[1]) is None and llm.abort(10**9) is None
+        for wrong in ([ids[0]], float(ids[0]), None, bool(ids[0])):
+            with pytest.raises(TypeError, match="request_id must be"):
+                llm.abort(wrong)
         # Requests that were added before are not lost to a generate in between.
         llm.generate(prompts_of([3]), greedy(30), use_tqdm=False)
         done = []
