@@ -25,6 +25,10 @@ class TokenLogprobs:
     logprobs: list[list[float]]
     ranks: list[int]
 
+    def alone(self, i: int) -> "TokenLogprobs":
+        """Those of token i without the others'."""
+        return TokenLogprobs(self.token_ids[i : i + 1], self.logprobs[i : i + 1], self.ranks[i : i + 1])
+
     def row(self, i: int, k: int) -> dict[int, Logprob]:
         """Those of token i and of the k most likely ones, by token id; a small vocabulary may have fewer."""
         token_ids, logprobs = self.token_ids[i], self.logprobs[i]
@@ -55,6 +59,10 @@ class LogprobRows(Sequence):
             return LogprobRows(self._rows[place])
         row = self._rows[place]
         return None if row is None else row[0].row(*row[1:])
+
+    def __reduce__(self) -> tuple:
+        """Copies and pickles have these rows alone: a part holds those of all requests of its step."""
+        return LogprobRows, ([row and (row[0].alone(row[1]), 0, row[2]) for row in self._rows],)
 
     def __add__(self, other: "LogprobRows") -> "LogprobRows":
         return LogprobRows(self._rows + other._rows)

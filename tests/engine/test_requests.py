@@ -1,8 +1,10 @@
 """What a request may ask for, as a user sees it: on tiny random models, on a CPU."""
 
+import copy
 import dataclasses
 import json
 import math
+import pickle
 import random
 
 import jsonschema
@@ -162,6 +164,17 @@ def check_rows(rows, token_ids, want, k):
         for key, (logprob, rank) in row.items():
             assert logprob == pytest.approx(logprobs[key].item(), abs=2e-4)
             assert rank == (logprobs > logprobs[key]).sum() + 1
+
+
+def test_copies_of_logprobs_hold_nothing_of_other_requests(model):
+    with engine(model) as llm:
+        params = greedy(10, logprobs=3, prompt_logprobs=2)
+        (alone,) = llm.generate([[4, 5, 6]], params, use_tqdm=False)
+        among = llm.generate([[4, 5, 6]] * 8, params, use_tqdm=False)[3]
+    for copied in (pickle.loads(pickle.dumps(among)), copy.deepcopy(among)):
+        assert copied == among and copied.prompt_logprobs[0] is None
+        assert copied.outputs[0].cumulative_logprob == among.outputs[0].cumulative_logprob
+    assert len(pickle.dumps(among)) < 1.1 * len(pickle.dumps(alone))
 
 
 def test_logprobs_of_a_vocabulary_that_has_fewer(tmp_path):
