@@ -91,8 +91,16 @@ class ModelRunner:
         self.check_ranks = check_ranks
         self.graphs: StepGraphs | None = None
         self.in_flight: deque[InFlight] = deque()
-        with torch.inference_mode():
+        with self._mode():
             self._build(source)
+
+    @contextmanager
+    def _mode(self) -> Iterator[None]:
+        """No gradients, and nothing of a caller's autocast: some operations would take its dtype, and others not."""
+        kind = self.device.type
+        autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with torch.inference_mode(), autocast:
+            yield
 
     def _build(self, source: ModelSource) -> None:
         with torch.device(self.device):
@@ -194,17 +202,17 @@ class ModelRunner:
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def launch(self, batch: Batch) -> None:
         """Start `batch`: differences in, forward, sample, results on their way to the host. Does not wait on a GPU."""
-        self.state.apply(batch)
-        if self.graphs is not None and self.graphs.fits(batch):
-            result = self.graphs.replay(batch)
-        else:
-            result = self._eager(batch)
-        logprobs = self._logprobs(batch, result) if batch.logprobs else None
-        prompt_logprobs = self._prompt_logprobs(batch, result.hidden) if batch.has_scores else None
-        self._send(result.tokens, logprobs, prompt_logprobs)
+        with self._mode():
+            self.state.apply(batch)
+            if self.graphs is not None and self.graphs.fits(batch):
+                result = self.graphs.replay(batch)
+            else:
+                result = self._eager(batch)
+            logprobs = self._logprobs(batch, result) if batch.logprobs else None
+            prompt_logprobs = self._prompt_logprobs(batch, result.hidden) if batch.has_scores else None
+            self._send(result.tokens, logprobs, prompt_logprobs)
 
     def collect(self) -> StepOutput:
         """The results of the oldest launched step; waits for that step only."""
@@ -365,12 +373,12 @@ class ModelRunner:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
-    @torch.inference_mode()
     def wake_up(self) -> None:
         """Undo `sleep`."""
-        self._move_weights(self.device)
-        self._allocate(self.num_blocks)
-        self._capture()
+        with self._mode():
+            self._move_weights(self.device)
+            self._allocate(self.num_blocks)
+            self._capture()
 
     def _move_weights(self, device: torch.device) -> None:
         with torch.inference_mode():

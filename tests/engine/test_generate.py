@@ -131,6 +131,20 @@ def test_no_global_random_state_is_touched(model):
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_caller_s_autocast_changes_nothing(model, dtype):
+    def answers():
+        with engine(model, dtype=dtype) as llm:
+            llm.sleep()
+            llm.wake_up()
+            out = llm.generate(prompts_of([5, 40]), greedy(20, logprobs=1, prompt_logprobs=1), use_tqdm=False)
+            return [(o.token_ids, o.logprobs, o.prompt_logprobs) for o in out]
+
+    plain = answers()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert answers() == plain
+
+
 def test_unseeded_requests_differ_and_the_engine_s_seed_repeats_them(model):
     prompts = prompts_of([5]) * 2
     params = SamplingParams(temperature=1.0, max_tokens=16, ignore_eos=True)
