@@ -33,10 +33,13 @@ class _Stream:
         self.output: RequestOutput | None = None
         self.error: BaseException | None = None
 
-    def put(self, news: RequestOutput | BaseException) -> None:
-        """Called by the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # the consumer's loop is closed: nobody waits
+    def put(self, news: RequestOutput | BaseException) -> bool:
+        """Called by the engine's thread; False if the consumer's loop is closed, so that nobody waits."""
+        try:
             self.loop.call_soon_threadsafe(self._put, news)
+        except RuntimeError:
+            return False
+        return True
 
     def _put(self, news: RequestOutput | BaseException) -> None:
         if isinstance(news, BaseException):
@@ -67,23 +70,24 @@ def _merged(a: RequestOutput, b: RequestOutput) -> RequestOutput:
 
 
 class AsyncLLM:
-    """An `LLM` whose requests come and go one by one, from coroutines of one event loop.
+    """An `LLM` whose requests come and go one by one, from coroutines.
 
         async for output in llm.generate(prompt, SamplingParams(...)):
             print(output.text, end="")  # what is new
 
-    All work of the engine is done by one thread. Close it, or use it as `async with`.
+    All work of the engine is done by one thread, whatever event loops the coroutines run in. Close it, or use it as
+    `async with`.
 
     Args:
         model: see `Config`.
-        max_concurrent_requests: more wait in `generate` until one has ended.
+        max_concurrent_requests: of one event loop, more wait in `generate` until one has ended.
         **kwargs: the other fields of `Config`.
     """
 
     def __init__(self, model: str | Path | None = None, *, max_concurrent_requests: int = 1024, **kwargs):
         check_names(kwargs, "max_concurrent_requests")
-        most = number("max_concurrent_requests", max_concurrent_requests, int, 1, 1 << 30)
-        self._free = asyncio.Semaphore(most)
+        self._most = number("max_concurrent_requests", max_concurrent_requests, int, 1, 1 << 30)
+        self._free: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
         self._thread = ThreadPoolExecutor(1, "nanovllm-engine")
         # The rest belongs to that thread.
         self._streams: dict[int | str, _Stream] = {}
@@ -134,10 +138,9 @@ class AsyncLLM:
 
     def _deliver(self, output: RequestOutput) -> None:
         stream = self._streams.get(output.request_id)
-        if stream is not None:
-            stream.put(output)
-            if output.finished:
-                del self._streams[output.request_id]
+        if stream is not None and (not stream.put(output) or output.finished):
+            del self._streams[output.request_id]
+            self._llm.abort(output.request_id)  # which does nothing to one that has ended
 
     # -- coroutines --------------------------------------------------------------------------------------------------
 
@@ -150,6 +153,15 @@ class AsyncLLM:
             return asyncio.wrap_future(self._thread.submit(self._run, call))
         except RuntimeError as error:
             raise RuntimeError("the engine is closed") from error
+
+    def _turns(self) -> asyncio.Semaphore:
+        """The running loop's semaphore: each belongs to one."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._free:
+            for closed in [other for other in list(self._free) if other.is_closed()]:
+                self._free.pop(closed, None)
+            self._free[loop] = asyncio.Semaphore(self._most)
+        return self._free[loop]
 
     async def generate(
         self,
@@ -166,7 +178,7 @@ class AsyncLLM:
             TypeError, ValueError: the request cannot be served; others are not affected.
             RuntimeError: the engine is closed or has failed.
         """
-        async with self._free:
+        async with self._turns():
             stream = _Stream()
 
             def add(llm: LLM) -> None:

@@ -1,11 +1,13 @@
 """AsyncLLM: many requests from coroutines, on one engine thread."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -131,6 +133,28 @@ def test_no_more_than_so_many_requests_are_in_the_engine(model):
         return max(seen)
 
     assert with_engine(model, use, max_concurrent_requests=3) == 3
+
+
+def test_event_loops_come_and_go(model):
+    """Several, one after the other and at once; one is closed without a word to those who wait in it."""
+
+    async def three(llm):
+        return await asyncio.gather(*(collect(llm, prompt, greedy(8)) for prompt in prompts_of([4] * 3)))
+
+    async def leave(llm):
+        generators.append(llm.generate([1, 2, 3], greedy(120)))
+        await anext(generators[0])
+
+    with contextlib.closing(AsyncLLM(model, **OPTIONS, max_concurrent_requests=1)) as llm:
+        want = asyncio.run(three(llm))
+        assert asyncio.run(three(llm)) == want
+        loop, generators = asyncio.new_event_loop(), []
+        loop.run_until_complete(leave(llm))
+        loop.close()
+        counts = [asyncio.run(llm.metrics()).num_running for _ in range(10)]
+        assert counts[-1] == 0  # long before its 120 tokens
+        with ThreadPoolExecutor(3) as threads:
+            assert list(threads.map(lambda _: asyncio.run(three(llm)), range(3))) == [want] * 3
 
 
 def test_cancelled_left_and_aborted_requests_free_the_engine(model):
