@@ -135,11 +135,13 @@ def features(args, vocab_size: int, _: int) -> tuple[list[Group], list[Figure]]:
     rng, groups, figures = Random(5), [], []
     (group,), (figure,) = offline(args, vocab_size, _)
     has_text = args.model not in PRESETS and args.load_format != "dummy" and importlib.util.find_spec("llguidance")
-    for i, (name, options) in enumerate(FEATURES.items()):
-        if has_text or not {"stop", "structured_outputs"} & set(options):
+    for name, options in FEATURES.items():
+        ids = options.get("allowed_token_ids") or options.get("logit_bias") or [0]
+        if max(ids) < vocab_size and (has_text or not {"stop", "structured_outputs"} & set(options)):
             prompts = [random_prompts(rng, 1, len(p), len(p), vocab_size)[0] for p in group.prompts]  # none is cached
+            place = len(groups)
             groups.append(Group(prompts, group.lens, group.temperature, options))
-            figures.append(Figure(f"tok/s, {name}", figure.amount, lambda values, i=i: values[i]))
+            figures.append(Figure(f"tok/s, {name}", figure.amount, lambda values, i=place: values[i]))
     return groups, figures
 
 
@@ -532,6 +534,8 @@ def run_engine(args, parser: argparse.ArgumentParser) -> list[dict]:
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     try:
+        if args.plot and engine.peaks is None:
+            parser.error("--plot has no limits to draw: give --hbm-tb-s or --tflops for this device")
         check_lengths(engine, names + ["offline"] * bool(args.trace), args, parser)
         half = engine.max_model_len // 2
         warm_up = random_prompts(Random(4), 4, min(64, half), min(64, half), engine.config.vocab_size)
@@ -718,6 +722,7 @@ def check(args, parser: argparse.ArgumentParser) -> None:
     own = [f"--{name.replace('_', '-')}" for name in OWN_OPTIONS if getattr(args, name) is not None]
     missing = [name for name in peers if importlib.util.find_spec(name) is None]
     shows, starts = args.plot or args.trace, args.workload == "start"
+    files = [Path(path).resolve() for path in (args.json, args.plot, args.trace) if path]
     for wrong, message in (
         (len(set(args.engine)) < len(args.engine), "--engine names an engine twice"),
         (missing, f"--engine {' '.join(missing)}: it is not installed here"),
@@ -736,6 +741,7 @@ def check(args, parser: argparse.ArgumentParser) -> None:
         (peers and own, f"{' '.join(own)}: nanovllm's own, cannot be given with --engine {' '.join(peers)}"),
         (args.engine == peers and shows, "--plot and --trace show what only nanovllm's runs tell"),
         (starts and shows, "--plot and --trace need a workload other than start"),
+        (len(files) > len(set(files)), "--json, --plot and --trace must be different files"),
     ):
         if wrong:
             parser.error(message)

@@ -174,6 +174,7 @@ def test_peaks_are_known_by_name_or_given(name, itemsize, flags, peaks, monkeypa
         ("--plot limits.png", "'limits.png' must end in .svg"),
         ("--trace trace.txt", "'trace.txt' must end in .json or .json.gz"),
         ("--json nowhere/figures.json", "no folder for 'nowhere/figures.json'"),
+        ("--json x.json --trace ./x.json --model nowhere.gguf", "must be different files"),
         ("--plot x.svg --workload start", "need a workload other than start"),
         ("--workload prefix --compare transformers", "runs the offline workload only"),
         ("--model qwen3-8b --load-format dummy --compare transformers", "needs a model with weights"),
@@ -219,12 +220,14 @@ def test_a_missing_vllm_is_told(monkeypatch, capsys):
     [
         (["--workload", "prefix"], "prefix has a request of 2176 tokens, but max_model_len is 512"),
         (["--workload", "latency", "--latency-tokens", "5", "--trace", "trace.json"], "offline has a request of"),
+        ([*SMALL, "--plot", "limits.svg"], "--plot has no limits to draw"),
     ],
 )
-def test_a_request_that_is_too_long_is_told_before_anything_runs(flags, message, model, capsys):
+def test_what_the_engine_cannot_do_is_told_before_anything_runs(flags, message, model, capsys):
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--model", model, "--device", "cpu", *flags])
-    assert message in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert message in shown.err and not shown.out
 
 
 @pytest.mark.parametrize(
@@ -265,6 +268,12 @@ def test_a_workload_gives_its_figures(workload, model, tmp_path, capsys):
     shown = capsys.readouterr()
     assert len(shown.out.splitlines()) == 1 + len(rows)
     assert shown.err.startswith(f"{workload}: nanovllm ")
+
+
+def test_features_are_those_that_the_model_has_room_for(model, capsys):
+    bench.main(["--model", model, "--device", "cpu", "--workload", "features", "--load-format", "dummy", *SMALL])
+    rows = capsys.readouterr().out
+    assert "tok/s, penalties" in rows and "tok/s, 100 biases" in rows and "allowed ids" not in rows  # of 131 tokens
 
 
 def test_transformers_answers_the_same_requests(model, capsys):
