@@ -86,6 +86,21 @@ class StructuredOutputsParams:
             raise ValueError(f"structured_outputs.{given[0]} must have at most {MAX_GRAMMAR_CHARS} characters")
 
 
+class _FixedDict(dict):
+    """A dict that was checked, and therefore stays as it is."""
+
+    def _refuse(self, *args, **kwargs):
+        raise TypeError("SamplingParams are frozen: logit_bias cannot be changed; make new ones (dataclasses.replace)")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
+
+    def __reduce__(self) -> tuple:
+        return _FixedDict, (dict(self),)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.items()))
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request is sampled. Frozen, and checked when it is made.
@@ -172,7 +187,7 @@ class SamplingParams:
                 raise TypeError(f"logit_bias must be a dict of token ids and numbers, got {self.logit_bias!r}")
             ids = _token_ids("logit_bias", tuple(self.logit_bias), MAX_LOGIT_BIAS)
             biases = [number("each bias of logit_bias", bias, float, -100, 100) for bias in self.logit_bias.values()]
-            put("logit_bias", dict(zip(ids, biases, strict=True)))
+            put("logit_bias", _FixedDict(zip(ids, biases, strict=True)))
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
             raise TypeError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
         if not isinstance(self.cache_salt, str | None):

@@ -1,6 +1,9 @@
 """Bad arguments are refused by name before anything is allocated."""
 
+import copy
 import dataclasses
+import json
+import pickle
 
 import numpy as np
 import pytest
@@ -83,6 +86,23 @@ def test_unknown_arguments_of_the_async_engine_raise_and_are_not_shown():
 
 def test_none_is_nothing_where_lists_are_asked_for():
     assert SamplingParams(stop=None, stop_token_ids=None, bad_words=None) == SamplingParams()
+
+
+def test_biases_stay_as_they_were_checked():
+    params = SamplingParams(logit_bias={5: 1})
+    for change in (
+        lambda bias: bias.update({6: "x"}),
+        lambda bias: bias.__setitem__(5, 1e9),
+        lambda bias: bias.setdefault(6, 1),
+        lambda bias: bias.pop(5),
+    ):
+        with pytest.raises(TypeError, match="logit_bias cannot be changed"):
+            change(params.logit_bias)
+    assert dataclasses.asdict(params)["logit_bias"] == {5: 1.0} and json.dumps(params.logit_bias) == '{"5": 1.0}'
+    for same in (pickle.loads(pickle.dumps(params)), copy.deepcopy(params), dataclasses.replace(params)):
+        assert same == params and hash(same) == hash(params)
+        with pytest.raises(TypeError):
+            same.logit_bias[5] = 2.0
 
 
 def test_config_and_params_are_frozen():
