@@ -40,6 +40,7 @@ class LLM(LLMEngine):
 
         Raises:
             TypeError, ValueError: a prompt or its parameters are wrong; nothing was queued.
+            RuntimeError: the engine is closed, asleep, in use by another thread, or has failed.
         """
         if isinstance(prompts, str) or (is_list(prompts) and prompts and isinstance(prompts[0], int)):
             prompts = [prompts]
@@ -51,7 +52,11 @@ class LLM(LLMEngine):
             raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")
-        requests = [self._make_request(*pair) for pair in zip(prompts, sampling_params, strict=True)]
+        with self._alone():
+            requests = [self._make_request(*pair) for pair in zip(prompts, sampling_params, strict=True)]
+            return self._answer(requests, use_tqdm)
+
+    def _answer(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
         ids: list[int | str] = []
         outputs: dict[int | str, RequestOutput] = {}
         tokens, begin = 0, time.perf_counter()

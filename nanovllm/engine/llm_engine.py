@@ -81,8 +81,9 @@ def close_at_exit(engine: Any) -> None:
 class LLMEngine:
     """Loads a model and answers requests.
 
-    Not safe to call from several threads at once, and of no use to a forked child. Close it, or use it as a context
-    manager, to give its memory and its processes back.
+    For one thread at a time: what another asks for during `generate` or `step` raises RuntimeError (`AsyncLLM` is for
+    many at once). And of no use to a forked child. Close it, or use it as a context manager, to give its memory and its
+    processes back.
 
     Args:
         model: see `Config`.
@@ -92,6 +93,7 @@ class LLMEngine:
     def __init__(self, model: str | Path | None = None, **kwargs):
         self.executor, self.closed, self.updating = None, False, False
         self.process = os.getpid()
+        self.in_use = threading.RLock()
         self.error: BaseException | None = None
         check_names(kwargs)
         self.config = Config(model=model, **kwargs)
@@ -291,7 +293,7 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Launch the next step, collect the one before; the requests that have finished, and what streams have new."""
         self._check_usable()
-        with _interrupt_after(), self._failing():
+        with self._alone(), _interrupt_after(), self._failing():
             begin = time.perf_counter()
             launched = self.scheduler.schedule()
             if launched:
@@ -307,6 +309,16 @@ class LLMEngine:
                 self._log(launched.batch, seconds)
         outputs, self.outputs = self.outputs, []
         return outputs
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Other threads are refused within; RuntimeError if there is one already."""
+        if not self.in_use.acquire(blocking=False):
+            raise RuntimeError("another thread is using the engine; call it from one at a time, or use AsyncLLM")
+        try:
+            yield
+        finally:
+            self.in_use.release()
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -457,6 +469,8 @@ class LLMEngine:
         if self.closed:
             raise RuntimeError("the engine is closed")
         self.check_process()
+        with self._alone():
+            pass
         if self.updating:
             raise RuntimeError("update_weights is running; what gives it its weights cannot use the engine")
         if awake and self.sleep_level:

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -234,6 +235,29 @@ def test_a_failed_step_fails_the_engine_clearly(model, monkeypatch):
         llm.generate(prompts_of([5]), greedy(6), use_tqdm=False)
     with pytest.raises(RuntimeError, match=r"has failed.*out of memory"):
         llm.generate(prompts_of([5]), greedy(6), use_tqdm=False)
+
+
+def test_a_second_thread_is_refused_and_harms_nobody(model):
+    prompts = [prompts_of([9] * 6, seed=i) for i in range(4)]
+    with engine(model) as llm:
+        want = [tokens(llm, some, greedy(30)) for some in prompts]
+
+        def use(i):
+            try:
+                return [tokens(llm, prompts[i], greedy(30)) for _ in range(3)] == [want[i]] * 3
+            except RuntimeError as error:
+                return "another thread is using the engine" in str(error)
+
+        with ThreadPoolExecutor(4) as threads:
+            assert all(threads.map(use, range(4)))
+        stream = llm.stream([1, 2, 3], greedy(30))
+        next(stream)
+        with ThreadPoolExecutor(1) as threads:  # one after the other they may
+            assert threads.submit(tokens, llm, prompts[0], greedy(30)).result() == want[0]
+            with llm._alone(), pytest.raises(RuntimeError, match="another thread"):
+                threads.submit(llm.generate, prompts[0], greedy(30)).result()
+        assert sum(len(output.token_ids) for output in stream) == 29
+        assert not llm.requests and not llm.outputs and llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
 
 
 def test_two_engines_side_by_side_and_close(model):
