@@ -334,7 +334,7 @@ class LLMEngine:
         try:
             self.close()
         except Exception as another:  # a GPU in a bad state fails in whatever it is asked
-            error.add_note(f"Then closing the engine failed: {another!r}")
+            logger.warning("After %r closing the engine failed, too: %r", error, another)
 
     def _collect(self) -> None:
         """Take in the tokens of the oldest step in flight."""

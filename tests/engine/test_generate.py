@@ -5,6 +5,7 @@ import random
 import signal
 from array import array
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -235,6 +236,15 @@ def test_a_failed_step_fails_the_engine_clearly(model, monkeypatch):
         llm.generate(prompts_of([5]), greedy(6), use_tqdm=False)
     with pytest.raises(RuntimeError, match=r"has failed.*out of memory"):
         llm.generate(prompts_of([5]), greedy(6), use_tqdm=False)
+
+
+def test_a_failed_step_s_error_is_told_even_if_closing_fails(model, caplog):
+    with engine(model) as llm, patch.multiple(llm.executor, launch=lambda batch: 1 / 0, close=lambda: [].pop()):
+        with pytest.raises(ZeroDivisionError):
+            tokens(llm, [[1, 2]], greedy(3))
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            tokens(llm, [[1, 2]], greedy(3))
+    assert "closing the engine failed, too: IndexError" in caplog.text
 
 
 def test_a_second_thread_is_refused_and_harms_nobody(model):
