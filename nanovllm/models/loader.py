@@ -128,7 +128,7 @@ def iterate_weights(location: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def read_json(file: Path) -> dict:
     """The object in a JSON file; ValueError if there is none."""
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_bytes())  # in UTF-8, whatever the locale says
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(content, dict):

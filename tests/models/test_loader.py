@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -140,6 +141,15 @@ decoder, seen = Decoder(source.config), [own_memory()]
 load_weights(decoder, watched(source.weights()))
 print(max(seen) - seen[0])
 """
+
+
+def test_json_is_utf8_whatever_the_locale(tmp_path):
+    (tmp_path / "config.json").write_bytes('{"note": "é日"}'.encode())
+    code = "import sys, pathlib; from nanovllm.models.loader import read_json as read\n"
+    code += "print(len(read(pathlib.Path(sys.argv[1]))['note']))"
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code, str(tmp_path / "config.json")]
+    assert subprocess.run(command, env=os.environ | locale, capture_output=True, text=True).stdout == "2\n"
 
 
 def test_weights_are_streamed(tmp_path):
