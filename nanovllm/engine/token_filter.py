@@ -128,12 +128,16 @@ class GrammarFilter:
 
 
 def grammar_tokenizer(tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]):
-    """What llguidance makes of a transformers tokenizer; takes about a second."""
+    """What llguidance makes of a transformers tokenizer, in about a second; ValueError if it cannot."""
     try:
         from llguidance.hf import from_tokenizer
     except ImportError:
         raise ValueError("structured_outputs need the llguidance package: pip install 'nanovllm[structured]'") from None
-    return from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_token_ids) or None)
+    try:
+        return from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_token_ids) or None)
+    except Exception as error:  # it raises what it likes
+        what = f"{len(tokenizer)} tokens, where the model has {vocab_size}"
+        raise ValueError(f"structured_outputs cannot be had with this tokenizer of {what}: {error}") from error
 
 
 def compile_grammar(params: StructuredOutputsParams) -> str:
