@@ -42,25 +42,34 @@ logger = logging.getLogger("nanovllm")
 
 
 @contextmanager
-def _interrupt_after() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of a step, so that the engine can be used again; a second one does not wait."""
-    handler, caught = signal.getsignal(signal.SIGINT), None
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+def _interrupt_after(*signals: int) -> Iterator[None]:
+    """Let Ctrl-C, or an alarm that ends a call, wait for the end of a step, so that the engine can be used again.
+
+    A second one does not wait.
+
+    Args:
+        signals: those that wait if they have handlers in Python; SIGINT and SIGALRM if none are given.
+    """
+    handlers = {number: signal.getsignal(number) for number in signals or (signal.SIGINT, signal.SIGALRM)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread() or not handlers:
         yield
         return
+    caught = []
 
-    def remember(*args) -> None:
-        nonlocal caught
-        caught = args
-        signal.signal(signal.SIGINT, handler)
+    def remember(number: int, frame: Any) -> None:
+        caught.append((number, frame))
+        signal.signal(number, handlers[number])
 
-    signal.signal(signal.SIGINT, remember)
+    for number in handlers:
+        signal.signal(number, remember)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-    if caught:
-        handler(*caught)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number, frame in caught:
+        handlers[number](number, frame)
 
 
 def _check_id(request_id: Any) -> None:
@@ -414,7 +423,7 @@ class LLMEngine:
         self._forget_computed()
         self.updating, self.weight_error = True, RuntimeError("it was interrupted")
         try:
-            with _interrupt_after():
+            with _interrupt_after(signal.SIGINT):  # an alarm may be for what gives the weights
                 self.executor.update_weights(weights)
         except BaseException as error:
             self.updating, self.weight_error = False, error

@@ -319,7 +319,21 @@ def test_an_interrupt_leaves_a_usable_engine(model, handler, error):
         signal.signal(signal.SIGINT, before)
 
 
-def check_interrupt(model, error):
+def test_an_alarm_leaves_a_usable_engine(model):
+    """Timeouts are often made so."""
+
+    def ring(number, frame):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        check_interrupt(model, TimeoutError, signal.SIGALRM)
+        assert signal.getsignal(signal.SIGALRM) is ring
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def check_interrupt(model, error, number=signal.SIGINT):
     prompts, params = prompts_of([9, 20, 3]), greedy(30)
     with engine(model) as llm:
         want = tokens(llm, prompts, params)
@@ -329,7 +343,7 @@ def check_interrupt(model, error):
             nonlocal count
             count += 1
             if count == 7:
-                os.kill(os.getpid(), signal.SIGINT)  # in the middle of a step
+                os.kill(os.getpid(), number)  # in the middle of a step
             launch(batch)
 
         llm.executor.launch = launch_and_interrupt
