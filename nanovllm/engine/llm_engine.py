@@ -123,6 +123,8 @@ class LLMEngine:
         self.requests: dict[int | str, Request] = {}
         self.in_flight: deque[Step] = deque()
         self.outputs: list[RequestOutput] = []  # what the next `step` returns
+        self.left: list[int | str] = []  # requests that were left in the middle of a step, which ends them
+        self.stepping = False
         self.next_id = 0
         self.seeds = random.Random(self.config.seed)
         self.num_steps, self.step_time = 0, 0.0
@@ -332,11 +334,15 @@ class LLMEngine:
     @contextmanager
     def _failing(self) -> Iterator[None]:
         """An error within leaves the ranks in an unknown state, so that no later result could be trusted."""
+        self.stepping = True
         try:
             yield
         except BaseException as error:
             self._fail(error)
             raise
+        finally:
+            self.stepping = False
+        self._end_left()
 
     def _fail(self, error: BaseException) -> None:
         self.error = error
@@ -368,7 +374,14 @@ class LLMEngine:
 
     def _leave(self, request_ids: Iterable[int | str]) -> None:
         """Nobody waits for these requests any more: end them, and forget what there is to give of them."""
-        left = dict.fromkeys(request_ids)  # in their order: the queue is searched from its front
+        self.left += request_ids
+        if not self.stepping:  # Python's collector may end a stream's iterator anywhere in a step
+            self._end_left()
+
+    def _end_left(self) -> None:
+        if not self.left:
+            return
+        left, self.left = dict.fromkeys(self.left), []  # in their order: the queue is searched from its front
         for request_id in left:
             self.abort(request_id)
         self.outputs = [output for output in self.outputs if output.request_id not in left]

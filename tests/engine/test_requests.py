@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import json
 import math
 import pickle
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams, StructuredOutputsParams
+from nanovllm.engine.request import Request
+from nanovllm.engine.scheduler import Scheduler
 from nanovllm.models.registry import PRESETS
 from tests.engine.reference import load_reference
 from tests.engine.test_generate import engine, finish, greedy, prompts_of, tokens
@@ -335,6 +338,28 @@ def test_nothing_is_left_of_a_stream_that_others_stepped_for_or_that_never_began
         llm.stream([1, 2, 3], greedy(40))
         assert not llm.requests and finish(llm) == []
         assert llm.metrics().kv_usage == 0
+
+
+@pytest.mark.parametrize("where", [(Request, "output"), (Scheduler, "_add_row"), (Scheduler, "_check_end")])
+def test_a_stream_may_be_collected_anywhere_in_a_step(model, where, monkeypatch):
+    """A stream that is left in a cycle of references ends when Python's collector finds it."""
+    want = getattr(*where)
+
+    def collect_before(*args):
+        gc.collect()
+        return want(*args)
+
+    with engine(model) as llm:
+        llm.add_request([5], greedy(20), stream=True)
+        for i in range(4):
+            cycle = [llm.stream([1, 2, i], greedy(40))]
+            next(cycle[0])
+            cycle.append(cycle)
+        del cycle
+        monkeypatch.setattr(*where, collect_before)
+        outputs = finish(llm)
+        assert sum(len(output.token_ids) for output in outputs if output.request_id == 0) >= 16
+        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks and not llm.outputs
 
 
 def test_bad_words_never_appear(speaking):
