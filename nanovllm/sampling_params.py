@@ -97,9 +97,6 @@ class _FixedDict(dict):
     def __reduce__(self) -> tuple:
         return _FixedDict, (dict(self),)
 
-    def __hash__(self) -> int:
-        return hash(frozenset(self.items()))
-
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:

@@ -36,7 +36,10 @@ class Detokenizer:
         self.window.append(token_id)
         before, new = len(self.text), self._new_text()
         if not new:
-            self._count_silent()
+            self.num_silent += 1
+            if self.num_silent > _MAX_WINDOW:  # the oldest is forgotten
+                del self.window[self.num_known]
+                self.num_silent -= 1
             return None
         num_open = len(self.window) - self.num_known - self.num_silent
         if new.endswith(_INCOMPLETE) and num_open < _MAX_WINDOW:
@@ -57,13 +60,6 @@ class Detokenizer:
         end = len(self.text) - (0 if self.ended else self._num_held())
         start, self.num_taken = self.num_taken, max(self.num_taken, end)
         return self.text[start:end]
-
-    def _count_silent(self) -> None:
-        """The newest token has brought no text; of many such the oldest is forgotten, so that a window stays small."""
-        self.num_silent += 1
-        if self.num_silent > _MAX_WINDOW:
-            del self.window[self.num_known]
-            self.num_silent -= 1
 
     def _new_text(self) -> str:
         if self.num_known == len(self.window):

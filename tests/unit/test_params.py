@@ -100,7 +100,7 @@ def test_biases_stay_as_they_were_checked():
             change(params.logit_bias)
     assert dataclasses.asdict(params)["logit_bias"] == {5: 1.0} and json.dumps(params.logit_bias) == '{"5": 1.0}'
     for same in (pickle.loads(pickle.dumps(params)), copy.deepcopy(params), dataclasses.replace(params)):
-        assert same == params and hash(same) == hash(params)
+        assert same == params
         with pytest.raises(TypeError):
             same.logit_bias[5] = 2.0
 
