@@ -10,7 +10,6 @@ import atexit
 import logging
 import os
 import random
-import signal
 import threading
 import time
 import weakref
@@ -36,40 +35,10 @@ from nanovllm.runner import launcher
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
 from nanovllm.utils.checks import in_vocabulary, is_list
 from nanovllm.utils.hub import open_model
+from nanovllm.utils.interrupt import interrupt_after
 
 _MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token: a longer prompt need not be tokenised to be refused
 logger = logging.getLogger("nanovllm")
-
-
-@contextmanager
-def _interrupt_after(*signals: int) -> Iterator[None]:
-    """Let Ctrl-C, or an alarm that ends a call, wait for the end of a step, so that the engine can be used again.
-
-    A second one does not wait.
-
-    Args:
-        signals: those that wait if they have handlers in Python; SIGINT and SIGALRM if none are given.
-    """
-    handlers = {number: signal.getsignal(number) for number in signals or (signal.SIGINT, signal.SIGALRM)}
-    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
-    if threading.current_thread() is not threading.main_thread() or not handlers:
-        yield
-        return
-    caught = []
-
-    def remember(number: int, frame: Any) -> None:
-        caught.append((number, frame))
-        signal.signal(number, handlers[number])
-
-    for number in handlers:
-        signal.signal(number, remember)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    for number, frame in caught:
-        handlers[number](number, frame)
 
 
 def _check_id(request_id: Any) -> None:
@@ -304,7 +273,7 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Launch the next step, collect the one before; the requests that have finished, and what streams have new."""
         self._check_usable()
-        with self._alone(), _interrupt_after(), self._failing():
+        with self._alone(), interrupt_after(), self._failing():
             begin = time.perf_counter()
             launched = self.scheduler.schedule()
             if launched:
@@ -436,7 +405,7 @@ class LLMEngine:
         self._forget_computed()
         self.updating, self.weight_error = True, RuntimeError("it was interrupted")
         try:
-            with _interrupt_after(signal.SIGINT):  # an alarm may be for what gives the weights
+            with interrupt_after(alarm=False):  # one may be for what gives the weights
                 self.executor.update_weights(weights)
         except BaseException as error:
             self.updating, self.weight_error = False, error
@@ -478,7 +447,7 @@ class LLMEngine:
 
     def _forget_computed(self) -> None:
         """Collect what is in flight, and let all that runs be computed anew."""
-        with _interrupt_after(), self._failing():
+        with interrupt_after(), self._failing():
             while self.in_flight:
                 self._collect()
         self.scheduler.preempt_all()
