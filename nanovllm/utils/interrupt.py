@@ -14,21 +14,18 @@ def interrupt_after(alarm: bool = True) -> Iterator[None]:
     Args:
         alarm: so do alarms, by which programs often end a call that takes too long.
     """
-    numbers = (signal.SIGINT, signal.SIGALRM) if alarm else (signal.SIGINT,)
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
-    if threading.current_thread() is not threading.main_thread() or not handlers:
-        yield
-        return
+    in_main = threading.current_thread() is threading.main_thread()  # no other is interrupted
+    numbers = (signal.SIGINT, signal.SIGALRM)[: 1 + alarm] if in_main else ()
+    handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
     caught = []
 
     def remember(number: int, frame: Any) -> None:
         caught.append((number, frame))
         signal.signal(number, handlers[number])
 
-    for number in handlers:
-        signal.signal(number, remember)
     try:
+        for number in handlers:
+            signal.signal(number, remember)
         yield
     finally:
         for number, handler in handlers.items():

@@ -5,6 +5,7 @@ import random
 import signal
 from array import array
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels.step_inputs import StepRows
+from nanovllm.utils import interrupt
 from tests.engine.reference import load_reference, reference_greedy
 from tests.models.tiny import TINY, save_tiny
 
@@ -266,6 +268,8 @@ def test_a_second_thread_is_refused_and_harms_nobody(model):
             assert threads.submit(tokens, llm, prompts[0], greedy(30)).result() == want[0]
             with llm._alone(), pytest.raises(RuntimeError, match="another thread"):
                 threads.submit(llm.generate, prompts[0], greedy(30)).result()
+            with llm._alone(), pytest.raises(RuntimeError, match="another thread"):
+                threads.submit(llm.abort, 0).result()
         assert sum(len(output.token_ids) for output in stream) == 29
         assert not llm.requests and not llm.outputs and llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
 
@@ -331,6 +335,22 @@ def test_an_alarm_leaves_a_usable_engine(model):
         assert signal.getsignal(signal.SIGALRM) is ring
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def test_an_alarm_while_the_handlers_are_changed_leaves_them_as_they_were(monkeypatch):
+    def set_and_ring(number, handler):
+        monkeypatch.undo()
+        signal.signal(number, handler)
+        signal.raise_signal(signal.SIGALRM)
+
+    before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGALRM, stop)
+    try:
+        monkeypatch.setattr(interrupt, "signal", SimpleNamespace(**{**vars(signal), "signal": set_and_ring}))
+        with pytest.raises(Stop), interrupt.interrupt_after():
+            pytest.fail("the alarm came before")
+        assert signal.getsignal(signal.SIGINT) is before[0]
+    finally:
+        signal.signal(signal.SIGALRM, before[1])
 
 
 def check_interrupt(model, error, number=signal.SIGINT):
