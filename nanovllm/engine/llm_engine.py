@@ -41,19 +41,16 @@ _MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token: a longer prompt nee
 logger = logging.getLogger("nanovllm")
 
 
-def _check_id(request_id: Any) -> None:
+def _checked_id(request_id: Any) -> int | str:
     if not isinstance(request_id, int | str) or isinstance(request_id, bool):
         raise TypeError(f"request_id must be a string or an integer, got {request_id!r}")
+    return request_id
 
 
 def close_at_exit(engine: Any) -> None:
     """Close it when Python ends, if it is still there: later, what closing needs has ended."""
-
-    def close(engine: weakref.ref) -> None:
-        if engine() is not None:
-            engine().close()
-
-    atexit.register(close, weakref.ref(engine))
+    there = weakref.ref(engine)
+    atexit.register(lambda: there() and there().close())
 
 
 class LLMEngine:
@@ -154,13 +151,13 @@ class LLMEngine:
 
         Of a stream, what is new.
         """
-        _check_id(request_id)
-        request = self.requests.pop(request_id, None)
-        if request is None:
-            return None
-        for seq in request.samples:
-            self.scheduler.finish(seq, "abort")
-        return request.output(self.weight_version)
+        with self._alone():
+            request = self.requests.pop(_checked_id(request_id), None)
+            if request is None:
+                return None
+            for seq in request.samples:
+                self.scheduler.finish(seq, "abort")
+            return request.output(self.weight_version)
 
     def _make_request(
         self, prompt, params: SamplingParams | None, request_id: int | str | None = None, stream: bool = False
@@ -170,11 +167,8 @@ class LLMEngine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
-        if request_id is not None:
-            _check_id(request_id)
-            if self._is_taken(request_id):
-                what = "is that of a request that is unfinished or whose output waits"
-                raise ValueError(f"request_id {request_id!r} {what}")
+        if request_id is not None and self._is_taken(_checked_id(request_id)):
+            raise ValueError(f"request_id {request_id!r} is that of a request that is unfinished or whose output waits")
         if self.has_tokenizer:
             _ = self.tokenizer  # a broken one refuses requests here: in a step it would take all of them down
         token_ids = self._prompt_ids(prompt)
@@ -311,7 +305,7 @@ class LLMEngine:
             raise
         finally:
             self.stepping = False
-        self._end_left()
+        self._leave(())  # who was left meanwhile
 
     def _fail(self, error: BaseException) -> None:
         self.error = error
@@ -329,11 +323,11 @@ class LLMEngine:
             request = self.requests[request_id]
             if request.time_to_first_token is None:
                 request.time_to_first_token = time.perf_counter() - request.added
-            if request.is_finished:
+            finished = request.is_finished
+            if finished or request.stream:
+                self.outputs.append(request.output(self.weight_version))
+            if finished:  # only now: `_increments` must find it here or there, whenever it is left
                 del self.requests[request_id]
-            elif not request.stream:
-                continue
-            self.outputs.append(request.output(self.weight_version))
 
     def _step_for(self, request_ids: Container[int | str]) -> list[RequestOutput]:
         """A step, and what it gives for these requests; the next `step` gives what is for others."""
@@ -344,16 +338,13 @@ class LLMEngine:
     def _leave(self, request_ids: Iterable[int | str]) -> None:
         """Nobody waits for these requests any more: end them, and forget what there is to give of them."""
         self.left += request_ids
-        if not self.stepping:  # Python's collector may end a stream's iterator anywhere in a step
-            self._end_left()
-
-    def _end_left(self) -> None:
-        if not self.left:
+        if not self.left or self.stepping:  # Python's collector may end a stream's iterator anywhere in a step
             return
-        left, self.left = dict.fromkeys(self.left), []  # in their order: the queue is searched from its front
-        for request_id in left:
-            self.abort(request_id)
-        self.outputs = [output for output in self.outputs if output.request_id not in left]
+        with self._alone():
+            left, self.left = dict.fromkeys(self.left), []  # in their order: the queue is searched from its front
+            for request_id in left:
+                self.abort(request_id)
+            self.outputs = [output for output in self.outputs if output.request_id not in left]
 
     def metrics(self) -> Metrics:
         """Counters since the engine was made, and what it is doing now."""
@@ -412,8 +403,7 @@ class LLMEngine:
             if self.executor.error:  # a rank is lost
                 self._fail(error)
             raise
-        self.updating = False
-        self.weight_error = None
+        self.updating, self.weight_error = False, None
         self.weight_version += 1
         return self.weight_version
 

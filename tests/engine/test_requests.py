@@ -362,6 +362,26 @@ def test_a_stream_may_be_collected_anywhere_in_a_step(model, where, monkeypatch)
         assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks and not llm.outputs
 
 
+def test_nothing_is_left_of_a_stream_that_is_collected_while_its_last_output_is_made(model, monkeypatch):
+    output = Request.output
+
+    def collect_before(request, *args):
+        if request.is_finished:
+            gc.collect()
+        return output(request, *args)
+
+    monkeypatch.setattr(Request, "output", collect_before)
+    with engine(model) as llm:
+        cycle = [llm.stream([1, 2, 3], greedy(2))]
+        next(cycle[0])
+        cycle.append(cycle)
+        del cycle
+        last = None
+        while llm.has_unfinished():
+            last = llm.step()
+        assert last == []
+
+
 def test_bad_words_never_appear(speaking):
     with engine(speaking) as llm:
         spellings = [llm.tokenizer.encode(text) for text in ("xyzzy", " xyzzy", " plugh", "ok")]
