@@ -33,13 +33,10 @@ class _Stream:
         self.output: RequestOutput | None = None
         self.error: BaseException | None = None
 
-    def put(self, news: RequestOutput | BaseException) -> bool:
-        """Called by the engine's thread; False if the consumer's loop is closed, so that nobody waits."""
-        try:
+    def put(self, news: RequestOutput | BaseException) -> None:
+        """Called by the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # the consumer's loop is closed: nobody waits
             self.loop.call_soon_threadsafe(self._put, news)
-        except RuntimeError:
-            return False
-        return True
 
     def _put(self, news: RequestOutput | BaseException) -> None:
         if isinstance(news, BaseException):
@@ -138,9 +135,11 @@ class AsyncLLM:
 
     def _deliver(self, output: RequestOutput) -> None:
         stream = self._streams.get(output.request_id)
-        if stream is not None and (not stream.put(output) or output.finished):
-            del self._streams[output.request_id]
-            self._llm.abort(output.request_id)  # which does nothing to one that has ended
+        if stream is not None:
+            stream.put(output)
+            if output.finished or stream.loop.is_closed():
+                del self._streams[output.request_id]
+                self._llm.abort(output.request_id)  # which does nothing to one that has ended
 
     # -- coroutines --------------------------------------------------------------------------------------------------
 
@@ -156,12 +155,10 @@ class AsyncLLM:
 
     def _turns(self) -> asyncio.Semaphore:
         """The running loop's semaphore: each belongs to one."""
-        loop = asyncio.get_running_loop()
-        if loop not in self._free:
-            for closed in [other for other in list(self._free) if other.is_closed()]:
-                self._free.pop(closed, None)
-            self._free[loop] = asyncio.Semaphore(self._most)
-        return self._free[loop]
+        for loop in list(self._free):
+            if loop.is_closed():
+                self._free.pop(loop, None)
+        return self._free.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self._most))
 
     async def generate(
         self,
@@ -238,13 +235,10 @@ class AsyncLLM:
 
     def close(self) -> None:
         """End the engine. Iterations that go on raise RuntimeError. May be called again."""
-        finishing = None
         with contextlib.suppress(RuntimeError):  # closed before
-            finishing = self._thread.submit(self._finish, RuntimeError("the engine is closed"))
+            self._thread.submit(self._finish, RuntimeError("the engine is closed"))
         self._thread.shutdown()
-        if finishing is not None:
-            finishing.result()
-        self._llm.close()  # when Python itself ends, its threads have ended before
+        self._llm.close()  # if that failed; or if Python itself ends, when its threads have ended before
 
     async def __aenter__(self) -> "AsyncLLM":
         return self
