@@ -24,7 +24,7 @@ class Detokenizer:
         self.num_taken = 0  # characters of `text` that `take` has given
         self.window: list[int] = []  # tokens whose text may still change, and before them some that they depend on
         self.num_known = 0  # of the window's tokens, those whose text is in `text`
-        self.num_silent = 0  # of those behind them, the ones that have brought no text, as special tokens do
+        self.num_closed = 0  # those and the ones behind them that brought no text, as special tokens do
         self.ended = False
 
     def add(self, token_id: int, can_stop: bool = True) -> str | None:
@@ -36,17 +36,14 @@ class Detokenizer:
         self.window.append(token_id)
         before, new = len(self.text), self._new_text()
         if not new:
-            self.num_silent += 1
-            if self.num_silent > _MAX_WINDOW:  # the oldest is forgotten
-                del self.window[self.num_known]
-                self.num_silent -= 1
+            del self.window[self.num_known : -_MAX_WINDOW]  # the oldest are forgotten
+            self.num_closed = len(self.window)
             return None
-        num_open = len(self.window) - self.num_known - self.num_silent
-        if new.endswith(_INCOMPLETE) and num_open < _MAX_WINDOW:
+        if new.endswith(_INCOMPLETE) and len(self.window) - self.num_closed < _MAX_WINDOW:
             return None
         self.text += new
-        self.window = self.window[self.num_known :]
-        self.num_known, self.num_silent = len(self.window), 0
+        del self.window[: self.num_known]
+        self.num_known = self.num_closed = len(self.window)
         return self._find_stop(before) if can_stop and self.stop else None
 
     def finish(self) -> None:

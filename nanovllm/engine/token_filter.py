@@ -37,9 +37,7 @@ class TokenFilter:
 
     is_complete, error = False, None
 
-    def __init__(
-        self, allowed: np.ndarray, bad_words: list[tuple[int, ...]], end_ids: Iterable[int] = (), min_tokens: int = 0
-    ):
+    def __init__(self, allowed: np.ndarray, bad_words: list[tuple[int, ...]], end_ids: Iterable[int], min_tokens: int):
         self.end_ids, self.num_unending = list(end_ids), min_tokens
         self.allowed = allowed.copy()
         self.allowed[[word[0] for word in bad_words if len(word) == 1]] = False
@@ -61,10 +59,7 @@ class TokenFilter:
 
     def has_any(self, allowed: np.ndarray) -> bool:
         """Whether one of the tokens `allowed` can be drawn next."""
-        if self.num_unending > 0:
-            allowed = allowed.copy()
-            allowed[self.end_ids] = False
-        return bool(allowed.any())
+        return bool((np.delete(allowed, self.end_ids) if self.num_unending > 0 else allowed).any())
 
     def mask(self) -> np.ndarray:
         """The tokens that may be drawn next; all that are allowed if bad words left none."""
