@@ -174,14 +174,13 @@ class SpawnedRanks(Executor):
         device = rank_device(config.device_type, 0)
         self.folder = tempfile.mkdtemp(prefix="nanovllm-")
         try:
-            store_path = os.path.join(self.folder, "store")
             self.monitor = threading.Thread(target=self._watch, name="nanovllm-monitor", daemon=True)
             self.monitor.start()
             with self._explained():
                 for rank in range(1, size):
                     self._spawn(rank, size)
-                    self.channels[-1].send((config, rank, store_path))
-                store = dist.FileStore(store_path, size)
+                    self.channels[-1].send((config, rank))
+                store = dist.FileStore(os.path.join(self.folder, "store"), size)
                 self._await_children(store)
                 tp = self._join(config, source, store, device)
                 self.check()  # the monitor may have looked for `tp` before
@@ -196,12 +195,8 @@ class SpawnedRanks(Executor):
         program = _WORKER.format(path, (theirs.fileno(), os.getpid(), self.folder))
         environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size)), **os.environ}
         with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-c", program],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=environment,
-            )
+            options = {"pass_fds": [theirs.fileno()], "stdin": subprocess.DEVNULL, "env": environment}
+            process = subprocess.Popen([sys.executable, "-c", program], **options)
         self.channels.append(ours)
         self.processes.append(process)  # from now on the monitor watches it
 

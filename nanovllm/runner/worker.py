@@ -22,8 +22,7 @@ from nanovllm.utils.parallel import TensorParallel
 
 def _leave(folder: str) -> None:
     """End at once, and leave nothing: there is nobody to tell."""
-    for _ in range(2):  # another thread may just have made the store's file
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
@@ -85,14 +84,14 @@ def main(fd: int, parent: int, folder: str) -> None:
     """
     if sys.stderr is not None:
         faulthandler.enable()  # rank 0 can tell the signal that ended this one, not where
-    _end_with(parent, folder)
     channel = Connection(fd)
     try:
-        config, rank, store_path = channel.recv()
+        # By its path a store waits minutes for a file that is gone, as when rank 0 is, and lets no thread end us.
+        store_file = os.open(os.path.join(folder, "store"), os.O_RDWR | os.O_CREAT, 0o600)
+        _end_with(parent, folder)  # not before: nothing is made in a folder that it removes
+        config, rank = channel.recv()
         size = config.tensor_parallel_size
         device = rank_device(config.device_type, rank)
-        # By its path a store waits minutes for a file that is gone, as when rank 0 is, and lets no thread end us.
-        store_file = os.open(store_path, os.O_RDWR | os.O_CREAT, 0o600)
         store = dist.FileStore(f"/proc/self/fd/{store_file}", size)
         store.set(f"rank {rank}", "present")
         group = make_group(rank, size, store, config.device_type)
