@@ -395,16 +395,16 @@ class LLMEngine:
             raise TypeError(f"weights must be pairs (name, tensor) or a path, got {type(weights).__name__}")
         self._forget_computed()
         self.updating, self.weight_error = True, RuntimeError("it was interrupted")
-        try:
-            with interrupt_after(alarm=False):  # one may be for what gives the weights
+        with interrupt_after(alarm=False):  # one may be for what gives the weights
+            try:
                 self.executor.update_weights(weights)
-        except BaseException as error:
-            self.updating, self.weight_error = False, error
-            if self.executor.error:  # a rank is lost
-                self._fail(error)
-            raise
-        self.updating, self.weight_error = False, None
-        self.weight_version += 1
+            except BaseException as error:
+                self.updating, self.weight_error = False, error
+                if self.executor.error:  # a rank is lost
+                    self._fail(error)
+                raise
+            self.updating, self.weight_error = False, None
+            self.weight_version += 1
         return self.weight_version
 
     def sleep(self, level: int = 1) -> None:

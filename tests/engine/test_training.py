@@ -1,5 +1,8 @@
 """What training loops do with an engine: new weights in place, and memory given back and taken again."""
 
+import os
+import signal
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -107,6 +110,21 @@ def test_nothing_runs_on_weights_that_are_only_partly_there(models):
     with engine(old) as llm:
         llm.update_weights(weights(llm))
         assert tokens(llm, [prompt], greedy(9)) == want
+
+
+def test_an_update_that_an_interrupt_waited_for_is_whole(models):
+    old, new = models["qwen3"]
+
+    def weights():
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from weights_of(new)
+
+    with engine(new) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))
+    with engine(old) as llm:
+        with pytest.raises(KeyboardInterrupt):
+            llm.update_weights(weights())
+        assert llm.weight_version == 1 and tokens(llm, [[5, 6]], greedy(9)) == want
 
 
 def test_running_requests_go_on_with_the_new_weights(models):
