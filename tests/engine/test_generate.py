@@ -268,10 +268,11 @@ def test_a_second_thread_is_refused_and_harms_nobody(model):
             assert threads.submit(tokens, llm, prompts[0], greedy(30)).result() == want[0]
             with llm._alone(), pytest.raises(RuntimeError, match="another thread"):
                 threads.submit(llm.generate, prompts[0], greedy(30)).result()
-            with llm._alone(), pytest.raises(RuntimeError, match="another thread"):
-                threads.submit(llm.abort, 0).result()
+            for call, argument in ((llm.abort, 0), (next, llm.stream([1, 2, 3], greedy(30)))):
+                with llm._alone(), pytest.raises(RuntimeError, match="another thread"):
+                    threads.submit(call, argument).result()
         assert sum(len(output.token_ids) for output in stream) == 29
-        assert not llm.requests and not llm.outputs and llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+        assert finish(llm) == [] and llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
 
 
 def test_two_engines_side_by_side_and_close(model):
