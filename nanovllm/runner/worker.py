@@ -26,22 +26,12 @@ def _leave(folder: str) -> None:
     os._exit(1)
 
 
-def _is_there(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def _end_with(parent: int, folder: str) -> None:
     """Leave when rank 0's process is gone, however it went and whatever this one waits for; its `folder` goes too."""
     starter = os.getppid()  # another than `parent` if that is gone already, or started a wrapper of Python's
 
     def watch():
-        while os.getppid() == starter and _is_there(parent):
+        while os.getppid() == starter and os.path.exists(f"/proc/{parent}"):
             time.sleep(0.5)
         _leave(folder)
 
@@ -100,12 +90,10 @@ def main(fd: int, parent: int, folder: str) -> None:
         runner = ModelRunner(config, source, tp, device)
         serve(runner, channel)
         tp.end(runner.free_graphs)
-    except EOFError:  # rank 0 is gone
-        _leave(folder)
     except BaseException:
         try:
             channel.send(traceback.format_exc())
-        except OSError:
+        except OSError:  # rank 0 is gone
             _leave(folder)
         time.sleep(5)  # rank 0 reads this and ends us; leaving at once would show it a broken collective first
         sys.exit(1)
