@@ -204,8 +204,7 @@ class AsyncLLM:
         """End a request in whatever state it is: its iteration gets what is new, with finish_reason "abort"."""
 
         def abort(llm: LLM) -> None:
-            output = llm.abort(request_id)
-            if output is not None:
+            if output := llm.abort(request_id):
                 self._deliver(output)
 
         await self._call(abort)

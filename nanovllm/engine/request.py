@@ -32,10 +32,10 @@ class Request:
     decode: Callable[[list[int]], str] | None
     added: float = field(default_factory=time.perf_counter)
     time_to_first_token: float | None = None
-    ended: set[int] = field(default_factory=set)  # samples whose end the caller of a stream knows
 
     def __post_init__(self):
-        self.num_told = [len(seq.prompt_ids) for seq in self.samples]  # tokens that the caller knows; a stream's grow
+        # What the caller knows of each sample: how many tokens, and the end. It changes if this is a stream.
+        self.told: list[tuple[int, str | None]] = [(len(seq.prompt_ids), None) for seq in self.samples]
         if self.decode and (self.stream or self.params.stop):
             for seq in self.samples:
                 seq.detokenizer = Detokenizer(self.decode, self.params.stop, self.params.include_stop_str_in_output)
@@ -71,15 +71,12 @@ class Request:
         )
 
     def _has_news(self, seq: Sequence) -> bool:
-        ends = seq.finish_reason is not None and seq.index not in self.ended
-        return not self.stream or len(seq.token_ids) > self.num_told[seq.index] or ends
+        return not self.stream or self.told[seq.index] != (len(seq.token_ids), seq.finish_reason)
 
     def _completion(self, seq: Sequence) -> CompletionOutput:
-        start = self.num_told[seq.index]
+        start, _ = self.told[seq.index]
         if self.stream:
-            self.num_told[seq.index] = len(seq.token_ids)
-            if seq.finish_reason:
-                self.ended.add(seq.index)
+            self.told[seq.index] = len(seq.token_ids), seq.finish_reason
         logprobs = None if self.params.logprobs is None else seq.logprobs[start - len(seq.prompt_ids) :]
         reasons = seq.finish_reason, seq.stop_reason
         return CompletionOutput(seq.index, self._text(seq), seq.token_ids[start:], *reasons, logprobs)

@@ -289,8 +289,7 @@ class Scheduler:
         start, first = seq.num_computed, len(seq.block_table)
         if not self.block_manager.has_room(seq, num_new):
             self.block_manager.allocate(seq, start + num_new)
-            for i in range(first, len(seq.block_table)):
-                step.batch.new_blocks.append((seq.slot, i, seq.block_table[i]))
+            step.batch.new_blocks += [(seq.slot, i, seq.block_table[i]) for i in range(first, len(seq.block_table))]
         samples = start + num_new == seq.num_tokens
         if seq.on_device:
             step.batch.decode_slots.append(seq.slot)

@@ -159,14 +159,7 @@ def _literal(text: str) -> str:
 def make_filter(
     params: SamplingParams, vocab_size: int, encode: Callable[[str], list[int]], end_ids: Iterable[int]
 ) -> TokenFilter | None:
-    """The filter of `allowed_token_ids` and `bad_words`; None if there are none.
-
-    Args:
-        end_ids: those that end the request.
-
-    Raises:
-        ValueError: no token is left.
-    """
+    """The filter of `allowed_token_ids` and `bad_words`, None if there are none; ValueError if no token is left."""
     if params.allowed_token_ids is None and not params.bad_words:
         return None
     allowed = np.zeros(-(-vocab_size // 32) * 32, dtype=bool)
