@@ -1,7 +1,5 @@
 """Attention in plain torch: the reference, and what runs on a CPU."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -9,11 +7,6 @@ from nanovllm.attention.base import AttentionBackend
 from nanovllm.kernels.decode_attention import GatherPlan, attend_gathered, gather, plan_gather
 from nanovllm.kernels.prefill_attention import RowPlan, attend_row, plan_rows
 from nanovllm.utils.context import Context
-
-
-class _Plans(NamedTuple):
-    decode: GatherPlan | None
-    prefill: list[RowPlan]
 
 
 class TorchBackend(AttentionBackend):
@@ -31,23 +24,24 @@ class TorchBackend(AttentionBackend):
         self._buffers: list[Tensor] = [torch.empty(0), torch.empty(0)]
 
     def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
-        plan = self._plans(q, k_cache, ctx).decode
+        plan, _ = self._plans(q, k_cache, ctx)
         k, v = self._gather(k_cache, v_cache, plan.indices)
         out.copy_(attend_gathered(q, k, v, plan.mask, scale))
 
     def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
-        for row in self._plans(q, k_cache, ctx).prefill:
+        for row in self._plans(q, k_cache, ctx)[1]:
             k, v = self._gather(k_cache, v_cache, row.indices)
             tokens = slice(row.start, row.end)
             out[tokens] = attend_row(q[tokens], k, v, row.mask, scale)
 
-    def _plans(self, q: Tensor, k_cache: Tensor, ctx: Context) -> _Plans:
+    def _plans(self, q: Tensor, k_cache: Tensor, ctx: Context) -> tuple[GatherPlan | None, list[RowPlan]]:
+        """Of the decode rows and of each prefill row."""
         if ctx.meta is None:
             d, layout = ctx.num_decode, (*k_cache.shape[1:3], q.dtype)
             tables, slots, lens, cu_seqlens = ctx.block_tables, ctx.slots, ctx.context_lens, ctx.cu_seqlens_q
             decode = plan_gather(tables, slots[:d], lens[:d], *layout) if d else None
             prefill = [] if cu_seqlens is None else plan_rows(tables, slots[d:], cu_seqlens, lens[d:], *layout)
-            ctx.meta = _Plans(decode, prefill)
+            ctx.meta = decode, prefill
         return ctx.meta
 
     def _gather(self, k_cache: Tensor, v_cache: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,22 +21,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         heads = (config.head_dim, config.num_heads, config.num_kv_heads)
         self.qkv_proj = QKVParallelLinear(config.hidden_size, *heads, config.qkv_bias, dtype=dtype, tp=tp)
-        self.attn = Attention(
-            self.qkv_proj.num_heads,
-            self.qkv_proj.num_kv_heads,
-            config.head_dim,
-            rotary,
-            config.rms_norm_eps if config.qk_norm else None,
-            dtype=dtype,
-        )
-        self.o_proj = RowParallelLinear(
-            config.num_heads * config.head_dim,
-            config.hidden_size,
-            config.o_bias,
-            reduce_results=False,
-            dtype=dtype,
-            tp=tp,
-        )
+        own_heads, eps = (self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads), config.rms_norm_eps
+        self.attn = Attention(*own_heads, config.head_dim, rotary, eps if config.qk_norm else None, dtype=dtype)
+        sizes = config.num_heads * config.head_dim, config.hidden_size, config.o_bias
+        self.o_proj = RowParallelLinear(*sizes, reduce_results=False, dtype=dtype, tp=tp)
 
     def forward(
         self, x: torch.Tensor, norm: RMSNorm, positions: torch.Tensor, last: torch.Tensor | None

@@ -115,13 +115,12 @@ def iterate_weights(location: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         ValueError: there are none, or only pickled ones, which are never loaded.
     """
-    is_gguf = location.suffix == ".gguf" and location.is_file()
-    if not is_gguf and not location.is_dir():
-        raise ValueError(f"weights are to be read from {str(location)!r}, but that is no folder or .gguf file")
-    if is_gguf:
+    if location.suffix == ".gguf" and location.is_file():
         from nanovllm.utils.gguf import iterate_gguf
 
         return iterate_gguf(location)
+    if not location.is_dir():
+        raise ValueError(f"weights are to be read from {str(location)!r}, but that is no folder or .gguf file")
     return _iterate_safetensors(_weight_files(location))
 
 
