@@ -81,11 +81,8 @@ class LLMEngine:
         runner = self.executor.runner
         self.max_model_len = runner.max_model_len
         self.num_kvcache_blocks = runner.num_blocks
-        self.scheduler = Scheduler(
-            self.config.max_num_seqs,
-            self.config.max_num_batched_tokens,
-            BlockManager(runner.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching),
-        )
+        blocks = BlockManager(runner.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching)
+        self.scheduler = Scheduler(self.config.max_num_seqs, self.config.max_num_batched_tokens, blocks)
         self.requests: dict[int | str, Request] = {}
         self.in_flight: deque[Step] = deque()
         self.outputs: list[RequestOutput] = []  # what the next `step` returns
@@ -191,9 +188,8 @@ class LLMEngine:
     def _prompt_ids(self, prompt) -> list[int]:
         if isinstance(prompt, str):
             if len(prompt) > _MAX_TOKEN_CHARS * self.max_model_len:
-                raise ValueError(
-                    f"prompt has {len(prompt)} characters, too many for max_model_len={self.max_model_len}"
-                )
+                what = f"prompt has {len(prompt)} characters"
+                raise ValueError(f"{what}, too many for max_model_len={self.max_model_len}")
             token_ids = self._encode(prompt, add_special_tokens=True)
         elif is_list(prompt):
             token_ids = list(prompt)
@@ -222,10 +218,8 @@ class LLMEngine:
         if not params.ignore_eos:
             end_ids |= frozenset(self.source.config.eos_token_ids)
         if params.min_tokens and len(end_ids) > MAX_STOP_IDS:
-            raise ValueError(
-                f"stop_token_ids and the model's end-of-sequence ids are {len(end_ids)} together; with min_tokens they "
-                f"must be at most {MAX_STOP_IDS}"
-            )
+            what = f"stop_token_ids and the model's end-of-sequence ids are {len(end_ids)} together"
+            raise ValueError(f"{what}; with min_tokens they must be at most {MAX_STOP_IDS}")
         return end_ids
 
     def _token_filter(self, params: SamplingParams, end_ids: frozenset[int]) -> TokenFilter | GrammarFilter | None:
@@ -457,10 +451,8 @@ class LLMEngine:
         if awake and self.sleep_level:
             raise RuntimeError("the engine is asleep; call wake_up() first")
         if weights and self.weight_error is not None:
-            raise RuntimeError(
-                f"the last update_weights failed, and the weights may be partly overwritten; call it again: "
-                f"{self.weight_error!r}"
-            ) from self.weight_error
+            what = "the last update_weights failed, and the weights may be partly overwritten; call it again"
+            raise RuntimeError(f"{what}: {self.weight_error!r}") from self.weight_error
 
     def check_process(self) -> None:
         """Raise RuntimeError in a forked child, which has no use of what its parent made."""

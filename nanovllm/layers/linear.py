@@ -104,10 +104,8 @@ class QKVParallelLinear(ColumnParallelLinear):
         self.num_heads = divide("num_attention_heads", num_heads, tp)
         copies = max(1, tp.size // num_kv_heads)  # ranks that hold the same KV head
         if num_kv_heads * copies % tp.size:
-            raise ValueError(
-                f"tensor_parallel_size={tp.size} does not fit the model's num_key_value_heads={num_kv_heads}: "
-                "one must divide the other"
-            )
+            what = f"tensor_parallel_size={tp.size} does not fit the model's num_key_value_heads={num_kv_heads}"
+            raise ValueError(f"{what}: one must divide the other")
         self.num_kv_heads = num_kv_heads * copies // tp.size
         size, kv_size = self.num_heads * head_dim, self.num_kv_heads * head_dim
         kv = Part(num_kv_heads * head_dim, tp.rank // copies * kv_size, kv_size)

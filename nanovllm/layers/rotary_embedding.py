@@ -14,10 +14,8 @@ ROPE_TYPES = {
     "frequency_factors": ("factors",),  # GGUF's spelling of llama3: a divisor for each frequency
 }
 # What it may give besides, for yarn.
-ROPE_OPTIONAL = {
-    **dict.fromkeys(("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"), float),
-    "truncate": bool,
-}
+ROPE_OPTIONAL = dict.fromkeys(("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"), float)
+ROPE_OPTIONAL |= {"truncate": bool}
 
 
 def _llama3(inv_freq: torch.Tensor, options: dict) -> torch.Tensor:

@@ -45,15 +45,10 @@ class _Memory:
     """Memory that belongs to another tensor, in the form that torch takes it in."""
 
     def __init__(self, x: torch.Tensor):
-        shape, strides = tuple(x.shape), tuple(stride * x.element_size() for stride in x.stride())
+        strides = tuple(stride * x.element_size() for stride in x.stride())
         kind = {1: "|u1", 2: "<i2", 4: "<i4"}[x.element_size()]
-        self.__cuda_array_interface__ = {
-            "shape": shape,
-            "strides": strides,
-            "typestr": kind,
-            "data": (x.data_ptr(), False),
-            "version": 3,
-        }
+        elements = {"shape": tuple(x.shape), "strides": strides, "typestr": kind}
+        self.__cuda_array_interface__ = {**elements, "data": (x.data_ptr(), False), "version": 3}
 
 
 def borrow(x: torch.Tensor) -> torch.Tensor:

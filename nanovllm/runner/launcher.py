@@ -18,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from multiprocessing.connection import Connection, Pipe
@@ -65,10 +64,8 @@ def rank_device(device_type: str, local_rank: int | None) -> torch.device:
     warm_up()
     if local_rank is None:
         return torch.device("cuda", torch.cuda.current_device())
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"tensor_parallel_size needs GPU {local_rank}, but torch sees {torch.cuda.device_count()} GPUs here"
-        )
+    if local_rank >= (count := torch.cuda.device_count()):
+        raise ValueError(f"tensor_parallel_size needs GPU {local_rank}, but torch sees {count} GPUs here")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -95,24 +92,14 @@ def _join_outside_group(config: Config, source: ModelSource) -> "Executor":
     joined = not dist.is_initialized()
     if joined:
         dist.init_process_group("nccl" if config.device_type == "cuda" else "gloo")
-    if dist.get_world_size() != config.tensor_parallel_size:
-        raise ValueError(
-            f"tensor_parallel_size={config.tensor_parallel_size} must equal the world size, {dist.get_world_size()}"
-        )
+    if (size := dist.get_world_size()) != config.tensor_parallel_size:
+        raise ValueError(f"tensor_parallel_size={config.tensor_parallel_size} must equal the world size, {size}")
     device = rank_device(config.device_type, int(os.environ.get("LOCAL_RANK", dist.get_rank())))
     tp = TensorParallel.default().with_peers(device, largest_sum(config, source))
     executor = Executor(ModelRunner(config, source, tp, device))
-    if joined:
-        atexit.register(_leave_group, weakref.ref(executor))
+    if joined:  # when the interpreter ends: before that, as it registers after this, the engine ends
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return executor
-
-
-def _leave_group(executor: "weakref.ref[Executor]") -> None:
-    """End what the group runs on before the interpreter ends: the engine that holds it first, then the group."""
-    if executor() is not None:
-        executor().close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 class Executor:

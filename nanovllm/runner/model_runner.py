@@ -80,14 +80,12 @@ class ModelRunner:
         check_ranks: Callable[[], None] = lambda: None,
     ):
         self.config, self.tp, self.device = config, tp, device
-        self.model_config = source.config
         self.dtype = config.torch_dtype(source.config.dtype)
         self.max_model_len = min(config.max_model_len, source.config.max_position)
         self.block_size = config.kvcache_block_size
         self.max_blocks = -(-self.max_model_len // self.block_size)
-        self.backend = select_backend(
-            config.attention_backend, device, source.config.head_dim, self.block_size, self.dtype
-        )
+        cache = source.config.head_dim, self.block_size, self.dtype
+        self.backend = select_backend(config.attention_backend, device, *cache)
         self.check_ranks = check_ranks
         self.graphs: StepGraphs | None = None
         self.in_flight: deque[InFlight] = deque()
@@ -127,7 +125,7 @@ class ModelRunner:
             if num_blocks != self.config.num_kvcache_blocks:
                 raise
             raise ValueError(f"num_kvcache_blocks={num_blocks} is more than can be allocated: {error}") from error
-        self.state = BatchState(self.config, self.max_blocks, num_blocks, self.model_config.vocab_size, self.device)
+        self.state = BatchState(self.config, self.max_blocks, num_blocks, self.model.config.vocab_size, self.device)
         pin = self.device.type == "cuda"
         ring = [torch.empty(self.config.max_num_seqs, dtype=torch.int64, pin_memory=pin) for _ in range(2)]
         self.token_ring = deque(ring)
