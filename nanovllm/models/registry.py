@@ -200,27 +200,15 @@ def _rope(config: Any) -> tuple[float, dict[str, Any] | None]:
     return theta, {**options, "rope_type": rope_type}
 
 
-def _qwen3(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, tied: bool) -> ModelConfig:
-    return ModelConfig(
-        model_type="qwen3",
-        vocab_size=151936,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=8,
-        head_dim=128,
-        max_position=40960,
-        tie_word_embeddings=tied,
-        rope_theta=1e6,
-        qk_norm=True,
-        eos_token_ids=(151645, 151643),
-    )
-
-
+_QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_kv_heads": 8, "head_dim": 128, "max_position": 40960}
+_QWEN3 |= {"rope_theta": 1e6, "qk_norm": True, "eos_token_ids": (151645, 151643)}
+_SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "tie_word_embeddings")
 # Real shapes for load_format="dummy".
 PRESETS = {
-    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, tied=True),
-    "qwen3-4b": _qwen3(2560, 9728, 36, 32, tied=True),
-    "qwen3-8b": _qwen3(4096, 12288, 36, 32, tied=False),
+    name: ModelConfig(**_QWEN3, **dict(zip(_SIZES, sizes, strict=True)))
+    for name, sizes in {
+        "qwen3-0.6b": (1024, 3072, 28, 16, True),
+        "qwen3-4b": (2560, 9728, 36, 32, True),
+        "qwen3-8b": (4096, 12288, 36, 32, False),
+    }.items()
 }
