@@ -388,8 +388,8 @@ class LLMEngine:
         elif not isinstance(weights, Iterable) or isinstance(weights, bytes | Mapping):
             raise TypeError(f"weights must be pairs (name, tensor) or a path, got {type(weights).__name__}")
         self._forget_computed()
-        self.updating, self.weight_error = True, RuntimeError("it was interrupted")
         with interrupt_after(alarm=False):  # one may be for what gives the weights
+            self.updating, self.weight_error = True, RuntimeError("it was interrupted")
             try:
                 self.executor.update_weights(weights)
             except BaseException as error:
