@@ -14,9 +14,9 @@ def interrupt_after(alarm: bool = True) -> Iterator[None]:
     Args:
         alarm: so do alarms, by which programs often end a call that takes too long.
     """
+    numbers = (signal.SIGINT, signal.SIGALRM) if alarm else (signal.SIGINT,)
     in_main = threading.current_thread() is threading.main_thread()  # no other is interrupted
-    numbers = (signal.SIGINT, signal.SIGALRM)[: 1 + alarm] if in_main else ()
-    handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+    handlers = {number: handler for number in numbers if in_main and callable(handler := signal.getsignal(number))}
     caught = []
 
     def remember(number: int, frame: Any) -> None:
