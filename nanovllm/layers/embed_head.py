@@ -48,7 +48,21 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ParallelLMHead(VocabParallelEmbedding, PackedLayer):
-    """Hidden states x [L, embedding_dim], or norm(x) -> logits [S, num_embeddings] of this rank's share of the rows."""
+    """Hidden states x [L, embedding_dim], or norm(x) -> logits [S, num_embeddings] of this rank's share of the rows.
+
+    Args:
+        num_embeddings, embedding_dim: as of the embedding.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        dtype: torch.dtype | None = None,
+        tp: TensorParallel | None = None,
+    ):
+        super().__init__(num_embeddings, embedding_dim, dtype=dtype, tp=tp)
 
     def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor:
         x, norm = (x, None) if norm is None else norm.split(x)
