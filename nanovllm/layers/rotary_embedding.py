@@ -41,7 +41,7 @@ def _yarn(inv_freq: torch.Tensor, theta: float, options: dict) -> tuple[torch.Te
     if options.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    stretched = ((torch.arange(dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
+    stretched = ((torch.arange(dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
     inv_freq = inv_freq / factor * stretched + inv_freq * (1 - stretched)
     if options.get("attention_factor") is not None:
         return inv_freq, options["attention_factor"]
@@ -65,7 +65,7 @@ def rope_table(head_dim: int, max_position: int, theta: float, scaling: dict | N
         case "yarn":
             inv_freq, magnitude = _yarn(inv_freq, theta, scaling)
         case "frequency_factors":
-            inv_freq = inv_freq / torch.tensor(scaling["factors"])
+            inv_freq = inv_freq / torch.tensor(scaling["factors"], dtype=torch.float32)
     angles = torch.outer(torch.arange(max_position).float(), inv_freq)
     return torch.cat((angles.cos(), angles.sin()), dim=-1) * magnitude
 

@@ -149,6 +149,21 @@ def test_stretched_rope_tables(options):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_rope_tables_are_those_of_float32_whatever_the_default_is(dtype):
+    """Scripts that load other models in bfloat16 set it."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    factors = {"rope_type": "frequency_factors", "factors": [1 + i / 7 for i in range(32)]}
+    for options in (None, yarn, factors):
+        want = rope_table(64, 512, 5e4, options)
+        torch.set_default_dtype(dtype)
+        try:
+            got = rope_table(64, 512, 5e4, options)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert got.dtype == torch.float32 and torch.equal(got, want)
+
+
 def test_a_wrong_shape_is_refused():
     param = make_parameter(4)
     with pytest.raises(ValueError, match=r"\[3\].*\[4\]"):
