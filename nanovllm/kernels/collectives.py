@@ -234,7 +234,7 @@ class PeerMemory:
         self.calls = torch.zeros(CAPACITY // 4 // UNIT, dtype=torch.int32, device=self.device)
         on_gpu = self.device.type == "cuda"
         # A kernel that waits is told by the host's memory: other ways to the GPU may be full of what waits for it.
-        self.told = torch.zeros(1, dtype=torch.int32, pin_memory=on_gpu)
+        self.told = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
         self.stop = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.num_sms = sm_count(self.device)
         self.max_programs = 4 * self.num_sms  # that run at once, as they wait

@@ -22,8 +22,8 @@ class Staging:
     """
 
     def __init__(self, num_bytes: int, device: torch.device):
-        pin = device.type == "cuda"
-        self.buffers = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]
+        host = {"device": "cpu", "pin_memory": device.type == "cuda"}  # whatever torch's default device is
+        self.buffers = [torch.empty(num_bytes, dtype=torch.uint8, **host) for _ in range(2)]
         self.device = device
         self.step = self.used = 0
 

@@ -126,8 +126,8 @@ class ModelRunner:
                 raise
             raise ValueError(f"num_kvcache_blocks={num_blocks} is more than can be allocated: {error}") from error
         self.state = BatchState(self.config, self.max_blocks, num_blocks, self.model.config.vocab_size, self.device)
-        pin = self.device.type == "cuda"
-        ring = [torch.empty(self.config.max_num_seqs, dtype=torch.int64, pin_memory=pin) for _ in range(2)]
+        host = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        ring = [torch.empty(self.config.max_num_seqs, dtype=torch.int64, **host) for _ in range(2)]
         self.token_ring = deque(ring)
 
     @contextmanager
@@ -318,7 +318,7 @@ class ModelRunner:
             places += range(first, first + len(chunk.scores))
             wanted += chunk.scores
             start += len(chunk.token_ids)
-        places, wanted = (torch.tensor(x, dtype=torch.int64).to(self.device) for x in (places, wanted))
+        places, wanted = (torch.tensor(x, dtype=torch.int64, device=self.device) for x in (places, wanted))
         parts = []
         for rows, tokens in zip(places.split(SCORED_ROWS), wanted.split(SCORED_ROWS), strict=True):
             own = self.tp.rows(len(rows))

@@ -149,6 +149,22 @@ def test_a_caller_s_autocast_changes_nothing(model, dtype):
         assert answers() == plain
 
 
+def test_a_caller_s_default_device_changes_nothing(model):
+    def answers():
+        with engine(model) as llm:
+            host = [*llm.executor.runner.token_ring, *llm.executor.runner.state.staging.buffers]
+            assert all(buffer.device.type == "cpu" for buffer in host)  # only there it can be pinned
+            out = llm.generate(prompts_of([5, 40]), greedy(20, logprobs=1, prompt_logprobs=1), use_tqdm=False)
+            return [(o.token_ids, o.logprobs, o.prompt_logprobs) for o in out]
+
+    plain = answers()
+    torch.set_default_device("meta")  # where nothing can be read
+    try:
+        assert answers() == plain
+    finally:
+        torch.set_default_device(None)
+
+
 def test_unseeded_requests_differ_and_the_engine_s_seed_repeats_them(model):
     prompts = prompts_of([5]) * 2
     params = SamplingParams(temperature=1.0, max_tokens=16, ignore_eos=True)
