@@ -94,10 +94,15 @@ class ModelRunner:
 
     @contextmanager
     def _mode(self) -> Iterator[None]:
-        """No gradients, and nothing of a caller's autocast: some operations would take its dtype, and others not."""
+        """No gradients, and nothing that the calling thread is set to.
+
+        On its current GPU Triton's kernels would run and events be recorded. Its autocast's dtype some operations would
+        take, and others not.
+        """
         kind = self.device.type
+        gpu = torch.cuda.device(self.device) if kind == "cuda" else nullcontext()
         autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), gpu, autocast:
             yield
 
     def _build(self, source: ModelSource) -> None:

@@ -1,6 +1,6 @@
 """What can be shown of captures without a GPU."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from threading import Event, Thread
 from types import SimpleNamespace
@@ -9,7 +9,9 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
+from nanovllm.engine.scheduler import Batch
 from nanovllm.runner.cuda_graphs import StepGraphs
+from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.utils import parallel
 from nanovllm.utils.parallel import TensorParallel
 
@@ -58,6 +60,26 @@ def test_sums_and_collectives_are_told_to_end_before_graphs_are_freed_and_end_af
     peers.end.side_effect = lambda: told.append("sums")
     replace(TensorParallel(0, 2, Group()), peers=peers).end(free_graphs)
     assert told == ["sums", "collectives", "graphs"]
+
+
+def test_steps_run_on_the_engine_s_gpu_whatever_the_thread_s_is(monkeypatch):
+    """Triton launches on the current GPU, and events are recorded there: a thread that calls may have another one."""
+    current, seen = [0], []
+
+    @contextmanager
+    def device(wanted):
+        current.append(wanted.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    runner = object.__new__(ModelRunner)
+    runner.device, runner.state, runner.graphs, runner.num_blocks = torch.device("cuda", 1), MagicMock(), None, 1
+    for name in ("_eager", "_send", "_move_weights", "_allocate", "_capture"):
+        setattr(runner, name, MagicMock(side_effect=lambda *_: seen.append(current[-1]) or MagicMock()))
+    runner.launch(Batch())
+    runner.wake_up()
+    assert seen == [1] * 5 and current == [0]
 
 
 @pytest.mark.parametrize("unjoined", [None, RuntimeError("capture_end: unjoined work")])
