@@ -1,8 +1,9 @@
 """Steps as CUDA graphs: from the slots' inputs to the drawn tokens, one replay each."""
 
 import gc
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,26 @@ def mixed_sizes(max_num_batched_tokens: int) -> list[int]:
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
     """The one stream of a device for captures: cuBLAS keeps a workspace of 32 MiB for each stream it ever saw."""
     return torch.cuda.Stream(device)
+
+
+_capturing = threading.Lock()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """No other engine captures within: it has the same stream. Nor does the collector run.
+
+    It could free CUDA memory, which capture forbids.
+    """
+    with _capturing:
+        gc.collect()
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 class _Memory:
@@ -86,9 +107,7 @@ class StepGraphs:
     def capture(self, runner: "ModelRunner") -> None:
         """Capture all graphs. Those that there are when it fails can still be freed."""
         max_num_seqs = len(self.slots)
-        gc.collect()
-        gc.disable()  # a collection during capture could free CUDA memory, which capture forbids
-        try:
+        with _alone():
             if runner.backend.capturable_prefill:
                 for size in reversed(mixed_sizes(runner.config.max_num_batched_tokens)):
                     self._capture_mixed(runner, size, min(size, max_num_seqs) + 1)
@@ -99,9 +118,7 @@ class StepGraphs:
                 slots = self.slots[:size]
                 self.decode[size] = self._capture(lambda slots=slots: runner.step(slots, len(slots)))
             runner.check_ranks()
-        finally:
-            gc.enable()
-        torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
 
     def free(self) -> None:
         """Give the graphs back, whoever else knows of this object."""

@@ -205,7 +205,7 @@ class SpawnedRanks(Executor):
                 self.tp = tp  # from now on it can be ended
                 tp = tp.with_peers(device, largest_sum(config, source))
                 if device.type == "cuda":
-                    torch.cuda.synchronize()  # the caller's stream may be another than this thread's
+                    torch.cuda.current_stream().synchronize()  # the caller's stream may be another than this thread's
                 self.tp = tp
                 joined.set_result(tp)
                 if self.closing.is_set():

@@ -180,13 +180,13 @@ class ModelRunner:
 
     def _free_bytes(self) -> int:
         """What `gpu_memory_utilization` leaves for the cache after weights and the largest step's activations."""
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()  # not the device: another engine may be capturing on it
         self._allocate(self.max_blocks)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self._eager(self._largest_batch())
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
         activations = torch.cuda.max_memory_allocated() - before
         for layer in self.attention_layers:
             layer.k_cache = layer.v_cache = torch.empty(0)
@@ -373,7 +373,7 @@ class ModelRunner:
             self._move_weights(torch.device("cpu"))
         gc.collect()
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.current_stream(self.device).synchronize()
             torch.cuda.empty_cache()
 
     def wake_up(self) -> None:

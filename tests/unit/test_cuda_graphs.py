@@ -1,8 +1,9 @@
 """What can be shown of captures without a GPU."""
 
+import gc
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from threading import Event, Thread
+from threading import Event, Thread, current_thread
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -80,6 +81,41 @@ def test_steps_run_on_the_engine_s_gpu_whatever_the_thread_s_is(monkeypatch):
     runner.launch(Batch())
     runner.wake_up()
     assert seen == [1] * 5 and current == [0]
+
+
+def test_one_engine_captures_at_a_time_and_nothing_is_collected_meanwhile(monkeypatch):
+    """Threads that capture share a stream: what one launches would be part of the other's graph."""
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    inside, go_on, both = Event(), Event(), []
+
+    def capture(run):
+        assert not gc.isenabled()
+        both.append(current_thread())
+        inside.set()
+        assert go_on.wait(60)
+        both.append(current_thread())
+
+    backend, config = SimpleNamespace(capturable_prefill=False, shares_prefixes=False), MagicMock()
+    runner, threads = SimpleNamespace(backend=backend, config=config, check_ranks=lambda: None), []
+    for _ in range(2):
+        graphs = object.__new__(StepGraphs)
+        graphs.slots, graphs.decode, graphs._capture = torch.zeros(1), {}, capture
+        threads.append(Thread(target=graphs.capture, args=[runner]))
+        threads[-1].start()
+    assert inside.wait(60)
+    threads[1].join(0.5)
+    assert threads[0].is_alive() and threads[1].is_alive() and len(both) == 1
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert [both[0]] * 2 == both[:2] and [both[2]] * 2 == both[2:] and len(set(both)) == 2
+    assert gc.isenabled()
+    gc.disable()  # as a caller may have
+    try:
+        graphs.capture(runner)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("unjoined", [None, RuntimeError("capture_end: unjoined work")])
