@@ -13,6 +13,7 @@ import torch
 
 from nanovllm.config import check_names
 from nanovllm.engine.llm_engine import close_at_exit
+from nanovllm.kernels._triton import to_current_gpu
 from nanovllm.llm import LLM
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -85,13 +86,13 @@ class AsyncLLM:
         check_names(kwargs, "max_concurrent_requests")
         self._most = number("max_concurrent_requests", max_concurrent_requests, int, 1, 1 << 30)
         self._free: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
-        self._thread = ThreadPoolExecutor(1, "nanovllm-engine")
+        self._thread = ThreadPoolExecutor(1, "nanovllm-engine", to_current_gpu())
         # The rest belongs to that thread.
         self._streams: dict[int | str, _Stream] = {}
         self._step_queued = False
         self._end: BaseException | None = None  # why there is no engine any more
         try:
-            self._llm = self._thread.submit(LLM, model, **kwargs).result()  # each thread has its own CUDA device
+            self._llm = self._thread.submit(LLM, model, **kwargs).result()
         except BaseException:
             self._thread.shutdown()
             raise

@@ -60,6 +60,11 @@ def warm_up() -> Future:
     return future
 
 
+def to_current_gpu() -> Callable[[], None] | None:
+    """What brings a new thread to this one's GPU: each has a current one, at first the first of all."""
+    return partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+
+
 class _Compilers(ThreadPoolExecutor):
     """Threads that compile kernels and make them ready to be launched.
 
@@ -68,9 +73,7 @@ class _Compilers(ThreadPoolExecutor):
     """
 
     def __init__(self):
-        on_gpu = torch.cuda.is_initialized()  # each thread has a current device, at first the first of all
-        to_device = partial(torch.cuda.set_device, torch.cuda.current_device()) if on_gpu else None
-        super().__init__(os.cpu_count(), initializer=to_device)
+        super().__init__(os.cpu_count(), initializer=to_current_gpu())
 
     def submit(self, compile_kernel: Callable[[], Any]) -> Future:
         def run() -> Any:

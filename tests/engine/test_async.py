@@ -10,8 +10,9 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from nanovllm import LLM, AsyncLLM, SamplingParams
+from nanovllm import LLM, AsyncLLM, SamplingParams, async_llm
 from tests.engine.test_generate import greedy, prompts_of, tokens
 from tests.models.tiny import save_tiny
 
@@ -68,6 +69,26 @@ async def collect(llm, *args):
             token_ids += sample.token_ids
     assert last.finished
     return token_ids
+
+
+def test_the_engine_is_on_the_caller_s_gpu(monkeypatch):
+    """Which is that of its thread: others begin with the first."""
+    thread, chosen = threading.local(), []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(thread, "gpu", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: setattr(thread, "gpu", gpu))
+
+    class Engine:
+        def __init__(self, model):
+            chosen.append(torch.cuda.current_device())
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(async_llm, "LLM", Engine)
+    torch.cuda.set_device(1)
+    AsyncLLM().close()
+    assert chosen == [1]
 
 
 def test_many_concurrent_requests_have_the_batch_s_tokens(model):
