@@ -38,16 +38,17 @@ class TritonBackend(AttentionBackend):
         where = (k_cache, v_cache, ctx.block_tables, ctx.slots, ctx.context_lens)
         return rope_decode_triton(qkv, transform, *where, scale, counters=self._counters(qkv.device))
 
-    def _counters(self, device: torch.device) -> Tensor:
-        if self.counters is None:
-            self.counters = torch.zeros(1 << 16, dtype=torch.int32, device=device)  # more than are ever split
+    def _counters(self, device: torch.device, count: int = 0) -> Tensor:
+        # More than are split by themselves. No graph has others: the largest step of all runs before the first capture.
+        if self.counters is None or len(self.counters) < count:
+            self.counters = torch.zeros(max(1 << 16, count), dtype=torch.int32, device=device)
         return self.counters
 
     def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         rows = slice(ctx.num_decode)
         where = (q, k_cache, v_cache, ctx.block_tables, ctx.slots[rows])
         shared = None if ctx.shared is None else attend_shared_triton(*where, scale, ctx.shared)
-        counters = self._counters(q.device)
+        counters = self._counters(q.device, len(q) * k_cache.shape[2])
         decode_attention_triton(*where, ctx.context_lens[rows], scale, out=out, counters=counters, shared=shared)
 
     def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
