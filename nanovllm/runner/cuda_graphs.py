@@ -147,14 +147,22 @@ class StepGraphs:
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 result = run()
+                graph.capture_end()
             except BaseException:  # left open, a capture forbids the process most of CUDA; NCCL waits for what it holds
-                with suppress(RuntimeError):
-                    graph.capture_end()
-                graph.reset()
+                self._give_up(graph)
                 raise
-            graph.capture_end()
         torch.cuda.current_stream().wait_stream(self.stream)
         return graph, result._replace(logits=borrow(result.logits) if len(result.logits) else result.logits)
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed, whatever CUDA thinks of it."""
+        try:
+            graph.capture_end()
+        except RuntimeError:  # which torch raises before it tells its allocator, where an open capture breaks much
+            with suppress(AttributeError, RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.slots.device.index, self.pool)
+                torch._C._cuda_releasePool(self.slots.device.index, self.pool)
+        graph.reset()
 
     def fits(self, batch: Batch) -> bool:
         """Whether there is a graph that holds `batch`."""

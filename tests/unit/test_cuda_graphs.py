@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from threading import Event, Thread, current_thread
 from types import SimpleNamespace
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, call
 
 import pytest
 import torch
@@ -118,22 +118,36 @@ def test_one_engine_captures_at_a_time_and_nothing_is_collected_meanwhile(monkey
         gc.enable()
 
 
-@pytest.mark.parametrize("unjoined", [None, RuntimeError("capture_end: unjoined work")])
-def test_a_capture_that_fails_is_ended_and_freed(unjoined, monkeypatch):
-    """A rank that is lost or out of memory in a capture: its error is told, and nothing holds NCCL's kernels."""
+SPOILT = RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [("out of memory", [None]), ("out of memory", [SPOILT]), (None, [SPOILT, RuntimeError("no capture")])],
+)
+def test_a_capture_that_fails_is_ended_and_freed(error, ends, monkeypatch):
+    """A rank that is lost or out of memory in a capture, a thread that waits for the device: the error is told.
+
+    Nothing holds NCCL's kernels then, and torch's allocator knows of no capture, for which it would keep much memory.
+    """
 
     def run():
-        if run.calls:
-            raise RuntimeError("out of memory")
+        if run.calls and error:
+            raise RuntimeError(error)
         run.calls += 1
 
     run.calls = 0
-    graph, graphs = MagicMock(), object.__new__(StepGraphs)
-    graph.capture_end.side_effect = unjoined
-    graphs.pool, graphs.stream, graphs.few_layers, graphs.wait = None, MagicMock(), nullcontext, MagicMock()
+    graph, allocator, graphs = MagicMock(), MagicMock(), object.__new__(StepGraphs)
+    graph.capture_end.side_effect = ends
+    graphs.pool, graphs.stream, graphs.few_layers, graphs.wait = (0, 7), MagicMock(), nullcontext, MagicMock()
+    graphs.slots = SimpleNamespace(device=torch.device("cuda", 1))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    with pytest.raises(RuntimeError, match="out of memory"):
+    for name in ("endAllocateToPool", "releasePool"):
+        monkeypatch.setattr(torch._C, f"_cuda_{name}", getattr(allocator, name), raising=False)
+    with pytest.raises(RuntimeError, match=error or str(SPOILT)):
         graphs._capture(run)
-    assert [name for name, *_ in graph.method_calls] == ["capture_begin", "capture_end", "reset"]
+    assert [name for name, *_ in graph.method_calls] == ["capture_begin", *["capture_end"] * len(ends), "reset"]
+    told = [call.endAllocateToPool(1, (0, 7)), call.releasePool(1, (0, 7))]
+    assert allocator.mock_calls == (told if SPOILT in ends else [])
