@@ -1,6 +1,7 @@
 """What only a CUDA GPU can show: graphs, pinned staging, the compiled kernels in a whole model."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -151,6 +152,45 @@ def test_updated_weights_are_seen_by_captured_graphs(model, tmp_path):
         assert llm.update_weights(load_file(new / "model.safetensors", device="cuda").items()) == 1
         assert tokens(llm, prompts, greedy(12)) == want != before
         assert llm.executor.runner.graphs is graphs
+
+
+def test_what_a_caller_has_set_in_torch_changes_nothing(model):
+    """Its stream, its autocast, its defaults."""
+    prompts, options = prompts_of([5, 40, 100]), dict(dtype="float32", max_num_seqs=8, **OPTIONS)
+    params = greedy(20), SamplingParams(temperature=1.0, seed=1, max_tokens=20, logprobs=2, prompt_logprobs=2)
+
+    def answers():
+        with LLM(model, **options) as llm:
+            first = [tokens(llm, prompts, own) for own in params]
+            llm.sleep(2)
+            llm.wake_up()
+            assert [tokens(llm, prompts, own) for own in params] == first
+            return first
+
+    want = answers()
+    try:
+        with torch.cuda.stream(torch.cuda.Stream()), torch.autocast("cuda", dtype=torch.bfloat16):
+            torch.set_default_device("cuda")
+            torch.set_default_dtype(torch.bfloat16)
+            assert answers() == want
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+def test_engines_of_threads_start_run_and_wake_up_at_once(model):
+    prompts, options = prompts_of([5, 40, 100]), dict(dtype="float32", max_num_seqs=8, **OPTIONS)
+
+    def answers(_):
+        with LLM(model, **options) as llm:
+            first = tokens(llm, prompts, greedy(20))
+            llm.sleep()
+            llm.wake_up()
+            return [first, tokens(llm, prompts, greedy(20))]
+
+    want = answers(0)
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(answers, range(6))) == [want] * 6
 
 
 def test_sleep_frees_the_memory_and_waking_up_brings_it_back():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.launcher import SpawnedRanks, make_group, rank_device
@@ -118,6 +119,30 @@ def test_bfloat16_greedy_tokens_are_those_of_one_gpu_but_for_noise(name):
         noise, usual = noise_and_agreement(one, own)  # between steps of few rows and of many
         gap, agreement = noise_and_agreement(one, outputs)
     assert (gap < 2 * noise + 0.1, agreement > usual - 0.1) == (True, True), (gap, noise, agreement, usual)
+
+
+def test_engines_of_two_gpus_answer_whatever_the_current_one_is(model, want):
+    """A thread begins with the first GPU; a program may change its own between two calls."""
+    torch.cuda.set_device(1)
+    try:
+        with LLM(model, **TINY_OPTIONS) as second, ThreadPoolExecutor(1) as other:
+            assert second.executor.runner.device.index == 1
+            torch.cuda.set_device(0)
+            with LLM(model, **TINY_OPTIONS) as first:
+                for gpu in (0, 1):
+                    torch.cuda.set_device(gpu)
+                    for llm in (first, second):
+                        assert tokens(llm, *mixture()) == want
+                        assert other.submit(tokens, llm, *mixture()).result() == want
+                        llm.sleep(2)
+                        llm.wake_up()
+                        assert torch.cuda.current_device() == gpu
+            torch.cuda.set_device(1)
+            llm = AsyncLLM(model, **TINY_OPTIONS)
+            assert llm._llm.executor.runner.device.index == 1
+            llm.close()
+    finally:
+        torch.cuda.set_device(0)
 
 
 @pytest.mark.parametrize(
