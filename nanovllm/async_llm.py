@@ -222,7 +222,10 @@ class AsyncLLM:
         return await self._call(lambda llm: llm.metrics())
 
     async def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | str | Path) -> int:
-        """Between two steps; see `LLM.update_weights`."""
+        """Between two steps; see `LLM.update_weights`.
+
+        What a CUDA stream other than the default one computes of the weights must have ended: nothing waits for it.
+        """
         return await self._call(lambda llm: llm.update_weights(weights))
 
     async def sleep(self, level: int = 1) -> None:

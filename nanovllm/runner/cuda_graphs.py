@@ -118,7 +118,6 @@ class StepGraphs:
                 slots = self.slots[:size]
                 self.decode[size] = self._capture(lambda slots=slots: runner.step(slots, len(slots)))
             runner.check_ranks()
-            torch.cuda.current_stream().synchronize()
 
     def free(self) -> None:
         """Give the graphs back, whoever else knows of this object."""

@@ -115,6 +115,7 @@ class ModelRunner:
         self.num_blocks = self._size_cache()
         self._allocate(self.num_blocks)
         self._capture()
+        self._settle()
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -180,13 +181,13 @@ class ModelRunner:
 
     def _free_bytes(self) -> int:
         """What `gpu_memory_utilization` leaves for the cache after weights and the largest step's activations."""
-        torch.cuda.current_stream().synchronize()  # not the device: another engine may be capturing on it
+        self._settle()
         self._allocate(self.max_blocks)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self._eager(self._largest_batch())
-        torch.cuda.current_stream().synchronize()
+        self._settle()
         activations = torch.cuda.max_memory_allocated() - before
         for layer in self.attention_layers:
             layer.k_cache = layer.v_cache = torch.empty(0)
@@ -361,6 +362,7 @@ class ModelRunner:
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Overwrite the parameters in place; see `load_weights`."""
         load_weights(self.model, weights)
+        self._settle()
 
     def sleep(self, level: int) -> None:
         """Free the KV cache and what goes with it (1), and the weights' device memory too (2)."""
@@ -372,8 +374,8 @@ class ModelRunner:
         if level == 2 and self.device.type == "cuda":
             self._move_weights(torch.device("cpu"))
         gc.collect()
+        self._settle()
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
             torch.cuda.empty_cache()
 
     def wake_up(self) -> None:
@@ -382,6 +384,15 @@ class ModelRunner:
             self._move_weights(self.device)
             self._allocate(self.num_blocks)
             self._capture()
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for all that was launched: later steps may be of another stream, as may be what a caller does next.
+
+        Not for all that the device does: another engine may be capturing.
+        """
+        if self.device.type == "cuda":
+            self.wait(torch.cuda.current_stream(self.device).record_event())
 
     def _move_weights(self, device: torch.device) -> None:
         with torch.inference_mode():

@@ -168,6 +168,8 @@ def test_what_a_caller_has_set_in_torch_changes_nothing(model):
             return first
 
     want = answers()
+    with LLM(model, enforce_eager=True, **options) as llm, torch.cuda.stream(torch.cuda.Stream()):
+        assert [tokens(llm, prompts, own) for own in params] == want
     try:
         with torch.cuda.stream(torch.cuda.Stream()), torch.autocast("cuda", dtype=torch.bfloat16):
             torch.set_default_device("cuda")

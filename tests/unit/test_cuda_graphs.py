@@ -10,11 +10,14 @@ from unittest.mock import MagicMock, call
 import pytest
 import torch
 
+from nanovllm import LLM
 from nanovllm.engine.scheduler import Batch
+from nanovllm.runner import model_runner
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.utils import parallel
 from nanovllm.utils.parallel import TensorParallel
+from tests.models.tiny import save_tiny
 
 
 def test_a_rank_lost_in_a_capture_ends_collectives_after_it(monkeypatch):
@@ -63,6 +66,32 @@ def test_sums_and_collectives_are_told_to_end_before_graphs_are_freed_and_end_af
     assert told == ["sums", "collectives", "graphs"]
 
 
+def test_what_comes_before_steps_has_ended_when_they_may_begin_in_another_stream(monkeypatch, tmp_path):
+    """Zeros of the cache, copies of weights: a caller may generate, or overwrite his weights, in another stream."""
+    calls = []
+
+    def note(name, original):
+        def run(*args):
+            calls.append(name)
+            return original(*args)
+
+        return run
+
+    for name in ("_allocate", "_move_weights", "_settle"):
+        monkeypatch.setattr(ModelRunner, name, note(name, getattr(ModelRunner, name)))
+    monkeypatch.setattr(model_runner, "load_weights", note("load_weights", model_runner.load_weights))
+    path = save_tiny(tmp_path, "qwen3")
+    with LLM(path, device="cpu", max_num_seqs=2, max_model_len=64) as llm:
+        for change in (lambda: None, lambda: llm.update_weights(path), lambda: llm.sleep(2), llm.wake_up):
+            change()
+            assert calls.pop() == "_settle"
+    event, stream = MagicMock(), MagicMock()
+    stream.record_event = lambda: event
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    ModelRunner._settle(SimpleNamespace(device=torch.device("cuda", 1), wait=calls.append))
+    assert calls[-1] is event
+
+
 def test_steps_run_on_the_engine_s_gpu_whatever_the_thread_s_is(monkeypatch):
     """Triton launches on the current GPU, and events are recorded there: a thread that calls may have another one."""
     current, seen = [0], []
@@ -76,11 +105,11 @@ def test_steps_run_on_the_engine_s_gpu_whatever_the_thread_s_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", device)
     runner = object.__new__(ModelRunner)
     runner.device, runner.state, runner.graphs, runner.num_blocks = torch.device("cuda", 1), MagicMock(), None, 1
-    for name in ("_eager", "_send", "_move_weights", "_allocate", "_capture"):
+    for name in ("_eager", "_send", "_move_weights", "_allocate", "_capture", "_settle"):
         setattr(runner, name, MagicMock(side_effect=lambda *_: seen.append(current[-1]) or MagicMock()))
     runner.launch(Batch())
     runner.wake_up()
-    assert seen == [1] * 5 and current == [0]
+    assert seen == [1] * 6 and current == [0]
 
 
 def test_one_engine_captures_at_a_time_and_nothing_is_collected_meanwhile(monkeypatch):
