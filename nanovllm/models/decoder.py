@@ -21,10 +21,12 @@ class SelfAttention(nn.Module):
         super().__init__()
         heads = (config.head_dim, config.num_heads, config.num_kv_heads)
         self.qkv_proj = QKVParallelLinear(config.hidden_size, *heads, config.qkv_bias, dtype=dtype, tp=tp)
-        own_heads, eps = (self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads), config.rms_norm_eps
-        self.attn = Attention(*own_heads, config.head_dim, rotary, eps if config.qk_norm else None, dtype=dtype)
-        sizes = config.num_heads * config.head_dim, config.hidden_size, config.o_bias
-        self.o_proj = RowParallelLinear(*sizes, reduce_results=False, dtype=dtype, tp=tp)
+        eps = config.rms_norm_eps if config.qk_norm else None
+        self.attn = Attention(
+            self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, config.head_dim, rotary, eps, dtype=dtype
+        )
+        sizes = config.num_heads * config.head_dim, config.hidden_size
+        self.o_proj = RowParallelLinear(*sizes, config.o_bias, reduce_results=False, dtype=dtype, tp=tp)
 
     def forward(
         self, x: torch.Tensor, norm: RMSNorm, positions: torch.Tensor, last: torch.Tensor | None
