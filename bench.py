@@ -535,7 +535,7 @@ def run_engine(args, parser: argparse.ArgumentParser) -> list[dict]:
         parser.error(str(error))
     try:
         if args.plot and engine.peaks is None:
-            parser.error("--plot has no limits to draw: give --hbm-tb-s or --tflops for this device")
+            parser.error(NOTHING_TO_PLOT)
         check_lengths(engine, names + ["offline"] * bool(args.trace), args, parser)
         half = engine.max_model_len // 2
         warm_up = random_prompts(Random(4), 4, min(64, half), min(64, half), engine.config.vocab_size)
@@ -610,6 +610,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(form.format(*line) for line in lines)
 
 
+NOTHING_TO_PLOT = "--plot has no limits to draw: give --hbm-tb-s or --tflops for this device"
 PLOT_MARK = "<!-- nanovllm bench.py -->"
 PLOT_STYLE = """<style>
 text { font: 13px system-ui, sans-serif; fill: #24292f }
@@ -783,7 +784,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.plot:
         limited = [row for row in rows if "percent" in row]
         if not limited:
-            parser.error("--plot has no limits to draw: give --hbm-tb-s or --tflops for this device")
+            parser.error(NOTHING_TO_PLOT)
         Path(args.plot).write_text(plot(limited, f"{Path(model).name} on {device}"))
 
 

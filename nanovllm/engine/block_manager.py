@@ -78,6 +78,8 @@ class BlockManager:
     def find_prefix(self, seq: Sequence) -> list[int]:
         """The cached blocks that `seq`'s tokens begin with. At least one token is left to compute."""
         found: list[int] = []
+        if not self.enable_prefix_caching:
+            return found
         prefix_hash, parent_uid = _root(seq)
         for i in range((len(seq.token_ids) - 1) // self.block_size):
             token_ids = self._tokens(seq, i)

@@ -56,9 +56,8 @@ def close_at_exit(engine: Any) -> None:
 class LLMEngine:
     """Loads a model and answers requests.
 
-    For one thread at a time: what another asks for during `generate` or `step` raises RuntimeError (`AsyncLLM` is for
-    many at once). And of no use to a forked child. Close it, or use it as a context manager, to give its memory and its
-    processes back.
+    For one thread at a time: what another asks for meanwhile raises RuntimeError (`AsyncLLM` is for many at once). It
+    is of no use to a forked child. Close it, or use it as a context manager, to give its memory and its processes back.
 
     Args:
         model: see `Config`.
@@ -261,7 +260,7 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Launch the next step, collect the one before; the requests that have finished, and what streams have new."""
         self._check_usable()
-        with self._alone(), interrupt_after(), self._failing():
+        with interrupt_after(), self._failing():
             begin = time.perf_counter()
             launched = self.scheduler.schedule()
             if launched:
@@ -290,16 +289,17 @@ class LLMEngine:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """An error within leaves the ranks in an unknown state, so that no later result could be trusted."""
-        self.stepping = True
-        try:
-            yield
-        except BaseException as error:
-            self._fail(error)
-            raise
-        finally:
-            self.stepping = False
-        self._leave(())  # who was left meanwhile
+        """For one thread. An error within leaves the ranks in an unknown state: no later result could be trusted."""
+        with self._alone():
+            self.stepping = True
+            try:
+                yield
+            except BaseException as error:
+                self._fail(error)
+                raise
+            finally:
+                self.stepping = False
+            self._leave(())  # who was left meanwhile
 
     def _fail(self, error: BaseException) -> None:
         self.error = error

@@ -202,13 +202,13 @@ def _rope(config: Any) -> tuple[float, dict[str, Any] | None]:
 
 _QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_kv_heads": 8, "head_dim": 128, "max_position": 40960}
 _QWEN3 |= {"rope_theta": 1e6, "qk_norm": True, "eos_token_ids": (151645, 151643)}
-_SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "tie_word_embeddings")
 # Real shapes for load_format="dummy".
 PRESETS = {
-    name: ModelConfig(**_QWEN3, **dict(zip(_SIZES, sizes, strict=True)))
-    for name, sizes in {
-        "qwen3-0.6b": (1024, 3072, 28, 16, True),
-        "qwen3-4b": (2560, 9728, 36, 32, True),
-        "qwen3-8b": (4096, 12288, 36, 32, False),
-    }.items()
+    "qwen3-0.6b": ModelConfig(
+        **_QWEN3, hidden_size=1024, intermediate_size=3072, num_layers=28, num_heads=16, tie_word_embeddings=True
+    ),
+    "qwen3-4b": ModelConfig(
+        **_QWEN3, hidden_size=2560, intermediate_size=9728, num_layers=36, num_heads=32, tie_word_embeddings=True
+    ),
+    "qwen3-8b": ModelConfig(**_QWEN3, hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32),
 }

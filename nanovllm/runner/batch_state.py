@@ -14,6 +14,11 @@ from nanovllm.kernels.sampling import BIAS, COUNTS, MASK, MAX_COUNT, PROCESSED, 
 from nanovllm.kernels.step_inputs import StepRows
 
 
+def host_buffer(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory of the host [size], whatever torch's default device is; pinned if `device`, which copies it, is a GPU."""
+    return torch.empty(size, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+
+
 class Staging:
     """A ring of pinned host buffers for copies to the device that do not wait.
 
@@ -22,8 +27,7 @@ class Staging:
     """
 
     def __init__(self, num_bytes: int, device: torch.device):
-        host = {"device": "cpu", "pin_memory": device.type == "cuda"}  # whatever torch's default device is
-        self.buffers = [torch.empty(num_bytes, dtype=torch.uint8, **host) for _ in range(2)]
+        self.buffers = [host_buffer(num_bytes, torch.uint8, device) for _ in range(2)]
         self.device = device
         self.step = self.used = 0
 

@@ -46,7 +46,7 @@ _capturing = threading.Lock()
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _undisturbed() -> Iterator[None]:
     """No other engine captures within: it has the same stream. Nor does the collector run.
 
     It could free CUDA memory, which capture forbids.
@@ -107,7 +107,7 @@ class StepGraphs:
     def capture(self, runner: "ModelRunner") -> None:
         """Capture all graphs. Those that there are when it fails can still be freed."""
         max_num_seqs = len(self.slots)
-        with _alone():
+        with _undisturbed():
             if runner.backend.capturable_prefill:
                 for size in reversed(mixed_sizes(runner.config.max_num_batched_tokens)):
                     self._capture_mixed(runner, size, min(size, max_num_seqs) + 1)

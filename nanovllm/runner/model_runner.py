@@ -22,7 +22,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import dummy_weights, load_weights
 from nanovllm.outputs import TokenLogprobs
-from nanovllm.runner.batch_state import BatchState
+from nanovllm.runner.batch_state import BatchState, host_buffer
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.utils.context import Context, set_context
 from nanovllm.utils.hub import ModelSource
@@ -132,9 +132,7 @@ class ModelRunner:
                 raise
             raise ValueError(f"num_kvcache_blocks={num_blocks} is more than can be allocated: {error}") from error
         self.state = BatchState(self.config, self.max_blocks, num_blocks, self.model.config.vocab_size, self.device)
-        host = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
-        ring = [torch.empty(self.config.max_num_seqs, dtype=torch.int64, **host) for _ in range(2)]
-        self.token_ring = deque(ring)
+        self.token_ring = deque(host_buffer(self.config.max_num_seqs, torch.int64, self.device) for _ in range(2))
 
     @contextmanager
     def _compiling(self) -> Iterator[None]:

@@ -29,7 +29,7 @@ from nanovllm.utils.parallel import TensorParallel
 from tests.models.tiny import save_tiny
 
 OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32)
-SOON = 60  # seconds, on a busy machine too: what waits for a rank that is gone does so for minutes, or for ever
+SOON = 60  # seconds after which what has not come never will, on a busy machine too
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6] * 15, [5]]
 PARAMS = [SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)] * 2
 PARAMS += [SamplingParams(temperature=1.0, seed=1, max_tokens=12, ignore_eos=True)]
@@ -59,8 +59,8 @@ def alive(pid):
         return False
 
 
-def gone(pids):
-    deadline = time.monotonic() + SOON
+def gone(pids, seconds=10):
+    deadline = time.monotonic() + seconds
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return not any(map(alive, pids))
@@ -154,7 +154,7 @@ def test_a_dead_or_stopped_rank_is_a_clear_error_in_seconds(model, want, how):
         with pytest.raises(RuntimeError, match="rank 1"):
             while llm.has_unfinished():
                 llm.step()
-        assert time.monotonic() - start < SOON
+        assert time.monotonic() - start < 10
         with pytest.raises(RuntimeError, match="has failed"):
             llm.generate(PROMPTS)
     assert gone([process.pid])
@@ -182,7 +182,7 @@ def test_a_parent_killed_while_ranks_start_leaves_nothing(model):
     folder = re.findall(rb"'([^']*nanovllm-[^']+)'", command)[-1].decode()
     parent.kill()
     parent.wait()
-    assert gone([pid]) and not os.path.exists(folder)
+    assert gone([pid], 30) and not os.path.exists(folder)
 
 
 def test_a_rank_whose_folder_is_gone_says_so_at_once(model, tmp_path):
@@ -352,7 +352,7 @@ def test_the_other_ranks_are_ended_even_if_this_one_s_gpu_fails(model, monkeypat
             patch.setattr(TensorParallel, "stop", fail)
             pids = [process.pid for process in llm.executor.processes]
             os.kill(pids[0], signal.SIGKILL)
-            assert gone(pids)
+            assert gone(pids, 5)
             llm.executor.monitor.join(SOON)  # its error is this test's, and this patch for it
         with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9"):
             tokens(llm)
@@ -371,7 +371,7 @@ def test_a_rank_that_dies_before_it_joins_is_a_clear_error_in_seconds(model, mon
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"rank 3 .* signal 9"):
         LLM(model, tensor_parallel_size=4, **OPTIONS)
-    assert time.monotonic() - start < SOON
+    assert time.monotonic() - start < 10
     assert len(processes) == 3 and gone(processes)
 
 
@@ -391,7 +391,7 @@ def test_a_rank_that_dies_while_others_join_is_a_clear_error_in_seconds(model, m
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9"):
         LLM(model, tensor_parallel_size=2, **OPTIONS)
-    assert time.monotonic() - start < SOON
+    assert time.monotonic() - start < 20
     assert gone([processes[0].pid])
 
 

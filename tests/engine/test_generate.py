@@ -287,6 +287,17 @@ def test_a_second_thread_is_refused_and_harms_nobody(model):
             for call, argument in ((llm.abort, 0), (next, llm.stream([1, 2, 3], greedy(30)))):
                 with llm._alone(), pytest.raises(RuntimeError, match="another thread"):
                     threads.submit(call, argument).result()
+            calls, sleep = [llm.generate, llm.add_request, llm.stream], llm.executor.sleep
+
+            def sleep_while_others_call(level):
+                for call in calls:
+                    with pytest.raises(RuntimeError, match="another thread"):
+                        threads.submit(call, [1, 2, 3]).result()
+                sleep(level)
+
+            with patch.object(llm.executor, "sleep", sleep_while_others_call):
+                llm.sleep()
+            llm.wake_up()
         assert sum(len(output.token_ids) for output in stream) == 29
         assert finish(llm) == [] and llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
 

@@ -116,6 +116,13 @@ def test_unsupported_is_refused_by_name(tmp_path, metadata, named):
         open_model(path)
 
 
+def test_a_quantisation_that_the_library_cannot_undo_is_refused_by_name(tmp_path):
+    extra = [("blk.0.attn_q.odd", torch.zeros(32, dtype=torch.int8))]
+    source = open_model(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), extra=extra))
+    with pytest.raises(ValueError, match=r"quantisation of the GGUF tensor blk\.0\.attn_q\.odd, I8, is not supported"):
+        list(source.weights())
+
+
 @pytest.mark.parametrize(
     "key",
     [

@@ -71,6 +71,7 @@ def test_what_ranks_leave_unsummed_the_norm_sums(size):
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("bias", [False, True])
 def test_mlp_shards(size, bias):
+    torch.manual_seed(0)  # numbers of any size may cancel, and leave little but what was rounded
     hidden, inner = 6, 8
     gate, up, down = torch.randn(inner, hidden), torch.randn(inner, hidden), torch.randn(hidden, inner)
     gate_bias, up_bias, down_bias = torch.randn(inner), torch.randn(inner), torch.randn(hidden)
@@ -88,7 +89,7 @@ def test_mlp_shards(size, bias):
         out = row(merged(x), residual.clone())
     biases = (gate_bias, up_bias, down_bias) if bias else (None, None, None)
     expected = residual + F.linear(F.silu(F.linear(x, gate, biases[0])) * F.linear(x, up, biases[1]), down, biases[2])
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)  # sums of products of any size cancel
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize(("size", "kv_heads"), [(1, 2), (2, 2), (4, 2), (4, 1), (2, 4), (8, 2)])
