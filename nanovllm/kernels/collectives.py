@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from nanovllm.kernels._triton import launch_options, sm_count, tl, triton, wait_for_inputs
-from nanovllm.kernels.sum_ahead import SumAhead, inbox_words
+from nanovllm.kernels.sum_ahead import SumAhead, ask_host, inbox_words
 from nanovllm.utils.cuda_ipc import Mapping
 
 CAPACITY = 32 << 20  # bytes that a rank can send to another in one launch; more are sent in several
@@ -73,7 +73,7 @@ def _buffer(buffers_ptr, rank):
 
 
 @triton.jit
-def _receive(place, mask, told_ptr):
+def _receive(place, mask, told_ptr, stop_ptr):
     """The words at `place` once all are there; once this rank is told to stop, zeros for those that are not."""
     data = tl.load(place, mask=mask, other=0, volatile=True)
     missing = tl.max((data == EMPTY).to(tl.int32), 0)
@@ -81,9 +81,10 @@ def _receive(place, mask, told_ptr):
     while missing != 0:
         data = tl.load(place, mask=mask, other=0, volatile=True)
         tries += 1
-        told = tl.load(told_ptr, mask=tries % 256 == 0, other=0, volatile=True)  # seldom, as it is far away
-        # Each warp may read another `told`: only together can they decide to go on.
-        waits = (data == EMPTY) & (told == 0)
+        ask_host(tries, told_ptr, stop_ptr)
+        stopped = tl.load(stop_ptr, mask=tries % 256 == 0, other=0, volatile=True)
+        # Each warp may read another `stopped`: only together can they decide to go on.
+        waits = (data == EMPTY) & (stopped == 0)
         missing = tl.max(waits.to(tl.int32), 0)
     return tl.where(data == EMPTY, 0, data)
 
@@ -103,8 +104,8 @@ def _all_reduce_kernel(
     out_ptr,
     buffers_ptr,
     calls_ptr,
-    stop_ptr,
     told_ptr,
+    stop_ptr,
     rows,
     eps,
     RANK: tl.constexpr,
@@ -144,7 +145,7 @@ def _all_reduce_kernel(
             data = own
             if peer != RANK:
                 slot = (peer - (peer > RANK)) * NUM_WORDS
-                data = _receive(buffer + now + slot, sent, told_ptr)
+                data = _receive(buffer + now + slot, sent, told_ptr, stop_ptr)
                 tl.store(buffer + before + slot, EMPTY, mask=whole)
             low += _low(data, DTYPE)
             high += _high(data, DTYPE)
@@ -168,8 +169,8 @@ def _exchange_kernel(
     out_ptr,
     buffers_ptr,
     calls_ptr,
-    stop_ptr,
     told_ptr,
+    stop_ptr,
     rows,
     share,
     RANK: tl.constexpr,
@@ -209,7 +210,7 @@ def _exchange_kernel(
         for peer in tl.static_range(SIZE):
             if peer != RANK:
                 slot = (peer - (peer > RANK)) * NUM_WORDS
-                data = _receive(buffer + now + slot, awaited, told_ptr)
+                data = _receive(buffer + now + slot, awaited, told_ptr, stop_ptr)
                 tl.store(buffer + before + slot, EMPTY)
                 tl.store(out_ptr + (row * SIZE + peer) * WORDS + words, data, mask=valid)
         _count(calls_ptr, item * (BLOCK // UNIT), BLOCK // UNIT)
@@ -241,12 +242,12 @@ class PeerMemory:
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # for `end`: the others may never be free
         start, self.ahead = _buffer_words(self.size), None
         if len(memory[rank]) > start:
-            self.ahead = SumAhead(memory[rank][start:], pointers[1 - rank] + 4 * start, self.told)
+            self.ahead = SumAhead(memory[rank][start:], pointers[1 - rank] + 4 * start, self.told, self.stop)
 
     def launch_arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
         """What every kernel here takes of this: pointers, then constants and options."""
         constants = {"RANK": self.rank, "SIZE": self.size, "NUM_WORDS": CAPACITY // 4, "UNIT": UNIT}
-        return (self.buffers, self.calls, self.stop, self.told), constants | launch_options(self.device)
+        return (self.buffers, self.calls, self.told, self.stop), constants | launch_options(self.device)
 
     def fits(self, x: torch.Tensor) -> bool:
         """Whether `all_reduce_triton` takes `x` and is the fastest to sum it."""

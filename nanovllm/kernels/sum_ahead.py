@@ -25,6 +25,7 @@ LEAST = 16 << 20  # bytes of the smallest that is worth it
 LEAST_ROWS = 2049  # steps of fewer tokens are captured, and their sums cannot be counted
 PARTS = 4
 ROWS = 8  # for a program; all are of one part
+ASK_EVERY = tl.constexpr(1 << 16)  # tries, some 0.05 s: see `ask_host`
 
 
 def inbox_words(largest: int) -> int:
@@ -33,18 +34,28 @@ def inbox_words(largest: int) -> int:
 
 
 @triton.jit
-def _await(words_ptr, part, number, told_ptr):
+def ask_host(tries, told_ptr, stop_ptr):
+    """In a wait that is long: bring to `stop`, in the GPU's memory, what the host tells this rank in its own.
+
+    Seldom: a GPU may read the host's memory one word after the other, 1 us each, and launches wait for it meanwhile.
+    When waiting ranks of an H100 asked every 0.3 ms, a step took 55 ms instead of 5.
+    """
+    told = tl.load(told_ptr, mask=tries % ASK_EVERY == 0, other=0, volatile=True)
+    tl.store(stop_ptr, 1, mask=told != 0)
+
+
+@triton.jit
+def _await(words_ptr, part, number, told_ptr, stop_ptr):
     """Wait until the word of the part tells of this sum, or of the next one; or until this rank is told to stop."""
     # A program's atomics are one thread's, which tells the others: they see what was written before, and go on as one.
-    # That of 0 is compiled to an acquiring load; the host's memory bears nothing else.
     ahead = tl.atomic_add(words_ptr + part, 0, sem="acquire", scope="sys") - number
+    stopped = 0
     tries = 0
-    told = 0
-    while (ahead < 0) & (told == 0):
+    while (ahead < 0) & (stopped == 0):
         ahead = tl.atomic_add(words_ptr + part, 0, sem="acquire", scope="sys") - number
+        stopped = tl.atomic_add(stop_ptr, 0, sem="acquire", scope="gpu")
         tries += 1
-        asks = tries % 256 == 0  # seldom, as it is far away
-        told = tl.where(asks, tl.atomic_add(told_ptr, 0, mask=asks, sem="acquire", scope="sys"), 0)
+        ask_host(tries, told_ptr, stop_ptr)
 
 
 @triton.jit(do_not_specialize=["number", "rows", "part_rows"])
@@ -54,6 +65,7 @@ def _add_kernel(
     arrived_ptr,
     departed_ptr,
     told_ptr,
+    stop_ptr,
     norm_ptr,
     out_ptr,
     number,
@@ -70,8 +82,8 @@ def _add_kernel(
     dtype = x_ptr.dtype.element_ty
     wait_for_inputs(PDL)
     first = tl.program_id(0).to(tl.int64) * ROWS
-    _await(departed_ptr, first // part_rows, number, told_ptr)  # the sum takes the place of what is sent
-    _await(arrived_ptr, first // part_rows, number, told_ptr)
+    _await(departed_ptr, first // part_rows, number, told_ptr, stop_ptr)  # the sum takes the place of what is sent
+    _await(arrived_ptr, first // part_rows, number, told_ptr, stop_ptr)
     if NORM:
         norm = tl.load(norm_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
     for row in range(ROWS):
@@ -92,10 +104,11 @@ class SumAhead:
         inbox: this rank's, `inbox_words` zeros of int32.
         other_inbox: address of the other's, as this process sees it.
         told: in the host's memory, not 0 once no part may be waited for, nor sent, any more.
+        stop: the same in the GPU's, which may hear of it later.
     """
 
-    def __init__(self, inbox: torch.Tensor, other_inbox: int, told: torch.Tensor):
-        self.inbox, self.other_inbox, self.told = inbox, other_inbox, told
+    def __init__(self, inbox: torch.Tensor, other_inbox: int, told: torch.Tensor, stop: torch.Tensor):
+        self.inbox, self.other_inbox, self.told, self.stop = inbox, other_inbox, told, stop
         self.arrived, self.departed = inbox[-PARTS:], torch.zeros(PARTS, dtype=torch.int32, device=inbox.device)
         self.capacity = (len(inbox) - PARTS) // 2 * 4  # bytes of a sum
         self.number = 0  # of the sum
@@ -135,7 +148,7 @@ class SumAhead:
         out = x if norm is None else torch.empty_like(x)
         weight, eps = (x, 0.0) if norm is None else norm
         half = self.inbox[self._half() // 4 :].view(x.dtype)
-        words = self.arrived, self.departed, self.told
+        words = self.arrived, self.departed, self.told, self.stop
         block = triton.next_power_of_2(x.shape[1])
         _add_kernel[(triton.cdiv(len(x), ROWS),)](
             x,

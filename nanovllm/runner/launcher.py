@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -53,8 +52,26 @@ def make_group(rank: int, size: int, store: "dist.Store", device_type: str) -> "
         return dist.ProcessGroupGloo(store, rank, size, options)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     # A rank that dies is noticed by whoever started it; NCCL's watchdog would end this process, the caller's, for it.
-    with patch.dict(os.environ, TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):
+    with environment_variable("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):
         return dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
+
+
+@contextlib.contextmanager
+def environment_variable(name: str, value: str) -> Iterator[None]:
+    """Have a variable set for a while.
+
+    No other is touched: `unittest.mock.patch.dict` empties the environment and fills it again, and a thread that NCCL
+    has begun meanwhile, and that reads it, crashes.
+    """
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def rank_device(device_type: str, local_rank: int | None) -> torch.device:

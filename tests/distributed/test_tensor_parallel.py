@@ -582,3 +582,16 @@ def test_under_torchrun_every_rank_has_the_results(script, want):
     assert [json.loads(line.split(" ", 1)[1]) for line in lines] == [want[:2]] * 2
     lines = [line for line in done.stdout.splitlines() if line.startswith("scored")]
     assert len(lines) == 2 and lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("before", [None, "1"])
+def test_a_variable_set_for_a_while_touches_no_other(before, monkeypatch):
+    """Threads of native code read the environment meanwhile: emptied and filled again, it crashed them."""
+    name, touched = "NANOVLLM_TEST", []
+    monkeypatch.delenv(name, raising=False) if before is None else monkeypatch.setenv(name, before)
+    monkeypatch.setattr(os, "putenv", lambda key, value: touched.append(key))
+    monkeypatch.setattr(os, "unsetenv", touched.append)
+    with launcher.environment_variable(name, "0"):
+        assert os.environ[name] == "0"
+    assert os.environ.get(name) == before
+    assert set(touched) == {name.encode()}

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from nanovllm.kernels import collectives
+from nanovllm.kernels import collectives, sum_ahead
 from nanovllm.kernels._triton import HAVE_TRITON
 from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.utils import parallel
@@ -149,15 +149,18 @@ def test_a_rank_that_is_told_to_stop_waits_for_none_and_writes_to_none():
     assert torch.equal(memory[1], collectives.new_memory(2, torch.device("cpu")))
 
 
-def test_a_rank_that_waits_is_told_to_stop():
+@pytest.mark.parametrize("by_host", [True, False])
+def test_a_rank_that_waits_is_told_to_stop(by_host, monkeypatch):
+    monkeypatch.setattr(sum_ahead, "ASK_EVERY", 256 if by_host else 1 << 30)
     peers = collectives.PeerMemory(0, [collectives.new_memory(2, torch.device("cpu")) for _ in range(2)])
     waiting = threading.Thread(target=lambda: collectives.all_reduce_triton(torch.ones(3, 300), peers), daemon=True)
     waiting.start()
     waiting.join(0.5)
     assert waiting.is_alive()
-    peers.end()
+    (peers.told if by_host else peers.stop).fill_(1)
     waiting.join(60)
     assert not waiting.is_alive()
+    assert peers.stop.item() == 1  # no later sum waits until it asks the host
 
 
 def test_memory_that_cannot_be_shared_leaves_the_sums_to_nccl(monkeypatch):

@@ -40,7 +40,7 @@ def call_all():
     for dtype, norm in ((torch.bfloat16, None), (torch.bfloat16, (weight, 1e-6)), (torch.float32, None)):
         collectives.all_reduce_triton(torch.zeros(4, 256, dtype=dtype), peers, norm)
     collectives.exchange_triton(x, peers)
-    ahead = sum_ahead.SumAhead(torch.zeros(sum_ahead.inbox_words(1 << 24), **i32), 0, peers.told)
+    ahead = sum_ahead.SumAhead(torch.zeros(sum_ahead.inbox_words(1 << 24), **i32), 0, peers.told, peers.stop)
     for norm in (None, (weight, 1e-6)):
         ahead.add(torch.zeros(300, 256, **bf16), norm)
     last = torch.zeros(5, **i64), torch.zeros(5, **i32), 4

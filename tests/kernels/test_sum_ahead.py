@@ -69,6 +69,7 @@ def replace_engines(setattr):
     setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     setattr(sum_ahead, "LEAST", 256)
     setattr(sum_ahead, "LEAST_ROWS", 256)
+    setattr(sum_ahead, "ASK_EVERY", 64)
 
 
 def new_inboxes():
@@ -76,7 +77,8 @@ def new_inboxes():
 
 
 def ahead_of(rank, inboxes):
-    ahead = SumAhead(inboxes[rank], inboxes[1 - rank].data_ptr(), torch.zeros(1, dtype=torch.int32))
+    told, stop = (torch.zeros(1, dtype=torch.int32) for _ in range(2))
+    ahead = SumAhead(inboxes[rank], inboxes[1 - rank].data_ptr(), told, stop)
     ahead.stream = CopyEngine()
     return ahead
 
@@ -166,7 +168,7 @@ def test_a_rank_that_is_told_to_stop_waits_for_none_and_sends_none(engines):
     assert waiting.is_alive()
     ahead.told.fill_(1)
     waiting.join(60)
-    assert not waiting.is_alive()
+    assert not waiting.is_alive() and ahead.stop.item() == 1
     ahead.stream.work.join()
     inboxes[1].zero_()
     for _ in ahead.parts(x):
