@@ -23,6 +23,9 @@ class TorchBackend(AttentionBackend):
     def __init__(self):
         self._buffers: list[Tensor] = [torch.empty(0), torch.empty(0)]
 
+    def prepare(self, ctx: Context) -> None:
+        ctx.meta = None  # the context's it is made from, if any, is of other rows
+
     def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         plan, _ = self._plans(q, k_cache, ctx)
         k, v = self._gather(k_cache, v_cache, plan.indices)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend
-from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.decode_attention import decode_attention_triton
+from nanovllm.kernels._triton import HAVE_TRITON, sm_count
+from nanovllm.kernels.decode_attention import decode_attention_triton, default_shares, plan_decode_triton
 from nanovllm.kernels.prefill_attention import prefill_attention_triton
 from nanovllm.kernels.rope_decode import MAX_ROWS, rope_decode_triton
 from nanovllm.kernels.shared_prefix import attend_shared_triton
@@ -13,7 +13,7 @@ from nanovllm.utils.context import Context
 
 
 class TritonBackend(AttentionBackend):
-    """Nothing to prepare: the kernels read lengths and block tables on the device, so graphs may hold them.
+    """The kernels read lengths and block tables on the device, and plan their work there, so graphs may hold them.
 
     Raises:
         ImportError: Triton is not installed.
@@ -32,6 +32,14 @@ class TritonBackend(AttentionBackend):
             raise ValueError(f"block_size={block_size} must be a power of two for attention_backend='triton'")
         self.counters: Tensor | None = None  # of finished splits; this engine's own
 
+    def prepare(self, ctx: Context) -> None:
+        """Plan decode attention: of decode rows, and of all if the last layer attends for their last tokens only."""
+        plans = ctx.meta = ctx.meta or {}  # by the number of rows
+        everything = 0 if ctx.last_indices is None else len(ctx.slots)
+        for rows in {ctx.num_decode, everything} - {0, *plans}:
+            shares = default_shares(rows, ctx.num_kv_heads, sm_count(ctx.slots.device))
+            plans[rows] = plan_decode_triton(ctx.context_lens[:rows], ctx.num_kv_heads, shares)
+
     def store_and_attend(self, qkv, transform, positions, k_cache, v_cache, scale, ctx, last=None) -> Tensor:
         if ctx.num_decode < len(qkv) or len(qkv) > MAX_ROWS or ctx.shared is not None:
             return super().store_and_attend(qkv, transform, positions, k_cache, v_cache, scale, ctx, last)
@@ -48,8 +56,8 @@ class TritonBackend(AttentionBackend):
         rows = slice(ctx.num_decode)
         where = (q, k_cache, v_cache, ctx.block_tables, ctx.slots[rows])
         shared = None if ctx.shared is None else attend_shared_triton(*where, scale, ctx.shared)
-        counters = self._counters(q.device, len(q) * k_cache.shape[2])
-        decode_attention_triton(*where, ctx.context_lens[rows], scale, out=out, counters=counters, shared=shared)
+        options = {"counters": self._counters(q.device, len(q) * k_cache.shape[2]), "plan": ctx.meta[ctx.num_decode]}
+        decode_attention_triton(*where, ctx.context_lens[rows], scale, out=out, shared=shared, **options)
 
     def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         rows = slice(ctx.num_decode, None)

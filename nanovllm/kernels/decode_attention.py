@@ -1,14 +1,16 @@
 """Attention of one query token per row over a paged KV cache (decode).
 
 Flash-decoding (Dao et al., 2023) with grouped queries: all query heads of a KV head form one tile, so each element of K
-and V is read from memory once. A row's context is split over programs:
+and V is read from memory once. A step's work is planned once for all layers, on the device, so that a captured graph is
+valid for any lengths:
 
-    grid (kv_heads, B, num_splits)   some tiles of a row -> partial output and log-sum-exp; the program of a row that
-                                     finishes last merges the partials, weighted by exp(lse - max lse)
+    plan                      rows in parts: those are split that would keep a multiprocessor busy after the others end;
+                              the longest parts come first, so that short ones fill what those leave at the end
+    grid (kv_heads, parts)    a part of a row -> output; or, of several, partial output and log-sum-exp: the program of
+                              a row that finishes last merges them, weighted by exp(lse - max lse)
 
-`num_splits` is a launch constant, an upper bound. How many of them a row uses follows from its context length on the
-device, so a captured graph is valid for any lengths. What rows have in common can be attended to before, for many rows
-at once (see shared_prefix.py): such a row begins where that ended, and merges those partials too.
+What rows have in common can be attended to before, for many rows at once (see shared_prefix.py): such a row begins
+where that ended, and merges those partials too.
 """
 
 from typing import Any, NamedTuple
@@ -21,36 +23,160 @@ from nanovllm.kernels._triton import launch_options, sm_count, tl, triton, wait_
 LOG2E = 1.4426950408889634
 MIN_DOT = 16  # smallest side of a tensor-core tile
 MAX_SPLITS = 128
+MANY = 6  # programs for each multiprocessor: with so many, two run at a time
+MIN_PART = 256  # tokens; of fewer, a program's start and the merge of its part take longer than they save
 
 
 class DecodeConfig(NamedTuple):
-    """How a decode kernel is built: tokens per step of its loop, warps, pipeline stages, most splits of a row."""
+    """How a decode kernel is built: tokens per step of its loop, warps, pipeline stages."""
 
     tile: int
     num_warps: int
     num_stages: int
-    num_splits: int
 
 
 def default_decode_config(
     batch: int, kv_heads: int, head_dim: int, itemsize: int, sm_count: int, shared: bool = False
 ) -> DecodeConfig:
-    """What `python -m nanovllm.kernels.tune decode` chose on an H100; for `shared`, bench.py's prefix workload did.
+    """What sweeps chose on an H100 and an H200; for `shared`, bench.py's prefix workload did.
 
-    From four programs an SM on, splitting a row only costs: partial results and a merge. Fewer rows are split until
-    there are eight programs an SM. Small tiles leave room for several programs on an SM, which hides the latency of
-    each; without splits, loops are long enough for large tiles, unless most of a row is shared. A program takes
-    stages * tile * head_dim * itemsize bytes of shared memory for K and again for V, so wide heads get a smaller tile.
+    A program takes stages * tile * head_dim * itemsize bytes of shared memory for K and again for V, so wide heads get
+    a smaller tile. Of many programs two share a multiprocessor. One of fewer has it to itself, and must have more on
+    its way from memory; the fewer they are, the more.
     """
-    programs = max(batch * kv_heads, 1)
-    tile, num_warps, num_stages, num_splits = 128, 4, 3, 1
-    if programs < 4 * sm_count - 16:
-        tile = 64
-        num_splits = min(64, triton.next_power_of_2(triton.cdiv(8 * sm_count - 32, programs)))
+    programs = batch * kv_heads
+    tile, num_warps, num_stages = 128, 4, 3
+    if 2 * programs >= 5 * sm_count:
+        tile, num_stages = 64, 3 if programs >= MANY * sm_count else 4
     if shared:
-        tile, num_warps = 32, 2
+        tile, num_warps, num_stages = 32, 2, 3
     row_bytes = triton.next_power_of_2(head_dim) * itemsize
-    return DecodeConfig(max(MIN_DOT, min(tile, tile * 256 // row_bytes)), num_warps, num_stages, num_splits)
+    tile = max(MIN_DOT, min(tile, tile * 256 // row_bytes))
+    return DecodeConfig(tile, num_warps, num_stages)
+
+
+@triton.jit
+def _split(lens, total, programs, whole, num_splits, min_part):
+    """In how many parts rows of `lens` tokens are split, and the tokens of each."""
+    share = tl.maximum(tl.cdiv(total, programs), min_part)
+    parts = tl.where(lens * 2 * programs > whole * total, (lens + share // 2) // share, 1)
+    parts = tl.maximum(tl.minimum(parts, num_splits), 1).to(tl.int32)
+    return parts, tl.cdiv(lens, parts)
+
+
+@triton.jit(do_not_specialize=["lens_ptr", "rows", "num_items", "programs", "whole", "num_splits", "min_part"])
+def _plan_kernel(
+    lens_ptr,
+    plan_ptr,
+    rows,
+    num_items,
+    programs,
+    whole,
+    num_splits,
+    min_part,
+    KV_HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # No `wait_for_inputs`: this comes before the chain whose kernels read what is written here before they wait.
+    other = tl.arange(0, ROWS)
+    their_len = tl.load(lens_ptr + other, mask=other < rows, other=0).to(tl.int64)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    own_len = tl.load(lens_ptr + row, mask=row < rows, other=0).to(tl.int64)
+    total = tl.sum(their_len, 0) * KV_HEADS
+    their_parts, their_size = _split(their_len, total, programs, whole, num_splits, min_part)
+    parts, size = _split(own_len, total, programs, whole, num_splits, min_part)
+    their_parts = tl.where(other < rows, their_parts, 0)
+    # A row's first part comes after those of rows with longer ones.
+    equal = (their_size[None, :] == size[:, None]) & (other[None, :] < row[:, None])
+    before = (their_size[None, :] > size[:, None]) | equal
+    first = tl.sum(tl.where(before, their_parts[None, :], 0), 1)
+    for part in range(0, tl.max(parts, 0)):
+        mask = (part < parts) & (row < rows)
+        place = plan_ptr + 3 * (first + part)
+        tl.store(place, row, mask=mask)
+        tl.store(place + 1, tl.full([BLOCK], part, tl.int32), mask=mask)
+        tl.store(place + 2, parts, mask=mask)
+    if tl.program_id(0) == 0:
+        for start in range(tl.sum(their_parts, 0), num_items, ROWS):
+            tl.store(plan_ptr + 3 * (start + other), tl.full([ROWS], -1, tl.int32), mask=start + other < num_items)
+
+
+class Shares(NamedTuple):
+    """How the work of decode attention is shared by multiprocessors.
+
+    Args:
+        programs: how many shares there are.
+        whole: rows of up to so many halves of a share are not split.
+        num_splits: most parts of a row, which decides how much room their results need.
+        min_part: tokens of a share, at least.
+    """
+
+    programs: int
+    whole: int
+    num_splits: int
+    min_part: int = MIN_PART
+
+
+def default_shares(batch: int, kv_heads: int, sm_count: int) -> Shares:
+    """From sweeps on an H100: of rows of one length, of the offline workload's, of a few long ones among short ones.
+
+    Of fewer rows and heads than multiprocessors, each of these gets a part. Of more, a row is split if it is longer
+    than 1.5 times what a multiprocessor has to do, 0.75 times if that has two programs at a time: into parts of half of
+    that. Few are, and hardly one 8 or 4 parts long.
+    """
+    programs = batch * kv_heads
+    if programs < sm_count:
+        return Shares(sm_count, 3, min(MAX_SPLITS, 1 + sm_count // kv_heads))
+    whole, num_splits = (3, 4) if programs >= MANY * sm_count else (6, 8)
+    return Shares(2 * sm_count, whole, min(num_splits, 1 + 2 * sm_count // kv_heads))
+
+
+class DecodePlan(NamedTuple):
+    """What the programs of `decode_attention_triton` do, for each KV head, in the order in which they begin.
+
+    Args:
+        items: [I, 3] int32: row, number of the part, parts of that row; row -1 where there is none.
+        num_splits: most parts of a row.
+    """
+
+    items: torch.Tensor
+    num_splits: int
+
+
+def plan_decode_triton(context_lens: torch.Tensor, kv_heads: int, shares: Shares) -> DecodePlan:
+    """`plan_decode_torch` as a Triton kernel, which does not wait for the device."""
+    rows = len(context_lens)
+    items = torch.empty((rows + shares.programs // kv_heads, 3), dtype=torch.int32, device=context_lens.device)
+    width = max(512, triton.next_power_of_2(rows))
+    block = max(1, 4096 // width)
+    _plan_kernel[(triton.cdiv(rows, block),)](
+        context_lens, items, rows, len(items), *shares, KV_HEADS=kv_heads, ROWS=width, BLOCK=block, num_warps=4
+    )
+    return DecodePlan(items, shares.num_splits)
+
+
+def plan_decode_torch(context_lens: torch.Tensor, kv_heads: int, shares: Shares) -> DecodePlan:
+    """Split long rows into equal parts of about a share; the longest parts come first. Synchronises with the device.
+
+    There are at most `shares.programs` / `kv_heads` more parts than rows.
+
+    Args:
+        context_lens: [B] int32, at least 1.
+    """
+    lens = context_lens.to(torch.int64)
+    programs, whole, num_splits, min_part = shares
+    total = int(lens.sum()) * kv_heads
+    share = max(min_part, -(-total // programs))
+    parts = torch.where(lens * 2 * programs > whole * total, (lens + share // 2) // share, 1).clamp(1, num_splits)
+    order = (-(-lens // parts)).argsort(descending=True, stable=True)
+    parts = parts[order]
+    first = (parts.cumsum(0) - parts).repeat_interleave(parts)
+    rows = order.repeat_interleave(parts)
+    number = torch.arange(len(rows), device=rows.device) - first
+    items = torch.full((len(lens) + programs // kv_heads, 3), -1, dtype=torch.int32, device=lens.device)
+    items[: len(rows)] = torch.stack([rows, number, parts.repeat_interleave(parts)], 1)
+    return DecodePlan(items, num_splits)
 
 
 @triton.jit
@@ -154,7 +280,7 @@ def _merge_parts(
 
 
 @triton.jit
-def store_or_merge(out_ptr, parts, softmax, place, part, num_own, num_parts, GROUP, HEAD_DIM, PARTS):
+def store_or_merge(out_ptr, parts, softmax, place, part, num_own, num_parts, GROUP, HEAD_DIM):
     """The end of a program for row * KV_HEADS + kv_head = `place`: the result if there is no other part, else its part.
 
     Of the `num_own` programs of a place, the last one to come here merges all `num_parts` parts.
@@ -170,7 +296,7 @@ def store_or_merge(out_ptr, parts, softmax, place, part, num_own, num_parts, GRO
     if num_parts == 1:
         out = acc.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :], out, mask=mask)
-    elif PARTS:
+    else:
         places = out_rows * part_stride + part
         tl.store(partial_ptr + places[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
         tl.store(lse_ptr + places, running_max + tl.log2(running_sum), mask=heads < GROUP)
@@ -182,7 +308,7 @@ def store_or_merge(out_ptr, parts, softmax, place, part, num_own, num_parts, GRO
 
 
 # What varies from step to step, the alignment of slices included, is not worth a recompilation.
-@triton.jit(do_not_specialize=["slots_ptr", "context_lens_ptr", "shared_ptr", "num_splits", "part_stride"])
+@triton.jit(do_not_specialize=["slots_ptr", "context_lens_ptr", "shared_ptr", "part_stride"])
 def _decode_kernel(
     q_ptr,
     k_ptr,
@@ -190,6 +316,7 @@ def _decode_kernel(
     tables_ptr,
     slots_ptr,
     context_lens_ptr,
+    plan_ptr,
     shared_ptr,
     out_ptr,
     partial_ptr,
@@ -199,7 +326,6 @@ def _decode_kernel(
     q_row_stride,
     q_head_stride,
     table_stride,
-    num_splits,
     part_stride,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -208,14 +334,17 @@ def _decode_kernel(
     KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    SPLIT: tl.constexpr,
     SHARED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # KV heads vary fastest: programs that run together read neighbouring memory.
     kv_head = tl.program_id(0)
-    row = tl.program_id(1)
-    split = tl.program_id(2)
+    plan_ptr += 3 * tl.program_id(1)
+    row = tl.load(plan_ptr)
+    if row < 0:
+        return  # without a wait: there are other programs, and they wait
+    own_part = tl.load(plan_ptr + 1)
+    own_parts = tl.load(plan_ptr + 2)
     context_len = tl.load(context_lens_ptr + row)
     start_tile = 0
     shared_parts = 0
@@ -223,14 +352,11 @@ def _decode_kernel(
         start_tile = tl.load(shared_ptr + 2 * row) // TILE
         shared_parts = tl.load(shared_ptr + 2 * row + 1)
     end_tile = tl.cdiv(context_len, TILE)
-    split_tiles = end_tile - start_tile
-    if SPLIT:  # into as small parts as `num_splits` allows, but only long rows into more than 16
-        few = tl.minimum(tl.cdiv(split_tiles, 16), 8)
-        split_tiles = tl.maximum(tl.cdiv(split_tiles, num_splits), few)
-    first_tile = start_tile + split * split_tiles
+    part_tiles = tl.cdiv(end_tile - start_tile, own_parts)
+    first_tile = start_tile + own_part * part_tiles
     if first_tile >= end_tile:
-        return  # without a wait: another program of the row waits
-    last_tile = tl.minimum(first_tile + split_tiles, end_tile)
+        return  # as its tiles are fewer than was planned for
+    last_tile = tl.minimum(first_tile + part_tiles, end_tile)
 
     TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
     heads = tl.arange(0, ROWS)
@@ -256,24 +382,37 @@ def _decode_kernel(
         softmax = attend_tile(softmax, q, k, v, seen, scale_log2e)
         blocks = next_blocks
 
-    num_own = tl.cdiv(end_tile - start_tile, split_tiles)
+    num_own = tl.cdiv(end_tile - start_tile, part_tiles)
     num_parts = num_own + shared_parts
     parts = (partial_ptr, lse_ptr, counter_ptr, part_stride)
-    place, part = row * KV_HEADS + kv_head, shared_parts + split
-    store_or_merge(out_ptr, parts, softmax, place, part, num_own, num_parts, GROUP, HEAD_DIM, SPLIT or SHARED)
+    place, part = row * KV_HEADS + kv_head, shared_parts + own_part
+    store_or_merge(out_ptr, parts, softmax, place, part, num_own, num_parts, GROUP, HEAD_DIM)
 
 
 def decode_attention_triton(
-    q, k_cache, v_cache, block_tables, slots, context_lens, scale, *, out=None, counters=None, shared=None, config=None
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    slots,
+    context_lens,
+    scale,
+    *,
+    out=None,
+    counters=None,
+    plan=None,
+    shared=None,
+    config=None,
 ) -> torch.Tensor:
     """`decode_attention_torch` as a Triton kernel, which does not wait for the device.
 
-    Slots, tables, lengths and `shared.rows` are read before the kernel waits for its inputs (see `wait_for_inputs`).
+    All but q and the caches is read before the kernel waits for its inputs (see `wait_for_inputs`).
 
     Args:
         out: [B, H, Dh] contiguous, where the result goes; a new tensor if None.
         counters: at least B * K int32 zeros, and zeros again afterwards; new ones if None. Launches that may overlap
             must not have the same.
+        plan: a DecodePlan for as many KV heads; one with `default_shares` if None.
         shared: SharedParts over what rows have in common, by `attend_shared_triton`; or None.
         config: a DecodeConfig; `default_decode_config` if None.
 
@@ -285,33 +424,30 @@ def decode_attention_triton(
     _, block_size, kv_heads, _ = k_cache.shape
     check_attention_inputs(q, k_cache, v_cache)
     sizes = batch, kv_heads, head_dim, q.element_size(), sm_count(q.device)
-    tile, num_warps, num_stages, num_splits = config or default_decode_config(*sizes, shared is not None)
-    if not 1 <= num_splits <= MAX_SPLITS:
-        raise ValueError(f"num_splits={num_splits} must be between 1 and {MAX_SPLITS}")
+    tile, num_warps, num_stages = config or default_decode_config(*sizes, shared is not None)
     check_power_of_2("tile", tile, MIN_DOT)
     check_power_of_2("block_size", block_size, 1)
     out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device) if out is None else out
     if batch == 0:
         return out
-    partial, lse, num_parts = out, out, num_splits  # not touched when there is one part
+    if plan is None:
+        plan = plan_decode_triton(context_lens, kv_heads, default_shares(batch, kv_heads, sm_count(q.device)))
     if shared is not None:
-        partial, lse, num_parts = shared.partial, shared.lse, shared.lse.shape[2]
-    elif num_splits > 1:
-        partial, lse = new_partials(q, num_parts)
+        partial, lse = shared.partial, shared.lse
+    else:
+        partial, lse = new_partials(q, plan.num_splits)
     if counters is None:
         counters = torch.zeros(batch * kv_heads, dtype=torch.int32, device=q.device)
-    plan = slots if shared is None else shared.rows
-    tensors = q, k_cache, v_cache, block_tables, slots, context_lens, plan, out, partial, lse, counters
+    rows = slots, context_lens, plan.items, slots if shared is None else shared.rows
+    tensors = q, k_cache, v_cache, block_tables, *rows, out, partial, lse, counters
     strides = q.stride(0), q.stride(1), block_tables.stride(0)
-    _decode_kernel[(kv_heads, batch, num_splits)](
+    _decode_kernel[(kv_heads, len(plan.items))](
         *tensors,
         scale * LOG2E,
         *strides,
-        num_splits,
-        num_parts,
+        lse.shape[2],
         ROWS=max(MIN_DOT, triton.next_power_of_2(heads // kv_heads)),
         TILE=tile,
-        SPLIT=num_splits > 1,
         SHARED=shared is not None,
         num_warps=num_warps,
         num_stages=num_stages,

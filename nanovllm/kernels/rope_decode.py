@@ -9,13 +9,14 @@ So nothing in the cache that is read here is written in the same step, and a pro
 before it waits for the projection (programmatic dependent launch), as gemv.py reads weights.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from nanovllm.kernels._triton import launch_options, let_next_begin, sm_count, tl, triton, wait_for_inputs
 from nanovllm.kernels.decode_attention import (
     LOG2E,
     MIN_DOT,
-    DecodeConfig,
     attend_tile,
     attention_constants,
     check_attention_inputs,
@@ -32,12 +33,23 @@ from nanovllm.kernels.rope_store import QKTransform, qk_norm_rope_store_torch
 MAX_ROWS = 4  # with more, all else takes so long that two kernels don't matter, and splits are few
 
 
-def default_rope_decode_config(batch: int, kv_heads: int, head_dim: int, itemsize: int, sm_count: int) -> DecodeConfig:
+class RopeDecodeConfig(NamedTuple):
+    """How a kernel is built: tokens per step of its loop, warps, pipeline stages; and most parts of a row."""
+
+    tile: int
+    num_warps: int
+    num_stages: int
+    num_splits: int
+
+
+def default_rope_decode_config(
+    batch: int, kv_heads: int, head_dim: int, itemsize: int, sm_count: int
+) -> RopeDecodeConfig:
     """A program's first tile of K and V waits in registers: 64 of each thread's for both. Four programs fit an SM."""
     most = max(1, 4 * sm_count // max(batch * kv_heads, 1))
     row_bytes = triton.next_power_of_2(head_dim) * itemsize
     tile = max(MIN_DOT, min(64, 64 * 256 // row_bytes))
-    return DecodeConfig(tile, num_warps=4, num_stages=2, num_splits=min(64, 1 << most.bit_length() - 1))
+    return RopeDecodeConfig(tile, num_warps=4, num_stages=2, num_splits=min(64, 1 << most.bit_length() - 1))
 
 
 @triton.jit
@@ -159,7 +171,7 @@ def _rope_decode_kernel(
 
     parts = (partial_ptr, lse_ptr, counter_ptr, num_splits)
     place = row * KV_HEADS + kv_head
-    store_or_merge(out_ptr, parts, softmax, place, split, num_parts, num_parts, GROUP, HEAD_DIM, True)
+    store_or_merge(out_ptr, parts, softmax, place, split, num_parts, num_parts, GROUP, HEAD_DIM)
 
 
 def rope_decode_triton(
@@ -172,7 +184,7 @@ def rope_decode_triton(
 
     Args:
         counters: as in `decode_attention_triton`.
-        config: a DecodeConfig; `default_rope_decode_config` if None.
+        config: a RopeDecodeConfig; `default_rope_decode_config` if None.
     """
     num_heads, cos_sin, q_weight, k_weight, eps = transform
     batch, kv_heads, head_dim = len(qkv), *k_cache.shape[2:]

@@ -15,7 +15,7 @@ from nanovllm.kernels._triton import launch_options, sm_count, tl, triton, wait_
 from nanovllm.kernels.decode_attention import (
     LOG2E,
     attention_constants,
-    default_decode_config,
+    default_shares,
     empty_softmax,
     new_partials,
 )
@@ -169,7 +169,7 @@ def attend_shared_triton(q, k_cache, v_cache, block_tables, slots, scale: float,
     """
     batch, heads, head_dim = q.shape
     kv_heads, config = k_cache.shape[2], default_prefill_config(head_dim, q.element_size())
-    own = default_decode_config(batch, kv_heads, head_dim, q.element_size(), sm_count(q.device)).num_splits
+    own = default_shares(batch, kv_heads, sm_count(q.device)).num_splits
     partial, lse = new_partials(q, MAX_SHARED_PARTS + own)
     tensors = q, k_cache, v_cache, block_tables, slots, plan.groups, partial, lse
     strides = q.stride(0), q.stride(1), block_tables.stride(0)

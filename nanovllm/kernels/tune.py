@@ -14,11 +14,17 @@ from functools import partial
 import torch
 
 from nanovllm.kernels._triton import sm_count, triton
-from nanovllm.kernels.decode_attention import DecodeConfig, decode_attention_triton, default_decode_config
+from nanovllm.kernels.decode_attention import (
+    DecodeConfig,
+    decode_attention_triton,
+    default_decode_config,
+    default_shares,
+    plan_decode_triton,
+)
 from nanovllm.kernels.gemv import GemvConfig, default_gemv_config, gemv_triton
 from nanovllm.kernels.prefill_attention import PrefillConfig, default_prefill_config, prefill_attention_triton
 from nanovllm.kernels.rms_norm import rms_norm
-from nanovllm.kernels.rope_decode import default_rope_decode_config, rope_decode_triton
+from nanovllm.kernels.rope_decode import RopeDecodeConfig, default_rope_decode_config, rope_decode_triton
 from nanovllm.kernels.rope_store import QKTransform
 from nanovllm.kernels.silu_mul import silu_mul
 from nanovllm.kernels.swiglu import DEFAULT_CONFIG, SwigluConfig, swiglu_triton
@@ -83,19 +89,20 @@ def make_rows(lens: list[int]) -> tuple[list[tuple[torch.Tensor, ...]], torch.Te
 
 def decode(full: bool) -> None:
     """Bandwidth of decode attention: bytes of K and V read once, over time."""
-    print("decode attention: rows x tokens, group | tile warps stages splits | us, TB/s  (* default)")
+    print("decode attention: rows x tokens, group | tile warps stages | us, TB/s  (* default)")
     sizes = [(256, 500, 1500), (128, 500, 1500), (32, 2000, 2000), (8, 4000, 4000), (8, 600, 600)]
     for group, (rows, low, high) in itertools.product((2, 4), sizes):
         lens = torch.linspace(low, high, rows).int().tolist()
         caches, *where = make_rows(lens)
         q = random(rows, KV_HEADS * group, HEAD_DIM)
         counters = torch.zeros(rows * KV_HEADS, device="cuda", dtype=torch.int32)
-        calls = [partial(decode_attention_triton, q, *c, *where, 0.1, counters=counters) for c in caches]
-        configs = [default_decode_config(rows, KV_HEADS, HEAD_DIM, 2, sm_count(q.device))]
+        sizes = rows, KV_HEADS, HEAD_DIM, 2, sm_count(q.device)
+        plan = plan_decode_triton(where[1], KV_HEADS, default_shares(rows, KV_HEADS, sizes[-1]))
+        calls = [partial(decode_attention_triton, q, *c, *where, 0.1, counters=counters, plan=plan) for c in caches]
+        configs = [default_decode_config(*sizes)]
         if full:
-            tiles = [(32, 2, 3), (32, 2, 4), (32, 2, 5), (64, 2, 3), (64, 4, 3), (64, 4, 4), (128, 4, 3)]
-            splits = {8: (8, 16, 32), 32: (4, 8, 16), 128: (1, 2, 4, 8), 256: (1, 2, 4)}[rows]
-            configs += [DecodeConfig(*tile, split) for tile in tiles for split in splits]
+            tiles = [(32, 2, 3), (32, 2, 4), (64, 4, 3), (64, 4, 4), (64, 4, 5), (128, 4, 2), (128, 4, 3), (128, 8, 3)]
+            configs += [DecodeConfig(*tile) for tile in tiles]
         sweep(f"{rows} x {low}-{high}, {group}", calls, configs, 4 * sum(lens) * KV_HEADS * HEAD_DIM, "TB/s")
 
 
@@ -117,7 +124,7 @@ def rope_decode(full: bool) -> None:
         configs = [default_rope_decode_config(rows, KV_HEADS, HEAD_DIM, 2, sm_count(x.device))]
         if full:
             tiles = [(16, 1, 2), (32, 1, 2), (32, 2, 2), (64, 2, 2), (64, 4, 1), (64, 4, 2), (64, 4, 3), (128, 8, 2)]
-            configs += [DecodeConfig(*tile, splits) for tile in tiles for splits in (17, 33, 64)]
+            configs += [RopeDecodeConfig(*tile, splits) for tile in tiles for splits in (17, 33, 64)]
         num_bytes = 2 * n * hidden + 4 * rows * tokens * KV_HEADS * HEAD_DIM
         sweep(f"{rows} x {tokens}, {group}", calls, configs, num_bytes, "TB/s")
 

@@ -146,7 +146,7 @@ class ModelRunner:
         with compile_aside():
             with compile_only(), self.model.few_layers():
                 self._eager(self._largest_batch())
-                for size in sorted({min(size, most) for size in (1, 2, 4, 8, 32, 128, most)}):
+                for size in sorted({min(size, most) for size in (1, 2, 4, 8, 32, 64, 128, most)}):
                     plan = torch.zeros(SharedPlan.size(size), dtype=torch.int32, device=self.device)
                     for shared in (None, SharedPlan.split(plan, size)):
                         self.step(slots[:size], size, shared=shared)
@@ -266,6 +266,7 @@ class ModelRunner:
         inputs = step_inputs(rows, *tables, self.block_size, state.scratch_slot, state.sampling)
         context = Context(
             backend=self.backend,
+            num_kv_heads=self.attention_layers[0].num_kv_heads,
             num_decode=num_decode,
             slots=slots,
             context_lens=inputs.context_lens,

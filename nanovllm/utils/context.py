@@ -25,6 +25,7 @@ class Context:
     """
 
     backend: "AttentionBackend | None" = None
+    num_kv_heads: int = 0  # this rank's
     num_decode: int = 0  # D, padding rows of a captured graph included
     slots: torch.Tensor | None = None  # [R] int32, the slot of each row
     context_lens: torch.Tensor | None = None  # [R] int32, tokens a row sees, this step's included
@@ -38,8 +39,8 @@ class Context:
     meta: Any = None  # the backend's own, filled by `prepare`
 
     def of_last_tokens(self) -> "Context":
-        """For the attention of each row's last token alone: all are decode rows."""
-        return replace(self, num_decode=len(self.slots), cu_seqlens_q=None, shared=None, meta=None)
+        """For the attention of each row's last token alone: all are decode rows. `prepare` finds `meta` as it is."""
+        return replace(self, num_decode=len(self.slots), cu_seqlens_q=None, shared=None)
 
 
 _EMPTY = Context()

@@ -64,9 +64,8 @@ def call_all():
         plan = shared_prefix.SharedPlan(torch.zeros(4, 2, **i32), torch.zeros(1, 4, **i32))
         parts = shared_prefix.attend_shared_triton(q, cache, cache, tables, slots, 0.1, plan)
         decode.decode_attention_triton(q, cache, cache, tables, slots, lens, 0.1, shared=parts)
-        for splits in (1, 4):
-            config = decode.default_decode_config(4, 8, head_dim, kind["dtype"].itemsize, 132)
-            config = config._replace(num_splits=splits)
+        for batch in (4, 400):
+            config = decode.default_decode_config(batch, 8, head_dim, kind["dtype"].itemsize, 132)
             decode.decode_attention_triton(q, cache, cache, tables, slots, lens, 0.1, config=config)
         for config in (None, prefill.PrefillConfig(128, 64, 8, 2, 128, True)):
             rows = slots[:1], tables[0, :2], lens[:1]

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -5,9 +7,13 @@ from nanovllm.kernels._triton import HAVE_TRITON
 from nanovllm.kernels.decode_attention import (
     MAX_SPLITS,
     DecodeConfig,
+    Shares,
     decode_attention_torch,
     decode_attention_triton,
     default_decode_config,
+    default_shares,
+    plan_decode_torch,
+    plan_decode_triton,
 )
 from tests.kernels.paged import DEVICE, DTYPES, assert_close, assert_same, make_paged, plain_attention
 
@@ -45,6 +51,12 @@ def test_twin_takes_padding_rows_and_no_rows():
     assert decode_attention_torch(*args).shape == (0, 2, 64)
 
 
+def split(contexts, kv_heads, num_splits, programs=64):
+    """What `decode_attention_triton` is given for rows that are split into parts of few tokens."""
+    lens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
+    return plan_decode_torch(lens, kv_heads, Shares(programs, 0, num_splits, min_part=16))
+
+
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -62,30 +74,79 @@ def test_twin_takes_padding_rows_and_no_rows():
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_triton_is_the_formula(heads, kv_heads, head_dim, block_size, tile, num_splits, dtype):
     contexts = [1, 47, 130]
-    config = DecodeConfig(tile, 4, 3, num_splits)
-    check(decode_attention_triton, contexts, heads, kv_heads, head_dim, block_size, dtype, config=config)
+    options = {"config": DecodeConfig(tile, 4, 3), "plan": split(contexts, kv_heads, num_splits)}
+    assert options["plan"].items[:, 2].max() == num_splits
+    check(decode_attention_triton, contexts, heads, kv_heads, head_dim, block_size, dtype, **options)
 
 
 @needs_triton
+@pytest.mark.parametrize("tile", [16, 64])
 @pytest.mark.parametrize("num_splits", [2, 8, 32, MAX_SPLITS])
-def test_rows_use_as_many_splits_as_they_fill(num_splits):
-    contexts = [1, 16, 17, 100, 257]  # from one split, the others empty, to more than a merging program holds at once
-    check(decode_attention_triton, contexts, 2, 1, 64, 16, config=DecodeConfig(16, 4, 3, num_splits))
+def test_rows_are_split_into_as_many_parts_as_they_fill(num_splits, tile):
+    contexts = [1, 16, 17, 100, 257]  # from one part to more than a merging program holds at once; of less than a tile
+    plan = split(contexts, 1, num_splits, programs=500)
+    check(decode_attention_triton, contexts, 2, 1, 64, 16, config=DecodeConfig(tile, 4, 3), plan=plan)
 
 
 @needs_triton
 def test_counters_are_zero_again_after_each_launch():
-    counters, config = torch.zeros(64, dtype=torch.int32, device=DEVICE), DecodeConfig(16, 4, 3, 8)
+    counters, contexts = torch.zeros(64, dtype=torch.int32, device=DEVICE), [1, 17, 100]
+    options = {"config": DecodeConfig(16, 4, 3), "plan": split(contexts, 2, 8)}
     for _ in range(2):
-        check(decode_attention_triton, [1, 17, 100], 4, 2, 64, 16, config=config, counters=counters)
+        check(decode_attention_triton, contexts, 4, 2, 64, 16, counters=counters, **options)
         assert not counters.any()
+
+
+PLANS = [
+    ([700] * 3, 2, Shares(4, 3, 8, 16)),
+    ([5], 1, Shares(7, 3, 4, 16)),
+    ([1, 8000, 500, 500, 8000] + [300] * 300, 8, default_shares(305, 8, 132)),
+    ([90, 1, 1, 1, 2500, 2501], 3, Shares(10, 3, 128, 16)),
+    ([1500] * 8, 4, default_shares(8, 4, 132)),
+    ([100_000] * 600, 4, default_shares(600, 4, 132)),  # more tokens and heads than 32 bits count
+    ([100_000] + [16] * 20, 8, default_shares(21, 8, 132)),
+]
+
+
+@pytest.mark.parametrize(("contexts", "kv_heads", "shares"), PLANS)
+def test_a_plan_has_every_part_once_the_longest_first(contexts, kv_heads, shares):
+    lens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
+    plan, num_splits = plan_decode_torch(lens, kv_heads, shares)
+    assert num_splits == shares.num_splits
+    count = len([row for row, *_ in plan.tolist() if row >= 0])
+    items = plan[:count].tolist()
+    assert all(row >= 0 for row, *_ in items)  # what is left comes last
+    parts = {row: of for row, _, of in items}
+    assert sorted(items) == [[row, part, parts[row]] for row in range(len(contexts)) for part in range(parts[row])]
+    sizes = [contexts[row] / of for row, _, of in items]
+    assert all(after <= before + 1 for before, after in pairwise(sizes))
+    share = max(shares.min_part, sum(contexts) * kv_heads / shares.programs)
+    whole = shares.whole / 2 * sum(contexts) * kv_heads / shares.programs
+    for row, n in enumerate(contexts):
+        assert parts[row] == 1 if n <= whole else abs(parts[row] - n / share) <= 0.51 or parts[row] in (1, num_splits)
+        assert parts[row] <= num_splits
+    if HAVE_TRITON:
+        got, _ = plan_decode_triton(lens, kv_heads, shares)
+        assert got.dtype == plan.dtype and torch.equal(got[:count], plan[:count]) and torch.equal(got[:, 0], plan[:, 0])
+
+
+def test_work_is_shared_by_as_many_programs_as_run_at_once():
+    """Rows of one length: as many parts as multiprocessors, or whole rows; and a long row among short ones."""
+
+    def parts(contexts, kv_heads):
+        lens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
+        return plan_decode_torch(lens, kv_heads, default_shares(len(contexts), kv_heads, 132)).items[:, 2].max().item()
+
+    assert [parts([4000] * batch, 8) for batch in (1, 2, 4, 8, 16, 17, 512)] == [16, 8, 4, 2, 1, 1, 1]
+    assert parts([300] * 8, 8) == 1
+    assert [parts([8000] + [500] * batch, 8) for batch in (15, 30, 300)] == [9, 8, 2]
 
 
 @needs_triton
 def test_padding_rows_do_not_disturb():
-    check(
-        decode_attention_triton, [40, 90, 1, 1, 1], 4, 2, 64, 16, num_scratch_rows=3, config=DecodeConfig(64, 4, 3, 4)
-    )
+    contexts = [40, 90, 1, 1, 1]
+    options = {"config": DecodeConfig(64, 4, 3), "plan": split(contexts, 2, 4)}
+    check(decode_attention_triton, contexts, 4, 2, 64, 16, num_scratch_rows=3, **options)
 
 
 @needs_triton
@@ -101,9 +162,8 @@ def test_query_may_be_strided():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (DecodeConfig(24, 4, 3, 1), "tile=24 must be a power of two of at least 16"),
-        (DecodeConfig(8, 4, 3, 1), "tile=8 must be a power of two of at least 16"),
-        (DecodeConfig(16, 4, 3, 129), "num_splits=129 must be between 1 and 128"),
+        (DecodeConfig(24, 4, 3), "tile=24 must be a power of two of at least 16"),
+        (DecodeConfig(8, 4, 3), "tile=8 must be a power of two of at least 16"),
     ],
 )
 def test_bad_options_are_named(config, message):
@@ -120,10 +180,10 @@ def test_heads_that_do_not_fit_are_refused():
         decode_attention_torch(q, paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens, 1.0)
 
 
-def test_default_splits_fill_the_device_and_no_more():
-    splits = {batch: default_decode_config(batch, 8, 128, 2, 132).num_splits for batch in (512, 64, 32, 8, 1)}
-    assert splits == {512: 1, 64: 1, 32: 4, 8: 16, 1: 64}
-    assert default_decode_config(1, 1, 128, 2, 132).num_splits == 64
+def test_many_rows_are_split_into_few_parts():
+    splits = [default_shares(batch, 8, 132).num_splits for batch in (1, 16, 17, 132, 512)]
+    assert splits == [17, 17, 8, 4, 4]
+    assert default_shares(1, 1, 132).num_splits == MAX_SPLITS and default_shares(4, 8, 1).num_splits == 1
 
 
 def test_default_tile_fits_shared_memory():

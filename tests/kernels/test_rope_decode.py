@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.decode_attention import DecodeConfig
 from nanovllm.kernels.rope_decode import (
+    RopeDecodeConfig,
     default_rope_decode_config,
     rope_decode_torch,
     rope_decode_triton,
@@ -17,7 +17,11 @@ from tests.kernels.paged import DEVICE, DTYPES, assert_same, make_paged
 pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 
 # A tile that is a block, two blocks, half a block; contexts of no tile before the new token, of whole tiles, of others.
-CONFIGS = [(16, DecodeConfig(16, 4, 2, 1)), (16, DecodeConfig(32, 4, 2, 3)), (64, DecodeConfig(32, 4, 2, 8))]
+CONFIGS = [
+    (16, RopeDecodeConfig(16, 4, 2, 1)),
+    (16, RopeDecodeConfig(32, 4, 2, 3)),
+    (64, RopeDecodeConfig(32, 4, 2, 8)),
+]
 CONTEXTS = [1, 33, 34, 130]
 
 
@@ -75,17 +79,17 @@ def test_wide_heads_and_groups(heads, kv_heads, head_dim):
 
 @pytest.mark.parametrize("num_splits", [2, 40])
 def test_many_parts_are_merged(num_splits):
-    config = DecodeConfig(16, 4, 2, num_splits)
+    config = RopeDecodeConfig(16, 4, 2, num_splits)
     check([200, 1, 17, 177], 4, 2, 64, 16, True, torch.float32, config=config)
 
 
 def test_padding_rows_do_not_disturb():
-    check([40, 90, 1, 1], 4, 2, 64, 16, True, torch.float32, num_scratch_rows=2, config=DecodeConfig(16, 4, 2, 4))
+    check([40, 90, 1, 1], 4, 2, 64, 16, True, torch.float32, num_scratch_rows=2, config=RopeDecodeConfig(16, 4, 2, 4))
 
 
 def test_counters_are_zero_again():
     counters = torch.zeros(64, dtype=torch.int32, device=DEVICE)
-    check(CONTEXTS, 4, 2, 64, 16, True, torch.float32, counters=counters, config=DecodeConfig(16, 4, 2, 8))
+    check(CONTEXTS, 4, 2, 64, 16, True, torch.float32, counters=counters, config=RopeDecodeConfig(16, 4, 2, 8))
     assert not counters.any()
 
 

@@ -15,7 +15,7 @@ from nanovllm.attention.flash_attn_backend import (
     num_splits,
 )
 from nanovllm.attention.torch_ref import TorchBackend
-from nanovllm.kernels.decode_attention import decode_attention_torch
+from nanovllm.kernels.decode_attention import decode_attention_torch, plan_decode_torch
 from nanovllm.kernels.prefill_attention import prefill_attention_torch
 from nanovllm.kernels.rope_decode import rope_decode_torch
 from nanovllm.kernels.rope_store import QKTransform
@@ -38,6 +38,7 @@ def check_step(backend, decode, prefill, block_size=16, dtype=torch.float32, lay
     q = torch.randn(sum(lens), HEADS, HEAD_DIM, generator=generator).to(dtype)
     ctx = Context(
         backend=backend,
+        num_kv_heads=KV_HEADS,
         num_decode=len(decode),
         slots=paged.slots,
         context_lens=paged.context_lens,
@@ -68,9 +69,10 @@ def test_torch_backend_attends_all_kinds_of_steps(dtype):
 
 def test_triton_backend_hands_each_kernel_its_rows(monkeypatch):
     monkeypatch.setattr(triton_backend, "HAVE_TRITON", True)
+    monkeypatch.setattr(triton_backend, "plan_decode_triton", plan_decode_torch)
 
     def into(twin):
-        return lambda *args, out, counters=None, shared=None: out.copy_(twin(*args))
+        return lambda *args, out, counters=None, plan=None, shared=None: out.copy_(twin(*args))
 
     monkeypatch.setattr(triton_backend, "decode_attention_triton", into(decode_attention_torch))
     monkeypatch.setattr(triton_backend, "prefill_attention_triton", into(prefill_attention_torch))
@@ -83,13 +85,16 @@ def test_triton_backend_has_a_counter_for_each_row_and_kv_head(monkeypatch):
     """Rows with a shared prefix have several parts however many they are."""
     monkeypatch.setattr(triton_backend, "HAVE_TRITON", True)
     monkeypatch.setattr(triton_backend, "attend_shared_triton", lambda *args: "shared")
+    monkeypatch.setattr(triton_backend, "plan_decode_triton", plan_decode_torch)
     counters = []
     record = lambda *args, **named: counters.append(named["counters"])  # noqa: E731
     monkeypatch.setattr(triton_backend, "decode_attention_triton", record)
     backend = triton_backend.TritonBackend(torch.device("cuda"), 16)
     for rows in (9000, 8, 9000):
         q, cache, slots = torch.zeros(rows, 8, 16), torch.zeros(1, 16, 8, 16), torch.zeros(rows, dtype=torch.int32)
-        ctx = Context(num_decode=rows, slots=slots, context_lens=slots, block_tables=slots[None], shared=object())
+        what = {"num_kv_heads": 8, "num_decode": rows, "shared": object()}
+        ctx = Context(**what, slots=slots, context_lens=slots + 1, block_tables=slots[None])
+        backend.prepare(ctx)
         backend.decode(q, cache, cache, SCALE, ctx, torch.empty_like(q))
     assert len(counters[0]) >= 9000 * 8 and not counters[0].any()
     assert all(other is counters[0] for other in counters)
@@ -111,7 +116,7 @@ def test_triton_backend_has_one_kernel_for_few_decode_rows(monkeypatch, decode, 
     calls = []
 
     def into(twin, name):
-        def run(*args, out=None, counters=None, shared=None):
+        def run(*args, out=None, counters=None, plan=None, shared=None):
             calls.append(name)
             return twin(*args) if out is None else out.copy_(twin(*args))
 
@@ -124,6 +129,7 @@ def test_triton_backend_has_one_kernel_for_few_decode_rows(monkeypatch, decode, 
     ):
         monkeypatch.setattr(triton_backend, name, into(twin, name))
     monkeypatch.setattr(triton_backend, "attend_shared_triton", lambda *args: None)
+    monkeypatch.setattr(triton_backend, "plan_decode_triton", plan_decode_torch)
     lens = [1] * len(decode) + [n for n, _ in prefill]
     contexts = [*decode, *(context for _, context in prefill)]
     paged = make_paged(contexts, KV_HEADS, HEAD_DIM, 16, torch.float32, CPU)
@@ -136,6 +142,7 @@ def test_triton_backend_has_one_kernel_for_few_decode_rows(monkeypatch, decode, 
     results = []
     for backend in (TorchBackend(), triton_backend.TritonBackend(torch.device("cuda"), 16)):
         ctx = Context(
+            num_kv_heads=KV_HEADS,
             num_decode=len(decode),
             slots=paged.slots,
             context_lens=paged.context_lens,
@@ -145,6 +152,7 @@ def test_triton_backend_has_one_kernel_for_few_decode_rows(monkeypatch, decode, 
             shared=shared,
         )
         caches = paged.k_cache.clone(), paged.v_cache.clone()
+        backend.prepare(ctx)
         results.append((backend.store_and_attend(qkv, transform, positions, *caches, SCALE, ctx), *caches))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, equal_nan=True)
