@@ -35,19 +35,26 @@ class TritonBackend(AttentionBackend):
     def prepare(self, ctx: Context) -> None:
         """Plan decode attention: of decode rows, and of all if the last layer attends for their last tokens only."""
         plans = ctx.meta = ctx.meta or {}  # by the number of rows
-        everything = 0 if ctx.last_indices is None else len(ctx.slots)
-        for rows in {ctx.num_decode, everything} - {0, *plans}:
+        counts = {ctx.num_decode, 0 if ctx.last_indices is None else len(ctx.slots)}
+        if ctx.cu_seqlens_q is None and ctx.last_indices is None and self._fuses(ctx, ctx.num_decode):
+            return
+        for rows in counts - {0, *plans}:
             shares = default_shares(rows, ctx.num_kv_heads, sm_count(ctx.slots.device))
             plans[rows] = plan_decode_triton(ctx.context_lens[:rows], ctx.num_kv_heads, shares)
 
+    @staticmethod
+    def _fuses(ctx: Context, num_tokens: int) -> bool:
+        """Whether one kernel does all: of a step of few decode rows alone."""
+        return ctx.num_decode == num_tokens <= MAX_ROWS and ctx.shared is None
+
     def store_and_attend(self, qkv, transform, positions, k_cache, v_cache, scale, ctx, last=None) -> Tensor:
-        if ctx.num_decode < len(qkv) or len(qkv) > MAX_ROWS or ctx.shared is not None:
+        if not self._fuses(ctx, len(qkv)):
             return super().store_and_attend(qkv, transform, positions, k_cache, v_cache, scale, ctx, last)
         where = (k_cache, v_cache, ctx.block_tables, ctx.slots, ctx.context_lens)
         return rope_decode_triton(qkv, transform, *where, scale, counters=self._counters(qkv.device))
 
     def _counters(self, device: torch.device, count: int = 0) -> Tensor:
-        # More than are split by themselves. No graph has others: the largest step of all runs before the first capture.
+        # No graph has others: if these are too few, the largest step of all makes more, before the first capture.
         if self.counters is None or len(self.counters) < count:
             self.counters = torch.zeros(max(1 << 16, count), dtype=torch.int32, device=device)
         return self.counters
@@ -56,8 +63,9 @@ class TritonBackend(AttentionBackend):
         rows = slice(ctx.num_decode)
         where = (q, k_cache, v_cache, ctx.block_tables, ctx.slots[rows])
         shared = None if ctx.shared is None else attend_shared_triton(*where, scale, ctx.shared)
-        options = {"counters": self._counters(q.device, len(q) * k_cache.shape[2]), "plan": ctx.meta[ctx.num_decode]}
-        decode_attention_triton(*where, ctx.context_lens[rows], scale, out=out, shared=shared, **options)
+        counters, plan = self._counters(q.device, len(q) * k_cache.shape[2]), ctx.meta.get(ctx.num_decode)
+        options = {"out": out, "counters": counters, "plan": plan, "shared": shared}
+        decode_attention_triton(*where, ctx.context_lens[rows], scale, **options)
 
     def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         rows = slice(ctx.num_decode, None)

@@ -430,7 +430,9 @@ def decode_attention_triton(
     out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device) if out is None else out
     if batch == 0:
         return out
-    if plan is None:
+    options = launch_options(q.device)
+    if plan is None:  # which must then be written before this begins
+        options = {"PDL": False}
         plan = plan_decode_triton(context_lens, kv_heads, default_shares(batch, kv_heads, sm_count(q.device)))
     if shared is not None:
         partial, lse = shared.partial, shared.lse
@@ -452,7 +454,7 @@ def decode_attention_triton(
         num_warps=num_warps,
         num_stages=num_stages,
         **attention_constants(q, k_cache),
-        **launch_options(q.device),
+        **options,
     )
     return out
 
