@@ -34,11 +34,11 @@ class TritonBackend(AttentionBackend):
 
     def prepare(self, ctx: Context) -> None:
         """Plan decode attention: of decode rows, and of all if the last layer attends for their last tokens only."""
-        plans = ctx.meta = ctx.meta or {}  # by the number of rows
+        if ctx.meta is not None or (ctx.cu_seqlens_q is None and self._fuses(ctx, ctx.num_decode)):
+            return  # planned already, before the chain of kernels began that reads it; or not needed
+        plans = ctx.meta = {}  # by the number of rows
         counts = {ctx.num_decode, 0 if ctx.last_indices is None else len(ctx.slots)}
-        if ctx.cu_seqlens_q is None and ctx.last_indices is None and self._fuses(ctx, ctx.num_decode):
-            return
-        for rows in counts - {0, *plans}:
+        for rows in counts - {0}:
             shares = default_shares(rows, ctx.num_kv_heads, sm_count(ctx.slots.device))
             plans[rows] = plan_decode_triton(ctx.context_lens[:rows], ctx.num_kv_heads, shares)
 
@@ -62,8 +62,8 @@ class TritonBackend(AttentionBackend):
     def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         rows = slice(ctx.num_decode)
         where = (q, k_cache, v_cache, ctx.block_tables, ctx.slots[rows])
-        shared = None if ctx.shared is None else attend_shared_triton(*where, scale, ctx.shared)
-        counters, plan = self._counters(q.device, len(q) * k_cache.shape[2]), ctx.meta.get(ctx.num_decode)
+        counters, plan = self._counters(q.device, len(q) * k_cache.shape[2]), ctx.meta[ctx.num_decode]
+        shared = None if ctx.shared is None else attend_shared_triton(*where, scale, ctx.shared, plan.num_splits)
         options = {"out": out, "counters": counters, "plan": plan, "shared": shared}
         decode_attention_triton(*where, ctx.context_lens[rows], scale, **options)
 

@@ -11,11 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanovllm.kernels._triton import launch_options, sm_count, tl, triton, wait_for_inputs
+from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
 from nanovllm.kernels.decode_attention import (
     LOG2E,
     attention_constants,
-    default_shares,
     empty_softmax,
     new_partials,
 )
@@ -52,7 +51,7 @@ class SharedPlan(NamedTuple):
 
 
 class SharedParts(NamedTuple):
-    """Partial results that `decode_attention_triton` merges with its own.
+    """Partial results that `decode_attention_triton` merges with its own, and room for these.
 
     Args:
         rows: of the SharedPlan.
@@ -160,24 +159,26 @@ def _shared_kernel(
     tl.store(lse_ptr + places, running_max + tl.log2(running_sum), mask=row_mask)
 
 
-def attend_shared_triton(q, k_cache, v_cache, block_tables, slots, scale: float, plan: SharedPlan) -> SharedParts:
+def attend_shared_triton(
+    q, k_cache, v_cache, block_tables, slots, scale: float, plan: SharedPlan, num_own: int
+) -> SharedParts:
     """Attention of decode rows over the tokens that they share, for `decode_attention_triton` to go on from.
 
     Args:
         q, k_cache, v_cache, block_tables, slots, scale: as in `decode_attention_torch`.
         plan: from `plan_shared`, on the device.
+        num_own: most parts of what a row does not share: the DecodePlan's `num_splits`.
     """
-    batch, heads, head_dim = q.shape
+    _, heads, head_dim = q.shape
     kv_heads, config = k_cache.shape[2], default_prefill_config(head_dim, q.element_size())
-    own = default_shares(batch, kv_heads, sm_count(q.device)).num_splits
-    partial, lse = new_partials(q, MAX_SHARED_PARTS + own)
+    partial, lse = new_partials(q, MAX_SHARED_PARTS + num_own)
     tensors = q, k_cache, v_cache, block_tables, slots, plan.groups, partial, lse
     strides = q.stride(0), q.stride(1), block_tables.stride(0)
     _shared_kernel[(kv_heads, len(plan.groups), MAX_SHARED_PARTS)](
         *tensors,
         scale * LOG2E,
         *strides,
-        MAX_SHARED_PARTS + own,
+        lse.shape[2],
         BLOCK_M=max(TILE_QUERIES, triton.next_power_of_2(heads // kv_heads)),
         BLOCK_N=config.block_n,
         STEP=STEP,

@@ -4,7 +4,12 @@ import torch
 
 from nanovllm.kernels import shared_prefix
 from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.decode_attention import decode_attention_torch, decode_attention_triton
+from nanovllm.kernels.decode_attention import (
+    Shares,
+    decode_attention_torch,
+    decode_attention_triton,
+    plan_decode_torch,
+)
 from nanovllm.kernels.shared_prefix import SharedPlan, attend_shared_triton, plan_shared
 from tests.kernels.paged import DEVICE, DTYPES, assert_close
 
@@ -47,9 +52,9 @@ def test_little_in_common_is_not_worth_it():
 @pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 64), (3, 1, 128)])
-@pytest.mark.parametrize("sms", [1, 132])
-def test_shared_and_own_parts_are_the_whole(monkeypatch, heads, kv_heads, head_dim, sms, dtype):
-    """Two groups and rows of their own, in one batch with a padding row."""
+@pytest.mark.parametrize(("sms", "num_own"), [(1, 1), (132, 7)])
+def test_shared_and_own_parts_are_the_whole(monkeypatch, heads, kv_heads, head_dim, sms, num_own, dtype):
+    """Two groups and rows of their own, in one batch with a padding row; parts are planned as if none were shared."""
     monkeypatch.setattr(shared_prefix, "MIN_SAVED", 1000)
     generator = torch.Generator().manual_seed(0)
     rows = (
@@ -67,6 +72,8 @@ def test_shared_and_own_parts_are_the_whole(monkeypatch, heads, kv_heads, head_d
     block_tables[slots.long()] = torch.from_numpy(np.where(tables == NONE, 49, tables)).int().to(DEVICE)
     context_lens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
     where = (q, *cache, block_tables, slots)
-    parts = attend_shared_triton(*where, 0.1, plan)
-    got = decode_attention_triton(*where, context_lens, 0.1, shared=parts)
+    own = plan_decode_torch(context_lens, kv_heads, Shares(200, 0, num_own, min_part=16))
+    assert own.items[:, 2].max() == num_own
+    parts = attend_shared_triton(*where, 0.1, plan, num_own)
+    got = decode_attention_triton(*where, context_lens, 0.1, plan=own, shared=parts)
     assert_close(got, decode_attention_torch(*where, context_lens, 0.1))

@@ -54,7 +54,13 @@ def check_step(backend, decode, prefill, block_size=16, dtype=torch.float32, lay
         assert_close(backend.attend(q, paged.k_cache, paged.v_cache, SCALE, ctx), expected)
 
 
-STEPS = [([5, 40], []), ([7, 7], []), ([], [(20, 20), (3, 30)]), ([33, 1], [(18, 18), (1, 17)]), ([150], [(90, 200)])]
+STEPS = [
+    ([5, 40, 1, 2, 3], []),
+    ([7] * 5, []),
+    ([], [(20, 20), (3, 30)]),
+    ([33, 1], [(18, 18), (1, 17)]),
+    ([150], [(90, 200)]),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -79,6 +85,29 @@ def test_triton_backend_hands_each_kernel_its_rows(monkeypatch):
     backend = triton_backend.TritonBackend(torch.device("cuda"), 16)
     for decode, prefill in STEPS:
         check_step(backend, decode, prefill)
+
+
+def test_triton_backend_plans_before_the_forward(monkeypatch):
+    """What the last layer needs included: its kernels read plans before those ahead of them have ended."""
+    monkeypatch.setattr(triton_backend, "HAVE_TRITON", True)
+    planned, plans = [], []
+    plan = lambda lens, *args: planned.append(len(lens)) or plan_decode_torch(lens, *args)  # noqa: E731
+    monkeypatch.setattr(triton_backend, "plan_decode_triton", plan)
+    monkeypatch.setattr(triton_backend, "decode_attention_triton", lambda *args, plan, **named: plans.append(plan))
+    monkeypatch.setattr(triton_backend, "prefill_attention_triton", lambda *args, **named: None)
+    backend = triton_backend.TritonBackend(torch.device("cuda"), 16)
+    lens = torch.tensor([9, 5, 7, 3], dtype=torch.int32)  # two decode rows, two prompts
+    last = torch.tensor([0, 1, 4, 7])
+    ctx = Context(num_kv_heads=KV_HEADS, num_decode=2, slots=lens, context_lens=lens, last_indices=last)
+    ctx.cu_seqlens_q, ctx.slot_mapping = torch.tensor([2, 5, 8], dtype=torch.int32), torch.arange(8)
+    backend.prepare(ctx)
+    assert sorted(planned) == [2, 4]
+    qkv, cache = torch.zeros(8, (HEADS + 2 * KV_HEADS) * HEAD_DIM), torch.zeros(1, 16, KV_HEADS, HEAD_DIM)
+    transform = QKTransform(HEADS, rope_table(HEAD_DIM, 64, 1e4), None, None, 1e-6)
+    for of_layer in (None, last):
+        backend.store_and_attend(qkv, transform, torch.arange(8), cache, cache, SCALE, ctx, of_layer)
+    assert len(planned) == 2
+    assert [plan.items[plan.items[:, 0] >= 0, 0].tolist() for plan in plans] == [[0, 1], [0, 2, 1, 3]]
 
 
 def test_triton_backend_has_a_counter_for_each_row_and_kv_head(monkeypatch):
