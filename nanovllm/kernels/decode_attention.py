@@ -23,7 +23,7 @@ from nanovllm.kernels._triton import launch_options, sm_count, tl, triton, wait_
 LOG2E = 1.4426950408889634
 MIN_DOT = 16  # smallest side of a tensor-core tile
 MAX_SPLITS = 128
-MANY = 6  # programs for each multiprocessor: with so many, two run at a time
+MANY = 6  # programs for each multiprocessor: of so many, more run at a time, each of them slower
 MIN_PART = 256  # tokens; of fewer, a program's start and the merge of its part take longer than they save
 
 
@@ -40,9 +40,9 @@ def default_decode_config(
 ) -> DecodeConfig:
     """What sweeps chose on an H100 and an H200; for `shared`, bench.py's prefix workload did.
 
-    A program takes stages * tile * head_dim * itemsize bytes of shared memory for K and again for V, so wide heads get
-    a smaller tile. Of many programs two share a multiprocessor. One of fewer has it to itself, and must have more on
-    its way from memory; the fewer they are, the more.
+    A program takes (stages - 1) * tile * head_dim * itemsize bytes of shared memory for K and again for V, so wide
+    heads get a smaller tile. Of many programs two or three share a multiprocessor. One of fewer has it to itself, and
+    must have more on its way from memory; the fewer they are, the more.
     """
     programs = batch * kv_heads
     tile, num_warps, num_stages = 128, 4, 3
@@ -78,7 +78,7 @@ def _plan_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # No `wait_for_inputs`: this comes before the chain whose kernels read what is written here before they wait.
+    # No `wait_for_inputs`: this comes before the chain, whose kernels read what is written here before they wait.
     other = tl.arange(0, ROWS)
     their_len = tl.load(lens_ptr + other, mask=other < rows, other=0).to(tl.int64)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -122,8 +122,8 @@ def default_shares(batch: int, kv_heads: int, sm_count: int) -> Shares:
     """From sweeps on an H100: of rows of one length, of the offline workload's, of a few long ones among short ones.
 
     Of fewer rows and heads than multiprocessors, each of these gets a part. Of more, a row is split if it is longer
-    than 1.5 times what a multiprocessor has to do, 0.75 times if that has two programs at a time: into parts of half of
-    that. Few are, and hardly one 8 or 4 parts long.
+    than 1.5 times what a multiprocessor has to do, 0.75 times if its programs are many: into parts of half of that. Few
+    are, and hardly one 8 or 4 parts long.
     """
     programs = batch * kv_heads
     if programs < sm_count:
@@ -151,7 +151,15 @@ def plan_decode_triton(context_lens: torch.Tensor, kv_heads: int, shares: Shares
     width = max(512, triton.next_power_of_2(rows))
     block = max(1, 4096 // width)
     _plan_kernel[(triton.cdiv(rows, block),)](
-        context_lens, items, rows, len(items), *shares, KV_HEADS=kv_heads, ROWS=width, BLOCK=block, num_warps=4
+        context_lens,
+        items,
+        rows,
+        len(items),
+        *shares,
+        KV_HEADS=kv_heads,
+        ROWS=width,
+        BLOCK=block,
+        num_warps=min(32, max(4, width // 1024)),
     )
     return DecodePlan(items, shares.num_splits)
 
@@ -159,7 +167,7 @@ def plan_decode_triton(context_lens: torch.Tensor, kv_heads: int, shares: Shares
 def plan_decode_torch(context_lens: torch.Tensor, kv_heads: int, shares: Shares) -> DecodePlan:
     """Split long rows into equal parts of about a share; the longest parts come first. Synchronises with the device.
 
-    There are at most `shares.programs` / `kv_heads` more parts than rows.
+    A row of n shares has at most n + 1/2 parts, so there are at most `shares.programs` / `kv_heads` more than rows.
 
     Args:
         context_lens: [B] int32, at least 1.
