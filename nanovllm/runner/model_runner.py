@@ -146,7 +146,8 @@ class ModelRunner:
         with compile_aside():
             with compile_only(), self.model.few_layers():
                 self._eager(self._largest_batch())
-                for size in sorted({min(size, most) for size in (1, 2, 4, 8, 32, 64, 128, most)}):
+                # However decode attention is built, a power of two of rows, or the most, is among what it is for.
+                for size in sorted({min(1 << i, most) for i in range(most.bit_length() + 1)}):
                     plan = torch.zeros(SharedPlan.size(size), dtype=torch.int32, device=self.device)
                     for shared in (None, SharedPlan.split(plan, size)):
                         self.step(slots[:size], size, shared=shared)
