@@ -56,22 +56,26 @@ def make_group(rank: int, size: int, store: "dist.Store", device_type: str) -> "
         return dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
 
 
+_environment = threading.Lock()
+
+
 @contextlib.contextmanager
 def environment_variable(name: str, value: str) -> Iterator[None]:
-    """Have a variable set for a while.
+    """Have a variable set for a while, by one thread after the other.
 
     No other is touched: `unittest.mock.patch.dict` empties the environment and fills it again, and a thread that NCCL
     has begun meanwhile, and that reads it, crashes.
     """
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    with _environment:
+        before = os.environ.get(name)
+        os.environ[name] = value
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
 
 
 def rank_device(device_type: str, local_rank: int | None) -> torch.device:

@@ -595,3 +595,22 @@ def test_a_variable_set_for_a_while_touches_no_other(before, monkeypatch):
         assert os.environ[name] == "0"
     assert os.environ.get(name) == before
     assert set(touched) == {name.encode()}
+
+
+def test_two_threads_may_have_a_variable_set(monkeypatch):
+    """As engines that start at once: each has it to the end of its while, and none is left behind."""
+    name, seen, left = "NANOVLLM_TEST", [], threading.Event()
+    monkeypatch.delenv(name, raising=False)
+
+    def other():
+        with launcher.environment_variable(name, "0"):
+            left.wait(60)
+            seen.append(os.environ.get(name))
+
+    thread = threading.Thread(target=other)
+    with launcher.environment_variable(name, "0"):
+        thread.start()
+        thread.join(0.2)
+    left.set()
+    thread.join(60)
+    assert seen == ["0"] and name not in os.environ
