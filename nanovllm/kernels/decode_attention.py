@@ -420,8 +420,8 @@ def decode_attention_triton(
         out: [B, H, Dh] contiguous, where the result goes; a new tensor if None.
         counters: at least B * K int32 zeros, and zeros again afterwards; new ones if None. Launches that may overlap
             must not have the same.
-        plan: a DecodePlan for as many KV heads; one with `default_shares` if None.
-        shared: SharedParts over what rows have in common, by `attend_shared_triton`; or None.
+        plan: a DecodePlan of these rows; one with `default_shares` if None.
+        shared: SharedParts over what rows have in common, by `attend_shared_triton` for that plan; or None.
         config: a DecodeConfig; `default_decode_config` if None.
 
     Raises:

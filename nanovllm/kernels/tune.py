@@ -96,10 +96,10 @@ def decode(full: bool) -> None:
         caches, *where = make_rows(lens)
         q = random(rows, KV_HEADS * group, HEAD_DIM)
         counters = torch.zeros(rows * KV_HEADS, device="cuda", dtype=torch.int32)
-        sizes = rows, KV_HEADS, HEAD_DIM, 2, sm_count(q.device)
-        plan = plan_decode_triton(where[1], KV_HEADS, default_shares(rows, KV_HEADS, sizes[-1]))
+        sms = sm_count(q.device)
+        plan = plan_decode_triton(where[1], KV_HEADS, default_shares(rows, KV_HEADS, sms))
         calls = [partial(decode_attention_triton, q, *c, *where, 0.1, counters=counters, plan=plan) for c in caches]
-        configs = [default_decode_config(*sizes)]
+        configs = [default_decode_config(rows, KV_HEADS, HEAD_DIM, 2, sms)]
         if full:
             tiles = [(32, 2, 3), (32, 2, 4), (64, 4, 3), (64, 4, 4), (64, 4, 5), (128, 4, 2), (128, 4, 3), (128, 8, 3)]
             configs += [DecodeConfig(*tile) for tile in tiles]

@@ -64,7 +64,7 @@ def call_all():
         plan = shared_prefix.SharedPlan(torch.zeros(4, 2, **i32), torch.zeros(1, 4, **i32))
         parts = shared_prefix.attend_shared_triton(q, cache, cache, tables, slots, 0.1, plan, 4)
         decode.decode_attention_triton(q, cache, cache, tables, slots, lens, 0.1, shared=parts)
-        for batch in (4, 400):
+        for batch in (4, 60, 400):
             config = decode.default_decode_config(batch, 8, head_dim, kind["dtype"].itemsize, 132)
             decode.decode_attention_triton(q, cache, cache, tables, slots, lens, 0.1, config=config)
         for config in (None, prefill.PrefillConfig(128, 64, 8, 2, 128, True)):

@@ -186,7 +186,7 @@ def test_many_rows_are_split_into_few_parts():
 
 
 def test_default_tile_fits_shared_memory():
-    for batch in (1, 512):
+    for batch in (1, 60, 512):
         for head_dim in (64, 96, 128, 256):
             for itemsize in (2, 4):
                 config = default_decode_config(batch, 8, head_dim, itemsize, 132)
