@@ -121,6 +121,17 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+HOPPER_SHARED_MEMORY = 227 << 10
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have on `device`."""
+    if device.type != "cuda":
+        return HOPPER_SHARED_MEMORY
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
 @lru_cache
 def since_hopper(device: torch.device) -> bool:
     """Whether `device` has what Hopper brought: loads by TMA, programmatic dependent launch (PDL)."""

@@ -18,7 +18,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import launch_options, sm_count, tl, triton, wait_for_inputs
+from nanovllm.kernels._triton import (
+    HOPPER_SHARED_MEMORY,
+    launch_options,
+    shared_memory,
+    sm_count,
+    tl,
+    triton,
+    wait_for_inputs,
+)
 
 LOG2E = 1.4426950408889634
 MIN_DOT = 16  # smallest side of a tensor-core tile
@@ -36,13 +44,19 @@ class DecodeConfig(NamedTuple):
 
 
 def default_decode_config(
-    batch: int, kv_heads: int, head_dim: int, itemsize: int, sm_count: int, shared: bool = False
+    batch: int,
+    kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    sm_count: int,
+    shared: bool = False,
+    shared_memory: int = HOPPER_SHARED_MEMORY,
 ) -> DecodeConfig:
     """What sweeps chose on an H100 and an H200; for `shared`, bench.py's prefix workload did.
 
     A program takes (stages - 1) * tile * head_dim * itemsize bytes of shared memory for K and again for V, so wide
-    heads get a smaller tile. Of many programs two or three share a multiprocessor. One of fewer has it to itself, and
-    must have more on its way from memory; the fewer they are, the more.
+    heads get a smaller tile, as do devices with less of it. Of many programs two or three share a multiprocessor. One
+    of fewer has it to itself, and must have more on its way from memory; the fewer they are, the more.
     """
     programs = batch * kv_heads
     tile, num_warps, num_stages = 128, 4, 3
@@ -51,8 +65,12 @@ def default_decode_config(
     if shared:
         tile, num_warps, num_stages = 32, 2, 3
     row_bytes = triton.next_power_of_2(head_dim) * itemsize
-    tile = max(MIN_DOT, min(tile, tile * 256 // row_bytes))
-    return DecodeConfig(tile, num_warps, num_stages)
+    tile = min(tile, tile * 256 // row_bytes)
+    most = (shared_memory - (16 << 10)) // (2 * row_bytes)  # tokens there is room for, with 16 KiB for all else
+    num_stages = num_stages if (num_stages - 1) * tile <= most else 3
+    while (num_stages - 1) * tile > most:
+        tile //= 2
+    return DecodeConfig(max(MIN_DOT, tile), num_warps, num_stages)
 
 
 @triton.jit
@@ -127,7 +145,8 @@ def default_shares(batch: int, kv_heads: int, sm_count: int) -> Shares:
     """
     programs = batch * kv_heads
     if programs < sm_count:
-        return Shares(sm_count, 3, min(MAX_SPLITS, 1 + sm_count // kv_heads))
+        most = max(8, 4 * sm_count // programs)  # four times the parts that rows of one length have
+        return Shares(sm_count, 3, min(MAX_SPLITS, 1 + sm_count // kv_heads, most))
     whole, num_splits = (3, 4) if programs >= MANY * sm_count else (6, 8)
     return Shares(2 * sm_count, whole, min(num_splits, 1 + 2 * sm_count // kv_heads))
 
@@ -431,8 +450,8 @@ def decode_attention_triton(
     batch, heads, head_dim = q.shape
     _, block_size, kv_heads, _ = k_cache.shape
     check_attention_inputs(q, k_cache, v_cache)
-    sizes = batch, kv_heads, head_dim, q.element_size(), sm_count(q.device)
-    tile, num_warps, num_stages = config or default_decode_config(*sizes, shared is not None)
+    sizes = batch, kv_heads, head_dim, q.element_size(), sm_count(q.device), shared is not None
+    tile, num_warps, num_stages = config or default_decode_config(*sizes, shared_memory(q.device))
     check_power_of_2("tile", tile, MIN_DOT)
     check_power_of_2("block_size", block_size, 1)
     out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device) if out is None else out
