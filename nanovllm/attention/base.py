@@ -13,7 +13,8 @@ class AttentionBackend(ABC):
     """Attends a step's rows over the paged KV cache.
 
     The runner calls `prepare` once a step, then each layer calls `store_and_attend`. All metadata is in the context.
-    Where the last layer attends for some tokens only, `prepare` is called again, with a context of theirs.
+    Where the last layer attends for some tokens only, `prepare` is called again, with a context of theirs, whose `meta`
+    is still what it made before.
 
     Attributes:
         name: how users ask for it.

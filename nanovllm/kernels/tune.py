@@ -14,13 +14,8 @@ from functools import partial
 import torch
 
 from nanovllm.kernels._triton import sm_count, triton
-from nanovllm.kernels.decode_attention import (
-    DecodeConfig,
-    decode_attention_triton,
-    default_decode_config,
-    default_shares,
-    plan_decode_triton,
-)
+from nanovllm.kernels.decode_attention import DecodeConfig, decode_attention_triton, default_decode_config
+from nanovllm.kernels.decode_plan import default_shares, plan_decode_triton
 from nanovllm.kernels.gemv import GemvConfig, default_gemv_config, gemv_triton
 from nanovllm.kernels.prefill_attention import PrefillConfig, default_prefill_config, prefill_attention_triton
 from nanovllm.kernels.rms_norm import rms_norm

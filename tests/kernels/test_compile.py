@@ -85,7 +85,7 @@ names = sorted({name for name, _ in compiled})
 kernels = {future.kernel for _, future in compiled}
 assert all(kernel.asm["cubin"] for kernel in kernels)
 adds = {future.kernel for name, future in compiled if name == "_add_kernel"}
-assert adds and not any("atom" in kernel.asm["ptx"] for kernel in adds)  # of the host's memory: loads, no more
+assert adds and not any("atom" in kernel.asm["ptx"] for kernel in adds)  # waits are loads, no more
 assert len(loaders) == len(kernels) and threading.main_thread() not in loaders
 print(len(compiled), *names)
 """

@@ -1,20 +1,14 @@
-from itertools import pairwise
-
 import pytest
 import torch
 
 from nanovllm.kernels._triton import HAVE_TRITON
 from nanovllm.kernels.decode_attention import (
-    MAX_SPLITS,
     DecodeConfig,
-    Shares,
     decode_attention_torch,
     decode_attention_triton,
     default_decode_config,
-    default_shares,
-    plan_decode_torch,
-    plan_decode_triton,
 )
+from nanovllm.kernels.decode_plan import MAX_SPLITS, Shares, plan_decode_torch
 from tests.kernels.paged import DEVICE, DTYPES, assert_close, assert_same, make_paged, plain_attention
 
 needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
@@ -97,50 +91,6 @@ def test_counters_are_zero_again_after_each_launch():
         assert not counters.any()
 
 
-PLANS = [
-    ([700] * 3, 2, Shares(4, 3, 8, 16)),
-    ([5], 1, Shares(7, 3, 4, 16)),
-    ([1, 8000, 500, 500, 8000] + [300] * 300, 8, default_shares(305, 8, 132)),
-    ([90, 1, 1, 1, 2500, 2501], 3, Shares(10, 3, 128, 16)),
-    ([1500] * 8, 4, default_shares(8, 4, 132)),
-    ([1_000_000] * 600, 4, default_shares(600, 4, 132)),  # more tokens and heads than 32 bits count
-    ([100_000] + [16] * 20, 8, default_shares(21, 8, 132)),
-]
-
-
-@pytest.mark.parametrize(("contexts", "kv_heads", "shares"), PLANS)
-def test_a_plan_has_every_part_once_the_longest_first(contexts, kv_heads, shares):
-    lens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
-    plan, num_splits = plan_decode_torch(lens, kv_heads, shares)
-    assert num_splits == shares.num_splits
-    count = len([row for row, *_ in plan.tolist() if row >= 0])
-    items = plan[:count].tolist()
-    assert all(row >= 0 for row, *_ in items)  # what is left comes last
-    parts = {row: of for row, _, of in items}
-    assert sorted(items) == [[row, part, parts[row]] for row in range(len(contexts)) for part in range(parts[row])]
-    sizes = [contexts[row] / of for row, _, of in items]
-    assert all(after <= before + 1 for before, after in pairwise(sizes))
-    share = max(shares.min_part, -(-sum(contexts) * kv_heads // shares.programs))
-    whole = shares.whole / 2 * sum(contexts) * kv_heads / shares.programs
-    for row, n in enumerate(contexts):
-        assert abs(parts[row] - (1 if n <= whole else min(max(n / share, 1), num_splits))) <= 0.5
-    if HAVE_TRITON:
-        got, _ = plan_decode_triton(lens, kv_heads, shares)
-        assert got.dtype == plan.dtype and torch.equal(got[:count], plan[:count]) and torch.equal(got[:, 0], plan[:, 0])
-
-
-def test_work_is_shared_by_as_many_programs_as_run_at_once():
-    """Rows of one length: as many parts as multiprocessors, or whole rows; and a long row among short ones."""
-
-    def parts(contexts, kv_heads):
-        lens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
-        return plan_decode_torch(lens, kv_heads, default_shares(len(contexts), kv_heads, 132)).items[:, 2].max().item()
-
-    assert [parts([4000] * batch, 8) for batch in (1, 2, 4, 8, 16, 17, 512)] == [16, 8, 4, 2, 1, 1, 1]
-    assert parts([300] * 8, 8) == 1
-    assert [parts([8000] + [500] * batch, 8) for batch in (15, 30, 300)] == [8, 8, 2]
-
-
 @needs_triton
 def test_padding_rows_do_not_disturb():
     contexts = [40, 90, 1, 1, 1]
@@ -179,12 +129,6 @@ def test_heads_that_do_not_fit_are_refused():
         decode_attention_torch(q, paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens, 1.0)
 
 
-def test_many_rows_are_split_into_few_parts():
-    splits = [default_shares(batch, 8, 132).num_splits for batch in (1, 16, 17, 132, 512)]
-    assert splits == [17, 8, 8, 4, 4]
-    assert default_shares(1, 1, 132).num_splits == MAX_SPLITS and default_shares(4, 8, 1).num_splits == 1
-
-
 @pytest.mark.parametrize("shared_memory", [99 << 10, 163 << 10, 227 << 10])  # of an RTX 4090, an A100, an H100
 @pytest.mark.parametrize(("head_dim", "itemsize"), [(64, 2), (96, 2), (128, 2), (256, 2), (64, 4), (128, 4), (256, 4)])
 def test_default_tile_fits_shared_memory(head_dim, itemsize, shared_memory):
@@ -193,3 +137,4 @@ def test_default_tile_fits_shared_memory(head_dim, itemsize, shared_memory):
             config = default_decode_config(batch, 8, head_dim, itemsize, 132, shared, shared_memory)
             tile_bytes = 2 * config.tile * 2 ** (head_dim - 1).bit_length() * itemsize
             assert config.tile >= 16 and tile_bytes * (config.num_stages - 1) <= shared_memory - (16 << 10)
+            assert tile_bytes * config.num_stages <= 200 << 10

@@ -4,12 +4,8 @@ import torch
 
 from nanovllm.kernels import shared_prefix
 from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.decode_attention import (
-    Shares,
-    decode_attention_torch,
-    decode_attention_triton,
-    plan_decode_torch,
-)
+from nanovllm.kernels.decode_attention import decode_attention_torch, decode_attention_triton
+from nanovllm.kernels.decode_plan import Shares, plan_decode_torch
 from nanovllm.kernels.shared_prefix import SharedPlan, attend_shared_triton, plan_shared
 from tests.kernels.paged import DEVICE, DTYPES, assert_close
 

@@ -15,7 +15,8 @@ from nanovllm.attention.flash_attn_backend import (
     num_splits,
 )
 from nanovllm.attention.torch_ref import TorchBackend
-from nanovllm.kernels.decode_attention import decode_attention_torch, plan_decode_torch
+from nanovllm.kernels.decode_attention import decode_attention_torch
+from nanovllm.kernels.decode_plan import plan_decode_torch
 from nanovllm.kernels.prefill_attention import prefill_attention_torch
 from nanovllm.kernels.rope_decode import rope_decode_torch
 from nanovllm.kernels.rope_store import QKTransform
