@@ -31,7 +31,6 @@ class TritonBackend(AttentionBackend):
             raise ValueError(f"attention_backend='triton' needs a CUDA device, not device={str(device)!r}; use 'torch'")
         if block_size < 1 or block_size & (block_size - 1):
             raise ValueError(f"block_size={block_size} must be a power of two for attention_backend='triton'")
-        self.counters: Tensor | None = None  # of finished splits; this engine's own
 
     def prepare(self, ctx: Context) -> None:
         """Plan decode attention: of decode rows, and of all if the last layer attends for their last tokens only."""
@@ -52,20 +51,14 @@ class TritonBackend(AttentionBackend):
         if not self._fuses(ctx, len(qkv)):
             return super().store_and_attend(qkv, transform, positions, k_cache, v_cache, scale, ctx, last)
         where = (k_cache, v_cache, ctx.block_tables, ctx.slots, ctx.context_lens)
-        return rope_decode_triton(qkv, transform, *where, scale, counters=self._counters(qkv.device))
-
-    def _counters(self, device: torch.device, count: int = 0) -> Tensor:
-        # No graph has others: if these are too few, the largest step of all makes more, before the first capture.
-        if self.counters is None or len(self.counters) < count:
-            self.counters = torch.zeros(max(1 << 16, count), dtype=torch.int32, device=device)
-        return self.counters
+        return rope_decode_triton(qkv, transform, *where, scale, counters=ctx.counters)
 
     def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
         rows = slice(ctx.num_decode)
         where = (q, k_cache, v_cache, ctx.block_tables, ctx.slots[rows])
-        counters, plan = self._counters(q.device, len(q) * k_cache.shape[2]), ctx.meta[ctx.num_decode]
+        plan = ctx.meta[ctx.num_decode]
         shared = None if ctx.shared is None else attend_shared_triton(*where, scale, ctx.shared, plan.num_splits)
-        options = {"out": out, "counters": counters, "plan": plan, "shared": shared}
+        options = {"out": out, "counters": ctx.counters, "plan": plan, "shared": shared}
         decode_attention_triton(*where, ctx.context_lens[rows], scale, **options)
 
     def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from nanovllm.kernels.gemm import gemm_triton, is_gemm
 from nanovllm.kernels.gemv import gemv_triton, is_gemv
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.silu_mul import silu_mul
@@ -33,6 +34,7 @@ def linear(
     bias: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
     gated: bool = False,
+    counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [T, K] -> x W^T + b [T, N].
 
@@ -41,11 +43,14 @@ def linear(
         bias: one number for each row of the weight.
         norm: weight [K] and epsilon of an RMSNorm of x that comes first.
         gated: the result is silu(gate) * up (SwiGLU, arXiv:2002.05202).
+        counters: as in `gemm_triton`.
     """
     if is_gemv(x, weight):
         return gemv_triton(x, weight, bias, norm, gated)
     if norm is not None:
         x = rms_norm(x, *norm)
+    if is_gemm(x, weight):
+        return gemm_triton(x, weight, bias, gated, counters=counters)
     if gated and bias is None and is_swiglu(x, weight):
         return swiglu_triton(x, weight)
     if weight.is_mkldnn:
@@ -56,11 +61,17 @@ def linear(
 
 
 def linear_add(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """residual [T, N] += x W^T + b, in place; on a GPU the sum is part of the product."""
     if is_gemv(x, weight):
         return gemv_triton(x, weight, bias, residual=residual)
+    if is_gemm(x, weight):
+        return gemm_triton(x, weight, bias, residual=residual, counters=counters)
     if bias is not None or not x.is_cuda:
         return residual.add_(linear(x, weight, bias))
     return torch.addmm(residual, x, weight.t(), out=residual)

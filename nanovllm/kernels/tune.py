@@ -16,6 +16,7 @@ import torch
 from nanovllm.kernels._triton import sm_count, triton
 from nanovllm.kernels.decode_attention import DecodeConfig, decode_attention_triton, default_decode_config
 from nanovllm.kernels.decode_plan import default_shares, plan_decode_triton
+from nanovllm.kernels.gemm import MAX_TILES, default_gemm_config, gemm_triton
 from nanovllm.kernels.gemv import GemvConfig, default_gemv_config, gemv_triton
 from nanovllm.kernels.prefill_attention import PrefillConfig, default_prefill_config, prefill_attention_triton
 from nanovllm.kernels.rms_norm import rms_norm
@@ -28,6 +29,12 @@ COLD_BYTES = 256 << 20  # several times any L2 cache
 BLOCK_SIZE = 64
 HEAD_DIM = 128
 KV_HEADS = 8
+PRODUCTS = [  # [n, k] of a layer's weights in Qwen3-0.6B and Qwen3-8B
+    *(("qkv", 4096, 1024), ("qkv", 6144, 4096)),
+    *(("o", 1024, 2048), ("o", 4096, 4096)),
+    *(("gate_up", 6144, 1024), ("gate_up", 24576, 4096)),
+    *(("down", 1024, 3072), ("down", 4096, 12288)),
+]
 
 
 def seconds(calls: list[Callable[[], object]], repeat: int = 5) -> float:
@@ -160,18 +167,9 @@ def swiglu(full: bool) -> None:
 def gemv(full: bool) -> None:
     """Bandwidth of the products of a decode step with one row, beside cuBLAS's and what comes with it."""
     print("gemv: rows x k of the weight | rows of a program, warps | us, TB/s  (* default; cuBLAS with norm and SiLU)")
-    shapes = {  # Qwen3-0.6B's and Qwen3-8B's
-        "qkv": [(4096, 1024), (6144, 4096)],
-        "o": [(1024, 2048), (4096, 4096)],
-        "gate_up": [(6144, 1024), (24576, 4096)],
-        "down": [(1024, 3072), (4096, 12288)],
-        "head": [(151936, 1024), (151936, 4096)],
-    }
-    for name, n, k in ((name, *size) for name, sizes in shapes.items() for size in sizes):
-        x, norm, weights, gated = random(1, k), random(k), make_weights(n, k), name == "gate_up"
-        options = {"norm": (norm, 1e-6), "gated": gated}
-        if name in ("o", "down"):
-            options = {"residual": torch.zeros(1, n, device="cuda", dtype=torch.bfloat16)}
+    for name, n, k in [*PRODUCTS, ("head", 151936, 1024), ("head", 151936, 4096)]:
+        x, weights, gated = random(1, k), make_weights(n, k), name == "gate_up"
+        options = {"residual": random(1, n)} if name in ("o", "down") else {"norm": (random(k), 1e-6), "gated": gated}
         configs = [default_gemv_config(n // (2 if gated else 1), k, gated)]
         if full:
             configs += [GemvConfig(rows, warps) for rows in (1, 2, 4, 8, 16) for warps in (2, 4, 8)]
@@ -182,6 +180,24 @@ def gemv(full: bool) -> None:
             sweep(f"{name} {n} x {k}", calls, settings, 2 * n * k, "TB/s")
 
 
+def gemm(full: bool) -> None:
+    """Bandwidth of the products of a decode step with some rows, beside cuBLAS's and what comes with it."""
+    print("gemm: rows x k of the weight, rows | tile warps stages splits prefetch | us, TB/s  (* default; cuBLAS)")
+    counters = torch.zeros(MAX_TILES, device="cuda", dtype=torch.int32)
+    for (name, n, k), rows in itertools.product(PRODUCTS, (8, 32, 64)):
+        x, weights, gated = random(rows, k), make_weights(n, k), name == "gate_up"
+        options = {"residual": random(rows, n)} if name in ("o", "down") else {"gated": gated}
+        configs = [default_gemm_config(rows, n // (2 if gated else 1), k, gated)]
+        if full:
+            names = "num_stages", "num_splits", "prefetch"
+            choices = (3, 4) if gated else (4, 6), (1,) if gated else (1, 2, 4, 8), (0, 128, 512, 1024)
+            changes = (dict(zip(names, choice, strict=True)) for choice in itertools.product(*choices))
+            configs += [configs[0]._replace(**change) for change in changes]
+        for product, settings in (_plain, [("cuBLAS",)]), (partial(gemm_triton, counters=counters), configs):
+            calls = [partial(product, x, weight, **options) for weight in weights]
+            sweep(f"{name} {n} x {k}, {rows}", calls, settings, 2 * n * k, "TB/s")
+
+
 def _plain(x: torch.Tensor, weight: torch.Tensor, norm=None, gated=False, residual=None, config=None) -> torch.Tensor:
     """`gemv_triton` by cuBLAS."""
     if residual is not None:
@@ -190,7 +206,7 @@ def _plain(x: torch.Tensor, weight: torch.Tensor, norm=None, gated=False, residu
     return silu_mul(y) if gated else y
 
 
-KERNELS = {"decode": decode, "rope_decode": rope_decode, "prefill": prefill, "swiglu": swiglu, "gemv": gemv}
+KERNELS = {kernel.__name__: kernel for kernel in (decode, rope_decode, prefill, swiglu, gemv, gemm)}
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from nanovllm.kernels.linear import linear, linear_add
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parameter import PackedLayer, check_shape, divide, make_parameter
+from nanovllm.utils.context import get_context
 from nanovllm.utils.parallel import TensorParallel
 
 
@@ -53,7 +54,7 @@ class ColumnParallelLinear(PackedLayer):
     def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor:
         """y for x, or for norm(x)."""
         x, norm = (x, None) if norm is None else norm.split(x)
-        return linear(x, self.operand, self.bias, norm, self.gated)
+        return linear(x, self.operand, self.bias, norm, self.gated, get_context().counters)
 
 
 class GateUpParallelLinear(ColumnParallelLinear):
@@ -154,7 +155,11 @@ class RowParallelLinear(PackedLayer):
             for rows in ahead.parts(y):
                 self._multiply(x[rows], y[rows])
         else:
-            y = linear_add(x, self.operand, self.bias, residual) if self.tp.rank == 0 else linear(x, self.operand)
+            counters = get_context().counters
+            if self.tp.rank == 0:
+                y = linear_add(x, self.operand, self.bias, residual, counters)
+            else:
+                y = linear(x, self.operand, counters=counters)
         return self.tp.all_reduce(y) if self.reduce_results else y
 
     def _multiply(self, x: torch.Tensor, residual: torch.Tensor) -> None:

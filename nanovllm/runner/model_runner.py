@@ -14,6 +14,7 @@ from nanovllm.attention import select_backend
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import Batch, Chunk, StepOutput
 from nanovllm.kernels._triton import compile_aside, compile_only
+from nanovllm.kernels.gemm import MAX_TILES
 from nanovllm.kernels.logprobs import process, top_logprobs
 from nanovllm.kernels.sampling import advance, sample
 from nanovllm.kernels.shared_prefix import SharedPlan
@@ -82,6 +83,7 @@ class ModelRunner:
         self.config, self.tp, self.device = config, tp, device
         self.dtype = config.torch_dtype(source.config.dtype)
         self.max_model_len = min(config.max_model_len, source.config.max_position)
+        self.max_rows = max(config.max_num_seqs, -(-config.max_num_batched_tokens // self.max_model_len))
         self.block_size = config.kvcache_block_size
         self.max_blocks = -(-self.max_model_len // self.block_size)
         cache = source.config.head_dim, self.block_size, self.dtype
@@ -109,6 +111,8 @@ class ModelRunner:
         with torch.device(self.device):
             self.model = Decoder(source.config, dtype=self.dtype, tp=self.tp)
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
+        most = (self.max_rows + 1) * self.attention_layers[0].num_kv_heads  # attention's; a graph may have a row more
+        self.counters = torch.zeros(max(most, MAX_TILES), dtype=torch.int32, device=self.device)
         dummy = self.config.load_format == "dummy"
         with self._compiling() if self.backend.name == "triton" else nullcontext():
             load_weights(self.model, dummy_weights(self.model, self.config.seed) if dummy else source.weights())
@@ -198,9 +202,8 @@ class ModelRunner:
 
     def _largest_batch(self) -> Batch:
         """A full budget of prompt tokens, in at least as many rows as there are slots, all in the scratch slot."""
-        num_tokens = self.config.max_num_batched_tokens
-        num_rows = max(self.config.max_num_seqs, -(-num_tokens // self.max_model_len))
-        lens = [len(part) for part in np.array_split(np.arange(num_tokens), num_rows)]
+        parts = np.array_split(np.arange(self.config.max_num_batched_tokens), self.max_rows)
+        lens = [len(part) for part in parts]
         return Batch(chunks=[Chunk(self.state.scratch_slot, 0, [0] * n, True) for n in lens])
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -278,6 +281,7 @@ class ModelRunner:
             max_context_len=max_context_len,
             shared=shared,
             last_indices=None if keep_hidden else inputs.last_indices,
+            counters=self.counters,
         )
         self.backend.prepare(context)
         with set_context(context):

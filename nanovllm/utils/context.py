@@ -36,6 +36,7 @@ class Context:
     max_context_len: int = 0  # longest prefill row's context
     shared: "SharedPlan | None" = None  # what decode rows have in common (see kernels/shared_prefix.py)
     last_indices: torch.Tensor | None = None  # [L] int64, tokens whose hidden states are wanted; None: all of them
+    counters: torch.Tensor | None = None  # int32, of finished parts of one kernel's work; zeros between kernels
     meta: Any = None  # the backend's own, filled by `prepare`
 
     def of_last_tokens(self) -> "Context":

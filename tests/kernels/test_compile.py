@@ -19,8 +19,8 @@ import torch
 from tests.kernels.compile_for_hopper import compiled, triton
 from nanovllm.kernels import decode_attention as decode, prefill_attention as prefill
 from nanovllm.kernels._triton import compile_aside, compile_only
-from nanovllm.kernels import collectives, embedding, gemv, rms_norm, rope_decode, rope_store, sampling, shared_prefix
-from nanovllm.kernels import silu_mul, step_inputs, sum_ahead, swiglu
+from nanovllm.kernels import collectives, embedding, gemm, gemv, rms_norm, rope_decode, rope_store, sampling
+from nanovllm.kernels import shared_prefix, silu_mul, step_inputs, sum_ahead, swiglu
 
 def call_all():
     bf16, i32, i64 = (dict(dtype=getattr(torch, name)) for name in ("bfloat16", "int32", "int64"))
@@ -32,6 +32,11 @@ def call_all():
     for options in (dict(norm=(weight, 1e-6), gated=True), dict(bias=weight, residual=torch.zeros(4, 512, **bf16))):
         gemv.gemv_triton(x, wide, **options)
     swiglu.swiglu_triton(x, wide)
+    for rows, gated in ((5, True), (64, False)):
+        gemm.gemm_triton(torch.zeros(rows, 256, **bf16), wide, gated=gated)
+    deep, residual = torch.zeros(8, 2048, **bf16), torch.zeros(8, 512, **bf16)
+    counters = torch.zeros(gemm.MAX_TILES, **i32)
+    gemm.gemm_triton(deep, torch.zeros(512, 2048, **bf16), residual[0], residual=residual, counters=counters)
     slots, lens, tables = torch.zeros(4, **i32), torch.ones(4, **i32), torch.zeros(5, 8, **i32)
     state = sampling.SamplingState(sampling.default_rows(5), 5000, torch.device("cpu"))
     for rows in (slots, step_inputs.StepRows.split(torch.zeros(100, **i32), 4, 20)):

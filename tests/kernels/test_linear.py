@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels._triton import HAVE_TRITON
+from nanovllm.kernels.gemm import GemmConfig, gemm_triton
 from nanovllm.kernels.gemv import GemvConfig, gemv_triton
 from nanovllm.kernels.linear import can_pack, linear, linear_add, pack
 from nanovllm.kernels.rms_norm import rms_norm
@@ -45,6 +46,38 @@ def test_gemv_is_norm_product_activation_and_sum(device, rows, size, k, config, 
         total = residual.clone()
         assert gemv_triton(x, weight, bias, gated=gated, residual=total, config=config, **options) is total
         torch.testing.assert_close(total, residual + y, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "size", "k", "config"),
+    [(5, 100, 2100, None), (33, 72, 264, (64, 64, 32, 4, 2, 3, 64)), (100, 200, 136, (128, 16, 64, 4, 3, 2, 128))],
+)
+def test_gemm_is_product_activation_and_sum(device, rows, size, k, config, biased, gated):
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    generator = torch.Generator().manual_seed(rows)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    wide, weight = randn(rows, k + 8), randn(size * (2 if gated else 1), k) / k**0.5
+    x, residual = wide[:, :k], randn(rows, size)  # rows apart by more than they are long
+    bias = randn(len(weight)) if biased else None
+    y = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    if gated:
+        y = F.silu(y[:, :size]) * y[:, size:]
+    close = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1e-2}
+    config = config and GemmConfig(*config)
+    counters = torch.zeros(20, dtype=torch.int32, device=device)
+    for options in ({}, {"counters": counters}, {"counters": counters}):
+        got = gemm_triton(x, weight, bias, gated, config=config, **options)
+        torch.testing.assert_close(got, y.to(dtype), **close)
+        total = residual.clone()
+        assert gemm_triton(x, weight, bias, gated, residual=total, config=config, **options) is total
+        torch.testing.assert_close(total, (residual + y).to(dtype), **close)
+        assert not counters.any()
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5])

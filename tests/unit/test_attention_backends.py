@@ -111,25 +111,6 @@ def test_triton_backend_plans_before_the_forward(monkeypatch):
     assert [plan.items[plan.items[:, 0] >= 0, 0].tolist() for plan in plans] == [[0, 1], [0, 2, 1, 3]]
 
 
-def test_triton_backend_has_a_counter_for_each_row_and_kv_head(monkeypatch):
-    """Rows with a shared prefix have several parts however many they are."""
-    monkeypatch.setattr(triton_backend, "HAVE_TRITON", True)
-    monkeypatch.setattr(triton_backend, "attend_shared_triton", lambda *args: "shared")
-    monkeypatch.setattr(triton_backend, "plan_decode_triton", plan_decode_torch)
-    counters = []
-    record = lambda *args, **named: counters.append(named["counters"])  # noqa: E731
-    monkeypatch.setattr(triton_backend, "decode_attention_triton", record)
-    backend = triton_backend.TritonBackend(torch.device("cuda"), 16)
-    for rows in (9000, 8, 9000):
-        q, cache, slots = torch.zeros(rows, 8, 16), torch.zeros(1, 16, 8, 16), torch.zeros(rows, dtype=torch.int32)
-        what = {"num_kv_heads": 8, "num_decode": rows, "shared": object()}
-        ctx = Context(**what, slots=slots, context_lens=slots + 1, block_tables=slots[None])
-        backend.prepare(ctx)
-        backend.decode(q, cache, cache, SCALE, ctx, torch.empty_like(q))
-    assert len(counters[0]) >= 9000 * 8 and not counters[0].any()
-    assert all(other is counters[0] for other in counters)
-
-
 @pytest.mark.parametrize(
     ("decode", "prefill", "shared", "fused"),
     [

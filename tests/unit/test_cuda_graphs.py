@@ -10,8 +10,10 @@ from unittest.mock import MagicMock, call
 import pytest
 import torch
 
-from nanovllm import LLM
+from nanovllm import LLM, SamplingParams
+from nanovllm.attention.torch_ref import TorchBackend
 from nanovllm.engine.scheduler import Batch
+from nanovllm.kernels.gemm import MAX_TILES
 from nanovllm.runner import model_runner
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.model_runner import ModelRunner
@@ -90,6 +92,17 @@ def test_what_comes_before_steps_has_ended_when_they_may_begin_in_another_stream
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     ModelRunner._settle(SimpleNamespace(device=torch.device("cuda", 1), wait=calls.append))
     assert calls[-1] is event
+
+
+def test_a_step_has_a_counter_for_each_row_and_kv_head(tmp_path, monkeypatch):
+    """Rows with a shared prefix have several parts however many they are; a graph may have a row more than slots."""
+    contexts, prepare = [], TorchBackend.prepare
+    monkeypatch.setattr(TorchBackend, "prepare", lambda self, ctx: contexts.append(ctx) or prepare(self, ctx))
+    with LLM(save_tiny(tmp_path, "qwen3"), device="cpu", max_num_seqs=900, max_model_len=64) as llm:
+        llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
+    num_kv_heads = contexts[0].num_kv_heads
+    assert num_kv_heads > 1 and len(contexts[0].counters) >= 901 * num_kv_heads > MAX_TILES
+    assert all(context.counters is contexts[0].counters for context in contexts) and not contexts[0].counters.any()
 
 
 def test_steps_run_on_the_engine_s_gpu_whatever_the_thread_s_is(monkeypatch):
