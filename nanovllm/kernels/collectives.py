@@ -7,6 +7,8 @@ of the ranks, so that all have the same sum to the last bit.
     rank 0   write x0 to rank 1's buffer | wait for rank 1's | x0 + x1 | norm
     rank 1   write x1 to rank 0's buffer | wait for rank 0's | x0 + x1 | norm
 
+A product of few rows makes its sum itself, in the same launch: see `sum_unit`.
+
 Before tokens are drawn, each rank has some columns of all rows' logits. They exchange them (all-to-all), so that each
 has all columns of some rows, and draws for these: if one rank drew for all, the others and their links would be idle.
 
@@ -31,6 +33,8 @@ from nanovllm.utils.cuda_ipc import Mapping
 
 CAPACITY = 32 << 20  # bytes that a rank can send to another in one launch; more are sent in several
 FEW_BYTES = 4 << 20  # that a rank sends in all; a ring (NCCL) sends fewer from three ranks on
+ROW_BYTES = 64 << 10  # of the longest row that is summed
+FEW_ROWS = 4  # of the largest product that makes its sum itself
 UNIT = 512  # words whose calls are counted together
 EXCHANGE_BLOCK = 2048  # words of a row that a program exchanges
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int32: tl.int32}
@@ -57,7 +61,7 @@ def _high(data, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _words(low, high, DTYPE: tl.constexpr):
+def pack_words(low, high, DTYPE: tl.constexpr):
     """32-bit words of the numbers, rounded to their type."""
     if DTYPE.primitive_bitwidth == 32:
         return low.to(tl.int32, bitcast=True)
@@ -70,6 +74,26 @@ def _words(low, high, DTYPE: tl.constexpr):
 def _buffer(buffers_ptr, rank):
     """A rank's buffer."""
     return tl.multiple_of(tl.load(buffers_ptr + rank).to(tl.pointer_type(tl.int32)), 16)
+
+
+@triton.jit
+def buffers_of(buffers_ptr, SIZE: tl.constexpr):
+    """All ranks' buffers."""
+    buffers = ()
+    for rank in tl.static_range(SIZE):
+        buffers += (_buffer(buffers_ptr, rank),)
+    return buffers
+
+
+@triton.jit
+def send(words, call, places, mask, buffers, RANK, SIZE, NUM_WORDS):
+    """Write words to all other ranks' buffers, and return what is sent."""
+    words = tl.where(words == EMPTY, 0, words)
+    now = call * ((SIZE - 1) * NUM_WORDS) + places
+    for peer in tl.static_range(SIZE):
+        if peer != RANK:
+            tl.store(buffers[peer] + now + (RANK - (peer < RANK)) * NUM_WORDS, words, mask=mask)
+    return words
 
 
 @triton.jit
@@ -98,6 +122,49 @@ def _count(calls_ptr, first, UNITS: tl.constexpr):
 
 
 @triton.jit
+def _add_received(own, call, places, sent, whole, buffers, told_ptr, stop_ptr, RANK, SIZE, NUM_WORDS, DTYPE):
+    """Words of the sum over the ranks, each of which has `sent` some; empties the `whole` place of the call before."""
+    low = tl.zeros(own.shape, tl.int32 if DTYPE.is_int() else tl.float32)
+    high = tl.zeros(own.shape, tl.float32)
+    now = call * ((SIZE - 1) * NUM_WORDS) + places
+    before = tl.where(call == 0, 2, call - 1) * ((SIZE - 1) * NUM_WORDS) + places
+    for peer in tl.static_range(SIZE):
+        data = own
+        if peer != RANK:
+            slot = (peer - (peer > RANK)) * NUM_WORDS
+            data = _receive(buffers[RANK] + now + slot, sent, told_ptr, stop_ptr)
+            tl.store(buffers[RANK] + before + slot, EMPTY, mask=whole)
+        low += _low(data, DTYPE)
+        high += _high(data, DTYPE)
+    return pack_words(low, high, DTYPE)
+
+
+@triton.jit
+def sum_unit(out_ptr, pointers, unit, num_words, RANK, SIZE, NUM_WORDS, UNIT):
+    """Sum up a unit of the rows of `out`, of `num_words` each, which other programs of the launch compute and send.
+
+    When these have sent words, and so have read the unit's count of calls, they write them at `own_ptr`. Only this
+    program reads them there, and empties their place at once.
+    """
+    own_ptr, buffers_ptr, calls_ptr, told_ptr, stop_ptr = pointers
+    units = tl.cdiv(num_words, UNIT)
+    words = unit % units * UNIT + tl.arange(0, UNIT)
+    places = unit * UNIT + tl.arange(0, UNIT)
+    mask = words < num_words
+    buffers = buffers_of(buffers_ptr, SIZE)
+    call = tl.load(calls_ptr + unit)
+    stopped = tl.load(stop_ptr, volatile=True)
+    sent = words < tl.where(stopped == 0, num_words, 0)
+    own = _receive(own_ptr + places, mask, told_ptr, stop_ptr)
+    tl.store(own_ptr + places, EMPTY, mask=mask)
+    whole = words < tl.where(stopped == 0, units * UNIT, 0)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    data = _add_received(own, call, places, sent, whole, buffers, told_ptr, stop_ptr, RANK, SIZE, NUM_WORDS, dtype)
+    tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + unit // units * num_words + words, data, mask=mask)
+    _count(calls_ptr, unit, 1)
+
+
+@triton.jit
 def _all_reduce_kernel(
     x_ptr,
     norm_ptr,
@@ -123,33 +190,17 @@ def _all_reduce_kernel(
     UNITS: tl.constexpr = (WORDS + UNIT - 1) // UNIT
     if NORM:
         norm = tl.load(norm_ptr + words, mask=mask, other=0)
+    buffers = buffers_of(buffers_ptr, SIZE)
     wait_for_inputs(PDL)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         stopped = tl.load(stop_ptr, volatile=True)
         own = tl.load(x_ptr + row * WORDS + words, mask=mask, other=0)
-        own = tl.where(own == EMPTY, 0, own)
         sent = words < tl.where(stopped == 0, WORDS, 0)  # and received
         whole = words < tl.where(stopped == 0, UNITS * UNIT, 0)  # to be emptied: rows of another length may follow
         places = row * (UNITS * UNIT) + words
         call = tl.load(calls_ptr + places // UNIT, mask=whole, other=0)
-        now = call * ((SIZE - 1) * NUM_WORDS) + places
-        for peer in tl.static_range(SIZE):
-            if peer != RANK:
-                buffer = _buffer(buffers_ptr, peer)
-                tl.store(buffer + now + (RANK - (peer < RANK)) * NUM_WORDS, own, mask=sent)
-        low = tl.zeros([BLOCK], tl.int32 if DTYPE.is_int() else tl.float32)
-        high = tl.zeros([BLOCK], tl.float32)
-        buffer = _buffer(buffers_ptr, RANK)
-        before = tl.where(call == 0, 2, call - 1) * ((SIZE - 1) * NUM_WORDS) + places
-        for peer in tl.static_range(SIZE):
-            data = own
-            if peer != RANK:
-                slot = (peer - (peer > RANK)) * NUM_WORDS
-                data = _receive(buffer + now + slot, sent, told_ptr, stop_ptr)
-                tl.store(buffer + before + slot, EMPTY, mask=whole)
-            low += _low(data, DTYPE)
-            high += _high(data, DTYPE)
-        data = _words(low, high, DTYPE)
+        own = send(own, call, places, sent, buffers, RANK, SIZE, NUM_WORDS)
+        data = _add_received(own, call, places, sent, whole, buffers, told_ptr, stop_ptr, RANK, SIZE, NUM_WORDS, DTYPE)
         tl.store(x_ptr + row * WORDS + words, data, mask=mask)
         _count(calls_ptr, row * UNITS, UNITS)
         if NORM:  # of the rounded sum, and rounded itself where rms_norm is
@@ -157,10 +208,10 @@ def _all_reduce_kernel(
             high = _high(data, DTYPE)
             count: tl.constexpr = WORDS * (32 // DTYPE.primitive_bitwidth)
             scale = tl.rsqrt(tl.sum(low * low + high * high, 0) / count + eps)
-            data = _words(low * scale, high * scale, DTYPE)
+            data = pack_words(low * scale, high * scale, DTYPE)
             low = _low(data, DTYPE) * _low(norm, DTYPE)
             high = _high(data, DTYPE) * _high(norm, DTYPE)
-            tl.store(out_ptr + row * WORDS + words, _words(low, high, DTYPE), mask=mask)
+            tl.store(out_ptr + row * WORDS + words, pack_words(low, high, DTYPE), mask=mask)
 
 
 @triton.jit
@@ -225,6 +276,7 @@ class PeerMemory:
 
     Attributes:
         ahead: for sums that are sent while they are computed, or None.
+        summed: the last result of a product that made its sum itself, until it is asked for.
     """
 
     def __init__(self, rank: int, memory: list[torch.Tensor | Mapping]):
@@ -233,6 +285,8 @@ class PeerMemory:
         pointers = [part.data_ptr() for part in memory]
         self.buffers = torch.tensor(pointers, dtype=torch.int64, device=self.device)
         self.calls = torch.zeros(CAPACITY // 4 // UNIT, dtype=torch.int32, device=self.device)
+        self.own = torch.full((FEW_ROWS * ROW_BYTES // 4,), _EMPTY, dtype=torch.int32, device=self.device)
+        self.summed: torch.Tensor | None = None
         on_gpu = self.device.type == "cuda"
         # A kernel that waits is told by the host's memory: other ways to the GPU may be full of what waits for it.
         self.told = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
@@ -255,7 +309,7 @@ class PeerMemory:
             return False
         row_bytes = x.shape[1] * x.itemsize
         few = self.size == 2 or x.nbytes * (self.size - 1) <= FEW_BYTES
-        return few and row_bytes % 4 == 0 and 0 < row_bytes <= 64 << 10
+        return few and row_bytes % 4 == 0 and 0 < row_bytes <= ROW_BYTES
 
     def exchanges(self, x: torch.Tensor) -> bool:
         """Whether `exchange_triton` takes `x`."""

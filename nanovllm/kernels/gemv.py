@@ -2,6 +2,10 @@
 
 A program reads its rows of the weight in one go into registers, before it waits for the kernel that makes its input
 (programmatic dependent launch): while one product ends, the next one's weights are already on their way.
+
+Where each rank has a summand of the result, programs send what they have to the other ranks as they end, and a few
+more programs, the last ones, sum up what arrives. If each waited for the others' part of its own rows, it would keep
+its registers from the next one, and too few weights would be on their way.
 """
 
 from typing import NamedTuple
@@ -9,8 +13,9 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.kernels._triton import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
+from nanovllm.kernels.collectives import FEW_ROWS, UNIT, PeerMemory, buffers_of, pack_words, send, sum_unit
 
-MAX_ROWS = 4  # rows of x; more are left to cuBLAS
+MAX_ROWS = FEW_ROWS  # rows of x; more are left to cuBLAS
 
 
 class GemvConfig(NamedTuple):
@@ -42,6 +47,11 @@ def _gemv_kernel(
     norm_ptr,
     residual_ptr,
     out_ptr,
+    own_ptr,
+    buffers_ptr,
+    calls_ptr,
+    told_ptr,
+    stop_ptr,
     x_stride,
     eps,
     N,
@@ -53,8 +63,21 @@ def _gemv_kernel(
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
     ADD: tl.constexpr,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
+    UNIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    if SIZE > 1:
+        unit = tl.program_id(0) - tl.cdiv(N, ROWS)
+        if unit >= 0:
+            wait_for_inputs(PDL)
+            pointers = own_ptr, buffers_ptr, calls_ptr, told_ptr, stop_ptr
+            sum_unit(out_ptr, pointers, unit, N // 2, RANK, SIZE, NUM_WORDS, UNIT)
+            return
+        buffers = buffers_of(buffers_ptr, SIZE)
+        words = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ks = tl.arange(0, K_PAD)
     places = rows.to(tl.int64)[:, None] * K + ks[None, :]
@@ -69,11 +92,17 @@ def _gemv_kernel(
         if GATED:
             up_bias = tl.load(bias_ptr + N + rows, mask=rows < N, other=0.0).to(tl.float32)
     wait_for_inputs(PDL)
-    dtype = out_ptr.dtype.element_ty
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    if SIZE > 1:
+        stopped = tl.load(stop_ptr, volatile=True)
+        sent = words < tl.where(stopped == 0, N // 2, 0)
     for m in tl.static_range(M):
-        x = tl.load(x_ptr + m * x_stride + ks, mask=ks < K, other=0.0).to(tl.float32)
+        if SIZE > 1:
+            there = m * tl.cdiv(N // 2, UNIT) * UNIT + words  # rows begin with a unit
+            call = tl.load(calls_ptr + there // UNIT, mask=words < N // 2, other=0)
         if ADD:  # on its way while the product is summed up
             residual = tl.load(residual_ptr + m * N + rows, mask=rows < N, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + m * x_stride + ks, mask=ks < K, other=0.0).to(tl.float32)
         scale = 1.0
         if NORM:  # the scale of the row is a factor of the product too
             scale = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
@@ -88,7 +117,12 @@ def _gemv_kernel(
             y = y / (1 + tl.exp(-y)) * up
         if ADD:
             y += residual
-        tl.store(out_ptr + m * N + rows, y.to(dtype), mask=rows < N)
+        if SIZE > 1:
+            low, high = tl.split(tl.reshape(y, [ROWS // 2, 2]))
+            own = send(pack_words(low, high, dtype), call, there, sent, buffers, RANK, SIZE, NUM_WORDS)
+            tl.store(own_ptr + there, own, mask=words < N // 2)
+        else:
+            tl.store(out_ptr + m * N + rows, y.to(dtype), mask=rows < N)
 
 
 def gemv_triton(
@@ -98,6 +132,7 @@ def gemv_triton(
     norm: tuple[torch.Tensor, float] | None = None,
     gated: bool = False,
     residual: torch.Tensor | None = None,
+    peers: PeerMemory | None = None,
     config: GemvConfig | None = None,
 ) -> torch.Tensor:
     """x [M, K] -> x W^T for a few rows; sums in float32, rounded once.
@@ -105,6 +140,8 @@ def gemv_triton(
     Args:
         weight, bias, norm, gated: as in `linear`; the weight is plain and contiguous.
         residual: [M, N] contiguous; the result is added to it, in place.
+        peers: x W^T is summed over the ranks, which must make the same calls in the same order; bias and residual are
+            added once. For numbers of 16 bits, a result that `peers.fits`, and programs of two rows or more.
         config: `default_gemv_config` if None.
     """
     (m, k), n = x.shape, len(weight) // (2 if gated else 1)
@@ -112,7 +149,16 @@ def gemv_triton(
     out = torch.empty((m, n), dtype=x.dtype, device=x.device) if residual is None else residual
     norm_weight, eps = (weight, 0.0) if norm is None else norm
     tensors = x, weight, weight if bias is None else bias, norm_weight, out, out
-    _gemv_kernel[(triton.cdiv(n, config.rows),)](
+    programs, first = triton.cdiv(n, config.rows), True
+    if peers is None:
+        tensors += (out,) * 5
+        constants = {"RANK": 0, "SIZE": 1, "NUM_WORDS": 0, "UNIT": 1} | launch_options(x.device)
+    else:
+        programs += m * triton.cdiv(n // 2, UNIT)
+        first = peers.rank == 0
+        pointers, constants = peers.launch_arguments()
+        tensors += peers.own, *pointers
+    _gemv_kernel[(programs,)](
         *tensors,
         x.stride(0),
         eps,
@@ -122,10 +168,10 @@ def gemv_triton(
         K_PAD=triton.next_power_of_2(k),
         ROWS=config.rows,
         NORM=norm is not None,
-        BIAS=bias is not None,
+        BIAS=bias is not None and first,
         GATED=gated,
-        ADD=residual is not None,
+        ADD=residual is not None and first,
         num_warps=config.num_warps,
-        **launch_options(x.device),
+        **constants,
     )
     return out

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from nanovllm.kernels.collectives import PeerMemory
 from nanovllm.kernels.gemm import gemm_triton, is_gemm
 from nanovllm.kernels.gemv import gemv_triton, is_gemv
 from nanovllm.kernels.rms_norm import rms_norm
@@ -75,3 +76,15 @@ def linear_add(
     if bias is not None or not x.is_cuda:
         return residual.add_(linear(x, weight, bias))
     return torch.addmm(residual, x, weight.t(), out=residual)
+
+
+def can_sum(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, peers: PeerMemory | None) -> bool:
+    """Whether `linear_sum` takes these."""
+    return peers is not None and is_gemv(x, weight) and peers.fits(residual)
+
+
+def linear_sum(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, peers: PeerMemory
+) -> torch.Tensor:
+    """residual [T, N] += x W^T, summed over the ranks, + b, in place and in one launch."""
+    return gemv_triton(x, weight, bias, residual=residual, peers=peers)

@@ -23,4 +23,4 @@ class RMSNorm(nn.Module):
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, float] | None]:
         """x and the norm that is left for a product to do along; none is where x is summed up first."""
-        return (x, (self.weight, self.eps)) if self.tp.size == 1 else (self(x), None)
+        return (x, (self.weight, self.eps)) if self.tp.is_summed(x) else (self(x), None)

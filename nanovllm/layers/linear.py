@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nanovllm.kernels.linear import linear, linear_add
+from nanovllm.kernels.linear import can_sum, linear, linear_add, linear_sum
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parameter import PackedLayer, check_shape, divide, make_parameter
 from nanovllm.utils.context import get_context
@@ -122,8 +122,13 @@ class RowParallelLinear(PackedLayer):
 
     Args:
         in_features, out_features: sizes of the whole layer; `in_features` must be divisible by the ranks.
-        reduce_results: False leaves each rank its summand, for an RMSNorm to sum up.
+        reduce_results: False leaves the sum to an RMSNorm, which knows whether it has been made.
+
+    Attributes:
+        sums: whether a product may make the sum itself. Of a summand, some rows can be taken before they are summed up.
     """
+
+    sums = True
 
     def __init__(
         self,
@@ -149,8 +154,10 @@ class RowParallelLinear(PackedLayer):
         param.copy_(loaded[:, self.tp.rank * size : (self.tp.rank + 1) * size])
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        ahead = self.tp.ahead
-        if ahead is not None and ahead.fits(residual):
+        ahead, peers = self.tp.ahead, self.tp.peers
+        if self.sums and can_sum(x, self.operand, residual, peers):
+            y = peers.summed = linear_sum(x, self.operand, self.bias, residual, peers)
+        elif ahead is not None and ahead.fits(residual):
             y = residual
             for rows in ahead.parts(y):
                 self._multiply(x[rows], y[rows])

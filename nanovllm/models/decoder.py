@@ -50,7 +50,8 @@ class DecoderLayer(nn.Module):
     """Adds attention and MLP to the residual stream x [T, hidden_size], in place.
 
     Norms belong to the products after them, residual sums to the ones before: where rows are few they are one kernel.
-    Between a product and the next norm, which sums them up, each rank has a summand of the stream.
+    Between a product and the next norm, which sums them up, each rank has a summand of the stream; where rows are few
+    and ranks write each other's memory, the product makes the sum too.
     """
 
     def __init__(self, config: ModelConfig, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel):
@@ -83,6 +84,7 @@ class Decoder(nn.Module):
         sizes = config.vocab_size, config.hidden_size
         self.embed_tokens = VocabParallelEmbedding(*sizes, reduce_results=False, dtype=dtype, tp=tp)
         self.layers = nn.ModuleList(DecoderLayer(config, rotary, dtype, tp) for _ in range(config.num_layers))
+        self.layers[-1].mlp.down_proj.sums = False  # see `forward`: it gives summands
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, tp=tp)
         self.lm_head = ParallelLMHead(*sizes, dtype=dtype, tp=tp)
         if config.tie_word_embeddings:

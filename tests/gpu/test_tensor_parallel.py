@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
+from nanovllm.kernels.linear import can_sum, linear_sum
 from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.launcher import SpawnedRanks, make_group, rank_device
@@ -39,6 +40,33 @@ def model(tmp_path_factory):
 def want(model):
     with LLM(model, **TINY_OPTIONS) as llm:
         return tokens(llm, *mixture())
+
+
+def products_beside_nccl(tp, device):
+    """Products of few rows, each many times at once and other sums between: those that are not as NCCL sums them."""
+    wrong, shapes = [], [(4096, 2048), (4096, 6144), (1024, 1024), (2, 64), (1078, 96)]
+    for i in range(40):
+        rows, (n, k), dtype = 1 + i % 4, shapes[i % 5], (torch.bfloat16, torch.float16)[i % 3 % 2]
+        own, common = (torch.Generator(device).manual_seed(seed) for seed in (1000 + 2 * i + tp.rank, i))
+        x, weight = (torch.randn(size, k, generator=own, device=device).to(dtype) for size in (rows, n))
+        bias, residual = (torch.randn(size, generator=common, device=device).to(dtype) for size in ((n,), (rows, n)))
+        weight /= k**0.5
+        want = x.float() @ weight.float().t()
+        tp.group.allreduce([want]).wait()
+        want += bias.float() + residual.float()
+        residuals = residual.repeat(30, 1, 1)
+        torch.cuda.synchronize()
+        fits = can_sum(x, weight, residual, tp.peers)
+        for j, out in enumerate(residuals):
+            linear_sum(x, weight, bias, out, tp.peers)
+            if j % 7 == i % 7:
+                fits = fits and tp.all_reduce(torch.full((3, 700), tp.rank + 1.0, device=device)).eq(3).all()
+        theirs = [torch.empty_like(residuals) for _ in range(2)]
+        tp.group.allgather([theirs], [residuals]).wait()
+        same = torch.equal(*theirs) and residuals.eq(residuals[0]).all()
+        if not (fits and same and torch.allclose(residuals[0].float(), want, rtol=2e-2, atol=5e-2)):
+            wrong.append(("product", rows, n, k, dtype))
+    return wrong
 
 
 def sum_beside_nccl(rank, folder):
@@ -79,6 +107,7 @@ def sum_beside_nccl(rank, folder):
             wrong.append(("exchange", rows, columns))
         if not torch.equal(tp.merge(tokens), torch.arange(rows, device=device) + 100_000):
             wrong.append(("merge", rows))
+    wrong += products_beside_nccl(tp, device)
     (folder / str(rank)).write_text(f"{tp.peers is not None} {tp.ahead.number > 0} {wrong}")
     tp.end(lambda: None)
     tp.close()

@@ -44,6 +44,9 @@ def call_all():
     peers = collectives.PeerMemory(0, [collectives.new_memory(2, torch.device("cpu"))] * 2)
     for dtype, norm in ((torch.bfloat16, None), (torch.bfloat16, (weight, 1e-6)), (torch.float32, None)):
         collectives.all_reduce_triton(torch.zeros(4, 256, dtype=dtype), peers, norm)
+    for rank in range(2):
+        peers.rank = rank
+        gemv.gemv_triton(x, wide, residual=torch.zeros(4, 512, **bf16), peers=peers)
     collectives.exchange_triton(x, peers)
     ahead = sum_ahead.SumAhead(torch.zeros(sum_ahead.inbox_words(1 << 24), **i32), 0, peers.told, peers.stop)
     for norm in (None, (weight, 1e-6)):

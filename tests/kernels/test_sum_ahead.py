@@ -84,7 +84,7 @@ def ahead_of(rank, inboxes):
 
 
 def tp_of(rank, ahead):
-    return parallel.TensorParallel(rank, 2, peers=SimpleNamespace(ahead=ahead, fits=lambda x: False))
+    return parallel.TensorParallel(rank, 2, peers=SimpleNamespace(ahead=ahead, summed=None, fits=lambda x: False))
 
 
 def calls(rank):
@@ -152,7 +152,7 @@ def test_what_nobody_adds_is_not_kept(engines, monkeypatch):
         pass
     rows = torch.ones(2, 64)
     monkeypatch.setattr(parallel, "all_reduce_triton", lambda x, peers, norm: x)
-    tp = parallel.TensorParallel(0, 2, peers=SimpleNamespace(ahead=ahead, fits=lambda x: True))
+    tp = parallel.TensorParallel(0, 2, peers=SimpleNamespace(ahead=ahead, summed=None, fits=lambda x: True))
     assert tp.all_reduce(rows) is rows and ahead.sent is None
     ahead.stream.work.join()
 
