@@ -38,16 +38,17 @@ class GemmConfig(NamedTuple):
 
 
 def default_gemm_config(m: int, n: int, k: int, gated: bool) -> GemmConfig:
-    """For x [m, k] and a weight [n, k]; [2 n, k] if gated. `python -m nanovllm.kernels.tune gemm` sweeps others.
+    """What `python -m nanovllm.kernels.tune gemm` chose on an H100, for x [m, k] and a weight [n, k]; [2 n, k] if gated.
 
-    Tiles of 64 rows of the weight, and parts of K where these are too few to keep the memory busy.
+    K has parts where tiles of 64 rows are too few to keep the memory busy, the fewer the larger these are.
     """
-    block_m = max(16, min(64, triton.next_power_of_2(m)))
-    tiles = triton.cdiv(m, block_m) * triton.cdiv(n, 64)
-    splits = 1 if gated or (tiles >= 64 and k <= 4096) else max(1, min(128 // tiles, k // 512, 8))
-    stages = (5 if block_m == 16 else 4) if gated else 6
-    prefetch = max(64, (3 << 20) // ((2 if gated else 1) * n * splits) // 64 * 64)  # 6 MiB in all
-    return GemmConfig(block_m, 64, 128, 4, stages, splits, prefetch)
+    block_m = max(16, triton.next_power_of_2(m))
+    if gated:
+        return GemmConfig(block_m, 64, 128, 4, 4, 1, 128)
+    tiles = triton.cdiv(n, 64)
+    splits = 1 if tiles >= 64 and k <= 4096 else max(1, min(128 // tiles, k // 512, 4, 128 // block_m))
+    prefetch = max(128, (2 << 20) // (n * splits) // 64 * 64)  # 4 MiB in all
+    return GemmConfig(block_m, 64, 128, 4, 6, splits, prefetch)
 
 
 def is_gemm(x: torch.Tensor, weight: torch.Tensor) -> bool:
