@@ -14,7 +14,7 @@ from nanovllm.kernels._triton import HAVE_TRITON, TensorDescriptor, launch_optio
 from nanovllm.kernels.gemv import MAX_ROWS as MAX_GEMV_ROWS
 
 MAX_ROWS = 64  # of x; more are left to cuBLAS
-MAX_COLUMNS = 1 << 16  # of the result; logits, one product a step, are left to it too
+MAX_WEIGHT_ROWS = 1 << 16  # logits of a large vocabulary, one product a step, are left to it too
 MAX_TILES = 1 << 10  # of a result, where K is split
 
 
@@ -38,7 +38,7 @@ class GemmConfig(NamedTuple):
 
 
 def default_gemm_config(m: int, n: int, k: int, gated: bool) -> GemmConfig:
-    """What `python -m nanovllm.kernels.tune gemm` chose on an H100, for x [m, k] and a weight [n, k]; [2 n, k] if gated.
+    """What `python -m nanovllm.kernels.tune gemm` chose on an H100 for x [m, k], weight [n, k]; [2 n, k] if gated.
 
     K has parts where tiles of 64 rows are too few to keep the memory busy, the fewer the larger these are.
     """
@@ -56,7 +56,7 @@ def is_gemm(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
     Blackwell's chips for desktops (12.0) have less shared memory than the tiles take.
     """
-    if not (HAVE_TRITON and x.is_cuda and MAX_GEMV_ROWS < len(x) <= MAX_ROWS and len(weight) <= MAX_COLUMNS):
+    if not (HAVE_TRITON and x.is_cuda and MAX_GEMV_ROWS < len(x) <= MAX_ROWS and len(weight) <= MAX_WEIGHT_ROWS):
         return False
     addresses = x.data_ptr() | weight.data_ptr() | 2 * x.stride(0) | 2 * x.shape[1]
     aligned = weight.itemsize == 2 and x.stride(1) == 1 and not addresses % 16

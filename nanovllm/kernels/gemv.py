@@ -15,7 +15,7 @@ import torch
 from nanovllm.kernels._triton import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
 from nanovllm.kernels.collectives import FEW_ROWS, UNIT, PeerMemory, buffers_of, pack_words, send, sum_unit
 
-MAX_ROWS = FEW_ROWS  # rows of x; more are left to cuBLAS
+MAX_ROWS = FEW_ROWS  # of x
 
 
 class GemvConfig(NamedTuple):

@@ -64,7 +64,7 @@ def sweep(what: str, calls: list[Callable], configs: list[tuple], work: float, u
     for time, config in best if results[0] in best else [results[0], *best]:
         mark = "*" if config == configs[0] else " "
         print(
-            f"{what:24s}{mark} {' '.join(map(str, config)):14s} {time * 1e6:8.1f} us {work / time / 1e12:8.2f} {unit}"
+            f"{what:24s}{mark} {' '.join(map(str, config)):20s} {time * 1e6:8.1f} us {work / time / 1e12:8.2f} {unit}"
         )
 
 

@@ -26,7 +26,7 @@ class Part:
 
 
 class ColumnParallelLinear(PackedLayer):
-    """y = x W^T + b with the rows of W split: [..., in_features] -> [..., this rank's rows].
+    """y = x W^T + b with the rows of W split: [T, in_features] -> [T, this rank's rows].
 
     Args:
         in_features: size of the input, whole on every rank.
