@@ -25,7 +25,7 @@ class GemmConfig(NamedTuple):
         block_m, block_n, block_k: rows of x, rows of the weight (of gate and up each), and columns of a tile.
         num_warps, num_stages: warps, pipeline stages.
         num_splits: parts of K, each a program's.
-        prefetch: columns that a program asks for before it waits, a multiple of 64.
+        prefetch: most columns that a program asks for before it waits, a multiple of 64.
     """
 
     block_m: int
@@ -71,7 +71,7 @@ def _ask_for(weight_ptr, first_row, first_column, N, K, columns, ROWS: tl.conste
     for i in range(0, ROWS * lines, THREADS):
         line = i + tl.arange(0, THREADS)
         rows = tl.minimum(first_row + line // lines, N - 1)
-        column = tl.minimum(first_column + line % lines * LINE, K - 1)
+        column = first_column + line % lines * LINE
         addresses = (weight_ptr + rows.to(tl.int64) * K + column).to(tl.int64)
         code: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
         tl.inline_asm_elementwise(code, "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1)
@@ -126,9 +126,10 @@ def _gemm_kernel(
     if SPLIT:
         first, last = last * tl.program_id(1) // num_splits, last * (tl.program_id(1) + 1) // num_splits
     if PDL:
-        _ask_for(weight_ptr, n, first * BLOCK_K, N, K, prefetch, BLOCK_N, THREADS)
+        columns = tl.minimum(prefetch, tl.minimum(last * BLOCK_K, K) - first * BLOCK_K)
+        _ask_for(weight_ptr, n, first * BLOCK_K, N, K, columns, BLOCK_N, THREADS)
         if GATED:
-            _ask_for(weight_ptr, N + n, first * BLOCK_K, 2 * N, K, prefetch, BLOCK_N, THREADS)
+            _ask_for(weight_ptr, N + n, first * BLOCK_K, 2 * N, K, columns, BLOCK_N, THREADS)
     wait_for_inputs(PDL)
     if ADD:  # on its way during the product
         residual = tl.load(out_ptr + places, mask=mask, other=0.0)

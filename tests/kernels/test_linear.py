@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import HAVE_TRITON
+from nanovllm.kernels import gemm
+from nanovllm.kernels._triton import HAVE_TRITON, tl
 from nanovllm.kernels.gemm import GemmConfig, gemm_triton
 from nanovllm.kernels.gemv import GemvConfig, gemv_triton
 from nanovllm.kernels.linear import can_pack, linear, linear_add, pack
@@ -78,6 +79,51 @@ def test_gemm_is_product_activation_and_sum(device, rows, size, k, config, biase
         assert gemm_triton(x, weight, bias, gated, residual=total, config=config, **options) is total
         torch.testing.assert_close(total, (residual + y).to(dtype), **close)
         assert not counters.any()
+
+
+@pytest.mark.skipif(not HAVE_TRITON or torch.cuda.is_available(), reason="needs Triton's interpreter")
+@pytest.mark.parametrize(
+    ("size", "k", "splits", "gated"), [(128, 640, 3, False), (64, 192, 1, True), (70, 200, 2, False)]
+)
+def test_programs_ask_for_their_own_part_of_the_weight_once(monkeypatch, size, k, splits, gated):
+    """However many columns they may ask for, and never for what is beyond it."""
+    asked = []
+    monkeypatch.setattr(gemm, "launch_options", lambda device: {"PDL": True})
+    monkeypatch.setattr(gemm, "wait_for_inputs", lambda PDL: None)
+    record = lambda code, constraints, args, **options: asked.extend(args[0].handle.data.tolist())  # noqa: E731
+    monkeypatch.setattr(tl, "inline_asm_elementwise", record)
+    x, weight = (torch.zeros(rows, k, dtype=torch.float16) for rows in (5, size * (2 if gated else 1)))
+    config = GemmConfig(16, 64, 64, 2, 2, splits, 4096)
+    gemm_triton(x, weight, gated=gated, counters=torch.zeros(2, dtype=torch.int32), config=config)
+    places = [(address - weight.data_ptr()) // 2 for address in asked]
+    lines = {row * k + column for row in range(len(weight)) for column in range(0, k, 64)}
+    assert set(places) == lines
+    assert len(places) == len(lines) or size % 64  # rows of a tile beyond the last one stand for that
+
+
+@pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
+def test_gemm_is_for_what_tma_can_load(monkeypatch):
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    def make(*shape, dtype=torch.bfloat16):
+        return torch.zeros(shape, dtype=dtype).as_subclass(OnGpu)
+
+    chip = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: chip[0])
+    weight, wide = make(40, 16), make(5, 32)
+    for rows, fits in ((0, False), (4, False), (5, True), (64, True), (65, False)):
+        assert gemm.is_gemm(make(rows, 16), weight) == fits
+    assert gemm.is_gemm(wide[:, 8:24], weight)
+    assert not gemm.is_gemm(wide[:, 4:20], weight)  # begins between 16 bytes
+    assert not gemm.is_gemm(make(5, 20)[:, :16], weight)  # rows are apart by some of 16 bytes
+    assert not gemm.is_gemm(wide[:, ::2], weight)
+    assert not gemm.is_gemm(make(5, 12), make(40, 12))
+    assert not gemm.is_gemm(make(5, 16), make(648)[4:644].view(40, 16))
+    assert not gemm.is_gemm(make(5, 16, dtype=torch.float32), make(40, 16, dtype=torch.float32))
+    assert gemm.is_gemm(make(5, 8), make(65536, 8)) and not gemm.is_gemm(make(5, 8), make(65537, 8))
+    chip[0] = (12, 0)
+    assert not gemm.is_gemm(make(5, 16), weight)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5])
