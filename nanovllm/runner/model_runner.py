@@ -155,7 +155,8 @@ class ModelRunner:
                     plan = torch.zeros(SharedPlan.size(size), dtype=torch.int32, device=self.device)
                     for shared in (None, SharedPlan.split(plan, size)):
                         self.step(slots[:size], size, shared=shared)
-                for num_tokens in {min(size, self.config.max_num_batched_tokens) for size in (1, 2, 4, 16, 2048)}:
+                counts = 1, 2, 4, 16, 32, 64, 2048  # products of some rows have a kernel for each power of two
+                for num_tokens in {min(count, self.config.max_num_batched_tokens) for count in counts}:
                     sizes = min(num_tokens, most) + 1, num_tokens
                     rows = StepRows.split(torch.from_numpy(state.pack(Batch(), *sizes)).to(self.device), *sizes)
                     self.step(rows, 0, num_tokens, self.max_model_len)

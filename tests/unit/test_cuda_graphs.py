@@ -13,7 +13,9 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention.torch_ref import TorchBackend
 from nanovllm.engine.scheduler import Batch
-from nanovllm.kernels.gemm import MAX_TILES
+from nanovllm.kernels._triton import HAVE_TRITON
+from nanovllm.kernels.gemm import MAX_ROWS, MAX_TILES, default_gemm_config
+from nanovllm.layers import linear as layers
 from nanovllm.runner import model_runner
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.model_runner import ModelRunner
@@ -103,6 +105,19 @@ def test_a_step_has_a_counter_for_each_row_and_kv_head(tmp_path, monkeypatch):
     num_kv_heads = contexts[0].num_kv_heads
     assert num_kv_heads > 1 and len(contexts[0].counters) >= 901 * num_kv_heads > MAX_TILES
     assert all(context.counters is contexts[0].counters for context in contexts) and not contexts[0].counters.any()
+
+
+@pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("max_num_seqs", [1, 20, 512])
+def test_no_kernel_of_a_product_is_left_to_be_compiled_in_a_capture(tmp_path, monkeypatch, max_num_seqs):
+    """Products of some rows have a kernel for each power of two of them, and prompts have rows too."""
+    counts, product = set(), layers.linear
+    monkeypatch.setattr(layers, "linear", lambda x, *args: counts.add(len(x)) or product(x, *args))
+    monkeypatch.setattr(TorchBackend, "name", "triton")  # whose kernels are compiled first
+    with LLM(save_tiny(tmp_path, "qwen3"), device="cpu", max_num_seqs=max_num_seqs, max_model_len=64):
+        compiled = {default_gemm_config(count, 64, 64, False) for count in counts}
+    wanted = {default_gemm_config(count, 64, 64, False) for count in range(5, MAX_ROWS + 1)}
+    assert wanted <= compiled and {1, 2, 4} <= counts
 
 
 def test_steps_run_on_the_engine_s_gpu_whatever_the_thread_s_is(monkeypatch):
