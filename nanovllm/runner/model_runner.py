@@ -203,8 +203,7 @@ class ModelRunner:
 
     def _largest_batch(self) -> Batch:
         """A full budget of prompt tokens, in at least as many rows as there are slots, all in the scratch slot."""
-        parts = np.array_split(np.arange(self.config.max_num_batched_tokens), self.max_rows)
-        lens = [len(part) for part in parts]
+        lens = [len(part) for part in np.array_split(np.arange(self.config.max_num_batched_tokens), self.max_rows)]
         return Batch(chunks=[Chunk(self.state.scratch_slot, 0, [0] * n, True) for n in lens])
 
     # -- a step ------------------------------------------------------------------------------------------------------

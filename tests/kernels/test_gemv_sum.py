@@ -178,6 +178,15 @@ def test_what_sums_within_a_product(monkeypatch):
     assert not linear.can_sum(x.repeat(2, 1), weight, residual.repeat(2, 1), peers)
 
 
+def test_a_sum_that_nobody_asked_for_is_not_taken_for_another():
+    """As of a forward that failed between a product and the norm after it."""
+    peers, x = collectives.PeerMemory(0, new_memory(2)), torch.ones(1, 2)
+    tp, peers.summed = TensorParallel(0, 2, peers=peers), x
+    assert not tp.is_summed(x.clone()) and not tp.is_summed(x)
+    peers.summed = x
+    assert tp.is_summed(x) and not tp.is_summed(x)  # it may be a summand again by then
+
+
 def run_model(model):
     """Of the first and last of three tokens the hidden states, summed up, and this rank's logits."""
     layers = [module for module in model.modules() if isinstance(module, Attention)]
