@@ -52,15 +52,16 @@ def default_gemm_config(m: int, n: int, k: int, gated: bool) -> GemmConfig:
 
 
 def is_gemm(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether x [M, K] has as many rows as `gemm_triton` is for, and both can be loaded by TMA.
+    """Whether x [M, K] has as many rows as `gemm_triton` is for, and it and `weight`, of its dtype, fit TMA.
 
     Blackwell's chips for desktops (12.0) have less shared memory than the tiles take.
     """
     if not (HAVE_TRITON and x.is_cuda and MAX_GEMV_ROWS < len(x) <= MAX_ROWS and len(weight) <= MAX_WEIGHT_ROWS):
         return False
     addresses = x.data_ptr() | weight.data_ptr() | 2 * x.stride(0) | 2 * x.shape[1]
-    aligned = weight.itemsize == 2 and x.stride(1) == 1 and not addresses % 16
-    return aligned and torch.cuda.get_device_capability(x.device) in ((9, 0), (10, 0))
+    plain = x.ndim == 2 and x.stride(1) == 1 and weight.is_contiguous()
+    aligned = weight.itemsize == 2 and not addresses % 16
+    return plain and aligned and torch.cuda.get_device_capability(x.device) in ((9, 0), (10, 0))
 
 
 @triton.jit

@@ -118,6 +118,8 @@ def test_gemm_is_for_what_tma_can_load(monkeypatch):
     assert not gemm.is_gemm(wide[:, 4:20], weight)  # begins between 16 bytes
     assert not gemm.is_gemm(make(5, 20)[:, :16], weight)  # rows are apart by some of 16 bytes
     assert not gemm.is_gemm(wide[:, ::2], weight)
+    assert not gemm.is_gemm(make(5, 16), make(16, 40).t())
+    assert not gemm.is_gemm(make(5, 16, 16), weight)
     assert not gemm.is_gemm(make(5, 12), make(40, 12))
     assert not gemm.is_gemm(make(5, 16), make(648)[4:644].view(40, 16))
     assert not gemm.is_gemm(make(5, 16, dtype=torch.float32), make(40, 16, dtype=torch.float32))
