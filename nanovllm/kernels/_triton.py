@@ -138,6 +138,11 @@ def since_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def has_large_tiles(device: torch.device) -> bool:
+    """Whether `device` has TMA, and room for large tiles, of which Blackwell's chips for desktops (12.0) have less."""
+    return torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
+
+
 @lru_cache
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Options of a kernel of a chain (see below): programmatic dependent launch, where there is such a thing."""

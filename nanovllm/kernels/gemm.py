@@ -10,12 +10,20 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.kernels._triton import HAVE_TRITON, TensorDescriptor, launch_options, tl, triton, wait_for_inputs
+from nanovllm.kernels._triton import (
+    HAVE_TRITON,
+    TensorDescriptor,
+    has_large_tiles,
+    launch_options,
+    tl,
+    triton,
+    wait_for_inputs,
+)
 from nanovllm.kernels.gemv import MAX_ROWS as MAX_GEMV_ROWS
 
 MAX_ROWS = 64  # of x; more are left to cuBLAS
 MAX_WEIGHT_ROWS = 1 << 16  # logits of a large vocabulary, one product a step, are left to it too
-MAX_TILES = 1 << 10  # of a result, where K is split
+MAX_TILES = MAX_WEIGHT_ROWS // 64  # of a result, where K is split
 
 
 class GemmConfig(NamedTuple):
@@ -52,16 +60,13 @@ def default_gemm_config(m: int, n: int, k: int, gated: bool) -> GemmConfig:
 
 
 def is_gemm(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether x [M, K] has as many rows as `gemm_triton` is for, and it and `weight`, of its dtype, fit TMA.
-
-    Blackwell's chips for desktops (12.0) have less shared memory than the tiles take.
-    """
+    """Whether x [M, K] has as many rows as `gemm_triton` is for, and it and `weight`, of its dtype, fit TMA."""
     if not (HAVE_TRITON and x.is_cuda and MAX_GEMV_ROWS < len(x) <= MAX_ROWS and len(weight) <= MAX_WEIGHT_ROWS):
         return False
     addresses = x.data_ptr() | weight.data_ptr() | 2 * x.stride(0) | 2 * x.shape[1]
     plain = x.ndim == 2 and x.stride(1) == 1 and weight.is_contiguous()
     aligned = weight.itemsize == 2 and not addresses % 16
-    return plain and aligned and torch.cuda.get_device_capability(x.device) in ((9, 0), (10, 0))
+    return plain and aligned and has_large_tiles(x.device)
 
 
 @triton.jit
@@ -170,8 +175,8 @@ def gemm_triton(
     Args:
         weight, bias, gated: as in `linear`; the weight is plain and contiguous.
         residual: [M, N] contiguous; the result is added to it, in place.
-        counters: at least MAX_TILES int32 zeros, and zeros again afterwards; K is not split if None. Launches that may
-            overlap need their own.
+        counters: int32 zeros for the result's tiles, of which there are at most MAX_TILES, and zeros again afterwards;
+            K is not split if None. Launches that may overlap need their own.
         config: `default_gemm_config` if None. Its `block_m` is at least M; K is not split if `gated`.
     """
     (m, k), n = x.shape, len(weight) // (2 if gated else 1)

@@ -14,6 +14,7 @@ import torch
 from nanovllm.kernels._triton import (
     HAVE_TRITON,
     TensorDescriptor,
+    has_large_tiles,
     launch_options,
     sm_count,
     tl,
@@ -83,13 +84,13 @@ def is_swiglu(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `swiglu_triton` is the way to multiply x [T, K] with `weight` [2 N, K], of the same dtype.
 
     It is where its tiles keep all multiprocessors busy, most of the time until the last one ends. TMA wants rows of
-    whole 16 bytes. Blackwell's chips for desktops (12.0) have less shared memory than the tiles take.
+    whole 16 bytes.
     """
     if not HAVE_TRITON or not x.is_cuda or x.itemsize != 2 or x.shape[1] % 8 or len(weight) % 16:
         return False
     busy = 2 * _num_tiles(len(x), len(weight) // 2, DEFAULT_CONFIG) >= 5 * sm_count(x.device)
     plain = x.ndim == 2 and x.is_contiguous() and weight.is_contiguous()
-    return busy and plain and torch.cuda.get_device_capability(x.device) in ((9, 0), (10, 0))
+    return busy and plain and has_large_tiles(x.device)
 
 
 def _num_tiles(rows: int, n: int, config: SwigluConfig) -> int:

@@ -29,12 +29,9 @@ COLD_BYTES = 256 << 20  # several times any L2 cache
 BLOCK_SIZE = 64
 HEAD_DIM = 128
 KV_HEADS = 8
-PRODUCTS = [  # [n, k] of a layer's weights in Qwen3-0.6B and Qwen3-8B
-    *(("qkv", 4096, 1024), ("qkv", 6144, 4096)),
-    *(("o", 1024, 2048), ("o", 4096, 4096)),
-    *(("gate_up", 6144, 1024), ("gate_up", 24576, 4096)),
-    *(("down", 1024, 3072), ("down", 4096, 12288)),
-]
+# [n, k] of a layer's weights in Qwen3-0.6B and in Qwen3-8B.
+PRODUCTS = [("qkv", 4096, 1024), ("o", 1024, 2048), ("gate_up", 6144, 1024), ("down", 1024, 3072)]
+PRODUCTS += [("qkv", 6144, 4096), ("o", 4096, 4096), ("gate_up", 24576, 4096), ("down", 4096, 12288)]
 
 
 def seconds(calls: list[Callable[[], object]], repeat: int = 5) -> float:
@@ -189,17 +186,16 @@ def gemm(full: bool) -> None:
         options = {"residual": random(rows, n)} if name in ("o", "down") else {"gated": gated}
         configs = [default_gemm_config(rows, n // (2 if gated else 1), k, gated)]
         if full:
-            names = "num_stages", "num_splits", "prefetch"
-            choices = (3, 4) if gated else (4, 6), (1,) if gated else (1, 2, 4, 8), (0, 128, 512, 1024)
-            changes = (dict(zip(names, choice, strict=True)) for choice in itertools.product(*choices))
-            configs += [configs[0]._replace(**change) for change in changes]
+            stages, splits = ((3, 4), (1,)) if gated else ((4, 6), (1, 2, 4, 8))
+            for stage, split, columns in itertools.product(stages, splits, (0, 128, 512, 1024)):
+                configs.append(configs[0]._replace(num_stages=stage, num_splits=split, prefetch=columns))
         for product, settings in (_plain, [("cuBLAS",)]), (partial(gemm_triton, counters=counters), configs):
             calls = [partial(product, x, weight, **options) for weight in weights]
             sweep(f"{name} {n} x {k}, {rows}", calls, settings, 2 * n * k, "TB/s")
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor, norm=None, gated=False, residual=None, config=None) -> torch.Tensor:
-    """`gemv_triton` by cuBLAS."""
+    """What `gemv_triton` and `gemm_triton` do, by cuBLAS."""
     if residual is not None:
         return torch.addmm(residual, x, weight.t(), out=residual)
     y = torch.nn.functional.linear(x if norm is None else rms_norm(x, *norm), weight)
