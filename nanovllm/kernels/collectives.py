@@ -122,10 +122,13 @@ def _count(calls_ptr, first, UNITS: tl.constexpr):
 
 
 @triton.jit
-def _add_received(own, call, places, sent, whole, buffers, told_ptr, stop_ptr, RANK, SIZE, NUM_WORDS, DTYPE):
-    """Words of the sum over the ranks, each of which has `sent` some; empties the `whole` place of the call before."""
-    low = tl.zeros(own.shape, tl.int32 if DTYPE.is_int() else tl.float32)
-    high = tl.zeros(own.shape, tl.float32)
+def _add_received(own, residual, call, places, sent, whole, buffers, told_ptr, stop_ptr, RANK, SIZE, NUM_WORDS, DTYPE):
+    """Words of residual + the sum over the ranks, each of which has `sent` some.
+
+    Empties the `whole` place of the call before.
+    """
+    low = _low(residual, DTYPE)
+    high = _high(residual, DTYPE)
     now = call * ((SIZE - 1) * NUM_WORDS) + places
     before = tl.where(call == 0, 2, call - 1) * ((SIZE - 1) * NUM_WORDS) + places
     for peer in tl.static_range(SIZE):
@@ -159,7 +162,10 @@ def sum_unit(out_ptr, pointers, unit, num_words, RANK, SIZE, NUM_WORDS, UNIT):
     tl.store(own_ptr + places, EMPTY, mask=mask)
     whole = words < tl.where(stopped == 0, units * UNIT, 0)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    data = _add_received(own, call, places, sent, whole, buffers, told_ptr, stop_ptr, RANK, SIZE, NUM_WORDS, dtype)
+    zeros = tl.zeros(own.shape, tl.int32)
+    data = _add_received(
+        own, zeros, call, places, sent, whole, buffers, told_ptr, stop_ptr, RANK, SIZE, NUM_WORDS, dtype
+    )
     tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + unit // units * num_words + words, data, mask=mask)
     _count(calls_ptr, unit, 1)
 
@@ -167,6 +173,7 @@ def sum_unit(out_ptr, pointers, unit, num_words, RANK, SIZE, NUM_WORDS, UNIT):
 @triton.jit
 def _all_reduce_kernel(
     x_ptr,
+    residual_ptr,
     norm_ptr,
     out_ptr,
     buffers_ptr,
@@ -182,6 +189,7 @@ def _all_reduce_kernel(
     BLOCK: tl.constexpr,
     UNIT: tl.constexpr,
     DTYPE: tl.constexpr,
+    ADD: tl.constexpr,
     NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -200,7 +208,12 @@ def _all_reduce_kernel(
         places = row * (UNITS * UNIT) + words
         call = tl.load(calls_ptr + places // UNIT, mask=whole, other=0)
         own = send(own, call, places, sent, buffers, RANK, SIZE, NUM_WORDS)
-        data = _add_received(own, call, places, sent, whole, buffers, told_ptr, stop_ptr, RANK, SIZE, NUM_WORDS, DTYPE)
+        residual = tl.zeros([BLOCK], tl.int32)
+        if ADD:
+            residual = tl.load(residual_ptr + row * WORDS + words, mask=mask, other=0)
+        data = _add_received(
+            own, residual, call, places, sent, whole, buffers, told_ptr, stop_ptr, RANK, SIZE, NUM_WORDS, DTYPE
+        )
         tl.store(x_ptr + row * WORDS + words, data, mask=mask)
         _count(calls_ptr, row * UNITS, UNITS)
         if NORM:  # of the rounded sum, and rounded itself where rms_norm is
@@ -276,7 +289,6 @@ class PeerMemory:
 
     Attributes:
         ahead: for sums that are sent while they are computed, or None.
-        summed: the last result of a product that made its sum itself, until it is asked for.
     """
 
     def __init__(self, rank: int, memory: list[torch.Tensor | Mapping]):
@@ -286,7 +298,6 @@ class PeerMemory:
         self.buffers = torch.tensor(pointers, dtype=torch.int64, device=self.device)
         self.calls = torch.zeros(CAPACITY // 4 // UNIT, dtype=torch.int32, device=self.device)
         self.own = torch.full((FEW_ROWS * ROW_BYTES // 4,), _EMPTY, dtype=torch.int32, device=self.device)
-        self.summed: torch.Tensor | None = None
         on_gpu = self.device.type == "cuda"
         # A kernel that waits is told by the host's memory: other ways to the GPU may be full of what waits for it.
         self.told = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
@@ -351,13 +362,17 @@ def new_memory(ranks: int, device: torch.device, largest_sum: int = 0) -> torch.
 
 
 def all_reduce_triton(
-    x: torch.Tensor, peers: PeerMemory, norm: tuple[torch.Tensor, float] | None = None
+    x: torch.Tensor,
+    peers: PeerMemory,
+    norm: tuple[torch.Tensor, float] | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum `x` over the ranks, in place; all ranks must make the same calls in the same order.
 
     Args:
         x: [T, N], for which `peers.fits(x)`.
         norm: weight [N] and epsilon of an RMSNorm of the sum.
+        residual: [T, N], contiguous, the same on all ranks, or None; it is added to the sum, once.
 
     Returns:
         [T, N], the norm of the sum if there is one, a new tensor; else `x`.
@@ -368,9 +383,11 @@ def all_reduce_triton(
     block = max(UNIT, triton.next_power_of_2(words))
     pointers, constants = peers.launch_arguments()
     most = CAPACITY // 4 // (triton.cdiv(words, UNIT) * UNIT)
-    for part, out_part in zip(x.split(most), out.split(most), strict=True):
+    addends = x if residual is None else residual
+    for part, addend, out_part in zip(x.split(most), addends.split(most), out.split(most), strict=True):
         _all_reduce_kernel[(min(len(part), peers.max_programs),)](
             part.view(torch.int32),
+            addend.view(torch.int32),
             weight.view(torch.int32),
             out_part.view(torch.int32),
             *pointers,
@@ -379,6 +396,7 @@ def all_reduce_triton(
             WORDS=words,
             BLOCK=block,
             DTYPE=DTYPES[x.dtype],
+            ADD=residual is not None,
             NORM=norm is not None,
             num_warps=min(8 if len(part) <= peers.num_sms else 4, max(1, block // 256)),  # fewer where rows share an SM
             **constants,

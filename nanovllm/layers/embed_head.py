@@ -7,6 +7,7 @@ from nanovllm.kernels.embedding import embedding
 from nanovllm.kernels.linear import linear
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parameter import PackedLayer, check_shape, make_parameter
+from nanovllm.layers.residual import Residual
 from nanovllm.utils.parallel import TensorParallel
 
 
@@ -16,7 +17,7 @@ class VocabParallelEmbedding(nn.Module):
     Args:
         num_embeddings: size of the vocabulary. Where the ranks do not divide it, the last slices are padded.
         embedding_dim: size of an embedding.
-        reduce_results: False leaves each rank its summand, for an RMSNorm to sum up.
+        reduce_results: False leaves each rank its summand: the result is a `Residual`.
     """
 
     def __init__(
@@ -42,9 +43,9 @@ class VocabParallelEmbedding(nn.Module):
         param[: len(rows)].copy_(rows)
         param[len(rows) :].zero_()
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        x = embedding(input_ids, self.weight, self.start)
-        return self.tp.all_reduce(x) if self.reduce_results else x
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor | Residual:
+        x = Residual.of(embedding(input_ids, self.weight, self.start), self.tp)
+        return x.sum() if self.reduce_results else x
 
 
 class ParallelLMHead(VocabParallelEmbedding, PackedLayer):
@@ -64,6 +65,6 @@ class ParallelLMHead(VocabParallelEmbedding, PackedLayer):
     ):
         super().__init__(num_embeddings, embedding_dim, dtype=dtype, tp=tp)
 
-    def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Residual, norm: RMSNorm | None = None) -> torch.Tensor:
         x, norm = (x, None) if norm is None else norm.split(x)
         return self.tp.exchange(linear(x, self.operand, norm=norm))[:, : self.num_embeddings]

@@ -1,26 +1,27 @@
 import torch
 from torch import nn
 
+from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.layers.parameter import make_parameter
-from nanovllm.utils.parallel import TensorParallel
+from nanovllm.layers.residual import Residual
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm (arXiv:1910.07467): x [T, size] -> [T, size].
+    """Root mean square norm (arXiv:1910.07467): x [T, size], or a residual stream of that size -> [T, size]."""
 
-    Args:
-        tp: ranks each of which has a summand of x. The norm is that of the sum, which takes the place of x.
-    """
-
-    def __init__(self, size: int, eps: float, *, dtype: torch.dtype | None = None, tp: TensorParallel | None = None):
+    def __init__(self, size: int, eps: float, *, dtype: torch.dtype | None = None):
         super().__init__()
         self.eps = eps
         self.weight = make_parameter(size, dtype=dtype)
-        self.tp = tp or TensorParallel()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.tp.all_reduce(x, (self.weight, self.eps))
+    def forward(self, x: torch.Tensor | Residual) -> torch.Tensor:
+        norm = self.weight, self.eps
+        return x.sum(norm) if isinstance(x, Residual) else rms_norm(x, *norm)
 
-    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, float] | None]:
-        """x and the norm that is left for a product to do along; none is where x is summed up first."""
-        return (x, (self.weight, self.eps)) if self.tp.is_summed(x) else (self(x), None)
+    def split(self, x: torch.Tensor | Residual) -> tuple[torch.Tensor, tuple[torch.Tensor, float] | None]:
+        """x and the norm that is left for a product to do along; none where x is summed up first."""
+        if isinstance(x, Residual):
+            if x.delta is not None:
+                return self(x), None
+            x = x.x
+        return x, (self.weight, self.eps)

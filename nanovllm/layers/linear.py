@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nanovllm.kernels.linear import can_sum, linear, linear_add, linear_sum
+from nanovllm.kernels.linear import NORM_ROWS, adds_well, can_sum, likes_bias, linear, linear_add, linear_sum
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parameter import PackedLayer, check_shape, divide, make_parameter
+from nanovllm.layers.residual import Residual
 from nanovllm.utils.context import get_context
 from nanovllm.utils.parallel import TensorParallel
 
@@ -51,7 +52,7 @@ class ColumnParallelLinear(PackedLayer):
                 param[offset : offset + part.size].copy_(loaded[part.start : part.start + part.size])
             offset += part.size
 
-    def forward(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Residual, norm: RMSNorm | None = None) -> torch.Tensor:
         """y for x, or for norm(x)."""
         x, norm = (x, None) if norm is None else norm.split(x)
         return linear(x, self.operand, self.bias, norm, self.gated, get_context().counters)
@@ -117,18 +118,12 @@ class QKVParallelLinear(ColumnParallelLinear):
 class RowParallelLinear(PackedLayer):
     """y = residual + x W^T + b with the columns of W split: [T, this rank's inputs] -> [T, out_features] on every rank.
 
-    The residual, which every rank has, is overwritten. Rank 0 adds it and the bias, so that the sum over the ranks has
-    each once.
+    The residual, which every rank has, may be overwritten.
 
     Args:
         in_features, out_features: sizes of the whole layer; `in_features` must be divisible by the ranks.
-        reduce_results: False leaves the sum to an RMSNorm, which knows whether it has been made.
-
-    Attributes:
-        sums: whether a product may make the sum itself. Of a summand, some rows can be taken before they are summed up.
+        reduce_results: False leaves sums that the product does not make to an RMSNorm: the result is a `Residual`.
     """
-
-    sums = True
 
     def __init__(
         self,
@@ -147,27 +142,33 @@ class RowParallelLinear(PackedLayer):
         size = divide("input size of a row-parallel layer", in_features, self.tp)
         self.weight = make_parameter(out_features, size, dtype=dtype, weight_loader=self.weight_loader)
         self.bias = make_parameter(out_features, dtype=dtype) if bias else None
+        self.register_buffer("no_bias", torch.zeros(out_features, dtype=dtype), persistent=False)
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
         rows, size = param.shape
         check_shape(loaded, (rows, self.in_features))
         param.copy_(loaded[:, self.tp.rank * size : (self.tp.rank + 1) * size])
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        ahead, peers = self.tp.ahead, self.tp.peers
-        if self.sums and can_sum(x, self.operand, residual, peers):
-            y = peers.summed = linear_sum(x, self.operand, self.bias, residual, peers)
-        elif ahead is not None and ahead.fits(residual):
-            y = residual
-            for rows in ahead.parts(y):
-                self._multiply(x[rows], y[rows])
-        else:
-            counters = get_context().counters
-            if self.tp.rank == 0:
-                y = linear_add(x, self.operand, self.bias, residual, counters)
-            else:
-                y = linear(x, self.operand, counters=counters)
-        return self.tp.all_reduce(y) if self.reduce_results else y
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor | Residual:
+        y = self._add(x, residual)
+        return y.sum() if self.reduce_results else y
+
+    def _add(self, x: torch.Tensor, residual: torch.Tensor) -> Residual:
+        tp, weight, counters = self.tp, self.operand, get_context().counters
+        if can_sum(x, weight, residual, tp.peers):
+            return Residual(linear_sum(x, weight, self.bias, residual, tp.peers), None, tp)
+        if tp.ahead is not None and tp.ahead.fits(residual):
+            for rows in tp.ahead.parts(residual):
+                self._multiply(x[rows], residual[rows])
+            return Residual.of(residual, tp)
+        bias = self.bias if tp.rank == 0 else None  # so that the sum over the ranks has it once
+        if len(x) > NORM_ROWS or (tp.size == 1 and adds_well(x, weight)):
+            add = tp.rank == 0
+            y = linear_add(x, weight, bias, residual, counters) if add else linear(x, weight, counters=counters)
+            return Residual.of(y, tp)
+        if bias is None and likes_bias(x, weight):
+            bias = self.no_bias
+        return Residual(residual, linear(x, weight, bias, counters=counters), tp)
 
     def _multiply(self, x: torch.Tensor, residual: torch.Tensor) -> None:
         """Overwrite the residual with this rank's summand."""

@@ -10,6 +10,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.residual import Residual
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.registry import ModelConfig
 from nanovllm.utils.context import get_context
@@ -29,10 +30,10 @@ class SelfAttention(nn.Module):
         self.o_proj = RowParallelLinear(*sizes, config.o_bias, reduce_results=False, dtype=dtype, tp=tp)
 
     def forward(
-        self, x: torch.Tensor, norm: RMSNorm, positions: torch.Tensor, last: torch.Tensor | None
-    ) -> torch.Tensor:
-        attended = self.attn(self.qkv_proj(x, norm), positions, last)
-        return self.o_proj(attended, x if last is None else x[last])
+        self, residual: Residual, norm: RMSNorm, positions: torch.Tensor, last: torch.Tensor | None
+    ) -> Residual:
+        attended = self.attn(self.qkv_proj(residual, norm), positions, last)
+        return self.o_proj(attended, residual.x if last is None else residual.x[last])
 
 
 class MLP(nn.Module):
@@ -42,29 +43,28 @@ class MLP(nn.Module):
         self.gate_up_proj = GateUpParallelLinear(hidden, inner, bias, dtype=dtype, tp=tp)
         self.down_proj = RowParallelLinear(inner, hidden, bias, reduce_results=False, dtype=dtype, tp=tp)
 
-    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
-        return self.down_proj(self.gate_up_proj(x, norm), x)
+    def forward(self, residual: Residual, norm: RMSNorm) -> Residual:
+        return self.down_proj(self.gate_up_proj(residual, norm), residual.x)
 
 
 class DecoderLayer(nn.Module):
-    """Adds attention and MLP to the residual stream x [T, hidden_size], in place.
+    """Adds attention and MLP to the residual stream, in place.
 
-    Norms belong to the products after them, residual sums to the ones before: where rows are few they are one kernel.
-    Between a product and the next norm, which sums them up, each rank has a summand of the stream; where rows are few
-    and ranks write each other's memory, the product makes the sum too.
+    Norms belong to the products after them, residual sums to the ones before: where rows are few they are one kernel,
+    sums over the ranks included. Else a norm makes the sums that a product left.
     """
 
     def __init__(self, config: ModelConfig, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, tp=tp)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.self_attn = SelfAttention(config, rotary, dtype, tp)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, tp=tp)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype, tp)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
-        """x for all tokens, or for `last` [L] of them, once each has left its key and value to the others."""
-        x = self.self_attn(x, self.input_layernorm, positions, last)
-        return self.mlp(x, self.post_attention_layernorm)
+    def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
+        """That of all tokens, or of `last` [L] of them, once each has left its key and value to the others."""
+        residual = self.self_attn(residual, self.input_layernorm, positions, last)
+        return self.mlp(residual, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):
@@ -84,23 +84,22 @@ class Decoder(nn.Module):
         sizes = config.vocab_size, config.hidden_size
         self.embed_tokens = VocabParallelEmbedding(*sizes, reduce_results=False, dtype=dtype, tp=tp)
         self.layers = nn.ModuleList(DecoderLayer(config, rotary, dtype, tp) for _ in range(config.num_layers))
-        self.layers[-1].mlp.down_proj.sums = False  # see `forward`: it gives summands
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, tp=tp)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.lm_head = ParallelLMHead(*sizes, dtype=dtype, tp=tp)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """input_ids, positions [T] int64 -> this rank's summand of the hidden states before the norm.
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> Residual:
+        """input_ids, positions [T] int64 -> the hidden states before the norm.
 
         They are [L, hidden_size], of the context's `last_indices`: the others' are not wanted, so the last layer ends
         for them when their keys and values are stored. Without `last_indices` they are [T, hidden_size].
         """
-        x = self.embed_tokens(input_ids)
+        residual = self.embed_tokens(input_ids)
         *layers, last = self.layers
         for layer in layers:
-            x = layer(x, positions)
-        return last(x, positions, get_context().last_indices)
+            residual = layer(residual, positions)
+        return last(residual, positions, get_context().last_indices)
 
     @contextmanager
     def few_layers(self) -> Iterator[None]:
@@ -112,6 +111,6 @@ class Decoder(nn.Module):
         finally:
             self.layers = layers
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def compute_logits(self, hidden: Residual) -> torch.Tensor:
         """What `forward` gives, or some rows of it -> logits [S, vocab_size] of this rank's share: `tp.rows(L)`."""
         return self.lm_head(hidden, self.norm)

@@ -20,6 +20,7 @@ from nanovllm.kernels.sampling import advance, sample
 from nanovllm.kernels.shared_prefix import SharedPlan
 from nanovllm.kernels.step_inputs import StepRows, step_inputs
 from nanovllm.layers.attention import Attention
+from nanovllm.layers.residual import Residual
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import dummy_weights, load_weights
 from nanovllm.outputs import TokenLogprobs
@@ -40,13 +41,13 @@ class StepTensors(NamedTuple):
         tokens: [R] int64, one drawn for each row.
         own: this rank's share of the rows, for which it draws; those of a graph's padding are counted.
         logits: [S, V], what tokens of `own` were drawn from. After a graph's replay, valid until the next.
-        hidden: [T, H], the model's last hidden states before their norm; None but in a step that was told to keep them.
+        hidden: the model's last hidden states before their norm, of all tokens; None but in a step told to keep them.
     """
 
     tokens: torch.Tensor
     own: slice
     logits: torch.Tensor
-    hidden: torch.Tensor | None
+    hidden: Residual | None
 
 
 class InFlight(NamedTuple):
@@ -320,7 +321,7 @@ class ModelRunner:
             parts.append(top_logprobs(logits, tokens[rows], batch.num_logprobs))
         return self._merge(map(torch.cat, zip(*parts, strict=True)), own, len(wanted))
 
-    def _prompt_logprobs(self, batch: Batch, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _prompt_logprobs(self, batch: Batch, hidden: Residual) -> tuple[torch.Tensor, ...]:
         """Those of the chunks' `scores`, one after the other."""
         places, wanted, start = [], [], len(batch.decode_slots)
         for chunk in batch.chunks:

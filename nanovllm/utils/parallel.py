@@ -85,25 +85,29 @@ class TensorParallel:
         """For large sums, which are sent while they are computed, where ranks can: `all_reduce` ends what it began."""
         return None if self.peers is None else self.peers.ahead
 
-    def all_reduce(self, x: torch.Tensor, norm: tuple[torch.Tensor, float] | None = None) -> torch.Tensor:
-        """Sum `x` over the ranks, in place, and return it; or its RMSNorm with `norm`, weight and epsilon."""
-        if self.is_summed(x):
-            return x if norm is None else rms_norm(x, *norm)
+    def all_reduce(
+        self,
+        x: torch.Tensor,
+        norm: tuple[torch.Tensor, float] | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sum `x` over the ranks, in place, and return it; or its RMSNorm.
+
+        Args:
+            norm: weight and epsilon of the RMSNorm.
+            residual: contiguous, the same on all ranks; it is added once. None if `x` is on its way ahead.
+        """
         if self.ahead is not None:
             sent, self.ahead.sent = self.ahead.sent, None
             if sent is x:
                 return self.ahead.add(x, norm)
         if self.peers is not None and self.peers.fits(x):
-            return all_reduce_triton(x, self.peers, norm)
-        self.group.allreduce([x]).wait()
-        return x if norm is None else rms_norm(x, *norm)
-
-    def is_summed(self, x: torch.Tensor) -> bool:
-        """Whether `x` is summed up already: its product did it, or there is one rank. To be asked once."""
-        if self.peers is None:
-            return self.size == 1
-        summed, self.peers.summed = self.peers.summed, None
-        return summed is x
+            return all_reduce_triton(x, self.peers, norm, residual)
+        if self.size > 1:
+            self.group.allreduce([x]).wait()
+        if norm is not None:
+            return rms_norm(x, *norm, residual)
+        return x if residual is None else x.add_(residual)
 
     def all_reduce_min(self, value: int, device: torch.device) -> int:
         """The smallest of the ranks' values."""

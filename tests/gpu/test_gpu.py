@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import shared_prefix
 from nanovllm.kernels.linear import linear
+from nanovllm.kernels.rms_norm import rms_norm_torch
 from nanovllm.kernels.swiglu import is_swiglu
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import RowParallelLinear
 from tests.engine.reference import load_reference, reference_greedy
 from tests.kernels.test_swiglu import operands, unit
 from tests.models.tiny import TINY, save_tiny
@@ -105,12 +108,12 @@ def test_shared_prefixes_do_not_change_the_tokens(model):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama-bias"])
-@pytest.mark.parametrize("count", [1, 3, 12])
+@pytest.mark.parametrize("count", [1, 3, 12, 80])
 def test_bfloat16_greedy_tokens_are_the_likeliest_but_for_noise(name, count, tmp_path):
     path = save_tiny(tmp_path, name)
     model = load_reference(path)
-    prompts = prompts_of(range(20, 20 + 3 * count, 3))
-    with LLM(path, dtype="bfloat16", max_num_seqs=16, **OPTIONS) as llm:
+    prompts = prompts_of(20 + 3 * i % 50 for i in range(count))
+    with LLM(path, dtype="bfloat16", max_num_seqs=80, **{**OPTIONS, "num_kvcache_blocks": 600}) as llm:
         outputs = llm.generate(prompts, greedy(40), use_tqdm=False)
     assert_likeliest(model, outputs)
 
@@ -227,6 +230,26 @@ def test_gated_units_of_real_sizes_are_one_kernel(rows, n, k):
     assert is_swiglu(x, weight)
     got = linear(x, weight, gated=True)
     torch.testing.assert_close(got.float(), unit(x, weight), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("rows", [4, 64, 65, 100, 512, 513])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_of_any_rows_is_added_to_the_residual_stream(rows, bias):
+    n, k = 1024, 6144
+    with torch.device("cuda"), torch.inference_mode():
+        torch.manual_seed(0)
+        layer = RowParallelLinear(k, n, bias, reduce_results=False, dtype=torch.bfloat16)
+        norm = RMSNorm(n, 1e-6, dtype=torch.bfloat16)
+        layer.weight.normal_(0, k**-0.5)
+        norm.weight.normal_()
+        if bias:
+            layer.bias.normal_()
+        x, residual = torch.randn(rows, k).bfloat16(), torch.randn(rows, n).bfloat16()
+        want = residual.float() + x.float() @ layer.weight.float().t() + (layer.bias.float() if bias else 0)
+        y = layer(x, residual)
+        normed = norm(y)
+        torch.testing.assert_close(y.sum().float(), want, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(normed, rms_norm_torch(y.sum(), norm.weight, 1e-6), rtol=2e-2, atol=1e-2)
 
 
 def test_closing_gives_the_memory_back(model):

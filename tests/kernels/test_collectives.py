@@ -35,15 +35,17 @@ def summands(size):
         for rank, part in enumerate(parts):
             part.flatten()[rank :: size + 1] = -0.0
             part[-1] = -0.0
-        yield parts, (torch.randn(shape[1], generator=generator).to(parts[0].dtype), 1e-6)
+        norm, residual = (torch.randn(size, generator=generator).to(parts[0].dtype) for size in (shape[1], shape))
+        yield parts, (norm, 1e-6), residual
 
 
 def run_rank(rank, memory, folder):
     collectives.CAPACITY = CAPACITY
     peers = collectives.PeerMemory(rank, memory)
     outcome = []
-    for i, (parts, norm) in enumerate(summands(len(memory))):
-        normed = collectives.all_reduce_triton(parts[rank], peers, norm if i % 2 else None)
+    for i, (parts, norm, residual) in enumerate(summands(len(memory))):
+        options = norm if i % 2 else None, residual if i % 3 else None
+        normed = collectives.all_reduce_triton(parts[rank], peers, *options)
         outcome.append((parts[rank].tolist(), normed.tolist()))
     (folder / f"{rank}.json").write_text(json.dumps(outcome))
 
@@ -54,8 +56,8 @@ def test_every_rank_gets_the_same_sum_and_its_norm(size, monkeypatch, tmp_path):
     memory = [collectives.new_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
     run_ranks(run_rank, (memory, tmp_path), size)
     outcomes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
-    for i, (parts, norm) in enumerate(summands(size)):
-        want = sum(part.float() for part in parts)
+    for i, (parts, norm, residual) in enumerate(summands(size)):
+        want = sum(part.float() for part in parts) + (residual.float() if i % 3 else 0)
         got, normed = map(torch.tensor, outcomes[0][i])
         tolerance = 1e-6 if parts[0].dtype == torch.float32 else 1e-2  # the interpreter truncates to bfloat16
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)

@@ -25,7 +25,8 @@ from nanovllm.kernels import shared_prefix, silu_mul, step_inputs, sum_ahead, sw
 def call_all():
     bf16, i32, i64 = (dict(dtype=getattr(torch, name)) for name in ("bfloat16", "int32", "int64"))
     x, weight = torch.zeros(4, 256, **bf16), torch.zeros(256, **bf16)
-    rms_norm.rms_norm_triton(x, weight, 1e-6)
+    for residual in (None, x):
+        rms_norm.rms_norm_triton(x, weight, 1e-6, residual)
     embedding.embedding_triton(torch.zeros(4, **i64), x)
     silu_mul.silu_mul_triton(x)
     wide = torch.zeros(512, 256, **bf16)
@@ -43,7 +44,8 @@ def call_all():
         step_inputs.step_inputs_triton(rows, torch.zeros(5, **i64), torch.zeros(5, **i32), tables, 64, 4, state)
     peers = collectives.PeerMemory(0, [collectives.new_memory(2, torch.device("cpu"))] * 2)
     for dtype, norm in ((torch.bfloat16, None), (torch.bfloat16, (weight, 1e-6)), (torch.float32, None)):
-        collectives.all_reduce_triton(torch.zeros(4, 256, dtype=dtype), peers, norm)
+        for residual in (None, torch.zeros(4, 256, dtype=dtype)):
+            collectives.all_reduce_triton(torch.zeros(4, 256, dtype=dtype), peers, norm, residual)
     for rank in range(2):
         peers.rank = rank
         gemv.gemv_triton(x, wide, residual=torch.zeros(4, 512, **bf16), peers=peers)

@@ -6,7 +6,7 @@ from nanovllm.kernels import gemm
 from nanovllm.kernels._triton import HAVE_TRITON, tl
 from nanovllm.kernels.gemm import GemmConfig, gemm_triton
 from nanovllm.kernels.gemv import GemvConfig, gemv_triton
-from nanovllm.kernels.linear import can_pack, linear, linear_add, pack
+from nanovllm.kernels.linear import adds_well, can_pack, likes_bias, linear, linear_add, pack
 from nanovllm.kernels.rms_norm import rms_norm
 
 
@@ -126,6 +126,22 @@ def test_gemm_is_for_what_tma_can_load(monkeypatch):
     assert gemm.is_gemm(make(5, 8), make(65536, 8)) and not gemm.is_gemm(make(5, 8), make(65537, 8))
     chip[0] = (12, 0)
     assert not gemm.is_gemm(make(5, 16), weight)
+
+
+@pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
+def test_which_products_a_norm_adds_to_the_residual_stream(monkeypatch):
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for k in (4096, 4104):
+        weight = torch.zeros(40, k, dtype=torch.bfloat16).as_subclass(OnGpu)
+        for rows, adds, pads in ((1, True, False), (5, True, False), (64, True, False), (65, False, True)):
+            x = torch.zeros(rows, k, dtype=torch.bfloat16)
+            assert adds_well(x, weight) and not likes_bias(x, weight)  # a CPU
+            x = x.as_subclass(OnGpu)
+            assert adds_well(x, weight) == adds and likes_bias(x, weight) == (pads and k > 4096)
+    assert not likes_bias(torch.zeros(513, 4104).as_subclass(OnGpu), weight)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5])

@@ -35,6 +35,9 @@ def test_rms_norm(device, shape, dtype):
     copy = x.clone()
     close(rms_norm.rms_norm_triton(x, weight, 1e-6), rms_norm.rms_norm_torch(x, weight, 1e-6))
     assert torch.equal(x, copy)
+    residual = torch.randn(shape, generator=generator, device=device).to(dtype)
+    close(rms_norm.rms_norm_triton(x, weight, 1e-6, residual), rms_norm.rms_norm_torch(copy, weight, 1e-6, residual))
+    close(x, copy)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

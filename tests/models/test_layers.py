@@ -23,9 +23,12 @@ class FakeRank(TensorParallel):
         self.sent[self.rank] = x
         return [self.sent[rank] for rank in range(self.size)] if self.rank == 0 else None
 
-    def all_reduce(self, x, norm=None):
-        parts = self._all(x)
-        x = torch.stack(parts).sum(0) if parts else x
+    def all_reduce(self, x, norm=None, residual=None):
+        parts = self._all(x.clone())
+        if parts:
+            torch.sum(torch.stack(parts), 0, out=x)
+        if residual is not None:
+            x += residual
         return x if norm is None else rms_norm(x, *norm)
 
     def exchange(self, x):
@@ -62,10 +65,44 @@ def test_what_ranks_leave_unsummed_the_norm_sums(size):
     for tp in ranks(size):
         embedding = VocabParallelEmbedding(vocab, dim, reduce_results=False, tp=tp)
         embedding.weight.weight_loader(embedding.weight, full)
-        norm = RMSNorm(dim, 1e-6, tp=tp)
+        norm = RMSNorm(dim, 1e-6)
         norm.weight.copy_(torch.arange(dim))
-        normed = norm(embedding(ids))
-    torch.testing.assert_close(normed, rms_norm(full[ids], torch.arange(dim), 1e-6))
+        residual = embedding(ids)
+        some, normed = residual[torch.tensor([5, 0])], norm(residual)
+    want = rms_norm(full[ids], torch.arange(dim), 1e-6)
+    torch.testing.assert_close(normed, want)
+    torch.testing.assert_close(residual.x, full[ids])
+    torch.testing.assert_close(norm(residual), want)  # it is summed up once
+    if size == 1:
+        torch.testing.assert_close(norm(some), want[[5, 0]])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    ("rows", "adds", "pads"), [(5, True, False), (5, False, False), (5, False, True), (513, False, True)]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_whoever_adds_a_product_to_the_residual_stream(monkeypatch, size, rows, adds, pads, bias):
+    """The product or the norm after it; with or without a bias of zeros."""
+    monkeypatch.setattr("nanovllm.layers.linear.adds_well", lambda x, weight: adds)
+    monkeypatch.setattr("nanovllm.layers.linear.likes_bias", lambda x, weight: pads)
+    torch.manual_seed(0)
+    x, before, weight, offset = torch.randn(rows, 8), torch.randn(rows, 6), torch.randn(6, 8), torch.randn(6)
+    norm = RMSNorm(6, 1e-6)
+    norm.weight.copy_(torch.arange(6))
+    for tp in ranks(size):
+        row = RowParallelLinear(8, 6, bias, reduce_results=False, tp=tp)
+        row.weight.weight_loader(row.weight, weight)
+        if bias:
+            row.bias.weight_loader(row.bias, offset)
+        share = slice(8 // size * tp.rank, 8 // size * (tp.rank + 1))
+        residual = row(x[:, share], before.clone())
+        left = residual.delta is not None and residual.x is not None
+        assert left == (rows <= 512 and not (adds and size == 1))
+        normed = norm(residual)
+    want = F.linear(x, weight, offset if bias else None) + before
+    torch.testing.assert_close(residual.sum(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(normed, rms_norm(want, torch.arange(6), 1e-6), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
