@@ -163,9 +163,9 @@ class RowParallelLinear(PackedLayer):
             return Residual.of(residual, tp)
         bias = self.bias if tp.rank == 0 else None  # so that the sum over the ranks has it once
         if len(x) > NORM_ROWS or (tp.size == 1 and adds_well(x, weight)):
-            add = tp.rank == 0
-            y = linear_add(x, weight, bias, residual, counters) if add else linear(x, weight, counters=counters)
-            return Residual.of(y, tp)
+            if tp.rank == 0:
+                return Residual.of(linear_add(x, weight, bias, residual, counters), tp)
+            return Residual.of(linear(x, weight, counters=counters), tp)
         if bias is None and likes_bias(x, weight):
             bias = self.no_bias
         return Residual(residual, linear(x, weight, bias, counters=counters), tp)

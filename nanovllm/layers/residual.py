@@ -12,8 +12,8 @@ from nanovllm.utils.parallel import TensorParallel
 class Residual:
     """Tokens' residual stream: x + the sum over the ranks of delta.
 
-    A product leaves its result as `delta` where the norm that comes next adds it on the way: over ranks it makes the
-    sum, and of many rows it is as fast at that as the product and leaves that the choice of better kernels.
+    A product may leave its result as `delta`, for the next norm to add on its way: that makes the sum over ranks anyway,
+    and cuBLAS has faster kernels for products that have nothing to add.
 
     Attributes:
         x: [T, hidden_size], the same on every rank; None if `delta` is all there is.
