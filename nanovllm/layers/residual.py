@@ -12,8 +12,8 @@ from nanovllm.utils.parallel import TensorParallel
 class Residual:
     """Tokens' residual stream: x + the sum over the ranks of delta.
 
-    A product may leave its result as `delta`, for the next norm to add on its way: that makes the sum over ranks anyway,
-    and cuBLAS has faster kernels for products that have nothing to add.
+    A product may leave its result as `delta`, for the next norm to add on the way: that makes the sum over ranks
+    anyway, and cuBLAS has faster kernels for products that have nothing to add.
 
     Attributes:
         x: [T, hidden_size], the same on every rank; None if `delta` is all there is.
