@@ -156,7 +156,8 @@ class ModelRunner:
                     plan = torch.zeros(SharedPlan.size(size), dtype=torch.int32, device=self.device)
                     for shared in (None, SharedPlan.split(plan, size)):
                         self.step(slots[:size], size, shared=shared)
-                counts = 1, 2, 4, 16, 32, 64, 2048  # products of some rows have a kernel for each power of two
+                # Of few rows, products have a kernel for each power of two; of up to 512, norms one that adds.
+                counts = 1, 2, 4, 16, 32, 64, 256, 2048
                 for num_tokens in {min(count, self.config.max_num_batched_tokens) for count in counts}:
                     sizes = min(num_tokens, most) + 1, num_tokens
                     rows = StepRows.split(torch.from_numpy(state.pack(Batch(), *sizes)).to(self.device), *sizes)
