@@ -48,7 +48,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Adds attention and MLP to the residual stream, in place.
+    """Adds attention and MLP to the residual stream, whose tensors it may overwrite.
 
     Norms belong to the products after them, residual sums to the ones before: where rows are few they are one kernel,
     sums over the ranks included. Else a norm makes the sums that a product left.
