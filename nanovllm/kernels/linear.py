@@ -11,7 +11,7 @@ from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.silu_mul import silu_mul
 from nanovllm.kernels.swiglu import is_swiglu, swiglu_triton
 
-NORM_ROWS = 512  # of a product of cuBLAS that a norm adds to the residual stream: more leave the L2 cache meanwhile
+NORM_ROWS = 512  # of a product that a norm adds to the residual stream: more might leave the L2 cache meanwhile
 
 
 def can_pack(weight: torch.Tensor) -> bool:

@@ -118,7 +118,7 @@ class QKVParallelLinear(ColumnParallelLinear):
 class RowParallelLinear(PackedLayer):
     """y = residual + x W^T + b with the columns of W split: [T, this rank's inputs] -> [T, out_features] on every rank.
 
-    The residual, which every rank has, may be overwritten.
+    The residual, contiguous and the same on every rank, may be overwritten.
 
     Args:
         in_features, out_features: sizes of the whole layer; `in_features` must be divisible by the ranks.

@@ -8,7 +8,7 @@ from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.utils.parallel import TensorParallel
 
 
-@dataclass
+@dataclass(eq=False)
 class Residual:
     """Tokens' residual stream: x + the sum over the ranks of delta.
 
@@ -31,7 +31,7 @@ class Residual:
         return cls(summand, None, tp) if tp.size == 1 else cls(None, summand, tp)
 
     def __getitem__(self, rows: torch.Tensor) -> "Residual":
-        """Some of the rows, copied."""
+        """Some of the rows [R] int64, copied."""
         return Residual(*(None if part is None else part[rows] for part in (self.x, self.delta)), self.tp)
 
     def sum(self, norm: tuple[torch.Tensor, float] | None = None) -> torch.Tensor:

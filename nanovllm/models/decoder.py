@@ -44,7 +44,8 @@ class MLP(nn.Module):
         self.down_proj = RowParallelLinear(inner, hidden, bias, reduce_results=False, dtype=dtype, tp=tp)
 
     def forward(self, residual: Residual, norm: RMSNorm) -> Residual:
-        return self.down_proj(self.gate_up_proj(residual, norm), residual.x)
+        gated = self.gate_up_proj(residual, norm)
+        return self.down_proj(gated, residual.x)
 
 
 class DecoderLayer(nn.Module):

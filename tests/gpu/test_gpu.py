@@ -42,14 +42,14 @@ def tokens(llm, prompts, params):
     return [out.token_ids for out in llm.generate(prompts, params, use_tqdm=False)]
 
 
-def assert_likeliest(model, outputs):
+def assert_likeliest(model, outputs, noise=0.1):
     """Each token is the float32 `model`'s first choice after those before it, or as near to it as bfloat16 can tell."""
     for output in outputs:
         ids = torch.tensor([output.prompt_token_ids + output.token_ids])
         with torch.inference_mode():
             logits = model(ids).logits[0, len(output.prompt_token_ids) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(output.token_ids)[:, None])[:, 0]
-        assert (logits.max(1).values - chosen <= 0.3 * logits.std(1)).all()  # of 3,200 on a CPU, 0.19 at most
+        assert (logits.max(1).values - chosen <= noise * logits.std(1)).all()
         assert (logits.argmax(1) == torch.tensor(output.token_ids)).float().mean() > 0.8
 
 
@@ -115,7 +115,7 @@ def test_bfloat16_greedy_tokens_are_the_likeliest_but_for_noise(name, count, tmp
     prompts = prompts_of(20 + 3 * i % 50 for i in range(count))
     with LLM(path, dtype="bfloat16", max_num_seqs=80, **{**OPTIONS, "num_kvcache_blocks": 600}) as llm:
         outputs = llm.generate(prompts, greedy(40), use_tqdm=False)
-    assert_likeliest(model, outputs)
+    assert_likeliest(model, outputs, 0.1 if count < 80 else 0.3)  # of 3,200 tokens on a CPU, 0.19 at most
 
 
 def test_what_requests_ask_for_is_the_same_in_graphs_eager_and_on_a_cpu(model):
