@@ -51,6 +51,8 @@ class VocabParallelEmbedding(nn.Module):
 class ParallelLMHead(VocabParallelEmbedding, PackedLayer):
     """Hidden states x [L, embedding_dim], or norm(x) -> logits [S, num_embeddings] of this rank's share of the rows.
 
+    A residual stream has a norm.
+
     Args:
         num_embeddings, embedding_dim: as of the embedding.
     """

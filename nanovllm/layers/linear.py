@@ -53,7 +53,7 @@ class ColumnParallelLinear(PackedLayer):
             offset += part.size
 
     def forward(self, x: torch.Tensor | Residual, norm: RMSNorm | None = None) -> torch.Tensor:
-        """y for x, or for norm(x)."""
+        """y for x, or for norm(x); a residual stream has a norm."""
         x, norm = (x, None) if norm is None else norm.split(x)
         return linear(x, self.operand, self.bias, norm, self.gated, get_context().counters)
 

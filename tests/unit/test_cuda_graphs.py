@@ -15,6 +15,7 @@ from nanovllm.attention.torch_ref import TorchBackend
 from nanovllm.engine.scheduler import Batch
 from nanovllm.kernels._triton import HAVE_TRITON
 from nanovllm.kernels.gemm import MAX_ROWS, MAX_TILES, default_gemm_config
+from nanovllm.kernels.linear import NORM_ROWS
 from nanovllm.layers import linear as layers
 from nanovllm.runner import model_runner
 from nanovllm.runner.cuda_graphs import StepGraphs
@@ -110,14 +111,16 @@ def test_a_step_has_a_counter_for_each_row_and_kv_head(tmp_path, monkeypatch):
 @pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 @pytest.mark.parametrize("max_num_seqs", [1, 20, 512])
 def test_no_kernel_of_a_product_is_left_to_be_compiled_in_a_capture(tmp_path, monkeypatch, max_num_seqs):
-    """Products of some rows have a kernel for each power of two of them, and prompts have rows too."""
+    """Products of some rows have a kernel for each power of two, norms of more one that adds; prompts have rows too."""
     counts, product = set(), layers.linear
     monkeypatch.setattr(layers, "linear", lambda x, *args: counts.add(len(x)) or product(x, *args))
     monkeypatch.setattr(TorchBackend, "name", "triton")  # whose kernels are compiled first
-    with LLM(save_tiny(tmp_path, "qwen3"), device="cpu", max_num_seqs=max_num_seqs, max_model_len=64):
+    options = dict(max_num_seqs=max_num_seqs, max_model_len=64, max_num_batched_tokens=2048)  # of at least 32 prompts
+    with LLM(save_tiny(tmp_path, "qwen3"), device="cpu", **options):
         compiled = {default_gemm_config(count, 64, 64, False) for count in counts}
     wanted = {default_gemm_config(count, 64, 64, False) for count in range(5, MAX_ROWS + 1)}
     assert wanted <= compiled and {1, 2, 4} <= counts
+    assert any(MAX_ROWS < count <= NORM_ROWS for count in counts)
 
 
 def test_steps_run_on_the_engine_s_gpu_whatever_the_thread_s_is(monkeypatch):
