@@ -13,8 +13,8 @@ import torch
 
 from nanovllm.config import check_names
 from nanovllm.engine.llm_engine import close_at_exit
-from nanovllm.kernels._triton import to_current_gpu
 from nanovllm.llm import LLM
+from nanovllm.ops.triton_utils import to_current_gpu
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import number

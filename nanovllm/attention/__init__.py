@@ -5,7 +5,7 @@ import logging
 import torch
 
 from nanovllm.attention.base import AttentionBackend
-from nanovllm.kernels._triton import HAVE_TRITON
+from nanovllm.ops.triton_utils import HAVE_TRITON
 
 __all__ = ["BACKENDS", "AttentionBackend", "select_backend"]
 

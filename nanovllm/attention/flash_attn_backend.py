@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend
-from nanovllm.kernels._triton import sm_count
+from nanovllm.ops.triton_utils import sm_count
 from nanovllm.utils.context import Context
 
 QUERY_TILE = 128  # query rows (tokens x heads of a group) of a tile of FlashAttention-3; 192 if heads are small

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend
-from nanovllm.kernels.decode_attention import GatherPlan, attend_gathered, gather, plan_gather
-from nanovllm.kernels.prefill_attention import RowPlan, attend_row, plan_rows
+from nanovllm.ops.attention.decode_attention import GatherPlan, attend_gathered, gather, plan_gather
+from nanovllm.ops.attention.prefill_attention import RowPlan, attend_row, plan_rows
 from nanovllm.utils.context import Context
 
 

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend
-from nanovllm.kernels._triton import HAVE_TRITON, sm_count
-from nanovllm.kernels.decode_attention import decode_attention_triton
-from nanovllm.kernels.decode_plan import default_shares, plan_decode_triton
-from nanovllm.kernels.prefill_attention import prefill_attention_triton
-from nanovllm.kernels.rope_decode import MAX_ROWS, rope_decode_triton
-from nanovllm.kernels.shared_prefix import attend_shared_triton
+from nanovllm.ops.attention.decode_attention import decode_attention_triton
+from nanovllm.ops.attention.decode_plan import default_shares, plan_decode_triton
+from nanovllm.ops.attention.prefill_attention import prefill_attention_triton
+from nanovllm.ops.attention.rope_decode import MAX_ROWS, rope_decode_triton
+from nanovllm.ops.attention.shared_prefix import attend_shared_triton
+from nanovllm.ops.triton_utils import HAVE_TRITON, sm_count
 from nanovllm.utils.context import Context
 
 

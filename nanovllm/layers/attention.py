@@ -1,9 +1,9 @@
 import torch
 from torch import nn
 
-from nanovllm.kernels.rope_store import QKTransform
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.ops.norm_rope.rope_store import QKTransform
 from nanovllm.utils.context import get_context
 
 

@@ -3,12 +3,12 @@
 import torch
 from torch import nn
 
-from nanovllm.kernels.embedding import embedding
-from nanovllm.kernels.linear import linear
+from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parameter import PackedLayer, check_shape, make_parameter
 from nanovllm.layers.residual import Residual
-from nanovllm.utils.parallel import TensorParallel
+from nanovllm.ops.inputs.embedding import embedding
+from nanovllm.ops.linear.linear import linear
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nanovllm.kernels.linear import NORM_ROWS, adds_well, can_sum, likes_bias, linear, linear_add, linear_sum
+from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parameter import PackedLayer, check_shape, divide, make_parameter
 from nanovllm.layers.residual import Residual
+from nanovllm.ops.linear.linear import NORM_ROWS, adds_well, can_sum, likes_bias, linear, linear_add, linear_sum
 from nanovllm.utils.context import get_context
-from nanovllm.utils.parallel import TensorParallel
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from nanovllm.kernels.linear import can_pack, pack
-from nanovllm.utils.parallel import TensorParallel
+from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.ops.linear.linear import can_pack, pack
 
 
 class PackedLayer(nn.Module):

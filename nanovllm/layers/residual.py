@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.kernels.rms_norm import rms_norm
-from nanovllm.utils.parallel import TensorParallel
+from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.ops.norm_rope.rms_norm import rms_norm
 
 
 @dataclass(eq=False)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.parameter import PackedLayer
 from nanovllm.utils.checks import plain
-from nanovllm.utils.parallel import TensorParallel
 
 if TYPE_CHECKING:
     from nanovllm.models.decoder import Decoder

@@ -10,8 +10,18 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import Admission, Batch
-from nanovllm.kernels.sampling import BIAS, COUNTS, MASK, MAX_COUNT, PROCESSED, ROW, STRIDE, SamplingState, default_rows
-from nanovllm.kernels.step_inputs import StepRows
+from nanovllm.ops.inputs.step_inputs import StepRows
+from nanovllm.ops.sampling.sampling import (
+    BIAS,
+    COUNTS,
+    MASK,
+    MAX_COUNT,
+    PROCESSED,
+    ROW,
+    STRIDE,
+    SamplingState,
+    default_rows,
+)
 
 
 def host_buffer(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

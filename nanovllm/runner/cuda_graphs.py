@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from nanovllm.engine.scheduler import Batch
-from nanovllm.kernels._triton import sm_count
-from nanovllm.kernels.shared_prefix import MIN_ROWS, SharedPlan, plan_shared
-from nanovllm.kernels.step_inputs import StepRows
+from nanovllm.ops.attention.shared_prefix import MIN_ROWS, SharedPlan, plan_shared
+from nanovllm.ops.inputs.step_inputs import StepRows
+from nanovllm.ops.triton_utils import sm_count
 
 if TYPE_CHECKING:
     from nanovllm.runner.model_runner import ModelRunner, StepTensors

@@ -27,13 +27,13 @@ import torch
 import torch.distributed as dist
 
 from nanovllm.config import Config
+from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.engine.scheduler import Batch, StepOutput
-from nanovllm.kernels._triton import warm_up
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import checked_weights
+from nanovllm.ops.triton_utils import warm_up
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.utils.hub import ModelSource
-from nanovllm.utils.parallel import TensorParallel
 
 _POLL_SECONDS = 0.2
 # The path first: Python's begins with the working folder, which may not be in the caller's. Ctrl-C goes to all of a

@@ -12,23 +12,23 @@ import torch
 
 from nanovllm.attention import select_backend
 from nanovllm.config import Config
+from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.engine.scheduler import Batch, Chunk, StepOutput
-from nanovllm.kernels._triton import compile_aside, compile_only
-from nanovllm.kernels.gemm import MAX_TILES
-from nanovllm.kernels.logprobs import process, top_logprobs
-from nanovllm.kernels.sampling import advance, sample
-from nanovllm.kernels.shared_prefix import SharedPlan
-from nanovllm.kernels.step_inputs import StepRows, step_inputs
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.residual import Residual
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import dummy_weights, load_weights
+from nanovllm.ops.attention.shared_prefix import SharedPlan
+from nanovllm.ops.inputs.step_inputs import StepRows, step_inputs
+from nanovllm.ops.linear.gemm import MAX_TILES
+from nanovllm.ops.sampling.logprobs import process, top_logprobs
+from nanovllm.ops.sampling.sampling import advance, sample
+from nanovllm.ops.triton_utils import compile_aside, compile_only
 from nanovllm.outputs import TokenLogprobs
 from nanovllm.runner.batch_state import BatchState, host_buffer
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.utils.context import Context, set_context
 from nanovllm.utils.hub import ModelSource
-from nanovllm.utils.parallel import TensorParallel
 
 CPU_CACHE_BYTES = 1 << 30  # default KV pool on a CPU
 SCORED_ROWS = 64  # rows whose logprobs are computed at once, which bounds the memory for them

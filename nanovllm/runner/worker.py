@@ -14,10 +14,10 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed as dist
 
+from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.runner.launcher import largest_sum, make_group, rank_device
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.utils.hub import open_model
-from nanovllm.utils.parallel import TensorParallel
 
 
 def _leave(folder: str) -> None:

@@ -14,7 +14,7 @@ import torch
 
 if TYPE_CHECKING:
     from nanovllm.attention.base import AttentionBackend
-    from nanovllm.kernels.shared_prefix import SharedPlan
+    from nanovllm.ops.attention.shared_prefix import SharedPlan
 
 
 @dataclass

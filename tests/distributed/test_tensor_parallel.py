@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
+from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.runner import launcher
 from nanovllm.runner.launcher import SpawnedRanks, rank_device
 from nanovllm.runner.model_runner import ModelRunner
-from nanovllm.utils.parallel import TensorParallel
 from tests.models.tiny import save_tiny
 
 OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32)
@@ -479,7 +479,7 @@ def test_the_pool_is_the_smallest_rank_s(model, tmp_path):
         from nanovllm.runner import model_runner
         from nanovllm.runner.launcher import make_group
         from nanovllm.utils.hub import open_model
-        from nanovllm.utils.parallel import TensorParallel
+        from nanovllm.distributed.parallel import TensorParallel
         rank, path, model = int(sys.argv[1]), sys.argv[2], sys.argv[3]
         tp = TensorParallel(rank, 2, make_group(rank, 2, dist.FileStore(path, 2), "cpu"))
         config, source = Config(model, device="cpu", max_model_len=64, kvcache_block_size=16), open_model(model, "auto")

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.kernels import shared_prefix
-from nanovllm.kernels.linear import linear
-from nanovllm.kernels.rms_norm import rms_norm_torch
-from nanovllm.kernels.swiglu import is_swiglu
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import RowParallelLinear
+from nanovllm.ops.attention import shared_prefix
+from nanovllm.ops.linear.linear import linear
+from nanovllm.ops.linear.swiglu import is_swiglu
+from nanovllm.ops.norm_rope.rms_norm import rms_norm_torch
 from tests.engine.reference import load_reference, reference_greedy
 from tests.kernels.test_swiglu import operands, unit
 from tests.models.tiny import TINY, save_tiny

@@ -17,11 +17,11 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
-from nanovllm.kernels.linear import can_sum, linear_sum
-from nanovllm.kernels.rms_norm import rms_norm_torch
+from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.ops.linear.linear import can_sum, linear_sum
+from nanovllm.ops.norm_rope.rms_norm import rms_norm_torch
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.launcher import SpawnedRanks, make_group, rank_device
-from nanovllm.utils.parallel import TensorParallel
 from tests.distributed.test_tensor_parallel import SCRIPT, gone
 from tests.gpu.test_gpu import OPTIONS, greedy, prompts_of, tokens
 from tests.models.tiny import save_tiny

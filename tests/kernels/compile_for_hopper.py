@@ -8,7 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from nanovllm.kernels import _triton
+from nanovllm.ops import triton_utils
 
 
 class CompileOnly:
@@ -28,7 +28,7 @@ class CompileOnly:
 
 
 driver.set_active(CompileOnly())
-original = _triton.launch_options
+original = triton_utils.launch_options
 for module in list(sys.modules.values()):  # the kernels' modules, imported with the package, have the name too
     if getattr(module, "launch_options", None) is original:
         module.launch_options = lambda device: {"PDL": True, "launch_pdl": True}

@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 
-from nanovllm.kernels import collectives, sum_ahead
-from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.rms_norm import rms_norm_torch
-from nanovllm.utils import parallel
+from nanovllm.distributed import parallel
+from nanovllm.ops.comm import collectives, overlapped_all_reduce
+from nanovllm.ops.norm_rope.rms_norm import rms_norm_torch
+from nanovllm.ops.triton_utils import HAVE_TRITON
 from tests.kernels.ranks import run_ranks
 
 pytestmark = [
@@ -153,7 +153,7 @@ def test_a_rank_that_is_told_to_stop_waits_for_none_and_writes_to_none():
 
 @pytest.mark.parametrize("by_host", [True, False])
 def test_a_rank_that_waits_is_told_to_stop(by_host, monkeypatch):
-    monkeypatch.setattr(sum_ahead, "ASK_EVERY", 256 if by_host else 1 << 30)
+    monkeypatch.setattr(overlapped_all_reduce, "ASK_EVERY", 256 if by_host else 1 << 30)
     peers = collectives.PeerMemory(0, [collectives.new_memory(2, torch.device("cpu")) for _ in range(2)])
     waiting = threading.Thread(target=lambda: collectives.all_reduce_triton(torch.ones(3, 300), peers), daemon=True)
     waiting.start()

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from nanovllm.kernels._triton import HAVE_TRITON, compile_only, triton
+from nanovllm.ops.triton_utils import HAVE_TRITON, compile_only, triton
 
 pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 
@@ -17,10 +17,14 @@ import threading
 from types import SimpleNamespace
 import torch
 from tests.kernels.compile_for_hopper import compiled, triton
-from nanovllm.kernels import decode_attention as decode, prefill_attention as prefill
-from nanovllm.kernels._triton import compile_aside, compile_only
-from nanovllm.kernels import collectives, embedding, gemm, gemv, rms_norm, rope_decode, rope_store, sampling
-from nanovllm.kernels import shared_prefix, silu_mul, step_inputs, sum_ahead, swiglu
+from nanovllm.ops.attention import decode_attention as decode, prefill_attention as prefill
+from nanovllm.ops.triton_utils import compile_aside, compile_only
+from nanovllm.ops.attention import rope_decode, shared_prefix
+from nanovllm.ops.comm import collectives, overlapped_all_reduce
+from nanovllm.ops.inputs import embedding, step_inputs
+from nanovllm.ops.linear import gemm, gemv, silu_mul, swiglu
+from nanovllm.ops.norm_rope import rms_norm, rope_store
+from nanovllm.ops.sampling import sampling
 
 def call_all():
     bf16, i32, i64 = (dict(dtype=getattr(torch, name)) for name in ("bfloat16", "int32", "int64"))
@@ -50,7 +54,8 @@ def call_all():
         peers.rank = rank
         gemv.gemv_triton(x, wide, residual=torch.zeros(4, 512, **bf16), peers=peers)
     collectives.exchange_triton(x, peers)
-    ahead = sum_ahead.SumAhead(torch.zeros(sum_ahead.inbox_words(1 << 24), **i32), 0, peers.told, peers.stop)
+    inbox = torch.zeros(overlapped_all_reduce.inbox_words(1 << 24), **i32)
+    ahead = overlapped_all_reduce.SumAhead(inbox, 0, peers.told, peers.stop)
     for norm in (None, (weight, 1e-6)):
         ahead.add(torch.zeros(300, 256, **bf16), norm)
     last = torch.zeros(5, **i64), torch.zeros(5, **i32), 4
@@ -111,7 +116,7 @@ def test_every_kernel_compiles_for_an_h100():
 
 @pytest.mark.parametrize(("kernel", "message"), [("decode", "no CUDA GPU"), ("other", "got 'other'")])
 def test_the_sweep_says_what_it_needs(kernel, message):
-    command = [sys.executable, "-m", "nanovllm.kernels.tune", kernel]
+    command = [sys.executable, "-m", "benchmarks.tune", kernel]
     environment = dict(os.environ, CUDA_VISIBLE_DEVICES="")
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 2 and message in result.stderr

@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.decode_attention import (
+from nanovllm.ops.attention.decode_attention import (
     DecodeConfig,
     decode_attention_torch,
     decode_attention_triton,
     default_decode_config,
 )
-from nanovllm.kernels.decode_plan import MAX_SPLITS, Shares, plan_decode_torch
+from nanovllm.ops.attention.decode_plan import MAX_SPLITS, Shares, plan_decode_torch
+from nanovllm.ops.triton_utils import HAVE_TRITON
 from tests.kernels.paged import DEVICE, DTYPES, assert_close, assert_same, make_paged, plain_attention
 
 needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")

@@ -3,8 +3,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.decode_plan import MAX_SPLITS, Shares, default_shares, plan_decode_torch, plan_decode_triton
+from nanovllm.ops.attention.decode_plan import MAX_SPLITS, Shares, default_shares, plan_decode_torch, plan_decode_triton
+from nanovllm.ops.triton_utils import HAVE_TRITON
 from tests.kernels.paged import DEVICE
 
 PLANS = [

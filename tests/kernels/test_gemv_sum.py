@@ -11,9 +11,7 @@ import pytest
 import torch
 
 from nanovllm.attention import select_backend
-from nanovllm.kernels import collectives, linear
-from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.gemv import GemvConfig, gemv_triton
+from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers import linear as layers
 from nanovllm.layers import parameter
 from nanovllm.layers.attention import Attention
@@ -21,9 +19,12 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import load_weights
+from nanovllm.ops.comm import collectives
+from nanovllm.ops.linear import linear
+from nanovllm.ops.linear.gemv import GemvConfig, gemv_triton
+from nanovllm.ops.triton_utils import HAVE_TRITON
 from nanovllm.utils.context import Context, set_context
 from nanovllm.utils.hub import open_model
-from nanovllm.utils.parallel import TensorParallel
 from tests.kernels.ranks import run_ranks
 from tests.models.tiny import save_tiny
 

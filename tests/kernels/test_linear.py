@@ -2,12 +2,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels import gemm
-from nanovllm.kernels._triton import HAVE_TRITON, tl
-from nanovllm.kernels.gemm import GemmConfig, gemm_triton
-from nanovllm.kernels.gemv import GemvConfig, gemv_triton
-from nanovllm.kernels.linear import adds_well, can_pack, likes_bias, linear, linear_add, pack
-from nanovllm.kernels.rms_norm import rms_norm
+from nanovllm.ops.linear import gemm
+from nanovllm.ops.linear.gemm import GemmConfig, gemm_triton
+from nanovllm.ops.linear.gemv import GemvConfig, gemv_triton
+from nanovllm.ops.linear.linear import adds_well, can_pack, likes_bias, linear, linear_add, pack
+from nanovllm.ops.norm_rope.rms_norm import rms_norm
+from nanovllm.ops.triton_utils import HAVE_TRITON, tl
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 16, 65])

@@ -1,15 +1,15 @@
 import pytest
 import torch
 
-from nanovllm.kernels import prefill_attention as prefill_attention_module
-from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.prefill_attention import (
+from nanovllm.ops.attention import prefill_attention as prefill_attention_module
+from nanovllm.ops.attention.prefill_attention import (
     PrefillConfig,
     default_prefill_config,
     prefill_attention_torch,
     prefill_attention_triton,
     serves_tma,
 )
+from nanovllm.ops.triton_utils import HAVE_TRITON
 from tests.kernels.paged import DEVICE, DTYPES, assert_close, assert_same, make_paged, plain_attention
 
 needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")

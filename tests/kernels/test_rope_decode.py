@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.rope_decode import (
+from nanovllm.layers.rotary_embedding import rope_table
+from nanovllm.ops.attention.rope_decode import (
     RopeDecodeConfig,
     default_rope_decode_config,
     rope_decode_torch,
     rope_decode_triton,
 )
-from nanovllm.kernels.rope_store import QKTransform
-from nanovllm.layers.rotary_embedding import rope_table
+from nanovllm.ops.norm_rope.rope_store import QKTransform
+from nanovllm.ops.triton_utils import HAVE_TRITON
 from tests.kernels.paged import DEVICE, DTYPES, assert_same, make_paged
 
 pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from nanovllm.kernels import sampling
-from nanovllm.kernels.logprobs import process
-from nanovllm.kernels.sampling import (
+from nanovllm.ops.sampling import sampling
+from nanovllm.ops.sampling.logprobs import process
+from nanovllm.ops.sampling.sampling import (
     BIAS,
     COUNTS,
     MASK,

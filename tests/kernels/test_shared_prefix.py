@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm.kernels import shared_prefix
-from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.decode_attention import decode_attention_torch, decode_attention_triton
-from nanovllm.kernels.decode_plan import Shares, plan_decode_torch
-from nanovllm.kernels.shared_prefix import SharedPlan, attend_shared_triton, plan_shared
+from nanovllm.ops.attention import shared_prefix
+from nanovllm.ops.attention.decode_attention import decode_attention_torch, decode_attention_triton
+from nanovllm.ops.attention.decode_plan import Shares, plan_decode_torch
+from nanovllm.ops.attention.shared_prefix import SharedPlan, attend_shared_triton, plan_shared
+from nanovllm.ops.triton_utils import HAVE_TRITON
 from tests.kernels.paged import DEVICE, DTYPES, assert_close
 
 NONE = 999

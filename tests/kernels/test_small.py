@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from nanovllm.kernels import embedding, rms_norm, rope_store, sampling, silu_mul, step_inputs
 from nanovllm.layers.rotary_embedding import rope_table
+from nanovllm.ops.inputs import embedding, step_inputs
+from nanovllm.ops.linear import silu_mul
+from nanovllm.ops.norm_rope import rms_norm, rope_store
+from nanovllm.ops.sampling import sampling
 
 DTYPES = [torch.float32, torch.bfloat16]
 

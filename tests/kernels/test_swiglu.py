@@ -2,11 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels import linear as products
-from nanovllm.kernels import swiglu
-from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.silu_mul import silu_mul_torch
-from nanovllm.kernels.swiglu import SwigluConfig, is_swiglu, swiglu_triton
+from nanovllm.ops.linear import linear as products
+from nanovllm.ops.linear import swiglu
+from nanovllm.ops.linear.silu_mul import silu_mul_torch
+from nanovllm.ops.linear.swiglu import SwigluConfig, is_swiglu, swiglu_triton
+from nanovllm.ops.triton_utils import HAVE_TRITON
 
 SMALL = SwigluConfig(32, 16, 16, 4, 2)
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels.rms_norm import rms_norm
+from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.parameter import make_parameter
 from nanovllm.layers.rotary_embedding import rope_table
-from nanovllm.utils.parallel import TensorParallel
+from nanovllm.ops.norm_rope.rms_norm import rms_norm
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import dummy_weights, iterate_weights, load_weights
 from nanovllm.models.registry import ModelConfig
-from nanovllm.utils.parallel import TensorParallel
 from tests.models.tiny import save_tiny, tiny_model
 
 

@@ -12,16 +12,16 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention.torch_ref import TorchBackend
+from nanovllm.distributed import parallel
+from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.engine.scheduler import Batch
-from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.gemm import MAX_ROWS, MAX_TILES, default_gemm_config
-from nanovllm.kernels.linear import NORM_ROWS
 from nanovllm.layers import linear as layers
+from nanovllm.ops.linear.gemm import MAX_ROWS, MAX_TILES, default_gemm_config
+from nanovllm.ops.linear.linear import NORM_ROWS
+from nanovllm.ops.triton_utils import HAVE_TRITON
 from nanovllm.runner import model_runner
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.model_runner import ModelRunner
-from nanovllm.utils import parallel
-from nanovllm.utils.parallel import TensorParallel
 from tests.models.tiny import save_tiny
 
 

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import TensorDescriptor, since_hopper, sm_count, tl, triton
-from nanovllm.kernels.decode_attention import (
+from nanovllm.ops.attention.decode_attention import (
     LOG2E,
     MIN_DOT,
     attention_constants,
@@ -30,6 +29,7 @@ from nanovllm.kernels.decode_attention import (
     tile_blocks,
     tile_pointers,
 )
+from nanovllm.ops.triton_utils import TensorDescriptor, since_hopper, sm_count, tl, triton
 
 
 class PrefillConfig(NamedTuple):
@@ -52,7 +52,7 @@ class PrefillConfig(NamedTuple):
 
 
 def default_prefill_config(head_dim: int, itemsize: int, num_queries: int = 0, sm_count: int = 1) -> PrefillConfig:
-    """What `python -m nanovllm.kernels.tune prefill` chose on an H100, for rows of any length.
+    """What `python -m benchmarks.tune prefill` chose on an H100, for rows of any length.
 
     Hopper's matrix units want 64 query rows for each four warps. Tiles of 128 rows read K and V from the L2 cache half
     as often; with TMA and at most 128 registers a thread, two such programs fit on an SM. They pay where there are

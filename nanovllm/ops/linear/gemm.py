@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.kernels._triton import (
+from nanovllm.ops.linear.gemv import MAX_ROWS as MAX_GEMV_ROWS
+from nanovllm.ops.triton_utils import (
     HAVE_TRITON,
     TensorDescriptor,
     has_large_tiles,
@@ -19,7 +20,6 @@ from nanovllm.kernels._triton import (
     triton,
     wait_for_inputs,
 )
-from nanovllm.kernels.gemv import MAX_ROWS as MAX_GEMV_ROWS
 
 MAX_ROWS = 64  # of x; more are left to cuBLAS
 MAX_WEIGHT_ROWS = 1 << 16  # logits of a large vocabulary, one product a step, are left to it too
@@ -46,7 +46,7 @@ class GemmConfig(NamedTuple):
 
 
 def default_gemm_config(m: int, n: int, k: int, gated: bool) -> GemmConfig:
-    """What `python -m nanovllm.kernels.tune gemm` chose on an H100 for x [m, k], weight [n, k]; [2 n, k] if gated.
+    """What `python -m benchmarks.tune gemm` chose on an H100 for x [m, k], weight [n, k]; [2 n, k] if gated.
 
     K has parts where tiles of 64 rows are too few to keep the memory busy, the fewer the larger these are.
     """

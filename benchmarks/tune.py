@@ -1,4 +1,4 @@
-"""Measures kernels over sizes and settings: `python -m nanovllm.kernels.tune --help`.
+"""Measures kernels over sizes and settings: `python -m benchmarks.tune --help`.
 
 The defaults beside each kernel (`default_decode_config` and its like) are what this chose on an H100. On another chip:
 run it, and change them.
@@ -13,17 +13,17 @@ from functools import partial
 
 import torch
 
-from nanovllm.kernels._triton import sm_count, triton
-from nanovllm.kernels.decode_attention import DecodeConfig, decode_attention_triton, default_decode_config
-from nanovllm.kernels.decode_plan import default_shares, plan_decode_triton
-from nanovllm.kernels.gemm import MAX_TILES, default_gemm_config, gemm_triton
-from nanovllm.kernels.gemv import GemvConfig, default_gemv_config, gemv_triton
-from nanovllm.kernels.prefill_attention import PrefillConfig, default_prefill_config, prefill_attention_triton
-from nanovllm.kernels.rms_norm import rms_norm
-from nanovllm.kernels.rope_decode import RopeDecodeConfig, default_rope_decode_config, rope_decode_triton
-from nanovllm.kernels.rope_store import QKTransform
-from nanovllm.kernels.silu_mul import silu_mul
-from nanovllm.kernels.swiglu import DEFAULT_CONFIG, SwigluConfig, swiglu_triton
+from nanovllm.ops.attention.decode_attention import DecodeConfig, decode_attention_triton, default_decode_config
+from nanovllm.ops.attention.decode_plan import default_shares, plan_decode_triton
+from nanovllm.ops.attention.prefill_attention import PrefillConfig, default_prefill_config, prefill_attention_triton
+from nanovllm.ops.attention.rope_decode import RopeDecodeConfig, default_rope_decode_config, rope_decode_triton
+from nanovllm.ops.linear.gemm import MAX_TILES, default_gemm_config, gemm_triton
+from nanovllm.ops.linear.gemv import GemvConfig, default_gemv_config, gemv_triton
+from nanovllm.ops.linear.silu_mul import silu_mul
+from nanovllm.ops.linear.swiglu import DEFAULT_CONFIG, SwigluConfig, swiglu_triton
+from nanovllm.ops.norm_rope.rms_norm import rms_norm
+from nanovllm.ops.norm_rope.rope_store import QKTransform
+from nanovllm.ops.triton_utils import sm_count, triton
 
 COLD_BYTES = 256 << 20  # several times any L2 cache
 BLOCK_SIZE = 64

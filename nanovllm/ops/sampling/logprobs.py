@@ -2,7 +2,7 @@
 
 import torch
 
-from nanovllm.kernels.sampling import PROCESSED, SamplingState, adjust, filter_torch, without_stop_ids
+from nanovllm.ops.sampling.sampling import PROCESSED, SamplingState, adjust, filter_torch, without_stop_ids
 
 
 def process(x: torch.Tensor, slots: torch.Tensor, context_lens: torch.Tensor, state: SamplingState) -> torch.Tensor:

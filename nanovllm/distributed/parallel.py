@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.collectives import PeerMemory, all_reduce_triton, exchange_triton, new_memory, rows_of
-from nanovllm.kernels.rms_norm import rms_norm
-from nanovllm.kernels.sum_ahead import SumAhead
-from nanovllm.utils import cuda_ipc
+from nanovllm.ops.comm import cuda_ipc
+from nanovllm.ops.comm.collectives import PeerMemory, all_reduce_triton, exchange_triton, new_memory, rows_of
+from nanovllm.ops.comm.overlapped_all_reduce import SumAhead
+from nanovllm.ops.norm_rope.rms_norm import rms_norm
+from nanovllm.ops.triton_utils import HAVE_TRITON
 
 logger = logging.getLogger(__name__)
 

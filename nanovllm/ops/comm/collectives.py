@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
-from nanovllm.kernels._triton import launch_options, sm_count, tl, triton, wait_for_inputs
-from nanovllm.kernels.sum_ahead import SumAhead, ask_host, inbox_words
-from nanovllm.utils.cuda_ipc import Mapping
+from nanovllm.ops.comm.cuda_ipc import Mapping
+from nanovllm.ops.comm.overlapped_all_reduce import SumAhead, ask_host, inbox_words
+from nanovllm.ops.triton_utils import launch_options, sm_count, tl, triton, wait_for_inputs
 
 CAPACITY = 32 << 20  # bytes that a rank can send to another in one launch; more are sent in several
 FEW_BYTES = 4 << 20  # that a rank sends in all; a ring (NCCL) sends fewer from three ranks on

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanovllm.kernels import collectives, sum_ahead
-from nanovllm.kernels._triton import HAVE_TRITON
-from nanovllm.kernels.rms_norm import rms_norm_torch
-from nanovllm.kernels.sum_ahead import LEAST_ROWS, PARTS, SumAhead, inbox_words
+from nanovllm.distributed import parallel
 from nanovllm.layers.linear import RowParallelLinear
+from nanovllm.ops.comm import collectives, cuda_ipc, overlapped_all_reduce
+from nanovllm.ops.comm.overlapped_all_reduce import LEAST_ROWS, PARTS, SumAhead, inbox_words
+from nanovllm.ops.norm_rope.rms_norm import rms_norm_torch
+from nanovllm.ops.triton_utils import HAVE_TRITON
 from nanovllm.runner.cuda_graphs import mixed_sizes
-from nanovllm.utils import cuda_ipc, parallel
 from tests.kernels.ranks import run_ranks
 
 pytestmark = [
@@ -67,9 +67,9 @@ def replace_engines(setattr):
     setattr(cuda_ipc, "write", write)
     setattr(torch.cuda, "current_stream", lambda: None)
     setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    setattr(sum_ahead, "LEAST", 256)
-    setattr(sum_ahead, "LEAST_ROWS", 256)
-    setattr(sum_ahead, "ASK_EVERY", 64)
+    setattr(overlapped_all_reduce, "LEAST", 256)
+    setattr(overlapped_all_reduce, "LEAST_ROWS", 256)
+    setattr(overlapped_all_reduce, "ASK_EVERY", 64)
 
 
 def new_inboxes():
@@ -99,14 +99,14 @@ def run_rank(rank, inboxes, folder):
     replace_engines(setattr)
     ahead = ahead_of(rank, inboxes)
     ahead.number = (1 << 31) - 4  # the count goes round meanwhile
-    tp, await_part = tp_of(rank, ahead), sum_ahead._await
+    tp, await_part = tp_of(rank, ahead), overlapped_all_reduce._await
 
     def await_late(*arguments):
         await_part(*arguments)
         time.sleep(0.002)  # the other has all and sends parts of the next sum
 
     for i, (own, want, norm) in enumerate(calls(rank)):
-        sum_ahead._await = await_late if rank == i % 2 else await_part
+        overlapped_all_reduce._await = await_late if rank == i % 2 else await_part
         x = torch.full_like(own, float("nan"))
         for rows in ahead.parts(x):
             if rank == i % 2:

@@ -15,7 +15,7 @@ What changes logits is applied where they are read, so that nothing is written a
 import numpy as np
 import torch
 
-from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
+from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 from nanovllm.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_IDS
 
 _GOLDEN = 0x9E3779B9

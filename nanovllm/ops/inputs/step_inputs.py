@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.kernels._triton import tl, triton
-from nanovllm.kernels.sampling import COUNTS, MAX_COUNT, STRIDE, SamplingState
+from nanovllm.ops.sampling.sampling import COUNTS, MAX_COUNT, STRIDE, SamplingState
+from nanovllm.ops.triton_utils import tl, triton
 
 
 class StepRows(NamedTuple):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.kernels._triton import (
+from nanovllm.ops.triton_utils import (
     HAVE_TRITON,
     TensorDescriptor,
     has_large_tiles,
@@ -42,7 +42,7 @@ class SwigluConfig(NamedTuple):
     programs: int = 1
 
 
-# The fastest of a sweep on an H100, as `python -m nanovllm.kernels.tune swiglu` makes it. Two warpgroups share the
+# The fastest of a sweep on an H100, as `python -m benchmarks.tune swiglu` makes it. Two warpgroups share the
 # weights' tiles; one program fills a multiprocessor's shared memory.
 DEFAULT_CONFIG = SwigluConfig(128, 128, 64, 8, 3)
 

@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.kernels._triton import launch_options, let_next_begin, sm_count, tl, triton, wait_for_inputs
-from nanovllm.kernels.decode_attention import (
+from nanovllm.ops.attention.decode_attention import (
     LOG2E,
     MIN_DOT,
     attend_tile,
@@ -28,7 +27,8 @@ from nanovllm.kernels.decode_attention import (
     store_or_merge,
     tile_blocks,
 )
-from nanovllm.kernels.rope_store import QKTransform, qk_norm_rope_store_torch
+from nanovllm.ops.norm_rope.rope_store import QKTransform, qk_norm_rope_store_torch
+from nanovllm.ops.triton_utils import launch_options, let_next_begin, sm_count, tl, triton, wait_for_inputs
 
 MAX_ROWS = 4  # with more, all else takes so long that two kernels don't matter, and splits are few
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
+from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
 
 @triton.jit

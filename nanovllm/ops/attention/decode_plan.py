@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.kernels._triton import tl, triton
+from nanovllm.ops.triton_utils import tl, triton
 
 MAX_SPLITS = 128
 MANY = 6  # programs for each multiprocessor: of so many, more run at a time, each of them slower

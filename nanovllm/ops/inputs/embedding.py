@@ -2,7 +2,7 @@
 
 import torch
 
-from nanovllm.kernels._triton import begin_chain, launch_options, tl, triton
+from nanovllm.ops.triton_utils import begin_chain, launch_options, tl, triton
 
 
 @triton.jit(do_not_specialize=["start"])

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.kernels._triton import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
-from nanovllm.kernels.collectives import FEW_ROWS, UNIT, PeerMemory, buffers_of, pack_words, send, sum_unit
+from nanovllm.ops.comm.collectives import FEW_ROWS, UNIT, PeerMemory, buffers_of, pack_words, send, sum_unit
+from nanovllm.ops.triton_utils import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
 
 MAX_ROWS = FEW_ROWS  # of x
 
@@ -26,7 +26,7 @@ class GemvConfig(NamedTuple):
 
 
 def default_gemv_config(n: int, k: int, gated: bool) -> GemvConfig:
-    """What `python -m nanovllm.kernels.tune gemv` chose on an H100 for a weight [n, k]; [2 n, k] if gated.
+    """What `python -m benchmarks.tune gemv` chose on an H100 for a weight [n, k]; [2 n, k] if gated.
 
     A program's rows are 16 to 64 KiB: enough on their way to hide the memory's latency, few enough for the registers.
     """

@@ -3,13 +3,13 @@
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels.collectives import PeerMemory
-from nanovllm.kernels.gemm import MAX_ROWS as MAX_GEMM_ROWS
-from nanovllm.kernels.gemm import gemm_triton, is_gemm
-from nanovllm.kernels.gemv import gemv_triton, is_gemv
-from nanovllm.kernels.rms_norm import rms_norm
-from nanovllm.kernels.silu_mul import silu_mul
-from nanovllm.kernels.swiglu import is_swiglu, swiglu_triton
+from nanovllm.ops.comm.collectives import PeerMemory
+from nanovllm.ops.linear.gemm import MAX_ROWS as MAX_GEMM_ROWS
+from nanovllm.ops.linear.gemm import gemm_triton, is_gemm
+from nanovllm.ops.linear.gemv import gemv_triton, is_gemv
+from nanovllm.ops.linear.silu_mul import silu_mul
+from nanovllm.ops.linear.swiglu import is_swiglu, swiglu_triton
+from nanovllm.ops.norm_rope.rms_norm import rms_norm
 
 NORM_ROWS = 512  # of a product that a norm adds to the residual stream: more might leave the L2 cache meanwhile
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels._triton import (
+from nanovllm.ops.attention.decode_plan import MANY, default_shares, plan_decode_triton
+from nanovllm.ops.triton_utils import (
     HOPPER_SHARED_MEMORY,
     launch_options,
     shared_memory,
@@ -24,7 +25,6 @@ from nanovllm.kernels._triton import (
     triton,
     wait_for_inputs,
 )
-from nanovllm.kernels.decode_plan import MANY, default_shares, plan_decode_triton
 
 LOG2E = 1.4426950408889634
 MIN_DOT = 16  # smallest side of a tensor-core tile

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 
 import torch
 
-from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
-from nanovllm.kernels.rms_norm import normalize
-from nanovllm.utils import cuda_ipc
+from nanovllm.ops.comm import cuda_ipc
+from nanovllm.ops.norm_rope.rms_norm import normalize
+from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
 CAPACITY = 256 << 20  # bytes of the largest sum
 LEAST = 16 << 20  # bytes of the smallest that is worth it

@@ -2,7 +2,7 @@
 
 import torch
 
-from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
+from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
 
 @triton.jit

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
-from nanovllm.kernels.rms_norm import rms_norm_torch
+from nanovllm.ops.norm_rope.rms_norm import rms_norm_torch
+from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
 
 class QKTransform(NamedTuple):

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanovllm.kernels._triton import launch_options, tl, triton, wait_for_inputs
-from nanovllm.kernels.decode_attention import (
+from nanovllm.ops.attention.decode_attention import (
     LOG2E,
     attention_constants,
     empty_softmax,
     new_partials,
 )
-from nanovllm.kernels.prefill_attention import attend_tiles, default_prefill_config
+from nanovllm.ops.attention.prefill_attention import attend_tiles, default_prefill_config
+from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
 MIN_ROWS = 4  # rows of a group
 MIN_TOKENS = 256  # shared tokens of a group
