@@ -26,7 +26,8 @@ from nanovllm.config import Config, check_names
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.request import Request
-from nanovllm.engine.scheduler import Batch, Scheduler, Step
+from nanovllm.engine.scheduler import ScheduledStep, Scheduler
+from nanovllm.messages import Batch
 from nanovllm.models.loader import iterate_weights
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.runner import launcher
@@ -80,7 +81,7 @@ class LLMEngine:
         blocks = BlockManager(runner.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config.max_num_seqs, self.config.max_num_batched_tokens, blocks)
         self.requests: dict[int | str, Request] = {}
-        self.in_flight: deque[Step] = deque()
+        self.in_flight: deque[ScheduledStep] = deque()
         self.outputs: list[RequestOutput] = []  # what the next `step` returns
         self.left: list[int | str] = []  # requests that were left in the middle of a step, which ends them
         self.stepping = False
@@ -273,7 +274,7 @@ class LLMEngine:
     def _log(self, batch: Batch, seconds: float) -> None:
         now = self.metrics()
         logger.info(
-            f"step {now.num_steps}: {len(batch.decode_slots)} decode rows, {len(batch.chunks)} prompt rows, "
+            f"step {now.num_steps}: {batch.num_decode} decode rows, {len(batch.prefill_rows)} prompt rows, "
             f"{batch.num_tokens} tokens, {1e3 * seconds:.2f} ms; {now.num_running} running, {now.num_waiting} waiting, "
             f"KV {now.kv_usage:.0%} used"
         )

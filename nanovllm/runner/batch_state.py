@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nanovllm.config import Config
-from nanovllm.engine.scheduler import Admission, Batch
+from nanovllm.messages import Admission, Batch
 from nanovllm.ops.inputs.step_inputs import StepRows
 from nanovllm.ops.sampling.sampling import (
     BIAS,
@@ -141,24 +141,28 @@ class BatchState:
         counts.index_add_(0, *map(self.staging.to_device, (tokens, times)))
 
     def pack(self, batch: Batch, num_rows: int, num_tokens: int) -> np.ndarray:
-        """The StepRows of `batch` in one array, padded to the given sizes.
+        """Return the StepRows of `batch` in one array, padded to the given sizes.
 
-        Padding tokens belong to the last row, which must then be one of padding: it has the scratch slot and no tokens
-        that attention sees.
+        Padding tokens belong to the last row, which must then be a padding row: it has the scratch slot, and attention
+        sees none of its tokens.
         """
         packed = np.zeros(StepRows.size(num_rows, num_tokens), dtype=np.int32)
-        rows, num_decode, chunks = StepRows.split(packed, num_rows, num_tokens), len(batch.decode_slots), batch.chunks
-        used_rows, used_tokens = batch.num_rows, batch.num_tokens
+        rows = StepRows.split(packed, num_rows, num_tokens)
+        num_decode, used_rows, used_tokens = batch.num_decode, len(batch.rows), batch.num_tokens
+        prefill_rows = batch.prefill_rows
         rows.slots[:used_rows] = batch.slots
         rows.slots[used_rows:] = self.scratch_slot
-        rows.starts[:num_decode] = -1
-        rows.starts[num_decode:used_rows] = [chunk.start for chunk in chunks]
-        lens = np.array([1] * num_decode + [len(chunk.token_ids) for chunk in chunks], dtype=np.int64)
+        rows.starts[:num_decode] = -1  # the device knows the length
+        rows.starts[num_decode:used_rows] = [row.start for row in prefill_rows]
+        lens = np.array([1] * num_decode + [len(row.token_ids) for row in prefill_rows], dtype=np.int64)
         rows.cu_seqlens[1 : used_rows + 1] = lens.cumsum()
         rows.cu_seqlens[used_rows + 1 :] = used_tokens
         rows.token_rows[:used_tokens] = np.repeat(np.arange(used_rows), lens)
         rows.token_rows[used_tokens:] = num_rows - 1
-        rows.token_ids[:num_decode] = -1
-        for chunk, end in zip(chunks, rows.cu_seqlens[num_decode + 1 :], strict=False):
-            rows.token_ids[end - len(chunk.token_ids) : end] = chunk.token_ids
+        rows.token_ids[:num_decode] = -1  # the device knows the last token
+        start = num_decode
+        for row in prefill_rows:
+            end = start + len(row.token_ids)
+            rows.token_ids[start:end] = row.token_ids
+            start = end
         return packed

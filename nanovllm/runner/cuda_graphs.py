@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from nanovllm.engine.scheduler import Batch
+from nanovllm.messages import Batch
 from nanovllm.ops.attention.shared_prefix import MIN_ROWS, SharedPlan, plan_shared
 from nanovllm.ops.inputs.step_inputs import StepRows
 from nanovllm.ops.triton_utils import sm_count
@@ -165,24 +165,25 @@ class StepGraphs:
 
     def fits(self, batch: Batch) -> bool:
         """Whether there is a graph that holds `batch`."""
-        return not batch.chunks or (batch.num_tokens <= max(self.mixed, default=0) and not batch.has_scores)
+        is_decode = batch.num_decode == len(batch.rows)
+        return is_decode or (batch.num_tokens <= max(self.mixed, default=0) and not batch.has_targets)
 
     def replay(self, batch: Batch) -> "StepTensors":
         """Run `batch`; what it leaves is valid until the next replay."""
         to_device = self.state.staging.to_device
-        if batch.chunks:
+        if batch.num_decode < len(batch.rows):
             size = min(size for size in self.mixed if size >= batch.num_tokens)
             graphs, (num_rows, packed) = self.mixed, self.mixed[size][2:]
             packed.copy_(to_device(self.state.pack(batch, num_rows, size)))
         else:
-            slots = batch.decode_slots
+            slots = batch.slots
             if slots != self.current or self.num_admissions != self.state.num_admissions:
                 self._set_slots(slots)
             graphs = self.shared if self.shares else self.decode
             size = min(size for size in graphs if size >= len(slots))
         result = graphs[size][1]
         graphs[size][0].replay()  # in no variable: an error's traceback would keep the graph, and NCCL wait for its end
-        return result._replace(tokens=result.tokens[: batch.num_rows])
+        return result._replace(tokens=result.tokens[: len(batch.rows)])
 
     def _set_slots(self, slots: list[int]) -> None:
         """Tell the device the rows of the decode steps from now on, and what they share."""
@@ -190,7 +191,7 @@ class StepGraphs:
         padded = np.full(len(self.slots), state.scratch_slot, dtype=np.int32)
         padded[: len(slots)] = slots
         self.slots.copy_(to_device(padded))
-        self.current, self.num_admissions, self.shares = list(slots), state.num_admissions, False
+        self.current, self.num_admissions, self.shares = slots, state.num_admissions, False
         if self.shared and len(slots) >= MIN_ROWS:
             tables = state.host_tables[slots]
             sms = sm_count(self.slots.device)

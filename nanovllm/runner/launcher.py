@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from nanovllm.config import Config
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.engine.scheduler import Batch, StepOutput
+from nanovllm.messages import Batch, StepOutput
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import checked_weights
 from nanovllm.ops.triton_utils import warm_up

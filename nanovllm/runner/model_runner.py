@@ -13,9 +13,9 @@ import torch
 from nanovllm.attention import select_backend
 from nanovllm.config import Config
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.engine.scheduler import Batch, Chunk, StepOutput
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.residual import Residual
+from nanovllm.messages import NO_TOKENS, Batch, Row, StepOutput
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import dummy_weights, load_weights
 from nanovllm.ops.attention.shared_prefix import SharedPlan
@@ -51,8 +51,9 @@ class StepTensors(NamedTuple):
 
 
 class InFlight(NamedTuple):
-    """Results of a step on their way to the host: all there once `event` is done."""
+    """A launched step. Its results are on the host once `event` is done."""
 
+    batch: Batch
     tokens: torch.Tensor
     logprobs: tuple[torch.Tensor, ...] | None
     prompt_logprobs: tuple[torch.Tensor, ...] | None
@@ -206,7 +207,7 @@ class ModelRunner:
     def _largest_batch(self) -> Batch:
         """A full budget of prompt tokens, in at least as many rows as there are slots, all in the scratch slot."""
         lens = [len(part) for part in np.array_split(np.arange(self.config.max_num_batched_tokens), self.max_rows)]
-        return Batch(chunks=[Chunk(self.state.scratch_slot, 0, [0] * n, True) for n in lens])
+        return Batch([Row(self.state.scratch_slot, 0, [0] * n, NO_TOKENS) for n in lens])
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -218,17 +219,19 @@ class ModelRunner:
                 result = self.graphs.replay(batch)
             else:
                 result = self._eager(batch)
-            logprobs = self._logprobs(batch, result) if batch.logprobs else None
-            prompt_logprobs = self._prompt_logprobs(batch, result.hidden) if batch.has_scores else None
-            self._send(result.tokens, logprobs, prompt_logprobs)
+            logprobs = self._logprobs(batch, result) if batch.logprob_rows else None
+            prompt_logprobs = self._prompt_logprobs(batch, result.hidden) if batch.has_targets else None
+            self._send(batch, result.tokens, logprobs, prompt_logprobs)
 
     def collect(self) -> StepOutput:
         """The results of the oldest launched step; waits for that step only."""
-        tokens, *logprobs, event = self.in_flight[0]
+        batch, tokens, *logprobs, event = self.in_flight[0]
         if event is not None:
             self.wait(event)
         self.in_flight.popleft()
-        return StepOutput(tokens.tolist(), *(x and TokenLogprobs(*(part.tolist() for part in x)) for x in logprobs))
+        sampled = zip(batch.rows, tokens.tolist(), strict=True)
+        token_ids = [[token_id] if row.samples else [] for row, token_id in sampled]
+        return StepOutput(token_ids, *(x and TokenLogprobs(*(part.tolist() for part in x)) for x in logprobs))
 
     def wait(self, event: torch.cuda.Event) -> None:
         """Wait for `event`, or raise what `check_ranks` does: a dead rank would leave this one waiting for ever."""
@@ -239,14 +242,15 @@ class ModelRunner:
         self.check_ranks()  # the end of the collectives may have ended the wait: nothing that was waited for is there
 
     def _eager(self, batch: Batch) -> StepTensors:
-        num_decode, to_device = len(batch.decode_slots), self.state.staging.to_device
-        if not batch.chunks:
-            return self.step(to_device(np.array(batch.decode_slots, dtype=np.int32)), num_decode)
-        sizes = batch.num_rows, batch.num_tokens
+        num_decode, to_device = batch.num_decode, self.state.staging.to_device
+        prefill_rows = batch.prefill_rows
+        if not prefill_rows:
+            return self.step(to_device(np.array(batch.slots, dtype=np.int32)), num_decode)
+        sizes = len(batch.rows), batch.num_tokens
         rows = StepRows.split(to_device(self.state.pack(batch, *sizes)), *sizes)
-        longest = max(len(chunk.token_ids) for chunk in batch.chunks)
-        context_len = max(chunk.start + len(chunk.token_ids) for chunk in batch.chunks)
-        return self.step(rows, num_decode, longest, context_len, keep_hidden=batch.has_scores)
+        max_seqlen_q = max(row.num_tokens for row in prefill_rows)
+        max_context_len = max(row.start + row.num_tokens for row in prefill_rows)
+        return self.step(rows, num_decode, max_seqlen_q, max_context_len, keep_hidden=batch.has_targets)
 
     def step(
         self,
@@ -309,27 +313,27 @@ class ModelRunner:
 
     def _logprobs(self, batch: Batch, result: StepTensors) -> tuple[torch.Tensor, ...]:
         """Those of the batch's `logprobs` rows: token ids, log-probabilities and ranks, as in `top_logprobs`."""
-        wanted, to_device = np.array(batch.logprobs, dtype=np.int64), self.state.staging.to_device
+        wanted, to_device = np.array(batch.logprob_rows, dtype=np.int64), self.state.staging.to_device
         own = np.flatnonzero((wanted >= result.own.start) & (wanted < result.own.stop))
         parts, tokens = [], result.tokens[result.own]
         for start in range(0, max(1, len(own)), SCORED_ROWS):
             chosen = wanted[own[start : start + SCORED_ROWS]]
             rows = to_device(chosen - result.own.start)
             logits = result.logits[rows]
-            if batch.processes_logprobs:
+            if batch.processed_logprobs:
                 slots = to_device(np.array(batch.slots)[chosen])
                 logits = process(logits, slots, self.state.length[slots], self.state.sampling)
             parts.append(top_logprobs(logits, tokens[rows], batch.num_logprobs))
         return self._merge(map(torch.cat, zip(*parts, strict=True)), own, len(wanted))
 
     def _prompt_logprobs(self, batch: Batch, hidden: Residual) -> tuple[torch.Tensor, ...]:
-        """Those of the chunks' `scores`, one after the other."""
-        places, wanted, start = [], [], len(batch.decode_slots)
-        for chunk in batch.chunks:
-            first = start + chunk.first_scored
-            places += range(first, first + len(chunk.scores))
-            wanted += chunk.scores
-            start += len(chunk.token_ids)
+        """Return the logprobs of the rows' `target_ids`, concatenated."""
+        places, wanted, start = [], [], batch.num_decode
+        for row in batch.prefill_rows:
+            first = start + row.logit_indices.start
+            places += range(first, first + len(row.target_ids))
+            wanted += row.target_ids
+            start += row.num_tokens
         places, wanted = (torch.tensor(x, dtype=torch.int64, device=self.device) for x in (places, wanted))
         parts = []
         for rows, tokens in zip(places.split(SCORED_ROWS), wanted.split(SCORED_ROWS), strict=True):
@@ -350,10 +354,10 @@ class ModelRunner:
             wholes[-1][own] = part
         return tuple(map(self.tp.merge, wholes))
 
-    def _send(self, tokens: torch.Tensor, *logprobs: tuple[torch.Tensor, ...] | None) -> None:
+    def _send(self, batch: Batch, tokens: torch.Tensor, *logprobs: tuple[torch.Tensor, ...] | None) -> None:
         """Start the copy of results to the host. The ring's oldest buffer is free: its step has been collected."""
         if self.device.type == "cpu":
-            self.in_flight.append(InFlight(tokens, *logprobs, None))
+            self.in_flight.append(InFlight(batch, tokens, *logprobs, None))
             return
         self.token_ring.rotate(-1)
         host = self.token_ring[0][: len(tokens)]
@@ -361,7 +365,7 @@ class ModelRunner:
         logprobs = (x and tuple(part.to("cpu", non_blocking=True) for part in x) for x in logprobs)
         event = torch.cuda.Event()
         event.record()
-        self.in_flight.append(InFlight(host, *logprobs, event))
+        self.in_flight.append(InFlight(batch, host, *logprobs, event))
 
     # -- weights and memory ------------------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.attention.torch_ref import TorchBackend
 from nanovllm.distributed import parallel
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.engine.scheduler import Batch
 from nanovllm.layers import linear as layers
+from nanovllm.messages import Batch
 from nanovllm.ops.linear.gemm import MAX_ROWS, MAX_TILES, default_gemm_config
 from nanovllm.ops.linear.linear import NORM_ROWS
 from nanovllm.ops.triton_utils import HAVE_TRITON
