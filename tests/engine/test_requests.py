@@ -340,7 +340,7 @@ def test_nothing_is_left_of_a_stream_that_others_stepped_for_or_that_never_began
         assert llm.metrics().kv_usage == 0
 
 
-@pytest.mark.parametrize("where", [(Request, "output"), (Scheduler, "_add_row"), (Scheduler, "_check_end")])
+@pytest.mark.parametrize("where", [(Request, "output"), (Scheduler, "schedule"), (Scheduler, "_append")])
 def test_a_stream_may_be_collected_anywhere_in_a_step(model, where, monkeypatch):
     """A stream that is left in a cycle of references ends when Python's collector finds it."""
     want = getattr(*where)
