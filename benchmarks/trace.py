@@ -72,4 +72,4 @@ def add_phases(events: list[dict[str, Any]], steps: list[StepStats], starts: lis
     for step in steps:
         for phase in step.phases:
             times = {"ts": offset + 1e6 * phase.start, "dur": 1e6 * (phase.end - phase.start)}
-            events.append({**markers[0], **times, "name": f"host: {phase.name}"})
+            events.append({**markers[0], **times, "name": f"host: {phase.name}", "args": {}})
