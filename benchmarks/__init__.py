@@ -1,6 +1,6 @@
 """Benchmarks of nanovllm and of other engines; `bench.py` is their command line.
 
-- options: what the flags of bench.py mean together
+- options: checks of the flags
 - workloads: the requests
 - engines: nanovllm, vLLM and transformers behind one interface
 - limits: the least time that the hardware needs for the steps that ran

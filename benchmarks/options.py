@@ -1,4 +1,4 @@
-"""What the flags of bench.py may be, alone and together."""
+"""The checks of the flags of bench.py, each alone and all together."""
 
 import argparse
 import importlib.util

@@ -21,7 +21,7 @@ class Phase(NamedTuple):
 class StepStats:
     """One call of `LLMEngine.step`: the batch that it launched, and its times.
 
-    With overlap, a call launches one batch and collects the tokens of the batch before it.
+    If steps overlap, a call launches one batch and collects the tokens of the batch before it.
 
     Args:
         batch: the launched batch, or None if there was nothing to launch.
