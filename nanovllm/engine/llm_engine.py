@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceType
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,7 +27,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
-from nanovllm.messages import Batch
+from nanovllm.engine.step_stats import StepStats, StepTimer
 from nanovllm.models.loader import iterate_weights
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.runner import launcher
@@ -59,6 +59,11 @@ class LLMEngine:
     Args:
         model: see `Config`.
         **kwargs: the other fields of `Config`; an unknown one raises TypeError.
+
+    Attributes:
+        on_step: called after each step with its `StepStats`; None by default. If it raises, `step` raises the same
+            error; the engine stays usable, and the next `step` returns the outputs.
+        time_gpu: also measure the GPU time of each step, which costs two CUDA events; False by default.
     """
 
     def __init__(self, model: str | Path | None = None, **kwargs):
@@ -75,6 +80,7 @@ class LLMEngine:
         self.weight_error: BaseException | None = None  # what may have left the weights partly overwritten
         runner = self.executor.runner
         self.max_model_len = runner.max_model_len
+        self.gpu = runner.device if runner.device.type == "cuda" else None
         self.num_kvcache_blocks = runner.num_blocks
         num_kv_tokens = runner.num_blocks * self.config.kvcache_block_size
         self.input_processor = InputProcessor(self.config, self.source, self.max_model_len, num_kv_tokens)
@@ -88,6 +94,8 @@ class LLMEngine:
         self.next_id = 0
         self.seeds = random.Random(self.config.seed)
         self.num_steps, self.step_time = 0, 0.0
+        self.on_step: Callable[[StepStats], None] | None = None
+        self.time_gpu = False
         close_at_exit(self)
 
     @property
@@ -177,19 +185,25 @@ class LLMEngine:
         """Launch the next step, collect the one before; the requests that have finished, and what streams have new."""
         self._check_usable()
         with interrupt_after(), self._failing():
-            begin = time.perf_counter()
+            timer = StepTimer(self.gpu if self.time_gpu else None)
             launched = self.scheduler.schedule()
+            timer.finish("schedule")
             if launched:
+                timer.mark_gpu()
                 self.executor.launch(launched.batch)
+                timer.mark_gpu()
                 self.in_flight.append(launched)
+                timer.finish("launch")
             if self.in_flight and (not launched or len(self.in_flight) > self.config.overlap):
-                self._collect()
+                self._collect(timer)
             while self.in_flight and not self.requests:  # all have ended early: their blocks return now
-                self._collect()
-            seconds = time.perf_counter() - begin
-            self.step_time += seconds
-            if self.config.log_steps and launched:
-                self._log(launched.batch, seconds)
+                self._collect(timer)
+            stats = timer.stats(launched.batch if launched else None)
+            self.step_time += stats.seconds
+            if self.config.log_steps and stats.batch is not None:
+                self._log(stats.batch, stats.seconds)
+        if self.on_step is not None:
+            self.on_step(stats)
         outputs, self.outputs = self.outputs, []
         return outputs
 
@@ -224,9 +238,10 @@ class LLMEngine:
         except Exception as another:  # a GPU in a bad state fails in whatever it is asked
             logger.warning("After %r closing the engine failed, too: %r", error, another)
 
-    def _collect(self) -> None:
+    def _collect(self, timer: StepTimer) -> None:
         """Take in the tokens of the oldest step in flight."""
         output = self.executor.collect()
+        timer.finish("collect")
         self.num_steps += 1
         changed = self.scheduler.update(self.in_flight.popleft(), output)
         for request_id in dict.fromkeys(seq.request_id for seq in changed):
@@ -238,6 +253,7 @@ class LLMEngine:
                 self.outputs.append(request.output(self.weight_version))
             if finished:  # only now: `_increments` must find it here or there, whenever it is left
                 del self.requests[request_id]
+        timer.finish("update")
 
     def _step_for(self, request_ids: Container[int | str]) -> list[RequestOutput]:
         """A step, and what it gives for these requests; the next `step` gives what is for others."""
@@ -349,7 +365,7 @@ class LLMEngine:
         """Collect what is in flight, and let all that runs be computed anew."""
         with interrupt_after(), self._failing():
             while self.in_flight:
-                self._collect()
+                self._collect(StepTimer())
         self.scheduler.preempt_all()
 
     # -- life --------------------------------------------------------------------------------------------------------

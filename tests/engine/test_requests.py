@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import random
+from itertools import pairwise
 
 import jsonschema
 import pytest
@@ -594,6 +595,45 @@ def test_steps_are_logged_on_request(model, caplog):
         with engine(model, log_steps=True) as llm:
             tokens(llm, prompts_of([5]), greedy(3))
     assert sum("decode rows" in record.message for record in caplog.records) == 3
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_on_step_receives_each_batch_and_its_times(model, overlap):
+    steps = []
+    with engine(model, overlap=overlap) as llm:
+        assert llm.on_step is None
+        llm.on_step = steps.append
+        tokens(llm, prompts_of([5, 9]), greedy(3))
+        llm.on_step = None
+        tokens(llm, prompts_of([5]), greedy(3))
+    batches = [step.batch for step in steps if step.batch is not None]
+    assert [batch.num_tokens for batch in batches] == [5 + 9, 2, 2]
+    assert [batch.num_decode for batch in batches] == [0, 2, 2]
+    assert len(steps) == len(batches) + overlap  # the last call only collects
+    for name in ("launch", "collect", "update"):
+        assert sum(phase.name == name for step in steps for phase in step.phases) == len(batches)
+    for step in steps:
+        assert step.phases[0].name == "schedule" and step.gpu_seconds is None
+        assert all(one.end == other.start for one, other in pairwise(step.phases))
+        assert 0 <= step.wait_seconds < step.seconds
+    assert all(one.phases[-1].end <= other.phases[0].start for one, other in pairwise(steps))
+
+
+def test_error_in_on_step_reaches_the_caller_and_loses_no_output(model):
+    def fail(step):
+        raise OSError("no space left")
+
+    prompt = prompts_of([5])[0]
+    with engine(model, overlap=0) as llm:
+        expected = tokens(llm, [prompt], greedy(1))
+        request_id = llm.add_request(prompt, greedy(1))
+        llm.on_step = fail
+        with pytest.raises(OSError, match="no space left"):
+            llm.step()
+        llm.on_step = None
+        (output,) = llm.step()
+        assert output.request_id == request_id and [output.outputs[0].token_ids] == expected
+        assert tokens(llm, [prompt], greedy(1)) == expected
 
 
 def test_request_ids_are_the_caller_s_or_numbers(model):

@@ -198,6 +198,20 @@ def test_engines_of_threads_start_run_and_wake_up_at_once(model):
         assert list(threads.map(answers, range(6))) == [want] * 6
 
 
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_steps_report_gpu_times_on_request(model, overlap):
+    steps = []
+    with LLM(model, overlap=overlap, **OPTIONS) as llm:
+        llm.on_step = steps.append
+        tokens(llm, prompts_of([5, 9]), greedy(8))
+        assert all(step.gpu_seconds is None for step in steps)
+        steps.clear()
+        llm.time_gpu = True
+        seconds = llm.generate(prompts_of([5, 9], seed=1), greedy(8), use_tqdm=False)[0].total_time
+    times = [step.gpu_seconds for step in steps if step.batch is not None]
+    assert len(times) == 8 and min(times) > 0 and sum(times) < seconds
+
+
 def test_sleep_frees_the_memory_and_waking_up_brings_it_back():
     prompts = prompts_of([50, 7], 10_000)
     options = dict(load_format="dummy", max_model_len=256, max_num_seqs=8, gpu_memory_utilization=0.4)
