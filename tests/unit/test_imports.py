@@ -55,7 +55,7 @@ def _module_name(path: Path) -> str:
 
 
 def _layer(module: str) -> int:
-    room = (module.split(".") + ["__init__"])[1]
+    room = [*module.split("."), "__init__"][1]
     found = [i for i, rooms in enumerate(LAYERS) if room in rooms]
     assert found, f"{module} is in no layer of {Path(__file__).name}"
     return found[0]
