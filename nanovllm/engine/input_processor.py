@@ -1,8 +1,9 @@
 """Checks what callers send and turns it into requests: prompts become token ids, constraints become token filters.
 
-Nothing here reads or changes the engine's state, so it may run on another thread than the engine's. No torch here.
+Nothing here reads or changes the engine's state, so several threads may use it beside the engine's. No torch here.
 """
 
+import threading
 from collections.abc import Sequence as SequenceType
 from functools import cached_property, partial
 from typing import Any
@@ -10,12 +11,16 @@ from typing import Any
 from nanovllm.config import Config
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.template_renderer import TemplateRenderer
 from nanovllm.engine.token_filter import GrammarFilter, TokenFilter, compile_grammar, grammar_tokenizer, make_filter
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
 from nanovllm.utils.checks import in_vocabulary, is_list
 from nanovllm.utils.hub import ModelSource
 
 _MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token, so a longer prompt is refused before it is tokenised
+_USUAL_TOKEN_CHARS = 8  # prompts with more characters a token are rare; their tokens are counted piece by piece first
+_PIECE_CHARS = 1 << 16
+_MAX_TOKEN_VALUES = 16  # templates make a token or more of each value and key in messages and tools
 
 # Arguments of transformers' apply_chat_template that choose its return type. The prompt's token ids are returned here.
 _NOT_OF_TEMPLATES = {"tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"}
@@ -39,13 +44,27 @@ class InputProcessor:
         self.num_kv_tokens = num_kv_tokens
         self.vocab_size = source.config.vocab_size
         self.has_tokenizer = source.has_tokenizer and not config.skip_tokenizer_init
+        self.renderer = TemplateRenderer()
+        self._loading = threading.RLock()
 
-    @cached_property
+    def close(self) -> None:
+        """End the processes that render templates."""
+        self.renderer.close()
+
+    @property
     def tokenizer(self):
         """The model's transformers tokenizer, loaded when it is first used."""
+        with self._loading:  # cached_property has no lock of its own from Python 3.12 on
+            return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self):
         if self.config.skip_tokenizer_init:
             raise ValueError("skip_tokenizer_init is set, so there is no tokenizer: give prompts as token ids")
-        return self.source.tokenizer()
+        tokenizer = self.source.tokenizer()
+        # The first call turns off truncation and padding, which must not happen while another thread encodes.
+        tokenizer.encode("", add_special_tokens=False)
+        return tokenizer
 
     @cached_property
     def _grammar_tokenizer(self):
@@ -100,9 +119,7 @@ class InputProcessor:
 
     def _prompt_ids(self, prompt) -> list[int]:
         if isinstance(prompt, str):
-            if len(prompt) > _MAX_TOKEN_CHARS * self.max_model_len:
-                what = f"prompt has {len(prompt)} characters"
-                raise ValueError(f"{what}, too many for max_model_len={self.max_model_len}")
+            self._check_text("prompt", prompt)
             token_ids = self.encode(prompt, add_special_tokens=True)
         elif is_list(prompt):
             token_ids = list(prompt)
@@ -116,6 +133,23 @@ class InputProcessor:
             raise TypeError(f"prompt must be text or a list of int token ids, got an id {wrong[0]!r}")
         in_vocabulary("prompt", wrong[:1], self.vocab_size)
         return token_ids
+
+    def _check_text(self, name: str, text: str) -> None:
+        """Refuse a text of far too many tokens before all of it is tokenised, which would take long."""
+        self._check_chars(name, len(text))
+        if len(text) <= _USUAL_TOKEN_CHARS * self.max_model_len:
+            return
+        num_tokens = 0
+        for start in range(0, len(text), _PIECE_CHARS):
+            num_tokens += len(self.encode(text[start : start + _PIECE_CHARS]))
+            # The pieces may have a few more tokens than the whole, so this is not exact.
+            if num_tokens > 2 * self.max_model_len:
+                what = f"the {len(text)} characters of {name} are more than {num_tokens // 2} tokens"
+                raise ValueError(f"{what}, too many for max_model_len={self.max_model_len}")
+
+    def _check_chars(self, name: str, num_chars: int) -> None:
+        if num_chars > _MAX_TOKEN_CHARS * self.max_model_len:
+            raise ValueError(f"{name}: {num_chars} characters are too many for max_model_len={self.max_model_len}")
 
     def _check_lengths(self, num_prompt: int, params: SamplingParams) -> None:
         total = num_prompt + params.max_tokens
@@ -161,19 +195,58 @@ class InputProcessor:
             raise ValueError("the model has no chat template; give chat_template, or prompts to generate()")
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
+        options = {
+            "tools": None if tools is None else [_tool_schema(tool) for tool in tools],
+            "chat_template": self.tokenizer.get_chat_template(chat_template, tools),
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            **self.tokenizer.special_tokens_map,
+            **template_kwargs,
+        }
+        return [self._chat_ids(list(chat), options) for chat in chats]
+
+    def _chat_ids(self, chat: list[dict], options: dict[str, Any]) -> list[int]:
+        """Return the token ids of one conversation."""
+        self._check_chat([chat, options["tools"]])
+        max_chars = _MAX_TOKEN_CHARS * self.max_model_len
         try:
-            texts = self.tokenizer.apply_chat_template(
-                list(map(list, chats)),
-                tools=tools,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=False,
-                **template_kwargs,
-            )
-        except Exception as error:  # templates are programs of the model's
+            text = self.renderer.render({"conversation": chat, **options}, max_chars)
+        except (TypeError, ValueError) as error:
             raise ValueError(f"messages do not fit the model's chat template: {error}") from error
-        return [self.encode(text) for text in texts]
+        self._check_text("messages", text)
+        return self.encode(text)
+
+    def _check_chat(self, data: Any) -> None:
+        """Refuse a conversation of far too many values or tokens before it is rendered."""
+        texts, todo, num_values, num_chars = [], [data], 0, 0
+        while todo:
+            value = todo.pop()
+            num_values += 1
+            if isinstance(value, str):
+                texts.append(value)
+                num_chars += len(value)
+            elif isinstance(value, list | tuple):
+                todo += value
+            elif isinstance(value, dict):
+                todo += value
+                todo += value.values()
+            if num_values > _MAX_TOKEN_VALUES * self.max_model_len:  # or the data contains itself
+                what = f"messages and tools have more than {num_values - 1} values"
+                raise ValueError(f"{what}, too many for max_model_len={self.max_model_len}")
+        self._check_chars("messages", num_chars)
+        self._check_text("messages", "".join(texts))
+
+
+def _tool_schema(tool: Any) -> Any:
+    """Return the JSON schema of a tool that is given as a function."""
+    if not callable(tool):
+        return tool
+    from transformers.utils import get_json_schema
+
+    try:
+        return get_json_schema(tool)
+    except Exception as error:
+        raise ValueError(f"tools has a function that no JSON schema can be made of: {error}") from error
 
 
 def _is_chat(messages: Any) -> bool:
