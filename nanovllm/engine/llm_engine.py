@@ -33,6 +33,7 @@ from nanovllm.runner import launcher
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.hub import open_model
 from nanovllm.utils.interrupt import interrupt_after
+from nanovllm.utils.openmp import ThreadWatch
 
 logger = logging.getLogger("nanovllm")
 
@@ -87,6 +88,7 @@ class LLMEngine:
         self.next_id = 0
         self.seeds = random.Random(self.config.seed)
         self.num_steps, self.step_time = 0, 0.0
+        self.threads = ThreadWatch(torch.get_num_threads() if self.config.device_type == "cpu" else 1)
         close_at_exit(self)
 
     @property
@@ -180,7 +182,7 @@ class LLMEngine:
         """Launch the next step, collect the one before; the requests that have finished, and what streams have new."""
         self._check_usable()
         with interrupt_after(), self._failing():
-            begin = time.perf_counter()
+            begin, cpu_begin = time.perf_counter(), time.process_time()
             launched = self.scheduler.schedule()
             if launched:
                 self.executor.launch(launched.batch)
@@ -191,6 +193,7 @@ class LLMEngine:
                 self._collect()
             seconds = time.perf_counter() - begin
             self.step_time += seconds
+            self.threads.add(seconds, time.process_time() - cpu_begin)
             if self.config.log_steps and launched:
                 self._log(launched.batch, seconds)
         outputs, self.outputs = self.outputs, []
