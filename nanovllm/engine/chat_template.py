@@ -7,12 +7,7 @@ from collections.abc import Sequence as SequenceType
 from functools import cached_property, lru_cache
 from typing import Any
 
-import jinja2.ext
-import jinja2.meta
-import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from nanovllm.engine.template_renderer import TemplateLimitError, TemplateRenderer
 from nanovllm.utils.checks import is_list
 
 _PROBE = "Xprobe"  # text that is looked for in renderings
@@ -20,42 +15,40 @@ _ARGUMENTS = {"argument": _PROBE}
 _USER = {"role": "user", "content": "x"}
 
 
-class _GenerationTag(jinja2.ext.Extension):
-    """Parses `{% generation %}`, by which templates mark answers for training."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 class ChatTemplate:
-    """One chat template of a tokenizer.
+    """One chat template of a model.
 
     Templates differ in the form they expect of a message's content (text or parts) and of a tool call's arguments (an
     object or JSON text). A wrong form gives no error: it is printed in Python's notation, or quoted twice. So small
     conversations are rendered to find out which forms are right.
 
     Args:
-        tokenizer: a transformers tokenizer, which renders.
         text: the template, in Jinja.
+        renderer: renders it.
+        special_tokens: the tokenizer's, which are variables of each template.
+        max_chars: longer texts are refused.
+
+    Attributes:
+        variables: names that the template reads.
 
     Raises:
-        jinja2.TemplateSyntaxError: the template is not Jinja.
+        ValueError: the template is not Jinja.
     """
 
-    def __init__(self, tokenizer: Any, text: str):
-        self.tokenizer = tokenizer
+    def __init__(self, text: str, renderer: TemplateRenderer, special_tokens: dict[str, str], max_chars: int):
         self.text = text
-        environment = ImmutableSandboxedEnvironment(extensions=[_GenerationTag, jinja2.ext.loopcontrols])
-        self.variables = jinja2.meta.find_undeclared_variables(environment.parse(text))
-        self._content_forms = lru_cache(maxsize=16)(self._find_content_forms)  # roles are the caller's words
+        self.renderer = renderer
+        self.special_tokens = special_tokens
+        self.max_chars = max_chars
+        self.variables = renderer.variables(text)
+        self._prints = lru_cache(maxsize=32)(self._find_prints)  # bounded, because roles are the caller's words
 
     def check_variables(self, variables: Iterable[str]) -> None:
         """Raise TypeError for a variable that the template does not read, which would have no effect."""
+        from transformers import PreTrainedTokenizerBase
+
         # Arguments of transformers' function do not reach the template, but for documents.
-        parameters = inspect.signature(self.tokenizer.apply_chat_template).parameters.keys() - {"documents"}
+        parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"documents"}
         settable = self.variables - parameters - {"messages"}
         for name in variables:
             if name not in settable:
@@ -64,7 +57,8 @@ class ChatTemplate:
 
     def render(self, messages: list[dict], **variables: Any) -> str:
         """Return the text of one conversation."""
-        return self.tokenizer.apply_chat_template(messages, chat_template=self.text, tokenize=False, **variables)
+        arguments = {"conversation": messages, "chat_template": self.text, **self.special_tokens, **variables}
+        return self.renderer.render(arguments, self.max_chars)
 
     def adapt(self, messages: SequenceType[Mapping]) -> list[dict]:
         """Return the messages with contents and tool calls in the form that the template prints.
@@ -75,8 +69,8 @@ class ChatTemplate:
         return [self._adapt(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
     def _adapt(self, message: Mapping, name: str) -> dict:
-        adapted = dict(message)
-        calls = message.get("tool_calls") if message["role"] == "assistant" else None
+        adapted, role = dict(message), message["role"]
+        calls = message.get("tool_calls") if role == "assistant" else None
         if calls:
             if not is_list(calls) or not all(isinstance(call, Mapping) for call in calls):
                 raise TypeError(f"{name}['tool_calls'] must be a list of dicts")
@@ -85,13 +79,12 @@ class ChatTemplate:
         content = message.get("content")
         if content is None and calls:
             content = ""
-        takes_text, takes_parts = self._content_forms(message["role"])
         if isinstance(content, str):
-            needs_parts = takes_parts and not takes_text
+            needs_parts = not self._prints(role, as_parts=False) and self._prints(role, as_parts=True)
             adapted["content"] = [{"type": "text", "text": content}] if needs_parts else content
         elif is_list(content):
             texts = [_text_of(part, f"{name}['content'][{i}]") for i, part in enumerate(content)]
-            adapted["content"] = list(content) if takes_parts else "\n".join(texts)
+            adapted["content"] = list(content) if self._prints(role, as_parts=True) else "\n".join(texts)
         else:
             what = "text or a list of text parts, or None beside an assistant's tool_calls"
             raise TypeError(f"{name}['content'] must be {what}; got {type(content).__name__}")
@@ -112,16 +105,12 @@ class ChatTemplate:
 
     # -- what the template prints ------------------------------------------------------------------------------------
 
-    def _find_content_forms(self, role: str) -> tuple[bool, bool]:
-        """Return whether the template prints a content of this role that is text, and one of text parts."""
-
-        def prints(content: Any) -> bool:
-            message = {"role": role, "content": content}
-            orders = {"user": [message], "system": [message, _USER], "developer": [message, _USER]}
-            text = self._try(orders.get(role, [_USER, message]))
-            return _PROBE in text and f"'{_PROBE}'" not in text and f'"{_PROBE}"' not in text
-
-        return prints(_PROBE), prints([{"type": "text", "text": _PROBE}])
+    def _find_prints(self, role: str, as_parts: bool) -> bool:
+        """Return whether the template prints a content of this role that is text, or that is text parts."""
+        message = {"role": role, "content": [{"type": "text", "text": _PROBE}] if as_parts else _PROBE}
+        orders = {"user": [message], "system": [message, _USER], "developer": [message, _USER]}
+        text = self._try(orders.get(role, [_USER, message]))
+        return _PROBE in text and f"'{_PROBE}'" not in text and f'"{_PROBE}"' not in text
 
     @cached_property
     def _argument_forms(self) -> tuple[bool, bool]:
@@ -137,7 +126,9 @@ class ChatTemplate:
     def _try(self, messages: list[dict]) -> str:
         try:
             return self.render(messages)
-        except Exception:  # the template refuses this form, or such a conversation
+        except TemplateLimitError:  # so would another conversation, after as long
+            raise
+        except ValueError:  # the template refuses this form, or such a conversation
             return ""
 
 
