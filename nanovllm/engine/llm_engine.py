@@ -72,8 +72,10 @@ class LLMEngine:
         check_names(kwargs)
         self.config = Config(model=model, **kwargs)
         self.source = open_model(self.config.model, self.config.load_format)
-        self.executor = launcher.start(self.config, self.source)
         self.has_tokenizer = self.source.has_tokenizer and not self.config.skip_tokenizer_init
+        if self.has_tokenizer:
+            _ = self.tokenizer  # now: later the model's files may be gone, and a broken one would take a step down
+        self.executor = launcher.start(self.config, self.source)
         self.sleep_level = 0
         self.weight_version = 0
         self.weight_error: BaseException | None = None  # what may have left the weights partly overwritten
@@ -94,7 +96,7 @@ class LLMEngine:
 
     @cached_property
     def tokenizer(self):
-        """The model's transformers tokenizer, loaded when it is first used."""
+        """The model's transformers tokenizer."""
         if self.config.skip_tokenizer_init:
             raise ValueError("skip_tokenizer_init is set, so there is no tokenizer: give prompts as token ids")
         return self.source.tokenizer()
@@ -165,8 +167,6 @@ class LLMEngine:
             raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
         if request_id is not None and self._is_taken(_checked_id(request_id)):
             raise ValueError(f"request_id {request_id!r} is that of a request that is unfinished or whose output waits")
-        if self.has_tokenizer:
-            _ = self.tokenizer  # a broken one refuses requests here: in a step it would take all of them down
         token_ids = self._prompt_ids(prompt)
         end_ids = self._end_ids(params)
         self._check_lengths(len(token_ids), params)
@@ -384,7 +384,7 @@ class LLMEngine:
         """
         self._check_usable(weights=False)
         if isinstance(weights, str | Path):
-            weights = iterate_weights(Path(weights).expanduser())
+            weights = iterate_weights(weights)
         elif not isinstance(weights, Iterable) or isinstance(weights, bytes | Mapping):
             raise TypeError(f"weights must be pairs (name, tensor) or a path, got {type(weights).__name__}")
         self._forget_computed()

@@ -73,7 +73,7 @@ def test_a_damaged_file_is_fetched_again(fake_pip):
 def test_a_cache_that_cannot_be_written_is_named(folder, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("NANOVLLM_CACHE", folder if folder[0] == "~" else str(tmp_path / folder))
-    with pytest.raises(ValueError, match=r"NANOVLLM_CACHE=.*cannot be written"):
+    with pytest.raises(ValueError, match=r"NANOVLLM_CACHE.*cannot be (written|read)"):
         default_model()
 
 
@@ -287,7 +287,7 @@ def test_what_is_not_found_is_named(name):
 
 @pytest.mark.parametrize("name", ["~no-such-user/model", "x" * 300])
 def test_what_is_no_path_is_named(name):
-    with pytest.raises(ValueError, match=f"model '{name}' is not a path"):
+    with pytest.raises(ValueError, match=f"model '{name:.90}.* is not a path"):
         open_model(name)
 
 
