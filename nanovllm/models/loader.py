@@ -80,8 +80,8 @@ def _no_place(name: str) -> ValueError:
 def _check_complete(config: "ModelConfig", needed: Iterable[str], found: Iterable[str]) -> None:
     """Raise ValueError, naming tensors of `needed` that are not in `found`."""
     found = set(found)
-    if config.tie_word_embeddings and found & _TIED.keys():
-        found |= _TIED.keys()
+    if config.tie_word_embeddings:  # either will do
+        found |= {_HEAD} | ({_EMBEDDING} if _HEAD in found else set())
     missing = [name for name in needed if name not in found]
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} tensors: {', '.join(missing[:8])}")
