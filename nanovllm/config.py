@@ -18,7 +18,7 @@ class Config:
             embedded default model.
         enforce_eager: run without CUDA graphs.
         tensor_parallel_size: ranks the model is split over. Under `torchrun` it must equal the world size.
-        max_model_len: longest prompt plus output, in tokens; at most what the model knows.
+        max_model_len: longest prompt plus output, in tokens; at most what the model knows, with its RoPE scaling.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: token budget of one step, at least max_num_seqs.
         gpu_memory_utilization: share of the GPU's memory for weights, activations and KV cache together.

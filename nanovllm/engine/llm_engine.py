@@ -378,8 +378,9 @@ class LLMEngine:
             The new weight version, which results carry.
 
         Raises:
-            TypeError, ValueError: a tensor is missing, left over, given twice or of the wrong shape or dtype. The old
-                weights may be partly overwritten then, and the engine refuses to run until an update succeeds.
+            TypeError, ValueError: a tensor is missing, left over, given twice, of the wrong shape or dtype, or not
+                finite; or the head differs from the embedding where both are one parameter. The old weights may be
+                partly overwritten then, and the engine refuses to run until an update succeeds.
             RuntimeError: a rank is lost, and with it the engine; or what gives the weights uses the engine.
         """
         self._check_usable(weights=False)

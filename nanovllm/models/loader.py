@@ -96,7 +96,9 @@ def check_shapes(config: "ModelConfig", shapes: Mapping[str, tuple[int, ...]]) -
     Raises:
         ValueError: naming a tensor that is missing, left over or of another shape than the config's sizes give.
     """
-    check_num_layers(config.num_layers, shapes)
+    layers = {match[1] for match in map(re.compile(r"(?:model\.)?layers\.(\d+)\.").match, shapes) if match}
+    if config.num_layers > len(layers):
+        raise ValueError(f"the model's num_layers is {config.num_layers}, but the checkpoint has {len(layers)} layers")
     whole = _whole_shapes(config)
     for name, shape in shapes.items():
         if _is_computed(name):
@@ -107,13 +109,6 @@ def check_shapes(config: "ModelConfig", shapes: Mapping[str, tuple[int, ...]]) -
             needed = f"but the model needs {list(whole[_full_name(name)])}"
             raise ValueError(f"the tensor {name} has shape {list(shape)}, {needed}")
     _check_complete(config, whole, map(_full_name, shapes))
-
-
-def check_num_layers(num_layers: Any, names: Iterable[str]) -> None:
-    """Raise ValueError if a config states more layers than the checkpoint's tensors, of these `names`, have."""
-    found = {match[1] for match in map(re.compile(r"(?:model\.)?layers\.(\d+)\.").match, names) if match}
-    if isinstance(num_layers, int) and num_layers > len(found):
-        raise ValueError(f"the model's num_layers is {num_layers}, but the checkpoint has {len(found)} layers")
 
 
 def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -196,7 +196,9 @@ def _rope_scaling(file: _File) -> dict[str, Any] | None:
     if rope_type == "none" or (rope_type == "linear" and not factor):
         return None
     original = file.number("{arch}.rope.scaling.original_context_length", file.number("{arch}.context_length"))
-    return {"rope_type": rope_type, "factor": factor, "original_max_position_embeddings": original}
+    betas = {name: file.get(f"{{arch}}.rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
+    given = {name: value for name, value in betas.items() if value is not None}
+    return {"rope_type": rope_type, "factor": factor, "original_max_position_embeddings": original, **given}
 
 
 def _end_ids(file: _File, vocab_size: int) -> tuple[int, ...]:

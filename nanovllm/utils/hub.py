@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, TextIO
 
 import torch
 
-from nanovllm.models.loader import check_num_layers, check_shapes, has_own_head, iterate_weights, read_json, read_shapes
-from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, checked, known_ids, token_ids
+from nanovllm.models.loader import check_shapes, has_own_head, iterate_weights, read_json, read_shapes
+from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, known_ids, token_ids
 from nanovllm.utils.files import local_path, regular_file
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_MAX_LENGTH = 4096  # of the lists that transformers makes as long as a number in a config says
 _HUB_FILES = ["*.json", "*.jinja", "merges.txt", "tokenizer.model"]  # never *.py, never pickled weights
 
 
@@ -105,11 +106,12 @@ def open_model(name: str | Path | None, load_format: str = "auto") -> ModelSourc
 
     config, has_tokenizer = read_gguf(path)
     source = ModelSource(config, path, has_tokenizer)
-    return source if load_format == "dummy" else _compared(source, read_shapes(path))
+    return source if load_format == "dummy" else _compared(source)
 
 
-def _compared(source: ModelSource, shapes: dict[str, tuple[int, ...]]) -> ModelSource:
-    """`source`, whose config must fit tensors of these `shapes`; with a head of its own if it has one."""
+def _compared(source: ModelSource) -> ModelSource:
+    """`source`, whose config must fit the headers of its weights; with a head of its own if it has one."""
+    shapes = read_shapes(source.path)
     check_shapes(source.config, shapes)
     if source.config.tie_word_embeddings and has_own_head(source.path, shapes):
         return replace(source, config=replace(source.config, own_head=True))
@@ -127,14 +129,13 @@ def _open_folder(path: Path, load_format: str) -> ModelSource:
     if not (path / "config.json").exists():
         raise ValueError(f"model {str(path)!r} is a folder without a config.json")
     _check_files(path)
-    # A type that is not supported is refused before transformers may want to run code of the folder.
     content = read_json(path / "config.json")
+    # A type that is not supported is refused before transformers may want to run code of the folder.
     check_model_type(content.get("model_type"))
-    shapes = None if load_format == "dummy" else read_shapes(path)
-    if "num_hidden_layers" in content:  # transformers makes lists of that length
-        num_layers = checked("num_layers", content["num_hidden_layers"], int)
-        if shapes is not None:
-            check_num_layers(num_layers, shapes)
+    for key in ("num_hidden_layers", "num_labels"):
+        length = content.get(key)
+        if length is not None and (type(length) is not int or not 1 <= length <= _MAX_LENGTH):
+            raise ValueError(f"the model's {key} must be an integer from 1 to {_MAX_LENGTH}, got {length!r:.80}")
     from transformers import AutoConfig
 
     try:
@@ -148,7 +149,7 @@ def _open_folder(path: Path, load_format: str) -> ModelSource:
     if not source.config.eos_token_ids and source.has_tokenizer:
         eos = known_ids(source.tokenizer().eos_token_id, source.config.vocab_size)
         source = replace(source, config=replace(source.config, eos_token_ids=eos))
-    return source if shapes is None else _compared(source, shapes)
+    return source if load_format == "dummy" else _compared(source)
 
 
 def _download(name: str, load_format: str) -> Path:
@@ -157,7 +158,7 @@ def _download(name: str, load_format: str) -> Path:
         raise ValueError(f"model {name!r} is a shape without weights; use load_format='dummy' or a folder or hub id")
     if name.endswith(".gguf") or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(
-            f"model {name!r} is not a folder or .gguf file here; nor is it a hub id (owner/name) or, with "
+            f"model {name!r:.100} is not a folder or .gguf file here; nor is it a hub id (owner/name) or, with "
             f"load_format='dummy', one of {', '.join(PRESETS)}"
         )
     from huggingface_hub import snapshot_download
@@ -167,7 +168,9 @@ def _download(name: str, load_format: str) -> Path:
         # Subfolders and consolidated.safetensors hold the same weights in the vendors' own layouts.
         folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
     except Exception as error:  # the hub's own errors, its HTTP library's, the disk's
-        raise ValueError(f"model {name!r} is not a local path and could not be had from the hub: {error}") from error
+        raise ValueError(
+            f"model {name!r:.100} is not a local path and could not be had from the hub: {error}"
+        ) from error
     return Path(folder)
 
 

@@ -203,6 +203,14 @@ def test_the_older_name_of_the_linear_factor_is_read(tmp_path, old_name, factor)
     assert open_model(path).config.rope_scaling["factor"] == 4
 
 
+def test_yarn_is_read_with_its_original_length_and_its_bounds(tmp_path):
+    scaling = {"type": "yarn", "factor": 4.0, "original_context_length": 512, "yarn_beta_fast": 16.0}
+    keys = {f"llama__rope__scaling__{key}": value for key, value in scaling.items()}
+    config = open_model(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), **keys)).config
+    want = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "beta_fast": 16.0}
+    assert config.rope_scaling == want and config.max_position == 2048
+
+
 # A byte-level vocabulary whose merges do not make its one word, and a template.
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 SPECIAL = ["<|begin|>", "<|endoftext|>", "<|im_end|>", "<|file_sep|>"]

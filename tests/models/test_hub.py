@@ -398,8 +398,9 @@ def test_a_file_that_is_broken_is_named(tmp_path, file, content):
     [
         ({"hidden_size": 1 << 24}, "embed_tokens"),
         ({"intermediate_size": 1 << 24}, "gate_proj|up_proj|down_proj"),
-        ({"num_hidden_layers": 1 << 24}, "num_layers is 16777216, but the checkpoint has 2"),
-        ({"num_hidden_layers": 10**12}, "num_layers must be an integer from 1"),
+        ({"num_hidden_layers": 4096}, "num_layers is 4096, but the checkpoint has 2"),
+        ({"num_hidden_layers": 1 << 24}, "num_hidden_layers must be an integer from 1 to 4096, got 16777216"),
+        ({"num_labels": 10**12}, "num_labels must be an integer from 1 to 4096"),
         ({"num_hidden_layers": 1}, r"layers\.1\..* no place"),
         ({"vocab_size": 1 << 24}, "embed_tokens"),
         ({"head_dim": 1 << 24}, "proj|norm"),
