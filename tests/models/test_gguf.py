@@ -302,31 +302,36 @@ def tensor_info(name, offset, dims=(8,)):
 ARRAY = text(b"list") + struct.pack("<I", 9)
 
 
-@pytest.mark.parametrize(
-    ("content", "what"),
-    [
-        (header(0, [ARRAY + struct.pack("<IQ", 0, 1 << 60)]), "ends at"),
-        (header(0, [ARRAY + struct.pack("<IQ", 12, 1 << 62)]), "ends at"),
-        (header(0, [ARRAY + struct.pack("<IQ", 8, 1 << 60)]), ""),
-        (header(0, [ARRAY + struct.pack("<IQ", 9, 1 << 60) * 50_000]), ""),  # arrays of arrays
-        (header(0, [ARRAY + struct.pack("<IQ", 77, 1)]), "unknown type 77"),
-        (header(0, [struct.pack("<Q", 1 << 63)]), "ends at"),
-        (header(1 << 60, []), ""),
-        (struct.pack("<4sIQQ", b"GGUF", 3, 0, 1 << 60), ""),
-        (struct.pack("<4sIQQ", b"GGUF", 7, 0, 0), "version is 7"),
-        (header(0, [text(b"a") + struct.pack("<II", 4, 1)] * 2), "twice"),
-        (header(1, [text(b"general.alignment") + struct.pack("<II", 4, 0)], tensor_info(b"x", 0)), "power of two"),
-        (header(1, [], tensor_info(b"x", 0, dims=())), "1 to 4 dimensions, got 0"),
-        (header(1, [], tensor_info(b"x", 0, dims=(1 << 32, 1 << 32))), "'x' is from"),
-        (header(1, [], tensor_info(b"x", 64)), "'x' is from"),
-        (header(1, [], tensor_info(b"x", 2**64 - 64)), "'x' is from"),
-        (header(1, [], tensor_info(b"x", 4)), "multiple of 32"),
-        (header(2, [], tensor_info(b"x", 0) + tensor_info(b"x", 32)), "same name"),
-        (header(2, [], tensor_info(b"x", 0) + tensor_info(b"y", 0)), "'x' and 'y' overlap"),
-        (header(2, [], tensor_info(b"x", 32) + tensor_info(b"y", 0, dims=(4, 4))), "'y' and 'x' overlap"),
-    ],
-)
-def test_counts_and_offsets_that_the_file_cannot_have_are_refused(tmp_path, content, what):
+# What is wrong with a file: its content, and what the error says.
+BROKEN = {
+    "numbers beyond the file": (header(0, [ARRAY + struct.pack("<IQ", 0, 1 << 60)]), "ends at"),
+    "wide numbers beyond the file": (header(0, [ARRAY + struct.pack("<IQ", 12, 1 << 62)]), "ends at"),
+    "strings beyond the file": (header(0, [ARRAY + struct.pack("<IQ", 8, 1 << 60)]), ""),
+    "deep arrays": (header(0, [ARRAY + struct.pack("<IQ", 9, 1 << 60) * 50_000]), ""),
+    "an array of an unknown type": (header(0, [ARRAY + struct.pack("<IQ", 77, 1)]), "unknown type 77"),
+    "a long key": (header(0, [struct.pack("<Q", 1 << 63)]), "ends at"),
+    "tensors beyond the file": (header(1 << 60, []), ""),
+    "metadata beyond the file": (struct.pack("<4sIQQ", b"GGUF", 3, 0, 1 << 60), ""),
+    "an unknown version": (struct.pack("<4sIQQ", b"GGUF", 7, 0, 0), "version is 7"),
+    "a key twice": (header(0, [text(b"a") + struct.pack("<II", 4, 1)] * 2), "twice"),
+    "no alignment": (
+        header(1, [text(b"general.alignment") + struct.pack("<II", 4, 0)], tensor_info(b"x", 0)),
+        "power of two",
+    ),
+    "no dimension": (header(1, [], tensor_info(b"x", 0, dims=())), "1 to 4 dimensions, got 0"),
+    "a product beyond 64 bits": (header(1, [], tensor_info(b"x", 0, dims=(1 << 32, 1 << 32))), "'x' is from"),
+    "an end outside": (header(1, [], tensor_info(b"x", 64)), "'x' is from"),
+    "a start that wraps around": (header(1, [], tensor_info(b"x", 2**64 - 64)), "'x' is from"),
+    "a start that is not aligned": (header(1, [], tensor_info(b"x", 4)), "multiple of 32"),
+    "a name twice": (header(2, [], tensor_info(b"x", 0) + tensor_info(b"x", 32)), "same name"),
+    "one place for two": (header(2, [], tensor_info(b"x", 0) + tensor_info(b"y", 0)), "'x' and 'y' overlap"),
+    "an overlap": (header(2, [], tensor_info(b"x", 32) + tensor_info(b"y", 0, dims=(4, 4))), "'y' and 'x' overlap"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_counts_and_offsets_that_the_file_cannot_have_are_refused(tmp_path, name):
+    content, what = BROKEN[name]
     path = tmp_path / "x.gguf"
     path.write_bytes(content + b"\0" * (-len(content) % 32) + b"\0" * 64)
     with pytest.raises(ValueError, match=rf"x\.gguf is not a GGUF file that can be read: .*{what}"):
