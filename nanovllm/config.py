@@ -1,4 +1,4 @@
-"""Everything an engine is told, checked once and then frozen."""
+"""The options of an engine, checked once and then frozen."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields

@@ -13,7 +13,7 @@ ROPE_TYPES = {
     "yarn": ("factor", "original_max_position_embeddings"),
     "frequency_factors": ("factors",),  # GGUF's spelling of llama3: a divisor for each frequency
 }
-# What it may give besides, for yarn.
+# Options that a checkpoint may give as well, for yarn.
 ROPE_OPTIONAL = dict.fromkeys(("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"), float)
 ROPE_OPTIONAL |= {"truncate": bool}
 

@@ -1,4 +1,4 @@
-"""Gets weights into a decoder: strictly, one tensor at a time."""
+"""Read checkpoints and copy their tensors into a decoder: strictly, one tensor at a time."""
 
 import json
 import re
@@ -27,7 +27,7 @@ _MERGED = {
 }
 
 
-# Of a model with tied embeddings, a checkpoint may have either or both.
+# A checkpoint with tied embeddings has either tensor, or both.
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TIED = {_EMBEDDING: _HEAD, _HEAD: _EMBEDDING}
 
@@ -140,7 +140,7 @@ def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) 
                 raise ValueError(f"the checkpoint has the tensor {given} twice")
             if name not in targets:
                 raise _no_place(given)
-            # Of two tied tensors the first fills both parameters.
+            # The first of two tied tensors fills both parameters.
             other = tied.get(name)
             fill = [name, other] if other and other not in seen and not shares else [name]
             try:
@@ -267,7 +267,7 @@ def _weights_path(location: str | Path) -> Path:
 
 
 def read_json(file: Path) -> dict:
-    """The object in a JSON file; ValueError if there is none."""
+    """Return the object in a JSON file; ValueError if there is none."""
     regular_file(file)
     try:
         content = json.loads(file.read_bytes())  # in UTF-8, whatever the locale says

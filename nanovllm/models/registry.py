@@ -1,4 +1,4 @@
-"""Which models there are: families are rows of options of one decoder."""
+"""The supported models: each family is a row of options of one decoder."""
 
 import logging
 from dataclasses import dataclass, fields
@@ -11,14 +11,14 @@ from nanovllm.utils.checks import in_vocabulary
 
 logger = logging.getLogger(__name__)
 
-# What tells a family from the others: options of ModelConfig. A string names the checkpoint's own option.
+# The options of ModelConfig that each family sets. A string names the checkpoint's own option.
 FAMILIES: dict[str, dict[str, bool | str]] = {
     "qwen3": {"qk_norm": True, "qkv_bias": "attention_bias", "o_bias": "attention_bias"},
     "qwen2": {"qkv_bias": True},
     "llama": {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"},
     "mistral": {},
 }
-# What an option of each type may be: its types in a file, its range, and that in words. Real models keep far within.
+# For options of each type: the types in a file, the range, and the range in words. Real models stay far below.
 _KINDS = {
     bool: ((bool,), 0, 1, "true or false"),
     int: ((int,), 1, 1 << 24, "an integer from 1 to 2**24"),
@@ -44,7 +44,7 @@ def checked(name: str, value: Any, kind: type) -> Any:
 
 
 def default_head_dim(hidden_size: Any, num_heads: Any) -> int:
-    """What it is where a checkpoint does not say."""
+    """Return the head_dim of a checkpoint that does not state it."""
     return checked("hidden_size", hidden_size, int) // checked("num_heads", num_heads, int)
 
 
@@ -67,9 +67,10 @@ def known_ids(value: int | list[int] | None, vocab_size: int) -> tuple[int, ...]
 
 
 def stretched(max_position: int, scaling: dict[str, Any] | None) -> int:
-    """The positions a model knows with its RoPE scaling: of linear and yarn, the original ones times the factor.
+    """Return the number of positions that a model knows with its RoPE scaling.
 
-    `max_position` of other types has the factor in it, and is returned; as it is if it is more already.
+    For linear and yarn this is the original number times the factor, or `max_position` if that is more. For other types
+    `max_position` has the factor in it.
     """
     if scaling is None or scaling["rope_type"] not in ("linear", "yarn"):
         return max_position

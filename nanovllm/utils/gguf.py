@@ -59,7 +59,7 @@ _WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixt
 
 @dataclass(frozen=True)
 class _Tensor:
-    """Where a tensor lies in the file: `shape` as transformers has it, and its bytes from `start` to `end`."""
+    """A tensor's header: its `shape` as transformers has it, and its bytes in the file, from `start` to `end`."""
 
     name: str
     shape: tuple[int, ...]

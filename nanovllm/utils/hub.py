@@ -70,7 +70,7 @@ class ModelSource:
             raise ValueError(f"the tokenizer of {self.path} cannot be read: {self._why(error)}") from error
 
     def _why(self, error: Exception) -> str:
-        """What is behind an error of transformers', which names other packages where sentencepiece is missing."""
+        """Explain an error of transformers, which names other packages if sentencepiece is missing."""
         if (self.path / "tokenizer.model").is_file() and not (self.path / "tokenizer.json").is_file():
             try:
                 import sentencepiece  # noqa: F401
@@ -202,7 +202,7 @@ def default_model() -> Path:
 
 
 def _lock(lock: TextIO, folder: Path) -> None:
-    """Hold the lock until its file is closed, or this process ends. Say so if another process makes this one wait."""
+    """Lock the file until it is closed, and write this process's id into it. Print which process makes this one wait."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
