@@ -202,7 +202,7 @@ def default_model() -> Path:
 
 
 def _lock(lock: TextIO, folder: Path) -> None:
-    """Lock the file until it is closed, and write this process's id into it. Print which process makes this one wait."""
+    """Lock the file until it is closed, and write this process's id into it. Print the process that is waited for."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
