@@ -10,6 +10,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -53,7 +54,11 @@ class ModelSource:
         return iterate_weights(self.path)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The transformers tokenizer, with the model's chat template if it has one."""
+        """The transformers tokenizer, with the model's chat template if it has one; loaded once."""
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> "PreTrainedTokenizerBase":
         if not self.has_tokenizer:
             raise ValueError(f"the model {self.path or ''} has no tokenizer: give prompts as token ids")
         if not self.path.exists():

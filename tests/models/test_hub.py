@@ -459,12 +459,13 @@ def test_a_relative_path_is_that_of_the_folder_it_was_opened_in(tmp_path, monkey
 def test_an_engine_needs_its_folder_at_the_start_only(tmp_path):
     folder = save_tiny(tmp_path, "qwen3")
     save_words(folder)
+    late = open_model(folder)
     with tiny_llm(folder) as llm:
         folder.rename(tmp_path / "elsewhere")
         (output,) = llm.generate(["hello"], SamplingParams(max_tokens=2), use_tqdm=False)
         assert output.prompt_token_ids == [1]
-        with pytest.raises(ValueError, match=f"tokenizer of {folder} cannot be read: nothing is there"):
-            llm.source.tokenizer()
+    with pytest.raises(ValueError, match=f"tokenizer of {folder} cannot be read: nothing is there"):
+        late.tokenizer()
 
 
 def test_a_sentencepiece_model_without_sentencepiece_names_the_package(tmp_path, monkeypatch):
