@@ -49,7 +49,7 @@ class LLM(LLMEngine):
             raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")
-        with self._alone():
+        with self._owned():
             requests = [self._make_request(*pair) for pair in zip(prompts, sampling_params, strict=True)]
             return self._answer(requests, use_tqdm)
 
@@ -119,8 +119,8 @@ class LLM(LLMEngine):
         """
         request = self._make_request(prompt, sampling_params, stream=True)
         increments = self._increments(request)
-        # A second way to notice that the iterator is gone, for when an interrupt hits the code at its end: this callback
-        # runs no Python code, so nothing can interrupt it.
+        # A second way to notice that the iterator is gone, for an interrupt in the code at its end. No interrupt can
+        # hit this callback: it runs no Python code.
         request.consumer = weakref.ref(increments, partial(self.abandoned.setdefault, request))
         try:
             next(increments)

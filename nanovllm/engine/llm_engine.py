@@ -64,7 +64,8 @@ class LLMEngine:
     def __init__(self, model: str | Path | None = None, **kwargs):
         self.executor, self.closed, self.updating = None, False, False
         self.process = os.getpid()
-        self.in_use = threading.RLock()
+        self.in_use = threading.RLock()  # held within a section
+        self.owner: int | None = None  # the thread that holds the engine over several sections
         self.error: BaseException | None = None
         check_names(kwargs)
         self.config = Config(model=model, **kwargs)
@@ -225,7 +226,7 @@ class LLMEngine:
 
         Sections may be nested. The outermost one ends the requests that were abandoned before or meanwhile.
         """
-        with interrupt_after() as deferral, self._alone():
+        with self._alone() as deferral:
             outermost, self.in_section = not self.in_section, True
             try:
                 yield deferral
@@ -235,18 +236,37 @@ class LLMEngine:
                     self.in_section = False
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Refuse other threads within; RuntimeError if one uses the engine already."""
-        with interrupt_after():  # between the two calls one would leave the engine locked
-            if not self.in_use.acquire(blocking=False):
-                raise RuntimeError("another thread is using the engine; call it from one at a time, or use AsyncLLM")
-            self.in_use.release()
-        with self.in_use:  # `with` and a lock of Python's own leave no gap for an interrupt
-            yield
+    def _alone(self) -> Iterator[Deferral]:
+        """Refuse other threads in the body, and let interrupts wait for its end. RuntimeError if another came first."""
+        with interrupt_after() as deferral:
+            if self.owner not in (None, threading.get_ident()) or not self.in_use.acquire(blocking=False):
+                other = "another thread is using the engine; call it from one at a time, or use AsyncLLM"
+                raise RuntimeError("the engine is closed" if self.closed else other)
+            try:
+                yield deferral
+            finally:
+                self.in_use.release()
+
+    @contextmanager
+    def _owned(self) -> Iterator[None]:
+        """Refuse other threads in the body, as `_alone` does, but let interrupts through."""
+        try:
+            with self._alone():
+                self.owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._disown()
+        finally:
+            self._disown()  # again: an interrupt may have come just before the first time
+
+    def _disown(self) -> None:
+        if self.owner == threading.get_ident():
+            self.owner = None
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """Close the engine on an error in the body: the ranks' state is unknown, so no later result could be trusted."""
+        """Close the engine on an error in the body: the ranks' state is unknown then, and no later result is sure."""
         try:
             yield
         except BaseException as error:
@@ -364,12 +384,11 @@ class LLMEngine:
             level: 1 frees the KV cache and the captured graphs; 2 also moves the weights to the host's memory (on a CPU
                 they are there already and stay).
         """
+        what = f"level must be the integer 1 (KV cache) or 2 (KV cache and weights), got {reprlib.repr(level)}"
         if not isinstance(level, int) or isinstance(level, bool):
-            raise TypeError(
-                f"level must be the integer 1 (KV cache) or 2 (KV cache and weights), got {reprlib.repr(level)}"
-            )
+            raise TypeError(what)
         if level not in (1, 2):
-            raise ValueError(f"level must be 1 (KV cache) or 2 (KV cache and weights), got {reprlib.repr(level)}")
+            raise ValueError(what)
         with self._section():
             self._check_usable()
             with self._failing():

@@ -13,8 +13,7 @@ Item = TypeVar("Item")
 class Deferral:
     """Holds back signals until the end of a section of code; a second signal of a kind is not held back.
 
-    Its handler stays in place for the whole section. Should an interrupt keep it there longer, it just calls the
-    handler that was there before.
+    Its handler stays in place for the whole section. Should an interrupt keep it there longer, it takes itself away.
     """
 
     def __init__(self):
@@ -35,6 +34,8 @@ class Deferral:
                 signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if not self.active:
+            signal.signal(number, self.handlers[number])
         passes = self.alarms_pass and number == signal.SIGALRM
         if passes or not self.active or number in self.caught:
             self.handlers[number](number, frame)
@@ -43,9 +44,11 @@ class Deferral:
 
     def finish(self) -> None:
         """Put the handlers back and call those whose signals were held back."""
-        self.active = False
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        try:
+            for number in reversed(self.handlers):  # Ctrl-C last: until its turn comes it is still held back
+                signal.signal(number, self.handlers[number])
+        finally:
+            self.active = False
         for number, frame in self.caught.items():
             self.handlers[number](number, frame)
 
