@@ -177,4 +177,4 @@ class InputProcessor:
 
 
 def _is_chat(messages: Any) -> bool:
-    return is_list(messages) and all(isinstance(m, dict) and "role" in m for m in messages)
+    return is_list(messages) and len(messages) > 0 and all(isinstance(m, dict) and "role" in m for m in messages)

@@ -276,7 +276,7 @@ def test_an_interrupted_close_is_whole_or_can_be_called_again(model, call):
         line += 1 if line < 10 else 5
 
 
-def test_a_second_interrupt_does_not_wait(llm):
+def test_a_second_interrupt_does_not_wait():
     def hang(*_):
         signal.raise_signal(signal.SIGINT)
         reached.append(1)
@@ -296,7 +296,7 @@ def test_an_interrupt_is_raised_although_the_body_fails():
         raise ValueError("the body's own error")
 
 
-def test_an_alarm_reaches_the_code_that_makes_the_weights_and_nothing_else(llm):
+def test_an_alarm_reaches_the_code_that_makes_the_weights_and_nothing_else():
     def ring(*_):
         rung.append(making)
 
@@ -339,10 +339,10 @@ def test_close_in_another_thread_ends_generate_with_a_clear_error(model):
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        ("stream", lambda llm: llm.add_request([1], stream="false")),
-        ("stream", lambda llm: llm.add_request([1], stream=None)),
-        ("use_tqdm", lambda llm: llm.generate([[1]], use_tqdm="no")),
-        ("use_tqdm", lambda llm: llm.generate([[1]], use_tqdm=0)),
+        ("stream", lambda llm: llm.add_request([1], greedy(2), stream="false")),
+        ("stream", lambda llm: llm.add_request([1], greedy(2), stream=None)),
+        ("use_tqdm", lambda llm: llm.generate([[1]], greedy(2), use_tqdm="no")),
+        ("use_tqdm", lambda llm: llm.generate([[1]], greedy(2), use_tqdm=0)),
         ("level", lambda llm: llm.sleep(1.0)),
         ("level", lambda llm: llm.sleep(True)),
         ("level", lambda llm: llm.sleep("1" * 5000)),
@@ -353,3 +353,8 @@ def test_arguments_of_the_wrong_type_are_refused(llm, name, call):
         call(llm)
     assert len(str(error.value)) < 200
     assert not llm.requests and not llm.sleep_level
+
+
+def test_an_empty_conversation_is_refused(model):
+    with engine(model) as llm, pytest.raises(TypeError, match="messages must be a list of dicts"):
+        llm.chat_prompts([[]], chat_template="{{ messages }}")
