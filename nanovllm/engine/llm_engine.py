@@ -122,9 +122,10 @@ class LLMEngine:
         return self._queue(self._make_request(prompt, sampling_params, request_id, stream))
 
     def abort(self, request_id: int | str) -> RequestOutput | None:
-        """End a request in whatever state it is; what it has so far, or None if it is unknown or already finished.
+        """End a request in whatever state it is.
 
-        Of a stream, what is new.
+        Returns:
+            What it has so far (a stream: what is new), or None if it is unknown or already finished.
         """
         with self._section():
             request = self.requests.get(_checked_id(request_id))

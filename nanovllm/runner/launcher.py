@@ -254,7 +254,7 @@ class SpawnedRanks(Executor):
 
         def join() -> None:
             try:
-                rank_device(device.type, 0)  # this thread's, too
+                rank_device(device.type, 0)  # sets the current GPU of this thread
                 tp = TensorParallel(0, size, make_group(0, size, store, device.type, self.pipes))
                 self.tp = tp  # from now on it can be ended
                 tp = tp.with_peers(device, largest_sum(config, source))
@@ -395,7 +395,7 @@ class SpawnedRanks(Executor):
         return f"tensor-parallel rank {rank} (process {process.pid}) {verb} signal {state.si_status}"
 
     def _end_collectives(self) -> None:
-        """Let nothing on this rank wait for the others any more. The monitor may do so beside a step that does."""
+        """End this rank's waits for the others. The monitor may call this while a step waits."""
         tp, runner = self.tp, self.runner
         if tp is not None:
             tp.end(runner.free_graphs if runner is not None else lambda: None)
@@ -431,7 +431,7 @@ class SpawnedRanks(Executor):
                 with contextlib.suppress(OSError):
                     channel.send(("close",))
                 channel.close()
-        finally:  # an interrupt, too, must leave no kernel that waits for a rank
+        finally:  # even after an interrupt no kernel may wait for a rank
             self._end_collectives()
         deadline = time.monotonic() + (0 if self.error else 5)
         for process in self.processes:

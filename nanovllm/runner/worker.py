@@ -43,7 +43,7 @@ def serve(runner: ModelRunner, channel: Connection) -> None:
         if what == "close":
             return
         if what == "update_weights":
-            # What is wrong with the weights is wrong on rank 0 too, which tells the caller.
+            # Rank 0 finds the same fault in the weights, and reports it to the caller.
             weights = received_weights(runner, channel)
             with contextlib.suppress(TypeError, ValueError):
                 runner.update_weights(weights)
