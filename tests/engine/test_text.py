@@ -153,4 +153,6 @@ def test_a_tokenizer_of_another_library_is_refused_when_the_engine_starts(spaced
     with pytest.raises(ValueError, match=r"tokenizer of .* cannot be read"):
         engine(path)
     with engine(path, skip_tokenizer_init=True) as llm:
-        assert len(llm.generate([[3, 4]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)[0].token_ids) == 2
+        assert (
+            len(llm.generate([[3, 4]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)[0].token_ids) == 2
+        )
