@@ -97,7 +97,8 @@ class LLM(LLMEngine):
             template: other variables of the template, such as `enable_thinking` of Qwen3's.
 
         Raises:
-            TypeError, ValueError: the messages are malformed, or the model has no chat template.
+            TypeError, ValueError: the messages are malformed or far too long for `max_model_len`, the model has no chat
+                template, or the template failed or took too much time or memory.
         """
         return self.input_processor.chat_prompts(messages, **template)
 
