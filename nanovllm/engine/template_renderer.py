@@ -21,6 +21,13 @@ MEMORY = 1 << 30
 _WORKER = "import sys; sys.path = {!r}; import runpy; runpy.run_path({!r})['main'](*{!r})"
 
 
+_UNFIT = "messages do not fit the model's chat template"
+
+
+class TemplateLimitError(ValueError):
+    """A template ended its process: it took too much CPU time."""
+
+
 class _Child:
     """A process that renders one request after the other."""
 
@@ -36,7 +43,7 @@ class _Child:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         self.channel: Connection = ours
 
-    def ask(self, message: bytes) -> dict[str, str]:
+    def ask(self, message: bytes) -> dict[str, Any]:
         try:
             self.channel.send_bytes(message)
             return json.loads(self.channel.recv_bytes())
@@ -74,12 +81,22 @@ class TemplateRenderer:
             max_chars: longer texts are refused.
 
         Raises:
-            TypeError, ValueError: an argument is not plain data, or the template failed or took too much of something.
+            TemplateLimitError: the template took too much CPU time.
+            ValueError: an argument is not plain data, or the template failed.
         """
+        return self._ask({"arguments": arguments, "max_chars": max_chars})["text"]
+
+    def variables(self, template: str) -> frozenset[str]:
+        """Return the names of the variables that a template reads; raises as `render` does."""
+        return frozenset(self._ask({"template": template})["variables"])
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
-            message = json.dumps([arguments, max_chars]).encode()
+            message = json.dumps(request).encode()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{_UNFIT}: {error}") from None
         except RecursionError:
-            raise ValueError("the data is nested too deeply") from None
+            raise ValueError(f"{_UNFIT}: the data is nested too deeply") from None
         child = self._take()
         try:
             reply = child.ask(message)
@@ -87,13 +104,14 @@ class TemplateRenderer:
             self._children.discard(child)
             child.end()
             raise
-        if child.process.returncode is None:
-            self._idle.append(child)
-        else:
+        has_ended = child.process.returncode is not None
+        if has_ended:
             self._children.discard(child)
+        else:
+            self._idle.append(child)
         if "error" in reply:
-            raise ValueError(reply["error"])
-        return reply["text"]
+            raise (TemplateLimitError if has_ended else ValueError)(f"{_UNFIT}: {reply['error']}")
+        return reply
 
     def _take(self) -> _Child:
         with suppress(IndexError):

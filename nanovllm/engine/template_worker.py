@@ -43,17 +43,38 @@ def lower_limit(kind: int, value: int) -> None:
 
 
 def answer(tokenizer, message: bytes) -> bytes:
-    """Return the JSON of `{"text": ...}`, or of `{"error": ...}` with the reason."""
+    """Return the JSON of `{"text": ...}` or `{"variables": ...}`, or of `{"error": ...}` with the reason."""
     try:
-        arguments, max_chars = json.loads(message)
-        text = tokenizer.apply_chat_template(**arguments, tokenize=False)
-        if len(text) > max_chars:
+        request = json.loads(message)
+        if "template" in request:
+            return json.dumps({"variables": list(find_variables(request["template"]))}).encode()
+        text = tokenizer.apply_chat_template(**request["arguments"], tokenize=False)
+        if len(text) > (max_chars := request["max_chars"]):
             return error(f"it made {len(text)} characters, and at most {max_chars} can fit max_model_len")
         return json.dumps({"text": text}).encode()
     except MemoryError:
         return error("it took too much memory")
     except Exception as exception:  # templates are programs, and raise what they like
         return error(str(exception)[:1000] or type(exception).__name__)
+
+
+def find_variables(template: str) -> set[str]:
+    """Return the names of the variables that a template reads. This evaluates the template's constants."""
+    from jinja2 import meta, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationTag(Extension):
+        """Parses `{% generation %}`, by which templates mark answers for training."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(extensions=[GenerationTag, loopcontrols])
+    return meta.find_undeclared_variables(environment.parse(template))
 
 
 def error(reason: str) -> bytes:

@@ -81,8 +81,10 @@ def test_messages_that_are_no_plain_data_are_refused(llm, data):
             value = [value]
     else:
         value = object()
-    with pytest.raises(ValueError, match="messages"):
+    with pytest.raises((TypeError, ValueError), match="messages"):
         llm.chat_prompts([{"role": "user", "content": value}], chat_template=PLAIN)
+    with pytest.raises(ValueError, match="messages"):
+        llm.chat_prompts([{"role": "user", "content": "x", "name": value}], chat_template=PLAIN)
 
 
 @pytest.mark.parametrize(
