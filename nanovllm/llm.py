@@ -107,7 +107,8 @@ class LLM(LLMEngine):
 
         Raises:
             TypeError: the messages are malformed, or the template does not read a variable.
-            ValueError: the model has no chat template, or it does not fit the messages or the tools.
+            ValueError: the messages are far too long for `max_model_len`, the model has no chat template, or the
+                template does not fit the messages or the tools, or it took too much time or memory.
         """
         return self.input_processor.chat_prompts(messages, **template)
 

@@ -4,7 +4,7 @@ Nothing here reads or changes the engine's state, so several threads may use it 
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceType
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
@@ -27,6 +27,21 @@ _PIECE_CHARS = 1 << 16
 _MAX_TOKEN_VALUES = 16  # templates make a token or more of each value and key in messages and tools
 
 
+class loaded_once(cached_property):
+    """A cached property that one thread loads while others wait for it; cached_property has no lock since Python 3.12.
+
+    Once it is loaded, reading it takes no lock.
+    """
+
+    def __init__(self, load: Callable[[Any], Any]):
+        super().__init__(load)
+        self.loading = threading.RLock()
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        with self.loading:
+            return super().__get__(instance, owner)
+
+
 class InputProcessor:
     """Makes requests for one engine.
 
@@ -45,7 +60,6 @@ class InputProcessor:
         self.vocab_size = source.config.vocab_size
         self.has_tokenizer = source.has_tokenizer and not config.skip_tokenizer_init
         self.renderer = TemplateRenderer()
-        self._loading = threading.RLock()
         self._token_bytes: dict[bool, TokenBytes] = {}
         self._chat_template = lru_cache(maxsize=8)(self._make_chat_template)
 
@@ -53,14 +67,9 @@ class InputProcessor:
         """End the processes that render templates."""
         self.renderer.close()
 
-    @property
+    @loaded_once
     def tokenizer(self):
         """The model's transformers tokenizer, loaded when it is first used."""
-        with self._loading:  # cached_property has no lock of its own from Python 3.12 on
-            return self._tokenizer
-
-    @cached_property
-    def _tokenizer(self):
         if self.config.skip_tokenizer_init:
             raise ValueError("skip_tokenizer_init is set, so there is no tokenizer: give prompts as token ids")
         tokenizer = self.source.tokenizer()
@@ -68,7 +77,7 @@ class InputProcessor:
         tokenizer.encode("", add_special_tokens=False)
         return tokenizer
 
-    @cached_property
+    @loaded_once
     def _grammar_tokenizer(self):
         return grammar_tokenizer(self.tokenizer, self.vocab_size, self.source.config.eos_token_ids)
 

@@ -2,11 +2,15 @@
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
 from nanovllm import LLM
+from nanovllm.config import Config
 from nanovllm.engine import template_renderer
+from nanovllm.engine.input_processor import InputProcessor
 from tests.models.tiny import save_tiny
 
 OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=8)
@@ -148,3 +152,39 @@ def test_an_interrupted_render_leaves_no_reply_for_the_next(llm, monkeypatch):
     assert child.process.poll() is not None
     assert renderer.render({"conversation": MESSAGES, "chat_template": "{{ 1 + 1 }}"}, 1000) == "2"
     renderer.close()
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+def processor_of(load):
+    source = SimpleNamespace(config=SimpleNamespace(vocab_size=3), has_tokenizer=True, tokenizer=load)
+    return InputProcessor(Config(device="cpu"), source, 128, 128)
+
+
+def test_threads_that_need_the_tokenizer_at_once_load_it_once():
+    loads, second = [], threading.Event()
+
+    def load():
+        loads.append(None)
+        second.wait(0.2)  # a second thread may load it meanwhile
+        return SimpleNamespace(encode=lambda *args, **kwargs: [])
+
+    processor = processor_of(load)
+    with ThreadPoolExecutor(4) as threads:
+        tokenizers = list(threads.map(lambda _: processor.tokenizer, range(4)))
+    assert len(loads) == 1 and len({id(tokenizer) for tokenizer in tokenizers}) == 1
+
+
+def test_encoding_changes_nothing_that_other_threads_use():
+    """transformers turns off a tokenizer's truncation when it encodes; that fails while another thread encodes."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1}, unk_token="<unk>"))
+    vocabulary.enable_truncation(4)
+    vocabulary.enable_padding()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, unk_token="<unk>")
+    assert tokenizer.backend_tokenizer.truncation
+    backend = processor_of(lambda: tokenizer).tokenizer.backend_tokenizer
+    assert backend.truncation is None and backend.padding is None
