@@ -11,7 +11,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.checks import is_list
+from nanovllm.utils.checks import is_list, shown
 
 
 class LLM(LLMEngine):
@@ -41,7 +41,7 @@ class LLM(LLMEngine):
         if isinstance(sampling_params, SamplingParams | None):
             sampling_params = [sampling_params] * len(prompts)
         if not is_list(sampling_params):
-            raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
+            raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {shown(sampling_params)}")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")
         with self._alone():

@@ -4,15 +4,17 @@ Nothing here reads or changes the engine's state, so it may run on another threa
 """
 
 from collections.abc import Sequence as SequenceType
+from dataclasses import asdict
 from functools import cached_property, partial
 from typing import Any
 
 from nanovllm.config import Config
+from nanovllm.engine.grammars import GrammarFilter, Grammars
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.token_filter import GrammarFilter, TokenFilter, compile_grammar, grammar_tokenizer, make_filter
+from nanovllm.engine.token_filter import TokenFilter, make_filter
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
-from nanovllm.utils.checks import in_vocabulary, is_list
+from nanovllm.utils.checks import in_vocabulary, is_list, length, shown
 from nanovllm.utils.hub import ModelSource
 
 _MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token, so a longer prompt is refused before it is tokenised
@@ -48,8 +50,13 @@ class InputProcessor:
         return self.source.tokenizer()
 
     @cached_property
-    def _grammar_tokenizer(self):
-        return grammar_tokenizer(self.tokenizer, self.vocab_size, self.source.config.eos_token_ids)
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.vocab_size, self.source.config.eos_token_ids)
+
+    def close(self) -> None:
+        """End the processes that compile grammars. May be called again."""
+        if grammars := self.__dict__.get("_grammars"):
+            grammars.close()
 
     def process(
         self, prompt, params: SamplingParams | None, request_id: int | str | None = None, stream: bool = False
@@ -61,7 +68,7 @@ class InputProcessor:
         """
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
+            raise TypeError(f"sampling_params must be SamplingParams, got {shown(params)}")
         if self.has_tokenizer:
             _ = self.tokenizer  # a broken one refuses requests here; in a step it would lose all of them
         token_ids = self._prompt_ids(prompt)
@@ -105,6 +112,8 @@ class InputProcessor:
                 raise ValueError(f"{what}, too many for max_model_len={self.max_model_len}")
             token_ids = self.encode(prompt, add_special_tokens=True)
         elif is_list(prompt):
+            if (num_tokens := length(prompt)) >= self.max_model_len:  # before a list of that length is made
+                raise ValueError(f"prompt has {num_tokens} tokens, too many for max_model_len={self.max_model_len}")
             token_ids = list(prompt)
         else:
             raise TypeError(f"prompt must be text or a list of token ids, got {type(prompt).__name__}")
@@ -113,7 +122,7 @@ class InputProcessor:
         # One pass for both checks, because prompts are long.
         wrong = [i for i in token_ids if type(i) is not int or not 0 <= i < self.vocab_size]
         if wrong and type(wrong[0]) is not int:
-            raise TypeError(f"prompt must be text or a list of int token ids, got an id {wrong[0]!r}")
+            raise TypeError(f"prompt must be text or a list of int token ids, got an id {shown(wrong[0])}")
         in_vocabulary("prompt", wrong[:1], self.vocab_size)
         return token_ids
 
@@ -137,7 +146,7 @@ class InputProcessor:
     def _token_filter(self, params: SamplingParams, end_ids: frozenset[int]) -> TokenFilter | GrammarFilter | None:
         if params.structured_outputs is None:
             return make_filter(params, self.vocab_size, self.encode, end_ids)
-        return GrammarFilter(self._grammar_tokenizer, compile_grammar(params.structured_outputs), self.vocab_size)
+        return self._grammars.filter(**asdict(params.structured_outputs))
 
     # -- chat --------------------------------------------------------------------------------------------------------
 
@@ -156,7 +165,7 @@ class InputProcessor:
             raise TypeError(f"{name} is no variable of a template; what is made here are the whole prompt's token ids")
         chats = [messages] if is_list(messages) and isinstance(next(iter(messages), None), dict) else messages
         if not is_list(chats) or not chats or not all(map(_is_chat, chats)):
-            raise TypeError(f"messages must be a list of dicts with role and content, got {messages!r}")
+            raise TypeError(f"messages must be a list of dicts with role and content, got {shown(messages)}")
         if not (chat_template or self.tokenizer.chat_template):
             raise ValueError("the model has no chat template; give chat_template, or prompts to generate()")
         if add_generation_prompt is None:

@@ -31,6 +31,7 @@ from nanovllm.models.loader import iterate_weights
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.runner import launcher
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.checks import shown
 from nanovllm.utils.hub import open_model
 from nanovllm.utils.interrupt import interrupt_after
 
@@ -39,7 +40,7 @@ logger = logging.getLogger("nanovllm")
 
 def _checked_id(request_id: Any) -> int | str:
     if not isinstance(request_id, int | str) or isinstance(request_id, bool):
-        raise TypeError(f"request_id must be a string or an integer, got {request_id!r}")
+        raise TypeError(f"request_id must be a string or an integer, got {shown(request_id)}")
     return request_id
 
 
@@ -136,7 +137,9 @@ class LLMEngine:
         """Check a request and prepare it on the host. Nothing is queued yet."""
         self._check_usable()
         if request_id is not None and self._is_taken(_checked_id(request_id)):
-            raise ValueError(f"request_id {request_id!r} is that of a request that is unfinished or whose output waits")
+            raise ValueError(
+                f"request_id {shown(request_id)} is that of a request that is unfinished or whose output waits"
+            )
         return self.input_processor.process(prompt, params, request_id, stream)
 
     def _is_taken(self, request_id: int | str) -> bool:
@@ -325,7 +328,7 @@ class LLMEngine:
         """
         self._check_usable()
         if isinstance(level, bool) or level not in (1, 2):
-            raise ValueError(f"level must be 1 (KV cache) or 2 (KV cache and weights), got {level!r}")
+            raise ValueError(f"level must be 1 (KV cache) or 2 (KV cache and weights), got {shown(level)}")
         self._forget_computed()
         with self._failing():
             self.executor.sleep(level)
@@ -384,6 +387,7 @@ class LLMEngine:
         if self.executor is not None:
             for owned in (self.requests, self.in_flight, self.outputs):
                 owned.clear()
+            self.input_processor.close()
             self.executor.close()
             self.executor = None
 
