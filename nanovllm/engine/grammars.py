@@ -51,9 +51,12 @@ class GrammarFilter:
 
         limits = LLParserLimits(**_LIMITS)
         self.matcher, self.num_words = LLMatcher(tokenizer, grammar, log_level=0, limits=limits), -(-vocab_size // 32)
-        self.mask()  # finds the errors that creating the matcher leaves
-        if self.error:
-            raise ValueError(f"structured_outputs cannot be followed: {self.error}")
+        # Some errors only come up with the first mask, or with the first token of a text that is too long.
+        self.mask()
+        first = self.copy()
+        first.matcher.consume_tokens(first.matcher.compute_ff_tokens()[:1])
+        if error := self.error or first.error:
+            raise ValueError(f"structured_outputs cannot be followed: {error}")
 
     def copy(self) -> "GrammarFilter":
         """Return a filter for another sample; compiling the grammar again may take a second."""
@@ -302,8 +305,8 @@ def _llguidance_tokenizer(
     from llguidance import LLTokenizer, TokenizerWrapper
 
     base = LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos_token_ids)
-    spelling = TokenizerWrapper(_Spelling(base, num_tokens, eos_token_ids[0], text_tokens))
-    return LLTokenizer(spelling, n_vocab=vocab_size, eos_token=eos_token_ids)
+    spelling = _Spelling(base, num_tokens, vocab_size, eos_token_ids[0], text_tokens)
+    return LLTokenizer(TokenizerWrapper(spelling), n_vocab=vocab_size, eos_token=eos_token_ids)
 
 
 class _Spelling:
@@ -311,10 +314,11 @@ class _Spelling:
 
     bos_token_id = None
 
-    def __init__(self, base, num_tokens: int, eos_token_id: int, text_tokens: list[tuple[int, str]]):
+    def __init__(self, base, num_tokens: int, vocab_size: int, eos_token_id: int, text_tokens: list[tuple[int, str]]):
         self.base, self.eos_token_id = base, eos_token_id
-        self.tokens = [base.decode_bytes([i]) for i in range(num_tokens)]
-        special = {i for i in range(num_tokens) if base.is_special_token(i)}
+        # Ids beyond the tokenizer's, which pad the model's vocabulary, have no text.
+        self.tokens = [base.decode_bytes([i]) for i in range(vocab_size)]
+        special = {i for i in range(vocab_size) if i >= num_tokens or base.is_special_token(i)}
         for i, text in text_tokens:
             self.tokens[i] = text.encode()
             special.discard(i)
@@ -409,21 +413,24 @@ def _adapt(schema: Any) -> None:
             for subschema in value.values():
                 _adapt(subschema)
         elif keyword.lower().endswith(("maximum", "minimum")):
-            _check_bound(keyword, value, "integer" in str(schema.get("type", "integer")))
+            schema[keyword] = _exact_bound(keyword, value, "integer" in str(schema.get("type", "integer")))
         else:
             _adapt(value)
 
 
-def _check_bound(keyword: str, bound: Any, is_integer: bool) -> None:
-    """llguidance keeps a bound as a float, and that of an integer then as 64 bits, which must not allow more."""
+def _exact_bound(keyword: str, bound: Any, is_integer: bool) -> Any:
+    """Return a bound that llguidance obeys: it keeps a float, and for integers makes 64 bits of it."""
     if isinstance(bound, bool) or not isinstance(bound, int | float):
-        return
+        return bound
+    is_maximum = keyword.lower().endswith("maximum")
+    if is_integer and not is_maximum and bound <= _INT64[0]:
+        return _INT64[0] + 1024  # the next float; llguidance does not compile the smallest integer
     effective = float(bound)
     if is_integer:
         effective = min(max(effective, _INT64[0]), _INT64[1])
-    is_wrong = effective > bound if keyword.lower().endswith("maximum") else effective < bound
-    if is_wrong:
+    if effective > bound if is_maximum else effective < bound:
         raise ValueError(f"{keyword} must be a number that fits in 64 bits exactly, got {str(bound)[:40]}")
+    return bound
 
 
 def _check_integers(keyword: str, value: Any) -> None:
@@ -431,7 +438,8 @@ def _check_integers(keyword: str, value: Any) -> None:
         value = list(value.values())
     for entry in value if isinstance(value, list) else ():
         _check_integers(keyword, entry)
-    if isinstance(value, int) and not _INT64[0] <= value < 2**64:
+    # The smallest integer makes llguidance overflow the stack.
+    if isinstance(value, int) and not _INT64[0] < value <= _INT64[1]:
         raise ValueError(f"{keyword} must have integers of 64 bits, got {str(value)[:40]}")
 
 
