@@ -136,7 +136,10 @@ class Grammars:
         Raises:
             ValueError: it is wrong, not supported, or too complex.
         """
-        child = self._idle.pop() if self._idle else _Child(self._spec)
+        try:
+            child = self._idle.pop()
+        except IndexError:  # all are in use by other threads
+            child = _Child(self._spec)
         try:
             answer = child.ask(structured)
         except BaseException:

@@ -58,7 +58,10 @@ class ModelSource:
         try:
             if self.path.is_file():  # AutoTokenizer gives the same, after seconds spent on the file's model config
                 return PreTrainedTokenizerFast.from_pretrained(self.path.parent, gguf_file=self.path.name)
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            if not isinstance(tokenizer, PreTrainedTokenizerFast):  # mistral-common's, which comes first if installed
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(self.path, local_files_only=True)
+            return tokenizer
         except Exception as error:  # transformers raises what it likes
             raise ValueError(f"the tokenizer of {self.path} cannot be read: {error!r}") from error
 
