@@ -7,6 +7,7 @@ The child runs this file as a script. Therefore nothing of nanovllm, and no torc
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -203,11 +204,17 @@ _COMMAND = (
 )
 
 
+_FILE = os.path.abspath(__file__)
+
+
 class _Child:
     """A process that compiles one structured output after the other, and may be lost in doing so."""
 
     def __init__(self, spec: dict[str, Any]):
-        command = [sys.executable, "-c", _COMMAND.format(sys.path, __file__)]
+        if not sys.executable:
+            raise ValueError("structured_outputs need a child process, but sys.executable does not name Python")
+        path = [entry or os.getcwd() for entry in sys.path if isinstance(entry, str)]
+        command = [sys.executable, "-c", _COMMAND.format(path, _FILE)]
         pipe = subprocess.PIPE
         try:
             self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)

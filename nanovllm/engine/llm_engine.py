@@ -395,7 +395,6 @@ class LLMEngine:
         if self.executor is not None:
             for owned in (self.requests, self.in_flight, self.outputs):
                 owned.clear()
-            self.input_processor.close()
             self.executor.close()
             self.executor = None
 
