@@ -70,6 +70,8 @@ class LLMEngine:
         check_names(kwargs)
         self.config = Config(model=model, **kwargs)
         self.source = open_model(self.config.model, self.config.load_format)
+        if self.source.has_tokenizer and not self.config.skip_tokenizer_init:
+            self.source.tokenizer()  # loaded now: later its files may be gone, and a broken one must not cost a step
         self.executor = launcher.start(self.config, self.source)
         self.sleep_level = 0
         self.weight_version = 0
@@ -94,7 +96,7 @@ class LLMEngine:
 
     @property
     def tokenizer(self):
-        """The model's transformers tokenizer, loaded when it is first used."""
+        """The model's transformers tokenizer."""
         return self.input_processor.tokenizer
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -302,13 +304,14 @@ class LLMEngine:
             The new weight version, which results carry.
 
         Raises:
-            TypeError, ValueError: a tensor is missing, left over, given twice or of the wrong shape or dtype. The old
-                weights may be partly overwritten then, and the engine refuses to run until an update succeeds.
+            TypeError, ValueError: a tensor is missing, left over, given twice, of the wrong shape or dtype, or not
+                finite; or the head differs from the embedding where both are one parameter. The old weights may be
+                partly overwritten then, and the engine refuses to run until an update succeeds.
             RuntimeError: a rank is lost, and with it the engine; or what gives the weights uses the engine.
         """
         self._check_usable(weights=False)
         if isinstance(weights, str | Path):
-            weights = iterate_weights(Path(weights).expanduser())
+            weights = iterate_weights(weights)
         elif not isinstance(weights, Iterable) or isinstance(weights, bytes | Mapping):
             raise TypeError(f"weights must be pairs (name, tensor) or a path, got {type(weights).__name__}")
         self._forget_computed()

@@ -144,14 +144,15 @@ def test_the_folder_s_own_tokenizer_is_used_where_mistral_common_is_installed(tm
         assert llm.chat_prompts(chat, chat_template="{{ messages[0]['content'] }}")[0] == llm.tokenizer.encode("say")
 
 
-def test_a_tokenizer_of_another_library_is_refused_with_the_first_request(spaced, monkeypatch, tmp_path):
+def test_a_tokenizer_of_another_library_is_refused_when_the_engine_starts(spaced, monkeypatch, tmp_path):
     import transformers
 
     path = save_tiny(tmp_path, "llama")
     (path / "vocab.json").write_text("{}")
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: object())
-    with engine(path) as llm:
-        for prompt in ("say", [3, 4]):
-            with pytest.raises(ValueError, match=r"tokenizer of .* cannot be read"):
-                llm.add_request(prompt)
-        assert not llm.has_unfinished() and llm.error is None
+    with pytest.raises(ValueError, match=r"tokenizer of .* cannot be read"):
+        engine(path)
+    with engine(path, skip_tokenizer_init=True) as llm:
+        assert (
+            len(llm.generate([[3, 4]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)[0].token_ids) == 2
+        )
