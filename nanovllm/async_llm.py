@@ -22,7 +22,7 @@ from nanovllm.kernels._triton import to_current_gpu
 from nanovllm.llm import LLM
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.checks import is_list, number
+from nanovllm.utils.checks import is_list, number, shown
 
 _PREPARING_THREADS = 4
 
@@ -227,7 +227,7 @@ class AsyncLLM:
         """
         stream = _Stream()
         if request_id is not None and self._preparing.setdefault(checked_id(request_id), stream) is not stream:
-            raise ValueError(f"request_id {request_id!r} is that of a request that is being prepared")
+            raise ValueError(f"request_id {shown(request_id)} is that of a request that is being prepared")
         try:
             async with self._turns():
                 process = self._llm.input_processor.process

@@ -1,6 +1,5 @@
 """The class users import."""
 
-import reprlib
 import time
 import weakref
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.checks import is_list
+from nanovllm.utils.checks import is_list, shown
 
 
 class LLM(LLMEngine):
@@ -38,7 +37,7 @@ class LLM(LLMEngine):
             RuntimeError: the engine is closed, asleep, in use by another thread, or has failed.
         """
         if not isinstance(use_tqdm, bool):
-            raise TypeError(f"use_tqdm must be a bool, got {reprlib.repr(use_tqdm)}")
+            raise TypeError(f"use_tqdm must be a bool, got {shown(use_tqdm)}")
         if isinstance(prompts, str) or (is_list(prompts) and prompts and isinstance(prompts[0], int)):
             prompts = [prompts]
         if not is_list(prompts):
@@ -46,7 +45,7 @@ class LLM(LLMEngine):
         if isinstance(sampling_params, SamplingParams | None):
             sampling_params = [sampling_params] * len(prompts)
         if not is_list(sampling_params):
-            raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
+            raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {shown(sampling_params)}")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")
         with self._owned():

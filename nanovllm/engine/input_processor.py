@@ -7,18 +7,20 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceType
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cached_property, lru_cache
 from typing import Any
 
 from nanovllm.config import Config
 from nanovllm.engine.chat_template import ChatTemplate
 from nanovllm.engine.detokenizer import TokenBytes
+from nanovllm.engine.grammars import GrammarFilter, Grammars
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.template_renderer import TemplateRenderer
-from nanovllm.engine.token_filter import GrammarFilter, TokenFilter, compile_grammar, grammar_tokenizer, make_filter
+from nanovllm.engine.token_filter import TokenFilter, make_filter
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
-from nanovllm.utils.checks import in_vocabulary, is_list
+from nanovllm.utils.checks import in_vocabulary, is_list, length, shown
 from nanovllm.utils.hub import ModelSource
 
 _MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token, so a longer prompt is refused before it is tokenised
@@ -64,8 +66,10 @@ class InputProcessor:
         self._chat_template = lru_cache(maxsize=8)(self._make_chat_template)
 
     def close(self) -> None:
-        """End the processes that render templates."""
+        """End the processes that render templates and compile grammars. May be called again."""
         self.renderer.close()
+        if grammars := self.__dict__.get("_grammars"):
+            grammars.close()
 
     @loaded_once
     def tokenizer(self):
@@ -78,8 +82,8 @@ class InputProcessor:
         return tokenizer
 
     @loaded_once
-    def _grammar_tokenizer(self):
-        return grammar_tokenizer(self.tokenizer, self.vocab_size, self.source.config.eos_token_ids)
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.vocab_size, self.source.config.eos_token_ids)
 
     def process(
         self, prompt, params: SamplingParams | None, request_id: int | str | None = None, stream: bool = False
@@ -91,7 +95,7 @@ class InputProcessor:
         """
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
+            raise TypeError(f"sampling_params must be SamplingParams, got {shown(params)}")
         if self.has_tokenizer:
             _ = self.tokenizer  # a broken one refuses requests here; in a step it would lose all of them
         token_ids = self._prompt_ids(prompt)
@@ -134,6 +138,8 @@ class InputProcessor:
             self._check_text("prompt", prompt)
             token_ids = self.encode(prompt, add_special_tokens=True)
         elif is_list(prompt):
+            if (num_tokens := length(prompt)) >= self.max_model_len:  # before a list of that length is made
+                raise ValueError(f"prompt has {num_tokens} tokens, too many for max_model_len={self.max_model_len}")
             token_ids = list(prompt)
         else:
             raise TypeError(f"prompt must be text or a list of token ids, got {type(prompt).__name__}")
@@ -142,7 +148,7 @@ class InputProcessor:
         # One pass for both checks, because prompts are long.
         wrong = [i for i in token_ids if type(i) is not int or not 0 <= i < self.vocab_size]
         if wrong and type(wrong[0]) is not int:
-            raise TypeError(f"prompt must be text or a list of int token ids, got an id {wrong[0]!r}")
+            raise TypeError(f"prompt must be text or a list of int token ids, got an id {shown(wrong[0])}")
         in_vocabulary("prompt", wrong[:1], self.vocab_size)
         return token_ids
 
@@ -184,7 +190,9 @@ class InputProcessor:
         if params.structured_outputs is None:
             return make_filter(params, self.vocab_size, self.encode, end_ids)
         with _refusing_panics("structured_outputs cannot be compiled"):
-            return GrammarFilter(self._grammar_tokenizer, compile_grammar(params.structured_outputs), self.vocab_size)
+            with self._loading:
+                grammars = self._grammars
+            return grammars.filter(**asdict(params.structured_outputs))
 
     # -- chat --------------------------------------------------------------------------------------------------------
 
@@ -198,7 +206,7 @@ class InputProcessor:
         """Return the token ids of conversations; see `LLM.chat_prompts`."""
         if chat_template_kwargs is not None:
             if not isinstance(chat_template_kwargs, Mapping):
-                raise TypeError(f"chat_template_kwargs must be a dict, got {chat_template_kwargs!r:.100}")
+                raise TypeError(f"chat_template_kwargs must be a dict, got {shown(chat_template_kwargs)}")
             if "chat_template" in chat_template_kwargs:
                 raise TypeError("chat_template_kwargs has chat_template, which is no variable of a template")
             options |= chat_template_kwargs
@@ -216,9 +224,9 @@ class InputProcessor:
     ) -> list[list[int]]:
         chats = [messages] if is_list(messages) and isinstance(next(iter(messages), None), dict) else messages
         if not is_list(chats) or not chats or not all(map(_is_chat, chats)):
-            raise TypeError(f"messages must be a list of dicts with role and content, got {messages!r:.100}")
+            raise TypeError(f"messages must be a list of dicts with role and content, got {shown(messages)}")
         if not isinstance(chat_template, str | None):
-            raise TypeError(f"chat_template must be text, got {chat_template!r:.100}")
+            raise TypeError(f"chat_template must be text, got {shown(chat_template)}")
         if not (chat_template or self.tokenizer.chat_template):
             raise ValueError("the model has no chat template; give chat_template, or prompts to generate()")
         tools = None if tools is None else [_tool_schema(tool) for tool in tools]

@@ -10,7 +10,6 @@ import atexit
 import logging
 import os
 import random
-import reprlib
 import threading
 import time
 import weakref
@@ -32,6 +31,7 @@ from nanovllm.models.loader import iterate_weights
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.runner import launcher
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.checks import shown
 from nanovllm.utils.hub import open_model
 from nanovllm.utils.interrupt import Deferral, interrupt_after
 from nanovllm.utils.openmp import ThreadWatch
@@ -41,7 +41,7 @@ logger = logging.getLogger("nanovllm")
 
 def checked_id(request_id: Any) -> int | str:
     if not isinstance(request_id, int | str) or isinstance(request_id, bool):
-        raise TypeError(f"request_id must be a string or an integer, got {request_id!r}")
+        raise TypeError(f"request_id must be a string or an integer, got {shown(request_id)}")
     return request_id
 
 
@@ -122,7 +122,7 @@ class LLMEngine:
             RuntimeError: the engine is closed, asleep or has failed.
         """
         if not isinstance(stream, bool):
-            raise TypeError(f"stream must be a bool, got {reprlib.repr(stream)}")
+            raise TypeError(f"stream must be a bool, got {shown(stream)}")
         return self._queue(self._make_request(prompt, sampling_params, request_id, stream))
 
     def abort(self, request_id: int | str) -> RequestOutput | None:
@@ -152,7 +152,8 @@ class LLMEngine:
         """Check that requests can be added now, and that none has this id."""
         self._check_usable()
         if request_id is not None and self._is_taken(checked_id(request_id)):
-            raise ValueError(f"request_id {request_id!r} is that of a request that is unfinished or whose output waits")
+            what = f"request_id {shown(request_id)}"
+            raise ValueError(f"{what} is that of a request that is unfinished or whose output waits")
 
     def _is_taken(self, request_id: int | str) -> bool:
         return request_id in self.requests or any(output.request_id == request_id for _, output in self.outputs)
@@ -395,7 +396,7 @@ class LLMEngine:
             level: 1 frees the KV cache and the captured graphs; 2 also moves the weights to the host's memory (on a CPU
                 they are there already and stay).
         """
-        what = f"level must be the integer 1 (KV cache) or 2 (KV cache and weights), got {reprlib.repr(level)}"
+        what = f"level must be the integer 1 (KV cache) or 2 (KV cache and weights), got {shown(level)}"
         if not isinstance(level, int) or isinstance(level, bool):
             raise TypeError(what)
         if level not in (1, 2):

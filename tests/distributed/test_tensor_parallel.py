@@ -187,7 +187,7 @@ def test_a_parent_killed_while_ranks_start_leaves_nothing(model, tmp_path):
     pid = rank_of(parent)
     parent.kill()
     parent.wait()
-    assert gone([pid], SOON) and not [*tmp_path.iterdir()]
+    assert gone([pid]) and not [*tmp_path.iterdir()]
 
 
 def test_ranks_import_nothing_from_the_working_folder(model, want, tmp_path):
@@ -587,7 +587,7 @@ def test_nothing_outlives_a_killed_parent(script, tmp_path):
     assert pids and parent.stdout.readline().startswith("tokens")
     parent.kill()
     parent.wait()
-    assert gone(pids, SOON) and not [*temporary.iterdir()]
+    assert gone(pids) and not [*temporary.iterdir()]
 
 
 def test_a_stopped_rank_does_not_outlive_its_killed_parent(script):
@@ -599,7 +599,7 @@ def test_a_stopped_rank_does_not_outlive_its_killed_parent(script):
     parent.kill()
     parent.wait()
     try:
-        assert gone([pid], SOON)
+        assert gone([pid])
     finally:
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
