@@ -12,7 +12,11 @@ Each figure has its limit next to it: what memory bandwidth and arithmetic allow
 """
 
 import argparse
+import os
 import sys
+
+# Before torch is imported: waiting threads sleep, so that other programs can use the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.engines import ENGINES
 from benchmarks.options import UsageError, above_0, at_least_1, check_options

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from nanovllm.engine.detokenizer import Detokenizer
-from nanovllm.engine.token_filter import GrammarFilter, TokenFilter
+from nanovllm.engine.grammars import GrammarFilter
+from nanovllm.engine.token_filter import TokenFilter
 from nanovllm.outputs import LogprobRows
 from nanovllm.sampling_params import SamplingParams
 

@@ -5,21 +5,21 @@
     otherwise                rank 0 is this process; the others are children that read batches from an inherited socket
 
 Children run `nanovllm.runner.worker`, not the caller's script again, and import from where the caller does. Nothing is
-pickled from outside the process tree, and nothing listens beyond loopback: the ranks meet in a temporary file.
+pickled from outside the process tree. Ranks on the CPU listen on no port, and NCCL listens on loopback only: the ranks
+meet in a file in memory, which they inherit and which has no name.
 """
 
 import atexit
 import contextlib
 import gc
 import os
-import shutil
+import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -33,23 +33,31 @@ from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import checked_weights
 from nanovllm.ops.triton_utils import warm_up
 from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.runner.pipe_group import PipeGroup
 from nanovllm.utils.hub import ModelSource
 
 _POLL_SECONDS = 0.2
-# The path first: Python's begins with the working folder, which may not be in the caller's. Ctrl-C goes to all of a
-# terminal's processes; the parent decides.
+# The worker's first lines, before its slow imports:
+# - PR_SET_PDEATHSIG: Linux kills the worker when the thread that started it ends, even if the worker is stopped.
+# - The caller's path comes first: Python's starts with the working folder, which may not be in the caller's.
+# - Ctrl-C goes to all processes of a terminal, but only the parent decides what it ends.
 _WORKER = (
-    "import sys; sys.path = {!r}; import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    "from nanovllm.runner.worker import main; main(*{!r})"
+    "import sys; sys.path = {!r}; import ctypes, signal; ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
+    "signal.signal(signal.SIGINT, signal.SIG_IGN); from nanovllm.runner.worker import main; main(*{!r})"
 )
 
 
-def make_group(rank: int, size: int, store: "dist.Store", device_type: str) -> "dist.ProcessGroup":
-    """A process group of its own (no global default group), bound to loopback."""
+def make_group(
+    rank: int, size: int, store: "dist.Store", device_type: str, pipes: Sequence[socket.socket] = ()
+) -> "dist.ProcessGroup | PipeGroup":
+    """Make this engine's own process group; torch's global default group is not used.
+
+    Args:
+        store: where NCCL's ranks meet.
+        pipes: what connects the CPU's ranks; see `PipeGroup`.
+    """
     if device_type == "cpu":
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(interface="lo")]
-        return dist.ProcessGroupGloo(store, rank, size, options)
+        return PipeGroup(rank, pipes)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     # A rank that dies is noticed by whoever started it; NCCL's watchdog would end this process, the caller's, for it.
     with environment_variable("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):
@@ -173,22 +181,26 @@ class SpawnedRanks(Executor):
 
     def __init__(self, config: Config, source: ModelSource):
         self.processes: list[subprocess.Popen] = []
-        self.channels: list[Connection] = []
+        self.channels: list[Connection] = []  # for messages to each child, and for its last words
+        self.pipes: list[socket.socket] = []  # for the CPU's collectives
+        self.store_file = None
         self.tp: TensorParallel | None = None
         self.runner = None
-        self.closing = threading.Event()
+        self.spawned: Future[None] = Future()
+        self.closing, self.children_ended = threading.Event(), threading.Event()
+        self.reports: dict[int, str] = {}  # the tracebacks of children
         self.looks = 0  # of the monitor, at all children
         size = config.tensor_parallel_size
         device = rank_device(config.device_type, 0)
-        self.folder = tempfile.mkdtemp(prefix="nanovllm-")
         try:
-            self.monitor = threading.Thread(target=self._watch, name="nanovllm-monitor", daemon=True)
+            self.store_file = open(os.memfd_create("nanovllm-store"), "wb")  # noqa: SIM115  (`close` closes it)
+            self.monitor = threading.Thread(target=self._monitor, args=(size,), name="nanovllm-monitor", daemon=True)
             self.monitor.start()
             with self._explained():
-                for rank in range(1, size):
-                    self._spawn(rank, size)
-                    self.channels[-1].send((config, rank))
-                store = dist.FileStore(os.path.join(self.folder, "store"), size)
+                self.spawned.result()
+                for rank, channel in enumerate(self.channels, start=1):
+                    channel.send((config, rank))
+                store = dist.FileStore(f"/proc/self/fd/{self.store_file.fileno()}", size)
                 self._await_children(store)
                 tp = self._join(config, source, store, device)
                 self.check()  # the monitor may have looked for `tp` before
@@ -197,16 +209,38 @@ class SpawnedRanks(Executor):
             self.close()
             raise
 
+    def _monitor(self, size: int) -> None:
+        """Start the children and watch them.
+
+        Linux kills the children when the thread that started them ends (see `_WORKER`). The thread that makes an engine
+        may end long before the engine does, so this thread starts them, and ends after them.
+        """
+        if not self.spawned.set_running_or_notify_cancel():
+            return
+        try:
+            for rank in range(1, size):
+                self._spawn(rank, size)
+            self.spawned.set_result(None)
+        except BaseException as error:
+            self.spawned.set_exception(error)
+        self._watch()
+        self.children_ended.wait()
+
     def _spawn(self, rank: int, size: int) -> None:
-        ours, theirs = Pipe()
-        path = [p or os.getcwd() for p in sys.path if isinstance(p, str)]
-        program = _WORKER.format(path, (theirs.fileno(), os.getpid(), self.folder))
-        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size)), **os.environ}
-        with theirs:
-            options = {"pass_fds": [theirs.fileno()], "stdin": subprocess.DEVNULL, "env": environment}
-            process = subprocess.Popen([sys.executable, "-c", program], **options)
-        self.channels.append(ours)
-        self.processes.append(process)  # from now on the monitor watches it
+        channel, their_channel = Pipe()
+        pipe, their_pipe = socket.socketpair()
+        self.channels.append(channel)
+        self.pipes.append(pipe)
+        with their_channel, their_pipe:
+            descriptors = their_channel.fileno(), their_pipe.fileno(), self.store_file.fileno()
+            path = [p or os.getcwd() for p in sys.path if isinstance(p, str)]
+            program = _WORKER.format(path, (*descriptors, os.getpid()))
+            num_threads = str(max(1, (os.cpu_count() or 1) // size))
+            environment = {"OMP_NUM_THREADS": num_threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+            process = subprocess.Popen(
+                [sys.executable, "-c", program], pass_fds=descriptors, stdin=subprocess.DEVNULL, env=environment
+            )
+        self.processes.append(process)
 
     def _await_children(self, store: "dist.Store") -> None:
         """Wait until all children are about to join."""
@@ -221,8 +255,8 @@ class SpawnedRanks(Executor):
 
         def join() -> None:
             try:
-                rank_device(device.type, 0)  # this thread's, too
-                tp = TensorParallel(0, size, make_group(0, size, store, device.type))
+                rank_device(device.type, 0)  # sets the current GPU of this thread
+                tp = TensorParallel(0, size, make_group(0, size, store, device.type, self.pipes))
                 self.tp = tp  # from now on it can be ended
                 tp = tp.with_peers(device, largest_sum(config, source))
                 if device.type == "cuda":
@@ -263,14 +297,24 @@ class SpawnedRanks(Executor):
 
     def _shared(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """`weights`, each of which is also broadcast to the other ranks; whatever ends them ends theirs."""
-        runner = self.runner
+        runner, complete = self.runner, False
         try:
             for name, tensor in checked_weights(weights):
                 tensor = tensor.detach().to(runner.device).contiguous()
-                self._tell(name, tensor.shape, tensor.dtype)
-                yield name, runner.tp.broadcast(tensor)
+                yield name, self._broadcast(name, tensor)
+            complete = True
         finally:
-            self._tell()
+            self._tell(complete)
+
+    def _broadcast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        try:
+            self._tell(name, tensor.shape, tensor.dtype)
+            return self.runner.tp.broadcast(tensor)
+        except BaseException as error:  # such as a second Ctrl-C: from now on the ranks wait for different things
+            if isinstance(error, Exception):
+                self._await_news()
+            self.error = self.error or f"sending weights to the other ranks failed: {error!r}"
+            raise
 
     def check(self) -> None:
         """Raise RuntimeError if a rank has failed."""
@@ -302,26 +346,46 @@ class SpawnedRanks(Executor):
     def _watch(self) -> None:
         """Wait for a child that ended, stopped or sent a traceback; then end the others, which may wait for it."""
         while not self.closing.wait(_POLL_SECONDS):
-            looked_at = zip(self.processes, self.channels, strict=False)  # `close` may empty both meanwhile
-            for rank, (process, channel) in enumerate(looked_at, start=1):
-                what = self._failure(rank, process, channel)
-                if what and not self.closing.is_set():  # else it is `close` that ends them
-                    self.error = what
-                    tp = self.tp  # `close` may forget it meanwhile
-                    try:
-                        if tp is not None:
-                            tp.stop()
-                    finally:  # a GPU may have failed
-                        for other in self.processes:
-                            other.kill()
-                    self._end_collectives()
-                    return
+            failure = self._failure()
+            if failure and not self.closing.is_set():  # else it is `close` that ends them
+                self.error = failure
+                tp = self.tp  # `close` may forget it meanwhile
+                try:
+                    if tp is not None:
+                        tp.stop()
+                finally:  # a GPU may have failed
+                    for process in self.processes:
+                        process.kill()
+                self._end_collectives()
+                return
             self.looks += 1
 
-    def _failure(self, rank: int, process: subprocess.Popen, channel: Connection) -> str | None:
-        with contextlib.suppress(OSError, EOFError):
-            if channel.poll():
-                return f"tensor-parallel rank {rank} failed:\n{channel.recv()}"
+    def _failure(self) -> str | None:
+        """Say which ranks are lost, or else what a rank has reported.
+
+        The loss of one rank makes the others fail in their collectives, and their reports may come first. So when there
+        is only a report, the lost rank has a second to show.
+        """
+        deadline = None
+        while True:
+            # `close` may empty both lists meanwhile.
+            ranks = list(enumerate(zip(self.processes, self.channels, strict=False), start=1))
+            ends = {rank: self._end_of(rank, process) for rank, (process, _) in ranks}
+            for rank, (_, channel) in ranks:
+                with contextlib.suppress(OSError, EOFError):
+                    if channel.poll():
+                        self.reports[rank] = channel.recv()
+            if lost := [end for rank, end in ends.items() if end and rank not in self.reports]:
+                return "\n".join(lost)
+            if not self.reports:
+                return None
+            deadline = deadline or time.monotonic() + 1
+            if time.monotonic() > deadline or self.closing.wait(_POLL_SECONDS):
+                rank, report = next(iter(self.reports.items()))
+                return f"tensor-parallel rank {rank} failed:\n{report}"
+
+    def _end_of(self, rank: int, process: subprocess.Popen) -> str | None:
+        """Say how a rank's process ended or that it was stopped; None if it runs."""
         try:
             flags = os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT
             state = os.waitid(os.P_PID, process.pid, flags)
@@ -333,7 +397,7 @@ class SpawnedRanks(Executor):
         return f"tensor-parallel rank {rank} (process {process.pid}) {verb} signal {state.si_status}"
 
     def _end_collectives(self) -> None:
-        """Let nothing on this rank wait for the others any more. The monitor may do so beside a step that does."""
+        """End this rank's waits for the others. The monitor may call this while a step waits."""
         tp, runner = self.tp, self.runner
         if tp is not None:
             tp.end(runner.free_graphs if runner is not None else lambda: None)
@@ -341,14 +405,21 @@ class SpawnedRanks(Executor):
     def close(self) -> None:
         """End the children and remove what was made for them, whatever fails meanwhile. May be called again."""
         try:
-            self._end_children()
+            if self.spawned.done():
+                self._end_children()
         finally:
             self.closing.set()
+            if not self.spawned.cancel():  # the monitor may be starting some
+                wait([self.spawned])
             for process in self.processes:
                 process.kill()
                 process.wait()
-            self.channels, self.processes = [], []
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.children_ended.set()
+            for end in (*self.channels, *self.pipes):
+                end.close()
+            self.channels, self.pipes, self.processes = [], [], []
+            if self.store_file is not None:
+                self.store_file.close()
             super().close()
 
     def _end_children(self) -> None:
@@ -362,7 +433,7 @@ class SpawnedRanks(Executor):
                 with contextlib.suppress(OSError):
                     channel.send(("close",))
                 channel.close()
-        finally:  # an interrupt, too, must leave no kernel that waits for a rank
+        finally:  # even after an interrupt no kernel may wait for a rank
             self._end_collectives()
         deadline = time.monotonic() + (0 if self.error else 5)
         for process in self.processes:
