@@ -69,4 +69,4 @@ class ParallelLMHead(VocabParallelEmbedding, PackedLayer):
 
     def forward(self, x: torch.Tensor | Residual, norm: RMSNorm | None = None) -> torch.Tensor:
         x, norm = (x, None) if norm is None else norm.split(x)
-        return self.tp.exchange(linear(x, self.operand, norm=norm))[:, : self.num_embeddings]
+        return self.tp.all_to_all(linear(x, self.operand, norm=norm))[:, : self.num_embeddings]

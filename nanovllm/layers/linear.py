@@ -157,8 +157,8 @@ class RowParallelLinear(PackedLayer):
         tp, weight, counters = self.tp, self.operand, get_context().counters
         if can_sum(x, weight, residual, tp.peers):
             return Residual(linear_sum(x, weight, self.bias, residual, tp.peers), None, tp)
-        if tp.ahead is not None and tp.ahead.fits(residual):
-            for rows in tp.ahead.parts(residual):
+        if tp.overlapped is not None and tp.overlapped.fits(residual):
+            for rows in tp.overlapped.slices(residual):
                 self._multiply(x[rows], residual[rows])
             return Residual.of(residual, tp)
         bias = self.bias if tp.rank == 0 else None  # so that the sum over the ranks has it once
