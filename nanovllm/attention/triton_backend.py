@@ -57,8 +57,8 @@ class TritonBackend(AttentionBackend):
         rows = slice(ctx.num_decode)
         where = (q, k_cache, v_cache, ctx.block_tables, ctx.slots[rows])
         plan = ctx.meta[ctx.num_decode]
-        shared = None if ctx.shared is None else shared_attention_triton(*where, scale, ctx.shared, plan.num_splits)
-        options = {"out": out, "counters": ctx.counters, "plan": plan, "shared": shared}
+        prefix = None if ctx.shared is None else shared_attention_triton(*where, scale, ctx.shared, plan.num_splits)
+        options = {"out": out, "counters": ctx.counters, "plan": plan, "prefix": prefix}
         decode_attention_triton(*where, ctx.context_lens[rows], scale, **options)
 
     def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:

@@ -16,10 +16,12 @@ from nanovllm.attention.flash_attn_backend import (
 )
 from nanovllm.attention.torch_ref import TorchBackend
 from nanovllm.layers.rotary_embedding import rope_table
-from nanovllm.ops.attention.decode_attention import decode_attention_torch
-from nanovllm.ops.attention.decode_plan import plan_decode_torch
-from nanovllm.ops.attention.prefill_attention import prefill_attention_torch
-from nanovllm.ops.attention.rope_decode import rope_decode_torch
+from nanovllm.ops.attention.reference import (
+    decode_attention_torch,
+    plan_decode_torch,
+    prefill_attention_torch,
+    rope_decode_torch,
+)
 from nanovllm.ops.norm_rope.rope_store import QKTransform
 from nanovllm.utils.context import Context
 from tests.kernels.paged import assert_close, make_paged, plain_attention

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from nanovllm.ops.comm.collectives import PeerMemory
+from nanovllm.ops.comm.peer_memory import PeerMemory
 from nanovllm.ops.linear.gemm import MAX_TOKENS as MAX_GEMM_TOKENS
 from nanovllm.ops.linear.gemm import gemm_triton, is_gemm
 from nanovllm.ops.linear.gemv import gemv_triton, is_gemv
