@@ -6,8 +6,6 @@ from nanovllm.ops.norm_rope.qk_transform import QKTransform
 from nanovllm.ops.norm_rope.reference import qk_norm_rope_store_torch
 from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
-__all__ = ["QKTransform", "qk_norm_rope_store", "qk_norm_rope_store_triton"]
-
 
 @triton.jit(do_not_specialize=["positions_ptr"])  # its alignment varies with the number of tokens
 def _rope_store_kernel(
