@@ -43,6 +43,14 @@ class VocabParallelEmbedding(nn.Module):
         param[: len(rows)].copy_(rows)
         param[len(rows) :].zero_()
 
+    def differs(self, loaded: torch.Tensor) -> torch.Tensor:
+        """Whether the weight has other values than `loaded`, as a bool on the weight's device."""
+        check_shape(loaded, (self.num_embeddings, *self.weight.shape[1:]))
+        rows = loaded[self.start : self.start + self.size]
+        # In pieces: on a GPU there may be no room for another copy.
+        pairs = zip(self.weight[: len(rows)].split(4096), rows.split(4096), strict=True)
+        return torch.stack([(own != new.to(own)).any() for own, new in pairs]).any()
+
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor | Residual:
         x = Residual.of(embedding(input_ids, self.weight, self.start), self.tp)
         return x.sum() if self.reduce_results else x

@@ -201,7 +201,8 @@ class SpawnedRanks(Executor):
         ours, theirs = Pipe()
         path = [p or os.getcwd() for p in sys.path if isinstance(p, str)]
         program = _WORKER.format(path, (theirs.fileno(), os.getpid(), self.folder))
-        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size)), **os.environ}
+        num_threads = str(max(1, (os.cpu_count() or 1) // size))
+        environment = {"OMP_NUM_THREADS": num_threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         with theirs:
             options = {"pass_fds": [theirs.fileno()], "stdin": subprocess.DEVNULL, "env": environment}
             process = subprocess.Popen([sys.executable, "-c", program], **options)
@@ -263,14 +264,15 @@ class SpawnedRanks(Executor):
 
     def _shared(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """`weights`, each of which is also broadcast to the other ranks; whatever ends them ends theirs."""
-        runner = self.runner
+        runner, complete = self.runner, False
         try:
             for name, tensor in checked_weights(weights):
                 tensor = tensor.detach().to(runner.device).contiguous()
                 self._tell(name, tensor.shape, tensor.dtype)
                 yield name, runner.tp.broadcast(tensor)
+            complete = True
         finally:
-            self._tell()
+            self._tell(complete)
 
     def check(self) -> None:
         """Raise RuntimeError if a rank has failed."""

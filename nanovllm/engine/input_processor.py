@@ -1,0 +1,284 @@
+"""Checks what callers send and turns it into requests: prompts become token ids, constraints become token filters.
+
+Nothing here reads or changes the engine's state, so several threads may use it beside the engine's. No torch here.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as SequenceType
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
+from typing import Any
+
+from nanovllm.config import Config
+from nanovllm.engine.chat_template import ChatTemplate
+from nanovllm.engine.detokenizer import TokenBytes
+from nanovllm.engine.request import Request
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.template_renderer import TemplateRenderer
+from nanovllm.engine.token_filter import GrammarFilter, TokenFilter, compile_grammar, grammar_tokenizer, make_filter
+from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
+from nanovllm.utils.checks import in_vocabulary, is_list
+from nanovllm.utils.hub import ModelSource
+
+_MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token, so a longer prompt is refused before it is tokenised
+_USUAL_TOKEN_CHARS = 8  # prompts with more characters a token are rare; their tokens are counted piece by piece first
+_PIECE_CHARS = 1 << 16
+_MAX_TOKEN_VALUES = 16  # templates make a token or more of each value and key in messages and tools
+
+
+class InputProcessor:
+    """Makes requests for one engine.
+
+    Args:
+        config: the engine's.
+        source: the model, which brings the tokenizer and the vocabulary size.
+        max_model_len: longest prompt plus output, in tokens.
+        num_kv_tokens: tokens that the whole KV cache holds.
+    """
+
+    def __init__(self, config: Config, source: ModelSource, max_model_len: int, num_kv_tokens: int):
+        self.config = config
+        self.source = source
+        self.max_model_len = max_model_len
+        self.num_kv_tokens = num_kv_tokens
+        self.vocab_size = source.config.vocab_size
+        self.has_tokenizer = source.has_tokenizer and not config.skip_tokenizer_init
+        self.renderer = TemplateRenderer()
+        self._loading = threading.RLock()
+        self._token_bytes: dict[bool, TokenBytes] = {}
+        self._chat_template = lru_cache(maxsize=8)(self._make_chat_template)
+
+    def close(self) -> None:
+        """End the processes that render templates."""
+        self.renderer.close()
+
+    @property
+    def tokenizer(self):
+        """The model's transformers tokenizer, loaded when it is first used."""
+        with self._loading:  # cached_property has no lock of its own from Python 3.12 on
+            return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self):
+        if self.config.skip_tokenizer_init:
+            raise ValueError("skip_tokenizer_init is set, so there is no tokenizer: give prompts as token ids")
+        tokenizer = self.source.tokenizer()
+        # The first call turns off truncation and padding, which must not happen while another thread encodes.
+        tokenizer.encode("", add_special_tokens=False)
+        return tokenizer
+
+    @cached_property
+    def _grammar_tokenizer(self):
+        return grammar_tokenizer(self.tokenizer, self.vocab_size, self.source.config.eos_token_ids)
+
+    def process(
+        self, prompt, params: SamplingParams | None, request_id: int | str | None = None, stream: bool = False
+    ) -> Request:
+        """Check a request and prepare everything it needs on the host.
+
+        Raises:
+            TypeError, ValueError: the request cannot be served; the message names the argument.
+        """
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
+        if self.has_tokenizer:
+            _ = self.tokenizer  # a broken one refuses requests here; in a step it would lose all of them
+        token_ids = self._prompt_ids(prompt)
+        end_ids = self._end_ids(params)
+        self._check_lengths(len(token_ids), params)
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            in_vocabulary(name, getattr(params, name) or (), self.vocab_size)
+        if params.stop and not self.has_tokenizer:
+            raise ValueError("stop strings need a tokenizer, and there is none")
+        token_filter = self._token_filter(params, end_ids)
+        samples = []
+        for index in range(params.n):
+            own_filter = token_filter.copy() if token_filter else None
+            samples.append(Sequence(token_ids, params, end_ids, index=index, token_filter=own_filter))
+        text = prompt if isinstance(prompt, str) else None
+        token_bytes = self.token_bytes(params.skip_special_tokens) if self.has_tokenizer else None
+        return Request(request_id, text, params, samples, stream, token_bytes)
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Return the token ids of a text, by default without the special tokens that start or end a prompt."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            what = f"the text has half a character, {text[error.start]!r} at {error.start}, which no tokenizer can read"
+            raise ValueError(what) from None
+        with _refusing_panics("the text cannot be tokenised"):
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def token_bytes(self, skip_special_tokens: bool) -> TokenBytes:
+        """Return the bytes of each token, which make the text of outputs."""
+        if skip_special_tokens not in self._token_bytes:
+            tokenizer = self.tokenizer.backend_tokenizer
+            self._token_bytes[skip_special_tokens] = TokenBytes(tokenizer, skip_special_tokens)
+        return self._token_bytes[skip_special_tokens]
+
+    # -- parts of process --------------------------------------------------------------------------------------------
+
+    def _prompt_ids(self, prompt) -> list[int]:
+        if isinstance(prompt, str):
+            self._check_text("prompt", prompt)
+            token_ids = self.encode(prompt, add_special_tokens=True)
+        elif is_list(prompt):
+            token_ids = list(prompt)
+        else:
+            raise TypeError(f"prompt must be text or a list of token ids, got {type(prompt).__name__}")
+        if not token_ids:
+            raise ValueError("prompt is empty; it must have at least one token")
+        # One pass for both checks, because prompts are long.
+        wrong = [i for i in token_ids if type(i) is not int or not 0 <= i < self.vocab_size]
+        if wrong and type(wrong[0]) is not int:
+            raise TypeError(f"prompt must be text or a list of int token ids, got an id {wrong[0]!r}")
+        in_vocabulary("prompt", wrong[:1], self.vocab_size)
+        return token_ids
+
+    def _check_text(self, name: str, text: str) -> None:
+        """Refuse a text of far too many tokens before all of it is tokenised, which would take long."""
+        self._check_chars(name, len(text))
+        if len(text) <= _USUAL_TOKEN_CHARS * self.max_model_len:
+            return
+        num_tokens = 0
+        for start in range(0, len(text), _PIECE_CHARS):
+            num_tokens += len(self.encode(text[start : start + _PIECE_CHARS]))
+            # The pieces may have a few more tokens than the whole, so this is not exact.
+            if num_tokens > 2 * self.max_model_len:
+                what = f"the {len(text)} characters of {name} are more than {num_tokens // 2} tokens"
+                raise ValueError(f"{what}, too many for max_model_len={self.max_model_len}")
+
+    def _check_chars(self, name: str, num_chars: int) -> None:
+        if num_chars > _MAX_TOKEN_CHARS * self.max_model_len:
+            raise ValueError(f"{name}: {num_chars} characters are too many for max_model_len={self.max_model_len}")
+
+    def _check_lengths(self, num_prompt: int, params: SamplingParams) -> None:
+        total = num_prompt + params.max_tokens
+        what = f"prompt has {num_prompt} tokens and max_tokens is {params.max_tokens}"
+        if total > self.max_model_len:
+            raise ValueError(f"{what}; together they must be at most max_model_len={self.max_model_len}")
+        if total > self.num_kv_tokens:
+            raise ValueError(f"{what}; the whole KV cache holds {self.num_kv_tokens} tokens: raise num_kvcache_blocks")
+
+    def _end_ids(self, params: SamplingParams) -> frozenset[int]:
+        end_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            end_ids |= frozenset(self.source.config.eos_token_ids)
+        if params.min_tokens and len(end_ids) > MAX_STOP_IDS:
+            what = f"stop_token_ids and the model's end-of-sequence ids are {len(end_ids)} together"
+            raise ValueError(f"{what}; with min_tokens they must be at most {MAX_STOP_IDS}")
+        return end_ids
+
+    def _token_filter(self, params: SamplingParams, end_ids: frozenset[int]) -> TokenFilter | GrammarFilter | None:
+        if params.structured_outputs is None:
+            return make_filter(params, self.vocab_size, self.encode, end_ids)
+        with _refusing_panics("structured_outputs cannot be compiled"):
+            return GrammarFilter(self._grammar_tokenizer, compile_grammar(params.structured_outputs), self.vocab_size)
+
+    # -- chat --------------------------------------------------------------------------------------------------------
+
+    def chat_prompts(
+        self,
+        messages: SequenceType[dict] | SequenceType[SequenceType[dict]],
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> list[list[int]]:
+        """Return the token ids of conversations; see `LLM.chat_prompts`."""
+        if chat_template_kwargs is not None:
+            if not isinstance(chat_template_kwargs, Mapping):
+                raise TypeError(f"chat_template_kwargs must be a dict, got {chat_template_kwargs!r:.100}")
+            if "chat_template" in chat_template_kwargs:
+                raise TypeError("chat_template_kwargs has chat_template, which is no variable of a template")
+            options |= chat_template_kwargs
+        return self._chat_ids(messages, **options)
+
+    def _chat_ids(
+        self,
+        messages: SequenceType[dict] | SequenceType[SequenceType[dict]],
+        *,
+        tools: list[dict] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> list[list[int]]:
+        chats = [messages] if is_list(messages) and isinstance(next(iter(messages), None), dict) else messages
+        if not is_list(chats) or not chats or not all(map(_is_chat, chats)):
+            raise TypeError(f"messages must be a list of dicts with role and content, got {messages!r:.100}")
+        if not isinstance(chat_template, str | None):
+            raise TypeError(f"chat_template must be text, got {chat_template!r:.100}")
+        if not (chat_template or self.tokenizer.chat_template):
+            raise ValueError("the model has no chat template; give chat_template, or prompts to generate()")
+        tools = None if tools is None else [_tool_schema(tool) for tool in tools]
+        for chat in chats:
+            self._check_chat([chat, tools, variables])
+        template = self._chat_template(self.tokenizer.get_chat_template(chat_template or None, tools))
+        template.check_variables(variables)
+        if tools and "tools" not in template.variables:
+            raise ValueError("tools are given, but the model's chat template does not read them")
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        variables |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        texts = [template.render(template.adapt(chat), tools=tools, **variables) for chat in chats]
+        for text in texts:
+            self._check_text("messages", text)
+        return [self.encode(text) for text in texts]
+
+    def _make_chat_template(self, text: str) -> ChatTemplate:
+        max_chars = _MAX_TOKEN_CHARS * self.max_model_len
+        return ChatTemplate(text, self.renderer, self.tokenizer.special_tokens_map, max_chars)
+
+    def _check_chat(self, data: Any) -> None:
+        """Refuse a conversation of far too many values or tokens before it is rendered."""
+        texts, todo, num_values, num_chars = [], [data], 0, 0
+        while todo:
+            value = todo.pop()
+            num_values += 1
+            if isinstance(value, str):
+                texts.append(value)
+                num_chars += len(value)
+            elif isinstance(value, list | tuple):
+                todo += value
+            elif isinstance(value, dict):
+                todo += value
+                todo += value.values()
+            if num_values > _MAX_TOKEN_VALUES * self.max_model_len:  # or the data contains itself
+                what = f"messages and tools have more than {num_values - 1} values"
+                raise ValueError(f"{what}, too many for max_model_len={self.max_model_len}")
+        self._check_chars("messages", num_chars)
+        self._check_text("messages", "".join(texts))
+
+
+def _tool_schema(tool: Any) -> Any:
+    """Return the JSON schema of a tool that is given as a function."""
+    if not callable(tool):
+        return tool
+    from transformers.utils import get_json_schema
+
+    try:
+        return get_json_schema(tool)
+    except Exception as error:
+        raise ValueError(f"tools has a function that no JSON schema can be made of: {error}") from error
+
+
+def _is_chat(messages: Any) -> bool:
+    return is_list(messages) and len(messages) > 0 and all(map(_is_message, messages))
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str)
+
+
+@contextmanager
+def _refusing_panics(what: str) -> Iterator[None]:
+    """Raise ValueError for what libraries in Rust raise: a bare Exception, or a panic, which is a BaseException."""
+    try:
+        yield
+    except BaseException as error:
+        # Each library has a PanicException of its own, which none exports. Everything else may be an interrupt.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {error!s:.200}") from error
