@@ -17,6 +17,7 @@ from nanovllm.layers import parameter
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
+from nanovllm.layers.residual import Residual
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import load_weights
 from nanovllm.ops.comm import collectives
@@ -132,7 +133,7 @@ def run_layers(rank, memory, folder):
     linear.is_gemv = lambda x, weight: len(x) <= 4
     tp = TensorParallel(rank, len(memory), peers=collectives.PeerMemory(rank, memory))
     generator = torch.Generator().manual_seed(1)
-    row = RowParallelLinear(48, 64, bias=True, reduce_results=False, dtype=torch.bfloat16, tp=tp)
+    row = RowParallelLinear(48, 64, bias=True, dtype=torch.bfloat16, tp=tp)
     column = ColumnParallelLinear(64, {0: Part(20, 0, 20)}, False, torch.bfloat16)
     norm = RMSNorm(64, 1e-6, dtype=torch.bfloat16)
     whole = torch.randn(64, 48, generator=generator).bfloat16() / 7
@@ -145,19 +146,17 @@ def run_layers(rank, memory, folder):
         part = x[:, rank * row.weight.shape[1] :][:, : row.weight.shape[1]].contiguous()
         results = []
         for layers.can_sum in (linear.can_sum, lambda *_: False):
-            y = row(part, residual.clone())
-            assert (y.delta is None) == (layers.can_sum is linear.can_sum and rows <= 4)
-            results += [column(y, norm), y.x]
+            y = Residual(residual.clone(), tp) + row(part)
+            assert y.is_partial != (layers.can_sum is linear.can_sum and rows <= 4)
+            results += [column(norm(y)), y.x]
         for got, want in zip(results[:2], results[2:], strict=True):
             torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
         want = residual.float() + x.float() @ whole.float().t() + row.bias.float()
         torch.testing.assert_close(results[1].float(), want, rtol=3e-2, atol=3e-2)
         layers.can_sum = linear.can_sum
-        y = row(part, residual.clone())
-        torch.testing.assert_close(norm(y) @ column.weight.t(), results[0], rtol=3e-2, atol=5e-2)
-        row.reduce_results = True
-        torch.testing.assert_close(row(part, residual.clone()), results[1], rtol=3e-2, atol=3e-2)
-        row.reduce_results = False
+        y = Residual(residual.clone(), tp) + row(part)
+        torch.testing.assert_close(norm(y.sum()) @ column.weight.t(), results[0], rtol=3e-2, atol=5e-2)
+        torch.testing.assert_close(residual + row(part).all_reduce(), results[1], rtol=3e-2, atol=3e-2)
         outcome.append([result.tolist() for result in results])
     (folder / f"{rank}.json").write_text(json.dumps(outcome))
 

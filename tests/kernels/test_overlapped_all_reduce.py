@@ -14,6 +14,7 @@ import torch
 
 from nanovllm.distributed import parallel
 from nanovllm.layers.linear import RowParallelLinear
+from nanovllm.layers.residual import Residual
 from nanovllm.ops.comm import collectives, cuda_ipc, overlapped_all_reduce
 from nanovllm.ops.comm.overlapped_all_reduce import LEAST_ROWS, PARTS, SumAhead, inbox_words
 from nanovllm.ops.norm_rope.rms_norm import rms_norm_torch
@@ -132,13 +133,13 @@ def test_a_row_parallel_layer_sends_large_sums(engines):
     sent = []
     for rank in range(2):
         tp = tp_of(rank, ahead_of(rank, inboxes))
-        layer = RowParallelLinear(32, 64, bias=True, reduce_results=False, tp=tp)
+        layer = RowParallelLinear(32, 64, bias=True, tp=tp)
         layer.weight_loader(layer.weight, weight)
         layer.bias.copy_(bias)
         part = x[:, 16 * rank : 16 * (rank + 1)]
-        layer(part[:200], residual[:200].clone())
+        _ = Residual(residual[:200].clone(), tp) + layer(part[:200])
         assert tp.ahead.number == 0 and tp.ahead.sent is None
-        sent.append(layer(part, residual.clone()))
+        sent.append(Residual(residual.clone(), tp) + layer(part))
         assert tp.ahead.number == 1
     for y in sent:
         torch.testing.assert_close(y.sum(), residual + x @ weight.t() + bias, rtol=1e-4, atol=1e-4)
