@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from nanovllm.ops.attention.decode_attention import DecodeConfig, decode_attention_triton, default_decode_config
-from nanovllm.ops.attention.decode_plan import default_shares, plan_decode_triton
+from nanovllm.ops.attention.decode_plan import default_split_policy, plan_decode_triton
 from nanovllm.ops.attention.prefill_attention import PrefillConfig, default_prefill_config, prefill_attention_triton
 from nanovllm.ops.attention.rope_decode import RopeDecodeConfig, default_rope_decode_config, rope_decode_triton
 from nanovllm.ops.linear.gemm import MAX_TILES, default_gemm_config, gemm_triton
@@ -96,7 +96,7 @@ def decode(full: bool) -> None:
         q = random(rows, KV_HEADS * group, HEAD_DIM)
         counters = torch.zeros(rows * KV_HEADS, device="cuda", dtype=torch.int32)
         sms = sm_count(q.device)
-        plan = plan_decode_triton(where[1], KV_HEADS, default_shares(rows, KV_HEADS, sms))
+        plan = plan_decode_triton(where[1], KV_HEADS, default_split_policy(rows, KV_HEADS, sms))
         calls = [partial(decode_attention_triton, q, *c, *where, 0.1, counters=counters, plan=plan) for c in caches]
         configs = [default_decode_config(rows, KV_HEADS, HEAD_DIM, 2, sms)]
         if full:

@@ -14,7 +14,7 @@ import torch
 from nanovllm.config import check_names
 from nanovllm.engine.llm_engine import close_at_exit
 from nanovllm.llm import LLM
-from nanovllm.ops.triton_utils import to_current_gpu
+from nanovllm.ops.triton_utils import current_gpu_initializer
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import number
@@ -86,7 +86,7 @@ class AsyncLLM:
         check_names(kwargs, "max_concurrent_requests")
         self._most = number("max_concurrent_requests", max_concurrent_requests, int, 1, 1 << 30)
         self._free: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
-        self._thread = ThreadPoolExecutor(1, "nanovllm-engine", to_current_gpu())
+        self._thread = ThreadPoolExecutor(1, "nanovllm-engine", current_gpu_initializer())
         # The rest belongs to that thread.
         self._streams: dict[int | str, _Stream] = {}
         self._step_queued = False

@@ -15,8 +15,14 @@ import torch
 import torch.distributed as dist
 
 from nanovllm.ops.comm import cuda_ipc
-from nanovllm.ops.comm.collectives import PeerMemory, all_reduce_triton, exchange_triton, new_memory, rows_of
-from nanovllm.ops.comm.overlapped_all_reduce import SumAhead
+from nanovllm.ops.comm.collectives import (
+    PeerMemory,
+    all_reduce_triton,
+    all_to_all_triton,
+    new_peer_memory,
+    rows_of_rank,
+)
+from nanovllm.ops.comm.overlapped_all_reduce import OverlappedAllReduce
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.ops.triton_utils import HAVE_TRITON
 
@@ -56,7 +62,7 @@ class TensorParallel:
         if device.type != "cuda" or not HAVE_TRITON or self.size == 1:
             return self
         self.all_reduce_min(1, device)  # a rank that is lost by now keeps the others here, and with no memory yet
-        own = new_memory(self.size, device, largest_sum)
+        own = new_peer_memory(self.size, device, largest_sum)
         host = Path("/proc/sys/kernel/random/boot_id").read_text()
         memory, failure = [], "they are on several hosts, or one cannot share its memory"
         try:
@@ -81,9 +87,9 @@ class TensorParallel:
         return self
 
     @property
-    def ahead(self) -> SumAhead | None:
+    def overlapped(self) -> OverlappedAllReduce | None:
         """For large sums, which are sent while they are computed, where ranks can: `all_reduce` ends what it began."""
-        return None if self.peers is None else self.peers.ahead
+        return None if self.peers is None else self.peers.overlapped
 
     def all_reduce(
         self,
@@ -97,11 +103,11 @@ class TensorParallel:
             norm: weight and epsilon of the RMSNorm.
             residual: contiguous, the same on all ranks; it is added once. None if `x` is on its way ahead.
         """
-        if self.ahead is not None:
-            sent, self.ahead.sent = self.ahead.sent, None
+        if self.overlapped is not None:
+            sent, self.overlapped.pending = self.overlapped.pending, None
             if sent is x:
-                return self.ahead.add(x, norm)
-        if self.peers is not None and self.peers.fits(x):
+                return self.overlapped.finish(x, norm)
+        if self.peers is not None and self.peers.fits_all_reduce(x):
             return all_reduce_triton(x, self.peers, norm, residual)
         if self.size > 1:
             self.group.allreduce([x]).wait()
@@ -128,14 +134,14 @@ class TensorParallel:
 
     def rows(self, count: int, rank: int | None = None) -> slice:
         """This rank's share of `count` rows, or another one's; the last ranks' may be smaller, or empty."""
-        return rows_of(self.rank if rank is None else rank, count, self.size)
+        return rows_of_rank(self.rank if rank is None else rank, count, self.size)
 
-    def exchange(self, x: torch.Tensor) -> torch.Tensor:
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
         """The ranks' columns of all rows, x [R, N] -> all columns of its own `rows`, [S, size N]."""
         if self.size == 1:
             return x
-        if self.peers is not None and self.peers.exchanges(x):
-            return exchange_triton(x, self.peers)
+        if self.peers is not None and self.peers.fits_all_to_all(x):
+            return all_to_all_triton(x, self.peers)
         shares = [self.rows(len(x), rank) for rank in range(self.size)]
         counts = [share.stop - share.start for share in shares]
         own = counts[self.rank]
@@ -158,9 +164,9 @@ class TensorParallel:
     def stop(self) -> None:
         """End what goes through other ranks' memory, for good, before such a rank is ended. Safe in any thread."""
         if self.peers is not None:
-            self.peers.end()
+            self.peers.stop()
 
-    def end(self, free_graphs: Callable[[], None]) -> None:
+    def abort(self, free_graphs: Callable[[], None]) -> None:
         """End all collectives of this rank, those that run included, for good: no rank need be there any more.
 
         Not for a group that is others' too.
@@ -170,14 +176,14 @@ class TensorParallel:
                 kernels that run, as CUDA then does with all else. So each kind of kernel is told to end before that.
         """
         self.stop()
-        abort = threading.Thread(target=self._abort, daemon=True)
-        abort.start()
-        abort.join(0.2)
+        aborting = threading.Thread(target=self._abort, daemon=True)
+        aborting.start()
+        aborting.join(0.2)
         free_graphs()
-        abort.join()
+        aborting.join()
 
     def close(self) -> None:
-        """Give back what is mapped of other ranks, after the last step of all or `end`."""
+        """Give back what is mapped of other ranks, after the last step of all or `abort`."""
         if self.peers is not None:
             self.peers.close()
 

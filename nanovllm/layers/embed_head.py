@@ -70,4 +70,4 @@ class ParallelLMHead(VocabParallelEmbedding, PackedLayer):
 
     def forward(self, x: torch.Tensor | Normed) -> torch.Tensor:
         x, norm = x if isinstance(x, Normed) else (x, None)
-        return self.tp.exchange(linear(x, self.operand, norm=norm))[:, : self.num_embeddings]
+        return self.tp.all_to_all(linear(x, self.operand, norm=norm))[:, : self.num_embeddings]

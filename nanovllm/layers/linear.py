@@ -162,8 +162,8 @@ class PendingGemm:
         tp, weight, counters = layer.tp, layer.operand, get_context().counters
         if can_sum(x, weight, stream, tp.peers):
             return Residual(linear_sum(x, weight, layer.bias, stream, tp.peers), tp)
-        if tp.ahead is not None and tp.ahead.fits(stream):
-            for rows in tp.ahead.parts(stream):
+        if tp.overlapped is not None and tp.overlapped.fits(stream):
+            for rows in tp.overlapped.slices(stream):
                 self._overwrite(x[rows], stream[rows])
             return Residual.of(stream, tp)
         bias = layer.bias if tp.rank == 0 else None  # the all-reduce must add it once

@@ -43,7 +43,7 @@ except ImportError:
 
 
 @lru_cache
-def warm_up() -> Future:
+def preload_triton() -> Future:
     """Begin what Triton does once in a process before its first kernel: it hashes its library, and builds its driver.
 
     That takes about as long as CUDA's start and need not wait for it. What fails here fails again, and is told, where
@@ -60,7 +60,7 @@ def warm_up() -> Future:
     return future
 
 
-def to_current_gpu() -> Callable[[], None] | None:
+def current_gpu_initializer() -> Callable[[], None] | None:
     """What brings a new thread to this one's GPU: each has a current one, at first the first of all."""
     return partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_initialized() else None
 
@@ -73,7 +73,7 @@ class _Compilers(ThreadPoolExecutor):
     """
 
     def __init__(self):
-        super().__init__(os.cpu_count(), initializer=to_current_gpu())
+        super().__init__(os.cpu_count(), initializer=current_gpu_initializer())
 
     def submit(self, compile_kernel: Callable[[], Any]) -> Future:
         def run() -> Any:
@@ -85,12 +85,12 @@ class _Compilers(ThreadPoolExecutor):
 
 
 @contextmanager
-def compile_aside() -> Iterator[None]:
+def compile_in_parallel() -> Iterator[None]:
     """New kernels are compiled, or read from the cache, side by side, and are ready to be launched when this ends.
 
     One after the other, an engine's kernels take longer to compile than all else of its start together.
     """
-    wait([warm_up()])
+    wait([preload_triton()])
     with _Compilers() as executor, triton.AsyncCompileMode(executor):
         yield
 
@@ -99,7 +99,7 @@ _compiling_only = threading.Lock()
 
 
 @contextmanager
-def compile_only() -> Iterator[None]:
+def compile_without_launch() -> Iterator[None]:
     """Kernels that this thread calls within are compiled, not launched. Other threads' are, as an engine may run."""
     caller = threading.get_ident()
     with _compiling_only:
@@ -133,12 +133,12 @@ def shared_memory(device: torch.device) -> int:
 
 
 @lru_cache
-def since_hopper(device: torch.device) -> bool:
+def is_hopper_or_newer(device: torch.device) -> bool:
     """Whether `device` has what Hopper brought: loads by TMA, programmatic dependent launch (PDL)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def has_large_tiles(device: torch.device) -> bool:
+def fits_large_tma_tiles(device: torch.device) -> bool:
     """Whether `device` has TMA, and room for large tiles, of which Blackwell's chips for desktops (12.0) have less."""
     return torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
 
@@ -146,18 +146,18 @@ def has_large_tiles(device: torch.device) -> bool:
 @lru_cache
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Options of a kernel of a chain (see below): programmatic dependent launch, where there is such a thing."""
-    return {"PDL": True, "launch_pdl": True} if since_hopper(device) else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if is_hopper_or_newer(device) else {"PDL": False}
 
 
 @triton.jit
-def let_next_begin(PDL: tl.constexpr):
+def launch_dependents(PDL: tl.constexpr):
     """Let the next kernel begin, if that cannot wait for `wait_for_inputs`."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def begin_chain(PDL: tl.constexpr):
+def start_chain(PDL: tl.constexpr):
     """In the first kernel of a chain: what was written before it, all that follow may read before their own wait."""
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -169,7 +169,7 @@ def wait_for_inputs(PDL: tl.constexpr):
     """Let the next kernel begin, then wait for the one before to end.
 
     A kernel so launched begins while the one before it runs. Only this may be read before the wait: what no kernel
-    writes, as weights; and what was written before the chain began (see `begin_chain`), as the step's inputs. All other
+    writes, as weights; and what was written before the chain began (see `start_chain`), as the step's inputs. All other
     kernels of a chain must call this, even if they don't need to, in one program at least: the end of one then means
     the end of all before it. Programs that have nothing to do should end without it, and make room for the next
     kernel's.

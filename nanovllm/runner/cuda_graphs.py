@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nanovllm.engine.scheduler import Batch
-from nanovllm.ops.attention.shared_prefix import MIN_ROWS, SharedPlan, plan_shared
+from nanovllm.ops.attention.shared_prefix import MIN_SEQUENCES, SharedPrefixPlan, plan_shared_prefixes
 from nanovllm.ops.inputs.step_inputs import StepRows
 from nanovllm.ops.triton_utils import sm_count
 
@@ -97,7 +97,7 @@ class StepGraphs:
         self.current: list[int] = []  # what `slots` holds
         self.shares = False  # whether these rows share prefixes, told by `plan`
         self.num_admissions = 0  # when that was found out
-        self.plan = torch.zeros(SharedPlan.size(max_num_seqs), dtype=torch.int32, device=runner.device)
+        self.plan = torch.zeros(SharedPrefixPlan.size(max_num_seqs), dtype=torch.int32, device=runner.device)
         layer = runner.attention_layers[0]
         self.heads = layer.num_heads // layer.num_kv_heads, layer.num_kv_heads
         self.decode: dict[int, tuple[torch.cuda.CUDAGraph, StepTensors]] = {}
@@ -111,7 +111,7 @@ class StepGraphs:
             if runner.backend.capturable_prefill:
                 for size in reversed(mixed_sizes(runner.config.max_num_batched_tokens)):
                     self._capture_mixed(runner, size, min(size, max_num_seqs) + 1)
-            if runner.backend.shares_prefixes and runner.config.enable_prefix_caching and max_num_seqs >= MIN_ROWS:
+            if runner.backend.shares_prefixes and runner.config.enable_prefix_caching and max_num_seqs >= MIN_SEQUENCES:
                 for size in reversed(shared_sizes(max_num_seqs)):
                     self._capture_shared(runner, size)
             for size in reversed(decode_sizes(max_num_seqs)):  # the largest first: the others fit in its memory
@@ -131,8 +131,8 @@ class StepGraphs:
         self.mixed[num_tokens] = graph, result, num_rows, packed
 
     def _capture_shared(self, runner: "ModelRunner", size: int) -> None:
-        slots, plan = self.slots[:size], SharedPlan.split(self.plan, len(self.slots))
-        plan = SharedPlan(plan.rows[:size], plan.groups[: max(1, size // MIN_ROWS)])
+        slots, plan = self.slots[:size], SharedPrefixPlan.split(self.plan, len(self.slots))
+        plan = SharedPrefixPlan(plan.rows[:size], plan.groups[: max(1, size // MIN_SEQUENCES)])
         self.shared[size] = self._capture(lambda: runner.step(slots, size, shared=plan))
 
     def _capture(self, run: Callable[[], "StepTensors"]) -> tuple[torch.cuda.CUDAGraph, "StepTensors"]:
@@ -191,10 +191,12 @@ class StepGraphs:
         padded[: len(slots)] = slots
         self.slots.copy_(to_device(padded))
         self.current, self.num_admissions, self.shares = list(slots), state.num_admissions, False
-        if self.shared and len(slots) >= MIN_ROWS:
+        if self.shared and len(slots) >= MIN_SEQUENCES:
             tables = state.host_tables[slots]
             sms = sm_count(self.slots.device)
-            plan = plan_shared(tables, state.scratch_block, state.block_size, *self.heads, sms, len(self.slots))
+            plan = plan_shared_prefixes(
+                tables, state.scratch_block, state.block_size, *self.heads, sms, len(self.slots)
+            )
             if plan is not None:
                 self.shares = True
                 self.plan.copy_(to_device(plan))

@@ -89,7 +89,7 @@ def main(fd: int, parent: int, folder: str) -> None:
         tp = TensorParallel(rank, size, group).with_peers(device, largest_sum(config, source))
         runner = ModelRunner(config, source, tp, device)
         serve(runner, channel)
-        tp.end(runner.free_graphs)
+        tp.abort(runner.free_graphs)
     except BaseException:
         try:
             channel.send(traceback.format_exc())

@@ -53,7 +53,7 @@ def run_rank(rank, memory, folder):
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_rank_gets_the_same_sum_and_its_norm(size, monkeypatch, tmp_path):
     monkeypatch.setattr(collectives, "CAPACITY", CAPACITY)
-    memory = [collectives.new_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
+    memory = [collectives.new_peer_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
     run_ranks(run_rank, (memory, tmp_path), size)
     outcomes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
     for i, (parts, norm, residual) in enumerate(summands(size)):
@@ -80,16 +80,16 @@ def run_exchange(rank, memory, folder):
     outcome = []
     for whole in logits():
         part = torch.stack(whole.chunk(tp.size, 1))[rank]
-        assert tp.peers.exchanges(part)
+        assert tp.peers.fits_all_to_all(part)
         rows, tokens = tp.rows(len(whole)), torch.zeros(len(whole), dtype=torch.int64)
         tokens[rows] = torch.arange(1, len(whole) + 1)[rows] * 100_000
-        outcome.append((tp.exchange(part).tolist(), tp.merge(tokens).tolist()))
+        outcome.append((tp.all_to_all(part).tolist(), tp.merge(tokens).tolist()))
     (folder / f"{rank}.json").write_text(json.dumps(outcome))
 
 
 def test_every_rank_gets_all_columns_of_its_rows_and_then_all_tokens(tmp_path):
     size = 3
-    memory = [collectives.new_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
+    memory = [collectives.new_peer_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
     run_ranks(run_exchange, (memory, tmp_path), size)
     for rank in range(size):
         rows = parallel.TensorParallel(rank, size).rows
@@ -112,57 +112,62 @@ def run_late(rank, memory):
             collectives._receive = receive_late if late else receive
             tp.all_reduce(torch.ones(1, 300))
         collectives._receive = receive
-        tp.exchange(torch.ones(1, 600))
+        tp.all_to_all(torch.ones(1, 600))
         assert tp.merge(torch.full((1,), 7 * (rank == 0))).item() == 7
 
 
 def test_a_rank_without_rows_does_not_run_ahead_of_one_that_is_late():
-    memory = [collectives.new_memory(2, torch.device("cpu")).share_memory_() for _ in range(2)]
+    memory = [collectives.new_peer_memory(2, torch.device("cpu")).share_memory_() for _ in range(2)]
     run_ranks(run_late, (memory,), 2)
 
 
 def test_what_fits():
     two, three = (
-        collectives.PeerMemory(0, [collectives.new_memory(size, torch.device("cpu"))] * size) for size in (2, 3)
+        collectives.PeerMemory(0, [collectives.new_peer_memory(size, torch.device("cpu"))] * size) for size in (2, 3)
     )
     few, many = torch.zeros(256, 4096, dtype=torch.bfloat16), torch.zeros(1024, 4096, dtype=torch.bfloat16)
-    assert two.fits(few) and three.fits(few) and two.fits(many) and not three.fits(many)
-    assert not two.fits(torch.zeros(4, 3, dtype=torch.bfloat16))  # rows of half a word
-    assert not two.fits(torch.zeros(8, 8)[:, :4])
-    assert not two.fits(torch.zeros(8, 8, dtype=torch.int64))
+    assert (
+        two.fits_all_reduce(few)
+        and three.fits_all_reduce(few)
+        and two.fits_all_reduce(many)
+        and not three.fits_all_reduce(many)
+    )
+    assert not two.fits_all_reduce(torch.zeros(4, 3, dtype=torch.bfloat16))  # rows of half a word
+    assert not two.fits_all_reduce(torch.zeros(8, 8)[:, :4])
+    assert not two.fits_all_reduce(torch.zeros(8, 8, dtype=torch.int64))
 
 
 def test_sums_end_whatever_mode_their_memory_was_made_in():
     with torch.inference_mode():  # a caller's own
-        peers = collectives.PeerMemory(0, [collectives.new_memory(2, torch.device("cpu"))] * 2)
-    peers.end()
-    assert peers.stop.item() == 1
+        peers = collectives.PeerMemory(0, [collectives.new_peer_memory(2, torch.device("cpu"))] * 2)
+    peers.stop()
+    assert peers.device_stop.item() == 1
 
 
 def test_a_rank_that_is_told_to_stop_waits_for_none_and_writes_to_none():
     """Another rank's memory may be gone: a write would break this process's GPU."""
-    memory = [collectives.new_memory(2, torch.device("cpu")) for _ in range(2)]
+    memory = [collectives.new_peer_memory(2, torch.device("cpu")) for _ in range(2)]
     peers = collectives.PeerMemory(0, memory)
-    peers.stop.fill_(1)
+    peers.device_stop.fill_(1)
     x = torch.ones(3, 300, dtype=torch.bfloat16)
     collectives.all_reduce_triton(x, peers, (x[0].clone(), 1e-6))
     assert torch.equal(x, torch.ones_like(x))  # and the others' part is none
-    collectives.exchange_triton(x, peers)
-    assert torch.equal(memory[1], collectives.new_memory(2, torch.device("cpu")))
+    collectives.all_to_all_triton(x, peers)
+    assert torch.equal(memory[1], collectives.new_peer_memory(2, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("by_host", [True, False])
 def test_a_rank_that_waits_is_told_to_stop(by_host, monkeypatch):
-    monkeypatch.setattr(overlapped_all_reduce, "ASK_EVERY", 256 if by_host else 1 << 30)
-    peers = collectives.PeerMemory(0, [collectives.new_memory(2, torch.device("cpu")) for _ in range(2)])
+    monkeypatch.setattr(overlapped_all_reduce, "POLL_INTERVAL", 256 if by_host else 1 << 30)
+    peers = collectives.PeerMemory(0, [collectives.new_peer_memory(2, torch.device("cpu")) for _ in range(2)])
     waiting = threading.Thread(target=lambda: collectives.all_reduce_triton(torch.ones(3, 300), peers), daemon=True)
     waiting.start()
     waiting.join(0.5)
     assert waiting.is_alive()
-    (peers.told if by_host else peers.stop).fill_(1)
+    (peers.host_stop if by_host else peers.device_stop).fill_(1)
     waiting.join(60)
     assert not waiting.is_alive()
-    assert peers.stop.item() == 1  # no later sum waits until it asks the host
+    assert peers.device_stop.item() == 1  # no later sum waits until it asks the host
 
 
 def test_memory_that_cannot_be_shared_leaves_the_sums_to_nccl(monkeypatch):
@@ -174,7 +179,7 @@ def test_memory_that_cannot_be_shared_leaves_the_sums_to_nccl(monkeypatch):
         return [value, [value[0], ["a handle"]]]
 
     told = []
-    monkeypatch.setattr(parallel, "new_memory", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(parallel, "new_peer_memory", lambda *_: torch.zeros(1))
     monkeypatch.setattr(parallel.cuda_ipc, "share", refuse)
     monkeypatch.setattr(parallel.TensorParallel, "all_gather_json", gather)
     monkeypatch.setattr(parallel.TensorParallel, "all_reduce_min", lambda tp, value, device: value)
@@ -195,7 +200,7 @@ def test_memory_that_is_not_used_after_all_is_unmapped(monkeypatch, reachable):
             opened.pop()
 
     opened = []
-    monkeypatch.setattr(parallel, "new_memory", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(parallel, "new_peer_memory", lambda *_: torch.zeros(1))
     monkeypatch.setattr(parallel.cuda_ipc, "share", lambda memory: "own")
     monkeypatch.setattr(parallel.cuda_ipc, "Mapping", Mapping)
     gather = lambda tp, value, device: [value, [value[0], "a"], [value[0], "b"]]  # noqa: E731

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from nanovllm.ops.triton_utils import HAVE_TRITON, compile_only, triton
+from nanovllm.ops.triton_utils import HAVE_TRITON, compile_without_launch, triton
 
 pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 
@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 from tests.kernels.compile_for_hopper import compiled, triton
 from nanovllm.ops.attention import decode_attention as decode, prefill_attention as prefill
-from nanovllm.ops.triton_utils import compile_aside, compile_only
+from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launch
 from nanovllm.ops.attention import rope_decode, shared_prefix
 from nanovllm.ops.comm import collectives, overlapped_all_reduce
 from nanovllm.ops.inputs import embedding, step_inputs
@@ -43,25 +43,25 @@ def call_all():
     counters = torch.zeros(gemm.MAX_TILES, **i32)
     gemm.gemm_triton(deep, torch.zeros(512, 2048, **bf16), residual[0], residual=residual, counters=counters)
     slots, lens, tables = torch.zeros(4, **i32), torch.ones(4, **i32), torch.zeros(5, 8, **i32)
-    state = sampling.SamplingState(sampling.default_rows(5), 5000, torch.device("cpu"))
+    state = sampling.SamplingState(sampling.default_params(5), 5000, torch.device("cpu"))
     for rows in (slots, step_inputs.StepRows.split(torch.zeros(100, **i32), 4, 20)):
         step_inputs.step_inputs_triton(rows, torch.zeros(5, **i64), torch.zeros(5, **i32), tables, 64, 4, state)
-    peers = collectives.PeerMemory(0, [collectives.new_memory(2, torch.device("cpu"))] * 2)
+    peers = collectives.PeerMemory(0, [collectives.new_peer_memory(2, torch.device("cpu"))] * 2)
     for dtype, norm in ((torch.bfloat16, None), (torch.bfloat16, (weight, 1e-6)), (torch.float32, None)):
         for residual in (None, torch.zeros(4, 256, dtype=dtype)):
             collectives.all_reduce_triton(torch.zeros(4, 256, dtype=dtype), peers, norm, residual)
     for rank in range(2):
         peers.rank = rank
         gemv.gemv_triton(x, wide, residual=torch.zeros(4, 512, **bf16), peers=peers)
-    collectives.exchange_triton(x, peers)
+    collectives.all_to_all_triton(x, peers)
     inbox = torch.zeros(overlapped_all_reduce.inbox_words(1 << 24), **i32)
-    ahead = overlapped_all_reduce.SumAhead(inbox, 0, peers.told, peers.stop)
+    ahead = overlapped_all_reduce.OverlappedAllReduce(inbox, 0, peers.host_stop, peers.device_stop)
     for norm in (None, (weight, 1e-6)):
-        ahead.add(torch.zeros(300, 256, **bf16), norm)
+        ahead.finish(torch.zeros(300, 256, **bf16), norm)
     last = torch.zeros(5, **i64), torch.zeros(5, **i32), 4
     for advances in (None, last):
         tokens = sampling.sample_triton(torch.zeros(4, 5000, **bf16), slots, lens, state, advances)
-    sampling.advance_triton(tokens, slots, lens, *last)
+    sampling.advance_slots_triton(tokens, slots, lens, *last)
     for group, head_dim, dtype in ((2, 128, "bfloat16"), (4, 128, "bfloat16"), (3, 64, "bfloat16"), (1, 96, "float32")):
         kind = dict(dtype=getattr(torch, dtype))
         q, cache = torch.zeros(4, 8 * group, head_dim, **kind), torch.zeros(9, 64, 8, head_dim, **kind)
@@ -76,8 +76,8 @@ def call_all():
                 rope_decode.rope_decode_triton(
                     qkv, transform, cache, cache, tables, slots, lens, 0.1, config=config
                 )
-        plan = shared_prefix.SharedPlan(torch.zeros(4, 2, **i32), torch.zeros(1, 4, **i32))
-        parts = shared_prefix.attend_shared_triton(q, cache, cache, tables, slots, 0.1, plan, 4)
+        plan = shared_prefix.SharedPrefixPlan(torch.zeros(4, 2, **i32), torch.zeros(1, 4, **i32))
+        parts = shared_prefix.shared_attention_triton(q, cache, cache, tables, slots, 0.1, plan, 4)
         decode.decode_attention_triton(q, cache, cache, tables, slots, lens, 0.1, shared=parts)
         for batch in (4, 60, 400):
             config = decode.default_decode_config(batch, 8, head_dim, kind["dtype"].itemsize, 132)
@@ -94,7 +94,7 @@ driver.utils = SimpleNamespace(
     load_binary=lambda *args: loaders.append(threading.current_thread()) or (1, 1, 0, 0, 1024),
     unload_module=lambda module: None,
 )
-with compile_aside(), compile_only():
+with compile_in_parallel(), compile_without_launch():
     call_all()
 names = sorted({name for name, _ in compiled})
 kernels = {future.kernel for _, future in compiled}
@@ -126,7 +126,7 @@ def test_one_thread_compiles_while_another_launches(monkeypatch):
     """An engine that starts must not keep the kernels of one that runs in another thread from running."""
     calls = []
     monkeypatch.setattr(triton.JITFunction, "run", lambda self, warmup: calls.append(warmup))
-    with ThreadPoolExecutor(1) as other, compile_only():
+    with ThreadPoolExecutor(1) as other, compile_without_launch():
         for submit in (lambda call: call(), lambda call: other.submit(call).result()):
             submit(lambda: triton.JITFunction.run(None, warmup=False))
         assert other.submit(torch.empty, 2, memory_format=torch.contiguous_format).result().shape == (2,)

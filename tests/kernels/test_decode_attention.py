@@ -7,7 +7,7 @@ from nanovllm.ops.attention.decode_attention import (
     decode_attention_triton,
     default_decode_config,
 )
-from nanovllm.ops.attention.decode_plan import MAX_SPLITS, Shares, plan_decode_torch
+from nanovllm.ops.attention.decode_plan import MAX_SPLITS, SplitPolicy, plan_decode_torch
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from tests.kernels.paged import DEVICE, DTYPES, assert_close, assert_same, make_paged, plain_attention
 
@@ -48,7 +48,7 @@ def test_twin_takes_padding_rows_and_no_rows():
 def split(contexts, kv_heads, num_splits, programs=64):
     """What `decode_attention_triton` is given for rows that are split into parts of few tokens."""
     lens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
-    return plan_decode_torch(lens, kv_heads, Shares(programs, 0, num_splits, min_part=16))
+    return plan_decode_torch(lens, kv_heads, SplitPolicy(programs, 0, num_splits, min_part=16))
 
 
 @needs_triton

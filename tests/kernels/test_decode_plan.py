@@ -3,18 +3,24 @@ from itertools import pairwise
 import pytest
 import torch
 
-from nanovllm.ops.attention.decode_plan import MAX_SPLITS, Shares, default_shares, plan_decode_torch, plan_decode_triton
+from nanovllm.ops.attention.decode_plan import (
+    MAX_SPLITS,
+    SplitPolicy,
+    default_split_policy,
+    plan_decode_torch,
+    plan_decode_triton,
+)
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from tests.kernels.paged import DEVICE
 
 PLANS = [
-    ([700] * 3, 2, Shares(4, 3, 8, 16)),
-    ([5], 1, Shares(7, 3, 4, 16)),
-    ([1, 8000, 500, 500, 8000] + [300] * 300, 8, default_shares(305, 8, 132)),
-    ([90, 1, 1, 1, 2500, 2501], 3, Shares(10, 3, 128, 16)),
-    ([1500] * 8, 4, default_shares(8, 4, 132)),
-    ([1_000_000] * 600, 4, default_shares(600, 4, 132)),  # more tokens and heads than 32 bits count
-    ([100_000] + [16] * 20, 8, default_shares(21, 8, 132)),
+    ([700] * 3, 2, SplitPolicy(4, 3, 8, 16)),
+    ([5], 1, SplitPolicy(7, 3, 4, 16)),
+    ([1, 8000, 500, 500, 8000] + [300] * 300, 8, default_split_policy(305, 8, 132)),
+    ([90, 1, 1, 1, 2500, 2501], 3, SplitPolicy(10, 3, 128, 16)),
+    ([1500] * 8, 4, default_split_policy(8, 4, 132)),
+    ([1_000_000] * 600, 4, default_split_policy(600, 4, 132)),  # more tokens and heads than 32 bits count
+    ([100_000] + [16] * 20, 8, default_split_policy(21, 8, 132)),
 ]
 
 
@@ -44,7 +50,12 @@ def test_work_is_shared_by_as_many_programs_as_run_at_once():
 
     def parts(contexts, kv_heads):
         lens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
-        return plan_decode_torch(lens, kv_heads, default_shares(len(contexts), kv_heads, 132)).items[:, 2].max().item()
+        return (
+            plan_decode_torch(lens, kv_heads, default_split_policy(len(contexts), kv_heads, 132))
+            .items[:, 2]
+            .max()
+            .item()
+        )
 
     assert [parts([4000] * batch, 8) for batch in (1, 2, 4, 8, 16, 17, 512)] == [16, 8, 4, 2, 1, 1, 1]
     assert parts([300] * 8, 8) == 1
@@ -56,10 +67,10 @@ def test_work_is_shared_by_as_many_programs_as_run_at_once():
 def test_a_number_of_parts_out_of_range_is_named(num_splits):
     lens = torch.tensor([5], dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match=f"num_splits={num_splits} must be between 1 and 128"):
-        plan_decode_triton(lens, 1, Shares(7, 3, num_splits))
+        plan_decode_triton(lens, 1, SplitPolicy(7, 3, num_splits))
 
 
 def test_many_rows_are_split_into_few_parts():
-    splits = [default_shares(batch, 8, 132).num_splits for batch in (1, 16, 17, 132, 512)]
+    splits = [default_split_policy(batch, 8, 132).num_splits for batch in (1, 16, 17, 132, 512)]
     assert splits == [17, 8, 8, 4, 4]
-    assert default_shares(1, 1, 132).num_splits == MAX_SPLITS and default_shares(4, 8, 1).num_splits == 1
+    assert default_split_policy(1, 1, 132).num_splits == MAX_SPLITS and default_split_policy(4, 8, 1).num_splits == 1

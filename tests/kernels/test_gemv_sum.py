@@ -46,8 +46,8 @@ CALLS = [
 ]
 
 
-def new_memory(size):
-    return [collectives.new_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
+def new_peer_memory(size):
+    return [collectives.new_peer_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
 
 
 def products(size):
@@ -85,8 +85,8 @@ def run_products(rank, memory, folder):
             same = collectives.all_reduce_triton(torch.full((2, 700 + 400 * (i % 2)), rank + 1.0), peers)
             assert same.eq(sum(range(1, peers.size + 1))).all()
         if i % 5 == 2:
-            rows = collectives.rows_of(rank, 2, peers.size)
-            got = collectives.exchange_triton(torch.full((2, 600), rank + 1.0), peers)
+            rows = collectives.rows_of_rank(rank, 2, peers.size)
+            got = collectives.all_to_all_triton(torch.full((2, 600), rank + 1.0), peers)
             assert got.shape[0] == rows.stop - rows.start and got[:, ::600].eq(torch.arange(peers.size) + 1).all()
     assert (peers.own == collectives._EMPTY).all()
     (folder / f"{rank}.json").write_text(json.dumps(outcome))
@@ -94,7 +94,7 @@ def run_products(rank, memory, folder):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_rank_gets_the_same_product(size, tmp_path):
-    run_ranks(run_products, (new_memory(size), tmp_path), size)
+    run_ranks(run_products, (new_peer_memory(size), tmp_path), size)
     outcomes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
     for i, (x, weights, bias, residual, _) in enumerate(products(size)):
         want = residual.float() + torch.einsum("rmk,rnk->mn", x.float(), weights.float())
@@ -110,20 +110,20 @@ def one_product(peers):
 
 
 def test_a_rank_that_is_told_to_stop_waits_for_none_and_writes_to_none():
-    memory = new_memory(2)
+    memory = new_peer_memory(2)
     peers = collectives.PeerMemory(0, memory)
-    peers.stop.fill_(1)
+    peers.device_stop.fill_(1)
     assert one_product(peers).eq(41).all()  # the others' part is none
-    assert torch.equal(memory[1], collectives.new_memory(2, torch.device("cpu")))
+    assert torch.equal(memory[1], collectives.new_peer_memory(2, torch.device("cpu")))
 
 
 def test_a_rank_that_waits_is_told_to_stop():
-    peers = collectives.PeerMemory(0, new_memory(2))
+    peers = collectives.PeerMemory(0, new_peer_memory(2))
     waiting = threading.Thread(target=one_product, args=(peers,), daemon=True)
     waiting.start()
     waiting.join(1)
     assert waiting.is_alive()
-    peers.end()
+    peers.stop()
     waiting.join(60)
     assert not waiting.is_alive()
 
@@ -162,13 +162,13 @@ def run_layers(rank, memory, folder):
 
 
 def test_layers_give_what_they_give_without_it(tmp_path):
-    run_ranks(run_layers, (new_memory(2), tmp_path), 2)
+    run_ranks(run_layers, (new_peer_memory(2), tmp_path), 2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
 
 
 def test_what_sums_within_a_product(monkeypatch):
-    peers = collectives.PeerMemory(0, new_memory(2))
+    peers = collectives.PeerMemory(0, new_peer_memory(2))
     x, weight, residual = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((4, 8), (6, 8), (4, 6)))
     assert not linear.can_sum(x, weight, residual, peers)  # a CPU
     monkeypatch.setattr(linear, "is_gemv", lambda x, weight: len(x) <= 4)
@@ -211,4 +211,4 @@ def run_decoder(rank, memory, folder, most):
 @pytest.mark.parametrize("most", [4, 2])
 def test_of_what_a_decoder_gives_some_rows_can_be_taken(tmp_path, most):
     """Summed up by the last product, or by the norm after it."""
-    run_ranks(run_decoder, (new_memory(2), save_tiny(tmp_path, "qwen2"), most), 2)
+    run_ranks(run_decoder, (new_peer_memory(2), save_tiny(tmp_path, "qwen2"), most), 2)

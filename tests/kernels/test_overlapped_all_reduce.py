@@ -16,7 +16,7 @@ from nanovllm.distributed import parallel
 from nanovllm.layers.linear import RowParallelLinear
 from nanovllm.layers.residual import Residual
 from nanovllm.ops.comm import collectives, cuda_ipc, overlapped_all_reduce
-from nanovllm.ops.comm.overlapped_all_reduce import LEAST_ROWS, PARTS, SumAhead, inbox_words
+from nanovllm.ops.comm.overlapped_all_reduce import MIN_TOKENS, NUM_SLICES, OverlappedAllReduce, inbox_words
 from nanovllm.ops.norm_rope.rms_norm import rms_norm_torch
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from nanovllm.runner.cuda_graphs import mixed_sizes
@@ -68,24 +68,24 @@ def replace_engines(setattr):
     setattr(cuda_ipc, "write", write)
     setattr(torch.cuda, "current_stream", lambda: None)
     setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    setattr(overlapped_all_reduce, "LEAST", 256)
-    setattr(overlapped_all_reduce, "LEAST_ROWS", 256)
-    setattr(overlapped_all_reduce, "ASK_EVERY", 64)
+    setattr(overlapped_all_reduce, "MIN_BYTES", 256)
+    setattr(overlapped_all_reduce, "MIN_TOKENS", 256)
+    setattr(overlapped_all_reduce, "POLL_INTERVAL", 64)
 
 
 def new_inboxes():
-    return [torch.zeros(2 * LARGEST // 4 + PARTS, dtype=torch.int32).share_memory_() for _ in range(2)]
+    return [torch.zeros(2 * LARGEST // 4 + NUM_SLICES, dtype=torch.int32).share_memory_() for _ in range(2)]
 
 
 def ahead_of(rank, inboxes):
     told, stop = (torch.zeros(1, dtype=torch.int32) for _ in range(2))
-    ahead = SumAhead(inboxes[rank], inboxes[1 - rank].data_ptr(), told, stop)
+    ahead = OverlappedAllReduce(inboxes[rank], inboxes[1 - rank].data_ptr(), told, stop)
     ahead.stream = CopyEngine()
     return ahead
 
 
 def tp_of(rank, ahead):
-    return parallel.TensorParallel(rank, 2, peers=SimpleNamespace(ahead=ahead, fits=lambda x: False))
+    return parallel.TensorParallel(rank, 2, peers=SimpleNamespace(overlapped=ahead, fits_all_reduce=lambda x: False))
 
 
 def calls(rank):
@@ -100,21 +100,21 @@ def run_rank(rank, inboxes, folder):
     replace_engines(setattr)
     ahead = ahead_of(rank, inboxes)
     ahead.number = (1 << 31) - 4  # the count goes round meanwhile
-    tp, await_part = tp_of(rank, ahead), overlapped_all_reduce._await
+    tp, await_part = tp_of(rank, ahead), overlapped_all_reduce._wait_for_slice
 
     def await_late(*arguments):
         await_part(*arguments)
         time.sleep(0.002)  # the other has all and sends parts of the next sum
 
     for i, (own, want, norm) in enumerate(calls(rank)):
-        overlapped_all_reduce._await = await_late if rank == i % 2 else await_part
+        overlapped_all_reduce._wait_for_slice = await_late if rank == i % 2 else await_part
         x = torch.full_like(own, float("nan"))
-        for rows in ahead.parts(x):
+        for rows in ahead.slices(x):
             if rank == i % 2:
                 time.sleep(0.02)  # the other waits
             x[rows] = own[rows]
         out = tp.all_reduce(x, norm)
-        assert torch.equal(x, want) and (out is x) == (norm is None) and ahead.sent is None
+        assert torch.equal(x, want) and (out is x) == (norm is None) and ahead.pending is None
         if norm is not None:
             torch.testing.assert_close(out, rms_norm_torch(want, *norm))
     ahead.stream.work.join()
@@ -138,9 +138,9 @@ def test_a_row_parallel_layer_sends_large_sums(engines):
         layer.bias.copy_(bias)
         part = x[:, 16 * rank : 16 * (rank + 1)]
         _ = Residual(residual[:200].clone(), tp) + layer(part[:200])
-        assert tp.ahead.number == 0 and tp.ahead.sent is None
+        assert tp.overlapped.number == 0 and tp.overlapped.pending is None
         sent.append(Residual(residual.clone(), tp) + layer(part))
-        assert tp.ahead.number == 1
+        assert tp.overlapped.number == 1
     for y in sent:
         torch.testing.assert_close(y.sum(), residual + x @ weight.t() + bias, rtol=1e-4, atol=1e-4)
 
@@ -149,30 +149,30 @@ def test_what_nobody_adds_is_not_kept(engines, monkeypatch):
     """Hidden states of a step whose logits are of some rows only."""
     inboxes, x = new_inboxes(), torch.ones(256, 64)
     ahead = ahead_of(0, inboxes)
-    for _ in ahead.parts(x):
+    for _ in ahead.slices(x):
         pass
     rows = torch.ones(2, 64)
     monkeypatch.setattr(parallel, "all_reduce_triton", lambda x, peers, norm, residual: x)
-    tp = parallel.TensorParallel(0, 2, peers=SimpleNamespace(ahead=ahead, fits=lambda x: True))
-    assert tp.all_reduce(rows) is rows and ahead.sent is None
+    tp = parallel.TensorParallel(0, 2, peers=SimpleNamespace(overlapped=ahead, fits_all_reduce=lambda x: True))
+    assert tp.all_reduce(rows) is rows and ahead.pending is None
     ahead.stream.work.join()
 
 
 def test_a_rank_that_is_told_to_stop_waits_for_none_and_sends_none(engines):
     inboxes = new_inboxes()
     ahead, x = ahead_of(0, inboxes), torch.ones(256, 64)
-    for _ in ahead.parts(x):
+    for _ in ahead.slices(x):
         pass
-    waiting = threading.Thread(target=ahead.add, args=(x,), daemon=True)
+    waiting = threading.Thread(target=ahead.finish, args=(x,), daemon=True)
     waiting.start()
     waiting.join(0.5)
     assert waiting.is_alive()
-    ahead.told.fill_(1)
+    ahead.host_stop.fill_(1)
     waiting.join(60)
-    assert not waiting.is_alive() and ahead.stop.item() == 1
+    assert not waiting.is_alive() and ahead.device_stop.item() == 1
     ahead.stream.work.join()
     inboxes[1].zero_()
-    for _ in ahead.parts(x):
+    for _ in ahead.slices(x):
         pass
     ahead.stream.work.join()
     assert not inboxes[1].any()
@@ -182,7 +182,7 @@ def test_what_fits(monkeypatch):
     def fits(rows, size, dtype=torch.bfloat16):
         return ahead.fits(torch.empty(rows, size, dtype=dtype, device="meta"))
 
-    ahead = SumAhead.__new__(SumAhead)
+    ahead = OverlappedAllReduce.__new__(OverlappedAllReduce)
     ahead.capacity = 128 << 20
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert fits(2049, 4096) and not fits(2048, 8192) and not fits(2049, 2048)
@@ -191,27 +191,27 @@ def test_what_fits(monkeypatch):
     assert not ahead.fits(torch.empty(4096, 8192, dtype=torch.bfloat16, device="meta")[:, :4096])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not fits(16384, 4096)
-    assert max(mixed_sizes(1 << 20)) < LEAST_ROWS  # the warm-up of a captured step does what the step does
+    assert max(mixed_sizes(1 << 20)) < MIN_TOKENS  # the warm-up of a captured step does what the step does
 
 
 def test_an_inbox_is_as_large_as_the_largest_sum_needs():
     assert inbox_words(8 << 20) == 0
-    assert inbox_words(16384 * 4096 * 2) == 64 * 2**20 + PARTS
-    assert inbox_words(1 << 40) == 128 * 2**20 + PARTS
-    start = len(collectives.new_memory(2, torch.device("cpu")))
-    memory = [collectives.new_memory(2, torch.device("cpu"), 16 << 20) for _ in range(2)]
+    assert inbox_words(16384 * 4096 * 2) == 64 * 2**20 + NUM_SLICES
+    assert inbox_words(1 << 40) == 128 * 2**20 + NUM_SLICES
+    start = len(collectives.new_peer_memory(2, torch.device("cpu")))
+    memory = [collectives.new_peer_memory(2, torch.device("cpu"), 16 << 20) for _ in range(2)]
     peers = collectives.PeerMemory(0, memory)
-    assert peers.ahead.capacity == 16 << 20 and not memory[0][start:].any()
-    assert peers.ahead.other_inbox == memory[1][start:].data_ptr()
+    assert peers.overlapped.capacity == 16 << 20 and not memory[0][start:].any()
+    assert peers.overlapped.other_inbox == memory[1][start:].data_ptr()
     peers.close()
-    assert peers.ahead is None
-    assert collectives.PeerMemory(0, [memory[0][:start]] * 2).ahead is None
+    assert peers.overlapped is None
+    assert collectives.PeerMemory(0, [memory[0][:start]] * 2).overlapped is None
 
 
 @pytest.mark.parametrize("num_rows", [256, 257, 300, 511, 2049, 16384])
 def test_every_row_is_in_one_part(num_rows):
-    ahead = SumAhead.__new__(SumAhead)
+    ahead = OverlappedAllReduce.__new__(OverlappedAllReduce)
     ahead.number, ahead._send = 0, lambda *arguments: None
-    parts = list(ahead.parts(torch.empty(num_rows, 8)))
-    assert len(parts) == PARTS and all(part.stop > part.start for part in parts)
+    parts = list(ahead.slices(torch.empty(num_rows, 8)))
+    assert len(parts) == NUM_SLICES and all(part.stop > part.start for part in parts)
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(num_rows))

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from nanovllm.ops.sampling import sampling
-from nanovllm.ops.sampling.logprobs import process
+from nanovllm.ops.sampling.logprobs import process_logits
 from nanovllm.ops.sampling.sampling import (
-    BIAS,
-    COUNTS,
-    MASK,
-    PROCESSED,
+    HAS_BIAS,
+    HAS_MASK,
+    HAS_PENALTIES,
+    PROCESSED_LOGPROBS,
     SamplingState,
-    adjust,
-    default_rows,
+    adjust_logits,
+    default_params,
     sample_torch,
     sample_triton,
 )
@@ -20,7 +20,7 @@ from nanovllm.ops.sampling.sampling import (
 
 def state_of(device, rows, stop_ids=(), vocab_size=1, **columns):
     """A state with one slot per row (and a scratch one); `columns` override the defaults."""
-    table = default_rows(rows + 1)
+    table = default_params(rows + 1)
     for name, values in {"temperature": 1.0, **columns}.items():
         table[name][:rows] = values
     for row, ids in enumerate(stop_ids):
@@ -70,7 +70,18 @@ def test_triton_equals_torch_with_bias_penalties_and_masks(device, vocab_size, t
     rows = 10
     generator = torch.Generator(device).manual_seed(3)
     logits = torch.randn((rows, vocab_size), generator=generator, device=device) * 3
-    flags = [0, COUNTS, MASK, BIAS, COUNTS | MASK | BIAS, PROCESSED, 0, COUNTS, COUNTS | MASK, BIAS]
+    flags = [
+        0,
+        HAS_PENALTIES,
+        HAS_MASK,
+        HAS_BIAS,
+        HAS_PENALTIES | HAS_MASK | HAS_BIAS,
+        PROCESSED_LOGPROBS,
+        0,
+        HAS_PENALTIES,
+        HAS_PENALTIES | HAS_MASK,
+        HAS_BIAS,
+    ]
     state = state_of(
         device,
         rows,
@@ -79,7 +90,7 @@ def test_triton_equals_torch_with_bias_penalties_and_masks(device, vocab_size, t
         top_k=[0] * 7 + [5, 0, 3],
         top_p=[1] * 8 + [0.7, 1],
         seed=range(rows),
-        extras=flags,
+        flags=flags,
         repetition=1.7,
         presence=0.5,
         frequency=[0.25 * i for i in range(rows)],
@@ -98,18 +109,20 @@ def test_triton_equals_torch_with_bias_penalties_and_masks(device, vocab_size, t
 
 
 def test_bias_penalties_and_masks_by_hand(device, run):
-    state = state_of(device, 1, vocab_size=6, temperature=0.0, extras=COUNTS, repetition=2, presence=1, frequency=0.5)
+    state = state_of(
+        device, 1, vocab_size=6, temperature=0.0, flags=HAS_PENALTIES, repetition=2, presence=1, frequency=0.5
+    )
     state.counts[0] = torch.tensor(
         [1, 0, 2, 7, 0, 0]
     )  # in the prompt; not at all; once in the output; in both, 3 times
     logits = torch.tensor([[4.0, 1.0, 8.0, -1.0, 0.5, 2.5]], device=device)
     slots = torch.zeros(1, dtype=torch.int64, device=device)
-    assert adjust(logits, slots, state).tolist() == [[2.0, 1.0, 2.5, -4.5, 0.5, 2.5]]
+    assert adjust_logits(logits, slots, state).tolist() == [[2.0, 1.0, 2.5, -4.5, 0.5, 2.5]]
     assert draw(run, logits, state).tolist() == [2]
-    state.extras[0] = MASK
+    state.flags[0] = HAS_MASK
     state.masks[0] = 0b010011
     assert draw(run, logits, state).tolist() == [0]
-    state.extras[0], state.num_bias[0] = BIAS, 1
+    state.flags[0], state.num_bias[0] = HAS_BIAS, 1
     state.bias[0, 0] = torch.tensor([4, int(torch.tensor(7.75).view(torch.int32))])
     assert draw(run, logits, state).tolist() == [4]
 
@@ -231,7 +244,7 @@ def test_inputs_are_unchanged(device, run):
 
 
 def test_advance(device):
-    for run in (sampling.advance_triton, sampling.advance_torch):
+    for run in (sampling.advance_slots_triton, sampling.advance_slots_torch):
         last_token = torch.zeros(5, dtype=torch.int64, device=device)
         length = torch.zeros(5, dtype=torch.int32, device=device)
         slots = torch.tensor([3, 4, 0, 4], dtype=torch.int32, device=device)
@@ -259,8 +272,8 @@ def test_processed_logits_round_as_the_sampler_s(device):
     """7.5098381 and the float before it are one number once multiplied by 1 / 0.7, but not if they are divided."""
     logits = torch.tensor([7.509838104248047], device=device).repeat(50, 2)
     logits[:, 1] = logits[:, 0].nextafter(torch.zeros(50, device=device))
-    state = state_of(device, 50, temperature=0.7, top_k=1, seed=range(50), extras=PROCESSED, vocab_size=2)
+    state = state_of(device, 50, temperature=0.7, top_k=1, seed=range(50), flags=PROCESSED_LOGPROBS, vocab_size=2)
     lens = torch.full((50,), 5, dtype=torch.int32, device=device)
     drawn = draw(sample_torch, logits, state, lens)
     assert 0 < drawn.sum() < 50
-    assert process(logits, torch.arange(50, device=device), lens, state).isfinite().all()
+    assert process_logits(logits, torch.arange(50, device=device), lens, state).isfinite().all()

@@ -4,8 +4,8 @@ import torch
 
 from nanovllm.ops.attention import shared_prefix
 from nanovllm.ops.attention.decode_attention import decode_attention_torch, decode_attention_triton
-from nanovllm.ops.attention.decode_plan import Shares, plan_decode_torch
-from nanovllm.ops.attention.shared_prefix import SharedPlan, attend_shared_triton, plan_shared
+from nanovllm.ops.attention.decode_plan import SplitPolicy, plan_decode_torch
+from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan, plan_shared_prefixes, shared_attention_triton
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from tests.kernels.paged import DEVICE, DTYPES, assert_close
 
@@ -20,8 +20,8 @@ def tables_of(*rows, width=12):
 
 
 def plan_of(tables, size=None, sms=132):
-    packed = plan_shared(tables, NONE, 64, 2, 2, sms, size or len(tables))
-    return None if packed is None else SharedPlan.split(packed, size or len(tables))
+    packed = plan_shared_prefixes(tables, NONE, 64, 2, 2, sms, size or len(tables))
+    return None if packed is None else SharedPrefixPlan.split(packed, size or len(tables))
 
 
 def test_neighbours_with_a_common_beginning_are_grouped(monkeypatch):
@@ -58,8 +58,8 @@ def test_shared_and_own_parts_are_the_whole(monkeypatch, heads, kv_heads, head_d
     )
     tables = tables_of(*rows, [])
     contexts = [100, 257, 258, 300, 319, 320, 385, 449, 500, 511, 1]
-    packed = plan_shared(tables, NONE, 64, heads // kv_heads, kv_heads, sms, len(tables))
-    plan = SharedPlan.split(torch.from_numpy(packed).to(DEVICE), len(tables))
+    packed = plan_shared_prefixes(tables, NONE, 64, heads // kv_heads, kv_heads, sms, len(tables))
+    plan = SharedPrefixPlan.split(torch.from_numpy(packed).to(DEVICE), len(tables))
     assert (plan.groups[:, 1] > 0).sum() == 2
     cache = torch.randn(2, 50, 64, kv_heads, head_dim, generator=generator).to(DEVICE, dtype)
     q = torch.randn(len(tables), heads, head_dim, generator=generator).to(DEVICE, dtype)
@@ -68,8 +68,8 @@ def test_shared_and_own_parts_are_the_whole(monkeypatch, heads, kv_heads, head_d
     block_tables[slots.long()] = torch.from_numpy(np.where(tables == NONE, 49, tables)).int().to(DEVICE)
     context_lens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
     where = (q, *cache, block_tables, slots)
-    own = plan_decode_torch(context_lens, kv_heads, Shares(200, 0, num_own, min_part=16))
+    own = plan_decode_torch(context_lens, kv_heads, SplitPolicy(200, 0, num_own, min_part=16))
     assert own.items[:, 2].max() == num_own
-    parts = attend_shared_triton(*where, 0.1, plan, num_own)
+    parts = shared_attention_triton(*where, 0.1, plan, num_own)
     got = decode_attention_triton(*where, context_lens, 0.1, plan=own, shared=parts)
     assert_close(got, decode_attention_torch(*where, context_lens, 0.1))

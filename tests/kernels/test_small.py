@@ -104,9 +104,9 @@ def test_step_inputs(device, batch, lens):
         rows = step_inputs.StepRows(rows, starts, cu_seqlens, token_rows, token_ids)
     last_token, length = randint(1000, slots_count).long(), randint(50, slots_count)
     arguments = (rows, last_token, length, randint(99, slots_count, width), block_size, slots_count - 1)
-    states = [sampling.SamplingState(sampling.default_rows(slots_count), 1000, device) for _ in range(2)]
+    states = [sampling.SamplingState(sampling.default_params(slots_count), 1000, device) for _ in range(2)]
     for state in states:
-        state.extras[: slots_count // 2] = sampling.COUNTS
+        state.flags[: slots_count // 2] = sampling.HAS_PENALTIES
         state.counts[:, :900] = 2 * sampling.MAX_COUNT
         state.counts[:, :500] = 5
     got = step_inputs.step_inputs_triton(*arguments, states[0])

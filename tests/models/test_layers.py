@@ -33,7 +33,7 @@ class FakeRank(TensorParallel):
             x += residual
         return x if norm is None else rms_norm(x, *norm)
 
-    def exchange(self, x):
+    def all_to_all(self, x):
         parts = self._all(x)
         return torch.cat(parts, -1)[self.rows(len(x))] if parts else x[:0]
 

@@ -139,7 +139,7 @@ def test_triton_backend_has_one_kernel_for_few_decode_rows(monkeypatch, decode, 
         ("prefill_attention_triton", prefill_attention_torch),
     ):
         monkeypatch.setattr(triton_backend, name, into(twin, name))
-    monkeypatch.setattr(triton_backend, "attend_shared_triton", lambda *args: None)
+    monkeypatch.setattr(triton_backend, "shared_attention_triton", lambda *args: None)
     monkeypatch.setattr(triton_backend, "plan_decode_triton", plan_decode_torch)
     lens = [1] * len(decode) + [n for n, _ in prefill]
     contexts = [*decode, *(context for _, context in prefill)]

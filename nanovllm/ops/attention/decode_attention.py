@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanovllm.ops.attention.decode_plan import MANY, default_shares, plan_decode_triton
+from nanovllm.ops.attention.decode_plan import MANY_PROGRAMS_PER_SM, default_split_policy, plan_decode_triton
 from nanovllm.ops.triton_utils import (
     HOPPER_SHARED_MEMORY,
     launch_options,
@@ -56,7 +56,7 @@ def default_decode_config(
     programs = batch * kv_heads
     tile, num_warps, num_stages = 128, 4, 3
     if 2 * programs >= 5 * sm_count:
-        tile, num_stages = 64, 3 if programs >= MANY * sm_count else 4
+        tile, num_stages = 64, 3 if programs >= MANY_PROGRAMS_PER_SM * sm_count else 4
     if shared:
         tile, num_warps, num_stages = 32, 2, 3
     row_bytes = triton.next_power_of_2(head_dim) * itemsize
@@ -301,8 +301,8 @@ def decode_attention_triton(
         out: [B, H, Dh] contiguous, where the result goes; a new tensor if None.
         counters: at least B * K int32 zeros, and zeros again afterwards; new ones if None. Launches that may overlap
             must not have the same.
-        plan: a DecodePlan of these rows; one with `default_shares` if None.
-        shared: SharedParts over what rows have in common, by `attend_shared_triton` for that plan; or None.
+        plan: a DecodePlan of these rows; one with `default_split_policy` if None.
+        shared: SharedPrefixPartials over what rows have in common, by `shared_attention_triton` for that plan; or None.
         config: a DecodeConfig; `default_decode_config` if None.
 
     Raises:
@@ -322,7 +322,7 @@ def decode_attention_triton(
     options = launch_options(q.device)
     if plan is None:  # which must then be written before this begins
         options = {"PDL": False}
-        plan = plan_decode_triton(context_lens, kv_heads, default_shares(batch, kv_heads, sm_count(q.device)))
+        plan = plan_decode_triton(context_lens, kv_heads, default_split_policy(batch, kv_heads, sm_count(q.device)))
     if shared is not None:
         partial, lse = shared.partial, shared.lse
     else:
@@ -395,7 +395,7 @@ def cache_places(
     return tokens[..., None, :] * kv_heads + torch.arange(kv_heads, device=positions.device)[:, None]
 
 
-class GatherPlan(NamedTuple):
+class DecodeGatherPlan(NamedTuple):
     """Where the KV of decode rows lies: the host's part of `attend_gathered`, done once for all layers.
 
     Attributes:
@@ -407,14 +407,14 @@ class GatherPlan(NamedTuple):
     mask: torch.Tensor | None
 
 
-def plan_gather(
+def plan_decode_gather(
     block_tables: torch.Tensor,
     slots: torch.Tensor,
     context_lens: torch.Tensor,
     block_size: int,
     kv_heads: int,
     dtype: torch.dtype,
-) -> GatherPlan:
+) -> DecodeGatherPlan:
     """The plan for rows of block_tables[slots] that see `context_lens` tokens each. Synchronises with the device."""
     lens = context_lens.to(torch.int64)[:, None]  # [B, 1]
     positions = torch.arange(int(context_lens.max()), device=slots.device)[None]  # [1, L]
@@ -423,9 +423,9 @@ def plan_gather(
     positions = torch.minimum(positions, lens - 1)  # [B, L]
     indices = cache_places(block_tables, slots.to(torch.int64)[:, None], positions, block_size, kv_heads)
     if bool(seen.all()):
-        return GatherPlan(indices, None)
+        return DecodeGatherPlan(indices, None)
     mask = torch.zeros(seen.shape, dtype=dtype, device=slots.device).masked_fill_(~seen, float("-inf"))
-    return GatherPlan(indices, mask[:, None, None, :])
+    return DecodeGatherPlan(indices, mask[:, None, None, :])
 
 
 def gather(cache: torch.Tensor, indices: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -472,5 +472,5 @@ def decode_attention_torch(
     check_attention_inputs(q, k_cache, v_cache)
     if len(q) == 0:
         return torch.empty_like(q)
-    plan = plan_gather(block_tables, slots, context_lens, *k_cache.shape[1:3], q.dtype)
+    plan = plan_decode_gather(block_tables, slots, context_lens, *k_cache.shape[1:3], q.dtype)
     return attend_gathered(q, gather(k_cache, plan.indices), gather(v_cache, plan.indices), plan.mask, scale)

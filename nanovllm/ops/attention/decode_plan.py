@@ -11,11 +11,11 @@ import torch
 from nanovllm.ops.triton_utils import tl, triton
 
 MAX_SPLITS = 128
-MANY = 6  # programs for each multiprocessor: of so many, more run at a time, each of them slower
-MIN_PART = 256  # tokens; of fewer, a program's start and the merge of its part take longer than they save
+MANY_PROGRAMS_PER_SM = 6  # programs for each multiprocessor: of so many, more run at a time, each of them slower
+MIN_SPLIT_TOKENS = 256  # tokens; of fewer, a program's start and the merge of its part take longer than they save
 
 
-class Shares(NamedTuple):
+class SplitPolicy(NamedTuple):
     """How the work of decode attention is shared by multiprocessors.
 
     Args:
@@ -28,10 +28,10 @@ class Shares(NamedTuple):
     programs: int
     whole: int
     num_splits: int
-    min_part: int = MIN_PART
+    min_part: int = MIN_SPLIT_TOKENS
 
 
-def default_shares(batch: int, kv_heads: int, sm_count: int) -> Shares:
+def default_split_policy(batch: int, kv_heads: int, sm_count: int) -> SplitPolicy:
     """From sweeps on an H100: of rows of one length, of the offline workload's, of a few long ones among short ones.
 
     Of fewer rows and heads than multiprocessors, each of these gets a part. Of more, a row is split if it is longer
@@ -41,9 +41,9 @@ def default_shares(batch: int, kv_heads: int, sm_count: int) -> Shares:
     programs = batch * kv_heads
     if programs < sm_count:
         most = max(8, 4 * sm_count // programs)  # four times the parts that rows of one length have
-        return Shares(sm_count, 3, min(MAX_SPLITS, 1 + sm_count // kv_heads, most))
-    whole, num_splits = (3, 4) if programs >= MANY * sm_count else (6, 8)
-    return Shares(2 * sm_count, whole, min(num_splits, 1 + 2 * sm_count // kv_heads))
+        return SplitPolicy(sm_count, 3, min(MAX_SPLITS, 1 + sm_count // kv_heads, most))
+    whole, num_splits = (3, 4) if programs >= MANY_PROGRAMS_PER_SM * sm_count else (6, 8)
+    return SplitPolicy(2 * sm_count, whole, min(num_splits, 1 + 2 * sm_count // kv_heads))
 
 
 class DecodePlan(NamedTuple):
@@ -105,7 +105,7 @@ def _plan_kernel(
             tl.store(plan_ptr + 3 * (start + other), tl.full([ROWS], -1, tl.int32), mask=start + other < num_items)
 
 
-def plan_decode_triton(context_lens: torch.Tensor, kv_heads: int, shares: Shares) -> DecodePlan:
+def plan_decode_triton(context_lens: torch.Tensor, kv_heads: int, shares: SplitPolicy) -> DecodePlan:
     """`plan_decode_torch` as a Triton kernel, which does not wait for the device.
 
     Raises:
@@ -132,7 +132,7 @@ def plan_decode_triton(context_lens: torch.Tensor, kv_heads: int, shares: Shares
     return DecodePlan(items, shares.num_splits)
 
 
-def plan_decode_torch(context_lens: torch.Tensor, kv_heads: int, shares: Shares) -> DecodePlan:
+def plan_decode_torch(context_lens: torch.Tensor, kv_heads: int, shares: SplitPolicy) -> DecodePlan:
     """Split long rows into equal parts of about a share; the longest parts come first. Synchronises with the device.
 
     A row of n shares has at most n + 1/2 parts, so there are at most `shares.programs` / `kv_heads` more than rows.

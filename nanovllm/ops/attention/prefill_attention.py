@@ -29,7 +29,7 @@ from nanovllm.ops.attention.decode_attention import (
     tile_blocks,
     tile_pointers,
 )
-from nanovllm.ops.triton_utils import TensorDescriptor, since_hopper, sm_count, tl, triton
+from nanovllm.ops.triton_utils import TensorDescriptor, is_hopper_or_newer, sm_count, tl, triton
 
 
 class PrefillConfig(NamedTuple):
@@ -221,7 +221,7 @@ def serves_tma(k_cache: torch.Tensor, block_n: int) -> bool:
     block_size, head_dim = k_cache.shape[1], k_cache.shape[3]
     fits = block_size % block_n == 0 and head_dim >= MIN_DOT and head_dim & (head_dim - 1) == 0
     # On the CPU, kernels are interpreted, or compiled for another.
-    able = k_cache.device.type == "cpu" or since_hopper(k_cache.device)
+    able = k_cache.device.type == "cpu" or is_hopper_or_newer(k_cache.device)
     return fits and able and k_cache.data_ptr() % 16 == 0
 
 
@@ -287,8 +287,8 @@ def prefill_attention_triton(
     return out
 
 
-class RowPlan(NamedTuple):
-    """What `attend_row` needs to know of a prefill row, worked out once for all layers.
+class PrefillGatherPlan(NamedTuple):
+    """What `attend_sequence` needs to know of a prefill row, worked out once for all layers.
 
     Attributes:
         start, end: the row's tokens in the packed queries.
@@ -303,7 +303,7 @@ class RowPlan(NamedTuple):
     mask: torch.Tensor | None
 
 
-def plan_rows(
+def plan_prefill_gather(
     block_tables: torch.Tensor,
     slots: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
@@ -311,7 +311,7 @@ def plan_rows(
     block_size: int,
     kv_heads: int,
     dtype: torch.dtype,
-) -> list[RowPlan]:
+) -> list[PrefillGatherPlan]:
     """The plans of the rows that have tokens. Synchronises with the device."""
     bounds = (cu_seqlens_q - cu_seqlens_q[0]).tolist()
     device = slots.device
@@ -325,11 +325,11 @@ def plan_rows(
         if length > end - start:
             hidden = positions > positions[start - end :, None]
             mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-        plans.append(RowPlan(start, end, indices, mask))
+        plans.append(PrefillGatherPlan(start, end, indices, mask))
     return plans
 
 
-def attend_row(
+def attend_sequence(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     """Causal attention of one row's q [N, H, Dh] over gathered k and v [K, L, Dh] -> [N, H, Dh]."""
@@ -373,7 +373,7 @@ def prefill_attention_torch(
     """
     check_attention_inputs(q, k_cache, v_cache)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    for row in plan_rows(block_tables, slots, cu_seqlens_q, context_lens, *k_cache.shape[1:3], q.dtype):
+    for row in plan_prefill_gather(block_tables, slots, cu_seqlens_q, context_lens, *k_cache.shape[1:3], q.dtype):
         k, v = gather(k_cache, row.indices), gather(v_cache, row.indices)
-        out[row.start : row.end] = attend_row(q[row.start : row.end], k, v, row.mask, scale)
+        out[row.start : row.end] = attend_sequence(q[row.start : row.end], k, v, row.mask, scale)
     return out

@@ -28,9 +28,9 @@ from nanovllm.ops.attention.decode_attention import (
     tile_blocks,
 )
 from nanovllm.ops.norm_rope.rope_store import QKTransform, qk_norm_rope_store_torch
-from nanovllm.ops.triton_utils import launch_options, let_next_begin, sm_count, tl, triton, wait_for_inputs
+from nanovllm.ops.triton_utils import launch_dependents, launch_options, sm_count, tl, triton, wait_for_inputs
 
-MAX_ROWS = 4  # with more, all else takes so long that two kernels don't matter, and splits are few
+MAX_SEQUENCES = 4  # with more, all else takes so long that two kernels don't matter, and splits are few
 
 
 class RopeDecodeConfig(NamedTuple):
@@ -105,7 +105,7 @@ def _rope_decode_kernel(
     num_parts = tl.minimum(tl.cdiv(num_tiles, split_tiles) + 1, num_splits)
     if split >= num_parts:
         return  # without a wait: another program of the row waits
-    let_next_begin(PDL)
+    launch_dependents(PDL)
     first_tile = split * split_tiles
     last_tile = tl.minimum(first_tile + split_tiles, num_tiles)
 

@@ -20,7 +20,7 @@ from nanovllm.ops.attention.decode_attention import (
 from nanovllm.ops.attention.prefill_attention import attend_tiles, default_prefill_config
 from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
-MIN_ROWS = 4  # rows of a group
+MIN_SEQUENCES = 4  # rows of a group
 MIN_TOKENS = 256  # shared tokens of a group
 MIN_SAVED = 16384  # tokens that a step must not read again; below, the launch costs more than it gains
 STEP = 128  # shared tokens are a multiple of this, which every kernel's tile divides
@@ -28,12 +28,12 @@ MAX_SHARED_PARTS = 16  # most programs that share the work of a group and KV hea
 TILE_QUERIES = 64  # queries (rows x heads of a KV head) that a group has at most
 
 
-class SharedPlan(NamedTuple):
+class SharedPrefixPlan(NamedTuple):
     """Which rows share what, int32 arrays or tensors.
 
     Args:
         rows: [B, 2], each row's shared tokens and the number of their partial results; zeros where there are none.
-        groups: [B // MIN_ROWS, 4]: first row, rows, shared tokens, partial results; zeros past the last group.
+        groups: [B // MIN_SEQUENCES, 4]: first row, rows, shared tokens, partial results; zeros past the last group.
     """
 
     rows: torch.Tensor
@@ -42,19 +42,19 @@ class SharedPlan(NamedTuple):
     @staticmethod
     def size(batch: int) -> int:
         """Numbers in both."""
-        return 2 * batch + batch // MIN_ROWS * 4
+        return 2 * batch + batch // MIN_SEQUENCES * 4
 
     @classmethod
-    def split(cls, packed, batch: int) -> "SharedPlan":
+    def split(cls, packed, batch: int) -> "SharedPrefixPlan":
         """Views of the two in one array or tensor that holds them one after the other."""
         return cls(packed[: 2 * batch].reshape(-1, 2), packed[2 * batch :].reshape(-1, 4))
 
 
-class SharedParts(NamedTuple):
+class SharedPrefixPartials(NamedTuple):
     """Partial results that `decode_attention_triton` merges with its own, and room for these.
 
     Args:
-        rows: of the SharedPlan.
+        rows: of the SharedPrefixPlan.
         partial, lse: [B, H, P, Dh] and [B, H, P] float32; each row's shared parts come first.
     """
 
@@ -63,10 +63,10 @@ class SharedParts(NamedTuple):
     lse: torch.Tensor
 
 
-def plan_shared(
+def plan_shared_prefixes(
     tables: np.ndarray, no_block: int, block_size: int, group: int, kv_heads: int, sm_count: int, size: int
 ) -> np.ndarray | None:
-    """The SharedPlan of a batch of `size` rows in one array, or None if it would not gain.
+    """The SharedPrefixPlan of a batch of `size` rows in one array, or None if it would not gain.
 
     Args:
         tables: [B, W] block ids of the first B rows. Rows that share neighbour each other, as they do when they came
@@ -83,13 +83,13 @@ def plan_shared(
         tokens, last = common[row], row  # rows up to `last` have `tokens` in common
         while tokens >= MIN_TOKENS and last < len(common) and last + 1 - row < most and common[last] >= tokens:
             last += 1
-        if last + 1 - row >= MIN_ROWS:
+        if last + 1 - row >= MIN_SEQUENCES:
             groups.append((row, last + 1 - row, tokens))
         row = last + 1
     if sum((rows - 1) * tokens for _, rows, tokens in groups) < MIN_SAVED:
         return None
-    packed = np.zeros(SharedPlan.size(size), dtype=np.int32)
-    plan = SharedPlan.split(packed, size)
+    packed = np.zeros(SharedPrefixPlan.size(size), dtype=np.int32)
+    plan = SharedPrefixPlan.split(packed, size)
     wanted = min(MAX_SHARED_PARTS, -(-4 * sm_count // (len(groups) * kv_heads)))
     for i, (row, rows, tokens) in enumerate(groups):
         steps = -(-tokens // STEP // wanted)
@@ -159,14 +159,14 @@ def _shared_kernel(
     tl.store(lse_ptr + places, running_max + tl.log2(running_sum), mask=row_mask)
 
 
-def attend_shared_triton(
-    q, k_cache, v_cache, block_tables, slots, scale: float, plan: SharedPlan, num_own: int
-) -> SharedParts:
+def shared_attention_triton(
+    q, k_cache, v_cache, block_tables, slots, scale: float, plan: SharedPrefixPlan, num_own: int
+) -> SharedPrefixPartials:
     """Attention of decode rows over the tokens that they share, for `decode_attention_triton` to go on from.
 
     Args:
         q, k_cache, v_cache, block_tables, slots, scale: as in `decode_attention_torch`.
-        plan: from `plan_shared`, on the device.
+        plan: from `plan_shared_prefixes`, on the device.
         num_own: most parts of what a row does not share: the DecodePlan's `num_splits`.
     """
     _, heads, head_dim = q.shape
@@ -187,4 +187,4 @@ def attend_shared_triton(
         **attention_constants(q, k_cache),
         **launch_options(q.device),
     )
-    return SharedParts(plan.rows, partial, lse)
+    return SharedPrefixPartials(plan.rows, partial, lse)

@@ -28,15 +28,15 @@ from typing import Any
 import torch
 
 from nanovllm.ops.comm.cuda_ipc import Mapping
-from nanovllm.ops.comm.overlapped_all_reduce import SumAhead, ask_host, inbox_words
+from nanovllm.ops.comm.overlapped_all_reduce import OverlappedAllReduce, inbox_words, poll_host
 from nanovllm.ops.triton_utils import launch_options, sm_count, tl, triton, wait_for_inputs
 
 CAPACITY = 32 << 20  # bytes that a rank can send to another in one launch; more are sent in several
-FEW_BYTES = 4 << 20  # that a rank sends in all; a ring (NCCL) sends fewer from three ranks on
-ROW_BYTES = 64 << 10  # of the longest row that is summed
-FEW_ROWS = 4  # of the largest product that makes its sum itself
+MAX_ONE_SHOT_BYTES = 4 << 20  # that a rank sends in all; a ring (NCCL) sends fewer from three ranks on
+MAX_TOKEN_BYTES = 64 << 10  # of the longest row that is summed
+MAX_FUSED_TOKENS = 4  # of the largest product that makes its sum itself
 UNIT = 512  # words whose calls are counted together
-EXCHANGE_BLOCK = 2048  # words of a row that a program exchanges
+ALL_TO_ALL_BLOCK = 2048  # words of a row that a program exchanges
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int32: tl.int32}
 _EMPTY = -0x7FFF8000  # two 16-bit numbers -0.0; as a float32, -4.6e-41
 EMPTY = tl.constexpr(_EMPTY)
@@ -97,7 +97,7 @@ def send(words, call, places, mask, buffers, RANK, SIZE, NUM_WORDS):
 
 
 @triton.jit
-def _receive(place, mask, told_ptr, stop_ptr):
+def _receive(place, mask, host_stop_ptr, stop_ptr):
     """The words at `place` once all are there; once this rank is told to stop, zeros for those that are not."""
     data = tl.load(place, mask=mask, other=0, volatile=True)
     missing = tl.max((data == EMPTY).to(tl.int32), 0)
@@ -105,7 +105,7 @@ def _receive(place, mask, told_ptr, stop_ptr):
     while missing != 0:
         data = tl.load(place, mask=mask, other=0, volatile=True)
         tries += 1
-        ask_host(tries, told_ptr, stop_ptr)
+        poll_host(tries, host_stop_ptr, stop_ptr)
         stopped = tl.load(stop_ptr, mask=tries % 256 == 0, other=0, volatile=True)
         # Each warp may read another `stopped`: only together can they decide to go on.
         waits = (data == EMPTY) & (stopped == 0)
@@ -122,7 +122,9 @@ def _count(calls_ptr, first, UNITS: tl.constexpr):
 
 
 @triton.jit
-def _add_received(own, residual, call, places, sent, whole, buffers, told_ptr, stop_ptr, RANK, SIZE, NUM_WORDS, DTYPE):
+def _add_received(
+    own, residual, call, places, sent, whole, buffers, host_stop_ptr, stop_ptr, RANK, SIZE, NUM_WORDS, DTYPE
+):
     """Words of residual + the sum over the ranks, each of which has `sent` some.
 
     Empties the `whole` place of the call before.
@@ -135,7 +137,7 @@ def _add_received(own, residual, call, places, sent, whole, buffers, told_ptr, s
         data = own
         if peer != RANK:
             slot = (peer - (peer > RANK)) * NUM_WORDS
-            data = _receive(buffers[RANK] + now + slot, sent, told_ptr, stop_ptr)
+            data = _receive(buffers[RANK] + now + slot, sent, host_stop_ptr, stop_ptr)
             tl.store(buffers[RANK] + before + slot, EMPTY, mask=whole)
         low += _low(data, DTYPE)
         high += _high(data, DTYPE)
@@ -149,7 +151,7 @@ def sum_unit(out_ptr, pointers, unit, num_words, RANK, SIZE, NUM_WORDS, UNIT):
     When these have sent words, and so have read the unit's count of calls, they write them at `own_ptr`. Only this
     program reads them there, and empties their place at once.
     """
-    own_ptr, buffers_ptr, calls_ptr, told_ptr, stop_ptr = pointers
+    own_ptr, buffers_ptr, calls_ptr, host_stop_ptr, stop_ptr = pointers
     units = tl.cdiv(num_words, UNIT)
     words = unit % units * UNIT + tl.arange(0, UNIT)
     places = unit * UNIT + tl.arange(0, UNIT)
@@ -158,13 +160,13 @@ def sum_unit(out_ptr, pointers, unit, num_words, RANK, SIZE, NUM_WORDS, UNIT):
     call = tl.load(calls_ptr + unit)
     stopped = tl.load(stop_ptr, volatile=True)
     sent = words < tl.where(stopped == 0, num_words, 0)
-    own = _receive(own_ptr + places, mask, told_ptr, stop_ptr)
+    own = _receive(own_ptr + places, mask, host_stop_ptr, stop_ptr)
     tl.store(own_ptr + places, EMPTY, mask=mask)
     whole = words < tl.where(stopped == 0, units * UNIT, 0)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     zeros = tl.zeros(own.shape, tl.int32)
     data = _add_received(
-        own, zeros, call, places, sent, whole, buffers, told_ptr, stop_ptr, RANK, SIZE, NUM_WORDS, dtype
+        own, zeros, call, places, sent, whole, buffers, host_stop_ptr, stop_ptr, RANK, SIZE, NUM_WORDS, dtype
     )
     tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + unit // units * num_words + words, data, mask=mask)
     _count(calls_ptr, unit, 1)
@@ -178,7 +180,7 @@ def _all_reduce_kernel(
     out_ptr,
     buffers_ptr,
     calls_ptr,
-    told_ptr,
+    host_stop_ptr,
     stop_ptr,
     rows,
     eps,
@@ -212,7 +214,7 @@ def _all_reduce_kernel(
         if ADD:
             residual = tl.load(residual_ptr + row * WORDS + words, mask=mask, other=0)
         data = _add_received(
-            own, residual, call, places, sent, whole, buffers, told_ptr, stop_ptr, RANK, SIZE, NUM_WORDS, DTYPE
+            own, residual, call, places, sent, whole, buffers, host_stop_ptr, stop_ptr, RANK, SIZE, NUM_WORDS, DTYPE
         )
         tl.store(x_ptr + row * WORDS + words, data, mask=mask)
         _count(calls_ptr, row * UNITS, UNITS)
@@ -228,12 +230,12 @@ def _all_reduce_kernel(
 
 
 @triton.jit
-def _exchange_kernel(
+def _all_to_all_kernel(
     x_ptr,
     out_ptr,
     buffers_ptr,
     calls_ptr,
-    told_ptr,
+    host_stop_ptr,
     stop_ptr,
     rows,
     share,
@@ -265,7 +267,7 @@ def _exchange_kernel(
             else:
                 buffer = _buffer(buffers_ptr, peer)
                 data = tl.where(data == EMPTY, 0, data)
-                sent = words < tl.where(stopped == 0, tl.where(here, WORDS, 4), 0)  # 4: see `exchange_triton`
+                sent = words < tl.where(stopped == 0, tl.where(here, WORDS, 4), 0)  # 4: see `all_to_all_triton`
                 tl.store(buffer + now + (RANK - (peer < RANK)) * NUM_WORDS, data, mask=sent)
         buffer = _buffer(buffers_ptr, RANK)
         here = RANK * share + row < rows
@@ -274,7 +276,7 @@ def _exchange_kernel(
         for peer in tl.static_range(SIZE):
             if peer != RANK:
                 slot = (peer - (peer > RANK)) * NUM_WORDS
-                data = _receive(buffer + now + slot, awaited, told_ptr, stop_ptr)
+                data = _receive(buffer + now + slot, awaited, host_stop_ptr, stop_ptr)
                 tl.store(buffer + before + slot, EMPTY)
                 tl.store(out_ptr + (row * SIZE + peer) * WORDS + words, data, mask=valid)
         _count(calls_ptr, item * (BLOCK // UNIT), BLOCK // UNIT)
@@ -285,7 +287,7 @@ class PeerMemory:
 
     Args:
         rank: this rank's number.
-        memory: each rank's, from `new_memory`, as this process sees it.
+        memory: each rank's, from `new_peer_memory`, as this process sees it.
 
     Attributes:
         ahead: for sums that are sent while they are computed, or None.
@@ -297,42 +299,44 @@ class PeerMemory:
         pointers = [part.data_ptr() for part in memory]
         self.buffers = torch.tensor(pointers, dtype=torch.int64, device=self.device)
         self.calls = torch.zeros(CAPACITY // 4 // UNIT, dtype=torch.int32, device=self.device)
-        self.own = torch.full((FEW_ROWS * ROW_BYTES // 4,), _EMPTY, dtype=torch.int32, device=self.device)
+        self.own = torch.full((MAX_FUSED_TOKENS * MAX_TOKEN_BYTES // 4,), _EMPTY, dtype=torch.int32, device=self.device)
         on_gpu = self.device.type == "cuda"
         # A kernel that waits is told by the host's memory: other ways to the GPU may be full of what waits for it.
-        self.told = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
-        self.stop = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.host_stop = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
+        self.device_stop = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.num_sms = sm_count(self.device)
         self.max_programs = 4 * self.num_sms  # that run at once, as they wait
-        self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # for `end`: the others may never be free
-        start, self.ahead = _buffer_words(self.size), None
+        self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # for `stop`: the others may never be free
+        start, self.overlapped = _buffer_words(self.size), None
         if len(memory[rank]) > start:
-            self.ahead = SumAhead(memory[rank][start:], pointers[1 - rank] + 4 * start, self.told, self.stop)
+            self.overlapped = OverlappedAllReduce(
+                memory[rank][start:], pointers[1 - rank] + 4 * start, self.host_stop, self.device_stop
+            )
 
     def launch_arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
         """What every kernel here takes of this: pointers, then constants and options."""
         constants = {"RANK": self.rank, "SIZE": self.size, "NUM_WORDS": CAPACITY // 4, "UNIT": UNIT}
-        return (self.buffers, self.calls, self.told, self.stop), constants | launch_options(self.device)
+        return (self.buffers, self.calls, self.host_stop, self.device_stop), constants | launch_options(self.device)
 
-    def fits(self, x: torch.Tensor) -> bool:
+    def fits_all_reduce(self, x: torch.Tensor) -> bool:
         """Whether `all_reduce_triton` takes `x` and is the fastest to sum it."""
         if x.dtype not in DTYPES or x.ndim != 2 or not x.is_contiguous():
             return False
         row_bytes = x.shape[1] * x.itemsize
-        few = self.size == 2 or x.nbytes * (self.size - 1) <= FEW_BYTES
-        return few and row_bytes % 4 == 0 and 0 < row_bytes <= ROW_BYTES
+        few = self.size == 2 or x.nbytes * (self.size - 1) <= MAX_ONE_SHOT_BYTES
+        return few and row_bytes % 4 == 0 and 0 < row_bytes <= MAX_TOKEN_BYTES
 
-    def exchanges(self, x: torch.Tensor) -> bool:
-        """Whether `exchange_triton` takes `x`."""
-        row_bytes, block_bytes = x.shape[1] * x.itemsize, 4 * EXCHANGE_BLOCK
+    def fits_all_to_all(self, x: torch.Tensor) -> bool:
+        """Whether `all_to_all_triton` takes `x`."""
+        row_bytes, block_bytes = x.shape[1] * x.itemsize, 4 * ALL_TO_ALL_BLOCK
         num_blocks = triton.cdiv(len(x), self.size) * triton.cdiv(row_bytes, block_bytes)
         return num_blocks * block_bytes <= CAPACITY and row_bytes % 4 == 0 and x.is_contiguous()
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """End all waits of this rank here, and all that it writes later. Safe in any thread."""
         with torch.inference_mode(), torch.cuda.stream(self._stream):  # these may have been made in that mode
-            self.told.fill_(1)
-            self.stop.copy_(self.told, non_blocking=True)
+            self.host_stop.fill_(1)
+            self.device_stop.copy_(self.host_stop, non_blocking=True)
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -340,7 +344,7 @@ class PeerMemory:
         """Give back the other ranks' memory. Waits for what this rank still runs, which must end without them."""
         if self._stream is not None:
             torch.cuda.synchronize(self.device)
-        memory, self.memory, self.ahead = self.memory, [], None
+        memory, self.memory, self.overlapped = self.memory, [], None
         with ExitStack() as stack:  # closes all even if one fails
             for part in memory:
                 if isinstance(part, Mapping):
@@ -352,7 +356,7 @@ def _buffer_words(ranks: int) -> int:
     return 3 * (ranks - 1) * (CAPACITY // 4)
 
 
-def new_memory(ranks: int, device: torch.device, largest_sum: int = 0) -> torch.Tensor:
+def new_peer_memory(ranks: int, device: torch.device, largest_sum: int = 0) -> torch.Tensor:
     """A rank's own part of a PeerMemory: buffers, and of two ranks an inbox if `largest_sum`, in bytes, needs one."""
     start = _buffer_words(ranks)
     inbox = inbox_words(largest_sum) if ranks == 2 else 0
@@ -370,7 +374,7 @@ def all_reduce_triton(
     """Sum `x` over the ranks, in place; all ranks must make the same calls in the same order.
 
     Args:
-        x: [T, N], for which `peers.fits(x)`.
+        x: [T, N], for which `peers.fits_all_reduce(x)`.
         norm: weight [N] and epsilon of an RMSNorm of the sum.
         residual: [T, N], contiguous, the same on all ranks, or None; it is added to the sum, once.
 
@@ -404,13 +408,13 @@ def all_reduce_triton(
     return out
 
 
-def rows_of(rank: int, count: int, ranks: int) -> slice:
+def rows_of_rank(rank: int, count: int, ranks: int) -> slice:
     """A rank's share of `count` rows; the last ranks' may be smaller, or empty."""
     share = -(-count // ranks)
     return slice(min(count, rank * share), min(count, (rank + 1) * share))
 
 
-def exchange_triton(x: torch.Tensor, peers: PeerMemory) -> torch.Tensor:
+def all_to_all_triton(x: torch.Tensor, peers: PeerMemory) -> torch.Tensor:
     """The ranks' columns of all rows -> all columns of this rank's rows.
 
     A rank that gets no row gets four words of each other rank all the same: else it would be done without them, and
@@ -418,24 +422,24 @@ def exchange_triton(x: torch.Tensor, peers: PeerMemory) -> torch.Tensor:
     would do, but accesses are of 16 bytes only where the compiler knows that all bounds are multiples of that.
 
     Args:
-        x: [R, N], for which `peers.exchanges(x)`.
+        x: [R, N], for which `peers.fits_all_to_all(x)`.
 
     Returns:
-        [S, ranks N], S of the rows: see `rows_of`.
+        [S, ranks N], S of the rows: see `rows_of_rank`.
     """
     rows, words = len(x), x.shape[1] * x.itemsize // 4
-    share, own = triton.cdiv(rows, peers.size), rows_of(peers.rank, rows, peers.size)
+    share, own = triton.cdiv(rows, peers.size), rows_of_rank(peers.rank, rows, peers.size)
     out = torch.empty((own.stop - own.start, peers.size * x.shape[1]), dtype=x.dtype, device=x.device)
     pointers, constants = peers.launch_arguments()
-    items = share * triton.cdiv(words, EXCHANGE_BLOCK)
-    _exchange_kernel[(min(items, peers.max_programs),)](
+    items = share * triton.cdiv(words, ALL_TO_ALL_BLOCK)
+    _all_to_all_kernel[(min(items, peers.max_programs),)](
         x.view(torch.int32),
         out.view(torch.int32),
         *pointers,
         rows,
         share,
         WORDS=words,
-        BLOCK=EXCHANGE_BLOCK,
+        BLOCK=ALL_TO_ALL_BLOCK,
         num_warps=8,
         **constants,
     )

@@ -20,42 +20,42 @@ from nanovllm.ops.comm import cuda_ipc
 from nanovllm.ops.norm_rope.rms_norm import normalize
 from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
-CAPACITY = 256 << 20  # bytes of the largest sum
-LEAST = 16 << 20  # bytes of the smallest that is worth it
-LEAST_ROWS = 2049  # steps of fewer tokens are captured, and their sums cannot be counted
-PARTS = 4
-ROWS = 8  # for a program; all are of one part
-ASK_EVERY = tl.constexpr(1 << 16)  # tries: see `ask_host`
+MAX_BYTES = 256 << 20  # bytes of the largest sum
+MIN_BYTES = 16 << 20  # bytes of the smallest that is worth it
+MIN_TOKENS = 2049  # steps of fewer tokens are captured, and their sums cannot be counted
+NUM_SLICES = 4
+TOKENS_PER_PROGRAM = 8  # for a program; all are of one part
+POLL_INTERVAL = tl.constexpr(1 << 16)  # tries: see `poll_host`
 
 
 def inbox_words(largest: int) -> int:
     """32-bit words of an inbox for sums of up to `largest` bytes: two sums, then what tells that parts are there."""
-    return 2 * min(largest, CAPACITY) // 16 * 4 + PARTS if largest >= LEAST else 0
+    return 2 * min(largest, MAX_BYTES) // 16 * 4 + NUM_SLICES if largest >= MIN_BYTES else 0
 
 
 @triton.jit
-def ask_host(tries, told_ptr, stop_ptr):
+def poll_host(tries, host_stop_ptr, stop_ptr):
     """In a wait that is long: bring to `stop`, in the GPU's memory, what the host tells this rank in its own.
 
     Seldom: a GPU may read the host's memory one word after the other, 1 us each, and launches wait for it meanwhile.
     When ranks on two H100 asked every 256 tries, a step took 55 ms instead of 5.
     """
-    told = tl.load(told_ptr, mask=tries % ASK_EVERY == 0, other=0, volatile=True)
-    tl.store(stop_ptr, 1, mask=told != 0)
+    stop = tl.load(host_stop_ptr, mask=tries % POLL_INTERVAL == 0, other=0, volatile=True)
+    tl.store(stop_ptr, 1, mask=stop != 0)
 
 
 @triton.jit
-def _await(words_ptr, part, number, told_ptr, stop_ptr):
+def _wait_for_slice(words_ptr, part, number, host_stop_ptr, stop_ptr):
     """Wait until the word of the part tells of this sum, or of the next one; or until this rank is told to stop."""
     # A program's atomics are one thread's, which tells the others: they see what was written before, and go on as one.
-    ahead = tl.atomic_add(words_ptr + part, 0, sem="acquire", scope="sys") - number
+    distance = tl.atomic_add(words_ptr + part, 0, sem="acquire", scope="sys") - number
     stopped = 0
     tries = 0
-    while (ahead < 0) & (stopped == 0):
-        ahead = tl.atomic_add(words_ptr + part, 0, sem="acquire", scope="sys") - number
+    while (distance < 0) & (stopped == 0):
+        distance = tl.atomic_add(words_ptr + part, 0, sem="acquire", scope="sys") - number
         stopped = tl.atomic_add(stop_ptr, 0, sem="acquire", scope="gpu")
         tries += 1
-        ask_host(tries, told_ptr, stop_ptr)
+        poll_host(tries, host_stop_ptr, stop_ptr)
 
 
 @triton.jit(do_not_specialize=["number", "rows", "part_rows"])
@@ -64,7 +64,7 @@ def _add_kernel(
     inbox_ptr,
     arrived_ptr,
     departed_ptr,
-    told_ptr,
+    host_stop_ptr,
     stop_ptr,
     norm_ptr,
     out_ptr,
@@ -72,7 +72,7 @@ def _add_kernel(
     rows,
     part_rows,
     eps,
-    ROWS: tl.constexpr,
+    TOKENS_PER_PROGRAM: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
@@ -81,12 +81,14 @@ def _add_kernel(
     columns = tl.arange(0, BLOCK)
     dtype = x_ptr.dtype.element_ty
     wait_for_inputs(PDL)
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    _await(departed_ptr, first // part_rows, number, told_ptr, stop_ptr)  # the sum takes the place of what is sent
-    _await(arrived_ptr, first // part_rows, number, told_ptr, stop_ptr)
+    first = tl.program_id(0).to(tl.int64) * TOKENS_PER_PROGRAM
+    _wait_for_slice(
+        departed_ptr, first // part_rows, number, host_stop_ptr, stop_ptr
+    )  # the sum takes the place of what is sent
+    _wait_for_slice(arrived_ptr, first // part_rows, number, host_stop_ptr, stop_ptr)
     if NORM:
         norm = tl.load(norm_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
-    for row in range(ROWS):
+    for row in range(TOKENS_PER_PROGRAM):
         mask = columns < tl.where(first + row < rows, N, 0)
         places = (first + row) * N + columns
         x = tl.load(x_ptr + places, mask=mask, other=0.0).to(tl.float32)
@@ -97,31 +99,34 @@ def _add_kernel(
             tl.store(out_ptr + places, normed.to(dtype), mask=mask)
 
 
-class SumAhead:
+class OverlappedAllReduce:
     """What a rank needs to sum with the other one.
 
     Args:
         inbox: this rank's, `inbox_words` zeros of int32.
         other_inbox: address of the other's, as this process sees it.
-        told: in the host's memory, not 0 once no part may be waited for, nor sent, any more.
-        stop: the same in the GPU's, which may hear of it later.
+        host_stop: in the host's memory, not 0 once no part may be waited for, nor sent, any more.
+        device_stop: the same in the GPU's, which may hear of it later.
     """
 
-    def __init__(self, inbox: torch.Tensor, other_inbox: int, told: torch.Tensor, stop: torch.Tensor):
-        self.inbox, self.other_inbox, self.told, self.stop = inbox, other_inbox, told, stop
-        self.arrived, self.departed = inbox[-PARTS:], torch.zeros(PARTS, dtype=torch.int32, device=inbox.device)
-        self.capacity = (len(inbox) - PARTS) // 2 * 4  # bytes of a sum
+    def __init__(self, inbox: torch.Tensor, other_inbox: int, host_stop: torch.Tensor, device_stop: torch.Tensor):
+        self.inbox, self.other_inbox, self.host_stop, self.device_stop = inbox, other_inbox, host_stop, device_stop
+        self.arrived, self.departed = (
+            inbox[-NUM_SLICES:],
+            torch.zeros(NUM_SLICES, dtype=torch.int32, device=inbox.device),
+        )
+        self.capacity = (len(inbox) - NUM_SLICES) // 2 * 4  # bytes of a sum
         self.number = 0  # of the sum
-        self.sent: torch.Tensor | None = None  # what of it has been sent
+        self.pending: torch.Tensor | None = None  # what of it has been sent
         self.stream = torch.cuda.Stream(inbox.device) if inbox.is_cuda else None
 
     def fits(self, x: torch.Tensor) -> bool:
         """Whether `x` [T, N] is to be sent ahead: it is large enough, there is room, and calls can be counted."""
-        fits = len(x) >= LEAST_ROWS and LEAST <= x.nbytes <= self.capacity
+        fits = len(x) >= MIN_TOKENS and MIN_BYTES <= x.nbytes <= self.capacity
         whole = x.is_contiguous() and x.shape[1] * x.itemsize % 16 == 0  # as copy engines like it
         return fits and whole and not torch.cuda.is_current_stream_capturing()
 
-    def parts(self, x: torch.Tensor) -> Iterator[slice]:
+    def slices(self, x: torch.Tensor) -> Iterator[slice]:
         """Rows of `x` [T, N], part after part: each is sent when the next is asked for, and must be computed then."""
         self.number = (self.number + 1 + (1 << 31)) % (1 << 32) - (1 << 31)
         size = _part_rows(x)
@@ -129,28 +134,28 @@ class SumAhead:
             rows = slice(start, min(start + size, len(x)))
             yield rows
             self._send(x[rows], start * x.shape[1] * x.itemsize, part)
-        self.sent = x
+        self.pending = x
 
     def _half(self) -> int:
         """Where the sum's half of an inbox begins, in bytes."""
         return self.number % 2 * self.capacity
 
     def _send(self, x: torch.Tensor, offset: int, part: int) -> None:
-        if self.told.item():
+        if self.host_stop.item():
             return
         self.stream.wait_stream(torch.cuda.current_stream())
         cuda_ipc.copy(self.other_inbox + self._half() + offset, x.data_ptr(), x.nbytes, self.stream)
         cuda_ipc.write(self.other_inbox + 2 * self.capacity + 4 * part, self.number, self.stream)
         cuda_ipc.write(self.departed[part:].data_ptr(), self.number, self.stream)
 
-    def add(self, x: torch.Tensor, norm: tuple[torch.Tensor, float] | None = None) -> torch.Tensor:
+    def finish(self, x: torch.Tensor, norm: tuple[torch.Tensor, float] | None = None) -> torch.Tensor:
         """Add to x, which was `sent`, what the other sent, and return it; or its RMSNorm, as `all_reduce_triton`."""
         out = x if norm is None else torch.empty_like(x)
         weight, eps = (x, 0.0) if norm is None else norm
         half = self.inbox[self._half() // 4 :].view(x.dtype)
-        words = self.arrived, self.departed, self.told, self.stop
+        words = self.arrived, self.departed, self.host_stop, self.device_stop
         block = triton.next_power_of_2(x.shape[1])
-        _add_kernel[(triton.cdiv(len(x), ROWS),)](
+        _add_kernel[(triton.cdiv(len(x), TOKENS_PER_PROGRAM),)](
             x,
             half,
             *words,
@@ -160,7 +165,7 @@ class SumAhead:
             len(x),
             _part_rows(x),
             eps,
-            ROWS=ROWS,
+            TOKENS_PER_PROGRAM=TOKENS_PER_PROGRAM,
             N=x.shape[1],
             BLOCK=block,
             NORM=norm is not None,
@@ -172,4 +177,4 @@ class SumAhead:
 
 def _part_rows(x: torch.Tensor) -> int:
     """Rows of each part but the last, of which a program has only one part's."""
-    return triton.cdiv(triton.cdiv(len(x), PARTS), ROWS) * ROWS
+    return triton.cdiv(triton.cdiv(len(x), NUM_SLICES), TOKENS_PER_PROGRAM) * TOKENS_PER_PROGRAM

@@ -2,14 +2,14 @@
 
 import torch
 
-from nanovllm.ops.triton_utils import begin_chain, launch_options, tl, triton
+from nanovllm.ops.triton_utils import launch_options, start_chain, tl, triton
 
 
 @triton.jit(do_not_specialize=["start"])
 def _embedding_kernel(
     ids_ptr, weight_ptr, out_ptr, start, num_rows, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
-    begin_chain(PDL)
+    start_chain(PDL)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     row = tl.load(ids_ptr + token) - start + tl.zeros([BLOCK], tl.int64)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.ops.sampling.sampling import COUNTS, MAX_COUNT, STRIDE, SamplingState
+from nanovllm.ops.sampling.sampling import HAS_PENALTIES, MAX_COUNT, PARAMS_STRIDE, SamplingState
 from nanovllm.ops.triton_utils import tl, triton
 
 
@@ -55,9 +55,11 @@ class StepInputs(NamedTuple):
 
 
 @triton.jit
-def _count(params_ptr, counts_ptr, slots, token_ids, is_new, vocab_size, STRIDE: tl.constexpr, MAX_COUNT: tl.constexpr):
+def _count(
+    params_ptr, counts_ptr, slots, token_ids, is_new, vocab_size, PARAMS_STRIDE: tl.constexpr, MAX_COUNT: tl.constexpr
+):
     """Count the tokens `token_ids` of `slots` whose penalties depend on it."""
-    counts = is_new & (tl.load(params_ptr + slots * STRIDE + 7, mask=is_new, other=0) & 1 != 0)
+    counts = is_new & (tl.load(params_ptr + slots * PARAMS_STRIDE + 7, mask=is_new, other=0) & 1 != 0)
     places = counts_ptr + slots * vocab_size + token_ids
     seen = tl.load(places, mask=counts, other=0)
     tl.store(places, tl.where(seen < 2 * MAX_COUNT, seen + 2, seen), mask=counts)
@@ -96,7 +98,7 @@ def _step_inputs_kernel(
     table_stride,
     scratch_slot,
     vocab_size,
-    STRIDE: tl.constexpr,
+    PARAMS_STRIDE: tl.constexpr,
     MAX_COUNT: tl.constexpr,
     DECODE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -111,11 +113,11 @@ def _step_inputs_kernel(
         positions = tl.load(length_ptr + slots, mask=is_row, other=0)
         token_ids = tl.load(last_ptr + slots, mask=is_row, other=0)
         tl.store(lens_ptr + index, positions + 1, mask=is_row)
-        _count(params_ptr, counts_ptr, slots, token_ids, is_row, vocab_size, STRIDE, MAX_COUNT)
+        _count(params_ptr, counts_ptr, slots, token_ids, is_row, vocab_size, PARAMS_STRIDE, MAX_COUNT)
     else:
         starts = tl.load(starts_ptr + index, mask=is_row, other=0)
         last = tl.load(last_ptr + slots, mask=is_row, other=0)
-        _count(params_ptr, counts_ptr, slots, last, is_row & (starts < 0), vocab_size, STRIDE, MAX_COUNT)
+        _count(params_ptr, counts_ptr, slots, last, is_row & (starts < 0), vocab_size, PARAMS_STRIDE, MAX_COUNT)
         starts = tl.where(starts < 0, tl.load(length_ptr + slots, mask=is_row, other=0), starts)
         begin = tl.load(cu_ptr + index, mask=is_row, other=0)
         end = tl.load(cu_ptr + index + 1, mask=is_row, other=0)
@@ -156,7 +158,7 @@ def step_inputs_triton(
             sampling.table,
             sampling.counts,
             *sizes,
-            STRIDE=STRIDE,
+            PARAMS_STRIDE=PARAMS_STRIDE,
             MAX_COUNT=MAX_COUNT,
             DECODE=decode,
             BLOCK_SIZE=block_size,
@@ -176,7 +178,7 @@ def step_inputs_torch(
         known = torch.full_like(index, -1)
         rows = StepRows(rows, known, torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device), index, known)
     known = rows.starts < 0
-    counted = rows.slots[known & (sampling.extras[rows.slots] & COUNTS != 0)].to(torch.int64)
+    counted = rows.slots[known & (sampling.flags[rows.slots] & HAS_PENALTIES != 0)].to(torch.int64)
     seen = sampling.counts[counted, last_token[counted]]
     sampling.counts[counted, last_token[counted]] = torch.where(seen < 2 * MAX_COUNT, seen + 2, seen)
     starts = torch.where(known, length[rows.slots], rows.starts)

@@ -10,18 +10,18 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.ops.linear.gemv import MAX_ROWS as MAX_GEMV_ROWS
+from nanovllm.ops.linear.gemv import MAX_TOKENS as MAX_GEMV_TOKENS
 from nanovllm.ops.triton_utils import (
     HAVE_TRITON,
     TensorDescriptor,
-    has_large_tiles,
+    fits_large_tma_tiles,
     launch_options,
     tl,
     triton,
     wait_for_inputs,
 )
 
-MAX_ROWS = 64  # of x; more are left to cuBLAS
+MAX_TOKENS = 64  # of x; more are left to cuBLAS
 MAX_WEIGHT_ROWS = 1 << 16  # logits of a large vocabulary, one product a step, are left to it too
 MAX_TILES = MAX_WEIGHT_ROWS // 64  # of a result, where K is split
 
@@ -61,12 +61,12 @@ def default_gemm_config(m: int, n: int, k: int, gated: bool) -> GemmConfig:
 
 def is_gemm(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether x [M, K] has as many rows as `gemm_triton` is for, and it and `weight`, of its dtype, fit TMA."""
-    if not (HAVE_TRITON and x.is_cuda and MAX_GEMV_ROWS < len(x) <= MAX_ROWS and len(weight) <= MAX_WEIGHT_ROWS):
+    if not (HAVE_TRITON and x.is_cuda and MAX_GEMV_TOKENS < len(x) <= MAX_TOKENS and len(weight) <= MAX_WEIGHT_ROWS):
         return False
     addresses = x.data_ptr() | weight.data_ptr() | 2 * x.stride(0) | 2 * x.shape[1]
     plain = x.ndim == 2 and x.stride(1) == 1 and weight.is_contiguous()
     aligned = weight.itemsize == 2 and not addresses % 16
-    return plain and aligned and has_large_tiles(x.device)
+    return plain and aligned and fits_large_tma_tiles(x.device)
 
 
 @triton.jit

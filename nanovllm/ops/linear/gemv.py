@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.ops.comm.collectives import FEW_ROWS, UNIT, PeerMemory, buffers_of, pack_words, send, sum_unit
+from nanovllm.ops.comm.collectives import MAX_FUSED_TOKENS, UNIT, PeerMemory, buffers_of, pack_words, send, sum_unit
 from nanovllm.ops.triton_utils import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
 
-MAX_ROWS = FEW_ROWS  # of x
+MAX_TOKENS = MAX_FUSED_TOKENS  # of x
 
 
 class GemvConfig(NamedTuple):
@@ -36,7 +36,7 @@ def default_gemv_config(n: int, k: int, gated: bool) -> GemvConfig:
 
 def is_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether x [M, K] has so few rows that `gemv_triton` is the way to multiply it with `weight`."""
-    return HAVE_TRITON and x.is_cuda and 0 < len(x) <= MAX_ROWS and weight.dtype != torch.float32
+    return HAVE_TRITON and x.is_cuda and 0 < len(x) <= MAX_TOKENS and weight.dtype != torch.float32
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def _gemv_kernel(
     own_ptr,
     buffers_ptr,
     calls_ptr,
-    told_ptr,
+    host_stop_ptr,
     stop_ptr,
     x_stride,
     eps,
@@ -73,7 +73,7 @@ def _gemv_kernel(
         unit = tl.program_id(0) - tl.cdiv(N, ROWS)
         if unit >= 0:
             wait_for_inputs(PDL)
-            pointers = own_ptr, buffers_ptr, calls_ptr, told_ptr, stop_ptr
+            pointers = own_ptr, buffers_ptr, calls_ptr, host_stop_ptr, stop_ptr
             sum_unit(out_ptr, pointers, unit, N // 2, RANK, SIZE, NUM_WORDS, UNIT)
             return
         buffers = buffers_of(buffers_ptr, SIZE)
@@ -141,7 +141,7 @@ def gemv_triton(
         weight, bias, norm, gated: as in `linear`; the weight is plain and contiguous.
         residual: [M, N] contiguous; the result is added to it, in place.
         peers: x W^T is summed over the ranks, which must make the same calls in the same order; bias and residual are
-            added once. For numbers of 16 bits, a result that `peers.fits`, and programs of two rows or more.
+            added once. For numbers of 16 bits, a result that `peers.fits_all_reduce`, and programs of two rows or more.
         config: `default_gemv_config` if None.
     """
     (m, k), n = x.shape, len(weight) // (2 if gated else 1)

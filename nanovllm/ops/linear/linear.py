@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.ops.comm.collectives import PeerMemory
-from nanovllm.ops.linear.gemm import MAX_ROWS as MAX_GEMM_ROWS
+from nanovllm.ops.linear.gemm import MAX_TOKENS as MAX_GEMM_TOKENS
 from nanovllm.ops.linear.gemm import gemm_triton, is_gemm
 from nanovllm.ops.linear.gemv import gemv_triton, is_gemv
 from nanovllm.ops.linear.silu_mul import silu_mul
@@ -104,12 +104,12 @@ def likes_bias(x: torch.Tensor, weight: torch.Tensor) -> bool:
     Of six weights with K of 2,048 or 4,096, zeros took up to 1.4 us more for five, and were no steady gain for the
     sixth, [3072, 4096]: 3 and 4 us less with T of 160 and 224, 1 us more with 128 and 192.
     """
-    return x.is_cuda and MAX_GEMM_ROWS < len(x) <= NORM_ROWS and weight.shape[1] > 4096
+    return x.is_cuda and MAX_GEMM_TOKENS < len(x) <= NORM_ROWS and weight.shape[1] > 4096
 
 
 def can_sum(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, peers: PeerMemory | None) -> bool:
     """Whether `linear_sum` takes these."""
-    return peers is not None and is_gemv(x, weight) and peers.fits(residual)
+    return peers is not None and is_gemv(x, weight) and peers.fits_all_reduce(residual)
 
 
 def linear_sum(

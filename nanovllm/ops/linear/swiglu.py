@@ -14,7 +14,7 @@ import torch
 from nanovllm.ops.triton_utils import (
     HAVE_TRITON,
     TensorDescriptor,
-    has_large_tiles,
+    fits_large_tma_tiles,
     launch_options,
     sm_count,
     tl,
@@ -90,7 +90,7 @@ def is_swiglu(x: torch.Tensor, weight: torch.Tensor) -> bool:
         return False
     busy = 2 * _num_tiles(len(x), len(weight) // 2, DEFAULT_CONFIG) >= 5 * sm_count(x.device)
     plain = x.ndim == 2 and x.is_contiguous() and weight.is_contiguous()
-    return busy and plain and has_large_tiles(x.device)
+    return busy and plain and fits_large_tma_tiles(x.device)
 
 
 def _num_tiles(rows: int, n: int, config: SwigluConfig) -> int:

@@ -2,10 +2,18 @@
 
 import torch
 
-from nanovllm.ops.sampling.sampling import PROCESSED, SamplingState, adjust, filter_torch, without_stop_ids
+from nanovllm.ops.sampling.sampling import (
+    PROCESSED_LOGPROBS,
+    SamplingState,
+    adjust_logits,
+    filter_logits,
+    mask_stop_ids,
+)
 
 
-def process(x: torch.Tensor, slots: torch.Tensor, context_lens: torch.Tensor, state: SamplingState) -> torch.Tensor:
+def process_logits(
+    x: torch.Tensor, slots: torch.Tensor, context_lens: torch.Tensor, state: SamplingState
+) -> torch.Tensor:
     """Logits as the sampler draws from them, for the rows that ask for these; the model's own for the others.
 
     Args:
@@ -14,12 +22,12 @@ def process(x: torch.Tensor, slots: torch.Tensor, context_lens: torch.Tensor, st
         context_lens: [R] int32, tokens before the one that is drawn.
     """
     x = x.float()
-    wanted = (state.extras[slots] & PROCESSED) != 0
+    wanted = (state.flags[slots] & PROCESSED_LOGPROBS) != 0
     temperature = state.temperature[slots]
     drawn = temperature > 0
-    y = without_stop_ids(adjust(x, slots, state), slots, context_lens, state)
+    y = mask_stop_ids(adjust_logits(x, slots, state), slots, context_lens, state)
     y = y * torch.where(drawn, temperature, 1.0)[:, None].reciprocal()  # which rounds as the sampler does
-    filtered = filter_torch(y, state.top_k[slots], state.top_p[slots], state.min_p[slots])
+    filtered = filter_logits(y, state.top_k[slots], state.top_p[slots], state.min_p[slots])
     return torch.where(wanted[:, None], torch.where(drawn[:, None], filtered, y), x)
 
 

@@ -23,15 +23,15 @@ _MIX1, _MIX2 = 0x7FEB352D, 0x846CA68B  # "lowbias32" of Wellons' hash prospector
 TILE = 2048  # logits a program holds where it draws; draws depend on it
 
 
-# What a slot asks for besides: bits of `extras`.
-COUNTS = 1  # penalties, by the slot's row of `counts`
-MASK = 2  # only tokens of the slot's row of `masks`
-BIAS = 4  # `num_bias` entries of the slot's row of `bias`
-PROCESSED = 8  # logprobs of what is drawn from (see logprobs.py; nothing to the sampler)
+# What a slot asks for besides: bits of `flags`.
+HAS_PENALTIES = 1  # penalties, by the slot's row of `counts`
+HAS_MASK = 2  # only tokens of the slot's row of `masks`
+HAS_BIAS = 4  # `num_bias` entries of the slot's row of `bias`
+PROCESSED_LOGPROBS = 8  # logprobs of what is drawn from (see logprobs.py; nothing to the sampler)
 
 # One slot's parameters as they lie in memory: a new request's go to the device in one copy. The kernels read the fields
 # at these places: an int32 each, the seed two.
-ROW = np.dtype(
+PARAMS_DTYPE = np.dtype(
     [
         ("seed", np.int64),  # 0, 1
         ("temperature", np.float32),  # 2; 0 is greedy
@@ -39,7 +39,7 @@ ROW = np.dtype(
         ("top_p", np.float32),  # 4; 1 keeps all
         ("min_p", np.float32),  # 5; 0 keeps all
         ("min_length", np.int32),  # 6; while a row's context is shorter its stop ids cannot be drawn
-        ("extras", np.int32),  # 7
+        ("flags", np.int32),  # 7
         ("repetition", np.float32),  # 8; penalties
         ("presence", np.float32),  # 9
         ("frequency", np.float32),  # 10
@@ -47,7 +47,7 @@ ROW = np.dtype(
         ("stop_ids", np.int32, MAX_STOP_IDS),  # 12 to 43; padded with -1
     ]
 )
-STRIDE = ROW.itemsize // 4
+PARAMS_STRIDE = PARAMS_DTYPE.itemsize // 4
 MAX_COUNT = 16382  # times of a token that are counted
 
 
@@ -55,34 +55,34 @@ class SamplingState:
     """Parameters by slot, on the device.
 
     Args:
-        rows: [S + 1] of dtype ROW, those of S slots and a scratch one.
+        rows: [S + 1] of dtype PARAMS_DTYPE, those of S slots and a scratch one.
         vocab_size: V.
 
     Attributes:
-        table: [S + 1, STRIDE] int32; the fields are views of it.
+        table: [S + 1, PARAMS_STRIDE] int32; the fields are views of it.
         counts: [S + 1, V] int16: twice the times that the output has the token, plus 1 if the prompt has it.
         masks: [S + 1, ceil(V / 32)] int32, a bit for each token that may be drawn.
         bias: [S + 1, MAX_LOGIT_BIAS, 2] int32: a token id, and the float32 number that is added to its logit.
     """
 
     def __init__(self, rows: np.ndarray, vocab_size: int, device: torch.device):
-        self.table = torch.from_numpy(rows.view(np.int32).reshape(len(rows), STRIDE)).to(device, copy=True)
+        self.table = torch.from_numpy(rows.view(np.int32).reshape(len(rows), PARAMS_STRIDE)).to(device, copy=True)
         self.counts = torch.zeros((len(rows), vocab_size), dtype=torch.int16, device=device)
         self.masks = torch.zeros((len(rows), -(-vocab_size // 32)), dtype=torch.int32, device=device)
         self.bias = torch.zeros((len(rows), MAX_LOGIT_BIAS, 2), dtype=torch.int32, device=device)
 
     def __getattr__(self, name: str) -> torch.Tensor:
-        if name not in ROW.fields:
+        if name not in PARAMS_DTYPE.fields:
             raise AttributeError(name)
-        dtype, offset = ROW.fields[name][:2]
+        dtype, offset = PARAMS_DTYPE.fields[name][:2]
         if dtype.subdtype:
             return self.table[:, offset // 4 :]
         return self.table.view(getattr(torch, dtype.name))[:, offset // dtype.itemsize]
 
 
-def default_rows(count: int) -> np.ndarray:
-    """`count` rows of dtype ROW that draw greedily."""
-    rows = np.zeros(count, ROW)
+def default_params(count: int) -> np.ndarray:
+    """`count` rows of dtype PARAMS_DTYPE that draw greedily."""
+    rows = np.zeros(count, PARAMS_DTYPE)
     rows["top_p"] = rows["repetition"] = 1
     rows["stop_ids"] = -1
     return rows
@@ -120,7 +120,7 @@ def _row(inputs):
     """Whether the program's row is greedy, and what `_kept` reads.
 
     That is where its logits are, how many there are, what they are multiplied by, where its threshold is, where its
-    slot is in the tables, and what changes the logits: bits of extras; 8: stop ids.
+    slot is in the tables, and what changes the logits: bits of flags; 8: stop ids.
     """
     logits_ptr, stride, vocab_size, slots_ptr, context_lens_ptr, threshold_ptr, tables = inputs
     params, counts, masks, bias = tables
@@ -330,7 +330,7 @@ def _draw_torch(y: torch.Tensor, seed: torch.Tensor, context_lens: torch.Tensor)
     return tile * width + x.argmax(-1)
 
 
-def filter_torch(x: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+def filter_logits(x: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     """x [R, V] with what the filters drop set to -inf."""
     vocab_size = x.shape[1]
     ordered = x.sort(dim=-1, descending=True).values
@@ -345,23 +345,23 @@ def filter_torch(x: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_
     return x.masked_fill(x < threshold, float("-inf"))
 
 
-def adjust(x: torch.Tensor, slots: torch.Tensor, state: SamplingState) -> torch.Tensor:
+def adjust_logits(x: torch.Tensor, slots: torch.Tensor, state: SamplingState) -> torch.Tensor:
     """x [R, V] float32 with the bias, penalties, mask of slots [R] int64, each where it is asked for."""
-    extras = state.extras[slots]
+    flags = state.flags[slots]
     ids, values = state.bias[slots].mT.contiguous().unbind(1)
-    num_bias = torch.where(extras & BIAS != 0, state.num_bias[slots], 0)
+    num_bias = torch.where(flags & HAS_BIAS != 0, state.num_bias[slots], 0)
     unused = torch.arange(MAX_LOGIT_BIAS, device=x.device) >= num_bias[:, None]
     x = x.scatter_add(1, ids.to(torch.int64), values.view(torch.float32).masked_fill(unused, 0))
-    seen = torch.where((extras & COUNTS != 0)[:, None], state.counts[slots], 0)
+    seen = torch.where((flags & HAS_PENALTIES != 0)[:, None], state.counts[slots], 0)
     times, penalty = seen >> 1, state.repetition[slots, None]
     x = torch.where(seen != 0, torch.where(x > 0, x / penalty, x * penalty), x)
     x = x - ((times > 0) * state.presence[slots, None] + times * state.frequency[slots, None])
     bits = state.masks[slots][:, :, None] >> torch.arange(32, dtype=torch.int32, device=x.device) & 1
     allowed = bits.flatten(1)[:, : x.shape[1]] != 0
-    return x.masked_fill(~allowed & (extras & MASK != 0)[:, None], float("-inf"))
+    return x.masked_fill(~allowed & (flags & HAS_MASK != 0)[:, None], float("-inf"))
 
 
-def without_stop_ids(
+def mask_stop_ids(
     x: torch.Tensor, slots: torch.Tensor, context_lens: torch.Tensor, state: SamplingState
 ) -> torch.Tensor:
     """x [R, V] with the stop ids of slots [R] int64 set to -inf where the row is too short to end."""
@@ -375,11 +375,11 @@ def sample_torch(logits, slots, context_lens, state: SamplingState, last=None) -
     """`sample` in plain torch. Synchronises with the device to skip what no row asks for."""
     slots = slots.to(torch.int64)
     x = logits.float()
-    adjusted = (state.extras[slots] & (COUNTS | MASK | BIAS)).nonzero()[:, 0]
+    adjusted = (state.flags[slots] & (HAS_PENALTIES | HAS_MASK | HAS_BIAS)).nonzero()[:, 0]
     if len(adjusted):
-        x = x.index_copy(0, adjusted, adjust(x[adjusted], slots[adjusted], state))
+        x = x.index_copy(0, adjusted, adjust_logits(x[adjusted], slots[adjusted], state))
     if (context_lens < state.min_length[slots]).any():
-        x = without_stop_ids(x, slots, context_lens, state)
+        x = mask_stop_ids(x, slots, context_lens, state)
     tokens = x.argmax(-1)
     drawn = state.temperature[slots].nonzero()[:, 0]
     if len(drawn):
@@ -388,10 +388,10 @@ def sample_torch(logits, slots, context_lens, state: SamplingState, last=None) -
         top_k, top_p, min_p = state.top_k[at], state.top_p[at], state.min_p[at]
         filtered = ((top_k > 0) | (top_p < 1) | (min_p > 0)).nonzero()[:, 0]
         if len(filtered):
-            y[filtered] = filter_torch(y[filtered], top_k[filtered], top_p[filtered], min_p[filtered])
+            y[filtered] = filter_logits(y[filtered], top_k[filtered], top_p[filtered], min_p[filtered])
         tokens[drawn] = _draw_torch(y, state.seed[at], context_lens[drawn])
     if last is not None:
-        advance_torch(tokens, slots, context_lens, *last)
+        advance_slots_torch(tokens, slots, context_lens, *last)
     return tokens
 
 
@@ -409,7 +409,7 @@ def sample(
         slots: [R] int32, whose parameters apply.
         context_lens: [R] int32, tokens before the one that is drawn: the counter of the noise.
         state: the parameters of all slots.
-        last: last_token, length and scratch_slot of `advance`, if the tokens are to go there at once.
+        last: last_token, length and scratch_slot of `advance_slots`, if the tokens are to go there at once.
 
     Returns:
         [R] int64. top_p keeps the smallest set whose mass reaches it; ties at a threshold are all kept.
@@ -428,8 +428,8 @@ def _advance_kernel(
     tl.store(length_ptr + slots, tl.load(context_lens_ptr + row, mask=mask, other=0), mask=mask)
 
 
-def advance_triton(tokens, slots, context_lens, last_token, length, scratch_slot: int) -> None:
-    """`advance` as a Triton kernel."""
+def advance_slots_triton(tokens, slots, context_lens, last_token, length, scratch_slot: int) -> None:
+    """`advance_slots` as a Triton kernel."""
     rows = len(tokens)
     if rows:
         _advance_kernel[(triton.cdiv(rows, 128),)](
@@ -437,14 +437,14 @@ def advance_triton(tokens, slots, context_lens, last_token, length, scratch_slot
         )
 
 
-def advance_torch(tokens, slots, context_lens, last_token, length, scratch_slot: int) -> None:
-    """`advance` in plain torch."""
+def advance_slots_torch(tokens, slots, context_lens, last_token, length, scratch_slot: int) -> None:
+    """`advance_slots` in plain torch."""
     real = slots != scratch_slot
     slots = slots[real].to(torch.int64)
     last_token[slots], length[slots] = tokens[real], context_lens[real]
 
 
-def advance(
+def advance_slots(
     tokens: torch.Tensor,
     slots: torch.Tensor,
     context_lens: torch.Tensor,
@@ -456,4 +456,6 @@ def advance(
 
     Rows of `scratch_slot` are padding and change nothing.
     """
-    (advance_triton if tokens.is_cuda else advance_torch)(tokens, slots, context_lens, last_token, length, scratch_slot)
+    (advance_slots_triton if tokens.is_cuda else advance_slots_torch)(
+        tokens, slots, context_lens, last_token, length, scratch_slot
+    )
