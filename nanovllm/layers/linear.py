@@ -12,7 +12,8 @@ from torch import nn
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.parameter import PackedLayer, check_shape, divide, make_parameter
 from nanovllm.layers.residual import Normed, Residual
-from nanovllm.ops.linear.linear import NORM_ROWS, adds_well, can_sum, likes_bias, linear, linear_add, linear_sum
+from nanovllm.ops.linear.dispatch import Adder
+from nanovllm.ops.linear.linear import choose_adder, linear, linear_add, linear_all_reduce, wants_zero_bias
 from nanovllm.utils.context import get_context
 
 
@@ -160,20 +161,21 @@ class PendingGemm:
         """Run the GEMM and add it to the residual stream, whose memory may be overwritten."""
         layer, x, stream = self.layer, self.x, residual.sum()
         tp, weight, counters = layer.tp, layer.operand, get_context().counters
-        if can_sum(x, weight, stream, tp.peers):
-            return Residual(linear_sum(x, weight, layer.bias, stream, tp.peers), tp)
-        if tp.overlapped is not None and tp.overlapped.fits(stream):
-            for rows in tp.overlapped.slices(stream):
-                self._overwrite(x[rows], stream[rows])
+        bias = layer.bias if tp.rank == 0 else None  # an all-reduce must add it once
+        adder = choose_adder(x, weight, stream, tp.size, tp.peers)
+        if adder is Adder.ALL_REDUCE_GEMV:
+            return Residual(linear_all_reduce(x, weight, layer.bias, stream, tp.peers), tp)
+        if adder is Adder.NEXT_NORM:
+            if bias is None and wants_zero_bias(x, weight):
+                bias = layer.zero_bias
+            return Residual(linear(x, weight, bias, counters=counters), tp, base=stream, is_partial=True)
+        if adder is Adder.SLICED_GEMM and tp.overlapped is not None:
+            for tokens in tp.overlapped.slices(stream):
+                self._overwrite(x[tokens], stream[tokens])
             return Residual.of(stream, tp)
-        bias = layer.bias if tp.rank == 0 else None  # the all-reduce must add it once
-        if len(x) > NORM_ROWS or (tp.size == 1 and adds_well(x, weight)):
-            if tp.rank == 0:
-                return Residual.of(linear_add(x, weight, bias, stream, counters), tp)
-            return Residual.of(linear(x, weight, counters=counters), tp)
-        if bias is None and likes_bias(x, weight):
-            bias = layer.zero_bias
-        return Residual(linear(x, weight, bias, counters=counters), tp, base=stream, is_partial=True)
+        if tp.rank == 0:
+            return Residual.of(linear_add(x, weight, bias, stream, counters), tp)
+        return Residual.of(linear(x, weight, counters=counters), tp)
 
     def _overwrite(self, x: torch.Tensor, stream: torch.Tensor) -> None:
         """Overwrite some tokens' residual stream with this rank's summand."""

@@ -22,6 +22,7 @@ from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import load_weights
 from nanovllm.ops.comm import collectives
 from nanovllm.ops.linear import linear
+from nanovllm.ops.linear.dispatch import Adder
 from nanovllm.ops.linear.gemv import GemvConfig, gemv_triton
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from nanovllm.utils.context import Context, set_context
@@ -145,15 +146,15 @@ def run_layers(rank, memory, folder):
         x, residual = (torch.randn(rows, size, generator=generator).bfloat16() for size in (48, 64))
         part = x[:, rank * row.weight.shape[1] :][:, : row.weight.shape[1]].contiguous()
         results = []
-        for layers.can_sum in (linear.can_sum, lambda *_: False):
+        for layers.choose_adder in (linear.choose_adder, lambda *_: Adder.NEXT_NORM):
             y = Residual(residual.clone(), tp) + row(part)
-            assert y.is_partial != (layers.can_sum is linear.can_sum and rows <= 4)
+            assert y.is_partial != (layers.choose_adder is linear.choose_adder and rows <= 4)
             results += [column(norm(y)), y.x]
         for got, want in zip(results[:2], results[2:], strict=True):
             torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
         want = residual.float() + x.float() @ whole.float().t() + row.bias.float()
         torch.testing.assert_close(results[1].float(), want, rtol=3e-2, atol=3e-2)
-        layers.can_sum = linear.can_sum
+        layers.choose_adder = linear.choose_adder
         y = Residual(residual.clone(), tp) + row(part)
         torch.testing.assert_close(norm(y.sum()) @ column.weight.t(), results[0], rtol=3e-2, atol=5e-2)
         torch.testing.assert_close(residual + row(part).all_reduce(), results[1], rtol=3e-2, atol=3e-2)
@@ -170,11 +171,18 @@ def test_layers_give_what_they_give_without_it(tmp_path):
 def test_what_sums_within_a_product(monkeypatch):
     peers = collectives.PeerMemory(0, new_peer_memory(2))
     x, weight, residual = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((4, 8), (6, 8), (4, 6)))
-    assert not linear.can_sum(x, weight, residual, peers)  # a CPU
-    monkeypatch.setattr(linear, "is_gemv", lambda x, weight: len(x) <= 4)
-    assert linear.can_sum(x, weight, residual, peers) and not linear.can_sum(x, weight, residual, None)
-    assert not linear.can_sum(x, weight[:5], residual[:, :5].contiguous(), peers)  # half a word
-    assert not linear.can_sum(x.repeat(2, 1), weight, residual.repeat(2, 1), peers)
+
+    def all_reduces(x, weight, residual, peers):
+        adder = linear.choose_adder(x, weight, residual, 2, peers)
+        assert adder in (Adder.ALL_REDUCE_GEMV, Adder.NEXT_NORM)
+        return adder is Adder.ALL_REDUCE_GEMV
+
+    assert not all_reduces(x, weight, residual, peers)  # a CPU
+    monkeypatch.setattr(linear, "is_gemv", lambda x, weight: True)
+    assert all_reduces(x, weight, residual, peers) and not all_reduces(x, weight, residual, None)
+    assert not all_reduces(x, weight[:5], residual[:, :5].contiguous(), peers)  # half a word
+    assert not all_reduces(x.repeat(2, 1), weight, residual.repeat(2, 1), peers)
+    assert linear.choose_adder(x, weight, residual, 1, None) is Adder.GEMM
 
 
 def run_model(model):

@@ -17,9 +17,9 @@ from nanovllm.layers.linear import RowParallelLinear
 from nanovllm.layers.residual import Residual
 from nanovllm.ops.comm import collectives, cuda_ipc, overlapped_all_reduce
 from nanovllm.ops.comm.overlapped_all_reduce import MIN_TOKENS, NUM_SLICES, OverlappedAllReduce, inbox_words
+from nanovllm.ops.linear.dispatch import capture_sizes
 from nanovllm.ops.norm_rope.rms_norm import rms_norm_torch
 from nanovllm.ops.triton_utils import HAVE_TRITON
-from nanovllm.runner.cuda_graphs import mixed_sizes
 from tests.kernels.ranks import run_ranks
 
 pytestmark = [
@@ -73,8 +73,8 @@ def replace_engines(setattr):
     setattr(overlapped_all_reduce, "POLL_INTERVAL", 64)
 
 
-def new_inboxes():
-    return [torch.zeros(2 * LARGEST // 4 + NUM_SLICES, dtype=torch.int32).share_memory_() for _ in range(2)]
+def new_inboxes(largest=LARGEST):
+    return [torch.zeros(2 * largest // 4 + NUM_SLICES, dtype=torch.int32).share_memory_() for _ in range(2)]
 
 
 def ahead_of(rank, inboxes):
@@ -128,8 +128,8 @@ def test_both_ranks_get_the_sum_and_its_norm(tmp_path):
 
 def test_a_row_parallel_layer_sends_large_sums(engines):
     """Both ranks' one after the other, which is as good as at once: neither waits before both have sent."""
-    inboxes = new_inboxes()
-    x, residual, weight, bias = torch.randn(300, 32), torch.randn(300, 64), torch.randn(64, 32), torch.randn(64)
+    inboxes = new_inboxes(2100 * 64 * 4)
+    x, residual, weight, bias = torch.randn(2100, 32), torch.randn(2100, 64), torch.randn(64, 32), torch.randn(64)
     sent = []
     for rank in range(2):
         tp = tp_of(rank, ahead_of(rank, inboxes))
@@ -137,7 +137,7 @@ def test_a_row_parallel_layer_sends_large_sums(engines):
         layer.weight_loader(layer.weight, weight)
         layer.bias.copy_(bias)
         part = x[:, 16 * rank : 16 * (rank + 1)]
-        _ = Residual(residual[:200].clone(), tp) + layer(part[:200])
+        _ = Residual(residual[:2048].clone(), tp) + layer(part[:2048])
         assert tp.overlapped.number == 0 and tp.overlapped.pending is None
         sent.append(Residual(residual.clone(), tp) + layer(part))
         assert tp.overlapped.number == 1
@@ -191,7 +191,7 @@ def test_what_fits(monkeypatch):
     assert not ahead.fits(torch.empty(4096, 8192, dtype=torch.bfloat16, device="meta")[:, :4096])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not fits(16384, 4096)
-    assert max(mixed_sizes(1 << 20)) < MIN_TOKENS  # the warm-up of a captured step does what the step does
+    assert max(capture_sizes(1 << 20)) < MIN_TOKENS  # the warm-up of a captured step does what the step does
 
 
 def test_an_inbox_is_as_large_as_the_largest_sum_needs():

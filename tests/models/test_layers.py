@@ -13,6 +13,7 @@ from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowP
 from nanovllm.layers.parameter import make_parameter
 from nanovllm.layers.residual import Residual
 from nanovllm.layers.rotary_embedding import rope_table
+from nanovllm.ops.linear.dispatch import Adder
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from tests.kernels.ranks import run_ranks
 
@@ -86,16 +87,15 @@ def test_the_first_norm_all_reduces_the_embeddings(size):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize(
-    ("tokens", "adds", "pads"), [(5, True, False), (5, False, False), (5, False, True), (513, False, True)]
-)
+@pytest.mark.parametrize("adder", [Adder.GEMM, Adder.NEXT_NORM])
+@pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_pending_gemm_is_added_to_the_residual_stream_whoever_adds(monkeypatch, size, tokens, adds, pads, bias):
+def test_a_pending_gemm_is_added_to_the_residual_stream_whoever_adds(monkeypatch, size, adder, zeros, bias):
     """The GEMM or the norm after it adds; a GEMM without bias may get a bias of zeros."""
-    monkeypatch.setattr("nanovllm.layers.linear.adds_well", lambda x, weight: adds)
-    monkeypatch.setattr("nanovllm.layers.linear.likes_bias", lambda x, weight: pads)
+    monkeypatch.setattr("nanovllm.layers.linear.choose_adder", lambda *args: adder)
+    monkeypatch.setattr("nanovllm.layers.linear.wants_zero_bias", lambda *args: zeros)
     torch.manual_seed(0)
-    x, before, weight, offset = torch.randn(tokens, 8), torch.randn(tokens, 6), torch.randn(6, 8), torch.randn(6)
+    x, before, weight, offset = torch.randn(5, 8), torch.randn(5, 6), torch.randn(6, 8), torch.randn(6)
     norm = RMSNorm(6, 1e-6)
     norm.weight.copy_(torch.arange(6))
     for tp in ranks(size):
@@ -105,7 +105,7 @@ def test_a_pending_gemm_is_added_to_the_residual_stream_whoever_adds(monkeypatch
             row.bias.weight_loader(row.bias, offset)
         share = slice(8 // size * tp.rank, 8 // size * (tp.rank + 1))
         residual = Residual(before.clone(), tp) + row(x[:, share])
-        assert (residual.base is not None) == (tokens <= 512 and not (adds and size == 1))
+        assert (residual.base is not None) == (adder is Adder.NEXT_NORM)
         normed = computed(norm(residual))
     want = F.linear(x, weight, offset if bias else None) + before
     torch.testing.assert_close(residual.sum(), want, rtol=1e-5, atol=1e-5)

@@ -30,8 +30,6 @@ from nanovllm.ops.attention.decode_attention import (
 from nanovllm.ops.norm_rope.rope_store import QKTransform, qk_norm_rope_store_torch
 from nanovllm.ops.triton_utils import launch_dependents, launch_options, sm_count, tl, triton, wait_for_inputs
 
-MAX_SEQUENCES = 4  # with more, all else takes so long that two kernels don't matter, and splits are few
-
 
 class RopeDecodeConfig(NamedTuple):
     """How a kernel is built: tokens per step of its loop, warps, pipeline stages; and most parts of a row."""

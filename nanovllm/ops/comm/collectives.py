@@ -29,12 +29,12 @@ import torch
 
 from nanovllm.ops.comm.cuda_ipc import Mapping
 from nanovllm.ops.comm.overlapped_all_reduce import OverlappedAllReduce, inbox_words, poll_host
+from nanovllm.ops.linear.dispatch import MAX_GEMV_TOKENS
 from nanovllm.ops.triton_utils import launch_options, sm_count, tl, triton, wait_for_inputs
 
 CAPACITY = 32 << 20  # bytes that a rank can send to another in one launch; more are sent in several
 MAX_ONE_SHOT_BYTES = 4 << 20  # that a rank sends in all; a ring (NCCL) sends fewer from three ranks on
 MAX_TOKEN_BYTES = 64 << 10  # of the longest row that is summed
-MAX_FUSED_TOKENS = 4  # of the largest product that makes its sum itself
 UNIT = 512  # words whose calls are counted together
 ALL_TO_ALL_BLOCK = 2048  # words of a row that a program exchanges
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int32: tl.int32}
@@ -299,7 +299,7 @@ class PeerMemory:
         pointers = [part.data_ptr() for part in memory]
         self.buffers = torch.tensor(pointers, dtype=torch.int64, device=self.device)
         self.calls = torch.zeros(CAPACITY // 4 // UNIT, dtype=torch.int32, device=self.device)
-        self.own = torch.full((MAX_FUSED_TOKENS * MAX_TOKEN_BYTES // 4,), _EMPTY, dtype=torch.int32, device=self.device)
+        self.own = torch.full((MAX_GEMV_TOKENS * MAX_TOKEN_BYTES // 4,), _EMPTY, dtype=torch.int32, device=self.device)
         on_gpu = self.device.type == "cuda"
         # A kernel that waits is told by the host's memory: other ways to the GPU may be full of what waits for it.
         self.host_stop = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=on_gpu)

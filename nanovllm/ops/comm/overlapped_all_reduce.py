@@ -17,12 +17,13 @@ from collections.abc import Iterator
 import torch
 
 from nanovllm.ops.comm import cuda_ipc
+from nanovllm.ops.linear.dispatch import MAX_CAPTURED_TOKENS
 from nanovllm.ops.norm_rope.rms_norm import normalize
 from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
 MAX_BYTES = 256 << 20  # bytes of the largest sum
 MIN_BYTES = 16 << 20  # bytes of the smallest that is worth it
-MIN_TOKENS = 2049  # steps of fewer tokens are captured, and their sums cannot be counted
+MIN_TOKENS = MAX_CAPTURED_TOKENS + 1  # a captured step cannot count its all-reduces
 NUM_SLICES = 4
 TOKENS_PER_PROGRAM = 8  # for a program; all are of one part
 POLL_INTERVAL = tl.constexpr(1 << 16)  # tries: see `poll_host`

@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.ops.comm.collectives import MAX_FUSED_TOKENS, UNIT, PeerMemory, buffers_of, pack_words, send, sum_unit
+from nanovllm.ops.comm.collectives import UNIT, PeerMemory, buffers_of, pack_words, send, sum_unit
+from nanovllm.ops.linear.dispatch import Kernel, regime_of
 from nanovllm.ops.triton_utils import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
-
-MAX_TOKENS = MAX_FUSED_TOKENS  # of x
 
 
 class GemvConfig(NamedTuple):
@@ -36,7 +35,9 @@ def default_gemv_config(n: int, k: int, gated: bool) -> GemvConfig:
 
 def is_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether x [M, K] has so few rows that `gemv_triton` is the way to multiply it with `weight`."""
-    return HAVE_TRITON and x.is_cuda and 0 < len(x) <= MAX_TOKENS and weight.dtype != torch.float32
+    if not HAVE_TRITON or not x.is_cuda or not len(x) or weight.dtype == torch.float32:
+        return False
+    return regime_of(len(x)).kernel is Kernel.GEMV
 
 
 @triton.jit
