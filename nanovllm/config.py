@@ -1,4 +1,4 @@
-"""Everything an engine is told, checked once and then frozen."""
+"""The options of an engine, checked once and then frozen."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -18,7 +18,7 @@ class Config:
             embedded default model.
         enforce_eager: run without CUDA graphs.
         tensor_parallel_size: ranks the model is split over. Under `torchrun` it must equal the world size.
-        max_model_len: longest prompt plus output, in tokens; at most what the model knows.
+        max_model_len: longest prompt plus output, in tokens; at most what the model knows, with its RoPE scaling.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: token budget of one step, at least max_num_seqs.
         gpu_memory_utilization: share of the GPU's memory for weights, activations and KV cache together.
@@ -71,7 +71,9 @@ class Config:
                 f"({self.max_num_seqs}): a step holds one token of each running sequence"
             )
         if not isinstance(self.model, str | Path | None):
-            raise TypeError(f"model must be a path, a hub id or None, got {self.model!r}")
+            raise TypeError(f"model must be a path, a hub id or None, got {self.model!r:.80}")
+        if self.model == "":
+            raise ValueError("model must be a path, a hub id or None, got ''")
         if self.model is not None:
             object.__setattr__(self, "model", plain(self.model) if isinstance(self.model, str) else Path(self.model))
         if self.device == "cuda" and not torch.cuda.is_available():

@@ -13,14 +13,6 @@ from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import is_list
 
-# Arguments of transformers' apply_chat_template that say what comes of it.
-_NOT_OF_TEMPLATES = {"tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"}
-_NOT_OF_TEMPLATES |= {"return_assistant_tokens_mask", "tokenizer_kwargs", "conversation"}
-
-
-def _is_chat(messages: Any) -> bool:
-    return is_list(messages) and all(isinstance(m, dict) and "role" in m for m in messages)
-
 
 class LLM(LLMEngine):
     """A model that generates: `LLM(path).generate(prompts, SamplingParams(...))`. See `LLMEngine` for its arguments."""
@@ -92,48 +84,22 @@ class LLM(LLMEngine):
     def chat_prompts(
         self,
         messages: SequenceType[dict] | SequenceType[SequenceType[dict]],
-        *,
-        tools: list[dict] | None = None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool | None = None,
-        continue_final_message: bool = False,
-        **template_kwargs: Any,
+        **template: Any,
     ) -> list[list[int]]:
-        """The token ids of conversations.
+        """Return the token ids of conversations.
 
         Args:
             messages: one conversation, as dicts with "role" and "content", or a list of them.
             tools: functions the model may call, as JSON schemas.
             chat_template: Jinja text to use instead of the model's own.
-            add_generation_prompt: end with what begins an answer; True unless `continue_final_message` is.
-            continue_final_message: the answer goes on from the last message instead of beginning a new one.
-            template_kwargs: what else the template knows, such as `enable_thinking` of Qwen3's.
+            add_generation_prompt: end with the tokens that start an answer; True unless `continue_final_message` is.
+            continue_final_message: the answer continues the last message instead of starting a new one.
+            template: other variables of the template, such as `enable_thinking` of Qwen3's.
 
         Raises:
-            TypeError, ValueError: the messages are not such, or the model has no chat template.
+            TypeError, ValueError: the messages are malformed, or the model has no chat template.
         """
-        for name in _NOT_OF_TEMPLATES & template_kwargs.keys():
-            raise TypeError(f"{name} is no variable of a template; what is made here are the whole prompt's token ids")
-        chats = [messages] if is_list(messages) and isinstance(next(iter(messages), None), dict) else messages
-        if not is_list(chats) or not chats or not all(map(_is_chat, chats)):
-            raise TypeError(f"messages must be a list of dicts with role and content, got {messages!r}")
-        if not (chat_template or self.tokenizer.chat_template):
-            raise ValueError("the model has no chat template; give chat_template, or prompts to generate()")
-        if add_generation_prompt is None:
-            add_generation_prompt = not continue_final_message
-        try:
-            texts = self.tokenizer.apply_chat_template(
-                list(map(list, chats)),
-                tools=tools,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=False,
-                **template_kwargs,
-            )
-        except Exception as error:  # templates are programs of the model's
-            raise ValueError(f"messages do not fit the model's chat template: {error}") from error
-        return list(map(self._encode, texts))
+        return self.input_processor.chat_prompts(messages, **template)
 
     def stream(
         self, prompt: str | SequenceType[int], sampling_params: SamplingParams | None = None

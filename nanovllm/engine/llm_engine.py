@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceType
 from contextlib import contextmanager, suppress
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,16 @@ import torch
 
 from nanovllm.config import Config, check_names
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Batch, Scheduler, Step
-from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.token_filter import GrammarFilter, TokenFilter, compile_grammar, grammar_tokenizer, make_filter
 from nanovllm.models.loader import iterate_weights
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.runner import launcher
-from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
-from nanovllm.utils.checks import in_vocabulary, is_list
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.hub import open_model
 from nanovllm.utils.interrupt import interrupt_after
 
-_MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token: a longer prompt need not be tokenised to be refused
 logger = logging.getLogger("nanovllm")
 
 
@@ -72,14 +68,17 @@ class LLMEngine:
         check_names(kwargs)
         self.config = Config(model=model, **kwargs)
         self.source = open_model(self.config.model, self.config.load_format)
+        if self.source.has_tokenizer and not self.config.skip_tokenizer_init:
+            self.source.tokenizer()  # loaded now: later its files may be gone, and a broken one must not cost a step
         self.executor = launcher.start(self.config, self.source)
-        self.has_tokenizer = self.source.has_tokenizer and not self.config.skip_tokenizer_init
         self.sleep_level = 0
         self.weight_version = 0
         self.weight_error: BaseException | None = None  # what may have left the weights partly overwritten
         runner = self.executor.runner
         self.max_model_len = runner.max_model_len
         self.num_kvcache_blocks = runner.num_blocks
+        num_kv_tokens = runner.num_blocks * self.config.kvcache_block_size
+        self.input_processor = InputProcessor(self.config, self.source, self.max_model_len, num_kv_tokens)
         blocks = BlockManager(runner.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config.max_num_seqs, self.config.max_num_batched_tokens, blocks)
         self.requests: dict[int | str, Request] = {}
@@ -92,32 +91,10 @@ class LLMEngine:
         self.num_steps, self.step_time = 0, 0.0
         close_at_exit(self)
 
-    @cached_property
+    @property
     def tokenizer(self):
-        """The model's transformers tokenizer, loaded when it is first used."""
-        if self.config.skip_tokenizer_init:
-            raise ValueError("skip_tokenizer_init is set, so there is no tokenizer: give prompts as token ids")
-        return self.source.tokenizer()
-
-    @cached_property
-    def _grammar_tokenizer(self):
-        config = self.source.config
-        return grammar_tokenizer(self.tokenizer, config.vocab_size, config.eos_token_ids)
-
-    def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text, or of a part of one, which has no special tokens that begin or end it."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            what = f"the text has half a character, {text[error.start]!r} at {error.start}, which no tokenizer can read"
-            raise ValueError(what) from None
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
-    def _decode(self, skip_special_tokens: bool, token_ids: list[int]) -> str:
-        if self.tokenizer.is_fast:  # past transformers' own layer, which takes longer than the decoding
-            return self.tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
-        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
-        return self.tokenizer.decode(token_ids, **options)
+        """The model's transformers tokenizer."""
+        return self.input_processor.tokenizer
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -158,74 +135,14 @@ class LLMEngine:
     def _make_request(
         self, prompt, params: SamplingParams | None, request_id: int | str | None = None, stream: bool = False
     ) -> Request:
-        """Check a request and make what it needs on the host; nothing is queued yet."""
+        """Check a request and prepare it on the host. Nothing is queued yet."""
         self._check_usable()
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
         if request_id is not None and self._is_taken(_checked_id(request_id)):
             raise ValueError(f"request_id {request_id!r} is that of a request that is unfinished or whose output waits")
-        if self.has_tokenizer:
-            _ = self.tokenizer  # a broken one refuses requests here: in a step it would take all of them down
-        token_ids = self._prompt_ids(prompt)
-        end_ids = self._end_ids(params)
-        self._check_lengths(len(token_ids), params)
-        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
-            in_vocabulary(name, getattr(params, name) or (), self.source.config.vocab_size)
-        if params.stop and not self.has_tokenizer:
-            raise ValueError("stop strings need a tokenizer, and there is none")
-        first = self._token_filter(params, end_ids)
-        filters = (first and first.copy() for _ in range(params.n))
-        samples = [Sequence(token_ids, params, end_ids, index=i, token_filter=own) for i, own in enumerate(filters)]
-        text = prompt if isinstance(prompt, str) else None
-        decode = partial(self._decode, params.skip_special_tokens) if self.has_tokenizer else None
-        return Request(request_id, text, params, samples, stream, decode)
+        return self.input_processor.process(prompt, params, request_id, stream)
 
     def _is_taken(self, request_id: int | str) -> bool:
         return request_id in self.requests or any(output.request_id == request_id for output in self.outputs)
-
-    def _prompt_ids(self, prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if len(prompt) > _MAX_TOKEN_CHARS * self.max_model_len:
-                what = f"prompt has {len(prompt)} characters"
-                raise ValueError(f"{what}, too many for max_model_len={self.max_model_len}")
-            token_ids = self._encode(prompt, add_special_tokens=True)
-        elif is_list(prompt):
-            token_ids = list(prompt)
-        else:
-            raise TypeError(f"prompt must be text or a list of token ids, got {type(prompt).__name__}")
-        if not token_ids:
-            raise ValueError("prompt is empty; it must have at least one token")
-        vocab_size = self.source.config.vocab_size
-        wrong = [i for i in token_ids if type(i) is not int or not 0 <= i < vocab_size]  # in one pass: prompts are long
-        if wrong and type(wrong[0]) is not int:
-            raise TypeError(f"prompt must be text or a list of int token ids, got an id {wrong[0]!r}")
-        in_vocabulary("prompt", wrong[:1], vocab_size)
-        return token_ids
-
-    def _check_lengths(self, num_prompt: int, params: SamplingParams) -> None:
-        total = num_prompt + params.max_tokens
-        what = f"prompt has {num_prompt} tokens and max_tokens is {params.max_tokens}"
-        if total > self.max_model_len:
-            raise ValueError(f"{what}; together they must be at most max_model_len={self.max_model_len}")
-        room = self.num_kvcache_blocks * self.config.kvcache_block_size
-        if total > room:
-            raise ValueError(f"{what}; the whole KV cache holds {room} tokens: raise num_kvcache_blocks")
-
-    def _end_ids(self, params: SamplingParams) -> frozenset[int]:
-        end_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            end_ids |= frozenset(self.source.config.eos_token_ids)
-        if params.min_tokens and len(end_ids) > MAX_STOP_IDS:
-            what = f"stop_token_ids and the model's end-of-sequence ids are {len(end_ids)} together"
-            raise ValueError(f"{what}; with min_tokens they must be at most {MAX_STOP_IDS}")
-        return end_ids
-
-    def _token_filter(self, params: SamplingParams, end_ids: frozenset[int]) -> TokenFilter | GrammarFilter | None:
-        vocab_size = self.source.config.vocab_size
-        if params.structured_outputs is None:
-            return make_filter(params, vocab_size, self._encode, end_ids)
-        return GrammarFilter(self._grammar_tokenizer, compile_grammar(params.structured_outputs), vocab_size)
 
     def _queue(self, request: Request) -> int | str:
         num_waiting = len(self.scheduler.waiting) + len(request.samples)
@@ -378,13 +295,14 @@ class LLMEngine:
             The new weight version, which results carry.
 
         Raises:
-            TypeError, ValueError: a tensor is missing, left over, given twice or of the wrong shape or dtype. The old
-                weights may be partly overwritten then, and the engine refuses to run until an update succeeds.
+            TypeError, ValueError: a tensor is missing, left over, given twice, of the wrong shape or dtype, or not
+                finite; or the head differs from the embedding where both are one parameter. The old weights may be
+                partly overwritten then, and the engine refuses to run until an update succeeds.
             RuntimeError: a rank is lost, and with it the engine; or what gives the weights uses the engine.
         """
         self._check_usable(weights=False)
         if isinstance(weights, str | Path):
-            weights = iterate_weights(Path(weights).expanduser())
+            weights = iterate_weights(weights)
         elif not isinstance(weights, Iterable) or isinstance(weights, bytes | Mapping):
             raise TypeError(f"weights must be pairs (name, tensor) or a path, got {type(weights).__name__}")
         self._forget_computed()

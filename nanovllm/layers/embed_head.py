@@ -46,6 +46,14 @@ class VocabParallelEmbedding(nn.Module):
         """Start the residual stream with the embeddings. Its first norm all-reduces them."""
         return Residual.of(embedding(input_ids, self.weight, self.start), self.tp)
 
+    def differs(self, loaded: torch.Tensor) -> torch.Tensor:
+        """Whether the weight has other values than `loaded`, as a bool on the weight's device."""
+        check_shape(loaded, (self.num_embeddings, *self.weight.shape[1:]))
+        rows = loaded[self.start : self.start + self.size]
+        # In pieces: on a GPU there may be no room for another copy.
+        pairs = zip(self.weight[: len(rows)].split(4096), rows.split(4096), strict=True)
+        return torch.stack([(own != new.to(own)).any() for own, new in pairs]).any()
+
 
 class ParallelLMHead(VocabParallelEmbedding, PackedLayer):
     """LM head: hidden states [L, embedding_dim] -> logits [S, num_embeddings] of this rank's share of the L rows.

@@ -13,7 +13,7 @@ ROPE_TYPES = {
     "yarn": ("factor", "original_max_position_embeddings"),
     "frequency_factors": ("factors",),  # GGUF's spelling of llama3: a divisor for each frequency
 }
-# What it may give besides, for yarn.
+# Options that a checkpoint may give as well, for yarn.
 ROPE_OPTIONAL = dict.fromkeys(("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"), float)
 ROPE_OPTIONAL |= {"truncate": bool}
 
@@ -71,10 +71,18 @@ def rope_table(head_dim: int, max_position: int, theta: float, scaling: dict | N
 
 
 class RotaryEmbedding(nn.Module):
-    """Holds the table `cos_sin` for all layers; the kernel that stores K and V applies it."""
+    """Holds the table `cos_sin` for all layers; the kernel that stores K and V applies it.
+
+    Args:
+        max_position: positions in the table. The angles do not depend on it.
+    """
 
     def __init__(self, head_dim: int, max_position: int, theta: float, scaling: dict | None = None):
         super().__init__()
-        with torch.device("cpu"):  # on the meta device this arithmetic would import torch's compiler, for seconds
-            table = rope_table(head_dim, max_position, theta, scaling)
-        self.register_buffer("cos_sin", table.to(torch.get_default_device()), persistent=False)
+        device = torch.get_default_device()
+        if device.type == "meta":  # arithmetic there would import torch's compiler, for seconds
+            table = torch.empty((max_position, head_dim))
+        else:
+            with torch.device("cpu"):
+                table = rope_table(head_dim, max_position, theta, scaling)
+        self.register_buffer("cos_sin", table.to(device), persistent=False)

@@ -73,18 +73,27 @@ class Decoder(nn.Module):
         config: its options.
         dtype: of weights and activations; torch's default if None.
         tp: the tensor-parallel group; the process's default one if None.
+        max_position: positions that sequences may have; all that the model knows if None.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None, tp: TensorParallel | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype | None = None,
+        tp: TensorParallel | None = None,
+        max_position: int | None = None,
+    ):
         super().__init__()
         self.config = config
         self.tp = tp = tp or TensorParallel.default()
-        rotary = RotaryEmbedding(config.head_dim, config.max_position, config.rope_theta, config.rope_scaling)
+        max_position = max_position or config.max_position
+        rotary = RotaryEmbedding(config.head_dim, max_position, config.rope_theta, config.rope_scaling)
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
         self.layers = nn.ModuleList(DecoderLayer(config, rotary, dtype, tp) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
-        if config.tie_word_embeddings:
+        if config.tie_word_embeddings and not config.own_head:
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> Residual:

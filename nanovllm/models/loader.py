@@ -1,10 +1,11 @@
-"""Gets weights into a decoder: strictly, one tensor at a time."""
+"""Read checkpoints and copy their tensors into a decoder: strictly, one tensor at a time."""
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,9 +14,11 @@ from tqdm import tqdm
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.parameter import PackedLayer
 from nanovllm.utils.checks import plain
+from nanovllm.utils.files import local_path, regular_file
 
 if TYPE_CHECKING:
     from nanovllm.models.decoder import Decoder
+    from nanovllm.models.registry import ModelConfig
 
 # Merged parameters, and the checkpoint's name of each of their shards.
 _MERGED = {
@@ -24,50 +27,158 @@ _MERGED = {
 }
 
 
-def _targets(model: "Decoder") -> dict[str, tuple[nn.Parameter, str | int | None]]:
-    """Every tensor that a checkpoint must have, by its name there, with the parameter and shard id it belongs to."""
-    targets = {}
+# A checkpoint with tied embeddings has either tensor, or both.
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_TIED = {_EMBEDDING: _HEAD, _HEAD: _EMBEDDING}
+
+Targets = dict[str, tuple[nn.Parameter, str | int | None]]
+
+
+def _targets(model: "Decoder") -> Targets:
+    """The parameter and the shard id that each tensor of a checkpoint belongs to, by the tensor's name."""
+    targets: Targets = {}
     for name, param in model.named_parameters():
         # Attention owns the norms of the heads, which checkpoints keep one level up.
         *path, module, kind = name.replace(".attn.", ".").split(".")
         for shard_id, shard in _MERGED.get(module, {None: module}).items():
-            hf_name = ".".join((*path, shard, kind))
-            targets[hf_name if module == "lm_head" else f"model.{hf_name}"] = param, shard_id
+            targets[_full_name(".".join((*path, shard, kind)))] = param, shard_id
+    targets.setdefault(_HEAD, (model.lm_head.weight, None))  # tied: a parameter is listed once
     return targets
+
+
+def _full_name(name: str) -> str:
+    """The name in a checkpoint of the whole model; one of the model without its head has no prefix "model."."""
+    return name if name == _HEAD or name.startswith("model.") else f"model.{name}"
+
+
+def _is_computed(name: str) -> bool:
+    """Whether the model computes what old checkpoints keep as this tensor."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def _shard(param: nn.Parameter, shard_id: str | int | None) -> torch.Tensor:
+    """The part of a parameter that one tensor of a checkpoint fills."""
+    if shard_id is None:
+        return param
+    parts = param.weight_loader.__self__.parts
+    return param.split([part.size for part in parts.values()])[list(parts).index(shard_id)]
+
+
+def _whole_shapes(config: "ModelConfig") -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that a checkpoint of this model may have, by its name. Allocates nothing."""
+    from nanovllm.models.decoder import Decoder
+
+    with torch.device("meta"):
+        targets = _targets(Decoder(config, tp=TensorParallel()))
+    return {name: tuple(_shard(*target).shape) for name, target in targets.items()}
+
+
+def _no_place(name: str) -> ValueError:
+    return ValueError(f"the checkpoint has the tensor {name:.200}, for which the model has no place")
+
+
+def _check_complete(config: "ModelConfig", needed: Iterable[str], found: Iterable[str]) -> None:
+    """Raise ValueError, naming tensors of `needed` that are not in `found`."""
+    found = set(found)
+    if config.tie_word_embeddings:  # either will do
+        found |= {_HEAD} | ({_EMBEDDING} if _HEAD in found else set())
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise ValueError(f"the checkpoint lacks {len(missing)} tensors: {', '.join(missing[:8])}")
+
+
+def check_shapes(config: "ModelConfig", shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the sizes that a config states with a checkpoint's tensors, before anything of these sizes is made.
+
+    Args:
+        shapes: the shape of each tensor of the checkpoint, by its name there.
+
+    Raises:
+        ValueError: naming a tensor that is missing, left over or of another shape than the config's sizes give.
+    """
+    layers = {match[1] for match in map(re.compile(r"(?:model\.)?layers\.(\d+)\.").match, shapes) if match}
+    if config.num_layers > len(layers):
+        raise ValueError(f"the model's num_layers is {config.num_layers}, but the checkpoint has {len(layers)} layers")
+    whole = _whole_shapes(config)
+    for name, shape in shapes.items():
+        if _is_computed(name):
+            continue
+        if _full_name(name) not in whole:
+            raise _no_place(name)
+        if tuple(shape) != whole[_full_name(name)]:
+            needed = f"but the model needs {list(whole[_full_name(name)])}"
+            raise ValueError(f"the tensor {name} has shape {list(shape)}, {needed}")
+    _check_complete(config, whole, map(_full_name, shapes))
 
 
 def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Copy a whole checkpoint into the parameters, in place; each rank takes its slices.
+
+    All ranks of a group must call this, as at the end they agree on whether the weights are fine.
 
     Args:
         weights: the checkpoint's names (as transformers has them) and whole tensors, each once and in any order. Only
             one at a time is held here.
 
     Raises:
-        ValueError: naming a tensor that is missing, left over, given twice, of the wrong shape or not floating point.
-            The parameters may be partly overwritten then.
+        ValueError: naming a tensor that is missing, left over, given twice, of the wrong shape, not floating point, or
+            not finite. The parameters may be partly overwritten then.
     """
     targets, seen = _targets(model), set()
+    tied = _TIED if model.config.tie_word_embeddings else {}
+    shares = model.lm_head.weight is model.embed_tokens.weight
+    differs: dict[str, torch.Tensor] = {}
     quiet = True if model.tp.rank else None  # None: silent unless on a terminal
     bar = tqdm(checked_weights(weights), "Loading weights", len(targets), delay=2, disable=quiet, leave=False)
     # Parameters made in inference mode can only be written in it.
     with torch.inference_mode(), _plain_layout(model):
-        for name, loaded in bar:
-            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings):
-                continue  # the model computes it, or has it elsewhere
+        for given, loaded in bar:
+            name = _full_name(given)
+            if _is_computed(name):
+                continue
             if name in seen:
-                raise ValueError(f"the checkpoint has the tensor {name} twice")
+                raise ValueError(f"the checkpoint has the tensor {given} twice")
             if name not in targets:
-                raise ValueError(f"the checkpoint has the tensor {name}, for which the model has no place")
-            param, shard_id = targets[name]
+                raise _no_place(given)
+            # The first of two tied tensors fills both parameters.
+            other = tied.get(name)
+            fill = [name, other] if other and other not in seen and not shares else [name]
             try:
-                param.weight_loader(param, loaded, shard_id)
+                if shares and other in seen:
+                    what = "differs from the embedding, but the model was loaded with one parameter for both"
+                    differs[f"the tensor {_HEAD} {what}; make a new engine"] = model.embed_tokens.differs(loaded)
+                else:
+                    for filled in fill:
+                        param, shard_id = targets[filled]
+                        param.weight_loader(param, loaded, shard_id)
             except ValueError as error:
-                raise ValueError(f"the tensor {name} {error}") from None
+                raise ValueError(f"the tensor {given} {error}") from None
             seen.add(name)
-        missing = [name for name in targets if name not in seen]
-        if missing:
-            raise ValueError(f"the checkpoint lacks {len(missing)} tensors: {', '.join(missing[:8])}")
+        _check_complete(model.config, targets, seen)
+        _raise_first(_not_finite(targets) | differs, model.tp)
+
+
+def _not_finite(targets: Targets) -> dict[str, torch.Tensor]:
+    """For each tensor, whether its values are NaN or infinite, as a bool on the device, by the error that says so."""
+    wrong = {}
+    for name, target in targets.items():
+        extremes = torch.stack(torch.aminmax(_shard(*target)))  # one pass; NaN if there is one
+        wrong[f"the tensor {name} has values that are NaN or infinite in {extremes.dtype}"] = ~extremes.isfinite().all()
+    return wrong
+
+
+def _raise_first(wrong: dict[str, torch.Tensor], tp: TensorParallel) -> None:
+    """Raise ValueError with the first error that is true on any rank: the same one on all ranks.
+
+    Args:
+        wrong: whether each error is true, as a bool on the device. The host reads all at once.
+    """
+    flags = torch.stack(list(wrong.values()))
+    index = [*flags.tolist(), True].index(True)
+    if tp.group is not None:
+        index = tp.all_reduce_min(index, flags.device)
+    if index < len(wrong):
+        raise ValueError(list(wrong)[index])
 
 
 @contextmanager
@@ -99,33 +210,65 @@ def dummy_weights(model: "Decoder", seed: int) -> Iterator[tuple[str, torch.Tens
     """A checkpoint of small random numbers (norms of ones) for `model`, the same whatever ranks it is split over."""
     param = next(model.parameters())
     generator = torch.Generator(param.device).manual_seed(seed)
-    with torch.device("meta"):
-        whole = type(model)(model.config, tp=TensorParallel())
-    for name, (target, shard_id) in _targets(whole).items():
-        shape = list(target.shape)
-        if shard_id is not None:
-            shape[0] = target.weight_loader.__self__.parts[shard_id].total
+    for name, shape in _whole_shapes(model.config).items():
+        if name == _HEAD and model.config.tie_word_embeddings:
+            continue
         tensor = torch.ones(shape, dtype=param.dtype, device=param.device)
         yield name, tensor if name.endswith("norm.weight") else tensor.normal_(std=0.02, generator=generator)
 
 
-def iterate_weights(location: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def iterate_weights(location: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a safetensors folder or a GGUF file, memory-mapped, one at a time, named as in transformers.
 
     Raises:
         ValueError: there are none, or only pickled ones, which are never loaded.
     """
-    if location.suffix == ".gguf" and location.is_file():
+    location = _weights_path(location)
+    if not location.is_dir():
         from nanovllm.utils.gguf import iterate_gguf
 
         return iterate_gguf(location)
+    return _iterate_safetensors(_weight_files(location), lambda file, name: file.get_tensor(name))
+
+
+def read_shapes(location: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that `iterate_weights` gives, read from the files' headers."""
+    location = _weights_path(location)
     if not location.is_dir():
-        raise ValueError(f"weights are to be read from {str(location)!r}, but that is no folder or .gguf file")
-    return _iterate_safetensors(_weight_files(location))
+        from nanovllm.utils import gguf
+
+        return gguf.read_shapes(location)
+    shapes: dict[str, tuple[int, ...]] = {}
+    files = _weight_files(location)
+    for name, shape in _iterate_safetensors(files, lambda file, name: file.get_slice(name).get_shape()):
+        if name in shapes:
+            raise ValueError(f"the checkpoint has the tensor {name} twice")
+        shapes[name] = tuple(shape)
+    return shapes
+
+
+def has_own_head(location: Path, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a checkpoint of tied embeddings has other weights for the head, which transformers then uses.
+
+    Args:
+        shapes: those of the checkpoint's tensors.
+    """
+    if not _TIED.keys() <= set(map(_full_name, shapes)):
+        return False
+    pair = [tensor for name, tensor in iterate_weights(location) if _full_name(name) in _TIED]
+    return pair[0].dtype != pair[1].dtype or not torch.equal(*pair)
+
+
+def _weights_path(location: str | Path) -> Path:
+    path = local_path("the path of the weights", location)
+    if not path.is_dir() and path.suffix != ".gguf":
+        raise ValueError(f"weights are to be read from {str(location)!r:.100}, but that is no folder or .gguf file")
+    return path
 
 
 def read_json(file: Path) -> dict:
-    """The object in a JSON file; ValueError if there is none."""
+    """Return the object in a JSON file; ValueError if there is none."""
+    regular_file(file)
     try:
         content = json.loads(file.read_bytes())  # in UTF-8, whatever the locale says
     except (OSError, ValueError, RecursionError) as error:
@@ -156,13 +299,14 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _iterate_safetensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+def _iterate_safetensors(files: list[Path], read: Callable[[Any, str], Any]) -> Iterator[tuple[str, Any]]:
+    """The name of each tensor in the files, and what `read(file, name)` gives."""
     from safetensors import SafetensorError, safe_open
 
     for file in files:
         try:
-            with safe_open(file, framework="pt") as tensors:
+            with safe_open(regular_file(file), framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                    yield name, tensors.get_tensor(name)
+                    yield name, read(tensors, name)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file} is not a safetensors file that can be read: {error}") from error

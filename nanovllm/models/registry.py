@@ -1,5 +1,6 @@
-"""Which models there are: families are rows of options of one decoder."""
+"""The supported models: each family is a row of options of one decoder."""
 
+import logging
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -8,14 +9,16 @@ import torch
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES
 from nanovllm.utils.checks import in_vocabulary
 
-# What tells a family from the others: options of ModelConfig. A string names the checkpoint's own option.
+logger = logging.getLogger(__name__)
+
+# The options of ModelConfig that each family sets. A string names the checkpoint's own option.
 FAMILIES: dict[str, dict[str, bool | str]] = {
     "qwen3": {"qk_norm": True, "qkv_bias": "attention_bias", "o_bias": "attention_bias"},
     "qwen2": {"qkv_bias": True},
     "llama": {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"},
     "mistral": {},
 }
-# What an option of each type may be: its types in a file, its range, and that in words. Real models keep far within.
+# For options of each type: the types in a file, the range, and the range in words. Real models stay far below.
 _KINDS = {
     bool: ((bool,), 0, 1, "true or false"),
     int: ((int,), 1, 1 << 24, "an integer from 1 to 2**24"),
@@ -41,7 +44,7 @@ def checked(name: str, value: Any, kind: type) -> Any:
 
 
 def default_head_dim(hidden_size: Any, num_heads: Any) -> int:
-    """What it is where a checkpoint does not say."""
+    """Return the head_dim of a checkpoint that does not state it."""
     return checked("hidden_size", hidden_size, int) // checked("num_heads", num_heads, int)
 
 
@@ -49,8 +52,31 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     """A checkpoint's spelling of some token ids as a tuple."""
     ids = tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
     if any(type(token_id) is not int for token_id in ids):
-        raise ValueError(f"the model's eos_token_id must be a token id or a list of them, got {value!r}")
+        raise ValueError(f"the model's eos_token_id must be a token id or a list of them, got {value!r:.80}")
     return ids
+
+
+def known_ids(value: int | list[int] | None, vocab_size: int) -> tuple[int, ...]:
+    """The `token_ids` that are the vocabulary's. Warn of others, such as -1: no text can end with them."""
+    ids = token_ids(value)
+    known = tuple(token_id for token_id in ids if 0 <= token_id < vocab_size)
+    if known != ids:
+        unknown = [token_id for token_id in ids if token_id not in known]
+        logger.warning("Ignoring the model's eos_token_id %.80r: ids go from 0 to %d", unknown, vocab_size - 1)
+    return known
+
+
+def stretched(max_position: int, scaling: dict[str, Any] | None) -> int:
+    """Return the number of positions that a model knows with its RoPE scaling.
+
+    For linear and yarn this is the original number times the factor, or `max_position` if that is more. For other types
+    `max_position` has the factor in it.
+    """
+    if scaling is None or scaling["rope_type"] not in ("linear", "yarn"):
+        return max_position
+    original = checked("original_max_position_embeddings", scaling.get("original_max_position_embeddings"), float)
+    factor = checked("RoPE factor", scaling.get("factor"), float)
+    return max(checked("max_position", max_position, int), int(original * factor))
 
 
 @dataclass(frozen=True)
@@ -59,7 +85,9 @@ class ModelConfig:
 
     Args:
         model_type: a key of FAMILIES.
-        max_position: positions the model knows.
+        tie_word_embeddings: the head has the embedding's weights, and a checkpoint may leave out either.
+        own_head: all the same the checkpoint has other weights for the head.
+        max_position: positions the model knows, with its RoPE scaling.
         rope_scaling: None, or the options of one of ROPE_TYPES, which "rope_type" names.
         dtype: the checkpoint's.
         eos_token_ids: ids that end a text.
@@ -79,6 +107,7 @@ class ModelConfig:
     max_position: int
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
+    own_head: bool = False
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
     qk_norm: bool = False
@@ -136,22 +165,24 @@ class ModelConfig:
         if dtype is None:  # its name in older configs, which warns
             dtype = _first(getattr(config, "torch_dtype", None), torch.float32)
         theta, scaling = _rope(config)
+        vocab_size = checked("vocab_size", config.vocab_size, int)
+        ends = known_ids(eos_token_ids, vocab_size) or known_ids(getattr(config, "eos_token_id", None), vocab_size)
         return cls(
             model_type=config.model_type,
-            vocab_size=config.vocab_size,
+            vocab_size=vocab_size,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_layers=config.num_hidden_layers,
             num_heads=num_heads,
             num_kv_heads=_first(getattr(config, "num_key_value_heads", None), num_heads),
             head_dim=default_head_dim(config.hidden_size, num_heads) if head_dim is None else head_dim,
-            max_position=config.max_position_embeddings,
+            max_position=stretched(config.max_position_embeddings, scaling),
             rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=config.tie_word_embeddings,
             rope_theta=theta,
             rope_scaling=scaling,
             dtype=getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype,
-            eos_token_ids=eos_token_ids or token_ids(getattr(config, "eos_token_id", None)),
+            eos_token_ids=ends,
             **flags,
         )
 

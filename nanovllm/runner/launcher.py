@@ -263,14 +263,15 @@ class SpawnedRanks(Executor):
 
     def _shared(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """`weights`, each of which is also broadcast to the other ranks; whatever ends them ends theirs."""
-        runner = self.runner
+        runner, complete = self.runner, False
         try:
             for name, tensor in checked_weights(weights):
                 tensor = tensor.detach().to(runner.device).contiguous()
                 self._tell(name, tensor.shape, tensor.dtype)
                 yield name, runner.tp.broadcast(tensor)
+            complete = True
         finally:
-            self._tell()
+            self._tell(complete)
 
     def check(self) -> None:
         """Raise RuntimeError if a rank has failed."""

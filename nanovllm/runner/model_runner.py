@@ -111,7 +111,7 @@ class ModelRunner:
 
     def _build(self, source: ModelSource) -> None:
         with torch.device(self.device):
-            self.model = Decoder(source.config, dtype=self.dtype, tp=self.tp)
+            self.model = Decoder(source.config, dtype=self.dtype, tp=self.tp, max_position=self.max_model_len)
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         most = (self.max_rows + 1) * self.attention_layers[0].num_kv_heads  # attention's; a graph may have a row more
         self.counters = torch.zeros(max(most, MAX_TILES), dtype=torch.int32, device=self.device)

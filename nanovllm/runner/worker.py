@@ -49,8 +49,9 @@ def serve(runner: ModelRunner, channel: Connection) -> None:
             weights = received_weights(runner, channel)
             with contextlib.suppress(TypeError, ValueError):
                 runner.update_weights(weights)
-            for _ in weights:
-                pass
+            with contextlib.suppress(ValueError):
+                for _ in weights:
+                    pass
             continue
         getattr(runner, what)(*arguments)
         while len(runner.in_flight) > (what == "launch"):  # staging buffers are used again two steps later
@@ -58,10 +59,12 @@ def serve(runner: ModelRunner, channel: Connection) -> None:
 
 
 def received_weights(runner: ModelRunner, channel: Connection) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights that rank 0 broadcasts."""
-    while message := channel.recv():
+    """The weights that rank 0 broadcasts; ValueError if it gives up, as it does not wait for other ranks then."""
+    while len(message := channel.recv()) > 1:
         name, shape, dtype = message
         yield name, runner.tp.broadcast(torch.empty(shape, dtype=dtype, device=runner.device))
+    if message != (True,):
+        raise ValueError("rank 0 has given up")
 
 
 def main(fd: int, parent: int, folder: str) -> None:

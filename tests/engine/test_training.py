@@ -5,13 +5,15 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nanovllm import SamplingParams
 from nanovllm.runner.launcher import SpawnedRanks
+from tests.engine.reference import load_reference, reference_greedy
 from tests.engine.test_generate import engine, finish, greedy, prompts_of, tokens
 from tests.models.tiny import save_tiny
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NAMES = ["qwen3", "qwen2-tied", "llama-bias"]
 
 
@@ -45,6 +47,78 @@ def test_updated_weights_are_those_of_a_fresh_load(models, name, size):
         if size == 1:
             assert llm.update_weights((k, v.requires_grad_()) for k, v in weights_of(new)) == 3
             assert tokens(llm, prompts, greedy(12)) == want
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_tied_config_with_a_head_of_its_own_runs_and_updates_as_transformers_loads_it(models, tmp_path, size):
+    tied = models["qwen3"][1]
+    own = save_tiny(tmp_path, "qwen3")
+    weights = load_file(own / "model.safetensors")
+    weights[HEAD] = weights[EMBEDDING].flip(0).contiguous()
+    save_file(weights, own / "model.safetensors", {"format": "pt"})
+    prompts = prompts_of([5, 33])
+    want = {}
+    for path in (own, tied):
+        reference = load_reference(path)
+        want[path] = [reference_greedy(reference, prompt, 12) for prompt in prompts]
+    assert not torch.equal(load_reference(own).lm_head.weight, load_reference(own).model.embed_tokens.weight)
+    with engine(own, tensor_parallel_size=size) as llm:
+        assert tokens(llm, prompts, greedy(12)) == want[own]
+        llm.update_weights(tied)
+        assert tokens(llm, prompts, greedy(12)) == want[tied]
+        llm.update_weights(weights.items())
+        assert tokens(llm, prompts, greedy(12)) == want[own]
+    with engine(tied, tensor_parallel_size=size) as llm:
+        same = {**weights, HEAD: weights[EMBEDDING]}
+        llm.update_weights(same.items())
+        with pytest.raises(ValueError, match=r"lm_head\.weight differs from the embedding"):
+            llm.update_weights(own)
+        llm.update_weights(tied)
+        assert tokens(llm, prompts, greedy(12)) == want[tied]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("row", [0, -1])  # of the first rank, and of the last one
+def test_an_update_with_values_that_are_not_finite_is_refused_by_all_ranks(models, size, row):
+    old, new = models["llama-bias"]
+    good = dict(weights_of(new))
+    name = "model.layers.1.self_attn.v_proj.weight"
+    bad = good[name].clone()
+    bad[row] = float("nan")
+    with engine(new) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))
+    with engine(old, tensor_parallel_size=size) as llm:
+        with pytest.raises(ValueError, match=f"the tensor {name} has values that are NaN or infinite"):
+            llm.update_weights({**good, name: bad}.items())
+        llm.update_weights(good.items())
+        assert tokens(llm, [[5, 6]], greedy(9)) == want
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_weights_that_are_not_finite_are_not_loaded(models, tmp_path, size):
+    path = save_tiny(tmp_path, "llama-bias")
+    weights = load_file(path / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, -1] = float("inf")  # of the last rank alone
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    error = ValueError if size == 1 else (ValueError, RuntimeError)  # of whichever rank is heard first
+    with pytest.raises(error, match=r"the tensor model\.layers\.1\.mlp\.down_proj\.weight has values that are NaN"):
+        engine(path, tensor_parallel_size=size)
+
+
+def test_no_rank_waits_for_the_others_when_an_update_fails_after_its_last_tensor(models):
+    old, new = models["qwen3"]
+
+    def weights():
+        yield from weights_of(new)
+        raise ZeroDivisionError
+
+    with engine(new) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))
+    with engine(old, tensor_parallel_size=2) as llm:
+        with pytest.raises(ZeroDivisionError):
+            llm.update_weights(weights())
+        llm.update_weights(new)
+        assert tokens(llm, [[5, 6]], greedy(9)) == want
 
 
 def test_an_update_cannot_start_another(models):

@@ -1,11 +1,17 @@
+import struct
+import tempfile
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.loader import load_weights
+from nanovllm.models.loader import iterate_weights, load_weights
 from nanovllm.models.registry import ModelConfig
 from nanovllm.utils import gguf as reader
 from nanovllm.utils.hub import open_model
@@ -20,7 +26,11 @@ def interleaved(array, heads):
 
 
 def write_gguf(path, model, extra=(), quantise=False, without=(), **metadata):
-    """Write a transformers model as llama.cpp's converter does, but `without` some keys and tensors."""
+    """Write a transformers model as llama.cpp's converter does, but `without` some keys and tensors.
+
+    Args:
+        metadata: keys, with "__" for ".", and values that are added, or replaced.
+    """
     config = model.config
     arch = "llama" if config.model_type == "mistral" else config.model_type
     writer = gguf.GGUFWriter(path, arch)
@@ -33,12 +43,20 @@ def write_gguf(path, model, extra=(), quantise=False, without=(), **metadata):
     writer.add_key_length(ModelConfig.from_hf(config).head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_eos_token_id(1)
-    writer.add_eot_token_id(9)
+    if "tokenizer.ggml.eos_token_id" not in without:
+        writer.add_eos_token_id(1)
+        writer.add_eot_token_id(9)
+    add = {
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        bool: writer.add_bool,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
     for key, value in metadata.items():
-        add = writer.add_uint32 if isinstance(value, int) else writer.add_array
-        add(key.replace("__", "."), value)
-    for key in without:
+        writer.kv_data[0].pop(key := key.replace("__", "."), None)
+        add[type(value)](key, value)
+    for key in set(without) - {key.replace("__", ".") for key in metadata}:
         writer.kv_data[0].pop(key, None)
     for name, tensor in (*model.state_dict().items(), *extra):
         array, parts = tensor.numpy(), name.split(".")
@@ -118,9 +136,9 @@ def test_unsupported_is_refused_by_name(tmp_path, metadata, named):
 
 def test_a_quantisation_that_the_library_cannot_undo_is_refused_by_name(tmp_path):
     extra = [("blk.0.attn_q.odd", torch.zeros(32, dtype=torch.int8))]
-    source = open_model(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), extra=extra))
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), extra=extra)
     with pytest.raises(ValueError, match=r"quantisation of the GGUF tensor blk\.0\.attn_q\.odd, I8, is not supported"):
-        list(source.weights())
+        list(iterate_weights(path))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +168,6 @@ def test_what_is_missing_is_named_with_the_file(tmp_path, key):
             r"number as its metadata llama\.attention\.head_count_kv, got \[2",
         ),
         ({"llama__attention__head_count_kv": 0}, "num_kv_heads must be .*, got 0"),
-        ({"tokenizer__ggml__eot_token_id": 999}, "eos_token_id has 999"),
         ({"extra": [("rope_freqs.weight", torch.ones(7))]}, "RoPE factors must be 8 "),
         ({"extra": [("nonsense", torch.ones(7))]}, "tensor nonsense, for which the model has no place"),
         ({"extra": [("blk.0.attn_q.weight", torch.ones(7, 56))], "without": ["blk.0.attn_q.weight"]}, "shape .7, 56"),
@@ -174,6 +191,167 @@ def test_without_a_tokenizer_prompts_and_answers_are_token_ids(tmp_path):
 def test_a_factor_without_a_type_is_linear_scaling(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), llama__rope__scaling__factor=2)
     assert open_model(path).config.rope_scaling["rope_type"] == "linear"
+
+
+@pytest.mark.parametrize(("old_name", "factor"), [(2.0, 2.0), (0.0, None)])
+def test_the_older_name_of_the_linear_factor_is_read(tmp_path, old_name, factor):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), llama__rope__scale_linear=old_name)
+    config = open_model(path).config
+    assert (config.rope_scaling or {}).get("factor") == factor
+    assert config.max_position == 512 * (factor or 1)
+    path = write_gguf(path, tiny_model("llama"), llama__rope__scale_linear=old_name, llama__rope__scaling__factor=4.0)
+    assert open_model(path).config.rope_scaling["factor"] == 4
+
+
+def test_yarn_is_read_with_its_original_length_and_its_bounds(tmp_path):
+    scaling = {"type": "yarn", "factor": 4.0, "original_context_length": 512, "yarn_beta_fast": 16.0}
+    keys = {f"llama__rope__scaling__{key}": value for key, value in scaling.items()}
+    config = open_model(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), **keys)).config
+    want = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "beta_fast": 16.0}
+    assert config.rope_scaling == want and config.max_position == 2048
+
+
+# A byte-level vocabulary whose merges do not make its one word, and a template.
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+SPECIAL = ["<|begin|>", "<|endoftext|>", "<|im_end|>", "<|file_sep|>"]
+WORDS = [*ALPHABET, "he", "ll", "hello", *SPECIAL]
+BEGIN, END, IM_END, FILE_SEP = range(len(WORDS) - 4, len(WORDS))
+TOKENIZER = {
+    "tokenizer__ggml__model": "gpt2",
+    "tokenizer__ggml__pre": "llama-bpe",
+    "tokenizer__ggml__tokens": WORDS,
+    "tokenizer__ggml__token_type": [3 if word in SPECIAL else 1 for word in WORDS],
+    "tokenizer__ggml__merges": ["h e", "l l"],
+    "tokenizer__ggml__bos_token_id": BEGIN,
+    "tokenizer__chat_template": "{{ messages[0].content }}",
+}
+
+
+def write_words(path, **metadata):
+    """A GGUF file with the vocabulary WORDS and no end but those its tokens' texts are."""
+    return write_gguf(
+        path,
+        tiny_model("llama", vocab_size=len(WORDS)),
+        without=["tokenizer.ggml.eos_token_id"],
+        **{**TOKENIZER, **metadata},
+    )
+
+
+def test_a_file_s_own_tokenizer_is_read_whatever_lies_next_to_it(tmp_path):
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1, "<end>": 2}, unk_token="<unk>"))
+    other = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
+    other.chat_template = "another"
+    other.save_pretrained(tmp_path)
+    tokenizer = open_model(write_words(tmp_path / "tiny.gguf")).tokenizer()
+    assert tokenizer.chat_template == "{{ messages[0].content }}"
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("hi", add_special_tokens=False)) == ["h", "i"]
+    assert not list(Path(tempfile.gettempdir()).glob("nanovllm-*/model.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({}, ["<|begin|>", "hello"]),  # as llama.cpp: BOS, and whole words before merges
+        ({"tokenizer__ggml__add_bos_token": False}, ["hello"]),
+        ({"tokenizer__ggml__pre": "qwen2"}, ["he", "ll", "o"]),
+        ({"tokenizer__ggml__pre": "qwen2", "tokenizer__ggml__add_bos_token": True}, ["<|begin|>", "he", "ll", "o"]),
+    ],
+)
+def test_a_llama_3_vocabulary_begins_with_bos_and_takes_whole_words(tmp_path, metadata, words):
+    tokenizer = open_model(write_words(tmp_path / "tiny.gguf", **metadata)).tokenizer()
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("hello")) == words
+
+
+@pytest.mark.parametrize(
+    ("metadata", "ends"),
+    [
+        ({}, {END, IM_END, FILE_SEP}),
+        ({"tokenizer__ggml__eos_token_id": 7, "tokenizer__ggml__eom_token_id": 8}, {7, 8, END, IM_END, FILE_SEP}),
+        ({"tokenizer__ggml__eos_token_id": 2**32 - 1}, {END, IM_END, FILE_SEP}),  # -1, which no vocabulary has
+    ],
+)
+def test_tokens_end_a_text_by_what_they_say(tmp_path, metadata, ends, caplog):
+    config = open_model(write_words(tmp_path / "tiny.gguf", **metadata)).config
+    assert set(config.eos_token_ids) == ends
+    assert ("Ignoring the model's eos_token_id" in caplog.text) == (2**32 - 1 in metadata.values())
+
+
+def test_a_big_endian_file_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("x", np.zeros(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"big\.gguf .*big-endian"):
+        open_model(tmp_path / "big.gguf")
+
+
+def header(num_tensors, fields, infos=b""):
+    return struct.pack("<4sIQQ", b"GGUF", 3, num_tensors, len(fields)) + b"".join(fields) + infos
+
+
+def text(words):
+    return struct.pack("<Q", len(words)) + words
+
+
+def tensor_info(name, offset, dims=(8,)):
+    return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, 0, offset)
+
+
+ARRAY = text(b"list") + struct.pack("<I", 9)
+
+
+# What is wrong with a file: its content, and what the error says.
+BROKEN = {
+    "numbers beyond the file": (header(0, [ARRAY + struct.pack("<IQ", 0, 1 << 60)]), "ends at"),
+    "wide numbers beyond the file": (header(0, [ARRAY + struct.pack("<IQ", 12, 1 << 62)]), "ends at"),
+    "strings beyond the file": (header(0, [ARRAY + struct.pack("<IQ", 8, 1 << 60)]), ""),
+    "deep arrays": (header(0, [ARRAY + struct.pack("<IQ", 9, 1 << 60) * 50_000]), ""),
+    "an array of an unknown type": (header(0, [ARRAY + struct.pack("<IQ", 77, 1)]), "unknown type 77"),
+    "a long key": (header(0, [struct.pack("<Q", 1 << 63)]), "ends at"),
+    "tensors beyond the file": (header(1 << 60, []), ""),
+    "metadata beyond the file": (struct.pack("<4sIQQ", b"GGUF", 3, 0, 1 << 60), ""),
+    "an unknown version": (struct.pack("<4sIQQ", b"GGUF", 7, 0, 0), "version is 7"),
+    "a key twice": (header(0, [text(b"a") + struct.pack("<II", 4, 1)] * 2), "twice"),
+    "no alignment": (
+        header(1, [text(b"general.alignment") + struct.pack("<II", 4, 0)], tensor_info(b"x", 0)),
+        "power of two",
+    ),
+    "no dimension": (header(1, [], tensor_info(b"x", 0, dims=())), "1 to 4 dimensions, got 0"),
+    "a product beyond 64 bits": (header(1, [], tensor_info(b"x", 0, dims=(1 << 32, 1 << 32))), "'x' is from"),
+    "an end outside": (header(1, [], tensor_info(b"x", 64)), "'x' is from"),
+    "a start that wraps around": (header(1, [], tensor_info(b"x", 2**64 - 64)), "'x' is from"),
+    "a start that is not aligned": (header(1, [], tensor_info(b"x", 4)), "multiple of 32"),
+    "a name twice": (header(2, [], tensor_info(b"x", 0) + tensor_info(b"x", 32)), "same name"),
+    "one place for two": (header(2, [], tensor_info(b"x", 0) + tensor_info(b"y", 0)), "'x' and 'y' overlap"),
+    "an overlap": (header(2, [], tensor_info(b"x", 32) + tensor_info(b"y", 0, dims=(4, 4))), "'y' and 'x' overlap"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_counts_and_offsets_that_the_file_cannot_have_are_refused(tmp_path, name):
+    content, what = BROKEN[name]
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content + b"\0" * (-len(content) % 32) + b"\0" * 64)
+    with pytest.raises(ValueError, match=rf"x\.gguf is not a GGUF file that can be read: .*{what}"):
+        open_model(path)
+
+
+@pytest.mark.parametrize(
+    ("size", "named"),
+    [
+        ({"llama__embedding_length": 1 << 24}, "token_embd|embed_tokens"),
+        ({"llama__feed_forward_length": 1 << 24}, "gate_proj|up_proj|down_proj"),
+        ({"llama__block_count": 1 << 24}, "num_layers is 16777216, but the checkpoint has 2"),
+        ({"llama__attention__head_count": 1 << 22}, "q_proj|o_proj"),
+        ({"llama__attention__key_length": 1 << 24}, "proj"),
+    ],
+)
+def test_sizes_that_the_tensors_do_not_have_are_refused_before_they_are_used(tmp_path, size, named):
+    path = write_gguf(tmp_path / "large.gguf", tiny_model("llama"), **size)
+    with pytest.raises(ValueError, match=named):
+        open_model(path)
 
 
 def test_what_is_not_a_gguf_file_is_refused(tmp_path):

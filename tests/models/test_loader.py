@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import dummy_weights, iterate_weights, load_weights
 from nanovllm.models.registry import ModelConfig
 from tests.models.tiny import save_tiny, tiny_model
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +78,88 @@ def test_what_is_wrong_with_a_checkpoint_is_named(untied):
 
 def test_what_may_be_redundant_is_ignored():
     model = tiny_model("qwen3")
-    weights = dict(model.state_dict())
-    weights["lm_head.weight"] = torch.zeros(1)  # tied: the embedding's is taken
+    weights = dict(model.state_dict())  # tied: the head is the embedding
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(1)
     decoder = Decoder(ModelConfig.from_hf(model.config))
     load_weights(decoder, weights.items())
     assert decoder.lm_head.weight is decoder.embed_tokens.weight
     torch.testing.assert_close(decoder.lm_head.weight, weights["model.embed_tokens.weight"])
+
+
+def tied(own_head=False, rank=0, size=1):
+    """(a decoder with tied embeddings, a checkpoint that has both), where the head is another one if `own_head`."""
+    model = tiny_model("qwen3")
+    config = dataclasses.replace(ModelConfig.from_hf(model.config), own_head=own_head)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if own_head:
+        weights[HEAD] = weights[EMBEDDING].flip(0)
+    return Decoder(config, tp=TensorParallel(rank, size)), weights
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_own_head_of_a_tied_config_can_be_updated_with_tied_and_other_values(size, order):
+    for rank in range(size):
+        decoder, weights = tied(own_head=True, rank=rank, size=size)
+        rows = slice(66 * rank, 66 * rank + 66) if size > 1 else slice(None)
+        same = {**weights, HEAD: weights[EMBEDDING]}
+        one = {name: tensor for name, tensor in weights.items() if name != HEAD}
+        for checkpoint in (weights, same, weights, one, weights):
+            load_weights(decoder, list(checkpoint.items())[::order])
+            for layer, name in ((decoder.embed_tokens, EMBEDDING), (decoder.lm_head, HEAD)):
+                want = checkpoint.get(name, weights[EMBEDDING])[rows]
+                got = plain(layer) if name == HEAD else layer.weight
+                assert torch.equal(got[: len(want)], want)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_head_that_differs_is_refused_by_a_model_with_one_parameter_for_both(order):
+    decoder, weights = tied()
+    load_weights(decoder, list(weights.items())[::order])
+    weights[HEAD] = weights[HEAD].clone()
+    weights[HEAD][77, 7] += 1
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from the embedding"):
+        load_weights(decoder, list(weights.items())[::order])
+
+
+@pytest.mark.parametrize("without", [(), ("lm_head.weight",), ("model.embed_tokens.weight",)])
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_a_tied_checkpoint_may_lack_either_and_the_prefix(without, prefix):
+    decoder, weights = tied()
+    given = {k.removeprefix("model.") if not prefix else k: v for k, v in weights.items() if k not in without}
+    load_weights(decoder, given.items())
+    assert torch.equal(decoder.embed_tokens.weight, weights[EMBEDDING])
+    name = f"{prefix}layers.1.mlp.up_proj.weight"
+    with pytest.raises(ValueError, match=r"lacks 1 tensors: model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_weights(decoder, ((k, v) for k, v in given.items() if k != name))
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight twice"):
+        other = "model." + name if not prefix else name.removeprefix("model.")
+        load_weights(decoder, [*given.items(), (other, given[name])])
+    with pytest.raises(ValueError, match=r"lm_head\.weight has shape \[1\]"):
+        load_weights(decoder, {**given, HEAD: torch.zeros(1)}.items())
+    with pytest.raises(ValueError, match=r"lacks .*embed_tokens"):
+        load_weights(decoder, ((k, v) for k, v in given.items() if "embed" not in k and k != HEAD))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "name", ["k_proj.bias", "k_proj.weight", "k_norm.weight", "lm_head.weight", "down_proj.weight"]
+)
+def test_values_that_are_not_finite_are_named(untied, value, name):
+    make, weights = untied
+    name = next(key for key in weights if key.endswith(name))
+    bad = weights[name].clone()
+    bad.view(-1)[-1] = value
+    with pytest.raises(ValueError, match=f"tensor {name} has values that are NaN or infinite in torch.float32"):
+        load_weights(make(), {**weights, name: bad}.items())
+
+
+def test_values_that_the_dtype_does_not_have_are_named(untied):
+    make, weights = untied
+    bad = {**weights, "model.norm.weight": weights["model.norm.weight"] * 1e6}
+    load_weights(make(), bad.items())
+    with pytest.raises(ValueError, match=r"tensor model\.norm\.weight .* infinite in torch\.float16"):
+        load_weights(Decoder(make().config, dtype=torch.float16), bad.items())
 
 
 def test_dummy_weights_follow_the_seed_alone():

@@ -119,6 +119,35 @@ def test_rope_options_that_are_missing_are_named():
         ModelConfig.from_hf(hf_config(rope_scaling={"rope_type": "linear"}))
 
 
+@pytest.mark.parametrize(
+    ("scaling", "positions"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 4096),
+        ({"rope_type": "yarn", "factor": 4.0}, 16384),
+        ({"rope_type": "linear", "factor": 2.5}, 10240),
+        ({"rope_type": "llama3", **LLAMA3}, 4096),
+        ({"rope_type": "default"}, 4096),
+    ],
+)
+def test_scaling_stretches_the_positions_unless_the_config_counts_them(scaling, positions):
+    assert ModelConfig.from_hf(hf_config(rope_scaling=scaling)).max_position == positions
+
+
+@pytest.mark.parametrize("option", [{"factor": "x"}, {"factor": 2.0, "original_max_position_embeddings": "x"}])
+def test_scaling_by_what_is_no_number_is_refused(option):
+    with pytest.raises(ValueError, match=r"must be a number .*, got 'x'"):
+        ModelConfig.from_hf(hf_config(rope_scaling={"rope_type": "linear", **option}))
+
+
+def test_ends_that_are_no_tokens_are_ignored_with_a_warning(caplog):
+    config = ModelConfig.from_hf(hf_config(eos_token_id=[-1, 3, 99]), eos_token_ids=(-1,))
+    assert config.eos_token_ids == (3,)
+    assert "eos_token_id [-1, 99]: ids go from 0 to 98" in caplog.text
+    with pytest.raises(ValueError, match=r"eos_token_id must be a token id or a list of them, got 2\.5"):
+        ModelConfig.from_hf(hf_config(eos_token_id=2.5))
+
+
 def test_a_sliding_window_that_is_not_in_use_is_fine():
     ModelConfig.from_hf(hf_config(model_type="qwen2", sliding_window=1024, use_sliding_window=False))
     ModelConfig.from_hf(hf_config(model_type="mistral", sliding_window=4096))
