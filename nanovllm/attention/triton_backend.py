@@ -7,8 +7,9 @@ from nanovllm.attention.base import AttentionBackend
 from nanovllm.ops.attention.decode_attention import decode_attention_triton
 from nanovllm.ops.attention.decode_plan import default_split_policy, plan_decode_triton
 from nanovllm.ops.attention.prefill_attention import prefill_attention_triton
-from nanovllm.ops.attention.rope_decode import MAX_SEQUENCES, rope_decode_triton
+from nanovllm.ops.attention.rope_decode import rope_decode_triton
 from nanovllm.ops.attention.shared_prefix import shared_attention_triton
+from nanovllm.ops.linear.dispatch import regime_of
 from nanovllm.ops.triton_utils import HAVE_TRITON, sm_count
 from nanovllm.utils.context import Context
 
@@ -45,7 +46,8 @@ class TritonBackend(AttentionBackend):
     @staticmethod
     def _fuses(ctx: Context, num_tokens: int) -> bool:
         """Whether one kernel does all: of a step of few decode rows alone."""
-        return ctx.num_decode == num_tokens <= MAX_SEQUENCES and ctx.shared is None
+        only_decode = ctx.num_decode == num_tokens and ctx.shared is None
+        return only_decode and regime_of(num_tokens).one_kernel_attention
 
     def store_and_attend(self, qkv, transform, positions, k_cache, v_cache, scale, ctx, last=None) -> Tensor:
         if not self._fuses(ctx, len(qkv)):

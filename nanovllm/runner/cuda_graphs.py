@@ -13,6 +13,7 @@ import torch
 from nanovllm.engine.scheduler import Batch
 from nanovllm.ops.attention.shared_prefix import MIN_SEQUENCES, SharedPrefixPlan, plan_shared_prefixes
 from nanovllm.ops.inputs.step_rows import StepRows
+from nanovllm.ops.linear.dispatch import capture_sizes
 from nanovllm.ops.triton_utils import sm_count
 
 if TYPE_CHECKING:
@@ -28,12 +29,6 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
 def shared_sizes(max_num_seqs: int) -> list[int]:
     """Batch sizes of decode steps with shared prefixes that get a graph: powers of two, and the maximum itself."""
     return sorted({*(size for size in (16, 32, 64, 128, 256, 512, 1024) if size < max_num_seqs), max_num_seqs})
-
-
-def mixed_sizes(max_num_batched_tokens: int) -> list[int]:
-    """Token counts of steps with prompt tokens that get a graph. Larger steps take the GPU longer than the host."""
-    sizes = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-    return [size for size in sizes if size <= max_num_batched_tokens]
 
 
 @lru_cache
@@ -109,7 +104,7 @@ class StepGraphs:
         max_num_seqs = len(self.slots)
         with _undisturbed():
             if runner.backend.capturable_prefill:
-                for size in reversed(mixed_sizes(runner.config.max_num_batched_tokens)):
+                for size in reversed(capture_sizes(runner.config.max_num_batched_tokens)):
                     self._capture_mixed(runner, size, min(size, max_num_seqs) + 1)
             if runner.backend.shares_prefixes and runner.config.enable_prefix_caching and max_num_seqs >= MIN_SEQUENCES:
                 for size in reversed(shared_sizes(max_num_seqs)):

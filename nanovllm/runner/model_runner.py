@@ -21,6 +21,7 @@ from nanovllm.models.loader import dummy_weights, load_weights
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
 from nanovllm.ops.inputs.step_inputs import step_inputs
 from nanovllm.ops.inputs.step_rows import StepRows
+from nanovllm.ops.linear.dispatch import compile_sizes
 from nanovllm.ops.linear.gemm import MAX_TILES
 from nanovllm.ops.sampling.logprobs import process_logits, top_logprobs
 from nanovllm.ops.sampling.sampling import advance_slots, sample
@@ -157,9 +158,7 @@ class ModelRunner:
                     plan = torch.zeros(SharedPrefixPlan.size(size), dtype=torch.int32, device=self.device)
                     for shared in (None, SharedPrefixPlan.split(plan, size)):
                         self.step(slots[:size], size, shared=shared)
-                # Of few rows, products have a kernel for each power of two; of up to 512, norms one that adds.
-                counts = 1, 2, 4, 16, 32, 64, 256, 2048
-                for num_tokens in {min(count, self.config.max_num_batched_tokens) for count in counts}:
+                for num_tokens in compile_sizes(self.config.max_num_batched_tokens):
                     sizes = min(num_tokens, most) + 1, num_tokens
                     rows = StepRows.split(torch.from_numpy(state.pack(Batch(), *sizes)).to(self.device), *sizes)
                     self.step(rows, 0, num_tokens, self.max_model_len)

@@ -18,7 +18,8 @@ import torch.multiprocessing
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.ops.linear.linear import can_sum, linear_sum
+from nanovllm.ops.linear.dispatch import Adder
+from nanovllm.ops.linear.linear import choose_adder, linear_all_reduce
 from nanovllm.ops.norm_rope.reference import rms_norm_torch
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.launcher import SpawnedRanks, make_group, rank_device
@@ -56,9 +57,9 @@ def products_beside_nccl(tp, device):
         want += bias.float() + residual.float()
         residuals = residual.repeat(30, 1, 1)
         torch.cuda.synchronize()
-        fits = can_sum(x, weight, residual, tp.peers)
+        fits = choose_adder(x, weight, residual, 2, tp.peers) is Adder.ALL_REDUCE_GEMV
         for j, out in enumerate(residuals):
-            linear_sum(x, weight, bias, out, tp.peers)
+            linear_all_reduce(x, weight, bias, out, tp.peers)
             if j % 7 == i % 7:
                 fits = fits and tp.all_reduce(torch.full((3, 700), tp.rank + 1.0, device=device)).eq(3).all()
         theirs = [torch.empty_like(residuals) for _ in range(2)]

@@ -17,12 +17,14 @@ from nanovllm.layers import parameter
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
+from nanovllm.layers.residual import Residual
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import load_weights
 from nanovllm.ops.comm import collectives
 from nanovllm.ops.comm.peer_memory import EMPTY_WORD, PeerMemory, new_peer_memory
 from nanovllm.ops.comm.reference import all_reduce_torch, all_to_all_torch
 from nanovllm.ops.linear import linear
+from nanovllm.ops.linear.dispatch import Adder
 from nanovllm.ops.linear.gemv import GemvConfig, gemv_triton
 from nanovllm.ops.linear.reference import linear_torch
 from nanovllm.ops.triton_utils import HAVE_TRITON
@@ -138,7 +140,7 @@ def run_layers(rank, memory, folder):
     linear.is_gemv = lambda x, weight: len(x) <= 4
     tp = TensorParallel(rank, len(memory), peers=PeerMemory(rank, memory))
     generator = torch.Generator().manual_seed(1)
-    row = RowParallelLinear(48, 64, bias=True, reduce_results=False, dtype=torch.bfloat16, tp=tp)
+    row = RowParallelLinear(48, 64, bias=True, dtype=torch.bfloat16, tp=tp)
     column = ColumnParallelLinear(64, {0: Part(20, 0, 20)}, False, torch.bfloat16)
     norm = RMSNorm(64, 1e-6, dtype=torch.bfloat16)
     whole = torch.randn(64, 48, generator=generator).bfloat16() / 7
@@ -150,20 +152,18 @@ def run_layers(rank, memory, folder):
         x, residual = (torch.randn(rows, size, generator=generator).bfloat16() for size in (48, 64))
         part = x[:, rank * row.weight.shape[1] :][:, : row.weight.shape[1]].contiguous()
         results = []
-        for layers.can_sum in (linear.can_sum, lambda *_: False):
-            y = row(part, residual.clone())
-            assert (y.delta is None) == (layers.can_sum is linear.can_sum and rows <= 4)
-            results += [column(y, norm), y.x]
+        for layers.choose_adder in (linear.choose_adder, lambda *_: Adder.NEXT_NORM):
+            y = Residual(residual.clone(), tp) + row(part)
+            assert y.is_partial != (layers.choose_adder is linear.choose_adder and rows <= 4)
+            results += [column(norm(y)), y.x]
         for got, want in zip(results[:2], results[2:], strict=True):
             torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
         want = residual.float() + x.float() @ whole.float().t() + row.bias.float()
         torch.testing.assert_close(results[1].float(), want, rtol=3e-2, atol=3e-2)
-        layers.can_sum = linear.can_sum
-        y = row(part, residual.clone())
-        torch.testing.assert_close(norm(y) @ column.weight.t(), results[0], rtol=3e-2, atol=5e-2)
-        row.reduce_results = True
-        torch.testing.assert_close(row(part, residual.clone()), results[1], rtol=3e-2, atol=3e-2)
-        row.reduce_results = False
+        layers.choose_adder = linear.choose_adder
+        y = Residual(residual.clone(), tp) + row(part)
+        torch.testing.assert_close(norm(y.sum()) @ column.weight.t(), results[0], rtol=3e-2, atol=5e-2)
+        torch.testing.assert_close(residual + row(part).all_reduce(), results[1], rtol=3e-2, atol=3e-2)
         outcome.append([result.tolist() for result in results])
     (folder / f"{rank}.json").write_text(json.dumps(outcome))
 
@@ -177,11 +177,18 @@ def test_layers_give_the_same_with_and_without_the_fused_all_reduce(tmp_path):
 def test_only_small_batches_of_whole_words_fuse_the_all_reduce(monkeypatch):
     peers = PeerMemory(0, shared_memory(2))
     x, weight, residual = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((4, 8), (6, 8), (4, 6)))
-    assert not linear.can_sum(x, weight, residual, peers)  # a CPU
-    monkeypatch.setattr(linear, "is_gemv", lambda x, weight: len(x) <= 4)
-    assert linear.can_sum(x, weight, residual, peers) and not linear.can_sum(x, weight, residual, None)
-    assert not linear.can_sum(x, weight[:5], residual[:, :5].contiguous(), peers)  # half a word
-    assert not linear.can_sum(x.repeat(2, 1), weight, residual.repeat(2, 1), peers)
+
+    def all_reduces(x, weight, residual, peers):
+        adder = linear.choose_adder(x, weight, residual, 2, peers)
+        assert adder in (Adder.ALL_REDUCE_GEMV, Adder.NEXT_NORM)
+        return adder is Adder.ALL_REDUCE_GEMV
+
+    assert not all_reduces(x, weight, residual, peers)  # a CPU
+    monkeypatch.setattr(linear, "is_gemv", lambda x, weight: True)
+    assert all_reduces(x, weight, residual, peers) and not all_reduces(x, weight, residual, None)
+    assert not all_reduces(x, weight[:5], residual[:, :5].contiguous(), peers)  # half a word
+    assert not all_reduces(x.repeat(2, 1), weight, residual.repeat(2, 1), peers)
+    assert linear.choose_adder(x, weight, residual, 1, None) is Adder.GEMM
 
 
 def run_model(model):

@@ -1,11 +1,15 @@
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from nanovllm.ops.linear import gemm
+from nanovllm.ops.linear.dispatch import TABLE, Adder, Regime, capture_sizes, compile_sizes, regime_of
 from nanovllm.ops.linear.gemm import GemmConfig, gemm_triton
 from nanovllm.ops.linear.gemv import GemvConfig, gemv_triton
-from nanovllm.ops.linear.linear import adds_well, can_pack, likes_bias, linear, linear_add, pack
+from nanovllm.ops.linear.linear import can_pack, choose_adder, linear, linear_add, pack, wants_zero_bias
 from nanovllm.ops.linear.reference import linear_torch
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.ops.triton_utils import HAVE_TRITON, tl
@@ -127,20 +131,62 @@ def test_gemm_takes_only_operands_that_tma_can_load(monkeypatch):
     assert not gemm.is_gemm(make(5, 16), weight)
 
 
-@pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
-def test_which_products_a_norm_adds_to_the_residual_stream(monkeypatch):
-    class OnGpu(torch.Tensor):
-        is_cuda = True
+class OnGpu(torch.Tensor):
+    is_cuda = True
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+@pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize(
+    ("tokens", "on_hopper", "on_ampere", "in_float32", "on_two_ranks", "on_two_hosts"),
+    [
+        (1, "GEMM", "GEMM", "NEXT_NORM", "ALL_REDUCE_GEMV", "NEXT_NORM"),
+        (4, "GEMM", "GEMM", "NEXT_NORM", "ALL_REDUCE_GEMV", "NEXT_NORM"),
+        (5, "GEMM", "NEXT_NORM", "NEXT_NORM", "NEXT_NORM", "NEXT_NORM"),
+        (64, "GEMM", "NEXT_NORM", "NEXT_NORM", "NEXT_NORM", "NEXT_NORM"),
+        (65, *["NEXT_NORM"] * 5),
+        (512, *["NEXT_NORM"] * 5),
+        (513, *["GEMM"] * 5),
+        (2048, *["GEMM"] * 5),
+        (2049, "GEMM", "GEMM", "GEMM", "SLICED_GEMM", "GEMM"),
+    ],
+)
+def test_who_adds_to_the_residual_stream_follows_from_the_number_of_tokens(
+    monkeypatch, tokens, on_hopper, on_ampere, in_float32, on_two_ranks, on_two_hosts
+):
+    chip = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: chip[0])
+    weight, residual = torch.zeros(40, 16, dtype=torch.bfloat16).as_subclass(OnGpu), torch.zeros(tokens, 40)
+    x = torch.zeros(tokens, 16, dtype=torch.bfloat16)
+    assert choose_adder(x, weight, residual, 1, None) is Adder.GEMM  # a CPU
+    x = x.as_subclass(OnGpu)
+    overlapped = SimpleNamespace(fits=lambda residual: True)
+    peers = SimpleNamespace(fits_all_reduce=lambda residual: True, overlapped=overlapped)
+    assert choose_adder(x, weight, residual, 1, None).name == on_hopper
+    assert choose_adder(x, weight, residual, 2, peers).name == on_two_ranks
+    assert choose_adder(x, weight, residual, 2, None).name == on_two_hosts
+    peers.overlapped = None
+    assert choose_adder(x, weight, residual, 2, peers).name == (on_two_ranks if tokens < 2049 else on_two_hosts)
+    assert choose_adder(x.float(), weight.float(), residual, 1, None).name == in_float32
+    chip[0] = (8, 0)
+    assert choose_adder(x, weight, residual, 1, None).name == on_ampere
+
+
+def test_a_bias_of_zeros_is_for_wide_gemms_that_the_next_norm_adds():
     for k in (4096, 4104):
-        weight = torch.zeros(40, k, dtype=torch.bfloat16).as_subclass(OnGpu)
-        for rows, adds, pads in ((1, True, False), (5, True, False), (64, True, False), (65, False, True)):
-            x = torch.zeros(rows, k, dtype=torch.bfloat16)
-            assert adds_well(x, weight) and not likes_bias(x, weight)  # a CPU
-            x = x.as_subclass(OnGpu)
-            assert adds_well(x, weight) == adds and likes_bias(x, weight) == (pads and k > 4096)
-    assert not likes_bias(torch.zeros(513, 4104).as_subclass(OnGpu), weight)
+        weight = torch.zeros(40, k)
+        for tokens, wants in ((1, False), (64, False), (65, True), (512, True), (513, False)):
+            x = torch.zeros(tokens, k)
+            assert not wants_zero_bias(x, weight)  # a CPU
+            assert wants_zero_bias(x.as_subclass(OnGpu), weight) == (wants and k > 4096)
+
+
+def test_the_table_s_sizes_lie_in_their_regimes_and_the_largest_is_compiled():
+    for before, regime in pairwise((Regime(0, *TABLE[0][1:]), *TABLE)):
+        sizes = {*regime.captured, *regime.compiled}
+        assert all(before.max_tokens < size <= regime.max_tokens for size in sizes)
+        assert regime.max_tokens in regime.captured or not regime.captured  # a graph for as many tokens as there may be
+    assert capture_sizes(100) == [16, 32, 64, 96] and compile_sizes(100) == [1, 2, 4, 16, 32, 64, 100]
+    assert [regime_of(tokens) for tokens in (0, 4, 5, 2049)] == [TABLE[0], TABLE[0], TABLE[1], TABLE[4]]
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5])

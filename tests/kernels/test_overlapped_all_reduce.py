@@ -14,12 +14,13 @@ import torch
 
 from nanovllm.distributed import parallel
 from nanovllm.layers.linear import RowParallelLinear
+from nanovllm.layers.residual import Residual
 from nanovllm.ops.comm import cuda_ipc, overlapped_all_reduce
 from nanovllm.ops.comm.overlapped_all_reduce import MIN_TOKENS, NUM_SLICES, OverlappedAllReduce, inbox_words
 from nanovllm.ops.comm.peer_memory import PeerMemory, new_peer_memory
 from nanovllm.ops.comm.reference import all_reduce_torch
+from nanovllm.ops.linear.dispatch import capture_sizes
 from nanovllm.ops.triton_utils import HAVE_TRITON
-from nanovllm.runner.cuda_graphs import mixed_sizes
 from tests.kernels.ranks import run_ranks
 
 pytestmark = [
@@ -73,8 +74,8 @@ def replace_engines(setattr):
     setattr(overlapped_all_reduce, "POLL_INTERVAL", 64)
 
 
-def new_inboxes():
-    return [torch.zeros(2 * LARGEST // 4 + NUM_SLICES, dtype=torch.int32).share_memory_() for _ in range(2)]
+def new_inboxes(largest=LARGEST):
+    return [torch.zeros(2 * largest // 4 + NUM_SLICES, dtype=torch.int32).share_memory_() for _ in range(2)]
 
 
 def overlapped_of(rank, inboxes):
@@ -130,18 +131,18 @@ def test_both_ranks_get_the_all_reduce_and_its_norm(tmp_path):
 
 def test_a_row_parallel_layer_overlaps_large_all_reduces(engines):
     """The ranks run one after the other, because neither waits before both have sent."""
-    inboxes = new_inboxes()
-    x, residual, weight, bias = torch.randn(300, 32), torch.randn(300, 64), torch.randn(64, 32), torch.randn(64)
+    inboxes = new_inboxes(2100 * 64 * 4)
+    x, residual, weight, bias = torch.randn(2100, 32), torch.randn(2100, 64), torch.randn(64, 32), torch.randn(64)
     sent = []
     for rank in range(2):
         tp = tp_of(rank, overlapped_of(rank, inboxes))
-        layer = RowParallelLinear(32, 64, bias=True, reduce_results=False, tp=tp)
+        layer = RowParallelLinear(32, 64, bias=True, tp=tp)
         layer.weight_loader(layer.weight, weight)
         layer.bias.copy_(bias)
         part = x[:, 16 * rank : 16 * (rank + 1)]
-        layer(part[:200], residual[:200].clone())
+        _ = Residual(residual[:2048].clone(), tp) + layer(part[:2048])
         assert tp.overlapped.number == 0 and tp.overlapped.pending is None
-        sent.append(layer(part, residual.clone()))
+        sent.append(Residual(residual.clone(), tp) + layer(part))
         assert tp.overlapped.number == 1
     for y in sent:
         torch.testing.assert_close(y.sum(), residual + x @ weight.t() + bias, rtol=1e-4, atol=1e-4)
@@ -194,7 +195,7 @@ def test_large_aligned_tensors_fit_unless_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not fits(16384, 4096)
     # Captured steps never overlap, and neither does their warm-up.
-    assert max(mixed_sizes(1 << 20)) < MIN_TOKENS
+    assert max(capture_sizes(1 << 20)) < MIN_TOKENS
 
 
 def test_an_inbox_is_as_large_as_the_largest_all_reduce_needs():

@@ -26,8 +26,6 @@ from nanovllm.ops.attention.paged_cache import (
 from nanovllm.ops.norm_rope.qk_transform import QKTransform
 from nanovllm.ops.triton_utils import launch_dependents, launch_options, sm_count, tl, triton, wait_for_inputs
 
-MAX_SEQUENCES = 4  # in larger batches a second launch hardly matters, and there are few splits
-
 
 class RopeDecodeConfig(NamedTuple):
     """Settings of the kernel.

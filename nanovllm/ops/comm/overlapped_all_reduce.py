@@ -19,12 +19,13 @@ from collections.abc import Iterator
 import torch
 
 from nanovllm.ops.comm import cuda_ipc
+from nanovllm.ops.linear.dispatch import MAX_CAPTURED_TOKENS
 from nanovllm.ops.norm_rope.rms_norm import normalize
 from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
 MAX_BYTES = 256 << 20
 MIN_BYTES = 16 << 20  # smaller tensors do not gain
-MIN_TOKENS = 2049  # steps with fewer tokens may be captured, and their all-reduces cannot be counted
+MIN_TOKENS = MAX_CAPTURED_TOKENS + 1  # a captured step cannot count its all-reduces
 NUM_SLICES = 4
 TOKENS_PER_PROGRAM = 8  # of the sum; all belong to one slice
 POLL_INTERVAL = tl.constexpr(1 << 16)  # pyright: ignore[reportCallIssue]  # tries: see `poll_host`

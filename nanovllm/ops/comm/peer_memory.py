@@ -7,12 +7,12 @@ import torch
 
 from nanovllm.ops.comm.cuda_ipc import Mapping
 from nanovllm.ops.comm.overlapped_all_reduce import OverlappedAllReduce, inbox_words
+from nanovllm.ops.linear.dispatch import MAX_GEMV_TOKENS
 from nanovllm.ops.triton_utils import launch_options, sm_count, tl, triton
 
 CAPACITY = 32 << 20  # bytes that a rank can send to another in one launch; larger all-reduces take several launches
 MAX_ONE_SHOT_BYTES = 4 << 20  # bytes that a rank sends in total; with three ranks or more, NCCL's ring sends fewer
 MAX_TOKEN_BYTES = 64 << 10  # of an all-reduce
-MAX_FUSED_TOKENS = 4  # of a GEMV that fuses its all-reduce
 UNIT = 512  # words that share a count of calls
 ALL_TO_ALL_BLOCK = 2048  # words of a row that a program exchanges at once
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int32: tl.int32}
@@ -40,7 +40,7 @@ class PeerMemory:
         self.num_words = CAPACITY // 4
         self.buffers = torch.tensor(addresses, dtype=torch.int64, device=self.device)
         self.calls = torch.zeros(self.num_words // UNIT, dtype=torch.int32, device=self.device)
-        num_local_words = MAX_FUSED_TOKENS * MAX_TOKEN_BYTES // 4
+        num_local_words = MAX_GEMV_TOKENS * MAX_TOKEN_BYTES // 4
         self.local_words = torch.full((num_local_words,), EMPTY_WORD, dtype=torch.int32, device=self.device)
         on_gpu = self.device.type == "cuda"
         # A waiting kernel polls host memory: other ways to reach the GPU may be blocked by work queued behind it.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.ops.linear.gemv import MAX_TOKENS as MAX_GEMV_TOKENS
+from nanovllm.ops.linear.dispatch import GEMM_MAX_OUTPUTS, Kernel, regime_of
 from nanovllm.ops.triton_utils import (
     HAVE_TRITON,
     TensorDescriptor,
@@ -23,9 +23,7 @@ from nanovllm.ops.triton_utils import (
     wait_for_inputs,
 )
 
-MAX_TOKENS = 64  # larger batches are left to cuBLAS
-MAX_WEIGHT_ROWS = 1 << 16  # so are the logits of large vocabularies, one GEMM per step
-MAX_TILES = MAX_WEIGHT_ROWS // 64  # of a result whose K is split
+MAX_TILES = GEMM_MAX_OUTPUTS // 64  # of a result whose K is split
 
 
 class GemmConfig(NamedTuple):
@@ -68,7 +66,9 @@ def default_gemm_config(m: int, n: int, k: int, gated: bool) -> GemmConfig:
 
 def is_gemm(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether `gemm_triton` is made for x [M, K] and `weight` of the same dtype, and TMA can load both."""
-    if not (HAVE_TRITON and x.is_cuda and MAX_GEMV_TOKENS < len(x) <= MAX_TOKENS and len(weight) <= MAX_WEIGHT_ROWS):
+    if not HAVE_TRITON or not x.is_cuda or len(weight) > GEMM_MAX_OUTPUTS:
+        return False
+    if regime_of(len(x)).kernel is not Kernel.GEMM:
         return False
     addresses = x.data_ptr() | weight.data_ptr() | 2 * x.stride(0) | 2 * x.shape[1]
     plain = x.ndim == 2 and x.stride(1) == 1 and weight.is_contiguous()

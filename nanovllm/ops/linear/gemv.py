@@ -15,10 +15,9 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.ops.comm.collectives import buffers_of, pack_words, send, sum_unit
-from nanovllm.ops.comm.peer_memory import MAX_FUSED_TOKENS, UNIT, PeerMemory
+from nanovllm.ops.comm.peer_memory import UNIT, PeerMemory
+from nanovllm.ops.linear.dispatch import Kernel, regime_of
 from nanovllm.ops.triton_utils import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
-
-MAX_TOKENS = MAX_FUSED_TOKENS
 
 
 class GemvConfig(NamedTuple):
@@ -51,7 +50,9 @@ def default_gemv_config(n: int, k: int, gated: bool) -> GemvConfig:
 
 def is_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether x [M, K] has so few tokens that `gemv_triton` is the fastest way to multiply it with `weight`."""
-    return HAVE_TRITON and x.is_cuda and 0 < len(x) <= MAX_TOKENS and weight.dtype != torch.float32
+    if not HAVE_TRITON or not x.is_cuda or not len(x) or weight.dtype == torch.float32:
+        return False
+    return regime_of(len(x)).kernel is Kernel.GEMV
 
 
 @triton.jit
