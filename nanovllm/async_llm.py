@@ -19,7 +19,7 @@ from nanovllm.config import check_names
 from nanovllm.engine.llm_engine import checked_id, close_at_exit
 from nanovllm.engine.request import Request
 from nanovllm.llm import LLM
-from nanovllm.ops.triton_utils import to_current_gpu
+from nanovllm.ops.triton_utils import current_gpu_initializer
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import is_list, number, shown
@@ -94,7 +94,7 @@ class AsyncLLM:
         check_names(kwargs, "max_concurrent_requests")
         self._most = number("max_concurrent_requests", max_concurrent_requests, int, 1, 1 << 30)
         self._free: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
-        self._thread = ThreadPoolExecutor(1, "nanovllm-engine", to_current_gpu())
+        self._thread = ThreadPoolExecutor(1, "nanovllm-engine", current_gpu_initializer())
         self._preparing_threads = ThreadPoolExecutor(_PREPARING_THREADS, "nanovllm-prepare")
         self._preparing: dict[int | str, _Stream] = {}  # requests with an id that the engine does not have yet
         self._end: BaseException | None = None  # why there is no engine any more

@@ -5,7 +5,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from nanovllm.ops.norm_rope.rope_store import QKTransform, qk_norm_rope_store
+from nanovllm.ops.norm_rope.qk_transform import QKTransform
+from nanovllm.ops.norm_rope.rope_store import qk_norm_rope_store
 from nanovllm.utils.context import Context
 
 

@@ -4,8 +4,15 @@ import torch
 from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend
-from nanovllm.ops.attention.decode_attention import GatherPlan, attend_gathered, gather, plan_gather
-from nanovllm.ops.attention.prefill_attention import RowPlan, attend_row, plan_rows
+from nanovllm.ops.attention.reference import (
+    DecodeGatherPlan,
+    PrefillGatherPlan,
+    attend_gathered,
+    attend_sequence,
+    gather,
+    plan_decode_gather,
+    plan_prefill_gather,
+)
 from nanovllm.utils.context import Context
 
 
@@ -35,15 +42,19 @@ class TorchBackend(AttentionBackend):
         for row in self._plans(q, k_cache, ctx)[1]:
             k, v = self._gather(k_cache, v_cache, row.indices)
             tokens = slice(row.start, row.end)
-            out[tokens] = attend_row(q[tokens], k, v, row.mask, scale)
+            out[tokens] = attend_sequence(q[tokens], k, v, row.mask, scale)
 
-    def _plans(self, q: Tensor, k_cache: Tensor, ctx: Context) -> tuple[GatherPlan | None, list[RowPlan]]:
+    def _plans(
+        self, q: Tensor, k_cache: Tensor, ctx: Context
+    ) -> tuple[DecodeGatherPlan | None, list[PrefillGatherPlan]]:
         """Of the decode rows and of each prefill row."""
         if ctx.meta is None:
             d, layout = ctx.num_decode, (*k_cache.shape[1:3], q.dtype)
             tables, slots, lens, cu_seqlens = ctx.block_tables, ctx.slots, ctx.context_lens, ctx.cu_seqlens_q
-            decode = plan_gather(tables, slots[:d], lens[:d], *layout) if d else None
-            prefill = [] if cu_seqlens is None else plan_rows(tables, slots[d:], cu_seqlens, lens[d:], *layout)
+            decode = plan_decode_gather(tables, slots[:d], lens[:d], *layout) if d else None
+            prefill = (
+                [] if cu_seqlens is None else plan_prefill_gather(tables, slots[d:], cu_seqlens, lens[d:], *layout)
+            )
             ctx.meta = decode, prefill
         return ctx.meta
 

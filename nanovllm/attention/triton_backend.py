@@ -5,10 +5,11 @@ from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.ops.attention.decode_attention import decode_attention_triton
-from nanovllm.ops.attention.decode_plan import default_shares, plan_decode_triton
+from nanovllm.ops.attention.decode_plan import default_split_policy, plan_decode_triton
 from nanovllm.ops.attention.prefill_attention import prefill_attention_triton
-from nanovllm.ops.attention.rope_decode import MAX_ROWS, rope_decode_triton
-from nanovllm.ops.attention.shared_prefix import attend_shared_triton
+from nanovllm.ops.attention.rope_decode import rope_decode_triton
+from nanovllm.ops.attention.shared_prefix import shared_attention_triton
+from nanovllm.ops.linear.dispatch import regime_of
 from nanovllm.ops.triton_utils import HAVE_TRITON, sm_count
 from nanovllm.utils.context import Context
 
@@ -39,13 +40,14 @@ class TritonBackend(AttentionBackend):
         plans = ctx.meta = {}  # by the number of rows
         counts = {ctx.num_decode, 0 if ctx.last_indices is None else len(ctx.slots)}
         for rows in counts - {0}:
-            shares = default_shares(rows, ctx.num_kv_heads, sm_count(ctx.slots.device))
+            shares = default_split_policy(rows, ctx.num_kv_heads, sm_count(ctx.slots.device))
             plans[rows] = plan_decode_triton(ctx.context_lens[:rows], ctx.num_kv_heads, shares)
 
     @staticmethod
     def _fuses(ctx: Context, num_tokens: int) -> bool:
         """Whether one kernel does all: of a step of few decode rows alone."""
-        return ctx.num_decode == num_tokens <= MAX_ROWS and ctx.shared is None
+        only_decode = ctx.num_decode == num_tokens and ctx.shared is None
+        return only_decode and regime_of(num_tokens).one_kernel_attention
 
     def store_and_attend(self, qkv, transform, positions, k_cache, v_cache, scale, ctx, last=None) -> Tensor:
         if not self._fuses(ctx, len(qkv)):
@@ -57,8 +59,8 @@ class TritonBackend(AttentionBackend):
         rows = slice(ctx.num_decode)
         where = (q, k_cache, v_cache, ctx.block_tables, ctx.slots[rows])
         plan = ctx.meta[ctx.num_decode]
-        shared = None if ctx.shared is None else attend_shared_triton(*where, scale, ctx.shared, plan.num_splits)
-        options = {"out": out, "counters": ctx.counters, "plan": plan, "shared": shared}
+        prefix = None if ctx.shared is None else shared_attention_triton(*where, scale, ctx.shared, plan.num_splits)
+        options = {"out": out, "counters": ctx.counters, "plan": plan, "prefix": prefix}
         decode_attention_triton(*where, ctx.context_lens[rows], scale, **options)
 
     def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:

@@ -3,7 +3,7 @@ from torch import nn
 
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.ops.norm_rope.rope_store import QKTransform
+from nanovllm.ops.norm_rope.qk_transform import QKTransform
 from nanovllm.utils.context import get_context
 
 

@@ -1,23 +1,21 @@
-"""The two ends of the model, both split over the vocabulary."""
+"""The embedding and the LM head. Both are split over the vocabulary."""
 
 import torch
 from torch import nn
 
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parameter import PackedLayer, check_shape, make_parameter
-from nanovllm.layers.residual import Residual
+from nanovllm.layers.residual import Normed, Residual
 from nanovllm.ops.inputs.embedding import embedding
 from nanovllm.ops.linear.linear import linear
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Token embedding, each rank holding an equal slice of the vocabulary: ids [T] -> [T, embedding_dim].
+    """Token embedding: ids [T] -> [T, embedding_dim]. Each rank holds an equal slice of the vocabulary.
 
     Args:
-        num_embeddings: size of the vocabulary. Where the ranks do not divide it, the last slices are padded.
+        num_embeddings: size of the vocabulary. The last slices are padded if the ranks do not divide it.
         embedding_dim: size of an embedding.
-        reduce_results: False leaves each rank its summand: the result is a `Residual`.
     """
 
     def __init__(
@@ -25,13 +23,11 @@ class VocabParallelEmbedding(nn.Module):
         num_embeddings: int,
         embedding_dim: int,
         *,
-        reduce_results: bool = True,
         dtype: torch.dtype | None = None,
         tp: TensorParallel | None = None,
     ):
         super().__init__()
         self.tp = tp or TensorParallel.default()
-        self.reduce_results = reduce_results
         self.num_embeddings = num_embeddings
         self.size = -(-num_embeddings // self.tp.size)
         self.start = self.tp.rank * self.size
@@ -43,6 +39,13 @@ class VocabParallelEmbedding(nn.Module):
         param[: len(rows)].copy_(rows)
         param[len(rows) :].zero_()
 
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.residual(input_ids).sum()
+
+    def residual(self, input_ids: torch.Tensor) -> Residual:
+        """Start the residual stream with the embeddings. Its first norm all-reduces them."""
+        return Residual.of(embedding(input_ids, self.weight, self.start), self.tp)
+
     def differs(self, loaded: torch.Tensor) -> torch.Tensor:
         """Whether the weight has other values than `loaded`, as a bool on the weight's device."""
         check_shape(loaded, (self.num_embeddings, *self.weight.shape[1:]))
@@ -51,30 +54,28 @@ class VocabParallelEmbedding(nn.Module):
         pairs = zip(self.weight[: len(rows)].split(4096), rows.split(4096), strict=True)
         return torch.stack([(own != new.to(own)).any() for own, new in pairs]).any()
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor | Residual:
-        x = Residual.of(embedding(input_ids, self.weight, self.start), self.tp)
-        return x.sum() if self.reduce_results else x
-
 
 class ParallelLMHead(VocabParallelEmbedding, PackedLayer):
-    """Hidden states x [L, embedding_dim], or norm(x) -> logits [S, num_embeddings] of this rank's share of the rows.
-
-    A residual stream has a norm.
+    """LM head: hidden states [L, embedding_dim] -> logits [S, num_embeddings] of this rank's share of the L rows.
 
     Args:
-        num_embeddings, embedding_dim: as of the embedding.
+        num_embeddings, embedding_dim: as in VocabParallelEmbedding.
+        bias: must be False; it is here for code written for nano-vLLM.
     """
 
     def __init__(
         self,
         num_embeddings: int,
         embedding_dim: int,
+        bias: bool = False,
         *,
         dtype: torch.dtype | None = None,
         tp: TensorParallel | None = None,
     ):
+        if bias:
+            raise ValueError("bias=True is not supported: ParallelLMHead has no bias")
         super().__init__(num_embeddings, embedding_dim, dtype=dtype, tp=tp)
 
-    def forward(self, x: torch.Tensor | Residual, norm: RMSNorm | None = None) -> torch.Tensor:
-        x, norm = (x, None) if norm is None else norm.split(x)
-        return self.tp.exchange(linear(x, self.operand, norm=norm))[:, : self.num_embeddings]
+    def forward(self, x: torch.Tensor | Normed) -> torch.Tensor:
+        x, norm = x if isinstance(x, Normed) else (x, None)
+        return self.tp.all_to_all(linear(x, self.operand, norm=norm))[:, : self.num_embeddings]

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parameter import PackedLayer, check_shape, divide, make_parameter
-from nanovllm.layers.residual import Residual
-from nanovllm.ops.linear.linear import NORM_ROWS, adds_well, can_sum, likes_bias, linear, linear_add, linear_sum
+from nanovllm.layers.residual import Normed, Residual
+from nanovllm.ops.linear.dispatch import Adder
+from nanovllm.ops.linear.linear import choose_adder, linear, linear_add, linear_all_reduce, wants_zero_bias
 from nanovllm.utils.context import get_context
 
 
@@ -52,9 +52,8 @@ class ColumnParallelLinear(PackedLayer):
                 param[offset : offset + part.size].copy_(loaded[part.start : part.start + part.size])
             offset += part.size
 
-    def forward(self, x: torch.Tensor | Residual, norm: RMSNorm | None = None) -> torch.Tensor:
-        """y for x, or for norm(x); a residual stream has a norm."""
-        x, norm = (x, None) if norm is None else norm.split(x)
+    def forward(self, x: torch.Tensor | Normed) -> torch.Tensor:
+        x, norm = x if isinstance(x, Normed) else (x, None)
         return linear(x, self.operand, self.bias, norm, self.gated, get_context().counters)
 
 
@@ -116,13 +115,10 @@ class QKVParallelLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(PackedLayer):
-    """y = residual + x W^T + b with the columns of W split: [T, this rank's inputs] -> [T, out_features] on every rank.
-
-    The residual, contiguous and the same on every rank, may be overwritten.
+    """y = x W^T + b with the columns of W split: [T, this rank's inputs] -> [T, out_features] on every rank.
 
     Args:
         in_features, out_features: sizes of the whole layer; `in_features` must be divisible by the ranks.
-        reduce_results: False leaves sums that the product does not make to an RMSNorm: the result is a `Residual`.
     """
 
     def __init__(
@@ -131,48 +127,64 @@ class RowParallelLinear(PackedLayer):
         out_features: int,
         bias: bool = False,
         *,
-        reduce_results: bool = True,
         dtype: torch.dtype | None = None,
         tp: TensorParallel | None = None,
     ):
         super().__init__()
         self.tp = tp or TensorParallel.default()
-        self.reduce_results = reduce_results
         self.in_features = in_features
         size = divide("input size of a row-parallel layer", in_features, self.tp)
         self.weight = make_parameter(out_features, size, dtype=dtype, weight_loader=self.weight_loader)
         self.bias = make_parameter(out_features, dtype=dtype) if bias else None
-        self.register_buffer("no_bias", torch.zeros(out_features, dtype=dtype), persistent=False)
+        self.register_buffer("zero_bias", torch.zeros(out_features, dtype=dtype), persistent=False)
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
         rows, size = param.shape
         check_shape(loaded, (rows, self.in_features))
         param.copy_(loaded[:, self.tp.rank * size : (self.tp.rank + 1) * size])
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor | Residual:
-        y = self._add(x, residual)
-        return y.sum() if self.reduce_results else y
+    def forward(self, x: torch.Tensor) -> "PendingGemm":
+        return PendingGemm(self, x)
 
-    def _add(self, x: torch.Tensor, residual: torch.Tensor) -> Residual:
-        tp, weight, counters = self.tp, self.operand, get_context().counters
-        if can_sum(x, weight, residual, tp.peers):
-            return Residual(linear_sum(x, weight, self.bias, residual, tp.peers), None, tp)
-        if tp.ahead is not None and tp.ahead.fits(residual):
-            for rows in tp.ahead.parts(residual):
-                self._multiply(x[rows], residual[rows])
-            return Residual.of(residual, tp)
-        bias = self.bias if tp.rank == 0 else None  # so that the sum over the ranks has it once
-        if len(x) > NORM_ROWS or (tp.size == 1 and adds_well(x, weight)):
-            if tp.rank == 0:
-                return Residual.of(linear_add(x, weight, bias, residual, counters), tp)
-            return Residual.of(linear(x, weight, counters=counters), tp)
-        if bias is None and likes_bias(x, weight):
-            bias = self.no_bias
-        return Residual(residual, linear(x, weight, bias, counters=counters), tp)
 
-    def _multiply(self, x: torch.Tensor, residual: torch.Tensor) -> None:
-        """Overwrite the residual with this rank's summand."""
-        if self.tp.rank == 0:
-            linear_add(x, self.operand, self.bias, residual)
+@dataclass(eq=False)
+class PendingGemm:
+    """The output of a row-parallel layer before its GEMM ran: it runs when it is added to the residual stream.
+
+    Then the GEMM, the all-reduce or the next norm can do the addition.
+    """
+
+    layer: RowParallelLinear
+    x: torch.Tensor
+
+    def __radd__(self, residual: Residual) -> Residual:
+        """Run the GEMM and add it to the residual stream, whose memory may be overwritten."""
+        layer, x, stream = self.layer, self.x, residual.sum()
+        tp, weight, counters = layer.tp, layer.operand, get_context().counters
+        bias = layer.bias if tp.rank == 0 else None  # an all-reduce must add it once
+        adder = choose_adder(x, weight, stream, tp.size, tp.peers)
+        if adder is Adder.ALL_REDUCE_GEMV:
+            return Residual(linear_all_reduce(x, weight, layer.bias, stream, tp.peers), tp)
+        if adder is Adder.NEXT_NORM:
+            if bias is None and wants_zero_bias(x, weight):
+                bias = layer.zero_bias
+            return Residual(linear(x, weight, bias, counters=counters), tp, base=stream, is_partial=True)
+        if adder is Adder.SLICED_GEMM and tp.overlapped is not None:
+            for tokens in tp.overlapped.slices(stream):
+                self._overwrite(x[tokens], stream[tokens])
+            return Residual.of(stream, tp)
+        if tp.rank == 0:
+            return Residual.of(linear_add(x, weight, bias, stream, counters), tp)
+        return Residual.of(linear(x, weight, counters=counters), tp)
+
+    def _overwrite(self, x: torch.Tensor, stream: torch.Tensor) -> None:
+        """Overwrite some tokens' residual stream with this rank's summand."""
+        if self.layer.tp.rank == 0:
+            linear_add(x, self.layer.operand, self.layer.bias, stream)
         else:
-            torch.mm(x, self.operand.t(), out=residual)
+            torch.mm(x, self.layer.operand.t(), out=stream)
+
+    def all_reduce(self) -> torch.Tensor:
+        """Run the GEMM by itself. Return [T, out_features], the same on every rank."""
+        layer = self.layer
+        return layer.tp.all_reduce(linear(self.x, layer.operand, layer.bias if layer.tp.rank == 0 else None))

@@ -1,43 +1,62 @@
-"""The residual stream, which every layer reads through a norm and adds to."""
+"""The residual stream and its norm as lazy values, so that whichever kernel is fastest can add, all-reduce and norm."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 
+Norm = tuple[torch.Tensor, float]  # weight and epsilon of an RMSNorm
+
+
+class Normed(NamedTuple):
+    """The RMSNorm of a residual stream: the linear layer that reads it may fuse the norm.
+
+    Attributes:
+        x: [T, hidden_size].
+        norm: still to be applied to x; None if x is normed already.
+    """
+
+    x: torch.Tensor
+    norm: Norm | None
+
 
 @dataclass(eq=False)
 class Residual:
-    """Tokens' residual stream: x + the sum over the ranks of delta.
-
-    A product may leave its result as `delta`, for the next norm to add on the way: that makes the sum over ranks
-    anyway, and cuBLAS has faster kernels for products that have nothing to add.
+    """The residual stream of T tokens: x, or base + all_reduce(x) while it is partial. The next norm completes it.
 
     Attributes:
-        x: [T, hidden_size], the same on every rank; None if `delta` is all there is.
-        delta: [T, hidden_size], this rank's summand; None if `x` is all there is.
+        x: [T, hidden_size].
         tp: the ranks.
+        base: [T, hidden_size], the same on every rank; or None.
+        is_partial: whether x is only this rank's summand.
     """
 
-    x: torch.Tensor | None
-    delta: torch.Tensor | None
+    x: torch.Tensor
     tp: TensorParallel
+    base: torch.Tensor | None = None
+    is_partial: bool = False
 
     @classmethod
     def of(cls, summand: torch.Tensor, tp: TensorParallel) -> "Residual":
-        """The sum over the ranks of their `summand` [T, hidden_size]."""
-        return cls(summand, None, tp) if tp.size == 1 else cls(None, summand, tp)
+        """Start a residual stream with the all-reduce of `summand` [T, hidden_size]."""
+        return cls(summand, tp, is_partial=tp.size > 1)
 
-    def __getitem__(self, rows: torch.Tensor) -> "Residual":
-        """Some of the rows [R] int64, copied."""
-        return Residual(*(None if part is None else part[rows] for part in (self.x, self.delta)), self.tp)
+    def __getitem__(self, tokens: torch.Tensor) -> "Residual":
+        """Return a copy of the tokens at these indices [L] int64."""
+        base = None if self.base is None else self.base[tokens]
+        return Residual(self.x[tokens], self.tp, base, self.is_partial)
 
-    def sum(self, norm: tuple[torch.Tensor, float] | None = None) -> torch.Tensor:
-        """Add up what there is, which is `x` from then on, and return it; or its RMSNorm of this weight and epsilon."""
-        if self.delta is None:
+    def sum(self, norm: Norm | None = None) -> torch.Tensor:
+        """Complete x, and return it or its RMSNorm."""
+        if not self.is_partial:
             return self.x if norm is None else rms_norm(self.x, *norm)
-        result = self.tp.all_reduce(self.delta, norm, self.x)
-        self.x, self.delta = self.delta, None
+        result = self.tp.all_reduce(self.x, norm, self.base)
+        self.base, self.is_partial = None, False
         return result
+
+    def normed(self, norm: Norm) -> Normed:
+        """Return the RMSNorm of the stream: computed here if an all-reduce is due anyway, else left to the reader."""
+        return Normed(self.sum(norm), None) if self.is_partial else Normed(self.x, norm)

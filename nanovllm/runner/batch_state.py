@@ -10,17 +10,17 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.messages import Admission, Batch
-from nanovllm.ops.inputs.step_inputs import StepRows
-from nanovllm.ops.sampling.sampling import (
-    BIAS,
-    COUNTS,
-    MASK,
+from nanovllm.ops.inputs.step_rows import StepRows
+from nanovllm.ops.sampling.state import (
+    HAS_BIAS,
+    HAS_MASK,
+    HAS_PENALTIES,
     MAX_COUNT,
-    PROCESSED,
-    ROW,
-    STRIDE,
+    PARAMS_DTYPE,
+    PARAMS_STRIDE,
+    PROCESSED_LOGPROBS,
     SamplingState,
-    default_rows,
+    default_params,
 )
 
 
@@ -76,11 +76,13 @@ class BatchState:
         self.last_token = torch.zeros(rows, dtype=torch.int64, device=device)
         self.length = torch.zeros(rows, dtype=torch.int32, device=device)
         self.block_tables = torch.full((rows, max_blocks), scratch_block, dtype=torch.int32, device=device)
-        self.sampling = SamplingState(default_rows(rows), vocab_size, device)
+        self.sampling = SamplingState(default_params(rows), vocab_size, device)
         # The host's copy of the block tables, where an entry that a running sequence does not own is the scratch block.
         self.host_tables = np.full((rows, max_blocks), scratch_block, dtype=np.int32)
         self.num_admissions = 0
-        num_bytes = 8 * max_tokens + (ROW.itemsize + vocab_size // 8 + 64) * rows + 32 * max_tokens // self.block_size
+        num_bytes = (
+            8 * max_tokens + (PARAMS_DTYPE.itemsize + vocab_size // 8 + 64) * rows + 32 * max_tokens // self.block_size
+        )
         self.staging = Staging(num_bytes, device)
 
     def apply(self, batch: Batch) -> None:
@@ -100,7 +102,7 @@ class BatchState:
             self.sampling.masks.index_copy_(0, slots, masks)
 
     def _admit(self, admissions: list[Admission]) -> None:
-        rows = default_rows(len(admissions))
+        rows = default_params(len(admissions))
         for row, a in zip(rows, admissions, strict=True):
             params = a.params
             for name in ("temperature", "top_k", "top_p", "min_p"):
@@ -108,20 +110,22 @@ class BatchState:
             row["seed"], row["min_length"] = a.seed, a.min_length
             if params.min_tokens:
                 row["stop_ids"][: len(a.end_ids)] = a.end_ids
-            row["extras"] = MASK * a.is_filtered | PROCESSED * (params.logprobs_mode == "processed_logprobs")
+            row["flags"] = HAS_MASK * a.is_filtered | PROCESSED_LOGPROBS * (
+                params.logprobs_mode == "processed_logprobs"
+            )
             if params.logit_bias:
-                row["extras"] |= BIAS
+                row["flags"] |= HAS_BIAS
                 row["num_bias"] = len(params.logit_bias)
                 self._set_bias(a.slot, params.logit_bias)
             if params.penalises:
-                row["extras"] |= COUNTS
+                row["flags"] |= HAS_PENALTIES
                 for name in ("repetition", "presence", "frequency"):
                     row[name] = getattr(params, f"{name}_penalty")
                 self._set_counts(a)
         slots = np.array([a.slot for a in admissions])
         self.host_tables[slots] = self.scratch_block
         self.num_admissions += len(admissions)
-        values = self.staging.to_device(rows.view(np.int32).reshape(-1, STRIDE))
+        values = self.staging.to_device(rows.view(np.int32).reshape(-1, PARAMS_STRIDE))
         self.sampling.table.index_copy_(0, self.staging.to_device(slots), values)
 
     def _set_bias(self, slot: int, logit_bias: dict[int, float]) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from nanovllm.messages import Batch
-from nanovllm.ops.attention.shared_prefix import MIN_ROWS, SharedPlan, plan_shared
-from nanovllm.ops.inputs.step_inputs import StepRows
+from nanovllm.ops.attention.shared_prefix import MIN_SEQUENCES, SharedPrefixPlan, plan_shared_prefixes
+from nanovllm.ops.inputs.step_rows import StepRows
+from nanovllm.ops.linear.dispatch import capture_sizes
 from nanovllm.ops.triton_utils import sm_count
 
 if TYPE_CHECKING:
@@ -28,12 +29,6 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
 def shared_sizes(max_num_seqs: int) -> list[int]:
     """Batch sizes of decode steps with shared prefixes that get a graph: powers of two, and the maximum itself."""
     return sorted({*(size for size in (16, 32, 64, 128, 256, 512, 1024) if size < max_num_seqs), max_num_seqs})
-
-
-def mixed_sizes(max_num_batched_tokens: int) -> list[int]:
-    """Token counts of steps with prompt tokens that get a graph. Larger steps take the GPU longer than the host."""
-    sizes = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-    return [size for size in sizes if size <= max_num_batched_tokens]
 
 
 @lru_cache
@@ -97,7 +92,7 @@ class StepGraphs:
         self.current: list[int] = []  # what `slots` holds
         self.shares = False  # whether these rows share prefixes, told by `plan`
         self.num_admissions = 0  # when that was found out
-        self.plan = torch.zeros(SharedPlan.size(max_num_seqs), dtype=torch.int32, device=runner.device)
+        self.plan = torch.zeros(SharedPrefixPlan.size(max_num_seqs), dtype=torch.int32, device=runner.device)
         layer = runner.attention_layers[0]
         self.heads = layer.num_heads // layer.num_kv_heads, layer.num_kv_heads
         self.decode: dict[int, tuple[torch.cuda.CUDAGraph, StepTensors]] = {}
@@ -109,9 +104,9 @@ class StepGraphs:
         max_num_seqs = len(self.slots)
         with _undisturbed():
             if runner.backend.capturable_prefill:
-                for size in reversed(mixed_sizes(runner.config.max_num_batched_tokens)):
+                for size in reversed(capture_sizes(runner.config.max_num_batched_tokens)):
                     self._capture_mixed(runner, size, min(size, max_num_seqs) + 1)
-            if runner.backend.shares_prefixes and runner.config.enable_prefix_caching and max_num_seqs >= MIN_ROWS:
+            if runner.backend.shares_prefixes and runner.config.enable_prefix_caching and max_num_seqs >= MIN_SEQUENCES:
                 for size in reversed(shared_sizes(max_num_seqs)):
                     self._capture_shared(runner, size)
             for size in reversed(decode_sizes(max_num_seqs)):  # the largest first: the others fit in its memory
@@ -131,8 +126,8 @@ class StepGraphs:
         self.mixed[num_tokens] = graph, result, num_rows, packed
 
     def _capture_shared(self, runner: "ModelRunner", size: int) -> None:
-        slots, plan = self.slots[:size], SharedPlan.split(self.plan, len(self.slots))
-        plan = SharedPlan(plan.rows[:size], plan.groups[: max(1, size // MIN_ROWS)])
+        slots, plan = self.slots[:size], SharedPrefixPlan.split(self.plan, len(self.slots))
+        plan = SharedPrefixPlan(plan.sequences[:size], plan.groups[: max(1, size // MIN_SEQUENCES)])
         self.shared[size] = self._capture(lambda: runner.step(slots, size, shared=plan))
 
     def _capture(self, run: Callable[[], "StepTensors"]) -> tuple[torch.cuda.CUDAGraph, "StepTensors"]:
@@ -192,10 +187,12 @@ class StepGraphs:
         padded[: len(slots)] = slots
         self.slots.copy_(to_device(padded))
         self.current, self.num_admissions, self.shares = slots, state.num_admissions, False
-        if self.shared and len(slots) >= MIN_ROWS:
+        if self.shared and len(slots) >= MIN_SEQUENCES:
             tables = state.host_tables[slots]
             sms = sm_count(self.slots.device)
-            plan = plan_shared(tables, state.scratch_block, state.block_size, *self.heads, sms, len(self.slots))
+            plan = plan_shared_prefixes(
+                tables, state.scratch_block, state.block_size, *self.heads, sms, len(self.slots)
+            )
             if plan is not None:
                 self.shares = True
                 self.plan.copy_(to_device(plan))

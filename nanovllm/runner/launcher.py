@@ -31,7 +31,7 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.messages import Batch, StepOutput
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import checked_weights
-from nanovllm.ops.triton_utils import warm_up
+from nanovllm.ops.triton_utils import preload_triton
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.pipe_group import PipeGroup
 from nanovllm.utils.hub import ModelSource
@@ -90,7 +90,7 @@ def rank_device(device_type: str, local_rank: int | None) -> torch.device:
     """The device of a rank, or of the only one (None): on CUDA the current one, which that of a rank becomes."""
     if device_type == "cpu":
         return torch.device("cpu")
-    warm_up()
+    preload_triton()
     if local_rank is None:
         return torch.device("cuda", torch.cuda.current_device())
     if local_rank >= (count := torch.cuda.device_count()):
@@ -264,7 +264,7 @@ class SpawnedRanks(Executor):
                 self.tp = tp
                 joined.set_result(tp)
                 if self.closing.is_set():
-                    tp.end(lambda: None)
+                    tp.abort(lambda: None)
                     tp.close()
             except BaseException as error:
                 if not joined.done():
@@ -400,7 +400,7 @@ class SpawnedRanks(Executor):
         """End this rank's waits for the others. The monitor may call this while a step waits."""
         tp, runner = self.tp, self.runner
         if tp is not None:
-            tp.end(runner.free_graphs if runner is not None else lambda: None)
+            tp.abort(runner.free_graphs if runner is not None else lambda: None)
 
     def close(self) -> None:
         """End the children and remove what was made for them, whatever fails meanwhile. May be called again."""

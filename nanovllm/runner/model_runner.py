@@ -18,12 +18,14 @@ from nanovllm.layers.residual import Residual
 from nanovllm.messages import NO_TOKENS, Batch, Row, StepOutput
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import dummy_weights, load_weights
-from nanovllm.ops.attention.shared_prefix import SharedPlan
-from nanovllm.ops.inputs.step_inputs import StepRows, step_inputs
+from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
+from nanovllm.ops.inputs.step_inputs import step_inputs
+from nanovllm.ops.inputs.step_rows import StepRows
+from nanovllm.ops.linear.dispatch import compile_sizes
 from nanovllm.ops.linear.gemm import MAX_TILES
-from nanovllm.ops.sampling.logprobs import process, top_logprobs
-from nanovllm.ops.sampling.sampling import advance, sample
-from nanovllm.ops.triton_utils import compile_aside, compile_only
+from nanovllm.ops.sampling.logprobs import process_logits, top_logprobs
+from nanovllm.ops.sampling.sampling import advance_slots, sample
+from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launch
 from nanovllm.outputs import TokenLogprobs
 from nanovllm.runner.batch_state import BatchState, host_buffer
 from nanovllm.runner.cuda_graphs import StepGraphs
@@ -149,17 +151,15 @@ class ModelRunner:
         self._allocate(self.max_blocks)
         state, most = self.state, self.config.max_num_seqs
         slots = torch.full((most,), state.scratch_slot, dtype=torch.int32, device=self.device)
-        with compile_aside():
-            with compile_only(), self.model.few_layers():
+        with compile_in_parallel():
+            with compile_without_launch(), self.model.few_layers():
                 self._eager(self._largest_batch())
                 # However decode attention is built, a power of two of rows, or the most, is among what it is for.
                 for size in sorted({min(1 << i, most) for i in range(most.bit_length() + 1)}):
-                    plan = torch.zeros(SharedPlan.size(size), dtype=torch.int32, device=self.device)
-                    for shared in (None, SharedPlan.split(plan, size)):
+                    plan = torch.zeros(SharedPrefixPlan.size(size), dtype=torch.int32, device=self.device)
+                    for shared in (None, SharedPrefixPlan.split(plan, size)):
                         self.step(slots[:size], size, shared=shared)
-                # Of few rows, products have a kernel for each power of two; of up to 512, norms one that adds.
-                counts = 1, 2, 4, 16, 32, 64, 256, 2048
-                for num_tokens in {min(count, self.config.max_num_batched_tokens) for count in counts}:
+                for num_tokens in compile_sizes(self.config.max_num_batched_tokens):
                     sizes = min(num_tokens, most) + 1, num_tokens
                     rows = StepRows.split(torch.from_numpy(state.pack(Batch(), *sizes)).to(self.device), *sizes)
                     self.step(rows, 0, num_tokens, self.max_model_len)
@@ -258,7 +258,7 @@ class ModelRunner:
         num_decode: int,
         max_seqlen_q: int = 0,
         max_context_len: int = 0,
-        shared: SharedPlan | None = None,
+        shared: SharedPrefixPlan | None = None,
         keep_hidden: bool = False,
     ) -> StepTensors:
         """One step, on the device from inputs to drawn tokens, and therefore capturable.
@@ -308,7 +308,7 @@ class ModelRunner:
         tokens = torch.zeros(len(slots), dtype=torch.int64, device=self.device)
         tokens[own] = sample(logits, slots[own], context_lens[own], state.sampling)
         self.tp.merge(tokens)
-        advance(tokens, slots, context_lens, *last)
+        advance_slots(tokens, slots, context_lens, *last)
         return tokens
 
     def _logprobs(self, batch: Batch, result: StepTensors) -> tuple[torch.Tensor, ...]:
@@ -322,7 +322,7 @@ class ModelRunner:
             logits = result.logits[rows]
             if batch.processed_logprobs:
                 slots = to_device(np.array(batch.slots)[chosen])
-                logits = process(logits, slots, self.state.length[slots], self.state.sampling)
+                logits = process_logits(logits, slots, self.state.length[slots], self.state.sampling)
             parts.append(top_logprobs(logits, tokens[rows], batch.num_logprobs))
         return self._merge(map(torch.cat, zip(*parts, strict=True)), own, len(wanted))
 
@@ -423,6 +423,6 @@ class ModelRunner:
                 with self.tp.capturing:
                     graphs.capture(self)
             except BaseException:
-                self.tp.end(graphs.free)  # another rank may be lost, and what was launched wait for it
+                self.tp.abort(graphs.free)  # another rank may be lost, and what was launched wait for it
                 raise
             self.graphs = graphs

@@ -89,7 +89,7 @@ def main(channel_fd: int, pipe_fd: int, store_fd: int, parent: int) -> None:
         tp = TensorParallel(rank, size, group).with_peers(device, largest_sum(config, source))
         runner = ModelRunner(config, source, tp, device)
         serve(runner, channel)
-        tp.end(runner.free_graphs)
+        tp.abort(runner.free_graphs)
     except BaseException:
         try:
             channel.send(traceback.format_exc())

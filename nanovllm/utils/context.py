@@ -14,7 +14,7 @@ import torch
 
 if TYPE_CHECKING:
     from nanovllm.attention.base import AttentionBackend
-    from nanovllm.ops.attention.shared_prefix import SharedPlan
+    from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Context:
     cu_seqlens_q: torch.Tensor | None = None  # [P + 1] int32, where prefill rows begin among the T tokens; the end
     max_seqlen_q: int = 0  # longest prefill row of this step
     max_context_len: int = 0  # longest prefill row's context
-    shared: "SharedPlan | None" = None  # what decode rows have in common (see kernels/shared_prefix.py)
+    shared: "SharedPrefixPlan | None" = None  # what decode rows have in common (see kernels/shared_prefix.py)
     last_indices: torch.Tensor | None = None  # [L] int64, tokens whose hidden states are wanted; None: all of them
     counters: torch.Tensor | None = None  # int32, of finished parts of one kernel's work; zeros between kernels
     meta: Any = None  # the backend's own, filled by `prepare`

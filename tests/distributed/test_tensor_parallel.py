@@ -458,13 +458,13 @@ def test_a_group_that_fails_or_comes_too_late_is_ended(model, monkeypatch):
             raise KeyboardInterrupt
 
     ended, threads, joining, closed = [], [], threading.Event(), threading.Event()
-    monkeypatch.setattr(TensorParallel, "end", note("end"))
+    monkeypatch.setattr(TensorParallel, "abort", note("abort"))
     monkeypatch.setattr(TensorParallel, "close", note("close"))
     monkeypatch.setattr(TensorParallel, "with_peers", with_peers)
     late = False
     with pytest.raises(RuntimeError, match="no room for peers"):
         LLM(model, tensor_parallel_size=2, **OPTIONS)
-    assert ended == [("end", 0), ("close", 0)]
+    assert ended == [("abort", 0), ("close", 0)]
     late = True
     ended.clear()
     closed.clear()
@@ -473,7 +473,7 @@ def test_a_group_that_fails_or_comes_too_late_is_ended(model, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         LLM(model, tensor_parallel_size=2, **OPTIONS)
     threads[0].join(SOON)
-    assert ended == [("close", 0), ("end", 0), ("close", 0)]  # what was there, then what came late
+    assert ended == [("close", 0), ("abort", 0), ("close", 0)]  # what was there, then what came late
 
 
 def test_a_worker_s_error_reaches_the_caller_with_its_traceback(model, monkeypatch):

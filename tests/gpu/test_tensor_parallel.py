@@ -18,8 +18,9 @@ import torch.multiprocessing
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.ops.linear.linear import can_sum, linear_sum
-from nanovllm.ops.norm_rope.rms_norm import rms_norm_torch
+from nanovllm.ops.linear.dispatch import Adder
+from nanovllm.ops.linear.linear import choose_adder, linear_all_reduce
+from nanovllm.ops.norm_rope.reference import rms_norm_torch
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.launcher import SpawnedRanks, make_group, rank_device
 from tests.distributed.test_tensor_parallel import SCRIPT, gone
@@ -56,9 +57,9 @@ def products_beside_nccl(tp, device):
         want += bias.float() + residual.float()
         residuals = residual.repeat(30, 1, 1)
         torch.cuda.synchronize()
-        fits = can_sum(x, weight, residual, tp.peers)
+        fits = choose_adder(x, weight, residual, 2, tp.peers) is Adder.ALL_REDUCE_GEMV
         for j, out in enumerate(residuals):
-            linear_sum(x, weight, bias, out, tp.peers)
+            linear_all_reduce(x, weight, bias, out, tp.peers)
             if j % 7 == i % 7:
                 fits = fits and tp.all_reduce(torch.full((3, 700), tp.rank + 1.0, device=device)).eq(3).all()
         theirs = [torch.empty_like(residuals) for _ in range(2)]
@@ -87,9 +88,9 @@ def sum_beside_nccl(rank, folder):
         want = x.to(torch.float32, copy=True)
         tp.group.allreduce([want]).wait()
         norm, residual = (weights[dtype][: 2 * size], 1e-6) if i % 2 else None, None
-        if tp.ahead.fits(x):
+        if tp.overlapped.fits(x):
             own, x = x, torch.empty_like(x)
-            for part in tp.ahead.parts(x):
+            for part in tp.overlapped.slices(x):
                 x[part] = own[part]
         elif i % 4 < 2:
             residual = torch.randn(x.shape, generator=torch.Generator(device).manual_seed(i), device=device).to(dtype)
@@ -106,13 +107,13 @@ def sum_beside_nccl(rank, folder):
         x, share = torch.randn(rows, columns, generator=seed, device=device).bfloat16(), tp.rows(rows)
         tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         tokens[share] = torch.arange(rows, device=device)[share] + 100_000
-        if not (tp.peers.exchanges(x) and torch.equal(tp.exchange(x), through_nccl.exchange(x))):
+        if not (tp.peers.fits_all_to_all(x) and torch.equal(tp.all_to_all(x), through_nccl.all_to_all(x))):
             wrong.append(("exchange", rows, columns))
         if not torch.equal(tp.merge(tokens), torch.arange(rows, device=device) + 100_000):
             wrong.append(("merge", rows))
     wrong += products_beside_nccl(tp, device)
-    (folder / str(rank)).write_text(f"{tp.peers is not None} {tp.ahead.number > 0} {wrong}")
-    tp.end(lambda: None)
+    (folder / str(rank)).write_text(f"{tp.peers is not None} {tp.overlapped.number > 0} {wrong}")
+    tp.abort(lambda: None)
     tp.close()
 
 
@@ -264,7 +265,7 @@ def test_a_rank_lost_in_a_long_prompt_is_a_clear_error_in_seconds(what, message)
     prompts, hog = prompts_of([4000] * 16, 10_000), None
     with LLM("qwen3-8b", tensor_parallel_size=2, **options) as llm:
         (process,) = llm.executor.processes
-        assert llm.executor.tp.ahead is not None
+        assert llm.executor.tp.overlapped is not None
         if what == "killed":
             threading.Timer(0.4, process.kill).start()
         else:

@@ -11,8 +11,11 @@ from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.parameter import make_parameter
+from nanovllm.layers.residual import Residual
 from nanovllm.layers.rotary_embedding import rope_table
+from nanovllm.ops.linear.dispatch import Adder
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
+from tests.kernels.ranks import run_ranks
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class FakeRank(TensorParallel):
             x += residual
         return x if norm is None else rms_norm(x, *norm)
 
-    def exchange(self, x):
+    def all_to_all(self, x):
         parts = self._all(x)
         return torch.cat(parts, -1)[self.rows(len(x))] if parts else x[:0]
 
@@ -39,6 +42,11 @@ class FakeRank(TensorParallel):
 def ranks(size):
     sent = {}
     return [FakeRank(rank, size, sent=sent) for rank in reversed(range(size))]
+
+
+def computed(normed):
+    """The tensor that a lazy norm stands for."""
+    return normed.x if normed.norm is None else rms_norm(normed.x, *normed.norm)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -59,47 +67,46 @@ def test_vocab_parallel_embedding_and_head(size):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_what_ranks_leave_unsummed_the_norm_sums(size):
+def test_the_first_norm_all_reduces_the_embeddings(size):
     vocab, dim = 13, 6
     full, ids = torch.randn(vocab, dim), torch.tensor([0, 3, 4, 7, 8, 12])
     for tp in ranks(size):
-        embedding = VocabParallelEmbedding(vocab, dim, reduce_results=False, tp=tp)
+        embedding = VocabParallelEmbedding(vocab, dim, tp=tp)
         embedding.weight.weight_loader(embedding.weight, full)
         norm = RMSNorm(dim, 1e-6)
         norm.weight.copy_(torch.arange(dim))
-        residual = embedding(ids)
-        some, normed = residual[torch.tensor([5, 0])], norm(residual)
+        residual = embedding.residual(ids)
+        assert residual.is_partial == (size > 1)
+        some, normed = residual[torch.tensor([5, 0])], computed(norm(residual))
     want = rms_norm(full[ids], torch.arange(dim), 1e-6)
     torch.testing.assert_close(normed, want)
     torch.testing.assert_close(residual.x, full[ids])
-    torch.testing.assert_close(norm(residual), want)  # it is summed up once
+    torch.testing.assert_close(computed(norm(residual)), want)  # the all-reduce happens once
     if size == 1:
-        torch.testing.assert_close(norm(some), want[[5, 0]])
+        torch.testing.assert_close(computed(norm(some)), want[[5, 0]])
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize(
-    ("rows", "adds", "pads"), [(5, True, False), (5, False, False), (5, False, True), (513, False, True)]
-)
+@pytest.mark.parametrize("adder", [Adder.GEMM, Adder.NEXT_NORM])
+@pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_whoever_adds_a_product_to_the_residual_stream(monkeypatch, size, rows, adds, pads, bias):
-    """The product or the norm after it; with or without a bias of zeros."""
-    monkeypatch.setattr("nanovllm.layers.linear.adds_well", lambda x, weight: adds)
-    monkeypatch.setattr("nanovllm.layers.linear.likes_bias", lambda x, weight: pads)
+def test_a_pending_gemm_is_added_to_the_residual_stream_whoever_adds(monkeypatch, size, adder, zeros, bias):
+    """The GEMM or the norm after it adds; a GEMM without bias may get a bias of zeros."""
+    monkeypatch.setattr("nanovllm.layers.linear.choose_adder", lambda *args: adder)
+    monkeypatch.setattr("nanovllm.layers.linear.wants_zero_bias", lambda *args: zeros)
     torch.manual_seed(0)
-    x, before, weight, offset = torch.randn(rows, 8), torch.randn(rows, 6), torch.randn(6, 8), torch.randn(6)
+    x, before, weight, offset = torch.randn(5, 8), torch.randn(5, 6), torch.randn(6, 8), torch.randn(6)
     norm = RMSNorm(6, 1e-6)
     norm.weight.copy_(torch.arange(6))
     for tp in ranks(size):
-        row = RowParallelLinear(8, 6, bias, reduce_results=False, tp=tp)
+        row = RowParallelLinear(8, 6, bias, tp=tp)
         row.weight.weight_loader(row.weight, weight)
         if bias:
             row.bias.weight_loader(row.bias, offset)
         share = slice(8 // size * tp.rank, 8 // size * (tp.rank + 1))
-        residual = row(x[:, share], before.clone())
-        left = residual.delta is not None and residual.x is not None
-        assert left == (rows <= 512 and not (adds and size == 1))
-        normed = norm(residual)
+        residual = Residual(before.clone(), tp) + row(x[:, share])
+        assert (residual.base is not None) == (adder is Adder.NEXT_NORM)
+        normed = computed(norm(residual))
     want = F.linear(x, weight, offset if bias else None) + before
     torch.testing.assert_close(residual.sum(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(normed, rms_norm(want, torch.arange(6), 1e-6), rtol=1e-4, atol=1e-4)
@@ -123,10 +130,12 @@ def test_mlp_shards(size, bias):
             merged.bias.weight_loader(merged.bias, gate_bias, 0)
             merged.bias.weight_loader(merged.bias, up_bias, 1)
             row.bias.weight_loader(row.bias, down_bias)
-        out = row(merged(x), residual.clone())
+        gated = merged(x)
+        whole, added = row(gated).all_reduce(), (Residual(residual.clone(), tp) + row(gated)).sum()
     biases = (gate_bias, up_bias, down_bias) if bias else (None, None, None)
-    expected = residual + F.linear(F.silu(F.linear(x, gate, biases[0])) * F.linear(x, up, biases[1]), down, biases[2])
-    torch.testing.assert_close(out, expected)
+    expected = F.linear(F.silu(F.linear(x, gate, biases[0])) * F.linear(x, up, biases[1]), down, biases[2])
+    torch.testing.assert_close(whole, expected)
+    torch.testing.assert_close(added, residual + expected)
 
 
 @pytest.mark.parametrize(("size", "kv_heads"), [(1, 2), (2, 2), (4, 2), (4, 1), (2, 4), (8, 2)])
@@ -147,6 +156,32 @@ def test_qkv_shards_and_replicates_kv_heads(size, kv_heads):
         group = layer.num_heads // layer.num_kv_heads
         got.append(torch.cat([q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)], -1))
     torch.testing.assert_close(torch.cat(got, 1), expected)
+
+
+def run_standalone(rank, folder):
+    """Use the layers as nano-vLLM's users do: positional sizes, the process's default group, plain tensors."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    full, ids, x = torch.arange(78.0).view(13, 6), torch.tensor([12, 0, 7]), torch.arange(18.0).view(3, 6)
+    embedding, head, row = VocabParallelEmbedding(13, 6), ParallelLMHead(13, 6), RowParallelLinear(6, 13)
+    for layer in (embedding, head, row):
+        param = layer.weight
+        assert isinstance(param, torch.nn.Parameter)
+        param.weight_loader(param, full)
+    assert torch.equal(embedding(ids), full[ids])
+    torch.testing.assert_close(head(x), (x @ full.T)[:2] if rank == 0 else (x @ full.T)[2:])
+    shard = x[:, 3 * rank : 3 * (rank + 1)].contiguous()
+    torch.testing.assert_close(row(shard).all_reduce(), x @ full.T)
+    torch.distributed.destroy_process_group()
+
+
+def test_layers_work_by_themselves_in_a_group_of_two(tmp_path):
+    run_ranks(run_standalone, (str(tmp_path),), 2)
+
+
+def test_a_head_with_a_bias_is_refused():
+    with pytest.raises(ValueError, match="bias=True is not supported"):
+        ParallelLMHead(13, 6, bias=True)
+    assert ParallelLMHead(13, 6, False).weight.shape == (13, 6)
 
 
 def test_what_ranks_cannot_share_is_refused():

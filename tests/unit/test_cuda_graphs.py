@@ -16,8 +16,8 @@ from nanovllm.distributed import parallel
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers import linear as layers
 from nanovllm.messages import Batch
-from nanovllm.ops.linear.gemm import MAX_ROWS, MAX_TILES, default_gemm_config
-from nanovllm.ops.linear.linear import NORM_ROWS
+from nanovllm.ops.linear.dispatch import Adder, Kernel, regime_of
+from nanovllm.ops.linear.gemm import MAX_TILES, default_gemm_config
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from nanovllm.runner import model_runner
 from nanovllm.runner.cuda_graphs import StepGraphs
@@ -33,9 +33,9 @@ def test_a_rank_lost_in_a_capture_ends_collectives_after_it(monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", Group, raising=False)
     tp, told = replace(TensorParallel(0, 2, Group()), peers=MagicMock()), Event()
-    tp.peers.end.side_effect = told.set
+    tp.peers.stop.side_effect = told.set
     with tp.capturing:
-        monitor = Thread(target=tp.end, args=[MagicMock()])
+        monitor = Thread(target=tp.abort, args=[MagicMock()])
         monitor.start()
         assert told.wait(60)  # the capture may be waiting for a sum
         monitor.join(0.5)
@@ -66,8 +66,8 @@ def test_sums_and_collectives_are_told_to_end_before_graphs_are_freed_and_end_af
     monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", Group, raising=False)
     monkeypatch.setattr(parallel, "threading", SimpleNamespace(Thread=BusyThread))
     peers = MagicMock()
-    peers.end.side_effect = lambda: told.append("sums")
-    replace(TensorParallel(0, 2, Group()), peers=peers).end(free_graphs)
+    peers.stop.side_effect = lambda: told.append("sums")
+    replace(TensorParallel(0, 2, Group()), peers=peers).abort(free_graphs)
     assert told == ["sums", "collectives", "graphs"]
 
 
@@ -118,9 +118,9 @@ def test_no_kernel_of_a_product_is_left_to_be_compiled_in_a_capture(tmp_path, mo
     options = dict(max_num_seqs=max_num_seqs, max_model_len=64, max_num_batched_tokens=2048)  # of at least 32 prompts
     with LLM(save_tiny(tmp_path, "qwen3"), device="cpu", **options):
         compiled = {default_gemm_config(count, 64, 64, False) for count in counts}
-    wanted = {default_gemm_config(count, 64, 64, False) for count in range(5, MAX_ROWS + 1)}
-    assert wanted <= compiled and {1, 2, 4} <= counts
-    assert any(MAX_ROWS < count <= NORM_ROWS for count in counts)
+    small = [count for count in range(1, 512) if regime_of(count).kernel is Kernel.GEMM]
+    assert {default_gemm_config(count, 64, 64, False) for count in small} <= compiled and {1, 2, 4} <= counts
+    assert any(regime_of(count).adder is Adder.NEXT_NORM for count in counts)
 
 
 def test_steps_run_on_the_engine_s_gpu_whatever_the_thread_s_is(monkeypatch):

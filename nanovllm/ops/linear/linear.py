@@ -1,17 +1,15 @@
-"""Products with a weight: with what comes before and after, and in the way that is fastest where they run."""
+"""Linear layers with what comes before and after them, by the kernels that dispatch.py says."""
 
 import torch
 import torch.nn.functional as F
 
-from nanovllm.ops.comm.collectives import PeerMemory
-from nanovllm.ops.linear.gemm import MAX_ROWS as MAX_GEMM_ROWS
+from nanovllm.ops.comm.peer_memory import PeerMemory
+from nanovllm.ops.linear.dispatch import ZERO_BIAS_COLUMNS, Adder, Kernel, regime_of
 from nanovllm.ops.linear.gemm import gemm_triton, is_gemm
 from nanovllm.ops.linear.gemv import gemv_triton, is_gemv
 from nanovllm.ops.linear.silu_mul import silu_mul
 from nanovllm.ops.linear.swiglu import is_swiglu, swiglu_triton
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
-
-NORM_ROWS = 512  # of a product that a norm adds to the residual stream: more might leave the L2 cache meanwhile
 
 
 def can_pack(weight: torch.Tensor) -> bool:
@@ -81,39 +79,37 @@ def linear_add(
     return torch.addmm(residual, x, weight.t(), out=residual)
 
 
-def adds_well(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether of up to NORM_ROWS rows `linear_add` is the way to add a product to the residual stream.
+def choose_adder(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, ranks: int, peers: PeerMemory | None
+) -> Adder:
+    """Choose what adds x W^T to the residual stream [T, N]: what the table says, if the operands allow it."""
+    regime = regime_of(len(x))
+    if ranks == 1:
+        if not x.is_cuda:
+            return Adder.GEMM
+        fits = regime.kernel is Kernel.LIBRARY or is_gemv(x, weight) or is_gemm(x, weight)
+        return regime.adder if fits else Adder.NEXT_NORM
+    if regime.ranks_adder is Adder.ALL_REDUCE_GEMV:
+        fits = peers is not None and is_gemv(x, weight) and peers.fits_all_reduce(residual)
+        return Adder.ALL_REDUCE_GEMV if fits else Adder.NEXT_NORM
+    if regime.ranks_adder is Adder.SLICED_GEMM:
+        fits = peers is not None and peers.overlapped is not None and peers.overlapped.fits(residual)
+        return Adder.SLICED_GEMM if fits else Adder.GEMM
+    return regime.ranks_adder
 
-    The other way is the norm that comes after it: cuBLAS has better kernels for products that add nothing.
+
+def wants_zero_bias(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a GEMM without bias may be faster with a bias of zeros, when the next norm adds its output.
+
+    With a bias torch lets cuBLASLt choose the kernel, else cuBLAS. docs/performance.md has the figures.
     """
-    return not x.is_cuda or is_gemv(x, weight) or is_gemm(x, weight)
+    regime = regime_of(len(x))
+    by_library = x.is_cuda and regime.kernel is Kernel.LIBRARY and regime.adder is Adder.NEXT_NORM
+    return by_library and weight.shape[1] > ZERO_BIAS_COLUMNS
 
 
-def likes_bias(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a product without bias may be faster with one of zeros.
-
-    It has cuBLASLt choose the kernel, where torch asks cuBLAS for products without. On an H100 (cuBLAS 13.0), x [T, K]
-    with K of 6,144 and 12,288, weight [4096, K], us:
-
-        T               72    96   128   160   192   224   256
-        6,144:   none 22.4  26.2  22.8  29.3  27.4  30.7  28.9
-                zeros 22.7  22.7  23.3  23.8  25.1  26.8  29.3
-        12,288:  none 43.8  45.1  40.9  48.6  43.9  54.0  53.8
-                zeros 41.2  40.8  41.5  42.8  44.5  49.6  50.3
-
-    Of six weights with K of 2,048 or 4,096, zeros took up to 1.4 us more for five, and were no steady gain for the
-    sixth, [3072, 4096]: 3 and 4 us less with T of 160 and 224, 1 us more with 128 and 192.
-    """
-    return x.is_cuda and MAX_GEMM_ROWS < len(x) <= NORM_ROWS and weight.shape[1] > 4096
-
-
-def can_sum(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, peers: PeerMemory | None) -> bool:
-    """Whether `linear_sum` takes these."""
-    return peers is not None and is_gemv(x, weight) and peers.fits(residual)
-
-
-def linear_sum(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, peers: PeerMemory
+def linear_all_reduce(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, peers: PeerMemory | None
 ) -> torch.Tensor:
-    """residual [T, N] += x W^T, summed over the ranks, + b, in place and in one launch."""
+    """residual [T, N] += all_reduce(x W^T) + b, in place and in one launch, for ALL_REDUCE_GEMV."""
     return gemv_triton(x, weight, bias, residual=residual, peers=peers)
