@@ -13,9 +13,9 @@ import torch
 from benchmarks.limits import count_costs, find_peaks
 from benchmarks.workloads import Group
 from nanovllm import LLM, SamplingParams
+from nanovllm.checkpoints.hub import ModelSource, open_model
 from nanovllm.engine.step_stats import StepStats
 from nanovllm.models.registry import ModelConfig
-from nanovllm.utils.hub import ModelSource, open_model
 
 SHARED_OPTIONS = ("load_format", "max_num_seqs", "tensor_parallel_size", "enforce_eager", "dtype")
 # Options that other engines do not have, or name differently.

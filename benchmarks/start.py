@@ -10,8 +10,8 @@ from benchmarks.engines import nanovllm_options
 from benchmarks.options import UsageError
 from benchmarks.report import Row
 from benchmarks.workloads import PROMPT_LEN
+from nanovllm.checkpoints.hub import open_model
 from nanovllm.config import Config
-from nanovllm.utils.hub import open_model
 
 PROGRAM = f"""
 import time; start = time.perf_counter()

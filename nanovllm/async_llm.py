@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from nanovllm.checks import is_list, number, shown
 from nanovllm.config import check_names
 from nanovllm.engine.llm_engine import checked_id, close_at_exit
 from nanovllm.engine.request import Request
@@ -22,7 +23,6 @@ from nanovllm.llm import LLM
 from nanovllm.ops.triton_utils import current_gpu_initializer
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.checks import is_list, number, shown
 
 _PREPARING_THREADS = 4
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nanovllm.utils.checks import ABOVE_0, check_fields, one_of, plain, shown, within
+from nanovllm.checks import ABOVE_0, check_fields, one_of, plain, shown, within
 
 
 @dataclass(frozen=True, slots=True)

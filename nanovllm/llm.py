@@ -9,11 +9,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nanovllm.checks import is_list, shown
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.checks import is_list, shown
 
 
 class LLM(LLMEngine):

@@ -8,7 +8,7 @@ from functools import partial
 from numbers import Integral
 from typing import Any
 
-from nanovllm.utils.checks import ABOVE_0, check_fields, is_list, length, number, one_of, plain, shown, within
+from nanovllm.checks import ABOVE_0, check_fields, is_list, length, number, one_of, plain, shown, within
 
 # What one request may ask for at most, so that none can make unbounded work.
 MAX_SAMPLES = 1024

@@ -7,8 +7,8 @@ from collections.abc import Sequence as SequenceType
 from functools import cached_property, lru_cache
 from typing import Any
 
+from nanovllm.checks import is_list
 from nanovllm.engine.template_renderer import TemplateLimitError, TemplateRenderer
-from nanovllm.utils.checks import is_list
 
 _PROBE = "Xprobe"  # text that is looked for in renderings
 _ARGUMENTS = {"argument": _PROBE}

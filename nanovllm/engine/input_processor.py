@@ -11,6 +11,8 @@ from dataclasses import asdict
 from functools import cached_property, lru_cache
 from typing import Any
 
+from nanovllm.checkpoints.hub import ModelSource
+from nanovllm.checks import in_vocabulary, is_list, length, shown
 from nanovllm.config import Config
 from nanovllm.engine.chat_template import ChatTemplate
 from nanovllm.engine.detokenizer import TokenBytes
@@ -20,8 +22,6 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.template_renderer import TemplateRenderer
 from nanovllm.engine.token_filter import TokenFilter, make_filter
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
-from nanovllm.utils.checks import in_vocabulary, is_list, length, shown
-from nanovllm.utils.hub import ModelSource
 
 _MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token, so a longer prompt is refused before it is tokenised
 _USUAL_TOKEN_CHARS = 8  # prompts with more characters a token are rare; their tokens are counted piece by piece first

@@ -22,21 +22,21 @@ from typing import Any
 
 import torch
 
+from nanovllm.checkpoints.hub import open_model
+from nanovllm.checkpoints.loader import iterate_weights
+from nanovllm.checks import shown
 from nanovllm.config import Config, check_names
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.input_processor import InputProcessor
+from nanovllm.engine.interrupts import Deferral, interrupt_after
+from nanovllm.engine.openmp import ThreadWatch
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.step_stats import StepStats, StepTimer
+from nanovllm.executor import spawned
 from nanovllm.messages import Batch
-from nanovllm.models.loader import iterate_weights
 from nanovllm.outputs import Metrics, RequestOutput
-from nanovllm.runner import launcher
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.checks import shown
-from nanovllm.utils.hub import open_model
-from nanovllm.utils.interrupt import Deferral, interrupt_after
-from nanovllm.utils.openmp import ThreadWatch
 
 logger = logging.getLogger("nanovllm")
 
@@ -80,7 +80,7 @@ class LLMEngine:
         self.source = open_model(self.config.model, self.config.load_format)
         if self.source.has_tokenizer and not self.config.skip_tokenizer_init:
             self.source.tokenizer()  # loaded now: later its files may be gone, and a broken one must not cost a step
-        self.executor = launcher.start(self.config, self.source)
+        self.executor = spawned.start(self.config, self.source)
         self.sleep_level = 0
         self.weight_version = 0
         self.weight_error: BaseException | None = None  # what may have left the weights partly overwritten

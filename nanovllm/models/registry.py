@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from nanovllm.checks import in_vocabulary, shown
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES
-from nanovllm.utils.checks import in_vocabulary, shown
 
 logger = logging.getLogger(__name__)
 

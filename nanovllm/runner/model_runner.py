@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from nanovllm.attention import select_backend
+from nanovllm.checkpoints.hub import ModelSource
+from nanovllm.checkpoints.loader import dummy_weights, load_weights
 from nanovllm.config import Config
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.residual import Residual
 from nanovllm.messages import NO_TOKENS, Batch, Row, StepOutput
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.loader import dummy_weights, load_weights
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
 from nanovllm.ops.inputs.step_inputs import step_inputs
 from nanovllm.ops.inputs.step_rows import StepRows
@@ -30,7 +31,6 @@ from nanovllm.outputs import TokenLogprobs
 from nanovllm.runner.batch_state import BatchState, host_buffer
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.utils.context import Context, set_context
-from nanovllm.utils.hub import ModelSource
 
 CPU_CACHE_BYTES = 1 << 30  # default KV pool on a CPU
 SCORED_ROWS = 64  # rows whose logprobs are computed at once, which bounds the memory for them

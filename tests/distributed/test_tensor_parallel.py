@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.runner import launcher
-from nanovllm.runner.launcher import SpawnedRanks, rank_device
+from nanovllm.executor import spawned
+from nanovllm.executor.spawned import SpawnedRanks, rank_device
 from nanovllm.runner.model_runner import ModelRunner
 from tests.models.tiny import save_tiny
 
@@ -384,7 +384,7 @@ def test_what_a_slow_monitor_has_to_tell_is_waited_for(monkeypatch):
 
     clock = [15]
     ranks = SimpleNamespace(error=None, looks=0, monitor=SimpleNamespace(is_alive=lambda: clock[-1] < 100))
-    monkeypatch.setattr(launcher, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock[-1]))
+    monkeypatch.setattr(spawned, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock[-1]))
     SpawnedRanks._await_news(ranks)
     assert ranks.error and clock[-1] == 39
     SpawnedRanks._await_news(ranks)  # there is no need
@@ -422,7 +422,7 @@ def test_a_rank_that_dies_before_it_joins_is_a_clear_error_in_seconds(model, mon
 
 
 def test_a_rank_that_dies_while_others_join_is_a_clear_error_in_seconds(model, monkeypatch):
-    spawn, make_group, processes = SpawnedRanks._spawn, launcher.make_group, []
+    spawn, make_group, processes = SpawnedRanks._spawn, spawned.make_group, []
 
     def note(self, rank, size):
         spawn(self, rank, size)
@@ -433,7 +433,7 @@ def test_a_rank_that_dies_while_others_join_is_a_clear_error_in_seconds(model, m
         return make_group(*arguments)
 
     monkeypatch.setattr(SpawnedRanks, "_spawn", note)
-    monkeypatch.setattr(launcher, "make_group", kill_and_join)
+    monkeypatch.setattr(spawned, "make_group", kill_and_join)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9"):
         LLM(model, tensor_parallel_size=2, **OPTIONS)
@@ -523,7 +523,7 @@ def test_the_pool_is_the_smallest_rank_s(model, tmp_path):
         import sys, torch, torch.distributed as dist
         from nanovllm.config import Config
         from nanovllm.runner import model_runner
-        from nanovllm.utils.hub import open_model
+        from nanovllm.checkpoints.hub import open_model
         from nanovllm.distributed.parallel import TensorParallel
         rank, path, model = int(sys.argv[1]), sys.argv[2], sys.argv[3]
         tp = TensorParallel(rank, 2, dist.ProcessGroupGloo(dist.FileStore(path, 2), rank, 2))
@@ -657,7 +657,7 @@ def test_a_variable_set_for_a_while_touches_no_other(before, monkeypatch):
     monkeypatch.delenv(name, raising=False) if before is None else monkeypatch.setenv(name, before)
     monkeypatch.setattr(os, "putenv", lambda key, value: touched.append(key))
     monkeypatch.setattr(os, "unsetenv", touched.append)
-    with launcher.environment_variable(name, "0"):
+    with spawned.environment_variable(name, "0"):
         assert os.environ[name] == "0"
     assert os.environ.get(name) == before
     assert set(touched) == {name.encode()}
@@ -669,12 +669,12 @@ def test_two_threads_may_have_a_variable_set(monkeypatch):
     monkeypatch.delenv(name, raising=False)
 
     def other():
-        with launcher.environment_variable(name, "0"):
+        with spawned.environment_variable(name, "0"):
             left.wait(60)
             seen.append(os.environ.get(name))
 
     thread = threading.Thread(target=other)
-    with launcher.environment_variable(name, "0"):
+    with spawned.environment_variable(name, "0"):
         thread.start()
         thread.join(0.2)
     left.set()

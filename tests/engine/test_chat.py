@@ -6,10 +6,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from nanovllm.checkpoints.hub import open_model
 from nanovllm.config import Config
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.template_renderer import TemplateRenderer
-from nanovllm.utils.hub import open_model
 from tests.engine.test_generate import engine, greedy
 from tests.models.tiny import save_tiny
 

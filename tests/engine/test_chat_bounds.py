@@ -20,7 +20,7 @@ PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
-    from nanovllm.utils.hub import open_model
+    from nanovllm.checkpoints.hub import open_model
 
     tokenizer = open_model(None).tokenizer()
     path = save_tiny(tmp_path_factory.mktemp("speaking"), "qwen3", vocab_size=len(tokenizer), eos_token_id=2)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine import interrupts
 from nanovllm.ops.inputs.step_rows import StepRows
-from nanovllm.utils import interrupt
 from tests.engine.reference import load_reference, reference_greedy
 from tests.models.tiny import TINY, save_tiny
 
@@ -373,8 +373,8 @@ def test_an_alarm_while_the_handlers_are_changed_leaves_them_as_they_were(monkey
 
     before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGALRM, stop)
     try:
-        monkeypatch.setattr(interrupt, "signal", SimpleNamespace(**{**vars(signal), "signal": set_and_ring}))
-        with pytest.raises(Stop), interrupt.interrupt_after():
+        monkeypatch.setattr(interrupts, "signal", SimpleNamespace(**{**vars(signal), "signal": set_and_ring}))
+        with pytest.raises(Stop), interrupts.interrupt_after():
             pytest.fail("the alarm came before")
         assert signal.getsignal(signal.SIGINT) is before[0]
     finally:

@@ -11,7 +11,7 @@ import pytest
 
 import nanovllm
 from nanovllm import LLM, SamplingParams
-from nanovllm.utils.interrupt import interrupt_after
+from nanovllm.engine.interrupts import interrupt_after
 from tests.models.tiny import save_tiny
 
 PACKAGE = str(Path(nanovllm.__file__).parent)
@@ -32,7 +32,7 @@ def tokens(llm):
     return [output.token_ids for output in llm.generate(PROMPTS, greedy(3), use_tqdm=False)]
 
 
-HOST_CODE = tuple(f"{PACKAGE}/{part}" for part in ("llm.py", "engine/", "runner/", "utils/interrupt.py"))
+HOST_CODE = tuple(f"{PACKAGE}/{part}" for part in ("llm.py", "engine/", "executor/", "runner/"))
 
 
 class Injector:

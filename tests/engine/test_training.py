@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import SamplingParams
-from nanovllm.runner.launcher import SpawnedRanks
+from nanovllm.executor.spawned import SpawnedRanks
 from tests.engine.reference import load_reference, reference_greedy
 from tests.engine.test_generate import engine, finish, greedy, prompts_of, tokens
 from tests.models.tiny import save_tiny

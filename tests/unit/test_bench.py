@@ -14,9 +14,9 @@ from benchmarks.limits import body_parameters, count_costs, find_peaks
 from benchmarks.run import figure_row, run_workload
 from benchmarks.trace import TRACE_STEPS
 from benchmarks.workloads import Figure, latency, offline
+from nanovllm.checkpoints.hub import open_model
 from nanovllm.messages import FIRST_TOKEN, NO_TOKENS, Batch, Row
 from nanovllm.models.registry import ModelConfig
-from nanovllm.utils.hub import open_model
 from tests.models.tiny import TINY, save_tiny, tiny_model
 
 CONFIG = ModelConfig(

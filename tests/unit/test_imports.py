@@ -15,16 +15,17 @@ LAYERS = [
     ["engine"],
     ["executor"],
     ["runner"],
-    ["weights"],
+    ["checkpoints"],
     ["models"],
     ["layers"],
     ["attention"],
+    ["weights"],
     ["utils"],
     ["distributed"],
     ["ops"],
     ["messages"],
     ["config", "sampling_params", "outputs"],
-    ["checks", "arithmetic", "threads"],
+    ["checks", "arithmetic"],
 ]
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.runner.launcher import SpawnedRanks
-from nanovllm.utils import openmp
-from nanovllm.utils.openmp import ThreadWatch
+from nanovllm.engine import openmp
+from nanovllm.engine.openmp import ThreadWatch
+from nanovllm.executor.spawned import SpawnedRanks
 from tests.models.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]

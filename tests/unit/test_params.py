@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
+from nanovllm.checks import number
 from nanovllm.config import Config
 from nanovllm.sampling_params import MAX_ALLOWED_IDS
-from nanovllm.utils.checks import number
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import torch
 
+from nanovllm.checkpoints.files import regular_file
 from nanovllm.models.registry import (
     FAMILIES,
     ModelConfig,
@@ -22,7 +23,6 @@ from nanovllm.models.registry import (
     stretched,
     unsupported,
 )
-from nanovllm.utils.files import regular_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,10 +14,10 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed as dist
 
+from nanovllm.checkpoints.hub import open_model
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.runner.launcher import largest_sum, make_group, rank_device
+from nanovllm.executor.spawned import largest_sum, make_group, rank_device
 from nanovllm.runner.model_runner import ModelRunner
-from nanovllm.utils.hub import open_model
 
 
 def _end_with(parent: int) -> None:

@@ -4,8 +4,8 @@
     under torchrun           every process is a rank and runs the same engine on the same requests: nothing to send
     otherwise                rank 0 is this process; the others are children that read batches from an inherited socket
 
-Children run `nanovllm.runner.worker`, not the caller's script again, and import from where the caller does. Nothing is
-pickled from outside the process tree. Ranks on the CPU listen on no port, and NCCL listens on loopback only: the ranks
+Children run `nanovllm.executor.worker`, not the caller's script again, and import from where the caller does. Nothing
+is pickled from outside the process tree. Ranks on the CPU listen on no port, and NCCL listens on loopback only: the ranks
 meet in a file in memory, which they inherit and which has no name.
 """
 
@@ -26,15 +26,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nanovllm.checkpoints.hub import ModelSource
+from nanovllm.checkpoints.loader import checked_weights
 from nanovllm.config import Config
 from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.distributed.pipe_group import PipeGroup
 from nanovllm.messages import Batch, StepOutput
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.loader import checked_weights
 from nanovllm.ops.triton_utils import preload_triton
 from nanovllm.runner.model_runner import ModelRunner
-from nanovllm.runner.pipe_group import PipeGroup
-from nanovllm.utils.hub import ModelSource
 
 _POLL_SECONDS = 0.2
 # The worker's first lines, before its slow imports:
@@ -43,7 +43,7 @@ _POLL_SECONDS = 0.2
 # - Ctrl-C goes to all processes of a terminal, but only the parent decides what it ends.
 _WORKER = (
     "import sys; sys.path = {!r}; import ctypes, signal; ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
-    "signal.signal(signal.SIGINT, signal.SIG_IGN); from nanovllm.runner.worker import main; main(*{!r})"
+    "signal.signal(signal.SIGINT, signal.SIG_IGN); from nanovllm.executor.worker import main; main(*{!r})"
 )
 
 

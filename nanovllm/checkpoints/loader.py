@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from nanovllm.checkpoints.files import local_path, regular_file
+from nanovllm.checks import plain
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.parameter import PackedLayer
-from nanovllm.utils.checks import plain
-from nanovllm.utils.files import local_path, regular_file
 
 if TYPE_CHECKING:
     from nanovllm.models.decoder import Decoder
@@ -225,7 +225,7 @@ def iterate_weights(location: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """
     location = _weights_path(location)
     if not location.is_dir():
-        from nanovllm.utils.gguf import iterate_gguf
+        from nanovllm.checkpoints.gguf import iterate_gguf
 
         return iterate_gguf(location)
     return _iterate_safetensors(_weight_files(location), lambda file, name: file.get_tensor(name))
@@ -235,7 +235,7 @@ def read_shapes(location: str | Path) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors that `iterate_weights` gives, read from the files' headers."""
     location = _weights_path(location)
     if not location.is_dir():
-        from nanovllm.utils import gguf
+        from nanovllm.checkpoints import gguf
 
         return gguf.read_shapes(location)
     shapes: dict[str, tuple[int, ...]] = {}
