@@ -5,6 +5,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.ops.norm_rope.rope_store import QKTransform
 from nanovllm.utils.context import get_context
+from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
 
 
 class Attention(nn.Module):
@@ -42,6 +43,13 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(head_dim, qk_norm_eps, dtype=dtype)
             self.k_norm = RMSNorm(head_dim, qk_norm_eps, dtype=dtype)
         self.k_cache = self.v_cache = torch.empty(0)
+
+    def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
+        """Checkpoints keep the norms of the heads one level up."""
+        parent, tensors = prefix.rpartition(".")[0], {}
+        for name, norm in self.named_children():
+            tensors |= checkpoint_tensors(norm, f"{parent}.{name}")
+        return tensors
 
     def forward(self, qkv: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
         norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm else (None, None)

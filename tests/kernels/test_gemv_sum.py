@@ -12,8 +12,6 @@ import torch
 
 from nanovllm.attention import select_backend
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.layers import linear as layers
-from nanovllm.layers import parameter
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
@@ -27,6 +25,7 @@ from nanovllm.ops.linear.gemv import GemvConfig, gemv_triton
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from nanovllm.utils.context import Context, set_context
 from nanovllm.utils.hub import open_model
+from nanovllm.weights.formats import Packed
 from tests.kernels.ranks import run_ranks
 from tests.models.tiny import save_tiny
 
@@ -131,11 +130,11 @@ def test_a_rank_that_waits_is_told_to_stop():
 
 def run_layers(rank, memory, folder):
     """Two rows of products, as in a decoder's layer; the sum is part of the first, and then the norm of the second."""
-    linear.is_gemv = lambda x, weight: len(x) <= 4
+    linear.is_gemv, choose_adder = lambda x, weight: len(x) <= 4, linear.choose_adder
     tp = TensorParallel(rank, len(memory), peers=collectives.PeerMemory(rank, memory))
     generator = torch.Generator().manual_seed(1)
     row = RowParallelLinear(48, 64, bias=True, dtype=torch.bfloat16, tp=tp)
-    column = ColumnParallelLinear(64, {0: Part(20, 0, 20)}, False, torch.bfloat16)
+    column = ColumnParallelLinear(64, {0: Part("up_proj", 20, 0, 20)}, False, torch.bfloat16)
     norm = RMSNorm(64, 1e-6, dtype=torch.bfloat16)
     whole = torch.randn(64, 48, generator=generator).bfloat16() / 7
     row.weight_loader(row.weight, whole)
@@ -146,15 +145,15 @@ def run_layers(rank, memory, folder):
         x, residual = (torch.randn(rows, size, generator=generator).bfloat16() for size in (48, 64))
         part = x[:, rank * row.weight.shape[1] :][:, : row.weight.shape[1]].contiguous()
         results = []
-        for layers.choose_adder in (linear.choose_adder, lambda *_: Adder.NEXT_NORM):
+        for linear.choose_adder in (choose_adder, lambda *_: Adder.NEXT_NORM):
             y = Residual(residual.clone(), tp) + row(part)
-            assert y.is_partial != (layers.choose_adder is linear.choose_adder and rows <= 4)
+            assert y.is_partial != (linear.choose_adder is choose_adder and rows <= 4)
             results += [column(norm(y)), y.x]
         for got, want in zip(results[:2], results[2:], strict=True):
             torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
         want = residual.float() + x.float() @ whole.float().t() + row.bias.float()
         torch.testing.assert_close(results[1].float(), want, rtol=3e-2, atol=3e-2)
-        layers.choose_adder = linear.choose_adder
+        linear.choose_adder = choose_adder
         y = Residual(residual.clone(), tp) + row(part)
         torch.testing.assert_close(norm(y.sum()) @ column.weight.t(), results[0], rtol=3e-2, atol=5e-2)
         torch.testing.assert_close(residual + row(part).all_reduce(), results[1], rtol=3e-2, atol=3e-2)
@@ -203,7 +202,7 @@ def run_model(model):
 
 
 def run_decoder(rank, memory, folder, most):
-    linear.is_gemv, parameter.can_pack = lambda x, weight: len(x) <= most, lambda weight: False
+    linear.is_gemv, Packed.supports = lambda x, weight: len(x) <= most, lambda weight: False
     tp = TensorParallel(rank, len(memory), peers=collectives.PeerMemory(rank, memory))
     source = open_model(folder)
     results = []

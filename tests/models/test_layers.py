@@ -10,11 +10,12 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
-from nanovllm.layers.parameter import make_parameter
 from nanovllm.layers.residual import Residual
 from nanovllm.layers.rotary_embedding import rope_table
 from nanovllm.ops.linear.dispatch import Adder
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
+from nanovllm.weights.formats import Plain
+from nanovllm.weights.parameter import make_parameter
 from tests.kernels.ranks import run_ranks
 
 
@@ -92,8 +93,8 @@ def test_the_first_norm_all_reduces_the_embeddings(size):
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_pending_gemm_is_added_to_the_residual_stream_whoever_adds(monkeypatch, size, adder, zeros, bias):
     """The GEMM or the norm after it adds; a GEMM without bias may get a bias of zeros."""
-    monkeypatch.setattr("nanovllm.layers.linear.choose_adder", lambda *args: adder)
-    monkeypatch.setattr("nanovllm.layers.linear.wants_zero_bias", lambda *args: zeros)
+    monkeypatch.setattr(Plain, "choose_adder", lambda *args: adder)
+    monkeypatch.setattr(Plain, "wants_zero_bias", lambda *args: zeros)
     torch.manual_seed(0)
     x, before, weight, offset = torch.randn(5, 8), torch.randn(5, 6), torch.randn(6, 8), torch.randn(6)
     norm = RMSNorm(6, 1e-6)
