@@ -12,7 +12,7 @@ from torch import nn
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.ops.linear.dispatch import Adder
-from nanovllm.utils.context import get_context
+from nanovllm.utils.context import get_counters
 from nanovllm.weights.formats import Plain, WeightFormat
 from nanovllm.weights.parameter import CheckpointTensor, ShardId, check_shape, make_parameter
 
@@ -80,7 +80,7 @@ class ColumnParallelLinear(LinearLayer):
 
     def forward(self, x: torch.Tensor | Normed) -> torch.Tensor:
         x, norm = x if isinstance(x, Normed) else (x, None)
-        return self.format.linear(x, self.bias, norm, self.gated, get_context().counters)
+        return self.format.linear(x, self.bias, norm, self.gated, get_counters())
 
 
 class GateUpParallelLinear(ColumnParallelLinear):
@@ -199,7 +199,7 @@ class PendingGemm:
     def __radd__(self, residual: Residual) -> Residual:
         """Run the GEMM and add it to the residual stream, whose memory may be overwritten."""
         layer, x, stream = self.layer, self.x, residual.sum()
-        tp, weight, counters = layer.tp, layer.format, get_context().counters
+        tp, weight, counters = layer.tp, layer.format, get_counters()
         bias = layer.bias if tp.rank == 0 else None  # an all-reduce must add it once
         adder = weight.choose_adder(x, stream, tp.size, tp.peers)
         if adder is Adder.ALL_REDUCE_GEMV:

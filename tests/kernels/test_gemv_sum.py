@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nanovllm.attention import select_backend
+from nanovllm.attention.base import PagedKV
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.layernorm import RMSNorm
@@ -188,12 +189,13 @@ def run_model(model):
     """Of the first and last of three tokens the hidden states, summed up, and this rank's logits."""
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     for layer in layers:
-        layer.k_cache, layer.v_cache = torch.zeros(2, 2, 16, layer.num_kv_heads, layer.head_dim).half()
+        layer.bind(PagedKV(*torch.zeros(2, 2, 16, layer.num_kv_heads, layer.head_dim).half()))
     ids, numbers = torch.tensor([3, 1, 4]), torch.arange(3)
     backend = select_backend("torch", torch.device("cpu"), layers[0].head_dim, 16, torch.float16)
     one, ends = torch.zeros(1, dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
     where = dict(slots=one, context_lens=ends[1:], block_tables=torch.ones(1, 1).int(), slot_mapping=16 + numbers)
-    context = Context(backend, layers[0].num_kv_heads, **where, cu_seqlens_q=ends, max_seqlen_q=3, max_context_len=3)
+    where |= dict(backend=backend, kv_heads=(layers[0].num_kv_heads,), num_decode=0, counters=one)
+    context = Context(**where, cu_seqlens_q=ends, max_seqlen_q=3, max_context_len=3)
     backend.prepare(context)
     with torch.inference_mode(), set_context(context):
         hidden = model(ids, numbers)[torch.tensor([0, 2])]

@@ -103,7 +103,7 @@ def test_a_step_has_a_counter_for_each_row_and_kv_head(tmp_path, monkeypatch):
     monkeypatch.setattr(TorchBackend, "prepare", lambda self, ctx: contexts.append(ctx) or prepare(self, ctx))
     with LLM(save_tiny(tmp_path, "qwen3"), device="cpu", max_num_seqs=900, max_model_len=64) as llm:
         llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
-    num_kv_heads = contexts[0].num_kv_heads
+    (num_kv_heads,) = contexts[0].kv_heads
     assert num_kv_heads > 1 and len(contexts[0].counters) >= 901 * num_kv_heads > MAX_TILES
     assert all(context.counters is contexts[0].counters for context in contexts) and not contexts[0].counters.any()
 
