@@ -5,8 +5,8 @@
     otherwise                rank 0 is this process; the others are children that read batches from an inherited socket
 
 Children run `nanovllm.executor.worker`, not the caller's script again, and import from where the caller does. Nothing
-is pickled from outside the process tree. Ranks on the CPU listen on no port, and NCCL listens on loopback only: the ranks
-meet in a file in memory, which they inherit and which has no name.
+is pickled from outside the process tree. Ranks on the CPU listen on no port, and NCCL listens on loopback only: the
+ranks meet in a file in memory, which they inherit and which has no name.
 """
 
 import atexit

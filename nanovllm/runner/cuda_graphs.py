@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from nanovllm.layers.attention import Attention
 from nanovllm.messages import Batch
 from nanovllm.ops.attention.shared_prefix import MIN_SEQUENCES, SharedPrefixPlan, plan_shared_prefixes
+from nanovllm.ops.dispatch import capture_sizes
 from nanovllm.ops.inputs.step_rows import StepRows
-from nanovllm.ops.linear.dispatch import capture_sizes
 from nanovllm.ops.triton_utils import sm_count
 
 if TYPE_CHECKING:
@@ -93,8 +94,9 @@ class StepGraphs:
         self.shares = False  # whether these rows share prefixes, told by `plan`
         self.num_admissions = 0  # when that was found out
         self.plan = torch.zeros(SharedPrefixPlan.size(max_num_seqs), dtype=torch.int32, device=runner.device)
-        layer = runner.attention_layers[0]
-        self.heads = layer.num_heads // layer.num_kv_heads, layer.num_kv_heads
+        layers = [layer for layer in runner.model.modules() if isinstance(layer, Attention)]
+        group = max(layer.num_heads // layer.num_kv_heads for layer in layers)
+        self.heads = group, min(layer.num_kv_heads for layer in layers)
         self.decode: dict[int, tuple[torch.cuda.CUDAGraph, StepTensors]] = {}
         self.shared: dict[int, tuple[torch.cuda.CUDAGraph, StepTensors]] = {}
         self.mixed: dict[int, tuple[torch.cuda.CUDAGraph, StepTensors, int, torch.Tensor]] = {}

@@ -15,14 +15,13 @@ from nanovllm.checkpoints.hub import ModelSource
 from nanovllm.checkpoints.loader import dummy_weights, load_weights
 from nanovllm.config import Config
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.layers.attention import Attention
 from nanovllm.layers.residual import Residual
 from nanovllm.messages import NO_TOKENS, Batch, Row, StepOutput
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
+from nanovllm.ops.dispatch import compile_sizes
 from nanovllm.ops.inputs.step_inputs import step_inputs
 from nanovllm.ops.inputs.step_rows import StepRows
-from nanovllm.ops.linear.dispatch import compile_sizes
 from nanovllm.ops.linear.gemm import MAX_TILES
 from nanovllm.ops.sampling.logprobs import process_logits, top_logprobs
 from nanovllm.ops.sampling.sampling import advance_slots, sample
@@ -30,6 +29,7 @@ from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launc
 from nanovllm.outputs import TokenLogprobs
 from nanovllm.runner.batch_state import BatchState, host_buffer
 from nanovllm.runner.cuda_graphs import StepGraphs
+from nanovllm.runner.state_pool import StatePool
 from nanovllm.utils.context import Context, set_context
 
 CPU_CACHE_BYTES = 1 << 30  # default KV pool on a CPU
@@ -114,9 +114,9 @@ class ModelRunner:
     def _build(self, source: ModelSource) -> None:
         with torch.device(self.device):
             self.model = Decoder(source.config, dtype=self.dtype, tp=self.tp, max_position=self.max_model_len)
-        self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
-        most = (self.max_rows + 1) * self.attention_layers[0].num_kv_heads  # attention's; a graph may have a row more
-        self.counters = torch.zeros(max(most, MAX_TILES), dtype=torch.int32, device=self.device)
+        self.pool = StatePool(self.model, self.block_size, self.device)
+        num_counters = (self.max_rows + 1) * max(self.pool.kv_heads)  # attention's; a graph may have one row more
+        self.counters = torch.zeros(max(num_counters, MAX_TILES), dtype=torch.int32, device=self.device)
         dummy = self.config.load_format == "dummy"
         with self._compiling() if self.backend.name == "triton" else nullcontext():
             load_weights(self.model, dummy_weights(self.model, self.config.seed) if dummy else source.weights())
@@ -128,13 +128,9 @@ class ModelRunner:
     # -- memory ------------------------------------------------------------------------------------------------------
 
     def _allocate(self, num_blocks: int) -> None:
-        """The KV cache with one more block than the scheduler knows of, for padding rows, and the slots' state."""
-        first = self.attention_layers[0]
-        shape = (num_blocks + 1, self.block_size, first.num_kv_heads, first.head_dim)
+        """Allocate the state of layers, with a scratch block for padding rows after the scheduler's, and of slots."""
         try:
-            for layer in self.attention_layers:
-                layer.k_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
-                layer.v_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            self.pool.allocate(num_blocks + 1)
         except RuntimeError as error:
             if num_blocks != self.config.num_kvcache_blocks:
                 raise
@@ -166,17 +162,14 @@ class ModelRunner:
             yield
 
     def _size_cache(self) -> int:
-        """Blocks in the pool: as told, or as fits, and the same on all ranks."""
-        first = self.attention_layers[0]
-        per_token = 2 * len(self.attention_layers) * first.num_kv_heads * first.head_dim * self.dtype.itemsize
-        block_bytes = per_token * self.block_size
+        """Return the number of KV blocks: the configured one, or what fits; the same on all ranks."""
         if self.config.num_kvcache_blocks is not None:
             num_blocks = self.config.num_kvcache_blocks
         elif self.device.type == "cuda":
-            num_blocks = self._free_bytes() // block_bytes - 1
+            num_blocks = self.pool.blocks_in(self._free_bytes()) - 1  # a scratch block
         else:
             most = self.config.max_num_seqs * self.max_blocks
-            num_blocks = min(most, max(CPU_CACHE_BYTES // block_bytes, self.max_blocks))
+            num_blocks = min(most, max(self.pool.blocks_in(CPU_CACHE_BYTES), self.max_blocks))
         num_blocks = self.tp.all_reduce_min(num_blocks, self.device)
         if num_blocks < self.max_blocks and self.config.num_kvcache_blocks is None:
             raise ValueError(
@@ -196,8 +189,7 @@ class ModelRunner:
         self._eager(self._largest_batch())
         self._settle()
         activations = torch.cuda.max_memory_allocated() - before
-        for layer in self.attention_layers:
-            layer.k_cache = layer.v_cache = torch.empty(0)
+        self.pool.free()
         gc.collect()
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
@@ -276,7 +268,7 @@ class ModelRunner:
         inputs = step_inputs(rows, *tables, self.block_size, state.scratch_slot, state.sampling)
         context = Context(
             backend=self.backend,
-            num_kv_heads=self.attention_layers[0].num_kv_heads,
+            kv_heads=self.pool.kv_heads,
             num_decode=num_decode,
             slots=slots,
             context_lens=inputs.context_lens,
@@ -379,8 +371,7 @@ class ModelRunner:
         self.free_graphs()
         self.state = None
         self.token_ring.clear()
-        for layer in self.attention_layers:
-            layer.k_cache = layer.v_cache = torch.empty(0)
+        self.pool.free()
         if level == 2 and self.device.type == "cuda":
             self._move_weights(torch.device("cpu"))
         gc.collect()

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm import SamplingParams
 from nanovllm.executor.spawned import SpawnedRanks
+from nanovllm.layers.attention import Attention
 from tests.engine.reference import load_reference, reference_greedy
 from tests.engine.test_generate import engine, finish, greedy, prompts_of, tokens
 from tests.models.tiny import save_tiny
@@ -229,7 +230,8 @@ def test_sleep_frees_the_cache_and_waking_up_goes_on(models, size, level):
         for _ in range(8):
             llm.step()
         llm.sleep(level)
-        assert not any(layer.k_cache.numel() for layer in llm.executor.runner.attention_layers)
+        layers = [m for m in llm.executor.runner.model.modules() if isinstance(m, Attention)]
+        assert layers and all(layer.kv is None for layer in layers)
         for use in (llm.step, lambda: llm.generate([[5]]), lambda: llm.add_request([5]), llm.sleep):
             with pytest.raises(RuntimeError, match="asleep"):
                 use()

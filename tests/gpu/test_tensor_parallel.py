@@ -19,7 +19,7 @@ import torch.multiprocessing
 from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.executor.spawned import SpawnedRanks, make_group, rank_device
-from nanovllm.ops.linear.dispatch import Adder
+from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.linear.linear import choose_adder, linear_all_reduce
 from nanovllm.ops.norm_rope.reference import rms_norm_torch
 from nanovllm.runner.cuda_graphs import StepGraphs

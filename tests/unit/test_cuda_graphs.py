@@ -14,14 +14,14 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.attention.torch_ref import TorchBackend
 from nanovllm.distributed import parallel
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.layers import linear as layers
 from nanovllm.messages import Batch
-from nanovllm.ops.linear.dispatch import Adder, Kernel, regime_of
+from nanovllm.ops.dispatch import Adder, Kernel, regime_of
 from nanovllm.ops.linear.gemm import MAX_TILES, default_gemm_config
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from nanovllm.runner import model_runner
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.weights.formats import Plain
 from tests.models.tiny import save_tiny
 
 
@@ -103,7 +103,7 @@ def test_a_step_has_a_counter_for_each_row_and_kv_head(tmp_path, monkeypatch):
     monkeypatch.setattr(TorchBackend, "prepare", lambda self, ctx: contexts.append(ctx) or prepare(self, ctx))
     with LLM(save_tiny(tmp_path, "qwen3"), device="cpu", max_num_seqs=900, max_model_len=64) as llm:
         llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
-    num_kv_heads = contexts[0].num_kv_heads
+    (num_kv_heads,) = contexts[0].kv_heads
     assert num_kv_heads > 1 and len(contexts[0].counters) >= 901 * num_kv_heads > MAX_TILES
     assert all(context.counters is contexts[0].counters for context in contexts) and not contexts[0].counters.any()
 
@@ -112,8 +112,13 @@ def test_a_step_has_a_counter_for_each_row_and_kv_head(tmp_path, monkeypatch):
 @pytest.mark.parametrize("max_num_seqs", [1, 20, 512])
 def test_no_kernel_of_a_product_is_left_to_be_compiled_in_a_capture(tmp_path, monkeypatch, max_num_seqs):
     """Products of some rows have a kernel for each power of two, norms of more one that adds; prompts have rows too."""
-    counts, product = set(), layers.linear
-    monkeypatch.setattr(layers, "linear", lambda x, *args: counts.add(len(x)) or product(x, *args))
+    counts, linear = set(), Plain.linear
+
+    def counted(self, x, *args, **options):
+        counts.add(len(x))
+        return linear(self, x, *args, **options)
+
+    monkeypatch.setattr(Plain, "linear", counted)
     monkeypatch.setattr(TorchBackend, "name", "triton")  # whose kernels are compiled first
     options = dict(max_num_seqs=max_num_seqs, max_model_len=64, max_num_batched_tokens=2048)  # of at least 32 prompts
     with LLM(save_tiny(tmp_path, "qwen3"), device="cpu", **options):

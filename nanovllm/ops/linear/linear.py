@@ -4,30 +4,12 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.ops.comm.peer_memory import PeerMemory
-from nanovllm.ops.linear.dispatch import ZERO_BIAS_COLUMNS, Adder, Kernel, regime_of
+from nanovllm.ops.dispatch import ZERO_BIAS_COLUMNS, Adder, Kernel, regime_of
 from nanovllm.ops.linear.gemm import gemm_triton, is_gemm
 from nanovllm.ops.linear.gemv import gemv_triton, is_gemv
 from nanovllm.ops.linear.silu_mul import silu_mul
 from nanovllm.ops.linear.swiglu import is_swiglu, swiglu_triton
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
-
-
-def can_pack(weight: torch.Tensor) -> bool:
-    """Whether `pack` knows a better layout for `weight` [N, K]: on CPUs with oneDNN, for the dtypes it computes in."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return weight.dtype == torch.float32 or (
-        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-
-
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """An opaque copy of `weight` in oneDNN's blocked layout; `to_dense()` gives the plain one back.
-
-    A plain weight is brought into that layout in every product, which on a CPU takes as long as a product of up to
-    about 30 rows itself.
-    """
-    return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
 def linear(
@@ -41,7 +23,7 @@ def linear(
     """x [T, K] -> x W^T + b [T, N].
 
     Args:
-        weight: [N, K], plain or packed; [2 N, K], gate and up, if `gated`.
+        weight: [N, K]; [2 N, K], gate and up, if `gated`.
         bias: one number for each row of the weight.
         norm: weight [K] and epsilon of an RMSNorm of x that comes first.
         gated: the result is silu(gate) * up (SwiGLU, arXiv:2002.05202).
@@ -55,10 +37,7 @@ def linear(
         return gemm_triton(x, weight, bias, gated, counters=counters)
     if gated and bias is None and is_swiglu(x, weight):
         return swiglu_triton(x, weight)
-    if weight.is_mkldnn:
-        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    else:
-        y = F.linear(x, weight, bias)
+    y = F.linear(x, weight, bias)
     return silu_mul(y) if gated else y
 
 
@@ -80,21 +59,25 @@ def linear_add(
 
 
 def choose_adder(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, ranks: int, peers: PeerMemory | None
+    x: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor, ranks: int, peers: PeerMemory | None
 ) -> Adder:
-    """Choose what adds x W^T to the residual stream [T, N]: what the table says, if the operands allow it."""
+    """Choose what adds x W^T to the residual stream [T, N]: what the table says, if the operands allow it.
+
+    Args:
+        weight: None if it is in a format that only a library's GEMM reads.
+    """
     regime = regime_of(len(x))
     if ranks == 1:
         if not x.is_cuda:
             return Adder.GEMM
-        fits = regime.kernel is Kernel.LIBRARY or is_gemv(x, weight) or is_gemm(x, weight)
-        return regime.adder if fits else Adder.NEXT_NORM
+        fits = weight is not None and (is_gemv(x, weight) or is_gemm(x, weight))
+        return regime.adder if fits or regime.kernel is Kernel.LIBRARY else Adder.NEXT_NORM
     if regime.ranks_adder is Adder.ALL_REDUCE_GEMV:
-        fits = peers is not None and is_gemv(x, weight) and peers.fits_all_reduce(residual)
+        fits = weight is not None and is_gemv(x, weight) and peers is not None and peers.fits_all_reduce(residual)
         return Adder.ALL_REDUCE_GEMV if fits else Adder.NEXT_NORM
     if regime.ranks_adder is Adder.SLICED_GEMM:
-        fits = peers is not None and peers.overlapped is not None and peers.overlapped.fits(residual)
-        return Adder.SLICED_GEMM if fits else Adder.GEMM
+        overlapped = None if weight is None or peers is None else peers.overlapped
+        return Adder.SLICED_GEMM if overlapped is not None and overlapped.fits(residual) else Adder.GEMM
     return regime.ranks_adder
 
 
