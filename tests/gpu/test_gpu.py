@@ -105,7 +105,7 @@ def test_shared_prefixes_do_not_change_the_tokens(model):
         patch.setattr(shared_prefix, "MIN_TOKENS", 128)
         with LLM(model, **options) as llm:
             got = tokens(llm, prompts, params)
-            assert llm.executor.runner.graphs.shares
+            assert llm.executor.runner.graphs.has_shared_prefixes
     with LLM(model, enable_prefix_caching=False, **options) as llm:
         assert tokens(llm, prompts, params) == got
 
