@@ -14,6 +14,7 @@ Each figure stands beside its limit: what memory bandwidth and arithmetic allow 
 import argparse
 import importlib.util
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -27,6 +28,9 @@ from html import escape
 from pathlib import Path
 from random import Random
 from unittest.mock import patch
+
+# Before torch is imported: its threads sleep while they wait, so that other programs may use the cores too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch

@@ -1,7 +1,11 @@
 """Chat with a model. With no argument: fetch a small default model and answer two prompts, with or without a GPU."""
 
 import argparse
+import os
 import time
+
+# Before torch is imported: its threads sleep while they wait, so that other programs may use the cores too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from nanovllm import LLM, SamplingParams
 

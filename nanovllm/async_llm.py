@@ -1,4 +1,8 @@
-"""The engine for asyncio: many concurrent requests on one engine thread."""
+"""The engine for asyncio: many concurrent requests on one engine thread.
+
+Other threads prepare requests: they tokenise prompts, render chat templates and compile grammars. So however long that
+takes, the steps of other requests go on.
+"""
 
 import asyncio
 import contextlib
@@ -12,12 +16,15 @@ from typing import Any
 import torch
 
 from nanovllm.config import check_names
-from nanovllm.engine.llm_engine import close_at_exit
+from nanovllm.engine.llm_engine import checked_id, close_at_exit
+from nanovllm.engine.request import Request
 from nanovllm.llm import LLM
 from nanovllm.ops.triton_utils import current_gpu_initializer
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.checks import number
+from nanovllm.utils.checks import is_list, number
+
+_PREPARING_THREADS = 4
 
 
 class _Stream:
@@ -29,6 +36,7 @@ class _Stream:
 
     def __init__(self):
         self.request_id: int | str | None = None  # as soon as the engine has it
+        self.aborted = False  # before the engine had it
         self.loop = asyncio.get_running_loop()
         self.ready = asyncio.Event()
         self.output: RequestOutput | None = None
@@ -73,8 +81,8 @@ class AsyncLLM:
         async for output in llm.generate(prompt, SamplingParams(...)):
             print(output.text, end="")  # what is new
 
-    All work of the engine is done by one thread, whatever event loops the coroutines run in. Close it, or use it as
-    `async with`.
+    All work of the engine is done by one thread, whatever event loops the coroutines run in. A few more threads prepare
+    requests, each of which starts as soon as it is ready. Close the engine, or use it as `async with`.
 
     Args:
         model: see `Config`.
@@ -87,10 +95,12 @@ class AsyncLLM:
         self._most = number("max_concurrent_requests", max_concurrent_requests, int, 1, 1 << 30)
         self._free: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
         self._thread = ThreadPoolExecutor(1, "nanovllm-engine", current_gpu_initializer())
-        # The rest belongs to that thread.
+        self._preparing_threads = ThreadPoolExecutor(_PREPARING_THREADS, "nanovllm-prepare")
+        self._preparing: dict[int | str, _Stream] = {}  # requests with an id that the engine does not have yet
+        self._end: BaseException | None = None  # why there is no engine any more
+        # The rest belongs to the thread of the engine.
         self._streams: dict[int | str, _Stream] = {}
         self._step_queued = False
-        self._end: BaseException | None = None  # why there is no engine any more
         try:
             self._llm = self._thread.submit(LLM, model, **kwargs).result()
         except BaseException:
@@ -142,15 +152,54 @@ class AsyncLLM:
                 del self._streams[output.request_id]
                 self._llm.abort(output.request_id)  # which does nothing to one that has ended
 
+    def _add(self, request: Request, stream: _Stream) -> None:
+        self._release(request.id, stream)
+        self._llm._check_addable(request.id)
+        stream.request_id = self._llm._queue(request)
+        self._streams[stream.request_id] = stream
+        if stream.aborted:
+            self._abort(stream.request_id)
+
+    def _leave(self, stream: _Stream) -> None:
+        """End a request that nobody waits for any more, if it has not ended."""
+        if self._streams.get(stream.request_id) is stream:
+            del self._streams[stream.request_id]
+            self._llm.abort(stream.request_id)
+
+    def _abort(self, request_id: int | str) -> None:
+        if output := self._llm.abort(request_id):
+            self._deliver(output)
+        elif stream := self._preparing.get(request_id):
+            stream.aborted = True
+
     # -- coroutines --------------------------------------------------------------------------------------------------
 
     def _call(self, call: Callable[[LLM], Any]) -> asyncio.Future:
-        """What `call` gives, done by the engine's thread between two steps."""
+        """Let the engine's thread run `call` between two steps; its result."""
+        self._check_usable()
+        try:
+            return asyncio.wrap_future(self._thread.submit(self._run, call))
+        except RuntimeError as error:
+            raise RuntimeError("the engine is closed") from error
+
+    def _check_usable(self) -> None:
         if self._end is not None:
             raise RuntimeError(f"the engine is closed or has failed: {self._end!r}") from self._end
         self._llm.check_process()
+
+    def _prepare(self, work: Callable[[], Any]) -> asyncio.Future:
+        """Let a preparing thread run `work`, which must not use the engine's state; its result."""
+
+        def run() -> Any:
+            self._check_usable()  # it may have been closed while this waited
+            try:
+                return work()
+            finally:
+                self._check_usable()  # which may be why the work failed
+
+        self._check_usable()
         try:
-            return asyncio.wrap_future(self._thread.submit(self._run, call))
+            return asyncio.wrap_future(self._preparing_threads.submit(run))
         except RuntimeError as error:
             raise RuntimeError("the engine is closed") from error
 
@@ -176,45 +225,43 @@ class AsyncLLM:
             TypeError, ValueError: the request cannot be served; others are not affected.
             RuntimeError: the engine is closed or has failed.
         """
-        async with self._turns():
-            stream = _Stream()
-
-            def add(llm: LLM) -> None:
-                stream.request_id = llm.add_request(prompt, sampling_params, request_id, stream=True)
-                self._streams[stream.request_id] = stream
-
-            def leave(llm: LLM) -> None:
-                if self._streams.get(stream.request_id) is stream:  # it has not ended
-                    del self._streams[stream.request_id]
-                    llm.abort(stream.request_id)
-
-            adding = self._call(add)
-            adding.add_done_callback(lambda done: done.cancelled() or done.exception())  # the task may be cancelled
-            try:
+        stream = _Stream()
+        if request_id is not None and self._preparing.setdefault(checked_id(request_id), stream) is not stream:
+            raise ValueError(f"request_id {request_id!r} is that of a request that is being prepared")
+        try:
+            async with self._turns():
+                process = self._llm.input_processor.process
+                request = await self._prepare(lambda: process(prompt, sampling_params, request_id, stream=True))
+                adding = self._call(lambda llm: self._add(request, stream))
+                adding.add_done_callback(lambda done: done.cancelled() or done.exception())  # the task may be cancelled
                 await asyncio.shield(adding)
                 finished = False
                 while not finished:
                     output = await stream.get()
                     finished = output.finished
                     yield output
-            finally:
-                with contextlib.suppress(RuntimeError):  # the engine is closed
-                    self._thread.submit(self._run, leave)
+        finally:
+            self._release(request_id, stream)
+            with contextlib.suppress(RuntimeError):  # the engine is closed
+                self._thread.submit(self._run, lambda llm: self._leave(stream))
+
+    def _release(self, request_id: int | str | None, stream: _Stream) -> None:
+        """Forget that a request is being prepared."""
+        if self._preparing.get(request_id) is stream:
+            self._preparing.pop(request_id, None)
 
     async def abort(self, request_id: int | str) -> None:
-        """End a request in whatever state it is: its iteration gets what is new, with finish_reason "abort"."""
+        """End a request in whatever state it is: its iteration gets what is new, with finish_reason "abort".
 
-        def abort(llm: LLM) -> None:
-            if output := llm.abort(request_id):
-                self._deliver(output)
-
-        await self._call(abort)
+        One that is still being prepared ends once it is ready.
+        """
+        await self._call(lambda llm: self._abort(request_id))
 
     async def chat_prompt(self, messages: SequenceType[dict], **template: Any) -> list[int]:
-        """The token ids of one conversation; see `LLM.chat_prompts`."""
-        prompts = await self._call(lambda llm: llm.chat_prompts(messages, **template))
-        if len(prompts) != 1:
-            raise ValueError(f"messages must be one conversation, got {len(prompts)}")
+        """Return the token ids of one conversation; see `LLM.chat_prompts`."""
+        if is_list(messages) and len(messages) > 1 and is_list(messages[0]):
+            raise ValueError(f"messages must be one conversation, got a list of {len(messages)}")
+        prompts = await self._prepare(lambda: self._llm.chat_prompts(messages, **template))
         return prompts[0]
 
     async def metrics(self) -> Metrics:
@@ -238,8 +285,11 @@ class AsyncLLM:
 
     def close(self) -> None:
         """End the engine. Iterations that go on raise RuntimeError. May be called again."""
+        self._end = self._end or RuntimeError("the engine is closed")
+        self._llm.input_processor.close()  # wakes preparing threads that wait for a template
+        self._preparing_threads.shutdown()
         with contextlib.suppress(RuntimeError):  # closed before
-            self._thread.submit(self._finish, RuntimeError("the engine is closed"))
+            self._thread.submit(self._finish, self._end)
         self._thread.shutdown()
         self._llm.close()  # if that failed; or if Python itself ends, when its threads have ended before
 

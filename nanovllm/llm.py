@@ -89,15 +89,19 @@ class LLM(LLMEngine):
         """Return the token ids of conversations.
 
         Args:
-            messages: one conversation, as dicts with "role" and "content", or a list of them.
+            messages: one conversation, as dicts with "role" and "content", or a list of them. A content is text or a
+                list of parts `{"type": "text", "text": ...}`. Arguments of tool calls are JSON text or dicts.
             tools: functions the model may call, as JSON schemas.
             chat_template: Jinja text to use instead of the model's own.
             add_generation_prompt: end with the tokens that start an answer; True unless `continue_final_message` is.
             continue_final_message: the answer continues the last message instead of starting a new one.
-            template: other variables of the template, such as `enable_thinking` of Qwen3's.
+            chat_template_kwargs: a dict of any of the other arguments but `chat_template`, and of variables of the
+                template, such as `enable_thinking` of Qwen3's. It comes before arguments of the same name.
+            template: variables of the template may also be given as arguments.
 
         Raises:
-            TypeError, ValueError: the messages are malformed, or the model has no chat template.
+            TypeError: the messages are malformed, or the template does not read a variable.
+            ValueError: the model has no chat template, or it does not fit the messages or the tools.
         """
         return self.input_processor.chat_prompts(messages, **template)
 

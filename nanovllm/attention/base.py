@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
-from nanovllm.ops.norm_rope.rope_store import QKTransform, qk_norm_rope_store
+from nanovllm.ops.norm_rope.qk_transform import QKTransform
+from nanovllm.ops.norm_rope.rope_store import qk_norm_rope_store
 
 
 class PagedKV(NamedTuple):

@@ -4,8 +4,15 @@ import torch
 from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend, Context, PagedKV
-from nanovllm.ops.attention.decode_attention import DecodeGatherPlan, attend_gathered, gather, plan_decode_gather
-from nanovllm.ops.attention.prefill_attention import PrefillGatherPlan, attend_sequence, plan_prefill_gather
+from nanovllm.ops.attention.reference import (
+    DecodeGatherPlan,
+    PrefillGatherPlan,
+    attend_gathered,
+    attend_sequence,
+    gather,
+    plan_decode_gather,
+    plan_prefill_gather,
+)
 
 
 class TorchBackend(AttentionBackend):

@@ -1,6 +1,6 @@
-"""The tensor-parallel group that layers talk through.
+"""The tensor-parallel group through which layers communicate.
 
-A group is an object that is handed around, not a global: two engines in one process have two groups.
+A group is an object that is passed around, not a global: two engines in one process have two groups.
 """
 
 import json
@@ -10,19 +10,15 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from nanovllm.ops.comm import cuda_ipc
-from nanovllm.ops.comm.collectives import (
-    PeerMemory,
-    all_reduce_triton,
-    all_to_all_triton,
-    new_peer_memory,
-    rows_of_rank,
-)
+from nanovllm.ops.comm.collectives import all_reduce_triton, all_to_all_triton, rows_of_rank
 from nanovllm.ops.comm.overlapped_all_reduce import OverlappedAllReduce
+from nanovllm.ops.comm.peer_memory import PeerMemory, new_peer_memory
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.ops.triton_utils import HAVE_TRITON
 
@@ -34,10 +30,10 @@ class TensorParallel:
     """One rank's view of its tensor-parallel group.
 
     Args:
-        rank, size: place of this rank and number of ranks.
+        rank, size: index of this rank and number of ranks.
         group: a `torch.distributed` process group (gloo or NCCL); None for a single rank, whose collectives do nothing.
-        peers: GPU memory through which ranks that can reach each other's sum and exchange what it has room for.
-        capturing: held while graphs are captured, for as long as nobody else can free them.
+        peers: GPU memory that all ranks can write; used for the collectives that fit, if the ranks can reach it.
+        capturing: held while graphs are captured, because nobody else can free them until then.
     """
 
     rank: int = 0
@@ -48,47 +44,51 @@ class TensorParallel:
 
     @classmethod
     def default(cls) -> "TensorParallel":
-        """The process's default `torch.distributed` group if there is one, else a single rank."""
+        """Return the process's default `torch.distributed` group if there is one, else a single rank."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
         return cls()
 
-    def with_peers(self, device: torch.device, largest_sum: int = 0) -> "TensorParallel":
-        """This group with `peers`, if all ranks are GPUs of one host that can write each other's memory.
+    def with_peers(self, device: torch.device, largest_all_reduce: int = 0) -> "TensorParallel":
+        """Return this group with `peers`, if all ranks are GPUs of one host that can write each other's memory.
 
         Args:
-            largest_sum: bytes of the largest sum there will be.
+            largest_all_reduce: bytes of the largest all-reduce there will be.
         """
         if device.type != "cuda" or not HAVE_TRITON or self.size == 1:
             return self
-        self.all_reduce_min(1, device)  # a rank that is lost by now keeps the others here, and with no memory yet
-        own = new_peer_memory(self.size, device, largest_sum)
+        self.all_reduce_min(1, device)  # a lost rank stops the others here, before they allocate memory
+        own = new_peer_memory(self.size, device, largest_all_reduce)
         host = Path("/proc/sys/kernel/random/boot_id").read_text()
-        memory, failure = [], "they are on several hosts, or one cannot share its memory"
+        failure: object = "they are on several hosts, or one cannot share its memory"
         try:
             handle = cuda_ipc.share(own)
-        except RuntimeError as error:  # other allocators than torch's usual one may not know how
+        except RuntimeError as error:  # not every allocator supports sharing
             handle, failure = None, error
         shared = self.all_gather_json([host, handle], device)
-        with ExitStack() as useless:
+        memory: list[torch.Tensor | cuda_ipc.Mapping] = []
+        with ExitStack() as unused:  # unmaps the memory unless all ranks succeed
             if all(other == host and handle for other, handle in shared):
                 try:
                     for rank, (_, handle) in enumerate(shared):
-                        memory.append(own if rank == self.rank else cuda_ipc.Mapping(handle))
-                        if rank != self.rank:
-                            useless.callback(memory[rank].close)
+                        if rank == self.rank:
+                            memory.append(own)
+                        else:
+                            mapping = cuda_ipc.Mapping(handle)
+                            memory.append(mapping)
+                            unused.callback(mapping.close)
                 except RuntimeError as error:
                     failure = error
             if self.all_reduce_min(len(memory), device) == self.size:
                 peers = PeerMemory(self.rank, memory)
-                useless.pop_all()
+                unused.pop_all()
                 return replace(self, peers=peers)
-        logger.info("rank %d: NCCL makes all sums, as ranks cannot write each other's memory: %s", self.rank, failure)
+        logger.info("rank %d: all-reduces use NCCL, as ranks cannot write each other's memory: %s", self.rank, failure)
         return self
 
     @property
     def overlapped(self) -> OverlappedAllReduce | None:
-        """For large sums, which are sent while they are computed, where ranks can: `all_reduce` ends what it began."""
+        """The all-reduce that overlaps with computation, if available. `all_reduce` finishes what it has sent."""
         return None if self.peers is None else self.peers.overlapped
 
     def all_reduce(
@@ -97,60 +97,60 @@ class TensorParallel:
         norm: tuple[torch.Tensor, float] | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Sum `x` over the ranks, in place, and return it; or its RMSNorm.
+        """All-reduce `x` in place. Return it, or its RMSNorm as a new tensor.
 
         Args:
             norm: weight and epsilon of the RMSNorm.
-            residual: contiguous, the same on all ranks; it is added once. None if `x` is on its way ahead.
+            residual: contiguous, the same on all ranks; added once. None if `overlapped` has sent `x`.
         """
         if self.overlapped is not None:
-            sent, self.overlapped.pending = self.overlapped.pending, None
-            if sent is x:
+            pending, self.overlapped.pending = self.overlapped.pending, None
+            if pending is x:
                 return self.overlapped.finish(x, norm)
         if self.peers is not None and self.peers.fits_all_reduce(x):
             return all_reduce_triton(x, self.peers, norm, residual)
         if self.size > 1:
-            self.group.allreduce([x]).wait()
+            self._process_group.allreduce([x]).wait()
         if norm is not None:
             return rms_norm(x, *norm, residual)
         return x if residual is None else x.add_(residual)
 
     def all_reduce_min(self, value: int, device: torch.device) -> int:
-        """The smallest of the ranks' values."""
+        """Return the smallest of the ranks' values."""
         if self.size == 1:
             return value
         options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.MIN
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
         tensor = torch.tensor([value], dtype=torch.int64, device=device)
-        self.group.allreduce([tensor], options).wait()
+        self._process_group.allreduce([tensor], options).wait()
         return int(tensor.item())
 
     def all_gather_json(self, value: list, device: torch.device) -> list[list]:
-        """Every rank's `value`, which JSON can express in 1024 bytes."""
+        """Return every rank's `value`, which must fit in 1024 bytes as JSON."""
         own = torch.tensor(list(json.dumps(value).encode().ljust(1024)), dtype=torch.uint8, device=device)
         parts = [torch.empty_like(own) for _ in range(self.size)]
-        self.group.allgather([parts], [own]).wait()
+        self._process_group.allgather([parts], [own]).wait()
         return [json.loads(bytes(part.tolist())) for part in parts]
 
     def rows(self, count: int, rank: int | None = None) -> slice:
-        """This rank's share of `count` rows, or another one's; the last ranks' may be smaller, or empty."""
+        """Return the slice of `count` rows that belongs to this rank, or to `rank`; see `rows_of_rank`."""
         return rows_of_rank(self.rank if rank is None else rank, count, self.size)
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
-        """The ranks' columns of all rows, x [R, N] -> all columns of its own `rows`, [S, size N]."""
+        """Exchange this rank's columns of all rows, x [B, N], for all columns of its own `rows`, [S, size * N]."""
         if self.size == 1:
             return x
         if self.peers is not None and self.peers.fits_all_to_all(x):
             return all_to_all_triton(x, self.peers)
-        shares = [self.rows(len(x), rank) for rank in range(self.size)]
-        counts = [share.stop - share.start for share in shares]
+        slices = [self.rows(len(x), rank) for rank in range(self.size)]
+        counts = [rows.stop - rows.start for rows in slices]
         own = counts[self.rank]
         out = x.new_empty((self.size * own, x.shape[1]))
-        self.group.alltoall_base(out, x.contiguous(), [own] * self.size, counts).wait()
+        self._process_group.alltoall_base(out, x.contiguous(), [own] * self.size, counts).wait()
         return out.view(self.size, own, x.shape[1]).transpose(0, 1).reshape(own, self.size * x.shape[1])
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:
-        """Give every rank all rows of x [R, ...], of which each has other ones, and zeros in the others' places."""
+        """Give every rank all rows of x [B, ...]. Each rank has some of the rows, and zeros in place of the others."""
         if self.size > 1:
             self.all_reduce(x.view(len(x), -1).view(torch.int32))
         return x
@@ -158,22 +158,23 @@ class TensorParallel:
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Overwrite `x` with rank 0's, in place."""
         if self.size > 1:
-            self.group.broadcast([x]).wait()
+            self._process_group.broadcast([x]).wait()
         return x
 
     def stop(self) -> None:
-        """End what goes through other ranks' memory, for good, before such a rank is ended. Safe in any thread."""
+        """Stop all traffic through other ranks' memory for good, before such a rank is stopped. Safe in any thread."""
         if self.peers is not None:
             self.peers.stop()
 
     def abort(self, free_graphs: Callable[[], None]) -> None:
-        """End all collectives of this rank, those that run included, for good: no rank need be there any more.
+        """Abort all collectives of this rank for good, running ones included: the other ranks may be gone.
 
-        Not for a group that is others' too.
+        Do not call this for a group that others use as well.
 
         Args:
-            free_graphs: frees the captured graphs, for which NCCL waits if they hold its kernels; and which waits for
-                kernels that run, as CUDA then does with all else. So each kind of kernel is told to end before that.
+            free_graphs: frees the captured graphs. NCCL's abort waits for this if they contain its kernels. Freeing
+                in turn waits for running kernels, as CUDA then does with everything else, so both kinds of kernels
+                are stopped first.
         """
         self.stop()
         aborting = threading.Thread(target=self._abort, daemon=True)
@@ -183,11 +184,18 @@ class TensorParallel:
         aborting.join()
 
     def close(self) -> None:
-        """Give back what is mapped of other ranks, after the last step of all or `abort`."""
+        """Unmap other ranks' memory, after the last step of all ranks or `abort`."""
         if self.peers is not None:
             self.peers.close()
 
+    @property
+    def _process_group(self) -> "dist.ProcessGroup":
+        if self.group is None:
+            raise ValueError(f"group must be a torch.distributed process group for size={self.size}, got None")
+        return self.group
+
     def _abort(self) -> None:
-        if isinstance(self.group, getattr(dist, "ProcessGroupNCCL", ())):
-            with self.capturing:  # the next collective of one who captures would wait for this
-                self.group.abort()
+        group: Any = self.group
+        if isinstance(group, getattr(dist, "ProcessGroupNCCL", ())):
+            with self.capturing:  # during a capture, the capturing thread's next collective would wait for the abort
+                group.abort()

@@ -1,25 +1,30 @@
 """Checks what callers send and turns it into requests: prompts become token ids, constraints become token filters.
 
-Nothing here reads or changes the engine's state, so it may run on another thread than the engine's. No torch here.
+Nothing here reads or changes the engine's state, so several threads may use it beside the engine's. No torch here.
 """
 
+import threading
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceType
-from functools import cached_property, partial
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
 from typing import Any
 
 from nanovllm.config import Config
+from nanovllm.engine.chat_template import ChatTemplate
+from nanovllm.engine.detokenizer import TokenBytes
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.template_renderer import TemplateRenderer
 from nanovllm.engine.token_filter import GrammarFilter, TokenFilter, compile_grammar, grammar_tokenizer, make_filter
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
 from nanovllm.utils.checks import in_vocabulary, is_list
 from nanovllm.utils.hub import ModelSource
 
 _MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token, so a longer prompt is refused before it is tokenised
-
-# Arguments of transformers' apply_chat_template that choose its return type. The prompt's token ids are returned here.
-_NOT_OF_TEMPLATES = {"tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"}
-_NOT_OF_TEMPLATES |= {"return_assistant_tokens_mask", "tokenizer_kwargs", "conversation"}
+_USUAL_TOKEN_CHARS = 8  # prompts with more characters a token are rare; their tokens are counted piece by piece first
+_PIECE_CHARS = 1 << 16
+_MAX_TOKEN_VALUES = 16  # templates make a token or more of each value and key in messages and tools
 
 
 class InputProcessor:
@@ -39,13 +44,29 @@ class InputProcessor:
         self.num_kv_tokens = num_kv_tokens
         self.vocab_size = source.config.vocab_size
         self.has_tokenizer = source.has_tokenizer and not config.skip_tokenizer_init
+        self.renderer = TemplateRenderer()
+        self._loading = threading.RLock()
+        self._token_bytes: dict[bool, TokenBytes] = {}
+        self._chat_template = lru_cache(maxsize=8)(self._make_chat_template)
 
-    @cached_property
+    def close(self) -> None:
+        """End the processes that render templates."""
+        self.renderer.close()
+
+    @property
     def tokenizer(self):
         """The model's transformers tokenizer, loaded when it is first used."""
+        with self._loading:  # cached_property has no lock of its own from Python 3.12 on
+            return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self):
         if self.config.skip_tokenizer_init:
             raise ValueError("skip_tokenizer_init is set, so there is no tokenizer: give prompts as token ids")
-        return self.source.tokenizer()
+        tokenizer = self.source.tokenizer()
+        # The first call turns off truncation and padding, which must not happen while another thread encodes.
+        tokenizer.encode("", add_special_tokens=False)
+        return tokenizer
 
     @cached_property
     def _grammar_tokenizer(self):
@@ -77,8 +98,8 @@ class InputProcessor:
             own_filter = token_filter.copy() if token_filter else None
             samples.append(Sequence(token_ids, params, end_ids, index=index, token_filter=own_filter))
         text = prompt if isinstance(prompt, str) else None
-        decode = partial(self.decode, params.skip_special_tokens) if self.has_tokenizer else None
-        return Request(request_id, text, params, samples, stream, decode)
+        token_bytes = self.token_bytes(params.skip_special_tokens) if self.has_tokenizer else None
+        return Request(request_id, text, params, samples, stream, token_bytes)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the token ids of a text, by default without the special tokens that start or end a prompt."""
@@ -87,22 +108,21 @@ class InputProcessor:
         except UnicodeEncodeError as error:
             what = f"the text has half a character, {text[error.start]!r} at {error.start}, which no tokenizer can read"
             raise ValueError(what) from None
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        with _refusing_panics("the text cannot be tokenised"):
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def decode(self, skip_special_tokens: bool, token_ids: list[int]) -> str:
-        """Return the text of token ids."""
-        if self.tokenizer.is_fast:  # calling the backend directly skips transformers' layer, which costs more
-            return self.tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
-        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
-        return self.tokenizer.decode(token_ids, **options)
+    def token_bytes(self, skip_special_tokens: bool) -> TokenBytes:
+        """Return the bytes of each token, which make the text of outputs."""
+        if skip_special_tokens not in self._token_bytes:
+            tokenizer = self.tokenizer.backend_tokenizer
+            self._token_bytes[skip_special_tokens] = TokenBytes(tokenizer, skip_special_tokens)
+        return self._token_bytes[skip_special_tokens]
 
     # -- parts of process --------------------------------------------------------------------------------------------
 
     def _prompt_ids(self, prompt) -> list[int]:
         if isinstance(prompt, str):
-            if len(prompt) > _MAX_TOKEN_CHARS * self.max_model_len:
-                what = f"prompt has {len(prompt)} characters"
-                raise ValueError(f"{what}, too many for max_model_len={self.max_model_len}")
+            self._check_text("prompt", prompt)
             token_ids = self.encode(prompt, add_special_tokens=True)
         elif is_list(prompt):
             token_ids = list(prompt)
@@ -116,6 +136,23 @@ class InputProcessor:
             raise TypeError(f"prompt must be text or a list of int token ids, got an id {wrong[0]!r}")
         in_vocabulary("prompt", wrong[:1], self.vocab_size)
         return token_ids
+
+    def _check_text(self, name: str, text: str) -> None:
+        """Refuse a text of far too many tokens before all of it is tokenised, which would take long."""
+        self._check_chars(name, len(text))
+        if len(text) <= _USUAL_TOKEN_CHARS * self.max_model_len:
+            return
+        num_tokens = 0
+        for start in range(0, len(text), _PIECE_CHARS):
+            num_tokens += len(self.encode(text[start : start + _PIECE_CHARS]))
+            # The pieces may have a few more tokens than the whole, so this is not exact.
+            if num_tokens > 2 * self.max_model_len:
+                what = f"the {len(text)} characters of {name} are more than {num_tokens // 2} tokens"
+                raise ValueError(f"{what}, too many for max_model_len={self.max_model_len}")
+
+    def _check_chars(self, name: str, num_chars: int) -> None:
+        if num_chars > _MAX_TOKEN_CHARS * self.max_model_len:
+            raise ValueError(f"{name}: {num_chars} characters are too many for max_model_len={self.max_model_len}")
 
     def _check_lengths(self, num_prompt: int, params: SamplingParams) -> None:
         total = num_prompt + params.max_tokens
@@ -137,7 +174,8 @@ class InputProcessor:
     def _token_filter(self, params: SamplingParams, end_ids: frozenset[int]) -> TokenFilter | GrammarFilter | None:
         if params.structured_outputs is None:
             return make_filter(params, self.vocab_size, self.encode, end_ids)
-        return GrammarFilter(self._grammar_tokenizer, compile_grammar(params.structured_outputs), self.vocab_size)
+        with _refusing_panics("structured_outputs cannot be compiled"):
+            return GrammarFilter(self._grammar_tokenizer, compile_grammar(params.structured_outputs), self.vocab_size)
 
     # -- chat --------------------------------------------------------------------------------------------------------
 
@@ -145,36 +183,102 @@ class InputProcessor:
         self,
         messages: SequenceType[dict] | SequenceType[SequenceType[dict]],
         *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> list[list[int]]:
+        """Return the token ids of conversations; see `LLM.chat_prompts`."""
+        if chat_template_kwargs is not None:
+            if not isinstance(chat_template_kwargs, Mapping):
+                raise TypeError(f"chat_template_kwargs must be a dict, got {chat_template_kwargs!r:.100}")
+            if "chat_template" in chat_template_kwargs:
+                raise TypeError("chat_template_kwargs has chat_template, which is no variable of a template")
+            options |= chat_template_kwargs
+        return self._chat_ids(messages, **options)
+
+    def _chat_ids(
+        self,
+        messages: SequenceType[dict] | SequenceType[SequenceType[dict]],
+        *,
         tools: list[dict] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
-        **template_kwargs: Any,
+        **variables: Any,
     ) -> list[list[int]]:
-        """Return the token ids of conversations; see `LLM.chat_prompts`."""
-        for name in _NOT_OF_TEMPLATES & template_kwargs.keys():
-            raise TypeError(f"{name} is no variable of a template; what is made here are the whole prompt's token ids")
         chats = [messages] if is_list(messages) and isinstance(next(iter(messages), None), dict) else messages
         if not is_list(chats) or not chats or not all(map(_is_chat, chats)):
-            raise TypeError(f"messages must be a list of dicts with role and content, got {messages!r}")
+            raise TypeError(f"messages must be a list of dicts with role and content, got {messages!r:.100}")
+        if not isinstance(chat_template, str | None):
+            raise TypeError(f"chat_template must be text, got {chat_template!r:.100}")
         if not (chat_template or self.tokenizer.chat_template):
             raise ValueError("the model has no chat template; give chat_template, or prompts to generate()")
+        tools = None if tools is None else [_tool_schema(tool) for tool in tools]
+        for chat in chats:
+            self._check_chat([chat, tools, variables])
+        template = self._chat_template(self.tokenizer.get_chat_template(chat_template or None, tools))
+        template.check_variables(variables)
+        if tools and "tools" not in template.variables:
+            raise ValueError("tools are given, but the model's chat template does not read them")
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
-        try:
-            texts = self.tokenizer.apply_chat_template(
-                list(map(list, chats)),
-                tools=tools,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=False,
-                **template_kwargs,
-            )
-        except Exception as error:  # templates are programs of the model's
-            raise ValueError(f"messages do not fit the model's chat template: {error}") from error
+        variables |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        texts = [template.render(template.adapt(chat), tools=tools, **variables) for chat in chats]
+        for text in texts:
+            self._check_text("messages", text)
         return [self.encode(text) for text in texts]
+
+    def _make_chat_template(self, text: str) -> ChatTemplate:
+        max_chars = _MAX_TOKEN_CHARS * self.max_model_len
+        return ChatTemplate(text, self.renderer, self.tokenizer.special_tokens_map, max_chars)
+
+    def _check_chat(self, data: Any) -> None:
+        """Refuse a conversation of far too many values or tokens before it is rendered."""
+        texts, todo, num_values, num_chars = [], [data], 0, 0
+        while todo:
+            value = todo.pop()
+            num_values += 1
+            if isinstance(value, str):
+                texts.append(value)
+                num_chars += len(value)
+            elif isinstance(value, list | tuple):
+                todo += value
+            elif isinstance(value, dict):
+                todo += value
+                todo += value.values()
+            if num_values > _MAX_TOKEN_VALUES * self.max_model_len:  # or the data contains itself
+                what = f"messages and tools have more than {num_values - 1} values"
+                raise ValueError(f"{what}, too many for max_model_len={self.max_model_len}")
+        self._check_chars("messages", num_chars)
+        self._check_text("messages", "".join(texts))
+
+
+def _tool_schema(tool: Any) -> Any:
+    """Return the JSON schema of a tool that is given as a function."""
+    if not callable(tool):
+        return tool
+    from transformers.utils import get_json_schema
+
+    try:
+        return get_json_schema(tool)
+    except Exception as error:
+        raise ValueError(f"tools has a function that no JSON schema can be made of: {error}") from error
 
 
 def _is_chat(messages: Any) -> bool:
-    return is_list(messages) and all(isinstance(m, dict) and "role" in m for m in messages)
+    return is_list(messages) and len(messages) > 0 and all(map(_is_message, messages))
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str)
+
+
+@contextmanager
+def _refusing_panics(what: str) -> Iterator[None]:
+    """Raise ValueError for what libraries in Rust raise: a bare Exception, or a panic, which is a BaseException."""
+    try:
+        yield
+    except BaseException as error:
+        # Each library has a PanicException of its own, which none exports. Everything else may be an interrupt.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {error!s:.200}") from error

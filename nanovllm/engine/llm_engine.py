@@ -33,11 +33,12 @@ from nanovllm.runner import launcher
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.hub import open_model
 from nanovllm.utils.interrupt import interrupt_after
+from nanovllm.utils.openmp import ThreadWatch
 
 logger = logging.getLogger("nanovllm")
 
 
-def _checked_id(request_id: Any) -> int | str:
+def checked_id(request_id: Any) -> int | str:
     if not isinstance(request_id, int | str) or isinstance(request_id, bool):
         raise TypeError(f"request_id must be a string or an integer, got {request_id!r}")
     return request_id
@@ -89,6 +90,7 @@ class LLMEngine:
         self.next_id = 0
         self.seeds = random.Random(self.config.seed)
         self.num_steps, self.step_time = 0, 0.0
+        self.threads = ThreadWatch(torch.get_num_threads() if self.config.device_type == "cpu" else 1)
         close_at_exit(self)
 
     @property
@@ -125,7 +127,7 @@ class LLMEngine:
         Of a stream, what is new.
         """
         with self._alone():
-            request = self.requests.pop(_checked_id(request_id), None)
+            request = self.requests.pop(checked_id(request_id), None)
             if request is None:
                 return None
             for seq in request.samples:
@@ -136,10 +138,14 @@ class LLMEngine:
         self, prompt, params: SamplingParams | None, request_id: int | str | None = None, stream: bool = False
     ) -> Request:
         """Check a request and prepare it on the host. Nothing is queued yet."""
-        self._check_usable()
-        if request_id is not None and self._is_taken(_checked_id(request_id)):
-            raise ValueError(f"request_id {request_id!r} is that of a request that is unfinished or whose output waits")
+        self._check_addable(request_id)
         return self.input_processor.process(prompt, params, request_id, stream)
+
+    def _check_addable(self, request_id: int | str | None) -> None:
+        """Check that requests can be added now, and that none has this id."""
+        self._check_usable()
+        if request_id is not None and self._is_taken(checked_id(request_id)):
+            raise ValueError(f"request_id {request_id!r} is that of a request that is unfinished or whose output waits")
 
     def _is_taken(self, request_id: int | str) -> bool:
         return request_id in self.requests or any(output.request_id == request_id for output in self.outputs)
@@ -178,7 +184,7 @@ class LLMEngine:
         """Launch the next step, collect the one before; the requests that have finished, and what streams have new."""
         self._check_usable()
         with interrupt_after(), self._failing():
-            begin = time.perf_counter()
+            begin, cpu_begin = time.perf_counter(), time.process_time()
             launched = self.scheduler.schedule()
             if launched:
                 self.executor.launch(launched.batch)
@@ -189,6 +195,7 @@ class LLMEngine:
                 self._collect()
             seconds = time.perf_counter() - begin
             self.step_time += seconds
+            self.threads.add(seconds, time.process_time() - cpu_begin)
             if self.config.log_steps and launched:
                 self._log(launched.batch, seconds)
         outputs, self.outputs = self.outputs, []
@@ -384,6 +391,8 @@ class LLMEngine:
         if self.updating:
             raise RuntimeError("update_weights is running; what gives it its weights cannot close the engine")
         self.closed = True
+        if processor := getattr(self, "input_processor", None):
+            processor.close()
         if self.executor is not None:
             for owned in (self.requests, self.in_flight, self.outputs):
                 owned.clear()

@@ -2,12 +2,11 @@
 
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import xxhash
 
-from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.detokenizer import Detokenizer, StopStrings, TokenBytes
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -21,7 +20,7 @@ class Request:
         id: None until it is queued.
         prompt: its text, if it was given as text.
         stream: whether an output has what is new since the one before, instead of everything.
-        decode: token ids to text; None without a tokenizer.
+        token_bytes: the bytes of each token; None without a tokenizer, which leaves all text empty.
     """
 
     id: int | str | None
@@ -29,16 +28,17 @@ class Request:
     params: SamplingParams
     samples: list[Sequence]
     stream: bool
-    decode: Callable[[list[int]], str] | None
+    token_bytes: TokenBytes | None
     added: float = field(default_factory=time.perf_counter)
     time_to_first_token: float | None = None
 
     def __post_init__(self):
         # What the caller knows of each sample: how many tokens, and the end. It changes if this is a stream.
         self.told: list[tuple[int, str | None]] = [(len(seq.prompt_ids), None) for seq in self.samples]
-        if self.decode and (self.stream or self.params.stop):
+        if self.token_bytes is not None and (self.stream or self.params.stop):
+            stops = StopStrings(self.params.stop) if self.params.stop else None
             for seq in self.samples:
-                seq.detokenizer = Detokenizer(self.decode, self.params.stop, self.params.include_stop_str_in_output)
+                seq.detokenizer = Detokenizer(self.token_bytes, stops, self.params.include_stop_str_in_output)
 
     def seed_samples(self, seeds: random.Random) -> None:
         """Give each sample its seed: one of its own from `seeds`, or one that follows from the request's."""
@@ -82,7 +82,7 @@ class Request:
         return CompletionOutput(seq.index, self._text(seq), seq.token_ids[start:], *reasons, logprobs)
 
     def _text(self, seq: Sequence) -> str:
-        if self.decode is None:
+        if self.token_bytes is None:
             return ""
         if seq.detokenizer:
             if seq.finish_reason:
@@ -91,4 +91,4 @@ class Request:
         token_ids = seq.output_ids
         if seq.finish_reason == "stop" and token_ids[-1] in seq.end_ids and not self.params.include_stop_str_in_output:
             token_ids.pop()
-        return self.decode(token_ids)
+        return self.token_bytes.text(token_ids)

@@ -1,0 +1,22 @@
+"""Operations on the GPU, one folder each: Triton kernels, the host functions that launch them, and plain torch.
+
+    attention/   paged decode and prefill attention, shared prefixes, RoPE fused with decode
+    linear/      GEMV and GEMM for small batches, SwiGLU, and which one runs
+    norm_rope/   RMSNorm; RoPE with norm and cache write
+    sampling/    sampling, its parameters on the device, log-probabilities
+    inputs/      the inputs of a step, token embedding
+    comm/        all-reduce and all-to-all through memory that ranks map from each other
+
+`reference.py` in a folder holds the plain torch function of each kernel, `<name>_torch`. Tests compare the two at odd
+shapes. Where a CPU has no better way, `<name>` runs the reference on a CPU and `<name>_triton` on a GPU.
+
+Folders import downwards: attention and linear use norm_rope; linear uses comm; comm uses norm_rope; inputs uses
+sampling. Nothing here imports the engine, the layers or `distributed`.
+
+**Shapes** in docstrings: T tokens, B sequences (one query token each in decode), H query heads, K KV heads,
+Dh head_dim, V vocabulary. A *split* is a part of one sequence's context, or of K in a GEMM, with a program of its own.
+
+**Types.** Modules import `triton` and `tl` from `triton_utils`, where a type checker sees them as Any: it checks host
+functions, and kernels only as Python. A file whose kernels bind names under compile-time conditions says so in its
+first line.
+"""

@@ -1,4 +1,4 @@
-"""Import guard for Triton, so that the kernel modules can be imported on machines without it."""
+"""Triton for the modules of `ops`: an import that works without it, compilation, and dependent launches."""
 
 import os
 import threading
@@ -7,47 +7,60 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from unittest.mock import MagicMock, patch
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
+if TYPE_CHECKING:  # kernels are written in a language of their own: a type checker sees all of it as Any
 
-    HAVE_TRITON = True
-except ImportError:
-    HAVE_TRITON = False
+    class _AnyAttribute(type):
+        def __getattr__(cls, name: str) -> Any: ...
 
-    class _MissingKernel:
-        """Stands in for a `triton.jit` function: fails when it is launched, not when it is defined."""
+    class tl(metaclass=_AnyAttribute):
+        constexpr: TypeAlias = Any
 
-        def __init__(self, fn: Callable):
-            self.name = fn.__name__
+    triton: Any = None
+    TensorDescriptor: Any = None
+    HAVE_TRITON: bool = True
+else:
+    try:
+        import triton
+        import triton.language as tl
+        from triton.tools.tensor_descriptor import TensorDescriptor
 
-        def __getitem__(self, grid: Any) -> Callable:
-            raise ImportError(f"kernel {self.name} needs triton, which is not installed; use the *_torch twin instead")
+        HAVE_TRITON = True
+    except ImportError:
+        HAVE_TRITON = False
 
-    def _missing_jit(fn: Callable | None = None, **options: Any) -> Any:
-        return _MissingKernel if fn is None else _MissingKernel(fn)
+        class _MissingKernel:
+            """Replace a `triton.jit` function. It can be defined; launching it raises ImportError."""
 
-    def _next_power_of_2(n: int) -> int:
-        return 1 << (n - 1).bit_length()
+            def __init__(self, fn: Callable):
+                self.name = fn.__name__
 
-    # What is evaluated outside of kernel bodies: of `tl`, any name may be, in annotations of kernels' parameters.
-    triton: Any = SimpleNamespace(jit=_missing_jit, cdiv=lambda x, y: -(-x // y), next_power_of_2=_next_power_of_2)
-    tl: Any = MagicMock()
-    TensorDescriptor: Any = None  # no kernel that takes one is ever launched
+            def __getitem__(self, grid: Any) -> Callable:
+                raise ImportError(
+                    f"kernel {self.name} needs triton, which is not installed; call the *_torch reference instead"
+                )
+
+        def _missing_jit(fn: Callable | None = None, **options: Any) -> Any:
+            return _MissingKernel if fn is None else _MissingKernel(fn)
+
+        def _next_power_of_2(n: int) -> int:
+            return 1 << (n - 1).bit_length()
+
+        triton = SimpleNamespace(jit=_missing_jit, cdiv=lambda x, y: -(-x // y), next_power_of_2=_next_power_of_2)
+        tl = MagicMock()  # the parameters of kernels are annotated with its attributes
+        TensorDescriptor = None
 
 
 @lru_cache
 def preload_triton() -> Future:
-    """Begin what Triton does once in a process before its first kernel: it hashes its library, and builds its driver.
+    """Start Triton's one-time setup in a thread: hashing its library and building its driver.
 
-    That takes about as long as CUDA's start and need not wait for it. What fails here fails again, and is told, where
-    a kernel needs it.
+    The setup takes about as long as starting CUDA and can run at the same time. An error is not lost: the first kernel
+    launch fails the same way and raises it.
     """
 
     def run() -> None:
@@ -61,54 +74,57 @@ def preload_triton() -> Future:
 
 
 def current_gpu_initializer() -> Callable[[], None] | None:
-    """What brings a new thread to this one's GPU: each has a current one, at first the first of all."""
+    """Return a thread initializer that selects the caller's GPU. A new thread would otherwise use GPU 0."""
     return partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_initialized() else None
 
 
-class _Compilers(ThreadPoolExecutor):
-    """Threads that compile kernels and make them ready to be launched.
+class _KernelCompilers(ThreadPoolExecutor):
+    """Threads that compile and load kernels.
 
-    A kernel's first launch loads it and, in Triton 3.6, waits for a C compiler to build what launches it: in an
-    engine's first steps, one after the other, that takes almost as long as all kernels side by side.
+    A kernel's first launch loads it. Triton 3.6 also waits there for a C compiler to build the launcher. Done one by
+    one in an engine's first steps, that takes almost as long as compiling all kernels in parallel.
     """
 
     def __init__(self):
         super().__init__(os.cpu_count(), initializer=current_gpu_initializer())
 
-    def submit(self, compile_kernel: Callable[[], Any]) -> Future:
-        def run() -> Any:
-            kernel = compile_kernel()
-            getattr(kernel, "run", None)  # a property, which makes what it gives
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        def compile_and_load() -> Any:
+            kernel = fn(*args, **kwargs)
+            getattr(kernel, "run", None)  # reading this property builds the launcher and loads the kernel
             return kernel
 
-        return super().submit(run)
+        return super().submit(compile_and_load)
 
 
 @contextmanager
 def compile_in_parallel() -> Iterator[None]:
-    """New kernels are compiled, or read from the cache, side by side, and are ready to be launched when this ends.
+    """Compile the kernels launched in this context in parallel threads; all are loaded when it exits.
 
-    One after the other, an engine's kernels take longer to compile than all else of its start together.
+    Compiling them one after the other takes longer than the rest of an engine's start.
     """
     wait([preload_triton()])
-    with _Compilers() as executor, triton.AsyncCompileMode(executor):
+    with _KernelCompilers() as executor, triton.AsyncCompileMode(executor):
         yield
 
 
-_compiling_only = threading.Lock()
+_compiling = threading.Lock()
 
 
 @contextmanager
 def compile_without_launch() -> Iterator[None]:
-    """Kernels that this thread calls within are compiled, not launched. Other threads' are, as an engine may run."""
+    """Compile the kernels that this thread launches in this context, but do not run them.
+
+    Other threads still launch theirs, because another engine may be running.
+    """
     caller = threading.get_ident()
-    with _compiling_only:
+    with _compiling:
         run, empty = triton.JITFunction.run, torch.empty
 
         def compile_instead(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
             return run(self, *args, warmup=warmup or threading.get_ident() == caller, **kwargs)
 
-        def zeros_instead(*args: Any, **kwargs: Any) -> torch.Tensor:  # what no kernel writes is an index to others
+        def zeros_instead(*args: Any, **kwargs: Any) -> torch.Tensor:  # torch's own kernels may index with the result
             return (torch.zeros if threading.get_ident() == caller else empty)(*args, **kwargs)
 
         with patch.object(triton.JITFunction, "run", compile_instead), patch.object(torch, "empty", zeros_instead):
@@ -117,7 +133,7 @@ def compile_without_launch() -> Iterator[None]:
 
 @lru_cache
 def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors of `device`; a CPU, where only the interpreter runs, counts as one."""
+    """Return the number of SMs (streaming multiprocessors) of `device`; 1 for a CPU, which runs the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -125,8 +141,8 @@ HOPPER_SHARED_MEMORY = 227 << 10
 
 
 @lru_cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program can have on `device`."""
+def shared_memory_bytes(device: torch.device) -> int:
+    """Return the largest shared memory of one program on `device`."""
     if device.type != "cuda":
         return HOPPER_SHARED_MEMORY
     return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
@@ -134,31 +150,31 @@ def shared_memory(device: torch.device) -> int:
 
 @lru_cache
 def is_hopper_or_newer(device: torch.device) -> bool:
-    """Whether `device` has what Hopper brought: loads by TMA, programmatic dependent launch (PDL)."""
+    """Return whether `device` has TMA loads and programmatic dependent launch (PDL)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def fits_large_tma_tiles(device: torch.device) -> bool:
-    """Whether `device` has TMA, and room for large tiles, of which Blackwell's chips for desktops (12.0) have less."""
+    """Return whether `device` has TMA and shared memory for large tiles; desktop Blackwell (12.0) has too little."""
     return torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
 
 
 @lru_cache
 def launch_options(device: torch.device) -> dict[str, bool]:
-    """Options of a kernel of a chain (see below): programmatic dependent launch, where there is such a thing."""
+    """Return the launch options of a kernel in a dependent chain: PDL where the device supports it."""
     return {"PDL": True, "launch_pdl": True} if is_hopper_or_newer(device) else {"PDL": False}
 
 
 @triton.jit
 def launch_dependents(PDL: tl.constexpr):
-    """Let the next kernel begin, if that cannot wait for `wait_for_inputs`."""
+    """Allow the next kernel to start. Call this early if `wait_for_inputs` comes too late for that."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def start_chain(PDL: tl.constexpr):
-    """In the first kernel of a chain: what was written before it, all that follow may read before their own wait."""
+    """Start a chain of dependent launches. Its later kernels may read everything written before it without waiting."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -166,13 +182,14 @@ def start_chain(PDL: tl.constexpr):
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
-    """Let the next kernel begin, then wait for the one before to end.
+    """Allow the next kernel to start, then wait until the previous kernel has finished.
 
-    A kernel so launched begins while the one before it runs. Only this may be read before the wait: what no kernel
-    writes, as weights; and what was written before the chain began (see `start_chain`), as the step's inputs. All other
-    kernels of a chain must call this, even if they don't need to, in one program at least: the end of one then means
-    the end of all before it. Programs that have nothing to do should end without it, and make room for the next
-    kernel's.
+    Under PDL a kernel starts while the previous one still runs. Before this wait it may read only what no kernel of
+    the chain writes: weights, and the step's inputs, which are written before the chain starts (`start_chain`).
+
+    At least one program of every kernel in a chain must call this, even if it needs no input: the end of a kernel then
+    implies the end of all earlier ones. Programs without work should exit without waiting to make room for the next
+    kernel.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -10,8 +10,8 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import Admission, Batch
-from nanovllm.ops.inputs.step_inputs import StepRows
-from nanovllm.ops.sampling.sampling import (
+from nanovllm.ops.inputs.step_rows import StepRows
+from nanovllm.ops.sampling.state import (
     HAS_BIAS,
     HAS_MASK,
     HAS_PENALTIES,

@@ -13,7 +13,7 @@ import torch
 from nanovllm.engine.scheduler import Batch
 from nanovllm.layers.attention import Attention
 from nanovllm.ops.attention.shared_prefix import MIN_SEQUENCES, SharedPrefixPlan, plan_shared_prefixes
-from nanovllm.ops.inputs.step_inputs import StepRows
+from nanovllm.ops.inputs.step_rows import StepRows
 from nanovllm.ops.linear.dispatch import capture_sizes
 from nanovllm.ops.triton_utils import sm_count
 
@@ -129,7 +129,7 @@ class StepGraphs:
 
     def _capture_shared(self, runner: "ModelRunner", size: int) -> None:
         slots, plan = self.slots[:size], SharedPrefixPlan.split(self.plan, len(self.slots))
-        plan = SharedPrefixPlan(plan.rows[:size], plan.groups[: max(1, size // MIN_SEQUENCES)])
+        plan = SharedPrefixPlan(plan.sequences[:size], plan.groups[: max(1, size // MIN_SEQUENCES)])
         self.shared[size] = self._capture(lambda: runner.step(slots, size, shared=plan))
 
     def _capture(self, run: Callable[[], "StepTensors"]) -> tuple[torch.cuda.CUDAGraph, "StepTensors"]:

@@ -201,7 +201,8 @@ class SpawnedRanks(Executor):
         ours, theirs = Pipe()
         path = [p or os.getcwd() for p in sys.path if isinstance(p, str)]
         program = _WORKER.format(path, (theirs.fileno(), os.getpid(), self.folder))
-        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size)), **os.environ}
+        num_threads = str(max(1, (os.cpu_count() or 1) // size))
+        environment = {"OMP_NUM_THREADS": num_threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         with theirs:
             options = {"pass_fds": [theirs.fileno()], "stdin": subprocess.DEVNULL, "env": environment}
             process = subprocess.Popen([sys.executable, "-c", program], **options)

@@ -18,7 +18,8 @@ from nanovllm.layers.residual import Residual
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import dummy_weights, load_weights
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
-from nanovllm.ops.inputs.step_inputs import StepRows, step_inputs
+from nanovllm.ops.inputs.step_inputs import step_inputs
+from nanovllm.ops.inputs.step_rows import StepRows
 from nanovllm.ops.linear.dispatch import compile_sizes
 from nanovllm.ops.linear.gemm import MAX_TILES
 from nanovllm.ops.sampling.logprobs import process_logits, top_logprobs

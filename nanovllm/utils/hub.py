@@ -68,9 +68,12 @@ class ModelSource:
                 from nanovllm.utils.gguf import read_tokenizer
 
                 return read_tokenizer(self.path)
-            from transformers import AutoTokenizer
+            from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            if not isinstance(tokenizer, PreTrainedTokenizerFast):  # mistral-common's, which comes first if installed
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(self.path, local_files_only=True)
+            return tokenizer
         except Exception as error:  # transformers raises what it likes
             raise ValueError(f"the tokenizer of {self.path} cannot be read: {self._why(error)}") from error
 

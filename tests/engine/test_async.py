@@ -34,7 +34,7 @@ def with_engine(model, use, **options):
             return await asyncio.wait_for(use(llm), SECONDS)
 
     result = asyncio.run(run())
-    assert not [thread for thread in set(threading.enumerate()) - others if thread.name.startswith("nanovllm-engine")]
+    assert not [thread for thread in set(threading.enumerate()) - others if thread.name.startswith("nanovllm")]
     return result
 
 
@@ -62,6 +62,34 @@ class Steps:
         raise AssertionError("the engine does not go on")
 
 
+class Gate:
+    """Holds the preparation of one prompt, or of all chats, until it is opened."""
+
+    def __init__(self, llm, prompt=None):
+        self.processor, self.prompt = llm._llm.input_processor, prompt
+        self.reached, self.opened = threading.Event(), threading.Event()
+        self.process, self.processor.process = self.processor.process, self.held
+        self.chat_prompts, self.processor.chat_prompts = self.processor.chat_prompts, self.held_chat
+
+    def held(self, prompt, *args, **kwargs):
+        if prompt == self.prompt:
+            self.wait()
+        return self.process(prompt, *args, **kwargs)
+
+    def held_chat(self, messages, **kwargs):
+        self.wait()
+        return [[len(messages)]]
+
+    def wait(self):
+        self.reached.set()
+        assert self.opened.wait(SECONDS)
+
+    async def closed(self):
+        """Wait until a preparation is held."""
+        while not self.reached.is_set():
+            await asyncio.sleep(0.001)
+
+
 async def collect(llm, *args):
     token_ids, last = [], None
     async for last in llm.generate(*args):
@@ -81,6 +109,7 @@ def test_the_engine_is_on_the_caller_s_gpu(monkeypatch):
     class Engine:
         def __init__(self, model):
             chosen.append(torch.cuda.current_device())
+            self.input_processor = self
 
         def close(self):
             pass
@@ -146,9 +175,18 @@ def test_no_more_than_so_many_requests_are_in_the_engine(model):
             return step()
 
         llm._llm.step = watched
-        llm._call(lambda engine: begin.wait(SECONDS))  # the first step comes after all that can be added before
+        adds, add = [], llm._add
+
+        def counted(*request):
+            add(*request)
+            adds.append(request)
+            if len(adds) == 3:  # the first step comes after all that can be added before
+                assert begin.wait(SECONDS)
+
+        llm._add = counted
         tasks = [asyncio.create_task(collect(llm, prompt, greedy(8))) for prompt in prompts_of([4] * 20)]
-        await asyncio.sleep(0)
+        while len(adds) < 3:
+            await asyncio.sleep(0.001)
         begin.set()
         await asyncio.gather(*tasks)
         return max(seen)
@@ -372,3 +410,106 @@ def test_weights_and_memory_between_steps(model, tmp_path):
 
     before, after = with_engine(model, use)
     assert before != want == after
+
+
+# -- preparing --------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_is_being_prepared_does_not_stop_others(model):
+    async def use(llm):
+        gate = Gate(llm, [9, 9])
+        slow = asyncio.create_task(collect(llm, [9, 9], greedy(4)))
+        chat = asyncio.create_task(llm.chat_prompt([{"role": "user"}]))
+        await gate.closed()
+        quick = await collect(llm, [5, 6], greedy(20))
+        assert not slow.done() and not chat.done()
+        gate.opened.set()
+        return quick, await slow, await chat
+
+    quick, slow, chat = with_engine(model, use)
+    assert len(quick) == 20 and len(slow) == 4 and chat == [1]
+
+
+def test_a_request_that_is_aborted_while_it_is_prepared_gives_no_token(model):
+    async def use(llm):
+        gate = Gate(llm, [9, 9])
+        outputs = llm.generate([9, 9], greedy(50), "mine")
+        first = asyncio.create_task(anext(outputs))
+        await gate.closed()
+        await llm.abort("mine")
+        gate.opened.set()
+        output = await first
+        assert output.finished and output.finish_reason == "abort" and output.token_ids == []
+        assert [out async for out in outputs] == []
+        assert len(await collect(llm, [5], greedy(3), "mine")) == 3
+
+    with_engine(model, use)
+
+
+def test_an_id_of_a_request_that_is_being_prepared_is_refused(model):
+    async def use(llm):
+        gate = Gate(llm, [999])
+        wrong = asyncio.create_task(collect(llm, [999], greedy(5), "same"))
+        await gate.closed()
+        with pytest.raises(ValueError, match=r"request_id 'same' .* being prepared"):
+            await collect(llm, [5, 6], greedy(3), "same")
+        gate.opened.set()
+        with pytest.raises(ValueError, match="prompt"):
+            await wrong
+        with pytest.raises(TypeError, match="request_id"):
+            await collect(llm, [5, 6], greedy(3), ["same"])
+        return await collect(llm, [5, 6], greedy(3), "same")
+
+    assert len(with_engine(model, use)) == 3
+
+
+def test_a_request_that_is_cancelled_while_it_is_prepared_never_reaches_the_engine(model):
+    async def use(llm):
+        gate = Gate(llm, [9, 9])
+        tasks = [asyncio.create_task(collect(llm, [9, 9], greedy(50), str(i))) for i in range(20)]  # most wait
+        await gate.closed()
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        gate.opened.set()
+        assert len(await collect(llm, [5], greedy(3), "0")) == 3
+        return await llm.metrics()
+
+    metrics = with_engine(model, use, max_concurrent_requests=10)
+    assert metrics.generated_tokens == 3 and metrics.prompt_tokens == 1
+
+
+def test_closing_ends_what_is_being_prepared(model):
+    async def use():
+        llm = AsyncLLM(model, **OPTIONS)
+        gate = Gate(llm, [9, 9])
+        tasks = [asyncio.create_task(collect(llm, [9, 9], greedy(5))) for _ in range(20)]  # most wait for a thread
+        tasks.append(asyncio.create_task(llm.chat_prompt([{"role": "user"}])))
+        await gate.closed()
+        closing = asyncio.create_task(asyncio.to_thread(llm.close))
+        while llm._end is None:
+            await asyncio.sleep(0.001)
+        gate.opened.set()
+        await closing
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(result, RuntimeError) and "closed" in str(result)
+
+    asyncio.run(asyncio.wait_for(use(), SECONDS))
+
+
+def test_an_error_of_any_kind_while_preparing_is_the_caller_s(model):
+    class Panic(BaseException):
+        """As tokenizers raises when its code in Rust fails."""
+
+    def panic(*args, **kwargs):
+        raise Panic("too many spaces")
+
+    async def use(llm):
+        process = llm._llm.input_processor.process
+        llm._llm.input_processor.process = panic
+        with pytest.raises(Panic, match="spaces"):
+            await collect(llm, [5, 6], greedy(3))
+        llm._llm.input_processor.process = process
+        return await collect(llm, [5, 6], greedy(3))
+
+    assert len(with_engine(model, use)) == 3

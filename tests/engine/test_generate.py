@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.ops.inputs.step_inputs import StepRows
+from nanovllm.ops.inputs.step_rows import StepRows
 from nanovllm.utils import interrupt
 from tests.engine.reference import load_reference, reference_greedy
 from tests.models.tiny import TINY, save_tiny

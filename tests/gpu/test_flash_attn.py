@@ -6,8 +6,7 @@ import torch
 from nanovllm import LLM
 from nanovllm.attention.base import PagedKV
 from nanovllm.attention.flash_attn_backend import choose_package, flash_attn_backend
-from nanovllm.ops.attention.decode_attention import decode_attention_torch
-from nanovllm.ops.attention.prefill_attention import prefill_attention_torch
+from nanovllm.ops.attention.reference import decode_attention_torch, prefill_attention_torch
 from nanovllm.utils.context import Context
 from tests.engine.reference import load_reference
 from tests.gpu.test_gpu import assert_likeliest, greedy, prompts_of, tokens

@@ -15,9 +15,10 @@ from nanovllm.layers.residual import Residual
 from nanovllm.ops.attention import shared_prefix
 from nanovllm.ops.linear.linear import linear
 from nanovllm.ops.linear.swiglu import is_swiglu
-from nanovllm.ops.norm_rope.rms_norm import rms_norm, rms_norm_torch
+from nanovllm.ops.norm_rope.reference import rms_norm_torch
+from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from tests.engine.reference import load_reference, reference_greedy
-from tests.kernels.test_swiglu import operands, unit
+from tests.kernels.test_swiglu import operands, swiglu_torch
 from tests.models.tiny import TINY, save_tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -232,7 +233,7 @@ def test_gated_units_of_real_sizes_are_one_kernel(rows, n, k):
     x, weight = operands(rows, n, k, torch.device("cuda"))
     assert is_swiglu(x, weight)
     got = linear(x, weight, gated=True)
-    torch.testing.assert_close(got.float(), unit(x, weight), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(got.float(), swiglu_torch(x, weight), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("rows", [4, 64, 65, 100, 512, 513])

@@ -20,7 +20,7 @@ from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.ops.linear.dispatch import Adder
 from nanovllm.ops.linear.linear import choose_adder, linear_all_reduce
-from nanovllm.ops.norm_rope.rms_norm import rms_norm_torch
+from nanovllm.ops.norm_rope.reference import rms_norm_torch
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.launcher import SpawnedRanks, make_group, rank_device
 from tests.distributed.test_tensor_parallel import SCRIPT, gone

@@ -1,4 +1,4 @@
-"""A driver for Triton that has no GPU: kernels are compiled to Hopper's machine code where they would be launched."""
+"""A Triton driver without a GPU: it compiles kernels to Hopper machine code instead of launching them."""
 
 import sys
 
@@ -12,7 +12,7 @@ from nanovllm.ops import triton_utils
 
 
 class CompileOnly:
-    """What Triton asks of a driver before it launches anything."""
+    """The part of a driver that Triton uses before it launches anything."""
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
@@ -29,7 +29,7 @@ class CompileOnly:
 
 driver.set_active(CompileOnly())
 original = triton_utils.launch_options
-for module in list(sys.modules.values()):  # the kernels' modules, imported with the package, have the name too
+for module in list(sys.modules.values()):  # kernel modules that are imported already have bound the name
     if getattr(module, "launch_options", None) is original:
         module.launch_options = lambda device: {"PDL": True, "launch_pdl": True}
 launch = JITFunction.run

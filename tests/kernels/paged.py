@@ -1,20 +1,23 @@
-"""A paged KV cache for attention tests, with NaN wherever no token lies."""
+"""A paged KV cache for attention tests, with NaN wherever there is no token."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from nanovllm.ops.triton_utils import triton
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# The interpreter computes in numpy, which has no bfloat16 arithmetic worth testing.
+# The interpreter computes with numpy, which has no bfloat16 arithmetic.
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32]
 
 
 @dataclass
 class Paged:
-    """Rows of given context lengths in scattered blocks and slots.
+    """Sequences of given context lengths in scattered blocks and slots.
 
-    keys, values: for each row [context, K, Dh], what lies in its pages.
+    Attributes:
+        keys, values: the content of each sequence's pages, [context, K, Dh].
     """
 
     k_cache: torch.Tensor
@@ -37,28 +40,28 @@ def make_paged(
     block_size: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device = DEVICE,
-    num_scratch_rows: int = 0,
+    num_padding: int = 0,
 ) -> Paged:
-    """Pages for `contexts`, the last `num_scratch_rows` of which are padding: context 1, one shared slot and block."""
-    rows = len(contexts)
-    generator = torch.Generator().manual_seed(rows)
-    width = max(-(-context // block_size) for context in contexts)
-    num_blocks = sum(-(-context // block_size) for context in contexts) + 2
+    """Make pages for `contexts`. The last `num_padding` are padding: context 1, all in one slot and block."""
+    batch = len(contexts)
+    generator = torch.Generator().manual_seed(batch)
+    width = max(triton.cdiv(context, block_size) for context in contexts)
+    num_blocks = sum(triton.cdiv(context, block_size) for context in contexts) + 2
     shape = (num_blocks, block_size, kv_heads, head_dim)
     k_cache, v_cache = torch.full(shape, float("nan")), torch.full(shape, float("nan"))
     free = torch.randperm(num_blocks, generator=generator).tolist()
-    slots = torch.randperm(rows + 3, generator=generator)[:rows].tolist()
+    slots = torch.randperm(batch + 3, generator=generator)[:batch].tolist()
     scratch_block, nan_block = free.pop(), free.pop()
-    tables = torch.full((rows + 4, width), nan_block)
+    tables = torch.full((batch + 4, width), nan_block)
     keys, values = [], []
-    for row, context in enumerate(contexts):
+    for i, context in enumerate(contexts):
         k, v = torch.randn(2, context, kv_heads, head_dim, generator=generator)
-        padding = row >= rows - num_scratch_rows
+        padding = i >= batch - num_padding
         if padding:
-            slots[row] = rows + 3
-        for place, start in enumerate(range(0, context, block_size)):
+            slots[i] = batch + 3
+        for index, start in enumerate(range(0, context, block_size)):
             block = scratch_block if padding else free.pop()
-            tables[slots[row], place] = block
+            tables[slots[i], index] = block
             length = min(block_size, context - start)
             k_cache[block, :length] = k[start : start + length]
             v_cache[block, :length] = v[start : start + length]
@@ -76,7 +79,7 @@ def make_paged(
 
 
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """The formula: q [N, H, Dh], the last N of k and v's [L, K, Dh] positions -> [N, H, Dh] float32."""
+    """Compute the formula in float32: queries [N, H, Dh] at the last N of the L positions of k and v [L, K, Dh]."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.float().repeat_interleave(group, dim=1) for x in (k, v))
     logits = torch.einsum("nhd,lhd->hnl", q.float(), k) * scale
@@ -90,6 +93,6 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def assert_same(tensors: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> None:
-    """Bit for bit equal, NaN included."""
+    """Assert that tensors are equal bit for bit, NaN included."""
     for actual, other in zip(tensors, expected, strict=True):
         torch.testing.assert_close(actual, other, atol=0, rtol=0, equal_nan=True)

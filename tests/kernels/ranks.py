@@ -1,4 +1,4 @@
-"""Ranks as processes that share memory."""
+"""Run tensor-parallel ranks as processes that share memory."""
 
 import time
 
@@ -6,11 +6,11 @@ import torch.multiprocessing
 
 
 def run_ranks(function, arguments, size, seconds=300):
-    """Run `function(rank, *arguments)` in `size` processes; AssertionError if one still runs after `seconds`."""
+    """Run `function(rank, *arguments)` in `size` processes. Raise AssertionError if one still runs after `seconds`."""
     ranks = torch.multiprocessing.spawn(function, arguments, size, join=False)
     deadline = time.monotonic() + seconds
     while not (done := ranks.join(1)) and time.monotonic() < deadline:
         pass
     for process in ranks.processes:
         process.kill()
-    assert done, "a rank waits for what never comes"
+    assert done, f"a rank still waits after {seconds} s"

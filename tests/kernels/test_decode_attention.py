@@ -1,22 +1,18 @@
 import pytest
 import torch
 
-from nanovllm.ops.attention.decode_attention import (
-    DecodeConfig,
-    decode_attention_torch,
-    decode_attention_triton,
-    default_decode_config,
-)
-from nanovllm.ops.attention.decode_plan import MAX_SPLITS, SplitPolicy, plan_decode_torch
+from nanovllm.ops.attention.decode_attention import DecodeConfig, decode_attention_triton, default_decode_config
+from nanovllm.ops.attention.decode_plan import MAX_SPLITS, SplitPolicy
+from nanovllm.ops.attention.reference import decode_attention_torch, plan_decode_torch
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from tests.kernels.paged import DEVICE, DTYPES, assert_close, assert_same, make_paged, plain_attention
 
 needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 
 
-def check(attend, contexts, heads, kv_heads, head_dim, block_size, dtype=torch.float32, num_scratch_rows=0, **options):
-    """`attend` gives what the formula gives, and changes no input."""
-    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype, num_scratch_rows=num_scratch_rows)
+def check(attend, contexts, heads, kv_heads, head_dim, block_size, dtype=torch.float32, num_padding=0, **options):
+    """Assert that `attend` equals the formula and changes no input."""
+    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype, num_padding=num_padding)
     q = torch.randn(len(contexts), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     inputs = (q, paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens)
     before = [x.clone() for x in inputs]
@@ -24,20 +20,20 @@ def check(attend, contexts, heads, kv_heads, head_dim, block_size, dtype=torch.f
     out = attend(*inputs, scale, **options)
     assert_same(inputs, before)
     assert out.shape == q.shape and out.dtype == dtype and out.isfinite().all()
-    rows = zip(q, paged.keys, paged.values, strict=True)
-    expected = torch.cat([plain_attention(query[None], k, v, scale) for query, k, v in rows])
-    real = len(contexts) - num_scratch_rows
+    sequences = zip(q, paged.keys, paged.values, strict=True)
+    expected = torch.cat([plain_attention(query[None], k, v, scale) for query, k, v in sequences])
+    real = len(contexts) - num_padding
     assert_close(out[:real], expected[:real])
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (9, 3), (10, 2), (8, 1)])
 @pytest.mark.parametrize("contexts", [[1], [33, 33], [1, 16, 17, 130]])
-def test_twin_is_the_formula(contexts, heads, kv_heads):
+def test_reference_equals_the_formula(contexts, heads, kv_heads):
     check(decode_attention_torch, contexts, heads, kv_heads, 64, 16)
 
 
-def test_twin_takes_padding_rows_and_no_rows():
-    check(decode_attention_torch, [50, 1, 1], 4, 2, 64, 16, num_scratch_rows=2)
+def test_reference_accepts_padding_and_an_empty_batch():
+    check(decode_attention_torch, [50, 1, 1], 4, 2, 64, 16, num_padding=2)
     paged = make_paged([3], 1, 64, 16)
     empty = torch.empty(0, 2, 64, device=DEVICE)
     nothing = paged.slots[:0]
@@ -46,9 +42,9 @@ def test_twin_takes_padding_rows_and_no_rows():
 
 
 def split(contexts, kv_heads, num_splits, programs=64):
-    """What `decode_attention_triton` is given for rows that are split into parts of few tokens."""
+    """Return a plan with splits of few tokens."""
     lens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
-    return plan_decode_torch(lens, kv_heads, SplitPolicy(programs, 0, num_splits, min_part=16))
+    return plan_decode_torch(lens, kv_heads, SplitPolicy(programs, 0, num_splits, min_tokens=16))
 
 
 @needs_triton
@@ -66,7 +62,7 @@ def split(contexts, kv_heads, num_splits, programs=64):
     ],
 )
 @pytest.mark.parametrize("num_splits", [1, 3])
-def test_triton_is_the_formula(heads, kv_heads, head_dim, block_size, tile, num_splits, dtype):
+def test_triton_equals_the_formula(heads, kv_heads, head_dim, block_size, tile, num_splits, dtype):
     contexts = [1, 47, 130]
     options = {"config": DecodeConfig(tile, 4, 3), "plan": split(contexts, kv_heads, num_splits)}
     assert options["plan"].items[:, 2].max() == num_splits
@@ -76,14 +72,14 @@ def test_triton_is_the_formula(heads, kv_heads, head_dim, block_size, tile, num_
 @needs_triton
 @pytest.mark.parametrize("tile", [16, 64])
 @pytest.mark.parametrize("num_splits", [2, 8, 32, MAX_SPLITS])
-def test_rows_are_split_into_as_many_parts_as_they_fill(num_splits, tile):
-    contexts = [1, 16, 17, 100, 257]  # from one part to more than a merging program holds at once; of less than a tile
+def test_sequences_use_only_as_many_splits_as_they_fill(num_splits, tile):
+    contexts = [1, 16, 17, 100, 257]  # one split to more than one merge iteration holds; less than a tile
     plan = split(contexts, 1, num_splits, programs=500)
     check(decode_attention_triton, contexts, 2, 1, 64, 16, config=DecodeConfig(tile, 4, 3), plan=plan)
 
 
 @needs_triton
-def test_counters_are_zero_again_after_each_launch():
+def test_counters_are_zero_after_each_launch():
     counters, contexts = torch.zeros(64, dtype=torch.int32, device=DEVICE), [1, 17, 100]
     options = {"config": DecodeConfig(16, 4, 3), "plan": split(contexts, 2, 8)}
     for _ in range(2):
@@ -92,14 +88,14 @@ def test_counters_are_zero_again_after_each_launch():
 
 
 @needs_triton
-def test_padding_rows_do_not_disturb():
+def test_padding_does_not_change_other_sequences():
     contexts = [40, 90, 1, 1, 1]
     options = {"config": DecodeConfig(64, 4, 3), "plan": split(contexts, 2, 4)}
-    check(decode_attention_triton, contexts, 4, 2, 64, 16, num_scratch_rows=3, **options)
+    check(decode_attention_triton, contexts, 4, 2, 64, 16, num_padding=3, **options)
 
 
 @needs_triton
-def test_query_may_be_strided():
+def test_strided_queries_are_accepted():
     paged = make_paged([20, 30], 2, 64, 16)
     fused = torch.randn(2, 4, 2, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     q = fused[:, :, 1]
@@ -115,26 +111,26 @@ def test_query_may_be_strided():
         (DecodeConfig(8, 4, 3), "tile=8 must be a power of two of at least 16"),
     ],
 )
-def test_bad_options_are_named(config, message):
+def test_bad_tiles_are_refused_by_name(config, message):
     paged = make_paged([5], 1, 64, 16)
     q = torch.zeros(1, 1, 64, device=DEVICE)
     with pytest.raises(ValueError, match=message):
         decode_attention_triton(q, paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens, 1.0, config=config)
 
 
-def test_heads_that_do_not_fit_are_refused():
+def test_heads_that_kv_heads_do_not_divide_are_refused():
     paged = make_paged([5], 2, 64, 16)
     q = torch.zeros(1, 3, 64, device=DEVICE)
     with pytest.raises(ValueError, match="KV heads must divide"):
         decode_attention_torch(q, paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens, 1.0)
 
 
-@pytest.mark.parametrize("shared_memory", [99 << 10, 163 << 10, 227 << 10])  # of an RTX 4090, an A100, an H100
+@pytest.mark.parametrize("shared_memory", [99 << 10, 163 << 10, 227 << 10])  # RTX 4090, A100, H100
 @pytest.mark.parametrize(("head_dim", "itemsize"), [(64, 2), (96, 2), (128, 2), (256, 2), (64, 4), (128, 4), (256, 4)])
 def test_default_tile_fits_shared_memory(head_dim, itemsize, shared_memory):
     for batch in (1, 60, 512):
-        for shared in (False, True):
-            config = default_decode_config(batch, 8, head_dim, itemsize, 132, shared, shared_memory)
+        for prefix in (False, True):
+            config = default_decode_config(batch, 8, head_dim, itemsize, 132, prefix, shared_memory)
             tile_bytes = 2 * config.tile * 2 ** (head_dim - 1).bit_length() * itemsize
             assert config.tile >= 16 and tile_bytes * (config.num_stages - 1) <= shared_memory - (16 << 10)
             assert tile_bytes * config.num_stages <= 200 << 10

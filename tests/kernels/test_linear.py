@@ -10,6 +10,7 @@ from nanovllm.ops.linear.dispatch import TABLE, Adder, Regime, capture_sizes, co
 from nanovllm.ops.linear.gemm import GemmConfig, gemm_triton
 from nanovllm.ops.linear.gemv import GemvConfig, gemv_triton
 from nanovllm.ops.linear.linear import choose_adder, linear, linear_add, wants_zero_bias
+from nanovllm.ops.linear.reference import linear_torch
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.ops.triton_utils import HAVE_TRITON, tl
 
@@ -17,58 +18,56 @@ from nanovllm.ops.triton_utils import HAVE_TRITON, tl
 @pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("rows", "size", "k", "config"), [(1, 33, 48, None), (4, 20, 300, (4, 4)), (3, 5, 64, (1, 2))])
-def test_gemv_is_norm_product_activation_and_sum(device, rows, size, k, config, biased, gated):
-    generator = torch.Generator().manual_seed(rows)
+@pytest.mark.parametrize(
+    ("tokens", "size", "k", "config"), [(1, 33, 48, None), (4, 20, 300, (4, 4)), (3, 5, 64, (1, 2))]
+)
+def test_gemv_equals_the_reference(device, tokens, size, k, config, biased, gated):
+    """Each combination of norm, bias, activation and residual equals the reference."""
+    generator = torch.Generator().manual_seed(tokens)
 
     def randn(*shape):
         return torch.randn(shape, generator=generator).to(device)
 
-    x, weight, norm = randn(rows, k), randn(size * (2 if gated else 1), k), (randn(k), 1e-6)
-    bias, residual = (randn(len(weight)) if biased else None), randn(rows, size)
+    x, weight = randn(tokens, k), randn(size * (2 if gated else 1), k)
+    bias, residual = (randn(len(weight)) if biased else None), randn(tokens, size)
     config = config and GemvConfig(*config)
-    wide = x.double()
-    normed = (wide / (wide.pow(2).mean(-1, keepdim=True) + norm[1]).sqrt()).float() * norm[0]
-    for given, options in ((x, {}), (normed, {"norm": norm})):
-        y = F.linear(given, weight, bias)
-        if gated:
-            y = F.silu(y[:, :size]) * y[:, size:]
-        got = gemv_triton(x, weight, bias, gated=gated, config=config, **options)
-        torch.testing.assert_close(got, y, atol=1e-4, rtol=1e-4)
+    for norm in (None, (randn(k), 1e-6)):
+        got = gemv_triton(x, weight, bias, norm, gated, config=config)
+        torch.testing.assert_close(got, linear_torch(x, weight, bias, norm, gated), atol=1e-4, rtol=1e-4)
         total = residual.clone()
-        assert gemv_triton(x, weight, bias, gated=gated, residual=total, config=config, **options) is total
-        torch.testing.assert_close(total, residual + y, atol=1e-4, rtol=1e-4)
+        assert gemv_triton(x, weight, bias, norm, gated, residual=total, config=config) is total
+        want = linear_torch(x, weight, bias, norm, gated, residual)
+        torch.testing.assert_close(total, want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "size", "k", "config"),
+    ("tokens", "size", "k", "config"),
     [(5, 100, 2104, None), (33, 72, 264, (64, 64, 32, 4, 2, 3, 64)), (100, 200, 136, (128, 16, 64, 4, 3, 2, 128))],
 )
-def test_gemm_is_product_activation_and_sum(device, rows, size, k, config, biased, gated):
+def test_gemm_equals_the_reference(device, tokens, size, k, config, biased, gated):
+    """Each combination of bias, activation, residual and splits of K equals the reference."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    generator = torch.Generator().manual_seed(rows)
+    generator = torch.Generator().manual_seed(tokens)
 
     def randn(*shape):
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    wide, weight = randn(rows, k + 8), randn(size * (2 if gated else 1), k) / k**0.5
-    x, residual = wide[:, :k], randn(rows, size)  # rows apart by more than they are long
+    padded, weight = randn(tokens, k + 8), randn(size * (2 if gated else 1), k) / k**0.5
+    x, residual = padded[:, :k], randn(tokens, size)
     bias = randn(len(weight)) if biased else None
-    y = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    if gated:
-        y = F.silu(y[:, :size]) * y[:, size:]
     close = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1e-2}
     config = config and GemmConfig(*config)
     counters = torch.zeros(20, dtype=torch.int32, device=device)
     for options in ({}, {"counters": counters}, {"counters": counters}):
         got = gemm_triton(x, weight, bias, gated, config=config, **options)
-        torch.testing.assert_close(got, y.to(dtype), **close)
+        torch.testing.assert_close(got, linear_torch(x, weight, bias, gated=gated), **close)
         total = residual.clone()
         assert gemm_triton(x, weight, bias, gated, residual=total, config=config, **options) is total
-        torch.testing.assert_close(total, (residual + y).to(dtype), **close)
+        want = linear_torch(x, weight, bias, gated=gated, residual=residual)
+        torch.testing.assert_close(total, want, **close)
         assert not counters.any()
 
 
@@ -76,24 +75,24 @@ def test_gemm_is_product_activation_and_sum(device, rows, size, k, config, biase
 @pytest.mark.parametrize(
     ("size", "k", "splits", "gated"), [(128, 640, 3, False), (64, 192, 1, True), (70, 200, 2, False)]
 )
-def test_programs_ask_for_their_own_part_of_the_weight_once(monkeypatch, size, k, splits, gated):
-    """However many columns they may ask for, and never for what is beyond it."""
-    asked = []
+def test_programs_prefetch_each_line_of_their_weights_once(monkeypatch, size, k, splits, gated):
+    """They prefetch nothing else, however many columns they may prefetch."""
+    prefetched = []
     monkeypatch.setattr(gemm, "launch_options", lambda device: {"PDL": True})
     monkeypatch.setattr(gemm, "wait_for_inputs", lambda PDL: None)
-    record = lambda code, constraints, args, **options: asked.extend(args[0].handle.data.tolist())  # noqa: E731
+    record = lambda code, constraints, args, **options: prefetched.extend(args[0].handle.data.tolist())  # noqa: E731
     monkeypatch.setattr(tl, "inline_asm_elementwise", record)
-    x, weight = (torch.zeros(rows, k, dtype=torch.float16) for rows in (5, size * (2 if gated else 1)))
+    x, weight = (torch.zeros(num_rows, k, dtype=torch.float16) for num_rows in (5, size * (2 if gated else 1)))
     config = GemmConfig(16, 64, 64, 2, 2, splits, 4096)
     gemm_triton(x, weight, gated=gated, counters=torch.zeros(2, dtype=torch.int32), config=config)
-    places = [(address - weight.data_ptr()) // 2 for address in asked]
+    offsets = [(address - weight.data_ptr()) // 2 for address in prefetched]
     lines = {row * k + column for row in range(len(weight)) for column in range(0, k, 64)}
-    assert set(places) == lines
-    assert len(places) == len(lines) or size % 64  # rows of a tile beyond the last one stand for that
+    assert set(offsets) == lines
+    assert len(offsets) == len(lines) or size % 64  # rows past the end repeat the last one
 
 
 @pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
-def test_gemm_is_for_what_tma_can_load(monkeypatch):
+def test_gemm_takes_only_operands_that_tma_can_load(monkeypatch):
     class OnGpu(torch.Tensor):
         is_cuda = True
 
@@ -103,11 +102,11 @@ def test_gemm_is_for_what_tma_can_load(monkeypatch):
     chip = [(9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: chip[0])
     weight, wide = make(40, 16), make(5, 32)
-    for rows, fits in ((0, False), (4, False), (5, True), (64, True), (65, False)):
-        assert gemm.is_gemm(make(rows, 16), weight) == fits
+    for tokens, fits in ((0, False), (4, False), (5, True), (64, True), (65, False)):
+        assert gemm.is_gemm(make(tokens, 16), weight) == fits
     assert gemm.is_gemm(wide[:, 8:24], weight)
-    assert not gemm.is_gemm(wide[:, 4:20], weight)  # begins between 16 bytes
-    assert not gemm.is_gemm(make(5, 20)[:, :16], weight)  # rows are apart by some of 16 bytes
+    assert not gemm.is_gemm(wide[:, 4:20], weight)  # starts at no multiple of 16 bytes
+    assert not gemm.is_gemm(make(5, 20)[:, :16], weight)  # the stride is no multiple of 16 bytes
     assert not gemm.is_gemm(wide[:, ::2], weight)
     assert not gemm.is_gemm(make(5, 16), make(16, 40).t())
     assert not gemm.is_gemm(make(5, 16, 16), weight)

@@ -5,19 +5,19 @@ from nanovllm.ops.attention import prefill_attention as prefill_attention_module
 from nanovllm.ops.attention.prefill_attention import (
     PrefillConfig,
     default_prefill_config,
-    prefill_attention_torch,
     prefill_attention_triton,
-    serves_tma,
+    supports_tma,
 )
+from nanovllm.ops.attention.reference import prefill_attention_torch
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from tests.kernels.paged import DEVICE, DTYPES, assert_close, assert_same, make_paged, plain_attention
 
 needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 
 
-def check(attend, rows, heads, kv_heads, head_dim, block_size, dtype=torch.float32, **options):
-    """`attend` gives what the formula gives for `rows` of (queries, context), and changes no input."""
-    lens, contexts = (list(column) for column in zip(*rows, strict=True))
+def check(attend, sequences, heads, kv_heads, head_dim, block_size, dtype=torch.float32, **options):
+    """Assert that `attend` equals the formula for `sequences` of (queries, context) and changes no input."""
+    lens, contexts = (list(column) for column in zip(*sequences, strict=True))
     paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype)
     q = torch.randn(sum(lens), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     cu_seqlens = torch.tensor([0, *lens]).cumsum(0).to(DEVICE, torch.int32)
@@ -32,9 +32,9 @@ def check(attend, rows, heads, kv_heads, head_dim, block_size, dtype=torch.float
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (9, 3), (10, 2), (8, 1)])
-@pytest.mark.parametrize("rows", [[(1, 1)], [(40, 40)], [(3, 3), (1, 20), (17, 50), (0, 7)]])
-def test_twin_is_the_formula(rows, heads, kv_heads):
-    check(prefill_attention_torch, rows, heads, kv_heads, 64, 16)
+@pytest.mark.parametrize("sequences", [[(1, 1)], [(40, 40)], [(3, 3), (1, 20), (17, 50), (0, 7)]])
+def test_reference_equals_the_formula(sequences, heads, kv_heads):
+    check(prefill_attention_torch, sequences, heads, kv_heads, 64, 16)
 
 
 @needs_triton
@@ -43,57 +43,50 @@ def test_twin_is_the_formula(rows, heads, kv_heads):
     ("heads", "kv_heads", "head_dim", "block_size"),
     [(2, 2, 64, 16), (9, 3, 64, 64), (5, 1, 96, 16), (14, 2, 64, 16), (8, 1, 128, 64), (4, 2, 256, 16)],
 )
-def test_triton_is_the_formula(heads, kv_heads, head_dim, block_size, dtype):
-    rows = [(75, 75), (1, 1), (30, 101), (1, 64)]  # whole, shortest, with a cached prefix, like a decode row
-    check(prefill_attention_triton, rows, heads, kv_heads, head_dim, block_size, dtype)
+def test_triton_equals_the_formula(heads, kv_heads, head_dim, block_size, dtype):
+    # Without a cached prefix, the shortest, with a cached prefix, like decode.
+    sequences = [(75, 75), (1, 1), (30, 101), (1, 64)]
+    check(prefill_attention_triton, sequences, heads, kv_heads, head_dim, block_size, dtype)
 
 
 @needs_triton
 @pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (64, 16), (16, 64)])
 @pytest.mark.parametrize("block_size", [16, 64])
-def test_tiles_of_any_shape(block_m, block_n, block_size):
-    rows = [(16, 16), (33, 97), (5, 70)]
-    check(prefill_attention_triton, rows, 6, 2, 64, block_size, config=PrefillConfig(block_m, block_n, 4, 2))
+def test_tiles_may_have_any_shape(block_m, block_n, block_size):
+    sequences = [(16, 16), (33, 97), (5, 70)]
+    check(prefill_attention_triton, sequences, 6, 2, 64, block_size, config=PrefillConfig(block_m, block_n, 4, 2))
 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("block_m", "block_n"), [(64, 64), (128, 16)])
 @pytest.mark.parametrize("block_size", [64, 32, 128])
-def test_boxes_end_with_the_context(block_m, block_n, block_size, dtype):
-    """By TMA, where a block holds whole tiles: the last of a row begins in the tile before it, or before the block."""
-    rows = [(70, 70), (1, 1), (0, 7), (33, 65), (64, 128), (5, 131)]
-    check(
-        prefill_attention_triton,
-        rows,
-        6,
-        2,
-        64,
-        block_size,
-        dtype,
-        config=PrefillConfig(block_m, block_n, 4, 2, tma=True),
-    )
+def test_tma_tiles_do_not_read_past_the_context(block_m, block_n, block_size, dtype):
+    """The last tile of a sequence is moved back, into the tile before it or to before its block."""
+    sequences = [(70, 70), (1, 1), (0, 7), (33, 65), (64, 128), (5, 131)]
+    config = PrefillConfig(block_m, block_n, 4, 2, tma=True)
+    check(prefill_attention_triton, sequences, 6, 2, 64, block_size, dtype, config=config)
 
 
-def test_large_tiles_are_for_many_queries():
+def test_default_tiles_are_large_for_many_queries():
     small, large = (default_prefill_config(128, 2, n * 16, sm_count=132) for n in (2048, 16384))
     assert (small.block_m, small.tma, large.block_m, large.tma) == (64, False, 128, True)
     assert not default_prefill_config(128, 4, 1 << 20).tma and not default_prefill_config(64, 2, 1 << 20).tma
 
 
 @needs_triton
-def test_what_tma_serves():
-    def served(block_size, head_dim, block_n):
-        return serves_tma(torch.empty(2, block_size, 1, head_dim), block_n)
+def test_tma_needs_whole_tiles_and_aligned_caches():
+    def supported(block_size, head_dim, block_n):
+        return supports_tma(torch.empty(2, block_size, 1, head_dim), block_n)
 
-    assert served(64, 128, 64) and served(64, 128, 16) and served(256, 64, 128)
-    assert not served(16, 128, 64) and not served(64, 96, 64)
-    assert not serves_tma(torch.empty(2 * 64 * 64 + 1)[1:].view(2, 64, 1, 64), 64)  # begins at no multiple of 16 bytes
+    assert supported(64, 128, 64) and supported(64, 128, 16) and supported(256, 64, 128)
+    assert not supported(16, 128, 64) and not supported(64, 96, 64)
+    assert not supports_tma(torch.empty(2 * 64 * 64 + 1)[1:].view(2, 64, 1, 64), 64)  # not aligned to 16 bytes
 
 
 @needs_triton
 @pytest.mark.parametrize(("block_size", "block_m"), [(64, 128), (32, 64)])
-def test_where_tma_does_not_serve_tiles_are_small(block_size, block_m, monkeypatch):
+def test_tiles_are_small_without_tma(block_size, block_m, monkeypatch):
     class Kernel:
         def __getitem__(self, grid):
             return lambda *args, **options: chosen.append(options)
@@ -101,22 +94,22 @@ def test_where_tma_does_not_serve_tiles_are_small(block_size, block_m, monkeypat
     chosen = []
     monkeypatch.setattr(prefill_attention_module, "_prefill_kernel", Kernel())
     q, cache = torch.zeros(99, 8, 128, dtype=torch.bfloat16), torch.zeros(4, block_size, 2, 128, dtype=torch.bfloat16)
-    rows = (torch.zeros(size, dtype=torch.int32) for size in (1, 2, 1))
-    prefill_attention_triton(q, cache, cache, torch.zeros(1, 4, dtype=torch.int32), *rows, 0.1)
+    metadata = (torch.zeros(size, dtype=torch.int32) for size in (1, 2, 1))
+    prefill_attention_triton(q, cache, cache, torch.zeros(1, 4, dtype=torch.int32), *metadata, 0.1)
     (options,) = chosen
     assert (options["BLOCK_M"], options["TMA"]) == (block_m, block_m == 128)
     assert (options["maxnreg"] is None) == (block_m == 64)
 
 
 @needs_triton
-def test_many_short_rows_and_empty_ones():
-    rows = [(n % 4, 2 + n) for n in range(23)]  # each fourth has no queries, as a captured grid may have
-    check(prefill_attention_triton, rows, 4, 2, 64, 16, config=PrefillConfig(16, 16, 4, 2))
+def test_many_short_and_empty_sequences():
+    sequences = [(n % 4, 2 + n) for n in range(23)]  # every fourth has no queries, as in a captured grid
+    check(prefill_attention_triton, sequences, 4, 2, 64, 16, config=PrefillConfig(16, 16, 4, 2))
 
 
 @needs_triton
-def test_slices_of_a_mixed_step():
-    """Rows that follow decode rows: vectors and queries that start at any offset, queries strided."""
+def test_slices_of_a_mixed_step_are_accepted():
+    """Prefill after decode in one batch: metadata and queries start at any offset, and queries are strided."""
     paged = make_paged([9, 40, 25], 2, 64, 16)
     q = torch.randn(31, 4, 2, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)[1:, :, 1]
     cu_seqlens = torch.tensor([0, 20, 30], dtype=torch.int32, device=DEVICE)
@@ -134,7 +127,7 @@ def test_slices_of_a_mixed_step():
         ((64, 8), "block_n=8 must be a power of two of at least 16"),
     ],
 )
-def test_bad_tiles_are_named(tile, message):
+def test_bad_tiles_are_refused_by_name(tile, message):
     paged = make_paged([5], 1, 64, 16)
     q = torch.zeros(5, 20, 64, device=DEVICE)
     cu_seqlens = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
@@ -144,7 +137,7 @@ def test_bad_tiles_are_named(tile, message):
         prefill_attention_triton(q, *caches, *paged.tables, cu_seqlens, paged.context_lens, 1.0, config=config)
 
 
-def test_no_tokens_and_bad_heads():
+def test_reference_accepts_no_tokens_and_refuses_bad_heads():
     paged = make_paged([5], 2, 64, 16)
     cu_seqlens = torch.zeros(2, dtype=torch.int32, device=DEVICE)
     args = (paged.k_cache, paged.v_cache, *paged.tables, cu_seqlens, paged.context_lens, 1.0)

@@ -1,22 +1,18 @@
-"""One kernel for norm, rotation, cache write and attention of few rows: what the separate twins give."""
+"""The fused kernel of norm, RoPE, cache write and decode attention equals the separate references."""
 
 import pytest
 import torch
 
 from nanovllm.layers.rotary_embedding import rope_table
-from nanovllm.ops.attention.rope_decode import (
-    RopeDecodeConfig,
-    default_rope_decode_config,
-    rope_decode_torch,
-    rope_decode_triton,
-)
-from nanovllm.ops.norm_rope.rope_store import QKTransform
+from nanovllm.ops.attention.reference import rope_decode_torch
+from nanovllm.ops.attention.rope_decode import RopeDecodeConfig, default_rope_decode_config, rope_decode_triton
+from nanovllm.ops.norm_rope.qk_transform import QKTransform
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from tests.kernels.paged import DEVICE, DTYPES, assert_same, make_paged
 
 pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 
-# A tile that is a block, two blocks, half a block; contexts of no tile before the new token, of whole tiles, of others.
+# A tile is one block, two blocks, or half a block. Before the new token there are no tiles, whole tiles, or others.
 CONFIGS = [
     (16, RopeDecodeConfig(16, 4, 2, 1)),
     (16, RopeDecodeConfig(32, 4, 2, 3)),
@@ -25,8 +21,8 @@ CONFIGS = [
 CONTEXTS = [1, 33, 34, 130]
 
 
-def make_inputs(contexts, heads, kv_heads, head_dim, block_size, norm, dtype, num_scratch_rows=0):
-    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype, num_scratch_rows=num_scratch_rows)
+def make_inputs(contexts, heads, kv_heads, head_dim, block_size, norm, dtype, num_padding=0):
+    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype, num_padding=num_padding)
     generator = torch.Generator().manual_seed(1)
 
     def randn(*shape):
@@ -39,75 +35,75 @@ def make_inputs(contexts, heads, kv_heads, head_dim, block_size, norm, dtype, nu
 
 
 def run(attend, qkv, transform, paged, **options):
-    """The result of `attend`, and the caches that it leaves."""
+    """Return the result of `attend` and the caches as it leaves them."""
     caches = paged.k_cache.clone(), paged.v_cache.clone()
     out = attend(qkv, transform, *caches, *paged.tables, paged.context_lens, qkv.shape[1] ** -0.25, **options)
     return out, *caches
 
 
-def check(*sizes, config, num_scratch_rows=0, **options):
-    qkv, transform, paged = make_inputs(*sizes, num_scratch_rows=num_scratch_rows)
-    copy, rows = qkv.clone(), len(qkv) - num_scratch_rows
+def check(*sizes, config, num_padding=0, **options):
+    qkv, transform, paged = make_inputs(*sizes, num_padding=num_padding)
+    copy, batch = qkv.clone(), len(qkv) - num_padding
     got = run(rope_decode_triton, qkv, transform, paged, config=config, **options)
     want = run(rope_decode_torch, qkv, transform, paged)
     assert torch.equal(qkv, copy)
     assert got[0].shape == want[0].shape and got[0].dtype == qkv.dtype
     tolerance = 2e-5 if qkv.dtype == torch.float32 else 2e-2
     close = {"atol": tolerance, "rtol": tolerance}
-    torch.testing.assert_close(got[0][:rows], want[0][:rows], **close)
+    torch.testing.assert_close(got[0][:batch], want[0][:batch], **close)
     assert got[0].isfinite().all()
-    scratch = paged.block_tables[paged.slots[rows:], 0].long()  # of padding rows, any of which may come last
+    scratch = paged.block_tables[paged.slots[batch:], 0].long()  # any padding sequence may write last
     for cache, expected, before in zip(got[1:], want[1:], (paged.k_cache, paged.v_cache), strict=True):
         cache[scratch] = expected[scratch] = before[scratch] = 0
         torch.testing.assert_close(cache, expected, equal_nan=True, **close)
         written = (expected != before) & ~(expected.isnan() & before.isnan())
-        assert_same([cache.masked_fill(written, 0)], [before.masked_fill(written, 0)])  # nothing else
+        assert_same([cache.masked_fill(written, 0)], [before.masked_fill(written, 0)])  # nothing else changed
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 64), (6, 2, 96), (8, 1, 128), (3, 3, 24)])
 @pytest.mark.parametrize(("block_size", "config"), CONFIGS)
-def test_triton_is_the_twin(heads, kv_heads, head_dim, block_size, config, norm, dtype):
+def test_triton_equals_the_reference(heads, kv_heads, head_dim, block_size, config, norm, dtype):
     check(CONTEXTS, heads, kv_heads, head_dim, block_size, norm, dtype, config=config)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(20, 1, 64), (2, 1, 256)])
-def test_wide_heads_and_groups(heads, kv_heads, head_dim):
+def test_wide_heads_and_large_groups_are_accepted(heads, kv_heads, head_dim):
     check([80, 3], heads, kv_heads, head_dim, 64, True, torch.float32, config=None)
 
 
 @pytest.mark.parametrize("num_splits", [2, 40])
-def test_many_parts_are_merged(num_splits):
+def test_many_splits_are_merged(num_splits):
     config = RopeDecodeConfig(16, 4, 2, num_splits)
     check([200, 1, 17, 177], 4, 2, 64, 16, True, torch.float32, config=config)
 
 
-def test_padding_rows_do_not_disturb():
-    check([40, 90, 1, 1], 4, 2, 64, 16, True, torch.float32, num_scratch_rows=2, config=RopeDecodeConfig(16, 4, 2, 4))
+def test_padding_does_not_change_other_sequences():
+    check([40, 90, 1, 1], 4, 2, 64, 16, True, torch.float32, num_padding=2, config=RopeDecodeConfig(16, 4, 2, 4))
 
 
-def test_counters_are_zero_again():
+def test_counters_are_zero_after_each_launch():
     counters = torch.zeros(64, dtype=torch.int32, device=DEVICE)
     check(CONTEXTS, 4, 2, 64, 16, True, torch.float32, counters=counters, config=RopeDecodeConfig(16, 4, 2, 8))
     assert not counters.any()
 
 
-def test_no_rows_and_heads_that_do_not_fit():
+def test_an_empty_batch_is_accepted_and_bad_heads_are_refused():
     qkv, transform, paged = make_inputs([5], 2, 2, 64, 16, True, torch.float32)
     where = (paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens)
     assert rope_decode_torch(qkv, transform, *where, 1.0).shape == (1, 2, 64)
-    nothing = (*where[:3], paged.slots[:0], paged.context_lens[:0])
-    assert rope_decode_triton(qkv[:0], transform, *nothing, 1.0).shape == (0, 2, 64)
+    empty = (*where[:3], paged.slots[:0], paged.context_lens[:0])
+    assert rope_decode_triton(qkv[:0], transform, *empty, 1.0).shape == (0, 2, 64)
     with pytest.raises(ValueError, match="KV heads must divide"):
         rope_decode_triton(qkv, transform._replace(num_heads=3), *where, 1.0)
 
 
-def test_default_config_fills_the_device_and_fits():
+def test_default_config_fills_the_device_and_fits_registers():
     splits = {batch: default_rope_decode_config(batch, 8, 128, 2, 132).num_splits for batch in (1, 2, 4)}
     assert splits == {1: 64, 2: 32, 4: 16}
     assert default_rope_decode_config(4, 8, 128, 2, 1).num_splits == 1
     for head_dim in (64, 96, 128, 256):
         for itemsize in (2, 4):
             config = default_rope_decode_config(1, 8, head_dim, itemsize, 132)
-            assert config.tile >= 16 and 2 * config.tile * head_dim * itemsize <= 32 << 10  # in the registers
+            assert config.tile >= 16 and 2 * config.tile * head_dim * itemsize <= 32 << 10

@@ -1,13 +1,20 @@
-"""Embedding, norms, activation, rotary embedding with cache write, and step inputs: each Triton kernel = its twin."""
+"""Embedding, norm, activation, RoPE with cache write, and step inputs: each Triton kernel equals its reference."""
 
 import pytest
 import torch
 
 from nanovllm.layers.rotary_embedding import rope_table
-from nanovllm.ops.inputs import embedding, step_inputs
-from nanovllm.ops.linear import silu_mul
-from nanovllm.ops.norm_rope import rms_norm, rope_store
-from nanovllm.ops.sampling import sampling
+from nanovllm.ops.inputs.embedding import embedding_triton
+from nanovllm.ops.inputs.reference import embedding_torch, step_inputs_torch
+from nanovllm.ops.inputs.step_inputs import step_inputs_triton
+from nanovllm.ops.inputs.step_rows import StepRows
+from nanovllm.ops.linear.reference import silu_mul_torch
+from nanovllm.ops.linear.silu_mul import silu_mul_triton
+from nanovllm.ops.norm_rope.qk_transform import QKTransform
+from nanovllm.ops.norm_rope.reference import qk_norm_rope_store_torch, rms_norm_torch
+from nanovllm.ops.norm_rope.rms_norm import rms_norm_triton
+from nanovllm.ops.norm_rope.rope_store import qk_norm_rope_store_triton
+from nanovllm.ops.sampling.state import HAS_PENALTIES, MAX_COUNT, SamplingState, default_params
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -19,43 +26,43 @@ def close(got, want):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "size"), [(1, 64), (7, 100), (0, 32)])
-def test_embedding(device, tokens, size, dtype):
+def test_embedding_equals_the_table(device, tokens, size, dtype):
     table = torch.randn(40, size, device=device).to(dtype)
     ids = torch.randint(40, (tokens,), device=device)
     for start, end in ((0, 40), (10, 25), (30, 40)):
         want = table[ids].masked_fill(((ids < start) | (ids >= end))[:, None], 0)
-        for run in (embedding.embedding_triton, embedding.embedding_torch):
+        for run in (embedding_triton, embedding_torch):
             got = run(ids, table[start:end].contiguous(), start)
             assert got.dtype == dtype and torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 48), (3, 576), (5, 1000), (2, 4096), (0, 64)])
-def test_rms_norm(device, shape, dtype):
+def test_rms_norm_equals_the_reference(device, shape, dtype):
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(shape, generator=generator, device=device).to(dtype)
     weight = torch.randn(shape[1], generator=generator, device=device).to(dtype)
     copy = x.clone()
-    close(rms_norm.rms_norm_triton(x, weight, 1e-6), rms_norm.rms_norm_torch(x, weight, 1e-6))
+    close(rms_norm_triton(x, weight, 1e-6), rms_norm_torch(x, weight, 1e-6))
     assert torch.equal(x, copy)
     residual = torch.randn(shape, generator=generator, device=device).to(dtype)
-    close(rms_norm.rms_norm_triton(x, weight, 1e-6, residual), rms_norm.rms_norm_torch(copy, weight, 1e-6, residual))
+    close(rms_norm_triton(x, weight, 1e-6, residual), rms_norm_torch(copy, weight, 1e-6, residual))
     close(x, copy)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 96), (3, 1536), (2, 6144), (4, 152)])
-def test_silu_mul(device, shape, dtype):
+def test_silu_mul_equals_the_reference(device, shape, dtype):
     x = torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
     copy = x.clone()
-    close(silu_mul.silu_mul_triton(x), silu_mul.silu_mul_torch(x))
+    close(silu_mul_triton(x), silu_mul_torch(x))
     assert torch.equal(x, copy)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (5, 1, 96), (16, 8, 128), (3, 3, 24)])
-def test_rope_store(device, heads, kv_heads, head_dim, norm, dtype):
+def test_rope_store_equals_the_reference(device, heads, kv_heads, head_dim, norm, dtype):
     generator = torch.Generator(device).manual_seed(0)
     tokens, block_size, num_blocks = 7, 16, 4
 
@@ -66,23 +73,23 @@ def test_rope_store(device, heads, kv_heads, head_dim, norm, dtype):
     weights = (randn(head_dim), randn(head_dim)) if norm else (None, None)
     table = rope_table(head_dim, 100, 10000.0).to(device)
     positions = torch.tensor([0, 1, 99, 5, 6, 7, 40], device=device)
-    places = torch.tensor([63, 0, 17, 2, 31, 30, 16], device=device)
+    slot_mapping = torch.tensor([63, 0, 17, 2, 31, 30, 16], device=device)
     copy = qkv.clone()
     results = []
-    for run in (rope_store.qk_norm_rope_store_triton, rope_store.qk_norm_rope_store_torch):
+    for run in (qk_norm_rope_store_triton, qk_norm_rope_store_torch):
         caches = [
             torch.full((num_blocks, block_size, kv_heads, head_dim), 7.0, dtype=dtype, device=device) for _ in "kv"
         ]
-        transform = rope_store.QKTransform(heads, table, *weights, 1e-6)
-        results.append((run(qkv, transform, positions, places, *caches), *caches))
+        transform = QKTransform(heads, table, *weights, 1e-6)
+        results.append((run(qkv, transform, positions, slot_mapping, *caches), *caches))
     for got, want in zip(*results, strict=True):
         close(got, want)
     assert torch.equal(qkv, copy)
 
 
 @pytest.mark.parametrize(("batch", "lens"), [(1, None), (7, None), (130, None), (1, [1]), (7, [1, 7, 1, 130, 3, 0, 0])])
-def test_step_inputs(device, batch, lens):
-    """Decode rows alone, or rows of `lens` tokens, some of which start where the device knows; the last are padding."""
+def test_step_inputs_equal_the_reference(device, batch, lens):
+    """A pure decode step, or rows of `lens` tokens: the first continues its slot, the last ones are padding."""
     slots_count, block_size, width = 200, 16, 12
     generator = torch.Generator(device).manual_seed(0)
 
@@ -101,16 +108,16 @@ def test_step_inputs(device, batch, lens):
             rows[-2:] = slots_count - 1
             token_rows = torch.cat([token_rows, torch.full_like(token_rows[:5], batch - 1)])
             token_ids = torch.cat([token_ids, token_ids[:5] * 0])
-        rows = step_inputs.StepRows(rows, starts, cu_seqlens, token_rows, token_ids)
+        rows = StepRows(rows, starts, cu_seqlens, token_rows, token_ids)
     last_token, length = randint(1000, slots_count).long(), randint(50, slots_count)
     arguments = (rows, last_token, length, randint(99, slots_count, width), block_size, slots_count - 1)
-    states = [sampling.SamplingState(sampling.default_params(slots_count), 1000, device) for _ in range(2)]
+    states = [SamplingState(default_params(slots_count), 1000, device) for _ in range(2)]
     for state in states:
-        state.flags[: slots_count // 2] = sampling.HAS_PENALTIES
-        state.counts[:, :900] = 2 * sampling.MAX_COUNT
+        state.flags[: slots_count // 2] = HAS_PENALTIES
+        state.counts[:, :900] = 2 * MAX_COUNT
         state.counts[:, :500] = 5
-    got = step_inputs.step_inputs_triton(*arguments, states[0])
-    want = step_inputs.step_inputs_torch(*arguments, states[1])
+    got = step_inputs_triton(*arguments, states[0])
+    want = step_inputs_torch(*arguments, states[1])
     assert torch.equal(states[0].counts, states[1].counts)
     known = rows if lens is None else rows.slots[rows.starts < 0]
     counted = [slot for slot in known.tolist() if slot < slots_count // 2 and last_token[slot] < 500]

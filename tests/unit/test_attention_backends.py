@@ -17,11 +17,13 @@ from nanovllm.attention.flash_attn_backend import (
 )
 from nanovllm.attention.torch_ref import TorchBackend
 from nanovllm.layers.rotary_embedding import rope_table
-from nanovllm.ops.attention.decode_attention import decode_attention_torch
-from nanovllm.ops.attention.decode_plan import plan_decode_torch
-from nanovllm.ops.attention.prefill_attention import prefill_attention_torch
-from nanovllm.ops.attention.rope_decode import rope_decode_torch
-from nanovllm.ops.norm_rope.rope_store import QKTransform
+from nanovllm.ops.attention.reference import (
+    decode_attention_torch,
+    plan_decode_torch,
+    prefill_attention_torch,
+    rope_decode_torch,
+)
+from nanovllm.ops.norm_rope.qk_transform import QKTransform
 from nanovllm.utils.context import Context
 from tests.kernels.paged import assert_close, make_paged, plain_attention
 
@@ -83,7 +85,7 @@ def test_triton_backend_hands_each_kernel_its_rows(monkeypatch):
     monkeypatch.setattr(triton_backend, "plan_decode_triton", plan_decode_torch)
 
     def into(twin):
-        return lambda *args, out, counters=None, plan=None, shared=None: out.copy_(twin(*args))
+        return lambda *args, out, counters=None, plan=None, prefix=None: out.copy_(twin(*args))
 
     monkeypatch.setattr(triton_backend, "decode_attention_triton", into(decode_attention_torch))
     monkeypatch.setattr(triton_backend, "prefill_attention_triton", into(prefill_attention_torch))
@@ -141,7 +143,7 @@ def test_triton_backend_has_one_kernel_for_few_decode_rows(monkeypatch, decode, 
     calls = []
 
     def into(twin, name):
-        def run(*args, out=None, counters=None, plan=None, shared=None):
+        def run(*args, out=None, counters=None, plan=None, prefix=None):
             calls.append(name)
             return twin(*args) if out is None else out.copy_(twin(*args))
 

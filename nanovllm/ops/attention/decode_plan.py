@@ -1,7 +1,8 @@
-"""What the programs of decode attention do in a step: planned once for all layers, on the device.
+"""Plan how decode attention splits its sequences: once per step for all layers, on the device.
 
-A captured graph is then valid for any lengths. Rows are split that would keep a multiprocessor busy after the others
-end. The longest parts come first, so that short ones fill what those leave at the end.
+Because the plan is made on the device, a captured graph is valid for any context lengths. A sequence is split if it
+would keep an SM busy after the others have finished. The longest splits start first, so that short ones fill the gaps
+at the end.
 """
 
 from typing import NamedTuple
@@ -11,47 +12,49 @@ import torch
 from nanovllm.ops.triton_utils import tl, triton
 
 MAX_SPLITS = 128
-MANY_PROGRAMS_PER_SM = 6  # programs for each multiprocessor: of so many, more run at a time, each of them slower
-MIN_SPLIT_TOKENS = 256  # tokens; of fewer, a program's start and the merge of its part take longer than they save
+MANY_PROGRAMS_PER_SM = 6  # from here on, more programs run on an SM at a time, each of them slower
+MIN_SPLIT_TOKENS = 256  # shorter splits lose more to a program's start and the merge than they gain
 
 
 class SplitPolicy(NamedTuple):
-    """How the work of decode attention is shared by multiprocessors.
+    """How decode attention divides its work. A *share* is the total number of tokens to read, over `programs`.
 
     Args:
-        programs: how many shares there are.
-        whole: rows of up to so many halves of a share are not split.
-        num_splits: most parts of a row, which decides how much room their results need.
-        min_part: tokens of a share, at least.
+        programs: number of shares.
+        whole: sequences of up to `whole` / 2 shares are not split.
+        num_splits: most splits of a sequence; determines the memory for partial results.
+        min_tokens: least number of tokens in a share.
     """
 
     programs: int
     whole: int
     num_splits: int
-    min_part: int = MIN_SPLIT_TOKENS
+    min_tokens: int = MIN_SPLIT_TOKENS
 
 
 def default_split_policy(batch: int, kv_heads: int, sm_count: int) -> SplitPolicy:
-    """From sweeps on an H100: of rows of one length, of the offline workload's, of a few long ones among short ones.
+    """Return the policy that sweeps chose on an H100: equal lengths, the offline workload's, a few long among short.
 
-    Of fewer rows and heads than multiprocessors, each of these gets a part. Of more, a row is split if it is longer
-    than 1.5 times what a multiprocessor has to do, into parts of half of that; 0.75 times if its programs are many,
-    which no sweep of long rows had. Few are so long, and hardly one 8 or 4 parts.
+    Every SM gets a split if there are fewer (sequence, KV head) pairs than SMs. Otherwise a sequence is split if it is
+    longer than 1.5 times the work of an SM, into splits of half that work; with very many pairs, 0.75 times (no sweep
+    of long sequences had that many). Few sequences are so long, and hardly any gets 8 or 4 splits.
     """
-    programs = batch * kv_heads
-    if programs < sm_count:
-        most = max(8, 4 * sm_count // programs)  # four times the parts that rows of one length have
-        return SplitPolicy(sm_count, 3, min(MAX_SPLITS, 1 + sm_count // kv_heads, most))
-    whole, num_splits = (3, 4) if programs >= MANY_PROGRAMS_PER_SM * sm_count else (6, 8)
-    return SplitPolicy(2 * sm_count, whole, min(num_splits, 1 + 2 * sm_count // kv_heads))
+    pairs = batch * kv_heads
+    if pairs < sm_count:
+        most = max(8, 4 * sm_count // pairs)  # four times the splits of sequences of equal length
+        return SplitPolicy(sm_count, whole=3, num_splits=min(MAX_SPLITS, 1 + sm_count // kv_heads, most))
+    most = 1 + 2 * sm_count // kv_heads
+    if pairs >= MANY_PROGRAMS_PER_SM * sm_count:
+        return SplitPolicy(2 * sm_count, whole=3, num_splits=min(4, most))
+    return SplitPolicy(2 * sm_count, whole=6, num_splits=min(8, most))
 
 
 class DecodePlan(NamedTuple):
-    """What the programs of `decode_attention_triton` do, for each KV head, in the order in which they begin.
+    """Work items of `decode_attention_triton`, for each KV head, in the order in which they start.
 
     Args:
-        items: [I, 3] int32: row, number of the part, parts of that row; row -1 where there is none.
-        num_splits: most parts of a row.
+        items: [I, 3] int32: sequence, index of the split, number of splits of the sequence; sequence -1 if unused.
+        num_splits: most splits of a sequence.
     """
 
     items: torch.Tensor
@@ -59,97 +62,78 @@ class DecodePlan(NamedTuple):
 
 
 @triton.jit
-def _split(lens, total, programs, whole, num_splits, min_part):
-    """In how many parts rows of `lens` tokens are split, and the tokens of each."""
-    share = tl.maximum(tl.cdiv(total, programs), min_part)
-    parts = tl.where(lens * 2 * programs > whole * total, (lens + share // 2) // share, 1)
-    parts = tl.maximum(tl.minimum(parts, num_splits), 1).to(tl.int32)
-    return parts, tl.cdiv(lens, parts)
+def _split(lens, total, programs, whole, num_splits, min_tokens):
+    """Return the number of splits of sequences of `lens` tokens, and the tokens of each split."""
+    share = tl.maximum(tl.cdiv(total, programs), min_tokens)
+    splits = tl.where(lens * 2 * programs > whole * total, (lens + share // 2) // share, 1)
+    splits = tl.maximum(tl.minimum(splits, num_splits), 1).to(tl.int32)
+    return splits, tl.cdiv(lens, splits)
 
 
-@triton.jit(do_not_specialize=["lens_ptr", "rows", "num_items", "programs", "whole", "num_splits", "min_part"])
+@triton.jit(do_not_specialize=["lens_ptr", "batch", "num_items", "programs", "whole", "num_splits", "min_tokens"])
 def _plan_kernel(
     lens_ptr,
     plan_ptr,
-    rows,
+    batch,
     num_items,
     programs,
     whole,
     num_splits,
-    min_part,
+    min_tokens,
     KV_HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
+    BATCH_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # No `wait_for_inputs`: this comes before the chain, whose kernels read what is written here before they wait.
-    other = tl.arange(0, ROWS)
-    their_len = tl.load(lens_ptr + other, mask=other < rows, other=0).to(tl.int64)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    own_len = tl.load(lens_ptr + row, mask=row < rows, other=0).to(tl.int64)
-    total = tl.sum(their_len, 0) * KV_HEADS
-    their_parts, their_size = _split(their_len, total, programs, whole, num_splits, min_part)
-    parts, size = _split(own_len, total, programs, whole, num_splits, min_part)
-    their_parts = tl.where(other < rows, their_parts, 0)
-    # A row's first part comes after those of rows with longer ones.
-    equal = (their_size[None, :] == size[:, None]) & (other[None, :] < row[:, None])
-    before = (their_size[None, :] > size[:, None]) | equal
-    first = tl.sum(tl.where(before, their_parts[None, :], 0), 1)
-    for part in range(0, tl.max(parts, 0)):
-        mask = (part < parts) & (row < rows)
-        place = plan_ptr + 3 * (first + part)
-        tl.store(place, row, mask=mask)
-        tl.store(place + 1, tl.full([BLOCK], part, tl.int32), mask=mask)
-        tl.store(place + 2, parts, mask=mask)
+    # No `wait_for_inputs`: this runs before the chain, whose kernels read the plan before they wait.
+    all_seqs = tl.arange(0, BATCH_PAD)
+    all_lens = tl.load(lens_ptr + all_seqs, mask=all_seqs < batch, other=0).to(tl.int64)
+    seq = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    lens = tl.load(lens_ptr + seq, mask=seq < batch, other=0).to(tl.int64)
+    total = tl.sum(all_lens, 0) * KV_HEADS
+    all_splits, all_sizes = _split(all_lens, total, programs, whole, num_splits, min_tokens)
+    splits, size = _split(lens, total, programs, whole, num_splits, min_tokens)
+    all_splits = tl.where(all_seqs < batch, all_splits, 0)
+    # A sequence's first item comes after those of all sequences with longer splits.
+    equal = (all_sizes[None, :] == size[:, None]) & (all_seqs[None, :] < seq[:, None])
+    before = (all_sizes[None, :] > size[:, None]) | equal
+    first = tl.sum(tl.where(before, all_splits[None, :], 0), 1)
+    for split in range(0, tl.max(splits, 0)):
+        mask = (split < splits) & (seq < batch)
+        item_ptr = plan_ptr + 3 * (first + split)
+        tl.store(item_ptr, seq, mask=mask)
+        tl.store(item_ptr + 1, tl.full([BLOCK], split, tl.int32), mask=mask)
+        tl.store(item_ptr + 2, splits, mask=mask)
     if tl.program_id(0) == 0:
-        for start in range(tl.sum(their_parts, 0), num_items, ROWS):
-            tl.store(plan_ptr + 3 * (start + other), tl.full([ROWS], -1, tl.int32), mask=start + other < num_items)
+        for start in range(tl.sum(all_splits, 0), num_items, BATCH_PAD):
+            unused = start + all_seqs
+            tl.store(plan_ptr + 3 * unused, tl.full([BATCH_PAD], -1, tl.int32), mask=unused < num_items)
 
 
-def plan_decode_triton(context_lens: torch.Tensor, kv_heads: int, shares: SplitPolicy) -> DecodePlan:
-    """`plan_decode_torch` as a Triton kernel, which does not wait for the device.
+def plan_decode_triton(context_lens: torch.Tensor, kv_heads: int, policy: SplitPolicy) -> DecodePlan:
+    """Compute `plan_decode_torch` with a Triton kernel that does not synchronise with the device.
 
     Raises:
-        ValueError: `num_splits` is out of range.
+        ValueError: `policy.num_splits` is out of range.
         ImportError: Triton is not installed.
     """
-    rows = len(context_lens)
-    if not 1 <= shares.num_splits <= MAX_SPLITS:
-        raise ValueError(f"num_splits={shares.num_splits} must be between 1 and {MAX_SPLITS}")
-    items = torch.empty((rows + shares.programs // kv_heads, 3), dtype=torch.int32, device=context_lens.device)
-    width = max(512, triton.next_power_of_2(rows))
+    batch = len(context_lens)
+    if not 1 <= policy.num_splits <= MAX_SPLITS:
+        raise ValueError(f"num_splits={policy.num_splits} must be between 1 and {MAX_SPLITS}")
+    items = torch.empty((batch + policy.programs // kv_heads, 3), dtype=torch.int32, device=context_lens.device)
+    width = max(512, triton.next_power_of_2(batch))
     block = max(1, 4096 // width)
-    _plan_kernel[(triton.cdiv(rows, block),)](
+    _plan_kernel[(triton.cdiv(batch, block),)](
         context_lens,
         items,
-        rows,
+        batch,
         len(items),
-        *shares,
+        policy.programs,
+        policy.whole,
+        policy.num_splits,
+        policy.min_tokens,
         KV_HEADS=kv_heads,
-        ROWS=width,
+        BATCH_PAD=width,
         BLOCK=block,
         num_warps=min(32, max(4, width // 1024)),
     )
-    return DecodePlan(items, shares.num_splits)
-
-
-def plan_decode_torch(context_lens: torch.Tensor, kv_heads: int, shares: SplitPolicy) -> DecodePlan:
-    """Split long rows into equal parts of about a share; the longest parts come first. Synchronises with the device.
-
-    A row of n shares has at most n + 1/2 parts, so there are at most `shares.programs` / `kv_heads` more than rows.
-
-    Args:
-        context_lens: [B] int32, at least 1.
-    """
-    lens = context_lens.to(torch.int64)
-    programs, whole, num_splits, min_part = shares
-    total = int(lens.sum()) * kv_heads
-    share = max(min_part, -(-total // programs))
-    parts = torch.where(lens * 2 * programs > whole * total, (lens + share // 2) // share, 1).clamp(1, num_splits)
-    order = (-(-lens // parts)).argsort(descending=True, stable=True)
-    parts = parts[order]
-    first = (parts.cumsum(0) - parts).repeat_interleave(parts)
-    rows = order.repeat_interleave(parts)
-    number = torch.arange(len(rows), device=rows.device) - first
-    items = torch.full((len(lens) + programs // kv_heads, 3), -1, dtype=torch.int32, device=lens.device)
-    items[: len(rows)] = torch.stack([rows, number, parts.repeat_interleave(parts)], 1)
-    return DecodePlan(items, num_splits)
+    return DecodePlan(items, policy.num_splits)

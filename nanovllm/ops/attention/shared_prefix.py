@@ -1,105 +1,99 @@
-"""Decode attention over what the rows of a batch have in common, once for many rows.
+"""Decode attention over prefixes that sequences share: once for many sequences.
 
-Rows whose block tables begin with the same blocks form a group (Hydragen, arXiv:2402.05099; cascade inference in
-FlashInfer). All queries of a group and KV head are one tile, as in prefill, so the shared keys and values are read once
-for the group, and arithmetic is done by whole matrix tiles. The partial results are merged with those over each row's
-own tokens by `decode_attention_triton`.
+Sequences whose block tables start with the same blocks form a group (Hydragen, arXiv:2402.05099; cascade inference in
+FlashInfer). All queries of a group and KV head are one tile, as in prefill, so the shared K and V are read once per
+group and full matrix tiles do the arithmetic. `decode_attention_triton` merges the partial results with those over each
+sequence's own tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from nanovllm.ops.attention.decode_attention import (
-    LOG2E,
-    attention_constants,
-    empty_softmax,
-    new_partials,
-)
+from nanovllm.ops.attention.decode_attention import PrefixPartials
+from nanovllm.ops.attention.online_softmax import empty_partials, init_softmax
+from nanovllm.ops.attention.paged_cache import LOG2E, attention_constants
 from nanovllm.ops.attention.prefill_attention import attend_tiles, default_prefill_config
 from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
-MIN_SEQUENCES = 4  # rows of a group
+MIN_SEQUENCES = 4  # in a group
 MIN_TOKENS = 256  # shared tokens of a group
-MIN_SAVED = 16384  # tokens that a step must not read again; below, the launch costs more than it gains
-STEP = 128  # shared tokens are a multiple of this, which every kernel's tile divides
-MAX_SHARED_PARTS = 16  # most programs that share the work of a group and KV head
-TILE_QUERIES = 64  # queries (rows x heads of a KV head) that a group has at most
+MIN_SAVED = 16384  # tokens that a step need not read again; with fewer, the launch costs more than it gains
+STEP = 128  # shared tokens are a multiple of this, which is a multiple of every kernel's tile
+MAX_PREFIX_SPLITS = 16  # most programs that split the work of a group and KV head
+TILE_QUERIES = 64  # most queries (sequences x heads of a KV head) of a group
 
 
 class SharedPrefixPlan(NamedTuple):
-    """Which rows share what, int32 arrays or tensors.
+    """Sequences that share a prefix, as int32 arrays or tensors.
 
     Args:
-        rows: [B, 2], each row's shared tokens and the number of their partial results; zeros where there are none.
-        groups: [B // MIN_SEQUENCES, 4]: first row, rows, shared tokens, partial results; zeros past the last group.
+        sequences: [B, 2], each sequence's shared tokens and the number of their partial results; zeros without any.
+        groups: [B // MIN_SEQUENCES, 4]: first sequence, number of sequences, shared tokens, partial results; unused
+            entries are zeros.
     """
 
-    rows: torch.Tensor
-    groups: torch.Tensor
+    sequences: Any
+    groups: Any
 
     @staticmethod
     def size(batch: int) -> int:
-        """Numbers in both."""
+        """Return the number of values in both arrays."""
         return 2 * batch + batch // MIN_SEQUENCES * 4
 
     @classmethod
-    def split(cls, packed, batch: int) -> "SharedPrefixPlan":
-        """Views of the two in one array or tensor that holds them one after the other."""
+    def split(cls, packed: Any, batch: int) -> "SharedPrefixPlan":
+        """Return views of the two arrays in one array or tensor that holds them one after the other."""
         return cls(packed[: 2 * batch].reshape(-1, 2), packed[2 * batch :].reshape(-1, 4))
-
-
-class SharedPrefixPartials(NamedTuple):
-    """Partial results that `decode_attention_triton` merges with its own, and room for these.
-
-    Args:
-        rows: of the SharedPrefixPlan.
-        partial, lse: [B, H, P, Dh] and [B, H, P] float32; each row's shared parts come first.
-    """
-
-    rows: torch.Tensor
-    partial: torch.Tensor
-    lse: torch.Tensor
 
 
 def plan_shared_prefixes(
     tables: np.ndarray, no_block: int, block_size: int, group: int, kv_heads: int, sm_count: int, size: int
 ) -> np.ndarray | None:
-    """The SharedPrefixPlan of a batch of `size` rows in one array, or None if it would not gain.
+    """Return the SharedPrefixPlan of a batch in one array, or None if it would not pay off.
 
     Args:
-        tables: [B, W] block ids of the first B rows. Rows that share neighbour each other, as they do when they came
-            together.
-        no_block: the id that stands for none.
-        group: query heads of a KV head.
+        tables: [B, W] block ids of the sequences. Sequences that share a prefix must be neighbours; they are if they
+            arrived together.
+        no_block: the id that marks an empty entry.
+        group: query heads per KV head.
+        size: sequences that the plan has room for, at least B.
     """
-    equal = (tables[1:] == tables[:-1]) & (tables[1:] != no_block)
-    common = np.where(equal.all(1), equal.shape[1], equal.argmin(1)) * block_size // STEP * STEP  # of rows i and i + 1
-    if common.sum() < MIN_SAVED:
-        return None
-    most, row, groups = max(1, TILE_QUERIES // group), 0, []
-    while row < len(common):
-        tokens, last = common[row], row  # rows up to `last` have `tokens` in common
-        while tokens >= MIN_TOKENS and last < len(common) and last + 1 - row < most and common[last] >= tokens:
-            last += 1
-        if last + 1 - row >= MIN_SEQUENCES:
-            groups.append((row, last + 1 - row, tokens))
-        row = last + 1
-    if sum((rows - 1) * tokens for _, rows, tokens in groups) < MIN_SAVED:
+    groups = _find_groups(tables, no_block, block_size, max_sequences=max(1, TILE_QUERIES // group))
+    if sum((count - 1) * tokens for _, count, tokens in groups) < MIN_SAVED:
         return None
     packed = np.zeros(SharedPrefixPlan.size(size), dtype=np.int32)
     plan = SharedPrefixPlan.split(packed, size)
-    wanted = min(MAX_SHARED_PARTS, -(-4 * sm_count // (len(groups) * kv_heads)))
-    for i, (row, rows, tokens) in enumerate(groups):
-        steps = -(-tokens // STEP // wanted)
-        parts = -(-tokens // (steps * STEP))
-        plan.groups[i] = row, rows, tokens, parts
-        plan.rows[row : row + rows] = tokens, parts
+    wanted = min(MAX_PREFIX_SPLITS, triton.cdiv(4 * sm_count, len(groups) * kv_heads))
+    for i, (first, count, tokens) in enumerate(groups):
+        steps = triton.cdiv(tokens // STEP, wanted)
+        splits = triton.cdiv(tokens, steps * STEP)
+        plan.groups[i] = first, count, tokens, splits
+        plan.sequences[first : first + count] = tokens, splits
     return packed
 
 
-@triton.jit(do_not_specialize=["slots_ptr", "groups_ptr", "part_stride"])
+def _find_groups(tables: np.ndarray, no_block: int, block_size: int, max_sequences: int) -> list[tuple[int, int, int]]:
+    """Return (first sequence, number of sequences, shared tokens) of each group of neighbours."""
+    equal = (tables[1:] == tables[:-1]) & (tables[1:] != no_block)
+    shared_blocks = np.where(equal.all(1), equal.shape[1], equal.argmin(1))
+    common = shared_blocks * block_size // STEP * STEP  # tokens that sequences i and i + 1 share
+    if common.sum() < MIN_SAVED:
+        return []
+    groups, first = [], 0
+    while first < len(common):
+        tokens, last = int(common[first]), first  # sequences up to `last` share `tokens`
+        if tokens >= MIN_TOKENS:
+            while last < len(common) and last + 1 - first < max_sequences and common[last] >= tokens:
+                last += 1
+        if last + 1 - first >= MIN_SEQUENCES:
+            groups.append((first, last + 1 - first, tokens))
+        first = last + 1
+    return groups
+
+
+@triton.jit(do_not_specialize=["slots_ptr", "groups_ptr", "split_stride"])
 def _shared_kernel(
     q_ptr,
     k_ptr,
@@ -110,10 +104,10 @@ def _shared_kernel(
     partial_ptr,
     lse_ptr,
     scale_log2e,
-    q_row_stride,
+    q_seq_stride,
     q_head_stride,
     table_stride,
-    part_stride,
+    split_stride,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
@@ -127,57 +121,73 @@ def _shared_kernel(
     wait_for_inputs(PDL)
     kv_head = tl.program_id(0)
     groups_ptr += 4 * tl.program_id(1)
-    part = tl.program_id(2)
-    num_parts = tl.load(groups_ptr + 3)
-    if part >= num_parts:
+    split = tl.program_id(2)
+    num_splits = tl.load(groups_ptr + 3)
+    if split >= num_splits:
         return
-    first_row = tl.load(groups_ptr)
-    num_rows = tl.load(groups_ptr + 1)
-    shared_len = tl.load(groups_ptr + 2)
+    first_seq = tl.load(groups_ptr)
+    num_seqs = tl.load(groups_ptr + 1)
+    prefix_len = tl.load(groups_ptr + 2)
 
     m = tl.arange(0, BLOCK_M)
-    rows = (first_row + m // GROUP).to(tl.int64)
+    seqs = (first_seq + m // GROUP).to(tl.int64)
     heads = kv_head * GROUP + m % GROUP
     dims = tl.arange(0, HEAD_PAD)
-    row_mask = m // GROUP < num_rows
+    row_mask = m // GROUP < num_seqs
     mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
-    q_rows = rows * q_row_stride + heads * q_head_stride
-    q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=mask, other=0.0)
+    q_offsets = seqs * q_seq_stride + heads * q_head_stride
+    q = tl.load(q_ptr + q_offsets[:, None] + dims[None, :], mask=mask, other=0.0)
 
-    table_ptr = tables_ptr + tl.load(slots_ptr + first_row).to(tl.int64) * table_stride
-    part_tiles = tl.cdiv(shared_len // STEP, num_parts) * (STEP // BLOCK_N)
-    first_tile = part * part_tiles
-    last_tile = tl.minimum(first_tile + part_tiles, shared_len // BLOCK_N)
+    table_ptr = tables_ptr + tl.load(slots_ptr + first_seq).to(tl.int64) * table_stride
+    split_tiles = tl.cdiv(prefix_len // STEP, num_splits) * (STEP // BLOCK_N)
+    first_tile = split * split_tiles
+    last_tile = tl.minimum(first_tile + split_tiles, prefix_len // BLOCK_N)
     TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
-    q_tile, cache = (q, m, scale_log2e), (k_ptr, v_ptr, table_ptr, shared_len, kv_head)
-    softmax = empty_softmax(BLOCK_M, HEAD_PAD)
+    q_tile = (q, m, scale_log2e)
+    cache = (k_ptr, v_ptr, table_ptr, prefix_len, kv_head)
+    softmax = init_softmax(BLOCK_M, HEAD_PAD)
     running_max, running_sum, acc = attend_tiles(
         softmax, q_tile, cache, first_tile, last_tile, False, HEAD_DIM, TOKEN_STRIDE, BLOCK_SIZE, BLOCK_N, False
     )
-    places = (rows * (KV_HEADS * GROUP) + heads) * part_stride + part
-    tl.store(partial_ptr + places[:, None] * HEAD_DIM + dims[None, :], acc / running_sum[:, None], mask=mask)
-    tl.store(lse_ptr + places, running_max + tl.log2(running_sum), mask=row_mask)
+    indices = (seqs * (KV_HEADS * GROUP) + heads) * split_stride + split
+    tl.store(partial_ptr + indices[:, None] * HEAD_DIM + dims[None, :], acc / running_sum[:, None], mask=mask)
+    tl.store(lse_ptr + indices, running_max + tl.log2(running_sum), mask=row_mask)
 
 
 def shared_attention_triton(
-    q, k_cache, v_cache, block_tables, slots, scale: float, plan: SharedPrefixPlan, num_own: int
-) -> SharedPrefixPartials:
-    """Attention of decode rows over the tokens that they share, for `decode_attention_triton` to go on from.
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float,
+    plan: SharedPrefixPlan,
+    num_splits: int,
+) -> PrefixPartials:
+    """Attend to shared prefixes (`shared_attention_torch`); `decode_attention_triton` continues from the result.
 
     Args:
         q, k_cache, v_cache, block_tables, slots, scale: as in `decode_attention_torch`.
         plan: from `plan_shared_prefixes`, on the device.
-        num_own: most parts of what a row does not share: the DecodePlan's `num_splits`.
+        num_splits: the most splits of a sequence's own tokens: `num_splits` of the DecodePlan.
     """
     _, heads, head_dim = q.shape
-    kv_heads, config = k_cache.shape[2], default_prefill_config(head_dim, q.element_size())
-    partial, lse = new_partials(q, MAX_SHARED_PARTS + num_own)
-    tensors = q, k_cache, v_cache, block_tables, slots, plan.groups, partial, lse
-    strides = q.stride(0), q.stride(1), block_tables.stride(0)
-    _shared_kernel[(kv_heads, len(plan.groups), MAX_SHARED_PARTS)](
-        *tensors,
+    kv_heads = k_cache.shape[2]
+    config = default_prefill_config(head_dim, q.element_size())
+    partial, lse = empty_partials(q, MAX_PREFIX_SPLITS + num_splits)
+    _shared_kernel[(kv_heads, len(plan.groups), MAX_PREFIX_SPLITS)](
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        slots,
+        plan.groups,
+        partial,
+        lse,
         scale * LOG2E,
-        *strides,
+        q.stride(0),
+        q.stride(1),
+        block_tables.stride(0),
         lse.shape[2],
         BLOCK_M=max(TILE_QUERIES, triton.next_power_of_2(heads // kv_heads)),
         BLOCK_N=config.block_n,
@@ -187,4 +197,4 @@ def shared_attention_triton(
         **attention_constants(q, k_cache),
         **launch_options(q.device),
     )
-    return SharedPrefixPartials(plan.rows, partial, lse)
+    return PrefixPartials(plan.sequences, partial, lse)

@@ -1,7 +1,7 @@
-"""GPU memory that processes of one host map and write, by the CUDA driver (every CUDA program has loaded `libcuda`).
+"""GPU memory that several processes of one host map and write, through the CUDA driver.
 
-torch shares tensors too, but keeps one until the other process has said that it is done with it: after that one was
-killed, for ever.
+Every CUDA program has loaded `libcuda`. torch can share tensors too, but it keeps a shared tensor until the other
+process releases it, so a killed process would leak it forever.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ def _driver() -> ctypes.CDLL:
 
 
 def _call(function: str, *arguments: object) -> None:
-    """Call the driver; RuntimeError if that fails."""
+    """Call a driver function; raise RuntimeError if it fails."""
     status = getattr(_driver(), function)(*arguments)
     if status:
         name = ctypes.c_char_p()
@@ -35,22 +35,22 @@ def _call(function: str, *arguments: object) -> None:
 
 
 def copy(target: int, source: int, num_bytes: int, stream: torch.cuda.Stream) -> None:
-    """Let a copy engine copy between addresses, of which either may be of a `Mapping`, in the order of `stream`."""
-    sizes = ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(num_bytes)
-    _call("cuMemcpyDtoDAsync_v2", *sizes, ctypes.c_void_p(stream.cuda_stream))
+    """Queue a copy by a copy engine in `stream`. Either address may belong to a `Mapping`."""
+    addresses = ctypes.c_uint64(target), ctypes.c_uint64(source)
+    _call("cuMemcpyDtoDAsync_v2", *addresses, ctypes.c_size_t(num_bytes), ctypes.c_void_p(stream.cuda_stream))
 
 
 def write(address: int, value: int, stream: torch.cuda.Stream) -> None:
-    """Write 32 bits once all before in `stream` is done and can be seen from everywhere."""
-    bits = ctypes.c_uint64(address), ctypes.c_uint32(value & 0xFFFFFFFF)
-    _call("cuStreamWriteValue32_v2", ctypes.c_void_p(stream.cuda_stream), *bits, ctypes.c_uint(0))
+    """Queue a 32-bit write in `stream`. All earlier work of the stream is complete and visible everywhere by then."""
+    target, bits = ctypes.c_uint64(address), ctypes.c_uint32(value & 0xFFFFFFFF)
+    _call("cuStreamWriteValue32_v2", ctypes.c_void_p(stream.cuda_stream), target, bits, ctypes.c_uint(0))
 
 
 def share(tensor: torch.Tensor) -> list:
-    """What a `Mapping` of the tensor's memory needs: a string and an integer.
+    """Return what another process needs for a `Mapping` of the tensor: a string and an integer.
 
     Raises:
-        RuntimeError: the tensor is of an allocator whose memory cannot be shared.
+        RuntimeError: the tensor's allocator does not support sharing.
     """
     address, base, handle = ctypes.c_uint64(tensor.data_ptr()), ctypes.c_uint64(), _HandleByValue()
     _call("cuMemGetAddressRange_v2", ctypes.byref(base), None, address)
@@ -59,27 +59,28 @@ def share(tensor: torch.Tensor) -> list:
 
 
 class Mapping:
-    """Memory of another process, as the current GPU sees it, until `close`.
+    """Another process's GPU memory, mapped for the current GPU until `close`.
 
     Args:
-        shared: from that process's `share`.
+        shared: the result of `share` in that process.
 
     Raises:
-        RuntimeError: this GPU cannot reach it.
+        RuntimeError: this GPU cannot reach the memory.
     """
 
     def __init__(self, shared: list):
-        handle, self.offset = _HandleByValue.from_buffer_copy(bytes.fromhex(shared[0])), shared[1]
+        handle = _HandleByValue.from_buffer_copy(bytes.fromhex(shared[0]))
+        self.offset = shared[1]
         self.base, self.context = ctypes.c_uint64(), ctypes.c_void_p()
         _call("cuCtxGetCurrent", ctypes.byref(self.context))
         _call("cuIpcOpenMemHandle_v2", ctypes.byref(self.base), handle, ctypes.c_uint(_LAZY_PEER_ACCESS))
 
     def data_ptr(self) -> int:
-        """The address of what the tensor's first element is there."""
+        """Return the address of the shared tensor's first element."""
         return self.base.value + self.offset
 
     def close(self) -> None:
-        """Unmap it, in any thread. No kernel may use it any more; the process that it belongs to may be gone."""
+        """Unmap the memory, in any thread. No kernel may use it any more; its owner may have exited."""
         _call("cuCtxPushCurrent_v2", self.context)
         try:
             _call("cuIpcCloseMemHandle", self.base)

@@ -1,15 +1,17 @@
-"""Large sums over two ranks: each part is on its way to the other while the next is still computed.
+# pyright: reportPossiblyUnboundVariable=false
+# Names in the kernel are bound under the same compile-time conditions under which they are read.
+"""All-reduce of large tensors over two ranks, overlapped with their computation.
 
-The sum of a prompt's rows takes half as long as the product that makes them, or longer. Copy engines move the parts
-meanwhile, so that all multiprocessors multiply:
+The all-reduce of a prompt's hidden states takes at least half as long as the GEMM that computes them. Each slice of the
+result is copied to the other rank while the next slice is computed. Copy engines move the data, so all SMs compute:
 
-    rank 0   multiply part 0 | multiply part 1        | ... | add parts, norm
-    engine                   | copy part 0 to rank 1  | copy part 1 ...
+    rank 0   compute slice 0 | compute slice 1         | ... | add slices, norm
+    engine                   | copy slice 0 to rank 1  | copy slice 1 ...
 
-A part has arrived when the number of the sum stands in a word that is written after it. An inbox has room for two sums,
-taken in turn. A rank that writes the sum after the next has all of the next from the other one, which had read its
-whole inbox before it sent that. (What is sent and never added, as hidden states that nobody reads, is garbage in an
-inbox until ranks meet in another sum.)
+A slice has arrived when a word that is written after it holds the number of the all-reduce. An inbox has room for two
+all-reduces, used alternately. A rank that sends all-reduce n + 2 has received all of n + 1 from the other rank, which
+had read its inbox of n before it sent n + 1. A tensor that is sent but never summed, such as hidden states that nobody
+reads, leaves garbage in the inbox until the ranks meet in a later all-reduce.
 """
 
 from collections.abc import Iterator
@@ -21,45 +23,48 @@ from nanovllm.ops.linear.dispatch import MAX_CAPTURED_TOKENS
 from nanovllm.ops.norm_rope.rms_norm import normalize
 from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
-MAX_BYTES = 256 << 20  # bytes of the largest sum
-MIN_BYTES = 16 << 20  # bytes of the smallest that is worth it
+MAX_BYTES = 256 << 20
+MIN_BYTES = 16 << 20  # smaller tensors do not gain
 MIN_TOKENS = MAX_CAPTURED_TOKENS + 1  # a captured step cannot count its all-reduces
 NUM_SLICES = 4
-TOKENS_PER_PROGRAM = 8  # for a program; all are of one part
-POLL_INTERVAL = tl.constexpr(1 << 16)  # tries: see `poll_host`
+TOKENS_PER_PROGRAM = 8  # of the sum; all belong to one slice
+POLL_INTERVAL = tl.constexpr(1 << 16)  # pyright: ignore[reportCallIssue]  # tries: see `poll_host`
 
 
 def inbox_words(largest: int) -> int:
-    """32-bit words of an inbox for sums of up to `largest` bytes: two sums, then what tells that parts are there."""
-    return 2 * min(largest, MAX_BYTES) // 16 * 4 + NUM_SLICES if largest >= MIN_BYTES else 0
+    """Return the 32-bit words of an inbox for tensors of up to `largest` bytes: two tensors and the slices' words."""
+    if largest < MIN_BYTES:
+        return 0
+    return 2 * min(largest, MAX_BYTES) // 16 * 4 + NUM_SLICES
 
 
 @triton.jit
 def poll_host(tries, host_stop_ptr, stop_ptr):
-    """In a wait that is long: bring to `stop`, in the GPU's memory, what the host tells this rank in its own.
+    """Copy the host's stop request to GPU memory, once in POLL_INTERVAL tries of a wait.
 
-    Seldom: a GPU may read the host's memory one word after the other, 1 us each, and launches wait for it meanwhile.
-    When ranks on two H100 asked every 256 tries, a step took 55 ms instead of 5.
+    Reads of host memory must be rare: they may be serialised, about 1 us each, and launches wait for them meanwhile
+    (docs/benchmarks.md).
     """
     stop = tl.load(host_stop_ptr, mask=tries % POLL_INTERVAL == 0, other=0, volatile=True)
     tl.store(stop_ptr, 1, mask=stop != 0)
 
 
 @triton.jit
-def _wait_for_slice(words_ptr, part, number, host_stop_ptr, stop_ptr):
-    """Wait until the word of the part tells of this sum, or of the next one; or until this rank is told to stop."""
-    # A program's atomics are one thread's, which tells the others: they see what was written before, and go on as one.
-    distance = tl.atomic_add(words_ptr + part, 0, sem="acquire", scope="sys") - number
+def _wait_for_slice(words_ptr, index, number, host_stop_ptr, stop_ptr):
+    """Wait until the slice's word holds the number of this all-reduce or a later one, or until a stop request."""
+    # One thread of the program executes the atomic and broadcasts the result. So all threads see what was written
+    # before the word, and all leave the loop together.
+    distance = tl.atomic_add(words_ptr + index, 0, sem="acquire", scope="sys") - number
     stopped = 0
     tries = 0
     while (distance < 0) & (stopped == 0):
-        distance = tl.atomic_add(words_ptr + part, 0, sem="acquire", scope="sys") - number
+        distance = tl.atomic_add(words_ptr + index, 0, sem="acquire", scope="sys") - number
         stopped = tl.atomic_add(stop_ptr, 0, sem="acquire", scope="gpu")
         tries += 1
         poll_host(tries, host_stop_ptr, stop_ptr)
 
 
-@triton.jit(do_not_specialize=["number", "rows", "part_rows"])
+@triton.jit(do_not_specialize=["number", "num_tokens", "slice_tokens"])
 def _add_kernel(
     x_ptr,
     inbox_ptr,
@@ -70,8 +75,8 @@ def _add_kernel(
     norm_ptr,
     out_ptr,
     number,
-    rows,
-    part_rows,
+    num_tokens,
+    slice_tokens,
     eps,
     TOKENS_PER_PROGRAM: tl.constexpr,
     N: tl.constexpr,
@@ -83,88 +88,91 @@ def _add_kernel(
     dtype = x_ptr.dtype.element_ty
     wait_for_inputs(PDL)
     first = tl.program_id(0).to(tl.int64) * TOKENS_PER_PROGRAM
-    _wait_for_slice(
-        departed_ptr, first // part_rows, number, host_stop_ptr, stop_ptr
-    )  # the sum takes the place of what is sent
-    _wait_for_slice(arrived_ptr, first // part_rows, number, host_stop_ptr, stop_ptr)
+    # The sum overwrites x, so it must have been sent.
+    _wait_for_slice(departed_ptr, first // slice_tokens, number, host_stop_ptr, stop_ptr)
+    _wait_for_slice(arrived_ptr, first // slice_tokens, number, host_stop_ptr, stop_ptr)
     if NORM:
         norm = tl.load(norm_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
-    for row in range(TOKENS_PER_PROGRAM):
-        mask = columns < tl.where(first + row < rows, N, 0)
-        places = (first + row) * N + columns
-        x = tl.load(x_ptr + places, mask=mask, other=0.0).to(tl.float32)
-        x = (x + tl.load(inbox_ptr + places, mask=mask, other=0.0).to(tl.float32)).to(dtype)
-        tl.store(x_ptr + places, x, mask=mask)
+    for i in range(TOKENS_PER_PROGRAM):
+        mask = columns < tl.where(first + i < num_tokens, N, 0)
+        offsets = (first + i) * N + columns
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        x = (x + tl.load(inbox_ptr + offsets, mask=mask, other=0.0).to(tl.float32)).to(dtype)
+        tl.store(x_ptr + offsets, x, mask=mask)
         if NORM:  # of the rounded sum
             normed = normalize(x.to(tl.float32), eps, N, dtype) * norm
-            tl.store(out_ptr + places, normed.to(dtype), mask=mask)
+            tl.store(out_ptr + offsets, normed.to(dtype), mask=mask)
 
 
 class OverlappedAllReduce:
-    """What a rank needs to sum with the other one.
+    """All-reduce between this rank and one other, in two parts: send slices as they are computed, then add.
 
     Args:
-        inbox: this rank's, `inbox_words` zeros of int32.
-        other_inbox: address of the other's, as this process sees it.
-        host_stop: in the host's memory, not 0 once no part may be waited for, nor sent, any more.
-        device_stop: the same in the GPU's, which may hear of it later.
+        inbox: this rank's inbox, `inbox_words` zeros of int32.
+        other_inbox: address of the other rank's inbox, as this process sees it.
+        host_stop: in host memory; nonzero once this rank must neither wait nor send any more.
+        device_stop: the same in GPU memory, possibly set later.
+
+    Attributes:
+        pending: the tensor that was sent and not added yet.
+        number: counts the all-reduces, modulo 2^32.
     """
 
     def __init__(self, inbox: torch.Tensor, other_inbox: int, host_stop: torch.Tensor, device_stop: torch.Tensor):
-        self.inbox, self.other_inbox, self.host_stop, self.device_stop = inbox, other_inbox, host_stop, device_stop
-        self.arrived, self.departed = (
-            inbox[-NUM_SLICES:],
-            torch.zeros(NUM_SLICES, dtype=torch.int32, device=inbox.device),
-        )
-        self.capacity = (len(inbox) - NUM_SLICES) // 2 * 4  # bytes of a sum
-        self.number = 0  # of the sum
-        self.pending: torch.Tensor | None = None  # what of it has been sent
+        self.inbox, self.other_inbox = inbox, other_inbox
+        self.host_stop, self.device_stop = host_stop, device_stop
+        self.arrived = inbox[-NUM_SLICES:]
+        self.departed = torch.zeros(NUM_SLICES, dtype=torch.int32, device=inbox.device)
+        self.capacity = (len(inbox) - NUM_SLICES) // 2 * 4  # bytes of a tensor
+        self.number = 0
+        self.pending: torch.Tensor | None = None
         self.stream = torch.cuda.Stream(inbox.device) if inbox.is_cuda else None
 
     def fits(self, x: torch.Tensor) -> bool:
-        """Whether `x` [T, N] is to be sent ahead: it is large enough, there is room, and calls can be counted."""
-        fits = len(x) >= MIN_TOKENS and MIN_BYTES <= x.nbytes <= self.capacity
-        whole = x.is_contiguous() and x.shape[1] * x.itemsize % 16 == 0  # as copy engines like it
-        return fits and whole and not torch.cuda.is_current_stream_capturing()
+        """Return whether to send `x` [T, N] while it is computed: it is large, fits the inbox, and is not captured."""
+        has_size = len(x) >= MIN_TOKENS and MIN_BYTES <= x.nbytes <= self.capacity
+        is_aligned = x.is_contiguous() and x.shape[1] * x.itemsize % 16 == 0  # fast for copy engines
+        return has_size and is_aligned and not torch.cuda.is_current_stream_capturing()
 
     def slices(self, x: torch.Tensor) -> Iterator[slice]:
-        """Rows of `x` [T, N], part after part: each is sent when the next is asked for, and must be computed then."""
+        """Yield slices of the tokens of `x` [T, N]. The caller computes each one before it asks for the next."""
         self.number = (self.number + 1 + (1 << 31)) % (1 << 32) - (1 << 31)
-        size = _part_rows(x)
-        for part, start in enumerate(range(0, len(x), size)):
-            rows = slice(start, min(start + size, len(x)))
-            yield rows
-            self._send(x[rows], start * x.shape[1] * x.itemsize, part)
+        slice_tokens = _slice_tokens(x)
+        for index, start in enumerate(range(0, len(x), slice_tokens)):
+            tokens = slice(start, min(start + slice_tokens, len(x)))
+            yield tokens
+            self._send(x[tokens], start * x.shape[1] * x.itemsize, index)
         self.pending = x
 
-    def _half(self) -> int:
-        """Where the sum's half of an inbox begins, in bytes."""
+    def _inbox_offset(self) -> int:
+        """Return the start of this all-reduce's half of an inbox, in bytes."""
         return self.number % 2 * self.capacity
 
-    def _send(self, x: torch.Tensor, offset: int, part: int) -> None:
-        if self.host_stop.item():
+    def _send(self, x: torch.Tensor, offset: int, index: int) -> None:
+        if self.host_stop.item() or self.stream is None:
             return
         self.stream.wait_stream(torch.cuda.current_stream())
-        cuda_ipc.copy(self.other_inbox + self._half() + offset, x.data_ptr(), x.nbytes, self.stream)
-        cuda_ipc.write(self.other_inbox + 2 * self.capacity + 4 * part, self.number, self.stream)
-        cuda_ipc.write(self.departed[part:].data_ptr(), self.number, self.stream)
+        cuda_ipc.copy(self.other_inbox + self._inbox_offset() + offset, x.data_ptr(), x.nbytes, self.stream)
+        cuda_ipc.write(self.other_inbox + 2 * self.capacity + 4 * index, self.number, self.stream)
+        cuda_ipc.write(self.departed[index:].data_ptr(), self.number, self.stream)
 
     def finish(self, x: torch.Tensor, norm: tuple[torch.Tensor, float] | None = None) -> torch.Tensor:
-        """Add to x, which was `sent`, what the other sent, and return it; or its RMSNorm, as `all_reduce_triton`."""
+        """Add the other rank's tensor to x, which must have been sent. Return x, or its RMSNorm as a new tensor."""
         out = x if norm is None else torch.empty_like(x)
         weight, eps = (x, 0.0) if norm is None else norm
-        half = self.inbox[self._half() // 4 :].view(x.dtype)
-        words = self.arrived, self.departed, self.host_stop, self.device_stop
         block = triton.next_power_of_2(x.shape[1])
         _add_kernel[(triton.cdiv(len(x), TOKENS_PER_PROGRAM),)](
             x,
-            half,
-            *words,
+            self.inbox[self._inbox_offset() // 4 :].view(x.dtype),
+            self.arrived,
+            self.departed,
+            self.host_stop,
+            self.device_stop,
             weight,
             out,
             self.number,
             len(x),
-            _part_rows(x),
+            _slice_tokens(x),
             eps,
             TOKENS_PER_PROGRAM=TOKENS_PER_PROGRAM,
             N=x.shape[1],
@@ -176,6 +184,6 @@ class OverlappedAllReduce:
         return out
 
 
-def _part_rows(x: torch.Tensor) -> int:
-    """Rows of each part but the last, of which a program has only one part's."""
+def _slice_tokens(x: torch.Tensor) -> int:
+    """Return the tokens of each slice but the last, a multiple of TOKENS_PER_PROGRAM."""
     return triton.cdiv(triton.cdiv(len(x), NUM_SLICES), TOKENS_PER_PROGRAM) * TOKENS_PER_PROGRAM

@@ -1,9 +1,11 @@
-"""Products of some rows, bound by reading the weight: activation and residual sum are part of them.
+# pyright: reportPossiblyUnboundVariable=false
+# Names in the kernel are bound under the same compile-time conditions under which they are read.
+"""GEMM for small batches (5 to 64 tokens), bound by reading the weight: fuses activation and residual add.
 
-The tile is [rows of the weight, rows of x], so that Hopper's matrix units, which want 64 rows, get the weight's. A
-program asks for the first columns of its weight rows before it waits for the kernel that makes x (programmatic
-dependent launch): while one kernel ends, the next one's weights are on their way to the L2 cache. Where K is split,
-programs leave partial sums, which a tile's last one to finish adds up, in the same order always.
+A tile is [outputs, tokens], so that the weight provides the 64 rows that Hopper's tensor cores need. A program
+prefetches the first columns of its weight rows before it waits for the kernel that computes x (programmatic dependent
+launch): while one kernel finishes, the next one's weights are already moving to the L2 cache. Where K is split,
+programs store partial sums, and the last program of a tile to finish adds them in a fixed order.
 """
 
 from typing import NamedTuple
@@ -21,17 +23,17 @@ from nanovllm.ops.triton_utils import (
     wait_for_inputs,
 )
 
-MAX_TILES = GEMM_MAX_OUTPUTS // 64  # of a result, where K is split
+MAX_TILES = GEMM_MAX_OUTPUTS // 64  # of a result whose K is split
 
 
 class GemmConfig(NamedTuple):
-    """How a kernel is built.
+    """Settings of the kernel.
 
     Attributes:
-        block_m, block_n, block_k: rows of x, rows of the weight (of gate and up each), and columns of a tile.
-        num_warps, num_stages: warps, pipeline stages.
-        num_splits: parts of K, each a program's.
-        prefetch: most columns that a program asks for before it waits, a multiple of 64.
+        block_m, block_n, block_k: tokens, outputs (of gate and up each) and inputs of a tile.
+        num_warps, num_stages: warps and pipeline stages.
+        num_splits: splits of K, each computed by its own program.
+        prefetch: most columns that a program prefetches before it waits, a multiple of 64.
     """
 
     block_m: int
@@ -44,21 +46,26 @@ class GemmConfig(NamedTuple):
 
 
 def default_gemm_config(m: int, n: int, k: int, gated: bool) -> GemmConfig:
-    """What `python -m benchmarks.tune gemm` chose on an H100 for x [m, k], weight [n, k]; [2 n, k] if gated.
+    """Return the settings that `python -m benchmarks.tune gemm` chose on an H100.
 
-    K has parts where tiles of 64 rows are too few to keep the memory busy, the fewer the larger these are.
+    Splits K where tiles of 64 outputs are too few to keep the memory busy; the larger the tiles, the fewer splits.
+
+    Args:
+        m, n, k: sizes of x [m, k] and weight [n, k], or [2 n, k] if gated.
     """
     block_m = max(16, triton.next_power_of_2(m))
     if gated:
-        return GemmConfig(block_m, 64, 128, 4, 4, 1, 128)
+        return GemmConfig(block_m, 64, 128, num_warps=4, num_stages=4, num_splits=1, prefetch=128)
     tiles = triton.cdiv(n, 64)
-    splits = 1 if tiles >= 64 and k <= 4096 else max(1, min(128 // tiles, k // 512, 4, 128 // block_m))
-    prefetch = max(128, (2 << 20) // (n * splits) // 64 * 64)  # 4 MiB in all
-    return GemmConfig(block_m, 64, 128, 4, 6, splits, prefetch)
+    splits = max(1, min(128 // tiles, k // 512, 4, 128 // block_m))
+    if tiles >= 64 and k <= 4096:
+        splits = 1
+    prefetch = max(128, (2 << 20) // (n * splits) // 64 * 64)  # 4 MiB in total
+    return GemmConfig(block_m, 64, 128, num_warps=4, num_stages=6, num_splits=splits, prefetch=prefetch)
 
 
 def is_gemm(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether x [M, K] has as many rows as `gemm_triton` is for, and it and `weight`, of its dtype, fit TMA."""
+    """Return whether `gemm_triton` is made for x [M, K] and `weight` of the same dtype, and TMA can load both."""
     if not HAVE_TRITON or not x.is_cuda or len(weight) > GEMM_MAX_OUTPUTS:
         return False
     if regime_of(len(x)).kernel is not Kernel.GEMM:
@@ -70,8 +77,8 @@ def is_gemm(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 @triton.jit
-def _ask_for(weight_ptr, first_row, first_column, N, K, columns, ROWS: tl.constexpr, THREADS: tl.constexpr):
-    """Begin to bring `columns` of ROWS of a weight's rows, of which there are N, to the L2 cache, a line a thread."""
+def _prefetch(weight_ptr, first_row, first_column, N, K, columns, ROWS: tl.constexpr, THREADS: tl.constexpr):
+    """Prefetch `columns` columns of ROWS rows of a weight with N rows into the L2 cache, one line per thread."""
     LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
     lines = tl.cdiv(columns, LINE)
     for i in range(0, ROWS * lines, THREADS):
@@ -84,19 +91,22 @@ def _ask_for(weight_ptr, first_row, first_column, N, K, columns, ROWS: tl.conste
 
 
 @triton.jit
-def _add_parts(tile, partial_ptr, counter_ptr, part, num_splits):
-    """Leave a part [BLOCK_N, BLOCK_M] of a tile's sum. Is it the last one: return the whole sum, and true."""
+def _reduce_splits(tile, partial_ptr, counter_ptr, split, num_splits):
+    """Store one split's sum of a tile [BLOCK_N, BLOCK_M]. The last split returns the total and True.
+
+    The order of addition is fixed, so that results do not depend on which split is last.
+    """
     SIZE: tl.constexpr = tile.shape[0] * tile.shape[1]
     within = tl.arange(0, tile.shape[0])[:, None] * tile.shape[1] + tl.arange(0, tile.shape[1])[None, :]
     partial_ptrs = partial_ptr + tl.program_id(0).to(tl.int64) * num_splits * SIZE + within
-    tl.store(partial_ptrs + part * SIZE, tile)
-    tl.debug_barrier()  # all of this program's stores come before its count
+    tl.store(partial_ptrs + split * SIZE, tile)
+    tl.debug_barrier()  # this program's stores must come before its count
     is_last = tl.atomic_add(counter_ptr + tl.program_id(0), 1, sem="acq_rel") == num_splits - 1
     if is_last:
-        tl.store(counter_ptr + tl.program_id(0), 0)  # for the next launch
+        tl.store(counter_ptr + tl.program_id(0), 0)  # ready for the next launch
         tile = tl.load(partial_ptrs)
-        for split in tl.range(1, num_splits):
-            tile += tl.load(partial_ptrs + split * SIZE)
+        for other in tl.range(1, num_splits):
+            tile += tl.load(partial_ptrs + other * SIZE)
     return tile, is_last
 
 
@@ -126,19 +136,19 @@ def _gemm_kernel(
 ):
     n = tl.program_id(0) * BLOCK_N
     ms, ns = tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
-    places = ms[:, None] * N + ns[None, :]
+    offsets = ms[:, None] * N + ns[None, :]
     mask = (ms < M)[:, None] & (ns < N)[None, :]
     first, last = 0, tl.cdiv(K, BLOCK_K)
     if SPLIT:
         first, last = last * tl.program_id(1) // num_splits, last * (tl.program_id(1) + 1) // num_splits
     if PDL:
         columns = tl.minimum(prefetch, tl.minimum(last * BLOCK_K, K) - first * BLOCK_K)
-        _ask_for(weight_ptr, n, first * BLOCK_K, N, K, columns, BLOCK_N, THREADS)
+        _prefetch(weight_ptr, n, first * BLOCK_K, N, K, columns, BLOCK_N, THREADS)
         if GATED:
-            _ask_for(weight_ptr, N + n, first * BLOCK_K, 2 * N, K, columns, BLOCK_N, THREADS)
+            _prefetch(weight_ptr, N + n, first * BLOCK_K, 2 * N, K, columns, BLOCK_N, THREADS)
     wait_for_inputs(PDL)
-    if ADD:  # on its way during the product
-        residual = tl.load(out_ptr + places, mask=mask, other=0.0)
+    if ADD:  # loads while the GEMM runs
+        residual = tl.load(out_ptr + offsets, mask=mask, other=0.0)
     y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for k in tl.range(first * BLOCK_K, last * BLOCK_K, BLOCK_K):
@@ -147,7 +157,7 @@ def _gemm_kernel(
         if GATED:
             up = tl.dot(weight.load([N + n, k]), x_tile, up, input_precision="ieee")
     if SPLIT:
-        y, is_last = _add_parts(y, partial_ptr, counter_ptr, tl.program_id(1), num_splits)
+        y, is_last = _reduce_splits(y, partial_ptr, counter_ptr, tl.program_id(1), num_splits)
         mask = (ms < tl.where(is_last, M, 0))[:, None] & (ns < N)[None, :]
     if BIAS:
         y += tl.load(bias_ptr + ns, mask=ns < N, other=0.0).to(tl.float32)[:, None]
@@ -158,7 +168,7 @@ def _gemm_kernel(
     y = tl.trans(y)
     if ADD:
         y += residual.to(tl.float32)
-    tl.store(out_ptr + places, y.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def gemm_triton(
@@ -170,26 +180,28 @@ def gemm_triton(
     counters: torch.Tensor | None = None,
     config: GemmConfig | None = None,
 ) -> torch.Tensor:
-    """x [M, K] -> x W^T for some rows; sums in float32, rounded once. Rows are apart by whole 16 bytes.
+    """Return x W^T of x [M, K] for a small batch, with sums in float32, rounded once.
 
     Args:
+        x: the stride between tokens is a multiple of 16 bytes.
         weight, bias, gated: as in `linear`; the weight is plain and contiguous.
-        residual: [M, N] contiguous; the result is added to it, in place.
-        counters: int32 zeros for the result's tiles, of which there are at most MAX_TILES, and zeros again afterwards;
-            K is not split if None. Launches that may overlap need their own.
-        config: `default_gemm_config` if None. Its `block_m` is at least M; K is not split if `gated`.
+        residual: [M, N] contiguous; the result is added to it in place.
+        counters: int32 zeros, one per tile of the result (at most MAX_TILES), zero again afterwards. Launches that may
+            overlap need separate counters. Without counters, K is not split.
+        config: `default_gemm_config` if None. `block_m` must be at least M; K is not split if `gated`.
     """
     (m, k), n = x.shape, len(weight) // (2 if gated else 1)
     config = config or default_gemm_config(m, n, k, gated)
-    block_m, block_n, block_k, num_warps, num_stages, num_splits, prefetch = config
     out = torch.empty((m, n), dtype=x.dtype, device=x.device) if residual is None else residual
-    num_tiles, num_splits = triton.cdiv(n, block_n), 1 if gated or counters is None else num_splits
+    num_tiles = triton.cdiv(n, config.block_n)
+    num_splits = 1 if gated or counters is None else config.num_splits
     partial = out
     if num_splits > 1:
-        partial = torch.empty(num_tiles * num_splits * block_n * block_m, dtype=torch.float32, device=x.device)
+        partial_size = num_tiles * num_splits * config.block_n * config.block_m
+        partial = torch.empty(partial_size, dtype=torch.float32, device=x.device)
     _gemm_kernel[(num_tiles, num_splits)](
-        TensorDescriptor(x, [m, k], [x.stride(0), 1], [block_m, block_k]),
-        TensorDescriptor(weight, list(weight.shape), [k, 1], [block_n, block_k]),
+        TensorDescriptor(x, [m, k], [x.stride(0), 1], [config.block_m, config.block_k]),
+        TensorDescriptor(weight, list(weight.shape), [k, 1], [config.block_n, config.block_k]),
         weight,
         weight if bias is None else bias,
         out,
@@ -199,17 +211,17 @@ def gemm_triton(
         n,
         k,
         num_splits,
-        prefetch,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
+        config.prefetch,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
         GATED=gated,
         BIAS=bias is not None,
         ADD=residual is not None,
         SPLIT=num_splits > 1,
-        THREADS=32 * num_warps,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        THREADS=32 * config.num_warps,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
         **launch_options(x.device),
     )
     return out

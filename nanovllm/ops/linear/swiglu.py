@@ -1,10 +1,11 @@
-"""The gated unit of SwiGLU for many rows: gate and up projection, and what is made of them, in one kernel.
+"""SwiGLU for many tokens: gate and up projection and the activation in one kernel.
 
-After a product by cuBLAS, SiLU and multiplication read back from memory all that was just written. Here a program has
-the gate and the up sums of its tile in registers, and writes half as much, once.
+After a cuBLAS GEMM, SiLU and product would read back everything that was just written. Here a program holds the gate
+and up sums of its tile in registers, and writes half as much, once.
 
-Persistent programs take output tiles in turn, a few tiles of rows wide, so that those that run at a time share rows and
-columns in the L2 cache. Operands come by the tensor memory accelerator (TMA) of Hopper and later.
+Persistent programs take output tiles round-robin, a few token tiles wide, so that programs running at the same time
+share tokens and weights in the L2 cache. Operands are loaded by the tensor memory accelerator (TMA) of Hopper and
+later.
 """
 
 from typing import NamedTuple
@@ -22,16 +23,16 @@ from nanovllm.ops.triton_utils import (
     wait_for_inputs,
 )
 
-GROUP_TILES = 8  # of rows that programs go through together
+GROUP_TILES = 8  # token tiles that programs go through together
 
 
 class SwigluConfig(NamedTuple):
-    """How a kernel is built.
+    """Compile-time settings of the kernel.
 
     Attributes:
-        block_m, block_n, block_k: rows, columns of the output, and numbers of the sums, that are a tile.
-        num_warps, num_stages: warps, pipeline stages.
-        programs: for each multiprocessor.
+        block_m, block_n, block_k: tokens, outputs and inputs of a tile.
+        num_warps, num_stages: warps and pipeline stages.
+        programs: programs per SM.
     """
 
     block_m: int
@@ -42,17 +43,17 @@ class SwigluConfig(NamedTuple):
     programs: int = 1
 
 
-# The fastest of a sweep on an H100, as `python -m benchmarks.tune swiglu` makes it. Two warpgroups share the
-# weights' tiles; one program fills a multiprocessor's shared memory.
-DEFAULT_CONFIG = SwigluConfig(128, 128, 64, 8, 3)
+# The fastest settings of a sweep on an H100 with `python -m benchmarks.tune swiglu`. Two warpgroups share the weight
+# tiles; one program fills an SM's shared memory.
+DEFAULT_CONFIG = SwigluConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def _swiglu_kernel(
     x_desc,
     weight_desc,
     out_desc,
-    rows,
+    num_tokens,
     N,
     K,
     BLOCK_M: tl.constexpr,
@@ -61,7 +62,7 @@ def _swiglu_kernel(
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_m = tl.cdiv(num_tokens, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     wait_for_inputs(PDL)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -81,10 +82,9 @@ def _swiglu_kernel(
 
 
 def is_swiglu(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `swiglu_triton` is the way to multiply x [T, K] with `weight` [2 N, K], of the same dtype.
+    """Return whether `swiglu_triton` is the fastest way to multiply x [T, K] with `weight` [2 N, K] of the same dtype.
 
-    It is where its tiles keep all multiprocessors busy, most of the time until the last one ends. TMA wants rows of
-    whole 16 bytes.
+    It is if its tiles keep all SMs busy most of the time. TMA needs rows of whole 16 bytes.
     """
     if not HAVE_TRITON or not x.is_cuda or x.itemsize != 2 or x.shape[1] % 8 or len(weight) % 16:
         return False
@@ -93,28 +93,28 @@ def is_swiglu(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return busy and plain and fits_large_tma_tiles(x.device)
 
 
-def _num_tiles(rows: int, n: int, config: SwigluConfig) -> int:
-    return triton.cdiv(rows, config.block_m) * triton.cdiv(n, config.block_n)
+def _num_tiles(num_tokens: int, n: int, config: SwigluConfig) -> int:
+    return triton.cdiv(num_tokens, config.block_m) * triton.cdiv(n, config.block_n)
 
 
 def swiglu_triton(x: torch.Tensor, weight: torch.Tensor, config: SwigluConfig = DEFAULT_CONFIG) -> torch.Tensor:
-    """silu(x G^T) * x U^T, which is `silu_mul_torch` of x W^T; sums in float32, rounded once.
+    """Return silu(x G^T) * x U^T, with sums in float32, rounded once.
 
     Args:
-        x: [T, K], for which `is_swiglu`.
+        x: [T, K], accepted by `is_swiglu`.
         weight: [2 N, K], G and U, plain and contiguous.
 
     Returns:
         [T, N].
     """
-    (rows, k), n = x.shape, len(weight) // 2
-    out = torch.empty((rows, n), dtype=x.dtype, device=x.device)
-    num_tiles = _num_tiles(rows, n, config)
+    (num_tokens, k), n = x.shape, len(weight) // 2
+    out = torch.empty((num_tokens, n), dtype=x.dtype, device=x.device)
+    num_tiles = _num_tiles(num_tokens, n, config)
     _swiglu_kernel[(min(num_tiles, config.programs * sm_count(x.device)),)](
         TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
         TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
         TensorDescriptor.from_tensor(out, [config.block_m, config.block_n]),
-        rows,
+        num_tokens,
         n,
         k,
         BLOCK_M=config.block_m,

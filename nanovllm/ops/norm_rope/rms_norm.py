@@ -1,13 +1,14 @@
-"""Root mean square norm."""
+"""RMSNorm (arXiv:1910.07467), optionally after a residual add."""
 
 import torch
 
+from nanovllm.ops.norm_rope.reference import rms_norm_torch
 from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
 
 @triton.jit
 def normalize(x, eps, N: tl.constexpr, DTYPE: tl.constexpr):
-    """x [BLOCK] float32, N numbers and zeros, over its root mean square; rounded where transformers rounds."""
+    """Divide x [BLOCK] float32, N values and zero padding, by its root mean square; round where transformers does."""
     scale = tl.rsqrt(tl.sum(x * x, 0) / N + eps)
     return (x * scale).to(DTYPE).to(tl.float32)
 
@@ -26,53 +27,52 @@ def _rms_norm_kernel(
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
-    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < N
     dtype = out_ptr.dtype.element_ty
-    x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + token * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     if ADD:
-        x += tl.load(residual_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
+        x += tl.load(residual_ptr + token * N + columns, mask=mask, other=0.0).to(tl.float32)
         x = x.to(dtype)
-        tl.store(x_ptr + row * x_stride + columns, x, mask=mask)
+        tl.store(x_ptr + token * x_stride + columns, x, mask=mask)
         x = x.to(tl.float32)
     normed = normalize(x, eps, N, dtype)
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * N + columns, (normed * weight).to(dtype), mask=mask)
+    tl.store(out_ptr + token * N + columns, (normed * weight).to(dtype), mask=mask)
 
 
 def rms_norm_triton(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`rms_norm` as a Triton kernel, one program a row."""
-    rows, size = x.shape
-    out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
-    if rows:
+    """Compute `rms_norm` with a Triton kernel, one program per token."""
+    num_tokens, size = x.shape
+    out = torch.empty((num_tokens, size), dtype=x.dtype, device=x.device)
+    if num_tokens:
         block = triton.next_power_of_2(size)
-        options = {"num_warps": min(8, max(1, block // 512)), **launch_options(x.device)}
-        add = residual is not None
-        inputs = x, residual if add else x, weight
-        _rms_norm_kernel[(rows,)](*inputs, out, x.stride(0), eps, N=size, BLOCK=block, ADD=add, **options)
+        _rms_norm_kernel[(num_tokens,)](
+            x,
+            x if residual is None else residual,
+            weight,
+            out,
+            x.stride(0),
+            eps,
+            N=size,
+            BLOCK=block,
+            ADD=residual is not None,
+            num_warps=min(8, max(1, block // 512)),
+            **launch_options(x.device),
+        )
     return out
 
 
-def rms_norm_torch(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`rms_norm` in plain torch, over the last dimension."""
-    if residual is not None:
-        x.add_(residual)
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 but for the last product (arXiv:1910.07467).
+    """Return x / sqrt(mean(x^2) + eps) * weight, computed in float32 except for the product with the weight.
 
     Args:
-        x: [T, N], rows contiguous.
+        x: [T, N], the values of a token contiguous.
         weight: [N].
-        residual: [T, N], contiguous, or None; it is added to x first, in x's place.
+        residual: [T, N], contiguous; if given, it is added to x in place first.
 
     Returns:
         [T, N], a new tensor.

@@ -1,31 +1,13 @@
-"""What happens to queries, keys and values between their projection and attention, in one kernel."""
-
-from typing import NamedTuple
+"""Norm and rotate queries and keys, and store K and V in the cache, in one kernel between projection and attention."""
 
 import torch
 
-from nanovllm.ops.norm_rope.rms_norm import rms_norm_torch
+from nanovllm.ops.norm_rope.qk_transform import QKTransform
+from nanovllm.ops.norm_rope.reference import qk_norm_rope_store_torch
 from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
 
-class QKTransform(NamedTuple):
-    """What a layer does to each query and key head before attention: RMSNorm, if it has one, then RoPE, halves paired.
-
-    Args:
-        num_heads: H, query heads.
-        cos_sin: [max_position, Dh] float32, cosines in the first half, sines in the second.
-        q_weight, k_weight: [Dh] of the norms, or both None.
-        eps: of the norms.
-    """
-
-    num_heads: int
-    cos_sin: torch.Tensor
-    q_weight: torch.Tensor | None = None
-    k_weight: torch.Tensor | None = None
-    eps: float = 0.0
-
-
-@triton.jit(do_not_specialize=["positions_ptr"])  # whose alignment follows from how many tokens there are
+@triton.jit(do_not_specialize=["positions_ptr"])  # its alignment varies with the number of tokens
 def _rope_store_kernel(
     qkv_ptr,
     q_weight_ptr,
@@ -40,8 +22,8 @@ def _rope_store_kernel(
     eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    KV_ROWS: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    V_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     NORM: tl.constexpr,
@@ -50,8 +32,8 @@ def _rope_store_kernel(
     wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token)
-    place = tl.load(slot_mapping_ptr + token).to(tl.int64)
-    heads = tl.arange(0, ROWS)[:, None]
+    cache_slot = tl.load(slot_mapping_ptr + token).to(tl.int64)
+    heads = tl.arange(0, HEADS_PAD)[:, None]
     dims = tl.arange(0, HALF)[None, :]
     in_half = dims < HEAD_DIM // 2
     mask = (heads < HEADS + KV_HEADS) & in_half
@@ -70,7 +52,7 @@ def _rope_store_kernel(
         k_b = tl.load(k_weight_ptr + HEAD_DIM // 2 + dims, mask=in_half, other=0.0)
         weight_a = tl.where(is_query, q_a.to(tl.float32), k_a.to(tl.float32))
         weight_b = tl.where(is_query, q_b.to(tl.float32), k_b.to(tl.float32))
-        # Rounded where transformers rounds.
+        # Round where transformers rounds.
         a = ((a * scale).to(dtype).to(tl.float32) * weight_a).to(dtype).to(tl.float32)
         b = ((b * scale).to(dtype).to(tl.float32) * weight_b).to(dtype).to(tl.float32)
     cos = tl.load(cos_sin_ptr + position * HEAD_DIM + dims, mask=in_half, other=0.0)
@@ -78,59 +60,55 @@ def _rope_store_kernel(
     first = (a * cos - b * sin).to(dtype)
     second = (b * cos + a * sin).to(dtype)
     q_out = q_ptr + token * HEADS * HEAD_DIM + heads * HEAD_DIM + dims
-    k_out = k_cache_ptr + place * KV_HEADS * HEAD_DIM + (heads - HEADS) * HEAD_DIM + dims
+    k_out = k_cache_ptr + cache_slot * KV_HEADS * HEAD_DIM + (heads - HEADS) * HEAD_DIM + dims
     q_mask = mask & (heads < HEADS)
     k_mask = mask & (heads >= HEADS)
     tl.store(q_out, first, mask=q_mask)
     tl.store(q_out + HEAD_DIM // 2, second, mask=q_mask)
     tl.store(k_out, first, mask=k_mask)
     tl.store(k_out + HEAD_DIM // 2, second, mask=k_mask)
-    flat = tl.arange(0, KV_ROWS)
+    flat = tl.arange(0, V_PAD)
     v_mask = flat < KV_HEADS * HEAD_DIM
     v = tl.load(qkv_ptr + token * qkv_stride + (HEADS + KV_HEADS) * HEAD_DIM + flat, mask=v_mask, other=0.0)
-    tl.store(v_cache_ptr + place * KV_HEADS * HEAD_DIM + flat, v, mask=v_mask)
+    tl.store(v_cache_ptr + cache_slot * KV_HEADS * HEAD_DIM + flat, v, mask=v_mask)
 
 
-def qk_norm_rope_store_triton(qkv, transform: QKTransform, positions, slot_mapping, k_cache, v_cache) -> torch.Tensor:
-    """`qk_norm_rope_store` as a Triton kernel, one program a token."""
-    num_heads, cos_sin, q_weight, k_weight, eps = transform
+def qk_norm_rope_store_triton(
+    qkv: torch.Tensor,
+    transform: QKTransform,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+) -> torch.Tensor:
+    """Compute `qk_norm_rope_store` with a Triton kernel, one program per token."""
+    num_heads = transform.num_heads
     kv_heads, head_dim = k_cache.shape[-2:]
     q = torch.empty((len(qkv), num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if len(qkv):
-        tensors = qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, q, k_cache, v_cache
         _rope_store_kernel[(len(qkv),)](
-            *tensors,
+            qkv,
+            transform.q_weight,
+            transform.k_weight,
+            transform.cos_sin,
+            positions,
+            slot_mapping,
+            q,
+            k_cache,
+            v_cache,
             qkv.stride(0),
-            eps,
+            transform.eps,
             HEADS=num_heads,
             KV_HEADS=kv_heads,
-            ROWS=triton.next_power_of_2(num_heads + kv_heads),
-            KV_ROWS=triton.next_power_of_2(kv_heads * head_dim),
+            HEADS_PAD=triton.next_power_of_2(num_heads + kv_heads),
+            V_PAD=triton.next_power_of_2(kv_heads * head_dim),
             HEAD_DIM=head_dim,
             HALF=triton.next_power_of_2(head_dim // 2),
-            NORM=q_weight is not None,
+            NORM=transform.q_weight is not None,
             num_warps=4,
             **launch_options(qkv.device),
         )
     return q
-
-
-def qk_norm_rope_store_torch(qkv, transform: QKTransform, positions, slot_mapping, k_cache, v_cache) -> torch.Tensor:
-    """`qk_norm_rope_store` in plain torch."""
-    num_heads, cos_sin, q_weight, k_weight, eps = transform
-    kv_heads, head_dim = k_cache.shape[-2:]
-    q, k, v = qkv.view(len(qkv), -1, head_dim).split([num_heads, kv_heads, kv_heads], dim=1)
-    if q_weight is not None:
-        q, k = rms_norm_torch(q, q_weight, eps), rms_norm_torch(k, k_weight, eps)
-    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-
-    def rotate(x):
-        a, b = x.float().chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-    k_cache.view(-1, kv_heads, head_dim).index_copy_(0, slot_mapping, rotate(k))
-    v_cache.view(-1, kv_heads, head_dim).index_copy_(0, slot_mapping, v)
-    return rotate(q)
 
 
 def qk_norm_rope_store(
@@ -141,12 +119,12 @@ def qk_norm_rope_store(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
 ) -> torch.Tensor:
-    """Transform the query and key heads, store K and V.
+    """Norm and rotate the query and key heads, and store K and V.
 
     Args:
-        qkv: [T, (H + 2 K) Dh], rows contiguous.
+        qkv: [T, (H + 2 K) Dh], the values of a token contiguous.
         positions: [T] int64.
-        slot_mapping: [T] int64, each token's place in the cache seen as [num_blocks * block_size, K, Dh].
+        slot_mapping: [T] int64, each token's index in the cache seen as [num_blocks * block_size, K, Dh].
         k_cache, v_cache: [num_blocks, block_size, K, Dh], contiguous; written in place.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Ranks as processes that share memory: a product of few rows is summed over them in its own launch, on a CPU.
+"""A GEMV all-reduces its result in the same launch, on a CPU: ranks are processes that share memory.
 
 Triton's interpreter runs the kernels.
 """
@@ -20,9 +20,12 @@ from nanovllm.layers.residual import Residual
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.loader import load_weights
 from nanovllm.ops.comm import collectives
+from nanovllm.ops.comm.peer_memory import EMPTY_WORD, PeerMemory, new_peer_memory
+from nanovllm.ops.comm.reference import all_reduce_torch, all_to_all_torch
 from nanovllm.ops.linear import linear
 from nanovllm.ops.linear.dispatch import Adder
 from nanovllm.ops.linear.gemv import GemvConfig, gemv_triton
+from nanovllm.ops.linear.reference import linear_torch
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from nanovllm.utils.context import Context, set_context
 from nanovllm.utils.hub import open_model
@@ -32,9 +35,9 @@ from tests.models.tiny import save_tiny
 
 pytestmark = [
     pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs tests/gpu/test_tensor_parallel.py shows it"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs, tests/gpu/test_tensor_parallel.py tests this"),
 ]
-# Rows of x, outputs, inputs, rows of a program, dtype: one word, rows of a unit in part and of several.
+# Tokens, outputs, inputs, weight rows per program, dtype. Tokens have one word, part of a unit, or several units.
 CALLS = [
     (1, 2, 8, 2, "bfloat16"),
     (4, 40, 24, 8, "float16"),
@@ -47,34 +50,34 @@ CALLS = [
 ]
 
 
-def new_peer_memory(size):
-    return [collectives.new_peer_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
+def shared_memory(size):
+    return [new_peer_memory(size, torch.device("cpu")).share_memory_() for _ in range(size)]
 
 
-def products(size):
-    """All ranks' x [rows, inputs] and weights, the bias and residual that they have in common."""
+def calls(size):
+    """Yield all ranks' x [tokens, inputs] and weights, and the bias and residual that they share."""
     generator = torch.Generator().manual_seed(0)
     for i, (m, n, k, rows, dtype) in enumerate(CALLS * 2):
-        draw = lambda *shape, dtype=dtype: torch.randn(shape, generator=generator).to(getattr(torch, dtype))  # noqa: E731
-        x, weights = draw(size, m, k), draw(size, n, k)
-        x[-1], weights[:, ::3] = 0, -0.0  # sums of nothing, of either sign, are not taken for what is not there
-        bias, residual = draw(n), draw(m, n)
+        randn = lambda *shape, dtype=dtype: torch.randn(shape, generator=generator).to(getattr(torch, dtype))  # noqa: E731
+        x, weights = randn(size, m, k), randn(size, n, k)
+        x[-1], weights[:, ::3] = 0, -0.0  # zeros of either sign must not be mistaken for missing words
+        bias, residual = randn(n), randn(m, n)
         residual[:, ::3] = -0.0
         if i == 5:
             residual[0, 4], residual[0, 5] = float("nan"), -float("inf")
         yield x, weights, bias if i % 3 else None, residual, GemvConfig(rows, 4)
 
 
-def run_products(rank, memory, folder):
-    peers, receive = collectives.PeerMemory(rank, memory), collectives._receive
+def run_calls(rank, memory, folder):
+    peers, receive = PeerMemory(rank, memory), collectives._receive
     outcome = []
 
     def receive_late(*arguments):
         data = receive(*arguments)
-        time.sleep(0.05)  # others have all of this sum, and go on
+        time.sleep(0.05)  # the other ranks finish this all-reduce and continue
         return data
 
-    for i, (x, weights, bias, residual, config) in enumerate(products(peers.size)):
+    for i, (x, weights, bias, residual, config) in enumerate(calls(peers.size)):
         collectives._receive = receive_late if i % peers.size == rank else receive
         if i % 4 == 1:
             time.sleep(0.1 * rank)
@@ -82,45 +85,48 @@ def run_products(rank, memory, folder):
         out = gemv_triton(x, weight, bias, residual=residual, peers=peers, config=config)
         assert out is residual
         outcome.append(out.view(torch.int16).tolist())
-        if i % 3 != 1:  # other sums of the same places between
+        if i % 3 != 1:  # other collectives use the same words in between
             same = collectives.all_reduce_triton(torch.full((2, 700 + 400 * (i % 2)), rank + 1.0), peers)
             assert same.eq(sum(range(1, peers.size + 1))).all()
         if i % 5 == 2:
             rows = collectives.rows_of_rank(rank, 2, peers.size)
-            got = collectives.all_to_all_triton(torch.full((2, 600), rank + 1.0), peers)
-            assert got.shape[0] == rows.stop - rows.start and got[:, ::600].eq(torch.arange(peers.size) + 1).all()
-    assert (peers.own == collectives._EMPTY).all()
+            parts = [torch.full((2, 600), other + 1.0) for other in range(peers.size)]
+            got = collectives.all_to_all_triton(parts[rank], peers)
+            assert got.shape[0] == rows.stop - rows.start and torch.equal(got, all_to_all_torch(parts)[rank])
+    assert (peers.local_words == EMPTY_WORD).all()
     (folder / f"{rank}.json").write_text(json.dumps(outcome))
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_every_rank_gets_the_same_product(size, tmp_path):
-    run_ranks(run_products, (new_peer_memory(size), tmp_path), size)
+def test_every_rank_gets_the_all_reduced_reference(size, tmp_path):
+    run_ranks(run_calls, (shared_memory(size), tmp_path), size)
     outcomes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
-    for i, (x, weights, bias, residual, _) in enumerate(products(size)):
-        want = residual.float() + torch.einsum("rmk,rnk->mn", x.float(), weights.float())
-        want += 0 if bias is None else bias.float()
+    for i, (x, weights, bias, residual, _) in enumerate(calls(size)):
+        parts = [linear_torch(part.float(), weight) for part, weight in zip(x, weights, strict=True)]
+        addend = residual.float() if bias is None else residual.float() + bias.float()
+        want, _ = all_reduce_torch(parts, residual=addend)
         got = torch.tensor(outcomes[0][i], dtype=torch.int16).view(residual.dtype).float()
-        torch.testing.assert_close(got, want, rtol=2e-2, atol=5e-2, equal_nan=True)  # it truncates to bfloat16
+        # The interpreter truncates to bfloat16.
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=5e-2, equal_nan=True)
         assert all(outcomes[rank][i] == outcomes[0][i] for rank in range(size))
 
 
-def one_product(peers):
+def one_gemv(peers):
     ones = torch.ones(4, 40, dtype=torch.bfloat16)
     return gemv_triton(ones, ones.repeat(10, 1), residual=torch.ones(4, 40, dtype=torch.bfloat16), peers=peers)
 
 
-def test_a_rank_that_is_told_to_stop_waits_for_none_and_writes_to_none():
-    memory = new_peer_memory(2)
-    peers = collectives.PeerMemory(0, memory)
+def test_a_stopped_rank_neither_waits_for_others_nor_writes_to_them():
+    memory = shared_memory(2)
+    peers = PeerMemory(0, memory)
     peers.device_stop.fill_(1)
-    assert one_product(peers).eq(41).all()  # the others' part is none
-    assert torch.equal(memory[1], collectives.new_peer_memory(2, torch.device("cpu")))
+    assert one_gemv(peers).eq(41).all()  # without the other rank's part
+    assert torch.equal(memory[1], new_peer_memory(2, torch.device("cpu")))
 
 
-def test_a_rank_that_waits_is_told_to_stop():
-    peers = collectives.PeerMemory(0, new_peer_memory(2))
-    waiting = threading.Thread(target=one_product, args=(peers,), daemon=True)
+def test_a_waiting_rank_can_be_stopped():
+    peers = PeerMemory(0, shared_memory(2))
+    waiting = threading.Thread(target=one_gemv, args=(peers,), daemon=True)
     waiting.start()
     waiting.join(1)
     assert waiting.is_alive()
@@ -130,9 +136,9 @@ def test_a_rank_that_waits_is_told_to_stop():
 
 
 def run_layers(rank, memory, folder):
-    """Two rows of products, as in a decoder's layer; the sum is part of the first, and then the norm of the second."""
+    """Run two linear layers as in a decoder layer: the first or the norm of the second all-reduces."""
     linear.is_gemv, choose_adder = lambda x, weight: len(x) <= 4, linear.choose_adder
-    tp = TensorParallel(rank, len(memory), peers=collectives.PeerMemory(rank, memory))
+    tp = TensorParallel(rank, len(memory), peers=PeerMemory(rank, memory))
     generator = torch.Generator().manual_seed(1)
     row = RowParallelLinear(48, 64, bias=True, dtype=torch.bfloat16, tp=tp)
     column = ColumnParallelLinear(64, {0: Part("up_proj", 20, 0, 20)}, False, torch.bfloat16)
@@ -162,14 +168,14 @@ def run_layers(rank, memory, folder):
     (folder / f"{rank}.json").write_text(json.dumps(outcome))
 
 
-def test_layers_give_what_they_give_without_it(tmp_path):
-    run_ranks(run_layers, (new_peer_memory(2), tmp_path), 2)
+def test_layers_give_the_same_with_and_without_the_fused_all_reduce(tmp_path):
+    run_ranks(run_layers, (shared_memory(2), tmp_path), 2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
 
 
-def test_what_sums_within_a_product(monkeypatch):
-    peers = collectives.PeerMemory(0, new_peer_memory(2))
+def test_only_small_batches_of_whole_words_fuse_the_all_reduce(monkeypatch):
+    peers = PeerMemory(0, shared_memory(2))
     x, weight, residual = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((4, 8), (6, 8), (4, 6)))
 
     def all_reduces(x, weight, residual, peers):
@@ -186,7 +192,7 @@ def test_what_sums_within_a_product(monkeypatch):
 
 
 def run_model(model):
-    """Of the first and last of three tokens the hidden states, summed up, and this rank's logits."""
+    """Return the summed hidden states of the first and last of three tokens, and this rank's logits."""
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     for layer in layers:
         layer.bind(PagedKV(*torch.zeros(2, 2, 16, layer.num_kv_heads, layer.head_dim).half()))
@@ -203,9 +209,9 @@ def run_model(model):
     return hidden.sum(), logits
 
 
-def run_decoder(rank, memory, folder, most):
-    linear.is_gemv, Packed.supports = lambda x, weight: len(x) <= most, lambda weight: False
-    tp = TensorParallel(rank, len(memory), peers=collectives.PeerMemory(rank, memory))
+def run_decoder(rank, memory, folder, max_tokens):
+    linear.is_gemv, Packed.supports = lambda x, weight: len(x) <= max_tokens, lambda weight: False
+    tp = TensorParallel(rank, len(memory), peers=PeerMemory(rank, memory))
     source = open_model(folder)
     results = []
     for group in (tp, TensorParallel()):
@@ -217,7 +223,7 @@ def run_decoder(rank, memory, folder, most):
     torch.testing.assert_close(logits, want_logits[tp.rows(2)], rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("most", [4, 2])
-def test_of_what_a_decoder_gives_some_rows_can_be_taken(tmp_path, most):
-    """Summed up by the last product, or by the norm after it."""
-    run_ranks(run_decoder, (new_peer_memory(2), save_tiny(tmp_path, "qwen2"), most), 2)
+@pytest.mark.parametrize("max_tokens", [4, 2])
+def test_some_tokens_of_a_decoder_s_output_can_be_selected(tmp_path, max_tokens):
+    """The last GEMV all-reduces, or the norm after it does."""
+    run_ranks(run_decoder, (shared_memory(2), save_tiny(tmp_path, "qwen2"), max_tokens), 2)

@@ -1,0 +1,292 @@
+"""Attention in plain torch: the references of the kernels in this folder, and what a CPU runs.
+
+The backend for CPUs uses the pieces: it plans a gather once per step and attends with it in every layer.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.ops.attention.decode_plan import DecodePlan, SplitPolicy
+from nanovllm.ops.attention.paged_cache import check_attention_inputs
+from nanovllm.ops.norm_rope.qk_transform import QKTransform
+from nanovllm.ops.norm_rope.reference import qk_norm_rope_store_torch
+
+
+def cache_indices(
+    block_tables: torch.Tensor, slots: torch.Tensor | int, positions: torch.Tensor, block_size: int, kv_heads: int
+) -> torch.Tensor:
+    """Return where `gather` finds positions [..., L] of slots [..., 1]: [..., K, L] int64."""
+    blocks = block_tables[slots, positions // block_size].to(torch.int64)
+    tokens = blocks * block_size + positions % block_size
+    return tokens[..., None, :] * kv_heads + torch.arange(kv_heads, device=positions.device)[:, None]
+
+
+def gather(cache: torch.Tensor, indices: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return [*indices.shape, Dh], the vectors at `indices` of the cache seen as [tokens * K, Dh].
+
+    `out` is memory for the result.
+    """
+    flat = cache.view(-1, cache.shape[-1])
+    if out is None:
+        return flat.index_select(0, indices.view(-1)).view(*indices.shape, -1)
+    return torch.index_select(flat, 0, indices.view(-1), out=out).view(*indices.shape, -1)
+
+
+# -- decode ------------------------------------------------------------------------------------------------------------
+
+
+class DecodeGatherPlan(NamedTuple):
+    """Locations of the KV of decode sequences: the part of `attend_gathered` that all layers share.
+
+    Attributes:
+        indices: [B, K, L], the sequences' `cache_indices`.
+        mask: [B, 1, 1, L], 0 where a position belongs to the context, else -inf; None if all contexts have length L.
+    """
+
+    indices: torch.Tensor
+    mask: torch.Tensor | None
+
+
+def plan_decode_gather(
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_size: int,
+    kv_heads: int,
+    dtype: torch.dtype,
+) -> DecodeGatherPlan:
+    """Return the plan for sequences in `slots` with `context_lens` tokens. Synchronises with the device."""
+    lens = context_lens.to(torch.int64)[:, None]  # [B, 1]
+    positions = torch.arange(int(context_lens.max()), device=slots.device)[None]  # [1, L]
+    seen = positions < lens
+    # Repeat the last token past the context: the cache may hold NaN there, which a weight of 0 does not hide.
+    positions = torch.minimum(positions, lens - 1)  # [B, L]
+    indices = cache_indices(block_tables, slots.to(torch.int64)[:, None], positions, block_size, kv_heads)
+    if bool(seen.all()):
+        return DecodeGatherPlan(indices, None)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=slots.device).masked_fill_(~seen, float("-inf"))
+    return DecodeGatherPlan(indices, mask[:, None, None, :])
+
+
+def attend_gathered(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Return attention of q [B, H, Dh] over gathered k and v [B, K, L, Dh], as [B, H, Dh].
+
+    The query heads of a KV head take the role of query positions, so that K and V need not be repeated.
+    """
+    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[2])
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
+
+
+def decode_attention_torch(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Return attention of one query per sequence over its paged KV, which includes the query's own K and V.
+
+    Gathers the KV of each sequence. Synchronises with the device.
+
+    Args:
+        q: [B, H, Dh], heads contiguous.
+        k_cache, v_cache: [num_blocks, block_size, K, Dh], contiguous; H is a multiple of K.
+        block_tables: [S, W] int32, physical block ids of each slot.
+        slots: [B] int32, the slot of each sequence.
+        context_lens: [B] int32, tokens that each sequence sees, at least 1.
+        scale: factor of the scores, positive.
+
+    Returns:
+        [B, H, Dh] in q's dtype.
+    """
+    check_attention_inputs(q, k_cache, v_cache)
+    if len(q) == 0:
+        return torch.empty_like(q)
+    block_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
+    plan = plan_decode_gather(block_tables, slots, context_lens, block_size, kv_heads, q.dtype)
+    return attend_gathered(q, gather(k_cache, plan.indices), gather(v_cache, plan.indices), plan.mask, scale)
+
+
+def plan_decode_torch(context_lens: torch.Tensor, kv_heads: int, policy: SplitPolicy) -> DecodePlan:
+    """Split long sequences into equal splits of about a share, the longest first. Synchronises with the device.
+
+    A sequence of n shares has at most n + 1/2 splits, so the plan has at most `policy.programs` / `kv_heads` more items
+    than sequences.
+
+    Args:
+        context_lens: [B] int32, at least 1.
+    """
+    lens = context_lens.to(torch.int64)
+    total = int(lens.sum()) * kv_heads
+    share = max(policy.min_tokens, (total + policy.programs - 1) // policy.programs)
+    is_long = lens * 2 * policy.programs > policy.whole * total
+    splits = torch.where(is_long, (lens + share // 2) // share, 1).clamp(1, policy.num_splits)
+    tokens = (lens + splits - 1) // splits
+    order = tokens.argsort(descending=True, stable=True)
+    splits = splits[order]
+    first = (splits.cumsum(0) - splits).repeat_interleave(splits)
+    sequences = order.repeat_interleave(splits)
+    index = torch.arange(len(sequences), device=lens.device) - first
+    num_items = len(lens) + policy.programs // kv_heads
+    items = torch.full((num_items, 3), -1, dtype=torch.int32, device=lens.device)
+    items[: len(sequences)] = torch.stack([sequences, index, splits.repeat_interleave(splits)], 1)
+    return DecodePlan(items, policy.num_splits)
+
+
+def shared_attention_torch(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return attention of q [B, H, Dh] over the first `prefix_lens` [B] tokens, and its log-sum-exp (base 2).
+
+    Both are float32, [B, H, Dh] and [B, H]. A sequence without a prefix gets 0 and -inf. Synchronises with the device.
+    """
+    out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    lse = torch.full(q.shape[:2], float("-inf"), device=q.device)
+    for i in prefix_lens.nonzero()[:, 0].tolist():
+        positions = torch.arange(int(prefix_lens[i]), device=q.device)
+        indices = cache_indices(block_tables, slots[i].to(torch.int64), positions, k_cache.shape[1], k_cache.shape[2])
+        k, v = gather(k_cache, indices).float(), gather(v_cache, indices).float()  # [K, L, Dh]
+        scores = q[i].float().view(len(k), -1, q.shape[2]) @ k.mT * scale  # [K, H / K, L]
+        out[i] = (scores.softmax(-1) @ v).view(q.shape[1:])
+        lse[i] = scores.logsumexp(-1).view(-1) / torch.log(torch.tensor(2.0))
+    return out, lse
+
+
+# -- prefill -----------------------------------------------------------------------------------------------------------
+
+
+class PrefillGatherPlan(NamedTuple):
+    """Locations of the KV of one prefill sequence: the part of `attend_sequence` that all layers share.
+
+    Attributes:
+        start, end: the sequence's tokens in the packed queries.
+        indices: [K, L], the sequence's `cache_indices`.
+        mask: [end - start, L], 0 where a query sees a position, else -inf; None if nothing is cached before the
+            queries, because plain causal attention applies then.
+    """
+
+    start: int
+    end: int
+    indices: torch.Tensor
+    mask: torch.Tensor | None
+
+
+def plan_prefill_gather(
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_size: int,
+    kv_heads: int,
+    dtype: torch.dtype,
+) -> list[PrefillGatherPlan]:
+    """Return the plans of the sequences that have queries. Synchronises with the device."""
+    bounds = (cu_seqlens_q - cu_seqlens_q[0]).tolist()
+    device = slots.device
+    plans = []
+    for slot, start, end, length in zip(slots.tolist(), bounds, bounds[1:], context_lens.tolist(), strict=False):
+        if start == end:
+            continue
+        positions = torch.arange(length, device=device)
+        indices = cache_indices(block_tables, slot, positions, block_size, kv_heads)
+        mask = None
+        if length > end - start:
+            hidden = positions > positions[start - end :, None]
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+        plans.append(PrefillGatherPlan(start, end, indices, mask))
+    return plans
+
+
+def attend_sequence(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Return causal attention of one sequence's q [N, H, Dh] over gathered k and v [K, L, Dh], as [N, H, Dh]."""
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k[None],
+        v[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[0],
+    )
+    return out[0].transpose(0, 1)
+
+
+def prefill_attention_torch(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Return causal attention of each sequence's newest tokens over its paged KV, which includes theirs.
+
+    Works sequence by sequence and synchronises with the device. Query i of n is at position context_len - n + i and
+    sees all positions up to its own.
+
+    Args:
+        q: [T, H, Dh], the sequences' tokens packed one after the other, heads contiguous.
+        k_cache, v_cache, block_tables, scale: as in `decode_attention_torch`.
+        slots: [P] int32, the slot of each sequence.
+        cu_seqlens_q: [P + 1] int32, where each sequence starts and the last one ends; q[0] is at the first entry.
+            Sequences may have no query.
+        context_lens: [P] int32, tokens of each sequence, its queries included.
+
+    Returns:
+        [T, H, Dh] in q's dtype.
+    """
+    check_attention_inputs(q, k_cache, v_cache)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    block_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
+    plans = plan_prefill_gather(block_tables, slots, cu_seqlens_q, context_lens, block_size, kv_heads, q.dtype)
+    for plan in plans:
+        k, v = gather(k_cache, plan.indices), gather(v_cache, plan.indices)
+        out[plan.start : plan.end] = attend_sequence(q[plan.start : plan.end], k, v, plan.mask, scale)
+    return out
+
+
+# -- RoPE and decode ---------------------------------------------------------------------------------------------------
+
+
+def rope_decode_torch(
+    qkv: torch.Tensor,
+    transform: QKTransform,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Apply `qk_norm_rope_store`, then decode attention, to sequences whose new token is the last of their context.
+
+    Args:
+        qkv: [B, (H + 2 K) Dh], the values of a token contiguous.
+        k_cache, v_cache: as in `decode_attention_torch`; the new keys and values are written.
+        block_tables, slots, context_lens, scale: as in `decode_attention_torch`; the context includes the new token.
+
+    Returns:
+        [B, H, Dh] in qkv's dtype.
+    """
+    positions = context_lens.to(torch.int64) - 1
+    block_size = k_cache.shape[1]
+    blocks = block_tables[slots.to(torch.int64), positions // block_size].to(torch.int64)
+    slot_mapping = blocks * block_size + positions % block_size
+    q = qk_norm_rope_store_torch(qkv, transform, positions, slot_mapping, k_cache, v_cache)
+    return decode_attention_torch(q, k_cache, v_cache, block_tables, slots, context_lens, scale)

@@ -1,0 +1,40 @@
+"""RMSNorm and rotary embedding in plain torch: the references of the kernels in this folder, and what a CPU runs."""
+
+import torch
+
+from nanovllm.ops.norm_rope.qk_transform import QKTransform
+
+
+def rms_norm_torch(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compute `rms_norm`; the norm is over the last dimension."""
+    if residual is not None:
+        x.add_(residual)
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def qk_norm_rope_store_torch(
+    qkv: torch.Tensor,
+    transform: QKTransform,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+) -> torch.Tensor:
+    """Compute `qk_norm_rope_store`."""
+    kv_heads, head_dim = k_cache.shape[-2:]
+    q, k, v = qkv.view(len(qkv), -1, head_dim).split([transform.num_heads, kv_heads, kv_heads], dim=1)
+    if transform.q_weight is not None and transform.k_weight is not None:
+        q = rms_norm_torch(q, transform.q_weight, transform.eps)
+        k = rms_norm_torch(k, transform.k_weight, transform.eps)
+    cos, sin = transform.cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+    k_cache.view(-1, kv_heads, head_dim).index_copy_(0, slot_mapping, rotate(k))
+    v_cache.view(-1, kv_heads, head_dim).index_copy_(0, slot_mapping, v)
+    return rotate(q)

@@ -1,0 +1,273 @@
+"""Conversations become prompts: what templates read, and the forms of contents and tool calls that they print."""
+
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from nanovllm.config import Config
+from nanovllm.engine.input_processor import InputProcessor
+from nanovllm.engine.template_renderer import TemplateRenderer
+from nanovllm.utils.hub import open_model
+from tests.engine.test_generate import engine, greedy
+from tests.models.tiny import save_tiny
+
+USER = {"role": "user", "content": "Hello"}
+
+
+def byte_tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({name: i for i, name in enumerate(["<unk>", "<s>", "</s>", *alphabet])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+RENDERER = TemplateRenderer()  # starting its process takes a second
+
+
+def processor(template):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    config = SimpleNamespace(vocab_size=len(tokenizer), eos_token_ids=(2,))
+    source = SimpleNamespace(config=config, has_tokenizer=True, tokenizer=lambda: tokenizer)
+    inputs = InputProcessor(Config(), source, max_model_len=1000, num_kv_tokens=1000)
+    inputs.renderer = RENDERER
+    return inputs
+
+
+def prompt(template, messages, **options):
+    """Return the text of one conversation's prompt."""
+    inputs = processor(template)
+    (token_ids,) = inputs.chat_prompts(messages, **options)
+    return inputs.tokenizer.decode(token_ids)
+
+
+# -- variables --------------------------------------------------------------------------------------------------------
+
+THINKING = "{{ messages[0]['content'] }}{% if enable_thinking is defined and enable_thinking is false %}<no>{% endif %}"
+
+
+def test_chat_template_kwargs_reach_the_template(tmp_path):
+    path = save_tiny(tmp_path, "llama", vocab_size=len(byte_tokenizer()), eos_token_id=2)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = THINKING
+    tokenizer.save_pretrained(path)
+    with engine(path) as llm:
+        for options in ({"chat_template_kwargs": {"enable_thinking": False}}, {"enable_thinking": False}):
+            out = llm.chat([USER], greedy(2), use_tqdm=False, **options)[0]
+            assert llm.tokenizer.decode(out.prompt_token_ids) == "Hello<no>"
+        for options in ({}, {"chat_template_kwargs": None}, {"chat_template_kwargs": {}}):
+            assert llm.tokenizer.decode(llm.chat_prompts([USER], **options)[0]) == "Hello"
+        with pytest.raises(TypeError, match="add_generation_promt"):
+            llm.chat([USER], add_generation_promt=False)
+        assert not llm.has_unfinished()
+
+
+def test_chat_template_kwargs_come_before_arguments():
+    template = "{{ a }}{{ b }}{% if add_generation_prompt %}<go>{% endif %}"
+    assert prompt(template, [USER], a=1, b=2, chat_template_kwargs={"b": 3}) == "13<go>"
+    assert prompt(template, [USER], chat_template_kwargs={"add_generation_prompt": False}) == ""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"add_generation_promt": True},
+        {"chat_template_kwargs": {"add_generation_promt": True}},
+        {"documents": [{"text": "x"}]},
+        {"truncation": True},
+        {"messages_": []},
+        {"chat_template_kwargs": {"chat_template": "x"}},
+        {"chat_template_kwargs": {"tokenize": True}},
+        {"chat_template_kwargs": [("enable_thinking", False)]},
+        {"chat_template_kwargs": {5: 6}},
+        {"chat_template": 5},
+    ],
+)
+def test_options_that_a_template_does_not_read_are_refused(options):
+    with pytest.raises(TypeError):
+        processor(THINKING).chat_prompts([USER], **options)
+
+
+def test_the_error_names_the_variable_and_those_there_are():
+    with pytest.raises(TypeError, match=r"'enable_thinkin' is no variable .* are: enable_thinking$"):
+        processor(THINKING).chat_prompts([USER], enable_thinkin=False)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% macro show(m) %}{{ m.content }}{{ wish }}{% endmacro %}{{ show(messages[0]) }}",
+        "{% set wish = wish if wish is defined else 1 %}{{ messages[0].content }}{{ wish }}",
+        "{% if wish is not defined %}{% set wish = 1 %}{% endif %}{{ messages[0].content }}{{ wish }}",
+        "{% for m in messages %}{% generation %}{{ m.content }}{{ wish }}{% endgeneration %}{% break %}{% endfor %}",
+        "{% set s = namespace(w=wish) %}{{ strftime_now('') }}{{ messages[0].content }}{{ s.w }}",
+    ],
+)
+def test_variables_are_found_wherever_a_template_reads_them(template):
+    assert prompt(template, [USER], wish=7) == "Hello7"
+
+
+def test_documents_and_special_tokens_are_variables_where_they_are_read():
+    template = "{{ bos_token }}{% for d in documents %}{{ d.text }}{% endfor %}"
+    assert prompt(template, [USER], documents=[{"text": "x"}], bos_token="[B]") == "[B]x"
+
+
+def test_tools_that_a_template_does_not_read_are_refused():
+    tools = [{"type": "function", "function": {"name": "search", "parameters": {}}}]
+    with pytest.raises(ValueError, match="does not read them"):
+        processor(THINKING).chat_prompts([USER], tools=tools)
+    assert prompt(THINKING, [USER], tools=[]) == "Hello"
+    named = {"default": THINKING, "tool_use": "{{ tools[0].function.name }}"}
+    assert prompt(named, [USER], tools=tools) == "search"
+    assert prompt(named, [USER], enable_thinking=False) == "Hello<no>"
+
+
+def test_a_template_that_cannot_be_read_is_a_value_error():
+    for template in ("{% if %}", {"a": "x", "b": "y"}):
+        with pytest.raises(ValueError, match="template"):
+            processor(template).chat_prompts([USER])
+
+
+# -- contents ---------------------------------------------------------------------------------------------------------
+
+TEXT_ONLY = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+TRIMMED = "{% for m in messages %}{{ '<' + m.role + '>' + m.content | trim }}{% endfor %}"
+EITHER = (
+    "{% macro show(content) %}{% if content is string %}{{ content }}{% else %}"
+    "{% for part in content %}{{ part.text }}|{% endfor %}{% endif %}{% endmacro %}"
+    "{% for m in messages %}<{{ m.role }}>{{ show(m.content) }}{% endfor %}"
+)
+PARTS_ONLY = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content | selectattr('type', 'equalto', 'text') %}"
+    "{{ part['text'] }}|{% endfor %}{% endfor %}"
+)
+BY_ROLE = (
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set messages = messages[1:] %}{% endif %}"
+    "{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles') }}{% endif %}"
+    "{% if m.role == 'user' %}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{{ part.text }}|{% endfor %}{% endif %}{% else %}{{ '<' ~ m.content ~ '>' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "want"),
+    [
+        (TEXT_ONLY, parts("a", "b"), "<user>a\nb"),
+        (TEXT_ONLY, parts("a"), "<user>a"),
+        (TEXT_ONLY, [], "<user>"),
+        (TRIMMED, parts("a", "b"), "<user>a\nb"),
+        (EITHER, parts("a", "b"), "<user>a|b|"),
+        (EITHER, "a", "<user>a"),
+        (PARTS_ONLY, parts("a", "b"), "<user>a|b|"),
+        (PARTS_ONLY, "a", "<user>a|"),
+        (BY_ROLE, parts("a", "b"), "a|b|"),
+    ],
+)
+def test_text_parts_are_given_as_the_template_expects_them(template, content, want):
+    assert prompt(template, [{"role": "user", "content": content}]) == want
+
+
+def test_the_form_may_differ_by_role():
+    roles = ("system", "user", "assistant", "user")
+    messages = [{"role": role, "content": parts("a", "b")} for role in roles]
+    assert prompt(BY_ROLE, messages) == "a\nba|b|<a\nb>a|b|"
+    assert messages == [{"role": role, "content": parts("a", "b")} for role in roles]  # the caller's are left alone
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "match"),
+    [
+        ([{"type": "image_url", "image_url": {"url": "x"}}], ValueError, "image_url"),
+        ([*parts("a"), {"type": "input_audio"}], ValueError, r"messages\[0\]\['content'\]\[1\].*input_audio"),
+        (["a"], ValueError, "str"),
+        ([{"text": "a"}], ValueError, "None"),
+        (parts(None), TypeError, "NoneType"),
+        (None, TypeError, r"messages\[0\]\['content'\].*NoneType"),
+        ({"type": "text", "text": "a"}, TypeError, "dict"),
+        (object(), TypeError, "object"),
+        (5, TypeError, "int"),
+        (b"a", TypeError, "bytes"),
+    ],
+)
+@pytest.mark.parametrize("template", [TEXT_ONLY, PARTS_ONLY])
+def test_contents_that_are_no_text_are_refused(template, content, error, match):
+    with pytest.raises(error, match=match):
+        processor(template).chat_prompts([{"role": "user", "content": content}])
+
+
+@pytest.mark.parametrize(
+    "messages", [[[]], [], [{"role": None, "content": "x"}], [{"role": 5, "content": "x"}], "Hello"]
+)
+def test_messages_without_roles_are_refused(messages):
+    with pytest.raises(TypeError, match="messages"):
+        processor(TEXT_ONLY).chat_prompts(messages)
+
+
+# -- tool calls -------------------------------------------------------------------------------------------------------
+
+AS_JSON = (
+    "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}{% endfor %}{% endfor %}'
+)
+AS_TEXT = AS_JSON.replace(" | tojson", "")
+AS_EITHER = AS_JSON.replace("c.function.arguments | tojson", "A if A is string else A | tojson").replace(
+    "A", "c.function.arguments"
+)
+AS_ITEMS = (
+    "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{% for name, value in c.function.arguments | items %}[{{ name }}={{ value }}]{% endfor %}{% endfor %}{% endfor %}"
+)
+
+
+def calling(arguments, content=None):
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    return [USER, {"role": "assistant", "content": content, "tool_calls": [call]}]
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "é", "b": [1]}', {"a": "é", "b": [1]}])
+@pytest.mark.parametrize("template", [AS_JSON, AS_TEXT, AS_EITHER])
+def test_arguments_of_tool_calls_are_encoded_once(template, arguments):
+    messages = calling(arguments)
+    assert prompt(template, messages) == 'Hello{"name": "add", "arguments": {"a": "é", "b": [1]}}'
+    assert messages == calling(arguments)
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 1}', {"a": 1}])
+def test_arguments_that_a_template_spells_out_are_objects(arguments):
+    assert prompt(AS_ITEMS, calling(arguments)) == "Hello[a=1]"
+    assert prompt(AS_ITEMS, calling("")) == "Hello"
+
+
+@pytest.mark.parametrize("arguments", ["{", "5", '"a"', "[" * 5000])
+def test_arguments_that_are_no_json_object_are_refused(arguments):
+    with pytest.raises(ValueError, match="JSON object"):
+        processor(AS_JSON).chat_prompts(calling(arguments))
+
+
+@pytest.mark.parametrize("calls", ["x", [5], [{"function": 5}]])
+def test_tool_calls_of_another_form_are_refused(calls):
+    with pytest.raises(TypeError, match="tool_calls"):
+        processor(AS_JSON).chat_prompts([USER, {"role": "assistant", "content": None, "tool_calls": calls}])
+
+
+def test_content_may_be_missing_beside_tool_calls():
+    without = calling({})
+    del without[1]["content"]
+    for messages in (without, calling({}), calling({}, "")):
+        assert prompt(AS_JSON, messages) == 'Hello{"name": "add", "arguments": {}}'
+
+
+def test_the_default_model_s_template_takes_parts():
+    inputs = InputProcessor(Config(), open_model(None), max_model_len=1000, num_kv_tokens=1000)
+    assert inputs.chat_prompts([{"role": "user", "content": parts("Hello")}]) == inputs.chat_prompts([USER])
+    with pytest.raises(TypeError, match="enable_thinking"):
+        inputs.chat_prompts([USER], enable_thinking=False)
