@@ -22,7 +22,7 @@ class Kernel(Enum):
 
 
 class Adder(Enum):
-    """A way to add the output of o_proj or down_proj to the residual stream. `choose_adder` says when another one must."""
+    """A way to add the output of o_proj or down_proj to the residual stream. `choose_adder` knows the exceptions."""
 
     GEMM = "the GEMV or GEMM; with several ranks that of rank 0, and the next norm all-reduces"
     NEXT_NORM = "the RMSNorm that follows, in whose kernel several ranks also all-reduce"
