@@ -10,7 +10,6 @@ from nanovllm.ops.attention.prefill_attention import prefill_attention_triton
 from nanovllm.ops.attention.rope_decode import rope_decode_triton
 from nanovllm.ops.attention.shared_prefix import shared_attention_triton
 from nanovllm.ops.dispatch import regime_of
-from nanovllm.ops.norm_rope.rope_store import QKTransform
 from nanovllm.ops.triton_utils import HAVE_TRITON, sm_count
 
 
@@ -50,16 +49,7 @@ class TritonBackend(AttentionBackend):
         only_decode = ctx.num_decode == num_tokens and ctx.shared is None
         return only_decode and regime_of(num_tokens).one_kernel_attention
 
-    def store_and_attend(
-        self,
-        qkv: Tensor,
-        transform: QKTransform,
-        positions: Tensor,
-        kv: PagedKV,
-        scale: float,
-        ctx: Context,
-        last: Tensor | None = None,
-    ) -> Tensor:
+    def store_and_attend(self, qkv, transform, positions, kv, scale, ctx, last=None) -> Tensor:
         if not self._fuses(ctx, len(qkv)):
             return super().store_and_attend(qkv, transform, positions, kv, scale, ctx, last)
         where = (kv.k_cache, kv.v_cache, ctx.block_tables, ctx.slots, ctx.context_lens)
@@ -76,5 +66,6 @@ class TritonBackend(AttentionBackend):
 
     def prefill(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
         rows = slice(ctx.num_decode, None)
+        assert ctx.cu_seqlens_q is not None  # as there are prefill rows
         where = (ctx.block_tables, ctx.slots[rows], ctx.cu_seqlens_q, ctx.context_lens[rows])
         prefill_attention_triton(q, kv.k_cache, kv.v_cache, *where, scale, out=out)

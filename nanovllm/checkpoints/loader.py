@@ -156,10 +156,10 @@ def _plain_layout(model: "Decoder") -> Iterator[None]:
     """Make the weights writable in the body. Then bring them into their fastest format."""
     layers = [module for module in model.modules() if isinstance(module, LinearLayer)]
     for layer in layers:
-        layer.start_loading()
+        layer.format = layer.format.start_loading()
     yield
     for layer in layers:
-        layer.finish_loading()
+        layer.format = layer.format.finish_loading()
 
 
 def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -18,28 +18,20 @@ from nanovllm.weights.parameter import CheckpointTensor, ShardId, check_shape, m
 
 
 class LinearLayer(nn.Module):
-    """A layer whose weight is in some format (see weights/formats.py)."""
+    """A layer whose `weight` has a format, which loading changes (see weights/formats.py)."""
 
     format: WeightFormat
-    weight: nn.Parameter  # the format's
-
-    def start_loading(self) -> None:
-        """Make the weight writable."""
-        self.format = self.format.start_loading()
-
-    def finish_loading(self) -> None:
-        """Bring the loaded weight into its fastest format."""
-        self.format = self.format.finish_loading()
+    weight: nn.Parameter
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where this rank's rows of one checkpoint tensor come from."""
+    """This rank's share of one checkpoint tensor."""
 
     name: str  # of the module in the checkpoint
-    total: int  # rows of the checkpoint's tensor
-    start: int  # the first of them that this rank holds
-    size: int  # how many it holds
+    total: int  # rows of the whole tensor
+    start: int  # first row that this rank holds
+    size: int  # rows that it holds
 
 
 class ColumnParallelLinear(LinearLayer):
@@ -47,8 +39,8 @@ class ColumnParallelLinear(LinearLayer):
 
     Args:
         in_features: size of the input, whole on every rank.
-        parts: the checkpoint tensors that are merged here, by shard id and in their order.
-        bias: whether there is one; it is split like the rows.
+        parts: shares of the checkpoint tensors that are merged here, by shard id and in order.
+        bias: whether there is a bias, which is split like the rows.
     """
 
     gated = False  # whether the rows are gate and up of SwiGLU
@@ -109,9 +101,9 @@ class GateUpParallelLinear(ColumnParallelLinear):
 
 
 class QKVParallelLinear(ColumnParallelLinear):
-    """Queries, keys and values in one product, split by heads. Shard ids are "q", "k", "v".
+    """Queries, keys and values in one GEMM, split by heads. Shard ids are "q", "k", "v".
 
-    With more ranks than KV heads each KV head is held by several ranks, those whose query heads use it.
+    If there are more ranks than KV heads, every rank whose query heads use a KV head holds it.
 
     Attributes:
         num_heads, num_kv_heads: this rank's.

@@ -61,7 +61,7 @@ class WeightFormat(ABC):
         counters: torch.Tensor | None = None,
         peers: PeerMemory | None = None,
     ) -> torch.Tensor:
-        """residual [T, N] += x W^T + b, in place; the all-reduce of x W^T if `peers` are given, for ALL_REDUCE_GEMV."""
+        """Compute residual [T, N] += x W^T + b in place, with the all-reduce of x W^T for ALL_REDUCE_GEMV: `peers`."""
         return residual.add_(self.matmul(x, bias))
 
     def choose_adder(self, x: torch.Tensor, residual: torch.Tensor, ranks: int, peers: PeerMemory | None) -> Adder:

@@ -27,7 +27,7 @@ def untied():
 
 def plain(layer):
     with torch.inference_mode():
-        layer.start_loading()
+        layer.format = layer.format.start_loading()
     return layer.weight
 
 

@@ -1,4 +1,4 @@
-"""Linear layers with what comes before and after them, by the kernels that dispatch.py says."""
+"""Linear layers, fused with what comes before and after them where the table in dispatch.py has a kernel for that."""
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ def linear(
     gated: bool = False,
     counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [T, K] -> x W^T + b [T, N].
+    """Return x W^T + b [T, N] for x [T, K].
 
     Args:
         weight: [N, K]; [2 N, K], gate and up, if `gated`.
@@ -48,7 +48,7 @@ def linear_add(
     residual: torch.Tensor,
     counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """residual [T, N] += x W^T + b, in place; on a GPU the sum is part of the product."""
+    """Compute residual [T, N] += x W^T + b in place; on a GPU the GEMM itself adds."""
     if is_gemv(x, weight):
         return gemv_triton(x, weight, bias, residual=residual)
     if is_gemm(x, weight):
@@ -84,7 +84,7 @@ def choose_adder(
 def wants_zero_bias(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a GEMM without bias may be faster with a bias of zeros, when the next norm adds its output.
 
-    With a bias torch lets cuBLASLt choose the kernel, else cuBLAS. docs/performance.md has the figures.
+    Then torch asks cuBLASLt for the GEMM instead of cuBLAS. docs/performance.md has the figures.
     """
     regime = regime_of(len(x))
     by_library = x.is_cuda and regime.kernel is Kernel.LIBRARY and regime.adder is Adder.NEXT_NORM
@@ -94,5 +94,5 @@ def wants_zero_bias(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def linear_all_reduce(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, peers: PeerMemory | None
 ) -> torch.Tensor:
-    """residual [T, N] += all_reduce(x W^T) + b, in place and in one launch, for ALL_REDUCE_GEMV."""
+    """Compute residual [T, N] += all_reduce(x W^T) + b, in place and in one launch, for ALL_REDUCE_GEMV."""
     return gemv_triton(x, weight, bias, residual=residual, peers=peers)
