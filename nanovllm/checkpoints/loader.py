@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from nanovllm.checkpoints.files import local_path, regular_file
 from nanovllm.checks import plain
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import LinearLayer
+from nanovllm.progress import ProgressBar
 from nanovllm.weights.parameter import CheckpointTensor
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) 
     tied = _TIED if model.config.tie_word_embeddings else {}
     shares = model.lm_head.weight is model.embed_tokens.weight
     differs: dict[str, torch.Tensor] = {}
-    quiet = True if model.tp.rank else None  # None: silent unless on a terminal
-    bar = tqdm(checked_weights(weights), "Loading weights", len(targets), delay=2, disable=quiet, leave=False)
+    shown = None if model.tp.rank == 0 else False  # None: only on a terminal
+    bar = ProgressBar(checked_weights(weights), "Loading weights", len(targets), enabled=shown, delay=2, leave=False)
     # Parameters made in inference mode can only be written in it.
     with torch.inference_mode(), _plain_layout(model):
         for given, loaded in bar:

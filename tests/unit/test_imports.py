@@ -25,7 +25,7 @@ LAYERS = [
     ["ops"],
     ["messages"],
     ["config", "sampling_params", "outputs"],
-    ["checks", "arithmetic"],
+    ["checks", "arithmetic", "progress"],
 ]
 
 
