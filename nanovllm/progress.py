@@ -1,7 +1,7 @@
 """A progress bar that can fail or be interrupted without harm."""
 
 import sys
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 from tqdm import tqdm
@@ -34,7 +34,7 @@ class ProgressBar(tqdm):
         options: tqdm's.
     """
 
-    _instances = WeakSet()
+    _instances: ClassVar[WeakSet] = WeakSet()
     monitor_interval = 0  # start no thread that refreshes bars
 
     def __init__(self, *args: Any, enabled: bool | None = True, **options: Any):
