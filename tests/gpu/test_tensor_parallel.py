@@ -18,13 +18,14 @@ import torch.multiprocessing
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.executor.spawned import SpawnedRanks, make_group, rank_device
+from nanovllm.executor.ranks import make_group, rank_device
 from nanovllm.ops.linear.dispatch import Adder
 from nanovllm.ops.linear.linear import choose_adder, linear_all_reduce
 from nanovllm.ops.norm_rope.reference import rms_norm_torch
 from nanovllm.runner.cuda_graphs import StepGraphs
-from tests.distributed.test_tensor_parallel import SCRIPT, gone
+from tests.distributed.test_tensor_parallel import SCRIPT
 from tests.gpu.test_gpu import OPTIONS, greedy, prompts_of, tokens
+from tests.helpers import all_end, rank_pids
 from tests.models.tiny import save_tiny
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
@@ -145,7 +146,7 @@ def test_bfloat16_greedy_tokens_are_those_of_one_gpu_but_for_noise(name):
     options = dict(load_format="dummy", max_model_len=1024, max_num_seqs=100, gpu_memory_utilization=0.45)
     prompts, sizes = prompts_of([100 + i % 7 for i in range(100)], 10_000), (1, 3, 64, 100)
     with LLM(name, tensor_parallel_size=2, **options) as two:
-        assert two.executor.tp.peers is not None
+        assert two.executor.runner.tp.peers is not None
         outputs = [output for size in sizes for output in two.generate(prompts[:size], greedy(24), use_tqdm=False)]
     with LLM(name, **options) as one:
         own = [output for size in sizes for output in one.generate(prompts[:size], greedy(24), use_tqdm=False)]
@@ -187,25 +188,26 @@ def test_schedules_do_not_change_the_tokens(model, want, change):
     with LLM(model, tensor_parallel_size=2, **{**TINY_OPTIONS, **change}) as llm:
         assert tokens(llm, *mixture()) == want
         assert tokens(llm, *mixture()) == want  # with cached prefixes
-        pids = [process.pid for process in llm.executor.processes]
-        begin = time.monotonic()
-    assert gone(pids) and time.monotonic() - begin < 5
+        pids = rank_pids()
+        start = time.monotonic()
+    assert len(pids) == 1 and all_end(pids)
+    assert time.monotonic() - start < 5
 
 
 def test_a_killed_rank_is_a_clear_error_in_seconds(model, want):
     memory = torch.cuda.mem_get_info()[0]
     with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:
-        (process,) = llm.executor.processes
+        (pid,) = rank_pids()
         llm.add_request(mixture()[0][0], SamplingParams(max_tokens=200, ignore_eos=True))
         for _ in range(20):
             llm.step()
-        os.kill(process.pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         start = time.monotonic()
         with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9"):
             while llm.has_unfinished():
                 llm.step()
         assert time.monotonic() - start < 10
-    assert gone([process.pid])
+    assert all_end([pid])
     assert memory - torch.cuda.mem_get_info()[0] < 1 << 30
     with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:  # this process's GPU is as good as before
         assert tokens(llm, *mixture()) == want
@@ -214,32 +216,29 @@ def test_a_killed_rank_is_a_clear_error_in_seconds(model, want):
 @pytest.mark.parametrize("what", ["rank 1 is killed", "rank 0 is out of memory"])
 def test_a_failure_while_graphs_are_captured_is_a_clear_error_in_seconds(model, want, monkeypatch, what):
     """By then NCCL's kernels are in graphs that only the capturing thread knows of."""
-    spawn, capture, processes = SpawnedRanks._spawn, StepGraphs._capture, []
-
-    def note(self, rank, size):
-        spawn(self, rank, size)
-        processes.extend(self.processes)
+    capture, pids = StepGraphs._capture, []
 
     def fail(self, run):
         def failing():
             result = run()
             if torch.cuda.is_current_stream_capturing() and len(self.decode) == 1:
+                pids.extend(rank_pids())
                 if what == "rank 0 is out of memory":
                     raise torch.OutOfMemoryError(what)
-                processes[0].kill()
-                time.sleep(1)  # the monitor notices
+                os.kill(pids[0], signal.SIGKILL)
+                # The monitor notices it meanwhile.
+                time.sleep(1)
             return result
 
         return capture(self, failing)
 
     start = time.monotonic()
     with monkeypatch.context() as patch:
-        patch.setattr(SpawnedRanks, "_spawn", note)
         patch.setattr(StepGraphs, "_capture", fail)
         with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9|rank 0 is out of memory"):
             LLM(model, tensor_parallel_size=2, **TINY_OPTIONS)
     assert time.monotonic() - start < 120  # the start itself compiles
-    assert gone([process.pid for process in processes])
+    assert len(pids) == 1 and all_end(pids)
     with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:  # this process's GPU is as good as before
         assert tokens(llm, *mixture()) == want
 
@@ -264,10 +263,10 @@ def test_a_rank_lost_in_a_long_prompt_is_a_clear_error_in_seconds(what, message)
     options = dict(load_format="dummy", enforce_eager=True, gpu_memory_utilization=0.5, enable_prefix_caching=False)
     prompts, hog = prompts_of([4000] * 16, 10_000), None
     with LLM("qwen3-8b", tensor_parallel_size=2, **options) as llm:
-        (process,) = llm.executor.processes
-        assert llm.executor.tp.overlapped is not None
+        (pid,) = rank_pids()
+        assert llm.executor.runner.tp.overlapped is not None
         if what == "killed":
-            threading.Timer(0.4, process.kill).start()
+            threading.Timer(0.4, os.kill, (pid, signal.SIGKILL)).start()
         else:
             hog = torch.empty(torch.cuda.mem_get_info(1)[0] - (200 << 20), dtype=torch.uint8, device="cuda:1")
         start = time.monotonic()
@@ -276,7 +275,7 @@ def test_a_rank_lost_in_a_long_prompt_is_a_clear_error_in_seconds(what, message)
         assert time.monotonic() - start < 10
         del hog
         torch.cuda.empty_cache()
-    assert gone([process.pid])
+    assert all_end([pid])
     assert torch.ones(8, device="cuda").sum().item() == 8  # this process's GPU is as good as before
 
 
