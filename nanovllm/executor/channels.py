@@ -17,7 +17,7 @@ from nanovllm.distributed.parallel import TensorParallel
 
 
 class RankChannels:
-    """Rank 0's ends of the connections to the other ranks.
+    """Hold rank 0's ends of the connections to the other ranks.
 
     Attributes:
         messages: a connection to each rank, for `send`.

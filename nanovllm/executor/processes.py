@@ -26,7 +26,7 @@ _PROGRAM = (
 
 
 class RankProcesses:
-    """The processes of ranks 1 to `size` - 1.
+    """Start the processes of ranks 1 to `size` - 1, watch them and end them.
 
     Each process runs `main(rank, parent, report, *descriptors)` of `module`, and not the caller's script again:
     - `parent` is the id of this process,
@@ -38,7 +38,7 @@ class RankProcesses:
         module: name of the module whose `main` the processes run.
         connect: makes a context manager that yields the descriptors the next rank's process inherits. It is entered
             before the process starts and left afterwards, in the monitor's thread.
-        on_failure: called once in the monitor's thread after a rank is lost. It calls `kill` to end the other ranks,
+        on_failure: called once, in the monitor's thread, when `failure` is set. It calls `kill` to end the other ranks,
             which may wait for the lost one.
 
     Attributes:
@@ -98,7 +98,7 @@ class RankProcesses:
         """Let the processes end without that being a failure."""
         self._closing.set()
 
-    def wait(self, seconds: float) -> None:
+    def wait_for_exit(self, seconds: float) -> None:
         """Give the processes some time to end by themselves."""
         deadline = time.monotonic() + seconds
         for process in self._processes:

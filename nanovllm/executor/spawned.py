@@ -1,4 +1,4 @@
-"""The executor whose rank 0 is this process and whose other ranks are child processes of it."""
+"""Run rank 0 in this process and the other ranks in its child processes."""
 
 import contextlib
 import threading
@@ -22,8 +22,6 @@ from nanovllm.runner.model_runner import ModelRunner
 if TYPE_CHECKING:
     from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
-_WORKER = "nanovllm.executor.worker"
-
 
 class SpawnedExecutor(Executor):
     """Run every call on rank 0 here and, by a message, on the ranks that `RankProcesses` has started."""
@@ -35,7 +33,7 @@ class SpawnedExecutor(Executor):
         self.channels = RankChannels()
         self.processes = RankProcesses(
             size=config.tensor_parallel_size,
-            module=_WORKER,
+            module="nanovllm.executor.worker",
             connect=self.channels.connect,
             on_failure=self._end_ranks,
         )
@@ -120,9 +118,10 @@ class SpawnedExecutor(Executor):
             # Set the current GPU of this thread.
             rank_device(device.type, 0)
             group = make_group(0, size, store, device.type, self.channels.pipes)
-            # Kept at once, so that it can be aborted if a rank is lost in the next call.
-            self._tp = TensorParallel(0, size, group)
-            tp = self._tp.with_peers(device, largest_all_reduce(self.config, self.source))
+            # Kept before the next call, so that the group can be aborted if a rank is lost in that call.
+            tp = TensorParallel(0, size, group)
+            self._tp = tp
+            tp = tp.with_peers(device, largest_all_reduce(self.config, self.source))
             if device.type == "cuda":
                 # The caller's stream may be another than this thread's.
                 torch.cuda.current_stream().synchronize()
@@ -177,4 +176,4 @@ class SpawnedExecutor(Executor):
         finally:
             # Even after an interrupt no kernel may go on waiting for a rank.
             self._abort_collectives()
-        self.processes.wait(0 if self.error is not None else 5)
+        self.processes.wait_for_exit(0 if self.error is not None else 5)

@@ -1,4 +1,4 @@
-"""The program of a rank other than 0: build a model runner, then run what rank 0 sends."""
+"""Run a rank other than 0: build its model runner, then do what rank 0 sends."""
 
 import contextlib
 import faulthandler

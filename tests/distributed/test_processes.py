@@ -1,4 +1,4 @@
-"""Processes of ranks, with small programs in place of model runners: how they start, are watched and end."""
+"""Ranks' processes start, are watched and end. Small programs run in place of model runners."""
 
 import os
 import signal
@@ -120,7 +120,7 @@ def test_waiting_for_a_failure_outlasts_a_slow_check(start_two, monkeypatch):
         wait_for_exit(pids[0])
         allowed.release()
         assert "rank 1" in failure.result(SOON)
-    # With a failure there, it returns at once.
+    # It returns at once when the failure is known.
     processes.wait_for_failure()
 
 

@@ -1,4 +1,4 @@
-"""Setting up a rank: its GPU, and environment variables that are only set for a moment."""
+"""A rank gets its GPU, and environment variables are only set for a moment."""
 
 import os
 import threading
