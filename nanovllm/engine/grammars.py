@@ -1,17 +1,21 @@
 """Structured outputs: makes token masks of schemas, regular expressions and grammars."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanovllm.sandbox import grammars
+from nanovllm.sandbox.grammars import STACK_BYTES, compile_grammar, find_error, make_tokenizer, on_deep_stack
 from nanovllm.sandbox.pool import Pool
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 _FAILURE = "structured_outputs cannot be compiled"
+# CPU time that one call of llguidance may take in a step. Usual ones take less than 1 ms. Those of an ambiguous grammar
+# grow with the cube of the text, so the first one that takes longer does not take much longer.
+_MAX_CALL_SECONDS = 0.025
 
 
 class GrammarFilter:
@@ -21,6 +25,7 @@ class GrammarFilter:
 
     def __init__(self, matcher: "LLMatcher", vocab_size: int):
         self.matcher, self.vocab_size = matcher, vocab_size
+        self._is_slow = False
 
     def copy(self) -> "GrammarFilter":
         """Return a filter for another sample; compiling the grammar again may take a second."""
@@ -32,13 +37,21 @@ class GrammarFilter:
 
     @property
     def error(self) -> str | None:
-        return grammars.find_error(self.matcher)
+        if self._is_slow:
+            return "a step takes too long: the grammar is too ambiguous"
+        return find_error(self.matcher)
 
     def accept(self, token_id: int) -> None:
-        self.matcher.consume_token(token_id)
+        self._timed(self.matcher.consume_token, token_id)
 
     def mask(self) -> np.ndarray:
-        return np.frombuffer(self.matcher.compute_bitmask(), np.int32, count=-(-self.vocab_size // 32))
+        return np.frombuffer(self._timed(self.matcher.compute_bitmask), np.int32, count=-(-self.vocab_size // 32))
+
+    def _timed(self, call: Callable[..., Any], *args: Any) -> Any:
+        begin = time.thread_time()
+        result = call(*args)
+        self._is_slow |= time.thread_time() - begin > _MAX_CALL_SECONDS
+        return result
 
 
 class Grammars:
@@ -73,7 +86,7 @@ class Grammars:
         }
         text_tokens = {token.content: i for i, token in added.items() if not token.special}
         try:
-            self._tokenizer = grammars.make_tokenizer(**vocabulary)
+            self._tokenizer = make_tokenizer(**vocabulary)
         except Exception as error:  # llguidance raises errors of many types
             raise ValueError(f"structured_outputs do not work with this tokenizer: {error!s:.500}") from error
         self._pool = Pool("grammars", {"vocabulary": vocabulary, "text_tokens": text_tokens}, _FAILURE)
@@ -88,7 +101,7 @@ class Grammars:
             ValueError: it is wrong, not supported, or too complex.
         """
         grammar = self._pool.ask(structured)["grammar"]
-        compiled = grammars.on_deep_stack(grammars.STACK_BYTES, grammars.compile_grammar, self._tokenizer, grammar)
+        compiled = on_deep_stack(STACK_BYTES, compile_grammar, self._tokenizer, grammar)
         return GrammarFilter(compiled, self.vocab_size)
 
     def close(self) -> None:

@@ -90,7 +90,7 @@ def find_error(matcher: "LLMatcher") -> str | None:
     """Return why it is unknown what may follow. It may come up late, because llguidance limits the work of a step."""
     if not matcher.is_error():
         return None
-    text = re.split(r"\s*<(?:state|backtrace)>", matcher.get_error(), maxsplit=1)[0][:_MAX_ERROR_CHARS]
+    text = matcher.get_error().partition("<state>")[0].partition("<backtrace>")[0][:_MAX_ERROR_CHARS].strip()
     return "no token can follow" if text == "NoExtensionBias" else text
 
 

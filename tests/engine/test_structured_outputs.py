@@ -171,13 +171,13 @@ def test_a_long_forced_text_costs_a_step_little(grammars, what):
 
 
 @pytest.mark.parametrize("rule", ["s s | x", "s s | x | s s s"])
-def test_an_ambiguous_grammar_costs_a_step_little_or_ends(grammars, rule):
+def test_an_ambiguous_grammar_ends_before_it_costs_a_step_much(grammars, rule):
     token_filter, times = grammars.filter(grammar=f"start: s\ns: {rule}\nx: /[a-z ]/\n"), []
-    while token_filter.error is None and len(times) < 60:
+    while token_filter.error is None and len(times) < 100:
         begin = time.thread_time()
         token_filter.accept(int(allowed(token_filter)[-1]))
         times.append(time.thread_time() - begin)
-    assert max(times) < 0.15
+    assert max(times) < 0.3 and "takes too long" in token_filter.error
 
 
 def test_errors_are_short(grammars):
