@@ -515,8 +515,8 @@ def test_a_tokenizer_of_more_tokens_than_the_model_is_served(speaking, tmp_path)
 
 
 def test_a_grammar_that_cannot_be_followed_to_its_end_does_not_look_complete(speaking):
-    rules = "\n".join(f'r{i}: "a{i}"?' for i in range(1500))
-    grammar = f'start: ("b" | "c") {" ".join(f"r{i}" for i in range(1500))} "d"\n{rules}\n'
+    rules = "\n".join(f'r{i}: "a{i}" z' for i in range(2500))
+    grammar = f'start: ("b" | "c") y\ny: {" | ".join(f"r{i}" for i in range(2500))}\n{rules}\nz: /[a-z]/\n'
     with engine(speaking) as llm:
         params = SamplingParams(max_tokens=30, **structured(grammar=grammar))
         for out in (llm.generate(["Hi"], params, use_tqdm=False)[0], [*llm.stream("Hi", params)][-1]):
