@@ -13,7 +13,7 @@ LAYERS = [
     ["async_llm"],
     ["llm"],
     ["engine"],
-    ["executor"],
+    ["executor", "sandbox"],
     ["runner"],
     ["checkpoints"],
     ["models"],
