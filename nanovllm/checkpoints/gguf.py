@@ -2,7 +2,6 @@
 
 import math
 import struct
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -53,6 +52,20 @@ _END_TEXTS = {
     *("<EOT>", "_<EOT>", "[EOT]", "[EOS]", "</s>", "<end_of_utterance>"),
     *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
+}
+# Metadata of other models that changes results, with the values that change none.
+_NEUTRAL = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.temperature_scale": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "logit_scale": (0, 1),
+    "rope.scaling.yarn_attn_factor": (1, -1),
+    "rope.scaling.yarn_log_multiplier": (0,),
 }
 # Pre-tokenizers for which llama.cpp adds BOS where the file does not say, and takes whole words before it merges.
 _WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
@@ -189,17 +202,37 @@ class _File:
 
 
 def _rope_scaling(file: _File) -> dict[str, Any] | None:
-    if "rope_freqs.weight" in file.tensors:
-        return {"rope_type": "frequency_factors", "factors": file.floats("rope_freqs.weight").tolist()}
-    # As llama.cpp reads them: the second key is the older name, 0 is no scaling, and the type is linear by default.
+    """Return the RoPE scaling as llama.cpp reads it, in transformers' terms."""
+    # The second key is the older name, 0 is no scaling, and the type is linear by default.
     factor = file.number("{arch}.rope.scaling.factor", file.number("{arch}.rope.scale_linear", 0))
     rope_type = file.get("{arch}.rope.scaling.type", "linear")
-    if rope_type == "none" or (rope_type == "linear" and not factor):
+    is_scaled = rope_type != "none" and not (rope_type == "linear" and factor in (0, 1))
+    if rope_type != "yarn":
+        _check_neutral(file, {"rope.scaling.attn_factor": (1,), "rope.scaling.yarn_ext_factor": (0, -1)})
+    if "rope_freqs.weight" in file.tensors:
+        if is_scaled:
+            raise unsupported(f"a GGUF file with rope_freqs.weight and RoPE scaling of type {shown(rope_type)}")
+        return {"rope_type": "frequency_factors", "factors": file.floats("rope_freqs.weight").tolist()}
+    if not is_scaled:
         return None
     original = file.number("{arch}.rope.scaling.original_context_length", file.number("{arch}.context_length"))
     betas = {name: file.get(f"{{arch}}.rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
     given = {name: value for name, value in betas.items() if value is not None}
-    return {"rope_type": rope_type, "factor": factor, "original_max_position_embeddings": original, **given}
+    scaling = {"rope_type": rope_type, "factor": factor, "original_max_position_embeddings": original, **given}
+    if rope_type == "yarn":
+        _check_neutral(file, {"rope.scaling.yarn_ext_factor": (1, -1)})
+        attn_factor = file.number("{arch}.rope.scaling.attn_factor", 1)
+        if attn_factor != 1 and factor > 0:  # it multiplies what YaRN scales by; ModelConfig refuses other factors
+            scaling["attention_factor"] = attn_factor * (1 + 0.1 * math.log(max(factor, 1)))
+    return scaling
+
+
+def _check_neutral(file: _File, values: dict[str, tuple[float, ...]]) -> None:
+    """Refuse a file that sets one of these metadata to another value than those that change no result."""
+    for key, neutral in values.items():
+        value = file.get(f"{{arch}}.{key}")
+        if value is not None and value not in neutral:
+            raise unsupported(f"a GGUF file with {file.arch}.{key}={shown(value)}")
 
 
 def _end_ids(file: _File, vocab_size: int) -> tuple[int, ...]:
@@ -226,6 +259,10 @@ def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
         raise unsupported("sliding-window attention")
     if file.number("{arch}.rope.dimension_count", head_dim) != head_dim:
         raise unsupported("partial RoPE")
+    _check_neutral(file, _NEUTRAL)
+    scale = file.number("{arch}.attention.scale", 0)
+    if scale and not math.isclose(scale, head_dim**-0.5, rel_tol=1e-5):
+        raise unsupported(f"a GGUF file with {file.arch}.attention.scale={scale}")
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ValueError(f"{file.path} lacks the tensor token_embd.weight, a matrix")
@@ -261,13 +298,8 @@ def read_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     file = _File(path)
     whole_words = file.get("tokenizer.ggml.model") == "gpt2" and file.get("tokenizer.ggml.pre") in _WHOLE_WORDS
     options = {"add_bos_token": True} if whole_words and "tokenizer.ggml.add_bos_token" not in file.metadata else {}
-    with tempfile.TemporaryDirectory(prefix="nanovllm-") as folder:
-        alone = Path(folder, "model.gguf")
-        alone.symlink_to(path)
-        # AutoTokenizer gives the same, after seconds spent on the file's model config.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(
-            folder, gguf_file=alone.name, local_files_only=True, **options
-        )
+    # `from_pretrained` would also read the tokenizer files in the folder.
+    tokenizer = PreTrainedTokenizerFast(name_or_path=str(path.parent), gguf_file=path.name, **options)
     if whole_words:
         tokenizer.backend_tokenizer.model.ignore_merges = True
     return tokenizer

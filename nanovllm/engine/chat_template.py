@@ -4,15 +4,11 @@ import inspect
 import json
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceType
-from functools import cached_property, lru_cache
 from typing import Any
 
 from nanovllm.checks import is_list, shown
-from nanovllm.sandbox.pool import LimitError, Pool
-
-_PROBE = "Xprobe"  # text that is looked for in renderings
-_ARGUMENTS = {"argument": _PROBE}
-_USER = {"role": "user", "content": "x"}
+from nanovllm.sandbox.pool import Pool
+from nanovllm.sandbox.templates import OTHER_ROLE
 
 
 class ChatTemplate:
@@ -20,7 +16,7 @@ class ChatTemplate:
 
     Templates differ in the form they expect of a message's content (text or parts) and of a tool call's arguments (an
     object or JSON text). A wrong form gives no error: it is printed in Python's notation, or quoted twice. So small
-    conversations are rendered to find out which forms are right.
+    conversations are rendered first to find out which forms are right, all in one request to the pool.
 
     Args:
         text: the template, in Jinja.
@@ -32,7 +28,7 @@ class ChatTemplate:
         variables: names that the template reads.
 
     Raises:
-        ValueError: the template is not Jinja.
+        ValueError: the template is not Jinja, or takes too much time or memory.
     """
 
     def __init__(self, text: str, pool: Pool, special_tokens: dict[str, str], max_chars: int):
@@ -40,8 +36,10 @@ class ChatTemplate:
         self.pool = pool
         self.special_tokens = special_tokens
         self.max_chars = max_chars
-        self.variables = frozenset(pool.ask({"template": text})["variables"])
-        self._prints = lru_cache(maxsize=32)(self._find_prints)  # bounded, because roles are the caller's words
+        found = pool.ask({"inspected": {"chat_template": text, **special_tokens}})
+        self.variables = frozenset(found["variables"])
+        self._contents: dict[str, dict[str, bool]] = found["contents"]
+        self._calls: dict[str, bool] = found["calls"]
 
     def check_variables(self, variables: Iterable[str]) -> None:
         """Raise TypeError for a variable that the template does not read, which would have no effect."""
@@ -79,12 +77,13 @@ class ChatTemplate:
         content = message.get("content")
         if content is None and calls:
             content = ""
+        printed = self._contents.get(role, self._contents[OTHER_ROLE])
         if isinstance(content, str):
-            needs_parts = not self._prints(role, as_parts=False) and self._prints(role, as_parts=True)
+            needs_parts = printed["parts"] and not printed["text"]
             adapted["content"] = [{"type": "text", "text": content}] if needs_parts else content
         elif is_list(content):
             texts = [_text_of(part, f"{name}['content'][{i}]") for i, part in enumerate(content)]
-            adapted["content"] = list(content) if self._prints(role, as_parts=True) else "\n".join(texts)
+            adapted["content"] = list(content) if printed["parts"] else "\n".join(texts)
         else:
             what = "text or a list of text parts, or None beside an assistant's tool_calls"
             raise TypeError(f"{name}['content'] must be {what}; got {type(content).__name__}")
@@ -95,41 +94,12 @@ class ChatTemplate:
         if not isinstance(function, Mapping):
             raise TypeError(f"{name}['function'] must be a dict, got {type(function).__name__}")
         arguments = function.get("arguments")
-        takes_text, takes_objects = self._argument_forms
-        if isinstance(arguments, str) and not takes_text:
+        if isinstance(arguments, str) and not self._calls["text"]:
             arguments = _parse_arguments(arguments, name)
-        elif isinstance(arguments, Mapping) and takes_text and not takes_objects:
+        elif isinstance(arguments, Mapping) and self._calls["text"] and not self._calls["object"]:
             arguments = json.dumps(arguments, ensure_ascii=False)
         adapted = function | {"arguments": arguments} if "arguments" in function else function
         return call | {"function": adapted} if "function" in call else adapted
-
-    # -- what the template prints ------------------------------------------------------------------------------------
-
-    def _find_prints(self, role: str, as_parts: bool) -> bool:
-        """Return whether the template prints a content of this role that is text, or that is text parts."""
-        message = {"role": role, "content": [{"type": "text", "text": _PROBE}] if as_parts else _PROBE}
-        orders = {"user": [message], "system": [message, _USER], "developer": [message, _USER]}
-        text = self._try(orders.get(role, [_USER, message]))
-        return _PROBE in text and f"'{_PROBE}'" not in text and f'"{_PROBE}"' not in text
-
-    @cached_property
-    def _argument_forms(self) -> tuple[bool, bool]:
-        """Return whether the template prints arguments of a tool call that are JSON text, and those in a dict."""
-
-        def rendered(arguments: Any) -> str:
-            call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
-            return self._try([_USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
-
-        text, as_object = json.dumps(_ARGUMENTS), rendered(_ARGUMENTS)
-        return text in rendered(text), _PROBE in as_object and f"'{_PROBE}'" not in as_object
-
-    def _try(self, messages: list[dict]) -> str:
-        try:
-            return self.render(messages)
-        except LimitError:  # so would another conversation, after as long
-            raise
-        except ValueError:  # the template refuses this form, or such a conversation
-            return ""
 
 
 def _text_of(part: Any, name: str) -> str:

@@ -62,11 +62,13 @@ class InputProcessor:
         self.vocab_size = source.config.vocab_size
         self.has_tokenizer = source.has_tokenizer and not config.skip_tokenizer_init
         self.templates = Pool("templates", {}, "messages do not fit the model's chat template")
+        self._closed = False
         self._token_bytes: dict[bool, TokenBytes] = {}
         self._chat_template = lru_cache(maxsize=8)(self._make_chat_template)
 
     def close(self) -> None:
         """End the processes that render templates and compile grammars. May be called again."""
+        self._closed = True
         self.templates.close()
         if grammars := self.__dict__.get("grammars"):
             grammars.close()
@@ -191,7 +193,10 @@ class InputProcessor:
         if params.structured_outputs is None:
             return make_filter(params, self.vocab_size, self.encode, end_ids)
         with _refusing_panics("structured_outputs cannot be compiled"):
-            return self.grammars.filter(**asdict(params.structured_outputs))
+            grammars = self.grammars
+            if self._closed:  # `close` may not have seen them
+                grammars.close()
+            return grammars.filter(**asdict(params.structured_outputs))
 
     # -- chat --------------------------------------------------------------------------------------------------------
 
@@ -203,42 +208,56 @@ class InputProcessor:
         **options: Any,
     ) -> list[list[int]]:
         """Return the token ids of conversations; see `LLM.chat_prompts`."""
+        if self._closed:
+            raise RuntimeError("the engine is closed")
         if chat_template_kwargs is not None:
             if not isinstance(chat_template_kwargs, Mapping):
                 raise TypeError(f"chat_template_kwargs must be a dict, got {shown(chat_template_kwargs)}")
-            if "chat_template" in chat_template_kwargs:
-                raise TypeError("chat_template_kwargs has chat_template, which is no variable of a template")
+            for name in chat_template_kwargs:
+                if name == "chat_template" or not isinstance(name, str):
+                    raise TypeError(f"chat_template_kwargs has {shown(name)}, which is no variable of a template")
             options |= chat_template_kwargs
         return self._chat_ids(messages, **options)
 
     def _chat_ids(
         self,
         messages: SequenceType[dict] | SequenceType[SequenceType[dict]],
+        /,  # `variables` may have any names
         *,
-        tools: list[dict] | None = None,
+        tools: SequenceType[dict | Callable] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool | None = None,
-        continue_final_message: bool = False,
+        continue_final_message: bool | None = None,
         **variables: Any,
     ) -> list[list[int]]:
         chats = [messages] if is_list(messages) and isinstance(next(iter(messages), None), dict) else messages
         if not is_list(chats) or not chats or not all(map(_is_chat, chats)):
             raise TypeError(f"messages must be a list of dicts with role and content, got {shown(messages)}")
+        flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        for name, flag in flags.items():
+            if not isinstance(flag, bool | None):
+                raise TypeError(f"{name} must be a bool or None, got {shown(flag)}")
         if not isinstance(chat_template, str | None):
             raise TypeError(f"chat_template must be text, got {shown(chat_template)}")
-        if not (chat_template or self.tokenizer.chat_template):
+        if chat_template == "":
+            raise ValueError("chat_template must not be empty; leave it out for the model's own")
+        if chat_template is None and not self.tokenizer.chat_template:
             raise ValueError("the model has no chat template; give chat_template, or prompts to generate()")
-        tools = None if tools is None else [_tool_schema(tool) for tool in tools]
+        schemas = _tool_schemas(tools)
         for chat in chats:
-            self._check_chat([chat, tools, variables])
-        template = self._chat_template(self.tokenizer.get_chat_template(chat_template or None, tools))
+            self._check_chat([chat, schemas, variables])
+        template = self._chat_template(self.tokenizer.get_chat_template(chat_template, schemas))
         template.check_variables(variables)
-        if tools and "tools" not in template.variables:
+        if schemas and "tools" not in template.variables:
             raise ValueError("tools are given, but the model's chat template does not read them")
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
-        variables |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
-        texts = [template.render(template.adapt(chat), tools=tools, **variables) for chat in chats]
+        variables |= {
+            "tools": schemas,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": bool(continue_final_message),
+        }
+        texts = [template.render(template.adapt(chat), **variables) for chat in chats]
         for text in texts:
             self._check_text("messages", text)
         return [self.encode(text) for text in texts]
@@ -268,10 +287,16 @@ class InputProcessor:
         self._check_text("messages", "".join(texts))
 
 
-def _tool_schema(tool: Any) -> Any:
-    """Return the JSON schema of a tool that is given as a function."""
-    if not callable(tool):
-        return tool
+def _tool_schemas(tools: Any) -> list[dict] | None:
+    """Return the JSON schemas of tools, which are given as such or as functions."""
+    if tools is None:
+        return None
+    if not is_list(tools) or not all(isinstance(tool, dict) or callable(tool) for tool in tools):
+        raise TypeError(f"tools must be a list of JSON schemas, as dicts, or of functions, got {shown(tools)}")
+    return [tool if isinstance(tool, dict) else _function_schema(tool) for tool in tools]
+
+
+def _function_schema(tool: Callable) -> dict:
     from transformers.utils import get_json_schema
 
     try:

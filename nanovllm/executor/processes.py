@@ -11,6 +11,8 @@ from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection, Pipe
 
+from nanovllm.utils.import_path import import_path
+
 # The monitor polls: a stopped process makes no pidfd readable, and some builds of Python have no `os.pidfd_open`.
 _POLL_SECONDS = 0.2
 # How long a dead process may take to show that it is dead after others have noticed.
@@ -130,7 +132,10 @@ class RankProcesses:
             return
         try:
             for rank in range(1, self._size):
-                self._start_rank(rank)
+                try:
+                    self._start_rank(rank)
+                except OSError as error:
+                    raise RuntimeError(f"tensor-parallel rank {rank} cannot be started: {error}") from error
             self._started.set_result(None)
         except BaseException as error:
             self._started.set_exception(error)
@@ -148,7 +153,7 @@ class RankProcesses:
         with rank_reports, self._connect() as inherited:
             descriptors = (rank_reports.fileno(), *inherited)
             program = _PROGRAM.format(
-                path=[folder or os.getcwd() for folder in sys.path if isinstance(folder, str)],
+                path=import_path(),
                 module=self._module,
                 arguments=(rank, os.getpid(), *descriptors),
             )

@@ -24,6 +24,7 @@ _KINDS = {
     int: ((int,), 1, 1 << 24, "an integer from 1 to 2**24"),
     float: ((int, float), 1e-15, 1e15, "a number from 1e-15 to 1e15"),
 }
+_MAX_END_IDS = 1024  # real models have a few
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,7 +51,11 @@ def default_head_dim(hidden_size: Any, num_heads: Any) -> int:
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     """A checkpoint's spelling of some token ids as a tuple."""
-    ids = tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
+    if value is None:
+        return ()
+    ids = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if len(ids) > _MAX_END_IDS:
+        raise ValueError(f"the model's eos_token_id must have at most {_MAX_END_IDS} ids, got {len(ids)}")
     if any(type(token_id) is not int for token_id in ids):
         raise ValueError(f"the model's eos_token_id must be a token id or a list of them, got {shown(value)}")
     return ids
@@ -61,7 +66,7 @@ def known_ids(value: int | list[int] | None, vocab_size: int) -> tuple[int, ...]
     ids = token_ids(value)
     known = tuple(token_id for token_id in ids if 0 <= token_id < vocab_size)
     if known != ids:
-        unknown = [token_id for token_id in ids if token_id not in known]
+        unknown = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
         logger.warning("Ignoring the model's eos_token_id %.80r: ids go from 0 to %d", unknown, vocab_size - 1)
     return known
 

@@ -7,7 +7,6 @@ A child runs `serve`, which runs one of the programs in this folder: `templates`
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,13 +17,11 @@ from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
 
+from nanovllm.utils.import_path import import_path
+
 _FOLDER = Path(__file__).resolve().parent
 _COMMAND = "import sys; sys.path = {!r}; import runpy; runpy.run_path({!r})['main'](*{!r})"
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)  # a full stack, or an allocation that failed in Rust
-
-
-class LimitError(ValueError):
-    """A request ended its process, because it took too much time or memory."""
 
 
 class Pool:
@@ -59,8 +56,7 @@ class Pool:
         """Return the program's reply to a request.
 
         Raises:
-            LimitError: the request took too much time or memory.
-            ValueError: the request is not plain data, or the program refused it.
+            ValueError: the request is not plain data, took too much time or memory, or the program refused it.
             RuntimeError: the pool is closed, or no child could be started or kept alive.
         """
         try:
@@ -87,7 +83,7 @@ class Pool:
                 return reply
             self._end(child)
             if excess := self._excess(child):
-                raise LimitError(f"{self.failure}: it took {excess}")
+                raise ValueError(f"{self.failure}: it took {excess}")
         raise RuntimeError(f"{self.failure}: two processes ended, the last with code {child.process.returncode}")
 
     def close(self) -> None:
@@ -110,6 +106,9 @@ class Pool:
         except OSError as error:
             raise RuntimeError(f"{self.failure}: no process can be started: {error}") from error
         self._children.add(child)
+        if self._closed:  # meanwhile, so `close` may not have seen this child
+            self._end(child)
+            raise RuntimeError("the engine is closed")
         return child
 
     def _end(self, child: "_Child") -> None:
@@ -131,18 +130,22 @@ class _Child:
     def __init__(self, arguments: tuple[str, int, int], setup: bytes):
         if not sys.executable:
             raise OSError("sys.executable does not name Python")
-        path = [entry or os.getcwd() for entry in sys.path if isinstance(entry, str)]
         self.channel, theirs = Pipe()
         with theirs:
-            program = _COMMAND.format(path, str(_FOLDER / "serve.py"), (theirs.fileno(), *arguments))
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", program],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C reaches all of a terminal's session; the parent decides
-            )
+            program = _COMMAND.format(import_path(), str(_FOLDER / "serve.py"), (theirs.fileno(), *arguments))
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", program],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    cwd="/",  # the parent's working folder may be gone, and transformers asks for it
+                    start_new_session=True,  # Ctrl-C reaches all of a terminal's session; the parent decides
+                )
+            except BaseException:
+                self.channel.close()  # the error may be kept for long, and this object with it
+                raise
         self.setup: bytes | None = setup
         self.timed_out = False
 

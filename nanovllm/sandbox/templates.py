@@ -1,29 +1,82 @@
 """Renders chat templates. A child process runs this, so nothing of nanovllm, and no torch, is imported here."""
 
+import json
 from collections.abc import Callable
 from typing import Any
+
+# Other roles are the caller's words. A template is asked about all of them as one, so that the work has a bound.
+OTHER_ROLE = "other"
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "model", OTHER_ROLE)
+_PROBE = "Xprobe"  # text that is looked for in renderings
+_USER = {"role": "user", "content": "x"}
 
 
 def prepare() -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Return a function that answers requests.
 
-    `{"template": text}` asks for the `variables` that a template reads. `{"arguments": ..., "max_chars": ...}` asks for
-    the `text` of a conversation: the arguments are those of transformers' `apply_chat_template`, and a text of more
-    characters is refused.
+    `{"inspected": arguments}` asks what a template reads and prints; see `inspect`.
+    `{"arguments": ..., "max_chars": ...}` asks for the `text` of a conversation; a text of more characters is refused.
+    The arguments are those of transformers' `apply_chat_template`.
     """
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
     tokenizer = PreTrainedTokenizerBase()
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
-        if "template" in request:
-            return {"variables": list(find_variables(request["template"]))}
+        if "inspected" in request:
+            return inspect(tokenizer, request["inspected"])
         text = tokenizer.apply_chat_template(**request["arguments"], tokenize=False)
         if len(text) > (max_chars := request["max_chars"]):
             raise ValueError(f"it made {len(text)} characters, and at most {max_chars} can fit max_model_len")
         return {"text": text}
 
     return answer
+
+
+def inspect(tokenizer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return what a template reads and prints, as plain data.
+
+    Args:
+        arguments: the template as `chat_template`, and values of some variables.
+
+    Returns:
+        `variables`: names of the variables that it reads.
+        `contents`: for each usual role, and OTHER_ROLE for all others, whether it prints a content that is "text", and
+            one of "parts".
+        `calls`: whether it prints arguments of a tool call that are "text", as JSON, and those in an "object".
+    """
+
+    def rendered(messages: list[dict[str, Any]]) -> str:
+        try:
+            return tokenizer.apply_chat_template(conversation=messages, **arguments, tokenize=False)
+        except MemoryError:
+            raise
+        except Exception:  # the template refuses this form, or such a conversation
+            return ""
+
+    def prints(role: str, content: Any) -> bool:
+        message = {"role": role, "content": content}
+        orders = {"user": [message], "system": [message, _USER], "developer": [message, _USER]}
+        text = rendered(orders.get(role, [_USER, message]))
+        return _PROBE in text and not _is_quoted(text)
+
+    def called(call_arguments: Any) -> str:
+        function = {"name": "f", "arguments": call_arguments}
+        call = {"id": "call00000", "type": "function", "function": function}
+        return rendered([_USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
+
+    variables = find_variables(arguments["chat_template"])
+    parts = [{"type": "text", "text": _PROBE}]
+    contents = {role: {"text": prints(role, _PROBE), "parts": prints(role, parts)} for role in _ROLES}
+    as_text, as_object = json.dumps({"argument": _PROBE}), called({"argument": _PROBE})
+    # JSON has the probe in double quotes, and Python's notation in single ones.
+    calls = {"text": as_text in called(as_text), "object": _PROBE in as_object and f"'{_PROBE}'" not in as_object}
+    return {"variables": list(variables), "contents": contents, "calls": calls}
+
+
+def _is_quoted(text: str) -> bool:
+    """Return whether a rendering has the probe in the notation of Python or JSON, instead of the content itself."""
+    return f"'{_PROBE}'" in text or f'"{_PROBE}"' in text
 
 
 def find_variables(template: str) -> set[str]:

@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from nanovllm import SamplingParams, StructuredOutputsParams
 from nanovllm.checkpoints.hub import open_model
 from nanovllm.config import Config
 from nanovllm.engine.input_processor import InputProcessor
@@ -83,12 +84,39 @@ def test_chat_template_kwargs_come_before_arguments():
         {"chat_template_kwargs": {"tokenize": True}},
         {"chat_template_kwargs": [("enable_thinking", False)]},
         {"chat_template_kwargs": {5: 6}},
+        {"chat_template_kwargs": {"messages": [USER]}},
+        {"chat_template_kwargs": {"self": 1}},
         {"chat_template": 5},
+        {"add_generation_prompt": "no"},
+        {"add_generation_prompt": 0},
+        {"continue_final_message": "no"},
+        {"chat_template_kwargs": {"continue_final_message": 1}},
+        {"tools": 5},
+        {"tools": "search"},
+        {"tools": {"name": "search"}},
+        {"tools": ["search"]},
     ],
 )
 def test_options_that_a_template_does_not_read_are_refused(options):
-    with pytest.raises(TypeError):
+    names = [str(name) for name in options.get("chat_template_kwargs", options)]
+    with pytest.raises(TypeError, match="|".join(["chat_template_kwargs", *names])):
         processor(THINKING).chat_prompts([USER], **options)
+
+
+def test_an_empty_template_is_refused():
+    with pytest.raises(ValueError, match="chat_template must not be empty"):
+        processor(THINKING).chat_prompts([USER], chat_template="")
+
+
+def test_a_closed_processor_starts_no_process():
+    inputs = InputProcessor(Config(), processor(THINKING).source, max_model_len=1000, num_kv_tokens=1000)
+    inputs.close()
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        inputs.chat_prompts(5)
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        inputs.process("a", params)
+    assert not inputs.templates._children and not inputs.grammars._pool._children
 
 
 def test_the_error_names_the_variable_and_those_there_are():
@@ -181,6 +209,14 @@ def test_the_form_may_differ_by_role():
     messages = [{"role": role, "content": parts("a", "b")} for role in roles]
     assert prompt(BY_ROLE, messages) == "a\nba|b|<a\nb>a|b|"
     assert messages == [{"role": role, "content": parts("a", "b")} for role in roles]  # the caller's are left alone
+
+
+def test_many_roles_cost_no_more_requests_than_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(POOL, "ask", lambda request: asked.append(request) or Pool.ask(POOL, request))
+    messages = [{"role": f"r{i}", "content": parts("a")} for i in range(200)]
+    assert prompt(TEXT_ONLY, messages) == "".join(f"<r{i}>a" for i in range(200))
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
+import math
 import struct
 import tempfile
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -13,6 +13,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoints import gguf as reader
 from nanovllm.checkpoints.hub import open_model
 from nanovllm.checkpoints.loader import iterate_weights, load_weights
+from nanovllm.layers.rotary_embedding import rope_table
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import ModelConfig
 from tests.models.tiny import tiny_model
@@ -85,6 +86,10 @@ def write_gguf(path, model, extra=(), quantise=False, without=(), **metadata):
     return path
 
 
+YARN = {"llama__rope__scaling__type": "yarn", "llama__rope__scaling__factor": 4.0}
+FACTORS = ("rope_freqs.weight", torch.linspace(1, 8, 8))
+
+
 @pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama", "llama-bias", "mistral"])
 def test_config_and_weights_are_those_of_the_original(tmp_path, name):
     model = tiny_model(name, **({"rope_parameters": None} if name == "llama-bias" else {}))
@@ -126,12 +131,57 @@ def test_llama3_rope_is_read_from_its_frequency_factors(tmp_path):
         ({"llama__attention__sliding_window": 64}, "sliding-window"),
         ({"llama__rope__dimension_count": 4}, "partial RoPE"),
         ({"split__count": 2}, "split over several files"),
+        ({"llama__attention__causal": False}, "attention.causal=False"),
+        ({"llama__attention__clamp_kqv": 8.0}, "attention.clamp_kqv=8"),
+        ({"llama__attention__max_alibi_bias": 8.0}, "attention.max_alibi_bias=8"),
+        ({"llama__attention__temperature_scale": 0.1}, "attention.temperature_scale=0.1"),
+        ({"llama__attention__scale": 0.5}, "attention.scale=0.5"),
+        ({"llama__attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50"),
+        ({"llama__final_logit_softcapping": 30.0}, "final_logit_softcapping=30"),
+        ({"llama__embedding_scale": 12.0}, "embedding_scale=12"),
+        ({"llama__residual_scale": 0.5}, "residual_scale=0.5"),
+        ({"llama__logit_scale": 0.5}, "logit_scale=0.5"),
+        ({"llama__rope__scaling__attn_factor": 1.5}, "rope.scaling.attn_factor=1.5"),
+        ({"llama__rope__scaling__yarn_ext_factor": 1.0}, "rope.scaling.yarn_ext_factor=1"),
+        ({**YARN, "llama__rope__scaling__yarn_ext_factor": 0.0}, "rope.scaling.yarn_ext_factor=0"),
+        ({**YARN, "llama__rope__scaling__yarn_attn_factor": 2.0}, "rope.scaling.yarn_attn_factor=2"),
+        ({**YARN, "llama__rope__scaling__yarn_log_multiplier": 0.5}, "rope.scaling.yarn_log_multiplier=0.5"),
+        ({**YARN, "extra": [FACTORS]}, "rope_freqs.weight and RoPE scaling of type 'yarn'"),
+        (
+            {"llama__rope__scaling__factor": 2.0, "extra": [FACTORS]},
+            "rope_freqs.weight and .* of type 'linear'",
+        ),
     ],
 )
 def test_unsupported_is_refused_by_name(tmp_path, metadata, named):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), **metadata)
     with pytest.raises(ValueError, match=f"{named}.*supported are"):
         open_model(path)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {
+            "llama__attention__causal": True,
+            "llama__attention__clamp_kqv": 0.0,
+            "llama__attention__scale": 16**-0.5,
+            "llama__embedding_scale": 1.0,
+            "llama__logit_scale": 0.0,
+            "llama__rope__scaling__attn_factor": 1.0,
+            "llama__rope__scaling__yarn_ext_factor": 0.0,
+            "llama__rope__scaling__yarn_attn_factor": 1.0,
+            "llama__rope__scaling__yarn_log_multiplier": 0.0,
+        },
+        {"llama__rope__scaling__type": "none", "llama__rope__scaling__factor": 4.0},
+        {"llama__rope__scaling__factor": 1.0},
+    ],
+)
+def test_metadata_that_changes_no_result_is_accepted(tmp_path, metadata):
+    want = open_model(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))).config
+    assert open_model(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), **metadata)).config == want
+    factors = open_model(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), extra=[FACTORS], **metadata)).config
+    assert factors.rope_scaling["rope_type"] == "frequency_factors"
 
 
 def test_a_quantisation_that_the_library_cannot_undo_is_refused_by_name(tmp_path):
@@ -211,6 +261,18 @@ def test_yarn_is_read_with_its_original_length_and_its_bounds(tmp_path):
     assert config.rope_scaling == want and config.max_position == 2048
 
 
+def test_the_attention_factor_multiplies_what_yarn_scales_by(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    (with_1, with_2) = (
+        open_model(write_gguf(path, tiny_model("llama"), **YARN, llama__rope__scaling__attn_factor=factor)).config
+        for factor in (1.0, 2.0)
+    )
+    tables = [rope_table(16, 8, 10000.0, config.rope_scaling) for config in (with_1, with_2)]
+    torch.testing.assert_close(tables[0] * 2, tables[1])
+    assert tables[0][0, 0] == pytest.approx(1 + 0.1 * math.log(4))
+    assert "attention_factor" not in with_1.rope_scaling
+
+
 # A byte-level vocabulary whose merges do not make its one word, and a template.
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 SPECIAL = ["<|begin|>", "<|endoftext|>", "<|im_end|>", "<|file_sep|>"]
@@ -237,7 +299,9 @@ def write_words(path, **metadata):
     )
 
 
-def test_a_file_s_own_tokenizer_is_read_whatever_lies_next_to_it(tmp_path):
+def test_a_file_s_own_tokenizer_is_read_whatever_lies_next_to_it(tmp_path, monkeypatch):
+    # A process that is killed would leave a temporary folder.
+    monkeypatch.delattr(tempfile, "mkdtemp")
     words = Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1, "<end>": 2}, unk_token="<unk>"))
     other = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
     other.chat_template = "another"
@@ -245,7 +309,6 @@ def test_a_file_s_own_tokenizer_is_read_whatever_lies_next_to_it(tmp_path):
     tokenizer = open_model(write_words(tmp_path / "tiny.gguf")).tokenizer()
     assert tokenizer.chat_template == "{{ messages[0].content }}"
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("hi", add_special_tokens=False)) == ["h", "i"]
-    assert not list(Path(tempfile.gettempdir()).glob("nanovllm-*/model.gguf"))
 
 
 @pytest.mark.parametrize(

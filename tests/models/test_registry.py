@@ -144,6 +144,9 @@ def test_ends_that_are_no_tokens_are_ignored_with_a_warning(caplog):
     config = ModelConfig.from_hf(hf_config(eos_token_id=[-1, 3, 99]), eos_token_ids=(-1,))
     assert config.eos_token_ids == (3,)
     assert "eos_token_id [-1, 99]: ids go from 0 to 98" in caplog.text
+    assert ModelConfig.from_hf(hf_config(eos_token_id=[3] * 1024)).eos_token_ids[-1] == 3
+    with pytest.raises(ValueError, match="eos_token_id must have at most 1024 ids, got 1025"):
+        ModelConfig.from_hf(hf_config(eos_token_id=[99] * 1025))
     with pytest.raises(ValueError, match=r"eos_token_id must be a token id or a list of them, got 2\.5"):
         ModelConfig.from_hf(hf_config(eos_token_id=2.5))
 

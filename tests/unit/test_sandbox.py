@@ -1,14 +1,17 @@
 """A pool of child processes: limits, threads, killed children, interrupts and the end."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 import pytest
 
-from nanovllm.sandbox.pool import LimitError, Pool
+from nanovllm.sandbox.pool import Pool, _Child
+from nanovllm.utils.import_path import import_path
 
 PLAIN = "{{ messages[0].content }}"
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -108,11 +111,11 @@ def test_a_request_whose_child_was_killed_is_asked_once_more(monkeypatch):
 
 def test_a_request_beyond_a_limit_is_refused_and_not_asked_again():
     pool = made(cpu_seconds=1)
-    with pytest.raises(LimitError, match="refused: it took more than 1 s of CPU time"):
+    with pytest.raises(ValueError, match="refused: it took more than 1 s of CPU time"):
         pool.ask(request(ENDLESS))
     pool.close()
     pool = made(wall_seconds=0.5)
-    with pytest.raises(LimitError, match=r"refused: it took more than 0\.5 s"):
+    with pytest.raises(ValueError, match=r"refused: it took more than 0\.5 s"):
         pool.ask(request(ENDLESS))
     assert not pool._children
     pool.close()
@@ -144,6 +147,54 @@ def test_a_child_that_cannot_be_started_is_a_clear_error(monkeypatch, executable
     monkeypatch.setattr("sys.executable", executable)
     with pytest.raises(RuntimeError, match=r"refused: no process can be started: .*(sys.executable|/nowhere/python)"):
         made().ask(request())
+
+
+def test_a_deleted_working_folder_is_left_out_of_the_path(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend("")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    assert import_path()[0] == str(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert import_path() == sys.path[1:]
+    pool = made()
+    assert pool.ask(request()) == {"text": "Hello"}
+    pool.close()
+
+
+def test_without_a_free_descriptor_the_error_is_clear_and_nothing_stays_open():
+    pool = made()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = os.listdir("/proc/self/fd")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(before) + 4, hard))
+    taken = []
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(4):  # a child needs more
+            with pytest.raises(RuntimeError, match=r"no process can be started: .*Too many open files"):
+                pool.ask(request())
+            os.close(taken.pop())
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not pool._children and len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_close_ends_a_child_that_was_being_started(monkeypatch):
+    pool, children = made(), []
+
+    class Slow(_Child):
+        def __init__(self, *args):
+            super().__init__(*args)
+            children.append(self)
+            pool.close()
+
+    monkeypatch.setattr("nanovllm.sandbox.pool._Child", Slow)
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        pool.ask(request(ENDLESS))
+    assert has_ended(children[0]) and not pool._children
 
 
 def test_a_child_ends_with_its_parent():
