@@ -72,22 +72,25 @@ class ChatTemplate:
         if calls:
             if not is_list(calls) or not all(isinstance(call, Mapping) for call in calls):
                 raise TypeError(f"{name}['tool_calls'] must be a list of dicts")
-            names = (f"{name}['tool_calls'][{i}]" for i in range(len(calls)))
-            adapted["tool_calls"] = list(map(self._adapt_call, calls, names))
+            adapted["tool_calls"] = [
+                self._adapt_call(call, f"{name}['tool_calls'][{i}]") for i, call in enumerate(calls)
+            ]
         content = message.get("content")
         if content is None and calls:
             content = ""
+        adapted["content"] = self._adapt_content(role, content, f"{name}['content']")
+        return adapted
+
+    def _adapt_content(self, role: str, content: Any, name: str) -> str | list[Any]:
         printed = self._contents.get(role, self._contents[OTHER_ROLE])
         if isinstance(content, str):
             needs_parts = printed["parts"] and not printed["text"]
-            adapted["content"] = [{"type": "text", "text": content}] if needs_parts else content
-        elif is_list(content):
-            texts = [_text_of(part, f"{name}['content'][{i}]") for i, part in enumerate(content)]
-            adapted["content"] = list(content) if printed["parts"] else "\n".join(texts)
-        else:
-            what = "text or a list of text parts, or None beside an assistant's tool_calls"
-            raise TypeError(f"{name}['content'] must be {what}; got {type(content).__name__}")
-        return adapted
+            return [{"type": "text", "text": content}] if needs_parts else content
+        if is_list(content):
+            texts = [_text_of(part, f"{name}[{i}]") for i, part in enumerate(content)]
+            return list(content) if printed["parts"] else "\n".join(texts)
+        what = "text or a list of text parts, or None next to an assistant's tool_calls"
+        raise TypeError(f"{name} must be {what}; got {type(content).__name__}")
 
     def _adapt_call(self, call: Mapping, name: str) -> dict:
         function = call.get("function", call)
@@ -98,8 +101,10 @@ class ChatTemplate:
             arguments = _parse_arguments(arguments, name)
         elif isinstance(arguments, Mapping) and self._calls["text"] and not self._calls["object"]:
             arguments = json.dumps(arguments, ensure_ascii=False)
-        adapted = function | {"arguments": arguments} if "arguments" in function else function
-        return call | {"function": adapted} if "function" in call else adapted
+        adapted = dict(function)
+        if "arguments" in function:
+            adapted["arguments"] = arguments
+        return {**call, "function": adapted} if "function" in call else adapted
 
 
 def _text_of(part: Any, name: str) -> str:

@@ -1,6 +1,7 @@
 """Checks what callers send and turns it into requests: prompts become token ids, constraints become token filters.
 
-Nothing here reads or changes the engine's state, so several threads may use it beside the engine's. No torch here.
+Nothing here reads or changes the engine's state, so several threads may use it at the same time as the engine's thread.
+No torch here.
 """
 
 import threading
@@ -86,7 +87,12 @@ class InputProcessor:
     @loaded_once
     def grammars(self) -> Grammars:
         """Compiles structured outputs. Made when it is first used, which takes 0.2 s, most of it with the GIL."""
-        return Grammars(self.tokenizer, self.token_bytes(False), self.vocab_size, self.source.config.eos_token_ids)
+        return Grammars(
+            self.tokenizer,
+            self.token_bytes(skip_special_tokens=False),
+            vocab_size=self.vocab_size,
+            eos_token_ids=self.source.config.eos_token_ids,
+        )
 
     def process(
         self, prompt, params: SamplingParams | None, request_id: int | str | None = None, stream: bool = False
@@ -111,11 +117,11 @@ class InputProcessor:
         token_filter = self._token_filter(params, end_ids)
         samples = []
         for index in range(params.n):
-            own_filter = token_filter.copy() if token_filter else None
-            samples.append(Sequence(token_ids, params, end_ids, index=index, token_filter=own_filter))
+            sample_filter = token_filter.copy() if token_filter else None
+            samples.append(Sequence(token_ids, params, end_ids, index=index, token_filter=sample_filter))
         text = prompt if isinstance(prompt, str) else None
         token_bytes = self.token_bytes(params.skip_special_tokens) if self.has_tokenizer else None
-        return Request(request_id, text, params, samples, stream, token_bytes)
+        return Request(request_id, text, params, samples=samples, stream=stream, token_bytes=token_bytes)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the token ids of a text, by default without the special tokens that start or end a prompt."""
@@ -191,7 +197,7 @@ class InputProcessor:
 
     def _token_filter(self, params: SamplingParams, end_ids: frozenset[int]) -> TokenFilter | GrammarFilter | None:
         if params.structured_outputs is None:
-            return make_filter(params, self.vocab_size, self.encode, end_ids)
+            return make_filter(params, self.vocab_size, encode=self.encode, end_ids=end_ids)
         with _refusing_panics("structured_outputs cannot be compiled"):
             grammars = self.grammars
             if self._closed:  # `close` may not have seen them
@@ -230,7 +236,7 @@ class InputProcessor:
         continue_final_message: bool | None = None,
         **variables: Any,
     ) -> list[list[int]]:
-        chats = [messages] if is_list(messages) and isinstance(next(iter(messages), None), dict) else messages
+        chats: Any = [messages] if is_list(messages) and isinstance(next(iter(messages), None), dict) else messages
         if not is_list(chats) or not chats or not all(map(_is_chat, chats)):
             raise TypeError(f"messages must be a list of dicts with role and content, got {shown(messages)}")
         flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
@@ -255,7 +261,7 @@ class InputProcessor:
         variables |= {
             "tools": schemas,
             "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": bool(continue_final_message),
+            "continue_final_message": continue_final_message or False,
         }
         texts = [template.render(template.adapt(chat), **variables) for chat in chats]
         for text in texts:
@@ -264,7 +270,7 @@ class InputProcessor:
 
     def _make_chat_template(self, text: str) -> ChatTemplate:
         max_chars = _MAX_TOKEN_CHARS * self.max_model_len
-        return ChatTemplate(text, self.templates, self.tokenizer.special_tokens_map, max_chars)
+        return ChatTemplate(text, self.templates, special_tokens=self.tokenizer.special_tokens_map, max_chars=max_chars)
 
     def _check_chat(self, data: Any) -> None:
         """Refuse a conversation of far too many values or tokens before it is rendered."""
@@ -297,7 +303,7 @@ def _tool_schemas(tools: Any) -> list[dict] | None:
 
 
 def _function_schema(tool: Callable) -> dict:
-    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import get_json_schema
 
     try:
         return get_json_schema(tool)

@@ -1,8 +1,8 @@
 """Token filters: which tokens a request may sample next. No torch here.
 
 A filter returns a bit mask over the vocabulary: int32 words, where bit i % 32 of word i // 32 is token i's. A mask that
-depends on the output is asked for once the host knows all of the output. With a step in flight that is every second
-step; other sequences go on meanwhile.
+depends on the output is asked for once the host knows all of the output. With a step in flight this is every second
+step. Other sequences go on meanwhile.
 """
 
 from collections import deque
@@ -25,12 +25,12 @@ class TokenFilter:
     Args:
         allowed: which tokens are allowed at all, bools; a multiple of 32 of them.
         bad_words: token ids of each spelling.
-        end_ids: the sampler never draws these as one of the first `min_tokens`.
+        end_ids: the sampler never samples these as one of the first `min_tokens`.
 
     Attributes:
-        depends_on_output: whether `mask` does.
+        depends_on_output: whether the mask depends on the tokens sampled so far.
         is_complete: whether nothing can follow.
-        error: why it cannot be said what may follow; None if it can.
+        error: why the filter cannot say what may follow, or None.
     """
 
     is_complete, error = False, None
@@ -40,29 +40,29 @@ class TokenFilter:
         self.allowed = allowed.copy()
         self.allowed[[word[0] for word in bad_words if len(word) == 1]] = False
         self.words = _packed(self.allowed)
-        self.bad_words = [list(word) for word in bad_words if len(word) > 1]
+        self.bad_words = [(list(word[:-1]), word[-1]) for word in bad_words if len(word) > 1]
         self.depends_on_output = bool(self.bad_words)
-        self.last: deque[int] = deque(maxlen=max(map(len, self.bad_words), default=1) - 1)
+        self.last: deque[int] = deque(maxlen=max((len(start) for start, _ in self.bad_words), default=0))
 
     def copy(self) -> "TokenFilter":
-        """One for another sample, which shares all that does not change."""
+        """Return a filter for another sample. It shares all that does not change."""
         other = copy(self)
         other.last = self.last.copy()
         return other
 
     def accept(self, token_id: int) -> None:
-        """Take in a token that was drawn."""
+        """Take in a sampled token."""
         self.last.append(token_id)
         self.num_unending -= 1
 
     def has_any(self, allowed: np.ndarray) -> bool:
-        """Whether one of the tokens `allowed` can be drawn next."""
+        """Return whether one of the tokens `allowed` can be sampled next."""
         return bool((np.delete(allowed, self.end_ids) if self.num_unending > 0 else allowed).any())
 
     def mask(self) -> np.ndarray:
-        """The tokens that may be drawn next; all that are allowed if bad words left none."""
+        """Return the tokens that may be sampled next. If bad words leave none, return all that are allowed."""
         last = list(self.last)
-        ends = [end for *begin, end in self.bad_words if last[-len(begin) :] == begin]
+        ends = [end for start, end in self.bad_words if last[-len(start) :] == start]
         if not ends:
             return self.words
         allowed = self.allowed.copy()
@@ -95,7 +95,11 @@ def _spellings(word: str, encode: Callable[[str], list[int]]) -> set[tuple[int, 
 def make_filter(
     params: SamplingParams, vocab_size: int, encode: Callable[[str], list[int]], end_ids: Iterable[int]
 ) -> TokenFilter | None:
-    """The filter of `allowed_token_ids` and `bad_words`, None if there are none; ValueError if no token is left."""
+    """Return the filter of `allowed_token_ids` and `bad_words`, or None if there are none.
+
+    Raises:
+        ValueError: no token is left.
+    """
     if params.allowed_token_ids is None and not params.bad_words:
         return None
     allowed = np.zeros(-(-vocab_size // 32) * 32, dtype=bool)
@@ -104,7 +108,7 @@ def make_filter(
     spellings = set().union(*(_spellings(word, encode) for word in params.bad_words))
     # A tokenizer may have more tokens than its model, which never samples those.
     spellings = sorted(ids for ids in spellings if max(ids) < vocab_size)
-    token_filter = TokenFilter(allowed, spellings, end_ids, params.min_tokens)
+    token_filter = TokenFilter(allowed, bad_words=spellings, end_ids=end_ids, min_tokens=params.min_tokens)
     if not token_filter.has_any(token_filter.allowed):
-        raise ValueError("min_tokens, allowed_token_ids and bad_words leave no token that could be drawn first")
+        raise ValueError("min_tokens, allowed_token_ids and bad_words leave no token that could be sampled first")
     return token_filter

@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
 
 # Measured with llguidance 1.9.1 and chains of references: up to 11 KiB of stack a link. Stacks are committed lazily.
 STACK_BYTES = 192 << 20
 _CHILD_STACK_BYTES = 128 << 20
 
-# A step waits for its masks, so each must be cheap. Measured with llguidance 1.9.1: the lexer's 50,000 take 6 ms, and
-# 20,000 items of an ambiguous grammar 45 ms. llguidance's own limits are 200,000, 250,000 and 50,000.
-_LIMITS = {"step_lexer_fuel": 50_000, "max_lexer_states": 50_000, "step_max_items": 20_000}
-# A small model may choose white space for ever where it is free to.
-_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-# Where only one text can follow, llguidance would tokenise all of it at each step, which may take a second. Unforced,
-# the model chooses among the tokens that the text starts with.
+# A step waits for its masks, so each must be cheap. Measured with llguidance 1.9.1: the lexer's 50,000 steps take 6 ms,
+# and 20,000 items of an ambiguous grammar 45 ms. llguidance's own limits are 200,000, 250,000 and 50,000.
+_MAX_LEXER_STEPS = 50_000
+_MAX_ITEMS = 20_000
+# A small model that may choose white space may do so for ever.
+_JSON_STYLE: "JsonCompileOptions" = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# llguidance would tokenise a text that must follow at each step, which may take a second. Unforced, the model chooses
+# among the tokens that the text starts with.
 _UNFORCED = '\n%llguidance {"no_forcing": true}\n'
 _MAX_ERROR_CHARS = 500
 
@@ -79,7 +81,10 @@ def compile_grammar(tokenizer: "LLTokenizer", grammar: str) -> "LLMatcher":
     """
     from llguidance import LLMatcher, LLParserLimits
 
-    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
+    limits = LLParserLimits(
+        step_lexer_fuel=_MAX_LEXER_STEPS, max_lexer_states=_MAX_LEXER_STEPS, step_max_items=_MAX_ITEMS
+    )
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     matcher.compute_bitmask()  # some errors only come up with the first mask
     if error := find_error(matcher):
         raise ValueError(error)
@@ -87,7 +92,7 @@ def compile_grammar(tokenizer: "LLTokenizer", grammar: str) -> "LLMatcher":
 
 
 def find_error(matcher: "LLMatcher") -> str | None:
-    """Return why it is unknown what may follow. It may come up late, because llguidance limits the work of a step."""
+    """Return why the matcher cannot say what may follow, or None. A limit on a step's work may be met late."""
     if not matcher.is_error():
         return None
     text = matcher.get_error().partition("<state>")[0].partition("<backtrace>")[0][:_MAX_ERROR_CHARS].strip()
@@ -95,7 +100,7 @@ def find_error(matcher: "LLMatcher") -> str | None:
 
 
 def on_deep_stack(num_bytes: int, call: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Return `call(*args)`, run by a thread with a stack of `num_bytes`, because llguidance compiles recursively."""
+    """Run `call(*args)` in a thread with a stack of `num_bytes`, because llguidance compiles recursively."""
     results: list[Any] = []
     errors: list[BaseException] = []
 
@@ -140,7 +145,7 @@ def _grammar_text(
         text = LLMatcher.grammar_from_regex(regex_to_lark(regex, "dws"))
     else:
         # A grammar could have 2,000 alternatives at most.
-        text = LLMatcher.grammar_from_regex("|".join(map(_literal, choice)))
+        text = LLMatcher.grammar_from_regex("|".join(map(_literal, choice or ())))
     return _unforced(text)
 
 
@@ -159,7 +164,7 @@ _LARK_PARTS = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|<[^<
 
 
 def _with_text_tokens(lark: str, token_ids: dict[str, int]) -> str:
-    """Write `<think>` in a Lark grammar as the number of that token, where llguidance takes it for text."""
+    """Replace `<think>` in a Lark grammar by that token's number, because llguidance takes the name for text."""
 
     def numbered(part: re.Match) -> str:
         return f"<[{token_ids[part[0]]}]>" if part[0] in token_ids else part[0]
@@ -176,7 +181,7 @@ _INT64 = -(2**63), 2**63 - 1
 
 
 def _supported_schema(text: str) -> str:
-    """Return a JSON schema without what asks nothing and llguidance would refuse.
+    """Return a JSON schema without the keywords that ask nothing and that llguidance would refuse.
 
     Raises:
         ValueError: a number in it is beyond what llguidance compiles exactly.
@@ -211,7 +216,7 @@ def _adapt(schema: Any) -> None:
 
 
 def _exact_bound(keyword: str, bound: Any, is_integer: bool) -> Any:
-    """Return a bound that llguidance obeys: it keeps a float, and for integers makes 64 bits of it."""
+    """Return a bound that llguidance obeys. It keeps bounds as floats, and converts those of integers to 64 bits."""
     if isinstance(bound, bool) or not isinstance(bound, int | float):
         return bound
     is_maximum = keyword.lower().endswith("maximum")

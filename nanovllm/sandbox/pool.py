@@ -20,7 +20,7 @@ from typing import Any
 from nanovllm.utils.import_path import import_path
 
 _FOLDER = Path(__file__).resolve().parent
-_COMMAND = "import sys; sys.path = {!r}; import runpy; runpy.run_path({!r})['main'](*{!r})"
+_COMMAND = "import sys; sys.path = {!r}; import runpy; runpy.run_path({!r})['main'](**{!r})"
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)  # a full stack, or an allocation that failed in Rust
 
 
@@ -65,6 +65,7 @@ class Pool:
             raise ValueError(f"{self.failure}: {error}") from None
         except RecursionError:
             raise ValueError(f"{self.failure}: the data is nested too deeply") from None
+        code = None
         for _ in range(2):  # once more if the child was killed, as the system may do where memory is short
             child = self._take()
             try:
@@ -82,9 +83,10 @@ class Pool:
                     raise ValueError(f"{self.failure}: {reply['error']}")
                 return reply
             self._end(child)
+            code = child.process.returncode
             if excess := self._excess(child):
                 raise ValueError(f"{self.failure}: it took {excess}")
-        raise RuntimeError(f"{self.failure}: two processes ended, the last with code {child.process.returncode}")
+        raise RuntimeError(f"{self.failure}: two processes ended, the last with code {code}")
 
     def close(self) -> None:
         """End the children; threads that wait for one get RuntimeError. May be called again."""
@@ -102,7 +104,8 @@ class Pool:
         if self._closed:
             raise RuntimeError("the engine is closed")
         try:
-            child = _Child((self.program, self.cpu_seconds, self.memory), self._setup)
+            limits = {"cpu_seconds": self.cpu_seconds, "memory": self.memory}
+            child = _Child({"program": self.program, **limits}, self._setup)
         except OSError as error:
             raise RuntimeError(f"{self.failure}: no process can be started: {error}") from error
         self._children.add(child)
@@ -125,14 +128,19 @@ class Pool:
 
 
 class _Child:
-    """A process that answers one request after the other."""
+    """A process that answers one request after the other.
 
-    def __init__(self, arguments: tuple[str, int, int], setup: bytes):
+    Args:
+        arguments: those of `serve.main`, but for the connection.
+        setup: its first message.
+    """
+
+    def __init__(self, arguments: dict[str, Any], setup: bytes):
         if not sys.executable:
             raise OSError("sys.executable does not name Python")
         self.channel, theirs = Pipe()
         with theirs:
-            program = _COMMAND.format(import_path(), str(_FOLDER / "serve.py"), (theirs.fileno(), *arguments))
+            program = _COMMAND.format(import_path(), str(_FOLDER / "serve.py"), arguments | {"fd": theirs.fileno()})
             try:
                 self.process = subprocess.Popen(
                     [sys.executable, "-c", program],

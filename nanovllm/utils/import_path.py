@@ -1,4 +1,4 @@
-"""Where child processes find modules."""
+"""The path on which child processes find modules."""
 
 import os
 import sys

@@ -142,7 +142,7 @@ def test_a_check_during_close_sees_no_failure(start_two, monkeypatch):
     assert not any(map(is_alive, pids))
 
 
-def test_a_start_that_fails_raises_its_error_and_leaves_nothing(monkeypatch, tmp_path):
+def test_a_rank_that_cannot_be_started_is_named_and_leaves_nothing(monkeypatch, tmp_path):
     calls, before = [], open_files(os.getpid())
 
     def connect():
@@ -154,7 +154,7 @@ def test_a_start_that_fails_raises_its_error_and_leaves_nothing(monkeypatch, tmp
     (tmp_path / "sleeping_rank.py").write_text("import time\ndef main(*_): time.sleep(600)")
     monkeypatch.syspath_prepend(tmp_path)
     processes = RankProcesses(size=3, module="sleeping_rank", connect=connect, on_failure=lambda: None)
-    with pytest.raises(OSError, match="too many open files"):
+    with pytest.raises(RuntimeError, match="rank 2 cannot be started: too many open files"):
         processes.start()
     processes.close()
     processes.close()
