@@ -191,9 +191,12 @@ def test_close_ends_a_child_that_was_being_started(monkeypatch):
             children.append(self)
             pool.close()
 
+        def ask(self, message, seconds):
+            pytest.fail("it was asked")
+
     monkeypatch.setattr("nanovllm.sandbox.pool._Child", Slow)
     with pytest.raises(RuntimeError, match="the engine is closed"):
-        pool.ask(request(ENDLESS))
+        pool.ask(request())
     assert has_ended(children[0]) and not pool._children
 
 
