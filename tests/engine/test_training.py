@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from nanovllm import SamplingParams
 from nanovllm.executor.spawned import SpawnedRanks
 from tests.engine.reference import load_reference, reference_greedy
-from tests.engine.test_generate import engine, finish, greedy, prompts_of, tokens
+from tests.helpers import engine, finish, greedy, prompts_of, tokens
 from tests.models.tiny import save_tiny
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -210,7 +210,7 @@ def test_running_requests_go_on_with_the_new_weights(models):
             llm.step()
         llm.update_weights(weights_of(new))
         out = finish(llm)[0]
-        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+        assert llm.metrics().kv_usage == 0
     with engine(old) as llm:
         begin = tokens(llm, [prompt], greedy(30))[0]
     same = next(i for i in range(30) if out.token_ids[i] != begin[i])
@@ -229,7 +229,7 @@ def test_sleep_frees_the_cache_and_waking_up_goes_on(models, size, level):
         for _ in range(8):
             llm.step()
         llm.sleep(level)
-        assert not any(layer.k_cache.numel() for layer in llm.executor.runner.attention_layers)
+        assert not any(layer.k_cache.numel() for layer in llm.llm_engine.executor.runner.attention_layers)
         for use in (llm.step, lambda: llm.generate([[5]]), lambda: llm.add_request([5]), llm.sleep):
             with pytest.raises(RuntimeError, match="asleep"):
                 use()

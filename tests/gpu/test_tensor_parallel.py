@@ -172,7 +172,7 @@ def test_engines_of_two_gpus_answer_whatever_the_current_one_is(model, want):
                         assert torch.cuda.current_device() == gpu
             torch.cuda.set_device(1)
             llm = AsyncLLM(model, **TINY_OPTIONS)
-            assert llm._llm.executor.runner.device.index == 1
+            assert llm.llm_engine.executor.runner.device.index == 1
             llm.close()
     finally:
         torch.cuda.set_device(0)
@@ -187,7 +187,7 @@ def test_schedules_do_not_change_the_tokens(model, want, change):
     with LLM(model, tensor_parallel_size=2, **{**TINY_OPTIONS, **change}) as llm:
         assert tokens(llm, *mixture()) == want
         assert tokens(llm, *mixture()) == want  # with cached prefixes
-        pids = [process.pid for process in llm.executor.processes]
+        pids = [process.pid for process in llm.llm_engine.executor.processes]
         begin = time.monotonic()
     assert gone(pids) and time.monotonic() - begin < 5
 
@@ -195,7 +195,7 @@ def test_schedules_do_not_change_the_tokens(model, want, change):
 def test_a_killed_rank_is_a_clear_error_in_seconds(model, want):
     memory = torch.cuda.mem_get_info()[0]
     with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:
-        (process,) = llm.executor.processes
+        (process,) = llm.llm_engine.executor.processes
         llm.add_request(mixture()[0][0], SamplingParams(max_tokens=200, ignore_eos=True))
         for _ in range(20):
             llm.step()
@@ -264,8 +264,8 @@ def test_a_rank_lost_in_a_long_prompt_is_a_clear_error_in_seconds(what, message)
     options = dict(load_format="dummy", enforce_eager=True, gpu_memory_utilization=0.5, enable_prefix_caching=False)
     prompts, hog = prompts_of([4000] * 16, 10_000), None
     with LLM("qwen3-8b", tensor_parallel_size=2, **options) as llm:
-        (process,) = llm.executor.processes
-        assert llm.executor.tp.overlapped is not None
+        (process,) = llm.llm_engine.executor.processes
+        assert llm.llm_engine.executor.tp.overlapped is not None
         if what == "killed":
             threading.Timer(0.4, process.kill).start()
         else:
