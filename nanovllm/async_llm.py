@@ -126,7 +126,7 @@ class AsyncLLM:
             raise
         if find_spec("llguidance"):
             # Now, because this holds the GIL for a while. Should it fail, each structured request says why.
-            self._preparing_threads.submit(lambda: self._llm.input_processor.grammars)
+            self._preparing_threads.submit(lambda: self.llm_engine.input_processor.grammars)
         close_at_exit(self)
 
     # -- the engine's thread -----------------------------------------------------------------------------------------

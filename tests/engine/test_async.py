@@ -529,10 +529,10 @@ def test_the_tokenizer_of_structured_outputs_is_made_when_the_engine_starts(tmp_
     path = save_tiny(tmp_path, "qwen3", vocab_size=len(tokenizer), eos_token_id=2)
     tokenizer.save_pretrained(path)
     with LLM(path, **OPTIONS) as llm:
-        assert "grammars" not in vars(llm.input_processor)
+        assert "grammars" not in vars(llm.llm_engine.input_processor)
 
     async def use(llm):
-        while "grammars" not in vars(llm._llm.input_processor):
+        while "grammars" not in vars(llm.llm_engine.input_processor):
             await asyncio.sleep(0.01)
 
     with_engine(path, use)
