@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from collections.abc import Sequence as SequenceType
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,9 @@ class AsyncLLM:
         except BaseException:
             self._engine_thread.shutdown()
             raise
+        if find_spec("llguidance"):
+            # Loaded now, because this holds the GIL for a while. If it fails, each structured request reports why.
+            self._preparing_threads.submit(lambda: self.llm_engine.input_processor.grammars)
         close_at_exit(self)
 
     # -- the engine's thread -----------------------------------------------------------------------------------------

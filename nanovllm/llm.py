@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from tqdm import tqdm
 
 from nanovllm.checks import is_list, shown
 from nanovllm.config import Config
@@ -15,6 +14,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request
 from nanovllm.engine.step_stats import StepStats
 from nanovllm.outputs import Metrics, RequestOutput
+from nanovllm.progress import ProgressBar
 from nanovllm.sampling_params import SamplingParams
 
 Prompt: TypeAlias = str | SequenceType[int]
@@ -70,7 +70,7 @@ class LLM:
             for request in requests:
                 self.llm_engine.queue(request)
             wanted = set(requests)
-            with tqdm(total=len(requests), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            with ProgressBar(total=len(requests), desc="Generating", enabled=use_tqdm, dynamic_ncols=True) as bar:
                 while len(outputs) < len(requests):
                     for output in self.llm_engine.step_for(wanted):
                         outputs[output.request_id] = output

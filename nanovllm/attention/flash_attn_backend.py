@@ -16,9 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.attention.base import AttentionBackend
+from nanovllm.attention.base import AttentionBackend, Context, PagedKV
 from nanovllm.ops.triton_utils import sm_count
-from nanovllm.utils.context import Context
 
 QUERY_TILE = 128  # query rows (tokens x heads of a group) of a tile of FlashAttention-3; 192 if heads are small
 MAX_SPLITS = 32
@@ -146,22 +145,22 @@ class FlashAttn3Backend(AttentionBackend):
             prefill |= {"cu_seqlens_q": ctx.cu_seqlens_q - d, "max_seqlen_q": ctx.max_seqlen_q}
         ctx.meta = decode, prefill
 
-    def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
-        self._attend_rows(q, k_cache, v_cache, scale, out, **ctx.meta[0])
+    def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
+        self._attend_rows(q, kv, scale, out, **ctx.meta[0])
 
-    def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
-        self._attend_rows(q, k_cache, v_cache, scale, out, **ctx.meta[1])
+    def prefill(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
+        self._attend_rows(q, kv, scale, out, **ctx.meta[1])
 
     def _attend_rows(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, out: Tensor, max_seqlen_q: int, **rows: Tensor
+        self, q: Tensor, kv: PagedKV, scale: float, out: Tensor, max_seqlen_q: int, **rows: Tensor
     ) -> None:
-        (num_tokens, heads, head_dim), kv_heads = q.shape, k_cache.shape[2]
+        (num_tokens, heads, head_dim), kv_heads = q.shape, kv.k_cache.shape[2]
         if self._by_tile:  # which it does only if the longest row may have more queries than a tile
             tile = QUERY_TILE if head_dim > 64 else 192
             max_seqlen_q = max(max_seqlen_q, tile * kv_heads // heads + 1)
         splits = num_splits(len(rows["cache_seqlens"]), num_tokens, heads, kv_heads, sm_count(q.device))
         options = {"softmax_scale": scale, "causal": True, "num_splits": splits}
-        out.copy_(self._with_kvcache(q, k_cache, v_cache, max_seqlen_q=max_seqlen_q, **rows, **options))
+        out.copy_(self._with_kvcache(q, kv.k_cache, kv.v_cache, max_seqlen_q=max_seqlen_q, **rows, **options))
 
 
 class FlashAttn2Backend(AttentionBackend):
@@ -193,9 +192,9 @@ class FlashAttn2Backend(AttentionBackend):
             }
         ctx.meta = decode, prefill
 
-    def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
+    def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
         options = {"softmax_scale": scale, "causal": True, **ctx.meta[0]}
-        out.copy_(self._with_kvcache(q[:, None], k_cache, v_cache, **options)[:, 0])
+        out.copy_(self._with_kvcache(q[:, None], kv.k_cache, kv.v_cache, **options)[:, 0])
 
-    def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
-        out.copy_(self._varlen(q, k_cache, v_cache, softmax_scale=scale, causal=True, **ctx.meta[1]))
+    def prefill(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
+        out.copy_(self._varlen(q, kv.k_cache, kv.v_cache, softmax_scale=scale, causal=True, **ctx.meta[1]))

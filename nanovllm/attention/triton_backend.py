@@ -3,15 +3,14 @@
 import torch
 from torch import Tensor
 
-from nanovllm.attention.base import AttentionBackend
+from nanovllm.attention.base import AttentionBackend, Context, PagedKV
 from nanovllm.ops.attention.decode_attention import decode_attention_triton
 from nanovllm.ops.attention.decode_plan import default_split_policy, plan_decode_triton
 from nanovllm.ops.attention.prefill_attention import prefill_attention_triton
 from nanovllm.ops.attention.rope_decode import rope_decode_triton
 from nanovllm.ops.attention.shared_prefix import shared_attention_triton
-from nanovllm.ops.linear.dispatch import regime_of
+from nanovllm.ops.dispatch import regime_of
 from nanovllm.ops.triton_utils import HAVE_TRITON, sm_count
-from nanovllm.utils.context import Context
 
 
 class TritonBackend(AttentionBackend):
@@ -34,36 +33,39 @@ class TritonBackend(AttentionBackend):
             raise ValueError(f"block_size={block_size} must be a power of two for attention_backend='triton'")
 
     def prepare(self, ctx: Context) -> None:
-        """Plan decode attention: of decode rows, and of all if the last layer attends for their last tokens only."""
+        """Plan decode attention: of decode rows; also of all rows if the last layer attends for last tokens only."""
         if ctx.meta is not None or (ctx.cu_seqlens_q is None and self._fuses(ctx, ctx.num_decode)):
-            return  # planned already, before the chain of kernels began that reads it; or not needed
-        plans = ctx.meta = {}  # by the number of rows
+            return  # planned already, before the chain of kernels that reads it began; or not needed
+        plans = ctx.meta = {}  # by the numbers of rows and KV heads
         counts = {ctx.num_decode, 0 if ctx.last_indices is None else len(ctx.slots)}
         for rows in counts - {0}:
-            shares = default_split_policy(rows, ctx.num_kv_heads, sm_count(ctx.slots.device))
-            plans[rows] = plan_decode_triton(ctx.context_lens[:rows], ctx.num_kv_heads, shares)
+            for kv_heads in ctx.kv_heads:
+                policy = default_split_policy(rows, kv_heads, sm_count(ctx.slots.device))
+                plans[rows, kv_heads] = plan_decode_triton(ctx.context_lens[:rows], kv_heads, policy)
 
     @staticmethod
     def _fuses(ctx: Context, num_tokens: int) -> bool:
-        """Whether one kernel does all: of a step of few decode rows alone."""
+        """Whether one kernel does all: in a step of few decode rows alone."""
         only_decode = ctx.num_decode == num_tokens and ctx.shared is None
         return only_decode and regime_of(num_tokens).one_kernel_attention
 
-    def store_and_attend(self, qkv, transform, positions, k_cache, v_cache, scale, ctx, last=None) -> Tensor:
+    def store_and_attend(self, qkv, transform, positions, kv, scale, ctx, last=None) -> Tensor:
         if not self._fuses(ctx, len(qkv)):
-            return super().store_and_attend(qkv, transform, positions, k_cache, v_cache, scale, ctx, last)
-        where = (k_cache, v_cache, ctx.block_tables, ctx.slots, ctx.context_lens)
+            return super().store_and_attend(qkv, transform, positions, kv, scale, ctx, last)
+        where = (kv.k_cache, kv.v_cache, ctx.block_tables, ctx.slots, ctx.context_lens)
         return rope_decode_triton(qkv, transform, *where, scale, counters=ctx.counters)
 
-    def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
+    def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
         rows = slice(ctx.num_decode)
-        where = (q, k_cache, v_cache, ctx.block_tables, ctx.slots[rows])
-        plan = ctx.meta[ctx.num_decode]
-        prefix = None if ctx.shared is None else shared_attention_triton(*where, scale, ctx.shared, plan.num_splits)
-        options = {"out": out, "counters": ctx.counters, "plan": plan, "prefix": prefix}
-        decode_attention_triton(*where, ctx.context_lens[rows], scale, **options)
+        where = (q, kv.k_cache, kv.v_cache, ctx.block_tables, ctx.slots[rows])
+        plan, prefix = ctx.meta[ctx.num_decode, kv.k_cache.shape[2]], None
+        if ctx.shared is not None:
+            prefix = shared_attention_triton(*where, scale, ctx.shared, plan.num_splits)
+        lens = ctx.context_lens[rows]
+        decode_attention_triton(*where, lens, scale, out=out, counters=ctx.counters, plan=plan, prefix=prefix)
 
-    def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, ctx: Context, out: Tensor) -> None:
+    def prefill(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
         rows = slice(ctx.num_decode, None)
+        assert ctx.cu_seqlens_q is not None  # as there are prefill rows
         where = (ctx.block_tables, ctx.slots[rows], ctx.cu_seqlens_q, ctx.context_lens[rows])
-        prefill_attention_triton(q, k_cache, v_cache, *where, scale, out=out)
+        prefill_attention_triton(q, kv.k_cache, kv.v_cache, *where, scale, out=out)

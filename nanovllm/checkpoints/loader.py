@@ -8,42 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from tqdm import tqdm
 
 from nanovllm.checkpoints.files import local_path, regular_file
 from nanovllm.checks import plain
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.layers.parameter import PackedLayer
+from nanovllm.layers.linear import LinearLayer
+from nanovllm.progress import ProgressBar
+from nanovllm.weights.parameter import CheckpointTensor
 
 if TYPE_CHECKING:
     from nanovllm.models.decoder import Decoder
     from nanovllm.models.registry import ModelConfig
 
-# Merged parameters, and the checkpoint's name of each of their shards.
-_MERGED = {
-    "qkv_proj": {"q": "q_proj", "k": "k_proj", "v": "v_proj"},
-    "gate_up_proj": {0: "gate_proj", 1: "up_proj"},
-}
-
-
 # A checkpoint with tied embeddings has either tensor, or both.
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TIED = {_EMBEDDING: _HEAD, _HEAD: _EMBEDDING}
-
-Targets = dict[str, tuple[nn.Parameter, str | int | None]]
-
-
-def _targets(model: "Decoder") -> Targets:
-    """The parameter and the shard id that each tensor of a checkpoint belongs to, by the tensor's name."""
-    targets: Targets = {}
-    for name, param in model.named_parameters():
-        # Attention owns the norms of the heads, which checkpoints keep one level up.
-        *path, module, kind = name.replace(".attn.", ".").split(".")
-        for shard_id, shard in _MERGED.get(module, {None: module}).items():
-            targets[_full_name(".".join((*path, shard, kind)))] = param, shard_id
-    targets.setdefault(_HEAD, (model.lm_head.weight, None))  # tied: a parameter is listed once
-    return targets
 
 
 def _full_name(name: str) -> str:
@@ -56,21 +35,13 @@ def _is_computed(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
-def _shard(param: nn.Parameter, shard_id: str | int | None) -> torch.Tensor:
-    """The part of a parameter that one tensor of a checkpoint fills."""
-    if shard_id is None:
-        return param
-    parts = param.weight_loader.__self__.parts
-    return param.split([part.size for part in parts.values()])[list(parts).index(shard_id)]
-
-
 def _whole_shapes(config: "ModelConfig") -> dict[str, tuple[int, ...]]:
     """The shape of each tensor that a checkpoint of this model may have, by its name. Allocates nothing."""
     from nanovllm.models.decoder import Decoder
 
     with torch.device("meta"):
-        targets = _targets(Decoder(config, tp=TensorParallel()))
-    return {name: tuple(_shard(*target).shape) for name, target in targets.items()}
+        targets = Decoder(config, tp=TensorParallel()).checkpoint_tensors()
+    return {name: target.shape for name, target in targets.items()}
 
 
 def _no_place(name: str) -> ValueError:
@@ -124,12 +95,12 @@ def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) 
         ValueError: naming a tensor that is missing, left over, given twice, of the wrong shape, not floating point, or
             not finite. The parameters may be partly overwritten then.
     """
-    targets, seen = _targets(model), set()
+    targets, seen = model.checkpoint_tensors(), set()
     tied = _TIED if model.config.tie_word_embeddings else {}
     shares = model.lm_head.weight is model.embed_tokens.weight
     differs: dict[str, torch.Tensor] = {}
-    quiet = True if model.tp.rank else None  # None: silent unless on a terminal
-    bar = tqdm(checked_weights(weights), "Loading weights", len(targets), delay=2, disable=quiet, leave=False)
+    shown = None if model.tp.rank == 0 else False  # None: only on a terminal
+    bar = ProgressBar(checked_weights(weights), "Loading weights", len(targets), enabled=shown, delay=2, leave=False)
     # Parameters made in inference mode can only be written in it.
     with torch.inference_mode(), _plain_layout(model):
         for given, loaded in bar:
@@ -149,8 +120,7 @@ def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) 
                     differs[f"the tensor {_HEAD} {what}; make a new engine"] = model.embed_tokens.differs(loaded)
                 else:
                     for filled in fill:
-                        param, shard_id = targets[filled]
-                        param.weight_loader(param, loaded, shard_id)
+                        targets[filled].load(loaded)
             except ValueError as error:
                 raise ValueError(f"the tensor {given} {error}") from None
             seen.add(name)
@@ -158,11 +128,11 @@ def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) 
         _raise_first(_not_finite(targets) | differs, model.tp)
 
 
-def _not_finite(targets: Targets) -> dict[str, torch.Tensor]:
+def _not_finite(targets: Mapping[str, CheckpointTensor]) -> dict[str, torch.Tensor]:
     """For each tensor, whether its values are NaN or infinite, as a bool on the device, by the error that says so."""
     wrong = {}
     for name, target in targets.items():
-        extremes = torch.stack(torch.aminmax(_shard(*target)))  # one pass; NaN if there is one
+        extremes = torch.stack(torch.aminmax(target.shard))  # one pass; NaN if there is one
         wrong[f"the tensor {name} has values that are NaN or infinite in {extremes.dtype}"] = ~extremes.isfinite().all()
     return wrong
 
@@ -183,13 +153,13 @@ def _raise_first(wrong: dict[str, torch.Tensor], tp: TensorParallel) -> None:
 
 @contextmanager
 def _plain_layout(model: "Decoder") -> Iterator[None]:
-    """Weights can be written within; after it the layers have them in the layout they like best."""
-    layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
+    """Make the weights writable in the body. Then bring them into their fastest format."""
+    layers = [module for module in model.modules() if isinstance(module, LinearLayer)]
     for layer in layers:
-        layer.unpack()
+        layer.format = layer.format.start_loading()
     yield
     for layer in layers:
-        layer.pack(keep_plain=layer.weight is model.embed_tokens.weight)
+        layer.format = layer.format.finish_loading()
 
 
 def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

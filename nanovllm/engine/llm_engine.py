@@ -32,7 +32,7 @@ from nanovllm.engine.openmp import ThreadWatch
 from nanovllm.engine.request import Request, check_request_id
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.step_stats import StepStats, StepTimer
-from nanovllm.executor import spawned
+from nanovllm.executor.start import start_executor
 from nanovllm.messages import Batch, StepOutput
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -74,7 +74,7 @@ class LLMEngine:
         self.in_flight: deque[ScheduledStep] = deque()
         self.outputs: list[tuple[Request, RequestOutput]] = []
         self.abandoned: dict[Request, Any] = {}
-        self.executor = spawned.start(self.config, self.source)
+        self.executor = start_executor(self.config, self.source)
         self.holds_resources = True
         runner = self.executor.runner
         self.max_model_len = runner.max_model_len

@@ -194,12 +194,12 @@ class Scheduler:
             for i, row in enumerate(step.batch.logprob_rows):
                 seq = step.sequences[row]
                 if seq.status is not Status.FINISHED:
-                    seq.logprobs.append(output.logprobs, i, seq.params.logprobs)
+                    seq.logprobs.append(output.logprobs, i, seq.params.logprobs or 0)
         if output.prompt_logprobs:
             i = 0
             for seq, row in zip(step.sequences, step.batch.rows, strict=True):
                 for _ in row.target_ids:
-                    seq.prompt_logprobs.append(output.prompt_logprobs, i, seq.params.prompt_logprobs)
+                    seq.prompt_logprobs.append(output.prompt_logprobs, i, seq.params.prompt_logprobs or 0)
                     i += 1
 
     def _release(self, seq: Sequence) -> None:
@@ -292,7 +292,7 @@ class _StepBuilder:
         if end <= first:
             return Row(slot, start, token_ids, logit_indices)
         seq.num_scored = end
-        self.batch.num_logprobs = max(self.batch.num_logprobs, seq.params.prompt_logprobs)
+        self.batch.num_logprobs = max(self.batch.num_logprobs, seq.params.prompt_logprobs or 0)
         logit_indices = range(first - start, num_new if samples else end - start)
         return Row(slot, start, token_ids, logit_indices, seq.prompt_ids[first + 1 : end + 1])
 

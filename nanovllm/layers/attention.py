@@ -1,25 +1,24 @@
 import torch
-from torch import nn
 
+from nanovllm.attention.base import PagedKV
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.layers.state import PagedKVSpec, StatefulLayer
 from nanovllm.ops.norm_rope.qk_transform import QKTransform
 from nanovllm.utils.context import get_context
+from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
 
 
-class Attention(nn.Module):
+class Attention(StatefulLayer):
     """Rotates queries and keys, writes keys and values to the paged cache, and attends through the context's backend.
 
-    qkv [T, (num_heads + 2 num_kv_heads) head_dim] -> [T, num_heads head_dim]; or [R, num_heads head_dim], of the tokens
-    `last` alone, which are the last ones of the rows.
+    qkv [T, (num_heads + 2 num_kv_heads) head_dim] -> [T, num_heads head_dim]. With `last` [R], the index of each
+    sequence's last token, only these attend: [R, num_heads head_dim].
 
     Args:
         num_heads, num_kv_heads: this rank's.
         rotary: the table of angles, shared by all layers.
         qk_norm_eps: epsilon of the norm of each query and key head (Qwen3); None for models that have none.
-
-    Attributes:
-        k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], set by the runner.
     """
 
     def __init__(
@@ -34,6 +33,7 @@ class Attention(nn.Module):
     ):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.dtype = dtype or torch.get_default_dtype()
         self.scale = head_dim**-0.5
         self.rotary = rotary
         self.eps = qk_norm_eps or 0.0
@@ -41,11 +41,28 @@ class Attention(nn.Module):
         if qk_norm_eps is not None:
             self.q_norm = RMSNorm(head_dim, qk_norm_eps, dtype=dtype)
             self.k_norm = RMSNorm(head_dim, qk_norm_eps, dtype=dtype)
-        self.k_cache = self.v_cache = torch.empty(0)
+        self.kv: PagedKV | None = None
+
+    def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
+        """Declare the norms of the heads, which checkpoints keep one level up."""
+        parent, tensors = prefix.rpartition(".")[0], {}
+        for name, norm in self.named_children():
+            tensors |= checkpoint_tensors(norm, f"{parent}.{name}")
+        return tensors
+
+    def state_spec(self) -> PagedKVSpec:
+        return PagedKVSpec(self.num_kv_heads, self.head_dim, self.dtype)
+
+    def bind(self, state: PagedKV | None) -> None:
+        self.kv = state
 
     def forward(self, qkv: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
-        norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm else (None, None)
-        transform = QKTransform(self.num_heads, self.rotary.cos_sin, *norms, self.eps)
+        if self.kv is None:
+            raise RuntimeError("this layer has no KV cache: bind() one first")
+        q_weight = k_weight = None
+        if self.q_norm is not None and self.k_norm is not None:
+            q_weight, k_weight = self.q_norm.weight, self.k_norm.weight
+        transform = QKTransform(self.num_heads, self.rotary.cos_sin, q_weight, k_weight, self.eps)
         context = get_context()
-        attend = context.backend.store_and_attend
-        return attend(qkv, transform, positions, self.k_cache, self.v_cache, self.scale, context, last).flatten(1)
+        out = context.backend.store_and_attend(qkv, transform, positions, self.kv, self.scale, context, last)
+        return out.flatten(1)

@@ -4,10 +4,11 @@ import torch
 from torch import nn
 
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.layers.parameter import PackedLayer, check_shape, make_parameter
+from nanovllm.layers.linear import LinearLayer
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.ops.inputs.embedding import embedding
-from nanovllm.ops.linear.linear import linear
+from nanovllm.weights.formats import Plain
+from nanovllm.weights.parameter import CheckpointTensor, check_shape, make_parameter
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -39,12 +40,15 @@ class VocabParallelEmbedding(nn.Module):
         param[: len(rows)].copy_(rows)
         param[len(rows) :].zero_()
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.residual(input_ids).sum()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.residual(x).sum()
 
     def residual(self, input_ids: torch.Tensor) -> Residual:
         """Start the residual stream with the embeddings. Its first norm all-reduces them."""
         return Residual.of(embedding(input_ids, self.weight, self.start), self.tp)
+
+    def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
+        return {f"{prefix}.weight": CheckpointTensor(self.weight, (self.num_embeddings, *self.weight.shape[1:]))}
 
     def differs(self, loaded: torch.Tensor) -> torch.Tensor:
         """Whether the weight has other values than `loaded`, as a bool on the weight's device."""
@@ -55,7 +59,7 @@ class VocabParallelEmbedding(nn.Module):
         return torch.stack([(own != new.to(own)).any() for own, new in pairs]).any()
 
 
-class ParallelLMHead(VocabParallelEmbedding, PackedLayer):
+class ParallelLMHead(VocabParallelEmbedding, LinearLayer):
     """LM head: hidden states [L, embedding_dim] -> logits [S, num_embeddings] of this rank's share of the L rows.
 
     Args:
@@ -75,7 +79,13 @@ class ParallelLMHead(VocabParallelEmbedding, PackedLayer):
         if bias:
             raise ValueError("bias=True is not supported: ParallelLMHead has no bias")
         super().__init__(num_embeddings, embedding_dim, dtype=dtype, tp=tp)
+        self.format = Plain(self.weight)
+
+    def tie(self, embedding: VocabParallelEmbedding) -> None:
+        """Use the embedding's parameter in place of one's own."""
+        self.weight = embedding.weight
+        self.format = Plain(self.weight, is_shared=True)
 
     def forward(self, x: torch.Tensor | Normed) -> torch.Tensor:
         x, norm = x if isinstance(x, Normed) else (x, None)
-        return self.tp.all_to_all(linear(x, self.operand, norm=norm))[:, : self.num_embeddings]
+        return self.tp.all_to_all(self.format.linear(x, norm=norm))[:, : self.num_embeddings]

@@ -1,9 +1,9 @@
 import torch
 from torch import nn
 
-from nanovllm.layers.parameter import make_parameter
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
+from nanovllm.weights.parameter import make_parameter
 
 
 class RMSNorm(nn.Module):

@@ -10,51 +10,69 @@ import torch
 from torch import nn
 
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.layers.parameter import PackedLayer, check_shape, divide, make_parameter
 from nanovllm.layers.residual import Normed, Residual
-from nanovllm.ops.linear.dispatch import Adder
-from nanovllm.ops.linear.linear import choose_adder, linear, linear_add, linear_all_reduce, wants_zero_bias
-from nanovllm.utils.context import get_context
+from nanovllm.ops.dispatch import Adder
+from nanovllm.utils.context import get_counters
+from nanovllm.weights.formats import Plain, WeightFormat
+from nanovllm.weights.parameter import CheckpointTensor, ShardId, check_shape, make_parameter
+
+
+class LinearLayer(nn.Module):
+    """A layer whose `weight` has a format, which loading changes (see weights/formats.py)."""
+
+    format: WeightFormat
+    weight: nn.Parameter
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where this rank's rows of one checkpoint tensor come from and where they go."""
+    """This rank's share of one checkpoint tensor."""
 
-    total: int  # rows of the checkpoint's tensor
-    start: int  # the first of them that this rank holds
-    size: int  # how many it holds
+    name: str  # of the module in the checkpoint
+    total: int  # rows of the whole tensor
+    start: int  # first row that this rank holds
+    size: int  # rows that it holds
 
 
-class ColumnParallelLinear(PackedLayer):
+class ColumnParallelLinear(LinearLayer):
     """y = x W^T + b with the rows of W split: [T, in_features] -> [T, this rank's rows].
 
     Args:
         in_features: size of the input, whole on every rank.
-        parts: the checkpoint tensors that are merged here, by shard id and in their order.
-        bias: whether there is one; it is split like the rows.
+        parts: shares of the checkpoint tensors that are merged here, by shard id and in order.
+        bias: whether there is a bias, which is split like the rows.
     """
 
     gated = False  # whether the rows are gate and up of SwiGLU
 
-    def __init__(self, in_features: int, parts: dict[str | int, Part], bias: bool, dtype: torch.dtype | None):
+    def __init__(self, in_features: int, parts: dict[ShardId, Part], bias: bool, dtype: torch.dtype | None):
         super().__init__()
-        self.parts = parts
-        rows = sum(part.size for part in parts.values())
-        self.weight = make_parameter(rows, in_features, dtype=dtype, weight_loader=self.weight_loader)
+        self.rows: dict[ShardId, slice] = {}  # of each part
+        self.parts, rows = parts, 0
+        for shard_id, part in parts.items():
+            self.rows[shard_id] = slice(rows, rows + part.size)
+            rows += part.size
+        self.format = Plain.allocate(rows, in_features, dtype, self.weight_loader)
+        self.weight = self.format.weight
         self.bias = make_parameter(rows, dtype=dtype, weight_loader=self.weight_loader) if bias else None
 
-    def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: str | int) -> None:
-        offset = 0
-        for name, part in self.parts.items():
-            if name == shard_id:
-                check_shape(loaded, (part.total, *param.shape[1:]))
-                param[offset : offset + part.size].copy_(loaded[part.start : part.start + part.size])
-            offset += part.size
+    def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId) -> None:
+        part = self.parts[shard_id]
+        check_shape(loaded, (part.total, *param.shape[1:]))
+        param[self.rows[shard_id]].copy_(loaded[part.start : part.start + part.size])
+
+    def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
+        parent, tensors = prefix.rpartition(".")[0], {}
+        for name, param in self.named_parameters():
+            for shard_id, part in self.parts.items():
+                shape = (part.total, *param.shape[1:])
+                where = CheckpointTensor(param, shape, shard_id, self.rows[shard_id])
+                tensors[f"{parent}.{part.name}.{name}"] = where
+        return tensors
 
     def forward(self, x: torch.Tensor | Normed) -> torch.Tensor:
         x, norm = x if isinstance(x, Normed) else (x, None)
-        return linear(x, self.operand, self.bias, norm, self.gated, get_context().counters)
+        return self.format.linear(x, self.bias, norm, self.gated, get_counters())
 
 
 class GateUpParallelLinear(ColumnParallelLinear):
@@ -77,14 +95,15 @@ class GateUpParallelLinear(ColumnParallelLinear):
     ):
         tp = tp or TensorParallel.default()
         size = divide("intermediate_size", intermediate_size, tp)
-        part = Part(intermediate_size, tp.rank * size, size)
-        super().__init__(hidden_size, {0: part, 1: part}, bias, dtype)
+        where = (intermediate_size, tp.rank * size, size)
+        parts: dict[ShardId, Part] = {0: Part("gate_proj", *where), 1: Part("up_proj", *where)}
+        super().__init__(hidden_size, parts, bias, dtype)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
-    """Queries, keys and values in one product, split by heads. Shard ids are "q", "k", "v".
+    """Queries, keys and values in one GEMM, split by heads. Shard ids are "q", "k", "v".
 
-    With more ranks than KV heads each KV head is held by several ranks, those whose query heads use it.
+    If there are more ranks than KV heads, every rank whose query heads use a KV head holds it.
 
     Attributes:
         num_heads, num_kv_heads: this rank's.
@@ -109,12 +128,16 @@ class QKVParallelLinear(ColumnParallelLinear):
             raise ValueError(f"{what}: one must divide the other")
         self.num_kv_heads = num_kv_heads * copies // tp.size
         size, kv_size = self.num_heads * head_dim, self.num_kv_heads * head_dim
-        kv = Part(num_kv_heads * head_dim, tp.rank // copies * kv_size, kv_size)
-        parts = {"q": Part(num_heads * head_dim, tp.rank * size, size), "k": kv, "v": kv}
+        kv = (num_kv_heads * head_dim, tp.rank // copies * kv_size, kv_size)
+        parts: dict[ShardId, Part] = {
+            "q": Part("q_proj", num_heads * head_dim, tp.rank * size, size),
+            "k": Part("k_proj", *kv),
+            "v": Part("v_proj", *kv),
+        }
         super().__init__(hidden_size, parts, bias, dtype)
 
 
-class RowParallelLinear(PackedLayer):
+class RowParallelLinear(LinearLayer):
     """y = x W^T + b with the columns of W split: [T, this rank's inputs] -> [T, out_features] on every rank.
 
     Args:
@@ -134,14 +157,22 @@ class RowParallelLinear(PackedLayer):
         self.tp = tp or TensorParallel.default()
         self.in_features = in_features
         size = divide("input size of a row-parallel layer", in_features, self.tp)
-        self.weight = make_parameter(out_features, size, dtype=dtype, weight_loader=self.weight_loader)
+        self.format = Plain.allocate(out_features, size, dtype, self.weight_loader)
+        self.weight = self.format.weight
         self.bias = make_parameter(out_features, dtype=dtype) if bias else None
+        self.zero_bias: torch.Tensor
         self.register_buffer("zero_bias", torch.zeros(out_features, dtype=dtype), persistent=False)
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
         rows, size = param.shape
         check_shape(loaded, (rows, self.in_features))
         param.copy_(loaded[:, self.tp.rank * size : (self.tp.rank + 1) * size])
+
+    def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
+        tensors = {f"{prefix}.weight": CheckpointTensor(self.weight, (len(self.zero_bias), self.in_features))}
+        if self.bias is not None:
+            tensors[f"{prefix}.bias"] = CheckpointTensor(self.bias, tuple(self.bias.shape))
+        return tensors
 
     def forward(self, x: torch.Tensor) -> "PendingGemm":
         return PendingGemm(self, x)
@@ -160,31 +191,34 @@ class PendingGemm:
     def __radd__(self, residual: Residual) -> Residual:
         """Run the GEMM and add it to the residual stream, whose memory may be overwritten."""
         layer, x, stream = self.layer, self.x, residual.sum()
-        tp, weight, counters = layer.tp, layer.operand, get_context().counters
+        tp, weight, counters = layer.tp, layer.format, get_counters()
         bias = layer.bias if tp.rank == 0 else None  # an all-reduce must add it once
-        adder = choose_adder(x, weight, stream, tp.size, tp.peers)
+        adder = weight.choose_adder(x, stream, tp.size, tp.peers)
         if adder is Adder.ALL_REDUCE_GEMV:
-            return Residual(linear_all_reduce(x, weight, layer.bias, stream, tp.peers), tp)
+            return Residual(weight.linear_add(x, layer.bias, stream, peers=tp.peers), tp)
         if adder is Adder.NEXT_NORM:
-            if bias is None and wants_zero_bias(x, weight):
+            if bias is None and weight.wants_zero_bias(x):
                 bias = layer.zero_bias
-            return Residual(linear(x, weight, bias, counters=counters), tp, base=stream, is_partial=True)
+            return Residual(weight.linear(x, bias, counters=counters), tp, base=stream, is_partial=True)
         if adder is Adder.SLICED_GEMM and tp.overlapped is not None:
             for tokens in tp.overlapped.slices(stream):
-                self._overwrite(x[tokens], stream[tokens])
+                if tp.rank == 0:
+                    weight.linear_add(x[tokens], bias, stream[tokens])
+                else:
+                    torch.mm(x[tokens], layer.weight.t(), out=stream[tokens])
             return Residual.of(stream, tp)
         if tp.rank == 0:
-            return Residual.of(linear_add(x, weight, bias, stream, counters), tp)
-        return Residual.of(linear(x, weight, counters=counters), tp)
-
-    def _overwrite(self, x: torch.Tensor, stream: torch.Tensor) -> None:
-        """Overwrite some tokens' residual stream with this rank's summand."""
-        if self.layer.tp.rank == 0:
-            linear_add(x, self.layer.operand, self.layer.bias, stream)
-        else:
-            torch.mm(x, self.layer.operand.t(), out=stream)
+            return Residual.of(weight.linear_add(x, bias, stream, counters), tp)
+        return Residual.of(weight.linear(x, counters=counters), tp)
 
     def all_reduce(self) -> torch.Tensor:
         """Run the GEMM by itself. Return [T, out_features], the same on every rank."""
         layer = self.layer
-        return layer.tp.all_reduce(linear(self.x, layer.operand, layer.bias if layer.tp.rank == 0 else None))
+        return layer.tp.all_reduce(layer.format.linear(self.x, layer.bias if layer.tp.rank == 0 else None))
+
+
+def divide(name: str, value: int, tp: TensorParallel) -> int:
+    """Return a rank's share of `value`; ValueError if the ranks cannot share it evenly."""
+    if value % tp.size:
+        raise ValueError(f"tensor_parallel_size={tp.size} does not divide the model's {name}={value}")
+    return value // tp.size

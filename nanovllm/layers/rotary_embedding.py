@@ -77,6 +77,8 @@ class RotaryEmbedding(nn.Module):
         max_position: positions in the table. The angles do not depend on it.
     """
 
+    cos_sin: torch.Tensor
+
     def __init__(self, head_dim: int, max_position: int, theta: float, scaling: dict | None = None):
         super().__init__()
         device = torch.get_default_device()

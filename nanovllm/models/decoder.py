@@ -15,6 +15,7 @@ from nanovllm.layers.residual import Normed, Residual
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.registry import ModelConfig
 from nanovllm.utils.context import get_context
+from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
 
 
 class SelfAttention(nn.Module):
@@ -94,7 +95,14 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
         if config.tie_word_embeddings and not config.own_head:
-            self.lm_head.weight = self.embed_tokens.weight
+            self.lm_head.tie(self.embed_tokens)
+
+    def checkpoint_tensors(self) -> dict[str, CheckpointTensor]:
+        """Map the name of every tensor that a checkpoint must have to where it goes."""
+        tensors = {}
+        for name, child in self.named_children():
+            tensors |= checkpoint_tensors(child, name if name == "lm_head" else f"model.{name}")
+        return tensors
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> Residual:
         """Return the hidden states before the final norm: input_ids, positions [T] int64 -> [L, hidden_size].

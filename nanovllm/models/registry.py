@@ -140,7 +140,7 @@ class ModelConfig:
         for name, kind in (needed | given).items():
             value = options.get(name)
             if name == "factors" and (not isinstance(value, list) or len(value) != num_factors):
-                raise ValueError(f"the model's RoPE factors must be {num_factors} (head_dim / 2), got {value!r:.80}")
+                raise ValueError(f"the model's RoPE factors must be {num_factors} (head_dim / 2), got {shown(value)}")
             for single in value if name == "factors" else [value]:
                 checked(f"RoPE {name}", single, kind)
         if rope_type == "llama3" and not options["low_freq_factor"] < options["high_freq_factor"]:

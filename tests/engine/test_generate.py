@@ -414,10 +414,10 @@ def test_steps_padded_as_graphs_pad_them_have_the_same_tokens(model, name, monke
         def padded(batch):
             sizes = len(batch.rows) + 2, batch.num_tokens + 5
             rows = StepRows.split(torch.from_numpy(runner.state.pack(batch, *sizes)), *sizes)
-            result = runner.step(rows, 0, sizes[1], runner.max_model_len)
+            result = runner.forward.step(rows, 0, sizes[1], runner.max_model_len)
             return result._replace(tokens=result.tokens[: len(batch.rows)])
 
-        monkeypatch.setattr(runner, "_eager", padded)
+        monkeypatch.setattr(runner.forward, "run", padded)
         llm.reset_prefix_cache()
         assert tokens(llm, prompts, params) == want
 

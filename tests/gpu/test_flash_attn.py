@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanovllm import LLM
+from nanovllm.attention.base import PagedKV
 from nanovllm.attention.flash_attn_backend import choose_package, flash_attn_backend
 from nanovllm.ops.attention.reference import decode_attention_torch, prefill_attention_torch
 from nanovllm.utils.context import Context
@@ -35,10 +36,13 @@ def attend(backend, q, paged, lens, num_decode, scale):
     cu_seqlens = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int()
     ctx = Context(
         backend=backend,
+        kv_heads=(paged.k_cache.shape[2],),
         num_decode=num_decode,
         slots=paged.slots,
         context_lens=paged.context_lens,
         block_tables=paged.block_tables,
+        slot_mapping=torch.empty(0, dtype=torch.int64),
+        counters=torch.zeros(1, dtype=torch.int32),
     )
     if num_decode < len(lens):
         ctx.cu_seqlens_q = cu_seqlens[num_decode:]
@@ -53,7 +57,7 @@ def attend(backend, q, paged, lens, num_decode, scale):
     if d < len(lens):
         rows = (paged.block_tables, paged.slots[d:], cu_seqlens[d:] - d, paged.context_lens[d:])
         expected[d:] = prefill_attention_torch(q[d:], *caches, *rows, scale)
-    return backend.attend(q, *caches, scale, ctx), expected
+    return backend.attend(q, PagedKV(*caches), scale, ctx), expected
 
 
 @pytest.mark.parametrize("head_dim", [40, 64, 128, 256])

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.layers.attention import Attention
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import RowParallelLinear
 from nanovllm.layers.residual import Residual
@@ -104,7 +105,7 @@ def test_shared_prefixes_do_not_change_the_tokens(model):
         patch.setattr(shared_prefix, "MIN_TOKENS", 128)
         with LLM(model, **options) as llm:
             got = tokens(llm, prompts, params)
-            assert llm.llm_engine.executor.runner.graphs.shares
+            assert llm.llm_engine.executor.runner.graphs.has_shared_prefixes
     with LLM(model, enable_prefix_caching=False, **options) as llm:
         assert tokens(llm, prompts, params) == got
 
@@ -219,9 +220,8 @@ def test_sleep_frees_the_memory_and_waking_up_brings_it_back():
     options = dict(load_format="dummy", max_model_len=256, max_num_seqs=8, gpu_memory_utilization=0.4)
     with LLM("qwen3-0.6b", **options) as llm:
         want = tokens(llm, prompts, greedy(16))
-        cache = sum(
-            layer.k_cache.nbytes + layer.v_cache.nbytes for layer in llm.llm_engine.executor.runner.attention_layers
-        )
+        layers = [m for m in llm.llm_engine.executor.runner.model.modules() if isinstance(m, Attention)]
+        cache = sum(part.nbytes for layer in layers for part in layer.kv)
         weights = sum(param.nbytes for param in llm.llm_engine.executor.runner.model.parameters())
         assert cache > 10 << 30 and weights > 1 << 30
         for level, freed in ((1, cache), (2, cache + weights)):

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from nanovllm.attention import select_backend
+from nanovllm.attention.base import PagedKV
 from nanovllm.checkpoints.hub import open_model
 from nanovllm.checkpoints.loader import load_weights
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.layers import linear as layers
-from nanovllm.layers import parameter
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
@@ -24,12 +23,13 @@ from nanovllm.models.decoder import Decoder
 from nanovllm.ops.comm import collectives
 from nanovllm.ops.comm.peer_memory import EMPTY_WORD, PeerMemory, new_peer_memory
 from nanovllm.ops.comm.reference import all_reduce_torch, all_to_all_torch
+from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.linear import linear
-from nanovllm.ops.linear.dispatch import Adder
 from nanovllm.ops.linear.gemv import GemvConfig, gemv_triton
 from nanovllm.ops.linear.reference import linear_torch
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from nanovllm.utils.context import Context, set_context
+from nanovllm.weights.formats import Packed
 from tests.kernels.ranks import run_ranks
 from tests.models.tiny import save_tiny
 
@@ -137,11 +137,11 @@ def test_a_waiting_rank_can_be_stopped():
 
 def run_layers(rank, memory, folder):
     """Run two linear layers as in a decoder layer: the first or the norm of the second all-reduces."""
-    linear.is_gemv = lambda x, weight: len(x) <= 4
+    linear.is_gemv, choose_adder = lambda x, weight: len(x) <= 4, linear.choose_adder
     tp = TensorParallel(rank, len(memory), peers=PeerMemory(rank, memory))
     generator = torch.Generator().manual_seed(1)
     row = RowParallelLinear(48, 64, bias=True, dtype=torch.bfloat16, tp=tp)
-    column = ColumnParallelLinear(64, {0: Part(20, 0, 20)}, False, torch.bfloat16)
+    column = ColumnParallelLinear(64, {0: Part("up_proj", 20, 0, 20)}, False, torch.bfloat16)
     norm = RMSNorm(64, 1e-6, dtype=torch.bfloat16)
     whole = torch.randn(64, 48, generator=generator).bfloat16() / 7
     row.weight_loader(row.weight, whole)
@@ -152,15 +152,15 @@ def run_layers(rank, memory, folder):
         x, residual = (torch.randn(rows, size, generator=generator).bfloat16() for size in (48, 64))
         part = x[:, rank * row.weight.shape[1] :][:, : row.weight.shape[1]].contiguous()
         results = []
-        for layers.choose_adder in (linear.choose_adder, lambda *_: Adder.NEXT_NORM):
+        for linear.choose_adder in (choose_adder, lambda *_: Adder.NEXT_NORM):
             y = Residual(residual.clone(), tp) + row(part)
-            assert y.is_partial != (layers.choose_adder is linear.choose_adder and rows <= 4)
+            assert y.is_partial != (linear.choose_adder is choose_adder and rows <= 4)
             results += [column(norm(y)), y.x]
         for got, want in zip(results[:2], results[2:], strict=True):
             torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
         want = residual.float() + x.float() @ whole.float().t() + row.bias.float()
         torch.testing.assert_close(results[1].float(), want, rtol=3e-2, atol=3e-2)
-        layers.choose_adder = linear.choose_adder
+        linear.choose_adder = choose_adder
         y = Residual(residual.clone(), tp) + row(part)
         torch.testing.assert_close(norm(y.sum()) @ column.weight.t(), results[0], rtol=3e-2, atol=5e-2)
         torch.testing.assert_close(residual + row(part).all_reduce(), results[1], rtol=3e-2, atol=3e-2)
@@ -195,12 +195,13 @@ def run_model(model):
     """Return the summed hidden states of the first and last of three tokens, and this rank's logits."""
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     for layer in layers:
-        layer.k_cache, layer.v_cache = torch.zeros(2, 2, 16, layer.num_kv_heads, layer.head_dim).half()
+        layer.bind(PagedKV(*torch.zeros(2, 2, 16, layer.num_kv_heads, layer.head_dim).half()))
     ids, numbers = torch.tensor([3, 1, 4]), torch.arange(3)
     backend = select_backend("torch", torch.device("cpu"), layers[0].head_dim, 16, torch.float16)
     one, ends = torch.zeros(1, dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
     where = dict(slots=one, context_lens=ends[1:], block_tables=torch.ones(1, 1).int(), slot_mapping=16 + numbers)
-    context = Context(backend, layers[0].num_kv_heads, **where, cu_seqlens_q=ends, max_seqlen_q=3, max_context_len=3)
+    where |= dict(backend=backend, kv_heads=(layers[0].num_kv_heads,), num_decode=0, counters=one)
+    context = Context(**where, cu_seqlens_q=ends, max_seqlen_q=3, max_context_len=3)
     backend.prepare(context)
     with torch.inference_mode(), set_context(context):
         hidden = model(ids, numbers)[torch.tensor([0, 2])]
@@ -209,7 +210,7 @@ def run_model(model):
 
 
 def run_decoder(rank, memory, folder, max_tokens):
-    linear.is_gemv, parameter.can_pack = lambda x, weight: len(x) <= max_tokens, lambda weight: False
+    linear.is_gemv, Packed.supports = lambda x, weight: len(x) <= max_tokens, lambda weight: False
     tp = TensorParallel(rank, len(memory), peers=PeerMemory(rank, memory))
     source = open_model(folder)
     results = []

@@ -5,27 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanovllm.ops.dispatch import TABLE, Adder, Regime, capture_sizes, compile_sizes, regime_of
 from nanovllm.ops.linear import gemm
-from nanovllm.ops.linear.dispatch import TABLE, Adder, Regime, capture_sizes, compile_sizes, regime_of
 from nanovllm.ops.linear.gemm import GemmConfig, gemm_triton
 from nanovllm.ops.linear.gemv import GemvConfig, gemv_triton
-from nanovllm.ops.linear.linear import can_pack, choose_adder, linear, linear_add, pack, wants_zero_bias
+from nanovllm.ops.linear.linear import choose_adder, linear, linear_add, wants_zero_bias
 from nanovllm.ops.linear.reference import linear_torch
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.ops.triton_utils import HAVE_TRITON, tl
-
-
-@pytest.mark.parametrize("tokens", [0, 1, 3, 16, 65])
-@pytest.mark.parametrize("bias", [False, True])
-def test_packed_weights_give_the_same_result_as_plain_ones(tokens, bias):
-    generator = torch.Generator().manual_seed(tokens)
-    x, weight, b = (torch.randn(shape, generator=generator) for shape in ((tokens, 40), (67, 40), (67,)))
-    if not can_pack(weight):
-        pytest.skip("no oneDNN here")
-    packed = pack(weight)
-    torch.testing.assert_close(packed.to_dense(), weight, atol=0, rtol=0)
-    b = b if bias else None
-    torch.testing.assert_close(linear(x, packed, b), F.linear(x, weight, b), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")

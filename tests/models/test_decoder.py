@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanovllm.attention import select_backend
+from nanovllm.attention.base import PagedKV
 from nanovllm.checkpoints.hub import open_model
 from nanovllm.checkpoints.loader import load_weights
 from nanovllm.layers.attention import Attention
@@ -21,15 +22,18 @@ def prefill_logits(model, ids):
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     for layer in layers:
         shape = (2 * num_blocks + 1, BLOCK, layer.num_kv_heads, layer.head_dim)
-        layer.k_cache, layer.v_cache = torch.zeros(shape), torch.zeros(shape)
+        layer.bind(PagedKV(torch.zeros(shape), torch.zeros(shape)))
     table = torch.arange(2 * num_blocks, 0, -2)
     positions = torch.arange(num_tokens)
     context = Context(
         backend=select_backend("torch", torch.device("cpu"), layers[0].head_dim, BLOCK, torch.float32),
+        kv_heads=(layers[0].num_kv_heads,),
+        num_decode=0,
         slots=torch.tensor([0], dtype=torch.int32),
         context_lens=torch.tensor([num_tokens], dtype=torch.int32),
         block_tables=torch.stack([table, torch.zeros_like(table)]).int(),
         slot_mapping=table[positions // BLOCK] * BLOCK + positions % BLOCK,
+        counters=torch.zeros(64, dtype=torch.int32),
         cu_seqlens_q=torch.tensor([0, num_tokens], dtype=torch.int32),
         max_seqlen_q=num_tokens,
         max_context_len=num_tokens,

@@ -7,14 +7,18 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
-from nanovllm.layers.parameter import make_parameter
 from nanovllm.layers.residual import Residual
-from nanovllm.layers.rotary_embedding import rope_table
-from nanovllm.ops.linear.dispatch import Adder
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_table
+from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
+from nanovllm.runner.state_pool import StatePool
+from nanovllm.utils.context import get_context
+from nanovllm.weights.formats import Plain
+from nanovllm.weights.parameter import make_parameter
 from tests.kernels.ranks import run_ranks
 
 
@@ -92,8 +96,8 @@ def test_the_first_norm_all_reduces_the_embeddings(size):
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_pending_gemm_is_added_to_the_residual_stream_whoever_adds(monkeypatch, size, adder, zeros, bias):
     """The GEMM or the norm after it adds; a GEMM without bias may get a bias of zeros."""
-    monkeypatch.setattr("nanovllm.layers.linear.choose_adder", lambda *args: adder)
-    monkeypatch.setattr("nanovllm.layers.linear.wants_zero_bias", lambda *args: zeros)
+    monkeypatch.setattr(Plain, "choose_adder", lambda *args: adder)
+    monkeypatch.setattr(Plain, "wants_zero_bias", lambda *args: zeros)
     torch.manual_seed(0)
     x, before, weight, offset = torch.randn(5, 8), torch.randn(5, 6), torch.randn(6, 8), torch.randn(6)
     norm = RMSNorm(6, 1e-6)
@@ -244,3 +248,27 @@ def test_a_wrong_shape_is_refused():
     layer = QKVParallelLinear(4, 2, 2, 1)
     with pytest.raises(ValueError, match=r"\[8, 4\].*\[2, 4\]"):
         layer.weight.weight_loader(layer.weight, torch.zeros(8, 4), "k")
+
+
+def test_outside_of_a_forward_what_lacks_a_context_or_a_cache_says_so():
+    layer = Attention(2, 1, 4, RotaryEmbedding(4, 8, 1e4))
+    with pytest.raises(RuntimeError, match="no forward is running"):
+        get_context()
+    with pytest.raises(RuntimeError, match="no KV cache"):
+        layer(torch.zeros(1, 16), torch.zeros(1, dtype=torch.int64))
+
+
+def test_a_state_pool_sums_and_binds_what_different_layers_ask_for():
+    sizes = [(1, 4, torch.float32), (2, 8, torch.bfloat16)]  # KV heads, head_dim, dtype
+    model = torch.nn.ModuleList(
+        Attention(2, heads, dim, RotaryEmbedding(dim, 8, 1e4), dtype=dtype) for heads, dim, dtype in sizes
+    )
+    pool = StatePool(model, 16, torch.device("cpu"))
+    assert pool.kv_heads == (1, 2) and pool.block_bytes == 2 * 16 * (1 * 4 * 4 + 2 * 8 * 2)
+    assert pool.blocks_in(10 * pool.block_bytes - 1) == 9
+    pool.allocate(9)
+    for layer, (heads, dim, dtype) in zip(model, sizes, strict=True):
+        assert all(part.shape == (9, 16, heads, dim) and part.dtype == dtype for part in layer.kv)
+    assert sum(part.nbytes for layer in model for part in layer.kv) == 9 * pool.block_bytes
+    pool.free()
+    assert all(layer.kv is None for layer in model)

@@ -27,7 +27,7 @@ def untied():
 
 def plain(layer):
     with torch.inference_mode():
-        layer.unpack()
+        layer.format = layer.format.start_loading()
     return layer.weight
 
 

@@ -7,6 +7,7 @@ import torch
 
 import nanovllm.attention as attention
 from nanovllm.attention import select_backend, triton_backend
+from nanovllm.attention.base import PagedKV
 from nanovllm.attention.flash_attn_backend import (
     PACKAGES,
     FlashAttn2Backend,
@@ -30,6 +31,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FLASH2, FLASH3, FLASH3_BY_TILE = "flash_attn", "flash_attn_interface", "fa3_fwd_interface"
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 64
 SCALE = 0.1
+COUNTERS = torch.zeros(64, dtype=torch.int32)
 
 
 def check_step(backend, decode, prefill, block_size=16, dtype=torch.float32, layers=2):
@@ -41,11 +43,13 @@ def check_step(backend, decode, prefill, block_size=16, dtype=torch.float32, lay
     q = torch.randn(sum(lens), HEADS, HEAD_DIM, generator=generator).to(dtype)
     ctx = Context(
         backend=backend,
-        num_kv_heads=KV_HEADS,
+        kv_heads=(KV_HEADS,),
         num_decode=len(decode),
         slots=paged.slots,
         context_lens=paged.context_lens,
         block_tables=paged.block_tables,
+        slot_mapping=torch.empty(0, dtype=torch.int64),
+        counters=COUNTERS,
     )
     if prefill:
         ctx.cu_seqlens_q = torch.tensor([len(decode), *(n for n, _ in prefill)]).cumsum(0).int()
@@ -54,7 +58,7 @@ def check_step(backend, decode, prefill, block_size=16, dtype=torch.float32, lay
     parts = zip(q.split(lens), paged.keys, paged.values, strict=True)
     expected = torch.cat([plain_attention(queries, k, v, SCALE) for queries, k, v in parts])
     for _ in range(layers):
-        assert_close(backend.attend(q, paged.k_cache, paged.v_cache, SCALE, ctx), expected)
+        assert_close(backend.attend(q, PagedKV(paged.k_cache, paged.v_cache), SCALE, ctx), expected)
 
 
 STEPS = [
@@ -101,14 +105,24 @@ def test_triton_backend_plans_before_the_forward(monkeypatch):
     backend = triton_backend.TritonBackend(torch.device("cuda"), 16)
     lens = torch.tensor([9, 5, 7, 3], dtype=torch.int32)  # two decode rows, two prompts
     last = torch.tensor([0, 1, 4, 7])
-    ctx = Context(num_kv_heads=KV_HEADS, num_decode=2, slots=lens, context_lens=lens, last_indices=last)
-    ctx.cu_seqlens_q, ctx.slot_mapping = torch.tensor([2, 5, 8], dtype=torch.int32), torch.arange(8)
+    ctx = Context(
+        backend=backend,
+        kv_heads=(KV_HEADS,),
+        num_decode=2,
+        slots=lens,
+        context_lens=lens,
+        block_tables=torch.zeros(10, 1, dtype=torch.int32),
+        slot_mapping=torch.arange(8),
+        counters=COUNTERS,
+        cu_seqlens_q=torch.tensor([2, 5, 8], dtype=torch.int32),
+        last_indices=last,
+    )
     backend.prepare(ctx)
     assert sorted(planned) == [2, 4]
     qkv, cache = torch.zeros(8, (HEADS + 2 * KV_HEADS) * HEAD_DIM), torch.zeros(1, 16, KV_HEADS, HEAD_DIM)
     transform = QKTransform(HEADS, rope_table(HEAD_DIM, 64, 1e4), None, None, 1e-6)
     for of_layer in (None, last):
-        backend.store_and_attend(qkv, transform, torch.arange(8), cache, cache, SCALE, ctx, of_layer)
+        backend.store_and_attend(qkv, transform, torch.arange(8), PagedKV(cache, cache), SCALE, ctx, of_layer)
     assert len(planned) == 2
     assert [plan.items[plan.items[:, 0] >= 0, 0].tolist() for plan in plans] == [[0, 1], [0, 2, 1, 3]]
 
@@ -155,18 +169,21 @@ def test_triton_backend_has_one_kernel_for_few_decode_rows(monkeypatch, decode, 
     results = []
     for backend in (TorchBackend(), triton_backend.TritonBackend(torch.device("cuda"), 16)):
         ctx = Context(
-            num_kv_heads=KV_HEADS,
+            backend=backend,
+            kv_heads=(KV_HEADS,),
             num_decode=len(decode),
             slots=paged.slots,
             context_lens=paged.context_lens,
             block_tables=paged.block_tables,
             slot_mapping=blocks * 16 + positions % 16,
+            counters=COUNTERS,
             cu_seqlens_q=torch.tensor([0, *lens]).cumsum(0).int()[len(decode) :] if prefill else None,
             shared=shared,
         )
         caches = paged.k_cache.clone(), paged.v_cache.clone()
         backend.prepare(ctx)
-        results.append((backend.store_and_attend(qkv, transform, positions, *caches, SCALE, ctx), *caches))
+        out = backend.store_and_attend(qkv, transform, positions, PagedKV(*caches), SCALE, ctx)
+        results.append((out, *caches))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, equal_nan=True)
     assert ("rope_decode_triton" in calls) == fused and len(calls) == bool(decode) + bool(prefill)

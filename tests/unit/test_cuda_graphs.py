@@ -14,14 +14,14 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.attention.torch_ref import TorchBackend
 from nanovllm.distributed import parallel
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.layers import linear as layers
 from nanovllm.messages import Batch
-from nanovllm.ops.linear.dispatch import Adder, Kernel, regime_of
+from nanovllm.ops.dispatch import Adder, Kernel, regime_of
 from nanovllm.ops.linear.gemm import MAX_TILES, default_gemm_config
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from nanovllm.runner import model_runner
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.weights.formats import Plain
 from tests.models.tiny import save_tiny
 
 
@@ -82,18 +82,18 @@ def test_what_comes_before_steps_has_ended_when_they_may_begin_in_another_stream
 
         return run
 
-    for name in ("_allocate", "_move_weights", "_settle"):
+    for name in ("_allocate", "_move_weights", "_synchronize"):
         monkeypatch.setattr(ModelRunner, name, note(name, getattr(ModelRunner, name)))
     monkeypatch.setattr(model_runner, "load_weights", note("load_weights", model_runner.load_weights))
     path = save_tiny(tmp_path, "qwen3")
     with LLM(path, device="cpu", max_num_seqs=2, max_model_len=64) as llm:
         for change in (lambda: None, lambda: llm.update_weights(path), lambda: llm.sleep(2), llm.wake_up):
             change()
-            assert calls.pop() == "_settle"
+            assert calls.pop() == "_synchronize"
     event, stream = MagicMock(), MagicMock()
     stream.record_event = lambda: event
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    ModelRunner._settle(SimpleNamespace(device=torch.device("cuda", 1), wait=calls.append))
+    ModelRunner._synchronize(SimpleNamespace(device=torch.device("cuda", 1), wait=calls.append))
     assert calls[-1] is event
 
 
@@ -103,7 +103,7 @@ def test_a_step_has_a_counter_for_each_row_and_kv_head(tmp_path, monkeypatch):
     monkeypatch.setattr(TorchBackend, "prepare", lambda self, ctx: contexts.append(ctx) or prepare(self, ctx))
     with LLM(save_tiny(tmp_path, "qwen3"), device="cpu", max_num_seqs=900, max_model_len=64) as llm:
         llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
-    num_kv_heads = contexts[0].num_kv_heads
+    (num_kv_heads,) = contexts[0].kv_heads
     assert num_kv_heads > 1 and len(contexts[0].counters) >= 901 * num_kv_heads > MAX_TILES
     assert all(context.counters is contexts[0].counters for context in contexts) and not contexts[0].counters.any()
 
@@ -112,8 +112,13 @@ def test_a_step_has_a_counter_for_each_row_and_kv_head(tmp_path, monkeypatch):
 @pytest.mark.parametrize("max_num_seqs", [1, 20, 512])
 def test_no_kernel_of_a_product_is_left_to_be_compiled_in_a_capture(tmp_path, monkeypatch, max_num_seqs):
     """Products of some rows have a kernel for each power of two, norms of more one that adds; prompts have rows too."""
-    counts, product = set(), layers.linear
-    monkeypatch.setattr(layers, "linear", lambda x, *args: counts.add(len(x)) or product(x, *args))
+    counts, linear = set(), Plain.linear
+
+    def counted(self, x, *args, **options):
+        counts.add(len(x))
+        return linear(self, x, *args, **options)
+
+    monkeypatch.setattr(Plain, "linear", counted)
     monkeypatch.setattr(TorchBackend, "name", "triton")  # whose kernels are compiled first
     options = dict(max_num_seqs=max_num_seqs, max_model_len=64, max_num_batched_tokens=2048)  # of at least 32 prompts
     with LLM(save_tiny(tmp_path, "qwen3"), device="cpu", **options):
@@ -136,7 +141,9 @@ def test_steps_run_on_the_engine_s_gpu_whatever_the_thread_s_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", device)
     runner = object.__new__(ModelRunner)
     runner.device, runner.state, runner.graphs, runner.num_blocks = torch.device("cuda", 1), MagicMock(), None, 1
-    for name in ("_eager", "_send", "_move_weights", "_allocate", "_capture", "_settle"):
+    runner.forward = MagicMock()
+    runner.forward.run.side_effect = lambda *_: seen.append(current[-1]) or MagicMock()
+    for name in ("_send", "_move_weights", "_allocate", "_capture", "_synchronize"):
         setattr(runner, name, MagicMock(side_effect=lambda *_: seen.append(current[-1]) or MagicMock()))
     runner.launch(Batch())
     runner.wake_up()
@@ -154,13 +161,14 @@ def test_one_engine_captures_at_a_time_and_nothing_is_collected_meanwhile(monkey
         inside.set()
         assert go_on.wait(60)
         both.append(current_thread())
+        return None, None
 
-    backend, config = SimpleNamespace(capturable_prefill=False, shares_prefixes=False), MagicMock()
-    runner, threads = SimpleNamespace(backend=backend, config=config, check_ranks=lambda: None), []
+    backend, threads = SimpleNamespace(capturable_prefill=False, shares_prefixes=False), []
     for _ in range(2):
         graphs = object.__new__(StepGraphs)
+        graphs.forward, graphs.config = SimpleNamespace(backend=backend), MagicMock()
         graphs.slots, graphs.decode, graphs._capture = torch.zeros(1), {}, capture
-        threads.append(Thread(target=graphs.capture, args=[runner]))
+        threads.append(Thread(target=graphs.capture))
         threads[-1].start()
     assert inside.wait(60)
     threads[1].join(0.5)
@@ -172,7 +180,7 @@ def test_one_engine_captures_at_a_time_and_nothing_is_collected_meanwhile(monkey
     assert gc.isenabled()
     gc.disable()  # as a caller may have
     try:
-        graphs.capture(runner)
+        graphs.capture()
         assert not gc.isenabled()
     finally:
         gc.enable()
@@ -199,8 +207,9 @@ def test_a_capture_that_fails_is_ended_and_freed(error, ends, monkeypatch):
     run.calls = 0
     graph, allocator, graphs = MagicMock(), MagicMock(), object.__new__(StepGraphs)
     graph.capture_end.side_effect = ends
-    graphs.pool, graphs.stream, graphs.few_layers, graphs.wait = (0, 7), MagicMock(), nullcontext, MagicMock()
-    graphs.slots = SimpleNamespace(device=torch.device("cuda", 1))
+    graphs.pool, graphs.stream, graphs.wait = (0, 7), MagicMock(), MagicMock()
+    graphs.forward = SimpleNamespace(model=SimpleNamespace(few_layers=nullcontext))
+    graphs.device = torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())

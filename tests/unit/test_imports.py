@@ -13,19 +13,19 @@ LAYERS = [
     ["async_llm"],
     ["llm"],
     ["engine"],
-    ["executor"],
+    ["executor", "sandbox"],
     ["runner"],
     ["checkpoints"],
     ["models"],
     ["layers"],
+    ["utils"],
     ["attention"],
     ["weights"],
-    ["utils"],
     ["distributed"],
     ["ops"],
     ["messages"],
     ["config", "sampling_params", "outputs"],
-    ["checks", "arithmetic"],
+    ["checks", "arithmetic", "progress"],
 ]
 
 

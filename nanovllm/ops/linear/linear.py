@@ -1,33 +1,15 @@
-"""Linear layers with what comes before and after them, by the kernels that dispatch.py says."""
+"""Linear layers, fused with what comes before and after them where the table in dispatch.py has a kernel for that."""
 
 import torch
 import torch.nn.functional as F
 
 from nanovllm.ops.comm.peer_memory import PeerMemory
-from nanovllm.ops.linear.dispatch import ZERO_BIAS_COLUMNS, Adder, Kernel, regime_of
+from nanovllm.ops.dispatch import ZERO_BIAS_COLUMNS, Adder, Kernel, regime_of
 from nanovllm.ops.linear.gemm import gemm_triton, is_gemm
 from nanovllm.ops.linear.gemv import gemv_triton, is_gemv
 from nanovllm.ops.linear.silu_mul import silu_mul
 from nanovllm.ops.linear.swiglu import is_swiglu, swiglu_triton
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
-
-
-def can_pack(weight: torch.Tensor) -> bool:
-    """Whether `pack` knows a better layout for `weight` [N, K]: on CPUs with oneDNN, for the dtypes it computes in."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return weight.dtype == torch.float32 or (
-        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-
-
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """An opaque copy of `weight` in oneDNN's blocked layout; `to_dense()` gives the plain one back.
-
-    A plain weight is brought into that layout in every product, which on a CPU takes as long as a product of up to
-    about 30 rows itself.
-    """
-    return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
 def linear(
@@ -38,10 +20,10 @@ def linear(
     gated: bool = False,
     counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [T, K] -> x W^T + b [T, N].
+    """Return x W^T + b [T, N] for x [T, K].
 
     Args:
-        weight: [N, K], plain or packed; [2 N, K], gate and up, if `gated`.
+        weight: [N, K]; [2 N, K], gate and up, if `gated`.
         bias: one number for each row of the weight.
         norm: weight [K] and epsilon of an RMSNorm of x that comes first.
         gated: the result is silu(gate) * up (SwiGLU, arXiv:2002.05202).
@@ -55,10 +37,7 @@ def linear(
         return gemm_triton(x, weight, bias, gated, counters=counters)
     if gated and bias is None and is_swiglu(x, weight):
         return swiglu_triton(x, weight)
-    if weight.is_mkldnn:
-        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    else:
-        y = F.linear(x, weight, bias)
+    y = F.linear(x, weight, bias)
     return silu_mul(y) if gated else y
 
 
@@ -69,7 +48,7 @@ def linear_add(
     residual: torch.Tensor,
     counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """residual [T, N] += x W^T + b, in place; on a GPU the sum is part of the product."""
+    """Compute residual [T, N] += x W^T + b in place; on a GPU the GEMM itself adds."""
     if is_gemv(x, weight):
         return gemv_triton(x, weight, bias, residual=residual)
     if is_gemm(x, weight):
@@ -80,28 +59,32 @@ def linear_add(
 
 
 def choose_adder(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, ranks: int, peers: PeerMemory | None
+    x: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor, ranks: int, peers: PeerMemory | None
 ) -> Adder:
-    """Choose what adds x W^T to the residual stream [T, N]: what the table says, if the operands allow it."""
+    """Choose what adds x W^T to the residual stream [T, N]: what the table says, if the operands allow it.
+
+    Args:
+        weight: None if it is in a format that only a library's GEMM reads.
+    """
     regime = regime_of(len(x))
     if ranks == 1:
         if not x.is_cuda:
             return Adder.GEMM
-        fits = regime.kernel is Kernel.LIBRARY or is_gemv(x, weight) or is_gemm(x, weight)
-        return regime.adder if fits else Adder.NEXT_NORM
+        fits = weight is not None and (is_gemv(x, weight) or is_gemm(x, weight))
+        return regime.adder if fits or regime.kernel is Kernel.LIBRARY else Adder.NEXT_NORM
     if regime.ranks_adder is Adder.ALL_REDUCE_GEMV:
-        fits = peers is not None and is_gemv(x, weight) and peers.fits_all_reduce(residual)
+        fits = weight is not None and is_gemv(x, weight) and peers is not None and peers.fits_all_reduce(residual)
         return Adder.ALL_REDUCE_GEMV if fits else Adder.NEXT_NORM
     if regime.ranks_adder is Adder.SLICED_GEMM:
-        fits = peers is not None and peers.overlapped is not None and peers.overlapped.fits(residual)
-        return Adder.SLICED_GEMM if fits else Adder.GEMM
+        overlapped = None if weight is None or peers is None else peers.overlapped
+        return Adder.SLICED_GEMM if overlapped is not None and overlapped.fits(residual) else Adder.GEMM
     return regime.ranks_adder
 
 
 def wants_zero_bias(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a GEMM without bias may be faster with a bias of zeros, when the next norm adds its output.
 
-    With a bias torch lets cuBLASLt choose the kernel, else cuBLAS. docs/performance.md has the figures.
+    Then torch asks cuBLASLt for the GEMM instead of cuBLAS. docs/performance.md has the figures.
     """
     regime = regime_of(len(x))
     by_library = x.is_cuda and regime.kernel is Kernel.LIBRARY and regime.adder is Adder.NEXT_NORM
@@ -111,5 +94,5 @@ def wants_zero_bias(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def linear_all_reduce(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, peers: PeerMemory | None
 ) -> torch.Tensor:
-    """residual [T, N] += all_reduce(x W^T) + b, in place and in one launch, for ALL_REDUCE_GEMV."""
+    """Compute residual [T, N] += all_reduce(x W^T) + b, in place and in one launch, for ALL_REDUCE_GEMV."""
     return gemv_triton(x, weight, bias, residual=residual, peers=peers)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Kernel(Enum):
-    """What computes the GEMM of a linear layer on a GPU.
+    """A way to compute the GEMM of a linear layer.
 
     The Triton kernels check what else they need in `is_gemv` and `is_gemm` (Hopper, TMA, dtype, contiguity). The
     library replaces a kernel that does not fit, and is all that a CPU has.
@@ -22,7 +22,7 @@ class Kernel(Enum):
 
 
 class Adder(Enum):
-    """What adds the output of o_proj or down_proj to the residual stream. See `choose_adder` for what replaces it."""
+    """A way to add the output of o_proj or down_proj to the residual stream. `choose_adder` knows the exceptions."""
 
     GEMM = "the GEMV or GEMM; with several ranks that of rank 0, and the next norm all-reduces"
     NEXT_NORM = "the RMSNorm that follows, in whose kernel several ranks also all-reduce"
@@ -31,7 +31,7 @@ class Adder(Enum):
 
 
 class Regime(NamedTuple):
-    """What runs for up to `max_tokens` tokens.
+    """A row of the table: the kernels that run for up to `max_tokens` tokens.
 
     Attributes:
         max_tokens: upper bound, included.

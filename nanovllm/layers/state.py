@@ -1,0 +1,44 @@
+"""State that layers keep between steps. A spec declares it, so that runner/state_pool.py can size and allocate it.
+
+For another kind of state (recurrent state, one for each slot), add a spec class here with the bytes that it takes and
+`allocate`. StatePool then takes these bytes out of its budget before it counts blocks.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nanovllm.attention.base import PagedKV
+
+
+@dataclass(frozen=True)
+class PagedKVSpec:
+    """A layer's keys and values in blocks; sizes are this rank's."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def block_bytes(self, block_size: int) -> int:
+        """Return the bytes of one block of `block_size` tokens."""
+        return 2 * block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> PagedKV:
+        """Make the caches, of zeros: FlashAttention-3 needs finite values behind the end of a sequence."""
+        shape = (num_blocks, block_size, self.num_kv_heads, self.head_dim)
+        k_cache = torch.zeros(shape, dtype=self.dtype, device=device)
+        return PagedKV(k_cache, torch.zeros(shape, dtype=self.dtype, device=device))
+
+
+class StatefulLayer(nn.Module):
+    """A layer that keeps state between steps."""
+
+    @abstractmethod
+    def state_spec(self) -> PagedKVSpec:
+        """Return what the layer needs."""
+
+    @abstractmethod
+    def bind(self, state: PagedKV | None) -> None:
+        """Use this state from now on, or none."""

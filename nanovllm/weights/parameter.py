@@ -1,0 +1,75 @@
+"""Parameters that load themselves, and which tensors of a checkpoint they load.
+
+A parameter carries `weight_loader(param, loaded, shard_id=None)`: it copies this rank's slice of a whole tensor of the
+checkpoint. `shard_id` names the part of a merged parameter.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+ShardId = str | int  # of a part of a merged parameter, as in nano-vLLM: "q", "k", "v", 0 or 1
+
+
+class CheckpointTensor(NamedTuple):
+    """A tensor that a checkpoint must have, and where it goes.
+
+    Attributes:
+        param: the parameter that loads it.
+        shape: of the whole tensor.
+        shard_id: which part of `param` it is; None if it is all.
+        rows: where this rank's slice lies in `param`; None if it is all.
+    """
+
+    param: nn.Parameter
+    shape: tuple[int, ...]
+    shard_id: ShardId | None = None
+    rows: slice | None = None
+
+    @property
+    def shard(self) -> torch.Tensor:
+        """The part of the parameter that the tensor fills."""
+        return self.param if self.rows is None else self.param[self.rows]
+
+    def load(self, loaded: torch.Tensor) -> None:
+        """Copy this rank's slice of the whole tensor. Raise ValueError if its shape is wrong."""
+        self.param.weight_loader(self.param, loaded, self.shard_id)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def checkpoint_tensors(module: nn.Module, prefix: str) -> dict[str, CheckpointTensor]:
+    """Map the names of the checkpoint tensors that `module` loads to where they go.
+
+    A layer whose tensors have other names or shapes than its parameters declares them in a method of this name.
+    """
+    declare = getattr(module, "checkpoint_tensors", None)
+    if declare is not None:
+        return declare(prefix)
+    tensors = {}
+    for name, param in module.named_parameters(recurse=False):
+        tensors[f"{prefix}.{name}"] = CheckpointTensor(param, tuple(param.shape))
+    for name, child in module.named_children():
+        tensors |= checkpoint_tensors(child, f"{prefix}.{name}")
+    return tensors
+
+
+def check_shape(loaded: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless `loaded` has the `shape` of the whole tensor."""
+    if tuple(loaded.shape) != tuple(shape):
+        raise ValueError(f"has shape {list(loaded.shape)}, but the model needs {list(shape)}")
+
+
+def load_whole(param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
+    """Load a parameter that every rank holds in full."""
+    check_shape(loaded, param.shape)
+    param.copy_(loaded)
+
+
+def make_parameter(
+    *shape: int, dtype: torch.dtype | None = None, weight_loader: Callable[..., None] = load_whole
+) -> nn.Parameter:
+    """Make an uninitialised parameter without gradient on the current default device."""
+    param = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+    param.weight_loader = weight_loader  # pyright: ignore[reportAttributeAccessIssue]
+    return param

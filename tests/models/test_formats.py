@@ -1,0 +1,58 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanovllm.ops.dispatch import Adder
+from nanovllm.ops.norm_rope.rms_norm import rms_norm
+from nanovllm.weights.formats import Packed, Plain, WeightFormat
+
+needs_onednn = pytest.mark.skipif(not Packed.supports(torch.zeros(1, 1)), reason="no oneDNN here")
+
+
+def plain(rows, columns, is_shared=False):
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    return Plain(nn.Parameter(weight.clone(), requires_grad=False), is_shared), weight
+
+
+class Library(WeightFormat):
+    """The least that a format can be."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def matmul(self, x, bias=None):
+        return F.linear(x, self.weight, bias)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 16, 65, 600])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("kind", [pytest.param("packed", marks=needs_onednn), "plain", "library"])
+def test_all_formats_compute_the_same(kind, tokens, biased):
+    generator = torch.Generator().manual_seed(tokens)
+    x, bias, residual, norm = (torch.randn(s, generator=generator) for s in ((tokens, 40), (68,), (tokens, 68), (40,)))
+    bias = bias if biased else None
+    format, weight = plain(68, 40)
+    format = {"packed": Packed, "plain": lambda plain: plain, "library": lambda plain: Library(weight)}[kind](format)
+    expected = F.linear(x, weight, bias)
+    torch.testing.assert_close(format.linear(x, bias), expected, atol=1e-5, rtol=1e-5)
+    total = residual.clone()
+    assert format.linear_add(x, bias, total) is total
+    torch.testing.assert_close(total, residual + expected, atol=1e-5, rtol=1e-5)
+    gate, up = F.linear(rms_norm(x, norm, 1e-6), weight, bias).chunk(2, -1)
+    got = format.linear(x, bias, (norm, 1e-6), gated=True)
+    torch.testing.assert_close(got, F.silu(gate) * up, atol=1e-5, rtol=1e-5)
+    assert format.choose_adder(x, residual, 1, None) is Adder.GEMM and not format.wants_zero_bias(x)
+
+
+@needs_onednn
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_packed_weight_is_written_plain_and_packed_again(is_shared):
+    format, weight = plain(67, 40, is_shared)
+    param = format.weight
+    packed = format.finish_loading()
+    assert isinstance(packed, Packed) and packed.weight is param
+    assert param.numel() == (67 * 40 if is_shared else 0)  # an embedding reads it
+    assert packed.start_loading() is format and torch.equal(param, weight)
+    param.copy_(-weight)
+    torch.testing.assert_close(format.finish_loading().linear(torch.eye(40)), -weight.T)
