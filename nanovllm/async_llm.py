@@ -125,7 +125,7 @@ class AsyncLLM:
             self._engine_thread.shutdown()
             raise
         if find_spec("llguidance"):
-            # Now, because this holds the GIL for a while. Should it fail, each structured request says why.
+            # Loaded now, because this holds the GIL for a while. If it fails, each structured request reports why.
             self._preparing_threads.submit(lambda: self.llm_engine.input_processor.grammars)
         close_at_exit(self)
 

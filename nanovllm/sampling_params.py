@@ -76,12 +76,12 @@ class StructuredOutputsParams:
     The model chooses how a text is split into tokens, also where only one text can follow.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; the message names it. Adding a request compiles the schema or
-            grammar. If it is wrong, not supported, or takes more than 5 s of CPU time or 1 GiB, only that request is
-            refused. An output
-            ends with the finish reason "abort" where a step would take too long: an ambiguous grammar (`s: s s | "a"`)
-            after a long text, a regular expression that needs more than 50,000 states, or more than 2,000 rules that
-            may go on at the same token, as in an object of about 500 optional properties.
+        TypeError, ValueError: an argument is wrong; the message names it. The schema or grammar is compiled when a
+            request is added. If it is wrong, not supported, or takes more than 5 s of CPU time or 1 GiB to compile,
+            only that request is refused. An output finishes with the reason "abort" where a step would take too long:
+            after a long text of an ambiguous grammar (`s: s s | "a"`), for a regular expression that needs more than
+            50,000 states, or if more than 2,000 rules may go on at the same token, as in an object of about 500
+            optional properties.
     """
 
     json: str | dict | None = None

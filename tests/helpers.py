@@ -11,9 +11,10 @@ from pathlib import Path
 from nanovllm import LLM, SamplingParams
 from nanovllm.executor.processes import RankProcesses
 
+# Tokens in a KV block of `engine`.
+BLOCK = 16
 # Seconds after which something that has not happened never will, even on a busy machine.
 SOON = 60
-BLOCK = 16
 
 
 def engine(path, **options):

@@ -24,7 +24,7 @@ def llm(tmp_path_factory):
     path = save_tiny(tmp_path_factory.mktemp("speaking"), "qwen3", vocab_size=len(tokenizer), eos_token_id=2)
     tokenizer.save_pretrained(path)
     with LLM(path, **OPTIONS) as llm:
-        llm.input_processor.templates.cpu_seconds = 1
+        llm.llm_engine.input_processor.templates.cpu_seconds = 1
         yield llm
 
 
