@@ -10,11 +10,13 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from collections.abc import Sequence as SequenceType
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nanovllm.checks import is_list, number, shown
 from nanovllm.config import check_names
 from nanovllm.engine.llm_engine import checked_id, close_at_exit
 from nanovllm.engine.request import Request
@@ -22,7 +24,6 @@ from nanovllm.llm import LLM
 from nanovllm.ops.triton_utils import current_gpu_initializer
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.checks import is_list, number
 
 _PREPARING_THREADS = 4
 
@@ -106,6 +107,9 @@ class AsyncLLM:
         except BaseException:
             self._thread.shutdown()
             raise
+        if find_spec("llguidance"):
+            # Now, because this holds the GIL for a while. Should it fail, each structured request says why.
+            self._preparing_threads.submit(lambda: self._llm.input_processor.grammars)
         close_at_exit(self)
 
     # -- the engine's thread -----------------------------------------------------------------------------------------
@@ -227,7 +231,7 @@ class AsyncLLM:
         """
         stream = _Stream()
         if request_id is not None and self._preparing.setdefault(checked_id(request_id), stream) is not stream:
-            raise ValueError(f"request_id {request_id!r} is that of a request that is being prepared")
+            raise ValueError(f"request_id {shown(request_id)} is that of a request that is being prepared")
         try:
             async with self._turns():
                 process = self._llm.input_processor.process

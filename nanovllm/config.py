@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nanovllm.utils.checks import ABOVE_0, check_fields, one_of, plain, within
+from nanovllm.checks import ABOVE_0, check_fields, one_of, plain, shown, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Config:
                 f"({self.max_num_seqs}): a step holds one token of each running sequence"
             )
         if not isinstance(self.model, str | Path | None):
-            raise TypeError(f"model must be a path, a hub id or None, got {self.model!r:.80}")
+            raise TypeError(f"model must be a path, a hub id or None, got {shown(self.model)}")
         if self.model == "":
             raise ValueError("model must be a path, a hub id or None, got ''")
         if self.model is not None:

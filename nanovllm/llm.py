@@ -1,17 +1,18 @@
 """The class users import."""
 
 import time
+import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceType
+from functools import partial
 from typing import Any
 
-from tqdm import tqdm
-
+from nanovllm.checks import is_list, shown
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request
 from nanovllm.outputs import RequestOutput
+from nanovllm.progress import ProgressBar
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.checks import is_list
 
 
 class LLM(LLMEngine):
@@ -34,6 +35,8 @@ class LLM(LLMEngine):
             TypeError, ValueError: a prompt or its parameters are wrong; nothing was queued.
             RuntimeError: the engine is closed, asleep, in use by another thread, or has failed.
         """
+        if not isinstance(use_tqdm, bool):
+            raise TypeError(f"use_tqdm must be a bool, got {shown(use_tqdm)}")
         if isinstance(prompts, str) or (is_list(prompts) and prompts and isinstance(prompts[0], int)):
             prompts = [prompts]
         if not is_list(prompts):
@@ -41,30 +44,31 @@ class LLM(LLMEngine):
         if isinstance(sampling_params, SamplingParams | None):
             sampling_params = [sampling_params] * len(prompts)
         if not is_list(sampling_params):
-            raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
+            raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {shown(sampling_params)}")
         if len(sampling_params) != len(prompts):
             raise ValueError(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")
-        with self._alone():
+        with self._owned():
             requests = [self._make_request(*pair) for pair in zip(prompts, sampling_params, strict=True)]
             return self._answer(requests, use_tqdm)
 
     def _answer(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
-        ids: list[int | str] = []
         outputs: dict[int | str, RequestOutput] = {}
         tokens, begin = 0, time.perf_counter()
         try:
-            ids += map(self._queue, requests)
-            mine = set(ids)
-            with tqdm(total=len(ids), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as bar:
-                while len(outputs) < len(ids):
+            for request in requests:
+                self._queue(request)
+            mine = set(requests)
+            with ProgressBar(total=len(requests), desc="Generating", enabled=use_tqdm, dynamic_ncols=True) as bar:
+                while len(outputs) < len(requests):
                     for output in self._step_for(mine):
                         outputs[output.request_id] = output
                         tokens += sum(len(sample.token_ids) for sample in output.outputs)
                         bar.set_postfix_str(f"{tokens / (time.perf_counter() - begin):.0f} tok/s", refresh=False)
                         bar.update()
         finally:
-            self._leave(request_id for request_id in ids if request_id not in outputs)  # interrupted
-        return [outputs[request_id] for request_id in ids]
+            if len(outputs) < len(requests):  # an error or an interrupt
+                self._abandon(requests)
+        return [outputs[request.id] for request in requests]
 
     def chat(
         self,
@@ -101,7 +105,8 @@ class LLM(LLMEngine):
 
         Raises:
             TypeError: the messages are malformed, or the template does not read a variable.
-            ValueError: the model has no chat template, or it does not fit the messages or the tools.
+            ValueError: the messages are far too long for `max_model_len`, the model has no chat template, or the
+                template does not fit the messages or the tools, or it took too much time or memory.
         """
         return self.input_processor.chat_prompts(messages, **template)
 
@@ -116,23 +121,29 @@ class LLM(LLMEngine):
             TypeError, ValueError: at once, if the request cannot be served.
         """
         request = self._make_request(prompt, sampling_params, stream=True)
-        self._queue(request)
         increments = self._increments(request)
-        next(increments)
-        return increments
+        # A second way to notice that the iterator is gone, for an interrupt in the code at its end. No interrupt can
+        # hit this callback: it runs no Python code.
+        request.consumer = weakref.ref(increments, partial(self.abandoned.setdefault, request))
+        try:
+            next(increments)
+            return increments
+        except BaseException:
+            increments.close()
+            raise
 
     def _increments(self, request: Request) -> Iterator[RequestOutput]:
         def is_there() -> bool:  # `abort`, or another's `step`, may have ended it, and its id may be another's by now
-            return self.requests.get(request.id, request) is request and self._is_taken(request.id)
+            return self.requests.get(request.id) is request or any(owner is request for owner, _ in self.outputs)
 
         try:
-            yield  # to `stream`: only an iterator that has begun can be left
+            self._queue(request)
+            yield  # to `stream`: only an iterator that has started can be abandoned
             while is_there():
-                for output in self._step_for((request.id,)):
+                for output in self._step_for((request,)):
                     yield output
                     if output.finished:
                         return
             self._check_usable(awake=False)
         finally:
-            if is_there():
-                self._leave([request.id])
+            self._abandon([request])

@@ -1,13 +1,14 @@
-"""What a request asks of the sampler, when it ends, and what it wants to be told."""
+"""Sampling parameters: how a request is sampled, when it finishes, and what it returns."""
 
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, fields
 from functools import partial
+from numbers import Integral
 from typing import Any
 
-from nanovllm.utils.checks import ABOVE_0, check_fields, is_list, number, one_of, plain, within
+from nanovllm.checks import ABOVE_0, check_fields, is_list, length, number, one_of, plain, shown, within
 
 # What one request may ask for at most, so that none can make unbounded work.
 MAX_SAMPLES = 1024
@@ -26,9 +27,9 @@ def _list(name: str, value: Any, what: str, most: int) -> tuple:
     if value is None:
         return ()
     if not is_list(value) and not isinstance(value, set | frozenset):
-        raise TypeError(f"{name} must be a list of {what}, got {value!r}")
-    if len(value) > most:
-        raise ValueError(f"{name} must have at most {most} entries, got {len(value)}")
+        raise TypeError(f"{name} must be a list of {what}, got {shown(value)}")
+    if (count := length(value)) > most:
+        raise ValueError(f"{name} must have at most {most} entries, got {count}")
     return tuple(value)
 
 
@@ -36,14 +37,20 @@ def _strings(name: str, value: Any, most: int) -> tuple[str, ...]:
     strings = _list(name, [value] if isinstance(value, str) else value, "strings", most)
     for string in strings:
         if not isinstance(string, str):
-            raise TypeError(f"{name} must be a list of strings, got the entry {string!r}")
+            raise TypeError(f"{name} must be a list of strings, got the entry {shown(string)}")
         if not 0 < len(string) <= MAX_STOP_CHARS:
-            raise ValueError(f"{name} must have strings of 1 to {MAX_STOP_CHARS} characters, got {string[:40]!r}")
+            raise ValueError(f"{name} must have strings of 1 to {MAX_STOP_CHARS} characters, got {shown(string)}")
     return tuple(map(plain, strings))
 
 
 def _token_ids(name: str, value: Any, most: int) -> tuple[int, ...]:
-    return tuple(number(f"each id of {name}", i, int, 0, 2**31 - 1) for i in _list(name, value, "token ids", most))
+    ids = _list(name, value, "token ids", most)
+    # Lists may be long: `number` checks only the entries that can be wrong.
+    wrong = tuple(kind for kind in set(map(type, ids)) if kind is bool or not issubclass(kind, Integral))
+    suspects = (next(i for i in ids if type(i) in wrong),) if wrong else (min(ids, default=0), max(ids, default=0))
+    for token_id in suspects:
+        number(f"each id of {name}", token_id, int, 0, 2**31 - 1)
+    return tuple(map(int, ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +59,24 @@ class StructuredOutputsParams:
 
     Args:
         json: a JSON schema, as a dict or as text. The output has no white space but a space behind commas and colons.
-        regex: a regular expression that the whole output matches.
+            In a `pattern`, `\\d` and `\\w` match ASCII only and `\\s` matches Unicode, as in JavaScript. Keywords and
+            formats that llguidance does not know are refused; `uniqueItems: false`, formats of numbers, `password` and
+            `binary` ask nothing and are ignored. An integer has at most 64 bits.
+        regex: a regular expression in Rust's notation that the whole output matches. `\\d`, `\\w` and `\\s` match ASCII
+            only; `\\p{...}` matches Unicode classes.
         choice: texts of which the output is one.
-        grammar: a context-free grammar in Lark's notation, or in GGML's (GBNF).
+        grammar: a context-free grammar in Lark's notation, or in GGML's (GBNF). In its regular expressions `\\d`,
+            `\\w` and `\\s` match Unicode, as in Python. Its texts never match a special token; in Lark's notation
+            `<|name|>` without quotes does.
+
+    The model chooses how a text is split into tokens, also where only one text can follow.
 
     Raises:
-        TypeError, ValueError: naming the argument. Whether the schema or grammar means something is found out when a
-            request is added, and refuses that request alone.
+        TypeError, ValueError: naming the argument. Adding a request compiles the schema or grammar. One that is wrong,
+            not supported, or takes more than 5 s of CPU time or 1 GiB to compile refuses that request alone. An output
+            ends with the finish reason "abort" where a step would take too long: an ambiguous grammar (`s: s s | "a"`)
+            after a long text, a regular expression that needs more than 50,000 states, or more than 2,000 rules that
+            may go on at the same token, as in an object of about 500 optional properties.
     """
 
     json: str | dict | None = None
@@ -81,7 +99,7 @@ class StructuredOutputsParams:
                 raise ValueError("structured_outputs.choice must have at least one text")
         text = "".join(self.choice) if self.choice else getattr(self, given[0])
         if not isinstance(text, str):
-            raise TypeError(f"structured_outputs.{given[0]} must be a string, got {text!r}")
+            raise TypeError(f"structured_outputs.{given[0]} must be a string, got {shown(text)}")
         if len(text) > MAX_GRAMMAR_CHARS:
             raise ValueError(f"structured_outputs.{given[0]} must have at most {MAX_GRAMMAR_CHARS} characters")
 
@@ -124,8 +142,8 @@ class SamplingParams:
         frequency_penalty: is subtracted for each time that the output has the token, in [-2, 2].
         logit_bias: numbers in [-100, 100] to add to the logits of up to 300 token ids.
         allowed_token_ids: no other token can be drawn.
-        bad_words: texts that the output will not have, as the tokenizer spells them at the start of a text and behind
-            a space.
+        bad_words: texts that the output will not have, as the tokenizer spells them directly behind another text and,
+            unless they start with white space, behind a space.
         logprobs: log-probabilities to return for each token: those of so many most likely ones, and the drawn one's.
         prompt_logprobs: the same for the prompt's tokens, always the model's own; these are computed then, not taken
             from the prefix cache.
@@ -169,7 +187,7 @@ class SamplingParams:
         put = partial(object.__setattr__, self)
         check_fields(self)
         if 0 < self.temperature < 1e-3:
-            raise ValueError(f"temperature must be 0 (greedy) or at least 0.001, got {self.temperature!r}")
+            raise ValueError(f"temperature must be 0 (greedy) or at least 0.001, got {shown(self.temperature)}")
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}")
         put("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_IDS))
@@ -181,14 +199,16 @@ class SamplingParams:
                 raise ValueError("allowed_token_ids must have at least one token id; None allows all")
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
-                raise TypeError(f"logit_bias must be a dict of token ids and numbers, got {self.logit_bias!r}")
+                raise TypeError(f"logit_bias must be a dict of token ids and numbers, got {shown(self.logit_bias)}")
+            if (count := length(self.logit_bias)) > MAX_LOGIT_BIAS:
+                raise ValueError(f"logit_bias must have at most {MAX_LOGIT_BIAS} entries, got {count}")
             ids = _token_ids("logit_bias", tuple(self.logit_bias), MAX_LOGIT_BIAS)
             biases = [number("each bias of logit_bias", bias, float, -100, 100) for bias in self.logit_bias.values()]
             put("logit_bias", _FixedDict(zip(ids, biases, strict=True)))
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
-            raise TypeError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
+            raise TypeError(f"structured_outputs must be StructuredOutputsParams, got {shown(self.structured_outputs)}")
         if not isinstance(self.cache_salt, str | None):
-            raise TypeError(f"cache_salt must be a string or None, got {self.cache_salt!r}")
+            raise TypeError(f"cache_salt must be a string or None, got {shown(self.cache_salt)}")
         if self.cache_salt is not None:
             if not 0 < len(self.cache_salt) <= MAX_SALT_CHARS:
                 raise ValueError(f"cache_salt must have 1 to {MAX_SALT_CHARS} characters, got {len(self.cache_salt)}")

@@ -9,7 +9,7 @@ from nanovllm.ops.attention.decode_plan import default_split_policy, plan_decode
 from nanovllm.ops.attention.prefill_attention import prefill_attention_triton
 from nanovllm.ops.attention.rope_decode import rope_decode_triton
 from nanovllm.ops.attention.shared_prefix import shared_attention_triton
-from nanovllm.ops.linear.dispatch import regime_of
+from nanovllm.ops.dispatch import regime_of
 from nanovllm.ops.triton_utils import HAVE_TRITON, sm_count
 
 

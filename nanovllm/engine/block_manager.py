@@ -1,4 +1,4 @@
-"""Paged KV blocks: who holds which, and which full blocks can be shared. No torch here."""
+"""Paged KV blocks: who owns which, and which full blocks can be shared. No torch here."""
 
 import struct
 from collections import OrderedDict
@@ -6,33 +6,40 @@ from dataclasses import dataclass
 
 import xxhash
 
-from nanovllm.engine.sequence import Sequence
+from nanovllm.arithmetic import ceil_div
+from nanovllm.engine.sequence import Placement, Sequence
 
 
 @dataclass(slots=True)
 class Block:
     """One block of the KV cache.
 
-    `uid` is a number no other content ever had. It names the parent in the chain of a prefix: two prefixes whose hashes
-    collide have different uids, so a child is never taken for another prefix's.
+    `uid` is a number that no other content ever had. A block names its parent by uid, so prefixes whose hashes collide
+    are still told apart.
+
+    Args:
+        ref_count: sequences that own the block.
+        uid: 0 if the block is not in the prefix index.
+        parent_uid: uid of the block before it in its prefix; for the first block the request's cache salt, or 0.
+        token_ids: the tokens whose KV it holds.
     """
 
     ref_count: int = 0
-    uid: int = 0  # 0: not in the prefix index
+    uid: int = 0
     hash: int = 0
-    parent_uid: int | str = 0  # of a prefix's first block 0 or the salt: what it has for a parent
+    parent_uid: int | str = 0
     token_ids: tuple[int, ...] = ()
 
 
 class BlockManager:
-    """Hands out blocks, counts references, and finds shared prefixes.
+    """Allocates blocks, counts references, and finds shared prefixes.
 
-    A block whose count falls to 0 joins the free list's end but keeps its content until it is taken from the front
-    (LRU), so a later request with the same prefix can still have it.
+    A block whose count falls to 0 goes to the end of the free list but keeps its content until it is allocated again
+    from the front (LRU). Until then a request with the same prefix can share it.
 
     Args:
         num_blocks: blocks in the pool.
-        block_size: tokens in a block.
+        block_size: tokens per block.
         enable_prefix_caching: whether full blocks enter the prefix index.
     """
 
@@ -42,47 +49,46 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.blocks = [Block() for _ in range(num_blocks)]
         self.free_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # front: longest unused
-        self.index: dict[int, int] = {}  # chained hash -> block id
+        self.index: dict[int, int] = {}  # prefix hash -> block id
         self.last_uid = 0
 
     @property
     def num_free(self) -> int:
         return len(self.free_ids)
 
-    def has_room(self, seq: Sequence, num_new: int) -> bool:
-        """Whether the blocks of `seq` hold `num_new` tokens more."""
-        return seq.num_computed + num_new <= len(seq.block_table) * self.block_size
+    def has_room(self, placement: Placement, num_new: int) -> bool:
+        """Whether the blocks of `placement` hold `num_new` more tokens."""
+        return placement.num_computed + num_new <= len(placement.block_table) * self.block_size
 
-    def num_missing(self, seq: Sequence, num_tokens: int) -> int:
-        """Blocks `seq` lacks to hold `num_tokens` tokens."""
-        return max(0, -(-num_tokens // self.block_size) - len(seq.block_table))
+    def num_missing(self, placement: Placement, num_tokens: int) -> int:
+        """Return how many more blocks `placement` needs to hold `num_tokens` tokens."""
+        return max(0, ceil_div(num_tokens, self.block_size) - len(placement.block_table))
 
-    def allocate(self, seq: Sequence, num_tokens: int) -> None:
-        """Give `seq` the blocks for `num_tokens` tokens, which the pool must have."""
-        for _ in range(self.num_missing(seq, num_tokens)):
+    def allocate(self, placement: Placement, num_tokens: int) -> None:
+        """Extend `placement` to hold `num_tokens` tokens. The pool must have enough free blocks."""
+        for _ in range(self.num_missing(placement, num_tokens)):
             block_id, _ = self.free_ids.popitem(last=False)
-            self._forget(self.blocks[block_id], block_id)
+            self._remove_from_index(block_id)
             self.blocks[block_id].ref_count = 1
-            seq.block_table.append(block_id)
+            placement.block_table.append(block_id)
 
-    def free(self, seq: Sequence) -> None:
-        """Take back all of `seq`'s blocks, its tail first, so that the tail is also reused first."""
-        for block_id in reversed(seq.block_table):
+    def free(self, placement: Placement) -> None:
+        """Release all blocks of `placement`, the last first, so that the end of a prefix is evicted first."""
+        for block_id in reversed(placement.block_table):
             block = self.blocks[block_id]
             block.ref_count -= 1
             if block.ref_count == 0:
                 self.free_ids[block_id] = None
-        seq.block_table.clear()
-        seq.num_computed = seq.num_registered = 0
+        placement.block_table.clear()
 
     def find_prefix(self, seq: Sequence) -> list[int]:
-        """The cached blocks that `seq`'s tokens begin with. At least one token is left to compute."""
+        """Return the cached blocks that `seq`'s tokens start with. At least one token is left to compute."""
         found: list[int] = []
         if not self.enable_prefix_caching:
             return found
-        prefix_hash, parent_uid = _root(seq)
+        prefix_hash, parent_uid = _empty_prefix(seq)
         for i in range((len(seq.token_ids) - 1) // self.block_size):
-            token_ids = self._tokens(seq, i)
+            token_ids = self._block_tokens(seq, i)
             prefix_hash = _chain(prefix_hash, token_ids)
             block_id = self._lookup(prefix_hash, parent_uid, token_ids)
             if block_id is None:
@@ -91,47 +97,48 @@ class BlockManager:
             found.append(block_id)
         return found
 
-    def share(self, seq: Sequence, found: list[int]) -> None:
-        """Let `seq`, which owns no block, begin with the blocks `find_prefix` found."""
+    def share(self, seq: Sequence, placement: Placement, found: list[int]) -> None:
+        """Start an empty `placement` of `seq` with the blocks that `find_prefix` found."""
         for block_id in found:
             block = self.blocks[block_id]
             if block.ref_count == 0:
                 del self.free_ids[block_id]
             block.ref_count += 1
-        seq.block_table.extend(found)
-        seq.num_registered = len(found)
-        seq.num_computed = len(found) * self.block_size
-        last = self.blocks[found[-1]] if found else None
-        seq.prefix_hash, seq.prefix_uid = (last.hash, last.uid) if last else _root(seq)
+        placement.block_table.extend(found)
+        placement.num_registered = len(found)
+        placement.num_computed = len(found) * self.block_size
+        placement.prefix_hash, placement.prefix_uid = _empty_prefix(seq)
+        if found:
+            last = self.blocks[found[-1]]
+            placement.prefix_hash, placement.prefix_uid = last.hash, last.uid
 
-    def register(self, seq: Sequence) -> None:
-        """Put `seq`'s full blocks, computed or scheduled to be, in the prefix index.
+    def register(self, seq: Sequence, placement: Placement) -> None:
+        """Add `seq`'s full blocks to the prefix index.
 
-        A block may be shared as soon as the step that fills it is scheduled: steps run in order on the device, and
-        within a step every layer writes all keys and values before any row reads them.
+        A block can be shared as soon as the step that fills it is scheduled: the device runs steps in order, and within
+        a step every layer writes all keys and values before it attends.
         """
-        if not self.enable_prefix_caching or seq.num_computed < (seq.num_registered + 1) * self.block_size:
+        if not self.enable_prefix_caching:
             return
-        for i in range(seq.num_registered, min(seq.num_computed, len(seq.token_ids)) // self.block_size):
-            token_ids = self._tokens(seq, i)
-            seq.prefix_hash = _chain(seq.prefix_hash, token_ids)
-            canonical = self._lookup(seq.prefix_hash, seq.prefix_uid, token_ids)
-            if canonical is None:
-                canonical = seq.block_table[i]
-                block = self.blocks[canonical]
-                self.last_uid += 1
-                block.uid, block.hash = self.last_uid, seq.prefix_hash
-                block.parent_uid, block.token_ids = seq.prefix_uid, token_ids
-                self.index[seq.prefix_hash] = canonical
-            seq.prefix_uid = self.blocks[canonical].uid
-            seq.num_registered = i + 1
+        if placement.num_computed < (placement.num_registered + 1) * self.block_size:
+            return
+        num_full = min(placement.num_computed, len(seq.token_ids)) // self.block_size
+        for i in range(placement.num_registered, num_full):
+            token_ids = self._block_tokens(seq, i)
+            placement.prefix_hash = _chain(placement.prefix_hash, token_ids)
+            block_id = self._lookup(placement.prefix_hash, placement.prefix_uid, token_ids)
+            if block_id is None:
+                block_id = placement.block_table[i]
+                self._add_to_index(block_id, placement, token_ids)
+            placement.prefix_uid = self.blocks[block_id].uid
+            placement.num_registered = i + 1
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix. Blocks in use stay with their sequences but are not found any more."""
-        for block_id, block in enumerate(self.blocks):
-            self._forget(block, block_id)
+        """Empty the prefix index. Sequences keep their blocks, but no other will share them."""
+        for block_id in range(self.num_blocks):
+            self._remove_from_index(block_id)
 
-    def _tokens(self, seq: Sequence, i: int) -> tuple[int, ...]:
+    def _block_tokens(self, seq: Sequence, i: int) -> tuple[int, ...]:
         return tuple(seq.token_ids[i * self.block_size : (i + 1) * self.block_size])
 
     def _lookup(self, prefix_hash: int, parent_uid: int | str, token_ids: tuple[int, ...]) -> int | None:
@@ -141,18 +148,31 @@ class BlockManager:
         block = self.blocks[block_id]
         return block_id if block.parent_uid == parent_uid and block.token_ids == token_ids else None
 
-    def _forget(self, block: Block, block_id: int) -> None:
+    def _add_to_index(self, block_id: int, placement: Placement, token_ids: tuple[int, ...]) -> None:
+        block = self.blocks[block_id]
+        self.last_uid += 1
+        block.uid = self.last_uid
+        block.hash = placement.prefix_hash
+        block.parent_uid = placement.prefix_uid
+        block.token_ids = token_ids
+        self.index[block.hash] = block_id
+
+    def _remove_from_index(self, block_id: int) -> None:
+        block = self.blocks[block_id]
         if block.uid and self.index.get(block.hash) == block_id:
             del self.index[block.hash]
-        block.uid, block.token_ids = 0, ()
+        block.uid = 0
+        block.token_ids = ()
 
 
-def _root(seq: Sequence) -> tuple[int, int | str]:
-    """Hash and uid of the empty prefix: equal for sequences that may share blocks."""
+def _empty_prefix(seq: Sequence) -> tuple[int, int | str]:
+    """Return hash and uid of the empty prefix. Sequences with different salts share no blocks."""
     salt = seq.params.cache_salt
-    return (0, 0) if salt is None else (xxhash.xxh64_intdigest(salt.encode("utf-8", "surrogatepass")), salt)
+    if salt is None:
+        return 0, 0
+    return xxhash.xxh64_intdigest(salt.encode("utf-8", "surrogatepass")), salt
 
 
 def _chain(prefix_hash: int, token_ids: tuple[int, ...]) -> int:
-    """The hash of a block's tokens and of everything before them."""
+    """Return the hash of a prefix that continues the one of `prefix_hash` by a block of `token_ids`."""
     return xxhash.xxh64_intdigest(struct.pack(f"{len(token_ids)}q", *token_ids), seed=prefix_hash)

@@ -4,27 +4,44 @@ Nothing here reads or changes the engine's state, so several threads may use it 
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceType
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cached_property, lru_cache
 from typing import Any
 
+from nanovllm.checkpoints.hub import ModelSource
+from nanovllm.checks import in_vocabulary, is_list, length, shown
 from nanovllm.config import Config
 from nanovllm.engine.chat_template import ChatTemplate
 from nanovllm.engine.detokenizer import TokenBytes
+from nanovllm.engine.grammars import GrammarFilter, Grammars
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.template_renderer import TemplateRenderer
-from nanovllm.engine.token_filter import GrammarFilter, TokenFilter, compile_grammar, grammar_tokenizer, make_filter
+from nanovllm.engine.token_filter import TokenFilter, make_filter
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
-from nanovllm.utils.checks import in_vocabulary, is_list
-from nanovllm.utils.hub import ModelSource
+from nanovllm.sandbox.pool import Pool
 
 _MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token, so a longer prompt is refused before it is tokenised
 _USUAL_TOKEN_CHARS = 8  # prompts with more characters a token are rare; their tokens are counted piece by piece first
 _PIECE_CHARS = 1 << 16
 _MAX_TOKEN_VALUES = 16  # templates make a token or more of each value and key in messages and tools
+
+
+class loaded_once(cached_property):
+    """A cached property that one thread loads while others wait for it; cached_property has no lock since Python 3.12.
+
+    Once it is loaded, reading it takes no lock.
+    """
+
+    def __init__(self, load: Callable[[Any], Any]):
+        super().__init__(load)
+        self.loading = threading.RLock()
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        with self.loading:
+            return super().__get__(instance, owner)
 
 
 class InputProcessor:
@@ -44,23 +61,19 @@ class InputProcessor:
         self.num_kv_tokens = num_kv_tokens
         self.vocab_size = source.config.vocab_size
         self.has_tokenizer = source.has_tokenizer and not config.skip_tokenizer_init
-        self.renderer = TemplateRenderer()
-        self._loading = threading.RLock()
+        self.templates = Pool("templates", {}, "messages do not fit the model's chat template")
         self._token_bytes: dict[bool, TokenBytes] = {}
         self._chat_template = lru_cache(maxsize=8)(self._make_chat_template)
 
     def close(self) -> None:
-        """End the processes that render templates."""
-        self.renderer.close()
+        """End the processes that render templates and compile grammars. May be called again."""
+        self.templates.close()
+        if grammars := self.__dict__.get("grammars"):
+            grammars.close()
 
-    @property
+    @loaded_once
     def tokenizer(self):
         """The model's transformers tokenizer, loaded when it is first used."""
-        with self._loading:  # cached_property has no lock of its own from Python 3.12 on
-            return self._tokenizer
-
-    @cached_property
-    def _tokenizer(self):
         if self.config.skip_tokenizer_init:
             raise ValueError("skip_tokenizer_init is set, so there is no tokenizer: give prompts as token ids")
         tokenizer = self.source.tokenizer()
@@ -68,9 +81,10 @@ class InputProcessor:
         tokenizer.encode("", add_special_tokens=False)
         return tokenizer
 
-    @cached_property
-    def _grammar_tokenizer(self):
-        return grammar_tokenizer(self.tokenizer, self.vocab_size, self.source.config.eos_token_ids)
+    @loaded_once
+    def grammars(self) -> Grammars:
+        """Compiles structured outputs. Made when it is first used, which takes 0.2 s, most of it with the GIL."""
+        return Grammars(self.tokenizer, self.token_bytes(False), self.vocab_size, self.source.config.eos_token_ids)
 
     def process(
         self, prompt, params: SamplingParams | None, request_id: int | str | None = None, stream: bool = False
@@ -82,7 +96,7 @@ class InputProcessor:
         """
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
+            raise TypeError(f"sampling_params must be SamplingParams, got {shown(params)}")
         if self.has_tokenizer:
             _ = self.tokenizer  # a broken one refuses requests here; in a step it would lose all of them
         token_ids = self._prompt_ids(prompt)
@@ -125,6 +139,8 @@ class InputProcessor:
             self._check_text("prompt", prompt)
             token_ids = self.encode(prompt, add_special_tokens=True)
         elif is_list(prompt):
+            if (num_tokens := length(prompt)) >= self.max_model_len:  # before a list of that length is made
+                raise ValueError(f"prompt has {num_tokens} tokens, too many for max_model_len={self.max_model_len}")
             token_ids = list(prompt)
         else:
             raise TypeError(f"prompt must be text or a list of token ids, got {type(prompt).__name__}")
@@ -133,7 +149,7 @@ class InputProcessor:
         # One pass for both checks, because prompts are long.
         wrong = [i for i in token_ids if type(i) is not int or not 0 <= i < self.vocab_size]
         if wrong and type(wrong[0]) is not int:
-            raise TypeError(f"prompt must be text or a list of int token ids, got an id {wrong[0]!r}")
+            raise TypeError(f"prompt must be text or a list of int token ids, got an id {shown(wrong[0])}")
         in_vocabulary("prompt", wrong[:1], self.vocab_size)
         return token_ids
 
@@ -175,7 +191,7 @@ class InputProcessor:
         if params.structured_outputs is None:
             return make_filter(params, self.vocab_size, self.encode, end_ids)
         with _refusing_panics("structured_outputs cannot be compiled"):
-            return GrammarFilter(self._grammar_tokenizer, compile_grammar(params.structured_outputs), self.vocab_size)
+            return self.grammars.filter(**asdict(params.structured_outputs))
 
     # -- chat --------------------------------------------------------------------------------------------------------
 
@@ -189,7 +205,7 @@ class InputProcessor:
         """Return the token ids of conversations; see `LLM.chat_prompts`."""
         if chat_template_kwargs is not None:
             if not isinstance(chat_template_kwargs, Mapping):
-                raise TypeError(f"chat_template_kwargs must be a dict, got {chat_template_kwargs!r:.100}")
+                raise TypeError(f"chat_template_kwargs must be a dict, got {shown(chat_template_kwargs)}")
             if "chat_template" in chat_template_kwargs:
                 raise TypeError("chat_template_kwargs has chat_template, which is no variable of a template")
             options |= chat_template_kwargs
@@ -207,9 +223,9 @@ class InputProcessor:
     ) -> list[list[int]]:
         chats = [messages] if is_list(messages) and isinstance(next(iter(messages), None), dict) else messages
         if not is_list(chats) or not chats or not all(map(_is_chat, chats)):
-            raise TypeError(f"messages must be a list of dicts with role and content, got {messages!r:.100}")
+            raise TypeError(f"messages must be a list of dicts with role and content, got {shown(messages)}")
         if not isinstance(chat_template, str | None):
-            raise TypeError(f"chat_template must be text, got {chat_template!r:.100}")
+            raise TypeError(f"chat_template must be text, got {shown(chat_template)}")
         if not (chat_template or self.tokenizer.chat_template):
             raise ValueError("the model has no chat template; give chat_template, or prompts to generate()")
         tools = None if tools is None else [_tool_schema(tool) for tool in tools]
@@ -229,7 +245,7 @@ class InputProcessor:
 
     def _make_chat_template(self, text: str) -> ChatTemplate:
         max_chars = _MAX_TOKEN_CHARS * self.max_model_len
-        return ChatTemplate(text, self.renderer, self.tokenizer.special_tokens_map, max_chars)
+        return ChatTemplate(text, self.templates, self.tokenizer.special_tokens_map, max_chars)
 
     def _check_chat(self, data: Any) -> None:
         """Refuse a conversation of far too many values or tokens before it is rendered."""

@@ -2,6 +2,7 @@
 
 import random
 import time
+import weakref
 from dataclasses import dataclass, field
 
 import xxhash
@@ -31,6 +32,7 @@ class Request:
     token_bytes: TokenBytes | None
     added: float = field(default_factory=time.perf_counter)
     time_to_first_token: float | None = None
+    consumer: weakref.ref | None = None  # the iterator of a stream
 
     def __post_init__(self):
         # What the caller knows of each sample: how many tokens, and the end. It changes if this is a stream.

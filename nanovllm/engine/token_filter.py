@@ -1,20 +1,18 @@
-"""Which tokens a request may draw next. No torch here.
+"""Token filters: which tokens a request may sample next. No torch here.
 
-A filter's answer is a bit mask over the vocabulary: int32 words, bit i % 32 of word i // 32 is token i's. One that
-depends on the output so far is asked once the host knows all of it, which with a step in flight is every second step;
-other rows go on meanwhile.
+A filter returns a bit mask over the vocabulary: int32 words, where bit i % 32 of word i // 32 is token i's. A mask that
+depends on the output is asked for once the host knows all of the output. With a step in flight that is every second
+step; other sequences go on meanwhile.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable
 from copy import copy
+from functools import cache
 
 import numpy as np
 
-from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
-
-# A small model may choose white space for ever where it is free to.
-_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+from nanovllm.sampling_params import SamplingParams
 
 
 def _packed(allowed: np.ndarray) -> np.ndarray:
@@ -72,88 +70,26 @@ class TokenFilter:
         return _packed(allowed) if self.has_any(allowed) else self.words
 
 
-class GrammarFilter:
-    """Tokens that the grammar of a structured output lets follow, by llguidance.
+# Texts that a word may follow; one of them must not merge with it into a token.
+_ANCHORS = ("=", "a", "1", "\n")
 
-    Args:
-        tokenizer: llguidance's, from `grammar_tokenizer`.
-        grammar: from `compile_grammar`.
 
-    Raises:
-        ValueError: the grammar means nothing, or no token can be its first.
+def _spellings(word: str, encode: Callable[[str], list[int]]) -> set[tuple[int, ...]]:
+    """Return the token ids of a bad word, as it is and, unless it begins with white space itself, after a space.
+
+    A tokenizer may put a space before each text that it encodes, and an output does not begin a text. So the ids are
+    those that the word adds to another text.
     """
-
-    depends_on_output = True
-
-    def __init__(self, tokenizer, grammar: str, vocab_size: int):
-        from llguidance import LLMatcher
-
-        self.matcher, self.num_words = LLMatcher(tokenizer, grammar, log_level=0), -(-vocab_size // 32)
-        self.mask()  # finds out the rest
-        if self.error:
-            raise ValueError(f"structured_outputs cannot be followed: {self.error}")
-
-    def copy(self) -> "GrammarFilter":
-        """One for another sample; compiling the grammar again may take a second."""
-        other = copy(self)
-        other.matcher = self.matcher.deep_copy()
-        return other
-
-    @property
-    def is_complete(self) -> bool:
-        return self.matcher.is_stopped()
-
-    @property
-    def error(self) -> str | None:
-        """It may also come up on the way: llguidance bounds the work that a grammar makes."""
-        if not self.matcher.is_error():
-            return None
-        what = self.matcher.get_error().partition("\n<state>")[0]
-        return "no token can follow" if what == "NoExtensionBias" else what
-
-    def accept(self, token_id: int) -> None:
-        self.matcher.consume_token(token_id)
-
-    def mask(self) -> np.ndarray:
-        from llguidance.numpy import fill_next_token_bitmask
-
-        mask = np.zeros((1, self.num_words), dtype=np.int32)
-        fill_next_token_bitmask(self.matcher, mask)
-        return mask[0]
-
-
-def grammar_tokenizer(tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]):
-    """What llguidance makes of a transformers tokenizer, in about a second; ValueError if it cannot."""
-    try:
-        from llguidance.hf import from_tokenizer
-    except ImportError:
-        raise ValueError("structured_outputs need the llguidance package: pip install 'nanovllm[structured]'") from None
-    try:
-        return from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_token_ids) or None)
-    except Exception as error:  # it raises what it likes
-        what = f"{len(tokenizer)} tokens, where the model has {vocab_size}"
-        raise ValueError(f"structured_outputs cannot be had with this tokenizer of {what}: {error}") from error
-
-
-def compile_grammar(params: StructuredOutputsParams) -> str:
-    """`params` in llguidance's own notation; ValueError if they mean nothing."""
-    from llguidance import LLMatcher, grammar_from
-
-    try:
-        if params.json is not None:
-            return LLMatcher.grammar_from_json_schema(params.json, defaults=_JSON_STYLE)
-        if params.choice is not None:
-            return grammar_from("regex", "|".join(map(_literal, params.choice)))  # a grammar's could be 2000 at most
-        if params.regex is not None:
-            return grammar_from("regex", params.regex)
-        return grammar_from("grammar", params.grammar)
-    except Exception as error:  # of any kind, depending on the notation
-        raise ValueError(f"structured_outputs cannot be read: {error}") from None
-
-
-def _literal(text: str) -> str:
-    """A regular expression that `text` alone matches."""
-    return "".join(c if c.isascii() and c.isalnum() else rf"\x{{{ord(c):x}}}" for c in text)
+    spellings = set()
+    for form in (word,) if word[0].isspace() else (word, " " + word):
+        for anchor in _ANCHORS:
+            before, ids = encode(anchor), encode(anchor + form)
+            if before and ids[: len(before)] == before:
+                spellings.add(tuple(ids[len(before) :]))
+                break
+        else:
+            spellings.add(tuple(encode(form)))
+    return spellings - {()}
 
 
 def make_filter(
@@ -164,9 +100,11 @@ def make_filter(
         return None
     allowed = np.zeros(-(-vocab_size // 32) * 32, dtype=bool)
     allowed[slice(vocab_size) if params.allowed_token_ids is None else list(params.allowed_token_ids)] = True
-    # Alone and after a space: most tokenizers spell a word differently there.
-    spellings = {tuple(encode(prefix + word.lstrip())) for word in params.bad_words for prefix in ("", " ")}
-    token_filter = TokenFilter(allowed, sorted(spellings - {()}), end_ids, params.min_tokens)
+    encode = cache(encode)  # for the anchors
+    spellings = set().union(*(_spellings(word, encode) for word in params.bad_words))
+    # A tokenizer may have more tokens than its model, which never samples those.
+    spellings = sorted(ids for ids in spellings if max(ids) < vocab_size)
+    token_filter = TokenFilter(allowed, spellings, end_ids, params.min_tokens)
     if not token_filter.has_any(token_filter.allowed):
         raise ValueError("min_tokens, allowed_token_ids and bad_words leave no token that could be drawn first")
     return token_filter

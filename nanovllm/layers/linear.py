@@ -11,7 +11,7 @@ from torch import nn
 
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.residual import Normed, Residual
-from nanovllm.ops.linear.dispatch import Adder
+from nanovllm.ops.dispatch import Adder
 from nanovllm.utils.context import get_counters
 from nanovllm.weights.formats import Plain, WeightFormat
 from nanovllm.weights.parameter import CheckpointTensor, ShardId, check_shape, make_parameter

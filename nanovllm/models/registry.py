@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from nanovllm.checks import in_vocabulary, shown
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES
-from nanovllm.utils.checks import in_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def checked(name: str, value: Any, kind: type) -> Any:
     """`value`, which must be what a model's option of the type `kind` can be; ValueError if it is not."""
     types, low, high, words = _KINDS[kind]
     if type(value) not in types or not low <= value <= high:
-        raise ValueError(f"the model's {name} must be {words}, got {value!r}")
+        raise ValueError(f"the model's {name} must be {words}, got {shown(value)}")
     return value
 
 
@@ -52,7 +52,7 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     """A checkpoint's spelling of some token ids as a tuple."""
     ids = tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
     if any(type(token_id) is not int for token_id in ids):
-        raise ValueError(f"the model's eos_token_id must be a token id or a list of them, got {value!r:.80}")
+        raise ValueError(f"the model's eos_token_id must be a token id or a list of them, got {shown(value)}")
     return ids
 
 
@@ -134,13 +134,13 @@ class ModelConfig:
     def _check_rope(self, options: dict[str, Any]) -> None:
         rope_type, num_factors = options["rope_type"], self.head_dim // 2
         if rope_type not in tuple(ROPE_TYPES):
-            raise unsupported(f"RoPE of type {rope_type!r}")
+            raise unsupported(f"RoPE of type {shown(rope_type)}")
         needed = dict.fromkeys(ROPE_TYPES[rope_type], float)
         given = {name: kind for name, kind in ROPE_OPTIONAL.items() if options.get(name) is not None}
         for name, kind in (needed | given).items():
             value = options.get(name)
             if name == "factors" and (not isinstance(value, list) or len(value) != num_factors):
-                raise ValueError(f"the model's RoPE factors must be {num_factors} (head_dim / 2), got {value!r:.80}")
+                raise ValueError(f"the model's RoPE factors must be {num_factors} (head_dim / 2), got {shown(value)}")
             for single in value if name == "factors" else [value]:
                 checked(f"RoPE {name}", single, kind)
         if rope_type == "llama3" and not options["low_freq_factor"] < options["high_freq_factor"]:
@@ -195,7 +195,7 @@ def _first(*values: Any) -> Any:
 def check_model_type(model_type: Any) -> None:
     """Raise ValueError unless `model_type` is one of FAMILIES."""
     if model_type not in tuple(FAMILIES):  # a file's may be unhashable
-        raise unsupported(f"model type {model_type!r}")
+        raise unsupported(f"model type {shown(model_type)}")
 
 
 def _check_variant(config: Any) -> None:
@@ -203,7 +203,7 @@ def _check_variant(config: Any) -> None:
     if getattr(config, "quantization_config", None):
         raise unsupported("a quantised checkpoint (quantization_config)")
     if getattr(config, "hidden_act", "silu") != "silu":
-        raise unsupported(f"hidden_act={config.hidden_act!r}")
+        raise unsupported(f"hidden_act={shown(config.hidden_act)}")
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
     if layer_types:

@@ -1,15 +1,18 @@
-"""What the device knows of each running sequence, and how the host tells it what changed.
+"""The device's state of each running sequence, and how the host changes it.
 
-Each slot has its last token, its length, a row of the block table and its sampling parameters. A pure decode step needs
-nothing else: the host sends the slots of the rows when they change, new block ids when a sequence crosses into a new
-block, and nothing at all otherwise.
+Each slot has its last token, its length, a row of the block tables and its sampling parameters. A decode step needs
+nothing else: the host sends the rows' slots when they change, a block id when a sequence needs a new block, and
+otherwise nothing.
 """
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
+from nanovllm.arithmetic import ceil_div
 from nanovllm.config import Config
-from nanovllm.engine.scheduler import Admission, Batch
+from nanovllm.messages import Admission, Batch
 from nanovllm.ops.inputs.step_rows import StepRows
 from nanovllm.ops.sampling.state import (
     HAS_BIAS,
@@ -25,15 +28,15 @@ from nanovllm.ops.sampling.state import (
 
 
 def host_buffer(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory of the host [size], whatever torch's default device is; pinned if `device`, which copies it, is a GPU."""
+    """Return host memory [size], whatever torch's default device is; pinned if `device` is a GPU."""
     return torch.empty(size, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
 
 
 class Staging:
-    """A ring of pinned host buffers for copies to the device that do not wait.
+    """Two pinned host buffers for asynchronous copies to the device.
 
-    One buffer serves one step. It is used again two steps later, when that step's tokens have been collected and its
-    copies are therefore done.
+    Each step uses one of them. It is used again two steps later, when the first step has been collected and its copies
+    are therefore done.
     """
 
     def __init__(self, num_bytes: int, device: torch.device):
@@ -45,61 +48,59 @@ class Staging:
         self.step, self.used = (self.step + 1) % len(self.buffers), 0
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
-        """A device copy of `array`; the array may be changed as soon as this returns."""
+        """Return a device copy of `array`. The array may be changed as soon as this returns."""
         tensor = torch.from_numpy(array)
         if self.device.type == "cpu":
             return tensor
         end = self.used + array.nbytes
         if end > self.buffers[self.step].numel():
-            return tensor.to(self.device)  # larger than any step plans for: correct, but it waits
+            return tensor.to(self.device)  # larger than the buffers are sized for: correct, but it waits
         pinned = self.buffers[self.step][self.used : end].view(tensor.dtype).view(tensor.shape)
         pinned.copy_(tensor)
-        self.used = -(-end // 16) * 16
+        self.used = 16 * ceil_div(end, 16)
         return pinned.to(self.device, non_blocking=True)
 
 
 class BatchState:
-    """The slots' state on the device.
+    """The slots' state on the device: S slots, and one scratch slot for the padding rows of CUDA graphs.
 
     Args:
-        config: the engine's. `max_num_seqs` is S, the number of slots; row S is a scratch slot for the padding rows of
-            captured graphs. `max_num_batched_tokens` sizes the staging buffers.
-        max_blocks: W, block-table width.
-        scratch_block: a block no sequence owns, where padding rows write.
+        config: `max_num_seqs` is S; `max_num_batched_tokens` sizes the staging buffers.
+        max_blocks: W, the width of the block tables.
+        scratch_block: a block that no sequence owns; padding rows write to it.
         vocab_size: V.
     """
 
     def __init__(self, config: Config, max_blocks: int, scratch_block: int, vocab_size: int, device: torch.device):
-        rows, max_tokens = config.max_num_seqs + 1, config.max_num_batched_tokens
+        num_rows, max_tokens = config.max_num_seqs + 1, config.max_num_batched_tokens
         self.scratch_slot, self.scratch_block = config.max_num_seqs, scratch_block
         self.block_size = config.kvcache_block_size
-        self.last_token = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.length = torch.zeros(rows, dtype=torch.int32, device=device)
-        self.block_tables = torch.full((rows, max_blocks), scratch_block, dtype=torch.int32, device=device)
-        self.sampling = SamplingState(default_params(rows), vocab_size, device)
-        # The host's copy of the block tables, where an entry that a running sequence does not own is the scratch block.
-        self.host_tables = np.full((rows, max_blocks), scratch_block, dtype=np.int32)
+        self.last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.length = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self.block_tables = torch.full((num_rows, max_blocks), scratch_block, dtype=torch.int32, device=device)
+        self.sampling = SamplingState(default_params(num_rows), vocab_size, device)
+        # The host's copy of the block tables. Entries that no running sequence owns are the scratch block.
+        self.host_tables = np.full((num_rows, max_blocks), scratch_block, dtype=np.int32)
         self.num_admissions = 0
-        num_bytes = (
-            8 * max_tokens + (PARAMS_DTYPE.itemsize + vocab_size // 8 + 64) * rows + 32 * max_tokens // self.block_size
-        )
-        self.staging = Staging(num_bytes, device)
+        bytes_per_row = PARAMS_DTYPE.itemsize + vocab_size // 8 + 64
+        bytes_per_token = 8 + 32 / self.block_size
+        self.staging = Staging(int(bytes_per_token * max_tokens + bytes_per_row * num_rows) + 1, device)
 
     def apply(self, batch: Batch) -> None:
-        """Send what `batch` changes: the parameters of new slots and new block ids."""
+        """Send the changes in `batch`: parameters of new sequences, new block ids, new masks."""
         self.staging.next_step()
         if batch.admissions:
             self._admit(batch.admissions)
         if batch.new_blocks:
-            slots, places, blocks = np.array(batch.new_blocks, dtype=np.int64).T
-            self.host_tables[slots, places] = blocks
-            flat = self.staging.to_device(slots * self.block_tables.shape[1] + places)
+            slots, indices, blocks = np.array(batch.new_blocks, dtype=np.int64).T
+            self.host_tables[slots, indices] = blocks
+            flat = self.staging.to_device(slots * self.block_tables.shape[1] + indices)
             values = self.staging.to_device(blocks.astype(np.int32))
             self.block_tables.view(-1).index_copy_(0, flat, values)
         if batch.masks:
-            slots, masks = zip(*batch.masks, strict=True)
-            slots, masks = self.staging.to_device(np.array(slots)), self.staging.to_device(np.stack(masks))
-            self.sampling.masks.index_copy_(0, slots, masks)
+            slots = np.array([slot for slot, _ in batch.masks])
+            masks = np.stack([mask for _, mask in batch.masks])
+            self.sampling.masks.index_copy_(0, self.staging.to_device(slots), self.staging.to_device(masks))
 
     def _admit(self, admissions: list[Admission]) -> None:
         rows = default_params(len(admissions))
@@ -110,9 +111,10 @@ class BatchState:
             row["seed"], row["min_length"] = a.seed, a.min_length
             if params.min_tokens:
                 row["stop_ids"][: len(a.end_ids)] = a.end_ids
-            row["flags"] = HAS_MASK * a.is_filtered | PROCESSED_LOGPROBS * (
-                params.logprobs_mode == "processed_logprobs"
-            )
+            if a.is_filtered:
+                row["flags"] |= HAS_MASK
+            if params.logprobs_mode == "processed_logprobs":
+                row["flags"] |= PROCESSED_LOGPROBS
             if params.logit_bias:
                 row["flags"] |= HAS_BIAS
                 row["num_bias"] = len(params.logit_bias)
@@ -128,41 +130,46 @@ class BatchState:
         values = self.staging.to_device(rows.view(np.int32).reshape(-1, PARAMS_STRIDE))
         self.sampling.table.index_copy_(0, self.staging.to_device(slots), values)
 
-    def _set_bias(self, slot: int, logit_bias: dict[int, float]) -> None:
+    def _set_bias(self, slot: int, logit_bias: Mapping[int, float]) -> None:
         entries = np.zeros((len(logit_bias), 2), dtype=np.int32)
         entries[:, 0] = list(logit_bias)
         entries[:, 1] = np.array(list(logit_bias.values()), dtype=np.float32).view(np.int32)
         self.sampling.bias[slot, : len(entries)] = self.staging.to_device(entries)
 
     def _set_counts(self, admission: Admission) -> None:
-        """Tell which tokens the sequence has so far; the device counts those that follow."""
+        """Send the tokens that the sequence has so far. The device counts those that follow."""
         tokens, times = np.unique(np.array(admission.output_ids, dtype=np.int64), return_counts=True)
         prompt = np.unique(np.array(admission.prompt_ids, dtype=np.int64))
         counts = self.sampling.counts[admission.slot]
         counts.zero_()
-        counts.index_add_(0, *map(self.staging.to_device, (prompt, np.ones(len(prompt), dtype=np.int16))))
-        times = (2 * np.minimum(times, MAX_COUNT)).astype(np.int16)
-        counts.index_add_(0, *map(self.staging.to_device, (tokens, times)))
+        # A count is 2 for each output token, plus 1 if the prompt has the token.
+        for ids, amounts in ((prompt, np.ones_like(prompt)), (tokens, 2 * np.minimum(times, MAX_COUNT))):
+            amounts = self.staging.to_device(amounts.astype(np.int16))
+            counts.index_add_(0, self.staging.to_device(ids), amounts)
 
     def pack(self, batch: Batch, num_rows: int, num_tokens: int) -> np.ndarray:
-        """The StepRows of `batch` in one array, padded to the given sizes.
+        """Return the StepRows of `batch` in one array, padded to the given sizes.
 
-        Padding tokens belong to the last row, which must then be one of padding: it has the scratch slot and no tokens
-        that attention sees.
+        Padding tokens belong to the last row, which must then be a padding row: it has the scratch slot, and attention
+        sees none of its tokens.
         """
         packed = np.zeros(StepRows.size(num_rows, num_tokens), dtype=np.int32)
-        rows, num_decode, chunks = StepRows.split(packed, num_rows, num_tokens), len(batch.decode_slots), batch.chunks
-        used_rows, used_tokens = batch.num_rows, batch.num_tokens
+        rows = StepRows.split(packed, num_rows, num_tokens)
+        num_decode, used_rows, used_tokens = batch.num_decode, len(batch.rows), batch.num_tokens
+        prefill_rows = batch.prefill_rows
         rows.slots[:used_rows] = batch.slots
         rows.slots[used_rows:] = self.scratch_slot
-        rows.starts[:num_decode] = -1
-        rows.starts[num_decode:used_rows] = [chunk.start for chunk in chunks]
-        lens = np.array([1] * num_decode + [len(chunk.token_ids) for chunk in chunks], dtype=np.int64)
+        rows.starts[:num_decode] = -1  # the device knows the length
+        rows.starts[num_decode:used_rows] = [row.start for row in prefill_rows]
+        lens = np.array([row.num_tokens for row in batch.rows], dtype=np.int64)
         rows.cu_seqlens[1 : used_rows + 1] = lens.cumsum()
         rows.cu_seqlens[used_rows + 1 :] = used_tokens
         rows.token_rows[:used_tokens] = np.repeat(np.arange(used_rows), lens)
         rows.token_rows[used_tokens:] = num_rows - 1
-        rows.token_ids[:num_decode] = -1
-        for chunk, end in zip(chunks, rows.cu_seqlens[num_decode + 1 :], strict=False):
-            rows.token_ids[end - len(chunk.token_ids) : end] = chunk.token_ids
+        rows.token_ids[:num_decode] = -1  # the device knows the last token
+        start = num_decode
+        for row in prefill_rows:
+            end = start + row.num_tokens
+            rows.token_ids[start:end] = row.token_ids
+            start = end
         return packed

@@ -1,40 +1,40 @@
-"""Steps as CUDA graphs: from the slots' inputs to the drawn tokens, one replay each."""
+"""Steps as CUDA graphs: one replay runs a step from the batch state to sampled tokens."""
 
 import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from nanovllm.engine.scheduler import Batch
+from nanovllm.config import Config
 from nanovllm.layers.attention import Attention
+from nanovllm.messages import Batch
 from nanovllm.ops.attention.shared_prefix import MIN_SEQUENCES, SharedPrefixPlan, plan_shared_prefixes
+from nanovllm.ops.dispatch import capture_sizes
 from nanovllm.ops.inputs.step_rows import StepRows
-from nanovllm.ops.linear.dispatch import capture_sizes
 from nanovllm.ops.triton_utils import sm_count
-
-if TYPE_CHECKING:
-    from nanovllm.runner.model_runner import ModelRunner, StepTensors
+from nanovllm.runner.forward import Forward, StepTensors
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes of decode steps that get a graph: 1, 2, 4, every 8, every 16 from 256 on, and the maximum itself."""
+    """Return the batch sizes of decode steps that get a graph: 1, 2, 4, every 8, from 256 every 16, the maximum."""
     sizes = {1, 2, 4, *range(8, 256, 8), *range(256, max_num_seqs, 16), max_num_seqs}
     return sorted(size for size in sizes if size <= max_num_seqs)
 
 
 def shared_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes of decode steps with shared prefixes that get a graph: powers of two, and the maximum itself."""
-    return sorted({*(size for size in (16, 32, 64, 128, 256, 512, 1024) if size < max_num_seqs), max_num_seqs})
+    """Return the batch sizes of decode steps with shared prefixes that get a graph: powers of two, the maximum."""
+    sizes = {size for size in (16, 32, 64, 128, 256, 512, 1024) if size < max_num_seqs}
+    return sorted(sizes | {max_num_seqs})
 
 
 @lru_cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream of a device for captures: cuBLAS keeps a workspace of 32 MiB for each stream it ever saw."""
+    """Return the one stream of a device for captures. cuBLAS keeps a workspace of 32 MiB for every stream it saw."""
     return torch.cuda.Stream(device)
 
 
@@ -42,158 +42,216 @@ _capturing = threading.Lock()
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """No other engine captures within: it has the same stream. Nor does the collector run.
+def _exclusive_capture() -> Iterator[None]:
+    """Let no other engine capture, because it has the same stream, and disable the garbage collector.
 
-    It could free CUDA memory, which capture forbids.
+    The collector could free CUDA memory, which a capture forbids.
     """
     with _capturing:
         gc.collect()
-        collects = gc.isenabled()
+        was_enabled = gc.isenabled()
         gc.disable()
         try:
             yield
         finally:
-            if collects:
+            if was_enabled:
                 gc.enable()
 
 
 class _Memory:
-    """Memory that belongs to another tensor, in the form that torch takes it in."""
+    """The memory of another tensor, described for torch."""
 
     def __init__(self, x: torch.Tensor):
-        strides = tuple(stride * x.element_size() for stride in x.stride())
-        kind = {1: "|u1", 2: "<i2", 4: "<i4"}[x.element_size()]
-        elements = {"shape": tuple(x.shape), "strides": strides, "typestr": kind}
-        self.__cuda_array_interface__ = {**elements, "data": (x.data_ptr(), False), "version": 3}
+        self.__cuda_array_interface__ = {
+            "shape": tuple(x.shape),
+            "strides": tuple(stride * x.element_size() for stride in x.stride()),
+            "typestr": {1: "|u1", 2: "<i2", 4: "<i4"}[x.element_size()],
+            "data": (x.data_ptr(), False),
+            "version": 3,
+        }
 
 
 def borrow(x: torch.Tensor) -> torch.Tensor:
-    """A view of `x` that does not keep its memory: graphs of one pool share it, each valid until the next replay."""
+    """Return a view of `x` that does not keep its memory alive.
+
+    The graphs of one pool share memory; each result is valid until the next replay.
+    """
     return torch.as_tensor(_Memory(x), device=x.device).view(x.dtype)
 
 
+@dataclass(frozen=True)
+class CapturedStep:
+    """A graph and the tensors that its replay writes."""
+
+    graph: torch.cuda.CUDAGraph
+    result: StepTensors
+
+
+@dataclass(frozen=True)
+class CapturedMixedStep(CapturedStep):
+    """A graph of a step with prompt tokens, which reads `packed`, the `StepRows` of `num_rows` rows."""
+
+    num_rows: int
+    packed: torch.Tensor
+
+
 class StepGraphs:
-    """Captures `ModelRunner.step` and replays it.
+    """Captures `Forward.step` at many sizes, and replays it.
 
-    A decode step is told its slots, and only when they change. A step with prompt tokens is told its rows; decode rows
-    among them are attended as prompts of one token, so that one graph does for any mixture.
+    There are three kinds of graphs:
 
-    Decode steps whose rows share long prefixes have graphs of their own, as finding out on the device that they do not
-    would cost the others.
+    - `decode`: reads only the slots, which the host sends when they change.
+    - `shared`: the same for decode rows that share long prefixes. Deciding on the device would slow the others down.
+    - `mixed`: for steps with prompt tokens. The host sends their rows, and attention treats decode rows as prompts of
+      one token, so that one graph runs any mixture.
 
-    Rows beyond the batch are given the scratch slot, whose state never advances.
+    Rows beyond the batch have the scratch slot, whose state never advances.
+
+    Args:
+        forward: what is captured.
+        config: the engine's.
+        max_model_len: longest context.
+        wait: waits for an event.
     """
 
-    def __init__(self, runner: "ModelRunner"):
-        self.state, max_num_seqs = runner.state, runner.config.max_num_seqs
-        self.few_layers, self.wait = runner.model.few_layers, runner.wait
-        self.pool, self.stream = torch.cuda.graph_pool_handle(), capture_stream(runner.device)
-        self.slots = torch.full((max_num_seqs,), self.state.scratch_slot, dtype=torch.int32, device=runner.device)
-        self.current: list[int] = []  # what `slots` holds
-        self.shares = False  # whether these rows share prefixes, told by `plan`
-        self.num_admissions = 0  # when that was found out
-        self.plan = torch.zeros(SharedPrefixPlan.size(max_num_seqs), dtype=torch.int32, device=runner.device)
-        layers = [layer for layer in runner.model.modules() if isinstance(layer, Attention)]
-        group = max(layer.num_heads // layer.num_kv_heads for layer in layers)
-        self.heads = group, min(layer.num_kv_heads for layer in layers)
-        self.decode: dict[int, tuple[torch.cuda.CUDAGraph, StepTensors]] = {}
-        self.shared: dict[int, tuple[torch.cuda.CUDAGraph, StepTensors]] = {}
-        self.mixed: dict[int, tuple[torch.cuda.CUDAGraph, StepTensors, int, torch.Tensor]] = {}
+    def __init__(
+        self,
+        forward: Forward,
+        config: Config,
+        max_model_len: int,
+        wait: Callable[[torch.cuda.Event | torch.Event], None],
+    ):
+        self.forward = forward
+        self.config = config
+        self.max_model_len = max_model_len
+        self.wait = wait
+        self.state = forward.state
+        self.device = forward.counters.device
+        max_num_seqs = config.max_num_seqs
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), capture_stream(self.device)
+        self.slots = torch.full((max_num_seqs,), self.state.scratch_slot, dtype=torch.int32, device=self.device)
+        self.current_slots: list[int] = []  # the content of `slots`
+        self.has_shared_prefixes = False  # whether these rows share prefixes, as `plan` says
+        self.num_admissions = 0  # the state's count when that was decided
+        self.plan = torch.zeros(SharedPrefixPlan.size(max_num_seqs), dtype=torch.int32, device=self.device)
+        layers = [layer for layer in forward.model.modules() if isinstance(layer, Attention)]
+        self.queries_per_kv_head = max(layer.num_heads // layer.num_kv_heads for layer in layers)
+        self.min_kv_heads = min(layer.num_kv_heads for layer in layers)
+        self.decode: dict[int, CapturedStep] = {}
+        self.shared: dict[int, CapturedStep] = {}
+        self.mixed: dict[int, CapturedMixedStep] = {}
 
-    def capture(self, runner: "ModelRunner") -> None:
-        """Capture all graphs. Those that there are when it fails can still be freed."""
-        max_num_seqs = len(self.slots)
-        with _undisturbed():
-            if runner.backend.capturable_prefill:
-                for size in reversed(capture_sizes(runner.config.max_num_batched_tokens)):
-                    self._capture_mixed(runner, size, min(size, max_num_seqs) + 1)
-            if runner.backend.shares_prefixes and runner.config.enable_prefix_caching and max_num_seqs >= MIN_SEQUENCES:
+    def capture(self) -> None:
+        """Capture all graphs. If this fails, `free` still frees those that exist."""
+        backend, max_num_seqs = self.forward.backend, len(self.slots)
+        shares = backend.shares_prefixes and self.config.enable_prefix_caching and max_num_seqs >= MIN_SEQUENCES
+        with _exclusive_capture():  # the largest of each kind first: the others fit in its memory
+            if backend.capturable_prefill:
+                for size in reversed(capture_sizes(self.config.max_num_batched_tokens)):
+                    self._capture_mixed(size, min(size, max_num_seqs) + 1)
+            if shares:
                 for size in reversed(shared_sizes(max_num_seqs)):
-                    self._capture_shared(runner, size)
-            for size in reversed(decode_sizes(max_num_seqs)):  # the largest first: the others fit in its memory
-                slots = self.slots[:size]
-                self.decode[size] = self._capture(lambda slots=slots: runner.step(slots, len(slots)))
-            runner.check_ranks()
+                    self._capture_shared(size)
+            for size in reversed(decode_sizes(max_num_seqs)):
+                self._capture_decode(size)
 
     def free(self) -> None:
-        """Give the graphs back, whoever else knows of this object."""
+        """Free the graphs, even if this object lives on."""
         for graphs in (self.decode, self.shared, self.mixed):
             graphs.clear()
 
-    def _capture_mixed(self, runner: "ModelRunner", num_tokens: int, num_rows: int) -> None:
-        packed = torch.from_numpy(self.state.pack(Batch(), num_rows, num_tokens)).to(runner.device)
+    def _capture_decode(self, size: int) -> None:
+        self.decode[size] = CapturedStep(*self._capture(lambda: self.forward.step(self.slots[:size], size)))
+
+    def _capture_shared(self, size: int) -> None:
+        slots, whole = self.slots[:size], SharedPrefixPlan.split(self.plan, len(self.slots))
+        plan = SharedPrefixPlan(whole.sequences[:size], whole.groups[: max(1, size // MIN_SEQUENCES)])
+        self.shared[size] = CapturedStep(*self._capture(lambda: self.forward.step(slots, size, shared=plan)))
+
+    def _capture_mixed(self, num_tokens: int, num_rows: int) -> None:
+        packed = torch.from_numpy(self.state.pack(Batch(), num_rows, num_tokens)).to(self.device)
         rows = StepRows.split(packed, num_rows, num_tokens)
-        graph, result = self._capture(lambda: runner.step(rows, 0, num_tokens, runner.max_model_len))
-        self.mixed[num_tokens] = graph, result, num_rows, packed
+        graph, result = self._capture(
+            lambda: self.forward.step(rows, 0, max_seqlen_q=num_tokens, max_context_len=self.max_model_len)
+        )
+        self.mixed[num_tokens] = CapturedMixedStep(graph, result, num_rows, packed)
 
-    def _capture_shared(self, runner: "ModelRunner", size: int) -> None:
-        slots, plan = self.slots[:size], SharedPrefixPlan.split(self.plan, len(self.slots))
-        plan = SharedPrefixPlan(plan.sequences[:size], plan.groups[: max(1, size // MIN_SEQUENCES)])
-        self.shared[size] = self._capture(lambda: runner.step(slots, size, shared=plan))
-
-    def _capture(self, run: Callable[[], "StepTensors"]) -> tuple[torch.cuda.CUDAGraph, "StepTensors"]:
+    def _capture(self, run: Callable[[], StepTensors]) -> tuple[torch.cuda.CUDAGraph, StepTensors]:
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            with self.few_layers():
+            with self.forward.model.few_layers():
                 run()  # loads kernels and sets up libraries
             self.wait(self.stream.record_event())
-            # Other threads, as the one that watches the ranks, may call what is forbidden to this one meanwhile.
+            # thread_local: the thread that watches the ranks may call what this thread must not call in a capture.
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 result = run()
                 graph.capture_end()
-            except BaseException:  # left open, a capture forbids the process most of CUDA; NCCL waits for what it holds
-                self._give_up(graph)
+            except BaseException:
+                self._abort_capture(graph)
                 raise
         torch.cuda.current_stream().wait_stream(self.stream)
         return graph, result._replace(logits=borrow(result.logits) if len(result.logits) else result.logits)
 
-    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that failed, whatever CUDA thinks of it."""
+    def _abort_capture(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a failed capture. An open one would forbid the process most of CUDA, and NCCL would wait for it."""
         try:
             graph.capture_end()
-        except RuntimeError:  # which torch raises before it tells its allocator, where an open capture breaks much
+        except RuntimeError:  # raised before torch tells its allocator that the capture has ended
             with suppress(AttributeError, RuntimeError):
-                torch._C._cuda_endAllocateToPool(self.slots.device.index, self.pool)
-                torch._C._cuda_releasePool(self.slots.device.index, self.pool)
+                torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+                torch._C._cuda_releasePool(self.device.index, self.pool)
         graph.reset()
 
-    def fits(self, batch: Batch) -> bool:
-        """Whether there is a graph that holds `batch`."""
-        return not batch.chunks or (batch.num_tokens <= max(self.mixed, default=0) and not batch.has_scores)
+    # -- replay ------------------------------------------------------------------------------------------------------
 
-    def replay(self, batch: Batch) -> "StepTensors":
-        """Run `batch`; what it leaves is valid until the next replay."""
-        to_device = self.state.staging.to_device
-        if batch.chunks:
-            size = min(size for size in self.mixed if size >= batch.num_tokens)
-            graphs, (num_rows, packed) = self.mixed, self.mixed[size][2:]
-            packed.copy_(to_device(self.state.pack(batch, num_rows, size)))
+    def fits(self, batch: Batch) -> bool:
+        """Whether a graph can run `batch`."""
+        is_decode = batch.num_decode == len(batch.rows)
+        return is_decode or (batch.num_tokens <= max(self.mixed, default=0) and not batch.has_targets)
+
+    def replay(self, batch: Batch) -> StepTensors:
+        """Run `batch`. Its results are valid until the next replay."""
+        if batch.num_decode < len(batch.rows):
+            graphs, size = self.mixed, self._prepare_mixed(batch)
         else:
-            slots = batch.decode_slots
-            if slots != self.current or self.num_admissions != self.state.num_admissions:
-                self._set_slots(slots)
-            graphs = self.shared if self.shares else self.decode
-            size = min(size for size in graphs if size >= len(slots))
-        result = graphs[size][1]
-        graphs[size][0].replay()  # in no variable: an error's traceback would keep the graph, and NCCL wait for its end
-        return result._replace(tokens=result.tokens[: batch.num_rows])
+            if batch.slots != self.current_slots or self.num_admissions != self.state.num_admissions:
+                self._set_slots(batch.slots)
+            graphs = self.shared if self.has_shared_prefixes else self.decode
+            size = min(size for size in graphs if size >= len(batch.rows))
+        result = graphs[size].result
+        graphs[size].graph.replay()  # in no variable: an error's traceback would keep the graph, and NCCL waits for it
+        return result._replace(tokens=result.tokens[: len(batch.rows)])
+
+    def _prepare_mixed(self, batch: Batch) -> int:
+        """Send the rows of `batch` to the smallest mixed graph that fits. Return its size."""
+        size = min(size for size in self.mixed if size >= batch.num_tokens)
+        step = self.mixed[size]
+        packed = self.state.pack(batch, step.num_rows, size)
+        step.packed.copy_(self.state.staging.to_device(packed))
+        return size
 
     def _set_slots(self, slots: list[int]) -> None:
-        """Tell the device the rows of the decode steps from now on, and what they share."""
+        """Send the slots of the next decode steps, and which prefixes they share."""
         state, to_device = self.state, self.state.staging.to_device
         padded = np.full(len(self.slots), state.scratch_slot, dtype=np.int32)
         padded[: len(slots)] = slots
         self.slots.copy_(to_device(padded))
-        self.current, self.num_admissions, self.shares = list(slots), state.num_admissions, False
-        if self.shared and len(slots) >= MIN_SEQUENCES:
-            tables = state.host_tables[slots]
-            sms = sm_count(self.slots.device)
-            plan = plan_shared_prefixes(
-                tables, state.scratch_block, state.block_size, *self.heads, sms, len(self.slots)
-            )
-            if plan is not None:
-                self.shares = True
-                self.plan.copy_(to_device(plan))
+        self.current_slots = slots
+        self.num_admissions = state.num_admissions
+        self.has_shared_prefixes = False
+        if not self.shared or len(slots) < MIN_SEQUENCES:
+            return
+        plan = plan_shared_prefixes(
+            state.host_tables[slots],
+            state.scratch_block,
+            state.block_size,
+            self.queries_per_kv_head,
+            self.min_kv_heads,
+            sm_count(self.device),
+            len(self.slots),
+        )
+        if plan is not None:
+            self.has_shared_prefixes = True
+            self.plan.copy_(to_device(plan))

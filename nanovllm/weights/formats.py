@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from nanovllm.ops.comm.collectives import PeerMemory
+from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.linear import linear as ops_linear
-from nanovllm.ops.linear.dispatch import Adder
 from nanovllm.ops.linear.silu_mul import silu_mul
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.weights.parameter import make_parameter

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanovllm import LLM
-from nanovllm.utils.hub import open_model
+from nanovllm.checkpoints.hub import open_model
 from tests.clients.evaluate import loglikelihoods
 from tests.engine.reference import load_reference
 from tests.models.tiny import save_tiny

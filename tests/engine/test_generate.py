@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine import interrupts
 from nanovllm.ops.inputs.step_rows import StepRows
-from nanovllm.utils import interrupt
 from tests.engine.reference import load_reference, reference_greedy
 from tests.models.tiny import TINY, save_tiny
 
@@ -373,8 +373,8 @@ def test_an_alarm_while_the_handlers_are_changed_leaves_them_as_they_were(monkey
 
     before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGALRM, stop)
     try:
-        monkeypatch.setattr(interrupt, "signal", SimpleNamespace(**{**vars(signal), "signal": set_and_ring}))
-        with pytest.raises(Stop), interrupt.interrupt_after():
+        monkeypatch.setattr(interrupts, "signal", SimpleNamespace(**{**vars(signal), "signal": set_and_ring}))
+        with pytest.raises(Stop), interrupts.interrupt_after():
             pytest.fail("the alarm came before")
         assert signal.getsignal(signal.SIGINT) is before[0]
     finally:
@@ -430,12 +430,12 @@ def test_steps_padded_as_graphs_pad_them_have_the_same_tokens(model, name, monke
         want, runner = tokens(llm, prompts, params), llm.executor.runner
 
         def padded(batch):
-            sizes = batch.num_rows + 2, batch.num_tokens + 5
+            sizes = len(batch.rows) + 2, batch.num_tokens + 5
             rows = StepRows.split(torch.from_numpy(runner.state.pack(batch, *sizes)), *sizes)
-            result = runner.step(rows, 0, sizes[1], runner.max_model_len)
-            return result._replace(tokens=result.tokens[: batch.num_rows])
+            result = runner.forward.step(rows, 0, sizes[1], runner.max_model_len)
+            return result._replace(tokens=result.tokens[: len(batch.rows)])
 
-        monkeypatch.setattr(runner, "_eager", padded)
+        monkeypatch.setattr(runner.forward, "run", padded)
         llm.scheduler.block_manager.reset_prefix_cache()
         assert tokens(llm, prompts, params) == want
 

@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import random
+from itertools import pairwise
 
 import jsonschema
 import pytest
@@ -36,7 +37,7 @@ def reference(model):
 @pytest.fixture(scope="module")
 def speaking(tmp_path_factory):
     """A tiny random model with SmolLM2's tokenizer, so that it speaks, if not sense."""
-    from nanovllm.utils.hub import open_model
+    from nanovllm.checkpoints.hub import open_model
 
     tokenizer = open_model(None).tokenizer()
     path = save_tiny(tmp_path_factory.mktemp("speaking"), "qwen3", vocab_size=len(tokenizer), eos_token_id=2)
@@ -343,7 +344,7 @@ def test_nothing_is_left_of_a_stream_that_others_stepped_for_or_that_never_began
         assert llm.metrics().kv_usage == 0
 
 
-@pytest.mark.parametrize("where", [(Request, "output"), (Scheduler, "_add_row"), (Scheduler, "_check_end")])
+@pytest.mark.parametrize("where", [(Request, "output"), (Scheduler, "schedule"), (Scheduler, "_append")])
 def test_a_stream_may_be_collected_anywhere_in_a_step(model, where, monkeypatch):
     """A stream that is left in a cycle of references ends when Python's collector finds it."""
     want = getattr(*where)
@@ -505,22 +506,23 @@ def test_a_bad_schema_fails_alone(speaking, what):
         assert [(out.request_id, len(out.token_ids)) for out in finish(llm)] == [(request_id, 5)]
 
 
-def test_a_tokenizer_of_more_tokens_than_the_model_is_refused_for_grammars_alone(speaking, tmp_path):
+def test_a_tokenizer_of_more_tokens_than_the_model_is_served(speaking, tmp_path):
     path = save_tiny(tmp_path, "qwen3", vocab_size=49000, eos_token_id=2)
     with engine(speaking) as llm:
         llm.tokenizer.save_pretrained(path)
     with engine(path) as llm:
-        with pytest.raises(ValueError, match=r"structured_outputs .* 49152 tokens, where the model has 49000"):
-            llm.add_request("Hello", SamplingParams(structured_outputs=StructuredOutputsParams(regex="a")))
-        assert len(tokens(llm, ["Hello"], greedy(3))[0]) == 3
+        params = SamplingParams(**structured(choice=["yes", "no"]))
+        assert llm.generate(["Hello"], params, use_tqdm=False)[0].text in ("yes", "no")
 
 
 def test_a_grammar_that_cannot_be_followed_to_its_end_does_not_look_complete(speaking):
+    rules = "\n".join(f'r{i}: "a{i}" z' for i in range(2500))
+    grammar = f'start: ("b" | "c") y\ny: {" | ".join(f"r{i}" for i in range(2500))}\n{rules}\nz: /[a-z]/\n'
     with engine(speaking) as llm:
-        params = SamplingParams(max_tokens=30, **structured(regex="((((a{100}){100}){100}){100})"))
+        params = SamplingParams(max_tokens=30, **structured(grammar=grammar))
         for out in (llm.generate(["Hi"], params, use_tqdm=False)[0], [*llm.stream("Hi", params)][-1]):
             assert out.finished and out.outputs[0].finish_reason == "abort"
-            assert "too many expressions" in out.outputs[0].stop_reason
+            assert "Current row has" in out.outputs[0].stop_reason
         assert len(tokens(llm, ["Hi"], greedy(5))[0]) == 5
 
 
@@ -597,6 +599,45 @@ def test_steps_are_logged_on_request(model, caplog):
         with engine(model, log_steps=True) as llm:
             tokens(llm, prompts_of([5]), greedy(3))
     assert sum("decode rows" in record.message for record in caplog.records) == 3
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_on_step_receives_each_batch_and_its_times(model, overlap):
+    steps = []
+    with engine(model, overlap=overlap) as llm:
+        assert llm.on_step is None
+        llm.on_step = steps.append
+        tokens(llm, prompts_of([5, 9]), greedy(3))
+        llm.on_step = None
+        tokens(llm, prompts_of([5]), greedy(3))
+    batches = [step.batch for step in steps if step.batch is not None]
+    assert [batch.num_tokens for batch in batches] == [5 + 9, 2, 2]
+    assert [batch.num_decode for batch in batches] == [0, 2, 2]
+    assert len(steps) == len(batches) + overlap  # the last call only collects
+    for name in ("launch", "collect", "update"):
+        assert sum(phase.name == name for step in steps for phase in step.phases) == len(batches)
+    for step in steps:
+        assert step.phases[0].name == "schedule" and step.gpu_seconds is None
+        assert all(one.end == other.start for one, other in pairwise(step.phases))
+        assert 0 <= step.wait_seconds < step.seconds
+    assert all(one.phases[-1].end <= other.phases[0].start for one, other in pairwise(steps))
+
+
+def test_error_in_on_step_reaches_the_caller_and_loses_no_output(model):
+    def fail(step):
+        raise OSError("no space left")
+
+    prompt = prompts_of([5])[0]
+    with engine(model, overlap=0) as llm:
+        expected = tokens(llm, [prompt], greedy(1))
+        request_id = llm.add_request(prompt, greedy(1))
+        llm.on_step = fail
+        with pytest.raises(OSError, match="no space left"):
+            llm.step()
+        llm.on_step = None
+        (output,) = llm.step()
+        assert output.request_id == request_id and [output.outputs[0].token_ids] == expected
+        assert tokens(llm, [prompt], greedy(1)) == expected
 
 
 def test_request_ids_are_the_caller_s_or_numbers(model):

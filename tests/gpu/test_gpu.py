@@ -105,7 +105,7 @@ def test_shared_prefixes_do_not_change_the_tokens(model):
         patch.setattr(shared_prefix, "MIN_TOKENS", 128)
         with LLM(model, **options) as llm:
             got = tokens(llm, prompts, params)
-            assert llm.executor.runner.graphs.shares
+            assert llm.executor.runner.graphs.has_shared_prefixes
     with LLM(model, enable_prefix_caching=False, **options) as llm:
         assert tokens(llm, prompts, params) == got
 
@@ -199,6 +199,20 @@ def test_engines_of_threads_start_run_and_wake_up_at_once(model):
     want = answers(0)
     with ThreadPoolExecutor(3) as threads:
         assert list(threads.map(answers, range(6))) == [want] * 6
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_steps_report_gpu_times_on_request(model, overlap):
+    steps = []
+    with LLM(model, overlap=overlap, **OPTIONS) as llm:
+        llm.on_step = steps.append
+        tokens(llm, prompts_of([5, 9]), greedy(8))
+        assert all(step.gpu_seconds is None for step in steps)
+        steps.clear()
+        llm.time_gpu = True
+        seconds = llm.generate(prompts_of([5, 9], seed=1), greedy(8), use_tqdm=False)[0].total_time
+    times = [step.gpu_seconds for step in steps if step.batch is not None]
+    assert len(times) == 8 and min(times) > 0 and sum(times) < seconds
 
 
 def test_sleep_frees_the_memory_and_waking_up_brings_it_back():

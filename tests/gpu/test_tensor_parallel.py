@@ -1,4 +1,4 @@
-"""Two GPUs: the tokens of one, sums in each other's memory inside captured steps, clear errors when a rank is lost."""
+"""Two GPUs return the tokens of one, all-reduce in each other's memory, and raise clear errors when a rank is lost."""
 
 import gc
 import json
@@ -18,13 +18,14 @@ import torch.multiprocessing
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.ops.linear.dispatch import Adder
+from nanovllm.executor.ranks import make_group, rank_device
+from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.linear.linear import choose_adder, linear_all_reduce
 from nanovllm.ops.norm_rope.reference import rms_norm_torch
 from nanovllm.runner.cuda_graphs import StepGraphs
-from nanovllm.runner.launcher import SpawnedRanks, make_group, rank_device
-from tests.distributed.test_tensor_parallel import SCRIPT, gone
+from tests.distributed.test_tensor_parallel import SCRIPT
 from tests.gpu.test_gpu import OPTIONS, greedy, prompts_of, tokens
+from tests.helpers import all_end, rank_pids
 from tests.models.tiny import save_tiny
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
@@ -43,8 +44,11 @@ def want(model):
         return tokens(llm, *mixture())
 
 
-def products_beside_nccl(tp, device):
-    """Products of few rows, each many times at once and other sums between: those that are not as NCCL sums them."""
+def small_batch_gemms_that_differ_from_nccl(tp, device):
+    """Run small-batch GEMMs with a fused all-reduce, 30 in a row with other all-reduces between.
+
+    Return those whose results are not what NCCL's all-reduce gives.
+    """
     wrong, shapes = [], [(4096, 2048), (4096, 6144), (1024, 1024), (2, 64), (1078, 96)]
     for i in range(40):
         rows, (n, k), dtype = 1 + i % 4, shapes[i % 5], (torch.bfloat16, torch.float16)[i % 3 % 2]
@@ -66,19 +70,20 @@ def products_beside_nccl(tp, device):
         tp.group.allgather([theirs], [residuals]).wait()
         same = torch.equal(*theirs) and residuals.eq(residuals[0]).all()
         if not (fits and same and torch.allclose(residuals[0].float(), want, rtol=2e-2, atol=5e-2)):
-            wrong.append(("product", rows, n, k, dtype))
+            wrong.append(("gemm", rows, n, k, dtype))
     return wrong
 
 
-def sum_beside_nccl(rank, folder):
-    """On each rank: sums of few and many rows, one after the other in any order, and exchanges are those of NCCL."""
+def compare_collectives_with_nccl(rank, folder):
+    """Write to a file how this rank's collectives differ from NCCL's, for small and large tensors in mixed order."""
     device = rank_device("cuda", rank)
     tp = TensorParallel(rank, 2, make_group(rank, 2, dist.FileStore(str(folder / "store"), 2), "cuda"))
     tp = tp.with_peers(device, 256 << 20)
     generator, wrong = torch.Generator().manual_seed(0), []
     weight = torch.full((4096,), 0.5, device=device)
     weights = {dtype: weight.to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)}
-    torch.cuda.synchronize()  # weights are read before a kernel waits for the one before it
+    # A kernel reads the weights before it waits for the kernel before it, so they must be there.
+    torch.cuda.synchronize()
     for i in range(200):
         dtype = (torch.bfloat16, torch.float16, torch.float32)[i % 3]
         rows = int(torch.randint(1, (20, 600, 9000)[i % 7 % 3], (), generator=generator))
@@ -111,14 +116,14 @@ def sum_beside_nccl(rank, folder):
             wrong.append(("exchange", rows, columns))
         if not torch.equal(tp.merge(tokens), torch.arange(rows, device=device) + 100_000):
             wrong.append(("merge", rows))
-    wrong += products_beside_nccl(tp, device)
+    wrong += small_batch_gemms_that_differ_from_nccl(tp, device)
     (folder / str(rank)).write_text(f"{tp.peers is not None} {tp.overlapped.number > 0} {wrong}")
     tp.abort(lambda: None)
     tp.close()
 
 
-def test_sums_are_those_of_nccl(tmp_path):
-    torch.multiprocessing.spawn(sum_beside_nccl, (tmp_path,), 2)
+def test_collectives_give_the_results_of_nccl(tmp_path):
+    torch.multiprocessing.spawn(compare_collectives_with_nccl, (tmp_path,), 2)
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["True True []"] * 2
 
 
@@ -128,7 +133,10 @@ def mixture():
 
 
 def noise_and_agreement(judge, outputs):
-    """How far behind the likeliest token each of `outputs`' was, by `judge`'s log-probabilities; how often none."""
+    """Compare the tokens of `outputs` with the likeliest tokens according to `judge`.
+
+    Return the largest gap between their log-probabilities, and how often there is none.
+    """
     prompts = [output.prompt_token_ids + output.token_ids for output in outputs]
     behind = []
     for output, scored in zip(
@@ -141,21 +149,22 @@ def noise_and_agreement(judge, outputs):
 
 
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-8b"])
-def test_bfloat16_greedy_tokens_are_those_of_one_gpu_but_for_noise(name):
+def test_bfloat16_greedy_tokens_equal_those_of_one_gpu_except_for_noise(name):
     options = dict(load_format="dummy", max_model_len=1024, max_num_seqs=100, gpu_memory_utilization=0.45)
     prompts, sizes = prompts_of([100 + i % 7 for i in range(100)], 10_000), (1, 3, 64, 100)
     with LLM(name, tensor_parallel_size=2, **options) as two:
-        assert two.executor.tp.peers is not None
+        assert two.executor.runner.tp.peers is not None
         outputs = [output for size in sizes for output in two.generate(prompts[:size], greedy(24), use_tqdm=False)]
     with LLM(name, **options) as one:
         own = [output for size in sizes for output in one.generate(prompts[:size], greedy(24), use_tqdm=False)]
-        noise, usual = noise_and_agreement(one, own)  # between steps of few rows and of many
+        # Steps with few and with many sequences differ by this much on one GPU.
+        noise, usual = noise_and_agreement(one, own)
         gap, agreement = noise_and_agreement(one, outputs)
     assert (gap < 2 * noise + 0.1, agreement > usual - 0.1) == (True, True), (gap, noise, agreement, usual)
 
 
-def test_engines_of_two_gpus_answer_whatever_the_current_one_is(model, want):
-    """A thread begins with the first GPU; a program may change its own between two calls."""
+def test_engines_on_two_gpus_answer_whichever_gpu_is_current(model, want):
+    """A thread starts with the first GPU, and a program may change its current GPU between two calls."""
     torch.cuda.set_device(1)
     try:
         with LLM(model, **TINY_OPTIONS) as second, ThreadPoolExecutor(1) as other:
@@ -186,66 +195,68 @@ def test_engines_of_two_gpus_answer_whatever_the_current_one_is(model, want):
 def test_schedules_do_not_change_the_tokens(model, want, change):
     with LLM(model, tensor_parallel_size=2, **{**TINY_OPTIONS, **change}) as llm:
         assert tokens(llm, *mixture()) == want
-        assert tokens(llm, *mixture()) == want  # with cached prefixes
-        pids = [process.pid for process in llm.executor.processes]
-        begin = time.monotonic()
-    assert gone(pids) and time.monotonic() - begin < 5
+        # Now with cached prefixes.
+        assert tokens(llm, *mixture()) == want
+        pids = rank_pids()
+        start = time.monotonic()
+    assert len(pids) == 1 and all_end(pids)
+    assert time.monotonic() - start < 5
 
 
-def test_a_killed_rank_is_a_clear_error_in_seconds(model, want):
+def test_a_killed_rank_raises_a_clear_error_in_seconds(model, want):
     memory = torch.cuda.mem_get_info()[0]
     with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:
-        (process,) = llm.executor.processes
+        (pid,) = rank_pids()
         llm.add_request(mixture()[0][0], SamplingParams(max_tokens=200, ignore_eos=True))
         for _ in range(20):
             llm.step()
-        os.kill(process.pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         start = time.monotonic()
         with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9"):
             while llm.has_unfinished():
                 llm.step()
         assert time.monotonic() - start < 10
-    assert gone([process.pid])
+    assert all_end([pid])
     assert memory - torch.cuda.mem_get_info()[0] < 1 << 30
-    with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:  # this process's GPU is as good as before
+    # This process's GPU still works.
+    with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:
         assert tokens(llm, *mixture()) == want
 
 
 @pytest.mark.parametrize("what", ["rank 1 is killed", "rank 0 is out of memory"])
-def test_a_failure_while_graphs_are_captured_is_a_clear_error_in_seconds(model, want, monkeypatch, what):
-    """By then NCCL's kernels are in graphs that only the capturing thread knows of."""
-    spawn, capture, processes = SpawnedRanks._spawn, StepGraphs._capture, []
-
-    def note(self, rank, size):
-        spawn(self, rank, size)
-        processes.extend(self.processes)
+def test_a_failure_while_graphs_are_captured_raises_a_clear_error_in_seconds(model, want, monkeypatch, what):
+    """By then graphs that only the capturing thread has contain NCCL's kernels."""
+    capture, pids = StepGraphs._capture, []
 
     def fail(self, run):
         def failing():
             result = run()
             if torch.cuda.is_current_stream_capturing() and len(self.decode) == 1:
+                pids.extend(rank_pids())
                 if what == "rank 0 is out of memory":
                     raise torch.OutOfMemoryError(what)
-                processes[0].kill()
-                time.sleep(1)  # the monitor notices
+                os.kill(pids[0], signal.SIGKILL)
+                # The monitor notices it meanwhile.
+                time.sleep(1)
             return result
 
         return capture(self, failing)
 
     start = time.monotonic()
     with monkeypatch.context() as patch:
-        patch.setattr(SpawnedRanks, "_spawn", note)
         patch.setattr(StepGraphs, "_capture", fail)
         with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9|rank 0 is out of memory"):
             LLM(model, tensor_parallel_size=2, **TINY_OPTIONS)
-    assert time.monotonic() - start < 120  # the start itself compiles
-    assert gone([process.pid for process in processes])
-    with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:  # this process's GPU is as good as before
+    # Starting an engine compiles kernels.
+    assert time.monotonic() - start < 120
+    assert len(pids) == 1 and all_end(pids)
+    # This process's GPU still works.
+    with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:
         assert tokens(llm, *mixture()) == want
 
 
 def test_closed_engines_leave_no_memory(model):
-    """What other processes mapped is freed, too."""
+    """Memory that other processes had mapped is freed too."""
     left = []
     for _ in range(2):
         with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS):
@@ -259,15 +270,15 @@ def test_closed_engines_leave_no_memory(model):
     ("what", "message"),
     [("killed", r"rank 1 .* signal 9"), ("out of memory", r"rank 1 failed:\n(.|\n)*OutOfMemoryError")],
 )
-def test_a_rank_lost_in_a_long_prompt_is_a_clear_error_in_seconds(what, message):
-    """Copies to it may be on their way."""
+def test_a_rank_lost_in_a_long_prompt_raises_a_clear_error_in_seconds(what, message):
+    """Copies to the lost rank may be under way."""
     options = dict(load_format="dummy", enforce_eager=True, gpu_memory_utilization=0.5, enable_prefix_caching=False)
     prompts, hog = prompts_of([4000] * 16, 10_000), None
     with LLM("qwen3-8b", tensor_parallel_size=2, **options) as llm:
-        (process,) = llm.executor.processes
-        assert llm.executor.tp.overlapped is not None
+        (pid,) = rank_pids()
+        assert llm.executor.runner.tp.overlapped is not None
         if what == "killed":
-            threading.Timer(0.4, process.kill).start()
+            threading.Timer(0.4, os.kill, (pid, signal.SIGKILL)).start()
         else:
             hog = torch.empty(torch.cuda.mem_get_info(1)[0] - (200 << 20), dtype=torch.uint8, device="cuda:1")
         start = time.monotonic()
@@ -276,8 +287,9 @@ def test_a_rank_lost_in_a_long_prompt_is_a_clear_error_in_seconds(what, message)
         assert time.monotonic() - start < 10
         del hog
         torch.cuda.empty_cache()
-    assert gone([process.pid])
-    assert torch.ones(8, device="cuda").sum().item() == 8  # this process's GPU is as good as before
+    assert all_end([pid])
+    # This process's GPU still works.
+    assert torch.ones(8, device="cuda").sum().item() == 8
 
 
 def test_under_torchrun_every_rank_has_the_results(model, want, tmp_path):

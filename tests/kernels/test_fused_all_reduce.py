@@ -12,23 +12,23 @@ import torch
 
 from nanovllm.attention import select_backend
 from nanovllm.attention.base import PagedKV
+from nanovllm.checkpoints.hub import open_model
+from nanovllm.checkpoints.loader import load_weights
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
 from nanovllm.layers.residual import Residual
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.loader import load_weights
 from nanovllm.ops.comm import collectives
 from nanovllm.ops.comm.peer_memory import EMPTY_WORD, PeerMemory, new_peer_memory
 from nanovllm.ops.comm.reference import all_reduce_torch, all_to_all_torch
+from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.linear import linear
-from nanovllm.ops.linear.dispatch import Adder
 from nanovllm.ops.linear.gemv import GemvConfig, gemv_triton
 from nanovllm.ops.linear.reference import linear_torch
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from nanovllm.utils.context import Context, set_context
-from nanovllm.utils.hub import open_model
 from nanovllm.weights.formats import Packed
 from tests.kernels.ranks import run_ranks
 from tests.models.tiny import save_tiny

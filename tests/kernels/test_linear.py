@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanovllm.ops.dispatch import TABLE, Adder, Regime, capture_sizes, compile_sizes, regime_of
 from nanovllm.ops.linear import gemm
-from nanovllm.ops.linear.dispatch import TABLE, Adder, Regime, capture_sizes, compile_sizes, regime_of
 from nanovllm.ops.linear.gemm import GemmConfig, gemm_triton
 from nanovllm.ops.linear.gemv import GemvConfig, gemv_triton
 from nanovllm.ops.linear.linear import choose_adder, linear, linear_add, wants_zero_bias

@@ -19,7 +19,7 @@ from nanovllm.ops.comm import cuda_ipc, overlapped_all_reduce
 from nanovllm.ops.comm.overlapped_all_reduce import MIN_TOKENS, NUM_SLICES, OverlappedAllReduce, inbox_words
 from nanovllm.ops.comm.peer_memory import PeerMemory, new_peer_memory
 from nanovllm.ops.comm.reference import all_reduce_torch
-from nanovllm.ops.linear.dispatch import capture_sizes
+from nanovllm.ops.dispatch import capture_sizes
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from tests.kernels.ranks import run_ranks
 

@@ -5,11 +5,11 @@ import torch
 
 from nanovllm.attention import select_backend
 from nanovllm.attention.base import PagedKV
+from nanovllm.checkpoints.hub import open_model
+from nanovllm.checkpoints.loader import load_weights
 from nanovllm.layers.attention import Attention
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.loader import load_weights
 from nanovllm.utils.context import Context, set_context
-from nanovllm.utils.hub import open_model
 from tests.models.tiny import TINY, save_tiny, tiny_model
 
 BLOCK = 16

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovllm.ops.linear.dispatch import Adder
+from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.weights.formats import Packed, Plain, WeightFormat
 

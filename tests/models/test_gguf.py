@@ -10,11 +10,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.checkpoints import gguf as reader
+from nanovllm.checkpoints.hub import open_model
+from nanovllm.checkpoints.loader import iterate_weights, load_weights
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.loader import iterate_weights, load_weights
 from nanovllm.models.registry import ModelConfig
-from nanovllm.utils import gguf as reader
-from nanovllm.utils.hub import open_model
 from tests.models.tiny import tiny_model
 
 _GGUF_NAMES = {hf: name for name, hf in (reader._NAMES | reader._LAYER_NAMES).items()}

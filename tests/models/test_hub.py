@@ -19,11 +19,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.checkpoints import hub
+from nanovllm.checkpoints.hub import default_model, open_model
+from nanovllm.checkpoints.loader import iterate_weights
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.loader import iterate_weights
 from nanovllm.models.registry import PRESETS
-from nanovllm.utils import hub
-from nanovllm.utils.hub import default_model, open_model
 from tests.models.tiny import save_tiny
 
 CONTENT = b"weights" * 1000

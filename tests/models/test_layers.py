@@ -13,7 +13,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.residual import Residual
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_table
-from nanovllm.ops.linear.dispatch import Adder
+from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.runner.state_pool import StatePool
 from nanovllm.utils.context import get_context

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nanovllm.checkpoints.loader import dummy_weights, iterate_weights, load_weights
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.loader import dummy_weights, iterate_weights, load_weights
 from nanovllm.models.registry import ModelConfig
 from tests.models.tiny import save_tiny, tiny_model
 
@@ -202,8 +202,8 @@ STREAM = """
 import sys
 from pathlib import Path
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.loader import load_weights
-from nanovllm.utils.hub import open_model
+from nanovllm.checkpoints.loader import load_weights
+from nanovllm.checkpoints.hub import open_model
 
 def own_memory():
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
@@ -223,7 +223,7 @@ print(max(seen) - seen[0])
 
 def test_json_is_utf8_whatever_the_locale(tmp_path):
     (tmp_path / "config.json").write_bytes('{"note": "é日"}'.encode())
-    code = "import sys, pathlib; from nanovllm.models.loader import read_json as read\n"
+    code = "import sys, pathlib; from nanovllm.checkpoints.loader import read_json as read\n"
     code += "print(len(read(pathlib.Path(sys.argv[1]))['note']))"
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-c", code, str(tmp_path / "config.json")]

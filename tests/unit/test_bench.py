@@ -1,16 +1,22 @@
-"""bench.py: what it counts against numbers worked out by hand, its flags, and its outputs."""
+"""bench.py: its counts compared with numbers worked out by hand, its flags, and its outputs."""
 
 import gzip
+import importlib.util
 import json
-from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 import bench
-from nanovllm.engine.scheduler import Batch, Chunk
+from benchmarks.engines import Nanovllm, write_config
+from benchmarks.limits import body_parameters, count_costs, find_peaks
+from benchmarks.run import figure_row, run_workload
+from benchmarks.trace import TRACE_STEPS
+from benchmarks.workloads import Figure, latency, offline
+from nanovllm.checkpoints.hub import open_model
+from nanovllm.messages import FIRST_TOKEN, NO_TOKENS, Batch, Row
 from nanovllm.models.registry import ModelConfig
-from nanovllm.utils.hub import open_model
 from tests.models.tiny import TINY, save_tiny, tiny_model
 
 CONFIG = ModelConfig(
@@ -69,69 +75,75 @@ def fake_vllm(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_body_parameters_are_all_but_the_two_ends(name, tmp_path):
+def test_body_parameters_are_all_but_embedding_and_head(name, tmp_path):
     whole = tiny_model(name)
     config = open_model(save_tiny(tmp_path, name)).config
     ends = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
-    assert bench.body_parameters(config) == whole.num_parameters() - ends
+    assert body_parameters(config) == whole.num_parameters() - ends
+
+
+DECODE = Row(0, 6, None, FIRST_TOKEN)
 
 
 def batches():
-    """Blocks of 4: a prompt of 6; its decoding beside part of a prompt that shares its first block; 1 token more."""
+    """Three steps, with blocks of 4 tokens.
+
+    A prompt of 6. Its decoding, with part of another prompt that shares its first block. One more token of that prompt.
+    """
     return [
-        Batch(chunks=[Chunk(0, 0, [1] * 6, True)], new_blocks=[(0, 0, 5), (0, 1, 2)]),
-        Batch(decode_slots=[0], chunks=[Chunk(1, 4, [1] * 3, False)], new_blocks=[(1, 0, 5), (1, 1, 3)]),
-        Batch(chunks=[Chunk(1, 7, [1], False)]),
+        Batch([Row(0, 0, [1] * 6, range(5, 6))], new_blocks=[(0, 0, 5), (0, 1, 2)]),
+        Batch([DECODE, Row(1, 4, [1] * 3, NO_TOKENS)], num_decode=1, new_blocks=[(1, 0, 5), (1, 1, 3)]),
+        Batch([Row(1, 7, [1], NO_TOKENS)]),
     ]
 
 
 def test_costs_are_those_worked_out_by_hand():
-    costs = bench.count_costs(batches(), CONFIG, itemsize=2, block_size=4)
+    costs = count_costs(batches(), CONFIG, itemsize=2, block_size=4)
     body = 2 * 8 * (2 * 8 + 2 * 4 + 3 * 16 + 2) + 8  # 1192; the head has 80, a token's keys and values 32 bytes
-    assert bench.body_parameters(CONFIG) == body == 1192
+    assert body_parameters(CONFIG) == body == 1192
     # weights and embedding rows, then contexts read and tokens written
     first = (1192 + 80 + 6 * 8) * 2 + 32 * (6 + 6)
     second = (1192 + 80 + 4 * 8) * 2 + 32 * (4 + 3 + 3 + 4)  # the shared block's 4 once, 3 of each row's own
     third = (1192 + 1 * 8) * 2 + 32 * (8 + 1)  # nothing is sampled: no head
     assert costs.bytes.tolist() == [first, second, third] == [3024, 3056, 2688]
-    # Products, less 512 of the last layer for tokens that are not a row's last; and in each of two layers 32 for each
-    # token attended to: 1 + ... + 6, then 6; 7 and 5 + 6 + 7, then 7 and 7; 8, then 8
+    # GEMMs, less 512 of the last layer for tokens that are not the last of their row. Then 32 in each of two layers for
+    # each token attended to: 1 + ... + 6, then 6; 7 and 5 + 6 + 7, then 7 and 7; 8, then 8
     first = 2 * (1192 * 6 - 512 * 5) + 160 + 32 * (21 + 6)
     second = 2 * (1192 * 4 - 512 * 2) + 160 + 32 * (25 + 14)
     third = 2 * 1192 + 32 * (8 + 8)
     assert costs.flops.tolist() == [first, second, third] == [10208, 8896, 2896]
 
 
-def test_a_step_is_limited_by_what_takes_it_longer():
-    costs = bench.count_costs(batches(), CONFIG, itemsize=2, block_size=4)
+def test_limit_of_a_step_is_the_longer_of_memory_and_arithmetic():
+    costs = count_costs(batches(), CONFIG, itemsize=2, block_size=4)
     assert costs.limit(1000, 3000) == pytest.approx(10208 / 3000 + 3056 / 1000 + 2688 / 1000)
     assert costs.limit(1000, float("inf")) == pytest.approx((3024 + 3056 + 2688) / 1000)
 
 
-def test_a_slot_that_is_taken_again_begins_anew():
+def test_reused_slot_starts_with_an_empty_context():
     again = [
-        Batch(chunks=[Chunk(0, 0, [1] * 2, True)], new_blocks=[(0, 0, 1)]),
-        Batch(decode_slots=[0]),
+        Batch([Row(0, 0, [1] * 2, range(1, 2))], new_blocks=[(0, 0, 1)]),
+        Batch([Row(0, 2, None, FIRST_TOKEN)], num_decode=1),
     ]
-    costs = bench.count_costs(batches() + again, CONFIG, itemsize=2, block_size=4)
-    alone = bench.count_costs(again, CONFIG, itemsize=2, block_size=4)
+    costs = count_costs(batches() + again, CONFIG, itemsize=2, block_size=4)
+    alone = count_costs(again, CONFIG, itemsize=2, block_size=4)
     assert costs.bytes[3:].tolist() == alone.bytes.tolist()
     assert costs.flops[3:].tolist() == alone.flops.tolist()
 
 
-def test_percent_and_rates_of_a_figure():
+def test_figure_row_has_percent_and_rates():
     measured = {"seconds": [2.0], "limit": [0.5], "bytes": [4e12], "flops": [6e12], "steps": [10], "host": [1.0]}
-    row = bench.figure_row(bench.Figure("tok/s", 100), measured)
+    row = figure_row(Figure("tok/s", 100), measured)
     assert (row["value"], row["limit"], row["percent"]) == (50, 200, 25)
     assert (row["tb_s"], row["tflop_s"], row["host_ms"]) == (2, 3, 100)
     assert "gpu_ms" not in row
-    row = bench.figure_row(bench.Figure("ms/token", 100), measured)
+    row = figure_row(Figure("ms/token", 100), measured)
     assert (row["value"], row["limit"], row["percent"]) == (20, 5, 25)
 
 
-def test_latency_tells_the_first_token_from_the_others():
+def test_latency_separates_the_first_token_from_the_others():
     args = bench.make_parser().parse_args(["--latency-tokens", "10"])
-    groups, (first, others) = bench.latency(args, 131, 512)
+    groups, (first, others) = latency(args, 131, 512)
     assert [group.lens for group in groups] == [[1], [11]] * 3
     assert first.value([1, 3, 2, 6, 3, 6]) == 2000
     assert others.value([1, 3, 2, 6, 3, 6]) == pytest.approx(300)
@@ -150,10 +162,8 @@ def test_latency_tells_the_first_token_from_the_others():
         (None, 4, "--hbm-tb-s 0.05", (0.05e12, float("inf"))),
     ],
 )
-def test_peaks_are_known_by_name_or_given(name, itemsize, flags, peaks, monkeypatch):
-    monkeypatch.setattr(bench.torch.cuda, "get_device_name", lambda: name)
-    engine = SimpleNamespace(on_gpu=name is not None, itemsize=itemsize)
-    found = bench.find_peaks(bench.make_parser().parse_args(flags.split()), engine)
+def test_peaks_are_known_by_name_or_given(name, itemsize, flags, peaks):
+    found = find_peaks(bench.make_parser().parse_args(flags.split()), name, itemsize)
     assert found == (peaks and pytest.approx(peaks))
 
 
@@ -196,20 +206,20 @@ def test_wrong_flags_are_refused(flags, message, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--compare transformers", "goes with no other --engine"),
+        ("--compare transformers", "cannot be combined with another --engine"),
         ("--workload start", "measures nanovllm only"),
         ("--overlap 0", "--overlap: nanovllm's own"),
-        ("--plot x.svg", "only nanovllm's runs"),
+        ("--plot x.svg", "other engines do not report their steps"),
     ],
 )
-def test_what_vllm_cannot_do_is_refused(flags, message, capsys, fake_vllm):
+def test_flags_that_vllm_does_not_have_are_refused(flags, message, capsys, fake_vllm):
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--engine", "vllm", *flags.split()])
     assert message in capsys.readouterr().err
 
 
-def test_a_missing_vllm_is_told(monkeypatch, capsys):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+def test_missing_vllm_is_reported(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--engine", "vllm"])
     assert "vllm: it is not installed here" in capsys.readouterr().err
@@ -223,7 +233,7 @@ def test_a_missing_vllm_is_told(monkeypatch, capsys):
         ([*SMALL, "--plot", "limits.svg"], "--plot has no limits to draw"),
     ],
 )
-def test_what_the_engine_cannot_do_is_told_before_anything_runs(flags, message, model, capsys):
+def test_impossible_runs_are_refused_before_anything_is_measured(flags, message, model, capsys):
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--model", model, "--device", "cpu", *flags])
     shown = capsys.readouterr()
@@ -231,16 +241,16 @@ def test_what_the_engine_cannot_do_is_told_before_anything_runs(flags, message, 
 
 
 @pytest.mark.parametrize(
-    ("workload", "on_gpu", "told"), [("offline", False, 1), ("offline", True, 0), ("prefix", False, 0)]
+    ("workload", "on_gpu", "notices"), [("offline", False, 1), ("offline", True, 0), ("prefix", False, 0)]
 )
-def test_sizes_for_a_cpu_are_told_where_they_are_a_gpu_s(workload, on_gpu, told, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: on_gpu)
+def test_sizes_of_a_gpu_on_a_cpu_give_a_notice(workload, on_gpu, notices, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
     with pytest.raises(SystemExit):  # after the notice: there is no such model
         bench.main(["--workload", workload, "--device", "cpu", "--model", str(tmp_path / "none")])
-    assert capsys.readouterr().err.count("takes long on a CPU") == told
+    assert capsys.readouterr().err.count("takes long on a CPU") == notices
 
 
-def test_a_short_model_runs_what_fits(model, capsys):
+def test_short_model_runs_requests_that_fit(model, capsys):
     lengths = ["--num-seqs", "2", "--input-len", "3", "9", "--output-len", "2", "7", "--max-model-len", "16"]
     bench.main(["--model", model, "--device", "cpu", *lengths])
     assert "offline" in capsys.readouterr().out
@@ -250,7 +260,7 @@ def test_a_short_model_runs_what_fits(model, capsys):
 
 
 @pytest.mark.parametrize("workload", ["offline", "latency", "prefill", "prefix"])
-def test_a_workload_gives_its_figures(workload, model, tmp_path, capsys):
+def test_workload_reports_its_figures(workload, model, tmp_path, capsys):
     path = tmp_path / "figures.json"
     flags = ["--model", model, "--device", "cpu", "--workload", workload, "--hbm-tb-s", "1", "--tflops", "2"]
     bench.main([*flags, *SMALL, "--repeat", "2", "--json", str(path)])
@@ -270,13 +280,21 @@ def test_a_workload_gives_its_figures(workload, model, tmp_path, capsys):
     assert shown.err.startswith(f"{workload}: nanovllm ")
 
 
-def test_features_are_those_that_the_model_has_room_for(model, capsys):
+def test_start_measures_a_new_process(model, tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    bench.main(["--model", model, "--device", "cpu", "--workload", "start", "--json", str(path)])
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["unit"] == "s to first token" and 0 < row["ready_s"] < row["value"]
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["start", "nanovllm"]
+
+
+def test_features_need_a_large_enough_vocabulary(model, capsys):
     bench.main(["--model", model, "--device", "cpu", "--workload", "features", "--load-format", "dummy", *SMALL])
     rows = capsys.readouterr().out
     assert "tok/s, penalties" in rows and "tok/s, 100 biases" in rows and "allowed ids" not in rows  # of 131 tokens
 
 
-def test_transformers_answers_the_same_requests(model, capsys):
+def test_transformers_runs_next_to_nanovllm(model, capsys):
     bench.main(["--model", model, "--device", "cpu", *SMALL, "--compare", "transformers"])
     shown = capsys.readouterr()
     assert [line.split()[:2] for line in shown.out.splitlines()[1:]] == [
@@ -287,34 +305,44 @@ def test_transformers_answers_the_same_requests(model, capsys):
 
 
 class FakeEvent:
-    """A CUDA event by which every launch takes 2 ms."""
+    """A CUDA event; the time between any two is 2 ms."""
+
+    made = 0
 
     def __init__(self, enable_timing=False):
         assert enable_timing
+        FakeEvent.made += 1
 
-    def record(self):
-        pass
+    def record(self, stream):
+        self.recorded = True
+
+    def synchronize(self):
+        assert self.recorded
 
     def elapsed_time(self, end):
+        assert self.recorded and end.recorded and self is not end
         return 2.0
 
 
-def test_gpu_time_and_memory_are_told(model, monkeypatch):
+def test_gpu_time_and_memory_are_reported(model, monkeypatch):
     args = bench.make_parser().parse_args(["--model", model, "--device", "cpu", *SMALL])
-    engine = bench.Nanovllm(args)
+    engine = Nanovllm(args)
     try:
-        engine.on_gpu = True
-        monkeypatch.setattr(bench.torch.cuda, "Event", FakeEvent)
-        monkeypatch.setattr(bench.torch.cuda, "synchronize", lambda: None)
-        monkeypatch.setattr(bench.torch.cuda, "mem_get_info", lambda: (1 << 30, 3 << 30))
-        (row,) = bench.run_workload(engine, "offline", args)
+        monkeypatch.setattr(engine, "on_gpu", True)
+        monkeypatch.setattr(engine.llm, "gpu", torch.device("cuda", 0))
+        monkeypatch.setattr(FakeEvent, "made", 0)
+        monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 3 << 30))
+        (row,) = run_workload(engine, "offline", args)
     finally:
         engine.close()
     assert row["gpu_ms"] == pytest.approx(2) and row["gpu_gib"] == 2
+    assert FakeEvent.made == 2 * row["steps"]  # the timed run has none
     assert "percent" not in row
 
 
-def test_plot_and_trace(model, tmp_path):
+def test_plot_and_trace_are_written(model, tmp_path):
     plot, trace = tmp_path / "limits.svg", tmp_path / "trace.json.gz"
     flags = ["--model", model, "--device", "cpu", *SMALL, "--plot", str(plot), "--trace", str(trace)]
     for _ in range(2):  # its own drawing is overwritten
@@ -322,11 +350,13 @@ def test_plot_and_trace(model, tmp_path):
     texts = [element.text for element in ElementTree.parse(plot).iter("{http://www.w3.org/2000/svg}text")]
     assert texts[0] == "qwen2 on CPU" and texts[2] == "offline, tok/s" and "% of" not in texts[3]
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    for name in ("schedule", "launch", "collect", "update"):
-        assert sum(event["name"] == f"host: {name}" for event in events) == bench.TRACE_STEPS
+    names = [event["name"] for event in sorted(events, key=lambda event: event.get("ts", 0))]
+    phases = [f"host: {name}" for name in ("schedule", "launch", "collect", "update")]
+    assert [name for name in names if name in phases] == phases * TRACE_STEPS
+    assert names.count("host: step") == TRACE_STEPS
 
 
-def test_a_file_that_was_not_drawn_here_is_kept(tmp_path, capsys):
+def test_foreign_svg_is_not_overwritten(tmp_path, capsys):
     path = tmp_path / "mine.svg"
     path.write_text("<svg/>")
     with pytest.raises(SystemExit, match="2"):
@@ -334,7 +364,7 @@ def test_a_file_that_was_not_drawn_here_is_kept(tmp_path, capsys):
     assert path.read_text() == "<svg/>"
 
 
-def test_vllm_gets_the_same_requests_side_by_side(model, tmp_path, fake_vllm, capsys):
+def test_vllm_receives_the_same_requests_side_by_side(model, tmp_path, fake_vllm, capsys):
     path = tmp_path / "figures.json"
     bench.main(["--engine", "vllm", "nanovllm", "--model", model, *SMALL, "--json", str(path)])
     rows = json.loads(path.read_text())["rows"]
@@ -345,14 +375,14 @@ def test_vllm_gets_the_same_requests_side_by_side(model, tmp_path, fake_vllm, ca
     assert options["model"] == model and options["max_model_len"] == 512 and options["max_num_seqs"] == 4
     assert len(warm_up) == 4
     args = bench.make_parser().parse_args(SMALL)
-    (group,), _ = bench.offline(args, 131, 512)
+    (group,), _ = offline(args, 131, 512)
     assert [ids for ids, _ in requests] == group.prompts
     assert [params["max_tokens"] for _, params in requests] == group.lens
     assert all(params["temperature"] == 0.6 and params["ignore_eos"] for _, params in requests)
 
 
-def test_vllm_gets_a_shape_as_a_folder(tmp_path):
+def test_vllm_receives_a_shape_as_a_folder(tmp_path):
     source = open_model("qwen3-0.6b", "dummy")
-    found = open_model(bench.write_config(source, str(tmp_path)), "dummy").config
-    assert bench.body_parameters(found) == bench.body_parameters(source.config)
+    found = open_model(write_config(source, str(tmp_path)), "dummy").config
+    assert body_parameters(found) == body_parameters(source.config)
     assert (found.vocab_size, found.rope_theta, found.tie_word_embeddings) == (151936, 1e6, True)

@@ -14,8 +14,8 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.attention.torch_ref import TorchBackend
 from nanovllm.distributed import parallel
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.engine.scheduler import Batch
-from nanovllm.ops.linear.dispatch import Adder, Kernel, regime_of
+from nanovllm.messages import Batch
+from nanovllm.ops.dispatch import Adder, Kernel, regime_of
 from nanovllm.ops.linear.gemm import MAX_TILES, default_gemm_config
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from nanovllm.runner import model_runner
@@ -82,18 +82,18 @@ def test_what_comes_before_steps_has_ended_when_they_may_begin_in_another_stream
 
         return run
 
-    for name in ("_allocate", "_move_weights", "_settle"):
+    for name in ("_allocate", "_move_weights", "_synchronize"):
         monkeypatch.setattr(ModelRunner, name, note(name, getattr(ModelRunner, name)))
     monkeypatch.setattr(model_runner, "load_weights", note("load_weights", model_runner.load_weights))
     path = save_tiny(tmp_path, "qwen3")
     with LLM(path, device="cpu", max_num_seqs=2, max_model_len=64) as llm:
         for change in (lambda: None, lambda: llm.update_weights(path), lambda: llm.sleep(2), llm.wake_up):
             change()
-            assert calls.pop() == "_settle"
+            assert calls.pop() == "_synchronize"
     event, stream = MagicMock(), MagicMock()
     stream.record_event = lambda: event
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    ModelRunner._settle(SimpleNamespace(device=torch.device("cuda", 1), wait=calls.append))
+    ModelRunner._synchronize(SimpleNamespace(device=torch.device("cuda", 1), wait=calls.append))
     assert calls[-1] is event
 
 
@@ -141,7 +141,9 @@ def test_steps_run_on_the_engine_s_gpu_whatever_the_thread_s_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", device)
     runner = object.__new__(ModelRunner)
     runner.device, runner.state, runner.graphs, runner.num_blocks = torch.device("cuda", 1), MagicMock(), None, 1
-    for name in ("_eager", "_send", "_move_weights", "_allocate", "_capture", "_settle"):
+    runner.forward = MagicMock()
+    runner.forward.run.side_effect = lambda *_: seen.append(current[-1]) or MagicMock()
+    for name in ("_send", "_move_weights", "_allocate", "_capture", "_synchronize"):
         setattr(runner, name, MagicMock(side_effect=lambda *_: seen.append(current[-1]) or MagicMock()))
     runner.launch(Batch())
     runner.wake_up()
@@ -159,13 +161,14 @@ def test_one_engine_captures_at_a_time_and_nothing_is_collected_meanwhile(monkey
         inside.set()
         assert go_on.wait(60)
         both.append(current_thread())
+        return None, None
 
-    backend, config = SimpleNamespace(capturable_prefill=False, shares_prefixes=False), MagicMock()
-    runner, threads = SimpleNamespace(backend=backend, config=config, check_ranks=lambda: None), []
+    backend, threads = SimpleNamespace(capturable_prefill=False, shares_prefixes=False), []
     for _ in range(2):
         graphs = object.__new__(StepGraphs)
+        graphs.forward, graphs.config = SimpleNamespace(backend=backend), MagicMock()
         graphs.slots, graphs.decode, graphs._capture = torch.zeros(1), {}, capture
-        threads.append(Thread(target=graphs.capture, args=[runner]))
+        threads.append(Thread(target=graphs.capture))
         threads[-1].start()
     assert inside.wait(60)
     threads[1].join(0.5)
@@ -177,7 +180,7 @@ def test_one_engine_captures_at_a_time_and_nothing_is_collected_meanwhile(monkey
     assert gc.isenabled()
     gc.disable()  # as a caller may have
     try:
-        graphs.capture(runner)
+        graphs.capture()
         assert not gc.isenabled()
     finally:
         gc.enable()
@@ -204,8 +207,9 @@ def test_a_capture_that_fails_is_ended_and_freed(error, ends, monkeypatch):
     run.calls = 0
     graph, allocator, graphs = MagicMock(), MagicMock(), object.__new__(StepGraphs)
     graph.capture_end.side_effect = ends
-    graphs.pool, graphs.stream, graphs.few_layers, graphs.wait = (0, 7), MagicMock(), nullcontext, MagicMock()
-    graphs.slots = SimpleNamespace(device=torch.device("cuda", 1))
+    graphs.pool, graphs.stream, graphs.wait = (0, 7), MagicMock(), MagicMock()
+    graphs.forward = SimpleNamespace(model=SimpleNamespace(few_layers=nullcontext))
+    graphs.device = torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())

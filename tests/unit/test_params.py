@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
+from nanovllm.checks import number
 from nanovllm.config import Config
+from nanovllm.sampling_params import MAX_ALLOWED_IDS
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,69 @@ def test_unknown_arguments_of_the_async_engine_raise_and_are_not_shown():
     with pytest.raises(TypeError, match=r"no option max_concurrent;.* max_concurrent_requests") as caught:
         AsyncLLM(max_concurrent="a secret")
     assert "secret" not in str(caught.value)
+
+
+class Stubborn:
+    def __repr__(self):
+        raise RuntimeError("no repr")
+
+
+class Wordy:
+    def __repr__(self):
+        return "x" * 1_000_000
+
+
+HUGE = [
+    ["x"] * 1_000_000,
+    "x" * 6_000_000,
+    {i: "x" for i in range(100_000)},
+    10**5000,
+    Wordy(),
+    Stubborn(),
+    range(10**12),
+]
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(SamplingParams)])
+def test_errors_of_sampling_params_are_short(name):
+    for value in HUGE:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            SamplingParams(**{name: value})
+        assert name in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config)])
+def test_errors_of_a_config_are_short(name):
+    for value in HUGE:
+        if name == "model" and isinstance(value, str):
+            continue  # a name, which is looked up later
+        with pytest.raises((TypeError, ValueError)) as caught:
+            Config(**{name: value})
+        assert name in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("ids", [range(10**12), range(10**30), [0] * (MAX_ALLOWED_IDS + 1)])
+def test_too_many_ids_are_refused_before_they_are_read(ids):
+    for name in ("allowed_token_ids", "stop_token_ids"):
+        with pytest.raises(ValueError, match=f"{name} must have at most"):
+            SamplingParams(**{name: ids})
+
+
+@pytest.mark.parametrize("kind", [int, np.int64])
+def test_long_lists_of_ids_are_not_checked_one_by_one(monkeypatch, kind):
+    checked = []
+
+    def counted(name, value, *bounds):
+        checked.append(name)
+        return number(name, value, *bounds)
+
+    monkeypatch.setattr("nanovllm.sampling_params.number", counted)
+    ids = SamplingParams(allowed_token_ids=[kind(i) for i in range(50_000)]).allowed_token_ids
+    assert ids == tuple(range(50_000)) and set(map(type, ids)) == {int}
+    for wrong, error in ((-1, ValueError), (2**31, ValueError), (True, TypeError), (1.0, TypeError), ("1", TypeError)):
+        with pytest.raises(error, match=f"each id of allowed_token_ids .* got {wrong!r}"):
+            SamplingParams(allowed_token_ids=[kind(i) for i in range(50_000)] + [wrong])
+    assert checked.count("each id of allowed_token_ids") <= 12
 
 
 def test_none_is_nothing_where_lists_are_asked_for():

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from nanovllm.engine import block_manager as block_manager_module
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.scheduler import Scheduler, StepOutput
-from nanovllm.engine.sequence import Sequence, Status
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Placement, Sequence, Status
+from nanovllm.messages import StepOutput
 from nanovllm.sampling_params import SamplingParams
 
 BLOCK = 4
@@ -37,25 +38,26 @@ class FakeDevice:
         self.length = [0] * num_slots
 
     def launch(self, batch):
-        for slot, place, block in batch.new_blocks:
-            self.tables[slot][place] = block
-        rows = [(slot, self.length[slot], [self.last[slot]], True) for slot in batch.decode_slots]
-        rows += [(c.slot, c.start, c.token_ids, c.samples) for c in batch.chunks]
-        assert len({row[0] for row in rows}) == len(rows)
+        for slot, index, block in batch.new_blocks:
+            self.tables[slot][index] = block
+        assert len(set(batch.slots)) == len(batch.rows)
+        assert [row.token_ids is None for row in batch.rows] == [i < batch.num_decode for i in range(len(batch.rows))]
         written = set()
-        for slot, start, token_ids, _ in rows:  # all rows write before any reads, as in a layer
-            for position, token_id in enumerate(token_ids, start):
-                place = self.tables[slot][position // BLOCK], position % BLOCK
-                assert place not in written, "two rows write to one place"
+        for row in batch.rows:  # all rows write before any reads, as in a layer
+            if row.token_ids is None:
+                assert row.start == self.length[row.slot]
+            for position, token_id in enumerate(row.token_ids or [self.last[row.slot]], row.start):
+                place = self.tables[row.slot][position // BLOCK], position % BLOCK
+                assert place not in written, "two rows write to the same place"
                 written.add(place)
                 self.cache[place] = token_id
-        sampled = []
-        for slot, start, token_ids, samples in rows:
-            end = start + len(token_ids)
-            seen = [self.cache[self.tables[slot][i // BLOCK], i % BLOCK] for i in range(end)]
-            self.last[slot], self.length[slot] = next_token(seen), end
-            sampled.append(self.last[slot] if samples else None)
-        return StepOutput(sampled)
+        return StepOutput([self._sample(row) for row in batch.rows])
+
+    def _sample(self, row):
+        end = row.start + row.num_tokens
+        seen = [self.cache[self.tables[row.slot][i // BLOCK], i % BLOCK] for i in range(end)]
+        self.last[row.slot], self.length[row.slot] = next_token(seen), end
+        return [self.last[row.slot]] if row.samples else []
 
 
 def run(requests, *, num_blocks, max_num_seqs, budget, overlap, caching=True, aborts=()):
@@ -75,8 +77,7 @@ def run(requests, *, num_blocks, max_num_seqs, budget, overlap, caching=True, ab
                 scheduler.finish(seqs[index], "abort")
         step = scheduler.schedule()
         if step:
-            num_tokens = len(step.batch.decode_slots) + sum(len(c.token_ids) for c in step.batch.chunks)
-            assert 0 < num_tokens <= budget
+            assert 0 < step.batch.num_tokens <= budget
             assert len(scheduler.running) <= max_num_seqs
             in_flight.append((step, device.launch(step.batch)))
         if in_flight and (not step or len(in_flight) > overlap):
@@ -87,11 +88,12 @@ def run(requests, *, num_blocks, max_num_seqs, budget, overlap, caching=True, ab
 
 def check_integrity(scheduler, seqs):
     manager = scheduler.block_manager
-    held = [block_id for seq in seqs for block_id in seq.block_table]
+    placements = [seq.placement for seq in seqs if seq.placement]
+    held = [block_id for placement in placements for block_id in placement.block_table]
     for block_id, block in enumerate(manager.blocks):
         assert block.ref_count == held.count(block_id)
         assert (block.ref_count == 0) == (block_id in manager.free_ids)
-    slots = [seq.slot for seq in seqs if seq.slot >= 0]
+    slots = [placement.slot for placement in placements]
     assert sorted(slots + scheduler.free_slots) == list(range(len(slots) + len(scheduler.free_slots)))
 
 
@@ -159,7 +161,7 @@ def test_a_long_prompt_does_not_stop_decoding():
     scheduler.add(Sequence([3] * 60, SamplingParams(max_tokens=1)))
     for generated in range(2, 9):
         step = scheduler.schedule()
-        assert step.decoding == [first] and len(step.chunked) == 1
+        assert step.sequences[0] is first and step.batch.num_decode == 1 and len(step.batch.prefill_rows) == 1
         scheduler.update(step, device.launch(step.batch))
         assert len(first.output_ids) == generated
 
@@ -169,7 +171,7 @@ def test_requests_given_at_once_share_a_prefix_within_one_step():
     for last in range(3):
         scheduler.add(Sequence([5] * 8 + [last], SamplingParams()))
     step = scheduler.schedule()
-    assert [len(chunk.token_ids) for chunk in step.batch.chunks] == [9, 1, 1]
+    assert [row.num_tokens for row in step.batch.rows] == [9, 1, 1]
 
 
 def test_at_least_one_token_is_recomputed_on_a_full_hit():
@@ -187,31 +189,32 @@ def test_colliding_hashes_miss_instead_of_mixing_prefixes(monkeypatch):
         assert seq.output_ids == expected(prompt, params, end_ids)
 
 
-def test_what_salts_keep_apart_stays_apart_even_if_hashes_collide(monkeypatch):
+def computed(manager, seq):
+    """Return a placement for all of `seq`'s tokens, computed and in the prefix index."""
+    placement = Placement(slot=0)
+    manager.share(seq, placement, [])
+    manager.allocate(placement, len(seq.token_ids))
+    placement.num_computed = len(seq.token_ids)
+    manager.register(seq, placement)
+    return placement
+
+
+def test_requests_with_different_salts_share_no_blocks_even_if_hashes_collide(monkeypatch):
     monkeypatch.setattr(block_manager_module, "_chain", lambda prefix_hash, token_ids: 1)
     manager = BlockManager(8, BLOCK)
     for salt in ("a", "b", None):
         seq = Sequence([1] * 5, SamplingParams(cache_salt=salt))
         assert manager.find_prefix(seq) == []
-        manager.share(seq, [])
-        manager.allocate(seq, 5)
-        seq.num_computed = 5
-        manager.register(seq)
-        assert manager.find_prefix(Sequence([1] * 5, seq.params)) == seq.block_table[:1]
+        placement = computed(manager, seq)
+        assert manager.find_prefix(Sequence([1] * 5, seq.params)) == placement.block_table[:1]
 
 
-def test_free_blocks_leave_in_lru_order_tail_first():
+def test_blocks_are_evicted_in_lru_order_and_the_end_of_a_prefix_first():
     manager = BlockManager(6, BLOCK)
-    seq = Sequence(list(range(12)), SamplingParams())
-    manager.allocate(seq, 12)
-    seq.num_computed = 12
-    manager.register(seq)
-    manager.free(seq)
+    manager.free(computed(manager, Sequence(list(range(12)), SamplingParams())))
     assert list(manager.free_ids) == [3, 4, 5, 2, 1, 0]
-    other = Sequence([7] * 16, SamplingParams())
-    manager.allocate(other, 16)  # takes the unused ones and the tail
-    again = Sequence(list(range(13)), SamplingParams())
-    assert manager.find_prefix(again) == [0, 1]
+    manager.allocate(Placement(slot=1), 16)  # takes the unused blocks and the end of the prefix
+    assert manager.find_prefix(Sequence(list(range(13)), SamplingParams())) == [0, 1]
 
 
 @pytest.mark.parametrize("state", ["waiting", "prefilling", "decoding", "in flight", "finished"])

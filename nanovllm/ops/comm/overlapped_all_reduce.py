@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 
 from nanovllm.ops.comm import cuda_ipc
-from nanovllm.ops.linear.dispatch import MAX_CAPTURED_TOKENS
+from nanovllm.ops.dispatch import MAX_CAPTURED_TOKENS
 from nanovllm.ops.norm_rope.rms_norm import normalize
 from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 

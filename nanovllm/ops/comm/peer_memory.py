@@ -7,7 +7,7 @@ import torch
 
 from nanovllm.ops.comm.cuda_ipc import Mapping
 from nanovllm.ops.comm.overlapped_all_reduce import OverlappedAllReduce, inbox_words
-from nanovllm.ops.linear.dispatch import MAX_GEMV_TOKENS
+from nanovllm.ops.dispatch import MAX_GEMV_TOKENS
 from nanovllm.ops.triton_utils import launch_options, sm_count, tl, triton
 
 CAPACITY = 32 << 20  # bytes that a rank can send to another in one launch; larger all-reduces take several launches

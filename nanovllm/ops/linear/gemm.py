@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.ops.linear.dispatch import GEMM_MAX_OUTPUTS, Kernel, regime_of
+from nanovllm.ops.dispatch import GEMM_MAX_OUTPUTS, Kernel, regime_of
 from nanovllm.ops.triton_utils import (
     HAVE_TRITON,
     TensorDescriptor,

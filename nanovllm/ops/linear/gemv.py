@@ -16,7 +16,7 @@ import torch
 
 from nanovllm.ops.comm.collectives import buffers_of, pack_words, send, sum_unit
 from nanovllm.ops.comm.peer_memory import UNIT, PeerMemory
-from nanovllm.ops.linear.dispatch import Kernel, regime_of
+from nanovllm.ops.dispatch import Kernel, regime_of
 from nanovllm.ops.triton_utils import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
 
 

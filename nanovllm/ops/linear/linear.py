@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.ops.comm.peer_memory import PeerMemory
-from nanovllm.ops.linear.dispatch import ZERO_BIAS_COLUMNS, Adder, Kernel, regime_of
+from nanovllm.ops.dispatch import ZERO_BIAS_COLUMNS, Adder, Kernel, regime_of
 from nanovllm.ops.linear.gemm import gemm_triton, is_gemm
 from nanovllm.ops.linear.gemv import gemv_triton, is_gemv
 from nanovllm.ops.linear.silu_mul import silu_mul

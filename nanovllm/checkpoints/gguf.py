@@ -13,6 +13,8 @@ import gguf
 import numpy as np
 import torch
 
+from nanovllm.checkpoints.files import regular_file
+from nanovllm.checks import shown
 from nanovllm.models.registry import (
     FAMILIES,
     ModelConfig,
@@ -22,7 +24,6 @@ from nanovllm.models.registry import (
     stretched,
     unsupported,
 )
-from nanovllm.utils.files import regular_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,7 +104,7 @@ class _File:
         for _ in range(num_fields):  # each takes some bytes of the file, which ends the loop
             key = self._text()
             if key in metadata:
-                raise ValueError(f"it has the metadata {key!r:.80} twice")
+                raise ValueError(f"it has the metadata {shown(key)} twice")
             metadata[key] = self._value(*self._unpack("<I"))
         infos = [self._tensor_info() for _ in range(num_tensors)]
         return metadata, self._place(infos, metadata.get("general.alignment", 32))
@@ -138,19 +139,19 @@ class _File:
         """A tensor's header, whose `start` still counts from the first tensor."""
         name, (num_dims,) = self._text(), self._unpack("<I")
         if not 1 <= num_dims <= _MAX_DIMS:
-            raise ValueError(f"the tensor {name!r:.80} must have 1 to {_MAX_DIMS} dimensions, got {num_dims}")
+            raise ValueError(f"the tensor {shown(name)} must have 1 to {_MAX_DIMS} dimensions, got {num_dims}")
         shape = self._unpack(f"<{num_dims}Q")[::-1]
         kind, start = self._unpack("<IQ")
         kind = gguf.GGMLQuantizationType(kind)
         block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         if shape[-1] % block_size:
-            raise ValueError(f"the tensor {name!r:.80} has rows of {shape[-1]}, in blocks of {block_size}")
+            raise ValueError(f"the tensor {shown(name)} has rows of {shape[-1]}, in blocks of {block_size}")
         return _Tensor(name, shape, kind, start, start + math.prod(shape) // block_size * block_bytes)
 
     def _place(self, infos: list[_Tensor], alignment: Any) -> dict[str, _Tensor]:
         """The tensors by name, with places in the file, where none overlaps another."""
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-            raise ValueError(f"its alignment must be a power of two, got {alignment!r:.80}")
+            raise ValueError(f"its alignment must be a power of two, got {shown(alignment)}")
         first = -(-self.offset // alignment) * alignment
         tensors = {t.name: _Tensor(t.name, t.shape, t.type, first + t.start, first + t.end) for t in infos}
         if len(tensors) < len(infos):
@@ -159,10 +160,10 @@ class _File:
         for tensor in in_order:
             if tensor.start % alignment or tensor.end > len(self.data):
                 place = f"from {tensor.start} to {tensor.end}, which must be a multiple of {alignment}, in the file"
-                raise ValueError(f"the tensor {tensor.name!r:.80} is {place} of {len(self.data)} bytes")
+                raise ValueError(f"the tensor {shown(tensor.name)} is {place} of {len(self.data)} bytes")
         for one, other in pairwise(in_order):
             if one.end > other.start:
-                raise ValueError(f"the tensors {one.name!r:.80} and {other.name!r:.80} overlap")
+                raise ValueError(f"the tensors {shown(one.name)} and {shown(other.name)} overlap")
         return tensors
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -174,7 +175,7 @@ class _File:
         value = self.get(key, default)
         if type(value) not in (int, float):
             key = key.format(arch=self.arch)
-            raise ValueError(f"{self.path} must have a number as its metadata {key}, got {value!r:.80}")
+            raise ValueError(f"{self.path} must have a number as its metadata {key}, got {shown(value)}")
         return value
 
     def floats(self, name: str) -> np.ndarray:

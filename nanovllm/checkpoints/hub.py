@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, TextIO
 
 import torch
 
-from nanovllm.models.loader import check_shapes, has_own_head, iterate_weights, read_json, read_shapes
+from nanovllm.checkpoints.files import local_path, regular_file
+from nanovllm.checkpoints.loader import check_shapes, has_own_head, iterate_weights, read_json, read_shapes
+from nanovllm.checks import shown
 from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, known_ids, token_ids
-from nanovllm.utils.files import local_path, regular_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +66,7 @@ class ModelSource:
             raise ValueError(f"the tokenizer of {self.path} cannot be read: nothing is there any more")
         try:
             if self.path.is_file():
-                from nanovllm.utils.gguf import read_tokenizer
+                from nanovllm.checkpoints.gguf import read_tokenizer
 
                 return read_tokenizer(self.path)
             from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -110,7 +111,7 @@ def open_model(name: str | Path | None, load_format: str = "auto") -> ModelSourc
         return _open_folder(path, load_format)
     if path.suffix != ".gguf":
         raise ValueError(f"model {str(name)!r:.100} is a file, but not a .gguf file")
-    from nanovllm.utils.gguf import read_gguf
+    from nanovllm.checkpoints.gguf import read_gguf
 
     config, has_tokenizer = read_gguf(path)
     source = ModelSource(config, path, has_tokenizer)
@@ -143,7 +144,7 @@ def _open_folder(path: Path, load_format: str) -> ModelSource:
     for key in ("num_hidden_layers", "num_labels"):
         length = content.get(key)
         if length is not None and (type(length) is not int or not 1 <= length <= _MAX_LENGTH):
-            raise ValueError(f"the model's {key} must be an integer from 1 to {_MAX_LENGTH}, got {length!r:.80}")
+            raise ValueError(f"the model's {key} must be an integer from 1 to {_MAX_LENGTH}, got {shown(length)}")
     from transformers import AutoConfig
 
     try:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
+from nanovllm.checkpoints.files import local_path, regular_file
+from nanovllm.checks import plain
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import LinearLayer
-from nanovllm.utils.checks import plain
-from nanovllm.utils.files import local_path, regular_file
+from nanovllm.progress import ProgressBar
 from nanovllm.weights.parameter import CheckpointTensor
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) 
     tied = _TIED if model.config.tie_word_embeddings else {}
     shares = model.lm_head.weight is model.embed_tokens.weight
     differs: dict[str, torch.Tensor] = {}
-    quiet = True if model.tp.rank else None  # None: silent unless on a terminal
-    bar = tqdm(checked_weights(weights), "Loading weights", len(targets), delay=2, disable=quiet, leave=False)
+    shown = None if model.tp.rank == 0 else False  # None: only on a terminal
+    bar = ProgressBar(checked_weights(weights), "Loading weights", len(targets), enabled=shown, delay=2, leave=False)
     # Parameters made in inference mode can only be written in it.
     with torch.inference_mode(), _plain_layout(model):
         for given, loaded in bar:
@@ -195,7 +195,7 @@ def iterate_weights(location: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """
     location = _weights_path(location)
     if not location.is_dir():
-        from nanovllm.utils.gguf import iterate_gguf
+        from nanovllm.checkpoints.gguf import iterate_gguf
 
         return iterate_gguf(location)
     return _iterate_safetensors(_weight_files(location), lambda file, name: file.get_tensor(name))
@@ -205,7 +205,7 @@ def read_shapes(location: str | Path) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors that `iterate_weights` gives, read from the files' headers."""
     location = _weights_path(location)
     if not location.is_dir():
-        from nanovllm.utils import gguf
+        from nanovllm.checkpoints import gguf
 
         return gguf.read_shapes(location)
     shapes: dict[str, tuple[int, ...]] = {}

@@ -1,0 +1,231 @@
+"""The engines that can be measured, each behind the interface of `Engine`."""
+
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from benchmarks.limits import count_costs, find_peaks
+from benchmarks.workloads import Group
+from nanovllm import LLM, SamplingParams
+from nanovllm.checkpoints.hub import ModelSource, open_model
+from nanovllm.engine.step_stats import StepStats
+from nanovllm.models.registry import ModelConfig
+
+SHARED_OPTIONS = ("load_format", "max_num_seqs", "tensor_parallel_size", "enforce_eager", "dtype")
+# Options that other engines do not have, or name differently.
+OWN_OPTIONS = ("device", "attention_backend", "overlap")
+
+
+def given_options(args: Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the options among `names` that the user gave."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def nanovllm_options(args: Namespace) -> dict[str, Any]:
+    """Return the arguments of `LLM`."""
+    return given_options(args, ("model", "max_model_len", *SHARED_OPTIONS, *OWN_OPTIONS))
+
+
+def timed(call: Callable[..., Any], *arguments: Any) -> float:
+    """Return the seconds that a call takes."""
+    start = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - start
+
+
+class Engine:
+    """An engine that has loaded a model.
+
+    Attributes:
+        name: what the tables call it.
+        config: the model's shape.
+        max_model_len: the longest prompt plus output, in tokens.
+        on_gpu: whether the model is on a GPU.
+        peaks: bytes/s and operations/s of the devices, if they are known and this engine's steps can be counted.
+    """
+
+    name: str
+    config: ModelConfig
+    max_model_len: int
+    on_gpu: bool
+    peaks: tuple[float, float] | None = None
+
+    def reset(self) -> None:
+        """Forget cached prefixes."""
+
+    def generate(self, group: Group) -> None:
+        """Answer the requests of a group."""
+        raise NotImplementedError
+
+    def measure(self, group: Group) -> dict[str, float]:
+        """Return the seconds of a group, and what else an undisturbed run shows."""
+        return {"seconds": timed(self.generate, group)}
+
+    def instrument(self, group: Group) -> dict[str, float]:
+        """Return what only a run of its own can show, because measuring it costs time."""
+        return {}
+
+    def close(self) -> None:
+        """Give back memory and files."""
+
+
+class Nanovllm(Engine):
+    """This engine. It also reports what its steps cost and where they spend their time."""
+
+    name = "nanovllm"
+
+    def __init__(self, args: Namespace):
+        self.llm = LLM(**nanovllm_options(args))
+        self.config = self.llm.source.config
+        self.max_model_len = self.llm.max_model_len
+        self.dtype = self.llm.config.torch_dtype(self.config.dtype)
+        self.on_gpu = self.llm.config.device_type == "cuda"
+        self.peaks = find_peaks(args, torch.cuda.get_device_name() if self.on_gpu else None, self.dtype.itemsize)
+
+    def reset(self) -> None:
+        self.llm.reset_prefix_cache()
+
+    def generate(self, group: Group) -> None:
+        self.llm.generate(group.prompts, self.sampling_params(group), use_tqdm=False)
+
+    @staticmethod
+    def sampling_params(group: Group) -> list[SamplingParams]:
+        options = {"temperature": group.temperature, "ignore_eos": True, **group.options}
+        return [SamplingParams(max_tokens=n, **options) for n in group.lens]
+
+    @contextmanager
+    def recorded_steps(self, time_gpu: bool = False) -> Iterator[list[StepStats]]:
+        """Collect the stats of the steps that run inside."""
+        steps: list[StepStats] = []
+        self.llm.on_step, self.llm.time_gpu = steps.append, time_gpu
+        try:
+            yield steps
+        finally:
+            self.llm.on_step, self.llm.time_gpu = None, False
+
+    def measure(self, group: Group) -> dict[str, float]:
+        """Return the seconds of a group and what its steps cost, which is counted afterwards."""
+        with self.recorded_steps() as steps:
+            measured = super().measure(group)
+        batches = [step.batch for step in steps if step.batch is not None]
+        costs = count_costs(batches, self.config, self.dtype.itemsize, self.llm.config.kvcache_block_size)
+        measured["steps"] = len(batches)
+        measured["bytes"] = float(costs.bytes.sum())
+        measured["flops"] = float(costs.flops.sum())
+        if self.peaks is not None:
+            measured["limit"] = costs.limit(*self.peaks)
+        return measured
+
+    def instrument(self, group: Group) -> dict[str, float]:
+        """Return the seconds in which the host worked, and those in which the GPU did."""
+        with self.recorded_steps(time_gpu=True) as steps:
+            seconds = timed(self.generate, group)
+        measured = {"host": seconds - sum(step.wait_seconds for step in steps)}
+        gpu_seconds = [step.gpu_seconds for step in steps if step.gpu_seconds is not None]
+        if gpu_seconds:
+            measured["gpu"] = sum(gpu_seconds)
+        return measured
+
+    def close(self) -> None:
+        self.llm.close()
+
+
+class Vllm(Engine):
+    """vLLM, with the same token ids, lengths and sampling."""
+
+    name = "vllm"
+
+    def __init__(self, args: Namespace):
+        import vllm  # pyright: ignore[reportMissingImports]  # optional
+
+        source = open_model(args.model, args.load_format or "auto")
+        self.config = source.config
+        self.max_model_len = min(args.max_model_len or 4096, self.config.max_position)
+        self.folder = tempfile.TemporaryDirectory()
+        self.sampling_params = vllm.SamplingParams
+        self.llm = vllm.LLM(
+            model=str(source.path or write_config(source, self.folder.name)),
+            skip_tokenizer_init=True,
+            max_model_len=self.max_model_len,
+            gpu_memory_utilization=0.9,
+            **given_options(args, SHARED_OPTIONS),
+        )
+        self.on_gpu = torch.cuda.is_available()
+
+    def reset(self) -> None:
+        self.llm.reset_prefix_cache()
+
+    def generate(self, group: Group) -> None:
+        options = {"temperature": group.temperature, "ignore_eos": True, "detokenize": False}
+        params = [self.sampling_params(max_tokens=n, **options) for n in group.lens]
+        self.llm.generate([{"prompt_token_ids": ids} for ids in group.prompts], params, use_tqdm=False)
+
+    def close(self) -> None:
+        self.folder.cleanup()
+
+
+class Transformers(Engine):
+    """transformers' own batched, left-padded `generate`, with the weights, dtype and device of a nanovllm engine.
+
+    It generates as many tokens for each request as the longest one asks for; what the others did not ask for is waste.
+    """
+
+    name = "transformers"
+
+    def __init__(self, engine: Nanovllm):
+        from transformers import AutoModelForCausalLM
+
+        self.config = engine.config
+        self.max_model_len = engine.max_model_len
+        self.on_gpu = engine.on_gpu
+        self.device = torch.device(engine.llm.config.device_type)
+        folder, options = engine.llm.source.path, {}
+        if folder is None:
+            raise ValueError("transformers needs a model with weights")
+        if folder.is_file():
+            folder, options = folder.parent, {"gguf_file": folder.name}
+        model = AutoModelForCausalLM.from_pretrained(folder, **options, dtype=engine.dtype)
+        self.model: Any = model.to(self.device).eval()  # pyright: ignore[reportArgumentType]
+
+    def generate(self, group: Group) -> None:
+        longest = max(map(len, group.prompts))
+        token_ids = torch.zeros((len(group.prompts), longest), dtype=torch.int64)
+        mask = torch.zeros_like(token_ids)
+        for i, prompt in enumerate(group.prompts):
+            token_ids[i, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[i, longest - len(prompt) :] = 1
+        self.model.generate(
+            token_ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            max_new_tokens=max(group.lens),
+            do_sample=True,
+            temperature=group.temperature,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+
+
+ENGINES: dict[str, type[Nanovllm] | type[Vllm]] = {engine.name: engine for engine in (Nanovllm, Vllm)}
+
+
+def write_config(source: ModelSource, folder: str) -> str:
+    """Write the config.json of a shape without weights, for engines that do not know such shapes; return the folder."""
+    from transformers import AutoConfig
+
+    options = asdict(source.config)
+    options |= {"architectures": ["Qwen3ForCausalLM"], "dtype": "bfloat16"}  # all shapes are Qwen3's
+    options["rope_parameters"] = {"rope_type": "default", "rope_theta": options.pop("rope_theta")}
+    options["num_hidden_layers"] = options.pop("num_layers")
+    options["num_attention_heads"] = options.pop("num_heads")
+    options["num_key_value_heads"] = options.pop("num_kv_heads")
+    options["max_position_embeddings"] = options.pop("max_position")
+    AutoConfig.for_model(**options).save_pretrained(folder)
+    return folder

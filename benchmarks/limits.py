@@ -1,0 +1,125 @@
+"""The least time that the hardware needs for the steps that ran: bytes to move and operations to do."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanovllm.messages import Batch
+from nanovllm.models.registry import ModelConfig
+
+# HBM TB/s as a plain read measures it, and dense bf16 TFLOP/s as large GEMMs do, of one GPU, by a part of its name.
+PEAKS = {"H100 80GB": (3.0, 790.0), "H200": (4.3, 790.0)}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The bytes that each step of a run must move at least and the operations that it must do, both [steps]."""
+
+    bytes: np.ndarray
+    flops: np.ndarray
+
+    def limit(self, bytes_per_s: float, flops_per_s: float) -> float:
+        """Return the run's seconds if every step keeps either the memory or the arithmetic fully busy."""
+        return float(np.maximum(self.bytes / bytes_per_s, self.flops / flops_per_s).sum())
+
+
+def find_peaks(args: Namespace, gpu_name: str | None, itemsize: int) -> tuple[float, float] | None:
+    """Return bytes/s and operations/s of all devices together, or None if both are unknown.
+
+    A peak that the user gave replaces the known one. A peak that is unknown does not limit.
+
+    Args:
+        gpu_name: None on a CPU.
+        itemsize: bytes of a weight; the known peaks are those of 2.
+    """
+    hbm_tb_s, tflops = None, None
+    if gpu_name is not None and itemsize == 2:
+        for part, (known_tb_s, known_tflops) in PEAKS.items():
+            if part in gpu_name:
+                hbm_tb_s, tflops = known_tb_s, known_tflops
+    hbm_tb_s = args.hbm_tb_s or hbm_tb_s
+    tflops = args.tflops or tflops
+    if hbm_tb_s is None and tflops is None:
+        return None
+    scale = 1e12 * (args.tensor_parallel_size or 1)
+    infinity = float("inf")
+    return scale * (hbm_tb_s or infinity), scale * (tflops or infinity)
+
+
+def body_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters of the layers and the last norm, which every token passes through."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    layer = hidden * (2 * queries + 2 * keys + 3 * inner + 2)
+    if config.qk_norm:
+        layer += 2 * config.head_dim
+    if config.qkv_bias:
+        layer += queries + 2 * keys
+    if config.o_bias:
+        layer += hidden
+    if config.mlp_bias:
+        layer += 2 * inner + hidden
+    return config.num_layers * layer + hidden
+
+
+class BlockTables:
+    """The block tables of the slots, rebuilt from the batches, to count shared blocks once."""
+
+    def __init__(self, batches: Sequence[Batch], block_size: int):
+        new_blocks = np.array([new for batch in batches for new in batch.new_blocks], dtype=np.int64).reshape(-1, 3)
+        num_slots, width, num_blocks = new_blocks.max(axis=0, initial=-1) + 1
+        self.table = np.zeros((num_slots, width), dtype=np.int64)
+        self.filled = np.zeros(num_blocks, dtype=np.int64)
+        self.block_size = block_size
+
+    def apply(self, batch: Batch) -> None:
+        """Enter the new blocks of a batch."""
+        if batch.new_blocks:
+            slots, indices, blocks = np.array(batch.new_blocks).T
+            self.table[slots, indices] = blocks
+
+    def distinct_tokens(self, slots: np.ndarray, contexts: np.ndarray) -> int:
+        """Return the number of tokens in the blocks of these sequences, each block counted once.
+
+        Args:
+            slots, contexts: the slot and the context length of each sequence, [R].
+        """
+        starts = np.arange(0, contexts.max(), self.block_size)  # of each block in a table
+        used = starts < contexts[:, None]  # [R, blocks]
+        blocks = self.table[slots, : len(starts)][used]
+        # Sequences only share full blocks, so it does not matter which of them writes a block's count.
+        self.filled[blocks] = np.minimum(contexts[:, None] - starts, self.block_size)[used]
+        total = int(self.filled.sum())
+        self.filled[blocks] = 0
+        return total
+
+
+def count_costs(batches: Sequence[Batch], config: ModelConfig, itemsize: int, block_size: int) -> Costs:
+    """Count what the steps of a run move and compute at least. No sequence may run when the run starts.
+
+    A step reads the body's weights once, the LM head if it samples, and an embedding for each token. It reads the keys
+    and values of its sequences' contexts, shared blocks once, and writes those of its tokens. In the last layer, only
+    the last token of each sequence needs more than its keys and values.
+    """
+    body = body_parameters(config)
+    head = config.vocab_size * config.hidden_size
+    queries = config.num_heads * config.head_dim
+    kv_bytes = 2 * config.num_kv_heads * config.head_dim * config.num_layers * itemsize  # of one token
+    skippable = config.hidden_size * (2 * queries + 3 * config.intermediate_size)  # parameters of the last layer
+    tables = BlockTables(batches, block_size)
+    step_bytes, step_flops = [], []
+    for batch in batches:
+        tables.apply(batch)
+        slots, before, new = np.array([(row.slot, row.start, row.num_tokens) for row in batch.rows]).T
+        num_tokens = int(new.sum())
+        num_sampled = sum(row.samples for row in batch.rows)
+        attended = int((new * before + new * (new + 1) // 2).sum()) * (config.num_layers - 1)
+        attended += int((before + new).sum())
+        weights = body + (head if num_sampled else 0) + num_tokens * config.hidden_size
+        kv_tokens = tables.distinct_tokens(slots, before + new) + num_tokens
+        step_bytes.append(weights * itemsize + kv_bytes * kv_tokens)
+        multiplied = body * num_tokens - skippable * (num_tokens - len(batch.rows)) + head * num_sampled
+        step_flops.append(2 * multiplied + 4 * queries * attended)
+    return Costs(np.array(step_bytes, dtype=float), np.array(step_flops, dtype=float))

@@ -1,0 +1,98 @@
+"""Collectives of the CPU ranks of one host, over a pair of sockets between rank 0 and each other rank.
+
+Every collective goes through rank 0, so an all-reduce gives all ranks the same bits. The ranks inherit the sockets, and
+no port listens. gloo would listen on a TCP port: any local user could abort its process by opening more connections to
+that port than the process may have descriptors.
+"""
+
+import socket
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+class Done:
+    """The handle of a collective that has finished."""
+
+    def wait(self) -> None:
+        pass
+
+
+class PipeGroup:
+    """Run the collectives that the engine uses. They are named as in a `torch.distributed` process group.
+
+    Tensors are contiguous and on the CPU.
+
+    Args:
+        rank: index of this rank.
+        pipes: on rank 0 the sockets to ranks 1, 2, ...; on another rank its socket to rank 0.
+    """
+
+    def __init__(self, rank: int, pipes: Sequence[socket.socket]):
+        self.rank = rank
+        self.pipes = pipes
+
+    def allreduce(self, tensors: list[torch.Tensor], options: "dist.AllreduceOptions | None" = None) -> Done:
+        (x,) = tensors
+        combine = torch.minimum if options and options.reduceOp == dist.ReduceOp.MIN else torch.add
+        for other in self._gather(x):
+            combine(x, other, out=x)
+        return self.broadcast(tensors)
+
+    def broadcast(self, tensors: list[torch.Tensor]) -> Done:
+        (x,) = tensors
+        for pipe in self.pipes:
+            if self.rank == 0:
+                pipe.sendall(_bytes(x))
+            else:
+                _receive(pipe, x)
+        return Done()
+
+    def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor]) -> Done:
+        (parts,), (x,) = outputs, inputs
+        for part, gathered in zip(parts, [x, *self._gather(x)], strict=False):
+            part.copy_(gathered)
+        for part in parts:
+            self.broadcast([part])
+        return Done()
+
+    def alltoall_base(
+        self, output: torch.Tensor, x: torch.Tensor, output_sizes: list[int], input_sizes: list[int]
+    ) -> Done:
+        """Give each rank its slice of every rank's `x`, concatenated. The slices have `input_sizes` rows."""
+        if self.rank > 0:
+            self._gather(x)
+            _receive(self.pipes[0], output)
+            return Done()
+        slices = [part.split(input_sizes) for part in [x, *self._gather(x)]]
+        for rank in range(len(slices)):
+            rows = torch.cat([parts[rank] for parts in slices])
+            if rank == 0:
+                output.copy_(rows)
+            else:
+                self.pipes[rank - 1].sendall(_bytes(rows))
+        return Done()
+
+    def _gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Send `x` to rank 0. Return the tensors of ranks 1, 2, ... on rank 0, and nothing on the others."""
+        if self.rank > 0:
+            self.pipes[0].sendall(_bytes(x))
+            return []
+        return [_receive(pipe, torch.empty_like(x)) for pipe in self.pipes]
+
+
+def _bytes(x: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor."""
+    return x.view(-1).view(torch.uint8).numpy().data
+
+
+def _receive(pipe: socket.socket, x: torch.Tensor) -> torch.Tensor:
+    """Fill `x` with the bytes that the other end sends, and return it."""
+    memory = _bytes(x)
+    while memory:
+        count = pipe.recv_into(memory)
+        if count == 0:
+            raise ConnectionError("another rank has closed its end of the pipe")
+        memory = memory[count:]
+    return x

@@ -1,0 +1,102 @@
+"""Run a rank other than 0: build its model runner, then do what rank 0 sends."""
+
+import contextlib
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+
+from nanovllm.checkpoints.hub import open_model
+from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.executor.channels import receive_weights
+from nanovllm.executor.ranks import largest_all_reduce, make_group, open_store, rank_device
+from nanovllm.runner.model_runner import ModelRunner
+
+
+def main(rank: int, parent: int, report: int, messages: int, pipe: int, store: int) -> None:
+    """Run a rank until rank 0 closes it. On an error, report the traceback to rank 0 and exit with status 1.
+
+    Args:
+        rank: index of this rank.
+        parent: process id of rank 0.
+        report: descriptor of the connection for the traceback.
+        messages: descriptor of the connection for messages from rank 0.
+        pipe: descriptor of the socket for collectives on the CPU.
+        store: descriptor of the file where the ranks meet.
+    """
+    _end_with(parent)
+    if sys.stderr is not None:
+        # Rank 0 can say which signal ended this process, but not where.
+        faulthandler.enable()
+    try:
+        _run_rank(rank, Connection(messages, writable=False), socket.socket(fileno=pipe), store)
+    except BaseException:
+        try:
+            Connection(report, readable=False).send(traceback.format_exc())
+        except OSError:
+            # Rank 0 is gone.
+            os._exit(1)
+        # Rank 0 reads the report and kills this process. Exiting now would show it a broken collective first.
+        time.sleep(5)
+        sys.exit(1)
+
+
+def _run_rank(rank: int, messages: Connection, pipe: socket.socket, store_descriptor: int) -> None:
+    (config,) = messages.recv()
+    size = config.tensor_parallel_size
+    device = rank_device(config.device_type, rank)
+    store = open_store(store_descriptor, size)
+    store.set(f"rank {rank}", "present")
+    group = make_group(rank, size, store, config.device_type, [pipe])
+    source = open_model(config.model, config.load_format)
+    tp = TensorParallel(rank, size, group).with_peers(device, largest_all_reduce(config, source))
+    runner = ModelRunner(config, source, tp, device)
+    serve(runner, messages)
+    tp.abort(runner.free_graphs)
+
+
+def serve(runner: ModelRunner, messages: Connection) -> None:
+    """Call the runner's methods that rank 0 names, until rank 0 sends "close"."""
+    while True:
+        method, *arguments = messages.recv()
+        if method == "close":
+            return
+        if method == "update_weights":
+            _update_weights(runner, messages)
+            continue
+        getattr(runner, method)(*arguments)
+        # Results are of no use here, but must be collected: a staging buffer is used again two steps later.
+        keep = 1 if method == "launch" else 0
+        while len(runner.in_flight) > keep:
+            runner.collect()
+
+
+def _update_weights(runner: ModelRunner, messages: Connection) -> None:
+    """Load the weights that rank 0 shares. Rank 0 finds the same faults in them and raises them to the caller."""
+    weights = receive_weights(messages, runner.tp, runner.device)
+    with contextlib.suppress(TypeError, ValueError):
+        runner.update_weights(weights)
+    # Receive the rest of what rank 0 sends.
+    with contextlib.suppress(ValueError):
+        for _ in weights:
+            pass
+
+
+def _end_with(parent: int) -> None:
+    """End this process when rank 0's process is gone, whatever either of them was doing.
+
+    Linux also kills this process when the thread that started it ends; see `nanovllm.executor.processes`. But rank 0
+    may have died before this process asked for that, or may have started a wrapper of Python.
+    """
+    starter = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == starter and os.path.exists(f"/proc/{parent}"):
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

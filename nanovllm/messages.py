@@ -1,0 +1,121 @@
+"""Plain data between the engine and the model runner. No torch here.
+
+The scheduler describes a step as a `Batch`; every rank receives it. The runner answers with a `StepOutput`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from nanovllm.outputs import TokenLogprobs
+from nanovllm.sampling_params import SamplingParams
+
+FIRST_TOKEN = range(1)  # the logit indices of a decode row
+NO_TOKENS = range(0)  # the logit indices of a chunk that ends inside its prompt
+
+
+class Row(NamedTuple):
+    """One sequence's part of a step. Decoding, chunked prefill and prompt logprobs are all this.
+
+    Args:
+        slot: the sequence's slot in the batch state on the device.
+        start: position of the row's first token.
+        token_ids: the tokens to compute; None is the slot's last sampled token, which the device holds.
+        logit_indices: the row's tokens whose logits are used, counted from its first token.
+        target_ids: the known tokens that follow the first `len(target_ids)` of these: their logprobs are wanted. The
+            logits of the remaining indices are sampled from.
+    """
+
+    slot: int
+    start: int
+    token_ids: list[int] | None
+    logit_indices: range
+    target_ids: Sequence[int] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return 1 if self.token_ids is None else len(self.token_ids)
+
+    @property
+    def samples(self) -> bool:
+        """Whether a sampled token is the sequence's next one. The runner may sample for other rows, in vain."""
+        return len(self.logit_indices) > len(self.target_ids)
+
+
+@dataclass(slots=True)
+class Admission:
+    """What the sampler must know about a slot's new sequence.
+
+    Args:
+        min_length: while the sequence is shorter, `end_ids` cannot be sampled.
+        is_filtered: whether batches bring masks for the slot.
+        prompt_ids, output_ids: the tokens so far, only if the request has penalties.
+    """
+
+    slot: int
+    params: SamplingParams
+    seed: int
+    min_length: int
+    end_ids: tuple[int, ...]
+    is_filtered: bool = False
+    prompt_ids: list[int] = field(default_factory=list)
+    output_ids: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step.
+
+    Args:
+        rows: decode rows (`token_ids` is None) first.
+        num_decode: how many decode rows there are.
+        admissions: slots that have a new sequence.
+        new_blocks: (slot, index in its block table, block id).
+        masks: (slot, bit mask of the tokens it may sample from now on).
+        logprob_rows: indices of the rows whose sampled token's logprobs are wanted.
+        num_logprobs: largest number of most likely tokens that any of the logprobs includes.
+        processed_logprobs: whether some of `logprob_rows` want the distribution that is sampled from.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    num_decode: int = 0
+    admissions: list[Admission] = field(default_factory=list)
+    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
+    masks: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    logprob_rows: list[int] = field(default_factory=list)
+    num_logprobs: int = 0
+    processed_logprobs: bool = False
+
+    @property
+    def slots(self) -> list[int]:
+        return [row.slot for row in self.rows]
+
+    @property
+    def prefill_rows(self) -> list[Row]:
+        return self.rows[self.num_decode :]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_decode + sum(row.num_tokens for row in self.prefill_rows)
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether prompt logprobs are wanted."""
+        return any(row.target_ids for row in self.prefill_rows)
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """The results of a step.
+
+    Args:
+        token_ids: the accepted tokens of each row; none for a row that does not sample.
+        logprobs: those of the batch's `logprob_rows`.
+        prompt_logprobs: those of the rows' `target_ids`, concatenated.
+    """
+
+    token_ids: list[list[int]]
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: TokenLogprobs | None = None

@@ -1,0 +1,206 @@
+"""A step on the device: from the batch state to sampled tokens and their logprobs."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from nanovllm.attention.base import AttentionBackend, Context
+from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.layers.residual import Residual
+from nanovllm.messages import Batch
+from nanovllm.models.decoder import Decoder
+from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
+from nanovllm.ops.inputs.step_inputs import step_inputs
+from nanovllm.ops.inputs.step_rows import StepRows
+from nanovllm.ops.sampling.logprobs import process_logits, top_logprobs
+from nanovllm.ops.sampling.sampling import advance_slots, sample
+from nanovllm.runner.batch_state import BatchState
+from nanovllm.utils.context import set_context
+
+LOGPROB_ROWS = 64  # rows whose logprobs are computed at once, which bounds the memory for them
+
+# Token ids, log-probabilities and ranks, as `top_logprobs` returns them.
+LogprobTensors = tuple[torch.Tensor, ...]
+
+
+class StepTensors(NamedTuple):
+    """The results of a step on the device.
+
+    Args:
+        tokens: [R] int64, sampled for each row.
+        own: this rank's slice of the rows, which it samples; a graph's padding rows count.
+        logits: [S, V], of the rows `own`. After a graph's replay they are valid until the next replay.
+        hidden: the last hidden states of all tokens, before their norm; None unless the step keeps them.
+    """
+
+    tokens: torch.Tensor
+    own: slice
+    logits: torch.Tensor
+    hidden: Residual | None
+
+
+class Forward:
+    """Runs steps of one model on one batch state.
+
+    Args:
+        model: whose layers have their state bound.
+        state: the slots.
+        backend: attends.
+        kv_heads: the different numbers of KV heads of the layers.
+        counters: int32 zeros for kernels that split their work.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        state: BatchState,
+        backend: AttentionBackend,
+        kv_heads: tuple[int, ...],
+        counters: torch.Tensor,
+    ):
+        self.model = model
+        self.state = state
+        self.backend = backend
+        self.kv_heads = kv_heads
+        self.counters = counters
+        self.tp: TensorParallel = model.tp
+
+    def run(self, batch: Batch) -> StepTensors:
+        """Run a batch kernel by kernel, without a graph."""
+        to_device = self.state.staging.to_device
+        prefill_rows = batch.prefill_rows
+        if not prefill_rows:
+            slots = to_device(np.array(batch.slots, dtype=np.int32))
+            return self.step(slots, batch.num_decode)
+        num_rows, num_tokens = len(batch.rows), batch.num_tokens
+        packed = to_device(self.state.pack(batch, num_rows, num_tokens))
+        return self.step(
+            StepRows.split(packed, num_rows, num_tokens),
+            batch.num_decode,
+            max_seqlen_q=max(row.num_tokens for row in prefill_rows),
+            max_context_len=max(row.start + row.num_tokens for row in prefill_rows),
+            keep_hidden=batch.has_targets,
+        )
+
+    def step(
+        self,
+        rows: StepRows | torch.Tensor,
+        num_decode: int,
+        max_seqlen_q: int = 0,
+        max_context_len: int = 0,
+        shared: SharedPrefixPlan | None = None,
+        keep_hidden: bool = False,
+    ) -> StepTensors:
+        """Run one step from device tensors alone, so that a CUDA graph can capture it.
+
+        Args:
+            rows: the rows of the step, or only the slots [B] int32 of a step of decode rows.
+            num_decode: how many rows, the first ones, are attended as decode rows.
+            max_seqlen_q: upper bound of the other rows' tokens.
+            max_context_len: upper bound of the other rows' contexts.
+            shared: the prefixes that decode rows share, if they are attended once for all.
+            keep_hidden: return the hidden states of all tokens.
+        """
+        state = self.state
+        if isinstance(rows, StepRows):
+            slots, cu_seqlens = rows.slots, rows.cu_seqlens[num_decode:]
+        else:
+            slots, cu_seqlens = rows, None
+        inputs = step_inputs(
+            rows,
+            state.last_token,
+            state.length,
+            state.block_tables,
+            state.block_size,
+            state.scratch_slot,
+            state.sampling,
+        )
+        context = Context(
+            backend=self.backend,
+            kv_heads=self.kv_heads,
+            num_decode=num_decode,
+            slots=slots,
+            context_lens=inputs.context_lens,
+            block_tables=state.block_tables,
+            slot_mapping=inputs.slot_mapping,
+            cu_seqlens_q=None if num_decode == len(slots) else cu_seqlens,
+            max_seqlen_q=max_seqlen_q,
+            max_context_len=max_context_len,
+            shared=shared,
+            last_indices=None if keep_hidden else inputs.last_indices,
+            counters=self.counters,
+        )
+        self.backend.prepare(context)
+        with set_context(context):
+            hidden = self.model(inputs.input_ids, inputs.positions)
+            logits = self.model.compute_logits(hidden[inputs.last_indices] if keep_hidden else hidden)
+        own = self.tp.rows(len(slots))
+        tokens = self._sample(logits, own, slots, inputs.context_lens)
+        return StepTensors(tokens, own, logits, hidden if keep_hidden else None)
+
+    def _sample(
+        self, logits: torch.Tensor, own: slice, slots: torch.Tensor, context_lens: torch.Tensor
+    ) -> torch.Tensor:
+        """Sample this rank's rows, exchange the tokens with the other ranks, and advance the slots."""
+        state = self.state
+        last = state.last_token, state.length, state.scratch_slot
+        if self.tp.size == 1:
+            return sample(logits, slots, context_lens, state.sampling, last)
+        tokens = torch.zeros(len(slots), dtype=torch.int64, device=slots.device)
+        tokens[own] = sample(logits, slots[own], context_lens[own], state.sampling)
+        self.tp.merge(tokens)
+        advance_slots(tokens, slots, context_lens, *last)
+        return tokens
+
+    # -- logprobs ----------------------------------------------------------------------------------------------------
+
+    def logprobs(self, batch: Batch, result: StepTensors) -> LogprobTensors:
+        """Return the logprobs of the tokens that `logprob_rows` sampled."""
+        to_device = self.state.staging.to_device
+        rows = np.array(batch.logprob_rows, dtype=np.int64)
+        own = np.flatnonzero((rows >= result.own.start) & (rows < result.own.stop))
+        tokens = result.tokens[result.own]
+        parts = []
+        for start in range(0, max(1, len(own)), LOGPROB_ROWS):
+            chosen = rows[own[start : start + LOGPROB_ROWS]]
+            indices = to_device(chosen - result.own.start)
+            logits = result.logits[indices]
+            if batch.processed_logprobs:
+                slots = to_device(np.array(batch.slots)[chosen])
+                logits = process_logits(logits, slots, self.state.length[slots], self.state.sampling)
+            parts.append(top_logprobs(logits, tokens[indices], batch.num_logprobs))
+        return self._merge(map(torch.cat, zip(*parts, strict=True)), own, len(rows))
+
+    def prompt_logprobs(self, batch: Batch, hidden: Residual) -> LogprobTensors:
+        """Return the logprobs of the rows' `target_ids`, concatenated."""
+        indices: list[int] = []
+        targets: list[int] = []
+        start = batch.num_decode
+        for row in batch.prefill_rows:
+            first = start + row.logit_indices.start
+            indices += range(first, first + len(row.target_ids))
+            targets += row.target_ids
+            start += row.num_tokens
+        device = self.counters.device
+        all_indices = torch.tensor(indices, dtype=torch.int64, device=device)
+        all_targets = torch.tensor(targets, dtype=torch.int64, device=device)
+        parts = []
+        for tokens, ids in zip(all_indices.split(LOGPROB_ROWS), all_targets.split(LOGPROB_ROWS), strict=True):
+            own = self.tp.rows(len(tokens))
+            result = top_logprobs(self.model.compute_logits(hidden[tokens]), ids[own], batch.num_logprobs)
+            parts.append(self._merge(result, own, len(tokens)))
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def _merge(self, parts: Iterable[torch.Tensor], own: slice | np.ndarray, count: int) -> LogprobTensors:
+        """Combine the ranks' tensors of `count` rows. This rank computed `parts`, the rows `own` [S]."""
+        if self.tp.size == 1:
+            return tuple(parts)
+        indices = own if isinstance(own, slice) else self.state.staging.to_device(own)
+        merged = []
+        for part in parts:
+            whole = part.new_zeros((count, *part.shape[1:]))
+            whole[indices] = part
+            merged.append(self.tp.merge(whole))
+        return tuple(merged)

@@ -1,0 +1,360 @@
+"""Ctrl-C at every line of every public call: the engine stays usable, and no request, block or lock is left behind."""
+
+import gc
+import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import nanovllm
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.interrupts import interrupt_after
+from tests.models.tiny import save_tiny
+
+PACKAGE = str(Path(nanovllm.__file__).parent)
+PROMPTS = [[3, 1, 4, 1, 5] * 4, [9, 2, 6]]
+SOON = 60  # seconds after which what has not come never will, on a busy machine too
+
+
+def greedy(max_tokens):
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def engine(model, **options):
+    defaults = dict(device="cpu", kvcache_block_size=16, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=64)
+    return LLM(model, **defaults, **options)
+
+
+def tokens(llm):
+    return [output.token_ids for output in llm.generate(PROMPTS, greedy(3), use_tqdm=False)]
+
+
+HOST_CODE = tuple(f"{PACKAGE}/{part}" for part in ("llm.py", "engine/", "executor/", "runner/"))
+
+
+class Injector:
+    """Sends this process SIGINT at the n-th line of the package's host code that the main thread runs in the body."""
+
+    def __init__(self, line):
+        self.line = line
+        self.count = 0
+        self.where = None
+
+    def trace(self, frame, event, _):
+        file = frame.f_code.co_filename
+        if not file.startswith(HOST_CODE):
+            return None
+        if event == "line":
+            self.count += 1
+            if self.count == self.line:
+                self.where = f"{file.removeprefix(PACKAGE)}:{frame.f_lineno} in {frame.f_code.co_name}"
+                signal.raise_signal(signal.SIGINT)
+        return self.trace
+
+    def __enter__(self):
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(None)
+
+
+def generate(llm):
+    llm.generate(PROMPTS, greedy(3), use_tqdm=False)
+
+
+def stream(llm):
+    iterator = llm.stream(PROMPTS[0], greedy(3))
+    next(iterator)
+    iterator.close()
+
+
+def stream_to_the_end(llm):
+    list(llm.stream(PROMPTS[0], greedy(3)))
+
+
+def stream_that_is_dropped(llm):
+    iterator = llm.stream(PROMPTS[0], greedy(5))
+    next(iterator)
+    del iterator  # Python prints and forgets an exception in here
+
+
+stream_that_is_dropped.may_forget = True
+
+
+def add_request(llm):
+    llm.add_request(PROMPTS[1], greedy(2), request_id="mine")
+
+
+def with_requests(call):
+    """`call` on an engine that has a running and a waiting request."""
+
+    def prepare(llm):
+        for i, prompt in enumerate(PROMPTS):
+            llm.add_request(prompt, greedy(5), request_id=f"old {i}")
+            llm.step()
+
+    call.prepare = prepare
+    return call
+
+
+@with_requests
+def step(llm):
+    llm.step()
+
+
+@with_requests
+def abort(llm):
+    llm.abort("old 0")
+
+
+@with_requests
+def sleep(llm):
+    llm.sleep()
+
+
+@with_requests
+def generate_beside_others(llm):
+    llm.generate(PROMPTS[:1], greedy(2), use_tqdm=False)
+
+
+@with_requests
+def reset_prefix_cache(llm):
+    llm.reset_prefix_cache()
+
+
+@with_requests
+def metrics(llm):
+    llm.metrics()
+
+
+@with_requests
+def update_weights(llm):
+    llm.update_weights(llm.config.model)
+
+
+def wake_up(llm):
+    llm.wake_up()
+
+
+wake_up.prepare = lambda llm: llm.sleep()
+
+
+def chat(llm):
+    llm.chat([[{"role": "user", "content": "a"}]], greedy(3), use_tqdm=False)
+
+
+CALLS = [
+    generate,
+    chat,
+    generate_beside_others,
+    add_request,
+    stream,
+    stream_to_the_end,
+    stream_that_is_dropped,
+    step,
+    abort,
+]
+CALLS += [sleep, wake_up, reset_prefix_cache, metrics, update_weights]
+LINES = 120  # of a call that are interrupted, at most; evenly spread
+
+
+def interrupted(llm, call, line):
+    """Run `call` with an interrupt at a line of it. Return where, and whether it came."""
+    getattr(call, "prepare", lambda llm: None)(llm)
+    injector = Injector(line)
+    try:
+        with injector:
+            call(llm)
+    except KeyboardInterrupt:
+        return injector, True
+    return injector, False
+
+
+def check(llm, want, where):
+    """The engine goes on from its state, whichever it is: all that is unfinished ends, and nothing is held."""
+    with ThreadPoolExecutor(1) as threads:  # the lock is free
+        try:
+            threads.submit(llm.wake_up if llm.sleep_level else llm.reset_prefix_cache).result()
+        except RuntimeError as error:
+            raise AssertionError(where) from error
+    awake = all(layer.k_cache.numel() for layer in llm.executor.runner.attention_layers)
+    assert awake and not llm.sleep_level, where
+    if llm.weight_error is not None:
+        llm.update_weights(llm.config.model)
+    ids = set(llm.requests)
+    ended = set()
+    for _ in range(100):
+        if not llm.has_unfinished():
+            break
+        ended |= {output.request_id for output in llm.step() if output.finished}
+    assert not llm.has_unfinished() and ids <= ended and ids <= {"mine", "old 0", "old 1"}, (where, ids, ended)
+    assert tokens(llm) == want, where
+    scheduler = llm.scheduler
+    assert not scheduler.running and not scheduler.waiting and not llm.requests and not llm.outputs, where
+    assert scheduler.block_manager.num_free == llm.num_kvcache_blocks, where
+    assert len(scheduler.free_slots) == llm.config.max_num_seqs, where
+
+
+def sweep(llm, call, want, most):
+    """Interrupt `call` at its lines, `most` of them."""
+    check(llm, want, "before")
+    probe, _ = interrupted(llm, call, 0)  # how many lines there are
+    check(llm, want, "uninterrupted")
+    assert probe.count > 5
+    stride = -(-probe.count // most)
+    for line in range(1, probe.count + 1, stride):
+        injector, came = interrupted(llm, call, line)
+        assert came or injector.where is None or hasattr(call, "may_forget"), f"lost at {injector.where}"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, injector.where
+        check(llm, want, injector.where)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"), "qwen2-tied", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    with engine(model) as llm:
+        llm.input_processor.chat_prompts = lambda *_, **__: PROMPTS  # there is no tokenizer
+        gc.collect()
+        gc.freeze()  # `sleep` collects garbage: this makes it fast
+        yield llm
+        gc.unfreeze()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_an_interrupt_at_any_line_leaves_a_usable_engine(llm, call):
+    sweep(llm, call, tokens(llm), LINES)
+
+
+@pytest.mark.parametrize(
+    "call", [generate, stream, step, sleep, wake_up, update_weights], ids=lambda call: call.__name__
+)
+def test_an_interrupt_leaves_a_usable_engine_of_two_ranks(two_ranks, call):
+    sweep(two_ranks, call, tokens(two_ranks), 8)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(model):
+    with engine(model, tensor_parallel_size=2) as llm:
+        yield llm
+
+
+def close(llm):
+    llm.close()
+
+
+def leave(llm):
+    with llm:
+        pass
+
+
+@pytest.mark.parametrize("call", [close, leave], ids=lambda call: call.__name__)
+def test_an_interrupted_close_is_whole_or_can_be_called_again(model, call):
+    line, count = 1, 1
+    while line <= count:
+        llm = engine(model)
+        llm.add_request(PROMPTS[0], greedy(5))
+        llm.step()
+        injector, came = interrupted(llm, call, line)
+        assert came or injector.where is None
+        if not llm.closed:
+            assert llm.has_unfinished()
+            llm.generate(PROMPTS, greedy(1), use_tqdm=False)
+        llm.close()
+        assert llm.executor is None and not llm.requests
+        with pytest.raises(RuntimeError, match="the engine is closed"):
+            llm.step()
+        count = max(count, injector.count)
+        line += 1 if line < 10 else 5
+
+
+def test_a_second_interrupt_does_not_wait():
+    def hang(*_):
+        signal.raise_signal(signal.SIGINT)
+        reached.append(1)
+        signal.raise_signal(signal.SIGINT)
+        reached.append(2)
+
+    reached = []
+    with pytest.raises(KeyboardInterrupt), interrupt_after(), interrupt_after():
+        hang()
+    assert reached == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_is_raised_although_the_body_fails():
+    with pytest.raises(KeyboardInterrupt), interrupt_after():
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError("the body's own error")
+
+
+def test_an_alarm_reaches_the_code_that_makes_the_weights_and_nothing_else():
+    def ring(*_):
+        rung.append(making)
+
+    def weights():
+        nonlocal making
+        signal.raise_signal(signal.SIGALRM)
+        making = False
+        yield "a", 1
+        making = True
+        signal.raise_signal(signal.SIGALRM)
+
+    rung, making, before = [], True, signal.signal(signal.SIGALRM, ring)
+    try:
+        with interrupt_after() as deferral:
+            for _ in deferral.pull(weights()):
+                signal.raise_signal(signal.SIGALRM)  # held back
+                assert rung == [True]
+            assert rung == [True, True]
+        assert len(rung) == 3
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_close_in_another_thread_ends_generate_with_a_clear_error(model):
+    def launch_and_report(batch):
+        launched.set()
+        launch(batch)
+
+    llm, launched = engine(model), threading.Event()
+    launch, llm.executor.launch = llm.executor.launch, launch_and_report
+    with ThreadPoolExecutor(1) as threads:
+        endless = threads.submit(llm.generate, [PROMPTS[1]] * 2000, greedy(50), False)
+        assert launched.wait(SOON)
+        llm.close()
+        assert isinstance(endless.exception(SOON), RuntimeError)
+        assert "the engine is closed" in str(endless.exception())
+    assert llm.executor is None and not llm.requests
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("stream", lambda llm: llm.add_request([1], greedy(2), stream="false")),
+        ("stream", lambda llm: llm.add_request([1], greedy(2), stream=None)),
+        ("use_tqdm", lambda llm: llm.generate([[1]], greedy(2), use_tqdm="no")),
+        ("use_tqdm", lambda llm: llm.generate([[1]], greedy(2), use_tqdm=0)),
+        ("level", lambda llm: llm.sleep(1.0)),
+        ("level", lambda llm: llm.sleep(True)),
+        ("level", lambda llm: llm.sleep("1" * 5000)),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_refused(llm, name, call):
+    with pytest.raises(TypeError, match=f"^{name} must be") as error:
+        call(llm)
+    assert len(str(error.value)) < 200
+    assert not llm.requests and not llm.sleep_level
+
+
+def test_an_empty_conversation_is_refused(model):
+    with engine(model) as llm, pytest.raises(TypeError, match="messages must be a list of dicts"):
+        llm.chat_prompts([[]], chat_template="{{ messages }}")

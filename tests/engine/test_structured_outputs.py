@@ -1,0 +1,315 @@
+"""What clients send as structured outputs is served or refused, and never costs more than the request."""
+
+import json
+import random
+import threading
+import time
+
+import jsonschema
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from nanovllm import SamplingParams, StructuredOutputsParams
+from nanovllm.engine.detokenizer import TokenBytes
+from nanovllm.engine.grammars import Grammars
+from tests.engine.test_generate import engine, greedy, tokens
+from tests.models.tiny import save_tiny
+
+VOCAB = 416  # more than the tokenizer has
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Byte-level BPE with a few merges, one special token and two added tokens that are text."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|endoftext|>", "<|im|>"]
+    )
+    backend.train_from_iterator(['{"name": "value", "integer": 12}\n think about it'] * 3, trainer)
+    backend.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+def made(tokenizer, vocab_size=VOCAB):
+    token_bytes = TokenBytes(tokenizer.backend_tokenizer, False)
+    return Grammars(tokenizer, token_bytes, vocab_size, (tokenizer.eos_token_id,))
+
+
+@pytest.fixture(scope="module")
+def grammars(tokenizer):
+    grammars = made(tokenizer)
+    yield grammars
+    grammars.close()
+
+
+@pytest.fixture(scope="module")
+def hurried(tokenizer):
+    """Refuses what takes more than a second."""
+    grammars = made(tokenizer)
+    grammars._pool.cpu_seconds = 1
+    yield grammars
+    grammars.close()
+
+
+def allowed(token_filter):
+    return np.flatnonzero(np.unpackbits(token_filter.mask().view(np.uint8), bitorder="little"))
+
+
+def walk(token_filter, tokenizer, seed, most=200):
+    """The text of random allowed tokens, short ones first, and whether it is complete."""
+    rng, token_ids = random.Random(seed), []
+    while not token_filter.is_complete and len(token_ids) < most:
+        choices = [int(i) for i in allowed(token_filter)]
+        closing = [i for i in choices if i in tokenizer.convert_tokens_to_ids(['"', "}", "]", '":', "."])]
+        token_ids.append(rng.choice(closing if closing and rng.random() < 0.5 else choices))
+        token_filter.accept(token_ids[-1])
+        assert token_filter.error is None, (tokenizer.decode(token_ids), token_filter.error)
+    return tokenizer.decode(token_ids), token_filter.is_complete
+
+
+def follows(token_filter, tokenizer, text):
+    """Whether the filter lets all of `text` follow, by the longest allowed tokens."""
+    own = token_filter.copy()
+    left = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)[0][0]
+    while left:
+        names = tokenizer.convert_ids_to_tokens([int(i) for i in allowed(own) if i < len(tokenizer)])
+        name = max((name for name in names if left.startswith(name)), key=len, default=None)
+        if name is None:
+            return False
+        own.accept(tokenizer.convert_tokens_to_ids(name))
+        left = left[len(name) :]
+    return own.error is None and (own.is_complete or tokenizer.eos_token_id in allowed(own))
+
+
+def rule_chain(length):
+    rules = [f'r{i}: "a" r{i + 1}' for i in range(length)]
+    return "\n".join(["start: r0", *rules, f'r{length}: "b"', ""])
+
+
+def ref_chain(length, wrap):
+    defs = {f"d{i}": wrap({"$ref": f"#/$defs/d{i + 1}"}) for i in range(length)}
+    return json.dumps({"$defs": {**defs, f"d{length}": {"type": "integer"}}, "$ref": "#/$defs/d0"})
+
+
+WRAPS = {
+    "ref": lambda ref: ref,
+    "items": lambda ref: {"type": "array", "items": ref},
+    "anyOf": lambda ref: {"anyOf": [ref, {"type": "null"}]},
+    "allOf": lambda ref: {"allOf": [ref, {"type": "integer"}]},
+    "properties": lambda ref: {"type": "object", "properties": {"a": ref}, "required": ["a"]},
+}
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_a_chain_of_1000_references_is_served_or_refused(grammars, name):
+    try:
+        grammars.filter(json=ref_chain(1000, WRAPS[name]))
+    except ValueError as error:
+        assert name == "anyOf" and "structured_outputs" in str(error)
+
+
+def test_a_chain_of_5000_rules_is_served_and_one_of_60000_is_refused(grammars, hurried, tokenizer):
+    assert follows(grammars.filter(grammar=rule_chain(50)), tokenizer, "a" * 50 + "b")
+    served = grammars.filter(grammar=rule_chain(5000))
+    with pytest.raises(ValueError, match="structured_outputs cannot be compiled: it took "):
+        hurried.filter(grammar=rule_chain(60_000))
+    assert len(allowed(served)) and follows(hurried.filter(regex="ok"), tokenizer, "ok")
+
+
+def test_a_deep_grammar_can_be_followed_on_a_small_stack(grammars):
+    deep = [grammars.filter(grammar=rule_chain(5000)), grammars.filter(json=ref_chain(1000, WRAPS["properties"]))]
+
+    def use():
+        while deep:
+            mine = deep.pop().copy()
+            for _ in range(5):
+                mine.accept(int(allowed(mine)[-1]))
+            assert mine.error is None
+
+    before = threading.stack_size(256 << 10)
+    try:
+        thread = threading.Thread(target=use)
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    assert not deep
+
+
+def test_a_schema_that_would_compile_for_minutes_is_refused(hurried, tokenizer):
+    patterns = [{"pattern": f"^(.*a.{{{i}}})*$"} for i in range(1, 30)]
+    with pytest.raises(ValueError, match="structured_outputs cannot be compiled: it took "):
+        hurried.filter(json=json.dumps({"type": "string", "allOf": patterns}))
+    assert follows(hurried.filter(regex="ok"), tokenizer, "ok")
+
+
+LONG = "hello world " * 8000
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        dict(regex="(a|b)x{1000000}"),
+        dict(regex="((((a{100}){100}){100}){100})"),
+        dict(choice=["a" + LONG, "b" + LONG]),
+        dict(json=json.dumps({"type": "object", "properties": {"x": {"const": LONG}}, "required": ["x"]})),
+        dict(grammar=f'%llguidance {{"no_forcing": false}}\nstart: ("a" | "b") "{LONG}"'),
+    ],
+    ids=["repeat", "nested", "choice", "json", "grammar"],
+)
+def test_a_long_forced_text_costs_a_step_little(grammars, what):
+    token_filter, rng = grammars.filter(**what), random.Random(0)
+    begin = time.thread_time()
+    for _ in range(50):
+        token_filter.accept(int(rng.choice(allowed(token_filter))))
+    assert time.thread_time() - begin < 0.25  # 0.01 s, but a second or more where the text is tokenised
+    assert token_filter.error is None and not token_filter.is_complete
+
+
+@pytest.mark.parametrize("rule", ["s s | x", "s s | x | s s s"])
+def test_an_ambiguous_grammar_ends_before_it_costs_a_step_much(grammars, rule):
+    token_filter, times = grammars.filter(grammar=f"start: s\ns: {rule}\nx: /[a-z ]/\n"), []
+    while token_filter.error is None and len(times) < 100:
+        begin = time.thread_time()
+        token_filter.accept(int(allowed(token_filter)[-1]))
+        times.append(time.thread_time() - begin)
+    assert max(times) < 0.3 and "takes too long" in token_filter.error
+
+
+def test_errors_are_short(grammars):
+    for what in (
+        dict(regex="(" * 500_000),
+        dict(grammar="start: " + "x" * 500_000),
+        dict(json='{"enum": ' + "[" * 900),
+    ):
+        with pytest.raises(ValueError, match="structured_outputs") as caught:
+            grammars.filter(**what)
+        assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("text", ["<think>ab</think>", "x<think>", "<|im|>", "a<|im|>b"])
+def test_texts_with_names_of_added_tokens_can_be_written(grammars, tokenizer, text):
+    for what in (dict(choice=[text]), dict(json=json.dumps({"const": text})), dict(grammar=f'start: "{text}"')):
+        for seed in range(3):
+            written, is_complete = walk(grammars.filter(**what), tokenizer, seed)
+            assert is_complete and written == (json.dumps(text) if "json" in what else text)
+
+
+def test_added_tokens_are_sampled_where_their_text_may_follow_and_special_ones_are_not(grammars, tokenizer):
+    think, im = tokenizer.convert_tokens_to_ids(["<think>", "<|im|>"])
+    either = allowed(grammars.filter(regex=r"<think>a|<\|im\|>b|c"))
+    assert think in either and im not in either
+
+
+def test_tokens_are_named_in_lark_grammars(grammars, tokenizer):
+    think, im = tokenizer.convert_tokens_to_ids(["<think>", "<|im|>"])
+    token_filter = grammars.filter(grammar='start: <think> "<think>" <|im|> /[\\/<]think>/ // <think>\n')
+    for token_id, others in ((think, []), (think, ["<"]), (im, [])):
+        assert {token_id, *tokenizer.convert_tokens_to_ids(others)} == set(allowed(token_filter))
+        token_filter.accept(token_id)
+    assert follows(token_filter, tokenizer, "/think>")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": {"type": "boolean"}, "maxItems": 2, "uniqueItems": False},
+        {"type": "string", "format": "password", "maxLength": 5},
+        {"type": "string", "format": "int64", "maxLength": 5},
+        {"type": "object", "properties": {"uniqueItems": {"const": False}}, "additionalProperties": False},
+        {"type": "object", "properties": {"ab": {"type": "integer"}}, "patternProperties": {"^a": {"type": "integer"}}},
+        {
+            "type": "object",
+            "properties": {"n": {"type": "integer"}},
+            "patternProperties": {"^S_": {"type": "string"}, "^I_": {"type": "integer"}},
+            "additionalProperties": False,
+        },
+    ],
+)
+def test_what_is_accepted_is_followed(grammars, tokenizer, schema):
+    token_filter, complete = grammars.filter(json=json.dumps(schema)), 0
+    for seed in range(12):
+        text, is_complete = walk(token_filter.copy(), tokenizer, seed)
+        if is_complete:
+            jsonschema.validate(json.loads(text), schema)
+        complete += is_complete
+    assert complete > 2
+
+
+@pytest.mark.parametrize(
+    ("schema", "inside", "outside"),
+    [
+        ({"type": "integer", "maximum": 2**63 - 1}, 2**63 - 1, 2**63),
+        ({"type": "integer", "minimum": -(2**62)}, -(2**62), -(2**62) - 1),
+        ({"type": "integer", "minimum": 2.5, "maximum": 7}, 3, 2),
+        ({"type": "integer", "maximum": 2**64}, 2**62, 2**64 + 1),
+        ({"type": "integer", "minimum": -(2**63)}, -(2**63) + 1024, -(2**63) - 1),
+        ({"enum": [2**63 - 1, -5]}, 2**63 - 1, 2**63),
+    ],
+)
+def test_bounds_of_integers_are_obeyed(grammars, tokenizer, schema, inside, outside):
+    token_filter = grammars.filter(json=json.dumps(schema))
+    assert follows(token_filter, tokenizer, str(inside)) and not follows(token_filter, tokenizer, str(outside))
+
+
+@pytest.mark.parametrize(
+    ("schema", "names"),
+    [
+        ({"type": "integer", "minimum": 2**63}, "minimum"),
+        ({"type": "integer", "minimum": 2**63, "maximum": 2**63 + 10}, "minimum"),
+        ({"type": "integer", "minimum": 2**53 + 1}, "minimum"),
+        ({"type": "integer", "exclusiveMaximum": -(2**70)}, "exclusiveMaximum"),
+        ({"type": "array", "items": {"const": 10**30}}, "const"),
+        ({"enum": [{"a": [2**63]}]}, "enum"),
+        ({"const": -(2**63)}, "const"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "string", "format": "nonsense"}, "nonsense"),
+    ],
+)
+def test_what_would_not_be_obeyed_is_refused(grammars, schema, names):
+    with pytest.raises(ValueError, match=f"structured_outputs.*{names}"):
+        grammars.filter(json=json.dumps(schema))
+
+
+@pytest.mark.parametrize(
+    ("expression", "inside", "outside"),
+    [
+        (r"\d", "7", "٣"),
+        (r"\w", "a", "é"),
+        (r"[\s]", " ", "\u00a0"),
+        (r"\D", "٣", "7"),
+        (r"[^\w]", "é", "a"),
+        (r"\\d", r"\d", "7"),
+        (r"\p{L}/", "é/", "7/"),
+    ],
+)
+def test_classes_of_a_regular_expression_are_ascii(grammars, tokenizer, expression, inside, outside):
+    token_filter = grammars.filter(regex=expression)
+    assert follows(token_filter, tokenizer, inside) and not follows(token_filter, tokenizer, outside)
+
+
+def test_classes_of_a_pattern_are_those_of_javascript(grammars, tokenizer):
+    token_filter = grammars.filter(json=json.dumps({"type": "string", "pattern": r"^\d\w\s$"}))
+    assert follows(token_filter, tokenizer, '"7a\u00a0"')
+    assert not follows(token_filter, tokenizer, '"٣a "') and not follows(token_filter, tokenizer, '"7é "')
+
+
+def test_an_engine_gives_back_its_child_processes(tokenizer, tmp_path):
+    path = save_tiny(tmp_path, "qwen3", vocab_size=VOCAB, eos_token_id=tokenizer.eos_token_id)
+    tokenizer.save_pretrained(path)
+    with engine(path) as llm:
+        params = SamplingParams(max_tokens=20, structured_outputs=StructuredOutputsParams(choice=["<think>ok</think>"]))
+        assert llm.generate(["Hi"], params, use_tqdm=False)[0].text == "<think>ok</think>"
+        (child,) = llm.input_processor.grammars._pool._idle
+        child.process.kill()  # as the kernel may, short of memory
+        assert llm.generate(["Hi"], params, use_tqdm=False)[0].text == "<think>ok</think>"
+        (child,) = llm.input_processor.grammars._pool._idle
+        assert child.process.poll() is None
+        with pytest.raises(ValueError, match=r"prompt has 1000000000000 tokens"):
+            llm.add_request(range(10**12))
+        assert len(tokens(llm, ["Hi"], greedy(3))[0]) == 3
+    assert child.process.poll() is not None
