@@ -181,7 +181,7 @@ def check(llm, want, where):
             threads.submit(llm.wake_up if llm.sleep_level else llm.reset_prefix_cache).result()
         except RuntimeError as error:
             raise AssertionError(where) from error
-    awake = all(layer.k_cache.numel() for layer in llm.executor.runner.attention_layers)
+    awake = all(layer.kv is not None for layer, _ in llm.executor.runner.pool.layers)
     assert awake and not llm.sleep_level, where
     if llm.weight_error is not None:
         llm.update_weights(llm.config.model)
