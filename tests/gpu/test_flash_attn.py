@@ -95,7 +95,7 @@ def test_tokens_are_the_likeliest_in_every_way_to_run(tmp_path):
     found = []
     for way in [*ways, dict(attention_backend="triton")]:
         with LLM(path, **options | way) as llm:
-            runner = llm.executor.runner
+            runner = llm.llm_engine.executor.runner
             assert bool(runner.graphs) == ("enforce_eager" not in way)
             if runner.graphs:
                 assert bool(runner.graphs.mixed) == runner.backend.capturable_prefill

@@ -105,7 +105,7 @@ def test_shared_prefixes_do_not_change_the_tokens(model):
         patch.setattr(shared_prefix, "MIN_TOKENS", 128)
         with LLM(model, **options) as llm:
             got = tokens(llm, prompts, params)
-            assert llm.executor.runner.graphs.has_shared_prefixes
+            assert llm.llm_engine.executor.runner.graphs.has_shared_prefixes
     with LLM(model, enable_prefix_caching=False, **options) as llm:
         assert tokens(llm, prompts, params) == got
 
@@ -154,10 +154,10 @@ def test_updated_weights_are_seen_by_captured_graphs(model, tmp_path):
     with LLM(new, **options) as llm:
         want = tokens(llm, prompts, greedy(12))
     with LLM(model, **options) as llm:
-        before, graphs = tokens(llm, prompts, greedy(12)), llm.executor.runner.graphs
+        before, graphs = tokens(llm, prompts, greedy(12)), llm.llm_engine.executor.runner.graphs
         assert llm.update_weights(load_file(new / "model.safetensors", device="cuda").items()) == 1
         assert tokens(llm, prompts, greedy(12)) == want != before
-        assert llm.executor.runner.graphs is graphs
+        assert llm.llm_engine.executor.runner.graphs is graphs
 
 
 def test_what_a_caller_has_set_in_torch_changes_nothing(model):
@@ -220,9 +220,9 @@ def test_sleep_frees_the_memory_and_waking_up_brings_it_back():
     options = dict(load_format="dummy", max_model_len=256, max_num_seqs=8, gpu_memory_utilization=0.4)
     with LLM("qwen3-0.6b", **options) as llm:
         want = tokens(llm, prompts, greedy(16))
-        layers = [m for m in llm.executor.runner.model.modules() if isinstance(m, Attention)]
+        layers = [m for m in llm.llm_engine.executor.runner.model.modules() if isinstance(m, Attention)]
         cache = sum(part.nbytes for layer in layers for part in layer.kv)
-        weights = sum(param.nbytes for param in llm.executor.runner.model.parameters())
+        weights = sum(param.nbytes for param in llm.llm_engine.executor.runner.model.parameters())
         assert cache > 10 << 30 and weights > 1 << 30
         for level, freed in ((1, cache), (2, cache + weights)):
             awake = torch.cuda.mem_get_info()[0]

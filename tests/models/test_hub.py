@@ -282,7 +282,7 @@ def test_a_hub_id(fake_hub, tmp_path):
         want = [out.token_ids for out in llm.generate(prompts, params, use_tqdm=False)]
     with tiny_llm("owner/name") as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        path = llm.source.path
+        path = llm.llm_engine.source.path
     assert [out.token_ids for out in outputs] == want and outputs[1].prompt_token_ids == [1]
     assert path.is_relative_to(tmp_path / "hub") and path.name == fake_hub.commit
     fetched = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -421,8 +421,8 @@ def test_sizes_that_the_weights_do_not_have_are_refused_before_they_are_used(tmp
 def test_many_positions_cost_nothing(tmp_path):
     folder = save_tiny(tmp_path, "qwen3", max_position_embeddings=1 << 24)
     with tiny_llm(folder) as llm:
-        assert llm.source.config.max_position == 1 << 24
-        (rotary,) = (m for m in llm.executor.runner.model.modules() if isinstance(m, RotaryEmbedding))
+        assert llm.llm_engine.source.config.max_position == 1 << 24
+        (rotary,) = (m for m in llm.llm_engine.executor.runner.model.modules() if isinstance(m, RotaryEmbedding))
         assert len(rotary.cos_sin) == 32
 
 
