@@ -54,15 +54,13 @@ class Attention(StatefulLayer):
         return PagedKVSpec(self.num_kv_heads, self.head_dim, self.dtype)
 
     def bind(self, state: PagedKV | None) -> None:
+        q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
+        self.transform = QKTransform(self.num_heads, self.rotary.cos_sin, q_weight, k_weight, self.eps)
         self.kv = state
 
     def forward(self, qkv: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
         if self.kv is None:
             raise RuntimeError("this layer has no KV cache: bind() one first")
-        q_weight = k_weight = None
-        if self.q_norm is not None and self.k_norm is not None:
-            q_weight, k_weight = self.q_norm.weight, self.k_norm.weight
-        transform = QKTransform(self.num_heads, self.rotary.cos_sin, q_weight, k_weight, self.eps)
         context = get_context()
-        out = context.backend.store_and_attend(qkv, transform, positions, self.kv, self.scale, context, last)
-        return out.flatten(1)
+        attend = context.backend.store_and_attend
+        return attend(qkv, self.transform, positions, self.kv, self.scale, context, last).flatten(1)

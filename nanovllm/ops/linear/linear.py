@@ -84,7 +84,7 @@ def choose_adder(
 def wants_zero_bias(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a GEMM without bias may be faster with a bias of zeros, when the next norm adds its output.
 
-    Then torch asks cuBLASLt for the GEMM instead of cuBLAS. docs/performance.md has the figures.
+    Then torch asks cuBLASLt for the GEMM instead of cuBLAS. docs/benchmarks.md has the figures.
     """
     regime = regime_of(len(x))
     by_library = x.is_cuda and regime.kernel is Kernel.LIBRARY and regime.adder is Adder.NEXT_NORM
