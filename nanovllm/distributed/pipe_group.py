@@ -81,8 +81,8 @@ class PipeGroup:
 
 
 def _bytes(x: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
-    return memoryview(x.view(-1).view(torch.uint8).numpy())
+    """Return the memory of a contiguous tensor."""
+    return x.view(-1).view(torch.uint8).numpy().data
 
 
 def _receive(pipe: socket.socket, x: torch.Tensor) -> torch.Tensor:
