@@ -59,7 +59,7 @@ class Package(NamedTuple):
             return f"block_size={block_size} must be a multiple of {self.page}"
         if head_dim > 256 or head_dim % 8:
             return f"head_dim={head_dim} must be a multiple of 8 of at most 256"
-        # With other head sizes, tiles hold 144, 112 or 80 tokens.
+        # Tiles of other head sizes hold 144, 112 or 80 tokens.
         if self.whole_tiles and (64 < head_dim <= 96 or head_dim > 128):
             return f"head_dim={head_dim} must be at most 64, or from 97 to 128"
         return ""

@@ -1,4 +1,4 @@
-"""Two GPUs: the tokens of one, sums in each other's memory inside captured steps, clear errors when a rank is lost."""
+"""Two GPUs: the same tokens as one, all-reduces through peer memory in captured steps, clear errors of lost ranks."""
 
 import gc
 import json
@@ -34,7 +34,7 @@ TINY_OPTIONS = {**OPTIONS, "dtype": "float32", "max_num_seqs": 8}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("model"), "qwen2")  # a vocabulary that 2 does not divide
+    return save_tiny(tmp_path_factory.mktemp("model"), "qwen2")  # 2 ranks do not divide its vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,22 @@ def want(model):
         return tokens(llm, *mixture())
 
 
-def products_beside_nccl(tp, device):
-    """Products of few rows, each many times at once and other sums between: those that are not as NCCL sums them."""
+def wrong_fused_gemms(tp, device):
+    """Compare small-batch GEMMs that all-reduce with NCCL. Return the cases that differ.
+
+    Each runs many times without a wait, with other all-reduces in between.
+    """
     wrong, shapes = [], [(4096, 2048), (4096, 6144), (1024, 1024), (2, 64), (1078, 96)]
     for i in range(40):
-        rows, (n, k), dtype = 1 + i % 4, shapes[i % 5], (torch.bfloat16, torch.float16)[i % 3 % 2]
-        own, common = (torch.Generator(device).manual_seed(seed) for seed in (1000 + 2 * i + tp.rank, i))
-        x, weight = (torch.randn(size, k, generator=own, device=device).to(dtype) for size in (rows, n))
-        bias, residual = (torch.randn(size, generator=common, device=device).to(dtype) for size in ((n,), (rows, n)))
+        num_tokens = 1 + i % 4
+        n, k = shapes[i % 5]
+        dtype = (torch.bfloat16, torch.float16)[i % 3 % 2]
+        rank_generator = torch.Generator(device).manual_seed(1000 + 2 * i + tp.rank)
+        common_generator = torch.Generator(device).manual_seed(i)
+        x = torch.randn(num_tokens, k, generator=rank_generator, device=device).to(dtype)
+        weight = torch.randn(n, k, generator=rank_generator, device=device).to(dtype)
+        bias = torch.randn(n, generator=common_generator, device=device).to(dtype)
+        residual = torch.randn(num_tokens, n, generator=common_generator, device=device).to(dtype)
         weight /= k**0.5
         want = x.float() @ weight.float().t()
         tp.group.allreduce([want]).wait()
@@ -62,100 +70,117 @@ def products_beside_nccl(tp, device):
             linear_all_reduce(x, weight, bias, out, tp.peers)
             if j % 7 == i % 7:
                 fits = fits and tp.all_reduce(torch.full((3, 700), tp.rank + 1.0, device=device)).eq(3).all()
-        theirs = [torch.empty_like(residuals) for _ in range(2)]
-        tp.group.allgather([theirs], [residuals]).wait()
-        same = torch.equal(*theirs) and residuals.eq(residuals[0]).all()
+        gathered = [torch.empty_like(residuals) for _ in range(2)]
+        tp.group.allgather([gathered], [residuals]).wait()
+        same = torch.equal(gathered[0], gathered[1]) and residuals.eq(residuals[0]).all()
         if not (fits and same and torch.allclose(residuals[0].float(), want, rtol=2e-2, atol=5e-2)):
-            wrong.append(("product", rows, n, k, dtype))
+            wrong.append(("GEMM", num_tokens, n, k, dtype))
     return wrong
 
 
-def sum_beside_nccl(rank, folder):
-    """On each rank: sums of few and many rows, one after the other in any order, and exchanges are those of NCCL."""
+def compare_with_nccl(rank, folder):
+    """Compare all-reduces of all sizes in a random order, all-to-alls and fused GEMMs with NCCL. Write the result."""
     device = rank_device("cuda", rank)
     tp = TensorParallel(rank, 2, make_group(rank, 2, dist.FileStore(str(folder / "store"), 2), "cuda"))
     tp = tp.with_peers(device, 256 << 20)
     generator, wrong = torch.Generator().manual_seed(0), []
     weight = torch.full((4096,), 0.5, device=device)
     weights = {dtype: weight.to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)}
-    torch.cuda.synchronize()  # weights are read before a kernel waits for the one before it
+    torch.cuda.synchronize()  # because kernels read weights before they wait for the previous kernel
     for i in range(200):
         dtype = (torch.bfloat16, torch.float16, torch.float32)[i % 3]
-        rows = int(torch.randint(1, (20, 600, 9000)[i % 7 % 3], (), generator=generator))
+        num_tokens = int(torch.randint(1, (20, 600, 9000)[i % 7 % 3], (), generator=generator))
         size = (1, 37, 512, 2048)[i % 5 % 4]
-        seed = torch.Generator(device).manual_seed(2 * i + rank)
-        x = torch.randn(rows, 2 * size, generator=seed, device=device).to(dtype)
+        rank_generator = torch.Generator(device).manual_seed(2 * i + rank)
+        x = torch.randn(num_tokens, 2 * size, generator=rank_generator, device=device).to(dtype)
         want = x.to(torch.float32, copy=True)
         tp.group.allreduce([want]).wait()
         norm, residual = (weights[dtype][: 2 * size], 1e-6) if i % 2 else None, None
         if tp.overlapped.fits(x):
-            own, x = x, torch.empty_like(x)
-            for part in tp.overlapped.slices(x):
-                x[part] = own[part]
+            summand, x = x, torch.empty_like(x)
+            for token_slice in tp.overlapped.slices(x):
+                x[token_slice] = summand[token_slice]
         elif i % 4 < 2:
-            residual = torch.randn(x.shape, generator=torch.Generator(device).manual_seed(i), device=device).to(dtype)
+            common_generator = torch.Generator(device).manual_seed(i)
+            residual = torch.randn(x.shape, generator=common_generator, device=device).to(dtype)
             want += residual
         out = tp.all_reduce(x, norm, residual)
-        right = torch.allclose(x.float(), want, rtol=1e-2, atol=1e-5)
+        is_right = torch.allclose(x.float(), want, rtol=1e-2, atol=1e-5)
         if norm is not None:
-            right = right and torch.allclose(out.float(), rms_norm_torch(x, *norm).float(), rtol=2e-2, atol=1e-3)
-        if not right:
-            wrong.append((i, rows, size))
+            norm_weight, eps = norm
+            normed = rms_norm_torch(x, norm_weight, eps)
+            is_right = is_right and torch.allclose(out.float(), normed.float(), rtol=2e-2, atol=1e-3)
+        if not is_right:
+            wrong.append((i, num_tokens, size))
     through_nccl = replace(tp, peers=None)
     for i, (rows, columns) in enumerate([(1, 75_968), (2, 75_968), (7, 30), (256, 75_968), (1, 30)] * 3):
-        seed = torch.Generator(device).manual_seed(2 * i + rank)
-        x, share = torch.randn(rows, columns, generator=seed, device=device).bfloat16(), tp.rows(rows)
+        rank_generator = torch.Generator(device).manual_seed(2 * i + rank)
+        x = torch.randn(rows, columns, generator=rank_generator, device=device).bfloat16()
+        rank_rows = tp.rows(rows)
         tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-        tokens[share] = torch.arange(rows, device=device)[share] + 100_000
+        tokens[rank_rows] = torch.arange(rows, device=device)[rank_rows] + 100_000
         if not (tp.peers.fits_all_to_all(x) and torch.equal(tp.all_to_all(x), through_nccl.all_to_all(x))):
-            wrong.append(("exchange", rows, columns))
+            wrong.append(("all-to-all", rows, columns))
         if not torch.equal(tp.merge(tokens), torch.arange(rows, device=device) + 100_000):
             wrong.append(("merge", rows))
-    wrong += products_beside_nccl(tp, device)
+    wrong += wrong_fused_gemms(tp, device)
     (folder / str(rank)).write_text(f"{tp.peers is not None} {tp.overlapped.number > 0} {wrong}")
     tp.abort(lambda: None)
     tp.close()
 
 
-def test_sums_are_those_of_nccl(tmp_path):
-    torch.multiprocessing.spawn(sum_beside_nccl, (tmp_path,), 2)
+def test_collectives_through_peer_memory_equal_those_of_nccl(tmp_path):
+    torch.multiprocessing.spawn(compare_with_nccl, (tmp_path,), 2)
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["True True []"] * 2
 
 
 def mixture():
+    """Return prompts, and params of which some are greedy and some are sampled."""
     params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=60, ignore_eos=True) for i in range(5)]
     return prompts_of([3, 20, 47, 100, 33]), params
 
 
 def noise_and_agreement(judge, outputs):
-    """How far behind the likeliest token each of `outputs`' was, by `judge`'s log-probabilities; how often none."""
+    """Compare each token of `outputs` with the likeliest one, by the log-probabilities of the engine `judge`.
+
+    Returns:
+        The largest difference in log-probability, and the fraction of tokens that are the likeliest.
+    """
     prompts = [output.prompt_token_ids + output.token_ids for output in outputs]
-    behind = []
-    for output, scored in zip(
-        outputs, judge.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=1), use_tqdm=False), strict=True
-    ):
+    params = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    gaps = []
+    for output, scored in zip(outputs, judge.generate(prompts, params, use_tqdm=False), strict=True):
         start = len(output.prompt_token_ids)
         for token_id, row in zip(output.token_ids, scored.prompt_logprobs[start:], strict=True):
-            behind.append(max(x.logprob for x in row.values()) - row[token_id].logprob)
-    return max(behind), sum(gap == 0 for gap in behind) / len(behind)
+            gaps.append(max(entry.logprob for entry in row.values()) - row[token_id].logprob)
+    return max(gaps), sum(gap == 0 for gap in gaps) / len(gaps)
 
 
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-8b"])
-def test_bfloat16_greedy_tokens_are_those_of_one_gpu_but_for_noise(name):
+def test_bfloat16_greedy_tokens_equal_those_of_one_gpu_up_to_noise(name):
     options = dict(load_format="dummy", max_model_len=1024, max_num_seqs=100, gpu_memory_utilization=0.45)
-    prompts, sizes = prompts_of([100 + i % 7 for i in range(100)], 10_000), (1, 3, 64, 100)
+    prompts = prompts_of([100 + i % 7 for i in range(100)], 10_000)
+
+    def generate(llm):
+        outputs = []
+        for size in (1, 3, 64, 100):
+            outputs += llm.generate(prompts[:size], greedy(24), use_tqdm=False)
+        return outputs
+
     with LLM(name, tensor_parallel_size=2, **options) as two:
         assert two.executor.tp.peers is not None
-        outputs = [output for size in sizes for output in two.generate(prompts[:size], greedy(24), use_tqdm=False)]
+        outputs = generate(two)
     with LLM(name, **options) as one:
-        own = [output for size in sizes for output in one.generate(prompts[:size], greedy(24), use_tqdm=False)]
-        noise, usual = noise_and_agreement(one, own)  # between steps of few rows and of many
+        # One GPU has noise too: its kernels for decoding and for prompts differ.
+        noise, usual_agreement = noise_and_agreement(one, generate(one))
         gap, agreement = noise_and_agreement(one, outputs)
-    assert (gap < 2 * noise + 0.1, agreement > usual - 0.1) == (True, True), (gap, noise, agreement, usual)
+    measured = (gap, noise, agreement, usual_agreement)
+    assert gap < 2 * noise + 0.1, measured
+    assert agreement > usual_agreement - 0.1, measured
 
 
-def test_engines_of_two_gpus_answer_whatever_the_current_one_is(model, want):
-    """A thread begins with the first GPU; a program may change its own between two calls."""
+def test_engines_on_two_gpus_answer_with_either_gpu_current(model, want):
+    """The first GPU is current in a new thread, and a program may change the current GPU between two calls."""
     torch.cuda.set_device(1)
     try:
         with LLM(model, **TINY_OPTIONS) as second, ThreadPoolExecutor(1) as other:
@@ -188,11 +213,11 @@ def test_schedules_do_not_change_the_tokens(model, want, change):
         assert tokens(llm, *mixture()) == want
         assert tokens(llm, *mixture()) == want  # with cached prefixes
         pids = [process.pid for process in llm.executor.processes]
-        begin = time.monotonic()
-    assert gone(pids) and time.monotonic() - begin < 5
+        start = time.monotonic()
+    assert gone(pids) and time.monotonic() - start < 60
 
 
-def test_a_killed_rank_is_a_clear_error_in_seconds(model, want):
+def test_killed_rank_raises_a_clear_error_within_a_minute(model, want):
     memory = torch.cuda.mem_get_info()[0]
     with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:
         (process,) = llm.executor.processes
@@ -204,19 +229,19 @@ def test_a_killed_rank_is_a_clear_error_in_seconds(model, want):
         with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9"):
             while llm.has_unfinished():
                 llm.step()
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 60
     assert gone([process.pid])
     assert memory - torch.cuda.mem_get_info()[0] < 1 << 30
-    with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:  # this process's GPU is as good as before
+    with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:  # this process's GPU still works
         assert tokens(llm, *mixture()) == want
 
 
-@pytest.mark.parametrize("what", ["rank 1 is killed", "rank 0 is out of memory"])
-def test_a_failure_while_graphs_are_captured_is_a_clear_error_in_seconds(model, want, monkeypatch, what):
-    """By then NCCL's kernels are in graphs that only the capturing thread knows of."""
+@pytest.mark.parametrize("failure", ["rank 1 is killed", "rank 0 is out of memory"])
+def test_failure_while_graphs_are_captured_raises_a_clear_error_soon(model, want, monkeypatch, failure):
+    """At that time only the capturing thread can free the graphs that hold NCCL's kernels."""
     spawn, capture, processes = SpawnedRanks._spawn, StepGraphs._capture, []
 
-    def note(self, rank, size):
+    def record_processes(self, rank, size):
         spawn(self, rank, size)
         processes.extend(self.processes)
 
@@ -224,63 +249,63 @@ def test_a_failure_while_graphs_are_captured_is_a_clear_error_in_seconds(model, 
         def failing():
             result = run()
             if torch.cuda.is_current_stream_capturing() and len(self.decode) == 1:
-                if what == "rank 0 is out of memory":
-                    raise torch.OutOfMemoryError(what)
+                if failure == "rank 0 is out of memory":
+                    raise torch.OutOfMemoryError(failure)
                 processes[0].kill()
-                time.sleep(1)  # the monitor notices
+                time.sleep(1)  # so that the monitor usually notices during the capture
             return result
 
         return capture(self, failing)
 
     start = time.monotonic()
     with monkeypatch.context() as patch:
-        patch.setattr(SpawnedRanks, "_spawn", note)
+        patch.setattr(SpawnedRanks, "_spawn", record_processes)
         patch.setattr(StepGraphs, "_capture", fail)
         with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9|rank 0 is out of memory"):
             LLM(model, tensor_parallel_size=2, **TINY_OPTIONS)
-    assert time.monotonic() - start < 120  # the start itself compiles
+    assert time.monotonic() - start < 120  # the engine's start also compiles kernels
     assert gone([process.pid for process in processes])
-    with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:  # this process's GPU is as good as before
+    with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:  # this process's GPU still works
         assert tokens(llm, *mixture()) == want
 
 
-def test_closed_engines_leave_no_memory(model):
-    """What other processes mapped is freed, too."""
-    left = []
+def test_closed_engines_free_all_memory(model):
+    """This includes memory that other processes have mapped."""
+    allocated = []
     for _ in range(2):
         with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS):
             pass
         gc.collect()
-        left.append(torch.cuda.memory_allocated())
-    assert left[1] - left[0] < 1 << 20
+        allocated.append(torch.cuda.memory_allocated())
+    assert allocated[1] - allocated[0] < 1 << 20
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("failure", "message"),
     [("killed", r"rank 1 .* signal 9"), ("out of memory", r"rank 1 failed:\n(.|\n)*OutOfMemoryError")],
 )
-def test_a_rank_lost_in_a_long_prompt_is_a_clear_error_in_seconds(what, message):
-    """Copies to it may be on their way."""
+def test_rank_lost_during_a_long_prompt_raises_a_clear_error_within_a_minute(failure, message):
+    """Copies to the lost rank may be in flight."""
     options = dict(load_format="dummy", enforce_eager=True, gpu_memory_utilization=0.5, enable_prefix_caching=False)
     prompts, hog = prompts_of([4000] * 16, 10_000), None
     with LLM("qwen3-8b", tensor_parallel_size=2, **options) as llm:
         (process,) = llm.executor.processes
         assert llm.executor.tp.overlapped is not None
-        if what == "killed":
+        if failure == "killed":
             threading.Timer(0.4, process.kill).start()
         else:
             hog = torch.empty(torch.cuda.mem_get_info(1)[0] - (200 << 20), dtype=torch.uint8, device="cuda:1")
         start = time.monotonic()
         with pytest.raises(RuntimeError, match=message):
             tokens(llm, prompts, greedy(2))
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 60
         del hog
         torch.cuda.empty_cache()
     assert gone([process.pid])
-    assert torch.ones(8, device="cuda").sum().item() == 8  # this process's GPU is as good as before
+    assert torch.ones(8, device="cuda").sum().item() == 8  # this process's GPU still works
 
 
-def test_under_torchrun_every_rank_has_the_results(model, want, tmp_path):
+def test_under_torchrun_every_rank_returns_the_results(model, want, tmp_path):
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
     with LLM(model, **TINY_OPTIONS) as llm:

@@ -87,7 +87,7 @@ def choose_adder(
 def wants_zero_bias(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether a bias of zeros may make a GEMM faster than no bias, if the next norm adds its output.
 
-    With a bias, torch calls cuBLASLt instead of cuBLAS. docs/benchmarks.md has the figures.
+    Torch calls cuBLASLt instead of cuBLAS if there is a bias. docs/benchmarks.md has the figures.
     """
     regime = regime_of(len(x))
     uses_library = x.is_cuda and regime.kernel is Kernel.LIBRARY and regime.adder is Adder.NEXT_NORM
