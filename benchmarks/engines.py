@@ -82,7 +82,7 @@ class Nanovllm(Engine):
 
     def __init__(self, args: Namespace):
         self.llm = LLM(**nanovllm_options(args))
-        self.config = self.llm.source.config
+        self.config = self.llm.llm_engine.source.config
         self.max_model_len = self.llm.max_model_len
         self.dtype = self.llm.config.torch_dtype(self.config.dtype)
         self.on_gpu = self.llm.config.device_type == "cuda"
@@ -185,7 +185,7 @@ class Transformers(Engine):
         self.max_model_len = engine.max_model_len
         self.on_gpu = engine.on_gpu
         self.device = torch.device(engine.llm.config.device_type)
-        folder, options = engine.llm.source.path, {}
+        folder, options = engine.llm.llm_engine.source.path, {}
         if folder is None:
             raise ValueError("transformers needs a model with weights")
         if folder.is_file():

@@ -1,6 +1,6 @@
 """The engine for asyncio: many concurrent requests on one engine thread.
 
-Other threads prepare requests: they tokenise prompts, render chat templates and compile grammars. So however long that
+Other threads prepare requests: they tokenise prompts, render chat templates and compile grammars. However long that
 takes, the steps of other requests go on.
 """
 
@@ -18,134 +18,153 @@ import torch
 
 from nanovllm.checks import is_list, number, shown
 from nanovllm.config import check_names
-from nanovllm.engine.llm_engine import checked_id, close_at_exit
-from nanovllm.engine.request import Request
-from nanovllm.llm import LLM
+from nanovllm.engine.guard import close_at_exit
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.request import Request, check_request_id
 from nanovllm.ops.triton_utils import current_gpu_initializer
-from nanovllm.outputs import Metrics, RequestOutput
+from nanovllm.outputs import CompletionOutput, Metrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 _PREPARING_THREADS = 4
 
 
 class _Stream:
-    """Outputs of one request on their way from the engine's thread to a coroutine.
+    """Carries the outputs of one request from the engine's thread to a coroutine.
 
-    A consumer that is slower than the engine gets what has gathered as one output, so that no more is held than the
-    request's result.
+    If the consumer is slower than the engine, outputs are merged, so the stream never holds more than the request's
+    result.
+
+    Attributes:
+        request_id: set when the engine has the request.
+        aborted: the request was aborted before the engine had it.
     """
 
     def __init__(self):
-        self.request_id: int | str | None = None  # as soon as the engine has it
-        self.aborted = False  # before the engine had it
+        self.request_id: int | str | None = None
+        self.aborted = False
         self.loop = asyncio.get_running_loop()
         self.ready = asyncio.Event()
         self.output: RequestOutput | None = None
         self.error: BaseException | None = None
 
-    def put(self, news: RequestOutput | BaseException) -> None:
-        """Called by the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # the consumer's loop is closed: nobody waits
-            self.loop.call_soon_threadsafe(self._put, news)
+    def put(self, item: RequestOutput | BaseException) -> None:
+        """Hand an output or an error over. Only the engine's thread calls this."""
+        with contextlib.suppress(RuntimeError):  # the consumer's loop is closed, so nobody waits
+            self.loop.call_soon_threadsafe(self._put, item)
 
-    def _put(self, news: RequestOutput | BaseException) -> None:
-        if isinstance(news, BaseException):
-            self.error = news
+    def _put(self, item: RequestOutput | BaseException) -> None:
+        if isinstance(item, BaseException):
+            self.error = item
+        elif self.output is None:
+            self.output = item
         else:
-            self.output = news if self.output is None else _merged(self.output, news)
+            self.output = _merged(self.output, item)
         self.ready.set()
 
     async def get(self) -> RequestOutput:
+        """Return what has come since the last call, waiting for it. Raise the error if there is nothing else."""
         await self.ready.wait()
         output, self.output = self.output, None
         if output is None:
+            assert self.error is not None
             raise self.error
         if self.error is None:
             self.ready.clear()
         return output
 
 
-def _merged(a: RequestOutput, b: RequestOutput) -> RequestOutput:
-    samples = {sample.index: sample for sample in a.outputs}
-    for new in b.outputs:
-        if old := samples.get(new.index):
-            logprobs = None if new.logprobs is None else old.logprobs + new.logprobs
-            text, token_ids = old.text + new.text, old.token_ids + new.token_ids
-            new = replace(new, text=text, token_ids=token_ids, logprobs=logprobs)
-        samples[new.index] = new
-    return replace(b, outputs=[samples[index] for index in sorted(samples)])
+def _merged(first: RequestOutput, second: RequestOutput) -> RequestOutput:
+    """Return two successive outputs of a stream as one."""
+    samples = {sample.index: sample for sample in first.outputs}
+    for new in second.outputs:
+        old = samples.get(new.index)
+        samples[new.index] = new if old is None else _merged_samples(old, new)
+    return replace(second, outputs=[samples[index] for index in sorted(samples)])
+
+
+def _merged_samples(old: CompletionOutput, new: CompletionOutput) -> CompletionOutput:
+    logprobs = None
+    if old.logprobs is not None and new.logprobs is not None:
+        logprobs = old.logprobs + new.logprobs
+    return replace(new, text=old.text + new.text, token_ids=old.token_ids + new.token_ids, logprobs=logprobs)
 
 
 class AsyncLLM:
-    """An `LLM` whose requests come and go one by one, from coroutines.
+    """An `LLM` for coroutines: its requests come and go one by one.
 
         async for output in llm.generate(prompt, SamplingParams(...)):
-            print(output.text, end="")  # what is new
+            print(output.text, end="")  # the new text
 
-    All work of the engine is done by one thread, whatever event loops the coroutines run in. A few more threads prepare
+    One thread does all work of the engine, whatever event loops the coroutines run in. A few more threads prepare
     requests, each of which starts as soon as it is ready. Close the engine, or use it as `async with`.
 
     Args:
         model: see `Config`.
-        max_concurrent_requests: of one event loop, more wait in `generate` until one has ended.
+        max_concurrent_requests: how many requests of one event loop the engine has at once; more wait in `generate`.
         **kwargs: the other fields of `Config`.
+
+    Attributes:
+        llm_engine: only the engine's thread may call it.
     """
 
-    def __init__(self, model: str | Path | None = None, *, max_concurrent_requests: int = 1024, **kwargs):
+    def __init__(self, model: str | Path | None = None, *, max_concurrent_requests: int = 1024, **kwargs: Any):
         check_names(kwargs, "max_concurrent_requests")
-        self._most = number("max_concurrent_requests", max_concurrent_requests, int, 1, 1 << 30)
-        self._free: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
-        self._thread = ThreadPoolExecutor(1, "nanovllm-engine", current_gpu_initializer())
+        self._max_concurrent = number("max_concurrent_requests", max_concurrent_requests, int, 1, 1 << 30)
+        self._semaphores: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
+        self._engine_thread = ThreadPoolExecutor(1, "nanovllm-engine", current_gpu_initializer())
         self._preparing_threads = ThreadPoolExecutor(_PREPARING_THREADS, "nanovllm-prepare")
-        self._preparing: dict[int | str, _Stream] = {}  # requests with an id that the engine does not have yet
-        self._end: BaseException | None = None  # why there is no engine any more
-        # The rest belongs to the thread of the engine.
+        # The requests with a chosen id that the engine does not have yet.
+        self._preparing: dict[int | str, _Stream] = {}
+        self._end_reason: BaseException | None = None  # set when the engine is closed or has failed
+        # Only the engine's thread uses these two.
         self._streams: dict[int | str, _Stream] = {}
         self._step_queued = False
         try:
-            self._llm = self._thread.submit(LLM, model, **kwargs).result()
+            self.llm_engine = self._engine_thread.submit(LLMEngine, model, **kwargs).result()
         except BaseException:
-            self._thread.shutdown()
+            self._engine_thread.shutdown()
             raise
         if find_spec("llguidance"):
-            # Now, because this holds the GIL for a while. Should it fail, each structured request says why.
-            self._preparing_threads.submit(lambda: self._llm.input_processor.grammars)
+            # Loaded now, because this holds the GIL for a while. If it fails, each structured request reports why.
+            self._preparing_threads.submit(lambda: self.llm_engine.input_processor.grammars)
         close_at_exit(self)
 
     # -- the engine's thread -----------------------------------------------------------------------------------------
 
-    def _run(self, call: Callable[[LLM], Any]) -> Any:
+    def _run(self, call: Callable[[LLMEngine], Any]) -> Any:
         try:
-            return call(self._llm)
+            return call(self.llm_engine)
         finally:
-            if self._llm.error is not None:
-                self._finish(self._llm.error)
+            if self.llm_engine.guard.error is not None:
+                self._finish(self.llm_engine.guard.error)
             self._queue_step()
 
     def _queue_step(self) -> None:
-        """Let a step come after all calls that wait, and the next one after those that have come meanwhile."""
-        if self._llm.can_step and not self._step_queued:
-            with contextlib.suppress(RuntimeError):  # the thread is to end
-                self._thread.submit(self._step)
+        """Queue a step behind all calls that wait now; calls that come later run before the step after it."""
+        if self.llm_engine.can_step and not self._step_queued:
+            with contextlib.suppress(RuntimeError):  # the thread is shutting down
+                self._engine_thread.submit(self._step)
                 self._step_queued = True
 
     def _step(self) -> None:
         self._step_queued = False
         try:
-            for output in self._llm.step() if self._llm.can_step else ():
-                self._deliver(output)
+            if self.llm_engine.can_step:
+                for output in self.llm_engine.step():
+                    self._deliver(output)
         except BaseException as error:
             self._finish(error)
         else:
             self._queue_step()
 
-    def _finish(self, end: BaseException) -> None:
-        self._end = self._end or end
+    def _finish(self, reason: BaseException) -> None:
+        """Close the engine and raise `reason` in all iterations."""
+        self._end_reason = self._end_reason or reason
         try:
-            self._llm.close()
+            self.llm_engine.close()
         finally:
             for stream in self._streams.values():
-                stream.put(end)
+                stream.put(reason)
             self._streams.clear()
 
     def _deliver(self, output: RequestOutput) -> None:
@@ -154,65 +173,58 @@ class AsyncLLM:
             stream.put(output)
             if output.finished or stream.loop.is_closed():
                 del self._streams[output.request_id]
-                self._llm.abort(output.request_id)  # which does nothing to one that has ended
+                self.llm_engine.abort(output.request_id)  # does nothing to a finished request
 
     def _add(self, request: Request, stream: _Stream) -> None:
-        self._release(request.id, stream)
-        self._llm._check_addable(request.id)
-        stream.request_id = self._llm._queue(request)
+        self._forget_preparing(request.chosen_id, stream)
+        stream.request_id = self.llm_engine.queue(request)
         self._streams[stream.request_id] = stream
         if stream.aborted:
             self._abort(stream.request_id)
 
     def _leave(self, stream: _Stream) -> None:
-        """End a request that nobody waits for any more, if it has not ended."""
-        if self._streams.get(stream.request_id) is stream:
+        """End a request whose consumer has gone, if it has not finished."""
+        if stream.request_id is not None and self._streams.get(stream.request_id) is stream:
             del self._streams[stream.request_id]
-            self._llm.abort(stream.request_id)
+            self.llm_engine.abort(stream.request_id)
 
     def _abort(self, request_id: int | str) -> None:
-        if output := self._llm.abort(request_id):
+        if output := self.llm_engine.abort(request_id):
             self._deliver(output)
         elif stream := self._preparing.get(request_id):
             stream.aborted = True
 
     # -- coroutines --------------------------------------------------------------------------------------------------
 
-    def _call(self, call: Callable[[LLM], Any]) -> asyncio.Future:
-        """Let the engine's thread run `call` between two steps; its result."""
+    def _call(self, call: Callable[[LLMEngine], Any]) -> asyncio.Future:
+        """Let the engine's thread run `call` between two steps. Return a future of its result."""
         self._check_usable()
-        try:
-            return asyncio.wrap_future(self._thread.submit(self._run, call))
-        except RuntimeError as error:
-            raise RuntimeError("the engine is closed") from error
-
-    def _check_usable(self) -> None:
-        if self._end is not None:
-            raise RuntimeError(f"the engine is closed or has failed: {self._end!r}") from self._end
-        self._llm.check_process()
+        return _submit(self._engine_thread, lambda: self._run(call))
 
     def _prepare(self, work: Callable[[], Any]) -> asyncio.Future:
-        """Let a preparing thread run `work`, which must not use the engine's state; its result."""
+        """Let a preparing thread run `work`, which must not use the engine's state. Return a future of its result."""
 
         def run() -> Any:
-            self._check_usable()  # it may have been closed while this waited
+            self._check_usable()  # the engine may have been closed while this waited
             try:
                 return work()
             finally:
-                self._check_usable()  # which may be why the work failed
+                self._check_usable()  # closing may be the reason why the work failed
 
         self._check_usable()
-        try:
-            return asyncio.wrap_future(self._preparing_threads.submit(run))
-        except RuntimeError as error:
-            raise RuntimeError("the engine is closed") from error
+        return _submit(self._preparing_threads, run)
 
-    def _turns(self) -> asyncio.Semaphore:
-        """The running loop's semaphore: each belongs to one."""
-        for loop in list(self._free):
+    def _check_usable(self) -> None:
+        if self._end_reason is not None:
+            raise RuntimeError(f"the engine is closed or has failed: {self._end_reason!r}") from self._end_reason
+        self.llm_engine.guard.check_process()
+
+    def _semaphore(self) -> asyncio.Semaphore:
+        """Return the running loop's semaphore. Each belongs to one loop."""
+        for loop in list(self._semaphores):
             if loop.is_closed():
-                self._free.pop(loop, None)
-        return self._free.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self._most))
+                self._semaphores.pop(loop, None)
+        return self._semaphores.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self._max_concurrent))
 
     async def generate(
         self,
@@ -220,9 +232,9 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: int | str | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """Answer one prompt as it comes: each output has what is new since the one before.
+        """Answer one prompt step by step: each output has what is new since the last one.
 
-        Waits for its turn while `max_concurrent_requests` are being answered. Leaving the iteration, or cancelling the
+        This waits while the engine has `max_concurrent_requests` of them. Leaving the iteration, or cancelling the
         task, ends the request.
 
         Raises:
@@ -230,14 +242,14 @@ class AsyncLLM:
             RuntimeError: the engine is closed or has failed.
         """
         stream = _Stream()
-        if request_id is not None and self._preparing.setdefault(checked_id(request_id), stream) is not stream:
-            raise ValueError(f"request_id {shown(request_id)} is that of a request that is being prepared")
+        if request_id is not None and self._preparing.setdefault(check_request_id(request_id), stream) is not stream:
+            raise ValueError(f"request_id {shown(request_id)} belongs to a request that is being prepared")
         try:
-            async with self._turns():
-                process = self._llm.input_processor.process
+            async with self._semaphore():
+                process = self.llm_engine.input_processor.process
                 request = await self._prepare(lambda: process(prompt, sampling_params, request_id, stream=True))
-                adding = self._call(lambda llm: self._add(request, stream))
-                adding.add_done_callback(lambda done: done.cancelled() or done.exception())  # the task may be cancelled
+                adding = self._call(lambda engine: self._add(request, stream))
+                adding.add_done_callback(_retrieve_exception)
                 await asyncio.shield(adding)
                 finished = False
                 while not finished:
@@ -245,60 +257,74 @@ class AsyncLLM:
                     finished = output.finished
                     yield output
         finally:
-            self._release(request_id, stream)
+            self._forget_preparing(request_id, stream)
             with contextlib.suppress(RuntimeError):  # the engine is closed
-                self._thread.submit(self._run, lambda llm: self._leave(stream))
+                self._engine_thread.submit(self._run, lambda engine: self._leave(stream))
 
-    def _release(self, request_id: int | str | None, stream: _Stream) -> None:
-        """Forget that a request is being prepared."""
-        if self._preparing.get(request_id) is stream:
+    def _forget_preparing(self, request_id: int | str | None, stream: _Stream) -> None:
+        if request_id is not None and self._preparing.get(request_id) is stream:
             self._preparing.pop(request_id, None)
 
     async def abort(self, request_id: int | str) -> None:
         """End a request in whatever state it is: its iteration gets what is new, with finish_reason "abort".
 
-        One that is still being prepared ends once it is ready.
+        A request that is still being prepared ends once it is ready.
         """
-        await self._call(lambda llm: self._abort(request_id))
+        await self._call(lambda engine: self._abort(request_id))
 
     async def chat_prompt(self, messages: SequenceType[dict], **template: Any) -> list[int]:
         """Return the token ids of one conversation; see `LLM.chat_prompts`."""
         if is_list(messages) and len(messages) > 1 and is_list(messages[0]):
             raise ValueError(f"messages must be one conversation, got a list of {len(messages)}")
-        prompts = await self._prepare(lambda: self._llm.chat_prompts(messages, **template))
+        prompts = await self._prepare(lambda: self.llm_engine.input_processor.chat_prompts(messages, **template))
         return prompts[0]
 
     async def metrics(self) -> Metrics:
         """See `LLM.metrics`."""
-        return await self._call(lambda llm: llm.metrics())
+        return await self._call(lambda engine: engine.metrics())
 
     async def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | str | Path) -> int:
-        """Between two steps; see `LLM.update_weights`.
+        """Update the weights between two steps; see `LLM.update_weights`.
 
-        What a CUDA stream other than the default one computes of the weights must have ended: nothing waits for it.
+        Work on the weights in CUDA streams other than the default one must have finished: nothing waits for it.
         """
-        return await self._call(lambda llm: llm.update_weights(weights))
+        return await self._call(lambda engine: engine.update_weights(weights))
 
     async def sleep(self, level: int = 1) -> None:
-        """See `LLM.sleep`; requests that are being answered wait until `wake_up`, and new ones are refused."""
-        await self._call(lambda llm: llm.sleep(level))
+        """See `LLM.sleep`. Requests that are being answered wait until `wake_up`, and new ones are refused."""
+        await self._call(lambda engine: engine.sleep(level))
 
     async def wake_up(self) -> None:
         """See `LLM.wake_up`."""
-        await self._call(lambda llm: llm.wake_up())
+        await self._call(lambda engine: engine.wake_up())
 
     def close(self) -> None:
-        """End the engine. Iterations that go on raise RuntimeError. May be called again."""
-        self._end = self._end or RuntimeError("the engine is closed")
-        self._llm.input_processor.close()  # wakes preparing threads that wait for a template
+        """Close the engine. Iterations that go on raise RuntimeError. May be called again."""
+        self._end_reason = self._end_reason or RuntimeError("the engine is closed")
+        self.llm_engine.input_processor.close()  # wakes preparing threads that wait for a template
         self._preparing_threads.shutdown()
         with contextlib.suppress(RuntimeError):  # closed before
-            self._thread.submit(self._finish, self._end)
-        self._thread.shutdown()
-        self._llm.close()  # if that failed; or if Python itself ends, when its threads have ended before
+            self._engine_thread.submit(self._finish, self._end_reason)
+        self._engine_thread.shutdown()
+        # Again, in case that failed, or Python is ending and has ended its threads before.
+        self.llm_engine.close()
 
     async def __aenter__(self) -> "AsyncLLM":
         return self
 
-    async def __aexit__(self, *exception: Any) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         await asyncio.to_thread(self.close)
+
+
+def _submit(threads: ThreadPoolExecutor, call: Callable[[], Any]) -> asyncio.Future:
+    """Return a future of the running loop for a call in another thread. RuntimeError if the threads are shut down."""
+    try:
+        return asyncio.wrap_future(threads.submit(call))
+    except RuntimeError as error:
+        raise RuntimeError("the engine is closed") from error
+
+
+def _retrieve_exception(future: asyncio.Future) -> None:
+    """Mark a future's exception as seen: its task may be cancelled, and then nobody else looks at it."""
+    if not future.cancelled():
+        future.exception()

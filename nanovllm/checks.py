@@ -1,4 +1,4 @@
-"""Checks of what users give. Each raises TypeError or ValueError, naming the argument, its value and what is right."""
+"""Checks the arguments of users. Each error names the argument, its value and what would be right."""
 
 import math
 import reprlib
@@ -6,12 +6,18 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import field, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
-ABOVE_0 = math.ulp(0.0)  # as a lower bound: 0 itself is not in the range
+N = TypeVar("N", int, float)
+
+# A lower bound that excludes 0 itself.
+ABOVE_0 = math.ulp(0.0)
 _MAX_SHOWN_CHARS = 200
-_reprs = reprlib.Repr()  # shows a few entries of a list, and the ends of a long text, without making the whole repr
-_reprs.maxlevel, _reprs.maxstring, _reprs.maxother = 2, 80, 80
+# Shows a few entries of a list, and the start and the end of a long text, without making the whole repr.
+_reprs = reprlib.Repr()
+_reprs.maxlevel = 2
+_reprs.maxstring = 80
+_reprs.maxother = 80
 _KINDS = {int: (Integral, "an integer"), float: (Real, "a number")}
 
 
@@ -19,20 +25,20 @@ def shown(value: Any) -> str:
     """Return the repr of a value for an error message, cut short. Never raises."""
     try:
         return _reprs.repr(value)[:_MAX_SHOWN_CHARS]
-    except Exception:  # a repr of the caller's, or an integer of too many digits
+    except Exception:  # the caller's own repr fails, or an integer has too many digits
         return f"a value of type {type(value).__name__}"
 
 
 def length(value: Collection) -> int:
-    """Return `len(value)`, also where it is more than `len` can say."""
+    """Return `len(value)`, or the largest integer that `len` can return if the length is above it."""
     try:
         return len(value)
     except OverflowError:  # a range
         return sys.maxsize
 
 
-def number(name: str, value: Any, kind: type, low: float, high: float) -> int | float:
-    """`value`, from `low` to `high`, as Python's own int or float: numpy's narrow ones would wrap around in sums."""
+def number(name: str, value: Any, kind: type[N], low: float, high: float) -> N:
+    """Return a number from `low` to `high` as Python's int or float: numpy's narrow types would overflow in sums."""
     accepted, words = _KINDS[kind]
     bounds = f"above 0 and up to {high}" if low == ABOVE_0 else f"from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, accepted):
@@ -43,43 +49,44 @@ def number(name: str, value: Any, kind: type, low: float, high: float) -> int | 
 
 
 def plain(text: str) -> str:
-    """`text` as Python's own string: other ranks do not know the classes of a caller's program."""
+    """Return `text` as Python's str: other ranks do not know subclasses of the caller's program."""
     return str.__str__(text)
 
 
 def is_list(value: Any) -> bool:
-    """Whether `value` is a list or the like, but no text and no bytes."""
+    """Whether `value` is a list or another sequence, but neither text nor bytes."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
 def in_vocabulary(name: str, token_ids: Collection[int], vocab_size: int) -> None:
-    """All `token_ids` are the vocabulary's."""
+    """Raise ValueError unless all `token_ids` are in the vocabulary."""
     for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < vocab_size:
             raise ValueError(f"{name} has {shown(token_id)}; ids go from 0 to {vocab_size - 1}")
 
 
 def within(low: float, high: float, default: float | None) -> Any:
-    """A dataclass's field for a number, which `check_fields` checks; None is right where it is the default."""
+    """Return a dataclass field for a number, for `check_fields`. None is valid if it is the default."""
     return field(default=default, metadata={"bounds": (low, high)})
 
 
 def one_of(*choices: str) -> Any:
-    """A dataclass's field for one of some strings, the first by default, which `check_fields` checks."""
+    """Return a dataclass field for one of the strings `choices`, the first by default, for `check_fields`."""
     return field(default=choices[0], metadata={"choices": choices})
 
 
 def check_fields(options: Any) -> None:
-    """Check the fields of a frozen dataclass that are bools, or that `within` or `one_of` declare."""
+    """Check those fields of a frozen dataclass that are bools, or that `within` or `one_of` made."""
     for declared in fields(options):
-        name, kind, value = declared.name, declared.type, getattr(options, declared.name)
+        name, kind = declared.name, declared.type
+        value = getattr(options, name)
         if kind is bool:
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be a bool, got {shown(value)}")
         elif choices := declared.metadata.get("choices"):
             if not isinstance(value, str) or value not in choices:
-                error = ValueError if isinstance(value, str) else TypeError
-                raise error(f"{name} must be one of the strings {', '.join(choices)}, got {shown(value)}")
+                message = f"{name} must be one of the strings {', '.join(choices)}, got {shown(value)}"
+                raise ValueError(message) if isinstance(value, str) else TypeError(message)
             object.__setattr__(options, name, plain(value))
         elif (bounds := declared.metadata.get("bounds")) and not (value is None and declared.default is None):
             value = number(name, value, float if kind is float else int, *bounds)

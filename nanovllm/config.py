@@ -1,4 +1,4 @@
-"""The options of an engine, checked once and then frozen."""
+"""The options of an engine. They are checked once and then frozen."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -17,26 +17,26 @@ class Config:
         model: a local folder, a `.gguf` file, a hub id, a shape's name for `load_format="dummy"`, or None for the
             embedded default model.
         enforce_eager: run without CUDA graphs.
-        tensor_parallel_size: ranks the model is split over. Under `torchrun` it must equal the world size.
-        max_model_len: longest prompt plus output, in tokens; at most what the model knows, with its RoPE scaling.
-        max_num_seqs: sequences that run at once.
+        tensor_parallel_size: number of ranks that share the model. Under `torchrun` it must equal the world size.
+        max_model_len: longest prompt plus output, in tokens; capped at what the model supports with its RoPE scaling.
+        max_num_seqs: how many sequences run at once.
         max_num_batched_tokens: token budget of one step, at least max_num_seqs.
-        gpu_memory_utilization: share of the GPU's memory for weights, activations and KV cache together.
+        gpu_memory_utilization: fraction of the GPU's memory for weights, activations and KV cache together.
         kvcache_block_size: tokens in a KV block, a power of two of at least 16.
         num_kvcache_blocks: size of the KV pool; None measures the free memory (GPU) or takes up to 1 GiB (CPU).
-        dtype: "auto" is the checkpoint's on a GPU and float32 on a CPU.
-        device: "auto" is "cuda" where there is one.
-        attention_backend: "auto" picks and logs; a named one is used or raises.
-        load_format: "auto" reads the checkpoint; "dummy" draws random weights of the real shapes.
+        dtype: "auto" is the checkpoint's dtype on a GPU and float32 on a CPU.
+        device: "auto" is "cuda" if there is a GPU, else "cpu".
+        attention_backend: "auto" chooses one and logs which; a named one that cannot run is an error.
+        load_format: "auto" reads the checkpoint; "dummy" makes random weights of the real shapes.
         enable_prefix_caching: share the KV blocks of equal prompt prefixes.
-        seed: the engine's own; requests without a seed draw theirs from it.
-        skip_tokenizer_init: never load the tokenizer: token ids in, token ids out, and texts are "".
-        max_num_waiting: sequences that may wait; more are refused.
-        log_steps: tell the logger "nanovllm", at level INFO, of each step.
-        overlap: steps launched ahead of the one whose tokens are awaited: 1, or 0 for debugging.
+        seed: the engine's seed, from which the seeds of requests without one follow.
+        skip_tokenizer_init: never load the tokenizer; prompts must be token ids, and the texts of outputs are "".
+        max_num_waiting: how many sequences may wait; more are refused.
+        log_steps: log each step to the logger "nanovllm", at level INFO.
+        overlap: how many steps are launched before the tokens of the last one are known: 1, or 0 for debugging.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what would be right.
+        TypeError, ValueError: an argument is wrong; the message names it, its value and what would be right.
     """
 
     model: str | Path | None = None
@@ -77,25 +77,25 @@ class Config:
         if self.model is not None:
             object.__setattr__(self, "model", plain(self.model) if isinstance(self.model, str) else Path(self.model))
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device='cuda' was asked for, but torch sees no CUDA GPU here; use 'cpu' or 'auto'")
+            raise ValueError("device must be 'cpu' or 'auto' here, got 'cuda': torch sees no CUDA GPU")
 
     @property
     def device_type(self) -> str:
-        """ "cuda" or "cpu"."""
+        """The device without "auto": "cuda" or "cpu"."""
         if self.device != "auto":
             return self.device
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def torch_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
-        """The dtype of weights, activations and KV cache."""
+        """Return the dtype of weights, activations and KV cache."""
         if self.dtype != "auto":
-            return getattr(torch, self.dtype)
+            return getattr(torch, str(self.dtype))
         return checkpoint_dtype if self.device_type == "cuda" else torch.float32
 
 
-def check_names(given: Iterable[str], *more: str) -> None:
-    """Raise TypeError if a given option is none of Config's, nor one of `more`."""
-    names = [*(field.name for field in fields(Config)), *more]
+def check_names(given: Iterable[str], *additional: str) -> None:
+    """Raise TypeError unless all given options are fields of Config or `additional` ones."""
+    names = [*(field.name for field in fields(Config)), *additional]
     for name in given:
         if name not in names:
-            raise TypeError(f"there is no option {name}; there are {', '.join(names)}")
+            raise TypeError(f"there is no option {name}; the options are {', '.join(names)}")

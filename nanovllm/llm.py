@@ -1,26 +1,46 @@
 """The class users import."""
 
-import time
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as SequenceType
-from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
 
 from nanovllm.checks import is_list, shown
+from nanovllm.config import Config
+from nanovllm.engine.interrupts import DeferInterrupts
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request
-from nanovllm.outputs import RequestOutput
-from nanovllm.progress import ProgressBar
+from nanovllm.engine.step_stats import StepStats
+from nanovllm.outputs import Metrics, RequestOutput
+from nanovllm.progress import GenerationBar
 from nanovllm.sampling_params import SamplingParams
 
+Prompt: TypeAlias = str | SequenceType[int]
+Chat: TypeAlias = SequenceType[dict]
 
-class LLM(LLMEngine):
-    """A model that generates: `LLM(path).generate(prompts, SamplingParams(...))`. See `LLMEngine` for its arguments."""
+
+class LLM:
+    """A model that generates: `LLM(path).generate(prompts, SamplingParams(...))`.
+
+    Only one thread at a time may use it: the calls of others raise RuntimeError meanwhile (`AsyncLLM` serves many at
+    once). A forked child cannot use it. Close it, or use it as a context manager, to give back its memory and its
+    processes.
+
+    Args:
+        model: see `Config`.
+        **kwargs: the other fields of `Config`; an unknown one raises TypeError.
+    """
+
+    def __init__(self, model: str | Path | None = None, **kwargs: Any):
+        self.llm_engine = LLMEngine(model, **kwargs)
+
+    # -- generation --------------------------------------------------------------------------------------------------
 
     def generate(
         self,
-        prompts: str | SequenceType[str] | SequenceType[int] | SequenceType[SequenceType[int]],
+        prompts: Prompt | SequenceType[Prompt],
         sampling_params: SamplingParams | SequenceType[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -37,42 +57,38 @@ class LLM(LLMEngine):
         """
         if not isinstance(use_tqdm, bool):
             raise TypeError(f"use_tqdm must be a bool, got {shown(use_tqdm)}")
-        if isinstance(prompts, str) or (is_list(prompts) and prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]
-        if not is_list(prompts):
-            raise TypeError(f"prompts must be a list of texts or of token id lists, got {type(prompts).__name__}")
-        if isinstance(sampling_params, SamplingParams | None):
-            sampling_params = [sampling_params] * len(prompts)
-        if not is_list(sampling_params):
-            raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {shown(sampling_params)}")
-        if len(sampling_params) != len(prompts):
-            raise ValueError(f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts")
-        with self._owned():
-            requests = [self._make_request(*pair) for pair in zip(prompts, sampling_params, strict=True)]
-            return self._answer(requests, use_tqdm)
+        pairs = _pair_params(_list_prompts(prompts), sampling_params)
+        # One block for all, because installing handlers takes system calls. Interrupts come through between requests
+        # and between steps.
+        with DeferInterrupts() as interrupts, self.llm_engine.reserved():
+            self.llm_engine.check_usable()
+            requests = []
+            for prompt, params in pairs:
+                requests.append(self.llm_engine.input_processor.process(prompt, params))
+                interrupts.let_through()
+            return self._answer(requests, use_tqdm, interrupts)
 
-    def _answer(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
+    def _answer(self, requests: list[Request], use_tqdm: bool, interrupts: DeferInterrupts) -> list[RequestOutput]:
+        """Queue requests and run steps until all have finished."""
+        engine, wanted = self.llm_engine, set(requests)
         outputs: dict[int | str, RequestOutput] = {}
-        tokens, begin = 0, time.perf_counter()
         try:
             for request in requests:
-                self._queue(request)
-            mine = set(requests)
-            with ProgressBar(total=len(requests), desc="Generating", enabled=use_tqdm, dynamic_ncols=True) as bar:
+                engine.queue(request)
+            with GenerationBar(len(requests), enabled=use_tqdm) as bar:
                 while len(outputs) < len(requests):
-                    for output in self._step_for(mine):
+                    for output in engine.step_for(wanted):
                         outputs[output.request_id] = output
-                        tokens += sum(len(sample.token_ids) for sample in output.outputs)
-                        bar.set_postfix_str(f"{tokens / (time.perf_counter() - begin):.0f} tok/s", refresh=False)
-                        bar.update()
+                        bar.add(sum(len(sample.token_ids) for sample in output.outputs))
+                    interrupts.let_through()
         finally:
             if len(outputs) < len(requests):  # an error or an interrupt
-                self._abandon(requests)
+                engine.abandon(requests)
         return [outputs[request.id] for request in requests]
 
     def chat(
         self,
-        messages: SequenceType[dict] | SequenceType[SequenceType[dict]],
+        messages: Chat | SequenceType[Chat],
         sampling_params: SamplingParams | SequenceType[SamplingParams] | None = None,
         use_tqdm: bool = True,
         **template: Any,
@@ -81,15 +97,12 @@ class LLM(LLMEngine):
 
         Args:
             messages: one conversation, as dicts with "role" and "content", or a list of them.
+            sampling_params, use_tqdm: as in `generate`.
             template: options of `chat_prompts`.
         """
         return self.generate(self.chat_prompts(messages, **template), sampling_params, use_tqdm)
 
-    def chat_prompts(
-        self,
-        messages: SequenceType[dict] | SequenceType[SequenceType[dict]],
-        **template: Any,
-    ) -> list[list[int]]:
+    def chat_prompts(self, messages: Chat | SequenceType[Chat], **template: Any) -> list[list[int]]:
         """Return the token ids of conversations.
 
         Args:
@@ -97,10 +110,10 @@ class LLM(LLMEngine):
                 list of parts `{"type": "text", "text": ...}`. Arguments of tool calls are JSON text or dicts.
             tools: functions the model may call, as JSON schemas.
             chat_template: Jinja text to use instead of the model's own.
-            add_generation_prompt: end with the tokens that start an answer; True unless `continue_final_message` is.
+            add_generation_prompt: finish with the tokens that start an answer; True unless `continue_final_message` is.
             continue_final_message: the answer continues the last message instead of starting a new one.
-            chat_template_kwargs: a dict of any of the other arguments but `chat_template`, and of variables of the
-                template, such as `enable_thinking` of Qwen3's. It comes before arguments of the same name.
+            chat_template_kwargs: a dict of variables of the template, such as `enable_thinking` of Qwen3's, and of the
+                other arguments except `chat_template`. It overrides arguments of the same name.
             template: variables of the template may also be given as arguments.
 
         Raises:
@@ -108,23 +121,20 @@ class LLM(LLMEngine):
             ValueError: the messages are far too long for `max_model_len`, the model has no chat template, or the
                 template does not fit the messages or the tools, or it took too much time or memory.
         """
-        return self.input_processor.chat_prompts(messages, **template)
+        return self.llm_engine.input_processor.chat_prompts(messages, **template)
 
-    def stream(
-        self, prompt: str | SequenceType[int], sampling_params: SamplingParams | None = None
-    ) -> Iterator[RequestOutput]:
-        """Answer one prompt as it comes: each output has what is new since the one before.
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Answer one prompt step by step: each output has what is new since the last one.
 
         Other requests go on meanwhile. Leaving the iterator ends the request.
 
         Raises:
             TypeError, ValueError: at once, if the request cannot be served.
         """
-        request = self._make_request(prompt, sampling_params, stream=True)
+        request = self.llm_engine.prepare(prompt, sampling_params, stream=True)
         increments = self._increments(request)
-        # A second way to notice that the iterator is gone, for an interrupt in the code at its end. No interrupt can
-        # hit this callback: it runs no Python code.
-        request.consumer = weakref.ref(increments, partial(self.abandoned.setdefault, request))
+        # Needed when an interrupt hits the code at the end of the iterator.
+        self.llm_engine.abandon_with_consumer(request, increments)
         try:
             next(increments)
             return increments
@@ -132,18 +142,181 @@ class LLM(LLMEngine):
             increments.close()
             raise
 
-    def _increments(self, request: Request) -> Iterator[RequestOutput]:
-        def is_there() -> bool:  # `abort`, or another's `step`, may have ended it, and its id may be another's by now
-            return self.requests.get(request.id) is request or any(owner is request for owner, _ in self.outputs)
-
+    def _increments(self, request: Request) -> Generator[Any, None, None]:
+        """Yield None once, then the outputs of a stream."""
+        engine = self.llm_engine
         try:
-            self._queue(request)
-            yield  # to `stream`: only an iterator that has started can be abandoned
-            while is_there():
-                for output in self._step_for((request,)):
+            engine.queue(request)
+            yield  # to `stream`: only an iterator that has started runs its `finally` when it is dropped
+            # `abort` or a step for another caller may have ended the request.
+            while engine.is_pending(request):
+                for output in engine.step_for((request,)):
                     yield output
                     if output.finished:
                         return
-            self._check_usable(awake=False)
+            engine.check_usable(awake=False)
         finally:
-            self._abandon([request])
+            engine.abandon([request])
+
+    # -- single steps ------------------------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: int | str | None = None,
+        stream: bool = False,
+    ) -> int | str:
+        """Queue a request and return its id.
+
+        Args:
+            prompt: text, which is tokenised with the model's special tokens, or token ids.
+            sampling_params: SamplingParams() if None.
+            request_id: an id that no request has which is unfinished or whose output waits for `step`; None numbers it.
+            stream: `step` returns what is new each time there is something, instead of everything at the end.
+
+        Raises:
+            TypeError, ValueError: the request cannot be served; nothing else is affected.
+            RuntimeError: the engine is closed, asleep or has failed.
+        """
+        return self.llm_engine.add_request(prompt, sampling_params, request_id, stream)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step. Return the outputs of finished requests, and what is new in streams."""
+        return self.llm_engine.step()
+
+    def abort(self, request_id: int | str) -> RequestOutput | None:
+        """End a request in whatever state it is.
+
+        Returns:
+            What it has so far (of a stream, what is new), or None if the request is unknown or already finished.
+        """
+        return self.llm_engine.abort(request_id)
+
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything to do or to return."""
+        return self.llm_engine.has_unfinished()
+
+    def is_finished(self) -> bool:
+        """The opposite of `has_unfinished`."""
+        return self.llm_engine.is_finished()
+
+    # -- weights and memory, as training loops need them ---------------------------------------------------------------
+
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | str | Path) -> int:
+        """Overwrite the weights in place, on all ranks; captured graphs stay valid.
+
+        The prefix cache is emptied. Running requests go on from the tokens they have, recomputed with the new weights.
+
+        Args:
+            weights: every tensor of the checkpoint, whole, on any device, by its Hugging Face name; the engine holds
+                one at a time. Or a folder with safetensors files, or a GGUF file. Under torchrun each rank gives them.
+
+        Returns:
+            The new weight version, which results carry.
+
+        Raises:
+            TypeError, ValueError: a tensor is missing, left over, given twice, of the wrong shape or dtype, or not
+                finite; or the head differs from the embedding where both are one parameter. Then the old weights may be
+                partly overwritten, and the engine refuses to run until an update succeeds.
+            RuntimeError: a rank is lost, and with it the engine; or the code that makes the weights uses the engine.
+        """
+        return self.llm_engine.update_weights(weights)
+
+    def sleep(self, level: int = 1) -> None:
+        """Give device memory back until `wake_up`. Unfinished requests stay, and are recomputed later.
+
+        Args:
+            level: 1 frees the KV cache and the captured graphs; 2 also moves the weights to the host's memory (on a CPU
+                they are already there and stay).
+        """
+        self.llm_engine.sleep(level)
+
+    def wake_up(self) -> None:
+        """Undo `sleep`: bring weights and KV cache back and capture the graphs again. Do nothing when awake."""
+        self.llm_engine.wake_up()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes. Running requests keep their blocks."""
+        self.llm_engine.reset_prefix_cache()
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def metrics(self) -> Metrics:
+        """Return counters since the engine was made, and what it is doing now."""
+        return self.llm_engine.metrics()
+
+    @property
+    def config(self) -> Config:
+        """The options of the engine."""
+        return self.llm_engine.config
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's transformers tokenizer."""
+        return self.llm_engine.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output, in tokens."""
+        return self.llm_engine.max_model_len
+
+    @property
+    def weight_version(self) -> int:
+        """How many times `update_weights` has succeeded."""
+        return self.llm_engine.weight_version
+
+    @property
+    def on_step(self) -> Callable[[StepStats], None] | None:
+        """A function to call after each step with its `StepStats`; None by default.
+
+        If it raises, `step` raises the same error. The engine stays usable, and the next `step` returns the outputs.
+        """
+        return self.llm_engine.on_step
+
+    @on_step.setter
+    def on_step(self, call: Callable[[StepStats], None] | None) -> None:
+        self.llm_engine.on_step = call
+
+    @property
+    def time_gpu(self) -> bool:
+        """Whether to measure the GPU time of each step too, which costs two CUDA events; False by default."""
+        return self.llm_engine.time_gpu
+
+    @time_gpu.setter
+    def time_gpu(self, value: bool) -> None:
+        self.llm_engine.time_gpu = value
+
+    def close(self) -> None:
+        """Give back memory and processes. May be called again, and goes on where it was interrupted.
+
+        Another thread's call, such as `generate`, raises RuntimeError at its next step, which this waits for.
+        """
+        self.llm_engine.close()
+
+    def __enter__(self):
+        self.llm_engine.check_usable()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _list_prompts(prompts: Any) -> SequenceType[Prompt]:
+    """Return the prompts of `generate` as a list, also if there is only one."""
+    if isinstance(prompts, str) or (is_list(prompts) and prompts and isinstance(prompts[0], int)):
+        return [prompts]
+    if not is_list(prompts):
+        raise TypeError(f"prompts must be a list of texts or of token id lists, got {type(prompts).__name__}")
+    return prompts
+
+
+def _pair_params(prompts: SequenceType[Prompt], params: Any) -> list[tuple[Prompt, SamplingParams | None]]:
+    """Return each prompt with its parameters, which may be one for all."""
+    if isinstance(params, SamplingParams | None):
+        return [(prompt, params) for prompt in prompts]
+    if not is_list(params):
+        raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {shown(params)}")
+    if len(params) != len(prompts):
+        raise ValueError(f"sampling_params has {len(params)} entries for {len(prompts)} prompts")
+    return list(zip(prompts, params, strict=True))

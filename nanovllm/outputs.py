@@ -1,12 +1,12 @@
-"""What a request gives back."""
+"""The results of a request."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, overload
 
 
 class Logprob(NamedTuple):
-    """A token's log-probability (float32, natural logarithm) and its rank, 1 being the most likely token's."""
+    """A token's log-probability (float32, natural logarithm) and its rank; the most likely token's rank is 1."""
 
     logprob: float
     rank: int
@@ -14,55 +14,71 @@ class Logprob(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities of some tokens: each one's own, last in its row, and before it the k most likely ones'.
+    """Log-probabilities at some positions: those of the k most likely tokens, then that of the position's own token.
 
     Args:
-        token_ids, logprobs: k + 1 each, for each token.
-        ranks: the token's own.
+        token_ids, logprobs: for each position, k + 1 of them.
+        ranks: for each position, the rank of its own token.
     """
 
     token_ids: list[list[int]]
     logprobs: list[list[float]]
     ranks: list[int]
 
-    def alone(self, i: int) -> "TokenLogprobs":
-        """Those of token i without the others'."""
+    def at(self, i: int) -> "TokenLogprobs":
+        """Return those of position i alone."""
         return TokenLogprobs(self.token_ids[i : i + 1], self.logprobs[i : i + 1], self.ranks[i : i + 1])
 
     def row(self, i: int, k: int) -> dict[int, Logprob]:
-        """Those of token i and of the k most likely ones, by token id; a small vocabulary may have fewer."""
+        """Return those of the k most likely tokens and of the own token at position i, by token id.
+
+        A small vocabulary may have fewer.
+        """
         token_ids, logprobs = self.token_ids[i], self.logprobs[i]
         row = {token_ids[j]: Logprob(logprobs[j], j + 1) for j in range(min(k, len(token_ids) - 1))}
         row.setdefault(token_ids[-1], Logprob(logprobs[-1], self.ranks[i]))
         return row
 
 
-class LogprobRows(Sequence):
-    """For each token the log-probabilities that were asked for, by token id.
+# One step's log-probabilities, a position in them, and how many of the most likely tokens were requested.
+_Row: TypeAlias = tuple[TokenLogprobs, int, int]
 
-    Reads as a list of dicts, which are made when they are looked at: making them costs more than a step. A
-    prompt's first token, which nothing predicts, has None.
+
+class LogprobRows(Sequence[dict[int, Logprob] | None]):
+    """The requested log-probabilities of each token, by token id.
+
+    Reads as a list of dicts. They are made when they are read, because making them costs more than a step. The entry
+    of a prompt's first token is None, because nothing predicts it.
     """
 
-    def __init__(self, rows: list[tuple[TokenLogprobs, int, int] | None] = ()):
+    def __init__(self, rows: Iterable[_Row | None] = ()):
         self._rows = list(rows)
 
-    def append(self, part: TokenLogprobs, i: int, k: int) -> None:
-        """Add token i of `part` with its k most likely ones."""
-        self._rows.append((part, i, k))
+    def append(self, step: TokenLogprobs, i: int, k: int) -> None:
+        """Add position i of a step's log-probabilities, with the k most likely tokens."""
+        self._rows.append((step, i, k))
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, place: int | slice) -> "dict[int, Logprob] | LogprobRows | None":
-        if isinstance(place, slice):
-            return LogprobRows(self._rows[place])
-        row = self._rows[place]
-        return None if row is None else row[0].row(*row[1:])
+    @overload
+    def __getitem__(self, index: int) -> dict[int, Logprob] | None: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "LogprobRows": ...
+
+    def __getitem__(self, index: int | slice) -> "dict[int, Logprob] | LogprobRows | None":
+        if isinstance(index, slice):
+            return LogprobRows(self._rows[index])
+        row = self._rows[index]
+        if row is None:
+            return None
+        step, i, k = row
+        return step.row(i, k)
 
     def __reduce__(self) -> tuple:
-        """Copies and pickles have these rows alone: a part holds those of all requests of its step."""
-        return LogprobRows, ([row and (row[0].alone(row[1]), 0, row[2]) for row in self._rows],)
+        """Copy and pickle only these rows: a step's log-probabilities are those of all its requests."""
+        return LogprobRows, ([row and (row[0].at(row[1]), 0, row[2]) for row in self._rows],)
 
     def __add__(self, other: "LogprobRows") -> "LogprobRows":
         return LogprobRows(self._rows + other._rows)
@@ -79,14 +95,14 @@ class CompletionOutput:
     """One sample.
 
     Args:
-        index: which of the request's n samples.
+        index: the sample's number among the request's n samples, from 0.
         text: `token_ids` decoded; "" when the engine has no tokenizer.
-        token_ids: what was generated, the token that ended it included.
+        token_ids: the generated tokens, including the one that ended the sample.
         finish_reason: "stop" (end-of-sequence, stop id or string, or a structured output is complete), "length",
-            "abort", or None while it goes on.
-        stop_reason: the stop id or stop string that ended it, or why a structured output had to be aborted; None for an
-            end-of-sequence token and all else.
-        logprobs: for each token those asked for, by token id; None if none were.
+            "abort", or None while the sample goes on.
+        stop_reason: the stop id or stop string that ended the sample, or why a structured output had to be aborted;
+            None for an end-of-sequence token and in all other cases.
+        logprobs: the requested log-probabilities of each token, by token id; None if none were requested.
     """
 
     index: int
@@ -98,29 +114,30 @@ class CompletionOutput:
 
     @property
     def cumulative_logprob(self) -> float | None:
-        """Sum over the drawn tokens; None if no logprobs were asked for."""
+        """Sum of the sampled tokens' log-probabilities; None if none were requested."""
         if self.logprobs is None:
             return None
-        return sum(row[token_id].logprob for row, token_id in zip(self.logprobs, self.token_ids, strict=True))
+        return sum(row[token_id].logprob for row, token_id in zip(self.logprobs, self.token_ids, strict=True) if row)
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A request's results; from `stream` and `AsyncLLM`, what is new since the one before.
+    """A request's results; from `stream` and `AsyncLLM`, only what is new since the last output.
 
-    The fields of the first of `outputs` read as attributes (`out.text`) and, as nano-vLLM's dicts do, by key
-    (`out["text"]`).
+    The fields of the first sample can be read as attributes (`out.text`) and by key (`out["text"]`), as in nano-vLLM's
+    dicts.
 
     Args:
-        request_id: the id `add_request` gave it.
+        request_id: the id that `add_request` returned.
         prompt: the prompt's text, if it was given as text.
-        prompt_token_ids: what went in.
+        prompt_token_ids: the prompt's tokens.
         outputs: the samples, in their order; in a stream, those that have something new.
-        finished: whether this is the last there is of the request.
-        num_cached_tokens: prompt tokens taken from the prefix cache.
-        prompt_logprobs: None for the first token, then for each token those asked for; None if none were.
-        time_to_first_token, total_time: seconds since the request was added; None as long as unknown.
-        weight_version: of the weights when the request ended; 0 until `update_weights` was called.
+        finished: whether this is the request's last output.
+        num_cached_tokens: how many prompt tokens were taken from the prefix cache.
+        prompt_logprobs: the requested log-probabilities of each token of the prompt, with None for the first token;
+            None if none were requested.
+        time_to_first_token, total_time: seconds since the request was added; None until they are known.
+        weight_version: version of the weights when this output was made; 0 until `update_weights` is called.
     """
 
     request_id: int | str
@@ -163,21 +180,21 @@ class RequestOutput:
         return iter(self.keys())
 
     def keys(self) -> tuple[str, ...]:
-        """The names that read by key, so that `dict(out)`, `"text" in out` and iteration work as a dict's."""
+        """Return the names that can be read by key, so that `dict(out)`, `"text" in out` and iteration work."""
         return (*RequestOutput.__slots__, "text", "token_ids", "finish_reason", "stop_reason", "logprobs")
 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """What an engine has done since it was made, and what it is doing.
+    """Counters of an engine since it was made, and what it is doing now.
 
     Args:
-        num_running, num_waiting: sequences (samples) that have a slot, and that wait for one.
-        num_preemptions: times a running sequence was sent back to wait because the KV cache was full.
-        num_steps, step_time: steps collected, and seconds spent in `step` for them in all.
+        num_running, num_waiting: number of sequences (samples) that have a slot, and that wait for one.
+        num_preemptions: how many times a running sequence had to wait again because the KV cache was full.
+        num_steps, step_time: number of collected steps, and seconds spent in `step` for them.
         prompt_tokens, cached_tokens: tokens of admitted prompts, and how many of them the prefix cache had.
-        generated_tokens: tokens drawn.
-        kv_usage: share of the KV blocks that running sequences hold.
+        generated_tokens: number of sampled tokens.
+        kv_usage: fraction of the KV blocks that running sequences hold.
     """
 
     num_running: int
@@ -192,10 +209,10 @@ class Metrics:
 
     @property
     def cache_hit_rate(self) -> float:
-        """Share of the prompt tokens that the prefix cache had."""
+        """Fraction of the prompt tokens that the prefix cache had."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     @property
     def mean_step_time(self) -> float:
-        """Seconds."""
+        """Seconds that a step takes on average."""
         return self.step_time / self.num_steps if self.num_steps else 0.0

@@ -4,16 +4,15 @@ import json
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, fields
-from functools import partial
 from numbers import Integral
 from typing import Any
 
 from nanovllm.checks import ABOVE_0, check_fields, is_list, length, number, one_of, plain, shown, within
 
-# What one request may ask for at most, so that none can make unbounded work.
+# Limits of a request, so that none can make unbounded work.
 MAX_SAMPLES = 1024
 MAX_LOGPROBS = 128
-MAX_STOP_IDS = 32  # ids the device can ban per request while min_tokens holds
+MAX_STOP_IDS = 32  # as many ids can be banned on the device until a request has min_tokens
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIAS = 300
@@ -23,18 +22,20 @@ MAX_GRAMMAR_CHARS = 1 << 20
 MAX_SALT_CHARS = 1024
 
 
-def _list(name: str, value: Any, what: str, most: int) -> tuple:
+def _entries(name: str, value: Any, entries: str, max_entries: int) -> tuple:
+    """Return the entries of a list or a set. None has none."""
     if value is None:
         return ()
     if not is_list(value) and not isinstance(value, set | frozenset):
-        raise TypeError(f"{name} must be a list of {what}, got {shown(value)}")
-    if (count := length(value)) > most:
-        raise ValueError(f"{name} must have at most {most} entries, got {count}")
+        raise TypeError(f"{name} must be a list of {entries}, got {shown(value)}")
+    if (count := length(value)) > max_entries:
+        raise ValueError(f"{name} must have at most {max_entries} entries, got {count}")
     return tuple(value)
 
 
-def _strings(name: str, value: Any, most: int) -> tuple[str, ...]:
-    strings = _list(name, [value] if isinstance(value, str) else value, "strings", most)
+def _strings(name: str, value: Any, max_entries: int) -> tuple[str, ...]:
+    """Return a list of strings, which may be given as a single one."""
+    strings = _entries(name, [value] if isinstance(value, str) else value, "strings", max_entries)
     for string in strings:
         if not isinstance(string, str):
             raise TypeError(f"{name} must be a list of strings, got the entry {shown(string)}")
@@ -43,11 +44,14 @@ def _strings(name: str, value: Any, most: int) -> tuple[str, ...]:
     return tuple(map(plain, strings))
 
 
-def _token_ids(name: str, value: Any, most: int) -> tuple[int, ...]:
-    ids = _list(name, value, "token ids", most)
-    # Lists may be long: `number` checks only the entries that can be wrong.
-    wrong = tuple(kind for kind in set(map(type, ids)) if kind is bool or not issubclass(kind, Integral))
-    suspects = (next(i for i in ids if type(i) in wrong),) if wrong else (min(ids, default=0), max(ids, default=0))
+def _token_ids(name: str, value: Any, max_entries: int) -> tuple[int, ...]:
+    """Return a list of token ids, which may be long: only the entries that can be wrong are checked one by one."""
+    ids = _entries(name, value, "token ids", max_entries)
+    wrong_types = [kind for kind in set(map(type, ids)) if kind is bool or not issubclass(kind, Integral)]
+    if wrong_types:
+        suspects = [next(token_id for token_id in ids if type(token_id) in wrong_types)]
+    else:
+        suspects = [min(ids, default=0), max(ids, default=0)]
     for token_id in suspects:
         number(f"each id of {name}", token_id, int, 0, 2**31 - 1)
     return tuple(map(int, ids))
@@ -55,16 +59,16 @@ def _token_ids(name: str, value: Any, most: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class StructuredOutputsParams:
-    """What a structured output must be: exactly one of the following is given.
+    """The form that an output must have. Exactly one of the arguments is given.
 
     Args:
-        json: a JSON schema, as a dict or as text. The output has no white space but a space behind commas and colons.
-            In a `pattern`, `\\d` and `\\w` match ASCII only and `\\s` matches Unicode, as in JavaScript. Keywords and
-            formats that llguidance does not know are refused; `uniqueItems: false`, formats of numbers, `password` and
-            `binary` ask nothing and are ignored. An integer has at most 64 bits.
+        json: a JSON schema, as a dict or as text. The only white space in the output is a space behind commas and
+            colons. In a `pattern`, `\\d` and `\\w` match ASCII only and `\\s` matches Unicode, as in JavaScript.
+            Keywords and formats that llguidance does not know are refused; `uniqueItems: false`, formats of numbers,
+            `password` and `binary` mean nothing and are ignored. An integer has at most 64 bits.
         regex: a regular expression in Rust's notation that the whole output matches. `\\d`, `\\w` and `\\s` match ASCII
             only; `\\p{...}` matches Unicode classes.
-        choice: texts of which the output is one.
+        choice: the output is one of these texts.
         grammar: a context-free grammar in Lark's notation, or in GGML's (GBNF). In its regular expressions `\\d`,
             `\\w` and `\\s` match Unicode, as in Python. Its texts never match a special token; in Lark's notation
             `<|name|>` without quotes does.
@@ -72,11 +76,12 @@ class StructuredOutputsParams:
     The model chooses how a text is split into tokens, also where only one text can follow.
 
     Raises:
-        TypeError, ValueError: naming the argument. Adding a request compiles the schema or grammar. One that is wrong,
-            not supported, or takes more than 5 s of CPU time or 1 GiB to compile refuses that request alone. An output
-            ends with the finish reason "abort" where a step would take too long: an ambiguous grammar (`s: s s | "a"`)
-            after a long text, a regular expression that needs more than 50,000 states, or more than 2,000 rules that
-            may go on at the same token, as in an object of about 500 optional properties.
+        TypeError, ValueError: an argument is wrong; the message names it. The schema or grammar is compiled when a
+            request is added. If it is wrong, not supported, or takes more than 5 s of CPU time or 1 GiB to compile,
+            only that request is refused. An output finishes with the reason "abort" where a step would take too long:
+            after a long text of an ambiguous grammar (`s: s s | "a"`), for a regular expression that needs more than
+            50,000 states, or if more than 2,000 rules may go on at the same token, as in an object of about 500
+            optional properties.
     """
 
     json: str | dict | None = None
@@ -104,58 +109,91 @@ class StructuredOutputsParams:
             raise ValueError(f"structured_outputs.{given[0]} must have at most {MAX_GRAMMAR_CHARS} characters")
 
 
-class _FixedDict(dict):
-    """A dict that was checked, and therefore stays as it is."""
+def _refuse_change(*args: Any, **kwargs: Any) -> Any:
+    raise TypeError("SamplingParams are frozen: logit_bias cannot be changed; make new ones (dataclasses.replace)")
 
-    def _refuse(self, *args, **kwargs):
-        raise TypeError("SamplingParams are frozen: logit_bias cannot be changed; make new ones (dataclasses.replace)")
 
-    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
+_REFUSE_CHANGE: Any = _refuse_change
+
+
+class _FrozenDict(dict):
+    """A dict that was checked and cannot be changed."""
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _REFUSE_CHANGE
 
     def __reduce__(self) -> tuple:
-        return _FixedDict, (dict(self),)
+        return _FrozenDict, (dict(self),)
+
+
+def _biases(logit_bias: Any) -> _FrozenDict:
+    if not isinstance(logit_bias, Mapping):
+        raise TypeError(f"logit_bias must be a dict of token ids and numbers, got {shown(logit_bias)}")
+    if (count := length(logit_bias)) > MAX_LOGIT_BIAS:
+        raise ValueError(f"logit_bias must have at most {MAX_LOGIT_BIAS} entries, got {count}")
+    ids = _token_ids("logit_bias", tuple(logit_bias), MAX_LOGIT_BIAS)
+    biases = [number("each bias of logit_bias", bias, float, -100, 100) for bias in logit_bias.values()]
+    return _FrozenDict(zip(ids, biases, strict=True))
+
+
+def _salt(cache_salt: Any) -> str:
+    if not isinstance(cache_salt, str):
+        raise TypeError(f"cache_salt must be a string or None, got {shown(cache_salt)}")
+    if not 0 < len(cache_salt) <= MAX_SALT_CHARS:
+        raise ValueError(f"cache_salt must have 1 to {MAX_SALT_CHARS} characters, got {len(cache_salt)}")
+    return plain(cache_salt)
+
+
+# Parameters that the sampler does not read, and their values without effect.
+_ENGINE_ONLY: dict[str, Any] = {
+    "stop": (),
+    "bad_words": (),
+    "allowed_token_ids": None,
+    "structured_outputs": None,
+    "cache_salt": None,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one request is sampled. Frozen, and checked when it is made.
+    """The parameters of one request. They are checked once and then frozen.
 
     The order is: logit_bias -> penalties -> allowed_token_ids, bad_words, structured_outputs, min_tokens ->
-    temperature -> top_k -> top_p -> min_p -> draw.
+    temperature -> top_k -> top_p -> min_p -> sample.
 
     Args:
         temperature: divides the logits; 0 takes the most likely token (greedy).
-        max_tokens: most tokens to generate.
+        max_tokens: largest number of tokens to generate.
         ignore_eos: go on past the model's end-of-sequence tokens.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches top_p, in (0, 1].
         min_p: keep tokens at least min_p times as likely as the most likely one, in [0, 1].
-        seed: makes the draws repeatable whatever else runs in the batch; None draws a seed from the engine's.
-        min_tokens: end-of-sequence and stop ids cannot be drawn before this many tokens, nor do stop strings count.
+        seed: makes sampling repeatable whatever else runs in the batch; None takes a seed from the engine's.
+        min_tokens: before this many tokens, end-of-sequence and stop ids are not sampled and stop strings are ignored.
         stop_token_ids: up to 32 ids that end the request; the id itself is kept in `token_ids`.
-        n: samples to draw; they share the blocks of the prompt. Sample i of a seeded request is repeatable too.
+        n: number of samples, which share the blocks of the prompt. Sample i of a seeded request is repeatable too.
         stop: strings that end the request as soon as the text has one of them; the text ends before it.
         include_stop_str_in_output: the text ends after the stop string, or after the stop id's text, instead.
-        repetition_penalty: divides positive logits of tokens that prompt or output have, and multiplies negative ones
-            (arXiv:1909.05858); above 0, and 1 changes nothing.
-        presence_penalty: is subtracted from the logits of tokens that the output has, in [-2, 2].
-        frequency_penalty: is subtracted for each time that the output has the token, in [-2, 2].
+        repetition_penalty: divides positive logits of tokens that are in the prompt or the output, and multiplies
+            negative ones (arXiv:1909.05858); above 0, and 1 changes nothing.
+        presence_penalty: is subtracted from the logits of tokens that are in the output, in [-2, 2].
+        frequency_penalty: is subtracted once for each time that the token is in the output, in [-2, 2].
         logit_bias: numbers in [-100, 100] to add to the logits of up to 300 token ids.
-        allowed_token_ids: no other token can be drawn.
+        allowed_token_ids: the only tokens that can be sampled.
         bad_words: texts that the output will not have, as the tokenizer spells them directly behind another text and,
             unless they start with white space, behind a space.
-        logprobs: log-probabilities to return for each token: those of so many most likely ones, and the drawn one's.
-        prompt_logprobs: the same for the prompt's tokens, always the model's own; these are computed then, not taken
-            from the prefix cache.
+        logprobs: how many of the most likely tokens to return log-probabilities of, for each sampled token, besides
+            its own.
+        prompt_logprobs: the same for the prompt's tokens, always in "raw_logprobs" mode. The prompt is computed for
+            them, not taken from the prefix cache.
         logprobs_mode: "raw_logprobs" are the model's own (float32 log-softmax of the logits); "processed_logprobs" are
-            those that tokens were drawn with, after all of the above.
+            those of the distribution that is sampled from, after all of the above.
         skip_special_tokens: leave special tokens out of the text.
         structured_outputs: the output follows a JSON schema, a regular expression, a choice or a grammar.
-        cache_salt: cached prefixes are those of requests with the same salt only: how long a prompt takes tells nobody
-            else that it, or how it begins, has been here before.
+        cache_salt: share cached prefixes only with requests of the same salt, so that nobody else can learn from
+            response times which prompts were here before.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what would be right.
+        TypeError, ValueError: an argument is wrong; the message names it, its value and what would be right.
     """
 
     temperature: float = within(0, 100, default=1.0)
@@ -184,46 +222,41 @@ class SamplingParams:
     cache_salt: str | None = None
 
     def __post_init__(self):
-        put = partial(object.__setattr__, self)
         check_fields(self)
         if 0 < self.temperature < 1e-3:
             raise ValueError(f"temperature must be 0 (greedy) or at least 0.001, got {shown(self.temperature)}")
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}")
-        put("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_IDS))
-        put("stop", _strings("stop", self.stop, MAX_STOP_STRINGS))
-        put("bad_words", _strings("bad_words", self.bad_words, MAX_BAD_WORDS))
+        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_IDS))
+        self._set("stop", _strings("stop", self.stop, MAX_STOP_STRINGS))
+        self._set("bad_words", _strings("bad_words", self.bad_words, MAX_BAD_WORDS))
         if self.allowed_token_ids is not None:
-            put("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_IDS))
+            self._set("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_IDS))
             if not self.allowed_token_ids:
                 raise ValueError("allowed_token_ids must have at least one token id; None allows all")
         if self.logit_bias is not None:
-            if not isinstance(self.logit_bias, Mapping):
-                raise TypeError(f"logit_bias must be a dict of token ids and numbers, got {shown(self.logit_bias)}")
-            if (count := length(self.logit_bias)) > MAX_LOGIT_BIAS:
-                raise ValueError(f"logit_bias must have at most {MAX_LOGIT_BIAS} entries, got {count}")
-            ids = _token_ids("logit_bias", tuple(self.logit_bias), MAX_LOGIT_BIAS)
-            biases = [number("each bias of logit_bias", bias, float, -100, 100) for bias in self.logit_bias.values()]
-            put("logit_bias", _FixedDict(zip(ids, biases, strict=True)))
+            self._set("logit_bias", _biases(self.logit_bias))
+        if self.cache_salt is not None:
+            self._set("cache_salt", _salt(self.cache_salt))
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
             raise TypeError(f"structured_outputs must be StructuredOutputsParams, got {shown(self.structured_outputs)}")
-        if not isinstance(self.cache_salt, str | None):
-            raise TypeError(f"cache_salt must be a string or None, got {shown(self.cache_salt)}")
-        if self.cache_salt is not None:
-            if not 0 < len(self.cache_salt) <= MAX_SALT_CHARS:
-                raise ValueError(f"cache_salt must have 1 to {MAX_SALT_CHARS} characters, got {len(self.cache_salt)}")
-            put("cache_salt", plain(self.cache_salt))
-        for name in ("min_tokens", "allowed_token_ids", "bad_words", "ignore_eos"):
-            if self.structured_outputs and getattr(self, name):
-                raise ValueError(f"structured_outputs decide what can be drawn and when it ends; {name} must not")
+        if self.structured_outputs is not None:
+            for name in ("min_tokens", "allowed_token_ids", "bad_words", "ignore_eos"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} cannot be used with structured_outputs, which choose the tokens")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def for_ranks(self) -> "SamplingParams":
-        """What the sampler needs of it, without what only the engine reads and classes of the caller's own."""
-        kept = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
-        own = {"stop": (), "bad_words": (), "allowed_token_ids": None, "structured_outputs": None, "cache_salt": None}
-        if type(self) is SamplingParams and all(kept[name] == nothing for name, nothing in own.items()):
+        """Return the parameters that the sampler needs, without those that only the engine reads.
+
+        Other ranks do not know subclasses of the caller's program, so the result is never one.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
+        if type(self) is SamplingParams and all(values[name] == unset for name, unset in _ENGINE_ONLY.items()):
             return self
-        return SamplingParams(**kept | own)
+        return SamplingParams(**values | _ENGINE_ONLY)
 
     @property
     def penalises(self) -> bool:

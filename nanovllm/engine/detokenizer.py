@@ -1,4 +1,4 @@
-"""Turns tokens into text, one at a time: never half a character, and never part of a stop string. No torch here."""
+"""Turns tokens into text one by one, without half characters and parts of stop strings. No torch here."""
 
 import codecs
 import re
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_REPLACEMENT = "\ufffd"  # what bytes decode to that are no UTF-8, or not all of a character's
+# Stands for bytes that are not UTF-8, or only a part of a character.
+_REPLACEMENT = "\ufffd"
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 
 # Byte-level tokenizers spell each byte as a character: printable ones as themselves, the others from U+0100 on.
@@ -20,13 +21,13 @@ _BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(byte for byte in range(
 class TokenBytes(dict):
     """Maps a token id to the UTF-8 bytes that the token adds to a text.
 
-    Bytes do not depend on the tokens around, so the text of an output is what follows its prompt, and it is the same
-    however it is cut into increments. The tokenizer's own `decode` gives neither: it may remove the space that starts
-    a text, and it replaces a whole run of byte tokens if one is wrong. `tokenizers.decoders.DecodeStream` raises on
-    such a run, takes quadratic time over tokens without text, and loses an unfinished character at the end.
+    Bytes do not depend on neighbouring tokens. So the text of an output is exactly what follows its prompt, and it is
+    the same in one piece and in increments. The tokenizer's own `decode` ensures neither: it may remove the space that
+    starts a text, and it replaces a whole run of byte tokens if one is wrong. `tokenizers.decoders.DecodeStream` raises
+    on such a run, takes quadratic time for tokens without text, and loses an unfinished character at the end.
 
     Args:
-        tokenizer: decodes in any way in which a token's bytes are the same wherever it stands behind another.
+        tokenizer: its decoder must give a token the same bytes behind any other token.
         skip_special_tokens: special tokens have no text.
     """
 
@@ -36,8 +37,8 @@ class TokenBytes(dict):
         self.skip_special_tokens = skip_special_tokens
 
     def __missing__(self, token_id: int) -> bytes:
-        """Find the bytes of a token at its first use. An id that the tokenizer does not know has none."""
-        # Behind itself, because the first token of a text may lose its space.
+        """Find and keep the bytes of a token at its first use. An id that the tokenizer does not know has none."""
+        # The token is decoded behind itself, because the first token of a text may lose its space.
         text = self._decode([token_id, token_id])[len(self._decode([token_id])) :]
         self[token_id] = self._spelled_bytes(token_id, text) if _REPLACEMENT in text else text.encode()
         return self[token_id]
@@ -52,6 +53,8 @@ class TokenBytes(dict):
     def _spelled_bytes(self, token_id: int, text: str) -> bytes:
         """Return the bytes of a token that holds only a part of a character, from the token's name."""
         name = self.tokenizer.id_to_token(token_id)
+        if name is None:
+            return text.encode()
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
             return bytes.fromhex(byte[1])
         if all(character in _BYTE_OF for character in name):
@@ -60,24 +63,27 @@ class TokenBytes(dict):
 
 
 class StopStrings:
-    """Finds the first of some strings in a text that comes one character at a time (Aho-Corasick).
+    """Finds the first of several strings in a text that arrives one character at a time (Aho-Corasick).
 
-    A state is a node of the trie of the strings: the longest end of the text that one of them starts with. A character
-    costs the same for one string and for many.
+    A state is a node of the strings' trie: it stands for the longest suffix of the text with which one of them starts.
+    The cost of a character does not depend on the number of strings.
 
-    The nodes lie in arrays, string after string, so a node's first child is the next node. This keeps 64 strings of
-    1,024 characters near 1 MB.
+    The nodes are stored in arrays, string after string, so a node's first child is the next node. With 64 strings of
+    1,024 characters this takes about 1 MB.
 
     Attributes:
         match: for each state, the length of the longest string that ends there; 0 if none does.
-        num_held: for each state, how many last characters of the text may begin a string that is still to be completed.
+        num_held: for each state, how many of the text's last characters may start a string that is not complete yet.
     """
 
     def __init__(self, strings: Iterable[str]):
-        labels, parents = [""], [0]  # of each node, the last character and the node without it
+        # The last character of each node, and the node without that character.
+        labels, parents = [""], [0]
         depths, match = array("i", [0]), array("i", [0])
-        self._branches: dict[tuple[int, str], int] = {}  # (node, character) -> child, if it is not the next node
-        path = [0]  # the nodes of the last string's prefixes
+        # (node, character) -> child, if it is not the next node
+        self._branches: dict[tuple[int, str], int] = {}
+        # The nodes of the current string's prefixes.
+        path = [0]
         for string in sorted(set(strings)):
             common = 0
             while common < len(path) - 1 and labels[path[common + 1]] == string[common]:
@@ -96,7 +102,8 @@ class StopStrings:
         self._labels = "\0" + "".join(labels) + "\0"
         self._depths = depths + array("i", [0])  # no node follows the last one
         self.match, self.num_held = match, depths[:]
-        # For each node, the longest proper suffix that is a node too. It is shorter, so it comes before in this order.
+        # For each node, the longest proper suffix that is a node too. Shorter nodes come first, because longer ones use
+        # their suffixes.
         self._suffixes = array("i", bytes(match.itemsize * len(match)))
         for node in sorted(range(1, len(match)), key=depths.__getitem__):
             suffix = self.next(self._suffixes[parents[node]], labels[node]) if parents[node] else 0
@@ -118,27 +125,35 @@ class StopStrings:
 
 
 class Detokenizer:
-    """The text of one sample.
+    """Makes the text of one sample.
 
     Args:
         token_bytes: the bytes of each token.
-        stops: strings that end the text, which the samples of a request share; None if there are none.
+        stops: strings that end the text; None if there are none. The samples of a request share them.
         include_stop: whether the text ends after the stop string or before it.
+
+    Attributes:
+        text: the whole characters so far.
+        num_taken: how many characters `take` has returned.
+        ended: whether the text is complete.
     """
 
     def __init__(self, token_bytes: Mapping[int, bytes], stops: StopStrings | None = None, include_stop: bool = False):
-        self.token_bytes, self.stops, self.include_stop = token_bytes, stops, include_stop
-        self.text = ""  # whole characters only
-        self.num_taken = 0  # characters of `text` that `take` has given
+        self.token_bytes = token_bytes
+        self.stops = stops
+        self.include_stop = include_stop
+        self.text = ""
+        self.num_taken = 0
         self.ended = False
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # keeps the bytes of half a character
+        # Keeps the bytes of an unfinished character.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._state = 0
 
     def add(self, token_id: int, can_stop: bool = True) -> str | None:
-        """Add a token. Return the stop string that it completes; the text ends there, before or after the string.
+        """Add a token. Return the stop string that it completes, which ends the text, or None.
 
         Args:
-            can_stop: whether a stop string that this token completes counts.
+            can_stop: whether to stop at a stop string that this token completes.
         """
         new = self._decoder.decode(self.token_bytes[token_id])
         start = len(self.text)
@@ -156,13 +171,13 @@ class Detokenizer:
         return None
 
     def finish(self) -> None:
-        """End the text: no more tokens come. Bytes of an unfinished character become a replacement character."""
+        """End the text, because no more tokens come. Replace an unfinished character by a replacement character."""
         if not self.ended:
             self.text += self._decoder.decode(b"", final=True)
             self.ended = True
 
     def take(self) -> str:
-        """Return the text that is new since the last call, without an end that may begin a stop string."""
+        """Return the new text since the last call. Keep back characters that may start a stop string."""
         end = len(self.text)
         if self.stops and not self.ended:
             end -= self.stops.num_held[self._state]

@@ -121,7 +121,14 @@ class InputProcessor:
             samples.append(Sequence(token_ids, params, end_ids, index=index, token_filter=sample_filter))
         text = prompt if isinstance(prompt, str) else None
         token_bytes = self.token_bytes(params.skip_special_tokens) if self.has_tokenizer else None
-        return Request(request_id, text, params, samples=samples, stream=stream, token_bytes=token_bytes)
+        return Request(
+            chosen_id=request_id,
+            prompt=text,
+            params=params,
+            samples=samples,
+            stream=stream,
+            token_bytes=token_bytes,
+        )
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the token ids of a text, by default without the special tokens that start or end a prompt."""

@@ -1,8 +1,8 @@
-"""Notices that torch's CPU threads waste the time of a machine that other programs use too.
+"""Detects that torch's CPU threads spin on cores that other programs use too.
 
-Threads of OpenMP spin while they wait for each other. On cores that another program also uses, a thread spins while the
-one it waits for cannot run, and a step takes ten times as long. The environment decides whether they spin or sleep, and
-OpenMP reads it when torch is imported. So this can only say what to set.
+OpenMP's threads spin while they wait for each other. If other programs use the cores too, a thread may spin while the
+thread it waits for cannot run, and a step takes ten times as long. The environment decides whether threads spin or
+sleep, and OpenMP reads it when torch is imported. So the engine can only log what to set.
 """
 
 import logging
@@ -11,25 +11,27 @@ import os
 logger = logging.getLogger("nanovllm")
 
 _SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-_SECONDS = 2.0  # of steps, before there is a judgement
-_BUSY = (
-    0.6  # fraction of the time that spinning threads run for where nothing else uses the cores; it is nearly 1 there
-)
+# The steps of so many seconds are judged together.
+_SECONDS = 2.0
+# The threads are disturbed if they run for less than this fraction of the time. Undisturbed they run nearly always,
+# because they spin.
+_BUSY = 0.6
 
 
 class ThreadWatch:
     """Compares the CPU time of steps with the time that `num_threads` spinning threads would take.
 
-    One line is logged if the threads cannot run for much of the time, unless the environment says how they should wait.
+    Logs one line if the threads often cannot run, unless the environment already sets how they wait.
     """
 
     def __init__(self, num_threads: int):
         self.num_threads = num_threads
-        self.seconds, self.cpu_seconds = 0.0, 0.0
+        self.seconds = 0.0
+        self.cpu_seconds = 0.0
         self.done = num_threads == 1 or any(name in os.environ for name in _SETTINGS)
 
     def add(self, seconds: float, cpu_seconds: float) -> None:
-        """Take in the time of a step, and the CPU time of all threads in it."""
+        """Add the time of a step, and the CPU time of all threads in it."""
         if self.done:
             return
         self.seconds += seconds
@@ -42,6 +44,6 @@ class ThreadWatch:
             self.done = True
             logger.warning(
                 f"torch's {self.num_threads} threads got only {busy:.0%} of the CPU time they ask for: other programs "
-                "use the cores too. Start Python with OMP_WAIT_POLICY=PASSIVE in the environment, so threads sleep "
-                "while they wait; or with OMP_NUM_THREADS=1"
+                "use the cores too. Start Python with OMP_WAIT_POLICY=PASSIVE in the environment, which lets threads "
+                "sleep while they wait, or with OMP_NUM_THREADS=1"
             )

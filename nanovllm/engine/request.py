@@ -1,16 +1,25 @@
-"""A request: the samples that were asked for, and what its caller is told of them. No torch here."""
+"""A request: its samples, and what its caller has received of them. No torch here."""
 
 import random
 import time
 import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
 import xxhash
 
+from nanovllm.checks import shown
 from nanovllm.engine.detokenizer import Detokenizer, StopStrings, TokenBytes
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
+
+
+def check_request_id(request_id: Any) -> int | str:
+    """Return a request id that a caller chose. Raise TypeError if it cannot be one."""
+    if not isinstance(request_id, int | str) or isinstance(request_id, bool):
+        raise TypeError(f"request_id must be a string or an integer, got {shown(request_id)}")
+    return request_id
 
 
 @dataclass(eq=False)
@@ -18,32 +27,43 @@ class Request:
     """One prompt and its samples.
 
     Args:
-        id: None until it is queued.
-        prompt: its text, if it was given as text.
-        stream: whether an output has what is new since the one before, instead of everything.
+        chosen_id: the id that the caller chose; None numbers the request when it is queued.
+        prompt: the prompt's text, if it was given as text.
+        stream: each output has what is new since the last one, instead of everything.
         token_bytes: the bytes of each token; None without a tokenizer, which leaves all text empty.
+
+    Attributes:
+        id: set when the request is queued.
+        consumer: the iterator of a stream.
+        delivered: for each sample of a stream, how many tokens and which finish reason its caller has received.
     """
 
-    id: int | str | None
+    chosen_id: int | str | None
     prompt: str | None
     params: SamplingParams
     samples: list[Sequence]
     stream: bool
     token_bytes: TokenBytes | None
-    added: float = field(default_factory=time.perf_counter)
-    time_to_first_token: float | None = None
-    consumer: weakref.ref | None = None  # the iterator of a stream
+    id: int | str = field(init=False, default=0)
+    added: float = field(init=False, default_factory=time.perf_counter)
+    time_to_first_token: float | None = field(init=False, default=None)
+    consumer: weakref.ref | None = field(init=False, default=None)
 
     def __post_init__(self):
-        # What the caller knows of each sample: how many tokens, and the end. It changes if this is a stream.
-        self.told: list[tuple[int, str | None]] = [(len(seq.prompt_ids), None) for seq in self.samples]
+        self.delivered: list[tuple[int, str | None]] = [(len(seq.prompt_ids), None) for seq in self.samples]
         if self.token_bytes is not None and (self.stream or self.params.stop):
             stops = StopStrings(self.params.stop) if self.params.stop else None
             for seq in self.samples:
                 seq.detokenizer = Detokenizer(self.token_bytes, stops, self.params.include_stop_str_in_output)
 
+    def set_id(self, request_id: int | str) -> None:
+        """Set the id of the request and of its samples."""
+        self.id = request_id
+        for seq in self.samples:
+            seq.request_id = request_id
+
     def seed_samples(self, seeds: random.Random) -> None:
-        """Give each sample its seed: one of its own from `seeds`, or one that follows from the request's."""
+        """Set the seed of each sample: a new one from `seeds`, or one that follows from the request's seed."""
         for seq in self.samples:
             if self.params.seed is None:
                 seq.seed = seeds.getrandbits(63)
@@ -57,31 +77,37 @@ class Request:
         return all(seq.finish_reason for seq in self.samples)
 
     def output(self, weight_version: int) -> RequestOutput:
-        """What there is to tell now. A stream is told nothing twice."""
+        """Return the results so far; for a stream, only those that no earlier output had."""
         first, finished = self.samples[0], self.is_finished
         return RequestOutput(
-            self.id,
-            self.prompt,
-            list(first.prompt_ids),
-            [self._completion(seq) for seq in self.samples if self._has_news(seq)],
-            finished,
-            first.num_cached,
-            None if self.params.prompt_logprobs is None else first.prompt_logprobs[:],
-            self.time_to_first_token,
-            time.perf_counter() - self.added if finished else None,
-            weight_version,
+            request_id=self.id,
+            prompt=self.prompt,
+            prompt_token_ids=list(first.prompt_ids),
+            outputs=[self._completion(seq) for seq in self.samples if self._has_news(seq)],
+            finished=finished,
+            num_cached_tokens=first.num_cached,
+            prompt_logprobs=None if self.params.prompt_logprobs is None else first.prompt_logprobs[:],
+            time_to_first_token=self.time_to_first_token,
+            total_time=time.perf_counter() - self.added if finished else None,
+            weight_version=weight_version,
         )
 
     def _has_news(self, seq: Sequence) -> bool:
-        return not self.stream or self.told[seq.index] != (len(seq.token_ids), seq.finish_reason)
+        return not self.stream or self.delivered[seq.index] != (len(seq.token_ids), seq.finish_reason)
 
     def _completion(self, seq: Sequence) -> CompletionOutput:
-        start, _ = self.told[seq.index]
+        start = len(seq.prompt_ids)
         if self.stream:
-            self.told[seq.index] = len(seq.token_ids), seq.finish_reason
-        logprobs = None if self.params.logprobs is None else seq.logprobs[start - len(seq.prompt_ids) :]
-        reasons = seq.finish_reason, seq.stop_reason
-        return CompletionOutput(seq.index, self._text(seq), seq.token_ids[start:], *reasons, logprobs)
+            start, _ = self.delivered[seq.index]
+            self.delivered[seq.index] = len(seq.token_ids), seq.finish_reason
+        return CompletionOutput(
+            index=seq.index,
+            text=self._text(seq),
+            token_ids=seq.token_ids[start:],
+            finish_reason=seq.finish_reason,
+            stop_reason=seq.stop_reason,
+            logprobs=None if self.params.logprobs is None else seq.logprobs[start - len(seq.prompt_ids) :],
+        )
 
     def _text(self, seq: Sequence) -> str:
         if self.token_bytes is None:

@@ -1,12 +1,16 @@
-"""The times of an engine's steps, as `LLMEngine.on_step` receives them."""
+"""The times of an engine's steps, as `LLM.on_step` receives them."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
 from nanovllm.messages import Batch
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Phase(NamedTuple):
@@ -19,14 +23,14 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """One call of `LLMEngine.step`: the batch that it launched, and its times.
+    """One step of the engine: the batch that it launched, and its times.
 
-    If steps overlap, a call launches one batch and collects the tokens of the batch before it.
+    If steps overlap, a step launches one batch and collects the tokens of the batch before it.
 
     Args:
         batch: the launched batch, or None if there was nothing to launch.
-        phases: the parts of the call, in the order in which they ran.
-        gpu_events: CUDA events before and after the launched batch; only with `LLMEngine.time_gpu`, on a GPU.
+        phases: the parts of the step, in the order in which they ran.
+        gpu_events: CUDA events before and after the launched batch; only with `LLM.time_gpu`, on a GPU.
     """
 
     batch: Batch | None
@@ -35,7 +39,7 @@ class StepStats:
 
     @property
     def seconds(self) -> float:
-        """Seconds that the call took on the host."""
+        """Seconds that the step took on the host."""
         return self.phases[-1].end - self.phases[0].start
 
     @property
@@ -54,7 +58,7 @@ class StepStats:
 
 
 class StepTimer:
-    """Measures one call of `LLMEngine.step`.
+    """Runs the parts of a step and notes their times.
 
     Args:
         gpu: where to record CUDA events around the launch; None records none.
@@ -64,20 +68,30 @@ class StepTimer:
         self.gpu = gpu
         self.gpu_events: list[torch.cuda.Event] = []
         self.phases: list[Phase] = []
-        self.last = time.perf_counter()
+        self.phase_start = time.perf_counter()
 
-    def finish(self, name: str) -> None:
-        """End a phase, which started where the phase before it ended."""
+    def run(self, name: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return the result of `call`, which is a phase. It starts where the phase before it ended."""
+        result = call(*args, **kwargs)
         now = time.perf_counter()
-        self.phases.append(Phase(name, self.last, now))
-        self.last = now
+        self.phases.append(Phase(name, self.phase_start, now))
+        self.phase_start = now
+        return result
 
-    def mark_gpu(self) -> None:
-        """Record a CUDA event after the work that was launched so far."""
-        if self.gpu is not None:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(torch.cuda.current_stream(self.gpu))
-            self.gpu_events.append(event)
+    def run_on_gpu(self, name: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a phase as `run` does. Measure the GPU work that it launches, too."""
+        if self.gpu is None:
+            return self.run(name, call, *args, **kwargs)
+        self._record_event(self.gpu)
+        result = self.run(name, call, *args, **kwargs)
+        self._record_event(self.gpu)
+        return result
 
     def stats(self, batch: Batch | None) -> StepStats:
+        """Return the times of the whole step."""
         return StepStats(batch, tuple(self.phases), tuple(self.gpu_events))
+
+    def _record_event(self, gpu: torch.device) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(gpu))
+        self.gpu_events.append(event)

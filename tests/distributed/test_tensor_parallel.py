@@ -294,7 +294,7 @@ def test_an_interrupted_close_aborts_the_collectives(model, monkeypatch):
     llm.add_request(PROMPTS[0], PARAMS[0])
     llm.step()
     pids = rank_pids()
-    llm.executor.runner.collect = interrupt
+    llm.llm_engine.executor.runner.collect = interrupt
     with pytest.raises(KeyboardInterrupt):
         llm.close()
     assert aborted and not any(map(is_alive, pids))
@@ -440,7 +440,7 @@ def test_a_group_that_is_made_after_an_interrupt_is_ended(model, monkeypatch, en
 
 def test_a_rank_s_error_reaches_the_caller_with_its_traceback(model):
     with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
-        llm.executor.channels.send("no_method_of_a_runner")
+        llm.llm_engine.executor.channels.send("no_method_of_a_runner")
         with pytest.raises(RuntimeError, match=r"rank 1 failed:\n.*Traceback(.|\n)*no_method_of_a_runner"):
             while True:
                 tokens(llm)

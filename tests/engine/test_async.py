@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, AsyncLLM, SamplingParams, async_llm
-from tests.engine.test_generate import greedy, prompts_of, tokens
+from tests.helpers import greedy, prompts_of, tokens
 from tests.models.tiny import save_tiny
 
 OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=8, max_num_batched_tokens=256)
@@ -39,24 +39,32 @@ def with_engine(model, use, **options):
 
 
 class Steps:
-    """An engine's steps from now on. None does anything once none is `left`, so that what is unfinished stays so."""
+    """Replaces an engine's `step`: lets a number of steps run, and then keeps unfinished requests as they are.
 
-    def __init__(self, llm, left):
-        self.llm, self.left, self.step, llm._llm.step = llm, left, llm._llm.step, self
+    Args:
+        num_allowed: how many steps may run; -1 allows all.
+    """
+
+    def __init__(self, llm, num_allowed):
+        self.num_allowed = num_allowed
+        self.lock = threading.Lock()
+        self.step, llm.llm_engine.step = llm.llm_engine.step, self
 
     def __call__(self):
-        if not self.left:
-            time.sleep(0.001)
-            return []
-        self.left -= 1
-        return self.step()
+        with self.lock:
+            if self.num_allowed:
+                self.num_allowed -= 1
+                return self.step()
+        time.sleep(0.001)
+        return []
 
-    async def allow(self, left):
-        await self.llm._call(lambda engine: setattr(self, "left", left))  # not in the middle of one
+    def allow(self, num_allowed):
+        with self.lock:
+            self.num_allowed = num_allowed
 
     async def done(self):
         for _ in range(1000 * SECONDS):
-            if not self.left:
+            if not self.num_allowed:
                 return
             await asyncio.sleep(0.001)
         raise AssertionError("the engine does not go on")
@@ -66,7 +74,8 @@ class Gate:
     """Holds the preparation of one prompt, or of all chats, until it is opened."""
 
     def __init__(self, llm, prompt=None):
-        self.processor, self.prompt = llm._llm.input_processor, prompt
+        self.processor = llm.llm_engine.input_processor
+        self.prompt = prompt
         self.reached, self.opened = threading.Event(), threading.Event()
         self.process, self.processor.process = self.processor.process, self.held
         self.chat_prompts, self.processor.chat_prompts = self.processor.chat_prompts, self.held_chat
@@ -114,7 +123,7 @@ def test_the_engine_is_on_the_caller_s_gpu(monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr(async_llm, "LLM", Engine)
+    monkeypatch.setattr(async_llm, "LLMEngine", Engine)
     torch.cuda.set_device(1)
     AsyncLLM().close()
     assert chosen == [1]
@@ -136,13 +145,14 @@ def test_many_concurrent_requests_have_the_batch_s_tokens(model):
 
 def test_tokens_come_one_after_the_other(model):
     async def use(llm):
-        taken, deliver, counts = threading.Semaphore(0), llm._deliver, []
+        taken, counts, steps = threading.Semaphore(0), [], []
 
-        def deliver_and_wait(output):
-            deliver(output)
-            assert taken.acquire(timeout=SECONDS)
+        def wait_for_consumer(stats):
+            steps.append(stats)
+            if len(steps) > 2:  # the first step collects no token, and the second one's is delivered after this call
+                assert taken.acquire(timeout=SECONDS)
 
-        llm._deliver = deliver_and_wait
+        llm.llm_engine.on_step = wait_for_consumer
         async for out in llm.generate([5, 6], greedy(20)):
             counts.append(len(out.token_ids))
             taken.release()
@@ -167,27 +177,26 @@ def test_a_slow_consumer_gets_what_has_gathered(model):
 
 def test_no_more_than_so_many_requests_are_in_the_engine(model):
     async def use(llm):
-        seen, step, begin = [], llm._llm.step, threading.Event()
+        engine, seen, queued, start = llm.llm_engine, [], [], threading.Event()
+        step, queue = engine.step, engine.queue
 
         def watched():
-            metrics = llm._llm.metrics()
+            metrics = engine.metrics()
             seen.append(metrics.num_running + metrics.num_waiting)
             return step()
 
-        llm._llm.step = watched
-        adds, add = [], llm._add
+        def counted(request):
+            request_id = queue(request)
+            queued.append(request_id)
+            if len(queued) == 3:  # the first step comes after all requests that can be queued before
+                assert start.wait(SECONDS)
+            return request_id
 
-        def counted(*request):
-            add(*request)
-            adds.append(request)
-            if len(adds) == 3:  # the first step comes after all that can be added before
-                assert begin.wait(SECONDS)
-
-        llm._add = counted
+        engine.step, engine.queue = watched, counted
         tasks = [asyncio.create_task(collect(llm, prompt, greedy(8))) for prompt in prompts_of([4] * 20)]
-        while len(adds) < 3:
+        while len(queued) < 3:
             await asyncio.sleep(0.001)
-        begin.set()
+        start.set()
         await asyncio.gather(*tasks)
         return max(seen)
 
@@ -226,11 +235,11 @@ def test_cancelled_left_and_aborted_requests_free_the_engine(model):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await steps.allow(5)
+        steps.allow(5)
         left = llm.generate([6] * 20, long)
         await anext(left)
         await left.aclose()
-        await steps.allow(5)
+        steps.allow(5)
         aborted = llm.generate([7] * 20, long, "mine")
         await anext(aborted)
         await llm.abort("mine")
@@ -238,12 +247,12 @@ def test_cancelled_left_and_aborted_requests_free_the_engine(model):
         assert rest[-1].finish_reason == "abort" and rest[-1].finished
         await llm.abort("mine")
         await llm.abort("unknown")
-        await steps.allow(5)  # for what is in flight, not for what is left of the requests
+        steps.allow(5)  # for what is in flight, not for what is left of the requests
         busy = True
         while busy:
             metrics = await llm.metrics()
             busy = metrics.num_running or metrics.num_waiting or metrics.kv_usage
-        await steps.allow(-1)
+        steps.allow(-1)
         assert len(await collect(llm, [5], greedy(5))) == 5
 
     with_engine(model, use)
@@ -258,7 +267,7 @@ def test_requests_are_told_when_waking_up_fails(model):
         task = asyncio.create_task(collect(llm, [1, 2, 3], greedy(100)))
         await steps.done()
         await llm.sleep(1)
-        llm._llm.executor.runner.wake_up = out_of_memory
+        llm.llm_engine.executor.runner.wake_up = out_of_memory
         with pytest.raises(MemoryError):
             await llm.wake_up()
         with pytest.raises(MemoryError):
@@ -278,8 +287,8 @@ def test_requests_are_told_when_closing_fails(model):
         steps = Steps(llm, 5)
         task = asyncio.create_task(collect(llm, [1, 2, 3], greedy(100)))
         await steps.done()
-        executor = llm._llm.executor
-        llm._llm.executor.close, close = broken, executor.close
+        executor = llm.llm_engine.executor
+        close, executor.close = executor.close, broken
         with pytest.raises(ValueError, match="bad state"):
             await asyncio.to_thread(llm.close)
         with pytest.raises(RuntimeError, match="closed"):
@@ -293,7 +302,7 @@ def test_requests_are_told_when_closing_fails(model):
 def test_an_engine_that_is_dropped_is_gone(model):
     def make():
         llm = AsyncLLM(model, **OPTIONS)
-        return weakref.ref(llm), weakref.ref(llm._llm)
+        return weakref.ref(llm), weakref.ref(llm.llm_engine)
 
     refs = make()
     deadline = time.monotonic() + SECONDS
@@ -342,7 +351,7 @@ def test_a_bad_request_fails_alone(model):
         await steps.done()
         with pytest.raises(ValueError, match="same"):
             await collect(llm, [5, 6], greedy(3), "same")
-        await steps.allow(-1)
+        steps.allow(-1)
         return await good, await again
 
     one, two = with_engine(model, use)
@@ -368,9 +377,6 @@ def test_closing_ends_what_goes_on_and_what_comes(model):
 
 def test_a_failed_engine_is_an_error_for_everyone(model):
     async def use(llm):
-        def breaks(engine):
-            engine.executor.launch = lambda batch: 1 / 0
-
         async def wait():
             with pytest.raises((ZeroDivisionError, RuntimeError)):
                 await collect(llm, [5], SamplingParams(max_tokens=100, ignore_eos=True))
@@ -378,8 +384,8 @@ def test_a_failed_engine_is_an_error_for_everyone(model):
         steps = Steps(llm, 5)
         waiting = [asyncio.create_task(wait()) for _ in range(3)]
         await steps.done()
-        llm._call(breaks)
-        await steps.allow(-1)
+        llm.llm_engine.executor.launch = lambda batch: 1 / 0
+        steps.allow(-1)
         await asyncio.gather(*waiting)
         with pytest.raises(RuntimeError, match="ZeroDivisionError"):
             await llm.metrics()
@@ -487,8 +493,9 @@ def test_closing_ends_what_is_being_prepared(model):
         tasks.append(asyncio.create_task(llm.chat_prompt([{"role": "user"}])))
         await gate.closed()
         closing = asyncio.create_task(asyncio.to_thread(llm.close))
-        while llm._end is None:
-            await asyncio.sleep(0.001)
+        with pytest.raises(RuntimeError, match="closed"):
+            while True:
+                await llm.metrics()
         gate.opened.set()
         await closing
         for result in await asyncio.gather(*tasks, return_exceptions=True):
@@ -505,11 +512,11 @@ def test_an_error_of_any_kind_while_preparing_is_the_caller_s(model):
         raise Panic("too many spaces")
 
     async def use(llm):
-        process = llm._llm.input_processor.process
-        llm._llm.input_processor.process = panic
+        processor = llm.llm_engine.input_processor
+        process, processor.process = processor.process, panic
         with pytest.raises(Panic, match="spaces"):
             await collect(llm, [5, 6], greedy(3))
-        llm._llm.input_processor.process = process
+        processor.process = process
         return await collect(llm, [5, 6], greedy(3))
 
     assert len(with_engine(model, use)) == 3
@@ -522,10 +529,10 @@ def test_the_tokenizer_of_structured_outputs_is_made_when_the_engine_starts(tmp_
     path = save_tiny(tmp_path, "qwen3", vocab_size=len(tokenizer), eos_token_id=2)
     tokenizer.save_pretrained(path)
     with LLM(path, **OPTIONS) as llm:
-        assert "grammars" not in vars(llm.input_processor)
+        assert "grammars" not in vars(llm.llm_engine.input_processor)
 
     async def use(llm):
-        while "grammars" not in vars(llm._llm.input_processor):
+        while "grammars" not in vars(llm.llm_engine.input_processor):
             await asyncio.sleep(0.01)
 
     with_engine(path, use)

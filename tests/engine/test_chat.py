@@ -11,7 +11,7 @@ from nanovllm.checkpoints.hub import open_model
 from nanovllm.config import Config
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.sandbox.pool import Pool
-from tests.engine.test_generate import engine, greedy
+from tests.helpers import engine, greedy
 from tests.models.tiny import save_tiny
 
 USER = {"role": "user", "content": "Hello"}

@@ -24,14 +24,14 @@ def llm(tmp_path_factory):
     path = save_tiny(tmp_path_factory.mktemp("speaking"), "qwen3", vocab_size=len(tokenizer), eos_token_id=2)
     tokenizer.save_pretrained(path)
     with LLM(path, **OPTIONS) as llm:
-        llm.input_processor.templates.cpu_seconds = 1
+        llm.llm_engine.input_processor.templates.cpu_seconds = 1
         yield llm
 
 
 def test_a_long_text_is_refused_after_a_part_of_it_is_tokenised(llm, monkeypatch):
     lengths, encode = [], llm.tokenizer.encode
     monkeypatch.setattr(llm.tokenizer, "encode", lambda text, **kwargs: lengths.append(len(text)) or encode(text))
-    monkeypatch.setattr(llm.input_processor, "max_model_len", 8192)
+    monkeypatch.setattr(llm.llm_engine.input_processor, "max_model_len", 8192)
     text = "many words " * 180_000
     for refused in (
         lambda: llm.add_request(text),
@@ -65,7 +65,7 @@ def test_a_text_of_few_long_tokens_is_served(llm):
     ids=["long", "messages", "list", "dict"],
 )
 def test_too_large_messages_are_refused_before_they_are_rendered(llm, monkeypatch, messages):
-    monkeypatch.delattr(llm.input_processor, "templates")
+    monkeypatch.delattr(llm.llm_engine.input_processor, "templates")
     with pytest.raises(ValueError, match=r"messages.*too many for max_model_len=128"):
         llm.chat_prompts(messages, chat_template=PLAIN)
 

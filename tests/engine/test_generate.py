@@ -12,33 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import SamplingParams
 from nanovllm.engine import interrupts
 from nanovllm.ops.inputs.step_rows import StepRows
 from tests.engine.reference import load_reference, reference_greedy
+from tests.helpers import assert_nothing_held, engine, finish, greedy, prompts_of, tokens
 from tests.models.tiny import TINY, save_tiny
-
-BLOCK = 16
-
-
-def prompts_of(lengths, vocab_size=131, seed=0):
-    rng = random.Random(seed)
-    return [[rng.randrange(vocab_size) for _ in range(n)] for n in lengths]
-
-
-def greedy(num_tokens, **kwargs):
-    return SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, **kwargs)
-
-
-def engine(path, **kwargs):
-    defaults = dict(
-        device="cpu", kvcache_block_size=BLOCK, max_model_len=128, max_num_seqs=8, max_num_batched_tokens=256
-    )
-    return LLM(path, **{**defaults, **kwargs})
-
-
-def tokens(llm, prompts, params):
-    return [out.token_ids for out in llm.generate(prompts, params, use_tqdm=False)]
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +53,11 @@ def test_how_it_is_scheduled_does_not_change_the_tokens(model, name):
     with engine(model) as llm:
         want = tokens(llm, prompts, params)
     with engine(model, **VARIANTS[name]) as llm:
-        manager = llm.scheduler.block_manager
-        free = manager.num_free
         assert tokens(llm, prompts, params) == want
         assert tokens(llm, prompts, params) == want  # now with a warm prefix cache
         if "preempted" in name:
-            assert llm.scheduler.num_preemptions > 0
-        assert manager.num_free == free
+            assert llm.metrics().num_preemptions > 0
+        assert_nothing_held(llm)
 
 
 def test_cached_tokens_are_reported(model):
@@ -152,8 +129,9 @@ def test_a_caller_s_autocast_changes_nothing(model, dtype):
 def test_a_caller_s_default_device_changes_nothing(model):
     def answers():
         with engine(model) as llm:
-            host = [*llm.executor.runner.token_ring, *llm.executor.runner.state.staging.buffers]
-            assert all(buffer.device.type == "cpu" for buffer in host)  # only there it can be pinned
+            runner = llm.llm_engine.executor.runner
+            staging = [*runner.token_ring, *runner.state.staging.buffers]
+            assert all(buffer.device.type == "cpu" for buffer in staging)  # only there it can be pinned
             out = llm.generate(prompts_of([5, 40]), greedy(20, logprobs=1, prompt_logprobs=1), use_tqdm=False)
             return [(o.token_ids, o.logprobs, o.prompt_logprobs) for o in out]
 
@@ -236,11 +214,9 @@ def test_add_request_step_and_abort(model):
                 llm.abort(wrong)
         # Requests that were added before are not lost to a generate in between.
         llm.generate(prompts_of([3]), greedy(30), use_tqdm=False)
-        done = []
-        while llm.has_unfinished():
-            done += llm.step()
+        done = finish(llm)
         assert sorted(out.request_id for out in done) == [ids[0], ids[2]]
-        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+        assert llm.metrics().kv_usage == 0
 
 
 def test_a_failed_step_fails_the_engine_clearly(model, monkeypatch):
@@ -249,7 +225,7 @@ def test_a_failed_step_fails_the_engine_clearly(model, monkeypatch):
     def broken(batch):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(llm.executor, "launch", broken)
+    monkeypatch.setattr(llm.llm_engine.executor, "launch", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         llm.generate(prompts_of([5]), greedy(6), use_tqdm=False)
     with pytest.raises(RuntimeError, match=r"has failed.*out of memory"):
@@ -257,7 +233,10 @@ def test_a_failed_step_fails_the_engine_clearly(model, monkeypatch):
 
 
 def test_a_failed_step_s_error_is_told_even_if_closing_fails(model, caplog):
-    with engine(model) as llm, patch.multiple(llm.executor, launch=lambda batch: 1 / 0, close=lambda: [].pop()):
+    with (
+        engine(model) as llm,
+        patch.multiple(llm.llm_engine.executor, launch=lambda batch: 1 / 0, close=lambda: [].pop()),
+    ):
         with pytest.raises(ZeroDivisionError):
             tokens(llm, [[1, 2]], greedy(3))
         with pytest.raises(RuntimeError, match="ZeroDivisionError"):
@@ -282,24 +261,25 @@ def test_a_second_thread_is_refused_and_harms_nobody(model):
         next(stream)
         with ThreadPoolExecutor(1) as threads:  # one after the other they may
             assert threads.submit(tokens, llm, prompts[0], greedy(30)).result() == want[0]
-            with llm._alone(), pytest.raises(RuntimeError, match="another thread"):
+            with llm.llm_engine.guard.lock, pytest.raises(RuntimeError, match="another thread"):
                 threads.submit(llm.generate, prompts[0], greedy(30)).result()
             for call, argument in ((llm.abort, 0), (next, llm.stream([1, 2, 3], greedy(30)))):
-                with llm._alone(), pytest.raises(RuntimeError, match="another thread"):
+                with llm.llm_engine.guard.lock, pytest.raises(RuntimeError, match="another thread"):
                     threads.submit(call, argument).result()
-            calls, sleep = [llm.generate, llm.add_request, llm.stream], llm.executor.sleep
+            executor = llm.llm_engine.executor
+            sleep = executor.sleep
 
             def sleep_while_others_call(level):
-                for call in calls:
+                for call in (llm.generate, llm.add_request, llm.stream):
                     with pytest.raises(RuntimeError, match="another thread"):
                         threads.submit(call, [1, 2, 3]).result()
                 sleep(level)
 
-            with patch.object(llm.executor, "sleep", sleep_while_others_call):
+            with patch.object(executor, "sleep", sleep_while_others_call):
                 llm.sleep()
             llm.wake_up()
         assert sum(len(output.token_ids) for output in stream) == 29
-        assert finish(llm) == [] and llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+        assert finish(llm) == [] and llm.metrics().kv_usage == 0
 
 
 def test_two_engines_side_by_side_and_close(model):
@@ -374,7 +354,7 @@ def test_an_alarm_while_the_handlers_are_changed_leaves_them_as_they_were(monkey
     before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGALRM, stop)
     try:
         monkeypatch.setattr(interrupts, "signal", SimpleNamespace(**{**vars(signal), "signal": set_and_ring}))
-        with pytest.raises(Stop), interrupts.interrupt_after():
+        with pytest.raises(Stop), interrupts.DeferInterrupts():
             pytest.fail("the alarm came before")
         assert signal.getsignal(signal.SIGINT) is before[0]
     finally:
@@ -385,7 +365,8 @@ def check_interrupt(model, error, number=signal.SIGINT):
     prompts, params = prompts_of([9, 20, 3]), greedy(30)
     with engine(model) as llm:
         want = tokens(llm, prompts, params)
-        launch, count = llm.executor.launch, 0
+        executor, count = llm.llm_engine.executor, 0
+        launch = executor.launch
 
         def launch_and_interrupt(batch):
             nonlocal count
@@ -394,12 +375,12 @@ def check_interrupt(model, error, number=signal.SIGINT):
                 os.kill(os.getpid(), number)  # in the middle of a step
             launch(batch)
 
-        llm.executor.launch = launch_and_interrupt
+        executor.launch = launch_and_interrupt
         with pytest.raises(error):
             tokens(llm, prompts, params)
         assert count == 7
         assert tokens(llm, prompts, params) == want
-        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+        assert llm.metrics().kv_usage == 0
 
 
 @pytest.mark.parametrize(
@@ -427,7 +408,8 @@ def test_steps_padded_as_graphs_pad_them_have_the_same_tokens(model, name, monke
     """Rows and tokens of padding, and decode rows attended as prompts of one token."""
     prompts, params = prompts_of([3, 33, 16, 40, 7]), greedy(12)
     with engine(model, **VARIANTS[name]) as llm:
-        want, runner = tokens(llm, prompts, params), llm.executor.runner
+        want = tokens(llm, prompts, params)
+        runner = llm.llm_engine.executor.runner
 
         def padded(batch):
             sizes = len(batch.rows) + 2, batch.num_tokens + 5
@@ -436,7 +418,7 @@ def test_steps_padded_as_graphs_pad_them_have_the_same_tokens(model, name, monke
             return result._replace(tokens=result.tokens[: len(batch.rows)])
 
         monkeypatch.setattr(runner.forward, "run", padded)
-        llm.scheduler.block_manager.reset_prefix_cache()
+        llm.reset_prefix_cache()
         assert tokens(llm, prompts, params) == want
 
 
@@ -463,10 +445,3 @@ def test_a_broken_tokenizer_is_refused_at_the_start_unless_it_is_skipped(tmp_pat
         engine(path)
     with engine(path, skip_tokenizer_init=True) as llm:
         assert len(llm.generate([3, 4], greedy(2), use_tqdm=False)[0].token_ids) == 2
-
-
-def finish(llm):
-    outputs = []
-    while llm.has_unfinished():
-        outputs += llm.step()
-    return outputs

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import nanovllm
-from nanovllm import LLM, SamplingParams
-from nanovllm.engine.interrupts import interrupt_after
+from nanovllm.arithmetic import ceil_div
+from nanovllm.engine.interrupts import DeferInterrupts
+from tests import helpers
+from tests.helpers import assert_nothing_held, finish, greedy, tokens
 from tests.models.tiny import save_tiny
 
 PACKAGE = str(Path(nanovllm.__file__).parent)
@@ -19,17 +21,12 @@ PROMPTS = [[3, 1, 4, 1, 5] * 4, [9, 2, 6]]
 SOON = 60  # seconds after which what has not come never will, on a busy machine too
 
 
-def greedy(max_tokens):
-    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-
-
 def engine(model, **options):
-    defaults = dict(device="cpu", kvcache_block_size=16, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=64)
-    return LLM(model, **defaults, **options)
+    return helpers.engine(model, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=64, **options)
 
 
-def tokens(llm):
-    return [output.token_ids for output in llm.generate(PROMPTS, greedy(3), use_tqdm=False)]
+def answers(llm):
+    return tokens(llm, PROMPTS, greedy(3))
 
 
 HOST_CODE = tuple(f"{PACKAGE}/{part}" for part in ("llm.py", "engine/", "executor/", "runner/"))
@@ -176,27 +173,21 @@ def interrupted(llm, call, line):
 
 def check(llm, want, where):
     """The engine goes on from its state, whichever it is: all that is unfinished ends, and nothing is held."""
-    with ThreadPoolExecutor(1) as threads:  # the lock is free
+    with ThreadPoolExecutor(1) as threads:
         try:
-            threads.submit(llm.wake_up if llm.sleep_level else llm.reset_prefix_cache).result()
-        except RuntimeError as error:
+            threads.submit(llm.wake_up).result()
+        except RuntimeError as error:  # the lock is held
             raise AssertionError(where) from error
-    awake = all(layer.k_cache.numel() for layer in llm.executor.runner.attention_layers)
-    assert awake and not llm.sleep_level, where
-    if llm.weight_error is not None:
+    try:
+        llm.reset_prefix_cache()
+    except RuntimeError as error:
+        assert "the last update_weights failed" in str(error), where
         llm.update_weights(llm.config.model)
-    ids = set(llm.requests)
-    ended = set()
-    for _ in range(100):
-        if not llm.has_unfinished():
-            break
-        ended |= {output.request_id for output in llm.step() if output.finished}
-    assert not llm.has_unfinished() and ids <= ended and ids <= {"mine", "old 0", "old 1"}, (where, ids, ended)
-    assert tokens(llm) == want, where
-    scheduler = llm.scheduler
-    assert not scheduler.running and not scheduler.waiting and not llm.requests and not llm.outputs, where
-    assert scheduler.block_manager.num_free == llm.num_kvcache_blocks, where
-    assert len(scheduler.free_slots) == llm.config.max_num_seqs, where
+    unfinished = set(llm.llm_engine.requests)
+    finished = {output.request_id for output in finish(llm, max_steps=100) if output.finished}
+    assert unfinished <= finished and unfinished <= {"mine", "old 0", "old 1"}, (where, unfinished, finished)
+    assert answers(llm) == want, where
+    assert_nothing_held(llm, where)
 
 
 def sweep(llm, call, want, most):
@@ -205,7 +196,7 @@ def sweep(llm, call, want, most):
     probe, _ = interrupted(llm, call, 0)  # how many lines there are
     check(llm, want, "uninterrupted")
     assert probe.count > 5
-    stride = -(-probe.count // most)
+    stride = ceil_div(probe.count, most)
     for line in range(1, probe.count + 1, stride):
         injector, came = interrupted(llm, call, line)
         assert came or injector.where is None or hasattr(call, "may_forget"), f"lost at {injector.where}"
@@ -221,7 +212,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llm(model):
     with engine(model) as llm:
-        llm.input_processor.chat_prompts = lambda *_, **__: PROMPTS  # there is no tokenizer
+        llm.llm_engine.input_processor.chat_prompts = lambda *_, **__: PROMPTS  # there is no tokenizer
         gc.collect()
         gc.freeze()  # `sleep` collects garbage: this makes it fast
         yield llm
@@ -231,14 +222,14 @@ def llm(model):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
 def test_an_interrupt_at_any_line_leaves_a_usable_engine(llm, call):
-    sweep(llm, call, tokens(llm), LINES)
+    sweep(llm, call, answers(llm), LINES)
 
 
 @pytest.mark.parametrize(
     "call", [generate, stream, step, sleep, wake_up, update_weights], ids=lambda call: call.__name__
 )
 def test_an_interrupt_leaves_a_usable_engine_of_two_ranks(two_ranks, call):
-    sweep(two_ranks, call, tokens(two_ranks), 8)
+    sweep(two_ranks, call, answers(two_ranks), 8)
 
 
 @pytest.fixture(scope="module")
@@ -265,11 +256,11 @@ def test_an_interrupted_close_is_whole_or_can_be_called_again(model, call):
         llm.step()
         injector, came = interrupted(llm, call, line)
         assert came or injector.where is None
-        if not llm.closed:
+        if not llm.llm_engine.guard.closed:
             assert llm.has_unfinished()
             llm.generate(PROMPTS, greedy(1), use_tqdm=False)
         llm.close()
-        assert llm.executor is None and not llm.requests
+        assert not llm.llm_engine.holds_resources and not llm.has_unfinished()
         with pytest.raises(RuntimeError, match="the engine is closed"):
             llm.step()
         count = max(count, injector.count)
@@ -284,14 +275,14 @@ def test_a_second_interrupt_does_not_wait():
         reached.append(2)
 
     reached = []
-    with pytest.raises(KeyboardInterrupt), interrupt_after(), interrupt_after():
+    with pytest.raises(KeyboardInterrupt), DeferInterrupts(), DeferInterrupts():
         hang()
     assert reached == [1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_interrupt_is_raised_although_the_body_fails():
-    with pytest.raises(KeyboardInterrupt), interrupt_after():
+    with pytest.raises(KeyboardInterrupt), DeferInterrupts():
         signal.raise_signal(signal.SIGINT)
         raise ValueError("the body's own error")
 
@@ -310,7 +301,7 @@ def test_an_alarm_reaches_the_code_that_makes_the_weights_and_nothing_else():
 
     rung, making, before = [], True, signal.signal(signal.SIGALRM, ring)
     try:
-        with interrupt_after() as deferral:
+        with DeferInterrupts() as deferral:
             for _ in deferral.pull(weights()):
                 signal.raise_signal(signal.SIGALRM)  # held back
                 assert rung == [True]
@@ -326,14 +317,15 @@ def test_close_in_another_thread_ends_generate_with_a_clear_error(model):
         launch(batch)
 
     llm, launched = engine(model), threading.Event()
-    launch, llm.executor.launch = llm.executor.launch, launch_and_report
+    executor = llm.llm_engine.executor
+    launch, executor.launch = executor.launch, launch_and_report
     with ThreadPoolExecutor(1) as threads:
         endless = threads.submit(llm.generate, [PROMPTS[1]] * 2000, greedy(50), False)
         assert launched.wait(SOON)
         llm.close()
         assert isinstance(endless.exception(SOON), RuntimeError)
         assert "the engine is closed" in str(endless.exception())
-    assert llm.executor is None and not llm.requests
+    assert not llm.llm_engine.holds_resources and not llm.has_unfinished()
 
 
 @pytest.mark.parametrize(
@@ -352,7 +344,7 @@ def test_arguments_of_the_wrong_type_are_refused(llm, name, call):
     with pytest.raises(TypeError, match=f"^{name} must be") as error:
         call(llm)
     assert len(str(error.value)) < 200
-    assert not llm.requests and not llm.sleep_level
+    assert_nothing_held(llm)
 
 
 def test_an_empty_conversation_is_refused(model):

@@ -18,7 +18,7 @@ from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.models.registry import PRESETS
 from tests.engine.reference import load_reference
-from tests.engine.test_generate import engine, finish, greedy, prompts_of, tokens
+from tests.helpers import assert_nothing_held, engine, finish, greedy, prompts_of, sampled, tokens
 from tests.models.tiny import save_tiny
 
 VOCAB = 131
@@ -45,10 +45,6 @@ def speaking(tmp_path_factory):
     return path
 
 
-def sampled(num_tokens, seed=None, **options):
-    return SamplingParams(temperature=1.0, seed=seed, max_tokens=num_tokens, ignore_eos=True, **options)
-
-
 # -- n samples --------------------------------------------------------------------------------------------------------
 
 
@@ -58,9 +54,9 @@ def test_n_samples_differ_and_share_the_prompt_s_blocks(model):
         out = llm.generate([prompt], sampled(8, seed=5, n=8), use_tqdm=False)[0]
         assert [sample.index for sample in out.outputs] == list(range(8))
         assert len({tuple(sample.token_ids) for sample in out.outputs}) > 4
-        assert llm.scheduler.num_preemptions == 0
+        assert llm.metrics().num_preemptions == 0
         assert llm.metrics().cached_tokens == 7 * 48  # the last block is computed by each, as its last token must be
-        assert llm.scheduler.block_manager.num_free == 24
+        assert llm.metrics().kv_usage == 0
         again = llm.generate([prompt], sampled(8, seed=5, n=3), use_tqdm=False)[0]
         assert [s.token_ids for s in again.outputs] == [s.token_ids for s in out.outputs[:3]]
         assert tokens(llm, [prompt], sampled(8, seed=5))[0] == out.outputs[0].token_ids == out.token_ids
@@ -237,7 +233,7 @@ def test_stop_strings_across_token_borders(speaking):
             options["include_stop_str_in_output"] = True
             assert llm.generate(["Hello"], SamplingParams(**options), use_tqdm=False)[0].text == free.text[:end] + stop
         assert finish(llm) == []  # a step was in flight
-        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+        assert llm.metrics().kv_usage == 0
 
 
 def test_stop_ids_and_what_stopped_it(speaking):
@@ -313,8 +309,8 @@ def test_ids_of_outputs_that_wait_are_taken(model):
             llm.add_request([1], greedy(1), request_id=2)
         outputs = llm.generate([[i] * 5 for i in (2, 3, 4)], greedy(4), use_tqdm=False)
         assert [out.prompt_token_ids for out in outputs] == [[i] * 5 for i in (2, 3, 4)]
-        assert [out.request_id for out in llm.step()] == [2] and not llm.requests
-        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+        assert [out.request_id for out in llm.step()] == [2]
+        assert_nothing_held(llm)
 
 
 def test_streams_side_by_side_and_one_that_is_left(speaking):
@@ -329,8 +325,9 @@ def test_streams_side_by_side_and_one_that_is_left(speaking):
         left = llm.stream("three", greedy(50))
         next(left)
         left.close()
-        assert not llm.has_unfinished() or finish(llm) == []
-        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+        assert llm.metrics().num_running == 0  # at once
+        assert finish(llm) == []
+        assert_nothing_held(llm)
 
 
 def test_nothing_is_left_of_a_stream_that_others_stepped_for_or_that_never_began(model):
@@ -340,8 +337,9 @@ def test_nothing_is_left_of_a_stream_that_others_stepped_for_or_that_never_began
         tokens(llm, [[4, 5, 6]], greedy(20))  # what is new of the stream meanwhile waits for it
         stream.close()
         llm.stream([1, 2, 3], greedy(40))
-        assert not llm.requests and finish(llm) == []
-        assert llm.metrics().kv_usage == 0
+        assert llm.metrics().num_running == llm.metrics().num_waiting == 0
+        assert finish(llm) == []
+        assert_nothing_held(llm)
 
 
 @pytest.mark.parametrize("where", [(Request, "output"), (Scheduler, "schedule"), (Scheduler, "_append")])
@@ -363,7 +361,7 @@ def test_a_stream_may_be_collected_anywhere_in_a_step(model, where, monkeypatch)
         monkeypatch.setattr(*where, collect_before)
         outputs = finish(llm)
         assert sum(len(output.token_ids) for output in outputs if output.request_id == 0) >= 16
-        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks and not llm.outputs
+        assert_nothing_held(llm)
 
 
 def test_nothing_is_left_of_a_stream_that_is_collected_while_its_last_output_is_made(model, monkeypatch):
@@ -465,7 +463,7 @@ def test_outputs_of_50_random_schemas_are_valid_and_others_go_on(speaking):
     with engine(speaking, max_model_len=512, max_num_seqs=12) as llm:
         want = tokens(llm, plain, greedy(30))
         outputs = llm.generate([*plain, *["A JSON object:"] * 50], [*[greedy(30)] * 2, *params], use_tqdm=False)
-        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+        assert llm.metrics().kv_usage == 0
     assert [out.token_ids for out in outputs[:2]] == want
     for schema, out in zip(schemas, outputs[2:], strict=True):
         assert out.finish_reason == "stop", out.text
@@ -659,7 +657,7 @@ def test_the_queue_has_an_end(model):
         assert len(finish(llm)) == 3
         with pytest.raises(ValueError, match="max_num_waiting=3"):
             llm.generate([[1]] * 4, greedy(2), use_tqdm=False)
-        assert not llm.has_unfinished() or finish(llm) == []
+        assert llm.metrics().num_waiting == 0 and not llm.has_unfinished()
 
 
 def test_skip_tokenizer_init_gives_ids_and_no_text(speaking):
@@ -695,8 +693,7 @@ def test_abort_fuzz_returns_every_block(model):
                 llm.abort(rng.choice(ids))  # also finished ones, and twice
             outputs += llm.step()
         outputs += finish(llm)
-        assert llm.scheduler.block_manager.num_free == 20 and len(llm.scheduler.free_slots) == 8
-        assert not llm.requests and not llm.in_flight
+        assert_nothing_held(llm)
         for out in outputs:
             assert all(sample.finish_reason in ("length", None) for sample in out.outputs)
 
@@ -849,9 +846,8 @@ def test_mixtures_under_pressure_give_what_a_quiet_engine_gives(speaking, place)
                 streamed |= {str(i)} if stream else set()
             for out in llm.step():
                 got.setdefault(out.request_id, []).append(out)
-        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
-        assert len(llm.scheduler.free_slots) == llm.config.max_num_seqs
-        assert "num_kvcache_blocks" not in PRESSED[place] or llm.scheduler.num_preemptions > 0
+        assert_nothing_held(llm)
+        assert "num_kvcache_blocks" not in PRESSED[place] or llm.metrics().num_preemptions > 0
     for i, want in enumerate(alone):
         outputs = got[str(i)]
         assert [out.finished for out in outputs] == [False] * (len(outputs) - 1) + [True]

@@ -39,7 +39,7 @@ def test_greedy_tokens_equal_transformers(llm):
     params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
     prompts = [llm.tokenizer.encode(chat(llm, question)) for question in QUESTIONS]
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    model = load_reference(llm.source.path)
+    model = load_reference(llm.llm_engine.source.path)
     for prompt, out in zip(prompts, outputs, strict=True):
         assert len(out.token_ids) == 64
         assert out.token_ids == reference_choices(model, prompt, out.token_ids)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from nanovllm import SamplingParams, StructuredOutputsParams
 from nanovllm.engine.detokenizer import TokenBytes
 from nanovllm.engine.grammars import Grammars
-from tests.engine.test_generate import engine, greedy, tokens
+from tests.helpers import engine, greedy, tokens
 from tests.models.tiny import save_tiny
 
 VOCAB = 416  # more than the tokenizer has
@@ -304,10 +304,10 @@ def test_an_engine_gives_back_its_child_processes(tokenizer, tmp_path):
     with engine(path) as llm:
         params = SamplingParams(max_tokens=20, structured_outputs=StructuredOutputsParams(choice=["<think>ok</think>"]))
         assert llm.generate(["Hi"], params, use_tqdm=False)[0].text == "<think>ok</think>"
-        (child,) = llm.input_processor.grammars._pool._idle
+        (child,) = llm.llm_engine.input_processor.grammars._pool._idle
         child.process.kill()  # as the kernel may, short of memory
         assert llm.generate(["Hi"], params, use_tqdm=False)[0].text == "<think>ok</think>"
-        (child,) = llm.input_processor.grammars._pool._idle
+        (child,) = llm.llm_engine.input_processor.grammars._pool._idle
         assert child.process.poll() is None
         with pytest.raises(ValueError, match=r"prompt has 1000000000000 tokens"):
             llm.add_request(range(10**12))

@@ -11,7 +11,7 @@ from nanovllm import SamplingParams
 from nanovllm.executor.processes import RankProcesses
 from nanovllm.layers.attention import Attention
 from tests.engine.reference import load_reference, reference_greedy
-from tests.engine.test_generate import engine, finish, greedy, prompts_of, tokens
+from tests.helpers import engine, finish, greedy, prompts_of, tokens
 from tests.models.tiny import save_tiny
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -212,7 +212,7 @@ def test_running_requests_go_on_with_the_new_weights(models):
             llm.step()
         llm.update_weights(weights_of(new))
         out = finish(llm)[0]
-        assert llm.scheduler.block_manager.num_free == llm.num_kvcache_blocks
+        assert llm.metrics().kv_usage == 0
     with engine(old) as llm:
         begin = tokens(llm, [prompt], greedy(30))[0]
     same = next(i for i in range(30) if out.token_ids[i] != begin[i])
@@ -231,7 +231,7 @@ def test_sleep_frees_the_cache_and_waking_up_goes_on(models, size, level):
         for _ in range(8):
             llm.step()
         llm.sleep(level)
-        layers = [m for m in llm.executor.runner.model.modules() if isinstance(m, Attention)]
+        layers = [m for m in llm.llm_engine.executor.runner.model.modules() if isinstance(m, Attention)]
         assert layers and all(layer.kv is None for layer in layers)
         for use in (llm.step, lambda: llm.generate([[5]]), lambda: llm.add_request([5]), llm.sleep):
             with pytest.raises(RuntimeError, match="asleep"):

@@ -181,7 +181,7 @@ def test_engines_on_two_gpus_answer_whichever_gpu_is_current(model, want):
                         assert torch.cuda.current_device() == gpu
             torch.cuda.set_device(1)
             llm = AsyncLLM(model, **TINY_OPTIONS)
-            assert llm._llm.executor.runner.device.index == 1
+            assert llm.llm_engine.executor.runner.device.index == 1
             llm.close()
     finally:
         torch.cuda.set_device(0)
@@ -276,7 +276,7 @@ def test_a_rank_lost_in_a_long_prompt_raises_a_clear_error_in_seconds(what, mess
     prompts, hog = prompts_of([4000] * 16, 10_000), None
     with LLM("qwen3-8b", tensor_parallel_size=2, **options) as llm:
         (pid,) = rank_pids()
-        assert llm.executor.runner.tp.overlapped is not None
+        assert llm.llm_engine.executor.runner.tp.overlapped is not None
         if what == "killed":
             threading.Timer(0.4, os.kill, (pid, signal.SIGKILL)).start()
         else:

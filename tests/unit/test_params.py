@@ -76,7 +76,7 @@ def test_config_is_checked(name, value, error):
 
 
 def test_unknown_arguments_raise():
-    with pytest.raises(TypeError, match=r"no option max_sequences; there are model, .*max_num_seqs"):
+    with pytest.raises(TypeError, match=r"no option max_sequences; the options are model, .*max_num_seqs"):
         LLM(max_sequences=4)
 
 

@@ -1,0 +1,173 @@
+"""Guards the state of an engine: whether it can be used now, by which thread, and that each change of it is whole."""
+
+import atexit
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from nanovllm.engine.interrupts import DeferInterrupts
+
+
+class _Forks:
+    """Counts how often this process is a forked child, because asking for its id takes a system call."""
+
+    count = 0
+
+    @classmethod
+    def add(cls) -> None:
+        cls.count += 1
+
+
+os.register_at_fork(after_in_child=_Forks.add)
+
+
+class Guard:
+    """Knows why an engine cannot be used, and lets one thread at a time change it.
+
+    Attributes:
+        closed: the engine is closed.
+        error: why the engine has failed; None if it has not.
+        sleep_level: 0 if the engine is awake.
+        updating: the weights are being overwritten.
+        weight_error: why the weights may be partly overwritten; None if they are whole.
+        lock: held within a section.
+        in_section: some thread is in a section, and the end of the outermost one is still to come.
+    """
+
+    def __init__(self):
+        self.closed = False
+        self.error: BaseException | None = None
+        self.sleep_level = 0
+        self.updating = False
+        self.weight_error: BaseException | None = None
+        self.lock = threading.RLock()
+        self.in_section = False
+        self.reserving_thread: int | None = None
+        self._forks = _Forks.count
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a forked child, which cannot use what its parent made."""
+        return self._forks != _Forks.count
+
+    def check_process(self) -> None:
+        """Raise RuntimeError in a forked child."""
+        if self.is_forked:
+            raise RuntimeError("the engine belongs to the process that this one was forked from; make a new one here")
+
+    def check_usable(self, awake: bool = True, weights: bool = True) -> None:
+        """Raise RuntimeError if the engine cannot be used now.
+
+        Args:
+            awake: also refuse an engine that sleeps.
+            weights: also refuse an engine whose weights may be partly overwritten.
+        """
+        if self.error is not None:
+            raise RuntimeError(f"the engine has failed; make a new one: {self.error!r}") from self.error
+        if self.closed:
+            raise RuntimeError("the engine is closed")
+        self.check_process()
+        if self.updating:
+            raise RuntimeError("update_weights is running; the code that makes its weights cannot use the engine")
+        if awake and self.sleep_level:
+            raise RuntimeError("the engine is asleep; call wake_up() first")
+        if weights and self.weight_error is not None:
+            message = "the last update_weights failed, and the weights may be partly overwritten; call it again"
+            raise RuntimeError(f"{message}: {self.weight_error!r}") from self.weight_error
+
+    def take(self) -> None:
+        """Take the lock. Raise RuntimeError if another thread uses the engine."""
+        if self.reserving_thread in (None, threading.get_ident()) and self.lock.acquire(blocking=False):
+            return
+        self.check_process()
+        if self.closed:
+            raise RuntimeError("the engine is closed")
+        raise RuntimeError("another thread is using the engine; call it from one at a time, or use AsyncLLM")
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Refuse other threads in the whole `with` block, which may have several sections. Let interrupts through."""
+        try:
+            with Section(self):
+                self.reserving_thread = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._unreserve()
+        finally:
+            self._unreserve()  # again, because an interrupt may have come just before the first time
+
+    def _unreserve(self) -> None:
+        if self.reserving_thread == threading.get_ident():
+            self.reserving_thread = None
+
+    @contextmanager
+    def weight_update(self) -> Iterator[None]:
+        """Refuse all use of the engine in the `with` block, and note the error if it does not end well."""
+        self.updating = True
+        self.weight_error = RuntimeError("it was interrupted")
+        try:
+            yield
+            self.weight_error = None
+        except BaseException as error:
+            self.weight_error = error
+            raise
+        finally:
+            self.updating = False
+
+
+class Section(DeferInterrupts):
+    """Change the engine's state as a whole in a `with` block: refuse other threads, and hold back interrupts.
+
+    Sections may be nested.
+
+    Args:
+        guard: the engine's.
+        at_end: called at the end, if this is the outermost section.
+    """
+
+    def __init__(self, guard: Guard, at_end: Callable[[], None] | None = None):
+        super().__init__()
+        self.guard = guard
+        self.at_end = at_end
+        self.is_outermost = False
+
+    def __enter__(self):
+        super().__enter__()
+        try:
+            self.guard.take()
+        except BaseException:
+            self._finish()
+            raise
+        self.is_outermost = not self.guard.in_section
+        self.guard.in_section = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            if self.is_outermost and self.at_end is not None:
+                self.at_end()
+        finally:
+            if self.is_outermost:
+                self.guard.in_section = False
+            self.guard.lock.release()
+            self._finish()
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+def close_at_exit(engine: Closable) -> None:
+    """Close the engine when Python ends, if it still exists. Later, the modules that closing needs may be gone."""
+    reference = weakref.ref(engine)
+
+    def close() -> None:
+        existing = reference()
+        if existing is not None:
+            existing.close()
+
+    atexit.register(close)
