@@ -4,7 +4,7 @@ import argparse
 import os
 import time
 
-# Before torch is imported: its threads sleep while they wait, so that other programs may use the cores too.
+# Set before torch is imported: its threads then sleep while they wait, so other programs can use the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from nanovllm import LLM, SamplingParams
@@ -14,7 +14,7 @@ PROMPTS = ["Introduce yourself.", "What is the capital of France?"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Chat with a model.")
-    parser.add_argument("--prompt", action="append", help="what to ask; may be given several times")
+    parser.add_argument("--prompt", action="append", help="the question; may be given several times")
     parser.add_argument("--model", help="a local folder, a .gguf file or a hub id (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
     parser.add_argument("--max-tokens", type=int, default=256, help="longest answer (default: 256)")
@@ -31,14 +31,15 @@ def main() -> None:
     with llm:
         inputs = prompts
         try:
-            if llm.tokenizer.chat_template:  # to token ids: the template has the special tokens that encoding text adds
+            # Token ids, not text: the template already has the special tokens that encoding text would add.
+            if llm.tokenizer.chat_template:
                 chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
                 inputs = llm.chat_prompts(chats)
-            begin = time.perf_counter()
+            start = time.perf_counter()
             outputs = llm.generate(inputs, params)
         except ValueError as error:
             parser.error(str(error))
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - start
 
     for prompt, output in zip(prompts, outputs, strict=True):
         print(f"\nPrompt: {prompt}\nCompletion: {output.text.strip()}")

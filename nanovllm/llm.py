@@ -1,6 +1,5 @@
 """The class users import."""
 
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as SequenceType
 from pathlib import Path
@@ -10,11 +9,12 @@ import torch
 
 from nanovllm.checks import is_list, shown
 from nanovllm.config import Config
+from nanovllm.engine.interrupts import DeferInterrupts
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request
 from nanovllm.engine.step_stats import StepStats
 from nanovllm.outputs import Metrics, RequestOutput
-from nanovllm.progress import ProgressBar
+from nanovllm.progress import GenerationBar
 from nanovllm.sampling_params import SamplingParams
 
 Prompt: TypeAlias = str | SequenceType[int]
@@ -58,28 +58,32 @@ class LLM:
         if not isinstance(use_tqdm, bool):
             raise TypeError(f"use_tqdm must be a bool, got {shown(use_tqdm)}")
         pairs = _pair_params(_list_prompts(prompts), sampling_params)
-        with self.llm_engine.reserved():
-            requests = [self.llm_engine.prepare(prompt, params) for prompt, params in pairs]
-            return self._answer(requests, use_tqdm)
+        # One block for all, because installing handlers takes system calls. Interrupts come through between requests
+        # and between steps.
+        with DeferInterrupts() as interrupts, self.llm_engine.reserved():
+            self.llm_engine.check_usable()
+            requests = []
+            for prompt, params in pairs:
+                requests.append(self.llm_engine.input_processor.process(prompt, params))
+                interrupts.let_through()
+            return self._answer(requests, use_tqdm, interrupts)
 
-    def _answer(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
+    def _answer(self, requests: list[Request], use_tqdm: bool, interrupts: DeferInterrupts) -> list[RequestOutput]:
         """Queue requests and run steps until all have finished."""
+        engine, wanted = self.llm_engine, set(requests)
         outputs: dict[int | str, RequestOutput] = {}
-        num_tokens, start = 0, time.perf_counter()
         try:
             for request in requests:
-                self.llm_engine.queue(request)
-            wanted = set(requests)
-            with ProgressBar(total=len(requests), desc="Generating", enabled=use_tqdm, dynamic_ncols=True) as bar:
+                engine.queue(request)
+            with GenerationBar(len(requests), enabled=use_tqdm) as bar:
                 while len(outputs) < len(requests):
-                    for output in self.llm_engine.step_for(wanted):
+                    for output in engine.step_for(wanted):
                         outputs[output.request_id] = output
-                        num_tokens += sum(len(sample.token_ids) for sample in output.outputs)
-                        bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tok/s", refresh=False)
-                        bar.update()
+                        bar.add(sum(len(sample.token_ids) for sample in output.outputs))
+                    interrupts.let_through()
         finally:
             if len(outputs) < len(requests):  # an error or an interrupt
-                self.llm_engine.abandon(requests)
+                engine.abandon(requests)
         return [outputs[request.id] for request in requests]
 
     def chat(

@@ -1,6 +1,7 @@
 """A progress bar that can fail or be interrupted without harm."""
 
 import sys
+import time
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -55,3 +56,18 @@ class ProgressBar(tqdm):
 
 
 ProgressBar.set_lock(_NoLock())
+
+
+class GenerationBar(ProgressBar):
+    """Counts the requests that have finished, and shows tokens/s."""
+
+    def __init__(self, num_requests: int, enabled: bool):
+        super().__init__(total=num_requests, desc="Generating", enabled=enabled, dynamic_ncols=True)
+        self.num_tokens = 0
+        self.start = time.perf_counter()
+
+    def add(self, num_tokens: int) -> None:
+        """Count a request that has generated so many tokens."""
+        self.num_tokens += num_tokens
+        self.set_postfix_str(f"{self.num_tokens / (time.perf_counter() - self.start):.0f} tok/s", refresh=False)
+        self.update()

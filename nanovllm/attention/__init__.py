@@ -1,4 +1,4 @@
-"""Attention backends behind one seam; `select_backend` picks one."""
+"""Attention backends with one interface. `select_backend` chooses one."""
 
 import logging
 
@@ -10,7 +10,7 @@ from nanovllm.ops.triton_utils import HAVE_TRITON
 __all__ = ["BACKENDS", "AttentionBackend", "select_backend"]
 
 BACKENDS = ("auto", "torch", "triton", "flash_attn")
-MAX_HEAD_DIM = 256  # of the Triton and FlashAttention kernels
+MAX_HEAD_DIM = 256  # limit of the Triton and FlashAttention kernels
 
 logger = logging.getLogger(__name__)
 
@@ -18,14 +18,14 @@ logger = logging.getLogger(__name__)
 def select_backend(
     name: str, device: torch.device | str, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> AttentionBackend:
-    """The backend called `name`, or for "auto" the fastest that is installed and fits, which is logged.
+    """Return the backend `name`. For "auto", return the fastest backend that is installed and fits, and log it.
 
     Args:
-        name: one of BACKENDS. A named backend is used or raises; only "auto" chooses.
-        device, head_dim, block_size, dtype: of the KV cache.
+        name: one of BACKENDS. Only "auto" chooses; a named backend is used, or the call raises.
+        device, head_dim, block_size, dtype: options of the KV cache.
 
     Raises:
-        ValueError: an unknown name, or a backend that does not support the device, head_dim, block_size or dtype.
+        ValueError: the name is unknown, or the backend does not support the device, head_dim, block_size or dtype.
         ImportError: the backend's package is not installed, or cannot be imported.
     """
     if name not in BACKENDS:

@@ -1,4 +1,4 @@
-"""The seam between models and attention kernels: prepare a step's metadata, write K and V, attend."""
+"""The interface between models and attention kernels: prepare a step's metadata, write K and V, attend."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from nanovllm.ops.norm_rope.rope_store import qk_norm_rope_store
 
 
 class PagedKV(NamedTuple):
-    """A layer's keys and values, in blocks that the block tables refer to.
+    """A layer's keys and values in blocks. The block tables hold the blocks' indices.
 
     Attributes:
         k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim].
@@ -27,41 +27,44 @@ class PagedKV(NamedTuple):
 class Context:
     """Metadata of one step. Rows are sequences: decode rows (one token each) come first, then prefill rows.
 
-    D decode rows, P prefill rows, R = D + P; T tokens = D + the prefill rows' tokens; S slots plus one scratch slot.
+    There are D decode rows, P prefill rows and R = D + P rows; T tokens: D and those of the prefill rows; S slots and
+    one scratch slot.
     """
 
     backend: "AttentionBackend"
-    kv_heads: tuple[int, ...]  # the different numbers of KV heads that layers have on this rank
+    kv_heads: tuple[int, ...]  # the distinct numbers of KV heads of layers on this rank
     num_decode: int  # D, padding rows of a captured graph included
     slots: Tensor  # [R] int32, the slot of each row
-    context_lens: Tensor  # [R] int32, tokens that a row sees, this step's included
+    context_lens: Tensor  # [R] int32, tokens that each row attends to, including this step's
     block_tables: Tensor  # [S + 1, W] int32, indexed by slot
     slot_mapping: Tensor  # [T] int64, index of each token in the flattened cache
-    counters: Tensor  # int32, of finished parts of one kernel's work; zeros between kernels
-    cu_seqlens_q: Tensor | None = None  # [P + 1] int32, where prefill rows start among the T tokens; None without any
+    counters: Tensor  # int32, counts the finished splits of one kernel; zeros between kernels
+    cu_seqlens_q: Tensor | None = None  # [P + 1] int32, offsets of the prefill rows in the T tokens; None if P is 0
     max_seqlen_q: int = 0  # longest prefill row of this step
-    max_context_len: int = 0  # longest prefill row's context
-    shared: SharedPrefixPlan | None = None  # which prefixes decode rows share, if they are attended once for all
-    last_indices: Tensor | None = None  # [L] int64, tokens whose hidden states are wanted; None: all of them
-    meta: Any = None  # the backend's own, filled by `prepare`
+    max_context_len: int = 0  # longest context of a prefill row
+    shared: SharedPrefixPlan | None = (
+        None  # prefixes that decode rows share, if one kernel attends to them for all rows
+    )
+    last_indices: Tensor | None = None  # [L] int64, tokens whose hidden states are needed; None: all tokens
+    meta: Any = None  # metadata that the backend's `prepare` derives
 
-    def of_last_tokens(self) -> "Context":
-        """Return the context for attention of each row's last token only: all rows are decode rows, `meta` is kept."""
+    def for_last_tokens(self) -> "Context":
+        """Return the context if only each row's last token attends: all rows are decode rows. `meta` stays."""
         return replace(self, num_decode=len(self.slots), cu_seqlens_q=None, shared=None)
 
 
 class AttentionBackend(ABC):
-    """Attends a step's rows over the paged KV cache.
+    """A backend computes the attention of a step's rows over the paged KV cache.
 
-    The runner calls `prepare` once a step, then each layer calls `store_and_attend`. All metadata is in the context.
-    If the last layer attends for some tokens only, it calls `prepare` again with the context of these tokens, whose
-    `meta` is still that of the step.
+    The runner calls `prepare` once in each step, then each layer calls `store_and_attend`. All metadata is in the
+    context. If the last layer attends for last tokens only, it calls `prepare` again with the context for these tokens,
+    which still has the step's `meta`.
 
     Attributes:
-        name: what users call it.
-        capturable: whether a CUDA graph may hold steps of decode rows: `decode` neither waits for the device nor keeps
-            host metadata of the step.
-        capturable_prefill: the same for `prefill`, whose work must then follow from the context's tensors alone.
+        name: the name that users give.
+        capturable: whether a CUDA graph can capture a step of decode rows: `decode` does not wait for the device, and
+            needs nothing from the host that changes between steps.
+        capturable_prefill: whether the same holds for `prefill`.
         shares_prefixes: whether `decode` uses the context's `shared`.
     """
 
@@ -70,16 +73,16 @@ class AttentionBackend(ABC):
     capturable_prefill: bool = False
     shares_prefixes: bool = False
 
-    def prepare(self, ctx: Context) -> None:  # noqa: B027  optional: most backends need nothing
-        """Derive from the context's tensors, once for all layers, what kernels need. Keep it in `ctx.meta`."""
+    def prepare(self, ctx: Context) -> None:  # noqa: B027  (optional)
+        """Derive metadata for the kernels of all layers from the context's tensors. Store it in `ctx.meta`."""
 
     @abstractmethod
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
-        """Attend for the decode rows' q [D, H, Dh] into `out`, of the same shape; the cache holds the step's K, V."""
+        """Attend for the decode rows' q [D, H, Dh]; write to `out` [D, H, Dh]. The cache has the step's K and V."""
 
     @abstractmethod
     def prefill(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
-        """Attend causally for the prefill rows' packed q [Tp, H, Dh] into `out`, of the same shape."""
+        """Attend causally for the prefill rows' packed q [T - D, H, Dh]; write to `out` [T - D, H, Dh]."""
 
     def store_and_attend(
         self,
@@ -91,29 +94,30 @@ class AttentionBackend(ABC):
         ctx: Context,
         last: Tensor | None = None,
     ) -> Tensor:
-        """Transform queries and keys, store keys and values, attend. A backend may have one kernel for all of it.
+        """Transform queries and keys, store keys and values, attend. A backend may fuse all of this in one kernel.
 
         Args:
-            qkv: [T, (H + 2 K) Dh], decode rows' tokens first.
+            qkv: [T, (H + 2 K) Dh], the decode rows' tokens first.
             positions: [T] int64.
             kv: the layer's cache, which is written.
             scale: factor of the scores.
-            last: [R] int64, each row's last token, if only these attend. A step of decode rows alone has none.
+            last: [R] int64, the indices of the rows' last tokens if only these attend; None if every token attends.
 
         Returns:
             [T, H, Dh], or [R, H, Dh] with `last`.
         """
         q = qk_norm_rope_store(qkv, transform, positions, ctx.slot_mapping, kv.k_cache, kv.v_cache)
         if last is not None:
-            q, ctx = q[last], ctx.of_last_tokens()
+            q, ctx = q[last], ctx.for_last_tokens()
             self.prepare(ctx)
         return self.attend(q, kv, scale, ctx)
 
     def attend(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context) -> Tensor:
-        """Attend for all of a step's tokens [T, H, Dh], decode rows first; the cache holds their K and V already."""
+        """Attend for all of a step's tokens [T, H, Dh], decode rows first. The cache has their K and V already."""
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        if ctx.num_decode:
-            self.decode(q[: ctx.num_decode], kv, scale, ctx, out[: ctx.num_decode])
-        if ctx.num_decode < len(q):
-            self.prefill(q[ctx.num_decode :], kv, scale, ctx, out[ctx.num_decode :])
+        num_decode = ctx.num_decode
+        if num_decode:
+            self.decode(q[:num_decode], kv, scale, ctx, out=out[:num_decode])
+        if num_decode < len(q):
+            self.prefill(q[num_decode:], kv, scale, ctx, out=out[num_decode:])
         return out

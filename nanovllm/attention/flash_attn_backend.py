@@ -1,11 +1,11 @@
-"""Attention by a FlashAttention package (Dao-AILab's), where one is installed that fits.
+"""Attention with one of Dao-AILab's FlashAttention packages, if a suitable one is installed.
 
-FlashAttention-2 (Dao, 2023) has a function for decode rows and another for prefill rows; FlashAttention-3 (Shah et al.,
-2024), for Hopper, has one for both. Their block tables are indexed by row, not by slot: `prepare` gathers them, and
-keeps what the functions are told of decode rows and of prefill rows as two dicts of arguments.
+FlashAttention-2 (Dao, 2023) has one function for decode rows and one for prefill rows. FlashAttention-3 (Shah et al.,
+2024), for Hopper, has one function for both. Rows, not slots, index their block tables: `prepare` gathers these, and
+stores the functions' arguments for decode rows and for prefill rows as two dicts.
 
-FlashAttention-3 multiplies what lies behind the end of a row in its last page by zero. That must be finite, which it is
-as long as no model computes NaN: the cache begins as zeros.
+FlashAttention-3 multiplies values behind the end of a row in its last page by zero. These must be finite. They are as
+long as no model computes NaN, because the cache starts as zeros.
 """
 
 import importlib
@@ -16,10 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nanovllm.arithmetic import ceil_div
 from nanovllm.attention.base import AttentionBackend, Context, PagedKV
 from nanovllm.ops.triton_utils import sm_count
 
-QUERY_TILE = 128  # query rows (tokens x heads of a group) of a tile of FlashAttention-3; 192 if heads are small
+# Query rows (tokens x heads of a group) in a tile of FlashAttention-3, for head_dim above 64 and up to 64.
+QUERY_TILE, SMALL_HEAD_QUERY_TILE = 128, 192
 MAX_SPLITS = 32
 
 logger = logging.getLogger(__name__)
@@ -29,12 +31,12 @@ class Package(NamedTuple):
     """A build of FlashAttention.
 
     Args:
-        name: what pip calls it.
-        module: what Python calls it.
+        name: pip's name of the package.
+        module: name of the Python module.
         version: 2 or 3.
-        page: block sizes must be a multiple of it.
-        dtypes: of the cache.
-        by_tile: pages are loaded by whole tiles only, of as many tokens as `page`.
+        page: the block size must be a multiple of this.
+        dtypes: supported dtypes of the cache.
+        whole_tiles: whether the kernels only load pages in whole tiles of `page` tokens.
     """
 
     name: str
@@ -42,29 +44,31 @@ class Package(NamedTuple):
     version: int
     page: int = 1
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
-    by_tile: bool = False
+    whole_tiles: bool = False
 
     def misfit(self, capability: tuple[int, int], head_dim: int, block_size: int, dtype: torch.dtype) -> str:
-        """Why this cannot serve such a cache on a card of such compute capability; "" if it can."""
+        """Return why the package does not fit such a cache and compute capability; "" if it fits."""
+        major, minor = capability
         if self.version == 3 and capability != (9, 0):
-            return "needs a card of compute capability 9.0, not {}.{}".format(*capability)
+            return f"needs a card of compute capability 9.0, not {major}.{minor}"
         if capability < (8, 0):
-            return "needs a card of compute capability 8.0 or more, not {}.{}".format(*capability)
+            return f"needs a card of compute capability 8.0 or more, not {major}.{minor}"
         if dtype not in self.dtypes:
             return f"dtype={dtype} must be {' or '.join(str(known) for known in self.dtypes)}"
         if block_size % self.page:
             return f"block_size={block_size} must be a multiple of {self.page}"
         if head_dim > 256 or head_dim % 8:
             return f"head_dim={head_dim} must be a multiple of 8 of at most 256"
-        if self.by_tile and (64 < head_dim <= 96 or head_dim > 128):  # whose tiles hold 144, 112 or 80 tokens
+        # Tiles of other head sizes hold 144, 112 or 80 tokens.
+        if self.whole_tiles and (64 < head_dim <= 96 or head_dim > 128):
             return f"head_dim={head_dim} must be at most 64, or from 97 to 128"
         return ""
 
 
-# The first that is installed and fits is used. fa3-fwd is built without the kernels for pages of any size and float16.
+# In order of preference. fa3-fwd is built without the kernels for pages of any size, and without float16.
 PACKAGES = (
     Package("flash-attn-3", "flash_attn_interface", 3),
-    Package("fa3-fwd", "fa3_fwd_interface", 3, page=128, dtypes=(torch.bfloat16,), by_tile=True),
+    Package("fa3-fwd", "fa3_fwd_interface", 3, page=128, dtypes=(torch.bfloat16,), whole_tiles=True),
     Package("flash-attn", "flash_attn", 2, page=256),
 )
 
@@ -72,11 +76,11 @@ PACKAGES = (
 def choose_package(
     device: torch.device, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> tuple[Package, ModuleType]:
-    """The first of PACKAGES that can be imported and serves such a cache on `device`.
+    """Return the first of PACKAGES that can be imported and fits such a cache on `device`, and its module.
 
     Raises:
-        ImportError: none can be imported.
-        ValueError: no CUDA device, or none of those that can be imported fits.
+        ImportError: no package can be imported.
+        ValueError: `device` is not a CUDA device, or no package that can be imported fits.
     """
     if device.type != "cuda":
         raise ValueError(f"attention_backend='flash_attn' needs a CUDA device, not device={str(device)!r}; use 'torch'")
@@ -84,7 +88,7 @@ def choose_package(
     for package in PACKAGES:
         try:
             module = importlib.import_module(package.module)
-            module.flash_attn_with_kvcache  # noqa: B018  flash-attn-4 has a package `flash_attn` too, without it
+            module.flash_attn_with_kvcache  # noqa: B018  (the package `flash_attn` of flash-attn-4 lacks it)
         except (ImportError, OSError, AttributeError) as error:
             missing.append(f"{package.name} ({error})")
             continue
@@ -100,49 +104,59 @@ def choose_package(
 def flash_attn_backend(
     device: torch.device, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> "FlashAttn2Backend | FlashAttn3Backend":
-    """The backend for the package that is chosen, which is logged; raises as `choose_package` does."""
+    """Return the backend for the chosen package, and log the package. Raise as `choose_package` does."""
     package, module = choose_package(device, head_dim, block_size, dtype)
     logger.info("attention_backend='flash_attn' is the package %s", package.name)
     if package.version == 2:
         return FlashAttn2Backend(module)
-    return FlashAttn3Backend(module, package.by_tile)
+    return FlashAttn3Backend(module, package.whole_tiles)
 
 
 def num_splits(num_rows: int, num_tokens: int, heads: int, kv_heads: int, num_sms: int) -> int:
-    """Most parts in which FlashAttention-3 attends a row's context: how many they are is found out on the device.
+    """Return the maximum number of splits of a row's context in FlashAttention-3, which uses fewer for short rows.
 
-    Follows from shapes alone, so a captured step stays right at any lengths. It would choose by itself, but without
-    regard to the number of rows, and keeps partial results of all tokens for each part, which can take gigabytes.
+    It depends on shapes only, so a captured step stays correct at any lengths. FlashAttention-3's default ignores the
+    number of rows. That can take gigabytes, because each split stores partial results of all tokens.
     """
-    tiles = kv_heads * max(num_rows, -(-num_tokens * heads // (kv_heads * QUERY_TILE)))
+    tiles = kv_heads * max(num_rows, ceil_div(num_tokens * heads, kv_heads * QUERY_TILE))
     return max(1, min(MAX_SPLITS, 4 * num_sms // tiles))
 
 
 class FlashAttn3Backend(AttentionBackend):
     """FlashAttention-3: `flash_attn_with_kvcache` for rows of both kinds.
 
-    A kernel of the package reads lengths and schedules tiles in every call; all else follows from shapes and from the
-    longest row that is possible. So graphs may hold steps of both kinds.
+    In every call, a kernel of the package reads lengths and schedules tiles. The rest depends on shapes and on the
+    longest possible row only. So graphs can capture steps of both kinds.
 
     Args:
-        module: where the function is.
-        by_tile: as in `Package`.
+        module: the module that has the function.
+        whole_tiles: as in `Package`.
     """
 
     name = "flash_attn"
     capturable = capturable_prefill = True
 
-    def __init__(self, module: ModuleType, by_tile: bool):
-        self._with_kvcache, self._by_tile = module.flash_attn_with_kvcache, by_tile
+    def __init__(self, module: ModuleType, whole_tiles: bool):
+        self._with_kvcache = module.flash_attn_with_kvcache
+        self._whole_tiles = whole_tiles
 
     def prepare(self, ctx: Context) -> None:
-        tables, d = ctx.block_tables.index_select(0, ctx.slots), ctx.num_decode  # on the device: a graph replays it
-        each = torch.arange(d + 1, dtype=torch.int32, device=tables.device)
-        lens, prefill = ctx.context_lens, None
-        decode = {"page_table": tables[:d], "cache_seqlens": lens[:d], "cu_seqlens_q": each, "max_seqlen_q": 1}
+        num_decode = ctx.num_decode
+        tables = ctx.block_tables.index_select(0, ctx.slots)  # on the device, so that a graph replays it
+        decode = {
+            "page_table": tables[:num_decode],
+            "cache_seqlens": ctx.context_lens[:num_decode],
+            "cu_seqlens_q": torch.arange(num_decode + 1, dtype=torch.int32, device=tables.device),
+            "max_seqlen_q": 1,
+        }
+        prefill = None
         if ctx.cu_seqlens_q is not None:
-            prefill = {"page_table": tables[d:], "cache_seqlens": lens[d:]}
-            prefill |= {"cu_seqlens_q": ctx.cu_seqlens_q - d, "max_seqlen_q": ctx.max_seqlen_q}
+            prefill = {
+                "page_table": tables[num_decode:],
+                "cache_seqlens": ctx.context_lens[num_decode:],
+                "cu_seqlens_q": ctx.cu_seqlens_q - num_decode,
+                "max_seqlen_q": ctx.max_seqlen_q,
+            }
         ctx.meta = decode, prefill
 
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
@@ -154,39 +168,58 @@ class FlashAttn3Backend(AttentionBackend):
     def _attend_rows(
         self, q: Tensor, kv: PagedKV, scale: float, out: Tensor, max_seqlen_q: int, **rows: Tensor
     ) -> None:
-        (num_tokens, heads, head_dim), kv_heads = q.shape, kv.k_cache.shape[2]
-        if self._by_tile:  # which it does only if the longest row may have more queries than a tile
-            tile = QUERY_TILE if head_dim > 64 else 192
+        num_tokens, heads, head_dim = q.shape
+        kv_heads = kv.k_cache.shape[2]
+        if self._whole_tiles:  # the package loads whole tiles only if a row may have more queries than a tile
+            tile = QUERY_TILE if head_dim > 64 else SMALL_HEAD_QUERY_TILE
             max_seqlen_q = max(max_seqlen_q, tile * kv_heads // heads + 1)
-        splits = num_splits(len(rows["cache_seqlens"]), num_tokens, heads, kv_heads, sm_count(q.device))
-        options = {"softmax_scale": scale, "causal": True, "num_splits": splits}
-        out.copy_(self._with_kvcache(q, kv.k_cache, kv.v_cache, max_seqlen_q=max_seqlen_q, **rows, **options))
+        splits = num_splits(
+            num_rows=len(rows["cache_seqlens"]),
+            num_tokens=num_tokens,
+            heads=heads,
+            kv_heads=kv_heads,
+            num_sms=sm_count(q.device),
+        )
+        attended = self._with_kvcache(
+            q,
+            kv.k_cache,
+            kv.v_cache,
+            max_seqlen_q=max_seqlen_q,
+            softmax_scale=scale,
+            causal=True,
+            num_splits=splits,
+            **rows,
+        )
+        out.copy_(attended)
 
 
 class FlashAttn2Backend(AttentionBackend):
     """FlashAttention-2: `flash_attn_with_kvcache` for decode rows, `flash_attn_varlen_func` for prefill rows.
 
-    Decode rows are split by the width of the block tables, not by their lengths, so graphs may hold them. A graph with
-    prefill rows would launch programs for the longest possible row in place of each.
+    The width of the block tables, not the lengths, determines the splits of decode rows, so graphs can capture them. A
+    graph with prefill rows would launch programs for the longest possible row in place of each row.
 
     Args:
-        module: where the functions are.
+        module: the module that has the functions.
     """
 
     name = "flash_attn"
     capturable = True
 
     def __init__(self, module: ModuleType):
-        self._with_kvcache, self._varlen = module.flash_attn_with_kvcache, module.flash_attn_varlen_func
+        self._with_kvcache = module.flash_attn_with_kvcache
+        self._varlen = module.flash_attn_varlen_func
 
     def prepare(self, ctx: Context) -> None:
-        tables, d = ctx.block_tables.index_select(0, ctx.slots), ctx.num_decode  # on the device: a graph replays it
-        decode, prefill = {"block_table": tables[:d], "cache_seqlens": ctx.context_lens[:d]}, None
+        num_decode = ctx.num_decode
+        tables = ctx.block_tables.index_select(0, ctx.slots)  # on the device, so that a graph replays it
+        decode = {"block_table": tables[:num_decode], "cache_seqlens": ctx.context_lens[:num_decode]}
+        prefill = None
         if ctx.cu_seqlens_q is not None:
             prefill = {
-                "block_table": tables[d:],
-                "cu_seqlens_q": ctx.cu_seqlens_q - d,
-                "cu_seqlens_k": torch.nn.functional.pad(ctx.context_lens[d:].cumsum(0), (1, 0)).int(),
+                "block_table": tables[num_decode:],
+                "cu_seqlens_q": ctx.cu_seqlens_q - num_decode,
+                "cu_seqlens_k": torch.nn.functional.pad(ctx.context_lens[num_decode:].cumsum(0), (1, 0)).int(),
                 "max_seqlen_q": ctx.max_seqlen_q,
                 "max_seqlen_k": ctx.max_context_len,
             }

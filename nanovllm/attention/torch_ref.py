@@ -1,4 +1,4 @@
-"""Attention in plain torch: the reference, and what runs on a CPU."""
+"""Attention in plain torch: the reference, and the backend for CPUs."""
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ from nanovllm.ops.attention.reference import (
 
 
 class TorchBackend(AttentionBackend):
-    """Gathers each row's KV, then calls scaled_dot_product_attention: once for all decode rows, once a prefill row.
+    """Gather each row's KV, then call scaled_dot_product_attention: once for all decode rows, once per prefill row.
 
-    The first layer of each number of KV heads plans where the KV lies, for the whole step. The gathered K and V of a
-    layer go to buffers that are kept: on a CPU, fresh ones of some MB cost more in page faults than attention itself.
+    In each step, the first layer of each number of KV heads plans the indices to gather. The buffers for gathered K and
+    V are reused: on a CPU, page faults of new buffers of some MB would take longer than attention.
     """
 
     name = "torch"
@@ -29,7 +29,7 @@ class TorchBackend(AttentionBackend):
         self._buffers: list[Tensor] = [torch.empty(0), torch.empty(0)]
 
     def prepare(self, ctx: Context) -> None:
-        ctx.meta = {}  # by the number of KV heads; plans of the context that this one is made from are for other rows
+        ctx.meta = {}  # plans by the number of KV heads; a context for last tokens must not use the step's plans
 
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
         plan, _ = self._plans(q, kv, ctx)
@@ -43,14 +43,31 @@ class TorchBackend(AttentionBackend):
             out[tokens] = attend_sequence(q[tokens], k, v, row.mask, scale)
 
     def _plans(self, q: Tensor, kv: PagedKV, ctx: Context) -> tuple[DecodeGatherPlan, list[PrefillGatherPlan]]:
-        """Return the plan of the decode rows and those of the prefill rows."""
+        """Return the plan of the decode rows and the plans of the prefill rows."""
         block_size, kv_heads = kv.k_cache.shape[1:3]
         if kv_heads not in ctx.meta:
-            d, layout = ctx.num_decode, (block_size, kv_heads, q.dtype)
-            tables, slots, lens, prefill = ctx.block_tables, ctx.slots, ctx.context_lens, []
-            decode = plan_decode_gather(tables, slots[:d], lens[:d], *layout) if d else None
+            num_decode = ctx.num_decode
+            decode = None
+            if num_decode:
+                decode = plan_decode_gather(
+                    ctx.block_tables,
+                    slots=ctx.slots[:num_decode],
+                    context_lens=ctx.context_lens[:num_decode],
+                    block_size=block_size,
+                    kv_heads=kv_heads,
+                    dtype=q.dtype,
+                )
+            prefill = []
             if ctx.cu_seqlens_q is not None:
-                prefill = plan_prefill_gather(tables, slots[d:], ctx.cu_seqlens_q, lens[d:], *layout)
+                prefill = plan_prefill_gather(
+                    ctx.block_tables,
+                    slots=ctx.slots[num_decode:],
+                    cu_seqlens_q=ctx.cu_seqlens_q,
+                    context_lens=ctx.context_lens[num_decode:],
+                    block_size=block_size,
+                    kv_heads=kv_heads,
+                    dtype=q.dtype,
+                )
             ctx.meta[kv_heads] = decode, prefill
         return ctx.meta[kv_heads]
 
@@ -61,8 +78,8 @@ class TorchBackend(AttentionBackend):
         size = indices.numel() * head_dim
         first = self._buffers[0]
         if first.numel() < size or first.dtype != cache.dtype or first.device != cache.device:
-            with torch.inference_mode(False):  # usable in and out of inference mode
-                self._buffers.clear()  # free the old ones before the new ones are allocated
+            with torch.inference_mode(False):  # the buffers must be usable inside and outside inference mode
+                self._buffers.clear()  # free the old ones before allocating new ones
                 for _ in range(2):
                     self._buffers.append(torch.empty(size + size // 4, dtype=cache.dtype, device=cache.device))
         k, v = (buffer[:size].view(-1, head_dim) for buffer in self._buffers)

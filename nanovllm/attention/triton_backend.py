@@ -1,4 +1,4 @@
-"""Attention by this project's own Triton kernels."""
+"""Attention with this project's Triton kernels."""
 
 import torch
 from torch import Tensor
@@ -14,11 +14,11 @@ from nanovllm.ops.triton_utils import HAVE_TRITON, sm_count
 
 
 class TritonBackend(AttentionBackend):
-    """The kernels read lengths and block tables on the device, and plan their work there, so graphs may hold them.
+    """Attention with Triton kernels. They read lengths and block tables on the device, so graphs can capture them.
 
     Raises:
         ImportError: Triton is not installed.
-        ValueError: no CUDA device, or a block size that is no power of two.
+        ValueError: the device is not a CUDA device, or the block size is not a power of two.
     """
 
     name = "triton"
@@ -33,39 +33,80 @@ class TritonBackend(AttentionBackend):
             raise ValueError(f"block_size={block_size} must be a power of two for attention_backend='triton'")
 
     def prepare(self, ctx: Context) -> None:
-        """Plan decode attention: of decode rows; also of all rows if the last layer attends for last tokens only."""
-        if ctx.meta is not None or (ctx.cu_seqlens_q is None and self._fuses(ctx, ctx.num_decode)):
-            return  # planned already, before the chain of kernels that reads it began; or not needed
+        """Plan decode attention: for the decode rows, and for all rows if only last tokens attend in the last layer."""
+        if ctx.meta is not None:  # planned at the start of the step, before the kernels that overlap each other
+            return
+        if ctx.cu_seqlens_q is None and self._fuses(ctx, ctx.num_decode):  # the fused kernel needs no plan
+            return
+        counts = {ctx.num_decode}
+        if ctx.last_indices is not None:
+            counts.add(len(ctx.slots))
         plans = ctx.meta = {}  # by the numbers of rows and KV heads
-        counts = {ctx.num_decode, 0 if ctx.last_indices is None else len(ctx.slots)}
-        for rows in counts - {0}:
+        for num_rows in counts - {0}:
             for kv_heads in ctx.kv_heads:
-                policy = default_split_policy(rows, kv_heads, sm_count(ctx.slots.device))
-                plans[rows, kv_heads] = plan_decode_triton(ctx.context_lens[:rows], kv_heads, policy)
+                policy = default_split_policy(num_rows, kv_heads, sm_count(ctx.slots.device))
+                plans[num_rows, kv_heads] = plan_decode_triton(ctx.context_lens[:num_rows], kv_heads, policy)
 
     @staticmethod
     def _fuses(ctx: Context, num_tokens: int) -> bool:
-        """Whether one kernel does all: in a step of few decode rows alone."""
+        """Return whether one kernel does everything: in a step of a few decode rows and no prefill rows."""
         only_decode = ctx.num_decode == num_tokens and ctx.shared is None
         return only_decode and regime_of(num_tokens).one_kernel_attention
 
     def store_and_attend(self, qkv, transform, positions, kv, scale, ctx, last=None) -> Tensor:
         if not self._fuses(ctx, len(qkv)):
             return super().store_and_attend(qkv, transform, positions, kv, scale, ctx, last)
-        where = (kv.k_cache, kv.v_cache, ctx.block_tables, ctx.slots, ctx.context_lens)
-        return rope_decode_triton(qkv, transform, *where, scale, counters=ctx.counters)
+        return rope_decode_triton(
+            qkv,
+            transform,
+            k_cache=kv.k_cache,
+            v_cache=kv.v_cache,
+            block_tables=ctx.block_tables,
+            slots=ctx.slots,
+            context_lens=ctx.context_lens,
+            scale=scale,
+            counters=ctx.counters,
+        )
 
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
-        rows = slice(ctx.num_decode)
-        where = (q, kv.k_cache, kv.v_cache, ctx.block_tables, ctx.slots[rows])
-        plan, prefix = ctx.meta[ctx.num_decode, kv.k_cache.shape[2]], None
+        slots = ctx.slots[: ctx.num_decode]
+        plan = ctx.meta[ctx.num_decode, kv.k_cache.shape[2]]
+        prefix = None
         if ctx.shared is not None:
-            prefix = shared_attention_triton(*where, scale, ctx.shared, plan.num_splits)
-        lens = ctx.context_lens[rows]
-        decode_attention_triton(*where, lens, scale, out=out, counters=ctx.counters, plan=plan, prefix=prefix)
+            prefix = shared_attention_triton(
+                q,
+                k_cache=kv.k_cache,
+                v_cache=kv.v_cache,
+                block_tables=ctx.block_tables,
+                slots=slots,
+                scale=scale,
+                plan=ctx.shared,
+                num_splits=plan.num_splits,
+            )
+        decode_attention_triton(
+            q,
+            k_cache=kv.k_cache,
+            v_cache=kv.v_cache,
+            block_tables=ctx.block_tables,
+            slots=slots,
+            context_lens=ctx.context_lens[: ctx.num_decode],
+            scale=scale,
+            out=out,
+            counters=ctx.counters,
+            plan=plan,
+            prefix=prefix,
+        )
 
     def prefill(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
-        rows = slice(ctx.num_decode, None)
-        assert ctx.cu_seqlens_q is not None  # as there are prefill rows
-        where = (ctx.block_tables, ctx.slots[rows], ctx.cu_seqlens_q, ctx.context_lens[rows])
-        prefill_attention_triton(q, kv.k_cache, kv.v_cache, *where, scale, out=out)
+        assert ctx.cu_seqlens_q is not None  # `attend` calls this only if there are prefill rows
+        prefill_attention_triton(
+            q,
+            k_cache=kv.k_cache,
+            v_cache=kv.v_cache,
+            block_tables=ctx.block_tables,
+            slots=ctx.slots[ctx.num_decode :],
+            cu_seqlens_q=ctx.cu_seqlens_q,
+            context_lens=ctx.context_lens[ctx.num_decode :],
+            scale=scale,
+            out=out,
+        )

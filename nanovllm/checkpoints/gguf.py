@@ -1,10 +1,10 @@
-"""GGUF files: config, weights and tokenizer, all in terms of the transformers checkpoint they were made from."""
+"""Read GGUF files: config, weights and tokenizer, as in the transformers checkpoint they were converted from."""
 
 import math
 import struct
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import torch
 
+from nanovllm.arithmetic import ceil_div
 from nanovllm.checkpoints.files import regular_file
 from nanovllm.checks import shown
 from nanovllm.models.registry import (
@@ -21,7 +22,7 @@ from nanovllm.models.registry import (
     check_model_type,
     default_head_dim,
     known_ids,
-    stretched,
+    scaled_max_position,
     unsupported,
 )
 
@@ -42,11 +43,11 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# The format's types of metadata values, but strings (8) and arrays (9), as numpy spells them.
+# The numpy dtype of each scalar type of metadata, by its number in the format.
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
-# Files name one end-of-text token, or few. llama.cpp also stops at tokens with these texts, and so does this engine.
+# Metadata that names tokens which end a text. Like llama.cpp, the engine also stops at tokens with _END_TEXTS.
 _END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 _END_TEXTS = {
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>"),
@@ -54,13 +55,18 @@ _END_TEXTS = {
     *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
 }
-# Pre-tokenizers for which llama.cpp adds BOS where the file does not say, and takes whole words before it merges.
+# For these pre-tokenizers llama.cpp adds BOS by default, and looks up whole words before it merges.
 _WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor's header: its `shape` as transformers has it, and its bytes in the file, from `start` to `end`."""
+    """A tensor's header.
+
+    Attributes:
+        shape: as in transformers: the reverse of the file's.
+        start, end: offsets of its bytes in the file.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -69,27 +75,28 @@ class _Tensor:
     end: int
 
 
-class _File:
+class _GgufFile:
     """A memory-mapped GGUF file.
 
-    `get` and `number` read its metadata, with "{arch}" standing for the architecture.
+    `get` and `number` read its metadata; "{arch}" in a key stands for the architecture.
 
     Raises:
-        ValueError: the file breaks the format, or a count or an offset in it leads out of the file.
+        ValueError: the file breaks the format, or a count or an offset points outside the file.
     """
 
     def __init__(self, path: Path):
         self.path = regular_file(path)
-        self.arch: str | None = None
+        self.arch = ""
         try:
-            self.data = memoryview(np.memmap(path, mode="r"))
+            self.data = np.memmap(path, mode="r").data
             self.offset = 0
             self.metadata, self.tensors = self._parse()
         except (OSError, ValueError, struct.error, RecursionError) as error:
             raise ValueError(f"{path} is not a GGUF file that can be read: {error}") from error
-        self.arch = self.get("general.architecture")
-        if self.arch is None:
+        arch = self.get("general.architecture")
+        if arch is None:
             raise ValueError(f"{path} lacks the metadata general.architecture")
+        self.arch = arch
 
     def _parse(self) -> tuple[dict[str, Any], dict[str, _Tensor]]:
         magic, version = self._unpack("<4sI")
@@ -101,27 +108,30 @@ class _File:
             raise ValueError(f"its version is {version}; it must be 2 or 3")
         num_tensors, num_fields = self._unpack("<QQ")
         metadata: dict[str, Any] = {}
-        for _ in range(num_fields):  # each takes some bytes of the file, which ends the loop
+        for _ in range(num_fields):  # a wrong count ends at the end of the file: each field takes some bytes
             key = self._text()
             if key in metadata:
                 raise ValueError(f"it has the metadata {shown(key)} twice")
-            metadata[key] = self._value(*self._unpack("<I"))
+            metadata[key] = self._value(self._integer("<I"))
         infos = [self._tensor_info() for _ in range(num_tensors)]
-        return metadata, self._place(infos, metadata.get("general.alignment", 32))
+        return metadata, self._locate(infos, metadata.get("general.alignment", 32))
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:
         values = struct.unpack_from(layout, self.data, self.offset)
         self.offset += struct.calcsize(layout)
         return values
 
+    def _integer(self, layout: str) -> int:
+        return self._unpack(layout)[0]
+
     def _bytes(self, size: int) -> memoryview:
         if size > len(self.data) - self.offset:
-            raise ValueError(f"it has {size} bytes at {self.offset}, but ends at {len(self.data)}")
+            raise ValueError(f"a value has {size} bytes at offset {self.offset}, but the file ends at {len(self.data)}")
         self.offset += size
         return self.data[self.offset - size : self.offset]
 
     def _text(self) -> str:
-        return str(self._bytes(*self._unpack("<Q")), "utf-8", "replace")
+        return str(self._bytes(self._integer("<Q")), "utf-8", "replace")
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -136,8 +146,9 @@ class _File:
         return np.frombuffer(self._bytes(np.dtype(_SCALARS[kind]).itemsize), _SCALARS[kind])[0].item()
 
     def _tensor_info(self) -> _Tensor:
-        """A tensor's header, whose `start` still counts from the first tensor."""
-        name, (num_dims,) = self._text(), self._unpack("<I")
+        """Read a tensor's header. Its `start` and `end` still count from the first tensor."""
+        name = self._text()
+        num_dims = self._integer("<I")
         if not 1 <= num_dims <= _MAX_DIMS:
             raise ValueError(f"the tensor {shown(name)} must have 1 to {_MAX_DIMS} dimensions, got {num_dims}")
         shape = self._unpack(f"<{num_dims}Q")[::-1]
@@ -146,32 +157,36 @@ class _File:
         block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         if shape[-1] % block_size:
             raise ValueError(f"the tensor {shown(name)} has rows of {shape[-1]}, in blocks of {block_size}")
-        return _Tensor(name, shape, kind, start, start + math.prod(shape) // block_size * block_bytes)
+        end = start + math.prod(shape) // block_size * block_bytes
+        return _Tensor(name=name, shape=shape, type=kind, start=start, end=end)
 
-    def _place(self, infos: list[_Tensor], alignment: Any) -> dict[str, _Tensor]:
-        """The tensors by name, with places in the file, where none overlaps another."""
+    def _locate(self, infos: list[_Tensor], alignment: Any) -> dict[str, _Tensor]:
+        """Return the tensors by name, with offsets in the file. Raise ValueError if two of them overlap."""
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"its alignment must be a power of two, got {shown(alignment)}")
-        first = -(-self.offset // alignment) * alignment
-        tensors = {t.name: _Tensor(t.name, t.shape, t.type, first + t.start, first + t.end) for t in infos}
+        first = ceil_div(self.offset, alignment) * alignment
+        tensors = {info.name: replace(info, start=first + info.start, end=first + info.end) for info in infos}
         if len(tensors) < len(infos):
             raise ValueError("two of its tensors have the same name")
         in_order = sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.end))
         for tensor in in_order:
             if tensor.start % alignment or tensor.end > len(self.data):
-                place = f"from {tensor.start} to {tensor.end}, which must be a multiple of {alignment}, in the file"
-                raise ValueError(f"the tensor {shown(tensor.name)} is {place} of {len(self.data)} bytes")
-        for one, other in pairwise(in_order):
-            if one.end > other.start:
-                raise ValueError(f"the tensors {shown(one.name)} and {shown(other.name)} overlap")
+                raise ValueError(
+                    f"the tensor {shown(tensor.name)} is from {tensor.start} to {tensor.end}; it must start at a "
+                    f"multiple of {alignment} and end within the file's {len(self.data)} bytes"
+                )
+        for first_tensor, second in pairwise(in_order):
+            if first_tensor.end > second.start:
+                raise ValueError(f"the tensors {shown(first_tensor.name)} and {shown(second.name)} overlap")
         return tensors
 
     def get(self, key: str, default: Any = None) -> Any:
+        """Return the metadata, or `default` if it is missing."""
         value = self.metadata.get(key.format(arch=self.arch), default)
         return value.tolist() if isinstance(value, np.ndarray) else value
 
     def number(self, key: str, default: float | None = None) -> Any:
-        """As `get`; ValueError if it is no number, or missing without a default."""
+        """Return the metadata. Raise ValueError if it is not a number, or is missing without a default."""
         value = self.get(key, default)
         if type(value) not in (int, float):
             key = key.format(arch=self.arch)
@@ -179,19 +194,20 @@ class _File:
         return value
 
     def floats(self, name: str) -> np.ndarray:
-        """The tensor, dequantised to float32."""
+        """Return the tensor, dequantised to float32."""
         tensor = self.tensors[name]
         data = np.frombuffer(self.data[tensor.start : tensor.end], np.uint8)
+        byte_shape = gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)
         try:
-            return gguf.dequantize(data.reshape(gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)), tensor.type)
+            return gguf.dequantize(data.reshape(byte_shape), tensor.type)
         except NotImplementedError as error:
             raise unsupported(f"the quantisation of the GGUF tensor {name}, {tensor.type.name},") from error
 
 
-def _rope_scaling(file: _File) -> dict[str, Any] | None:
+def _rope_scaling(file: _GgufFile) -> dict[str, Any] | None:
     if "rope_freqs.weight" in file.tensors:
         return {"rope_type": "frequency_factors", "factors": file.floats("rope_freqs.weight").tolist()}
-    # As llama.cpp reads them: the second key is the older name, 0 is no scaling, and the type is linear by default.
+    # Like llama.cpp: the second key is the older name, 0 means no scaling, and the default type is linear.
     factor = file.number("{arch}.rope.scaling.factor", file.number("{arch}.rope.scale_linear", 0))
     rope_type = file.get("{arch}.rope.scaling.type", "linear")
     if rope_type == "none" or (rope_type == "linear" and not factor):
@@ -202,8 +218,8 @@ def _rope_scaling(file: _File) -> dict[str, Any] | None:
     return {"rope_type": rope_type, "factor": factor, "original_max_position_embeddings": original, **given}
 
 
-def _end_ids(file: _File, vocab_size: int) -> tuple[int, ...]:
-    """The ids of tokens that end a text: those that the file names, and those with one of _END_TEXTS."""
+def _end_ids(file: _GgufFile, vocab_size: int) -> tuple[int, ...]:
+    """Return the ids of the tokens that end a text: those that the file names, and those with one of _END_TEXTS."""
     named = [file.get(f"tokenizer.ggml.{key}_token_id") for key in _END_KEYS]
     tokens = file.get("tokenizer.ggml.tokens", [])
     by_text = [token_id for token_id, text in enumerate(tokens) if text in _END_TEXTS]
@@ -212,10 +228,11 @@ def _end_ids(file: _File, vocab_size: int) -> tuple[int, ...]:
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
-    """The config of a GGUF file, and whether it has a tokenizer; ValueError if it is not supported."""
-    file = _File(path)
+    """Return a GGUF file's config, and whether it has a tokenizer. Raise ValueError if it is not supported."""
+    file = _GgufFile(path)
     check_model_type(file.arch)
-    hidden_size, num_heads = file.number("{arch}.embedding_length"), file.number("{arch}.attention.head_count")
+    hidden_size = file.number("{arch}.embedding_length")
+    num_heads = file.number("{arch}.attention.head_count")
     head_dim = file.number("{arch}.attention.key_length", default_head_dim(hidden_size, num_heads))
     max_position = file.number("{arch}.context_length")
     if file.number("split.count", 1) > 1:
@@ -229,7 +246,8 @@ def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ValueError(f"{file.path} lacks the tensor token_embd.weight, a matrix")
-    vocab_size, rope_scaling = embedding.shape[0], _rope_scaling(file)
+    vocab_size = embedding.shape[0]
+    rope_scaling = _rope_scaling(file)
     config = ModelConfig(
         model_type=file.arch,
         vocab_size=vocab_size,
@@ -239,12 +257,12 @@ def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
         num_heads=num_heads,
         num_kv_heads=file.number("{arch}.attention.head_count_kv", num_heads),
         head_dim=head_dim,
-        max_position=stretched(max_position, rope_scaling),
+        max_position=scaled_max_position(max_position, rope_scaling),
         rms_norm_eps=file.number("{arch}.attention.layer_norm_rms_epsilon"),
         tie_word_embeddings="output.weight" not in file.tensors,
         rope_theta=file.number("{arch}.rope.freq_base", 10000.0),
         rope_scaling=rope_scaling,
-        qk_norm=FAMILIES[file.arch].get("qk_norm", False),
+        qk_norm=FAMILIES[file.arch].get("qk_norm") is True,
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         o_bias="blk.0.attn_output.bias" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
@@ -255,18 +273,20 @@ def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
 
 
 def read_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
-    """The transformers tokenizer of the file alone: whatever lies next to it in its folder is another model's."""
+    """Return the file's transformers tokenizer. Other files of its folder may belong to another model."""
     from transformers import PreTrainedTokenizerFast
 
-    file = _File(path)
+    file = _GgufFile(path)
     whole_words = file.get("tokenizer.ggml.model") == "gpt2" and file.get("tokenizer.ggml.pre") in _WHOLE_WORDS
-    options = {"add_bos_token": True} if whole_words and "tokenizer.ggml.add_bos_token" not in file.metadata else {}
+    options: dict[str, Any] = {}
+    if whole_words and "tokenizer.ggml.add_bos_token" not in file.metadata:
+        options["add_bos_token"] = True
     with tempfile.TemporaryDirectory(prefix="nanovllm-") as folder:
-        alone = Path(folder, "model.gguf")
-        alone.symlink_to(path)
-        # AutoTokenizer gives the same, after seconds spent on the file's model config.
+        link = Path(folder, "model.gguf")
+        link.symlink_to(path)
+        # AutoTokenizer gives the same tokenizer, but spends seconds on the file's model config.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(
-            folder, gguf_file=alone.name, local_files_only=True, **options
+            folder, gguf_file=link.name, local_files_only=True, **options
         )
     if whole_words:
         tokenizer.backend_tokenizer.model.ignore_merges = True
@@ -274,34 +294,36 @@ def read_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
 
 
 def _hf_name(name: str) -> str:
-    """The transformers name of a GGUF tensor; one that is not known keeps its own, which the loader will refuse."""
+    """Return the transformers name of a GGUF tensor. The loader refuses an unknown name, which stays as it is."""
     match name.split("."):
-        case ["blk", layer, part, kind] if part in _LAYER_NAMES:
-            return f"model.layers.{layer}.{_LAYER_NAMES[part]}.{kind}"
-        case [part, kind] if part in _NAMES:
-            return f"{_NAMES[part]}.{kind}"
+        case ["blk", layer, module, kind] if module in _LAYER_NAMES:
+            return f"model.layers.{layer}.{_LAYER_NAMES[module]}.{kind}"
+        case [module, kind] if module in _NAMES:
+            return f"{_NAMES[module]}.{kind}"
     return name
 
 
 def _is_weight(name: str) -> bool:
-    return name != "rope_freqs.weight"  # which is part of the config
+    return name != "rope_freqs.weight"  # part of the config
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the file's tensors, by their transformers names."""
-    return {_hf_name(tensor.name): tensor.shape for tensor in _File(path).tensors.values() if _is_weight(tensor.name)}
+    """Return the shapes of the file's tensors, by their transformers names."""
+    tensors = _GgufFile(path).tensors.values()
+    return {_hf_name(tensor.name): tensor.shape for tensor in tensors if _is_weight(tensor.name)}
 
 
 def iterate_gguf(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The file's tensors as float32, one at a time, with their transformers names and layout."""
-    file = _File(path)
+    """Iterate over the file's tensors, dequantised to float32, with their transformers names and layouts."""
+    file = _GgufFile(path)
     num_heads = file.number("{arch}.attention.head_count")
     heads = {"attn_q": num_heads, "attn_k": file.number("{arch}.attention.head_count_kv", num_heads)}
     for name in filter(_is_weight, file.tensors):
         array = file.floats(name)
-        part = name.split(".")[-2:][0]
-        if file.arch == "llama" and part in heads and len(array) % (2 * heads[part]) == 0:  # else the loader refuses it
+        module = name.split(".")[-2:][0]
+        # The loader refuses a size that the heads do not divide.
+        if file.arch == "llama" and module in heads and len(array) % (2 * heads[module]) == 0:
             # llama.cpp rotates neighbouring pairs, so its converter interleaves the halves of each head's rows.
-            halves = array.reshape(heads[part], -1, 2, *array.shape[1:])
-            array = halves.swapaxes(1, 2).reshape(array.shape)
+            pairs = array.reshape((heads[module], -1, 2, *array.shape[1:]))
+            array = pairs.swapaxes(1, 2).reshape(array.shape)
         yield _hf_name(name), torch.from_numpy(np.require(array, requirements="W"))

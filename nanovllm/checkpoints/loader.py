@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,59 +13,59 @@ from nanovllm.checkpoints.files import local_path, regular_file
 from nanovllm.checks import plain
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import LinearLayer
+from nanovllm.models.decoder import Decoder
+from nanovllm.models.registry import ModelConfig
 from nanovllm.progress import ProgressBar
 from nanovllm.weights.parameter import CheckpointTensor
-
-if TYPE_CHECKING:
-    from nanovllm.models.decoder import Decoder
-    from nanovllm.models.registry import ModelConfig
 
 # A checkpoint with tied embeddings has either tensor, or both.
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TIED = {_EMBEDDING: _HEAD, _HEAD: _EMBEDDING}
+_DIFFERENT_HEAD = (
+    f"the tensor {_HEAD} differs from the embedding, but the model was loaded with one parameter for both; "
+    "make a new engine"
+)
 
 
 def _full_name(name: str) -> str:
-    """The name in a checkpoint of the whole model; one of the model without its head has no prefix "model."."""
+    """Return the tensor's name with the prefix "model.", which checkpoints without the head leave out."""
     return name if name == _HEAD or name.startswith("model.") else f"model.{name}"
 
 
 def _is_computed(name: str) -> bool:
-    """Whether the model computes what old checkpoints keep as this tensor."""
+    """Return whether old checkpoints have this tensor, but the model computes it."""
     return name.endswith("rotary_emb.inv_freq")
 
 
-def _whole_shapes(config: "ModelConfig") -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor that a checkpoint of this model may have, by its name. Allocates nothing."""
-    from nanovllm.models.decoder import Decoder
-
+def _whole_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor that a checkpoint of this model may have, by its name. Allocate nothing."""
     with torch.device("meta"):
         targets = Decoder(config, tp=TensorParallel()).checkpoint_tensors()
     return {name: target.shape for name, target in targets.items()}
 
 
-def _no_place(name: str) -> ValueError:
-    return ValueError(f"the checkpoint has the tensor {name:.200}, for which the model has no place")
+def _unknown_tensor(name: str) -> ValueError:
+    return ValueError(f"the checkpoint has the tensor {name:.200}, which the model does not have")
 
 
-def _check_complete(config: "ModelConfig", needed: Iterable[str], found: Iterable[str]) -> None:
-    """Raise ValueError, naming tensors of `needed` that are not in `found`."""
+def _check_complete(config: ModelConfig, needed: Iterable[str], found: Iterable[str]) -> None:
+    """Raise ValueError with the names of tensors of `needed` that are not in `found`."""
     found = set(found)
-    if config.tie_word_embeddings:  # either will do
+    if config.tie_word_embeddings:  # one of the two tied tensors is enough
         found |= {_HEAD} | ({_EMBEDDING} if _HEAD in found else set())
     missing = [name for name in needed if name not in found]
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} tensors: {', '.join(missing[:8])}")
 
 
-def check_shapes(config: "ModelConfig", shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare the sizes that a config states with a checkpoint's tensors, before anything of these sizes is made.
+def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare a config's sizes with a checkpoint's tensors, before memory of these sizes is allocated.
 
     Args:
         shapes: the shape of each tensor of the checkpoint, by its name there.
 
     Raises:
-        ValueError: naming a tensor that is missing, left over or of another shape than the config's sizes give.
+        ValueError: a tensor is missing, unknown, or has another shape than the config's sizes imply.
     """
     layers = {match[1] for match in map(re.compile(r"(?:model\.)?layers\.(\d+)\.").match, shapes) if match}
     if config.num_layers > len(layers):
@@ -75,32 +75,38 @@ def check_shapes(config: "ModelConfig", shapes: Mapping[str, tuple[int, ...]]) -
         if _is_computed(name):
             continue
         if _full_name(name) not in whole:
-            raise _no_place(name)
-        if tuple(shape) != whole[_full_name(name)]:
-            needed = f"but the model needs {list(whole[_full_name(name)])}"
-            raise ValueError(f"the tensor {name} has shape {list(shape)}, {needed}")
+            raise _unknown_tensor(name)
+        needed = whole[_full_name(name)]
+        if tuple(shape) != needed:
+            raise ValueError(f"the tensor {name} has shape {list(shape)}, but the model needs {list(needed)}")
     _check_complete(config, whole, map(_full_name, shapes))
 
 
-def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Copy a whole checkpoint into the parameters, in place; each rank takes its slices.
+def load_weights(model: Decoder, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy a whole checkpoint into the parameters, in place. Each rank takes its slices.
 
-    All ranks of a group must call this, as at the end they agree on whether the weights are fine.
+    All ranks of a group must call this: at the end they agree on whether the weights are valid.
 
     Args:
-        weights: the checkpoint's names (as transformers has them) and whole tensors, each once and in any order. Only
-            one at a time is held here.
+        weights: the checkpoint's transformers names and whole tensors, each once and in any order. This function holds
+            one of them at a time.
 
     Raises:
-        ValueError: naming a tensor that is missing, left over, given twice, of the wrong shape, not floating point, or
-            not finite. The parameters may be partly overwritten then.
+        ValueError: a tensor is missing, unknown, given twice, of the wrong shape, not floating point, or not finite.
+            The parameters may be partly overwritten then.
     """
     targets, seen = model.checkpoint_tensors(), set()
     tied = _TIED if model.config.tie_word_embeddings else {}
-    shares = model.lm_head.weight is model.embed_tokens.weight
+    is_shared = model.lm_head.weight is model.embed_tokens.weight
     differs: dict[str, torch.Tensor] = {}
-    shown = None if model.tp.rank == 0 else False  # None: only on a terminal
-    bar = ProgressBar(checked_weights(weights), "Loading weights", len(targets), enabled=shown, delay=2, leave=False)
+    bar = ProgressBar(
+        checked_weights(weights),
+        desc="Loading weights",
+        total=len(targets),
+        enabled=False if model.tp.rank else None,  # None: only on a terminal
+        delay=2,
+        leave=False,
+    )
     # Parameters made in inference mode can only be written in it.
     with torch.inference_mode(), _plain_layout(model):
         for given, loaded in bar:
@@ -110,17 +116,17 @@ def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) 
             if name in seen:
                 raise ValueError(f"the checkpoint has the tensor {given} twice")
             if name not in targets:
-                raise _no_place(given)
+                raise _unknown_tensor(given)
             # The first of two tied tensors fills both parameters.
             other = tied.get(name)
-            fill = [name, other] if other and other not in seen and not shares else [name]
+            fills_both = other is not None and other not in seen and not is_shared
             try:
-                if shares and other in seen:
-                    what = "differs from the embedding, but the model was loaded with one parameter for both"
-                    differs[f"the tensor {_HEAD} {what}; make a new engine"] = model.embed_tokens.differs(loaded)
+                if is_shared and other in seen:
+                    differs[_DIFFERENT_HEAD] = model.embed_tokens.differs(loaded)
                 else:
-                    for filled in fill:
-                        targets[filled].load(loaded)
+                    targets[name].load(loaded)
+                    if other is not None and fills_both:
+                        targets[other].load(loaded)
             except ValueError as error:
                 raise ValueError(f"the tensor {given} {error}") from None
             seen.add(name)
@@ -129,31 +135,32 @@ def load_weights(model: "Decoder", weights: Iterable[tuple[str, torch.Tensor]]) 
 
 
 def _not_finite(targets: Mapping[str, CheckpointTensor]) -> dict[str, torch.Tensor]:
-    """For each tensor, whether its values are NaN or infinite, as a bool on the device, by the error that says so."""
-    wrong = {}
+    """Check each tensor for NaN and infinity. Return an error text and a bool on the device for each."""
+    errors = {}
     for name, target in targets.items():
-        extremes = torch.stack(torch.aminmax(target.shard))  # one pass; NaN if there is one
-        wrong[f"the tensor {name} has values that are NaN or infinite in {extremes.dtype}"] = ~extremes.isfinite().all()
-    return wrong
+        extremes = torch.stack(torch.aminmax(target.shard))  # one pass over the tensor; NaN if it has a NaN
+        error = f"the tensor {name} has values that are NaN or infinite in {extremes.dtype}"
+        errors[error] = ~extremes.isfinite().all()
+    return errors
 
 
-def _raise_first(wrong: dict[str, torch.Tensor], tp: TensorParallel) -> None:
+def _raise_first(errors: dict[str, torch.Tensor], tp: TensorParallel) -> None:
     """Raise ValueError with the first error that is true on any rank: the same one on all ranks.
 
     Args:
-        wrong: whether each error is true, as a bool on the device. The host reads all at once.
+        errors: whether each error text is true, as a bool on the device. The host reads all of them at once.
     """
-    flags = torch.stack(list(wrong.values()))
+    flags = torch.stack(list(errors.values()))
     index = [*flags.tolist(), True].index(True)
     if tp.group is not None:
         index = tp.all_reduce_min(index, flags.device)
-    if index < len(wrong):
-        raise ValueError(list(wrong)[index])
+    if index < len(errors):
+        raise ValueError(list(errors)[index])
 
 
 @contextmanager
-def _plain_layout(model: "Decoder") -> Iterator[None]:
-    """Make the weights writable in the body. Then bring them into their fastest format."""
+def _plain_layout(model: Decoder) -> Iterator[None]:
+    """Make the weights writable within the body. Afterwards convert them to their fastest format."""
     layers = [module for module in model.modules() if isinstance(module, LinearLayer)]
     for layer in layers:
         layer.format = layer.format.start_loading()
@@ -163,7 +170,7 @@ def _plain_layout(model: "Decoder") -> Iterator[None]:
 
 
 def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """`weights`, which must be pairs of a name and a floating-point tensor: TypeError or ValueError if one is not."""
+    """Iterate over `weights`. Raise TypeError or ValueError at one that is not a name and a floating-point tensor."""
     for pair in weights:
         name, tensor = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
@@ -171,27 +178,31 @@ def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"the tensor {name} has dtype {tensor.dtype}; it must be float32, bfloat16 or float16")
         if tensor.is_meta or tensor.layout is not torch.strided:
-            what = f"is on {tensor.device} with layout {tensor.layout}; it must be a dense tensor that has its data"
-            raise ValueError(f"the tensor {name} {what}")
+            raise ValueError(
+                f"the tensor {name} is on {tensor.device} with layout {tensor.layout}; "
+                "it must be a dense tensor with data"
+            )
         yield plain(name), tensor
 
 
-def dummy_weights(model: "Decoder", seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """A checkpoint of small random numbers (norms of ones) for `model`, the same whatever ranks it is split over."""
+def dummy_weights(model: Decoder, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Iterate over a checkpoint of small random numbers, with norms of ones. It is the same for any number of ranks."""
     param = next(model.parameters())
     generator = torch.Generator(param.device).manual_seed(seed)
     for name, shape in _whole_shapes(model.config).items():
         if name == _HEAD and model.config.tie_word_embeddings:
             continue
         tensor = torch.ones(shape, dtype=param.dtype, device=param.device)
-        yield name, tensor if name.endswith("norm.weight") else tensor.normal_(std=0.02, generator=generator)
+        if not name.endswith("norm.weight"):
+            tensor.normal_(std=0.02, generator=generator)
+        yield name, tensor
 
 
 def iterate_weights(location: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a safetensors folder or a GGUF file, memory-mapped, one at a time, named as in transformers.
+    """Iterate over the memory-mapped tensors of a safetensors folder or a GGUF file, with their transformers names.
 
     Raises:
-        ValueError: there are none, or only pickled ones, which are never loaded.
+        ValueError: `location` has no weights, or only pickled ones, which are never loaded.
     """
     location = _weights_path(location)
     if not location.is_dir():
@@ -202,7 +213,7 @@ def iterate_weights(location: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def read_shapes(location: str | Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors that `iterate_weights` gives, read from the files' headers."""
+    """Read the shapes of the tensors of `iterate_weights` from the files' headers."""
     location = _weights_path(location)
     if not location.is_dir():
         from nanovllm.checkpoints import gguf
@@ -217,30 +228,30 @@ def read_shapes(location: str | Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def has_own_head(location: Path, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a checkpoint of tied embeddings has other weights for the head, which transformers then uses.
+def has_separate_head(location: Path, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether a checkpoint of tied embeddings has other weights for the head, which transformers then uses.
 
     Args:
-        shapes: those of the checkpoint's tensors.
+        shapes: shapes of the checkpoint's tensors.
     """
     if not _TIED.keys() <= set(map(_full_name, shapes)):
         return False
-    pair = [tensor for name, tensor in iterate_weights(location) if _full_name(name) in _TIED]
-    return pair[0].dtype != pair[1].dtype or not torch.equal(*pair)
+    tied = [tensor for name, tensor in iterate_weights(location) if _full_name(name) in _TIED]
+    return tied[0].dtype != tied[1].dtype or not torch.equal(tied[0], tied[1])
 
 
 def _weights_path(location: str | Path) -> Path:
     path = local_path("the path of the weights", location)
     if not path.is_dir() and path.suffix != ".gguf":
-        raise ValueError(f"weights are to be read from {str(location)!r:.100}, but that is no folder or .gguf file")
+        raise ValueError(f"the path of the weights {str(location)!r:.100} is not a folder or a .gguf file")
     return path
 
 
 def read_json(file: Path) -> dict:
-    """Return the object in a JSON file; ValueError if there is none."""
+    """Return the object in a JSON file. Raise ValueError if the file has no JSON object."""
     regular_file(file)
     try:
-        content = json.loads(file.read_bytes())  # in UTF-8, whatever the locale says
+        content = json.loads(file.read_bytes())  # UTF-8 in any locale
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -255,10 +266,10 @@ def _weight_files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index} has no weight_map")
         names = sorted(set(map(str, weight_map.values())))
-        here = {file.name for file in folder.iterdir() if file.is_file()}
-        absent = [name for name in names if name not in here]
-        if absent:
-            raise ValueError(f"{index} names {absent[0]!r}, which is not a file in that folder")
+        files = {file.name for file in folder.iterdir() if file.is_file()}
+        missing = [name for name in names if name not in files]
+        if missing:
+            raise ValueError(f"{index} names {missing[0]!r}, which is not a file in that folder")
         return [folder / name for name in names]
     single = folder / "model.safetensors"
     files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
@@ -270,7 +281,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _iterate_safetensors(files: list[Path], read: Callable[[Any, str], Any]) -> Iterator[tuple[str, Any]]:
-    """The name of each tensor in the files, and what `read(file, name)` gives."""
+    """Iterate over the name and `read(file, name)` of each tensor in the files."""
     from safetensors import SafetensorError, safe_open
 
     for file in files:

@@ -11,6 +11,19 @@ from typing import Protocol
 from nanovllm.engine.interrupts import DeferInterrupts
 
 
+class _Forks:
+    """Counts how often this process is a forked child, because asking for its id takes a system call."""
+
+    count = 0
+
+    @classmethod
+    def add(cls) -> None:
+        cls.count += 1
+
+
+os.register_at_fork(after_in_child=_Forks.add)
+
+
 class Guard:
     """Knows why an engine cannot be used, and lets one thread at a time change it.
 
@@ -33,12 +46,12 @@ class Guard:
         self.lock = threading.RLock()
         self.in_section = False
         self.reserving_thread: int | None = None
-        self._process = os.getpid()
+        self._forks = _Forks.count
 
     @property
     def is_forked(self) -> bool:
         """Whether this is a forked child, which cannot use what its parent made."""
-        return self._process != os.getpid()
+        return self._forks != _Forks.count
 
     def check_process(self) -> None:
         """Raise RuntimeError in a forked child."""

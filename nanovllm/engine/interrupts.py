@@ -46,6 +46,12 @@ class DeferInterrupts:
                 self.alarms_pass = False
             yield item
 
+    def let_through(self) -> None:
+        """Call the handlers of the signals that were held back so far. Later ones are held back again."""
+        while self.caught:
+            number, frame = self.caught.popitem()
+            self.handlers[number](number, frame)
+
     def _install(self) -> None:
         """Replace the signals' Python handlers, except those of an enclosing block. Only the main thread has any."""
         if threading.current_thread() is not threading.main_thread():

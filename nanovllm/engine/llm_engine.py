@@ -165,11 +165,13 @@ class LLMEngine:
         with self._section():
             self.guard.check_usable()
             with self._closing_on_error():
-                cpu_start = time.process_time()
+                watch = self.thread_watch
+                cpu_start = 0.0 if watch.done else time.process_time()
                 timer = StepTimer(self.gpu if self.time_gpu else None)
                 stats = timer.stats(self._run_step(timer))
                 self.step_time += stats.seconds
-                self.thread_watch.add(stats.seconds, time.process_time() - cpu_start)
+                if not watch.done:
+                    watch.add(stats.seconds, time.process_time() - cpu_start)
         self._report(stats)
 
     def _report(self, stats: StepStats) -> None:

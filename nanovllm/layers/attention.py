@@ -10,15 +10,15 @@ from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
 
 
 class Attention(StatefulLayer):
-    """Rotates queries and keys, writes keys and values to the paged cache, and attends through the context's backend.
+    """Attention with RoPE over the paged KV cache, through the context's backend.
 
-    qkv [T, (num_heads + 2 num_kv_heads) head_dim] -> [T, num_heads head_dim]. With `last` [R], the index of each
-    sequence's last token, only these attend: [R, num_heads head_dim].
+    qkv [T, (num_heads + 2 num_kv_heads) head_dim] -> [T, num_heads head_dim]. If `last` [R] has the index of each
+    sequence's last token, only these tokens attend: [R, num_heads head_dim].
 
     Args:
-        num_heads, num_kv_heads: this rank's.
+        num_heads, num_kv_heads: numbers of heads on this rank.
         rotary: the table of angles, shared by all layers.
-        qk_norm_eps: epsilon of the norm of each query and key head (Qwen3); None for models that have none.
+        qk_norm_eps: epsilon of the norm of each query and key head (Qwen3); None for models without such norms.
     """
 
     def __init__(
@@ -45,7 +45,8 @@ class Attention(StatefulLayer):
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
         """Declare the norms of the heads, which checkpoints keep one level up."""
-        parent, tensors = prefix.rpartition(".")[0], {}
+        parent = prefix.rpartition(".")[0]
+        tensors = {}
         for name, norm in self.named_children():
             tensors |= checkpoint_tensors(norm, f"{parent}.{name}")
         return tensors
@@ -54,15 +55,13 @@ class Attention(StatefulLayer):
         return PagedKVSpec(self.num_kv_heads, self.head_dim, self.dtype)
 
     def bind(self, state: PagedKV | None) -> None:
+        q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
+        self.transform = QKTransform(self.num_heads, self.rotary.cos_sin, q_weight, k_weight, self.eps)
         self.kv = state
 
     def forward(self, qkv: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
         if self.kv is None:
             raise RuntimeError("this layer has no KV cache: bind() one first")
-        q_weight = k_weight = None
-        if self.q_norm is not None and self.k_norm is not None:
-            q_weight, k_weight = self.q_norm.weight, self.k_norm.weight
-        transform = QKTransform(self.num_heads, self.rotary.cos_sin, q_weight, k_weight, self.eps)
         context = get_context()
-        out = context.backend.store_and_attend(qkv, transform, positions, self.kv, self.scale, context, last)
-        return out.flatten(1)
+        attend = context.backend.store_and_attend
+        return attend(qkv, self.transform, positions, self.kv, self.scale, context, last).flatten(1)

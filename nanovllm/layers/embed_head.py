@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
+from nanovllm.arithmetic import ceil_div
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import LinearLayer
-from nanovllm.layers.residual import Normed, Residual
+from nanovllm.layers.residual import Normed, Residual, as_normed
 from nanovllm.ops.inputs.embedding import embedding
 from nanovllm.weights.formats import Plain
 from nanovllm.weights.parameter import CheckpointTensor, check_shape, make_parameter
@@ -30,7 +31,7 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.tp = tp or TensorParallel.default()
         self.num_embeddings = num_embeddings
-        self.size = -(-num_embeddings // self.tp.size)
+        self.size = ceil_div(num_embeddings, self.tp.size)
         self.start = self.tp.rank * self.size
         self.weight = make_parameter(self.size, embedding_dim, dtype=dtype, weight_loader=self.weight_loader)
 
@@ -45,22 +46,22 @@ class VocabParallelEmbedding(nn.Module):
 
     def residual(self, input_ids: torch.Tensor) -> Residual:
         """Start the residual stream with the embeddings. Its first norm all-reduces them."""
-        return Residual.of(embedding(input_ids, self.weight, self.start), self.tp)
+        return Residual.from_summand(embedding(input_ids, self.weight, self.start), self.tp)
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
         return {f"{prefix}.weight": CheckpointTensor(self.weight, (self.num_embeddings, *self.weight.shape[1:]))}
 
     def differs(self, loaded: torch.Tensor) -> torch.Tensor:
-        """Whether the weight has other values than `loaded`, as a bool on the weight's device."""
+        """Return whether the weight has other values than `loaded`, as a bool on the weight's device."""
         check_shape(loaded, (self.num_embeddings, *self.weight.shape[1:]))
         rows = loaded[self.start : self.start + self.size]
-        # In pieces: on a GPU there may be no room for another copy.
-        pairs = zip(self.weight[: len(rows)].split(4096), rows.split(4096), strict=True)
-        return torch.stack([(own != new.to(own)).any() for own, new in pairs]).any()
+        # Compare in chunks: a GPU may lack memory for another copy of all rows.
+        chunks = zip(self.weight[: len(rows)].split(4096), rows.split(4096), strict=True)
+        return torch.stack([(current != new.to(current)).any() for current, new in chunks]).any()
 
 
 class ParallelLMHead(VocabParallelEmbedding, LinearLayer):
-    """LM head: hidden states [L, embedding_dim] -> logits [S, num_embeddings] of this rank's share of the L rows.
+    """LM head: hidden states [L, embedding_dim] -> logits [S, num_embeddings] of this rank's slice of the L rows.
 
     Args:
         num_embeddings, embedding_dim: as in VocabParallelEmbedding.
@@ -82,10 +83,10 @@ class ParallelLMHead(VocabParallelEmbedding, LinearLayer):
         self.format = Plain(self.weight)
 
     def tie(self, embedding: VocabParallelEmbedding) -> None:
-        """Use the embedding's parameter in place of one's own."""
+        """Use the embedding's parameter as the weight."""
         self.weight = embedding.weight
         self.format = Plain(self.weight, is_shared=True)
 
     def forward(self, x: torch.Tensor | Normed) -> torch.Tensor:
-        x, norm = x if isinstance(x, Normed) else (x, None)
+        x, norm = as_normed(x)
         return self.tp.all_to_all(self.format.linear(x, norm=norm))[:, : self.num_embeddings]

@@ -7,7 +7,7 @@ from nanovllm.weights.parameter import make_parameter
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm (arXiv:1910.07467) of a tensor [T, size], or lazily of a residual stream of that size."""
+    """Root mean square norm (arXiv:1910.07467) of a tensor [T, size], or a lazy norm of a residual stream."""
 
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype | None = None):
         super().__init__()
@@ -15,5 +15,6 @@ class RMSNorm(nn.Module):
         self.weight = make_parameter(size, dtype=dtype)
 
     def forward(self, x: torch.Tensor | Residual) -> torch.Tensor | Normed:
-        norm = self.weight, self.eps
-        return x.normed(norm) if isinstance(x, Residual) else rms_norm(x, *norm)
+        if isinstance(x, Residual):
+            return x.normed((self.weight, self.eps))
+        return rms_norm(x, self.weight, self.eps)

@@ -1,7 +1,7 @@
 """Linear layers split over the tensor-parallel ranks.
 
-Column-parallel layers split the output features: no communication. Row-parallel layers split the input features and sum
-the partial results. One after the other they need a single all-reduce (Megatron-LM, arXiv:1909.08053).
+Column-parallel layers split the output features and need no communication. Row-parallel layers split the input features
+and all-reduce the partial results. A pair of them needs a single all-reduce (Megatron-LM, arXiv:1909.08053).
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.layers.residual import Normed, Residual
+from nanovllm.layers.residual import Normed, Residual, as_normed
 from nanovllm.ops.dispatch import Adder
 from nanovllm.utils.context import get_counters
 from nanovllm.weights.formats import Plain, WeightFormat
@@ -25,13 +25,20 @@ class LinearLayer(nn.Module):
 
 
 @dataclass(frozen=True)
-class Part:
-    """This rank's share of one checkpoint tensor."""
+class Shard:
+    """This rank's rows of one checkpoint tensor.
 
-    name: str  # of the module in the checkpoint
-    total: int  # rows of the whole tensor
-    start: int  # first row that this rank holds
-    size: int  # rows that it holds
+    Args:
+        name: name of the module in the checkpoint.
+        total: number of rows of the whole tensor.
+        start: first row of this rank.
+        size: number of rows of this rank.
+    """
+
+    name: str
+    total: int
+    start: int
+    size: int
 
 
 class ColumnParallelLinear(LinearLayer):
@@ -39,47 +46,55 @@ class ColumnParallelLinear(LinearLayer):
 
     Args:
         in_features: size of the input, whole on every rank.
-        parts: shares of the checkpoint tensors that are merged here, by shard id and in order.
-        bias: whether there is a bias, which is split like the rows.
+        shards: shards of the checkpoint tensors that this layer merges, by shard id and in order.
+        bias: whether the layer has a bias, which is split like the rows.
+
+    Attributes:
+        gated: whether the rows are gate and up of SwiGLU.
+        rows: the rows of each shard in the merged weight.
     """
 
-    gated = False  # whether the rows are gate and up of SwiGLU
+    gated = False
 
-    def __init__(self, in_features: int, parts: dict[ShardId, Part], bias: bool, dtype: torch.dtype | None):
+    def __init__(self, in_features: int, shards: dict[ShardId, Shard], bias: bool, dtype: torch.dtype | None):
         super().__init__()
-        self.rows: dict[ShardId, slice] = {}  # of each part
-        self.parts, rows = parts, 0
-        for shard_id, part in parts.items():
-            self.rows[shard_id] = slice(rows, rows + part.size)
-            rows += part.size
+        self.shards = shards
+        self.rows: dict[ShardId, slice] = {}
+        rows = 0
+        for shard_id, shard in shards.items():
+            self.rows[shard_id] = slice(rows, rows + shard.size)
+            rows += shard.size
         self.format = Plain.allocate(rows, in_features, dtype, self.weight_loader)
         self.weight = self.format.weight
         self.bias = make_parameter(rows, dtype=dtype, weight_loader=self.weight_loader) if bias else None
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId) -> None:
-        part = self.parts[shard_id]
-        check_shape(loaded, (part.total, *param.shape[1:]))
-        param[self.rows[shard_id]].copy_(loaded[part.start : part.start + part.size])
+        shard = self.shards[shard_id]
+        check_shape(loaded, (shard.total, *param.shape[1:]))
+        param[self.rows[shard_id]].copy_(loaded[shard.start : shard.start + shard.size])
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
-        parent, tensors = prefix.rpartition(".")[0], {}
+        parent = prefix.rpartition(".")[0]
+        tensors = {}
         for name, param in self.named_parameters():
-            for shard_id, part in self.parts.items():
-                shape = (part.total, *param.shape[1:])
-                where = CheckpointTensor(param, shape, shard_id, self.rows[shard_id])
-                tensors[f"{parent}.{part.name}.{name}"] = where
+            for shard_id, shard in self.shards.items():
+                shape = (shard.total, *param.shape[1:])
+                tensors[f"{parent}.{shard.name}.{name}"] = CheckpointTensor(
+                    param, shape, shard_id=shard_id, rows=self.rows[shard_id]
+                )
         return tensors
 
     def forward(self, x: torch.Tensor | Normed) -> torch.Tensor:
-        x, norm = x if isinstance(x, Normed) else (x, None)
-        return self.format.linear(x, self.bias, norm, self.gated, get_counters())
+        x, norm = as_normed(x)
+        return self.format.linear(x, self.bias, norm=norm, gated=self.gated, counters=get_counters())
 
 
 class GateUpParallelLinear(ColumnParallelLinear):
-    """The gated unit of SwiGLU (arXiv:2002.05202): silu(x G^T) * x U^T. Shard ids are 0, the gate, and 1.
+    """The gated unit of SwiGLU (arXiv:2002.05202): silu(x G^T) * x U^T. Shard ids are 0 for gate and 1 for up.
 
     Args:
-        hidden_size, intermediate_size: sizes of the input and of each projection; the ranks must divide the latter.
+        hidden_size: size of the input.
+        intermediate_size: output size of each projection, which the number of ranks must divide.
     """
 
     gated = True
@@ -95,18 +110,21 @@ class GateUpParallelLinear(ColumnParallelLinear):
     ):
         tp = tp or TensorParallel.default()
         size = divide("intermediate_size", intermediate_size, tp)
-        where = (intermediate_size, tp.rank * size, size)
-        parts: dict[ShardId, Part] = {0: Part("gate_proj", *where), 1: Part("up_proj", *where)}
-        super().__init__(hidden_size, parts, bias, dtype)
+        start = tp.rank * size
+        shards: dict[ShardId, Shard] = {
+            0: Shard("gate_proj", total=intermediate_size, start=start, size=size),
+            1: Shard("up_proj", total=intermediate_size, start=start, size=size),
+        }
+        super().__init__(hidden_size, shards, bias, dtype)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
     """Queries, keys and values in one GEMM, split by heads. Shard ids are "q", "k", "v".
 
-    If there are more ranks than KV heads, every rank whose query heads use a KV head holds it.
+    If there are more ranks than KV heads, a KV head is on every rank whose query heads use it.
 
     Attributes:
-        num_heads, num_kv_heads: this rank's.
+        num_heads, num_kv_heads: numbers of heads on this rank.
     """
 
     def __init__(
@@ -124,24 +142,28 @@ class QKVParallelLinear(ColumnParallelLinear):
         self.num_heads = divide("num_attention_heads", num_heads, tp)
         copies = max(1, tp.size // num_kv_heads)  # ranks that hold the same KV head
         if num_kv_heads * copies % tp.size:
-            what = f"tensor_parallel_size={tp.size} does not fit the model's num_key_value_heads={num_kv_heads}"
-            raise ValueError(f"{what}: one must divide the other")
+            raise ValueError(
+                f"tensor_parallel_size={tp.size} does not fit the model's num_key_value_heads={num_kv_heads}: "
+                "one must divide the other"
+            )
         self.num_kv_heads = num_kv_heads * copies // tp.size
-        size, kv_size = self.num_heads * head_dim, self.num_kv_heads * head_dim
-        kv = (num_kv_heads * head_dim, tp.rank // copies * kv_size, kv_size)
-        parts: dict[ShardId, Part] = {
-            "q": Part("q_proj", num_heads * head_dim, tp.rank * size, size),
-            "k": Part("k_proj", *kv),
-            "v": Part("v_proj", *kv),
+        size = self.num_heads * head_dim
+        kv_size = self.num_kv_heads * head_dim
+        kv_total = num_kv_heads * head_dim
+        kv_start = tp.rank // copies * kv_size
+        shards: dict[ShardId, Shard] = {
+            "q": Shard("q_proj", total=num_heads * head_dim, start=tp.rank * size, size=size),
+            "k": Shard("k_proj", total=kv_total, start=kv_start, size=kv_size),
+            "v": Shard("v_proj", total=kv_total, start=kv_start, size=kv_size),
         }
-        super().__init__(hidden_size, parts, bias, dtype)
+        super().__init__(hidden_size, shards, bias, dtype)
 
 
 class RowParallelLinear(LinearLayer):
     """y = x W^T + b with the columns of W split: [T, this rank's inputs] -> [T, out_features] on every rank.
 
     Args:
-        in_features, out_features: sizes of the whole layer; `in_features` must be divisible by the ranks.
+        in_features, out_features: sizes of the whole layer. The number of ranks must divide `in_features`.
     """
 
     def __init__(
@@ -180,9 +202,9 @@ class RowParallelLinear(LinearLayer):
 
 @dataclass(eq=False)
 class PendingGemm:
-    """The output of a row-parallel layer before its GEMM ran: it runs when it is added to the residual stream.
+    """The output of a row-parallel layer whose GEMM has not run yet. Adding it to the residual stream runs it.
 
-    Then the GEMM, the all-reduce or the next norm can do the addition.
+    So the GEMM, the all-reduce or the next norm can do the addition.
     """
 
     layer: RowParallelLinear
@@ -190,8 +212,9 @@ class PendingGemm:
 
     def __radd__(self, residual: Residual) -> Residual:
         """Run the GEMM and add it to the residual stream, whose memory may be overwritten."""
-        layer, x, stream = self.layer, self.x, residual.sum()
+        layer, x = self.layer, self.x
         tp, weight, counters = layer.tp, layer.format, get_counters()
+        stream = residual.sum()
         bias = layer.bias if tp.rank == 0 else None  # an all-reduce must add it once
         adder = weight.choose_adder(x, stream, tp.size, tp.peers)
         if adder is Adder.ALL_REDUCE_GEMV:
@@ -206,19 +229,20 @@ class PendingGemm:
                     weight.linear_add(x[tokens], bias, stream[tokens])
                 else:
                     torch.mm(x[tokens], layer.weight.t(), out=stream[tokens])
-            return Residual.of(stream, tp)
+            return Residual.from_summand(stream, tp)
         if tp.rank == 0:
-            return Residual.of(weight.linear_add(x, bias, stream, counters), tp)
-        return Residual.of(weight.linear(x, counters=counters), tp)
+            return Residual.from_summand(weight.linear_add(x, bias, stream, counters), tp)
+        return Residual.from_summand(weight.linear(x, counters=counters), tp)
 
     def all_reduce(self) -> torch.Tensor:
-        """Run the GEMM by itself. Return [T, out_features], the same on every rank."""
+        """Run the GEMM and the all-reduce. Return [T, out_features], the same on every rank."""
         layer = self.layer
-        return layer.tp.all_reduce(layer.format.linear(self.x, layer.bias if layer.tp.rank == 0 else None))
+        bias = layer.bias if layer.tp.rank == 0 else None  # the all-reduce must add it once
+        return layer.tp.all_reduce(layer.format.linear(self.x, bias))
 
 
 def divide(name: str, value: int, tp: TensorParallel) -> int:
-    """Return a rank's share of `value`; ValueError if the ranks cannot share it evenly."""
+    """Return `value` divided by the number of ranks. Raise ValueError if that leaves a remainder."""
     if value % tp.size:
         raise ValueError(f"tensor_parallel_size={tp.size} does not divide the model's {name}={value}")
     return value // tp.size

@@ -1,4 +1,4 @@
-"""The residual stream and its norm as lazy values, so that whichever kernel is fastest can add, all-reduce and norm."""
+"""The residual stream and its norm as lazy values: the fastest kernel can then add, all-reduce and norm."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,11 +16,16 @@ class Normed(NamedTuple):
 
     Attributes:
         x: [T, hidden_size].
-        norm: still to be applied to x; None if x is normed already.
+        norm: the norm that x still needs; None if x is normed already.
     """
 
     x: torch.Tensor
     norm: Norm | None
+
+
+def as_normed(x: torch.Tensor | Normed) -> Normed:
+    """Return a plain tensor as a `Normed` that needs no norm."""
+    return x if isinstance(x, Normed) else Normed(x, None)
 
 
 @dataclass(eq=False)
@@ -29,8 +34,8 @@ class Residual:
 
     Attributes:
         x: [T, hidden_size].
-        tp: the ranks.
-        base: [T, hidden_size], the same on every rank; or None.
+        tp: the tensor-parallel group.
+        base: None, or [T, hidden_size], the same on every rank.
         is_partial: whether x is only this rank's summand.
     """
 
@@ -40,7 +45,7 @@ class Residual:
     is_partial: bool = False
 
     @classmethod
-    def of(cls, summand: torch.Tensor, tp: TensorParallel) -> "Residual":
+    def from_summand(cls, summand: torch.Tensor, tp: TensorParallel) -> "Residual":
         """Start a residual stream with the all-reduce of `summand` [T, hidden_size]."""
         return cls(summand, tp, is_partial=tp.size > 1)
 
@@ -52,11 +57,14 @@ class Residual:
     def sum(self, norm: Norm | None = None) -> torch.Tensor:
         """Complete x, and return it or its RMSNorm."""
         if not self.is_partial:
-            return self.x if norm is None else rms_norm(self.x, *norm)
+            if norm is None:
+                return self.x
+            weight, eps = norm
+            return rms_norm(self.x, weight, eps)
         result = self.tp.all_reduce(self.x, norm, self.base)
         self.base, self.is_partial = None, False
         return result
 
     def normed(self, norm: Norm) -> Normed:
-        """Return the RMSNorm of the stream: computed here if an all-reduce is due anyway, else left to the reader."""
+        """Return the RMSNorm of the stream. It is computed now only if the stream needs an all-reduce anyway."""
         return Normed(self.sum(norm), None) if self.is_partial else Normed(self.x, norm)

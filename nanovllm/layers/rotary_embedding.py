@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoPE, arXiv:2104.09864): the table of angles and the ways to stretch it."""
+"""Rotary position embedding (RoPE, arXiv:2104.09864): the table of angles and the types of scaling."""
 
 import math
 
@@ -11,15 +11,21 @@ ROPE_TYPES = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
-    "frequency_factors": ("factors",),  # GGUF's spelling of llama3: a divisor for each frequency
+    "frequency_factors": ("factors",),  # GGUF files with llama3: a divisor for each frequency
 }
-# Options that a checkpoint may give as well, for yarn.
-ROPE_OPTIONAL = dict.fromkeys(("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"), float)
-ROPE_OPTIONAL |= {"truncate": bool}
+# Optional options of yarn and their types.
+ROPE_OPTIONAL = {
+    "beta_fast": float,
+    "beta_slow": float,
+    "attention_factor": float,
+    "mscale": float,
+    "mscale_all_dim": float,
+    "truncate": bool,
+}
 
 
 def _llama3(inv_freq: torch.Tensor, options: dict) -> torch.Tensor:
-    """Llama 3.1: slow frequencies divided by the factor, fast ones kept, a linear blend between."""
+    """Scale frequencies as Llama 3.1: divide slow ones by the factor, keep fast ones, blend linearly in between."""
     low, high = options["low_freq_factor"], options["high_freq_factor"]
     turns = options["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -27,8 +33,12 @@ def _llama3(inv_freq: torch.Tensor, options: dict) -> torch.Tensor:
 
 
 def _yarn(inv_freq: torch.Tensor, theta: float, options: dict) -> tuple[torch.Tensor, float]:
-    """YaRN (arXiv:2309.00071): the blend runs over the dimension's index, and cos and sin are scaled."""
-    factor, dim = options["factor"], 2 * len(inv_freq)
+    """Return the frequencies of YaRN (arXiv:2309.00071), and the factor of cos and sin.
+
+    Here the blend is linear in the index of the dimension.
+    """
+    factor = options["factor"]
+    dim = 2 * len(inv_freq)
 
     def index_of(turns: float) -> float:
         span = options["original_max_position_embeddings"] / (turns * 2 * math.pi)
@@ -37,7 +47,8 @@ def _yarn(inv_freq: torch.Tensor, theta: float, options: dict) -> tuple[torch.Te
     def magnitude(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
 
-    low, high = index_of(options.get("beta_fast") or 32), index_of(options.get("beta_slow") or 1)
+    low = index_of(options.get("beta_fast") or 32)
+    high = index_of(options.get("beta_slow") or 1)
     if options.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -46,17 +57,20 @@ def _yarn(inv_freq: torch.Tensor, theta: float, options: dict) -> tuple[torch.Te
     if options.get("attention_factor") is not None:
         return inv_freq, options["attention_factor"]
     scale, scale_all = options.get("mscale"), options.get("mscale_all_dim")
-    return inv_freq, magnitude(scale) / magnitude(scale_all) if scale and scale_all else magnitude(1)
+    if scale and scale_all:
+        return inv_freq, magnitude(scale) / magnitude(scale_all)
+    return inv_freq, magnitude(1)
 
 
 def rope_table(head_dim: int, max_position: int, theta: float, scaling: dict | None = None) -> torch.Tensor:
-    """cos (first half) and sin (second half) of every position's angles, [max_position, head_dim] float32.
+    """Return cos (first half) and sin (second half) of each position's angles, [max_position, head_dim] float32.
 
     Args:
         scaling: None, or the checkpoint's options with one of ROPE_TYPES as "rope_type".
     """
     inv_freq = theta ** (torch.arange(0, head_dim, 2).float() / -head_dim)  # [head_dim / 2]
-    scaling, magnitude = scaling or {"rope_type": "default"}, 1.0
+    scaling = scaling or {"rope_type": "default"}
+    magnitude = 1.0
     match scaling["rope_type"]:
         case "linear":
             inv_freq = inv_freq / scaling["factor"]
@@ -71,10 +85,10 @@ def rope_table(head_dim: int, max_position: int, theta: float, scaling: dict | N
 
 
 class RotaryEmbedding(nn.Module):
-    """Holds the table `cos_sin` for all layers; the kernel that stores K and V applies it.
+    """The table `cos_sin` of all layers. The kernel that stores K and V applies it.
 
     Args:
-        max_position: positions in the table. The angles do not depend on it.
+        max_position: number of positions in the table. The angles do not depend on it.
     """
 
     cos_sin: torch.Tensor
@@ -82,7 +96,7 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int, max_position: int, theta: float, scaling: dict | None = None):
         super().__init__()
         device = torch.get_default_device()
-        if device.type == "meta":  # arithmetic there would import torch's compiler, for seconds
+        if device.type == "meta":  # arithmetic on meta tensors would import torch's compiler, which takes seconds
             table = torch.empty((max_position, head_dim))
         else:
             with torch.device("cpu"):

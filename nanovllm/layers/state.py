@@ -1,7 +1,7 @@
 """State that layers keep between steps. A spec declares it, so that runner/state_pool.py can size and allocate it.
 
-For another kind of state (recurrent state, one for each slot), add a spec class here with the bytes that it takes and
-`allocate`. StatePool then takes these bytes out of its budget before it counts blocks.
+To add another kind of state, such as recurrent state for each slot, add a spec class here with its size in bytes and
+`allocate`. StatePool then subtracts these bytes from its budget before it counts blocks.
 """
 
 from abc import abstractmethod
@@ -15,7 +15,7 @@ from nanovllm.attention.base import PagedKV
 
 @dataclass(frozen=True)
 class PagedKVSpec:
-    """A layer's keys and values in blocks; sizes are this rank's."""
+    """A layer's keys and values in blocks. Sizes are those on this rank."""
 
     num_kv_heads: int
     head_dim: int
@@ -26,10 +26,11 @@ class PagedKVSpec:
         return 2 * block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> PagedKV:
-        """Make the caches, of zeros: FlashAttention-3 needs finite values behind the end of a sequence."""
+        """Allocate caches of zeros: FlashAttention-3 needs finite values behind the end of a sequence."""
         shape = (num_blocks, block_size, self.num_kv_heads, self.head_dim)
         k_cache = torch.zeros(shape, dtype=self.dtype, device=device)
-        return PagedKV(k_cache, torch.zeros(shape, dtype=self.dtype, device=device))
+        v_cache = torch.zeros(shape, dtype=self.dtype, device=device)
+        return PagedKV(k_cache, v_cache)
 
 
 class StatefulLayer(nn.Module):
@@ -37,8 +38,8 @@ class StatefulLayer(nn.Module):
 
     @abstractmethod
     def state_spec(self) -> PagedKVSpec:
-        """Return what the layer needs."""
+        """Return the spec of the layer's state."""
 
     @abstractmethod
     def bind(self, state: PagedKV | None) -> None:
-        """Use this state from now on, or none."""
+        """Use this state from now on. None removes the state."""

@@ -1,4 +1,4 @@
-"""The one decoder. Its module names are the checkpoints' own, but for merged projections (see loader.py)."""
+"""The decoder of all families. Its module names are those of checkpoints, except for merged projections."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +21,25 @@ from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
 class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel):
         super().__init__()
-        hidden, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
         self.qkv_proj = QKVParallelLinear(
-            hidden, head_dim, heads, config.num_kv_heads, config.qkv_bias, dtype=dtype, tp=tp
+            config.hidden_size,
+            head_dim=config.head_dim,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            bias=config.qkv_bias,
+            dtype=dtype,
+            tp=tp,
         )
-        eps = config.rms_norm_eps if config.qk_norm else None
-        self.attn = Attention(self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, head_dim, rotary, eps, dtype=dtype)
-        self.o_proj = RowParallelLinear(heads * head_dim, hidden, config.o_bias, dtype=dtype, tp=tp)
+        self.attn = Attention(
+            num_heads=self.qkv_proj.num_heads,
+            num_kv_heads=self.qkv_proj.num_kv_heads,
+            head_dim=config.head_dim,
+            rotary=rotary,
+            qk_norm_eps=config.rms_norm_eps if config.qk_norm else None,
+            dtype=dtype,
+        )
+        attended_size = config.num_heads * config.head_dim
+        self.o_proj = RowParallelLinear(attended_size, config.hidden_size, config.o_bias, dtype=dtype, tp=tp)
 
     def forward(self, x: Normed, positions: torch.Tensor, last: torch.Tensor | None) -> PendingGemm:
         return self.o_proj(self.attn(self.qkv_proj(x), positions, last))
@@ -36,16 +48,16 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype | None, tp: TensorParallel):
         super().__init__()
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_up_proj = GateUpParallelLinear(hidden, inner, bias, dtype=dtype, tp=tp)
-        self.down_proj = RowParallelLinear(inner, hidden, bias, dtype=dtype, tp=tp)
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = GateUpParallelLinear(hidden, intermediate, config.mlp_bias, dtype=dtype, tp=tp)
+        self.down_proj = RowParallelLinear(intermediate, hidden, config.mlp_bias, dtype=dtype, tp=tp)
 
     def forward(self, x: Normed) -> PendingGemm:
         return self.down_proj(self.gate_up_proj(x))
 
 
 class DecoderLayer(nn.Module):
-    """Adds attention and MLP to the residual stream, whose memory it may overwrite.
+    """A layer that adds attention and MLP to the residual stream, whose memory it may overwrite.
 
     Norms and row-parallel GEMMs are lazy values (see layers/residual.py): kernels fuse them where that is faster.
     """
@@ -58,7 +70,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, dtype, tp)
 
     def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
-        """Return the residual stream of all tokens, or only of those at the indices `last` [L].
+        """Return the residual stream of all tokens, or only of the tokens at the indices `last` [L].
 
         The other tokens still store their keys and values.
         """
@@ -68,13 +80,13 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer of any family in registry.py, built with uninitialised weights on the default device.
+    """A decoder-only transformer of any family in registry.py, with uninitialised weights on the default device.
 
     Args:
-        config: its options.
-        dtype: of weights and activations; torch's default if None.
+        config: the model's options.
+        dtype: dtype of weights and activations; torch's default if None.
         tp: the tensor-parallel group; the process's default one if None.
-        max_position: positions that sequences may have; all that the model knows if None.
+        max_position: number of positions that sequences may have; `config.max_position` if None.
     """
 
     def __init__(
@@ -87,18 +99,19 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.config = config
-        self.tp = tp = tp or TensorParallel.default()
+        tp = tp or TensorParallel.default()
+        self.tp = tp
         max_position = max_position or config.max_position
         rotary = RotaryEmbedding(config.head_dim, max_position, config.rope_theta, config.rope_scaling)
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
         self.layers = nn.ModuleList(DecoderLayer(config, rotary, dtype, tp) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
-        if config.tie_word_embeddings and not config.own_head:
+        if config.tie_word_embeddings and not config.separate_head:
             self.lm_head.tie(self.embed_tokens)
 
     def checkpoint_tensors(self) -> dict[str, CheckpointTensor]:
-        """Map the name of every tensor that a checkpoint must have to where it goes."""
+        """Return the target of every tensor that a checkpoint must have, by its name."""
         tensors = {}
         for name, child in self.named_children():
             tensors |= checkpoint_tensors(child, name if name == "lm_head" else f"model.{name}")
@@ -107,8 +120,8 @@ class Decoder(nn.Module):
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> Residual:
         """Return the hidden states before the final norm: input_ids, positions [T] int64 -> [L, hidden_size].
 
-        They are those of the L tokens in the context's `last_indices`, or of all T tokens if that is None. The last
-        layer skips unused work: it stores K and V for every token, but computes attention and MLP only for those L.
+        The L tokens are those of the context's `last_indices`, or all T tokens if that is None. The last layer skips
+        unused work: it stores K and V for every token, but computes attention and MLP only for those L.
         """
         residual = self.embed_tokens.residual(input_ids)
         *layers, last_layer = self.layers
@@ -118,7 +131,7 @@ class Decoder(nn.Module):
 
     @contextmanager
     def few_layers(self) -> Iterator[None]:
-        """Run only the first and the last layer in the body's forward passes: the others use the same kernels."""
+        """Run only the first and the last layer within the body: the others use the same kernels."""
         layers = self.layers
         self.layers = nn.ModuleList(dict.fromkeys((layers[0], layers[-1])))
         try:
@@ -127,5 +140,5 @@ class Decoder(nn.Module):
             self.layers = layers
 
     def compute_logits(self, hidden: Residual) -> torch.Tensor:
-        """Return the logits [S, vocab_size] of this rank's share `tp.rows(L)` of the hidden states [L, hidden_size]."""
+        """Return the logits [S, vocab_size] of this rank's slice `tp.rows(L)` of the hidden states [L, hidden_size]."""
         return self.lm_head(self.norm(hidden))

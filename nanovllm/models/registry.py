@@ -18,7 +18,7 @@ FAMILIES: dict[str, dict[str, bool | str]] = {
     "llama": {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"},
     "mistral": {},
 }
-# For options of each type: the types in a file, the range, and the range in words. Real models stay far below.
+# By the type of an option: its types in a file, its range, and the range in words. Real models stay far below.
 _KINDS = {
     bool: ((bool,), 0, 1, "true or false"),
     int: ((int,), 1, 1 << 24, "an integer from 1 to 2**24"),
@@ -27,16 +27,16 @@ _KINDS = {
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def unsupported(what: str) -> ValueError:
-    """The error that refuses a model, naming why and what is supported."""
+def unsupported(feature: str) -> ValueError:
+    """Return the error for a model with this feature. It lists the supported ones."""
     return ValueError(
-        f"{what} is not supported; supported are unquantised dense models with full attention of the types "
+        f"{feature} is not supported; supported are unquantised dense models with full attention of the types "
         f"{', '.join(FAMILIES)} (GGUF files may be quantised), with RoPE of the types {', '.join(ROPE_TYPES)}"
     )
 
 
-def checked(name: str, value: Any, kind: type) -> Any:
-    """`value`, which must be what a model's option of the type `kind` can be; ValueError if it is not."""
+def checked_option(name: str, value: Any, kind: type) -> Any:
+    """Return `value`. Raise ValueError unless a model's option of the type `kind` can have it."""
     types, low, high, words = _KINDS[kind]
     if type(value) not in types or not low <= value <= high:
         raise ValueError(f"the model's {name} must be {words}, got {shown(value)}")
@@ -45,19 +45,21 @@ def checked(name: str, value: Any, kind: type) -> Any:
 
 def default_head_dim(hidden_size: Any, num_heads: Any) -> int:
     """Return the head_dim of a checkpoint that does not state it."""
-    return checked("hidden_size", hidden_size, int) // checked("num_heads", num_heads, int)
+    return checked_option("hidden_size", hidden_size, int) // checked_option("num_heads", num_heads, int)
 
 
-def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """A checkpoint's spelling of some token ids as a tuple."""
-    ids = tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
+def token_ids(value: Any) -> tuple[int, ...]:
+    """Return a checkpoint's token id, list of ids or None as a tuple."""
+    if value is None:
+        return ()
+    ids = tuple(value) if isinstance(value, list | tuple) else (value,)
     if any(type(token_id) is not int for token_id in ids):
         raise ValueError(f"the model's eos_token_id must be a token id or a list of them, got {shown(value)}")
     return ids
 
 
-def known_ids(value: int | list[int] | None, vocab_size: int) -> tuple[int, ...]:
-    """The `token_ids` that are the vocabulary's. Warn of others, such as -1: no text can end with them."""
+def known_ids(value: Any, vocab_size: int) -> tuple[int, ...]:
+    """Return the `token_ids` that the vocabulary has. Warn of others, such as -1: no text can end with them."""
     ids = token_ids(value)
     known = tuple(token_id for token_id in ids if 0 <= token_id < vocab_size)
     if known != ids:
@@ -66,17 +68,18 @@ def known_ids(value: int | list[int] | None, vocab_size: int) -> tuple[int, ...]
     return known
 
 
-def stretched(max_position: int, scaling: dict[str, Any] | None) -> int:
-    """Return the number of positions that a model knows with its RoPE scaling.
+def scaled_max_position(max_position: int, scaling: dict[str, Any] | None) -> int:
+    """Return the number of positions that a model supports with its RoPE scaling.
 
     For linear and yarn this is the original number times the factor, or `max_position` if that is more. For other types
-    `max_position` has the factor in it.
+    `max_position` already includes the factor.
     """
     if scaling is None or scaling["rope_type"] not in ("linear", "yarn"):
         return max_position
-    original = checked("original_max_position_embeddings", scaling.get("original_max_position_embeddings"), float)
-    factor = checked("RoPE factor", scaling.get("factor"), float)
-    return max(checked("max_position", max_position, int), int(original * factor))
+    key = "original_max_position_embeddings"
+    original = checked_option(key, scaling.get(key), float)
+    factor = checked_option("RoPE factor", scaling.get("factor"), float)
+    return max(checked_option("max_position", max_position, int), int(original * factor))
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,11 @@ class ModelConfig:
 
     Args:
         model_type: a key of FAMILIES.
-        tie_word_embeddings: the head has the embedding's weights, and a checkpoint may leave out either.
-        own_head: all the same the checkpoint has other weights for the head.
-        max_position: positions the model knows, with its RoPE scaling.
-        rope_scaling: None, or the options of one of ROPE_TYPES, which "rope_type" names.
-        dtype: the checkpoint's.
+        max_position: number of positions, with RoPE scaling.
+        tie_word_embeddings: the head uses the embedding's weights, and a checkpoint may leave out one of the two.
+        separate_head: the checkpoint has other weights for the head in spite of `tie_word_embeddings`.
+        rope_scaling: None, or the options of one of ROPE_TYPES with its name as "rope_type".
+        dtype: dtype of the checkpoint.
         eos_token_ids: ids that end a text.
 
     Raises:
@@ -107,7 +110,7 @@ class ModelConfig:
     max_position: int
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
-    own_head: bool = False
+    separate_head: bool = False
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
     qk_norm: bool = False
@@ -120,8 +123,9 @@ class ModelConfig:
     def __post_init__(self):
         check_model_type(self.model_type)
         for field in fields(self):
-            if field.type in _KINDS:
-                checked(field.name, getattr(self, field.name), field.type)
+            kind = field.type
+            if isinstance(kind, type) and kind in _KINDS:
+                checked_option(field.name, getattr(self, field.name), kind)
         in_vocabulary("the model's eos_token_id", self.eos_token_ids, self.vocab_size)
         if self.head_dim % 2:
             raise ValueError(f"the model's head_dim must be even for RoPE, got {self.head_dim}")
@@ -132,17 +136,21 @@ class ModelConfig:
         self._check_rope(self.rope_scaling or {"rope_type": "default"})
 
     def _check_rope(self, options: dict[str, Any]) -> None:
-        rope_type, num_factors = options["rope_type"], self.head_dim // 2
+        rope_type = options["rope_type"]
+        num_factors = self.head_dim // 2
         if rope_type not in tuple(ROPE_TYPES):
             raise unsupported(f"RoPE of type {shown(rope_type)}")
         needed = dict.fromkeys(ROPE_TYPES[rope_type], float)
         given = {name: kind for name, kind in ROPE_OPTIONAL.items() if options.get(name) is not None}
         for name, kind in (needed | given).items():
             value = options.get(name)
-            if name == "factors" and (not isinstance(value, list) or len(value) != num_factors):
+            if name != "factors":
+                checked_option(f"RoPE {name}", value, kind)
+                continue
+            if not isinstance(value, list) or len(value) != num_factors:
                 raise ValueError(f"the model's RoPE factors must be {num_factors} (head_dim / 2), got {shown(value)}")
-            for single in value if name == "factors" else [value]:
-                checked(f"RoPE {name}", single, kind)
+            for factor in value:
+                checked_option("RoPE factors", factor, kind)
         if rope_type == "llama3" and not options["low_freq_factor"] < options["high_freq_factor"]:
             low, high = options["low_freq_factor"], options["high_freq_factor"]
             raise ValueError(f"the model's RoPE high_freq_factor must be above low_freq_factor={low}, got {high}")
@@ -154,18 +162,16 @@ class ModelConfig:
         """Read a transformers config object, of transformers 4 or 5.
 
         Args:
-            eos_token_ids: the generation config's, which come before the config's own.
+            eos_token_ids: those of the generation config, which take precedence.
         """
         check_model_type(config.model_type)
         _check_variant(config)
         family = FAMILIES[config.model_type].items()
         flags = {name: getattr(config, flag, False) if isinstance(flag, str) else flag for name, flag in family}
-        num_heads, head_dim = config.num_attention_heads, getattr(config, "head_dim", None)
-        dtype = getattr(config, "dtype", None)
-        if dtype is None:  # its name in older configs, which warns
-            dtype = _first(getattr(config, "torch_dtype", None), torch.float32)
+        num_heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None)
         theta, scaling = _rope(config)
-        vocab_size = checked("vocab_size", config.vocab_size, int)
+        vocab_size = checked_option("vocab_size", config.vocab_size, int)
         ends = known_ids(eos_token_ids, vocab_size) or known_ids(getattr(config, "eos_token_id", None), vocab_size)
         return cls(
             model_type=config.model_type,
@@ -174,32 +180,39 @@ class ModelConfig:
             intermediate_size=config.intermediate_size,
             num_layers=config.num_hidden_layers,
             num_heads=num_heads,
-            num_kv_heads=_first(getattr(config, "num_key_value_heads", None), num_heads),
+            num_kv_heads=_first_given(getattr(config, "num_key_value_heads", None), num_heads),
             head_dim=default_head_dim(config.hidden_size, num_heads) if head_dim is None else head_dim,
-            max_position=stretched(config.max_position_embeddings, scaling),
+            max_position=scaled_max_position(config.max_position_embeddings, scaling),
             rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=config.tie_word_embeddings,
             rope_theta=theta,
             rope_scaling=scaling,
-            dtype=getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype,
+            dtype=_dtype(config),
             eos_token_ids=ends,
             **flags,
         )
 
 
-def _first(*values: Any) -> Any:
-    """The first that is given: 0 and the like are given too, and are to be refused by name."""
+def _first_given(*values: Any) -> Any:
+    """Return the first value that is not None. Wrong values such as 0 count, so that later checks name them."""
     return next(value for value in values if value is not None)
+
+
+def _dtype(config: Any) -> Any:
+    dtype = getattr(config, "dtype", None)
+    if dtype is None:  # only then, as the older name makes transformers 5 warn
+        dtype = _first_given(getattr(config, "torch_dtype", None), torch.float32)
+    return getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
 
 
 def check_model_type(model_type: Any) -> None:
     """Raise ValueError unless `model_type` is one of FAMILIES."""
-    if model_type not in tuple(FAMILIES):  # a file's may be unhashable
+    if model_type not in tuple(FAMILIES):  # a tuple, as a value from a file may be unhashable
         raise unsupported(f"model type {shown(model_type)}")
 
 
 def _check_variant(config: Any) -> None:
-    """Refuse what the family's name does not tell."""
+    """Raise ValueError for an unsupported variant of a supported family."""
     if getattr(config, "quantization_config", None):
         raise unsupported("a quantised checkpoint (quantization_config)")
     if getattr(config, "hidden_act", "silu") != "silu":
@@ -210,20 +223,20 @@ def _check_variant(config: Any) -> None:
         slides = any(layer_type != "full_attention" for layer_type in layer_types)
     else:
         used = getattr(config, "use_sliding_window", True) and window
-        slides = used and checked("sliding_window", window, int) < config.max_position_embeddings
+        slides = used and checked_option("sliding_window", window, int) < config.max_position_embeddings
     if slides:
         raise unsupported(f"sliding_window={window}")
 
 
 def _rope(config: Any) -> tuple[float, dict[str, Any] | None]:
-    """theta and the scaling options: `rope_parameters` in transformers 5, `rope_theta` and `rope_scaling` in 4."""
+    """Return theta and the scaling options: `rope_parameters` of transformers 5, or the two options of 4."""
     options = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     if any(isinstance(value, dict) for value in options.values()):
         raise unsupported("RoPE that differs between layers")
     if (options.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0) != 1.0:
         raise unsupported("partial RoPE")
-    theta = _first(options.pop("rope_theta", None), getattr(config, "rope_theta", None), 10000.0)
-    rope_type = _first(options.pop("rope_type", None), options.pop("type", None), "default")
+    theta = _first_given(options.pop("rope_theta", None), getattr(config, "rope_theta", None), 10000.0)
+    rope_type = _first_given(options.pop("rope_type", None), options.pop("type", None), "default")
     if rope_type == "default":
         return theta, None
     if options.get("original_max_position_embeddings") is None:
@@ -233,7 +246,7 @@ def _rope(config: Any) -> tuple[float, dict[str, Any] | None]:
 
 _QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_kv_heads": 8, "head_dim": 128, "max_position": 40960}
 _QWEN3 |= {"rope_theta": 1e6, "qk_norm": True, "eos_token_ids": (151645, 151643)}
-# Real shapes for load_format="dummy".
+# Shapes of real models for load_format="dummy".
 PRESETS = {
     "qwen3-0.6b": ModelConfig(
         **_QWEN3, hidden_size=1024, intermediate_size=3072, num_layers=28, num_heads=16, tie_word_embeddings=True

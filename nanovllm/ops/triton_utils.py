@@ -12,6 +12,8 @@ from unittest.mock import MagicMock, patch
 
 import torch
 
+from nanovllm.arithmetic import ceil_div
+
 if TYPE_CHECKING:  # kernels are written in a language of their own: a type checker sees all of it as Any
 
     class _AnyAttribute(type):
@@ -50,7 +52,7 @@ else:
         def _next_power_of_2(n: int) -> int:
             return 1 << (n - 1).bit_length()
 
-        triton = SimpleNamespace(jit=_missing_jit, cdiv=lambda x, y: -(-x // y), next_power_of_2=_next_power_of_2)
+        triton = SimpleNamespace(jit=_missing_jit, cdiv=ceil_div, next_power_of_2=_next_power_of_2)
         tl = MagicMock()  # the parameters of kernels are annotated with its attributes
         TensorDescriptor = None
 

@@ -1,9 +1,9 @@
-"""Weight formats: how the weight [N, K] of a linear layer lies in memory, and the GEMMs that read it.
+"""Weight formats: the memory layout of a linear layer's weight [N, K], and the GEMMs that read it.
 
-A format owns its parameters, what happens to them after loading, and its GEMMs. The layer owns sharding, bias and the
-names in the checkpoint. To add a format (FP8 with block scales), subclass WeightFormat: allocate its parameters, each
-with a `weight_loader`, and write `matmul` for any number of tokens. Override the other methods where fused kernels read
-the format.
+A format owns its parameters, their conversion after loading, and its GEMMs. The layer owns sharding, bias and the names
+in the checkpoint. To add a format (FP8 with block scales), subclass WeightFormat: allocate its parameters, each with a
+`weight_loader`, and write `matmul` for any number of tokens. Override the other methods if fused kernels can read the
+format.
 """
 
 from abc import ABC, abstractmethod
@@ -24,21 +24,21 @@ class WeightFormat(ABC):
     """A linear layer's weight. This base class has no fused kernels.
 
     Attributes:
-        weight: the parameter that checkpoints load.
+        weight: the parameter that loads a checkpoint's tensor.
     """
 
     weight: nn.Parameter
 
     @abstractmethod
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Return x W^T + b for x [T, K], any number of tokens."""
+        """Return x W^T + b for x [T, K] with any number of tokens."""
 
     def start_loading(self) -> "WeightFormat":
-        """Return the format whose `weight` can be written."""
+        """Return a format whose `weight` can be written."""
         return self
 
     def finish_loading(self) -> "WeightFormat":
-        """Return the fastest format for the weight that is loaded now."""
+        """Return the fastest format for the loaded weight."""
         return self
 
     def linear(
@@ -50,7 +50,10 @@ class WeightFormat(ABC):
         counters: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return x W^T + b. See `linear` in ops/linear for the arguments."""
-        y = self.matmul(x if norm is None else rms_norm(x, *norm), bias)
+        if norm is not None:
+            norm_weight, eps = norm
+            x = rms_norm(x, norm_weight, eps)
+        y = self.matmul(x, bias)
         return silu_mul(y) if gated else y
 
     def linear_add(
@@ -61,28 +64,33 @@ class WeightFormat(ABC):
         counters: torch.Tensor | None = None,
         peers: PeerMemory | None = None,
     ) -> torch.Tensor:
-        """Compute residual [T, N] += x W^T + b in place, with the all-reduce of x W^T for ALL_REDUCE_GEMV: `peers`."""
+        """Compute residual [T, N] += x W^T + b in place.
+
+        Args:
+            peers: for ALL_REDUCE_GEMV only: all-reduce x W^T through their memory.
+        """
         return residual.add_(self.matmul(x, bias))
 
     def choose_adder(self, x: torch.Tensor, residual: torch.Tensor, ranks: int, peers: PeerMemory | None) -> Adder:
-        """Choose what adds x W^T to the residual stream [T, N]."""
-        return ops_linear.choose_adder(x, None, residual, ranks, peers)
+        """Choose the operation that adds x W^T to the residual stream [T, N]."""
+        return ops_linear.choose_adder(x, None, residual, ranks=ranks, peers=peers)
 
     def wants_zero_bias(self, x: torch.Tensor) -> bool:
-        """Whether `matmul` without bias may be faster with a bias of zeros."""
+        """Return whether a bias of zeros may make `matmul` faster than no bias."""
         return False
 
 
 class Plain(WeightFormat):
-    """The weight as it is in a checkpoint, for which there are kernels for every number of tokens.
+    """The weight as it is in a checkpoint. Fused kernels read this format.
 
     Args:
         weight: the parameter.
-        is_shared: whether an embedding reads it too.
+        is_shared: whether an embedding also reads it.
     """
 
     def __init__(self, weight: nn.Parameter, is_shared: bool = False):
-        self.weight, self.is_shared = weight, is_shared
+        self.weight = weight
+        self.is_shared = is_shared
 
     @classmethod
     def allocate(
@@ -98,15 +106,15 @@ class Plain(WeightFormat):
         return ops_linear.linear(x, self.weight, bias)
 
     def linear(self, x, bias=None, norm=None, gated=False, counters=None) -> torch.Tensor:
-        return ops_linear.linear(x, self.weight, bias, norm, gated, counters)
+        return ops_linear.linear(x, self.weight, bias, norm=norm, gated=gated, counters=counters)
 
     def linear_add(self, x, bias, residual, counters=None, peers=None) -> torch.Tensor:
         if peers is not None:
-            return ops_linear.linear_all_reduce(x, self.weight, bias, residual, peers)
-        return ops_linear.linear_add(x, self.weight, bias, residual, counters)
+            return ops_linear.linear_all_reduce(x, self.weight, bias, residual=residual, peers=peers)
+        return ops_linear.linear_add(x, self.weight, bias, residual=residual, counters=counters)
 
     def choose_adder(self, x: torch.Tensor, residual: torch.Tensor, ranks: int, peers: PeerMemory | None) -> Adder:
-        return ops_linear.choose_adder(x, self.weight, residual, ranks, peers)
+        return ops_linear.choose_adder(x, self.weight, residual, ranks=ranks, peers=peers)
 
     def wants_zero_bias(self, x: torch.Tensor) -> bool:
         return ops_linear.wants_zero_bias(x, self.weight)
@@ -115,23 +123,25 @@ class Plain(WeightFormat):
 class Packed(WeightFormat):
     """A copy of the weight in oneDNN's blocked layout, on CPUs.
 
-    oneDNN brings a plain weight into that layout in every GEMM, which takes as long as a GEMM of about 30 tokens. The
-    plain weight is freed unless an embedding reads it.
+    oneDNN would convert a plain weight to that layout in every GEMM, which takes as long as a GEMM of about 30 tokens.
+    The plain weight is freed unless an embedding reads it.
     """
 
     def __init__(self, plain: Plain):
-        self.plain, self.weight = plain, plain.weight
+        self.plain = plain
+        self.weight = plain.weight
         self.packed = torch.ops.mkldnn._reorder_linear_weight(plain.weight)
         if not plain.is_shared:
             self.weight.data = self.weight.data.new_empty(0)
 
     @staticmethod
     def supports(weight: torch.Tensor) -> bool:
-        """Whether oneDNN is there and computes in the weight's dtype."""
+        """Return whether this machine has oneDNN, and oneDNN computes in the weight's dtype."""
         if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
             return False
-        bfloat16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return weight.dtype == torch.float32 or bfloat16
+        if weight.dtype == torch.bfloat16:
+            return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return weight.dtype == torch.float32
 
     def start_loading(self) -> WeightFormat:
         if not self.plain.is_shared:

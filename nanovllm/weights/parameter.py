@@ -1,7 +1,7 @@
-"""Parameters that load themselves, and which tensors of a checkpoint they load.
+"""Parameters that load themselves, and the checkpoint tensors that they load.
 
-A parameter carries `weight_loader(param, loaded, shard_id=None)`: it copies this rank's slice of a whole tensor of the
-checkpoint. `shard_id` names the part of a merged parameter.
+A parameter has the attribute `weight_loader(param, loaded, shard_id=None)`, which copies this rank's slice of a whole
+checkpoint tensor. `shard_id` names the shard of a merged parameter.
 """
 
 from collections.abc import Callable
@@ -10,17 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-ShardId = str | int  # of a part of a merged parameter, as in nano-vLLM: "q", "k", "v", 0 or 1
+ShardId = str | int  # names a shard of a merged parameter, as in nano-vLLM: "q", "k", "v", 0 or 1
 
 
 class CheckpointTensor(NamedTuple):
-    """A tensor that a checkpoint must have, and where it goes.
+    """A tensor that a checkpoint must have, and its target.
 
     Attributes:
         param: the parameter that loads it.
-        shape: of the whole tensor.
-        shard_id: which part of `param` it is; None if it is all.
-        rows: where this rank's slice lies in `param`; None if it is all.
+        shape: shape of the whole tensor.
+        shard_id: the shard of `param` that it fills; None if `param` is not merged.
+        rows: the rows of that shard in `param`; None if `param` is not merged.
     """
 
     param: nn.Parameter
@@ -30,7 +30,7 @@ class CheckpointTensor(NamedTuple):
 
     @property
     def shard(self) -> torch.Tensor:
-        """The part of the parameter that the tensor fills."""
+        """Return the rows of the parameter that the tensor fills."""
         return self.param if self.rows is None else self.param[self.rows]
 
     def load(self, loaded: torch.Tensor) -> None:
@@ -39,7 +39,7 @@ class CheckpointTensor(NamedTuple):
 
 
 def checkpoint_tensors(module: nn.Module, prefix: str) -> dict[str, CheckpointTensor]:
-    """Map the names of the checkpoint tensors that `module` loads to where they go.
+    """Return the targets of the checkpoint tensors that `module` loads, by their names.
 
     A layer whose tensors have other names or shapes than its parameters declares them in a method of this name.
     """

@@ -1,4 +1,4 @@
-"""FlashAttention's real packages against the torch twins and the other backends, where one is installed that fits."""
+"""Compare FlashAttention's real packages with the torch references and other backends, if one fits."""
 
 import pytest
 import torch
@@ -13,11 +13,11 @@ from tests.gpu.test_gpu import assert_likeliest, greedy, prompts_of, tokens
 from tests.kernels.paged import assert_close, make_paged
 from tests.models.tiny import save_tiny
 
-BLOCK_SIZE = 256  # the least that all packages take
+BLOCK_SIZE = 256  # the smallest size that all packages support
 DTYPE = torch.bfloat16
 
 
-def why_not() -> str:
+def skip_reason() -> str:
     if not torch.cuda.is_available():
         return "needs a CUDA GPU"
     try:
@@ -27,11 +27,11 @@ def why_not() -> str:
     return ""
 
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+pytestmark = pytest.mark.skipif(bool(skip_reason()), reason=skip_reason())
 
 
-def attend(backend, q, paged, lens, num_decode, scale):
-    """`backend` on rows of `lens` tokens, and the torch twins."""
+def check_attention(backend, q, paged, lens, num_decode, scale):
+    """Compare `backend` with the torch references on rows of `lens` tokens."""
     lens = torch.tensor(lens, dtype=torch.int32, device="cuda")
     cu_seqlens = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int()
     ctx = Context(
@@ -49,20 +49,34 @@ def attend(backend, q, paged, lens, num_decode, scale):
         ctx.max_seqlen_q = int(lens[num_decode:].max())
         ctx.max_context_len = int(paged.context_lens[num_decode:].max())
     backend.prepare(ctx)
-    d, caches = num_decode, (paged.k_cache, paged.v_cache)
     expected = torch.empty_like(q)
-    if d:
-        rows = (paged.block_tables, paged.slots[:d], paged.context_lens[:d])
-        expected[:d] = decode_attention_torch(q[:d], *caches, *rows, scale)
-    if d < len(lens):
-        rows = (paged.block_tables, paged.slots[d:], cu_seqlens[d:] - d, paged.context_lens[d:])
-        expected[d:] = prefill_attention_torch(q[d:], *caches, *rows, scale)
-    return backend.attend(q, PagedKV(*caches), scale, ctx), expected
+    if num_decode:
+        expected[:num_decode] = decode_attention_torch(
+            q[:num_decode],
+            k_cache=paged.k_cache,
+            v_cache=paged.v_cache,
+            block_tables=paged.block_tables,
+            slots=paged.slots[:num_decode],
+            context_lens=paged.context_lens[:num_decode],
+            scale=scale,
+        )
+    if num_decode < len(lens):
+        expected[num_decode:] = prefill_attention_torch(
+            q[num_decode:],
+            k_cache=paged.k_cache,
+            v_cache=paged.v_cache,
+            block_tables=paged.block_tables,
+            slots=paged.slots[num_decode:],
+            cu_seqlens_q=cu_seqlens[num_decode:] - num_decode,
+            context_lens=paged.context_lens[num_decode:],
+            scale=scale,
+        )
+    assert_close(backend.attend(q, PagedKV(paged.k_cache, paged.v_cache), scale, ctx), expected)
 
 
 @pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
 @pytest.mark.parametrize("group", [1, 2, 8])
-def test_kernels_equal_the_twins(head_dim, group):
+def test_kernels_equal_the_references(head_dim, group):
     try:
         backend = flash_attn_backend(torch.device("cuda"), head_dim, BLOCK_SIZE, DTYPE)
     except ValueError as error:
@@ -78,38 +92,47 @@ def test_kernels_equal_the_twins(head_dim, group):
         lens = [1] * len(decode) + [n for n, _ in prefill]
         paged = make_paged(decode + [n for _, n in prefill], kv_heads, head_dim, BLOCK_SIZE, DTYPE)
         for cache in (paged.k_cache, paged.v_cache):
-            cache.nan_to_num_(0.0)  # as in an engine, where what lies behind a row's end is finite
+            cache.nan_to_num_(0.0)  # as in an engine, where values behind a row's end are finite
         q = torch.randn(sum(lens), kv_heads * group, head_dim, device="cuda", generator=generator).to(DTYPE)
-        assert_close(*attend(backend, q, paged, lens, len(decode), head_dim**-0.5))
+        check_attention(backend, q, paged, lens, len(decode), head_dim**-0.5)
 
 
-def test_tokens_are_the_likeliest_in_every_way_to_run(tmp_path):
-    """With graphs and without, prompts whole and in chunks, cached and not, as with Triton's kernels."""
+def test_tokens_are_the_likeliest_with_every_schedule(tmp_path):
+    """Run with and without graphs, chunked prefill and prefix caching, and compare with Triton's kernels."""
     path = save_tiny(tmp_path, "qwen3-yarn", head_dim=64, max_position_embeddings=2048)
     model = load_reference(path)
     common = prompts_of([600])[0]
-    prompts = [*prompts_of([1, 20, 257, 300], seed=1), *(common + own for own in prompts_of([5, 40, 130], seed=2))]
+    prompts = prompts_of([1, 20, 257, 300], seed=1)
+    prompts += [common + suffix for suffix in prompts_of([5, 40, 130], seed=2)]
     options = dict(dtype="bfloat16", device="cuda", kvcache_block_size=BLOCK_SIZE, max_model_len=1024, max_num_seqs=8)
     options |= dict(num_kvcache_blocks=64, attention_backend="flash_attn", max_num_batched_tokens=4096)
-    ways = [{}, dict(enforce_eager=True), dict(max_num_batched_tokens=100), dict(enable_prefix_caching=False)]
-    found = []
-    for way in [*ways, dict(attention_backend="triton")]:
-        with LLM(path, **options | way) as llm:
+    changes = [
+        {},
+        dict(enforce_eager=True),
+        dict(max_num_batched_tokens=100),
+        dict(enable_prefix_caching=False),
+        dict(attention_backend="triton"),
+    ]
+    first_tokens = []
+    for change in changes:
+        with LLM(path, **options | change) as llm:
             runner = llm.llm_engine.executor.runner
-            assert bool(runner.graphs) == ("enforce_eager" not in way)
+            assert bool(runner.graphs) == ("enforce_eager" not in change)
             if runner.graphs:
                 assert bool(runner.graphs.mixed) == runner.backend.capturable_prefill
-            for again in (False, True):
-                outputs = llm.generate(prompts, greedy(40), use_tqdm=False)
-                assert_likeliest(model, outputs)
-                assert not again or way.get("enable_prefix_caching", True) == (outputs[-1].num_cached_tokens >= 512)
-            found.append([token for output in outputs for token in output.token_ids[:1]])
-    for other in found[1:]:  # first tokens: later ones follow from them, and a near tie may fall either way
-        assert sum(a == b for a, b in zip(found[0], other, strict=True)) >= len(prompts) - 1
+            assert_likeliest(model, llm.generate(prompts, greedy(40), use_tqdm=False))
+            outputs = llm.generate(prompts, greedy(40), use_tqdm=False)
+            assert_likeliest(model, outputs)
+            assert change.get("enable_prefix_caching", True) == (outputs[-1].num_cached_tokens >= 512)
+            first_tokens.append([output.token_ids[0] for output in outputs])
+    # Only first tokens are compared, because later ones depend on them. One of them may be a near tie.
+    for tokens_of_change in first_tokens[1:]:
+        equal = [a == b for a, b in zip(first_tokens[0], tokens_of_change, strict=True)]
+        assert sum(equal) >= len(prompts) - 1
 
 
-def test_a_captured_step_serves_contexts_of_all_lengths(tmp_path):
-    """One graph from the first token to the last of `max_model_len`, and any number of rows."""
+def test_captured_step_is_correct_for_contexts_of_all_lengths(tmp_path):
+    """The same graphs serve contexts from the first token to `max_model_len`, and any number of rows."""
     path = save_tiny(tmp_path, "llama", head_dim=64, max_position_embeddings=4096)
     model = load_reference(path)
     options = dict(dtype="bfloat16", device="cuda", kvcache_block_size=BLOCK_SIZE, max_model_len=4096, max_num_seqs=16)

@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show: graphs, pinned staging, the compiled kernels in a whole model."""
+"""Tests that need a CUDA GPU: graphs, pinned staging, compiled kernels in a whole model."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +46,7 @@ def tokens(llm, prompts, params):
 
 
 def assert_likeliest(model, outputs, noise=0.1):
-    """Each token is the float32 `model`'s first choice after those before it, or as near to it as bfloat16 can tell."""
+    """Check that each token is the float32 `model`'s likeliest after the previous ones, up to bfloat16 noise."""
     for output in outputs:
         ids = torch.tensor([output.prompt_token_ids + output.token_ids])
         with torch.inference_mode():
@@ -94,12 +94,12 @@ def test_schedules_do_not_change_the_tokens(model):
 
 
 def test_shared_prefixes_do_not_change_the_tokens(model):
-    """40 rows with 200 tokens in common, of which 128 are attended to for all rows at once."""
+    """40 rows have 200 tokens in common, and one kernel attends to 128 of them for all rows."""
     common = prompts_of([200])[0]
-    prompts = [common + own for own in prompts_of([3, 20, 7, 1] * 10, seed=1)]
+    prompts = [common + suffix for suffix in prompts_of([3, 20, 7, 1] * 10, seed=1)]
     params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=20, ignore_eos=True) for i in range(len(prompts))]
     options = {**OPTIONS, "dtype": "float32", "max_num_seqs": 40, "num_kvcache_blocks": 1000}
-    options["max_num_batched_tokens"] = 10_000  # all begin, and therefore end, together
+    options["max_num_batched_tokens"] = 10_000  # all prompts start, and therefore finish, together
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_prefix, "MIN_SAVED", 1000)
         patch.setattr(shared_prefix, "MIN_TOKENS", 128)
@@ -112,25 +112,26 @@ def test_shared_prefixes_do_not_change_the_tokens(model):
 
 @pytest.mark.parametrize("name", ["qwen3", "llama-bias"])
 @pytest.mark.parametrize("count", [1, 3, 12, 80])
-def test_bfloat16_greedy_tokens_are_the_likeliest_but_for_noise(name, count, tmp_path):
+def test_bfloat16_greedy_tokens_are_the_likeliest_up_to_noise(name, count, tmp_path):
     path = save_tiny(tmp_path, name)
     model = load_reference(path)
     prompts = prompts_of(20 + 3 * i % 50 for i in range(count))
     with LLM(path, dtype="bfloat16", max_num_seqs=80, **{**OPTIONS, "num_kvcache_blocks": 600}) as llm:
         outputs = llm.generate(prompts, greedy(40), use_tqdm=False)
-    assert_likeliest(model, outputs, 0.1 if count < 80 else 0.3)  # of 3,200 tokens on a CPU, 0.19 at most
+    assert_likeliest(model, outputs, 0.1 if count < 80 else 0.3)  # the maximum of 3,200 tokens on a CPU is 0.19
 
 
-def test_what_requests_ask_for_is_the_same_in_graphs_eager_and_on_a_cpu(model):
-    """Bias, penalties, masks, logprobs of drawn tokens and of prompts, in one batch; float32."""
-    asked = [
+def test_sampling_options_give_equal_outputs_with_graphs_without_and_on_a_cpu(model):
+    """One float32 batch has biases, penalties, masks, and logprobs of sampled tokens and of prompts."""
+    requested = [
         dict(repetition_penalty=1.7, presence_penalty=0.5, frequency_penalty=0.3, logprobs=3),
         dict(logit_bias={7: 3.0, 130: 2.0}, logprobs=0, top_k=5, temperature=0.8, seed=1),
         dict(allowed_token_ids=range(50, 90), logprobs=2, temperature=1.0, seed=2, logprobs_mode="processed_logprobs"),
         dict(prompt_logprobs=2, n=3, temperature=1.0, seed=3),
         dict(),
     ]
-    params = [SamplingParams(**{"temperature": 0.0, **a}, max_tokens=20, ignore_eos=True) for a in asked]
+    defaults = dict(temperature=0.0, max_tokens=20, ignore_eos=True)
+    params = [SamplingParams(**(defaults | options)) for options in requested]
     prompts = prompts_of([9, 40, 3, 70, 16])
     results = []
     for options in ({}, {"enforce_eager": True}, {"device": "cpu"}):
@@ -140,42 +141,46 @@ def test_what_requests_ask_for_is_the_same_in_graphs_eager_and_on_a_cpu(model):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert [x.token_ids for x in a.outputs] == [x.token_ids for x in b.outputs]
-            for rows, wanted in ((a.logprobs, b.logprobs), (a.prompt_logprobs, b.prompt_logprobs)):
-                assert (rows is None) == (wanted is None)
-                for row, want in zip(rows or (), wanted or (), strict=True):
-                    assert row is want is None or {k: x.logprob for k, x in row.items()} == pytest.approx(
-                        {k: x.logprob for k, x in want.items()}, abs=1e-3
-                    )
+            for rows, expected_rows in ((a.logprobs, b.logprobs), (a.prompt_logprobs, b.prompt_logprobs)):
+                assert (rows is None) == (expected_rows is None)
+                for row, expected in zip(rows or (), expected_rows or (), strict=True):
+                    assert (row is None) == (expected is None)
+                    if row is not None:
+                        assert logprobs_by_token(row) == pytest.approx(logprobs_by_token(expected), abs=1e-3)
 
 
-def test_updated_weights_are_seen_by_captured_graphs(model, tmp_path):
+def logprobs_by_token(row):
+    return {token_id: entry.logprob for token_id, entry in row.items()}
+
+
+def test_captured_graphs_use_updated_weights(model, tmp_path):
     new, prompts = save_tiny(tmp_path, "qwen3", seed=1), prompts_of([5, 20, 33])
     options = dict(dtype="float32", max_num_seqs=8, **OPTIONS)
     with LLM(new, **options) as llm:
         want = tokens(llm, prompts, greedy(12))
     with LLM(model, **options) as llm:
-        before, graphs = tokens(llm, prompts, greedy(12)), llm.llm_engine.executor.runner.graphs
+        before = tokens(llm, prompts, greedy(12))
+        graphs = llm.llm_engine.executor.runner.graphs
         assert llm.update_weights(load_file(new / "model.safetensors", device="cuda").items()) == 1
         assert tokens(llm, prompts, greedy(12)) == want != before
         assert llm.llm_engine.executor.runner.graphs is graphs
 
 
-def test_what_a_caller_has_set_in_torch_changes_nothing(model):
-    """Its stream, its autocast, its defaults."""
+def test_stream_autocast_and_defaults_of_the_caller_change_nothing(model):
     prompts, options = prompts_of([5, 40, 100]), dict(dtype="float32", max_num_seqs=8, **OPTIONS)
     params = greedy(20), SamplingParams(temperature=1.0, seed=1, max_tokens=20, logprobs=2, prompt_logprobs=2)
 
     def answers():
         with LLM(model, **options) as llm:
-            first = [tokens(llm, prompts, own) for own in params]
+            first = [tokens(llm, prompts, one) for one in params]
             llm.sleep(2)
             llm.wake_up()
-            assert [tokens(llm, prompts, own) for own in params] == first
+            assert [tokens(llm, prompts, one) for one in params] == first
             return first
 
     want = answers()
     with LLM(model, enforce_eager=True, **options) as llm, torch.cuda.stream(torch.cuda.Stream()):
-        assert [tokens(llm, prompts, own) for own in params] == want
+        assert [tokens(llm, prompts, one) for one in params] == want
     try:
         with torch.cuda.stream(torch.cuda.Stream()), torch.autocast("cuda", dtype=torch.bfloat16):
             torch.set_default_device("cuda")
@@ -186,7 +191,7 @@ def test_what_a_caller_has_set_in_torch_changes_nothing(model):
         torch.set_default_dtype(torch.float32)
 
 
-def test_engines_of_threads_start_run_and_wake_up_at_once(model):
+def test_engines_in_several_threads_start_run_and_wake_up_concurrently(model):
     prompts, options = prompts_of([5, 40, 100]), dict(dtype="float32", max_num_seqs=8, **OPTIONS)
 
     def answers(_):
@@ -204,7 +209,7 @@ def test_engines_of_threads_start_run_and_wake_up_at_once(model):
 @pytest.mark.parametrize("overlap", [0, 1])
 def test_steps_report_gpu_times_on_request(model, overlap):
     steps = []
-    with LLM(model, overlap=overlap, **OPTIONS) as llm:
+    with LLM(model, overlap=overlap, max_num_seqs=8, **OPTIONS) as llm:
         llm.on_step = steps.append
         tokens(llm, prompts_of([5, 9]), greedy(8))
         assert all(step.gpu_seconds is None for step in steps)
@@ -215,13 +220,13 @@ def test_steps_report_gpu_times_on_request(model, overlap):
     assert len(times) == 8 and min(times) > 0 and sum(times) < seconds
 
 
-def test_sleep_frees_the_memory_and_waking_up_brings_it_back():
+def test_sleep_frees_memory_and_wake_up_restores_it():
     prompts = prompts_of([50, 7], 10_000)
     options = dict(load_format="dummy", max_model_len=256, max_num_seqs=8, gpu_memory_utilization=0.4)
     with LLM("qwen3-0.6b", **options) as llm:
         want = tokens(llm, prompts, greedy(16))
         layers = [m for m in llm.llm_engine.executor.runner.model.modules() if isinstance(m, Attention)]
-        cache = sum(part.nbytes for layer in layers for part in layer.kv)
+        cache = sum(tensor.nbytes for layer in layers for tensor in layer.kv)
         weights = sum(param.nbytes for param in llm.llm_engine.executor.runner.model.parameters())
         assert cache > 10 << 30 and weights > 1 << 30
         for level, freed in ((1, cache), (2, cache + weights)):
@@ -229,7 +234,7 @@ def test_sleep_frees_the_memory_and_waking_up_brings_it_back():
             llm.sleep(level)
             assert torch.cuda.mem_get_info()[0] - awake > 0.99 * freed
             llm.wake_up()
-            assert abs(torch.cuda.mem_get_info()[0] - awake) < 512 << 20  # graphs of the first capture lay elsewhere
+            assert abs(torch.cuda.mem_get_info()[0] - awake) < 512 << 20  # the new graphs take other memory
             assert tokens(llm, prompts, greedy(16)) == want
 
 
@@ -241,9 +246,9 @@ def test_real_shapes_run_in_bfloat16():
 
 
 @pytest.mark.parametrize(("rows", "n", "k"), [(2048, 3072, 1024), (1033, 9728, 2560), (2999, 6144, 4096)])
-def test_gated_units_of_real_sizes_are_one_kernel(rows, n, k):
+def test_swiglu_of_real_sizes_is_one_kernel(rows, n, k):
     if torch.cuda.get_device_capability() not in ((9, 0), (10, 0)):
-        pytest.skip("for other chips there is cuBLAS")
+        pytest.skip("other chips use cuBLAS")
     x, weight = operands(rows, n, k, torch.device("cuda"))
     assert is_swiglu(x, weight)
     got = linear(x, weight, gated=True)
@@ -252,7 +257,7 @@ def test_gated_units_of_real_sizes_are_one_kernel(rows, n, k):
 
 @pytest.mark.parametrize("rows", [4, 64, 65, 100, 512, 513])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_product_of_any_rows_is_added_to_the_residual_stream(rows, bias):
+def test_gemm_with_any_batch_size_is_added_to_the_residual_stream(rows, bias):
     n, k = 1024, 6144
     with torch.device("cuda"), torch.inference_mode():
         torch.manual_seed(0)
@@ -263,23 +268,27 @@ def test_a_product_of_any_rows_is_added_to_the_residual_stream(rows, bias):
         if bias:
             layer.bias.normal_()
         x, residual = torch.randn(rows, k).bfloat16(), torch.randn(rows, n).bfloat16()
-        want = residual.float() + x.float() @ layer.weight.float().t() + (layer.bias.float() if bias else 0)
+        want = residual.float() + x.float() @ layer.weight.float().t()
+        if bias:
+            want += layer.bias.float()
         y = Residual(residual, layer.tp) + layer(x)
         normed, lazy_norm = norm(y)
-        normed = normed if lazy_norm is None else rms_norm(normed, *lazy_norm)
+        if lazy_norm is not None:
+            weight, eps = lazy_norm
+            normed = rms_norm(normed, weight, eps)
         torch.testing.assert_close(y.sum().float(), want, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(normed, rms_norm_torch(y.sum(), norm.weight, 1e-6), rtol=2e-2, atol=1e-2)
 
 
-def test_closing_gives_the_memory_back(model):
-    def left_by_an_engine():
+def test_closed_engine_frees_its_memory(model):
+    def memory_before_and_after_close():
         llm = LLM(model, max_num_seqs=4, **{**OPTIONS, "num_kvcache_blocks": 4096})
         llm.generate(prompts_of([5]), greedy(4), use_tqdm=False)
-        held = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated()
         llm.close()
-        return held, torch.cuda.memory_allocated()
+        return before, torch.cuda.memory_allocated()
 
-    left_by_an_engine()  # cuBLAS keeps its workspaces, a first time only
-    held, first = left_by_an_engine()
-    assert held - first > 8 << 20
-    assert left_by_an_engine()[1] == first
+    memory_before_and_after_close()  # the first engine makes cuBLAS allocate workspaces, which stay
+    before, after = memory_before_and_after_close()
+    assert before - after > 8 << 20
+    assert memory_before_and_after_close()[1] == after

@@ -1,8 +1,9 @@
-"""Logits of the decoder against transformers', in float32."""
+"""Compare the decoder's logits with those of transformers, in float32."""
 
 import pytest
 import torch
 
+from nanovllm.arithmetic import ceil_div
 from nanovllm.attention import select_backend
 from nanovllm.attention.base import PagedKV
 from nanovllm.checkpoints.hub import open_model
@@ -17,8 +18,9 @@ BLOCK = 16
 
 @torch.inference_mode()
 def prefill_logits(model, ids):
-    """All logits of one prompt, its KV in scattered blocks of a small cache."""
-    num_tokens, num_blocks = len(ids), -(-len(ids) // BLOCK)
+    """Return all logits of one prompt, whose KV is in scattered blocks of a small cache."""
+    num_tokens = len(ids)
+    num_blocks = ceil_div(num_tokens, BLOCK)
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     for layer in layers:
         shape = (2 * num_blocks + 1, BLOCK, layer.num_kv_heads, layer.head_dim)

@@ -21,15 +21,18 @@ _GGUF_NAMES = {hf: name for name, hf in (reader._NAMES | reader._LAYER_NAMES).it
 
 
 def interleaved(array, heads):
-    """llama.cpp's layout of q and k: the two halves of each head's rows alternate."""
+    """Return q or k in llama.cpp's layout: the two halves of each head's rows alternate."""
     return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
 def write_gguf(path, model, extra=(), quantise=False, without=(), **metadata):
-    """Write a transformers model as llama.cpp's converter does, but `without` some keys and tensors.
+    """Write a transformers model like llama.cpp's converter.
 
     Args:
-        metadata: keys, with "__" for ".", and values that are added, or replaced.
+        extra: pairs of a name and a tensor to add.
+        quantise: quantise matrices to Q8_0.
+        without: metadata keys and tensors to leave out.
+        metadata: values to add or replace, by their keys with "__" in place of ".".
     """
     config = model.config
     arch = "llama" if config.model_type == "mistral" else config.model_type
@@ -46,7 +49,19 @@ def write_gguf(path, model, extra=(), quantise=False, without=(), **metadata):
     if "tokenizer.ggml.eos_token_id" not in without:
         writer.add_eos_token_id(1)
         writer.add_eot_token_id(9)
-    add = {
+    metadata = {key.replace("__", "."): value for key, value in metadata.items()}
+    for key in {*without, *metadata}:
+        writer.kv_data[0].pop(key, None)
+    add_metadata(writer, metadata)
+    add_weights(writer, model, arch, quantise, without)
+    for name, tensor in extra:
+        writer.add_tensor(name, tensor.numpy())
+    finish(writer)
+    return path
+
+
+def add_metadata(writer, metadata):
+    methods = {
         int: writer.add_uint32,
         float: writer.add_float32,
         bool: writer.add_bool,
@@ -54,22 +69,25 @@ def write_gguf(path, model, extra=(), quantise=False, without=(), **metadata):
         list: writer.add_array,
     }
     for key, value in metadata.items():
-        writer.kv_data[0].pop(key := key.replace("__", "."), None)
-        add[type(value)](key, value)
-    for key in set(without) - {key.replace("__", ".") for key in metadata}:
-        writer.kv_data[0].pop(key, None)
-    for name, tensor in (*model.state_dict().items(), *extra):
-        array, parts = tensor.numpy(), name.split(".")
+        methods[type(value)](key, value)
+
+
+def add_weights(writer, model, arch, quantise, without):
+    config = model.config
+    for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if name in dict(extra):
-            writer.add_tensor(name, array)
-            continue
-        module = ".".join(parts[3:-1]) if "layers" in parts else ".".join(parts[:-1])
-        if arch == "llama" and module.endswith(("q_proj", "k_proj")):
-            kind = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
-            array = interleaved(array, kind)
-        prefix = f"blk.{parts[2]}." if "layers" in parts else ""
+        array = tensor.numpy()
+        parts = name.split(".")
+        prefix = ""
+        if "layers" in parts:
+            prefix = f"blk.{parts[2]}."
+            parts = parts[3:]
+        module = ".".join(parts[:-1])
+        if arch == "llama" and module.endswith("q_proj"):
+            array = interleaved(array, config.num_attention_heads)
+        if arch == "llama" and module.endswith("k_proj"):
+            array = interleaved(array, config.num_key_value_heads)
         target = f"{prefix}{_GGUF_NAMES[module]}.{parts[-1]}"
         if target in without:
             continue
@@ -78,16 +96,19 @@ def write_gguf(path, model, extra=(), quantise=False, without=(), **metadata):
             writer.add_tensor(target, gguf.quantize(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(target, np.ascontiguousarray(array))
+
+
+def finish(writer):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama", "llama-bias", "mistral"])
-def test_config_and_weights_are_those_of_the_original(tmp_path, name):
-    model = tiny_model(name, **({"rope_parameters": None} if name == "llama-bias" else {}))
+def test_config_and_weights_equal_those_of_the_original(tmp_path, name):
+    overrides = {"rope_parameters": None} if name == "llama-bias" else {}
+    model = tiny_model(name, **overrides)
     source = open_model(write_gguf(tmp_path / "tiny.gguf", model))
     expected = ModelConfig.from_hf(model.config)
     assert source.config.eos_token_ids == (1, 9)
@@ -128,13 +149,13 @@ def test_llama3_rope_is_read_from_its_frequency_factors(tmp_path):
         ({"split__count": 2}, "split over several files"),
     ],
 )
-def test_unsupported_is_refused_by_name(tmp_path, metadata, named):
+def test_unsupported_feature_is_refused_by_name(tmp_path, metadata, named):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), **metadata)
     with pytest.raises(ValueError, match=f"{named}.*supported are"):
         open_model(path)
 
 
-def test_a_quantisation_that_the_library_cannot_undo_is_refused_by_name(tmp_path):
+def test_unsupported_quantisation_is_refused_by_name(tmp_path):
     extra = [("blk.0.attn_q.odd", torch.zeros(32, dtype=torch.int8))]
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), extra=extra)
     with pytest.raises(ValueError, match=r"quantisation of the GGUF tensor blk\.0\.attn_q\.odd, I8, is not supported"):
@@ -154,7 +175,7 @@ def test_a_quantisation_that_the_library_cannot_undo_is_refused_by_name(tmp_path
         "token_embd.weight",
     ],
 )
-def test_what_is_missing_is_named_with_the_file(tmp_path, key):
+def test_missing_metadata_or_tensor_is_named_with_the_file(tmp_path, key):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), without=[key])
     with pytest.raises(ValueError, match=rf"tiny\.gguf .*{key}"):
         open_model(path)
@@ -169,18 +190,18 @@ def test_what_is_missing_is_named_with_the_file(tmp_path, key):
         ),
         ({"llama__attention__head_count_kv": 0}, "num_kv_heads must be .*, got 0"),
         ({"extra": [("rope_freqs.weight", torch.ones(7))]}, "RoPE factors must be 8 "),
-        ({"extra": [("nonsense", torch.ones(7))]}, "tensor nonsense, for which the model has no place"),
+        ({"extra": [("nonsense", torch.ones(7))]}, "tensor nonsense, which the model does not have"),
         ({"extra": [("blk.0.attn_q.weight", torch.ones(7, 56))], "without": ["blk.0.attn_q.weight"]}, "shape .7, 56"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path, changes, named):
+def test_wrong_metadata_or_tensor_is_named(tmp_path, changes, named):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), **changes)
     with pytest.raises(ValueError, match=named):
         source = open_model(path)
         load_weights(Decoder(source.config), source.weights())
 
 
-def test_without_a_tokenizer_prompts_and_answers_are_token_ids(tmp_path):
+def test_file_without_a_tokenizer_takes_and_returns_token_ids(tmp_path):
     with LLM(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama")), device="cpu") as llm:
         (output,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
         assert len(output.token_ids) == 4 and output.text == ""
@@ -188,22 +209,23 @@ def test_without_a_tokenizer_prompts_and_answers_are_token_ids(tmp_path):
             llm.generate("text")
 
 
-def test_a_factor_without_a_type_is_linear_scaling(tmp_path):
+def test_rope_factor_without_a_type_means_linear_scaling(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), llama__rope__scaling__factor=2)
     assert open_model(path).config.rope_scaling["rope_type"] == "linear"
 
 
-@pytest.mark.parametrize(("old_name", "factor"), [(2.0, 2.0), (0.0, None)])
-def test_the_older_name_of_the_linear_factor_is_read(tmp_path, old_name, factor):
-    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), llama__rope__scale_linear=old_name)
+@pytest.mark.parametrize(("scale_linear", "factor"), [(2.0, 2.0), (0.0, None)])
+def test_older_key_of_the_linear_factor_is_read(tmp_path, scale_linear, factor):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), llama__rope__scale_linear=scale_linear)
     config = open_model(path).config
     assert (config.rope_scaling or {}).get("factor") == factor
     assert config.max_position == 512 * (factor or 1)
-    path = write_gguf(path, tiny_model("llama"), llama__rope__scale_linear=old_name, llama__rope__scaling__factor=4.0)
+    keys = {"llama__rope__scale_linear": scale_linear, "llama__rope__scaling__factor": 4.0}
+    path = write_gguf(path, tiny_model("llama"), **keys)
     assert open_model(path).config.rope_scaling["factor"] == 4
 
 
-def test_yarn_is_read_with_its_original_length_and_its_bounds(tmp_path):
+def test_yarn_is_read_with_its_original_length_and_bounds(tmp_path):
     scaling = {"type": "yarn", "factor": 4.0, "original_context_length": 512, "yarn_beta_fast": 16.0}
     keys = {f"llama__rope__scaling__{key}": value for key, value in scaling.items()}
     config = open_model(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), **keys)).config
@@ -228,7 +250,7 @@ TOKENIZER = {
 
 
 def write_words(path, **metadata):
-    """A GGUF file with the vocabulary WORDS and no end but those its tokens' texts are."""
+    """Write a GGUF file with the vocabulary WORDS that names no end token."""
     return write_gguf(
         path,
         tiny_model("llama", vocab_size=len(WORDS)),
@@ -237,7 +259,7 @@ def write_words(path, **metadata):
     )
 
 
-def test_a_file_s_own_tokenizer_is_read_whatever_lies_next_to_it(tmp_path):
+def test_tokenizer_of_the_file_is_read_in_spite_of_another_in_its_folder(tmp_path):
     words = Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1, "<end>": 2}, unk_token="<unk>"))
     other = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
     other.chat_template = "another"
@@ -251,13 +273,13 @@ def test_a_file_s_own_tokenizer_is_read_whatever_lies_next_to_it(tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ({}, ["<|begin|>", "hello"]),  # as llama.cpp: BOS, and whole words before merges
+        ({}, ["<|begin|>", "hello"]),  # like llama.cpp: BOS, and whole words before merges
         ({"tokenizer__ggml__add_bos_token": False}, ["hello"]),
         ({"tokenizer__ggml__pre": "qwen2"}, ["he", "ll", "o"]),
         ({"tokenizer__ggml__pre": "qwen2", "tokenizer__ggml__add_bos_token": True}, ["<|begin|>", "he", "ll", "o"]),
     ],
 )
-def test_a_llama_3_vocabulary_begins_with_bos_and_takes_whole_words(tmp_path, metadata, words):
+def test_llama_3_tokenizer_adds_bos_and_prefers_whole_words(tmp_path, metadata, words):
     tokenizer = open_model(write_words(tmp_path / "tiny.gguf", **metadata)).tokenizer()
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("hello")) == words
 
@@ -267,22 +289,19 @@ def test_a_llama_3_vocabulary_begins_with_bos_and_takes_whole_words(tmp_path, me
     [
         ({}, {END, IM_END, FILE_SEP}),
         ({"tokenizer__ggml__eos_token_id": 7, "tokenizer__ggml__eom_token_id": 8}, {7, 8, END, IM_END, FILE_SEP}),
-        ({"tokenizer__ggml__eos_token_id": 2**32 - 1}, {END, IM_END, FILE_SEP}),  # -1, which no vocabulary has
+        ({"tokenizer__ggml__eos_token_id": 2**32 - 1}, {END, IM_END, FILE_SEP}),  # -1 as an unsigned number
     ],
 )
-def test_tokens_end_a_text_by_what_they_say(tmp_path, metadata, ends, caplog):
+def test_tokens_with_known_texts_end_a_text(tmp_path, metadata, ends, caplog):
     config = open_model(write_words(tmp_path / "tiny.gguf", **metadata)).config
     assert set(config.eos_token_ids) == ends
     assert ("Ignoring the model's eos_token_id" in caplog.text) == (2**32 - 1 in metadata.values())
 
 
-def test_a_big_endian_file_is_refused(tmp_path):
+def test_big_endian_file_is_refused(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
     writer.add_tensor("x", np.zeros(4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     with pytest.raises(ValueError, match=r"big\.gguf .*big-endian"):
         open_model(tmp_path / "big.gguf")
 
@@ -302,7 +321,7 @@ def tensor_info(name, offset, dims=(8,)):
 ARRAY = text(b"list") + struct.pack("<I", 9)
 
 
-# What is wrong with a file: its content, and what the error says.
+# By the fault of a file: its content, and a part of the error.
 BROKEN = {
     "numbers beyond the file": (header(0, [ARRAY + struct.pack("<IQ", 0, 1 << 60)]), "ends at"),
     "wide numbers beyond the file": (header(0, [ARRAY + struct.pack("<IQ", 12, 1 << 62)]), "ends at"),
@@ -319,22 +338,22 @@ BROKEN = {
         "power of two",
     ),
     "no dimension": (header(1, [], tensor_info(b"x", 0, dims=())), "1 to 4 dimensions, got 0"),
-    "a product beyond 64 bits": (header(1, [], tensor_info(b"x", 0, dims=(1 << 32, 1 << 32))), "'x' is from"),
+    "a size beyond 64 bits": (header(1, [], tensor_info(b"x", 0, dims=(1 << 32, 1 << 32))), "'x' is from"),
     "an end outside": (header(1, [], tensor_info(b"x", 64)), "'x' is from"),
     "a start that wraps around": (header(1, [], tensor_info(b"x", 2**64 - 64)), "'x' is from"),
     "a start that is not aligned": (header(1, [], tensor_info(b"x", 4)), "multiple of 32"),
     "a name twice": (header(2, [], tensor_info(b"x", 0) + tensor_info(b"x", 32)), "same name"),
-    "one place for two": (header(2, [], tensor_info(b"x", 0) + tensor_info(b"y", 0)), "'x' and 'y' overlap"),
+    "two tensors at one offset": (header(2, [], tensor_info(b"x", 0) + tensor_info(b"y", 0)), "'x' and 'y' overlap"),
     "an overlap": (header(2, [], tensor_info(b"x", 32) + tensor_info(b"y", 0, dims=(4, 4))), "'y' and 'x' overlap"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_counts_and_offsets_that_the_file_cannot_have_are_refused(tmp_path, name):
-    content, what = BROKEN[name]
+def test_impossible_counts_and_offsets_are_refused(tmp_path, name):
+    content, message = BROKEN[name]
     path = tmp_path / "x.gguf"
     path.write_bytes(content + b"\0" * (-len(content) % 32) + b"\0" * 64)
-    with pytest.raises(ValueError, match=rf"x\.gguf is not a GGUF file that can be read: .*{what}"):
+    with pytest.raises(ValueError, match=rf"x\.gguf is not a GGUF file that can be read: .*{message}"):
         open_model(path)
 
 
@@ -348,13 +367,13 @@ def test_counts_and_offsets_that_the_file_cannot_have_are_refused(tmp_path, name
         ({"llama__attention__key_length": 1 << 24}, "proj"),
     ],
 )
-def test_sizes_that_the_tensors_do_not_have_are_refused_before_they_are_used(tmp_path, size, named):
+def test_sizes_that_differ_from_the_tensors_are_refused(tmp_path, size, named):
     path = write_gguf(tmp_path / "large.gguf", tiny_model("llama"), **size)
     with pytest.raises(ValueError, match=named):
         open_model(path)
 
 
-def test_what_is_not_a_gguf_file_is_refused(tmp_path):
+def test_other_or_truncated_file_is_refused(tmp_path):
     whole = write_gguf(tmp_path / "whole.gguf", tiny_model("llama")).read_bytes()
     for content in (b"", b"not at all a GGUF file", whole[:100], whole[:-10], whole[:16] + b"\xff" * 8 + whole[24:]):
         path = tmp_path / "x.gguf"

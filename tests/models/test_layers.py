@@ -1,4 +1,4 @@
-"""Sharding: the ranks run one after another, rank 0 last, and a fake group hands it what the others sent."""
+"""Layers on several ranks: these run one after another, rank 0 last, and a fake group gives it the others' tensors."""
 
 from dataclasses import dataclass, field
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanovllm.arithmetic import ceil_div
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
@@ -26,21 +27,25 @@ from tests.kernels.ranks import run_ranks
 class FakeRank(TensorParallel):
     sent: dict = field(default_factory=dict)
 
-    def _all(self, x):
+    def _all_tensors(self, x):
+        """Store `x`. Return the tensors of all ranks on rank 0, None on the others."""
         self.sent[self.rank] = x
         return [self.sent[rank] for rank in range(self.size)] if self.rank == 0 else None
 
     def all_reduce(self, x, norm=None, residual=None):
-        parts = self._all(x.clone())
-        if parts:
-            torch.sum(torch.stack(parts), 0, out=x)
+        tensors = self._all_tensors(x.clone())
+        if tensors:
+            torch.sum(torch.stack(tensors), 0, out=x)
         if residual is not None:
             x += residual
-        return x if norm is None else rms_norm(x, *norm)
+        if norm is None:
+            return x
+        weight, eps = norm
+        return rms_norm(x, weight, eps)
 
     def all_to_all(self, x):
-        parts = self._all(x)
-        return torch.cat(parts, -1)[self.rows(len(x))] if parts else x[:0]
+        tensors = self._all_tensors(x)
+        return torch.cat(tensors, -1)[self.rows(len(x))] if tensors else x[:0]
 
 
 def ranks(size):
@@ -49,12 +54,15 @@ def ranks(size):
 
 
 def computed(normed):
-    """The tensor that a lazy norm stands for."""
-    return normed.x if normed.norm is None else rms_norm(normed.x, *normed.norm)
+    """Apply a lazy norm."""
+    if normed.norm is None:
+        return normed.x
+    weight, eps = normed.norm
+    return rms_norm(normed.x, weight, eps)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_vocab_parallel_embedding_and_head(size):
+def test_vocabulary_that_ranks_do_not_divide_is_split_by_embedding_and_head(size):
     vocab, dim = 13, 6  # 2 and 4 do not divide it
     full, ids, x = torch.randn(vocab, dim), torch.tensor([0, 3, 4, 7, 8, 12]), torch.randn(5, dim)
     for tp in ranks(size):
@@ -65,13 +73,13 @@ def test_vocab_parallel_embedding_and_head(size):
     for tp in ranks(size):
         head = ParallelLMHead(vocab, dim, tp=tp)
         head.weight.weight_loader(head.weight, full)
-        assert head.weight.shape[0] == -(-vocab // size)
+        assert head.weight.shape[0] == ceil_div(vocab, size)
         logits = head(x)
     torch.testing.assert_close(logits, (x @ full.T)[tp.rows(len(x))])
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_the_first_norm_all_reduces_the_embeddings(size):
+def test_first_norm_all_reduces_the_embeddings_once(size):
     vocab, dim = 13, 6
     full, ids = torch.randn(vocab, dim), torch.tensor([0, 3, 4, 7, 8, 12])
     for tp in ranks(size):
@@ -81,21 +89,22 @@ def test_the_first_norm_all_reduces_the_embeddings(size):
         norm.weight.copy_(torch.arange(dim))
         residual = embedding.residual(ids)
         assert residual.is_partial == (size > 1)
-        some, normed = residual[torch.tensor([5, 0])], computed(norm(residual))
+        selected = residual[torch.tensor([5, 0])]
+        normed = computed(norm(residual))
     want = rms_norm(full[ids], torch.arange(dim), 1e-6)
     torch.testing.assert_close(normed, want)
     torch.testing.assert_close(residual.x, full[ids])
-    torch.testing.assert_close(computed(norm(residual)), want)  # the all-reduce happens once
+    torch.testing.assert_close(computed(norm(residual)), want)  # without another all-reduce
     if size == 1:
-        torch.testing.assert_close(computed(norm(some)), want[[5, 0]])
+        torch.testing.assert_close(computed(norm(selected)), want[[5, 0]])
 
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("adder", [Adder.GEMM, Adder.NEXT_NORM])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_pending_gemm_is_added_to_the_residual_stream_whoever_adds(monkeypatch, size, adder, zeros, bias):
-    """The GEMM or the norm after it adds; a GEMM without bias may get a bias of zeros."""
+def test_pending_gemm_plus_residual_is_the_sum_with_any_adder(monkeypatch, size, adder, zeros, bias):
+    """Either the GEMM or the next norm adds. A GEMM without bias may get a bias of zeros."""
     monkeypatch.setattr(Plain, "choose_adder", lambda *args: adder)
     monkeypatch.setattr(Plain, "wants_zero_bias", lambda *args: zeros)
     torch.manual_seed(0)
@@ -107,8 +116,8 @@ def test_a_pending_gemm_is_added_to_the_residual_stream_whoever_adds(monkeypatch
         row.weight.weight_loader(row.weight, weight)
         if bias:
             row.bias.weight_loader(row.bias, offset)
-        share = slice(8 // size * tp.rank, 8 // size * (tp.rank + 1))
-        residual = Residual(before.clone(), tp) + row(x[:, share])
+        columns = slice(8 // size * tp.rank, 8 // size * (tp.rank + 1))
+        residual = Residual(before.clone(), tp) + row(x[:, columns])
         assert (residual.base is not None) == (adder is Adder.NEXT_NORM)
         normed = computed(norm(residual))
     want = F.linear(x, weight, offset if bias else None) + before
@@ -118,8 +127,8 @@ def test_a_pending_gemm_is_added_to_the_residual_stream_whoever_adds(monkeypatch
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("bias", [False, True])
-def test_mlp_shards(size, bias):
-    torch.manual_seed(0)  # numbers of any size may cancel, and leave little but what was rounded
+def test_sharded_mlp_equals_the_whole_mlp(size, bias):
+    torch.manual_seed(0)  # with some other seeds, sums cancel and leave mostly rounding errors
     hidden, inner = 6, 8
     gate, up, down = torch.randn(inner, hidden), torch.randn(inner, hidden), torch.randn(hidden, inner)
     gate_bias, up_bias, down_bias = torch.randn(inner), torch.randn(inner), torch.randn(hidden)
@@ -143,7 +152,7 @@ def test_mlp_shards(size, bias):
 
 
 @pytest.mark.parametrize(("size", "kv_heads"), [(1, 2), (2, 2), (4, 2), (4, 1), (2, 4), (8, 2)])
-def test_qkv_shards_and_replicates_kv_heads(size, kv_heads):
+def test_sharded_qkv_splits_or_replicates_kv_heads(size, kv_heads):
     hidden, heads, dim = 5, 8, 3
     full = {"q": torch.randn(heads * dim, hidden), "k": torch.randn(kv_heads * dim, hidden)}
     full["v"] = -full["k"]
@@ -163,7 +172,7 @@ def test_qkv_shards_and_replicates_kv_heads(size, kv_heads):
 
 
 def run_standalone(rank, folder):
-    """Use the layers as nano-vLLM's users do: positional sizes, the process's default group, plain tensors."""
+    """Use the layers like nano-vLLM's users: positional sizes, the process's default group, plain tensors."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     full, ids, x = torch.arange(78.0).view(13, 6), torch.tensor([12, 0, 7]), torch.arange(18.0).view(3, 6)
     embedding, head, row = VocabParallelEmbedding(13, 6), ParallelLMHead(13, 6), RowParallelLinear(6, 13)
@@ -178,17 +187,17 @@ def run_standalone(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_layers_work_by_themselves_in_a_group_of_two(tmp_path):
+def test_layers_work_without_an_engine_in_a_group_of_two(tmp_path):
     run_ranks(run_standalone, (str(tmp_path),), 2)
 
 
-def test_a_head_with_a_bias_is_refused():
+def test_head_with_a_bias_is_refused():
     with pytest.raises(ValueError, match="bias=True is not supported"):
         ParallelLMHead(13, 6, bias=True)
     assert ParallelLMHead(13, 6, False).weight.shape == (13, 6)
 
 
-def test_what_ranks_cannot_share_is_refused():
+def test_sizes_that_ranks_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="tensor_parallel_size=3 does not divide the model's num_attention_heads=8"):
         QKVParallelLinear(4, 2, 8, 4, tp=TensorParallel(0, 3))
     for size, kv_heads in ((4, 6), (6, 4)):
@@ -208,7 +217,7 @@ def test_what_ranks_cannot_share_is_refused():
         {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5},
     ],
 )
-def test_stretched_rope_tables(options):
+def test_scaled_rope_tables_equal_those_of_transformers(options):
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -227,8 +236,8 @@ def test_stretched_rope_tables(options):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_rope_tables_are_those_of_float32_whatever_the_default_is(dtype):
-    """Scripts that load other models in bfloat16 set it."""
+def test_rope_tables_do_not_depend_on_the_default_dtype(dtype):
+    """Scripts that load other models in bfloat16 change the default."""
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     factors = {"rope_type": "frequency_factors", "factors": [1 + i / 7 for i in range(32)]}
     for options in (None, yarn, factors):
@@ -241,7 +250,7 @@ def test_rope_tables_are_those_of_float32_whatever_the_default_is(dtype):
         assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
-def test_a_wrong_shape_is_refused():
+def test_tensor_of_a_wrong_shape_is_refused():
     param = make_parameter(4)
     with pytest.raises(ValueError, match=r"\[3\].*\[4\]"):
         param.weight_loader(param, torch.zeros(3))
@@ -250,7 +259,7 @@ def test_a_wrong_shape_is_refused():
         layer.weight.weight_loader(layer.weight, torch.zeros(8, 4), "k")
 
 
-def test_outside_of_a_forward_what_lacks_a_context_or_a_cache_says_so():
+def test_attention_without_a_context_or_a_cache_raises():
     layer = Attention(2, 1, 4, RotaryEmbedding(4, 8, 1e4))
     with pytest.raises(RuntimeError, match="no forward is running"):
         get_context()
@@ -258,7 +267,7 @@ def test_outside_of_a_forward_what_lacks_a_context_or_a_cache_says_so():
         layer(torch.zeros(1, 16), torch.zeros(1, dtype=torch.int64))
 
 
-def test_a_state_pool_sums_and_binds_what_different_layers_ask_for():
+def test_state_pool_allocates_and_binds_the_caches_of_different_layers():
     sizes = [(1, 4, torch.float32), (2, 8, torch.bfloat16)]  # KV heads, head_dim, dtype
     model = torch.nn.ModuleList(
         Attention(2, heads, dim, RotaryEmbedding(dim, 8, 1e4), dtype=dtype) for heads, dim, dtype in sizes
@@ -268,7 +277,7 @@ def test_a_state_pool_sums_and_binds_what_different_layers_ask_for():
     assert pool.blocks_in(10 * pool.block_bytes - 1) == 9
     pool.allocate(9)
     for layer, (heads, dim, dtype) in zip(model, sizes, strict=True):
-        assert all(part.shape == (9, 16, heads, dim) and part.dtype == dtype for part in layer.kv)
-    assert sum(part.nbytes for layer in model for part in layer.kv) == 9 * pool.block_bytes
+        assert all(cache.shape == (9, 16, heads, dim) and cache.dtype == dtype for cache in layer.kv)
+    assert sum(cache.nbytes for layer in model for cache in layer.kv) == 9 * pool.block_bytes
     pool.free()
     assert all(layer.kv is None for layer in model)

@@ -19,21 +19,26 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @pytest.fixture(scope="module")
 def untied():
-    """(an empty decoder's maker, the checkpoint it loads)"""
+    """Return a function that makes an empty decoder, and the checkpoint to load."""
     model = tiny_model("qwen3-yarn")
     config = ModelConfig.from_hf(model.config)
-    return lambda tp=None: Decoder(config, tp=tp), {k: v.clone() for k, v in model.state_dict().items()}
+
+    def make_decoder(tp=None):
+        return Decoder(config, tp=tp)
+
+    return make_decoder, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def plain(layer):
+    """Return the layer's weight in its plain format."""
     with torch.inference_mode():
         layer.format = layer.format.start_loading()
     return layer.weight
 
 
-def test_a_checkpoint_fills_every_parameter_and_can_do_so_again(untied):
+def test_checkpoint_fills_every_parameter_and_can_be_loaded_again(untied):
     make, weights = untied
-    with torch.inference_mode():  # as the runner builds it
+    with torch.inference_mode():  # like the runner
         model = make()
     for factor in (1.0, 2.0):
         load_weights(model, ((name, factor * tensor) for name, tensor in reversed(weights.items())))
@@ -45,7 +50,7 @@ def test_a_checkpoint_fills_every_parameter_and_can_do_so_again(untied):
         torch.testing.assert_close(plain(model.lm_head), factor * weights["lm_head.weight"])
 
 
-def test_each_rank_takes_its_slices(untied):
+def test_each_rank_loads_its_slices(untied):
     make, weights = untied
     models = [make(TensorParallel(rank, 2)) for rank in range(2)]
     for model in models:
@@ -57,7 +62,7 @@ def test_each_rank_takes_its_slices(untied):
     assert not got[131:].any()
 
 
-def test_what_is_wrong_with_a_checkpoint_is_named(untied):
+def test_fault_of_a_checkpoint_is_named(untied):
     make, weights = untied
     name = "model.layers.0.self_attn.k_proj.weight"
 
@@ -66,7 +71,7 @@ def test_what_is_wrong_with_a_checkpoint_is_named(untied):
 
     with pytest.raises(ValueError, match=f"lacks 1 tensors: {name}"):
         load((k, v) for k, v in weights.items() if k != name)
-    with pytest.raises(ValueError, match=r"model\.layers\.7\.x\.weight, for which the model has no place"):
+    with pytest.raises(ValueError, match=r"model\.layers\.7\.x\.weight, which the model does not have"):
         load([*weights.items(), ("model.layers.7.x.weight", torch.zeros(1))])
     with pytest.raises(ValueError, match=f"{name} twice"):
         load([*weights.items(), (name, weights[name])])
@@ -76,7 +81,7 @@ def test_what_is_wrong_with_a_checkpoint_is_named(untied):
         load({**weights, name: weights[name].to(torch.int8)}.items())
 
 
-def test_what_may_be_redundant_is_ignored():
+def test_redundant_tensors_are_ignored():
     model = tiny_model("qwen3")
     weights = dict(model.state_dict())  # tied: the head is the embedding
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(1)
@@ -86,25 +91,25 @@ def test_what_may_be_redundant_is_ignored():
     torch.testing.assert_close(decoder.lm_head.weight, weights["model.embed_tokens.weight"])
 
 
-def tied(own_head=False, rank=0, size=1):
-    """(a decoder with tied embeddings, a checkpoint that has both), where the head is another one if `own_head`."""
+def tied(separate_head=False, rank=0, size=1):
+    """Return a decoder with tied embeddings, and a checkpoint with both tensors, which differ if `separate_head`."""
     model = tiny_model("qwen3")
-    config = dataclasses.replace(ModelConfig.from_hf(model.config), own_head=own_head)
+    config = dataclasses.replace(ModelConfig.from_hf(model.config), separate_head=separate_head)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    if own_head:
+    if separate_head:
         weights[HEAD] = weights[EMBEDDING].flip(0)
     return Decoder(config, tp=TensorParallel(rank, size)), weights
 
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("order", [1, -1])
-def test_an_own_head_of_a_tied_config_can_be_updated_with_tied_and_other_values(size, order):
+def test_separate_head_of_a_tied_config_takes_equal_and_different_values(size, order):
     for rank in range(size):
-        decoder, weights = tied(own_head=True, rank=rank, size=size)
+        decoder, weights = tied(separate_head=True, rank=rank, size=size)
         rows = slice(66 * rank, 66 * rank + 66) if size > 1 else slice(None)
-        same = {**weights, HEAD: weights[EMBEDDING]}
-        one = {name: tensor for name, tensor in weights.items() if name != HEAD}
-        for checkpoint in (weights, same, weights, one, weights):
+        equal = {**weights, HEAD: weights[EMBEDDING]}
+        without_head = {name: tensor for name, tensor in weights.items() if name != HEAD}
+        for checkpoint in (weights, equal, weights, without_head, weights):
             load_weights(decoder, list(checkpoint.items())[::order])
             for layer, name in ((decoder.embed_tokens, EMBEDDING), (decoder.lm_head, HEAD)):
                 want = checkpoint.get(name, weights[EMBEDDING])[rows]
@@ -113,7 +118,7 @@ def test_an_own_head_of_a_tied_config_can_be_updated_with_tied_and_other_values(
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_head_that_differs_is_refused_by_a_model_with_one_parameter_for_both(order):
+def test_different_head_is_refused_by_a_model_with_one_parameter_for_both(order):
     decoder, weights = tied()
     load_weights(decoder, list(weights.items())[::order])
     weights[HEAD] = weights[HEAD].clone()
@@ -124,7 +129,7 @@ def test_a_head_that_differs_is_refused_by_a_model_with_one_parameter_for_both(o
 
 @pytest.mark.parametrize("without", [(), ("lm_head.weight",), ("model.embed_tokens.weight",)])
 @pytest.mark.parametrize("prefix", ["model.", ""])
-def test_a_tied_checkpoint_may_lack_either_and_the_prefix(without, prefix):
+def test_tied_checkpoint_may_lack_one_of_both_tensors_and_the_prefix(without, prefix):
     decoder, weights = tied()
     given = {k.removeprefix("model.") if not prefix else k: v for k, v in weights.items() if k not in without}
     load_weights(decoder, given.items())
@@ -145,7 +150,7 @@ def test_a_tied_checkpoint_may_lack_either_and_the_prefix(without, prefix):
 @pytest.mark.parametrize(
     "name", ["k_proj.bias", "k_proj.weight", "k_norm.weight", "lm_head.weight", "down_proj.weight"]
 )
-def test_values_that_are_not_finite_are_named(untied, value, name):
+def test_tensor_with_nan_or_infinity_is_named(untied, value, name):
     make, weights = untied
     name = next(key for key in weights if key.endswith(name))
     bad = weights[name].clone()
@@ -154,7 +159,7 @@ def test_values_that_are_not_finite_are_named(untied, value, name):
         load_weights(make(), {**weights, name: bad}.items())
 
 
-def test_values_that_the_dtype_does_not_have_are_named(untied):
+def test_tensor_that_overflows_in_the_dtype_is_named(untied):
     make, weights = untied
     bad = {**weights, "model.norm.weight": weights["model.norm.weight"] * 1e6}
     load_weights(make(), bad.items())
@@ -162,7 +167,7 @@ def test_values_that_the_dtype_does_not_have_are_named(untied):
         load_weights(Decoder(make().config, dtype=torch.float16), bad.items())
 
 
-def test_dummy_weights_follow_the_seed_alone():
+def test_dummy_weights_depend_on_the_seed_only():
     decoders = [Decoder(ModelConfig.from_hf(tiny_model("qwen2").config)) for _ in range(3)]
     state = torch.get_rng_state()
     for decoder, seed in zip(decoders, (1, 1, 2), strict=True):
@@ -174,7 +179,7 @@ def test_dummy_weights_follow_the_seed_alone():
     assert torch.equal(decoders[0].norm.weight, torch.ones_like(decoders[0].norm.weight))
 
 
-def test_safetensors_in_one_file_or_several(tmp_path):
+def test_safetensors_are_read_from_one_file_or_several(tmp_path):
     folder = save_tiny(tmp_path, "llama-bias")
     single = dict(iterate_weights(folder))
     whole = load_file(folder / "model.safetensors")
@@ -186,7 +191,7 @@ def test_safetensors_in_one_file_or_several(tmp_path):
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {name: file for file, part in files.items() for name in part}}))
     (folder / "model.safetensors").unlink()
-    save_file({"not": torch.zeros(1)}, folder / "consolidated.safetensors")  # not in the index
+    save_file({"extra": torch.zeros(1)}, folder / "consolidated.safetensors")  # not in the index
     sharded = dict(iterate_weights(folder))
     assert sharded.keys() == whole.keys()
     assert all(torch.equal(sharded[name], whole[name]) for name in names)
@@ -205,23 +210,23 @@ from nanovllm.models.decoder import Decoder
 from nanovllm.checkpoints.loader import load_weights
 from nanovllm.checkpoints.hub import open_model
 
-def own_memory():
+def anonymous_memory():
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
     return int(line.split()[1]) << 10
 
-def watched(weights):
+def recorded(weights):
     for name, tensor in weights:
-        seen.append(own_memory())
+        sizes.append(anonymous_memory())
         yield name, tensor
 
 source = open_model(sys.argv[1])
-decoder, seen = Decoder(source.config), [own_memory()]
-load_weights(decoder, watched(source.weights()))
-print(max(seen) - seen[0])
+decoder, sizes = Decoder(source.config), [anonymous_memory()]
+load_weights(decoder, recorded(source.weights()))
+print(max(sizes) - sizes[0])
 """
 
 
-def test_json_is_utf8_whatever_the_locale(tmp_path):
+def test_json_is_utf8_in_any_locale(tmp_path):
     (tmp_path / "config.json").write_bytes('{"note": "é日"}'.encode())
     code = "import sys, pathlib; from nanovllm.checkpoints.loader import read_json as read\n"
     code += "print(len(read(pathlib.Path(sys.argv[1]))['note']))"
@@ -230,8 +235,8 @@ def test_json_is_utf8_whatever_the_locale(tmp_path):
     assert subprocess.run(command, env=os.environ | locale, capture_output=True, text=True).stdout == "2\n"
 
 
-def test_weights_are_streamed(tmp_path):
-    """The host never holds more than the model and a few tensors: pages of the mapped file are not its own."""
+def test_loading_takes_memory_for_the_model_and_a_few_tensors_only(tmp_path):
+    """Pages of the mapped file do not count as anonymous memory."""
     folder = save_tiny(tmp_path, "llama3", num_hidden_layers=16, hidden_size=240, intermediate_size=2000)
     num_bytes = (folder / "model.safetensors").stat().st_size
     assert num_bytes > 90 << 20

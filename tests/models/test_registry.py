@@ -13,13 +13,11 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-
-
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 
 
 def hf_config(**options):
-    """A config as transformers 4 gives it for a llama checkpoint."""
+    """Return a config like that of transformers 4 for a llama checkpoint."""
     defaults = {
         "model_type": "llama",
         "vocab_size": 99,
@@ -34,10 +32,10 @@ def hf_config(**options):
         "torch_dtype": torch.bfloat16,
         "eos_token_id": 2,
     }
-    return SimpleNamespace(**{**defaults, **options})
+    return SimpleNamespace(**(defaults | options))
 
 
-def test_families_differ_by_options():
+def test_families_have_their_options():
     small = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     qwen3 = ModelConfig.from_hf(Qwen3Config(**small))
     qwen2 = ModelConfig.from_hf(Qwen2Config(**small))
@@ -50,7 +48,7 @@ def test_families_differ_by_options():
     assert (mistral.qkv_bias, mistral.o_bias, mistral.mlp_bias) == (False, False, False)
 
 
-def test_both_rope_spellings():
+def test_rope_options_of_transformers_4_and_5_give_the_same_config():
     old = hf_config(rope_theta=5e5, rope_scaling={"type": "llama3", **LLAMA3})
     new = hf_config(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3})
     assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)
@@ -59,12 +57,12 @@ def test_both_rope_spellings():
     for plain in ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_parameters": {"rope_theta": 5e5}}):
         config = ModelConfig.from_hf(hf_config(**plain))
         assert (config.rope_theta, config.rope_scaling) == (5e5, None)
-    # transformers 4 with a checkpoint saved by 5: the default theta beside the checkpoint's own
+    # transformers 4 with a checkpoint saved by 5 has the default theta and the checkpoint's theta.
     both = hf_config(rope_theta=1e4, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     assert ModelConfig.from_hf(both).rope_theta == 5e5
 
 
-def test_dtype_and_eos_ids():
+def test_dtype_and_end_tokens_are_read():
     config = ModelConfig.from_hf(hf_config(eos_token_id=[3, 4]))
     assert (config.dtype, config.eos_token_ids) == (torch.bfloat16, (3, 4))
     config = ModelConfig.from_hf(hf_config(dtype="float16"), eos_token_ids=(7, 8))
@@ -88,7 +86,7 @@ def test_dtype_and_eos_ids():
         ({"dtype": "float64"}, "float64"),
     ],
 )
-def test_unsupported_is_refused_by_name(options, named):
+def test_unsupported_feature_is_refused_by_name(options, named):
     with pytest.raises(ValueError, match="qwen3, qwen2, llama, mistral") as error:
         ModelConfig.from_hf(hf_config(**options))
     assert named in str(error.value)
@@ -109,12 +107,12 @@ def test_unsupported_is_refused_by_name(options, named):
         ({"torch_dtype": {}}, "dtype {} is not supported"),
     ],
 )
-def test_options_of_no_use_are_named_and_not_replaced_by_defaults(options, named):
+def test_invalid_options_are_named_instead_of_replaced_by_defaults(options, named):
     with pytest.raises(ValueError, match=named):
         ModelConfig.from_hf(hf_config(**options))
 
 
-def test_rope_options_that_are_missing_are_named():
+def test_missing_rope_option_is_named():
     with pytest.raises(ValueError, match=r"RoPE factor must be a number from 1e-15 to 1e15, got None"):
         ModelConfig.from_hf(hf_config(rope_scaling={"rope_type": "linear"}))
 
@@ -130,17 +128,17 @@ def test_rope_options_that_are_missing_are_named():
         ({"rope_type": "default"}, 4096),
     ],
 )
-def test_scaling_stretches_the_positions_unless_the_config_counts_them(scaling, positions):
+def test_scaling_extends_the_positions_unless_the_config_includes_it(scaling, positions):
     assert ModelConfig.from_hf(hf_config(rope_scaling=scaling)).max_position == positions
 
 
 @pytest.mark.parametrize("option", [{"factor": "x"}, {"factor": 2.0, "original_max_position_embeddings": "x"}])
-def test_scaling_by_what_is_no_number_is_refused(option):
+def test_rope_scaling_by_a_string_is_refused(option):
     with pytest.raises(ValueError, match=r"must be a number .*, got 'x'"):
         ModelConfig.from_hf(hf_config(rope_scaling={"rope_type": "linear", **option}))
 
 
-def test_ends_that_are_no_tokens_are_ignored_with_a_warning(caplog):
+def test_end_tokens_outside_the_vocabulary_are_ignored_with_a_warning(caplog):
     config = ModelConfig.from_hf(hf_config(eos_token_id=[-1, 3, 99]), eos_token_ids=(-1,))
     assert config.eos_token_ids == (3,)
     assert "eos_token_id [-1, 99]: ids go from 0 to 98" in caplog.text
@@ -148,14 +146,14 @@ def test_ends_that_are_no_tokens_are_ignored_with_a_warning(caplog):
         ModelConfig.from_hf(hf_config(eos_token_id=2.5))
 
 
-def test_a_sliding_window_that_is_not_in_use_is_fine():
+def test_unused_sliding_window_is_accepted():
     ModelConfig.from_hf(hf_config(model_type="qwen2", sliding_window=1024, use_sliding_window=False))
     ModelConfig.from_hf(hf_config(model_type="mistral", sliding_window=4096))
     ModelConfig.from_hf(hf_config(model_type="mistral", sliding_window=None))
 
 
 @pytest.mark.parametrize(("name", "billions"), [("qwen3-0.6b", 0.596), ("qwen3-4b", 4.02), ("qwen3-8b", 8.19)])
-def test_presets_have_the_real_sizes(name, billions):
+def test_presets_have_the_sizes_of_the_real_models(name, billions):
     from nanovllm.models.decoder import Decoder
 
     with torch.device("meta"):
@@ -187,6 +185,6 @@ def test_presets_have_the_real_sizes(name, billions):
         ),
     ],
 )
-def test_options_that_make_no_model_are_named(change, message):
+def test_impossible_options_of_a_config_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(PRESETS["qwen3-0.6b"], **change)

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, in odd shapes, as transformers saves them."""
+"""Tiny random models of every family, with odd shapes, in transformers' format."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ _LLAMA3 = {
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
-# Heads and inner sizes divide by 4 ranks; vocabularies by none. name: (family, options)
+# Families and options by name. 4 ranks divide the heads and inner sizes, but no ranks divide the vocabulary.
 TINY = {
     "qwen3": ("qwen3", {"heads": (4, 4), "head_dim": 32, "tied": True}),  # GQA 1, head_dim not hidden / heads
     "qwen3-yarn": ("qwen3", {"heads": (12, 4), "head_dim": 16, "attention_bias": True, "rope_parameters": _YARN}),
@@ -36,7 +36,7 @@ TINY = {
 
 
 def tiny_model(name: str, seed: int = 0, **overrides):
-    """The transformers model `name` of TINY in float32 with random weights, biases and norms.
+    """Return the transformers model `name` of TINY in float32 with random weights, biases and norms.
 
     Args:
         overrides: options of the transformers config that replace TINY's.
@@ -72,7 +72,7 @@ def tiny_model(name: str, seed: int = 0, **overrides):
 
 
 def save_tiny(folder: Path, name: str, seed: int = 0, **overrides) -> Path:
-    """Save `tiny_model(...)` in a folder of its own under `folder`, which is returned."""
+    """Save `tiny_model(...)` in the folder `name` under `folder`. Return the new folder."""
     path = Path(folder) / name
     tiny_model(name, seed, **overrides).save_pretrained(path)
     return path

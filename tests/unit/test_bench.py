@@ -1,4 +1,4 @@
-"""bench.py: its counts compared with numbers worked out by hand, its flags, and its outputs."""
+"""bench.py: its counts compared with numbers computed by hand, its flags, and its outputs."""
 
 import gzip
 import importlib.util
@@ -60,7 +60,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def fake_vllm(tmp_path, monkeypatch):
-    """A module `vllm` for this process and its children; the file that its calls are written to."""
+    """Install a fake module `vllm` for this process and its children. Return the file with its calls."""
     folder, calls = tmp_path / "modules", tmp_path / "calls.json"
     folder.mkdir()
     (folder / "vllm.py").write_text(FAKE_VLLM)
@@ -86,9 +86,10 @@ DECODE = Row(0, 6, None, FIRST_TOKEN)
 
 
 def batches():
-    """Three steps, with blocks of 4 tokens.
+    """Return three steps with blocks of 4 tokens.
 
-    A prompt of 6. Its decoding, with part of another prompt that shares its first block. One more token of that prompt.
+    The first step computes a prompt of 6 tokens. The second decodes one token of it, and computes a chunk of another
+    prompt that shares its first block. The third computes one more token of that prompt.
     """
     return [
         Batch([Row(0, 0, [1] * 6, range(5, 6))], new_blocks=[(0, 0, 5), (0, 1, 2)]),
@@ -97,17 +98,17 @@ def batches():
     ]
 
 
-def test_costs_are_those_worked_out_by_hand():
+def test_costs_equal_those_computed_by_hand():
     costs = count_costs(batches(), CONFIG, itemsize=2, block_size=4)
-    body = 2 * 8 * (2 * 8 + 2 * 4 + 3 * 16 + 2) + 8  # 1192; the head has 80, a token's keys and values 32 bytes
+    body = 2 * 8 * (2 * 8 + 2 * 4 + 3 * 16 + 2) + 8  # 1192; the head has 80, and a token's K and V take 32 bytes
     assert body_parameters(CONFIG) == body == 1192
     # weights and embedding rows, then contexts read and tokens written
     first = (1192 + 80 + 6 * 8) * 2 + 32 * (6 + 6)
-    second = (1192 + 80 + 4 * 8) * 2 + 32 * (4 + 3 + 3 + 4)  # the shared block's 4 once, 3 of each row's own
-    third = (1192 + 1 * 8) * 2 + 32 * (8 + 1)  # nothing is sampled: no head
+    second = (1192 + 80 + 4 * 8) * 2 + 32 * (4 + 3 + 3 + 4)  # the shared block's 4 tokens once, and 3 more of each row
+    third = (1192 + 1 * 8) * 2 + 32 * (8 + 1)  # no head, as no token is sampled
     assert costs.bytes.tolist() == [first, second, third] == [3024, 3056, 2688]
-    # GEMMs, less 512 of the last layer for tokens that are not the last of their row. Then 32 in each of two layers for
-    # each token attended to: 1 + ... + 6, then 6; 7 and 5 + 6 + 7, then 7 and 7; 8, then 8
+    # GEMMs, minus 512 in the last layer for each token that is not the last of its row. Then in each of the two layers
+    # 32 for each token attended to: 1 + ... + 6, then 6; 7 and 5 + 6 + 7, then 7 and 7; 8, then 8.
     first = 2 * (1192 * 6 - 512 * 5) + 160 + 32 * (21 + 6)
     second = 2 * (1192 * 4 - 512 * 2) + 160 + 32 * (25 + 14)
     third = 2 * 1192 + 32 * (8 + 8)
@@ -245,7 +246,7 @@ def test_impossible_runs_are_refused_before_anything_is_measured(flags, message,
 )
 def test_sizes_of_a_gpu_on_a_cpu_give_a_notice(workload, on_gpu, notices, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
-    with pytest.raises(SystemExit):  # after the notice: there is no such model
+    with pytest.raises(SystemExit):  # after the notice, because the model does not exist
         bench.main(["--workload", workload, "--device", "cpu", "--model", str(tmp_path / "none")])
     assert capsys.readouterr().err.count("takes long on a CPU") == notices
 
@@ -291,7 +292,9 @@ def test_start_measures_a_new_process(model, tmp_path, capsys):
 def test_features_need_a_large_enough_vocabulary(model, capsys):
     bench.main(["--model", model, "--device", "cpu", "--workload", "features", "--load-format", "dummy", *SMALL])
     rows = capsys.readouterr().out
-    assert "tok/s, penalties" in rows and "tok/s, 100 biases" in rows and "allowed ids" not in rows  # of 131 tokens
+    assert (
+        "tok/s, penalties" in rows and "tok/s, 100 biases" in rows and "allowed ids" not in rows
+    )  # as there are only 131 tokens
 
 
 def test_transformers_runs_next_to_nanovllm(model, capsys):
@@ -305,7 +308,7 @@ def test_transformers_runs_next_to_nanovllm(model, capsys):
 
 
 class FakeEvent:
-    """A CUDA event; the time between any two is 2 ms."""
+    """A CUDA event. The time between any two is 2 ms."""
 
     made = 0
 
@@ -338,14 +341,14 @@ def test_gpu_time_and_memory_are_reported(model, monkeypatch):
     finally:
         engine.close()
     assert row["gpu_ms"] == pytest.approx(2) and row["gpu_gib"] == 2
-    assert FakeEvent.made == 2 * row["steps"]  # the timed run has none
+    assert FakeEvent.made == 2 * row["steps"]  # the timed run has no events
     assert "percent" not in row
 
 
 def test_plot_and_trace_are_written(model, tmp_path):
     plot, trace = tmp_path / "limits.svg", tmp_path / "trace.json.gz"
     flags = ["--model", model, "--device", "cpu", *SMALL, "--plot", str(plot), "--trace", str(trace)]
-    for _ in range(2):  # its own drawing is overwritten
+    for _ in range(2):  # the second run overwrites the files of the first
         bench.main([*flags, "--hbm-tb-s", "1"])
     texts = [element.text for element in ElementTree.parse(plot).iter("{http://www.w3.org/2000/svg}text")]
     assert texts[0] == "qwen2 on CPU" and texts[2] == "offline, tok/s" and "% of" not in texts[3]

@@ -1,4 +1,4 @@
-"""What can be shown of captures without a GPU."""
+"""Capture of CUDA graphs, as far as it can be tested without a GPU."""
 
 import gc
 from contextlib import contextmanager, nullcontext
@@ -25,57 +25,58 @@ from nanovllm.weights.formats import Plain
 from tests.models.tiny import save_tiny
 
 
-def test_a_rank_lost_in_a_capture_ends_collectives_after_it(monkeypatch):
-    """NCCL's end holds a mutex and waits for the graphs; the capture's next collective would wait for the mutex."""
+def test_rank_lost_during_a_capture_aborts_collectives_after_the_capture(monkeypatch):
+    """NCCL's abort holds a mutex and waits for the graphs. The capture's next collective would wait for that mutex."""
 
     class Group:
         abort = MagicMock()
 
     monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", Group, raising=False)
-    tp, told = replace(TensorParallel(0, 2, Group()), peers=MagicMock()), Event()
-    tp.peers.stop.side_effect = told.set
+    tp = replace(TensorParallel(0, 2, Group()), peers=MagicMock())
+    stopped = Event()
+    tp.peers.stop.side_effect = stopped.set
     with tp.capturing:
         monitor = Thread(target=tp.abort, args=[MagicMock()])
         monitor.start()
-        assert told.wait(60)  # the capture may be waiting for a sum
+        assert stopped.wait(60)  # at once, as the capture may be waiting for an all-reduce
         monitor.join(0.5)
         assert monitor.is_alive() and not Group.abort.called
     monitor.join(60)
     assert Group.abort.called
 
 
-def test_sums_and_collectives_are_told_to_end_before_graphs_are_freed_and_end_after(monkeypatch):
-    """CUDA frees a graph once its kernels have ended, and does nothing else meanwhile; NCCL ends after that."""
-    told, ending, freed = [], Event(), Event()
+def test_all_reduces_and_collectives_stop_before_graphs_are_freed_and_finish_after(monkeypatch):
+    """CUDA waits for a graph's kernels before it frees the graph, and blocks other calls. NCCL finishes after that."""
+    calls, aborting, freed = [], Event(), Event()
 
     class Group:
         def abort(self):
-            told.append("collectives")
-            ending.set()
+            calls.append("collectives")
+            aborting.set()
             assert freed.wait(60)
 
-    class BusyThread(Thread):
+    class SlowThread(Thread):
         def join(self, timeout=None):
-            assert ending.wait(60)  # it may begin late where there is much else to run
+            assert aborting.wait(60)  # on a busy machine the thread may start late
             super().join(timeout)
 
     def free_graphs():
-        told.append("graphs")
+        calls.append("graphs")
         freed.set()
 
     monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", Group, raising=False)
-    monkeypatch.setattr(parallel, "threading", SimpleNamespace(Thread=BusyThread))
+    monkeypatch.setattr(parallel, "threading", SimpleNamespace(Thread=SlowThread))
     peers = MagicMock()
-    peers.stop.side_effect = lambda: told.append("sums")
+    peers.stop.side_effect = lambda: calls.append("all-reduces")
     replace(TensorParallel(0, 2, Group()), peers=peers).abort(free_graphs)
-    assert told == ["sums", "collectives", "graphs"]
+    assert calls == ["all-reduces", "collectives", "graphs"]
 
 
-def test_what_comes_before_steps_has_ended_when_they_may_begin_in_another_stream(monkeypatch, tmp_path):
-    """Zeros of the cache, copies of weights: a caller may generate, or overwrite his weights, in another stream."""
+def test_start_and_changes_of_weights_and_memory_finish_on_the_device_before_they_return(monkeypatch, tmp_path):
+    """Afterwards the caller may generate, or overwrite the tensors that were loaded, in another stream."""
     calls = []
 
-    def note(name, original):
+    def recorded(name, original):
         def run(*args):
             calls.append(name)
             return original(*args)
@@ -83,8 +84,8 @@ def test_what_comes_before_steps_has_ended_when_they_may_begin_in_another_stream
         return run
 
     for name in ("_allocate", "_move_weights", "_synchronize"):
-        monkeypatch.setattr(ModelRunner, name, note(name, getattr(ModelRunner, name)))
-    monkeypatch.setattr(model_runner, "load_weights", note("load_weights", model_runner.load_weights))
+        monkeypatch.setattr(ModelRunner, name, recorded(name, getattr(ModelRunner, name)))
+    monkeypatch.setattr(model_runner, "load_weights", recorded("load_weights", model_runner.load_weights))
     path = save_tiny(tmp_path, "qwen3")
     with LLM(path, device="cpu", max_num_seqs=2, max_model_len=64) as llm:
         for change in (lambda: None, lambda: llm.update_weights(path), lambda: llm.sleep(2), llm.wake_up):
@@ -97,10 +98,15 @@ def test_what_comes_before_steps_has_ended_when_they_may_begin_in_another_stream
     assert calls[-1] is event
 
 
-def test_a_step_has_a_counter_for_each_row_and_kv_head(tmp_path, monkeypatch):
-    """Rows with a shared prefix have several parts however many they are; a graph may have a row more than slots."""
+def test_step_has_a_counter_for_each_row_and_kv_head(tmp_path, monkeypatch):
+    """Rows with a shared prefix have several splits at any batch size. A graph may have one row more than slots."""
     contexts, prepare = [], TorchBackend.prepare
-    monkeypatch.setattr(TorchBackend, "prepare", lambda self, ctx: contexts.append(ctx) or prepare(self, ctx))
+
+    def recorded(self, ctx):
+        contexts.append(ctx)
+        prepare(self, ctx)
+
+    monkeypatch.setattr(TorchBackend, "prepare", recorded)
     with LLM(save_tiny(tmp_path, "qwen3"), device="cpu", max_num_seqs=900, max_model_len=64) as llm:
         llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
     (num_kv_heads,) = contexts[0].kv_heads
@@ -110,8 +116,8 @@ def test_a_step_has_a_counter_for_each_row_and_kv_head(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 @pytest.mark.parametrize("max_num_seqs", [1, 20, 512])
-def test_no_kernel_of_a_product_is_left_to_be_compiled_in_a_capture(tmp_path, monkeypatch, max_num_seqs):
-    """Products of some rows have a kernel for each power of two, norms of more one that adds; prompts have rows too."""
+def test_all_gemm_kernels_are_compiled_before_a_capture(tmp_path, monkeypatch, max_num_seqs):
+    """Small-batch GEMMs have a kernel for each power of two, and norms of larger batches have one that adds."""
     counts, linear = set(), Plain.linear
 
     def counted(self, x, *args, **options):
@@ -119,8 +125,8 @@ def test_no_kernel_of_a_product_is_left_to_be_compiled_in_a_capture(tmp_path, mo
         return linear(self, x, *args, **options)
 
     monkeypatch.setattr(Plain, "linear", counted)
-    monkeypatch.setattr(TorchBackend, "name", "triton")  # whose kernels are compiled first
-    options = dict(max_num_seqs=max_num_seqs, max_model_len=64, max_num_batched_tokens=2048)  # of at least 32 prompts
+    monkeypatch.setattr(TorchBackend, "name", "triton")  # the engine compiles kernels for this backend only
+    options = dict(max_num_seqs=max_num_seqs, max_model_len=64, max_num_batched_tokens=2048)  # at least 32 prompts
     with LLM(save_tiny(tmp_path, "qwen3"), device="cpu", **options):
         compiled = {default_gemm_config(count, 64, 64, False) for count in counts}
     small = [count for count in range(1, 512) if regime_of(count).kernel is Kernel.GEMM]
@@ -128,8 +134,8 @@ def test_no_kernel_of_a_product_is_left_to_be_compiled_in_a_capture(tmp_path, mo
     assert any(regime_of(count).adder is Adder.NEXT_NORM for count in counts)
 
 
-def test_steps_run_on_the_engine_s_gpu_whatever_the_thread_s_is(monkeypatch):
-    """Triton launches on the current GPU, and events are recorded there: a thread that calls may have another one."""
+def test_steps_run_on_the_gpu_of_the_engine_instead_of_the_thread(monkeypatch):
+    """Triton launches kernels and torch records events on the current GPU, which belongs to the calling thread."""
     current, seen = [0], []
 
     @contextmanager
@@ -150,17 +156,17 @@ def test_steps_run_on_the_engine_s_gpu_whatever_the_thread_s_is(monkeypatch):
     assert seen == [1] * 6 and current == [0]
 
 
-def test_one_engine_captures_at_a_time_and_nothing_is_collected_meanwhile(monkeypatch):
-    """Threads that capture share a stream: what one launches would be part of the other's graph."""
+def test_one_engine_captures_at_a_time_without_garbage_collection(monkeypatch):
+    """Threads that capture share a stream, so kernels of one would be part of the other's graph."""
     monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
-    inside, go_on, both = Event(), Event(), []
+    inside, may_finish, captures = Event(), Event(), []
 
     def capture(run):
         assert not gc.isenabled()
-        both.append(current_thread())
+        captures.append(current_thread())
         inside.set()
-        assert go_on.wait(60)
-        both.append(current_thread())
+        assert may_finish.wait(60)
+        captures.append(current_thread())
         return None, None
 
     backend, threads = SimpleNamespace(capturable_prefill=False, shares_prefixes=False), []
@@ -172,13 +178,14 @@ def test_one_engine_captures_at_a_time_and_nothing_is_collected_meanwhile(monkey
         threads[-1].start()
     assert inside.wait(60)
     threads[1].join(0.5)
-    assert threads[0].is_alive() and threads[1].is_alive() and len(both) == 1
-    go_on.set()
+    assert threads[0].is_alive() and threads[1].is_alive() and len(captures) == 1
+    may_finish.set()
     for thread in threads:
         thread.join(60)
-    assert [both[0]] * 2 == both[:2] and [both[2]] * 2 == both[2:] and len(set(both)) == 2
+    first, first_again, second, second_again = captures
+    assert first is first_again and second is second_again and first is not second
     assert gc.isenabled()
-    gc.disable()  # as a caller may have
+    gc.disable()  # like some callers
     try:
         graphs.capture()
         assert not gc.isenabled()
@@ -186,27 +193,28 @@ def test_one_engine_captures_at_a_time_and_nothing_is_collected_meanwhile(monkey
         gc.enable()
 
 
-SPOILT = RuntimeError("operation failed due to a previous error during capture")
+INVALIDATED = RuntimeError("operation failed due to a previous error during capture")
 
 
 @pytest.mark.parametrize(
-    ("error", "ends"),
-    [("out of memory", [None]), ("out of memory", [SPOILT]), (None, [SPOILT, RuntimeError("no capture")])],
+    ("error", "end_errors"),
+    [("out of memory", [None]), ("out of memory", [INVALIDATED]), (None, [INVALIDATED, RuntimeError("no capture")])],
 )
-def test_a_capture_that_fails_is_ended_and_freed(error, ends, monkeypatch):
-    """A rank that is lost or out of memory in a capture, a thread that waits for the device: the error is told.
+def test_failed_capture_raises_its_error_and_is_ended_and_freed(error, end_errors, monkeypatch):
+    """A lost rank, a lack of memory, or another thread that waits for the device make a capture fail.
 
-    Nothing holds NCCL's kernels then, and torch's allocator knows of no capture, for which it would keep much memory.
+    Ending it frees NCCL's kernels. It also ends the allocator's capture mode, in which torch would keep much memory.
     """
+    num_runs = 0
 
     def run():
-        if run.calls and error:
+        nonlocal num_runs
+        if num_runs and error:
             raise RuntimeError(error)
-        run.calls += 1
+        num_runs += 1
 
-    run.calls = 0
     graph, allocator, graphs = MagicMock(), MagicMock(), object.__new__(StepGraphs)
-    graph.capture_end.side_effect = ends
+    graph.capture_end.side_effect = end_errors
     graphs.pool, graphs.stream, graphs.wait = (0, 7), MagicMock(), MagicMock()
     graphs.forward = SimpleNamespace(model=SimpleNamespace(few_layers=nullcontext))
     graphs.device = torch.device("cuda", 1)
@@ -215,8 +223,8 @@ def test_a_capture_that_fails_is_ended_and_freed(error, ends, monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     for name in ("endAllocateToPool", "releasePool"):
         monkeypatch.setattr(torch._C, f"_cuda_{name}", getattr(allocator, name), raising=False)
-    with pytest.raises(RuntimeError, match=error or str(SPOILT)):
+    with pytest.raises(RuntimeError, match=error or str(INVALIDATED)):
         graphs._capture(run)
-    assert [name for name, *_ in graph.method_calls] == ["capture_begin", *["capture_end"] * len(ends), "reset"]
-    told = [call.endAllocateToPool(1, (0, 7)), call.releasePool(1, (0, 7))]
-    assert allocator.mock_calls == (told if SPOILT in ends else [])
+    assert [name for name, *_ in graph.method_calls] == ["capture_begin", *["capture_end"] * len(end_errors), "reset"]
+    cleanup = [call.endAllocateToPool(1, (0, 7)), call.releasePool(1, (0, 7))]
+    assert allocator.mock_calls == (cleanup if INVALIDATED in end_errors else [])

@@ -1,4 +1,4 @@
-"""Linear layers, fused with what comes before and after them where the table in dispatch.py has a kernel for that."""
+"""Linear layers, fused with the operations before and after them if the table in dispatch.py has a kernel for that."""
 
 import torch
 import torch.nn.functional as F
@@ -23,18 +23,19 @@ def linear(
     """Return x W^T + b [T, N] for x [T, K].
 
     Args:
-        weight: [N, K]; [2 N, K], gate and up, if `gated`.
+        weight: [N, K], or gate and up [2 N, K] if `gated`.
         bias: one number for each row of the weight.
-        norm: weight [K] and epsilon of an RMSNorm of x that comes first.
-        gated: the result is silu(gate) * up (SwiGLU, arXiv:2002.05202).
+        norm: weight [K] and epsilon of an RMSNorm to apply to x first.
+        gated: return silu(gate) * up (SwiGLU, arXiv:2002.05202).
         counters: as in `gemm_triton`.
     """
     if is_gemv(x, weight):
-        return gemv_triton(x, weight, bias, norm, gated)
+        return gemv_triton(x, weight, bias, norm=norm, gated=gated)
     if norm is not None:
-        x = rms_norm(x, *norm)
+        norm_weight, eps = norm
+        x = rms_norm(x, norm_weight, eps)
     if is_gemm(x, weight):
-        return gemm_triton(x, weight, bias, gated, counters=counters)
+        return gemm_triton(x, weight, bias, gated=gated, counters=counters)
     if gated and bias is None and is_swiglu(x, weight):
         return swiglu_triton(x, weight)
     y = F.linear(x, weight, bias)
@@ -61,10 +62,12 @@ def linear_add(
 def choose_adder(
     x: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor, ranks: int, peers: PeerMemory | None
 ) -> Adder:
-    """Choose what adds x W^T to the residual stream [T, N]: what the table says, if the operands allow it.
+    """Choose the operation that adds x W^T to the residual stream [T, N].
+
+    This is the operation in the dispatch table if the operands allow it.
 
     Args:
-        weight: None if it is in a format that only a library's GEMM reads.
+        weight: None if only a library's GEMM can read the weight's format.
     """
     regime = regime_of(len(x))
     if ranks == 1:
@@ -82,17 +85,17 @@ def choose_adder(
 
 
 def wants_zero_bias(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a GEMM without bias may be faster with a bias of zeros, when the next norm adds its output.
+    """Return whether a bias of zeros may make a GEMM faster than no bias, if the next norm adds its output.
 
-    Then torch asks cuBLASLt for the GEMM instead of cuBLAS. docs/performance.md has the figures.
+    Torch calls cuBLASLt instead of cuBLAS if there is a bias. docs/benchmarks.md has the figures.
     """
     regime = regime_of(len(x))
-    by_library = x.is_cuda and regime.kernel is Kernel.LIBRARY and regime.adder is Adder.NEXT_NORM
-    return by_library and weight.shape[1] > ZERO_BIAS_COLUMNS
+    uses_library = x.is_cuda and regime.kernel is Kernel.LIBRARY and regime.adder is Adder.NEXT_NORM
+    return uses_library and weight.shape[1] > ZERO_BIAS_COLUMNS
 
 
 def linear_all_reduce(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, peers: PeerMemory | None
 ) -> torch.Tensor:
-    """Compute residual [T, N] += all_reduce(x W^T) + b, in place and in one launch, for ALL_REDUCE_GEMV."""
+    """Compute residual [T, N] += all_reduce(x W^T) + b in place with one kernel, for ALL_REDUCE_GEMV."""
     return gemv_triton(x, weight, bias, residual=residual, peers=peers)
