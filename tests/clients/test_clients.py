@@ -25,14 +25,14 @@ def run(*command):
     return result.stdout
 
 
-def test_an_evaluation_finds_what_the_model_knows():
+def test_evaluation_client_scores_the_default_model():
     counts = re.search(r"acc (\d+)/(\d+) match (\d+)/(\d+)", run(FOLDER / "evaluate.py")).groups()
     right, of, found, questions = map(int, counts)
     assert right >= of - 1 and found == questions
 
 
 @pytest.mark.xdist_group("default model")
-def test_loglikelihoods_are_those_of_transformers():
+def test_loglikelihoods_equal_transformers():
     source = open_model(None)
     with LLM(max_model_len=64) as llm:
         pairs = [("The sky is", " blue and the grass is green"), ("One two three", " four"), ("A", "\n\nxyzzy")]
@@ -47,7 +47,7 @@ def test_loglikelihoods_are_those_of_transformers():
         assert greedy == all(logprobs[i - 1].argmax() == whole[i] for i in range(len(context), len(whole)))
 
 
-def test_a_training_loop_learns_and_engine_and_trainer_agree(tmp_path):
+def test_training_loop_learns_and_logprobs_of_engine_and_trainer_agree(tmp_path):
     output = run(FOLDER / "grpo.py", save_tiny(tmp_path, "qwen3"), 8)
     steps = re.findall(r"step \d+ reward ([\d.]+) gap (\S+)", output)
     rewards, gaps = zip(*((float(reward), float(gap)) for reward, gap in steps), strict=True)

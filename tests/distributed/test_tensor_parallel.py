@@ -251,7 +251,7 @@ def test_a_rank_lost_before_an_update_of_weights_raises_a_clear_error(model):
         os.kill(*rank_pids(), signal.SIGKILL)
         with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9"):
             llm.update_weights(model)
-        with pytest.raises(RuntimeError, match="has failed and must be made anew"):
+        with pytest.raises(RuntimeError, match="the engine has failed; make a new one"):
             llm.update_weights(model)
 
 
@@ -277,7 +277,7 @@ def test_a_second_interrupt_while_weights_are_sent_ends_the_engine(model, monkey
         monkeypatch.setattr(TensorParallel, "broadcast", interrupt)
         with pytest.raises(KeyboardInterrupt):
             llm.update_weights(model)
-        with pytest.raises(RuntimeError, match="has failed and must be made anew"):
+        with pytest.raises(RuntimeError, match="the engine has failed; make a new one"):
             llm.update_weights(model)
     assert not any(map(is_alive, pids))
 

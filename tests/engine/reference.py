@@ -1,4 +1,4 @@
-"""What transformers says."""
+"""Answers of transformers, to compare with."""
 
 import functools
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 @functools.cache  # transformers takes 15 s to read the default model's GGUF; tests that need it share a worker
 def load_reference(path: Path):
-    """The transformers model of a folder or a GGUF file, float32, on the CPU. Not to be changed: it is kept."""
+    """Return the transformers model of a folder or a GGUF file, float32, on the CPU. It is cached: do not change it."""
     from transformers import AutoModelForCausalLM
 
     where = {"pretrained_model_name_or_path": path}
@@ -18,7 +18,7 @@ def load_reference(path: Path):
 
 
 def reference_greedy(model, prompt: list[int], num_tokens: int) -> list[int]:
-    """Greedy tokens of one prompt, without padding; end-of-sequence tokens are ignored."""
+    """Return the greedy tokens of one prompt, without padding. Ignore end-of-sequence tokens."""
     ids = torch.tensor([prompt])
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, **options)
@@ -26,9 +26,9 @@ def reference_greedy(model, prompt: list[int], num_tokens: int) -> list[int]:
 
 
 def reference_choices(model, prompt: list[int], continuation: list[int]) -> list[int]:
-    """The greedy choice at each place of `continuation`, given all before it.
+    """Return the greedy choice at each position of `continuation`, given all tokens before it.
 
-    Where it equals `continuation`, that is what greedy decoding gives, token by token; this takes one forward.
+    If it equals `continuation`, that is the result of greedy decoding. This takes only one forward.
     """
     with torch.inference_mode():
         logits = model(torch.tensor([prompt + continuation[:-1]])).logits[0]

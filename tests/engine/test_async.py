@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 
 
 def with_engine(model, use, **options):
-    """Run the coroutine `use(llm)` with an engine; no thread is left behind."""
+    """Return the result of the coroutine `use(llm)` with an engine. Check that its threads have ended."""
     others = set(threading.enumerate())
 
     async def run():
@@ -108,8 +108,8 @@ async def collect(llm, *args):
     return token_ids
 
 
-def test_the_engine_is_on_the_caller_s_gpu(monkeypatch):
-    """Which is that of its thread: others begin with the first."""
+def test_async_engine_runs_on_the_gpu_of_the_calling_thread(monkeypatch):
+    """A new thread starts with the first GPU, so the engine's thread must be set to the caller's."""
     thread, chosen = threading.local(), []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(thread, "gpu", 0))
@@ -129,7 +129,7 @@ def test_the_engine_is_on_the_caller_s_gpu(monkeypatch):
     assert chosen == [1]
 
 
-def test_many_concurrent_requests_have_the_batch_s_tokens(model):
+def test_concurrent_requests_give_the_tokens_of_one_batch(model):
     prompts, params = prompts_of(range(1, 41)), greedy(20)
     with LLM(model, **OPTIONS) as llm:
         want = tokens(llm, prompts, params)
@@ -161,7 +161,7 @@ def test_tokens_come_one_after_the_other(model):
     assert with_engine(model, use) == [1] * 20
 
 
-def test_a_slow_consumer_gets_what_has_gathered(model):
+def test_slow_consumer_gets_the_gathered_tokens_in_one_output(model):
     async def use(llm):
         sizes = []
         async for out in llm.generate([5, 6], greedy(60, logprobs=0)):
@@ -175,7 +175,7 @@ def test_a_slow_consumer_gets_what_has_gathered(model):
     assert sum(sizes) == 60 and len(sizes) <= 2  # what was there at first, and all the rest
 
 
-def test_no_more_than_so_many_requests_are_in_the_engine(model):
+def test_engine_never_has_more_than_max_concurrent_requests(model):
     async def use(llm):
         engine, seen, queued, start = llm.llm_engine, [], [], threading.Event()
         step, queue = engine.step, engine.queue
@@ -203,7 +203,7 @@ def test_no_more_than_so_many_requests_are_in_the_engine(model):
     assert with_engine(model, use, max_concurrent_requests=3) == 3
 
 
-def test_event_loops_come_and_go(model):
+def test_engine_serves_event_loops_one_after_the_other_and_at_once(model):
     """Several, one after the other and at once; one is closed without a word to those who wait in it."""
 
     async def three(llm):
@@ -225,7 +225,7 @@ def test_event_loops_come_and_go(model):
             assert list(threads.map(lambda _: asyncio.run(three(llm)), range(3))) == [want] * 3
 
 
-def test_cancelled_left_and_aborted_requests_free_the_engine(model):
+def test_cancelled_closed_and_aborted_requests_hold_nothing(model):
     long = SamplingParams(max_tokens=100, ignore_eos=True)
 
     async def use(llm):
@@ -258,7 +258,7 @@ def test_cancelled_left_and_aborted_requests_free_the_engine(model):
     with_engine(model, use)
 
 
-def test_requests_are_told_when_waking_up_fails(model):
+def test_requests_raise_the_error_when_waking_up_fails(model):
     def out_of_memory():
         raise MemoryError("no room to wake up")
 
@@ -278,7 +278,7 @@ def test_requests_are_told_when_waking_up_fails(model):
     with_engine(model, use)
 
 
-def test_requests_are_told_when_closing_fails(model):
+def test_requests_raise_closed_when_closing_fails(model):
     def broken():
         raise ValueError("the GPU is in a bad state")
 
@@ -299,7 +299,7 @@ def test_requests_are_told_when_closing_fails(model):
     asyncio.run(run())
 
 
-def test_an_engine_that_is_dropped_is_gone(model):
+def test_dropped_async_engine_is_garbage_collected(model):
     def make():
         llm = AsyncLLM(model, **OPTIONS)
         return weakref.ref(llm), weakref.ref(llm.llm_engine)
@@ -311,7 +311,7 @@ def test_an_engine_that_is_dropped_is_gone(model):
     assert not any(ref() for ref in refs)
 
 
-def test_a_forked_child_is_told(model):
+def test_forked_child_gets_an_error_about_the_fork(model):
     llm = AsyncLLM(model, **OPTIONS)
     pid = os.fork()
     if pid == 0:
@@ -326,7 +326,7 @@ def test_a_forked_child_is_told(model):
     llm.close()
 
 
-def test_a_call_that_is_cancelled_does_no_harm(model):
+def test_cancelled_calls_do_not_affect_other_requests(model):
     async def use(llm):
         going_on = asyncio.create_task(collect(llm, [5, 6], greedy(60)))
         for _ in range(30):
@@ -358,7 +358,7 @@ def test_a_bad_request_fails_alone(model):
     assert len(one) == 30 and one == two
 
 
-def test_closing_ends_what_goes_on_and_what_comes(model):
+def test_running_and_new_requests_raise_once_the_engine_is_closed(model):
     async def use():
         llm = AsyncLLM(model, **OPTIONS)
         Steps(llm, 5)
@@ -393,14 +393,14 @@ def test_a_failed_engine_is_an_error_for_everyone(model):
     with_engine(model, use)
 
 
-def test_a_model_that_is_not_there_is_the_caller_s_error():
+def test_missing_model_and_bad_limit_raise_in_the_constructor():
     with pytest.raises(ValueError, match="nowhere"):
         AsyncLLM("./nowhere")
     with pytest.raises(ValueError, match="max_concurrent_requests"):
         AsyncLLM(max_concurrent_requests=0)
 
 
-def test_weights_and_memory_between_steps(model, tmp_path):
+def test_update_sleep_and_wake_up_run_between_steps(model, tmp_path):
     other = save_tiny(tmp_path, "qwen3", seed=1)
     with LLM(other, **OPTIONS) as llm:
         want = tokens(llm, [[5, 6]], greedy(9))[0]
@@ -485,7 +485,7 @@ def test_a_request_that_is_cancelled_while_it_is_prepared_never_reaches_the_engi
     assert metrics.generated_tokens == 3 and metrics.prompt_tokens == 1
 
 
-def test_closing_ends_what_is_being_prepared(model):
+def test_requests_in_preparation_raise_once_the_engine_is_closed(model):
     async def use():
         llm = AsyncLLM(model, **OPTIONS)
         gate = Gate(llm, [9, 9])
@@ -504,7 +504,7 @@ def test_closing_ends_what_is_being_prepared(model):
     asyncio.run(asyncio.wait_for(use(), SECONDS))
 
 
-def test_an_error_of_any_kind_while_preparing_is_the_caller_s(model):
+def test_any_error_while_preparing_reaches_only_its_caller(model):
     class Panic(BaseException):
         """As tokenizers raises when its code in Rust fails."""
 

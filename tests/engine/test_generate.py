@@ -1,4 +1,4 @@
-"""What a user sees of the engine, on tiny random models and a CPU."""
+"""Tests the engine as a user sees it, with tiny random models on a CPU."""
 
 import os
 import random
@@ -46,7 +46,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_how_it_is_scheduled_does_not_change_the_tokens(model, name):
+def test_tokens_do_not_depend_on_the_schedule(model, name):
     shared = prompts_of([33], seed=1)[0]
     prompts = prompts_of([3, 20, 47]) + [shared + own for own in prompts_of([1, 7, 15, 16], seed=2)]
     params = [greedy(30), *(SamplingParams(temperature=1.0, seed=i, max_tokens=40 + i, top_k=20) for i in range(6))]
@@ -113,7 +113,7 @@ def test_no_global_random_state_is_touched(model):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_caller_s_autocast_changes_nothing(model, dtype):
+def test_autocast_of_the_caller_does_not_change_the_outputs(model, dtype):
     def answers():
         with engine(model, dtype=dtype) as llm:
             llm.sleep()
@@ -126,7 +126,7 @@ def test_a_caller_s_autocast_changes_nothing(model, dtype):
         assert answers() == plain
 
 
-def test_a_caller_s_default_device_changes_nothing(model):
+def test_default_device_of_the_caller_does_not_change_the_outputs(model):
     def answers():
         with engine(model) as llm:
             runner = llm.llm_engine.executor.runner
@@ -153,7 +153,7 @@ def test_unseeded_requests_differ_and_the_engine_s_seed_repeats_them(model):
     assert first[0] != first[1]
 
 
-def test_stop_ids_and_min_tokens(model):
+def test_stop_ids_end_a_request_only_after_min_tokens(model):
     prompt = prompts_of([6])
     with engine(model) as llm:
         free = tokens(llm, prompt, greedy(12))[0]
@@ -165,7 +165,7 @@ def test_stop_ids_and_min_tokens(model):
         assert len(out.token_ids) > 8 and stop not in out.token_ids[:8]
 
 
-def test_nothing_is_left_in_flight_when_all_have_ended(model):
+def test_no_step_stays_in_flight_after_the_last_request_ends_early(model):
     """A stop id ends the last request while the step after it runs already."""
     prompt = prompts_of([6])
     with engine(model) as llm:
@@ -201,7 +201,7 @@ def test_bad_requests_are_refused_alone(model):
         assert llm.generate([]) == []
 
 
-def test_add_request_step_and_abort(model):
+def test_aborted_request_returns_partial_output_and_others_finish(model):
     with engine(model) as llm:
         ids = [llm.add_request(prompt, greedy(10)) for prompt in prompts_of([5, 6, 7])]
         for _ in range(4):
@@ -219,7 +219,7 @@ def test_add_request_step_and_abort(model):
         assert llm.metrics().kv_usage == 0
 
 
-def test_a_failed_step_fails_the_engine_clearly(model, monkeypatch):
+def test_engine_reports_the_cause_after_a_failed_step(model, monkeypatch):
     llm = engine(model)
 
     def broken(batch):
@@ -232,7 +232,7 @@ def test_a_failed_step_fails_the_engine_clearly(model, monkeypatch):
         llm.generate(prompts_of([5]), greedy(6), use_tqdm=False)
 
 
-def test_a_failed_step_s_error_is_told_even_if_closing_fails(model, caplog):
+def test_error_of_a_failed_step_is_raised_even_if_closing_fails(model, caplog):
     with (
         engine(model) as llm,
         patch.multiple(llm.llm_engine.executor, launch=lambda batch: 1 / 0, close=lambda: [].pop()),
@@ -282,7 +282,7 @@ def test_a_second_thread_is_refused_and_harms_nobody(model):
         assert finish(llm) == [] and llm.metrics().kv_usage == 0
 
 
-def test_two_engines_side_by_side_and_close(model):
+def test_closing_one_engine_does_not_affect_another(model):
     one, two = engine(model), engine(model)
     prompt = prompts_of([8])
     assert tokens(one, prompt, greedy(5)) == tokens(two, prompt, greedy(5))
@@ -294,12 +294,12 @@ def test_two_engines_side_by_side_and_close(model):
     two.close()
 
 
-def test_the_pool_must_hold_what_is_asked(model):
+def test_request_larger_than_the_kv_cache_is_refused(model):
     with pytest.raises(ValueError, match="kvcache"), engine(model, num_kvcache_blocks=2) as llm:
         llm.generate([[1] * 40], greedy(4))
 
 
-def test_a_pool_that_cannot_be_allocated_is_named(model, monkeypatch):
+def test_kv_cache_that_cannot_be_allocated_raises_with_its_option(model, monkeypatch):
     def zeros(*shape, **options):
         if "dtype" in options and len(shape[0] if isinstance(shape[0], tuple) else shape) == 4:
             raise RuntimeError("can't allocate memory")
@@ -396,7 +396,7 @@ def check_interrupt(model, error, number=signal.SIGINT):
         ([[1]], "greedy"),
     ],
 )
-def test_what_generate_is_given_is_checked(model, prompts, params):
+def test_generate_refuses_arguments_of_wrong_types(model, prompts, params):
     with engine(model) as llm:
         with pytest.raises(TypeError, match="must be"):
             llm.generate(prompts, params, use_tqdm=False)
@@ -404,7 +404,7 @@ def test_what_generate_is_given_is_checked(model, prompts, params):
 
 
 @pytest.mark.parametrize("name", ["chunked", "uncached", "preempted"])
-def test_steps_padded_as_graphs_pad_them_have_the_same_tokens(model, name, monkeypatch):
+def test_padded_steps_give_the_same_tokens(model, name, monkeypatch):
     """Rows and tokens of padding, and decode rows attended as prompts of one token."""
     prompts, params = prompts_of([3, 33, 16, 40, 7]), greedy(12)
     with engine(model, **VARIANTS[name]) as llm:
@@ -438,7 +438,7 @@ def test_narrow_numpy_integers_do_not_wrap_around_a_limit(model, max_tokens):
         assert [len(out.token_ids) for out in finish(llm)] == [5]
 
 
-def test_a_broken_tokenizer_is_refused_at_the_start_unless_it_is_skipped(tmp_path):
+def test_broken_tokenizer_is_refused_at_the_start_unless_it_is_skipped(tmp_path):
     path = save_tiny(tmp_path, "qwen3")
     (path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer of .* cannot be read"):

@@ -172,7 +172,7 @@ def interrupted(llm, call, line):
 
 
 def check(llm, want, where):
-    """The engine goes on from its state, whichever it is: all that is unfinished ends, and nothing is held."""
+    """Check that the engine is usable: unfinished requests finish, new ones are answered, and nothing stays held."""
     with ThreadPoolExecutor(1) as threads:
         try:
             threads.submit(llm.wake_up).result()
@@ -248,7 +248,7 @@ def leave(llm):
 
 
 @pytest.mark.parametrize("call", [close, leave], ids=lambda call: call.__name__)
-def test_an_interrupted_close_is_whole_or_can_be_called_again(model, call):
+def test_interrupted_close_can_be_called_again(model, call):
     line, count = 1, 1
     while line <= count:
         llm = engine(model)
@@ -267,7 +267,7 @@ def test_an_interrupted_close_is_whole_or_can_be_called_again(model, call):
         line += 1 if line < 10 else 5
 
 
-def test_a_second_interrupt_does_not_wait():
+def test_second_interrupt_is_raised_at_once():
     def hang(*_):
         signal.raise_signal(signal.SIGINT)
         reached.append(1)
@@ -281,13 +281,13 @@ def test_a_second_interrupt_does_not_wait():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_an_interrupt_is_raised_although_the_body_fails():
+def test_deferred_interrupt_is_raised_even_if_the_block_fails():
     with pytest.raises(KeyboardInterrupt), DeferInterrupts():
         signal.raise_signal(signal.SIGINT)
         raise ValueError("the body's own error")
 
 
-def test_an_alarm_reaches_the_code_that_makes_the_weights_and_nothing_else():
+def test_alarms_reach_only_the_code_that_makes_the_weights():
     def ring(*_):
         rung.append(making)
 
@@ -311,7 +311,7 @@ def test_an_alarm_reaches_the_code_that_makes_the_weights_and_nothing_else():
         signal.signal(signal.SIGALRM, before)
 
 
-def test_close_in_another_thread_ends_generate_with_a_clear_error(model):
+def test_generate_raises_when_another_thread_closes_the_engine(model):
     def launch_and_report(batch):
         launched.set()
         launch(batch)

@@ -1,4 +1,4 @@
-"""What a request may ask for, as a user sees it: on tiny random models, on a CPU."""
+"""Tests the options of requests as a user sees them, with tiny random models on a CPU."""
 
 import copy
 import dataclasses
@@ -48,7 +48,7 @@ def speaking(tmp_path_factory):
 # -- n samples --------------------------------------------------------------------------------------------------------
 
 
-def test_n_samples_differ_and_share_the_prompt_s_blocks(model):
+def test_n_samples_differ_and_share_the_blocks_of_the_prompt(model):
     prompt = prompts_of([64])[0]
     with engine(model, num_kvcache_blocks=24) as llm:  # 3 shared and 2 for each; 8 times 5 would not fit
         out = llm.generate([prompt], sampled(8, seed=5, n=8), use_tqdm=False)[0]
@@ -82,7 +82,7 @@ def test_repetition_penalty_equals_transformers(model, reference, variant):
     assert got == want + plain and want != plain
 
 
-def test_presence_and_frequency_penalties_are_those_of_the_definition(model, reference):
+def test_presence_and_frequency_penalties_equal_their_definition(model, reference):
     prompt, presence, frequency = prompts_of([9])[0], 1.5, 0.7
     ids = list(prompt)
     for _ in range(25):
@@ -95,7 +95,7 @@ def test_presence_and_frequency_penalties_are_those_of_the_definition(model, ref
         assert tokens(llm, [prompt], params)[0] == ids[len(prompt) :] != tokens(llm, [prompt], greedy(25))[0]
 
 
-def test_logit_bias_allowed_ids_and_what_is_left_of_a_slot(model):
+def test_logit_bias_and_allowed_ids_do_not_reach_the_next_request_in_a_slot(model):
     prompt = prompts_of([7])[0]
     with engine(model, max_num_seqs=2) as llm:
         plain = tokens(llm, [prompt], greedy(10))[0]
@@ -106,7 +106,7 @@ def test_logit_bias_allowed_ids_and_what_is_left_of_a_slot(model):
         assert tokens(llm, [prompt] * 4, greedy(10)) == [plain] * 4  # the slots' next owners have none of it
 
 
-def test_draws_with_everything_on_follow_the_processed_softmax(model, reference):
+def test_samples_with_all_options_follow_the_processed_softmax(model, reference):
     """Chi-square of 2,000 first tokens over 6 allowed ids; the 99.9% bound for 5 degrees of freedom is 20.5."""
     prompt, allowed = prompts_of([12])[0], [5, 9, 40, 77, 100, 130]
     options = dict(allowed_token_ids=allowed, logit_bias={9: 1.0, 77: -0.5}, repetition_penalty=1.3)
@@ -177,7 +177,7 @@ def test_copies_of_logprobs_hold_nothing_of_other_requests(model):
     assert len(pickle.dumps(among)) < 1.1 * len(pickle.dumps(alone))
 
 
-def test_logprobs_of_a_vocabulary_that_has_fewer(tmp_path):
+def test_logprobs_cover_a_vocabulary_smaller_than_k(tmp_path):
     with engine(save_tiny(tmp_path, "qwen3", vocab_size=50)) as llm:
         out = llm.generate([[2, 3]], sampled(3, logprobs=128, prompt_logprobs=60), use_tqdm=False)[0]
     for row in [*out.outputs[0].logprobs, *out.prompt_logprobs[1:]]:
@@ -185,7 +185,7 @@ def test_logprobs_of_a_vocabulary_that_has_fewer(tmp_path):
         assert sum(math.exp(value.logprob) for value in row.values()) == pytest.approx(1, abs=1e-5)
 
 
-def test_processed_logprobs_are_what_tokens_are_drawn_with(model, reference):
+def test_processed_logprobs_are_those_of_the_sampled_distribution(model, reference):
     prompt = prompts_of([10])[0]
     options = dict(top_k=4, logit_bias={3: 2.0}, frequency_penalty=0.5, logprobs=6, logprobs_mode="processed_logprobs")
     params = SamplingParams(temperature=0.5, seed=3, max_tokens=15, ignore_eos=True, **options)
@@ -205,7 +205,7 @@ def test_processed_logprobs_are_what_tokens_are_drawn_with(model, reference):
         ids.append(token_id)
 
 
-def test_processed_logprobs_know_of_min_tokens(model):
+def test_processed_logprobs_exclude_stop_ids_before_min_tokens(model):
     eos, options = 1, dict(max_tokens=6, min_tokens=4, logprobs=1, logprobs_mode="processed_logprobs")
     params = SamplingParams(temperature=1.0, seed=1, logit_bias={eos: 30.0}, **options)
     with engine(model) as llm:
@@ -218,7 +218,7 @@ def test_processed_logprobs_know_of_min_tokens(model):
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
-def test_stop_strings_across_token_borders(speaking):
+def test_stop_strings_are_found_across_token_borders(speaking):
     with engine(speaking) as llm:
         params = SamplingParams(temperature=1.0, seed=4, max_tokens=60, ignore_eos=True)
         free = llm.generate(["Hello"], params, use_tqdm=False)[0]
@@ -236,7 +236,7 @@ def test_stop_strings_across_token_borders(speaking):
         assert llm.metrics().kv_usage == 0
 
 
-def test_stop_ids_and_what_stopped_it(speaking):
+def test_stop_id_is_reported_and_its_text_is_optional(speaking):
     with engine(speaking) as llm:
         free = llm.generate(["Hello"], greedy(12), use_tqdm=False)[0]
         stop = free.token_ids[5]
@@ -249,7 +249,7 @@ def test_stop_ids_and_what_stopped_it(speaking):
         assert llm.generate(["Hello"], params, use_tqdm=False)[0].text == llm.tokenizer.decode(out.token_ids)
 
 
-def test_a_stream_s_increments_are_the_whole(speaking):
+def test_increments_of_a_stream_join_to_the_whole_output(speaking):
     texts = ["日本語 and 🎉🎉 emoji: 👩‍👩‍👧", "plain"]
     with engine(speaking) as llm:
         for seed, text in enumerate(texts * 3):
@@ -271,14 +271,14 @@ def test_a_stream_s_increments_are_the_whole(speaking):
                 assert mine[-1].finish_reason == "length"
 
 
-def test_a_stream_tells_each_sample_s_end_once(model):
+def test_stream_reports_the_end_of_each_sample_once(model):
     with engine(model) as llm:
         parts = list(llm.stream([5, 6, 7], SamplingParams(n=4, seed=3, max_tokens=30, stop_token_ids=range(30))))
         assert sorted(s.index for part in parts for s in part.outputs if s.finish_reason) == [0, 1, 2, 3]
         assert all(sample.token_ids for part in parts for sample in part.outputs)
 
 
-def test_a_stream_ends_when_its_request_does(model):
+def test_stream_ends_when_its_request_ends_elsewhere(model):
     with engine(model) as llm:
         stream = llm.stream([1, 2, 3], greedy(50))
         llm.abort(next(stream).request_id)
@@ -301,7 +301,7 @@ def test_a_stream_ends_when_its_request_does(model):
             list(stream)
 
 
-def test_ids_of_outputs_that_wait_are_taken(model):
+def test_id_of_a_waiting_output_is_refused(model):
     with engine(model) as llm:
         llm.add_request([9, 9, 9], greedy(1), request_id=2)
         llm.generate([[2] * 5], greedy(4), use_tqdm=False)  # number 0; the output of 2 waits from now on
@@ -313,7 +313,7 @@ def test_ids_of_outputs_that_wait_are_taken(model):
         assert_nothing_held(llm)
 
 
-def test_streams_side_by_side_and_one_that_is_left(speaking):
+def test_interleaved_streams_are_whole_and_a_closed_one_holds_nothing(speaking):
     with engine(speaking) as llm:
         want = [llm.generate([text], greedy(20), use_tqdm=False)[0].text for text in ("one", "two")]
         one, two = llm.stream("one", greedy(20)), llm.stream("two", greedy(20))
@@ -330,7 +330,7 @@ def test_streams_side_by_side_and_one_that_is_left(speaking):
         assert_nothing_held(llm)
 
 
-def test_nothing_is_left_of_a_stream_that_others_stepped_for_or_that_never_began(model):
+def test_unread_streams_hold_nothing_and_return_no_output(model):
     with engine(model) as llm:
         stream = llm.stream([1, 2, 3], greedy(40))
         next(stream)
@@ -343,7 +343,7 @@ def test_nothing_is_left_of_a_stream_that_others_stepped_for_or_that_never_began
 
 
 @pytest.mark.parametrize("where", [(Request, "output"), (Scheduler, "schedule"), (Scheduler, "_append")])
-def test_a_stream_may_be_collected_anywhere_in_a_step(model, where, monkeypatch):
+def test_stream_may_be_garbage_collected_anywhere_in_a_step(model, where, monkeypatch):
     """A stream that is left in a cycle of references ends when Python's collector finds it."""
     want = getattr(*where)
 
@@ -364,7 +364,7 @@ def test_a_stream_may_be_collected_anywhere_in_a_step(model, where, monkeypatch)
         assert_nothing_held(llm)
 
 
-def test_nothing_is_left_of_a_stream_that_is_collected_while_its_last_output_is_made(model, monkeypatch):
+def test_stream_collected_during_its_last_output_returns_none(model, monkeypatch):
     output = Request.output
 
     def collect_before(request, *args):
@@ -401,8 +401,8 @@ def test_bad_words_never_appear(speaking):
         assert sum(found(free)) > 1 and not any(found(without)) and len(without.token_ids) == 100
 
 
-def test_bad_words_and_min_tokens_draw_nothing_that_is_not_allowed(speaking):
-    """Where the end may not come yet and all else would be a bad word, the bad word is drawn."""
+def test_bad_words_and_min_tokens_never_sample_disallowed_tokens(speaking):
+    """Before min_tokens, if every other token would complete a bad word, the bad word is sampled."""
     with engine(speaking) as llm:
         (word,), (twice, _) = llm.tokenizer.encode(" ok"), llm.tokenizer.encode(" ok ok")
         assert word == twice
@@ -414,7 +414,7 @@ def test_bad_words_and_min_tokens_draw_nothing_that_is_not_allowed(speaking):
             assert tokens(llm, ["Hello"], params) == [want]
 
 
-def test_skip_special_tokens(speaking):
+def test_special_tokens_are_in_the_text_only_if_not_skipped(speaking):
     with engine(speaking) as llm:
         eos = llm.tokenizer.eos_token_id
         params = greedy(3, allowed_token_ids=[eos])
@@ -452,7 +452,7 @@ def random_schema(rng, depth=0):
             return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
 
 
-def test_outputs_of_50_random_schemas_are_valid_and_others_go_on(speaking):
+def test_outputs_of_50_random_schemas_are_valid_and_do_not_change_others(speaking):
     rng = random.Random(0)
     schemas = [{"type": "object", "properties": {"v": random_schema(rng)}, "required": ["v"]} for _ in range(50)]
     for schema in schemas:
@@ -570,7 +570,7 @@ def test_chat_uses_the_template_and_its_options(speaking):
 # -- the rest ---------------------------------------------------------------------------------------------------------
 
 
-def test_results_say_what_happened(speaking):
+def test_metrics_and_outputs_report_times_and_counts(speaking):
     with engine(speaking, log_steps=True) as llm:
         first = llm.generate(["some words " * 20], greedy(5), use_tqdm=False)[0]
         second = llm.generate(["some words " * 20], greedy(5), use_tqdm=False)[0]
@@ -589,7 +589,7 @@ def test_results_say_what_happened(speaking):
         assert llm.metrics().num_running == 1 and llm.metrics().kv_usage > 0
 
 
-def test_steps_are_logged_on_request(model, caplog):
+def test_steps_are_logged_only_with_log_steps(model, caplog):
     with caplog.at_level("INFO", "nanovllm"):
         with engine(model) as llm:
             tokens(llm, prompts_of([5]), greedy(3))
@@ -638,7 +638,7 @@ def test_error_in_on_step_reaches_the_caller_and_loses_no_output(model):
         assert tokens(llm, [prompt], greedy(1)) == expected
 
 
-def test_request_ids_are_the_caller_s_or_numbers(model):
+def test_request_ids_are_chosen_by_the_caller_or_numbered(model):
     with engine(model) as llm:
         assert llm.add_request([1], greedy(2), request_id="mine") == "mine"
         for wrong, error in (("mine", ValueError), (1.5, TypeError), (True, TypeError)):
@@ -648,7 +648,7 @@ def test_request_ids_are_the_caller_s_or_numbers(model):
         assert {out.request_id for out in finish(llm)} == {"mine", other}
 
 
-def test_the_queue_has_an_end(model):
+def test_requests_beyond_max_num_waiting_are_refused(model):
     with engine(model, max_num_waiting=3) as llm:
         for _ in range(3):
             llm.add_request([1], greedy(2))
@@ -829,7 +829,7 @@ PRESSED = [
 
 
 @pytest.mark.parametrize("place", range(len(PRESSED)))
-def test_mixtures_under_pressure_give_what_a_quiet_engine_gives(speaking, place):
+def test_mixed_requests_under_pressure_give_the_outputs_of_a_quiet_engine(speaking, place):
     """Requests with random wishes, some streamed, arriving over time; every one as when it is alone."""
     rng = random.Random(place)
     requests = [random_request(rng) for _ in range(25)]

@@ -30,7 +30,7 @@ def chat(llm, question):
     return llm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def test_paris(llm):
+def test_default_model_knows_the_capital_of_france(llm):
     params = SamplingParams(temperature=0.0, max_tokens=24)
     assert "Paris" in llm.generate(chat(llm, QUESTIONS[0]), params, use_tqdm=False)[0].text
 

@@ -1,4 +1,4 @@
-"""What training loops do with an engine: new weights in place, and memory given back and taken again."""
+"""Tests what training loops need: update the weights in place, give memory back and take it again."""
 
 import os
 import signal
@@ -136,7 +136,7 @@ def test_an_update_cannot_start_another(models):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_bad_update_is_refused_and_a_good_one_mends_it(models, size, monkeypatch):
+def test_engine_runs_again_after_a_refused_update_and_a_good_one(models, size, monkeypatch):
     old, new = models["qwen3"]
     good = dict(weights_of(new))
     first = next(iter(good))
@@ -171,7 +171,7 @@ def test_a_bad_update_is_refused_and_a_good_one_mends_it(models, size, monkeypat
         assert tokens(llm, [[5, 6]], greedy(9)) == want
 
 
-def test_nothing_runs_on_weights_that_are_only_partly_there(models):
+def test_generate_is_refused_while_weights_are_updated(models):
     old, new = models["qwen3"]
     prompt = prompts_of([40])[0]
 
@@ -188,7 +188,7 @@ def test_nothing_runs_on_weights_that_are_only_partly_there(models):
         assert tokens(llm, [prompt], greedy(9)) == want
 
 
-def test_an_update_that_an_interrupt_waited_for_is_whole(models):
+def test_update_completes_before_an_interrupt_is_raised(models):
     old, new = models["qwen3"]
 
     def weights():
@@ -223,7 +223,7 @@ def test_running_requests_go_on_with_the_new_weights(models):
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("level", [1, 2])
-def test_sleep_frees_the_cache_and_waking_up_goes_on(models, size, level):
+def test_sleep_frees_the_cache_and_requests_go_on_after_waking_up(models, size, level):
     prompts, params = prompts_of([20, 3]), [greedy(30), SamplingParams(seed=1, max_tokens=30, ignore_eos=True)]
     with engine(models["qwen3"][0], tensor_parallel_size=size) as llm:
         want = tokens(llm, prompts, params)

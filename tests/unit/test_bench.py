@@ -332,7 +332,7 @@ def test_gpu_time_and_memory_are_reported(model, monkeypatch):
     engine = Nanovllm(args)
     try:
         monkeypatch.setattr(engine, "on_gpu", True)
-        monkeypatch.setattr(engine.llm, "gpu", torch.device("cuda", 0))
+        monkeypatch.setattr(engine.llm.llm_engine, "gpu", torch.device("cuda", 0))
         monkeypatch.setattr(FakeEvent, "made", 0)
         monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)

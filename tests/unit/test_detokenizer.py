@@ -26,7 +26,7 @@ def increments(text, stop=(), include_stop=False):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_joined_increments_are_the_whole_and_no_character_is_split(text):
+def test_increments_join_to_the_whole_text_without_split_characters(text):
     parts, stop, whole = increments(text)
     assert "".join(parts) == whole == text and stop is None
     assert not any("\ufffd" in part for part in parts)
@@ -55,13 +55,13 @@ def test_stop_strings_end_the_text_and_no_part_of_them_is_shown(text, stops, wan
         assert want.startswith(shown)
 
 
-def test_a_stop_string_does_not_count_too_early():
+def test_stop_string_before_min_tokens_is_ignored():
     detokenizer = Detokenizer(BYTES, StopStrings(["ab"]))
     assert [detokenizer.add(byte, can_stop=i >= 3) for i, byte in enumerate(b"abab")] == [None, None, None, "ab"]
     assert detokenizer.text == "ab"
 
 
-def test_a_stop_string_that_does_not_count_is_not_held_back():
+def test_ignored_stop_string_is_not_held_back():
     detokenizer = Detokenizer(BYTES, StopStrings(["ab"]))
     for byte in b"ab":
         detokenizer.add(byte, can_stop=False)
@@ -91,7 +91,7 @@ def test_random_stop_strings_are_found_as_by_searching_each(place):
     assert (found, shown) == (stop, text[: end + negative])
 
 
-def test_many_long_stop_strings_cost_about_what_one_does():
+def test_many_long_stop_strings_cost_about_as_much_as_one():
     stops = [chr(65 + i % 26) + "ab" * 511 + chr(100 + i) for i in range(64)]
     seconds = []
     for some in (stops[:1], stops):
@@ -140,7 +140,7 @@ def test_metaspace_keeps_spaces_too(metaspace):
     assert TokenBytes(tokenizer, True).text([1, 2, 3]) == " yes nono"
 
 
-def test_bytes_that_are_no_character_destroy_no_neighbour():
+def test_invalid_bytes_leave_neighbouring_tokens_unchanged():
     tokenizer = sentencepiece_like()
     token_bytes = TokenBytes(tokenizer, True)
     ids = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "é日".encode()]
@@ -155,7 +155,7 @@ def test_special_tokens_have_text_only_where_it_is_wanted():
         assert TokenBytes(tokenizer, False)[special] == name.encode()
 
 
-def test_ids_beyond_the_tokenizer_s_have_no_text():
+def test_ids_unknown_to_the_tokenizer_have_no_text():
     assert TokenBytes(byte_level(), True).text([100_000]) == ""
 
 
@@ -189,7 +189,7 @@ def test_increments_are_the_whole_for_random_tokens(make):
         assert shown + detokenizer.take() == detokenizer.text == token_bytes.text(ids)
 
 
-def test_what_is_no_text_is_not_held_back():
+def test_invalid_bytes_are_not_held_back():
     detokenizer, rng = Detokenizer(BYTES), random.Random(0)
     for _ in range(500):
         detokenizer.add(rng.randrange(128, 192))  # only ever the middle of a character

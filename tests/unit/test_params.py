@@ -149,11 +149,11 @@ def test_long_lists_of_ids_are_not_checked_one_by_one(monkeypatch, kind):
     assert checked.count("each id of allowed_token_ids") <= 12
 
 
-def test_none_is_nothing_where_lists_are_asked_for():
+def test_none_is_an_empty_list_of_sampling_params():
     assert SamplingParams(stop=None, stop_token_ids=None, bad_words=None) == SamplingParams()
 
 
-def test_biases_stay_as_they_were_checked():
+def test_checked_logit_bias_cannot_be_changed():
     params = SamplingParams(logit_bias={5: 1})
     for change in (
         lambda bias: bias.update({6: "x"}),
