@@ -63,10 +63,6 @@ class Engine:
         """Answer the requests of a group."""
         raise NotImplementedError
 
-    def measure(self, group: Group) -> dict[str, float]:
-        """Return the seconds of a group, and what else an undisturbed run shows."""
-        return {"seconds": timed(self.generate, group)}
-
     def instrument(self, group: Group) -> dict[str, float]:
         """Return what only a run of its own can show, because measuring it costs time."""
         return {}
@@ -109,24 +105,20 @@ class Nanovllm(Engine):
         finally:
             self.llm.on_step, self.llm.time_gpu = None, False
 
-    def measure(self, group: Group) -> dict[str, float]:
-        """Return the seconds of a group and what its steps cost, which is counted afterwards."""
-        with self.recorded_steps() as steps:
-            measured = super().measure(group)
-        batches = [step.batch for step in steps if step.batch is not None]
-        costs = count_costs(batches, self.config, self.dtype.itemsize, self.llm.config.kvcache_block_size)
-        measured["steps"] = len(batches)
-        measured["bytes"] = float(costs.bytes.sum())
-        measured["flops"] = float(costs.flops.sum())
-        if self.peaks is not None:
-            measured["limit"] = costs.limit(*self.peaks)
-        return measured
-
     def instrument(self, group: Group) -> dict[str, float]:
-        """Return the seconds in which the host worked, and those in which the GPU did."""
+        """Return what the steps cost, and the seconds in which the host and the GPU worked."""
         with self.recorded_steps(time_gpu=True) as steps:
             seconds = timed(self.generate, group)
-        measured = {"host": seconds - sum(step.wait_seconds for step in steps)}
+        batches = [step.batch for step in steps if step.batch is not None]
+        costs = count_costs(batches, self.config, self.dtype.itemsize, self.llm.config.kvcache_block_size)
+        measured = {
+            "steps": len(batches),
+            "bytes": float(costs.bytes.sum()),
+            "flops": float(costs.flops.sum()),
+            "host": seconds - sum(step.wait_seconds for step in steps),
+        }
+        if self.peaks is not None:
+            measured["limit"] = costs.limit(*self.peaks)
         gpu_seconds = [step.gpu_seconds for step in steps if step.gpu_seconds is not None]
         if gpu_seconds:
             measured["gpu"] = sum(gpu_seconds)

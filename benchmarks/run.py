@@ -98,11 +98,11 @@ def run_workload(engine: Engine, name: str, args: Namespace) -> list[Row]:
     runs = []
     for _ in range(args.repeat):
         engine.reset()
-        runs.append([engine.measure(group) for group in groups])
-    measured = columns(runs[0])
-    measured["seconds"] = [statistics.median(run[i]["seconds"] for run in runs) for i in range(len(groups))]
+        runs.append([timed(engine.generate, group) for group in groups])
+    # Recording the steps costs time, so it has a run of its own.
     engine.reset()
-    measured |= columns([engine.instrument(group) for group in groups])
+    measured = columns([engine.instrument(group) for group in groups])
+    measured["seconds"] = [statistics.median(run[i] for run in runs) for i in range(len(groups))]
     row = {
         "workload": name,
         "engine": engine.name,
@@ -125,7 +125,7 @@ def figure_row(figure: Figure, measured: dict[str, list[float]]) -> Row:
     """Return a figure with its limit and the rates that were reached, as far as they were measured.
 
     Args:
-        measured: a list of one value for each group; the keys are those of `Engine.measure` and `Engine.instrument`.
+        measured: a list of one value for each group; the keys are "seconds" and those of `Engine.instrument`.
     """
     totals = {key: figure.total(values) for key, values in measured.items()}
     row = {"unit": figure.unit, "value": figure.value(measured["seconds"]), **totals}
