@@ -76,7 +76,7 @@ def test_graph_equals_eager_at_every_batch_size(model, max_num_seqs):
     params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=8, ignore_eos=True) for i in range(max_num_seqs)]
     options = dict(dtype="float32", max_num_seqs=max_num_seqs, **OPTIONS)
     with LLM(model, **options) as graph, LLM(model, enforce_eager=True, **options) as eager:
-        assert graph.executor.runner.graphs.mixed and not eager.executor.runner.graphs
+        assert graph.llm_engine.executor.runner.graphs.mixed and not eager.llm_engine.executor.runner.graphs
         for size in range(1, max_num_seqs + 1):
             assert tokens(graph, prompts[:size], params[:size]) == tokens(eager, prompts[:size], params[:size])
 

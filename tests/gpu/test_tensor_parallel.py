@@ -153,7 +153,7 @@ def test_bfloat16_greedy_tokens_equal_those_of_one_gpu_except_for_noise(name):
     options = dict(load_format="dummy", max_model_len=1024, max_num_seqs=100, gpu_memory_utilization=0.45)
     prompts, sizes = prompts_of([100 + i % 7 for i in range(100)], 10_000), (1, 3, 64, 100)
     with LLM(name, tensor_parallel_size=2, **options) as two:
-        assert two.executor.runner.tp.peers is not None
+        assert two.llm_engine.executor.runner.tp.peers is not None
         outputs = [output for size in sizes for output in two.generate(prompts[:size], greedy(24), use_tqdm=False)]
     with LLM(name, **options) as one:
         own = [output for size in sizes for output in one.generate(prompts[:size], greedy(24), use_tqdm=False)]
@@ -168,7 +168,7 @@ def test_engines_on_two_gpus_answer_whichever_gpu_is_current(model, want):
     torch.cuda.set_device(1)
     try:
         with LLM(model, **TINY_OPTIONS) as second, ThreadPoolExecutor(1) as other:
-            assert second.executor.runner.device.index == 1
+            assert second.llm_engine.executor.runner.device.index == 1
             torch.cuda.set_device(0)
             with LLM(model, **TINY_OPTIONS) as first:
                 for gpu in (0, 1):
