@@ -17,7 +17,7 @@ from nanovllm.checkpoints.loader import load_weights
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import ColumnParallelLinear, Shard, RowParallelLinear
+from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear, Shard
 from nanovllm.layers.residual import Residual
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.comm import collectives
