@@ -82,9 +82,9 @@ class Scheduler:
             seq.num_in_flight -= 1
         self._take_logprobs(step, output)
         changed = []
-        for seq, row, token_ids in zip(step.sequences, step.batch.rows, output.token_ids, strict=True):
-            if not row.samples:
-                continue
+        for seq, token_ids in zip(step.sequences, output.token_ids, strict=True):
+            if not token_ids:
+                continue  # its row did not sample
             seq.num_pending -= 1
             if seq.status is not Status.FINISHED:
                 self._append(seq, token_ids)
@@ -247,12 +247,11 @@ class _StepBuilder:
 
     def add_row(self, seq: Sequence, placement: Placement, num_new: int) -> None:
         """Add a row that computes the next `num_new` tokens of `seq`, and allocate their blocks."""
-        start = placement.num_computed
-        if not self.block_manager.has_room(placement, num_new):
-            num_blocks = len(placement.block_table)
+        start, num_blocks = placement.num_computed, len(placement.block_table)
+        if start + num_new > num_blocks * self.block_manager.block_size:
             self.block_manager.allocate(placement, start + num_new)
             self._add_new_blocks(placement, first=num_blocks)
-        samples = start + num_new == seq.num_tokens
+        samples = start + num_new == len(seq.token_ids) + seq.num_pending
         if placement.is_decoding:
             self.decode_rows.append(Row(placement.slot, start, None, FIRST_TOKEN))
             self.decoding.append(seq)
@@ -261,7 +260,9 @@ class _StepBuilder:
             self.prefilling.append(seq)
             placement.is_decoding = samples
         if samples:
-            self._add_sampling(seq, placement.slot)
+            seq.num_pending += 1
+            if seq.params.logprobs is not None or seq.token_filter:
+                self._add_sampling_options(seq, placement.slot)
         placement.num_computed += num_new
         seq.num_in_flight += 1
         self.block_manager.register(seq, placement)
@@ -296,10 +297,9 @@ class _StepBuilder:
         logit_indices = range(first - start, num_new if samples else end - start)
         return Row(slot, start, token_ids, logit_indices, seq.prompt_ids[first + 1 : end + 1])
 
-    def _add_sampling(self, seq: Sequence, slot: int) -> None:
-        """Note what the row of `seq` needs to sample its next token."""
+    def _add_sampling_options(self, seq: Sequence, slot: int) -> None:
+        """Note which logprobs and which mask the next token of `seq` needs."""
         batch, params = self.batch, seq.params
-        seq.num_pending += 1
         if params.logprobs is not None:
             self.wants_logprobs = True
             batch.num_logprobs = max(batch.num_logprobs, params.logprobs)
