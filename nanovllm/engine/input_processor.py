@@ -161,11 +161,11 @@ class InputProcessor:
             raise TypeError(f"prompt must be text or a list of token ids, got {type(prompt).__name__}")
         if not token_ids:
             raise ValueError("prompt is empty; it must have at least one token")
-        # One pass for both checks, because prompts are long.
-        wrong = [i for i in token_ids if type(i) is not int or not 0 <= i < self.vocab_size]
-        if wrong and type(wrong[0]) is not int:
-            raise TypeError(f"prompt must be text or a list of int token ids, got an id {shown(wrong[0])}")
-        in_vocabulary("prompt", wrong[:1], self.vocab_size)
+        # Prompts are long, so no check is a loop in Python.
+        if set(map(type, token_ids)) != {int}:
+            wrong = next(token_id for token_id in token_ids if type(token_id) is not int)
+            raise TypeError(f"prompt must be text or a list of int token ids, got an id {shown(wrong)}")
+        in_vocabulary("prompt", token_ids, self.vocab_size)
         return token_ids
 
     def _check_text(self, name: str, text: str) -> None:
