@@ -161,11 +161,13 @@ class InputProcessor:
             raise TypeError(f"prompt must be text or a list of token ids, got {type(prompt).__name__}")
         if not token_ids:
             raise ValueError("prompt is empty; it must have at least one token")
-        # Prompts are long, so no check is a loop in Python.
-        if set(map(type, token_ids)) != {int}:
-            wrong = next(token_id for token_id in token_ids if type(token_id) is not int)
-            raise TypeError(f"prompt must be text or a list of int token ids, got an id {shown(wrong)}")
-        in_vocabulary("prompt", token_ids, self.vocab_size)
+        # Prompts are long, so a right one is not checked by a loop in Python.
+        are_integers = set(map(type, token_ids)) == {int}
+        if not are_integers or min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
+            wrong = next(i for i in token_ids if type(i) is not int or not 0 <= i < self.vocab_size)
+            if type(wrong) is not int:
+                raise TypeError(f"prompt must be text or a list of int token ids, got an id {shown(wrong)}")
+            in_vocabulary("prompt", [wrong], self.vocab_size)
         return token_ids
 
     def _check_text(self, name: str, text: str) -> None:
