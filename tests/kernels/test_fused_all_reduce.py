@@ -17,7 +17,7 @@ from nanovllm.checkpoints.loader import load_weights
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
+from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear, Shard
 from nanovllm.layers.residual import Residual
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.comm import collectives
@@ -141,7 +141,7 @@ def run_layers(rank, memory, folder):
     tp = TensorParallel(rank, len(memory), peers=PeerMemory(rank, memory))
     generator = torch.Generator().manual_seed(1)
     row = RowParallelLinear(48, 64, bias=True, dtype=torch.bfloat16, tp=tp)
-    column = ColumnParallelLinear(64, {0: Part("up_proj", 20, 0, 20)}, False, torch.bfloat16)
+    column = ColumnParallelLinear(64, {0: Shard("up_proj", total=20, start=0, size=20)}, False, torch.bfloat16)
     norm = RMSNorm(64, 1e-6, dtype=torch.bfloat16)
     whole = torch.randn(64, 48, generator=generator).bfloat16() / 7
     row.weight_loader(row.weight, whole)
