@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from collections.abc import Sequence as SequenceType
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,9 @@ class AsyncLLM:
         except BaseException:
             self._thread.shutdown()
             raise
+        if find_spec("llguidance"):
+            # Now, because this holds the GIL for a while. Should it fail, each structured request says why.
+            self._preparing_threads.submit(lambda: self._llm.input_processor.grammars)
         close_at_exit(self)
 
     # -- the engine's thread -----------------------------------------------------------------------------------------

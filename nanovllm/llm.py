@@ -7,12 +7,11 @@ from collections.abc import Sequence as SequenceType
 from functools import partial
 from typing import Any
 
-from tqdm import tqdm
-
 from nanovllm.checks import is_list, shown
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request
 from nanovllm.outputs import RequestOutput
+from nanovllm.progress import ProgressBar
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -59,7 +58,7 @@ class LLM(LLMEngine):
             for request in requests:
                 self._queue(request)
             mine = set(requests)
-            with tqdm(total=len(requests), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            with ProgressBar(total=len(requests), desc="Generating", enabled=use_tqdm, dynamic_ncols=True) as bar:
                 while len(outputs) < len(requests):
                     for output in self._step_for(mine):
                         outputs[output.request_id] = output

@@ -69,9 +69,14 @@ class StructuredOutputsParams:
             `\\w` and `\\s` match Unicode, as in Python. Its texts never match a special token; in Lark's notation
             `<|name|>` without quotes does.
 
+    The model chooses how a text is split into tokens, also where only one text can follow.
+
     Raises:
         TypeError, ValueError: naming the argument. Adding a request compiles the schema or grammar. One that is wrong,
-            not supported or too complex refuses that request alone.
+            not supported, or takes more than 5 s of CPU time or 1 GiB to compile refuses that request alone. An output
+            ends with the finish reason "abort" where a step would take too long: an ambiguous grammar (`s: s s | "a"`)
+            after a long text, a regular expression that needs more than 50,000 states, or more than 2,000 rules that
+            may go on at the same token, as in an object of about 500 optional properties.
     """
 
     json: str | dict | None = None

@@ -15,6 +15,7 @@ import torch
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.checkpoints.files import regular_file
+from nanovllm.checks import shown
 from nanovllm.models.registry import (
     FAMILIES,
     ModelConfig,
@@ -110,7 +111,7 @@ class _GgufFile:
         for _ in range(num_fields):  # a wrong count ends at the end of the file: each field takes some bytes
             key = self._text()
             if key in metadata:
-                raise ValueError(f"it has the metadata {key!r:.80} twice")
+                raise ValueError(f"it has the metadata {shown(key)} twice")
             metadata[key] = self._value(self._integer("<I"))
         infos = [self._tensor_info() for _ in range(num_tensors)]
         return metadata, self._locate(infos, metadata.get("general.alignment", 32))
@@ -149,20 +150,20 @@ class _GgufFile:
         name = self._text()
         num_dims = self._integer("<I")
         if not 1 <= num_dims <= _MAX_DIMS:
-            raise ValueError(f"the tensor {name!r:.80} must have 1 to {_MAX_DIMS} dimensions, got {num_dims}")
+            raise ValueError(f"the tensor {shown(name)} must have 1 to {_MAX_DIMS} dimensions, got {num_dims}")
         shape = self._unpack(f"<{num_dims}Q")[::-1]
         kind, start = self._unpack("<IQ")
         kind = gguf.GGMLQuantizationType(kind)
         block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         if shape[-1] % block_size:
-            raise ValueError(f"the tensor {name!r:.80} has rows of {shape[-1]}, in blocks of {block_size}")
+            raise ValueError(f"the tensor {shown(name)} has rows of {shape[-1]}, in blocks of {block_size}")
         end = start + math.prod(shape) // block_size * block_bytes
         return _Tensor(name=name, shape=shape, type=kind, start=start, end=end)
 
     def _locate(self, infos: list[_Tensor], alignment: Any) -> dict[str, _Tensor]:
         """Return the tensors by name, with offsets in the file. Raise ValueError if two of them overlap."""
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-            raise ValueError(f"its alignment must be a power of two, got {alignment!r:.80}")
+            raise ValueError(f"its alignment must be a power of two, got {shown(alignment)}")
         first = ceil_div(self.offset, alignment) * alignment
         tensors = {info.name: replace(info, start=first + info.start, end=first + info.end) for info in infos}
         if len(tensors) < len(infos):
@@ -171,12 +172,12 @@ class _GgufFile:
         for tensor in in_order:
             if tensor.start % alignment or tensor.end > len(self.data):
                 raise ValueError(
-                    f"the tensor {tensor.name!r:.80} is from {tensor.start} to {tensor.end}; it must start at a "
+                    f"the tensor {shown(tensor.name)} is from {tensor.start} to {tensor.end}; it must start at a "
                     f"multiple of {alignment} and end within the file's {len(self.data)} bytes"
                 )
         for first_tensor, second in pairwise(in_order):
             if first_tensor.end > second.start:
-                raise ValueError(f"the tensors {first_tensor.name!r:.80} and {second.name!r:.80} overlap")
+                raise ValueError(f"the tensors {shown(first_tensor.name)} and {shown(second.name)} overlap")
         return tensors
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -189,7 +190,7 @@ class _GgufFile:
         value = self.get(key, default)
         if type(value) not in (int, float):
             key = key.format(arch=self.arch)
-            raise ValueError(f"{self.path} must have a number as its metadata {key}, got {value!r:.80}")
+            raise ValueError(f"{self.path} must have a number as its metadata {key}, got {shown(value)}")
         return value
 
     def floats(self, name: str) -> np.ndarray:

@@ -18,6 +18,7 @@ import torch
 
 from nanovllm.checkpoints.files import local_path, regular_file
 from nanovllm.checkpoints.loader import check_shapes, has_separate_head, iterate_weights, read_json, read_shapes
+from nanovllm.checks import shown
 from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, known_ids, token_ids
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _open_folder(path: Path, load_format: str) -> ModelSource:
     for key in ("num_hidden_layers", "num_labels"):
         length = content.get(key)
         if length is not None and (type(length) is not int or not 1 <= length <= _MAX_LENGTH):
-            raise ValueError(f"the model's {key} must be an integer from 1 to {_MAX_LENGTH}, got {length!r:.80}")
+            raise ValueError(f"the model's {key} must be an integer from 1 to {_MAX_LENGTH}, got {shown(length)}")
     from transformers import AutoConfig
 
     try:

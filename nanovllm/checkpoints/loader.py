@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from nanovllm.checkpoints.files import local_path, regular_file
 from nanovllm.checks import plain
@@ -16,6 +15,7 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import LinearLayer
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import ModelConfig
+from nanovllm.progress import ProgressBar
 from nanovllm.weights.parameter import CheckpointTensor
 
 # A checkpoint with tied embeddings has either tensor, or both.
@@ -99,12 +99,12 @@ def load_weights(model: Decoder, weights: Iterable[tuple[str, torch.Tensor]]) ->
     tied = _TIED if model.config.tie_word_embeddings else {}
     is_shared = model.lm_head.weight is model.embed_tokens.weight
     differs: dict[str, torch.Tensor] = {}
-    bar = tqdm(
+    bar = ProgressBar(
         checked_weights(weights),
-        desc="Loading weights",
-        total=len(targets),
+        "Loading weights",
+        len(targets),
+        enabled=None if model.tp.rank == 0 else False,  # None: only on a terminal
         delay=2,
-        disable=True if model.tp.rank else None,  # None: silent unless on a terminal
         leave=False,
     )
     # Parameters made in inference mode can only be written in it.

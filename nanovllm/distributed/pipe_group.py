@@ -1,8 +1,8 @@
-"""Collectives of the CPU ranks of one host, through a socket pair between rank 0 and each other rank.
+"""Collectives of the CPU ranks of one host, over a pair of sockets between rank 0 and each other rank.
 
-Every collective goes through rank 0, so sums have the same bits on all ranks. The socket pairs are inherited: no port
-listens. gloo listens on a TCP port, and any local user can abort its process by opening more connections to that port
-than it may have descriptors.
+Every collective goes through rank 0, so an all-reduce gives all ranks the same bits. The ranks inherit the sockets, and
+no port listens. gloo would listen on a TCP port: any local user could abort its process by opening more connections to
+that port than the process may have descriptors.
 """
 
 import socket
@@ -20,13 +20,13 @@ class Done:
 
 
 class PipeGroup:
-    """The collectives of a `torch.distributed` process group that the engine uses, under the same names.
+    """Run the collectives that the engine uses. They are named as in a `torch.distributed` process group.
 
     Tensors are contiguous and on the CPU.
 
     Args:
-        rank: this rank.
-        pipes: on rank 0 the sockets to ranks 1, 2, ...; on another rank the one to rank 0.
+        rank: index of this rank.
+        pipes: on rank 0 the sockets to ranks 1, 2, ...; on another rank its socket to rank 0.
     """
 
     def __init__(self, rank: int, pipes: Sequence[socket.socket]):
@@ -60,20 +60,22 @@ class PipeGroup:
     def alltoall_base(
         self, output: torch.Tensor, x: torch.Tensor, output_sizes: list[int], input_sizes: list[int]
     ) -> Done:
-        """Give each rank its rows, `input_sizes` of them, of every rank's `x`."""
+        """Give each rank its slice of every rank's `x`, concatenated. The slices have `input_sizes` rows."""
         if self.rank > 0:
             self._gather(x)
             _receive(self.pipes[0], output)
             return Done()
-        columns = zip(*(part.split(input_sizes) for part in [x, *self._gather(x)]), strict=True)
-        own, *others = (torch.cat(parts) for parts in columns)
-        output.copy_(own)
-        for pipe, rows in zip(self.pipes, others, strict=True):
-            pipe.sendall(_bytes(rows))
+        slices = [part.split(input_sizes) for part in [x, *self._gather(x)]]
+        for rank in range(len(slices)):
+            rows = torch.cat([parts[rank] for parts in slices])
+            if rank == 0:
+                output.copy_(rows)
+            else:
+                self.pipes[rank - 1].sendall(_bytes(rows))
         return Done()
 
     def _gather(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Send `x` to rank 0, which returns those of ranks 1, 2, ...; the others return nothing."""
+        """Send `x` to rank 0. Return the tensors of ranks 1, 2, ... on rank 0, and nothing on the others."""
         if self.rank > 0:
             self.pipes[0].sendall(_bytes(x))
             return []
@@ -86,7 +88,7 @@ def _bytes(x: torch.Tensor) -> memoryview:
 
 
 def _receive(pipe: socket.socket, x: torch.Tensor) -> torch.Tensor:
-    """Fill `x` with what the other end sends."""
+    """Fill `x` with the bytes that the other end sends, and return it."""
     memory = _bytes(x)
     while memory:
         count = pipe.recv_into(memory)

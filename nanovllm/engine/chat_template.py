@@ -7,8 +7,8 @@ from collections.abc import Sequence as SequenceType
 from functools import cached_property, lru_cache
 from typing import Any
 
-from nanovllm.checks import is_list
-from nanovllm.engine.template_renderer import TemplateLimitError, TemplateRenderer
+from nanovllm.checks import is_list, shown
+from nanovllm.sandbox.pool import LimitError, Pool
 
 _PROBE = "Xprobe"  # text that is looked for in renderings
 _ARGUMENTS = {"argument": _PROBE}
@@ -24,7 +24,7 @@ class ChatTemplate:
 
     Args:
         text: the template, in Jinja.
-        renderer: renders it.
+        pool: renders it.
         special_tokens: the tokenizer's, which are variables of each template.
         max_chars: longer texts are refused.
 
@@ -35,12 +35,12 @@ class ChatTemplate:
         ValueError: the template is not Jinja.
     """
 
-    def __init__(self, text: str, renderer: TemplateRenderer, special_tokens: dict[str, str], max_chars: int):
+    def __init__(self, text: str, pool: Pool, special_tokens: dict[str, str], max_chars: int):
         self.text = text
-        self.renderer = renderer
+        self.pool = pool
         self.special_tokens = special_tokens
         self.max_chars = max_chars
-        self.variables = renderer.variables(text)
+        self.variables = frozenset(pool.ask({"template": text})["variables"])
         self._prints = lru_cache(maxsize=32)(self._find_prints)  # bounded, because roles are the caller's words
 
     def check_variables(self, variables: Iterable[str]) -> None:
@@ -53,12 +53,12 @@ class ChatTemplate:
         for name in variables:
             if name not in settable:
                 names = ", ".join(sorted(settable)) or "none"
-                raise TypeError(f"{name!r:.60} is no variable of the chat template; its variables are: {names:.500}")
+                raise TypeError(f"{shown(name)} is no variable of the chat template; its variables are: {names:.500}")
 
     def render(self, messages: list[dict], **variables: Any) -> str:
         """Return the text of one conversation."""
         arguments = {"conversation": messages, "chat_template": self.text, **self.special_tokens, **variables}
-        return self.renderer.render(arguments, self.max_chars)
+        return self.pool.ask({"arguments": arguments, "max_chars": self.max_chars})["text"]
 
     def adapt(self, messages: SequenceType[Mapping]) -> list[dict]:
         """Return the messages with contents and tool calls in the form that the template prints.
@@ -126,7 +126,7 @@ class ChatTemplate:
     def _try(self, messages: list[dict]) -> str:
         try:
             return self.render(messages)
-        except TemplateLimitError:  # so would another conversation, after as long
+        except LimitError:  # so would another conversation, after as long
             raise
         except ValueError:  # the template refuses this form, or such a conversation
             return ""
@@ -135,7 +135,7 @@ class ChatTemplate:
 def _text_of(part: Any, name: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     if kind != "text":
-        raise ValueError(f"{name} must be of type 'text', the only one that is supported; got {kind!r:.60}")
+        raise ValueError(f"{name} must be of type 'text', the only one that is supported; got {shown(kind)}")
     if not isinstance(part.get("text"), str):
         raise TypeError(f"{name}['text'] must be text, got {type(part.get('text')).__name__}")
     return part["text"]
@@ -147,5 +147,5 @@ def _parse_arguments(text: str, name: str) -> dict:
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
-        raise ValueError(f"{name} must have arguments that are a JSON object, got {text!r:.100}")
+        raise ValueError(f"{name} must have arguments that are a JSON object, got {shown(text)}")
     return arguments

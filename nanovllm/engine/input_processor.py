@@ -19,9 +19,9 @@ from nanovllm.engine.detokenizer import TokenBytes
 from nanovllm.engine.grammars import GrammarFilter, Grammars
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.template_renderer import TemplateRenderer
 from nanovllm.engine.token_filter import TokenFilter, make_filter
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
+from nanovllm.sandbox.pool import Pool
 
 _MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token, so a longer prompt is refused before it is tokenised
 _USUAL_TOKEN_CHARS = 8  # prompts with more characters a token are rare; their tokens are counted piece by piece first
@@ -61,14 +61,14 @@ class InputProcessor:
         self.num_kv_tokens = num_kv_tokens
         self.vocab_size = source.config.vocab_size
         self.has_tokenizer = source.has_tokenizer and not config.skip_tokenizer_init
-        self.renderer = TemplateRenderer()
+        self.templates = Pool("templates", {}, "messages do not fit the model's chat template")
         self._token_bytes: dict[bool, TokenBytes] = {}
         self._chat_template = lru_cache(maxsize=8)(self._make_chat_template)
 
     def close(self) -> None:
         """End the processes that render templates and compile grammars. May be called again."""
-        self.renderer.close()
-        if grammars := self.__dict__.get("_grammars"):
+        self.templates.close()
+        if grammars := self.__dict__.get("grammars"):
             grammars.close()
 
     @loaded_once
@@ -82,8 +82,9 @@ class InputProcessor:
         return tokenizer
 
     @loaded_once
-    def _grammars(self) -> Grammars:
-        return Grammars(self.tokenizer, self.vocab_size, self.source.config.eos_token_ids)
+    def grammars(self) -> Grammars:
+        """Compiles structured outputs. Made when it is first used, which takes 0.2 s, most of it with the GIL."""
+        return Grammars(self.tokenizer, self.token_bytes(False), self.vocab_size, self.source.config.eos_token_ids)
 
     def process(
         self, prompt, params: SamplingParams | None, request_id: int | str | None = None, stream: bool = False
@@ -190,9 +191,7 @@ class InputProcessor:
         if params.structured_outputs is None:
             return make_filter(params, self.vocab_size, self.encode, end_ids)
         with _refusing_panics("structured_outputs cannot be compiled"):
-            with self._loading:
-                grammars = self._grammars
-            return grammars.filter(**asdict(params.structured_outputs))
+            return self.grammars.filter(**asdict(params.structured_outputs))
 
     # -- chat --------------------------------------------------------------------------------------------------------
 
@@ -246,7 +245,7 @@ class InputProcessor:
 
     def _make_chat_template(self, text: str) -> ChatTemplate:
         max_chars = _MAX_TOKEN_CHARS * self.max_model_len
-        return ChatTemplate(text, self.renderer, self.tokenizer.special_tokens_map, max_chars)
+        return ChatTemplate(text, self.templates, self.tokenizer.special_tokens_map, max_chars)
 
     def _check_chat(self, data: Any) -> None:
         """Refuse a conversation of far too many values or tokens before it is rendered."""

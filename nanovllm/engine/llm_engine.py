@@ -33,7 +33,7 @@ from nanovllm.engine.openmp import ThreadWatch
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.step_stats import StepStats, StepTimer
-from nanovllm.executor import spawned
+from nanovllm.executor.start import start_executor
 from nanovllm.messages import Batch
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -80,7 +80,7 @@ class LLMEngine:
         self.source = open_model(self.config.model, self.config.load_format)
         if self.source.has_tokenizer and not self.config.skip_tokenizer_init:
             self.source.tokenizer()  # loaded now: later its files may be gone, and a broken one must not cost a step
-        self.executor = spawned.start(self.config, self.source)
+        self.executor = start_executor(self.config, self.source)
         self.sleep_level = 0
         self.weight_version = 0
         self.weight_error: BaseException | None = None  # what may have left the weights partly overwritten

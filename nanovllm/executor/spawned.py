@@ -1,441 +1,179 @@
-"""Starts the ranks, tells them what to run, and notices when one dies.
+"""Run rank 0 in this process and the other ranks in its child processes."""
 
-    tensor_parallel_size=1   one runner, in this process
-    under torchrun           every process is a rank and runs the same engine on the same requests: nothing to send
-    otherwise                rank 0 is this process; the others are children that read batches from an inherited socket
-
-Children run `nanovllm.executor.worker`, not the caller's script again, and import from where the caller does. Nothing
-is pickled from outside the process tree. Ranks on the CPU listen on no port, and NCCL listens on loopback only: the
-ranks meet in a file in memory, which they inherit and which has no name.
-"""
-
-import atexit
 import contextlib
-import gc
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from nanovllm.checkpoints.hub import ModelSource
-from nanovllm.checkpoints.loader import checked_weights
 from nanovllm.config import Config
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.distributed.pipe_group import PipeGroup
-from nanovllm.messages import Batch, StepOutput
-from nanovllm.models.decoder import Decoder
-from nanovllm.ops.triton_utils import preload_triton
+from nanovllm.executor.channels import RankChannels
+from nanovllm.executor.local import Executor
+from nanovllm.executor.processes import RankProcesses
+from nanovllm.executor.ranks import largest_all_reduce, make_group, open_store, rank_device
+from nanovllm.messages import StepOutput
 from nanovllm.runner.model_runner import ModelRunner
 
-_POLL_SECONDS = 0.2
-# The worker's first lines, before its slow imports:
-# - PR_SET_PDEATHSIG: Linux kills the worker when the thread that started it ends, even if the worker is stopped.
-# - The caller's path comes first: Python's starts with the working folder, which may not be in the caller's.
-# - Ctrl-C goes to all processes of a terminal, but only the parent decides what it ends.
-_WORKER = (
-    "import sys; sys.path = {!r}; import ctypes, signal; ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
-    "signal.signal(signal.SIGINT, signal.SIG_IGN); from nanovllm.executor.worker import main; main(*{!r})"
-)
+if TYPE_CHECKING:
+    from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
 
-def make_group(
-    rank: int, size: int, store: "dist.Store", device_type: str, pipes: Sequence[socket.socket] = ()
-) -> "dist.ProcessGroup | PipeGroup":
-    """Make this engine's own process group; torch's global default group is not used.
-
-    Args:
-        store: where NCCL's ranks meet.
-        pipes: what connects the CPU's ranks; see `PipeGroup`.
-    """
-    if device_type == "cpu":
-        return PipeGroup(rank, pipes)
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    # A rank that dies is noticed by whoever started it; NCCL's watchdog would end this process, the caller's, for it.
-    with environment_variable("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):
-        return dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
-
-
-_environment = threading.Lock()
-
-
-@contextlib.contextmanager
-def environment_variable(name: str, value: str) -> Iterator[None]:
-    """Have a variable set for a while, by one thread after the other.
-
-    No other is touched: `unittest.mock.patch.dict` empties the environment and fills it again, and a thread that NCCL
-    has begun meanwhile, and that reads it, crashes.
-    """
-    with _environment:
-        before = os.environ.get(name)
-        os.environ[name] = value
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = before
-
-
-def rank_device(device_type: str, local_rank: int | None) -> torch.device:
-    """The device of a rank, or of the only one (None): on CUDA the current one, which that of a rank becomes."""
-    if device_type == "cpu":
-        return torch.device("cpu")
-    preload_triton()
-    if local_rank is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    if local_rank >= (count := torch.cuda.device_count()):
-        raise ValueError(f"tensor_parallel_size needs GPU {local_rank}, but torch sees {count} GPUs here")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
-def largest_sum(config: Config, source: ModelSource) -> int:
-    """Bytes of the largest sum over the ranks: a full step's hidden states."""
-    itemsize = config.torch_dtype(source.config.dtype).itemsize
-    return config.max_num_batched_tokens * source.config.hidden_size * itemsize
-
-
-def start(config: Config, source: ModelSource) -> "Executor":
-    """The executor that fits `config` and the way this process was started."""
-    if config.tensor_parallel_size == 1:
-        return Executor(ModelRunner(config, source, TensorParallel(), rank_device(config.device_type, None)))
-    with torch.device("meta"):  # allocates nothing: refuses here, once, what the ranks cannot share
-        Decoder(source.config, tp=TensorParallel(0, config.tensor_parallel_size))
-    if "TORCHELASTIC_RUN_ID" in os.environ or dist.is_initialized():
-        return _join_outside_group(config, source)
-    return SpawnedRanks(config, source)
-
-
-def _join_outside_group(config: Config, source: ModelSource) -> "Executor":
-    joined = not dist.is_initialized()
-    if joined:
-        dist.init_process_group("nccl" if config.device_type == "cuda" else "gloo")
-    if (size := dist.get_world_size()) != config.tensor_parallel_size:
-        raise ValueError(f"tensor_parallel_size={config.tensor_parallel_size} must equal the world size, {size}")
-    device = rank_device(config.device_type, int(os.environ.get("LOCAL_RANK", dist.get_rank())))
-    tp = TensorParallel.default().with_peers(device, largest_sum(config, source))
-    executor = Executor(ModelRunner(config, source, tp, device))
-    if joined:  # when the interpreter ends: before that, as it registers after this, the engine ends
-        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
-    return executor
-
-
-class Executor:
-    """Runs batches on the ranks; here, on the only one that is this process's business.
-
-    Attributes:
-        error: why another rank, and with it the engine, is lost.
-    """
-
-    error: str | None = None
-
-    def __init__(self, runner: ModelRunner):
-        self.runner: ModelRunner | None = runner
-        self.tp: TensorParallel | None = runner.tp
-
-    def launch(self, batch: Batch) -> None:
-        self._run("launch", batch)
-
-    def sleep(self, level: int) -> None:
-        self._run("sleep", level)
-
-    def wake_up(self) -> None:
-        self._run("wake_up")
-
-    def _run(self, what: str, *arguments: Any) -> None:
-        """Let every rank's runner do it."""
-        getattr(self.runner, what)(*arguments)
-
-    def collect(self) -> StepOutput:
-        return self.runner.collect()
-
-    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self.runner.update_weights(weights)
-
-    def close(self) -> None:
-        """Give back the device's memory. Parameters and their loaders refer to each other: the collector frees them."""
-        if self.runner is not None:
-            self.runner.free_graphs()
-            self.runner = None
-        if self.tp is not None:
-            self.tp.close()
-            self.tp = None
-            gc.collect()
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
-
-
-class SpawnedRanks(Executor):
-    """Rank 0 in this process and the other ranks in children."""
+class SpawnedExecutor(Executor):
+    """Run every call on rank 0 here and, by a message, on the ranks that `RankProcesses` has started."""
 
     def __init__(self, config: Config, source: ModelSource):
-        self.processes: list[subprocess.Popen] = []
-        self.channels: list[Connection] = []  # for messages to each child, and for its last words
-        self.pipes: list[socket.socket] = []  # for the CPU's collectives
-        self.store_file = None
-        self.tp: TensorParallel | None = None
-        self.runner = None
-        self.spawned: Future[None] = Future()
-        self.closing, self.children_ended = threading.Event(), threading.Event()
-        self.reports: dict[int, str] = {}  # the tracebacks of children
-        self.looks = 0  # of the monitor, at all children
-        size = config.tensor_parallel_size
-        device = rank_device(config.device_type, 0)
+        self.config = config
+        self.source = source
+        self.device = rank_device(config.device_type, 0)
+        self.channels = RankChannels()
+        self.processes = RankProcesses(
+            size=config.tensor_parallel_size,
+            module="nanovllm.executor.worker",
+            connect=self.channels.connect,
+            on_failure=self._end_ranks,
+        )
         try:
-            self.store_file = open(os.memfd_create("nanovllm-store"), "wb")  # noqa: SIM115  (`close` closes it)
-            self.monitor = threading.Thread(target=self._monitor, args=(size,), name="nanovllm-monitor", daemon=True)
-            self.monitor.start()
-            with self._explained():
-                self.spawned.result()
-                for rank, channel in enumerate(self.channels, start=1):
-                    channel.send((config, rank))
-                store = dist.FileStore(f"/proc/self/fd/{self.store_file.fileno()}", size)
-                self._await_children(store)
-                tp = self._join(config, source, store, device)
-                self.check()  # the monitor may have looked for `tp` before
-                super().__init__(ModelRunner(config, source, tp, device, self.check))
+            with self._naming_lost_ranks():
+                self.processes.start()
+                self.channels.send(config)
+                store = open_store(self.channels.store_file.fileno(), config.tensor_parallel_size)
+                self._wait_for_ranks(store)
+                tp = self._join_group(store)
+                # The monitor may have noticed a lost rank before there was a group to abort.
+                self.check()
+                super().__init__(ModelRunner(config, source, tp, self.device, self.check))
         except BaseException:
             self.close()
             raise
 
-    def _monitor(self, size: int) -> None:
-        """Start the children and watch them.
+    @property
+    def error(self) -> str | None:
+        return self.processes.failure or self.channels.error
 
-        Linux kills the children when the thread that started them ends (see `_WORKER`). The thread that makes an engine
-        may end long before the engine does, so this thread starts them, and ends after them.
-        """
-        if not self.spawned.set_running_or_notify_cancel():
-            return
-        try:
-            for rank in range(1, size):
-                self._spawn(rank, size)
-            self.spawned.set_result(None)
-        except BaseException as error:
-            self.spawned.set_exception(error)
-        self._watch()
-        self.children_ended.wait()
-
-    def _spawn(self, rank: int, size: int) -> None:
-        channel, their_channel = Pipe()
-        pipe, their_pipe = socket.socketpair()
-        self.channels.append(channel)
-        self.pipes.append(pipe)
-        with their_channel, their_pipe:
-            descriptors = their_channel.fileno(), their_pipe.fileno(), self.store_file.fileno()
-            path = [p or os.getcwd() for p in sys.path if isinstance(p, str)]
-            program = _WORKER.format(path, (*descriptors, os.getpid()))
-            num_threads = str(max(1, (os.cpu_count() or 1) // size))
-            environment = {"OMP_NUM_THREADS": num_threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-            process = subprocess.Popen(
-                [sys.executable, "-c", program], pass_fds=descriptors, stdin=subprocess.DEVNULL, env=environment
-            )
-        self.processes.append(process)
-
-    def _await_children(self, store: "dist.Store") -> None:
-        """Wait until all children are about to join."""
-        present = [f"rank {rank}" for rank in range(1, len(self.processes) + 1)]
-        while not store.check(present):
-            self.check()
-            time.sleep(0.02)
-
-    def _join(self, config: Config, source: ModelSource, store: "dist.Store", device: torch.device) -> TensorParallel:
-        """Make the group, in a thread that is left behind if a child is lost: nothing ends its wait for that one."""
-        size, joined = config.tensor_parallel_size, Future()
-
-        def join() -> None:
-            try:
-                rank_device(device.type, 0)  # sets the current GPU of this thread
-                tp = TensorParallel(0, size, make_group(0, size, store, device.type, self.pipes))
-                self.tp = tp  # from now on it can be ended
-                tp = tp.with_peers(device, largest_sum(config, source))
-                if device.type == "cuda":
-                    torch.cuda.current_stream().synchronize()  # the caller's stream may be another than this thread's
-                self.tp = tp
-                joined.set_result(tp)
-                if self.closing.is_set():
-                    tp.abort(lambda: None)
-                    tp.close()
-            except BaseException as error:
-                if not joined.done():
-                    joined.set_exception(error)
-
-        threading.Thread(target=join, daemon=True).start()
-        while not joined.done():
-            self.check()
-            time.sleep(0.01)
-        return joined.result()
-
-    def _run(self, what: str, *arguments: Any) -> None:
-        with self._explained():
-            self._tell(what, *arguments)
-            super()._run(what, *arguments)
+    def check(self) -> None:
+        """Raise RuntimeError if a rank is lost."""
+        if self.error is not None:
+            raise RuntimeError(self.error)
 
     def collect(self) -> StepOutput:
-        with self._explained():
+        with self._naming_lost_ranks():
             return super().collect()
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        with self._explained():
-            self._tell("update_weights")
-            with contextlib.closing(self._shared(weights)) as shared:
+        with self._naming_lost_ranks():
+            self.channels.send("update_weights")
+            shared = self.channels.share_weights(weights, self.runner.tp, self.device)
+            with contextlib.closing(shared):
                 super().update_weights(shared)
 
-    def _tell(self, *message: Any) -> None:
-        for channel in self.channels:
-            channel.send(message)
-
-    def _shared(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """`weights`, each of which is also broadcast to the other ranks; whatever ends them ends theirs."""
-        runner, complete = self.runner, False
-        try:
-            for name, tensor in checked_weights(weights):
-                tensor = tensor.detach().to(runner.device).contiguous()
-                yield name, self._broadcast(name, tensor)
-            complete = True
-        finally:
-            self._tell(complete)
-
-    def _broadcast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        try:
-            self._tell(name, tensor.shape, tensor.dtype)
-            return self.runner.tp.broadcast(tensor)
-        except BaseException as error:  # such as a second Ctrl-C: from now on the ranks wait for different things
-            if isinstance(error, Exception):
-                self._await_news()
-            self.error = self.error or f"sending weights to the other ranks failed: {error!r}"
-            raise
-
-    def check(self) -> None:
-        """Raise RuntimeError if a rank has failed."""
-        if self.error:
-            raise RuntimeError(self.error)
+    def _call(self, method: str, *arguments: object) -> None:
+        with self._naming_lost_ranks():
+            self.channels.send(method, *arguments)
+            super()._call(method, *arguments)
 
     @contextlib.contextmanager
-    def _explained(self):
-        """Turn what a dead rank does to this one (a broken pipe, a failed collective) into an error that says so.
+    def _naming_lost_ranks(self) -> Iterator[None]:
+        """Raise a RuntimeError that names the lost rank in place of what its loss causes in this one.
 
-        Other errors are the caller's, such as weights that do not fit: they wait for nothing.
+        Such consequences are a broken pipe or a failed collective. Other errors are the caller's, such as weights of a
+        wrong shape: they are raised at once.
         """
         self.check()
         try:
             yield
         except Exception as error:
             if isinstance(error, OSError | EOFError | RuntimeError):
-                self._await_news()
-            if self.error:
+                self.processes.wait_for_failure()
+            if self.error is not None:
                 raise RuntimeError(self.error) from error
             raise
 
-    def _await_news(self) -> None:
-        """Give the monitor time to see what may be behind an error: 2 s, but a whole look at least if it is slow."""
-        deadline, looks = time.monotonic() + 2, self.looks + 2  # one may have begun before
-        while not self.error and self.monitor.is_alive() and (time.monotonic() < deadline or self.looks < looks):
-            time.sleep(0.05)
+    # -- start -------------------------------------------------------------------------------------------------------
 
-    def _watch(self) -> None:
-        """Wait for a child that ended, stopped or sent a traceback; then end the others, which may wait for it."""
-        while not self.closing.wait(_POLL_SECONDS):
-            failure = self._failure()
-            if failure and not self.closing.is_set():  # else it is `close` that ends them
-                self.error = failure
-                tp = self.tp  # `close` may forget it meanwhile
-                try:
-                    if tp is not None:
-                        tp.stop()
-                finally:  # a GPU may have failed
-                    for process in self.processes:
-                        process.kill()
-                self._end_collectives()
-                return
-            self.looks += 1
+    def _wait_for_ranks(self, store: "FileStore") -> None:
+        """Wait until all other ranks are about to join the group."""
+        keys = [f"rank {rank}" for rank in range(1, self.config.tensor_parallel_size)]
+        while not store.check(keys):
+            self.check()
+            time.sleep(0.02)
 
-    def _failure(self) -> str | None:
-        """Say which ranks are lost, or else what a rank has reported.
+    def _join_group(self, store: "FileStore") -> TensorParallel:
+        """Join the ranks' group in another thread. If a rank is lost, that thread may be left waiting for it."""
+        joined: Future[TensorParallel] = Future()
+        threading.Thread(target=self._make_group, args=(store, joined), daemon=True).start()
+        while not joined.done():
+            self.check()
+            time.sleep(0.01)
+        return joined.result()
 
-        The loss of one rank makes the others fail in their collectives, and their reports may come first. So when there
-        is only a report, the lost rank has a second to show.
-        """
-        deadline = None
-        while True:
-            # `close` may empty both lists meanwhile.
-            ranks = list(enumerate(zip(self.processes, self.channels, strict=False), start=1))
-            ends = {rank: self._end_of(rank, process) for rank, (process, _) in ranks}
-            for rank, (_, channel) in ranks:
-                with contextlib.suppress(OSError, EOFError):
-                    if channel.poll():
-                        self.reports[rank] = channel.recv()
-            if lost := [end for rank, end in ends.items() if end and rank not in self.reports]:
-                return "\n".join(lost)
-            if not self.reports:
-                return None
-            deadline = deadline or time.monotonic() + 1
-            if time.monotonic() > deadline or self.closing.wait(_POLL_SECONDS):
-                rank, report = next(iter(self.reports.items()))
-                return f"tensor-parallel rank {rank} failed:\n{report}"
-
-    def _end_of(self, rank: int, process: subprocess.Popen) -> str | None:
-        """Say how a rank's process ended or that it was stopped; None if it runs."""
+    def _make_group(self, store: "FileStore", joined: Future[TensorParallel]) -> None:
+        size = self.config.tensor_parallel_size
+        device = self.device
         try:
-            flags = os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT
-            state = os.waitid(os.P_PID, process.pid, flags)
-        except ChildProcessError:
-            return f"tensor-parallel rank {rank} (process {process.pid}) is gone"
-        if state is None:
-            return None
-        verb = "was stopped by" if state.si_code == os.CLD_STOPPED else "ended with status or"
-        return f"tensor-parallel rank {rank} (process {process.pid}) {verb} signal {state.si_status}"
+            # Set the current GPU of this thread.
+            rank_device(device.type, 0)
+            group = make_group(0, size, store, device.type, self.channels.pipes)
+            # Kept before the next call, so that the group can be aborted if a rank is lost in that call.
+            tp = TensorParallel(0, size, group)
+            self._tp = tp
+            tp = tp.with_peers(device, largest_all_reduce(self.config, self.source))
+            if device.type == "cuda":
+                # The caller's stream may be another than this thread's.
+                torch.cuda.current_stream().synchronize()
+            self._tp = tp
+            joined.set_result(tp)
+            if self.processes.closing:
+                # `close` has not seen this group.
+                tp.abort(lambda: None)
+                tp.close()
+        except BaseException as error:
+            if not joined.done():
+                joined.set_exception(error)
 
-    def _end_collectives(self) -> None:
-        """End this rank's waits for the others. The monitor may call this while a step waits."""
-        tp, runner = self.tp, self.runner
+    # -- end ---------------------------------------------------------------------------------------------------------
+
+    def _end_ranks(self) -> None:
+        """End all other ranks after one is lost, then this rank's waits for them. Called by the monitor's thread."""
+        tp = self._tp
+        try:
+            if tp is not None:
+                tp.stop()
+        finally:
+            # Even if this rank's GPU has failed.
+            self.processes.kill()
+        self._abort_collectives()
+
+    def _abort_collectives(self) -> None:
+        """End this rank's waits for other ranks. A step may be waiting in another thread."""
+        tp, runner = self._tp, self._runner
         if tp is not None:
             tp.abort(runner.free_graphs if runner is not None else lambda: None)
 
     def close(self) -> None:
-        """End the children and remove what was made for them, whatever fails meanwhile. May be called again."""
+        """End the other ranks and free what belongs to them, even if some of it fails. May be called again."""
         try:
-            if self.spawned.done():
-                self._end_children()
+            if self.processes.started:
+                self._let_ranks_end()
         finally:
-            self.closing.set()
-            if not self.spawned.cancel():  # the monitor may be starting some
-                wait([self.spawned])
-            for process in self.processes:
-                process.kill()
-                process.wait()
-            self.children_ended.set()
-            for end in (*self.channels, *self.pipes):
-                end.close()
-            self.channels, self.pipes, self.processes = [], [], []
-            if self.store_file is not None:
-                self.store_file.close()
+            self.processes.close()
+            self.channels.close()
             super().close()
 
-    def _end_children(self) -> None:
-        """Give them what they wait for, then 5 s to end by themselves."""
+    def _let_ranks_end(self) -> None:
+        """Finish the steps in flight, ask the other ranks to close, and give them 5 s."""
         try:
-            with contextlib.suppress(Exception):  # while the monitor still looks: a lost rank's part would never come
-                while self.runner is not None and self.runner.in_flight:
-                    self.runner.collect()
-            self.closing.set()
-            for channel in self.channels:
-                with contextlib.suppress(OSError):
-                    channel.send(("close",))
-                channel.close()
-        finally:  # even after an interrupt no kernel may wait for a rank
-            self._end_collectives()
-        deadline = time.monotonic() + (0 if self.error else 5)
-        for process in self.processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0, deadline - time.monotonic()))
+            # The monitor still watches: without it a lost rank's part of a step would be waited for in vain.
+            with contextlib.suppress(Exception):
+                while self._runner is not None and self._runner.in_flight:
+                    self._runner.collect()
+            self.processes.stop_watching()
+            self.channels.close_ranks()
+        finally:
+            # Even after an interrupt no kernel may go on waiting for a rank.
+            self._abort_collectives()
+        self.processes.wait_for_exit(0 if self.error is not None else 5)

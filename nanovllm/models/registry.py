@@ -148,7 +148,7 @@ class ModelConfig:
                 checked_option(f"RoPE {name}", value, kind)
                 continue
             if not isinstance(value, list) or len(value) != num_factors:
-                raise ValueError(f"the model's RoPE factors must be {num_factors} (head_dim / 2), got {value!r:.80}")
+                raise ValueError(f"the model's RoPE factors must be {num_factors} (head_dim / 2), got {shown(value)}")
             for factor in value:
                 checked_option("RoPE factors", factor, kind)
         if rope_type == "llama3" and not options["low_freq_factor"] < options["high_freq_factor"]:

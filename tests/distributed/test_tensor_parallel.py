@@ -1,6 +1,5 @@
-"""Ranks as processes on the CPU: same tokens, clear errors, nothing left behind."""
+"""Tensor-parallel ranks as processes on the CPU: the tokens of one rank, clear errors, nothing left behind."""
 
-import contextlib
 import gc
 import json
 import os
@@ -14,24 +13,23 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.executor import spawned
-from nanovllm.executor.spawned import SpawnedRanks, rank_device
+from nanovllm.executor.channels import RankChannels
+from nanovllm.executor.spawned import SpawnedExecutor
 from nanovllm.runner.model_runner import ModelRunner
+from tests.helpers import SOON, all_end, is_alive, open_files, rank_pids, threads_end, wait_until
 from tests.models.tiny import save_tiny
 
 OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32)
-SOON = 60  # seconds after which what has not come never will, on a busy machine too
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6] * 15, [5]]
 PARAMS = [SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)] * 2
 PARAMS += [SamplingParams(temperature=1.0, seed=1, max_tokens=12, ignore_eos=True)]
@@ -53,110 +51,116 @@ def want(model):
         return tokens(llm)
 
 
-def alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def gone(pids):
-    deadline = time.monotonic() + SOON
-    while any(map(alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return not any(map(alive, pids))
-
-
 @pytest.mark.parametrize("size", [2, 4])
-def test_the_tokens_are_those_of_one_rank(model, want, size):
+def test_several_ranks_return_the_tokens_of_one(model, want, size):
     with LLM(model, tensor_parallel_size=size, **OPTIONS) as llm:
-        pids = [process.pid for process in llm.executor.processes]
-        assert tokens(llm) == want  # a batch of 3, mixed with chunks
-        assert tokens(llm, PROMPTS[:1], PARAMS[:1]) == want[:1]  # and of 1
-    assert gone(pids)
+        pids = rank_pids()
+        assert len(pids) == size - 1
+        # A batch of three sequences with chunked prefill, then a batch of one.
+        assert tokens(llm) == want
+        assert tokens(llm, PROMPTS[:1], PARAMS[:1]) == want[:1]
+    assert all_end(pids)
 
 
-def test_dummy_weights_are_those_of_one_rank(model, want):
+def test_dummy_weights_are_the_same_on_several_ranks(model, want):
     with LLM(model, load_format="dummy", **OPTIONS) as llm:
         dummy = tokens(llm)
     with LLM(model, load_format="dummy", tensor_parallel_size=2, **OPTIONS) as llm:
         assert tokens(llm) == dummy != want
 
 
-def test_messages_may_be_large_and_a_rank_slow(tmp_path, monkeypatch):
+@pytest.fixture
+def rank_startup(tmp_path, monkeypatch):
+    """Return a function that makes Python run some code when a rank starts, before anything else."""
+
+    def run_first(code):
+        (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(code))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    return run_first
+
+
+def test_large_messages_reach_a_slow_rank(tmp_path, monkeypatch, rank_startup):
     path = save_tiny(tmp_path, "qwen2", vocab_size=140_000, num_hidden_layers=1)
     options = {**OPTIONS, "max_num_seqs": 64, "max_num_batched_tokens": 64}
     prompts = [[i + 1] for i in range(64)]
     allowed = [SamplingParams(temperature=0, max_tokens=3, allowed_token_ids=[i, i + 70_000]) for i in range(64)]
     with LLM(path, **options) as llm:
         want = tokens(llm, prompts, allowed)
-    (tmp_path / "sitecustomize.py").write_text(  # a rank imports this first
-        "import time\nfrom multiprocessing.connection import Connection\nreceive = Connection.recv\n"
-        "Connection.recv = lambda self: time.sleep(0.3) or receive(self)\n"
+    rank_startup(
+        """
+        import time
+        from multiprocessing.connection import Connection
+        receive = Connection.recv
+        Connection.recv = lambda self: time.sleep(0.3) or receive(self)
+        """
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    send, sizes = RankChannels.send, []
+
+    def measure_and_send(channels, *message):
+        sizes.append(len(ForkingPickler.dumps(message)))
+        send(channels, *message)
+
     with LLM(path, tensor_parallel_size=2, **options) as llm:
-        tell, sizes = llm.executor._tell, []
-
-        def measured(*message):
-            sizes.append(len(ForkingPickler.dumps(message)))
-            tell(*message)
-
-        llm.executor._tell = measured
+        monkeypatch.setattr(RankChannels, "send", measure_and_send)
         start = time.monotonic()
         assert tokens(llm, prompts, allowed) == want
-        assert max(sizes) > 1 << 20 and time.monotonic() - start > 0.3 * (len(sizes) - 2)
+        assert max(sizes) > 1 << 20
+        # Two steps may be in flight before rank 1 has received them.
+        assert time.monotonic() - start > 0.3 * (len(sizes) - 2)
 
 
-def sockets_of(pid):
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            yield os.readlink(descriptor)
-
-
-def listening(pids, ignored=()):
-    """Addresses on which these processes listen."""
-    sockets = {name for pid in pids for name in sockets_of(pid)}.difference(ignored)
+def listening(pids, ignored=frozenset()):
+    """Return the addresses on which these processes listen, except through the sockets `ignored`."""
+    sockets = set()
+    for pid in pids:
+        sockets |= open_files(pid) - ignored
+    addresses = []
     for file in ("/proc/net/tcp", "/proc/net/tcp6", "/proc/net/udp", "/proc/net/udp6"):
         for line in Path(file).read_text().splitlines()[1:]:
-            address, _, state, *_, inode = line.split()[1:10]
-            if f"socket:[{inode}]" in sockets and state in ("0A", "07"):  # TCP's listening, UDP's unconnected
-                yield address
+            fields = line.split()
+            address, state, inode = fields[1], fields[3], fields[9]
+            # The states are TCP's "listening" and UDP's "unconnected".
+            if f"socket:[{inode}]" in sockets and state in ("0A", "07"):
+                addresses.append(address)
+    return addresses
 
 
 def test_ranks_on_the_cpu_listen_on_no_port(model):
-    """Any local user could connect to it, and abort the process with more connections than it may have."""
-    others = set(sockets_of(os.getpid()))  # of other tests
+    """Any local user could connect to a port, and abort the process with more connections than it may have."""
+    files_of_other_tests = open_files(os.getpid())
     with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
-        tokens(llm)  # now rank 1 has all its sockets, too
-        pids = os.getpid(), *(process.pid for process in llm.executor.processes)
-        assert not [*listening(pids, others)]
+        # After a step rank 1 has all its sockets too.
+        tokens(llm)
+        pids = [os.getpid(), *rank_pids()]
+        assert not listening(pids, files_of_other_tests)
         with socket.create_server(("127.0.0.1", 0)):
-            assert len([*listening(pids, others)]) == 1  # such a port would be found
+            # Such a port would be found.
+            assert len(listening(pids, files_of_other_tests)) == 1
 
 
-def test_kv_heads_are_replicated_where_there_are_more_ranks(tmp_path):
-    path = save_tiny(tmp_path, "llama")  # a single KV head
+def test_more_ranks_than_kv_heads_replicate_the_heads(tmp_path):
+    # This model has a single KV head.
+    path = save_tiny(tmp_path, "llama")
     with LLM(path, **OPTIONS) as llm:
         want = tokens(llm)
     with LLM(path, tensor_parallel_size=2, **OPTIONS) as llm:
         assert tokens(llm) == want
 
 
-def test_two_engines_of_two_ranks(model, want):
+def test_two_engines_of_two_ranks_live_side_by_side(model, want):
     with LLM(model, tensor_parallel_size=2, **OPTIONS) as one, LLM(model, tensor_parallel_size=2, **OPTIONS) as two:
         assert tokens(one) == tokens(two) == want
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_dead_or_stopped_rank_is_a_clear_error_in_seconds(model, want, how):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_killed_or_stopped_rank_raises_a_clear_error_in_seconds(model, want, number):
     with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
-        (process,) = llm.executor.processes
+        (pid,) = rank_pids()
         assert tokens(llm) == want
         llm.add_request(PROMPTS[0], SamplingParams(max_tokens=100, ignore_eos=True))
         llm.step()
-        os.kill(process.pid, how)
+        os.kill(pid, number)
         start = time.monotonic()
         with pytest.raises(RuntimeError, match="rank 1"):
             while llm.has_unfinished():
@@ -164,30 +168,21 @@ def test_a_dead_or_stopped_rank_is_a_clear_error_in_seconds(model, want, how):
         assert time.monotonic() - start < SOON
         with pytest.raises(RuntimeError, match="has failed"):
             llm.generate(PROMPTS)
-    assert gone([process.pid])
-    with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:  # and a new start is clean
+    assert all_end([pid])
+    # A new engine is not affected.
+    with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
         assert tokens(llm) == want
-
-
-def rank_of(parent):
-    """The process of a rank that `parent` has just started."""
-    while parent.poll() is None:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # threads and children come and go
-            for children in Path(f"/proc/{parent.pid}/task").glob("*/children"):
-                for pid in map(int, children.read_text().split()):
-                    if b"runner.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                        return pid
-        time.sleep(0.01)
-    raise AssertionError("the parent has ended before")
 
 
 def test_a_parent_killed_while_ranks_start_leaves_nothing(model, tmp_path):
     script = f"from nanovllm import LLM; LLM({str(model)!r}, tensor_parallel_size=2)"
     parent = subprocess.Popen([sys.executable, "-c", script], env=environment() | {"TMPDIR": str(tmp_path)})
-    pid = rank_of(parent)
+    assert wait_until(lambda: rank_pids(parent.pid) or parent.poll() is not None)
+    pids = rank_pids(parent.pid)
+    assert pids, "the parent ended before it started a rank"
     parent.kill()
     parent.wait()
-    assert gone([pid]) and not [*tmp_path.iterdir()]
+    assert all_end(pids) and not list(tmp_path.iterdir())
 
 
 def test_ranks_import_nothing_from_the_working_folder(model, want, tmp_path):
@@ -195,33 +190,31 @@ def test_ranks_import_nothing_from_the_working_folder(model, want, tmp_path):
     script = tmp_path / "scripts" / "mine.py"
     script.parent.mkdir()
     script.write_text(SCRIPT)
-    arguments = [str(model), json.dumps(OPTIONS), json.dumps(PROMPTS[:1])]
-    command = [sys.executable, str(script), *arguments]
-    environment = dict(os.environ, PYTHONPATH=os.getcwd())
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(script), str(model), json.dumps(OPTIONS), json.dumps(PROMPTS[:1])]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
     assert f"tokens {want[:1]}" in done.stdout, done.stderr
 
 
-def test_a_rank_that_crashes_says_where(model, capfd):
+def test_a_rank_that_crashes_prints_where(model, capfd):
     with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
-        tokens(llm)  # rank 0 may be ready while rank 1 still builds its runner
-        os.kill(llm.executor.processes[0].pid, signal.SIGSEGV)
+        # Rank 0 may be ready while rank 1 still builds its runner.
+        tokens(llm)
+        os.kill(*rank_pids(), signal.SIGSEGV)
         with pytest.raises(RuntimeError, match=r"rank 1 .* signal 11"):
             tokens(llm)
     assert re.search(r"Segmentation fault(.|\n)*worker\.py.* in serve", capfd.readouterr().err)
 
 
-def test_ranks_need_nowhere_to_tell_errors(model, want, tmp_path):
+def test_ranks_run_without_a_standard_error(model, want, tmp_path):
     script = tmp_path / "mine.py"
     script.write_text(SCRIPT)
     command = ["sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, str(script)]
     command += [str(model), json.dumps(OPTIONS), json.dumps(PROMPTS[:1])]
-    environment = dict(os.environ, PYTHONPATH=os.getcwd())
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, timeout=300)
     assert f"tokens {want[:1]}" in done.stdout
 
 
-def test_ranks_know_no_classes_of_the_caller(model, want):
+def test_ranks_need_no_classes_of_the_caller(model, want):
     class Text(str):
         __slots__ = ()
 
@@ -244,7 +237,7 @@ def test_ranks_know_no_classes_of_the_caller(model, want):
         assert tokens(llm, PROMPTS[:1], params) == want[:1]
 
 
-def test_python_may_be_started_by_a_wrapper(model, want, tmp_path, monkeypatch):
+def test_ranks_start_through_a_wrapper_of_python(model, want, tmp_path, monkeypatch):
     wrapper = tmp_path / "my python"
     wrapper.write_text(f'#!/bin/sh\n"{sys.executable}" "$@"\n')
     wrapper.chmod(0o755)
@@ -253,271 +246,230 @@ def test_python_may_be_started_by_a_wrapper(model, want, tmp_path, monkeypatch):
         assert tokens(llm) == want
 
 
-def test_a_rank_lost_while_weights_are_updated_is_a_clear_error(model):
+def test_a_rank_lost_before_an_update_of_weights_raises_a_clear_error(model):
     with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
-        (process,) = llm.executor.processes
-        os.kill(process.pid, signal.SIGKILL)
+        os.kill(*rank_pids(), signal.SIGKILL)
         with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9"):
             llm.update_weights(model)
         with pytest.raises(RuntimeError, match="has failed and must be made anew"):
             llm.update_weights(model)
 
 
-def test_the_error_names_the_rank_that_is_lost_and_not_those_that_fail_for_it(model):
+def test_the_error_names_the_lost_rank_and_not_those_that_fail_because_of_it(model):
     with LLM(model, tensor_parallel_size=4, **OPTIONS) as llm:
-        process = llm.executor.processes[2]
+        pid = rank_pids()[2]
 
         def weights():
             for i, pair in enumerate(load_file(model / "model.safetensors").items()):
                 if i == 3:
-                    process.kill()
-                    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
                 yield pair
 
         with pytest.raises(RuntimeError, match=r"^tensor-parallel rank 3 .* signal 9$"):
             llm.update_weights(weights())
 
 
-def test_a_lost_rank_comes_before_reports_of_others():
-    """Its loss may show only after their reports."""
-    children = [subprocess.Popen(["sleep", "600"]) for _ in range(2)]
-    ours, theirs = Pipe()
-    with ours, theirs, contextlib.ExitStack() as stack:
-        for child in children:
-            stack.callback(child.wait)
-            stack.callback(child.kill)
-        theirs.send("Traceback: connection closed by peer")
-        waits = []
-
-        def wait(seconds):
-            waits.append(seconds)
-            children[1].kill()
-            os.waitid(os.P_PID, children[1].pid, os.WEXITED | os.WNOWAIT)
-
-        ranks = SimpleNamespace(
-            processes=children, channels=[ours, theirs], reports={}, closing=SimpleNamespace(wait=wait)
-        )
-        ranks._end_of = lambda *arguments: SpawnedRanks._end_of(ranks, *arguments)
-        failure = SpawnedRanks._failure(ranks)
-        assert waits and "rank 2" in failure and "signal 9" in failure
-
-
 def test_a_second_interrupt_while_weights_are_sent_ends_the_engine(model, monkeypatch):
-    """The ranks wait for different things then."""
+    """The ranks wait for different things afterwards."""
     with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
-        (process,) = llm.executor.processes
-        monkeypatch.setattr(TensorParallel, "broadcast", fail)
+        pids = rank_pids()
+        monkeypatch.setattr(TensorParallel, "broadcast", interrupt)
         with pytest.raises(KeyboardInterrupt):
             llm.update_weights(model)
         with pytest.raises(RuntimeError, match="has failed and must be made anew"):
             llm.update_weights(model)
-    assert not alive(process.pid)
+    assert not any(map(is_alive, pids))
 
 
-def test_an_interrupted_close_ends_the_collectives(model):
-    llm, ended = LLM(model, tensor_parallel_size=2, **OPTIONS), []
+def test_an_interrupted_close_aborts_the_collectives(model, monkeypatch):
+    abort, aborted = TensorParallel.abort, []
+
+    def note_and_abort(tp, free_graphs):
+        aborted.append(tp.rank)
+        abort(tp, free_graphs)
+
+    monkeypatch.setattr(TensorParallel, "abort", note_and_abort)
+    llm = LLM(model, tensor_parallel_size=2, **OPTIONS)
     llm.add_request(PROMPTS[0], PARAMS[0])
     llm.step()
-    (process,), end = llm.executor.processes, llm.executor._end_collectives
-    llm.executor.runner.collect = fail
-    llm.executor._end_collectives = lambda: ended.append(end())
+    pids = rank_pids()
+    llm.executor.runner.collect = interrupt
     with pytest.raises(KeyboardInterrupt):
         llm.close()
-    assert ended and not alive(process.pid)
+    assert aborted and not any(map(is_alive, pids))
 
 
-def test_close_goes_on_where_it_was_interrupted(model, monkeypatch):
+def test_an_interrupted_close_can_be_called_again(model, monkeypatch):
     llm = LLM(model, tensor_parallel_size=2, **OPTIONS)
-    (process,) = llm.executor.processes
+    pids = rank_pids()
     with monkeypatch.context() as patch:
-        patch.setattr(SpawnedRanks, "close", fail)
+        patch.setattr(SpawnedExecutor, "close", interrupt)
         with pytest.raises(KeyboardInterrupt):
             llm.close()
     with pytest.raises(RuntimeError, match="closed"):
         llm.generate(PROMPTS)
     llm.close()
-    assert not alive(process.pid)
+    assert pids and not any(map(is_alive, pids))
 
 
-def fail(*_):
-    raise KeyboardInterrupt("in the middle of close")  # or what CUDA says once it has failed
+def interrupt(*_):
+    """Raise what Ctrl-C does, in place of a call."""
+    raise KeyboardInterrupt
 
 
-def is_closed(end):
-    return end.closed if isinstance(end, Connection) else end.fileno() < 0
-
-
-def test_a_close_that_fails_leaves_nothing(model):
+def test_a_close_that_fails_leaves_nothing(model, monkeypatch, rank_startup):
+    # The rank stops instead of ending by itself. Rank 0 no longer watches it by then.
+    rank_startup(
+        """
+        import os, signal
+        from multiprocessing.connection import Connection
+        receive = Connection.recv
+        def stop_at_close(self):
+            message = receive(self)
+            if message == ("close",):
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return message
+        Connection.recv = stop_at_close
+        """
+    )
+    before = open_files(os.getpid())
     llm = LLM(model, tensor_parallel_size=2, **OPTIONS)
-    (process,), ends = llm.executor.processes, [*llm.executor.channels, *llm.executor.pipes]
-    llm.executor._failure = lambda *_: None  # the monitor is not to end it first
-    os.kill(process.pid, signal.SIGSTOP)  # it will not end by itself
-    llm.executor._end_collectives = fail
-    with pytest.raises(KeyboardInterrupt):
-        llm.close()
-    assert not alive(process.pid) and len(ends) == 2 and all(map(is_closed, ends))
-    del llm.executor._end_collectives
+    pids = rank_pids()
+    assert len(channel_files(before)) >= 4
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorParallel, "abort", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llm.close()
+    assert pids and not any(map(is_alive, pids))
+    assert wait_until(lambda: not channel_files(before))
     llm.close()
 
 
-def test_a_monitor_that_looks_while_ranks_are_closed_sees_no_failure(model):
-    def late(*arguments):
-        looking.set()
-        assert closed.wait(SOON)
-        return failure(*arguments)
-
-    looking, closed = threading.Event(), threading.Event()
-    with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
-        ranks, failure = llm.executor, llm.executor._failure
-        ranks._failure = late
-        assert looking.wait(SOON)
-    closed.set()
-    ranks.monitor.join(SOON)
-    assert not ranks.monitor.is_alive() and ranks.error is None
-
-
-def test_what_a_slow_monitor_has_to_tell_is_waited_for(monkeypatch):
-    def sleep(seconds):
-        clock.append(clock[-1] + 1)
-        ranks.looks = clock[-1] // 20
-        ranks.error = "rank 1 is gone" if clock[-1] == 39 else None
-
-    clock = [15]
-    ranks = SimpleNamespace(error=None, looks=0, monitor=SimpleNamespace(is_alive=lambda: clock[-1] < 100))
-    monkeypatch.setattr(spawned, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock[-1]))
-    SpawnedRanks._await_news(ranks)
-    assert ranks.error and clock[-1] == 39
-    SpawnedRanks._await_news(ranks)  # there is no need
-    assert clock[-1] == 39
+def channel_files(before):
+    """Return the sockets, pipes and files in memory that this process has opened since `before`."""
+    kinds = ("socket:", "pipe:", "/memfd:nanovllm")
+    return [name for name in open_files(os.getpid()) - before if name.startswith(kinds)]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_the_other_ranks_are_ended_even_if_this_one_s_gpu_fails(model, monkeypatch):
+def test_the_other_ranks_end_even_if_the_gpu_of_this_one_fails(model, monkeypatch):
     with LLM(model, tensor_parallel_size=4, **OPTIONS) as llm:
         with monkeypatch.context() as patch:
-            patch.setattr(TensorParallel, "stop", fail)
-            pids = [process.pid for process in llm.executor.processes]
+            patch.setattr(TensorParallel, "stop", interrupt)
+            pids = rank_pids()
             os.kill(pids[0], signal.SIGKILL)
-            assert gone(pids)
-            llm.executor.monitor.join(SOON)  # its error is this test's, and this patch for it
+            assert all_end(pids)
+            # The thread ends with this test's error, which must come while the patch is there.
+            assert threads_end("nanovllm-monitor")
         with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9"):
             tokens(llm)
 
 
-def test_a_rank_that_dies_before_it_joins_is_a_clear_error_in_seconds(model, monkeypatch):
-    spawn, processes = SpawnedRanks._spawn, []
+def test_a_rank_that_dies_before_it_joins_raises_a_clear_error_in_seconds(model, monkeypatch):
+    popen, pids = subprocess.Popen, []
 
-    def spawn_and_kill(self, rank, size):
-        spawn(self, rank, size)
-        processes.append(self.processes[-1].pid)
-        if rank == 3:
-            self.processes[-1].kill()
+    def start_and_kill_the_third(*arguments, **options):
+        process = popen(*arguments, **options)
+        pids.append(process.pid)
+        if len(pids) == 3:
+            process.kill()
+        return process
 
-    monkeypatch.setattr(SpawnedRanks, "_spawn", spawn_and_kill)
+    monkeypatch.setattr(subprocess, "Popen", start_and_kill_the_third)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"rank 3 .* signal 9"):
         LLM(model, tensor_parallel_size=4, **OPTIONS)
     assert time.monotonic() - start < SOON
-    assert len(processes) == 3 and gone(processes)
+    assert len(pids) == 3 and all_end(pids)
 
 
-def test_a_rank_that_dies_while_others_join_is_a_clear_error_in_seconds(model, monkeypatch):
-    spawn, make_group, processes = SpawnedRanks._spawn, spawned.make_group, []
-
-    def note(self, rank, size):
-        spawn(self, rank, size)
-        processes.append(self.processes[-1])
+def test_a_rank_that_dies_while_others_join_raises_a_clear_error_in_seconds(model, monkeypatch):
+    make_group, pids = spawned.make_group, []
 
     def kill_and_join(*arguments):
-        processes[0].kill()
+        pids.extend(rank_pids())
+        os.kill(pids[0], signal.SIGKILL)
         return make_group(*arguments)
 
-    monkeypatch.setattr(SpawnedRanks, "_spawn", note)
     monkeypatch.setattr(spawned, "make_group", kill_and_join)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9"):
         LLM(model, tensor_parallel_size=2, **OPTIONS)
     assert time.monotonic() - start < SOON
-    assert gone([processes[0].pid])
+    assert len(pids) == 1 and all_end(pids)
 
 
-def test_a_group_that_fails_or_comes_too_late_is_ended(model, monkeypatch):
-    def note(what):
-        return lambda tp, *arguments: ended.append((what, tp.rank)) or closed.set()
+@pytest.fixture
+def ended_groups(monkeypatch):
+    """Record the calls of `TensorParallel.abort` and `close` as pairs of a name and a group."""
+    calls = []
+    monkeypatch.setattr(TensorParallel, "abort", lambda tp, free_graphs: calls.append(("abort", tp)))
+    monkeypatch.setattr(TensorParallel, "close", lambda tp: calls.append(("close", tp)))
+    return calls
 
-    def with_peers(tp, *arguments):
-        if late:
-            threads.append(threading.current_thread())
-            joining.set()
-            assert closed.wait(SOON)
-            return replace(tp)
+
+def test_a_group_that_fails_to_share_memory_is_ended(model, monkeypatch, ended_groups):
+    def fail(*_):
         raise RuntimeError("no room for peers")
 
-    def interrupted(self):
-        if joining.is_set():
-            raise KeyboardInterrupt
-
-    ended, threads, joining, closed = [], [], threading.Event(), threading.Event()
-    monkeypatch.setattr(TensorParallel, "abort", note("abort"))
-    monkeypatch.setattr(TensorParallel, "close", note("close"))
-    monkeypatch.setattr(TensorParallel, "with_peers", with_peers)
-    late = False
+    monkeypatch.setattr(TensorParallel, "with_peers", fail)
     with pytest.raises(RuntimeError, match="no room for peers"):
         LLM(model, tensor_parallel_size=2, **OPTIONS)
-    assert ended == [("abort", 0), ("close", 0)]
-    late = True
-    ended.clear()
-    closed.clear()
-    monkeypatch.setattr(SpawnedRanks, "check", interrupted)
-    monkeypatch.setattr(SpawnedRanks, "_end_children", lambda self: None)
+    assert [name for name, _ in ended_groups] == ["abort", "close"]
+
+
+def test_a_group_that_is_made_after_an_interrupt_is_ended(model, monkeypatch, ended_groups):
+    late_groups, threads = [], []
+
+    def share_memory_after_an_interrupt(tp, *_):
+        threads.append(threading.current_thread())
+        os.kill(os.getpid(), signal.SIGINT)
+        # The main thread closes the engine meanwhile.
+        assert wait_until(lambda: any(name == "close" for name, _ in ended_groups))
+        late_groups.append(replace(tp))
+        return late_groups[0]
+
+    monkeypatch.setattr(TensorParallel, "with_peers", share_memory_after_an_interrupt)
     with pytest.raises(KeyboardInterrupt):
         LLM(model, tensor_parallel_size=2, **OPTIONS)
     threads[0].join(SOON)
-    assert ended == [("close", 0), ("abort", 0), ("close", 0)]  # what was there, then what came late
+    assert [name for name, _ in ended_groups] == ["abort", "close", "abort", "close"]
+    assert [group is late_groups[0] for _, group in ended_groups] == [False, False, True, True]
 
 
-def test_a_worker_s_error_reaches_the_caller_with_its_traceback(model, monkeypatch):
+def test_a_rank_s_error_reaches_the_caller_with_its_traceback(model):
     with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
-        llm.executor.channels[0].send("not a batch")
-        with pytest.raises(RuntimeError, match=r"rank 1 failed:\n.*Traceback"):
+        llm.executor.channels.send("no_method_of_a_runner")
+        with pytest.raises(RuntimeError, match=r"rank 1 failed:\n.*Traceback(.|\n)*no_method_of_a_runner"):
             while True:
                 tokens(llm)
 
 
-def test_tokens_of_a_step_that_the_monitor_ended_are_not_given():
-    """On GPUs the wait for a step ends when the collectives are ended: what lies there then was never drawn."""
+def test_tokens_of_a_step_whose_collectives_were_aborted_are_not_returned():
+    """On GPUs the abort ends the wait for the step, but the tokens were never sampled."""
     failed = []
 
-    def query():  # between two looks the monitor has ended the collectives
+    def abort_and_finish():
+        # The monitor aborts the collectives just before the step's event is queried.
         failed.append("rank 1 is gone")
         return True
 
     def check():
         if failed:
-            raise RuntimeError(*failed)
+            raise RuntimeError(failed[0])
 
     runner = SimpleNamespace(tp=SimpleNamespace(size=2), check_ranks=check)
     with pytest.raises(RuntimeError, match="rank 1 is gone"):
-        ModelRunner.wait(runner, SimpleNamespace(query=query, synchronize=lambda: None))
+        ModelRunner.wait(runner, SimpleNamespace(query=abort_and_finish, synchronize=lambda: None))
 
 
-def test_each_rank_has_a_gpu_of_its_own_and_one_alone_the_current_one(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert rank_device("cuda", None) == torch.device("cuda", 1) and not chosen
-    assert [rank_device("cuda", rank) for rank in range(2)] == chosen == [torch.device("cuda", i) for i in range(2)]
-    with pytest.raises(ValueError, match="needs GPU 2, but torch sees 2"):
-        rank_device("cuda", 2)
-
-
-def test_heads_that_ranks_do_not_divide_are_refused(model):
+def test_a_number_of_ranks_that_does_not_divide_the_heads_is_refused(model):
     with pytest.raises(ValueError, match="tensor_parallel_size=3 does not fit"):
         LLM(model, tensor_parallel_size=3, **OPTIONS)
 
 
-def test_the_pool_is_the_smallest_rank_s(model, tmp_path):
+def test_the_kv_pool_has_the_size_of_the_smallest_rank_s(model, tmp_path):
     """Ranks that have room for 100 and 63 blocks both take 63."""
     code = """
         import sys, torch, torch.distributed as dist
@@ -547,9 +499,10 @@ def test_the_pool_is_the_smallest_rank_s(model, tmp_path):
 SCRIPT = """
 import json, sys, time
 from nanovllm import LLM, SamplingParams
+from tests.helpers import rank_pids
 llm = LLM(sys.argv[1], tensor_parallel_size=2, **json.loads(sys.argv[2]))
-processes = getattr(llm.executor, "processes", [])
-sys.stdout.write(" ".join(["pids", *[str(p.pid) for p in processes]]) + "\\n")  # one write: ranks share the pipe
+# Each line is one write, as the ranks of torchrun share the pipe.
+sys.stdout.write(" ".join(["pids", *map(str, rank_pids())]) + "\\n")
 sys.stdout.flush()
 params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 outs = llm.generate(json.loads(sys.argv[3]), params, use_tqdm=False)
@@ -568,14 +521,14 @@ llm.close()
 
 @pytest.fixture
 def script(tmp_path, model):
-    import json
-
-    path = tmp_path / "script.py"  # without a __main__ guard: spawned ranks must not run it again
+    # It has no __main__ guard: spawned ranks must not run it again.
+    path = tmp_path / "script.py"
     path.write_text(SCRIPT)
     return [str(path), str(model), json.dumps(OPTIONS), json.dumps(PROMPTS[:2])]
 
 
 def environment():
+    """Return an environment in which scripts anywhere can import this repository."""
     return dict(os.environ, PYTHONPATH=os.getcwd())
 
 
@@ -587,21 +540,22 @@ def test_nothing_outlives_a_killed_parent(script, tmp_path):
     assert pids and parent.stdout.readline().startswith("tokens")
     parent.kill()
     parent.wait()
-    assert gone(pids) and not [*temporary.iterdir()]
+    assert all_end(pids) and not [*temporary.iterdir()]
 
 
 def test_a_stopped_rank_does_not_outlive_its_killed_parent(script):
     parent = subprocess.Popen([sys.executable, *script, "stay"], stdout=subprocess.PIPE, text=True, env=environment())
     (pid,) = (int(pid) for pid in parent.stdout.readline().split()[1:])
     assert parent.stdout.readline().startswith("tokens")
-    os.kill(parent.pid, signal.SIGSTOP)  # else it would end the stopped rank first
+    # Otherwise the parent would end the stopped rank first.
+    os.kill(parent.pid, signal.SIGSTOP)
     os.kill(pid, signal.SIGSTOP)
     parent.kill()
     parent.wait()
     try:
-        assert gone([pid])
+        assert all_end([pid])
     finally:
-        if alive(pid):
+        if is_alive(pid):
             os.kill(pid, signal.SIGKILL)
 
 
@@ -616,7 +570,8 @@ def test_a_forked_child_can_neither_use_nor_end_its_parent_s_engine(model, want)
     with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
         child = os.fork()
         if child == 0:
-            gc.disable()  # other tests' engines may still be garbage, and have threads that are not here
+            # Engines of other tests may still be garbage, and their threads do not exist in this process.
+            gc.disable()
             try:
                 with pytest.raises(RuntimeError, match="forked"):
                     tokens(llm)
@@ -639,8 +594,6 @@ sys.kept.generate([[5, 6]])"""
 
 
 def test_under_torchrun_every_rank_has_the_results(script, want):
-    import json
-
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr
@@ -648,35 +601,3 @@ def test_under_torchrun_every_rank_has_the_results(script, want):
     assert [json.loads(line.split(" ", 1)[1]) for line in lines] == [want[:2]] * 2
     lines = [line for line in done.stdout.splitlines() if line.startswith("scored")]
     assert len(lines) == 2 and lines[0] == lines[1]
-
-
-@pytest.mark.parametrize("before", [None, "1"])
-def test_a_variable_set_for_a_while_touches_no_other(before, monkeypatch):
-    """Threads of native code read the environment meanwhile: emptied and filled again, it crashed them."""
-    name, touched = "NANOVLLM_TEST", []
-    monkeypatch.delenv(name, raising=False) if before is None else monkeypatch.setenv(name, before)
-    monkeypatch.setattr(os, "putenv", lambda key, value: touched.append(key))
-    monkeypatch.setattr(os, "unsetenv", touched.append)
-    with spawned.environment_variable(name, "0"):
-        assert os.environ[name] == "0"
-    assert os.environ.get(name) == before
-    assert set(touched) == {name.encode()}
-
-
-def test_two_threads_may_have_a_variable_set(monkeypatch):
-    """As engines that start at once: each has it to the end of its while, and none is left behind."""
-    name, seen, left = "NANOVLLM_TEST", [], threading.Event()
-    monkeypatch.delenv(name, raising=False)
-
-    def other():
-        with spawned.environment_variable(name, "0"):
-            left.wait(60)
-            seen.append(os.environ.get(name))
-
-    thread = threading.Thread(target=other)
-    with spawned.environment_variable(name, "0"):
-        thread.start()
-        thread.join(0.2)
-    left.set()
-    thread.join(60)
-    assert seen == ["0"] and name not in os.environ

@@ -513,3 +513,19 @@ def test_an_error_of_any_kind_while_preparing_is_the_caller_s(model):
         return await collect(llm, [5, 6], greedy(3))
 
     assert len(with_engine(model, use)) == 3
+
+
+def test_the_tokenizer_of_structured_outputs_is_made_when_the_engine_starts(tmp_path):
+    from nanovllm.checkpoints.hub import open_model
+
+    tokenizer = open_model(None).tokenizer()
+    path = save_tiny(tmp_path, "qwen3", vocab_size=len(tokenizer), eos_token_id=2)
+    tokenizer.save_pretrained(path)
+    with LLM(path, **OPTIONS) as llm:
+        assert "grammars" not in vars(llm.input_processor)
+
+    async def use(llm):
+        while "grammars" not in vars(llm._llm.input_processor):
+            await asyncio.sleep(0.01)
+
+    with_engine(path, use)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from nanovllm.checkpoints.hub import open_model
 from nanovllm.config import Config
 from nanovllm.engine.input_processor import InputProcessor
-from nanovllm.engine.template_renderer import TemplateRenderer
+from nanovllm.sandbox.pool import Pool
 from tests.engine.test_generate import engine, greedy
 from tests.models.tiny import save_tiny
 
@@ -24,7 +24,7 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
-RENDERER = TemplateRenderer()  # starting its process takes a second
+POOL = Pool("templates", {}, "messages do not fit the model's chat template")  # starting its process takes a second
 
 
 def processor(template):
@@ -33,7 +33,7 @@ def processor(template):
     config = SimpleNamespace(vocab_size=len(tokenizer), eos_token_ids=(2,))
     source = SimpleNamespace(config=config, has_tokenizer=True, tokenizer=lambda: tokenizer)
     inputs = InputProcessor(Config(), source, max_model_len=1000, num_kv_tokens=1000)
-    inputs.renderer = RENDERER
+    inputs.templates = POOL
     return inputs
 
 

@@ -1,6 +1,5 @@
 """Texts and chat templates that would take too long or too much memory are refused, and nothing else is affected."""
 
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -9,7 +8,6 @@ import pytest
 
 from nanovllm import LLM
 from nanovllm.config import Config
-from nanovllm.engine import template_renderer
 from nanovllm.engine.input_processor import InputProcessor
 from tests.models.tiny import save_tiny
 
@@ -26,6 +24,7 @@ def llm(tmp_path_factory):
     path = save_tiny(tmp_path_factory.mktemp("speaking"), "qwen3", vocab_size=len(tokenizer), eos_token_id=2)
     tokenizer.save_pretrained(path)
     with LLM(path, **OPTIONS) as llm:
+        llm.input_processor.templates.cpu_seconds = 1
         yield llm
 
 
@@ -66,7 +65,7 @@ def test_a_text_of_few_long_tokens_is_served(llm):
     ids=["long", "messages", "list", "dict"],
 )
 def test_too_large_messages_are_refused_before_they_are_rendered(llm, monkeypatch, messages):
-    monkeypatch.delattr(llm.input_processor, "renderer")
+    monkeypatch.delattr(llm.input_processor, "templates")
     with pytest.raises(ValueError, match=r"messages.*too many for max_model_len=128"):
         llm.chat_prompts(messages, chat_template=PLAIN)
 
@@ -99,59 +98,10 @@ def test_messages_that_are_no_plain_data_are_refused(llm, data):
         ("{% for", "tag name|unexpected|Unexpected|end of template"),
     ],
 )  # fmt: skip
-def test_a_template_of_too_much_work_is_refused_alone(llm, monkeypatch, template, reason):
-    monkeypatch.setattr(template_renderer, "CPU_SECONDS", 1)
+def test_a_template_of_too_much_work_is_refused_alone(llm, template, reason):
     with pytest.raises(ValueError, match=f"messages do not fit the model's chat template: .*({reason})"):
         llm.chat_prompts(MESSAGES, chat_template=template)
     assert llm.tokenizer.decode(llm.chat_prompts(MESSAGES, chat_template=PLAIN)[0]) == "Hello"
-
-
-def test_each_thread_renders_in_a_process_of_its_own_and_close_ends_them(llm):
-    renderer = template_renderer.TemplateRenderer()
-    endless = {"conversation": MESSAGES, "chat_template": "{% for i in range(99999) %}{% for j in range(99999) %}"}
-    endless["chat_template"] += "{% endfor %}{% endfor %}"
-    errors = []
-
-    def render(renderer):
-        try:
-            renderer.render(endless, 1000)
-        except ValueError as error:
-            errors.append(str(error))
-
-    renderer.render({"conversation": MESSAGES, "chat_template": PLAIN}, 1000)
-    (first,) = renderer._children
-    thread = threading.Thread(target=render, args=(renderer,))
-    thread.start()
-    while renderer._idle:  # until the thread has taken it
-        pass
-    assert renderer.render({"conversation": MESSAGES, "chat_template": PLAIN}, 1000) == "Hello"
-    (second,) = renderer._children - {first}
-    renderer.close()
-    thread.join()
-    assert len(errors) == 1
-    for child in (first, second):
-        with pytest.raises(ProcessLookupError):
-            os.kill(child.process.pid, 0)
-    assert renderer.render({"conversation": MESSAGES, "chat_template": PLAIN}, 1000) == "Hello"
-    (third,) = renderer._children
-    third.process.kill()  # as the system does where memory is short
-    third.process.wait()
-    assert renderer.render({"conversation": MESSAGES, "chat_template": PLAIN}, 1000) == "Hello"
-    del renderer
-    assert third.process.poll() is not None
-
-
-def test_an_interrupted_render_leaves_no_reply_for_the_next(llm, monkeypatch):
-    renderer = template_renderer.TemplateRenderer()
-    renderer.render({"conversation": MESSAGES, "chat_template": PLAIN}, 1000)
-    (child,) = renderer._idle
-    monkeypatch.setattr(type(child.channel), "recv_bytes", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        renderer.render({"conversation": MESSAGES, "chat_template": PLAIN}, 1000)
-    monkeypatch.undo()
-    assert child.process.poll() is not None
-    assert renderer.render({"conversation": MESSAGES, "chat_template": "{{ 1 + 1 }}"}, 1000) == "2"
-    renderer.close()
 
 
 # -- threads ----------------------------------------------------------------------------------------------------------

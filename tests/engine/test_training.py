@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import SamplingParams
-from nanovllm.executor.spawned import SpawnedRanks
+from nanovllm.executor.processes import RankProcesses
 from nanovllm.layers.attention import Attention
 from tests.engine.reference import load_reference, reference_greedy
 from tests.engine.test_generate import engine, finish, greedy, prompts_of, tokens
@@ -157,7 +157,8 @@ def test_a_bad_update_is_refused_and_a_good_one_mends_it(models, size, monkeypat
         want = tokens(llm, [[5, 6]], greedy(9))
     with engine(old, tensor_parallel_size=size) as llm:
         with monkeypatch.context() as patch:
-            patch.setattr(SpawnedRanks, "_await_news", lambda ranks: pytest.fail("no rank is behind these errors"))
+            # These errors are the caller's: the engine raises them without waiting for a rank to be found lost.
+            patch.setattr(RankProcesses, "wait_for_failure", lambda _: pytest.fail("waited for a lost rank"))
             for weights, error, match in bad:
                 with pytest.raises(error, match=match):
                     llm.update_weights(weights)

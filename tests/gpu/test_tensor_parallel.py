@@ -18,13 +18,14 @@ import torch.multiprocessing
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.executor.spawned import SpawnedRanks, make_group, rank_device
+from nanovllm.executor.ranks import make_group, rank_device
 from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.linear.linear import choose_adder, linear_all_reduce
 from nanovllm.ops.norm_rope.reference import rms_norm_torch
 from nanovllm.runner.cuda_graphs import StepGraphs
-from tests.distributed.test_tensor_parallel import SCRIPT, gone
+from tests.distributed.test_tensor_parallel import SCRIPT
 from tests.gpu.test_gpu import OPTIONS, greedy, prompts_of, tokens
+from tests.helpers import all_end, rank_pids
 from tests.models.tiny import save_tiny
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
@@ -168,7 +169,7 @@ def test_bfloat16_greedy_tokens_equal_those_of_one_gpu_up_to_noise(name):
         return outputs
 
     with LLM(name, tensor_parallel_size=2, **options) as two:
-        assert two.executor.tp.peers is not None
+        assert two.executor.runner.tp.peers is not None
         outputs = generate(two)
     with LLM(name, **options) as one:
         # One GPU has noise too: its kernels for decoding and for prompts differ.
@@ -212,25 +213,26 @@ def test_schedules_do_not_change_the_tokens(model, want, change):
     with LLM(model, tensor_parallel_size=2, **{**TINY_OPTIONS, **change}) as llm:
         assert tokens(llm, *mixture()) == want
         assert tokens(llm, *mixture()) == want  # with cached prefixes
-        pids = [process.pid for process in llm.executor.processes]
+        pids = rank_pids()
         start = time.monotonic()
-    assert gone(pids) and time.monotonic() - start < 60
+    assert len(pids) == 1 and all_end(pids)
+    assert time.monotonic() - start < 60
 
 
 def test_killed_rank_raises_a_clear_error_within_a_minute(model, want):
     memory = torch.cuda.mem_get_info()[0]
     with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:
-        (process,) = llm.executor.processes
+        (pid,) = rank_pids()
         llm.add_request(mixture()[0][0], SamplingParams(max_tokens=200, ignore_eos=True))
         for _ in range(20):
             llm.step()
-        os.kill(process.pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         start = time.monotonic()
         with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9"):
             while llm.has_unfinished():
                 llm.step()
         assert time.monotonic() - start < 60
-    assert gone([process.pid])
+    assert all_end([pid])
     assert memory - torch.cuda.mem_get_info()[0] < 1 << 30
     with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:  # this process's GPU still works
         assert tokens(llm, *mixture()) == want
@@ -239,19 +241,16 @@ def test_killed_rank_raises_a_clear_error_within_a_minute(model, want):
 @pytest.mark.parametrize("failure", ["rank 1 is killed", "rank 0 is out of memory"])
 def test_failure_while_graphs_are_captured_raises_a_clear_error_soon(model, want, monkeypatch, failure):
     """At that time only the capturing thread can free the graphs that hold NCCL's kernels."""
-    spawn, capture, processes = SpawnedRanks._spawn, StepGraphs._capture, []
-
-    def record_processes(self, rank, size):
-        spawn(self, rank, size)
-        processes.extend(self.processes)
+    capture, pids = StepGraphs._capture, []
 
     def fail(self, run):
         def failing():
             result = run()
             if torch.cuda.is_current_stream_capturing() and len(self.decode) == 1:
+                pids.extend(rank_pids())
                 if failure == "rank 0 is out of memory":
                     raise torch.OutOfMemoryError(failure)
-                processes[0].kill()
+                os.kill(pids[0], signal.SIGKILL)
                 time.sleep(1)  # so that the monitor usually notices during the capture
             return result
 
@@ -259,12 +258,11 @@ def test_failure_while_graphs_are_captured_raises_a_clear_error_soon(model, want
 
     start = time.monotonic()
     with monkeypatch.context() as patch:
-        patch.setattr(SpawnedRanks, "_spawn", record_processes)
         patch.setattr(StepGraphs, "_capture", fail)
         with pytest.raises(RuntimeError, match=r"rank 1 .* signal 9|rank 0 is out of memory"):
             LLM(model, tensor_parallel_size=2, **TINY_OPTIONS)
     assert time.monotonic() - start < 120  # the engine's start also compiles kernels
-    assert gone([process.pid for process in processes])
+    assert len(pids) == 1 and all_end(pids)
     with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:  # this process's GPU still works
         assert tokens(llm, *mixture()) == want
 
@@ -289,10 +287,10 @@ def test_rank_lost_during_a_long_prompt_raises_a_clear_error_within_a_minute(fai
     options = dict(load_format="dummy", enforce_eager=True, gpu_memory_utilization=0.5, enable_prefix_caching=False)
     prompts, hog = prompts_of([4000] * 16, 10_000), None
     with LLM("qwen3-8b", tensor_parallel_size=2, **options) as llm:
-        (process,) = llm.executor.processes
-        assert llm.executor.tp.overlapped is not None
+        (pid,) = rank_pids()
+        assert llm.executor.runner.tp.overlapped is not None
         if failure == "killed":
-            threading.Timer(0.4, process.kill).start()
+            threading.Timer(0.4, os.kill, (pid, signal.SIGKILL)).start()
         else:
             hog = torch.empty(torch.cuda.mem_get_info(1)[0] - (200 << 20), dtype=torch.uint8, device="cuda:1")
         start = time.monotonic()
@@ -301,7 +299,7 @@ def test_rank_lost_during_a_long_prompt_raises_a_clear_error_within_a_minute(fai
         assert time.monotonic() - start < 60
         del hog
         torch.cuda.empty_cache()
-    assert gone([process.pid])
+    assert all_end([pid])
     assert torch.ones(8, device="cuda").sum().item() == 8  # this process's GPU still works
 
 

@@ -13,7 +13,7 @@ LAYERS = [
     ["async_llm"],
     ["llm"],
     ["engine"],
-    ["executor"],
+    ["executor", "sandbox"],
     ["runner"],
     ["checkpoints"],
     ["models"],
@@ -25,7 +25,7 @@ LAYERS = [
     ["ops"],
     ["messages"],
     ["config", "sampling_params", "outputs"],
-    ["checks", "arithmetic"],
+    ["checks", "arithmetic", "progress"],
 ]
 
 

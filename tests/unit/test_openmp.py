@@ -1,9 +1,10 @@
-"""Threads that wait for each other let other programs use the cores, or the log says how they can."""
+"""Threads that wait for each other leave the cores to other programs, or the log says how to make them."""
 
 import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import openmp
 from nanovllm.engine.openmp import ThreadWatch
-from nanovllm.executor.spawned import SpawnedRanks
+from tests.helpers import SOON, running_ranks
 from tests.models.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-# Runs a script up to its import of torch, and prints what OpenMP would read then.
+# Run a script up to its import of torch, and print the setting that OpenMP would read then.
 UP_TO_TORCH = """
 import os, runpy, sys
 class Finder:
@@ -38,7 +39,7 @@ def no_settings(monkeypatch):
 
 @pytest.mark.parametrize("script", ["example.py", "bench.py"])
 @pytest.mark.parametrize("chosen", [None, "ACTIVE"])
-def test_scripts_let_waiting_threads_sleep_unless_told_otherwise(script, chosen):
+def test_waiting_threads_of_scripts_sleep_unless_the_caller_chose_otherwise(script, chosen):
     environment = os.environ | ({"OMP_WAIT_POLICY": chosen} if chosen else {})
     command = [sys.executable, "-c", UP_TO_TORCH, script]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -46,15 +47,14 @@ def test_scripts_let_waiting_threads_sleep_unless_told_otherwise(script, chosen)
 
 
 @pytest.mark.parametrize("chosen", [None, "ACTIVE"])
-def test_ranks_let_waiting_threads_sleep_unless_told_otherwise(monkeypatch, chosen):
-    environments = []
-    monkeypatch.setattr(subprocess, "Popen", lambda command, env, **options: environments.append(env))
+def test_waiting_threads_of_ranks_sleep_unless_the_caller_chose_otherwise(monkeypatch, tmp_path, chosen):
     if chosen:
         monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
-    ranks = SpawnedRanks.__new__(SpawnedRanks)
-    ranks.processes, ranks.channels, ranks.folder = [], [], "unused"
-    ranks._spawn(1, 2)
-    assert [environment["OMP_WAIT_POLICY"] for environment in environments] == [chosen or "PASSIVE"]
+    reported = threading.Event()
+    body = "report(os.environ['OMP_WAIT_POLICY'])"
+    with running_ranks(monkeypatch, tmp_path, 2, body, reported.set) as processes:
+        assert reported.wait(SOON)
+    assert processes.failure == f"tensor-parallel rank 1 failed:\n{chosen or 'PASSIVE'}"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""The executor of a single rank, and the base of those that have more."""
+
+import gc
+from collections.abc import Iterable
+
+import torch
+
+from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.messages import Batch, StepOutput
+from nanovllm.runner.model_runner import ModelRunner
+
+
+class Executor:
+    """Run an engine's steps on this process's rank. Subclasses also run them on the other ranks."""
+
+    _runner: ModelRunner | None = None
+    _tp: TensorParallel | None = None
+
+    def __init__(self, runner: ModelRunner):
+        self._runner = runner
+        self._tp = runner.tp
+
+    @property
+    def runner(self) -> ModelRunner:
+        """The model runner of this process's rank."""
+        if self._runner is None:
+            raise RuntimeError("the executor is closed")
+        return self._runner
+
+    @property
+    def error(self) -> str | None:
+        """Why a rank, and the engine with it, is lost. None while all ranks can go on."""
+        return None
+
+    def launch(self, batch: Batch) -> None:
+        """Start a step on every rank, without waiting for its results."""
+        self._call("launch", batch)
+
+    def collect(self) -> StepOutput:
+        """Wait for the oldest launched step and return its results."""
+        return self.runner.collect()
+
+    def sleep(self, level: int) -> None:
+        self._call("sleep", level)
+
+    def wake_up(self) -> None:
+        self._call("wake_up")
+
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.runner.update_weights(weights)
+
+    def _call(self, method: str, *arguments: object) -> None:
+        """Call a method of every rank's runner."""
+        getattr(self.runner, method)(*arguments)
+
+    def close(self) -> None:
+        """Free the device memory. May be called again."""
+        if self._runner is not None:
+            self._runner.free_graphs()
+            self._runner = None
+        if self._tp is not None:
+            self._tp.close()
+            self._tp = None
+            # Parameters and their loaders refer to each other, so only the garbage collector frees them.
+            gc.collect()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()

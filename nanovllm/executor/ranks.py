@@ -1,0 +1,90 @@
+"""Set up one rank, in rank 0's process and in the others: its device, its process group and the sizes it needs."""
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.distributed as dist
+
+from nanovllm.checkpoints.hub import ModelSource
+from nanovllm.config import Config
+from nanovllm.distributed.pipe_group import PipeGroup
+from nanovllm.ops.triton_utils import preload_triton
+
+if TYPE_CHECKING:
+    from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
+
+_environment_lock = threading.Lock()
+
+
+def rank_device(device_type: str, local_rank: int | None = None) -> torch.device:
+    """Return the device of a rank. On CUDA it becomes the calling thread's current GPU.
+
+    Args:
+        local_rank: index of the rank on this host. None for a single rank, which takes the current GPU.
+    """
+    if device_type == "cpu":
+        return torch.device("cpu")
+    preload_triton()
+    if local_rank is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(f"tensor_parallel_size needs GPU {local_rank}, but torch sees {count} GPUs here")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def open_store(descriptor: int, size: int) -> "FileStore":
+    """Open the store through which `size` ranks meet. All of them inherit `descriptor`, a file in memory."""
+    return dist.FileStore(f"/proc/self/fd/{descriptor}", size)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def make_group(
+    rank: int, size: int, store: "FileStore", device_type: str, pipes: Sequence[socket.socket] = ()
+) -> "dist.ProcessGroup":
+    """Make this engine's own process group. torch's global default group is not used.
+
+    Args:
+        store: where NCCL's ranks meet.
+        pipes: the sockets between the CPU's ranks; see `PipeGroup`.
+    """
+    if device_type == "cpu":
+        group = PipeGroup(rank, pipes)
+    else:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        # The executor notices a dead rank. NCCL's watchdog would end the caller's process because of it.
+        with environment_variable("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):
+            group = dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
+    # Both have the methods of a ProcessGroup that the engine calls, but neither is a subclass.
+    return cast("dist.ProcessGroup", group)
+
+
+@contextlib.contextmanager
+def environment_variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable within the body, one thread at a time, and restore it afterwards.
+
+    No other variable is touched. `unittest.mock.patch.dict` would empty the whole environment and fill it again: a
+    thread of NCCL that reads the environment meanwhile crashes.
+    """
+    with _environment_lock:
+        before = os.environ.get(name)
+        os.environ[name] = value
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
+
+
+def largest_all_reduce(config: Config, source: ModelSource) -> int:
+    """Return the bytes of the largest all-reduce: the hidden states of a full step."""
+    itemsize = config.torch_dtype(source.config.dtype).itemsize
+    return config.max_num_batched_tokens * source.config.hidden_size * itemsize

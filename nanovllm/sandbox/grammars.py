@@ -1,0 +1,235 @@
+"""Compiles schemas, regular expressions and grammars, with llguidance.
+
+A child process runs this first, because compiling what a client sent can overflow the stack, or take minutes and
+gigabytes. The engine's process imports this too, and compiles only what the child survived. Nothing of nanovllm, and no
+torch, is imported here.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+# Measured with llguidance 1.9.1 and chains of references: up to 11 KiB of stack a link. Stacks are committed lazily.
+STACK_BYTES = 192 << 20
+_CHILD_STACK_BYTES = 128 << 20
+
+# A step waits for its masks, so each must be cheap. Measured with llguidance 1.9.1: the lexer's 50,000 take 6 ms, and
+# 20,000 items of an ambiguous grammar 45 ms. llguidance's own limits are 200,000, 250,000 and 50,000.
+_LIMITS = {"step_lexer_fuel": 50_000, "max_lexer_states": 50_000, "step_max_items": 20_000}
+# A small model may choose white space for ever where it is free to.
+_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Where only one text can follow, llguidance would tokenise all of it at each step, which may take a second. Unforced,
+# the model chooses among the tokens that the text starts with.
+_UNFORCED = '\n%llguidance {"no_forcing": true}\n'
+_MAX_ERROR_CHARS = 500
+
+_stack_size = threading.Lock()  # Python has one setting for all new threads
+
+
+def prepare(vocabulary: dict[str, Any], text_tokens: dict[str, int]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return a function that answers requests: it compiles a structured output and returns its `grammar`.
+
+    A request has the fields of `StructuredOutputsParams`, one of which is not None.
+
+    Args:
+        vocabulary: arguments of `make_tokenizer`.
+        text_tokens: ids of the added tokens that are not special.
+    """
+    tokenizer = make_tokenizer(**vocabulary)
+
+    def answer(structured: dict[str, Any]) -> dict[str, Any]:
+        grammar = on_deep_stack(_CHILD_STACK_BYTES, _grammar_text, text_tokens, **structured)
+        on_deep_stack(_CHILD_STACK_BYTES, compile_grammar, tokenizer, grammar)
+        return {"grammar": grammar}
+
+    return answer
+
+
+def make_tokenizer(tokens: list[str], special_token_ids: list[int], eos_token_ids: list[int]) -> "LLTokenizer":
+    """Return llguidance's tokenizer.
+
+    Args:
+        tokens: each token's bytes, as Latin-1.
+        special_token_ids: ids of tokens that no text matches.
+        eos_token_ids: ids that end an output.
+    """
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    # It never has to split a text into tokens, because nothing is forced.
+    vocabulary = SimpleNamespace(
+        tokens=[token.encode("latin-1") for token in tokens],
+        special_token_ids=special_token_ids,
+        eos_token_id=eos_token_ids[0],
+        bos_token_id=None,
+    )
+    return LLTokenizer(TokenizerWrapper(vocabulary), n_vocab=len(tokens), eos_token=eos_token_ids)
+
+
+def compile_grammar(tokenizer: "LLTokenizer", grammar: str) -> "LLMatcher":
+    """Compile a grammar in llguidance's notation.
+
+    Raises:
+        ValueError: it is wrong or too complex, or no token can be its first.
+    """
+    from llguidance import LLMatcher, LLParserLimits
+
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
+    matcher.compute_bitmask()  # some errors only come up with the first mask
+    if error := find_error(matcher):
+        raise ValueError(error)
+    return matcher
+
+
+def find_error(matcher: "LLMatcher") -> str | None:
+    """Return why it is unknown what may follow. It may come up late, because llguidance limits the work of a step."""
+    if not matcher.is_error():
+        return None
+    text = matcher.get_error().partition("<state>")[0].partition("<backtrace>")[0][:_MAX_ERROR_CHARS].strip()
+    return "no token can follow" if text == "NoExtensionBias" else text
+
+
+def on_deep_stack(num_bytes: int, call: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Return `call(*args)`, run by a thread with a stack of `num_bytes`, because llguidance compiles recursively."""
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call(*args, **kwargs))
+        except BaseException as error:
+            errors.append(error)
+
+    with _stack_size:
+        before = threading.stack_size(num_bytes)
+        try:
+            thread = threading.Thread(target=run, name="nanovllm-grammar", daemon=True)
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+# -- notations --------------------------------------------------------------------------------------------------------
+
+
+def _grammar_text(
+    text_tokens: dict[str, int],
+    json: str | None = None,
+    regex: str | None = None,
+    choice: list[str] | None = None,
+    grammar: str | None = None,
+) -> str:
+    """Return a structured output in llguidance's notation."""
+    from llguidance import LLMatcher, regex_to_lark
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    if grammar is not None:
+        return _with_text_tokens(any_to_lark(grammar), text_tokens) + _UNFORCED
+    if json is not None:
+        text = LLMatcher.grammar_from_json_schema(_supported_schema(json), defaults=_JSON_STYLE)
+    elif regex is not None:
+        text = LLMatcher.grammar_from_regex(regex_to_lark(regex, "dws"))
+    else:
+        # A grammar could have 2,000 alternatives at most.
+        text = LLMatcher.grammar_from_regex("|".join(map(_literal, choice)))
+    return _unforced(text)
+
+
+def _unforced(text: str) -> str:
+    """Return a grammar that is JSON with the option that nothing is forced, which any of its parts may set."""
+    (main,) = json.loads(text)["grammars"]
+    return json.dumps({"grammars": [{"lark_grammar": "start: @main" + _UNFORCED}, main | {"name": "main"}]})
+
+
+def _literal(text: str) -> str:
+    """Return a regular expression that only `text` matches."""
+    return "".join(c if c.isascii() and c.isalnum() else rf"\x{{{ord(c):x}}}" for c in text)
+
+
+_LARK_PARTS = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|<[^<>\s]+>')
+
+
+def _with_text_tokens(lark: str, token_ids: dict[str, int]) -> str:
+    """Write `<think>` in a Lark grammar as the number of that token, where llguidance takes it for text."""
+
+    def numbered(part: re.Match) -> str:
+        return f"<[{token_ids[part[0]]}]>" if part[0] in token_ids else part[0]
+
+    return _LARK_PARTS.sub(numbered, lark)
+
+
+# Keywords whose value maps any names to schemas, and keywords whose value is no schema.
+_MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+_VALUES = {"default", "examples", "example", "required", "$comment", "title", "description"}
+# Formats that ask nothing of the text; those of numbers are hints to a code generator.
+_ANY_FORMAT = {"password", "binary", "int32", "int64", "float", "double"}
+_INT64 = -(2**63), 2**63 - 1
+
+
+def _supported_schema(text: str) -> str:
+    """Return a JSON schema without what asks nothing and llguidance would refuse.
+
+    Raises:
+        ValueError: a number in it is beyond what llguidance compiles exactly.
+    """
+    schema = json.loads(text)
+    _adapt(schema)
+    return json.dumps(schema, allow_nan=False)
+
+
+def _adapt(schema: Any) -> None:
+    if isinstance(schema, list):
+        for entry in schema:
+            _adapt(entry)
+    if not isinstance(schema, dict):
+        return
+    if schema.get("uniqueItems") is False:
+        del schema["uniqueItems"]
+    if isinstance(schema.get("format"), str) and schema["format"] in _ANY_FORMAT:
+        del schema["format"]
+    for keyword, value in schema.items():
+        if keyword in _VALUES:
+            continue
+        if keyword in ("const", "enum"):
+            _check_integers(keyword, value)
+        elif keyword in _MAPS and isinstance(value, dict):
+            for subschema in value.values():
+                _adapt(subschema)
+        elif keyword.lower().endswith(("maximum", "minimum")):
+            schema[keyword] = _exact_bound(keyword, value, "integer" in str(schema.get("type", "integer")))
+        else:
+            _adapt(value)
+
+
+def _exact_bound(keyword: str, bound: Any, is_integer: bool) -> Any:
+    """Return a bound that llguidance obeys: it keeps a float, and for integers makes 64 bits of it."""
+    if isinstance(bound, bool) or not isinstance(bound, int | float):
+        return bound
+    is_maximum = keyword.lower().endswith("maximum")
+    if is_integer and not is_maximum and bound <= _INT64[0]:
+        return _INT64[0] + 1024  # the next float; llguidance does not compile the smallest integer
+    effective = float(bound)
+    if is_integer:
+        effective = min(max(effective, _INT64[0]), _INT64[1])
+    if effective > bound if is_maximum else effective < bound:
+        raise ValueError(f"{keyword} must be a number that fits in 64 bits exactly, got {str(bound)[:40]}")
+    return bound
+
+
+def _check_integers(keyword: str, value: Any) -> None:
+    if isinstance(value, dict):
+        value = list(value.values())
+    for entry in value if isinstance(value, list) else ():
+        _check_integers(keyword, entry)
+    # The smallest integer makes llguidance overflow the stack.
+    if isinstance(value, int) and not _INT64[0] < value <= _INT64[1]:
+        raise ValueError(f"{keyword} must have integers of 64 bits, got {str(value)[:40]}")

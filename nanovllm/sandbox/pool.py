@@ -1,0 +1,178 @@
+"""Runs what models and clients send in child processes, whose CPU time and memory the kernel limits.
+
+A chat template may loop without end, and compiling a grammar may overflow the stack. In this process either would take
+the engine with it, or hold Python's lock, which the engine's thread needs.
+
+A child runs `serve`, which runs one of the programs in this folder: `templates` or `grammars`.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from contextlib import suppress
+from multiprocessing.connection import Pipe
+from pathlib import Path
+from typing import Any
+
+_FOLDER = Path(__file__).resolve().parent
+_COMMAND = "import sys; sys.path = {!r}; import runpy; runpy.run_path({!r})['main'](*{!r})"
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)  # a full stack, or an allocation that failed in Rust
+
+
+class LimitError(ValueError):
+    """A request ended its process, because it took too much time or memory."""
+
+
+class Pool:
+    """Asks child processes that run one program. Any number of threads may ask at once; each uses a child of its own.
+
+    Starting a child takes up to a second. It then waits for the next request. One that was killed is replaced.
+
+    Args:
+        program: name of a module in this folder. The child does not import nanovllm's package, and with it torch.
+        setup: arguments of the program's `prepare`, as plain data.
+        failure: what a refused request means to the caller; errors start with it.
+
+    Attributes:
+        cpu_seconds: CPU time that one request may take.
+        memory: bytes that requests may take on top of what the program needs.
+        wall_seconds: time that one request may take, for a child that is stopped or starved.
+    """
+
+    cpu_seconds = 5  # rendering 1,000 messages takes about 0.05 s, compiling a usual schema 0.01 s
+    memory = 1 << 30
+    wall_seconds = 300
+
+    def __init__(self, program: str, setup: dict[str, Any], failure: str):
+        self.program, self.failure = str(_FOLDER / f"{program}.py"), failure
+        self._setup = json.dumps(setup).encode()
+        self._closed = False
+        self._idle: list[_Child] = []
+        self._children: set[_Child] = set()
+        weakref.finalize(self, _end_all, self._children)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the program's reply to a request.
+
+        Raises:
+            LimitError: the request took too much time or memory.
+            ValueError: the request is not plain data, or the program refused it.
+            RuntimeError: the pool is closed, or no child could be started or kept alive.
+        """
+        try:
+            message = json.dumps(request).encode()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.failure}: {error}") from None
+        except RecursionError:
+            raise ValueError(f"{self.failure}: the data is nested too deeply") from None
+        for _ in range(2):  # once more if the child was killed, as the system may do where memory is short
+            child = self._take()
+            try:
+                reply = child.ask(message, self.wall_seconds)
+                if reply is not None:
+                    self._idle.append(child)
+            except BaseException:  # an interrupt: the reply would be taken for the next request's
+                self._end(child)
+                raise
+            if self._closed:
+                _end_all(self._children)
+                raise RuntimeError("the engine is closed")
+            if reply is not None:
+                if "error" in reply:
+                    raise ValueError(f"{self.failure}: {reply['error']}")
+                return reply
+            self._end(child)
+            if excess := self._excess(child):
+                raise LimitError(f"{self.failure}: it took {excess}")
+        raise RuntimeError(f"{self.failure}: two processes ended, the last with code {child.process.returncode}")
+
+    def close(self) -> None:
+        """End the children; threads that wait for one get RuntimeError. May be called again."""
+        self._closed = True
+        _end_all(self._children)
+
+    def _take(self) -> "_Child":
+        """Return an idle child, or a new one."""
+        with suppress(IndexError):
+            while True:
+                child = self._idle.pop()
+                if child.process.poll() is None:
+                    return child
+                self._children.discard(child)
+        if self._closed:
+            raise RuntimeError("the engine is closed")
+        try:
+            child = _Child((self.program, self.cpu_seconds, self.memory), self._setup)
+        except OSError as error:
+            raise RuntimeError(f"{self.failure}: no process can be started: {error}") from error
+        self._children.add(child)
+        return child
+
+    def _end(self, child: "_Child") -> None:
+        self._children.discard(child)
+        child.end()
+
+    def _excess(self, child: "_Child") -> str | None:
+        """Return what a child took too much of, None if it was killed from outside."""
+        if child.timed_out:
+            return f"more than {self.wall_seconds} s"
+        if child.process.returncode == -signal.SIGXCPU:
+            return f"more than {self.cpu_seconds} s of CPU time"
+        return "too much memory" if -child.process.returncode in _CRASHES else None
+
+
+class _Child:
+    """A process that answers one request after the other."""
+
+    def __init__(self, arguments: tuple[str, int, int], setup: bytes):
+        if not sys.executable:
+            raise OSError("sys.executable does not name Python")
+        path = [entry or os.getcwd() for entry in sys.path if isinstance(entry, str)]
+        self.channel, theirs = Pipe()
+        with theirs:
+            program = _COMMAND.format(path, str(_FOLDER / "serve.py"), (theirs.fileno(), *arguments))
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", program],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C reaches all of a terminal's session; the parent decides
+            )
+        self.setup: bytes | None = setup
+        self.timed_out = False
+
+    def ask(self, message: bytes, seconds: float) -> dict[str, Any] | None:
+        """Return the reply, or None if the process ended instead."""
+        timer = threading.Timer(seconds, self._time_out)
+        timer.daemon = True
+        timer.start()
+        try:
+            if self.setup is not None:
+                self.channel.send_bytes(self.setup)
+                self.setup = None
+            self.channel.send_bytes(message)
+            return json.loads(self.channel.recv_bytes())
+        except (EOFError, OSError):
+            return None
+        finally:
+            timer.cancel()
+
+    def _time_out(self) -> None:
+        self.timed_out = True
+        self.process.kill()
+
+    def end(self) -> None:
+        """End the process, and wait for its end. Another thread that waits in `ask` is woken."""
+        self.process.kill()
+        self.process.wait()
+
+
+def _end_all(children: set[_Child]) -> None:
+    for child in list(children):
+        child.end()
+        children.discard(child)

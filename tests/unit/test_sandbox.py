@@ -1,0 +1,166 @@
+"""A pool of child processes: limits, threads, killed children, interrupts and the end."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from nanovllm.sandbox.pool import LimitError, Pool
+
+PLAIN = "{{ messages[0].content }}"
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def request(template=PLAIN):
+    arguments = {"conversation": [{"role": "user", "content": "Hello"}], "chat_template": template}
+    return {"arguments": arguments, "max_chars": 1000}
+
+
+def made(**limits):
+    pool = Pool("templates", {}, "refused")
+    for name, value in limits.items():
+        setattr(pool, name, value)
+    return pool
+
+
+def has_ended(child):
+    try:
+        os.kill(child.process.pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_a_thread_that_comes_meanwhile_gets_a_child_of_its_own_and_close_ends_all():
+    pool, errors = made(), []
+
+    def ask():
+        try:
+            pool.ask(request(ENDLESS))
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    assert pool.ask(request()) == {"text": "Hello"}
+    (first,) = pool._idle
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while pool._idle:  # until the thread has taken it
+        pass
+    assert pool.ask(request()) == {"text": "Hello"}
+    (second,) = pool._children - {first}
+    pool.close()
+    thread.join()
+    assert errors == ["the engine is closed"]
+    assert has_ended(first) and has_ended(second)
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        pool.ask(request())
+    pool.close()
+
+
+def test_a_pool_that_is_dropped_ends_its_children():
+    pool = made()
+    pool.ask(request())
+    (child,) = pool._idle
+    del pool
+    assert has_ended(child)
+
+
+def test_a_child_that_was_killed_while_idle_is_replaced():
+    pool = made()
+    pool.ask(request())
+    (child,) = pool._idle
+    child.process.kill()
+    child.process.wait()
+    assert pool.ask(request()) == {"text": "Hello"}
+    assert pool._children == set(pool._idle) != {child}
+    pool.close()
+
+
+def killing(pool, monkeypatch, times):
+    """Let the children that `pool` takes be killed right before they are asked."""
+    take, killed = pool._take, []
+
+    def take_and_kill():
+        child = take()
+        if len(killed) < times:
+            child.process.send_signal(signal.SIGKILL)
+            killed.append(child)
+        return child
+
+    monkeypatch.setattr(pool, "_take", take_and_kill)
+    return killed
+
+
+def test_a_request_whose_child_was_killed_is_asked_once_more(monkeypatch):
+    pool = made()
+    killed = killing(pool, monkeypatch, 1)
+    assert pool.ask(request()) == {"text": "Hello"}
+    assert len(killed) == 1 and len(pool._children) == 1
+    killed = killing(pool, monkeypatch, 2)
+    with pytest.raises(RuntimeError, match="refused: two processes ended, the last with code -9"):
+        pool.ask(request())
+    assert len(killed) == 2 and not pool._children
+    pool.close()
+
+
+def test_a_request_beyond_a_limit_is_refused_and_not_asked_again():
+    pool = made(cpu_seconds=1)
+    with pytest.raises(LimitError, match="refused: it took more than 1 s of CPU time"):
+        pool.ask(request(ENDLESS))
+    pool.close()
+    pool = made(wall_seconds=0.5)
+    with pytest.raises(LimitError, match=r"refused: it took more than 0\.5 s"):
+        pool.ask(request(ENDLESS))
+    assert not pool._children
+    pool.close()
+
+
+def test_an_interrupted_request_leaves_no_reply_for_the_next(monkeypatch):
+    pool = made()
+    pool.ask(request())
+    (child,) = pool._idle
+    monkeypatch.setattr(type(child.channel), "recv_bytes", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        pool.ask(request())
+    monkeypatch.undo()
+    assert has_ended(child)
+    assert pool.ask(request("{{ 1 + 1 }}")) == {"text": "2"}
+    pool.close()
+
+
+def test_ctrl_c_in_a_terminal_does_not_reach_a_child():
+    pool = made()
+    pool.ask(request())
+    (child,) = pool._idle
+    assert os.getsid(child.process.pid) != os.getsid(0)
+    pool.close()
+
+
+@pytest.mark.parametrize("executable", ["", "/nowhere/python"])
+def test_a_child_that_cannot_be_started_is_a_clear_error(monkeypatch, executable):
+    monkeypatch.setattr("sys.executable", executable)
+    with pytest.raises(RuntimeError, match=r"refused: no process can be started: .*(sys.executable|/nowhere/python)"):
+        made().ask(request())
+
+
+def test_a_child_ends_with_its_parent():
+    code = (
+        "import os, signal; from tests.unit.test_sandbox import made, request; pool = made(); pool.ask(request())\n"
+        "print(pool._idle[0].process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
+        pid = int(parent.stdout.readline())
+    assert parent.returncode == -signal.SIGKILL
+    while os.path.exists(f"/proc/{pid}/exe"):  # a zombie has none
+        pass
+
+
+def test_a_child_imports_neither_the_package_nor_torch():
+    code = (
+        "import runpy, sys; runpy.run_path(sys.argv[1])['prepare'](); print({'torch', 'nanovllm'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, made().program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
