@@ -152,7 +152,7 @@ def run_layers(rank, memory, folder):
         x, residual = (torch.randn(rows, size, generator=generator).bfloat16() for size in (48, 64))
         part = x[:, rank * row.weight.shape[1] :][:, : row.weight.shape[1]].contiguous()
         results = []
-        for linear.choose_adder in (choose_adder, lambda *_: Adder.NEXT_NORM):
+        for linear.choose_adder in (choose_adder, lambda *args, **options: Adder.NEXT_NORM):
             y = Residual(residual.clone(), tp) + row(part)
             assert y.is_partial != (linear.choose_adder is choose_adder and rows <= 4)
             results += [column(norm(y)), y.x]
