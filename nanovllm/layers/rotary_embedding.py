@@ -52,8 +52,8 @@ def _yarn(inv_freq: torch.Tensor, theta: float, options: dict) -> tuple[torch.Te
     if options.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    stretched = ((torch.arange(dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
-    inv_freq = inv_freq / factor * stretched + inv_freq * (1 - stretched)
+    blend = ((torch.arange(dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    inv_freq = inv_freq / factor * blend + inv_freq * (1 - blend)
     if options.get("attention_factor") is not None:
         return inv_freq, options["attention_factor"]
     scale, scale_all = options.get("mscale"), options.get("mscale_all_dim")

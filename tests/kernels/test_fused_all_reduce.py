@@ -141,7 +141,7 @@ def run_layers(rank, memory, folder):
     tp = TensorParallel(rank, len(memory), peers=PeerMemory(rank, memory))
     generator = torch.Generator().manual_seed(1)
     row = RowParallelLinear(48, 64, bias=True, dtype=torch.bfloat16, tp=tp)
-    column = ColumnParallelLinear(64, {0: Shard("up_proj", 20, 0, 20)}, False, torch.bfloat16)
+    column = ColumnParallelLinear(64, {0: Shard("up_proj", total=20, start=0, size=20)}, False, torch.bfloat16)
     norm = RMSNorm(64, 1e-6, dtype=torch.bfloat16)
     whole = torch.randn(64, 48, generator=generator).bfloat16() / 7
     row.weight_loader(row.weight, whole)
@@ -152,7 +152,7 @@ def run_layers(rank, memory, folder):
         x, residual = (torch.randn(rows, size, generator=generator).bfloat16() for size in (48, 64))
         part = x[:, rank * row.weight.shape[1] :][:, : row.weight.shape[1]].contiguous()
         results = []
-        for linear.choose_adder in (choose_adder, lambda *_: Adder.NEXT_NORM):
+        for linear.choose_adder in (choose_adder, lambda *args, **options: Adder.NEXT_NORM):
             y = Residual(residual.clone(), tp) + row(part)
             assert y.is_partial != (linear.choose_adder is choose_adder and rows <= 4)
             results += [column(norm(y)), y.x]
