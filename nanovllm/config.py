@@ -15,7 +15,7 @@ class Config:
 
     Args:
         model: a local folder, a `.gguf` file, a hub id, a shape's name for `load_format="dummy"`, or None for the
-            embedded default model.
+            default model.
         enforce_eager: run without CUDA graphs.
         tensor_parallel_size: number of ranks that share the model. Under `torchrun` it must equal the world size.
         max_model_len: longest prompt plus output, in tokens; capped at what the model supports with its RoPE scaling.

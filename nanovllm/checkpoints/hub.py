@@ -1,4 +1,4 @@
-"""Find a model: the embedded default, a folder, a GGUF file, a hub id, or the name of a preset shape."""
+"""Find a model: the default model, a folder, a GGUF file, a hub id, or the name of a preset shape."""
 
 import fcntl
 import hashlib
@@ -95,7 +95,7 @@ def open_model(name: str | Path | None, load_format: str = "auto") -> ModelSourc
 
     Args:
         name: a folder, a `.gguf` file, a hub id such as "Qwen/Qwen3-0.6B" (downloaded into the hub's cache), a key of
-            PRESETS with load_format="dummy", or None for the embedded default model.
+            PRESETS with load_format="dummy", or None for the default model.
         load_format: "dummy" needs no weights.
 
     Raises:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nanovllm.arithmetic import ceil_div
 from nanovllm.sandbox.grammars import STACK_BYTES, compile_grammar, find_error, make_tokenizer, on_deep_stack
 from nanovllm.sandbox.pool import Pool
 
@@ -45,7 +46,7 @@ class GrammarFilter:
         self._timed(self.matcher.consume_token, token_id)
 
     def mask(self) -> np.ndarray:
-        return np.frombuffer(self._timed(self.matcher.compute_bitmask), np.int32, count=-(-self.vocab_size // 32))
+        return np.frombuffer(self._timed(self.matcher.compute_bitmask), np.int32, count=ceil_div(self.vocab_size, 32))
 
     def _timed(self, call: Callable[..., Any], *args: Any) -> Any:
         begin = time.thread_time()

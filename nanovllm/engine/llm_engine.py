@@ -78,7 +78,6 @@ class LLMEngine:
         self.holds_resources = True
         runner = self.executor.runner
         self.max_model_len = runner.max_model_len
-        self.num_kvcache_blocks = runner.num_blocks
         num_kv_tokens = runner.num_blocks * self.config.kvcache_block_size
         self.input_processor = InputProcessor(self.config, self.source, self.max_model_len, num_kv_tokens)
         blocks = BlockManager(runner.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching)

@@ -12,6 +12,7 @@ from functools import cache
 
 import numpy as np
 
+from nanovllm.arithmetic import ceil_div
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -102,7 +103,7 @@ def make_filter(
     """
     if params.allowed_token_ids is None and not params.bad_words:
         return None
-    allowed = np.zeros(-(-vocab_size // 32) * 32, dtype=bool)
+    allowed = np.zeros(32 * ceil_div(vocab_size, 32), dtype=bool)
     allowed[slice(vocab_size) if params.allowed_token_ids is None else list(params.allowed_token_ids)] = True
     encode = cache(encode)  # for the anchors
     spellings = set().union(*(_spellings(word, encode) for word in params.bad_words))

@@ -1,4 +1,6 @@
-"""Dispatch by number of tokens: which kernel runs for how many tokens of a step. All such thresholds stand here.
+"""Dispatch by number of tokens: which GEMM runs for how many tokens of a step, who adds, what is captured and compiled.
+
+Limits in bytes of all-reduces are in `ops/comm`, and when prefixes are shared in `ops/attention/shared_prefix.py`.
 
 This module imports no kernel, so that kernels, layers, graphs and warm-up can read it.
 """
