@@ -24,8 +24,8 @@ class Row(NamedTuple):
         start: position of the row's first token.
         token_ids: the tokens to compute; None is the slot's last sampled token, which the device holds.
         logit_indices: the row's tokens whose logits are used, counted from its first token.
-        target_ids: the known tokens that follow the first `len(target_ids)` of these: their logprobs are wanted. The
-            logits of the remaining indices are sampled from.
+        target_ids: prompt tokens whose logprobs are wanted; the i-th is scored by the logits of the i-th logit index.
+            The logits of the remaining indices are sampled from: today that is the row's last token, or none.
     """
 
     slot: int
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
     @property
     def samples(self) -> bool:
-        """Whether a sampled token is the sequence's next one. The runner may sample for other rows, in vain."""
+        """Whether a sampled token is the sequence's next one. The runner's tokens for other rows are discarded."""
         return len(self.logit_indices) > len(self.target_ids)
 
 

@@ -34,7 +34,7 @@ class Guard:
         updating: the weights are being overwritten.
         weight_error: why the weights may be partly overwritten; None if they are whole.
         lock: held within a section.
-        in_section: some thread is in a section, and the end of the outermost one is still to come.
+        in_section: a section is open.
     """
 
     def __init__(self):

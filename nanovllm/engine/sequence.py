@@ -51,7 +51,7 @@ class Sequence:
         token_filter: of a request that limits which tokens may be sampled.
         detokenizer: of a request that is streamed or has stop strings.
         token_ids: prompt and output, as far as the host knows them.
-        num_pending: tokens that steps in flight sample for it (0 or 1 at overlap depth 1).
+        num_pending: tokens that steps in flight sample for it (at most the overlap depth + 1).
         num_in_flight: launched steps with a row of this sequence that are not collected yet.
         num_cached: prompt tokens that the prefix cache had when it was first admitted.
         num_scored: prompt tokens whose logprobs are computed, counted when their step is scheduled.

@@ -30,7 +30,7 @@ def as_normed(x: torch.Tensor | Normed) -> Normed:
 
 @dataclass(eq=False)
 class Residual:
-    """The residual stream of T tokens: x, or base + all_reduce(x) while it is partial. The next norm completes it.
+    """The residual stream of T tokens: x; if it is partial, base + all_reduce(x), which the next norm computes.
 
     Attributes:
         x: [T, hidden_size].

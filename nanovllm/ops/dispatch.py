@@ -26,7 +26,7 @@ class Kernel(Enum):
 class Adder(Enum):
     """A way to add the output of o_proj or down_proj to the residual stream. `choose_adder` knows the exceptions."""
 
-    GEMM = "the GEMV or GEMM; with several ranks that of rank 0, and the next norm all-reduces"
+    GEMM = "the GEMV or GEMM; with several ranks only rank 0 adds the residual, and the next norm all-reduces"
     NEXT_NORM = "the RMSNorm that follows, in whose kernel several ranks also all-reduce"
     ALL_REDUCE_GEMV = "the GEMV, which also all-reduces, through memory that the ranks share"
     SLICED_GEMM = "the GEMM, in slices: each is sent to the other rank while the next is computed"
