@@ -1,7 +1,7 @@
 """State that layers keep between steps. A spec declares it, so that runner/state_pool.py can size and allocate it.
 
 To add another kind of state, such as recurrent state for each slot, add a spec class here with its size in bytes and
-`allocate`. StatePool must then take these bytes out of its budget before it counts blocks: today there is only paged KV.
+`allocate`. StatePool must then take these bytes out of its budget before it counts blocks. Today all state is paged KV.
 """
 
 from abc import abstractmethod

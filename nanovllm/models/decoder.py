@@ -59,7 +59,8 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """A layer that adds attention and MLP to the residual stream, whose memory it may overwrite.
 
-    Norms and row-parallel GEMMs are lazy values (see layers/residual.py and layers/linear.py): kernels fuse them where that is faster.
+    Norms and row-parallel GEMMs are lazy values (see layers/residual.py and layers/linear.py), so that kernels can fuse
+    them where that is faster.
     """
 
     def __init__(self, config: ModelConfig, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel):
