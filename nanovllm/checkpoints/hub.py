@@ -84,7 +84,7 @@ def _explain(error: Exception, folder: Path) -> str:
     """Explain an error of transformers, which names other packages if sentencepiece is missing."""
     if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
         try:
-            import sentencepiece  # noqa: F401
+            import sentencepiece  # noqa: F401  # pyright: ignore[reportMissingImports]
         except ImportError:
             return "a tokenizer.model without a tokenizer.json needs the package sentencepiece"
     return repr(error)
