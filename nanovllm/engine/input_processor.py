@@ -115,10 +115,12 @@ class InputProcessor:
         if params.stop and not self.has_tokenizer:
             raise ValueError("stop strings need a tokenizer, and there is none")
         token_filter = self._token_filter(params, end_ids)
+        # The first mask is computed here, and not in a step.
+        mask = token_filter.mask() if token_filter and token_filter.depends_on_output else None
         samples = []
         for index in range(params.n):
             sample_filter = token_filter.copy() if token_filter else None
-            samples.append(Sequence(token_ids, params, end_ids, index=index, token_filter=sample_filter))
+            samples.append(Sequence(token_ids, params, end_ids, index=index, token_filter=sample_filter, mask=mask))
         text = prompt if isinstance(prompt, str) else None
         token_bytes = self.token_bytes(params.skip_special_tokens) if self.has_tokenizer else None
         return Request(

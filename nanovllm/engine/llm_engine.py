@@ -81,7 +81,13 @@ class LLMEngine:
         num_kv_tokens = runner.num_blocks * self.config.kvcache_block_size
         self.input_processor = InputProcessor(self.config, self.source, self.max_model_len, num_kv_tokens)
         blocks = BlockManager(runner.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching)
-        self.scheduler = Scheduler(self.config.max_num_seqs, self.config.max_num_batched_tokens, blocks)
+        self.scheduler = Scheduler(
+            self.config.max_num_seqs,
+            self.config.max_num_batched_tokens,
+            blocks,
+            # Ranks that schedule for themselves must not depend on their clocks.
+            limit_masks=not self.executor.is_replicated,
+        )
         self.weight_version = 0
         self.next_id = 0
         self.seeds = random.Random(self.config.seed)

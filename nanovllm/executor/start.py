@@ -49,7 +49,7 @@ def _join_outside_group(config: Config, source: ModelSource) -> Executor:
         raise ValueError(f"tensor_parallel_size={config.tensor_parallel_size} must equal the world size, {size}")
     device = rank_device(config.device_type, int(os.environ.get("LOCAL_RANK", dist.get_rank())))
     tp = TensorParallel.default().with_peers(device, largest_all_reduce(config, source))
-    return Executor(ModelRunner(config, source, tp, device))
+    return Executor(ModelRunner(config, source, tp, device), is_replicated=True)
 
 
 def _destroy_outside_group() -> None:

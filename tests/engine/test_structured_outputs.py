@@ -12,8 +12,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from nanovllm import SamplingParams, StructuredOutputsParams
+from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import TokenBytes
 from nanovllm.engine.grammars import Grammars
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.messages import StepOutput
 from tests.helpers import engine, greedy, tokens
 from tests.models.tiny import save_tiny
 
@@ -172,12 +176,19 @@ def test_a_long_forced_text_costs_a_step_little(grammars, what):
 
 @pytest.mark.parametrize("rule", ["s s | x", "s s | x | s s s"])
 def test_an_ambiguous_grammar_ends_before_it_costs_a_step_much(grammars, rule):
-    token_filter, times = grammars.filter(grammar=f"start: s\ns: {rule}\nx: /[a-z ]/\n"), []
-    while token_filter.error is None and len(times) < 100:
+    seq = Sequence([1], SamplingParams(max_tokens=100))
+    seq.token_filter = grammars.filter(grammar=f"start: s\ns: {rule}\nx: /[a-z ]/\n")
+    scheduler, times = Scheduler(1, 16, BlockManager(32, 16)), []
+    scheduler.add(seq)
+    while not seq.finish_reason:
         begin = time.thread_time()
-        token_filter.accept(int(allowed(token_filter)[-1]))
+        step = scheduler.schedule()
+        ((_, mask),) = step.batch.masks
+        token_id = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))[-1]
+        scheduler.update(step, StepOutput([[int(token_id)]]))
         times.append(time.thread_time() - begin)
-    assert max(times) < 0.3 and "takes too long" in token_filter.error
+    assert max(times) < 0.3 and seq.finish_reason == "abort"
+    assert "takes too long" in seq.stop_reason or "Too many items" in seq.stop_reason
 
 
 def test_errors_are_short(grammars):
