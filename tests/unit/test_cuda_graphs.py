@@ -234,7 +234,8 @@ def test_failed_capture_raises_its_error_and_is_ended_and_freed(error, end_error
 
 
 def test_few_layers_has_every_kind_of_layer_and_the_last_one():
-    decoder = Decoder(replace(PRESETS["qwen3-0.6b"], num_layers=5, vocab_size=64, hidden_size=64, intermediate_size=32))
+    sizes = {"num_layers": 5, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 32, "eos_token_ids": ()}
+    decoder = Decoder(replace(PRESETS["qwen3-0.6b"], **sizes))
     decoder.layers[2].mlp = nn.Identity()
     layers = decoder.layers
     with decoder.few_layers():
