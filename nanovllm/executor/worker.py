@@ -65,21 +65,25 @@ def serve(runner: ModelRunner, messages: Connection) -> None:
         method, *arguments = messages.recv()
         if method == "close":
             return
-        if method == "update_weights":
-            _update_weights(runner, messages)
-            continue
-        getattr(runner, method)(*arguments)
+        if method == "load_weights":
+            _load_weights(runner, messages)
+        elif method == "finish_weight_update":
+            # Rank 0 finds the same faults and raises them to the caller.
+            with contextlib.suppress(ValueError):
+                runner.finish_weight_update()
+        else:
+            getattr(runner, method)(*arguments)
         # Results are of no use here, but must be collected: a staging buffer is used again two steps later.
         keep = 1 if method == "launch" else 0
         while len(runner.in_flight) > keep:
             runner.collect()
 
 
-def _update_weights(runner: ModelRunner, messages: Connection) -> None:
+def _load_weights(runner: ModelRunner, messages: Connection) -> None:
     """Load the weights that rank 0 shares. Rank 0 finds the same faults in them and raises them to the caller."""
     weights = receive_weights(messages, runner.tp, runner.device)
     with contextlib.suppress(TypeError, ValueError):
-        runner.update_weights(weights)
+        runner.load_weights(weights)
     # Receive the rest of what rank 0 sends.
     with contextlib.suppress(ValueError):
         for _ in weights:
