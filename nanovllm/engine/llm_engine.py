@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from nanovllm.checkpoints.hub import open_model
+from nanovllm.checkpoints.hub import open_config
 from nanovllm.checkpoints.loader import iterate_weights
 from nanovllm.checks import is_list, shown
-from nanovllm.config import Config, check_names
+from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.guard import MEMORY, Guard, Section, close_at_exit
 from nanovllm.engine.input_processor import InputProcessor
@@ -68,10 +68,9 @@ class LLMEngine:
     holds_resources = False  # until the constructor has an executor
 
     def __init__(self, model: str | Path | None = None, **kwargs: Any):
-        check_names(kwargs)
-        self.config = Config(model=model, **kwargs)
+        self.config = Config.from_options({"model": model, **kwargs})
         self.guard = Guard()
-        self.source = open_model(self.config.model, self.config.load_format)
+        self.source = open_config(self.config)
         if self.source.has_tokenizer and not self.config.skip_tokenizer_init:
             # Later its files may be gone, and a broken tokenizer must not cost a step.
             self.source.tokenizer()

@@ -10,7 +10,7 @@ import time
 import traceback
 from multiprocessing.connection import Connection
 
-from nanovllm.checkpoints.hub import open_model
+from nanovllm.checkpoints.hub import open_config
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.executor.channels import receive_weights
 from nanovllm.executor.ranks import largest_all_reduce, make_group, open_store, rank_device
@@ -52,7 +52,7 @@ def _run_rank(rank: int, messages: Connection, pipe: socket.socket, store_descri
     store = open_store(store_descriptor, size)
     store.set(f"rank {rank}", "present")
     group = make_group(rank, size, store, config.device_type, [pipe])
-    source = open_model(config.model, config.load_format)
+    source = open_config(config)
     tp = TensorParallel(rank, size, group).with_peers(device, largest_all_reduce(config, source))
     runner = ModelRunner(config, source, tp, device)
     serve(runner, messages)
