@@ -22,7 +22,7 @@ class Config:
         model: a local folder, a `.gguf` file, a hub id, a shape's name for `load_format="dummy"`, or None for the
             default model.
         enforce_eager: run without CUDA graphs.
-        tensor_parallel_size: number of ranks that share the model. Under `torchrun` it must equal the world size.
+        tensor_parallel_size: number of ranks that share the model. Under `torchrun` it must divide the world size.
         max_model_len: longest prompt plus output, in tokens; capped at what the model supports with its RoPE scaling.
         max_num_seqs: how many sequences run at once; None is 512, or max_num_batched_tokens if that is less.
         max_num_batched_tokens: token budget of one step, at least max_num_seqs; None is 16384, or max_num_seqs if that

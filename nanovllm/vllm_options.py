@@ -14,20 +14,20 @@ from nanovllm.checks import shown
 RENAMED = {"block_size": "kvcache_block_size", "num_gpu_blocks_override": "num_kvcache_blocks"}
 
 _UNSET = """
-    allowed_media_domains code_revision collect_detailed_traces config_format_plugin cpu_distributed_timeout_seconds
-    data_parallel_address data_parallel_rank data_parallel_rpc_port data_parallel_size_local data_parallel_start_rank
-    default_mm_loras device_ids disable_hybrid_kv_cache_manager disable_nccl_for_dp_synchronization
-    distributed_timeout_seconds ec_transfer_config enable_batch_sharded_sampling enable_bf16x3_router_gemm
-    enable_flashinfer_autotune gdn_prefill_backend hf_config_path io_processor_plugin kda_prefill_backend
-    kv_cache_memory_bytes kv_events_config kv_offloading_size kv_transfer_config logits_processors lora_target_modules
-    mamba_block_size mamba_ssu_algorithm max_cpu_loras max_num_queued_reqs max_num_queued_tokens
-    max_num_scheduled_tokens max_parallel_loading_workers mm_device_do_normalize mm_encoder_attn_backend
-    mm_encoder_attn_dtype mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_margin mm_encoder_fp8_scale_save_path
-    mm_hasher_algorithm mm_ipc_gpu_memory_gb mm_processor_cache_type numa_bind_cpus numa_bind_nodes
-    otlp_traces_endpoint override_pooler_config pooler_config prefix_cache_retention_interval prefix_match_unit
-    quantization reasoning_parser_plugin rope_scaling rope_theta scheduler_cls served_model_name
-    show_hidden_metrics_for_version spec_method spec_model spec_tokens tokenizer_revision video_pruning_method
-    video_pruning_rate weight_transfer_config
+    allowed_media_domains code_revision collect_detailed_traces cpu_distributed_timeout_seconds
+    cudagraph_capture_sizes data_parallel_address data_parallel_rank data_parallel_rpc_port data_parallel_size_local
+    data_parallel_start_rank default_mm_loras device_ids disable_hybrid_kv_cache_manager
+    disable_nccl_for_dp_synchronization distributed_timeout_seconds ec_transfer_config enable_batch_sharded_sampling
+    enable_bf16x3_router_gemm enable_flashinfer_autotune gdn_prefill_backend hf_config_path io_processor_plugin
+    kda_prefill_backend kv_cache_memory_bytes kv_events_config kv_offloading_size kv_transfer_config logits_processors
+    lora_target_modules mamba_block_size mamba_ssu_algorithm max_cpu_loras max_cudagraph_capture_size
+    max_num_queued_reqs max_num_queued_tokens max_num_scheduled_tokens max_parallel_loading_workers
+    mm_device_do_normalize mm_encoder_attn_backend mm_encoder_attn_dtype mm_encoder_fp8_scale_path
+    mm_encoder_fp8_scale_save_margin mm_encoder_fp8_scale_save_path mm_hasher_algorithm mm_ipc_gpu_memory_gb
+    mm_processor_cache_type numa_bind_cpus numa_bind_nodes otlp_traces_endpoint override_pooler_config pooler_config
+    prefix_cache_retention_interval prefix_match_unit quantization reasoning_parser_plugin rope_scaling rope_theta
+    scheduler_cls served_model_name show_hidden_metrics_for_version spec_method spec_model spec_tokens
+    tokenizer_revision video_pruning_method video_pruning_rate weight_transfer_config
 """.split()
 _OFF = """
     aggregate_engine_logging allow_deprecated_quantization calculate_kv_scales cudagraph_metrics
@@ -47,9 +47,9 @@ _EMPTY = """
     additional_config allowed_local_media_path attention_config compilation_config cpu_offload_params diffusion_config
     ec_manager_config eplb_config fault_tolerance_config hf_overrides ignore_patterns kernel_config
     kv_cache_dtype_skip_layers limit_mm_per_prompt logits_processor_pattern mamba_config media_io_kwargs
-    mm_processor_kwargs model_class_overrides model_loader_extra_config offload_params override_generation_config
-    profiler_config quantization_config reasoning_config reasoning_parser speculative_config structured_outputs_config
-    worker_extension_cls
+    mm_processor_kwargs model_class_overrides model_loader_extra_config model_weights offload_params
+    override_generation_config profiler_config quantization_config reasoning_config reasoning_parser
+    speculative_config structured_outputs_config worker_extension_cls
 """.split()
 _ONE = """
     cp_kv_cache_interleave_size data_parallel_size dcp_kv_cache_interleave_size decode_context_parallel_size
