@@ -23,7 +23,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request, check_request_id
 from nanovllm.ops.triton_utils import current_gpu_initializer
 from nanovllm.outputs import CompletionOutput, Metrics, RequestOutput
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 _PREPARING_THREADS = 4
 
@@ -34,12 +34,16 @@ class _Stream:
     If the consumer is slower than the engine, outputs are merged, so the stream never holds more than the request's
     result.
 
+    Args:
+        is_delta: each output has only what is new.
+
     Attributes:
         request_id: set when the engine has the request.
         aborted: the request was aborted before the engine had it.
     """
 
-    def __init__(self):
+    def __init__(self, is_delta: bool):
+        self.is_delta = is_delta
         self.request_id: int | str | None = None
         self.aborted = False
         self.loop = asyncio.get_running_loop()
@@ -55,7 +59,7 @@ class _Stream:
     def _put(self, item: RequestOutput | BaseException) -> None:
         if isinstance(item, BaseException):
             self.error = item
-        elif self.output is None:
+        elif self.output is None or not self.is_delta:
             self.output = item
         else:
             self.output = _merged(self.output, item)
@@ -232,7 +236,7 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: int | str | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """Answer one prompt step by step: each output has what is new since the last one.
+        """Answer one prompt step by step: each output has what is new since the last one, or `output_kind` of it.
 
         This waits while the engine has `max_concurrent_requests` of them. Leaving the iteration, or cancelling the
         task, ends the request.
@@ -251,7 +255,8 @@ class AsyncLLM:
     async def _outputs(
         self, prompt: Any, sampling_params: SamplingParams | None, request_id: int | str | None
     ) -> AsyncIterator[RequestOutput]:
-        stream = _Stream()
+        kind = sampling_params.output_kind if sampling_params else None
+        stream = _Stream(is_delta=kind in (None, RequestOutputKind.DELTA))
         if request_id is not None and self._preparing.setdefault(request_id, stream) is not stream:
             raise ValueError(f"request_id {shown(request_id)} belongs to a request that is being prepared")
         try:

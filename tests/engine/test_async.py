@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import itertools
 import os
 import threading
 import time
@@ -12,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from nanovllm import LLM, AsyncLLM, SamplingParams, async_llm
+from nanovllm import LLM, AsyncLLM, RequestOutputKind, SamplingParams, async_llm
 from nanovllm.checkpoints.loader import iterate_weights
 from tests.helpers import greedy, prompts_of, tokens
 from tests.models.tiny import save_tiny
@@ -509,6 +510,36 @@ def test_abort_ends_several_requests(model):
         return await asyncio.gather(*requests)
 
     assert with_engine(model, use) == ["abort", "length", "abort"]
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_outputs_have_what_the_kind_of_output_says(slow):
+    """The default model has a tokenizer. A slow consumer gets several outputs as one."""
+    params = dict(temperature=0, max_tokens=12, logprobs=0, n=2, stop=["never in the text"])
+
+    async def use(llm):
+        results = {}
+        for kind in (None, *RequestOutputKind):
+            results[kind] = outputs = []
+            async for output in llm.generate("Once upon a time", SamplingParams(**params, output_kind=kind)):
+                outputs.append(output)
+                await asyncio.sleep(0.05 if slow else 0)
+        return results
+
+    results = with_engine(None, use)
+    (final,) = results[RequestOutputKind.FINAL_ONLY]
+    assert final.finished and len(final.text) > 5 and len(final.token_ids) == 12
+    for kind in (None, RequestOutputKind.DELTA):
+        for sample in final.outputs:
+            parts = [new for out in results[kind] for new in out.outputs if new.index == sample.index]
+            assert "".join(part.text for part in parts) == sample.text
+            assert [token_id for part in parts for token_id in part.token_ids] == sample.token_ids
+    *earlier, last = results[RequestOutputKind.CUMULATIVE]
+    assert [sample.text for sample in last.outputs] == [sample.text for sample in final.outputs] and earlier
+    for before, after in itertools.pairwise([*earlier, last]):
+        for old, new in zip(before.outputs, after.outputs, strict=True):
+            assert new.text.startswith(old.text) and new.token_ids[: len(old.token_ids)] == old.token_ids
+            assert len(new.logprobs) == len(new.token_ids)
 
 
 async def finish_reason(llm, prompt, params, request_id):
