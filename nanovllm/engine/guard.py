@@ -58,6 +58,11 @@ class Guard:
         """Whether this is a forked child, which cannot use what its parent made."""
         return self._forks != _Forks.count
 
+    @property
+    def update_failed(self) -> bool:
+        """Whether a weight update has failed, and none has started since."""
+        return self.weight_error is not None and not self.update_open
+
     def check_process(self) -> None:
         """Raise RuntimeError in a forked child."""
         if self.is_forked:

@@ -143,6 +143,10 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Run one step. Return the outputs of finished requests, and what is new in streams."""
         self._advance()
+        return self.take_outputs()
+
+    def take_outputs(self) -> list[RequestOutput]:
+        """Return the outputs that the next `step` would return, without a step."""
         try:
             return [output for _, output in self.outputs]
         finally:
