@@ -6,7 +6,10 @@ from pathlib import Path
 
 import torch
 
+from nanovllm.arithmetic import is_power_of_2
 from nanovllm.checks import ABOVE_0, check_fields, one_of, plain, shown, within
+
+ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash_attn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class Config:
     num_kvcache_blocks: int | None = within(1, (1 << 31) - 2, default=None)
     dtype: str | torch.dtype = one_of("auto", "float32", "bfloat16", "float16")
     device: str = one_of("auto", "cpu", "cuda")
-    attention_backend: str = one_of("auto", "torch", "triton", "flash_attn")
+    attention_backend: str = one_of(*ATTENTION_BACKENDS)
     load_format: str = one_of("auto", "dummy")
     enable_prefix_caching: bool = True
     seed: int = within(0, (1 << 63) - 1, default=0)
@@ -63,7 +66,7 @@ class Config:
         if isinstance(self.dtype, torch.dtype):
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         check_fields(self)
-        if self.kvcache_block_size & (self.kvcache_block_size - 1):
+        if not is_power_of_2(self.kvcache_block_size):
             raise ValueError(f"kvcache_block_size must be a power of two, got {self.kvcache_block_size}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
