@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tokenizers import Regex, pre_tokenizers
 
-from nanovllm.arithmetic import ceil_div
+from nanovllm.arithmetic import ceil_div, is_power_of_2
 from nanovllm.checkpoints.files import regular_file
 from nanovllm.checks import shown
 from nanovllm.models.registry import (
@@ -185,7 +185,7 @@ class _GgufFile:
 
     def _locate(self, infos: list[_Tensor], alignment: Any) -> dict[str, _Tensor]:
         """Return the tensors by name, with offsets in the file. Raise ValueError if two of them overlap."""
-        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        if type(alignment) is not int or not is_power_of_2(alignment):
             raise ValueError(f"its alignment must be a power of two, got {shown(alignment)}")
         first = ceil_div(self.offset, alignment) * alignment
         tensors = {info.name: replace(info, start=first + info.start, end=first + info.end) for info in infos}
