@@ -46,6 +46,8 @@ class RankChannels:
             pipe, rank_pipe = socket.socketpair()
             self.pipes.append(pipe)
             with rank_pipe:
+                for end in (pipe, rank_pipe):
+                    end.setblocking(True)  # whatever socket.setdefaulttimeout() says
                 yield rank_messages.fileno(), rank_pipe.fileno(), self.store_file.fileno()
 
     def send(self, *message: object) -> None:
