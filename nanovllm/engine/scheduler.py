@@ -7,7 +7,7 @@ of its tokens again. Running sequences come before new ones, so a long prompt ne
 
 import math
 import time
-from collections import deque
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -47,7 +47,8 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.limit_masks = limit_masks
         self.block_manager = block_manager
-        self.waiting: deque[Sequence] = deque()
+        # A request may end while a million others wait: a dict removes it without a search.
+        self.waiting: OrderedDict[Sequence, None] = OrderedDict()
         self.running: list[Sequence] = []  # in order of admission; the last is preempted first
         self.free_slots = list(range(max_num_seqs - 1, -1, -1))
         self.num_preemptions = 0
@@ -56,7 +57,7 @@ class Scheduler:
         self.num_generated_tokens = 0
 
     def add(self, seq: Sequence) -> None:
-        self.waiting.append(seq)
+        self.waiting[seq] = None
 
     def schedule(self) -> ScheduledStep | None:
         """Return the next step, or None if every sequence is done, waits for a step in flight, or lacks its mask."""
@@ -111,8 +112,10 @@ class Scheduler:
         """End `seq` in whatever state it is. Its slot and blocks are freed once no step in flight uses them."""
         if seq.status is Status.FINISHED:
             return
-        queue = self.waiting if seq.status is Status.WAITING else self.running
-        queue.remove(seq)
+        if seq.status is Status.WAITING:
+            del self.waiting[seq]
+        else:
+            self.running.remove(seq)
         seq.status = Status.FINISHED
         seq.finish_reason = reason
         seq.stop_reason = stop_reason
@@ -168,7 +171,8 @@ class Scheduler:
         them comes before the new owner's writes.
         """
         self.running.remove(seq)
-        self.waiting.appendleft(seq)
+        self.waiting[seq] = None
+        self.waiting.move_to_end(seq, last=False)
         seq.status = Status.WAITING
         self._free_placement(seq)
         self.num_preemptions += 1
@@ -176,7 +180,7 @@ class Scheduler:
     def _admit(self, builder: "_StepBuilder", budget: int) -> None:
         """Start waiting sequences while there are slots, blocks and budget."""
         while self.waiting and self.free_slots and budget > 0:
-            seq = self.waiting[0]
+            seq = next(iter(self.waiting))
             if seq.num_pending or seq.lacks_mask:  # preempted: the host must know all its tokens first
                 break
             found = [] if seq.num_unscored else self.block_manager.find_prefix(seq)
@@ -184,7 +188,7 @@ class Scheduler:
             num_new = min(seq.num_tokens - num_cached, budget)
             if not self._has_blocks_for(found, num_cached + num_new):
                 break
-            self.waiting.popleft()
+            del self.waiting[seq]
             self.running.append(seq)
             seq.status = Status.RUNNING
             seq.placement = Placement(self.free_slots.pop())

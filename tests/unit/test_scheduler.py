@@ -343,3 +343,22 @@ def test_a_request_whose_mask_takes_too_long_ends_unless_ranks_schedule_for_them
     else:  # then schedules must not depend on the clock
         assert max(times) > 2
         assert [seq.finish_reason for seq in seqs] == ["length"] * 3
+
+
+def test_a_request_ends_without_a_search_among_those_that_wait():
+    class Counting(Sequence):
+        num_compared = 0
+        __hash__ = object.__hash__
+
+        def __eq__(self, other):
+            Counting.num_compared += 1
+            return self is other
+
+    scheduler = Scheduler(2, 64, BlockManager(64, BLOCK))
+    seqs = [Counting([1, 2], SamplingParams()) for _ in range(5000)]
+    for seq in seqs:
+        scheduler.add(seq)
+    for seq in seqs[2000:]:
+        scheduler.finish(seq, "abort")
+    assert len(scheduler.waiting) == 2000 and Counting.num_compared < 100
+    assert scheduler.schedule().sequences == seqs[:2]
