@@ -95,10 +95,7 @@ class StructuredOutputsParams:
         if len(given) != 1:
             raise ValueError(f"structured_outputs needs exactly one of json, regex, choice and grammar, got {given}")
         if isinstance(self.json, Mapping):
-            try:
-                object.__setattr__(self, "json", json.dumps(self.json))
-            except (TypeError, ValueError, RecursionError) as error:
-                raise ValueError(f"structured_outputs.json is not a schema that JSON can express: {error}") from None
+            object.__setattr__(self, "json", _schema_text(self.json))
         if self.choice is not None:
             object.__setattr__(self, "choice", _strings("structured_outputs.choice", self.choice, MAX_GRAMMAR_CHARS))
             if not self.choice:
@@ -108,6 +105,21 @@ class StructuredOutputsParams:
             raise TypeError(f"structured_outputs.{given[0]} must be a string, got {shown(text)}")
         if len(text) > MAX_GRAMMAR_CHARS:
             raise ValueError(f"structured_outputs.{given[0]} must have at most {MAX_GRAMMAR_CHARS} characters")
+
+
+def _schema_text(schema: Any) -> str:
+    """Return a schema as JSON, or a start that is too long already: shared dicts may make a text of gigabytes."""
+    parts, num_chars = [], 0
+    try:
+        for part in json.JSONEncoder().iterencode(schema):
+            parts.append(part)
+            num_chars += len(part)
+            if num_chars > MAX_GRAMMAR_CHARS:
+                break
+    except (TypeError, ValueError, RecursionError) as error:
+        what = "structured_outputs.json is not a schema that JSON can express"
+        raise ValueError(f"{what}: {error!s:.200}") from None
+    return "".join(parts)
 
 
 def _refuse_change(*args: Any, **kwargs: Any) -> Any:

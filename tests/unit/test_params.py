@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm import LLM, AsyncLLM, SamplingParams
+from nanovllm import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
 from nanovllm.checks import number
 from nanovllm.config import Config
 from nanovllm.sampling_params import MAX_ALLOWED_IDS
@@ -181,3 +181,20 @@ def test_config_and_params_are_frozen():
         Config().seed = 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingParams().seed = 1
+
+
+def test_a_schema_of_shared_dicts_is_not_written_whole():
+    schema = {"type": "integer"}
+    for _ in range(40):  # a text of 10**13 characters
+        schema = {"anyOf": [schema, schema]}
+    with pytest.raises(ValueError, match=r"structured_outputs\.json must have at most"):
+        StructuredOutputsParams(json=schema)
+
+
+def test_a_schema_that_json_cannot_express_is_refused():
+    endless = {}
+    endless["not"] = endless
+    for schema in (endless, {"enum": [object()]}, {"const": type("T" * 10**6, (), {})()}):
+        with pytest.raises(ValueError, match=r"structured_outputs\.json is not a schema") as caught:
+            StructuredOutputsParams(json=schema)
+        assert len(str(caught.value)) < 400
