@@ -264,7 +264,7 @@ class AsyncLLM:
         self._check_usable()
         self.llm_engine.input_processor.check(prompt, sampling_params)
         if request_id is not None:
-            check_request_id(request_id)
+            request_id = check_request_id(request_id)
         return self._outputs(prompt, sampling_params, request_id)
 
     async def _outputs(
@@ -303,9 +303,8 @@ class AsyncLLM:
         Args:
             request_id: one id, or a list of them.
         """
-        request_ids: Any = [request_id] if not is_list(request_id) else request_id
-        for each in request_ids:
-            check_request_id(each)
+        given: Any = request_id if is_list(request_id) else [request_id]
+        request_ids = [check_request_id(each) for each in given]
 
         def abort_all(engine: LLMEngine) -> None:
             for each in request_ids:

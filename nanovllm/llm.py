@@ -7,7 +7,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import torch
 
-from nanovllm.checks import is_list, shown
+from nanovllm.checks import is_list, length, shown
 from nanovllm.config import Config
 from nanovllm.engine.interrupts import DeferInterrupts
 from nanovllm.engine.llm_engine import LLMEngine
@@ -382,6 +382,6 @@ def _pair_params(prompts: SequenceType[Prompt], params: Any) -> list[tuple[Promp
         return [(prompt, params) for prompt in prompts]
     if not is_list(params):
         raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {shown(params)}")
-    if len(params) != len(prompts):
-        raise ValueError(f"sampling_params has {len(params)} entries for {len(prompts)} prompts")
+    if length(params) != length(prompts):
+        raise ValueError(f"sampling_params has {length(params)} entries for {length(prompts)} prompts")
     return list(zip(prompts, params, strict=True))

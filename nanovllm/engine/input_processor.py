@@ -18,7 +18,7 @@ from nanovllm.config import Config
 from nanovllm.engine.chat_template import ChatTemplate
 from nanovllm.engine.detokenizer import TokenBytes
 from nanovllm.engine.grammars import GrammarFilter, Grammars
-from nanovllm.engine.request import Request
+from nanovllm.engine.request import Request, check_request_id
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.token_filter import TokenFilter, make_filter
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
@@ -125,7 +125,7 @@ class InputProcessor:
         text = prompt if isinstance(prompt, str) else None
         token_bytes = self.token_bytes(params.skip_special_tokens) if self.has_tokenizer else None
         return Request(
-            chosen_id=request_id,
+            chosen_id=None if request_id is None else check_request_id(request_id),
             prompt=text,
             params=params,
             samples=samples,

@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-from nanovllm.checks import shown
+from nanovllm.checks import plain, shown
 from nanovllm.engine.detokenizer import Detokenizer, StopStrings, TokenBytes
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import CompletionOutput, RequestOutput
@@ -16,10 +16,13 @@ from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 
 def check_request_id(request_id: Any) -> int | str:
-    """Return a request id that a caller chose. Raise TypeError if it cannot be one."""
+    """Return a request id that a caller chose as Python's int or str. Raise TypeError if it cannot be one.
+
+    Subclasses could run the caller's code when a step looks an id up.
+    """
     if not isinstance(request_id, int | str) or isinstance(request_id, bool):
         raise TypeError(f"request_id must be a string or an integer, got {shown(request_id)}")
-    return request_id
+    return plain(request_id) if isinstance(request_id, str) else int.__int__(request_id)
 
 
 @dataclass(eq=False)
