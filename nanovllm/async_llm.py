@@ -235,7 +235,7 @@ class AsyncLLM:
 
     def _check_usable(self) -> None:
         if self._end_reason is not None:
-            raise RuntimeError(f"the engine is closed or has failed: {self._end_reason!r}") from self._end_reason
+            raise RuntimeError(f"the engine is closed or has failed: {self._end_reason!r:.500}") from self._end_reason
         self.llm_engine.guard.check_process()
 
     def _semaphore(self) -> asyncio.Semaphore:

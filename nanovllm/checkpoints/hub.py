@@ -90,7 +90,7 @@ def _explain(error: Exception, folder: Path) -> str:
             import sentencepiece  # noqa: F401  # pyright: ignore[reportMissingImports]
         except ImportError:
             return "a tokenizer.model without a tokenizer.json needs the package sentencepiece"
-    return repr(error)
+    return f"{type(error).__name__}: {error!s:.500}"
 
 
 def open_config(config: Config) -> ModelSource:
@@ -179,7 +179,8 @@ def _open_folder(path: Path, load_format: str) -> ModelSource:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises errors of many types
-        raise ValueError(f"{path / 'config.json'} is not a config that transformers can read: {error}") from error
+        what = f"{path / 'config.json'} is not a config that transformers can read"
+        raise ValueError(f"{what}: {error!s:.500}") from error
     generation = path / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.exists() else None
     source = _with_end_tokens(ModelSource(ModelConfig.from_hf(config, token_ids(eos)), path, _has_tokenizer(path)))
@@ -229,7 +230,7 @@ def _download(
         )
     except Exception as error:  # errors of the hub, of its HTTP library, of the disk
         raise ValueError(
-            f"{kind} {name!r:.100} is not a local path and could not be fetched from the hub: {error}"
+            f"{kind} {name!r:.100} is not a local path and could not be fetched from the hub: {error!s:.500}"
         ) from error
     return Path(folder)
 

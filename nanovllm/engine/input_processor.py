@@ -278,10 +278,9 @@ class InputProcessor:
                 raise TypeError(f"{name} must be a bool or None, got {shown(flag)}")
         if not isinstance(chat_template, str | None):
             raise TypeError(f"chat_template must be text, got {shown(chat_template)}")
-        if len(chat_template or "") > _MAX_TEMPLATE_CHARS:
-            raise ValueError(
-                f"chat_template must have at most {_MAX_TEMPLATE_CHARS} characters, got {len(chat_template)}"
-            )
+        if chat_template is not None and len(chat_template) > _MAX_TEMPLATE_CHARS:
+            what = f"chat_template must have at most {_MAX_TEMPLATE_CHARS} characters"
+            raise ValueError(f"{what}, got {len(chat_template)}")
         if chat_template == "":
             raise ValueError("chat_template must not be empty; leave it out for the model's own")
         if chat_template is None and not self.tokenizer.chat_template:
@@ -345,7 +344,7 @@ def _function_schema(tool: Callable) -> dict:
     try:
         return get_json_schema(tool)
     except Exception as error:
-        raise ValueError(f"tools has a function that no JSON schema can be made of: {error}") from error
+        raise ValueError(f"tools has a function that no JSON schema can be made of: {error!s:.500}") from error
 
 
 def _is_chat(messages: Any) -> bool:

@@ -78,7 +78,7 @@ class RankChannels:
             tp.broadcast(tensor)
         except BaseException as error:
             # Even after an interrupt, such as a second Ctrl-C: the ranks now wait for different things.
-            self.error = f"sending weights to the other ranks failed: {error!r}"
+            self.error = f"sending weights to the other ranks failed: {error!r:.500}"
             raise
 
     def close_ranks(self) -> None:

@@ -135,7 +135,7 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise unsupported(f"num_attention_heads={self.num_heads} with num_key_value_heads={self.num_kv_heads}")
         if self.dtype not in _DTYPES:
-            raise unsupported(f"a checkpoint of dtype {self.dtype}")
+            raise unsupported(f"a checkpoint of dtype {shown(self.dtype)}")
         self._check_rope(self.rope_scaling or {"rope_type": "default"})
 
     def _check_rope(self, options: dict[str, Any]) -> None:
@@ -228,7 +228,7 @@ def _check_variant(config: Any) -> None:
         used = getattr(config, "use_sliding_window", True) and window
         slides = used and checked_option("sliding_window", window, int) < config.max_position_embeddings
     if slides:
-        raise unsupported(f"sliding_window={window}")
+        raise unsupported(f"sliding_window={shown(window)}")
 
 
 def _rope(config: Any) -> tuple[float, dict[str, Any] | None]:

@@ -172,6 +172,16 @@ def test_engine_runs_again_after_a_refused_update_and_a_good_one(models, size, m
         assert tokens(llm, [[5, 6]], greedy(9)) == want
 
 
+def test_errors_of_an_update_with_long_names_are_short(models):
+    name, good = "x" * 1_000_000, torch.zeros(2)
+    with engine(models["qwen3"][0]) as llm:
+        for weights in ([(name, good)], [(name, good.int())], [(name, good.to("meta"))], [(name,)], [name]):
+            for call in (lambda weights=weights: llm.update_weights(weights), lambda: llm.generate([[1]])):
+                with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+                    call()
+                assert len(str(caught.value)) < 1000
+
+
 def test_generate_is_refused_while_weights_are_updated(models):
     old, new = models["qwen3"]
     prompt = prompts_of([40])[0]

@@ -198,3 +198,9 @@ def test_a_schema_that_json_cannot_express_is_refused():
         with pytest.raises(ValueError, match=r"structured_outputs\.json is not a schema") as caught:
             StructuredOutputsParams(json=schema)
         assert len(str(caught.value)) < 400
+
+
+def test_unknown_options_of_long_names_are_cut():
+    with pytest.raises(TypeError, match="there is no option xxx") as caught:
+        LLM(**{"x" * 1_000_000: 1})
+    assert len(str(caught.value)) < 2000
