@@ -220,7 +220,8 @@ class LLM:
         Raises:
             TypeError, ValueError: a tensor is missing, left over, given twice, of the wrong shape or dtype, or not
                 finite; or the head differs from the embedding where both are one parameter. Then the old weights may be
-                partly overwritten, and the engine refuses to run until an update succeeds.
+                partly overwritten, and the engine refuses to run until an update succeeds. If the path does not exist,
+                or the config in it is another model's, nothing has changed.
             RuntimeError: a rank is lost, and with it the engine; or the code that makes the weights uses the engine.
         """
         return self.llm_engine.update_weights(weights)

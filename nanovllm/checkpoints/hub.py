@@ -163,10 +163,35 @@ def _check_files(folder: Path) -> None:
             regular_file(file)
 
 
+def new_weights(location: str | Path, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """Iterate over the weights of a checkpoint that replace those of a model; see `iterate_weights`.
+
+    Raises:
+        ValueError: the checkpoint has a config, and it is another model's.
+    """
+    weights = iterate_weights(location)
+    path = local_path("the path of the weights", location)
+    if path.is_file():
+        from nanovllm.checkpoints.gguf import read_gguf
+
+        config.check_same_model(read_gguf(path)[0])
+    elif (path / "config.json").exists():
+        config.check_same_model(_read_config(path))
+    return weights
+
+
 def _open_folder(path: Path, load_format: str) -> ModelSource:
     if not (path / "config.json").exists():
         raise ValueError(f"model {str(path)!r} is a folder without a config.json")
     _check_files(path)
+    source = _with_end_tokens(ModelSource(_read_config(path), path, _has_tokenizer(path)))
+    if load_format == "dummy":
+        return source
+    return replace(source, config=_compare_with_weights(source.config, path))
+
+
+def _read_config(path: Path) -> ModelConfig:
+    """Read the config.json of a folder, and the end tokens of its generation_config.json."""
     content = read_json(path / "config.json")
     # Refuse an unsupported type before transformers may want to run the folder's code.
     check_model_type(content.get("model_type"))
@@ -183,10 +208,7 @@ def _open_folder(path: Path, load_format: str) -> ModelSource:
         raise ValueError(f"{what}: {error!s:.500}") from error
     generation = path / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.exists() else None
-    source = _with_end_tokens(ModelSource(ModelConfig.from_hf(config, token_ids(eos)), path, _has_tokenizer(path)))
-    if load_format == "dummy":
-        return source
-    return replace(source, config=_compare_with_weights(source.config, path))
+    return ModelConfig.from_hf(config, token_ids(eos))
 
 
 def _has_tokenizer(folder: Path) -> bool:

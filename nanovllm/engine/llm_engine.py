@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.checkpoints.hub import open_config
-from nanovllm.checkpoints.loader import iterate_weights
+from nanovllm.checkpoints.hub import new_weights, open_config
 from nanovllm.checks import is_list, shown
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
@@ -321,7 +320,7 @@ class LLMEngine:
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | str | Path) -> int:
         """Overwrite the weights in place, on all ranks; see `LLM.update_weights`."""
         self.check_usable(UPDATE_NEEDS, weights=False)
-        weights = _pairs(iterate_weights(weights) if isinstance(weights, str | Path) else weights)
+        weights = _pairs(new_weights(weights, self.source.config) if isinstance(weights, str | Path) else weights)
         with self._section() as section:
             self._start_weight_update()
             self._load_weights(section.pull(weights))
