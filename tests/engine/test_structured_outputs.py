@@ -268,6 +268,23 @@ def test_bounds_of_integers_are_obeyed(grammars, tokenizer, schema, inside, outs
 
 
 @pytest.mark.parametrize(
+    ("schema", "inside", "outside"),
+    [
+        ({"exclusiveMinimum": 0}, ["0.1", "1"], ["0", "0.0", "-1"]),
+        ({"exclusiveMinimum": 0, "maximum": 1}, ["0.1", "1"], ["0", "0.0", "1.1"]),
+        ({"exclusiveMinimum": 0.5, "exclusiveMaximum": 0.6}, ["0.55"], ["0.5", "0.50", "0.6"]),
+        ({"minimum": -1, "exclusiveMaximum": 0}, ["-1", "-0.5"], ["0", "-0", "-0.0"]),
+        ({"minimum": 0, "exclusiveMaximum": 0.3}, ["0", "0.2"], ["0.3", "0.30"]),
+        ({"minimum": 1.5, "exclusiveMaximum": 3}, ["1.5", "2.9"], ["3", "3.0", "1.4"]),
+    ],
+)
+def test_exclusive_bounds_of_numbers_are_obeyed(grammars, tokenizer, schema, inside, outside):
+    token_filter = grammars.filter(json=json.dumps({"type": "number"} | schema))
+    assert all(follows(token_filter, tokenizer, text) for text in inside)
+    assert not any(follows(token_filter, tokenizer, text) for text in outside)
+
+
+@pytest.mark.parametrize(
     ("schema", "names"),
     [
         ({"type": "integer", "minimum": 2**63}, "minimum"),
@@ -277,6 +294,11 @@ def test_bounds_of_integers_are_obeyed(grammars, tokenizer, schema, inside, outs
         ({"type": "array", "items": {"const": 10**30}}, "const"),
         ({"enum": [{"a": [2**63]}]}, "enum"),
         ({"const": -(2**63)}, "const"),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.3}, "exclusiveMinimum"),
+        ({"type": "number", "exclusiveMinimum": 1, "exclusiveMaximum": 1.5}, "exclusiveMinimum"),
+        ({"minimum": -0.9, "exclusiveMaximum": 0}, "exclusiveMaximum"),
+        ({"type": "number", "exclusiveMinimum": 0.0, "allOf": [{"maximum": 0.5}]}, "exclusiveMinimum"),
+        ({"allOf": [{"exclusiveMaximum": -1}, {"minimum": -1.5}]}, "exclusiveMaximum"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
         ({"type": "string", "format": "nonsense"}, "nonsense"),
     ],
