@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import torch
 
-from nanovllm.checkpoints.files import local_path, regular_file
+from nanovllm.checkpoints.files import check_working_folder, local_path, regular_file
 from nanovllm.checkpoints.loader import check_shapes, has_separate_head, iterate_weights, read_json, read_shapes
 from nanovllm.checks import shown
 from nanovllm.config import Config
@@ -125,7 +125,9 @@ def open_model(
 
     Raises:
         ValueError: no model has that name, the model is not supported, or its config does not fit its weights.
+        RuntimeError: the working folder was deleted, or the default model could not be fetched.
     """
+    check_working_folder()
     # Absolute: the working folder may change before the weights are read.
     path = default_model() if name is None else local_path("model", name)
     is_preset = not path.exists() and isinstance(name, str) and name in PRESETS and load_format == "dummy"

@@ -548,3 +548,17 @@ def test_errors_of_damaged_files_are_short(tmp_path, damage):
         source = open_model(folder)
         source.tokenizer()
     assert len(str(caught.value)) < 1000
+
+
+def test_a_deleted_working_folder_is_named(tmp_path, monkeypatch):
+    folder, gone = save_tiny(tmp_path / "model", "qwen3"), tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    try:
+        for name in (folder, "model", None):
+            with pytest.raises(RuntimeError, match="the working folder has been deleted"):
+                open_model(name)
+    finally:
+        os.chdir(tmp_path)
+    assert open_model(folder).config.model_type == "qwen3"
