@@ -15,7 +15,7 @@ from typing import Any
 from nanovllm.checkpoints.hub import ModelSource
 from nanovllm.checks import in_vocabulary, is_list, length, shown
 from nanovllm.config import Config
-from nanovllm.engine.chat_template import ChatTemplate
+from nanovllm.engine.chat_template import ChatTemplate, resolve_chat_template
 from nanovllm.engine.detokenizer import TokenBytes
 from nanovllm.engine.grammars import GrammarFilter, Grammars
 from nanovllm.engine.request import Request
@@ -256,12 +256,13 @@ class InputProcessor:
             raise TypeError(f"chat_template must be text, got {shown(chat_template)}")
         if chat_template == "":
             raise ValueError("chat_template must not be empty; leave it out for the model's own")
-        if chat_template is None and not self.tokenizer.chat_template:
-            raise ValueError("the model has no chat template; give chat_template, or prompts to generate()")
         schemas = _tool_schemas(tools)
+        text = resolve_chat_template(self.tokenizer, chat_template, schemas)
+        if text is None:
+            raise ValueError("the model has no chat template; give chat_template, or prompts to generate()")
         for chat in chats:
             self._check_chat([chat, schemas, variables])
-        template = self._chat_template(self.tokenizer.get_chat_template(chat_template, schemas))
+        template = self._chat_template(text)
         template.check_variables(variables)
         if schemas and "tools" not in template.variables:
             raise ValueError("tools are given, but the model's chat template does not read them")
