@@ -186,7 +186,7 @@ class SamplingParams:
         prompt_logprobs: the same for the prompt's tokens, always in "raw_logprobs" mode. The prompt is computed for
             them, not taken from the prefix cache.
         logprobs_mode: "raw_logprobs" are the model's own (float32 log-softmax of the logits); "processed_logprobs" are
-            those of the distribution that is sampled from, after all of the above.
+            those of the distribution that is sampled from, after all of the above. None is the engine's mode.
         skip_special_tokens: leave special tokens out of the text.
         structured_outputs: the output follows a JSON schema, a regular expression, a choice or a grammar.
         cache_salt: share cached prefixes only with requests of the same salt, so that nobody else can learn from
@@ -216,7 +216,7 @@ class SamplingParams:
     bad_words: SequenceType[str] = ()
     logprobs: int | None = within(0, MAX_LOGPROBS, default=None)
     prompt_logprobs: int | None = within(0, MAX_LOGPROBS, default=None)
-    logprobs_mode: str = one_of("raw_logprobs", "processed_logprobs")
+    logprobs_mode: str | None = one_of("raw_logprobs", "processed_logprobs", default=None)
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
     cache_salt: str | None = None

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,56 +81,90 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
     _check_complete(config, whole, map(_full_name, shapes))
 
 
-def load_weights(model: Decoder, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Copy a whole checkpoint into the parameters, in place. Each rank takes its slices.
+class WeightUpdate:
+    """Copy a whole checkpoint into a decoder's parameters: in place, and in any number of parts.
 
-    All ranks of a group must call this: at the end they agree on whether the weights are valid.
+    All ranks of a group must make the same calls: at the end they agree on whether the weights are valid. Until
+    `finish` returns the parameters may be partly overwritten. After an error only a new update can complete them.
 
     Args:
-        weights: the checkpoint's transformers names and whole tensors, each once and in any order. This function holds
-            one of them at a time.
-
-    Raises:
-        ValueError: a tensor is missing, unknown, given twice, of the wrong shape, not floating point, or not finite.
-            The parameters may be partly overwritten then.
+        model: the decoder. Its weights become writable.
     """
-    targets, seen = model.checkpoint_tensors(), set()
-    tied = _TIED if model.config.tie_word_embeddings else {}
-    is_shared = model.lm_head.weight is model.embed_tokens.weight
-    differs: dict[str, torch.Tensor] = {}
-    bar = ProgressBar(
-        checked_weights(weights),
-        desc="Loading weights",
-        total=len(targets),
-        enabled=False if model.tp.rank else None,  # None: only on a terminal
-        delay=2,
-        leave=False,
-    )
-    # Parameters made in inference mode can only be written in it.
-    with torch.inference_mode(), _plain_layout(model):
-        for given, loaded in bar:
-            name = _full_name(given)
-            if _is_computed(name):
-                continue
-            if name in seen:
-                raise ValueError(f"the checkpoint has the tensor {given} twice")
-            if name not in targets:
-                raise _unknown_tensor(given)
-            # The first of two tied tensors fills both parameters.
-            other = tied.get(name)
-            fills_both = other is not None and other not in seen and not is_shared
-            try:
-                if is_shared and other in seen:
-                    differs[_DIFFERENT_HEAD] = model.embed_tokens.differs(loaded)
-                else:
-                    targets[name].load(loaded)
-                    if other is not None and fills_both:
-                        targets[other].load(loaded)
-            except ValueError as error:
-                raise ValueError(f"the tensor {given} {error}") from None
-            seen.add(name)
-        _check_complete(model.config, targets, seen)
-        _raise_first(_not_finite(targets) | differs, model.tp)
+
+    def __init__(self, model: Decoder):
+        self.model = model
+        self.targets = model.checkpoint_tensors()
+        self.seen: set[str] = set()
+        self.differs: dict[str, torch.Tensor] = {}
+        self.layers = [module for module in model.modules() if isinstance(module, LinearLayer)]
+        # Parameters made in inference mode can only be written in it.
+        with torch.inference_mode():
+            for layer in self.layers:
+                layer.format = layer.format.start_loading()
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy some tensors. Each rank takes its slices.
+
+        Args:
+            weights: the checkpoint's transformers names and whole tensors, each once in all calls and in any order.
+                This method holds one of them at a time.
+
+        Raises:
+            ValueError: a tensor is unknown, given twice, of the wrong shape or not floating point.
+        """
+        bar = ProgressBar(
+            checked_weights(weights),
+            desc="Loading weights",
+            total=len(self.targets) - len(self.seen),
+            enabled=False if self.model.tp.rank else None,  # None: only on a terminal
+            delay=2,
+            leave=False,
+        )
+        with torch.inference_mode():
+            for given, loaded in bar:
+                name = _full_name(given)
+                if _is_computed(name):
+                    continue
+                if name in self.seen:
+                    raise ValueError(f"the checkpoint has the tensor {given} twice")
+                if name not in self.targets:
+                    raise _unknown_tensor(given)
+                try:
+                    self._copy(name, loaded)
+                except ValueError as error:
+                    raise ValueError(f"the tensor {given} {error}") from None
+                self.seen.add(name)
+
+    def _copy(self, name: str, loaded: torch.Tensor) -> None:
+        other = _TIED.get(name) if self.model.config.tie_word_embeddings else None
+        is_shared = self.model.lm_head.weight is self.model.embed_tokens.weight
+        if is_shared and other in self.seen:
+            self.differs[_DIFFERENT_HEAD] = self.model.embed_tokens.differs(loaded)
+            return
+        self.targets[name].load(loaded)
+        # The first of two tied tensors fills both parameters.
+        if other is not None and other not in self.seen and not is_shared:
+            self.targets[other].load(loaded)
+
+    def finish(self) -> None:
+        """Check that the weights are whole and finite, and convert them to their fastest formats.
+
+        Raises:
+            ValueError: a tensor is missing or not finite, or the head differs from the embedding where both are one
+                parameter.
+        """
+        _check_complete(self.model.config, self.targets, self.seen)
+        with torch.inference_mode():
+            _raise_first(_not_finite(self.targets) | self.differs, self.model.tp)
+            for layer in self.layers:
+                layer.format = layer.format.finish_loading()
+
+
+def load_weights(model: Decoder, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy a whole checkpoint into the parameters; see `WeightUpdate`."""
+    update = WeightUpdate(model)
+    update.load(weights)
+    update.finish()
 
 
 def _not_finite(targets: Mapping[str, CheckpointTensor]) -> dict[str, torch.Tensor]:
@@ -156,17 +189,6 @@ def _raise_first(errors: dict[str, torch.Tensor], tp: TensorParallel) -> None:
         index = tp.all_reduce_min(index, flags.device)
     if index < len(errors):
         raise ValueError(list(errors)[index])
-
-
-@contextmanager
-def _plain_layout(model: Decoder) -> Iterator[None]:
-    """Make the weights writable within the body. Afterwards convert them to their fastest format."""
-    layers = [module for module in model.modules() if isinstance(module, LinearLayer)]
-    for layer in layers:
-        layer.format = layer.format.start_loading()
-    yield
-    for layer in layers:
-        layer.format = layer.format.finish_loading()
 
 
 def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

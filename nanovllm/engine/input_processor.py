@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceType
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -105,6 +105,7 @@ class InputProcessor:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {shown(params)}")
+        params = self._with_logprobs_mode(params)
         if self.has_tokenizer:
             _ = self.tokenizer  # a broken one refuses requests here; in a step it would lose all of them
         token_ids = self._prompt_ids(prompt)
@@ -129,6 +130,16 @@ class InputProcessor:
             stream=stream,
             token_bytes=token_bytes,
         )
+
+    def _with_logprobs_mode(self, params: SamplingParams) -> SamplingParams:
+        """Check the numbers of log-probabilities, and set their mode if the request has none."""
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(params, name)
+            if count is not None and 0 <= self.config.max_logprobs < count:
+                raise ValueError(f"{name} must be at most max_logprobs={self.config.max_logprobs}, got {count}")
+        if params.logprobs_mode is not None or self.config.logprobs_mode == "raw_logprobs":
+            return params
+        return replace(params, logprobs_mode=self.config.logprobs_mode)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the token ids of a text, by default without the special tokens that start or end a prompt."""

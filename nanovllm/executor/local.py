@@ -1,7 +1,7 @@
 """The executor of a single rank, and the base of those that have more."""
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 
@@ -40,14 +40,20 @@ class Executor:
         """Wait for the oldest launched step and return its results."""
         return self.runner.collect()
 
-    def sleep(self, level: int) -> None:
-        self._call("sleep", level)
+    def sleep(self, parts: Collection[str]) -> None:
+        self._call("sleep", parts)
 
-    def wake_up(self) -> None:
-        self._call("wake_up")
+    def wake_up(self, parts: Collection[str], capture: bool) -> None:
+        self._call("wake_up", parts, capture)
 
-    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self.runner.update_weights(weights)
+    def start_weight_update(self) -> None:
+        self._call("start_weight_update")
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.runner.load_weights(weights)
+
+    def finish_weight_update(self) -> None:
+        self._call("finish_weight_update")
 
     def _call(self, method: str, *arguments: object) -> None:
         """Call a method of every rank's runner."""

@@ -178,8 +178,9 @@ def check(llm, want, where):
             threads.submit(llm.wake_up).result()
         except RuntimeError as error:  # the lock is held
             raise AssertionError(where) from error
+    llm.reset_prefix_cache()
     try:
-        llm.reset_prefix_cache()
+        llm.llm_engine.check_usable()
     except RuntimeError as error:
         assert "the last update_weights failed" in str(error), where
         llm.update_weights(llm.config.model)

@@ -1,6 +1,7 @@
 """Tests what training loops need: update the weights in place, give memory back and take it again."""
 
 import os
+import random
 import signal
 
 import pytest
@@ -233,13 +234,173 @@ def test_sleep_frees_the_cache_and_requests_go_on_after_waking_up(models, size, 
         llm.sleep(level)
         layers = [m for m in llm.llm_engine.executor.runner.model.modules() if isinstance(m, Attention)]
         assert layers and all(layer.kv is None for layer in layers)
-        for use in (llm.step, lambda: llm.generate([[5]]), lambda: llm.add_request([5]), llm.sleep):
+        for use in (llm.step, lambda: llm.generate([[5]]), lambda: llm.add_request([5])):
             with pytest.raises(RuntimeError, match="asleep"):
                 use()
-        llm.wake_up()
         llm.wake_up()
         outputs = {out.request_id: out.token_ids for out in finish(llm)}
         assert [outputs[request_id] for request_id in ids] == want
         assert tokens(llm, prompts, params) == want
         with pytest.raises(ValueError, match="level"):
             llm.sleep(3)
+
+
+class Trainer:
+    """Sends a checkpoint's tensors to an engine one by one, in random order."""
+
+    def __init__(self, path):
+        self.weights = list(weights_of(path))
+        random.Random(0).shuffle(self.weights)
+
+    def load(self, load, count=None):
+        for name, tensor in self.weights[:count]:
+            load([(name, tensor.clone())])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [1, 2])
+def test_weights_loaded_in_parts_are_those_of_a_fresh_load(models, name, size):
+    old, new = models[name]
+    prompts = prompts_of([5, 33])
+    with engine(new) as llm:
+        want = tokens(llm, prompts, greedy(9))
+    with engine(old, tensor_parallel_size=size) as llm:
+        before = tokens(llm, prompts, greedy(9))
+        request_id = llm.add_request(prompts[0], greedy(30))
+        llm.step()
+        llm.start_weight_update()
+        Trainer(new).load(llm.load_weights)
+        assert llm.weight_version == 0
+        assert llm.finish_weight_update() == llm.weight_version == 1
+        assert [out.request_id for out in finish(llm)] == [request_id]
+        outputs = llm.generate(prompts, greedy(9), use_tqdm=False)
+        assert [(out.token_ids, out.weight_version) for out in outputs] == [(ids, 1) for ids in want]
+        llm.update_weights(old)
+        assert tokens(llm, prompts, greedy(9)) == before
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_engine_refuses_to_generate_until_an_update_in_parts_is_whole(models, size):
+    old, new = models["qwen3"]
+    trainer = Trainer(new)
+    first = trainer.weights[0]
+    with engine(new) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))
+    with engine(old, tensor_parallel_size=size) as llm:
+        with pytest.raises(RuntimeError, match="no weight update is open"):
+            llm.load_weights([first])
+        with pytest.raises(RuntimeError, match="no weight update is open"):
+            llm.finish_weight_update()
+        assert tokens(llm, [[5, 6]], greedy(9)) != want
+        llm.start_weight_update()
+        trainer.load(llm.load_weights, count=-1)
+        for use in (llm.step, lambda: llm.add_request([5]), lambda: llm.generate([[5]])):
+            with pytest.raises(RuntimeError, match="a weight update is open"):
+                use()
+        with pytest.raises(ValueError, match=f"lacks 1 tensors: {trainer.weights[-1][0]}"):
+            llm.finish_weight_update()
+        with pytest.raises(RuntimeError, match=r"update_weights failed.*lacks 1 tensors"):
+            llm.generate([[5]])
+        faults = [([first], "twice"), ([("model.x", first[1])], "model.x"), ([(first[0], first[1][:-1])], first[0])]
+        for bad, match in faults:
+            llm.start_weight_update()
+            llm.load_weights([first])
+            with pytest.raises(ValueError, match=match):
+                llm.load_weights(bad)
+            with pytest.raises(RuntimeError, match="no weight update is open"):
+                llm.load_weights(trainer.weights[1:])
+            with pytest.raises(RuntimeError, match="update_weights failed"):
+                llm.generate([[5]])
+        with pytest.raises(TypeError, match="weights must be pairs"):
+            llm.start_weight_update()
+            llm.load_weights(str(old))
+        # An open update starts again.
+        llm.start_weight_update()
+        llm.load_weights([first])
+        llm.start_weight_update()
+        trainer.load(llm.load_weights)
+        llm.finish_weight_update()
+        assert tokens(llm, [[5, 6]], greedy(9)) == want
+        assert llm.weight_version == 1
+
+
+@pytest.mark.parametrize("finish_with", ["reset_prefix_cache", "generate"])
+def test_update_through_the_path_of_vllm_is_finished_by_the_next_call(models, finish_with):
+    """TRL sends each parameter to `load_weights` of vLLM's model and resets the prefix cache; verl just goes on."""
+    old, new = models["qwen3"]
+    with engine(new) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))
+    with engine(old) as llm:
+        load = llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights
+        for version in (1, 2):
+            Trainer(new).load(load)
+            assert llm.weight_version == version - 1
+            if finish_with == "reset_prefix_cache":
+                assert llm.reset_prefix_cache() and llm.weight_version == version
+            assert tokens(llm, [[5, 6]], greedy(9)) == want and llm.weight_version == version
+        Trainer(old).load(load, count=-1)
+        with pytest.raises(ValueError, match="lacks 1 tensors"):
+            llm.generate([[5]]) if finish_with == "generate" else llm.reset_prefix_cache()
+        with pytest.raises(RuntimeError, match="update_weights failed"):
+            llm.generate([[5]])
+        Trainer(new).load(load)
+        assert tokens(llm, [[5, 6]], greedy(9)) == want
+
+
+def test_update_through_the_path_of_vllm_while_the_kv_cache_sleeps(models):
+    old, new = models["qwen3"]
+    with engine(new) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))
+    with engine(old) as llm:
+        llm.sleep(level=2)
+        with pytest.raises(RuntimeError, match="the engine is asleep"):
+            llm.update_weights(new)
+        llm.wake_up(tags=["weights"])
+        Trainer(new).load(llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights)
+        llm.reset_prefix_cache()
+        assert llm.weight_version == 1 and llm.is_sleeping()
+        with pytest.raises(NotImplementedError, match="reload_weights"):
+            llm.collective_rpc("reload_weights")
+        with pytest.raises(RuntimeError, match=r"asleep \(kv_cache\)"):
+            llm.generate([[5]])
+        llm.wake_up(tags=["kv_cache"])
+        assert tokens(llm, [[5, 6]], greedy(9)) == want
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_sleep_wake_up_and_reset_can_be_called_in_any_order_and_state(models, size):
+    parts = [None, ["weights"], ["kv_cache"], ["kv_cache", "weights"], []]
+    rng = random.Random(size)
+    with engine(models["qwen3"][0], tensor_parallel_size=size) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))
+        assert not llm.is_sleeping()
+        asleep = set()
+        for _ in range(24):
+            choice = rng.randrange(4)
+            if choice == 0:
+                level = rng.choice([1, 2])
+                llm.sleep(level)
+                asleep |= {"kv_cache"} if level == 1 else {"kv_cache", "weights"}
+            elif choice == 1:
+                assert llm.reset_prefix_cache() is True
+            elif choice == 2:
+                tags = rng.choice(parts)
+                llm.wake_up(tags=tags)
+                asleep -= set(["weights", "kv_cache"] if tags is None else tags)
+            elif not asleep:
+                assert tokens(llm, [[5, 6]], greedy(9)) == want
+            assert llm.is_sleeping() == bool(asleep)
+        llm.wake_up()
+        llm.start_weight_update()
+        llm.sleep(2)
+        llm.reset_prefix_cache()
+        llm.wake_up()
+        llm.load_weights(weights_of(models["qwen3"][0]))
+        llm.finish_weight_update()
+        assert tokens(llm, [[5, 6]], greedy(9)) == want
+        for tags, error in [("weights", TypeError), (["kv"], ValueError), ([1], TypeError)]:
+            with pytest.raises(error, match="tags must be None or a list of weights and kv_cache"):
+                llm.wake_up(tags=tags)
+    for use in (llm.sleep, llm.wake_up, llm.reset_prefix_cache, llm.start_weight_update):
+        with pytest.raises(RuntimeError, match="closed"):
+            use()

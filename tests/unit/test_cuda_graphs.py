@@ -152,7 +152,7 @@ def test_steps_run_on_the_gpu_of_the_engine_instead_of_the_thread(monkeypatch):
     for name in ("_send", "_move_weights", "_allocate", "_capture", "_synchronize"):
         setattr(runner, name, MagicMock(side_effect=lambda *_: seen.append(current[-1]) or MagicMock()))
     runner.launch(Batch())
-    runner.wake_up()
+    runner.wake_up(("weights", "kv_cache"), capture=True)
     assert seen == [1] * 6 and current == [0]
 
 

@@ -49,7 +49,7 @@ def test_sampling_params_are_checked(name, value, error):
         ("max_model_len", "4096", TypeError),
         ("max_model_len", 1, ValueError),
         ("max_num_seqs", True, TypeError),
-        ("max_num_batched_tokens", 8, ValueError),
+        ("max_num_batched_tokens", 0, ValueError),
         ("gpu_memory_utilization", 1.5, ValueError),
         ("kvcache_block_size", 48, ValueError),
         ("kvcache_block_size", 8, ValueError),
@@ -66,7 +66,13 @@ def test_sampling_params_are_checked(name, value, error):
         ("dtype", np.zeros(2), TypeError),
         ("device", torch.device("cpu"), TypeError),
         ("device", 0, TypeError),
-        ("load_format", None, TypeError),
+        ("tokenizer", 5, TypeError),
+        ("tokenizer", "", ValueError),
+        ("revision", 5, TypeError),
+        ("download_dir", 5, TypeError),
+        ("logprobs_mode", "raw_logits", ValueError),
+        ("max_logprobs", -2, ValueError),
+        ("distributed_executor_backend", "ray", ValueError),
         ("model", 5, TypeError),
     ],
 )
@@ -118,7 +124,7 @@ def test_errors_of_sampling_params_are_short(name):
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config)])
 def test_errors_of_a_config_are_short(name):
     for value in HUGE:
-        if name == "model" and isinstance(value, str):
+        if name in ("model", "tokenizer", "revision", "download_dir") and isinstance(value, str):
             continue  # a name, which is looked up later
         with pytest.raises((TypeError, ValueError)) as caught:
             Config(**{name: value})
