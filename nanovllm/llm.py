@@ -124,7 +124,7 @@ class LLM:
         return self.llm_engine.input_processor.chat_prompts(messages, **template)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Answer one prompt step by step: each output has what is new since the last one.
+        """Answer one prompt step by step: each output has what is new since the last one, or `output_kind` of it.
 
         Other requests go on meanwhile. Leaving the iterator ends the request.
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, fields
+from enum import Enum
 from numbers import Integral
 from typing import Any
 
@@ -150,7 +151,16 @@ _ENGINE_ONLY: dict[str, Any] = {
     "allowed_token_ids": None,
     "structured_outputs": None,
     "cache_salt": None,
+    "output_kind": None,
 }
+
+
+class RequestOutputKind(Enum):
+    """What each output of a stream has: everything so far, what is new, or everything once the request has finished."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +199,7 @@ class SamplingParams:
             those of the distribution that is sampled from, after all of the above. None is the engine's mode.
         skip_special_tokens: leave special tokens out of the text.
         structured_outputs: the output follows a JSON schema, a regular expression, a choice or a grammar.
+        output_kind: what the outputs of a stream have; None is DELTA. `generate` of `LLM` returns whole results.
         cache_salt: share cached prefixes only with requests of the same salt, so that nobody else can learn from
             response times which prompts were here before.
 
@@ -220,6 +231,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
     cache_salt: str | None = None
+    output_kind: RequestOutputKind | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -238,6 +250,8 @@ class SamplingParams:
             self._set("logit_bias", _biases(self.logit_bias))
         if self.cache_salt is not None:
             self._set("cache_salt", _salt(self.cache_salt))
+        if not isinstance(self.output_kind, RequestOutputKind | None):
+            raise TypeError(f"output_kind must be a RequestOutputKind or None, got {shown(self.output_kind)}")
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
             raise TypeError(f"structured_outputs must be StructuredOutputsParams, got {shown(self.structured_outputs)}")
         if self.structured_outputs is not None:

@@ -102,8 +102,8 @@ class WeightUpdate:
             for layer in self.layers:
                 layer.format = layer.format.start_loading()
 
-    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy some tensors. Each rank takes its slices.
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Copy some tensors. Each rank takes its slices. Return their names.
 
         Args:
             weights: the checkpoint's transformers names and whole tensors, each once in all calls and in any order.
@@ -120,8 +120,10 @@ class WeightUpdate:
             delay=2,
             leave=False,
         )
+        names = set()
         with torch.inference_mode():
             for given, loaded in bar:
+                names.add(given)
                 name = _full_name(given)
                 if _is_computed(name):
                     continue
@@ -134,6 +136,7 @@ class WeightUpdate:
                 except ValueError as error:
                     raise ValueError(f"the tensor {given} {error}") from None
                 self.seen.add(name)
+        return names
 
     def _copy(self, name: str, loaded: torch.Tensor) -> None:
         other = _TIED.get(name) if self.model.config.tie_word_embeddings else None

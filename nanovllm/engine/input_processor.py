@@ -102,9 +102,8 @@ class InputProcessor:
         Raises:
             TypeError, ValueError: the request cannot be served; the message names the argument.
         """
+        self.check_params(params)
         params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params must be SamplingParams, got {shown(params)}")
         params = self._with_logprobs_mode(params)
         if self.has_tokenizer:
             _ = self.tokenizer  # a broken one refuses requests here; in a step it would lose all of them
@@ -130,6 +129,17 @@ class InputProcessor:
             stream=stream,
             token_bytes=token_bytes,
         )
+
+    def check_params(self, params: Any) -> None:
+        """Raise TypeError unless `params` are SamplingParams or None."""
+        if not isinstance(params, SamplingParams | None):
+            raise TypeError(f"sampling_params must be SamplingParams, got {shown(params)}")
+
+    def check(self, prompt: Any, params: Any) -> None:
+        """Find the faults of a request that show at once, without tokenising a text."""
+        self.check_params(params)
+        if not isinstance(prompt, str | Mapping):
+            self._prompt_ids(prompt)
 
     def _with_logprobs_mode(self, params: SamplingParams) -> SamplingParams:
         """Check the numbers of log-probabilities, and set their mode if the request has none."""

@@ -322,13 +322,13 @@ class LLMEngine:
         with self._section():
             self._start_weight_update()
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Overwrite some of the weights; see `LLM.load_weights`."""
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Overwrite some of the weights and return their names; see `LLM.load_weights`."""
         with self._section() as section:
             self.guard.check_usable(UPDATE_NEEDS, weights=False)
             if not self.guard.update_open:
                 raise RuntimeError("no weight update is open; call start_weight_update() first")
-            self._load_weights(section.pull(_pairs(weights)))
+            return self._load_weights(section.pull(_pairs(weights)))
 
     def finish_weight_update(self) -> int:
         """Check the new weights and return their version; see `LLM.finish_weight_update`."""
@@ -338,7 +338,7 @@ class LLMEngine:
                 raise RuntimeError("no weight update is open; call start_weight_update() first")
             return self._finish_weight_update()
 
-    def load_trainer_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_trainer_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Overwrite some of the weights, for trainers that know `load_weights` of vLLM's model and nothing else.
 
         The first call starts a weight update. The next call that needs the weights, or `reset_prefix_cache`, finishes
@@ -348,7 +348,7 @@ class LLMEngine:
             if not self.guard.update_open:
                 self.start_weight_update()
                 self.finishes_by_itself = True
-            self.load_weights(weights)
+            return self.load_weights(weights)
 
     def _start_weight_update(self) -> None:
         self.guard.check_usable(UPDATE_NEEDS, weights=False)
@@ -359,9 +359,9 @@ class LLMEngine:
             self.finishes_by_itself = False
             self.guard.update_open = True
 
-    def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         with self._weight_update():
-            self.executor.load_weights(weights)
+            return self.executor.load_weights(weights)
 
     def _finish_weight_update(self) -> int:
         with self._weight_update():
@@ -444,6 +444,7 @@ class LLMEngine:
         """The path on which trainers reach `load_weights` of vLLM's model; see `load_trainer_weights`."""
         model = SimpleNamespace(load_weights=self.load_trainer_weights)
         worker = SimpleNamespace(model_runner=SimpleNamespace(model=model))
+        worker.worker = worker  # the path of older versions
         return SimpleNamespace(driver_worker=worker)
 
     def check_usable(self, awake: Collection[str] = MEMORY, weights: bool = True) -> None:

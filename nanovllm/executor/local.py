@@ -49,8 +49,8 @@ class Executor:
     def start_weight_update(self) -> None:
         self._call("start_weight_update")
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self.runner.load_weights(weights)
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return self.runner.load_weights(weights)
 
     def finish_weight_update(self) -> None:
         self._call("finish_weight_update")

@@ -10,6 +10,7 @@ otherwise                `SpawnedExecutor`: rank 0 in this process, the other ra
 
 import atexit
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,7 +70,8 @@ def _subgroup(size: int, device: torch.device) -> TensorParallel:
     """
     first = dist.get_rank() // size * size
     backend = "nccl" if device.type == "cuda" else "gloo"
-    group = dist.new_group(range(first, first + size), backend=backend, use_local_synchronization=True)
+    ranks = list(range(first, first + size))
+    group: Any = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
     return TensorParallel(dist.get_rank(group), size, group)
 
 

@@ -277,10 +277,11 @@ class ModelRunner:
         """Start to overwrite the parameters in place; an unfinished update ends. See `WeightUpdate`."""
         self.weight_update = WeightUpdate(self.model)
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy some of an update's tensors."""
-        self.weight_update.load(weights)
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Copy some of an update's tensors. Return their names."""
+        names = self.weight_update.load(weights)
         self._synchronize()
+        return names
 
     def finish_weight_update(self) -> None:
         """Check and convert the weights of an update."""

@@ -324,6 +324,17 @@ def test_engine_refuses_to_generate_until_an_update_in_parts_is_whole(models, si
         assert llm.weight_version == 1
 
 
+def test_update_through_the_path_of_vllm_may_have_all_weights_in_one_call(models):
+    """verl counts the names that the call returns, and then generates."""
+    old, new = models["qwen3"]
+    with engine(new) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))
+    with engine(old) as llm:
+        model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+        assert model.load_weights(weights=iter(weights_of(new))) == {name for name, _ in weights_of(new)}
+        assert tokens(llm, [[5, 6]], greedy(9)) == want
+
+
 @pytest.mark.parametrize("finish_with", ["reset_prefix_cache", "generate"])
 def test_update_through_the_path_of_vllm_is_finished_by_the_next_call(models, finish_with):
     """TRL sends each parameter to `load_weights` of vLLM's model and resets the prefix cache; verl just goes on."""
