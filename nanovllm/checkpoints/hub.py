@@ -9,7 +9,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -32,6 +32,9 @@ DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Fields of generation_config.json that are arguments of SamplingParams, by their names there.
+_DEFAULTS = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+_DEFAULTS["max_new_tokens"] = "max_tokens"
 _MAX_LENGTH = 4096  # longest list that transformers may make from a length in a config
 _HUB_FILES = ["*.json", "*.jinja", "merges.txt", "tokenizer.model"]  # never *.py, never pickled weights
 
@@ -45,12 +48,14 @@ class ModelSource:
         path: a folder in transformers' layout or a GGUF file; None for a shape without weights and tokenizer.
         has_tokenizer: whether the model has a tokenizer.
         tokenizer_path: a folder or a GGUF file whose tokenizer replaces the model's.
+        sampling_defaults: arguments of SamplingParams that the model's generation config has.
     """
 
     config: ModelConfig
     path: Path | None = None
     has_tokenizer: bool = False
     tokenizer_path: Path | None = None
+    sampling_defaults: dict[str, Any] = field(default_factory=dict)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Iterate over the checkpoint's tensors, for `load_weights`."""
@@ -219,8 +224,15 @@ def _open_folder(path: Path, load_format: str) -> ModelSource:
     except Exception as error:  # transformers raises errors of many types
         raise ValueError(f"{path / 'config.json'} is not a config that transformers can read: {error}") from error
     generation = path / "generation_config.json"
-    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
-    source = _with_end_tokens(ModelSource(ModelConfig.from_hf(config, token_ids(eos)), path, _has_tokenizer(path)))
+    defaults = read_json(generation) if generation.exists() else {}
+    eos = defaults.get("eos_token_id")
+    source = ModelSource(
+        ModelConfig.from_hf(config, token_ids(eos)),
+        path,
+        has_tokenizer=_has_tokenizer(path),
+        sampling_defaults={ours: defaults[name] for name, ours in _DEFAULTS.items() if defaults.get(name) is not None},
+    )
+    source = _with_end_tokens(source)
     if load_format == "dummy":
         return source
     return replace(source, config=_compare_with_weights(source.config, path))

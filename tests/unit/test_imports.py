@@ -25,7 +25,7 @@ LAYERS = [
     ["distributed"],
     ["ops"],
     ["messages"],
-    ["config", "sampling_params", "outputs"],
+    ["config", "sampling_params", "inputs", "outputs"],
     ["vllm_options"],
     ["checks", "arithmetic", "progress"],
 ]
