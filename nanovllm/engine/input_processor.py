@@ -27,6 +27,7 @@ from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
 from nanovllm.sandbox.pool import Pool
 from nanovllm.vllm_options import NEUTRAL_CHAT, drop_neutral
 
+_MAX_TEMPLATE_CHARS = 1 << 20  # real templates have some thousands
 _MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token, so a longer prompt is refused before it is tokenised
 _USUAL_TOKEN_CHARS = 8  # prompts with more characters a token are rare; their tokens are counted piece by piece first
 _PIECE_CHARS = 1 << 16
@@ -329,6 +330,10 @@ class InputProcessor:
                 raise TypeError(f"{name} must be a bool or None, got {shown(flag)}")
         if not isinstance(chat_template, str | None):
             raise TypeError(f"chat_template must be text, got {shown(chat_template)}")
+        if len(chat_template or "") > _MAX_TEMPLATE_CHARS:
+            raise ValueError(
+                f"chat_template must have at most {_MAX_TEMPLATE_CHARS} characters, got {len(chat_template)}"
+            )
         if chat_template == "":
             raise ValueError("chat_template must not be empty; leave it out for the model's own")
         schemas = _tool_schemas(tools)

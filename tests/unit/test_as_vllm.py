@@ -29,7 +29,7 @@ def test_all_ways_to_look_for_vllm_find_nanovllms_objects():
         import nanovllm, nanovllm.as_vllm
         import importlib.metadata, importlib.util
         import vllm
-        from vllm import LLM, SamplingParams
+        from vllm import LLM, SamplingParams, TokensPrompt
         from vllm.sampling_params import StructuredOutputsParams
         import vllm.v1.engine.async_llm
 
@@ -40,6 +40,7 @@ def test_all_ways_to_look_for_vllm_find_nanovllms_objects():
         assert importlib.metadata.version("vllm") == vllm.__version__ == nanovllm.as_vllm.VLLM_VERSION
         assert importlib.metadata.packages_distributions()["vllm"] == ["vllm"]
         assert importlib.metadata.version("numpy")
+        assert TokensPrompt(prompt_token_ids=[1, 2])["prompt_token_ids"] == [1, 2]
     """)
 
 
