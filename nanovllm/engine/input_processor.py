@@ -330,7 +330,7 @@ class InputProcessor:
                 raise TypeError(f"{name} must be a bool or None, got {shown(flag)}")
         if not isinstance(chat_template, str | None):
             raise TypeError(f"chat_template must be text, got {shown(chat_template)}")
-        if len(chat_template or "") > _MAX_TEMPLATE_CHARS:
+        if chat_template is not None and len(chat_template) > _MAX_TEMPLATE_CHARS:
             raise ValueError(
                 f"chat_template must have at most {_MAX_TEMPLATE_CHARS} characters, got {len(chat_template)}"
             )
