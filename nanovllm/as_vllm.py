@@ -74,7 +74,7 @@ Summary: vLLM's names for nanovllm
 
 
 class _Distribution(importlib.metadata.Distribution):
-    """What `importlib.metadata` reports about the package vllm."""
+    """The metadata of a package vllm."""
 
     def read_text(self, filename: str) -> str | None:
         return {"METADATA": _METADATA, "top_level.txt": "vllm\n"}.get(filename)
@@ -115,7 +115,7 @@ def _install() -> None:
 _install()
 
 if __name__ == "__main__":
-    sys.modules["nanovllm.as_vllm"] = sys.modules[__name__]  # the command may import it, too
+    sys.modules["nanovllm.as_vllm"] = sys.modules[__name__]  # the command may import it
     if len(sys.argv) < 2:
         sys.exit("usage: python -m nanovllm.as_vllm MODULE [ARGUMENTS...]")
     sys.argv = sys.argv[1:]
