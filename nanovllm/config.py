@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
+from nanovllm.arithmetic import is_power_of_2
 from nanovllm.checks import ABOVE_0, check_fields, one_of, plain, shown, within
 from nanovllm.vllm_options import NEUTRAL, RENAMED, translate
 
 # Names of dtypes that vLLM knows too.
 _DTYPES = {"half": "float16", "float": "float32"}
+
+ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash_attn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ class Config:
     num_kvcache_blocks: int | None = within(1, (1 << 31) - 2, default=None)
     dtype: str | torch.dtype = one_of("auto", "float32", "bfloat16", "float16")
     device: str = one_of("auto", "cpu", "cuda")
-    attention_backend: str = one_of("auto", "torch", "triton", "flash_attn")
+    attention_backend: str = one_of(*ATTENTION_BACKENDS)
     load_format: str = one_of("auto", "dummy")
     enable_prefix_caching: bool = True
     seed: int = within(0, (1 << 63) - 1, default=0)
@@ -99,7 +102,7 @@ class Config:
             self._set("dtype", _DTYPES.get(self.dtype, self.dtype))
         check_fields(self)
         self._set_budget()
-        if self.kvcache_block_size & (self.kvcache_block_size - 1):
+        if not is_power_of_2(self.kvcache_block_size):
             raise ValueError(f"kvcache_block_size must be a power of two, got {self.kvcache_block_size}")
         for name, what in (
             ("model", "a path, a hub id"),

@@ -89,10 +89,12 @@ class LLM:
                         outputs[output.request_id] = output
                         bar.add(sum(len(sample.token_ids) for sample in output.outputs))
                     interrupts.let_through()
+                    if engine.on_step is not None and not any(map(engine.is_pending, requests)):
+                        break  # the callback ended requests or received outputs
         finally:
             if len(outputs) < len(requests):  # an error or an interrupt
                 engine.abandon(requests)
-        return [outputs[request.id] for request in requests]
+        return [outputs.get(request.id) or request.output(engine.weight_version) for request in requests]
 
     def chat(
         self,

@@ -358,6 +358,11 @@ class SamplingParams:
         return SamplingParams(**values | _ENGINE_ONLY)
 
     @property
+    def __struct_fields__(self) -> tuple[str, ...]:
+        """The names of all parameters. Programs that copy vLLM's parameters read them here."""
+        return tuple(field.name for field in fields(SamplingParams))
+
+    @property
     def penalises(self) -> bool:
         """Whether the sampler must know which tokens there were."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0

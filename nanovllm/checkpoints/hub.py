@@ -21,6 +21,7 @@ from nanovllm.checkpoints.loader import check_shapes, has_separate_head, iterate
 from nanovllm.checks import shown
 from nanovllm.config import Config
 from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, known_ids, token_ids
+from nanovllm.vllm_options import translate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,19 +74,25 @@ class ModelSource:
             raise ValueError(f"the model {path or ''} has no tokenizer: give prompts as token ids")
         if not path.exists():
             raise ValueError(f"the tokenizer of {path} cannot be read: the path does not exist any more")
-        try:
-            if path.is_file():
-                from nanovllm.checkpoints.gguf import read_tokenizer
+        return _load_tokenizer(path)
 
-                return read_tokenizer(path)
-            from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-            if not isinstance(tokenizer, PreTrainedTokenizerFast):  # transformers prefers mistral-common's if installed
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-            return tokenizer
-        except Exception as error:  # transformers raises errors of many types
-            raise ValueError(f"the tokenizer of {path} cannot be read: {_explain(error, path)}") from error
+def _load_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer in a folder or a GGUF file, with options of transformers' tokenizers."""
+    try:
+        if path.is_file():
+            from nanovllm.checkpoints.gguf import read_tokenizer
+
+            return read_tokenizer(path, **options)
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        options = {"local_files_only": True, **options}
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):  # transformers prefers mistral-common's if installed
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **options)
+        return tokenizer
+    except Exception as error:  # transformers raises errors of many types
+        raise ValueError(f"the tokenizer of {path} cannot be read: {_explain(error, path)}") from error
 
 
 def _explain(error: Exception, folder: Path) -> str:
@@ -103,14 +110,45 @@ def open_config(config: Config) -> ModelSource:
     source = open_model(config.model, config.load_format, revision=config.revision, download_dir=config.download_dir)
     if config.tokenizer is None:
         return source
-    path = local_path("tokenizer", config.tokenizer)
+    path = _find_tokenizer(config.tokenizer, download_dir=config.download_dir)
+    return _with_end_tokens(replace(source, tokenizer_path=path, has_tokenizer=True))
+
+
+def get_tokenizer(
+    name: str | Path,
+    *,
+    tokenizer_mode: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    download_dir: str | Path | None = None,
+    **options: Any,
+) -> "PreTrainedTokenizerBase":
+    """Return a transformers tokenizer without an engine.
+
+    Args:
+        name: a folder, a `.gguf` file or a hub id.
+        tokenizer_mode, trust_remote_code, revision, download_dir: as in `LLM`.
+        options: of the tokenizer, such as `add_bos_token`.
+
+    Raises:
+        ValueError: there is no such tokenizer, or an argument cannot be served.
+    """
+    translate({"tokenizer_mode": tokenizer_mode, "trust_remote_code": trust_remote_code})  # refuses what would act
+    return _load_tokenizer(_find_tokenizer(name, revision, download_dir), **options)
+
+
+def _find_tokenizer(name: str | Path, revision: str | None = None, download_dir: str | Path | None = None) -> Path:
+    """Return the folder or GGUF file of a tokenizer, downloaded if it has a hub id."""
+    path = local_path("tokenizer", name)
+    if revision is not None and path.exists():
+        raise ValueError(f"revision must be None for a local tokenizer, got {shown(revision)}; only a hub id has one")
     if not path.exists():
-        path = _download(str(config.tokenizer), "dummy", download_dir=config.download_dir, kind="tokenizer")
+        path = _download(str(name), "dummy", revision, download_dir, kind="tokenizer")
     if path.is_dir():
         _check_files(path)
     if not (path.suffix == ".gguf" if path.is_file() else _has_tokenizer(path)):
-        raise ValueError(f"tokenizer {str(config.tokenizer)!r:.100} is not a folder or .gguf file with a tokenizer")
-    return _with_end_tokens(replace(source, tokenizer_path=path, has_tokenizer=True))
+        raise ValueError(f"tokenizer {str(name)!r:.100} is not a folder or .gguf file with a tokenizer")
+    return path
 
 
 def open_model(

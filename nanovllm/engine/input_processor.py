@@ -16,7 +16,7 @@ from typing import Any
 from nanovllm.checkpoints.hub import ModelSource
 from nanovllm.checks import in_vocabulary, is_list, length, shown
 from nanovllm.config import Config
-from nanovllm.engine.chat_template import ChatTemplate
+from nanovllm.engine.chat_template import ChatTemplate, resolve_chat_template
 from nanovllm.engine.detokenizer import TokenBytes
 from nanovllm.engine.grammars import GrammarFilter, Grammars
 from nanovllm.engine.request import Request, check_request_id
@@ -27,6 +27,7 @@ from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
 from nanovllm.sandbox.pool import Pool
 from nanovllm.vllm_options import NEUTRAL_CHAT, drop_neutral
 
+_MAX_TEMPLATE_CHARS = 1 << 20  # real templates have some thousands
 _MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token, so a longer prompt is refused before it is tokenised
 _USUAL_TOKEN_CHARS = 8  # prompts with more characters a token are rare; their tokens are counted piece by piece first
 _PIECE_CHARS = 1 << 16
@@ -329,14 +330,19 @@ class InputProcessor:
                 raise TypeError(f"{name} must be a bool or None, got {shown(flag)}")
         if not isinstance(chat_template, str | None):
             raise TypeError(f"chat_template must be text, got {shown(chat_template)}")
+        if len(chat_template or "") > _MAX_TEMPLATE_CHARS:
+            raise ValueError(
+                f"chat_template must have at most {_MAX_TEMPLATE_CHARS} characters, got {len(chat_template)}"
+            )
         if chat_template == "":
             raise ValueError("chat_template must not be empty; leave it out for the model's own")
-        if chat_template is None and not self.tokenizer.chat_template:
-            raise ValueError("the model has no chat template; give chat_template, or prompts to generate()")
         schemas = _tool_schemas(tools)
+        text = resolve_chat_template(self.tokenizer, chat_template, schemas)
+        if text is None:
+            raise ValueError("the model has no chat template; give chat_template, or prompts to generate()")
         for chat in chats:
             self._check_chat([chat, schemas, variables])
-        template = self._chat_template(self.tokenizer.get_chat_template(chat_template, schemas))
+        template = self._chat_template(text)
         template.check_variables(variables)
         if schemas and "tools" not in template.variables:
             raise ValueError("tools are given, but the model's chat template does not read them")

@@ -39,6 +39,8 @@ class RankChannels:
         # A duplex pipe is a pair of sockets, which buffer larger messages than a pipe.
         messages, rank_messages = Pipe()
         pipe, rank_pipe = socket.socketpair()
+        for end in (pipe, rank_pipe):
+            end.setblocking(True)  # whatever socket.setdefaulttimeout() says
         self.messages.append(messages)
         self.pipes.append(pipe)
         with rank_messages, rank_pipe:

@@ -62,6 +62,15 @@ def test_several_ranks_return_the_tokens_of_one(model, want, size):
     assert all_end(pids)
 
 
+def test_ranks_work_in_a_program_with_a_default_timeout_for_sockets(model, want):
+    socket.setdefaulttimeout(30)
+    try:
+        with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
+            assert tokens(llm, PROMPTS, PARAMS) == want
+    finally:
+        socket.setdefaulttimeout(None)
+
+
 def test_dummy_weights_are_the_same_on_several_ranks(model, want):
     with LLM(model, load_format="dummy", **OPTIONS) as llm:
         dummy = tokens(llm)

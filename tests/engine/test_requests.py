@@ -638,6 +638,33 @@ def test_error_in_on_step_reaches_the_caller_and_loses_no_output(model):
         assert tokens(llm, [prompt], greedy(1)) == expected
 
 
+@pytest.mark.parametrize("call", ["abort", "step"])
+def test_generate_returns_what_a_callback_has_ended_or_received(model, call):
+    prompts = prompts_of([5, 9])
+    with engine(model, overlap=0) as llm:
+        expected = tokens(llm, prompts, greedy(4))
+        ids = []
+
+        def callback(step):
+            if call == "step" and llm.on_step:
+                llm.on_step = None
+                finish(llm)
+                llm.on_step = callback
+            elif call == "abort" and len(ids) < 1 and step.batch:
+                ids.append(next(iter(llm.llm_engine.requests)))
+                llm.abort(ids[0])
+
+        llm.on_step = callback
+        outputs = llm.generate(prompts, greedy(4), use_tqdm=False)
+    found = [output.outputs[0].token_ids for output in outputs]
+    assert all(output.finished for output in outputs)
+    if call == "abort":
+        assert outputs[0].outputs[0].finish_reason == "abort"
+        assert found == [expected[0][: len(found[0])], expected[1]]
+    else:
+        assert found == expected
+
+
 def test_request_ids_are_chosen_by_the_caller_or_numbered(model):
     with engine(model) as llm:
         assert llm.add_request([1], greedy(2), request_id="mine") == "mine"

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoints import hub
-from nanovllm.checkpoints.hub import default_model, open_model
+from nanovllm.checkpoints.hub import default_model, get_tokenizer, open_model
 from nanovllm.checkpoints.loader import iterate_weights
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.registry import PRESETS
-from tests.models.tiny import save_tiny
+from tests.models.tiny import save_tiny, save_tiny_with_tokenizer
 
 CONTENT = b"weights" * 1000
 
@@ -507,3 +507,15 @@ def test_separate_head_of_a_tied_config_is_found(tmp_path):
         weights["lm_head.weight"][3, 3] += separate_head
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         assert open_model(folder).config.separate_head == separate_head
+
+
+def test_tokenizer_is_found_without_an_engine(tmp_path):
+    path = save_tiny_with_tokenizer(tmp_path, "qwen3")
+    tokenizer = get_tokenizer(str(path), tokenizer_mode="auto", padding_side="left")
+    assert tokenizer.decode(tokenizer.encode("ab c")) == "ab c" and tokenizer.padding_side == "left"
+    for argument, value in (("trust_remote_code", True), ("tokenizer_mode", "slow"), ("revision", "main")):
+        with pytest.raises(ValueError, match=argument):
+            get_tokenizer(path, **{argument: value})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty' is not a folder"):
+        get_tokenizer(tmp_path / "empty")

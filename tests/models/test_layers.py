@@ -277,7 +277,8 @@ def test_state_pool_allocates_and_binds_the_caches_of_different_layers():
     assert pool.blocks_in(10 * pool.block_bytes - 1) == 9
     pool.allocate(9)
     for layer, (heads, dim, dtype) in zip(model, sizes, strict=True):
-        assert all(cache.shape == (9, 16, heads, dim) and cache.dtype == dtype for cache in layer.kv)
-    assert sum(cache.nbytes for layer in model for cache in layer.kv) == 9 * pool.block_bytes
+        for cache in (layer.kv.k_cache, layer.kv.v_cache):
+            assert cache.shape == (9, 16, heads, dim) and cache.dtype == dtype
+    assert sum(layer.kv.k_cache.nbytes + layer.kv.v_cache.nbytes for layer in model) == 9 * pool.block_bytes
     pool.free()
     assert all(layer.kv is None for layer in model)

@@ -9,6 +9,7 @@ PACKAGE = Path(nanovllm.__file__).parent
 
 # From top to bottom: a file may import from its own layer's folder and from the layers below.
 LAYERS = [
+    ["as_vllm"],
     ["__init__"],
     ["async_llm"],
     ["llm"],

@@ -183,3 +183,8 @@ def test_config_and_params_are_frozen():
         Config().seed = 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingParams().seed = 1
+
+
+def test_struct_fields_name_the_arguments_of_a_copy():
+    params = SamplingParams(stop="x", logit_bias={5: 1}, stop_token_ids=[3], seed=4)
+    assert SamplingParams(**{name: getattr(params, name) for name in params.__struct_fields__}) == params
