@@ -42,7 +42,7 @@ class PromptParts(NamedTuple):
     cache_salt: str | None
 
 
-def is_array(value: Any) -> bool:
+def is_array(value: Any) -> Any:
     """Whether `value` is an array of numpy, or a tensor."""
     return all(hasattr(value, name) for name in ("tolist", "dtype", "ndim", "shape"))
 

@@ -63,9 +63,9 @@ class LLM:
         """
         if not isinstance(use_tqdm, bool):
             raise TypeError(f"use_tqdm must be a bool, got {shown(use_tqdm)}")
-        prompts = list_prompts(prompts)
-        _check_neutral(neutral, len(prompts))
-        pairs = _pair_params(prompts, sampling_params)
+        listed = list_prompts(prompts)
+        _check_neutral(neutral, len(listed))
+        pairs = _pair_params(listed, sampling_params)
         # One block for all, because installing handlers takes system calls. Interrupts come through between requests
         # and between steps.
         with DeferInterrupts() as interrupts, self.llm_engine.reserved():

@@ -84,10 +84,6 @@ class LogprobRows(Sequence[dict[int, Logprob] | None]):
         """Add position i of a step's log-probabilities, with the k most likely tokens."""
         self._rows.append((step, i, k))
 
-    def total(self) -> float:
-        """Return the sum of the tokens' own log-probabilities."""
-        return sum(float(row[0].logprobs[row[1], -1]) for row in self._rows if row)
-
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -151,7 +147,9 @@ class CompletionOutput:
     @property
     def cumulative_logprob(self) -> float | None:
         """Sum of the sampled tokens' log-probabilities; None if none were requested."""
-        return None if self.logprobs is None else self.logprobs.total()
+        if self.logprobs is None:
+            return None
+        return sum(row[token_id].logprob for row, token_id in zip(self.logprobs, self.token_ids, strict=True) if row)
 
     def finished(self) -> bool:
         """Whether the sample has ended."""

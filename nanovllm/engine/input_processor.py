@@ -198,7 +198,7 @@ class InputProcessor:
         if prompt is None and parts.text is not None:
             self._check_text("prompt", parts.text)
             token_ids = self.encode(parts.text, add_special_tokens=True)
-        elif is_list(prompt) or (is_array(prompt) and prompt.ndim == 1):
+        elif prompt is not None and (is_list(prompt) or (is_array(prompt) and prompt.ndim == 1)):
             if (num_tokens := length(prompt)) >= self.max_model_len:  # before a list of that length is made
                 raise ValueError(f"prompt has {num_tokens} tokens, too many for max_model_len={self.max_model_len}")
             token_ids = _plain_ids(prompt)

@@ -154,12 +154,12 @@ def _grammar_text(
 def _json_grammar(
     special_tokens: dict[str, int],
     *,
-    json: str | None,
-    json_object: bool | None,  # else there is a schema or a tag
-    structural_tag: str | None,
-    disable_any_whitespace: bool | None,
-    disable_additional_properties: bool,
-    whitespace_pattern: str | None,
+    json: str | None = None,
+    json_object: bool | None = None,  # else there is a schema or a tag
+    structural_tag: str | None = None,
+    disable_any_whitespace: bool | None = None,
+    disable_additional_properties: bool = False,
+    whitespace_pattern: str | None = None,
 ) -> str:
     """Return a JSON schema, any JSON object, or free text with JSON in it, in llguidance's notation."""
     from llguidance import LLMatcher
