@@ -1,5 +1,6 @@
 """The class users import."""
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as SequenceType
 from pathlib import Path
@@ -94,7 +95,8 @@ class LLM:
         finally:
             if len(outputs) < len(requests):  # an error or an interrupt
                 engine.abandon(requests)
-        return [outputs.get(request.id) or request.output(engine.weight_version) for request in requests]
+        now = time.monotonic()
+        return [outputs.get(request.id) or request.output(engine.weight_version, now) for request in requests]
 
     def chat(
         self,
