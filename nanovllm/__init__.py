@@ -2,8 +2,9 @@
 
 from nanovllm.async_llm import AsyncLLM
 from nanovllm.engine.step_stats import StepStats
+from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.llm import LLM
-from nanovllm.outputs import CompletionOutput, Logprob, Metrics, RequestOutput
+from nanovllm.outputs import CompletionOutput, Logprob, Metrics, RequestMetrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
@@ -14,10 +15,13 @@ __all__ = [
     "CompletionOutput",
     "Logprob",
     "Metrics",
+    "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
     "StepStats",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
     "__version__",
 ]

@@ -21,6 +21,7 @@ from nanovllm.config import check_names
 from nanovllm.engine.guard import close_at_exit
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request, check_request_id
+from nanovllm.inputs import Prompt
 from nanovllm.ops.triton_utils import current_gpu_initializer
 from nanovllm.outputs import CompletionOutput, Metrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
@@ -44,7 +45,7 @@ class _Stream:
 
     def __init__(self, is_delta: bool):
         self.is_delta = is_delta
-        self.request_id: int | str | None = None
+        self.request_id: str | None = None
         self.aborted = False
         self.loop = asyncio.get_running_loop()
         self.ready = asyncio.Event()
@@ -118,10 +119,10 @@ class AsyncLLM:
         self._engine_thread = ThreadPoolExecutor(1, "nanovllm-engine", current_gpu_initializer())
         self._preparing_threads = ThreadPoolExecutor(_PREPARING_THREADS, "nanovllm-prepare")
         # The requests with a chosen id that the engine does not have yet.
-        self._preparing: dict[int | str, _Stream] = {}
+        self._preparing: dict[str, _Stream] = {}
         self._end_reason: BaseException | None = None  # set when the engine is closed or has failed
         # Only the engine's thread uses these two.
-        self._streams: dict[int | str, _Stream] = {}
+        self._streams: dict[str, _Stream] = {}
         self._step_queued = False
         try:
             self.llm_engine = self._engine_thread.submit(LLMEngine, model, **kwargs).result()
@@ -207,7 +208,7 @@ class AsyncLLM:
             del self._streams[stream.request_id]
             self.llm_engine.abort(stream.request_id)
 
-    def _abort(self, request_id: int | str) -> None:
+    def _abort(self, request_id: str) -> None:
         if output := self.llm_engine.abort(request_id):
             self._deliver(output)
         elif stream := self._preparing.get(request_id):
@@ -247,7 +248,7 @@ class AsyncLLM:
 
     def generate(
         self,
-        prompt: str | SequenceType[int],
+        prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: int | str | None = None,
     ) -> AsyncIterator[RequestOutput]:
@@ -263,12 +264,11 @@ class AsyncLLM:
         """
         self._check_usable()
         self.llm_engine.input_processor.check(prompt, sampling_params)
-        if request_id is not None:
-            request_id = check_request_id(request_id)
-        return self._outputs(prompt, sampling_params, request_id)
+        chosen_id = None if request_id is None else check_request_id(request_id)
+        return self._outputs(prompt, sampling_params, chosen_id)
 
     async def _outputs(
-        self, prompt: Any, sampling_params: SamplingParams | None, request_id: int | str | None
+        self, prompt: Any, sampling_params: SamplingParams | None, request_id: str | None
     ) -> AsyncIterator[RequestOutput]:
         kind = sampling_params.output_kind if sampling_params else None
         stream = _Stream(is_delta=kind in (None, RequestOutputKind.DELTA))
@@ -291,7 +291,7 @@ class AsyncLLM:
             with contextlib.suppress(RuntimeError):  # the engine is closed
                 self._engine_thread.submit(self._run, lambda engine: self._leave(stream))
 
-    def _forget_preparing(self, request_id: int | str | None, stream: _Stream) -> None:
+    def _forget_preparing(self, request_id: str | None, stream: _Stream) -> None:
         if request_id is not None and self._preparing.get(request_id) is stream:
             self._preparing.pop(request_id, None)
 

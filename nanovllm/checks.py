@@ -65,9 +65,9 @@ def in_vocabulary(name: str, token_ids: Collection[int], vocab_size: int) -> Non
             raise ValueError(f"{name} has {shown(token_id)}; ids go from 0 to {vocab_size - 1}")
 
 
-def within(low: float, high: float, default: float | None) -> Any:
-    """Return a dataclass field for a number, for `check_fields`. None is valid if it is the default."""
-    return field(default=default, metadata={"bounds": (low, high)})
+def within(low: float, high: float, default: float | None, optional: bool = False) -> Any:
+    """Return a dataclass field for a number, for `check_fields`. None is valid if it is the default or `optional`."""
+    return field(default=default, metadata={"bounds": (low, high), "optional": optional})
 
 
 def one_of(*choices: str, default: str | None = "") -> Any:
@@ -84,7 +84,7 @@ def check_fields(options: Any) -> None:
     for declared in fields(options):
         name, kind = declared.name, declared.type
         value = getattr(options, name)
-        if value is None and declared.default is None:
+        if value is None and (declared.default is None or declared.metadata.get("optional")):
             continue
         if kind is bool:
             if not isinstance(value, bool):

@@ -45,6 +45,8 @@ class Config:
         revision: branch, tag or commit of a hub id.
         download_dir: folder for what a hub id needs to download; None is the hub's cache.
         logprobs_mode: the mode of requests that choose none; see `SamplingParams`.
+        generation_config: what requests without SamplingParams get. "auto": what the model's generation_config.json
+            says. "vllm": SamplingParams().
         max_logprobs: most log-probabilities of a token that a request may ask for; -1 sets no limit but that of
             `SamplingParams`.
         distributed_executor_backend: how ranks are started. "mp": by the engine. "external_launcher": by torchrun or
@@ -78,6 +80,7 @@ class Config:
     revision: str | None = None
     download_dir: str | Path | None = None
     logprobs_mode: str = one_of("raw_logprobs", "processed_logprobs")
+    generation_config: str = one_of("auto", "vllm")
     max_logprobs: int = within(-1, 1 << 22, default=-1)
     distributed_executor_backend: str | None = one_of("mp", "external_launcher", "uni", default=None)
     log_steps: bool = False

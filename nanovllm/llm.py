@@ -1,10 +1,12 @@
 """The class users import."""
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as SequenceType
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
+import numpy as np
 import torch
 
 from nanovllm.checks import is_list, length, shown
@@ -13,11 +15,12 @@ from nanovllm.engine.interrupts import DeferInterrupts
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request
 from nanovllm.engine.step_stats import StepStats
+from nanovllm.inputs import Prompt, list_prompts
 from nanovllm.outputs import Metric, Metrics, RequestOutput
 from nanovllm.progress import GenerationBar
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.vllm_options import NEUTRAL_CALL, drop_neutral
 
-Prompt: TypeAlias = str | SequenceType[int]
 Chat: TypeAlias = SequenceType[dict]
 
 
@@ -40,16 +43,20 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | SequenceType[Prompt],
+        prompts: Prompt | SequenceType[Prompt] | np.ndarray,
         sampling_params: SamplingParams | SequenceType[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        **neutral: Any,
     ) -> list[RequestOutput]:
         """Answer all `prompts`, in their order.
 
         Args:
-            prompts: texts, lists of token ids, or a single one of either.
-            sampling_params: one for all, or one for each prompt.
+            prompts: a list or a numpy array of prompts, or a single one. A prompt is text, a list or an array of token
+                ids, or a dict: `TextPrompt` or `TokensPrompt`.
+            sampling_params: one for all, or one for each prompt; None are those of `get_default_sampling_params`.
             use_tqdm: show a progress bar with tokens/s.
+            neutral: vLLM's `lora_request`, `priority`, `tokenization_kwargs` and `mm_processor_kwargs`, at values
+                without effect.
 
         Raises:
             TypeError, ValueError: a prompt or its parameters are wrong; nothing was queued.
@@ -57,7 +64,9 @@ class LLM:
         """
         if not isinstance(use_tqdm, bool):
             raise TypeError(f"use_tqdm must be a bool, got {shown(use_tqdm)}")
-        pairs = _pair_params(_list_prompts(prompts), sampling_params)
+        listed = list_prompts(prompts)
+        _check_neutral(neutral, len(listed))
+        pairs = _pair_params(listed, sampling_params)
         # One block for all, because installing handlers takes system calls. Interrupts come through between requests
         # and between steps.
         with DeferInterrupts() as interrupts, self.llm_engine.reserved():
@@ -71,7 +80,7 @@ class LLM:
     def _answer(self, requests: list[Request], use_tqdm: bool, interrupts: DeferInterrupts) -> list[RequestOutput]:
         """Queue requests and run steps until all have finished."""
         engine, wanted = self.llm_engine, set(requests)
-        outputs: dict[int | str, RequestOutput] = {}
+        outputs: dict[str, RequestOutput] = {}
         try:
             for request in requests:
                 engine.queue(request)
@@ -86,7 +95,8 @@ class LLM:
         finally:
             if len(outputs) < len(requests):  # an error or an interrupt
                 engine.abandon(requests)
-        return [outputs.get(request.id) or request.output(engine.weight_version) for request in requests]
+        now = time.monotonic()
+        return [outputs.get(request.id) or request.output(engine.weight_version, now) for request in requests]
 
     def chat(
         self,
@@ -100,9 +110,10 @@ class LLM:
         Args:
             messages: one conversation, as dicts with "role" and "content", or a list of them.
             sampling_params, use_tqdm: as in `generate`.
-            template: options of `chat_prompts`.
+            template: options of `chat_prompts`, and the last ones of `generate`.
         """
-        return self.generate(self.chat_prompts(messages, **template), sampling_params, use_tqdm)
+        neutral = {name: template.pop(name) for name in NEUTRAL_CALL if name in template}
+        return self.generate(self.chat_prompts(messages, **template), sampling_params, use_tqdm, **neutral)
 
     def chat_prompts(self, messages: Chat | SequenceType[Chat], **template: Any) -> list[list[int]]:
         """Return the token ids of conversations.
@@ -167,15 +178,17 @@ class LLM:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: int | str | None = None,
-        stream: bool = False,
-    ) -> int | str:
+        stream: bool | None = None,
+    ) -> str:
         """Queue a request and return its id.
 
         Args:
-            prompt: text, which is tokenised with the model's special tokens, or token ids.
-            sampling_params: SamplingParams() if None.
+            prompt: text, which is tokenised with the model's special tokens, or one of the other forms in `generate`.
+            sampling_params: None are those of `get_default_sampling_params`.
             request_id: an id that no request has which is unfinished or whose output waits for `step`; None numbers it.
-            stream: `step` returns what is new each time there is something, instead of everything at the end.
+                An integer becomes a string, as all ids are in outputs.
+            stream: `step` returns what is new each time there is something, instead of everything at the end. None
+                streams if `output_kind` of `sampling_params` asks for it.
 
         Raises:
             TypeError, ValueError: the request cannot be served; nothing else is affected.
@@ -309,6 +322,14 @@ class LLM:
         """The options of the engine."""
         return self.llm_engine.config
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the parameters of requests without any.
+
+        Their temperature, top_k, top_p, min_p, repetition_penalty and max_tokens are those of the model's
+        generation_config.json, as far as it has them. `generation_config="vllm"` turns this off.
+        """
+        return self.llm_engine.input_processor.default_params
+
     @property
     def tokenizer(self) -> Any:
         """The model's transformers tokenizer."""
@@ -368,13 +389,15 @@ class LLM:
         self.close()
 
 
-def _list_prompts(prompts: Any) -> SequenceType[Prompt]:
-    """Return the prompts of `generate` as a list, also if there is only one."""
-    if isinstance(prompts, str) or (is_list(prompts) and prompts and isinstance(prompts[0], int)):
-        return [prompts]
-    if not is_list(prompts):
-        raise TypeError(f"prompts must be a list of texts or of token id lists, got {type(prompts).__name__}")
-    return prompts
+def _check_neutral(arguments: dict[str, Any], num_prompts: int) -> None:
+    """Refuse arguments of vLLM that would act. Each may be one for all prompts, or a list."""
+    for name, value in arguments.items():
+        if name not in NEUTRAL_CALL:
+            raise TypeError(f"there is no argument {name}")
+        if is_list(value) and len(value) != num_prompts:
+            raise ValueError(f"{name} has {len(value)} entries for {num_prompts} prompts")
+        for entry in value if is_list(value) else [value]:
+            drop_neutral({name: entry}, NEUTRAL_CALL)
 
 
 def _pair_params(prompts: SequenceType[Prompt], params: Any) -> list[tuple[Prompt, SamplingParams | None]]:

@@ -75,7 +75,7 @@ class Batch:
         new_blocks: (slot, index in its block table, block id).
         masks: (slot, bit mask of the tokens it may sample from now on).
         logprob_rows: indices of the rows whose sampled token's logprobs are wanted.
-        num_logprobs: largest number of most likely tokens that any of the logprobs includes.
+        num_logprobs, num_prompt_logprobs: largest number of most likely tokens that any of the logprobs includes.
         processed_logprobs: whether some of `logprob_rows` want the distribution that is sampled from.
     """
 
@@ -86,6 +86,7 @@ class Batch:
     masks: list[tuple[int, np.ndarray]] = field(default_factory=list)
     logprob_rows: list[int] = field(default_factory=list)
     num_logprobs: int = 0
+    num_prompt_logprobs: int = 0
     processed_logprobs: bool = False
 
     @property

@@ -1,42 +1,58 @@
 """The results of a request."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, overload
 
+import numpy as np
+
 
 class Logprob(NamedTuple):
-    """A token's log-probability (float32, natural logarithm) and its rank; the most likely token's rank is 1."""
+    """A token's log-probability (float32, natural logarithm), its rank, and its text.
+
+    The most likely token's rank is 1. A token of a part of a character has replacement characters as its text; without
+    a tokenizer, or without `detokenize`, the text is None.
+    """
 
     logprob: float
     rank: int
+    decoded_token: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TokenLogprobs:
     """Log-probabilities at some positions: those of the k most likely tokens, then that of the position's own token.
 
     Args:
-        token_ids, logprobs: for each position, k + 1 of them.
+        token_ids, logprobs: [positions, k + 1].
         ranks: for each position, the rank of its own token.
     """
 
-    token_ids: list[list[int]]
-    logprobs: list[list[float]]
-    ranks: list[int]
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    ranks: np.ndarray
 
-    def at(self, i: int) -> "TokenLogprobs":
-        """Return those of position i alone."""
-        return TokenLogprobs(self.token_ids[i : i + 1], self.logprobs[i : i + 1], self.ranks[i : i + 1])
+    def at(self, i: int, k: int) -> "TokenLogprobs":
+        """Return a copy of those of position i alone, with the k most likely tokens."""
+        columns = [*range(min(k, self.token_ids.shape[1] - 1)), -1]
+        return TokenLogprobs(
+            self.token_ids[i, columns][None], self.logprobs[i, columns][None], self.ranks[i : i + 1].copy()
+        )
 
-    def row(self, i: int, k: int) -> dict[int, Logprob]:
-        """Return those of the k most likely tokens and of the own token at position i, by token id.
+    def row(self, i: int, k: int, text: Callable[[int], str | None]) -> dict[int, Logprob]:
+        """Return those of position i by token id: the own token's first, then those of the k most likely tokens.
 
         A small vocabulary may have fewer.
+
+        Args:
+            text: returns a token's text.
         """
-        token_ids, logprobs = self.token_ids[i], self.logprobs[i]
-        row = {token_ids[j]: Logprob(logprobs[j], j + 1) for j in range(min(k, len(token_ids) - 1))}
-        row.setdefault(token_ids[-1], Logprob(logprobs[-1], self.ranks[i]))
+        own = int(self.token_ids[i, -1])
+        row = {own: Logprob(float(self.logprobs[i, -1]), int(self.ranks[i]), text(own))}
+        k = min(k, self.token_ids.shape[1] - 1)
+        pairs = zip(self.token_ids[i, :k].tolist(), self.logprobs[i, :k].tolist(), strict=True)
+        for rank, (token_id, logprob) in enumerate(pairs, 1):
+            row[token_id] = Logprob(logprob, rank, text(token_id))
         return row
 
 
@@ -44,15 +60,25 @@ class TokenLogprobs:
 _Row: TypeAlias = tuple[TokenLogprobs, int, int]
 
 
+def _no_text(token_id: int) -> None:
+    """Return the text of a token where there is no tokenizer."""
+
+
 class LogprobRows(Sequence[dict[int, Logprob] | None]):
-    """The requested log-probabilities of each token, by token id.
+    """The requested log-probabilities of each token, by token id; the token's own are the first of its dict.
 
     Reads as a list of dicts. They are made when they are read, because making them costs more than a step. The entry
-    of a prompt's first token is None, because nothing predicts it.
+    of a prompt's first token is None, because nothing predicts it. `copy.deepcopy`, and with it `dataclasses.asdict`,
+    makes a list of dicts.
+
+    Args:
+        rows: what each dict is made of.
+        text: returns a token's text.
     """
 
-    def __init__(self, rows: Iterable[_Row | None] = ()):
+    def __init__(self, rows: Iterable[_Row | None] = (), text: Callable[[int], str | None] = _no_text):
         self._rows = list(rows)
+        self.text = text
 
     def append(self, step: TokenLogprobs, i: int, k: int) -> None:
         """Add position i of a step's log-probabilities, with the k most likely tokens."""
@@ -69,19 +95,25 @@ class LogprobRows(Sequence[dict[int, Logprob] | None]):
 
     def __getitem__(self, index: int | slice) -> "dict[int, Logprob] | LogprobRows | None":
         if isinstance(index, slice):
-            return LogprobRows(self._rows[index])
+            return LogprobRows(self._rows[index], self.text)
         row = self._rows[index]
         if row is None:
             return None
         step, i, k = row
-        return step.row(i, k)
+        return step.row(i, k, self.text)
 
     def __reduce__(self) -> tuple:
-        """Copy and pickle only these rows: a step's log-probabilities are those of all its requests."""
-        return LogprobRows, ([row and (row[0].at(row[1]), 0, row[2]) for row in self._rows],)
+        """Copy and pickle only these rows and the texts of their tokens: a step has those of all its requests."""
+        rows = [row and (row[0].at(row[1], row[2]), 0, row[2]) for row in self._rows]
+        token_ids = {token_id for row in rows if row for token_id in row[0].token_ids[0].tolist()}
+        texts = {} if self.text is _no_text else {token_id: self.text(token_id) for token_id in token_ids}
+        return LogprobRows, (rows, texts.get)
+
+    def __deepcopy__(self, memo: dict) -> list[dict[int, Logprob] | None]:
+        return list(self)
 
     def __add__(self, other: "LogprobRows") -> "LogprobRows":
-        return LogprobRows(self._rows + other._rows)
+        return LogprobRows(self._rows + other._rows, self.text)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -119,16 +151,41 @@ class CompletionOutput:
             return None
         return sum(row[token_id].logprob for row, token_id in zip(self.logprobs, self.token_ids, strict=True) if row)
 
+    def finished(self) -> bool:
+        """Whether the sample has ended."""
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """When what happened to a request, and what it has got. The outputs of a stream share one, which goes on.
+
+    Args:
+        num_generation_tokens: number of tokens that the samples have together.
+        arrival_time: seconds since the epoch when the request was made.
+        queued_ts, scheduled_ts, first_token_ts, last_token_ts: when it was queued, its first sample was first given a
+            slot, its first token was known, and its last output was made: by `time.monotonic`, 0 until then.
+        first_token_latency: seconds from when the request was made to its first token; 0 until then.
+    """
+
+    num_generation_tokens: int = 0
+    arrival_time: float = 0.0
+    queued_ts: float = 0.0
+    scheduled_ts: float = 0.0
+    first_token_ts: float = 0.0
+    last_token_ts: float = 0.0
+    first_token_latency: float = 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
     """A request's results; from `stream` and `AsyncLLM`, only what is new since the last output.
 
     The fields of the first sample can be read as attributes (`out.text`) and by key (`out["text"]`), as in nano-vLLM's
-    dicts.
+    dicts. `json.dumps(dataclasses.asdict(output))` is JSON; a `Logprob` is a list in it.
 
     Args:
-        request_id: the id that `add_request` returned.
+        request_id: the id that `add_request` returned, a string.
         prompt: the prompt's text, if it was given as text.
         prompt_token_ids: the prompt's tokens.
         outputs: the samples, in their order; in a stream, those that have something new.
@@ -138,9 +195,10 @@ class RequestOutput:
             None if none were requested.
         time_to_first_token, total_time: seconds since the request was added; None until they are known.
         weight_version: version of the weights when this output was made; 0 until `update_weights` is called.
+        metrics: times and counts, by vLLM's names.
     """
 
-    request_id: int | str
+    request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
@@ -150,6 +208,7 @@ class RequestOutput:
     time_to_first_token: float | None = None
     total_time: float | None = None
     weight_version: int = 0
+    metrics: RequestMetrics | None = None
 
     @property
     def text(self) -> str:

@@ -9,10 +9,13 @@ from numbers import Integral
 from typing import Any
 
 from nanovllm.checks import ABOVE_0, check_fields, is_list, length, number, one_of, plain, shown, within
+from nanovllm.vllm_options import NEUTRAL_SAMPLING, accept_neutral
 
 # Limits of a request, so that none can make unbounded work.
+MIN_TEMPERATURE = 1e-3  # below it, but for 0, logits could overflow
 MAX_SAMPLES = 1024
-MAX_LOGPROBS = 128
+MAX_TOKENS = 2**31 - 1
+MAX_LOGPROBS = 128  # or all of the vocabulary
 MAX_STOP_IDS = 32  # as many ids can be banned on the device until a request has min_tokens
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
@@ -58,21 +61,34 @@ def _token_ids(name: str, value: Any, max_entries: int) -> tuple[int, ...]:
     return tuple(map(int, ids))
 
 
+# The forms of a structured output.
+_FORMS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+_JSON_FORMS = ("json", "json_object", "structural_tag")
+
+
 @dataclass(frozen=True, slots=True)
 class StructuredOutputsParams:
-    """The form that an output must have. Exactly one of the arguments is given.
+    """The form that an output must have: exactly one of json, regex, choice, grammar, json_object, structural_tag.
 
     Args:
-        json: a JSON schema, as a dict or as text. The only white space in the output is a space behind commas and
-            colons. In a `pattern`, `\\d` and `\\w` match ASCII only and `\\s` matches Unicode, as in JavaScript.
-            Keywords and formats that llguidance does not know are refused; `uniqueItems: false`, formats of numbers,
-            `password` and `binary` mean nothing and are ignored. An integer has at most 64 bits.
+        json: a JSON schema, as a dict or as text. In a `pattern`, `\\d` and `\\w` match ASCII only and `\\s` matches
+            Unicode, as in JavaScript. Keywords and formats that llguidance does not know are refused;
+            `uniqueItems: false`, formats of numbers, `password` and `binary` mean nothing and are ignored. An integer
+            has at most 64 bits.
         regex: a regular expression in Rust's notation that the whole output matches. `\\d`, `\\w` and `\\s` match ASCII
             only; `\\p{...}` matches Unicode classes.
         choice: the output is one of these texts.
         grammar: a context-free grammar in Lark's notation, or in GGML's (GBNF). In its regular expressions `\\d`,
             `\\w` and `\\s` match Unicode, as in Python. Its texts never match a special token; in Lark's notation
             `<|name|>` without quotes does.
+        json_object: True is any JSON object; False is the same as None.
+        disable_any_whitespace: white space in JSON. None is a space behind commas and colons and no other; True is
+            none at all; False lets the model write any, which a small model may do for ever.
+        disable_additional_properties: objects of a schema have no properties that the schema does not name.
+        whitespace_pattern: a regular expression of the white space that JSON may have between its tokens, in place of
+            `disable_any_whitespace`.
+        structural_tag: free text in which each of the `triggers` starts one of the `structures`, as JSON text or a
+            dict: `{"structures": [{"begin": "<f=x>", "schema": {...}, "end": "</f>"}], "triggers": ["<f="]}`.
 
     The model chooses how a text is split into tokens, also where only one text can follow.
 
@@ -89,25 +105,53 @@ class StructuredOutputsParams:
     regex: str | None = None
     choice: SequenceType[str] | None = None
     grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+    structural_tag: str | dict | None = None
 
     def __post_init__(self):
-        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        for name in ("json_object", "disable_any_whitespace", "disable_additional_properties"):
+            if not isinstance(value := getattr(self, name), bool | None):
+                raise TypeError(f"structured_outputs.{name} must be a bool, got {shown(value)}")
+        if self.json_object is False:
+            object.__setattr__(self, "json_object", None)
+        given = [name for name in _FORMS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"structured_outputs needs exactly one of json, regex, choice and grammar, got {given}")
-        if isinstance(self.json, Mapping):
-            object.__setattr__(self, "json", _schema_text(self.json))
+            raise ValueError(f"structured_outputs needs exactly one of {', '.join(_FORMS)}; got {given}")
+        (form,) = given
+        for name in ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"):
+            if getattr(self, name) and form not in _JSON_FORMS:
+                raise ValueError(f"structured_outputs.{name} needs one of {', '.join(_JSON_FORMS)}; got {form}")
+        if self.disable_any_whitespace and self.whitespace_pattern is not None:
+            raise ValueError("structured_outputs.whitespace_pattern cannot be used with disable_any_whitespace")
+        for name in ("json", "structural_tag"):
+            self._make_text(name)
         if self.choice is not None:
             object.__setattr__(self, "choice", _strings("structured_outputs.choice", self.choice, MAX_GRAMMAR_CHARS))
             if not self.choice:
                 raise ValueError("structured_outputs.choice must have at least one text")
-        text = "".join(self.choice) if self.choice else getattr(self, given[0])
+        for name in (form, "whitespace_pattern"):
+            self._check_text(name)
+
+    def _make_text(self, name: str) -> None:
+        """Turn a dict into JSON text."""
+        if isinstance(value := getattr(self, name), Mapping):
+            object.__setattr__(self, name, _json_text(name, value))
+
+    def _check_text(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None or value is True:
+            return
+        text = "".join(value) if name == "choice" else value
         if not isinstance(text, str):
-            raise TypeError(f"structured_outputs.{given[0]} must be a string, got {shown(text)}")
+            raise TypeError(f"structured_outputs.{name} must be a string, got {shown(text)}")
         if len(text) > MAX_GRAMMAR_CHARS:
-            raise ValueError(f"structured_outputs.{given[0]} must have at most {MAX_GRAMMAR_CHARS} characters")
+            raise ValueError(f"structured_outputs.{name} must have at most {MAX_GRAMMAR_CHARS} characters")
 
 
-def _schema_text(schema: Any) -> str:
+def _json_text(name: str, schema: Any) -> str:
     """Return a schema as JSON, or a start that is too long already: shared dicts may make a text of gigabytes."""
     parts, num_chars = [], 0
     try:
@@ -117,7 +161,7 @@ def _schema_text(schema: Any) -> str:
             if num_chars > MAX_GRAMMAR_CHARS:
                 break
     except (TypeError, ValueError, RecursionError) as error:
-        what = "structured_outputs.json is not a schema that JSON can express"
+        what = f"structured_outputs.{name} is not a schema that JSON can express"
         raise ValueError(f"{what}: {error!s:.200}") from None
     return "".join(parts)
 
@@ -175,22 +219,36 @@ class RequestOutputKind(Enum):
     FINAL_ONLY = 2
 
 
+# Other values that mean the same: (name, value, meaning).
+_ALIASES: tuple[tuple[str, Any, Any], ...] = (
+    ("top_k", -1, 0),
+    ("seed", -1, None),
+    ("logprobs", True, 1),
+    ("prompt_logprobs", True, 1),
+)
+
+
+@accept_neutral(NEUTRAL_SAMPLING)
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """The parameters of one request. They are checked once and then frozen.
+    """The parameters of one request. They are checked once and then frozen (`dataclasses.replace` makes others).
 
     The order is: logit_bias -> penalties -> allowed_token_ids, bad_words, structured_outputs, min_tokens ->
-    temperature -> top_k -> top_p -> min_p -> sample.
+    temperature -> top_k -> top_p -> min_p -> sample. vLLM's other arguments are accepted at values without effect.
 
     Args:
-        temperature: divides the logits; 0 takes the most likely token (greedy).
-        max_tokens: largest number of tokens to generate.
-        ignore_eos: go on past the model's end-of-sequence tokens.
-        top_k: keep the k most likely tokens; 0 keeps all.
+        temperature: divides the logits; 0 takes the most likely token (greedy). What is between 0 and 0.001 counts as
+            0.001.
+        max_tokens: largest number of tokens to generate. None, and what is beyond the engine's `max_model_len`, goes up
+            to that length.
+        ignore_eos: go on past the model's end-of-sequence tokens. A structured output goes on as long as something
+            else can follow.
+        top_k: keep the k most likely tokens; 0 and -1 keep all.
         top_p: keep the smallest set of tokens whose probability reaches top_p, in (0, 1].
         min_p: keep tokens at least min_p times as likely as the most likely one, in [0, 1].
-        seed: makes sampling repeatable whatever else runs in the batch; None takes a seed from the engine's.
+        seed: makes sampling repeatable whatever else runs in the batch; None and -1 take a seed from the engine's.
         min_tokens: before this many tokens, end-of-sequence and stop ids are not sampled and stop strings are ignored.
+            A structured output may be complete before.
         stop_token_ids: up to 32 ids that end the request; the id itself is kept in `token_ids`.
         n: number of samples, which share the blocks of the prompt. Sample i of a seeded request is repeatable too.
         stop: strings that end the request as soon as the text has one of them; the text ends before it.
@@ -204,12 +262,14 @@ class SamplingParams:
         bad_words: texts that the output will not have, as the tokenizer spells them directly behind another text and,
             unless they start with white space, behind a space.
         logprobs: how many of the most likely tokens to return log-probabilities of, for each sampled token, besides
-            its own.
+            its own: up to 128; -1 is the whole vocabulary, True is 1.
         prompt_logprobs: the same for the prompt's tokens, always in "raw_logprobs" mode. The prompt is computed for
             them, not taken from the prefix cache.
         logprobs_mode: "raw_logprobs" are the model's own (float32 log-softmax of the logits); "processed_logprobs" are
             those of the distribution that is sampled from, after all of the above. None is the engine's mode.
         skip_special_tokens: leave special tokens out of the text.
+        spaces_between_special_tokens: no supported tokenizer puts spaces there, so both values give the same text.
+        detokenize: make text; False leaves it empty, and `Logprob.decoded_token` None.
         structured_outputs: the output follows a JSON schema, a regular expression, a choice or a grammar.
         output_kind: what the outputs of a stream have; None is DELTA. `generate` of `LLM` returns whole results.
         cache_salt: share cached prefixes only with requests of the same salt, so that nobody else can learn from
@@ -220,13 +280,13 @@ class SamplingParams:
     """
 
     temperature: float = within(0, 100, default=1.0)
-    max_tokens: int = within(1, 2**31 - 1, default=64)
+    max_tokens: int | None = within(1, MAX_TOKENS, default=64, optional=True)
     ignore_eos: bool = False
     top_k: int = within(0, 2**31 - 1, default=0)
     top_p: float = within(ABOVE_0, 1, default=1.0)
     min_p: float = within(0, 1, default=0.0)
     seed: int | None = within(0, 2**63 - 1, default=None)
-    min_tokens: int = within(0, 2**31 - 1, default=0)
+    min_tokens: int = within(0, MAX_TOKENS, default=0)
     stop_token_ids: SequenceType[int] = ()
     n: int = within(1, MAX_SAMPLES, default=1)
     stop: str | SequenceType[str] = ()
@@ -237,22 +297,30 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: SequenceType[int] | None = None
     bad_words: SequenceType[str] = ()
-    logprobs: int | None = within(0, MAX_LOGPROBS, default=None)
-    prompt_logprobs: int | None = within(0, MAX_LOGPROBS, default=None)
+    logprobs: int | None = within(-1, MAX_LOGPROBS, default=None)
+    prompt_logprobs: int | None = within(-1, MAX_LOGPROBS, default=None)
     logprobs_mode: str | None = one_of("raw_logprobs", "processed_logprobs", default=None)
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
     cache_salt: str | None = None
     output_kind: RequestOutputKind | None = None
+    detokenize: bool = True
+    spaces_between_special_tokens: bool = True
 
     def __post_init__(self):
+        for name, alias, meaning in _ALIASES:
+            value = getattr(self, name)
+            if isinstance(value, bool if alias is True else Integral) and value == alias:
+                self._set(name, meaning)
         check_fields(self)
-        if 0 < self.temperature < 1e-3:
-            raise ValueError(f"temperature must be 0 (greedy) or at least 0.001, got {shown(self.temperature)}")
-        if self.min_tokens > self.max_tokens:
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            self._set("temperature", MIN_TEMPERATURE)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}")
         self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_IDS))
         self._set("stop", _strings("stop", self.stop, MAX_STOP_STRINGS))
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings need detokenize=True")
         self._set("bad_words", _strings("bad_words", self.bad_words, MAX_BAD_WORDS))
         if self.allowed_token_ids is not None:
             self._set("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_IDS))
@@ -267,12 +335,29 @@ class SamplingParams:
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
             raise TypeError(f"structured_outputs must be StructuredOutputsParams, got {shown(self.structured_outputs)}")
         if self.structured_outputs is not None:
-            for name in ("min_tokens", "allowed_token_ids", "bad_words", "ignore_eos"):
+            for name in ("allowed_token_ids", "bad_words"):
                 if getattr(self, name):
                     raise ValueError(f"{name} cannot be used with structured_outputs, which choose the tokens")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_optional(cls, **arguments: Any) -> "SamplingParams":
+        """Make parameters from arguments of which None is the default, and whose `logit_bias` may have ids as text.
+
+        `max_tokens=None` keeps its own meaning.
+        """
+        given: dict[str, Any] = {k: value for k, value in arguments.items() if value is not None or k == "max_tokens"}
+        if isinstance(biases := given.get("logit_bias"), Mapping):
+            given["logit_bias"] = {
+                int(key) if isinstance(key, str) and key.isdecimal() else key: bias for key, bias in biases.items()
+            }
+        return cls(**given)
+
+    def clone(self) -> "SamplingParams":
+        """Return these parameters: nobody can change them, so no copy is needed."""
+        return self
 
     def for_ranks(self) -> "SamplingParams":
         """Return the parameters that the sampler needs, without those that only the engine reads.
@@ -283,6 +368,11 @@ class SamplingParams:
         if type(self) is SamplingParams and all(values[name] == unset for name, unset in _ENGINE_ONLY.items()):
             return self
         return SamplingParams(**values | _ENGINE_ONLY)
+
+    @property
+    def __struct_fields__(self) -> tuple[str, ...]:
+        """The names of all parameters. Programs that copy vLLM's parameters read them here."""
+        return tuple(field.name for field in fields(SamplingParams))
 
     @property
     def penalises(self) -> bool:

@@ -1,13 +1,16 @@
-"""vLLM's names of engine options: those that have another name here, and those that are not here.
+"""vLLM's names of options and arguments: those that have another name here, and those that are not here.
 
-Code that was written for vLLM may give an option of the second kind if its value changes nothing. Other values are
-refused, so that no option is accepted and ignored.
+Code that was written for vLLM may give one of the second kind if its value changes nothing. Other values are refused,
+so that nothing is accepted and ignored.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, TypeVar
 
 from nanovllm.checks import shown
+
+T = TypeVar("T")
 
 # ruff: noqa: SIM905  (long lists of names are plainer as text)
 
@@ -82,7 +85,6 @@ NEUTRAL: dict[str, tuple] = {
     "dbo_prefill_token_threshold": (512,),
     "dcp_comm_backend": ("ag_rs",),
     "expert_placement_strategy": ("linear",),
-    "generation_config": ("auto",),
     "guided_decoding_backend": ("auto", "guidance"),
     "hf_token": (True,),
     "jit_monitor_mode": ("warn",),
@@ -130,11 +132,58 @@ NEUTRAL: dict[str, tuple] = {
     "watermark": (0.0,),
     "worker_cls": ("auto",),
 }
+# The same for the arguments of SamplingParams.
+NEUTRAL_SAMPLING: dict[str, tuple] = {
+    "best_of": (),
+    "early_stopping": (False,),
+    "extra_args": ({},),
+    "flat_logprobs": (False,),
+    "guided_decoding": (),
+    "length_penalty": (1.0,),
+    "logits_processors": ([],),
+    "logprob_token_ids": ([],),
+    "output_text_buffer_length": (0,),
+    "prompt_logprob_start": (0,),
+    "prompt_logprob_token_ids": ([],),
+    "repetition_detection": (),
+    "routed_experts_prompt_start": (0,),
+    "skip_clone": (True, False),
+    "skip_reading_prefix_cache": (False,),
+    "stream_interval": (1,),
+    "thinking_token_budget": (-1,),
+    "trace_decode_token_ids": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+# The same for the arguments of `generate` and `chat`, and for the keys of prompts.
+NEUTRAL_CALL: dict[str, tuple] = {
+    "lora_request": (),
+    "mm_processor_kwargs": ({},),
+    "priority": (0,),
+    "tokenization_kwargs": ({},),
+}
+NEUTRAL_CHAT: dict[str, tuple] = {"chat_template_content_format": ("auto",)}
+NEUTRAL_PROMPT: dict[str, tuple] = {
+    "mm_processor_kwargs": ({},),
+    "multi_modal_data": ({},),
+    "multi_modal_uuids": ({},),
+    "prompt_embeds": (),
+    "token_type_ids": (),
+    "type": ("text", "token"),
+}
+
 # What to use instead.
 _INSTEAD = {
+    "best_of": "ask for n samples and choose by cumulative_logprob",
+    "chat_template_content_format": "the form that the template reads is found out",
+    "flat_logprobs": "logprobs are made when they are read",
+    "guided_decoding": "use structured_outputs",
+    "logits_processors": "use logit_bias, allowed_token_ids, bad_words or structured_outputs",
+    "lora_request": "merge the adapter and call update_weights",
+    "tokenization_kwargs": "give token ids",
+    "truncate_prompt_tokens": "give token ids",
     "async_scheduling": "overlap=0 finishes each step before the next",
     "enable_lora": "merge the adapter and call update_weights",
-    "generation_config": "give SamplingParams",
     "hf_token": "set HF_TOKEN",
     "override_generation_config": "give SamplingParams",
     "quantization": "a .gguf file is read as it is",
@@ -152,7 +201,7 @@ def translate(options: Mapping[str, Any]) -> dict[str, Any]:
     own: dict[str, Any] = {}
     for name, value in options.items():
         if name in NEUTRAL:
-            _check_neutral(name, value)
+            check_neutral(name, value, NEUTRAL[name], _INSTEAD.get(name))
         elif value is not None:
             own_name = RENAMED.get(name, name)
             if own_name in own:
@@ -162,13 +211,40 @@ def translate(options: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def _check_neutral(name: str, value: Any) -> None:
-    neutral = NEUTRAL[name]
+def check_neutral(name: str, value: Any, neutral: tuple, instead: str | None = None) -> None:
+    """Raise ValueError unless the value of an argument of vLLM that is not here is None or one of `neutral`.
+
+    Args:
+        instead: what to use instead.
+    """
     if value is None or any(type(value) is type(other) and value == other for other in neutral):
         return
     # Numbers of another type, and subclasses such as enumerations.
     if isinstance(value, str | int | float) and not isinstance(value, bool) and value in neutral:
         return
     right = " or ".join(map(repr, (None, *neutral)))
-    instead = f"; {_INSTEAD[name]}" if name in _INSTEAD else ""
-    raise ValueError(f"{name} is an option of vLLM and must be {right} here, got {shown(value)}{instead}")
+    hint = f"; {instead}" if instead else ""
+    raise ValueError(f"{name} is an option of vLLM and must be {right} here, got {shown(value)}{hint}")
+
+
+def drop_neutral(arguments: Mapping[str, Any], neutral: Mapping[str, tuple]) -> dict[str, Any]:
+    """Return arguments without those that `neutral` names. Refuse the values of these that would act in vLLM."""
+    for name in arguments.keys() & neutral.keys():
+        check_neutral(name, arguments[name], neutral[name], _INSTEAD.get(name))
+    return {name: value for name, value in arguments.items() if name not in neutral}
+
+
+def accept_neutral(neutral: Mapping[str, tuple]) -> Callable[[type[T]], type[T]]:
+    """Return a decorator of a dataclass whose constructor then takes the arguments `neutral` too, without effect."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        init: Callable = cls.__init__
+
+        @wraps(init)
+        def checked(self: T, *args: Any, **kwargs: Any) -> None:
+            init(self, *args, **drop_neutral(kwargs, neutral))
+
+        cls.__init__ = checked  # pyright: ignore[reportAttributeAccessIssue]
+        return cls
+
+    return decorate

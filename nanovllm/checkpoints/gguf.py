@@ -321,8 +321,12 @@ def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
     return config, "tokenizer.ggml.tokens" in file.metadata
 
 
-def read_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
-    """Return the file's transformers tokenizer. Other files of its folder may belong to another model."""
+def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
+    """Return the file's transformers tokenizer. Other files of its folder may belong to another model.
+
+    Args:
+        options: of transformers' tokenizers, instead of the file's.
+    """
     from transformers import PreTrainedTokenizerFast
 
     file = _GgufFile(path)
@@ -330,9 +334,8 @@ def read_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     if is_bpe:
         _check_split(path, split)
     whole_words = is_bpe and split in _WHOLE_WORDS
-    options: dict[str, Any] = {}
     if whole_words and "tokenizer.ggml.add_bos_token" not in file.metadata:
-        options["add_bos_token"] = True
+        options.setdefault("add_bos_token", True)
     # `from_pretrained` would also read the tokenizer files in the folder.
     tokenizer = PreTrainedTokenizerFast(name_or_path=str(path.parent), gguf_file=path.name, **options)
     backend = tokenizer.backend_tokenizer

@@ -9,10 +9,10 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
@@ -21,6 +21,7 @@ from nanovllm.checkpoints.loader import check_shapes, has_separate_head, iterate
 from nanovllm.checks import shown
 from nanovllm.config import Config
 from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, known_ids, token_ids
+from nanovllm.vllm_options import translate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,9 @@ DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Fields of generation_config.json that are arguments of SamplingParams, by their names there.
+_DEFAULTS = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+_DEFAULTS["max_new_tokens"] = "max_tokens"
 _MAX_LENGTH = 4096  # longest list that transformers may make from a length in a config
 _HUB_FILES = ["*.json", "*.jinja", "merges.txt", "tokenizer.model"]  # never *.py, never pickled weights
 
@@ -44,12 +48,14 @@ class ModelSource:
         path: a folder in transformers' layout or a GGUF file; None for a shape without weights and tokenizer.
         has_tokenizer: whether the model has a tokenizer.
         tokenizer_path: a folder or a GGUF file whose tokenizer replaces the model's.
+        sampling_defaults: arguments of SamplingParams that the model's generation config has.
     """
 
     config: ModelConfig
     path: Path | None = None
     has_tokenizer: bool = False
     tokenizer_path: Path | None = None
+    sampling_defaults: dict[str, Any] = field(default_factory=dict)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Iterate over the checkpoint's tensors, for `load_weights`."""
@@ -68,19 +74,25 @@ class ModelSource:
             raise ValueError(f"the model {path or ''} has no tokenizer: give prompts as token ids")
         if not path.exists():
             raise ValueError(f"the tokenizer of {path} cannot be read: the path does not exist any more")
-        try:
-            if path.is_file():
-                from nanovllm.checkpoints.gguf import read_tokenizer
+        return _load_tokenizer(path)
 
-                return read_tokenizer(path)
-            from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-            if not isinstance(tokenizer, PreTrainedTokenizerFast):  # transformers prefers mistral-common's if installed
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-            return tokenizer
-        except Exception as error:  # transformers raises errors of many types
-            raise ValueError(f"the tokenizer of {path} cannot be read: {_explain(error, path)}") from error
+def _load_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer in a folder or a GGUF file, with options of transformers' tokenizers."""
+    try:
+        if path.is_file():
+            from nanovllm.checkpoints.gguf import read_tokenizer
+
+            return read_tokenizer(path, **options)
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        options = {"local_files_only": True, **options}
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):  # transformers prefers mistral-common's if installed
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **options)
+        return tokenizer
+    except Exception as error:  # transformers raises errors of many types
+        raise ValueError(f"the tokenizer of {path} cannot be read: {_explain(error, path)}") from error
 
 
 def _explain(error: Exception, folder: Path) -> str:
@@ -98,14 +110,45 @@ def open_config(config: Config) -> ModelSource:
     source = open_model(config.model, config.load_format, revision=config.revision, download_dir=config.download_dir)
     if config.tokenizer is None:
         return source
-    path = local_path("tokenizer", config.tokenizer)
+    path = _find_tokenizer(config.tokenizer, download_dir=config.download_dir)
+    return _with_end_tokens(replace(source, tokenizer_path=path, has_tokenizer=True))
+
+
+def get_tokenizer(
+    name: str | Path,
+    *,
+    tokenizer_mode: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    download_dir: str | Path | None = None,
+    **options: Any,
+) -> "PreTrainedTokenizerBase":
+    """Return a transformers tokenizer without an engine.
+
+    Args:
+        name: a folder, a `.gguf` file or a hub id.
+        tokenizer_mode, trust_remote_code, revision, download_dir: as in `LLM`.
+        options: of the tokenizer, such as `add_bos_token`.
+
+    Raises:
+        ValueError: there is no such tokenizer, or an argument cannot be served.
+    """
+    translate({"tokenizer_mode": tokenizer_mode, "trust_remote_code": trust_remote_code})  # refuses what would act
+    return _load_tokenizer(_find_tokenizer(name, revision, download_dir), **options)
+
+
+def _find_tokenizer(name: str | Path, revision: str | None = None, download_dir: str | Path | None = None) -> Path:
+    """Return the folder or GGUF file of a tokenizer, downloaded if it has a hub id."""
+    path = local_path("tokenizer", name)
+    if revision is not None and path.exists():
+        raise ValueError(f"revision must be None for a local tokenizer, got {shown(revision)}; only a hub id has one")
     if not path.exists():
-        path = _download(str(config.tokenizer), "dummy", download_dir=config.download_dir, kind="tokenizer")
+        path = _download(str(name), "dummy", revision, download_dir, kind="tokenizer")
     if path.is_dir():
         _check_files(path)
     if not (path.suffix == ".gguf" if path.is_file() else _has_tokenizer(path)):
-        raise ValueError(f"tokenizer {str(config.tokenizer)!r:.100} is not a folder or .gguf file with a tokenizer")
-    return _with_end_tokens(replace(source, tokenizer_path=path, has_tokenizer=True))
+        raise ValueError(f"tokenizer {str(name)!r:.100} is not a folder or .gguf file with a tokenizer")
+    return path
 
 
 def open_model(
@@ -178,7 +221,7 @@ def new_weights(location: str | Path, config: ModelConfig) -> Iterator[tuple[str
 
         config.check_same_model(read_gguf(path)[0])
     elif (path / "config.json").exists():
-        config.check_same_model(_read_config(path))
+        config.check_same_model(_read_config(path)[0])
     return weights
 
 
@@ -186,14 +229,16 @@ def _open_folder(path: Path, load_format: str) -> ModelSource:
     if not (path / "config.json").exists():
         raise ValueError(f"model {str(path)!r} is a folder without a config.json")
     _check_files(path)
-    source = _with_end_tokens(ModelSource(_read_config(path), path, _has_tokenizer(path)))
+    config, defaults = _read_config(path)
+    source = ModelSource(config, path, has_tokenizer=_has_tokenizer(path), sampling_defaults=defaults)
+    source = _with_end_tokens(source)
     if load_format == "dummy":
         return source
     return replace(source, config=_compare_with_weights(source.config, path))
 
 
-def _read_config(path: Path) -> ModelConfig:
-    """Read the config.json of a folder, and the end tokens of its generation_config.json."""
+def _read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Read a folder's config.json, and the end tokens and sampling defaults of its generation_config.json."""
     content = read_json(path / "config.json")
     # Refuse an unsupported type before transformers may want to run the folder's code.
     check_model_type(content.get("model_type"))
@@ -209,8 +254,10 @@ def _read_config(path: Path) -> ModelConfig:
         what = f"{path / 'config.json'} is not a config that transformers can read"
         raise ValueError(f"{what}: {error!s:.500}") from error
     generation = path / "generation_config.json"
-    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
-    return ModelConfig.from_hf(config, token_ids(eos))
+    defaults = read_json(generation) if generation.exists() else {}
+    known = {name: ours for name, ours in _DEFAULTS.items() if defaults.get(name) is not None}
+    sampling_defaults = {ours: defaults[name] for name, ours in known.items()}
+    return ModelConfig.from_hf(config, token_ids(defaults.get("eos_token_id"))), sampling_defaults
 
 
 def _has_tokenizer(folder: Path) -> bool:

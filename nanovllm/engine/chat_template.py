@@ -107,6 +107,22 @@ class ChatTemplate:
         return {**call, "function": adapted} if "function" in call else adapted
 
 
+def resolve_chat_template(
+    tokenizer: Any, chat_template: str | None = None, tools: list[dict] | None = None, *, model_config: Any = None
+) -> str | None:
+    """Return the text of the template that `LLM.chat` renders; None if there is none.
+
+    Args:
+        tokenizer: the model's transformers tokenizer, which has its templates.
+        chat_template: Jinja text, or the name of one of the tokenizer's templates, to use instead of its own.
+        tools: the tools of the conversation, for which a tokenizer may have another template.
+        model_config: not needed. vLLM's function has it.
+    """
+    if chat_template is None and not tokenizer.chat_template:
+        return None
+    return tokenizer.get_chat_template(chat_template, tools)
+
+
 def _text_of(part: Any, name: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     if kind != "text":

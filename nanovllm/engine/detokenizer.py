@@ -47,6 +47,10 @@ class TokenBytes(dict):
         """Return the text of a whole output."""
         return b"".join(self[token_id] for token_id in token_ids).decode(errors="replace")
 
+    def text_of(self, token_id: int) -> str:
+        """Return the text of one token. Bytes that are a part of a character are replacement characters."""
+        return self[token_id].decode(errors="replace")
+
     def _decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=self.skip_special_tokens)
 

@@ -1,11 +1,13 @@
 """Structured outputs: makes token masks of schemas, regular expressions and grammars."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nanovllm.arithmetic import ceil_div
+from nanovllm.engine.token_filter import without
 from nanovllm.sandbox.grammars import STACK_BYTES, compile_grammar, find_error, make_tokenizer, on_deep_stack
 from nanovllm.sandbox.pool import Pool
 
@@ -13,33 +15,81 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 _FAILURE = "structured_outputs cannot be compiled"
+_MAX_CALL_SECONDS = 0.025  # CPU time of one call of llguidance
 
 
 class GrammarFilter:
-    """Tokens that the grammar of a structured output lets follow; see `TokenFilter`."""
+    """Tokens that the grammar of a structured output lets follow; see `TokenFilter`.
+
+    Args:
+        matcher: where in the grammar the output is.
+        vocab_size: the model's.
+        never_ids: tokens that are not sampled.
+        end_ids: tokens that are not sampled as one of the first `min_tokens`.
+
+    If the grammar lets only such tokens follow, the output is complete, or an error if the grammar cannot end there.
+    """
 
     depends_on_output = True
 
-    def __init__(self, matcher: "LLMatcher", vocab_size: int):
+    def __init__(
+        self,
+        matcher: "LLMatcher",
+        vocab_size: int,
+        never_ids: Collection[int] = (),
+        end_ids: Collection[int] = (),
+        min_tokens: int = 0,
+    ):
         self.matcher, self.vocab_size = matcher, vocab_size
+        self.never_ids, self.end_ids, self.num_unending = never_ids, end_ids, min_tokens
+        self._is_slow = self._is_blocked = False
+        self._words: np.ndarray | None = None
 
     def copy(self) -> "GrammarFilter":
         """Return a filter for another sample; compiling the grammar again may take a second."""
-        return GrammarFilter(self.matcher.deep_copy(), self.vocab_size)
+        return GrammarFilter(
+            self.matcher.deep_copy(), self.vocab_size, self.never_ids, self.end_ids, min_tokens=self.num_unending
+        )
 
     @property
     def is_complete(self) -> bool:
-        return self.matcher.is_stopped()
+        return self.matcher.is_stopped() or (self._is_blocked and self.matcher.is_accepting())
 
     @property
     def error(self) -> str | None:
+        if self._is_slow:
+            return "a step takes too long: the grammar is too ambiguous"
+        if self._is_blocked and not self.matcher.is_accepting():
+            return "min_tokens or ignore_eos forbid all tokens that the grammar lets follow"
         return find_error(self.matcher)
 
     def accept(self, token_id: int) -> None:
-        self.matcher.consume_token(token_id)
+        self._timed(self.matcher.consume_token, token_id)
+        self.num_unending -= 1
+        self._words = None
+        self.has_any()
+
+    def has_any(self) -> bool:
+        """Return whether a token can be sampled next; if not, `is_complete` or `error` says why."""
+        if self.never_ids or self.num_unending > 0:
+            self.mask()
+        return not self._is_blocked
 
     def mask(self) -> np.ndarray:
-        return np.frombuffer(self.matcher.compute_bitmask(), np.int32, count=ceil_div(self.vocab_size, 32))
+        if self._words is None:
+            words = self._timed(self.matcher.compute_bitmask)
+            self._words = np.frombuffer(words, np.int32, count=ceil_div(self.vocab_size, 32))
+            banned = [*self.never_ids, *(self.end_ids if self.num_unending > 0 else ())]
+            if banned and not self.matcher.is_stopped():
+                self._words = without(self._words, banned)
+                self._is_blocked = not self._words.any()
+        return self._words
+
+    def _timed(self, call: Callable[..., Any], *args: Any) -> Any:
+        begin = time.thread_time()
+        result = call(*args)
+        self._is_slow |= time.thread_time() - begin > _MAX_CALL_SECONDS
+        return result
 
 
 class Grammars:
@@ -79,18 +129,28 @@ class Grammars:
             raise ValueError(f"structured_outputs do not work with this tokenizer: {error!s:.500}") from error
         self._pool = Pool("grammars", {"vocabulary": vocabulary, "text_tokens": text_tokens}, _FAILURE)
 
-    def filter(self, **structured: Any) -> GrammarFilter:
+    def filter(
+        self,
+        never_ids: Collection[int] = (),
+        end_ids: Collection[int] = (),
+        min_tokens: int = 0,
+        **structured: Any,
+    ) -> GrammarFilter:
         """Compile a structured output.
 
         Args:
-            structured: the fields of `StructuredOutputsParams`, one of which is not None.
+            never_ids, end_ids, min_tokens: see `GrammarFilter`.
+            structured: fields of `StructuredOutputsParams`.
 
         Raises:
             ValueError: it is wrong, not supported, or too complex.
         """
         grammar = self._pool.ask(structured)["grammar"]
         compiled = on_deep_stack(STACK_BYTES, compile_grammar, self._tokenizer, grammar)
-        return GrammarFilter(compiled, self.vocab_size)
+        grammar_filter = GrammarFilter(compiled, self.vocab_size, never_ids, end_ids, min_tokens)
+        if not grammar_filter.has_any():
+            raise ValueError("min_tokens, ignore_eos and structured_outputs leave no token that could be sampled first")
+        return grammar_filter
 
     def close(self) -> None:
         """End the child processes. May be called again."""

@@ -10,24 +10,30 @@ from collections.abc import Sequence as SequenceType
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property, lru_cache
+from numbers import Integral
 from typing import Any
 
 from nanovllm.checkpoints.hub import ModelSource
 from nanovllm.checks import in_vocabulary, is_list, length, shown
 from nanovllm.config import Config
-from nanovllm.engine.chat_template import ChatTemplate
+from nanovllm.engine.chat_template import ChatTemplate, resolve_chat_template
 from nanovllm.engine.detokenizer import TokenBytes
 from nanovllm.engine.grammars import GrammarFilter, Grammars
 from nanovllm.engine.request import Request, check_request_id
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.token_filter import TokenFilter, make_filter
+from nanovllm.inputs import PromptParts, is_array, split_prompt
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
 from nanovllm.sandbox.pool import Pool
+from nanovllm.vllm_options import NEUTRAL_CHAT, drop_neutral
 
 _MAX_TEMPLATE_CHARS = 1 << 20  # real templates have some thousands
 _MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token, so a longer prompt is refused before it is tokenised
 _USUAL_TOKEN_CHARS = 8  # prompts with more characters a token are rare; their tokens are counted piece by piece first
 _PIECE_CHARS = 1 << 16
+# Entries of logprobs=-1: in the results of a request (8 bytes each), and in a step (12 bytes on the device).
+_MAX_LOGPROB_ENTRIES = 1 << 26
+_MAX_STEP_LOGPROB_ENTRIES = 1 << 27
 _MAX_TOKEN_VALUES = 16  # templates make a token or more of each value and key in messages and tools
 
 
@@ -95,8 +101,18 @@ class InputProcessor:
             eos_token_ids=self.source.config.eos_token_ids,
         )
 
+    @loaded_once
+    def default_params(self):
+        """The parameters of requests without any: what the model's generation config says."""
+        if self.config.generation_config != "auto":
+            return SamplingParams()
+        try:
+            return SamplingParams(**self.source.sampling_defaults)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the model's generation_config.json is wrong, so give SamplingParams: {error}") from None
+
     def process(
-        self, prompt, params: SamplingParams | None, request_id: int | str | None = None, stream: bool = False
+        self, prompt: Any, params: SamplingParams | None, request_id: Any = None, stream: bool = False
     ) -> Request:
         """Check a request and prepare everything it needs on the host.
 
@@ -104,13 +120,16 @@ class InputProcessor:
             TypeError, ValueError: the request cannot be served; the message names the argument.
         """
         self.check_params(params)
-        params = SamplingParams() if params is None else params
-        params = self._with_logprobs_mode(params)
+        params = self._with_logprobs_mode(self.default_params if params is None else params)
         if self.has_tokenizer:
             _ = self.tokenizer  # a broken one refuses requests here; in a step it would lose all of them
-        token_ids = self._prompt_ids(prompt)
+        parts = split_prompt(prompt)
+        if parts.cache_salt is not None:
+            params = _with_salt(params, parts.cache_salt)
+        token_ids = self._prompt_ids(parts)
         end_ids = self._end_ids(params)
-        self._check_lengths(len(token_ids), params)
+        room = self._room(len(token_ids), params)
+        self._check_logprobs(len(token_ids), room, params)
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             in_vocabulary(name, getattr(params, name) or (), self.vocab_size)
         if params.stop and not self.has_tokenizer:
@@ -120,17 +139,19 @@ class InputProcessor:
         mask = token_filter.mask() if token_filter and token_filter.depends_on_output else None
         samples = []
         for index in range(params.n):
-            sample_filter = token_filter.copy() if token_filter else None
-            samples.append(Sequence(token_ids, params, end_ids, index=index, token_filter=sample_filter, mask=mask))
-        text = prompt if isinstance(prompt, str) else None
-        token_bytes = self.token_bytes(params.skip_special_tokens) if self.has_tokenizer else None
+            sample = Sequence(token_ids, params, end_ids, index=index, room=room, vocab_size=self.vocab_size, mask=mask)
+            sample.token_filter = token_filter.copy() if token_filter else None
+            samples.append(sample)
+        has_text = self.has_tokenizer and params.detokenize
+        has_logprobs = params.logprobs is not None or params.prompt_logprobs is not None
         return Request(
             chosen_id=None if request_id is None else check_request_id(request_id),
-            prompt=text,
+            prompt=parts.text,
             params=params,
             samples=samples,
             stream=stream,
-            token_bytes=token_bytes,
+            token_bytes=self.token_bytes(params.skip_special_tokens) if has_text else None,
+            all_token_bytes=self.token_bytes(skip_special_tokens=False) if has_text and has_logprobs else None,
         )
 
     def check_params(self, params: Any) -> None:
@@ -141,14 +162,15 @@ class InputProcessor:
     def check(self, prompt: Any, params: Any) -> None:
         """Find the faults of a request that show at once, without tokenising a text."""
         self.check_params(params)
-        if not isinstance(prompt, str | Mapping):
-            self._prompt_ids(prompt)
+        parts = split_prompt(prompt)
+        if parts.token_ids is not None:
+            self._prompt_ids(parts)
 
     def _with_logprobs_mode(self, params: SamplingParams) -> SamplingParams:
         """Check the numbers of log-probabilities, and set their mode if the request has none."""
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(params, name)
-            if count is not None and 0 <= self.config.max_logprobs < count:
+            if count is not None and 0 <= self.config.max_logprobs < self._num_logprobs(count):
                 raise ValueError(f"{name} must be at most max_logprobs={self.config.max_logprobs}, got {count}")
         if params.logprobs_mode is not None or self.config.logprobs_mode == "raw_logprobs":
             return params
@@ -173,14 +195,15 @@ class InputProcessor:
 
     # -- parts of process --------------------------------------------------------------------------------------------
 
-    def _prompt_ids(self, prompt) -> list[int]:
-        if isinstance(prompt, str):
-            self._check_text("prompt", prompt)
-            token_ids = self.encode(prompt, add_special_tokens=True)
-        elif is_list(prompt):
+    def _prompt_ids(self, parts: PromptParts) -> list[int]:
+        prompt: Any = parts.token_ids
+        if prompt is None and parts.text is not None:
+            self._check_text("prompt", parts.text)
+            token_ids = self.encode(parts.text, add_special_tokens=True)
+        elif prompt is not None and (is_list(prompt) or (is_array(prompt) and prompt.ndim == 1)):
             if (num_tokens := length(prompt)) >= self.max_model_len:  # before a list of that length is made
                 raise ValueError(f"prompt has {num_tokens} tokens, too many for max_model_len={self.max_model_len}")
-            token_ids = list(prompt)
+            token_ids = _plain_ids(prompt)
         else:
             raise TypeError(f"prompt must be text or a list of token ids, got {type(prompt).__name__}")
         if not token_ids:
@@ -211,13 +234,39 @@ class InputProcessor:
         if num_chars > _MAX_TOKEN_CHARS * self.max_model_len:
             raise ValueError(f"{name}: {num_chars} characters are too many for max_model_len={self.max_model_len}")
 
-    def _check_lengths(self, num_prompt: int, params: SamplingParams) -> None:
-        total = num_prompt + params.max_tokens
-        what = f"prompt has {num_prompt} tokens and max_tokens is {params.max_tokens}"
-        if total > self.max_model_len:
-            raise ValueError(f"{what}; together they must be at most max_model_len={self.max_model_len}")
-        if total > self.num_kv_tokens:
+    def _room(self, num_prompt: int, params: SamplingParams) -> int:
+        """Return how many tokens fit behind the prompt."""
+        what = f"prompt has {num_prompt} tokens"
+        if num_prompt >= self.max_model_len:
+            raise ValueError(f"{what}, too many for max_model_len={self.max_model_len}")
+        room = self.max_model_len - num_prompt
+        num_kv = self.num_kv_tokens - num_prompt
+        # Without max_tokens the cache is a bound like any other; with them less would be a surprise.
+        if num_kv < 1 or (params.max_tokens is not None and min(room, params.max_tokens) > num_kv):
+            what += f" and max_tokens is {params.max_tokens}"
             raise ValueError(f"{what}; the whole KV cache holds {self.num_kv_tokens} tokens: raise num_kvcache_blocks")
+        room = min(room, num_kv)
+        if params.min_tokens > room:
+            raise ValueError(f"{what}; min_tokens must be at most {room} behind it, got {params.min_tokens}")
+        return room
+
+    def _num_logprobs(self, count: int) -> int:
+        return self.vocab_size if count == -1 else count
+
+    def _check_logprobs(self, num_prompt: int, room: int, params: SamplingParams) -> None:
+        """Refuse log-probabilities of the whole vocabulary that need too much memory, in a step or altogether."""
+        num_tokens = min(room, params.max_tokens or room) * params.n
+        for name, positions, option in (
+            ("logprobs", num_tokens, "max_num_seqs"),
+            ("prompt_logprobs", num_prompt, "max_num_batched_tokens"),
+        ):
+            if getattr(params, name) != -1:
+                continue
+            what = f"{name}=-1 has {self.vocab_size} entries a token"
+            if positions > (most := _MAX_LOGPROB_ENTRIES // self.vocab_size):
+                raise ValueError(f"{what}, so the request must have at most {most} such tokens, got {positions}")
+            if getattr(self.config, option) > (most := _MAX_STEP_LOGPROB_ENTRIES // self.vocab_size):
+                raise ValueError(f"{what}, so the engine needs {option}={most} or less")
 
     def _end_ids(self, params: SamplingParams) -> frozenset[int]:
         end_ids = frozenset(params.stop_token_ids)
@@ -235,7 +284,12 @@ class InputProcessor:
             grammars = self.grammars
             if self._closed:  # `close` may not have seen them
                 grammars.close()
-            return grammars.filter(**asdict(params.structured_outputs))
+            return grammars.filter(
+                never_ids=self.source.config.eos_token_ids if params.ignore_eos else (),
+                end_ids=end_ids,
+                min_tokens=params.min_tokens,
+                **asdict(params.structured_outputs),
+            )
 
     # -- chat --------------------------------------------------------------------------------------------------------
 
@@ -256,7 +310,7 @@ class InputProcessor:
                 if name == "chat_template" or not isinstance(name, str):
                     raise TypeError(f"chat_template_kwargs has {shown(name)}, which is no variable of a template")
             options |= chat_template_kwargs
-        return self._chat_ids(messages, **options)
+        return self._chat_ids(messages, **drop_neutral(options, NEUTRAL_CHAT))
 
     def _chat_ids(
         self,
@@ -283,12 +337,13 @@ class InputProcessor:
             raise ValueError(f"{what}, got {len(chat_template)}")
         if chat_template == "":
             raise ValueError("chat_template must not be empty; leave it out for the model's own")
-        if chat_template is None and not self.tokenizer.chat_template:
-            raise ValueError("the model has no chat template; give chat_template, or prompts to generate()")
         schemas = _tool_schemas(tools)
+        text = resolve_chat_template(self.tokenizer, chat_template, schemas)
+        if text is None:
+            raise ValueError("the model has no chat template; give chat_template, or prompts to generate()")
         for chat in chats:
             self._check_chat([chat, schemas, variables])
-        template = self._chat_template(self.tokenizer.get_chat_template(chat_template, schemas))
+        template = self._chat_template(text)
         template.check_variables(variables)
         if schemas and "tools" not in template.variables:
             raise ValueError("tools are given, but the model's chat template does not read them")
@@ -327,6 +382,22 @@ class InputProcessor:
                 raise ValueError(f"{what}, too many for max_model_len={self.max_model_len}")
         self._check_chars("messages", num_chars)
         self._check_text("messages", "".join(texts))
+
+
+def _plain_ids(token_ids: Any) -> list[int]:
+    """Return token ids as Python's integers, as far as they are integers."""
+    if is_array(token_ids):
+        return token_ids.tolist()
+    kinds = set(map(type, token_ids))
+    if kinds == {int} or bool in kinds or not all(issubclass(kind, Integral) for kind in kinds):
+        return list(token_ids)
+    return list(map(int, token_ids))
+
+
+def _with_salt(params: SamplingParams, cache_salt: Any) -> SamplingParams:
+    if params.cache_salt not in (None, cache_salt):
+        raise ValueError("cache_salt of the prompt and of sampling_params differ; give one")
+    return replace(params, cache_salt=cache_salt)
 
 
 def _tool_schemas(tools: Any) -> list[dict] | None:

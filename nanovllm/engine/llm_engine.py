@@ -12,7 +12,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from collections.abc import Sequence as SequenceType
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -33,11 +32,14 @@ from nanovllm.engine.request import Request, check_request_id
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.step_stats import StepStats, StepTimer
 from nanovllm.executor.start import start_executor
+from nanovllm.inputs import Prompt
 from nanovllm.messages import Batch, StepOutput
 from nanovllm.outputs import Metrics, RequestOutput
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 logger = logging.getLogger("nanovllm")
+
+_MAX_ID_DIGITS = 18  # the engine's own numbers never reach longer ids
 
 # The part of the memory that a weight update overwrites.
 UPDATE_NEEDS = ("weights",)
@@ -73,7 +75,7 @@ class LLMEngine:
         if self.source.has_tokenizer and not self.config.skip_tokenizer_init:
             # Later its files may be gone, and a broken tokenizer must not cost a step.
             self.source.tokenizer()
-        self.requests: dict[int | str, Request] = {}
+        self.requests: dict[str, Request] = {}
         self.in_flight: deque[ScheduledStep] = deque()
         self.outputs: list[tuple[Request, RequestOutput]] = []
         self.abandoned: dict[Request, Any] = {}
@@ -126,14 +128,14 @@ class LLMEngine:
     def _update(self, step: ScheduledStep, output: StepOutput) -> None:
         """Take in the tokens of a step, and gather the outputs of finished and streamed requests."""
         self.num_steps += 1
-        changed = self.scheduler.update(step, output)
+        changed, now = self.scheduler.update(step, output), time.monotonic()
         for request_id in dict.fromkeys(seq.request_id for seq in changed):
             request = self.requests[request_id]
-            if request.time_to_first_token is None:
-                request.time_to_first_token = time.perf_counter() - request.added
+            if not request.metrics.first_token_ts:
+                request.note_first_token(now)
             finished = request.is_finished
             if finished or request.stream:
-                self.outputs.append((request, request.output(self.weight_version)))
+                self.outputs.append((request, request.output(self.weight_version, now)))
             if finished:
                 del self.requests[request_id]
 
@@ -222,19 +224,22 @@ class LLMEngine:
 
     def add_request(
         self,
-        prompt: str | SequenceType[int],
+        prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: int | str | None = None,
-        stream: bool = False,
-    ) -> int | str:
+        stream: bool | None = None,
+    ) -> str:
         """Queue a request and return its id; see `LLM.add_request`."""
-        if not isinstance(stream, bool):
-            raise TypeError(f"stream must be a bool, got {shown(stream)}")
+        if not isinstance(stream, bool | None):
+            raise TypeError(f"stream must be a bool or None, got {shown(stream)}")
+        if stream is None:
+            kind = getattr(sampling_params, "output_kind", None)
+            stream = kind in (RequestOutputKind.CUMULATIVE, RequestOutputKind.DELTA)
         return self.queue(self.prepare(prompt, sampling_params, request_id, stream))
 
     def prepare(
         self,
-        prompt: str | SequenceType[int],
+        prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: int | str | None = None,
         stream: bool = False,
@@ -244,17 +249,17 @@ class LLMEngine:
             self._check_addable(request_id)
         return self.input_processor.process(prompt, sampling_params, request_id, stream)
 
-    def queue(self, request: Request) -> int | str:
+    def queue(self, request: Request) -> str:
         """Queue a request that was prepared. Return its id."""
         with self._section():
             self._check_addable(request.chosen_id)
             num_waiting = len(self.scheduler.waiting) + len(request.samples)
             if num_waiting > self.config.max_num_waiting:
                 raise ValueError(f"{num_waiting} sequences would wait; max_num_waiting={self.config.max_num_waiting}")
-            request.set_id(self.next_id if request.chosen_id is None else request.chosen_id)
-            if isinstance(request.id, int):
+            request.queue(str(self.next_id) if request.chosen_id is None else request.chosen_id)
+            if request.id.isascii() and request.id.isdigit() and len(request.id) < _MAX_ID_DIGITS:
                 # Numbers that the engine gives are larger than all that callers chose.
-                self.next_id = max(self.next_id, request.id + 1)
+                self.next_id = max(self.next_id, int(request.id) + 1)
             request.seed_samples(self.seeds)
             self.requests[request.id] = request
             for seq in request.samples:
@@ -285,14 +290,14 @@ class LLMEngine:
         # No interrupt can hit this callback, because it runs no Python code.
         request.consumer = weakref.ref(consumer, partial(self.abandoned.setdefault, request))
 
-    def _check_addable(self, request_id: int | str | None) -> None:
+    def _check_addable(self, request_id: Any) -> None:
         """Check that requests can be added now, and that none has this id."""
         self._check_usable()
         if request_id is not None and self._is_taken(check_request_id(request_id)):
             name = f"request_id {shown(request_id)}"
             raise ValueError(f"{name} belongs to a request that is unfinished or whose output waits for step()")
 
-    def _is_taken(self, request_id: int | str) -> bool:
+    def _is_taken(self, request_id: str) -> bool:
         return request_id in self.requests or any(output.request_id == request_id for _, output in self.outputs)
 
     def _is_unfinished(self, request: Request) -> bool:
@@ -302,7 +307,7 @@ class LLMEngine:
         del self.requests[request.id]
         for seq in request.samples:
             self.scheduler.finish(seq, "abort")
-        return request.output(self.weight_version)
+        return request.output(self.weight_version, time.monotonic())
 
     def _end_abandoned(self) -> None:
         """End the abandoned requests and drop their outputs."""

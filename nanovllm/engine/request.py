@@ -4,25 +4,28 @@ import random
 import time
 import weakref
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import xxhash
 
-from nanovllm.checks import plain, shown
+from nanovllm.checks import number, plain, shown
 from nanovllm.engine.detokenizer import Detokenizer, StopStrings, TokenBytes
 from nanovllm.engine.sequence import Sequence
-from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 
-def check_request_id(request_id: Any) -> int | str:
-    """Return a request id that a caller chose as Python's int or str. Raise TypeError if it cannot be one.
+def check_request_id(request_id: Any) -> str:
+    """Return a request id that a caller chose, as Python's str. Raise TypeError if it cannot be one.
 
     Subclasses could run the caller's code when a step looks an id up.
     """
-    if not isinstance(request_id, int | str) or isinstance(request_id, bool):
+    if not isinstance(request_id, Integral | str) or isinstance(request_id, bool):
         raise TypeError(f"request_id must be a string or an integer, got {shown(request_id)}")
-    return plain(request_id) if isinstance(request_id, str) else int.__int__(request_id)
+    if isinstance(request_id, str):
+        return plain(request_id)
+    return str(number("request_id", request_id, int, -(2**63), 2**63 - 1))
 
 
 @dataclass(eq=False)
@@ -33,27 +36,32 @@ class Request:
         chosen_id: the id that the caller chose; None numbers the request when it is queued.
         prompt: the prompt's text, if it was given as text.
         stream: there are outputs before the end; `params.output_kind` says what they have.
-        token_bytes: the bytes of each token; None without a tokenizer, which leaves all text empty.
+        token_bytes: the bytes of each token; None leaves all text empty.
+        all_token_bytes: the same with special tokens, for the texts in log-probabilities.
 
     Attributes:
         id: set when the request is queued.
         is_delta: each output has what is new since the last one, instead of everything.
+        added: when the request was made, by `time.monotonic`.
+        metrics: times and counts so far.
         consumer: the iterator of a stream.
         delivered: for each sample of a stream, how many tokens and which finish reason its caller has received.
     """
 
-    chosen_id: int | str | None
+    chosen_id: str | None
     prompt: str | None
     params: SamplingParams
     samples: list[Sequence]
     stream: bool
     token_bytes: TokenBytes | None
-    id: int | str = field(init=False, default=0)
-    added: float = field(init=False, default_factory=time.perf_counter)
-    time_to_first_token: float | None = field(init=False, default=None)
+    all_token_bytes: TokenBytes | None = None
+    id: str = field(init=False, default="")
+    added: float = field(init=False, default_factory=time.monotonic)
+    metrics: RequestMetrics = field(init=False)
     consumer: weakref.ref | None = field(init=False, default=None)
 
     def __post_init__(self):
+        self.metrics = RequestMetrics(arrival_time=time.time())
         kind = self.params.output_kind
         self.stream = self.stream and kind is not RequestOutputKind.FINAL_ONLY
         self.is_delta = self.stream and kind is not RequestOutputKind.CUMULATIVE
@@ -62,9 +70,13 @@ class Request:
             stops = StopStrings(self.params.stop) if self.params.stop else None
             for seq in self.samples:
                 seq.detokenizer = Detokenizer(self.token_bytes, stops, self.params.include_stop_str_in_output)
+        if self.all_token_bytes is not None:
+            for seq in self.samples:
+                seq.logprobs.text = seq.prompt_logprobs.text = self.all_token_bytes.text_of
 
-    def set_id(self, request_id: int | str) -> None:
-        """Set the id of the request and of its samples."""
+    def queue(self, request_id: str) -> None:
+        """Note that the request is queued now, with this id."""
+        self.metrics.queued_ts = time.monotonic()
         self.id = request_id
         for seq in self.samples:
             seq.request_id = request_id
@@ -83,9 +95,21 @@ class Request:
     def is_finished(self) -> bool:
         return all(seq.finish_reason for seq in self.samples)
 
-    def output(self, weight_version: int) -> RequestOutput:
-        """Return the results so far, or only those that no earlier output had."""
-        first, finished = self.samples[0], self.is_finished
+    def note_first_token(self, now: float) -> None:
+        """Note that the first token is known, at a time of `time.monotonic`."""
+        self.metrics.first_token_ts = now
+        self.metrics.first_token_latency = now - self.added
+
+    def output(self, weight_version: int, now: float) -> RequestOutput:
+        """Return the results so far, or only those that no earlier output had.
+
+        Args:
+            now: the time, by `time.monotonic`.
+        """
+        first, finished, metrics = self.samples[0], self.is_finished, self.metrics
+        metrics.last_token_ts = now
+        metrics.scheduled_ts = first.scheduled_ts
+        metrics.num_generation_tokens = sum(len(seq.token_ids) - len(seq.prompt_ids) for seq in self.samples)
         return RequestOutput(
             request_id=self.id,
             prompt=self.prompt,
@@ -94,9 +118,10 @@ class Request:
             finished=finished,
             num_cached_tokens=first.num_cached,
             prompt_logprobs=None if self.params.prompt_logprobs is None else first.prompt_logprobs[:],
-            time_to_first_token=self.time_to_first_token,
-            total_time=time.perf_counter() - self.added if finished else None,
+            time_to_first_token=metrics.first_token_latency or None,
+            total_time=now - self.added if finished else None,
             weight_version=weight_version,
+            metrics=metrics,
         )
 
     def _has_news(self, seq: Sequence) -> bool:

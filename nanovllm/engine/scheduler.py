@@ -72,7 +72,7 @@ class Scheduler:
             num_tokens = len(seq.token_ids) + seq.num_pending
             num_new = min(num_tokens - placement.num_computed, budget)
             num_generated = num_tokens - len(seq.prompt_ids)
-            if num_new == 0 or num_generated >= seq.params.max_tokens:
+            if num_new == 0 or num_generated >= seq.max_tokens:
                 continue  # the budget is used up, or its last token is in flight
             if seq.lacks_mask:
                 continue
@@ -195,6 +195,7 @@ class Scheduler:
             self.block_manager.share(seq, seq.placement, found)
             if seq.num_tokens == len(seq.prompt_ids):  # else it was counted before it was preempted
                 seq.num_cached = num_cached
+                seq.scheduled_ts = time.monotonic()
                 self.num_prompt_tokens += len(seq.prompt_ids)
                 self.num_cached_tokens += num_cached
             builder.add_admission(seq, seq.placement)
@@ -231,12 +232,12 @@ class Scheduler:
             for i, row in enumerate(step.batch.logprob_rows):
                 seq = step.sequences[row]
                 if seq.status is not Status.FINISHED:
-                    seq.logprobs.append(output.logprobs, i, seq.params.logprobs or 0)
+                    seq.logprobs.append(output.logprobs, i, seq.num_logprobs or 0)
         if output.prompt_logprobs:
             i = 0
             for seq, row in zip(step.sequences, step.batch.rows, strict=True):
                 for _ in row.target_ids:
-                    seq.prompt_logprobs.append(output.prompt_logprobs, i, seq.params.prompt_logprobs or 0)
+                    seq.prompt_logprobs.append(output.prompt_logprobs, i, seq.num_prompt_logprobs or 0)
                     i += 1
 
     def _release(self, seq: Sequence) -> None:
@@ -298,7 +299,7 @@ class _StepBuilder:
             placement.is_decoding = samples
         if samples:
             seq.num_pending += 1
-            if seq.params.logprobs is not None or seq.token_filter:
+            if seq.num_logprobs is not None or seq.token_filter:
                 self._add_sampling_options(seq, placement.slot)
         placement.num_computed += num_new
         seq.num_in_flight += 1
@@ -312,7 +313,7 @@ class _StepBuilder:
         sequences = self.decoding + self.prefilling
         if self.wants_logprobs:
             for i, (seq, row) in enumerate(zip(sequences, batch.rows, strict=True)):
-                if row.samples and seq.params.logprobs is not None:
+                if row.samples and seq.num_logprobs is not None:
                     batch.logprob_rows.append(i)
         return ScheduledStep(batch, sequences) if sequences else None
 
@@ -330,17 +331,17 @@ class _StepBuilder:
         if end <= first:
             return Row(slot, start, token_ids, logit_indices)
         seq.num_scored = end
-        self.batch.num_logprobs = max(self.batch.num_logprobs, seq.params.prompt_logprobs or 0)
+        self.batch.num_prompt_logprobs = max(self.batch.num_prompt_logprobs, seq.num_prompt_logprobs or 0)
         logit_indices = range(first - start, num_new if samples else end - start)
         return Row(slot, start, token_ids, logit_indices, seq.prompt_ids[first + 1 : end + 1])
 
     def _add_sampling_options(self, seq: Sequence, slot: int) -> None:
         """Note which logprobs and which mask the next token of `seq` needs."""
-        batch, params = self.batch, seq.params
-        if params.logprobs is not None:
+        batch = self.batch
+        if seq.num_logprobs is not None:
             self.wants_logprobs = True
-            batch.num_logprobs = max(batch.num_logprobs, params.logprobs)
-            if params.logprobs_mode == "processed_logprobs":
+            batch.num_logprobs = max(batch.num_logprobs, seq.num_logprobs)
+            if seq.params.logprobs_mode == "processed_logprobs":
                 batch.processed_logprobs = True
         if seq.mask is not None:
             batch.masks.append((slot, seq.mask))

@@ -9,7 +9,7 @@ from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.grammars import GrammarFilter
 from nanovllm.engine.token_filter import TokenFilter
 from nanovllm.outputs import LogprobRows
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import MAX_TOKENS, SamplingParams
 
 
 class Status(Enum):
@@ -50,6 +50,8 @@ class Sequence:
         params: the request's.
         end_ids: tokens that finish it: the end-of-sequence ids unless ignored, and `stop_token_ids`.
         index: which of the request's samples it is.
+        room: how many tokens fit behind the prompt.
+        vocab_size: the model's, for logprobs of all tokens.
         token_filter: of a request that limits which tokens may be sampled.
         mask: what the filter lets follow the known tokens, once it is computed and until a row samples with it; only
             used if the mask depends on the output.
@@ -61,14 +63,21 @@ class Sequence:
         num_scored: prompt tokens whose logprobs are computed, counted when their step is scheduled.
         mask_seconds: CPU time that the sequence's masks have cost in steps.
         mask_error: why the sequence must end: a mask took too long.
+        scheduled_ts: when it was first admitted, by `time.monotonic`; 0 until then.
+
+    Attributes:
+        max_tokens: largest number of tokens to generate.
+        num_logprobs, num_prompt_logprobs: how many of the most likely tokens the logprobs include; None without.
     """
 
     prompt_ids: list[int]
     params: SamplingParams
     end_ids: frozenset[int] = frozenset()
     seed: int = 0
-    request_id: int | str = 0
+    request_id: str = ""
     index: int = 0
+    room: int = MAX_TOKENS
+    vocab_size: int = 0
     token_filter: TokenFilter | GrammarFilter | None = None
     mask: np.ndarray | None = None
     detokenizer: Detokenizer | None = None
@@ -81,13 +90,22 @@ class Sequence:
     num_scored: int = 0
     mask_seconds: float = 0.0
     mask_error: str | None = None
+    scheduled_ts: float = 0.0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: LogprobRows = field(default_factory=LogprobRows)
     prompt_logprobs: LogprobRows = field(default_factory=lambda: LogprobRows([None]))
 
+    max_tokens: int = field(init=False)
+    num_logprobs: int | None = field(init=False)
+    num_prompt_logprobs: int | None = field(init=False)
+
     def __post_init__(self):
+        params = self.params
         self.token_ids = list(self.prompt_ids)
+        self.max_tokens = self.room if params.max_tokens is None else min(params.max_tokens, self.room)
+        self.num_logprobs = self.vocab_size if params.logprobs == -1 else params.logprobs
+        self.num_prompt_logprobs = self.vocab_size if params.prompt_logprobs == -1 else params.prompt_logprobs
 
     @property
     def num_tokens(self) -> int:
@@ -109,6 +127,6 @@ class Sequence:
 
         Only a request's first sample computes them.
         """
-        if self.params.prompt_logprobs is None or self.index:
+        if self.num_prompt_logprobs is None or self.index:
             return 0
         return len(self.prompt_ids) - 1 - self.num_scored

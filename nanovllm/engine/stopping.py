@@ -26,6 +26,6 @@ def stop_reason(seq: Sequence, token_id: int) -> tuple[str, int | str | None] | 
         return "stop", stop_string
     if seq.token_filter and seq.token_filter.is_complete:
         return "stop", None
-    if num_generated >= params.max_tokens:
+    if num_generated >= seq.max_tokens:
         return "length", None
     return None

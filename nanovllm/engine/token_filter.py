@@ -20,6 +20,15 @@ def _packed(allowed: np.ndarray) -> np.ndarray:
     return np.packbits(allowed, bitorder="little").view(np.int32)
 
 
+def without(words: np.ndarray, token_ids: Iterable[int]) -> np.ndarray:
+    """Return a mask in which `token_ids` are not allowed."""
+    words = words.copy()
+    bits = words.view(np.uint32)
+    for token_id in token_ids:
+        bits[token_id // 32] &= ~np.uint32(1 << token_id % 32)
+    return words
+
+
 class TokenFilter:
     """Allowed tokens, without those that would complete a bad word.
 

@@ -188,7 +188,7 @@ class Forward:
         parts = []
         for tokens, ids in zip(all_indices.split(LOGPROB_ROWS), all_targets.split(LOGPROB_ROWS), strict=True):
             own = self.tp.rows(len(tokens))
-            result = top_logprobs(self.model.compute_logits(hidden[tokens]), ids[own], batch.num_logprobs)
+            result = top_logprobs(self.model.compute_logits(hidden[tokens]), ids[own], batch.num_prompt_logprobs)
             parts.append(self._merge(result, own, len(tokens)))
         return tuple(map(torch.cat, zip(*parts, strict=True)))
 

@@ -155,7 +155,7 @@ class ModelRunner:
         self.in_flight.popleft()
         sampled = zip(step.batch.rows, step.tokens.tolist(), strict=True)
         token_ids = [[token_id] if row.samples else [] for row, token_id in sampled]
-        return StepOutput(token_ids, _to_lists(step.logprobs), _to_lists(step.prompt_logprobs))
+        return StepOutput(token_ids, _to_arrays(step.logprobs), _to_arrays(step.prompt_logprobs))
 
     def wait(self, event: torch.cuda.Event | torch.Event) -> None:
         """Wait for `event`. Raise what `check_ranks` raises, because a dead rank would make the wait endless."""
@@ -337,8 +337,9 @@ def _to_host(tensors: LogprobTensors | None) -> LogprobTensors | None:
     return None if tensors is None else tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
 
 
-def _to_lists(tensors: LogprobTensors | None) -> TokenLogprobs | None:
+def _to_arrays(tensors: LogprobTensors | None) -> TokenLogprobs | None:
+    """Return copies, because results keep them for long, and memory that the device can write to is scarce."""
     if tensors is None:
         return None
     token_ids, logprobs, ranks = tensors
-    return TokenLogprobs(token_ids.tolist(), logprobs.tolist(), ranks.tolist())
+    return TokenLogprobs(token_ids.numpy().astype(np.int32), logprobs.numpy().copy(), ranks.numpy().astype(np.int32))

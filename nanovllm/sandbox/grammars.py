@@ -37,16 +37,18 @@ _stack_size = threading.Lock()  # Python has one setting for all new threads
 def prepare(vocabulary: dict[str, Any], text_tokens: dict[str, int]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Return a function that answers requests: it compiles a structured output and returns its `grammar`.
 
-    A request has the fields of `StructuredOutputsParams`, one of which is not None.
+    A request has the fields of `StructuredOutputsParams`.
 
     Args:
         vocabulary: arguments of `make_tokenizer`.
         text_tokens: ids of the added tokens that are not special.
     """
     tokenizer = make_tokenizer(**vocabulary)
+    tokens = vocabulary["tokens"]
+    special_tokens = {tokens[i].encode("latin-1").decode(errors="replace"): i for i in vocabulary["special_token_ids"]}
 
     def answer(structured: dict[str, Any]) -> dict[str, Any]:
-        grammar = on_deep_stack(_CHILD_STACK_BYTES, _grammar_text, text_tokens, **structured)
+        grammar = on_deep_stack(_CHILD_STACK_BYTES, _grammar_text, text_tokens, special_tokens, **structured)
         on_deep_stack(_CHILD_STACK_BYTES, compile_grammar, tokenizer, grammar)
         return {"grammar": grammar}
 
@@ -128,10 +130,12 @@ def on_deep_stack(num_bytes: int, call: Callable, *args: Any, **kwargs: Any) -> 
 
 def _grammar_text(
     text_tokens: dict[str, int],
-    json: str | None = None,
+    special_tokens: dict[str, int],
+    *,
     regex: str | None = None,
     choice: list[str] | None = None,
     grammar: str | None = None,
+    **json_form: Any,
 ) -> str:
     """Return a structured output in llguidance's notation."""
     from llguidance import LLMatcher, regex_to_lark
@@ -139,14 +143,83 @@ def _grammar_text(
 
     if grammar is not None:
         return _with_text_tokens(any_to_lark(grammar), text_tokens) + _UNFORCED
-    if json is not None:
-        text = LLMatcher.grammar_from_json_schema(_supported_schema(json), defaults=_JSON_STYLE)
-    elif regex is not None:
-        text = LLMatcher.grammar_from_regex(regex_to_lark(regex, "dws"))
-    else:
+    if regex is not None:
+        return _unforced(LLMatcher.grammar_from_regex(regex_to_lark(regex, "dws")))
+    if choice is not None:
         # A grammar could have 2,000 alternatives at most.
-        text = LLMatcher.grammar_from_regex("|".join(map(_literal, choice or ())))
-    return _unforced(text)
+        return _unforced(LLMatcher.grammar_from_regex("|".join(map(_literal, choice))))
+    return _json_grammar(special_tokens, **json_form)
+
+
+def _json_grammar(
+    special_tokens: dict[str, int],
+    *,
+    json: str | None = None,
+    json_object: bool | None = None,  # else there is a schema or a tag
+    structural_tag: str | None = None,
+    disable_any_whitespace: bool | None = None,
+    disable_additional_properties: bool = False,
+    whitespace_pattern: str | None = None,
+) -> str:
+    """Return a JSON schema, any JSON object, or free text with JSON in it, in llguidance's notation."""
+    from llguidance import LLMatcher
+
+    style: JsonCompileOptions = _JSON_STYLE
+    if whitespace_pattern is not None:
+        style = {"whitespace_pattern": whitespace_pattern}
+    elif disable_any_whitespace is not None:
+        style = {"whitespace_flexible": not disable_any_whitespace}
+    is_closed = disable_additional_properties
+    if structural_tag is not None:
+        return _tags_grammar(structural_tag, special_tokens, is_closed, style) + _UNFORCED
+    schema = _supported_schema('{"type": "object"}' if json is None else json, is_closed)
+    return _unforced(LLMatcher.grammar_from_json_schema(schema, defaults=style))
+
+
+def _tags_grammar(text: str, special_tokens: dict[str, int], is_closed: bool, style: "JsonCompileOptions") -> str:
+    """Return free text with tagged JSON in it, in Lark's notation.
+
+    A trigger is not part of the free text: it must start one of the tags. So does StructTag of llguidance, for tags
+    that are all text or all special tokens.
+    """
+    tag = json.loads(text)
+    structures: Any = tag.get("structures") if isinstance(tag, dict) else None
+    triggers: Any = tag.get("triggers") if isinstance(tag, dict) else None
+    if not _is_list_of(structures, dict) or not _is_list_of(triggers, str) or "" in triggers:
+        raise ValueError("structural_tag must be a JSON object with the lists structures and triggers")
+    if unknown := tag.keys() - {"type", "structures", "triggers"}:
+        raise ValueError(f"structural_tag has {min(unknown)!r:.100}; it can have type, structures and triggers")
+    rules = [f"start: ({' | '.join(f'tag_{i}' for i in range(len(structures)))})* free", "free: FREE"]
+    rules.append(r"FREE: /(.|\n)*/")
+    for i, structure in enumerate(structures):
+        begin, schema, end = (structure.get(key) for key in ("begin", "schema", "end"))
+        starts = [trigger for trigger in triggers if isinstance(begin, str) and begin.startswith(trigger)]
+        trigger = max(starts, key=len, default=None)
+        if trigger is None or not isinstance(end, str) or not isinstance(schema, dict):
+            raise ValueError(
+                "each of structural_tag.structures needs begin, schema and end, and a trigger of its begin"
+            )
+        head = f"FREE {_lark_text(trigger, special_tokens)}"
+        if trigger not in special_tokens:
+            rules.append(f"head_{i}[lazy]: {head}")
+            head = f"head_{i}"
+        body = json.loads(_supported_schema(json.dumps(schema), is_closed)) | {"x-guidance": style}
+        begin, end = (_lark_text(part, special_tokens) for part in (begin[len(trigger) :], end))
+        rules.append(f"tag_{i}: {head} {begin} %json {json.dumps(body)} {end}")
+    return "\n".join(rules)
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(entry, kind) for entry in value)
+
+
+def _lark_text(text: str, special_tokens: dict[str, int]) -> str:
+    """Return a text, with the special tokens in it, in Lark's notation."""
+    if not text:
+        return ""
+    names = "|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))) or "(?!)"
+    parts = [part for part in re.split(f"({names})", text) if part]
+    return " ".join(f"<[{special_tokens[part]}]>" if part in special_tokens else json.dumps(part) for part in parts)
 
 
 def _unforced(text: str) -> str:
@@ -180,23 +253,28 @@ _ANY_FORMAT = {"password", "binary", "int32", "int64", "float", "double"}
 _INT64 = -(2**63), 2**63 - 1
 
 
-def _supported_schema(text: str) -> str:
+def _supported_schema(text: str, is_closed: bool = False) -> str:
     """Return a JSON schema without the keywords that ask nothing and that llguidance would refuse.
+
+    Args:
+        is_closed: objects have no properties that the schema does not name, unless it says `additionalProperties`.
 
     Raises:
         ValueError: a number in it is beyond what llguidance compiles exactly.
     """
     schema = json.loads(text)
-    _adapt(schema)
+    _adapt(schema, is_closed)
     return json.dumps(schema, allow_nan=False)
 
 
-def _adapt(schema: Any) -> None:
+def _adapt(schema: Any, is_closed: bool) -> None:
     if isinstance(schema, list):
         for entry in schema:
-            _adapt(entry)
+            _adapt(entry, is_closed)
     if not isinstance(schema, dict):
         return
+    if is_closed and ("properties" in schema or "patternProperties" in schema):
+        schema.setdefault("additionalProperties", False)
     if schema.get("uniqueItems") is False:
         del schema["uniqueItems"]
     if isinstance(schema.get("format"), str) and schema["format"] in _ANY_FORMAT:
@@ -209,11 +287,11 @@ def _adapt(schema: Any) -> None:
             _check_integers(keyword, value)
         elif keyword in _MAPS and isinstance(value, dict):
             for subschema in value.values():
-                _adapt(subschema)
+                _adapt(subschema, is_closed)
         elif keyword.lower().endswith(("maximum", "minimum")):
             schema[keyword] = _exact_bound(keyword, value, "integer" in str(schema.get("type", "integer")))
         else:
-            _adapt(value)
+            _adapt(value, is_closed)
 
 
 def _check_exclusive_bounds(schema: dict[str, Any]) -> None:

@@ -342,7 +342,7 @@ def test_generate_raises_when_another_thread_closes_the_engine(model):
     ("name", "call"),
     [
         ("stream", lambda llm: llm.add_request([1], greedy(2), stream="false")),
-        ("stream", lambda llm: llm.add_request([1], greedy(2), stream=None)),
+        ("stream", lambda llm: llm.add_request([1], greedy(2), stream=0)),
         ("use_tqdm", lambda llm: llm.generate([[1]], greedy(2), use_tqdm="no")),
         ("use_tqdm", lambda llm: llm.generate([[1]], greedy(2), use_tqdm=0)),
         ("level", lambda llm: llm.sleep(1.0)),

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoints import hub
-from nanovllm.checkpoints.hub import default_model, open_model
+from nanovllm.checkpoints.hub import default_model, get_tokenizer, open_model
 from nanovllm.checkpoints.loader import iterate_weights
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.registry import PRESETS
-from tests.models.tiny import save_tiny
+from tests.models.tiny import save_tiny, save_tiny_with_tokenizer
 
 CONTENT = b"weights" * 1000
 
@@ -562,3 +562,15 @@ def test_a_deleted_working_folder_is_named(tmp_path, monkeypatch):
     finally:
         os.chdir(tmp_path)
     assert open_model(folder).config.model_type == "qwen3"
+
+
+def test_tokenizer_is_found_without_an_engine(tmp_path):
+    path = save_tiny_with_tokenizer(tmp_path, "qwen3")
+    tokenizer = get_tokenizer(str(path), tokenizer_mode="auto", padding_side="left")
+    assert tokenizer.decode(tokenizer.encode("ab c")) == "ab c" and tokenizer.padding_side == "left"
+    for argument, value in (("trust_remote_code", True), ("tokenizer_mode", "slow"), ("revision", "main")):
+        with pytest.raises(ValueError, match=argument):
+            get_tokenizer(path, **{argument: value})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty' is not a folder"):
+        get_tokenizer(tmp_path / "empty")

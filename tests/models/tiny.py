@@ -76,3 +76,23 @@ def save_tiny(folder: Path, name: str, seed: int = 0, **overrides) -> Path:
     path = Path(folder) / name
     tiny_model(name, seed, **overrides).save_pretrained(path)
     return path
+
+
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+
+
+def save_tiny_with_tokenizer(folder: Path, name: str, chat_template: str | None = None) -> Path:
+    """Save the tiny model `name` with a tokenizer whose tokens are bytes. Return its folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(["<pad>", "</s>", *alphabet])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", chat_template=chat_template
+    )
+    path = save_tiny(folder, name, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(path)
+    return path

@@ -9,6 +9,7 @@ PACKAGE = Path(nanovllm.__file__).parent
 
 # From top to bottom: a file may import from its own layer's folder and from the layers below.
 LAYERS = [
+    ["as_vllm"],
     ["__init__"],
     ["async_llm"],
     ["llm"],
@@ -24,7 +25,7 @@ LAYERS = [
     ["distributed"],
     ["ops"],
     ["messages"],
-    ["config", "sampling_params", "outputs"],
+    ["config", "sampling_params", "inputs", "outputs"],
     ["vllm_options"],
     ["checks", "arithmetic", "progress"],
 ]

@@ -21,15 +21,17 @@ from nanovllm.sampling_params import MAX_ALLOWED_IDS
         ("temperature", -0.1, ValueError),
         ("temperature", float("nan"), ValueError),
         ("temperature", "hot", TypeError),
-        ("temperature", 1e-9, ValueError),
         ("max_tokens", 0, ValueError),
         ("max_tokens", 1.5, TypeError),
         ("max_tokens", True, TypeError),
-        ("top_k", -1, ValueError),
+        ("top_k", -2, ValueError),
+        ("top_k", -1.0, TypeError),
         ("top_p", 0.0, ValueError),
         ("top_p", 1.01, ValueError),
         ("min_p", 2, ValueError),
-        ("seed", -1, ValueError),
+        ("seed", -2, ValueError),
+        ("logprobs", -2, ValueError),
+        ("prompt_logprobs", False, TypeError),
         ("min_tokens", 65, ValueError),
         ("stop_token_ids", "12", TypeError),
         ("stop_token_ids", [1, -1], ValueError),
@@ -204,3 +206,8 @@ def test_unknown_options_of_long_names_are_cut():
     with pytest.raises(TypeError, match="there is no option xxx") as caught:
         LLM(**{"x" * 1_000_000: 1})
     assert len(str(caught.value)) < 2000
+
+
+def test_struct_fields_name_the_arguments_of_a_copy():
+    params = SamplingParams(stop="x", logit_bias={5: 1}, stop_token_ids=[3], seed=4)
+    assert SamplingParams(**{name: getattr(params, name) for name in params.__struct_fields__}) == params

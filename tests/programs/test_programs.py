@@ -11,9 +11,9 @@ import torch
 
 from nanovllm import LLM
 from nanovllm.checkpoints.hub import open_model
-from tests.clients.evaluate import loglikelihoods
 from tests.engine.reference import load_reference
-from tests.models.tiny import save_tiny
+from tests.models.tiny import CHAT_TEMPLATE, save_tiny, save_tiny_with_tokenizer
+from tests.programs.evaluate import loglikelihoods
 
 FOLDER = Path(__file__).parent
 
@@ -53,3 +53,9 @@ def test_training_loop_learns_and_logprobs_of_engine_and_trainer_agree(tmp_path)
     rewards, gaps = zip(*((float(reward), float(gap)) for reward, gap in steps), strict=True)
     assert len(steps) == 8 and max(gaps) < 1e-3
     assert rewards[-1] > rewards[0] + 0.15
+
+
+def test_calls_of_nano_vllms_scripts_run_unchanged(tmp_path):
+    output = run(FOLDER / "nano_vllm.py", save_tiny_with_tokenizer(tmp_path, "qwen3", CHAT_TEMPLATE))
+    assert len(re.findall(r"^Prompt: '<user>.+<assistant>'\nCompletion: ['\"].*['\"]$", output, re.MULTILINE)) == 2
+    assert re.search(r"Total: \d{3}tok, Time: .*s, Throughput: .*tok/s", output)

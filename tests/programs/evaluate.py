@@ -1,6 +1,6 @@
 """An evaluation as harnesses do it: log-likelihoods of given answers, and free answers up to a stop string.
 
-    python -m tests.clients.evaluate [model]
+    python -m tests.programs.evaluate [model]
 
 The items are this file's own; the default model is the one that example.py talks to.
 """

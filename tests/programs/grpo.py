@@ -1,6 +1,6 @@
 """A GRPO-style training loop (arXiv:2402.03300): the engine rolls out, transformers trains, the engine is updated.
 
-    python -m tests.clients.grpo FOLDER [iterations]
+    python -m tests.programs.grpo FOLDER [iterations]
 
 The reward is how many of a rollout's tokens are even, so that a small random model learns it in a few steps.
 """

@@ -1,0 +1,26 @@
+"""Tests with packages that were written for vLLM: `pip install '.[clients]' && pytest tests/clients`.
+
+`pytest` alone leaves them out, because these packages are large.
+"""
+
+import os
+
+# Before anything imports huggingface_hub or ray.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0")
+
+import pytest
+
+import nanovllm.as_vllm  # noqa: F401
+from tests.models.tiny import CHAT_TEMPLATE, save_tiny_with_tokenizer
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The folder of a tiny model without a chat template."""
+    return str(save_tiny_with_tokenizer(tmp_path_factory.mktemp("model"), "qwen3"))
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory):
+    """The folder of a tiny model with a chat template."""
+    return str(save_tiny_with_tokenizer(tmp_path_factory.mktemp("chat_model"), "qwen3", CHAT_TEMPLATE))

@@ -1,0 +1,82 @@
+"""`import nanovllm.as_vllm`: nanovllm's objects under vLLM's names. Each test has a process of its own."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+
+def run(code):
+    return run_python("-c", textwrap.dedent(code))
+
+
+def run_python(*arguments, path=()):
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([os.getcwd(), *map(str, path)]))
+    result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_the_package_does_not_import_it():
+    run("""
+        import sys, nanovllm
+        assert "vllm" not in sys.modules and "nanovllm.as_vllm" not in sys.modules
+    """)
+
+
+def test_all_ways_to_look_for_vllm_find_nanovllms_objects():
+    run("""
+        import nanovllm, nanovllm.as_vllm
+        import importlib.metadata, importlib.util
+        import vllm
+        from vllm import LLM, SamplingParams, TokensPrompt
+        from vllm.sampling_params import StructuredOutputsParams
+        import vllm.v1.engine.async_llm
+
+        assert LLM is nanovllm.LLM and SamplingParams is nanovllm.SamplingParams
+        assert StructuredOutputsParams is nanovllm.StructuredOutputsParams
+        assert vllm.v1.engine.async_llm.AsyncLLM is nanovllm.AsyncLLM
+        assert importlib.util.find_spec("vllm") and importlib.util.find_spec("vllm.outputs")
+        assert importlib.metadata.version("vllm") == vllm.__version__ == nanovllm.as_vllm.VLLM_VERSION
+        assert importlib.metadata.packages_distributions()["vllm"] == ["vllm"]
+        assert importlib.metadata.version("numpy")
+        assert TokensPrompt(prompt_token_ids=[1, 2])["prompt_token_ids"] == [1, 2]
+    """)
+
+
+def test_what_is_not_here_is_refused_by_name():
+    run("""
+        import nanovllm.as_vllm
+        from vllm.lora.request import LoRARequest
+
+        def error(kind, code):
+            try:
+                exec(code)
+            except kind as raised:
+                return str(raised)
+
+        assert "LoRARequest" in error(NotImplementedError, "LoRARequest('a', 1, 'path')")
+        assert "vllm.engine" in error(ModuleNotFoundError, "import vllm.engine.arg_utils")
+        assert "PoolingParams" in error(ImportError, "from vllm import PoolingParams")
+    """)
+
+
+def test_a_loaded_vllm_is_not_replaced():
+    run("""
+        import sys, types
+        sys.modules["vllm"] = other = types.ModuleType("vllm")
+        try:
+            import nanovllm.as_vllm
+        except ImportError as error:
+            assert "before vllm" in str(error)
+        else:
+            raise AssertionError
+        assert sys.modules["vllm"] is other
+    """)
+
+
+def test_a_command_runs_with_the_names(tmp_path):
+    command = "import sys, vllm, nanovllm.as_vllm\nprint(vllm.LLM.__module__, __name__, sys.argv[1:])\n"
+    (tmp_path / "own_command.py").write_text(command)
+    output = run_python("-m", "nanovllm.as_vllm", "own_command", "--flag", path=[tmp_path])
+    assert output.split() == ["nanovllm.llm", "__main__", "['--flag']"]
