@@ -9,7 +9,7 @@ from numbers import Integral
 from typing import Any
 
 from nanovllm.checks import ABOVE_0, check_fields, is_list, length, number, one_of, plain, shown, within
-from nanovllm.vllm_options import NEUTRAL_SAMPLING, accept_neutral
+from nanovllm.vllm_options import NEUTRAL_SAMPLING, NEUTRAL_STRUCTURED, accept_neutral
 
 # Limits of a request, so that none can make unbounded work.
 MIN_TEMPERATURE = 1e-3  # below it, but for 0, logits could overflow
@@ -66,6 +66,7 @@ _FORMS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 _JSON_FORMS = ("json", "json_object", "structural_tag")
 
 
+@accept_neutral(NEUTRAL_STRUCTURED)
 @dataclass(frozen=True, slots=True)
 class StructuredOutputsParams:
     """The form that an output must have: exactly one of json, regex, choice, grammar, json_object, structural_tag.
