@@ -298,7 +298,7 @@ class LLMEngine:
         del self.requests[request.id]
         for seq in request.samples:
             self.scheduler.finish(seq, "abort")
-        return request.output(self.weight_version, time.monotonic())
+        return request.output(self.weight_version)
 
     def _end_abandoned(self) -> None:
         """End the abandoned requests and drop their outputs."""
