@@ -140,8 +140,11 @@ class AsyncLLM:
         try:
             return call(self.llm_engine)
         finally:
-            if self.llm_engine.guard.error is not None:
-                self._finish(self.llm_engine.guard.error)
+            guard = self.llm_engine.guard
+            if guard.error is not None:
+                self._finish(guard.error)
+            elif guard.update_failed:
+                self._end_streams()
             self._queue_step()
 
     def _queue_step(self) -> None:
@@ -170,6 +173,18 @@ class AsyncLLM:
         finally:
             for stream in self._streams.values():
                 stream.put(reason)
+            self._streams.clear()
+
+    def _end_streams(self) -> None:
+        """Raise why the engine cannot be used in all iterations, and end their requests."""
+        for output in self.llm_engine.take_outputs():
+            self._deliver(output)
+        try:
+            self.llm_engine.check_usable(awake=())
+        except RuntimeError as reason:
+            for request_id, stream in self._streams.items():
+                stream.put(reason)
+                self.llm_engine.abort(request_id)
             self._streams.clear()
 
     def _deliver(self, output: RequestOutput) -> None:
@@ -221,7 +236,7 @@ class AsyncLLM:
 
     def _check_usable(self) -> None:
         if self._end_reason is not None:
-            raise RuntimeError(f"the engine is closed or has failed: {self._end_reason!r}") from self._end_reason
+            raise RuntimeError(f"the engine is closed or has failed: {self._end_reason!r:.500}") from self._end_reason
         self.llm_engine.guard.check_process()
 
     def _semaphore(self) -> asyncio.Semaphore:
@@ -245,7 +260,7 @@ class AsyncLLM:
         Raises:
             TypeError, ValueError: the request cannot be served; others are not affected. What needs tokens of a text or
                 a grammar raises at the first output, everything else at once.
-            RuntimeError: the engine is closed or has failed.
+            RuntimeError: the engine is closed or has failed, or an update of the weights has failed meanwhile.
         """
         self._check_usable()
         self.llm_engine.input_processor.check(prompt, sampling_params)
@@ -310,6 +325,9 @@ class AsyncLLM:
 
     async def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | str | Path) -> int:
         """Update the weights between two steps; see `LLM.update_weights`.
+
+        If this fails, requests that are being answered raise RuntimeError, and new ones are refused until an update
+        succeeds.
 
         Work on the weights in CUDA streams other than the default one must have finished: nothing waits for it.
         """

@@ -162,4 +162,4 @@ def check_names(given: Iterable[str], *additional: str) -> None:
     names = [*(field.name for field in fields(Config)), *additional]
     for name in given:
         if name not in names and name not in RENAMED and name not in NEUTRAL:
-            raise TypeError(f"there is no option {name}; the options are {', '.join(names)}")
+            raise TypeError(f"there is no option {name:.100}; the options are {', '.join(names)}")

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 import torch
 
-from nanovllm.checks import is_list, shown
+from nanovllm.checks import is_list, length, shown
 from nanovllm.config import Config
 from nanovllm.engine.interrupts import DeferInterrupts
 from nanovllm.engine.llm_engine import LLMEngine
@@ -231,7 +231,8 @@ class LLM:
         Raises:
             TypeError, ValueError: a tensor is missing, left over, given twice, of the wrong shape or dtype, or not
                 finite; or the head differs from the embedding where both are one parameter. Then the old weights may be
-                partly overwritten, and the engine refuses to run until an update succeeds.
+                partly overwritten, and the engine refuses to run until an update succeeds. If the path does not exist,
+                or the config in it is another model's, nothing has changed.
             RuntimeError: a rank is lost, and with it the engine; or the code that makes the weights uses the engine.
         """
         return self.llm_engine.update_weights(weights)
@@ -403,6 +404,6 @@ def _pair_params(prompts: SequenceType[Prompt], params: Any) -> list[tuple[Promp
         return [(prompt, params) for prompt in prompts]
     if not is_list(params):
         raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {shown(params)}")
-    if len(params) != len(prompts):
-        raise ValueError(f"sampling_params has {len(params)} entries for {len(prompts)} prompts")
+    if length(params) != length(prompts):
+        raise ValueError(f"sampling_params has {length(params)} entries for {length(prompts)} prompts")
     return list(zip(prompts, params, strict=True))

@@ -128,21 +128,14 @@ class StructuredOutputsParams:
         if self.disable_any_whitespace and self.whitespace_pattern is not None:
             raise ValueError("structured_outputs.whitespace_pattern cannot be used with disable_any_whitespace")
         for name in ("json", "structural_tag"):
-            self._make_text(name)
+            if isinstance(value := getattr(self, name), Mapping):
+                object.__setattr__(self, name, _json_text(name, value))
         if self.choice is not None:
             object.__setattr__(self, "choice", _strings("structured_outputs.choice", self.choice, MAX_GRAMMAR_CHARS))
             if not self.choice:
                 raise ValueError("structured_outputs.choice must have at least one text")
         for name in (form, "whitespace_pattern"):
             self._check_text(name)
-
-    def _make_text(self, name: str) -> None:
-        """Turn a dict into JSON text."""
-        if isinstance(value := getattr(self, name), Mapping):
-            try:
-                object.__setattr__(self, name, json.dumps(value))
-            except (TypeError, ValueError, RecursionError) as error:
-                raise ValueError(f"structured_outputs.{name} is not what JSON can express: {error}") from None
 
     def _check_text(self, name: str) -> None:
         value = getattr(self, name)
@@ -153,6 +146,21 @@ class StructuredOutputsParams:
             raise TypeError(f"structured_outputs.{name} must be a string, got {shown(text)}")
         if len(text) > MAX_GRAMMAR_CHARS:
             raise ValueError(f"structured_outputs.{name} must have at most {MAX_GRAMMAR_CHARS} characters")
+
+
+def _json_text(name: str, schema: Any) -> str:
+    """Return a schema as JSON, or a start that is too long already: shared dicts may make a text of gigabytes."""
+    parts, num_chars = [], 0
+    try:
+        for part in json.JSONEncoder().iterencode(schema):
+            parts.append(part)
+            num_chars += len(part)
+            if num_chars > MAX_GRAMMAR_CHARS:
+                break
+    except (TypeError, ValueError, RecursionError) as error:
+        what = f"structured_outputs.{name} is not a schema that JSON can express"
+        raise ValueError(f"{what}: {error!s:.200}") from None
+    return "".join(parts)
 
 
 def _refuse_change(*args: Any, **kwargs: Any) -> Any:

@@ -115,7 +115,7 @@ class _GgufFile:
             self.offset = 0
             self.metadata, self.tensors = self._parse()
         except (OSError, ValueError, struct.error, RecursionError) as error:
-            raise ValueError(f"{path} is not a GGUF file that can be read: {error}") from error
+            raise ValueError(f"{path} is not a GGUF file that can be read: {error!s:.500}") from error
         arch = self.get("general.architecture")
         if arch is None:
             raise ValueError(f"{path} lacks the metadata general.architecture")
@@ -224,7 +224,7 @@ class _GgufFile:
         try:
             return gguf.dequantize(data.reshape(byte_shape), tensor.type)
         except NotImplementedError as error:
-            raise unsupported(f"the quantisation of the GGUF tensor {name}, {tensor.type.name},") from error
+            raise unsupported(f"the quantisation of the GGUF tensor {name:.200}, {tensor.type.name},") from error
 
 
 def _rope_scaling(file: _GgufFile) -> dict[str, Any] | None:

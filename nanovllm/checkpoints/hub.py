@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
-from nanovllm.checkpoints.files import local_path, regular_file
+from nanovllm.checkpoints.files import check_working_folder, local_path, regular_file
 from nanovllm.checkpoints.loader import check_shapes, has_separate_head, iterate_weights, read_json, read_shapes
 from nanovllm.checks import shown
 from nanovllm.config import Config
@@ -102,7 +102,7 @@ def _explain(error: Exception, folder: Path) -> str:
             import sentencepiece  # noqa: F401  # pyright: ignore[reportMissingImports]
         except ImportError:
             return "a tokenizer.model without a tokenizer.json needs the package sentencepiece"
-    return repr(error)
+    return f"{type(error).__name__}: {error!s:.500}"
 
 
 def open_config(config: Config) -> ModelSource:
@@ -168,7 +168,9 @@ def open_model(
 
     Raises:
         ValueError: no model has that name, the model is not supported, or its config does not fit its weights.
+        RuntimeError: the working folder was deleted, or the default model could not be fetched.
     """
+    check_working_folder()
     # Absolute: the working folder may change before the weights are read.
     path = default_model() if name is None else local_path("model", name)
     is_preset = not path.exists() and isinstance(name, str) and name in PRESETS and load_format == "dummy"
@@ -206,10 +208,38 @@ def _check_files(folder: Path) -> None:
             regular_file(file)
 
 
+def new_weights(location: str | Path, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """Iterate over the weights of a checkpoint that replace those of a model; see `iterate_weights`.
+
+    Raises:
+        ValueError: the checkpoint has a config, and it is another model's.
+    """
+    weights = iterate_weights(location)
+    path = local_path("the path of the weights", location)
+    if path.is_file():
+        from nanovllm.checkpoints.gguf import read_gguf
+
+        config.check_same_model(read_gguf(path)[0])
+    elif (path / "config.json").exists():
+        config.check_same_model(_read_config(path))
+    return weights
+
+
 def _open_folder(path: Path, load_format: str) -> ModelSource:
     if not (path / "config.json").exists():
         raise ValueError(f"model {str(path)!r} is a folder without a config.json")
     _check_files(path)
+    given = _generation_config(path)
+    defaults = {ours: given[name] for name, ours in _DEFAULTS.items() if given.get(name) is not None}
+    source = ModelSource(_read_config(path), path, _has_tokenizer(path), sampling_defaults=defaults)
+    source = _with_end_tokens(source)
+    if load_format == "dummy":
+        return source
+    return replace(source, config=_compare_with_weights(source.config, path))
+
+
+def _read_config(path: Path) -> ModelConfig:
+    """Read the config.json of a folder, and the end tokens of its generation_config.json."""
     content = read_json(path / "config.json")
     # Refuse an unsupported type before transformers may want to run the folder's code.
     check_model_type(content.get("model_type"))
@@ -222,20 +252,14 @@ def _open_folder(path: Path, load_format: str) -> ModelSource:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises errors of many types
-        raise ValueError(f"{path / 'config.json'} is not a config that transformers can read: {error}") from error
-    generation = path / "generation_config.json"
-    defaults = read_json(generation) if generation.exists() else {}
-    eos = defaults.get("eos_token_id")
-    source = ModelSource(
-        ModelConfig.from_hf(config, token_ids(eos)),
-        path,
-        has_tokenizer=_has_tokenizer(path),
-        sampling_defaults={ours: defaults[name] for name, ours in _DEFAULTS.items() if defaults.get(name) is not None},
-    )
-    source = _with_end_tokens(source)
-    if load_format == "dummy":
-        return source
-    return replace(source, config=_compare_with_weights(source.config, path))
+        what = f"{path / 'config.json'} is not a config that transformers can read"
+        raise ValueError(f"{what}: {error!s:.500}") from error
+    return ModelConfig.from_hf(config, token_ids(_generation_config(path).get("eos_token_id")))
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    return read_json(path) if path.exists() else {}
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -279,7 +303,7 @@ def _download(
         )
     except Exception as error:  # errors of the hub, of its HTTP library, of the disk
         raise ValueError(
-            f"{kind} {name!r:.100} is not a local path and could not be fetched from the hub: {error}"
+            f"{kind} {name!r:.100} is not a local path and could not be fetched from the hub: {error!s:.500}"
         ) from error
     return Path(folder)
 

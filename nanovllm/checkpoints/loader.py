@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nanovllm.checkpoints.files import local_path, regular_file
-from nanovllm.checks import plain
+from nanovllm.checks import plain, shown
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import LinearLayer
 from nanovllm.models.decoder import Decoder
@@ -77,7 +77,8 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
             raise _unknown_tensor(name)
         needed = whole[_full_name(name)]
         if tuple(shape) != needed:
-            raise ValueError(f"the tensor {name} has shape {list(shape)}, but the model needs {list(needed)}")
+            found = shown(list(shape))
+            raise ValueError(f"the tensor {name:.200} has shape {found}, but the model needs {list(needed)}")
     _check_complete(config, whole, map(_full_name, shapes))
 
 
@@ -128,13 +129,13 @@ class WeightUpdate:
                 if _is_computed(name):
                     continue
                 if name in self.seen:
-                    raise ValueError(f"the checkpoint has the tensor {given} twice")
+                    raise ValueError(f"the checkpoint has the tensor {given:.200} twice")
                 if name not in self.targets:
                     raise _unknown_tensor(given)
                 try:
                     self._copy(name, loaded)
                 except ValueError as error:
-                    raise ValueError(f"the tensor {given} {error}") from None
+                    raise ValueError(f"the tensor {given:.200} {error}") from None
                 self.seen.add(name)
         return names
 
@@ -199,12 +200,13 @@ def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
     for pair in weights:
         name, tensor = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"weights must be pairs (name, tensor), got {str(pair)[:80]}")
+            raise TypeError(f"weights must be pairs (name, tensor), got {shown(pair)}")
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"the tensor {name} has dtype {tensor.dtype}; it must be float32, bfloat16 or float16")
+            what = f"the tensor {name:.200} has dtype {tensor.dtype}"
+            raise ValueError(f"{what}; it must be float32, bfloat16 or float16")
         if tensor.is_meta or tensor.layout is not torch.strided:
             raise ValueError(
-                f"the tensor {name} is on {tensor.device} with layout {tensor.layout}; "
+                f"the tensor {name:.200} is on {tensor.device} with layout {tensor.layout}; "
                 "it must be a dense tensor with data"
             )
         yield plain(name), tensor
@@ -248,7 +250,7 @@ def read_shapes(location: str | Path) -> dict[str, tuple[int, ...]]:
     files = _weight_files(location)
     for name, shape in _iterate_safetensors(files, lambda file, name: file.get_slice(name).get_shape()):
         if name in shapes:
-            raise ValueError(f"the checkpoint has the tensor {name} twice")
+            raise ValueError(f"the checkpoint has the tensor {name:.200} twice")
         shapes[name] = tuple(shape)
     return shapes
 
@@ -278,7 +280,7 @@ def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_bytes())  # UTF-8 in any locale
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise ValueError(f"{file} is not JSON: {error!s:.500}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}")
     return content
@@ -294,7 +296,7 @@ def _weight_files(folder: Path) -> list[Path]:
         files = {file.name for file in folder.iterdir() if file.is_file()}
         missing = [name for name in names if name not in files]
         if missing:
-            raise ValueError(f"{index} names {missing[0]!r}, which is not a file in that folder")
+            raise ValueError(f"{index} names {missing[0]!r:.200}, which is not a file in that folder")
         return [folder / name for name in names]
     single = folder / "model.safetensors"
     files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
@@ -315,4 +317,4 @@ def _iterate_safetensors(files: list[Path], read: Callable[[Any, str], Any]) -> 
                 for name in tensors.keys():  # noqa: SIM118  (not a dict)
                     yield name, read(tensors, name)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} is not a safetensors file that can be read: {error}") from error
+            raise ValueError(f"{file} is not a safetensors file that can be read: {error!s:.500}") from error

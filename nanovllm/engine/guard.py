@@ -58,6 +58,11 @@ class Guard:
         """Whether this is a forked child, which cannot use what its parent made."""
         return self._forks != _Forks.count
 
+    @property
+    def update_failed(self) -> bool:
+        """Whether a weight update has failed, and none has started since."""
+        return self.weight_error is not None and not self.update_open
+
     def check_process(self) -> None:
         """Raise RuntimeError in a forked child."""
         if self.is_forked:
@@ -71,7 +76,7 @@ class Guard:
             weights: also refuse an engine whose weights may be partly overwritten.
         """
         if self.error is not None:
-            raise RuntimeError(f"the engine has failed; make a new one: {self.error!r}") from self.error
+            raise RuntimeError(f"the engine has failed; make a new one: {self.error!r:.500}") from self.error
         if self.closed:
             raise RuntimeError("the engine is closed")
         self.check_process()
@@ -83,7 +88,7 @@ class Guard:
             raise RuntimeError("a weight update is open; call finish_weight_update() first")
         if weights and self.weight_error is not None:
             message = "the last update_weights failed, and the weights may be partly overwritten; call it again"
-            raise RuntimeError(f"{message}: {self.weight_error!r}") from self.weight_error
+            raise RuntimeError(f"{message}: {self.weight_error!r:.500}") from self.weight_error
 
     def take(self) -> None:
         """Take the lock. Raise RuntimeError if another thread uses the engine."""

@@ -135,9 +135,13 @@ class InputProcessor:
         if params.stop and not self.has_tokenizer:
             raise ValueError("stop strings need a tokenizer, and there is none")
         token_filter = self._token_filter(params, end_ids)
+        # The first mask is computed here, and not in a step.
+        mask = token_filter.mask() if token_filter and token_filter.depends_on_output else None
+        if isinstance(token_filter, GrammarFilter) and token_filter.is_blocked:
+            raise ValueError("min_tokens and structured_outputs leave no token that could be sampled first")
         samples = []
         for index in range(params.n):
-            sample = Sequence(token_ids, params, end_ids, index=index, room=room, vocab_size=self.vocab_size)
+            sample = Sequence(token_ids, params, end_ids, index=index, room=room, vocab_size=self.vocab_size, mask=mask)
             sample.token_filter = token_filter.copy() if token_filter else None
             samples.append(sample)
         has_text = self.has_tokenizer and params.detokenize
@@ -330,10 +334,9 @@ class InputProcessor:
                 raise TypeError(f"{name} must be a bool or None, got {shown(flag)}")
         if not isinstance(chat_template, str | None):
             raise TypeError(f"chat_template must be text, got {shown(chat_template)}")
-        if len(chat_template or "") > _MAX_TEMPLATE_CHARS:
-            raise ValueError(
-                f"chat_template must have at most {_MAX_TEMPLATE_CHARS} characters, got {len(chat_template)}"
-            )
+        if chat_template is not None and len(chat_template) > _MAX_TEMPLATE_CHARS:
+            what = f"chat_template must have at most {_MAX_TEMPLATE_CHARS} characters"
+            raise ValueError(f"{what}, got {len(chat_template)}")
         if chat_template == "":
             raise ValueError("chat_template must not be empty; leave it out for the model's own")
         schemas = _tool_schemas(tools)
@@ -414,7 +417,7 @@ def _function_schema(tool: Callable) -> dict:
     try:
         return get_json_schema(tool)
     except Exception as error:
-        raise ValueError(f"tools has a function that no JSON schema can be made of: {error}") from error
+        raise ValueError(f"tools has a function that no JSON schema can be made of: {error!s:.500}") from error
 
 
 def _is_chat(messages: Any) -> bool:

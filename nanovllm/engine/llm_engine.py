@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.checkpoints.hub import open_config
-from nanovllm.checkpoints.loader import iterate_weights
+from nanovllm.checkpoints.hub import new_weights, open_config
 from nanovllm.checks import is_list, shown
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
@@ -87,7 +86,13 @@ class LLMEngine:
         num_kv_tokens = runner.num_blocks * self.config.kvcache_block_size
         self.input_processor = InputProcessor(self.config, self.source, self.max_model_len, num_kv_tokens)
         blocks = BlockManager(runner.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching)
-        self.scheduler = Scheduler(self.config.max_num_seqs, self.config.max_num_batched_tokens, blocks)
+        self.scheduler = Scheduler(
+            self.config.max_num_seqs,
+            self.config.max_num_batched_tokens,
+            blocks,
+            # Ranks that schedule for themselves must not depend on their clocks.
+            limit_masks=not self.executor.is_replicated,
+        )
         self.weight_version = 0
         self.finishes_by_itself = False
         self.next_id = 0
@@ -139,6 +144,10 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Run one step. Return the outputs of finished requests, and what is new in streams."""
         self._advance()
+        return self.take_outputs()
+
+    def take_outputs(self) -> list[RequestOutput]:
+        """Return the outputs that the next `step` would return, without a step."""
         try:
             return [output for _, output in self.outputs]
         finally:
@@ -316,7 +325,7 @@ class LLMEngine:
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | str | Path) -> int:
         """Overwrite the weights in place, on all ranks; see `LLM.update_weights`."""
         self.check_usable(UPDATE_NEEDS, weights=False)
-        weights = _pairs(iterate_weights(weights) if isinstance(weights, str | Path) else weights)
+        weights = _pairs(new_weights(weights, self.source.config) if isinstance(weights, str | Path) else weights)
         with self._section() as section:
             self._start_weight_update()
             self._load_weights(section.pull(weights))

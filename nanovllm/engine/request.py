@@ -17,12 +17,15 @@ from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 
 def check_request_id(request_id: Any) -> str:
-    """Return a request id that a caller chose, as a string. Raise TypeError if it cannot be one."""
+    """Return a request id that a caller chose as Python's str. Raise TypeError if it cannot be one.
+
+    Subclasses could run the caller's code when a step looks an id up.
+    """
     if not isinstance(request_id, Integral | str) or isinstance(request_id, bool):
         raise TypeError(f"request_id must be a string or an integer, got {shown(request_id)}")
-    if isinstance(request_id, Integral):
-        request_id = number("request_id", request_id, int, -(2**63), 2**63 - 1)
-    return plain(str(request_id))
+    if isinstance(request_id, str):
+        return plain(request_id)
+    return str(number("request_id", request_id, int, -(2**63), 2**63 - 1))
 
 
 @dataclass(eq=False)

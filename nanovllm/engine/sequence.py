@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import numpy as np
+
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.grammars import GrammarFilter
 from nanovllm.engine.token_filter import TokenFilter
@@ -51,6 +53,8 @@ class Sequence:
         room: how many tokens fit behind the prompt.
         vocab_size: the model's, for logprobs of all tokens.
         token_filter: of a request that limits which tokens may be sampled.
+        mask: what the filter lets follow the known tokens, once it is computed and until a row samples with it; only
+            used if the mask depends on the output.
         detokenizer: of a request that is streamed or has stop strings.
         token_ids: prompt and output, as far as the host knows them.
         num_pending: tokens that steps in flight sample for it (at most the overlap depth + 1).
@@ -58,6 +62,8 @@ class Sequence:
         num_cached: prompt tokens that the prefix cache had when it was first admitted.
         num_scored: prompt tokens whose logprobs are computed, counted when their step is scheduled.
         scheduled_ts: when it was first admitted, by `time.monotonic`; 0 until then.
+        mask_seconds: CPU time that the sequence's masks have cost in steps.
+        mask_error: why the sequence must end: a mask took too long.
 
     Attributes:
         max_tokens: largest number of tokens to generate.
@@ -73,6 +79,7 @@ class Sequence:
     room: int = MAX_TOKENS
     vocab_size: int = 0
     token_filter: TokenFilter | GrammarFilter | None = None
+    mask: np.ndarray | None = None
     detokenizer: Detokenizer | None = None
     status: Status = Status.WAITING
     placement: Placement | None = None
@@ -82,6 +89,8 @@ class Sequence:
     num_cached: int = 0
     num_scored: int = 0
     scheduled_ts: float = 0.0
+    mask_seconds: float = 0.0
+    mask_error: str | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: LogprobRows = field(default_factory=LogprobRows)
@@ -108,9 +117,9 @@ class Sequence:
         return self.token_ids[len(self.prompt_ids) :]
 
     @property
-    def waits_for_token(self) -> bool:
-        """Whether its next step's mask depends on a token that the host does not know yet."""
-        return bool(self.num_pending and self.token_filter and self.token_filter.depends_on_output)
+    def lacks_mask(self) -> bool:
+        """Whether its next token cannot be sampled yet, because its mask depends on the output and is not computed."""
+        return bool(self.mask is None and self.token_filter and self.token_filter.depends_on_output)
 
     @property
     def num_unscored(self) -> int:

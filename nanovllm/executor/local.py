@@ -11,12 +11,18 @@ from nanovllm.runner.model_runner import ModelRunner
 
 
 class Executor:
-    """Run an engine's steps on this process's rank. Subclasses also run them on the other ranks."""
+    """Run an engine's steps on this process's rank. Subclasses also run them on the other ranks.
+
+    Args:
+        runner: the model runner of this process's rank.
+        is_replicated: the other ranks are processes that run the same engine, whose decisions must all be the same.
+    """
 
     _runner: ModelRunner | None = None
     _tp: TensorParallel | None = None
 
-    def __init__(self, runner: ModelRunner):
+    def __init__(self, runner: ModelRunner, is_replicated: bool = False):
+        self.is_replicated = is_replicated
         self._runner = runner
         self._tp = runner.tp
 

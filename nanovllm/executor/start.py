@@ -60,7 +60,7 @@ def _join_outside_world(config: Config, source: ModelSource) -> Executor:
     device = rank_device(config.device_type, int(os.environ.get("LOCAL_RANK", dist.get_rank())))
     tp = TensorParallel.default() if size == world_size else _subgroup(size, device)
     tp = tp.with_peers(device, largest_all_reduce(config, source))
-    return Executor(ModelRunner(config, source, tp, device))
+    return Executor(ModelRunner(config, source, tp, device), is_replicated=True)
 
 
 def _subgroup(size: int, device: torch.device) -> TensorParallel:

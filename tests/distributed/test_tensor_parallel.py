@@ -1,5 +1,6 @@
 """Tensor-parallel ranks as processes on the CPU: the tokens of one rank, clear errors, nothing left behind."""
 
+import errno
 import gc
 import json
 import os
@@ -416,6 +417,28 @@ def ended_groups(monkeypatch):
     monkeypatch.setattr(TensorParallel, "abort", lambda tp, free_graphs: calls.append(("abort", tp)))
     monkeypatch.setattr(TensorParallel, "close", lambda tp: calls.append(("close", tp)))
     return calls
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "calls"), [(os, "memfd_create", 0), (socket, "socketpair", 1), (socket, "socketpair", 3)]
+)
+def test_ranks_without_free_descriptors_raise_a_clear_error_and_leave_nothing(model, monkeypatch, module, name, calls):
+    """`Pipe` makes a pair of sockets of each rank, and then the executor makes another."""
+    function, called = getattr(module, name), []
+
+    def fail(*arguments):
+        called.append(arguments)
+        if len(called) > calls:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return function(*arguments)
+
+    gc.collect()
+    before = open_files(os.getpid())
+    monkeypatch.setattr(module, name, fail)
+    with pytest.raises(RuntimeError, match=r"tensor-parallel rank.* cannot be .*Too many open files") as caught:
+        LLM(model, **OPTIONS, tensor_parallel_size=4)
+    assert threads_end("nanovllm-monitor") and not rank_pids()
+    assert not open_files(os.getpid()) - before, caught  # although the error still refers to its frames
 
 
 def test_a_group_that_fails_to_share_memory_is_ended(model, monkeypatch, ended_groups):

@@ -444,6 +444,39 @@ def test_weights_updated_in_parts_let_requests_wait(model, tmp_path):
     assert after == want and len(request) == 100
 
 
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_failed_update_raises_in_iterations_and_the_next_one_serves_again(model, tmp_path, in_parts):
+    other = save_tiny(tmp_path, "qwen3", seed=1)
+    bad = [("model.extra", torch.zeros(2))]
+    with LLM(other, **OPTIONS) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))[0]
+
+    async def use(llm):
+        steps = Steps(llm, 5)
+        # The last token of the short request is in flight when the update starts.
+        short = asyncio.create_task(collect(llm, [7, 8], greedy(5)))
+        waiting = [asyncio.create_task(collect(llm, [5, index], greedy(100))) for index in range(3)]
+        await steps.done()
+        steps.allow(-1)
+        with pytest.raises(ValueError, match=r"model\.extra"):
+            if in_parts:
+                await llm.start_weight_update()
+                await llm.load_weights(bad)
+            await llm.update_weights(bad)
+        assert len(await short) == 5
+        for request in waiting:
+            with pytest.raises(RuntimeError, match=r"update_weights failed.*model\.extra"):
+                await request
+        with pytest.raises(RuntimeError, match="update_weights failed"):
+            await collect(llm, [7], greedy(9))
+        assert await llm.update_weights(other) == 1
+        metrics = await llm.metrics()
+        assert metrics.num_running == metrics.num_waiting == 0
+        return await collect(llm, [5, 6], greedy(9))
+
+    assert with_engine(model, use) == want
+
+
 def test_state_of_the_engine_is_public(model):
     async def use(llm):
         await llm.check_health()

@@ -893,3 +893,28 @@ def same_logprobs(rows, wanted):
         assert (row is None) == (want is None)
         for token_id, logprob in (want or {}).items():
             assert row[token_id].logprob == pytest.approx(logprob.logprob, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", [str, int])
+def test_ids_do_not_run_the_caller_s_code_in_steps(model, kind):
+    class Id(kind):
+        armed = False
+
+        def __hash__(self):
+            assert not self.armed
+            return kind.__hash__(self)
+
+        __eq__ = __str__ = __repr__ = lambda self, *_: pytest.fail("called")
+
+    mine = Id(7)
+    with engine(model) as llm:
+        request_id = llm.add_request([1, 2], greedy(5), request_id=mine)
+        other = llm.add_request([3], greedy(9), request_id="other")
+        Id.armed = True
+        assert type(request_id) is kind
+        assert {out.request_id for out in finish(llm)} == {request_id, other}
+
+
+def test_parameters_of_endless_length_are_refused(model):
+    with engine(model) as llm, pytest.raises(ValueError, match="sampling_params has 9223372036854775807 entries for 1"):
+        llm.generate([[1]], range(2**70))

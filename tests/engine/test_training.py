@@ -9,11 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import SamplingParams
+from nanovllm.checkpoints.hub import open_model
 from nanovllm.executor.processes import RankProcesses
 from nanovllm.layers.attention import Attention
+from nanovllm.layers.rotary_embedding import rope_frequencies
 from tests.engine.reference import load_reference, reference_greedy
 from tests.helpers import engine, finish, greedy, prompts_of, tokens
-from tests.models.tiny import save_tiny
+from tests.models.test_gguf import write_gguf
+from tests.models.tiny import save_tiny, tiny_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NAMES = ["qwen3", "qwen2-tied", "llama-bias"]
@@ -170,6 +173,62 @@ def test_engine_runs_again_after_a_refused_update_and_a_good_one(models, size, m
         assert llm.weight_version == 0
         assert llm.update_weights(good.items()) == 1
         assert tokens(llm, [[5, 6]], greedy(9)) == want
+
+
+OTHER_MODELS = {
+    "theta": dict(rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+    "scaling": dict(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
+    "heads": dict(num_attention_heads=4, num_key_value_heads=1, head_dim=32),
+    "eps": dict(rms_norm_eps=1e-3),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MODELS)
+@pytest.mark.parametrize("is_gguf", [False, True])
+def test_an_update_from_another_model_of_the_same_shapes_is_refused(tmp_path, kind, is_gguf):
+    options = dict(num_attention_heads=8, num_key_value_heads=2, head_dim=16)
+    options |= dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, rms_norm_eps=1e-6)
+    path = save_tiny(tmp_path / "model", "llama", **options)
+
+    def checkpoint(name, **changed):
+        if not is_gguf:
+            return save_tiny(tmp_path / name, "llama", seed=1, **changed)
+        metadata = {"llama__rope__scaling__factor": 2.0} if kind == "scaling" and name == "other" else {}
+        return write_gguf(tmp_path / f"{name}.gguf", tiny_model("llama", seed=1, **changed), **metadata)
+
+    match = (
+        "RoPE" if kind in ("theta", "scaling") else {"heads": "num_heads is 4", "eps": "rms_norm_eps is 0.001"}[kind]
+    )
+    with engine(path) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))
+        with pytest.raises(ValueError, match=f"the checkpoint's {match}.*the model's is"):
+            llm.update_weights(checkpoint("other", **options | OTHER_MODELS[kind]))
+        assert tokens(llm, [[5, 6]], greedy(9)) == want  # nothing was overwritten
+        assert llm.update_weights(checkpoint("same", **options)) == 1
+        assert tokens(llm, [[5, 6]], greedy(9)) != want
+
+
+def test_an_update_from_a_gguf_file_of_the_same_scaled_rope_is_accepted(tmp_path):
+    path, model = save_tiny(tmp_path, "llama3"), tiny_model("llama3", seed=1)
+    source = open_model(path).config
+    scaled, _ = rope_frequencies(source.head_dim, source.rope_theta, source.rope_scaling)
+    plain, _ = rope_frequencies(source.head_dim, source.rope_theta)
+    file = write_gguf(tmp_path / "new.gguf", model, extra=[("rope_freqs.weight", plain / scaled)])
+    other = write_gguf(tmp_path / "other.gguf", model, extra=[("rope_freqs.weight", 1.1 * plain / scaled)])
+    with engine(path) as llm:
+        with pytest.raises(ValueError, match="the checkpoint's RoPE"):
+            llm.update_weights(other)
+        assert llm.update_weights(file) == 1
+
+
+def test_errors_of_an_update_with_long_names_are_short(models):
+    name, good = "x" * 1_000_000, torch.zeros(2)
+    with engine(models["qwen3"][0]) as llm:
+        for weights in ([(name, good)], [(name, good.int())], [(name, good.to("meta"))], [(name,)], [name]):
+            for call in (lambda weights=weights: llm.update_weights(weights), lambda: llm.generate([[1]])):
+                with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+                    call()
+                assert len(str(caught.value)) < 1000
 
 
 def test_generate_is_refused_while_weights_are_updated(models):

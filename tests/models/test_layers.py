@@ -1,6 +1,8 @@
 """Layers on several ranks: these run one after another, rank 0 last, and a fake group gives it the others' tensors."""
 
+import contextlib
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from nanovllm.runner.state_pool import StatePool
 from nanovllm.utils.context import get_context
 from nanovllm.weights.formats import Plain
 from nanovllm.weights.parameter import make_parameter
+from tests.helpers import wait_until
 from tests.kernels.ranks import run_ranks
 
 
@@ -184,7 +187,18 @@ def run_standalone(rank, folder):
     torch.testing.assert_close(head(x), (x @ full.T)[:2] if rank == 0 else (x @ full.T)[2:])
     shard = x[:, 3 * rank : 3 * (rank + 1)].contiguous()
     torch.testing.assert_close(row(shard).all_reduce(), x @ full.T)
+    assert gloo_threads()
     torch.distributed.destroy_process_group()
+    # Layers still exist, but a thread of the group could abort the process at its exit.
+    assert wait_until(lambda: not gloo_threads())
+
+
+def gloo_threads():
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            names.append((task / "comm").read_text())
+    return [name for name in names if "gloo" in name]
 
 
 def test_layers_work_without_an_engine_in_a_group_of_two(tmp_path):

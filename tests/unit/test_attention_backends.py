@@ -101,14 +101,19 @@ def test_triton_backend_gives_each_kernel_its_rows(monkeypatch):
 def test_triton_backend_plans_all_layers_before_the_forward(monkeypatch):
     """A kernel may read its plan before the previous kernel has finished, also in the last layer."""
     monkeypatch.setattr(triton_backend, "HAVE_TRITON", True)
-    planned, plans = [], []
+    planned, plans, decoded = [], [], []
 
     def plan_decode(lens, kv_heads, policy):
         planned.append(len(lens))
         return plan_decode_torch(lens, kv_heads, policy)
 
     monkeypatch.setattr(triton_backend, "plan_decode_triton", plan_decode)
-    monkeypatch.setattr(triton_backend, "decode_attention_triton", lambda *inputs, plan, **options: plans.append(plan))
+
+    def decode_attention(q, kv, rows, scale, *, plan, **options):
+        plans.append(plan)
+        decoded.append(rows)
+
+    monkeypatch.setattr(triton_backend, "decode_attention_triton", decode_attention)
     monkeypatch.setattr(triton_backend, "prefill_attention_triton", lambda *inputs, **options: None)
     backend = triton_backend.TritonBackend(torch.device("cuda"))
     lens = torch.tensor([9, 5, 7, 3], dtype=torch.int32)  # two decode rows, two prompts
@@ -127,10 +132,12 @@ def test_triton_backend_plans_all_layers_before_the_forward(monkeypatch):
     assert sorted(planned) == [2, 4]
     qkv, cache = torch.zeros(8, (HEADS + 2 * KV_HEADS) * HEAD_DIM), torch.zeros(1, 16, KV_HEADS, HEAD_DIM)
     transform = QKTransform(HEADS, rope_table(HEAD_DIM, 64, 1e4), None, None, 1e-6)
-    for last_of_layer in (None, last):
+    for last_of_layer in (None, None, last):
         backend.store_and_attend(qkv, transform, torch.arange(8), PagedKV(cache, cache), SCALE, ctx, last_of_layer)
     assert len(planned) == 2
-    assert [plan.items[plan.items[:, 0] >= 0, 0].tolist() for plan in plans] == [[0, 1], [0, 2, 1, 3]]
+    assert [plan.items[plan.items[:, 0] >= 0, 0].tolist() for plan in plans] == [[0, 1], [0, 1], [0, 2, 1, 3]]
+    assert decoded[0] is decoded[1]  # slicing takes the host time: once a step, not in each layer
+    assert [rows.context_lens.tolist() for rows in decoded[1:]] == [[9, 5], [9, 5, 7, 3]]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm import LLM, AsyncLLM, SamplingParams
+from nanovllm import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
 from nanovllm.checks import number
 from nanovllm.config import Config
 from nanovllm.sampling_params import MAX_ALLOWED_IDS
@@ -188,3 +188,26 @@ def test_config_and_params_are_frozen():
 def test_struct_fields_name_the_arguments_of_a_copy():
     params = SamplingParams(stop="x", logit_bias={5: 1}, stop_token_ids=[3], seed=4)
     assert SamplingParams(**{name: getattr(params, name) for name in params.__struct_fields__}) == params
+
+
+def test_a_schema_of_shared_dicts_is_not_written_whole():
+    schema = {"type": "integer"}
+    for _ in range(40):  # a text of 10**13 characters
+        schema = {"anyOf": [schema, schema]}
+    with pytest.raises(ValueError, match=r"structured_outputs\.json must have at most"):
+        StructuredOutputsParams(json=schema)
+
+
+def test_a_schema_that_json_cannot_express_is_refused():
+    endless = {}
+    endless["not"] = endless
+    for schema in (endless, {"enum": [object()]}, {"const": type("T" * 10**6, (), {})()}):
+        with pytest.raises(ValueError, match=r"structured_outputs\.json is not a schema") as caught:
+            StructuredOutputsParams(json=schema)
+        assert len(str(caught.value)) < 400
+
+
+def test_unknown_options_of_long_names_are_cut():
+    with pytest.raises(TypeError, match="there is no option xxx") as caught:
+        LLM(**{"x" * 1_000_000: 1})
+    assert len(str(caught.value)) < 2000

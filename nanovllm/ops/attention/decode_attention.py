@@ -154,18 +154,10 @@ def decode_attention_triton(
     """
     kv.check_queries(q)
     batch, heads, _ = q.shape
-    config = plan.config or _config_for(q, kv, prefix is not None)
-    check_power_of_2("tile", config.tile, MIN_DOT)
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if batch == 0:
-        return out
-    if counters is None:
-        counters = torch.zeros(batch * kv.kv_heads, dtype=torch.int32, device=q.device)
-    if prefix is None:
-        partial, lse = empty_partials(q, plan.num_splits)
-    else:
-        partial, lse = prefix.partial, prefix.lse
+    config = _config_for(q, kv, plan, prefix is not None)
+    out = q.new_empty(q.shape) if out is None else out
+    counters = q.new_zeros(batch * kv.kv_heads, dtype=torch.int32) if counters is None else counters
+    partial, lse = empty_partials(q, plan.num_splits) if prefix is None else (prefix.partial, prefix.lse)
     _decode_kernel[(kv.kv_heads, len(plan.items))](
         q,
         kv.k_cache,
@@ -195,7 +187,10 @@ def decode_attention_triton(
     return out
 
 
-def _config_for(q: torch.Tensor, kv: PagedKV, prefix: bool) -> DecodeConfig:
+def _config_for(q: torch.Tensor, kv: PagedKV, plan: DecodePlan, prefix: bool) -> DecodeConfig:
+    if plan.config is not None:
+        check_power_of_2("tile", plan.config.tile, MIN_DOT)
+        return plan.config
     return default_decode_config(
         len(q), kv.kv_heads, kv.head_dim, q.element_size(), sm_count(q.device), prefix, shared_memory_bytes(q.device)
     )
