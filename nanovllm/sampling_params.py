@@ -9,7 +9,7 @@ from numbers import Integral
 from typing import Any
 
 from nanovllm.checks import ABOVE_0, check_fields, is_list, length, number, one_of, plain, shown, within
-from nanovllm.vllm_options import NEUTRAL_SAMPLING, accept_neutral
+from nanovllm.vllm_options import NEUTRAL_SAMPLING, NEUTRAL_STRUCTURED, accept_neutral
 
 # Limits of a request, so that none can make unbounded work.
 MIN_TEMPERATURE = 1e-3  # below it, but for 0, logits could overflow
@@ -66,6 +66,7 @@ _FORMS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 _JSON_FORMS = ("json", "json_object", "structural_tag")
 
 
+@accept_neutral(NEUTRAL_STRUCTURED)
 @dataclass(frozen=True, slots=True)
 class StructuredOutputsParams:
     """The form that an output must have: exactly one of json, regex, choice, grammar, json_object, structural_tag.
@@ -127,18 +128,14 @@ class StructuredOutputsParams:
         if self.disable_any_whitespace and self.whitespace_pattern is not None:
             raise ValueError("structured_outputs.whitespace_pattern cannot be used with disable_any_whitespace")
         for name in ("json", "structural_tag"):
-            self._make_text(name)
+            if isinstance(value := getattr(self, name), Mapping):
+                object.__setattr__(self, name, _json_text(name, value))
         if self.choice is not None:
             object.__setattr__(self, "choice", _strings("structured_outputs.choice", self.choice, MAX_GRAMMAR_CHARS))
             if not self.choice:
                 raise ValueError("structured_outputs.choice must have at least one text")
         for name in (form, "whitespace_pattern"):
             self._check_text(name)
-
-    def _make_text(self, name: str) -> None:
-        """Turn a dict into JSON text."""
-        if isinstance(value := getattr(self, name), Mapping):
-            object.__setattr__(self, name, _json_text(name, value))
 
     def _check_text(self, name: str) -> None:
         value = getattr(self, name)

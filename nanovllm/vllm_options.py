@@ -155,6 +155,8 @@ NEUTRAL_SAMPLING: dict[str, tuple] = {
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
+# The same for the arguments of StructuredOutputsParams.
+NEUTRAL_STRUCTURED: dict[str, tuple] = {"disable_fallback": (True, False)}
 # The same for the arguments of `generate` and `chat`, and for the keys of prompts.
 NEUTRAL_CALL: dict[str, tuple] = {
     "lora_request": (),

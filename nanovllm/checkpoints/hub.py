@@ -221,7 +221,7 @@ def new_weights(location: str | Path, config: ModelConfig) -> Iterator[tuple[str
 
         config.check_same_model(read_gguf(path)[0])
     elif (path / "config.json").exists():
-        config.check_same_model(_read_config(path)[0])
+        config.check_same_model(_read_config(path))
     return weights
 
 
@@ -229,16 +229,17 @@ def _open_folder(path: Path, load_format: str) -> ModelSource:
     if not (path / "config.json").exists():
         raise ValueError(f"model {str(path)!r} is a folder without a config.json")
     _check_files(path)
-    config, defaults = _read_config(path)
-    source = ModelSource(config, path, has_tokenizer=_has_tokenizer(path), sampling_defaults=defaults)
+    given = _generation_config(path)
+    defaults = {ours: given[name] for name, ours in _DEFAULTS.items() if given.get(name) is not None}
+    source = ModelSource(_read_config(path), path, _has_tokenizer(path), sampling_defaults=defaults)
     source = _with_end_tokens(source)
     if load_format == "dummy":
         return source
     return replace(source, config=_compare_with_weights(source.config, path))
 
 
-def _read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """Read a folder's config.json, and the end tokens and sampling defaults of its generation_config.json."""
+def _read_config(path: Path) -> ModelConfig:
+    """Read the config.json of a folder, and the end tokens of its generation_config.json."""
     content = read_json(path / "config.json")
     # Refuse an unsupported type before transformers may want to run the folder's code.
     check_model_type(content.get("model_type"))
@@ -253,11 +254,12 @@ def _read_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     except Exception as error:  # transformers raises errors of many types
         what = f"{path / 'config.json'} is not a config that transformers can read"
         raise ValueError(f"{what}: {error!s:.500}") from error
-    generation = path / "generation_config.json"
-    defaults = read_json(generation) if generation.exists() else {}
-    known = {name: ours for name, ours in _DEFAULTS.items() if defaults.get(name) is not None}
-    sampling_defaults = {ours: defaults[name] for name, ours in known.items()}
-    return ModelConfig.from_hf(config, token_ids(defaults.get("eos_token_id"))), sampling_defaults
+    return ModelConfig.from_hf(config, token_ids(_generation_config(path).get("eos_token_id")))
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    return read_json(path) if path.exists() else {}
 
 
 def _has_tokenizer(folder: Path) -> bool:

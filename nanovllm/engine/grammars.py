@@ -1,7 +1,6 @@
 """Structured outputs: makes token masks of schemas, regular expressions and grammars."""
 
-import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 _FAILURE = "structured_outputs cannot be compiled"
-_MAX_CALL_SECONDS = 0.025  # CPU time of one call of llguidance
 
 
 class GrammarFilter:
@@ -24,10 +22,11 @@ class GrammarFilter:
     Args:
         matcher: where in the grammar the output is.
         vocab_size: the model's.
-        never_ids: tokens that are not sampled.
-        end_ids: tokens that are not sampled as one of the first `min_tokens`.
+        never_ids: tokens that are only sampled where nothing else can follow.
+        end_ids: the sampler never samples these as one of the first `min_tokens`.
 
-    If the grammar lets only such tokens follow, the output is complete, or an error if the grammar cannot end there.
+    Attributes:
+        is_blocked: whether the newest mask has only tokens that the sampler does not sample yet.
     """
 
     depends_on_output = True
@@ -42,8 +41,7 @@ class GrammarFilter:
     ):
         self.matcher, self.vocab_size = matcher, vocab_size
         self.never_ids, self.end_ids, self.num_unending = never_ids, end_ids, min_tokens
-        self._is_slow = self._is_blocked = False
-        self._words: np.ndarray | None = None
+        self.is_blocked = False
 
     def copy(self) -> "GrammarFilter":
         """Return a filter for another sample; compiling the grammar again may take a second."""
@@ -53,43 +51,26 @@ class GrammarFilter:
 
     @property
     def is_complete(self) -> bool:
-        return self.matcher.is_stopped() or (self._is_blocked and self.matcher.is_accepting())
+        return self.matcher.is_stopped()
 
     @property
     def error(self) -> str | None:
-        if self._is_slow:
-            return "a step takes too long: the grammar is too ambiguous"
-        if self._is_blocked and not self.matcher.is_accepting():
-            return "min_tokens or ignore_eos forbid all tokens that the grammar lets follow"
+        if self.is_blocked:
+            return "min_tokens forbids all tokens that the grammar lets follow"
         return find_error(self.matcher)
 
     def accept(self, token_id: int) -> None:
-        self._timed(self.matcher.consume_token, token_id)
+        self.matcher.consume_token(token_id)
         self.num_unending -= 1
-        self._words = None
-        self.has_any()
-
-    def has_any(self) -> bool:
-        """Return whether a token can be sampled next; if not, `is_complete` or `error` says why."""
-        if self.never_ids or self.num_unending > 0:
-            self.mask()
-        return not self._is_blocked
 
     def mask(self) -> np.ndarray:
-        if self._words is None:
-            words = self._timed(self.matcher.compute_bitmask)
-            self._words = np.frombuffer(words, np.int32, count=ceil_div(self.vocab_size, 32))
-            banned = [*self.never_ids, *(self.end_ids if self.num_unending > 0 else ())]
-            if banned and not self.matcher.is_stopped():
-                self._words = without(self._words, banned)
-                self._is_blocked = not self._words.any()
-        return self._words
-
-    def _timed(self, call: Callable[..., Any], *args: Any) -> Any:
-        begin = time.thread_time()
-        result = call(*args)
-        self._is_slow |= time.thread_time() - begin > _MAX_CALL_SECONDS
-        return result
+        words = np.frombuffer(self.matcher.compute_bitmask(), np.int32, count=ceil_div(self.vocab_size, 32))
+        if self.num_unending > 0:
+            self.is_blocked = not without(words, self.end_ids).any()
+        if self.never_ids:
+            others = without(words, self.never_ids)
+            return others if others.any() else words
+        return words
 
 
 class Grammars:
@@ -147,10 +128,7 @@ class Grammars:
         """
         grammar = self._pool.ask(structured)["grammar"]
         compiled = on_deep_stack(STACK_BYTES, compile_grammar, self._tokenizer, grammar)
-        grammar_filter = GrammarFilter(compiled, self.vocab_size, never_ids, end_ids, min_tokens)
-        if not grammar_filter.has_any():
-            raise ValueError("min_tokens, ignore_eos and structured_outputs leave no token that could be sampled first")
-        return grammar_filter
+        return GrammarFilter(compiled, self.vocab_size, never_ids, end_ids, min_tokens)
 
     def close(self) -> None:
         """End the child processes. May be called again."""

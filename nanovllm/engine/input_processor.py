@@ -137,6 +137,8 @@ class InputProcessor:
         token_filter = self._token_filter(params, end_ids)
         # The first mask is computed here, and not in a step.
         mask = token_filter.mask() if token_filter and token_filter.depends_on_output else None
+        if isinstance(token_filter, GrammarFilter) and token_filter.is_blocked:
+            raise ValueError("min_tokens and structured_outputs leave no token that could be sampled first")
         samples = []
         for index in range(params.n):
             sample = Sequence(token_ids, params, end_ids, index=index, room=room, vocab_size=self.vocab_size, mask=mask)

@@ -39,7 +39,7 @@ from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 logger = logging.getLogger("nanovllm")
 
-_MAX_ID_DIGITS = 18  # the engine's own numbers never reach longer ids
+_MAX_ID_DIGITS = 18  # the numbers that the engine gives are not made larger than longer ids
 
 # The part of the memory that a weight update overwrites.
 UPDATE_NEEDS = ("weights",)
@@ -257,7 +257,7 @@ class LLMEngine:
             if num_waiting > self.config.max_num_waiting:
                 raise ValueError(f"{num_waiting} sequences would wait; max_num_waiting={self.config.max_num_waiting}")
             request.queue(str(self.next_id) if request.chosen_id is None else request.chosen_id)
-            if request.id.isascii() and request.id.isdigit() and len(request.id) < _MAX_ID_DIGITS:
+            if request.id.isascii() and request.id.isdigit() and len(request.id) <= _MAX_ID_DIGITS:
                 # Numbers that the engine gives are larger than all that callers chose.
                 self.next_id = max(self.next_id, int(request.id) + 1)
             request.seed_samples(self.seeds)
@@ -307,7 +307,7 @@ class LLMEngine:
         del self.requests[request.id]
         for seq in request.samples:
             self.scheduler.finish(seq, "abort")
-        return request.output(self.weight_version, time.monotonic())
+        return request.output(self.weight_version)
 
     def _end_abandoned(self) -> None:
         """End the abandoned requests and drop their outputs."""

@@ -17,7 +17,7 @@ from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 
 def check_request_id(request_id: Any) -> str:
-    """Return a request id that a caller chose, as Python's str. Raise TypeError if it cannot be one.
+    """Return a request id that a caller chose as Python's str. Raise TypeError if it cannot be one.
 
     Subclasses could run the caller's code when a step looks an id up.
     """
@@ -100,12 +100,13 @@ class Request:
         self.metrics.first_token_ts = now
         self.metrics.first_token_latency = now - self.added
 
-    def output(self, weight_version: int, now: float) -> RequestOutput:
+    def output(self, weight_version: int, now: float | None = None) -> RequestOutput:
         """Return the results so far, or only those that no earlier output had.
 
         Args:
-            now: the time, by `time.monotonic`.
+            now: the time, by `time.monotonic`; None looks at the clock.
         """
+        now = time.monotonic() if now is None else now
         first, finished, metrics = self.samples[0], self.is_finished, self.metrics
         metrics.last_token_ts = now
         metrics.scheduled_ts = first.scheduled_ts

@@ -61,9 +61,9 @@ class Sequence:
         num_in_flight: launched steps with a row of this sequence that are not collected yet.
         num_cached: prompt tokens that the prefix cache had when it was first admitted.
         num_scored: prompt tokens whose logprobs are computed, counted when their step is scheduled.
+        scheduled_ts: when it was first admitted, by `time.monotonic`; 0 until then.
         mask_seconds: CPU time that the sequence's masks have cost in steps.
         mask_error: why the sequence must end: a mask took too long.
-        scheduled_ts: when it was first admitted, by `time.monotonic`; 0 until then.
 
     Attributes:
         max_tokens: largest number of tokens to generate.
@@ -88,9 +88,9 @@ class Sequence:
     num_in_flight: int = 0
     num_cached: int = 0
     num_scored: int = 0
+    scheduled_ts: float = 0.0
     mask_seconds: float = 0.0
     mask_error: str | None = None
-    scheduled_ts: float = 0.0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: LogprobRows = field(default_factory=LogprobRows)

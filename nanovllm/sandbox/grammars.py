@@ -194,7 +194,7 @@ def _tags_grammar(text: str, special_tokens: dict[str, int], is_closed: bool, st
     for i, structure in enumerate(structures):
         begin, schema, end = (structure.get(key) for key in ("begin", "schema", "end"))
         starts = [trigger for trigger in triggers if isinstance(begin, str) and begin.startswith(trigger)]
-        trigger = max(starts, key=len, default=None)
+        trigger = min(starts, key=len, default=None)  # the text reaches this one first
         if trigger is None or not isinstance(end, str) or not isinstance(schema, dict):
             raise ValueError(
                 "each of structural_tag.structures needs begin, schema and end, and a trigger of its begin"

@@ -509,6 +509,18 @@ def test_separate_head_of_a_tied_config_is_found(tmp_path):
         assert open_model(folder).config.separate_head == separate_head
 
 
+def test_tokenizer_is_found_without_an_engine(tmp_path):
+    path = save_tiny_with_tokenizer(tmp_path, "qwen3")
+    tokenizer = get_tokenizer(str(path), tokenizer_mode="auto", padding_side="left")
+    assert tokenizer.decode(tokenizer.encode("ab c")) == "ab c" and tokenizer.padding_side == "left"
+    for argument, value in (("trust_remote_code", True), ("tokenizer_mode", "slow"), ("revision", "main")):
+        with pytest.raises(ValueError, match=argument):
+            get_tokenizer(path, **{argument: value})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty' is not a folder"):
+        get_tokenizer(tmp_path / "empty")
+
+
 LONG = "x" * 1_000_000
 
 
@@ -562,15 +574,3 @@ def test_a_deleted_working_folder_is_named(tmp_path, monkeypatch):
     finally:
         os.chdir(tmp_path)
     assert open_model(folder).config.model_type == "qwen3"
-
-
-def test_tokenizer_is_found_without_an_engine(tmp_path):
-    path = save_tiny_with_tokenizer(tmp_path, "qwen3")
-    tokenizer = get_tokenizer(str(path), tokenizer_mode="auto", padding_side="left")
-    assert tokenizer.decode(tokenizer.encode("ab c")) == "ab c" and tokenizer.padding_side == "left"
-    for argument, value in (("trust_remote_code", True), ("tokenizer_mode", "slow"), ("revision", "main")):
-        with pytest.raises(ValueError, match=argument):
-            get_tokenizer(path, **{argument: value})
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty' is not a folder"):
-        get_tokenizer(tmp_path / "empty")

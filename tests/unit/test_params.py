@@ -185,6 +185,11 @@ def test_config_and_params_are_frozen():
         SamplingParams().seed = 1
 
 
+def test_struct_fields_name_the_arguments_of_a_copy():
+    params = SamplingParams(stop="x", logit_bias={5: 1}, stop_token_ids=[3], seed=4)
+    assert SamplingParams(**{name: getattr(params, name) for name in params.__struct_fields__}) == params
+
+
 def test_a_schema_of_shared_dicts_is_not_written_whole():
     schema = {"type": "integer"}
     for _ in range(40):  # a text of 10**13 characters
@@ -206,8 +211,3 @@ def test_unknown_options_of_long_names_are_cut():
     with pytest.raises(TypeError, match="there is no option xxx") as caught:
         LLM(**{"x" * 1_000_000: 1})
     assert len(str(caught.value)) < 2000
-
-
-def test_struct_fields_name_the_arguments_of_a_copy():
-    params = SamplingParams(stop="x", logit_bias={5: 1}, stop_token_ids=[3], seed=4)
-    assert SamplingParams(**{name: getattr(params, name) for name in params.__struct_fields__}) == params

@@ -1,4 +1,4 @@
-"""vLLM's engine options: each acts, or is refused unless it changes nothing."""
+"""vLLM's options and arguments: each acts, or is refused unless it changes nothing."""
 
 import dataclasses
 import enum
@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, RequestOutputKind, SamplingParams, StructuredOutputsParams
 from nanovllm.checkpoints import hub
 from nanovllm.config import Config
-from nanovllm.vllm_options import NEUTRAL, RENAMED
+from nanovllm.vllm_options import NEUTRAL, NEUTRAL_SAMPLING, NEUTRAL_STRUCTURED, RENAMED
 from tests.helpers import engine, greedy, tokens
 from tests.models.tiny import save_tiny
 
@@ -55,6 +55,142 @@ VLLM_NAMES = """
     tokenizer_mode tokenizer_revision tokens_only trust_remote_code ubatch_size use_tqdm_on_load video_pruning_method
     video_pruning_rate watermark weight_transfer_config worker_cls worker_extension_cls
 """.split()  # noqa: SIM905
+# The arguments of vLLM's SamplingParams, newer and older ones included, and values that act there.
+SAMPLING_VALUES = {
+    "allowed_token_ids": [5],
+    "bad_words": ["a"],
+    "best_of": 2,
+    "detokenize": False,
+    "early_stopping": True,
+    "extra_args": {"a": 1},
+    "flat_logprobs": True,
+    "frequency_penalty": 0.5,
+    "guided_decoding": object(),
+    "ignore_eos": True,
+    "include_stop_str_in_output": True,
+    "length_penalty": 2.0,
+    "logit_bias": {5: 1.0},
+    "logits_processors": [print],
+    "logprob_token_ids": [5],
+    "logprobs": 1,
+    "max_tokens": 5,
+    "min_p": 0.1,
+    "min_tokens": 1,
+    "n": 2,
+    "output_kind": RequestOutputKind.CUMULATIVE,
+    "output_text_buffer_length": 4,
+    "presence_penalty": 0.5,
+    "prompt_logprob_start": 3,
+    "prompt_logprob_token_ids": [5],
+    "prompt_logprobs": 1,
+    "repetition_detection": object(),
+    "repetition_penalty": 1.5,
+    "routed_experts_prompt_start": 1,
+    "seed": 1,
+    "skip_reading_prefix_cache": True,
+    "skip_special_tokens": False,
+    "spaces_between_special_tokens": False,
+    "stop": ["a"],
+    "stop_token_ids": [5],
+    "stream_interval": 4,
+    "structured_outputs": StructuredOutputsParams(regex="a"),
+    "temperature": 0.5,
+    "thinking_token_budget": 10,
+    "top_k": 5,
+    "top_p": 0.5,
+    "trace_decode_token_ids": [5],
+    "truncate_prompt_tokens": 5,
+    "use_beam_search": True,
+}
+STRUCTURED_VALUES = {
+    "json": "{}",
+    "regex": "a",
+    "choice": ["a"],
+    "grammar": "start: /a/",
+    "json_object": True,
+    "structural_tag": "{}",
+    "disable_any_whitespace": True,
+    "disable_additional_properties": True,
+    "whitespace_pattern": " ",
+}
+
+
+@pytest.mark.parametrize("name", [*SAMPLING_VALUES, "skip_clone"])
+def test_each_sampling_parameter_of_vllm_acts_or_is_refused_unless_neutral(name):
+    """Both values of skip_clone do what they ask for."""
+    for neutral in NEUTRAL_SAMPLING.get(name, ()):
+        assert SamplingParams(**{name: neutral}) == SamplingParams()
+    if name in NEUTRAL_SAMPLING:
+        assert SamplingParams(**{name: None}) == SamplingParams()
+        if name in SAMPLING_VALUES:
+            with pytest.raises(ValueError, match=f"^{name} is an option of vLLM and must be None"):
+                SamplingParams(**{name: SAMPLING_VALUES[name]})
+    else:
+        assert SamplingParams(**{name: SAMPLING_VALUES[name]}) != SamplingParams()
+        assert SamplingParams.from_optional(**{name: SAMPLING_VALUES[name]}) != SamplingParams()
+        assert SamplingParams.from_optional(**{name: None}) in (SamplingParams(), SamplingParams(max_tokens=None))
+
+
+def test_every_parameter_is_one_of_vllm_or_of_nanovllm_alone():
+    names = {field.name for field in dataclasses.fields(SamplingParams)} | NEUTRAL_SAMPLING.keys()
+    assert names == {*SAMPLING_VALUES, "skip_clone", "logprobs_mode", "cache_salt"}
+    names = {field.name for field in dataclasses.fields(StructuredOutputsParams)} | NEUTRAL_STRUCTURED.keys()
+    assert names == {*STRUCTURED_VALUES, "disable_fallback"}
+
+
+def test_unknown_parameters_are_refused_by_name():
+    for make in (SamplingParams, SamplingParams.from_optional, StructuredOutputsParams):
+        with pytest.raises(TypeError, match="temperatur"):
+            make(temperatur=1.0)
+
+
+@pytest.mark.parametrize("name", STRUCTURED_VALUES)
+def test_each_option_of_structured_outputs_is_kept_or_refused(name):
+    value = STRUCTURED_VALUES[name]
+    form = {} if name in ("json", "regex", "choice", "grammar", "json_object", "structural_tag") else {"json": "{}"}
+    params = StructuredOutputsParams(**form, **{name: value}, disable_fallback=False)
+    assert getattr(params, name) == (tuple(value) if name == "choice" else value)
+    if form:
+        for other in (dict(regex="a"), dict(choice=["a"]), dict(grammar="a")):
+            with pytest.raises(ValueError, match=f"structured_outputs.{name} needs one of json"):
+                StructuredOutputsParams(**other, **{name: value})
+    else:
+        other = {"json": "{}"} if name == "regex" else {"regex": "a"}
+        with pytest.raises(ValueError, match="exactly one of"):
+            StructuredOutputsParams(**other, **{name: value})
+
+
+def test_structured_outputs_need_a_form_and_no_contradiction():
+    for wrong in (dict(), dict(json_object=False), dict(disable_any_whitespace=True)):
+        with pytest.raises(ValueError, match="exactly one of"):
+            StructuredOutputsParams(**wrong)
+    with pytest.raises(ValueError, match="whitespace_pattern"):
+        StructuredOutputsParams(json="{}", whitespace_pattern=" ", disable_any_whitespace=True)
+    for name in ("json_object", "disable_any_whitespace", "disable_additional_properties"):
+        with pytest.raises(TypeError, match=f"structured_outputs.{name} must be a bool"):
+            StructuredOutputsParams(json="{}", **{name: 1})
+    # vLLM's default of an option, spelled out, asks nothing of a form without JSON.
+    assert StructuredOutputsParams(regex="a", disable_any_whitespace=False, json_object=False).regex == "a"
+
+
+def test_other_values_of_sampling_parameters_mean_what_they_mean_in_vllm():
+    default = SamplingParams()
+    assert SamplingParams(top_k=-1) == SamplingParams(seed=-1) == SamplingParams(top_k=np.int64(-1)) == default
+    assert SamplingParams(logprobs=True, prompt_logprobs=True) == SamplingParams(logprobs=1, prompt_logprobs=1)
+    assert SamplingParams(temperature=1e-9).temperature == 1e-3 and SamplingParams(temperature=0).temperature == 0
+    assert SamplingParams(max_tokens=None, min_tokens=100).max_tokens is None
+    assert SamplingParams(max_tokens=8).clone() == SamplingParams(max_tokens=8)
+
+
+def test_from_optional_takes_none_as_default_and_ids_as_text():
+    made = SamplingParams.from_optional(temperature=None, n=None, top_p=0.5, stop=None, logit_bias={"5": 1, 6: 2})
+    assert made == SamplingParams(top_p=0.5, logit_bias={5: 1.0, 6: 2.0})
+    assert SamplingParams.from_optional(max_tokens=None).max_tokens is None
+    for bias, error in (({"x": 1}, TypeError), ({"5": 101}, ValueError), ({"-5": 1}, TypeError)):
+        with pytest.raises(error, match="logit_bias"):
+            SamplingParams.from_optional(logit_bias=bias)
+
+
 FIELDS = [field.name for field in dataclasses.fields(Config)]
 
 
