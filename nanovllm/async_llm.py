@@ -176,7 +176,7 @@ class AsyncLLM:
             self._streams.clear()
 
     def _end_streams(self) -> None:
-        """Raise why the engine cannot be used in all iterations, and end their requests."""
+        """End all requests, and let their iterations raise the reason why the engine cannot be used."""
         for output in self.llm_engine.take_outputs():
             self._deliver(output)
         try:

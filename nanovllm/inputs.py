@@ -35,14 +35,14 @@ Prompt: TypeAlias = str | SequenceType[int] | np.ndarray | TextPrompt | TokensPr
 
 
 class PromptParts(NamedTuple):
-    """What a prompt has: a text, token ids, or both."""
+    """The parts of a prompt: a text, token ids, or both."""
 
     text: str | None
     token_ids: Any
     cache_salt: str | None
 
 
-def is_array(value: Any) -> Any:
+def is_array(value: Any) -> bool:
     """Whether `value` is an array of numpy, or a tensor."""
     return all(hasattr(value, name) for name in ("tolist", "dtype", "ndim", "shape"))
 
@@ -68,7 +68,7 @@ def _is_id(value: Any) -> bool:
 
 
 def split_prompt(prompt: Any) -> PromptParts:
-    """Return what a prompt has. The token ids are not checked.
+    """Return the parts of a prompt. The token ids are not checked.
 
     Raises:
         TypeError, ValueError: it has neither text nor token ids, or has what only vLLM can use.

@@ -1,6 +1,7 @@
 """The class users import."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as SequenceType
 from pathlib import Path
@@ -80,21 +81,23 @@ class LLM:
     def _answer(self, requests: list[Request], use_tqdm: bool, interrupts: DeferInterrupts) -> list[RequestOutput]:
         """Queue requests and run steps until all have finished."""
         engine, wanted = self.llm_engine, set(requests)
+        pending = deque(requests)
         outputs: dict[str, RequestOutput] = {}
         try:
             for request in requests:
                 engine.queue(request)
             with GenerationBar(len(requests), enabled=use_tqdm) as bar:
-                while len(outputs) < len(requests):
+                while pending:
                     for output in engine.step_for(wanted):
                         outputs[output.request_id] = output
                         bar.add(sum(len(sample.token_ids) for sample in output.outputs))
                     interrupts.let_through()
-                    if engine.on_step is not None and not any(map(engine.is_pending, requests)):
-                        break  # the callback ended requests or received outputs
+                    while pending and not engine.is_pending(pending[0]):
+                        pending.popleft()
         finally:
-            if len(outputs) < len(requests):  # an error or an interrupt
+            if pending:  # an error or an interrupt
                 engine.abandon(requests)
+        # `on_step` may have ended requests, or have received their outputs.
         now = time.monotonic()
         return [outputs.get(request.id) or request.output(engine.weight_version, now) for request in requests]
 
@@ -271,7 +274,7 @@ class LLM:
     def sleep(self, level: int = 1) -> None:
         """Give device memory back until `wake_up`. Unfinished requests stay, and are recomputed later.
 
-        What sleeps already stays asleep.
+        A part that sleeps already stays asleep.
 
         Args:
             level: 1 frees the KV cache and the captured graphs; 2 also moves the weights to the host's memory (on a CPU

@@ -158,7 +158,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """When what happened to a request, and what it has got. The outputs of a stream share one, which goes on.
+    """Times and counts of a request. The outputs of a stream share one object, which changes as the request goes on.
 
     Args:
         num_generation_tokens: number of tokens that the samples have together.

@@ -209,7 +209,7 @@ _ENGINE_ONLY: dict[str, Any] = {
 
 
 class RequestOutputKind(Enum):
-    """What each output of a stream has: everything so far, what is new, or everything once the request has finished."""
+    """The content of a stream's outputs: everything so far, the new part, or everything at the end."""
 
     CUMULATIVE = 0
     DELTA = 1

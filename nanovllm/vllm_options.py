@@ -66,7 +66,7 @@ NEUTRAL: dict[str, tuple] = {
     **dict.fromkeys(_OFF, (False,)),
     **dict.fromkeys(_EMPTY, ({}, [], set(), "")),
     **dict.fromkeys(_ONE, (1,)),
-    # What they ask for is always so.
+    # The engine always works like this.
     "disable_log_stats": (True, False),
     "disable_log_requests": (True,),
     "enable_chunked_prefill": (True,),
@@ -174,7 +174,7 @@ NEUTRAL_PROMPT: dict[str, tuple] = {
     "type": ("text", "token"),
 }
 
-# What to use instead.
+# Hints in errors: what to use instead.
 _INSTEAD = {
     "best_of": "ask for n samples and choose by cumulative_logprob",
     "chat_template_content_format": "the form that the template reads is found out",

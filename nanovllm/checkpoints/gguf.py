@@ -75,7 +75,8 @@ _NEUTRAL = {
 # For these pre-tokenizers llama.cpp adds BOS by default, and looks up whole words before it merges.
 _WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 # Pre-tokenizers that split text like those of Llama 3, Qwen, GPT-4o or Tekken. transformers knows these names.
-_KNOWN_SPLITS = {"llama4", "gpt-4o", "dbrx", "smaug-bpe", "qwen2", "deepseek-r1-qwen", "qwen35", *_WHOLE_WORDS}
+_KNOWN_SPLITS = _WHOLE_WORDS | {"dbrx", "deepseek-r1-qwen", "f2llmv2", "gpt-4o", "jina-v5-nano", "kanana2", "kormo"}
+_KNOWN_SPLITS |= {"llama4", "megrez", "minimax-m2", "qwen2", "qwen35", "smaug-bpe", "talkie"}
 # These split text like GPT-2's, which transformers uses for names that it does not know.
 _GPT2_SPLITS = {"gpt-2", "phi-2", "olmo", "jais", "mpt", "trillion"}
 # These split digits from each other first, and then like GPT-2's.

@@ -110,7 +110,7 @@ class ChatTemplate:
 def resolve_chat_template(
     tokenizer: Any, chat_template: str | None = None, tools: list[dict] | None = None, *, model_config: Any = None
 ) -> str | None:
-    """Return the text of the template that `LLM.chat` renders; None if there is none.
+    """Return the text of the template that `LLM.chat` renders, or None without one.
 
     Args:
         tokenizer: the model's transformers tokenizer, which has its templates.

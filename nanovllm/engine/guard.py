@@ -82,7 +82,7 @@ class Guard:
         self.check_process()
         if self.updating:
             raise RuntimeError("update_weights is running; the code that makes its weights cannot use the engine")
-        if asleep := sorted(self.asleep.intersection(awake)):
+        if self.asleep and (asleep := sorted(self.asleep.intersection(awake))):
             raise RuntimeError(f"the engine is asleep ({', '.join(asleep)}); call wake_up() first")
         if weights and self.update_open:
             raise RuntimeError("a weight update is open; call finish_weight_update() first")

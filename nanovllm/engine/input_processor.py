@@ -243,7 +243,7 @@ class InputProcessor:
             raise ValueError(f"{what}, too many for max_model_len={self.max_model_len}")
         room = self.max_model_len - num_prompt
         num_kv = self.num_kv_tokens - num_prompt
-        # Without max_tokens the cache is a bound like any other; with them less would be a surprise.
+        # The cache silently bounds max_tokens=None. A number must fit, because fewer tokens would be a surprise.
         if num_kv < 1 or (params.max_tokens is not None and min(room, params.max_tokens) > num_kv):
             what += f" and max_tokens is {params.max_tokens}"
             raise ValueError(f"{what}; the whole KV cache holds {self.num_kv_tokens} tokens: raise num_kvcache_blocks")

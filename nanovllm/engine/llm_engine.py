@@ -39,7 +39,7 @@ from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 logger = logging.getLogger("nanovllm")
 
-_MAX_ID_DIGITS = 18  # the numbers that the engine gives are not made larger than longer ids
+_MAX_ID_DIGITS = 18  # a caller's number with more digits does not advance the engine's own numbering
 
 # The part of the memory that a weight update overwrites.
 UPDATE_NEEDS = ("weights",)
@@ -339,17 +339,13 @@ class LLMEngine:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Overwrite some of the weights and return their names; see `LLM.load_weights`."""
         with self._section() as section:
-            self.guard.check_usable(UPDATE_NEEDS, weights=False)
-            if not self.guard.update_open:
-                raise RuntimeError("no weight update is open; call start_weight_update() first")
+            self._check_update_open()
             return self._load_weights(section.pull(_pairs(weights)))
 
     def finish_weight_update(self) -> int:
         """Check the new weights and return their version; see `LLM.finish_weight_update`."""
         with self._section():
-            self.guard.check_usable(UPDATE_NEEDS, weights=False)
-            if not self.guard.update_open:
-                raise RuntimeError("no weight update is open; call start_weight_update() first")
+            self._check_update_open()
             return self._finish_weight_update()
 
     def load_trainer_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -363,6 +359,11 @@ class LLMEngine:
                 self.start_weight_update()
                 self.finishes_by_itself = True
             return self.load_weights(weights)
+
+    def _check_update_open(self) -> None:
+        self.guard.check_usable(UPDATE_NEEDS, weights=False)
+        if not self.guard.update_open:
+            raise RuntimeError("no weight update is open; call start_weight_update() first")
 
     def _start_weight_update(self) -> None:
         self.guard.check_usable(UPDATE_NEEDS, weights=False)
@@ -450,7 +451,7 @@ class LLMEngine:
 
     @property
     def model_config(self) -> SimpleNamespace:
-        """What clients of vLLM read here: `max_model_len`."""
+        """The part of vLLM's model config that clients read: `max_model_len`."""
         return SimpleNamespace(max_model_len=self.max_model_len)
 
     @property

@@ -74,7 +74,7 @@ class Scheduler:
             num_generated = num_tokens - len(seq.prompt_ids)
             if num_new == 0 or num_generated >= seq.max_tokens:
                 continue  # the budget is used up, or its last token is in flight
-            if seq.lacks_mask:
+            if seq.token_filter and seq.lacks_mask:
                 continue
             if not self._make_room(seq, placement, num_new):
                 break  # it was the last one and preempted itself
@@ -139,7 +139,8 @@ class Scheduler:
         costly grammar nor many of them delay other requests.
         """
         candidates = [*self.running, *islice(self.waiting, len(self.free_slots))]
-        lacking = [seq for seq in candidates if seq.lacks_mask and not seq.num_pending]
+        # Most sequences have no filter, and this looks at all of them in each step.
+        lacking = [seq for seq in candidates if seq.token_filter and seq.lacks_mask and not seq.num_pending]
         budget = STEP_MASK_SECONDS if self.limit_masks else math.inf
         for seq in sorted(lacking, key=lambda seq: seq.mask_seconds):
             if budget <= 0 or seq.token_filter is None:

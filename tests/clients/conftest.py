@@ -1,6 +1,6 @@
 """Tests with packages that were written for vLLM: `pip install '.[clients]' && pytest tests/clients`.
 
-`pytest` alone leaves them out, because these packages are large.
+`pytest` alone leaves them out, because these packages are large. Without a package its file fails.
 """
 
 import os

@@ -1,9 +1,6 @@
 """LangChain's `VLLM` class."""
 
 import pytest
-
-pytest.importorskip("langchain_community")
-
 from langchain_community.llms import VLLM
 
 from nanovllm import LLM, SamplingParams

@@ -2,11 +2,8 @@
 
 import json
 
-import pytest
-
-pytest.importorskip("lm_eval")
-
 import lm_eval
+import pytest
 
 CHOICES = [
     {"question": "The sky is", "choices": ["blue", "made of bread", "seven"], "answer": 0},

@@ -4,12 +4,9 @@ import json
 import re
 from typing import Literal
 
-import pytest
-
-pytest.importorskip("outlines")
-
 import outlines
 import pydantic
+import pytest
 from outlines.inputs import Chat
 from vllm import LLM, SamplingParams
 

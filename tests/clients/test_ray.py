@@ -3,11 +3,10 @@
 import os
 
 import pytest
+import ray
 
 from nanovllm import LLM, SamplingParams
 from tests.models.tiny import save_tiny
-
-ray = pytest.importorskip("ray")
 
 OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=64)
 PARAMS = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
@@ -82,7 +81,6 @@ def test_an_actor_has_an_engine_of_two_ranks(models, wants):
 
 
 def test_ray_data_answers_a_dataset_of_prompts(models, wants):
-    pytest.importorskip("pyarrow")
     rows = [{"row": i, "ids": PROMPTS[i % len(PROMPTS)]} for i in range(10)]
     answers = (
         ray.data.from_items(rows)

@@ -5,9 +5,6 @@ from unittest import mock
 
 import pytest
 import torch
-
-pytest.importorskip("trl")
-
 import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM

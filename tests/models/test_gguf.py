@@ -1,6 +1,7 @@
 import math
 import struct
 import tempfile
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoints import gguf as reader
+from nanovllm.checkpoints.gguf import _check_split
 from nanovllm.checkpoints.hub import open_model
 from nanovllm.checkpoints.loader import iterate_weights, load_weights
 from nanovllm.layers.rotary_embedding import rope_table
@@ -368,6 +370,12 @@ def test_pre_tokenizer_of_the_file_splits_digits(tmp_path, split, tokens, caplog
     tokenizer = open_model(path).tokenizer()
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("a 12\n\n1")) == tokens
     assert ("does not name its pre-tokenizer" in caplog.text) == (split == "default")
+
+
+def test_pre_tokenizers_that_transformers_knows_are_accepted():
+    mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    for split in mapping.GGUF_PRE_TOKENIZER_SPLITS:
+        _check_split(Path("a.gguf"), split)
 
 
 @pytest.mark.parametrize("split", ["nonsense", "deepseek-llm", "x" * 1_000_000, 7])
