@@ -91,7 +91,8 @@ def test_messages_that_are_no_plain_data_are_refused(llm, data):
     [
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "1 s of CPU time"),
         ("{{ 'x' * 10 ** 11 }}", "too much memory"),
-        ("{% set n = namespace(x='xy') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "memory"),
+        # Few steps: doubling would touch all of the limit, which may take longer than a slow machine's CPU limit.
+        ("{% set n = namespace(x='xy') %}{% for i in range(9) %}{% set n.x = n.x * 64 %}{% endfor %}", "memory"),
         ("{{ 'x' * 200000 }}", "200000 characters, and at most 131072"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 1 / 0 }}", "division by zero"),
