@@ -54,7 +54,7 @@ def _gate_up_gemv_kernel(
     out_ptr,
     x_stride,
     eps,
-    I,
+    INNER,
     H: tl.constexpr,
     H_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -69,10 +69,10 @@ def _gate_up_gemv_kernel(
         norm = tl.load(norm_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)
     start_chain(PDL)
     expert = tl.load(ids_ptr + pair).to(tl.int64)
-    offsets = (expert * 2 * I + rows)[:, None] * H + columns[None, :]
-    mask = (rows < I)[:, None] & (columns < H)[None, :]
+    offsets = (expert * 2 * INNER + rows)[:, None] * H + columns[None, :]
+    mask = (rows < INNER)[:, None] & (columns < H)[None, :]
     gate_weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0)
-    up_weight = tl.load(weight_ptr + I * H + offsets, mask=mask, other=0.0)
+    up_weight = tl.load(weight_ptr + INNER * H + offsets, mask=mask, other=0.0)
     x = tl.load(x_ptr + (pair // TOP_K).to(tl.int64) * x_stride + columns, mask=columns < H, other=0.0).to(tl.float32)
     scale = 1.0
     if NORM:  # the token's scale is a factor of its dot products
@@ -81,7 +81,7 @@ def _gate_up_gemv_kernel(
     gate = tl.sum(gate_weight.to(tl.float32) * x[None, :], 1) * scale
     up = tl.sum(up_weight.to(tl.float32) * x[None, :], 1) * scale
     y = gate / (1 + tl.exp(-gate)) * up
-    tl.store(out_ptr + pair.to(tl.int64) * I + rows, y.to(out_ptr.dtype.element_ty), mask=rows < I)
+    tl.store(out_ptr + pair.to(tl.int64) * INNER + rows, y.to(out_ptr.dtype.element_ty), mask=rows < INNER)
 
 
 @triton.jit
@@ -95,8 +95,8 @@ def _down_gemv_kernel(
     gate_ptr,
     out_ptr,
     H,
-    I: tl.constexpr,
-    I_PAD: tl.constexpr,
+    INNER: tl.constexpr,
+    INNER_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
     K_PAD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -108,13 +108,13 @@ def _down_gemv_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1).to(tl.int64)
     ranks = tl.arange(0, K_PAD)
-    columns = tl.arange(0, I_PAD)
+    columns = tl.arange(0, INNER_PAD)
     pairs = token * TOP_K + ranks
     # The router wrote the ids. Read them from the L2 cache: this program may have started before it finished.
     experts = tl.load(ids_ptr + pairs, mask=ranks < TOP_K, other=0, cache_modifier=".cg").to(tl.int64)
     offsets = (experts * H)[:, None, None] + rows[None, :, None]
-    offsets = offsets * I + columns[None, None, :]
-    mask = (ranks < TOP_K)[:, None, None] & (rows < H)[None, :, None] & (columns < I)[None, None, :]
+    offsets = offsets * INNER + columns[None, None, :]
+    mask = (ranks < TOP_K)[:, None, None] & (rows < H)[None, :, None] & (columns < INNER)[None, None, :]
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0)
     wait_for_inputs(PDL)
     offsets = token * H + rows
@@ -122,8 +122,8 @@ def _down_gemv_kernel(
     if ADD:  # loads while the dot products are summed
         residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     routing = tl.load(routing_ptr + pairs, mask=ranks < TOP_K, other=0.0).to(tl.float32)
-    hidden_mask = (ranks < TOP_K)[:, None] & (columns < I)[None, :]
-    hidden = tl.load(hidden_ptr + pairs[:, None] * I + columns[None, :], mask=hidden_mask, other=0.0).to(tl.float32)
+    hidden_mask = (ranks < TOP_K)[:, None] & (columns < INNER)[None, :]
+    hidden = tl.load(hidden_ptr + pairs[:, None] * INNER + columns[None, :], mask=hidden_mask, other=0.0).to(tl.float32)
     total = tl.sum(tl.sum(weight.to(tl.float32) * hidden[:, None, :], 2) * routing[:, None], 0)
     if SHARED:
         total = add_shared_expert(total, shared_ptr, gate_ptr, offsets, token, mask, GATE)
@@ -200,8 +200,8 @@ def down_gemv_triton(
         hidden if gate is None else gate,
         out,
         h,
-        I=i,
-        I_PAD=triton.next_power_of_2(i),
+        INNER=i,
+        INNER_PAD=triton.next_power_of_2(i),
         TOP_K=top_k,
         K_PAD=triton.next_power_of_2(top_k),
         ROWS=config.rows,

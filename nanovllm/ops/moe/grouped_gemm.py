@@ -12,32 +12,13 @@ the weights.
 Up to 32 tokens, a tile is [outputs, tokens], so that the weight provides the 64 rows that Hopper's tensor cores need.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from nanovllm.ops.moe.alignment import ExpertTiles
+from nanovllm.ops.moe.dispatch import GroupedGemmConfig
 from nanovllm.ops.triton_utils import TensorDescriptor, launch_options, sm_count, tl, triton, wait_for_inputs
 
 GROUP_TILES = 8  # token tiles that programs go through together
-
-
-class GroupedGemmConfig(NamedTuple):
-    """Settings of a kernel.
-
-    Attributes:
-        block_n, block_k: outputs (of gate and up each) and inputs of a tile. `ExpertTiles` has the tokens.
-        num_warps, num_stages: warps and pipeline stages.
-        programs: most programs per SM.
-        halve: compute tiles of at most block_m / 2 tokens, the rest of an expert, as such. Needs block_m >= 128.
-    """
-
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    programs: int
-    halve: bool = False
 
 
 @triton.jit
@@ -65,7 +46,7 @@ def _gate_up_tile(
     out_ptr,
     order_ptr,
     x_stride,
-    I,
+    INNER,
     H,
     expert,
     first,
@@ -82,24 +63,21 @@ def _gate_up_tile(
     pairs = tl.load(order_ptr + rows, mask=rows < end, other=0)  # rows past the end read token 0
     columns = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + (pairs // TOP_K).to(tl.int64)[:, None] * x_stride + columns[None, :]
-    gate_row = expert * 2 * I + n
+    gate_row = expert * 2 * INNER + n
     shape: tl.constexpr = (BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N)
     gate = tl.zeros(shape, tl.float32)
     up = tl.zeros(shape, tl.float32)
     for k in range(0, H, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_ptrs + k)
-        else:
-            x = tl.load(x_ptrs + k, mask=(columns < H - k)[None, :], other=0.0)
+        x = tl.load(x_ptrs + k) if EVEN_K else tl.load(x_ptrs + k, mask=(columns < H - k)[None, :], other=0.0)
         gate = _dot(x, weight_desc.load([gate_row, k]), gate, SWAP)
-        up = _dot(x, weight_desc.load([gate_row + I, k]), up, SWAP)
+        up = _dot(x, weight_desc.load([gate_row + INNER, k]), up, SWAP)
     y = gate / (1 + tl.exp(-gate)) * up
     y = y.to(out_ptr.dtype.element_ty)
     if SWAP:
         y = tl.trans(y)
     columns = n + tl.arange(0, BLOCK_N)
-    mask = (rows < end)[:, None] & (columns < I)[None, :]
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * I + columns[None, :], y, mask=mask)
+    mask = (rows < end)[:, None] & (columns < INNER)[None, :]
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * INNER + columns[None, :], y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["max_tiles"])
@@ -111,7 +89,7 @@ def _gate_up_kernel(
     tiles_ptr,
     num_tiles_ptr,
     x_stride,
-    I,
+    INNER,
     H,
     max_tiles,
     TOP_K: tl.constexpr,
@@ -123,7 +101,7 @@ def _gate_up_kernel(
     HALVE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    tiles_n = tl.cdiv(I, BLOCK_N)
+    tiles_n = tl.cdiv(INNER, BLOCK_N)
     wait_for_inputs(PDL)
     tiles_m = tl.load(num_tiles_ptr)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -134,12 +112,12 @@ def _gate_up_kernel(
         half: tl.constexpr = BLOCK_M // 2 if HALVE else BLOCK_M
         if HALVE and end - first <= half:
             _gate_up_tile(
-                x_ptr, weight_desc, out_ptr, order_ptr, x_stride, I, H, expert, first, end, n * BLOCK_N,
+                x_ptr, weight_desc, out_ptr, order_ptr, x_stride, INNER, H, expert, first, end, n * BLOCK_N,
                 TOP_K, half, BLOCK_N, BLOCK_K, EVEN_K,
             )  # fmt: skip
         else:
             _gate_up_tile(
-                x_ptr, weight_desc, out_ptr, order_ptr, x_stride, I, H, expert, first, end, n * BLOCK_N,
+                x_ptr, weight_desc, out_ptr, order_ptr, x_stride, INNER, H, expert, first, end, n * BLOCK_N,
                 TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
             )  # fmt: skip
 
@@ -152,7 +130,7 @@ def _down_tile(
     order_ptr,
     routing_ptr,
     H,
-    I,
+    INNER,
     expert,
     first,
     end,
@@ -167,7 +145,7 @@ def _down_tile(
     routing = tl.load(routing_ptr + pairs).to(tl.float32)
     shape: tl.constexpr = (BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N)
     y = tl.zeros(shape, tl.float32)
-    for k in range(0, I, BLOCK_K):
+    for k in range(0, INNER, BLOCK_K):
         # Rows past the end belong to the next expert; they are not stored.
         y = _dot(hidden_desc.load([first, k]), weight_desc.load([expert * H + n, k]), y, SWAP)
     y *= routing[None, :] if SWAP else routing[:, None]
@@ -190,7 +168,7 @@ def _down_kernel(
     tiles_ptr,
     num_tiles_ptr,
     H,
-    I,
+    INNER,
     max_tiles,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -210,12 +188,12 @@ def _down_kernel(
         half: tl.constexpr = BLOCK_M // 2 if HALVE else BLOCK_M
         if HALVE and end - first <= half:
             _down_tile(
-                half_desc, weight_desc, out_ptr, order_ptr, routing_ptr, H, I, expert, first, end, n * BLOCK_N,
+                half_desc, weight_desc, out_ptr, order_ptr, routing_ptr, H, INNER, expert, first, end, n * BLOCK_N,
                 half, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             _down_tile(
-                hidden_desc, weight_desc, out_ptr, order_ptr, routing_ptr, H, I, expert, first, end, n * BLOCK_N,
+                hidden_desc, weight_desc, out_ptr, order_ptr, routing_ptr, H, INNER, expert, first, end, n * BLOCK_N,
                 BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 
