@@ -14,8 +14,14 @@ from typing import Any
 
 import torch
 
-from nanovllm.ops.attention.decode_attention import DecodeConfig, decode_attention_triton, default_decode_config
-from nanovllm.ops.attention.decode_plan import default_split_policy, plan_decode_triton
+from nanovllm.ops.attention.decode_attention import decode_attention_triton
+from nanovllm.ops.attention.decode_plan import (
+    DecodeConfig,
+    default_decode_config,
+    default_split_policy,
+    plan_decode_triton,
+)
+from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
 from nanovllm.ops.attention.prefill_attention import PrefillConfig, default_prefill_config, prefill_attention_triton
 from nanovllm.ops.attention.rope_decode import RopeDecodeConfig, default_rope_decode_config, rope_decode_triton
 from nanovllm.ops.linear.gemm import MAX_TILES, default_gemm_config, gemm_triton
@@ -75,20 +81,18 @@ def make_weights(n: int, k: int) -> torch.Tensor:
     return random(triton.cdiv(COLD_BYTES, 2 * n * k), n, k)
 
 
-def make_sequences(lens: list[int]) -> tuple[list[tuple[torch.Tensor, ...]], torch.Tensor, torch.Tensor]:
-    """Make sequences of `lens` tokens.
-
-    Returns:
-        (k_cache, v_cache, block_tables), as many as exceed the L2 cache; slots; context_lens.
-    """
+def make_sequences(lens: list[int]) -> list[tuple[PagedKV, PagedRows]]:
+    """Make sequences of `lens` tokens, each time in other memory, until they exceed the L2 cache."""
     needed = [triton.cdiv(n, BLOCK_SIZE) for n in lens]
+    slots = torch.randperm(len(lens), device="cuda", dtype=torch.int32)
+    context_lens = torch.tensor(lens, device="cuda", dtype=torch.int32)[slots.long()]
     shape = (sum(needed), BLOCK_SIZE, KV_HEADS, HEAD_DIM)
-    caches = []
+    sequences = []
     for _ in range(max(1, triton.cdiv(COLD_BYTES, 4 * math.prod(shape)))):
         ids = torch.randperm(sum(needed), device="cuda", dtype=torch.int32).split(needed)
-        caches.append((random(*shape), random(*shape), torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True)))
-    slots = torch.randperm(len(lens), device="cuda", dtype=torch.int32)
-    return caches, slots, torch.tensor(lens, device="cuda", dtype=torch.int32)[slots.long()]
+        tables = torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True)
+        sequences.append((PagedKV(random(*shape), random(*shape)), PagedRows(tables, slots, context_lens)))
+    return sequences
 
 
 def decode(full: bool) -> None:
@@ -97,13 +101,18 @@ def decode(full: bool) -> None:
     sizes = [(256, 500, 1500), (128, 500, 1500), (32, 2000, 2000), (8, 4000, 4000), (8, 600, 600)]
     for group, (batch, low, high) in itertools.product((2, 4), sizes):
         lens = torch.linspace(low, high, batch).int().tolist()
-        caches, slots, context_lens = make_sequences(lens)
+        sequences = make_sequences(lens)
         q = random(batch, KV_HEADS * group, HEAD_DIM)
         counters = torch.zeros(batch * KV_HEADS, device="cuda", dtype=torch.int32)
         sms = sm_count(q.device)
-        plan = plan_decode_triton(context_lens, KV_HEADS, default_split_policy(batch, KV_HEADS, sms))
-        attend = partial(decode_attention_triton, q, counters=counters, plan=plan)
-        calls = [partial(attend, *cache, slots, context_lens, 0.1) for cache in caches]
+        lens_on_device = sequences[0][1].context_lens
+        plan = plan_decode_triton(lens_on_device, KV_HEADS, default_split_policy(batch, KV_HEADS, sms))
+
+        def attend(kv, rows, config, q=q, counters=counters, plan=plan):
+            plan = plan._replace(config=config)
+            decode_attention_triton(q, kv, rows, 0.1, plan=plan, counters=counters)
+
+        calls = [partial(attend, *pair) for pair in sequences]
         configs = [default_decode_config(batch, KV_HEADS, HEAD_DIM, 2, sms)]
         if full:
             tiles = [(32, 2, 3), (32, 2, 4), (64, 4, 3), (64, 4, 4), (64, 4, 5), (128, 4, 2), (128, 4, 3), (128, 8, 3)]
@@ -116,7 +125,7 @@ def rope_decode(full: bool) -> None:
     print("projection and attention: sequences x tokens, group | tile warps stages splits | us, TB/s  (* default)")
     hidden = 1024
     for group, (batch, tokens) in itertools.product((2, 4), [(1, 128), (1, 600), (1, 4000), (4, 600)]):
-        caches, slots, context_lens = make_sequences([tokens] * batch)
+        sequences = make_sequences([tokens] * batch)
         n = KV_HEADS * (group + 2) * HEAD_DIM
         x, weights = random(batch, hidden), make_weights(n, hidden)
         q_weight, k_weight = random(2, HEAD_DIM)
@@ -124,13 +133,11 @@ def rope_decode(full: bool) -> None:
         transform = QKTransform(KV_HEADS * group, cos_sin, q_weight, k_weight, 1e-6)
         counters = torch.zeros(batch * KV_HEADS, device="cuda", dtype=torch.int32)
 
-        metadata = (slots, context_lens, 0.1)
+        def run(weight, caches, config, x=x, transform=transform, counters=counters):
+            kv, rows = caches
+            rope_decode_triton(gemv_triton(x, weight), transform, kv, rows, 0.1, counters=counters, config=config)
 
-        def run(weight, cache, config, x=x, transform=transform, metadata=metadata, counters=counters):
-            qkv = gemv_triton(x, weight)
-            rope_decode_triton(qkv, transform, *cache, *metadata, counters=counters, config=config)
-
-        calls = [partial(run, *pair) for pair in zip(itertools.cycle(weights), caches[:512], strict=False)]
+        calls = [partial(run, *pair) for pair in zip(itertools.cycle(weights), sequences[:512], strict=False)]
         configs = [default_rope_decode_config(batch, KV_HEADS, HEAD_DIM, 2, sm_count(x.device))]
         if full:
             tiles = [(16, 1, 2), (32, 1, 2), (32, 2, 2), (64, 2, 2), (64, 4, 1), (64, 4, 2), (64, 4, 3), (128, 8, 2)]
@@ -143,10 +150,10 @@ def prefill(full: bool) -> None:
     """Measure the arithmetic rate of prefill attention without the masked half."""
     print("prefill attention: sequences x new tokens of context, group | m n warps stages registers TMA | us, TFLOP/s")
     for group, (batch, new, context) in itertools.product((2, 4), [(4, 4000, 4000), (256, 64, 2112), (1, 128, 128)]):
-        caches, slots, context_lens = make_sequences([context] * batch)
+        sequences = make_sequences([context] * batch)
         cu_seqlens = torch.arange(batch + 1, device="cuda", dtype=torch.int32) * new
         q = random(batch * new, KV_HEADS * group, HEAD_DIM)
-        calls = [partial(prefill_attention_triton, q, *c, slots, cu_seqlens, context_lens, 0.1) for c in caches]
+        calls = [partial(prefill_attention_triton, q, *pair, cu_seqlens, 0.1) for pair in sequences]
         configs = [default_prefill_config(HEAD_DIM, 2, len(q) * KV_HEADS * group, sm_count(q.device))]
         if full:
             tiles = [(128, 64, 8, 2, 128), (128, 64, 8, 3), (128, 32, 8, 3, 128), (128, 64, 4, 2)]

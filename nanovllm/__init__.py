@@ -4,7 +4,7 @@ from nanovllm.async_llm import AsyncLLM
 from nanovllm.engine.step_stats import StepStats
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, Logprob, Metrics, RequestOutput
-from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -15,6 +15,7 @@ __all__ = [
     "Logprob",
     "Metrics",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "StepStats",
     "StructuredOutputsParams",

@@ -23,7 +23,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request, check_request_id
 from nanovllm.ops.triton_utils import current_gpu_initializer
 from nanovllm.outputs import CompletionOutput, Metrics, RequestOutput
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 _PREPARING_THREADS = 4
 
@@ -34,12 +34,16 @@ class _Stream:
     If the consumer is slower than the engine, outputs are merged, so the stream never holds more than the request's
     result.
 
+    Args:
+        is_delta: each output has only what is new.
+
     Attributes:
         request_id: set when the engine has the request.
         aborted: the request was aborted before the engine had it.
     """
 
-    def __init__(self):
+    def __init__(self, is_delta: bool):
+        self.is_delta = is_delta
         self.request_id: int | str | None = None
         self.aborted = False
         self.loop = asyncio.get_running_loop()
@@ -55,7 +59,7 @@ class _Stream:
     def _put(self, item: RequestOutput | BaseException) -> None:
         if isinstance(item, BaseException):
             self.error = item
-        elif self.output is None:
+        elif self.output is None or not self.is_delta:
             self.output = item
         else:
             self.output = _merged(self.output, item)
@@ -135,8 +139,11 @@ class AsyncLLM:
         try:
             return call(self.llm_engine)
         finally:
-            if self.llm_engine.guard.error is not None:
-                self._finish(self.llm_engine.guard.error)
+            guard = self.llm_engine.guard
+            if guard.error is not None:
+                self._finish(guard.error)
+            elif guard.update_failed:
+                self._end_streams()
             self._queue_step()
 
     def _queue_step(self) -> None:
@@ -165,6 +172,18 @@ class AsyncLLM:
         finally:
             for stream in self._streams.values():
                 stream.put(reason)
+            self._streams.clear()
+
+    def _end_streams(self) -> None:
+        """Raise why the engine cannot be used in all iterations, and end their requests."""
+        for output in self.llm_engine.take_outputs():
+            self._deliver(output)
+        try:
+            self.llm_engine.check_usable(awake=())
+        except RuntimeError as reason:
+            for request_id, stream in self._streams.items():
+                stream.put(reason)
+                self.llm_engine.abort(request_id)
             self._streams.clear()
 
     def _deliver(self, output: RequestOutput) -> None:
@@ -216,7 +235,7 @@ class AsyncLLM:
 
     def _check_usable(self) -> None:
         if self._end_reason is not None:
-            raise RuntimeError(f"the engine is closed or has failed: {self._end_reason!r}") from self._end_reason
+            raise RuntimeError(f"the engine is closed or has failed: {self._end_reason!r:.500}") from self._end_reason
         self.llm_engine.guard.check_process()
 
     def _semaphore(self) -> asyncio.Semaphore:
@@ -226,23 +245,34 @@ class AsyncLLM:
                 self._semaphores.pop(loop, None)
         return self._semaphores.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self._max_concurrent))
 
-    async def generate(
+    def generate(
         self,
         prompt: str | SequenceType[int],
         sampling_params: SamplingParams | None = None,
         request_id: int | str | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """Answer one prompt step by step: each output has what is new since the last one.
+        """Answer one prompt step by step: each output has what is new since the last one, or `output_kind` of it.
 
         This waits while the engine has `max_concurrent_requests` of them. Leaving the iteration, or cancelling the
         task, ends the request.
 
         Raises:
-            TypeError, ValueError: the request cannot be served; others are not affected.
-            RuntimeError: the engine is closed or has failed.
+            TypeError, ValueError: the request cannot be served; others are not affected. What needs tokens of a text or
+                a grammar raises at the first output, everything else at once.
+            RuntimeError: the engine is closed or has failed, or an update of the weights has failed meanwhile.
         """
-        stream = _Stream()
-        if request_id is not None and self._preparing.setdefault(check_request_id(request_id), stream) is not stream:
+        self._check_usable()
+        self.llm_engine.input_processor.check(prompt, sampling_params)
+        if request_id is not None:
+            request_id = check_request_id(request_id)
+        return self._outputs(prompt, sampling_params, request_id)
+
+    async def _outputs(
+        self, prompt: Any, sampling_params: SamplingParams | None, request_id: int | str | None
+    ) -> AsyncIterator[RequestOutput]:
+        kind = sampling_params.output_kind if sampling_params else None
+        stream = _Stream(is_delta=kind in (None, RequestOutputKind.DELTA))
+        if request_id is not None and self._preparing.setdefault(request_id, stream) is not stream:
             raise ValueError(f"request_id {shown(request_id)} belongs to a request that is being prepared")
         try:
             async with self._semaphore():
@@ -265,12 +295,22 @@ class AsyncLLM:
         if request_id is not None and self._preparing.get(request_id) is stream:
             self._preparing.pop(request_id, None)
 
-    async def abort(self, request_id: int | str) -> None:
-        """End a request in whatever state it is: its iteration gets what is new, with finish_reason "abort".
+    async def abort(self, request_id: int | str | SequenceType[int | str]) -> None:
+        """End requests in whatever state they are: each iteration gets what is new, with finish_reason "abort".
 
         A request that is still being prepared ends once it is ready.
+
+        Args:
+            request_id: one id, or a list of them.
         """
-        await self._call(lambda engine: self._abort(request_id))
+        given: Any = request_id if is_list(request_id) else [request_id]
+        request_ids = [check_request_id(each) for each in given]
+
+        def abort_all(engine: LLMEngine) -> None:
+            for each in request_ids:
+                self._abort(each)
+
+        await self._call(abort_all)
 
     async def chat_prompt(self, messages: SequenceType[dict], **template: Any) -> list[int]:
         """Return the token ids of one conversation; see `LLM.chat_prompts`."""
@@ -286,17 +326,58 @@ class AsyncLLM:
     async def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | str | Path) -> int:
         """Update the weights between two steps; see `LLM.update_weights`.
 
+        If this fails, requests that are being answered raise RuntimeError, and new ones are refused until an update
+        succeeds.
+
         Work on the weights in CUDA streams other than the default one must have finished: nothing waits for it.
         """
         return await self._call(lambda engine: engine.update_weights(weights))
+
+    async def start_weight_update(self) -> None:
+        """See `LLM.start_weight_update`. Requests that are being answered wait until the update has finished."""
+        await self._call(lambda engine: engine.start_weight_update())
+
+    async def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """See `LLM.load_weights`, and `update_weights` about CUDA streams."""
+        await self._call(lambda engine: engine.load_weights(weights))
+
+    async def finish_weight_update(self) -> int:
+        """See `LLM.finish_weight_update`."""
+        return await self._call(lambda engine: engine.finish_weight_update())
 
     async def sleep(self, level: int = 1) -> None:
         """See `LLM.sleep`. Requests that are being answered wait until `wake_up`, and new ones are refused."""
         await self._call(lambda engine: engine.sleep(level))
 
-    async def wake_up(self) -> None:
+    async def wake_up(self, tags: Iterable[str] | None = None) -> None:
         """See `LLM.wake_up`."""
-        await self._call(lambda engine: engine.wake_up())
+        await self._call(lambda engine: engine.wake_up(tags))
+
+    async def is_sleeping(self) -> bool:
+        """See `LLM.is_sleeping`."""
+        return await self._call(lambda engine: engine.is_sleeping)
+
+    async def reset_prefix_cache(self) -> bool:
+        """See `LLM.reset_prefix_cache`."""
+        return await self._call(lambda engine: engine.reset_prefix_cache())
+
+    async def check_health(self) -> None:
+        """Raise RuntimeError if the engine is closed or has failed. Wait for the step that runs."""
+        await self._call(lambda engine: engine.check_usable(awake=(), weights=False))
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's transformers tokenizer."""
+        return self.llm_engine.tokenizer
+
+    async def get_tokenizer(self) -> Any:
+        """Return `tokenizer`."""
+        return self.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output, in tokens."""
+        return self.llm_engine.max_model_len
 
     def close(self) -> None:
         """Close the engine. Iterations that go on raise RuntimeError. May be called again."""
@@ -308,6 +389,10 @@ class AsyncLLM:
         self._engine_thread.shutdown()
         # Again, in case that failed, or Python is ending and has ended its threads before.
         self.llm_engine.close()
+
+    def shutdown(self) -> None:
+        """Do the same as `close`."""
+        self.close()
 
     async def __aenter__(self) -> "AsyncLLM":
         return self

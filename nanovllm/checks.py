@@ -70,9 +70,13 @@ def within(low: float, high: float, default: float | None) -> Any:
     return field(default=default, metadata={"bounds": (low, high)})
 
 
-def one_of(*choices: str) -> Any:
-    """Return a dataclass field for one of the strings `choices`, the first by default, for `check_fields`."""
-    return field(default=choices[0], metadata={"choices": choices})
+def one_of(*choices: str, default: str | None = "") -> Any:
+    """Return a dataclass field for one of the strings `choices`, for `check_fields`.
+
+    Args:
+        default: one of the choices, by default the first; or None, which is then valid too.
+    """
+    return field(default=choices[0] if default == "" else default, metadata={"choices": choices})
 
 
 def check_fields(options: Any) -> None:
@@ -80,6 +84,8 @@ def check_fields(options: Any) -> None:
     for declared in fields(options):
         name, kind = declared.name, declared.type
         value = getattr(options, name)
+        if value is None and declared.default is None:
+            continue
         if kind is bool:
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be a bool, got {shown(value)}")
@@ -88,6 +94,6 @@ def check_fields(options: Any) -> None:
                 message = f"{name} must be one of the strings {', '.join(choices)}, got {shown(value)}"
                 raise ValueError(message) if isinstance(value, str) else TypeError(message)
             object.__setattr__(options, name, plain(value))
-        elif (bounds := declared.metadata.get("bounds")) and not (value is None and declared.default is None):
+        elif bounds := declared.metadata.get("bounds"):
             value = number(name, value, float if kind is float else int, *bounds)
             object.__setattr__(options, name, value)

@@ -3,24 +3,33 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from nanovllm.arithmetic import is_power_of_2
 from nanovllm.checks import ABOVE_0, check_fields, one_of, plain, shown, within
+from nanovllm.vllm_options import NEUTRAL, RENAMED, translate
+
+# Names of dtypes that vLLM knows too.
+_DTYPES = {"half": "float16", "float": "float32"}
+
+ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash_attn")
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The arguments of `LLM`.
+    """The arguments of `LLM`. None is the default of each.
 
     Args:
         model: a local folder, a `.gguf` file, a hub id, a shape's name for `load_format="dummy"`, or None for the
             default model.
         enforce_eager: run without CUDA graphs.
-        tensor_parallel_size: number of ranks that share the model. Under `torchrun` it must equal the world size.
+        tensor_parallel_size: number of ranks that share the model. Under `torchrun` it must divide the world size.
         max_model_len: longest prompt plus output, in tokens; capped at what the model supports with its RoPE scaling.
-        max_num_seqs: how many sequences run at once.
-        max_num_batched_tokens: token budget of one step, at least max_num_seqs.
+        max_num_seqs: how many sequences run at once; None is 512, or max_num_batched_tokens if that is less.
+        max_num_batched_tokens: token budget of one step, at least max_num_seqs; None is 16384, or max_num_seqs if that
+            is more.
         gpu_memory_utilization: fraction of the GPU's memory for weights, activations and KV cache together.
         kvcache_block_size: tokens in a KV block, a power of two of at least 16.
         num_kvcache_blocks: size of the KV pool; None measures the free memory (GPU) or takes up to 1 GiB (CPU).
@@ -32,6 +41,15 @@ class Config:
         seed: the engine's seed, from which the seeds of requests without one follow.
         skip_tokenizer_init: never load the tokenizer; prompts must be token ids, and the texts of outputs are "".
         max_num_waiting: how many sequences may wait; more are refused.
+        tokenizer: a folder, a `.gguf` file or a hub id whose tokenizer and chat template replace the model's.
+        revision: branch, tag or commit of a hub id.
+        download_dir: folder for what a hub id needs to download; None is the hub's cache.
+        logprobs_mode: the mode of requests that choose none; see `SamplingParams`.
+        max_logprobs: most log-probabilities of a token that a request may ask for; -1 sets no limit but that of
+            `SamplingParams`.
+        distributed_executor_backend: how ranks are started. "mp": by the engine. "external_launcher": by torchrun or
+            the caller; each tensor_parallel_size successive ranks of the world are one engine. "uni": one rank. None
+            chooses.
         log_steps: log each step to the logger "nanovllm", at level INFO.
         overlap: how many steps are launched before the tokens of the last one are known: 1, or 0 for debugging.
 
@@ -43,41 +61,84 @@ class Config:
     enforce_eager: bool = False
     tensor_parallel_size: int = within(1, 1024, default=1)
     max_model_len: int = within(2, 1 << 24, default=4096)  # at least one token of prompt and one of output
-    max_num_seqs: int = within(1, 1 << 16, default=512)
-    max_num_batched_tokens: int = within(1, 1 << 22, default=16384)
+    max_num_seqs: int = within(1, 1 << 16, default=None)
+    max_num_batched_tokens: int = within(1, 1 << 22, default=None)
     gpu_memory_utilization: float = within(ABOVE_0, 1, default=0.9)
     kvcache_block_size: int = within(16, 1 << 16, default=64)
     num_kvcache_blocks: int | None = within(1, (1 << 31) - 2, default=None)
     dtype: str | torch.dtype = one_of("auto", "float32", "bfloat16", "float16")
     device: str = one_of("auto", "cpu", "cuda")
-    attention_backend: str = one_of("auto", "torch", "triton", "flash_attn")
+    attention_backend: str = one_of(*ATTENTION_BACKENDS)
     load_format: str = one_of("auto", "dummy")
     enable_prefix_caching: bool = True
     seed: int = within(0, (1 << 63) - 1, default=0)
     skip_tokenizer_init: bool = False
     max_num_waiting: int = within(1, 1 << 30, default=1 << 20)
+    tokenizer: str | Path | None = None
+    revision: str | None = None
+    download_dir: str | Path | None = None
+    logprobs_mode: str = one_of("raw_logprobs", "processed_logprobs")
+    max_logprobs: int = within(-1, 1 << 22, default=-1)
+    distributed_executor_backend: str | None = one_of("mp", "external_launcher", "uni", default=None)
     log_steps: bool = False
     overlap: int = within(0, 1, default=1)
 
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> "Config":
+        """Make a config from the arguments of `LLM`, which may have vLLM's names."""
+        check_names(options)
+        return cls(**translate(options))
+
     def __post_init__(self):
+        for declared in fields(self):
+            if getattr(self, declared.name) is None:
+                self._set(declared.name, declared.default)
         if isinstance(self.dtype, torch.dtype):
-            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+            self._set("dtype", str(self.dtype).removeprefix("torch."))
+        elif isinstance(self.dtype, str):
+            self._set("dtype", _DTYPES.get(self.dtype, self.dtype))
         check_fields(self)
-        if self.kvcache_block_size & (self.kvcache_block_size - 1):
+        self._set_budget()
+        if not is_power_of_2(self.kvcache_block_size):
             raise ValueError(f"kvcache_block_size must be a power of two, got {self.kvcache_block_size}")
+        for name, what in (
+            ("model", "a path, a hub id"),
+            ("tokenizer", "a path, a hub id"),
+            ("download_dir", "a path"),
+            ("revision", "a text"),
+        ):
+            self._check_path(name, what)
+        if self.distributed_executor_backend == "uni" and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"distributed_executor_backend='uni' is one rank, but tensor_parallel_size={self.tensor_parallel_size}"
+            )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device must be 'cpu' or 'auto' here, got 'cuda': torch sees no CUDA GPU")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _set_budget(self) -> None:
+        """Set the sizes of a step that are not given, and check that they fit each other."""
+        if self.max_num_batched_tokens is None:
+            self._set("max_num_batched_tokens", max(16384, self.max_num_seqs or 1))
+        if self.max_num_seqs is None:
+            self._set("max_num_seqs", min(512, self.max_num_batched_tokens))
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): a step holds one token of each running sequence"
             )
-        if not isinstance(self.model, str | Path | None):
-            raise TypeError(f"model must be a path, a hub id or None, got {shown(self.model)}")
-        if self.model == "":
-            raise ValueError("model must be a path, a hub id or None, got ''")
-        if self.model is not None:
-            object.__setattr__(self, "model", plain(self.model) if isinstance(self.model, str) else Path(self.model))
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device must be 'cpu' or 'auto' here, got 'cuda': torch sees no CUDA GPU")
+
+    def _check_path(self, name: str, what: str) -> None:
+        """Check an option that is a text, a path or None."""
+        value = getattr(self, name)
+        if not isinstance(value, str | None if name == "revision" else str | Path | None):
+            raise TypeError(f"{name} must be {what} or None, got {shown(value)}")
+        if value == "":
+            raise ValueError(f"{name} must be {what} or None, got ''")
+        if value is not None:
+            self._set(name, plain(value) if isinstance(value, str) else Path(value))
 
     @property
     def device_type(self) -> str:
@@ -94,8 +155,8 @@ class Config:
 
 
 def check_names(given: Iterable[str], *additional: str) -> None:
-    """Raise TypeError unless all given options are fields of Config or `additional` ones."""
+    """Raise TypeError unless all given options are fields of Config, options of vLLM or `additional` ones."""
     names = [*(field.name for field in fields(Config)), *additional]
     for name in given:
-        if name not in names:
-            raise TypeError(f"there is no option {name}; the options are {', '.join(names)}")
+        if name not in names and name not in RENAMED and name not in NEUTRAL:
+            raise TypeError(f"there is no option {name:.100}; the options are {', '.join(names)}")

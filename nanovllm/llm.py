@@ -3,17 +3,17 @@
 from collections.abc import Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as SequenceType
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 
-from nanovllm.checks import is_list, shown
+from nanovllm.checks import is_list, length, shown
 from nanovllm.config import Config
 from nanovllm.engine.interrupts import DeferInterrupts
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request
 from nanovllm.engine.step_stats import StepStats
-from nanovllm.outputs import Metrics, RequestOutput
+from nanovllm.outputs import Metric, Metrics, RequestOutput
 from nanovllm.progress import GenerationBar
 from nanovllm.sampling_params import SamplingParams
 
@@ -81,10 +81,12 @@ class LLM:
                         outputs[output.request_id] = output
                         bar.add(sum(len(sample.token_ids) for sample in output.outputs))
                     interrupts.let_through()
+                    if engine.on_step is not None and not any(map(engine.is_pending, requests)):
+                        break  # the callback ended requests or received outputs
         finally:
             if len(outputs) < len(requests):  # an error or an interrupt
                 engine.abandon(requests)
-        return [outputs[request.id] for request in requests]
+        return [outputs.get(request.id) or request.output(engine.weight_version) for request in requests]
 
     def chat(
         self,
@@ -124,7 +126,7 @@ class LLM:
         return self.llm_engine.input_processor.chat_prompts(messages, **template)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Answer one prompt step by step: each output has what is new since the last one.
+        """Answer one prompt step by step: each output has what is new since the last one, or `output_kind` of it.
 
         Other requests go on meanwhile. Leaving the iterator ends the request.
 
@@ -154,7 +156,7 @@ class LLM:
                     yield output
                     if output.finished:
                         return
-            engine.check_usable(awake=False)
+            engine.check_usable(awake=())
         finally:
             engine.abandon([request])
 
@@ -218,13 +220,45 @@ class LLM:
         Raises:
             TypeError, ValueError: a tensor is missing, left over, given twice, of the wrong shape or dtype, or not
                 finite; or the head differs from the embedding where both are one parameter. Then the old weights may be
-                partly overwritten, and the engine refuses to run until an update succeeds.
+                partly overwritten, and the engine refuses to run until an update succeeds. If the path does not exist,
+                or the config in it is another model's, nothing has changed.
             RuntimeError: a rank is lost, and with it the engine; or the code that makes the weights uses the engine.
         """
         return self.llm_engine.update_weights(weights)
 
+    def start_weight_update(self) -> None:
+        """Start to overwrite the weights in parts, as `update_weights` does in one call.
+
+            llm.start_weight_update()
+            for name, param in policy.named_parameters():
+                llm.load_weights([(name, param)])
+            llm.finish_weight_update()
+
+        Meanwhile the engine refuses to generate. An update that is still open ends, and starts again with no tensors.
+        """
+        self.llm_engine.start_weight_update()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Overwrite some of the weights, in any order, between `start_weight_update` and `finish_weight_update`.
+
+        Args:
+            weights: some tensors as in `update_weights`, each of them once in the whole update.
+
+        Raises:
+            TypeError, ValueError: a tensor is unknown, given twice, or of the wrong shape or dtype. This ends the
+                update, and the engine refuses to run until another one succeeds.
+            RuntimeError: no update is open, the weights are asleep, or the engine cannot be used.
+        """
+        self.llm_engine.load_weights(weights)
+
+    def finish_weight_update(self) -> int:
+        """Check that the new weights are whole and finite. Return their version; see `update_weights`."""
+        return self.llm_engine.finish_weight_update()
+
     def sleep(self, level: int = 1) -> None:
         """Give device memory back until `wake_up`. Unfinished requests stay, and are recomputed later.
+
+        What sleeps already stays asleep.
 
         Args:
             level: 1 frees the KV cache and the captured graphs; 2 also moves the weights to the host's memory (on a CPU
@@ -232,19 +266,43 @@ class LLM:
         """
         self.llm_engine.sleep(level)
 
-    def wake_up(self) -> None:
-        """Undo `sleep`: bring weights and KV cache back and capture the graphs again. Do nothing when awake."""
-        self.llm_engine.wake_up()
+    def wake_up(self, tags: Iterable[str] | None = None) -> None:
+        """Undo `sleep`: bring weights and KV cache back and capture the graphs again. Do nothing when awake.
 
-    def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes. Running requests keep their blocks."""
-        self.llm_engine.reset_prefix_cache()
+        Args:
+            tags: wake only these parts, "weights" or "kv_cache": a trainer may wake and update the weights before there
+                is room for the KV cache. None wakes all.
+        """
+        self.llm_engine.wake_up(tags)
+
+    def is_sleeping(self) -> bool:
+        """Whether a part of the memory sleeps."""
+        return self.llm_engine.is_sleeping
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes, awake or asleep. Return True. Running requests keep their blocks."""
+        return self.llm_engine.reset_prefix_cache()
+
+    def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse vLLM's calls of methods of its workers: no such workers exist here.
+
+        Raises:
+            NotImplementedError: always; the message names what to call instead.
+        """
+        raise NotImplementedError(
+            f"collective_rpc({shown(method)}) is not here; update_weights, or start_weight_update, load_weights and "
+            "finish_weight_update, reach all ranks. Weights outlast sleep, so nothing needs to be reloaded"
+        )
 
     # -- state -------------------------------------------------------------------------------------------------------
 
     def metrics(self) -> Metrics:
         """Return counters since the engine was made, and what it is doing now."""
         return self.llm_engine.metrics()
+
+    def get_metrics(self) -> list[Metric]:
+        """Return `metrics` as vLLM does: a list of names and values."""
+        return self.metrics().as_vllm()
 
     @property
     def config(self) -> Config:
@@ -256,6 +314,10 @@ class LLM:
         """The model's transformers tokenizer."""
         return self.llm_engine.tokenizer
 
+    def get_tokenizer(self) -> Any:
+        """Return `tokenizer`."""
+        return self.tokenizer
+
     @property
     def max_model_len(self) -> int:
         """Longest prompt plus output, in tokens."""
@@ -263,7 +325,7 @@ class LLM:
 
     @property
     def weight_version(self) -> int:
-        """How many times `update_weights` has succeeded."""
+        """How many weight updates have succeeded."""
         return self.llm_engine.weight_version
 
     @property
@@ -294,6 +356,10 @@ class LLM:
         """
         self.llm_engine.close()
 
+    def shutdown(self) -> None:
+        """Do the same as `close`."""
+        self.close()
+
     def __enter__(self):
         self.llm_engine.check_usable()
         return self
@@ -317,6 +383,6 @@ def _pair_params(prompts: SequenceType[Prompt], params: Any) -> list[tuple[Promp
         return [(prompt, params) for prompt in prompts]
     if not is_list(params):
         raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {shown(params)}")
-    if len(params) != len(prompts):
-        raise ValueError(f"sampling_params has {len(params)} entries for {len(prompts)} prompts")
+    if length(params) != length(prompts):
+        raise ValueError(f"sampling_params has {length(params)} entries for {length(prompts)} prompts")
     return list(zip(prompts, params, strict=True))

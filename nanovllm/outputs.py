@@ -1,7 +1,7 @@
 """The results of a request."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, overload
 
 
@@ -185,6 +185,15 @@ class RequestOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class Metric:
+    """One of vLLM's metrics."""
+
+    name: str
+    value: float
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Metrics:
     """Counters of an engine since it was made, and what it is doing now.
 
@@ -216,3 +225,17 @@ class Metrics:
     def mean_step_time(self) -> float:
         """Seconds that a step takes on average."""
         return self.step_time / self.num_steps if self.num_steps else 0.0
+
+    def as_vllm(self) -> list[Metric]:
+        """Return those that vLLM has too, by its names."""
+        values = {
+            "num_requests_running": self.num_running,
+            "num_requests_waiting": self.num_waiting,
+            "num_preemptions": self.num_preemptions,
+            "kv_cache_usage_perc": self.kv_usage,
+            "prompt_tokens": self.prompt_tokens,
+            "generation_tokens": self.generated_tokens,
+            "prefix_cache_queries": self.prompt_tokens,
+            "prefix_cache_hits": self.cached_tokens,
+        }
+        return [Metric(f"vllm:{name}", value) for name, value in values.items()]

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, fields
+from enum import Enum
 from numbers import Integral
 from typing import Any
 
@@ -94,10 +95,7 @@ class StructuredOutputsParams:
         if len(given) != 1:
             raise ValueError(f"structured_outputs needs exactly one of json, regex, choice and grammar, got {given}")
         if isinstance(self.json, Mapping):
-            try:
-                object.__setattr__(self, "json", json.dumps(self.json))
-            except (TypeError, ValueError, RecursionError) as error:
-                raise ValueError(f"structured_outputs.json is not a schema that JSON can express: {error}") from None
+            object.__setattr__(self, "json", _schema_text(self.json))
         if self.choice is not None:
             object.__setattr__(self, "choice", _strings("structured_outputs.choice", self.choice, MAX_GRAMMAR_CHARS))
             if not self.choice:
@@ -107,6 +105,21 @@ class StructuredOutputsParams:
             raise TypeError(f"structured_outputs.{given[0]} must be a string, got {shown(text)}")
         if len(text) > MAX_GRAMMAR_CHARS:
             raise ValueError(f"structured_outputs.{given[0]} must have at most {MAX_GRAMMAR_CHARS} characters")
+
+
+def _schema_text(schema: Any) -> str:
+    """Return a schema as JSON, or a start that is too long already: shared dicts may make a text of gigabytes."""
+    parts, num_chars = [], 0
+    try:
+        for part in json.JSONEncoder().iterencode(schema):
+            parts.append(part)
+            num_chars += len(part)
+            if num_chars > MAX_GRAMMAR_CHARS:
+                break
+    except (TypeError, ValueError, RecursionError) as error:
+        what = "structured_outputs.json is not a schema that JSON can express"
+        raise ValueError(f"{what}: {error!s:.200}") from None
+    return "".join(parts)
 
 
 def _refuse_change(*args: Any, **kwargs: Any) -> Any:
@@ -150,7 +163,16 @@ _ENGINE_ONLY: dict[str, Any] = {
     "allowed_token_ids": None,
     "structured_outputs": None,
     "cache_salt": None,
+    "output_kind": None,
 }
+
+
+class RequestOutputKind(Enum):
+    """What each output of a stream has: everything so far, what is new, or everything once the request has finished."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +208,10 @@ class SamplingParams:
         prompt_logprobs: the same for the prompt's tokens, always in "raw_logprobs" mode. The prompt is computed for
             them, not taken from the prefix cache.
         logprobs_mode: "raw_logprobs" are the model's own (float32 log-softmax of the logits); "processed_logprobs" are
-            those of the distribution that is sampled from, after all of the above.
+            those of the distribution that is sampled from, after all of the above. None is the engine's mode.
         skip_special_tokens: leave special tokens out of the text.
         structured_outputs: the output follows a JSON schema, a regular expression, a choice or a grammar.
+        output_kind: what the outputs of a stream have; None is DELTA. `generate` of `LLM` returns whole results.
         cache_salt: share cached prefixes only with requests of the same salt, so that nobody else can learn from
             response times which prompts were here before.
 
@@ -216,10 +239,11 @@ class SamplingParams:
     bad_words: SequenceType[str] = ()
     logprobs: int | None = within(0, MAX_LOGPROBS, default=None)
     prompt_logprobs: int | None = within(0, MAX_LOGPROBS, default=None)
-    logprobs_mode: str = one_of("raw_logprobs", "processed_logprobs")
+    logprobs_mode: str | None = one_of("raw_logprobs", "processed_logprobs", default=None)
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
     cache_salt: str | None = None
+    output_kind: RequestOutputKind | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -238,6 +262,8 @@ class SamplingParams:
             self._set("logit_bias", _biases(self.logit_bias))
         if self.cache_salt is not None:
             self._set("cache_salt", _salt(self.cache_salt))
+        if not isinstance(self.output_kind, RequestOutputKind | None):
+            raise TypeError(f"output_kind must be a RequestOutputKind or None, got {shown(self.output_kind)}")
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
             raise TypeError(f"structured_outputs must be StructuredOutputsParams, got {shown(self.structured_outputs)}")
         if self.structured_outputs is not None:

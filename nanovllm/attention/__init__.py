@@ -5,11 +5,11 @@ import logging
 import torch
 
 from nanovllm.attention.base import AttentionBackend
+from nanovllm.config import ATTENTION_BACKENDS
 from nanovllm.ops.triton_utils import HAVE_TRITON
 
-__all__ = ["BACKENDS", "AttentionBackend", "select_backend"]
+__all__ = ["AttentionBackend", "select_backend"]
 
-BACKENDS = ("auto", "torch", "triton", "flash_attn")
 MAX_HEAD_DIM = 256  # limit of the Triton and FlashAttention kernels
 
 logger = logging.getLogger(__name__)
@@ -21,15 +21,15 @@ def select_backend(
     """Return the backend `name`. For "auto", return the fastest backend that is installed and fits, and log it.
 
     Args:
-        name: one of BACKENDS. Only "auto" chooses; a named backend is used, or the call raises.
+        name: one of ATTENTION_BACKENDS. Only "auto" chooses; a named backend is used, or the call raises.
         device, head_dim, block_size, dtype: options of the KV cache.
 
     Raises:
         ValueError: the name is unknown, or the backend does not support the device, head_dim, block_size or dtype.
         ImportError: the backend's package is not installed, or cannot be imported.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"attention_backend={name!r} must be one of {', '.join(map(repr, BACKENDS))}")
+    if name not in ATTENTION_BACKENDS:
+        raise ValueError(f"attention_backend={name!r} must be one of {', '.join(map(repr, ATTENTION_BACKENDS))}")
     device = torch.device(device)
     if name == "auto":
         name = _automatic(device, head_dim, block_size, dtype)
@@ -43,7 +43,7 @@ def select_backend(
     if name == "triton":
         from nanovllm.attention.triton_backend import TritonBackend
 
-        return TritonBackend(device, block_size)
+        return TritonBackend(device)
     from nanovllm.attention.flash_attn_backend import flash_attn_backend
 
     return flash_attn_backend(device, head_dim, block_size, dtype)
@@ -52,7 +52,7 @@ def select_backend(
 def _automatic(device: torch.device, head_dim: int, block_size: int, dtype: torch.dtype) -> str:
     if device.type != "cuda" or head_dim > MAX_HEAD_DIM:
         return "torch"
-    if HAVE_TRITON and block_size & (block_size - 1) == 0:
+    if HAVE_TRITON:
         return "triton"
     from nanovllm.attention.flash_attn_backend import choose_package
 

@@ -2,25 +2,16 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
 from nanovllm.ops.norm_rope.qk_transform import QKTransform
 from nanovllm.ops.norm_rope.rope_store import qk_norm_rope_store
-
-
-class PagedKV(NamedTuple):
-    """A layer's keys and values in blocks. The block tables hold the blocks' indices.
-
-    Attributes:
-        k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim].
-    """
-
-    k_cache: Tensor
-    v_cache: Tensor
 
 
 @dataclass(kw_only=True)
@@ -34,23 +25,31 @@ class Context:
     backend: "AttentionBackend"
     kv_heads: tuple[int, ...]  # the distinct numbers of KV heads of layers on this rank
     num_decode: int  # D, padding rows of a captured graph included
-    slots: Tensor  # [R] int32, the slot of each row
-    context_lens: Tensor  # [R] int32, tokens that each row attends to, including this step's
-    block_tables: Tensor  # [S + 1, W] int32, indexed by slot
+    rows: PagedRows  # all R rows; their block tables are [S + 1, W]
     slot_mapping: Tensor  # [T] int64, index of each token in the flattened cache
     counters: Tensor  # int32, counts the finished splits of one kernel; zeros between kernels
     cu_seqlens_q: Tensor | None = None  # [P + 1] int32, offsets of the prefill rows in the T tokens; None if P is 0
     max_seqlen_q: int = 0  # longest prefill row of this step
     max_context_len: int = 0  # longest context of a prefill row
-    shared: SharedPrefixPlan | None = (
-        None  # prefixes that decode rows share, if one kernel attends to them for all rows
-    )
+    shared: SharedPrefixPlan | None = None  # prefixes of decode rows, if one kernel attends to them for all rows
     last_indices: Tensor | None = None  # [L] int64, tokens whose hidden states are needed; None: all tokens
     meta: Any = None  # metadata that the backend's `prepare` derives
 
+    # Cached: all layers read these, and slicing takes the host time.
+
+    @cached_property
+    def decode_rows(self) -> PagedRows:
+        """The first D rows."""
+        return self.rows[: self.num_decode]
+
+    @cached_property
+    def prefill_rows(self) -> PagedRows:
+        """The other P rows."""
+        return self.rows[self.num_decode :]
+
     def for_last_tokens(self) -> "Context":
         """Return the context if only each row's last token attends: all rows are decode rows. `meta` stays."""
-        return replace(self, num_decode=len(self.slots), cu_seqlens_q=None, shared=None)
+        return replace(self, num_decode=len(self.rows), cu_seqlens_q=None, shared=None)
 
 
 class AttentionBackend(ABC):

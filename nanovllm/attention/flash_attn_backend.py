@@ -142,10 +142,11 @@ class FlashAttn3Backend(AttentionBackend):
 
     def prepare(self, ctx: Context) -> None:
         num_decode = ctx.num_decode
-        tables = ctx.block_tables.index_select(0, ctx.slots)  # on the device, so that a graph replays it
+        rows = ctx.rows
+        tables = rows.block_tables.index_select(0, rows.slots)  # on the device, so that a graph replays it
         decode = {
             "page_table": tables[:num_decode],
-            "cache_seqlens": ctx.context_lens[:num_decode],
+            "cache_seqlens": ctx.decode_rows.context_lens,
             "cu_seqlens_q": torch.arange(num_decode + 1, dtype=torch.int32, device=tables.device),
             "max_seqlen_q": 1,
         }
@@ -153,7 +154,7 @@ class FlashAttn3Backend(AttentionBackend):
         if ctx.cu_seqlens_q is not None:
             prefill = {
                 "page_table": tables[num_decode:],
-                "cache_seqlens": ctx.context_lens[num_decode:],
+                "cache_seqlens": ctx.prefill_rows.context_lens,
                 "cu_seqlens_q": ctx.cu_seqlens_q - num_decode,
                 "max_seqlen_q": ctx.max_seqlen_q,
             }
@@ -169,7 +170,7 @@ class FlashAttn3Backend(AttentionBackend):
         self, q: Tensor, kv: PagedKV, scale: float, out: Tensor, max_seqlen_q: int, **rows: Tensor
     ) -> None:
         num_tokens, heads, head_dim = q.shape
-        kv_heads = kv.k_cache.shape[2]
+        kv_heads = kv.kv_heads
         if self._whole_tiles:  # the package loads whole tiles only if a row may have more queries than a tile
             tile = QUERY_TILE if head_dim > 64 else SMALL_HEAD_QUERY_TILE
             max_seqlen_q = max(max_seqlen_q, tile * kv_heads // heads + 1)
@@ -212,14 +213,15 @@ class FlashAttn2Backend(AttentionBackend):
 
     def prepare(self, ctx: Context) -> None:
         num_decode = ctx.num_decode
-        tables = ctx.block_tables.index_select(0, ctx.slots)  # on the device, so that a graph replays it
-        decode = {"block_table": tables[:num_decode], "cache_seqlens": ctx.context_lens[:num_decode]}
+        rows = ctx.rows
+        tables = rows.block_tables.index_select(0, rows.slots)  # on the device, so that a graph replays it
+        decode = {"block_table": tables[:num_decode], "cache_seqlens": ctx.decode_rows.context_lens}
         prefill = None
         if ctx.cu_seqlens_q is not None:
             prefill = {
                 "block_table": tables[num_decode:],
                 "cu_seqlens_q": ctx.cu_seqlens_q - num_decode,
-                "cu_seqlens_k": torch.nn.functional.pad(ctx.context_lens[num_decode:].cumsum(0), (1, 0)).int(),
+                "cu_seqlens_k": torch.nn.functional.pad(ctx.prefill_rows.context_lens.cumsum(0), (1, 0)).int(),
                 "max_seqlen_q": ctx.max_seqlen_q,
                 "max_seqlen_k": ctx.max_context_len,
             }

@@ -44,32 +44,14 @@ class TorchBackend(AttentionBackend):
 
     def _plans(self, q: Tensor, kv: PagedKV, ctx: Context) -> tuple[DecodeGatherPlan, list[PrefillGatherPlan]]:
         """Return the plan of the decode rows and the plans of the prefill rows."""
-        block_size, kv_heads = kv.k_cache.shape[1:3]
-        if kv_heads not in ctx.meta:
-            num_decode = ctx.num_decode
-            decode = None
-            if num_decode:
-                decode = plan_decode_gather(
-                    ctx.block_tables,
-                    slots=ctx.slots[:num_decode],
-                    context_lens=ctx.context_lens[:num_decode],
-                    block_size=block_size,
-                    kv_heads=kv_heads,
-                    dtype=q.dtype,
-                )
-            prefill = []
+        if kv.kv_heads not in ctx.meta:
+            decode, prefill = None, []
+            if ctx.num_decode:
+                decode = plan_decode_gather(ctx.decode_rows, kv, q.dtype)
             if ctx.cu_seqlens_q is not None:
-                prefill = plan_prefill_gather(
-                    ctx.block_tables,
-                    slots=ctx.slots[num_decode:],
-                    cu_seqlens_q=ctx.cu_seqlens_q,
-                    context_lens=ctx.context_lens[num_decode:],
-                    block_size=block_size,
-                    kv_heads=kv_heads,
-                    dtype=q.dtype,
-                )
-            ctx.meta[kv_heads] = decode, prefill
-        return ctx.meta[kv_heads]
+                prefill = plan_prefill_gather(ctx.prefill_rows, ctx.cu_seqlens_q, kv, q.dtype)
+            ctx.meta[kv.kv_heads] = decode, prefill
+        return ctx.meta[kv.kv_heads]
 
     def _gather(self, kv: PagedKV, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Gather from both caches. The result is valid until the next call."""

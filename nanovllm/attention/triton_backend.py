@@ -18,19 +18,17 @@ class TritonBackend(AttentionBackend):
 
     Raises:
         ImportError: Triton is not installed.
-        ValueError: the device is not a CUDA device, or the block size is not a power of two.
+        ValueError: the device is not a CUDA device.
     """
 
     name = "triton"
     capturable = capturable_prefill = shares_prefixes = True
 
-    def __init__(self, device: torch.device, block_size: int):
+    def __init__(self, device: torch.device):
         if not HAVE_TRITON:
             raise ImportError("attention_backend='triton' needs the triton package, which is not installed")
         if device.type != "cuda":
             raise ValueError(f"attention_backend='triton' needs a CUDA device, not device={str(device)!r}; use 'torch'")
-        if block_size < 1 or block_size & (block_size - 1):
-            raise ValueError(f"block_size={block_size} must be a power of two for attention_backend='triton'")
 
     def prepare(self, ctx: Context) -> None:
         """Plan decode attention: for the decode rows, and for all rows if only last tokens attend in the last layer."""
@@ -38,14 +36,14 @@ class TritonBackend(AttentionBackend):
             return
         if ctx.cu_seqlens_q is None and self._fuses(ctx, ctx.num_decode):  # the fused kernel needs no plan
             return
-        counts = {ctx.num_decode}
-        if ctx.last_indices is not None:
-            counts.add(len(ctx.slots))
+        planned = [ctx.decode_rows] if ctx.num_decode else []
+        if ctx.last_indices is not None and ctx.num_decode < len(ctx.rows):
+            planned.append(ctx.rows)
         plans = ctx.meta = {}  # by the numbers of rows and KV heads
-        for num_rows in counts - {0}:
+        for rows in planned:
             for kv_heads in ctx.kv_heads:
-                policy = default_split_policy(num_rows, kv_heads, sm_count(ctx.slots.device))
-                plans[num_rows, kv_heads] = plan_decode_triton(ctx.context_lens[:num_rows], kv_heads, policy)
+                policy = default_split_policy(len(rows), kv_heads, sm_count(rows.slots.device))
+                plans[len(rows), kv_heads] = plan_decode_triton(rows.context_lens, kv_heads, policy)
 
     @staticmethod
     def _fuses(ctx: Context, num_tokens: int) -> bool:
@@ -56,57 +54,15 @@ class TritonBackend(AttentionBackend):
     def store_and_attend(self, qkv, transform, positions, kv, scale, ctx, last=None) -> Tensor:
         if not self._fuses(ctx, len(qkv)):
             return super().store_and_attend(qkv, transform, positions, kv, scale, ctx, last)
-        return rope_decode_triton(
-            qkv,
-            transform,
-            k_cache=kv.k_cache,
-            v_cache=kv.v_cache,
-            block_tables=ctx.block_tables,
-            slots=ctx.slots,
-            context_lens=ctx.context_lens,
-            scale=scale,
-            counters=ctx.counters,
-        )
+        return rope_decode_triton(qkv, transform, kv, ctx.rows, scale, counters=ctx.counters)
 
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
-        slots = ctx.slots[: ctx.num_decode]
-        plan = ctx.meta[ctx.num_decode, kv.k_cache.shape[2]]
+        rows, plan = ctx.decode_rows, ctx.meta[ctx.num_decode, kv.kv_heads]
         prefix = None
         if ctx.shared is not None:
-            prefix = shared_attention_triton(
-                q,
-                k_cache=kv.k_cache,
-                v_cache=kv.v_cache,
-                block_tables=ctx.block_tables,
-                slots=slots,
-                scale=scale,
-                plan=ctx.shared,
-                num_splits=plan.num_splits,
-            )
-        decode_attention_triton(
-            q,
-            k_cache=kv.k_cache,
-            v_cache=kv.v_cache,
-            block_tables=ctx.block_tables,
-            slots=slots,
-            context_lens=ctx.context_lens[: ctx.num_decode],
-            scale=scale,
-            out=out,
-            counters=ctx.counters,
-            plan=plan,
-            prefix=prefix,
-        )
+            prefix = shared_attention_triton(q, kv, rows, scale, ctx.shared, plan.num_splits)
+        decode_attention_triton(q, kv, rows, scale, plan=plan, out=out, counters=ctx.counters, prefix=prefix)
 
     def prefill(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
         assert ctx.cu_seqlens_q is not None  # `attend` calls this only if there are prefill rows
-        prefill_attention_triton(
-            q,
-            k_cache=kv.k_cache,
-            v_cache=kv.v_cache,
-            block_tables=ctx.block_tables,
-            slots=ctx.slots[ctx.num_decode :],
-            cu_seqlens_q=ctx.cu_seqlens_q,
-            context_lens=ctx.context_lens[ctx.num_decode :],
-            scale=scale,
-            out=out,
-        )
+        prefill_attention_triton(q, kv, ctx.prefill_rows, ctx.cu_seqlens_q, scale, out=out)

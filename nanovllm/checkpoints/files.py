@@ -1,6 +1,15 @@
 """Paths and files that users name."""
 
+import os
 from pathlib import Path
+
+
+def check_working_folder() -> None:
+    """Raise RuntimeError if the working folder was deleted: transformers cannot be imported there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise RuntimeError("the working folder has been deleted; change to another with os.chdir()") from error
 
 
 def local_path(label: str, name: str | Path) -> Path:

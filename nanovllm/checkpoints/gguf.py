@@ -1,5 +1,6 @@
 """Read GGUF files: config, weights and tokenizer, as in the transformers checkpoint they were converted from."""
 
+import logging
 import math
 import struct
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 import torch
+from tokenizers import Regex, pre_tokenizers
 
-from nanovllm.arithmetic import ceil_div
+from nanovllm.arithmetic import ceil_div, is_power_of_2
 from nanovllm.checkpoints.files import regular_file
 from nanovllm.checks import shown
 from nanovllm.models.registry import (
@@ -27,6 +29,8 @@ from nanovllm.models.registry import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
@@ -70,6 +74,12 @@ _NEUTRAL = {
 }
 # For these pre-tokenizers llama.cpp adds BOS by default, and looks up whole words before it merges.
 _WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
+# Pre-tokenizers that split text like those of Llama 3, Qwen, GPT-4o or Tekken. transformers knows these names.
+_KNOWN_SPLITS = {"llama4", "gpt-4o", "dbrx", "smaug-bpe", "qwen2", "deepseek-r1-qwen", "qwen35", *_WHOLE_WORDS}
+# These split text like GPT-2's, which transformers uses for names that it does not know.
+_GPT2_SPLITS = {"gpt-2", "phi-2", "olmo", "jais", "mpt", "trillion"}
+# These split digits from each other first, and then like GPT-2's.
+_DIGIT_SPLITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ class _GgufFile:
             self.offset = 0
             self.metadata, self.tensors = self._parse()
         except (OSError, ValueError, struct.error, RecursionError) as error:
-            raise ValueError(f"{path} is not a GGUF file that can be read: {error}") from error
+            raise ValueError(f"{path} is not a GGUF file that can be read: {error!s:.500}") from error
         arch = self.get("general.architecture")
         if arch is None:
             raise ValueError(f"{path} lacks the metadata general.architecture")
@@ -175,7 +185,7 @@ class _GgufFile:
 
     def _locate(self, infos: list[_Tensor], alignment: Any) -> dict[str, _Tensor]:
         """Return the tensors by name, with offsets in the file. Raise ValueError if two of them overlap."""
-        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        if type(alignment) is not int or not is_power_of_2(alignment):
             raise ValueError(f"its alignment must be a power of two, got {shown(alignment)}")
         first = ceil_div(self.offset, alignment) * alignment
         tensors = {info.name: replace(info, start=first + info.start, end=first + info.end) for info in infos}
@@ -214,7 +224,7 @@ class _GgufFile:
         try:
             return gguf.dequantize(data.reshape(byte_shape), tensor.type)
         except NotImplementedError as error:
-            raise unsupported(f"the quantisation of the GGUF tensor {name}, {tensor.type.name},") from error
+            raise unsupported(f"the quantisation of the GGUF tensor {name:.200}, {tensor.type.name},") from error
 
 
 def _rope_scaling(file: _GgufFile) -> dict[str, Any] | None:
@@ -253,11 +263,13 @@ def _check_neutral(file: _GgufFile, values: dict[str, tuple[float, ...]]) -> Non
 
 def _end_ids(file: _GgufFile, vocab_size: int) -> tuple[int, ...]:
     """Return the ids of the tokens that end a text: those that the file names, and those with one of _END_TEXTS."""
-    named = [file.get(f"tokenizer.ggml.{key}_token_id") for key in _END_KEYS]
+    keys = [f"tokenizer.ggml.{key}_token_id" for key in _END_KEYS]
+    named = [file.number(key) for key in keys if key in file.metadata]
     tokens = file.get("tokenizer.ggml.tokens", [])
+    if not isinstance(tokens, list) or not all(isinstance(text, str) for text in tokens):
+        raise ValueError(f"{file.path} must have a list of texts as its metadata tokenizer.ggml.tokens")
     by_text = [token_id for token_id, text in enumerate(tokens) if text in _END_TEXTS]
-    ids = [token_id for token_id in (*named, *by_text) if token_id is not None]
-    return known_ids(list(dict.fromkeys(ids)), vocab_size)
+    return known_ids(list(dict.fromkeys([*named, *by_text])), vocab_size)
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
@@ -314,15 +326,34 @@ def read_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     from transformers import PreTrainedTokenizerFast
 
     file = _GgufFile(path)
-    whole_words = file.get("tokenizer.ggml.model") == "gpt2" and file.get("tokenizer.ggml.pre") in _WHOLE_WORDS
+    is_bpe, split = file.get("tokenizer.ggml.model") == "gpt2", file.get("tokenizer.ggml.pre", "default")
+    if is_bpe:
+        _check_split(path, split)
+    whole_words = is_bpe and split in _WHOLE_WORDS
     options: dict[str, Any] = {}
     if whole_words and "tokenizer.ggml.add_bos_token" not in file.metadata:
         options["add_bos_token"] = True
     # `from_pretrained` would also read the tokenizer files in the folder.
     tokenizer = PreTrainedTokenizerFast(name_or_path=str(path.parent), gguf_file=path.name, **options)
+    backend = tokenizer.backend_tokenizer
     if whole_words:
-        tokenizer.backend_tokenizer.model.ignore_merges = True
+        backend.model.ignore_merges = True
+    if is_bpe and split in _DIGIT_SPLITS:
+        digits = pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    if not is_bpe and file.get("tokenizer.ggml.add_space_prefix", True) is False:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
     return tokenizer
+
+
+def _check_split(path: Path, split: Any) -> None:
+    """Raise ValueError unless this pre-tokenizer of a BPE vocabulary is known."""
+    if split == "default":
+        logger.warning("%s does not name its pre-tokenizer; GPT-2's is used, which may not be the model's", path)
+        return
+    known = sorted(_KNOWN_SPLITS | _GPT2_SPLITS | _DIGIT_SPLITS)
+    if split not in known:
+        raise unsupported(f"the pre-tokenizer tokenizer.ggml.pre={shown(split)} of {path} (known: {', '.join(known)})")
 
 
 def _hf_name(name: str) -> str:

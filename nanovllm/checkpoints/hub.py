@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, TextIO
 
 import torch
 
-from nanovllm.checkpoints.files import local_path, regular_file
+from nanovllm.checkpoints.files import check_working_folder, local_path, regular_file
 from nanovllm.checkpoints.loader import check_shapes, has_separate_head, iterate_weights, read_json, read_shapes
 from nanovllm.checks import shown
+from nanovllm.config import Config
 from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, known_ids, token_ids
 
 if TYPE_CHECKING:
@@ -42,11 +43,13 @@ class ModelSource:
         config: the model's options.
         path: a folder in transformers' layout or a GGUF file; None for a shape without weights and tokenizer.
         has_tokenizer: whether the model has a tokenizer.
+        tokenizer_path: a folder or a GGUF file whose tokenizer replaces the model's.
     """
 
     config: ModelConfig
     path: Path | None = None
     has_tokenizer: bool = False
+    tokenizer_path: Path | None = None
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Iterate over the checkpoint's tensors, for `load_weights`."""
@@ -60,7 +63,7 @@ class ModelSource:
 
     @cached_property
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
-        path = self.path
+        path = self.tokenizer_path or self.path
         if path is None or not self.has_tokenizer:
             raise ValueError(f"the model {path or ''} has no tokenizer: give prompts as token ids")
         if not path.exists():
@@ -87,28 +90,53 @@ def _explain(error: Exception, folder: Path) -> str:
             import sentencepiece  # noqa: F401  # pyright: ignore[reportMissingImports]
         except ImportError:
             return "a tokenizer.model without a tokenizer.json needs the package sentencepiece"
-    return repr(error)
+    return f"{type(error).__name__}: {error!s:.500}"
 
 
-def open_model(name: str | Path | None, load_format: str = "auto") -> ModelSource:
+def open_config(config: Config) -> ModelSource:
+    """Find the model of an engine's config, and its tokenizer; see `open_model`."""
+    source = open_model(config.model, config.load_format, revision=config.revision, download_dir=config.download_dir)
+    if config.tokenizer is None:
+        return source
+    path = local_path("tokenizer", config.tokenizer)
+    if not path.exists():
+        path = _download(str(config.tokenizer), "dummy", download_dir=config.download_dir, kind="tokenizer")
+    if path.is_dir():
+        _check_files(path)
+    if not (path.suffix == ".gguf" if path.is_file() else _has_tokenizer(path)):
+        raise ValueError(f"tokenizer {str(config.tokenizer)!r:.100} is not a folder or .gguf file with a tokenizer")
+    return _with_end_tokens(replace(source, tokenizer_path=path, has_tokenizer=True))
+
+
+def open_model(
+    name: str | Path | None,
+    load_format: str = "auto",
+    revision: str | None = None,
+    download_dir: str | Path | None = None,
+) -> ModelSource:
     """Find a model, read its config, and compare it with the headers of its weights.
 
     Args:
         name: a folder, a `.gguf` file, a hub id such as "Qwen/Qwen3-0.6B" (downloaded into the hub's cache), a key of
             PRESETS with load_format="dummy", or None for the default model.
         load_format: "dummy" needs no weights.
+        revision: branch, tag or commit of a hub id; a local model has none.
+        download_dir: folder for downloads instead of the hub's cache.
 
     Raises:
         ValueError: no model has that name, the model is not supported, or its config does not fit its weights.
+        RuntimeError: the working folder was deleted, or the default model could not be fetched.
     """
-    if name is None:
-        path = default_model()
-    else:
-        path = local_path("model", name)  # absolute: the working folder may change before the weights are read
-        if not path.exists():
-            if isinstance(name, str) and name in PRESETS and load_format == "dummy":
-                return ModelSource(PRESETS[name])
-            path = _download(str(name), load_format)
+    check_working_folder()
+    # Absolute: the working folder may change before the weights are read.
+    path = default_model() if name is None else local_path("model", name)
+    is_preset = not path.exists() and isinstance(name, str) and name in PRESETS and load_format == "dummy"
+    if revision is not None and (path.exists() or is_preset):
+        raise ValueError(f"revision must be None for a local model, got {shown(revision)}; only a hub id has one")
+    if is_preset:
+        return ModelSource(PRESETS[str(name)])
+    if not path.exists():
+        path = _download(str(name), load_format, revision, download_dir)
     if path.is_dir():
         return _open_folder(path, load_format)
     if path.suffix != ".gguf":
@@ -137,10 +165,35 @@ def _check_files(folder: Path) -> None:
             regular_file(file)
 
 
+def new_weights(location: str | Path, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """Iterate over the weights of a checkpoint that replace those of a model; see `iterate_weights`.
+
+    Raises:
+        ValueError: the checkpoint has a config, and it is another model's.
+    """
+    weights = iterate_weights(location)
+    path = local_path("the path of the weights", location)
+    if path.is_file():
+        from nanovllm.checkpoints.gguf import read_gguf
+
+        config.check_same_model(read_gguf(path)[0])
+    elif (path / "config.json").exists():
+        config.check_same_model(_read_config(path))
+    return weights
+
+
 def _open_folder(path: Path, load_format: str) -> ModelSource:
     if not (path / "config.json").exists():
         raise ValueError(f"model {str(path)!r} is a folder without a config.json")
     _check_files(path)
+    source = _with_end_tokens(ModelSource(_read_config(path), path, _has_tokenizer(path)))
+    if load_format == "dummy":
+        return source
+    return replace(source, config=_compare_with_weights(source.config, path))
+
+
+def _read_config(path: Path) -> ModelConfig:
+    """Read the config.json of a folder, and the end tokens of its generation_config.json."""
     content = read_json(path / "config.json")
     # Refuse an unsupported type before transformers may want to run the folder's code.
     check_model_type(content.get("model_type"))
@@ -153,26 +206,38 @@ def _open_folder(path: Path, load_format: str) -> ModelSource:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises errors of many types
-        raise ValueError(f"{path / 'config.json'} is not a config that transformers can read: {error}") from error
+        what = f"{path / 'config.json'} is not a config that transformers can read"
+        raise ValueError(f"{what}: {error!s:.500}") from error
     generation = path / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.exists() else None
-    has_tokenizer = any((path / file).exists() for file in _TOKENIZER_FILES)
-    source = ModelSource(ModelConfig.from_hf(config, token_ids(eos)), path, has_tokenizer)
-    if not source.config.eos_token_ids and source.has_tokenizer:
-        eos = known_ids(source.tokenizer().eos_token_id, source.config.vocab_size)
-        source = replace(source, config=replace(source.config, eos_token_ids=eos))
-    if load_format == "dummy":
+    return ModelConfig.from_hf(config, token_ids(eos))
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).exists() for file in _TOKENIZER_FILES)
+
+
+def _with_end_tokens(source: ModelSource) -> ModelSource:
+    """Take the end tokens from the tokenizer if the model's config has none."""
+    if source.config.eos_token_ids or not source.has_tokenizer:
         return source
-    return replace(source, config=_compare_with_weights(source.config, path))
+    eos = known_ids(source.tokenizer().eos_token_id, source.config.vocab_size)
+    return replace(source, config=replace(source.config, eos_token_ids=eos))
 
 
-def _download(name: str, load_format: str) -> Path:
+def _download(
+    name: str,
+    load_format: str,
+    revision: str | None = None,
+    download_dir: str | Path | None = None,
+    kind: str = "model",
+) -> Path:
     """Download a hub model, only files that cannot run code. Return its local folder."""
     if name in PRESETS:
         raise ValueError(f"model {name!r} is a shape without weights; use load_format='dummy' or a folder or hub id")
     if name.endswith(".gguf") or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(
-            f"model {name!r:.100} is not a folder or .gguf file on this machine; nor is it a hub id (owner/name) or, "
+            f"{kind} {name!r:.100} is not a folder or .gguf file on this machine; nor is it a hub id (owner/name) or, "
             f"with load_format='dummy', one of {', '.join(PRESETS)}"
         )
     from huggingface_hub import snapshot_download
@@ -180,10 +245,16 @@ def _download(name: str, load_format: str) -> Path:
     patterns = _HUB_FILES if load_format == "dummy" else [*_HUB_FILES, "*.safetensors"]
     try:
         # Subfolders and consolidated.safetensors hold the same weights in the vendors' own layouts.
-        folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=None if download_dir is None else local_path("download_dir", download_dir),
+            allow_patterns=patterns,
+            ignore_patterns=["*/*", "consolidated*"],
+        )
     except Exception as error:  # errors of the hub, of its HTTP library, of the disk
         raise ValueError(
-            f"model {name!r:.100} is not a local path and could not be fetched from the hub: {error}"
+            f"{kind} {name!r:.100} is not a local path and could not be fetched from the hub: {error!s:.500}"
         ) from error
     return Path(folder)
 

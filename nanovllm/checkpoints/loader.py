@@ -3,14 +3,13 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanovllm.checkpoints.files import local_path, regular_file
-from nanovllm.checks import plain
+from nanovllm.checks import plain, shown
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import LinearLayer
 from nanovllm.models.decoder import Decoder
@@ -78,60 +77,98 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
             raise _unknown_tensor(name)
         needed = whole[_full_name(name)]
         if tuple(shape) != needed:
-            raise ValueError(f"the tensor {name} has shape {list(shape)}, but the model needs {list(needed)}")
+            found = shown(list(shape))
+            raise ValueError(f"the tensor {name:.200} has shape {found}, but the model needs {list(needed)}")
     _check_complete(config, whole, map(_full_name, shapes))
 
 
-def load_weights(model: Decoder, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Copy a whole checkpoint into the parameters, in place. Each rank takes its slices.
+class WeightUpdate:
+    """Copy a whole checkpoint into a decoder's parameters: in place, and in any number of parts.
 
-    All ranks of a group must call this: at the end they agree on whether the weights are valid.
+    All ranks of a group must make the same calls: at the end they agree on whether the weights are valid. Until
+    `finish` returns the parameters may be partly overwritten. After an error only a new update can complete them.
 
     Args:
-        weights: the checkpoint's transformers names and whole tensors, each once and in any order. This function holds
-            one of them at a time.
-
-    Raises:
-        ValueError: a tensor is missing, unknown, given twice, of the wrong shape, not floating point, or not finite.
-            The parameters may be partly overwritten then.
+        model: the decoder. Its weights become writable.
     """
-    targets, seen = model.checkpoint_tensors(), set()
-    tied = _TIED if model.config.tie_word_embeddings else {}
-    is_shared = model.lm_head.weight is model.embed_tokens.weight
-    differs: dict[str, torch.Tensor] = {}
-    bar = ProgressBar(
-        checked_weights(weights),
-        desc="Loading weights",
-        total=len(targets),
-        enabled=False if model.tp.rank else None,  # None: only on a terminal
-        delay=2,
-        leave=False,
-    )
-    # Parameters made in inference mode can only be written in it.
-    with torch.inference_mode(), _plain_layout(model):
-        for given, loaded in bar:
-            name = _full_name(given)
-            if _is_computed(name):
-                continue
-            if name in seen:
-                raise ValueError(f"the checkpoint has the tensor {given} twice")
-            if name not in targets:
-                raise _unknown_tensor(given)
-            # The first of two tied tensors fills both parameters.
-            other = tied.get(name)
-            fills_both = other is not None and other not in seen and not is_shared
-            try:
-                if is_shared and other in seen:
-                    differs[_DIFFERENT_HEAD] = model.embed_tokens.differs(loaded)
-                else:
-                    targets[name].load(loaded)
-                    if other is not None and fills_both:
-                        targets[other].load(loaded)
-            except ValueError as error:
-                raise ValueError(f"the tensor {given} {error}") from None
-            seen.add(name)
-        _check_complete(model.config, targets, seen)
-        _raise_first(_not_finite(targets) | differs, model.tp)
+
+    def __init__(self, model: Decoder):
+        self.model = model
+        self.targets = model.checkpoint_tensors()
+        self.seen: set[str] = set()
+        self.differs: dict[str, torch.Tensor] = {}
+        self.layers = [module for module in model.modules() if isinstance(module, LinearLayer)]
+        # Parameters made in inference mode can only be written in it.
+        with torch.inference_mode():
+            for layer in self.layers:
+                layer.format = layer.format.start_loading()
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Copy some tensors. Each rank takes its slices. Return their names.
+
+        Args:
+            weights: the checkpoint's transformers names and whole tensors, each once in all calls and in any order.
+                This method holds one of them at a time.
+
+        Raises:
+            ValueError: a tensor is unknown, given twice, of the wrong shape or not floating point.
+        """
+        bar = ProgressBar(
+            checked_weights(weights),
+            desc="Loading weights",
+            total=len(self.targets) - len(self.seen),
+            enabled=False if self.model.tp.rank else None,  # None: only on a terminal
+            delay=2,
+            leave=False,
+        )
+        names = set()
+        with torch.inference_mode():
+            for given, loaded in bar:
+                names.add(given)
+                name = _full_name(given)
+                if _is_computed(name):
+                    continue
+                if name in self.seen:
+                    raise ValueError(f"the checkpoint has the tensor {given:.200} twice")
+                if name not in self.targets:
+                    raise _unknown_tensor(given)
+                try:
+                    self._copy(name, loaded)
+                except ValueError as error:
+                    raise ValueError(f"the tensor {given:.200} {error}") from None
+                self.seen.add(name)
+        return names
+
+    def _copy(self, name: str, loaded: torch.Tensor) -> None:
+        other = _TIED.get(name) if self.model.config.tie_word_embeddings else None
+        is_shared = self.model.lm_head.weight is self.model.embed_tokens.weight
+        if is_shared and other in self.seen:
+            self.differs[_DIFFERENT_HEAD] = self.model.embed_tokens.differs(loaded)
+            return
+        self.targets[name].load(loaded)
+        # The first of two tied tensors fills both parameters.
+        if other is not None and other not in self.seen and not is_shared:
+            self.targets[other].load(loaded)
+
+    def finish(self) -> None:
+        """Check that the weights are whole and finite, and convert them to their fastest formats.
+
+        Raises:
+            ValueError: a tensor is missing or not finite, or the head differs from the embedding where both are one
+                parameter.
+        """
+        _check_complete(self.model.config, self.targets, self.seen)
+        with torch.inference_mode():
+            _raise_first(_not_finite(self.targets) | self.differs, self.model.tp)
+            for layer in self.layers:
+                layer.format = layer.format.finish_loading()
+
+
+def load_weights(model: Decoder, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy a whole checkpoint into the parameters; see `WeightUpdate`."""
+    update = WeightUpdate(model)
+    update.load(weights)
+    update.finish()
 
 
 def _not_finite(targets: Mapping[str, CheckpointTensor]) -> dict[str, torch.Tensor]:
@@ -158,28 +195,18 @@ def _raise_first(errors: dict[str, torch.Tensor], tp: TensorParallel) -> None:
         raise ValueError(list(errors)[index])
 
 
-@contextmanager
-def _plain_layout(model: Decoder) -> Iterator[None]:
-    """Make the weights writable within the body. Afterwards convert them to their fastest format."""
-    layers = [module for module in model.modules() if isinstance(module, LinearLayer)]
-    for layer in layers:
-        layer.format = layer.format.start_loading()
-    yield
-    for layer in layers:
-        layer.format = layer.format.finish_loading()
-
-
 def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """Iterate over `weights`. Raise TypeError or ValueError at one that is not a name and a floating-point tensor."""
     for pair in weights:
         name, tensor = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"weights must be pairs (name, tensor), got {str(pair)[:80]}")
+            raise TypeError(f"weights must be pairs (name, tensor), got {shown(pair)}")
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"the tensor {name} has dtype {tensor.dtype}; it must be float32, bfloat16 or float16")
+            what = f"the tensor {name:.200} has dtype {tensor.dtype}"
+            raise ValueError(f"{what}; it must be float32, bfloat16 or float16")
         if tensor.is_meta or tensor.layout is not torch.strided:
             raise ValueError(
-                f"the tensor {name} is on {tensor.device} with layout {tensor.layout}; "
+                f"the tensor {name:.200} is on {tensor.device} with layout {tensor.layout}; "
                 "it must be a dense tensor with data"
             )
         yield plain(name), tensor
@@ -223,7 +250,7 @@ def read_shapes(location: str | Path) -> dict[str, tuple[int, ...]]:
     files = _weight_files(location)
     for name, shape in _iterate_safetensors(files, lambda file, name: file.get_slice(name).get_shape()):
         if name in shapes:
-            raise ValueError(f"the checkpoint has the tensor {name} twice")
+            raise ValueError(f"the checkpoint has the tensor {name:.200} twice")
         shapes[name] = tuple(shape)
     return shapes
 
@@ -253,7 +280,7 @@ def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_bytes())  # UTF-8 in any locale
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise ValueError(f"{file} is not JSON: {error!s:.500}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}")
     return content
@@ -269,7 +296,7 @@ def _weight_files(folder: Path) -> list[Path]:
         files = {file.name for file in folder.iterdir() if file.is_file()}
         missing = [name for name in names if name not in files]
         if missing:
-            raise ValueError(f"{index} names {missing[0]!r}, which is not a file in that folder")
+            raise ValueError(f"{index} names {missing[0]!r:.200}, which is not a file in that folder")
         return [folder / name for name in names]
     single = folder / "model.safetensors"
     files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
@@ -290,4 +317,4 @@ def _iterate_safetensors(files: list[Path], read: Callable[[Any, str], Any]) -> 
                 for name in tensors.keys():  # noqa: SIM118  (not a dict)
                     yield name, read(tensors, name)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} is not a safetensors file that can be read: {error}") from error
+            raise ValueError(f"{file} is not a safetensors file that can be read: {error!s:.500}") from error

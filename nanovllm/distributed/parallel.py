@@ -6,6 +6,7 @@ A group is an object that is passed around, not a global: two engines in one pro
 import json
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -44,9 +45,13 @@ class TensorParallel:
 
     @classmethod
     def default(cls) -> "TensorParallel":
-        """Return the process's default `torch.distributed` group if there is one, else a single rank."""
+        """Return the process's default `torch.distributed` group if there is one, else a single rank.
+
+        The group is referred to weakly, so that `destroy_process_group` ends its threads although layers still exist. A
+        thread that drops the tensors of a collective while Python exits would abort the process.
+        """
         if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+            return cls(dist.get_rank(), dist.get_world_size(), weakref.proxy(dist.group.WORLD))
         return cls()
 
     def with_peers(self, device: torch.device, largest_all_reduce: int = 0) -> "TensorParallel":

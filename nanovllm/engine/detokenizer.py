@@ -183,3 +183,8 @@ class Detokenizer:
             end -= self.stops.num_held[self._state]
         start, self.num_taken = self.num_taken, max(self.num_taken, end)
         return self.text[start:end]
+
+    @property
+    def taken(self) -> str:
+        """The text that all calls of `take` have returned."""
+        return self.text[: self.num_taken]

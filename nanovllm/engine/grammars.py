@@ -1,7 +1,6 @@
 """Structured outputs: makes token masks of schemas, regular expressions and grammars."""
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +13,6 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 _FAILURE = "structured_outputs cannot be compiled"
-# CPU time that one call of llguidance may take in a step. Usual ones take less than 1 ms. Those of an ambiguous grammar
-# grow with the cube of the text, so the first one that takes longer does not take much longer.
-_MAX_CALL_SECONDS = 0.025
 
 
 class GrammarFilter:
@@ -26,7 +22,6 @@ class GrammarFilter:
 
     def __init__(self, matcher: "LLMatcher", vocab_size: int):
         self.matcher, self.vocab_size = matcher, vocab_size
-        self._is_slow = False
 
     def copy(self) -> "GrammarFilter":
         """Return a filter for another sample; compiling the grammar again may take a second."""
@@ -38,21 +33,13 @@ class GrammarFilter:
 
     @property
     def error(self) -> str | None:
-        if self._is_slow:
-            return "a step takes too long: the grammar is too ambiguous"
         return find_error(self.matcher)
 
     def accept(self, token_id: int) -> None:
-        self._timed(self.matcher.consume_token, token_id)
+        self.matcher.consume_token(token_id)
 
     def mask(self) -> np.ndarray:
-        return np.frombuffer(self._timed(self.matcher.compute_bitmask), np.int32, count=ceil_div(self.vocab_size, 32))
-
-    def _timed(self, call: Callable[..., Any], *args: Any) -> Any:
-        begin = time.thread_time()
-        result = call(*args)
-        self._is_slow |= time.thread_time() - begin > _MAX_CALL_SECONDS
-        return result
+        return np.frombuffer(self.matcher.compute_bitmask(), np.int32, count=ceil_div(self.vocab_size, 32))
 
 
 class Grammars:

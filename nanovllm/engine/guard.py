@@ -4,11 +4,14 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 from nanovllm.engine.interrupts import DeferInterrupts
+
+# The parts of the device memory that can sleep apart, as vLLM names them.
+MEMORY = ("weights", "kv_cache")
 
 
 class _Forks:
@@ -30,8 +33,9 @@ class Guard:
     Attributes:
         closed: the engine is closed.
         error: why the engine has failed; None if it has not.
-        sleep_level: 0 if the engine is awake.
-        updating: the weights are being overwritten.
+        asleep: the parts of the memory that are given back: "weights", "kv_cache".
+        updating: a call is overwriting weights.
+        update_open: a weight update has started and neither finished nor failed.
         weight_error: why the weights may be partly overwritten; None if they are whole.
         lock: held within a section.
         in_section: a section is open.
@@ -40,8 +44,9 @@ class Guard:
     def __init__(self):
         self.closed = False
         self.error: BaseException | None = None
-        self.sleep_level = 0
+        self.asleep: set[str] = set()
         self.updating = False
+        self.update_open = False
         self.weight_error: BaseException | None = None
         self.lock = threading.RLock()
         self.in_section = False
@@ -53,30 +58,37 @@ class Guard:
         """Whether this is a forked child, which cannot use what its parent made."""
         return self._forks != _Forks.count
 
+    @property
+    def update_failed(self) -> bool:
+        """Whether a weight update has failed, and none has started since."""
+        return self.weight_error is not None and not self.update_open
+
     def check_process(self) -> None:
         """Raise RuntimeError in a forked child."""
         if self.is_forked:
             raise RuntimeError("the engine belongs to the process that this one was forked from; make a new one here")
 
-    def check_usable(self, awake: bool = True, weights: bool = True) -> None:
+    def check_usable(self, awake: Collection[str] = MEMORY, weights: bool = True) -> None:
         """Raise RuntimeError if the engine cannot be used now.
 
         Args:
-            awake: also refuse an engine that sleeps.
+            awake: the parts of the memory that must not sleep.
             weights: also refuse an engine whose weights may be partly overwritten.
         """
         if self.error is not None:
-            raise RuntimeError(f"the engine has failed; make a new one: {self.error!r}") from self.error
+            raise RuntimeError(f"the engine has failed; make a new one: {self.error!r:.500}") from self.error
         if self.closed:
             raise RuntimeError("the engine is closed")
         self.check_process()
         if self.updating:
             raise RuntimeError("update_weights is running; the code that makes its weights cannot use the engine")
-        if awake and self.sleep_level:
-            raise RuntimeError("the engine is asleep; call wake_up() first")
+        if asleep := sorted(self.asleep.intersection(awake)):
+            raise RuntimeError(f"the engine is asleep ({', '.join(asleep)}); call wake_up() first")
+        if weights and self.update_open:
+            raise RuntimeError("a weight update is open; call finish_weight_update() first")
         if weights and self.weight_error is not None:
             message = "the last update_weights failed, and the weights may be partly overwritten; call it again"
-            raise RuntimeError(f"{message}: {self.weight_error!r}") from self.weight_error
+            raise RuntimeError(f"{message}: {self.weight_error!r:.500}") from self.weight_error
 
     def take(self) -> None:
         """Take the lock. Raise RuntimeError if another thread uses the engine."""
@@ -106,14 +118,19 @@ class Guard:
 
     @contextmanager
     def weight_update(self) -> Iterator[None]:
-        """Refuse all use of the engine in the `with` block, and note the error if it does not end well."""
+        """Refuse all use of the engine in the `with` block, which does a part of a weight update.
+
+        An error in the block ends the update. `weight_error` is set before the first weight is overwritten, because an
+        interrupt may come at any time.
+        """
         self.updating = True
-        self.weight_error = RuntimeError("it was interrupted")
+        if self.weight_error is None:
+            self.weight_error = RuntimeError("it was interrupted")
         try:
             yield
-            self.weight_error = None
         except BaseException as error:
             self.weight_error = error
+            self.update_open = False
             raise
         finally:
             self.updating = False

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceType
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -18,12 +18,13 @@ from nanovllm.config import Config
 from nanovllm.engine.chat_template import ChatTemplate
 from nanovllm.engine.detokenizer import TokenBytes
 from nanovllm.engine.grammars import GrammarFilter, Grammars
-from nanovllm.engine.request import Request
+from nanovllm.engine.request import Request, check_request_id
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.token_filter import TokenFilter, make_filter
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
 from nanovllm.sandbox.pool import Pool
 
+_MAX_TEMPLATE_CHARS = 1 << 20  # real templates have some thousands
 _MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token, so a longer prompt is refused before it is tokenised
 _USUAL_TOKEN_CHARS = 8  # prompts with more characters a token are rare; their tokens are counted piece by piece first
 _PIECE_CHARS = 1 << 16
@@ -102,9 +103,9 @@ class InputProcessor:
         Raises:
             TypeError, ValueError: the request cannot be served; the message names the argument.
         """
+        self.check_params(params)
         params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params must be SamplingParams, got {shown(params)}")
+        params = self._with_logprobs_mode(params)
         if self.has_tokenizer:
             _ = self.tokenizer  # a broken one refuses requests here; in a step it would lose all of them
         token_ids = self._prompt_ids(prompt)
@@ -115,20 +116,43 @@ class InputProcessor:
         if params.stop and not self.has_tokenizer:
             raise ValueError("stop strings need a tokenizer, and there is none")
         token_filter = self._token_filter(params, end_ids)
+        # The first mask is computed here, and not in a step.
+        mask = token_filter.mask() if token_filter and token_filter.depends_on_output else None
         samples = []
         for index in range(params.n):
             sample_filter = token_filter.copy() if token_filter else None
-            samples.append(Sequence(token_ids, params, end_ids, index=index, token_filter=sample_filter))
+            samples.append(Sequence(token_ids, params, end_ids, index=index, token_filter=sample_filter, mask=mask))
         text = prompt if isinstance(prompt, str) else None
         token_bytes = self.token_bytes(params.skip_special_tokens) if self.has_tokenizer else None
         return Request(
-            chosen_id=request_id,
+            chosen_id=None if request_id is None else check_request_id(request_id),
             prompt=text,
             params=params,
             samples=samples,
             stream=stream,
             token_bytes=token_bytes,
         )
+
+    def check_params(self, params: Any) -> None:
+        """Raise TypeError unless `params` are SamplingParams or None."""
+        if not isinstance(params, SamplingParams | None):
+            raise TypeError(f"sampling_params must be SamplingParams, got {shown(params)}")
+
+    def check(self, prompt: Any, params: Any) -> None:
+        """Find the faults of a request that show at once, without tokenising a text."""
+        self.check_params(params)
+        if not isinstance(prompt, str | Mapping):
+            self._prompt_ids(prompt)
+
+    def _with_logprobs_mode(self, params: SamplingParams) -> SamplingParams:
+        """Check the numbers of log-probabilities, and set their mode if the request has none."""
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(params, name)
+            if count is not None and 0 <= self.config.max_logprobs < count:
+                raise ValueError(f"{name} must be at most max_logprobs={self.config.max_logprobs}, got {count}")
+        if params.logprobs_mode is not None or self.config.logprobs_mode == "raw_logprobs":
+            return params
+        return replace(params, logprobs_mode=self.config.logprobs_mode)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the token ids of a text, by default without the special tokens that start or end a prompt."""
@@ -254,6 +278,9 @@ class InputProcessor:
                 raise TypeError(f"{name} must be a bool or None, got {shown(flag)}")
         if not isinstance(chat_template, str | None):
             raise TypeError(f"chat_template must be text, got {shown(chat_template)}")
+        if chat_template is not None and len(chat_template) > _MAX_TEMPLATE_CHARS:
+            what = f"chat_template must have at most {_MAX_TEMPLATE_CHARS} characters"
+            raise ValueError(f"{what}, got {len(chat_template)}")
         if chat_template == "":
             raise ValueError("chat_template must not be empty; leave it out for the model's own")
         if chat_template is None and not self.tokenizer.chat_template:
@@ -317,7 +344,7 @@ def _function_schema(tool: Callable) -> dict:
     try:
         return get_json_schema(tool)
     except Exception as error:
-        raise ValueError(f"tools has a function that no JSON schema can be made of: {error}") from error
+        raise ValueError(f"tools has a function that no JSON schema can be made of: {error!s:.500}") from error
 
 
 def _is_chat(messages: Any) -> bool:

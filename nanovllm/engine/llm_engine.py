@@ -16,16 +16,16 @@ from collections.abc import Sequence as SequenceType
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from nanovllm.checkpoints.hub import open_model
-from nanovllm.checkpoints.loader import iterate_weights
-from nanovllm.checks import shown
-from nanovllm.config import Config, check_names
+from nanovllm.checkpoints.hub import new_weights, open_config
+from nanovllm.checks import is_list, shown
+from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.guard import Guard, Section, close_at_exit
+from nanovllm.engine.guard import MEMORY, Guard, Section, close_at_exit
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.interrupts import DeferInterrupts
 from nanovllm.engine.openmp import ThreadWatch
@@ -38,6 +38,9 @@ from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 logger = logging.getLogger("nanovllm")
+
+# The part of the memory that a weight update overwrites.
+UPDATE_NEEDS = ("weights",)
 
 
 class LLMEngine:
@@ -57,16 +60,16 @@ class LLMEngine:
         outputs: what the next `step` returns, and whose outputs these are.
         abandoned: requests whose callers have gone; the next section ends them.
         holds_resources: whether there is anything for `close` to give back.
-        weight_version: how many times `update_weights` has succeeded.
+        weight_version: how many weight updates have succeeded.
+        finishes_by_itself: whether the open weight update is of `load_trainer_weights`.
     """
 
     holds_resources = False  # until the constructor has an executor
 
     def __init__(self, model: str | Path | None = None, **kwargs: Any):
-        check_names(kwargs)
-        self.config = Config(model=model, **kwargs)
+        self.config = Config.from_options({"model": model, **kwargs})
         self.guard = Guard()
-        self.source = open_model(self.config.model, self.config.load_format)
+        self.source = open_config(self.config)
         if self.source.has_tokenizer and not self.config.skip_tokenizer_init:
             # Later its files may be gone, and a broken tokenizer must not cost a step.
             self.source.tokenizer()
@@ -81,8 +84,15 @@ class LLMEngine:
         num_kv_tokens = runner.num_blocks * self.config.kvcache_block_size
         self.input_processor = InputProcessor(self.config, self.source, self.max_model_len, num_kv_tokens)
         blocks = BlockManager(runner.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching)
-        self.scheduler = Scheduler(self.config.max_num_seqs, self.config.max_num_batched_tokens, blocks)
+        self.scheduler = Scheduler(
+            self.config.max_num_seqs,
+            self.config.max_num_batched_tokens,
+            blocks,
+            # Ranks that schedule for themselves must not depend on their clocks.
+            limit_masks=not self.executor.is_replicated,
+        )
         self.weight_version = 0
+        self.finishes_by_itself = False
         self.next_id = 0
         self.seeds = random.Random(self.config.seed)
         self.num_steps = 0
@@ -132,6 +142,10 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Run one step. Return the outputs of finished requests, and what is new in streams."""
         self._advance()
+        return self.take_outputs()
+
+    def take_outputs(self) -> list[RequestOutput]:
+        """Return the outputs that the next `step` would return, without a step."""
         try:
             return [output for _, output in self.outputs]
         finally:
@@ -157,12 +171,12 @@ class LLMEngine:
     @property
     def can_step(self) -> bool:
         """Whether `step` is useful now: it has something to do, and the engine has its weights and its memory."""
-        return self.has_unfinished() and not self.guard.sleep_level and self.guard.weight_error is None
+        return self.has_unfinished() and not self.guard.asleep and self.guard.weight_error is None
 
     def _advance(self) -> None:
         """Run one step. Its outputs join `self.outputs`."""
         with self._section():
-            self.guard.check_usable()
+            self._check_usable()
             with self._closing_on_error():
                 watch = self.thread_watch
                 cpu_start = 0.0 if watch.done else time.process_time()
@@ -273,7 +287,7 @@ class LLMEngine:
 
     def _check_addable(self, request_id: int | str | None) -> None:
         """Check that requests can be added now, and that none has this id."""
-        self.guard.check_usable()
+        self._check_usable()
         if request_id is not None and self._is_taken(check_request_id(request_id)):
             name = f"request_id {shown(request_id)}"
             raise ValueError(f"{name} belongs to a request that is unfinished or whose output waits for step()")
@@ -305,24 +319,77 @@ class LLMEngine:
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | str | Path) -> int:
         """Overwrite the weights in place, on all ranks; see `LLM.update_weights`."""
-        self.check_usable(weights=False)
-        if isinstance(weights, str | Path):
-            weights = iterate_weights(weights)
-        elif not isinstance(weights, Iterable) or isinstance(weights, bytes | Mapping):
-            raise TypeError(f"weights must be pairs (name, tensor) or a path, got {type(weights).__name__}")
+        self.check_usable(UPDATE_NEEDS, weights=False)
+        weights = _pairs(new_weights(weights, self.source.config) if isinstance(weights, str | Path) else weights)
         with self._section() as section:
-            self.guard.check_usable(weights=False)
-            with self._closing_on_error():
-                self._forget_computed()
-            try:
-                with self.guard.weight_update():
-                    self.executor.update_weights(section.pull(weights))
-            except BaseException as error:
-                if self.executor.error:  # a rank is lost
-                    self._fail(error)
-                raise
-            self.weight_version += 1
+            self._start_weight_update()
+            self._load_weights(section.pull(weights))
+            return self._finish_weight_update()
+
+    def start_weight_update(self) -> None:
+        """Start to overwrite the weights in parts; see `LLM.start_weight_update`."""
+        with self._section():
+            self._start_weight_update()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Overwrite some of the weights and return their names; see `LLM.load_weights`."""
+        with self._section() as section:
+            self.guard.check_usable(UPDATE_NEEDS, weights=False)
+            if not self.guard.update_open:
+                raise RuntimeError("no weight update is open; call start_weight_update() first")
+            return self._load_weights(section.pull(_pairs(weights)))
+
+    def finish_weight_update(self) -> int:
+        """Check the new weights and return their version; see `LLM.finish_weight_update`."""
+        with self._section():
+            self.guard.check_usable(UPDATE_NEEDS, weights=False)
+            if not self.guard.update_open:
+                raise RuntimeError("no weight update is open; call start_weight_update() first")
+            return self._finish_weight_update()
+
+    def load_trainer_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Overwrite some of the weights, for trainers that know `load_weights` of vLLM's model and nothing else.
+
+        The first call starts a weight update. The next call that needs the weights, or `reset_prefix_cache`, finishes
+        it.
+        """
+        with self._section():
+            if not self.guard.update_open:
+                self.start_weight_update()
+                self.finishes_by_itself = True
+            return self.load_weights(weights)
+
+    def _start_weight_update(self) -> None:
+        self.guard.check_usable(UPDATE_NEEDS, weights=False)
+        with self._closing_on_error():
+            self._forget_computed()
+        with self._weight_update():
+            self.executor.start_weight_update()
+            self.finishes_by_itself = False
+            self.guard.update_open = True
+
+    def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        with self._weight_update():
+            return self.executor.load_weights(weights)
+
+    def _finish_weight_update(self) -> int:
+        with self._weight_update():
+            self.executor.finish_weight_update()
+            self.guard.update_open = False
+        self.guard.weight_error = None
+        self.weight_version += 1
         return self.weight_version
+
+    @contextmanager
+    def _weight_update(self) -> Iterator[None]:
+        """Do a part of a weight update in a `with` block. Close the engine if a rank is lost in it."""
+        try:
+            with self.guard.weight_update():
+                yield
+        except BaseException as error:
+            if self.executor.error:
+                self._fail(error)
+            raise
 
     def sleep(self, level: int = 1) -> None:
         """Give device memory back until `wake_up`; see `LLM.sleep`."""
@@ -332,26 +399,30 @@ class LLMEngine:
         if level not in (1, 2):
             raise ValueError(message)
         with self._section():
-            self.guard.check_usable()
-            with self._closing_on_error():
-                self._forget_computed()
-                self.executor.sleep(level)
-                self.guard.sleep_level = level
-
-    def wake_up(self) -> None:
-        """Undo `sleep`; see `LLM.wake_up`."""
-        with self._section():
-            if self.guard.sleep_level:
-                self.guard.check_usable(awake=False)
+            self.guard.check_usable(awake=(), weights=False)
+            wanted = MEMORY if level == 2 else ("kv_cache",)
+            if parts := tuple(part for part in wanted if part not in self.guard.asleep):
                 with self._closing_on_error():
-                    self.executor.wake_up()
-                    self.guard.sleep_level = 0
+                    self._forget_computed()
+                    self.executor.sleep(parts)
+                    self.guard.asleep.update(parts)
 
-    def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes. Running requests keep their blocks."""
+    def wake_up(self, tags: Iterable[str] | None = None) -> None:
+        """Undo `sleep`, or a part of it; see `LLM.wake_up`."""
+        wanted = MEMORY if tags is None else _memory_parts(tags)
         with self._section():
-            self.guard.check_usable()
+            self.guard.check_usable(awake=(), weights=False)
+            if parts := tuple(part for part in wanted if part in self.guard.asleep):
+                with self._closing_on_error():
+                    self.executor.wake_up(parts, capture=self.guard.asleep.issubset(parts))
+                    self.guard.asleep.difference_update(parts)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; see `LLM.reset_prefix_cache`."""
+        with self._section():
+            self._check_usable(awake=(), weights=False)
             self.scheduler.block_manager.reset_prefix_cache()
+        return True
 
     def _forget_computed(self) -> None:
         """Collect what is in flight, and let all running requests be computed again."""
@@ -367,10 +438,34 @@ class LLMEngine:
         """The model's transformers tokenizer."""
         return self.input_processor.tokenizer
 
-    def check_usable(self, awake: bool = True, weights: bool = True) -> None:
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether a part of the memory sleeps."""
+        return bool(self.guard.asleep)
+
+    @property
+    def model_config(self) -> SimpleNamespace:
+        """What clients of vLLM read here: `max_model_len`."""
+        return SimpleNamespace(max_model_len=self.max_model_len)
+
+    @property
+    def model_executor(self) -> SimpleNamespace:
+        """The path on which trainers reach `load_weights` of vLLM's model; see `load_trainer_weights`."""
+        model = SimpleNamespace(load_weights=self.load_trainer_weights)
+        worker = SimpleNamespace(model_runner=SimpleNamespace(model=model))
+        worker.worker = worker  # the path of older versions
+        return SimpleNamespace(driver_worker=worker)
+
+    def check_usable(self, awake: Collection[str] = MEMORY, weights: bool = True) -> None:
         """Raise RuntimeError if the engine cannot be used now, or another thread uses it; see `Guard.check_usable`."""
         with self._section():
-            self.guard.check_usable(awake, weights)
+            self._check_usable(awake, weights)
+
+    def _check_usable(self, awake: Collection[str] = MEMORY, weights: bool = True) -> None:
+        """Check the guard, and finish the weight update that `load_trainer_weights` has started."""
+        if self.guard.update_open and self.finishes_by_itself:
+            self.finish_weight_update()
+        self.guard.check_usable(awake, weights)
 
     def reserved(self) -> AbstractContextManager[None]:
         """Refuse other threads in a `with` block of several calls."""
@@ -425,3 +520,18 @@ class LLMEngine:
         if self.holds_resources:
             with suppress(Exception):  # Python would only print it
                 self.close()
+
+
+def _pairs(weights: Any) -> Iterable[tuple[str, torch.Tensor]]:
+    if not isinstance(weights, Iterable) or isinstance(weights, str | bytes | Mapping):
+        raise TypeError(f"weights must be pairs (name, tensor), got {type(weights).__name__}")
+    return weights
+
+
+def _memory_parts(tags: Any) -> tuple[str, ...]:
+    parts = tuple(tags) if is_list(tags) or isinstance(tags, set | frozenset) else None
+    if parts is None or not all(isinstance(part, str) for part in parts):
+        raise TypeError(f"tags must be None or a list of {' and '.join(MEMORY)}, got {shown(tags)}")
+    if unknown := [part for part in parts if part not in MEMORY]:
+        raise ValueError(f"tags must be None or a list of {' and '.join(MEMORY)}, got {shown(unknown[0])}")
+    return parts

@@ -8,18 +8,21 @@ from typing import Any
 
 import xxhash
 
-from nanovllm.checks import shown
+from nanovllm.checks import plain, shown
 from nanovllm.engine.detokenizer import Detokenizer, StopStrings, TokenBytes
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import CompletionOutput, RequestOutput
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 
 def check_request_id(request_id: Any) -> int | str:
-    """Return a request id that a caller chose. Raise TypeError if it cannot be one."""
+    """Return a request id that a caller chose as Python's int or str. Raise TypeError if it cannot be one.
+
+    Subclasses could run the caller's code when a step looks an id up.
+    """
     if not isinstance(request_id, int | str) or isinstance(request_id, bool):
         raise TypeError(f"request_id must be a string or an integer, got {shown(request_id)}")
-    return request_id
+    return plain(request_id) if isinstance(request_id, str) else int.__int__(request_id)
 
 
 @dataclass(eq=False)
@@ -29,11 +32,12 @@ class Request:
     Args:
         chosen_id: the id that the caller chose; None numbers the request when it is queued.
         prompt: the prompt's text, if it was given as text.
-        stream: each output has what is new since the last one, instead of everything.
+        stream: there are outputs before the end; `params.output_kind` says what they have.
         token_bytes: the bytes of each token; None without a tokenizer, which leaves all text empty.
 
     Attributes:
         id: set when the request is queued.
+        is_delta: each output has what is new since the last one, instead of everything.
         consumer: the iterator of a stream.
         delivered: for each sample of a stream, how many tokens and which finish reason its caller has received.
     """
@@ -50,6 +54,9 @@ class Request:
     consumer: weakref.ref | None = field(init=False, default=None)
 
     def __post_init__(self):
+        kind = self.params.output_kind
+        self.stream = self.stream and kind is not RequestOutputKind.FINAL_ONLY
+        self.is_delta = self.stream and kind is not RequestOutputKind.CUMULATIVE
         self.delivered: list[tuple[int, str | None]] = [(len(seq.prompt_ids), None) for seq in self.samples]
         if self.token_bytes is not None and (self.stream or self.params.stop):
             stops = StopStrings(self.params.stop) if self.params.stop else None
@@ -77,7 +84,7 @@ class Request:
         return all(seq.finish_reason for seq in self.samples)
 
     def output(self, weight_version: int) -> RequestOutput:
-        """Return the results so far; for a stream, only those that no earlier output had."""
+        """Return the results so far, or only those that no earlier output had."""
         first, finished = self.samples[0], self.is_finished
         return RequestOutput(
             request_id=self.id,
@@ -93,11 +100,11 @@ class Request:
         )
 
     def _has_news(self, seq: Sequence) -> bool:
-        return not self.stream or self.delivered[seq.index] != (len(seq.token_ids), seq.finish_reason)
+        return not self.is_delta or self.delivered[seq.index] != (len(seq.token_ids), seq.finish_reason)
 
     def _completion(self, seq: Sequence) -> CompletionOutput:
         start = len(seq.prompt_ids)
-        if self.stream:
+        if self.is_delta:
             start, _ = self.delivered[seq.index]
             self.delivered[seq.index] = len(seq.token_ids), seq.finish_reason
         return CompletionOutput(
@@ -115,7 +122,10 @@ class Request:
         if seq.detokenizer:
             if seq.finish_reason:
                 seq.detokenizer.finish()
-            return seq.detokenizer.take() if self.stream else seq.detokenizer.text
+            if not self.stream:
+                return seq.detokenizer.text
+            new = seq.detokenizer.take()
+            return new if self.is_delta else seq.detokenizer.taken
         token_ids = seq.output_ids
         if seq.finish_reason == "stop" and token_ids[-1] in seq.end_ids and not self.params.include_stop_str_in_output:
             token_ids.pop()

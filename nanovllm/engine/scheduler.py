@@ -5,14 +5,22 @@ decoding sequence needs one token, a new prompt many, a prompt with a cached pre
 of its tokens again. Running sequences come before new ones, so a long prompt never stops the others.
 """
 
-from collections import deque
+import math
+import time
+from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import islice
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Placement, Sequence, Status
 from nanovllm.engine.stopping import stop_reason
 from nanovllm.messages import FIRST_TOKEN, NO_TOKENS, Admission, Batch, Row, StepOutput
+
+# CPU time after which a step starts no further mask, and that one mask may take. A usual mask takes less than 1 ms. The
+# times of an ambiguous grammar grow with the cube of the text, so the first mask over the limit is not far over it.
+STEP_MASK_SECONDS = 0.01
+_MAX_MASK_SECONDS = 0.02
 
 
 @dataclass(slots=True)
@@ -30,12 +38,17 @@ class Scheduler:
         max_num_seqs: sequences that may run at once, which is the number of slots.
         max_num_batched_tokens: token budget of a step, at least max_num_seqs.
         block_manager: the KV blocks.
+        limit_masks: limit the time of masks, so that schedules depend on it.
     """
 
-    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, block_manager: BlockManager):
+    def __init__(
+        self, max_num_seqs: int, max_num_batched_tokens: int, block_manager: BlockManager, limit_masks: bool = True
+    ):
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.limit_masks = limit_masks
         self.block_manager = block_manager
-        self.waiting: deque[Sequence] = deque()
+        # A request may end while a million others wait: a dict removes it without a search.
+        self.waiting: OrderedDict[Sequence, None] = OrderedDict()
         self.running: list[Sequence] = []  # in order of admission; the last is preempted first
         self.free_slots = list(range(max_num_seqs - 1, -1, -1))
         self.num_preemptions = 0
@@ -44,10 +57,11 @@ class Scheduler:
         self.num_generated_tokens = 0
 
     def add(self, seq: Sequence) -> None:
-        self.waiting.append(seq)
+        self.waiting[seq] = None
 
     def schedule(self) -> ScheduledStep | None:
-        """Return the next step, or None if every sequence is done or waits for a step in flight."""
+        """Return the next step, or None if every sequence is done, waits for a step in flight, or lacks its mask."""
+        self._compute_masks()
         builder = _StepBuilder(self.block_manager)
         budget = self.max_num_batched_tokens
         num_preemptions = self.num_preemptions
@@ -60,7 +74,7 @@ class Scheduler:
             num_generated = num_tokens - len(seq.prompt_ids)
             if num_new == 0 or num_generated >= seq.params.max_tokens:
                 continue  # the budget is used up, or its last token is in flight
-            if seq.token_filter and seq.waits_for_token:
+            if seq.lacks_mask:
                 continue
             if not self._make_room(seq, placement, num_new):
                 break  # it was the last one and preempted itself
@@ -98,8 +112,10 @@ class Scheduler:
         """End `seq` in whatever state it is. Its slot and blocks are freed once no step in flight uses them."""
         if seq.status is Status.FINISHED:
             return
-        queue = self.waiting if seq.status is Status.WAITING else self.running
-        queue.remove(seq)
+        if seq.status is Status.WAITING:
+            del self.waiting[seq]
+        else:
+            self.running.remove(seq)
         seq.status = Status.FINISHED
         seq.finish_reason = reason
         seq.stop_reason = stop_reason
@@ -115,6 +131,26 @@ class Scheduler:
         self.block_manager.reset_prefix_cache()
 
     # -- parts of schedule -------------------------------------------------------------------------------------------
+
+    def _compute_masks(self) -> None:
+        """Compute the masks that sequences need now, until the step has spent its time for that.
+
+        Sequences whose masks have cost little so far come first. The others wait for the next step, so that neither a
+        costly grammar nor many of them delay other requests.
+        """
+        candidates = [*self.running, *islice(self.waiting, len(self.free_slots))]
+        lacking = [seq for seq in candidates if seq.lacks_mask and not seq.num_pending]
+        budget = STEP_MASK_SECONDS if self.limit_masks else math.inf
+        for seq in sorted(lacking, key=lambda seq: seq.mask_seconds):
+            if budget <= 0 or seq.token_filter is None:
+                break
+            start = time.thread_time()
+            seq.mask = seq.token_filter.mask()
+            seconds = time.thread_time() - start
+            budget -= seconds
+            seq.mask_seconds += seconds
+            if self.limit_masks and seconds > _MAX_MASK_SECONDS:
+                seq.mask_error = "a step takes too long: the grammar is too ambiguous"
 
     def _make_room(self, seq: Sequence, placement: Placement, num_new: int) -> bool:
         """Preempt the newest sequences until `seq` has room for `num_new` tokens; False if it preempted itself."""
@@ -135,7 +171,8 @@ class Scheduler:
         them comes before the new owner's writes.
         """
         self.running.remove(seq)
-        self.waiting.appendleft(seq)
+        self.waiting[seq] = None
+        self.waiting.move_to_end(seq, last=False)
         seq.status = Status.WAITING
         self._free_placement(seq)
         self.num_preemptions += 1
@@ -143,15 +180,15 @@ class Scheduler:
     def _admit(self, builder: "_StepBuilder", budget: int) -> None:
         """Start waiting sequences while there are slots, blocks and budget."""
         while self.waiting and self.free_slots and budget > 0:
-            seq = self.waiting[0]
-            if seq.num_pending:  # preempted with a token in flight: the host must know the token first
+            seq = next(iter(self.waiting))
+            if seq.num_pending or seq.lacks_mask:  # preempted: the host must know all its tokens first
                 break
             found = [] if seq.num_unscored else self.block_manager.find_prefix(seq)
             num_cached = len(found) * self.block_manager.block_size
             num_new = min(seq.num_tokens - num_cached, budget)
             if not self._has_blocks_for(found, num_cached + num_new):
                 break
-            self.waiting.popleft()
+            del self.waiting[seq]
             self.running.append(seq)
             seq.status = Status.RUNNING
             seq.placement = Placement(self.free_slots.pop())
@@ -305,5 +342,6 @@ class _StepBuilder:
             batch.num_logprobs = max(batch.num_logprobs, params.logprobs)
             if params.logprobs_mode == "processed_logprobs":
                 batch.processed_logprobs = True
-        if seq.token_filter and seq.token_filter.depends_on_output:
-            batch.masks.append((slot, seq.token_filter.mask()))
+        if seq.mask is not None:
+            batch.masks.append((slot, seq.mask))
+            seq.mask = None

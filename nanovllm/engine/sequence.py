@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import numpy as np
+
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.grammars import GrammarFilter
 from nanovllm.engine.token_filter import TokenFilter
@@ -49,12 +51,16 @@ class Sequence:
         end_ids: tokens that finish it: the end-of-sequence ids unless ignored, and `stop_token_ids`.
         index: which of the request's samples it is.
         token_filter: of a request that limits which tokens may be sampled.
+        mask: what the filter lets follow the known tokens, once it is computed and until a row samples with it; only
+            used if the mask depends on the output.
         detokenizer: of a request that is streamed or has stop strings.
         token_ids: prompt and output, as far as the host knows them.
         num_pending: tokens that steps in flight sample for it (at most the overlap depth + 1).
         num_in_flight: launched steps with a row of this sequence that are not collected yet.
         num_cached: prompt tokens that the prefix cache had when it was first admitted.
         num_scored: prompt tokens whose logprobs are computed, counted when their step is scheduled.
+        mask_seconds: CPU time that the sequence's masks have cost in steps.
+        mask_error: why the sequence must end: a mask took too long.
     """
 
     prompt_ids: list[int]
@@ -64,6 +70,7 @@ class Sequence:
     request_id: int | str = 0
     index: int = 0
     token_filter: TokenFilter | GrammarFilter | None = None
+    mask: np.ndarray | None = None
     detokenizer: Detokenizer | None = None
     status: Status = Status.WAITING
     placement: Placement | None = None
@@ -72,6 +79,8 @@ class Sequence:
     num_in_flight: int = 0
     num_cached: int = 0
     num_scored: int = 0
+    mask_seconds: float = 0.0
+    mask_error: str | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: LogprobRows = field(default_factory=LogprobRows)
@@ -90,9 +99,9 @@ class Sequence:
         return self.token_ids[len(self.prompt_ids) :]
 
     @property
-    def waits_for_token(self) -> bool:
-        """Whether its next step's mask depends on a token that the host does not know yet."""
-        return bool(self.num_pending and self.token_filter and self.token_filter.depends_on_output)
+    def lacks_mask(self) -> bool:
+        """Whether its next token cannot be sampled yet, because its mask depends on the output and is not computed."""
+        return bool(self.mask is None and self.token_filter and self.token_filter.depends_on_output)
 
     @property
     def num_unscored(self) -> int:

@@ -18,8 +18,8 @@ def stop_reason(seq: Sequence, token_id: int) -> tuple[str, int | str | None] | 
         stop_string = seq.detokenizer.add(token_id, can_stop)
     if seq.token_filter:
         seq.token_filter.accept(token_id)
-        if seq.token_filter.error:
-            return "abort", seq.token_filter.error
+        if error := seq.mask_error or seq.token_filter.error:
+            return "abort", error
     if is_end_id:
         return "stop", token_id if token_id in params.stop_token_ids else None
     if stop_string is not None:

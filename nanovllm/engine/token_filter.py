@@ -1,7 +1,7 @@
 """Token filters: which tokens a request may sample next. No torch here.
 
 A filter returns a bit mask over the vocabulary: int32 words, where bit i % 32 of word i // 32 is token i's. A mask that
-depends on the output is asked for once the host knows all of the output. With a step in flight this is every second
+depends on the output is computed once the host knows all of the output. With a step in flight this is every second
 step. Other sequences go on meanwhile.
 """
 

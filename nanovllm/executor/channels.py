@@ -29,8 +29,11 @@ class RankChannels:
     def __init__(self):
         self.messages: list[Connection] = []
         self.pipes: list[socket.socket] = []
-        # `close` closes it.
-        self.store_file = open(os.memfd_create("nanovllm-store"), "wb")  # noqa: SIM115
+        try:
+            # `close` closes it.
+            self.store_file = open(os.memfd_create("nanovllm-store"), "wb")  # noqa: SIM115
+        except OSError as error:
+            raise RuntimeError(f"the file where tensor-parallel ranks meet cannot be made: {error}") from error
         self.error: str | None = None
 
     @contextlib.contextmanager
@@ -38,11 +41,14 @@ class RankChannels:
         """Connect the next rank. Yield the descriptors that its process inherits; this process closes them after."""
         # A duplex pipe is a pair of sockets, which buffer larger messages than a pipe.
         messages, rank_messages = Pipe()
-        pipe, rank_pipe = socket.socketpair()
         self.messages.append(messages)
-        self.pipes.append(pipe)
-        with rank_messages, rank_pipe:
-            yield rank_messages.fileno(), rank_pipe.fileno(), self.store_file.fileno()
+        with rank_messages:
+            pipe, rank_pipe = socket.socketpair()
+            self.pipes.append(pipe)
+            with rank_pipe:
+                for end in (pipe, rank_pipe):
+                    end.setblocking(True)  # whatever socket.setdefaulttimeout() says
+                yield rank_messages.fileno(), rank_pipe.fileno(), self.store_file.fileno()
 
     def send(self, *message: object) -> None:
         """Send a message to every other rank."""
@@ -72,7 +78,7 @@ class RankChannels:
             tp.broadcast(tensor)
         except BaseException as error:
             # Even after an interrupt, such as a second Ctrl-C: the ranks now wait for different things.
-            self.error = f"sending weights to the other ranks failed: {error!r}"
+            self.error = f"sending weights to the other ranks failed: {error!r:.500}"
             raise
 
     def close_ranks(self) -> None:

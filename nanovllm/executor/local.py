@@ -1,7 +1,7 @@
 """The executor of a single rank, and the base of those that have more."""
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 
@@ -11,12 +11,18 @@ from nanovllm.runner.model_runner import ModelRunner
 
 
 class Executor:
-    """Run an engine's steps on this process's rank. Subclasses also run them on the other ranks."""
+    """Run an engine's steps on this process's rank. Subclasses also run them on the other ranks.
+
+    Args:
+        runner: the model runner of this process's rank.
+        is_replicated: the other ranks are processes that run the same engine, whose decisions must all be the same.
+    """
 
     _runner: ModelRunner | None = None
     _tp: TensorParallel | None = None
 
-    def __init__(self, runner: ModelRunner):
+    def __init__(self, runner: ModelRunner, is_replicated: bool = False):
+        self.is_replicated = is_replicated
         self._runner = runner
         self._tp = runner.tp
 
@@ -40,14 +46,20 @@ class Executor:
         """Wait for the oldest launched step and return its results."""
         return self.runner.collect()
 
-    def sleep(self, level: int) -> None:
-        self._call("sleep", level)
+    def sleep(self, parts: Collection[str]) -> None:
+        self._call("sleep", parts)
 
-    def wake_up(self) -> None:
-        self._call("wake_up")
+    def wake_up(self, parts: Collection[str], capture: bool) -> None:
+        self._call("wake_up", parts, capture)
 
-    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self.runner.update_weights(weights)
+    def start_weight_update(self) -> None:
+        self._call("start_weight_update")
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return self.runner.load_weights(weights)
+
+    def finish_weight_update(self) -> None:
+        self._call("finish_weight_update")
 
     def _call(self, method: str, *arguments: object) -> None:
         """Call a method of every rank's runner."""

@@ -64,12 +64,12 @@ class SpawnedExecutor(Executor):
         with self._naming_lost_ranks():
             return super().collect()
 
-    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         with self._naming_lost_ranks():
-            self.channels.send("update_weights")
+            self.channels.send("load_weights")
             shared = self.channels.share_weights(weights, self.runner.tp, self.device)
             with contextlib.closing(shared):
-                super().update_weights(shared)
+                return super().load_weights(shared)
 
     def _call(self, method: str, *arguments: object) -> None:
         with self._naming_lost_ranks():

@@ -10,7 +10,7 @@ import time
 import traceback
 from multiprocessing.connection import Connection
 
-from nanovllm.checkpoints.hub import open_model
+from nanovllm.checkpoints.hub import open_config
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.executor.channels import receive_weights
 from nanovllm.executor.ranks import largest_all_reduce, make_group, open_store, rank_device
@@ -52,7 +52,7 @@ def _run_rank(rank: int, messages: Connection, pipe: socket.socket, store_descri
     store = open_store(store_descriptor, size)
     store.set(f"rank {rank}", "present")
     group = make_group(rank, size, store, config.device_type, [pipe])
-    source = open_model(config.model, config.load_format)
+    source = open_config(config)
     tp = TensorParallel(rank, size, group).with_peers(device, largest_all_reduce(config, source))
     runner = ModelRunner(config, source, tp, device)
     serve(runner, messages)
@@ -65,21 +65,25 @@ def serve(runner: ModelRunner, messages: Connection) -> None:
         method, *arguments = messages.recv()
         if method == "close":
             return
-        if method == "update_weights":
-            _update_weights(runner, messages)
-            continue
-        getattr(runner, method)(*arguments)
+        if method == "load_weights":
+            _load_weights(runner, messages)
+        elif method == "finish_weight_update":
+            # Rank 0 finds the same faults and raises them to the caller.
+            with contextlib.suppress(ValueError):
+                runner.finish_weight_update()
+        else:
+            getattr(runner, method)(*arguments)
         # Results are of no use here, but must be collected: a staging buffer is used again two steps later.
         keep = 1 if method == "launch" else 0
         while len(runner.in_flight) > keep:
             runner.collect()
 
 
-def _update_weights(runner: ModelRunner, messages: Connection) -> None:
+def _load_weights(runner: ModelRunner, messages: Connection) -> None:
     """Load the weights that rank 0 shares. Rank 0 finds the same faults in them and raises them to the caller."""
     weights = receive_weights(messages, runner.tp, runner.device)
     with contextlib.suppress(TypeError, ValueError):
-        runner.update_weights(weights)
+        runner.load_weights(weights)
     # Receive the rest of what rank 0 sends.
     with contextlib.suppress(ValueError):
         for _ in weights:

@@ -1,9 +1,9 @@
 import torch
 
-from nanovllm.attention.base import PagedKV
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.layers.state import PagedKVSpec, StatefulLayer
+from nanovllm.ops.attention.paged_cache import PagedKV
 from nanovllm.ops.norm_rope.qk_transform import QKTransform
 from nanovllm.utils.context import get_context
 from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors

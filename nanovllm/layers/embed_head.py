@@ -80,12 +80,11 @@ class ParallelLMHead(VocabParallelEmbedding, LinearLayer):
         if bias:
             raise ValueError("bias=True is not supported: ParallelLMHead has no bias")
         super().__init__(num_embeddings, embedding_dim, dtype=dtype, tp=tp)
-        self.format = Plain(self.weight)
+        self.set_format(Plain(self.weight))
 
     def tie(self, embedding: VocabParallelEmbedding) -> None:
         """Use the embedding's parameter as the weight."""
-        self.weight = embedding.weight
-        self.format = Plain(self.weight, is_shared=True)
+        self.set_format(Plain(embedding.weight, is_shared=True))
 
     def forward(self, x: torch.Tensor | Normed) -> torch.Tensor:
         x, norm = as_normed(x)

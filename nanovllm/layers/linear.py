@@ -13,15 +13,20 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.residual import Normed, Residual, as_normed
 from nanovllm.ops.dispatch import Adder
 from nanovllm.utils.context import get_counters
-from nanovllm.weights.formats import Plain, WeightFormat
+from nanovllm.weights.formats import AllocateWeight, Plain, WeightFormat
 from nanovllm.weights.parameter import CheckpointTensor, ShardId, check_shape, make_parameter
 
 
 class LinearLayer(nn.Module):
-    """A layer whose `weight` has a format, which loading changes (see weights/formats.py)."""
+    """A layer whose weight has a format: loading may change it, and it owns the matmul (see weights/formats.py)."""
 
     format: WeightFormat
     weight: nn.Parameter
+
+    def set_format(self, weight_format: WeightFormat) -> None:
+        """Use this format, and its parameter as `weight`."""
+        self.format = weight_format
+        self.weight = weight_format.weight
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class ColumnParallelLinear(LinearLayer):
         in_features: size of the input, whole on every rank.
         shards: shards of the checkpoint tensors that this layer merges, by shard id and in order.
         bias: whether the layer has a bias, which is split like the rows.
+        allocate_weight: makes the format of the weight, with its parameters.
 
     Attributes:
         gated: whether the rows are gate and up of SwiGLU.
@@ -56,7 +62,14 @@ class ColumnParallelLinear(LinearLayer):
 
     gated = False
 
-    def __init__(self, in_features: int, shards: dict[ShardId, Shard], bias: bool, dtype: torch.dtype | None):
+    def __init__(
+        self,
+        in_features: int,
+        shards: dict[ShardId, Shard],
+        bias: bool,
+        dtype: torch.dtype | None,
+        allocate_weight: AllocateWeight = Plain.allocate,
+    ):
         super().__init__()
         self.shards = shards
         self.rows: dict[ShardId, slice] = {}
@@ -64,8 +77,7 @@ class ColumnParallelLinear(LinearLayer):
         for shard_id, shard in shards.items():
             self.rows[shard_id] = slice(rows, rows + shard.size)
             rows += shard.size
-        self.format = Plain.allocate(rows, in_features, dtype, self.weight_loader)
-        self.weight = self.format.weight
+        self.set_format(allocate_weight(rows, in_features, dtype, self.weight_loader))
         self.bias = make_parameter(rows, dtype=dtype, weight_loader=self.weight_loader) if bias else None
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId) -> None:
@@ -107,6 +119,7 @@ class GateUpParallelLinear(ColumnParallelLinear):
         *,
         dtype: torch.dtype | None = None,
         tp: TensorParallel | None = None,
+        allocate_weight: AllocateWeight = Plain.allocate,
     ):
         tp = tp or TensorParallel.default()
         size = divide("intermediate_size", intermediate_size, tp)
@@ -115,7 +128,7 @@ class GateUpParallelLinear(ColumnParallelLinear):
             0: Shard("gate_proj", total=intermediate_size, start=start, size=size),
             1: Shard("up_proj", total=intermediate_size, start=start, size=size),
         }
-        super().__init__(hidden_size, shards, bias, dtype)
+        super().__init__(hidden_size, shards, bias, dtype, allocate_weight)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
@@ -137,6 +150,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         *,
         dtype: torch.dtype | None = None,
         tp: TensorParallel | None = None,
+        allocate_weight: AllocateWeight = Plain.allocate,
     ):
         tp = tp or TensorParallel.default()
         self.num_heads = divide("num_attention_heads", num_heads, tp)
@@ -156,7 +170,7 @@ class QKVParallelLinear(ColumnParallelLinear):
             "k": Shard("k_proj", total=kv_total, start=kv_start, size=kv_size),
             "v": Shard("v_proj", total=kv_total, start=kv_start, size=kv_size),
         }
-        super().__init__(hidden_size, shards, bias, dtype)
+        super().__init__(hidden_size, shards, bias, dtype, allocate_weight)
 
 
 class RowParallelLinear(LinearLayer):
@@ -174,13 +188,13 @@ class RowParallelLinear(LinearLayer):
         *,
         dtype: torch.dtype | None = None,
         tp: TensorParallel | None = None,
+        allocate_weight: AllocateWeight = Plain.allocate,
     ):
         super().__init__()
         self.tp = tp or TensorParallel.default()
         self.in_features = in_features
         size = divide("input size of a row-parallel layer", in_features, self.tp)
-        self.format = Plain.allocate(out_features, size, dtype, self.weight_loader)
-        self.weight = self.format.weight
+        self.set_format(allocate_weight(out_features, size, dtype, self.weight_loader))
         self.bias = make_parameter(out_features, dtype=dtype) if bias else None
         self.zero_bias: torch.Tensor
         self.register_buffer("zero_bias", torch.zeros(out_features, dtype=dtype), persistent=False)
@@ -228,7 +242,7 @@ class PendingGemm:
                 if tp.rank == 0:
                     weight.linear_add(x[tokens], bias, stream[tokens])
                 else:
-                    torch.mm(x[tokens], layer.weight.t(), out=stream[tokens])
+                    weight.matmul_into(stream[tokens], x[tokens])
             return Residual.from_summand(stream, tp)
         if tp.rank == 0:
             return Residual.from_summand(weight.linear_add(x, bias, stream, counters), tp)

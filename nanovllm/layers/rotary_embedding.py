@@ -62,8 +62,8 @@ def _yarn(inv_freq: torch.Tensor, theta: float, options: dict) -> tuple[torch.Te
     return inv_freq, magnitude(1)
 
 
-def rope_table(head_dim: int, max_position: int, theta: float, scaling: dict | None = None) -> torch.Tensor:
-    """Return cos (first half) and sin (second half) of each position's angles, [max_position, head_dim] float32.
+def rope_frequencies(head_dim: int, theta: float, scaling: dict | None = None) -> tuple[torch.Tensor, float]:
+    """Return the angles of position 1, [head_dim / 2] float32, and the factor of cos and sin.
 
     Args:
         scaling: None, or the checkpoint's options with one of ROPE_TYPES as "rope_type".
@@ -80,6 +80,16 @@ def rope_table(head_dim: int, max_position: int, theta: float, scaling: dict | N
             inv_freq, magnitude = _yarn(inv_freq, theta, scaling)
         case "frequency_factors":
             inv_freq = inv_freq / torch.tensor(scaling["factors"], dtype=torch.float32)
+    return inv_freq, magnitude
+
+
+def rope_table(head_dim: int, max_position: int, theta: float, scaling: dict | None = None) -> torch.Tensor:
+    """Return cos (first half) and sin (second half) of each position's angles, [max_position, head_dim] float32.
+
+    Args:
+        scaling: see `rope_frequencies`.
+    """
+    inv_freq, magnitude = rope_frequencies(head_dim, theta, scaling)
     angles = torch.outer(torch.arange(max_position).float(), inv_freq)
     return torch.cat((angles.cos(), angles.sin()), dim=-1) * magnitude
 

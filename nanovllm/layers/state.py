@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nanovllm.attention.base import PagedKV
+from nanovllm.ops.attention.paged_cache import PagedKV
 
 
 @dataclass(frozen=True)

@@ -132,9 +132,13 @@ class Decoder(nn.Module):
 
     @contextmanager
     def few_layers(self) -> Iterator[None]:
-        """Run only the first and the last layer within the body: the others use the same kernels."""
+        """Run only the first layer of each kind and the last layer within the body: the others use the same kernels.
+
+        Layers are of one kind if their parts have the same classes.
+        """
         layers = self.layers
-        self.layers = nn.ModuleList(dict.fromkeys((layers[0], layers[-1])))
+        kinds = {tuple(map(type, layer.children())): layer for layer in reversed(layers)}
+        self.layers = nn.ModuleList(dict.fromkeys([*kinds.values(), layers[-1]]))
         try:
             yield
         finally:

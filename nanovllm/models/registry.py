@@ -1,13 +1,14 @@
 """The supported models: each family is a row of options of one decoder."""
 
 import logging
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from nanovllm.checks import in_vocabulary, shown
-from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES
+from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES, rope_frequencies
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,8 @@ _KINDS = {
     int: ((int,), 1, 1 << 24, "an integer from 1 to 2**24"),
     float: ((int, float), 1e-15, 1e15, "a number from 1e-15 to 1e15"),
 }
+# Options that the weights do not depend on, or that the loader compares.
+_FREE_OPTIONS = {"max_position", "rope_theta", "tie_word_embeddings", "separate_head"}
 _MAX_END_IDS = 1024  # real models have a few
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -135,7 +138,7 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise unsupported(f"num_attention_heads={self.num_heads} with num_key_value_heads={self.num_kv_heads}")
         if self.dtype not in _DTYPES:
-            raise unsupported(f"a checkpoint of dtype {self.dtype}")
+            raise unsupported(f"a checkpoint of dtype {shown(self.dtype)}")
         self._check_rope(self.rope_scaling or {"rope_type": "default"})
 
     def _check_rope(self, options: dict[str, Any]) -> None:
@@ -159,6 +162,24 @@ class ModelConfig:
             raise ValueError(f"the model's RoPE high_freq_factor must be above low_freq_factor={low}, got {high}")
         if rope_type == "yarn" and self.rope_theta <= 1:
             raise ValueError(f"the model's rope_theta must be above 1 for RoPE of type 'yarn', got {self.rope_theta}")
+
+    def check_same_model(self, other: "ModelConfig") -> None:
+        """Raise ValueError if weights of a checkpoint with the config `other` would mean something else here.
+
+        Formats differ in the names of families and of kinds of RoPE, and round numbers, so the results are compared.
+        """
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if field.type not in _KINDS or field.name in _FREE_OPTIONS:
+                continue
+            if not math.isclose(mine, theirs, rel_tol=1e-5):
+                raise ValueError(f"the checkpoint's {field.name} is {theirs}, but the model's is {mine}")
+        frequencies, factor = rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
+        their_frequencies, their_factor = rope_frequencies(other.head_dim, other.rope_theta, other.rope_scaling)
+        is_same = torch.allclose(frequencies, their_frequencies, rtol=1e-4, atol=0)
+        if not is_same or not math.isclose(factor, their_factor, rel_tol=1e-4):
+            theirs, mine = (f"rope_theta={c.rope_theta} scaled by {shown(c.rope_scaling)}" for c in (other, self))
+            raise ValueError(f"the checkpoint's RoPE is {theirs}, but the model's is {mine}")
 
     @classmethod
     def from_hf(cls, config: Any, eos_token_ids: tuple[int, ...] = ()) -> "ModelConfig":
@@ -228,7 +249,7 @@ def _check_variant(config: Any) -> None:
         used = getattr(config, "use_sliding_window", True) and window
         slides = used and checked_option("sliding_window", window, int) < config.max_position_embeddings
     if slides:
-        raise unsupported(f"sliding_window={window}")
+        raise unsupported(f"sliding_window={shown(window)}")
 
 
 def _rope(config: Any) -> tuple[float, dict[str, Any] | None]:

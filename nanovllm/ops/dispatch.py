@@ -48,28 +48,24 @@ class Regime(NamedTuple):
     kernel: Kernel
     adder: Adder
     ranks_adder: Adder
-    one_kernel_attention: bool
-    captured: tuple[int, ...]
-    compiled: tuple[int, ...]
+    one_kernel_attention: bool = False
+    captured: tuple[int, ...] = ()
+    compiled: tuple[int, ...] = ()
 
-
-GEMV, GEMM, LIBRARY = Kernel
-IN_GEMM, NEXT_NORM, ALL_REDUCE_GEMV, SLICED_GEMM = Adder
 
 # GEMV is compiled for each number of tokens, GEMM for each power of two.
 # Above 4 sequences, all else takes so long that fusing QK-norm, RoPE and attention does not matter.
 # Up to 512 tokens, the output of cuBLAS is still in the L2 cache when the next norm adds it.
 # Above 2048 tokens, a step takes the GPU longer than the host, so that a graph gains nothing.
-# fmt: off
 TABLE = (
-    #      max_tokens  kernel   adder      ranks_adder      one_k_att  captured                    compiled
-    Regime(4,          GEMV,    IN_GEMM,   ALL_REDUCE_GEMV, True,  (),                             (1, 2, 4)),
-    Regime(64,         GEMM,    IN_GEMM,   NEXT_NORM,       False, (16, 32, 64),                   (16, 32, 64)),
-    Regime(512,        LIBRARY, NEXT_NORM, NEXT_NORM,       False, (96, 128, 192, 256, 384, 512),  (256,)),
-    Regime(2048,       LIBRARY, IN_GEMM,   IN_GEMM,         False, (768, 1024, 1536, 2048),        (2048,)),
-    Regime(maxsize,    LIBRARY, IN_GEMM,   SLICED_GEMM,     False, (),                             ()),
+    Regime(4, Kernel.GEMV, Adder.GEMM, Adder.ALL_REDUCE_GEMV, one_kernel_attention=True, compiled=(1, 2, 4)),
+    Regime(64, Kernel.GEMM, Adder.GEMM, Adder.NEXT_NORM, captured=(16, 32, 64), compiled=(16, 32, 64)),
+    Regime(
+        512, Kernel.LIBRARY, Adder.NEXT_NORM, Adder.NEXT_NORM, captured=(96, 128, 192, 256, 384, 512), compiled=(256,)
+    ),
+    Regime(2048, Kernel.LIBRARY, Adder.GEMM, Adder.GEMM, captured=(768, 1024, 1536, 2048), compiled=(2048,)),
+    Regime(maxsize, Kernel.LIBRARY, Adder.GEMM, Adder.SLICED_GEMM),
 )
-# fmt: on
 _BOUNDS = [regime.max_tokens for regime in TABLE]
 
 MAX_GEMV_TOKENS = TABLE[0].max_tokens  # ranks have memory for an all-reduce of so many tokens in a GEMV

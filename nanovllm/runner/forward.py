@@ -11,6 +11,7 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.residual import Residual
 from nanovllm.messages import Batch
 from nanovllm.models.decoder import Decoder
+from nanovllm.ops.attention.paged_cache import PagedRows
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
 from nanovllm.ops.inputs.step_inputs import step_inputs
 from nanovllm.ops.inputs.step_rows import StepRows
@@ -121,9 +122,7 @@ class Forward:
             backend=self.backend,
             kv_heads=self.kv_heads,
             num_decode=num_decode,
-            slots=slots,
-            context_lens=inputs.context_lens,
-            block_tables=state.block_tables,
+            rows=PagedRows(state.block_tables, slots, inputs.context_lens),
             slot_mapping=inputs.slot_mapping,
             cu_seqlens_q=None if num_decode == len(slots) else cu_seqlens,
             max_seqlen_q=max_seqlen_q,

@@ -3,7 +3,7 @@
 import gc
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from nanovllm.arithmetic import ceil_div
 from nanovllm.attention import select_backend
 from nanovllm.checkpoints.hub import ModelSource
-from nanovllm.checkpoints.loader import dummy_weights, load_weights
+from nanovllm.checkpoints.loader import WeightUpdate, dummy_weights, load_weights
 from nanovllm.config import Config
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.messages import NO_TOKENS, Batch, Row, StepOutput
@@ -273,30 +273,49 @@ class ModelRunner:
 
     # -- weights, sleep ----------------------------------------------------------------------------------------------
 
-    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Overwrite the parameters in place; see `load_weights`."""
-        load_weights(self.model, weights)
+    def start_weight_update(self) -> None:
+        """Start to overwrite the parameters in place; an unfinished update ends. See `WeightUpdate`."""
+        self.weight_update = WeightUpdate(self.model)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Copy some of an update's tensors. Return their names."""
+        names = self.weight_update.load(weights)
+        self._synchronize()
+        return names
+
+    def finish_weight_update(self) -> None:
+        """Check and convert the weights of an update."""
+        self.weight_update.finish()
+        del self.weight_update
         self._synchronize()
 
-    def sleep(self, level: int) -> None:
-        """Free the graphs and all state (level 1), and move the weights to the host's memory as well (level 2)."""
+    def sleep(self, parts: Collection[str]) -> None:
+        """Free the graphs, and all state ("kv_cache"); move the weights to the host's memory ("weights")."""
         self.free_graphs()
-        del self.state, self.forward
-        self.token_ring.clear()
-        self.pool.free()
-        if level == 2 and self.device.type == "cuda":
+        if "kv_cache" in parts:
+            del self.state, self.forward
+            self.token_ring.clear()
+            self.pool.free()
+        if "weights" in parts and self.device.type == "cuda":
             self._move_weights(torch.device("cpu"))
         gc.collect()
         self._synchronize()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def wake_up(self) -> None:
-        """Undo `sleep`."""
+    def wake_up(self, parts: Collection[str], capture: bool) -> None:
+        """Undo `sleep` for `parts`.
+
+        Args:
+            capture: whether nothing sleeps afterwards, so that the graphs can be captured again.
+        """
         with self._mode():
-            self._move_weights(self.device)
-            self._allocate(self.num_blocks)
-            self._capture()
+            if "weights" in parts:
+                self._move_weights(self.device)
+            if "kv_cache" in parts:
+                self._allocate(self.num_blocks)
+            if capture:
+                self._capture()
             self._synchronize()
 
     def _move_weights(self, device: torch.device) -> None:

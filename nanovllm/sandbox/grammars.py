@@ -201,6 +201,7 @@ def _adapt(schema: Any) -> None:
         del schema["uniqueItems"]
     if isinstance(schema.get("format"), str) and schema["format"] in _ANY_FORMAT:
         del schema["format"]
+    _check_exclusive_bounds(schema)
     for keyword, value in schema.items():
         if keyword in _VALUES:
             continue
@@ -215,9 +216,39 @@ def _adapt(schema: Any) -> None:
             _adapt(value)
 
 
+def _check_exclusive_bounds(schema: dict[str, Any]) -> None:
+    """Refuse an exclusive bound that is the integer part of the other bound: llguidance would include it."""
+    parts = [part for part in (schema, *_list(schema.get("allOf"))) if isinstance(part, dict)]
+    if any(part.get("type") == "integer" for part in parts):
+        return
+    for exclusive, others in (
+        ("exclusiveMinimum", ("maximum", "exclusiveMaximum")),
+        ("exclusiveMaximum", ("minimum", "exclusiveMinimum")),
+    ):
+        for bound in _numbers(parts, exclusive):
+            for other in _numbers(parts, *others):
+                if abs(other - bound) < 1 and bound == int(other):
+                    what = f"{exclusive} must not be the integer part of the other bound"
+                    raise ValueError(f"{what}, got {str(bound)[:40]} and {str(other)[:40]}")
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _numbers(schemas: list[dict[str, Any]], *keywords: str) -> list[Any]:
+    """Return the numbers that schemas have as these keywords."""
+    values = [schema.get(keyword) for schema in schemas for keyword in keywords]
+    return [value for value in values if _is_number(value)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _exact_bound(keyword: str, bound: Any, is_integer: bool) -> Any:
     """Return a bound that llguidance obeys. It keeps bounds as floats, and converts those of integers to 64 bits."""
-    if isinstance(bound, bool) or not isinstance(bound, int | float):
+    if not _is_number(bound):
         return bound
     is_maximum = keyword.lower().endswith("maximum")
     if is_integer and not is_maximum and bound <= _INT64[0]:

@@ -62,7 +62,7 @@ class Pool:
         try:
             message = json.dumps(request).encode()
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.failure}: {error}") from None
+            raise ValueError(f"{self.failure}: {error!s:.500}") from None
         except RecursionError:
             raise ValueError(f"{self.failure}: the data is nested too deeply") from None
         code = None

@@ -1,13 +1,14 @@
 """Weight formats: the memory layout of a linear layer's weight [N, K], and the GEMMs that read it.
 
 A format owns its parameters, their conversion after loading, and its GEMMs. The layer owns sharding, bias and the names
-in the checkpoint. To add a format (FP8 with block scales), subclass WeightFormat: allocate its parameters, each with a
-`weight_loader`, and write `matmul` for any number of tokens. Override the other methods if fused kernels can read the
-format.
+in the checkpoint. To add a format (FP8 with block scales), subclass WeightFormat: write `allocate` for its parameters,
+each with a `weight_loader`, and `matmul` for any number of tokens. Override the other methods if fused kernels can read
+the format. Linear layers take `allocate` as their argument `allocate_weight`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -32,6 +33,10 @@ class WeightFormat(ABC):
     @abstractmethod
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x W^T + b for x [T, K] with any number of tokens."""
+
+    def matmul_into(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """Write x W^T to `out` [T, N]."""
+        out.copy_(self.matmul(x))
 
     def start_loading(self) -> "WeightFormat":
         """Return a format whose `weight` can be written."""
@@ -80,6 +85,11 @@ class WeightFormat(ABC):
         return False
 
 
+# Makes a format for a weight of the given rows, columns and dtype, uninitialised on the current default device. The
+# last argument becomes its parameters' weight_loader.
+AllocateWeight: TypeAlias = Callable[[int, int, torch.dtype | None, Callable[..., None]], WeightFormat]
+
+
 class Plain(WeightFormat):
     """The weight as it is in a checkpoint. Fused kernels read this format.
 
@@ -96,7 +106,7 @@ class Plain(WeightFormat):
     def allocate(
         cls, rows: int, columns: int, dtype: torch.dtype | None, weight_loader: Callable[..., None]
     ) -> "Plain":
-        """Make the parameter [rows, columns] on the current default device."""
+        """Make the parameter [rows, columns]; see AllocateWeight."""
         return cls(make_parameter(rows, columns, dtype=dtype, weight_loader=weight_loader))
 
     def finish_loading(self) -> WeightFormat:
@@ -104,6 +114,9 @@ class Plain(WeightFormat):
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return ops_linear.linear(x, self.weight, bias)
+
+    def matmul_into(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        torch.mm(x, self.weight.t(), out=out)
 
     def linear(self, x, bias=None, norm=None, gated=False, counters=None) -> torch.Tensor:
         return ops_linear.linear(x, self.weight, bias, norm=norm, gated=gated, counters=counters)

@@ -1,5 +1,6 @@
 """Tensor-parallel ranks as processes on the CPU: the tokens of one rank, clear errors, nothing left behind."""
 
+import errno
 import gc
 import json
 import os
@@ -60,6 +61,15 @@ def test_several_ranks_return_the_tokens_of_one(model, want, size):
         assert tokens(llm) == want
         assert tokens(llm, PROMPTS[:1], PARAMS[:1]) == want[:1]
     assert all_end(pids)
+
+
+def test_ranks_work_in_a_program_with_a_default_timeout_for_sockets(model, want):
+    socket.setdefaulttimeout(30)
+    try:
+        with LLM(model, tensor_parallel_size=2, **OPTIONS) as llm:
+            assert tokens(llm, PROMPTS, PARAMS) == want
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 def test_dummy_weights_are_the_same_on_several_ranks(model, want):
@@ -409,6 +419,28 @@ def ended_groups(monkeypatch):
     return calls
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "calls"), [(os, "memfd_create", 0), (socket, "socketpair", 1), (socket, "socketpair", 3)]
+)
+def test_ranks_without_free_descriptors_raise_a_clear_error_and_leave_nothing(model, monkeypatch, module, name, calls):
+    """`Pipe` makes a pair of sockets of each rank, and then the executor makes another."""
+    function, called = getattr(module, name), []
+
+    def fail(*arguments):
+        called.append(arguments)
+        if len(called) > calls:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return function(*arguments)
+
+    gc.collect()
+    before = open_files(os.getpid())
+    monkeypatch.setattr(module, name, fail)
+    with pytest.raises(RuntimeError, match=r"tensor-parallel rank.* cannot be .*Too many open files") as caught:
+        LLM(model, **OPTIONS, tensor_parallel_size=4)
+    assert threads_end("nanovllm-monitor") and not rank_pids()
+    assert not open_files(os.getpid()) - before, caught  # although the error still refers to its frames
+
+
 def test_a_group_that_fails_to_share_memory_is_ended(model, monkeypatch, ended_groups):
     def fail(*_):
         raise RuntimeError("no room for peers")
@@ -601,3 +633,69 @@ def test_under_torchrun_every_rank_has_the_results(script, want):
     assert [json.loads(line.split(" ", 1)[1]) for line in lines] == [want[:2]] * 2
     lines = [line for line in done.stdout.splitlines() if line.startswith("scored")]
     assert len(lines) == 2 and lines[0] == lines[1]
+
+
+TRAINER = """
+import json, os, sys
+import torch.distributed as dist
+from safetensors.torch import load_file
+from nanovllm import LLM, SamplingParams
+dist.init_process_group("gloo")
+rank, (old, new, options, prompts) = dist.get_rank(), sys.argv[1:]
+prompts = json.loads(prompts)
+params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+def tokens():
+    return [out.token_ids for out in llm.generate(prompts, params, use_tqdm=False)]
+llm = LLM(old, tensor_parallel_size=2, distributed_executor_backend="external_launcher", enable_sleep_mode=True,
+          **json.loads(options))
+result = [tokens()]
+# The two engines do different work: neither waits for the other.
+for _ in range(rank // 2 * 3):
+    tokens()
+llm.sleep(level=2)
+dist.barrier()
+llm.wake_up(tags=["weights"])
+for name, tensor in load_file(f"{new if rank < 2 else old}/model.safetensors").items():
+    llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights([(name, tensor)])
+llm.reset_prefix_cache()
+llm.wake_up(tags=["kv_cache"])
+result.append(tokens())
+llm.close()
+with LLM(old, tensor_parallel_size=2, **json.loads(options)) as llm:
+    result.append(tokens())
+sys.stdout.write(json.dumps([rank, result]) + "\\n")
+sys.stdout.flush()
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_engines_of_two_ranks_share_a_world_of_four(model, want, tmp_path):
+    """TRL's trainer does this with colocated engines."""
+    other = save_tiny(tmp_path / "other", "qwen2", seed=1)
+    with LLM(other, **OPTIONS) as llm:
+        want_of_other = tokens(llm, PROMPTS[:2], PARAMS[:2])
+    (path := tmp_path / "trainer.py").write_text(TRAINER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(path)]
+    command += [str(model), str(other), json.dumps(OPTIONS), json.dumps(PROMPTS[:2])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    results = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    for rank in range(4):
+        assert results[rank] == [want[:2], want_of_other if rank < 2 else want[:2], want[:2]], rank
+
+
+def test_ranks_of_an_outside_world_need_one_that_fits(model, monkeypatch):
+    external = {**OPTIONS, "tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
+    with pytest.raises(ValueError, match="'external_launcher' needs torchrun"):
+        LLM(model, **external)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+    with pytest.raises(ValueError, match="tensor_parallel_size=2 must divide the world size, 3"):
+        LLM(model, **external)
+
+
+def test_the_engine_starts_its_own_ranks_in_an_outside_world_if_told_to(model, want, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with LLM(model, tensor_parallel_size=2, distributed_executor_backend="mp", **OPTIONS) as llm:
+        assert len(rank_pids()) == 1 and tokens(llm) == want

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import itertools
 import os
 import threading
 import time
@@ -12,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from nanovllm import LLM, AsyncLLM, SamplingParams, async_llm
+from nanovllm import LLM, AsyncLLM, RequestOutputKind, SamplingParams, async_llm
+from nanovllm.checkpoints.loader import iterate_weights
 from tests.helpers import greedy, prompts_of, tokens
 from tests.models.tiny import save_tiny
 
@@ -259,7 +261,7 @@ def test_cancelled_closed_and_aborted_requests_hold_nothing(model):
 
 
 def test_requests_raise_the_error_when_waking_up_fails(model):
-    def out_of_memory():
+    def out_of_memory(*_, **__):
         raise MemoryError("no room to wake up")
 
     async def use(llm):
@@ -418,6 +420,167 @@ def test_update_sleep_and_wake_up_run_between_steps(model, tmp_path):
     assert before != want == after
 
 
+def test_weights_updated_in_parts_let_requests_wait(model, tmp_path):
+    other = save_tiny(tmp_path, "qwen3", seed=1)
+    with LLM(other, **OPTIONS) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))[0]
+
+    async def use(llm):
+        steps = Steps(llm, 5)
+        request = asyncio.create_task(collect(llm, [5, 6], greedy(100)))
+        await steps.done()
+        steps.allow(-1)
+        await llm.start_weight_update()
+        num_steps = (await llm.metrics()).num_steps
+        with pytest.raises(RuntimeError, match="a weight update is open"):
+            await collect(llm, [7], greedy(9))
+        for name, tensor in iterate_weights(other):
+            await llm.load_weights([(name, tensor)])
+        assert (await llm.metrics()).num_steps == num_steps
+        assert await llm.finish_weight_update() == 1
+        return await collect(llm, [5, 6], greedy(9)), await request
+
+    after, request = with_engine(model, use)
+    assert after == want and len(request) == 100
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_failed_update_raises_in_iterations_and_the_next_one_serves_again(model, tmp_path, in_parts):
+    other = save_tiny(tmp_path, "qwen3", seed=1)
+    bad = [("model.extra", torch.zeros(2))]
+    with LLM(other, **OPTIONS) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))[0]
+
+    async def use(llm):
+        steps = Steps(llm, 5)
+        # The last token of the short request is in flight when the update starts.
+        short = asyncio.create_task(collect(llm, [7, 8], greedy(5)))
+        waiting = [asyncio.create_task(collect(llm, [5, index], greedy(100))) for index in range(3)]
+        await steps.done()
+        steps.allow(-1)
+        with pytest.raises(ValueError, match=r"model\.extra"):
+            if in_parts:
+                await llm.start_weight_update()
+                await llm.load_weights(bad)
+            await llm.update_weights(bad)
+        assert len(await short) == 5
+        for request in waiting:
+            with pytest.raises(RuntimeError, match=r"update_weights failed.*model\.extra"):
+                await request
+        with pytest.raises(RuntimeError, match="update_weights failed"):
+            await collect(llm, [7], greedy(9))
+        assert await llm.update_weights(other) == 1
+        metrics = await llm.metrics()
+        assert metrics.num_running == metrics.num_waiting == 0
+        return await collect(llm, [5, 6], greedy(9))
+
+    assert with_engine(model, use) == want
+
+
+def test_state_of_the_engine_is_public(model):
+    async def use(llm):
+        await llm.check_health()
+        assert llm.max_model_len == 128 and await llm.reset_prefix_cache()
+        await llm.sleep(2)
+        await llm.check_health()
+        assert await llm.is_sleeping()
+        await llm.wake_up(["weights"])
+        assert await llm.is_sleeping()
+        await llm.wake_up(tags=["kv_cache"])
+        assert not await llm.is_sleeping()
+        with pytest.raises(ValueError, match="has no tokenizer"):
+            _ = llm.tokenizer
+        llm.shutdown()
+        with pytest.raises(RuntimeError, match="closed"):
+            await llm.check_health()
+
+    with_engine(model, use)
+
+
+def test_health_of_an_engine_that_has_failed_is_its_error(model):
+    async def use(llm):
+        def fail(batch):
+            raise ZeroDivisionError("mine")
+
+        llm.llm_engine.executor.launch = fail
+        with pytest.raises(ZeroDivisionError):
+            await collect(llm, [5, 6], greedy(9))
+        with pytest.raises(RuntimeError, match="mine"):
+            await llm.check_health()
+
+    with_engine(model, use)
+
+
+def test_faults_of_a_request_raise_before_its_first_output_is_awaited(model):
+    async def use(llm):
+        faults = [
+            (([],), ValueError, "prompt is empty"),
+            (([999],), ValueError, "prompt has 999"),
+            (([1] * 128,), ValueError, "prompt has 128 tokens"),
+            ((5,), TypeError, "prompt must be"),
+            (([1], {"max_tokens": 5}), TypeError, "sampling_params must be"),
+            (([1], None, 1.5), TypeError, "request_id"),
+        ]
+        for arguments, error, match in faults:
+            with pytest.raises(error, match=match):
+                llm.generate(*arguments)
+        await asyncio.to_thread(llm.close)
+        with pytest.raises(RuntimeError, match="closed"):
+            llm.generate([1])
+
+    with_engine(model, use)
+
+
+def test_abort_ends_several_requests(model):
+    async def use(llm):
+        steps = Steps(llm, 3)
+        requests = [asyncio.create_task(finish_reason(llm, [5, i], greedy(100), f"{i}")) for i in range(3)]
+        await steps.done()
+        await llm.abort(["0", "2", "unknown"])
+        with pytest.raises(TypeError, match="request_id"):
+            await llm.abort(["1", 1.5])
+        steps.allow(-1)
+        return await asyncio.gather(*requests)
+
+    assert with_engine(model, use) == ["abort", "length", "abort"]
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_outputs_have_what_the_kind_of_output_says(slow):
+    """The default model has a tokenizer. A slow consumer gets several outputs as one."""
+    params = dict(temperature=0, max_tokens=12, logprobs=0, n=2, stop=["never in the text"])
+
+    async def use(llm):
+        results = {}
+        for kind in (None, *RequestOutputKind):
+            results[kind] = outputs = []
+            async for output in llm.generate("Once upon a time", SamplingParams(**params, output_kind=kind)):
+                outputs.append(output)
+                await asyncio.sleep(0.05 if slow else 0)
+        return results
+
+    results = with_engine(None, use)
+    (final,) = results[RequestOutputKind.FINAL_ONLY]
+    assert final.finished and len(final.text) > 5 and len(final.token_ids) == 12
+    for kind in (None, RequestOutputKind.DELTA):
+        for sample in final.outputs:
+            parts = [new for out in results[kind] for new in out.outputs if new.index == sample.index]
+            assert "".join(part.text for part in parts) == sample.text
+            assert [token_id for part in parts for token_id in part.token_ids] == sample.token_ids
+    *earlier, last = results[RequestOutputKind.CUMULATIVE]
+    assert [sample.text for sample in last.outputs] == [sample.text for sample in final.outputs] and earlier
+    for before, after in itertools.pairwise([*earlier, last]):
+        for old, new in zip(before.outputs, after.outputs, strict=True):
+            assert new.text.startswith(old.text) and new.token_ids[: len(old.token_ids)] == old.token_ids
+            assert len(new.logprobs) == len(new.token_ids)
+
+
+async def finish_reason(llm, prompt, params, request_id):
+    async for output in llm.generate(prompt, params, request_id):
+        if output.finished:
+            return output.outputs[0].finish_reason
+
+
 # -- preparing --------------------------------------------------------------------------------------------------------
 
 
@@ -454,8 +617,8 @@ def test_a_request_that_is_aborted_while_it_is_prepared_gives_no_token(model):
 
 def test_an_id_of_a_request_that_is_being_prepared_is_refused(model):
     async def use(llm):
-        gate = Gate(llm, [999])
-        wrong = asyncio.create_task(collect(llm, [999], greedy(5), "same"))
+        gate = Gate(llm, "a text")
+        wrong = asyncio.create_task(collect(llm, "a text", greedy(5), "same"))  # there is no tokenizer
         await gate.closed()
         with pytest.raises(ValueError, match=r"request_id 'same' .* being prepared"):
             await collect(llm, [5, 6], greedy(3), "same")

@@ -108,6 +108,11 @@ def test_an_empty_template_is_refused():
         processor(THINKING).chat_prompts([USER], chat_template="")
 
 
+def test_a_template_longer_than_any_real_one_is_refused():
+    with pytest.raises(ValueError, match="chat_template must have at most 1048576 characters, got 2000000"):
+        processor(THINKING).chat_prompts([USER], chat_template="x" * 2_000_000)
+
+
 def test_a_closed_processor_starts_no_process():
     inputs = InputProcessor(Config(), processor(THINKING).source, max_model_len=1000, num_kv_tokens=1000)
     inputs.close()

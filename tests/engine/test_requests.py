@@ -638,6 +638,33 @@ def test_error_in_on_step_reaches_the_caller_and_loses_no_output(model):
         assert tokens(llm, [prompt], greedy(1)) == expected
 
 
+@pytest.mark.parametrize("call", ["abort", "step"])
+def test_generate_returns_what_a_callback_has_ended_or_received(model, call):
+    prompts = prompts_of([5, 9])
+    with engine(model, overlap=0) as llm:
+        expected = tokens(llm, prompts, greedy(4))
+        ids = []
+
+        def callback(step):
+            if call == "step" and llm.on_step:
+                llm.on_step = None
+                finish(llm)
+                llm.on_step = callback
+            elif call == "abort" and len(ids) < 1 and step.batch:
+                ids.append(next(iter(llm.llm_engine.requests)))
+                llm.abort(ids[0])
+
+        llm.on_step = callback
+        outputs = llm.generate(prompts, greedy(4), use_tqdm=False)
+    found = [output.outputs[0].token_ids for output in outputs]
+    assert all(output.finished for output in outputs)
+    if call == "abort":
+        assert outputs[0].outputs[0].finish_reason == "abort"
+        assert found == [expected[0][: len(found[0])], expected[1]]
+    else:
+        assert found == expected
+
+
 def test_request_ids_are_chosen_by_the_caller_or_numbered(model):
     with engine(model) as llm:
         assert llm.add_request([1], greedy(2), request_id="mine") == "mine"
@@ -866,3 +893,28 @@ def same_logprobs(rows, wanted):
         assert (row is None) == (want is None)
         for token_id, logprob in (want or {}).items():
             assert row[token_id].logprob == pytest.approx(logprob.logprob, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", [str, int])
+def test_ids_do_not_run_the_caller_s_code_in_steps(model, kind):
+    class Id(kind):
+        armed = False
+
+        def __hash__(self):
+            assert not self.armed
+            return kind.__hash__(self)
+
+        __eq__ = __str__ = __repr__ = lambda self, *_: pytest.fail("called")
+
+    mine = Id(7)
+    with engine(model) as llm:
+        request_id = llm.add_request([1, 2], greedy(5), request_id=mine)
+        other = llm.add_request([3], greedy(9), request_id="other")
+        Id.armed = True
+        assert type(request_id) is kind
+        assert {out.request_id for out in finish(llm)} == {request_id, other}
+
+
+def test_parameters_of_endless_length_are_refused(model):
+    with engine(model) as llm, pytest.raises(ValueError, match="sampling_params has 9223372036854775807 entries for 1"):
+        llm.generate([[1]], range(2**70))

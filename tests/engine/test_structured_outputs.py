@@ -12,8 +12,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from nanovllm import SamplingParams, StructuredOutputsParams
+from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import TokenBytes
 from nanovllm.engine.grammars import Grammars
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.messages import StepOutput
 from tests.helpers import engine, greedy, tokens
 from tests.models.tiny import save_tiny
 
@@ -172,12 +176,19 @@ def test_a_long_forced_text_costs_a_step_little(grammars, what):
 
 @pytest.mark.parametrize("rule", ["s s | x", "s s | x | s s s"])
 def test_an_ambiguous_grammar_ends_before_it_costs_a_step_much(grammars, rule):
-    token_filter, times = grammars.filter(grammar=f"start: s\ns: {rule}\nx: /[a-z ]/\n"), []
-    while token_filter.error is None and len(times) < 100:
+    seq = Sequence([1], SamplingParams(max_tokens=100))
+    seq.token_filter = grammars.filter(grammar=f"start: s\ns: {rule}\nx: /[a-z ]/\n")
+    scheduler, times = Scheduler(1, 16, BlockManager(32, 16)), []
+    scheduler.add(seq)
+    while not seq.finish_reason:
         begin = time.thread_time()
-        token_filter.accept(int(allowed(token_filter)[-1]))
+        step = scheduler.schedule()
+        ((_, mask),) = step.batch.masks
+        token_id = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))[-1]
+        scheduler.update(step, StepOutput([[int(token_id)]]))
         times.append(time.thread_time() - begin)
-    assert max(times) < 0.3 and "takes too long" in token_filter.error
+    assert max(times) < 0.3 and seq.finish_reason == "abort"
+    assert "takes too long" in seq.stop_reason or "Too many items" in seq.stop_reason
 
 
 def test_errors_are_short(grammars):
@@ -257,6 +268,23 @@ def test_bounds_of_integers_are_obeyed(grammars, tokenizer, schema, inside, outs
 
 
 @pytest.mark.parametrize(
+    ("schema", "inside", "outside"),
+    [
+        ({"exclusiveMinimum": 0}, ["0.1", "1"], ["0", "0.0", "-1"]),
+        ({"exclusiveMinimum": 0, "maximum": 1}, ["0.1", "1"], ["0", "0.0", "1.1"]),
+        ({"exclusiveMinimum": 0.5, "exclusiveMaximum": 0.6}, ["0.55"], ["0.5", "0.50", "0.6"]),
+        ({"minimum": -1, "exclusiveMaximum": 0}, ["-1", "-0.5"], ["0", "-0", "-0.0"]),
+        ({"minimum": 0, "exclusiveMaximum": 0.3}, ["0", "0.2"], ["0.3", "0.30"]),
+        ({"minimum": 1.5, "exclusiveMaximum": 3}, ["1.5", "2.9"], ["3", "3.0", "1.4"]),
+    ],
+)
+def test_exclusive_bounds_of_numbers_are_obeyed(grammars, tokenizer, schema, inside, outside):
+    token_filter = grammars.filter(json=json.dumps({"type": "number"} | schema))
+    assert all(follows(token_filter, tokenizer, text) for text in inside)
+    assert not any(follows(token_filter, tokenizer, text) for text in outside)
+
+
+@pytest.mark.parametrize(
     ("schema", "names"),
     [
         ({"type": "integer", "minimum": 2**63}, "minimum"),
@@ -266,6 +294,11 @@ def test_bounds_of_integers_are_obeyed(grammars, tokenizer, schema, inside, outs
         ({"type": "array", "items": {"const": 10**30}}, "const"),
         ({"enum": [{"a": [2**63]}]}, "enum"),
         ({"const": -(2**63)}, "const"),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.3}, "exclusiveMinimum"),
+        ({"type": "number", "exclusiveMinimum": 1, "exclusiveMaximum": 1.5}, "exclusiveMinimum"),
+        ({"minimum": -0.9, "exclusiveMaximum": 0}, "exclusiveMaximum"),
+        ({"type": "number", "exclusiveMinimum": 0.0, "allOf": [{"maximum": 0.5}]}, "exclusiveMinimum"),
+        ({"allOf": [{"exclusiveMaximum": -1}, {"minimum": -1.5}]}, "exclusiveMaximum"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
         ({"type": "string", "format": "nonsense"}, "nonsense"),
     ],

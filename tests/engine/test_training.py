@@ -1,6 +1,7 @@
 """Tests what training loops need: update the weights in place, give memory back and take it again."""
 
 import os
+import random
 import signal
 
 import pytest
@@ -8,11 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import SamplingParams
+from nanovllm.checkpoints.hub import open_model
 from nanovllm.executor.processes import RankProcesses
 from nanovllm.layers.attention import Attention
+from nanovllm.layers.rotary_embedding import rope_frequencies
 from tests.engine.reference import load_reference, reference_greedy
 from tests.helpers import engine, finish, greedy, prompts_of, tokens
-from tests.models.tiny import save_tiny
+from tests.models.test_gguf import write_gguf
+from tests.models.tiny import save_tiny, tiny_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NAMES = ["qwen3", "qwen2-tied", "llama-bias"]
@@ -171,6 +175,62 @@ def test_engine_runs_again_after_a_refused_update_and_a_good_one(models, size, m
         assert tokens(llm, [[5, 6]], greedy(9)) == want
 
 
+OTHER_MODELS = {
+    "theta": dict(rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+    "scaling": dict(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
+    "heads": dict(num_attention_heads=4, num_key_value_heads=1, head_dim=32),
+    "eps": dict(rms_norm_eps=1e-3),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MODELS)
+@pytest.mark.parametrize("is_gguf", [False, True])
+def test_an_update_from_another_model_of_the_same_shapes_is_refused(tmp_path, kind, is_gguf):
+    options = dict(num_attention_heads=8, num_key_value_heads=2, head_dim=16)
+    options |= dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, rms_norm_eps=1e-6)
+    path = save_tiny(tmp_path / "model", "llama", **options)
+
+    def checkpoint(name, **changed):
+        if not is_gguf:
+            return save_tiny(tmp_path / name, "llama", seed=1, **changed)
+        metadata = {"llama__rope__scaling__factor": 2.0} if kind == "scaling" and name == "other" else {}
+        return write_gguf(tmp_path / f"{name}.gguf", tiny_model("llama", seed=1, **changed), **metadata)
+
+    match = (
+        "RoPE" if kind in ("theta", "scaling") else {"heads": "num_heads is 4", "eps": "rms_norm_eps is 0.001"}[kind]
+    )
+    with engine(path) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))
+        with pytest.raises(ValueError, match=f"the checkpoint's {match}.*the model's is"):
+            llm.update_weights(checkpoint("other", **options | OTHER_MODELS[kind]))
+        assert tokens(llm, [[5, 6]], greedy(9)) == want  # nothing was overwritten
+        assert llm.update_weights(checkpoint("same", **options)) == 1
+        assert tokens(llm, [[5, 6]], greedy(9)) != want
+
+
+def test_an_update_from_a_gguf_file_of_the_same_scaled_rope_is_accepted(tmp_path):
+    path, model = save_tiny(tmp_path, "llama3"), tiny_model("llama3", seed=1)
+    source = open_model(path).config
+    scaled, _ = rope_frequencies(source.head_dim, source.rope_theta, source.rope_scaling)
+    plain, _ = rope_frequencies(source.head_dim, source.rope_theta)
+    file = write_gguf(tmp_path / "new.gguf", model, extra=[("rope_freqs.weight", plain / scaled)])
+    other = write_gguf(tmp_path / "other.gguf", model, extra=[("rope_freqs.weight", 1.1 * plain / scaled)])
+    with engine(path) as llm:
+        with pytest.raises(ValueError, match="the checkpoint's RoPE"):
+            llm.update_weights(other)
+        assert llm.update_weights(file) == 1
+
+
+def test_errors_of_an_update_with_long_names_are_short(models):
+    name, good = "x" * 1_000_000, torch.zeros(2)
+    with engine(models["qwen3"][0]) as llm:
+        for weights in ([(name, good)], [(name, good.int())], [(name, good.to("meta"))], [(name,)], [name]):
+            for call in (lambda weights=weights: llm.update_weights(weights), lambda: llm.generate([[1]])):
+                with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+                    call()
+                assert len(str(caught.value)) < 1000
+
+
 def test_generate_is_refused_while_weights_are_updated(models):
     old, new = models["qwen3"]
     prompt = prompts_of([40])[0]
@@ -233,13 +293,184 @@ def test_sleep_frees_the_cache_and_requests_go_on_after_waking_up(models, size, 
         llm.sleep(level)
         layers = [m for m in llm.llm_engine.executor.runner.model.modules() if isinstance(m, Attention)]
         assert layers and all(layer.kv is None for layer in layers)
-        for use in (llm.step, lambda: llm.generate([[5]]), lambda: llm.add_request([5]), llm.sleep):
+        for use in (llm.step, lambda: llm.generate([[5]]), lambda: llm.add_request([5])):
             with pytest.raises(RuntimeError, match="asleep"):
                 use()
-        llm.wake_up()
         llm.wake_up()
         outputs = {out.request_id: out.token_ids for out in finish(llm)}
         assert [outputs[request_id] for request_id in ids] == want
         assert tokens(llm, prompts, params) == want
         with pytest.raises(ValueError, match="level"):
             llm.sleep(3)
+
+
+class Trainer:
+    """Sends a checkpoint's tensors to an engine one by one, in random order."""
+
+    def __init__(self, path):
+        self.weights = list(weights_of(path))
+        random.Random(0).shuffle(self.weights)
+
+    def load(self, load, count=None):
+        for name, tensor in self.weights[:count]:
+            load([(name, tensor.clone())])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [1, 2])
+def test_weights_loaded_in_parts_are_those_of_a_fresh_load(models, name, size):
+    old, new = models[name]
+    prompts = prompts_of([5, 33])
+    with engine(new) as llm:
+        want = tokens(llm, prompts, greedy(9))
+    with engine(old, tensor_parallel_size=size) as llm:
+        before = tokens(llm, prompts, greedy(9))
+        request_id = llm.add_request(prompts[0], greedy(30))
+        llm.step()
+        llm.start_weight_update()
+        Trainer(new).load(llm.load_weights)
+        assert llm.weight_version == 0
+        assert llm.finish_weight_update() == llm.weight_version == 1
+        assert [out.request_id for out in finish(llm)] == [request_id]
+        outputs = llm.generate(prompts, greedy(9), use_tqdm=False)
+        assert [(out.token_ids, out.weight_version) for out in outputs] == [(ids, 1) for ids in want]
+        llm.update_weights(old)
+        assert tokens(llm, prompts, greedy(9)) == before
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_engine_refuses_to_generate_until_an_update_in_parts_is_whole(models, size):
+    old, new = models["qwen3"]
+    trainer = Trainer(new)
+    first = trainer.weights[0]
+    with engine(new) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))
+    with engine(old, tensor_parallel_size=size) as llm:
+        with pytest.raises(RuntimeError, match="no weight update is open"):
+            llm.load_weights([first])
+        with pytest.raises(RuntimeError, match="no weight update is open"):
+            llm.finish_weight_update()
+        assert tokens(llm, [[5, 6]], greedy(9)) != want
+        llm.start_weight_update()
+        trainer.load(llm.load_weights, count=-1)
+        for use in (llm.step, lambda: llm.add_request([5]), lambda: llm.generate([[5]])):
+            with pytest.raises(RuntimeError, match="a weight update is open"):
+                use()
+        with pytest.raises(ValueError, match=f"lacks 1 tensors: {trainer.weights[-1][0]}"):
+            llm.finish_weight_update()
+        with pytest.raises(RuntimeError, match=r"update_weights failed.*lacks 1 tensors"):
+            llm.generate([[5]])
+        faults = [([first], "twice"), ([("model.x", first[1])], "model.x"), ([(first[0], first[1][:-1])], first[0])]
+        for bad, match in faults:
+            llm.start_weight_update()
+            llm.load_weights([first])
+            with pytest.raises(ValueError, match=match):
+                llm.load_weights(bad)
+            with pytest.raises(RuntimeError, match="no weight update is open"):
+                llm.load_weights(trainer.weights[1:])
+            with pytest.raises(RuntimeError, match="update_weights failed"):
+                llm.generate([[5]])
+        with pytest.raises(TypeError, match="weights must be pairs"):
+            llm.start_weight_update()
+            llm.load_weights(str(old))
+        # An open update starts again.
+        llm.start_weight_update()
+        llm.load_weights([first])
+        llm.start_weight_update()
+        trainer.load(llm.load_weights)
+        llm.finish_weight_update()
+        assert tokens(llm, [[5, 6]], greedy(9)) == want
+        assert llm.weight_version == 1
+
+
+def test_update_through_the_path_of_vllm_may_have_all_weights_in_one_call(models):
+    """verl counts the names that the call returns, and then generates."""
+    old, new = models["qwen3"]
+    with engine(new) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))
+    with engine(old) as llm:
+        model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+        assert model.load_weights(weights=iter(weights_of(new))) == {name for name, _ in weights_of(new)}
+        assert tokens(llm, [[5, 6]], greedy(9)) == want
+
+
+@pytest.mark.parametrize("finish_with", ["reset_prefix_cache", "generate"])
+def test_update_through_the_path_of_vllm_is_finished_by_the_next_call(models, finish_with):
+    """TRL sends each parameter to `load_weights` of vLLM's model and resets the prefix cache; verl just goes on."""
+    old, new = models["qwen3"]
+    with engine(new) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))
+    with engine(old) as llm:
+        load = llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights
+        for version in (1, 2):
+            Trainer(new).load(load)
+            assert llm.weight_version == version - 1
+            if finish_with == "reset_prefix_cache":
+                assert llm.reset_prefix_cache() and llm.weight_version == version
+            assert tokens(llm, [[5, 6]], greedy(9)) == want and llm.weight_version == version
+        Trainer(old).load(load, count=-1)
+        with pytest.raises(ValueError, match="lacks 1 tensors"):
+            llm.generate([[5]]) if finish_with == "generate" else llm.reset_prefix_cache()
+        with pytest.raises(RuntimeError, match="update_weights failed"):
+            llm.generate([[5]])
+        Trainer(new).load(load)
+        assert tokens(llm, [[5, 6]], greedy(9)) == want
+
+
+def test_update_through_the_path_of_vllm_while_the_kv_cache_sleeps(models):
+    old, new = models["qwen3"]
+    with engine(new) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))
+    with engine(old) as llm:
+        llm.sleep(level=2)
+        with pytest.raises(RuntimeError, match="the engine is asleep"):
+            llm.update_weights(new)
+        llm.wake_up(tags=["weights"])
+        Trainer(new).load(llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights)
+        llm.reset_prefix_cache()
+        assert llm.weight_version == 1 and llm.is_sleeping()
+        with pytest.raises(NotImplementedError, match="reload_weights"):
+            llm.collective_rpc("reload_weights")
+        with pytest.raises(RuntimeError, match=r"asleep \(kv_cache\)"):
+            llm.generate([[5]])
+        llm.wake_up(tags=["kv_cache"])
+        assert tokens(llm, [[5, 6]], greedy(9)) == want
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_sleep_wake_up_and_reset_can_be_called_in_any_order_and_state(models, size):
+    parts = [None, ["weights"], ["kv_cache"], ["kv_cache", "weights"], []]
+    rng = random.Random(size)
+    with engine(models["qwen3"][0], tensor_parallel_size=size) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))
+        assert not llm.is_sleeping()
+        asleep = set()
+        for _ in range(24):
+            choice = rng.randrange(4)
+            if choice == 0:
+                level = rng.choice([1, 2])
+                llm.sleep(level)
+                asleep |= {"kv_cache"} if level == 1 else {"kv_cache", "weights"}
+            elif choice == 1:
+                assert llm.reset_prefix_cache() is True
+            elif choice == 2:
+                tags = rng.choice(parts)
+                llm.wake_up(tags=tags)
+                asleep -= set(["weights", "kv_cache"] if tags is None else tags)
+            elif not asleep:
+                assert tokens(llm, [[5, 6]], greedy(9)) == want
+            assert llm.is_sleeping() == bool(asleep)
+        llm.wake_up()
+        llm.start_weight_update()
+        llm.sleep(2)
+        llm.reset_prefix_cache()
+        llm.wake_up()
+        llm.load_weights(weights_of(models["qwen3"][0]))
+        llm.finish_weight_update()
+        assert tokens(llm, [[5, 6]], greedy(9)) == want
+        for tags, error in [("weights", TypeError), (["kv"], ValueError), ([1], TypeError)]:
+            with pytest.raises(error, match="tags must be None or a list of weights and kv_cache"):
+                llm.wake_up(tags=tags)
+    for use in (llm.sleep, llm.wake_up, llm.reset_prefix_cache, llm.start_weight_update):
+        with pytest.raises(RuntimeError, match="closed"):
+            use()

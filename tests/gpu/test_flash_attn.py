@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from nanovllm import LLM
-from nanovllm.attention.base import PagedKV
 from nanovllm.attention.flash_attn_backend import choose_package, flash_attn_backend
 from nanovllm.ops.attention.reference import decode_attention_torch, prefill_attention_torch
 from nanovllm.utils.context import Context
@@ -36,42 +35,25 @@ def check_attention(backend, q, paged, lens, num_decode, scale):
     cu_seqlens = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int()
     ctx = Context(
         backend=backend,
-        kv_heads=(paged.k_cache.shape[2],),
+        kv_heads=(paged.kv.kv_heads,),
         num_decode=num_decode,
-        slots=paged.slots,
-        context_lens=paged.context_lens,
-        block_tables=paged.block_tables,
+        rows=paged.rows,
         slot_mapping=torch.empty(0, dtype=torch.int64),
         counters=torch.zeros(1, dtype=torch.int32),
     )
     if num_decode < len(lens):
         ctx.cu_seqlens_q = cu_seqlens[num_decode:]
         ctx.max_seqlen_q = int(lens[num_decode:].max())
-        ctx.max_context_len = int(paged.context_lens[num_decode:].max())
+        ctx.max_context_len = int(paged.rows.context_lens[num_decode:].max())
     backend.prepare(ctx)
     expected = torch.empty_like(q)
     if num_decode:
-        expected[:num_decode] = decode_attention_torch(
-            q[:num_decode],
-            k_cache=paged.k_cache,
-            v_cache=paged.v_cache,
-            block_tables=paged.block_tables,
-            slots=paged.slots[:num_decode],
-            context_lens=paged.context_lens[:num_decode],
-            scale=scale,
-        )
+        expected[:num_decode] = decode_attention_torch(q[:num_decode], paged.kv, paged.rows[:num_decode], scale)
     if num_decode < len(lens):
         expected[num_decode:] = prefill_attention_torch(
-            q[num_decode:],
-            k_cache=paged.k_cache,
-            v_cache=paged.v_cache,
-            block_tables=paged.block_tables,
-            slots=paged.slots[num_decode:],
-            cu_seqlens_q=cu_seqlens[num_decode:] - num_decode,
-            context_lens=paged.context_lens[num_decode:],
-            scale=scale,
+            q[num_decode:], paged.kv, paged.rows[num_decode:], cu_seqlens[num_decode:] - num_decode, scale
         )
-    assert_close(backend.attend(q, PagedKV(paged.k_cache, paged.v_cache), scale, ctx), expected)
+    assert_close(backend.attend(q, paged.kv, scale, ctx), expected)
 
 
 @pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
@@ -91,7 +73,7 @@ def test_kernels_equal_the_references(head_dim, group):
     for decode, prefill in steps:
         lens = [1] * len(decode) + [n for n, _ in prefill]
         paged = make_paged(decode + [n for _, n in prefill], kv_heads, head_dim, BLOCK_SIZE, DTYPE)
-        for cache in (paged.k_cache, paged.v_cache):
+        for cache in (paged.kv.k_cache, paged.kv.v_cache):
             cache.nan_to_num_(0.0)  # as in an engine, where values behind a row's end are finite
         q = torch.randn(sum(lens), kv_heads * group, head_dim, device="cuda", generator=generator).to(DTYPE)
         check_attention(backend, q, paged, lens, len(decode), head_dim**-0.5)

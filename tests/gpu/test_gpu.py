@@ -226,7 +226,7 @@ def test_sleep_frees_memory_and_wake_up_restores_it():
     with LLM("qwen3-0.6b", **options) as llm:
         want = tokens(llm, prompts, greedy(16))
         layers = [m for m in llm.llm_engine.executor.runner.model.modules() if isinstance(m, Attention)]
-        cache = sum(tensor.nbytes for layer in layers for tensor in layer.kv)
+        cache = sum(layer.kv.k_cache.nbytes + layer.kv.v_cache.nbytes for layer in layers)
         weights = sum(param.nbytes for param in llm.llm_engine.executor.runner.model.parameters())
         assert cache > 10 << 30 and weights > 1 << 30
         for level, freed in ((1, cache), (2, cache + weights)):

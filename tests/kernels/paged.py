@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
 from nanovllm.ops.triton_utils import triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -20,17 +21,19 @@ class Paged:
         keys, values: the content of each sequence's pages, [context, K, Dh].
     """
 
-    k_cache: torch.Tensor
-    v_cache: torch.Tensor
-    block_tables: torch.Tensor
-    slots: torch.Tensor
-    context_lens: torch.Tensor
+    kv: PagedKV
+    rows: PagedRows
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
 
     @property
-    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.block_tables, self.slots
+    def tensors(self) -> list[torch.Tensor]:
+        """All inputs of a kernel."""
+        rows = self.rows
+        return [self.kv.k_cache, self.kv.v_cache, rows.block_tables, rows.slots, rows.context_lens]
+
+    def copy_kv(self) -> PagedKV:
+        return PagedKV(self.kv.k_cache.clone(), self.kv.v_cache.clone())
 
 
 def make_paged(
@@ -67,15 +70,13 @@ def make_paged(
             v_cache[block, :length] = v[start : start + length]
         keys.append(k.to(device, dtype))
         values.append(v.to(device, dtype))
-    return Paged(
-        k_cache.to(device, dtype),
-        v_cache.to(device, dtype),
+    kv = PagedKV(k_cache.to(device, dtype), v_cache.to(device, dtype))
+    rows = PagedRows(
         tables.to(device, torch.int32),
         torch.tensor(slots, dtype=torch.int32, device=device),
         torch.tensor(contexts, dtype=torch.int32, device=device),
-        keys,
-        values,
     )
+    return Paged(kv, rows, keys, values)
 
 
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

@@ -24,7 +24,7 @@ import torch
 from tests.kernels.compile_for_hopper import compiled, triton
 from nanovllm.ops.attention import decode_attention as decode, prefill_attention as prefill
 from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launch
-from nanovllm.ops.attention import decode_plan, rope_decode, shared_prefix
+from nanovllm.ops.attention import decode_plan, paged_cache, rope_decode, shared_prefix
 from nanovllm.ops.comm import collectives, overlapped_all_reduce, peer_memory
 from nanovllm.ops.inputs import embedding, step_inputs, step_rows
 from nanovllm.ops.linear import gemm, gemv, silu_mul, swiglu
@@ -78,9 +78,12 @@ def call_all():
     for advances in (None, last):
         tokens = sampling.sample_triton(torch.zeros(4, 5000, **bf16), slots, lens, state, advances)
     sampling.advance_slots_triton(tokens, slots, lens, *last)
+    rows = paged_cache.PagedRows(tables, slots, lens)
+    plan = decode_plan.plan_decode_triton(lens, 8, decode_plan.default_split_policy(4, 8, 132))
     for group, head_dim, dtype in ((2, 128, "bfloat16"), (4, 128, "bfloat16"), (3, 64, "bfloat16"), (1, 96, "float32")):
         kind = dict(dtype=getattr(torch, dtype))
         q, cache = torch.zeros(4, 8 * group, head_dim, **kind), torch.zeros(9, 64, 8, head_dim, **kind)
+        kv = paged_cache.PagedKV(cache, cache)
         qkv, table = torch.zeros(4, 8 * (group + 2) * head_dim, **kind), torch.zeros(99, head_dim)
         norm = torch.zeros(head_dim, **kind)
         for norms in ((norm, norm), (None, None)):
@@ -89,18 +92,15 @@ def call_all():
             for splits in (1, 16):
                 config = rope_decode.default_rope_decode_config(4, 8, head_dim, kind["dtype"].itemsize, 132)
                 config = config._replace(num_splits=splits)
-                rope_decode.rope_decode_triton(
-                    qkv, transform, cache, cache, tables, slots, lens, 0.1, config=config
-                )
-        plan = shared_prefix.SharedPrefixPlan(torch.zeros(4, 2, **i32), torch.zeros(1, 4, **i32))
-        prefix = shared_prefix.shared_attention_triton(q, cache, cache, tables, slots, 0.1, plan, 4)
-        decode.decode_attention_triton(q, cache, cache, tables, slots, lens, 0.1, prefix=prefix)
+                rope_decode.rope_decode_triton(qkv, transform, kv, rows, 0.1, config=config)
+        shared = shared_prefix.SharedPrefixPlan(torch.zeros(4, 2, **i32), torch.zeros(1, 4, **i32))
+        prefix = shared_prefix.shared_attention_triton(q, kv, rows, 0.1, shared, plan.num_splits)
+        decode.decode_attention_triton(q, kv, rows, 0.1, plan=plan, prefix=prefix)
         for batch in (4, 60, 400):
-            config = decode.default_decode_config(batch, 8, head_dim, kind["dtype"].itemsize, 132)
-            decode.decode_attention_triton(q, cache, cache, tables, slots, lens, 0.1, config=config)
+            config = decode_plan.default_decode_config(batch, 8, head_dim, kind["dtype"].itemsize, 132)
+            decode.decode_attention_triton(q, kv, rows, 0.1, plan=plan._replace(config=config))
         for config in (None, prefill.PrefillConfig(128, 64, 8, 2, 128, True)):
-            rows = slots[:1], tables[0, :2], lens[:1]
-            prefill.prefill_attention_triton(q, cache, cache, tables, *rows, 0.1, config=config)
+            prefill.prefill_attention_triton(q, kv, rows[:1], tables[0, :2], 0.1, config=config)
 
 loaders = []  # threads that loaded a kernel, which needs its launcher
 driver = triton.runtime.driver.active

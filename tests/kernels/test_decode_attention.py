@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from nanovllm.ops.attention.decode_attention import DecodeConfig, decode_attention_triton, default_decode_config
-from nanovllm.ops.attention.decode_plan import MAX_SPLITS, SplitPolicy
+from nanovllm.ops.attention.decode_attention import decode_attention_triton
+from nanovllm.ops.attention.decode_plan import MAX_SPLITS, DecodeConfig, SplitPolicy, default_decode_config
+from nanovllm.ops.attention.paged_cache import PagedKV
 from nanovllm.ops.attention.reference import decode_attention_torch, plan_decode_torch
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from tests.kernels.paged import DEVICE, DTYPES, assert_close, assert_same, make_paged, plain_attention
@@ -14,10 +15,10 @@ def check(attend, contexts, heads, kv_heads, head_dim, block_size, dtype=torch.f
     """Assert that `attend` equals the formula and changes no input."""
     paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype, num_padding=num_padding)
     q = torch.randn(len(contexts), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
-    inputs = (q, paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens)
+    inputs = [q, *paged.tensors]
     before = [x.clone() for x in inputs]
     scale = head_dim**-0.5
-    out = attend(*inputs, scale, **options)
+    out = attend(q, paged.kv, paged.rows, scale, **options)
     assert_same(inputs, before)
     assert out.shape == q.shape and out.dtype == dtype and out.isfinite().all()
     sequences = zip(q, paged.keys, paged.values, strict=True)
@@ -36,15 +37,14 @@ def test_reference_accepts_padding_and_an_empty_batch():
     check(decode_attention_torch, [50, 1, 1], 4, 2, 64, 16, num_padding=2)
     paged = make_paged([3], 1, 64, 16)
     empty = torch.empty(0, 2, 64, device=DEVICE)
-    nothing = paged.slots[:0]
-    args = (empty, paged.k_cache, paged.v_cache, paged.block_tables, nothing, nothing, 1.0)
-    assert decode_attention_torch(*args).shape == (0, 2, 64)
+    assert decode_attention_torch(empty, paged.kv, paged.rows[:0], 1.0).shape == (0, 2, 64)
 
 
-def split(contexts, kv_heads, num_splits, programs=64):
-    """Return a plan with splits of few tokens."""
+def split(contexts, kv_heads, num_splits, programs=64, tile=None):
+    """Return a plan with splits of few tokens, and of a given tile."""
     lens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
-    return plan_decode_torch(lens, kv_heads, SplitPolicy(programs, 0, num_splits, min_tokens=16))
+    plan = plan_decode_torch(lens, kv_heads, SplitPolicy(programs, 0, num_splits, min_tokens=16))
+    return plan._replace(config=DecodeConfig(tile, 4, 3) if tile else None)
 
 
 @needs_triton
@@ -64,9 +64,9 @@ def split(contexts, kv_heads, num_splits, programs=64):
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_triton_equals_the_formula(heads, kv_heads, head_dim, block_size, tile, num_splits, dtype):
     contexts = [1, 47, 130]
-    options = {"config": DecodeConfig(tile, 4, 3), "plan": split(contexts, kv_heads, num_splits)}
-    assert options["plan"].items[:, 2].max() == num_splits
-    check(decode_attention_triton, contexts, heads, kv_heads, head_dim, block_size, dtype, **options)
+    plan = split(contexts, kv_heads, num_splits, tile=tile)
+    assert plan.items[:, 2].max() == num_splits
+    check(decode_attention_triton, contexts, heads, kv_heads, head_dim, block_size, dtype, plan=plan)
 
 
 @needs_triton
@@ -74,24 +74,23 @@ def test_triton_equals_the_formula(heads, kv_heads, head_dim, block_size, tile, 
 @pytest.mark.parametrize("num_splits", [2, 8, 32, MAX_SPLITS])
 def test_sequences_use_only_as_many_splits_as_they_fill(num_splits, tile):
     contexts = [1, 16, 17, 100, 257]  # one split to more than one merge iteration holds; less than a tile
-    plan = split(contexts, 1, num_splits, programs=500)
-    check(decode_attention_triton, contexts, 2, 1, 64, 16, config=DecodeConfig(tile, 4, 3), plan=plan)
+    plan = split(contexts, 1, num_splits, programs=500, tile=tile)
+    check(decode_attention_triton, contexts, 2, 1, 64, 16, plan=plan)
 
 
 @needs_triton
 def test_counters_are_zero_after_each_launch():
     counters, contexts = torch.zeros(64, dtype=torch.int32, device=DEVICE), [1, 17, 100]
-    options = {"config": DecodeConfig(16, 4, 3), "plan": split(contexts, 2, 8)}
+    plan = split(contexts, 2, 8, tile=16)
     for _ in range(2):
-        check(decode_attention_triton, contexts, 4, 2, 64, 16, counters=counters, **options)
+        check(decode_attention_triton, contexts, 4, 2, 64, 16, counters=counters, plan=plan)
         assert not counters.any()
 
 
 @needs_triton
 def test_padding_does_not_change_other_sequences():
     contexts = [40, 90, 1, 1, 1]
-    options = {"config": DecodeConfig(64, 4, 3), "plan": split(contexts, 2, 4)}
-    check(decode_attention_triton, contexts, 4, 2, 64, 16, num_padding=3, **options)
+    check(decode_attention_triton, contexts, 4, 2, 64, 16, num_padding=3, plan=split(contexts, 2, 4, tile=64))
 
 
 @needs_triton
@@ -99,30 +98,44 @@ def test_strided_queries_are_accepted():
     paged = make_paged([20, 30], 2, 64, 16)
     fused = torch.randn(2, 4, 2, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     q = fused[:, :, 1]
-    args = (paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens, 0.1)
-    assert_close(decode_attention_triton(q, *args), decode_attention_torch(q.contiguous(), *args))
+    args = (paged.kv, paged.rows, 0.1)
+    got = decode_attention_triton(q, *args, plan=split([20, 30], 2, 1))
+    assert_close(got, decode_attention_torch(q.contiguous(), *args))
 
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("tile", "message"),
     [
-        (DecodeConfig(24, 4, 3), "tile=24 must be a power of two of at least 16"),
-        (DecodeConfig(8, 4, 3), "tile=8 must be a power of two of at least 16"),
+        (24, "tile=24 must be a power of two of at least 16"),
+        (8, "tile=8 must be a power of two of at least 16"),
     ],
 )
-def test_bad_tiles_are_refused_by_name(config, message):
+def test_bad_tiles_are_refused_by_name(tile, message):
     paged = make_paged([5], 1, 64, 16)
     q = torch.zeros(1, 1, 64, device=DEVICE)
     with pytest.raises(ValueError, match=message):
-        decode_attention_triton(q, paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens, 1.0, config=config)
+        decode_attention_triton(q, paged.kv, paged.rows, 1.0, plan=split([5], 1, 1, tile=tile))
 
 
 def test_heads_that_kv_heads_do_not_divide_are_refused():
     paged = make_paged([5], 2, 64, 16)
     q = torch.zeros(1, 3, 64, device=DEVICE)
     with pytest.raises(ValueError, match="KV heads must divide"):
-        decode_attention_torch(q, paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens, 1.0)
+        decode_attention_torch(q, paged.kv, paged.rows, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("k_cache", "v_cache", "message"),
+    [
+        (torch.zeros(2, 16, 1, 64), torch.zeros(3, 16, 1, 64), "must be contiguous and of one shape"),
+        (torch.zeros(2, 16, 1, 64), torch.zeros(2, 16, 64, 2)[..., :1].mT, "must be contiguous and of one shape"),
+        (torch.zeros(2, 48, 1, 64), torch.zeros(2, 48, 1, 64), "block_size=48 must be a power of two"),
+    ],
+)
+def test_caches_that_kernels_cannot_read_are_refused(k_cache, v_cache, message):
+    with pytest.raises(ValueError, match=message):
+        PagedKV(k_cache, v_cache)
 
 
 @pytest.mark.parametrize("shared_memory", [99 << 10, 163 << 10, 227 << 10])  # RTX 4090, A100, H100

@@ -23,7 +23,7 @@ PLANS = [
 @pytest.mark.parametrize(("contexts", "kv_heads", "policy"), PLANS)
 def test_a_plan_has_every_split_once_and_the_longest_first(contexts, kv_heads, policy):
     lens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
-    plan, num_splits = plan_decode_torch(lens, kv_heads, policy)
+    plan, num_splits, _ = plan_decode_torch(lens, kv_heads, policy)
     assert num_splits == policy.num_splits
     count = len([sequence for sequence, *_ in plan.tolist() if sequence >= 0])
     items = plan[:count].tolist()
@@ -38,7 +38,7 @@ def test_a_plan_has_every_split_once_and_the_longest_first(contexts, kv_heads, p
     for i, n in enumerate(contexts):
         assert abs(splits[i] - (1 if n <= whole else min(max(n / share, 1), num_splits))) <= 0.5
     if HAVE_TRITON:
-        got, _ = plan_decode_triton(lens, kv_heads, policy)
+        got = plan_decode_triton(lens, kv_heads, policy).items
         assert got.dtype == plan.dtype and torch.equal(got[:count], plan[:count]) and torch.equal(got[:, 0], plan[:, 0])
 
 

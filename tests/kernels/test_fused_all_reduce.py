@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from nanovllm.attention import select_backend
-from nanovllm.attention.base import PagedKV
 from nanovllm.checkpoints.hub import open_model
 from nanovllm.checkpoints.loader import load_weights
 from nanovllm.distributed.parallel import TensorParallel
@@ -20,6 +19,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear, Shard
 from nanovllm.layers.residual import Residual
 from nanovllm.models.decoder import Decoder
+from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
 from nanovllm.ops.comm import collectives
 from nanovllm.ops.comm.peer_memory import EMPTY_WORD, PeerMemory, new_peer_memory
 from nanovllm.ops.comm.reference import all_reduce_torch, all_to_all_torch
@@ -199,7 +199,7 @@ def run_model(model):
     ids, numbers = torch.tensor([3, 1, 4]), torch.arange(3)
     backend = select_backend("torch", torch.device("cpu"), layers[0].head_dim, 16, torch.float16)
     one, ends = torch.zeros(1, dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
-    where = dict(slots=one, context_lens=ends[1:], block_tables=torch.ones(1, 1).int(), slot_mapping=16 + numbers)
+    where = dict(rows=PagedRows(torch.ones(1, 1).int(), one, ends[1:]), slot_mapping=16 + numbers)
     where |= dict(backend=backend, kv_heads=(layers[0].num_kv_heads,), num_decode=0, counters=one)
     context = Context(**where, cu_seqlens_q=ends, max_seqlen_q=3, max_context_len=3)
     backend.prepare(context)

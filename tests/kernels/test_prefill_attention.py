@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from nanovllm.ops.attention import prefill_attention as prefill_attention_module
+from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
 from nanovllm.ops.attention.prefill_attention import (
     PrefillConfig,
     default_prefill_config,
@@ -21,10 +22,10 @@ def check(attend, sequences, heads, kv_heads, head_dim, block_size, dtype=torch.
     paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype)
     q = torch.randn(sum(lens), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     cu_seqlens = torch.tensor([0, *lens]).cumsum(0).to(DEVICE, torch.int32)
-    inputs = (q, paged.k_cache, paged.v_cache, *paged.tables, cu_seqlens, paged.context_lens)
+    inputs = [q, cu_seqlens, *paged.tensors]
     before = [x.clone() for x in inputs]
     scale = head_dim**-0.5
-    out = attend(*inputs, scale, **options)
+    out = attend(q, paged.kv, paged.rows, cu_seqlens, scale, **options)
     assert_same(inputs, before)
     assert out.shape == q.shape and out.dtype == dtype
     parts = zip(q.split(lens), paged.keys, paged.values, strict=True)
@@ -77,11 +78,13 @@ def test_default_tiles_are_large_for_many_queries():
 @needs_triton
 def test_tma_needs_whole_tiles_and_aligned_caches():
     def supported(block_size, head_dim, block_n):
-        return supports_tma(torch.empty(2, block_size, 1, head_dim), block_n)
+        return supports_tma(PagedKV(*torch.empty(2, 2, block_size, 1, head_dim)), block_n)
 
     assert supported(64, 128, 64) and supported(64, 128, 16) and supported(256, 64, 128)
     assert not supported(16, 128, 64) and not supported(64, 96, 64)
-    assert not supports_tma(torch.empty(2 * 64 * 64 + 1)[1:].view(2, 64, 1, 64), 64)  # not aligned to 16 bytes
+    aligned, unaligned = torch.empty(2, 64, 1, 64), torch.empty(2 * 64 * 64 + 1)[1:].view(2, 64, 1, 64)
+    for caches in ((aligned, unaligned), (unaligned, aligned)):  # TMA needs 16 bytes
+        assert not supports_tma(PagedKV(*caches), 64)
 
 
 @needs_triton
@@ -94,8 +97,9 @@ def test_tiles_are_small_without_tma(block_size, block_m, monkeypatch):
     chosen = []
     monkeypatch.setattr(prefill_attention_module, "_prefill_kernel", Kernel())
     q, cache = torch.zeros(99, 8, 128, dtype=torch.bfloat16), torch.zeros(4, block_size, 2, 128, dtype=torch.bfloat16)
-    metadata = (torch.zeros(size, dtype=torch.int32) for size in (1, 2, 1))
-    prefill_attention_triton(q, cache, cache, torch.zeros(1, 4, dtype=torch.int32), *metadata, 0.1)
+    one, ends = torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    rows = PagedRows(torch.zeros(1, 4, dtype=torch.int32), one, one)
+    prefill_attention_triton(q, PagedKV(cache, cache), rows, ends, 0.1)
     (options,) = chosen
     assert (options["BLOCK_M"], options["TMA"]) == (block_m, block_m == 128)
     assert (options["maxnreg"] is None) == (block_m == 64)
@@ -113,8 +117,7 @@ def test_slices_of_a_mixed_step_are_accepted():
     paged = make_paged([9, 40, 25], 2, 64, 16)
     q = torch.randn(31, 4, 2, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)[1:, :, 1]
     cu_seqlens = torch.tensor([0, 20, 30], dtype=torch.int32, device=DEVICE)
-    caches = (paged.k_cache, paged.v_cache, paged.block_tables)
-    args = (*caches, paged.slots[1:], cu_seqlens, paged.context_lens[1:], 0.1)
+    args = (paged.kv, paged.rows[1:], cu_seqlens, 0.1)
     assert_close(prefill_attention_triton(q, *args), prefill_attention_torch(q.contiguous(), *args))
 
 
@@ -131,16 +134,14 @@ def test_bad_tiles_are_refused_by_name(tile, message):
     paged = make_paged([5], 1, 64, 16)
     q = torch.zeros(5, 20, 64, device=DEVICE)
     cu_seqlens = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
-    caches = (paged.k_cache, paged.v_cache)
     with pytest.raises(ValueError, match=message):
-        config = PrefillConfig(*tile, 4, 2)
-        prefill_attention_triton(q, *caches, *paged.tables, cu_seqlens, paged.context_lens, 1.0, config=config)
+        prefill_attention_triton(q, paged.kv, paged.rows, cu_seqlens, 1.0, config=PrefillConfig(*tile, 4, 2))
 
 
 def test_reference_accepts_no_tokens_and_refuses_bad_heads():
     paged = make_paged([5], 2, 64, 16)
     cu_seqlens = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    args = (paged.k_cache, paged.v_cache, *paged.tables, cu_seqlens, paged.context_lens, 1.0)
+    args = (paged.kv, paged.rows, cu_seqlens, 1.0)
     assert prefill_attention_torch(torch.empty(0, 4, 64, device=DEVICE), *args).shape == (0, 4, 64)
     with pytest.raises(ValueError, match="KV heads must divide"):
         prefill_attention_torch(torch.empty(0, 3, 64, device=DEVICE), *args)

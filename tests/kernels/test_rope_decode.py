@@ -36,9 +36,9 @@ def make_inputs(contexts, heads, kv_heads, head_dim, block_size, norm, dtype, nu
 
 def run(attend, qkv, transform, paged, **options):
     """Return the result of `attend` and the caches as it leaves them."""
-    caches = paged.k_cache.clone(), paged.v_cache.clone()
-    out = attend(qkv, transform, *caches, *paged.tables, paged.context_lens, qkv.shape[1] ** -0.25, **options)
-    return out, *caches
+    kv = paged.copy_kv()
+    out = attend(qkv, transform, kv, paged.rows, qkv.shape[1] ** -0.25, **options)
+    return out, kv.k_cache, kv.v_cache
 
 
 def check(*sizes, config, num_padding=0, **options):
@@ -52,8 +52,8 @@ def check(*sizes, config, num_padding=0, **options):
     close = {"atol": tolerance, "rtol": tolerance}
     torch.testing.assert_close(got[0][:batch], want[0][:batch], **close)
     assert got[0].isfinite().all()
-    scratch = paged.block_tables[paged.slots[batch:], 0].long()  # any padding sequence may write last
-    for cache, expected, before in zip(got[1:], want[1:], (paged.k_cache, paged.v_cache), strict=True):
+    scratch = paged.rows.block_tables[paged.rows.slots[batch:], 0].long()  # any padding sequence may write last
+    for cache, expected, before in zip(got[1:], want[1:], (paged.kv.k_cache, paged.kv.v_cache), strict=True):
         cache[scratch] = expected[scratch] = before[scratch] = 0
         torch.testing.assert_close(cache, expected, equal_nan=True, **close)
         written = (expected != before) & ~(expected.isnan() & before.isnan())
@@ -91,12 +91,10 @@ def test_counters_are_zero_after_each_launch():
 
 def test_an_empty_batch_is_accepted_and_bad_heads_are_refused():
     qkv, transform, paged = make_inputs([5], 2, 2, 64, 16, True, torch.float32)
-    where = (paged.k_cache, paged.v_cache, *paged.tables, paged.context_lens)
-    assert rope_decode_torch(qkv, transform, *where, 1.0).shape == (1, 2, 64)
-    empty = (*where[:3], paged.slots[:0], paged.context_lens[:0])
-    assert rope_decode_triton(qkv[:0], transform, *empty, 1.0).shape == (0, 2, 64)
+    assert rope_decode_torch(qkv, transform, paged.kv, paged.rows, 1.0).shape == (1, 2, 64)
+    assert rope_decode_triton(qkv[:0], transform, paged.kv, paged.rows[:0], 1.0).shape == (0, 2, 64)
     with pytest.raises(ValueError, match="KV heads must divide"):
-        rope_decode_triton(qkv, transform._replace(num_heads=3), *where, 1.0)
+        rope_decode_triton(qkv, transform._replace(num_heads=3), paged.kv, paged.rows, 1.0)
 
 
 def test_default_config_fills_the_device_and_fits_registers():

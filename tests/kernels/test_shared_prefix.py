@@ -5,6 +5,7 @@ import torch
 from nanovllm.ops.attention import shared_prefix
 from nanovllm.ops.attention.decode_attention import decode_attention_triton
 from nanovllm.ops.attention.decode_plan import SplitPolicy
+from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
 from nanovllm.ops.attention.reference import decode_attention_torch, plan_decode_torch, shared_attention_torch
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan, plan_shared_prefixes, shared_attention_triton
 from nanovllm.ops.triton_utils import HAVE_TRITON
@@ -67,7 +68,7 @@ def test_prefix_and_own_attention_equal_the_references(monkeypatch, heads, kv_he
     block_tables = torch.empty(tables.shape, dtype=torch.int32, device=DEVICE)
     block_tables[slots.long()] = torch.from_numpy(np.where(tables == NONE, 49, tables)).int().to(DEVICE)
     context_lens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
-    inputs = (q, *cache, block_tables, slots)
+    inputs = (q, PagedKV(*cache), PagedRows(block_tables, slots, context_lens))
     own = plan_decode_torch(context_lens, kv_heads, SplitPolicy(200, 0, num_splits, min_tokens=16))
     assert own.items[:, 2].max() == num_splits
     prefix = shared_attention_triton(*inputs, 0.1, plan, num_splits)
@@ -81,5 +82,5 @@ def test_prefix_and_own_attention_equal_the_references(monkeypatch, heads, kv_he
             merged = (prefix.partial[i, :, :count] * weights[:, :, None]).sum(1) / weights.sum(1)[:, None]
             torch.testing.assert_close(merged, want[i], **close)
             torch.testing.assert_close(lse.max(1).values + weights.sum(1).log2(), want_lse[i], **close)
-    got = decode_attention_triton(*inputs, context_lens, 0.1, plan=own, prefix=prefix)
-    assert_close(got, decode_attention_torch(*inputs, context_lens, 0.1))
+    got = decode_attention_triton(*inputs, 0.1, plan=own, prefix=prefix)
+    assert_close(got, decode_attention_torch(*inputs, 0.1))

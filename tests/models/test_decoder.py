@@ -5,11 +5,11 @@ import torch
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.attention import select_backend
-from nanovllm.attention.base import PagedKV
 from nanovllm.checkpoints.hub import open_model
 from nanovllm.checkpoints.loader import load_weights
 from nanovllm.layers.attention import Attention
 from nanovllm.models.decoder import Decoder
+from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
 from nanovllm.utils.context import Context, set_context
 from tests.models.tiny import TINY, save_tiny, tiny_model
 
@@ -31,9 +31,11 @@ def prefill_logits(model, ids):
         backend=select_backend("torch", torch.device("cpu"), layers[0].head_dim, BLOCK, torch.float32),
         kv_heads=(layers[0].num_kv_heads,),
         num_decode=0,
-        slots=torch.tensor([0], dtype=torch.int32),
-        context_lens=torch.tensor([num_tokens], dtype=torch.int32),
-        block_tables=torch.stack([table, torch.zeros_like(table)]).int(),
+        rows=PagedRows(
+            torch.stack([table, torch.zeros_like(table)]).int(),
+            slots=torch.tensor([0], dtype=torch.int32),
+            context_lens=torch.tensor([num_tokens], dtype=torch.int32),
+        ),
         slot_mapping=table[positions // BLOCK] * BLOCK + positions % BLOCK,
         counters=torch.zeros(64, dtype=torch.int32),
         cu_seqlens_q=torch.tensor([0, num_tokens], dtype=torch.int32),

@@ -3,9 +3,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.layers.linear import RowParallelLinear
+from nanovllm.layers.residual import Residual
 from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.weights.formats import Packed, Plain, WeightFormat
+from nanovllm.weights.parameter import make_parameter
 
 needs_onednn = pytest.mark.skipif(not Packed.supports(torch.zeros(1, 1)), reason="needs oneDNN")
 
@@ -48,6 +52,9 @@ def test_formats_agree_with_plain_torch(kind, tokens, biased):
     gate, up = F.linear(rms_norm(x, norm, 1e-6), weight, bias).chunk(2, -1)
     got = format.linear(x, bias, (norm, 1e-6), gated=True)
     torch.testing.assert_close(got, F.silu(gate) * up, atol=1e-5, rtol=1e-5)
+    written = torch.empty(tokens, 68)
+    format.matmul_into(written, x)
+    torch.testing.assert_close(written, F.linear(x, weight), atol=1e-5, rtol=1e-5)
     assert format.choose_adder(x, residual, 1, None) is Adder.GEMM and not format.wants_zero_bias(x)
 
 
@@ -62,3 +69,16 @@ def test_packed_weight_becomes_plain_for_loading_and_packed_after_it(is_shared):
     assert packed.start_loading() is format and torch.equal(param, weight)
     param.copy_(-weight)
     torch.testing.assert_close(format.finish_loading().linear(torch.eye(40)), -weight.T)
+
+
+def test_linear_layers_use_the_format_that_they_are_given():
+    def allocate(rows, columns, dtype, weight_loader):
+        return MinimalFormat(make_parameter(rows, columns, dtype=dtype, weight_loader=weight_loader))
+
+    layer = RowParallelLinear(40, 68, tp=TensorParallel(), allocate_weight=allocate)
+    loaded = torch.randn(68, 40, generator=torch.Generator().manual_seed(0))
+    layer.checkpoint_tensors("down_proj")["down_proj.weight"].load(loaded)
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+    residual = Residual(torch.zeros(3, 68), TensorParallel())
+    assert isinstance(layer.format, MinimalFormat)
+    torch.testing.assert_close((residual + layer(x)).sum(), F.linear(x, loaded), atol=1e-5, rtol=1e-5)

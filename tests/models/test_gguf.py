@@ -348,6 +348,69 @@ def test_llama_3_tokenizer_adds_bos_and_prefers_whole_words(tmp_path, metadata, 
 
 
 @pytest.mark.parametrize(
+    ("split", "tokens"),
+    [
+        ("smollm", ["a", "Ġ", "1", "2", "ĊĊ", "1"]),  # digits first: then the two newlines are one piece
+        ("gpt-2", ["a", "Ġ", "12", "Ċ", "Ċ", "1"]),
+        ("default", ["a", "Ġ", "12", "Ċ", "Ċ", "1"]),
+    ],
+)
+def test_pre_tokenizer_of_the_file_splits_digits(tmp_path, split, tokens, caplog):
+    words = [*ALPHABET, "ĊĊ", "12", *SPECIAL]
+    metadata = {
+        "tokenizer__ggml__pre": split,
+        "tokenizer__ggml__tokens": words,
+        "tokenizer__ggml__token_type": [3 if word in SPECIAL else 1 for word in words],
+        "tokenizer__ggml__merges": ["Ċ Ċ", "1 2"],
+        "tokenizer__ggml__bos_token_id": len(words) - 4,
+    }
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", vocab_size=len(words)), **{**TOKENIZER, **metadata})
+    tokenizer = open_model(path).tokenizer()
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("a 12\n\n1")) == tokens
+    assert ("does not name its pre-tokenizer" in caplog.text) == (split == "default")
+
+
+@pytest.mark.parametrize("split", ["nonsense", "deepseek-llm", "x" * 1_000_000, 7])
+def test_unknown_pre_tokenizer_is_refused_by_name(tmp_path, split):
+    path = write_words(tmp_path / "tiny.gguf", tokenizer__ggml__pre=split)
+    with pytest.raises(ValueError, match=r"tokenizer\.ggml\.pre=.*smollm") as caught:
+        open_model(path).tokenizer()
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize(("adds_space", "token"), [(None, "▁hi"), (True, "▁hi"), (False, "hi")])
+def test_space_before_a_sentencepiece_text_is_as_the_file_says(tmp_path, adds_space, token):
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "h", "i", "▁h", "▁hi", "hi"]
+    metadata = {
+        "tokenizer__ggml__model": "llama",
+        "tokenizer__ggml__tokens": tokens,
+        "tokenizer__ggml__scores": [0.0] * 259 + [-5.0, -6.0, -6.0, -1.0, -0.5, -2.0],
+        "tokenizer__ggml__token_type": [2, 3, 3] + [6] * 256 + [1] * 6,
+        "tokenizer__ggml__bos_token_id": 1,
+        "tokenizer__ggml__unknown_token_id": 0,
+    }
+    if adds_space is not None:
+        metadata["tokenizer__ggml__add_space_prefix"] = adds_space
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", vocab_size=len(tokens)), **metadata)
+    tokenizer = open_model(path).tokenizer()
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("hi")) == ["<s>", token]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "key"),
+    [
+        ({"tokenizer__ggml__eos_token_id": [1, 2]}, "tokenizer.ggml.eos_token_id"),
+        ({"tokenizer__ggml__eot_token_id": "a" * 1_000_000}, "tokenizer.ggml.eot_token_id"),
+        ({"tokenizer__ggml__tokens": 7}, "tokenizer.ggml.tokens"),
+    ],
+)
+def test_tokenizer_metadata_of_a_wrong_type_is_refused_by_name(tmp_path, metadata, key):
+    with pytest.raises(ValueError, match=key) as caught:
+        open_model(write_words(tmp_path / "tiny.gguf", **metadata))
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize(
     ("metadata", "ends"),
     [
         ({}, {END, IM_END, FILE_SEP}),

@@ -507,3 +507,58 @@ def test_separate_head_of_a_tied_config_is_found(tmp_path):
         weights["lm_head.weight"][3, 3] += separate_head
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         assert open_model(folder).config.separate_head == separate_head
+
+
+LONG = "x" * 1_000_000
+
+
+def _write_config(folder, **options):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
+
+
+def _write_header(folder, change):
+    """Change the header entry of a tensor."""
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    change(header["model.norm.weight"])
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(
+            lambda folder, name=name: _write_config(folder, **{name: LONG})
+            for name in ("hidden_size", "eos_token_id", "dtype", "rope_parameters", "layer_types", "sliding_window")
+        ),
+        lambda folder: (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": LONG}})),
+        lambda folder: _write_header(folder, lambda entry: entry.update(dtype=LONG)),
+        lambda folder: _write_header(folder, lambda entry: entry.update(shape=[1] * 500_000 + entry["shape"])),
+        lambda folder: (folder / "tokenizer.json").write_bytes(LONG.encode() + b"\xff"),
+    ],
+)
+def test_errors_of_damaged_files_are_short(tmp_path, damage):
+    folder = save_tiny(tmp_path, "mistral")
+    damage(folder)
+    with pytest.raises(ValueError, match=str(folder) + "|is not supported|must|the tensor") as caught:
+        source = open_model(folder)
+        source.tokenizer()
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_deleted_working_folder_is_named(tmp_path, monkeypatch):
+    folder, gone = save_tiny(tmp_path / "model", "qwen3"), tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    try:
+        for name in (folder, "model", None):
+            with pytest.raises(RuntimeError, match="the working folder has been deleted"):
+                open_model(name)
+    finally:
+        os.chdir(tmp_path)
+    assert open_model(folder).config.model_type == "qwen3"

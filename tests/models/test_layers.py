@@ -1,6 +1,8 @@
 """Layers on several ranks: these run one after another, rank 0 last, and a fake group gives it the others' tensors."""
 
+import contextlib
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from nanovllm.runner.state_pool import StatePool
 from nanovllm.utils.context import get_context
 from nanovllm.weights.formats import Plain
 from nanovllm.weights.parameter import make_parameter
+from tests.helpers import wait_until
 from tests.kernels.ranks import run_ranks
 
 
@@ -184,7 +187,18 @@ def run_standalone(rank, folder):
     torch.testing.assert_close(head(x), (x @ full.T)[:2] if rank == 0 else (x @ full.T)[2:])
     shard = x[:, 3 * rank : 3 * (rank + 1)].contiguous()
     torch.testing.assert_close(row(shard).all_reduce(), x @ full.T)
+    assert gloo_threads()
     torch.distributed.destroy_process_group()
+    # Layers still exist, but a thread of the group could abort the process at its exit.
+    assert wait_until(lambda: not gloo_threads())
+
+
+def gloo_threads():
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            names.append((task / "comm").read_text())
+    return [name for name in names if "gloo" in name]
 
 
 def test_layers_work_without_an_engine_in_a_group_of_two(tmp_path):
@@ -277,7 +291,8 @@ def test_state_pool_allocates_and_binds_the_caches_of_different_layers():
     assert pool.blocks_in(10 * pool.block_bytes - 1) == 9
     pool.allocate(9)
     for layer, (heads, dim, dtype) in zip(model, sizes, strict=True):
-        assert all(cache.shape == (9, 16, heads, dim) and cache.dtype == dtype for cache in layer.kv)
-    assert sum(cache.nbytes for layer in model for cache in layer.kv) == 9 * pool.block_bytes
+        for cache in (layer.kv.k_cache, layer.kv.v_cache):
+            assert cache.shape == (9, 16, heads, dim) and cache.dtype == dtype
+    assert sum(layer.kv.k_cache.nbytes + layer.kv.v_cache.nbytes for layer in model) == 9 * pool.block_bytes
     pool.free()
     assert all(layer.kv is None for layer in model)

@@ -7,7 +7,6 @@ import torch
 
 import nanovllm.attention as attention
 from nanovllm.attention import select_backend, triton_backend
-from nanovllm.attention.base import PagedKV
 from nanovllm.attention.flash_attn_backend import (
     PACKAGES,
     FlashAttn2Backend,
@@ -17,11 +16,13 @@ from nanovllm.attention.flash_attn_backend import (
 )
 from nanovllm.attention.torch_ref import TorchBackend
 from nanovllm.layers.rotary_embedding import rope_table
+from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
 from nanovllm.ops.attention.reference import (
     decode_attention_torch,
     plan_decode_torch,
     prefill_attention_torch,
     rope_decode_torch,
+    slot_mapping,
 )
 from nanovllm.ops.norm_rope.qk_transform import QKTransform
 from nanovllm.utils.context import Context
@@ -50,9 +51,7 @@ def check_step(backend, decode, prefill, block_size=16, dtype=torch.float32, lay
         backend=backend,
         kv_heads=(KV_HEADS,),
         num_decode=len(decode),
-        slots=paged.slots,
-        context_lens=paged.context_lens,
-        block_tables=paged.block_tables,
+        rows=paged.rows,
         slot_mapping=torch.empty(0, dtype=torch.int64),
         counters=COUNTERS,
     )
@@ -63,7 +62,7 @@ def check_step(backend, decode, prefill, block_size=16, dtype=torch.float32, lay
     rows = zip(q.split(lens), paged.keys, paged.values, strict=True)
     expected = torch.cat([plain_attention(queries, k, v, SCALE) for queries, k, v in rows])
     for _ in range(layers):
-        assert_close(backend.attend(q, PagedKV(paged.k_cache, paged.v_cache), SCALE, ctx), expected)
+        assert_close(backend.attend(q, paged.kv, SCALE, ctx), expected)
 
 
 STEPS = [
@@ -90,11 +89,11 @@ def test_triton_backend_gives_each_kernel_its_rows(monkeypatch):
     monkeypatch.setattr(triton_backend, "plan_decode_triton", plan_decode_torch)
 
     def fake_kernel(reference):
-        return lambda q, *, out, counters=None, plan=None, prefix=None, **rows: out.copy_(reference(q, **rows))
+        return lambda *inputs, out, counters=None, plan=None, prefix=None: out.copy_(reference(*inputs))
 
     monkeypatch.setattr(triton_backend, "decode_attention_triton", fake_kernel(decode_attention_torch))
     monkeypatch.setattr(triton_backend, "prefill_attention_triton", fake_kernel(prefill_attention_torch))
-    backend = triton_backend.TritonBackend(torch.device("cuda"), 16)
+    backend = triton_backend.TritonBackend(torch.device("cuda"))
     for decode, prefill in STEPS:
         check_step(backend, decode, prefill)
 
@@ -109,18 +108,16 @@ def test_triton_backend_plans_all_layers_before_the_forward(monkeypatch):
         return plan_decode_torch(lens, kv_heads, policy)
 
     monkeypatch.setattr(triton_backend, "plan_decode_triton", plan_decode)
-    monkeypatch.setattr(triton_backend, "decode_attention_triton", lambda q, *, plan, **rows: plans.append(plan))
-    monkeypatch.setattr(triton_backend, "prefill_attention_triton", lambda q, **rows: None)
-    backend = triton_backend.TritonBackend(torch.device("cuda"), 16)
+    monkeypatch.setattr(triton_backend, "decode_attention_triton", lambda *inputs, plan, **options: plans.append(plan))
+    monkeypatch.setattr(triton_backend, "prefill_attention_triton", lambda *inputs, **options: None)
+    backend = triton_backend.TritonBackend(torch.device("cuda"))
     lens = torch.tensor([9, 5, 7, 3], dtype=torch.int32)  # two decode rows, two prompts
     last = torch.tensor([0, 1, 4, 7])
     ctx = Context(
         backend=backend,
         kv_heads=(KV_HEADS,),
         num_decode=2,
-        slots=lens,
-        context_lens=lens,
-        block_tables=torch.zeros(10, 1, dtype=torch.int32),
+        rows=PagedRows(torch.zeros(10, 1, dtype=torch.int32), lens, lens),
         slot_mapping=torch.arange(8),
         counters=COUNTERS,
         cu_seqlens_q=torch.tensor([2, 5, 8], dtype=torch.int32),
@@ -152,9 +149,9 @@ def test_triton_backend_uses_one_kernel_for_a_few_decode_rows(monkeypatch, decod
     calls = []
 
     def fake_kernel(reference, name):
-        def run(*inputs, out=None, counters=None, plan=None, prefix=None, **rows):
+        def run(*inputs, out=None, counters=None, plan=None, prefix=None):
             calls.append(name)
-            attended = reference(*inputs, **rows)
+            attended = reference(*inputs)
             return attended if out is None else out.copy_(attended)
 
         return run
@@ -166,7 +163,7 @@ def test_triton_backend_uses_one_kernel_for_a_few_decode_rows(monkeypatch, decod
     ):
         monkeypatch.setattr(triton_backend, name, fake_kernel(reference, name))
     shared_plan = SimpleNamespace() if shared else None
-    monkeypatch.setattr(triton_backend, "shared_attention_triton", lambda q, **rows: None)
+    monkeypatch.setattr(triton_backend, "shared_attention_triton", lambda *inputs: None)
     monkeypatch.setattr(triton_backend, "plan_decode_triton", plan_decode_torch)
     lens = [1] * len(decode) + [n for n, _ in prefill]
     contexts = [*decode, *(context for _, context in prefill)]
@@ -177,22 +174,20 @@ def test_triton_backend_uses_one_kernel_for_a_few_decode_rows(monkeypatch, decod
     transform = QKTransform(HEADS, rope_table(HEAD_DIM, 64, 1e4), q_weight, k_weight, 1e-6)
     positions = torch.cat([torch.arange(end - n, end) for n, end in zip(lens, contexts, strict=True)])
     rows = torch.arange(len(lens)).repeat_interleave(torch.tensor(lens))
-    blocks = paged.block_tables[paged.slots[rows].long(), positions // 16].long()
+    mapping = slot_mapping(paged.kv, paged.rows.block_tables, paged.rows.slots[rows].long(), positions)
     results = []
-    for backend in (TorchBackend(), triton_backend.TritonBackend(torch.device("cuda"), 16)):
+    for backend in (TorchBackend(), triton_backend.TritonBackend(torch.device("cuda"))):
         ctx = Context(
             backend=backend,
             kv_heads=(KV_HEADS,),
             num_decode=len(decode),
-            slots=paged.slots,
-            context_lens=paged.context_lens,
-            block_tables=paged.block_tables,
-            slot_mapping=blocks * 16 + positions % 16,
+            rows=paged.rows,
+            slot_mapping=mapping,
             counters=COUNTERS,
             cu_seqlens_q=torch.tensor([0, *lens]).cumsum(0).int()[len(decode) :] if prefill else None,
             shared=shared_plan,
         )
-        kv = PagedKV(paged.k_cache.clone(), paged.v_cache.clone())
+        kv = paged.copy_kv()
         backend.prepare(ctx)
         out = backend.store_and_attend(qkv, transform, positions, kv, SCALE, ctx)
         results.append((out, kv.k_cache, kv.v_cache))
@@ -214,8 +209,8 @@ def fake_flash_attn_2():
         assert causal and q.shape[1] == 1 and q.ndim == 4
         check_int32(len(q), cache_seqlens)
         check_int32(len(q), block_table, width=block_table.shape[1])
-        rows = torch.arange(len(q))
-        out = decode_attention_torch(q[:, 0], k_cache, v_cache, block_table, rows, cache_seqlens, softmax_scale)
+        rows = PagedRows(block_table, torch.arange(len(q)), cache_seqlens)
+        out = decode_attention_torch(q[:, 0], PagedKV(k_cache, v_cache), rows, softmax_scale)
         return out[:, None]
 
     def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, block_table):
@@ -224,8 +219,8 @@ def fake_flash_attn_2():
         check_int32(len(block_table), block_table, width=block_table.shape[1])
         context_lens = cu_seqlens_k.diff()
         assert (max_seqlen_q, max_seqlen_k) == (int(cu_seqlens_q.diff().max()), int(context_lens.max()))
-        rows = torch.arange(len(context_lens))
-        return prefill_attention_torch(q, k, v, block_table, rows, cu_seqlens_q, context_lens, softmax_scale)
+        rows = PagedRows(block_table, torch.arange(len(context_lens)), context_lens)
+        return prefill_attention_torch(q, PagedKV(k, v), rows, cu_seqlens_q, softmax_scale)
 
     module = ModuleType(FLASH2)
     module.flash_attn_with_kvcache, module.flash_attn_varlen_func = with_kvcache, varlen
@@ -250,10 +245,8 @@ def fake_flash_attn_3(calls):
         assert type(max_seqlen_q) is int and max_seqlen_q >= cu_seqlens_q.diff().max()
         assert type(num_splits) is int and num_splits >= 1
         calls.append(max_seqlen_q)
-        rows = torch.arange(num_rows)
-        return prefill_attention_torch(
-            q, k_cache, v_cache, page_table, rows, cu_seqlens_q, cache_seqlens, softmax_scale
-        )
+        rows = PagedRows(page_table, torch.arange(num_rows), cache_seqlens)
+        return prefill_attention_torch(q, PagedKV(k_cache, v_cache), rows, cu_seqlens_q, softmax_scale)
 
     module = ModuleType(FLASH3)
     module.flash_attn_with_kvcache = with_kvcache
@@ -329,15 +322,14 @@ def test_memory_of_flash_attn_3_splits_is_bounded():
     ],
 )
 def test_first_flash_attn_package_that_fits_is_used(
-    install, installed, capability, head_dim, block_size, dtype, expected
+    monkeypatch, install, installed, capability, head_dim, block_size, dtype, expected
 ):
     install(*installed, capability=capability)
     if ":" in expected:
         with pytest.raises(ValueError, match=expected):
             choose_package(CUDA, head_dim, block_size, dtype)
-        assert (
-            select_backend("auto", "cuda", head_dim, 48, dtype).name == "torch"
-        )  # Triton does not support blocks of 48 either
+        monkeypatch.setattr(attention, "HAVE_TRITON", False)
+        assert select_backend("auto", "cuda", head_dim, block_size, dtype).name == "torch"
     else:
         package, module = choose_package(CUDA, head_dim, block_size, dtype)
         assert package.name == expected and module is sys.modules[package.module]
@@ -392,7 +384,6 @@ def test_auto_on_a_gpu_chooses_an_installed_backend_that_fits(
             "attention_backend='xformers' must be one of 'auto', 'torch'",
         ),
         ("triton", "cpu", 16, torch.float32, ValueError, "needs a CUDA device"),
-        ("triton", "cuda", 48, torch.bfloat16, ValueError, "block_size=48 must be a power of two"),
         ("flash_attn", "cpu", 256, torch.bfloat16, ValueError, "needs a CUDA device"),
         ("flash_attn", "cuda", 256, torch.bfloat16, ImportError, "needs one of the packages flash-attn-3 .*, fa3-fwd"),
     ],

@@ -9,12 +9,15 @@ from unittest.mock import MagicMock, call
 
 import pytest
 import torch
+from torch import nn
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention.torch_ref import TorchBackend
 from nanovllm.distributed import parallel
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.messages import Batch
+from nanovllm.models.decoder import Decoder
+from nanovllm.models.registry import PRESETS
 from nanovllm.ops.dispatch import Adder, Kernel, regime_of
 from nanovllm.ops.linear.gemm import MAX_TILES, default_gemm_config
 from nanovllm.ops.triton_utils import HAVE_TRITON
@@ -152,7 +155,7 @@ def test_steps_run_on_the_gpu_of_the_engine_instead_of_the_thread(monkeypatch):
     for name in ("_send", "_move_weights", "_allocate", "_capture", "_synchronize"):
         setattr(runner, name, MagicMock(side_effect=lambda *_: seen.append(current[-1]) or MagicMock()))
     runner.launch(Batch())
-    runner.wake_up()
+    runner.wake_up(("weights", "kv_cache"), capture=True)
     assert seen == [1] * 6 and current == [0]
 
 
@@ -228,3 +231,13 @@ def test_failed_capture_raises_its_error_and_is_ended_and_freed(error, end_error
     assert [name for name, *_ in graph.method_calls] == ["capture_begin", *["capture_end"] * len(end_errors), "reset"]
     cleanup = [call.endAllocateToPool(1, (0, 7)), call.releasePool(1, (0, 7))]
     assert allocator.mock_calls == (cleanup if INVALIDATED in end_errors else [])
+
+
+def test_few_layers_has_every_kind_of_layer_and_the_last_one():
+    sizes = {"num_layers": 5, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 32, "eos_token_ids": ()}
+    decoder = Decoder(replace(PRESETS["qwen3-0.6b"], **sizes))
+    decoder.layers[2].mlp = nn.Identity()
+    layers = decoder.layers
+    with decoder.few_layers():
+        assert set(decoder.layers) == {layers[0], layers[2], layers[4]}
+    assert decoder.layers is layers

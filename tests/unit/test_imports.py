@@ -25,6 +25,7 @@ LAYERS = [
     ["ops"],
     ["messages"],
     ["config", "sampling_params", "outputs"],
+    ["vllm_options"],
     ["checks", "arithmetic", "progress"],
 ]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm import LLM, AsyncLLM, SamplingParams
+from nanovllm import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
 from nanovllm.checks import number
 from nanovllm.config import Config
 from nanovllm.sampling_params import MAX_ALLOWED_IDS
@@ -49,7 +49,7 @@ def test_sampling_params_are_checked(name, value, error):
         ("max_model_len", "4096", TypeError),
         ("max_model_len", 1, ValueError),
         ("max_num_seqs", True, TypeError),
-        ("max_num_batched_tokens", 8, ValueError),
+        ("max_num_batched_tokens", 0, ValueError),
         ("gpu_memory_utilization", 1.5, ValueError),
         ("kvcache_block_size", 48, ValueError),
         ("kvcache_block_size", 8, ValueError),
@@ -66,7 +66,13 @@ def test_sampling_params_are_checked(name, value, error):
         ("dtype", np.zeros(2), TypeError),
         ("device", torch.device("cpu"), TypeError),
         ("device", 0, TypeError),
-        ("load_format", None, TypeError),
+        ("tokenizer", 5, TypeError),
+        ("tokenizer", "", ValueError),
+        ("revision", 5, TypeError),
+        ("download_dir", 5, TypeError),
+        ("logprobs_mode", "raw_logits", ValueError),
+        ("max_logprobs", -2, ValueError),
+        ("distributed_executor_backend", "ray", ValueError),
         ("model", 5, TypeError),
     ],
 )
@@ -118,7 +124,7 @@ def test_errors_of_sampling_params_are_short(name):
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config)])
 def test_errors_of_a_config_are_short(name):
     for value in HUGE:
-        if name == "model" and isinstance(value, str):
+        if name in ("model", "tokenizer", "revision", "download_dir") and isinstance(value, str):
             continue  # a name, which is looked up later
         with pytest.raises((TypeError, ValueError)) as caught:
             Config(**{name: value})
@@ -175,3 +181,26 @@ def test_config_and_params_are_frozen():
         Config().seed = 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingParams().seed = 1
+
+
+def test_a_schema_of_shared_dicts_is_not_written_whole():
+    schema = {"type": "integer"}
+    for _ in range(40):  # a text of 10**13 characters
+        schema = {"anyOf": [schema, schema]}
+    with pytest.raises(ValueError, match=r"structured_outputs\.json must have at most"):
+        StructuredOutputsParams(json=schema)
+
+
+def test_a_schema_that_json_cannot_express_is_refused():
+    endless = {}
+    endless["not"] = endless
+    for schema in (endless, {"enum": [object()]}, {"const": type("T" * 10**6, (), {})()}):
+        with pytest.raises(ValueError, match=r"structured_outputs\.json is not a schema") as caught:
+            StructuredOutputsParams(json=schema)
+        assert len(str(caught.value)) < 400
+
+
+def test_unknown_options_of_long_names_are_cut():
+    with pytest.raises(TypeError, match="there is no option xxx") as caught:
+        LLM(**{"x" * 1_000_000: 1})
+    assert len(str(caught.value)) < 2000

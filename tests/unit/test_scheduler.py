@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.engine import block_manager as block_manager_module
+from nanovllm.engine import scheduler as scheduler_module
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Placement, Sequence, Status
@@ -237,3 +238,127 @@ def test_abort_in_every_state_returns_the_blocks(state):
         scheduler.update(step, tokens)
     scheduler.finish(seq, "abort")
     assert manager.num_free == 16 and len(scheduler.free_slots) == 2 and not (scheduler.waiting or scheduler.running)
+
+
+class CostlyFilter:
+    """A grammar whose masks take `cost` seconds of a fake clock."""
+
+    depends_on_output, is_complete, error = True, False, None
+
+    def __init__(self, clock, cost):
+        self.clock, self.cost = clock, cost
+
+    def accept(self, token_id):
+        pass
+
+    def mask(self):
+        self.clock.now += self.cost
+        return self.cost
+
+
+class Clock:
+    """A fake clock. `passed` is the time since it was last asked for."""
+
+    def __init__(self, monkeypatch):
+        self.now = self.before = 0.0
+        monkeypatch.setattr(scheduler_module.time, "thread_time", lambda: self.now)
+
+    def passed(self):
+        passed, self.before = self.now - self.before, self.now
+        return passed
+
+
+def filtered(clock, cost, num_tokens=20):
+    seq = Sequence([1, 2, 3], SamplingParams(max_tokens=num_tokens))
+    seq.token_filter = CostlyFilter(clock, cost)
+    seq.mask = seq.token_filter.mask()  # as the input processor does
+    return seq
+
+
+def serve(scheduler, clock, overlap=1):
+    """Run steps until all is done. Return the times that masks took in each step."""
+    device, in_flight, times = FakeDevice(len(scheduler.free_slots)), [], []
+    clock.passed()
+    while scheduler.waiting or scheduler.running or in_flight:
+        step = scheduler.schedule()
+        times.append(clock.passed())
+        assert len(times) < 2000, "no progress"
+        if step:
+            in_flight.append((step, device.launch(step.batch)))
+            with_mask = {slot for slot, _ in step.batch.masks}
+            for seq, row in zip(step.sequences, step.batch.rows, strict=True):
+                assert (row.slot in with_mask) == bool(row.samples and seq.token_filter)
+        if in_flight and (not step or len(in_flight) > overlap):
+            scheduler.update(*in_flight.pop(0))
+    return times
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_costly_masks_of_many_requests_share_the_time_of_a_step(monkeypatch, overlap):
+    clock = Clock(monkeypatch)
+    limit = scheduler_module.STEP_MASK_SECONDS
+    costly = [filtered(clock, 0.9 * limit) for _ in range(6)]
+    cheap = filtered(clock, 0.01 * limit)
+    plain = Sequence([7], SamplingParams(max_tokens=20))
+    scheduler = Scheduler(8, 64, BlockManager(64, BLOCK))
+    for seq in (*costly, cheap, plain):
+        scheduler.add(seq)
+    finished = []
+    monkeypatch.setattr(
+        scheduler, "finish", lambda seq, *why: (finished.append(seq), Scheduler.finish(scheduler, seq, *why))
+    )
+    times = serve(scheduler, clock, overlap)
+    assert max(times) < 2 * limit
+    assert set(finished[:2]) == {cheap, plain}  # no costly one delays them
+    for seq in (*costly, cheap, plain):
+        assert seq.finish_reason == "length" and seq.output_ids == expected(seq.prompt_ids, seq.params, ())
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_costly_masks_of_preempted_requests_share_the_time_of_a_step(monkeypatch, overlap):
+    clock = Clock(monkeypatch)
+    limit = scheduler_module.STEP_MASK_SECONDS
+    seqs = [filtered(clock, 0.9 * limit) for _ in range(5)]
+    scheduler = Scheduler(8, 64, BlockManager(9, BLOCK))
+    for seq in seqs:
+        scheduler.add(seq)
+    assert max(serve(scheduler, clock, overlap)) < 2 * limit
+    assert scheduler.num_preemptions
+    for seq in seqs:
+        assert seq.output_ids == expected(seq.prompt_ids, seq.params, ())
+
+
+@pytest.mark.parametrize("limit_masks", [True, False])
+def test_a_request_whose_mask_takes_too_long_ends_unless_ranks_schedule_for_themselves(monkeypatch, limit_masks):
+    clock = Clock(monkeypatch)
+    seqs = [filtered(clock, cost) for cost in (1.0, 0.001, 1.0)]
+    scheduler = Scheduler(4, 64, BlockManager(64, BLOCK), limit_masks=limit_masks)
+    for seq in seqs:
+        scheduler.add(seq)
+    times = serve(scheduler, clock)
+    if limit_masks:
+        assert max(times) < 1.1
+        assert [seq.finish_reason for seq in seqs] == ["abort", "length", "abort"]
+        assert "takes too long" in seqs[0].stop_reason and len(seqs[0].output_ids) == 2
+    else:  # then schedules must not depend on the clock
+        assert max(times) > 2
+        assert [seq.finish_reason for seq in seqs] == ["length"] * 3
+
+
+def test_a_request_ends_without_a_search_among_those_that_wait():
+    class Counting(Sequence):
+        num_compared = 0
+        __hash__ = object.__hash__
+
+        def __eq__(self, other):
+            Counting.num_compared += 1
+            return self is other
+
+    scheduler = Scheduler(2, 64, BlockManager(64, BLOCK))
+    seqs = [Counting([1, 2], SamplingParams()) for _ in range(5000)]
+    for seq in seqs:
+        scheduler.add(seq)
+    for seq in seqs[2000:]:
+        scheduler.finish(seq, "abort")
+    assert len(scheduler.waiting) == 2000 and Counting.num_compared < 100
+    assert scheduler.schedule().sequences == seqs[:2]

@@ -14,76 +14,20 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.ops.attention.decode_plan import (
-    MANY_PROGRAMS_PER_SM,
-    DecodePlan,
-    default_split_policy,
-    plan_decode_triton,
-)
+from nanovllm.ops.attention.decode_plan import DecodeConfig, DecodePlan, default_decode_config
 from nanovllm.ops.attention.online_softmax import attend_tile, empty_partials, init_softmax, store_or_merge
 from nanovllm.ops.attention.paged_cache import (
     LOG2E,
     MIN_DOT,
+    PagedKV,
+    PagedRows,
     attention_constants,
-    check_attention_inputs,
     check_power_of_2,
     load_tile,
     offsets_in_block,
     tile_blocks,
 )
-from nanovllm.ops.triton_utils import (
-    HOPPER_SHARED_MEMORY,
-    launch_options,
-    shared_memory_bytes,
-    sm_count,
-    tl,
-    triton,
-    wait_for_inputs,
-)
-
-
-class DecodeConfig(NamedTuple):
-    """Compile-time settings of the decode kernel.
-
-    Attributes:
-        tile: tokens per loop iteration.
-        num_warps, num_stages: warps and pipeline stages.
-    """
-
-    tile: int
-    num_warps: int
-    num_stages: int
-
-
-def default_decode_config(
-    batch: int,
-    kv_heads: int,
-    head_dim: int,
-    itemsize: int,
-    sm_count: int,
-    prefix: bool = False,
-    shared_memory: int = HOPPER_SHARED_MEMORY,
-) -> DecodeConfig:
-    """Return the settings that sweeps chose on an H100 and an H200; with `prefix`, the prefix workload of bench.py.
-
-    A program needs (stages - 1) * tile * head_dim * itemsize bytes of shared memory for K and the same for V. So wide
-    heads and devices with less shared memory get a smaller tile. With many programs, two or three share an SM. With
-    few, each has an SM to itself and needs more loads in flight.
-    """
-    programs = batch * kv_heads
-    tile, num_warps, num_stages = 128, 4, 3
-    if 2 * programs >= 5 * sm_count:
-        tile = 64
-        num_stages = 3 if programs >= MANY_PROGRAMS_PER_SM * sm_count else 4
-    if prefix:
-        tile, num_warps, num_stages = 32, 2, 3
-    head_bytes = triton.next_power_of_2(head_dim) * itemsize
-    tile = min(tile, tile * 256 // head_bytes)
-    max_tokens = (shared_memory - (16 << 10)) // (2 * head_bytes)  # 16 KiB are left for everything else
-    num_stages = num_stages if (num_stages - 1) * tile <= max_tokens else 3
-    while (num_stages - 1) * tile > max_tokens:
-        tile //= 2
-    return DecodeConfig(max(MIN_DOT, tile), num_warps, num_stages)
+from nanovllm.ops.triton_utils import launch_options, shared_memory_bytes, sm_count, tl, triton, wait_for_inputs
 
 
 # Values and alignments that vary from step to step must not cause a recompilation.
@@ -184,66 +128,53 @@ class PrefixPartials(NamedTuple):
 
 def decode_attention_triton(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    context_lens: torch.Tensor,
+    kv: PagedKV,
+    rows: PagedRows,
     scale: float,
     *,
+    plan: DecodePlan,
     out: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
-    plan: DecodePlan | None = None,
     prefix: PrefixPartials | None = None,
-    config: DecodeConfig | None = None,
 ) -> torch.Tensor:
     """Compute `decode_attention_torch` with a Triton kernel that does not synchronise with the device.
 
     The kernel reads q and the caches after it waits for its inputs, everything else before (see `wait_for_inputs`).
 
     Args:
-        q, k_cache, v_cache, block_tables, slots, context_lens, scale: as in `decode_attention_torch`.
+        q, kv, rows, scale: as in `decode_attention_torch`.
+        plan: made for `rows` and the KV heads of `kv`.
         out: [B, H, Dh] contiguous, receives the result; a new tensor if None.
         counters: at least B * K int32 zeros, zero again afterwards; new ones if None. Launches that may overlap need
             separate counters.
-        plan: of these sequences; made with `default_split_policy` if None.
         prefix: from `shared_attention_triton` for the same plan.
-        config: `default_decode_config` if None.
 
     Raises:
-        ValueError: a size is too small or not a power of two, or the KV heads do not divide the heads.
-        ImportError: Triton is not installed.
+        ValueError: the tile is too small or not a power of two, or q does not fit the caches.
     """
-    batch, heads, head_dim = q.shape
-    _, block_size, kv_heads, _ = k_cache.shape
-    check_attention_inputs(q, k_cache, v_cache)
-    if config is None:
-        config = _config_for(q, kv_heads, prefix is not None)
+    kv.check_queries(q)
+    batch, heads, _ = q.shape
+    config = plan.config or _config_for(q, kv, prefix is not None)
     check_power_of_2("tile", config.tile, MIN_DOT)
-    check_power_of_2("block_size", block_size, 1)
     if out is None:
-        out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if batch == 0:
         return out
-    options = launch_options(q.device)
-    if plan is None:
-        options = {"PDL": False}  # the kernel reads the plan, so it must not start before that is written
-        plan = plan_decode_triton(context_lens, kv_heads, default_split_policy(batch, kv_heads, sm_count(q.device)))
     if counters is None:
-        counters = torch.zeros(batch * kv_heads, dtype=torch.int32, device=q.device)
+        counters = torch.zeros(batch * kv.kv_heads, dtype=torch.int32, device=q.device)
     if prefix is None:
         partial, lse = empty_partials(q, plan.num_splits)
     else:
         partial, lse = prefix.partial, prefix.lse
-    _decode_kernel[(kv_heads, len(plan.items))](
+    _decode_kernel[(kv.kv_heads, len(plan.items))](
         q,
-        k_cache,
-        v_cache,
-        block_tables,
-        slots,
-        context_lens,
+        kv.k_cache,
+        kv.v_cache,
+        rows.block_tables,
+        rows.slots,
+        rows.context_lens,
         plan.items,
-        slots if prefix is None else prefix.sequences,
+        rows.slots if prefix is None else prefix.sequences,
         out,
         partial,
         lse,
@@ -251,21 +182,20 @@ def decode_attention_triton(
         scale * LOG2E,
         q.stride(0),
         q.stride(1),
-        block_tables.stride(0),
+        rows.block_tables.stride(0),
         lse.shape[2],
-        GROUP_PAD=max(MIN_DOT, triton.next_power_of_2(heads // kv_heads)),
+        GROUP_PAD=max(MIN_DOT, triton.next_power_of_2(heads // kv.kv_heads)),
         TILE=config.tile,
         PREFIX=prefix is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **attention_constants(q, k_cache),
-        **options,
+        **attention_constants(heads, kv),
+        **launch_options(q.device),
     )
     return out
 
 
-def _config_for(q: torch.Tensor, kv_heads: int, prefix: bool) -> DecodeConfig:
-    batch, _, head_dim = q.shape
+def _config_for(q: torch.Tensor, kv: PagedKV, prefix: bool) -> DecodeConfig:
     return default_decode_config(
-        batch, kv_heads, head_dim, q.element_size(), sm_count(q.device), prefix, shared_memory_bytes(q.device)
+        len(q), kv.kv_heads, kv.head_dim, q.element_size(), sm_count(q.device), prefix, shared_memory_bytes(q.device)
     )

@@ -1,4 +1,4 @@
-"""Plan how decode attention splits its sequences: once per step for all layers, on the device.
+"""Plan how decode attention splits its sequences: once per step for all layers, on the device. Choose its tiles.
 
 Because the plan is made on the device, a captured graph is valid for any context lengths. A sequence is split if it
 would keep an SM busy after the others have finished. The longest splits start first, so that short ones fill the gaps
@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.ops.triton_utils import tl, triton
+from nanovllm.ops.attention.paged_cache import MIN_DOT
+from nanovllm.ops.triton_utils import HOPPER_SHARED_MEMORY, tl, triton
 
 MAX_SPLITS = 128
 MANY_PROGRAMS_PER_SM = 6  # from here on, more programs run on an SM at a time, each of them slower
@@ -49,16 +50,63 @@ def default_split_policy(batch: int, kv_heads: int, sm_count: int) -> SplitPolic
     return SplitPolicy(2 * sm_count, whole=6, num_splits=min(8, most))
 
 
+class DecodeConfig(NamedTuple):
+    """Compile-time settings of the decode kernel.
+
+    Attributes:
+        tile: tokens per loop iteration.
+        num_warps, num_stages: warps and pipeline stages.
+    """
+
+    tile: int
+    num_warps: int
+    num_stages: int
+
+
+def default_decode_config(
+    batch: int,
+    kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    sm_count: int,
+    prefix: bool = False,
+    shared_memory: int = HOPPER_SHARED_MEMORY,
+) -> DecodeConfig:
+    """Return the settings that sweeps chose on an H100 and an H200; with `prefix`, the prefix workload of bench.py.
+
+    A program needs (stages - 1) * tile * head_dim * itemsize bytes of shared memory for K and the same for V. So wide
+    heads and devices with less shared memory get a smaller tile. With many programs, two or three share an SM. With
+    few, each has an SM to itself and needs more loads in flight.
+    """
+    programs = batch * kv_heads
+    tile, num_warps, num_stages = 128, 4, 3
+    if 2 * programs >= 5 * sm_count:
+        tile = 64
+        num_stages = 3 if programs >= MANY_PROGRAMS_PER_SM * sm_count else 4
+    if prefix:
+        tile, num_warps, num_stages = 32, 2, 3
+    head_bytes = triton.next_power_of_2(head_dim) * itemsize
+    tile = min(tile, tile * 256 // head_bytes)
+    max_tokens = (shared_memory - (16 << 10)) // (2 * head_bytes)  # 16 KiB are left for everything else
+    num_stages = num_stages if (num_stages - 1) * tile <= max_tokens else 3
+    while (num_stages - 1) * tile > max_tokens:
+        tile //= 2
+    return DecodeConfig(max(MIN_DOT, tile), num_warps, num_stages)
+
+
 class DecodePlan(NamedTuple):
-    """Work items of `decode_attention_triton`, for each KV head, in the order in which they start.
+    """How `decode_attention_triton` divides its work.
 
     Args:
         items: [I, 3] int32: sequence, index of the split, number of splits of the sequence; sequence -1 if unused.
+            Every KV head has these work items, which start in this order.
         num_splits: most splits of a sequence.
+        config: the kernel's settings; `default_decode_config` if None.
     """
 
     items: torch.Tensor
     num_splits: int
+    config: DecodeConfig | None = None
 
 
 @triton.jit

@@ -1,17 +1,74 @@
-"""The paged KV cache as attention kernels read it: addresses of tiles, constants, and checks of arguments.
+"""The paged KV cache as attention kernels read it: a layer's caches, a step's rows, and addresses of tiles.
+
+`PagedKV` belongs to a layer for as long as the engine runs. `PagedRows` belongs to a step and serves all its layers.
 
 A *tile* is the group of consecutive tokens that one loop iteration of a kernel processes. A cache *block* holds whole
 tiles, or a tile spans whole blocks.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from nanovllm.arithmetic import is_power_of_2
 from nanovllm.ops.triton_utils import tl, triton
 
 LOG2E = 1.4426950408889634
 MIN_DOT = 16  # smallest side of a tensor-core tile
+
+
+class PagedKV:
+    """A layer's keys and values in blocks.
+
+    Args:
+        k_cache, v_cache: [num_blocks, block_size, K, Dh], contiguous and of one shape.
+
+    Attributes:
+        block_size, kv_heads, head_dim: sizes of the caches; block_size is a power of two.
+
+    Raises:
+        ValueError: the caches differ in shape or are not contiguous, or block_size is not a power of two.
+    """
+
+    def __init__(self, k_cache: torch.Tensor, v_cache: torch.Tensor):
+        if k_cache.shape != v_cache.shape or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+            raise ValueError(
+                f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must be contiguous and of one shape"
+            )
+        self.k_cache, self.v_cache = k_cache, v_cache
+        _, self.block_size, self.kv_heads, self.head_dim = k_cache.shape
+        check_power_of_2("block_size", self.block_size, 1)
+
+    def check_queries(self, q: torch.Tensor) -> None:
+        """Raise ValueError unless queries [N, H, Dh] fit the caches."""
+        _, heads, head_dim = q.shape
+        if heads % self.kv_heads or head_dim != self.head_dim or q.stride(2) != 1:
+            raise ValueError(
+                f"q of shape {tuple(q.shape)} and strides {q.stride()} does not fit a cache of {self.kv_heads} KV "
+                f"heads of size {self.head_dim}: the KV heads must divide the heads and each head be contiguous"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class PagedRows:
+    """Sequences that attend in a step, and where their keys and values are. A slice of it selects sequences.
+
+    Attributes:
+        block_tables: [S, W] int32, the block ids of each slot's tokens, in order.
+        slots: [B] int32, the slot of each sequence.
+        context_lens: [B] int32, tokens that each sequence sees, this step's included; at least 1.
+    """
+
+    block_tables: torch.Tensor
+    slots: torch.Tensor
+    context_lens: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __getitem__(self, rows: slice) -> "PagedRows":
+        return PagedRows(self.block_tables, self.slots[rows], self.context_lens[rows])
 
 
 @triton.jit
@@ -59,32 +116,18 @@ def load_tile(
     return tl.load(k_ptrs, mask=mask, other=0.0), tl.load(v_ptrs, mask=mask, other=0.0)
 
 
-def attention_constants(q: torch.Tensor, k_cache: torch.Tensor) -> dict[str, Any]:
-    """Return the compile-time sizes of an attention kernel for q [N, H, Dh] and a cache [blocks, block_size, K, Dh]."""
-    _, block_size, kv_heads, head_dim = k_cache.shape
+def attention_constants(num_heads: int, kv: PagedKV) -> dict[str, Any]:
+    """Return the compile-time sizes of an attention kernel for `num_heads` query heads."""
     return {
-        "GROUP": q.shape[1] // kv_heads,
-        "HEAD_DIM": head_dim,
-        "HEAD_PAD": max(MIN_DOT, triton.next_power_of_2(head_dim)),
-        "KV_HEADS": kv_heads,
-        "BLOCK_SIZE": block_size,
+        "GROUP": num_heads // kv.kv_heads,
+        "HEAD_DIM": kv.head_dim,
+        "HEAD_PAD": max(MIN_DOT, triton.next_power_of_2(kv.head_dim)),
+        "KV_HEADS": kv.kv_heads,
+        "BLOCK_SIZE": kv.block_size,
     }
 
 
 def check_power_of_2(name: str, value: int, minimum: int) -> None:
     """Raise ValueError unless `value` is a power of two and at least `minimum`."""
-    if value < minimum or value & (value - 1):
+    if value < minimum or not is_power_of_2(value):
         raise ValueError(f"{name}={value} must be a power of two of at least {minimum}")
-
-
-def check_attention_inputs(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-    """Raise ValueError unless queries [N, H, Dh] fit two equal, contiguous caches [blocks, block_size, K, Dh]."""
-    if k_cache.shape != v_cache.shape or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
-        raise ValueError(
-            f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must be contiguous and of one shape"
-        )
-    if q.shape[1] % k_cache.shape[2] or q.shape[2] != k_cache.shape[3] or q.stride(2) != 1:
-        raise ValueError(
-            f"q of shape {tuple(q.shape)} and strides {q.stride()} does not fit a cache of {k_cache.shape[2]} KV heads "
-            f"of size {k_cache.shape[3]}: the KV heads must divide the heads and each head be contiguous"
-        )

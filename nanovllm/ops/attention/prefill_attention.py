@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nanovllm.arithmetic import is_power_of_2
 from nanovllm.ops.attention.online_softmax import init_softmax
 from nanovllm.ops.attention.paged_cache import (
     LOG2E,
     MIN_DOT,
+    PagedKV,
+    PagedRows,
     attention_constants,
-    check_attention_inputs,
     check_power_of_2,
     offsets_in_block,
     tile_blocks,
@@ -215,16 +217,16 @@ def _prefill_kernel(
     tl.store(out_ptr + out_rows[:, None] + dims[None, :], out, mask=mask)
 
 
-def supports_tma(k_cache: torch.Tensor, block_n: int) -> bool:
-    """Return whether TMA can load tiles of `block_n` tokens of the cache [num_blocks, block_size, K, Dh].
+def supports_tma(kv: PagedKV, block_n: int) -> bool:
+    """Return whether TMA can load tiles of `block_n` tokens of the caches.
 
     A tile must lie in one block. A head must be as wide as its padded tile, because the next head follows directly.
     """
-    block_size, head_dim = k_cache.shape[1], k_cache.shape[3]
-    fits = block_size % block_n == 0 and head_dim >= MIN_DOT and head_dim & (head_dim - 1) == 0
+    device = kv.k_cache.device
+    fits = kv.block_size % block_n == 0 and kv.head_dim >= MIN_DOT and is_power_of_2(kv.head_dim)
     # On a CPU, kernels are interpreted, or compiled for another machine.
-    able = k_cache.device.type == "cpu" or is_hopper_or_newer(k_cache.device)
-    return fits and able and k_cache.data_ptr() % 16 == 0
+    able = device.type == "cpu" or is_hopper_or_newer(device)
+    return fits and able and all(cache.data_ptr() % 16 == 0 for cache in (kv.k_cache, kv.v_cache))
 
 
 def cache_descriptor(cache: torch.Tensor, block_n: int) -> Any:
@@ -238,12 +240,9 @@ def cache_descriptor(cache: torch.Tensor, block_n: int) -> Any:
 
 def prefill_attention_triton(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
+    kv: PagedKV,
+    rows: PagedRows,
     cu_seqlens_q: torch.Tensor,
-    context_lens: torch.Tensor,
     scale: float,
     *,
     out: torch.Tensor | None = None,
@@ -252,62 +251,55 @@ def prefill_attention_triton(
     """Compute `prefill_attention_torch` with a Triton kernel that does not synchronise with the device.
 
     Args:
-        q, k_cache, v_cache, block_tables, slots, cu_seqlens_q, context_lens, scale: as in `prefill_attention_torch`.
+        q, kv, rows, cu_seqlens_q, scale: as in `prefill_attention_torch`.
         out: [T, H, Dh] contiguous, receives the result; a new tensor if None.
         config: `default_prefill_config` if None.
 
     Raises:
-        ValueError: a size is not a power of two, or the KV heads do not divide the heads.
-        ImportError: Triton is not installed.
+        ValueError: a tile is too small or not a power of two, or q does not fit the caches.
     """
-    num_tokens, heads, head_dim = q.shape
-    kv_heads = k_cache.shape[2]
-    check_attention_inputs(q, k_cache, v_cache)
-    batch, group = len(slots), heads // kv_heads
+    kv.check_queries(q)
+    num_tokens, heads, _ = q.shape
     if out is None:
-        out = torch.empty((num_tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if num_tokens == 0:
         return out
     if config is None:
-        config = _config_for(q, k_cache, v_cache)
+        config = _config_for(q, kv)
+    batch, group = len(rows), heads // kv.kv_heads
     check_power_of_2("block_m", config.block_m, max(MIN_DOT, group))
     check_power_of_2("block_n", config.block_n, MIN_DOT)
-    tma = config.tma and _support_tma(k_cache, v_cache, config.block_n)
+    tma = config.tma and supports_tma(kv, config.block_n)
     num_tiles = num_tokens // (config.block_m // group) + batch
-    _prefill_kernel[(kv_heads, num_tiles)](
+    _prefill_kernel[(kv.kv_heads, num_tiles)](
         q,
-        cache_descriptor(k_cache, config.block_n) if tma else k_cache,
-        cache_descriptor(v_cache, config.block_n) if tma else v_cache,
-        block_tables,
-        slots,
+        cache_descriptor(kv.k_cache, config.block_n) if tma else kv.k_cache,
+        cache_descriptor(kv.v_cache, config.block_n) if tma else kv.v_cache,
+        rows.block_tables,
+        rows.slots,
         cu_seqlens_q,
-        context_lens,
+        rows.context_lens,
         out,
         scale * LOG2E,
         batch,
         q.stride(0),
         q.stride(1),
-        block_tables.stride(0),
+        rows.block_tables.stride(0),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         TMA=tma,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.maxnreg,
-        **attention_constants(q, k_cache),
+        **attention_constants(heads, kv),
     )
     return out
 
 
-def _config_for(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> PrefillConfig:
+def _config_for(q: torch.Tensor, kv: PagedKV) -> PrefillConfig:
     num_tokens, heads, head_dim = q.shape
     config = default_prefill_config(head_dim, q.element_size(), num_tokens * heads, sm_count(q.device))
-    if config.tma and not _support_tma(k_cache, v_cache, config.block_n):
+    if config.tma and not supports_tma(kv, config.block_n):
         # Without TMA the large tile leaves no registers for addresses.
         config = default_prefill_config(head_dim, q.element_size())
-    group = heads // k_cache.shape[2]
-    return config._replace(block_m=max(config.block_m, triton.next_power_of_2(group)))
-
-
-def _support_tma(k_cache: torch.Tensor, v_cache: torch.Tensor, block_n: int) -> bool:
-    return supports_tma(k_cache, block_n) and supports_tma(v_cache, block_n)
+    return config._replace(block_m=max(config.block_m, triton.next_power_of_2(heads // kv.kv_heads)))

@@ -3,24 +3,32 @@
 The backend for CPUs uses the pieces: it plans a gather once per step and attends with it in every layer.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from nanovllm.ops.attention.decode_plan import DecodePlan, SplitPolicy
-from nanovllm.ops.attention.paged_cache import check_attention_inputs
+from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
 from nanovllm.ops.norm_rope.qk_transform import QKTransform
 from nanovllm.ops.norm_rope.reference import qk_norm_rope_store_torch
 
 
 def cache_indices(
-    block_tables: torch.Tensor, slots: torch.Tensor | int, positions: torch.Tensor, block_size: int, kv_heads: int
+    kv: PagedKV, block_tables: torch.Tensor, slots: torch.Tensor | int, positions: torch.Tensor
 ) -> torch.Tensor:
     """Return where `gather` finds positions [..., L] of slots [..., 1]: [..., K, L] int64."""
-    blocks = block_tables[slots, positions // block_size].to(torch.int64)
-    tokens = blocks * block_size + positions % block_size
-    return tokens[..., None, :] * kv_heads + torch.arange(kv_heads, device=positions.device)[:, None]
+    tokens = slot_mapping(kv, block_tables, slots, positions)
+    return tokens[..., None, :] * kv.kv_heads + torch.arange(kv.kv_heads, device=positions.device)[:, None]
+
+
+def slot_mapping(
+    kv: PagedKV, block_tables: torch.Tensor, slots: torch.Tensor | int, positions: torch.Tensor
+) -> torch.Tensor:
+    """Return the indices of tokens in the caches seen as [num_blocks * block_size, K, Dh]: int64."""
+    blocks = block_tables[slots, positions // kv.block_size].to(torch.int64)
+    return blocks * kv.block_size + positions % kv.block_size
 
 
 def gather(cache: torch.Tensor, indices: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -49,21 +57,19 @@ class DecodeGatherPlan(NamedTuple):
     mask: torch.Tensor | None
 
 
-def plan_decode_gather(
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_size: int,
-    kv_heads: int,
-    dtype: torch.dtype,
-) -> DecodeGatherPlan:
-    """Return the plan for sequences in `slots` with `context_lens` tokens. Synchronises with the device."""
-    lens = context_lens.to(torch.int64)[:, None]  # [B, 1]
-    positions = torch.arange(int(context_lens.max()), device=slots.device)[None]  # [1, L]
+def plan_decode_gather(rows: PagedRows, kv: PagedKV, dtype: torch.dtype) -> DecodeGatherPlan:
+    """Return the plan for `rows` and caches of the sizes of `kv`. Synchronises with the device.
+
+    Args:
+        dtype: of the queries, and so of the mask.
+    """
+    slots = rows.slots.to(torch.int64)[:, None]  # [B, 1]
+    lens = rows.context_lens.to(torch.int64)[:, None]  # [B, 1]
+    positions = torch.arange(int(lens.max()), device=slots.device)[None]  # [1, L]
     seen = positions < lens
     # Repeat the last token past the context: the cache may hold NaN there, which a weight of 0 does not hide.
     positions = torch.minimum(positions, lens - 1)  # [B, L]
-    indices = cache_indices(block_tables, slots.to(torch.int64)[:, None], positions, block_size, kv_heads)
+    indices = cache_indices(kv, rows.block_tables, slots, positions)
     if bool(seen.all()):
         return DecodeGatherPlan(indices, None)
     mask = torch.zeros(seen.shape, dtype=dtype, device=slots.device).masked_fill_(~seen, float("-inf"))
@@ -81,36 +87,25 @@ def attend_gathered(
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
 
 
-def decode_attention_torch(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
+def decode_attention_torch(q: torch.Tensor, kv: PagedKV, rows: PagedRows, scale: float) -> torch.Tensor:
     """Return attention of one query per sequence over its paged KV, which includes the query's own K and V.
 
     Gathers the KV of each sequence. Synchronises with the device.
 
     Args:
-        q: [B, H, Dh], heads contiguous.
-        k_cache, v_cache: [num_blocks, block_size, K, Dh], contiguous; H is a multiple of K.
-        block_tables: [S, W] int32, physical block ids of each slot.
-        slots: [B] int32, the slot of each sequence.
-        context_lens: [B] int32, tokens that each sequence sees, at least 1.
+        q: [B, H, Dh], heads contiguous; H is a multiple of K.
+        kv: the layer's caches.
+        rows: the B sequences.
         scale: factor of the scores, positive.
 
     Returns:
         [B, H, Dh] in q's dtype.
     """
-    check_attention_inputs(q, k_cache, v_cache)
+    kv.check_queries(q)
     if len(q) == 0:
         return torch.empty_like(q)
-    block_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
-    plan = plan_decode_gather(block_tables, slots, context_lens, block_size, kv_heads, q.dtype)
-    return attend_gathered(q, gather(k_cache, plan.indices), gather(v_cache, plan.indices), plan.mask, scale)
+    plan = plan_decode_gather(rows, kv, q.dtype)
+    return attend_gathered(q, gather(kv.k_cache, plan.indices), gather(kv.v_cache, plan.indices), plan.mask, scale)
 
 
 def plan_decode_torch(context_lens: torch.Tensor, kv_heads: int, policy: SplitPolicy) -> DecodePlan:
@@ -140,13 +135,7 @@ def plan_decode_torch(context_lens: torch.Tensor, kv_heads: int, policy: SplitPo
 
 
 def shared_attention_torch(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    scale: float,
+    q: torch.Tensor, kv: PagedKV, rows: PagedRows, prefix_lens: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return attention of q [B, H, Dh] over the first `prefix_lens` [B] tokens, and its log-sum-exp (base 2).
 
@@ -156,8 +145,8 @@ def shared_attention_torch(
     lse = torch.full(q.shape[:2], float("-inf"), device=q.device)
     for i in prefix_lens.nonzero()[:, 0].tolist():
         positions = torch.arange(int(prefix_lens[i]), device=q.device)
-        indices = cache_indices(block_tables, slots[i].to(torch.int64), positions, k_cache.shape[1], k_cache.shape[2])
-        k, v = gather(k_cache, indices).float(), gather(v_cache, indices).float()  # [K, L, Dh]
+        indices = cache_indices(kv, rows.block_tables, rows.slots[i].to(torch.int64), positions)
+        k, v = gather(kv.k_cache, indices).float(), gather(kv.v_cache, indices).float()  # [K, L, Dh]
         scores = q[i].float().view(len(k), -1, q.shape[2]) @ k.mT * scale  # [K, H / K, L]
         out[i] = (scores.softmax(-1) @ v).view(q.shape[1:])
         lse[i] = scores.logsumexp(-1).view(-1) / torch.log(torch.tensor(2.0))
@@ -184,23 +173,22 @@ class PrefillGatherPlan(NamedTuple):
 
 
 def plan_prefill_gather(
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_size: int,
-    kv_heads: int,
-    dtype: torch.dtype,
+    rows: PagedRows, cu_seqlens_q: torch.Tensor, kv: PagedKV, dtype: torch.dtype
 ) -> list[PrefillGatherPlan]:
-    """Return the plans of the sequences that have queries. Synchronises with the device."""
+    """Return the plans of those `rows` that have queries, for caches of the sizes of `kv`. Synchronises.
+
+    Args:
+        cu_seqlens_q: as in `prefill_attention_torch`.
+        dtype: of the queries, and so of the masks.
+    """
     bounds = (cu_seqlens_q - cu_seqlens_q[0]).tolist()
-    device = slots.device
+    slots, lens, device = rows.slots.tolist(), rows.context_lens.tolist(), rows.slots.device
     plans = []
-    for slot, start, end, length in zip(slots.tolist(), bounds, bounds[1:], context_lens.tolist(), strict=False):
+    for slot, length, (start, end) in zip(slots, lens, pairwise(bounds), strict=True):
         if start == end:
             continue
         positions = torch.arange(length, device=device)
-        indices = cache_indices(block_tables, slot, positions, block_size, kv_heads)
+        indices = cache_indices(kv, rows.block_tables, slot, positions)
         mask = None
         if length > end - start:
             hidden = positions > positions[start - end :, None]
@@ -226,14 +214,7 @@ def attend_sequence(
 
 
 def prefill_attention_torch(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
+    q: torch.Tensor, kv: PagedKV, rows: PagedRows, cu_seqlens_q: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Return causal attention of each sequence's newest tokens over its paged KV, which includes theirs.
 
@@ -242,21 +223,18 @@ def prefill_attention_torch(
 
     Args:
         q: [T, H, Dh], the sequences' tokens packed one after the other, heads contiguous.
-        k_cache, v_cache, block_tables, scale: as in `decode_attention_torch`.
-        slots: [P] int32, the slot of each sequence.
+        kv, scale: as in `decode_attention_torch`.
+        rows: the P sequences; their context includes their queries.
         cu_seqlens_q: [P + 1] int32, where each sequence starts and the last one ends; q[0] is at the first entry.
             Sequences may have no query.
-        context_lens: [P] int32, tokens of each sequence, its queries included.
 
     Returns:
         [T, H, Dh] in q's dtype.
     """
-    check_attention_inputs(q, k_cache, v_cache)
+    kv.check_queries(q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    block_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
-    plans = plan_prefill_gather(block_tables, slots, cu_seqlens_q, context_lens, block_size, kv_heads, q.dtype)
-    for plan in plans:
-        k, v = gather(k_cache, plan.indices), gather(v_cache, plan.indices)
+    for plan in plan_prefill_gather(rows, cu_seqlens_q, kv, q.dtype):
+        k, v = gather(kv.k_cache, plan.indices), gather(kv.v_cache, plan.indices)
         out[plan.start : plan.end] = attend_sequence(q[plan.start : plan.end], k, v, plan.mask, scale)
     return out
 
@@ -265,28 +243,19 @@ def prefill_attention_torch(
 
 
 def rope_decode_torch(
-    qkv: torch.Tensor,
-    transform: QKTransform,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
+    qkv: torch.Tensor, transform: QKTransform, kv: PagedKV, rows: PagedRows, scale: float
 ) -> torch.Tensor:
     """Apply `qk_norm_rope_store`, then decode attention, to sequences whose new token is the last of their context.
 
     Args:
         qkv: [B, (H + 2 K) Dh], the values of a token contiguous.
-        k_cache, v_cache: as in `decode_attention_torch`; the new keys and values are written.
-        block_tables, slots, context_lens, scale: as in `decode_attention_torch`; the context includes the new token.
+        kv: the layer's caches; the new keys and values are written.
+        rows, scale: as in `decode_attention_torch`; the context includes the new token.
 
     Returns:
         [B, H, Dh] in qkv's dtype.
     """
-    positions = context_lens.to(torch.int64) - 1
-    block_size = k_cache.shape[1]
-    blocks = block_tables[slots.to(torch.int64), positions // block_size].to(torch.int64)
-    slot_mapping = blocks * block_size + positions % block_size
-    q = qk_norm_rope_store_torch(qkv, transform, positions, slot_mapping, k_cache, v_cache)
-    return decode_attention_torch(q, k_cache, v_cache, block_tables, slots, context_lens, scale)
+    positions = rows.context_lens.to(torch.int64) - 1
+    written = slot_mapping(kv, rows.block_tables, rows.slots.to(torch.int64), positions)
+    q = qk_norm_rope_store_torch(qkv, transform, positions, written, kv.k_cache, kv.v_cache)
+    return decode_attention_torch(q, kv, rows, scale)

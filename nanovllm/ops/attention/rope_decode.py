@@ -17,8 +17,9 @@ from nanovllm.ops.attention.online_softmax import attend_tile, empty_partials, i
 from nanovllm.ops.attention.paged_cache import (
     LOG2E,
     MIN_DOT,
+    PagedKV,
+    PagedRows,
     attention_constants,
-    check_attention_inputs,
     load_tile,
     offsets_in_block,
     tile_blocks,
@@ -177,11 +178,8 @@ def _rope_decode_kernel(
 def rope_decode_triton(
     qkv: torch.Tensor,
     transform: QKTransform,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    context_lens: torch.Tensor,
+    kv: PagedKV,
+    rows: PagedRows,
     scale: float,
     *,
     counters: torch.Tensor | None = None,
@@ -189,22 +187,20 @@ def rope_decode_triton(
 ) -> torch.Tensor:
     """Compute `rope_decode_torch` with a Triton kernel; correct for any batch, meant for small ones.
 
-    The kernel reads slots, tables, context lengths and the cache before it waits for its inputs (see
-    `wait_for_inputs`).
+    The kernel reads rows and the caches before it waits for its inputs (see `wait_for_inputs`).
 
     Args:
-        qkv, transform, k_cache, v_cache, block_tables, slots, context_lens, scale: as in `rope_decode_torch`.
+        qkv, transform, kv, rows, scale: as in `rope_decode_torch`.
         counters: as in `decode_attention_triton`.
         config: `default_rope_decode_config` if None.
     """
-    batch, num_heads = len(qkv), transform.num_heads
-    kv_heads, head_dim = k_cache.shape[2:]
-    out = torch.empty((batch, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
-    check_attention_inputs(out, k_cache, v_cache)
+    batch, heads, kv_heads = len(qkv), transform.num_heads, kv.kv_heads
+    out = torch.empty((batch, heads, kv.head_dim), dtype=qkv.dtype, device=qkv.device)
+    kv.check_queries(out)
     if batch == 0:
         return out
     if config is None:
-        config = default_rope_decode_config(batch, kv_heads, head_dim, qkv.element_size(), sm_count(qkv.device))
+        config = default_rope_decode_config(batch, kv_heads, kv.head_dim, qkv.element_size(), sm_count(qkv.device))
     partial, lse = (out, out) if config.num_splits == 1 else empty_partials(out, config.num_splits)
     if counters is None:
         counters = torch.zeros(batch * kv_heads, dtype=torch.int32, device=qkv.device)
@@ -213,11 +209,11 @@ def rope_decode_triton(
         transform.q_weight,
         transform.k_weight,
         transform.cos_sin,
-        k_cache,
-        v_cache,
-        block_tables,
-        slots,
-        context_lens,
+        kv.k_cache,
+        kv.v_cache,
+        rows.block_tables,
+        rows.slots,
+        rows.context_lens,
         out,
         partial,
         lse,
@@ -225,14 +221,14 @@ def rope_decode_triton(
         scale * LOG2E,
         transform.eps,
         qkv.stride(0),
-        block_tables.stride(0),
+        rows.block_tables.stride(0),
         config.num_splits,
-        GROUP_PAD=max(MIN_DOT, triton.next_power_of_2(num_heads // kv_heads + 1)),
+        GROUP_PAD=max(MIN_DOT, triton.next_power_of_2(heads // kv_heads + 1)),
         TILE=config.tile,
         NORM=transform.q_weight is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **attention_constants(out, k_cache),
+        **attention_constants(heads, kv),
         **launch_options(qkv.device),
     )
     return out

@@ -13,7 +13,7 @@ import torch
 
 from nanovllm.ops.attention.decode_attention import PrefixPartials
 from nanovllm.ops.attention.online_softmax import empty_partials, init_softmax
-from nanovllm.ops.attention.paged_cache import LOG2E, attention_constants
+from nanovllm.ops.attention.paged_cache import LOG2E, PagedKV, PagedRows, attention_constants
 from nanovllm.ops.attention.prefill_attention import attend_tiles, default_prefill_config
 from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
@@ -155,46 +155,38 @@ def _shared_kernel(
 
 
 def shared_attention_triton(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    scale: float,
-    plan: SharedPrefixPlan,
-    num_splits: int,
+    q: torch.Tensor, kv: PagedKV, rows: PagedRows, scale: float, plan: SharedPrefixPlan, num_splits: int
 ) -> PrefixPartials:
     """Attend to shared prefixes (`shared_attention_torch`); `decode_attention_triton` continues from the result.
 
     Args:
-        q, k_cache, v_cache, block_tables, slots, scale: as in `decode_attention_torch`.
+        q, kv, rows, scale: as in `decode_attention_torch`.
         plan: from `plan_shared_prefixes`, on the device.
         num_splits: the most splits of a sequence's own tokens: `num_splits` of the DecodePlan.
     """
-    _, heads, head_dim = q.shape
-    kv_heads = k_cache.shape[2]
-    config = default_prefill_config(head_dim, q.element_size())
+    heads = q.shape[1]
+    config = default_prefill_config(kv.head_dim, q.element_size())
     partial, lse = empty_partials(q, MAX_PREFIX_SPLITS + num_splits)
-    _shared_kernel[(kv_heads, len(plan.groups), MAX_PREFIX_SPLITS)](
+    _shared_kernel[(kv.kv_heads, len(plan.groups), MAX_PREFIX_SPLITS)](
         q,
-        k_cache,
-        v_cache,
-        block_tables,
-        slots,
+        kv.k_cache,
+        kv.v_cache,
+        rows.block_tables,
+        rows.slots,
         plan.groups,
         partial,
         lse,
         scale * LOG2E,
         q.stride(0),
         q.stride(1),
-        block_tables.stride(0),
+        rows.block_tables.stride(0),
         lse.shape[2],
-        BLOCK_M=max(TILE_QUERIES, triton.next_power_of_2(heads // kv_heads)),
+        BLOCK_M=max(TILE_QUERIES, triton.next_power_of_2(heads // kv.kv_heads)),
         BLOCK_N=config.block_n,
         STEP=STEP,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **attention_constants(q, k_cache),
+        **attention_constants(heads, kv),
         **launch_options(q.device),
     )
     return PrefixPartials(plan.sequences, partial, lse)

@@ -1,0 +1,97 @@
+"""Engines in Ray's actors, and in the tasks of Ray Data."""
+
+import os
+
+import pytest
+
+from nanovllm import LLM, SamplingParams
+from tests.models.tiny import save_tiny
+
+ray = pytest.importorskip("ray")
+
+OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=64)
+PARAMS = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6], [5]]
+
+
+class Engine:
+    """An engine that an actor owns. It is also what Ray Data calls for each batch of rows."""
+
+    def __init__(self, model, **options):
+        self.llm = LLM(model, **OPTIONS, **options)
+
+    def generate(self, prompts):
+        return [list(out.outputs[0].token_ids) for out in self.llm.generate(prompts, PARAMS, use_tqdm=False)]
+
+    def update_weights(self, folder):
+        return self.llm.update_weights(folder)
+
+    def close(self):
+        self.llm.close()
+
+    def __call__(self, batch):
+        prompts = [list(map(int, ids)) for ids in batch["ids"]]
+        return {"row": batch["row"], "tokens": self.generate(prompts)}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two sets of weights of a model."""
+    return [str(save_tiny(tmp_path_factory.mktemp("model"), "qwen2", seed)) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def wants(models):
+    results = []
+    for model in models:
+        engine = Engine(model)
+        results.append(engine.generate(PROMPTS))
+        engine.close()
+    return results
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    variables = {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        runtime_env={"env_vars": variables},
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+def test_two_actors_have_an_engine_each(models, wants):
+    actors = [ray.remote(Engine).options(num_cpus=1).remote(models[0]) for _ in range(2)]
+    assert ray.get([actor.generate.remote(PROMPTS) for actor in actors]) == [wants[0]] * 2
+    assert ray.get(actors[1].update_weights.remote(models[1])) == 1
+    assert ray.get([actor.generate.remote(PROMPTS) for actor in actors]) == wants
+    ray.get([actor.close.remote() for actor in actors])
+    for actor in actors:
+        ray.kill(actor)
+
+
+def test_an_actor_has_an_engine_of_two_ranks(models, wants):
+    actor = ray.remote(Engine).remote(models[0], tensor_parallel_size=2)
+    assert ray.get(actor.generate.remote(PROMPTS)) == wants[0]
+    ray.get(actor.close.remote())
+    ray.kill(actor)
+
+
+def test_ray_data_answers_a_dataset_of_prompts(models, wants):
+    pytest.importorskip("pyarrow")
+    rows = [{"row": i, "ids": PROMPTS[i % len(PROMPTS)]} for i in range(10)]
+    answers = (
+        ray.data.from_items(rows)
+        .map_batches(Engine, fn_constructor_args=[models[0]], batch_size=4, num_cpus=1, compute=one_actor())
+        .take_all()
+    )
+    tokens = {int(answer["row"]): list(map(int, answer["tokens"])) for answer in answers}
+    assert tokens == {i: wants[0][i % len(PROMPTS)] for i in range(10)}
+
+
+def one_actor():
+    return ray.data.ActorPoolStrategy(size=1)
