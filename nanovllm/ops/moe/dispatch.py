@@ -63,7 +63,7 @@ REGIMES = (
     ExpertRegime(inf, ExpertKernel.GEMM),
 )
 
-# Not measured yet: these fill Hopper's shared memory and spill no registers. Up to 64 pairs per expert, reading the
+# Not measured yet: these settings fit Hopper and spill no registers. Up to 64 pairs per expert, reading the
 # weights is the limit, so tiles are small; with more, it is arithmetic.
 # fmt: off
 TILINGS = (
