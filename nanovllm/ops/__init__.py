@@ -2,6 +2,7 @@
 
     attention/   paged decode and prefill attention, shared prefixes, RoPE fused with decode
     linear/      GEMV and GEMM for small batches, SwiGLU, and which one runs
+    moe/         mixtures of experts: router, grouped GEMM for many tokens, GEMV for a few
     norm_rope/   RMSNorm; RoPE with norm and cache write
     sampling/    sampling, its parameters on the device, log-probabilities
     inputs/      the inputs of a step, token embedding
@@ -10,8 +11,8 @@
 `reference.py` in a folder holds the plain torch function of each kernel, `<name>_torch`. Tests compare the two at odd
 shapes. Where a CPU has no better way, `<name>` runs the reference on a CPU and `<name>_triton` on a GPU.
 
-Folders import downwards: attention and linear use norm_rope; linear uses comm; comm uses norm_rope; inputs uses
-sampling. Nothing here imports the engine, the layers or `distributed`.
+Folders import downwards: attention, linear and moe use norm_rope; moe uses linear; linear uses comm; comm uses
+norm_rope; inputs uses sampling. Nothing here imports the engine, the layers or `distributed`.
 
 **Shapes** in docstrings: T tokens, B sequences (one query token each in decode), H query heads, K KV heads,
 Dh head_dim, V vocabulary. A *split* is a part of one sequence's context, or of K in a GEMM, with a program of its own.

@@ -28,6 +28,8 @@ from nanovllm.ops.attention import decode_plan, paged_cache, rope_decode, shared
 from nanovllm.ops.comm import collectives, overlapped_all_reduce, peer_memory
 from nanovllm.ops.inputs import embedding, step_inputs, step_rows
 from nanovllm.ops.linear import gemm, gemv, silu_mul, swiglu
+from nanovllm.ops.moe import alignment, experts, router
+from nanovllm.ops.moe.dispatch import TILINGS
 from nanovllm.ops.norm_rope import qk_transform, rms_norm, rope_store
 from nanovllm.ops.sampling import sampling, state as sampling_state
 
@@ -47,6 +49,15 @@ def call_all():
     deep, residual = torch.zeros(8, 2048, **bf16), torch.zeros(8, 512, **bf16)
     counters = torch.zeros(gemm.MAX_TILES, **i32)
     gemm.gemm_triton(deep, torch.zeros(512, 2048, **bf16), residual[0], residual=residual, counters=counters)
+    for tokens in (1, 300):
+        ids, routing = router.route_triton(torch.zeros(tokens, 16, **bf16), 4, True, torch.bfloat16)
+        gate_up, down = torch.zeros(16, 256, 256, **bf16), torch.zeros(16, 256, 128, **bf16)
+        operands = torch.zeros(tokens, 256, **bf16), gate_up, down, ids, routing
+        shared = operands[0], operands[0][:, :1].contiguous()
+        for residual in (None, operands[0]):
+            experts.experts_gemv_triton(*operands, (weight, 1e-6), residual, shared)
+            for tiling in TILINGS:
+                experts.experts_gemm_triton(*operands, residual, shared, tiling)
     slots, lens, tables = torch.zeros(4, **i32), torch.ones(4, **i32), torch.zeros(5, 8, **i32)
     state = sampling_state.SamplingState(sampling_state.default_params(5), 5000, torch.device("cpu"))
     for rows in (slots, step_rows.StepRows.split(torch.zeros(100, **i32), 4, 20)):
