@@ -530,7 +530,7 @@ def gdn_recurrence_triton(
         DOT="ieee" if exact else "tf32",
         STAGES=1 if exact else config.num_stages,
         # One warp per 16 value dimensions: then no operand crosses warps.
-        num_warps=max(1, size // 16),
+        num_warps=max(4, size // 16),
         **launch_options(out.device),
     )
 
