@@ -1,11 +1,11 @@
 """Gated DeltaNet of rows of one token: one kernel from the projections to the input of the output projection.
 
-Each program owns a value head of a row. It convolves the channels that it needs, norms q and k, reads the head's state
-once, writes it once, and norms and gates the output. The bytes of the state are the limit, so the program loads it before
-it waits for the projections (programmatic dependent launch): no other kernel of the step writes it.
+Each program owns a value head of a row. It convolves the channels that it needs, norms q and k, reads the head's
+state once, writes it once, and norms and gates the output. The bytes of the state are the limit. So the program loads
+the state before it waits for the projections (programmatic dependent launch): no other kernel of the step writes it.
 
-Several programs convolve the same q and k. The convolution's state is a ring in which the new input overwrites none of the
-inputs that the step reads, so they need no order.
+Several programs convolve the same q and k. They need no order: the convolution's state is a ring, and the new input
+overwrites none of the inputs that the step reads.
 """
 
 from typing import NamedTuple
@@ -41,7 +41,8 @@ def _past_inputs(history_ptr, channels, position, CHANNELS: tl.constexpr, WIDTH:
 def _convolved(x_ptr, past, weight_ptr, new_ptr, channels, is_owner, WIDTH: tl.constexpr):
     """Return SiLU of the convolution, rounded; store the current token's input if this program owns the channels.
 
-    The sum over a tile of taps keeps each thread's part small; values in the layout of the state would repeat in each warp.
+    The sum over a tile of taps keeps each thread's part small. In the layout of the state, every thread of a warp would
+    compute the same channels.
     """
     taps = tl.arange(0, WIDTH)[:, None]
     columns = channels[None, :] + taps * 0

@@ -1,7 +1,7 @@
 """Arguments of Gated DeltaNet (arXiv:2412.06464) that travel together.
 
-T tokens in R rows, HK key heads of DK dimensions, HV value heads of DV dimensions, HV a multiple of HK: value head h uses
-key head h // (HV // HK). The convolution covers C = 2 * HK * DK + HV * DV channels.
+A step has T tokens in R rows. There are HK key heads of DK dimensions and HV value heads of DV dimensions. HV is a
+multiple of HK: value head h uses key head h // (HV // HK). The convolution has C = 2 * HK * DK + HV * DV channels.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ CONV_WIDTH = 4
 
 
 class GdnInputs(NamedTuple):
-    """What a layer projects from the hidden states. All may be views of one tensor [T, all].
+    """A layer's projections of the hidden states. All may be views of one tensor [T, all].
 
     Args:
         qkv: [T, C], per token all queries, all keys, all values, before the convolution.

@@ -8,15 +8,16 @@ Within a chunk, with g the running sum of the decay's logarithm and S the state 
     O      = exp(g) Q S + scores W                         scores_ij = (q_i k_j) exp(g_i - g_j) for j <= i
     S     <- exp(g_last) S + (exp(g_last - g) K)^T W
 
-Two kernels do this:
+Three kernels do this:
 
-1. Prepare, one program per chunk and key head: convolution, norms, gates, `solved` and `scores`. Nothing depends on the
-   state, so all chunks run in parallel.
-2. Recurrence, one program per row, value head and slice of the value dimensions: it walks over the chunks with the state
-   in registers, and stores the outputs. It computes everything transposed (S^T, W^T, O^T). The result of a matmul is
-   then the left operand of the next one and stays in registers.
+1. Convolution, one program per chunk and head: convolution, SiLU, norms of q and k.
+2. Chunk, one program per chunk and value head: gates, `solved` and `scores`. Nothing depends on the state, so all
+   chunks run in parallel.
+3. Recurrence, one program per row, value head and slice of the value dimensions: it walks over the chunks with the
+   state in registers, and stores the outputs. It computes everything transposed (S^T, W^T, O^T). The result of a matmul
+   is then the left operand of the next one and stays in registers.
 
-Between the kernels, chunks are padded with zeros to whole tiles, so the second kernel needs no masks.
+Between the kernels, chunks are padded with zeros to whole tiles, so that loads need no masks.
 """
 
 from typing import NamedTuple
@@ -38,8 +39,8 @@ class GdnPromptConfig(NamedTuple):
 
     Attributes:
         convolution_warps, chunk_warps: warps per program of the first two kernels.
-        slices: parts of the value dimensions in the second kernel. With 1, it norms and gates the output as well.
-        num_stages: pipeline stages of the second kernel.
+        slices: parts of the value dimensions in the recurrence. With 1, it norms and gates the output as well.
+        num_stages: pipeline stages of the recurrence.
         merge_precision: of the matmuls that build the inverse; see tl.dot.
     """
 
@@ -51,7 +52,7 @@ class GdnPromptConfig(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What the first kernel gives the second: tiles of N chunks.
+    """Input of the recurrence: tiles of N chunks.
 
     Args:
         q, k: [N, HK, CHUNK, DK], normalised, q scaled.
@@ -373,8 +374,7 @@ def _gdn_recurrence_kernel(
     last = tl.load(last_ptr)
     for chunk in tl.range(0, num_chunks, num_stages=STAGES):
         is_token = (chunk * CHUNK + index < length)[:, None] & (values >= 0)[None, :]
-        if NORM:
-            z = tl.load(z_ptrs, mask=is_token, other=0.0)
+        z = tl.load(z_ptrs, mask=is_token, other=0.0)
         g_next = tl.load(g_ptrs + V_HEADS * CHUNK)
         last_next = tl.load(last_ptr + V_HEADS * CHUNK)
         k = tl.load(k_ptrs)
@@ -427,7 +427,7 @@ def gdn_prepare_triton(
     out: torch.Tensor,
     config: GdnPromptConfig,
 ) -> Prepared:
-    """Run the first kernel. It also writes zeros to `out` for padding tokens."""
+    """Run the kernels before the recurrence. They also write zeros to `out` for padding tokens."""
     k_heads = state.check(inputs, weights)
     _, heads, k_dim, v_dim = state.recurrent.shape
     qkv, num_chunks = inputs.qkv, len(plan.chunk_rows)
@@ -499,7 +499,7 @@ def gdn_recurrence_triton(
     out: torch.Tensor,
     config: GdnPromptConfig,
 ) -> None:
-    """Run the second kernel: update the state, write `out`; normed and gated if there is one slice."""
+    """Update the state and write `out`, which is normed and gated if there is one slice."""
     k_heads = state.check(inputs, weights)
     _, heads, k_dim, v_dim = state.recurrent.shape
     size = v_dim // config.slices

@@ -1,12 +1,15 @@
 """Gated DeltaNet in plain torch: the reference of the kernels in this folder, and what a CPU runs.
 
-Every function computes in float32 and rounds where transformers does: after the convolution's SiLU, the sigmoid of b, the
-delta rule and the norm.
+Every function computes in float32 and rounds where transformers does: after the convolution's SiLU, the sigmoid of b,
+the delta rule and the norm.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from nanovllm.arithmetic import ceil_div
 from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
 from nanovllm.ops.gdn.rows import CHUNK, GdnRows
 
@@ -35,8 +38,10 @@ def causal_conv_torch(x: torch.Tensor, weight: torch.Tensor, history: torch.Tens
     before = torch.zeros(CONV_WIDTH - 1, x.shape[1], dtype=torch.float32, device=x.device)
     for back in range(1, min(start, CONV_WIDTH - 1) + 1):
         before[-back] = history[(start - back) % CONV_WIDTH]
-    padded = torch.cat((before, x.float()))
-    convolved = sum(padded[tap : tap + len(x)] * weight[:, tap].float() for tap in range(CONV_WIDTH))
+    padded, taps = torch.cat((before, x.float())), weight.float().T.contiguous()
+    convolved = padded[: len(x)] * taps[0]
+    for tap in range(1, CONV_WIDTH):
+        convolved.addcmul_(padded[tap : tap + len(x)], taps[tap])
     latest = torch.arange(max(0, len(x) - CONV_WIDTH), len(x), device=x.device)
     history[(start + latest) % CONV_WIDTH] = x[latest].to(history.dtype)
     return F.silu(convolved).to(x.dtype)
@@ -77,7 +82,7 @@ def chunk_delta_rule_torch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply the gated delta rule chunk by chunk, like the kernels in prompt.py; arguments as in the recurrent form."""
-    num_tokens, num_chunks = len(q), -(-len(q) // CHUNK)
+    num_tokens, num_chunks = len(q), ceil_div(len(q), CHUNK)
 
     def chunks(x: torch.Tensor) -> torch.Tensor:
         """Return x [N, HV, ...] as [HV, chunks, CHUNK, ...], zeros behind the last token."""
@@ -103,7 +108,11 @@ def chunk_delta_rule_torch(
 
 
 def gated_delta_net_torch(
-    inputs: GdnInputs, weights: GdnWeights, state: GdnState, rows: GdnRows, delta_rule=chunk_delta_rule_torch
+    inputs: GdnInputs,
+    weights: GdnWeights,
+    state: GdnState,
+    rows: GdnRows,
+    delta_rule: Callable = chunk_delta_rule_torch,
 ) -> torch.Tensor:
     """Compute `gated_delta_net`, with `delta_rule` for rows of two or more tokens."""
     state.check(inputs, weights)
@@ -121,7 +130,9 @@ def gated_delta_net_torch(
         slot, start = int(rows.slots[row]), int(rows.starts[row])
         row_inputs = GdnInputs(*(x[first:last] for x in inputs))
         qkv = causal_conv_torch(row_inputs.qkv, weights.conv, state.conv[slot], start)
-        before = state.recurrent[slot].float() * (start > 0)
+        before = (
+            state.recurrent[slot].float() if start else torch.zeros_like(state.recurrent[slot], dtype=torch.float32)
+        )
         attended, after = delta_rule(*_operands(qkv, row_inputs, weights, state), before)
         state.recurrent[slot] = after.to(state.recurrent.dtype)
         out[first:last] = _gated(attended, row_inputs.z, weights)

@@ -14,7 +14,7 @@ _CHUNKS_PER_PROGRAM = 64
 
 
 class PromptPlan(NamedTuple):
-    """Where the chunks of the prompt rows are. A prompt row is a row of two or more tokens.
+    """The prompt rows of a step, which are its rows of two or more tokens, and their chunks.
 
     Args:
         rows: [P] int32, the prompt rows; -1 after the last one.
