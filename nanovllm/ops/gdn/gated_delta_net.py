@@ -21,8 +21,8 @@ def gated_delta_net_triton(inputs: GdnInputs, weights: GdnWeights, state: GdnSta
 def gated_delta_net(inputs: GdnInputs, weights: GdnWeights, state: GdnState, rows: GdnRows) -> torch.Tensor:
     """Apply convolution, gated delta rule, norm and output gate to the tokens of a step; update the rows' state.
 
-    A row continues from its slot's state at any token boundary. Nothing waits for the device, so a CUDA graph can capture
-    the step.
+    A row continues from its slot's state at any token boundary. Nothing waits for the device, so a CUDA graph can
+    capture the step.
 
     Returns:
         [T, HV * DV], zeros for padding tokens that belong to no row.

@@ -130,9 +130,9 @@ def gated_delta_net_torch(
         slot, start = int(rows.slots[row]), int(rows.starts[row])
         row_inputs = GdnInputs(*(x[first:last] for x in inputs))
         qkv = causal_conv_torch(row_inputs.qkv, weights.conv, state.conv[slot], start)
-        before = (
-            state.recurrent[slot].float() if start else torch.zeros_like(state.recurrent[slot], dtype=torch.float32)
-        )
+        before = state.recurrent[slot].float()
+        if start == 0:
+            before = torch.zeros_like(before)
         attended, after = delta_rule(*_operands(qkv, row_inputs, weights, state), before)
         state.recurrent[slot] = after.to(state.recurrent.dtype)
         out[first:last] = _gated(attended, row_inputs.z, weights)
@@ -151,12 +151,13 @@ def _decode(
     state.conv[slots, starts % CONV_WIDTH] = inputs.qkv.to(state.conv.dtype)
     qkv = F.silu(convolved).to(inputs.qkv.dtype)
     before = state.recurrent[slots].float().masked_fill_((starts == 0)[:, None, None, None], 0)
-    attended, after = delta_rule_step_torch(*_operands(qkv, inputs, weights, state), before)
+    q, k, v, g, beta = _operands(qkv, inputs, weights, state)
+    attended, after = delta_rule_step_torch(q, k, v, g, beta, before)
     state.recurrent[slots] = after.to(state.recurrent.dtype)
     return _gated(attended, inputs.z, weights)
 
 
-def _operands(qkv: torch.Tensor, inputs: GdnInputs, weights: GdnWeights, state: GdnState) -> list[torch.Tensor]:
+def _operands(qkv: torch.Tensor, inputs: GdnInputs, weights: GdnWeights, state: GdnState) -> tuple[torch.Tensor, ...]:
     """Return q, k, v, g, beta of the delta rule from the convolution's output, a key head's q and k repeated."""
     _, heads, k_dim, v_dim = state.recurrent.shape
     values = heads * v_dim
@@ -167,7 +168,7 @@ def _operands(qkv: torch.Tensor, inputs: GdnInputs, weights: GdnWeights, state: 
     )
     q, k = (l2_norm_torch(x).repeat_interleave(heads // x.shape[1], 1) for x in (q, k))
     g = -weights.a_log.float().exp() * F.softplus(inputs.a.float() + weights.dt_bias.float())
-    return [q * k_dim**-0.5, k, v, g, inputs.b.sigmoid().float()]
+    return q * k_dim**-0.5, k, v, g, inputs.b.sigmoid().float()
 
 
 def _gated(attended: torch.Tensor, z: torch.Tensor, weights: GdnWeights) -> torch.Tensor:
