@@ -25,8 +25,12 @@ LENGTHS = [1, 3, 4, 63, 64, 65, 130]
 
 
 def close(got, want, dtype=torch.float32):
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-    torch.testing.assert_close(got.float(), want.float(), rtol=tolerance, atol=tolerance)
+    """Compare values in float32; in bfloat16 compare their root mean square error with their root mean square."""
+    got, want = got.float(), want.float()
+    if dtype == torch.float32:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    elif want.numel():
+        assert (got - want).square().mean().sqrt() <= 2e-2 * want.square().mean().sqrt()
 
 
 def make_weights(shape, dtype=torch.float32):

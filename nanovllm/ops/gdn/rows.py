@@ -98,7 +98,7 @@ def _prompt_plan_kernel(
 
 
 def prompt_plan_triton(cu_seqlens: torch.Tensor, num_tokens: int, max_prompts: int) -> PromptPlan:
-    """Return the plan of a step, computed on the device.
+    """Return the plan of a step, computed on the device. Call this before the model's first kernel of the step.
 
     Args:
         cu_seqlens: [R + 1] int32.
