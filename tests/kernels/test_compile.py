@@ -26,7 +26,8 @@ from nanovllm.ops.attention import decode_attention as decode, prefill_attention
 from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launch
 from nanovllm.ops.attention import decode_plan, rope_decode, shared_prefix
 from nanovllm.ops.comm import collectives, overlapped_all_reduce, peer_memory
-from nanovllm.ops.gdn import gated_delta_net, inputs as gdn_inputs, prompt as gdn_prompt, rows as gdn_rows
+from nanovllm.ops.gdn import gated_delta_net, inputs as gdn_inputs, prompt as gdn_prompt
+from nanovllm.ops.gdn import rows as gdn_rows
 from nanovllm.ops.inputs import embedding, step_inputs, step_rows
 from nanovllm.ops.linear import gemm, gemv, silu_mul, swiglu
 from nanovllm.ops.norm_rope import qk_transform, rms_norm, rope_store
@@ -94,8 +95,9 @@ def call_all():
     for k_heads, heads, dim, dtype in ((2, 4, 128, "bfloat16"), (1, 3, 16, "float32")):
         kind, channels = dict(dtype=getattr(torch, dtype)), (2 * k_heads + heads) * dim
         tokens = torch.zeros(200, channels + heads * (dim + 2), **kind).split([channels, heads * dim, heads, heads], 1)
-        weights = torch.zeros(channels, 4, **kind), torch.zeros(heads), torch.zeros(heads), torch.zeros(dim, **kind), 1e-6
-        weights, tokens = gdn_inputs.GdnWeights(*weights), gdn_inputs.GdnInputs(*tokens)
+        gates, norm = torch.zeros(heads), torch.zeros(dim, **kind)
+        weights = gdn_inputs.GdnWeights(torch.zeros(channels, 4, **kind), gates, gates, norm, 1e-6)
+        tokens = gdn_inputs.GdnInputs(*tokens)
         pools = gdn_inputs.GdnState(torch.zeros(5, heads, dim, dim), torch.zeros(5, 4, channels, **kind))
         cu_seqlens = torch.zeros(5, **i32)
         rows = gdn_rows.GdnRows(slots, lens, cu_seqlens, gdn_rows.prompt_plan_triton(cu_seqlens, 200, 2))
