@@ -26,6 +26,8 @@ from nanovllm.ops.attention import decode_attention as decode, prefill_attention
 from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launch
 from nanovllm.ops.attention import decode_plan, paged_cache, rope_decode, shared_prefix
 from nanovllm.ops.comm import collectives, overlapped_all_reduce, peer_memory
+from nanovllm.ops.gdn import gated_delta_net, inputs as gdn_inputs, prompt as gdn_prompt
+from nanovllm.ops.gdn import rows as gdn_rows
 from nanovllm.ops.inputs import embedding, step_inputs, step_rows
 from nanovllm.ops.linear import gemm, gemv, silu_mul, swiglu
 from nanovllm.ops.moe import alignment, experts, router
@@ -101,6 +103,20 @@ def call_all():
             decode.decode_attention_triton(q, kv, rows, 0.1, plan=plan._replace(config=config))
         for config in (None, prefill.PrefillConfig(128, 64, 8, 2, 128, True)):
             prefill.prefill_attention_triton(q, kv, rows[:1], tables[0, :2], 0.1, config=config)
+    for k_heads, heads, dim, dtype in ((2, 4, 128, "bfloat16"), (1, 3, 16, "float32")):
+        kind, channels = dict(dtype=getattr(torch, dtype)), (2 * k_heads + heads) * dim
+        tokens = torch.zeros(200, channels + heads * (dim + 2), **kind).split([channels, heads * dim, heads, heads], 1)
+        gates, norm = torch.zeros(heads), torch.zeros(dim, **kind)
+        weights = gdn_inputs.GdnWeights(torch.zeros(channels, 4, **kind), gates, gates, norm, 1e-6)
+        tokens = gdn_inputs.GdnInputs(*tokens)
+        pools = gdn_inputs.GdnState(torch.zeros(5, heads, dim, dim), torch.zeros(5, 4, channels, **kind))
+        cu_seqlens = torch.zeros(5, **i32)
+        rows = gdn_rows.GdnRows(slots, lens, cu_seqlens, gdn_rows.prompt_plan_triton(cu_seqlens, 200, 2))
+        gated_delta_net.gated_delta_net_triton(tokens, weights, pools, rows)
+        config = gdn_prompt.GdnPromptConfig(slices=2)
+        gdn_prompt.gdn_prompt_triton(tokens, weights, pools, rows, torch.zeros(200, heads * dim, **kind), config)
+        few = gdn_inputs.GdnInputs(*(x[:4] for x in tokens))
+        gated_delta_net.gated_delta_net_triton(few, weights, pools, gdn_rows.GdnRows(slots, lens))
 
 loaders = []  # threads that loaded a kernel, which needs its launcher
 driver = triton.runtime.driver.active

@@ -28,15 +28,14 @@ class ExpertGemvConfig(NamedTuple):
 
 
 def default_gate_up_config(i: int, h: int) -> ExpertGemvConfig:
-    """Return the settings for gate_up [E, 2 i, h]."""
-    return ExpertGemvConfig(rows=4 if h <= 2048 else 2, num_warps=4)
+    """Return the settings for gate_up [E, 2 i, h], the fastest on an H200 for h = 2048."""
+    return ExpertGemvConfig(rows=1, num_warps=2)
 
 
 def default_down_config(h: int, i: int, top_k: int) -> ExpertGemvConfig:
-    """Return the settings for down [E, h, i] with `top_k` experts per token."""
+    """Return the settings for down [E, h, i] with `top_k` experts per token: 64 weights per thread."""
     width = triton.next_power_of_2(i) * triton.next_power_of_2(top_k)
-    rows = max(1, min(4, (MAX_WEIGHTS // 2) // width))
-    return ExpertGemvConfig(rows, num_warps=8 if rows * width > 16384 else 4)
+    return ExpertGemvConfig(rows=1, num_warps=max(1, min(8, width // 2048)))
 
 
 def fits_expert_gemv(h: int, i: int, top_k: int) -> bool:

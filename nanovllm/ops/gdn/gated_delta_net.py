@@ -1,0 +1,31 @@
+"""Gated DeltaNet (arXiv:2412.06464) between a layer's input and output projections."""
+
+import torch
+
+from nanovllm.ops.gdn.decode import gdn_decode_triton
+from nanovllm.ops.gdn.inputs import GdnInputs, GdnState, GdnWeights
+from nanovllm.ops.gdn.prompt import gdn_prompt_triton
+from nanovllm.ops.gdn.reference import gated_delta_net_torch
+from nanovllm.ops.gdn.rows import GdnRows
+
+
+def gated_delta_net_triton(inputs: GdnInputs, weights: GdnWeights, state: GdnState, rows: GdnRows) -> torch.Tensor:
+    """Compute `gated_delta_net` with Triton kernels."""
+    out = torch.empty(inputs.z.shape, dtype=inputs.z.dtype, device=inputs.z.device)
+    if rows.cu_seqlens is not None:
+        gdn_prompt_triton(inputs, weights, state, rows, out)
+    gdn_decode_triton(inputs, weights, state, rows, out)
+    return out
+
+
+def gated_delta_net(inputs: GdnInputs, weights: GdnWeights, state: GdnState, rows: GdnRows) -> torch.Tensor:
+    """Apply convolution, gated delta rule, norm and output gate to the tokens of a step; update the rows' state.
+
+    A row continues from its slot's state at any token boundary. Nothing waits for the device, so a CUDA graph can
+    capture the step.
+
+    Returns:
+        [T, HV * DV], zeros for padding tokens that belong to no row.
+    """
+    run = gated_delta_net_triton if inputs.qkv.is_cuda else gated_delta_net_torch
+    return run(inputs, weights, state, rows)
