@@ -10,7 +10,9 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import GateUpParallelLinear, PendingGemm, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import PendingGemm, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.mlp import MLP
+from nanovllm.layers.moe import SparseMoE
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.registry import ModelConfig
@@ -45,17 +47,6 @@ class SelfAttention(nn.Module):
         return self.o_proj(self.attn(self.qkv_proj(x), positions, last))
 
 
-class MLP(nn.Module):
-    def __init__(self, config: ModelConfig, dtype: torch.dtype | None, tp: TensorParallel):
-        super().__init__()
-        hidden, intermediate = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = GateUpParallelLinear(hidden, intermediate, config.mlp_bias, dtype=dtype, tp=tp)
-        self.down_proj = RowParallelLinear(intermediate, hidden, config.mlp_bias, dtype=dtype, tp=tp)
-
-    def forward(self, x: Normed) -> PendingGemm:
-        return self.down_proj(self.gate_up_proj(x))
-
-
 class DecoderLayer(nn.Module):
     """A layer that adds attention and MLP to the residual stream, whose memory it may overwrite.
 
@@ -63,12 +54,26 @@ class DecoderLayer(nn.Module):
     them where that is faster.
     """
 
-    def __init__(self, config: ModelConfig, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel):
+    def __init__(
+        self, config: ModelConfig, index: int, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel
+    ):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.self_attn = SelfAttention(config, rotary, dtype, tp)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.mlp = MLP(config, dtype, tp)
+        if config.moe is not None and index not in config.moe.dense_layers:
+            self.mlp = SparseMoE(
+                config.hidden_size,
+                num_experts=config.moe.num_experts,
+                experts_per_token=config.moe.experts_per_token,
+                intermediate_size=config.moe.intermediate_size,
+                norm_topk_prob=config.moe.norm_topk_prob,
+                shared_intermediate_size=config.moe.shared_intermediate_size,
+                dtype=dtype,
+                tp=tp,
+            )
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype=dtype, tp=tp)
 
     def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
         """Return the residual stream of all tokens, or only of the tokens at the indices `last` [L].
@@ -105,7 +110,7 @@ class Decoder(nn.Module):
         max_position = max_position or config.max_position
         rotary = RotaryEmbedding(config.head_dim, max_position, config.rope_theta, config.rope_scaling)
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
-        self.layers = nn.ModuleList(DecoderLayer(config, rotary, dtype, tp) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i, rotary, dtype, tp) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
         if config.tie_word_embeddings and not config.separate_head:

@@ -177,10 +177,11 @@ def test_gemv_experts_equal_the_reference(device, shape, config):
 
 @needs_triton
 @pytest.mark.parametrize("run", [experts_gemv_triton, experts_gemm_triton])
-@pytest.mark.parametrize("gated", [False, True])
-def test_experts_add_the_shared_expert_and_the_residual(device, run, gated):
+@pytest.mark.parametrize("gate_columns", [0, 1, 3])  # of the tensor whose last column is the gate
+def test_experts_add_the_shared_expert_and_the_residual(device, run, gate_columns):
     layer = Layer(6, 2, 48, 72, 4, device)
-    shared = layer.shared, layer.gate if gated else None
+    gate = torch.cat([layer.residual[:, : gate_columns - 1], layer.gate], 1)[:, -1:] if gate_columns else None
+    shared = layer.shared, gate
     for residual in (None, layer.residual):
         total, want = (None, None) if residual is None else (residual.clone(), residual.clone())
         want = experts_torch(*layer.operands, want, shared)

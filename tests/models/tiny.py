@@ -32,6 +32,43 @@ TINY = {
         },
     ),
     "mistral": ("mistral", {"heads": (8, 4), "head_dim": 10, "sliding_window": None}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            "heads": (8, 4),
+            "head_dim": 16,
+            "num_experts": 16,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3-moe-mixed": (  # top 1, in every second layer
+        "qwen3_moe",
+        {
+            "heads": (4, 4),
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "num_experts": 5,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 36,
+            "decoder_sparse_step": 2,
+            "tied": True,
+        },
+    ),
+    "qwen2-moe": (
+        "qwen2_moe",
+        {
+            "heads": (8, 4),
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_experts": 9,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 28,
+            "mlp_only_layers": [1],
+        },
+    ),
 }
 
 
