@@ -16,6 +16,8 @@ from nanovllm.layers.moe import SparseMoE
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.registry import ModelConfig
+from nanovllm.ops.dispatch import compile_sizes
+from nanovllm.ops.moe.dispatch import expert_sizes
 from nanovllm.utils.context import get_context
 from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
 
@@ -122,6 +124,13 @@ class Decoder(nn.Module):
         for name, child in self.named_children():
             tensors |= checkpoint_tensors(child, name if name == "lm_head" else f"model.{name}")
         return tensors
+
+    def compile_sizes(self, max_tokens: int) -> list[int]:
+        """Return the numbers of tokens, up to `max_tokens`, for which kernels are compiled at the start."""
+        sizes, moe = set(compile_sizes(max_tokens)), self.config.moe
+        if moe is not None:
+            sizes |= set(expert_sizes(moe.num_experts, moe.experts_per_token, max_tokens))
+        return sorted(sizes)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> Residual:
         """Return the hidden states before the final norm: input_ids, positions [T] int64 -> [L, hidden_size].

@@ -3,10 +3,20 @@
 import pytest
 import torch
 
-from nanovllm.ops.moe import alignment, grouped_gemm
+from nanovllm.ops.moe import alignment, dispatch, grouped_gemm
 from nanovllm.ops.moe.alignment import align_triton, max_tiles
 from nanovllm.ops.moe.combine import combine_triton
-from nanovllm.ops.moe.dispatch import REGIMES, TILINGS, ExpertKernel, GroupedGemmConfig, Tiling, tiling_of
+from nanovllm.ops.moe.dispatch import (
+    REGIMES,
+    TILINGS,
+    ExpertKernel,
+    GroupedGemmConfig,
+    Tiling,
+    expert_regime_of,
+    expert_sizes,
+    is_one_block,
+    tiling_of,
+)
 from nanovllm.ops.moe.expert_gemv import ExpertGemvConfig, down_gemv_triton, fits_expert_gemv, gate_up_gemv_triton
 from nanovllm.ops.moe.experts import default_tiling, experts, experts_gemm_triton, experts_gemv_triton, is_expert_gemv
 from nanovllm.ops.moe.grouped_gemm import grouped_down_triton, grouped_gate_up_triton
@@ -143,7 +153,7 @@ def test_align_sorts_pairs_by_expert_in_tiles_of_one_expert(
 ):
     monkeypatch.setattr(alignment, "MAX_BLOCKS", blocks)
     if num_experts < 512:
-        monkeypatch.setattr(alignment, "ONE_HOT", 128)  # several blocks of pairs
+        monkeypatch.setattr(dispatch, "ONE_HOT", 128)  # several blocks of pairs
     ids = torch.randint(used, (tokens, top_k), generator=torch.Generator().manual_seed(0)).int().to(device)
     tiles = align_triton(ids, num_experts, block_m)
     order, counts = sort_pairs_torch(ids, num_experts)
@@ -268,3 +278,15 @@ def test_tilings_cover_all_sizes_and_need_no_more_shared_memory_in_float32():
         assert tiling.block_m >= 128 or not (tiling.gate_up.halve or tiling.down.halve)
     halves, whole = (default_tiling(torch.zeros(3, 64, dtype=d), 8, 2) for d in (torch.float32, torch.bfloat16))
     assert 2 * halves.gate_up.block_k == whole.gate_up.block_k and 2 * halves.down.block_k == whole.down.block_k
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(128, 8), (8, 2), (512, 10), (5, 1), (60, 4), (4, 4)])
+def test_every_number_of_tokens_runs_the_kernels_of_a_listed_size(num_experts, top_k):
+    def kernels(tokens):
+        pairs = tokens * top_k
+        return expert_regime_of(tokens), tiling_of(pairs, num_experts), is_one_block(pairs, num_experts)
+
+    sizes = expert_sizes(num_experts, top_k, 20_000)
+    listed = {kernels(size) for size in [1, *sizes]}
+    assert {kernels(tokens) for tokens in range(1, 20_001)} <= listed
+    assert expert_sizes(num_experts, top_k, 100) == [size for size in sizes if size <= 100]

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.arithmetic import ceil_div
+from nanovllm.ops.moe.dispatch import is_one_block, sort_rows
 from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
-ONE_HOT = 8192  # elements of the one-hot matrix [pairs, experts] that a program holds
 MAX_BLOCKS = 256
 
 
@@ -117,10 +117,9 @@ def _sort_pairs_kernel(
 def align_triton(ids: torch.Tensor, num_experts: int, block_m: int) -> ExpertTiles:
     """Sort the pairs of `ids` [T, top_k] int32 by expert and cut them into tiles of up to `block_m` pairs."""
     num_pairs, device = ids.numel(), ids.device
-    experts_pad = triton.next_power_of_2(num_experts)
-    rows = min(128, max(1, ONE_HOT // experts_pad))
+    experts_pad, rows = triton.next_power_of_2(num_experts), sort_rows(num_experts)
     block = rows * ceil_div(num_pairs, rows * MAX_BLOCKS)
-    num_blocks = 1 if num_pairs <= 2 * rows else ceil_div(num_pairs, block)
+    num_blocks = 1 if is_one_block(num_pairs, num_experts) else ceil_div(num_pairs, block)
     block = num_pairs if num_blocks == 1 else block
     most = max_tiles(num_pairs, num_experts, block_m)
     order = torch.empty(num_pairs, dtype=torch.int32, device=device)
