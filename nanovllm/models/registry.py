@@ -32,7 +32,7 @@ _KINDS = {
 # Options that the weights do not depend on, or that the loader compares.
 _FREE_OPTIONS = {"max_position", "rope_theta", "tie_word_embeddings", "separate_head", "eos_token_ids"}
 _MAX_END_IDS = 1024  # real models have a few
-_MAX_EXPERTS, _MAX_EXPERTS_PER_TOKEN = 4096, 64  # kernels hold so many in registers; real models have up to 512 and 22
+MAX_EXPERTS, _MAX_EXPERTS_PER_TOKEN = 4096, 64  # kernels hold so many in registers; real models have up to 512 and 22
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -121,8 +121,8 @@ class MoEConfig:
         checked_option("moe.norm_topk_prob", self.norm_topk_prob, bool)
         if self.shared_intermediate_size != 0:
             checked_option("moe.shared_intermediate_size", self.shared_intermediate_size, int)
-        if self.num_experts > _MAX_EXPERTS:
-            raise ValueError(f"the model's num_experts must be at most {_MAX_EXPERTS}, got {self.num_experts}")
+        if self.num_experts > MAX_EXPERTS:
+            raise ValueError(f"the model's num_experts must be at most {MAX_EXPERTS}, got {self.num_experts}")
         most = min(self.num_experts, _MAX_EXPERTS_PER_TOKEN)
         if self.experts_per_token > most:
             raise ValueError(f"the model's experts_per_token must be at most {most}, got {self.experts_per_token}")

@@ -1,5 +1,6 @@
 """Tiny random models of every family, with odd shapes, in transformers' format."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -113,6 +114,22 @@ def save_tiny(folder: Path, name: str, seed: int = 0, **overrides) -> Path:
     path = Path(folder) / name
     tiny_model(name, seed, **overrides).save_pretrained(path)
     return path
+
+
+def separate_experts(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return weights of a transformers model with three tensors for each expert, as in files."""
+    separate = {}
+    for name, tensor in weights.items():
+        prefix, _, kind = name.rpartition(".experts.")
+        if kind == "gate_up_proj":
+            for expert, gate_up in enumerate(tensor):
+                for part, weight in zip(("gate", "up"), gate_up.chunk(2), strict=True):
+                    separate[f"{prefix}.experts.{expert}.{part}_proj.weight"] = weight
+        elif kind == "down_proj":
+            separate |= {f"{prefix}.experts.{i}.down_proj.weight": weight for i, weight in enumerate(tensor)}
+        else:
+            separate[name] = tensor
+    return separate
 
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"

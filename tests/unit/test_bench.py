@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,11 +125,10 @@ def test_costs_of_experts_are_those_that_the_tokens_choose():
     assert body_parameters(sparse) == others + 4 * 120 and body_parameters(dense) == 1192
     costs, dense_costs = (count_costs(batches(), config, itemsize=2, block_size=4) for config in (sparse, dense))
     # In the last layer, the steps have 1, 2 and 1 tokens. Two tokens choose 4 * (1 - 0.75 ** 2) experts on average.
-    saved = [384 - 32 - 120 * experts for experts in (1, 1.75, 1)]
-    assert costs.bytes.tolist() == pytest.approx([dense_costs.bytes[i] - 2 * saved[i] for i in range(3)])
-    assert costs.flops.tolist() == [
-        dense_costs.flops[i] - 2 * (384 - 32 - 120) * tokens for i, tokens in enumerate((1, 2, 1))
-    ]
+    saved = 384 - 32 - 120 * np.array([1, 1.75, 1])
+    assert costs.bytes.tolist() == pytest.approx((dense_costs.bytes - 2 * saved).tolist())
+    saved = (384 - 32 - 120) * np.array([1, 2, 1])
+    assert costs.flops.tolist() == (dense_costs.flops - 2 * saved).tolist()
     # In other layers, all tokens of the step choose.
     costs = count_costs(batches()[:1], replace(CONFIG, moe=replace(moe, dense_layers=(1,))), itemsize=2, block_size=4)
     experts = 4 * (1 - 0.75**6)
