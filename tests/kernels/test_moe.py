@@ -18,7 +18,14 @@ from nanovllm.ops.moe.dispatch import (
     tiling_of,
 )
 from nanovllm.ops.moe.expert_gemv import ExpertGemvConfig, down_gemv_triton, fits_expert_gemv, gate_up_gemv_triton
-from nanovllm.ops.moe.experts import default_tiling, experts, experts_gemm_triton, experts_gemv_triton, is_expert_gemv
+from nanovllm.ops.moe.experts import (
+    check_expert_sizes,
+    default_tiling,
+    experts,
+    experts_gemm_triton,
+    experts_gemv_triton,
+    is_expert_gemv,
+)
 from nanovllm.ops.moe.grouped_gemm import grouped_down_triton, grouped_gate_up_triton
 from nanovllm.ops.moe.reference import combine_torch, experts_torch, route_torch, sort_pairs_torch
 from nanovllm.ops.moe.router import route, route_triton
@@ -290,3 +297,13 @@ def test_every_number_of_tokens_runs_the_kernels_of_a_listed_size(num_experts, t
     listed = {kernels(size) for size in [1, *sizes]}
     assert {kernels(tokens) for tokens in range(1, 20_001)} <= listed
     assert expert_sizes(num_experts, top_k, 100) == [size for size in sizes if size <= 100]
+
+
+def test_experts_whose_rows_a_gpu_cannot_read_are_refused(monkeypatch):
+    check_expert_sizes(2044, 100, torch.bfloat16)
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda"))
+    check_expert_sizes(2048, 96, torch.bfloat16)
+    check_expert_sizes(2048, 100, torch.float32)
+    for h, i in ((2048, 100), (2044, 96)):
+        with pytest.raises(ValueError, match=f"hidden size {h} and inner size {i} .* multiples of 16 bytes, 8 values"):
+            check_expert_sizes(h, i, torch.bfloat16)
