@@ -91,7 +91,7 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
         if tuple(shape) != needed[name]:
             has = shown(list(shape))
             raise ValueError(f"the tensor {given:.200} has shape {has}, but the model needs {list(needed[name])}")
-        found |= merged.get(name, {name: None}).keys()
+        found.update(merged.get(name, (name,)))
     _check_complete(config, targets, found)
 
 
