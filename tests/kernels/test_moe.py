@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from nanovllm.ops.moe import alignment, dispatch, grouped_gemm
+from nanovllm.ops.moe import alignment, grouped_gemm
 from nanovllm.ops.moe.alignment import align_triton, max_tiles
 from nanovllm.ops.moe.combine import combine_triton
 from nanovllm.ops.moe.dispatch import (
+    MAX_FEW_PAIRS,
     REGIMES,
     TILINGS,
     ExpertKernel,
@@ -14,7 +15,6 @@ from nanovllm.ops.moe.dispatch import (
     Tiling,
     expert_regime_of,
     expert_sizes,
-    is_one_block,
     tiling_of,
 )
 from nanovllm.ops.moe.expert_gemv import ExpertGemvConfig, down_gemv_triton, fits_expert_gemv, gate_up_gemv_triton
@@ -150,21 +150,25 @@ def test_route_yields_different_valid_ids_whatever_the_logits_are(device):
 
 
 @needs_triton
+@pytest.mark.parametrize("by_blocks", [False, True])
 @pytest.mark.parametrize("block_m", [1, 16])
 @pytest.mark.parametrize(
     ("num_experts", "tokens", "top_k", "used", "blocks"),
     [(4, 1, 1, 4, 9), (16, 300, 4, 9, 3), (5, 40, 3, 1, 9), (7, 31, 2, 7, 9), (512, 9, 16, 512, 9)],
 )
 def test_align_sorts_pairs_by_expert_in_tiles_of_one_expert(
-    device, monkeypatch, num_experts, tokens, top_k, used, blocks, block_m
+    device, monkeypatch, num_experts, tokens, top_k, used, blocks, block_m, by_blocks
 ):
     monkeypatch.setattr(alignment, "MAX_BLOCKS", blocks)
+    if by_blocks:
+        monkeypatch.setattr(alignment, "MAX_FEW_PAIRS", 0)
     if num_experts < 512:
-        monkeypatch.setattr(dispatch, "ONE_HOT", 128)  # several blocks of pairs
+        monkeypatch.setattr(alignment, "ONE_HOT", 128)  # several blocks of pairs
     ids = torch.randint(used, (tokens, top_k), generator=torch.Generator().manual_seed(0)).int().to(device)
     tiles = align_triton(ids, num_experts, block_m)
     order, counts = sort_pairs_torch(ids, num_experts)
-    assert torch.equal(tiles.order.long(), order)
+    assert sorted(tiles.order.tolist()) == list(range(tokens * top_k))
+    assert torch.equal(ids.flatten()[tiles.order.long()], ids.flatten()[order])  # the order in an expert is free
     want, start = [], 0
     for expert, count in enumerate(counts):
         want += [[expert, first, start + count] for first in range(start, start + count, block_m)]
@@ -291,7 +295,7 @@ def test_tilings_cover_all_sizes_and_need_no_more_shared_memory_in_float32():
 def test_every_number_of_tokens_runs_the_kernels_of_a_listed_size(num_experts, top_k):
     def kernels(tokens):
         pairs = tokens * top_k
-        return expert_regime_of(tokens), tiling_of(pairs, num_experts), is_one_block(pairs, num_experts)
+        return expert_regime_of(tokens), tiling_of(pairs, num_experts), pairs <= MAX_FEW_PAIRS
 
     sizes = expert_sizes(num_experts, top_k, 20_000)
     listed = {kernels(size) for size in [1, *sizes]}
