@@ -3,8 +3,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3_5Config,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3NextConfig,
+)
 
+from nanovllm.layers.gated_delta_net import LinearAttentionConfig
 from nanovllm.models.registry import FAMILIES, PRESETS, ModelConfig
 
 LLAMA3 = {
@@ -41,11 +50,69 @@ def test_families_have_their_options():
     qwen2 = ModelConfig.from_hf(Qwen2Config(**small))
     llama = ModelConfig.from_hf(LlamaConfig(**small, attention_bias=True, mlp_bias=True))
     mistral = ModelConfig.from_hf(MistralConfig(**small, sliding_window=None))
-    assert {c.model_type for c in (qwen3, qwen2, llama, mistral)} == set(FAMILIES)
+    assert {c.model_type for c in (qwen3, qwen2, llama, mistral)} < set(FAMILIES)
     assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.head_dim) == (True, False, 128)
     assert (qwen2.qk_norm, qwen2.qkv_bias, qwen2.o_bias, qwen2.head_dim) == (False, True, False, 16)
     assert (llama.qkv_bias, llama.o_bias, llama.mlp_bias) == (True, True, True)
     assert (mistral.qkv_bias, mistral.o_bias, mistral.mlp_bias) == (False, False, False)
+
+
+HYBRID = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def test_hybrid_families_have_their_options():
+    text = ModelConfig.from_hf(Qwen3_5TextConfig(**HYBRID, eos_token_id=7, dtype="bfloat16"))
+    assert text.layer_types == ("linear_attention",) * 3 + ("full_attention",)
+    assert [text.is_recurrent(index) for index in range(4)] == [True, True, True, False]
+    assert (text.attention_gate, text.zero_centred_norms, text.qk_norm) == (True, True, True)
+    assert (text.head_dim, text.partial_rotary_factor, text.rotary_dim) == (256, 0.25, 64)
+    assert text.linear_attention == LinearAttentionConfig(16, 32, 128, 128)
+    nested = Qwen3_5Config(text_config={**HYBRID, "eos_token_id": 7, "dtype": "bfloat16"}, dtype="bfloat16")
+    assert ModelConfig.from_hf(nested) == text and text.eos_token_ids == (7,)
+    packed = ModelConfig.from_hf(Qwen3NextConfig(**HYBRID, num_experts=0, linear_num_value_heads=48))
+    assert packed.linear_attention == LinearAttentionConfig(16, 48, 128, 128, is_packed=True)
+    dense = ModelConfig.from_hf(Qwen3_5TextConfig(**HYBRID, layer_types=["full_attention"] * 4))
+    assert dense.layer_types is None and dense.linear_attention is None
+
+
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("inner", [False, True])
+def test_embeddings_are_tied_if_either_config_says_so(outer, inner):
+    config = Qwen3_5Config(text_config={**HYBRID, "tie_word_embeddings": inner}, tie_word_embeddings=outer)
+    assert ModelConfig.from_hf(config).tie_word_embeddings == (outer or inner)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"linear_key_head_dim": 24}, "heads of 24 dimensions"),
+        ({"linear_value_head_dim": 8}, "heads of 8 dimensions"),
+        ({"linear_num_value_heads": 40}, "linear_num_value_heads=40 with linear_num_key_heads=16"),
+        ({"linear_num_key_heads": 0}, "num_key_heads must be an integer from 1 .*, got 0"),
+        ({"linear_conv_kernel_dim": 3}, "linear_conv_kernel_dim=3"),
+        ({"layer_types": ["linear_attention"] * 4}, "a model without full attention"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types must be 4"),
+        ({"layer_types": ["full_attention", "mamba", "linear_attention"]}, "sliding_window=None"),
+        ({"partial_rotary_factor": 0.001}, "partial_rotary_factor must leave .*, got 0.001"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor must leave .*, got 1.5"),
+    ],
+)
+def test_hybrid_options_that_no_kernel_supports_are_named(options, named):
+    given = vars(Qwen3_5TextConfig(**HYBRID)) | {"rope_parameters": None, "partial_rotary_factor": 0.25} | options
+    with pytest.raises(ValueError, match=named):
+        ModelConfig.from_hf(SimpleNamespace(**given, model_type="qwen3_5_text", torch_dtype=None))
+
+
+def test_other_weights_of_hybrid_models_are_refused_by_the_option_that_differs():
+    mine = ModelConfig.from_hf(Qwen3_5TextConfig(**HYBRID))
+    for option, changes in (
+        ("layer_types", {"layer_types": ["full_attention", "linear_attention"] * 2}),
+        ("linear_attention", {"linear_num_key_heads": 8}),
+        ("rotary_dim", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
+    ):
+        with pytest.raises(ValueError, match=f"the checkpoint's {option} is .*, but the model's is"):
+            mine.check_same_model(ModelConfig.from_hf(Qwen3_5TextConfig(**HYBRID, **changes)))
+    mine.check_same_model(ModelConfig.from_hf(Qwen3_5Config(text_config=HYBRID)))
 
 
 def test_rope_options_of_transformers_4_and_5_give_the_same_config():
@@ -74,6 +141,8 @@ def test_dtype_and_end_tokens_are_read():
     ("options", "named"),
     [
         ({"model_type": "gemma3"}, "gemma3"),
+        ({"model_type": "qwen4_exp"}, "qwen4_exp"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "'llama' with linear attention"),
         ({"model_type": None}, "None"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "gelu"),
