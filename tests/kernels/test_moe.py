@@ -133,21 +133,25 @@ def test_route_yields_different_valid_ids_whatever_the_logits_are(device):
 
 
 @needs_triton
+@pytest.mark.parametrize("by_blocks", [False, True])
 @pytest.mark.parametrize("block_m", [1, 16])
 @pytest.mark.parametrize(
     ("num_experts", "tokens", "top_k", "used", "blocks"),
     [(4, 1, 1, 4, 9), (16, 300, 4, 9, 3), (5, 40, 3, 1, 9), (7, 31, 2, 7, 9), (512, 9, 16, 512, 9)],
 )
 def test_align_sorts_pairs_by_expert_in_tiles_of_one_expert(
-    device, monkeypatch, num_experts, tokens, top_k, used, blocks, block_m
+    device, monkeypatch, num_experts, tokens, top_k, used, blocks, block_m, by_blocks
 ):
     monkeypatch.setattr(alignment, "MAX_BLOCKS", blocks)
+    if by_blocks:
+        monkeypatch.setattr(alignment, "MAX_FEW_PAIRS", 0)
     if num_experts < 512:
         monkeypatch.setattr(alignment, "ONE_HOT", 128)  # several blocks of pairs
     ids = torch.randint(used, (tokens, top_k), generator=torch.Generator().manual_seed(0)).int().to(device)
     tiles = align_triton(ids, num_experts, block_m)
     order, counts = sort_pairs_torch(ids, num_experts)
-    assert torch.equal(tiles.order.long(), order)
+    assert sorted(tiles.order.tolist()) == list(range(tokens * top_k))
+    assert torch.equal(ids.flatten()[tiles.order.long()], ids.flatten()[order])  # the order in an expert is free
     want, start = [], 0
     for expert, count in enumerate(counts):
         want += [[expert, first, start + count] for first in range(start, start + count, block_m)]

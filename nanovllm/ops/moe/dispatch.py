@@ -72,7 +72,8 @@ TILINGS = (
     Tiling(24,       32,      GroupedGemmConfig(128, 64,  8, 3, 64), GroupedGemmConfig(64,  128, 4, 3, 64)),
     Tiling(48,       64,      GroupedGemmConfig(128, 64,  8, 5, 1),  GroupedGemmConfig(128, 64,  4, 3, 64)),
     Tiling(384,      128,     GroupedGemmConfig(128, 64,  8, 4, 64, True), GroupedGemmConfig(256, 64, 8, 4, 64, True)),
-    Tiling(inf,      128,     GroupedGemmConfig(128, 64,  8, 4, 64, True), GroupedGemmConfig(256, 64, 8, 4, 1, True)),
+    Tiling(768,      128,     GroupedGemmConfig(128, 64,  8, 4, 64, True), GroupedGemmConfig(256, 64, 8, 4, 1, True)),
+    Tiling(inf,      128,     GroupedGemmConfig(128, 64,  8, 3, 1),  GroupedGemmConfig(128, 64, 8, 3, 64, True)),
 )
 # fmt: on
 
