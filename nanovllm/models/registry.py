@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -28,36 +28,45 @@ FAMILIES: dict[str, dict[str, bool | str]] = {
     "qwen2": {"qkv_bias": True},
     "llama": {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"},
     "mistral": {},
+    "qwen3_moe": {"qk_norm": True, "qkv_bias": "attention_bias", "o_bias": "attention_bias"},
+    "qwen2_moe": {"qkv_bias": "qkv_bias"},
     "qwen3_next": _HYBRID,
     "qwen3_5": _HYBRID,
     "qwen3_5_text": _HYBRID,
+    "qwen3_5_moe": _HYBRID,
+    "qwen3_5_moe_text": _HYBRID,
 }
 # Families whose config has the decoder's options in its `text_config`.
-_NESTED = ("qwen3_5",)
-_PARTIAL_ROPE = _LINEAR_ATTENTION = ("qwen3_next", "qwen3_5_text")
+_NESTED = ("qwen3_5", "qwen3_5_moe")
+_PARTIAL_ROPE = _LINEAR_ATTENTION = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 _PACKED_LINEAR_ATTENTION = ("qwen3_next",)
 LAYER_TYPES = ("full_attention", "linear_attention")
 # How the names of tensors start that text does not need, by family. Checkpoints may have such tensors.
 UNUSED_TENSORS: dict[str, tuple[str, ...]] = {
     "qwen3_next": ("mtp.",),
     "qwen3_5_text": ("mtp.", "visual.", "model.visual."),
+    "qwen3_5_moe_text": ("mtp.", "visual.", "model.visual."),
 }
+# The families of mixtures of experts, and whether they have a shared expert.
+_MOE_FAMILIES = {"qwen3_moe": False, "qwen2_moe": True, "qwen3_next": True, "qwen3_5_moe_text": True}
 # By the type of an option: its types in a file, its range, and the range in words. Real models stay far below.
 _KINDS = {
     bool: ((bool,), 0, 1, "true or false"),
     int: ((int,), 1, 1 << 24, "an integer from 1 to 2**24"),
     float: ((int, float), 1e-15, 1e15, "a number from 1e-15 to 1e15"),
 }
-# Options that the weights do not depend on, or that are compared elsewhere.
-_FREE_OPTIONS = {"max_position", "rope_theta", "partial_rotary_factor", "tie_word_embeddings", "separate_head"}
+_COMPARABLE = (*_KINDS, tuple[int, ...], tuple[str, ...] | None)  # types of options that equal models share
+# Options that the weights do not depend on, or that the loader compares.
+_FREE_OPTIONS = {"max_position", "rope_theta", "tie_word_embeddings", "separate_head", "eos_token_ids"}
 _MAX_END_IDS = 1024  # real models have a few
+MAX_EXPERTS, _MAX_EXPERTS_PER_TOKEN = 4096, 64  # kernels hold so many in registers; real models have up to 512 and 22
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported(feature: str) -> ValueError:
     """Return the error for a model with this feature. It lists the supported ones."""
     return ValueError(
-        f"{feature} is not supported; supported are unquantised dense models of the types "
+        f"{feature} is not supported; supported are unquantised models of the types "
         f"{', '.join(FAMILIES)} (GGUF files may be quantised), with RoPE of the types {', '.join(ROPE_TYPES)}"
     )
 
@@ -120,6 +129,41 @@ def scaled_max_position(max_position: int, scaling: dict[str, Any] | None) -> in
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """The options of a decoder's mixtures of experts.
+
+    Args:
+        num_experts, experts_per_token: numbers of experts, and of those that the router chooses for a token.
+        intermediate_size: inner size of an expert.
+        norm_topk_prob: divide the weights of a token's experts by their sum.
+        shared_intermediate_size: inner size of the expert that every token has; 0 if there is none.
+        dense_layers: indices of the layers with a plain MLP instead of experts.
+
+    Raises:
+        ValueError: an option is impossible.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    norm_topk_prob: bool
+    shared_intermediate_size: int = 0
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name in ("num_experts", "experts_per_token", "intermediate_size"):
+            checked_option(f"moe.{name}", getattr(self, name), int)
+        checked_option("moe.norm_topk_prob", self.norm_topk_prob, bool)
+        if self.shared_intermediate_size != 0:
+            checked_option("moe.shared_intermediate_size", self.shared_intermediate_size, int)
+        if self.num_experts > MAX_EXPERTS:
+            raise ValueError(f"the model's num_experts must be at most {MAX_EXPERTS}, got {self.num_experts}")
+        most = min(self.num_experts, _MAX_EXPERTS_PER_TOKEN)
+        if self.experts_per_token > most:
+            raise ValueError(f"the model's experts_per_token must be at most {most}, got {self.experts_per_token}")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The options of one decoder, resolved.
 
@@ -136,6 +180,7 @@ class ModelConfig:
         linear_attention: the options of the layers with linear attention.
         dtype: dtype of the checkpoint.
         eos_token_ids: ids that end a text.
+        moe: the mixtures of experts in place of MLPs; None if all layers are dense.
 
     Raises:
         ValueError: the model is not supported.
@@ -166,6 +211,7 @@ class ModelConfig:
     linear_attention: LinearAttentionConfig | None = None
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
+    moe: MoEConfig | None = None
 
     def __post_init__(self):
         check_model_type(self.model_type)
@@ -244,15 +290,14 @@ class ModelConfig:
 
         Formats differ in the names of families and of kinds of RoPE, and round numbers, so the results are compared.
         """
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.type not in _KINDS or field.name in _FREE_OPTIONS:
-                continue
-            if not math.isclose(mine, theirs, rel_tol=1e-5):
-                raise ValueError(f"the checkpoint's {field.name} is {theirs}, but the model's is {mine}")
-        for name in ("rotary_dim", "layer_types", "linear_attention"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
+        options, their_options = _comparable(self), _comparable(other)
+        for name in options | their_options:
+            mine, theirs = options.get(name), their_options.get(name)
+            if isinstance(mine, float) and isinstance(theirs, float):
+                is_same = math.isclose(mine, theirs, rel_tol=1e-5)
+            else:
+                is_same = mine == theirs
+            if not is_same:
                 raise ValueError(f"the checkpoint's {name} is {shown(theirs)}, but the model's is {shown(mine)}")
         frequencies, factor = rope_frequencies(self.rotary_dim, self.rope_theta, self.rope_scaling)
         their_frequencies, their_factor = rope_frequencies(other.rotary_dim, other.rope_theta, other.rope_scaling)
@@ -275,7 +320,7 @@ class ModelConfig:
             _check_variant(part)
         family = FAMILIES[config.model_type].items()
         flags = {name: getattr(config, flag, False) if isinstance(flag, str) else flag for name, flag in family}
-        num_heads = config.num_attention_heads
+        num_heads, moe_size = config.num_attention_heads, getattr(config, "moe_intermediate_size", None)
         head_dim = getattr(config, "head_dim", None)
         theta, scaling, rotary_factor = _rope(config)
         vocab_size = checked_option("vocab_size", config.vocab_size, int)
@@ -287,7 +332,7 @@ class ModelConfig:
             model_type=config.model_type,
             vocab_size=vocab_size,
             hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
+            intermediate_size=_first_given(getattr(config, "intermediate_size", None), moe_size, 0),
             num_layers=config.num_hidden_layers,
             num_heads=num_heads,
             num_kv_heads=_first_given(getattr(config, "num_key_value_heads", None), num_heads),
@@ -302,8 +347,45 @@ class ModelConfig:
             linear_attention=_linear_attention(config) if is_hybrid else None,
             dtype=_dtype(config),
             eos_token_ids=ends,
+            moe=_moe(config) if config.model_type in _MOE_FAMILIES else None,
             **flags,
         )
+
+
+def _comparable(config: Any) -> dict[str, Any]:
+    """Return the options that equal models share, by name: "moe.num_experts" if nested."""
+    options = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            options |= {f"{field.name}.{name}": option for name, option in _comparable(value).items()}
+        elif field.type in _COMPARABLE and field.name not in _FREE_OPTIONS:
+            options[field.name] = value
+    return options
+
+
+def _moe(config: Any) -> MoEConfig | None:
+    """Read the mixtures of experts of a transformers config; None if every layer is dense."""
+    num_layers = checked_option("num_layers", config.num_hidden_layers, int)
+    step = checked_option("decoder_sparse_step", getattr(config, "decoder_sparse_step", 1), int)
+    listed = getattr(config, "mlp_only_layers", None) or []
+    if not isinstance(listed, list) or any(type(index) is not int for index in listed):
+        raise ValueError(f"the model's mlp_only_layers must be a list of layer indices, got {shown(listed)}")
+    dense_layers = tuple(i for i in range(num_layers) if (i + 1) % step or i in listed)
+    if len(dense_layers) == num_layers:
+        return None
+    shared_size = 0
+    if _MOE_FAMILIES[config.model_type]:
+        name = "shared_expert_intermediate_size"
+        shared_size = checked_option(name, getattr(config, name), int)
+    return MoEConfig(
+        num_experts=config.num_experts,
+        experts_per_token=config.num_experts_per_tok,
+        intermediate_size=config.moe_intermediate_size,
+        norm_topk_prob=getattr(config, "norm_topk_prob", True),
+        shared_intermediate_size=shared_size,
+        dense_layers=dense_layers,
+    )
 
 
 def _first_given(*values: Any) -> Any:
@@ -388,4 +470,12 @@ PRESETS = {
         **_QWEN3, hidden_size=2560, intermediate_size=9728, num_layers=36, num_heads=32, tie_word_embeddings=True
     ),
     "qwen3-8b": ModelConfig(**_QWEN3, hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32),
+    "qwen3-30b-a3b": ModelConfig(
+        **_QWEN3 | {"model_type": "qwen3_moe", "num_kv_heads": 4},
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_layers=48,
+        num_heads=32,
+        moe=MoEConfig(num_experts=128, experts_per_token=8, intermediate_size=768, norm_topk_prob=True),
+    ),
 }

@@ -45,8 +45,10 @@ VARIANTS = {
 }
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen2-moe"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_tokens_do_not_depend_on_the_schedule(model, name):
+def test_tokens_do_not_depend_on_the_schedule(tmp_path, family, name):
+    model = save_tiny(tmp_path, family)
     shared = prompts_of([33], seed=1)[0]
     prompts = prompts_of([3, 20, 47]) + [shared + own for own in prompts_of([1, 7, 15, 16], seed=2)]
     params = [greedy(30), *(SamplingParams(temperature=1.0, seed=i, max_tokens=40 + i, top_k=20) for i in range(6))]

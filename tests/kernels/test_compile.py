@@ -55,7 +55,7 @@ def call_all():
         ids, routing = router.route_triton(torch.zeros(tokens, 16, **bf16), 4, True, torch.bfloat16)
         gate_up, down = torch.zeros(16, 256, 256, **bf16), torch.zeros(16, 256, 128, **bf16)
         operands = torch.zeros(tokens, 256, **bf16), gate_up, down, ids, routing
-        shared = operands[0], operands[0][:, :1].contiguous()
+        shared = operands[0], operands[0][:, :1]
         for residual in (None, operands[0]):
             experts.experts_gemv_triton(*operands, (weight, 1e-6), residual, shared)
             for tiling in TILINGS:

@@ -1,5 +1,6 @@
 """Tiny random models of every family, with odd shapes, in transformers' format."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -49,6 +50,43 @@ TINY = {
         },
     ),
     "mistral": ("mistral", {"heads": (8, 4), "head_dim": 10, "sliding_window": None}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            "heads": (8, 4),
+            "head_dim": 16,
+            "num_experts": 16,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3-moe-mixed": (  # top 1, in every second layer
+        "qwen3_moe",
+        {
+            "heads": (4, 4),
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "num_experts": 5,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 36,
+            "decoder_sparse_step": 2,
+            "tied": True,
+        },
+    ),
+    "qwen2-moe": (
+        "qwen2_moe",
+        {
+            "heads": (8, 4),
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_experts": 9,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 28,
+            "mlp_only_layers": [1],
+        },
+    ),
     "qwen3.5": ("qwen3_5_text", {"heads": (8, 2), "head_dim": 32, **_hybrid("lflf", 4, 8, 16, 32)}),
     "qwen3.5-tied": (
         "qwen3_5_text",
@@ -56,7 +94,28 @@ TINY = {
     ),
     "qwen3-next": (
         "qwen3_next",
-        {"heads": (4, 1), "head_dim": 24, "num_experts": 0, **_hybrid("lf", 4, 12, 16, 16)},
+        {
+            "heads": (4, 1),
+            "head_dim": 24,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 28,
+            "mlp_only_layers": [0],
+            **_hybrid("lfl", 4, 12, 16, 16),
+        },
+    ),
+    "qwen3.5-moe": (
+        "qwen3_5_moe_text",
+        {
+            "heads": (8, 4),
+            "head_dim": 32,
+            "num_experts": 9,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 20,
+            **_hybrid("lf", 4, 8, 16, 16),
+        },
     ),
 }
 
@@ -102,6 +161,22 @@ def save_tiny(folder: Path, name: str, seed: int = 0, **overrides) -> Path:
     path = Path(folder) / name
     tiny_model(name, seed, **overrides).save_pretrained(path)
     return path
+
+
+def separate_experts(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return weights of a transformers model with three tensors for each expert, as in files."""
+    separate = {}
+    for name, tensor in weights.items():
+        prefix, _, kind = name.rpartition(".experts.")
+        if kind == "gate_up_proj":
+            for expert, gate_up in enumerate(tensor):
+                for part, weight in zip(("gate", "up"), gate_up.chunk(2), strict=True):
+                    separate[f"{prefix}.experts.{expert}.{part}_proj.weight"] = weight
+        elif kind == "down_proj":
+            separate |= {f"{prefix}.experts.{i}.down_proj.weight": weight for i, weight in enumerate(tensor)}
+        else:
+            separate[name] = tensor
+    return separate
 
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
