@@ -248,7 +248,15 @@ def test_unused_sliding_window_is_accepted():
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("qwen3-0.6b", 0.596), ("qwen3-4b", 4.02), ("qwen3-8b", 8.19), ("qwen3-30b-a3b", 30.53)]
+    ("name", "billions"),
+    [
+        ("qwen3-0.6b", 0.596),
+        ("qwen3-4b", 4.02),
+        ("qwen3-8b", 8.19),
+        ("qwen3-30b-a3b", 30.53),
+        ("qwen3.5-9b", 8.95),
+        ("qwen3.5-35b-a3b", 34.66),
+    ],
 )
 def test_presets_have_the_sizes_of_the_real_models(name, billions):
     from nanovllm.models.decoder import Decoder
