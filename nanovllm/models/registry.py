@@ -461,7 +461,7 @@ def _rope(config: Any) -> tuple[float, dict[str, Any] | None, float]:
 
 _QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_kv_heads": 8, "head_dim": 128, "max_position": 40960}
 _QWEN3 |= {"rope_theta": 1e6, "qk_norm": True, "eos_token_ids": (151645, 151643)}
-_QWEN3_5: dict[str, Any] = {"model_type": "qwen3_5_text", "vocab_size": 248320, "num_heads": 16, "head_dim": 256}
+_QWEN3_5: dict[str, Any] = {"vocab_size": 248320, "num_heads": 16, "head_dim": 256}
 _QWEN3_5 |= {"max_position": 262144, "rope_theta": 1e7, "partial_rotary_factor": 0.25}
 _QWEN3_5 |= {"qk_norm": True, "attention_gate": True, "zero_centred_norms": True, "eos_token_ids": (248046, 248044)}
 _QWEN3_5 |= {"linear_attention": LinearAttentionConfig(16, 32, 128, 128)}
@@ -485,6 +485,7 @@ PRESETS = {
     ),
     "qwen3.5-9b": ModelConfig(
         **_QWEN3_5,
+        model_type="qwen3_5_text",
         hidden_size=4096,
         intermediate_size=12288,
         num_layers=32,
@@ -492,7 +493,8 @@ PRESETS = {
         layer_types=_EVERY_FOURTH * 8,
     ),
     "qwen3.5-35b-a3b": ModelConfig(
-        **_QWEN3_5 | {"model_type": "qwen3_5_moe_text"},
+        **_QWEN3_5,
+        model_type="qwen3_5_moe_text",
         hidden_size=2048,
         intermediate_size=512,
         num_layers=40,
