@@ -19,6 +19,7 @@ class Attention(StatefulLayer):
         num_heads, num_kv_heads: numbers of heads on this rank.
         rotary: the table of angles, shared by all layers.
         qk_norm_eps: epsilon of the norm of each query and key head (Qwen3); None for models without such norms.
+        zero_centred: whether these norms are; see `RMSNorm`.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class Attention(StatefulLayer):
         head_dim: int,
         rotary: RotaryEmbedding,
         qk_norm_eps: float | None = None,
+        zero_centred: bool = False,
         *,
         dtype: torch.dtype | None = None,
     ):
@@ -39,8 +41,9 @@ class Attention(StatefulLayer):
         self.eps = qk_norm_eps or 0.0
         self.q_norm = self.k_norm = None
         if qk_norm_eps is not None:
-            self.q_norm = RMSNorm(head_dim, qk_norm_eps, dtype=dtype)
-            self.k_norm = RMSNorm(head_dim, qk_norm_eps, dtype=dtype)
+            options = {"dtype": dtype, "zero_centred": zero_centred, "order": rotary.order}
+            self.q_norm = RMSNorm(head_dim, qk_norm_eps, **options)
+            self.k_norm = RMSNorm(head_dim, qk_norm_eps, **options)
         self.kv: PagedKV | None = None
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:

@@ -7,11 +7,21 @@ from typing import Any
 
 import torch
 
+from nanovllm.arithmetic import is_power_of_2
 from nanovllm.checks import in_vocabulary, shown
+from nanovllm.layers.gated_delta_net import LinearAttentionConfig
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES, rope_frequencies
+from nanovllm.ops.gdn.inputs import CONV_WIDTH
 
 logger = logging.getLogger(__name__)
 
+_HYBRID: dict[str, bool | str] = {
+    "qk_norm": True,
+    "qkv_bias": "attention_bias",
+    "o_bias": "attention_bias",
+    "attention_gate": True,
+    "zero_centred_norms": True,
+}
 # The options of ModelConfig that each family sets. A string names the checkpoint's own option.
 FAMILIES: dict[str, dict[str, bool | str]] = {
     "qwen3": {"qk_norm": True, "qkv_bias": "attention_bias", "o_bias": "attention_bias"},
@@ -20,15 +30,32 @@ FAMILIES: dict[str, dict[str, bool | str]] = {
     "mistral": {},
     "qwen3_moe": {"qk_norm": True, "qkv_bias": "attention_bias", "o_bias": "attention_bias"},
     "qwen2_moe": {"qkv_bias": "qkv_bias"},
+    "qwen3_next": _HYBRID,
+    "qwen3_5": _HYBRID,
+    "qwen3_5_text": _HYBRID,
+    "qwen3_5_moe": _HYBRID,
+    "qwen3_5_moe_text": _HYBRID,
+}
+# Families whose config has the decoder's options in its `text_config`.
+_NESTED = ("qwen3_5", "qwen3_5_moe")
+_PARTIAL_ROPE = _LINEAR_ATTENTION = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+_PACKED_LINEAR_ATTENTION = ("qwen3_next",)
+LAYER_TYPES = ("full_attention", "linear_attention")
+# How the names of tensors start that text does not need, by family. Checkpoints may have such tensors.
+UNUSED_TENSORS: dict[str, tuple[str, ...]] = {
+    "qwen3_next": ("mtp.",),
+    "qwen3_5_text": ("mtp.", "visual.", "model.visual."),
+    "qwen3_5_moe_text": ("mtp.", "visual.", "model.visual."),
 }
 # The families of mixtures of experts, and whether they have a shared expert.
-_MOE_FAMILIES = {"qwen3_moe": False, "qwen2_moe": True}
+_MOE_FAMILIES = {"qwen3_moe": False, "qwen2_moe": True, "qwen3_next": True, "qwen3_5_moe_text": True}
 # By the type of an option: its types in a file, its range, and the range in words. Real models stay far below.
 _KINDS = {
     bool: ((bool,), 0, 1, "true or false"),
     int: ((int,), 1, 1 << 24, "an integer from 1 to 2**24"),
     float: ((int, float), 1e-15, 1e15, "a number from 1e-15 to 1e15"),
 }
+_COMPARABLE = (*_KINDS, tuple[int, ...], tuple[str, ...] | None)  # types of options that equal models share
 # Options that the weights do not depend on, or that the loader compares.
 _FREE_OPTIONS = {"max_position", "rope_theta", "tie_word_embeddings", "separate_head", "eos_token_ids"}
 _MAX_END_IDS = 1024  # real models have a few
@@ -39,7 +66,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def unsupported(feature: str) -> ValueError:
     """Return the error for a model with this feature. It lists the supported ones."""
     return ValueError(
-        f"{feature} is not supported; supported are unquantised models with full attention of the types "
+        f"{feature} is not supported; supported are unquantised models of the types "
         f"{', '.join(FAMILIES)} (GGUF files may be quantised), with RoPE of the types {', '.join(ROPE_TYPES)}"
     )
 
@@ -50,6 +77,14 @@ def checked_option(name: str, value: Any, kind: type) -> Any:
     if type(value) not in types or not low <= value <= high:
         raise ValueError(f"the model's {name} must be {words}, got {shown(value)}")
     return value
+
+
+def check_options(options: Any, prefix: str = "") -> None:
+    """Check the numbers and bools of a dataclass; see `checked_option`."""
+    for field in fields(options):
+        kind = field.type
+        if isinstance(kind, type) and kind in _KINDS:
+            checked_option(prefix + field.name, getattr(options, field.name), kind)
 
 
 def default_head_dim(hidden_size: Any, num_heads: Any) -> int:
@@ -138,6 +173,11 @@ class ModelConfig:
         tie_word_embeddings: the head uses the embedding's weights, and a checkpoint may leave out one of the two.
         separate_head: the checkpoint has other weights for the head in spite of `tie_word_embeddings`.
         rope_scaling: None, or the options of one of ROPE_TYPES with its name as "rope_type".
+        partial_rotary_factor: the part of a head's dimensions that RoPE rotates.
+        attention_gate: the query projection also computes a gate of attention's output.
+        zero_centred_norms: norms multiply by 1 + weight, except in linear attention.
+        layer_types: one of LAYER_TYPES for each layer; None if all have full attention.
+        linear_attention: the options of the layers with linear attention.
         dtype: dtype of the checkpoint.
         eos_token_ids: ids that end a text.
         moe: the mixtures of experts in place of MLPs; None if all layers are dense.
@@ -164,28 +204,68 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    partial_rotary_factor: float = 1.0
+    attention_gate: bool = False
+    zero_centred_norms: bool = False
+    layer_types: tuple[str, ...] | None = None
+    linear_attention: LinearAttentionConfig | None = None
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
     moe: MoEConfig | None = None
 
     def __post_init__(self):
         check_model_type(self.model_type)
-        for field in fields(self):
-            kind = field.type
-            if isinstance(kind, type) and kind in _KINDS:
-                checked_option(field.name, getattr(self, field.name), kind)
+        check_options(self)
         in_vocabulary("the model's eos_token_id", self.eos_token_ids, self.vocab_size)
         if self.head_dim % 2:
             raise ValueError(f"the model's head_dim must be even for RoPE, got {self.head_dim}")
+        if not 2 <= self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
+            factor = self.partial_rotary_factor
+            raise ValueError(f"the model's partial_rotary_factor must leave an even number of dimensions, got {factor}")
         if self.num_heads % self.num_kv_heads:
             raise unsupported(f"num_attention_heads={self.num_heads} with num_key_value_heads={self.num_kv_heads}")
         if self.dtype not in _DTYPES:
             raise unsupported(f"a checkpoint of dtype {shown(self.dtype)}")
         self._check_rope(self.rope_scaling or {"rope_type": "default"})
+        self._check_layers()
+
+    @property
+    def rotary_dim(self) -> int:
+        """Return how many of a head's dimensions RoPE rotates."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    def is_recurrent(self, index: int) -> bool:
+        """Return whether the layer with this index has linear attention."""
+        return self.layer_types is not None and self.layer_types[index] == "linear_attention"
+
+    def _check_layers(self) -> None:
+        types = self.layer_types or ("full_attention",) * self.num_layers
+        if len(types) != self.num_layers:
+            raise ValueError(f"the model's layer_types must be {self.num_layers} (num_layers), got {len(types)}")
+        for layer_type in types:
+            if layer_type not in LAYER_TYPES:
+                raise unsupported(f"a layer of type {shown(layer_type)}")
+        if "full_attention" not in types:
+            raise unsupported("a model without full attention")
+        if ("linear_attention" in types) != (self.linear_attention is not None):
+            raise ValueError("the model's linear_attention must be None if and only if no layer has it")
+        if self.linear_attention is not None:
+            self._check_linear_attention(self.linear_attention)
+
+    def _check_linear_attention(self, options: LinearAttentionConfig) -> None:
+        check_options(options, "linear attention's ")
+        if options.num_value_heads % options.num_key_heads:
+            heads = f"linear_num_value_heads={options.num_value_heads}"
+            raise unsupported(f"{heads} with linear_num_key_heads={options.num_key_heads}")
+        for dim in (options.key_head_dim, options.value_head_dim):
+            if dim < 16 or not is_power_of_2(dim):
+                raise unsupported(f"linear attention with heads of {dim} dimensions, not a power of two from 16")
+        if options.conv_width != CONV_WIDTH:
+            raise unsupported(f"linear_conv_kernel_dim={options.conv_width}")
 
     def _check_rope(self, options: dict[str, Any]) -> None:
         rope_type = options["rope_type"]
-        num_factors = self.head_dim // 2
+        num_factors = self.rotary_dim // 2
         if rope_type not in tuple(ROPE_TYPES):
             raise unsupported(f"RoPE of type {shown(rope_type)}")
         needed = dict.fromkeys(ROPE_TYPES[rope_type], float)
@@ -196,7 +276,7 @@ class ModelConfig:
                 checked_option(f"RoPE {name}", value, kind)
                 continue
             if not isinstance(value, list) or len(value) != num_factors:
-                raise ValueError(f"the model's RoPE factors must be {num_factors} (head_dim / 2), got {shown(value)}")
+                raise ValueError(f"the model's RoPE factors must be {num_factors} (half a head), got {shown(value)}")
             for factor in value:
                 checked_option("RoPE factors", factor, kind)
         if rope_type == "llama3" and not options["low_freq_factor"] < options["high_freq_factor"]:
@@ -219,8 +299,8 @@ class ModelConfig:
                 is_same = mine == theirs
             if not is_same:
                 raise ValueError(f"the checkpoint's {name} is {shown(theirs)}, but the model's is {shown(mine)}")
-        frequencies, factor = rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
-        their_frequencies, their_factor = rope_frequencies(other.head_dim, other.rope_theta, other.rope_scaling)
+        frequencies, factor = rope_frequencies(self.rotary_dim, self.rope_theta, self.rope_scaling)
+        their_frequencies, their_factor = rope_frequencies(other.rotary_dim, other.rope_theta, other.rope_scaling)
         is_same = torch.allclose(frequencies, their_frequencies, rtol=1e-4, atol=0)
         if not is_same or not math.isclose(factor, their_factor, rel_tol=1e-4):
             theirs, mine = (f"rope_theta={c.rope_theta} scaled by {shown(c.rope_scaling)}" for c in (other, self))
@@ -234,28 +314,37 @@ class ModelConfig:
             eos_token_ids: those of the generation config, which take precedence.
         """
         check_model_type(config.model_type)
-        _check_variant(config)
+        whole, config = config, config.text_config if config.model_type in _NESTED else config
+        for part in (whole, config):
+            check_model_type(part.model_type)
+            _check_variant(part)
         family = FAMILIES[config.model_type].items()
         flags = {name: getattr(config, flag, False) if isinstance(flag, str) else flag for name, flag in family}
-        num_heads = config.num_attention_heads
+        num_heads, moe_size = config.num_attention_heads, getattr(config, "moe_intermediate_size", None)
         head_dim = getattr(config, "head_dim", None)
-        theta, scaling = _rope(config)
+        theta, scaling, rotary_factor = _rope(config)
         vocab_size = checked_option("vocab_size", config.vocab_size, int)
-        ends = known_ids(eos_token_ids, vocab_size) or known_ids(getattr(config, "eos_token_id", None), vocab_size)
+        given_ends = (eos_token_ids, getattr(whole, "eos_token_id", None), getattr(config, "eos_token_id", None))
+        ends = next(filter(None, (known_ids(given, vocab_size) for given in given_ends)), ())
+        layer_types = tuple(getattr(config, "layer_types", None) or ())
+        is_hybrid = "linear_attention" in layer_types
         return cls(
             model_type=config.model_type,
             vocab_size=vocab_size,
             hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
+            intermediate_size=_first_given(getattr(config, "intermediate_size", None), moe_size, 0),
             num_layers=config.num_hidden_layers,
             num_heads=num_heads,
             num_kv_heads=_first_given(getattr(config, "num_key_value_heads", None), num_heads),
             head_dim=default_head_dim(config.hidden_size, num_heads) if head_dim is None else head_dim,
             max_position=scaled_max_position(config.max_position_embeddings, scaling),
             rms_norm_eps=config.rms_norm_eps,
-            tie_word_embeddings=config.tie_word_embeddings,
+            tie_word_embeddings=whole.tie_word_embeddings or config.tie_word_embeddings,
             rope_theta=theta,
             rope_scaling=scaling,
+            partial_rotary_factor=rotary_factor,
+            layer_types=layer_types if is_hybrid else None,
+            linear_attention=_linear_attention(config) if is_hybrid else None,
             dtype=_dtype(config),
             eos_token_ids=ends,
             moe=_moe(config) if config.model_type in _MOE_FAMILIES else None,
@@ -270,7 +359,7 @@ def _comparable(config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         if is_dataclass(value):
             options |= {f"{field.name}.{name}": option for name, option in _comparable(value).items()}
-        elif (field.type in _KINDS or field.type == tuple[int, ...]) and field.name not in _FREE_OPTIONS:
+        elif field.type in _COMPARABLE and field.name not in _FREE_OPTIONS:
             options[field.name] = value
     return options
 
@@ -293,7 +382,7 @@ def _moe(config: Any) -> MoEConfig | None:
         num_experts=config.num_experts,
         experts_per_token=config.num_experts_per_tok,
         intermediate_size=config.moe_intermediate_size,
-        norm_topk_prob=config.norm_topk_prob,
+        norm_topk_prob=getattr(config, "norm_topk_prob", True),
         shared_intermediate_size=shared_size,
         dense_layers=dense_layers,
     )
@@ -326,7 +415,7 @@ def _check_variant(config: Any) -> None:
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
     if layer_types:
-        slides = any(layer_type != "full_attention" for layer_type in layer_types)
+        slides = any(layer_type not in LAYER_TYPES for layer_type in layer_types)
     else:
         used = getattr(config, "use_sliding_window", True) and window
         slides = used and checked_option("sliding_window", window, int) < config.max_position_embeddings
@@ -334,24 +423,49 @@ def _check_variant(config: Any) -> None:
         raise unsupported(f"sliding_window={shown(window)}")
 
 
-def _rope(config: Any) -> tuple[float, dict[str, Any] | None]:
-    """Return theta and the scaling options: `rope_parameters` of transformers 5, or the two options of 4."""
+def _linear_attention(config: Any) -> LinearAttentionConfig:
+    if config.model_type not in _LINEAR_ATTENTION:
+        raise unsupported(f"a model of type {shown(config.model_type)} with linear attention")
+    return LinearAttentionConfig(
+        num_key_heads=config.linear_num_key_heads,
+        num_value_heads=config.linear_num_value_heads,
+        key_head_dim=config.linear_key_head_dim,
+        value_head_dim=config.linear_value_head_dim,
+        conv_width=config.linear_conv_kernel_dim,
+        is_packed=config.model_type in _PACKED_LINEAR_ATTENTION,
+    )
+
+
+def _rope(config: Any) -> tuple[float, dict[str, Any] | None, float]:
+    """Return theta, the scaling options and the part of a head that rotates.
+
+    transformers 5 has them in `rope_parameters`, transformers 4 in two options. The sections of multimodal RoPE are all
+    the same for text.
+    """
     options = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     if any(isinstance(value, dict) for value in options.values()):
         raise unsupported("RoPE that differs between layers")
-    if (options.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0) != 1.0:
+    factor = _first_given(
+        options.pop("partial_rotary_factor", None), getattr(config, "partial_rotary_factor", None), 1.0
+    )
+    if factor != 1.0 and config.model_type not in _PARTIAL_ROPE:
         raise unsupported("partial RoPE")
     theta = _first_given(options.pop("rope_theta", None), getattr(config, "rope_theta", None), 10000.0)
     rope_type = _first_given(options.pop("rope_type", None), options.pop("type", None), "default")
     if rope_type == "default":
-        return theta, None
+        return theta, None, factor
     if options.get("original_max_position_embeddings") is None:
         options["original_max_position_embeddings"] = config.max_position_embeddings
-    return theta, {**options, "rope_type": rope_type}
+    return theta, {**options, "rope_type": rope_type}, factor
 
 
 _QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_kv_heads": 8, "head_dim": 128, "max_position": 40960}
 _QWEN3 |= {"rope_theta": 1e6, "qk_norm": True, "eos_token_ids": (151645, 151643)}
+_QWEN3_5: dict[str, Any] = {"vocab_size": 248320, "num_heads": 16, "head_dim": 256}
+_QWEN3_5 |= {"max_position": 262144, "rope_theta": 1e7, "partial_rotary_factor": 0.25}
+_QWEN3_5 |= {"qk_norm": True, "attention_gate": True, "zero_centred_norms": True, "eos_token_ids": (248046, 248044)}
+_QWEN3_5 |= {"linear_attention": LinearAttentionConfig(16, 32, 128, 128)}
+_EVERY_FOURTH = ("linear_attention",) * 3 + ("full_attention",)
 # Shapes of real models for load_format="dummy".
 PRESETS = {
     "qwen3-0.6b": ModelConfig(
@@ -368,5 +482,24 @@ PRESETS = {
         num_layers=48,
         num_heads=32,
         moe=MoEConfig(num_experts=128, experts_per_token=8, intermediate_size=768, norm_topk_prob=True),
+    ),
+    "qwen3.5-9b": ModelConfig(
+        **_QWEN3_5,
+        model_type="qwen3_5_text",
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_layers=32,
+        num_kv_heads=4,
+        layer_types=_EVERY_FOURTH * 8,
+    ),
+    "qwen3.5-35b-a3b": ModelConfig(
+        **_QWEN3_5,
+        model_type="qwen3_5_moe_text",
+        hidden_size=2048,
+        intermediate_size=512,
+        num_layers=40,
+        num_kv_heads=2,
+        layer_types=_EVERY_FOURTH * 10,
+        moe=MoEConfig(256, 8, intermediate_size=512, norm_topk_prob=True, shared_intermediate_size=512),
     ),
 }
