@@ -161,9 +161,9 @@ class TensorParallel:
         return x
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
-        """Overwrite `x` with rank 0's, in place."""
+        """Overwrite the contiguous `x` with rank 0's, in place."""
         if self.size > 1:
-            self._process_group.broadcast([x]).wait()
+            self._process_group.broadcast([x.view(-1).view(torch.uint8)]).wait()  # groups do not know every dtype
         return x
 
     def stop(self) -> None:
