@@ -15,7 +15,7 @@ from nanovllm.layers.linear import LinearLayer
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import ModelConfig
 from nanovllm.progress import ProgressBar
-from nanovllm.weights.parameter import CheckpointTensor
+from nanovllm.weights.parameter import CheckpointTensor, is_finite
 
 # A checkpoint with tied embeddings has either tensor, or both.
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -94,7 +94,6 @@ class WeightUpdate:
 
     def __init__(self, model: Decoder):
         self.model = model
-        self.targets = model.checkpoint_tensors()
         self.seen: set[str] = set()
         self.differs: dict[str, torch.Tensor] = {}
         self.layers = [module for module in model.modules() if isinstance(module, LinearLayer)]
@@ -102,6 +101,7 @@ class WeightUpdate:
         with torch.inference_mode():
             for layer in self.layers:
                 layer.format = layer.format.start_loading()
+        self.targets = model.checkpoint_tensors()
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Copy some tensors. Each rank takes its slices. Return their names.
@@ -111,7 +111,7 @@ class WeightUpdate:
                 This method holds one of them at a time.
 
         Raises:
-            ValueError: a tensor is unknown, given twice, of the wrong shape or not floating point.
+            ValueError: a tensor is unknown, given twice, or of the wrong dtype or shape.
         """
         bar = ProgressBar(
             checked_weights(weights),
@@ -175,9 +175,8 @@ def _not_finite(targets: Mapping[str, CheckpointTensor]) -> dict[str, torch.Tens
     """Check each tensor for NaN and infinity. Return an error text and a bool on the device for each."""
     errors = {}
     for name, target in targets.items():
-        extremes = torch.stack(torch.aminmax(target.shard))  # one pass over the tensor; NaN if it has a NaN
-        error = f"the tensor {name} has values that are NaN or infinite in {extremes.dtype}"
-        errors[error] = ~extremes.isfinite().all()
+        error = f"the tensor {name} has values that are NaN or infinite in {target.param.dtype}"
+        errors[error] = ~is_finite(target.shard)
     return errors
 
 
@@ -196,18 +195,15 @@ def _raise_first(errors: dict[str, torch.Tensor], tp: TensorParallel) -> None:
 
 
 def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Iterate over `weights`. Raise TypeError or ValueError at one that is not a name and a floating-point tensor."""
+    """Iterate over `weights`. Raise TypeError or ValueError at one that is not a name and a tensor with data."""
     for pair in weights:
         name, tensor = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise TypeError(f"weights must be pairs (name, tensor), got {shown(pair)}")
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            what = f"the tensor {name:.200} has dtype {tensor.dtype}"
-            raise ValueError(f"{what}; it must be float32, bfloat16 or float16")
-        if tensor.is_meta or tensor.layout is not torch.strided:
+        if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex():
             raise ValueError(
-                f"the tensor {name:.200} is on {tensor.device} with layout {tensor.layout}; "
-                "it must be a dense tensor with data"
+                f"the tensor {name:.200} is on {tensor.device} with layout {tensor.layout} and dtype {tensor.dtype}; "
+                "it must be a dense tensor of real numbers with data"
             )
         yield plain(name), tensor
 
@@ -216,13 +212,14 @@ def dummy_weights(model: Decoder, seed: int) -> Iterator[tuple[str, torch.Tensor
     """Iterate over a checkpoint of small random numbers, with norms of ones. It is the same for any number of ranks."""
     param = next(model.parameters())
     generator = torch.Generator(param.device).manual_seed(seed)
+    targets = model.checkpoint_tensors()
     for name, shape in _whole_shapes(model.config).items():
         if name == _HEAD and model.config.tie_word_embeddings:
             continue
         tensor = torch.ones(shape, dtype=param.dtype, device=param.device)
         if not name.endswith("norm.weight"):
             tensor.normal_(std=0.02, generator=generator)
-        yield name, tensor
+        yield name, tensor.to(targets[name].param.dtype)
 
 
 def iterate_weights(location: str | Path) -> Iterator[tuple[str, torch.Tensor]]:

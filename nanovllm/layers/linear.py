@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nanovllm.arithmetic import ceil_div
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.residual import Normed, Residual, as_normed
 from nanovllm.ops.dispatch import Adder
 from nanovllm.utils.context import get_counters
 from nanovllm.weights.formats import AllocateWeight, Plain, WeightFormat
-from nanovllm.weights.parameter import CheckpointTensor, ShardId, check_shape, make_parameter
+from nanovllm.weights.parameter import CheckpointTensor, ShardId, block_of, check_shape, in_blocks, make_parameter
 
 
 class LinearLayer(nn.Module):
@@ -24,9 +25,10 @@ class LinearLayer(nn.Module):
     weight: nn.Parameter
 
     def set_format(self, weight_format: WeightFormat) -> None:
-        """Use this format, and its parameter as `weight`."""
+        """Use this format, and register its parameters under their names in checkpoints."""
         self.format = weight_format
-        self.weight = weight_format.weight
+        for name, param in weight_format.parameters.items():
+            self.register_parameter(name, param)
 
 
 @dataclass(frozen=True)
@@ -77,24 +79,30 @@ class ColumnParallelLinear(LinearLayer):
         for shard_id, shard in shards.items():
             self.rows[shard_id] = slice(rows, rows + shard.size)
             rows += shard.size
+        self.num_rows = rows
         self.set_format(allocate_weight(rows, in_features, dtype, self.weight_loader))
         self.bias = make_parameter(rows, dtype=dtype, weight_loader=self.weight_loader) if bias else None
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId) -> None:
-        shard = self.shards[shard_id]
-        check_shape(loaded, (shard.total, *param.shape[1:]))
-        param[self.rows[shard_id]].copy_(loaded[shard.start : shard.start + shard.size])
+        target, rows = self._target(param, shard_id)
+        check_shape(loaded, target.shape)
+        target.shard.copy_(loaded[rows])
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
         parent = prefix.rpartition(".")[0]
-        tensors = {}
-        for name, param in self.named_parameters():
-            for shard_id, shard in self.shards.items():
-                shape = (shard.total, *param.shape[1:])
-                tensors[f"{parent}.{shard.name}.{name}"] = CheckpointTensor(
-                    param, shape, shard_id=shard_id, rows=self.rows[shard_id]
-                )
-        return tensors
+        return {
+            f"{parent}.{shard.name}.{name}": self._target(param, shard_id)[0]
+            for name, param in self.named_parameters()
+            for shard_id, shard in self.shards.items()
+        }
+
+    def _target(self, param: nn.Parameter, shard_id: ShardId) -> tuple[CheckpointTensor, slice]:
+        """Return the tensor that fills a shard of `param`, and the rows of it that this rank loads."""
+        shard, block = self.shards[shard_id], block_of(param)[0]
+        rows = in_blocks(slice(shard.start, shard.start + shard.size), shard.total, block)
+        target_rows = in_blocks(self.rows[shard_id], self.num_rows, block)
+        shape = (ceil_div(shard.total, block), *param.shape[1:])
+        return CheckpointTensor(param, shape, shard_id=shard_id, rows=target_rows), rows
 
     def forward(self, x: torch.Tensor | Normed) -> torch.Tensor:
         x, norm = as_normed(x)
@@ -194,21 +202,29 @@ class RowParallelLinear(LinearLayer):
         self.tp = tp or TensorParallel.default()
         self.in_features = in_features
         size = divide("input size of a row-parallel layer", in_features, self.tp)
+        self.columns = slice(self.tp.rank * size, (self.tp.rank + 1) * size)
         self.set_format(allocate_weight(out_features, size, dtype, self.weight_loader))
         self.bias = make_parameter(out_features, dtype=dtype) if bias else None
         self.zero_bias: torch.Tensor
         self.register_buffer("zero_bias", torch.zeros(out_features, dtype=dtype), persistent=False)
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
-        rows, size = param.shape
-        check_shape(loaded, (rows, self.in_features))
-        param.copy_(loaded[:, self.tp.rank * size : (self.tp.rank + 1) * size])
+        shape, columns = self._slice(param)
+        check_shape(loaded, shape)
+        param.copy_(loaded[:, columns])
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
-        tensors = {f"{prefix}.weight": CheckpointTensor(self.weight, (len(self.zero_bias), self.in_features))}
+        params = self.format.parameters.items()
+        tensors = {f"{prefix}.{name}": CheckpointTensor(param, self._slice(param)[0]) for name, param in params}
         if self.bias is not None:
             tensors[f"{prefix}.bias"] = CheckpointTensor(self.bias, tuple(self.bias.shape))
         return tensors
+
+    def _slice(self, param: nn.Parameter) -> tuple[tuple[int, ...], slice]:
+        """Return the shape of the whole tensor that `param` loads, and the columns of it that this rank loads."""
+        block = block_of(param)[1]
+        columns = in_blocks(self.columns, self.in_features, block)
+        return (len(param), ceil_div(self.in_features, block)), columns
 
     def forward(self, x: torch.Tensor) -> "PendingGemm":
         return PendingGemm(self, x)

@@ -29,6 +29,7 @@ class SelfAttention(nn.Module):
             bias=config.qkv_bias,
             dtype=dtype,
             tp=tp,
+            allocate_weight=config.allocate_weight,
         )
         self.attn = Attention(
             num_heads=self.qkv_proj.num_heads,
@@ -39,7 +40,9 @@ class SelfAttention(nn.Module):
             dtype=dtype,
         )
         attended_size = config.num_heads * config.head_dim
-        self.o_proj = RowParallelLinear(attended_size, config.hidden_size, config.o_bias, dtype=dtype, tp=tp)
+        self.o_proj = RowParallelLinear(
+            attended_size, config.hidden_size, config.o_bias, dtype=dtype, tp=tp, allocate_weight=config.allocate_weight
+        )
 
     def forward(self, x: Normed, positions: torch.Tensor, last: torch.Tensor | None) -> PendingGemm:
         return self.o_proj(self.attn(self.qkv_proj(x), positions, last))
@@ -49,8 +52,11 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype | None, tp: TensorParallel):
         super().__init__()
         hidden, intermediate = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = GateUpParallelLinear(hidden, intermediate, config.mlp_bias, dtype=dtype, tp=tp)
-        self.down_proj = RowParallelLinear(intermediate, hidden, config.mlp_bias, dtype=dtype, tp=tp)
+        bias, allocate = config.mlp_bias, config.allocate_weight
+        self.gate_up_proj = GateUpParallelLinear(
+            hidden, intermediate, bias, dtype=dtype, tp=tp, allocate_weight=allocate
+        )
+        self.down_proj = RowParallelLinear(intermediate, hidden, bias, dtype=dtype, tp=tp, allocate_weight=allocate)
 
     def forward(self, x: Normed) -> PendingGemm:
         return self.down_proj(self.gate_up_proj(x))
@@ -110,6 +116,7 @@ class Decoder(nn.Module):
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
         if config.tie_word_embeddings and not config.separate_head:
             self.lm_head.tie(self.embed_tokens)
+        self.checkpoint_tensors()  # raises ValueError if the blocks of a weight format do not fit the ranks' shards
 
     def checkpoint_tensors(self) -> dict[str, CheckpointTensor]:
         """Return the target of every tensor that a checkpoint must have, by its name."""

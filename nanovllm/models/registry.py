@@ -9,6 +9,7 @@ import torch
 
 from nanovllm.checks import in_vocabulary, shown
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES, rope_frequencies
+from nanovllm.weights.formats import AllocateWeight, Plain
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class ModelConfig:
         rope_scaling: None, or the options of one of ROPE_TYPES with its name as "rope_type".
         dtype: dtype of the checkpoint.
         eos_token_ids: ids that end a text.
+        allocate_weight: makes the weights of attention and MLP in the checkpoint's format. The head's format is Plain.
 
     Raises:
         ValueError: the model is not supported.
@@ -125,6 +127,7 @@ class ModelConfig:
     mlp_bias: bool = False
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
+    allocate_weight: AllocateWeight = Plain.allocate
 
     def __post_init__(self):
         check_model_type(self.model_type)
@@ -191,7 +194,9 @@ class ModelConfig:
         check_model_type(config.model_type)
         _check_variant(config)
         family = FAMILIES[config.model_type].items()
-        flags = {name: getattr(config, flag, False) if isinstance(flag, str) else flag for name, flag in family}
+        flags: dict[str, Any] = {
+            name: getattr(config, flag, False) if isinstance(flag, str) else flag for name, flag in family
+        }
         num_heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None)
         theta, scaling = _rope(config)
