@@ -26,7 +26,7 @@ _KINDS = {
     int: ((int,), 1, 1 << 24, "an integer from 1 to 2**24"),
     float: ((int, float), 1e-15, 1e15, "a number from 1e-15 to 1e15"),
 }
-# Options that the weights do not depend on, or that the loader compares.
+# Options that `check_same_model` need not compare: other checks cover them, or the weights do not depend on them.
 _FREE_OPTIONS = {"max_position", "rope_theta", "tie_word_embeddings", "separate_head"}
 _MAX_END_IDS = 1024  # real models have a few
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -248,12 +248,11 @@ def _check_variant(config: Any) -> None:
         raise unsupported(f"hidden_act={shown(config.hidden_act)}")
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
-    if layer_types:
-        slides = any(layer_type != "full_attention" for layer_type in layer_types)
-    else:
-        used = getattr(config, "use_sliding_window", True) and window
-        slides = used and checked_option("sliding_window", window, int) < config.max_position_embeddings
-    if slides:
+    for layer_type in layer_types or ():
+        if layer_type != "full_attention":
+            raise unsupported(f"a layer of type {shown(layer_type)}")
+    used = not layer_types and getattr(config, "use_sliding_window", True) and window
+    if used and checked_option("sliding_window", window, int) < config.max_position_embeddings:
         raise unsupported(f"sliding_window={shown(window)}")
 
 
