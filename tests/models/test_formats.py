@@ -64,7 +64,7 @@ def test_formats_agree_with_plain_torch(kind, tokens, biased):
     written = torch.empty(tokens, 68)
     format.matmul_into(written, x)
     torch.testing.assert_close(written, F.linear(x, weight), atol=1e-5, rtol=1e-5)
-    assert format.choose_adder(x, residual, 1, None) is Adder.GEMM and not format.wants_zero_bias(x)
+    assert format.choose_adder(x, residual, 1, None) is Adder.LINEAR and not format.wants_zero_bias(x)
 
 
 @needs_onednn

@@ -103,7 +103,7 @@ def test_first_norm_all_reduces_the_embeddings_once(size):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("adder", [Adder.GEMM, Adder.NEXT_NORM])
+@pytest.mark.parametrize("adder", [Adder.LINEAR, Adder.NEXT_NORM])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_pending_gemm_plus_residual_is_the_sum_with_any_adder(monkeypatch, size, adder, zeros, bias):
