@@ -252,10 +252,10 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: int | str | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """Answer one prompt step by step: each output has what is new since the last one, or `output_kind` of it.
+        """Answer one prompt with an output for each step: its new text and tokens, unless `output_kind` says otherwise.
 
-        This waits while the engine has `max_concurrent_requests` of them. Leaving the iteration, or cancelling the
-        task, ends the request.
+        The request waits while `max_concurrent_requests` others are unfinished. Leaving the iteration, or cancelling
+        the task, ends the request.
 
         Raises:
             TypeError, ValueError: the request cannot be served; others are not affected. What needs tokens of a text or

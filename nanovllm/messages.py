@@ -24,8 +24,8 @@ class Row(NamedTuple):
         start: position of the row's first token.
         token_ids: the tokens to compute; None is the slot's last sampled token, which the device holds.
         logit_indices: the row's tokens whose logits are used, counted from its first token.
-        target_ids: prompt tokens whose logprobs are wanted; the i-th is scored by the logits of the i-th logit index.
-            The logits of the remaining indices are sampled from: today that is the row's last token, or none.
+        target_ids: prompt tokens whose logprobs are wanted. The logits of the i-th logit index score the i-th of them.
+            If there is one more logit index, it is the row's last token, and its logits are for sampling.
     """
 
     slot: int
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
     @property
     def samples(self) -> bool:
-        """Whether a sampled token is the sequence's next one. The runner's tokens for other rows are discarded."""
+        """Whether the row samples its sequence's next token. What the device samples for other rows is discarded."""
         return len(self.logit_indices) > len(self.target_ids)
 
 
@@ -112,7 +112,7 @@ class StepOutput:
     """The results of a step.
 
     Args:
-        token_ids: the accepted tokens of each row; none for a row that does not sample.
+        token_ids: each row's new tokens: one if the row samples, else none.
         logprobs: those of the batch's `logprob_rows`.
         prompt_logprobs: those of the rows' `target_ids`, concatenated.
     """

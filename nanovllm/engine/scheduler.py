@@ -17,8 +17,9 @@ from nanovllm.engine.sequence import Placement, Sequence, Status
 from nanovllm.engine.stopping import stop_reason
 from nanovllm.messages import FIRST_TOKEN, NO_TOKENS, Admission, Batch, Row, StepOutput
 
-# CPU time after which a step starts no further mask, and that one mask may take. A usual mask takes less than 1 ms. The
-# times of an ambiguous grammar grow with the cube of the text, so the first mask over the limit is not far over it.
+# A step that has spent the first time on masks starts no further one. A mask that takes longer than the second ends its
+# sequence. Both are CPU seconds; a usual mask takes less than 1 ms. With an ambiguous grammar, the time of a mask grows
+# with the cube of the text's length, so the first mask over the limit is not far over it.
 STEP_MASK_SECONDS = 0.01
 _MAX_MASK_SECONDS = 0.02
 
@@ -182,7 +183,8 @@ class Scheduler:
         """Start waiting sequences while there are slots, blocks and budget."""
         while self.waiting and self.free_slots and budget > 0:
             seq = next(iter(self.waiting))
-            if seq.num_pending or seq.lacks_mask:  # preempted: the host must know all its tokens first
+            # The host must know all tokens of a preempted sequence before it computes them again.
+            if seq.num_pending or seq.lacks_mask:
                 break
             found = [] if seq.num_unscored else self.block_manager.find_prefix(seq)
             num_cached = len(found) * self.block_manager.block_size

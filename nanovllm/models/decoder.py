@@ -139,9 +139,9 @@ class Decoder(nn.Module):
 
     @contextmanager
     def few_layers(self) -> Iterator[None]:
-        """Run only the first layer of each kind and the last layer within the body: the others use the same kernels.
+        """Let the decoder have few layers within the body: the first one of each kind, and the last one.
 
-        Layers are of one kind if their parts have the same classes.
+        The other layers use no other kernels. Layers are of one kind if their children have the same classes.
         """
         layers = self.layers
         kinds = {tuple(map(type, layer.children())): layer for layer in reversed(layers)}

@@ -214,7 +214,7 @@ class ModelRunner:
         return int(free - total * (1 - self.config.gpu_memory_utilization)) - activations - GRAPH_BYTES
 
     def _largest_batch(self) -> Batch:
-        """Return a full budget of prompt tokens, in at least as many rows as there are slots, in the scratch slot."""
+        """Return a step with the whole token budget in prompt tokens, in `max_rows` rows that have the scratch slot."""
         parts = np.array_split(np.arange(self.config.max_num_batched_tokens), self.max_rows)
         return Batch([Row(self.state.scratch_slot, 0, [0] * len(part), NO_TOKENS) for part in parts])
 
@@ -235,7 +235,10 @@ class ModelRunner:
             yield
 
     def _trace_decode_steps(self) -> None:
-        """Run decode steps of every power of two of rows, with and without shared prefixes: no kernel needs others."""
+        """Run decode steps with each power of two of rows, with and without shared prefixes.
+
+        Steps with other numbers of rows use the same kernels.
+        """
         max_num_seqs = self.config.max_num_seqs
         slots = torch.full((max_num_seqs,), self.state.scratch_slot, dtype=torch.int32, device=self.device)
         for size in sorted({min(1 << i, max_num_seqs) for i in range(max_num_seqs.bit_length() + 1)}):

@@ -75,7 +75,7 @@ class WeightFormat(ABC):
         """Compute residual [T, N] += x W^T + b in place.
 
         Args:
-            peers: for ALL_REDUCE_GEMV only: all-reduce x W^T through their memory.
+            peers: given for ALL_REDUCE_GEMV only, which all-reduces x W^T through their memory.
         """
         return residual.add_(self.matmul(x, bias))
 
