@@ -1,8 +1,9 @@
 """Decides what each step computes. No torch here, and no phases.
 
-A step has one token budget. It gives each sequence its *known - computed* tokens, capped by the rest of the budget: a
-decoding sequence needs one token, a new prompt many, a prompt with a cached prefix the rest, a preempted sequence all
-of its tokens again. Running sequences come before new ones, so a long prompt never stops the others.
+A step has one token budget. It gives each sequence the tokens that are not computed yet, `num_tokens - num_computed`,
+capped by the rest of the budget: a decoding sequence needs one token, a new prompt many, a prompt with a cached prefix
+the rest, a preempted sequence all of its tokens again. Running sequences come before new ones, so a long prompt never
+stops the others.
 """
 
 import math
