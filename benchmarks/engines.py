@@ -213,6 +213,7 @@ def write_config(source: ModelSource, folder: str) -> str:
     from transformers import AutoConfig
 
     options = asdict(source.config)
+    del options["allocate_weight"]  # the shapes have plain weights
     options |= {"architectures": ["Qwen3ForCausalLM"], "dtype": "bfloat16"}  # all shapes are Qwen3's
     options["rope_parameters"] = {"rope_type": "default", "rope_theta": options.pop("rope_theta")}
     options["num_hidden_layers"] = options.pop("num_layers")
