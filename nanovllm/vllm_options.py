@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, TypeVar
 
-from nanovllm.checks import shown
+from nanovllm.checks import is_list, shown
 
 T = TypeVar("T")
 
@@ -268,6 +268,17 @@ def drop_neutral(arguments: Mapping[str, Any], neutral: Mapping[str, tuple]) -> 
     for name in arguments.keys() & neutral.keys():
         check_neutral(name, arguments[name], neutral[name], _INSTEAD.get(name))
     return {name: value for name, value in arguments.items() if name not in neutral}
+
+
+def check_call(arguments: Mapping[str, Any], neutral: Mapping[str, tuple], num_prompts: int = 1) -> None:
+    """Refuse arguments of a call that would act in vLLM. Each may be one for all prompts, or a list."""
+    for name, value in arguments.items():
+        if name not in neutral:
+            raise TypeError(f"there is no argument {name:.100}")
+        if is_list(value) and len(value) != num_prompts:
+            raise ValueError(f"{name} has {len(value)} entries for {num_prompts} prompts")
+        for entry in value if is_list(value) else [value]:
+            drop_neutral({name: entry}, neutral)
 
 
 def accept_neutral(neutral: Mapping[str, tuple]) -> Callable[[type[T]], type[T]]:
