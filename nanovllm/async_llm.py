@@ -25,6 +25,7 @@ from nanovllm.inputs import Prompt
 from nanovllm.ops.triton_utils import current_gpu_initializer
 from nanovllm.outputs import CompletionOutput, Metrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.vllm_options import NEUTRAL_ASYNC, check_call
 
 _PREPARING_THREADS = 4
 
@@ -251,18 +252,23 @@ class AsyncLLM:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: int | str | None = None,
+        **neutral: Any,
     ) -> AsyncIterator[RequestOutput]:
         """Answer one prompt with an output for each step: its new text and tokens, unless `output_kind` says otherwise.
 
         The request waits while `max_concurrent_requests` others are unfinished. Leaving the iteration, or cancelling
         the task, ends the request.
 
+        Args:
+            neutral: vLLM's other arguments, such as `lora_request` and `priority`, at values without effect.
+
         Raises:
-            TypeError, ValueError: the request cannot be served; others are not affected. What needs tokens of a text or
-                a grammar raises at the first output, everything else at once.
+            TypeError, ValueError: the request cannot be served; others are not affected. What needs tokens of a text, a
+                mask of tokens or the engine's other requests raises at the first output, everything else at once.
             RuntimeError: the engine is closed or has failed, or an update of the weights has failed meanwhile.
         """
         self._check_usable()
+        check_call(neutral, NEUTRAL_ASYNC)
         self.llm_engine.input_processor.check(prompt, sampling_params)
         chosen_id = None if request_id is None else check_request_id(request_id)
         return self._outputs(prompt, sampling_params, chosen_id)

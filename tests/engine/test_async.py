@@ -15,8 +15,9 @@ import torch
 
 from nanovllm import LLM, AsyncLLM, RequestOutputKind, SamplingParams, async_llm
 from nanovllm.checkpoints.loader import iterate_weights
+from nanovllm.vllm_options import NEUTRAL_ASYNC
 from tests.helpers import greedy, prompts_of, tokens
-from tests.models.tiny import save_tiny
+from tests.models.tiny import save_tiny, save_tiny_with_tokenizer
 
 OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=8, max_num_batched_tokens=256)
 SECONDS = 120  # until what does not end is a failure, on a busy machine too
@@ -520,7 +521,14 @@ def test_faults_of_a_request_raise_before_its_first_output_is_awaited(model):
             ((5,), TypeError, "prompt must be"),
             (([1], {"max_tokens": 5}), TypeError, "sampling_params must be"),
             (([1], None, 1.5), TypeError, "request_id"),
+            (([1] * 100, SamplingParams(max_tokens=50, min_tokens=40)), ValueError, "min_tokens must be at most 28"),
+            (([1], greedy(1, logprobs=4)), ValueError, "max_logprobs=3"),
+            (([1], greedy(1, stop="x")), ValueError, "stop strings need a tokenizer"),
+            (({"prompt_token_ids": [1], "cache_salt": "a"}, greedy(1, cache_salt="b")), ValueError, "cache_salt"),
         ]
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            params = greedy(1, **{name: {999: 1} if name == "logit_bias" else [999]})
+            faults.append((([1], params), ValueError, f"{name} has 999"))
         for arguments, error, match in faults:
             with pytest.raises(error, match=match):
                 llm.generate(*arguments)
@@ -528,7 +536,50 @@ def test_faults_of_a_request_raise_before_its_first_output_is_awaited(model):
         with pytest.raises(RuntimeError, match="closed"):
             llm.generate([1])
 
+    with_engine(model, use, max_logprobs=3)
+
+
+def test_arguments_of_vllms_generate_are_accepted_without_effect_and_refused_with(model):
+    acting = {
+        "data_parallel_rank": 1,
+        "kv_hints": object(),
+        "lora_request": object(),
+        "mm_processor_kwargs": {"num_crops": 4},
+        "priority": 1,
+        "prompt_text": "text",
+        "reasoning_ended": False,
+        "reasoning_parser_kwargs": {"a": 1},
+        "session_id": "mine",
+        "tokenization_kwargs": {"truncation": True},
+        "trace_headers": {"a": "b"},
+    }
+
+    async def use(llm):
+        assert acting.keys() == NEUTRAL_ASYNC.keys()
+        neutral = {name: values[0] for name, values in NEUTRAL_ASYNC.items() if values}
+        for arguments in (dict.fromkeys(acting), neutral):
+            outputs = [output async for output in llm.generate([1], greedy(1), "id", **arguments)]
+            assert outputs[-1].finished
+        for name, value in acting.items():
+            with pytest.raises(ValueError, match=f"{name} is an option of vLLM"):
+                llm.generate([1], greedy(1), **{name: value})
+        with pytest.raises(TypeError, match="prioritie"):
+            llm.generate([1], greedy(1), prioritie=None)
+
     with_engine(model, use)
+
+
+def test_tokenizer_and_default_parameters_are_the_models(tmp_path):
+    path = save_tiny_with_tokenizer(tmp_path, "qwen3")
+    (path / "generation_config.json").write_text('{"temperature": 0.0, "max_new_tokens": 3}')
+    with LLM(path, **OPTIONS) as llm:
+        want = tokens(llm, ["Hello"], None)[0]
+
+    async def use(llm):
+        assert llm.tokenizer is await llm.get_tokenizer() and llm.tokenizer.decode(llm.tokenizer.encode("Hi")) == "Hi"
+        return await collect(llm, "Hello")
+
+    assert with_engine(path, use) == want and len(want) == 3
 
 
 def test_abort_ends_several_requests(model):

@@ -148,6 +148,8 @@ def test_logprobs_equal_transformers(model, reference, variant):
         if asked.prompt_logprobs is not None:
             check_rows(output.prompt_logprobs[1:], prompt[1:], want, asked.prompt_logprobs)
             assert output.prompt_logprobs[0] is None and len(output.prompt_logprobs) == len(prompt)
+        else:
+            assert output.prompt_logprobs is None
         if asked.logprobs is None:
             assert output.logprobs is None and output.outputs[0].cumulative_logprob is None
             continue
