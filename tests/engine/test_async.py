@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from nanovllm import LLM, AsyncLLM, RequestOutputKind, SamplingParams, async_llm
+from nanovllm import LLM, AsyncLLM, RequestOutputKind, SamplingParams, StructuredOutputsParams, async_llm
 from nanovllm.checkpoints.loader import iterate_weights
 from tests.helpers import greedy, prompts_of, tokens
 from tests.models.tiny import save_tiny
@@ -597,6 +597,27 @@ def test_a_request_that_is_being_prepared_does_not_stop_others(model):
 
     quick, slow, chat = with_engine(model, use)
     assert len(quick) == 20 and len(slow) == 4 and chat == [1]
+
+
+def test_plain_requests_do_not_wait_for_templates_and_grammars(model):
+    """Each of these may take seconds, and a client may send any number of them."""
+    regex = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))
+
+    async def use(llm):
+        gate = Gate(llm, [9, 9])
+        grammars = [asyncio.create_task(collect(llm, [9, 9], regex)) for _ in range(20)]
+        chats = [asyncio.create_task(llm.chat_prompt([{"role": "user"}])) for _ in range(20)]
+        await gate.closed()
+        assert len(await collect(llm, [5, 6], greedy(3))) == 3
+        assert not any(task.done() for task in [*grammars, *chats])
+        gate.opened.set()
+        with pytest.raises(ValueError, match="structured_outputs|tokenizer"):
+            await grammars[0]  # the model has no tokenizer
+        assert await chats[0] == [1]
+        await asyncio.wait([*grammars, *chats])
+        assert all(task.exception() for task in grammars)
+
+    with_engine(model, use)
 
 
 def test_a_request_that_is_aborted_while_it_is_prepared_gives_no_token(model):
