@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from nanovllm.checks import is_list, number, shown
-from nanovllm.config import check_names
+from nanovllm.config import Config, check_names
 from nanovllm.engine.guard import close_at_exit
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request, check_request_id
+from nanovllm.executor.start import is_replicated
 from nanovllm.inputs import Prompt
 from nanovllm.ops.triton_utils import current_gpu_initializer
 from nanovllm.outputs import CompletionOutput, Metrics, RequestOutput
@@ -117,6 +118,7 @@ class AsyncLLM:
 
     def __init__(self, model: str | Path | None = None, *, max_concurrent_requests: int = 1024, **kwargs: Any):
         check_names(kwargs, "max_concurrent_requests")
+        _check_one_engine(Config.from_options({"model": model, **kwargs}))
         self._max_concurrent = number("max_concurrent_requests", max_concurrent_requests, int, 1, 1 << 30)
         self._semaphores: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
         self._engine_thread = ThreadPoolExecutor(1, "nanovllm-engine", current_gpu_initializer())
@@ -411,6 +413,16 @@ class AsyncLLM:
 
     async def __aexit__(self, *exception: object) -> None:
         await asyncio.to_thread(self.close)
+
+
+def _check_one_engine(config: Config) -> None:
+    """Refuse ranks that each run the engine: all must run the same steps, but requests reach each at another time."""
+    if is_replicated(config):
+        raise ValueError(
+            f"AsyncLLM with tensor_parallel_size={config.tensor_parallel_size} cannot share an engine among processes "
+            "that torchrun or the caller has started; use LLM, or distributed_executor_backend='mp', which lets the "
+            "engine start its ranks"
+        )
 
 
 def _submit(threads: ThreadPoolExecutor, call: Callable[[], Any]) -> asyncio.Future:
