@@ -21,6 +21,9 @@ from nanovllm.messages import FIRST_TOKEN, NO_TOKENS, Admission, Batch, Row, Ste
 # times of an ambiguous grammar grow with the cube of the text, so the first mask over the limit is not far over it.
 STEP_MASK_SECONDS = 0.01
 _MAX_MASK_SECONDS = 0.02
+# A step admits no further sequence once so many blocks are to be sent to the device. Hashing and sharing the cached
+# blocks of a prompt takes up to 5 us each, and a request may have hundreds of samples of a long prompt.
+_MAX_NEW_BLOCKS = 4096
 
 
 @dataclass(slots=True)
@@ -180,7 +183,7 @@ class Scheduler:
 
     def _admit(self, builder: "_StepBuilder", budget: int) -> None:
         """Start waiting sequences while there are slots, blocks and budget."""
-        while self.waiting and self.free_slots and budget > 0:
+        while self.waiting and self.free_slots and budget > 0 and len(builder.batch.new_blocks) < _MAX_NEW_BLOCKS:
             seq = next(iter(self.waiting))
             if seq.num_pending or seq.lacks_mask:  # preempted: the host must know all its tokens first
                 break
