@@ -80,19 +80,27 @@ class ModelSource:
 def _load_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
     """Return the tokenizer in a folder or a GGUF file, with options of transformers' tokenizers."""
     try:
-        if path.is_file():
-            from nanovllm.checkpoints.gguf import read_tokenizer
-
-            return read_tokenizer(path, **options)
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-        options = {"local_files_only": True, **options}
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):  # transformers prefers mistral-common's if installed
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **options)
-        return tokenizer
+        tokenizer = _read_tokenizer(path, **options)
+        # The first call turns off truncation and padding, which must not happen while another thread encodes. It also
+        # shows options that make each call fail, such as a model_max_length that is no number.
+        tokenizer.encode("", add_special_tokens=False)
     except Exception as error:  # transformers raises errors of many types
         raise ValueError(f"the tokenizer of {path} cannot be read: {_explain(error, path)}") from error
+    return tokenizer
+
+
+def _read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
+    if path.is_file():
+        from nanovllm.checkpoints.gguf import read_tokenizer
+
+        return read_tokenizer(path, **options)
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    options = {"local_files_only": True, **options}
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):  # transformers prefers mistral-common's if installed
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **options)
+    return tokenizer
 
 
 def _explain(error: Exception, folder: Path) -> str:
