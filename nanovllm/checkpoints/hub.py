@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -104,13 +105,21 @@ def _read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
 
 
 def _explain(error: Exception, folder: Path) -> str:
-    """Explain an error of transformers, which names other packages if sentencepiece is missing."""
+    """Explain an error of transformers, which says something else if a package is missing."""
     if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
-        try:
-            import sentencepiece  # noqa: F401  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            return "a tokenizer.model without a tokenizer.json needs the package sentencepiece"
+        packages = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+        if missing := [package for package, module in packages.items() if not _can_import(module)]:
+            needed = " and ".join(packages)
+            return f"a tokenizer.model without a tokenizer.json needs {needed}; not installed: {', '.join(missing)}"
     return f"{type(error).__name__}: {error!s:.500}"
+
+
+def _can_import(module: str) -> bool:
+    try:
+        import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def open_config(config: Config) -> ModelSource:
