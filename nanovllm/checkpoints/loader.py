@@ -284,7 +284,7 @@ def read_json(file: Path) -> dict:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -292,10 +292,12 @@ def _weight_files(folder: Path) -> list[Path]:
         names = sorted(set(map(str, weight_map.values())))
         files = {file.name for file in folder.iterdir() if file.is_file()}
         missing = [name for name in names if name not in files]
+        # transformers leaves the index of an earlier model when it saves a new one as a single file in its folder.
+        if missing == names and single.exists():
+            return [single]
         if missing:
             raise ValueError(f"{index} names {missing[0]!r:.200}, which is not a file in that folder")
         return [folder / name for name in names]
-    single = folder / "model.safetensors"
     files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(

@@ -86,10 +86,7 @@ class InputProcessor:
         """The model's transformers tokenizer, loaded when it is first used."""
         if self.config.skip_tokenizer_init:
             raise ValueError("skip_tokenizer_init is set, so there is no tokenizer: give prompts as token ids")
-        tokenizer = self.source.tokenizer()
-        # The first call turns off truncation and padding, which must not happen while another thread encodes.
-        tokenizer.encode("", add_special_tokens=False)
-        return tokenizer
+        return self.source.tokenizer()
 
     @loaded_once
     def grammars(self) -> Grammars:

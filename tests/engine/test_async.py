@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from nanovllm import LLM, AsyncLLM, RequestOutputKind, SamplingParams, async_llm
+from nanovllm import LLM, AsyncLLM, RequestOutputKind, SamplingParams, StructuredOutputsParams, async_llm
 from nanovllm.checkpoints.loader import iterate_weights
 from nanovllm.vllm_options import NEUTRAL_ASYNC
 from tests.helpers import greedy, prompts_of, tokens
@@ -403,6 +403,18 @@ def test_missing_model_and_bad_limit_raise_in_the_constructor():
         AsyncLLM(max_concurrent_requests=0)
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "external_launcher"])
+def test_processes_that_others_started_cannot_share_an_async_engine(model, launcher, monkeypatch):
+    """Requests reach them at different times, so their steps would differ, and gloo would abort them."""
+    options: dict = {"tensor_parallel_size": 2}
+    if launcher == "torchrun":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    else:
+        options["distributed_executor_backend"] = launcher
+    with pytest.raises(ValueError, match="use LLM, or distributed_executor_backend='mp'"):
+        AsyncLLM(model, **OPTIONS, **options)
+
+
 def test_update_sleep_and_wake_up_run_between_steps(model, tmp_path):
     other = save_tiny(tmp_path, "qwen3", seed=1)
     with LLM(other, **OPTIONS) as llm:
@@ -648,6 +660,27 @@ def test_a_request_that_is_being_prepared_does_not_stop_others(model):
 
     quick, slow, chat = with_engine(model, use)
     assert len(quick) == 20 and len(slow) == 4 and chat == [1]
+
+
+def test_plain_requests_do_not_wait_for_templates_and_grammars(model):
+    """Each of these may take seconds, and a client may send any number of them."""
+    regex = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))
+
+    async def use(llm):
+        gate = Gate(llm, [9, 9])
+        grammars = [asyncio.create_task(collect(llm, [9, 9], regex)) for _ in range(20)]
+        chats = [asyncio.create_task(llm.chat_prompt([{"role": "user"}])) for _ in range(20)]
+        await gate.closed()
+        assert len(await collect(llm, [5, 6], greedy(3))) == 3
+        assert not any(task.done() for task in [*grammars, *chats])
+        gate.opened.set()
+        with pytest.raises(ValueError, match="tokenizer"):
+            await grammars[0]  # the model has no tokenizer
+        assert await chats[0] == [1]
+        await asyncio.wait([*grammars, *chats])
+        assert all(task.exception() for task in grammars)
+
+    with_engine(model, use)
 
 
 def test_a_request_that_is_aborted_while_it_is_prepared_gives_no_token(model):

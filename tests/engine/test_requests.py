@@ -179,6 +179,16 @@ def test_copies_of_logprobs_hold_nothing_of_other_requests(model):
     assert len(pickle.dumps(among)) < 1.1 * len(pickle.dumps(alone))
 
 
+def test_logprobs_of_the_whole_vocabulary_do_not_enlarge_those_of_other_requests(model):
+    """In a step of 512 rows the arrays would take a gigabyte, and each row of each request would keep them."""
+    with engine(model) as llm:
+        params = [greedy(10, logprobs=k, prompt_logprobs=k) for k in (0, -1, 3)]
+        small, whole, few = llm.generate(prompts_of([5, 6, 7]), params, use_tqdm=False)
+    for output, width in ((small, 1), (whole, VOCAB + 1), (few, 5)):
+        rows = [*output.logprobs._rows, *output.prompt_logprobs._rows[1:]]
+        assert {step.logprobs.shape[1] for step, _, _ in rows} == {width}
+
+
 def test_logprobs_cover_a_vocabulary_smaller_than_k(tmp_path):
     with engine(save_tiny(tmp_path, "qwen3", vocab_size=50)) as llm:
         out = llm.generate([[2, 3]], sampled(3, logprobs=128, prompt_logprobs=60), use_tqdm=False)[0]
