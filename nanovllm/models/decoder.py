@@ -37,6 +37,7 @@ class SelfAttention(nn.Module):
             layout=_head_layout(config, rotary),
             dtype=dtype,
             tp=tp,
+            allocate_weight=config.allocate_weight,
         )
         self.attn = Attention(
             num_heads=self.qkv_proj.num_heads,
@@ -48,7 +49,9 @@ class SelfAttention(nn.Module):
             dtype=dtype,
         )
         attended_size = config.num_heads * config.head_dim
-        self.o_proj = RowParallelLinear(attended_size, config.hidden_size, config.o_bias, dtype=dtype, tp=tp)
+        self.o_proj = RowParallelLinear(
+            attended_size, config.hidden_size, config.o_bias, dtype=dtype, tp=tp, allocate_weight=config.allocate_weight
+        )
 
     def forward(self, x: Normed, positions: torch.Tensor, last: torch.Tensor | None) -> PendingGemm:
         qkv, gate_size = self.qkv_proj(x), self.qkv_proj.gate_size
@@ -101,7 +104,14 @@ class DecoderLayer(nn.Module):
         if config.moe is not None and index not in config.moe.dense_layers:
             self.mlp = SparseMoE(config.moe, config.hidden_size, dtype=dtype, tp=tp)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype=dtype, tp=tp)
+            self.mlp = MLP(
+                config.hidden_size,
+                config.intermediate_size,
+                config.mlp_bias,
+                dtype=dtype,
+                tp=tp,
+                allocate_weight=config.allocate_weight,
+            )
 
     def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
         """Return the residual stream of all tokens, or only of the tokens at the indices `last` [L].
@@ -155,6 +165,7 @@ class Decoder(nn.Module):
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
         if config.tie_word_embeddings and not config.separate_head:
             self.lm_head.tie(self.embed_tokens)
+        self.checkpoint_tensors()  # raises ValueError if the blocks of a weight format do not fit the ranks' shards
 
     def checkpoint_tensors(self) -> dict[str, CheckpointTensor]:
         """Return the target of every tensor that a checkpoint must have, by its name."""
@@ -185,9 +196,9 @@ class Decoder(nn.Module):
 
     @contextmanager
     def few_layers(self) -> Iterator[None]:
-        """Run only the first layer of each kind and the last layer within the body: the others use the same kernels.
+        """Let the decoder have few layers within the body: the first one of each kind, and the last one.
 
-        Layers are of one kind if their parts have the same classes.
+        The other layers use no other kernels. Layers are of one kind if their children have the same classes.
         """
         layers = self.layers
         kinds = {tuple(map(type, layer.children())): layer for layer in reversed(layers)}

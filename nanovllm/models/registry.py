@@ -13,6 +13,7 @@ from nanovllm.layers.gated_delta_net import LinearAttentionConfig
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES, rope_frequencies
 from nanovllm.ops.gdn.inputs import CONV_WIDTH
+from nanovllm.weights.formats import AllocateWeight, Plain
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ _KINDS = {
     float: ((int, float), 1e-15, 1e15, "a number from 1e-15 to 1e15"),
 }
 _COMPARABLE = (*_KINDS, tuple[int, ...], tuple[str, ...] | None)  # types of options that equal models share
-# Options that the weights do not depend on, or that the loader compares.
+# Options that `check_same_model` need not compare: other checks cover them, or the weights do not depend on them.
 _FREE_OPTIONS = {"max_position", "rope_theta", "tie_word_embeddings", "separate_head", "eos_token_ids"}
 _MAX_END_IDS = 1024  # real models have a few
 MAX_EXPERTS, _MAX_EXPERTS_PER_TOKEN = 4096, 64  # kernels hold so many in registers; real models have up to 512 and 22
@@ -147,6 +148,7 @@ class ModelConfig:
         dtype: dtype of the checkpoint.
         eos_token_ids: ids that end a text.
         moe: the mixtures of experts in place of MLPs; None if all layers are dense.
+        allocate_weight: makes the weights of attention and MLP in the checkpoint's format. The head's format is Plain.
 
     Raises:
         ValueError: the model is not supported.
@@ -178,6 +180,7 @@ class ModelConfig:
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
     moe: MoEConfig | None = None
+    allocate_weight: AllocateWeight = Plain.allocate
 
     def __post_init__(self):
         check_model_type(self.model_type)
@@ -287,7 +290,9 @@ class ModelConfig:
             check_model_type(part.model_type)
             _check_variant(part)
         family = FAMILIES[config.model_type].items()
-        flags = {name: getattr(config, flag, False) if isinstance(flag, str) else flag for name, flag in family}
+        flags: dict[str, Any] = {
+            name: getattr(config, flag, False) if isinstance(flag, str) else flag for name, flag in family
+        }
         num_heads, moe_size = config.num_attention_heads, getattr(config, "moe_intermediate_size", None)
         head_dim = getattr(config, "head_dim", None)
         theta, scaling, rotary_factor = _rope(config)
@@ -395,12 +400,11 @@ def _check_variant(config: Any) -> None:
         raise unsupported(f"hidden_act={shown(config.hidden_act)}")
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
-    if layer_types:
-        slides = any(layer_type not in LAYER_TYPES for layer_type in layer_types)
-    else:
-        used = getattr(config, "use_sliding_window", True) and window
-        slides = used and checked_option("sliding_window", window, int) < config.max_position_embeddings
-    if slides:
+    for layer_type in layer_types or ():
+        if layer_type not in LAYER_TYPES:
+            raise unsupported(f"a layer of type {shown(layer_type)}")
+    used = not layer_types and getattr(config, "use_sliding_window", True) and window
+    if used and checked_option("sliding_window", window, int) < config.max_position_embeddings:
         raise unsupported(f"sliding_window={shown(window)}")
 
 

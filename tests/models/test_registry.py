@@ -171,7 +171,11 @@ def test_dtype_and_end_tokens_are_read():
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"model_type": "mistral", "sliding_window": 1024}, "sliding_window=1024"),
-        ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "sliding_window"),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
+            "type 'sliding_attention' is not",
+        ),
+        ({"model_type": "llama", "layer_types": ["linear_attention"]}, "type 'linear_attention' is not"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differs between layers"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial RoPE"),
