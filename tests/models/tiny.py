@@ -148,7 +148,11 @@ def tiny_model(name: str, seed: int = 0, **overrides):
         **overrides,
     }
     config = AutoConfig.for_model(family, **options)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    return fill_randomly(AutoModelForCausalLM.from_config(config).eval(), seed)
+
+
+def fill_randomly(model, seed: int = 0):
+    """Return the model with random weights, biases and norms."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, param in model.named_parameters():
