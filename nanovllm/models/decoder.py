@@ -99,16 +99,7 @@ class DecoderLayer(nn.Module):
             self.self_attn = SelfAttention(config, rotary, dtype, tp)
         self.post_attention_layernorm = _norm(config, dtype)
         if config.moe is not None and index not in config.moe.dense_layers:
-            self.mlp = SparseMoE(
-                config.hidden_size,
-                num_experts=config.moe.num_experts,
-                experts_per_token=config.moe.experts_per_token,
-                intermediate_size=config.moe.intermediate_size,
-                norm_topk_prob=config.moe.norm_topk_prob,
-                shared_intermediate_size=config.moe.shared_intermediate_size,
-                dtype=dtype,
-                tp=tp,
-            )
+            self.mlp = SparseMoE(config.moe, config.hidden_size, dtype=dtype, tp=tp)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype=dtype, tp=tp)
 

@@ -10,6 +10,7 @@ import torch
 from nanovllm.arithmetic import is_power_of_2
 from nanovllm.checks import in_vocabulary, shown
 from nanovllm.layers.gated_delta_net import LinearAttentionConfig
+from nanovllm.layers.moe import MoEConfig
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES, rope_frequencies
 from nanovllm.ops.gdn.inputs import CONV_WIDTH
 
@@ -129,41 +130,6 @@ def scaled_max_position(max_position: int, scaling: dict[str, Any] | None) -> in
 
 
 @dataclass(frozen=True)
-class MoEConfig:
-    """The options of a decoder's mixtures of experts.
-
-    Args:
-        num_experts, experts_per_token: numbers of experts, and of those that the router chooses for a token.
-        intermediate_size: inner size of an expert.
-        norm_topk_prob: divide the weights of a token's experts by their sum.
-        shared_intermediate_size: inner size of the expert that every token has; 0 if there is none.
-        dense_layers: indices of the layers with a plain MLP instead of experts.
-
-    Raises:
-        ValueError: an option is impossible.
-    """
-
-    num_experts: int
-    experts_per_token: int
-    intermediate_size: int
-    norm_topk_prob: bool
-    shared_intermediate_size: int = 0
-    dense_layers: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        for name in ("num_experts", "experts_per_token", "intermediate_size"):
-            checked_option(f"moe.{name}", getattr(self, name), int)
-        checked_option("moe.norm_topk_prob", self.norm_topk_prob, bool)
-        if self.shared_intermediate_size != 0:
-            checked_option("moe.shared_intermediate_size", self.shared_intermediate_size, int)
-        if self.num_experts > MAX_EXPERTS:
-            raise ValueError(f"the model's num_experts must be at most {MAX_EXPERTS}, got {self.num_experts}")
-        most = min(self.num_experts, _MAX_EXPERTS_PER_TOKEN)
-        if self.experts_per_token > most:
-            raise ValueError(f"the model's experts_per_token must be at most {most}, got {self.experts_per_token}")
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """The options of one decoder, resolved.
 
@@ -227,6 +193,8 @@ class ModelConfig:
         if self.dtype not in _DTYPES:
             raise unsupported(f"a checkpoint of dtype {shown(self.dtype)}")
         self._check_rope(self.rope_scaling or {"rope_type": "default"})
+        if self.moe is not None:
+            _check_moe(self.moe)
         self._check_layers()
 
     @property
@@ -350,6 +318,19 @@ class ModelConfig:
             moe=_moe(config) if config.model_type in _MOE_FAMILIES else None,
             **flags,
         )
+
+
+def _check_moe(moe: MoEConfig) -> None:
+    checked_option("moe.norm_topk_prob", moe.norm_topk_prob, bool)
+    for name in ("num_experts", "experts_per_token", "intermediate_size", "shared_intermediate_size"):
+        value = getattr(moe, name)
+        if name != "shared_intermediate_size" or value != 0:
+            checked_option(f"moe.{name}", value, int)
+    if moe.num_experts > MAX_EXPERTS:
+        raise ValueError(f"the model's num_experts must be at most {MAX_EXPERTS}, got {moe.num_experts}")
+    most = min(moe.num_experts, _MAX_EXPERTS_PER_TOKEN)
+    if moe.experts_per_token > most:
+        raise ValueError(f"the model's experts_per_token must be at most {most}, got {moe.experts_per_token}")
 
 
 def _comparable(config: Any) -> dict[str, Any]:

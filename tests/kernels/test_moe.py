@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from nanovllm.ops.moe import alignment, dispatch, grouped_gemm
+from nanovllm.ops.moe import alignment, grouped_gemm
 from nanovllm.ops.moe.alignment import align_triton, max_tiles
 from nanovllm.ops.moe.combine import combine_triton
 from nanovllm.ops.moe.dispatch import (
+    MAX_FEW_PAIRS,
     REGIMES,
     TILINGS,
     ExpertKernel,
@@ -14,7 +15,6 @@ from nanovllm.ops.moe.dispatch import (
     Tiling,
     expert_regime_of,
     expert_sizes,
-    sorts_at_once,
     tiling_of,
 )
 from nanovllm.ops.moe.expert_gemv import ExpertGemvConfig, down_gemv_triton, fits_expert_gemv, gate_up_gemv_triton
@@ -161,9 +161,9 @@ def test_align_sorts_pairs_by_expert_in_tiles_of_one_expert(
 ):
     monkeypatch.setattr(alignment, "MAX_BLOCKS", blocks)
     if by_blocks:
-        monkeypatch.setattr(dispatch, "MAX_FEW_PAIRS", 0)
+        monkeypatch.setattr(alignment, "MAX_FEW_PAIRS", 0)
     if num_experts < 512:
-        monkeypatch.setattr(dispatch, "ONE_HOT", 128)  # several blocks of pairs
+        monkeypatch.setattr(alignment, "ONE_HOT", 128)  # several blocks of pairs
     ids = torch.randint(used, (tokens, top_k), generator=torch.Generator().manual_seed(0)).int().to(device)
     tiles = align_triton(ids, num_experts, block_m)
     order, counts = sort_pairs_torch(ids, num_experts)
@@ -295,7 +295,7 @@ def test_tilings_cover_all_sizes_and_need_no_more_shared_memory_in_float32():
 def test_every_number_of_tokens_runs_the_kernels_of_a_listed_size(num_experts, top_k):
     def kernels(tokens):
         pairs = tokens * top_k
-        return expert_regime_of(tokens), tiling_of(pairs, num_experts), sorts_at_once(pairs)
+        return expert_regime_of(tokens), tiling_of(pairs, num_experts), pairs <= MAX_FEW_PAIRS
 
     sizes = expert_sizes(num_experts, top_k, 20_000)
     listed = {kernels(size) for size in [1, *sizes]}

@@ -383,10 +383,10 @@ def test_missing_part_of_a_mixture_of_experts_is_named(tmp_path, name, without, 
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((15, 20, 56), r"lacks 1 tensors: model\.layers\.0\.mlp\.experts\.15\.up_proj\.weight"),
-        ((17, 20, 56), r"layers\.0\.mlp\.experts\.16\.up_proj\.weight, which the model does not have"),
-        ((16, 20, 57), r"experts\.0\.up_proj\.weight has shape \[20, 57\], but the model needs \[20, 56\]"),
-        ((20, 56), r"blk\.0\.ffn_up_exps\.weight, which the model does not have"),
+        ((15, 24, 56), r"lacks 1 tensors: model\.layers\.0\.mlp\.experts\.15\.up_proj\.weight"),
+        ((17, 24, 56), r"layers\.0\.mlp\.experts\.16\.up_proj\.weight, which the model does not have"),
+        ((16, 24, 57), r"experts\.0\.up_proj\.weight has shape \[24, 57\], but the model needs \[24, 56\]"),
+        ((24, 56), r"blk\.0\.ffn_up_exps\.weight, which the model does not have"),
         ((1 << 40, 0, 0), r"blk\.0\.ffn_up_exps\.weight' must have at most 4096 experts"),
     ],
 )

@@ -32,7 +32,8 @@ def _hybrid(layer_types: str, key_heads: int, value_heads: int, key_dim: int, va
 
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
-# Families and options by name. 4 ranks divide the heads and inner sizes, but no ranks divide the vocabulary.
+# Families and options by name. 4 ranks divide the heads and inner sizes, but no ranks divide the vocabulary. Experts
+# have inner sizes that a GPU can read, multiples of 8.
 TINY = {
     "qwen3": ("qwen3", {"heads": (4, 4), "head_dim": 32, "tied": True}),  # GQA 1, head_dim not hidden / heads
     "qwen3-yarn": ("qwen3", {"heads": (12, 4), "head_dim": 16, "attention_bias": True, "rope_parameters": _YARN}),
@@ -57,7 +58,7 @@ TINY = {
             "head_dim": 16,
             "num_experts": 16,
             "num_experts_per_tok": 3,
-            "moe_intermediate_size": 20,
+            "moe_intermediate_size": 24,
             "norm_topk_prob": True,
         },
     ),
@@ -69,7 +70,7 @@ TINY = {
             "num_hidden_layers": 4,
             "num_experts": 5,
             "num_experts_per_tok": 1,
-            "moe_intermediate_size": 36,
+            "moe_intermediate_size": 40,
             "decoder_sparse_step": 2,
             "tied": True,
         },
@@ -82,7 +83,7 @@ TINY = {
             "num_hidden_layers": 3,
             "num_experts": 9,
             "num_experts_per_tok": 4,
-            "moe_intermediate_size": 12,
+            "moe_intermediate_size": 16,
             "shared_expert_intermediate_size": 28,
             "mlp_only_layers": [1],
         },

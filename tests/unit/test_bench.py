@@ -18,8 +18,9 @@ from benchmarks.trace import TRACE_STEPS
 from benchmarks.workloads import Figure, latency, offline
 from nanovllm.checkpoints.hub import open_model
 from nanovllm.layers.gated_delta_net import LinearAttentionConfig
+from nanovllm.layers.moe import MoEConfig
 from nanovllm.messages import FIRST_TOKEN, NO_TOKENS, Batch, Row
-from nanovllm.models.registry import ModelConfig, MoEConfig
+from nanovllm.models.registry import ModelConfig
 from tests.models.tiny import TINY, save_tiny, tiny_model
 
 CONFIG = ModelConfig(

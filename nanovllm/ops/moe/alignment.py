@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.arithmetic import ceil_div
-from nanovllm.ops.moe.dispatch import sort_rows, sorts_at_once
+from nanovllm.ops.moe.dispatch import MAX_FEW_PAIRS
 from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
+ONE_HOT = 8192  # elements of the one-hot matrix [pairs, experts] that a program holds
 MAX_BLOCKS = 256
 
 
@@ -161,7 +162,7 @@ def align_triton(ids: torch.Tensor, num_experts: int, block_m: int) -> ExpertTil
     tiles = torch.empty((3, most), dtype=torch.int32, device=device)
     num_tiles = torch.empty(1, dtype=torch.int32, device=device)
     options = {"E_PAD": experts_pad, **launch_options(device)}
-    if sorts_at_once(num_pairs):
+    if num_pairs <= MAX_FEW_PAIRS:
         following = torch.empty(experts_pad, dtype=torch.int32, device=device)
         _sort_few_pairs_kernel[(1,)](
             ids,
@@ -177,7 +178,7 @@ def align_triton(ids: torch.Tensor, num_experts: int, block_m: int) -> ExpertTil
             **options,
         )
         return ExpertTiles(order, tiles, num_tiles, block_m)
-    rows = sort_rows(num_experts)
+    rows = min(128, max(1, ONE_HOT // experts_pad))
     block = rows * ceil_div(num_pairs, rows * MAX_BLOCKS)
     num_blocks = ceil_div(num_pairs, block)
     counts = torch.empty((num_blocks, experts_pad), dtype=torch.int32, device=device)

@@ -78,7 +78,6 @@ TILINGS = (
 # fmt: on
 
 MAX_FEW_PAIRS = 4096  # which one program sorts faster than two kernels
-ONE_HOT = 8192  # elements of the one-hot matrix [pairs, experts] that a program of the sort holds
 
 # For a GPU with less shared memory than Hopper.
 SMALL_TILING = Tiling(inf, 64, GroupedGemmConfig(64, 32, 4, 3, 64), GroupedGemmConfig(64, 32, 4, 3, 64))
@@ -89,23 +88,13 @@ def expert_regime_of(num_tokens: int) -> ExpertRegime:
     return REGIMES[bisect_left([regime.max_tokens for regime in REGIMES], num_tokens)]
 
 
-def sort_rows(num_experts: int) -> int:
-    """Return the pairs that a program of the sort counts at once."""
-    return min(128, max(1, ONE_HOT >> (num_experts - 1).bit_length()))
-
-
-def sorts_at_once(num_pairs: int) -> bool:
-    """Return whether one program sorts all pairs."""
-    return num_pairs <= MAX_FEW_PAIRS
-
-
 def tiling_of(num_pairs: int, num_experts: int) -> Tiling:
     """Return the tiles for this many pairs."""
     return TILINGS[bisect_left([tiling.max_pairs for tiling in TILINGS], num_pairs / num_experts)]
 
 
 def expert_sizes(num_experts: int, top_k: int, max_tokens: int) -> list[int]:
-    """Return the numbers of tokens, up to `max_tokens`, at which other kernels, tiles or ways to sort start."""
-    last_pairs = [tiling.max_pairs * num_experts for tiling in TILINGS[:-1]] + [MAX_FEW_PAIRS]
+    """Return the numbers of tokens, up to `max_tokens`, at which other kernels or tiles start."""
+    last_pairs = [MAX_FEW_PAIRS] + [tiling.max_pairs * num_experts for tiling in TILINGS[:-1]]
     last_tokens = [regime.max_tokens for regime in REGIMES[:-1]] + [pairs // top_k for pairs in last_pairs]
     return sorted({int(tokens) + 1 for tokens in last_tokens if tokens < max_tokens})
