@@ -95,16 +95,16 @@ def test_sleep_frees_the_state_and_requests_go_on_after_waking_up(model, level):
         assert [outputs[request_id] for request_id in ids] == want
 
 
-@pytest.mark.parametrize("num_blocks", [None, 60])
-def test_fewer_sequences_run_if_their_state_needs_half_of_the_memory(model, monkeypatch, caplog, num_blocks):
+@pytest.mark.parametrize(("num_blocks", "size"), [(None, 1), (60, 1), (60, 2)])
+def test_fewer_sequences_run_if_their_state_needs_half_of_the_memory(model, monkeypatch, caplog, num_blocks, size):
     prompts = prompts_of([5, 40, 17, 9, 70])
     with engine(model) as llm:
         want = tokens(llm, prompts, greedy(12))
         slot_bytes = pool_of(llm).slot_bytes
-    # Half of the memory holds three running slots and the scratch slot.
-    monkeypatch.setattr(model_runner, "CPU_CACHE_BYTES", 2 * 4 * slot_bytes)
+    # Half of the memory holds three running slots and the scratch slot. Only rank 0 has so little, and half of a slot.
+    monkeypatch.setattr(model_runner, "CPU_CACHE_BYTES", 2 * 4 * slot_bytes // size)
     caplog.set_level(logging.INFO)
-    with engine(model, num_kvcache_blocks=num_blocks) as llm:
+    with engine(model, num_kvcache_blocks=num_blocks, tensor_parallel_size=size) as llm:
         scheduler = llm.llm_engine.scheduler
         assert len(scheduler.free_slots) == 3
         assert caplog.text.count("3 sequences run at once") == 1
