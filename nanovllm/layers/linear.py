@@ -5,7 +5,6 @@ and all-reduce the partial results. A pair of them needs a single all-reduce (Me
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from nanovllm.weights.parameter import (
     order_in_blocks,
     select,
 )
+from nanovllm.weights.row_order import HeadLayout, head_rows
 
 
 class LinearLayer(nn.Module):
@@ -75,11 +75,6 @@ class Shard:
         """Return the rows `rows(block)` of the whole tensor."""
         rows = self.rows(block)
         return loaded[rows] if isinstance(rows, slice) else select(loaded, rows)
-
-
-def head_rows(heads: range, head_size: int, dims: np.ndarray) -> np.ndarray:
-    """Return the rows of the dimensions `dims` of each head, in a tensor with `head_size` rows per head."""
-    return (np.array(heads)[:, None] * head_size + dims).ravel()
 
 
 class ColumnParallelLinear(LinearLayer):
@@ -170,26 +165,6 @@ class GateUpParallelLinear(ColumnParallelLinear):
             1: Shard("up_proj", total=intermediate_size, start=start, size=size),
         }
         super().__init__(hidden_size, shards, bias, dtype, allocate_weight)
-
-
-class HeadLayout(NamedTuple):
-    """How query and key heads are stored and computed, if not in the usual way.
-
-    Args:
-        order: [head_dim], the dimensions of a query or key head in the order in which they are computed.
-        has_gate: each query head in the checkpoint has a gate of the output behind it. All gates are computed first.
-    """
-
-    order: np.ndarray
-    has_gate: bool = False
-
-    def query_rows(self, heads: range, num_heads: int, head_dim: int) -> tuple[int, np.ndarray]:
-        """Return the rows of the checkpoint's query projection: how many there are, and those of these `heads`."""
-        if not self.has_gate:
-            return num_heads * head_dim, head_rows(heads, head_dim, self.order)
-        gates = head_rows(heads, 2 * head_dim, head_dim + np.arange(head_dim))
-        queries = head_rows(heads, 2 * head_dim, self.order)
-        return 2 * num_heads * head_dim, np.concatenate((gates, queries))
 
 
 class QKVParallelLinear(ColumnParallelLinear):

@@ -12,7 +12,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.gated_delta_net import GatedDeltaNet
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import HeadLayout, PendingGemm, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import PendingGemm, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import MLP
 from nanovllm.layers.moe import SparseMoE
 from nanovllm.layers.residual import Normed, Residual
@@ -23,6 +23,7 @@ from nanovllm.ops.linear.sigmoid_mul import sigmoid_mul
 from nanovllm.ops.moe.dispatch import expert_sizes
 from nanovllm.utils.context import get_context
 from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
+from nanovllm.weights.row_order import HeadLayout
 
 
 class SelfAttention(nn.Module):

@@ -23,20 +23,21 @@ from tests.models.tiny import save_tiny, tiny_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NAMES = ["qwen3", "qwen2-tied", "llama-bias"]
+FAMILIES = [*NAMES, "qwen2-moe", "qwen3-next"]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Two sets of weights of each model."""
     folder = tmp_path_factory.mktemp("models")
-    return {name: [save_tiny(folder / str(seed), name, seed) for seed in range(2)] for name in (*NAMES, "qwen2-moe")}
+    return {name: [save_tiny(folder / str(seed), name, seed) for seed in range(2)] for name in FAMILIES}
 
 
 def weights_of(path):
     return load_file(path / "model.safetensors").items()
 
 
-@pytest.mark.parametrize("name", [*NAMES, "qwen2-moe"])
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("size", [1, 2])
 def test_updated_weights_are_those_of_a_fresh_load(models, name, size):
     old, new = models[name]
