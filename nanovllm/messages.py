@@ -74,6 +74,8 @@ class Batch:
         admissions: slots that have a new sequence.
         new_blocks: (slot, index in its block table, block id).
         masks: (slot, bit mask of the tokens it may sample from now on).
+        state_loads: (slot of a snapshot, slot): recurrent state to copy before the step.
+        state_saves: (slot, slot of a snapshot): recurrent state to copy after the step.
         logprob_rows: indices of the rows whose sampled token's logprobs are wanted.
         num_logprobs, num_prompt_logprobs: largest number of most likely tokens that any of the logprobs includes.
         processed_logprobs: whether some of `logprob_rows` want the distribution that is sampled from.
@@ -84,6 +86,8 @@ class Batch:
     admissions: list[Admission] = field(default_factory=list)
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
     masks: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    state_loads: list[tuple[int, int]] = field(default_factory=list)
+    state_saves: list[tuple[int, int]] = field(default_factory=list)
     logprob_rows: list[int] = field(default_factory=list)
     num_logprobs: int = 0
     num_prompt_logprobs: int = 0
