@@ -11,7 +11,7 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.residual import Residual
 from nanovllm.messages import Batch
 from nanovllm.models.decoder import Decoder
-from nanovllm.ops.attention.paged_cache import PagedRows
+from nanovllm.ops.attention.paged_cache import KVKind, PagedRows
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
 from nanovllm.ops.inputs.step_inputs import step_inputs
 from nanovllm.ops.inputs.step_rows import StepRows
@@ -49,7 +49,7 @@ class Forward:
         model: whose layers have their state bound.
         state: the slots.
         backend: attends.
-        kv_heads: the different numbers of KV heads of the layers.
+        kv_kinds: the different kinds of the layers' caches.
         counters: int32 zeros for kernels that split their work.
     """
 
@@ -58,13 +58,13 @@ class Forward:
         model: Decoder,
         state: BatchState,
         backend: AttentionBackend,
-        kv_heads: tuple[int, ...],
+        kv_kinds: tuple[KVKind, ...],
         counters: torch.Tensor,
     ):
         self.model = model
         self.state = state
         self.backend = backend
-        self.kv_heads = kv_heads
+        self.kv_kinds = kv_kinds
         self.counters = counters
         self.tp: TensorParallel = model.tp
 
@@ -120,7 +120,7 @@ class Forward:
         )
         context = Context(
             backend=self.backend,
-            kv_heads=self.kv_heads,
+            kv_kinds=self.kv_kinds,
             num_decode=num_decode,
             rows=PagedRows(state.block_tables, slots, inputs.context_lens),
             slot_mapping=inputs.slot_mapping,

@@ -97,7 +97,8 @@ class ModelRunner:
         with torch.device(self.device):
             self.model = Decoder(source.config, dtype=self.dtype, tp=self.tp, max_position=self.max_model_len)
         self.pool = StatePool(self.model, self.block_size, self.device)
-        num_counters = (self.max_rows + 1) * max(self.pool.kv_heads)  # for attention; a graph may have one row more
+        max_kv_heads = max(kind.kv_heads for kind in self.pool.kv_kinds)
+        num_counters = (self.max_rows + 1) * max_kv_heads  # for attention; a graph may have one row more
         self.counters = torch.zeros(max(num_counters, MAX_TILES), dtype=torch.int32, device=self.device)
         with self._compiling() if self.backend.name == "triton" else nullcontext():
             if self.config.load_format == "dummy":
@@ -176,7 +177,7 @@ class ModelRunner:
                 raise
             raise ValueError(f"num_kvcache_blocks={num_blocks} is more than can be allocated: {error}") from error
         self.state = BatchState(self.config, self.max_blocks, num_blocks, self.model.config.vocab_size, self.device)
-        self.forward = Forward(self.model, self.state, self.backend, self.pool.kv_heads, self.counters)
+        self.forward = Forward(self.model, self.state, self.backend, self.pool.kv_kinds, self.counters)
         self.token_ring = deque(host_buffer(self.config.max_num_seqs, torch.int64, self.device) for _ in range(2))
 
     def _num_blocks(self) -> int:

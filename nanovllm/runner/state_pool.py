@@ -15,7 +15,7 @@ class StatePool:
 
     Attributes:
         block_bytes: bytes of one block in all layers.
-        kv_heads: the different numbers of KV heads that layers have.
+        kv_kinds: the different kinds of the layers' caches.
     """
 
     def __init__(self, model: nn.Module, block_size: int, device: torch.device):
@@ -23,7 +23,7 @@ class StatePool:
         self.block_size, self.device = block_size, device
         self.layers = [(layer, layer.state_spec()) for layer in layers]
         self.block_bytes = sum(spec.block_bytes(block_size) for _, spec in self.layers)
-        self.kv_heads = tuple(sorted({spec.num_kv_heads for _, spec in self.layers}))
+        self.kv_kinds = tuple(sorted({spec.kind for _, spec in self.layers}))
 
     def blocks_in(self, num_bytes: int) -> int:
         """Return how many blocks the budget `num_bytes` holds."""

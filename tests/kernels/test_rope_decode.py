@@ -21,15 +21,15 @@ CONFIGS = [
 CONTEXTS = [1, 33, 34, 130]
 
 
-def make_inputs(contexts, heads, kv_heads, head_dim, block_size, norm, dtype, num_padding=0):
-    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype, num_padding=num_padding)
+def make_inputs(contexts, heads, kv_heads, head_dim, block_size, norm, dtype, num_padding=0, window=0):
+    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype, num_padding=num_padding, window=window)
     generator = torch.Generator().manual_seed(1)
 
     def randn(*shape):
         return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
     qkv = randn(len(contexts), (heads + 2 * kv_heads) * head_dim)
-    table = rope_table(head_dim, 200, 10000.0).to(DEVICE)
+    table = rope_table(head_dim, 400, 10000.0).to(DEVICE)
     transform = QKTransform(heads, table, *((randn(head_dim), randn(head_dim)) if norm else (None, None)), 1e-6)
     return qkv, transform, paged
 
@@ -41,8 +41,8 @@ def run(attend, qkv, transform, paged, **options):
     return out, kv.k_cache, kv.v_cache
 
 
-def check(*sizes, config, num_padding=0, **options):
-    qkv, transform, paged = make_inputs(*sizes, num_padding=num_padding)
+def check(*sizes, config, num_padding=0, window=0, **options):
+    qkv, transform, paged = make_inputs(*sizes, num_padding=num_padding, window=window)
     copy, batch = qkv.clone(), len(qkv) - num_padding
     got = run(rope_decode_triton, qkv, transform, paged, config=config, **options)
     want = run(rope_decode_torch, qkv, transform, paged)
@@ -66,6 +66,13 @@ def check(*sizes, config, num_padding=0, **options):
 @pytest.mark.parametrize(("block_size", "config"), CONFIGS)
 def test_triton_equals_the_reference(heads, kv_heads, head_dim, block_size, config, norm, dtype):
     check(CONTEXTS, heads, kv_heads, head_dim, block_size, norm, dtype, config=config)
+
+
+@pytest.mark.parametrize("window", [1, 2, 16, 17, 129, 500])
+@pytest.mark.parametrize(("tile", "num_splits"), [(16, 8), (64, 1)])
+def test_triton_reads_only_what_the_window_shows(window, tile, num_splits):
+    config = RopeDecodeConfig(tile, 4, 2, num_splits)
+    check([1, 17, 33, 130, 270], 4, 2, 64, 16, True, torch.float32, window=window, config=config)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(20, 1, 64), (2, 1, 256)])

@@ -9,7 +9,7 @@ from nanovllm.checkpoints.hub import open_model
 from nanovllm.checkpoints.loader import load_weights
 from nanovllm.layers.attention import Attention
 from nanovllm.models.decoder import Decoder
-from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
+from nanovllm.ops.attention.paged_cache import PagedRows
 from nanovllm.utils.context import Context, set_context
 from tests.models.tiny import TINY, save_tiny, tiny_model
 
@@ -23,13 +23,12 @@ def prefill_logits(model, ids):
     num_blocks = ceil_div(num_tokens, BLOCK)
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     for layer in layers:
-        shape = (2 * num_blocks + 1, BLOCK, layer.num_kv_heads, layer.head_dim)
-        layer.bind(PagedKV(torch.zeros(shape), torch.zeros(shape)))
+        layer.bind(layer.state_spec().allocate(2 * num_blocks + 1, BLOCK, torch.device("cpu")))
     table = torch.arange(2 * num_blocks, 0, -2)
     positions = torch.arange(num_tokens)
     context = Context(
         backend=select_backend("torch", torch.device("cpu"), layers[0].head_dim, BLOCK, torch.float32),
-        kv_heads=(layers[0].num_kv_heads,),
+        kv_kinds=(layers[0].state_spec().kind,),
         num_decode=0,
         rows=PagedRows(
             torch.stack([table, torch.zeros_like(table)]).int(),

@@ -94,6 +94,7 @@ def _rope_decode_kernel(
     KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
     NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -101,14 +102,19 @@ def _rope_decode_kernel(
     seq = tl.program_id(1)
     split = tl.program_id(2)
     position = tl.load(context_lens_ptr + seq) - 1  # of the new token; tiles hold the tokens before it
-    num_tiles = tl.cdiv(position, TILE)
+    start_tile = 0
+    if WINDOW:
+        start_tile = tl.maximum(position + 1 - WINDOW, 0) // TILE
+    # A window of 1 hides all tokens before the new one.
+    end_tile = start_tile if WINDOW == 1 else tl.cdiv(position, TILE)
+    num_tiles = end_tile - start_tile
     split_tiles = tl.maximum(tl.cdiv(num_tiles, tl.maximum(num_splits - 1, 1)), 1)
     num_used = tl.minimum(tl.cdiv(num_tiles, split_tiles) + 1, num_splits)
     if split >= num_used:
         return  # no need to wait for inputs: another program of the sequence does
     launch_dependents(PDL)
-    first_tile = split * split_tiles
-    last_tile = tl.minimum(first_tile + split_tiles, num_tiles)
+    first_tile = start_tile + split * split_tiles
+    last_tile = tl.minimum(first_tile + split_tiles, end_tile)
 
     TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -120,6 +126,8 @@ def _rope_decode_kernel(
     last_block = position // BLOCK_SIZE
     blocks = tile_blocks(table_ptr, first_tile, last_block, BLOCK_SIZE, TILE)
     seen = first_tile * TILE + tokens < position
+    if WINDOW:
+        seen &= first_tile * TILE + tokens > position - WINDOW
     kv_mask = seen[:, None] & is_dim
     first_k, first_v = load_tile(
         k_cache_ptr, v_cache_ptr, blocks, first_tile, in_block, kv_mask, BLOCK_SIZE, TILE, TOKEN_STRIDE
@@ -160,11 +168,13 @@ def _rope_decode_kernel(
         tl.store(v_cache_ptr + new_offsets, new_v, mask=is_key)
         # The same matrix serves as a tile of keys, all but the new one masked.
         softmax = attend_tile(softmax, q, q, new_v, heads == GROUP, scale_log2e)
-    if first_tile < num_tiles:
+    if first_tile < end_tile:
         softmax = attend_tile(softmax, q, first_k, first_v, seen, scale_log2e)
     for tile in tl.range(first_tile + 1, last_tile):
         next_blocks = tile_blocks(table_ptr, tile + 1, last_block, BLOCK_SIZE, TILE)
         seen = tile * TILE + tokens < position
+        if WINDOW:
+            seen &= tile * TILE + tokens > position - WINDOW
         kv_mask = seen[:, None] & is_dim
         k, v = load_tile(k_cache_ptr, v_cache_ptr, blocks, tile, in_block, kv_mask, BLOCK_SIZE, TILE, TOKEN_STRIDE)
         softmax = attend_tile(softmax, q, k, v, seen, scale_log2e)
@@ -225,6 +235,7 @@ def rope_decode_triton(
         config.num_splits,
         GROUP_PAD=max(MIN_DOT, triton.next_power_of_2(heads // kv_heads + 1)),
         TILE=config.tile,
+        WINDOW=kv.window,
         NORM=transform.q_weight is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
