@@ -55,6 +55,8 @@ def body_parameters(config: ModelConfig) -> int:
     layer = hidden * (2 * queries + 2 * keys + 3 * inner + 2)
     if config.qk_norm:
         layer += 2 * config.head_dim
+    if config.whole_qk_norm:
+        layer += queries + keys
     if config.qkv_bias:
         layer += queries + 2 * keys
     if config.o_bias:

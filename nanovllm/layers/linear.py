@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.layers.residual import Normed, Residual, as_normed
+from nanovllm.layers.residual import Norm, Normed, Residual, as_normed
 from nanovllm.ops.dispatch import Adder
 from nanovllm.utils.context import get_counters
 from nanovllm.weights.formats import AllocateWeight, Plain, WeightFormat
@@ -96,7 +96,7 @@ class ColumnParallelLinear(LinearLayer):
                 )
         return tensors
 
-    def forward(self, x: torch.Tensor | Normed) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Normed | Residual) -> torch.Tensor:
         x, norm = as_normed(x)
         return self.format.linear(x, self.bias, norm=norm, gated=self.gated, counters=get_counters())
 
@@ -248,11 +248,11 @@ class PendingGemm:
             return Residual.from_summand(weight.linear_add(x, bias, stream, counters), tp)
         return Residual.from_summand(weight.linear(x, counters=counters), tp)
 
-    def all_reduce(self) -> torch.Tensor:
-        """Run the GEMM and the all-reduce. Return [T, out_features], the same on every rank."""
+    def all_reduce(self, norm: Norm | None = None) -> torch.Tensor:
+        """Run the GEMM and the all-reduce. Return the result or its RMSNorm, [T, out_features], on every rank."""
         layer = self.layer
         bias = layer.bias if layer.tp.rank == 0 else None  # the all-reduce must add it once
-        return layer.tp.all_reduce(layer.format.linear(self.x, bias))
+        return layer.tp.all_reduce(layer.format.linear(self.x, bias, counters=get_counters()), norm)
 
 
 def divide(name: str, value: int, tp: TensorParallel) -> int:

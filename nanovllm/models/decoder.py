@@ -11,6 +11,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GateUpParallelLinear, PendingGemm, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.qk_norm import QKNorm
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.registry import ModelConfig
@@ -19,7 +20,9 @@ from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: ModelConfig, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel):
+    def __init__(
+        self, config: ModelConfig, index: int, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel
+    ):
         super().__init__()
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,
@@ -36,13 +39,20 @@ class SelfAttention(nn.Module):
             head_dim=config.head_dim,
             rotary=rotary,
             qk_norm_eps=config.rms_norm_eps if config.qk_norm else None,
+            window=config.window(index, rotary.max_position),
             dtype=dtype,
         )
+        self.qk_norm = None
+        if config.whole_qk_norm:
+            self.qk_norm = QKNorm(self.qkv_proj, config.rms_norm_eps, dtype=dtype, tp=tp)
         attended_size = config.num_heads * config.head_dim
         self.o_proj = RowParallelLinear(attended_size, config.hidden_size, config.o_bias, dtype=dtype, tp=tp)
 
-    def forward(self, x: Normed, positions: torch.Tensor, last: torch.Tensor | None) -> PendingGemm:
-        return self.o_proj(self.attn(self.qkv_proj(x), positions, last))
+    def forward(self, x: Normed | Residual, positions: torch.Tensor, last: torch.Tensor | None) -> PendingGemm:
+        qkv = self.qkv_proj(x)
+        if self.qk_norm is not None:
+            qkv = self.qk_norm(qkv)
+        return self.o_proj(self.attn(qkv, positions, last))
 
 
 class MLP(nn.Module):
@@ -52,7 +62,7 @@ class MLP(nn.Module):
         self.gate_up_proj = GateUpParallelLinear(hidden, intermediate, config.mlp_bias, dtype=dtype, tp=tp)
         self.down_proj = RowParallelLinear(intermediate, hidden, config.mlp_bias, dtype=dtype, tp=tp)
 
-    def forward(self, x: Normed) -> PendingGemm:
+    def forward(self, x: Normed | Residual) -> PendingGemm:
         return self.down_proj(self.gate_up_proj(x))
 
 
@@ -63,10 +73,13 @@ class DecoderLayer(nn.Module):
     them where that is faster.
     """
 
-    def __init__(self, config: ModelConfig, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel):
+    def __init__(
+        self, config: ModelConfig, index: int, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel
+    ):
         super().__init__()
+        self.layer_type = config.layer_type(index)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.self_attn = SelfAttention(config, rotary, dtype, tp)
+        self.self_attn = SelfAttention(config, index, rotary, dtype, tp)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype, tp)
 
@@ -78,6 +91,22 @@ class DecoderLayer(nn.Module):
         attended = self.self_attn(self.input_layernorm(residual), positions, last)
         residual = (residual if last is None else residual[last]) + attended
         return residual + self.mlp(self.post_attention_layernorm(residual))
+
+
+class PostNormLayer(DecoderLayer):
+    """A layer that norms the outputs of attention and MLP, in place of their inputs (Olmo 2)."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel
+    ):
+        super().__init__(config, index, rotary, dtype, tp)
+        del self.input_layernorm
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+
+    def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
+        attended = self.post_attention_layernorm(self.self_attn(residual, positions, last))
+        residual = (residual if last is None else residual[last]) + attended
+        return residual + self.post_feedforward_layernorm(self.mlp(residual))
 
 
 class Decoder(nn.Module):
@@ -103,9 +132,13 @@ class Decoder(nn.Module):
         tp = tp or TensorParallel.default()
         self.tp = tp
         max_position = max_position or config.max_position
-        rotary = RotaryEmbedding(config.head_dim, max_position, config.rope_theta, config.rope_scaling)
+        ropes = {repr(rope): rope for rope in map(config.rope, range(config.num_layers))}
+        rotary = {name: RotaryEmbedding(config.head_dim, max_position, *rope) for name, rope in ropes.items()}
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
-        self.layers = nn.ModuleList(DecoderLayer(config, rotary, dtype, tp) for _ in range(config.num_layers))
+        make_layer = PostNormLayer if config.post_norms else DecoderLayer
+        self.layers = nn.ModuleList(
+            make_layer(config, index, rotary[repr(config.rope(index))], dtype, tp) for index in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
         if config.tie_word_embeddings and not config.separate_head:
@@ -134,10 +167,10 @@ class Decoder(nn.Module):
     def few_layers(self) -> Iterator[None]:
         """Run only the first layer of each kind and the last layer within the body: the others use the same kernels.
 
-        Layers are of one kind if their parts have the same classes.
+        Layers are of one kind if they have the same type and their parts the same classes.
         """
         layers = self.layers
-        kinds = {tuple(map(type, layer.children())): layer for layer in reversed(layers)}
+        kinds = {(layer.layer_type, *map(type, layer.children())): layer for layer in reversed(layers)}
         self.layers = nn.ModuleList(dict.fromkeys([*kinds.values(), layers[-1]]))
         try:
             yield

@@ -3,7 +3,7 @@
 import logging
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -12,13 +12,25 @@ from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES, rope_fre
 
 logger = logging.getLogger(__name__)
 
+_WINDOW: dict[str, bool | str] = {"sliding_window": "sliding_window"}
+_ATTENTION_BIAS: dict[str, bool | str] = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
+_LLAMA: dict[str, bool | str] = {**_ATTENTION_BIAS, "mlp_bias": "mlp_bias"}
+_OLMO: dict[str, bool | str] = {**_ATTENTION_BIAS, "whole_qk_norm": True, "post_norms": True}
 # The options of ModelConfig that each family sets. A string names the checkpoint's own option.
 FAMILIES: dict[str, dict[str, bool | str]] = {
-    "qwen3": {"qk_norm": True, "qkv_bias": "attention_bias", "o_bias": "attention_bias"},
-    "qwen2": {"qkv_bias": True},
-    "llama": {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"},
-    "mistral": {},
+    "qwen3": {**_ATTENTION_BIAS, **_WINDOW, "qk_norm": True},
+    "qwen2": {**_WINDOW, "qkv_bias": True},
+    "llama": _LLAMA,
+    "mistral": _WINDOW,
+    "ministral": _WINDOW,
+    "ministral3": _WINDOW,
+    "smollm3": {**_LLAMA, **_WINDOW, "rope_layers": "no_rope_layers"},
+    "olmo2": _OLMO,
+    "olmo3": {**_OLMO, **_WINDOW},
+    "cwm": _WINDOW,
+    "seed_oss": {**_LLAMA, "o_bias": "attention_out_bias"},
 }
+LAYER_TYPES = ("full_attention", "sliding_attention")
 # By the type of an option: its types in a file, its range, and the range in words. Real models stay far below.
 _KINDS = {
     bool: ((bool,), 0, 1, "true or false"),
@@ -29,13 +41,14 @@ _KINDS = {
 _FREE_OPTIONS = {"max_position", "rope_theta", "tie_word_embeddings", "separate_head"}
 _MAX_END_IDS = 1024  # real models have a few
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Rope: TypeAlias = tuple[float, dict[str, Any] | None]  # theta and the scaling options
 
 
 def unsupported(feature: str) -> ValueError:
     """Return the error for a model with this feature. It lists the supported ones."""
     return ValueError(
-        f"{feature} is not supported; supported are unquantised dense models with full attention of the types "
-        f"{', '.join(FAMILIES)} (GGUF files may be quantised), with RoPE of the types {', '.join(ROPE_TYPES)}"
+        f"{feature} is not supported; supported are unquantised dense models of the types {', '.join(FAMILIES)} (GGUF "
+        f"files may be quantised), with RoPE of the types {', '.join(ROPE_TYPES)}"
     )
 
 
@@ -98,6 +111,13 @@ class ModelConfig:
         tie_word_embeddings: the head uses the embedding's weights, and a checkpoint may leave out one of the two.
         separate_head: the checkpoint has other weights for the head in spite of `tie_word_embeddings`.
         rope_scaling: None, or the options of one of ROPE_TYPES with its name as "rope_type".
+        sliding_rope: theta and scaling of the layers with sliding attention, if they differ from the others'.
+        rope_layers: 1 for each layer with RoPE and 0 for each without; None if all have it.
+        qk_norm: RMSNorm of each query and key head.
+        whole_qk_norm: RMSNorm of all query heads together, and of all key heads together.
+        post_norms: norms of the outputs of attention and MLP, in place of norms of their inputs.
+        layer_types: one of LAYER_TYPES for each layer; None if all have full attention.
+        sliding_window: how many tokens a query sees in layers with sliding attention.
         dtype: dtype of the checkpoint.
         eos_token_ids: ids that end a text.
 
@@ -119,10 +139,16 @@ class ModelConfig:
     separate_head: bool = False
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
+    sliding_rope: Rope | None = None
+    rope_layers: tuple[int, ...] | None = None
     qk_norm: bool = False
+    whole_qk_norm: bool = False
+    post_norms: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    layer_types: tuple[str, ...] | None = None
+    sliding_window: int | None = None
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
 
@@ -139,9 +165,42 @@ class ModelConfig:
             raise unsupported(f"num_attention_heads={self.num_heads} with num_key_value_heads={self.num_kv_heads}")
         if self.dtype not in _DTYPES:
             raise unsupported(f"a checkpoint of dtype {shown(self.dtype)}")
-        self._check_rope(self.rope_scaling or {"rope_type": "default"})
+        self._check_layers()
+        for theta, scaling in filter(None, [(self.rope_theta, self.rope_scaling), self.sliding_rope]):
+            self._check_rope(theta, scaling or {"rope_type": "default"})
 
-    def _check_rope(self, options: dict[str, Any]) -> None:
+    def layer_type(self, index: int) -> str:
+        """Return the type of a layer, one of LAYER_TYPES."""
+        return "full_attention" if self.layer_types is None else self.layer_types[index]
+
+    def window(self, index: int, max_position: int) -> int:
+        """Return how many tokens a query of a layer sees; 0 if it sees all of up to `max_position`."""
+        hides = self.layer_type(index) == "sliding_attention" and (self.sliding_window or 0) < max_position
+        return self.sliding_window or 0 if hides else 0
+
+    def rope(self, index: int) -> tuple[float | None, dict[str, Any] | None]:
+        """Return theta and the scaling of a layer's RoPE; theta is None for a layer without RoPE."""
+        if self.rope_layers is not None and not self.rope_layers[index]:
+            return None, None
+        if self.sliding_rope is not None and self.layer_type(index) == "sliding_attention":
+            return self.sliding_rope
+        return self.rope_theta, self.rope_scaling
+
+    def _check_layers(self) -> None:
+        types = (self.layer_type(0),) * self.num_layers if self.layer_types is None else self.layer_types
+        for layer_type in types:
+            if layer_type not in LAYER_TYPES:
+                raise unsupported(f"a layer of type {shown(layer_type)}")
+        if len(types) != self.num_layers:
+            raise ValueError(f"the model's layer_types must be {self.num_layers} (num_layers), got {len(types)}")
+        if "sliding_attention" in types:
+            checked_option("sliding_window", self.sliding_window, int)
+        has_rope = (1,) * self.num_layers if self.rope_layers is None else self.rope_layers
+        if len(has_rope) != self.num_layers or any(flag not in (0, 1) for flag in has_rope):
+            raise ValueError(f"the model's rope_layers must be {self.num_layers} times 0 or 1, got {shown(has_rope)}")
+
+    def _check_rope(self, theta: Any, options: dict[str, Any]) -> None:
+        checked_option("rope_theta", theta, float)
         rope_type = options["rope_type"]
         num_factors = self.head_dim // 2
         if rope_type not in tuple(ROPE_TYPES):
@@ -160,8 +219,8 @@ class ModelConfig:
         if rope_type == "llama3" and not options["low_freq_factor"] < options["high_freq_factor"]:
             low, high = options["low_freq_factor"], options["high_freq_factor"]
             raise ValueError(f"the model's RoPE high_freq_factor must be above low_freq_factor={low}, got {high}")
-        if rope_type == "yarn" and self.rope_theta <= 1:
-            raise ValueError(f"the model's rope_theta must be above 1 for RoPE of type 'yarn', got {self.rope_theta}")
+        if rope_type == "yarn" and theta <= 1:
+            raise ValueError(f"the model's rope_theta must be above 1 for RoPE of type 'yarn', got {theta}")
 
     def check_same_model(self, other: "ModelConfig") -> None:
         """Raise ValueError if weights of a checkpoint with the config `other` would mean something else here.
@@ -174,12 +233,19 @@ class ModelConfig:
                 continue
             if not math.isclose(mine, theirs, rel_tol=1e-5):
                 raise ValueError(f"the checkpoint's {field.name} is {theirs}, but the model's is {mine}")
-        frequencies, factor = rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
-        their_frequencies, their_factor = rope_frequencies(other.head_dim, other.rope_theta, other.rope_scaling)
-        is_same = torch.allclose(frequencies, their_frequencies, rtol=1e-4, atol=0)
-        if not is_same or not math.isclose(factor, their_factor, rel_tol=1e-4):
-            theirs, mine = (f"rope_theta={c.rope_theta} scaled by {shown(c.rope_scaling)}" for c in (other, self))
-            raise ValueError(f"the checkpoint's RoPE is {theirs}, but the model's is {mine}")
+        for name in ("layer_types", "sliding_window"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise ValueError(f"the checkpoint's {name} is {shown(theirs)}, but the model's is {shown(mine)}")
+        for index in range(self.num_layers):
+            (theta, scaling), (their_theta, their_scaling) = self.rope(index), other.rope(index)
+            frequencies, factor = rope_frequencies(self.head_dim, theta, scaling)
+            their_frequencies, their_factor = rope_frequencies(other.head_dim, their_theta, their_scaling)
+            is_same = torch.allclose(frequencies, their_frequencies, rtol=1e-4, atol=0)
+            beta, their_beta = ((s or {}).get("llama_4_scaling_beta") for s in (scaling, their_scaling))
+            if not is_same or not math.isclose(factor, their_factor, rel_tol=1e-4) or beta != their_beta:
+                mine, theirs = f"{theta} scaled by {shown(scaling)}", f"{their_theta} scaled by {shown(their_scaling)}"
+                raise ValueError(f"the checkpoint's RoPE is rope_theta={theirs}, but the model's is rope_theta={mine}")
 
     @classmethod
     def from_hf(cls, config: Any, eos_token_ids: tuple[int, ...] = ()) -> "ModelConfig":
@@ -190,11 +256,16 @@ class ModelConfig:
         """
         check_model_type(config.model_type)
         _check_variant(config)
-        family = FAMILIES[config.model_type].items()
-        flags = {name: getattr(config, flag, False) if isinstance(flag, str) else flag for name, flag in family}
         num_heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None)
-        theta, scaling = _rope(config)
+        (theta, scaling), sliding_rope = _ropes(config)
+        max_position = scaled_max_position(config.max_position_embeddings, scaling)
+        options = _family_options(config)
+        layer_types = _layer_types(config, max_position, keep=sliding_rope is not None)
+        if layer_types is None:
+            options.pop("sliding_window", None)
+        if options.get("rope_layers") is not None:
+            options["rope_layers"] = tuple(options["rope_layers"][: config.num_hidden_layers])
         vocab_size = checked_option("vocab_size", config.vocab_size, int)
         ends = known_ids(eos_token_ids, vocab_size) or known_ids(getattr(config, "eos_token_id", None), vocab_size)
         return cls(
@@ -206,14 +277,16 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=_first_given(getattr(config, "num_key_value_heads", None), num_heads),
             head_dim=default_head_dim(config.hidden_size, num_heads) if head_dim is None else head_dim,
-            max_position=scaled_max_position(config.max_position_embeddings, scaling),
+            max_position=max_position,
             rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=config.tie_word_embeddings,
             rope_theta=theta,
             rope_scaling=scaling,
+            sliding_rope=sliding_rope,
+            layer_types=layer_types,
             dtype=_dtype(config),
             eos_token_ids=ends,
-            **flags,
+            **options,
         )
 
 
@@ -241,27 +314,59 @@ def _check_variant(config: Any) -> None:
         raise unsupported("a quantised checkpoint (quantization_config)")
     if getattr(config, "hidden_act", "silu") != "silu":
         raise unsupported(f"hidden_act={shown(config.hidden_act)}")
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types:
-        slides = any(layer_type != "full_attention" for layer_type in layer_types)
-    else:
-        used = getattr(config, "use_sliding_window", True) and window
-        slides = used and checked_option("sliding_window", window, int) < config.max_position_embeddings
-    if slides:
-        raise unsupported(f"sliding_window={shown(window)}")
 
 
-def _rope(config: Any) -> tuple[float, dict[str, Any] | None]:
-    """Return theta and the scaling options: `rope_parameters` of transformers 5, or the two options of 4."""
+def _family_options(config: Any) -> dict[str, Any]:
+    """Return the options of ModelConfig that the row of the family sets."""
+    defaults = {field.name: field.default for field in fields(ModelConfig)}
+    options = {}
+    for name, value in FAMILIES[config.model_type].items():
+        options[name] = getattr(config, value, defaults[name]) if isinstance(value, str) else value
+    return options
+
+
+def _layer_types(config: Any, max_position: int, keep: bool) -> tuple[str, ...] | None:
+    """Return the types of the layers; None if all have full attention.
+
+    A layer whose window hides nothing has full attention, unless `keep` is true. Configs without `layer_types` have a
+    window in all layers or in none.
+    """
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if not types:
+        is_used = window and getattr(config, "use_sliding_window", True)
+        num_layers = checked_option("num_layers", config.num_hidden_layers, int)
+        types = ["sliding_attention" if is_used else "full_attention"] * num_layers
+    if not isinstance(types, list | tuple):
+        raise ValueError(f"the model's layer_types must be a list, got {shown(types)}")
+    if "sliding_attention" in types:
+        hides = checked_option("sliding_window", window, int) < max_position
+        if hides and "sliding_window" not in FAMILIES[config.model_type]:
+            raise unsupported(f"a model of type {config.model_type} with sliding_window={window}")
+        if not hides and not keep:
+            types = ["full_attention" if layer_type == "sliding_attention" else layer_type for layer_type in types]
+    return None if all(layer_type == "full_attention" for layer_type in types) else tuple(types)
+
+
+def _ropes(config: Any) -> tuple[Rope, Rope | None]:
+    """Return the RoPE of layers with full attention, and that of layers with sliding attention if it differs.
+
+    transformers 5 has the options in `rope_parameters`, perhaps by the type of the layer; 4 has two options.
+    """
     options = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
-    if any(isinstance(value, dict) for value in options.values()):
-        raise unsupported("RoPE that differs between layers")
+    if not any(isinstance(value, dict) for value in options.values()):
+        return _rope(config, options), None
+    if not options.keys() <= set(LAYER_TYPES) or not all(isinstance(value, dict) for value in options.values()):
+        raise unsupported("RoPE that differs between layers of one type")
+    full, sliding = (_rope(config, dict(options.get(layer_type, {}))) for layer_type in LAYER_TYPES)
+    return full, None if sliding == full else sliding
+
+
+def _rope(config: Any, options: dict[str, Any]) -> Rope:
     if (options.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0) != 1.0:
         raise unsupported("partial RoPE")
     theta = _first_given(options.pop("rope_theta", None), getattr(config, "rope_theta", None), 10000.0)
     rope_type = _first_given(options.pop("rope_type", None), options.pop("type", None), "default")
-    if rope_type == "default":
+    if rope_type == "default" and "llama_4_scaling_beta" not in options:
         return theta, None
     if options.get("original_max_position_embeddings") is None:
         options["original_max_position_embeddings"] = config.max_position_embeddings

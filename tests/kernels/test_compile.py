@@ -88,8 +88,8 @@ def call_all():
         kv, windowed = paged_cache.PagedKV(cache, cache), paged_cache.PagedKV(cache, cache, 100)
         qkv, table = torch.zeros(4, 8 * (group + 2) * head_dim, **kind), torch.zeros(99, head_dim)
         norm = torch.zeros(head_dim, **kind)
-        for norms in ((norm, norm), (None, None)):
-            transform = qk_transform.QKTransform(8 * group, table, *norms, 1e-6)
+        for options in ((norm, norm, 1e-6), (None, None, 0.0, table[:, 0])):
+            transform = qk_transform.QKTransform(8 * group, table, *options)
             rope_store.qk_norm_rope_store_triton(qkv, transform, lens.long(), lens.long(), cache, cache)
             for splits in (1, 16):
                 config = rope_decode.default_rope_decode_config(4, 8, head_dim, kind["dtype"].itemsize, 132)

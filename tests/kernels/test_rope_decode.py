@@ -30,7 +30,9 @@ def make_inputs(contexts, heads, kv_heads, head_dim, block_size, norm, dtype, nu
 
     qkv = randn(len(contexts), (heads + 2 * kv_heads) * head_dim)
     table = rope_table(head_dim, 400, 10000.0).to(DEVICE)
-    transform = QKTransform(heads, table, *((randn(head_dim), randn(head_dim)) if norm else (None, None)), 1e-6)
+    weights = (randn(head_dim), randn(head_dim)) if norm else (None, None)
+    query_scale = None if norm else torch.linspace(1, 3, 400).to(DEVICE)
+    transform = QKTransform(heads, table, *weights, 1e-6, query_scale)
     return qkv, transform, paged
 
 

@@ -60,9 +60,9 @@ def test_silu_mul_equals_the_reference(device, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(("norm", "is_scaled"), [(True, False), (False, True)])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (5, 1, 96), (16, 8, 128), (3, 3, 24)])
-def test_rope_store_equals_the_reference(device, heads, kv_heads, head_dim, norm, dtype):
+def test_rope_store_equals_the_reference(device, heads, kv_heads, head_dim, norm, is_scaled, dtype):
     generator = torch.Generator(device).manual_seed(0)
     tokens, block_size, num_blocks = 7, 16, 4
 
@@ -72,6 +72,7 @@ def test_rope_store_equals_the_reference(device, heads, kv_heads, head_dim, norm
     qkv = randn(tokens, (heads + 2 * kv_heads) * head_dim)
     weights = (randn(head_dim), randn(head_dim)) if norm else (None, None)
     table = rope_table(head_dim, 100, 10000.0).to(device)
+    query_scale = torch.linspace(1, 3, 100, device=device) if is_scaled else None
     positions = torch.tensor([0, 1, 99, 5, 6, 7, 40], device=device)
     slot_mapping = torch.tensor([63, 0, 17, 2, 31, 30, 16], device=device)
     copy = qkv.clone()
@@ -80,7 +81,7 @@ def test_rope_store_equals_the_reference(device, heads, kv_heads, head_dim, norm
         caches = [
             torch.full((num_blocks, block_size, kv_heads, head_dim), 7.0, dtype=dtype, device=device) for _ in "kv"
         ]
-        transform = QKTransform(heads, table, *weights, 1e-6)
+        transform = QKTransform(heads, table, *weights, 1e-6, query_scale)
         results.append((run(qkv, transform, positions, slot_mapping, *caches), *caches))
     for got, want in zip(*results, strict=True):
         close(got, want)

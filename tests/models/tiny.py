@@ -32,6 +32,56 @@ TINY = {
         },
     ),
     "mistral": ("mistral", {"heads": (8, 4), "head_dim": 10, "sliding_window": None}),
+    "mistral-window": ("mistral", {"heads": (4, 2), "sliding_window": 16}),  # as long as a block
+    "ministral": (  # windows shorter than a block
+        "ministral",
+        {"heads": (8, 4), "head_dim": 16, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "qwen2-window": (
+        "qwen2",
+        {
+            "heads": (8, 2),
+            "hidden_size": 64,
+            "use_sliding_window": True,
+            "sliding_window": 33,
+            "max_window_layers": 1,
+        },
+    ),
+    "cwm": (
+        "cwm",
+        {
+            "heads": (4, 4),
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "sliding_window": 2,
+            "rope_parameters": _LLAMA3,
+            "bos_token_id": 2,
+        },
+    ),
+    "smollm3": ("smollm3", {"heads": (8, 4), "hidden_size": 64, "tied": True, "no_rope_layer_interval": 2}),
+    "olmo2": ("olmo2", {"heads": (8, 4), "hidden_size": 64, "attention_bias": True}),
+    "olmo3": (
+        "olmo3",
+        {
+            "heads": (12, 4),
+            "hidden_size": 96,
+            "sliding_window": 20,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {**_YARN, "attention_factor": 1.2},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+    ),
+    "ministral3": (
+        "ministral3",
+        {
+            "heads": (4, 2),
+            "head_dim": 32,
+            "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.4},
+        },
+    ),
+    "seed_oss": ("seed_oss", {"heads": (4, 2), "head_dim": 16, "attention_bias": True, "attention_out_bias": True}),
 }
 
 

@@ -73,6 +73,7 @@ def _rope_decode_kernel(
     q_weight_ptr,
     k_weight_ptr,
     cos_sin_ptr,
+    query_scale_ptr,
     k_cache_ptr,
     v_cache_ptr,
     tables_ptr,
@@ -160,6 +161,9 @@ def _rope_decode_kernel(
     partner = tl.load(q_ptrs + partners, mask=mask, other=0.0)
     new_v = tl.load(q_ptrs + TOKEN_STRIDE + columns, mask=is_key, other=0.0)
     q = _rotated(x, partner, weight, partner_weight, cos, sin, eps, HEAD_DIM, NORM)
+    if query_scale_ptr is not None:
+        query_scale = tl.load(query_scale_ptr + position).to(q.dtype).to(tl.float32)
+        q = tl.where(is_head, (q.to(tl.float32) * query_scale).to(q.dtype), q)
 
     softmax = init_softmax(GROUP_PAD, HEAD_PAD)
     if split == num_used - 1:
@@ -219,6 +223,7 @@ def rope_decode_triton(
         transform.q_weight,
         transform.k_weight,
         transform.cos_sin,
+        transform.query_scale,
         kv.k_cache,
         kv.v_cache,
         rows.block_tables,
