@@ -175,8 +175,8 @@ class ModelConfig:
 
     def window(self, index: int, max_position: int) -> int:
         """Return how many tokens a query of a layer sees; 0 if it sees all of up to `max_position`."""
-        hides = self.layer_type(index) == "sliding_attention" and (self.sliding_window or 0) < max_position
-        return self.sliding_window or 0 if hides else 0
+        window = self.sliding_window if self.layer_type(index) == "sliding_attention" else None
+        return 0 if window is None or window >= max_position else window
 
     def rope(self, index: int) -> tuple[float | None, dict[str, Any] | None]:
         """Return theta and the scaling of a layer's RoPE; theta is None for a layer without RoPE."""
@@ -187,7 +187,7 @@ class ModelConfig:
         return self.rope_theta, self.rope_scaling
 
     def _check_layers(self) -> None:
-        types = (self.layer_type(0),) * self.num_layers if self.layer_types is None else self.layer_types
+        types = ("full_attention",) * self.num_layers if self.layer_types is None else self.layer_types
         for layer_type in types:
             if layer_type not in LAYER_TYPES:
                 raise unsupported(f"a layer of type {shown(layer_type)}")

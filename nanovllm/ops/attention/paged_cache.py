@@ -19,7 +19,7 @@ MIN_DOT = 16  # smallest side of a tensor-core tile
 
 
 class KVKind(NamedTuple):
-    """What a step's plans depend on besides its rows. Layers whose caches are of one kind share a plan.
+    """The properties of a cache that a step's plans depend on. Layers whose caches are of one kind share plans.
 
     Attributes:
         kv_heads: number of KV heads.

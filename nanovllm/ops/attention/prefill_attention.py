@@ -209,7 +209,7 @@ def _prefill_kernel(
     num_tiles = tl.cdiv(end, BLOCK_N)
     full_start = 0
     if WINDOW:
-        q_positions = tl.minimum(q_positions, end - 1)  # so that rows past the end see a token, too
+        q_positions = tl.minimum(q_positions, end - 1)  # rows past the end must see a token as well
     q_tile = (q, q_positions, scale_log2e)
     cache = (k_cache, v_cache, table_ptr, context_len, kv_head)
     if WINDOW:
