@@ -11,9 +11,10 @@ ROPE_TYPES = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("factor", "short_factor", "original_max_position_embeddings"),
     "frequency_factors": ("factors",),  # GGUF files with llama3: a divisor for each frequency
 }
-# Optional options and their types: those of yarn, and Ministral 3's factor of queries.
+# Optional options and their types: those of yarn and longrope, and Ministral 3's factor of queries.
 ROPE_OPTIONAL = {
     "beta_fast": float,
     "beta_slow": float,
@@ -63,6 +64,17 @@ def _yarn(inv_freq: torch.Tensor, theta: float, options: dict) -> tuple[torch.Te
     return inv_freq, magnitude(1)
 
 
+def _longrope(inv_freq: torch.Tensor, options: dict) -> tuple[torch.Tensor, float]:
+    """Return the frequencies of LongRoPE (arXiv:2402.13753) for the original positions, and the factor of cos and sin.
+
+    Each frequency has a divisor. Longer texts have other divisors, at all positions.
+    """
+    magnitude, factor = options.get("attention_factor"), options["factor"]
+    if magnitude is None:
+        magnitude = math.sqrt(1 + max(0.0, math.log(factor)) / math.log(options["original_max_position_embeddings"]))
+    return inv_freq / torch.tensor(options["short_factor"], dtype=torch.float32), magnitude
+
+
 def rope_frequencies(head_dim: int, theta: float | None, scaling: dict | None = None) -> tuple[torch.Tensor, float]:
     """Return the angles of position 1, [head_dim / 2] float32, and the factor of cos and sin.
 
@@ -82,6 +94,8 @@ def rope_frequencies(head_dim: int, theta: float | None, scaling: dict | None = 
             inv_freq = _llama3(inv_freq, scaling)
         case "yarn":
             inv_freq, magnitude = _yarn(inv_freq, theta, scaling)
+        case "longrope":
+            inv_freq, magnitude = _longrope(inv_freq, scaling)
         case "frequency_factors":
             inv_freq = inv_freq / torch.tensor(scaling["factors"], dtype=torch.float32)
     return inv_freq, magnitude

@@ -90,13 +90,17 @@ def known_ids(value: Any, vocab_size: int) -> tuple[int, ...]:
 def scaled_max_position(max_position: int, scaling: dict[str, Any] | None) -> int:
     """Return the number of positions that a model supports with its RoPE scaling.
 
-    For linear and yarn this is the original number times the factor, or `max_position` if that is more. For other types
-    `max_position` already includes the factor.
+    For linear and yarn this is the original number times the factor, or `max_position` if that is more. For longrope it
+    is the original number, because longer texts have other frequencies. For other types `max_position` already includes
+    the factor.
     """
-    if scaling is None or scaling["rope_type"] not in ("linear", "yarn"):
+    if scaling is None or scaling["rope_type"] not in ("linear", "yarn", "longrope"):
         return max_position
     key = "original_max_position_embeddings"
     original = checked_option(key, scaling.get(key), float)
+    if scaling["rope_type"] == "longrope":
+        logger.warning("The model's RoPE of type 'longrope' is supported for texts of up to %d tokens", original)
+        return min(checked_option("max_position", max_position, int), int(original))
     factor = checked_option("RoPE factor", scaling.get("factor"), float)
     return max(checked_option("max_position", max_position, int), int(original * factor))
 
@@ -207,20 +211,24 @@ class ModelConfig:
             raise unsupported(f"RoPE of type {shown(rope_type)}")
         needed = dict.fromkeys(ROPE_TYPES[rope_type], float)
         given = {name: kind for name, kind in ROPE_OPTIONAL.items() if options.get(name) is not None}
+        if "llama_4_scaling_beta" in given:
+            needed["original_max_position_embeddings"] = float
         for name, kind in (needed | given).items():
             value = options.get(name)
-            if name != "factors":
+            if name not in ("factors", "short_factor"):
                 checked_option(f"RoPE {name}", value, kind)
                 continue
             if not isinstance(value, list) or len(value) != num_factors:
-                raise ValueError(f"the model's RoPE factors must be {num_factors} (head_dim / 2), got {shown(value)}")
+                raise ValueError(f"the model's RoPE {name} must be {num_factors} (head_dim / 2), got {shown(value)}")
             for factor in value:
-                checked_option("RoPE factors", factor, kind)
+                checked_option(f"RoPE {name}", factor, kind)
         if rope_type == "llama3" and not options["low_freq_factor"] < options["high_freq_factor"]:
             low, high = options["low_freq_factor"], options["high_freq_factor"]
             raise ValueError(f"the model's RoPE high_freq_factor must be above low_freq_factor={low}, got {high}")
         if rope_type == "yarn" and theta <= 1:
             raise ValueError(f"the model's rope_theta must be above 1 for RoPE of type 'yarn', got {theta}")
+        if rope_type == "longrope" and options["original_max_position_embeddings"] <= 1:
+            raise ValueError("the model's original_max_position_embeddings must be above 1 for RoPE of type 'longrope'")
 
     def check_same_model(self, other: "ModelConfig") -> None:
         """Raise ValueError if weights of a checkpoint with the config `other` would mean something else here.
@@ -370,6 +378,9 @@ def _rope(config: Any, options: dict[str, Any]) -> Rope:
         return theta, None
     if options.get("original_max_position_embeddings") is None:
         options["original_max_position_embeddings"] = config.max_position_embeddings
+    if rope_type == "longrope" and options.get("factor") is None:
+        original = checked_option("RoPE original length", options["original_max_position_embeddings"], float)
+        options["factor"] = checked_option("max_position", config.max_position_embeddings, int) / original
     return theta, {**options, "rope_type": rope_type}
 
 
