@@ -209,11 +209,21 @@ ENGINES: dict[str, type[Nanovllm] | type[Vllm]] = {engine.name: engine for engin
 
 
 def write_config(source: ModelSource, folder: str) -> str:
-    """Write the config.json of a shape without weights, for engines that do not know such shapes; return the folder."""
+    """Write the config.json of a shape without weights, for engines that do not know such shapes; return the folder.
+
+    All shapes are Qwen3's.
+    """
     from transformers import AutoConfig
 
     options = asdict(source.config)
-    options |= {"architectures": ["Qwen3ForCausalLM"], "dtype": "bfloat16"}  # all shapes are Qwen3's
+    moe = options.pop("moe")
+    options |= {"architectures": ["Qwen3ForCausalLM" if moe is None else "Qwen3MoeForCausalLM"], "dtype": "bfloat16"}
+    if moe is not None:
+        options["num_experts"] = moe["num_experts"]
+        options["num_experts_per_tok"] = moe["experts_per_token"]
+        options["moe_intermediate_size"] = moe["intermediate_size"]
+        options["norm_topk_prob"] = moe["norm_topk_prob"]
+        options["mlp_only_layers"] = list(moe["dense_layers"])
     options["rope_parameters"] = {"rope_type": "default", "rope_theta": options.pop("rope_theta")}
     options["num_hidden_layers"] = options.pop("num_layers")
     options["num_attention_heads"] = options.pop("num_heads")

@@ -48,22 +48,51 @@ def find_peaks(args: Namespace, gpu_name: str | None, itemsize: int) -> tuple[fl
     return scale * (hbm_tb_s or infinity), scale * (tflops or infinity)
 
 
-def body_parameters(config: ModelConfig) -> int:
-    """Return the number of parameters of the layers and the last norm, which every token passes through."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+def attention_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters of a layer's attention and its two norms."""
+    hidden = config.hidden_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layer = hidden * (2 * queries + 2 * keys + 3 * inner + 2)
+    count = hidden * (2 * queries + 2 * keys + 2)
     if config.qk_norm:
-        layer += 2 * config.head_dim
+        count += 2 * config.head_dim
     if config.whole_qk_norm:
-        layer += queries + keys
+        count += queries + keys
     if config.qkv_bias:
-        layer += queries + 2 * keys
+        count += queries + 2 * keys
     if config.o_bias:
-        layer += hidden
-    if config.mlp_bias:
-        layer += 2 * inner + hidden
-    return config.num_layers * layer + hidden
+        count += hidden
+    return count
+
+
+def mlp_parameters(config: ModelConfig, layer: int, num_experts: float) -> float:
+    """Return the number of parameters of a layer's MLP, or of its router, shared expert and `num_experts` experts."""
+    hidden, inner, moe = config.hidden_size, config.intermediate_size, config.moe
+    if moe is None or layer in moe.dense_layers:
+        return 3 * hidden * inner + (2 * inner + hidden if config.mlp_bias else 0)
+    count = hidden * (moe.num_experts + 3 * moe.intermediate_size * num_experts)
+    if moe.shared_intermediate_size:
+        count += hidden * (3 * moe.shared_intermediate_size + 1)
+    return count
+
+
+def body_parameters(config: ModelConfig, num_experts: float | None = None) -> float:
+    """Return the number of parameters of the layers and the last norm.
+
+    Args:
+        num_experts: count so many experts of each layer; all of them if None.
+    """
+    if num_experts is None:
+        num_experts = 0 if config.moe is None else config.moe.num_experts
+    mlps = sum(mlp_parameters(config, layer, num_experts) for layer in range(config.num_layers))
+    return config.num_layers * attention_parameters(config) + mlps + config.hidden_size
+
+
+def distinct_experts(config: ModelConfig, num_tokens: int) -> float:
+    """Return how many experts of a layer so many tokens choose on average, if they choose at random."""
+    if config.moe is None:
+        return 0.0
+    chosen = config.moe.experts_per_token / config.moe.num_experts
+    return config.moe.num_experts * (1 - (1 - chosen) ** num_tokens)
 
 
 class BlockTables:
@@ -101,15 +130,20 @@ class BlockTables:
 def count_costs(batches: Sequence[Batch], config: ModelConfig, itemsize: int, block_size: int) -> Costs:
     """Count what the steps of a run move and compute at least. No sequence may run when the run starts.
 
-    A step reads the body's weights once, the LM head if it samples, and an embedding for each token. It reads the keys
-    and values of its sequences' contexts, shared blocks once, and writes those of its tokens. In the last layer, only
-    the last token of each sequence needs more than its keys and values.
+    A step reads the body's weights once, the LM head if it samples, and an embedding for each token; of experts, it
+    reads those that its tokens choose. It reads the keys and values of its sequences' contexts, shared blocks once, and
+    writes those of its tokens. In the last layer, only the last token of each sequence needs more than its keys and
+    values.
     """
-    body = body_parameters(config)
+    last, active = config.num_layers - 1, 0 if config.moe is None else config.moe.experts_per_token
+    without_experts = body_parameters(config, 0)
+    one_expert = body_parameters(config, 1) - without_experts  # of every layer that has experts
+    one_last_expert = mlp_parameters(config, last, 1) - mlp_parameters(config, last, 0)
+    multiplied_by_all = without_experts + active * one_expert
     head = config.vocab_size * config.hidden_size
     queries = config.num_heads * config.head_dim
     kv_bytes = 2 * config.num_kv_heads * config.head_dim * config.num_layers * itemsize  # of one token
-    skippable = config.hidden_size * (2 * queries + 3 * config.intermediate_size)  # parameters of the last layer
+    skippable = 2 * config.hidden_size * queries + mlp_parameters(config, last, active)  # parameters of the last layer
     tables = BlockTables(batches, block_size)
     step_bytes, step_flops = [], []
     for batch in batches:
@@ -119,9 +153,11 @@ def count_costs(batches: Sequence[Batch], config: ModelConfig, itemsize: int, bl
         num_sampled = sum(row.samples for row in batch.rows)
         attended = int((new * before + new * (new + 1) // 2).sum()) * (config.num_layers - 1)
         attended += int((before + new).sum())
-        weights = body + (head if num_sampled else 0) + num_tokens * config.hidden_size
+        experts, last_experts = distinct_experts(config, num_tokens), distinct_experts(config, len(batch.rows))
+        weights = without_experts + experts * one_expert - (experts - last_experts) * one_last_expert
+        weights += (head if num_sampled else 0) + num_tokens * config.hidden_size
         kv_tokens = tables.distinct_tokens(slots, before + new) + num_tokens
         step_bytes.append(weights * itemsize + kv_bytes * kv_tokens)
-        multiplied = body * num_tokens - skippable * (num_tokens - len(batch.rows)) + head * num_sampled
+        multiplied = multiplied_by_all * num_tokens - skippable * (num_tokens - len(batch.rows)) + head * num_sampled
         step_flops.append(2 * multiplied + 4 * queries * attended)
     return Costs(np.array(step_bytes, dtype=float), np.array(step_flops, dtype=float))

@@ -19,8 +19,11 @@ from nanovllm.checkpoints.files import regular_file
 from nanovllm.checks import shown
 from nanovllm.models.registry import (
     FAMILIES,
+    MAX_EXPERTS,
     ModelConfig,
+    MoEConfig,
     check_model_type,
+    checked_option,
     default_head_dim,
     known_ids,
     scaled_max_position,
@@ -47,7 +50,16 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
+# Tensors [experts, rows, columns], and the names of each expert's matrix.
+_EXPERT_NAMES = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+# The families whose architecture has another name.
+_MOE_FAMILIES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
 # The numpy dtype of each scalar type of metadata, by its number in the format.
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
@@ -71,6 +83,9 @@ _NEUTRAL = {
     "embedding_scale": (0, 1),
     "residual_scale": (0, 1),
     "logit_scale": (0, 1),
+    "expert_gating_func": (0, 1),
+    "expert_group_count": (0, 1),
+    "expert_weights_scale": (0, 1),
     "rope.scaling.yarn_attn_factor": (1, -1),
     "rope.scaling.yarn_log_multiplier": (0,),
 }
@@ -219,13 +234,13 @@ class _GgufFile:
             raise ValueError(f"{self.path} must have a number as its metadata {key}, got {shown(value)}")
         return value
 
-    def floats(self, name: str) -> np.ndarray:
-        """Return the tensor, dequantised to float32."""
+    def floats(self, name: str, expert: int | None = None) -> np.ndarray:
+        """Return the tensor, or its part of one expert, dequantised to float32."""
         tensor = self.tensors[name]
         data = np.frombuffer(self.data[tensor.start : tensor.end], np.uint8)
-        byte_shape = gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)
+        data = data.reshape(gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type))
         try:
-            return gguf.dequantize(data.reshape(byte_shape), tensor.type)
+            return gguf.dequantize(data if expert is None else data[expert], tensor.type)
         except NotImplementedError as error:
             raise unsupported(f"the quantisation of the GGUF tensor {name:.200}, {tensor.type.name},") from error
 
@@ -264,6 +279,25 @@ def _check_neutral(file: _GgufFile, values: dict[str, tuple[float, ...]]) -> Non
             raise unsupported(f"a GGUF file with {file.arch}.{key}={shown(value)}")
 
 
+def _moe(file: _GgufFile) -> MoEConfig | None:
+    """Return the options of mixtures of experts, as llama.cpp reads them; None for a dense model."""
+    num_experts = file.number("{arch}.expert_count", 0)
+    if not num_experts:
+        return None
+    if file.arch not in _MOE_FAMILIES:
+        raise unsupported(f"a mixture of experts of the architecture {shown(file.arch)}")
+    num_layers = checked_option("num_layers", file.number("{arch}.block_count"), int)
+    has_shared = file.arch == "qwen2moe"
+    return MoEConfig(
+        num_experts=num_experts,
+        experts_per_token=file.number("{arch}.expert_used_count"),
+        intermediate_size=file.number("{arch}.expert_feed_forward_length"),
+        norm_topk_prob=file.arch == "qwen3moe",
+        shared_intermediate_size=file.number("{arch}.expert_shared_feed_forward_length") if has_shared else 0,
+        dense_layers=tuple(i for i in range(num_layers) if f"blk.{i}.ffn_gate_inp.weight" not in file.tensors),
+    )
+
+
 def _end_ids(file: _GgufFile, vocab_size: int) -> tuple[int, ...]:
     """Return the ids of the tokens that end a text: those that the file names, and those with one of _END_TEXTS."""
     keys = [f"tokenizer.ggml.{key}_token_id" for key in _END_KEYS]
@@ -278,8 +312,9 @@ def _end_ids(file: _GgufFile, vocab_size: int) -> tuple[int, ...]:
 def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
     """Return a GGUF file's config, and whether it has a tokenizer. Raise ValueError if it is not supported."""
     file = _GgufFile(path)
-    if file.arch not in _ARCHITECTURES:
-        check_model_type(file.arch)
+    model_type = _MOE_FAMILIES.get(file.arch, file.arch)
+    check_model_type(model_type)
+    if model_type not in _ARCHITECTURES and model_type == file.arch:
         raise unsupported(f"a GGUF file of the architecture {shown(file.arch)}")
     hidden_size = file.number("{arch}.embedding_length")
     num_heads = file.number("{arch}.attention.head_count")
@@ -287,8 +322,6 @@ def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
     max_position = file.number("{arch}.context_length")
     if file.number("split.count", 1) > 1:
         raise unsupported("a GGUF model that is split over several files")
-    if file.number("{arch}.expert_count", 0):
-        raise unsupported("a mixture of experts")
     if (file.number("{arch}.attention.sliding_window", 0) or max_position) < max_position:
         raise unsupported("a GGUF file with sliding-window attention")  # it does not say in which layers
     if file.number("{arch}.rope.dimension_count", head_dim) != head_dim:
@@ -303,7 +336,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
     vocab_size = embedding.shape[0]
     rope_scaling = _rope_scaling(file)
     config = ModelConfig(
-        model_type=file.arch,
+        model_type=model_type,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=file.number("{arch}.feed_forward_length"),
@@ -316,12 +349,13 @@ def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
         tie_word_embeddings="output.weight" not in file.tensors,
         rope_theta=file.number("{arch}.rope.freq_base", 10000.0),
         rope_scaling=rope_scaling,
-        qk_norm=FAMILIES[file.arch].get("qk_norm") is True,
+        qk_norm=FAMILIES[model_type].get("qk_norm") is True,
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         o_bias="blk.0.attn_output.bias" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
         dtype={"F32": torch.float32, "F16": torch.float16}.get(embedding.type.name, torch.bfloat16),
         eos_token_ids=_end_ids(file, vocab_size),
+        moe=_moe(file),
     )
     return config, "tokenizer.ggml.tokens" in file.metadata
 
@@ -378,23 +412,42 @@ def _is_weight(name: str) -> bool:
     return name != "rope_freqs.weight"  # part of the config
 
 
+def _split_experts(tensor: _Tensor) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
+    """Iterate over transformers names, shapes and experts of the matrices in a tensor. Others are whole: no expert."""
+    match tensor.name.split("."):
+        case ["blk", layer, module, "weight"] if module in _EXPERT_NAMES and len(tensor.shape) == 3:
+            if tensor.shape[0] > MAX_EXPERTS:
+                raise ValueError(f"the tensor {shown(tensor.name)} must have at most {MAX_EXPERTS} experts")
+            for expert in range(tensor.shape[0]):
+                name = f"model.layers.{layer}.mlp.experts.{expert}.{_EXPERT_NAMES[module]}.weight"
+                yield name, tensor.shape[1:], expert
+        case ["blk", _, "ffn_gate_inp_shexp", "weight"] if len(tensor.shape) == 1:
+            yield _hf_name(tensor.name), (1, *tensor.shape), None
+        case _:
+            yield _hf_name(tensor.name), tensor.shape, None
+
+
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the file's tensors, by their transformers names."""
-    tensors = _GgufFile(path).tensors.values()
-    return {_hf_name(tensor.name): tensor.shape for tensor in tensors if _is_weight(tensor.name)}
+    weights = [tensor for tensor in _GgufFile(path).tensors.values() if _is_weight(tensor.name)]
+    return {name: shape for tensor in weights for name, shape, _ in _split_experts(tensor)}
 
 
 def iterate_gguf(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Iterate over the file's tensors, dequantised to float32, with their transformers names and layouts."""
+    """Iterate over the file's tensors, dequantised to float32, with their transformers names and layouts.
+
+    Experts come one by one, because all experts of a layer may take a GiB in float32.
+    """
     file = _GgufFile(path)
     num_heads = file.number("{arch}.attention.head_count")
     heads = {"attn_q": num_heads, "attn_k": file.number("{arch}.attention.head_count_kv", num_heads)}
     for name in filter(_is_weight, file.tensors):
-        array = file.floats(name)
         module = name.split(".")[-2:][0]
-        # The loader refuses a size that the heads do not divide.
-        if file.arch == "llama" and module in heads and len(array) % (2 * heads[module]) == 0:
-            # llama.cpp rotates neighbouring pairs, so its converter interleaves the halves of each head's rows.
-            pairs = array.reshape((heads[module], -1, 2, *array.shape[1:]))
-            array = pairs.swapaxes(1, 2).reshape(array.shape)
-        yield _hf_name(name), torch.from_numpy(np.require(array, requirements="W"))
+        for hf_name, shape, expert in _split_experts(file.tensors[name]):
+            array = file.floats(name, expert)
+            # The loader refuses a size that the heads do not divide.
+            if file.arch == "llama" and module in heads and len(array) % (2 * heads[module]) == 0:
+                # llama.cpp rotates neighbouring pairs, so its converter interleaves the halves of each head's rows.
+                pairs = array.reshape((heads[module], -1, 2, *array.shape[1:]))
+                array = pairs.swapaxes(1, 2)
+            yield hf_name, torch.from_numpy(np.require(array.reshape(shape), requirements="W"))

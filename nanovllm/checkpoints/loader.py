@@ -15,7 +15,7 @@ from nanovllm.layers.linear import LinearLayer
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import ModelConfig
 from nanovllm.progress import ProgressBar
-from nanovllm.weights.parameter import CheckpointTensor
+from nanovllm.weights.parameter import CheckpointTensor, MergedTensor
 
 # A checkpoint with tied embeddings has either tensor, or both.
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -36,11 +36,19 @@ def _is_computed(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
-def _whole_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor that a checkpoint of this model may have, by its name. Allocate nothing."""
+def _meta_targets(config: ModelConfig) -> dict[str, CheckpointTensor]:
+    """Return the tensors that a checkpoint of this model must have, by name. Allocate nothing."""
     with torch.device("meta"):
-        targets = Decoder(config, tp=TensorParallel()).checkpoint_tensors()
-    return {name: target.shape for name, target in targets.items()}
+        return Decoder(config, tp=TensorParallel()).checkpoint_tensors()
+
+
+def _merged_tensors(targets: Mapping[str, CheckpointTensor]) -> dict[str, dict[str, MergedTensor]]:
+    """Return the merged tensors that a checkpoint may have in place of some targets: by name, and then by target."""
+    merged: dict[str, dict[str, MergedTensor]] = {}
+    for name, target in targets.items():
+        if target.merged is not None:
+            merged.setdefault(target.merged.name, {})[name] = target.merged
+    return merged
 
 
 def _unknown_tensor(name: str) -> ValueError:
@@ -69,17 +77,22 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
     layers = {match[1] for match in map(re.compile(r"(?:model\.)?layers\.(\d+)\.").match, shapes) if match}
     if config.num_layers > len(layers):
         raise ValueError(f"the model's num_layers is {config.num_layers}, but the checkpoint has {len(layers)} layers")
-    whole = _whole_shapes(config)
-    for name, shape in shapes.items():
+    targets = _meta_targets(config)
+    merged = _merged_tensors(targets)
+    needed = {name: target.shape for name, target in targets.items()}
+    needed |= {part.name: part.shape for parts in merged.values() for part in parts.values()}
+    found: set[str] = set()
+    for given, shape in shapes.items():
+        name = _full_name(given)
         if _is_computed(name):
             continue
-        if _full_name(name) not in whole:
-            raise _unknown_tensor(name)
-        needed = whole[_full_name(name)]
-        if tuple(shape) != needed:
-            found = shown(list(shape))
-            raise ValueError(f"the tensor {name:.200} has shape {found}, but the model needs {list(needed)}")
-    _check_complete(config, whole, map(_full_name, shapes))
+        if name not in needed:
+            raise _unknown_tensor(given)
+        if tuple(shape) != needed[name]:
+            has = shown(list(shape))
+            raise ValueError(f"the tensor {given:.200} has shape {has}, but the model needs {list(needed[name])}")
+        found.update(merged.get(name, (name,)))
+    _check_complete(config, targets, found)
 
 
 class WeightUpdate:
@@ -95,6 +108,7 @@ class WeightUpdate:
     def __init__(self, model: Decoder):
         self.model = model
         self.targets = model.checkpoint_tensors()
+        self.merged = _merged_tensors(self.targets)
         self.seen: set[str] = set()
         self.differs: dict[str, torch.Tensor] = {}
         self.layers = [module for module in model.modules() if isinstance(module, LinearLayer)]
@@ -113,31 +127,43 @@ class WeightUpdate:
         Raises:
             ValueError: a tensor is unknown, given twice, of the wrong shape or not floating point.
         """
+        names: set[str] = set()
         bar = ProgressBar(
-            checked_weights(weights),
+            self._separate(weights, names),
             desc="Loading weights",
             total=len(self.targets) - len(self.seen),
             enabled=False if self.model.tp.rank else None,  # None: only on a terminal
             delay=2,
             leave=False,
         )
-        names = set()
         with torch.inference_mode():
-            for given, loaded in bar:
-                names.add(given)
-                name = _full_name(given)
-                if _is_computed(name):
-                    continue
+            for given, name, merged, loaded in bar:
                 if name in self.seen:
                     raise ValueError(f"the checkpoint has the tensor {given:.200} twice")
                 if name not in self.targets:
                     raise _unknown_tensor(given)
                 try:
-                    self._copy(name, loaded)
+                    self._copy(name, loaded if merged is None else merged.part(loaded))
                 except ValueError as error:
                     raise ValueError(f"the tensor {given:.200} {error}") from None
                 self.seen.add(name)
         return names
+
+    def _separate(
+        self, weights: Iterable[tuple[str, torch.Tensor]], names: set[str]
+    ) -> Iterator[tuple[str, str, MergedTensor | None, torch.Tensor]]:
+        """Iterate over given names, targets' names and tensors. A merged tensor comes once for each of its parts.
+
+        Args:
+            names: receives the given names.
+        """
+        for given, loaded in checked_weights(weights):
+            names.add(given)
+            name = _full_name(given)
+            if _is_computed(name):
+                continue
+            for target, merged in self.merged.get(name, {name: None}).items():
+                yield given, target, merged, loaded
 
     def _copy(self, name: str, loaded: torch.Tensor) -> None:
         other = _TIED.get(name) if self.model.config.tie_word_embeddings else None
@@ -159,7 +185,9 @@ class WeightUpdate:
         """
         _check_complete(self.model.config, self.targets, self.seen)
         with torch.inference_mode():
-            _raise_first(_not_finite(self.targets) | self.differs, self.model.tp)
+            _check_finite(self.targets, self.model.tp)
+            if (index := _first_true(list(self.differs.values()), self.model.tp)) is not None:
+                raise ValueError(list(self.differs)[index])
             for layer in self.layers:
                 layer.format = layer.format.finish_loading()
 
@@ -171,28 +199,42 @@ def load_weights(model: Decoder, weights: Iterable[tuple[str, torch.Tensor]]) ->
     update.finish()
 
 
-def _not_finite(targets: Mapping[str, CheckpointTensor]) -> dict[str, torch.Tensor]:
-    """Check each tensor for NaN and infinity. Return an error text and a bool on the device for each."""
-    errors = {}
+def _check_finite(targets: Mapping[str, CheckpointTensor], tp: TensorParallel) -> None:
+    """Raise ValueError with the name of a tensor that has NaN or infinity: the same one on all ranks.
+
+    Whole parameters are checked first, because thousands of experts' tensors would take thousands of small kernels.
+    """
+    by_param: dict[torch.nn.Parameter, dict[str, CheckpointTensor]] = {}
     for name, target in targets.items():
-        extremes = torch.stack(torch.aminmax(target.shard))  # one pass over the tensor; NaN if it has a NaN
-        error = f"the tensor {name} has values that are NaN or infinite in {extremes.dtype}"
-        errors[error] = ~extremes.isfinite().all()
-    return errors
+        by_param.setdefault(target.param, {})[name] = target
+    bad_param = _first_true([_not_finite(param) for param in by_param], tp)
+    if bad_param is None:
+        return
+    suspects = list(by_param.values())[bad_param]
+    bad_tensor = _first_true([_not_finite(target.shard) for target in suspects.values()], tp)
+    name, target = list(suspects.items())[bad_tensor or 0]
+    raise ValueError(f"the tensor {name} has values that are NaN or infinite in {target.param.dtype}")
 
 
-def _raise_first(errors: dict[str, torch.Tensor], tp: TensorParallel) -> None:
-    """Raise ValueError with the first error that is true on any rank: the same one on all ranks.
+def _not_finite(x: torch.Tensor) -> torch.Tensor:
+    """Return whether `x` has NaN or infinity, as a bool on the device."""
+    extremes = torch.stack(torch.aminmax(x))  # one pass over the tensor; NaN if it has a NaN
+    return ~extremes.isfinite().all()
+
+
+def _first_true(flags: list[torch.Tensor], tp: TensorParallel) -> int | None:
+    """Return the index of the first flag that is true on any rank, the same on all ranks; None if all are false.
 
     Args:
-        errors: whether each error text is true, as a bool on the device. The host reads all of them at once.
+        flags: bools on the device. The host reads all of them at once.
     """
-    flags = torch.stack(list(errors.values()))
-    index = [*flags.tolist(), True].index(True)
+    if not flags:
+        return None
+    stacked = torch.stack(flags)
+    index = [*stacked.tolist(), True].index(True)
     if tp.group is not None:
-        index = tp.all_reduce_min(index, flags.device)
-    if index < len(errors):
-        raise ValueError(list(errors)[index])
+        index = tp.all_reduce_min(index, stacked.device)
+    return index if index < len(flags) else None
 
 
 def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -216,10 +258,10 @@ def dummy_weights(model: Decoder, seed: int) -> Iterator[tuple[str, torch.Tensor
     """Iterate over a checkpoint of small random numbers, with norms of ones. It is the same for any number of ranks."""
     param = next(model.parameters())
     generator = torch.Generator(param.device).manual_seed(seed)
-    for name, shape in _whole_shapes(model.config).items():
+    for name, target in _meta_targets(model.config).items():
         if name == _HEAD and model.config.tie_word_embeddings:
             continue
-        tensor = torch.ones(shape, dtype=param.dtype, device=param.device)
+        tensor = torch.ones(target.shape, dtype=param.dtype, device=param.device)
         if not name.endswith("norm.weight"):
             tensor.normal_(std=0.02, generator=generator)
         yield name, tensor

@@ -248,6 +248,10 @@ class PendingGemm:
             return Residual.from_summand(weight.linear_add(x, bias, stream, counters), tp)
         return Residual.from_summand(weight.linear(x, counters=counters), tp)
 
+    def summand(self) -> torch.Tensor:
+        """Run the GEMM without a bias. Return this rank's summand [T, out_features]."""
+        return self.layer.format.linear(self.x, counters=get_counters())
+
     def all_reduce(self, norm: Norm | None = None) -> torch.Tensor:
         """Run the GEMM and the all-reduce. Return the result or its RMSNorm, [T, out_features], on every rank."""
         layer = self.layer

@@ -22,6 +22,10 @@ class Normed(NamedTuple):
     x: torch.Tensor
     norm: Norm | None
 
+    def computed(self) -> "Normed":
+        """Return this with the norm applied, for several layers that cannot fuse it."""
+        return self if self.norm is None else Normed(rms_norm(self.x, *self.norm), None)
+
 
 @dataclass(eq=False)
 class Residual:

@@ -10,11 +10,15 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import GateUpParallelLinear, PendingGemm, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import PendingGemm, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.mlp import MLP
+from nanovllm.layers.moe import SparseMoE
 from nanovllm.layers.qk_norm import QKNorm
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.registry import ModelConfig
+from nanovllm.ops.dispatch import compile_sizes
+from nanovllm.ops.moe.dispatch import expert_sizes
 from nanovllm.utils.context import get_context
 from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
 
@@ -55,17 +59,6 @@ class SelfAttention(nn.Module):
         return self.o_proj(self.attn(qkv, positions, last))
 
 
-class MLP(nn.Module):
-    def __init__(self, config: ModelConfig, dtype: torch.dtype | None, tp: TensorParallel):
-        super().__init__()
-        hidden, intermediate = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = GateUpParallelLinear(hidden, intermediate, config.mlp_bias, dtype=dtype, tp=tp)
-        self.down_proj = RowParallelLinear(intermediate, hidden, config.mlp_bias, dtype=dtype, tp=tp)
-
-    def forward(self, x: Normed | Residual) -> PendingGemm:
-        return self.down_proj(self.gate_up_proj(x))
-
-
 class DecoderLayer(nn.Module):
     """A layer that adds attention and MLP to the residual stream, whose memory it may overwrite.
 
@@ -81,7 +74,19 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.self_attn = SelfAttention(config, index, rotary, dtype, tp)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.mlp = MLP(config, dtype, tp)
+        if config.moe is not None and index not in config.moe.dense_layers:
+            self.mlp = SparseMoE(
+                config.hidden_size,
+                num_experts=config.moe.num_experts,
+                experts_per_token=config.moe.experts_per_token,
+                intermediate_size=config.moe.intermediate_size,
+                norm_topk_prob=config.moe.norm_topk_prob,
+                shared_intermediate_size=config.moe.shared_intermediate_size,
+                dtype=dtype,
+                tp=tp,
+            )
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype=dtype, tp=tp)
 
     def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
         """Return the residual stream of all tokens, or only of the tokens at the indices `last` [L].
@@ -150,6 +155,13 @@ class Decoder(nn.Module):
         for name, child in self.named_children():
             tensors |= checkpoint_tensors(child, name if name == "lm_head" else f"model.{name}")
         return tensors
+
+    def compile_sizes(self, max_tokens: int) -> list[int]:
+        """Return the numbers of tokens, up to `max_tokens`, for which kernels are compiled at the start."""
+        sizes, moe = set(compile_sizes(max_tokens)), self.config.moe
+        if moe is not None:
+            sizes |= set(expert_sizes(moe.num_experts, moe.experts_per_token, max_tokens))
+        return sorted(sizes)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> Residual:
         """Return the hidden states before the final norm: input_ids, positions [T] int64 -> [L, hidden_size].

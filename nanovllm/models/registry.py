@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +22,8 @@ FAMILIES: dict[str, dict[str, bool | str]] = {
     "qwen2": {**_WINDOW, "qkv_bias": True},
     "llama": _LLAMA,
     "mistral": _WINDOW,
+    "qwen3_moe": {**_ATTENTION_BIAS, "qk_norm": True},
+    "qwen2_moe": {"qkv_bias": "qkv_bias"},
     "ministral": _WINDOW,
     "ministral3": _WINDOW,
     "smollm3": {**_LLAMA, **_WINDOW, "rope_layers": "no_rope_layers"},
@@ -31,6 +33,8 @@ FAMILIES: dict[str, dict[str, bool | str]] = {
     "seed_oss": {**_LLAMA, "o_bias": "attention_out_bias"},
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
+# The families of mixtures of experts, and whether they have a shared expert.
+_MOE_FAMILIES = {"qwen3_moe": False, "qwen2_moe": True}
 # By the type of an option: its types in a file, its range, and the range in words. Real models stay far below.
 _KINDS = {
     bool: ((bool,), 0, 1, "true or false"),
@@ -38,8 +42,10 @@ _KINDS = {
     float: ((int, float), 1e-15, 1e15, "a number from 1e-15 to 1e15"),
 }
 # Options that the weights do not depend on, or that the loader compares.
-_FREE_OPTIONS = {"max_position", "rope_theta", "tie_word_embeddings", "separate_head"}
+_COMPARED = (tuple[int, ...], tuple[str, ...] | None, int | None)  # besides types of _KINDS
+_FREE_OPTIONS = {"max_position", "rope_theta", "tie_word_embeddings", "separate_head", "eos_token_ids"}
 _MAX_END_IDS = 1024  # real models have a few
+MAX_EXPERTS, _MAX_EXPERTS_PER_TOKEN = 4096, 64  # kernels hold so many in registers; real models have up to 512 and 22
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Rope: TypeAlias = tuple[float, dict[str, Any] | None]  # theta and the scaling options
 
@@ -47,8 +53,8 @@ Rope: TypeAlias = tuple[float, dict[str, Any] | None]  # theta and the scaling o
 def unsupported(feature: str) -> ValueError:
     """Return the error for a model with this feature. It lists the supported ones."""
     return ValueError(
-        f"{feature} is not supported; supported are unquantised dense models of the types {', '.join(FAMILIES)} (GGUF "
-        f"files may be quantised), with RoPE of the types {', '.join(ROPE_TYPES)}"
+        f"{feature} is not supported; supported are unquantised models of the types {', '.join(FAMILIES)} (GGUF files "
+        f"may be quantised), with RoPE of the types {', '.join(ROPE_TYPES)}"
     )
 
 
@@ -106,6 +112,41 @@ def scaled_max_position(max_position: int, scaling: dict[str, Any] | None) -> in
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """The options of a decoder's mixtures of experts.
+
+    Args:
+        num_experts, experts_per_token: numbers of experts, and of those that the router chooses for a token.
+        intermediate_size: inner size of an expert.
+        norm_topk_prob: divide the weights of a token's experts by their sum.
+        shared_intermediate_size: inner size of the expert that every token has; 0 if there is none.
+        dense_layers: indices of the layers with a plain MLP instead of experts.
+
+    Raises:
+        ValueError: an option is impossible.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    norm_topk_prob: bool
+    shared_intermediate_size: int = 0
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name in ("num_experts", "experts_per_token", "intermediate_size"):
+            checked_option(f"moe.{name}", getattr(self, name), int)
+        checked_option("moe.norm_topk_prob", self.norm_topk_prob, bool)
+        if self.shared_intermediate_size != 0:
+            checked_option("moe.shared_intermediate_size", self.shared_intermediate_size, int)
+        if self.num_experts > MAX_EXPERTS:
+            raise ValueError(f"the model's num_experts must be at most {MAX_EXPERTS}, got {self.num_experts}")
+        most = min(self.num_experts, _MAX_EXPERTS_PER_TOKEN)
+        if self.experts_per_token > most:
+            raise ValueError(f"the model's experts_per_token must be at most {most}, got {self.experts_per_token}")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The options of one decoder, resolved.
 
@@ -124,6 +165,7 @@ class ModelConfig:
         sliding_window: how many tokens a query sees in layers with sliding attention.
         dtype: dtype of the checkpoint.
         eos_token_ids: ids that end a text.
+        moe: the mixtures of experts in place of MLPs; None if all layers are dense.
 
     Raises:
         ValueError: the model is not supported.
@@ -155,6 +197,7 @@ class ModelConfig:
     sliding_window: int | None = None
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
+    moe: MoEConfig | None = None
 
     def __post_init__(self):
         check_model_type(self.model_type)
@@ -235,15 +278,14 @@ class ModelConfig:
 
         Formats differ in the names of families and of kinds of RoPE, and round numbers, so the results are compared.
         """
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.type not in _KINDS or field.name in _FREE_OPTIONS:
-                continue
-            if not math.isclose(mine, theirs, rel_tol=1e-5):
-                raise ValueError(f"the checkpoint's {field.name} is {theirs}, but the model's is {mine}")
-        for name in ("layer_types", "sliding_window"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
+        options, their_options = _comparable(self), _comparable(other)
+        for name in options | their_options:
+            mine, theirs = options.get(name), their_options.get(name)
+            if isinstance(mine, float) and isinstance(theirs, float):
+                is_same = math.isclose(mine, theirs, rel_tol=1e-5)
+            else:
+                is_same = mine == theirs
+            if not is_same:
                 raise ValueError(f"the checkpoint's {name} is {shown(theirs)}, but the model's is {shown(mine)}")
         for index in range(self.num_layers):
             (theta, scaling), (their_theta, their_scaling) = self.rope(index), other.rope(index)
@@ -294,8 +336,45 @@ class ModelConfig:
             layer_types=layer_types,
             dtype=_dtype(config),
             eos_token_ids=ends,
+            moe=_moe(config) if config.model_type in _MOE_FAMILIES else None,
             **options,
         )
+
+
+def _comparable(config: Any) -> dict[str, Any]:
+    """Return the options that equal models share, by name: "moe.num_experts" if nested."""
+    options = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            options |= {f"{field.name}.{name}": option for name, option in _comparable(value).items()}
+        elif field.type in (*_KINDS, *_COMPARED) and field.name not in _FREE_OPTIONS:
+            options[field.name] = value
+    return options
+
+
+def _moe(config: Any) -> MoEConfig | None:
+    """Read the mixtures of experts of a transformers config; None if every layer is dense."""
+    num_layers = checked_option("num_layers", config.num_hidden_layers, int)
+    step = checked_option("decoder_sparse_step", getattr(config, "decoder_sparse_step", 1), int)
+    listed = getattr(config, "mlp_only_layers", None) or []
+    if not isinstance(listed, list) or any(type(index) is not int for index in listed):
+        raise ValueError(f"the model's mlp_only_layers must be a list of layer indices, got {shown(listed)}")
+    dense_layers = tuple(i for i in range(num_layers) if (i + 1) % step or i in listed)
+    if len(dense_layers) == num_layers:
+        return None
+    shared_size = 0
+    if _MOE_FAMILIES[config.model_type]:
+        name = "shared_expert_intermediate_size"
+        shared_size = checked_option(name, getattr(config, name), int)
+    return MoEConfig(
+        num_experts=config.num_experts,
+        experts_per_token=config.num_experts_per_tok,
+        intermediate_size=config.moe_intermediate_size,
+        norm_topk_prob=config.norm_topk_prob,
+        shared_intermediate_size=shared_size,
+        dense_layers=dense_layers,
+    )
 
 
 def _first_given(*values: Any) -> Any:
@@ -395,4 +474,12 @@ PRESETS = {
         **_QWEN3, hidden_size=2560, intermediate_size=9728, num_layers=36, num_heads=32, tie_word_embeddings=True
     ),
     "qwen3-8b": ModelConfig(**_QWEN3, hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32),
+    "qwen3-30b-a3b": ModelConfig(
+        **_QWEN3 | {"model_type": "qwen3_moe", "num_kv_heads": 4},
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_layers=48,
+        num_heads=32,
+        moe=MoEConfig(num_experts=128, experts_per_token=8, intermediate_size=768, norm_topk_prob=True),
+    ),
 }

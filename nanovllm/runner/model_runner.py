@@ -19,7 +19,6 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.messages import NO_TOKENS, Batch, Row, StepOutput
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
-from nanovllm.ops.dispatch import compile_sizes
 from nanovllm.ops.inputs.step_rows import StepRows
 from nanovllm.ops.linear.gemm import MAX_TILES
 from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launch
@@ -246,7 +245,7 @@ class ModelRunner:
 
     def _trace_mixed_steps(self) -> None:
         """Run steps of prompt tokens with each number of tokens that has kernels of its own."""
-        for num_tokens in compile_sizes(self.config.max_num_batched_tokens):
+        for num_tokens in self.model.compile_sizes(self.config.max_num_batched_tokens):
             num_rows = min(num_tokens, self.config.max_num_seqs) + 1
             packed = torch.from_numpy(self.state.pack(Batch(), num_rows, num_tokens)).to(self.device)
             rows = StepRows.split(packed, num_rows, num_tokens)

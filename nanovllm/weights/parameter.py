@@ -2,15 +2,37 @@
 
 A parameter has the attribute `weight_loader(param, loaded, shard_id=None)`, which copies this rank's slice of a whole
 checkpoint tensor. `shard_id` names the shard of a merged parameter.
+
+Checkpoints differ in which tensors they merge. Layers declare the separate tensors, and in which merged tensor some
+checkpoints have them.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
 ShardId = str | int  # names a shard of a merged parameter, as in nano-vLLM: "q", "k", "v", 0 or 1
+Index: TypeAlias = slice | tuple[int | slice, ...]  # of a part of a tensor
+
+
+class MergedTensor(NamedTuple):
+    """A tensor that some checkpoints have in place of several separate ones.
+
+    Attributes:
+        name, shape: of the merged tensor.
+        location: index of the separate tensor in it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    location: Index
+
+    def part(self, loaded: torch.Tensor) -> torch.Tensor:
+        """Return the separate tensor, a view. Raise ValueError if the shape of `loaded` is wrong."""
+        check_shape(loaded, self.shape)
+        return loaded[self.location]
 
 
 class CheckpointTensor(NamedTuple):
@@ -20,17 +42,19 @@ class CheckpointTensor(NamedTuple):
         param: the parameter that loads it.
         shape: shape of the whole tensor.
         shard_id: the shard of `param` that it fills; None if `param` is not merged.
-        rows: the rows of that shard in `param`; None if `param` is not merged.
+        rows: the rows of `param`, or another part of it, that it fills; None if `param` is not merged.
+        merged: the tensor that has this one as a part in some checkpoints.
     """
 
     param: nn.Parameter
     shape: tuple[int, ...]
-    shard_id: ShardId | None = None
-    rows: slice | None = None
+    shard_id: ShardId | tuple[int, int] | None = None
+    rows: Index | None = None
+    merged: MergedTensor | None = None
 
     @property
     def shard(self) -> torch.Tensor:
-        """Return the rows of the parameter that the tensor fills."""
+        """Return the part of the parameter that the tensor fills."""
         return self.param if self.rows is None else self.param[self.rows]
 
     def load(self, loaded: torch.Tensor) -> None:

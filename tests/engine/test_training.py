@@ -26,14 +26,14 @@ NAMES = ["qwen3", "qwen2-tied", "llama-bias"]
 def models(tmp_path_factory):
     """Two sets of weights of each model."""
     folder = tmp_path_factory.mktemp("models")
-    return {name: [save_tiny(folder / str(seed), name, seed) for seed in range(2)] for name in NAMES}
+    return {name: [save_tiny(folder / str(seed), name, seed) for seed in range(2)] for name in (*NAMES, "qwen2-moe")}
 
 
 def weights_of(path):
     return load_file(path / "model.safetensors").items()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "qwen2-moe"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_updated_weights_are_those_of_a_fresh_load(models, name, size):
     old, new = models[name]
@@ -52,6 +52,22 @@ def test_updated_weights_are_those_of_a_fresh_load(models, name, size):
         if size == 1:
             assert llm.update_weights((k, v.requires_grad_()) for k, v in weights_of(new)) == 3
             assert tokens(llm, prompts, greedy(12)) == want
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_experts_are_updated_by_the_names_of_transformers_modules(models, size):
+    old, new = models["qwen2-moe"]
+    prompts = prompts_of([5, 20])
+    merged = tiny_model("qwen2-moe", seed=1).state_dict()
+    assert {name for name, _ in weights_of(new)} != set(merged)
+    with engine(new) as llm:
+        want = tokens(llm, prompts, greedy(12))
+    with engine(old, tensor_parallel_size=size) as llm:
+        llm.start_weight_update()
+        for pair in reversed(merged.items()):
+            llm.load_weights([pair])
+        llm.finish_weight_update()
+        assert tokens(llm, prompts, greedy(12)) == want
 
 
 @pytest.mark.parametrize("size", [1, 2])

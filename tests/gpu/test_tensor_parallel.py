@@ -187,6 +187,12 @@ def test_engines_on_two_gpus_answer_whichever_gpu_is_current(model, want):
         torch.cuda.set_device(0)
 
 
+def test_experts_on_two_ranks_give_the_tokens_of_one(tmp_path):
+    path = save_tiny(tmp_path, "qwen2-moe")
+    with LLM(path, **TINY_OPTIONS) as one, LLM(path, tensor_parallel_size=2, **TINY_OPTIONS) as two:
+        assert tokens(two, *mixture()) == tokens(one, *mixture())
+
+
 @pytest.mark.parametrize(
     "change",
     [{}, {"enforce_eager": True}, {"max_num_batched_tokens": 16}, {"num_kvcache_blocks": 16}, {"overlap": 0}],

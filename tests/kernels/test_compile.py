@@ -51,11 +51,11 @@ def call_all():
     deep, residual = torch.zeros(8, 2048, **bf16), torch.zeros(8, 512, **bf16)
     counters = torch.zeros(gemm.MAX_TILES, **i32)
     gemm.gemm_triton(deep, torch.zeros(512, 2048, **bf16), residual[0], residual=residual, counters=counters)
-    for tokens in (1, 300):
+    for tokens in (1, 300, 2000):
         ids, routing = router.route_triton(torch.zeros(tokens, 16, **bf16), 4, True, torch.bfloat16)
         gate_up, down = torch.zeros(16, 256, 256, **bf16), torch.zeros(16, 256, 128, **bf16)
         operands = torch.zeros(tokens, 256, **bf16), gate_up, down, ids, routing
-        shared = operands[0], operands[0][:, :1].contiguous()
+        shared = operands[0], operands[0][:, :1]
         for residual in (None, operands[0]):
             experts.experts_gemv_triton(*operands, (weight, 1e-6), residual, shared)
             for tiling in TILINGS:

@@ -6,9 +6,26 @@ import torch
 from nanovllm.ops.moe import alignment, grouped_gemm
 from nanovllm.ops.moe.alignment import align_triton, max_tiles
 from nanovllm.ops.moe.combine import combine_triton
-from nanovllm.ops.moe.dispatch import REGIMES, TILINGS, ExpertKernel, GroupedGemmConfig, Tiling, tiling_of
+from nanovllm.ops.moe.dispatch import (
+    MAX_FEW_PAIRS,
+    REGIMES,
+    TILINGS,
+    ExpertKernel,
+    GroupedGemmConfig,
+    Tiling,
+    expert_regime_of,
+    expert_sizes,
+    tiling_of,
+)
 from nanovllm.ops.moe.expert_gemv import ExpertGemvConfig, down_gemv_triton, fits_expert_gemv, gate_up_gemv_triton
-from nanovllm.ops.moe.experts import default_tiling, experts, experts_gemm_triton, experts_gemv_triton, is_expert_gemv
+from nanovllm.ops.moe.experts import (
+    check_expert_sizes,
+    default_tiling,
+    experts,
+    experts_gemm_triton,
+    experts_gemv_triton,
+    is_expert_gemv,
+)
 from nanovllm.ops.moe.grouped_gemm import grouped_down_triton, grouped_gate_up_triton
 from nanovllm.ops.moe.reference import combine_torch, experts_torch, route_torch, sort_pairs_torch
 from nanovllm.ops.moe.router import route, route_triton
@@ -133,21 +150,25 @@ def test_route_yields_different_valid_ids_whatever_the_logits_are(device):
 
 
 @needs_triton
+@pytest.mark.parametrize("by_blocks", [False, True])
 @pytest.mark.parametrize("block_m", [1, 16])
 @pytest.mark.parametrize(
     ("num_experts", "tokens", "top_k", "used", "blocks"),
     [(4, 1, 1, 4, 9), (16, 300, 4, 9, 3), (5, 40, 3, 1, 9), (7, 31, 2, 7, 9), (512, 9, 16, 512, 9)],
 )
 def test_align_sorts_pairs_by_expert_in_tiles_of_one_expert(
-    device, monkeypatch, num_experts, tokens, top_k, used, blocks, block_m
+    device, monkeypatch, num_experts, tokens, top_k, used, blocks, block_m, by_blocks
 ):
     monkeypatch.setattr(alignment, "MAX_BLOCKS", blocks)
+    if by_blocks:
+        monkeypatch.setattr(alignment, "MAX_FEW_PAIRS", 0)
     if num_experts < 512:
         monkeypatch.setattr(alignment, "ONE_HOT", 128)  # several blocks of pairs
     ids = torch.randint(used, (tokens, top_k), generator=torch.Generator().manual_seed(0)).int().to(device)
     tiles = align_triton(ids, num_experts, block_m)
     order, counts = sort_pairs_torch(ids, num_experts)
-    assert torch.equal(tiles.order.long(), order)
+    assert sorted(tiles.order.tolist()) == list(range(tokens * top_k))
+    assert torch.equal(ids.flatten()[tiles.order.long()], ids.flatten()[order])  # the order in an expert is free
     want, start = [], 0
     for expert, count in enumerate(counts):
         want += [[expert, first, start + count] for first in range(start, start + count, block_m)]
@@ -177,10 +198,11 @@ def test_gemv_experts_equal_the_reference(device, shape, config):
 
 @needs_triton
 @pytest.mark.parametrize("run", [experts_gemv_triton, experts_gemm_triton])
-@pytest.mark.parametrize("gated", [False, True])
-def test_experts_add_the_shared_expert_and_the_residual(device, run, gated):
+@pytest.mark.parametrize("gate_columns", [0, 1, 3])  # of the tensor whose last column is the gate
+def test_experts_add_the_shared_expert_and_the_residual(device, run, gate_columns):
     layer = Layer(6, 2, 48, 72, 4, device)
-    shared = layer.shared, layer.gate if gated else None
+    gate = torch.cat([layer.residual[:, : gate_columns - 1], layer.gate], 1)[:, -1:] if gate_columns else None
+    shared = layer.shared, gate
     for residual in (None, layer.residual):
         total, want = (None, None) if residual is None else (residual.clone(), residual.clone())
         want = experts_torch(*layer.operands, want, shared)
@@ -267,3 +289,25 @@ def test_tilings_cover_all_sizes_and_need_no_more_shared_memory_in_float32():
         assert tiling.block_m >= 128 or not (tiling.gate_up.halve or tiling.down.halve)
     halves, whole = (default_tiling(torch.zeros(3, 64, dtype=d), 8, 2) for d in (torch.float32, torch.bfloat16))
     assert 2 * halves.gate_up.block_k == whole.gate_up.block_k and 2 * halves.down.block_k == whole.down.block_k
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(128, 8), (8, 2), (512, 10), (5, 1), (60, 4), (4, 4)])
+def test_every_number_of_tokens_runs_the_kernels_of_a_listed_size(num_experts, top_k):
+    def kernels(tokens):
+        pairs = tokens * top_k
+        return expert_regime_of(tokens), tiling_of(pairs, num_experts), pairs <= MAX_FEW_PAIRS
+
+    sizes = expert_sizes(num_experts, top_k, 20_000)
+    listed = {kernels(size) for size in [1, *sizes]}
+    assert {kernels(tokens) for tokens in range(1, 20_001)} <= listed
+    assert expert_sizes(num_experts, top_k, 100) == [size for size in sizes if size <= 100]
+
+
+def test_experts_whose_rows_a_gpu_cannot_read_are_refused(monkeypatch):
+    check_expert_sizes(2044, 100, torch.bfloat16)
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda"))
+    check_expert_sizes(2048, 96, torch.bfloat16)
+    check_expert_sizes(2048, 100, torch.float32)
+    for h, i in ((2048, 100), (2044, 96)):
+        with pytest.raises(ValueError, match=f"hidden size {h} and inner size {i} .* multiples of 16 bytes, 8 values"):
+            check_expert_sizes(h, i, torch.bfloat16)

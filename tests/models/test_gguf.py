@@ -18,9 +18,10 @@ from nanovllm.checkpoints.loader import iterate_weights, load_weights
 from nanovllm.layers.rotary_embedding import rope_table
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import ModelConfig
-from tests.models.tiny import tiny_model
+from tests.models.tiny import separate_experts, tiny_model
 
 _GGUF_NAMES = {hf: name for name, hf in (reader._NAMES | reader._LAYER_NAMES).items()}
+_GGUF_NAMES |= {f"mlp.experts.{hf}": name for name, hf in reader._EXPERT_NAMES.items()}
 
 
 def interleaved(array, heads):
@@ -38,7 +39,7 @@ def write_gguf(path, model, extra=(), quantise=False, without=(), **metadata):
         metadata: values to add or replace, by their keys with "__" in place of ".".
     """
     config = model.config
-    arch = "llama" if config.model_type == "mistral" else config.model_type
+    arch = {"mistral": "llama"}.get(config.model_type, config.model_type.replace("_", ""))
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -49,6 +50,11 @@ def write_gguf(path, model, extra=(), quantise=False, without=(), **metadata):
     writer.add_key_length(ModelConfig.from_hf(config).head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if arch.endswith("moe"):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        writer.add_expert_shared_feed_forward_length(getattr(config, "shared_expert_intermediate_size", 0))
     if "tokenizer.ggml.eos_token_id" not in without:
         writer.add_eos_token_id(1)
         writer.add_eot_token_id(9)
@@ -77,7 +83,7 @@ def add_metadata(writer, metadata):
 
 def add_weights(writer, model, arch, quantise, without):
     config = model.config
-    for name, tensor in model.state_dict().items():
+    for name, tensor in with_gguf_experts(model.state_dict()).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         array = tensor.numpy()
@@ -94,11 +100,26 @@ def add_weights(writer, model, arch, quantise, without):
         target = f"{prefix}{_GGUF_NAMES[module]}.{parts[-1]}"
         if target in without:
             continue
-        if quantise and array.ndim == 2 and array.shape[1] % 32 == 0:
+        if quantise and array.ndim >= 2 and array.shape[-1] % 32 == 0:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(target, gguf.quantize(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(target, np.ascontiguousarray(array))
+
+
+def with_gguf_experts(weights):
+    """Return the weights with gate and up of all experts as two tensors, and the shared expert's gate as a vector."""
+    changed = {}
+    for name, tensor in weights.items():
+        prefix, _, kind = name.rpartition(".mlp.")
+        if kind == "experts.gate_up_proj":
+            for part, weight in zip(("gate", "up"), tensor.chunk(2, dim=1), strict=True):
+                changed[f"{prefix}.mlp.experts.{part}_proj.weight"] = weight
+        elif kind == "experts.down_proj":
+            changed[f"{name}.weight"] = tensor
+        else:
+            changed[name] = tensor[0] if kind == "shared_expert_gate.weight" else tensor
+    return changed
 
 
 def finish(writer):
@@ -112,7 +133,7 @@ YARN = {"llama__rope__scaling__type": "yarn", "llama__rope__scaling__factor": 4.
 FACTORS = ("rope_freqs.weight", torch.linspace(1, 8, 8))
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama", "llama-bias", "mistral"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama", "llama-bias", "mistral", "qwen3-moe", "qwen2-moe"])
 def test_config_and_weights_equal_those_of_the_original(tmp_path, name):
     overrides = {"rope_parameters": None} if name == "llama-bias" else {}
     model = tiny_model(name, **overrides)
@@ -123,7 +144,7 @@ def test_config_and_weights_equal_those_of_the_original(tmp_path, name):
         assert getattr(source.config, field) == getattr(expected, field), field
     assert source.config.rms_norm_eps == pytest.approx(expected.rms_norm_eps)
     weights = dict(source.weights())
-    original = model.state_dict()
+    original = separate_experts(model.state_dict())
     if expected.tie_word_embeddings:
         del original["lm_head.weight"]
     assert weights.keys() == original.keys()
@@ -131,12 +152,14 @@ def test_config_and_weights_equal_those_of_the_original(tmp_path, name):
         assert torch.equal(weights[key], tensor), key
 
 
-def test_quantised_tensors_are_dequantised(tmp_path):
-    model = tiny_model("qwen2-tied", hidden_size=64, intermediate_size=96)
+@pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-moe"])
+def test_quantised_tensors_are_dequantised(tmp_path, name):
+    model = tiny_model(name, hidden_size=64, intermediate_size=96, moe_intermediate_size=32)
     source = open_model(write_gguf(tmp_path / "tiny.gguf", model, quantise=True))
     assert source.config.dtype == torch.bfloat16
+    original = separate_experts(model.state_dict())
     for key, tensor in source.weights():
-        torch.testing.assert_close(tensor, model.state_dict()[key], atol=0.01, rtol=0)
+        torch.testing.assert_close(tensor, original[key], atol=0.01, rtol=0)
 
 
 def test_llama3_rope_is_read_from_its_frequency_factors(tmp_path):
@@ -321,11 +344,11 @@ TOKENIZER = {
 }
 
 
-def write_words(path, **metadata):
+def write_words(path, name="llama", **metadata):
     """Write a GGUF file with the vocabulary WORDS that names no end token."""
     return write_gguf(
         path,
-        tiny_model("llama", vocab_size=len(WORDS)),
+        tiny_model(name, vocab_size=len(WORDS)),
         without=["tokenizer.ggml.eos_token_id"],
         **{**TOKENIZER, **metadata},
     )
@@ -341,6 +364,46 @@ def test_tokenizer_of_the_file_is_read_in_spite_of_another_in_its_folder(tmp_pat
     tokenizer = open_model(write_words(tmp_path / "tiny.gguf")).tokenizer()
     assert tokenizer.chat_template == "{{ messages[0].content }}"
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("hi", add_special_tokens=False)) == ["h", "i"]
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "qwen2-moe"])
+def test_tokenizer_of_a_mixture_of_experts_is_read(tmp_path, name):
+    tokenizer = open_model(write_words(tmp_path / "tiny.gguf", name, tokenizer__ggml__pre="qwen2")).tokenizer()
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("hello")) == ["he", "ll", "o"]
+
+
+@pytest.mark.parametrize(
+    ("name", "without", "message"),
+    [
+        ("qwen3-moe", "qwen3moe.expert_used_count", r"must have a number as its metadata qwen3moe\.expert_used_count"),
+        ("qwen2-moe", "qwen2moe.expert_shared_feed_forward_length", "expert_shared_feed_forward_length, got None"),
+        ("qwen3-moe", "blk.1.ffn_up_exps.weight", r"lacks 16 tensors: model\.layers\.1\.mlp\.experts\.0\.up_proj"),
+        ("qwen3-moe", "blk.1.ffn_gate_inp.weight", r"layers\.1\.mlp\.experts\.0\..*, which the model does not have"),
+        ("qwen2-moe", "blk.0.ffn_gate_inp_shexp.weight", r"lacks 1 tensors: .*\.mlp\.shared_expert_gate\.weight"),
+    ],
+)
+def test_missing_part_of_a_mixture_of_experts_is_named(tmp_path, name, without, message):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model(name), without=[without])
+    with pytest.raises(ValueError, match=message):
+        open_model(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((15, 24, 56), r"lacks 1 tensors: model\.layers\.0\.mlp\.experts\.15\.up_proj\.weight"),
+        ((17, 24, 56), r"layers\.0\.mlp\.experts\.16\.up_proj\.weight, which the model does not have"),
+        ((16, 24, 57), r"experts\.0\.up_proj\.weight has shape \[24, 57\], but the model needs \[24, 56\]"),
+        ((24, 56), r"blk\.0\.ffn_up_exps\.weight, which the model does not have"),
+        ((1 << 40, 0, 0), r"blk\.0\.ffn_up_exps\.weight' must have at most 4096 experts"),
+    ],
+)
+def test_misshapen_experts_are_named(tmp_path, shape, message):
+    name = "blk.0.ffn_up_exps.weight"
+    extra = [(name, torch.zeros(shape))]
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("qwen3-moe"), without=[name], extra=extra)
+    with pytest.raises(ValueError, match=message):
+        open_model(path)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanovllm.checkpoints.loader import dummy_weights, iterate_weights, load_weights
+from nanovllm.checkpoints.loader import check_shapes, dummy_weights, iterate_weights, load_weights
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import ModelConfig
-from tests.models.tiny import save_tiny, tiny_model
+from tests.models.tiny import save_tiny, separate_experts, tiny_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -79,6 +79,82 @@ def test_fault_of_a_checkpoint_is_named(untied):
         load({**weights, name: weights[name][:, 1:]}.items())
     with pytest.raises(ValueError, match=rf"{name} has dtype torch\.int8"):
         load({**weights, name: weights[name].to(torch.int8)}.items())
+
+
+def experts_model(rank=0, size=1):
+    """Return an empty decoder with experts, and its checkpoint with merged and with separate experts."""
+    model = tiny_model("qwen2-moe")
+    merged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    decoder = Decoder(ModelConfig.from_hf(model.config), tp=TensorParallel(rank, size))
+    return decoder, merged, separate_experts(merged)
+
+
+@pytest.mark.parametrize("merges", [True, False])
+def test_each_rank_loads_its_slices_of_experts(merges):
+    parts = []
+    for rank in range(2):
+        decoder, merged, separate = experts_model(rank, 2)
+        load_weights(decoder, (merged if merges else separate).items())
+        parts.append(decoder.layers[2].mlp)
+    want = {name.removeprefix("model.layers.2.mlp."): tensor for name, tensor in merged.items()}
+    experts = [mlp.experts for mlp in parts]
+    for half in range(2):
+        got = torch.cat([weights.gate_up_proj.chunk(2, dim=1)[half] for weights in experts], 1)
+        assert torch.equal(got, want["experts.gate_up_proj"].chunk(2, dim=1)[half])
+    assert torch.equal(torch.cat([weights.down_proj for weights in experts], 2), want["experts.down_proj"])
+    for mlp in parts:
+        router = plain(mlp.gate)
+        assert torch.equal(router[:9], want["gate.weight"])
+        assert torch.equal(router[9:10], want["shared_expert_gate.weight"])
+        assert not router[10:].any()
+
+
+@pytest.mark.parametrize("merges", [True, False])
+def test_fault_of_experts_in_a_checkpoint_is_named(merges):
+    decoder, merged, separate = experts_model()
+    good = merged if merges else separate
+    prefix = "model.layers.2.mlp.experts."
+    one, both = f"{prefix}3.up_proj.weight", f"{prefix}gate_up_proj"
+    name = both if merges else one
+    shapes = {key: tuple(tensor.shape) for key, tensor in good.items()}
+
+    def refused(change, without, message):
+        given = {key: tensor for key, tensor in {**good, **change}.items() if key != without}
+        with pytest.raises(ValueError, match=message):
+            load_weights(decoder, given.items())
+        with pytest.raises(ValueError, match=message):
+            check_shapes(decoder.config, {key: tuple(tensor.shape) for key, tensor in given.items()})
+
+    check_shapes(decoder.config, shapes)
+    refused({}, name, f"lacks {18 if merges else 1} tensors: {prefix}{0 if merges else 3}")
+    refused({name: good[name][1:]}, None, rf"{name} has shape .*, but the model needs \[{9 if merges else 16}, ")
+    refused(
+        {f"{prefix}9.up_proj.weight": separate[one]}, None, r"experts\.9\.up_proj\.weight, which the model does not"
+    )
+    refused({f"{both}.weight": merged[both]}, None, r"gate_up_proj\.weight, which the model does not have")
+    refused(
+        {"model.layers.1.mlp.experts.down_proj": merged[f"{prefix}down_proj"]}, None, "which the model does not have"
+    )
+    other = separate if merges else merged
+    with pytest.raises(ValueError, match=f"{both} twice" if not merges else f"{one} twice"):
+        load_weights(decoder, [*good.items(), *((key, other[key]) for key in ((one if merges else both),))])
+
+
+@pytest.mark.parametrize("name", ["8.down_proj", "0.gate_proj", "0.up_proj"])
+@pytest.mark.parametrize("merges", [True, False])
+def test_expert_with_nan_is_named(name, merges):
+    decoder, merged, separate = experts_model()
+    name = f"model.layers.2.mlp.experts.{name}.weight"
+    separate[name][-1, -1] = float("nan")  # a view of the merged tensor
+    with pytest.raises(ValueError, match=f"tensor {name} has values that are NaN or infinite in torch.float32"):
+        load_weights(decoder, (merged if merges else separate).items())
+
+
+def test_ranks_that_do_not_divide_the_inner_size_of_experts_are_refused():
+    config = experts_model()[0].config
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, intermediate_size=12))
+    with pytest.raises(ValueError, match="tensor_parallel_size=8 does not divide the model's moe_intermediate_size=12"):
+        Decoder(config, tp=TensorParallel(0, 8))
 
 
 def test_redundant_tensors_are_ignored():

@@ -10,11 +10,13 @@ from transformers import (
     Olmo2Config,
     Olmo3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
-from nanovllm.models.registry import FAMILIES, PRESETS, ModelConfig
+from nanovllm.models.registry import FAMILIES, PRESETS, ModelConfig, MoEConfig
 from tests.models.tiny import TINY
 
 LLAMA3 = {
@@ -53,15 +55,30 @@ def test_families_have_their_options():
     llama = ModelConfig.from_hf(LlamaConfig(**small, attention_bias=True, mlp_bias=True))
     mistral = ModelConfig.from_hf(MistralConfig(**small, sliding_window=None))
     olmo2 = ModelConfig.from_hf(Olmo2Config(**small))
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    qwen3_moe = ModelConfig.from_hf(Qwen3MoeConfig(**small, **experts, norm_topk_prob=True))
+    qwen2_moe = ModelConfig.from_hf(Qwen2MoeConfig(**small, **experts, shared_expert_intermediate_size=40))
     assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.head_dim) == (True, False, 128)
     assert (qwen2.qk_norm, qwen2.qkv_bias, qwen2.o_bias, qwen2.head_dim) == (False, True, False, 16)
     assert (llama.qkv_bias, llama.o_bias, llama.mlp_bias) == (True, True, True)
     assert (mistral.qkv_bias, mistral.o_bias, mistral.mlp_bias) == (False, False, False)
     assert (olmo2.qk_norm, olmo2.whole_qk_norm, olmo2.post_norms) == (False, True, True)
+    assert (qwen3_moe.qk_norm, qwen3_moe.qkv_bias, qwen3_moe.moe) == (True, False, MoEConfig(6, 2, 24, True))
+    assert (qwen2_moe.qkv_bias, qwen2_moe.moe) == (True, MoEConfig(6, 2, 24, False, 40))
+    assert qwen3.moe is qwen2.moe is None
 
 
 def test_every_family_has_a_tiny_model():
     assert {family for family, _ in TINY.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("step", "listed", "dense"), [(1, None, ()), (1, [2, 0], (0, 2)), (2, [], (0, 2, 4)), (3, [2], (0, 1, 2, 3, 4))]
+)
+def test_layers_without_experts_are_those_that_transformers_makes_dense(step, listed, dense):
+    options = {"num_hidden_layers": 5, "decoder_sparse_step": step, "mlp_only_layers": listed}
+    found = ModelConfig.from_hf(Qwen3MoeConfig(**options)).moe
+    assert found is None if len(dense) == 5 else found.dense_layers == dense
 
 
 def test_rope_options_of_transformers_4_and_5_give_the_same_config():
@@ -240,7 +257,9 @@ def test_weights_of_a_model_that_differs_in_one_option_are_refused(change, messa
         config.check_same_model(dataclasses.replace(config, **change))
 
 
-@pytest.mark.parametrize(("name", "billions"), [("qwen3-0.6b", 0.596), ("qwen3-4b", 4.02), ("qwen3-8b", 8.19)])
+@pytest.mark.parametrize(
+    ("name", "billions"), [("qwen3-0.6b", 0.596), ("qwen3-4b", 4.02), ("qwen3-8b", 8.19), ("qwen3-30b-a3b", 30.53)]
+)
 def test_presets_have_the_sizes_of_the_real_models(name, billions):
     from nanovllm.models.decoder import Decoder
 
@@ -280,3 +299,48 @@ def test_presets_have_the_sizes_of_the_real_models(name, billions):
 def test_impossible_options_of_a_config_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(PRESETS["qwen3-0.6b"], **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts": 0}, "moe.num_experts must be an integer from 1 to 2..24, got 0"),
+        ({"num_experts": 4097}, "num_experts must be at most 4096, got 4097"),
+        ({"experts_per_token": 129}, "experts_per_token must be at most 64, got 129"),
+        ({"num_experts": 4}, "experts_per_token must be at most 4, got 8"),
+        ({"intermediate_size": 2.0}, "moe.intermediate_size must be .*, got 2.0"),
+        ({"norm_topk_prob": 1}, "moe.norm_topk_prob must be true or false, got 1"),
+        ({"shared_intermediate_size": -1}, "moe.shared_intermediate_size must be .*, got -1"),
+    ],
+)
+def test_impossible_options_of_experts_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(PRESETS["qwen3-30b-a3b"].moe, **change)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step must be .*, got 0"),
+        ({"mlp_only_layers": "all"}, "mlp_only_layers must be a list of layer indices, got 'all'"),
+        ({"mlp_only_layers": [0.5]}, r"mlp_only_layers must be a list of layer indices, got \[0\.5\]"),
+        ({"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size must be .*, got 0"),
+    ],
+)
+def test_impossible_options_of_experts_in_a_file_are_named(options, message):
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": False}
+    experts |= {"decoder_sparse_step": 1, "mlp_only_layers": None, "shared_expert_intermediate_size": 8}
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(hf_config(model_type="qwen2_moe", **experts | options))
+
+
+def test_models_with_other_experts_are_not_the_same():
+    config = PRESETS["qwen3-30b-a3b"]
+    config.check_same_model(config)
+    for change in ({"experts_per_token": 4}, {"dense_layers": (3,)}, {"norm_topk_prob": False}):
+        other = dataclasses.replace(config, moe=dataclasses.replace(config.moe, **change))
+        (name,) = change
+        with pytest.raises(ValueError, match=rf"the checkpoint's moe\.{name} is .*, but the model's is"):
+            config.check_same_model(other)
+    with pytest.raises(ValueError, match=r"moe\.num_experts is None, but the model's is 128"):
+        config.check_same_model(dataclasses.replace(config, moe=None))

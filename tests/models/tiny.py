@@ -1,5 +1,6 @@
 """Tiny random models of every family, with odd shapes, in transformers' format."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ _LLAMA3 = {
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
-# Families and options by name. 4 ranks divide the heads and inner sizes, but no ranks divide the vocabulary.
+# Families and options by name. 4 ranks divide the heads and inner sizes, but no ranks divide the vocabulary. Experts
+# have inner sizes that a GPU can read, multiples of 8.
 TINY = {
     "qwen3": ("qwen3", {"heads": (4, 4), "head_dim": 32, "tied": True}),  # GQA 1, head_dim not hidden / heads
     "qwen3-yarn": ("qwen3", {"heads": (12, 4), "head_dim": 16, "attention_bias": True, "rope_parameters": _YARN}),
@@ -32,6 +34,43 @@ TINY = {
         },
     ),
     "mistral": ("mistral", {"heads": (8, 4), "head_dim": 10, "sliding_window": None}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            "heads": (8, 4),
+            "head_dim": 16,
+            "num_experts": 16,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3-moe-mixed": (  # top 1, in every second layer
+        "qwen3_moe",
+        {
+            "heads": (4, 4),
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "num_experts": 5,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 40,
+            "decoder_sparse_step": 2,
+            "tied": True,
+        },
+    ),
+    "qwen2-moe": (
+        "qwen2_moe",
+        {
+            "heads": (8, 4),
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_experts": 9,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 28,
+            "mlp_only_layers": [1],
+        },
+    ),
     "mistral-window": ("mistral", {"heads": (4, 2), "sliding_window": 16}),  # as long as a block
     "ministral": (  # windows shorter than a block
         "ministral",
@@ -126,6 +165,22 @@ def save_tiny(folder: Path, name: str, seed: int = 0, **overrides) -> Path:
     path = Path(folder) / name
     tiny_model(name, seed, **overrides).save_pretrained(path)
     return path
+
+
+def separate_experts(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return weights of a transformers model with three tensors for each expert, as in files."""
+    separate = {}
+    for name, tensor in weights.items():
+        prefix, _, kind = name.rpartition(".experts.")
+        if kind == "gate_up_proj":
+            for expert, gate_up in enumerate(tensor):
+                for part, weight in zip(("gate", "up"), gate_up.chunk(2), strict=True):
+                    separate[f"{prefix}.experts.{expert}.{part}_proj.weight"] = weight
+        elif kind == "down_proj":
+            separate |= {f"{prefix}.experts.{i}.down_proj.weight": weight for i, weight in enumerate(tensor)}
+        else:
+            separate[name] = tensor
+    return separate
 
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"

@@ -3,8 +3,10 @@
 import gzip
 import importlib.util
 import json
+from dataclasses import replace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from benchmarks.trace import TRACE_STEPS
 from benchmarks.workloads import Figure, latency, offline
 from nanovllm.checkpoints.hub import open_model
 from nanovllm.messages import FIRST_TOKEN, NO_TOKENS, Batch, Row
-from nanovllm.models.registry import ModelConfig
+from nanovllm.models.registry import ModelConfig, MoEConfig
 from tests.models.tiny import TINY, save_tiny, tiny_model
 
 CONFIG = ModelConfig(
@@ -113,6 +115,25 @@ def test_costs_equal_those_computed_by_hand():
     second = 2 * (1192 * 4 - 512 * 2) + 160 + 32 * (25 + 14)
     third = 2 * 1192 + 32 * (8 + 8)
     assert costs.flops.tolist() == [first, second, third] == [10208, 8896, 2896]
+
+
+def test_costs_of_experts_are_those_that_the_tokens_choose():
+    moe = MoEConfig(num_experts=4, experts_per_token=1, intermediate_size=5, norm_topk_prob=True, dense_layers=(0,))
+    dense, sparse = (replace(CONFIG, moe=replace(moe, dense_layers=layers)) for layers in ((0, 1), (0,)))
+    # The last layer has a router of 4 * 8 and experts of 3 * 8 * 5 in place of an MLP of 3 * 8 * 16.
+    others = 1192 - 384 + 32
+    assert body_parameters(sparse) == others + 4 * 120 and body_parameters(dense) == 1192
+    costs, dense_costs = (count_costs(batches(), config, itemsize=2, block_size=4) for config in (sparse, dense))
+    # In the last layer, the steps have 1, 2 and 1 tokens. Two tokens choose 4 * (1 - 0.75 ** 2) experts on average.
+    saved = 384 - 32 - 120 * np.array([1, 1.75, 1])
+    assert costs.bytes.tolist() == pytest.approx((dense_costs.bytes - 2 * saved).tolist())
+    saved = (384 - 32 - 120) * np.array([1, 2, 1])
+    assert costs.flops.tolist() == (dense_costs.flops - 2 * saved).tolist()
+    # In other layers, all tokens of the step choose.
+    costs = count_costs(batches()[:1], replace(CONFIG, moe=replace(moe, dense_layers=(1,))), itemsize=2, block_size=4)
+    experts = 4 * (1 - 0.75**6)
+    assert costs.bytes[0] == pytest.approx(dense_costs.bytes[0] - 2 * (384 - 32 - 120 * experts))
+    assert costs.flops[0] == dense_costs.flops[0] - 2 * (384 - 32 - 120) * 6
 
 
 def test_limit_of_a_step_is_the_longer_of_memory_and_arithmetic():
@@ -384,8 +405,8 @@ def test_vllm_receives_the_same_requests_side_by_side(model, tmp_path, fake_vllm
     assert all(params["temperature"] == 0.6 and params["ignore_eos"] for _, params in requests)
 
 
-def test_vllm_receives_a_shape_as_a_folder(tmp_path):
-    source = open_model("qwen3-0.6b", "dummy")
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-30b-a3b"])
+def test_vllm_receives_a_shape_as_a_folder(name, tmp_path):
+    source = open_model(name, "dummy")
     found = open_model(write_config(source, str(tmp_path)), "dummy").config
-    assert body_parameters(found) == body_parameters(source.config)
-    assert (found.vocab_size, found.rope_theta, found.tie_word_embeddings) == (151936, 1e6, True)
+    assert replace(found, eos_token_ids=source.config.eos_token_ids) == source.config

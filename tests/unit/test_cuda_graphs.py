@@ -17,7 +17,7 @@ from nanovllm.distributed import parallel
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.messages import Batch
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.registry import PRESETS
+from nanovllm.models.registry import PRESETS, MoEConfig
 from nanovllm.ops.dispatch import Adder, Kernel, regime_of
 from nanovllm.ops.linear.gemm import MAX_TILES, default_gemm_config
 from nanovllm.ops.triton_utils import HAVE_TRITON
@@ -243,3 +243,12 @@ def test_few_layers_has_every_kind_of_layer_and_the_last_one():
     with decoder.few_layers():
         assert set(decoder.layers) == {layers[0], layers[2], layers[3], layers[5]}
     assert decoder.layers is layers
+
+
+def test_few_layers_has_a_dense_and_a_sparse_layer():
+    moe = MoEConfig(4, 2, 16, norm_topk_prob=True, dense_layers=(0, 2, 3))
+    sizes = {"num_layers": 4, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 32, "eos_token_ids": ()}
+    decoder = Decoder(replace(PRESETS["qwen3-30b-a3b"], **sizes, moe=moe))
+    layers = decoder.layers
+    with decoder.few_layers():
+        assert set(decoder.layers) == {layers[0], layers[1], layers[3]}

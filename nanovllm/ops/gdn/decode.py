@@ -1,8 +1,11 @@
-"""Gated DeltaNet of rows of one token: one kernel from the projections to the input of the output projection.
+"""Gated DeltaNet of rows of one token.
 
-Each program owns a value head of a row. It convolves the channels that it needs, norms q and k, reads the head's
-state once, writes it once, and norms and gates the output. The bytes of the state are the limit. So the program loads
-the state before it waits for the projections (programmatic dependent launch): no other kernel of the step writes it.
+Each program owns a slice of a value head of a row. It convolves the channels that it needs, norms q and k, reads its
+part of the state once, and writes it once. The bytes of the state are the limit. So the program loads the state before
+it waits for the projections (programmatic dependent launch): no other kernel of the step writes it.
+
+With few rows a slice is a whole head, so that the program can norm and gate the output as well. With many rows, slices
+of one warp each read the state faster: their sums over the key dimension cross no warp.
 
 Several programs convolve the same q and k. They need no order: the convolution's state is a ring, and the new input
 overwrites none of the inputs that the step reads.
@@ -22,10 +25,22 @@ class GdnDecodeConfig(NamedTuple):
     """Settings of the kernel.
 
     Attributes:
+        slices: parts of the value dimensions.
         num_warps: warps per program.
     """
 
+    slices: int = 1
     num_warps: int = 4
+
+
+MAX_WHOLE_HEADS = 128  # of more (row, head) pairs, slices use the GPU better
+
+
+def default_decode_config(num_rows: int, heads: int, v_dim: int) -> GdnDecodeConfig:
+    """Return the settings for `num_rows` rows with value heads of `v_dim` dimensions."""
+    if num_rows * heads <= MAX_WHOLE_HEADS or v_dim < 64:
+        return GdnDecodeConfig()
+    return GdnDecodeConfig(slices=v_dim // 32, num_warps=1)
 
 
 @triton.jit
@@ -80,11 +95,15 @@ def _gdn_decode_kernel(
     V_HEADS: tl.constexpr,
     K_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
+    SLICE: tl.constexpr,
+    NORM: tl.constexpr,
     WIDTH: tl.constexpr,
     MIXED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    head = tl.program_id(0)
+    SLICES: tl.constexpr = V_DIM // SLICE
+    head = tl.program_id(0) // SLICES
+    first_value = (tl.program_id(0) % SLICES) * SLICE
     row = tl.program_id(1)
     token = row
     if MIXED:
@@ -102,9 +121,9 @@ def _gdn_decode_kernel(
     CHANNELS: tl.constexpr = 2 * KEYS + V_HEADS * V_DIM
     k_head = head // GROUP
     keys = tl.arange(0, K_DIM)
-    values = tl.arange(0, V_DIM)
+    values = first_value + tl.arange(0, SLICE)
     state_ptrs = recurrent_ptr + (slot * V_HEADS + head) * (K_DIM * V_DIM) + keys[:, None] * V_DIM + values[None, :]
-    has_past = tl.full([K_DIM, V_DIM], position, tl.int32) > 0
+    has_past = tl.full([K_DIM, SLICE], position, tl.int32) > 0
     state = tl.load(state_ptrs, mask=has_past, other=0.0).to(tl.float32)
     q_channels = k_head * K_DIM + keys
     k_channels = KEYS + q_channels
@@ -115,15 +134,13 @@ def _gdn_decode_kernel(
     v_past = _past_inputs(history_ptr, v_channels, position, CHANNELS, WIDTH)
     a_log = tl.load(a_log_ptr + head).to(tl.float32)
     dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
-    weight = tl.load(norm_ptr + values).to(tl.float32)
 
     wait_for_inputs(PDL)
     x_ptr = qkv_ptr + token * qkv_stride
     b = tl.load(b_ptr + token * b_stride + head)
     a = tl.load(a_ptr + token * a_stride + head).to(tl.float32)
-    z = tl.load(z_ptr + token * z_stride + head * V_DIM + values)
     new_ptr = history_ptr + (position & (WIDTH - 1)) * CHANNELS
-    is_owner = head % GROUP == 0
+    is_owner = (head % GROUP == 0) & (first_value == 0)
     q = _convolved(x_ptr, q_past, conv_weight_ptr, new_ptr, q_channels, is_owner, WIDTH)
     k = _convolved(x_ptr, k_past, conv_weight_ptr, new_ptr, k_channels, is_owner, WIDTH)
     v = _convolved(x_ptr, v_past, conv_weight_ptr, new_ptr, v_channels, True, WIDTH)
@@ -136,7 +153,11 @@ def _gdn_decode_kernel(
     attended = decay * tl.sum(state * q[:, None], 0) + tl.sum(q * k, 0) * written
     state = state * decay + k[:, None] * written[None, :]
     tl.store(state_ptrs, state.to(recurrent_ptr.dtype.element_ty))
-    out = gated_norm_tile(attended[None, :], z[None, :], weight[None, :], eps, V_DIM, out_ptr.dtype.element_ty)
+    out = attended.to(out_ptr.dtype.element_ty)[None, :]
+    if NORM:
+        z = tl.load(z_ptr + token * z_stride + head * V_DIM + values)[None, :]
+        weight = tl.load(norm_ptr + values).to(tl.float32)[None, :]
+        out = gated_norm_tile(out, z, weight, eps, V_DIM, out_ptr.dtype.element_ty)
     tl.store(out_ptr + (token * V_HEADS + head) * V_DIM + values[None, :], out)
 
 
@@ -146,19 +167,22 @@ def gdn_decode_triton(
     state: GdnState,
     rows: GdnRows,
     out: torch.Tensor,
-    config: GdnDecodeConfig | None = None,
+    config: GdnDecodeConfig,
+    norm: bool,
 ) -> None:
     """Compute `gated_delta_net` of the rows of one token; other rows are left alone.
 
     Args:
         out: [T, HV * DV], contiguous; the tokens of these rows are written.
+        norm: norm and gate the output. Only with one slice; else `gated_rms_norm` must follow.
     """
+    if norm and config.slices > 1:
+        raise ValueError(f"norm needs one slice, got {config.slices}")
     k_heads = state.check(inputs, weights)
     _, heads, k_dim, v_dim = state.recurrent.shape
-    config = config or GdnDecodeConfig()
     if not len(rows.slots):
         return
-    _gdn_decode_kernel[(heads, len(rows.slots))](
+    _gdn_decode_kernel[(heads * config.slices, len(rows.slots))](
         inputs.qkv,
         inputs.z,
         inputs.b,
@@ -182,6 +206,8 @@ def gdn_decode_triton(
         V_HEADS=heads,
         K_DIM=k_dim,
         V_DIM=v_dim,
+        SLICE=v_dim // config.slices,
+        NORM=norm,
         WIDTH=CONV_WIDTH,
         MIXED=rows.cu_seqlens is not None,
         num_warps=config.num_warps,

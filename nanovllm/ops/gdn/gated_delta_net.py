@@ -2,7 +2,8 @@
 
 import torch
 
-from nanovllm.ops.gdn.decode import gdn_decode_triton
+from nanovllm.ops.gdn.decode import default_decode_config, gdn_decode_triton
+from nanovllm.ops.gdn.gated_norm import gated_rms_norm_triton
 from nanovllm.ops.gdn.inputs import GdnInputs, GdnState, GdnWeights
 from nanovllm.ops.gdn.prompt import gdn_prompt_triton
 from nanovllm.ops.gdn.reference import gated_delta_net_torch
@@ -12,10 +13,13 @@ from nanovllm.ops.gdn.rows import GdnRows
 def gated_delta_net_triton(inputs: GdnInputs, weights: GdnWeights, state: GdnState, rows: GdnRows) -> torch.Tensor:
     """Compute `gated_delta_net` with Triton kernels."""
     out = torch.empty(inputs.z.shape, dtype=inputs.z.dtype, device=inputs.z.device)
+    _, heads, _, v_dim = state.recurrent.shape
+    config = default_decode_config(len(rows.slots), heads, v_dim)
+    decode_norms = rows.cu_seqlens is None and config.slices == 1
     if rows.cu_seqlens is not None:
         gdn_prompt_triton(inputs, weights, state, rows, out)
-    gdn_decode_triton(inputs, weights, state, rows, out)
-    return out
+    gdn_decode_triton(inputs, weights, state, rows, out, config, norm=decode_norms)
+    return out if decode_norms else gated_rms_norm_triton(out, inputs.z, weights.norm, weights.eps, out=out)
 
 
 def gated_delta_net(inputs: GdnInputs, weights: GdnWeights, state: GdnState, rows: GdnRows) -> torch.Tensor:

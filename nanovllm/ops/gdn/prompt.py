@@ -24,8 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.ops.gdn.elementwise import gated_norm_tile, l2_scale, log_decay, silu
-from nanovllm.ops.gdn.gated_norm import gated_rms_norm_triton
+from nanovllm.ops.gdn.elementwise import l2_scale, log_decay, silu
 from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
 from nanovllm.ops.gdn.rows import CHUNK, GdnRows, PromptPlan
 from nanovllm.ops.triton_utils import launch_dependents, launch_options, tl, triton, wait_for_inputs
@@ -39,7 +38,7 @@ class GdnPromptConfig(NamedTuple):
 
     Attributes:
         convolution_warps, chunk_warps: warps per program of the first two kernels.
-        slices: parts of the value dimensions in the recurrence. With 1, it norms and gates the output as well.
+        slices: parts of the value dimensions in the recurrence.
         num_stages: pipeline stages of the recurrence.
         merge_precision: of the matmuls that build the inverse; see tl.dot.
     """
@@ -301,8 +300,6 @@ def _gdn_recurrence_kernel(
     scores_ptr,
     g_ptr,
     qkv_ptr,
-    z_ptr,
-    norm_ptr,
     recurrent_ptr,
     conv_ptr,
     out_ptr,
@@ -312,8 +309,6 @@ def _gdn_recurrence_kernel(
     rows_ptr,
     first_chunks_ptr,
     qkv_stride,
-    z_stride,
-    eps,
     K_HEADS: tl.constexpr,
     V_HEADS: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -336,7 +331,6 @@ def _gdn_recurrence_kernel(
     GROUP: tl.constexpr = V_HEADS // K_HEADS
     KEYS: tl.constexpr = K_HEADS * K_DIM
     CHANNELS: tl.constexpr = 2 * KEYS + V_HEADS * V_DIM
-    NORM: tl.constexpr = SLICE == V_DIM
     k_head = head // GROUP
     first_chunk = tl.load(first_chunks_ptr + prompt).to(tl.int64)
     first = tl.load(cu_ptr + row)
@@ -351,7 +345,6 @@ def _gdn_recurrence_kernel(
     state_ptrs = recurrent_ptr + (slot * V_HEADS + head) * (K_DIM * V_DIM) + keys[:, None] * V_DIM + values[None, :]
     has_past = tl.full([K_DIM, SLICE], start, tl.int32) > 0
     state = tl.trans(tl.load(state_ptrs, mask=has_past, other=0.0).to(tl.float32))
-    weight = tl.load(norm_ptr + values).to(tl.float32)[None, :]
 
     tile = first_chunk * K_HEADS + k_head
     k_ptrs = k_ptr + tile * (CHUNK * K_DIM) + index[:, None] * K_DIM + keys[None, :]
@@ -364,7 +357,6 @@ def _gdn_recurrence_kernel(
     g_ptrs = g_ptr + tile * CHUNK + index
     last_ptr = g_ptr + tile * CHUNK + CHUNK - 1
     token_offsets = (first + index).to(tl.int64)[:, None]
-    z_ptrs = z_ptr + token_offsets * z_stride + head * V_DIM + values[None, :]
     out_ptrs = out_ptr + (token_offsets * V_HEADS + head) * V_DIM + values[None, :]
     dtype: tl.constexpr = q_ptr.dtype.element_ty
 
@@ -374,7 +366,6 @@ def _gdn_recurrence_kernel(
     last = tl.load(last_ptr)
     for chunk in tl.range(0, num_chunks, num_stages=STAGES):
         is_token = (chunk * CHUNK + index < length)[:, None] & (values >= 0)[None, :]
-        z = tl.load(z_ptrs, mask=is_token, other=0.0)
         g_next = tl.load(g_ptrs + V_HEADS * CHUNK)
         last_next = tl.load(last_ptr + V_HEADS * CHUNK)
         k = tl.load(k_ptrs)
@@ -392,8 +383,6 @@ def _gdn_recurrence_kernel(
         kept = (written * tl.exp(last - g)[None, :]).to(dtype)
         state = tl.dot(kept, k, state * tl.exp(last), input_precision=DOT)
         out = tl.trans(attended.to(dtype))
-        if NORM:
-            out = gated_norm_tile(out, z, weight, eps, V_DIM, dtype)
         tl.store(out_ptrs, out, mask=is_token)
         g = g_next
         last = last_next
@@ -404,7 +393,6 @@ def _gdn_recurrence_kernel(
         scores_ptrs += V_HEADS * CHUNK * CHUNK
         g_ptrs += V_HEADS * CHUNK
         last_ptr += V_HEADS * CHUNK
-        z_ptrs += CHUNK * z_stride
         out_ptrs += CHUNK * V_HEADS * V_DIM
     tl.store(state_ptrs, tl.trans(state).to(recurrent_ptr.dtype.element_ty))
 
@@ -499,7 +487,7 @@ def gdn_recurrence_triton(
     out: torch.Tensor,
     config: GdnPromptConfig,
 ) -> None:
-    """Update the state and write `out`, which is normed and gated if there is one slice."""
+    """Update the state and write `out`, which still needs `gated_rms_norm`."""
     k_heads = state.check(inputs, weights)
     _, heads, k_dim, v_dim = state.recurrent.shape
     size = v_dim // config.slices
@@ -507,8 +495,6 @@ def gdn_recurrence_triton(
     _gdn_recurrence_kernel[(heads, config.slices, len(plan.rows))](
         *prepared,
         inputs.qkv,
-        inputs.z,
-        weights.norm,
         state.recurrent,
         state.conv,
         out,
@@ -518,8 +504,6 @@ def gdn_recurrence_triton(
         plan.rows,
         plan.first_chunks,
         inputs.qkv.stride(0),
-        inputs.z.stride(0),
-        weights.eps,
         K_HEADS=k_heads,
         V_HEADS=heads,
         K_DIM=k_dim,
@@ -543,7 +527,7 @@ def gdn_prompt_triton(
     out: torch.Tensor,
     config: GdnPromptConfig | None = None,
 ) -> None:
-    """Compute `gated_delta_net` of the rows of two or more tokens.
+    """Compute `gated_delta_net` of the rows of two or more tokens, without the norm and the gate at its end.
 
     Args:
         rows: `plan` is not None.
@@ -557,5 +541,3 @@ def gdn_prompt_triton(
     config = config or GdnPromptConfig(slices=2 if v_dim >= 32 else 1)  # tl.dot needs tiles of 16
     prepared = gdn_prepare_triton(inputs, weights, state, rows, plan, out, config)
     gdn_recurrence_triton(prepared, inputs, weights, state, rows, plan, out, config)
-    if config.slices > 1:
-        gated_rms_norm_triton(out, inputs.z, weights.norm, weights.eps, out=out)

@@ -6,11 +6,11 @@ from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_input
 
 
 @triton.jit
-def add_shared_expert(total, shared_ptr, gate_ptr, offsets, token, mask, GATE: tl.constexpr):
+def add_shared_expert(total, shared_ptr, gate_ptr, gate_stride, offsets, token, mask, GATE: tl.constexpr):
     """Add the shared expert's output, scaled by the sigmoid of its gate if there is one, to `total`."""
     shared = tl.load(shared_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if GATE:
-        shared *= tl.sigmoid(tl.load(gate_ptr + token).to(tl.float32))
+        shared *= tl.sigmoid(tl.load(gate_ptr + token * gate_stride).to(tl.float32))
     return total + shared
 
 
@@ -21,6 +21,7 @@ def _combine_kernel(
     shared_ptr,
     gate_ptr,
     out_ptr,
+    gate_stride,
     H: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -39,7 +40,7 @@ def _combine_kernel(
         pair = token * TOP_K + rank
         total += tl.load(pairs_ptr + pair * H + columns, mask=mask, other=0.0).to(tl.float32)
     if SHARED:
-        total = add_shared_expert(total, shared_ptr, gate_ptr, offsets, token, mask, GATE)
+        total = add_shared_expert(total, shared_ptr, gate_ptr, gate_stride, offsets, token, mask, GATE)
     if ADD:
         total += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
@@ -66,6 +67,7 @@ def combine_triton(
             pairs if output is None else output,
             pairs if gate is None else gate,
             out,
+            1 if gate is None else gate.stride(0),
             H=size,
             TOP_K=top_k,
             BLOCK=block,

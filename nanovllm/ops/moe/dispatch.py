@@ -72,9 +72,12 @@ TILINGS = (
     Tiling(24,       32,      GroupedGemmConfig(128, 64,  8, 3, 64), GroupedGemmConfig(64,  128, 4, 3, 64)),
     Tiling(48,       64,      GroupedGemmConfig(128, 64,  8, 5, 1),  GroupedGemmConfig(128, 64,  4, 3, 64)),
     Tiling(384,      128,     GroupedGemmConfig(128, 64,  8, 4, 64, True), GroupedGemmConfig(256, 64, 8, 4, 64, True)),
-    Tiling(inf,      128,     GroupedGemmConfig(128, 64,  8, 4, 64, True), GroupedGemmConfig(256, 64, 8, 4, 1, True)),
+    Tiling(768,      128,     GroupedGemmConfig(128, 64,  8, 4, 64, True), GroupedGemmConfig(256, 64, 8, 4, 1, True)),
+    Tiling(inf,      128,     GroupedGemmConfig(128, 64,  8, 3, 1),  GroupedGemmConfig(128, 64, 8, 3, 64, True)),
 )
 # fmt: on
+
+MAX_FEW_PAIRS = 4096  # which one program sorts faster than two kernels
 
 # For a GPU with less shared memory than Hopper.
 SMALL_TILING = Tiling(inf, 64, GroupedGemmConfig(64, 32, 4, 3, 64), GroupedGemmConfig(64, 32, 4, 3, 64))
@@ -88,3 +91,10 @@ def expert_regime_of(num_tokens: int) -> ExpertRegime:
 def tiling_of(num_pairs: int, num_experts: int) -> Tiling:
     """Return the tiles for this many pairs."""
     return TILINGS[bisect_left([tiling.max_pairs for tiling in TILINGS], num_pairs / num_experts)]
+
+
+def expert_sizes(num_experts: int, top_k: int, max_tokens: int) -> list[int]:
+    """Return the numbers of tokens, up to `max_tokens`, at which other kernels or tiles start."""
+    last_pairs = [MAX_FEW_PAIRS] + [tiling.max_pairs * num_experts for tiling in TILINGS[:-1]]
+    last_tokens = [regime.max_tokens for regime in REGIMES[:-1]] + [pairs // top_k for pairs in last_pairs]
+    return sorted({int(tokens) + 1 for tokens in last_tokens if tokens < max_tokens})

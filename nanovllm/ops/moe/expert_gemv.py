@@ -93,6 +93,7 @@ def _down_gemv_kernel(
     shared_ptr,
     gate_ptr,
     out_ptr,
+    gate_stride,
     H,
     INNER: tl.constexpr,
     INNER_PAD: tl.constexpr,
@@ -125,7 +126,7 @@ def _down_gemv_kernel(
     hidden = tl.load(hidden_ptr + pairs[:, None] * INNER + columns[None, :], mask=hidden_mask, other=0.0).to(tl.float32)
     total = tl.sum(tl.sum(weight.to(tl.float32) * hidden[:, None, :], 2) * routing[:, None], 0)
     if SHARED:
-        total = add_shared_expert(total, shared_ptr, gate_ptr, offsets, token, mask, GATE)
+        total = add_shared_expert(total, shared_ptr, gate_ptr, gate_stride, offsets, token, mask, GATE)
     if ADD:
         total += residual
     tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
@@ -198,6 +199,7 @@ def down_gemv_triton(
         hidden if output is None else output,
         hidden if gate is None else gate,
         out,
+        1 if gate is None else gate.stride(0),
         h,
         INNER=i,
         INNER_PAD=triton.next_power_of_2(i),

@@ -21,6 +21,16 @@ from nanovllm.ops.triton_utils import HAVE_TRITON, fits_large_tma_tiles
 Shared = tuple[torch.Tensor, torch.Tensor | None]
 
 
+def check_expert_sizes(h: int, i: int, dtype: torch.dtype | None) -> None:
+    """Raise ValueError if the default device's kernels cannot read gate_up [E, 2 i, h] and down [E, h, i]."""
+    itemsize = (dtype or torch.get_default_dtype()).itemsize
+    if torch.get_default_device().type == "cuda" and (h * itemsize % 16 or i * itemsize % 16):
+        raise ValueError(
+            f"experts of hidden size {h} and inner size {i} on each rank are not supported on a GPU: "
+            f"their rows must be whole multiples of 16 bytes, {16 // itemsize} values"
+        )
+
+
 def is_expert_gemv(x: torch.Tensor, down: torch.Tensor, top_k: int) -> bool:
     """Return whether `experts` computes x [T, H] with GEMVs, which normalize x themselves."""
     if not HAVE_TRITON or not x.is_cuda:
@@ -101,6 +111,7 @@ def experts(
         norm: weight [H] and epsilon of an RMSNorm to apply to x first.
         residual: [T, H], contiguous; the result is added to it in place, and it is returned.
         shared: output [T, H] of a shared expert to add, and its gate [T, 1] before the sigmoid, or None for no gate.
+            The gate may be a column of a larger tensor.
     """
     if not len(x):
         return torch.empty_like(x) if residual is None else residual
