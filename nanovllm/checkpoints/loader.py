@@ -107,8 +107,6 @@ class WeightUpdate:
 
     def __init__(self, model: Decoder):
         self.model = model
-        self.targets = model.checkpoint_tensors()
-        self.merged = _merged_tensors(self.targets)
         self.seen: set[str] = set()
         self.differs: dict[str, torch.Tensor] = {}
         self.layers = [module for module in model.modules() if isinstance(module, LinearLayer)]
@@ -116,6 +114,8 @@ class WeightUpdate:
         with torch.inference_mode():
             for layer in self.layers:
                 layer.format = layer.format.start_loading()
+        self.targets = model.checkpoint_tensors()  # with the shapes of writable weights
+        self.merged = _merged_tensors(self.targets)
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Copy some tensors. Each rank takes its slices. Return their names.

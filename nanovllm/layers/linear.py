@@ -14,7 +14,7 @@ from nanovllm.layers.residual import Norm, Normed, Residual, as_normed
 from nanovllm.ops.dispatch import Adder
 from nanovllm.utils.context import get_counters
 from nanovllm.weights.formats import AllocateWeight, Plain, WeightFormat
-from nanovllm.weights.parameter import CheckpointTensor, ShardId, check_shape, make_parameter
+from nanovllm.weights.parameter import CheckpointTensor, MergedTensor, ShardId, check_shape, make_parameter
 
 
 class LinearLayer(nn.Module):
@@ -57,10 +57,11 @@ class ColumnParallelLinear(LinearLayer):
 
     Attributes:
         gated: whether the rows are gate and up of SwiGLU.
+        may_be_merged: whether some checkpoints (Phi-3) have one tensor for all shards, with the name of this layer.
         rows: the rows of each shard in the merged weight.
     """
 
-    gated = False
+    gated = may_be_merged = False
 
     def __init__(
         self,
@@ -87,12 +88,17 @@ class ColumnParallelLinear(LinearLayer):
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
         parent = prefix.rpartition(".")[0]
+        total = sum(shard.total for shard in self.shards.values())
         tensors = {}
         for name, param in self.named_parameters():
+            start, columns = 0, param.shape[1:]
             for shard_id, shard in self.shards.items():
-                shape = (shard.total, *param.shape[1:])
+                merged = None
+                if self.may_be_merged:
+                    merged = MergedTensor(f"{prefix}.{name}", (total, *columns), slice(start, start + shard.total))
+                    start += shard.total
                 tensors[f"{parent}.{shard.name}.{name}"] = CheckpointTensor(
-                    param, shape, shard_id=shard_id, rows=self.rows[shard_id]
+                    param, (shard.total, *columns), shard_id=shard_id, rows=self.rows[shard_id], merged=merged
                 )
         return tensors
 
@@ -109,7 +115,7 @@ class GateUpParallelLinear(ColumnParallelLinear):
         intermediate_size: output size of each projection, which the number of ranks must divide.
     """
 
-    gated = True
+    gated = may_be_merged = True
 
     def __init__(
         self,
@@ -139,6 +145,8 @@ class QKVParallelLinear(ColumnParallelLinear):
     Attributes:
         num_heads, num_kv_heads: numbers of heads on this rank.
     """
+
+    may_be_merged = True
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ FAMILIES: dict[str, dict[str, bool | str]] = {
     "olmo2": _OLMO,
     "olmo3": {**_OLMO, **_WINDOW},
     "cwm": _WINDOW,
+    "phi3": _WINDOW,
     "seed_oss": {**_LLAMA, "o_bias": "attention_out_bias"},
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")

@@ -26,14 +26,15 @@ NAMES = ["qwen3", "qwen2-tied", "llama-bias"]
 def models(tmp_path_factory):
     """Two sets of weights of each model."""
     folder = tmp_path_factory.mktemp("models")
-    return {name: [save_tiny(folder / str(seed), name, seed) for seed in range(2)] for name in (*NAMES, "qwen2-moe")}
+    names = (*NAMES, "qwen2-moe", "olmo3", "phi3")
+    return {name: [save_tiny(folder / str(seed), name, seed) for seed in range(2)] for name in names}
 
 
 def weights_of(path):
     return load_file(path / "model.safetensors").items()
 
 
-@pytest.mark.parametrize("name", [*NAMES, "qwen2-moe"])
+@pytest.mark.parametrize("name", [*NAMES, "qwen2-moe", "olmo3", "phi3"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_updated_weights_are_those_of_a_fresh_load(models, name, size):
     old, new = models[name]

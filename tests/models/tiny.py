@@ -120,6 +120,7 @@ TINY = {
             "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.4},
         },
     ),
+    "phi3": ("phi3", {"heads": (8, 4), "hidden_size": 64, "sliding_window": 50}),
     "seed_oss": ("seed_oss", {"heads": (4, 2), "head_dim": 16, "attention_bias": True, "attention_out_bias": True}),
 }
 
