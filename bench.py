@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--workload", default="offline", choices=[*WORKLOAD_NAMES, "all"])
     add("--engine", nargs="+", default=["nanovllm"], choices=ENGINES, help="several run one after the other")
-    add("--model", help="path, .gguf file, hub id, or a shape: qwen3-0.6b, qwen3-4b, qwen3-8b")
+    add("--model", help="path, .gguf file, hub id, or a shape, such as qwen3-0.6b or qwen3.5-9b")
     add("--load-format", choices=["auto", "dummy"])
     add("--device", choices=["auto", "cpu", "cuda"])
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"])

@@ -110,7 +110,9 @@ class Nanovllm(Engine):
         with self.recorded_steps(time_gpu=True) as steps:
             seconds = timed(self.generate, group)
         batches = [step.batch for step in steps if step.batch is not None]
-        costs = count_costs(batches, self.config, self.dtype.itemsize, self.llm.config.kvcache_block_size)
+        state_itemsize = getattr(torch, self.llm.config.state_dtype).itemsize
+        block_size = self.llm.config.kvcache_block_size
+        costs = count_costs(batches, self.config, self.dtype.itemsize, block_size, state_itemsize)
         measured = {
             "steps": len(batches),
             "bytes": float(costs.bytes.sum()),
@@ -208,26 +210,42 @@ class Transformers(Engine):
 ENGINES: dict[str, type[Nanovllm] | type[Vllm]] = {engine.name: engine for engine in (Nanovllm, Vllm)}
 
 
-def write_config(source: ModelSource, folder: str) -> str:
-    """Write the config.json of a shape without weights, for engines that do not know such shapes; return the folder.
+# Classes of the types of shapes, and the types of configs that contain those of text.
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_moe_text": "Qwen3_5MoeForConditionalGeneration",
+}
+OUTER_TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 
-    All shapes are Qwen3's.
-    """
+
+def write_config(source: ModelSource, folder: str) -> str:
+    """Write the config.json of a shape without weights, for engines that do not know such shapes; return the folder."""
     from transformers import AutoConfig
 
     options = asdict(source.config)
-    moe = options.pop("moe")
-    options |= {"architectures": ["Qwen3ForCausalLM" if moe is None else "Qwen3MoeForCausalLM"], "dtype": "bfloat16"}
+    moe, linear, model_type = options.pop("moe"), options.pop("linear_attention"), options["model_type"]
+    options["dtype"] = "bfloat16"
     if moe is not None:
         options["num_experts"] = moe["num_experts"]
         options["num_experts_per_tok"] = moe["experts_per_token"]
         options["moe_intermediate_size"] = moe["intermediate_size"]
         options["norm_topk_prob"] = moe["norm_topk_prob"]
         options["mlp_only_layers"] = list(moe["dense_layers"])
+        options["shared_expert_intermediate_size"] = moe["shared_intermediate_size"]
+    if linear is not None:
+        options |= {f"linear_{name}": linear[name] for name in ("num_key_heads", "num_value_heads", "key_head_dim")}
+        options["linear_value_head_dim"] = linear["value_head_dim"]
+    options["layer_types"] = list(options["layer_types"] or []) or None
     options["rope_parameters"] = {"rope_type": "default", "rope_theta": options.pop("rope_theta")}
+    options["rope_parameters"]["partial_rotary_factor"] = options.pop("partial_rotary_factor")
     options["num_hidden_layers"] = options.pop("num_layers")
     options["num_attention_heads"] = options.pop("num_heads")
     options["num_key_value_heads"] = options.pop("num_kv_heads")
     options["max_position_embeddings"] = options.pop("max_position")
+    if model_type in OUTER_TYPES:
+        options = {"model_type": OUTER_TYPES[model_type], "text_config": options, "dtype": "bfloat16"}
+    options["architectures"] = [ARCHITECTURES[model_type]]
     AutoConfig.for_model(**options).save_pretrained(folder)
     return folder

@@ -48,20 +48,49 @@ def find_peaks(args: Namespace, gpu_name: str | None, itemsize: int) -> tuple[fl
     return scale * (hbm_tb_s or infinity), scale * (tflops or infinity)
 
 
-def attention_parameters(config: ModelConfig) -> int:
-    """Return the number of parameters of a layer's attention and its two norms."""
-    hidden = config.hidden_size
+def attention_parameters(config: ModelConfig, layer: int) -> int:
+    """Return the number of parameters of a layer's attention, or linear attention, and its two norms."""
+    hidden, linear = config.hidden_size, config.linear_attention
+    if linear is not None and config.is_recurrent(layer):
+        heads, values = linear.num_value_heads, linear.num_value_heads * linear.value_head_dim
+        projections = linear.num_channels + 2 * values + 2 * heads
+        return hidden * (projections + 2) + linear.num_channels * linear.conv_width + 2 * heads + linear.value_head_dim
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    count = hidden * (2 * queries + 2 * keys + 2)
+    projected = queries * (2 if config.attention_gate else 1) + 2 * keys
+    count = hidden * (projected + queries + 2)
     if config.qk_norm:
         count += 2 * config.head_dim
     if config.whole_qk_norm:
         count += queries + keys
     if config.qkv_bias:
-        count += queries + 2 * keys
+        count += projected
     if config.o_bias:
         count += hidden
     return count
+
+
+def skippable_attention_parameters(config: ModelConfig, layer: int) -> int:
+    """Return the number of those parameters that a token needs only if something reads the layer's output for it."""
+    linear = config.linear_attention
+    if linear is not None and config.is_recurrent(layer):
+        return 2 * config.hidden_size * linear.num_value_heads * linear.value_head_dim
+    return (3 if config.attention_gate else 2) * config.hidden_size * config.num_heads * config.head_dim
+
+
+def count_state(config: ModelConfig, itemsize: int, state_itemsize: int) -> tuple[int, int]:
+    """Return the bytes of a sequence's recurrent state, and the operations of a token on it.
+
+    Args:
+        state_itemsize: bytes of a number in the matrices of linear attention.
+    """
+    linear = config.linear_attention
+    if linear is None:
+        return 0, 0
+    num_layers = sum(map(config.is_recurrent, range(config.num_layers)))
+    matrices = linear.num_value_heads * linear.key_head_dim * linear.value_head_dim
+    num_bytes = matrices * state_itemsize + linear.num_channels * (linear.conv_width - 1) * itemsize
+    # Each token multiplies key and query with the matrices, and adds to them.
+    return num_layers * num_bytes, num_layers * 6 * matrices
 
 
 def mlp_parameters(config: ModelConfig, layer: int, num_experts: float) -> float:
@@ -83,8 +112,9 @@ def body_parameters(config: ModelConfig, num_experts: float | None = None) -> fl
     """
     if num_experts is None:
         num_experts = 0 if config.moe is None else config.moe.num_experts
-    mlps = sum(mlp_parameters(config, layer, num_experts) for layer in range(config.num_layers))
-    return config.num_layers * attention_parameters(config) + mlps + config.hidden_size
+    layers = range(config.num_layers)
+    mlps = sum(mlp_parameters(config, layer, num_experts) for layer in layers)
+    return sum(attention_parameters(config, layer) for layer in layers) + mlps + config.hidden_size
 
 
 def distinct_experts(config: ModelConfig, num_tokens: int) -> float:
@@ -127,14 +157,18 @@ class BlockTables:
         return total
 
 
-def count_costs(batches: Sequence[Batch], config: ModelConfig, itemsize: int, block_size: int) -> Costs:
+def count_costs(
+    batches: Sequence[Batch], config: ModelConfig, itemsize: int, block_size: int, state_itemsize: int = 4
+) -> Costs:
     """Count what the steps of a run move and compute at least. No sequence may run when the run starts.
 
     A step reads the body's weights once, the LM head if it samples, and an embedding for each token; of experts, it
     reads those that its tokens choose. It reads the keys and values of its sequences' contexts, shared blocks once, and
-    writes those of its tokens. In the last layer, only the last token of each sequence needs more than its keys and
-    values.
+    writes those of its tokens. It reads the recurrent state of each sequence, unless the sequence starts, and writes
+    it. In the last layer, only the last token of each sequence needs more than its keys and values, or its state.
     """
+    num_attending = config.num_layers - sum(map(config.is_recurrent, range(config.num_layers)))
+    state_bytes, state_flops = count_state(config, itemsize, state_itemsize)
     last, active = config.num_layers - 1, 0 if config.moe is None else config.moe.experts_per_token
     without_experts = body_parameters(config, 0)
     one_expert = body_parameters(config, 1) - without_experts  # of every layer that has experts
@@ -142,8 +176,8 @@ def count_costs(batches: Sequence[Batch], config: ModelConfig, itemsize: int, bl
     multiplied_by_all = without_experts + active * one_expert
     head = config.vocab_size * config.hidden_size
     queries = config.num_heads * config.head_dim
-    kv_bytes = 2 * config.num_kv_heads * config.head_dim * config.num_layers * itemsize  # of one token
-    skippable = 2 * config.hidden_size * queries + mlp_parameters(config, last, active)  # parameters of the last layer
+    kv_bytes = 2 * config.num_kv_heads * config.head_dim * num_attending * itemsize  # of one token
+    skippable = skippable_attention_parameters(config, last) + mlp_parameters(config, last, active)
     tables = BlockTables(batches, block_size)
     step_bytes, step_flops = [], []
     for batch in batches:
@@ -151,13 +185,15 @@ def count_costs(batches: Sequence[Batch], config: ModelConfig, itemsize: int, bl
         slots, before, new = np.array([(row.slot, row.start, row.num_tokens) for row in batch.rows]).T
         num_tokens = int(new.sum())
         num_sampled = sum(row.samples for row in batch.rows)
-        attended = int((new * before + new * (new + 1) // 2).sum()) * (config.num_layers - 1)
-        attended += int((before + new).sum())
+        attended = int((new * before + new * (new + 1) // 2).sum()) * num_attending
+        if not config.is_recurrent(last):
+            attended += int((before + new).sum()) - attended // num_attending
         experts, last_experts = distinct_experts(config, num_tokens), distinct_experts(config, len(batch.rows))
         weights = without_experts + experts * one_expert - (experts - last_experts) * one_last_expert
         weights += (head if num_sampled else 0) + num_tokens * config.hidden_size
         kv_tokens = tables.distinct_tokens(slots, before + new) + num_tokens
-        step_bytes.append(weights * itemsize + kv_bytes * kv_tokens)
+        num_states = len(before) + int((before > 0).sum())  # written and read
+        step_bytes.append(weights * itemsize + kv_bytes * kv_tokens + state_bytes * num_states)
         multiplied = multiplied_by_all * num_tokens - skippable * (num_tokens - len(batch.rows)) + head * num_sampled
-        step_flops.append(2 * multiplied + 4 * queries * attended)
+        step_flops.append(2 * multiplied + 4 * queries * attended + state_flops * num_tokens)
     return Costs(np.array(step_bytes, dtype=float), np.array(step_flops, dtype=float))

@@ -27,13 +27,16 @@ class Config:
         enforce_eager: run without CUDA graphs.
         tensor_parallel_size: number of ranks that share the model. Under `torchrun` it must divide the world size.
         max_model_len: longest prompt plus output, in tokens; capped at what the model supports with its RoPE scaling.
-        max_num_seqs: how many sequences run at once; None is 512, or max_num_batched_tokens if that is less.
+        max_num_seqs: how many sequences run at once; None is 512, or max_num_batched_tokens if that is less. Fewer run
+            if their recurrent state would take more than half of that memory.
         max_num_batched_tokens: token budget of one step, at least max_num_seqs; None is 16384, or max_num_seqs if that
             is more.
         gpu_memory_utilization: fraction of the GPU's memory for weights, activations and KV cache together.
         kvcache_block_size: tokens in a KV block, a power of two of at least 16.
-        num_kvcache_blocks: size of the KV pool; None measures the free memory (GPU) or takes up to 1 GiB (CPU).
+        num_kvcache_blocks: size of the KV pool; None measures the free memory (GPU) or takes up to 1 GiB (CPU) for KV
+            and recurrent state together.
         dtype: "auto" is the checkpoint's dtype on a GPU and float32 on a CPU.
+        state_dtype: dtype of the recurrent state of hybrid models, "float32" or "bfloat16".
         device: "auto" is "cuda" if there is a GPU, else "cpu".
         attention_backend: "auto" chooses one and logs which; a named one that cannot run is an error.
         load_format: "auto" reads the checkpoint; "dummy" makes random weights of the real shapes.
@@ -69,6 +72,7 @@ class Config:
     kvcache_block_size: int = within(16, 1 << 16, default=64)
     num_kvcache_blocks: int | None = within(1, (1 << 31) - 2, default=None)
     dtype: str | torch.dtype = one_of("auto", "float32", "bfloat16", "float16")
+    state_dtype: str = one_of("float32", "bfloat16")
     device: str = one_of("auto", "cpu", "cuda")
     attention_backend: str = one_of(*ATTENTION_BACKENDS)
     load_format: str = one_of("auto", "dummy")

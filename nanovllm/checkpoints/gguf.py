@@ -17,11 +17,11 @@ from tokenizers import Regex, pre_tokenizers
 from nanovllm.arithmetic import ceil_div, is_power_of_2
 from nanovllm.checkpoints.files import regular_file
 from nanovllm.checks import shown
+from nanovllm.layers.moe import MoEConfig
 from nanovllm.models.registry import (
     FAMILIES,
     MAX_EXPERTS,
     ModelConfig,
-    MoEConfig,
     check_model_type,
     checked_option,
     default_head_dim,

@@ -243,10 +243,11 @@ def _read_config(path: Path) -> ModelConfig:
     content = read_json(path / "config.json")
     # Refuse an unsupported type before transformers may want to run the folder's code.
     check_model_type(content.get("model_type"))
-    for key in ("num_hidden_layers", "num_labels"):
-        length = content.get(key)
-        if length is not None and (type(length) is not int or not 1 <= length <= _MAX_LENGTH):
-            raise ValueError(f"the model's {key} must be an integer from 1 to {_MAX_LENGTH}, got {shown(length)}")
+    for part in (content, content.get("text_config")):
+        for key in ("num_hidden_layers", "num_labels"):
+            length = part.get(key) if isinstance(part, dict) else None
+            if length is not None and (type(length) is not int or not 1 <= length <= _MAX_LENGTH):
+                raise ValueError(f"the model's {key} must be an integer from 1 to {_MAX_LENGTH}, got {shown(length)}")
     from transformers import AutoConfig
 
     try:

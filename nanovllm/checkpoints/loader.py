@@ -13,7 +13,7 @@ from nanovllm.checks import plain, shown
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import LinearLayer
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.registry import ModelConfig
+from nanovllm.models.registry import UNUSED_TENSORS, ModelConfig
 from nanovllm.progress import ProgressBar
 from nanovllm.weights.parameter import CheckpointTensor, MergedTensor
 
@@ -27,13 +27,21 @@ _DIFFERENT_HEAD = (
 
 
 def _full_name(name: str) -> str:
-    """Return the tensor's name with the prefix "model.", which checkpoints without the head leave out."""
-    return name if name == _HEAD or name.startswith("model.") else f"model.{name}"
+    """Return the tensor's name with the prefix "model.".
+
+    Checkpoints without the head leave it out. Those with more than text have "model.language_model.".
+    """
+    if name == _HEAD:
+        return name
+    return "model." + name.removeprefix("model.").removeprefix("language_model.")
 
 
-def _is_computed(name: str) -> bool:
-    """Return whether old checkpoints have this tensor, but the model computes it."""
-    return name.endswith("rotary_emb.inv_freq")
+def _is_skipped(config: ModelConfig, name: str) -> bool:
+    """Return whether checkpoints may have this tensor, but the model does not load it.
+
+    Old checkpoints have tensors that the model computes.
+    """
+    return name.endswith("rotary_emb.inv_freq") or name.startswith(UNUSED_TENSORS.get(config.model_type, ()))
 
 
 def _meta_targets(config: ModelConfig) -> dict[str, CheckpointTensor]:
@@ -74,7 +82,8 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
     Raises:
         ValueError: a tensor is missing, unknown, or has another shape than the config's sizes imply.
     """
-    layers = {match[1] for match in map(re.compile(r"(?:model\.)?layers\.(\d+)\.").match, shapes) if match}
+    names = map(_full_name, shapes)
+    layers = {match[1] for match in map(re.compile(r"model\.layers\.(\d+)\.").match, names) if match}
     if config.num_layers > len(layers):
         raise ValueError(f"the model's num_layers is {config.num_layers}, but the checkpoint has {len(layers)} layers")
     targets = _meta_targets(config)
@@ -84,7 +93,7 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
     found: set[str] = set()
     for given, shape in shapes.items():
         name = _full_name(given)
-        if _is_computed(name):
+        if _is_skipped(config, given):
             continue
         if name not in needed:
             raise _unknown_tensor(given)
@@ -160,7 +169,7 @@ class WeightUpdate:
         for given, loaded in checked_weights(weights):
             names.add(given)
             name = _full_name(given)
-            if _is_computed(name):
+            if _is_skipped(self.model.config, given):
                 continue
             for target, merged in self.merged.get(name, {name: None}).items():
                 yield given, target, merged, loaded
@@ -255,16 +264,29 @@ def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
 
 
 def dummy_weights(model: Decoder, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Iterate over a checkpoint of small random numbers, with norms of ones. It is the same for any number of ranks."""
+    """Iterate over a checkpoint of small random numbers, with norms and gates that keep numbers small.
+
+    It is the same for any number of ranks.
+    """
     param = next(model.parameters())
+    constants = _dummy_constants(model.config)
     generator = torch.Generator(param.device).manual_seed(seed)
     for name, target in _meta_targets(model.config).items():
         if name == _HEAD and model.config.tie_word_embeddings:
             continue
-        tensor = torch.ones(target.shape, dtype=param.dtype, device=param.device)
-        if not name.endswith("norm.weight"):
+        tensor = torch.empty(target.shape, dtype=param.dtype, device=param.device)
+        constant = next((value for suffix, value in constants.items() if name.endswith(suffix)), None)
+        if constant is None:
             tensor.normal_(std=0.02, generator=generator)
+        else:
+            tensor.fill_(constant)
         yield name, tensor
+
+
+def _dummy_constants(config: ModelConfig) -> dict[str, float]:
+    """Return the values of tensors that are not random in a dummy checkpoint, by the ends of their names."""
+    norm = 0.0 if config.zero_centred_norms else 1.0
+    return {"linear_attn.norm.weight": 1.0, "norm.weight": norm, "A_log": 0.0, "dt_bias": 1.0}
 
 
 def iterate_weights(location: str | Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,6 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,6 +73,9 @@ class LLMEngine:
         self.config = Config.from_options({"model": model, **kwargs})
         self.guard = Guard()
         self.source = open_config(self.config)
+        if self.source.config.linear_attention is not None:
+            # Blocks of KV cannot be shared without the recurrent state at their end.
+            self.config = replace(self.config, enable_prefix_caching=False)
         if self.source.has_tokenizer and not self.config.skip_tokenizer_init:
             # Later its files may be gone, and a broken tokenizer must not cost a step.
             self.source.tokenizer()
@@ -87,7 +91,7 @@ class LLMEngine:
         self.input_processor = InputProcessor(self.config, self.source, self.max_model_len, num_kv_tokens)
         blocks = BlockManager(runner.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching)
         self.scheduler = Scheduler(
-            self.config.max_num_seqs,
+            runner.config.max_num_seqs,
             self.config.max_num_batched_tokens,
             blocks,
             # Ranks that schedule for themselves must not depend on their clocks.

@@ -1,22 +1,44 @@
+import numpy as np
 import torch
 from torch import nn
 
 from nanovllm.layers.linear import PendingGemm
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
-from nanovllm.weights.parameter import make_parameter
+from nanovllm.weights.parameter import check_shape, make_parameter, select
 
 
 class RMSNorm(nn.Module):
     """Root mean square norm (arXiv:1910.07467) of a tensor [T, size], or a lazy norm of a residual stream.
 
     The norm of a row-parallel layer's output runs that layer.
+
+    Args:
+        zero_centred: the checkpoint has the weight minus 1. The weight is float32, as 1 + w needs more bits than w.
+        order: the order of the dimensions, if it is not that of the checkpoint.
     """
 
-    def __init__(self, size: int, eps: float, *, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        *,
+        dtype: torch.dtype | None = None,
+        zero_centred: bool = False,
+        order: np.ndarray | None = None,
+    ):
         super().__init__()
         self.eps = eps
-        self.weight = make_parameter(size, dtype=dtype)
+        self.zero_centred = zero_centred
+        self.order = order
+        dtype = torch.float32 if zero_centred else dtype
+        self.weight = make_parameter(size, dtype=dtype, weight_loader=self.weight_loader)
+
+    def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
+        check_shape(loaded, param.shape)
+        if self.order is not None:
+            loaded = select(loaded, self.order)
+        param.copy_(loaded.float() + 1 if self.zero_centred else loaded)
 
     def forward(self, x: torch.Tensor | Residual | PendingGemm) -> torch.Tensor | Normed:
         if isinstance(x, Residual):

@@ -5,7 +5,9 @@ and all-reduce the partial results. A pair of them needs a single all-reduce (Me
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,7 +16,7 @@ from nanovllm.layers.residual import Norm, Normed, Residual, as_normed
 from nanovllm.ops.dispatch import Adder
 from nanovllm.utils.context import get_counters
 from nanovllm.weights.formats import AllocateWeight, Plain, WeightFormat
-from nanovllm.weights.parameter import CheckpointTensor, MergedTensor, ShardId, check_shape, make_parameter
+from nanovllm.weights.parameter import CheckpointTensor, MergedTensor, ShardId, check_shape, make_parameter, select
 
 
 class LinearLayer(nn.Module):
@@ -29,7 +31,7 @@ class LinearLayer(nn.Module):
         self.weight = weight_format.weight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shard:
     """This rank's rows of one checkpoint tensor.
 
@@ -38,12 +40,30 @@ class Shard:
         total: number of rows of the whole tensor.
         start: first row of this rank.
         size: number of rows of this rank.
+        order: the rows of this rank in the order of the layer, if they are not the `size` rows from `start`.
     """
 
     name: str
     total: int
     start: int
     size: int
+    order: np.ndarray | None = None
+
+    @classmethod
+    def reordered(cls, name: str, total: int, order: np.ndarray) -> "Shard":
+        """Make a shard of these rows of the whole tensor."""
+        return cls(name, total=total, start=0, size=len(order), order=order)
+
+    def take(self, loaded: torch.Tensor) -> torch.Tensor:
+        """Return this rank's rows of the whole tensor."""
+        if self.order is not None:
+            return select(loaded, self.order)
+        return loaded[self.start : self.start + self.size]
+
+
+def head_rows(heads: range, head_size: int, dims: np.ndarray) -> np.ndarray:
+    """Return the rows of the dimensions `dims` of each head, in a tensor with `head_size` rows per head."""
+    return (np.array(heads)[:, None] * head_size + dims).ravel()
 
 
 class ColumnParallelLinear(LinearLayer):
@@ -84,7 +104,7 @@ class ColumnParallelLinear(LinearLayer):
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId) -> None:
         shard = self.shards[shard_id]
         check_shape(loaded, (shard.total, *param.shape[1:]))
-        param[self.rows[shard_id]].copy_(loaded[shard.start : shard.start + shard.size])
+        param[self.rows[shard_id]].copy_(shard.take(loaded))
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
         parent = prefix.rpartition(".")[0]
@@ -137,13 +157,37 @@ class GateUpParallelLinear(ColumnParallelLinear):
         super().__init__(hidden_size, shards, bias, dtype, allocate_weight)
 
 
+class HeadLayout(NamedTuple):
+    """How query and key heads are stored and computed, if not in the usual way.
+
+    Args:
+        order: [head_dim], the dimensions of a query or key head in the order in which they are computed.
+        has_gate: each query head in the checkpoint has a gate of the output behind it. All gates are computed first.
+    """
+
+    order: np.ndarray
+    has_gate: bool = False
+
+    def query_rows(self, heads: range, num_heads: int, head_dim: int) -> tuple[int, np.ndarray]:
+        """Return the rows of the checkpoint's query projection: how many there are, and those of these `heads`."""
+        if not self.has_gate:
+            return num_heads * head_dim, head_rows(heads, head_dim, self.order)
+        gates = head_rows(heads, 2 * head_dim, head_dim + np.arange(head_dim))
+        queries = head_rows(heads, 2 * head_dim, self.order)
+        return 2 * num_heads * head_dim, np.concatenate((gates, queries))
+
+
 class QKVParallelLinear(ColumnParallelLinear):
     """Queries, keys and values in one GEMM, split by heads. Shard ids are "q", "k", "v".
 
     If there are more ranks than KV heads, a KV head is on every rank whose query heads use it.
 
+    Args:
+        layout: how the heads are stored and computed, if not in the usual way.
+
     Attributes:
         num_heads, num_kv_heads: numbers of heads on this rank.
+        gate_size: number of outputs, before the queries, that are gates.
     """
 
     may_be_merged = True
@@ -155,6 +199,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         num_heads: int,
         num_kv_heads: int,
         bias: bool = False,
+        layout: HeadLayout | None = None,
         *,
         dtype: torch.dtype | None = None,
         tp: TensorParallel | None = None,
@@ -169,6 +214,7 @@ class QKVParallelLinear(ColumnParallelLinear):
                 "one must divide the other"
             )
         self.num_kv_heads = num_kv_heads * copies // tp.size
+        self.gate_size = self.num_heads * head_dim if layout is not None and layout.has_gate else 0
         size = self.num_heads * head_dim
         kv_size = self.num_kv_heads * head_dim
         kv_total = num_kv_heads * head_dim
@@ -178,6 +224,11 @@ class QKVParallelLinear(ColumnParallelLinear):
             "k": Shard("k_proj", total=kv_total, start=kv_start, size=kv_size),
             "v": Shard("v_proj", total=kv_total, start=kv_start, size=kv_size),
         }
+        if layout is not None:
+            heads = range(tp.rank * self.num_heads, (tp.rank + 1) * self.num_heads)
+            kv_heads = range(kv_start // head_dim, (kv_start + kv_size) // head_dim)
+            shards["q"] = Shard.reordered("q_proj", *layout.query_rows(heads, num_heads, head_dim))
+            shards["k"] = Shard.reordered("k_proj", kv_total, head_rows(kv_heads, head_dim, layout.order))
         super().__init__(hidden_size, shards, bias, dtype, allocate_weight)
 
 

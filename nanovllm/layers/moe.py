@@ -16,35 +16,46 @@ from nanovllm.weights.formats import Plain
 from nanovllm.weights.parameter import CheckpointTensor, MergedTensor, ShardId, check_shape, make_parameter
 
 
+@dataclass(frozen=True)
+class MoEConfig:
+    """The options of a decoder's mixtures of experts.
+
+    Args:
+        num_experts, experts_per_token: numbers of experts, and of those that the router chooses for a token.
+        intermediate_size: inner size of an expert.
+        norm_topk_prob: divide the weights of a token's experts by their sum.
+        shared_intermediate_size: inner size of the expert that every token has; 0 if no such expert exists.
+        dense_layers: indices of the layers with a plain MLP instead of experts.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    norm_topk_prob: bool
+    shared_intermediate_size: int = 0
+    dense_layers: tuple[int, ...] = ()
+
+
 class Router(ColumnParallelLinear):
     """Chooses the experts of each token. The gate of a shared expert is one more row of its weight.
 
     Every rank has the whole weight, in a multiple of 8 rows, so that the logits of each token are aligned.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_experts: int,
-        experts_per_token: int,
-        norm_topk_prob: bool,
-        *,
-        has_shared_expert: bool,
-        dtype: torch.dtype | None,
-    ):
+    def __init__(self, config: MoEConfig, hidden_size: int, dtype: torch.dtype | None):
+        num_experts = config.num_experts
         shards: dict[ShardId, Shard] = {"experts": Shard("gate", total=num_experts, start=0, size=num_experts)}
-        if has_shared_expert:
+        if config.shared_intermediate_size:
             shards["shared"] = Shard("shared_expert_gate", total=1, start=0, size=1)
         super().__init__(hidden_size, shards, bias=False, dtype=dtype, allocate_weight=_allocate_aligned)
-        self.experts_per_token = experts_per_token
-        self.norm_topk_prob = norm_topk_prob
+        self.config = config
 
     def choose(self, x: Normed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return the ids and weights of each token's experts, and the shared expert's gate [T, 1] if there is one."""
         logits = self(x)
         gate = logits[:, self.rows["shared"]] if "shared" in self.rows else None
         logits = logits[:, self.rows["experts"]]
-        return *route(logits, self.experts_per_token, self.norm_topk_prob, logits.dtype), gate
+        return *route(logits, self.config.experts_per_token, self.config.norm_topk_prob, logits.dtype), gate
 
 
 def _allocate_aligned(rows: int, columns: int, dtype: torch.dtype | None, weight_loader) -> Plain:
@@ -59,25 +70,16 @@ class Experts(nn.Module):
     Checkpoints have three tensors for each expert, or two for all of them.
     """
 
-    def __init__(
-        self,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size: int,
-        *,
-        dtype: torch.dtype | None,
-        tp: TensorParallel,
-    ):
+    def __init__(self, config: MoEConfig, hidden_size: int, dtype: torch.dtype | None, tp: TensorParallel):
         super().__init__()
-        self.intermediate_size = intermediate_size
-        size = divide("moe_intermediate_size", intermediate_size, tp)
-        check_expert_sizes(hidden_size, size, dtype)
         self.tp = tp
+        self.intermediate_size = config.intermediate_size
+        size = divide("moe_intermediate_size", config.intermediate_size, tp)
+        check_expert_sizes(hidden_size, size, dtype)
         self.own = slice(tp.rank * size, (tp.rank + 1) * size)
-        self.gate_up_proj = make_parameter(
-            num_experts, 2 * size, hidden_size, dtype=dtype, weight_loader=self.load_gate_up
-        )
-        self.down_proj = make_parameter(num_experts, hidden_size, size, dtype=dtype, weight_loader=self.load_down)
+        gate_up, down = (config.num_experts, 2 * size, hidden_size), (config.num_experts, hidden_size, size)
+        self.gate_up_proj = make_parameter(*gate_up, dtype=dtype, weight_loader=self.load_gate_up)
+        self.down_proj = make_parameter(*down, dtype=dtype, weight_loader=self.load_down)
 
     def load_gate_up(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: tuple[int, int]) -> None:
         """Load one expert's gate, `shard_id` (expert, 0), or up, (expert, 1)."""
@@ -117,42 +119,28 @@ class SparseMoE(nn.Module):
     """The sum of the chosen experts' outputs, weighted, and of a shared expert that every token has.
 
     Args:
+        config: numbers and sizes of experts. The number of ranks must divide the inner sizes.
         hidden_size: size of the input.
-        num_experts, experts_per_token: numbers of experts, and of those that the router chooses.
-        intermediate_size: inner size of an expert, which the number of ranks must divide.
-        norm_topk_prob: divide the weights of a token's experts by their sum.
-        shared_intermediate_size: inner size of the shared expert; 0 if there is none.
     """
 
     def __init__(
         self,
+        config: MoEConfig,
         hidden_size: int,
-        num_experts: int,
-        experts_per_token: int,
-        intermediate_size: int,
         *,
-        norm_topk_prob: bool,
-        shared_intermediate_size: int = 0,
         dtype: torch.dtype | None = None,
         tp: TensorParallel | None = None,
     ):
         super().__init__()
         tp = tp or TensorParallel.default()
-        self.gate = Router(
-            hidden_size,
-            num_experts,
-            experts_per_token,
-            norm_topk_prob,
-            has_shared_expert=shared_intermediate_size > 0,
-            dtype=dtype,
-        )
-        self.experts = Experts(num_experts, hidden_size, intermediate_size, dtype=dtype, tp=tp)
+        self.gate = Router(config, hidden_size, dtype)
+        self.experts = Experts(config, hidden_size, dtype, tp)
         self.shared_expert = None
-        if shared_intermediate_size:
-            self.shared_expert = MLP(hidden_size, shared_intermediate_size, dtype=dtype, tp=tp)
+        if config.shared_intermediate_size:
+            self.shared_expert = MLP(hidden_size, config.shared_intermediate_size, dtype=dtype, tp=tp)
 
     def forward(self, x: Normed) -> "PendingExperts":
-        if not is_expert_gemv(x.x, self.experts.down_proj, self.gate.experts_per_token):
+        if not is_expert_gemv(x.x, self.experts.down_proj, self.gate.config.experts_per_token):
             x = x.computed()
         ids, weights, gate = self.gate.choose(x)
         shared = None if self.shared_expert is None else (self.shared_expert(x).summand(), gate)

@@ -25,7 +25,7 @@ class QKNorm(nn.Module):
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: str) -> None:
         shard = self.shards[shard_id]
         check_shape(loaded, (shard.total,))
-        param.copy_(loaded[shard.start : shard.start + shard.size])
+        param.copy_(shard.take(loaded))
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
         parent = prefix.rpartition(".")[0]

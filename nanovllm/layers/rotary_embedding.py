@@ -2,7 +2,9 @@
 
 import math
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 # The supported types and the options that a checkpoint must give for each.
@@ -101,15 +103,31 @@ def rope_frequencies(head_dim: int, theta: float | None, scaling: dict | None = 
     return inv_freq, magnitude
 
 
-def rope_table(head_dim: int, max_position: int, theta: float | None, scaling: dict | None = None) -> torch.Tensor:
+def paired_order(head_dim: int, rotary_dim: int) -> np.ndarray:
+    """Return the order of a head's dimensions in which RoPE pairs dimension i with i + head_dim / 2.
+
+    A checkpoint has the `rotary_dim` dimensions that rotate first, and pairs i with i + rotary_dim / 2. The others are
+    paired as well, but their angles are 0. Scores do not change if queries and keys have the same order.
+    """
+    halves = np.arange(rotary_dim).reshape(2, -1), np.arange(rotary_dim, head_dim).reshape(2, -1)
+    return np.concatenate(halves, axis=1).ravel()
+
+
+def rope_table(
+    head_dim: int, max_position: int, theta: float | None, scaling: dict | None = None, rotary_dim: int | None = None
+) -> torch.Tensor:
     """Return cos (first half) and sin (second half) of each position's angles, [max_position, head_dim] float32.
 
     Args:
         theta, scaling: see `rope_frequencies`.
+        rotary_dim: number of dimensions that rotate, in the order of `paired_order`; all if None.
     """
-    inv_freq, magnitude = rope_frequencies(head_dim, theta, scaling)
+    rotary_dim = rotary_dim or head_dim
+    inv_freq, magnitude = rope_frequencies(rotary_dim, theta, scaling)
     angles = torch.outer(torch.arange(max_position).float(), inv_freq)
-    return torch.cat((angles.cos(), angles.sin()), dim=-1) * magnitude
+    padding = (0, (head_dim - rotary_dim) // 2)
+    cos, sin = F.pad(angles.cos() * magnitude, padding, value=1.0), F.pad(angles.sin() * magnitude, padding)
+    return torch.cat((cos, sin), dim=-1)
 
 
 def query_scale_table(max_position: int, scaling: dict | None) -> torch.Tensor | None:
@@ -125,25 +143,34 @@ class RotaryEmbedding(nn.Module):
 
     Args:
         max_position: number of positions in the tables. The angles do not depend on it.
-        theta, scaling: see `rope_frequencies`.
+        theta, scaling, rotary_dim: see `rope_table`.
 
     Attributes:
         cos_sin: see `rope_table`.
         query_scale: see `query_scale_table`.
+        order: the order that queries and keys must have; None if it is that of a checkpoint.
     """
 
     cos_sin: torch.Tensor
     query_scale: torch.Tensor | None
 
-    def __init__(self, head_dim: int, max_position: int, theta: float | None, scaling: dict | None = None):
+    def __init__(
+        self,
+        head_dim: int,
+        max_position: int,
+        theta: float | None,
+        scaling: dict | None = None,
+        rotary_dim: int | None = None,
+    ):
         super().__init__()
         self.max_position = max_position
+        self.order = None if rotary_dim in (None, head_dim) else paired_order(head_dim, rotary_dim)
         device = torch.get_default_device()
         if device.type == "meta":  # arithmetic on meta tensors would import torch's compiler, which takes seconds
             table, query_scale = torch.empty((max_position, head_dim)), None
         else:
             with torch.device("cpu"):
-                table = rope_table(head_dim, max_position, theta, scaling)
+                table = rope_table(head_dim, max_position, theta, scaling, rotary_dim)
                 query_scale = query_scale_table(max_position, scaling)
         self.register_buffer("cos_sin", table.to(device), persistent=False)
         self.register_buffer("query_scale", None if query_scale is None else query_scale.to(device), persistent=False)

@@ -1,11 +1,12 @@
 """State that layers keep between steps. A spec declares it, so that runner/state_pool.py can size and allocate it.
 
-To add another kind of state, such as recurrent state for each slot, add a spec class here with its size in bytes and
-`allocate`. StatePool must then take these bytes out of its budget before it counts blocks. Today all state is paged KV.
+To add another kind of state, add a spec class here with its size in bytes and `allocate`. StatePool must then count it.
 """
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,13 +42,44 @@ class PagedKVSpec:
         return PagedKV(k_cache, v_cache, self.window)
 
 
+@dataclass(frozen=True)
+class SlotStateSpec:
+    """A layer's state of a fixed size for each slot, in one or more tensors. Sizes are those on this rank.
+
+    Args:
+        shapes, dtypes: of each tensor, for one slot.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Return the bytes of one slot."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True))
+
+    def allocate(self, num_layers: int, num_slots: int, device: torch.device) -> list[torch.Tensor]:
+        """Allocate each tensor as [num_layers, num_slots, *shape], so that one operation copies a slot of all layers.
+
+        The memory is uninitialised, because a sequence's first token ignores the content of its slot.
+        """
+        return [
+            torch.empty((num_layers, num_slots, *shape), dtype=dtype, device=device)
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        ]
+
+
 class StatefulLayer(nn.Module):
     """A layer that keeps state between steps."""
 
     @abstractmethod
-    def state_spec(self) -> PagedKVSpec:
+    def state_spec(self) -> PagedKVSpec | SlotStateSpec:
         """Return the spec of the layer's state."""
 
     @abstractmethod
-    def bind(self, state: PagedKV | None) -> None:
-        """Use this state from now on. None removes the state."""
+    def bind(self, state: Any) -> None:
+        """Use this state from now on. None removes the state.
+
+        Args:
+            state: a `PagedKV`, or the tensors [num_slots, *shape] of a `SlotStateSpec`.
+        """

@@ -3,14 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.gated_delta_net import GatedDeltaNet
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import PendingGemm, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import HeadLayout, PendingGemm, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import MLP
 from nanovllm.layers.moe import SparseMoE
 from nanovllm.layers.qk_norm import QKNorm
@@ -18,6 +20,7 @@ from nanovllm.layers.residual import Normed, Residual
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.registry import ModelConfig
 from nanovllm.ops.dispatch import compile_sizes
+from nanovllm.ops.linear.sigmoid_mul import sigmoid_mul
 from nanovllm.ops.moe.dispatch import expert_sizes
 from nanovllm.utils.context import get_context
 from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
@@ -34,6 +37,7 @@ class SelfAttention(nn.Module):
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             bias=config.qkv_bias,
+            layout=_head_layout(config, rotary),
             dtype=dtype,
             tp=tp,
         )
@@ -43,6 +47,7 @@ class SelfAttention(nn.Module):
             head_dim=config.head_dim,
             rotary=rotary,
             qk_norm_eps=config.rms_norm_eps if config.qk_norm else None,
+            zero_centred=config.zero_centred_norms,
             window=config.window(index, rotary.max_position),
             dtype=dtype,
         )
@@ -53,47 +58,68 @@ class SelfAttention(nn.Module):
         self.o_proj = RowParallelLinear(attended_size, config.hidden_size, config.o_bias, dtype=dtype, tp=tp)
 
     def forward(self, x: Normed | Residual, positions: torch.Tensor, last: torch.Tensor | None) -> PendingGemm:
-        qkv = self.qkv_proj(x)
+        qkv, gate_size = self.qkv_proj(x), self.qkv_proj.gate_size
         if self.qk_norm is not None:
-            qkv = self.qk_norm(qkv)
-        return self.o_proj(self.attn(qkv, positions, last))
+            self.qk_norm(qkv[:, gate_size:])
+        attended = self.attn(qkv[:, gate_size:], positions, last)
+        if gate_size:
+            gate = qkv[:, :gate_size]
+            attended = sigmoid_mul(attended, gate if last is None else gate[last])
+        return self.o_proj(attended)
+
+
+def _head_layout(config: ModelConfig, rotary: RotaryEmbedding) -> HeadLayout | None:
+    """Return how query and key heads differ from the usual ones; None if they do not."""
+    if rotary.order is None and not config.attention_gate:
+        return None
+    order = np.arange(config.head_dim) if rotary.order is None else rotary.order
+    return HeadLayout(order, config.attention_gate)
 
 
 class DecoderLayer(nn.Module):
-    """A layer that adds attention and MLP to the residual stream, whose memory it may overwrite.
+    """A layer that adds attention, or linear attention, and MLP to the residual stream, whose memory it may overwrite.
 
     Norms and row-parallel GEMMs are lazy values (see layers/residual.py and layers/linear.py), so that kernels can fuse
     them where that is faster.
+
+    Args:
+        index: the layer's index, which determines its kind.
+        state_dtype: dtype of recurrent state.
     """
 
     def __init__(
-        self, config: ModelConfig, index: int, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel
+        self,
+        config: ModelConfig,
+        index: int,
+        rotary: RotaryEmbedding,
+        dtype: torch.dtype | None,
+        state_dtype: torch.dtype,
+        tp: TensorParallel,
     ):
         super().__init__()
         self.layer_type = config.layer_type(index)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.self_attn = SelfAttention(config, index, rotary, dtype, tp)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        if config.moe is not None and index not in config.moe.dense_layers:
-            self.mlp = SparseMoE(
-                config.hidden_size,
-                num_experts=config.moe.num_experts,
-                experts_per_token=config.moe.experts_per_token,
-                intermediate_size=config.moe.intermediate_size,
-                norm_topk_prob=config.moe.norm_topk_prob,
-                shared_intermediate_size=config.moe.shared_intermediate_size,
-                dtype=dtype,
-                tp=tp,
+        self.is_recurrent = self.layer_type == "linear_attention"
+        self.input_layernorm = _norm(config, dtype)
+        if config.linear_attention is not None and self.is_recurrent:
+            options = {"dtype": dtype, "state_dtype": state_dtype, "tp": tp}
+            self.linear_attn = GatedDeltaNet(
+                config.linear_attention, config.hidden_size, config.rms_norm_eps, **options
             )
+        else:
+            self.self_attn = SelfAttention(config, index, rotary, dtype, tp)
+        self.post_attention_layernorm = _norm(config, dtype)
+        if config.moe is not None and index not in config.moe.dense_layers:
+            self.mlp = SparseMoE(config.moe, config.hidden_size, dtype=dtype, tp=tp)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype=dtype, tp=tp)
 
     def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
         """Return the residual stream of all tokens, or only of the tokens at the indices `last` [L].
 
-        The other tokens still store their keys and values.
+        The other tokens still store their keys and values, or update the recurrent state.
         """
-        attended = self.self_attn(self.input_layernorm(residual), positions, last)
+        mixer = self.linear_attn if self.is_recurrent else self.self_attn
+        attended = mixer(self.input_layernorm(residual), positions, last)
         residual = (residual if last is None else residual[last]) + attended
         return residual + self.mlp(self.post_attention_layernorm(residual))
 
@@ -102,16 +128,27 @@ class PostNormLayer(DecoderLayer):
     """A layer that norms the outputs of attention and MLP, in place of their inputs (Olmo 2)."""
 
     def __init__(
-        self, config: ModelConfig, index: int, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel
+        self,
+        config: ModelConfig,
+        index: int,
+        rotary: RotaryEmbedding,
+        dtype: torch.dtype | None,
+        state_dtype: torch.dtype,
+        tp: TensorParallel,
     ):
-        super().__init__(config, index, rotary, dtype, tp)
+        super().__init__(config, index, rotary, dtype, state_dtype, tp)
         del self.input_layernorm
-        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.post_feedforward_layernorm = _norm(config, dtype)
 
     def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
         attended = self.post_attention_layernorm(self.self_attn(residual, positions, last))
         residual = (residual if last is None else residual[last]) + attended
         return residual + self.post_feedforward_layernorm(self.mlp(residual))
+
+
+def _norm(config: ModelConfig, dtype: torch.dtype | None) -> RMSNorm:
+    """Make a norm of the residual stream."""
+    return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, zero_centred=config.zero_centred_norms)
 
 
 class Decoder(nn.Module):
@@ -120,6 +157,7 @@ class Decoder(nn.Module):
     Args:
         config: the model's options.
         dtype: dtype of weights and activations; torch's default if None.
+        state_dtype: dtype of recurrent state.
         tp: the tensor-parallel group; the process's default one if None.
         max_position: number of positions that sequences may have; `config.max_position` if None.
     """
@@ -129,6 +167,7 @@ class Decoder(nn.Module):
         config: ModelConfig,
         *,
         dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype = torch.float32,
         tp: TensorParallel | None = None,
         max_position: int | None = None,
     ):
@@ -138,13 +177,17 @@ class Decoder(nn.Module):
         self.tp = tp
         max_position = max_position or config.max_position
         ropes = {repr(rope): rope for rope in map(config.rope, range(config.num_layers))}
-        rotary = {name: RotaryEmbedding(config.head_dim, max_position, *rope) for name, rope in ropes.items()}
+        rotary = {
+            name: RotaryEmbedding(config.head_dim, max_position, *rope, config.rotary_dim)
+            for name, rope in ropes.items()
+        }
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
         make_layer = PostNormLayer if config.post_norms else DecoderLayer
         self.layers = nn.ModuleList(
-            make_layer(config, index, rotary[repr(config.rope(index))], dtype, tp) for index in range(config.num_layers)
+            make_layer(config, index, rotary[repr(config.rope(index))], dtype, state_dtype, tp)
+            for index in range(config.num_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.norm = _norm(config, dtype)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
         if config.tie_word_embeddings and not config.separate_head:
             self.lm_head.tie(self.embed_tokens)
@@ -167,7 +210,8 @@ class Decoder(nn.Module):
         """Return the hidden states before the final norm: input_ids, positions [T] int64 -> [L, hidden_size].
 
         The L tokens are those of the context's `last_indices`, or all T tokens if that is None. The last layer skips
-        unused work: it stores K and V for every token, but computes attention and MLP only for those L.
+        unused work: it stores K and V for every token, or updates the recurrent state, but computes the rest only for
+        those L.
         """
         residual = self.embed_tokens.residual(input_ids)
         *layers, last_layer = self.layers

@@ -7,8 +7,12 @@ from typing import Any, TypeAlias
 
 import torch
 
+from nanovllm.arithmetic import is_power_of_2
 from nanovllm.checks import in_vocabulary, shown
+from nanovllm.layers.gated_delta_net import LinearAttentionConfig
+from nanovllm.layers.moe import MoEConfig
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES, rope_frequencies
+from nanovllm.ops.gdn.inputs import CONV_WIDTH
 
 logger = logging.getLogger(__name__)
 
@@ -16,6 +20,12 @@ _WINDOW: dict[str, bool | str] = {"sliding_window": "sliding_window"}
 _ATTENTION_BIAS: dict[str, bool | str] = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
 _LLAMA: dict[str, bool | str] = {**_ATTENTION_BIAS, "mlp_bias": "mlp_bias"}
 _OLMO: dict[str, bool | str] = {**_ATTENTION_BIAS, "whole_qk_norm": True, "post_norms": True}
+_HYBRID: dict[str, bool | str] = {
+    **_ATTENTION_BIAS,
+    "qk_norm": True,
+    "attention_gate": True,
+    "zero_centred_norms": True,
+}
 # The options of ModelConfig that each family sets. A string names the checkpoint's own option.
 FAMILIES: dict[str, dict[str, bool | str]] = {
     "qwen3": {**_ATTENTION_BIAS, **_WINDOW, "qk_norm": True},
@@ -24,6 +34,11 @@ FAMILIES: dict[str, dict[str, bool | str]] = {
     "mistral": _WINDOW,
     "qwen3_moe": {**_ATTENTION_BIAS, "qk_norm": True},
     "qwen2_moe": {"qkv_bias": "qkv_bias"},
+    "qwen3_next": _HYBRID,
+    "qwen3_5": _HYBRID,
+    "qwen3_5_text": _HYBRID,
+    "qwen3_5_moe": _HYBRID,
+    "qwen3_5_moe_text": _HYBRID,
     "ministral": _WINDOW,
     "ministral3": _WINDOW,
     "smollm3": {**_LLAMA, **_WINDOW, "rope_layers": "no_rope_layers"},
@@ -33,17 +48,29 @@ FAMILIES: dict[str, dict[str, bool | str]] = {
     "phi3": _WINDOW,
     "seed_oss": {**_LLAMA, "o_bias": "attention_out_bias"},
 }
-LAYER_TYPES = ("full_attention", "sliding_attention")
+# Families whose config has the decoder's options in its `text_config`.
+_NESTED = ("qwen3_5", "qwen3_5_moe")
+_LINEAR_ATTENTION = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+_PARTIAL_ROPE = (*_LINEAR_ATTENTION, "phi3")
+_PACKED_LINEAR_ATTENTION = ("qwen3_next",)
+LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
+# How the names of tensors start that text does not need, by family. Checkpoints may have such tensors.
+UNUSED_TENSORS: dict[str, tuple[str, ...]] = {
+    "qwen3_next": ("mtp.",),
+    "qwen3_5_text": ("mtp.", "visual.", "model.visual."),
+    "qwen3_5_moe_text": ("mtp.", "visual.", "model.visual."),
+}
 # The families of mixtures of experts, and whether they have a shared expert.
-_MOE_FAMILIES = {"qwen3_moe": False, "qwen2_moe": True}
+_MOE_FAMILIES = {"qwen3_moe": False, "qwen2_moe": True, "qwen3_next": True, "qwen3_5_moe_text": True}
 # By the type of an option: its types in a file, its range, and the range in words. Real models stay far below.
 _KINDS = {
     bool: ((bool,), 0, 1, "true or false"),
     int: ((int,), 1, 1 << 24, "an integer from 1 to 2**24"),
     float: ((int, float), 1e-15, 1e15, "a number from 1e-15 to 1e15"),
 }
+# Types of options that equal models share.
+_COMPARABLE = (*_KINDS, tuple[int, ...], tuple[str, ...] | None, int | None)
 # Options that the weights do not depend on, or that the loader compares.
-_COMPARED = (tuple[int, ...], tuple[str, ...] | None, int | None)  # besides types of _KINDS
 _FREE_OPTIONS = {"max_position", "rope_theta", "tie_word_embeddings", "separate_head", "eos_token_ids"}
 _MAX_END_IDS = 1024  # real models have a few
 MAX_EXPERTS, _MAX_EXPERTS_PER_TOKEN = 4096, 64  # kernels hold so many in registers; real models have up to 512 and 22
@@ -54,8 +81,8 @@ Rope: TypeAlias = tuple[float, dict[str, Any] | None]  # theta and the scaling o
 def unsupported(feature: str) -> ValueError:
     """Return the error for a model with this feature. It lists the supported ones."""
     return ValueError(
-        f"{feature} is not supported; supported are unquantised models of the types {', '.join(FAMILIES)} (GGUF files "
-        f"may be quantised), with RoPE of the types {', '.join(ROPE_TYPES)}"
+        f"{feature} is not supported; supported are unquantised models of the types "
+        f"{', '.join(FAMILIES)} (GGUF files may be quantised), with RoPE of the types {', '.join(ROPE_TYPES)}"
     )
 
 
@@ -65,6 +92,14 @@ def checked_option(name: str, value: Any, kind: type) -> Any:
     if type(value) not in types or not low <= value <= high:
         raise ValueError(f"the model's {name} must be {words}, got {shown(value)}")
     return value
+
+
+def check_options(options: Any, prefix: str = "") -> None:
+    """Check the numbers and bools of a dataclass; see `checked_option`."""
+    for field in fields(options):
+        kind = field.type
+        if isinstance(kind, type) and kind in _KINDS:
+            checked_option(prefix + field.name, getattr(options, field.name), kind)
 
 
 def default_head_dim(hidden_size: Any, num_heads: Any) -> int:
@@ -113,41 +148,6 @@ def scaled_max_position(max_position: int, scaling: dict[str, Any] | None) -> in
 
 
 @dataclass(frozen=True)
-class MoEConfig:
-    """The options of a decoder's mixtures of experts.
-
-    Args:
-        num_experts, experts_per_token: numbers of experts, and of those that the router chooses for a token.
-        intermediate_size: inner size of an expert.
-        norm_topk_prob: divide the weights of a token's experts by their sum.
-        shared_intermediate_size: inner size of the expert that every token has; 0 if there is none.
-        dense_layers: indices of the layers with a plain MLP instead of experts.
-
-    Raises:
-        ValueError: an option is impossible.
-    """
-
-    num_experts: int
-    experts_per_token: int
-    intermediate_size: int
-    norm_topk_prob: bool
-    shared_intermediate_size: int = 0
-    dense_layers: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        for name in ("num_experts", "experts_per_token", "intermediate_size"):
-            checked_option(f"moe.{name}", getattr(self, name), int)
-        checked_option("moe.norm_topk_prob", self.norm_topk_prob, bool)
-        if self.shared_intermediate_size != 0:
-            checked_option("moe.shared_intermediate_size", self.shared_intermediate_size, int)
-        if self.num_experts > MAX_EXPERTS:
-            raise ValueError(f"the model's num_experts must be at most {MAX_EXPERTS}, got {self.num_experts}")
-        most = min(self.num_experts, _MAX_EXPERTS_PER_TOKEN)
-        if self.experts_per_token > most:
-            raise ValueError(f"the model's experts_per_token must be at most {most}, got {self.experts_per_token}")
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """The options of one decoder, resolved.
 
@@ -162,8 +162,12 @@ class ModelConfig:
         qk_norm: RMSNorm of each query and key head.
         whole_qk_norm: RMSNorm of all query heads together, and of all key heads together.
         post_norms: norms of the outputs of attention and MLP, in place of norms of their inputs.
+        partial_rotary_factor: the part of a head's dimensions that RoPE rotates.
+        attention_gate: the query projection also computes a gate of attention's output.
+        zero_centred_norms: norms multiply by 1 + weight, except in linear attention.
         layer_types: one of LAYER_TYPES for each layer; None if all have full attention.
         sliding_window: how many tokens a query sees in layers with sliding attention.
+        linear_attention: the options of the layers with linear attention.
         dtype: dtype of the checkpoint.
         eos_token_ids: ids that end a text.
         moe: the mixtures of experts in place of MLPs; None if all layers are dense.
@@ -194,32 +198,47 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    partial_rotary_factor: float = 1.0
+    attention_gate: bool = False
+    zero_centred_norms: bool = False
     layer_types: tuple[str, ...] | None = None
     sliding_window: int | None = None
+    linear_attention: LinearAttentionConfig | None = None
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
     moe: MoEConfig | None = None
 
     def __post_init__(self):
         check_model_type(self.model_type)
-        for field in fields(self):
-            kind = field.type
-            if isinstance(kind, type) and kind in _KINDS:
-                checked_option(field.name, getattr(self, field.name), kind)
+        check_options(self)
         in_vocabulary("the model's eos_token_id", self.eos_token_ids, self.vocab_size)
         if self.head_dim % 2:
             raise ValueError(f"the model's head_dim must be even for RoPE, got {self.head_dim}")
+        if not 2 <= self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
+            factor = self.partial_rotary_factor
+            raise ValueError(f"the model's partial_rotary_factor must leave an even number of dimensions, got {factor}")
         if self.num_heads % self.num_kv_heads:
             raise unsupported(f"num_attention_heads={self.num_heads} with num_key_value_heads={self.num_kv_heads}")
         if self.dtype not in _DTYPES:
             raise unsupported(f"a checkpoint of dtype {shown(self.dtype)}")
-        self._check_layers()
         for theta, scaling in filter(None, [(self.rope_theta, self.rope_scaling), self.sliding_rope]):
             self._check_rope(theta, scaling or {"rope_type": "default"})
+        if self.moe is not None:
+            _check_moe(self.moe)
+        self._check_layers()
+
+    @property
+    def rotary_dim(self) -> int:
+        """Return how many of a head's dimensions RoPE rotates."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     def layer_type(self, index: int) -> str:
         """Return the type of a layer, one of LAYER_TYPES."""
         return "full_attention" if self.layer_types is None else self.layer_types[index]
+
+    def is_recurrent(self, index: int) -> bool:
+        """Return whether the layer with this index has linear attention."""
+        return self.layer_type(index) == "linear_attention"
 
     def window(self, index: int, max_position: int) -> int:
         """Return how many tokens a query of a layer sees; 0 if it sees all of up to `max_position`."""
@@ -241,16 +260,33 @@ class ModelConfig:
                 raise unsupported(f"a layer of type {shown(layer_type)}")
         if len(types) != self.num_layers:
             raise ValueError(f"the model's layer_types must be {self.num_layers} (num_layers), got {len(types)}")
+        if set(types) == {"linear_attention"}:
+            raise unsupported("a model without layers of attention over a KV cache")
         if "sliding_attention" in types:
             checked_option("sliding_window", self.sliding_window, int)
         has_rope = (1,) * self.num_layers if self.rope_layers is None else self.rope_layers
         if len(has_rope) != self.num_layers or any(flag not in (0, 1) for flag in has_rope):
             raise ValueError(f"the model's rope_layers must be {self.num_layers} times 0 or 1, got {shown(has_rope)}")
+        if ("linear_attention" in types) != (self.linear_attention is not None):
+            raise ValueError("the model's linear_attention must be None if and only if no layer has it")
+        if self.linear_attention is not None:
+            self._check_linear_attention(self.linear_attention)
+
+    def _check_linear_attention(self, options: LinearAttentionConfig) -> None:
+        check_options(options, "linear attention's ")
+        if options.num_value_heads % options.num_key_heads:
+            heads = f"linear_num_value_heads={options.num_value_heads}"
+            raise unsupported(f"{heads} with linear_num_key_heads={options.num_key_heads}")
+        for dim in (options.key_head_dim, options.value_head_dim):
+            if dim < 16 or not is_power_of_2(dim):
+                raise unsupported(f"linear attention with heads of {dim} dimensions, not a power of two from 16")
+        if options.conv_width != CONV_WIDTH:
+            raise unsupported(f"linear_conv_kernel_dim={options.conv_width}")
 
     def _check_rope(self, theta: Any, options: dict[str, Any]) -> None:
         checked_option("rope_theta", theta, float)
         rope_type = options["rope_type"]
-        num_factors = self.head_dim // 2
+        num_factors = self.rotary_dim // 2
         if rope_type not in tuple(ROPE_TYPES):
             raise unsupported(f"RoPE of type {shown(rope_type)}")
         needed = dict.fromkeys(ROPE_TYPES[rope_type], float)
@@ -263,7 +299,7 @@ class ModelConfig:
                 checked_option(f"RoPE {name}", value, kind)
                 continue
             if not isinstance(value, list) or len(value) != num_factors:
-                raise ValueError(f"the model's RoPE {name} must be {num_factors} (head_dim / 2), got {shown(value)}")
+                raise ValueError(f"the model's RoPE {name} must be {num_factors} (half a head), got {shown(value)}")
             for factor in value:
                 checked_option(f"RoPE {name}", factor, kind)
         if rope_type == "llama3" and not options["low_freq_factor"] < options["high_freq_factor"]:
@@ -290,8 +326,8 @@ class ModelConfig:
                 raise ValueError(f"the checkpoint's {name} is {shown(theirs)}, but the model's is {shown(mine)}")
         for index in range(self.num_layers):
             (theta, scaling), (their_theta, their_scaling) = self.rope(index), other.rope(index)
-            frequencies, factor = rope_frequencies(self.head_dim, theta, scaling)
-            their_frequencies, their_factor = rope_frequencies(other.head_dim, their_theta, their_scaling)
+            frequencies, factor = rope_frequencies(self.rotary_dim, theta, scaling)
+            their_frequencies, their_factor = rope_frequencies(other.rotary_dim, their_theta, their_scaling)
             is_same = torch.allclose(frequencies, their_frequencies, rtol=1e-4, atol=0)
             beta, their_beta = ((s or {}).get("llama_4_scaling_beta") for s in (scaling, their_scaling))
             if not is_same or not math.isclose(factor, their_factor, rel_tol=1e-4) or beta != their_beta:
@@ -306,40 +342,54 @@ class ModelConfig:
             eos_token_ids: those of the generation config, which take precedence.
         """
         check_model_type(config.model_type)
-        _check_variant(config)
-        num_heads = config.num_attention_heads
+        whole, config = config, config.text_config if config.model_type in _NESTED else config
+        for part in (whole, config):
+            check_model_type(part.model_type)
+            _check_variant(part)
+        num_heads, moe_size = config.num_attention_heads, getattr(config, "moe_intermediate_size", None)
         head_dim = getattr(config, "head_dim", None)
-        (theta, scaling), sliding_rope = _ropes(config)
+        (theta, scaling), sliding_rope, rotary_factor = _ropes(config)
         max_position = scaled_max_position(config.max_position_embeddings, scaling)
-        options = _family_options(config)
         layer_types = _layer_types(config, max_position, keep=sliding_rope is not None)
-        if layer_types is None:
-            options.pop("sliding_window", None)
-        if options.get("rope_layers") is not None:
-            options["rope_layers"] = tuple(options["rope_layers"][: config.num_hidden_layers])
         vocab_size = checked_option("vocab_size", config.vocab_size, int)
-        ends = known_ids(eos_token_ids, vocab_size) or known_ids(getattr(config, "eos_token_id", None), vocab_size)
+        given_ends = (eos_token_ids, getattr(whole, "eos_token_id", None), getattr(config, "eos_token_id", None))
+        ends = next(filter(None, (known_ids(given, vocab_size) for given in given_ends)), ())
         return cls(
             model_type=config.model_type,
             vocab_size=vocab_size,
             hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
+            intermediate_size=_first_given(getattr(config, "intermediate_size", None), moe_size, 0),
             num_layers=config.num_hidden_layers,
             num_heads=num_heads,
             num_kv_heads=_first_given(getattr(config, "num_key_value_heads", None), num_heads),
             head_dim=default_head_dim(config.hidden_size, num_heads) if head_dim is None else head_dim,
             max_position=max_position,
             rms_norm_eps=config.rms_norm_eps,
-            tie_word_embeddings=config.tie_word_embeddings,
+            tie_word_embeddings=whole.tie_word_embeddings or config.tie_word_embeddings,
             rope_theta=theta,
             rope_scaling=scaling,
             sliding_rope=sliding_rope,
+            partial_rotary_factor=rotary_factor,
             layer_types=layer_types,
+            linear_attention=_linear_attention(config) if "linear_attention" in (layer_types or ()) else None,
             dtype=_dtype(config),
             eos_token_ids=ends,
             moe=_moe(config) if config.model_type in _MOE_FAMILIES else None,
-            **options,
+            **_family_options(config, layer_types),
         )
+
+
+def _check_moe(moe: MoEConfig) -> None:
+    checked_option("moe.norm_topk_prob", moe.norm_topk_prob, bool)
+    for name in ("num_experts", "experts_per_token", "intermediate_size", "shared_intermediate_size"):
+        value = getattr(moe, name)
+        if name != "shared_intermediate_size" or value != 0:
+            checked_option(f"moe.{name}", value, int)
+    if moe.num_experts > MAX_EXPERTS:
+        raise ValueError(f"the model's num_experts must be at most {MAX_EXPERTS}, got {moe.num_experts}")
+    most = min(moe.num_experts, _MAX_EXPERTS_PER_TOKEN)
+    if moe.experts_per_token > most:
+        raise ValueError(f"the model's experts_per_token must be at most {most}, got {moe.experts_per_token}")
 
 
 def _comparable(config: Any) -> dict[str, Any]:
@@ -349,7 +399,7 @@ def _comparable(config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         if is_dataclass(value):
             options |= {f"{field.name}.{name}": option for name, option in _comparable(value).items()}
-        elif field.type in (*_KINDS, *_COMPARED) and field.name not in _FREE_OPTIONS:
+        elif field.type in _COMPARABLE and field.name not in _FREE_OPTIONS:
             options[field.name] = value
     return options
 
@@ -372,7 +422,7 @@ def _moe(config: Any) -> MoEConfig | None:
         num_experts=config.num_experts,
         experts_per_token=config.num_experts_per_tok,
         intermediate_size=config.moe_intermediate_size,
-        norm_topk_prob=config.norm_topk_prob,
+        norm_topk_prob=getattr(config, "norm_topk_prob", True),
         shared_intermediate_size=shared_size,
         dense_layers=dense_layers,
     )
@@ -404,12 +454,16 @@ def _check_variant(config: Any) -> None:
         raise unsupported(f"hidden_act={shown(config.hidden_act)}")
 
 
-def _family_options(config: Any) -> dict[str, Any]:
+def _family_options(config: Any, layer_types: tuple[str, ...] | None) -> dict[str, Any]:
     """Return the options of ModelConfig that the row of the family sets."""
     defaults = {field.name: field.default for field in fields(ModelConfig)}
     options = {}
     for name, value in FAMILIES[config.model_type].items():
         options[name] = getattr(config, value, defaults[name]) if isinstance(value, str) else value
+    if layer_types is None:
+        options.pop("sliding_window", None)
+    if options.get("rope_layers") is not None:
+        options["rope_layers"] = tuple(options["rope_layers"][: config.num_hidden_layers])
     return options
 
 
@@ -435,23 +489,43 @@ def _layer_types(config: Any, max_position: int, keep: bool) -> tuple[str, ...] 
     return None if all(layer_type == "full_attention" for layer_type in types) else tuple(types)
 
 
-def _ropes(config: Any) -> tuple[Rope, Rope | None]:
-    """Return the RoPE of layers with full attention, and that of layers with sliding attention if it differs.
+def _linear_attention(config: Any) -> LinearAttentionConfig:
+    if config.model_type not in _LINEAR_ATTENTION:
+        raise unsupported(f"a model of type {shown(config.model_type)} with linear attention")
+    return LinearAttentionConfig(
+        num_key_heads=config.linear_num_key_heads,
+        num_value_heads=config.linear_num_value_heads,
+        key_head_dim=config.linear_key_head_dim,
+        value_head_dim=config.linear_value_head_dim,
+        conv_width=config.linear_conv_kernel_dim,
+        is_packed=config.model_type in _PACKED_LINEAR_ATTENTION,
+    )
 
-    transformers 5 has the options in `rope_parameters`, perhaps by the type of the layer; 4 has two options.
+
+def _ropes(config: Any) -> tuple[Rope, Rope | None, float]:
+    """Return the RoPE of the layers, that of layers with sliding attention if it differs, and the part that rotates.
+
+    transformers 5 has the options in `rope_parameters`, perhaps by the type of the layer. transformers 4 has two
+    options. The sections of multimodal RoPE are all the same for text.
     """
     options = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    factor = _first_given(
+        options.pop("partial_rotary_factor", None), getattr(config, "partial_rotary_factor", None), 1.0
+    )
+    if factor != 1.0 and config.model_type not in _PARTIAL_ROPE:
+        raise unsupported("partial RoPE")
     if not any(isinstance(value, dict) for value in options.values()):
-        return _rope(config, options), None
-    if not options.keys() <= set(LAYER_TYPES) or not all(isinstance(value, dict) for value in options.values()):
+        return _rope(config, options), None, factor
+    types = LAYER_TYPES[:2]
+    if not options.keys() <= set(types) or not all(isinstance(value, dict) for value in options.values()):
         raise unsupported("RoPE that differs between layers of one type")
-    full, sliding = (_rope(config, dict(options.get(layer_type, {}))) for layer_type in LAYER_TYPES)
-    return full, None if sliding == full else sliding
+    full, sliding = (_rope(config, dict(options.get(layer_type, {}))) for layer_type in types)
+    return full, None if sliding == full else sliding, factor
 
 
 def _rope(config: Any, options: dict[str, Any]) -> Rope:
-    if (options.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0) != 1.0:
-        raise unsupported("partial RoPE")
+    if (options.pop("partial_rotary_factor", None) or 1.0) != 1.0:
+        raise unsupported("partial RoPE that differs between layers")
     theta = _first_given(options.pop("rope_theta", None), getattr(config, "rope_theta", None), 10000.0)
     rope_type = _first_given(options.pop("rope_type", None), options.pop("type", None), "default")
     if rope_type == "default" and "llama_4_scaling_beta" not in options:
@@ -466,6 +540,11 @@ def _rope(config: Any, options: dict[str, Any]) -> Rope:
 
 _QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_kv_heads": 8, "head_dim": 128, "max_position": 40960}
 _QWEN3 |= {"rope_theta": 1e6, "qk_norm": True, "eos_token_ids": (151645, 151643)}
+_QWEN3_5: dict[str, Any] = {"vocab_size": 248320, "num_heads": 16, "head_dim": 256}
+_QWEN3_5 |= {"max_position": 262144, "rope_theta": 1e7, "partial_rotary_factor": 0.25}
+_QWEN3_5 |= {"qk_norm": True, "attention_gate": True, "zero_centred_norms": True, "eos_token_ids": (248046, 248044)}
+_QWEN3_5 |= {"linear_attention": LinearAttentionConfig(16, 32, 128, 128)}
+_EVERY_FOURTH = ("linear_attention",) * 3 + ("full_attention",)
 # Shapes of real models for load_format="dummy".
 PRESETS = {
     "qwen3-0.6b": ModelConfig(
@@ -482,5 +561,24 @@ PRESETS = {
         num_layers=48,
         num_heads=32,
         moe=MoEConfig(num_experts=128, experts_per_token=8, intermediate_size=768, norm_topk_prob=True),
+    ),
+    "qwen3.5-9b": ModelConfig(
+        **_QWEN3_5,
+        model_type="qwen3_5_text",
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_layers=32,
+        num_kv_heads=4,
+        layer_types=_EVERY_FOURTH * 8,
+    ),
+    "qwen3.5-35b-a3b": ModelConfig(
+        **_QWEN3_5,
+        model_type="qwen3_5_moe_text",
+        hidden_size=2048,
+        intermediate_size=512,
+        num_layers=40,
+        num_kv_heads=2,
+        layer_types=_EVERY_FOURTH * 10,
+        moe=MoEConfig(256, 8, intermediate_size=512, norm_topk_prob=True, shared_intermediate_size=512),
     ),
 }

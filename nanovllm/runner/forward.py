@@ -11,13 +11,15 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.residual import Residual
 from nanovllm.messages import Batch
 from nanovllm.models.decoder import Decoder
-from nanovllm.ops.attention.paged_cache import KVKind, PagedRows
+from nanovllm.ops.attention.paged_cache import PagedRows
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
+from nanovllm.ops.gdn.rows import GdnRows, mixed_rows
 from nanovllm.ops.inputs.step_inputs import step_inputs
-from nanovllm.ops.inputs.step_rows import StepRows
+from nanovllm.ops.inputs.step_rows import StepInputs, StepRows
 from nanovllm.ops.sampling.logprobs import process_logits, top_logprobs
 from nanovllm.ops.sampling.sampling import advance_slots, sample
 from nanovllm.runner.batch_state import BatchState
+from nanovllm.runner.state_pool import StatePool
 from nanovllm.utils.context import set_context
 
 LOGPROB_ROWS = 64  # rows whose logprobs are computed at once, which bounds the memory for them
@@ -49,22 +51,17 @@ class Forward:
         model: whose layers have their state bound.
         state: the slots.
         backend: attends.
-        kv_kinds: the different kinds of the layers' caches.
+        pool: the state of the layers.
         counters: int32 zeros for kernels that split their work.
     """
 
     def __init__(
-        self,
-        model: Decoder,
-        state: BatchState,
-        backend: AttentionBackend,
-        kv_kinds: tuple[KVKind, ...],
-        counters: torch.Tensor,
+        self, model: Decoder, state: BatchState, backend: AttentionBackend, pool: StatePool, counters: torch.Tensor
     ):
         self.model = model
         self.state = state
         self.backend = backend
-        self.kv_kinds = kv_kinds
+        self.pool = pool
         self.counters = counters
         self.tp: TensorParallel = model.tp
 
@@ -120,7 +117,7 @@ class Forward:
         )
         context = Context(
             backend=self.backend,
-            kv_kinds=self.kv_kinds,
+            kv_kinds=self.pool.kv_kinds,
             num_decode=num_decode,
             rows=PagedRows(state.block_tables, slots, inputs.context_lens),
             slot_mapping=inputs.slot_mapping,
@@ -129,6 +126,7 @@ class Forward:
             max_context_len=max_context_len,
             shared=shared,
             last_indices=None if keep_hidden else inputs.last_indices,
+            gdn_rows=_gdn_rows(rows, inputs, num_decode) if self.pool.slot_bytes else None,
             counters=self.counters,
         )
         self.backend.prepare(context)
@@ -203,3 +201,17 @@ class Forward:
             whole[indices] = part
             merged.append(self.tp.merge(whole))
         return tuple(merged)
+
+
+def _gdn_rows(rows: StepRows | torch.Tensor, inputs: StepInputs, num_decode: int) -> GdnRows:
+    """Return the rows of a step for recurrent layers. Padding rows without tokens may have any start.
+
+    Args:
+        num_decode: number of rows that certainly have one token.
+    """
+    if isinstance(rows, torch.Tensor):
+        return GdnRows(rows, inputs.positions)
+    starts = inputs.context_lens - rows.cu_seqlens.diff()
+    num_tokens = len(rows.token_ids)
+    max_prompts = max(1, min(len(rows.slots) - num_decode, num_tokens // 2))
+    return mixed_rows(rows.slots, starts, rows.cu_seqlens, num_tokens, max_prompts)

@@ -1,10 +1,12 @@
 """One rank: its shards of the weights, the layers' state, and the steps that it runs."""
 
 import gc
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +30,9 @@ from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.forward import Forward, LogprobTensors
 from nanovllm.runner.state_pool import StatePool
 
-CPU_CACHE_BYTES = 1 << 30  # default KV pool on a CPU
+logger = logging.getLogger(__name__)
+
+CPU_CACHE_BYTES = 1 << 30  # default size of the layers' state on a CPU
 GRAPH_BYTES = 256 << 20  # what graphs and library workspaces take on a GPU
 
 
@@ -51,6 +55,10 @@ class ModelRunner:
         tp: this rank's tensor-parallel group.
         device: where this rank runs.
         check_ranks: raises if another rank has failed.
+
+    Attributes:
+        config: the engine's, with the number of sequences whose state fits as `max_num_seqs`.
+        num_blocks: number of KV blocks.
 
     Raises:
         ValueError: the KV pool would not hold one sequence of `max_model_len` tokens.
@@ -94,7 +102,13 @@ class ModelRunner:
     def _build(self, source: ModelSource) -> None:
         """Load the model, size and allocate the state, and capture graphs."""
         with torch.device(self.device):
-            self.model = Decoder(source.config, dtype=self.dtype, tp=self.tp, max_position=self.max_model_len)
+            self.model = Decoder(
+                source.config,
+                dtype=self.dtype,
+                state_dtype=getattr(torch, self.config.state_dtype),
+                tp=self.tp,
+                max_position=self.max_model_len,
+            )
         self.pool = StatePool(self.model, self.block_size, self.device)
         max_kv_heads = max(kind.kv_heads for kind in self.pool.kv_kinds)
         num_counters = (self.max_rows + 1) * max_kv_heads  # for attention; a graph may have one row more
@@ -104,8 +118,11 @@ class ModelRunner:
                 load_weights(self.model, dummy_weights(self.model, self.config.seed))
             else:
                 load_weights(self.model, source.weights())
-        self.num_blocks = self._num_blocks()
-        self._allocate(self.num_blocks)
+        self.num_blocks, max_num_seqs = self._size_state()
+        if max_num_seqs < self.config.max_num_seqs:
+            logger.info("%d sequences run at once: the state of more would take half of the memory", max_num_seqs)
+            self.config = replace(self.config, max_num_seqs=max_num_seqs)
+        self._allocate(self.num_blocks, max_num_seqs)
         self._capture()
         self._synchronize()
 
@@ -167,40 +184,49 @@ class ModelRunner:
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
-    def _allocate(self, num_blocks: int) -> None:
-        """Allocate the state of the layers and of the slots. One extra block is the scratch block of padding rows."""
+    def _allocate(self, num_blocks: int, num_seqs: int) -> None:
+        """Allocate the state of the layers and of the slots. One extra block is the scratch block of padding rows.
+
+        Args:
+            num_seqs: the slots, the first ones, that have recurrent state.
+        """
         try:
-            self.pool.allocate(num_blocks + 1)
+            self.pool.allocate(num_blocks + 1, num_seqs)
         except RuntimeError as error:
             if num_blocks != self.config.num_kvcache_blocks:
                 raise
             raise ValueError(f"num_kvcache_blocks={num_blocks} is more than can be allocated: {error}") from error
         self.state = BatchState(self.config, self.max_blocks, num_blocks, self.model.config.vocab_size, self.device)
-        self.forward = Forward(self.model, self.state, self.backend, self.pool.kv_kinds, self.counters)
+        self.forward = Forward(self.model, self.state, self.backend, self.pool, self.counters)
         self.token_ring = deque(host_buffer(self.config.max_num_seqs, torch.int64, self.device) for _ in range(2))
 
-    def _num_blocks(self) -> int:
-        """Return the number of KV blocks: the configured one, or what fits; the same on all ranks."""
-        if self.config.num_kvcache_blocks is not None:
-            num_blocks = self.config.num_kvcache_blocks
-        elif self.device.type == "cuda":
-            num_blocks = self.pool.blocks_in(self._free_bytes()) - 1  # the scratch block
-        else:
-            max_useful = self.config.max_num_seqs * self.max_blocks
-            num_blocks = min(max_useful, max(self.pool.blocks_in(CPU_CACHE_BYTES), self.max_blocks))
+    def _size_state(self) -> tuple[int, int]:
+        """Return the number of KV blocks, and of sequences that run at once: what fits, the same on all ranks.
+
+        A configured number of blocks comes first.
+        """
+        num_blocks, num_seqs = self.config.num_kvcache_blocks, self.config.max_num_seqs
+        if num_blocks is None or self.pool.slot_bytes:
+            is_gpu = self.device.type == "cuda"
+            num_seqs, num_fitting = self.pool.divide(self._free_bytes() if is_gpu else CPU_CACHE_BYTES, num_seqs)
+            if num_blocks is None and is_gpu:
+                num_blocks = num_fitting - 1  # the scratch block
+            elif num_blocks is None:
+                num_blocks = min(num_seqs * self.max_blocks, max(num_fitting, self.max_blocks))
         num_blocks = self.tp.all_reduce_min(num_blocks, self.device)
+        num_seqs = self.tp.all_reduce_min(num_seqs, self.device)
         if num_blocks < self.max_blocks and self.config.num_kvcache_blocks is None:
             raise ValueError(
                 f"gpu_memory_utilization={self.config.gpu_memory_utilization} leaves room for {max(num_blocks, 0)} KV "
                 f"blocks, but one sequence of max_model_len={self.max_model_len} needs {self.max_blocks}; raise the "
                 "first or lower the second"
             )
-        return num_blocks
+        return num_blocks, num_seqs
 
     def _free_bytes(self) -> int:
         """Return the bytes that `gpu_memory_utilization` leaves after weights and the largest step's activations."""
         self._synchronize()
-        self._allocate(self.max_blocks)
+        self._allocate(self.max_blocks, num_seqs=1)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -214,9 +240,12 @@ class ModelRunner:
         return int(free - total * (1 - self.config.gpu_memory_utilization)) - activations - GRAPH_BYTES
 
     def _largest_batch(self) -> Batch:
-        """Return a full budget of prompt tokens, in at least as many rows as there are slots, in the scratch slot."""
+        """Return a full budget of prompt tokens, in at least as many rows as there are slots.
+
+        All rows have slot 0, the only one that surely has recurrent state. Its blocks are the scratch block.
+        """
         parts = np.array_split(np.arange(self.config.max_num_batched_tokens), self.max_rows)
-        return Batch([Row(self.state.scratch_slot, 0, [0] * len(part), NO_TOKENS) for part in parts])
+        return Batch([Row(0, 0, [0] * len(part), NO_TOKENS) for part in parts])
 
     # -- kernels and graphs ------------------------------------------------------------------------------------------
 
@@ -226,7 +255,7 @@ class ModelRunner:
 
         The largest step comes first, because its kernels take longest.
         """
-        self._allocate(self.max_blocks)
+        self._allocate(self.max_blocks, num_seqs=1)
         with compile_in_parallel():
             with compile_without_launch(), self.model.few_layers():
                 self.forward.run(self._largest_batch())
@@ -313,7 +342,7 @@ class ModelRunner:
             if "weights" in parts:
                 self._move_weights(self.device)
             if "kv_cache" in parts:
-                self._allocate(self.num_blocks)
+                self._allocate(self.num_blocks, self.config.max_num_seqs)
             if capture:
                 self._capture()
             self._synchronize()

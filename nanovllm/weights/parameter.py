@@ -10,6 +10,7 @@ checkpoints have them.
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -90,6 +91,11 @@ def load_whole(param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None)
     param.copy_(loaded)
 
 
+def select(loaded: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
+    """Return a copy of the rows of `loaded` at these indices, in their order."""
+    return loaded.index_select(0, torch.as_tensor(indices, device=loaded.device))
+
+
 def make_parameter(
     *shape: int, dtype: torch.dtype | None = None, weight_loader: Callable[..., None] = load_whole
 ) -> nn.Parameter:
@@ -97,3 +103,21 @@ def make_parameter(
     param = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
     param.weight_loader = weight_loader  # pyright: ignore[reportAttributeAccessIssue]
     return param
+
+
+def rows_of(
+    indices: np.ndarray, *, shape: tuple[int, ...], whole: tuple[int, ...], dtype: torch.dtype | None
+) -> CheckpointTensor:
+    """Make a parameter that holds rows of a checkpoint's tensor. Return both.
+
+    Args:
+        indices: the rows.
+        shape: of the parameter. It has as many values as the rows.
+        whole: shape of the whole tensor.
+    """
+
+    def load(param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
+        check_shape(loaded, whole)
+        param.copy_(select(loaded, indices).view(shape))
+
+    return CheckpointTensor(make_parameter(*shape, dtype=dtype, weight_loader=load), whole)

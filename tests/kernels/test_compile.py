@@ -26,7 +26,7 @@ from nanovllm.ops.attention import decode_attention as decode, prefill_attention
 from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launch
 from nanovllm.ops.attention import decode_plan, paged_cache, rope_decode, shared_prefix
 from nanovllm.ops.comm import collectives, overlapped_all_reduce, peer_memory
-from nanovllm.ops.gdn import gated_delta_net, inputs as gdn_inputs, prompt as gdn_prompt
+from nanovllm.ops.gdn import copy_slots, gated_delta_net, inputs as gdn_inputs, prompt as gdn_prompt
 from nanovllm.ops.gdn import rows as gdn_rows
 from nanovllm.ops.inputs import embedding, step_inputs, step_rows
 from nanovllm.ops.linear import gemm, gemv, silu_mul, swiglu
@@ -120,6 +120,7 @@ def call_all():
         gated_delta_net.gated_delta_net_triton(tokens, weights, pools, rows)
         config = gdn_prompt.GdnPromptConfig(slices=2)
         gdn_prompt.gdn_prompt_triton(tokens, weights, pools, rows, torch.zeros(200, heads * dim, **kind), config)
+        copy_slots.copy_slots_triton(pools.conv[None], slots[:2], slots[2:])
         few = gdn_inputs.GdnInputs(*(x[:4] for x in tokens))
         gated_delta_net.gated_delta_net_triton(few, weights, pools, gdn_rows.GdnRows(slots, lens))
 

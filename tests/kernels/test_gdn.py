@@ -5,13 +5,15 @@ from itertools import pairwise
 import pytest
 import torch
 
+from nanovllm.ops.gdn.copy_slots import copy_slots, copy_slots_triton
 from nanovllm.ops.gdn.decode import GdnDecodeConfig, gdn_decode_triton
 from nanovllm.ops.gdn.gated_delta_net import gated_delta_net, gated_delta_net_triton
 from nanovllm.ops.gdn.gated_norm import gated_rms_norm, gated_rms_norm_triton
-from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights, copy_slots
+from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
 from nanovllm.ops.gdn.prompt import GdnPromptConfig, gdn_prompt_triton
 from nanovllm.ops.gdn.reference import (
     chunk_delta_rule_torch,
+    copy_slots_torch,
     gated_delta_net_torch,
     gated_rms_norm_torch,
     recurrent_delta_rule_torch,
@@ -274,9 +276,25 @@ def test_a_copied_slot_continues_like_its_source():
     first, rest = (GdnInputs(*(x[part] for x in inputs)) for part in (slice(6), slice(6, None)))
     gated_delta_net(first, weights, state, make_rows([6], [0], slots=[3]))
     for pool in state:
-        copy_slots(pool, torch.tensor([3], device=DEVICE).int(), torch.tensor([0], device=DEVICE).int())
+        copy_slots(pool[None], torch.tensor([3], device=DEVICE).int(), torch.tensor([0], device=DEVICE).int())
     source, copy = (gated_delta_net(rest, weights, state, make_rows([3], [6], slots=[slot])) for slot in (3, 0))
     assert torch.equal(source, copy) and torch.equal(state.recurrent[0], state.recurrent[3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4, 33), (2, 5000)])
+def test_copying_slots_changes_only_the_targets_in_every_layer(shape, dtype):
+    pool = torch.randn(3, 6, *shape, device=DEVICE).to(dtype)
+    sources, targets = (torch.tensor(slots, device=DEVICE) for slots in ([4, 1, 4], [0, 5, 3]))
+    want = pool.clone()
+    want[:, [0, 5, 3]] = pool[:, [4, 1, 4]]
+    for copy in (copy_slots_torch, copy_slots_triton):
+        for kind in (torch.int32, torch.int64):
+            copied = pool.clone()
+            copy(copied, sources.to(kind), targets.to(kind))
+            assert torch.equal(copied, want)
+            copy(copied, sources[:0], targets[:0])
+            assert torch.equal(copied, want)
 
 
 def test_shapes_that_disagree_and_a_missing_plan_raise():

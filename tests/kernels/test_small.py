@@ -8,7 +8,8 @@ from nanovllm.ops.inputs.embedding import embedding_triton
 from nanovllm.ops.inputs.reference import embedding_torch, step_inputs_torch
 from nanovllm.ops.inputs.step_inputs import step_inputs_triton
 from nanovllm.ops.inputs.step_rows import StepRows
-from nanovllm.ops.linear.reference import silu_mul_torch
+from nanovllm.ops.linear.reference import sigmoid_mul_torch, silu_mul_torch
+from nanovllm.ops.linear.sigmoid_mul import sigmoid_mul_triton
 from nanovllm.ops.linear.silu_mul import silu_mul_triton
 from nanovllm.ops.norm_rope.qk_transform import QKTransform
 from nanovllm.ops.norm_rope.reference import qk_norm_rope_store_torch, rms_norm_torch
@@ -17,6 +18,8 @@ from nanovllm.ops.norm_rope.rope_store import qk_norm_rope_store_triton
 from nanovllm.ops.sampling.state import HAS_PENALTIES, MAX_COUNT, SamplingState, default_params
 
 DTYPES = [torch.float32, torch.bfloat16]
+# Of the values and of the weight of their norm.
+NORM_DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
 
 
 def close(got, want):
@@ -36,12 +39,12 @@ def test_embedding_equals_the_table(device, tokens, size, dtype):
             assert got.dtype == dtype and torch.equal(got, want)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "norm_dtype"), NORM_DTYPES)
 @pytest.mark.parametrize("shape", [(1, 48), (3, 576), (5, 1000), (2, 4096), (0, 64)])
-def test_rms_norm_equals_the_reference(device, shape, dtype):
+def test_rms_norm_equals_the_reference(device, shape, dtype, norm_dtype):
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(shape, generator=generator, device=device).to(dtype)
-    weight = torch.randn(shape[1], generator=generator, device=device).to(dtype)
+    weight = torch.randn(shape[1], generator=generator, device=device).to(norm_dtype)
     copy = x.clone()
     close(rms_norm_triton(x, weight, 1e-6), rms_norm_torch(x, weight, 1e-6))
     assert torch.equal(x, copy)
@@ -59,20 +62,28 @@ def test_silu_mul_equals_the_reference(device, shape, dtype):
     assert torch.equal(x, copy)
 
 
+@pytest.mark.parametrize("shape", [(1, 96), (3, 1536), (2, 100), (0, 64)])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("norm", "is_scaled"), [(True, False), (False, True)])
+def test_sigmoid_mul_equals_the_reference(device, shape, dtype):
+    tokens, size = shape
+    x, wide = (torch.randn(tokens, n, device=device).to(dtype) for n in (size, size + 40))
+    close(sigmoid_mul_triton(x, wide[:, 8 : 8 + size]), sigmoid_mul_torch(x, wide[:, 8 : 8 + size]))
+
+
+@pytest.mark.parametrize(("dtype", "norm_dtype"), [*NORM_DTYPES, *((dtype, None) for dtype in DTYPES)])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (5, 1, 96), (16, 8, 128), (3, 3, 24)])
-def test_rope_store_equals_the_reference(device, heads, kv_heads, head_dim, norm, is_scaled, dtype):
+def test_rope_store_equals_the_reference(device, heads, kv_heads, head_dim, dtype, norm_dtype):
+    """Queries, keys and values are a part of wider rows."""
     generator = torch.Generator(device).manual_seed(0)
     tokens, block_size, num_blocks = 7, 16, 4
 
     def randn(*shape):
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    qkv = randn(tokens, (heads + 2 * kv_heads) * head_dim)
-    weights = (randn(head_dim), randn(head_dim)) if norm else (None, None)
+    qkv = randn(tokens, (1 + heads + 2 * kv_heads) * head_dim)[:, head_dim:]
+    weights = [randn(head_dim).to(norm_dtype) if norm_dtype else None for _ in "qk"]
     table = rope_table(head_dim, 100, 10000.0).to(device)
-    query_scale = torch.linspace(1, 3, 100, device=device) if is_scaled else None
+    query_scale = None if norm_dtype else torch.linspace(1, 3, 100, device=device)
     positions = torch.tensor([0, 1, 99, 5, 6, 7, 40], device=device)
     slot_mapping = torch.tensor([63, 0, 17, 2, 31, 30, 16], device=device)
     copy = qkv.clone()

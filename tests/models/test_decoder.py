@@ -7,9 +7,10 @@ from nanovllm.arithmetic import ceil_div
 from nanovllm.attention import select_backend
 from nanovllm.checkpoints.hub import open_model
 from nanovllm.checkpoints.loader import load_weights
-from nanovllm.layers.attention import Attention
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.paged_cache import PagedRows
+from nanovllm.ops.gdn.rows import GdnRows
+from nanovllm.runner.state_pool import StatePool
 from nanovllm.utils.context import Context, set_context
 from tests.models.tiny import TINY, save_tiny, tiny_model
 
@@ -21,25 +22,26 @@ def prefill_logits(model, ids):
     """Return all logits of one prompt, whose KV is in scattered blocks of a small cache."""
     num_tokens = len(ids)
     num_blocks = ceil_div(num_tokens, BLOCK)
-    layers = [module for module in model.modules() if isinstance(module, Attention)]
-    for layer in layers:
-        layer.bind(layer.state_spec().allocate(2 * num_blocks + 1, BLOCK, torch.device("cpu")))
+    pool = StatePool(model, BLOCK, torch.device("cpu"))
+    pool.allocate(2 * num_blocks + 1, num_seqs=1)
+    slots, cu_seqlens = torch.tensor([0], dtype=torch.int32), torch.tensor([0, num_tokens], dtype=torch.int32)
     table = torch.arange(2 * num_blocks, 0, -2)
     positions = torch.arange(num_tokens)
     context = Context(
-        backend=select_backend("torch", torch.device("cpu"), layers[0].head_dim, BLOCK, torch.float32),
-        kv_kinds=(layers[0].state_spec().kind,),
+        backend=select_backend("torch", torch.device("cpu"), model.config.head_dim, BLOCK, torch.float32),
+        kv_kinds=pool.kv_kinds,
         num_decode=0,
         rows=PagedRows(
             torch.stack([table, torch.zeros_like(table)]).int(),
-            slots=torch.tensor([0], dtype=torch.int32),
+            slots=slots,
             context_lens=torch.tensor([num_tokens], dtype=torch.int32),
         ),
         slot_mapping=table[positions // BLOCK] * BLOCK + positions % BLOCK,
         counters=torch.zeros(64, dtype=torch.int32),
-        cu_seqlens_q=torch.tensor([0, num_tokens], dtype=torch.int32),
+        cu_seqlens_q=cu_seqlens,
         max_seqlen_q=num_tokens,
         max_context_len=num_tokens,
+        gdn_rows=GdnRows(slots, torch.zeros_like(slots), cu_seqlens),
     )
     context.backend.prepare(context)
     with set_context(context):

@@ -12,6 +12,7 @@ from nanovllm.arithmetic import ceil_div
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.gated_delta_net import GatedDeltaNet, LinearAttentionConfig
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.qk_norm import QKNorm
@@ -96,7 +97,7 @@ def test_first_norm_all_reduces_the_embeddings_once(size):
         assert residual.is_partial == (size > 1)
         selected = residual[torch.tensor([5, 0])]
         normed = computed(norm(residual))
-    want = rms_norm(full[ids], torch.arange(dim), 1e-6)
+    want = rms_norm(full[ids], torch.arange(float(dim)), 1e-6)
     torch.testing.assert_close(normed, want)
     torch.testing.assert_close(residual.x, full[ids])
     torch.testing.assert_close(computed(norm(residual)), want)  # without another all-reduce
@@ -127,7 +128,7 @@ def test_pending_gemm_plus_residual_is_the_sum_with_any_adder(monkeypatch, size,
         normed = computed(norm(residual))
     want = F.linear(x, weight, offset if bias else None) + before
     torch.testing.assert_close(residual.sum(), want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(normed, rms_norm(want, torch.arange(6), 1e-6), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(normed, rms_norm(want, torch.arange(6.0), 1e-6), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -312,8 +313,8 @@ def test_state_pool_allocates_and_binds_the_caches_of_different_layers():
     )
     pool = StatePool(model, 16, torch.device("cpu"))
     assert pool.kv_kinds == (KVKind(1), KVKind(2, window=5)) and pool.block_bytes == 2 * 16 * (1 * 4 * 4 + 2 * 8 * 2)
-    assert pool.blocks_in(10 * pool.block_bytes - 1) == 9
-    pool.allocate(9)
+    assert pool.divide(10 * pool.block_bytes - 1, max_num_seqs=7) == (7, 9)
+    pool.allocate(9, num_seqs=7)
     for layer, (heads, dim, dtype) in zip(model, sizes, strict=True):
         for cache in (layer.kv.k_cache, layer.kv.v_cache):
             assert cache.shape == (9, 16, heads, dim) and cache.dtype == dtype
@@ -321,3 +322,80 @@ def test_state_pool_allocates_and_binds_the_caches_of_different_layers():
     assert sum(layer.kv.k_cache.nbytes + layer.kv.v_cache.nbytes for layer in model) == 9 * pool.block_bytes
     pool.free()
     assert all(layer.kv is None for layer in model)
+
+
+def test_zero_centred_norm_loads_the_weight_plus_one_and_rounds_like_transformers():
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((50, 40), (40,)))
+    reference = Qwen3_5RMSNorm(40, 1e-6).bfloat16()
+    reference.weight.data.copy_(weight)
+    order = torch.randperm(40, generator=generator)
+    for norm, dims in (
+        (RMSNorm(40, 1e-6, dtype=torch.bfloat16, zero_centred=True), torch.arange(40)),
+        (RMSNorm(40, 1e-6, dtype=torch.bfloat16, zero_centred=True, order=order.numpy()), order),
+    ):
+        norm.weight.weight_loader(norm.weight, weight)
+        assert norm.weight.dtype == torch.float32
+        assert torch.equal(norm(x[:, dims]), reference(x)[:, dims])
+
+
+def hybrid_pool(num_snapshots=0):
+    """Return the pool of three recurrent layers of two sizes and one attention layer, and the layers."""
+    small, large = (LinearAttentionConfig(1, heads, 16, 16) for heads in (1, 2))
+    recurrent = [GatedDeltaNet(config, 8, 1e-6, dtype=torch.bfloat16) for config in (small, large, small)]
+    model = torch.nn.ModuleList([*recurrent, Attention(2, 1, 4, RotaryEmbedding(4, 8, 1e4))])
+    return StatePool(model, 16, torch.device("cpu"), num_snapshots), recurrent
+
+
+def test_state_pool_gives_every_recurrent_layer_its_slots_and_copies_slots_of_all_layers():
+    pool, layers = hybrid_pool(num_snapshots=3)
+    assert pool.kv_kinds == (KVKind(1),) and pool.block_bytes == 2 * 16 * 4 * 4
+    assert pool.slot_bytes == (1 + 2 + 1) * 4 * 256 + (48 + 64 + 48) * 4 * 2
+    pool.allocate(2, num_seqs=4)
+    states = [layer.state for layer in layers]
+    for state, (heads, channels) in zip(states, [(1, 48), (2, 64), (1, 48)], strict=True):
+        assert state.recurrent.shape == (4 + 1 + 3, heads, 16, 16) and state.recurrent.dtype == torch.float32
+        assert state.conv.shape == (8, 4, channels) and state.conv.dtype == torch.bfloat16
+    tensors = [tensor for state in states for tensor in state]
+    assert sum(tensor.nbytes for tensor in tensors) == 8 * pool.slot_bytes
+    for index, tensor in enumerate(tensors):
+        tensor.copy_((10 * index + torch.arange(8)).view(-1, *[1] * (tensor.ndim - 1)).expand_as(tensor))
+    pool.copy_slots(torch.tensor([0, 2]), torch.tensor([7, 5]))
+    for index, tensor in enumerate(tensors):
+        want = 10 * index + torch.tensor([0, 1, 2, 3, 4, 2, 6, 0])
+        assert torch.equal(tensor.flatten(1).float(), want.float()[:, None].expand(-1, tensor[0].numel()))
+    pool.free()
+    assert all(layer.state is None for layer in layers) and not pool.slot_tensors
+
+
+@pytest.mark.parametrize(
+    ("slots", "snapshots", "want"),
+    [
+        (1000, 0, 7),  # 7 running and one scratch slot are a small part
+        (16, 0, 7),  # exactly half of the budget
+        (15.9, 0, 6),
+        (16, 3, 4),
+        (1, 0, 1),  # one sequence must run
+    ],
+)
+def test_slots_take_at_most_half_of_the_budget(slots, snapshots, want):
+    pool, _ = hybrid_pool(snapshots)
+    budget = int(slots * pool.slot_bytes)
+    num_seqs, num_blocks = pool.divide(budget, max_num_seqs=7)
+    assert num_seqs == want
+    assert num_blocks == max(0, budget - (want + 1 + snapshots) * pool.slot_bytes) // pool.block_bytes
+
+
+def test_recurrent_layer_without_state_raises():
+    layer = GatedDeltaNet(LinearAttentionConfig(1, 1, 16, 16), 8, 1e-6)
+    with pytest.raises(RuntimeError, match="no forward is running"):
+        layer(torch.zeros(1, 8), torch.zeros(1, dtype=torch.int64), None)
+
+
+@pytest.mark.parametrize(("size", "named"), [(2, "linear_num_key_heads=1"), (4, "linear_num_key_heads=2")])
+def test_ranks_that_do_not_divide_the_heads_of_linear_attention_are_named(size, named):
+    config = LinearAttentionConfig(size // 2, 2 * size, 16, 16)
+    with pytest.raises(ValueError, match=f"tensor_parallel_size={size} does not divide the model's {named}"):
+        GatedDeltaNet(config, 8, 1e-6, tp=TensorParallel(0, size))

@@ -11,12 +11,18 @@ from transformers import (
     Olmo3Config,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5Config,
+    Qwen3_5MoeConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SmolLM3Config,
 )
 
-from nanovllm.models.registry import FAMILIES, PRESETS, ModelConfig, MoEConfig
+from nanovllm.layers.gated_delta_net import LinearAttentionConfig
+from nanovllm.layers.moe import MoEConfig
+from nanovllm.models.registry import FAMILIES, PRESETS, ModelConfig
 from tests.models.tiny import TINY
 
 LLAMA3 = {
@@ -58,6 +64,7 @@ def test_families_have_their_options():
     experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     qwen3_moe = ModelConfig.from_hf(Qwen3MoeConfig(**small, **experts, norm_topk_prob=True))
     qwen2_moe = ModelConfig.from_hf(Qwen2MoeConfig(**small, **experts, shared_expert_intermediate_size=40))
+    assert {c.model_type for c in (qwen3, qwen2, llama, mistral, qwen3_moe, qwen2_moe)} < set(FAMILIES)
     assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.head_dim) == (True, False, 128)
     assert (qwen2.qk_norm, qwen2.qkv_bias, qwen2.o_bias, qwen2.head_dim) == (False, True, False, 16)
     assert (llama.qkv_bias, llama.o_bias, llama.mlp_bias) == (True, True, True)
@@ -69,7 +76,8 @@ def test_families_have_their_options():
 
 
 def test_every_family_has_a_tiny_model():
-    assert {family for family, _ in TINY.values()} == set(FAMILIES)
+    nested = {"qwen3_5", "qwen3_5_moe"}  # whose texts are of other families
+    assert {family for family, _ in TINY.values()} == set(FAMILIES) - nested
 
 
 @pytest.mark.parametrize(
@@ -79,6 +87,69 @@ def test_layers_without_experts_are_those_that_transformers_makes_dense(step, li
     options = {"num_hidden_layers": 5, "decoder_sparse_step": step, "mlp_only_layers": listed}
     found = ModelConfig.from_hf(Qwen3MoeConfig(**options)).moe
     assert found is None if len(dense) == 5 else found.dense_layers == dense
+
+
+HYBRID = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def test_hybrid_families_have_their_options():
+    text = ModelConfig.from_hf(Qwen3_5TextConfig(**HYBRID, eos_token_id=7, dtype="bfloat16"))
+    assert text.layer_types == ("linear_attention",) * 3 + ("full_attention",)
+    assert [text.is_recurrent(index) for index in range(4)] == [True, True, True, False]
+    assert (text.attention_gate, text.zero_centred_norms, text.qk_norm) == (True, True, True)
+    assert (text.head_dim, text.partial_rotary_factor, text.rotary_dim) == (256, 0.25, 64)
+    assert text.linear_attention == LinearAttentionConfig(16, 32, 128, 128)
+    nested = Qwen3_5Config(text_config={**HYBRID, "eos_token_id": 7, "dtype": "bfloat16"}, dtype="bfloat16")
+    assert ModelConfig.from_hf(nested) == text and text.eos_token_ids == (7,)
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    sizes = {**HYBRID, **experts, "shared_expert_intermediate_size": 40}
+    sparse = ModelConfig.from_hf(Qwen3_5MoeConfig(text_config=sizes))
+    assert sparse.moe == MoEConfig(6, 2, 24, True, 40) and sparse.attention_gate
+    packed = ModelConfig.from_hf(Qwen3NextConfig(**sizes, norm_topk_prob=False, linear_num_value_heads=48))
+    assert packed.moe == MoEConfig(6, 2, 24, False, 40)
+    assert packed.linear_attention == LinearAttentionConfig(16, 48, 128, 128, is_packed=True)
+    dense = ModelConfig.from_hf(Qwen3_5TextConfig(**HYBRID, layer_types=["full_attention"] * 4))
+    assert dense.layer_types is None and dense.linear_attention is None
+
+
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("inner", [False, True])
+def test_embeddings_are_tied_if_either_config_says_so(outer, inner):
+    config = Qwen3_5Config(text_config={**HYBRID, "tie_word_embeddings": inner}, tie_word_embeddings=outer)
+    assert ModelConfig.from_hf(config).tie_word_embeddings == (outer or inner)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"linear_key_head_dim": 24}, "heads of 24 dimensions"),
+        ({"linear_value_head_dim": 8}, "heads of 8 dimensions"),
+        ({"linear_num_value_heads": 40}, "linear_num_value_heads=40 with linear_num_key_heads=16"),
+        ({"linear_num_key_heads": 0}, "num_key_heads must be an integer from 1 .*, got 0"),
+        ({"linear_conv_kernel_dim": 3}, "linear_conv_kernel_dim=3"),
+        ({"layer_types": ["linear_attention"] * 4}, "a model without layers of attention"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types must be 4"),
+        ({"layer_types": ["full_attention", "mamba", "linear_attention"]}, "a layer of type 'mamba'"),
+        ({"partial_rotary_factor": 0.001}, "partial_rotary_factor must leave .*, got 0.001"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor must leave .*, got 1.5"),
+    ],
+)
+def test_hybrid_options_that_no_kernel_supports_are_named(options, named):
+    given = vars(Qwen3_5TextConfig(**HYBRID)) | {"rope_parameters": None, "partial_rotary_factor": 0.25} | options
+    with pytest.raises(ValueError, match=named):
+        ModelConfig.from_hf(SimpleNamespace(**given, model_type="qwen3_5_text", torch_dtype=None))
+
+
+def test_other_weights_of_hybrid_models_are_refused_by_the_option_that_differs():
+    mine = ModelConfig.from_hf(Qwen3_5TextConfig(**HYBRID))
+    for option, changes in (
+        ("layer_types", {"layer_types": ["full_attention", "linear_attention"] * 2}),
+        ("linear_attention.num_key_heads", {"linear_num_key_heads": 8}),
+        ("partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
+    ):
+        with pytest.raises(ValueError, match=f"the checkpoint's {option} is .*, but the model's is"):
+            mine.check_same_model(ModelConfig.from_hf(Qwen3_5TextConfig(**HYBRID, **changes)))
+    mine.check_same_model(ModelConfig.from_hf(Qwen3_5Config(text_config=HYBRID)))
 
 
 def test_rope_options_of_transformers_4_and_5_give_the_same_config():
@@ -107,6 +178,8 @@ def test_dtype_and_end_tokens_are_read():
     ("options", "named"),
     [
         ({"model_type": "gemma3"}, "gemma3"),
+        ({"model_type": "qwen4_exp"}, "qwen4_exp"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "'llama' with linear attention"),
         ({"model_type": None}, "None"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "gelu"),
@@ -258,7 +331,15 @@ def test_weights_of_a_model_that_differs_in_one_option_are_refused(change, messa
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("qwen3-0.6b", 0.596), ("qwen3-4b", 4.02), ("qwen3-8b", 8.19), ("qwen3-30b-a3b", 30.53)]
+    ("name", "billions"),
+    [
+        ("qwen3-0.6b", 0.596),
+        ("qwen3-4b", 4.02),
+        ("qwen3-8b", 8.19),
+        ("qwen3-30b-a3b", 30.53),
+        ("qwen3.5-9b", 8.95),
+        ("qwen3.5-35b-a3b", 34.66),
+    ],
 )
 def test_presets_have_the_sizes_of_the_real_models(name, billions):
     from nanovllm.models.decoder import Decoder
@@ -314,8 +395,9 @@ def test_impossible_options_of_a_config_are_named(change, message):
     ],
 )
 def test_impossible_options_of_experts_are_named(change, message):
+    config = PRESETS["qwen3-30b-a3b"]
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(PRESETS["qwen3-30b-a3b"].moe, **change)
+        dataclasses.replace(config, moe=dataclasses.replace(config.moe, **change))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,23 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+
+
+def _hybrid(layer_types: str, key_heads: int, value_heads: int, key_dim: int, value_dim: int, **options) -> dict:
+    """Return options of a hybrid model. `layer_types` has a letter per layer: l for linear, f for full attention."""
+    return {
+        "layer_types": [{"l": "linear_attention", "f": "full_attention"}[letter] for letter in layer_types],
+        "num_hidden_layers": len(layer_types),
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": value_heads,
+        "linear_key_head_dim": key_dim,
+        "linear_value_head_dim": value_dim,
+        "rope_parameters": _PARTIAL,
+        **options,
+    }
+
+
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
 # Families and options by name. 4 ranks divide the heads and inner sizes, but no ranks divide the vocabulary. Experts
@@ -71,6 +88,36 @@ TINY = {
             "mlp_only_layers": [1],
         },
     ),
+    "qwen3.5": ("qwen3_5_text", {"heads": (8, 2), "head_dim": 32, **_hybrid("lflf", 4, 8, 16, 32)}),
+    "qwen3.5-tied": (
+        "qwen3_5_text",
+        {"heads": (4, 4), "head_dim": 16, "tied": True, "attention_bias": True, **_hybrid("fl", 4, 4, 32, 16)},
+    ),
+    "qwen3-next": (
+        "qwen3_next",
+        {
+            "heads": (4, 1),
+            "head_dim": 24,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 28,
+            "mlp_only_layers": [0],
+            **_hybrid("lfl", 4, 12, 16, 16),
+        },
+    ),
+    "qwen3.5-moe": (
+        "qwen3_5_moe_text",
+        {
+            "heads": (8, 4),
+            "head_dim": 32,
+            "num_experts": 9,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 20,
+            **_hybrid("lf", 4, 8, 16, 16),
+        },
+    ),
     "mistral-window": ("mistral", {"heads": (4, 2), "sliding_window": 16}),  # as long as a block
     "ministral": (  # windows shorter than a block
         "ministral",
@@ -121,6 +168,21 @@ TINY = {
         },
     ),
     "phi3": ("phi3", {"heads": (8, 4), "hidden_size": 64, "sliding_window": 50}),
+    "phi3-long": (
+        "phi3",
+        {
+            "heads": (4, 2),
+            "hidden_size": 64,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+                "long_factor": [4.0] * 6,
+            },
+        },
+    ),
     "seed_oss": ("seed_oss", {"heads": (4, 2), "head_dim": 16, "attention_bias": True, "attention_out_bias": True}),
 }
 

@@ -17,8 +17,10 @@ from benchmarks.run import figure_row, run_workload
 from benchmarks.trace import TRACE_STEPS
 from benchmarks.workloads import Figure, latency, offline
 from nanovllm.checkpoints.hub import open_model
+from nanovllm.layers.gated_delta_net import LinearAttentionConfig
+from nanovllm.layers.moe import MoEConfig
 from nanovllm.messages import FIRST_TOKEN, NO_TOKENS, Batch, Row
-from nanovllm.models.registry import ModelConfig, MoEConfig
+from nanovllm.models.registry import ModelConfig
 from tests.models.tiny import TINY, save_tiny, tiny_model
 
 CONFIG = ModelConfig(
@@ -134,6 +136,28 @@ def test_costs_of_experts_are_those_that_the_tokens_choose():
     experts = 4 * (1 - 0.75**6)
     assert costs.bytes[0] == pytest.approx(dense_costs.bytes[0] - 2 * (384 - 32 - 120 * experts))
     assert costs.flops[0] == dense_costs.flops[0] - 2 * (384 - 32 - 120) * 6
+
+
+def test_costs_of_recurrent_layers_are_their_state_and_no_context():
+    linear = LinearAttentionConfig(num_key_heads=1, num_value_heads=2, key_head_dim=16, value_head_dim=16)
+    hybrid = replace(CONFIG, linear_attention=linear, layer_types=("linear_attention", "full_attention"))
+    # Projections of 64 channels, 32 gates and 2 + 2 numbers, and from 32 values; convolution; gates; norm; two norms.
+    body = 1192 - 8 * (2 * 8 + 2 * 4) + 8 * (64 + 32 + 2 + 2 + 32) + 64 * 4 + 2 + 2 + 16
+    assert body_parameters(hybrid) == body
+    costs = count_costs(batches(), hybrid, itemsize=2, block_size=4, state_itemsize=4)
+    state = 2 * 16 * 16 * 4 + 3 * 64 * 2
+    first = (body + 80 + 6 * 8) * 2 + 16 * (6 + 6) + state  # a sequence starts: its state is only written
+    second = (body + 80 + 4 * 8) * 2 + 16 * (4 + 3 + 3 + 4) + 4 * state
+    third = (body + 1 * 8) * 2 + 16 * (8 + 1) + 2 * state
+    assert costs.bytes.tolist() == [first, second, third]
+    on_state = 6 * 2 * 16 * 16
+    assert costs.flops[0] == 2 * (body * 6 - 512 * 5) + 160 + 32 * 6 + 6 * on_state
+    # As the last layer, linear attention needs its gate and output projection for a sequence's last token only.
+    last = count_costs(batches(), replace(hybrid, layer_types=hybrid.layer_types[::-1]), itemsize=2, block_size=4)
+    assert last.bytes.tolist() == costs.bytes.tolist()
+    assert last.flops[0] == 2 * (body * 6 - (2 * 8 * 32 + 384) * 5) + 160 + 32 * 21 + 6 * on_state
+    small = count_costs(batches(), hybrid, itemsize=2, block_size=4, state_itemsize=2)
+    assert (costs.bytes - small.bytes).tolist() == [1024, 4096, 2048]
 
 
 def test_limit_of_a_step_is_the_longer_of_memory_and_arithmetic():
@@ -405,7 +429,7 @@ def test_vllm_receives_the_same_requests_side_by_side(model, tmp_path, fake_vllm
     assert all(params["temperature"] == 0.6 and params["ignore_eos"] for _, params in requests)
 
 
-@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-30b-a3b"])
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-30b-a3b", "qwen3.5-9b", "qwen3.5-35b-a3b"])
 def test_vllm_receives_a_shape_as_a_folder(name, tmp_path):
     source = open_model(name, "dummy")
     found = open_model(write_config(source, str(tmp_path)), "dummy").config

@@ -15,9 +15,10 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.attention.torch_ref import TorchBackend
 from nanovllm.distributed import parallel
 from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.layers.moe import MoEConfig
 from nanovllm.messages import Batch
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.registry import PRESETS, MoEConfig
+from nanovllm.models.registry import PRESETS
 from nanovllm.ops.dispatch import Adder, Kernel, regime_of
 from nanovllm.ops.linear.gemm import MAX_TILES, default_gemm_config
 from nanovllm.ops.triton_utils import HAVE_TRITON
@@ -150,7 +151,7 @@ def test_steps_run_on_the_gpu_of_the_engine_instead_of_the_thread(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", device)
     runner = object.__new__(ModelRunner)
     runner.device, runner.state, runner.graphs, runner.num_blocks = torch.device("cuda", 1), MagicMock(), None, 1
-    runner.forward = MagicMock()
+    runner.config = runner.forward = MagicMock()
     runner.forward.run.side_effect = lambda *_: seen.append(current[-1]) or MagicMock()
     for name in ("_send", "_move_weights", "_allocate", "_capture", "_synchronize"):
         setattr(runner, name, MagicMock(side_effect=lambda *_: seen.append(current[-1]) or MagicMock()))

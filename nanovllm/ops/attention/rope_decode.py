@@ -61,8 +61,8 @@ def _rotated(x, partner, weight, partner_weight, cos, sin, eps, HEAD_DIM: tl.con
     partner = partner.to(tl.float32)
     if NORM:
         scale = tl.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)[:, None]
-        x = ((x * scale).to(dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype).to(tl.float32)
-        partner = (partner * scale).to(dtype).to(tl.float32) * partner_weight.to(tl.float32)
+        x = ((x * scale).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype).to(tl.float32)
+        partner = (partner * scale).to(weight.dtype).to(tl.float32) * partner_weight.to(tl.float32)
         partner = partner.to(dtype).to(tl.float32)
     return (x * cos + partner * sin).to(dtype)
 

@@ -192,8 +192,11 @@ def _all_reduce_kernel(
     words = tl.arange(0, BLOCK)
     mask = words < WORDS
     UNITS: tl.constexpr = (WORDS + UNIT - 1) // UNIT
+    IS_WIDE: tl.constexpr = norm_ptr.dtype.element_ty == tl.float32  # else two values of the weight are a word
     if NORM:
-        norm = tl.load(norm_ptr + words, mask=mask, other=0)
+        norm = tl.load(norm_ptr + (2 * words if IS_WIDE else words), mask=mask, other=0)
+        if IS_WIDE:
+            high_norm = tl.load(norm_ptr + 2 * words + 1, mask=mask, other=0)
     buffers = buffers_of(buffers_ptr, SIZE)
     wait_for_inputs(PDL)
     for token in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
@@ -217,9 +220,13 @@ def _all_reduce_kernel(
             high = _high(data, DTYPE)
             count: tl.constexpr = WORDS * (32 // DTYPE.primitive_bitwidth)
             scale = tl.rsqrt(tl.sum(low * low + high * high, 0) / count + eps)
-            data = pack_words(low * scale, high * scale, DTYPE)
-            low = _low(data, DTYPE) * _low(norm, DTYPE)
-            high = _high(data, DTYPE) * _high(norm, DTYPE)
+            if IS_WIDE:
+                low = low * scale * norm
+                high = high * scale * high_norm
+            else:
+                data = pack_words(low * scale, high * scale, DTYPE)
+                low = _low(data, DTYPE) * _low(norm, DTYPE)
+                high = _high(data, DTYPE) * _high(norm, DTYPE)
             tl.store(out_ptr + token * WORDS + words, pack_words(low, high, DTYPE), mask=mask)
 
 
@@ -286,7 +293,7 @@ def all_reduce_triton(
 
     Args:
         x: [T, N], accepted by `peers.fits_all_reduce`.
-        norm: weight [N] and epsilon of an RMSNorm of the sum.
+        norm: weight [N], in the dtype of x or in float32, and epsilon of an RMSNorm of the sum.
         residual: [T, N], contiguous, the same on all ranks; it is added to the sum once.
 
     Returns:
@@ -306,7 +313,7 @@ def all_reduce_triton(
         _all_reduce_kernel[(min(num_tokens, peers.max_programs),)](
             x_chunk.view(torch.int32),
             addend.view(torch.int32),
-            weight.view(torch.int32),
+            weight.view(torch.int32) if weight.dtype == x.dtype else weight,
             out_chunk.view(torch.int32),
             *pointers,
             num_tokens,

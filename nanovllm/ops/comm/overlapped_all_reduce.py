@@ -100,7 +100,7 @@ def _add_kernel(
         x = (x + tl.load(inbox_ptr + offsets, mask=mask, other=0.0).to(tl.float32)).to(dtype)
         tl.store(x_ptr + offsets, x, mask=mask)
         if NORM:  # of the rounded sum
-            normed = normalize(x.to(tl.float32), eps, N, dtype) * norm
+            normed = normalize(x.to(tl.float32), eps, N, norm_ptr.dtype.element_ty) * norm
             tl.store(out_ptr + offsets, normed.to(dtype), mask=mask)
 
 

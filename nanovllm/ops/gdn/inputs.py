@@ -79,13 +79,3 @@ class GdnState(NamedTuple):
             if tensor.shape != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
         return k_heads
-
-
-def copy_slots(pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
-    """Copy slots of a state pool: pool[targets] = pool[sources].
-
-    Args:
-        pool: [S, ...].
-        sources, targets: [N] int32 or int64 on the pool's device. A slot is either a source or a target.
-    """
-    pool.index_copy_(0, targets.long(), pool.index_select(0, sources))

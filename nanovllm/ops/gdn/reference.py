@@ -14,6 +14,11 @@ from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
 from nanovllm.ops.gdn.rows import CHUNK, GdnRows
 
 
+def copy_slots_torch(pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+    """Compute `copy_slots`."""
+    pool.index_copy_(1, targets.long(), pool.index_select(1, sources))
+
+
 def gated_rms_norm_torch(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Compute `gated_rms_norm`; the norm is over the last dimension of x and z."""
     wide = x.float()

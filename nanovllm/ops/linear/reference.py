@@ -10,6 +10,11 @@ def silu_mul_torch(x: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def sigmoid_mul_torch(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Compute `sigmoid_mul`."""
+    return x * gate.sigmoid()
+
+
 def linear_torch(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -11,7 +11,7 @@ class QKTransform(NamedTuple):
     Args:
         num_heads: H, query heads.
         cos_sin: [max_position, Dh] float32, cosines in the first half, sines in the second.
-        q_weight, k_weight: [Dh] weights of the norms, or both None.
+        q_weight, k_weight: [Dh] weights of the norms, in the dtype of queries and keys or in float32; or both None.
         eps: epsilon of the norms.
         query_scale: [max_position] float32, the factor of queries at each position; None for models without one.
     """

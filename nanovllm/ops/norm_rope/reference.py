@@ -12,7 +12,8 @@ def rms_norm_torch(
     if residual is not None:
         x.add_(residual)
     wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed.to(weight.dtype) * weight).to(x.dtype)
 
 
 def qk_norm_rope_store_torch(

@@ -8,7 +8,7 @@ from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_input
 
 @triton.jit
 def normalize(x, eps, N: tl.constexpr, DTYPE: tl.constexpr):
-    """Divide x [BLOCK] float32, N values and zero padding, by its root mean square; round where transformers does."""
+    """Divide x [BLOCK] float32, N values and zero padding, by its root mean square; round it to DTYPE."""
     scale = tl.rsqrt(tl.sum(x * x, 0) / N + eps)
     return (x * scale).to(DTYPE).to(tl.float32)
 
@@ -37,7 +37,7 @@ def _rms_norm_kernel(
         x = x.to(dtype)
         tl.store(x_ptr + token * x_stride + columns, x, mask=mask)
         x = x.to(tl.float32)
-    normed = normalize(x, eps, N, dtype)
+    normed = normalize(x, eps, N, weight_ptr.dtype.element_ty)
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * N + columns, (normed * weight).to(dtype), mask=mask)
 
@@ -67,11 +67,13 @@ def rms_norm_triton(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """Return x / sqrt(mean(x^2) + eps) * weight, computed in float32 except for the product with the weight.
+    """Return x / sqrt(mean(x^2) + eps) * weight.
+
+    As in transformers, the normed x is rounded to the dtype of the weight before the weight multiplies it.
 
     Args:
         x: [T, N], the values of a token contiguous.
-        weight: [N].
+        weight: [N], in the dtype of x or in float32.
         residual: [T, N], contiguous; if given, it is added to x in place first.
 
     Returns:

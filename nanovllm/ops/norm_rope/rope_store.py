@@ -53,9 +53,9 @@ def _rope_store_kernel(
         k_b = tl.load(k_weight_ptr + HEAD_DIM // 2 + dims, mask=in_half, other=0.0)
         weight_a = tl.where(is_query, q_a.to(tl.float32), k_a.to(tl.float32))
         weight_b = tl.where(is_query, q_b.to(tl.float32), k_b.to(tl.float32))
-        # Round where transformers rounds.
-        a = ((a * scale).to(dtype).to(tl.float32) * weight_a).to(dtype).to(tl.float32)
-        b = ((b * scale).to(dtype).to(tl.float32) * weight_b).to(dtype).to(tl.float32)
+        # Round where `rms_norm` rounds.
+        a = ((a * scale).to(q_a.dtype).to(tl.float32) * weight_a).to(dtype).to(tl.float32)
+        b = ((b * scale).to(q_a.dtype).to(tl.float32) * weight_b).to(dtype).to(tl.float32)
     cos = tl.load(cos_sin_ptr + position * HEAD_DIM + dims, mask=in_half, other=0.0)
     sin = tl.load(cos_sin_ptr + position * HEAD_DIM + HEAD_DIM // 2 + dims, mask=in_half, other=0.0)
     first = (a * cos - b * sin).to(dtype)

@@ -1,0 +1,141 @@
+"""Gated DeltaNet (arXiv:2412.06464): a layer whose tokens exchange information through a state of a fixed size."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import ColumnParallelLinear, PendingGemm, RowParallelLinear, Shard, divide, head_rows
+from nanovllm.layers.residual import Normed
+from nanovllm.layers.state import SlotStateSpec, StatefulLayer
+from nanovllm.ops.gdn.gated_delta_net import gated_delta_net
+from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
+from nanovllm.utils.context import get_context
+from nanovllm.weights.parameter import CheckpointTensor, ShardId, checkpoint_tensors, rows_of
+
+
+@dataclass(frozen=True)
+class LinearAttentionConfig:
+    """The options of a model's Gated DeltaNet layers.
+
+    Args:
+        num_value_heads: a multiple of `num_key_heads`.
+        conv_width: taps of the convolution.
+        is_packed: the checkpoint has one projection of q, k, v and z and one of b and a, both ordered by key head.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_width: int = CONV_WIDTH
+    is_packed: bool = False
+
+    @property
+    def num_channels(self) -> int:
+        """Return the number of queries, keys and values of a token, which the convolution reads."""
+        return 2 * self.num_key_heads * self.key_head_dim + self.num_value_heads * self.value_head_dim
+
+
+class GatedDeltaNet(StatefulLayer):
+    """Gated DeltaNet over the state of the slots.
+
+    Every token updates the state. If `last` has indices of tokens, only these go through the output projection.
+
+    Args:
+        eps: of the norm of each value head.
+        state_dtype: dtype of the recurrent state. The state of the convolution has the dtype of the activations.
+        tp: each rank has a part of the key heads, and the value heads that use them.
+    """
+
+    def __init__(
+        self,
+        config: LinearAttentionConfig,
+        hidden_size: int,
+        eps: float,
+        *,
+        dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        tp: TensorParallel | None = None,
+    ):
+        super().__init__()
+        tp = tp or TensorParallel.default()
+        num_key_heads = divide("linear_num_key_heads", config.num_key_heads, tp)
+        num_heads = divide("linear_num_value_heads", config.num_value_heads, tp)
+        key_heads = range(tp.rank * num_key_heads, (tp.rank + 1) * num_key_heads)
+        heads = range(tp.rank * num_heads, (tp.rank + 1) * num_heads)
+        num_values = num_heads * config.value_head_dim
+        channels = _channels(config, key_heads, heads)
+
+        self.sizes = [len(channels), num_values, num_heads, num_heads]  # of qkv, z, b and a
+        shards = _packed_shards(config, key_heads) if config.is_packed else _shards(config, channels, heads)
+        self.in_proj = ColumnParallelLinear(hidden_size, shards, bias=False, dtype=dtype)
+        all_values = config.num_value_heads * config.value_head_dim
+        self.out_proj = RowParallelLinear(all_values, hidden_size, dtype=dtype, tp=tp)
+        self.norm = RMSNorm(config.value_head_dim, eps, dtype=dtype)
+        conv, whole_conv = (len(channels), CONV_WIDTH), (config.num_channels, 1, CONV_WIDTH)
+        by_head = {"shape": (num_heads,), "whole": (config.num_value_heads,), "dtype": torch.float32}
+        self.targets = {
+            "conv1d.weight": rows_of(channels, shape=conv, whole=whole_conv, dtype=dtype),
+            "A_log": rows_of(np.array(heads), **by_head),
+            "dt_bias": rows_of(np.array(heads), **by_head),
+        }
+        self.conv_weight, self.a_log, self.dt_bias = (target.param for target in self.targets.values())
+        self.weights = GdnWeights(self.conv_weight, self.a_log, self.dt_bias, self.norm.weight, eps)
+        self.spec = SlotStateSpec(
+            shapes=((num_heads, config.key_head_dim, config.value_head_dim), (CONV_WIDTH, len(channels))),
+            dtypes=(state_dtype, dtype or torch.get_default_dtype()),
+        )
+        self.state: GdnState | None = None
+
+    def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
+        tensors = {f"{prefix}.{name}": target for name, target in self.targets.items()}
+        for name, child in self.named_children():
+            tensors |= checkpoint_tensors(child, f"{prefix}.{name}")
+        return tensors
+
+    def state_spec(self) -> SlotStateSpec:
+        return self.spec
+
+    def bind(self, state: list[torch.Tensor] | None) -> None:
+        self.state = None if state is None else GdnState(*state)
+
+    def forward(self, x: Normed, positions: torch.Tensor, last: torch.Tensor | None) -> PendingGemm:
+        rows = get_context().gdn_rows
+        if self.state is None or rows is None:
+            raise RuntimeError("this layer has no recurrent state: bind() one first, and give the context gdn_rows")
+        inputs = GdnInputs(*self.in_proj(x).split(self.sizes, dim=1))
+        out = gated_delta_net(inputs, self.weights, self.state, rows)
+        return self.out_proj(out if last is None else out[last])
+
+
+def _channels(config: LinearAttentionConfig, key_heads: range, heads: range) -> np.ndarray:
+    """Return the rows of these heads' queries, keys and values in a tensor of all queries, all keys, all values."""
+    keys = head_rows(key_heads, config.key_head_dim, np.arange(config.key_head_dim))
+    values = head_rows(heads, config.value_head_dim, np.arange(config.value_head_dim))
+    all_keys = config.num_key_heads * config.key_head_dim
+    return np.concatenate((keys, all_keys + keys, 2 * all_keys + values))
+
+
+def _shards(config: LinearAttentionConfig, channels: np.ndarray, heads: range) -> dict[ShardId, Shard]:
+    """Return the shards of qkv, z, b and a, for these value heads."""
+    sizes = {"z": config.value_head_dim, "b": 1, "a": 1}  # rows of a value head
+    shards: dict[ShardId, Shard] = {"qkv": Shard.reordered("in_proj_qkv", config.num_channels, channels)}
+    for name, size in sizes.items():
+        total, start = config.num_value_heads * size, heads.start * size
+        shards[name] = Shard(f"in_proj_{name}", total=total, start=start, size=len(heads) * size)
+    return shards
+
+
+def _packed_shards(config: LinearAttentionConfig, key_heads: range) -> dict[ShardId, Shard]:
+    """Return the shards of qkvz and ba, for these key heads and their value heads."""
+    group = config.num_value_heads // config.num_key_heads
+    key_dim, values = config.key_head_dim, group * config.value_head_dim
+    shards: dict[ShardId, Shard] = {}
+    for name, sizes in {"qkvz": (key_dim, key_dim, values, values), "ba": (group, group)}.items():
+        parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+        order = np.concatenate([head_rows(key_heads, sum(sizes), part) for part in parts])
+        shards[name] = Shard.reordered(f"in_proj_{name}", config.num_key_heads * sum(sizes), order)
+    return shards
