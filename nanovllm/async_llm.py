@@ -1,7 +1,8 @@
 """The engine for asyncio: many concurrent requests on one engine thread.
 
 Other threads prepare requests: they tokenise prompts, render chat templates and compile grammars. However long that
-takes, the steps of other requests go on.
+takes, the steps of other requests go on. Each kind of work has its own threads, because a template or a grammar of a
+client may take seconds: requests without one do not wait for it.
 """
 
 import asyncio
@@ -17,15 +18,19 @@ from typing import Any
 import torch
 
 from nanovllm.checks import is_list, number, shown
-from nanovllm.config import check_names
+from nanovllm.config import Config, check_names
 from nanovllm.engine.guard import close_at_exit
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request, check_request_id
+from nanovllm.executor.start import is_replicated
 from nanovllm.inputs import Prompt
 from nanovllm.ops.triton_utils import current_gpu_initializer
 from nanovllm.outputs import CompletionOutput, Metrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.vllm_options import NEUTRAL_ASYNC, check_call
 
+# The kinds of work that prepare a request, and how many threads each has.
+_PROMPTS, _TEMPLATES, _GRAMMARS = "prompts", "templates", "grammars"
 _PREPARING_THREADS = 4
 
 
@@ -114,10 +119,14 @@ class AsyncLLM:
 
     def __init__(self, model: str | Path | None = None, *, max_concurrent_requests: int = 1024, **kwargs: Any):
         check_names(kwargs, "max_concurrent_requests")
+        _check_one_engine(Config.from_options({"model": model, **kwargs}))
         self._max_concurrent = number("max_concurrent_requests", max_concurrent_requests, int, 1, 1 << 30)
         self._semaphores: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
         self._engine_thread = ThreadPoolExecutor(1, "nanovllm-engine", current_gpu_initializer())
-        self._preparing_threads = ThreadPoolExecutor(_PREPARING_THREADS, "nanovllm-prepare")
+        self._preparing_threads = {
+            kind: ThreadPoolExecutor(_PREPARING_THREADS, f"nanovllm-{kind}")
+            for kind in (_PROMPTS, _TEMPLATES, _GRAMMARS)
+        }
         # The requests with a chosen id that the engine does not have yet.
         self._preparing: dict[str, _Stream] = {}
         self._end_reason: BaseException | None = None  # set when the engine is closed or has failed
@@ -131,7 +140,7 @@ class AsyncLLM:
             raise
         if find_spec("llguidance"):
             # Loaded now, because this holds the GIL for a while. If it fails, each structured request reports why.
-            self._preparing_threads.submit(lambda: self.llm_engine.input_processor.grammars)
+            self._preparing_threads[_GRAMMARS].submit(lambda: self.llm_engine.input_processor.grammars)
         close_at_exit(self)
 
     # -- the engine's thread -----------------------------------------------------------------------------------------
@@ -221,8 +230,8 @@ class AsyncLLM:
         self._check_usable()
         return _submit(self._engine_thread, lambda: self._run(call))
 
-    def _prepare(self, work: Callable[[], Any]) -> asyncio.Future:
-        """Let a preparing thread run `work`, which must not use the engine's state. Return a future of its result."""
+    def _prepare(self, kind: str, work: Callable[[], Any]) -> asyncio.Future:
+        """Let a thread for this kind of work run `work`, which must not use the engine's state. Return its future."""
 
         def run() -> Any:
             self._check_usable()  # the engine may have been closed while this waited
@@ -232,7 +241,7 @@ class AsyncLLM:
                 self._check_usable()  # closing may be the reason why the work failed
 
         self._check_usable()
-        return _submit(self._preparing_threads, run)
+        return _submit(self._preparing_threads[kind], run)
 
     def _check_usable(self) -> None:
         if self._end_reason is not None:
@@ -251,18 +260,23 @@ class AsyncLLM:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: int | str | None = None,
+        **neutral: Any,
     ) -> AsyncIterator[RequestOutput]:
-        """Answer one prompt step by step: each output has what is new since the last one, or `output_kind` of it.
+        """Answer one prompt with an output for each step: its new text and tokens, unless `output_kind` says otherwise.
 
-        This waits while the engine has `max_concurrent_requests` of them. Leaving the iteration, or cancelling the
-        task, ends the request.
+        The request waits while `max_concurrent_requests` others are unfinished. Leaving the iteration, or cancelling
+        the task, ends the request.
+
+        Args:
+            neutral: vLLM's other arguments, such as `lora_request` and `priority`, at values without effect.
 
         Raises:
-            TypeError, ValueError: the request cannot be served; others are not affected. What needs tokens of a text or
-                a grammar raises at the first output, everything else at once.
+            TypeError, ValueError: the request cannot be served; others are not affected. What needs tokens of a text, a
+                mask of tokens or the engine's other requests raises at the first output, everything else at once.
             RuntimeError: the engine is closed or has failed, or an update of the weights has failed meanwhile.
         """
         self._check_usable()
+        check_call(neutral, NEUTRAL_ASYNC)
         self.llm_engine.input_processor.check(prompt, sampling_params)
         chosen_id = None if request_id is None else check_request_id(request_id)
         return self._outputs(prompt, sampling_params, chosen_id)
@@ -277,7 +291,11 @@ class AsyncLLM:
         try:
             async with self._semaphore():
                 process = self.llm_engine.input_processor.process
-                request = await self._prepare(lambda: process(prompt, sampling_params, request_id, stream=True))
+                has_grammar = sampling_params is not None and sampling_params.structured_outputs is not None
+                request = await self._prepare(
+                    _GRAMMARS if has_grammar else _PROMPTS,
+                    lambda: process(prompt, sampling_params, request_id, stream=True),
+                )
                 adding = self._call(lambda engine: self._add(request, stream))
                 adding.add_done_callback(_retrieve_exception)
                 await asyncio.shield(adding)
@@ -316,7 +334,8 @@ class AsyncLLM:
         """Return the token ids of one conversation; see `LLM.chat_prompts`."""
         if is_list(messages) and len(messages) > 1 and is_list(messages[0]):
             raise ValueError(f"messages must be one conversation, got a list of {len(messages)}")
-        prompts = await self._prepare(lambda: self.llm_engine.input_processor.chat_prompts(messages, **template))
+        chat_prompts = self.llm_engine.input_processor.chat_prompts
+        prompts = await self._prepare(_TEMPLATES, lambda: chat_prompts(messages, **template))
         return prompts[0]
 
     async def metrics(self) -> Metrics:
@@ -383,7 +402,8 @@ class AsyncLLM:
         """Close the engine. Iterations that go on raise RuntimeError. May be called again."""
         self._end_reason = self._end_reason or RuntimeError("the engine is closed")
         self.llm_engine.input_processor.close()  # wakes preparing threads that wait for a template
-        self._preparing_threads.shutdown()
+        for threads in self._preparing_threads.values():
+            threads.shutdown()
         with contextlib.suppress(RuntimeError):  # closed before
             self._engine_thread.submit(self._finish, self._end_reason)
         self._engine_thread.shutdown()
@@ -399,6 +419,16 @@ class AsyncLLM:
 
     async def __aexit__(self, *exception: object) -> None:
         await asyncio.to_thread(self.close)
+
+
+def _check_one_engine(config: Config) -> None:
+    """Refuse ranks that each run the engine: all must run the same steps, but requests reach each at another time."""
+    if is_replicated(config):
+        raise ValueError(
+            f"AsyncLLM with tensor_parallel_size={config.tensor_parallel_size} cannot share an engine among processes "
+            "that torchrun or the caller has started; use LLM, or distributed_executor_backend='mp', which lets the "
+            "engine start its ranks"
+        )
 
 
 def _submit(threads: ThreadPoolExecutor, call: Callable[[], Any]) -> asyncio.Future:

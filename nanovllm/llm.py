@@ -20,7 +20,7 @@ from nanovllm.inputs import Prompt, list_prompts
 from nanovllm.outputs import Metric, Metrics, RequestOutput
 from nanovllm.progress import GenerationBar
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.vllm_options import NEUTRAL_CALL, drop_neutral
+from nanovllm.vllm_options import NEUTRAL_CALL, check_call
 
 Chat: TypeAlias = SequenceType[dict]
 
@@ -66,7 +66,7 @@ class LLM:
         if not isinstance(use_tqdm, bool):
             raise TypeError(f"use_tqdm must be a bool, got {shown(use_tqdm)}")
         listed = list_prompts(prompts)
-        _check_neutral(neutral, len(listed))
+        check_call(neutral, NEUTRAL_CALL, len(listed))
         pairs = _pair_params(listed, sampling_params)
         # One block for all, because installing handlers takes system calls. Interrupts come through between requests
         # and between steps.
@@ -390,17 +390,6 @@ class LLM:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _check_neutral(arguments: dict[str, Any], num_prompts: int) -> None:
-    """Refuse arguments of vLLM that would act. Each may be one for all prompts, or a list."""
-    for name, value in arguments.items():
-        if name not in NEUTRAL_CALL:
-            raise TypeError(f"there is no argument {name}")
-        if is_list(value) and len(value) != num_prompts:
-            raise ValueError(f"{name} has {len(value)} entries for {num_prompts} prompts")
-        for entry in value if is_list(value) else [value]:
-            drop_neutral({name: entry}, NEUTRAL_CALL)
 
 
 def _pair_params(prompts: SequenceType[Prompt], params: Any) -> list[tuple[Prompt, SamplingParams | None]]:

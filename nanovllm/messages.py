@@ -24,8 +24,8 @@ class Row(NamedTuple):
         start: position of the row's first token.
         token_ids: the tokens to compute; None is the slot's last sampled token, which the device holds.
         logit_indices: the row's tokens whose logits are used, counted from its first token.
-        target_ids: prompt tokens whose logprobs are wanted; the i-th is scored by the logits of the i-th logit index.
-            The logits of the remaining indices are sampled from: today that is the row's last token, or none.
+        target_ids: prompt tokens whose logprobs are wanted. The logits of the i-th logit index score the i-th of them.
+            If there is one more logit index, it is the row's last token, and its logits are for sampling.
     """
 
     slot: int
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
     @property
     def samples(self) -> bool:
-        """Whether a sampled token is the sequence's next one. The runner's tokens for other rows are discarded."""
+        """Whether the row samples its sequence's next token. What the device samples for other rows is discarded."""
         return len(self.logit_indices) > len(self.target_ids)
 
 
@@ -74,8 +74,9 @@ class Batch:
         admissions: slots that have a new sequence.
         new_blocks: (slot, index in its block table, block id).
         masks: (slot, bit mask of the tokens it may sample from now on).
-        logprob_rows: indices of the rows whose sampled token's logprobs are wanted.
-        num_logprobs, num_prompt_logprobs: largest number of most likely tokens that any of the logprobs includes.
+        logprob_rows: indices of the rows whose sampled token's logprobs are wanted, by how many of the most likely
+            tokens these include. So a row that wants the whole vocabulary costs the others neither time nor memory.
+        target_rows: the same for the rows that have `target_ids`.
         processed_logprobs: whether some of `logprob_rows` want the distribution that is sampled from.
     """
 
@@ -84,9 +85,8 @@ class Batch:
     admissions: list[Admission] = field(default_factory=list)
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
     masks: list[tuple[int, np.ndarray]] = field(default_factory=list)
-    logprob_rows: list[int] = field(default_factory=list)
-    num_logprobs: int = 0
-    num_prompt_logprobs: int = 0
+    logprob_rows: dict[int, list[int]] = field(default_factory=dict)
+    target_rows: dict[int, list[int]] = field(default_factory=dict)
     processed_logprobs: bool = False
 
     @property
@@ -104,7 +104,7 @@ class Batch:
     @property
     def has_targets(self) -> bool:
         """Whether prompt logprobs are wanted."""
-        return any(row.target_ids for row in self.prefill_rows)
+        return bool(self.target_rows)
 
 
 @dataclass(slots=True)
@@ -112,11 +112,11 @@ class StepOutput:
     """The results of a step.
 
     Args:
-        token_ids: the accepted tokens of each row; none for a row that does not sample.
-        logprobs: those of the batch's `logprob_rows`.
-        prompt_logprobs: those of the rows' `target_ids`, concatenated.
+        token_ids: each row's new tokens: one if the row samples, else none.
+        logprobs: those of each entry of the batch's `logprob_rows`.
+        prompt_logprobs: those of the `target_ids` of each entry of the batch's `target_rows`, concatenated.
     """
 
     token_ids: list[list[int]]
-    logprobs: TokenLogprobs | None = None
-    prompt_logprobs: TokenLogprobs | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

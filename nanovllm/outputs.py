@@ -182,7 +182,8 @@ class RequestOutput:
     """A request's results; from `stream` and `AsyncLLM`, only what is new since the last output.
 
     The fields of the first sample can be read as attributes (`out.text`) and by key (`out["text"]`), as in nano-vLLM's
-    dicts. `json.dumps(dataclasses.asdict(output))` is JSON; a `Logprob` is a list in it.
+    dicts. `json.dumps(dataclasses.asdict(output))` is JSON; a `Logprob` is a list in it. Only "processed_logprobs" of
+    tokens that cannot be sampled are -Infinity, which JSON does not have.
 
     Args:
         request_id: the id that `add_request` returned, a string.

@@ -50,7 +50,7 @@ class Context:
         return self.rows[self.num_decode :]
 
     def for_last_tokens(self) -> "Context":
-        """Return the context if only each row's last token attends: all rows are decode rows. `meta` stays."""
+        """Return a context with the same `meta` in which only each row's last token attends, as decode rows do."""
         return replace(self, num_decode=len(self.rows), cu_seqlens_q=None, shared=None)
 
 
@@ -58,8 +58,8 @@ class AttentionBackend(ABC):
     """A backend computes the attention of a step's rows over the paged KV cache.
 
     The runner calls `prepare` once in each step, then each layer calls `store_and_attend`. All metadata is in the
-    context. If the last layer attends for last tokens only, it calls `prepare` again with the context for these tokens,
-    which still has the step's `meta`.
+    context. In a layer where only last tokens attend, `store_and_attend` calls `prepare` again, with the context of
+    `for_last_tokens`. That context has the `meta` of the step's first call.
 
     Attributes:
         name: the name that users give.

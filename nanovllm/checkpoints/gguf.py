@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 import torch
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 
 from nanovllm.arithmetic import ceil_div, is_power_of_2
 from nanovllm.checkpoints.files import regular_file
@@ -383,8 +383,12 @@ def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
     if is_bpe and split in _DIGIT_SPLITS:
         digits = pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated")
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    if not is_bpe and file.get("tokenizer.ggml.add_space_prefix", True) is False:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    if not is_bpe:
+        # Like llama.cpp and SentencePiece: the space comes before each part of the text that starts it or follows a
+        # special token, also if that part has one already. Metaspace of tokenizers leaves it out there.
+        prefix = [] if file.get("tokenizer.ggml.add_space_prefix", True) is False else [normalizers.Prepend("▁")]
+        backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
     return tokenizer
 
 

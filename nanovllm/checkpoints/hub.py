@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -80,29 +81,45 @@ class ModelSource:
 def _load_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
     """Return the tokenizer in a folder or a GGUF file, with options of transformers' tokenizers."""
     try:
-        if path.is_file():
-            from nanovllm.checkpoints.gguf import read_tokenizer
-
-            return read_tokenizer(path, **options)
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-        options = {"local_files_only": True, **options}
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):  # transformers prefers mistral-common's if installed
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **options)
-        return tokenizer
+        tokenizer = _read_tokenizer(path, **options)
+        # The first call turns off truncation and padding, which must not happen while another thread encodes. It also
+        # shows options that make each call fail, such as a model_max_length that is no number.
+        tokenizer.encode("", add_special_tokens=False)
     except Exception as error:  # transformers raises errors of many types
         raise ValueError(f"the tokenizer of {path} cannot be read: {_explain(error, path)}") from error
+    return tokenizer
+
+
+def _read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
+    if path.is_file():
+        from nanovllm.checkpoints.gguf import read_tokenizer
+
+        return read_tokenizer(path, **options)
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    options = {"local_files_only": True, **options}
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):  # transformers prefers mistral-common's if installed
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **options)
+    return tokenizer
 
 
 def _explain(error: Exception, folder: Path) -> str:
-    """Explain an error of transformers, which names other packages if sentencepiece is missing."""
+    """Explain an error of transformers, which says something else if a package is missing."""
     if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
-        try:
-            import sentencepiece  # noqa: F401  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            return "a tokenizer.model without a tokenizer.json needs the package sentencepiece"
+        packages = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+        if missing := [package for package, module in packages.items() if not _can_import(module)]:
+            needed = " and ".join(packages)
+            return f"a tokenizer.model without a tokenizer.json needs {needed}; not installed: {', '.join(missing)}"
     return f"{type(error).__name__}: {error!s:.500}"
+
+
+def _can_import(module: str) -> bool:
+    try:
+        import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def open_config(config: Config) -> ModelSource:

@@ -15,11 +15,12 @@ from nanovllm.layers.linear import LinearLayer
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import UNUSED_TENSORS, ModelConfig
 from nanovllm.progress import ProgressBar
-from nanovllm.weights.parameter import CheckpointTensor, MergedTensor
+from nanovllm.weights.parameter import CheckpointTensor, MergedTensor, is_finite
 
 # A checkpoint with tied embeddings has either tensor, or both.
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TIED = {_EMBEDDING: _HEAD, _HEAD: _EMBEDDING}
+_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 _DIFFERENT_HEAD = (
     f"the tensor {_HEAD} differs from the embedding, but the model was loaded with one parameter for both; "
     "make a new engine"
@@ -29,11 +30,12 @@ _DIFFERENT_HEAD = (
 def _full_name(name: str) -> str:
     """Return the tensor's name with the prefix "model.".
 
-    Checkpoints without the head leave it out. Those with more than text have "model.language_model.".
+    Checkpoints without the head leave it out. Those with more than text have one of _PREFIXES.
     """
-    if name == _HEAD:
-        return name
-    return "model." + name.removeprefix("model.").removeprefix("language_model.")
+    if name in (_HEAD, f"language_model.{_HEAD}"):
+        return _HEAD
+    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
+    return f"model.{name.removeprefix(prefix)}"
 
 
 def _is_skipped(config: ModelConfig, name: str) -> bool:
@@ -123,7 +125,7 @@ class WeightUpdate:
         with torch.inference_mode():
             for layer in self.layers:
                 layer.format = layer.format.start_loading()
-        self.targets = model.checkpoint_tensors()  # with the shapes of writable weights
+        self.targets = model.checkpoint_tensors()
         self.merged = _merged_tensors(self.targets)
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -134,7 +136,7 @@ class WeightUpdate:
                 This method holds one of them at a time.
 
         Raises:
-            ValueError: a tensor is unknown, given twice, of the wrong shape or not floating point.
+            ValueError: a tensor is unknown, given twice, or of the wrong dtype or shape.
         """
         names: set[str] = set()
         bar = ProgressBar(
@@ -216,19 +218,13 @@ def _check_finite(targets: Mapping[str, CheckpointTensor], tp: TensorParallel) -
     by_param: dict[torch.nn.Parameter, dict[str, CheckpointTensor]] = {}
     for name, target in targets.items():
         by_param.setdefault(target.param, {})[name] = target
-    bad_param = _first_true([_not_finite(param) for param in by_param], tp)
+    bad_param = _first_true([~is_finite(param) for param in by_param], tp)
     if bad_param is None:
         return
     suspects = list(by_param.values())[bad_param]
-    bad_tensor = _first_true([_not_finite(target.shard) for target in suspects.values()], tp)
+    bad_tensor = _first_true([~is_finite(target.shard) for target in suspects.values()], tp)
     name, target = list(suspects.items())[bad_tensor or 0]
     raise ValueError(f"the tensor {name} has values that are NaN or infinite in {target.param.dtype}")
-
-
-def _not_finite(x: torch.Tensor) -> torch.Tensor:
-    """Return whether `x` has NaN or infinity, as a bool on the device."""
-    extremes = torch.stack(torch.aminmax(x))  # one pass over the tensor; NaN if it has a NaN
-    return ~extremes.isfinite().all()
 
 
 def _first_true(flags: list[torch.Tensor], tp: TensorParallel) -> int | None:
@@ -247,18 +243,15 @@ def _first_true(flags: list[torch.Tensor], tp: TensorParallel) -> int | None:
 
 
 def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Iterate over `weights`. Raise TypeError or ValueError at one that is not a name and a floating-point tensor."""
+    """Iterate over `weights`. Raise TypeError or ValueError at one that is not a name and a tensor with data."""
     for pair in weights:
         name, tensor = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise TypeError(f"weights must be pairs (name, tensor), got {shown(pair)}")
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            what = f"the tensor {name:.200} has dtype {tensor.dtype}"
-            raise ValueError(f"{what}; it must be float32, bfloat16 or float16")
-        if tensor.is_meta or tensor.layout is not torch.strided:
+        if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex():
             raise ValueError(
-                f"the tensor {name:.200} is on {tensor.device} with layout {tensor.layout}; "
-                "it must be a dense tensor with data"
+                f"the tensor {name:.200} is on {tensor.device} with layout {tensor.layout} and dtype {tensor.dtype}; "
+                "it must be a dense tensor of real numbers with data"
             )
         yield plain(name), tensor
 
@@ -271,6 +264,7 @@ def dummy_weights(model: Decoder, seed: int) -> Iterator[tuple[str, torch.Tensor
     param = next(model.parameters())
     constants = _dummy_constants(model.config)
     generator = torch.Generator(param.device).manual_seed(seed)
+    targets = model.checkpoint_tensors()
     for name, target in _meta_targets(model.config).items():
         if name == _HEAD and model.config.tie_word_embeddings:
             continue
@@ -280,7 +274,7 @@ def dummy_weights(model: Decoder, seed: int) -> Iterator[tuple[str, torch.Tensor
             tensor.normal_(std=0.02, generator=generator)
         else:
             tensor.fill_(constant)
-        yield name, tensor
+        yield name, tensor.to(targets[name].param.dtype)
 
 
 def _dummy_constants(config: ModelConfig) -> dict[str, float]:
@@ -351,7 +345,7 @@ def read_json(file: Path) -> dict:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -359,10 +353,12 @@ def _weight_files(folder: Path) -> list[Path]:
         names = sorted(set(map(str, weight_map.values())))
         files = {file.name for file in folder.iterdir() if file.is_file()}
         missing = [name for name in names if name not in files]
+        # transformers leaves the index of an earlier model when it saves a new one as a single file in its folder.
+        if missing == names and single.exists():
+            return [single]
         if missing:
             raise ValueError(f"{index} names {missing[0]!r:.200}, which is not a file in that folder")
         return [folder / name for name in names]
-    single = folder / "model.safetensors"
     files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(

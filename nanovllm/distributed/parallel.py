@@ -34,7 +34,8 @@ class TensorParallel:
         rank, size: index of this rank and number of ranks.
         group: a `torch.distributed` process group (gloo or NCCL); None for a single rank, whose collectives do nothing.
         peers: GPU memory that all ranks can write; used for the collectives that fit, if the ranks can reach it.
-        capturing: held while graphs are captured, because nobody else can free them until then.
+        capturing: a lock that is held while CUDA graphs are captured. `abort` waits for it, because only the capturing
+            thread can end a capture.
     """
 
     rank: int = 0
@@ -161,9 +162,9 @@ class TensorParallel:
         return x
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
-        """Overwrite `x` with rank 0's, in place."""
+        """Overwrite the contiguous `x` with rank 0's, in place."""
         if self.size > 1:
-            self._process_group.broadcast([x]).wait()
+            self._process_group.broadcast([x.view(-1).view(torch.uint8)]).wait()  # groups do not know every dtype
         return x
 
     def stop(self) -> None:

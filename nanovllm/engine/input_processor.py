@@ -86,10 +86,7 @@ class InputProcessor:
         """The model's transformers tokenizer, loaded when it is first used."""
         if self.config.skip_tokenizer_init:
             raise ValueError("skip_tokenizer_init is set, so there is no tokenizer: give prompts as token ids")
-        tokenizer = self.source.tokenizer()
-        # The first call turns off truncation and padding, which must not happen while another thread encodes.
-        tokenizer.encode("", add_special_tokens=False)
-        return tokenizer
+        return self.source.tokenizer()
 
     @loaded_once
     def grammars(self) -> Grammars:
@@ -119,21 +116,11 @@ class InputProcessor:
         Raises:
             TypeError, ValueError: the request cannot be served; the message names the argument.
         """
-        self.check_params(params)
-        params = self._with_logprobs_mode(self.default_params if params is None else params)
+        parts, params = self._resolve(prompt, params)
         if self.has_tokenizer:
             _ = self.tokenizer  # a broken one refuses requests here; in a step it would lose all of them
-        parts = split_prompt(prompt)
-        if parts.cache_salt is not None:
-            params = _with_salt(params, parts.cache_salt)
         token_ids = self._prompt_ids(parts)
-        end_ids = self._end_ids(params)
-        room = self._room(len(token_ids), params)
-        self._check_logprobs(len(token_ids), room, params)
-        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
-            in_vocabulary(name, getattr(params, name) or (), self.vocab_size)
-        if params.stop and not self.has_tokenizer:
-            raise ValueError("stop strings need a tokenizer, and there is none")
+        end_ids, room = self._check_lengths(len(token_ids), params)
         token_filter = self._token_filter(params, end_ids)
         # The first mask is computed here, and not in a step.
         mask = token_filter.mask() if token_filter and token_filter.depends_on_output else None
@@ -156,17 +143,31 @@ class InputProcessor:
             all_token_bytes=self.token_bytes(skip_special_tokens=False) if has_text and has_logprobs else None,
         )
 
-    def check_params(self, params: Any) -> None:
-        """Raise TypeError unless `params` are SamplingParams or None."""
+    def check(self, prompt: Any, params: Any) -> None:
+        """Find the faults of a request that show without tokenising a text or making a mask of tokens."""
+        parts, params = self._resolve(prompt, params)
+        if parts.token_ids is not None:
+            self._check_lengths(len(self._prompt_ids(parts)), params)
+
+    def _resolve(self, prompt: Any, params: Any) -> tuple[PromptParts, SamplingParams]:
+        """Check a request as far as its length does not matter. Return its prompt's parts and its whole parameters."""
         if not isinstance(params, SamplingParams | None):
             raise TypeError(f"sampling_params must be SamplingParams, got {shown(params)}")
-
-    def check(self, prompt: Any, params: Any) -> None:
-        """Find the faults of a request that show at once, without tokenising a text."""
-        self.check_params(params)
+        params = self._with_logprobs_mode(self.default_params if params is None else params)
         parts = split_prompt(prompt)
-        if parts.token_ids is not None:
-            self._prompt_ids(parts)
+        if parts.cache_salt is not None:
+            params = _with_salt(params, parts.cache_salt)
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            in_vocabulary(name, getattr(params, name) or (), self.vocab_size)
+        if params.stop and not self.has_tokenizer:
+            raise ValueError("stop strings need a tokenizer, and there is none")
+        return parts, params
+
+    def _check_lengths(self, num_prompt: int, params: SamplingParams) -> tuple[frozenset[int], int]:
+        """Check that the request fits. Return the ids that end it, and how many tokens fit behind the prompt."""
+        room = self._room(num_prompt, params)
+        self._check_logprobs(num_prompt, room, params)
+        return self._end_ids(params), room
 
     def _with_logprobs_mode(self, params: SamplingParams) -> SamplingParams:
         """Check the numbers of log-probabilities, and set their mode if the request has none."""

@@ -60,11 +60,12 @@ class LLMEngine:
         on_step, time_gpu: see `LLM`.
         requests: the unfinished requests, by id.
         in_flight: steps that are launched and not collected yet, oldest first.
-        outputs: what the next `step` returns, and whose outputs these are.
+        outputs: the outputs that the next `step` returns, each with its request.
         abandoned: requests whose callers have gone; the next section ends them.
         holds_resources: whether there is anything for `close` to give back.
         weight_version: how many weight updates have succeeded.
-        finishes_by_itself: whether the open weight update is of `load_trainer_weights`.
+        finishes_by_itself: whether `load_trainer_weights` started the open weight update. The next call that needs the
+            weights then finishes it.
     """
 
     holds_resources = False  # until the constructor has an executor

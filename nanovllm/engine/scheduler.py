@@ -1,15 +1,16 @@
 """Decides what each step computes. No torch here, and no phases.
 
-A step has one token budget. It gives each sequence its *known - computed* tokens, capped by the rest of the budget: a
-decoding sequence needs one token, a new prompt many, a prompt with a cached prefix the rest, a preempted sequence all
-of its tokens again. Running sequences come before new ones, so a long prompt never stops the others.
+A step has one token budget. It gives each sequence the tokens that are not computed yet, `num_tokens - num_computed`,
+capped by the rest of the budget: a decoding sequence needs one token, a new prompt many, a prompt with a cached prefix
+the rest, a preempted sequence all of its tokens again. Running sequences come before new ones, so a long prompt never
+stops the others.
 """
 
 import math
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.engine.block_manager import BlockManager
@@ -17,10 +18,14 @@ from nanovllm.engine.sequence import Placement, Sequence, Status
 from nanovllm.engine.stopping import stop_reason
 from nanovllm.messages import FIRST_TOKEN, NO_TOKENS, Admission, Batch, Row, StepOutput
 
-# CPU time after which a step starts no further mask, and that one mask may take. A usual mask takes less than 1 ms. The
-# times of an ambiguous grammar grow with the cube of the text, so the first mask over the limit is not far over it.
+# A step that has spent the first time on masks starts no further one. A mask that takes longer than the second ends its
+# sequence. Both are CPU seconds; a usual mask takes less than 1 ms. With an ambiguous grammar, the time of a mask grows
+# with the cube of the text's length, so the first mask over the limit is not far over it.
 STEP_MASK_SECONDS = 0.01
 _MAX_MASK_SECONDS = 0.02
+# A step admits no further sequence once so many blocks are to be sent to the device. Hashing and sharing the cached
+# blocks of a prompt takes up to 5 us each, and a request may have hundreds of samples of a long prompt.
+_MAX_NEW_BLOCKS = 4096
 
 
 @dataclass(slots=True)
@@ -180,9 +185,10 @@ class Scheduler:
 
     def _admit(self, builder: "_StepBuilder", budget: int) -> None:
         """Start waiting sequences while there are slots, blocks and budget."""
-        while self.waiting and self.free_slots and budget > 0:
+        while self.waiting and self.free_slots and budget > 0 and len(builder.batch.new_blocks) < _MAX_NEW_BLOCKS:
             seq = next(iter(self.waiting))
-            if seq.num_pending or seq.lacks_mask:  # preempted: the host must know all its tokens first
+            # The host must know all tokens of a preempted sequence before it computes them again.
+            if seq.num_pending or seq.lacks_mask:
                 break
             found = [] if seq.num_unscored else self.block_manager.find_prefix(seq)
             num_cached = len(found) * self.block_manager.block_size
@@ -229,17 +235,18 @@ class Scheduler:
                 return
 
     def _take_logprobs(self, step: ScheduledStep, output: StepOutput) -> None:
-        if output.logprobs:
-            for i, row in enumerate(step.batch.logprob_rows):
+        batch = step.batch
+        for rows, logprobs in zip(batch.logprob_rows.values(), output.logprobs, strict=True):
+            for i, row in enumerate(rows):
                 seq = step.sequences[row]
                 if seq.status is not Status.FINISHED:
-                    seq.logprobs.append(output.logprobs, i, seq.num_logprobs or 0)
-        if output.prompt_logprobs:
-            i = 0
-            for seq, row in zip(step.sequences, step.batch.rows, strict=True):
-                for _ in row.target_ids:
-                    seq.prompt_logprobs.append(output.prompt_logprobs, i, seq.num_prompt_logprobs or 0)
-                    i += 1
+                    seq.logprobs.append(logprobs, i, seq.num_logprobs or 0)
+        for rows, logprobs in zip(batch.target_rows.values(), output.prompt_logprobs, strict=True):
+            indices = count()
+            for row in rows:
+                seq = step.sequences[row]
+                for i in islice(indices, len(batch.rows[row].target_ids)):
+                    seq.prompt_logprobs.append(logprobs, i, seq.num_prompt_logprobs or 0)
 
     def _release(self, seq: Sequence) -> None:
         """Free the placement of a finished sequence, unless a step in flight still uses it."""
@@ -315,7 +322,9 @@ class _StepBuilder:
         if self.wants_logprobs:
             for i, (seq, row) in enumerate(zip(sequences, batch.rows, strict=True)):
                 if row.samples and seq.num_logprobs is not None:
-                    batch.logprob_rows.append(i)
+                    batch.logprob_rows.setdefault(_rounded(seq.num_logprobs), []).append(i)
+                if row.target_ids and seq.num_prompt_logprobs is not None:
+                    batch.target_rows.setdefault(_rounded(seq.num_prompt_logprobs), []).append(i)
         return ScheduledStep(batch, sequences) if sequences else None
 
     def _add_new_blocks(self, placement: Placement, first: int) -> None:
@@ -332,7 +341,7 @@ class _StepBuilder:
         if end <= first:
             return Row(slot, start, token_ids, logit_indices)
         seq.num_scored = end
-        self.batch.num_prompt_logprobs = max(self.batch.num_prompt_logprobs, seq.num_prompt_logprobs or 0)
+        self.wants_logprobs = True
         logit_indices = range(first - start, num_new if samples else end - start)
         return Row(slot, start, token_ids, logit_indices, seq.prompt_ids[first + 1 : end + 1])
 
@@ -341,9 +350,13 @@ class _StepBuilder:
         batch = self.batch
         if seq.num_logprobs is not None:
             self.wants_logprobs = True
-            batch.num_logprobs = max(batch.num_logprobs, seq.num_logprobs)
             if seq.params.logprobs_mode == "processed_logprobs":
                 batch.processed_logprobs = True
         if seq.mask is not None:
             batch.masks.append((slot, seq.mask))
             seq.mask = None
+
+
+def _rounded(num_logprobs: int) -> int:
+    """Return the next power of two, or 0 for 0, so that a step computes log-probabilities in a few groups of rows."""
+    return 1 << (num_logprobs - 1).bit_length() if num_logprobs else 0

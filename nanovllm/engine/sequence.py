@@ -53,8 +53,8 @@ class Sequence:
         room: how many tokens fit behind the prompt.
         vocab_size: the model's, for logprobs of all tokens.
         token_filter: of a request that limits which tokens may be sampled.
-        mask: what the filter lets follow the known tokens, once it is computed and until a row samples with it; only
-            used if the mask depends on the output.
+        mask: the filter's bit mask of allowed next tokens, if it depends on the output. None until it is computed, and
+            again once a row samples with it.
         detokenizer: of a request that is streamed or has stop strings.
         token_ids: prompt and output, as far as the host knows them.
         num_pending: tokens that steps in flight sample for it (at most the overlap depth + 1).

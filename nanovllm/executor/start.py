@@ -37,11 +37,16 @@ def start_executor(config: Config, source: ModelSource) -> Executor:
     # A model on the meta device takes no memory. It raises here, once, if the ranks cannot split it.
     with torch.device("meta"):
         Decoder(source.config, tp=TensorParallel(0, config.tensor_parallel_size))
+    return _join_outside_world(config, source) if is_replicated(config) else SpawnedExecutor(config, source)
+
+
+def is_replicated(config: Config) -> bool:
+    """Whether the ranks are processes that torchrun, or the caller, has started, and that run the same engine."""
+    if config.tensor_parallel_size == 1:
+        return False
     backend = config.distributed_executor_backend
     has_world = "TORCHELASTIC_RUN_ID" in os.environ or dist.is_initialized()
-    if backend == "external_launcher" or (backend is None and has_world):
-        return _join_outside_world(config, source)
-    return SpawnedExecutor(config, source)
+    return backend == "external_launcher" or (backend is None and has_world)
 
 
 def _join_outside_world(config: Config, source: ModelSource) -> Executor:

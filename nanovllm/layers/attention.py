@@ -12,8 +12,8 @@ from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
 class Attention(StatefulLayer):
     """Attention with RoPE over the paged KV cache, through the context's backend.
 
-    qkv [T, (num_heads + 2 num_kv_heads) head_dim] -> [T, num_heads head_dim]. If `last` [R] has the index of each
-    sequence's last token, only these tokens attend: [R, num_heads head_dim].
+    qkv [T, (num_heads + 2 num_kv_heads) head_dim] -> [T, num_heads head_dim]. With `last` [R], the index of each
+    sequence's last token, all tokens store K and V, but only these attend: the output is [R, num_heads head_dim].
 
     Args:
         num_heads, num_kv_heads: numbers of heads on this rank.

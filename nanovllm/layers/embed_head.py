@@ -8,15 +8,54 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import LinearLayer
 from nanovllm.layers.residual import Normed, Residual, as_normed
 from nanovllm.ops.inputs.embedding import embedding
-from nanovllm.weights.formats import Plain
-from nanovllm.weights.parameter import CheckpointTensor, check_shape, make_parameter
+from nanovllm.weights.formats import AllocateWeight, Plain
+from nanovllm.weights.parameter import (
+    CheckpointTensor,
+    block_of,
+    check_dtype,
+    check_shape,
+    in_blocks,
+    make_parameter,
+)
 
 
-class VocabParallelEmbedding(nn.Module):
-    """Token embedding: ids [T] -> [T, embedding_dim]. Each rank holds an equal slice of the vocabulary.
+class VocabParallel(nn.Module):
+    """A layer whose weight has a row for each token of the vocabulary. Each rank holds an equal slice of the rows.
 
     Args:
         num_embeddings: size of the vocabulary. The last slices are padded if the ranks do not divide it.
+    """
+
+    def __init__(self, num_embeddings: int, tp: TensorParallel | None):
+        super().__init__()
+        self.tp = tp or TensorParallel.default()
+        self.num_embeddings = num_embeddings
+        self.size = ceil_div(num_embeddings, self.tp.size)
+        self.start = self.tp.rank * self.size
+
+    def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
+        shape, slice_of_rank = self._slice(param)
+        check_shape(loaded, shape)
+        rows = loaded[slice_of_rank]
+        param[: len(rows)].copy_(rows)
+        param[len(rows) :].zero_()
+
+    def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
+        params = self.named_parameters()
+        return {f"{prefix}.{name}": CheckpointTensor(param, self._slice(param)[0]) for name, param in params}
+
+    def _slice(self, param: nn.Parameter) -> tuple[tuple[int, ...], slice]:
+        """Return the shape of the whole tensor that `param` loads, and the rows of it that this rank loads."""
+        block = block_of(param)[0]
+        rows = in_blocks(slice(self.start, self.start + self.size), self.num_embeddings, block)
+        return (ceil_div(self.num_embeddings, block), *param.shape[1:]), rows
+
+
+class VocabParallelEmbedding(VocabParallel):
+    """Token embedding: ids [T] -> [T, embedding_dim].
+
+    Args:
+        num_embeddings: size of the vocabulary, of which each rank holds a slice.
         embedding_dim: size of an embedding.
     """
 
@@ -28,18 +67,8 @@ class VocabParallelEmbedding(nn.Module):
         dtype: torch.dtype | None = None,
         tp: TensorParallel | None = None,
     ):
-        super().__init__()
-        self.tp = tp or TensorParallel.default()
-        self.num_embeddings = num_embeddings
-        self.size = ceil_div(num_embeddings, self.tp.size)
-        self.start = self.tp.rank * self.size
+        super().__init__(num_embeddings, tp)
         self.weight = make_parameter(self.size, embedding_dim, dtype=dtype, weight_loader=self.weight_loader)
-
-    def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
-        check_shape(loaded, (self.num_embeddings, *param.shape[1:]))
-        rows = loaded[self.start : self.start + self.size]
-        param[: len(rows)].copy_(rows)
-        param[len(rows) :].zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.residual(x).sum()
@@ -48,24 +77,24 @@ class VocabParallelEmbedding(nn.Module):
         """Start the residual stream with the embeddings. Its first norm all-reduces them."""
         return Residual.from_summand(embedding(input_ids, self.weight, self.start), self.tp)
 
-    def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
-        return {f"{prefix}.weight": CheckpointTensor(self.weight, (self.num_embeddings, *self.weight.shape[1:]))}
-
     def differs(self, loaded: torch.Tensor) -> torch.Tensor:
         """Return whether the weight has other values than `loaded`, as a bool on the weight's device."""
-        check_shape(loaded, (self.num_embeddings, *self.weight.shape[1:]))
-        rows = loaded[self.start : self.start + self.size]
+        shape, slice_of_rank = self._slice(self.weight)
+        check_dtype(loaded, self.weight.dtype)
+        check_shape(loaded, shape)
+        rows = loaded[slice_of_rank]
         # Compare in chunks: a GPU may lack memory for another copy of all rows.
         chunks = zip(self.weight[: len(rows)].split(4096), rows.split(4096), strict=True)
         return torch.stack([(current != new.to(current)).any() for current, new in chunks]).any()
 
 
-class ParallelLMHead(VocabParallelEmbedding, LinearLayer):
+class ParallelLMHead(VocabParallel, LinearLayer):
     """LM head: hidden states [L, embedding_dim] -> logits [S, num_embeddings] of this rank's slice of the L rows.
 
     Args:
         num_embeddings, embedding_dim: as in VocabParallelEmbedding.
         bias: must be False; it is here for code written for nano-vLLM.
+        allocate_weight: makes the format of the weight, with its parameters.
     """
 
     def __init__(
@@ -76,14 +105,17 @@ class ParallelLMHead(VocabParallelEmbedding, LinearLayer):
         *,
         dtype: torch.dtype | None = None,
         tp: TensorParallel | None = None,
+        allocate_weight: AllocateWeight = Plain.allocate,
     ):
         if bias:
             raise ValueError("bias=True is not supported: ParallelLMHead has no bias")
-        super().__init__(num_embeddings, embedding_dim, dtype=dtype, tp=tp)
-        self.set_format(Plain(self.weight))
+        super().__init__(num_embeddings, tp)
+        self.set_format(allocate_weight(self.size, embedding_dim, dtype, self.weight_loader))
 
     def tie(self, embedding: VocabParallelEmbedding) -> None:
         """Use the embedding's parameter as the weight."""
+        for name in self.format.parameters:
+            delattr(self, name)
         self.set_format(Plain(embedding.weight, is_shared=True))
 
     def forward(self, x: torch.Tensor | Normed) -> torch.Tensor:

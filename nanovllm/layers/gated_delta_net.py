@@ -7,13 +7,14 @@ import torch
 
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import ColumnParallelLinear, PendingGemm, RowParallelLinear, Shard, divide, head_rows
+from nanovllm.layers.linear import ColumnParallelLinear, PendingGemm, RowParallelLinear, Shard, divide
 from nanovllm.layers.residual import Normed
 from nanovllm.layers.state import SlotStateSpec, StatefulLayer
 from nanovllm.ops.gdn.gated_delta_net import gated_delta_net
 from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
 from nanovllm.utils.context import get_context
 from nanovllm.weights.parameter import CheckpointTensor, ShardId, checkpoint_tensors, rows_of
+from nanovllm.weights.row_order import joined_rows, packed_rows
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class GatedDeltaNet(StatefulLayer):
         key_heads = range(tp.rank * num_key_heads, (tp.rank + 1) * num_key_heads)
         heads = range(tp.rank * num_heads, (tp.rank + 1) * num_heads)
         num_values = num_heads * config.value_head_dim
-        channels = _channels(config, key_heads, heads)
+        keys = (key_heads, config.key_head_dim, config.num_key_heads)
+        channels = joined_rows(keys, keys, (heads, config.value_head_dim, config.num_value_heads))
 
         self.sizes = [len(channels), num_values, num_heads, num_heads]  # of qkv, z, b and a
         shards = _packed_shards(config, key_heads) if config.is_packed else _shards(config, channels, heads)
@@ -111,19 +113,10 @@ class GatedDeltaNet(StatefulLayer):
         return self.out_proj(out if last is None else out[last])
 
 
-def _channels(config: LinearAttentionConfig, key_heads: range, heads: range) -> np.ndarray:
-    """Return the rows of these heads' queries, keys and values in a tensor of all queries, all keys, all values."""
-    keys = head_rows(key_heads, config.key_head_dim, np.arange(config.key_head_dim))
-    values = head_rows(heads, config.value_head_dim, np.arange(config.value_head_dim))
-    all_keys = config.num_key_heads * config.key_head_dim
-    return np.concatenate((keys, all_keys + keys, 2 * all_keys + values))
-
-
 def _shards(config: LinearAttentionConfig, channels: np.ndarray, heads: range) -> dict[ShardId, Shard]:
     """Return the shards of qkv, z, b and a, for these value heads."""
-    sizes = {"z": config.value_head_dim, "b": 1, "a": 1}  # rows of a value head
     shards: dict[ShardId, Shard] = {"qkv": Shard.reordered("in_proj_qkv", config.num_channels, channels)}
-    for name, size in sizes.items():
+    for name, size in {"z": config.value_head_dim, "b": 1, "a": 1}.items():
         total, start = config.num_value_heads * size, heads.start * size
         shards[name] = Shard(f"in_proj_{name}", total=total, start=start, size=len(heads) * size)
     return shards
@@ -131,11 +124,9 @@ def _shards(config: LinearAttentionConfig, channels: np.ndarray, heads: range) -
 
 def _packed_shards(config: LinearAttentionConfig, key_heads: range) -> dict[ShardId, Shard]:
     """Return the shards of qkvz and ba, for these key heads and their value heads."""
-    group = config.num_value_heads // config.num_key_heads
-    key_dim, values = config.key_head_dim, group * config.value_head_dim
-    shards: dict[ShardId, Shard] = {}
-    for name, sizes in {"qkvz": (key_dim, key_dim, values, values), "ba": (group, group)}.items():
-        parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
-        order = np.concatenate([head_rows(key_heads, sum(sizes), part) for part in parts])
-        shards[name] = Shard.reordered(f"in_proj_{name}", config.num_key_heads * sum(sizes), order)
-    return shards
+    group, key_dim = config.num_value_heads // config.num_key_heads, config.key_head_dim
+    values = group * config.value_head_dim
+    return {
+        name: Shard.reordered(f"in_proj_{name}", config.num_key_heads * sum(sizes), packed_rows(key_heads, sizes))
+        for name, sizes in {"qkvz": (key_dim, key_dim, values, values), "ba": (group, group)}.items()
+    }

@@ -5,18 +5,29 @@ and all-reduce the partial results. A pair of them needs a single all-reduce (Me
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from nanovllm.arithmetic import ceil_div
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.residual import Norm, Normed, Residual, as_normed
 from nanovllm.ops.dispatch import Adder
 from nanovllm.utils.context import get_counters
 from nanovllm.weights.formats import AllocateWeight, Plain, WeightFormat
-from nanovllm.weights.parameter import CheckpointTensor, MergedTensor, ShardId, check_shape, make_parameter, select
+from nanovllm.weights.parameter import (
+    CheckpointTensor,
+    MergedTensor,
+    ShardId,
+    block_of,
+    check_shape,
+    in_blocks,
+    make_parameter,
+    order_in_blocks,
+    select,
+)
+from nanovllm.weights.row_order import HeadLayout, head_rows
 
 
 class LinearLayer(nn.Module):
@@ -26,9 +37,10 @@ class LinearLayer(nn.Module):
     weight: nn.Parameter
 
     def set_format(self, weight_format: WeightFormat) -> None:
-        """Use this format, and its parameter as `weight`."""
+        """Use this format, and register its parameters under their names in checkpoints."""
         self.format = weight_format
-        self.weight = weight_format.weight
+        for name, param in weight_format.parameters.items():
+            self.register_parameter(name, param)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,16 +66,16 @@ class Shard:
         """Make a shard of these rows of the whole tensor."""
         return cls(name, total=total, start=0, size=len(order), order=order)
 
-    def take(self, loaded: torch.Tensor) -> torch.Tensor:
-        """Return this rank's rows of the whole tensor."""
+    def rows(self, block: int) -> slice | np.ndarray:
+        """Return this rank's rows of a whole tensor whose rows cover `block` rows of the weight each."""
         if self.order is not None:
-            return select(loaded, self.order)
-        return loaded[self.start : self.start + self.size]
+            return order_in_blocks(self.order, block)
+        return in_blocks(slice(self.start, self.start + self.size), self.total, block)
 
-
-def head_rows(heads: range, head_size: int, dims: np.ndarray) -> np.ndarray:
-    """Return the rows of the dimensions `dims` of each head, in a tensor with `head_size` rows per head."""
-    return (np.array(heads)[:, None] * head_size + dims).ravel()
+    def take(self, loaded: torch.Tensor, block: int) -> torch.Tensor:
+        """Return the rows `rows(block)` of the whole tensor."""
+        rows = self.rows(block)
+        return loaded[rows] if isinstance(rows, slice) else select(loaded, rows)
 
 
 class ColumnParallelLinear(LinearLayer):
@@ -98,29 +110,42 @@ class ColumnParallelLinear(LinearLayer):
         for shard_id, shard in shards.items():
             self.rows[shard_id] = slice(rows, rows + shard.size)
             rows += shard.size
+        self.num_rows = rows
         self.set_format(allocate_weight(rows, in_features, dtype, self.weight_loader))
         self.bias = make_parameter(rows, dtype=dtype, weight_loader=self.weight_loader) if bias else None
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId) -> None:
-        shard = self.shards[shard_id]
-        check_shape(loaded, (shard.total, *param.shape[1:]))
-        param[self.rows[shard_id]].copy_(shard.take(loaded))
+        target = self._target(param, shard_id)
+        check_shape(loaded, target.shape)
+        target.shard.copy_(self.shards[shard_id].take(loaded, block_of(param)[0]))
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
         parent = prefix.rpartition(".")[0]
-        total = sum(shard.total for shard in self.shards.values())
         tensors = {}
         for name, param in self.named_parameters():
-            start, columns = 0, param.shape[1:]
+            merged = self._merged(f"{prefix}.{name}", param)
             for shard_id, shard in self.shards.items():
-                merged = None
-                if self.may_be_merged:
-                    merged = MergedTensor(f"{prefix}.{name}", (total, *columns), slice(start, start + shard.total))
-                    start += shard.total
-                tensors[f"{parent}.{shard.name}.{name}"] = CheckpointTensor(
-                    param, (shard.total, *columns), shard_id=shard_id, rows=self.rows[shard_id], merged=merged
-                )
+                target = self._target(param, shard_id)
+                tensors[f"{parent}.{shard.name}.{name}"] = target._replace(merged=merged.get(shard_id))
         return tensors
+
+    def _merged(self, name: str, param: nn.Parameter) -> dict[ShardId, MergedTensor]:
+        """Return the parts of the tensor `name`, which some checkpoints have in place of one for each shard."""
+        if not self.may_be_merged or block_of(param)[0] > 1:
+            return {}
+        parts, start = {}, 0
+        shape = (sum(shard.total for shard in self.shards.values()), *param.shape[1:])
+        for shard_id, shard in self.shards.items():
+            parts[shard_id] = MergedTensor(name, shape, slice(start, start + shard.total))
+            start += shard.total
+        return parts
+
+    def _target(self, param: nn.Parameter, shard_id: ShardId) -> CheckpointTensor:
+        """Return the tensor that fills a shard of `param`."""
+        shard, block = self.shards[shard_id], block_of(param)[0]
+        shard.rows(block)  # raises ValueError if a border lies inside a block
+        shape = (ceil_div(shard.total, block), *param.shape[1:])
+        return CheckpointTensor(param, shape, shard_id, rows=in_blocks(self.rows[shard_id], self.num_rows, block))
 
     def forward(self, x: torch.Tensor | Normed | Residual) -> torch.Tensor:
         x, norm = as_normed(x)
@@ -155,26 +180,6 @@ class GateUpParallelLinear(ColumnParallelLinear):
             1: Shard("up_proj", total=intermediate_size, start=start, size=size),
         }
         super().__init__(hidden_size, shards, bias, dtype, allocate_weight)
-
-
-class HeadLayout(NamedTuple):
-    """How query and key heads are stored and computed, if not in the usual way.
-
-    Args:
-        order: [head_dim], the dimensions of a query or key head in the order in which they are computed.
-        has_gate: each query head in the checkpoint has a gate of the output behind it. All gates are computed first.
-    """
-
-    order: np.ndarray
-    has_gate: bool = False
-
-    def query_rows(self, heads: range, num_heads: int, head_dim: int) -> tuple[int, np.ndarray]:
-        """Return the rows of the checkpoint's query projection: how many there are, and those of these `heads`."""
-        if not self.has_gate:
-            return num_heads * head_dim, head_rows(heads, head_dim, self.order)
-        gates = head_rows(heads, 2 * head_dim, head_dim + np.arange(head_dim))
-        queries = head_rows(heads, 2 * head_dim, self.order)
-        return 2 * num_heads * head_dim, np.concatenate((gates, queries))
 
 
 class QKVParallelLinear(ColumnParallelLinear):
@@ -253,21 +258,29 @@ class RowParallelLinear(LinearLayer):
         self.tp = tp or TensorParallel.default()
         self.in_features = in_features
         size = divide("input size of a row-parallel layer", in_features, self.tp)
+        self.columns = slice(self.tp.rank * size, (self.tp.rank + 1) * size)
         self.set_format(allocate_weight(out_features, size, dtype, self.weight_loader))
         self.bias = make_parameter(out_features, dtype=dtype) if bias else None
         self.zero_bias: torch.Tensor
         self.register_buffer("zero_bias", torch.zeros(out_features, dtype=dtype), persistent=False)
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
-        rows, size = param.shape
-        check_shape(loaded, (rows, self.in_features))
-        param.copy_(loaded[:, self.tp.rank * size : (self.tp.rank + 1) * size])
+        shape, columns = self._slice(param)
+        check_shape(loaded, shape)
+        param.copy_(loaded[:, columns])
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
-        tensors = {f"{prefix}.weight": CheckpointTensor(self.weight, (len(self.zero_bias), self.in_features))}
+        params = self.format.parameters.items()
+        tensors = {f"{prefix}.{name}": CheckpointTensor(param, self._slice(param)[0]) for name, param in params}
         if self.bias is not None:
             tensors[f"{prefix}.bias"] = CheckpointTensor(self.bias, tuple(self.bias.shape))
         return tensors
+
+    def _slice(self, param: nn.Parameter) -> tuple[tuple[int, ...], slice]:
+        """Return the shape of the whole tensor that `param` loads, and the columns of it that this rank loads."""
+        block = block_of(param)[1]
+        columns = in_blocks(self.columns, self.in_features, block)
+        return (len(param), ceil_div(self.in_features, block)), columns
 
     def forward(self, x: torch.Tensor) -> "PendingGemm":
         return PendingGemm(self, x)

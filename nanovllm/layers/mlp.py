@@ -6,6 +6,7 @@ from torch import nn
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import GateUpParallelLinear, PendingGemm, RowParallelLinear
 from nanovllm.layers.residual import Normed, Residual
+from nanovllm.weights.formats import AllocateWeight, Plain
 
 
 class MLP(nn.Module):
@@ -19,10 +20,13 @@ class MLP(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         tp: TensorParallel | None = None,
+        allocate_weight: AllocateWeight = Plain.allocate,
     ):
         super().__init__()
-        self.gate_up_proj = GateUpParallelLinear(hidden_size, intermediate_size, bias, dtype=dtype, tp=tp)
-        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, dtype=dtype, tp=tp)
+        sizes = hidden_size, intermediate_size
+        self.gate_up_proj = GateUpParallelLinear(*sizes, bias, dtype=dtype, tp=tp, allocate_weight=allocate_weight)
+        sizes = intermediate_size, hidden_size
+        self.down_proj = RowParallelLinear(*sizes, bias, dtype=dtype, tp=tp, allocate_weight=allocate_weight)
 
     def forward(self, x: Normed | Residual) -> PendingGemm:
         return self.down_proj(self.gate_up_proj(x))

@@ -29,7 +29,9 @@ class Normed(NamedTuple):
 
 @dataclass(eq=False)
 class Residual:
-    """The residual stream of T tokens: x; if it is partial, base + all_reduce(x), which the next norm computes.
+    """The residual stream of T tokens.
+
+    Its value is x, or base + all_reduce(x) while the stream is partial. The next norm computes that sum.
 
     Attributes:
         x: [T, hidden_size].

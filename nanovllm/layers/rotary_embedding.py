@@ -2,10 +2,11 @@
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from nanovllm.weights.row_order import paired_order
 
 # The supported types and the options that a checkpoint must give for each.
 ROPE_TYPES = {
@@ -101,16 +102,6 @@ def rope_frequencies(head_dim: int, theta: float | None, scaling: dict | None = 
         case "frequency_factors":
             inv_freq = inv_freq / torch.tensor(scaling["factors"], dtype=torch.float32)
     return inv_freq, magnitude
-
-
-def paired_order(head_dim: int, rotary_dim: int) -> np.ndarray:
-    """Return the order of a head's dimensions in which RoPE pairs dimension i with i + head_dim / 2.
-
-    A checkpoint has the `rotary_dim` dimensions that rotate first, and pairs i with i + rotary_dim / 2. The others are
-    paired as well, but their angles are 0. Scores do not change if queries and keys have the same order.
-    """
-    halves = np.arange(rotary_dim).reshape(2, -1), np.arange(rotary_dim, head_dim).reshape(2, -1)
-    return np.concatenate(halves, axis=1).ravel()
 
 
 def rope_table(

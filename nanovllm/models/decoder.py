@@ -12,7 +12,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.gated_delta_net import GatedDeltaNet
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import HeadLayout, PendingGemm, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import PendingGemm, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import MLP
 from nanovllm.layers.moe import SparseMoE
 from nanovllm.layers.qk_norm import QKNorm
@@ -24,6 +24,7 @@ from nanovllm.ops.linear.sigmoid_mul import sigmoid_mul
 from nanovllm.ops.moe.dispatch import expert_sizes
 from nanovllm.utils.context import get_context
 from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
+from nanovllm.weights.row_order import HeadLayout
 
 
 class SelfAttention(nn.Module):
@@ -40,6 +41,7 @@ class SelfAttention(nn.Module):
             layout=_head_layout(config, rotary),
             dtype=dtype,
             tp=tp,
+            allocate_weight=config.allocate_weight,
         )
         self.attn = Attention(
             num_heads=self.qkv_proj.num_heads,
@@ -55,7 +57,9 @@ class SelfAttention(nn.Module):
         if config.whole_qk_norm:
             self.qk_norm = QKNorm(self.qkv_proj, config.rms_norm_eps, dtype=dtype, tp=tp)
         attended_size = config.num_heads * config.head_dim
-        self.o_proj = RowParallelLinear(attended_size, config.hidden_size, config.o_bias, dtype=dtype, tp=tp)
+        self.o_proj = RowParallelLinear(
+            attended_size, config.hidden_size, config.o_bias, dtype=dtype, tp=tp, allocate_weight=config.allocate_weight
+        )
 
     def forward(self, x: Normed | Residual, positions: torch.Tensor, last: torch.Tensor | None) -> PendingGemm:
         qkv, gate_size = self.qkv_proj(x), self.qkv_proj.gate_size
@@ -111,7 +115,14 @@ class DecoderLayer(nn.Module):
         if config.moe is not None and index not in config.moe.dense_layers:
             self.mlp = SparseMoE(config.moe, config.hidden_size, dtype=dtype, tp=tp)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype=dtype, tp=tp)
+            self.mlp = MLP(
+                config.hidden_size,
+                config.intermediate_size,
+                config.mlp_bias,
+                dtype=dtype,
+                tp=tp,
+                allocate_weight=config.allocate_weight,
+            )
 
     def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
         """Return the residual stream of all tokens, or only of the tokens at the indices `last` [L].
@@ -191,6 +202,7 @@ class Decoder(nn.Module):
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
         if config.tie_word_embeddings and not config.separate_head:
             self.lm_head.tie(self.embed_tokens)
+        self.checkpoint_tensors()  # raises ValueError if the blocks of a weight format do not fit the ranks' shards
 
     def checkpoint_tensors(self) -> dict[str, CheckpointTensor]:
         """Return the target of every tensor that a checkpoint must have, by its name."""
@@ -221,9 +233,10 @@ class Decoder(nn.Module):
 
     @contextmanager
     def few_layers(self) -> Iterator[None]:
-        """Run only the first layer of each kind and the last layer within the body: the others use the same kernels.
+        """Let the decoder have few layers within the body: the first one of each kind, and the last one.
 
-        Layers are of one kind if they have the same type and their parts the same classes.
+        The other layers use no other kernels. Layers are of one kind if they have the same type and their children the
+        same classes.
         """
         layers = self.layers
         kinds = {(layer.layer_type, *map(type, layer.children())): layer for layer in reversed(layers)}

@@ -13,6 +13,7 @@ from nanovllm.layers.gated_delta_net import LinearAttentionConfig
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES, rope_frequencies
 from nanovllm.ops.gdn.inputs import CONV_WIDTH
+from nanovllm.weights.formats import AllocateWeight, Plain
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ FAMILIES: dict[str, dict[str, bool | str]] = {
     "qwen2": {**_WINDOW, "qkv_bias": True},
     "llama": _LLAMA,
     "mistral": _WINDOW,
+    "mistral3": {},
     "qwen3_moe": {**_ATTENTION_BIAS, "qk_norm": True},
     "qwen2_moe": {"qkv_bias": "qkv_bias"},
     "qwen3_next": _HYBRID,
@@ -49,16 +51,19 @@ FAMILIES: dict[str, dict[str, bool | str]] = {
     "seed_oss": {**_LLAMA, "o_bias": "attention_out_bias"},
 }
 # Families whose config has the decoder's options in its `text_config`.
-_NESTED = ("qwen3_5", "qwen3_5_moe")
+_NESTED = ("qwen3_5", "qwen3_5_moe", "mistral3")
 _LINEAR_ATTENTION = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 _PARTIAL_ROPE = (*_LINEAR_ATTENTION, "phi3")
 _PACKED_LINEAR_ATTENTION = ("qwen3_next",)
 LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
+_PIXTRAL = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 # How the names of tensors start that text does not need, by family. Checkpoints may have such tensors.
 UNUSED_TENSORS: dict[str, tuple[str, ...]] = {
     "qwen3_next": ("mtp.",),
     "qwen3_5_text": ("mtp.", "visual.", "model.visual."),
     "qwen3_5_moe_text": ("mtp.", "visual.", "model.visual."),
+    "mistral": _PIXTRAL,
+    "ministral3": _PIXTRAL,
 }
 # The families of mixtures of experts, and whether they have a shared expert.
 _MOE_FAMILIES = {"qwen3_moe": False, "qwen2_moe": True, "qwen3_next": True, "qwen3_5_moe_text": True}
@@ -70,7 +75,7 @@ _KINDS = {
 }
 # Types of options that equal models share.
 _COMPARABLE = (*_KINDS, tuple[int, ...], tuple[str, ...] | None, int | None)
-# Options that the weights do not depend on, or that the loader compares.
+# Options that `check_same_model` need not compare: other checks cover them, or the weights do not depend on them.
 _FREE_OPTIONS = {"max_position", "rope_theta", "tie_word_embeddings", "separate_head", "eos_token_ids"}
 _MAX_END_IDS = 1024  # real models have a few
 MAX_EXPERTS, _MAX_EXPERTS_PER_TOKEN = 4096, 64  # kernels hold so many in registers; real models have up to 512 and 22
@@ -171,6 +176,7 @@ class ModelConfig:
         dtype: dtype of the checkpoint.
         eos_token_ids: ids that end a text.
         moe: the mixtures of experts in place of MLPs; None if all layers are dense.
+        allocate_weight: makes the weights of attention and MLP in the checkpoint's format. The head's format is Plain.
 
     Raises:
         ValueError: the model is not supported.
@@ -207,6 +213,7 @@ class ModelConfig:
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
     moe: MoEConfig | None = None
+    allocate_weight: AllocateWeight = Plain.allocate
 
     def __post_init__(self):
         check_model_type(self.model_type)

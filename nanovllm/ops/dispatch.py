@@ -1,6 +1,8 @@
-"""Dispatch by number of tokens: which GEMM runs for how many tokens of a step, who adds, what is captured and compiled.
+"""The choices that depend on a step's number of tokens, as one table.
 
-Limits in bytes of all-reduces are in `ops/comm`, and when prefixes are shared in `ops/attention/shared_prefix.py`.
+They are the GEMM kernel of linear layers, the operation that adds its output to the residual stream, and the sizes of
+the CUDA graphs and of the kernels to compile. Other choices are next to their kernels: the all-reduce depends on bytes
+(`ops/comm`), and sharing prefixes depends on their lengths (`ops/attention/shared_prefix.py`).
 
 This module imports no kernel, so that kernels, layers, graphs and warm-up can read it.
 """
@@ -14,22 +16,25 @@ from typing import NamedTuple
 class Kernel(Enum):
     """A way to compute the GEMM of a linear layer.
 
-    The Triton kernels check what else they need in `is_gemv` and `is_gemm` (Hopper, TMA, dtype, contiguity). The
-    library replaces a kernel that does not fit, and is all that a CPU has.
+    `is_gemv` and `is_gemm` check what else the Triton kernels need (Hopper, TMA, dtype, contiguity). Where they return
+    False, and on a CPU, the library is used.
     """
 
     GEMV = "Triton; fuses the RMSNorm before it, the bias, SwiGLU and the residual add"
     GEMM = "Triton, after rms_norm; fuses the bias, SwiGLU and the residual add"
-    LIBRARY = "cuBLAS or oneDNN, after rms_norm; silu_mul follows. `is_swiglu` says where one Triton kernel does both"
+    LIBRARY = "cuBLAS or oneDNN, after rms_norm and before silu_mul; or Triton with SwiGLU fused, where `is_swiglu`"
 
 
 class Adder(Enum):
-    """A way to add the output of o_proj or down_proj to the residual stream. `choose_adder` knows the exceptions."""
+    """The operation that adds the output of o_proj or down_proj to the residual stream.
 
-    GEMM = "the GEMV or GEMM; with several ranks only rank 0 adds the residual, and the next norm all-reduces"
-    NEXT_NORM = "the RMSNorm that follows, in whose kernel several ranks also all-reduce"
-    ALL_REDUCE_GEMV = "the GEMV, which also all-reduces, through memory that the ranks share"
-    SLICED_GEMM = "the GEMM, in slices: each is sent to the other rank while the next is computed"
+    `choose_adder` in ops/linear/linear.py takes another one where the operands do not fit.
+    """
+
+    LINEAR = "the linear layer's own kernel; of several ranks only rank 0 adds, and the next norm all-reduces"
+    NEXT_NORM = "the RMSNorm that follows; with several ranks, it also all-reduces"
+    ALL_REDUCE_GEMV = "the GEMV, which also all-reduces through memory that the ranks share"
+    SLICED_GEMM = "the library's GEMM, slice by slice: each is sent to the other rank while the next one is computed"
 
 
 class Regime(NamedTuple):
@@ -38,7 +43,7 @@ class Regime(NamedTuple):
     Attributes:
         max_tokens: upper bound, included.
         kernel: computes qkv_proj, gate_up_proj, o_proj, down_proj and lm_head.
-        adder, ranks_adder: adds o_proj and down_proj to the residual stream, on one rank and on several.
+        adder, ranks_adder: add the output of o_proj and down_proj to the residual stream, on one rank and on several.
         one_kernel_attention: one kernel does QK-norm, RoPE, KV store and attention in a step of decode tokens only.
         captured: numbers of tokens of the CUDA graphs for steps with prompt tokens.
         compiled: numbers of tokens for which kernels are compiled at the start, besides the largest step.
@@ -54,24 +59,27 @@ class Regime(NamedTuple):
 
 
 # GEMV is compiled for each number of tokens, GEMM for each power of two.
-# Above 4 sequences, all else takes so long that fusing QK-norm, RoPE and attention does not matter.
+# Above 4 sequences, the other kernels of a step take so long that fusing QK-norm, RoPE and attention gains nothing.
 # Up to 512 tokens, the output of cuBLAS is still in the L2 cache when the next norm adds it.
 # Above 2048 tokens, a step takes the GPU longer than the host, so that a graph gains nothing.
 TABLE = (
-    Regime(4, Kernel.GEMV, Adder.GEMM, Adder.ALL_REDUCE_GEMV, one_kernel_attention=True, compiled=(1, 2, 4)),
-    Regime(64, Kernel.GEMM, Adder.GEMM, Adder.NEXT_NORM, captured=(16, 32, 64), compiled=(16, 32, 64)),
+    Regime(4, Kernel.GEMV, Adder.LINEAR, Adder.ALL_REDUCE_GEMV, one_kernel_attention=True, compiled=(1, 2, 4)),
+    Regime(64, Kernel.GEMM, Adder.LINEAR, Adder.NEXT_NORM, captured=(16, 32, 64), compiled=(16, 32, 64)),
     Regime(
         512, Kernel.LIBRARY, Adder.NEXT_NORM, Adder.NEXT_NORM, captured=(96, 128, 192, 256, 384, 512), compiled=(256,)
     ),
-    Regime(2048, Kernel.LIBRARY, Adder.GEMM, Adder.GEMM, captured=(768, 1024, 1536, 2048), compiled=(2048,)),
-    Regime(maxsize, Kernel.LIBRARY, Adder.GEMM, Adder.SLICED_GEMM),
+    Regime(2048, Kernel.LIBRARY, Adder.LINEAR, Adder.LINEAR, captured=(768, 1024, 1536, 2048), compiled=(2048,)),
+    Regime(maxsize, Kernel.LIBRARY, Adder.LINEAR, Adder.SLICED_GEMM),
 )
 _BOUNDS = [regime.max_tokens for regime in TABLE]
 
-MAX_GEMV_TOKENS = TABLE[0].max_tokens  # ranks have memory for an all-reduce of so many tokens in a GEMV
+# Ranks allocate memory for ALL_REDUCE_GEMV with up to this many tokens.
+MAX_GEMV_TOKENS = TABLE[0].max_tokens
 MAX_CAPTURED_TOKENS = max(size for regime in TABLE for size in regime.captured)
-GEMM_MAX_OUTPUTS = 1 << 16  # GEMM leaves more outputs to the library: the logits of a large vocabulary
-ZERO_BIAS_COLUMNS = 4096  # of a wider weight, cuBLASLt may have a faster kernel for NEXT_NORM if there is a bias
+# Layers with more outputs than this use the library instead of GEMM. The head of a large vocabulary is one.
+GEMM_MAX_OUTPUTS = 1 << 16
+# For weights with more columns than this, a bias may make the GEMM faster, because torch then calls cuBLASLt.
+ZERO_BIAS_COLUMNS = 4096
 
 
 def regime_of(num_tokens: int) -> Regime:

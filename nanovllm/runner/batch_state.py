@@ -150,8 +150,8 @@ class BatchState:
     def pack(self, batch: Batch, num_rows: int, num_tokens: int) -> np.ndarray:
         """Return the StepRows of `batch` in one array, padded to the given sizes.
 
-        Padding tokens belong to the last row, which must then be a padding row: it has the scratch slot, and attention
-        sees none of its tokens.
+        Padding tokens belong to the last row, so a batch with padding tokens needs a padding row. Padding rows have the
+        scratch slot, and for attention they have no tokens.
         """
         packed = np.zeros(StepRows.size(num_rows, num_tokens), dtype=np.int32)
         rows = StepRows.split(packed, num_rows, num_tokens)

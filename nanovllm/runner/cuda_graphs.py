@@ -101,7 +101,8 @@ class StepGraphs:
     There are three kinds of graphs:
 
     - `decode`: reads only the slots, which the host sends when they change.
-    - `shared`: the same for decode rows that share long prefixes. Deciding on the device would slow the others down.
+    - `shared`: the same for decode rows that share long prefixes. Graphs that decide on the device whether there are
+      such prefixes would be slower for batches without them.
     - `mixed`: for steps with prompt tokens. The host sends their rows, and attention treats decode rows as prompts of
       one token, so that one graph runs any mixture.
 

@@ -1,6 +1,7 @@
 """A step on the device: from the batch state to sampled tokens and their logprobs."""
 
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -153,10 +154,14 @@ class Forward:
 
     # -- logprobs ----------------------------------------------------------------------------------------------------
 
-    def logprobs(self, batch: Batch, result: StepTensors) -> LogprobTensors:
-        """Return the logprobs of the tokens that `logprob_rows` sampled."""
+    def logprobs(self, batch: Batch, result: StepTensors) -> list[LogprobTensors]:
+        """Return the logprobs of the tokens that the rows of each entry of `logprob_rows` sampled."""
+        return [self._sampled_logprobs(batch, result, *entry) for entry in batch.logprob_rows.items()]
+
+    def _sampled_logprobs(self, batch: Batch, result: StepTensors, k: int, sampled: list[int]) -> LogprobTensors:
+        """Return the logprobs of the tokens that the rows `sampled` did, and of the k most likely tokens."""
         to_device = self.state.staging.to_device
-        rows = np.array(batch.logprob_rows, dtype=np.int64)
+        rows = np.array(sampled, dtype=np.int64)
         own = np.flatnonzero((rows >= result.own.start) & (rows < result.own.stop))
         tokens = result.tokens[result.own]
         parts = []
@@ -167,26 +172,32 @@ class Forward:
             if batch.processed_logprobs:
                 slots = to_device(np.array(batch.slots)[chosen])
                 logits = process_logits(logits, slots, self.state.length[slots], self.state.sampling)
-            parts.append(top_logprobs(logits, tokens[indices], batch.num_logprobs))
+            parts.append(top_logprobs(logits, tokens[indices], k))
         return self._merge(map(torch.cat, zip(*parts, strict=True)), own, len(rows))
 
-    def prompt_logprobs(self, batch: Batch, hidden: Residual) -> LogprobTensors:
-        """Return the logprobs of the rows' `target_ids`, concatenated."""
-        indices: list[int] = []
-        targets: list[int] = []
-        start = batch.num_decode
-        for row in batch.prefill_rows:
-            first = start + row.logit_indices.start
-            indices += range(first, first + len(row.target_ids))
-            targets += row.target_ids
-            start += row.num_tokens
+    def prompt_logprobs(self, batch: Batch, hidden: Residual) -> list[LogprobTensors]:
+        """Return the logprobs of the `target_ids` of each entry of `target_rows`, concatenated."""
+        starts = [0, *accumulate(row.num_tokens for row in batch.rows)]
+        results = []
+        for k, scored in batch.target_rows.items():
+            indices: list[int] = []
+            targets: list[int] = []
+            for i in scored:
+                first, target_ids = starts[i] + batch.rows[i].logit_indices.start, batch.rows[i].target_ids
+                indices += range(first, first + len(target_ids))
+                targets += target_ids
+            results.append(self._target_logprobs(hidden, indices, targets, k))
+        return results
+
+    def _target_logprobs(self, hidden: Residual, indices: list[int], targets: list[int], k: int) -> LogprobTensors:
+        """Return the logprobs of `targets` after the tokens `indices` of the step, and of the k most likely tokens."""
         device = self.counters.device
         all_indices = torch.tensor(indices, dtype=torch.int64, device=device)
         all_targets = torch.tensor(targets, dtype=torch.int64, device=device)
         parts = []
         for tokens, ids in zip(all_indices.split(LOGPROB_ROWS), all_targets.split(LOGPROB_ROWS), strict=True):
             own = self.tp.rows(len(tokens))
-            result = top_logprobs(self.model.compute_logits(hidden[tokens]), ids[own], batch.num_prompt_logprobs)
+            result = top_logprobs(self.model.compute_logits(hidden[tokens]), ids[own], k)
             parts.append(self._merge(result, own, len(tokens)))
         return tuple(map(torch.cat, zip(*parts, strict=True)))
 

@@ -41,8 +41,8 @@ class InFlight(NamedTuple):
 
     batch: Batch
     tokens: torch.Tensor
-    logprobs: LogprobTensors | None
-    prompt_logprobs: LogprobTensors | None
+    logprobs: list[LogprobTensors]
+    prompt_logprobs: list[LogprobTensors]
     event: torch.cuda.Event | None
 
 
@@ -136,8 +136,8 @@ class ModelRunner:
                 result = self.graphs.replay(batch)
             else:
                 result = self.forward.run(batch)
-            logprobs = self.forward.logprobs(batch, result) if batch.logprob_rows else None
-            prompt_logprobs = None
+            logprobs = self.forward.logprobs(batch, result)
+            prompt_logprobs = []
             if result.hidden is not None:  # the batch has target ids
                 prompt_logprobs = self.forward.prompt_logprobs(batch, result.hidden)
             self._send(batch, result.tokens, logprobs, prompt_logprobs)
@@ -146,8 +146,8 @@ class ModelRunner:
         self,
         batch: Batch,
         tokens: torch.Tensor,
-        logprobs: LogprobTensors | None,
-        prompt_logprobs: LogprobTensors | None,
+        logprobs: list[LogprobTensors],
+        prompt_logprobs: list[LogprobTensors],
     ) -> None:
         """Start the copy of results to the host.
 
@@ -240,7 +240,7 @@ class ModelRunner:
         return int(free - total * (1 - self.config.gpu_memory_utilization)) - activations - GRAPH_BYTES
 
     def _largest_batch(self) -> Batch:
-        """Return a full budget of prompt tokens, in at least as many rows as there are slots.
+        """Return a step with the whole token budget in prompt tokens, in `max_rows` rows.
 
         All rows have slot 0, the only one that surely has recurrent state. Its blocks are the scratch block.
         """
@@ -264,7 +264,10 @@ class ModelRunner:
             yield
 
     def _trace_decode_steps(self) -> None:
-        """Run decode steps of every power of two of rows, with and without shared prefixes: no kernel needs others."""
+        """Run decode steps with each power of two of rows, with and without shared prefixes.
+
+        Steps with other numbers of rows use the same kernels.
+        """
         max_num_seqs = self.config.max_num_seqs
         slots = torch.full((max_num_seqs,), self.state.scratch_slot, dtype=torch.int32, device=self.device)
         for size in sorted({min(1 << i, max_num_seqs) for i in range(max_num_seqs.bit_length() + 1)}):
@@ -361,14 +364,14 @@ class ModelRunner:
             self.wait(torch.cuda.current_stream(self.device).record_event())
 
 
-def _to_host(tensors: LogprobTensors | None) -> LogprobTensors | None:
+def _to_host(results: list[LogprobTensors]) -> list[LogprobTensors]:
     """Start copies to the host."""
-    return None if tensors is None else tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
+    return [tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors) for tensors in results]
 
 
-def _to_arrays(tensors: LogprobTensors | None) -> TokenLogprobs | None:
-    """Return copies, because results keep them for long, and memory that the device can write to is scarce."""
-    if tensors is None:
-        return None
-    token_ids, logprobs, ranks = tensors
-    return TokenLogprobs(token_ids.numpy().astype(np.int32), logprobs.numpy().copy(), ranks.numpy().astype(np.int32))
+def _to_arrays(results: list[LogprobTensors]) -> list[TokenLogprobs]:
+    """Return copies, because requests keep them for long, and memory that the device can write to is scarce."""
+    return [
+        TokenLogprobs(token_ids.numpy().astype(np.int32), logprobs.numpy().copy(), ranks.numpy().astype(np.int32))
+        for token_ids, logprobs, ranks in results
+    ]

@@ -280,6 +280,7 @@ def _adapt(schema: Any, is_closed: bool) -> None:
     if isinstance(schema.get("format"), str) and schema["format"] in _ANY_FORMAT:
         del schema["format"]
     _check_exclusive_bounds(schema)
+    _merge_named_patterns(schema)
     for keyword, value in schema.items():
         if keyword in _VALUES:
             continue
@@ -292,6 +293,20 @@ def _adapt(schema: Any, is_closed: bool) -> None:
             schema[keyword] = _exact_bound(keyword, value, "integer" in str(schema.get("type", "integer")))
         else:
             _adapt(value, is_closed)
+
+
+def _merge_named_patterns(schema: dict[str, Any]) -> None:
+    """Move the schema of a pattern such as `^name$` to the property of that name.
+
+    The pattern matches no other property, but llguidance would let a comma follow, and after it nothing.
+    """
+    properties, patterns = schema.get("properties"), schema.get("patternProperties")
+    if not isinstance(properties, dict) or not isinstance(patterns, dict):
+        return
+    for pattern in list(patterns):
+        match = re.fullmatch(r"\^([\w -]+)\$", pattern)
+        if match and match[1] in properties:
+            properties[match[1]] = {"allOf": [properties[match[1]], patterns.pop(pattern)]}
 
 
 def _check_exclusive_bounds(schema: dict[str, Any]) -> None:

@@ -1,9 +1,11 @@
 """Weight formats: the memory layout of a linear layer's weight [N, K], and the GEMMs that read it.
 
-A format owns its parameters, their conversion after loading, and its GEMMs. The layer owns sharding, bias and the names
-in the checkpoint. To add a format (FP8 with block scales), subclass WeightFormat: write `allocate` for its parameters,
-each with a `weight_loader`, and `matmul` for any number of tokens. Override the other methods if fused kernels can read
-the format. Linear layers take `allocate` as their argument `allocate_weight`.
+A format owns its parameters, their conversion after loading, and its GEMMs. The layer owns the bias, the sharding and
+the names in the checkpoint, of which a format gives the last part.
+
+To add a format, such as FP8 with scales, subclass WeightFormat. Write an `allocate` as AllocateWeight describes it,
+`parameters`, and `matmul` for any number of tokens. Override the other methods if fused kernels can read the format.
+Set `ModelConfig.allocate_weight` where the checkpoint's config asks for the format.
 """
 
 from abc import ABC, abstractmethod
@@ -22,13 +24,14 @@ from nanovllm.weights.parameter import make_parameter
 
 
 class WeightFormat(ABC):
-    """A linear layer's weight. This base class has no fused kernels.
-
-    Attributes:
-        weight: the parameter that loads a checkpoint's tensor.
-    """
+    """A linear layer's weight. This base class has no fused kernels."""
 
     weight: nn.Parameter
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters, by the last part of their names in checkpoints."""
+        return {"weight": self.weight}
 
     @abstractmethod
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -39,11 +42,11 @@ class WeightFormat(ABC):
         out.copy_(self.matmul(x))
 
     def start_loading(self) -> "WeightFormat":
-        """Return a format whose `weight` can be written."""
+        """Return a format whose `parameters` can be written. They are the same objects."""
         return self
 
     def finish_loading(self) -> "WeightFormat":
-        """Return the fastest format for the loaded weight."""
+        """Return the fastest format for the loaded weight. Its `parameters` are the same objects."""
         return self
 
     def linear(
@@ -72,7 +75,7 @@ class WeightFormat(ABC):
         """Compute residual [T, N] += x W^T + b in place.
 
         Args:
-            peers: for ALL_REDUCE_GEMV only: all-reduce x W^T through their memory.
+            peers: given for ALL_REDUCE_GEMV only, which all-reduces x W^T through their memory.
         """
         return residual.add_(self.matmul(x, bias))
 
@@ -86,7 +89,8 @@ class WeightFormat(ABC):
 
 
 # Makes a format for a weight of the given rows, columns and dtype, uninitialised on the current default device. The
-# last argument becomes its parameters' weight_loader.
+# last argument becomes the `weight_loader` of all parameters. Parameters with an element for each block of the weight,
+# such as scales, are made with that `block`; see `make_parameter`.
 AllocateWeight: TypeAlias = Callable[[int, int, torch.dtype | None, Callable[..., None]], WeightFormat]
 
 

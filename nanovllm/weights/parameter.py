@@ -1,7 +1,8 @@
 """Parameters that load themselves, and the checkpoint tensors that they load.
 
 A parameter has the attribute `weight_loader(param, loaded, shard_id=None)`, which copies this rank's slice of a whole
-checkpoint tensor. `shard_id` names the shard of a merged parameter.
+checkpoint tensor. `shard_id` names the shard of a merged parameter. The attribute `block` is the number of rows and of
+columns of a weight that one element of the parameter covers: (1, 1) for the weight itself, more for scales of blocks.
 
 Checkpoints differ in which tensors they merge. Layers declare the separate tensors, and in which merged tensor some
 checkpoints have them.
@@ -13,6 +14,10 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import torch
 from torch import nn
+
+from nanovllm.arithmetic import ceil_div
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # loading converts between these
 
 ShardId = str | int  # names a shard of a merged parameter, as in nano-vLLM: "q", "k", "v", 0 or 1
 Index: TypeAlias = slice | tuple[int | slice, ...]  # of a part of a tensor
@@ -59,7 +64,8 @@ class CheckpointTensor(NamedTuple):
         return self.param if self.rows is None else self.param[self.rows]
 
     def load(self, loaded: torch.Tensor) -> None:
-        """Copy this rank's slice of the whole tensor. Raise ValueError if its shape is wrong."""
+        """Copy this rank's slice of the whole tensor. Raise ValueError if its dtype or shape is wrong."""
+        check_dtype(loaded, self.param.dtype)
         self.param.weight_loader(self.param, loaded, self.shard_id)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -85,6 +91,58 @@ def check_shape(loaded: torch.Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"has shape {list(loaded.shape)}, but the model needs {list(shape)}")
 
 
+def check_dtype(loaded: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless a parameter of this dtype can load the tensor: only floats are converted."""
+    allowed = FLOATS if dtype in FLOATS else (dtype,)
+    if loaded.dtype not in allowed:
+        raise ValueError(f"has dtype {loaded.dtype}, but the model needs {' or '.join(map(str, allowed))}")
+
+
+def in_blocks(part: slice, size: int, block: int) -> slice:
+    """Return the slice of a parameter's blocks that covers rows or columns of a weight.
+
+    Args:
+        part: the rows or columns.
+        size: number of rows or columns that the weight has. Its last block may be smaller than the others.
+        block: number of rows or columns in a block.
+
+    Raises:
+        ValueError: a border of `part` lies inside a block.
+    """
+    if part.start % block or (part.stop % block and part.stop < size):
+        raise ValueError(
+            f"the shard {part.start}:{part.stop} of a weight's {size} rows or columns must start and stop at multiples "
+            f"of {block}, the block size of its format; another tensor_parallel_size may do that"
+        )
+    return slice(part.start // block, ceil_div(part.stop, block))
+
+
+def order_in_blocks(order: np.ndarray, block: int) -> np.ndarray:
+    """Return the order of a parameter's blocks for rows of a weight in the order `order`.
+
+    Raises:
+        ValueError: the order moves a part of a block.
+    """
+    first = order[::block]
+    if not np.array_equal(order, (first[:, None] + np.arange(block)).ravel()[: len(order)]) or np.any(first % block):
+        raise ValueError(f"the weight's rows must keep whole blocks of {block} rows, the block size of its format")
+    return first // block
+
+
+def block_of(param: nn.Parameter) -> tuple[int, int]:
+    """Return how many rows and columns of a weight one element of the parameter covers."""
+    return getattr(param, "block", (1, 1))
+
+
+def is_finite(x: torch.Tensor) -> torch.Tensor:
+    """Return whether a parameter, or a part of one, has no NaN and no infinity: a bool on its device."""
+    # `aminmax` reads x once, but lacks dtypes such as float8. These are converted in chunks, because a GPU may lack
+    # memory for another copy of x.
+    chunks = [x] if x.dtype in FLOATS else (chunk.bfloat16() for chunk in x.split(4096))
+    extremes = [extreme for chunk in chunks for extreme in torch.aminmax(chunk)]  # NaN if the chunk has a NaN
+    return torch.stack(extremes).isfinite().all()
+
+
 def load_whole(param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
     """Load a parameter that every rank holds in full."""
     check_shape(loaded, param.shape)
@@ -97,11 +155,19 @@ def select(loaded: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
 
 
 def make_parameter(
-    *shape: int, dtype: torch.dtype | None = None, weight_loader: Callable[..., None] = load_whole
+    *shape: int,
+    dtype: torch.dtype | None = None,
+    weight_loader: Callable[..., None] = load_whole,
+    block: tuple[int, int] = (1, 1),
 ) -> nn.Parameter:
-    """Make an uninitialised parameter without gradient on the current default device."""
+    """Make an uninitialised parameter without gradient on the current default device.
+
+    Args:
+        block: how many rows and columns of a weight one element covers.
+    """
     param = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
     param.weight_loader = weight_loader  # pyright: ignore[reportAttributeAccessIssue]
+    param.block = block  # pyright: ignore[reportAttributeAccessIssue]
     return param
 
 

@@ -49,8 +49,13 @@ def test_parameters_of_a_call_reach_the_engine(llm, expected):
     assert llm.invoke(PROMPTS[0], max_tokens=3) == expected[0][:3]
 
 
-def test_n_of_the_class_gives_samples(model):
+def test_n_of_the_class_reaches_the_engine(model, monkeypatch):
+    """LangChain shows the first sample only."""
     options = {"max_model_len": 128, "max_num_seqs": 4}
     client = VLLM(model=model, n=3, temperature=1.0, max_new_tokens=4, vllm_kwargs=options)
-    assert all(isinstance(text, str) for text in client.batch(PROMPTS))
+    generate, outputs = client.client.generate, []
+    monkeypatch.setattr(client.client, "generate", lambda *args: outputs.extend(generate(*args)) or outputs)
+    texts = client.batch(PROMPTS)
+    assert [len(output.outputs) for output in outputs] == [3, 3, 3]
+    assert texts == [output.outputs[0].text for output in outputs]
     client.client.shutdown()

@@ -82,7 +82,8 @@ def samples(results, task):
 def assert_equal_figures(got, want):
     expected = figures(want)
     assert len(expected) >= 6
-    assert figures(got) == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    # Perplexities of a random model reach 10**12, so the difference of large figures is relative.
+    assert figures(got) == pytest.approx(expected, rel=1e-4, abs=1e-3)
     choices, reference = samples(got, "own_choices"), samples(want, "own_choices")
     assert len(choices) == len(CHOICES)
     for answers, wanted in zip(choices, reference, strict=True):

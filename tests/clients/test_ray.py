@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import ray
 
@@ -11,6 +12,7 @@ from tests.models.tiny import save_tiny
 OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=64)
 PARAMS = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6], [5]]
+TEXTS = ["Once", "upon a", "time there was"]
 
 
 class Engine:
@@ -29,14 +31,23 @@ class Engine:
         self.llm.close()
 
     def __call__(self, batch):
-        prompts = [list(map(int, ids)) for ids in batch["ids"]]
-        return {"row": batch["row"], "tokens": self.generate(prompts)}
+        ids, texts = batch["ids"], batch["text"]
+        assert isinstance(ids, np.ndarray) and isinstance(texts, np.ndarray)
+        return {"row": batch["row"], "tokens": self.generate(ids), "of_text": self.generate(texts)}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Two sets of weights of a model."""
     return [str(save_tiny(tmp_path_factory.mktemp("model"), "qwen2", seed)) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def wants_of_text(model):
+    engine = Engine(model)
+    results = engine.generate(PROMPTS), engine.generate(TEXTS)
+    engine.close()
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +91,15 @@ def test_an_actor_has_an_engine_of_two_ranks(models, wants):
     ray.kill(actor)
 
 
-def test_ray_data_answers_a_dataset_of_prompts(models, wants):
-    rows = [{"row": i, "ids": PROMPTS[i % len(PROMPTS)]} for i in range(10)]
+def test_ray_data_answers_a_dataset_of_prompts(model, wants_of_text):
+    rows = [{"row": i, "ids": PROMPTS[i % 3], "text": TEXTS[i % 3]} for i in range(10)]
+    pool = ray.data.ActorPoolStrategy(size=1)
     answers = (
         ray.data.from_items(rows)
-        .map_batches(Engine, fn_constructor_args=[models[0]], batch_size=4, num_cpus=1, compute=one_actor())
+        .map_batches(Engine, fn_constructor_args=[model], batch_size=4, num_cpus=1, compute=pool)
         .take_all()
     )
-    tokens = {int(answer["row"]): list(map(int, answer["tokens"])) for answer in answers}
-    assert tokens == {i: wants[0][i % len(PROMPTS)] for i in range(10)}
-
-
-def one_actor():
-    return ray.data.ActorPoolStrategy(size=1)
+    assert sorted(int(answer["row"]) for answer in answers) == list(range(10))
+    for answer in answers:
+        for name, want in zip(("tokens", "of_text"), wants_of_text, strict=True):
+            assert list(map(int, answer[name])) == want[answer["row"] % 3]

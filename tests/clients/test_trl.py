@@ -1,50 +1,16 @@
 """TRL's GRPO trainer with the engine in its own process (`vllm_mode="colocate"`)."""
 
+import json
 import os
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
 import torch
-import trl
-from datasets import Dataset
-from transformers import AutoModelForCausalLM
 
-from nanovllm import LLM, SamplingParams
-
-PROMPTS = ["One", "Two and", "Three or more", "Four"]
-TEXT_IDS = list(range(40, 90))
-
-
-def reward_of_even_tokens(completion_ids, **kwargs):
-    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
-
-
-def make_trainer(model, folder, **options):
-    config = trl.GRPOConfig(
-        output_dir=str(folder),
-        use_vllm=True,
-        vllm_mode="colocate",
-        vllm_max_model_length=64,
-        max_completion_length=12,
-        per_device_train_batch_size=4,
-        num_generations=4,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        max_steps=2,
-        logging_steps=1,
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-        save_strategy="no",
-        seed=1,
-        **options,
-    )
-    return trl.GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        reward_funcs=reward_of_even_tokens,
-        args=config,
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS * 2}),
-    )
+from nanovllm import LLM
+from tests.clients.grpo import figures, make_trainer, prompt_logprobs
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +20,19 @@ def own_environment():
         yield
 
 
-def prompt_logprobs(llm):
-    outputs = llm.generate([TEXT_IDS], SamplingParams(max_tokens=1, prompt_logprobs=3), use_tqdm=False)
-    return [{i: entry.logprob for i, entry in row.items()} for row in outputs[0].prompt_logprobs[1:]]
+def assert_on_policy(steps):
+    """Check that the log-probabilities of engine and trainer agree in two steps."""
+    assert len(steps) == 2
+    for step in steps:
+        assert step["sampling/sampling_logp_difference/max"] < 1e-3
+        assert step["sampling/importance_sampling_ratio/min"] == pytest.approx(1, abs=1e-3)
+        assert step["sampling/importance_sampling_ratio/max"] == pytest.approx(1, abs=1e-3)
+
+
+def fresh_logprobs(folder):
+    """Return the log-probabilities of an engine that has loaded the trained weights."""
+    with LLM(folder / "trained", device="cpu", max_model_len=64, max_num_seqs=8, skip_tokenizer_init=True) as llm:
+        return prompt_logprobs(llm)
 
 
 @pytest.mark.parametrize("sleep", [False, True])
@@ -66,12 +42,7 @@ def test_grpo_steps_train_the_engine_too(model, tmp_path, sleep):
     before = {name: param.detach().clone() for name, param in trainer.model.named_parameters()}
     trainer.train()
 
-    steps = [entry for entry in trainer.state.log_history if "reward" in entry]
-    assert len(steps) == 2
-    for step in steps:
-        assert step["sampling/sampling_logp_difference/max"] < 1e-3
-        assert step["sampling/importance_sampling_ratio/min"] == pytest.approx(1, abs=1e-3)
-        assert step["sampling/importance_sampling_ratio/max"] == pytest.approx(1, abs=1e-3)
+    assert_on_policy(figures(trainer))
     assert all(not torch.equal(param, before[name]) for name, param in trainer.model.named_parameters())
 
     # The trainer updates the engine before it generates, so not behind its last step.
@@ -79,6 +50,21 @@ def test_grpo_steps_train_the_engine_too(model, tmp_path, sleep):
     if sleep:
         generation.llm.wake_up(tags=["kv_cache"])
     trainer.model.save_pretrained(tmp_path / "trained")
-    with LLM(tmp_path / "trained", device="cpu", max_model_len=64, max_num_seqs=8, skip_tokenizer_init=True) as fresh:
-        assert prompt_logprobs(generation.llm) == prompt_logprobs(fresh)
+    assert prompt_logprobs(generation.llm) == fresh_logprobs(tmp_path)
     generation.llm.shutdown()
+
+
+def test_grpo_steps_of_two_ranks_train_their_common_engine(model, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tests.clients.grpo", model, str(tmp_path)]
+    environment = dict(os.environ, PYTHONPATH=os.getcwd())
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads(line.removeprefix("rank ")) for line in done.stdout.splitlines() if line.startswith("rank ")]
+    assert len(ranks) == 2
+    wanted = fresh_logprobs(tmp_path)
+    for backend, size, steps, logprobs in ranks:
+        assert (backend, size) == ("gloo", 2)
+        assert_on_policy(steps)
+        for row, want in zip(logprobs, wanted, strict=True):
+            assert {int(i): logprob for i, logprob in row.items()} == pytest.approx(want, abs=1e-4)

@@ -63,6 +63,14 @@ def test_several_ranks_return_the_tokens_of_one(model, want, size):
     assert all_end(pids)
 
 
+def test_four_ranks_with_recurrent_layers_and_experts_return_the_tokens_of_one(tmp_path):
+    path = save_tiny(tmp_path, "qwen3.5-moe")
+    with LLM(path, **OPTIONS) as llm:
+        want = tokens(llm)
+    with LLM(path, tensor_parallel_size=4, **OPTIONS) as llm:
+        assert tokens(llm) == want
+
+
 def test_ranks_work_in_a_program_with_a_default_timeout_for_sockets(model, want):
     socket.setdefaulttimeout(30)
     try:
@@ -495,6 +503,12 @@ def test_tokens_of_a_step_whose_collectives_were_aborted_are_not_returned():
     runner = SimpleNamespace(tp=SimpleNamespace(size=2), check_ranks=check)
     with pytest.raises(RuntimeError, match="rank 1 is gone"):
         ModelRunner.wait(runner, SimpleNamespace(query=abort_and_finish, synchronize=lambda: None))
+
+
+def test_a_number_of_ranks_that_does_not_divide_the_heads_of_linear_attention_is_refused(tmp_path):
+    path = save_tiny(tmp_path, "qwen3.5", linear_num_key_heads=1)
+    with pytest.raises(ValueError, match="size=2 does not divide the model's linear_num_key_heads=1"):
+        LLM(path, tensor_parallel_size=2, **OPTIONS)
 
 
 def test_a_number_of_ranks_that_does_not_divide_the_heads_is_refused(model):

@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from nanovllm import LLM, AsyncLLM, RequestOutputKind, SamplingParams, async_llm
+from nanovllm import LLM, AsyncLLM, RequestOutputKind, SamplingParams, StructuredOutputsParams, async_llm
 from nanovllm.checkpoints.loader import iterate_weights
+from nanovllm.vllm_options import NEUTRAL_ASYNC
 from tests.helpers import greedy, prompts_of, tokens
-from tests.models.tiny import save_tiny
+from tests.models.tiny import save_tiny, save_tiny_with_tokenizer
 
 OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=8, max_num_batched_tokens=256)
 SECONDS = 120  # until what does not end is a failure, on a busy machine too
@@ -402,6 +403,18 @@ def test_missing_model_and_bad_limit_raise_in_the_constructor():
         AsyncLLM(max_concurrent_requests=0)
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "external_launcher"])
+def test_processes_that_others_started_cannot_share_an_async_engine(model, launcher, monkeypatch):
+    """Requests reach them at different times, so their steps would differ, and gloo would abort them."""
+    options: dict = {"tensor_parallel_size": 2}
+    if launcher == "torchrun":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    else:
+        options["distributed_executor_backend"] = launcher
+    with pytest.raises(ValueError, match="use LLM, or distributed_executor_backend='mp'"):
+        AsyncLLM(model, **OPTIONS, **options)
+
+
 def test_update_sleep_and_wake_up_run_between_steps(model, tmp_path):
     other = save_tiny(tmp_path, "qwen3", seed=1)
     with LLM(other, **OPTIONS) as llm:
@@ -520,7 +533,14 @@ def test_faults_of_a_request_raise_before_its_first_output_is_awaited(model):
             ((5,), TypeError, "prompt must be"),
             (([1], {"max_tokens": 5}), TypeError, "sampling_params must be"),
             (([1], None, 1.5), TypeError, "request_id"),
+            (([1] * 100, SamplingParams(max_tokens=50, min_tokens=40)), ValueError, "min_tokens must be at most 28"),
+            (([1], greedy(1, logprobs=4)), ValueError, "max_logprobs=3"),
+            (([1], greedy(1, stop="x")), ValueError, "stop strings need a tokenizer"),
+            (({"prompt_token_ids": [1], "cache_salt": "a"}, greedy(1, cache_salt="b")), ValueError, "cache_salt"),
         ]
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            params = greedy(1, **{name: {999: 1} if name == "logit_bias" else [999]})
+            faults.append((([1], params), ValueError, f"{name} has 999"))
         for arguments, error, match in faults:
             with pytest.raises(error, match=match):
                 llm.generate(*arguments)
@@ -528,7 +548,50 @@ def test_faults_of_a_request_raise_before_its_first_output_is_awaited(model):
         with pytest.raises(RuntimeError, match="closed"):
             llm.generate([1])
 
+    with_engine(model, use, max_logprobs=3)
+
+
+def test_arguments_of_vllms_generate_are_accepted_without_effect_and_refused_with(model):
+    acting = {
+        "data_parallel_rank": 1,
+        "kv_hints": object(),
+        "lora_request": object(),
+        "mm_processor_kwargs": {"num_crops": 4},
+        "priority": 1,
+        "prompt_text": "text",
+        "reasoning_ended": False,
+        "reasoning_parser_kwargs": {"a": 1},
+        "session_id": "mine",
+        "tokenization_kwargs": {"truncation": True},
+        "trace_headers": {"a": "b"},
+    }
+
+    async def use(llm):
+        assert acting.keys() == NEUTRAL_ASYNC.keys()
+        neutral = {name: values[0] for name, values in NEUTRAL_ASYNC.items() if values}
+        for arguments in (dict.fromkeys(acting), neutral):
+            outputs = [output async for output in llm.generate([1], greedy(1), "id", **arguments)]
+            assert outputs[-1].finished
+        for name, value in acting.items():
+            with pytest.raises(ValueError, match=f"{name} is an option of vLLM"):
+                llm.generate([1], greedy(1), **{name: value})
+        with pytest.raises(TypeError, match="prioritie"):
+            llm.generate([1], greedy(1), prioritie=None)
+
     with_engine(model, use)
+
+
+def test_tokenizer_and_default_parameters_are_the_models(tmp_path):
+    path = save_tiny_with_tokenizer(tmp_path, "qwen3")
+    (path / "generation_config.json").write_text('{"temperature": 0.0, "max_new_tokens": 3}')
+    with LLM(path, **OPTIONS) as llm:
+        want = tokens(llm, ["Hello"], None)[0]
+
+    async def use(llm):
+        assert llm.tokenizer is await llm.get_tokenizer() and llm.tokenizer.decode(llm.tokenizer.encode("Hi")) == "Hi"
+        return await collect(llm, "Hello")
+
+    assert with_engine(path, use) == want and len(want) == 3
 
 
 def test_abort_ends_several_requests(model):
@@ -597,6 +660,27 @@ def test_a_request_that_is_being_prepared_does_not_stop_others(model):
 
     quick, slow, chat = with_engine(model, use)
     assert len(quick) == 20 and len(slow) == 4 and chat == [1]
+
+
+def test_plain_requests_do_not_wait_for_templates_and_grammars(model):
+    """Each of these may take seconds, and a client may send any number of them."""
+    regex = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))
+
+    async def use(llm):
+        gate = Gate(llm, [9, 9])
+        grammars = [asyncio.create_task(collect(llm, [9, 9], regex)) for _ in range(20)]
+        chats = [asyncio.create_task(llm.chat_prompt([{"role": "user"}])) for _ in range(20)]
+        await gate.closed()
+        assert len(await collect(llm, [5, 6], greedy(3))) == 3
+        assert not any(task.done() for task in [*grammars, *chats])
+        gate.opened.set()
+        with pytest.raises(ValueError, match="tokenizer"):
+            await grammars[0]  # the model has no tokenizer
+        assert await chats[0] == [1]
+        await asyncio.wait([*grammars, *chats])
+        assert all(task.exception() for task in grammars)
+
+    with_engine(model, use)
 
 
 def test_a_request_that_is_aborted_while_it_is_prepared_gives_no_token(model):

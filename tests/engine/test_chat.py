@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from nanovllm import SamplingParams, StructuredOutputsParams
@@ -146,6 +146,18 @@ def test_variables_are_found_wherever_a_template_reads_them(template):
 def test_documents_and_special_tokens_are_variables_where_they_are_read():
     template = "{{ bos_token }}{% for d in documents %}{{ d.text }}{% endfor %}"
     assert prompt(template, [USER], documents=[{"text": "x"}], bos_token="[B]") == "[B]x"
+
+
+def test_the_start_token_of_a_template_is_not_followed_by_the_tokenizers(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
+    path = save_tiny(tmp_path, "llama", vocab_size=len(tokenizer), eos_token_id=2)
+    tokenizer.save_pretrained(path)
+    with engine(path) as llm:
+        outputs = llm.generate("Hello", greedy(1), use_tqdm=False) + llm.chat([USER], greedy(1), use_tqdm=False)
+        for output in outputs:
+            assert output.prompt_token_ids == [1, *llm.tokenizer.encode("Hello", add_special_tokens=False)]
 
 
 def test_tools_that_a_template_does_not_read_are_refused():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanovllm import LLM
+from nanovllm.checkpoints.hub import get_tokenizer
 from nanovllm.config import Config
 from nanovllm.engine.input_processor import InputProcessor
 from tests.models.tiny import save_tiny
@@ -127,7 +128,7 @@ def test_threads_that_need_the_tokenizer_at_once_load_it_once():
     assert len(loads) == 1 and len({id(tokenizer) for tokenizer in tokenizers}) == 1
 
 
-def test_encoding_changes_nothing_that_other_threads_use():
+def test_encoding_changes_nothing_that_other_threads_use(tmp_path):
     """transformers turns off a tokenizer's truncation when it encodes; that fails while another thread encodes."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -136,6 +137,7 @@ def test_encoding_changes_nothing_that_other_threads_use():
     vocabulary.enable_truncation(4)
     vocabulary.enable_padding()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, unk_token="<unk>")
-    assert tokenizer.backend_tokenizer.truncation
-    backend = processor_of(lambda: tokenizer).tokenizer.backend_tokenizer
+    tokenizer.save_pretrained(tmp_path)
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).truncation
+    backend = get_tokenizer(tmp_path).backend_tokenizer
     assert backend.truncation is None and backend.padding is None

@@ -148,6 +148,8 @@ def test_logprobs_equal_transformers(model, reference, variant):
         if asked.prompt_logprobs is not None:
             check_rows(output.prompt_logprobs[1:], prompt[1:], want, asked.prompt_logprobs)
             assert output.prompt_logprobs[0] is None and len(output.prompt_logprobs) == len(prompt)
+        else:
+            assert output.prompt_logprobs is None
         if asked.logprobs is None:
             assert output.logprobs is None and output.outputs[0].cumulative_logprob is None
             continue
@@ -175,6 +177,16 @@ def test_copies_of_logprobs_hold_nothing_of_other_requests(model):
         assert copied == among and copied.prompt_logprobs[0] is None
         assert copied.outputs[0].cumulative_logprob == among.outputs[0].cumulative_logprob
     assert len(pickle.dumps(among)) < 1.1 * len(pickle.dumps(alone))
+
+
+def test_logprobs_of_the_whole_vocabulary_do_not_enlarge_those_of_other_requests(model):
+    """In a step of 512 rows the arrays would take a gigabyte, and each row of each request would keep them."""
+    with engine(model) as llm:
+        params = [greedy(10, logprobs=k, prompt_logprobs=k) for k in (0, -1, 3)]
+        small, whole, few = llm.generate(prompts_of([5, 6, 7]), params, use_tqdm=False)
+    for output, width in ((small, 1), (whole, VOCAB + 1), (few, 5)):
+        rows = [*output.logprobs._rows, *output.prompt_logprobs._rows[1:]]
+        assert {step.logprobs.shape[1] for step, _, _ in rows} == {width}
 
 
 def test_logprobs_cover_a_vocabulary_smaller_than_k(tmp_path):

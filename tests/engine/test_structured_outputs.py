@@ -239,6 +239,13 @@ def test_tokens_are_named_in_lark_grammars(grammars, tokenizer):
             "patternProperties": {"^S_": {"type": "string"}, "^I_": {"type": "integer"}},
             "additionalProperties": False,
         },
+        {
+            "type": "object",
+            "properties": {"n": {"type": "integer", "multipleOf": 5}, "ok": {"type": "boolean"}},
+            "patternProperties": {"^n$": {"maximum": 20}},
+            "required": ["n"],
+            "additionalProperties": False,
+        },
     ],
 )
 def test_what_is_accepted_is_followed(grammars, tokenizer, schema):

@@ -1,12 +1,14 @@
 """Prompts and outputs as text, end to end: tokenizers that lose spaces, split characters, or fail."""
 
+import json
+
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nanovllm import SamplingParams, StructuredOutputsParams
 from tests.helpers import engine
-from tests.models.tiny import save_tiny
+from tests.models.tiny import save_tiny, save_tiny_with_tokenizer
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -142,6 +144,14 @@ def test_the_folder_s_own_tokenizer_is_used_where_mistral_common_is_installed(tm
         with pytest.raises(ValueError, match="no chat template"):
             llm.chat(chat)
         assert llm.chat_prompts(chat, chat_template="{{ messages[0]['content'] }}")[0] == llm.tokenizer.encode("say")
+
+
+def test_a_tokenizer_that_fails_at_each_text_is_refused_when_the_engine_starts(tmp_path):
+    path = save_tiny_with_tokenizer(tmp_path, "llama")
+    options = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(options | {"model_max_length": "4096"}))
+    with pytest.raises(ValueError, match=r"tokenizer of .* cannot be read"):
+        engine(path)
 
 
 def test_a_tokenizer_of_another_library_is_refused_when_the_engine_starts(spaced, monkeypatch, tmp_path):

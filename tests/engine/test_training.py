@@ -1,5 +1,6 @@
 """Tests what training loops need: update the weights in place, give memory back and take it again."""
 
+import dataclasses
 import os
 import random
 import signal
@@ -13,28 +14,30 @@ from nanovllm.checkpoints.hub import open_model
 from nanovllm.executor.processes import RankProcesses
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.rotary_embedding import rope_frequencies
+from nanovllm.models.registry import ModelConfig
 from tests.engine.reference import load_reference, reference_greedy
 from tests.helpers import engine, finish, greedy, prompts_of, tokens
+from tests.models.test_formats import BlockScaled, block_scaled_model
 from tests.models.test_gguf import write_gguf
 from tests.models.tiny import save_tiny, tiny_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NAMES = ["qwen3", "qwen2-tied", "llama-bias"]
+FAMILIES = [*NAMES, "qwen2-moe", "qwen3-next", "olmo3", "phi3"]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Two sets of weights of each model."""
     folder = tmp_path_factory.mktemp("models")
-    names = (*NAMES, "qwen2-moe", "olmo3", "phi3")
-    return {name: [save_tiny(folder / str(seed), name, seed) for seed in range(2)] for name in names}
+    return {name: [save_tiny(folder / str(seed), name, seed) for seed in range(2)] for name in FAMILIES}
 
 
 def weights_of(path):
     return load_file(path / "model.safetensors").items()
 
 
-@pytest.mark.parametrize("name", [*NAMES, "qwen2-moe", "olmo3", "phi3"])
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("size", [1, 2])
 def test_updated_weights_are_those_of_a_fresh_load(models, name, size):
     old, new = models[name]
@@ -167,6 +170,8 @@ def test_engine_runs_again_after_a_refused_update_and_a_good_one(models, size, m
         ([*good.items(), (first, good[first])], ValueError, "twice"),
         ({**good, first: good[first][:-1]}.items(), ValueError, first),
         ({**good, first: good[first].long()}.items(), ValueError, "dtype"),
+        ({**good, first: good[first].to(torch.float8_e4m3fn)}.items(), ValueError, "dtype"),
+        ({**good, first: good[first].to(torch.complex64)}.items(), ValueError, "real numbers"),
         ({**good, first: good[first].to("meta")}.items(), ValueError, f"{first} is on meta"),
         ({**good, first: good[first].to_sparse()}.items(), ValueError, "it must be a dense tensor"),
         ([good[first]], TypeError, "pairs"),
@@ -236,6 +241,36 @@ def test_an_update_from_a_gguf_file_of_the_same_scaled_rope_is_accepted(tmp_path
         with pytest.raises(ValueError, match="the checkpoint's RoPE"):
             llm.update_weights(other)
         assert llm.update_weights(file) == 1
+
+
+def test_block_scaled_weights_load_update_and_sleep_like_plain_ones(tmp_path, monkeypatch):
+    from_hf = ModelConfig.from_hf
+
+    def block_scaled(*args):
+        return dataclasses.replace(from_hf(*args), allocate_weight=BlockScaled.allocate)
+
+    options, prompts = dict(head_dim=16, intermediate_size=96), prompts_of([5, 33])
+    paths, want = [], []
+    for seed in range(2):
+        _, checkpoint, plain_checkpoint = block_scaled_model(seed)
+        for weights in (plain_checkpoint, checkpoint):
+            path = save_tiny(tmp_path / f"{seed}-{len(weights)}", "llama-bias", seed, **options)
+            save_file(weights, path / "model.safetensors", {"format": "pt"})
+            paths.append(path)
+        with engine(paths[-2]) as llm:
+            want.append(tokens(llm, prompts, greedy(9)))
+    monkeypatch.setattr(ModelConfig, "from_hf", block_scaled)
+    with engine(paths[1]) as llm:
+        assert tokens(llm, prompts, greedy(9)) == want[0] != want[1]
+        llm.sleep(2)
+        llm.wake_up(tags=["weights"])
+        llm.start_weight_update()
+        Trainer(paths[3]).load(llm.load_weights)
+        llm.finish_weight_update()
+        llm.wake_up()
+        assert tokens(llm, prompts, greedy(9)) == want[1]
+        llm.update_weights(paths[1])
+        assert tokens(llm, prompts, greedy(9)) == want[0]
 
 
 def test_errors_of_an_update_with_long_names_are_short(models):

@@ -107,6 +107,7 @@ def test_text_next_to_token_ids_is_returned_and_not_tokenised(llm):
         ({"prompt": None}, ValueError, "prompt or prompt_token_ids"),
         ({"prompt": 5}, TypeError, "must be text"),
         ({"prompt_token_ids": []}, ValueError, "empty"),
+        ("", ValueError, "empty"),
         ({"prompt_token_ids": "text"}, TypeError, "list of token ids"),
         ({"prompt_token_ids": [1.5]}, TypeError, "1.5"),
         ({"prompt": "a", "multi_modal_data": {"image": 1}}, ValueError, "multi_modal_data"),
@@ -162,6 +163,7 @@ def test_arguments_of_vllm_are_accepted_without_effect_and_refused_with(llm, cal
         dict(priority=0, mm_processor_kwargs=None),
     ):
         assert len(run(**neutral)) == 4
+    assert len(getattr(llm, call)(prompts[0], greedy(1), use_tqdm=False, priority=[0])) == 1
     for name, acting in (
         ("lora_request", object()),
         ("lora_request", [object()] * 4),
@@ -484,8 +486,15 @@ def test_min_tokens_hold_back_every_end(llm, min_tokens, end):
         llm, SamplingParams(max_tokens=12, min_tokens=min_tokens, logit_bias={end_id: 100}, seed=1, **options)
     )
     assert (len(output.token_ids), output.finish_reason) == (min_tokens + 1, "stop")
+    assert output.stop_reason == {"eos": None, "stop id": letter, "stop string": "x"}[end]
     if end != "stop string":  # which may come and does not end the text
         assert end_id not in output.token_ids[:min_tokens]
+
+
+def test_output_of_exactly_min_tokens_ends_with_length(llm):
+    output = answer(llm, SamplingParams(max_tokens=9, min_tokens=9, logit_bias={EOS: 100}, seed=1))
+    assert (len(output.token_ids), output.finish_reason, output.stop_reason) == (9, "length", None)
+    assert EOS not in output.token_ids
 
 
 def test_ignore_eos_goes_on_to_max_tokens(llm):
@@ -551,6 +560,50 @@ def test_structured_outputs_next_to_free_ones_follow_their_forms(llm):
                 assert output.text in ("Rust", "C")
             case 3:
                 assert re.fullmatch(r"SELECT col_[12]  from table_[12]  where col_[12]  = [12] ", output.text)
+
+
+CAR = {
+    "$defs": {"CarType": {"enum": ["sedan", "SUV", "Truck", "Coupe"], "title": "CarType", "type": "string"}},
+    "properties": {
+        "brand": {"title": "Brand", "type": "string", "maxLength": 9},
+        "car_type": {"$ref": "#/$defs/CarType"},
+    },
+    "required": ["brand", "car_type"],
+    "additionalProperties": False,
+    "title": "CarDescription",
+    "type": "object",
+}
+SCORE = {
+    "type": "object",
+    "properties": {
+        "score": {"type": "integer", "multipleOf": 5, "minimum": 0},
+        "tags": {"type": "array", "items": {"type": "string", "minLength": 10, "maxLength": 20}, "maxItems": 2},
+    },
+    "required": ["score", "tags"],
+    "additionalProperties": False,
+    "patternProperties": {"^score$": {"type": "integer", "maximum": 99}},
+}
+LARK_SQL = """
+start: select_statement
+select_statement: "SELECT" column "from" table "where" condition
+column: "col_1" | "col_2"
+table: "table_1" | "table_2"
+condition: column "=" number
+number: "1" | "2"
+"""
+
+
+@pytest.mark.parametrize("schema", [CAR, SCORE])
+def test_references_multiples_and_patterns_of_schemas_are_followed(llm, schema):
+    for seed in range(4):
+        output = answer(llm, structured(seed, json=schema))
+        assert output.finish_reason == "stop"
+        jsonschema.validate(json.loads(output.text), schema)
+
+
+def test_grammars_in_lark_are_followed(llm):
+    texts = [sample.text for sample in answer(llm, structured(grammar=LARK_SQL, structured_options={"n": 4})).outputs]
+    assert all(re.fullmatch("SELECTcol_[12]fromtable_[12]wherecol_[12]=[12]", text) for text in texts)
 
 
 def test_parameters_with_a_form_can_be_used_again(llm):
@@ -638,6 +691,15 @@ def test_structural_tags_force_what_follows_a_trigger(llm):
     assert written(llm, "<f=[]", structural_tag=TAGS) and not written(llm, "<f=[1,2]", structural_tag=TAGS)
     compact = dict(structural_tag=TAGS, disable_any_whitespace=True)
     assert written(llm, "<f=[1,2]", **compact) and not written(llm, "<f=[1, 2]", **compact)
+
+
+def test_an_output_calls_the_functions_of_its_structural_tag(llm):
+    (trigger,) = llm.tokenizer.encode("x")
+    tag = {"structures": [{"begin": "x[", "schema": {"type": "boolean"}, "end": "]"}], "triggers": ["x"]}
+    for bias, pattern in ((100, r"(x\[(true|false)\])+(x(\[\w*)?)?"), (-100, "[^x]+")):
+        options = dict(logit_bias={trigger: bias}, ignore_eos=True)
+        output = answer(llm, structured(structural_tag=tag, max_tokens=30, structured_options=options))
+        assert re.fullmatch(pattern, output.text, re.DOTALL), output.text
 
 
 @pytest.mark.parametrize(

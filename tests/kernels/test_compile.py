@@ -29,7 +29,7 @@ from nanovllm.ops.comm import collectives, overlapped_all_reduce, peer_memory
 from nanovllm.ops.gdn import copy_slots, gated_delta_net, inputs as gdn_inputs, prompt as gdn_prompt
 from nanovllm.ops.gdn import rows as gdn_rows
 from nanovllm.ops.inputs import embedding, step_inputs, step_rows
-from nanovllm.ops.linear import gemm, gemv, silu_mul, swiglu
+from nanovllm.ops.linear import gemm, gemv, sigmoid_mul, silu_mul, swiglu
 from nanovllm.ops.moe import alignment, experts, router
 from nanovllm.ops.moe.dispatch import TILINGS
 from nanovllm.ops.norm_rope import qk_transform, rms_norm, rope_store
@@ -39,9 +39,11 @@ def call_all():
     bf16, i32, i64 = (dict(dtype=getattr(torch, name)) for name in ("bfloat16", "int32", "int64"))
     x, weight = torch.zeros(4, 256, **bf16), torch.zeros(256, **bf16)
     for residual in (None, x):
-        rms_norm.rms_norm_triton(x, weight, 1e-6, residual)
+        for norm in (weight, weight.float()):
+            rms_norm.rms_norm_triton(x, norm, 1e-6, residual)
     embedding.embedding_triton(torch.zeros(4, **i64), x)
     silu_mul.silu_mul_triton(x)
+    sigmoid_mul.sigmoid_mul_triton(x[:, :128].contiguous(), x[:, 128:])
     wide = torch.zeros(512, 256, **bf16)
     for options in (dict(norm=(weight, 1e-6), gated=True), dict(bias=weight, residual=torch.zeros(4, 512, **bf16))):
         gemv.gemv_triton(x, wide, **options)
@@ -65,7 +67,8 @@ def call_all():
     for rows in (slots, step_rows.StepRows.split(torch.zeros(100, **i32), 4, 20)):
         step_inputs.step_inputs_triton(rows, torch.zeros(5, **i64), torch.zeros(5, **i32), tables, 64, 4, state)
     peers = peer_memory.PeerMemory(0, [peer_memory.new_peer_memory(2, torch.device("cpu"))] * 2)
-    for dtype, norm in ((torch.bfloat16, None), (torch.bfloat16, (weight, 1e-6)), (torch.float32, None)):
+    norms = (None, (weight, 1e-6), (weight.float(), 1e-6))
+    for dtype, norm in (*((torch.bfloat16, norm) for norm in norms), (torch.float32, None)):
         for residual in (None, torch.zeros(4, 256, dtype=dtype)):
             collectives.all_reduce_triton(torch.zeros(4, 256, dtype=dtype), peers, norm, residual)
     for rank in range(2):
@@ -74,7 +77,7 @@ def call_all():
     collectives.all_to_all_triton(x, peers)
     inbox = torch.zeros(overlapped_all_reduce.inbox_words(1 << 24), **i32)
     overlapped = overlapped_all_reduce.OverlappedAllReduce(inbox, 0, peers.host_stop, peers.device_stop)
-    for norm in (None, (weight, 1e-6)):
+    for norm in norms:
         overlapped.finish(torch.zeros(300, 256, **bf16), norm)
     last = torch.zeros(5, **i64), torch.zeros(5, **i32), 4
     for advances in (None, last):
@@ -82,14 +85,16 @@ def call_all():
     sampling.advance_slots_triton(tokens, slots, lens, *last)
     rows = paged_cache.PagedRows(tables, slots, lens)
     plan = decode_plan.plan_decode_triton(lens, 8, decode_plan.default_split_policy(4, 8, 132))
-    for group, head_dim, dtype in ((2, 128, "bfloat16"), (4, 128, "bfloat16"), (3, 64, "bfloat16"), (1, 96, "float32")):
+    heads = (2, 128, "bfloat16"), (4, 128, "bfloat16"), (4, 256, "bfloat16"), (3, 64, "bfloat16"), (1, 96, "float32")
+    for group, head_dim, dtype in heads:
         kind = dict(dtype=getattr(torch, dtype))
         q, cache = torch.zeros(4, 8 * group, head_dim, **kind), torch.zeros(9, 64, 8, head_dim, **kind)
         kv, windowed = paged_cache.PagedKV(cache, cache), paged_cache.PagedKV(cache, cache, 100)
         qkv, table = torch.zeros(4, 8 * (group + 2) * head_dim, **kind), torch.zeros(99, head_dim)
         norm = torch.zeros(head_dim, **kind)
-        for options in ((norm, norm, 1e-6), (None, None, 0.0, table[:, 0])):
-            transform = qk_transform.QKTransform(8 * group, table, *options)
+        for norms in ((norm, norm), (norm.float(), norm.float()), (None, None)):
+            query_scale = table[:, 0] if norms[0] is None else None
+            transform = qk_transform.QKTransform(8 * group, table, *norms, 1e-6, query_scale)
             rope_store.qk_norm_rope_store_triton(qkv, transform, lens.long(), lens.long(), cache, cache)
             for splits in (1, 16):
                 config = rope_decode.default_rope_decode_config(4, 8, head_dim, kind["dtype"].itemsize, 132)
@@ -105,7 +110,8 @@ def call_all():
         for batch in (4, 60, 400):
             config = decode_plan.default_decode_config(batch, 8, head_dim, kind["dtype"].itemsize, 132)
             decode.decode_attention_triton(q, kv, rows, 0.1, plan=plan._replace(config=config))
-        for config in (None, prefill.PrefillConfig(128, 64, 8, 2, 128, True)):
+        small = prefill.PrefillConfig(128, 64, 8, 2, 128, True)  # it has too few registers for heads of 256
+        for config in (None, small)[: 1 if head_dim > 128 else 2]:
             for caches in (kv, windowed) if group == 2 else (kv,):
                 prefill.prefill_attention_triton(q, caches, rows[:1], tables[0, :2], 0.1, config=config)
     for k_heads, heads, dim, dtype in ((2, 4, 128, "bfloat16"), (1, 3, 16, "float32")):

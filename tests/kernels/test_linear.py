@@ -126,15 +126,15 @@ class OnGpu(torch.Tensor):
 @pytest.mark.parametrize(
     ("tokens", "on_hopper", "on_ampere", "in_float32", "on_two_ranks", "on_two_hosts"),
     [
-        (1, "GEMM", "GEMM", "NEXT_NORM", "ALL_REDUCE_GEMV", "NEXT_NORM"),
-        (4, "GEMM", "GEMM", "NEXT_NORM", "ALL_REDUCE_GEMV", "NEXT_NORM"),
-        (5, "GEMM", "NEXT_NORM", "NEXT_NORM", "NEXT_NORM", "NEXT_NORM"),
-        (64, "GEMM", "NEXT_NORM", "NEXT_NORM", "NEXT_NORM", "NEXT_NORM"),
+        (1, "LINEAR", "LINEAR", "NEXT_NORM", "ALL_REDUCE_GEMV", "NEXT_NORM"),
+        (4, "LINEAR", "LINEAR", "NEXT_NORM", "ALL_REDUCE_GEMV", "NEXT_NORM"),
+        (5, "LINEAR", "NEXT_NORM", "NEXT_NORM", "NEXT_NORM", "NEXT_NORM"),
+        (64, "LINEAR", "NEXT_NORM", "NEXT_NORM", "NEXT_NORM", "NEXT_NORM"),
         (65, *["NEXT_NORM"] * 5),
         (512, *["NEXT_NORM"] * 5),
-        (513, *["GEMM"] * 5),
-        (2048, *["GEMM"] * 5),
-        (2049, "GEMM", "GEMM", "GEMM", "SLICED_GEMM", "GEMM"),
+        (513, *["LINEAR"] * 5),
+        (2048, *["LINEAR"] * 5),
+        (2049, "LINEAR", "LINEAR", "LINEAR", "SLICED_GEMM", "LINEAR"),
     ],
 )
 def test_who_adds_to_the_residual_stream_follows_from_the_number_of_tokens(
@@ -144,7 +144,7 @@ def test_who_adds_to_the_residual_stream_follows_from_the_number_of_tokens(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: chip[0])
     weight, residual = torch.zeros(40, 16, dtype=torch.bfloat16).as_subclass(OnGpu), torch.zeros(tokens, 40)
     x = torch.zeros(tokens, 16, dtype=torch.bfloat16)
-    assert choose_adder(x, weight, residual, 1, None) is Adder.GEMM  # a CPU
+    assert choose_adder(x, weight, residual, 1, None) is Adder.LINEAR  # a CPU
     x = x.as_subclass(OnGpu)
     overlapped = SimpleNamespace(fits=lambda residual: True)
     peers = SimpleNamespace(fits_all_reduce=lambda residual: True, overlapped=overlapped)

@@ -457,8 +457,9 @@ def test_unknown_pre_tokenizer_is_refused_by_name(tmp_path, split):
     assert len(str(caught.value)) < 2000
 
 
-@pytest.mark.parametrize(("adds_space", "token"), [(None, "▁hi"), (True, "▁hi"), (False, "hi")])
-def test_space_before_a_sentencepiece_text_is_as_the_file_says(tmp_path, adds_space, token):
+@pytest.mark.parametrize("adds_space", [None, True, False])
+def test_space_before_a_sentencepiece_text_is_as_the_file_says(tmp_path, adds_space):
+    """Like llama.cpp: also before a space, and behind each special token."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "h", "i", "▁h", "▁hi", "hi"]
     metadata = {
         "tokenizer__ggml__model": "llama",
@@ -472,7 +473,16 @@ def test_space_before_a_sentencepiece_text_is_as_the_file_says(tmp_path, adds_sp
         metadata["tokenizer__ggml__add_space_prefix"] = adds_space
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", vocab_size=len(tokens)), **metadata)
     tokenizer = open_model(path).tokenizer()
-    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("hi")) == ["<s>", token]
+    is_prefixed = adds_space is not False
+    for text, prefixed, bare in (
+        ("hi", ["▁hi"], ["hi"]),
+        (" hi", ["▁", "▁hi"], ["▁hi"]),
+        ("hi</s>hi", ["▁hi", "</s>", "▁hi"], ["hi", "</s>", "hi"]),
+        ("</s> hi", ["</s>", "▁", "▁hi"], ["</s>", "▁hi"]),
+        ("</s>", ["</s>"], ["</s>"]),
+    ):
+        want = ["<s>", *(prefixed if is_prefixed else bare)]
+        assert tokenizer.convert_ids_to_tokens(tokenizer.encode(text)) == want
 
 
 @pytest.mark.parametrize(

@@ -469,11 +469,12 @@ def test_engine_needs_its_folder_at_the_start_only(tmp_path):
         late.tokenizer()
 
 
-def test_missing_sentencepiece_is_named_for_a_sentencepiece_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("module", "package"), [("sentencepiece", "sentencepiece"), ("google.protobuf", "protobuf")])
+def test_missing_packages_are_named_for_a_sentencepiece_model(tmp_path, monkeypatch, module, package):
     folder = save_tiny(tmp_path, "llama")
     (folder / "tokenizer.model").write_bytes(b"anything")
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(ValueError, match=r"tokenizer\.model without a tokenizer\.json needs the package sentencepiece"):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=rf"needs sentencepiece and protobuf; not installed: .*{package}"):
         open_model(folder).tokenizer()
 
 

@@ -106,7 +106,7 @@ def test_first_norm_all_reduces_the_embeddings_once(size):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("adder", [Adder.GEMM, Adder.NEXT_NORM])
+@pytest.mark.parametrize("adder", [Adder.LINEAR, Adder.NEXT_NORM])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_pending_gemm_plus_residual_is_the_sum_with_any_adder(monkeypatch, size, adder, zeros, bias):
@@ -190,6 +190,9 @@ def run_standalone(rank, folder):
     torch.testing.assert_close(head(x), (x @ full.T)[:2] if rank == 0 else (x @ full.T)[2:])
     shard = x[:, 3 * rank : 3 * (rank + 1)].contiguous()
     torch.testing.assert_close(row(shard).all_reduce(), x @ full.T)
+    for dtype in (torch.float8_e4m3fn, torch.int16, torch.complex64):
+        given = torch.full((2, 3), 2.0 - rank).to(dtype)
+        assert torch.equal(row.tp.broadcast(given).real.float(), torch.full((2, 3), 2.0))
     assert gloo_threads()
     torch.distributed.destroy_process_group()
     # Layers still exist, but a thread of the group could abort the process at its exit.

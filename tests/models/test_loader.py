@@ -279,6 +279,17 @@ def test_safetensors_are_read_from_one_file_or_several(tmp_path):
         iterate_weights(folder)
 
 
+def test_the_newer_of_two_models_that_were_saved_in_a_folder_is_read(tmp_path):
+    """A trainer may save over its checkpoint, which transformers then splits into more or fewer files than before."""
+    old, new = tiny_model("qwen3", seed=0), tiny_model("qwen3", seed=1)
+    for name, sizes in {"fewer": ("20KB", "1GB"), "more": ("1GB", "20KB")}.items():
+        for model, size in zip((old, new), sizes, strict=True):
+            model.save_pretrained(tmp_path / name, max_shard_size=size)
+        weights = dict(iterate_weights(tmp_path / name))
+        assert all(torch.equal(tensor, new.state_dict()[key]) for key, tensor in weights.items())
+        assert weights.keys() == new.state_dict().keys() - {"lm_head.weight"}
+
+
 STREAM = """
 import sys
 from pathlib import Path

@@ -76,7 +76,7 @@ def test_families_have_their_options():
 
 
 def test_every_family_has_a_tiny_model():
-    nested = {"qwen3_5", "qwen3_5_moe"}  # whose texts are of other families
+    nested = {"qwen3_5", "qwen3_5_moe", "mistral3"}  # whose texts are of other families
     assert {family for family, _ in TINY.values()} == set(FAMILIES) - nested
 
 
@@ -186,6 +186,7 @@ def test_dtype_and_end_tokens_are_read():
         ({"sliding_window": 1024}, "sliding_window=1024"),
         ({"layer_types": FULL_AND_SLIDING, "sliding_window": 7}, "sliding_window=7"),
         ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 2}, "layer of type 'chunked_attention'"),
+        ({"model_type": "llama", "layer_types": ["linear_attention"] * 2}, "'llama' with linear attention"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_parameters": {"chunked_attention": {"rope_theta": 1e4}}}, "differs between layers"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}, "factor": 2.0}}, "differs between layers"),

@@ -13,6 +13,7 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 _PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
 
 
@@ -29,8 +30,6 @@ def _hybrid(layer_types: str, key_heads: int, value_heads: int, key_dim: int, va
         **options,
     }
 
-
-_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
 # Families and options by name. 4 ranks divide the heads and inner sizes, but no ranks divide the vocabulary. Experts
 # have inner sizes that a GPU can read, multiples of 8.
@@ -91,7 +90,13 @@ TINY = {
     "qwen3.5": ("qwen3_5_text", {"heads": (8, 2), "head_dim": 32, **_hybrid("lflf", 4, 8, 16, 32)}),
     "qwen3.5-tied": (
         "qwen3_5_text",
-        {"heads": (4, 4), "head_dim": 16, "tied": True, "attention_bias": True, **_hybrid("fl", 4, 4, 32, 16)},
+        {
+            "heads": (4, 4),
+            "head_dim": 32,
+            "tied": True,
+            "attention_bias": True,
+            **_hybrid("fl", 4, 4, 32, 16, rope_parameters={**_YARN, "partial_rotary_factor": 0.5}),
+        },
     ),
     "qwen3-next": (
         "qwen3_next",
@@ -100,8 +105,8 @@ TINY = {
             "head_dim": 24,
             "num_experts": 6,
             "num_experts_per_tok": 2,
-            "moe_intermediate_size": 20,
-            "shared_expert_intermediate_size": 28,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
             "mlp_only_layers": [0],
             **_hybrid("lfl", 4, 12, 16, 16),
         },
@@ -113,8 +118,8 @@ TINY = {
             "head_dim": 32,
             "num_experts": 9,
             "num_experts_per_tok": 3,
-            "moe_intermediate_size": 12,
-            "shared_expert_intermediate_size": 20,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
             **_hybrid("lf", 4, 8, 16, 16),
         },
     ),
@@ -215,7 +220,11 @@ def tiny_model(name: str, seed: int = 0, **overrides):
         **overrides,
     }
     config = AutoConfig.for_model(family, **options)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    return fill_randomly(AutoModelForCausalLM.from_config(config).eval(), seed)
+
+
+def fill_randomly(model, seed: int = 0):
+    """Return the model with random weights, biases and norms."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, param in model.named_parameters():

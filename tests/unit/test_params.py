@@ -33,6 +33,7 @@ from nanovllm.sampling_params import MAX_ALLOWED_IDS
         ("logprobs", -2, ValueError),
         ("prompt_logprobs", False, TypeError),
         ("min_tokens", 65, ValueError),
+        ("min_tokens", -1, ValueError),
         ("stop_token_ids", "12", TypeError),
         ("stop_token_ids", [1, -1], ValueError),
         ("stop_token_ids", [1] * 33, ValueError),

@@ -175,6 +175,22 @@ def test_requests_given_at_once_share_a_prefix_within_one_step():
     assert [row.num_tokens for row in step.batch.rows] == [9, 1, 1]
 
 
+def test_samples_of_a_long_prompt_are_admitted_in_several_steps():
+    """Each shares 500 cached blocks, which takes a millisecond; hundreds at once would stop all other requests."""
+    scheduler = Scheduler(32, 3000, BlockManager(700, BLOCK))
+    seqs = [Sequence([1] * 2000, SamplingParams(max_tokens=2), index=i) for i in range(32)]
+    for seq in seqs:
+        scheduler.add(seq)
+    num_steps = 0
+    while scheduler.waiting or scheduler.running:
+        step = scheduler.schedule()
+        assert len(step.batch.new_blocks) < 4096 + 500
+        num_steps += 1
+        scheduler.update(step, StepOutput([[3] if row.samples else [] for row in step.batch.rows]))
+    assert 4 <= num_steps <= 8
+    assert all(seq.finish_reason == "length" for seq in seqs)
+
+
 def test_at_least_one_token_is_recomputed_on_a_full_hit():
     requests = [([1] * 8, SamplingParams(max_tokens=2), ()), ([1] * 8, SamplingParams(max_tokens=2), ())]
     seqs, _ = run(requests, num_blocks=16, max_num_seqs=1, budget=16, overlap=0)

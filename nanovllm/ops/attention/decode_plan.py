@@ -34,11 +34,16 @@ class SplitPolicy(NamedTuple):
 
 
 def default_split_policy(batch: int, kv_heads: int, sm_count: int) -> SplitPolicy:
-    """Return the policy that sweeps chose on an H100: equal lengths, the offline workload's, a few long among short.
+    """Return the split policy for a batch.
 
-    Every SM gets a split if there are fewer (sequence, KV head) pairs than SMs. Otherwise a sequence is split if it is
-    longer than 1.5 times the work of an SM, into splits of half that work; with very many pairs, 0.75 times (no sweep
-    of long sequences had that many). Few sequences are so long, and hardly any gets 8 or 4 splits.
+    The numbers come from sweeps on an H100 over batches of equal lengths, of the offline workload's lengths, and of a
+    few long sequences among short ones. The cases depend on the number of (sequence, KV head) pairs:
+
+    - Fewer pairs than SMs: every SM gets a split.
+    - More: only sequences longer than 1.5 times the work of an SM are split, into splits of half that work.
+    - At least MANY_PROGRAMS_PER_SM pairs per SM: the same from 0.75 times. No sweep of long sequences had so many.
+
+    So few sequences are split, and hardly any reaches the limit of 8 splits, or of 4 in the last case.
     """
     pairs = batch * kv_heads
     if pairs < sm_count:

@@ -8,10 +8,12 @@ result is copied to the other rank while the next slice is computed. Copy engine
     rank 0   compute slice 0 | compute slice 1         | ... | add slices, norm
     engine                   | copy slice 0 to rank 1  | copy slice 1 ...
 
-A slice has arrived when a word that is written after it holds the number of the all-reduce. An inbox has room for two
-all-reduces, used alternately. A rank that sends all-reduce n + 2 has received all of n + 1 from the other rank, which
-had read its inbox of n before it sent n + 1. A tensor that is sent but never summed, such as hidden states that nobody
-reads, leaves garbage in the inbox until the ranks meet in a later all-reduce.
+A slice has arrived when a word that is written after it holds the number of the all-reduce.
+
+An inbox has two halves, used alternately. When a rank sends all-reduce n + 2, the other rank has read n from that half:
+it reads n before it sends n + 1, which the first rank has received. This holds only if each tensor that is sent is also
+added. One that is not, such as hidden states that nobody reads, may leave wrong data in the inbox until the ranks wait
+for each other in a later all-reduce.
 """
 
 from collections.abc import Iterator

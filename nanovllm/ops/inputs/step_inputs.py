@@ -155,9 +155,9 @@ def step_inputs(
     """Return the tokens of a step, their positions and where their K and V go.
 
     Args:
-        rows: the step's rows; or only the slots [B] int32 of a pure decode step, which computes their last tokens.
-        last_token: [S + 1] int64, each slot's token that was sampled but not computed yet.
-        length: [S + 1] int32, computed tokens of each slot: the position of its last token.
+        rows: the step's rows. For a step of decode rows only, their slots [B] int32: each computes its last token.
+        last_token: [S + 1] int64, the token that each slot has sampled last. Its K and V are not computed yet.
+        length: [S + 1] int32, how many tokens of each slot are computed. This is the position of its last token.
         block_tables: [S + 1, W] int32.
         scratch_slot: the slot of padding rows; all their tokens get position 0.
         sampling: counts the last tokens of slots with penalties, because these now belong to the output.

@@ -5,9 +5,9 @@
 A program loads its rows of the weight into registers at once, before it waits for the kernel that computes x
 (programmatic dependent launch): while one GEMV finishes, the next one's weights are already loading.
 
-Under tensor parallelism, programs send their results to the other ranks as they finish, and a few more programs, the
-last ones, sum what arrives. If every program waited for the other ranks' share of its own rows, it would keep its
-registers from the next program, and too few weights would be loading.
+On several ranks, each program sends its results to the other ranks and ends. A few more programs at the end of the grid
+wait for what the other ranks send and add it. If each program waited for the results of its own rows, it would keep its
+registers meanwhile, and the next program could not load its weights.
 """
 
 from typing import NamedTuple

@@ -72,7 +72,7 @@ def choose_adder(
     regime = regime_of(len(x))
     if ranks == 1:
         if not x.is_cuda:
-            return Adder.GEMM
+            return Adder.LINEAR
         fits = weight is not None and (is_gemv(x, weight) or is_gemm(x, weight))
         return regime.adder if fits or regime.kernel is Kernel.LIBRARY else Adder.NEXT_NORM
     if regime.ranks_adder is Adder.ALL_REDUCE_GEMV:
@@ -80,7 +80,7 @@ def choose_adder(
         return Adder.ALL_REDUCE_GEMV if fits else Adder.NEXT_NORM
     if regime.ranks_adder is Adder.SLICED_GEMM:
         overlapped = None if weight is None or peers is None else peers.overlapped
-        return Adder.SLICED_GEMM if overlapped is not None and overlapped.fits(residual) else Adder.GEMM
+        return Adder.SLICED_GEMM if overlapped is not None and overlapped.fits(residual) else Adder.LINEAR
     return regime.ranks_adder
 
 

@@ -1,0 +1,153 @@
+"""Models with recurrent layers: their state belongs to slots, and takes part of the memory for the KV cache."""
+
+import logging
+
+import pytest
+import torch
+from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+from nanovllm import SamplingParams
+from nanovllm.layers.gated_delta_net import GatedDeltaNet
+from nanovllm.runner import model_runner
+from tests.engine.reference import load_reference, reference_greedy
+from tests.helpers import assert_nothing_held, engine, finish, greedy, prompts_of, sampled, tokens
+from tests.models.tiny import fill_randomly, save_tiny, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"), "qwen3.5")
+
+
+def pool_of(llm):
+    return llm.llm_engine.executor.runner.pool
+
+
+def test_new_sequences_ignore_what_their_slots_hold(model):
+    prompts = prompts_of([1, 2, 3, 5, 70])
+    with engine(model) as llm:
+        want = tokens(llm, prompts, greedy(8))
+        with torch.inference_mode():
+            for tensor in pool_of(llm).slot_tensors:
+                tensor.fill_(float("nan"))
+        assert tokens(llm, prompts, greedy(8)) == want
+
+
+def test_slot_of_an_aborted_request_serves_the_next_one(model):
+    first, second = prompts_of([20, 7])
+    with engine(model) as llm:
+        (want,) = tokens(llm, [second], greedy(20))
+    with engine(model, max_num_seqs=1) as llm:
+        request_id = llm.add_request(first, greedy(40))
+        llm.add_request(second, greedy(20))
+        for _ in range(6):
+            llm.step()
+        llm.abort(request_id)
+        (out,) = finish(llm)
+        assert out.token_ids == want
+        assert_nothing_held(llm)
+
+
+def test_prefixes_are_not_cached(model):
+    prompt = prompts_of([50])[0]
+    with engine(model) as llm:
+        outs = [llm.generate([prompt], greedy(9), use_tqdm=False)[0] for _ in range(2)]
+    assert [out.num_cached_tokens for out in outs] == [0, 0] and outs[0].token_ids == outs[1].token_ids
+
+
+def test_samples_of_a_request_do_not_depend_on_the_schedule(model):
+    prompt = prompts_of([70])[0]
+
+    def samples(**options):
+        with engine(model, **options) as llm:
+            (out,) = llm.generate([prompt], sampled(12, seed=3, n=3), use_tqdm=False)
+            return [sample.token_ids for sample in out.outputs]
+
+    want = samples()
+    assert len(set(map(tuple, want))) == 3
+    assert samples(max_num_batched_tokens=9) == samples(max_num_seqs=1) == want
+
+
+def test_prompt_logprobs_equal_transformers(model):
+    prompt = prompts_of([70])[0]
+    with torch.inference_mode():
+        want = load_reference(model)(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    with engine(model, max_num_batched_tokens=33) as llm:
+        (out,) = llm.generate([prompt], greedy(1, prompt_logprobs=0), use_tqdm=False)
+    got = [entry[token_id].logprob for entry, token_id in zip(out.prompt_logprobs[1:], prompt[1:], strict=True)]
+    expected = [want[i, token_id].item() for i, token_id in enumerate(prompt[1:])]
+    assert got == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep_frees_the_state_and_requests_go_on_after_waking_up(model, level):
+    prompts, params = prompts_of([20, 3]), [greedy(30), SamplingParams(seed=1, max_tokens=30, ignore_eos=True)]
+    with engine(model) as llm:
+        want = tokens(llm, prompts, params)
+        ids = [llm.add_request(*pair) for pair in zip(prompts, params, strict=True)]
+        for _ in range(8):
+            llm.step()
+        llm.sleep(level)
+        layers = [m for m in llm.llm_engine.executor.runner.model.modules() if isinstance(m, GatedDeltaNet)]
+        assert layers and all(layer.state is None for layer in layers) and not pool_of(llm).slot_tensors
+        llm.wake_up()
+        outputs = {out.request_id: out.token_ids for out in finish(llm)}
+        assert [outputs[request_id] for request_id in ids] == want
+
+
+@pytest.mark.parametrize(("num_blocks", "size"), [(None, 1), (60, 1), (60, 2)])
+def test_fewer_sequences_run_if_their_state_needs_half_of_the_memory(model, monkeypatch, caplog, num_blocks, size):
+    prompts = prompts_of([5, 40, 17, 9, 70])
+    with engine(model) as llm:
+        want = tokens(llm, prompts, greedy(12))
+        slot_bytes = pool_of(llm).slot_bytes
+    # Half of the memory holds three running slots and the scratch slot. Only rank 0 has so little, and half of a slot.
+    monkeypatch.setattr(model_runner, "CPU_CACHE_BYTES", 2 * 4 * slot_bytes // size)
+    caplog.set_level(logging.INFO)
+    with engine(model, num_kvcache_blocks=num_blocks, tensor_parallel_size=size) as llm:
+        scheduler = llm.llm_engine.scheduler
+        assert len(scheduler.free_slots) == 3
+        assert caplog.text.count("3 sequences run at once") == 1
+        assert scheduler.block_manager.num_blocks == (num_blocks or min(24, 4 * slot_bytes // pool_of(llm).block_bytes))
+        assert all(tensor.shape[1] == 4 for tensor in pool_of(llm).slot_tensors)
+        ids = [llm.add_request(prompt, greedy(12)) for prompt in prompts]
+        outputs, most = {}, 0
+        while llm.has_unfinished():
+            outputs |= {out.request_id: out.token_ids for out in llm.step()}
+            most = max(most, llm.metrics().num_running)
+        assert most == 3 and [outputs[request_id] for request_id in ids] == want
+
+
+def test_recurrent_state_may_be_bfloat16(model):
+    prompts = prompts_of([5, 70])
+    with engine(model) as llm:
+        want = llm.generate(prompts, greedy(12, logprobs=0), use_tqdm=False)
+    with engine(model, state_dtype="bfloat16") as llm:
+        assert [tensor.dtype for tensor in pool_of(llm).slot_tensors] == [torch.bfloat16, torch.float32]
+        for got, exact in zip(llm.generate(prompts, greedy(12, logprobs=0), use_tqdm=False), want, strict=True):
+            assert got.token_ids[0] == exact.token_ids[0]
+            first, exact_first = (next(iter(out.logprobs[0].values())).logprob for out in (got, exact))
+            assert first == pytest.approx(exact_first, abs=0.2)
+    with pytest.raises(ValueError, match="state_dtype must be one of the strings float32, bfloat16, got 'float16'"):
+        engine(model, state_dtype="float16")
+
+
+def test_text_of_a_multimodal_checkpoint_is_loaded_and_updated_without_its_other_parts(tmp_path):
+    text = tiny_model("qwen3.5").config.to_dict()
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=56)
+    config = Qwen3_5Config(text_config=text, vision_config=vision)
+    whole = fill_randomly(Qwen3_5ForConditionalGeneration(config).eval(), seed=3)
+    whole.save_pretrained(tmp_path)
+    prompts = prompts_of([5, 40])
+    want = [reference_greedy(whole, prompt, 10) for prompt in prompts]
+    weights = {**whole.state_dict(), "mtp.fc.weight": torch.zeros(2, 2)}
+    assert any(name.startswith("model.visual.") for name in weights)
+    with engine(tmp_path) as llm:
+        assert tokens(llm, prompts, greedy(10)) == want
+        others = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+        llm.update_weights(others.items())
+        assert tokens(llm, prompts, greedy(10)) == [[0] * 10] * 2
+        llm.update_weights(weights.items())
+        assert tokens(llm, prompts, greedy(10)) == want
+        with pytest.raises(ValueError, match=r"model\.language_model\.extra\.weight, which the model does not have"):
+            llm.update_weights([*weights.items(), ("model.language_model.extra.weight", torch.zeros(1))])
