@@ -74,6 +74,8 @@ class Batch:
         admissions: slots that have a new sequence.
         new_blocks: (slot, index in its block table, block id).
         masks: (slot, bit mask of the tokens it may sample from now on).
+        state_loads: (slot of a snapshot, slot): recurrent state to copy before the step.
+        state_saves: (slot, slot of a snapshot): recurrent state to copy after the step.
         logprob_rows: indices of the rows whose sampled token's logprobs are wanted, by how many of the most likely
             tokens these include. So a row that wants the whole vocabulary costs the others neither time nor memory.
         target_rows: the same for the rows that have `target_ids`.
@@ -87,6 +89,8 @@ class Batch:
     masks: list[tuple[int, np.ndarray]] = field(default_factory=list)
     logprob_rows: dict[int, list[int]] = field(default_factory=dict)
     target_rows: dict[int, list[int]] = field(default_factory=dict)
+    state_loads: list[tuple[int, int]] = field(default_factory=list)
+    state_saves: list[tuple[int, int]] = field(default_factory=list)
     processed_logprobs: bool = False
 
     @property

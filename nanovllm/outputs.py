@@ -264,6 +264,9 @@ class Metrics:
         prompt_tokens, cached_tokens: tokens of admitted prompts, and how many of them the prefix cache had.
         generated_tokens: number of sampled tokens.
         kv_usage: fraction of the KV blocks that running sequences hold.
+        num_free_slots: number of further sequences that could run, as far as slots limit them.
+        num_snapshots: number of cached prefixes whose recurrent state is kept (models with linear attention).
+        num_free_snapshots: number of slots for further ones. If none is free, the longest unused snapshot is replaced.
     """
 
     num_running: int
@@ -275,6 +278,9 @@ class Metrics:
     cached_tokens: int
     generated_tokens: int
     kv_usage: float
+    num_free_slots: int = 0
+    num_snapshots: int = 0
+    num_free_snapshots: int = 0
 
     @property
     def cache_hit_rate(self) -> float:

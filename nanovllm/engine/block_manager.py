@@ -8,6 +8,7 @@ import xxhash
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.engine.sequence import Placement, Sequence
+from nanovllm.engine.snapshots import Snapshots
 
 
 @dataclass(slots=True)
@@ -41,12 +42,20 @@ class BlockManager:
         num_blocks: blocks in the pool.
         block_size: tokens per block.
         enable_prefix_caching: whether full blocks enter the prefix index.
+        snapshots: of the recurrent state, if the model has any and prefixes are cached.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        snapshots: Snapshots | None = None,
+    ):
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.snapshots = snapshots
         self.blocks = [Block() for _ in range(num_blocks)]
         self.free_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # front: longest unused
         self.index: dict[int, int] = {}  # prefix hash -> block id
@@ -80,6 +89,8 @@ class BlockManager:
             if block.ref_count == 0:
                 self.free_ids[block_id] = None
         placement.block_table.clear()
+        if self.snapshots:
+            self.snapshots.discard(placement)
 
     def find_prefix(self, seq: Sequence) -> list[int]:
         """Return the cached blocks that `seq`'s tokens start with. At least one token is left to compute."""
@@ -132,6 +143,8 @@ class BlockManager:
                 self._add_to_index(block_id, placement, token_ids)
             placement.prefix_uid = self.blocks[block_id].uid
             placement.num_registered = i + 1
+            if self.snapshots and placement.last_snapshot == placement.num_registered * self.block_size:
+                self.snapshots.attach(placement, block_id)
 
     def reset_prefix_cache(self) -> None:
         """Empty the prefix index. Sequences keep their blocks, but no other will share them."""
@@ -163,6 +176,8 @@ class BlockManager:
             del self.index[block.hash]
         block.uid = 0
         block.token_ids = ()
+        if self.snapshots:
+            self.snapshots.drop(block_id)
 
 
 def _empty_prefix(seq: Sequence) -> tuple[int, int | str]:

@@ -13,7 +13,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +30,7 @@ from nanovllm.engine.interrupts import DeferInterrupts
 from nanovllm.engine.openmp import ThreadWatch
 from nanovllm.engine.request import Request, check_request_id
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
+from nanovllm.engine.snapshots import Snapshots
 from nanovllm.engine.step_stats import StepStats, StepTimer
 from nanovllm.executor.start import start_executor
 from nanovllm.inputs import Prompt
@@ -74,9 +74,6 @@ class LLMEngine:
         self.config = Config.from_options({"model": model, **kwargs})
         self.guard = Guard()
         self.source = open_config(self.config)
-        if self.source.config.linear_attention is not None:
-            # Blocks of KV cannot be shared without the recurrent state at their end.
-            self.config = replace(self.config, enable_prefix_caching=False)
         if self.source.has_tokenizer and not self.config.skip_tokenizer_init:
             # Later its files may be gone, and a broken tokenizer must not cost a step.
             self.source.tokenizer()
@@ -90,7 +87,13 @@ class LLMEngine:
         self.max_model_len = runner.max_model_len
         num_kv_tokens = runner.num_blocks * self.config.kvcache_block_size
         self.input_processor = InputProcessor(self.config, self.source, self.max_model_len, num_kv_tokens)
-        blocks = BlockManager(runner.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching)
+        block_size, caches_prefixes = self.config.kvcache_block_size, self.config.enable_prefix_caching
+        snapshots = None
+        if caches_prefixes and runner.snapshot_slots is not None:
+            # Blocks of KV are of no use without the recurrent state at their end.
+            snapshots = Snapshots(runner.snapshot_slots, block_size)
+            caches_prefixes = len(runner.snapshot_slots) > 0
+        blocks = BlockManager(runner.num_blocks, block_size, caches_prefixes, snapshots)
         self.scheduler = Scheduler(
             runner.config.max_num_seqs,
             self.config.max_num_batched_tokens,
@@ -223,6 +226,9 @@ class LLMEngine:
             cached_tokens=scheduler.num_cached_tokens,
             generated_tokens=scheduler.num_generated_tokens,
             kv_usage=1 - blocks.num_free / blocks.num_blocks,
+            num_free_slots=len(scheduler.free_slots),
+            num_snapshots=len(blocks.snapshots.slot_of) if blocks.snapshots else 0,
+            num_free_snapshots=len(blocks.snapshots.free_slots) if blocks.snapshots else 0,
         )
 
     # -- requests ----------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ _MAX_MASK_SECONDS = 0.02
 # A step admits no further sequence once so many blocks are to be sent to the device. Hashing and sharing the cached
 # blocks of a prompt takes up to 5 us each, and a request may have hundreds of samples of a long prompt.
 _MAX_NEW_BLOCKS = 4096
+_MAX_DEFERRED = 8  # sequences whose prefix a step finds in vain
 
 
 @dataclass(slots=True)
@@ -52,6 +53,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.limit_masks = limit_masks
         self.block_manager = block_manager
+        self.snapshots = block_manager.snapshots
         # A request may end while a million others wait: a dict removes it without a search.
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()
         self.running: list[Sequence] = []  # in order of admission; the last is preempted first
@@ -67,6 +69,8 @@ class Scheduler:
     def schedule(self) -> ScheduledStep | None:
         """Return the next step, or None if every sequence is done, waits for a step in flight, or lacks its mask."""
         self._compute_masks()
+        if self.snapshots:
+            self.snapshots.start_step()
         builder = _StepBuilder(self.block_manager)
         budget = self.max_num_batched_tokens
         num_preemptions = self.num_preemptions
@@ -81,6 +85,8 @@ class Scheduler:
                 continue  # the budget is used up, or its last token is in flight
             if seq.token_filter and seq.lacks_mask:
                 continue
+            if self.snapshots:
+                num_new = self.snapshots.limit(placement, num_new)
             if not self._make_room(seq, placement, num_new):
                 break  # it was the last one and preempted itself
             builder.add_row(seq, placement, num_new)
@@ -185,12 +191,20 @@ class Scheduler:
 
     def _admit(self, builder: "_StepBuilder", budget: int) -> None:
         """Start waiting sequences while there are slots, blocks and budget."""
-        while self.waiting and self.free_slots and budget > 0 and len(builder.batch.new_blocks) < _MAX_NEW_BLOCKS:
-            seq = next(iter(self.waiting))
+        num_deferred = 0
+        for seq in list(islice(self.waiting, len(self.free_slots))):
+            if budget == 0 or num_deferred == _MAX_DEFERRED or len(builder.batch.new_blocks) >= _MAX_NEW_BLOCKS:
+                break
             # The host must know all tokens of a preempted sequence before it computes them again.
             if seq.num_pending or seq.lacks_mask:
                 break
-            found = [] if seq.num_unscored else self.block_manager.find_prefix(seq)
+            known = [] if seq.num_unscored else self.block_manager.find_prefix(seq)
+            found, snapshot = known, None
+            if self.snapshots:
+                found, snapshot = self.snapshots.find(known)
+                if snapshot in self.snapshots.saving:  # it can start from there in the next step
+                    num_deferred += 1
+                    continue
             num_cached = len(found) * self.block_manager.block_size
             num_new = min(seq.num_tokens - num_cached, budget)
             if not self._has_blocks_for(found, num_cached + num_new):
@@ -206,6 +220,11 @@ class Scheduler:
                 self.num_prompt_tokens += len(seq.prompt_ids)
                 self.num_cached_tokens += num_cached
             builder.add_admission(seq, seq.placement)
+            if self.snapshots:
+                self.snapshots.start(seq.placement, known, num_cached, seq.num_tokens)
+                num_new = self.snapshots.limit(seq.placement, num_new)
+                if snapshot is not None:
+                    builder.batch.state_loads.append((snapshot, seq.placement.slot))
             builder.add_row(seq, seq.placement, num_new)
             budget -= num_new
 
@@ -311,6 +330,8 @@ class _StepBuilder:
                 self._add_sampling_options(seq, placement.slot)
         placement.num_computed += num_new
         seq.num_in_flight += 1
+        if self.block_manager.snapshots:
+            self.block_manager.snapshots.take(placement, self.batch)
         self.block_manager.register(seq, placement)
 
     def finish(self) -> ScheduledStep | None:

@@ -28,6 +28,10 @@ class Placement:
         num_computed: tokens whose KV the cache has, counted when their step is scheduled.
         is_decoding: the device holds the sequence's last token, so that its next row is a decode row.
         num_registered: its blocks that the prefix index knows; `prefix_hash` and `prefix_uid` identify them.
+        planned_snapshots: positions in its known tokens where the recurrent state must be saved, in order.
+        last_snapshot: position of its newest snapshot, or of the one from which it started.
+        new_snapshot: slot of its newest snapshot until the block that ends there is in the prefix index.
+        snapshot_block: block that has its newest snapshot; -1 if none has.
     """
 
     slot: int
@@ -37,6 +41,10 @@ class Placement:
     num_registered: int = 0
     prefix_hash: int = 0
     prefix_uid: int | str = 0
+    planned_snapshots: list[int] = field(default_factory=list)
+    last_snapshot: int = 0
+    new_snapshot: int | None = None
+    snapshot_block: int = -1
 
 
 @dataclass(eq=False, slots=True)

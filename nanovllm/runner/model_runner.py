@@ -28,7 +28,7 @@ from nanovllm.outputs import TokenLogprobs
 from nanovllm.runner.batch_state import BatchState, host_buffer
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.forward import Forward, LogprobTensors
-from nanovllm.runner.state_pool import StatePool
+from nanovllm.runner.state_pool import StatePool, StateSizes
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class ModelRunner:
 
     Attributes:
         config: the engine's, with the number of sequences whose state fits as `max_num_seqs`.
-        num_blocks: number of KV blocks.
+        sizes: KV blocks, sequences and snapshots.
 
     Raises:
         ValueError: the KV pool would not hold one sequence of `max_model_len` tokens.
@@ -118,13 +118,27 @@ class ModelRunner:
                 load_weights(self.model, dummy_weights(self.model, self.config.seed))
             else:
                 load_weights(self.model, source.weights())
-        self.num_blocks, max_num_seqs = self._size_state()
+        self.sizes = self._size_state()
+        max_num_seqs = self.sizes.num_seqs
         if max_num_seqs < self.config.max_num_seqs:
             logger.info("%d sequences run at once: the state of more would take half of the memory", max_num_seqs)
             self.config = replace(self.config, max_num_seqs=max_num_seqs)
-        self._allocate(self.num_blocks, max_num_seqs)
+        self._allocate(self.sizes)
         self._capture()
         self._synchronize()
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of KV blocks."""
+        return self.sizes.num_blocks
+
+    @property
+    def snapshot_slots(self) -> range | None:
+        """The slots for snapshots of recurrent state; None if the model has no such state."""
+        if not self.pool.slot_bytes:
+            return None
+        first = self.sizes.num_seqs + 1  # behind the scratch slot
+        return range(first, first + self.sizes.num_snapshots)
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -132,15 +146,24 @@ class ModelRunner:
         """Start a step: apply the batch's changes, run it, and start the copy of its results. Does not wait."""
         with self._mode():
             self.state.apply(batch)
+            self._copy_state(batch.state_loads)
             if self.graphs is not None and self.graphs.fits(batch):
                 result = self.graphs.replay(batch)
             else:
                 result = self.forward.run(batch)
+            self._copy_state(batch.state_saves)
             logprobs = self.forward.logprobs(batch, result)
             prompt_logprobs = []
             if result.hidden is not None:  # the batch has target ids
                 prompt_logprobs = self.forward.prompt_logprobs(batch, result.hidden)
             self._send(batch, result.tokens, logprobs, prompt_logprobs)
+
+    def _copy_state(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy recurrent state between slots: pairs of source and target."""
+        if pairs:
+            sources, targets = np.array(pairs, dtype=np.int64).T
+            to_device = self.state.staging.to_device
+            self.pool.copy_slots(to_device(sources.copy()), to_device(targets.copy()))
 
     def _send(
         self,
@@ -184,14 +207,14 @@ class ModelRunner:
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
-    def _allocate(self, num_blocks: int, num_seqs: int) -> None:
+    def _allocate(self, sizes: StateSizes) -> None:
         """Allocate the state of the layers and of the slots. One extra block is the scratch block of padding rows.
 
-        Args:
-            num_seqs: the slots, the first ones, that have recurrent state.
+        If `sizes` has fewer sequences than the config, only the first slots have recurrent state.
         """
+        num_blocks = sizes.num_blocks
         try:
-            self.pool.allocate(num_blocks + 1, num_seqs)
+            self.pool.allocate(sizes._replace(num_blocks=num_blocks + 1))
         except RuntimeError as error:
             if num_blocks != self.config.num_kvcache_blocks:
                 raise
@@ -200,33 +223,34 @@ class ModelRunner:
         self.forward = Forward(self.model, self.state, self.backend, self.pool, self.counters)
         self.token_ring = deque(host_buffer(self.config.max_num_seqs, torch.int64, self.device) for _ in range(2))
 
-    def _size_state(self) -> tuple[int, int]:
-        """Return the number of KV blocks, and of sequences that run at once: what fits, the same on all ranks.
-
-        A configured number of blocks comes first.
-        """
-        num_blocks, num_seqs = self.config.num_kvcache_blocks, self.config.max_num_seqs
-        if num_blocks is None or self.pool.slot_bytes:
-            is_gpu = self.device.type == "cuda"
-            num_seqs, num_fitting = self.pool.divide(self._free_bytes() if is_gpu else CPU_CACHE_BYTES, num_seqs)
-            if num_blocks is None and is_gpu:
-                num_blocks = num_fitting - 1  # the scratch block
-            elif num_blocks is None:
-                num_blocks = min(num_seqs * self.max_blocks, max(num_fitting, self.max_blocks))
-        num_blocks = self.tp.all_reduce_min(num_blocks, self.device)
-        num_seqs = self.tp.all_reduce_min(num_seqs, self.device)
+    def _size_state(self) -> StateSizes:
+        """Return how many KV blocks, sequences and snapshots fit, the same on all ranks."""
+        config, pool, is_gpu = self.config, self.pool, self.device.type == "cuda"
+        num_blocks = config.num_kvcache_blocks
+        sizes = StateSizes(num_blocks or 0, config.max_num_seqs)
+        if num_blocks is None or pool.slot_bytes:
+            num_bytes = CPU_CACHE_BYTES
+            if is_gpu:
+                scratch_and_configured = 1 + (num_blocks or 0)
+                num_bytes = max(0, self._free_bytes() - scratch_and_configured * pool.block_bytes)
+            sizes = pool.divide(num_bytes, config.max_num_seqs, num_blocks, config.enable_prefix_caching)
+        if num_blocks is None and not is_gpu:
+            num_fitting = max(sizes.num_blocks, self.max_blocks)
+            sizes = sizes._replace(num_blocks=min(sizes.num_seqs * self.max_blocks, num_fitting))
+        sizes = StateSizes(*(self.tp.all_reduce_min(size, self.device) for size in sizes))
+        num_blocks = sizes.num_blocks
         if num_blocks < self.max_blocks and self.config.num_kvcache_blocks is None:
             raise ValueError(
                 f"gpu_memory_utilization={self.config.gpu_memory_utilization} leaves room for {max(num_blocks, 0)} KV "
                 f"blocks, but one sequence of max_model_len={self.max_model_len} needs {self.max_blocks}; raise the "
                 "first or lower the second"
             )
-        return num_blocks, num_seqs
+        return sizes
 
     def _free_bytes(self) -> int:
         """Return the bytes that `gpu_memory_utilization` leaves after weights and the largest step's activations."""
         self._synchronize()
-        self._allocate(self.max_blocks, num_seqs=1)
+        self._allocate(StateSizes(self.max_blocks, num_seqs=1))
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -255,7 +279,7 @@ class ModelRunner:
 
         The largest step comes first, because its kernels take longest.
         """
-        self._allocate(self.max_blocks, num_seqs=1)
+        self._allocate(StateSizes(self.max_blocks, num_seqs=1))
         with compile_in_parallel():
             with compile_without_launch(), self.model.few_layers():
                 self.forward.run(self._largest_batch())
@@ -345,7 +369,7 @@ class ModelRunner:
             if "weights" in parts:
                 self._move_weights(self.device)
             if "kv_cache" in parts:
-                self._allocate(self.num_blocks, self.config.max_num_seqs)
+                self._allocate(self.sizes)
             if capture:
                 self._capture()
             self._synchronize()

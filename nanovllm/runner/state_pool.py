@@ -1,10 +1,30 @@
 """The state of all layers: sized out of one budget, allocated, bound and freed together."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
 from nanovllm.layers.state import PagedKVSpec, SlotStateSpec, StatefulLayer
 from nanovllm.ops.gdn.copy_slots import copy_slots
+
+# Snapshots get this part of the memory that running sequences leave, and there are at most so many for each of these.
+_SNAPSHOT_SHARE = 0.2
+_SNAPSHOTS_PER_SEQUENCE = 4
+
+
+class StateSizes(NamedTuple):
+    """How the memory for state is divided.
+
+    Args:
+        num_blocks: KV blocks.
+        num_seqs: sequences that run at once. Each has a slot.
+        num_snapshots: further slots, which hold copies of recurrent state.
+    """
+
+    num_blocks: int
+    num_seqs: int
+    num_snapshots: int = 0
 
 
 class StatePool:
@@ -15,7 +35,6 @@ class StatePool:
     Args:
         block_size: tokens of a KV block.
         device: where the state lives.
-        num_snapshots: slots that belong to no running sequence.
 
     Attributes:
         block_bytes: bytes of one KV block in all layers.
@@ -23,8 +42,8 @@ class StatePool:
         kv_kinds: the different kinds of the layers' caches.
     """
 
-    def __init__(self, model: nn.Module, block_size: int, device: torch.device, num_snapshots: int = 0):
-        self.block_size, self.device, self.num_snapshots = block_size, device, num_snapshots
+    def __init__(self, model: nn.Module, block_size: int, device: torch.device):
+        self.block_size, self.device = block_size, device
         self.paged: list[tuple[StatefulLayer, PagedKVSpec]] = []
         self.by_slot: dict[SlotStateSpec, list[StatefulLayer]] = {}
         self.layers = [module for module in model.modules() if isinstance(module, StatefulLayer)]
@@ -39,25 +58,32 @@ class StatePool:
         self.slot_bytes = sum(spec.slot_bytes * len(layers) for spec, layers in self.by_slot.items())
         self.kv_kinds = tuple(sorted({spec.kind for _, spec in self.paged}))
 
-    def divide(self, num_bytes: int, max_num_seqs: int) -> tuple[int, int]:
-        """Divide the budget `num_bytes`: return how many sequences can run at once, and the number of KV blocks.
+    def divide(self, num_bytes: int, max_num_seqs: int, num_blocks: int | None, caches_prefixes: bool) -> StateSizes:
+        """Divide the budget `num_bytes`.
 
-        Slots take at most half of the budget, but at least one sequence can run.
+        Running sequences' slots take at most half of it, but at least one sequence can run.
+
+        Args:
+            num_blocks: the configured number of KV blocks, which the budget does not contain; None takes what is left.
+            caches_prefixes: whether snapshots are wanted.
         """
-        if not self.slot_bytes:
-            return max_num_seqs, num_bytes // self.block_bytes
-        others = 1 + self.num_snapshots
-        num_seqs = max(1, min(max_num_seqs, num_bytes // 2 // self.slot_bytes - others))
-        rest = num_bytes - (num_seqs + others) * self.slot_bytes
-        return num_seqs, max(0, rest) // self.block_bytes
+        num_seqs, num_snapshots, rest = max_num_seqs, 0, num_bytes
+        if self.slot_bytes:
+            num_seqs = max(1, min(max_num_seqs, num_bytes // 2 // self.slot_bytes - 1))  # one is the scratch slot
+            rest = max(0, num_bytes - (num_seqs + 1) * self.slot_bytes)
+            if caches_prefixes:
+                fitting = int(rest * _SNAPSHOT_SHARE) // self.slot_bytes
+                num_snapshots = min(fitting, _SNAPSHOTS_PER_SEQUENCE * num_seqs)
+                rest -= num_snapshots * self.slot_bytes
+        return StateSizes(rest // self.block_bytes if num_blocks is None else num_blocks, num_seqs, num_snapshots)
 
-    def allocate(self, num_blocks: int, num_seqs: int) -> None:
-        """Allocate blocks, and slots for `num_seqs` running sequences. The present state is freed first."""
+    def allocate(self, sizes: StateSizes) -> None:
+        """Allocate blocks and slots. The present state is freed first."""
         self.free()
         for layer, spec in self.paged:
-            layer.bind(spec.allocate(num_blocks, self.block_size, self.device))
+            layer.bind(spec.allocate(sizes.num_blocks, self.block_size, self.device))
         for spec, layers in self.by_slot.items():
-            tensors = spec.allocate(len(layers), num_seqs + 1 + self.num_snapshots, self.device)
+            tensors = spec.allocate(len(layers), sizes.num_seqs + 1 + sizes.num_snapshots, self.device)
             self.slot_tensors += tensors
             for index, layer in enumerate(layers):
                 layer.bind([tensor[index] for tensor in tensors])

@@ -9,6 +9,7 @@ from nanovllm.engine import scheduler as scheduler_module
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Placement, Sequence, Status
+from nanovllm.engine.snapshots import Snapshots
 from nanovllm.messages import StepOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -30,9 +31,14 @@ def expected(prompt, params, end_ids):
 
 
 class FakeDevice:
-    """Executes batches on a cache of token ids instead of keys and values, and checks each row's view of it."""
+    """Executes batches on a cache of token ids instead of keys and values, and checks each row's view of it.
 
-    def __init__(self, num_slots):
+    The recurrent state of a slot is the tuple of all tokens that went into it.
+    """
+
+    def __init__(self, num_slots, num_snapshots=0):
+        self.states = [None] * (num_slots + num_snapshots)
+        self.has_state = num_snapshots > 0
         self.cache = {}  # (block, offset) -> token
         self.tables = [{} for _ in range(num_slots)]
         self.last = [None] * num_slots
@@ -42,6 +48,9 @@ class FakeDevice:
         for slot, index, block in batch.new_blocks:
             self.tables[slot][index] = block
         assert len(set(batch.slots)) == len(batch.rows)
+        for source, target in batch.state_loads:
+            assert self.states[source] is not None, "a snapshot is loaded that was never saved"
+            self.states[target] = self.states[source]
         assert [row.token_ids is None for row in batch.rows] == [i < batch.num_decode for i in range(len(batch.rows))]
         written = set()
         for row in batch.rows:  # all rows write before any reads, as in a layer
@@ -52,26 +61,54 @@ class FakeDevice:
                 assert place not in written, "two rows write to the same place"
                 written.add(place)
                 self.cache[place] = token_id
-        return StepOutput([self._sample(row) for row in batch.rows])
+            computed = tuple(row.token_ids or [self.last[row.slot]])
+            before = self.states[row.slot] if row.start else ()
+            if self.has_state:
+                assert len(before) == row.start
+                self.states[row.slot] = before + computed
+        output = StepOutput([self._sample(row) for row in batch.rows])
+        saved = [self.states[source] for source, _ in batch.state_saves]
+        targets = [target for _, target in batch.state_saves]
+        assert len(set(targets)) == len(targets) and not set(targets) & set(batch.slots)
+        for target, state in zip(targets, saved, strict=True):
+            self.states[target] = state
+        return output
 
     def _sample(self, row):
         end = row.start + row.num_tokens
         seen = [self.cache[self.tables[row.slot][i // BLOCK], i % BLOCK] for i in range(end)]
+        if self.has_state:
+            assert self.states[row.slot] == tuple(seen)
         self.last[row.slot], self.length[row.slot] = next_token(seen), end
         return [self.last[row.slot]] if row.samples else []
 
 
-def run(requests, *, num_blocks, max_num_seqs, budget, overlap, caching=True, aborts=()):
-    """Serve `requests` (prompt, params, end_ids), each added at its step; returns sequences and the scheduler."""
-    manager = BlockManager(num_blocks, BLOCK, caching)
+def run(
+    requests,
+    *,
+    num_blocks,
+    max_num_seqs,
+    budget,
+    overlap,
+    caching=True,
+    aborts=(),
+    arrivals=1,
+    num_snapshots=0,
+    min_blocks=1,
+):
+    """Serve `requests` (prompt, params, end_ids), `arrivals` more each step; returns sequences and the scheduler."""
+    snapshots = None
+    if num_snapshots:
+        snapshots = Snapshots(range(max_num_seqs, max_num_seqs + num_snapshots), BLOCK, min_blocks)
+    manager = BlockManager(num_blocks, BLOCK, caching, snapshots)
     scheduler = Scheduler(max_num_seqs, budget, manager)
-    device = FakeDevice(max_num_seqs)
+    device = FakeDevice(max_num_seqs, num_snapshots)
     seqs = [Sequence(list(prompt), params, frozenset(end_ids)) for prompt, params, end_ids in requests]
     arriving, in_flight, steps = list(seqs), [], 0
     while arriving or scheduler.waiting or scheduler.running or in_flight:
         steps += 1
         assert steps < 5000, "no progress"
-        if arriving:
+        for _ in range(min(arrivals, len(arriving))):
             scheduler.add(arriving.pop(0))
         for step, index in aborts:
             if step == steps and seqs[index] not in arriving:
@@ -94,8 +131,20 @@ def check_integrity(scheduler, seqs):
     for block_id, block in enumerate(manager.blocks):
         assert block.ref_count == held.count(block_id)
         assert (block.ref_count == 0) == (block_id in manager.free_ids)
+    if manager.snapshots:
+        check_snapshots(manager, placements)
     slots = [placement.slot for placement in placements]
     assert sorted(slots + scheduler.free_slots) == list(range(len(slots) + len(scheduler.free_slots)))
+
+
+def check_snapshots(manager, placements):
+    """Every slot has one owner, and every block with a snapshot is in the prefix index."""
+    snapshots = manager.snapshots
+    new = [placement.new_snapshot for placement in placements if placement.new_snapshot is not None]
+    held = [*new, *snapshots.slot_of.values(), *snapshots.free_slots]
+    assert sorted(held) == list(range(min(held), min(held) + len(held)))
+    assert all(manager.blocks[block_id].uid for block_id in snapshots.slot_of)
+    assert snapshots.replaceable <= snapshots.slot_of.keys()
 
 
 requests_strategy = st.lists(
@@ -120,8 +169,13 @@ requests_strategy = st.lists(
     overlap=st.integers(0, 1),
     caching=st.booleans(),
     aborts=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 7)), max_size=3),
+    arrivals=st.integers(1, 4),
+    num_snapshots=st.sampled_from([0, 1, 2, 8]),
+    min_blocks=st.integers(1, 3),
 )
-def test_random_schedules_give_the_oracle_s_tokens(requests, num_blocks, max_num_seqs, extra, overlap, caching, aborts):
+def test_random_schedules_give_the_oracle_s_tokens(
+    requests, num_blocks, max_num_seqs, extra, overlap, caching, aborts, arrivals, num_snapshots, min_blocks
+):
     aborts = [(step, index) for step, index in aborts if index < len(requests)]
     seqs, scheduler = run(
         requests,
@@ -129,8 +183,11 @@ def test_random_schedules_give_the_oracle_s_tokens(requests, num_blocks, max_num
         max_num_seqs=max_num_seqs,
         budget=max_num_seqs + extra,
         overlap=overlap,
-        caching=caching,
+        caching=caching or num_snapshots > 0,
         aborts=aborts,
+        arrivals=arrivals,
+        num_snapshots=num_snapshots,
+        min_blocks=min_blocks,
     )
     for seq, (prompt, params, end_ids) in zip(seqs, requests, strict=True):
         want = expected(prompt, params, end_ids)
@@ -142,6 +199,64 @@ def test_random_schedules_give_the_oracle_s_tokens(requests, num_blocks, max_num
             assert seq.finish_reason == ("stop" if want[-1] in end_ids and len(want) > params.min_tokens else "length")
     assert scheduler.block_manager.num_free == num_blocks
     assert len(scheduler.free_slots) == max_num_seqs
+    if num_snapshots:
+        snapshots = scheduler.block_manager.snapshots
+        scheduler.block_manager.reset_prefix_cache()
+        assert len(snapshots.free_slots) == num_snapshots and not snapshots.slot_of
+
+
+def cached(prompts, **options):
+    """Serve prompts one after the other on a model with recurrent state; return their cached tokens."""
+    requests = [(prompt, SamplingParams(max_tokens=options.pop("max_tokens", 2)), ()) for prompt in prompts]
+    options = {"num_blocks": 64, "max_num_seqs": 1, "budget": 64, "overlap": 1, "num_snapshots": 8, **options}
+    seqs, _ = run(requests, **options)
+    return [seq.num_cached for seq in seqs]
+
+
+def test_an_equal_prompt_starts_from_the_snapshot_at_the_last_block_boundary():
+    # The prompt of 12 tokens ends at a block boundary, where it takes another snapshot.
+    assert cached([[1] * 11, [1] * 11, [1] * 12, [1] * 13]) == [0, 8, 8, 12]
+
+
+def test_the_second_prompt_that_leaves_a_prefix_takes_a_snapshot_for_the_third():
+    shared = [1, 2, 3, 4, 5, 6, 1, 2]
+    assert cached([shared + [i] * 9 for i in (0, 3, 6)]) == [0, 0, 8]
+
+
+def test_the_next_turn_of_a_chat_starts_from_the_newest_snapshot_of_the_output():
+    params = SamplingParams(max_tokens=10)
+    first = [1, 2, 3]
+    answer = expected(first, params, ())
+    second = first + answer + [6, 6]
+    requests = [(first, params, ()), (second, params, ())]
+    seqs, _ = run(requests, num_blocks=64, max_num_seqs=1, budget=64, overlap=1, num_snapshots=8)
+    assert [seq.num_cached for seq in seqs] == [0, 12]  # 12 of the 13 tokens before the turn's end are whole blocks
+    assert seqs[1].output_ids == expected(second, params, ())
+
+
+def test_samples_given_at_once_wait_for_the_snapshot_of_the_first_even_if_it_takes_many_steps():
+    requests = [([5] * 33, SamplingParams(max_tokens=2), ())] * 3
+    for budget in (8, 64):
+        options = {"num_blocks": 64, "max_num_seqs": 3, "overlap": 1, "num_snapshots": 4}
+        seqs, _ = run(requests, budget=budget, arrivals=3, **options)
+        assert [seq.num_cached for seq in seqs] == [0, 32, 32]
+
+
+def test_a_preempted_sequence_resumes_from_its_newest_snapshot(monkeypatch):
+    start, cached_counts = Snapshots.start, []
+
+    def note_start(snapshots, placement, found, num_cached, num_tokens):
+        cached_counts.append((num_cached, num_tokens))
+        start(snapshots, placement, found, num_cached, num_tokens)
+
+    monkeypatch.setattr(Snapshots, "start", note_start)
+    requests = [([i, 1, 2], SamplingParams(max_tokens=16), ()) for i in range(4)]
+    seqs, scheduler = run(requests, num_blocks=8, max_num_seqs=4, budget=64, overlap=1, num_snapshots=8)
+    assert scheduler.num_preemptions > 0
+    resumed = [num_cached for num_cached, num_tokens in cached_counts if num_tokens > 3]
+    assert resumed and max(resumed) >= BLOCK
+    for seq, (prompt, params, end_ids) in zip(seqs, requests, strict=True):
+        assert seq.output_ids == expected(prompt, params, end_ids)
 
 
 def test_a_tiny_pool_preempts_and_gives_the_same_tokens():
