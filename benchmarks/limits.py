@@ -60,6 +60,8 @@ def attention_parameters(config: ModelConfig, layer: int) -> int:
     count = hidden * (projected + queries + 2)
     if config.qk_norm:
         count += 2 * config.head_dim
+    if config.whole_qk_norm:
+        count += queries + keys
     if config.qkv_bias:
         count += projected
     if config.o_bias:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
+from nanovllm.ops.attention.paged_cache import KVKind, PagedKV, PagedRows
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
 from nanovllm.ops.gdn.rows import GdnRows
 from nanovllm.ops.norm_rope.qk_transform import QKTransform
@@ -24,7 +24,7 @@ class Context:
     """
 
     backend: "AttentionBackend"
-    kv_heads: tuple[int, ...]  # the distinct numbers of KV heads of layers on this rank
+    kv_kinds: tuple[KVKind, ...]  # the distinct kinds of the layers' caches on this rank
     num_decode: int  # D, padding rows of a captured graph included
     rows: PagedRows  # all R rows; their block tables are [S + 1, W]
     slot_mapping: Tensor  # [T] int64, index of each token in the flattened cache
@@ -100,7 +100,7 @@ class AttentionBackend(ABC):
         Args:
             qkv: [T, (H + 2 K) Dh], the decode rows' tokens first.
             positions: [T] int64.
-            kv: the layer's cache, which is written.
+            kv: the layer's cache, which is written. It knows the layer's window.
             scale: factor of the scores.
             last: [R] int64, the indices of the rows' last tokens if only these attend; None if every token attends.
 

@@ -122,6 +122,11 @@ def num_splits(num_rows: int, num_tokens: int, heads: int, kv_heads: int, num_sm
     return max(1, min(MAX_SPLITS, 4 * num_sms // tiles))
 
 
+def window_size(kv: PagedKV) -> tuple[int, int]:
+    """Return FlashAttention's window: the tokens that a query sees before and after itself; -1 for all."""
+    return (kv.window - 1, 0) if kv.window else (-1, -1)
+
+
 class FlashAttn3Backend(AttentionBackend):
     """FlashAttention-3: `flash_attn_with_kvcache` for rows of both kinds.
 
@@ -188,6 +193,7 @@ class FlashAttn3Backend(AttentionBackend):
             max_seqlen_q=max_seqlen_q,
             softmax_scale=scale,
             causal=True,
+            window_size=window_size(kv),
             num_splits=splits,
             **rows,
         )
@@ -228,8 +234,9 @@ class FlashAttn2Backend(AttentionBackend):
         ctx.meta = decode, prefill
 
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
-        options = {"softmax_scale": scale, "causal": True, **ctx.meta[0]}
-        out.copy_(self._with_kvcache(q[:, None], kv.k_cache, kv.v_cache, **options)[:, 0])
+        options = {"softmax_scale": scale, "causal": True, "window_size": window_size(kv)}
+        out.copy_(self._with_kvcache(q[:, None], kv.k_cache, kv.v_cache, **options, **ctx.meta[0])[:, 0])
 
     def prefill(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
-        out.copy_(self._varlen(q, kv.k_cache, kv.v_cache, softmax_scale=scale, causal=True, **ctx.meta[1]))
+        options = {"softmax_scale": scale, "causal": True, "window_size": window_size(kv)}
+        out.copy_(self._varlen(q, kv.k_cache, kv.v_cache, **options, **ctx.meta[1]))

@@ -18,8 +18,8 @@ from nanovllm.ops.attention.reference import (
 class TorchBackend(AttentionBackend):
     """Gather each row's KV, then call scaled_dot_product_attention: once for all decode rows, once per prefill row.
 
-    In each step, the first layer of each number of KV heads plans the indices to gather. The buffers for gathered K and
-    V are reused: on a CPU, page faults of new buffers of some MB would take longer than attention.
+    In each step, the first layer of each kind plans the indices to gather. The buffers for gathered K and V are reused:
+    on a CPU, page faults of new buffers of some MB would take longer than attention.
     """
 
     name = "torch"
@@ -29,7 +29,7 @@ class TorchBackend(AttentionBackend):
         self._buffers: list[Tensor] = [torch.empty(0), torch.empty(0)]
 
     def prepare(self, ctx: Context) -> None:
-        ctx.meta = {}  # plans by the number of KV heads; a context for last tokens must not use the step's plans
+        ctx.meta = {}  # plans by the kind of the cache; a context for last tokens must not use the step's plans
 
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
         plan, _ = self._plans(q, kv, ctx)
@@ -44,14 +44,14 @@ class TorchBackend(AttentionBackend):
 
     def _plans(self, q: Tensor, kv: PagedKV, ctx: Context) -> tuple[DecodeGatherPlan, list[PrefillGatherPlan]]:
         """Return the plan of the decode rows and the plans of the prefill rows."""
-        if kv.kv_heads not in ctx.meta:
+        if kv.kind not in ctx.meta:
             decode, prefill = None, []
             if ctx.num_decode:
                 decode = plan_decode_gather(ctx.decode_rows, kv, q.dtype)
             if ctx.cu_seqlens_q is not None:
                 prefill = plan_prefill_gather(ctx.prefill_rows, ctx.cu_seqlens_q, kv, q.dtype)
-            ctx.meta[kv.kv_heads] = decode, prefill
-        return ctx.meta[kv.kv_heads]
+            ctx.meta[kv.kind] = decode, prefill
+        return ctx.meta[kv.kind]
 
     def _gather(self, kv: PagedKV, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Gather from both caches. The result is valid until the next call."""

@@ -39,11 +39,12 @@ class TritonBackend(AttentionBackend):
         planned = [ctx.decode_rows] if ctx.num_decode else []
         if ctx.last_indices is not None and ctx.num_decode < len(ctx.rows):
             planned.append(ctx.rows)
-        plans = ctx.meta = {}  # by the numbers of rows and KV heads
+        plans = ctx.meta = {}  # by the number of rows and the kind of the cache
         for rows in planned:
-            for kv_heads in ctx.kv_heads:
-                policy = default_split_policy(len(rows), kv_heads, sm_count(rows.slots.device))
-                plans[len(rows), kv_heads] = plan_decode_triton(rows.context_lens, kv_heads, policy)
+            for kind in ctx.kv_kinds:
+                policy = default_split_policy(len(rows), kind.kv_heads, sm_count(rows.slots.device))
+                lens = rows.context_lens.clamp(max=kind.window) if kind.window else rows.context_lens
+                plans[len(rows), kind] = plan_decode_triton(lens, kind.kv_heads, policy)
 
     @staticmethod
     def _fuses(ctx: Context, num_tokens: int) -> bool:
@@ -57,9 +58,9 @@ class TritonBackend(AttentionBackend):
         return rope_decode_triton(qkv, transform, kv, ctx.rows, scale, counters=ctx.counters)
 
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
-        rows, plan = ctx.decode_rows, ctx.meta[ctx.num_decode, kv.kv_heads]
+        rows, plan = ctx.decode_rows, ctx.meta[ctx.num_decode, kv.kind]
         prefix = None
-        if ctx.shared is not None:
+        if ctx.shared is not None and not kv.window:
             prefix = shared_attention_triton(q, kv, rows, scale, ctx.shared, plan.num_splits)
         decode_attention_triton(q, kv, rows, scale, plan=plan, out=out, counters=ctx.counters, prefix=prefix)
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The architectures that this reader knows. Files of other supported families are refused.
+_ARCHITECTURES = ("qwen3", "qwen2", "llama", "mistral")
 _NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -312,6 +314,8 @@ def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
     file = _GgufFile(path)
     model_type = _MOE_FAMILIES.get(file.arch, file.arch)
     check_model_type(model_type)
+    if model_type not in _ARCHITECTURES and model_type == file.arch:
+        raise unsupported(f"a GGUF file of the architecture {shown(file.arch)}")
     hidden_size = file.number("{arch}.embedding_length")
     num_heads = file.number("{arch}.attention.head_count")
     head_dim = file.number("{arch}.attention.key_length", default_head_dim(hidden_size, num_heads))
@@ -319,7 +323,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
     if file.number("split.count", 1) > 1:
         raise unsupported("a GGUF model that is split over several files")
     if (file.number("{arch}.attention.sliding_window", 0) or max_position) < max_position:
-        raise unsupported("sliding-window attention")
+        raise unsupported("a GGUF file with sliding-window attention")  # it does not say in which layers
     if file.number("{arch}.rope.dimension_count", head_dim) != head_dim:
         raise unsupported("partial RoPE")
     _check_neutral(file, _NEUTRAL)

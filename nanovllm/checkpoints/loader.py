@@ -20,6 +20,7 @@ from nanovllm.weights.parameter import CheckpointTensor, MergedTensor, is_finite
 # A checkpoint with tied embeddings has either tensor, or both.
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TIED = {_EMBEDDING: _HEAD, _HEAD: _EMBEDDING}
+_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 _DIFFERENT_HEAD = (
     f"the tensor {_HEAD} differs from the embedding, but the model was loaded with one parameter for both; "
     "make a new engine"
@@ -29,11 +30,12 @@ _DIFFERENT_HEAD = (
 def _full_name(name: str) -> str:
     """Return the tensor's name with the prefix "model.".
 
-    Checkpoints without the head leave it out. Those with more than text have "model.language_model.".
+    Checkpoints without the head leave it out. Those with more than text have one of _PREFIXES.
     """
-    if name == _HEAD:
-        return name
-    return "model." + name.removeprefix("model.").removeprefix("language_model.")
+    if name in (_HEAD, f"language_model.{_HEAD}"):
+        return _HEAD
+    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
+    return f"model.{name.removeprefix(prefix)}"
 
 
 def _is_skipped(config: ModelConfig, name: str) -> bool:

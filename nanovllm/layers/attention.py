@@ -17,9 +17,10 @@ class Attention(StatefulLayer):
 
     Args:
         num_heads, num_kv_heads: numbers of heads on this rank.
-        rotary: the table of angles, shared by all layers.
+        rotary: the tables of RoPE, shared by all layers with the same RoPE.
         qk_norm_eps: epsilon of the norm of each query and key head (Qwen3); None for models without such norms.
         zero_centred: whether these norms are; see `RMSNorm`.
+        window: how many tokens a query sees; 0 if it sees its whole context. See `PagedKV`.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Attention(StatefulLayer):
         rotary: RotaryEmbedding,
         qk_norm_eps: float | None = None,
         zero_centred: bool = False,
+        window: int = 0,
         *,
         dtype: torch.dtype | None = None,
     ):
@@ -37,6 +39,7 @@ class Attention(StatefulLayer):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.dtype = dtype or torch.get_default_dtype()
         self.scale = head_dim**-0.5
+        self.window = window
         self.rotary = rotary
         self.eps = qk_norm_eps or 0.0
         self.q_norm = self.k_norm = None
@@ -55,11 +58,14 @@ class Attention(StatefulLayer):
         return tensors
 
     def state_spec(self) -> PagedKVSpec:
-        return PagedKVSpec(self.num_kv_heads, self.head_dim, self.dtype)
+        return PagedKVSpec(self.num_kv_heads, self.head_dim, self.dtype, self.window)
 
     def bind(self, state: PagedKV | None) -> None:
         q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
-        self.transform = QKTransform(self.num_heads, self.rotary.cos_sin, q_weight, k_weight, self.eps)
+        rotary = self.rotary
+        self.transform = QKTransform(
+            self.num_heads, rotary.cos_sin, q_weight, k_weight, self.eps, query_scale=rotary.query_scale
+        )
         self.kv = state
 
     def forward(self, qkv: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:

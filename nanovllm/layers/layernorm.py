@@ -2,6 +2,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from nanovllm.layers.linear import PendingGemm
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.weights.parameter import check_shape, make_parameter, select
@@ -9,6 +10,8 @@ from nanovllm.weights.parameter import check_shape, make_parameter, select
 
 class RMSNorm(nn.Module):
     """Root mean square norm (arXiv:1910.07467) of a tensor [T, size], or a lazy norm of a residual stream.
+
+    The norm of a row-parallel layer's output runs that layer.
 
     Args:
         zero_centred: the checkpoint has the weight minus 1. The weight is float32, as 1 + w needs more bits than w.
@@ -37,7 +40,9 @@ class RMSNorm(nn.Module):
             loaded = select(loaded, self.order)
         param.copy_(loaded.float() + 1 if self.zero_centred else loaded)
 
-    def forward(self, x: torch.Tensor | Residual) -> torch.Tensor | Normed:
+    def forward(self, x: torch.Tensor | Residual | PendingGemm) -> torch.Tensor | Normed:
         if isinstance(x, Residual):
             return x.normed((self.weight, self.eps))
+        if isinstance(x, PendingGemm):
+            return x.all_reduce((self.weight, self.eps))
         return rms_norm(x, self.weight, self.eps)

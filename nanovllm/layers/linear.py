@@ -12,12 +12,13 @@ from torch import nn
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.layers.residual import Normed, Residual, as_normed
+from nanovllm.layers.residual import Norm, Normed, Residual, as_normed
 from nanovllm.ops.dispatch import Adder
 from nanovllm.utils.context import get_counters
 from nanovllm.weights.formats import AllocateWeight, Plain, WeightFormat
 from nanovllm.weights.parameter import (
     CheckpointTensor,
+    MergedTensor,
     ShardId,
     block_of,
     check_shape,
@@ -88,10 +89,11 @@ class ColumnParallelLinear(LinearLayer):
 
     Attributes:
         gated: whether the rows are gate and up of SwiGLU.
+        may_be_merged: whether some checkpoints (Phi-3) have one tensor for all shards, with the name of this layer.
         rows: the rows of each shard in the merged weight.
     """
 
-    gated = False
+    gated = may_be_merged = False
 
     def __init__(
         self,
@@ -119,11 +121,24 @@ class ColumnParallelLinear(LinearLayer):
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
         parent = prefix.rpartition(".")[0]
-        return {
-            f"{parent}.{shard.name}.{name}": self._target(param, shard_id)
-            for name, param in self.named_parameters()
-            for shard_id, shard in self.shards.items()
-        }
+        tensors = {}
+        for name, param in self.named_parameters():
+            merged = self._merged(f"{prefix}.{name}", param)
+            for shard_id, shard in self.shards.items():
+                target = self._target(param, shard_id)
+                tensors[f"{parent}.{shard.name}.{name}"] = target._replace(merged=merged.get(shard_id))
+        return tensors
+
+    def _merged(self, name: str, param: nn.Parameter) -> dict[ShardId, MergedTensor]:
+        """Return the parts of the tensor `name`, which some checkpoints have in place of one for each shard."""
+        if not self.may_be_merged or block_of(param)[0] > 1:
+            return {}
+        parts, start = {}, 0
+        shape = (sum(shard.total for shard in self.shards.values()), *param.shape[1:])
+        for shard_id, shard in self.shards.items():
+            parts[shard_id] = MergedTensor(name, shape, slice(start, start + shard.total))
+            start += shard.total
+        return parts
 
     def _target(self, param: nn.Parameter, shard_id: ShardId) -> CheckpointTensor:
         """Return the tensor that fills a shard of `param`."""
@@ -132,7 +147,7 @@ class ColumnParallelLinear(LinearLayer):
         shape = (ceil_div(shard.total, block), *param.shape[1:])
         return CheckpointTensor(param, shape, shard_id, rows=in_blocks(self.rows[shard_id], self.num_rows, block))
 
-    def forward(self, x: torch.Tensor | Normed) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Normed | Residual) -> torch.Tensor:
         x, norm = as_normed(x)
         return self.format.linear(x, self.bias, norm=norm, gated=self.gated, counters=get_counters())
 
@@ -145,7 +160,7 @@ class GateUpParallelLinear(ColumnParallelLinear):
         intermediate_size: output size of each projection, which the number of ranks must divide.
     """
 
-    gated = True
+    gated = may_be_merged = True
 
     def __init__(
         self,
@@ -179,6 +194,8 @@ class QKVParallelLinear(ColumnParallelLinear):
         num_heads, num_kv_heads: numbers of heads on this rank.
         gate_size: number of outputs, before the queries, that are gates.
     """
+
+    may_be_merged = True
 
     def __init__(
         self,
@@ -307,11 +324,11 @@ class PendingGemm:
         """Run the GEMM without a bias. Return this rank's summand [T, out_features]."""
         return self.layer.format.linear(self.x, counters=get_counters())
 
-    def all_reduce(self) -> torch.Tensor:
-        """Run the GEMM and the all-reduce. Return [T, out_features], the same on every rank."""
+    def all_reduce(self, norm: Norm | None = None) -> torch.Tensor:
+        """Run the GEMM and the all-reduce. Return the result or its RMSNorm, [T, out_features], on every rank."""
         layer = self.layer
         bias = layer.bias if layer.tp.rank == 0 else None  # the all-reduce must add it once
-        return layer.tp.all_reduce(layer.format.linear(self.x, bias))
+        return layer.tp.all_reduce(layer.format.linear(self.x, bias, counters=get_counters()), norm)
 
 
 def divide(name: str, value: int, tp: TensorParallel) -> int:

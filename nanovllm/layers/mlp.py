@@ -5,7 +5,7 @@ from torch import nn
 
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import GateUpParallelLinear, PendingGemm, RowParallelLinear
-from nanovllm.layers.residual import Normed
+from nanovllm.layers.residual import Normed, Residual
 from nanovllm.weights.formats import AllocateWeight, Plain
 
 
@@ -28,5 +28,5 @@ class MLP(nn.Module):
         sizes = intermediate_size, hidden_size
         self.down_proj = RowParallelLinear(*sizes, bias, dtype=dtype, tp=tp, allocate_weight=allocate_weight)
 
-    def forward(self, x: Normed) -> PendingGemm:
+    def forward(self, x: Normed | Residual) -> PendingGemm:
         return self.down_proj(self.gate_up_proj(x))

@@ -27,11 +27,6 @@ class Normed(NamedTuple):
         return self if self.norm is None else Normed(rms_norm(self.x, *self.norm), None)
 
 
-def as_normed(x: torch.Tensor | Normed) -> Normed:
-    """Return a plain tensor as a `Normed` that needs no norm."""
-    return x if isinstance(x, Normed) else Normed(x, None)
-
-
 @dataclass(eq=False)
 class Residual:
     """The residual stream of T tokens.
@@ -55,6 +50,10 @@ class Residual:
         """Start a residual stream with the all-reduce of `summand` [T, hidden_size]."""
         return cls(summand, tp, is_partial=tp.size > 1)
 
+    def __add__(self, x: torch.Tensor) -> "Residual":
+        """Add a tensor that is the same on every rank. Lazy values define the addition themselves."""
+        return Residual(self.sum().add_(x), self.tp) if isinstance(x, torch.Tensor) else NotImplemented
+
     def __getitem__(self, tokens: torch.Tensor) -> "Residual":
         """Return a copy of the tokens at these indices [L] int64."""
         base = None if self.base is None else self.base[tokens]
@@ -74,3 +73,10 @@ class Residual:
     def normed(self, norm: Norm) -> Normed:
         """Return the RMSNorm of the stream. It is computed now only if the stream needs an all-reduce anyway."""
         return Normed(self.sum(norm), None) if self.is_partial else Normed(self.x, norm)
+
+
+def as_normed(x: torch.Tensor | Normed | Residual) -> Normed:
+    """Return a tensor, or a residual stream that is read without a norm, as a `Normed` that needs no norm."""
+    if isinstance(x, Normed):
+        return x
+    return Normed(x.sum() if isinstance(x, Residual) else x, None)

@@ -14,9 +14,10 @@ ROPE_TYPES = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("factor", "short_factor", "original_max_position_embeddings"),
     "frequency_factors": ("factors",),  # GGUF files with llama3: a divisor for each frequency
 }
-# Optional options of yarn and their types.
+# Optional options and their types: those of yarn and longrope, and Ministral 3's factor of queries.
 ROPE_OPTIONAL = {
     "beta_fast": float,
     "beta_slow": float,
@@ -24,6 +25,7 @@ ROPE_OPTIONAL = {
     "mscale": float,
     "mscale_all_dim": float,
     "truncate": bool,
+    "llama_4_scaling_beta": float,
 }
 
 
@@ -65,12 +67,26 @@ def _yarn(inv_freq: torch.Tensor, theta: float, options: dict) -> tuple[torch.Te
     return inv_freq, magnitude(1)
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: dict | None = None) -> tuple[torch.Tensor, float]:
+def _longrope(inv_freq: torch.Tensor, options: dict) -> tuple[torch.Tensor, float]:
+    """Return the frequencies of LongRoPE (arXiv:2402.13753) for the original positions, and the factor of cos and sin.
+
+    Each frequency has a divisor. Longer texts have other divisors, at all positions.
+    """
+    magnitude, factor = options.get("attention_factor"), options["factor"]
+    if magnitude is None:
+        magnitude = math.sqrt(1 + max(0.0, math.log(factor)) / math.log(options["original_max_position_embeddings"]))
+    return inv_freq / torch.tensor(options["short_factor"], dtype=torch.float32), magnitude
+
+
+def rope_frequencies(head_dim: int, theta: float | None, scaling: dict | None = None) -> tuple[torch.Tensor, float]:
     """Return the angles of position 1, [head_dim / 2] float32, and the factor of cos and sin.
 
     Args:
+        theta: the base of the frequencies; None for a layer without RoPE, whose angles are 0.
         scaling: None, or the checkpoint's options with one of ROPE_TYPES as "rope_type".
     """
+    if theta is None:
+        return torch.zeros(head_dim // 2), 1.0
     inv_freq = theta ** (torch.arange(0, head_dim, 2).float() / -head_dim)  # [head_dim / 2]
     scaling = scaling or {"rope_type": "default"}
     magnitude = 1.0
@@ -81,18 +97,20 @@ def rope_frequencies(head_dim: int, theta: float, scaling: dict | None = None) -
             inv_freq = _llama3(inv_freq, scaling)
         case "yarn":
             inv_freq, magnitude = _yarn(inv_freq, theta, scaling)
+        case "longrope":
+            inv_freq, magnitude = _longrope(inv_freq, scaling)
         case "frequency_factors":
             inv_freq = inv_freq / torch.tensor(scaling["factors"], dtype=torch.float32)
     return inv_freq, magnitude
 
 
 def rope_table(
-    head_dim: int, max_position: int, theta: float, scaling: dict | None = None, rotary_dim: int | None = None
+    head_dim: int, max_position: int, theta: float | None, scaling: dict | None = None, rotary_dim: int | None = None
 ) -> torch.Tensor:
     """Return cos (first half) and sin (second half) of each position's angles, [max_position, head_dim] float32.
 
     Args:
-        scaling: see `rope_frequencies`.
+        theta, scaling: see `rope_frequencies`.
         rotary_dim: number of dimensions that rotate, in the order of `paired_order`; all if None.
     """
     rotary_dim = rotary_dim or head_dim
@@ -103,33 +121,47 @@ def rope_table(
     return torch.cat((cos, sin), dim=-1)
 
 
+def query_scale_table(max_position: int, scaling: dict | None) -> torch.Tensor | None:
+    """Return the factor of the queries at each position, [max_position] float32; None for models without one."""
+    beta = (scaling or {}).get("llama_4_scaling_beta")
+    if scaling is None or beta is None:
+        return None
+    return 1 + beta * torch.log1p(torch.arange(max_position) // scaling["original_max_position_embeddings"])
+
+
 class RotaryEmbedding(nn.Module):
-    """The table `cos_sin` of all layers. The kernel that stores K and V applies it.
+    """The tables of layers with the same RoPE. The kernel that stores K and V applies them.
 
     Args:
-        max_position: number of positions in the table. The angles do not depend on it.
-        scaling, rotary_dim: see `rope_table`.
+        max_position: number of positions in the tables. The angles do not depend on it.
+        theta, scaling, rotary_dim: see `rope_table`.
 
     Attributes:
+        cos_sin: see `rope_table`.
+        query_scale: see `query_scale_table`.
         order: the order that queries and keys must have; None if it is that of a checkpoint.
     """
 
     cos_sin: torch.Tensor
+    query_scale: torch.Tensor | None
 
     def __init__(
         self,
         head_dim: int,
         max_position: int,
-        theta: float,
+        theta: float | None,
         scaling: dict | None = None,
         rotary_dim: int | None = None,
     ):
         super().__init__()
+        self.max_position = max_position
         self.order = None if rotary_dim in (None, head_dim) else paired_order(head_dim, rotary_dim)
         device = torch.get_default_device()
         if device.type == "meta":  # arithmetic on meta tensors would import torch's compiler, which takes seconds
-            table = torch.empty((max_position, head_dim))
+            table, query_scale = torch.empty((max_position, head_dim)), None
         else:
             with torch.device("cpu"):
                 table = rope_table(head_dim, max_position, theta, scaling, rotary_dim)
+                query_scale = query_scale_table(max_position, scaling)
         self.register_buffer("cos_sin", table.to(device), persistent=False)
+        self.register_buffer("query_scale", None if query_scale is None else query_scale.to(device), persistent=False)

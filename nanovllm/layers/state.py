@@ -11,16 +11,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanovllm.ops.attention.paged_cache import PagedKV
+from nanovllm.ops.attention.paged_cache import KVKind, PagedKV
 
 
 @dataclass(frozen=True)
 class PagedKVSpec:
-    """A layer's keys and values in blocks. Sizes are those on this rank."""
+    """A layer's keys and values in blocks. Sizes are those on this rank.
+
+    The cache holds all tokens, also those that the layer's `window` hides; see `PagedKV`.
+    """
 
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    window: int = 0
+
+    @property
+    def kind(self) -> KVKind:
+        return KVKind(self.num_kv_heads, self.window)
 
     def block_bytes(self, block_size: int) -> int:
         """Return the bytes of one block of `block_size` tokens."""
@@ -31,7 +39,7 @@ class PagedKVSpec:
         shape = (num_blocks, block_size, self.num_kv_heads, self.head_dim)
         k_cache = torch.zeros(shape, dtype=self.dtype, device=device)
         v_cache = torch.zeros(shape, dtype=self.dtype, device=device)
-        return PagedKV(k_cache, v_cache)
+        return PagedKV(k_cache, v_cache, self.window)
 
 
 @dataclass(frozen=True)

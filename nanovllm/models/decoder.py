@@ -15,6 +15,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import PendingGemm, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import MLP
 from nanovllm.layers.moe import SparseMoE
+from nanovllm.layers.qk_norm import QKNorm
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.registry import ModelConfig
@@ -27,7 +28,9 @@ from nanovllm.weights.row_order import HeadLayout
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: ModelConfig, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel):
+    def __init__(
+        self, config: ModelConfig, index: int, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel
+    ):
         super().__init__()
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,
@@ -47,15 +50,21 @@ class SelfAttention(nn.Module):
             rotary=rotary,
             qk_norm_eps=config.rms_norm_eps if config.qk_norm else None,
             zero_centred=config.zero_centred_norms,
+            window=config.window(index, rotary.max_position),
             dtype=dtype,
         )
+        self.qk_norm = None
+        if config.whole_qk_norm:
+            self.qk_norm = QKNorm(self.qkv_proj, config.rms_norm_eps, dtype=dtype, tp=tp)
         attended_size = config.num_heads * config.head_dim
         self.o_proj = RowParallelLinear(
             attended_size, config.hidden_size, config.o_bias, dtype=dtype, tp=tp, allocate_weight=config.allocate_weight
         )
 
-    def forward(self, x: Normed, positions: torch.Tensor, last: torch.Tensor | None) -> PendingGemm:
+    def forward(self, x: Normed | Residual, positions: torch.Tensor, last: torch.Tensor | None) -> PendingGemm:
         qkv, gate_size = self.qkv_proj(x), self.qkv_proj.gate_size
+        if self.qk_norm is not None:
+            self.qk_norm(qkv[:, gate_size:])
         attended = self.attn(qkv[:, gate_size:], positions, last)
         if gate_size:
             gate = qkv[:, :gate_size]
@@ -92,15 +101,16 @@ class DecoderLayer(nn.Module):
         tp: TensorParallel,
     ):
         super().__init__()
+        self.layer_type = config.layer_type(index)
+        self.is_recurrent = self.layer_type == "linear_attention"
         self.input_layernorm = _norm(config, dtype)
-        self.is_recurrent = config.is_recurrent(index)
         if config.linear_attention is not None and self.is_recurrent:
             options = {"dtype": dtype, "state_dtype": state_dtype, "tp": tp}
             self.linear_attn = GatedDeltaNet(
                 config.linear_attention, config.hidden_size, config.rms_norm_eps, **options
             )
         else:
-            self.self_attn = SelfAttention(config, rotary, dtype, tp)
+            self.self_attn = SelfAttention(config, index, rotary, dtype, tp)
         self.post_attention_layernorm = _norm(config, dtype)
         if config.moe is not None and index not in config.moe.dense_layers:
             self.mlp = SparseMoE(config.moe, config.hidden_size, dtype=dtype, tp=tp)
@@ -123,6 +133,28 @@ class DecoderLayer(nn.Module):
         attended = mixer(self.input_layernorm(residual), positions, last)
         residual = (residual if last is None else residual[last]) + attended
         return residual + self.mlp(self.post_attention_layernorm(residual))
+
+
+class PostNormLayer(DecoderLayer):
+    """A layer that norms the outputs of attention and MLP, in place of their inputs (Olmo 2)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        rotary: RotaryEmbedding,
+        dtype: torch.dtype | None,
+        state_dtype: torch.dtype,
+        tp: TensorParallel,
+    ):
+        super().__init__(config, index, rotary, dtype, state_dtype, tp)
+        del self.input_layernorm
+        self.post_feedforward_layernorm = _norm(config, dtype)
+
+    def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
+        attended = self.post_attention_layernorm(self.self_attn(residual, positions, last))
+        residual = (residual if last is None else residual[last]) + attended
+        return residual + self.post_feedforward_layernorm(self.mlp(residual))
 
 
 def _norm(config: ModelConfig, dtype: torch.dtype | None) -> RMSNorm:
@@ -155,12 +187,16 @@ class Decoder(nn.Module):
         tp = tp or TensorParallel.default()
         self.tp = tp
         max_position = max_position or config.max_position
-        rotary = RotaryEmbedding(
-            config.head_dim, max_position, config.rope_theta, config.rope_scaling, config.rotary_dim
-        )
+        ropes = {repr(rope): rope for rope in map(config.rope, range(config.num_layers))}
+        rotary = {
+            name: RotaryEmbedding(config.head_dim, max_position, *rope, config.rotary_dim)
+            for name, rope in ropes.items()
+        }
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
+        make_layer = PostNormLayer if config.post_norms else DecoderLayer
         self.layers = nn.ModuleList(
-            DecoderLayer(config, index, rotary, dtype, state_dtype, tp) for index in range(config.num_layers)
+            make_layer(config, index, rotary[repr(config.rope(index))], dtype, state_dtype, tp)
+            for index in range(config.num_layers)
         )
         self.norm = _norm(config, dtype)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
@@ -199,10 +235,11 @@ class Decoder(nn.Module):
     def few_layers(self) -> Iterator[None]:
         """Let the decoder have few layers within the body: the first one of each kind, and the last one.
 
-        The other layers use no other kernels. Layers are of one kind if their children have the same classes.
+        The other layers use no other kernels. Layers are of one kind if they have the same type and their children the
+        same classes.
         """
         layers = self.layers
-        kinds = {tuple(map(type, layer.children())): layer for layer in reversed(layers)}
+        kinds = {(layer.layer_type, *map(type, layer.children())): layer for layer in reversed(layers)}
         self.layers = nn.ModuleList(dict.fromkeys([*kinds.values(), layers[-1]]))
         try:
             yield

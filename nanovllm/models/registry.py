@@ -3,7 +3,7 @@
 import logging
 import math
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -17,37 +17,53 @@ from nanovllm.weights.formats import AllocateWeight, Plain
 
 logger = logging.getLogger(__name__)
 
+_WINDOW: dict[str, bool | str] = {"sliding_window": "sliding_window"}
+_ATTENTION_BIAS: dict[str, bool | str] = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
+_LLAMA: dict[str, bool | str] = {**_ATTENTION_BIAS, "mlp_bias": "mlp_bias"}
+_OLMO: dict[str, bool | str] = {**_ATTENTION_BIAS, "whole_qk_norm": True, "post_norms": True}
 _HYBRID: dict[str, bool | str] = {
+    **_ATTENTION_BIAS,
     "qk_norm": True,
-    "qkv_bias": "attention_bias",
-    "o_bias": "attention_bias",
     "attention_gate": True,
     "zero_centred_norms": True,
 }
 # The options of ModelConfig that each family sets. A string names the checkpoint's own option.
 FAMILIES: dict[str, dict[str, bool | str]] = {
-    "qwen3": {"qk_norm": True, "qkv_bias": "attention_bias", "o_bias": "attention_bias"},
-    "qwen2": {"qkv_bias": True},
-    "llama": {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"},
-    "mistral": {},
-    "qwen3_moe": {"qk_norm": True, "qkv_bias": "attention_bias", "o_bias": "attention_bias"},
+    "qwen3": {**_ATTENTION_BIAS, **_WINDOW, "qk_norm": True},
+    "qwen2": {**_WINDOW, "qkv_bias": True},
+    "llama": _LLAMA,
+    "mistral": _WINDOW,
+    "mistral3": {},
+    "qwen3_moe": {**_ATTENTION_BIAS, "qk_norm": True},
     "qwen2_moe": {"qkv_bias": "qkv_bias"},
     "qwen3_next": _HYBRID,
     "qwen3_5": _HYBRID,
     "qwen3_5_text": _HYBRID,
     "qwen3_5_moe": _HYBRID,
     "qwen3_5_moe_text": _HYBRID,
+    "ministral": _WINDOW,
+    "ministral3": _WINDOW,
+    "smollm3": {**_LLAMA, **_WINDOW, "rope_layers": "no_rope_layers"},
+    "olmo2": _OLMO,
+    "olmo3": {**_OLMO, **_WINDOW},
+    "cwm": _WINDOW,
+    "phi3": _WINDOW,
+    "seed_oss": {**_LLAMA, "o_bias": "attention_out_bias"},
 }
 # Families whose config has the decoder's options in its `text_config`.
-_NESTED = ("qwen3_5", "qwen3_5_moe")
-_PARTIAL_ROPE = _LINEAR_ATTENTION = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+_NESTED = ("qwen3_5", "qwen3_5_moe", "mistral3")
+_LINEAR_ATTENTION = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+_PARTIAL_ROPE = (*_LINEAR_ATTENTION, "phi3")
 _PACKED_LINEAR_ATTENTION = ("qwen3_next",)
-LAYER_TYPES = ("full_attention", "linear_attention")
+LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
+_PIXTRAL = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 # How the names of tensors start that text does not need, by family. Checkpoints may have such tensors.
 UNUSED_TENSORS: dict[str, tuple[str, ...]] = {
     "qwen3_next": ("mtp.",),
     "qwen3_5_text": ("mtp.", "visual.", "model.visual."),
     "qwen3_5_moe_text": ("mtp.", "visual.", "model.visual."),
+    "mistral": _PIXTRAL,
+    "ministral3": _PIXTRAL,
 }
 # The families of mixtures of experts, and whether they have a shared expert.
 _MOE_FAMILIES = {"qwen3_moe": False, "qwen2_moe": True, "qwen3_next": True, "qwen3_5_moe_text": True}
@@ -57,12 +73,14 @@ _KINDS = {
     int: ((int,), 1, 1 << 24, "an integer from 1 to 2**24"),
     float: ((int, float), 1e-15, 1e15, "a number from 1e-15 to 1e15"),
 }
-_COMPARABLE = (*_KINDS, tuple[int, ...], tuple[str, ...] | None)  # types of options that equal models share
+# Types of options that equal models share.
+_COMPARABLE = (*_KINDS, tuple[int, ...], tuple[str, ...] | None, int | None)
 # Options that `check_same_model` need not compare: other checks cover them, or the weights do not depend on them.
 _FREE_OPTIONS = {"max_position", "rope_theta", "tie_word_embeddings", "separate_head", "eos_token_ids"}
 _MAX_END_IDS = 1024  # real models have a few
 MAX_EXPERTS, _MAX_EXPERTS_PER_TOKEN = 4096, 64  # kernels hold so many in registers; real models have up to 512 and 22
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Rope: TypeAlias = tuple[float, dict[str, Any] | None]  # theta and the scaling options
 
 
 def unsupported(feature: str) -> ValueError:
@@ -119,13 +137,17 @@ def known_ids(value: Any, vocab_size: int) -> tuple[int, ...]:
 def scaled_max_position(max_position: int, scaling: dict[str, Any] | None) -> int:
     """Return the number of positions that a model supports with its RoPE scaling.
 
-    For linear and yarn this is the original number times the factor, or `max_position` if that is more. For other types
-    `max_position` already includes the factor.
+    For linear and yarn this is the original number times the factor, or `max_position` if that is more. For longrope it
+    is the original number, because longer texts have other frequencies. For other types `max_position` already includes
+    the factor.
     """
-    if scaling is None or scaling["rope_type"] not in ("linear", "yarn"):
+    if scaling is None or scaling["rope_type"] not in ("linear", "yarn", "longrope"):
         return max_position
     key = "original_max_position_embeddings"
     original = checked_option(key, scaling.get(key), float)
+    if scaling["rope_type"] == "longrope":
+        logger.warning("The model's RoPE of type 'longrope' is supported for texts of up to %d tokens", original)
+        return min(checked_option("max_position", max_position, int), int(original))
     factor = checked_option("RoPE factor", scaling.get("factor"), float)
     return max(checked_option("max_position", max_position, int), int(original * factor))
 
@@ -140,10 +162,16 @@ class ModelConfig:
         tie_word_embeddings: the head uses the embedding's weights, and a checkpoint may leave out one of the two.
         separate_head: the checkpoint has other weights for the head in spite of `tie_word_embeddings`.
         rope_scaling: None, or the options of one of ROPE_TYPES with its name as "rope_type".
+        sliding_rope: theta and scaling of the layers with sliding attention, if they differ from the others'.
+        rope_layers: 1 for each layer with RoPE and 0 for each without; None if all have it.
+        qk_norm: RMSNorm of each query and key head.
+        whole_qk_norm: RMSNorm of all query heads together, and of all key heads together.
+        post_norms: norms of the outputs of attention and MLP, in place of norms of their inputs.
         partial_rotary_factor: the part of a head's dimensions that RoPE rotates.
         attention_gate: the query projection also computes a gate of attention's output.
         zero_centred_norms: norms multiply by 1 + weight, except in linear attention.
         layer_types: one of LAYER_TYPES for each layer; None if all have full attention.
+        sliding_window: how many tokens a query sees in layers with sliding attention.
         linear_attention: the options of the layers with linear attention.
         dtype: dtype of the checkpoint.
         eos_token_ids: ids that end a text.
@@ -168,7 +196,11 @@ class ModelConfig:
     separate_head: bool = False
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
+    sliding_rope: Rope | None = None
+    rope_layers: tuple[int, ...] | None = None
     qk_norm: bool = False
+    whole_qk_norm: bool = False
+    post_norms: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -176,6 +208,7 @@ class ModelConfig:
     attention_gate: bool = False
     zero_centred_norms: bool = False
     layer_types: tuple[str, ...] | None = None
+    sliding_window: int | None = None
     linear_attention: LinearAttentionConfig | None = None
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
@@ -195,7 +228,8 @@ class ModelConfig:
             raise unsupported(f"num_attention_heads={self.num_heads} with num_key_value_heads={self.num_kv_heads}")
         if self.dtype not in _DTYPES:
             raise unsupported(f"a checkpoint of dtype {shown(self.dtype)}")
-        self._check_rope(self.rope_scaling or {"rope_type": "default"})
+        for theta, scaling in filter(None, [(self.rope_theta, self.rope_scaling), self.sliding_rope]):
+            self._check_rope(theta, scaling or {"rope_type": "default"})
         if self.moe is not None:
             _check_moe(self.moe)
         self._check_layers()
@@ -205,19 +239,41 @@ class ModelConfig:
         """Return how many of a head's dimensions RoPE rotates."""
         return int(self.head_dim * self.partial_rotary_factor)
 
+    def layer_type(self, index: int) -> str:
+        """Return the type of a layer, one of LAYER_TYPES."""
+        return "full_attention" if self.layer_types is None else self.layer_types[index]
+
     def is_recurrent(self, index: int) -> bool:
         """Return whether the layer with this index has linear attention."""
-        return self.layer_types is not None and self.layer_types[index] == "linear_attention"
+        return self.layer_type(index) == "linear_attention"
+
+    def window(self, index: int, max_position: int) -> int:
+        """Return how many tokens a query of a layer sees; 0 if it sees all of up to `max_position`."""
+        window = self.sliding_window if self.layer_type(index) == "sliding_attention" else None
+        return 0 if window is None or window >= max_position else window
+
+    def rope(self, index: int) -> tuple[float | None, dict[str, Any] | None]:
+        """Return theta and the scaling of a layer's RoPE; theta is None for a layer without RoPE."""
+        if self.rope_layers is not None and not self.rope_layers[index]:
+            return None, None
+        if self.sliding_rope is not None and self.layer_type(index) == "sliding_attention":
+            return self.sliding_rope
+        return self.rope_theta, self.rope_scaling
 
     def _check_layers(self) -> None:
-        types = self.layer_types or ("full_attention",) * self.num_layers
-        if len(types) != self.num_layers:
-            raise ValueError(f"the model's layer_types must be {self.num_layers} (num_layers), got {len(types)}")
+        types = ("full_attention",) * self.num_layers if self.layer_types is None else self.layer_types
         for layer_type in types:
             if layer_type not in LAYER_TYPES:
                 raise unsupported(f"a layer of type {shown(layer_type)}")
-        if "full_attention" not in types:
-            raise unsupported("a model without full attention")
+        if len(types) != self.num_layers:
+            raise ValueError(f"the model's layer_types must be {self.num_layers} (num_layers), got {len(types)}")
+        if set(types) == {"linear_attention"}:
+            raise unsupported("a model without layers of attention over a KV cache")
+        if "sliding_attention" in types:
+            checked_option("sliding_window", self.sliding_window, int)
+        has_rope = (1,) * self.num_layers if self.rope_layers is None else self.rope_layers
+        if len(has_rope) != self.num_layers or any(flag not in (0, 1) for flag in has_rope):
+            raise ValueError(f"the model's rope_layers must be {self.num_layers} times 0 or 1, got {shown(has_rope)}")
         if ("linear_attention" in types) != (self.linear_attention is not None):
             raise ValueError("the model's linear_attention must be None if and only if no layer has it")
         if self.linear_attention is not None:
@@ -234,27 +290,32 @@ class ModelConfig:
         if options.conv_width != CONV_WIDTH:
             raise unsupported(f"linear_conv_kernel_dim={options.conv_width}")
 
-    def _check_rope(self, options: dict[str, Any]) -> None:
+    def _check_rope(self, theta: Any, options: dict[str, Any]) -> None:
+        checked_option("rope_theta", theta, float)
         rope_type = options["rope_type"]
         num_factors = self.rotary_dim // 2
         if rope_type not in tuple(ROPE_TYPES):
             raise unsupported(f"RoPE of type {shown(rope_type)}")
         needed = dict.fromkeys(ROPE_TYPES[rope_type], float)
         given = {name: kind for name, kind in ROPE_OPTIONAL.items() if options.get(name) is not None}
+        if "llama_4_scaling_beta" in given:
+            needed["original_max_position_embeddings"] = float
         for name, kind in (needed | given).items():
             value = options.get(name)
-            if name != "factors":
+            if name not in ("factors", "short_factor"):
                 checked_option(f"RoPE {name}", value, kind)
                 continue
             if not isinstance(value, list) or len(value) != num_factors:
-                raise ValueError(f"the model's RoPE factors must be {num_factors} (half a head), got {shown(value)}")
+                raise ValueError(f"the model's RoPE {name} must be {num_factors} (half a head), got {shown(value)}")
             for factor in value:
-                checked_option("RoPE factors", factor, kind)
+                checked_option(f"RoPE {name}", factor, kind)
         if rope_type == "llama3" and not options["low_freq_factor"] < options["high_freq_factor"]:
             low, high = options["low_freq_factor"], options["high_freq_factor"]
             raise ValueError(f"the model's RoPE high_freq_factor must be above low_freq_factor={low}, got {high}")
-        if rope_type == "yarn" and self.rope_theta <= 1:
-            raise ValueError(f"the model's rope_theta must be above 1 for RoPE of type 'yarn', got {self.rope_theta}")
+        if rope_type == "yarn" and theta <= 1:
+            raise ValueError(f"the model's rope_theta must be above 1 for RoPE of type 'yarn', got {theta}")
+        if rope_type == "longrope" and options["original_max_position_embeddings"] <= 1:
+            raise ValueError("the model's original_max_position_embeddings must be above 1 for RoPE of type 'longrope'")
 
     def check_same_model(self, other: "ModelConfig") -> None:
         """Raise ValueError if weights of a checkpoint with the config `other` would mean something else here.
@@ -270,12 +331,15 @@ class ModelConfig:
                 is_same = mine == theirs
             if not is_same:
                 raise ValueError(f"the checkpoint's {name} is {shown(theirs)}, but the model's is {shown(mine)}")
-        frequencies, factor = rope_frequencies(self.rotary_dim, self.rope_theta, self.rope_scaling)
-        their_frequencies, their_factor = rope_frequencies(other.rotary_dim, other.rope_theta, other.rope_scaling)
-        is_same = torch.allclose(frequencies, their_frequencies, rtol=1e-4, atol=0)
-        if not is_same or not math.isclose(factor, their_factor, rel_tol=1e-4):
-            theirs, mine = (f"rope_theta={c.rope_theta} scaled by {shown(c.rope_scaling)}" for c in (other, self))
-            raise ValueError(f"the checkpoint's RoPE is {theirs}, but the model's is {mine}")
+        for index in range(self.num_layers):
+            (theta, scaling), (their_theta, their_scaling) = self.rope(index), other.rope(index)
+            frequencies, factor = rope_frequencies(self.rotary_dim, theta, scaling)
+            their_frequencies, their_factor = rope_frequencies(other.rotary_dim, their_theta, their_scaling)
+            is_same = torch.allclose(frequencies, their_frequencies, rtol=1e-4, atol=0)
+            beta, their_beta = ((s or {}).get("llama_4_scaling_beta") for s in (scaling, their_scaling))
+            if not is_same or not math.isclose(factor, their_factor, rel_tol=1e-4) or beta != their_beta:
+                mine, theirs = f"{theta} scaled by {shown(scaling)}", f"{their_theta} scaled by {shown(their_scaling)}"
+                raise ValueError(f"the checkpoint's RoPE is rope_theta={theirs}, but the model's is rope_theta={mine}")
 
     @classmethod
     def from_hf(cls, config: Any, eos_token_ids: tuple[int, ...] = ()) -> "ModelConfig":
@@ -289,18 +353,14 @@ class ModelConfig:
         for part in (whole, config):
             check_model_type(part.model_type)
             _check_variant(part)
-        family = FAMILIES[config.model_type].items()
-        flags: dict[str, Any] = {
-            name: getattr(config, flag, False) if isinstance(flag, str) else flag for name, flag in family
-        }
         num_heads, moe_size = config.num_attention_heads, getattr(config, "moe_intermediate_size", None)
         head_dim = getattr(config, "head_dim", None)
-        theta, scaling, rotary_factor = _rope(config)
+        (theta, scaling), sliding_rope, rotary_factor = _ropes(config)
+        max_position = scaled_max_position(config.max_position_embeddings, scaling)
+        layer_types = _layer_types(config, max_position, keep=sliding_rope is not None)
         vocab_size = checked_option("vocab_size", config.vocab_size, int)
         given_ends = (eos_token_ids, getattr(whole, "eos_token_id", None), getattr(config, "eos_token_id", None))
         ends = next(filter(None, (known_ids(given, vocab_size) for given in given_ends)), ())
-        layer_types = tuple(getattr(config, "layer_types", None) or ())
-        is_hybrid = "linear_attention" in layer_types
         return cls(
             model_type=config.model_type,
             vocab_size=vocab_size,
@@ -310,18 +370,19 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=_first_given(getattr(config, "num_key_value_heads", None), num_heads),
             head_dim=default_head_dim(config.hidden_size, num_heads) if head_dim is None else head_dim,
-            max_position=scaled_max_position(config.max_position_embeddings, scaling),
+            max_position=max_position,
             rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=whole.tie_word_embeddings or config.tie_word_embeddings,
             rope_theta=theta,
             rope_scaling=scaling,
+            sliding_rope=sliding_rope,
             partial_rotary_factor=rotary_factor,
-            layer_types=layer_types if is_hybrid else None,
-            linear_attention=_linear_attention(config) if is_hybrid else None,
+            layer_types=layer_types,
+            linear_attention=_linear_attention(config) if "linear_attention" in (layer_types or ()) else None,
             dtype=_dtype(config),
             eos_token_ids=ends,
             moe=_moe(config) if config.model_type in _MOE_FAMILIES else None,
-            **flags,
+            **_family_options(config, layer_types),
         )
 
 
@@ -398,14 +459,41 @@ def _check_variant(config: Any) -> None:
         raise unsupported("a quantised checkpoint (quantization_config)")
     if getattr(config, "hidden_act", "silu") != "silu":
         raise unsupported(f"hidden_act={shown(config.hidden_act)}")
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    for layer_type in layer_types or ():
-        if layer_type not in LAYER_TYPES:
-            raise unsupported(f"a layer of type {shown(layer_type)}")
-    used = not layer_types and getattr(config, "use_sliding_window", True) and window
-    if used and checked_option("sliding_window", window, int) < config.max_position_embeddings:
-        raise unsupported(f"sliding_window={shown(window)}")
+
+
+def _family_options(config: Any, layer_types: tuple[str, ...] | None) -> dict[str, Any]:
+    """Return the options of ModelConfig that the row of the family sets."""
+    defaults = {field.name: field.default for field in fields(ModelConfig)}
+    options = {}
+    for name, value in FAMILIES[config.model_type].items():
+        options[name] = getattr(config, value, defaults[name]) if isinstance(value, str) else value
+    if layer_types is None:
+        options.pop("sliding_window", None)
+    if options.get("rope_layers") is not None:
+        options["rope_layers"] = tuple(options["rope_layers"][: config.num_hidden_layers])
+    return options
+
+
+def _layer_types(config: Any, max_position: int, keep: bool) -> tuple[str, ...] | None:
+    """Return the types of the layers; None if all have full attention.
+
+    A layer whose window hides nothing has full attention, unless `keep` is true. Configs without `layer_types` have a
+    window in all layers or in none.
+    """
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if not types:
+        is_used = window and getattr(config, "use_sliding_window", True)
+        num_layers = checked_option("num_layers", config.num_hidden_layers, int)
+        types = ["sliding_attention" if is_used else "full_attention"] * num_layers
+    if not isinstance(types, list | tuple):
+        raise ValueError(f"the model's layer_types must be a list, got {shown(types)}")
+    if "sliding_attention" in types:
+        hides = checked_option("sliding_window", window, int) < max_position
+        if hides and "sliding_window" not in FAMILIES[config.model_type]:
+            raise unsupported(f"a model of type {config.model_type} with sliding_window={window}")
+        if not hides and not keep:
+            types = ["full_attention" if layer_type == "sliding_attention" else layer_type for layer_type in types]
+    return None if all(layer_type == "full_attention" for layer_type in types) else tuple(types)
 
 
 def _linear_attention(config: Any) -> LinearAttentionConfig:
@@ -421,27 +509,40 @@ def _linear_attention(config: Any) -> LinearAttentionConfig:
     )
 
 
-def _rope(config: Any) -> tuple[float, dict[str, Any] | None, float]:
-    """Return theta, the scaling options and the part of a head that rotates.
+def _ropes(config: Any) -> tuple[Rope, Rope | None, float]:
+    """Return the RoPE of the layers, that of layers with sliding attention if it differs, and the part that rotates.
 
-    transformers 5 has them in `rope_parameters`, transformers 4 in two options. The sections of multimodal RoPE are all
-    the same for text.
+    transformers 5 has the options in `rope_parameters`, perhaps by the type of the layer. transformers 4 has two
+    options. The sections of multimodal RoPE are all the same for text.
     """
     options = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
-    if any(isinstance(value, dict) for value in options.values()):
-        raise unsupported("RoPE that differs between layers")
     factor = _first_given(
         options.pop("partial_rotary_factor", None), getattr(config, "partial_rotary_factor", None), 1.0
     )
     if factor != 1.0 and config.model_type not in _PARTIAL_ROPE:
         raise unsupported("partial RoPE")
+    if not any(isinstance(value, dict) for value in options.values()):
+        return _rope(config, options), None, factor
+    types = LAYER_TYPES[:2]
+    if not options.keys() <= set(types) or not all(isinstance(value, dict) for value in options.values()):
+        raise unsupported("RoPE that differs between layers of one type")
+    full, sliding = (_rope(config, dict(options.get(layer_type, {}))) for layer_type in types)
+    return full, None if sliding == full else sliding, factor
+
+
+def _rope(config: Any, options: dict[str, Any]) -> Rope:
+    if (options.pop("partial_rotary_factor", None) or 1.0) != 1.0:
+        raise unsupported("partial RoPE that differs between layers")
     theta = _first_given(options.pop("rope_theta", None), getattr(config, "rope_theta", None), 10000.0)
     rope_type = _first_given(options.pop("rope_type", None), options.pop("type", None), "default")
-    if rope_type == "default":
-        return theta, None, factor
+    if rope_type == "default" and "llama_4_scaling_beta" not in options:
+        return theta, None
     if options.get("original_max_position_embeddings") is None:
         options["original_max_position_embeddings"] = config.max_position_embeddings
-    return theta, {**options, "rope_type": rope_type}, factor
+    if rope_type == "longrope" and options.get("factor") is None:
+        original = checked_option("RoPE original length", options["original_max_position_embeddings"], float)
+        options["factor"] = checked_option("max_position", config.max_position_embeddings, int) / original
+    return theta, {**options, "rope_type": rope_type}
 
 
 _QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_kv_heads": 8, "head_dim": 128, "max_position": 40960}

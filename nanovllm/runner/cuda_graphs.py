@@ -146,6 +146,7 @@ class StepGraphs:
         """Capture all graphs. If this fails, `free` still frees those that exist."""
         backend, max_num_seqs = self.forward.backend, len(self.slots)
         shares = backend.shares_prefixes and self.config.enable_prefix_caching and max_num_seqs >= MIN_SEQUENCES
+        shares = shares and any(not kind.window for kind in self.forward.pool.kv_kinds)
         with _exclusive_capture():  # the largest of each kind first: the others fit in its memory
             if backend.capturable_prefill:
                 for size in reversed(capture_sizes(self.config.max_num_batched_tokens)):

@@ -118,7 +118,7 @@ class Forward:
         )
         context = Context(
             backend=self.backend,
-            kv_heads=self.pool.kv_heads,
+            kv_kinds=self.pool.kv_kinds,
             num_decode=num_decode,
             rows=PagedRows(state.block_tables, slots, inputs.context_lens),
             slot_mapping=inputs.slot_mapping,

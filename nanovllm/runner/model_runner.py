@@ -110,7 +110,8 @@ class ModelRunner:
                 max_position=self.max_model_len,
             )
         self.pool = StatePool(self.model, self.block_size, self.device)
-        num_counters = (self.max_rows + 1) * max(self.pool.kv_heads)  # for attention; a graph may have one row more
+        max_kv_heads = max(kind.kv_heads for kind in self.pool.kv_kinds)
+        num_counters = (self.max_rows + 1) * max_kv_heads  # for attention; a graph may have one row more
         self.counters = torch.zeros(max(num_counters, MAX_TILES), dtype=torch.int32, device=self.device)
         with self._compiling() if self.backend.name == "triton" else nullcontext():
             if self.config.load_format == "dummy":

@@ -39,7 +39,7 @@ class StatePool:
     Attributes:
         block_bytes: bytes of one KV block in all layers.
         slot_bytes: bytes of one slot in all layers; 0 if no layer has state by slot.
-        kv_heads: the different numbers of KV heads that layers have.
+        kv_kinds: the different kinds of the layers' caches.
     """
 
     def __init__(self, model: nn.Module, block_size: int, device: torch.device):
@@ -56,7 +56,7 @@ class StatePool:
         self.slot_tensors: list[torch.Tensor] = []
         self.block_bytes = sum(spec.block_bytes(block_size) for _, spec in self.paged)
         self.slot_bytes = sum(spec.slot_bytes * len(layers) for spec, layers in self.by_slot.items())
-        self.kv_heads = tuple(sorted({spec.num_kv_heads for _, spec in self.paged}))
+        self.kv_kinds = tuple(sorted({spec.kind for _, spec in self.paged}))
 
     def divide(self, num_bytes: int, max_num_seqs: int, num_blocks: int | None, caches_prefixes: bool) -> StateSizes:
         """Divide the budget `num_bytes`.

@@ -157,9 +157,10 @@ def test_ranks_on_the_cpu_listen_on_no_port(model):
             assert len(listening(pids, files_of_other_tests)) == 1
 
 
-def test_more_ranks_than_kv_heads_replicate_the_heads(tmp_path):
-    # This model has a single KV head.
-    path = save_tiny(tmp_path, "llama")
+@pytest.mark.parametrize(("name", "options"), [("llama", {}), ("olmo3", {"num_key_value_heads": 1})])
+def test_more_ranks_than_kv_heads_replicate_the_heads(tmp_path, name, options):
+    """These models have a single KV head. The second one norms it, and has a window and norms of outputs."""
+    path = save_tiny(tmp_path, name, **options)
     with LLM(path, **OPTIONS) as llm:
         want = tokens(llm)
     with LLM(path, tensor_parallel_size=2, **OPTIONS) as llm:

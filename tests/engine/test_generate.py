@@ -11,13 +11,15 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
 from nanovllm import SamplingParams
+from nanovllm.checkpoints.loader import read_shapes
 from nanovllm.engine import interrupts
 from nanovllm.ops.inputs.step_rows import StepRows
 from tests.engine.reference import load_reference, reference_greedy
 from tests.helpers import assert_nothing_held, engine, finish, greedy, prompts_of, tokens
-from tests.models.tiny import TINY, save_tiny
+from tests.models.tiny import TINY, fill_randomly, save_tiny, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,27 @@ def test_greedy_tokens_equal_transformers(name, tmp_path):
         assert tokens(llm, prompts, greedy(20)) == [reference_greedy(model, prompt, 20) for prompt in prompts]
 
 
+def test_text_of_a_mistral3_checkpoint_is_loaded_and_updated_without_its_other_parts(tmp_path):
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8)
+    text = tiny_model("ministral3").config.to_dict()
+    config = Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    whole = fill_randomly(Mistral3ForConditionalGeneration(config).eval(), seed=3)
+    whole.save_pretrained(tmp_path)
+    names = set(read_shapes(tmp_path))
+    assert {"language_model.lm_head.weight", "language_model.model.norm.weight", "vision_tower.ln_pre.weight"} < set(
+        names
+    )
+    prompts = prompts_of([5, 40])
+    want = [reference_greedy(whole, prompt, 10) for prompt in prompts]
+    with engine(tmp_path) as llm:
+        assert tokens(llm, prompts, greedy(10)) == want
+        weights = whole.state_dict()  # with other names
+        llm.update_weights((name, torch.zeros_like(tensor)) for name, tensor in weights.items())
+        assert tokens(llm, prompts, greedy(10)) == [[0] * 10] * 2
+        llm.update_weights(weights.items())
+        assert tokens(llm, prompts, greedy(10)) == want
+
+
 VARIANTS = {
     "chunked": dict(max_num_batched_tokens=8),
     "synchronous": dict(overlap=0),
@@ -45,9 +68,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2-moe", "qwen3-next"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2-moe", "qwen3-next", "olmo3"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_tokens_do_not_depend_on_the_schedule(tmp_path, family, name):
+    """The first layer of olmo3 has a window."""
     model = save_tiny(tmp_path, family)
     shared = prompts_of([33], seed=1)[0]
     prompts = prompts_of([3, 20, 70]) + [shared + own for own in prompts_of([1, 7, 15, 16], seed=2)]

@@ -23,7 +23,7 @@ from tests.models.tiny import save_tiny, tiny_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NAMES = ["qwen3", "qwen2-tied", "llama-bias"]
-FAMILIES = [*NAMES, "qwen2-moe", "qwen3-next"]
+FAMILIES = [*NAMES, "qwen2-moe", "qwen3-next", "olmo3", "phi3"]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import torch
 
 from nanovllm import LLM
 from nanovllm.attention.flash_attn_backend import choose_package, flash_attn_backend
+from nanovllm.ops.attention.paged_cache import PagedKV
 from nanovllm.ops.attention.reference import decode_attention_torch, prefill_attention_torch
 from nanovllm.utils.context import Context
 from tests.engine.reference import load_reference
@@ -35,7 +36,7 @@ def check_attention(backend, q, paged, lens, num_decode, scale):
     cu_seqlens = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int()
     ctx = Context(
         backend=backend,
-        kv_heads=(paged.kv.kv_heads,),
+        kv_kinds=(paged.kv.kind,),
         num_decode=num_decode,
         rows=paged.rows,
         slot_mapping=torch.empty(0, dtype=torch.int64),
@@ -58,7 +59,8 @@ def check_attention(backend, q, paged, lens, num_decode, scale):
 
 @pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
 @pytest.mark.parametrize("group", [1, 2, 8])
-def test_kernels_equal_the_references(head_dim, group):
+@pytest.mark.parametrize("window", [0, 1, 100])
+def test_kernels_equal_the_references(head_dim, group, window):
     try:
         backend = flash_attn_backend(torch.device("cuda"), head_dim, BLOCK_SIZE, DTYPE)
     except ValueError as error:
@@ -73,6 +75,7 @@ def test_kernels_equal_the_references(head_dim, group):
     for decode, prefill in steps:
         lens = [1] * len(decode) + [n for n, _ in prefill]
         paged = make_paged(decode + [n for _, n in prefill], kv_heads, head_dim, BLOCK_SIZE, DTYPE)
+        paged.kv = PagedKV(paged.kv.k_cache, paged.kv.v_cache, window)
         for cache in (paged.kv.k_cache, paged.kv.v_cache):
             cache.nan_to_num_(0.0)  # as in an engine, where values behind a row's end are finite
         q = torch.randn(sum(lens), kv_heads * group, head_dim, device="cuda", generator=generator).to(DTYPE)

@@ -95,8 +95,10 @@ def test_schedules_do_not_change_the_tokens(model):
             assert tokens(llm, prompts, params) == want
 
 
-def test_shared_prefixes_do_not_change_the_tokens(model):
-    """40 rows have 200 tokens in common, and one kernel attends to 128 of them for all rows."""
+@pytest.mark.parametrize("windows", [{}, {"use_sliding_window": True, "sliding_window": 50, "max_window_layers": 1}])
+def test_shared_prefixes_do_not_change_the_tokens(tmp_path, windows):
+    """40 rows have 200 tokens in common. In layers without a window, one kernel attends to 128 of them for all rows."""
+    model = save_tiny(tmp_path, "qwen3", **windows)
     common = prompts_of([200])[0]
     prompts = [common + suffix for suffix in prompts_of([3, 20, 7, 1] * 10, seed=1)]
     params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=20, ignore_eos=True) for i in range(len(prompts))]

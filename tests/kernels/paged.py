@@ -33,7 +33,7 @@ class Paged:
         return [self.kv.k_cache, self.kv.v_cache, rows.block_tables, rows.slots, rows.context_lens]
 
     def copy_kv(self) -> PagedKV:
-        return PagedKV(self.kv.k_cache.clone(), self.kv.v_cache.clone())
+        return PagedKV(self.kv.k_cache.clone(), self.kv.v_cache.clone(), self.kv.window)
 
 
 def make_paged(
@@ -44,8 +44,16 @@ def make_paged(
     dtype: torch.dtype = torch.float32,
     device: torch.device = DEVICE,
     num_padding: int = 0,
+    window: int = 0,
+    queries: list[int] | None = None,
 ) -> Paged:
-    """Make pages for `contexts`. The last `num_padding` are padding: context 1, all in one slot and block."""
+    """Make pages for `contexts`.
+
+    Args:
+        num_padding: how many sequences, the last ones, are padding: context 1, all in one slot and block.
+        window: hides tokens from the queries; pages of tiles that it hides completely have NaN.
+        queries: the number of queries of each sequence; 1 each if None.
+    """
     batch = len(contexts)
     generator = torch.Generator().manual_seed(batch)
     width = max(triton.cdiv(context, block_size) for context in contexts)
@@ -66,11 +74,13 @@ def make_paged(
             block = scratch_block if padding else free.pop()
             tables[slots[i], index] = block
             length = min(block_size, context - start)
-            k_cache[block, :length] = k[start : start + length]
-            v_cache[block, :length] = v[start : start + length]
+            first = hidden_tokens(context, queries[i] if queries else 1, window) - start
+            seen = slice(min(max(first, 0), length), length)
+            k_cache[block, seen] = k[start : start + length][seen]
+            v_cache[block, seen] = v[start : start + length][seen]
         keys.append(k.to(device, dtype))
         values.append(v.to(device, dtype))
-    kv = PagedKV(k_cache.to(device, dtype), v_cache.to(device, dtype))
+    kv = PagedKV(k_cache.to(device, dtype), v_cache.to(device, dtype), window)
     rows = PagedRows(
         tables.to(device, torch.int32),
         torch.tensor(slots, dtype=torch.int32, device=device),
@@ -79,12 +89,19 @@ def make_paged(
     return Paged(kv, rows, keys, values)
 
 
-def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def hidden_tokens(context: int, queries: int, window: int) -> int:
+    """Return how many tokens are in tiles, of 64 tokens at most, that the window hides from all queries."""
+    return max(0, context - queries + 1 - window) // 64 * 64 if window else 0
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int = 0) -> torch.Tensor:
     """Compute the formula in float32: queries [N, H, Dh] at the last N of the L positions of k and v [L, K, Dh]."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.float().repeat_interleave(group, dim=1) for x in (k, v))
     logits = torch.einsum("nhd,lhd->hnl", q.float(), k) * scale
     hidden = torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device).triu(len(k) - len(q) + 1)
+    if window:
+        hidden |= torch.ones_like(hidden).tril(len(k) - len(q) - window)
     return torch.einsum("hnl,lhd->nhd", logits.masked_fill(hidden, float("-inf")).softmax(-1), v)
 
 

@@ -89,25 +89,31 @@ def call_all():
     for group, head_dim, dtype in heads:
         kind = dict(dtype=getattr(torch, dtype))
         q, cache = torch.zeros(4, 8 * group, head_dim, **kind), torch.zeros(9, 64, 8, head_dim, **kind)
-        kv = paged_cache.PagedKV(cache, cache)
+        kv, windowed = paged_cache.PagedKV(cache, cache), paged_cache.PagedKV(cache, cache, 100)
         qkv, table = torch.zeros(4, 8 * (group + 2) * head_dim, **kind), torch.zeros(99, head_dim)
         norm = torch.zeros(head_dim, **kind)
         for norms in ((norm, norm), (norm.float(), norm.float()), (None, None)):
-            transform = qk_transform.QKTransform(8 * group, table, *norms, 1e-6)
+            query_scale = table[:, 0] if norms[0] is None else None
+            transform = qk_transform.QKTransform(8 * group, table, *norms, 1e-6, query_scale)
             rope_store.qk_norm_rope_store_triton(qkv, transform, lens.long(), lens.long(), cache, cache)
             for splits in (1, 16):
                 config = rope_decode.default_rope_decode_config(4, 8, head_dim, kind["dtype"].itemsize, 132)
                 config = config._replace(num_splits=splits)
                 rope_decode.rope_decode_triton(qkv, transform, kv, rows, 0.1, config=config)
+            if group == 2:
+                rope_decode.rope_decode_triton(qkv, transform, windowed, rows, 0.1, config=config)
         shared = shared_prefix.SharedPrefixPlan(torch.zeros(4, 2, **i32), torch.zeros(1, 4, **i32))
         prefix = shared_prefix.shared_attention_triton(q, kv, rows, 0.1, shared, plan.num_splits)
         decode.decode_attention_triton(q, kv, rows, 0.1, plan=plan, prefix=prefix)
+        if group == 2:
+            decode.decode_attention_triton(q, windowed, rows, 0.1, plan=plan)
         for batch in (4, 60, 400):
             config = decode_plan.default_decode_config(batch, 8, head_dim, kind["dtype"].itemsize, 132)
             decode.decode_attention_triton(q, kv, rows, 0.1, plan=plan._replace(config=config))
         small = prefill.PrefillConfig(128, 64, 8, 2, 128, True)  # it has too few registers for heads of 256
         for config in (None, small)[: 1 if head_dim > 128 else 2]:
-            prefill.prefill_attention_triton(q, kv, rows[:1], tables[0, :2], 0.1, config=config)
+            for caches in (kv, windowed) if group == 2 else (kv,):
+                prefill.prefill_attention_triton(q, caches, rows[:1], tables[0, :2], 0.1, config=config)
     for k_heads, heads, dim, dtype in ((2, 4, 128, "bfloat16"), (1, 3, 16, "float32")):
         kind, channels = dict(dtype=getattr(torch, dtype)), (2 * k_heads + heads) * dim
         tokens = torch.zeros(200, channels + heads * (dim + 2), **kind).split([channels, heads * dim, heads, heads], 1)

@@ -11,9 +11,11 @@ from tests.kernels.paged import DEVICE, DTYPES, assert_close, assert_same, make_
 needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 
 
-def check(attend, contexts, heads, kv_heads, head_dim, block_size, dtype=torch.float32, num_padding=0, **options):
+def check(
+    attend, contexts, heads, kv_heads, head_dim, block_size, dtype=torch.float32, num_padding=0, window=0, **options
+):
     """Assert that `attend` equals the formula and changes no input."""
-    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype, num_padding=num_padding)
+    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype, num_padding=num_padding, window=window)
     q = torch.randn(len(contexts), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     inputs = [q, *paged.tensors]
     before = [x.clone() for x in inputs]
@@ -22,7 +24,7 @@ def check(attend, contexts, heads, kv_heads, head_dim, block_size, dtype=torch.f
     assert_same(inputs, before)
     assert out.shape == q.shape and out.dtype == dtype and out.isfinite().all()
     sequences = zip(q, paged.keys, paged.values, strict=True)
-    expected = torch.cat([plain_attention(query[None], k, v, scale) for query, k, v in sequences])
+    expected = torch.cat([plain_attention(query[None], k, v, scale, window) for query, k, v in sequences])
     real = len(contexts) - num_padding
     assert_close(out[:real], expected[:real])
 
@@ -31,6 +33,23 @@ def check(attend, contexts, heads, kv_heads, head_dim, block_size, dtype=torch.f
 @pytest.mark.parametrize("contexts", [[1], [33, 33], [1, 16, 17, 130]])
 def test_reference_equals_the_formula(contexts, heads, kv_heads):
     check(decode_attention_torch, contexts, heads, kv_heads, 64, 16)
+
+
+WINDOWS = [1, 15, 16, 17, 40, 64, 129, 131, 500]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_reference_reads_only_what_the_window_shows(window):
+    check(decode_attention_torch, [1, 16, 17, 130, 400], 4, 2, 64, 16, window=window)
+
+
+@needs_triton
+@pytest.mark.parametrize("window", [1, 16, 17, 129, 500])
+@pytest.mark.parametrize(("tile", "num_splits"), [(16, 8), (64, 1)])
+def test_triton_reads_only_what_the_window_shows(window, tile, num_splits):
+    contexts = [1, 17, 130, 270]
+    plan = split([min(context, window) for context in contexts], 2, num_splits, programs=500, tile=tile)
+    check(decode_attention_triton, contexts, 4, 2, 64, 16, window=window, plan=plan)
 
 
 def test_reference_accepts_padding_and_an_empty_batch():

@@ -200,7 +200,7 @@ def run_model(model):
     backend = select_backend("torch", torch.device("cpu"), layers[0].head_dim, 16, torch.float16)
     one, ends = torch.zeros(1, dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
     where = dict(rows=PagedRows(torch.ones(1, 1).int(), one, ends[1:]), slot_mapping=16 + numbers)
-    where |= dict(backend=backend, kv_heads=(layers[0].num_kv_heads,), num_decode=0, counters=one)
+    where |= dict(backend=backend, kv_kinds=(layers[0].kv.kind,), num_decode=0, counters=one)
     context = Context(**where, cu_seqlens_q=ends, max_seqlen_q=3, max_context_len=3)
     backend.prepare(context)
     with torch.inference_mode(), set_context(context):

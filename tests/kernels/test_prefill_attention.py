@@ -16,10 +16,10 @@ from tests.kernels.paged import DEVICE, DTYPES, assert_close, assert_same, make_
 needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 
 
-def check(attend, sequences, heads, kv_heads, head_dim, block_size, dtype=torch.float32, **options):
+def check(attend, sequences, heads, kv_heads, head_dim, block_size, dtype=torch.float32, window=0, **options):
     """Assert that `attend` equals the formula for `sequences` of (queries, context) and changes no input."""
     lens, contexts = (list(column) for column in zip(*sequences, strict=True))
-    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype)
+    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype, window=window, queries=lens)
     q = torch.randn(sum(lens), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     cu_seqlens = torch.tensor([0, *lens]).cumsum(0).to(DEVICE, torch.int32)
     inputs = [q, cu_seqlens, *paged.tensors]
@@ -29,13 +29,30 @@ def check(attend, sequences, heads, kv_heads, head_dim, block_size, dtype=torch.
     assert_same(inputs, before)
     assert out.shape == q.shape and out.dtype == dtype
     parts = zip(q.split(lens), paged.keys, paged.values, strict=True)
-    assert_close(out, torch.cat([plain_attention(queries, k, v, scale) for queries, k, v in parts]))
+    assert_close(out, torch.cat([plain_attention(queries, k, v, scale, window) for queries, k, v in parts]))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (9, 3), (10, 2), (8, 1)])
 @pytest.mark.parametrize("sequences", [[(1, 1)], [(40, 40)], [(3, 3), (1, 20), (17, 50), (0, 7)]])
 def test_reference_equals_the_formula(sequences, heads, kv_heads):
     check(prefill_attention_torch, sequences, heads, kv_heads, 64, 16)
+
+
+WINDOWS = [1, 15, 16, 17, 64, 100, 129, 500]
+WINDOWED = [(40, 40), (70, 70), (3, 200), (33, 270), (0, 7), (1, 130)]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_reference_reads_only_what_the_window_shows(window):
+    check(prefill_attention_torch, WINDOWED, 4, 2, 64, 16, window=window)
+
+
+@needs_triton
+@pytest.mark.parametrize("window", [1, 16, 17, 129, 500])
+@pytest.mark.parametrize(("block_m", "block_n", "tma"), [(64, 16, False), (64, 64, True)])
+def test_triton_reads_only_what_the_window_shows(window, block_m, block_n, tma):
+    config = PrefillConfig(block_m, block_n, 4, 2, tma=tma)
+    check(prefill_attention_triton, WINDOWED, 4, 2, 64, 64 if tma else 16, window=window, config=config)
 
 
 @needs_triton

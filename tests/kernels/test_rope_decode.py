@@ -21,18 +21,19 @@ CONFIGS = [
 CONTEXTS = [1, 33, 34, 130]
 
 
-def make_inputs(contexts, heads, kv_heads, head_dim, block_size, norm, dtype, num_padding=0, norm_dtype=None):
+def make_inputs(contexts, heads, kv_heads, head_dim, block_size, norm, dtype, num_padding=0, window=0, norm_dtype=None):
     """Queries, keys and values are a part of wider rows."""
-    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype, num_padding=num_padding)
+    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype, num_padding=num_padding, window=window)
     generator = torch.Generator().manual_seed(1)
 
     def randn(*shape):
         return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
     qkv = randn(len(contexts), (1 + heads + 2 * kv_heads) * head_dim)[:, head_dim:]
-    table = rope_table(head_dim, 200, 10000.0).to(DEVICE)
+    table = rope_table(head_dim, 400, 10000.0).to(DEVICE)
     weights = [randn(head_dim).to(norm_dtype or dtype) if norm else None for _ in "qk"]
-    transform = QKTransform(heads, table, *weights, 1e-6)
+    query_scale = None if norm else torch.linspace(1, 3, 400).to(DEVICE)
+    transform = QKTransform(heads, table, *weights, 1e-6, query_scale)
     return qkv, transform, paged
 
 
@@ -43,8 +44,8 @@ def run(attend, qkv, transform, paged, **options):
     return out, kv.k_cache, kv.v_cache
 
 
-def check(*sizes, config, num_padding=0, norm_dtype=None, **options):
-    qkv, transform, paged = make_inputs(*sizes, num_padding=num_padding, norm_dtype=norm_dtype)
+def check(*sizes, config, num_padding=0, window=0, norm_dtype=None, **options):
+    qkv, transform, paged = make_inputs(*sizes, num_padding=num_padding, window=window, norm_dtype=norm_dtype)
     copy, batch = qkv.clone(), len(qkv) - num_padding
     got = run(rope_decode_triton, qkv, transform, paged, config=config, **options)
     want = run(rope_decode_torch, qkv, transform, paged)
@@ -72,6 +73,13 @@ def test_triton_equals_the_reference(heads, kv_heads, head_dim, block_size, conf
 
 def test_weights_of_norms_may_be_float32():
     check(CONTEXTS, 6, 2, 96, 16, True, torch.float16, config=CONFIGS[1][1], norm_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("window", [1, 2, 16, 17, 129, 500])
+@pytest.mark.parametrize(("tile", "num_splits"), [(16, 8), (64, 1)])
+def test_triton_reads_only_what_the_window_shows(window, tile, num_splits):
+    config = RopeDecodeConfig(tile, 4, 2, num_splits)
+    check([1, 17, 33, 130, 270], 4, 2, 64, 16, True, torch.float32, window=window, config=config)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(20, 1, 64), (2, 1, 256)])

@@ -83,6 +83,7 @@ def test_rope_store_equals_the_reference(device, heads, kv_heads, head_dim, dtyp
     qkv = randn(tokens, (1 + heads + 2 * kv_heads) * head_dim)[:, head_dim:]
     weights = [randn(head_dim).to(norm_dtype) if norm_dtype else None for _ in "qk"]
     table = rope_table(head_dim, 100, 10000.0).to(device)
+    query_scale = None if norm_dtype else torch.linspace(1, 3, 100, device=device)
     positions = torch.tensor([0, 1, 99, 5, 6, 7, 40], device=device)
     slot_mapping = torch.tensor([63, 0, 17, 2, 31, 30, 16], device=device)
     copy = qkv.clone()
@@ -91,7 +92,7 @@ def test_rope_store_equals_the_reference(device, heads, kv_heads, head_dim, dtyp
         caches = [
             torch.full((num_blocks, block_size, kv_heads, head_dim), 7.0, dtype=dtype, device=device) for _ in "kv"
         ]
-        transform = QKTransform(heads, table, *weights, 1e-6)
+        transform = QKTransform(heads, table, *weights, 1e-6, query_scale)
         results.append((run(qkv, transform, positions, slot_mapping, *caches), *caches))
     for got, want in zip(*results, strict=True):
         close(got, want)

@@ -29,7 +29,7 @@ def prefill_logits(model, ids):
     positions = torch.arange(num_tokens)
     context = Context(
         backend=select_backend("torch", torch.device("cpu"), model.config.head_dim, BLOCK, torch.float32),
-        kv_heads=pool.kv_heads,
+        kv_kinds=pool.kv_kinds,
         num_decode=0,
         rows=PagedRows(
             torch.stack([table, torch.zeros_like(table)]).int(),

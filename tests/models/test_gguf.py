@@ -174,7 +174,7 @@ def test_llama3_rope_is_read_from_its_frequency_factors(tmp_path):
     ("metadata", "named"),
     [
         ({"llama__expert_count": 8}, "mixture of experts"),
-        ({"llama__attention__sliding_window": 64}, "sliding-window"),
+        ({"llama__attention__sliding_window": 64}, "a GGUF file with sliding-window attention"),
         ({"llama__rope__dimension_count": 4}, "partial RoPE"),
         ({"split__count": 2}, "split over several files"),
         ({"llama__attention__causal": False}, "attention.causal=False"),
@@ -228,6 +228,14 @@ def test_metadata_that_changes_no_result_is_accepted(tmp_path, metadata):
     assert open_model(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), **metadata)).config == want
     factors = open_model(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), extra=[FACTORS], **metadata)).config
     assert factors.rope_scaling["rope_type"] == "frequency_factors"
+
+
+def test_architecture_that_is_only_read_from_safetensors_is_refused_by_name(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "olmo2")
+    finish(writer)
+    with pytest.raises(ValueError, match="a GGUF file of the architecture 'olmo2' is not supported"):
+        open_model(path)
 
 
 def test_unsupported_quantisation_is_refused_by_name(tmp_path):

@@ -15,8 +15,10 @@ from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.gated_delta_net import GatedDeltaNet, LinearAttentionConfig
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.qk_norm import QKNorm
 from nanovllm.layers.residual import Residual
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_table
+from nanovllm.ops.attention.paged_cache import KVKind
 from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.runner.state_pool import StatePool, StateSizes
@@ -285,19 +287,42 @@ def test_attention_without_a_context_or_a_cache_raises():
         layer(torch.zeros(1, 16), torch.zeros(1, dtype=torch.int64))
 
 
+@pytest.mark.parametrize(("size", "kv_heads"), [(1, 2), (2, 2), (4, 2)])
+def test_norm_over_all_heads_includes_those_of_other_ranks(size, kv_heads):
+    """With 4 ranks, two ranks have the same key head."""
+    heads, dim, hidden, eps = 8, 4, 6, 0.1
+    x = torch.randn(5, (heads + 2 * kv_heads) * dim) * torch.arange(1, 6)[:, None]
+    q, k, v = x.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
+    weights = torch.rand(heads * dim), torch.rand(kv_heads * dim)
+    expected = torch.cat([rms_norm(q, weights[0], eps), rms_norm(k, weights[1], eps), v], 1)
+    for tp in ranks(size):
+        proj = QKVParallelLinear(hidden, dim, heads, kv_heads, tp=tp)
+        norm = QKNorm(proj, eps, dtype=torch.float32, tp=tp)
+        targets = norm.checkpoint_tensors("self_attn.qk_norm")
+        for weight, target in zip(weights, targets.values(), strict=True):
+            target.load(weight)
+        starts = zip((0, heads * dim, (heads + kv_heads) * dim), proj.shards.values(), strict=True)
+        rows = torch.cat([torch.arange(shard.size) + start + shard.start for start, shard in starts])
+        out = norm(x[:, rows])
+    assert list(targets) == ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+    torch.testing.assert_close(out, expected[:, rows])  # of rank 0, which all other ranks have sent their part
+
+
 def test_state_pool_allocates_and_binds_the_caches_of_different_layers():
     sizes = [(1, 4, torch.float32), (2, 8, torch.bfloat16)]  # KV heads, head_dim, dtype
     model = torch.nn.ModuleList(
-        Attention(2, heads, dim, RotaryEmbedding(dim, 8, 1e4), dtype=dtype) for heads, dim, dtype in sizes
+        Attention(2, heads, dim, RotaryEmbedding(dim, 8, 1e4), dtype=dtype, window=5 * (heads - 1))
+        for heads, dim, dtype in sizes
     )
     pool = StatePool(model, 16, torch.device("cpu"))
-    assert pool.kv_heads == (1, 2) and pool.block_bytes == 2 * 16 * (1 * 4 * 4 + 2 * 8 * 2)
+    assert pool.kv_kinds == (KVKind(1), KVKind(2, window=5)) and pool.block_bytes == 2 * 16 * (1 * 4 * 4 + 2 * 8 * 2)
     divided = pool.divide(10 * pool.block_bytes - 1, 7, num_blocks=None, caches_prefixes=True)
     assert divided == StateSizes(num_blocks=9, num_seqs=7, num_snapshots=0)
     pool.allocate(divided)
     for layer, (heads, dim, dtype) in zip(model, sizes, strict=True):
         for cache in (layer.kv.k_cache, layer.kv.v_cache):
             assert cache.shape == (9, 16, heads, dim) and cache.dtype == dtype
+        assert layer.kv.window == layer.window
     assert sum(layer.kv.k_cache.nbytes + layer.kv.v_cache.nbytes for layer in model) == 9 * pool.block_bytes
     pool.free()
     assert all(layer.kv is None for layer in model)
@@ -330,7 +355,7 @@ def hybrid_pool():
 
 def test_state_pool_gives_every_recurrent_layer_its_slots_and_copies_slots_of_all_layers():
     pool, layers = hybrid_pool()
-    assert pool.kv_heads == (1,) and pool.block_bytes == 2 * 16 * 4 * 4
+    assert pool.kv_kinds == (KVKind(1),) and pool.block_bytes == 2 * 16 * 4 * 4
     assert pool.slot_bytes == (1 + 2 + 1) * 4 * 256 + (48 + 64 + 48) * 4 * 2
     pool.allocate(StateSizes(2, num_seqs=4, num_snapshots=3))
     states = [layer.state for layer in layers]

@@ -5,7 +5,10 @@ import pytest
 import torch
 from transformers import (
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3_5Config,
@@ -14,11 +17,13 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3NextConfig,
+    SmolLM3Config,
 )
 
 from nanovllm.layers.gated_delta_net import LinearAttentionConfig
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.models.registry import FAMILIES, PRESETS, ModelConfig
+from tests.models.tiny import TINY
 
 LLAMA3 = {
     "factor": 32.0,
@@ -27,6 +32,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+FULL_AND_SLIDING = ["full_attention", "sliding_attention"]
 
 
 def hf_config(**options):
@@ -54,6 +60,7 @@ def test_families_have_their_options():
     qwen2 = ModelConfig.from_hf(Qwen2Config(**small))
     llama = ModelConfig.from_hf(LlamaConfig(**small, attention_bias=True, mlp_bias=True))
     mistral = ModelConfig.from_hf(MistralConfig(**small, sliding_window=None))
+    olmo2 = ModelConfig.from_hf(Olmo2Config(**small))
     experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     qwen3_moe = ModelConfig.from_hf(Qwen3MoeConfig(**small, **experts, norm_topk_prob=True))
     qwen2_moe = ModelConfig.from_hf(Qwen2MoeConfig(**small, **experts, shared_expert_intermediate_size=40))
@@ -62,9 +69,15 @@ def test_families_have_their_options():
     assert (qwen2.qk_norm, qwen2.qkv_bias, qwen2.o_bias, qwen2.head_dim) == (False, True, False, 16)
     assert (llama.qkv_bias, llama.o_bias, llama.mlp_bias) == (True, True, True)
     assert (mistral.qkv_bias, mistral.o_bias, mistral.mlp_bias) == (False, False, False)
+    assert (olmo2.qk_norm, olmo2.whole_qk_norm, olmo2.post_norms) == (False, True, True)
     assert (qwen3_moe.qk_norm, qwen3_moe.qkv_bias, qwen3_moe.moe) == (True, False, MoEConfig(6, 2, 24, True))
     assert (qwen2_moe.qkv_bias, qwen2_moe.moe) == (True, MoEConfig(6, 2, 24, False, 40))
     assert qwen3.moe is qwen2.moe is None
+
+
+def test_every_family_has_a_tiny_model():
+    nested = {"qwen3_5", "qwen3_5_moe", "mistral3"}  # whose texts are of other families
+    assert {family for family, _ in TINY.values()} == set(FAMILIES) - nested
 
 
 @pytest.mark.parametrize(
@@ -114,9 +127,9 @@ def test_embeddings_are_tied_if_either_config_says_so(outer, inner):
         ({"linear_num_value_heads": 40}, "linear_num_value_heads=40 with linear_num_key_heads=16"),
         ({"linear_num_key_heads": 0}, "num_key_heads must be an integer from 1 .*, got 0"),
         ({"linear_conv_kernel_dim": 3}, "linear_conv_kernel_dim=3"),
-        ({"layer_types": ["linear_attention"] * 4}, "a model without full attention"),
+        ({"layer_types": ["linear_attention"] * 4}, "a model without layers of attention"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types must be 4"),
-        ({"layer_types": ["full_attention", "mamba", "linear_attention"]}, "a layer of type 'mamba' is not"),
+        ({"layer_types": ["full_attention", "mamba", "linear_attention"]}, "a layer of type 'mamba'"),
         ({"partial_rotary_factor": 0.001}, "partial_rotary_factor must leave .*, got 0.001"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor must leave .*, got 1.5"),
     ],
@@ -170,21 +183,20 @@ def test_dtype_and_end_tokens_are_read():
         ({"model_type": None}, "None"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"model_type": "mistral", "sliding_window": 1024}, "sliding_window=1024"),
-        (
-            {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
-            "type 'sliding_attention' is not",
-        ),
-        ({"model_type": "llama", "layer_types": ["linear_attention"]}, "type 'llama' with linear attention is not"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differs between layers"),
+        ({"sliding_window": 1024}, "sliding_window=1024"),
+        ({"layer_types": FULL_AND_SLIDING, "sliding_window": 7}, "sliding_window=7"),
+        ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 2}, "layer of type 'chunked_attention'"),
+        ({"model_type": "llama", "layer_types": ["linear_attention"] * 2}, "'llama' with linear attention"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_parameters": {"chunked_attention": {"rope_theta": 1e4}}}, "differs between layers"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}, "factor": 2.0}}, "differs between layers"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial RoPE"),
         ({"num_attention_heads": 5}, "num_attention_heads=5"),
         ({"dtype": "float64"}, "float64"),
     ],
 )
 def test_unsupported_feature_is_refused_by_name(options, named):
-    with pytest.raises(ValueError, match="qwen3, qwen2, llama, mistral") as error:
+    with pytest.raises(ValueError, match="qwen3, qwen2, llama, mistral, ") as error:
         ModelConfig.from_hf(hf_config(**options))
     assert named in str(error.value)
 
@@ -198,6 +210,12 @@ def test_unsupported_feature_is_refused_by_name(options, named):
         ({"hidden_size": "32"}, "hidden_size must be .*, got '32'"),
         ({"head_dim": 0}, "head_dim must be .*, got 0"),
         ({"sliding_window": "4"}, "sliding_window must be .*, got '4'"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "sliding_window must be .*, got None"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"], "sliding_window": 4}, "layer_types must be 2"),
+        ({"layer_types": 5}, "layer_types must be a list, got 5"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, r"rope_layers must be 2 times 0 or 1, got \(1,\)"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, r"rope_layers must be 2 times 0 or 1, got \(1, 2\)"),
+        ({"rope_parameters": {"sliding_attention": {"rope_theta": 0}}}, "rope_theta must be .*, got 0"),
         ({"rope_theta": 0}, "rope_theta must be .*, got 0"),
         ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta must be .*, got '1e4'"),
         ({"rope_parameters": {"rope_type": []}}, r"RoPE of type \[\] is not supported"),
@@ -221,6 +239,7 @@ def test_missing_rope_option_is_named():
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 4096),
         ({"rope_type": "yarn", "factor": 4.0}, 16384),
         ({"rope_type": "linear", "factor": 2.5}, 10240),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 4, "original_max_position_embeddings": 512}, 512),
         ({"rope_type": "llama3", **LLAMA3}, 4096),
         ({"rope_type": "default"}, 4096),
     ],
@@ -246,10 +265,70 @@ def test_end_tokens_outside_the_vocabulary_are_ignored_with_a_warning(caplog):
         ModelConfig.from_hf(hf_config(eos_token_id=2.5))
 
 
-def test_unused_sliding_window_is_accepted():
-    ModelConfig.from_hf(hf_config(model_type="qwen2", sliding_window=1024, use_sliding_window=False))
-    ModelConfig.from_hf(hf_config(model_type="mistral", sliding_window=4096))
-    ModelConfig.from_hf(hf_config(model_type="mistral", sliding_window=None))
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf_config(model_type="qwen2", sliding_window=1024, use_sliding_window=False),
+        hf_config(model_type="llama", sliding_window=4096),
+        hf_config(model_type="mistral", sliding_window=4096),
+        hf_config(model_type="mistral", sliding_window=None),
+        MistralConfig(sliding_window=4096, max_position_embeddings=4096),
+        Qwen2Config(sliding_window=1024),
+        Qwen3Config(sliding_window=1024, use_sliding_window=True, max_window_layers=32),
+        SmolLM3Config(sliding_window=1024),
+    ],
+)
+def test_a_window_that_hides_nothing_is_no_window(config):
+    config = ModelConfig.from_hf(config)
+    assert (config.layer_types, config.sliding_window, config.window(0, 1 << 20)) == (None, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "windows"),
+    [
+        (MistralConfig(sliding_window=100), {0: 100, 31: 100}),
+        (
+            MinistralConfig(sliding_window=100, layer_types=["full_attention", "sliding_attention"] * 16),
+            {0: 0, 31: 100},
+        ),
+        (Qwen2Config(sliding_window=100, use_sliding_window=True), {27: 0, 28: 100}),
+        (Olmo3Config(sliding_window=100), {0: 100, 2: 100, 3: 0, 30: 100, 31: 0}),
+    ],
+)
+def test_layers_have_the_windows_of_the_family(config, windows):
+    config = ModelConfig.from_hf(config)
+    assert {index: config.window(index, max_position=101) for index in windows} == windows
+    assert not any(config.window(index, max_position=100) for index in windows)  # it hides nothing
+
+
+def test_layers_have_the_rope_of_their_type_or_none():
+    yarn = {"rope_type": "yarn", "rope_theta": 9.0, **YARN}
+    config = ModelConfig.from_hf(Olmo3Config(rope_parameters={"full_attention": yarn, "sliding_attention": {}}))
+    assert [config.rope(i)[0] for i in range(4)] == [500000.0] * 3 + [9.0]
+    assert [config.rope(i)[1] is None for i in range(4)] == [True, True, True, False]
+    config = ModelConfig.from_hf(SmolLM3Config(rope_parameters={"rope_theta": 7.0}))
+    assert [config.rope(i) for i in range(5)] == [(7.0, None)] * 3 + [(None, None), (7.0, None)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sliding_window": 12}, "the checkpoint's sliding_window is 12, but the model's is 11"),
+        ({"layer_types": ("sliding_attention",) * 4}, "the checkpoint's layer_types is"),
+        ({"rope_layers": (1, 1, 0, 1)}, "the checkpoint's RoPE is rope_theta=None"),
+        ({"sliding_rope": (500.0, None)}, r"the checkpoint's RoPE is rope_theta=500\.0"),
+        ({"rope_scaling": {"rope_type": "yarn", **YARN}}, "the checkpoint's RoPE is .* but the model's is .*beta"),
+        ({"post_norms": True}, "the checkpoint's post_norms is True, but the model's is False"),
+    ],
+)
+def test_weights_of_a_model_that_differs_in_one_option_are_refused(change, message):
+    types = ("sliding_attention", "full_attention") * 2
+    scaling = {"rope_type": "yarn", **YARN, "llama_4_scaling_beta": 0.1}
+    options = {"num_layers": 4, "layer_types": types, "sliding_window": 11, "rope_scaling": scaling}
+    config = dataclasses.replace(PRESETS["qwen3-0.6b"], **options)
+    config.check_same_model(dataclasses.replace(config))
+    with pytest.raises(ValueError, match=message):
+        config.check_same_model(dataclasses.replace(config, **change))
 
 
 @pytest.mark.parametrize(
@@ -284,10 +363,14 @@ def test_presets_have_the_sizes_of_the_real_models(name, billions):
         ({"rope_theta": -1.0}, "rope_theta must be .*, got -1.0"),
         ({"rope_theta": 10**400}, "rope_theta must be"),
         ({"qkv_bias": "no"}, "qkv_bias must be true or false, got 'no'"),
+        ({"sliding_rope": (1e4, {"rope_type": "linear"})}, "factor must be .*, got None"),
+        ({"rope_scaling": {"rope_type": "yarn", **YARN, "llama_4_scaling_beta": -1}}, "beta must be .*, got -1"),
+        ({"rope_scaling": {"rope_type": "default", "llama_4_scaling_beta": 1.0}}, "original_.* must be .*, got None"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "x"}}, "factor must be .*, got 'x'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": [2.0]}}, r"factor must be .*, got \[2.0\]"),
         ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4}}, "high_freq_factor .* above"),
         ({"rope_scaling": {"rope_type": "yarn", **YARN, "beta_fast": "x"}}, "beta_fast must be .*, got 'x'"),
+        ({"rope_scaling": {"rope_type": "longrope", **YARN, "short_factor": [1.0] * 63}}, "short_factor must be 64 "),
         ({"rope_scaling": {"rope_type": "yarn", **YARN}, "rope_theta": 1.0}, "rope_theta must be above 1 .*, got 1.0"),
         (
             {"rope_scaling": {"rope_type": "frequency_factors", "factors": [1.0] * 63}},

@@ -123,6 +123,72 @@ TINY = {
             **_hybrid("lf", 4, 8, 16, 16),
         },
     ),
+    "mistral-window": ("mistral", {"heads": (4, 2), "sliding_window": 16}),  # as long as a block
+    "ministral": (  # windows shorter than a block
+        "ministral",
+        {"heads": (8, 4), "head_dim": 16, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "qwen2-window": (
+        "qwen2",
+        {
+            "heads": (8, 2),
+            "hidden_size": 64,
+            "use_sliding_window": True,
+            "sliding_window": 33,
+            "max_window_layers": 1,
+        },
+    ),
+    "cwm": (
+        "cwm",
+        {
+            "heads": (4, 4),
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "sliding_window": 2,
+            "rope_parameters": _LLAMA3,
+            "bos_token_id": 2,
+        },
+    ),
+    "smollm3": ("smollm3", {"heads": (8, 4), "hidden_size": 64, "tied": True, "no_rope_layer_interval": 2}),
+    "olmo2": ("olmo2", {"heads": (8, 4), "hidden_size": 64, "attention_bias": True}),
+    "olmo3": (
+        "olmo3",
+        {
+            "heads": (12, 4),
+            "hidden_size": 96,
+            "sliding_window": 20,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {**_YARN, "attention_factor": 1.2},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+    ),
+    "ministral3": (
+        "ministral3",
+        {
+            "heads": (4, 2),
+            "head_dim": 32,
+            "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.4},
+        },
+    ),
+    "phi3": ("phi3", {"heads": (8, 4), "hidden_size": 64, "sliding_window": 50}),
+    "phi3-long": (
+        "phi3",
+        {
+            "heads": (4, 2),
+            "hidden_size": 64,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+                "long_factor": [4.0] * 6,
+            },
+        },
+    ),
+    "seed_oss": ("seed_oss", {"heads": (4, 2), "head_dim": 16, "attention_bias": True, "attention_out_bias": True}),
 }
 
 

@@ -16,7 +16,7 @@ from nanovllm.attention.flash_attn_backend import (
 )
 from nanovllm.attention.torch_ref import TorchBackend
 from nanovllm.layers.rotary_embedding import rope_table
-from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
+from nanovllm.ops.attention.paged_cache import KVKind, PagedKV, PagedRows
 from nanovllm.ops.attention.reference import (
     decode_attention_torch,
     plan_decode_torch,
@@ -35,12 +35,13 @@ SCALE = 0.1
 COUNTERS = torch.zeros(64, dtype=torch.int32)
 
 
-def check_step(backend, decode, prefill, block_size=16, dtype=torch.float32, layers=2):
+def check_step(backend, decode, prefill, block_size=16, dtype=torch.float32, windows=(0, 0)):
     """Compare `backend` with the formula.
 
     Args:
         decode: context lengths of the decode rows.
         prefill: pairs (number of queries, context length) of the prefill rows.
+        windows: the window of each layer.
     """
     lens = [1] * len(decode) + [n for n, _ in prefill]
     contexts = [*decode, *(context for _, context in prefill)]
@@ -49,7 +50,7 @@ def check_step(backend, decode, prefill, block_size=16, dtype=torch.float32, lay
     q = torch.randn(sum(lens), HEADS, HEAD_DIM, generator=generator).to(dtype)
     ctx = Context(
         backend=backend,
-        kv_heads=(KV_HEADS,),
+        kv_kinds=tuple({KVKind(KV_HEADS, window) for window in windows}),
         num_decode=len(decode),
         rows=paged.rows,
         slot_mapping=torch.empty(0, dtype=torch.int64),
@@ -59,12 +60,14 @@ def check_step(backend, decode, prefill, block_size=16, dtype=torch.float32, lay
         ctx.cu_seqlens_q = torch.tensor([len(decode), *(n for n, _ in prefill)]).cumsum(0).int()
         ctx.max_seqlen_q, ctx.max_context_len = (max(column) for column in zip(*prefill, strict=True))
     backend.prepare(ctx)
-    rows = zip(q.split(lens), paged.keys, paged.values, strict=True)
-    expected = torch.cat([plain_attention(queries, k, v, SCALE) for queries, k, v in rows])
-    for _ in range(layers):
-        assert_close(backend.attend(q, paged.kv, SCALE, ctx), expected)
+    for window in windows:
+        rows = zip(q.split(lens), paged.keys, paged.values, strict=True)
+        expected = torch.cat([plain_attention(queries, k, v, SCALE, window) for queries, k, v in rows])
+        kv = PagedKV(paged.kv.k_cache, paged.kv.v_cache, window)
+        assert_close(backend.attend(q, kv, SCALE, ctx), expected)
 
 
+WINDOWS = (0, 17, 0, 5, 17)  # layers of several kinds in one model
 STEPS = [
     ([5, 40, 1, 2, 3], []),
     ([7] * 5, []),
@@ -78,7 +81,7 @@ STEPS = [
 def test_torch_backend_attends_all_kinds_of_steps(dtype):
     backend = TorchBackend()  # one backend for all steps and layers, which reuse its buffers at different sizes
     for decode, prefill in STEPS:
-        check_step(backend, decode, prefill, dtype=dtype)
+        check_step(backend, decode, prefill, dtype=dtype, windows=WINDOWS)
     with torch.inference_mode():
         check_step(backend, [300] * 4, [(20, 20)], dtype=dtype)
     check_step(backend, [5], [(4, 4)], dtype=dtype)
@@ -95,7 +98,7 @@ def test_triton_backend_gives_each_kernel_its_rows(monkeypatch):
     monkeypatch.setattr(triton_backend, "prefill_attention_triton", fake_kernel(prefill_attention_torch))
     backend = triton_backend.TritonBackend(torch.device("cuda"))
     for decode, prefill in STEPS:
-        check_step(backend, decode, prefill)
+        check_step(backend, decode, prefill, windows=WINDOWS)
 
 
 def test_triton_backend_plans_all_layers_before_the_forward(monkeypatch):
@@ -120,7 +123,7 @@ def test_triton_backend_plans_all_layers_before_the_forward(monkeypatch):
     last = torch.tensor([0, 1, 4, 7])
     ctx = Context(
         backend=backend,
-        kv_heads=(KV_HEADS,),
+        kv_kinds=(KVKind(KV_HEADS),),
         num_decode=2,
         rows=PagedRows(torch.zeros(10, 1, dtype=torch.int32), lens, lens),
         slot_mapping=torch.arange(8),
@@ -150,7 +153,8 @@ def test_triton_backend_plans_all_layers_before_the_forward(monkeypatch):
         ([5, 40], [], True, False),
     ],
 )
-def test_triton_backend_uses_one_kernel_for_a_few_decode_rows(monkeypatch, decode, prefill, shared, fused):
+@pytest.mark.parametrize("window", [0, 7])
+def test_triton_backend_uses_one_kernel_for_a_few_decode_rows(monkeypatch, decode, prefill, shared, fused, window):
     """Output and cache equal those of the reference with one kernel and with several."""
     monkeypatch.setattr(triton_backend, "HAVE_TRITON", True)
     calls = []
@@ -170,11 +174,11 @@ def test_triton_backend_uses_one_kernel_for_a_few_decode_rows(monkeypatch, decod
     ):
         monkeypatch.setattr(triton_backend, name, fake_kernel(reference, name))
     shared_plan = SimpleNamespace() if shared else None
-    monkeypatch.setattr(triton_backend, "shared_attention_triton", lambda *inputs: None)
+    monkeypatch.setattr(triton_backend, "shared_attention_triton", lambda *inputs: calls.append("shared"))
     monkeypatch.setattr(triton_backend, "plan_decode_triton", plan_decode_torch)
     lens = [1] * len(decode) + [n for n, _ in prefill]
     contexts = [*decode, *(context for _, context in prefill)]
-    paged = make_paged(contexts, KV_HEADS, HEAD_DIM, 16, torch.float32, CPU)
+    paged = make_paged(contexts, KV_HEADS, HEAD_DIM, 16, torch.float32, CPU, window=window, queries=lens)
     generator = torch.Generator().manual_seed(3)
     qkv = torch.randn(sum(lens), (HEADS + 2 * KV_HEADS) * HEAD_DIM, generator=generator)
     q_weight, k_weight = torch.randn(2, HEAD_DIM, generator=generator)
@@ -186,7 +190,7 @@ def test_triton_backend_uses_one_kernel_for_a_few_decode_rows(monkeypatch, decod
     for backend in (TorchBackend(), triton_backend.TritonBackend(torch.device("cuda"))):
         ctx = Context(
             backend=backend,
-            kv_heads=(KV_HEADS,),
+            kv_kinds=(KVKind(KV_HEADS, window),),
             num_decode=len(decode),
             rows=paged.rows,
             slot_mapping=mapping,
@@ -200,7 +204,9 @@ def test_triton_backend_uses_one_kernel_for_a_few_decode_rows(monkeypatch, decod
         results.append((out, kv.k_cache, kv.v_cache))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, equal_nan=True)
-    assert ("rope_decode_triton" in calls) == fused and len(calls) == bool(decode) + bool(prefill)
+    assert ("rope_decode_triton" in calls) == fused
+    assert ("shared" in calls) == (shared and not window)  # the window hides the prefix
+    assert len(calls) == bool(decode) + bool(prefill) + ("shared" in calls)
 
 
 def check_int32(rows, *tensors, width=None):
@@ -209,25 +215,33 @@ def check_int32(rows, *tensors, width=None):
         assert x.ndim == (1 if width is None else 2)
 
 
+def windowed(k_cache, v_cache, window_size):
+    """Return caches with FlashAttention's window: the numbers of tokens before and after a query, -1 for all."""
+    before, after = window_size
+    assert (before, after) == (-1, -1) or (before >= 0 and after == 0)
+    return PagedKV(k_cache, v_cache, before + 1)
+
+
 def fake_flash_attn_2():
     """Return a module with FlashAttention-2's two paged functions, which call the torch references."""
 
-    def with_kvcache(q, k_cache, v_cache, *, cache_seqlens, block_table, softmax_scale, causal):
+    def with_kvcache(q, k_cache, v_cache, *, cache_seqlens, block_table, softmax_scale, causal, window_size):
         assert causal and q.shape[1] == 1 and q.ndim == 4
         check_int32(len(q), cache_seqlens)
         check_int32(len(q), block_table, width=block_table.shape[1])
         rows = PagedRows(block_table, torch.arange(len(q)), cache_seqlens)
-        out = decode_attention_torch(q[:, 0], PagedKV(k_cache, v_cache), rows, softmax_scale)
+        out = decode_attention_torch(q[:, 0], windowed(k_cache, v_cache, window_size), rows, softmax_scale)
         return out[:, None]
 
-    def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, block_table):
-        assert causal and q.ndim == 3 and cu_seqlens_q[0] == cu_seqlens_k[0] == 0
+    def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, **options):
+        assert options.pop("causal") and q.ndim == 3 and cu_seqlens_q[0] == cu_seqlens_k[0] == 0
         check_int32(len(block_table) + 1, cu_seqlens_q, cu_seqlens_k)
         check_int32(len(block_table), block_table, width=block_table.shape[1])
         context_lens = cu_seqlens_k.diff()
         assert (max_seqlen_q, max_seqlen_k) == (int(cu_seqlens_q.diff().max()), int(context_lens.max()))
         rows = PagedRows(block_table, torch.arange(len(context_lens)), context_lens)
-        return prefill_attention_torch(q, PagedKV(k, v), rows, cu_seqlens_q, softmax_scale)
+        kv = windowed(k, v, options.pop("window_size"))
+        return prefill_attention_torch(q, kv, rows, cu_seqlens_q, options.pop("softmax_scale"))
 
     module = ModuleType(FLASH2)
     module.flash_attn_with_kvcache, module.flash_attn_varlen_func = with_kvcache, varlen
@@ -242,10 +256,10 @@ def fake_flash_attn_3(calls):
     """
 
     def with_kvcache(
-        q, k_cache, v_cache, *, cache_seqlens, page_table, cu_seqlens_q, max_seqlen_q, softmax_scale, causal, num_splits
+        q, k_cache, v_cache, *, cache_seqlens, page_table, cu_seqlens_q, max_seqlen_q, num_splits, **options
     ):
         num_rows = len(page_table)
-        assert causal and q.ndim == 3 and cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(q)
+        assert options.pop("causal") and q.ndim == 3 and cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(q)
         check_int32(num_rows, cache_seqlens)
         check_int32(num_rows + 1, cu_seqlens_q)
         check_int32(num_rows, page_table, width=page_table.shape[1])
@@ -253,7 +267,8 @@ def fake_flash_attn_3(calls):
         assert type(num_splits) is int and num_splits >= 1
         calls.append(max_seqlen_q)
         rows = PagedRows(page_table, torch.arange(num_rows), cache_seqlens)
-        return prefill_attention_torch(q, PagedKV(k_cache, v_cache), rows, cu_seqlens_q, softmax_scale)
+        kv = windowed(k_cache, v_cache, options.pop("window_size"))
+        return prefill_attention_torch(q, kv, rows, cu_seqlens_q, options.pop("softmax_scale"))
 
     module = ModuleType(FLASH3)
     module.flash_attn_with_kvcache = with_kvcache
@@ -277,7 +292,7 @@ def test_flash_attn_2_receives_its_arguments():
     backend = FlashAttn2Backend(fake_flash_attn_2())
     assert backend.capturable and not backend.capturable_prefill
     for decode, prefill in STEPS:
-        check_step(backend, decode, prefill, block_size=256)
+        check_step(backend, decode, prefill, block_size=256, windows=WINDOWS)
 
 
 @pytest.mark.parametrize(("whole_tiles", "block_size"), [(False, 16), (True, 128)])
@@ -286,11 +301,11 @@ def test_flash_attn_3_receives_its_arguments(whole_tiles, block_size):
         calls = []
         backend = FlashAttn3Backend(fake_flash_attn_3(calls), whole_tiles)
         assert backend.capturable and backend.capturable_prefill
-        check_step(backend, decode, prefill, block_size=block_size)
+        check_step(backend, decode, prefill, block_size=block_size, windows=WINDOWS)
         longest = [1] * bool(decode) + [max((n for n, _ in prefill), default=0)] * bool(prefill)
         if whole_tiles:  # more queries than fit in a tile of 192
             longest = [max(n, 192 // (HEADS // KV_HEADS) + 1) for n in longest]
-        assert calls == 2 * longest
+        assert calls == len(WINDOWS) * longest
 
 
 def test_memory_of_flash_attn_3_splits_is_bounded():

@@ -113,7 +113,7 @@ def test_step_has_a_counter_for_each_row_and_kv_head(tmp_path, monkeypatch):
     monkeypatch.setattr(TorchBackend, "prepare", recorded)
     with LLM(save_tiny(tmp_path, "qwen3"), device="cpu", max_num_seqs=900, max_model_len=64) as llm:
         llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
-    (num_kv_heads,) = contexts[0].kv_heads
+    num_kv_heads = max(kind.kv_heads for kind in contexts[0].kv_kinds)
     assert num_kv_heads > 1 and len(contexts[0].counters) >= 901 * num_kv_heads > MAX_TILES
     assert all(context.counters is contexts[0].counters for context in contexts) and not contexts[0].counters.any()
 
@@ -235,12 +235,14 @@ def test_failed_capture_raises_its_error_and_is_ended_and_freed(error, end_error
 
 
 def test_few_layers_has_every_kind_of_layer_and_the_last_one():
-    sizes = {"num_layers": 5, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 32, "eos_token_ids": ()}
+    sizes = {"num_layers": 6, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 32, "eos_token_ids": ()}
+    full, sliding = "full_attention", "sliding_attention"  # whose kernels differ
+    sizes |= {"layer_types": (full, full, full, sliding, sliding, sliding), "sliding_window": 9}
     decoder = Decoder(replace(PRESETS["qwen3-0.6b"], **sizes))
     decoder.layers[2].mlp = nn.Identity()
     layers = decoder.layers
     with decoder.few_layers():
-        assert set(decoder.layers) == {layers[0], layers[2], layers[4]}
+        assert set(decoder.layers) == {layers[0], layers[2], layers[3], layers[5]}
     assert decoder.layers is layers
 
 

@@ -57,6 +57,7 @@ def _decode_kernel(
     KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
     PREFIX: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -71,6 +72,8 @@ def _decode_kernel(
     context_len = tl.load(context_lens_ptr + seq)
     start_tile = 0
     prefix_splits = 0
+    if WINDOW:
+        start_tile = tl.maximum(context_len - WINDOW, 0) // TILE
     if PREFIX:
         start_tile = tl.load(prefix_ptr + 2 * seq) // TILE
         prefix_splits = tl.load(prefix_ptr + 2 * seq + 1)
@@ -100,6 +103,8 @@ def _decode_kernel(
         next_blocks = tile_blocks(table_ptr, tile + 1, last_block, BLOCK_SIZE, TILE)
         # Masked V must be zero, a weight of zero is not enough: memory past the context may hold NaN.
         seen = tile * TILE + tokens < context_len
+        if WINDOW:
+            seen &= tile * TILE + tokens >= context_len - WINDOW
         kv_mask = seen[:, None] & (dims < HEAD_DIM)[None, :]
         k, v = load_tile(k_ptr, v_ptr, blocks, tile, in_block, kv_mask, BLOCK_SIZE, TILE, TOKEN_STRIDE)
         softmax = attend_tile(softmax, q, k, v, seen, scale_log2e)
@@ -143,11 +148,11 @@ def decode_attention_triton(
 
     Args:
         q, kv, rows, scale: as in `decode_attention_torch`.
-        plan: made for `rows` and the KV heads of `kv`.
+        plan: made for `rows` and the KV heads of `kv`. If `kv` has a window, the plan is for contexts of at most that.
         out: [B, H, Dh] contiguous, receives the result; a new tensor if None.
         counters: at least B * K int32 zeros, zero again afterwards; new ones if None. Launches that may overlap need
             separate counters.
-        prefix: from `shared_attention_triton` for the same plan.
+        prefix: from `shared_attention_triton` for the same plan; None if `kv` has a window.
 
     Raises:
         ValueError: the tile is too small or not a power of two, or q does not fit the caches.
@@ -178,6 +183,7 @@ def decode_attention_triton(
         lse.shape[2],
         GROUP_PAD=max(MIN_DOT, triton.next_power_of_2(heads // kv.kv_heads)),
         TILE=config.tile,
+        WINDOW=kv.window,
         PREFIX=prefix is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -11,9 +11,12 @@ from nanovllm.ops.triton_utils import tl, triton
 
 
 @triton.jit
-def init_softmax(ROWS: tl.constexpr, HEAD_PAD: tl.constexpr):
-    """Return the state before the first token: largest score (base 2), sum of weights, weighted sum of values."""
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
+def init_softmax(ROWS: tl.constexpr, HEAD_PAD: tl.constexpr, LOWEST: tl.constexpr = float("-inf")):
+    """Return the state before the first token: largest score (base 2), sum of weights, weighted sum of values.
+
+    A finite LOWEST, below all scores, allows queries that see no token of the first tiles.
+    """
+    largest = tl.full([ROWS], LOWEST, tl.float32)
     return largest, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, HEAD_PAD], tl.float32)
 
 

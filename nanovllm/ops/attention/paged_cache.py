@@ -7,7 +7,7 @@ tiles, or a tile spans whole blocks.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,26 +18,41 @@ LOG2E = 1.4426950408889634
 MIN_DOT = 16  # smallest side of a tensor-core tile
 
 
+class KVKind(NamedTuple):
+    """The properties of a cache that a step's plans depend on. Layers whose caches are of one kind share plans.
+
+    Attributes:
+        kv_heads: number of KV heads.
+        window: as in `PagedKV`.
+    """
+
+    kv_heads: int
+    window: int = 0
+
+
 class PagedKV:
     """A layer's keys and values in blocks.
 
     Args:
         k_cache, v_cache: [num_blocks, block_size, K, Dh], contiguous and of one shape.
+        window: how many tokens a query sees, itself and those right before it; 0 if it sees its whole context.
 
     Attributes:
         block_size, kv_heads, head_dim: sizes of the caches; block_size is a power of two.
+        kind: what plans depend on.
 
     Raises:
         ValueError: the caches differ in shape or are not contiguous, or block_size is not a power of two.
     """
 
-    def __init__(self, k_cache: torch.Tensor, v_cache: torch.Tensor):
+    def __init__(self, k_cache: torch.Tensor, v_cache: torch.Tensor, window: int = 0):
         if k_cache.shape != v_cache.shape or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
             raise ValueError(
                 f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must be contiguous and of one shape"
             )
-        self.k_cache, self.v_cache = k_cache, v_cache
+        self.k_cache, self.v_cache, self.window = k_cache, v_cache, window
         _, self.block_size, self.kv_heads, self.head_dim = k_cache.shape
+        self.kind = KVKind(self.kv_heads, window)
         check_power_of_2("block_size", self.block_size, 1)
 
     def check_queries(self, q: torch.Tensor) -> None:

@@ -92,7 +92,7 @@ def load_box(
 
 @triton.jit
 def attend_tiles(
-    softmax, q_tile, cache, first_tile, last_tile, MASKED, HEAD_DIM, TOKEN_STRIDE, BLOCK_SIZE, BLOCK_N, TMA
+    softmax, q_tile, cache, first_tile, last_tile, MASKED, WINDOW, HEAD_DIM, TOKEN_STRIDE, BLOCK_SIZE, BLOCK_N, TMA
 ):
     """Add the K and V tiles [first_tile, last_tile) to the softmax state.
 
@@ -100,7 +100,7 @@ def attend_tiles(
         q_tile: queries, their positions, and the factor of their scores (base 2).
         cache: K and V (descriptors from `cache_descriptor` if TMA, else pointers), the sequence's block table and
             length, the KV head.
-        MASKED: hide later positions and tokens past the context.
+        MASKED: hide later positions, tokens past the context and, if WINDOW is not 0, tokens before the window.
     """
     running_max, running_sum, acc = softmax
     q, q_positions, scale_log2e = q_tile
@@ -134,10 +134,12 @@ def attend_tiles(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             seen = q_positions[:, None] >= positions[None, :]
+            if WINDOW:
+                seen &= q_positions[:, None] - positions[None, :] < WINDOW
             if TMA:
                 seen &= (positions >= start)[None, :]
             scores = tl.where(seen, scores, float("-inf"))
-        # The very first tile holds position 0, which every query sees: the maximum is finite from then on.
+        # Finite: every query sees position 0, which is in the very first tile. With a window, it starts finite.
         new_max = tl.maximum(running_max, tl.max(scores, 1) * scale_log2e)
         decay = tl.exp2(running_max - new_max)
         p = tl.exp2(scores * scale_log2e - new_max[:, None])
@@ -171,6 +173,7 @@ def _prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
     TMA: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
@@ -202,15 +205,39 @@ def _prefill_kernel(
     q_positions = context_len - q_len + queries
     table_ptr = tables_ptr + tl.load(slots_ptr + seq).to(tl.int64) * table_stride
     full_tiles = (first_position + 1) // BLOCK_N  # all queries of the tile see these tiles completely
-    num_tiles = tl.cdiv(tl.minimum(first_position + BLOCK_Q, context_len), BLOCK_N)
+    end = tl.minimum(first_position + BLOCK_Q, context_len)
+    num_tiles = tl.cdiv(end, BLOCK_N)
+    full_start = 0
+    if WINDOW:
+        q_positions = tl.minimum(q_positions, end - 1)  # rows past the end must see a token as well
     q_tile = (q, q_positions, scale_log2e)
     cache = (k_cache, v_cache, table_ptr, context_len, kv_head)
-    softmax = init_softmax(BLOCK_M, HEAD_PAD)
+    if WINDOW:
+        # The window hides the tiles before `start_tile` from all queries, and tokens of the next ones from some.
+        start_tile = tl.maximum(first_position + 1 - WINDOW, 0) // BLOCK_N
+        full_start = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), BLOCK_N), num_tiles)
+        full_tiles = tl.maximum(full_tiles, full_start)
+        softmax = attend_tiles(
+            init_softmax(BLOCK_M, HEAD_PAD, -1e38),
+            q_tile,
+            cache,
+            start_tile,
+            full_start,
+            True,
+            WINDOW,
+            HEAD_DIM,
+            TOKEN_STRIDE,
+            BLOCK_SIZE,
+            BLOCK_N,
+            TMA,
+        )
+    else:
+        softmax = init_softmax(BLOCK_M, HEAD_PAD)
     softmax = attend_tiles(
-        softmax, q_tile, cache, 0, full_tiles, False, HEAD_DIM, TOKEN_STRIDE, BLOCK_SIZE, BLOCK_N, TMA
+        softmax, q_tile, cache, full_start, full_tiles, False, 0, HEAD_DIM, TOKEN_STRIDE, BLOCK_SIZE, BLOCK_N, TMA
     )
     _, running_sum, acc = attend_tiles(
-        softmax, q_tile, cache, full_tiles, num_tiles, True, HEAD_DIM, TOKEN_STRIDE, BLOCK_SIZE, BLOCK_N, TMA
+        softmax, q_tile, cache, full_tiles, num_tiles, True, WINDOW, HEAD_DIM, TOKEN_STRIDE, BLOCK_SIZE, BLOCK_N, TMA
     )
     out = (acc / running_sum[:, None]).to(out_ptr.dtype.element_ty)
     out_rows = (tokens * (KV_HEADS * GROUP) + heads) * HEAD_DIM
@@ -287,6 +314,7 @@ def prefill_attention_triton(
         rows.block_tables.stride(0),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        WINDOW=kv.window,
         TMA=tma,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

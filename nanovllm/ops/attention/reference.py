@@ -49,8 +49,8 @@ class DecodeGatherPlan(NamedTuple):
     """Locations of the KV of decode sequences: the part of `attend_gathered` that all layers share.
 
     Attributes:
-        indices: [B, K, L], the sequences' `cache_indices`.
-        mask: [B, 1, 1, L], 0 where a position belongs to the context, else -inf; None if all contexts have length L.
+        indices: [B, K, L], the `cache_indices` of the tokens that the sequences see.
+        mask: [B, 1, 1, L], 0 where there is such a token, else -inf; None if all sequences see L tokens.
     """
 
     indices: torch.Tensor
@@ -58,17 +58,18 @@ class DecodeGatherPlan(NamedTuple):
 
 
 def plan_decode_gather(rows: PagedRows, kv: PagedKV, dtype: torch.dtype) -> DecodeGatherPlan:
-    """Return the plan for `rows` and caches of the sizes of `kv`. Synchronises with the device.
+    """Return the plan for `rows` and caches of the sizes and window of `kv`. Synchronises with the device.
 
     Args:
         dtype: of the queries, and so of the mask.
     """
     slots = rows.slots.to(torch.int64)[:, None]  # [B, 1]
-    lens = rows.context_lens.to(torch.int64)[:, None]  # [B, 1]
-    positions = torch.arange(int(lens.max()), device=slots.device)[None]  # [1, L]
-    seen = positions < lens
+    contexts = rows.context_lens.to(torch.int64)[:, None]  # [B, 1]
+    lens = contexts.clamp(max=kv.window) if kv.window else contexts
+    offsets = torch.arange(int(lens.max()), device=slots.device)[None]  # [1, L]
+    seen = offsets < lens
     # Repeat the last token past the context: the cache may hold NaN there, which a weight of 0 does not hide.
-    positions = torch.minimum(positions, lens - 1)  # [B, L]
+    positions = contexts - lens + torch.minimum(offsets, lens - 1)  # [B, L]
     indices = cache_indices(kv, rows.block_tables, slots, positions)
     if bool(seen.all()):
         return DecodeGatherPlan(indices, None)
@@ -94,7 +95,7 @@ def decode_attention_torch(q: torch.Tensor, kv: PagedKV, rows: PagedRows, scale:
 
     Args:
         q: [B, H, Dh], heads contiguous; H is a multiple of K.
-        kv: the layer's caches.
+        kv: the layer's caches. With a window, only the newest tokens of a sequence are seen.
         rows: the B sequences.
         scale: factor of the scores, positive.
 
@@ -161,9 +162,9 @@ class PrefillGatherPlan(NamedTuple):
 
     Attributes:
         start, end: the sequence's tokens in the packed queries.
-        indices: [K, L], the sequence's `cache_indices`.
-        mask: [end - start, L], 0 where a query sees a position, else -inf; None if nothing is cached before the
-            queries, because plain causal attention applies then.
+        indices: [K, L], the `cache_indices` of the tokens that the queries see.
+        mask: [end - start, L], 0 where a query sees a position, else -inf; None if plain causal attention applies,
+            because nothing is cached before the queries and no window hides any of them.
     """
 
     start: int
@@ -175,7 +176,7 @@ class PrefillGatherPlan(NamedTuple):
 def plan_prefill_gather(
     rows: PagedRows, cu_seqlens_q: torch.Tensor, kv: PagedKV, dtype: torch.dtype
 ) -> list[PrefillGatherPlan]:
-    """Return the plans of those `rows` that have queries, for caches of the sizes of `kv`. Synchronises.
+    """Return the plans of those `rows` that have queries, for caches like `kv`. Synchronises.
 
     Args:
         cu_seqlens_q: as in `prefill_attention_torch`.
@@ -187,11 +188,16 @@ def plan_prefill_gather(
     for slot, length, (start, end) in zip(slots, lens, pairwise(bounds), strict=True):
         if start == end:
             continue
-        positions = torch.arange(length, device=device)
+        num_queries = end - start
+        first = max(0, length - num_queries + 1 - kv.window) if kv.window else 0
+        positions = torch.arange(first, length, device=device)
         indices = cache_indices(kv, rows.block_tables, slot, positions)
         mask = None
-        if length > end - start:
-            hidden = positions > positions[start - end :, None]
+        if len(positions) > num_queries or 0 < kv.window < num_queries:
+            queries = positions[-num_queries:, None]
+            hidden = positions > queries
+            if kv.window:
+                hidden |= positions <= queries - kv.window
             mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
         plans.append(PrefillGatherPlan(start, end, indices, mask))
     return plans
@@ -219,7 +225,7 @@ def prefill_attention_torch(
     """Return causal attention of each sequence's newest tokens over its paged KV, which includes theirs.
 
     Works sequence by sequence and synchronises with the device. Query i of n is at position context_len - n + i and
-    sees all positions up to its own.
+    sees all positions up to its own, or as many as the window of `kv` shows.
 
     Args:
         q: [T, H, Dh], the sequences' tokens packed one after the other, heads contiguous.

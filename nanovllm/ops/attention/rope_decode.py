@@ -73,6 +73,7 @@ def _rope_decode_kernel(
     q_weight_ptr,
     k_weight_ptr,
     cos_sin_ptr,
+    query_scale_ptr,
     k_cache_ptr,
     v_cache_ptr,
     tables_ptr,
@@ -94,6 +95,7 @@ def _rope_decode_kernel(
     KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
     NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -101,14 +103,19 @@ def _rope_decode_kernel(
     seq = tl.program_id(1)
     split = tl.program_id(2)
     position = tl.load(context_lens_ptr + seq) - 1  # of the new token; tiles hold the tokens before it
-    num_tiles = tl.cdiv(position, TILE)
+    start_tile = 0
+    if WINDOW:
+        start_tile = tl.maximum(position + 1 - WINDOW, 0) // TILE
+    # A window of 1 hides all tokens before the new one.
+    end_tile = start_tile if WINDOW == 1 else tl.cdiv(position, TILE)
+    num_tiles = end_tile - start_tile
     split_tiles = tl.maximum(tl.cdiv(num_tiles, tl.maximum(num_splits - 1, 1)), 1)
     num_used = tl.minimum(tl.cdiv(num_tiles, split_tiles) + 1, num_splits)
     if split >= num_used:
         return  # no need to wait for inputs: another program of the sequence does
     launch_dependents(PDL)
-    first_tile = split * split_tiles
-    last_tile = tl.minimum(first_tile + split_tiles, num_tiles)
+    first_tile = start_tile + split * split_tiles
+    last_tile = tl.minimum(first_tile + split_tiles, end_tile)
 
     TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -120,6 +127,8 @@ def _rope_decode_kernel(
     last_block = position // BLOCK_SIZE
     blocks = tile_blocks(table_ptr, first_tile, last_block, BLOCK_SIZE, TILE)
     seen = first_tile * TILE + tokens < position
+    if WINDOW:
+        seen &= first_tile * TILE + tokens > position - WINDOW
     kv_mask = seen[:, None] & is_dim
     first_k, first_v = load_tile(
         k_cache_ptr, v_cache_ptr, blocks, first_tile, in_block, kv_mask, BLOCK_SIZE, TILE, TOKEN_STRIDE
@@ -152,6 +161,9 @@ def _rope_decode_kernel(
     partner = tl.load(q_ptrs + partners, mask=mask, other=0.0)
     new_v = tl.load(q_ptrs + TOKEN_STRIDE + columns, mask=is_key, other=0.0)
     q = _rotated(x, partner, weight, partner_weight, cos, sin, eps, HEAD_DIM, NORM)
+    if query_scale_ptr is not None:
+        query_scale = tl.load(query_scale_ptr + position).to(q.dtype).to(tl.float32)
+        q = tl.where(is_head, (q.to(tl.float32) * query_scale).to(q.dtype), q)
 
     softmax = init_softmax(GROUP_PAD, HEAD_PAD)
     if split == num_used - 1:
@@ -160,11 +172,13 @@ def _rope_decode_kernel(
         tl.store(v_cache_ptr + new_offsets, new_v, mask=is_key)
         # The same matrix serves as a tile of keys, all but the new one masked.
         softmax = attend_tile(softmax, q, q, new_v, heads == GROUP, scale_log2e)
-    if first_tile < num_tiles:
+    if first_tile < end_tile:
         softmax = attend_tile(softmax, q, first_k, first_v, seen, scale_log2e)
     for tile in tl.range(first_tile + 1, last_tile):
         next_blocks = tile_blocks(table_ptr, tile + 1, last_block, BLOCK_SIZE, TILE)
         seen = tile * TILE + tokens < position
+        if WINDOW:
+            seen &= tile * TILE + tokens > position - WINDOW
         kv_mask = seen[:, None] & is_dim
         k, v = load_tile(k_cache_ptr, v_cache_ptr, blocks, tile, in_block, kv_mask, BLOCK_SIZE, TILE, TOKEN_STRIDE)
         softmax = attend_tile(softmax, q, k, v, seen, scale_log2e)
@@ -209,6 +223,7 @@ def rope_decode_triton(
         transform.q_weight,
         transform.k_weight,
         transform.cos_sin,
+        transform.query_scale,
         kv.k_cache,
         kv.v_cache,
         rows.block_tables,
@@ -225,6 +240,7 @@ def rope_decode_triton(
         config.num_splits,
         GROUP_PAD=max(MIN_DOT, triton.next_power_of_2(heads // kv_heads + 1)),
         TILE=config.tile,
+        WINDOW=kv.window,
         NORM=transform.q_weight is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

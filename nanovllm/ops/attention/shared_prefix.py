@@ -3,7 +3,7 @@
 Sequences whose block tables start with the same blocks form a group (Hydragen, arXiv:2402.05099; cascade inference in
 FlashInfer). All queries of a group and KV head are one tile, as in prefill, so the shared K and V are read once per
 group and full matrix tiles do the arithmetic. `decode_attention_triton` merges the partial results with those over each
-sequence's own tokens.
+sequence's own tokens. Layers with a window do not use shared prefixes: the window hides them from most queries.
 """
 
 from typing import Any, NamedTuple
@@ -147,7 +147,7 @@ def _shared_kernel(
     cache = (k_ptr, v_ptr, table_ptr, prefix_len, kv_head)
     softmax = init_softmax(BLOCK_M, HEAD_PAD)
     running_max, running_sum, acc = attend_tiles(
-        softmax, q_tile, cache, first_tile, last_tile, False, HEAD_DIM, TOKEN_STRIDE, BLOCK_SIZE, BLOCK_N, False
+        softmax, q_tile, cache, first_tile, last_tile, False, 0, HEAD_DIM, TOKEN_STRIDE, BLOCK_SIZE, BLOCK_N, False
     )
     indices = (seqs * (KV_HEADS * GROUP) + heads) * split_stride + split
     tl.store(partial_ptr + indices[:, None] * HEAD_DIM + dims[None, :], acc / running_sum[:, None], mask=mask)
@@ -160,7 +160,7 @@ def shared_attention_triton(
     """Attend to shared prefixes (`shared_attention_torch`); `decode_attention_triton` continues from the result.
 
     Args:
-        q, kv, rows, scale: as in `decode_attention_torch`.
+        q, kv, rows, scale: as in `decode_attention_torch`; `kv` has no window.
         plan: from `plan_shared_prefixes`, on the device.
         num_splits: the most splits of a sequence's own tokens: `num_splits` of the DecodePlan.
     """

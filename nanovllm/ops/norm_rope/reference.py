@@ -38,4 +38,7 @@ def qk_norm_rope_store_torch(
 
     k_cache.view(-1, kv_heads, head_dim).index_copy_(0, slot_mapping, rotate(k))
     v_cache.view(-1, kv_heads, head_dim).index_copy_(0, slot_mapping, v)
-    return rotate(q)
+    q = rotate(q)
+    if transform.query_scale is None:
+        return q
+    return q * transform.query_scale[positions].to(q.dtype)[:, None, None]

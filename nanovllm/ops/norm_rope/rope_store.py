@@ -13,6 +13,7 @@ def _rope_store_kernel(
     q_weight_ptr,
     k_weight_ptr,
     cos_sin_ptr,
+    query_scale_ptr,
     positions_ptr,
     slot_mapping_ptr,
     q_ptr,
@@ -62,6 +63,10 @@ def _rope_store_kernel(
     q_out = q_ptr + token * HEADS * HEAD_DIM + heads * HEAD_DIM + dims
     k_out = k_cache_ptr + cache_slot * KV_HEADS * HEAD_DIM + (heads - HEADS) * HEAD_DIM + dims
     q_mask = mask & (heads < HEADS)
+    if query_scale_ptr is not None:
+        scale = tl.load(query_scale_ptr + position).to(dtype).to(tl.float32)
+        first = tl.where(heads < HEADS, (first.to(tl.float32) * scale).to(dtype), first)
+        second = tl.where(heads < HEADS, (second.to(tl.float32) * scale).to(dtype), second)
     k_mask = mask & (heads >= HEADS)
     tl.store(q_out, first, mask=q_mask)
     tl.store(q_out + HEAD_DIM // 2, second, mask=q_mask)
@@ -91,6 +96,7 @@ def qk_norm_rope_store_triton(
             transform.q_weight,
             transform.k_weight,
             transform.cos_sin,
+            transform.query_scale,
             positions,
             slot_mapping,
             q,
@@ -119,7 +125,7 @@ def qk_norm_rope_store(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
 ) -> torch.Tensor:
-    """Norm and rotate the query and key heads, and store K and V.
+    """Apply `transform` to the query and key heads, and store K and V.
 
     Args:
         qkv: [T, (H + 2 K) Dh], the values of a token contiguous.
