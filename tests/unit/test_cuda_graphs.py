@@ -150,7 +150,7 @@ def test_steps_run_on_the_gpu_of_the_engine_instead_of_the_thread(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", device)
     runner = object.__new__(ModelRunner)
-    runner.device, runner.state, runner.graphs, runner.num_blocks = torch.device("cuda", 1), MagicMock(), None, 1
+    runner.device, runner.state, runner.graphs, runner.sizes = torch.device("cuda", 1), MagicMock(), None, MagicMock()
     runner.config = runner.forward = MagicMock()
     runner.forward.run.side_effect = lambda *_: seen.append(current[-1]) or MagicMock()
     for name in ("_send", "_move_weights", "_allocate", "_capture", "_synchronize"):
