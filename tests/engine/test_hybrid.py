@@ -29,7 +29,7 @@ def test_new_sequences_ignore_what_their_slots_hold(model):
         want = tokens(llm, prompts, greedy(8))
         with torch.inference_mode():
             for tensor in pool_of(llm).slot_tensors:
-                tensor.fill_(float("nan"))
+                tensor[:, :8].fill_(float("nan"))  # not the snapshots
         assert tokens(llm, prompts, greedy(8)) == want
 
 
@@ -48,11 +48,56 @@ def test_slot_of_an_aborted_request_serves_the_next_one(model):
         assert_nothing_held(llm)
 
 
-def test_prefixes_are_not_cached(model):
-    prompt = prompts_of([50])[0]
+def test_cached_prefixes_continue_from_snapshots_as_if_computed(model):
+    """Blocks have 16 tokens, and snapshots of a sequence are at least 4 blocks apart."""
+    shared, tails = prompts_of([130])[0], prompts_of([20, 30, 7, 90])
+    prompts = [shared + tail for tail in tails]
+    with engine(model, enable_prefix_caching=False, max_model_len=512) as llm:
+        want = [tokens(llm, [prompt], greedy(70))[0] for prompt in prompts]
+    with engine(model, max_model_len=512) as llm:
+        cold, diverging, cached, long = (llm.generate([prompt], greedy(70), use_tqdm=False)[0] for prompt in prompts)
+        equal = llm.generate([prompts[0]], greedy(70), use_tqdm=False)[0]
+        turn = prompts[0] + want[0]
+        (second_turn,) = llm.generate([turn + tails[2]], greedy(70), use_tqdm=False)
+        assert llm.metrics().num_snapshots > 0
+        assert_nothing_held(llm)
+    assert [out.token_ids for out in (cold, diverging, cached, long)] == want and equal.token_ids == want[0]
+    # The second prompt takes a snapshot where it leaves the first one's blocks.
+    assert [out.num_cached_tokens for out in (cold, diverging, cached, long, equal)] == [0, 0, 128, 128, 144]
+    assert second_turn.num_cached_tokens >= 144 + 64
+    with engine(model, enable_prefix_caching=False, max_model_len=512) as llm:
+        assert tokens(llm, [turn + tails[2]], greedy(70)) == [second_turn.token_ids]
+
+
+def test_requests_given_at_once_start_from_the_first_ones_snapshot(model):
+    shared = prompts_of([160])[0]
+    prompts = [[*shared, i] for i in range(5)]
+    with engine(model, enable_prefix_caching=False, max_model_len=256) as llm:
+        want = tokens(llm, prompts, greedy(8))
+    with engine(model, max_model_len=256) as llm:
+        outs = llm.generate(prompts, greedy(8), use_tqdm=False)
+    assert [out.token_ids for out in outs] == want
+    assert [out.num_cached_tokens for out in outs] == [0, 160, 160, 160, 160]
+
+
+def test_preempted_sequences_resume_from_snapshots(model):
+    prompts = prompts_of([40, 41, 42, 43])
+    with engine(model, max_model_len=256) as llm:
+        want = tokens(llm, prompts, greedy(150))
+    with engine(model, num_kvcache_blocks=30, max_model_len=256) as llm:
+        assert tokens(llm, prompts, greedy(150)) == want
+        assert llm.metrics().num_preemptions > 0
+
+
+def test_weight_updates_and_resets_forget_snapshots(model):
+    prompt = prompts_of([100])[0]
     with engine(model) as llm:
-        outs = [llm.generate([prompt], greedy(9), use_tqdm=False)[0] for _ in range(2)]
-    assert [out.num_cached_tokens for out in outs] == [0, 0] and outs[0].token_ids == outs[1].token_ids
+        for forget in (lambda: None, llm.reset_prefix_cache, lambda: llm.update_weights(model)):
+            forget()
+            (out,) = llm.generate([prompt], greedy(2), use_tqdm=False)
+            assert out.num_cached_tokens == 0
+            (out,) = llm.generate([prompt], greedy(2), use_tqdm=False)
+            assert out.num_cached_tokens == 96
 
 
 def test_samples_of_a_request_do_not_depend_on_the_schedule(model):

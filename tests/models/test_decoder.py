@@ -10,7 +10,7 @@ from nanovllm.checkpoints.loader import load_weights
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.paged_cache import PagedRows
 from nanovllm.ops.gdn.rows import GdnRows
-from nanovllm.runner.state_pool import StatePool
+from nanovllm.runner.state_pool import StatePool, StateSizes
 from nanovllm.utils.context import Context, set_context
 from tests.models.tiny import TINY, save_tiny, tiny_model
 
@@ -23,7 +23,7 @@ def prefill_logits(model, ids):
     num_tokens = len(ids)
     num_blocks = ceil_div(num_tokens, BLOCK)
     pool = StatePool(model, BLOCK, torch.device("cpu"))
-    pool.allocate(2 * num_blocks + 1, num_seqs=1)
+    pool.allocate(StateSizes(2 * num_blocks + 1, num_seqs=1))
     slots, cu_seqlens = torch.tensor([0], dtype=torch.int32), torch.tensor([0, num_tokens], dtype=torch.int32)
     table = torch.arange(2 * num_blocks, 0, -2)
     positions = torch.arange(num_tokens)

@@ -21,7 +21,7 @@ from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_table
 from nanovllm.ops.attention.paged_cache import KVKind
 from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
-from nanovllm.runner.state_pool import StatePool
+from nanovllm.runner.state_pool import StatePool, StateSizes
 from nanovllm.utils.context import get_context
 from nanovllm.weights.formats import Plain
 from nanovllm.weights.parameter import make_parameter
@@ -316,8 +316,9 @@ def test_state_pool_allocates_and_binds_the_caches_of_different_layers():
     )
     pool = StatePool(model, 16, torch.device("cpu"))
     assert pool.kv_kinds == (KVKind(1), KVKind(2, window=5)) and pool.block_bytes == 2 * 16 * (1 * 4 * 4 + 2 * 8 * 2)
-    assert pool.divide(10 * pool.block_bytes - 1, max_num_seqs=7) == (7, 9)
-    pool.allocate(9, num_seqs=7)
+    divided = pool.divide(10 * pool.block_bytes - 1, 7, num_blocks=None, caches_prefixes=True)
+    assert divided == StateSizes(num_blocks=9, num_seqs=7, num_snapshots=0)
+    pool.allocate(divided)
     for layer, (heads, dim, dtype) in zip(model, sizes, strict=True):
         for cache in (layer.kv.k_cache, layer.kv.v_cache):
             assert cache.shape == (9, 16, heads, dim) and cache.dtype == dtype
@@ -344,19 +345,19 @@ def test_zero_centred_norm_loads_the_weight_plus_one_and_rounds_like_transformer
         assert torch.equal(norm(x[:, dims]), reference(x)[:, dims])
 
 
-def hybrid_pool(num_snapshots=0):
+def hybrid_pool():
     """Return the pool of three recurrent layers of two sizes and one attention layer, and the layers."""
     small, large = (LinearAttentionConfig(1, heads, 16, 16) for heads in (1, 2))
     recurrent = [GatedDeltaNet(config, 8, 1e-6, dtype=torch.bfloat16) for config in (small, large, small)]
     model = torch.nn.ModuleList([*recurrent, Attention(2, 1, 4, RotaryEmbedding(4, 8, 1e4))])
-    return StatePool(model, 16, torch.device("cpu"), num_snapshots), recurrent
+    return StatePool(model, 16, torch.device("cpu")), recurrent
 
 
 def test_state_pool_gives_every_recurrent_layer_its_slots_and_copies_slots_of_all_layers():
-    pool, layers = hybrid_pool(num_snapshots=3)
+    pool, layers = hybrid_pool()
     assert pool.kv_kinds == (KVKind(1),) and pool.block_bytes == 2 * 16 * 4 * 4
     assert pool.slot_bytes == (1 + 2 + 1) * 4 * 256 + (48 + 64 + 48) * 4 * 2
-    pool.allocate(2, num_seqs=4)
+    pool.allocate(StateSizes(2, num_seqs=4, num_snapshots=3))
     states = [layer.state for layer in layers]
     for state, (heads, channels) in zip(states, [(1, 48), (2, 64), (1, 48)], strict=True):
         assert state.recurrent.shape == (4 + 1 + 3, heads, 16, 16) and state.recurrent.dtype == torch.float32
@@ -374,21 +375,24 @@ def test_state_pool_gives_every_recurrent_layer_its_slots_and_copies_slots_of_al
 
 
 @pytest.mark.parametrize(
-    ("slots", "snapshots", "want"),
+    ("slots", "want", "want_snapshots"),
     [
-        (1000, 0, 7),  # 7 running and one scratch slot are a small part
-        (16, 0, 7),  # exactly half of the budget
-        (15.9, 0, 6),
-        (16, 3, 4),
-        (1, 0, 1),  # one sequence must run
+        (1000, 7, 28),  # 7 running and one scratch slot are a small part; four snapshots for each of the 7
+        (16, 7, 1),  # exactly half of the budget; a fifth of the rest
+        (15.9, 6, 1),
+        (8, 3, 0),
+        (1, 1, 0),  # one sequence must run
     ],
 )
-def test_slots_take_at_most_half_of_the_budget(slots, snapshots, want):
-    pool, _ = hybrid_pool(snapshots)
+def test_slots_take_at_most_half_of_the_budget_and_snapshots_a_fifth_of_the_rest(slots, want, want_snapshots):
+    pool, _ = hybrid_pool()
     budget = int(slots * pool.slot_bytes)
-    num_seqs, num_blocks = pool.divide(budget, max_num_seqs=7)
-    assert num_seqs == want
-    assert num_blocks == max(0, budget - (want + 1 + snapshots) * pool.slot_bytes) // pool.block_bytes
+    for caches_prefixes in (False, True):
+        num_snapshots = want_snapshots if caches_prefixes else 0
+        rest = max(0, budget - (want + 1 + num_snapshots) * pool.slot_bytes)
+        sizes = StateSizes(rest // pool.block_bytes, want, num_snapshots)
+        assert pool.divide(budget, 7, num_blocks=None, caches_prefixes=caches_prefixes) == sizes
+        assert pool.divide(budget, 7, num_blocks=5, caches_prefixes=caches_prefixes) == sizes._replace(num_blocks=5)
 
 
 def test_recurrent_layer_without_state_raises():
