@@ -1,6 +1,7 @@
 """The least time that the hardware needs for the steps that ran: bytes to move and operations to do."""
 
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -157,17 +158,36 @@ class BlockTables:
         return total
 
 
+def attended_tokens(before: np.ndarray, new: np.ndarray, window: int) -> int:
+    """Return how many tokens the queries of rows see in a layer, all together.
+
+    Args:
+        before, new: the tokens of each row before this step, and those of this step, which are the queries.
+        window: how many tokens a query sees at most.
+    """
+
+    def seen_up_to(length: np.ndarray) -> np.ndarray:
+        short = np.minimum(length, window)
+        return short * (short + 1) // 2 + (length - short) * window
+
+    return int((seen_up_to(before + new) - seen_up_to(before)).sum())
+
+
 def count_costs(
     batches: Sequence[Batch], config: ModelConfig, itemsize: int, block_size: int, state_itemsize: int = 4
 ) -> Costs:
     """Count what the steps of a run move and compute at least. No sequence may run when the run starts.
 
     A step reads the body's weights once, the LM head if it samples, and an embedding for each token; of experts, it
-    reads those that its tokens choose. It reads the keys and values of its sequences' contexts, shared blocks once, and
+    reads those that its tokens choose. It reads the keys and values that its sequences see, shared blocks once, and
     writes those of its tokens. It reads the recurrent state of each sequence, unless the sequence starts, and writes
     it. In the last layer, only the last token of each sequence needs more than its keys and values, or its state.
     """
-    num_attending = config.num_layers - sum(map(config.is_recurrent, range(config.num_layers)))
+    windows = {
+        layer: config.window(layer, config.max_position) or config.max_position
+        for layer in range(config.num_layers)
+        if not config.is_recurrent(layer)
+    }
     state_bytes, state_flops = count_state(config, itemsize, state_itemsize)
     last, active = config.num_layers - 1, 0 if config.moe is None else config.moe.experts_per_token
     without_experts = body_parameters(config, 0)
@@ -176,7 +196,7 @@ def count_costs(
     multiplied_by_all = without_experts + active * one_expert
     head = config.vocab_size * config.hidden_size
     queries = config.num_heads * config.head_dim
-    kv_bytes = 2 * config.num_kv_heads * config.head_dim * num_attending * itemsize  # of one token
+    kv_bytes = 2 * config.num_kv_heads * config.head_dim * itemsize  # of one token in one layer
     skippable = skippable_attention_parameters(config, last) + mlp_parameters(config, last, active)
     tables = BlockTables(batches, block_size)
     step_bytes, step_flops = [], []
@@ -185,13 +205,17 @@ def count_costs(
         slots, before, new = np.array([(row.slot, row.start, row.num_tokens) for row in batch.rows]).T
         num_tokens = int(new.sum())
         num_sampled = sum(row.samples for row in batch.rows)
-        attended = int((new * before + new * (new + 1) // 2).sum()) * num_attending
-        if not config.is_recurrent(last):
-            attended += int((before + new).sum()) - attended // num_attending
+        distinct, attended, kv_tokens = tables.distinct_tokens(slots, before + new), 0, 0
+        for window, num_layers in Counter(windows.values()).items():
+            attended += num_layers * attended_tokens(before, new, window)
+            seen = int(np.minimum(before + new, new - 1 + window).sum())
+            kv_tokens += num_layers * (min(distinct, seen) + num_tokens)
+        if last in windows:
+            attended += int(np.minimum(before + new, windows[last]).sum())
+            attended -= attended_tokens(before, new, windows[last])
         experts, last_experts = distinct_experts(config, num_tokens), distinct_experts(config, len(batch.rows))
         weights = without_experts + experts * one_expert - (experts - last_experts) * one_last_expert
         weights += (head if num_sampled else 0) + num_tokens * config.hidden_size
-        kv_tokens = tables.distinct_tokens(slots, before + new) + num_tokens
         num_states = len(before) + int((before > 0).sum())  # written and read
         step_bytes.append(weights * itemsize + kv_bytes * kv_tokens + state_bytes * num_states)
         multiplied = multiplied_by_all * num_tokens - skippable * (num_tokens - len(batch.rows)) + head * num_sampled

@@ -162,6 +162,18 @@ def _norm(config: ModelConfig, dtype: torch.dtype | None) -> RMSNorm:
     return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, zero_centred=config.zero_centred_norms)
 
 
+def _rotary_embeddings(config: ModelConfig, max_position: int) -> list[RotaryEmbedding]:
+    """Return the tables of RoPE of each layer. Layers with the same RoPE share them."""
+    ropes = [config.rope(index) for index in range(config.num_layers)]
+    first = [ropes.index(rope) for rope in ropes]  # the first layer with the same RoPE
+    tables = {
+        index: RotaryEmbedding(config.head_dim, max_position, theta, scaling, config.rotary_dim)
+        for index, (theta, scaling) in enumerate(ropes)
+        if index in first
+    }
+    return [tables[index] for index in first]
+
+
 class Decoder(nn.Module):
     """A decoder-only transformer of any family in registry.py, with uninitialised weights on the default device.
 
@@ -186,17 +198,11 @@ class Decoder(nn.Module):
         self.config = config
         tp = tp or TensorParallel.default()
         self.tp = tp
-        max_position = max_position or config.max_position
-        ropes = {repr(rope): rope for rope in map(config.rope, range(config.num_layers))}
-        rotary = {
-            name: RotaryEmbedding(config.head_dim, max_position, *rope, config.rotary_dim)
-            for name, rope in ropes.items()
-        }
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
         make_layer = PostNormLayer if config.post_norms else DecoderLayer
         self.layers = nn.ModuleList(
-            make_layer(config, index, rotary[repr(config.rope(index))], dtype, state_dtype, tp)
-            for index in range(config.num_layers)
+            make_layer(config, index, rotary, dtype, state_dtype, tp)
+            for index, rotary in enumerate(_rotary_embeddings(config, max_position or config.max_position))
         )
         self.norm = _norm(config, dtype)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)

@@ -160,6 +160,17 @@ def test_costs_of_recurrent_layers_are_their_state_and_no_context():
     assert (costs.bytes - small.bytes).tolist() == [1024, 4096, 2048]
 
 
+def test_layers_with_a_window_read_and_attend_to_what_it_shows():
+    """The first of the two layers sees 3 tokens."""
+    options = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 3}
+    costs = count_costs(batches(), replace(CONFIG, **options), itemsize=2, block_size=4)
+    full = count_costs(batches(), CONFIG, itemsize=2, block_size=4)
+    # Of 16 bytes: the contexts of 7 and 7 tokens shrink to 3, and to the 5 that 3 queries see; they share a block of 4.
+    assert (full.bytes - costs.bytes).tolist() == [0, 16 * (10 - 8), 16 * (8 - 3)]
+    # Contexts of the queries: 1 to 6; 7 and 5 to 7; 8.
+    assert (full.flops - costs.flops).tolist() == [32 * (1 + 2 + 3), 32 * (4 + 2 + 3 + 4), 32 * 5]
+
+
 def test_limit_of_a_step_is_the_longer_of_memory_and_arithmetic():
     costs = count_costs(batches(), CONFIG, itemsize=2, block_size=4)
     assert costs.limit(1000, 3000) == pytest.approx(10208 / 3000 + 3056 / 1000 + 2688 / 1000)
