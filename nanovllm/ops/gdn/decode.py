@@ -4,8 +4,8 @@ Each program owns a slice of a value head of a row. It convolves the channels th
 part of the state once, and writes it once. The bytes of the state are the limit. So the program loads the state before
 it waits for the projections (programmatic dependent launch): no other kernel of the step writes it.
 
-With few rows a slice is a whole head, so that the program can norm and gate the output as well. With many rows, slices
-of one warp each read the state faster: their sums over the key dimension cross no warp.
+With few rows a slice is a whole head, so that the program can norm and gate the output as well. With many rows, smaller
+slices read the state faster, because more programs run at once.
 
 Several programs convolve the same q and k. They need no order: the convolution's state is a ring, and the new input
 overwrites none of the inputs that the step reads.
@@ -40,7 +40,7 @@ def default_decode_config(num_rows: int, heads: int, v_dim: int) -> GdnDecodeCon
     """Return the settings for `num_rows` rows with value heads of `v_dim` dimensions."""
     if num_rows * heads <= MAX_WHOLE_HEADS or v_dim < 64:
         return GdnDecodeConfig()
-    return GdnDecodeConfig(slices=v_dim // 32, num_warps=1)
+    return GdnDecodeConfig(slices=2, num_warps=2)
 
 
 @triton.jit
@@ -124,7 +124,8 @@ def _gdn_decode_kernel(
     values = first_value + tl.arange(0, SLICE)
     state_ptrs = recurrent_ptr + (slot * V_HEADS + head) * (K_DIM * V_DIM) + keys[:, None] * V_DIM + values[None, :]
     has_past = tl.full([K_DIM, SLICE], position, tl.int32) > 0
-    state = tl.load(state_ptrs, mask=has_past, other=0.0).to(tl.float32)
+    # The state is read once in a step and written once, so that it need not stay in a cache.
+    state = tl.load(state_ptrs, mask=has_past, other=0.0, cache_modifier=".cg").to(tl.float32)
     q_channels = k_head * K_DIM + keys
     k_channels = KEYS + q_channels
     v_channels = 2 * KEYS + head * V_DIM + values
@@ -152,7 +153,7 @@ def _gdn_decode_kernel(
     written = beta * (v - decay * tl.sum(state * k[:, None], 0))
     attended = decay * tl.sum(state * q[:, None], 0) + tl.sum(q * k, 0) * written
     state = state * decay + k[:, None] * written[None, :]
-    tl.store(state_ptrs, state.to(recurrent_ptr.dtype.element_ty))
+    tl.store(state_ptrs, state.to(recurrent_ptr.dtype.element_ty), cache_modifier=".cs")
     out = attended.to(out_ptr.dtype.element_ty)[None, :]
     if NORM:
         z = tl.load(z_ptr + token * z_stride + head * V_DIM + values)[None, :]
