@@ -29,7 +29,7 @@ from nanovllm.models.registry import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -360,7 +360,7 @@ def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def _corrected_state(tokenizer: "PreTrainedTokenizerBase", file: _GgufFile) -> dict[str, Any] | None:
+def _corrected_state(tokenizer: "PreTrainedTokenizerFast", file: _GgufFile) -> dict[str, Any] | None:
     """Return the state of a tokenizer with the file's control and user-defined tokens; None if it has them already.
 
     transformers leaves out those whose text is not in the byte alphabet, such as `<｜User｜>` of DeepSeek, and adds
