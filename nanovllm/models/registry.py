@@ -177,9 +177,10 @@ class ModelConfig:
                 continue
             if not math.isclose(mine, theirs, rel_tol=1e-5):
                 raise ValueError(f"the checkpoint's {field.name} is {theirs}, but the model's is {mine}")
-        frequencies, factor = rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
-        their_frequencies, their_factor = rope_frequencies(other.head_dim, other.rope_theta, other.rope_scaling)
-        is_same = torch.allclose(frequencies, their_frequencies, rtol=1e-4, atol=0)
+        with torch.device("cpu"):  # not the caller's default device, which may be "meta"
+            frequencies, factor = rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
+            their_frequencies, their_factor = rope_frequencies(other.head_dim, other.rope_theta, other.rope_scaling)
+            is_same = torch.allclose(frequencies, their_frequencies, rtol=1e-4, atol=0)
         if not is_same or not math.isclose(factor, their_factor, rel_tol=1e-4):
             theirs, mine = (f"rope_theta={c.rope_theta} scaled by {shown(c.rope_scaling)}" for c in (other, self))
             raise ValueError(f"the checkpoint's RoPE is {theirs}, but the model's is {mine}")
