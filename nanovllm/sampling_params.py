@@ -73,15 +73,16 @@ class StructuredOutputsParams:
 
     Args:
         json: a JSON schema, as a dict or as text. In a `pattern`, `\\d` and `\\w` match ASCII only and `\\s` matches
-            Unicode, as in JavaScript. Keywords and formats that llguidance does not know are refused;
-            `uniqueItems: false`, formats of numbers, `password` and `binary` mean nothing and are ignored. An integer
-            has at most 64 bits.
+            Unicode, as in JavaScript. Keywords of JSON Schema that llguidance does not follow, and formats that it does
+            not know, are refused. Other words mean nothing in JSON Schema and are ignored, also misspelled keywords; so
+            are `uniqueItems: false`, formats of numbers, `password` and `binary`. An integer has at most 64 bits.
         regex: a regular expression in Rust's notation that the whole output matches. `\\d`, `\\w` and `\\s` match ASCII
             only; `\\p{...}` matches Unicode classes.
         choice: the output is one of these texts.
         grammar: a context-free grammar in Lark's notation, or in GGML's (GBNF). In its regular expressions `\\d`,
             `\\w` and `\\s` match Unicode, as in Python. Its texts never match a special token; in Lark's notation
-            `<|name|>` without quotes does.
+            `<|name|>` without quotes does. A terminal takes as many characters as it can, as in Lark. A GBNF rule that
+            refers to no rules but terminals is one, too: nothing matches `word "a"` with `word ::= [a-z]+`.
         json_object: True is any JSON object; False is the same as None.
         disable_any_whitespace: white space in JSON. None is a space behind commas and colons and no other; True is
             none at all; False lets the model write any, which a small model may do for ever.
@@ -139,7 +140,7 @@ class StructuredOutputsParams:
 
     def _check_text(self, name: str) -> None:
         value = getattr(self, name)
-        if value is None or value is True:
+        if value is None or (name == "json_object" and value is True):
             return
         text = "".join(value) if name == "choice" else value
         if not isinstance(text, str):

@@ -1,5 +1,6 @@
 """Read GGUF files: config, weights and tokenizer, as in the transformers checkpoint they were converted from."""
 
+import json
 import logging
 import math
 import struct
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 import torch
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from nanovllm.arithmetic import ceil_div, is_power_of_2
 from nanovllm.checkpoints.files import regular_file
@@ -31,7 +32,7 @@ from nanovllm.models.registry import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ _MOE_FAMILIES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
+# Types of tokens that a text may have whole: control tokens are special, user-defined ones are not.
+_CONTROL, _USER_DEFINED = 3, 4
 # Metadata that names tokens which end a text. Like llama.cpp, the engine also stops at tokens with _END_TEXTS.
 _END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 _END_TEXTS = {
@@ -377,6 +380,9 @@ def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
         options.setdefault("add_bos_token", True)
     # `from_pretrained` would also read the tokenizer files in the folder.
     tokenizer = PreTrainedTokenizerFast(name_or_path=str(path.parent), gguf_file=path.name, **options)
+    if state := _corrected_state(tokenizer, file):
+        backend = Tokenizer.from_str(json.dumps(state))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokenizer.init_kwargs)
     backend = tokenizer.backend_tokenizer
     if whole_words:
         backend.model.ignore_merges = True
@@ -390,6 +396,34 @@ def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
         backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
         backend.pre_tokenizer = None
     return tokenizer
+
+
+def _corrected_state(tokenizer: "PreTrainedTokenizerFast", file: _GgufFile) -> dict[str, Any] | None:
+    """Return the state of a tokenizer with the file's control and user-defined tokens; None if it has them already.
+
+    transformers leaves out those whose text is not in the byte alphabet, such as `<｜User｜>` of DeepSeek, and adds
+    tokens that the model does not have: one for the text of such a BOS, and GPT-2's `<|endoftext|>`.
+    """
+    texts = file.get("tokenizer.ggml.tokens")
+    specials = [file.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")]
+    is_special = {i: True for i in specials if i in range(len(texts))}
+    for i, kind in enumerate(file.get("tokenizer.ggml.token_type", [])):
+        if kind in (_CONTROL, _USER_DEFINED):
+            is_special[i] = kind == _CONTROL
+    found = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+    right = {i for i, text in found.items() if texts[i : i + 1] == [text]}
+    if is_special.keys() <= right == found.keys():
+        return None
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    spelled = {i: text for text, i in state["model"]["vocab"].items()} | {i: texts[i] for i in is_special}
+    state["model"]["vocab"] = {spelled.get(i, text): i for i, text in enumerate(texts)}
+    plain_match = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = {token["id"]: token for token in state["added_tokens"] if token["id"] in right}
+    for i in is_special.keys() - added.keys():
+        added[i] = {"id": i, "content": texts[i], "special": is_special[i], **plain_match}
+    state["added_tokens"] = [added[i] for i in sorted(added)]
+    state["post_processor"] = None  # it has the wrong id of BOS; PreTrainedTokenizerFast makes it again
+    return state
 
 
 def _check_split(path: Path, split: Any) -> None:

@@ -98,6 +98,10 @@ def _read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     options = {"local_files_only": True, **options}
+    if (path / "tokenizer.json").is_file():
+        # Not AutoTokenizer: the classes that it chooses, such as GPT2Tokenizer for SmolLM2, take the vocabulary from
+        # this file, but split the text in their own way.
+        return PreTrainedTokenizerFast.from_pretrained(path, **options)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):  # transformers prefers mistral-common's if installed
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **options)

@@ -75,6 +75,9 @@ class ChatTemplate:
             adapted["tool_calls"] = [
                 self._adapt_call(call, f"{name}['tool_calls'][{i}]") for i, call in enumerate(calls)
             ]
+        else:
+            # Clients send null or an empty list, too, but templates ask whether the message has the key.
+            adapted.pop("tool_calls", None)
         content = message.get("content")
         if content is None and calls:
             content = ""
@@ -97,13 +100,13 @@ class ChatTemplate:
         if not isinstance(function, Mapping):
             raise TypeError(f"{name}['function'] must be a dict, got {type(function).__name__}")
         arguments = function.get("arguments")
+        if arguments is None or arguments == "":  # so clients write a call without arguments
+            arguments = {}
         if isinstance(arguments, str) and not self._calls["text"]:
             arguments = _parse_arguments(arguments, name)
         elif isinstance(arguments, Mapping) and self._calls["text"] and not self._calls["object"]:
             arguments = json.dumps(arguments, ensure_ascii=False)
-        adapted = dict(function)
-        if "arguments" in function:
-            adapted["arguments"] = arguments
+        adapted = {**function, "arguments": arguments}
         return {**call, "function": adapted} if "function" in call else adapted
 
 
@@ -134,7 +137,7 @@ def _text_of(part: Any, name: str) -> str:
 
 def _parse_arguments(text: str, name: str) -> dict:
     try:
-        arguments = json.loads(text or "{}")
+        arguments = json.loads(text)
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):

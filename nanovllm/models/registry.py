@@ -333,9 +333,10 @@ class ModelConfig:
                 raise ValueError(f"the checkpoint's {name} is {shown(theirs)}, but the model's is {shown(mine)}")
         for index in range(self.num_layers):
             (theta, scaling), (their_theta, their_scaling) = self.rope(index), other.rope(index)
-            frequencies, factor = rope_frequencies(self.rotary_dim, theta, scaling)
-            their_frequencies, their_factor = rope_frequencies(other.rotary_dim, their_theta, their_scaling)
-            is_same = torch.allclose(frequencies, their_frequencies, rtol=1e-4, atol=0)
+            with torch.device("cpu"):  # not the caller's default device, which may be "meta"
+                frequencies, factor = rope_frequencies(self.rotary_dim, theta, scaling)
+                their_frequencies, their_factor = rope_frequencies(other.rotary_dim, their_theta, their_scaling)
+                is_same = torch.allclose(frequencies, their_frequencies, rtol=1e-4, atol=0)
             beta, their_beta = ((s or {}).get("llama_4_scaling_beta") for s in (scaling, their_scaling))
             if not is_same or not math.isclose(factor, their_factor, rel_tol=1e-4) or beta != their_beta:
                 mine, theirs = f"{theta} scaled by {shown(scaling)}", f"{their_theta} scaled by {shown(their_scaling)}"

@@ -139,10 +139,9 @@ def _grammar_text(
 ) -> str:
     """Return a structured output in llguidance's notation."""
     from llguidance import LLMatcher, regex_to_lark
-    from llguidance.gbnf_to_lark import any_to_lark
 
     if grammar is not None:
-        return _with_text_tokens(any_to_lark(grammar), text_tokens) + _UNFORCED
+        return _with_text_tokens(_lark(grammar), text_tokens) + _UNFORCED
     if regex is not None:
         return _unforced(LLMatcher.grammar_from_regex(regex_to_lark(regex, "dws")))
     if choice is not None:
@@ -231,6 +230,49 @@ def _unforced(text: str) -> str:
 def _literal(text: str) -> str:
     """Return a regular expression that only `text` matches."""
     return "".join(c if c.isascii() and c.isalnum() else rf"\x{{{ord(c):x}}}" for c in text)
+
+
+# A Lark grammar starts a line with one of these. `?` and `!` before a rule are Lark's, `::=` is GBNF's.
+_LARK_START = re.compile(r"^[ \t]*(?:%llguidance\b|[?!]?start\b[^:\n]*:(?!:=))", re.MULTILINE)
+# The text, class, comment or dot at some place of a GBNF grammar.
+_GBNF_PARTS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*|\.')
+_GBNF_CHARACTER = r"(?:\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|\\.|[^\\])"
+_GBNF_RANGE = re.compile(rf"({_GBNF_CHARACTER})(?:-({_GBNF_CHARACTER}))?", re.DOTALL)
+
+
+def _lark(grammar: str) -> str:
+    """Return a grammar of either notation in Lark's."""
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    return grammar if _LARK_START.search(grammar) else gbnf_to_lark(_GBNF_PARTS.sub(_plain_part, grammar))
+
+
+def _plain_part(part: re.Match) -> str:
+    """Return a part of a GBNF grammar with its characters spelled so that llguidance converts them correctly.
+
+    It cuts zeros from `\u00e9`, lets a dot match no newline, and makes a regular expression of a class, in which `&&`,
+    `--` and `~~` are operators.
+    """
+    text = part[0]
+    if text == ".":
+        return "[\\x00-\U0010ffff]"
+    if text.startswith("#"):
+        return text
+    if text.startswith('"'):
+        return '"' + re.sub(_GBNF_CHARACTER, lambda character: _plain_character(character[0]), text[1:-1]) + '"'
+    start = "[^" if text.startswith("[^") else "["
+    ranges = _GBNF_RANGE.finditer(text, len(start), len(text) - 1)
+    return start + "".join("-".join(_plain_character(end) for end in each.groups() if end) for each in ranges) + "]"
+
+
+def _plain_character(text: str) -> str:
+    """Return a character of a GBNF text or class as itself if it is a letter, a digit or not ASCII, else as `\x2d`."""
+    if text.startswith("\\"):
+        kind, code = text[1], text[2:]
+        if not code and kind not in 'nrt"\\[]':
+            return text  # the conversion refuses it
+        text = chr(int(code, 16)) if code else {"n": "\n", "r": "\r", "t": "\t"}.get(kind, kind)
+    return text if text.isalnum() or not text.isascii() else f"\\x{ord(text):02x}"
 
 
 _LARK_PARTS = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|<[^<>\s]+>')

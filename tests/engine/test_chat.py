@@ -319,6 +319,22 @@ def test_content_may_be_missing_beside_tool_calls():
         assert prompt(AS_JSON, messages) == 'Hello{"name": "add", "arguments": {}}'
 
 
+@pytest.mark.parametrize("template", [AS_TEXT, AS_JSON, AS_EITHER])
+@pytest.mark.parametrize("function", [{}, {"arguments": None}, {"arguments": ""}, {"arguments": {}}])
+def test_call_without_arguments_has_an_empty_object(template, function):
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "add", **function}}
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert prompt(template, messages) == 'Hello{"name": "add", "arguments": {}}'
+
+
+@pytest.mark.parametrize("calls", [None, []])
+def test_answer_with_null_or_no_tool_calls_is_one_without_the_key(calls):
+    """Like an OpenAI client's `message.model_dump()`. Templates such as Llama 3.1's ask for the key alone."""
+    calls_of_m = "{% if 'tool_calls' in m %}{{ m.tool_calls | length }} calls{% endif %}"
+    template = "{% for m in messages %}{{ m.content }}" + calls_of_m + "{% endfor %}"
+    assert prompt(template, [USER, {"role": "assistant", "content": "Hi", "tool_calls": calls}]) == "HelloHi"
+
+
 def test_the_default_model_s_template_takes_parts():
     inputs = InputProcessor(Config(), open_model(None), max_model_len=1000, num_kv_tokens=1000)
     assert inputs.chat_prompts([{"role": "user", "content": parts("Hello")}]) == inputs.chat_prompts([USER])

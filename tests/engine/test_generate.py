@@ -158,6 +158,7 @@ def test_default_device_of_the_caller_does_not_change_the_outputs(model):
             runner = llm.llm_engine.executor.runner
             staging = [*runner.token_ring, *runner.state.staging.buffers]
             assert all(buffer.device.type == "cpu" for buffer in staging)  # only there it can be pinned
+            llm.update_weights(model)
             out = llm.generate(prompts_of([5, 40]), greedy(20, logprobs=1, prompt_logprobs=1), use_tqdm=False)
             return [(o.token_ids, o.logprobs, o.prompt_logprobs) for o in out]
 

@@ -443,6 +443,42 @@ def test_pre_tokenizer_of_the_file_splits_digits(tmp_path, split, tokens, caplog
     assert ("does not name its pre-tokenizer" in caplog.text) == (split == "default")
 
 
+def test_control_tokens_outside_the_byte_alphabet_are_whole_and_keep_their_ids(tmp_path):
+    """DeepSeek's have such characters, and transformers would cut them, or give them ids that the model lacks."""
+    controls = ["<｜begin｜>", "<｜User｜>", "<｜end｜>"]
+    words = [*ALPHABET, "ĠĠ", "hello", *controls, "  ", "<｜call｜>"]
+    begin = words.index(controls[0])
+    metadata = {
+        "tokenizer__ggml__pre": "deepseek-r1-qwen",
+        "tokenizer__ggml__tokens": words,
+        "tokenizer__ggml__token_type": [1] * begin + [3, 3, 3, 4, 4],
+        "tokenizer__ggml__merges": ["Ġ Ġ"],
+        "tokenizer__ggml__bos_token_id": begin,
+        "tokenizer__ggml__eos_token_id": begin + 2,
+        "tokenizer__ggml__add_bos_token": True,
+    }
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", vocab_size=len(words)), **{**TOKENIZER, **metadata})
+    tokenizer = open_model(path).tokenizer()
+    assert tokenizer.get_vocab() == {word: i for i, word in enumerate(words)}
+    assert tokenizer.encode("<｜User｜>h  <｜call｜>") == [begin, begin + 1, words.index("h"), begin + 3, begin + 4]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (begin, begin + 2)
+    assert tokenizer.decode([begin, begin + 1, begin + 4], skip_special_tokens=True) == "<｜call｜>"
+    assert tokenizer.chat_template == "{{ messages[0].content }}"
+
+
+def test_gguf_tokenizer_has_no_tokens_beyond_the_vocabulary(tmp_path):
+    words = [*ALPHABET, "he", "<|begin|>", "<|im_end|>"]
+    metadata = {
+        "tokenizer__ggml__tokens": words,
+        "tokenizer__ggml__token_type": [1] * (len(words) - 2) + [3, 3],
+        "tokenizer__ggml__merges": ["h e"],
+        "tokenizer__ggml__bos_token_id": len(words) - 2,
+    }
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", vocab_size=len(words)), **{**TOKENIZER, **metadata})
+    tokenizer = open_model(path).tokenizer()
+    assert max(tokenizer.encode("a<|endoftext|>")) < len(words)  # GPT-2's, which is plain text to this model
+
+
 def test_pre_tokenizers_that_transformers_knows_are_accepted():
     mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
     for split in mapping.GGUF_PRE_TOKENIZER_SPLITS:

@@ -186,6 +186,22 @@ def test_end_token_of_the_tokenizer_is_used_if_the_configs_have_none(tmp_path):
     assert source.config.eos_token_ids == (2,)
 
 
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_tokenizer_json_decides_how_text_is_split_whatever_class_is_named(tmp_path, kind):
+    """GPT2Tokenizer, which SmolLM2 names, would make two pieces of the newlines."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate([*alphabet, "ĊĊ", "</s>"])}, [("Ċ", "Ċ")]))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    folder = save_tiny(tmp_path, "llama")
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "eos_token": "</s>"}))
+    tokenizer = open_model(folder).tokenizer()
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("a\n\n1")) == ["a", "ĊĊ", "1"]
+
+
 def test_code_in_a_folder_does_not_run(tmp_path):
     folder = save_tiny(tmp_path, "qwen3")
     config = json.loads((folder / "config.json").read_text())
@@ -377,7 +393,7 @@ def test_file_or_folder_that_is_not_a_model_is_named(tmp_path):
         ("generation_config.json", '{"eos_token_id": "a"}'),
         ("model.safetensors", ""),
         ("model.safetensors.index.json", '{"a": 1}'),
-        ("model.safetensors.index.json", json.dumps({"weight_map": {"a": "x" * 300}})),
+        ("model.safetensors.index.json", json.dumps({"weight_map": {"a": "x" * 300, "b": "model.safetensors"}})),
         ("model.safetensors.index.json", "[" * 100000),
         ("model.safetensors", None),  # a folder
         ("model.safetensors.index.json", None),
