@@ -75,7 +75,9 @@ class StructuredOutputsParams:
         json: a JSON schema, as a dict or as text. In a `pattern`, `\\d` and `\\w` match ASCII only and `\\s` matches
             Unicode, as in JavaScript. Keywords of JSON Schema that llguidance does not follow, and formats that it does
             not know, are refused. Other words mean nothing in JSON Schema and are ignored, also misspelled keywords; so
-            are `uniqueItems: false`, formats of numbers, `password` and `binary`. An integer has at most 64 bits.
+            are `uniqueItems: false`, formats of numbers, `password` and `binary`. An integer has at most 64 bits. Where
+            an object may have properties without a name in the schema, a named one spelled with an escape, as `\\u0061`
+            for `a`, counts as one of these.
         regex: a regular expression in Rust's notation that the whole output matches. `\\d`, `\\w` and `\\s` match ASCII
             only; `\\p{...}` matches Unicode classes.
         choice: the output is one of these texts.

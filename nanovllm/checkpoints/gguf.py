@@ -399,15 +399,15 @@ def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
 
 
 def _corrected_state(tokenizer: "PreTrainedTokenizerFast", file: _GgufFile) -> dict[str, Any] | None:
-    """Return the state of a tokenizer with the file's control and user-defined tokens; None if it has them already.
+    """Return a tokenizer's state with all control and user-defined tokens of the file. Return None if it has them.
 
-    transformers leaves out those whose text is not in the byte alphabet, such as `<｜User｜>` of DeepSeek, and adds
+    transformers leaves out tokens whose text is not in the byte alphabet, such as `<｜User｜>` of DeepSeek. It adds
     tokens that the model does not have: one for the text of such a BOS, and GPT-2's `<|endoftext|>`.
     """
     texts = file.get("tokenizer.ggml.tokens")
     specials = [file.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")]
     is_special = {i: True for i in specials if i in range(len(texts))}
-    for i, kind in enumerate(file.get("tokenizer.ggml.token_type", [])):
+    for i, kind in enumerate(file.get("tokenizer.ggml.token_type", [])[: len(texts)]):
         if kind in (_CONTROL, _USER_DEFINED):
             is_special[i] = kind == _CONTROL
     found = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}

@@ -76,7 +76,7 @@ class ChatTemplate:
                 self._adapt_call(call, f"{name}['tool_calls'][{i}]") for i, call in enumerate(calls)
             ]
         else:
-            # Clients send null or an empty list, too, but templates ask whether the message has the key.
+            # Clients send null or an empty list. Templates, however, ask whether the message has the key.
             adapted.pop("tool_calls", None)
         content = message.get("content")
         if content is None and calls:
@@ -100,7 +100,7 @@ class ChatTemplate:
         if not isinstance(function, Mapping):
             raise TypeError(f"{name}['function'] must be a dict, got {type(function).__name__}")
         arguments = function.get("arguments")
-        if arguments is None or arguments == "":  # so clients write a call without arguments
+        if arguments is None or arguments == "":  # clients write both for a call without arguments
             arguments = {}
         if isinstance(arguments, str) and not self._calls["text"]:
             arguments = _parse_arguments(arguments, name)
