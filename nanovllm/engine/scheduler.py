@@ -25,7 +25,7 @@ STEP_MASK_SECONDS = 0.01
 _MAX_MASK_SECONDS = 0.02
 # A step admits no further sequence once so many blocks are to be sent to the device. Hashing and sharing the cached
 # blocks of a prompt takes up to 5 us each, and a request may have hundreds of samples of a long prompt.
-_MAX_NEW_BLOCKS = 12288
+_MAX_NEW_BLOCKS = 8500
 _MAX_DEFERRED = 8  # sequences whose prefix a step finds in vain
 
 
