@@ -23,9 +23,9 @@ class Row(NamedTuple):
         slot: the sequence's slot in the batch state on the device.
         start: position of the row's first token.
         token_ids: the tokens to compute; None is the slot's last sampled token, which the device holds.
-        logit_indices: the row's tokens whose logits are used, counted from its first token.
+        logit_indices: the row's tokens whose logits are used, counted from its first token: one for each of
+            `target_ids`, and, if the row samples, its last token.
         target_ids: prompt tokens whose logprobs are wanted. The logits of the i-th logit index score the i-th of them.
-            If there is one more logit index, it is the row's last token, and its logits are for sampling.
     """
 
     slot: int

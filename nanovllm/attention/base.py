@@ -19,6 +19,8 @@ from nanovllm.ops.norm_rope.rope_store import qk_norm_rope_store
 class Context:
     """Metadata of one step. Rows are sequences: decode rows (one token each) come first, then prefill rows.
 
+    A captured step with prompt tokens has no decode rows here: attention treats rows of one token as prompts.
+
     There are D decode rows, P prefill rows and R = D + P rows; T tokens: D and those of the prefill rows; S slots and
     one scratch slot.
     """

@@ -35,7 +35,7 @@ class GdnRows(NamedTuple):
     Args:
         slots: [R] int32, the slot of each row in the state pool. Padding rows of one token use a scratch slot.
         starts: [R] int32 or int64, the position of each row's first token. A row that starts at 0 ignores the slot's
-            content. Padding rows start at 0.
+            content. Padding rows of one token start at 0; those without tokens start anywhere.
         cu_seqlens: [R + 1] int32, the index of each row's first token, and the number of tokens without padding; None
             if every row is one token.
         plan: of the prompt rows; None if every row is one token, or on a CPU.
