@@ -70,7 +70,7 @@ def test_float32_greedy_tokens_equal_transformers(name, tmp_path):
         assert tokens(llm, prompts, greedy(20)) == [reference_greedy(model, prompt, 20) for prompt in prompts]
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen2-moe"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen2-moe", "qwen3-next"])
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 12, 20])
 def test_graph_equals_eager_at_every_batch_size(tmp_path, name, max_num_seqs):
     model = save_tiny(tmp_path, name)
