@@ -406,6 +406,45 @@ def _gdn_recurrence_kernel(
         _copy_channels(x_ptrs, ring_ptrs, KEYS + k_head * K_DIM + keys, latest)
 
 
+def _solve_chunks_triton(
+    prepared: Prepared,
+    inputs: GdnInputs,
+    weights: GdnWeights,
+    rows: GdnRows,
+    plan: PromptPlan,
+    config: GdnPromptConfig,
+) -> None:
+    """Write what the recurrence needs of each chunk's tokens among each other: `solved`, `scores` and `g`."""
+    num_chunks, k_heads, _, k_dim = prepared.k.shape
+    heads = prepared.v.shape[1]
+    exact = prepared.k.dtype == torch.float32
+    _gdn_chunk_kernel[(heads, num_chunks)](
+        prepared.q,
+        prepared.k,
+        inputs.b,
+        inputs.a,
+        weights.a_log,
+        weights.dt_bias,
+        prepared.solved,
+        prepared.scores,
+        prepared.g,
+        rows.cu_seqlens,
+        plan.chunk_rows,
+        plan.chunk_tokens,
+        inputs.b.stride(0),
+        inputs.a.stride(0),
+        K_HEADS=k_heads,
+        V_HEADS=heads,
+        K_DIM=k_dim,
+        CHUNK=CHUNK,
+        BLOCK=_BLOCK,
+        DOT="ieee" if exact else "tf32",
+        MERGE="ieee" if exact else config.merge_precision,
+        num_warps=config.chunk_warps,
+        **launch_options(inputs.qkv.device),
+    )
+
+
 def gdn_prepare_triton(
     inputs: GdnInputs,
     weights: GdnWeights,
@@ -419,7 +458,6 @@ def gdn_prepare_triton(
     k_heads = state.check(inputs, weights)
     _, heads, k_dim, v_dim = state.recurrent.shape
     qkv, num_chunks = inputs.qkv, len(plan.chunk_rows)
-    exact = qkv.dtype == torch.float32
 
     def empty(*shape: int, dtype: torch.dtype = qkv.dtype) -> torch.Tensor:
         return torch.empty((num_chunks, *shape), dtype=dtype, device=qkv.device)
@@ -453,27 +491,7 @@ def gdn_prepare_triton(
         num_warps=config.convolution_warps,
         **shape,
     )
-    _gdn_chunk_kernel[(heads, num_chunks)](
-        prepared.q,
-        prepared.k,
-        inputs.b,
-        inputs.a,
-        weights.a_log,
-        weights.dt_bias,
-        prepared.solved,
-        prepared.scores,
-        prepared.g,
-        rows.cu_seqlens,
-        plan.chunk_rows,
-        plan.chunk_tokens,
-        inputs.b.stride(0),
-        inputs.a.stride(0),
-        BLOCK=_BLOCK,
-        DOT="ieee" if exact else "tf32",
-        MERGE="ieee" if exact else config.merge_precision,
-        num_warps=config.chunk_warps,
-        **shape,
-    )
+    _solve_chunks_triton(prepared, inputs, weights, rows, plan, config)
     return prepared
 
 
