@@ -5,14 +5,16 @@
 
     python -m nanovllm.as_vllm lm_eval --model vllm ...  # the same for a command
 
-This gives nanovllm's objects vLLM's module names, and nothing else: what they do is theirs. A module or a name that is
-not in `MODULES` is not there. Nothing else imports this file.
+This gives nanovllm's objects vLLM's module names, and nothing else: what they do is theirs. The one exception is
+`AsyncLLM`, whose outputs have everything so far by default. A module or a name that is not in `MODULES` is not there.
+Nothing else imports this file.
 """
 
 import importlib.metadata
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +35,23 @@ def _absent(name: str) -> type:
         raise NotImplementedError(f"nanovllm has no {name}")
 
     return type(name, (), {"__init__": refuse, "__module__": __name__})
+
+
+class AsyncLLM(nanovllm.AsyncLLM):
+    """`nanovllm.AsyncLLM` for programs that read the whole text from the last output: CUMULATIVE is the default."""
+
+    def generate(
+        self,
+        prompt: Any,
+        sampling_params: nanovllm.SamplingParams | None = None,
+        request_id: int | str | None = None,
+        **neutral: Any,
+    ) -> AsyncIterator[nanovllm.RequestOutput]:
+        if sampling_params is None:
+            sampling_params = self.llm_engine.input_processor.default_params
+        if isinstance(sampling_params, nanovllm.SamplingParams) and sampling_params.output_kind is None:
+            sampling_params = replace(sampling_params, output_kind=nanovllm.RequestOutputKind.CUMULATIVE)
+        return super().generate(prompt, sampling_params, request_id, **neutral)
 
 
 # The names of each module. The packages above them have no names but these modules.
@@ -57,7 +76,7 @@ MODULES: dict[str, dict[str, Any]] = {
         "StructuredOutputsParams": nanovllm.StructuredOutputsParams,
     },
     "vllm.tokenizers": {"get_tokenizer": get_tokenizer},
-    "vllm.v1.engine.async_llm": {"AsyncLLM": nanovllm.AsyncLLM},
+    "vllm.v1.engine.async_llm": {"AsyncLLM": AsyncLLM},
     # Imported by programs for features that are not here.
     "vllm.distributed.weight_transfer.nccl_engine": {
         name: _absent(name) for name in ("NCCLTrainerSendWeightsArgs", "NCCLWeightTransferEngine")

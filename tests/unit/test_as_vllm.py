@@ -5,6 +5,8 @@ import subprocess
 import sys
 import textwrap
 
+from tests.models.tiny import save_tiny
+
 
 def run(code):
     return run_python("-c", textwrap.dedent(code))
@@ -35,7 +37,7 @@ def test_all_ways_to_look_for_vllm_find_nanovllms_objects():
 
         assert LLM is nanovllm.LLM and SamplingParams is nanovllm.SamplingParams
         assert StructuredOutputsParams is nanovllm.StructuredOutputsParams
-        assert vllm.v1.engine.async_llm.AsyncLLM is nanovllm.AsyncLLM
+        assert issubclass(vllm.v1.engine.async_llm.AsyncLLM, nanovllm.AsyncLLM)
         assert importlib.util.find_spec("vllm") and importlib.util.find_spec("vllm.outputs")
         assert importlib.metadata.version("vllm") == vllm.__version__ == nanovllm.as_vllm.VLLM_VERSION
         assert importlib.metadata.packages_distributions()["vllm"] == ["vllm"]
@@ -80,3 +82,28 @@ def test_a_command_runs_with_the_names(tmp_path):
     (tmp_path / "own_command.py").write_text(command)
     output = run_python("-m", "nanovllm.as_vllm", "own_command", "--flag", path=[tmp_path])
     assert output.split() == ["nanovllm.llm", "__main__", "['--flag']"]
+
+
+def test_the_last_output_of_async_llm_is_whole_as_in_vllm(tmp_path):
+    path = save_tiny(tmp_path, "qwen3")
+    run(f"""
+        import asyncio
+        import nanovllm.as_vllm
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        async def main():
+            async with AsyncLLM({str(path)!r}, device="cpu", max_model_len=64) as llm:
+                for params in (None, SamplingParams(max_tokens=40, ignore_eos=True)):
+                    async for output in llm.generate([1, 2, 3], params):
+                        last = output
+                    assert last.finished and len(last.token_ids) == last.metrics.num_generation_tokens > 1
+                parts = []
+                delta = SamplingParams(max_tokens=4, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+                async for output in llm.generate([1, 2, 3], delta):
+                    parts += output.token_ids
+                assert len(parts) == 4
+
+        asyncio.run(main())
+    """)
