@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from nanovllm.engine.sequence import Placement
 from nanovllm.messages import Batch
 
-# Snapshots of a sequence are so many blocks apart. To compute a few hundred tokens takes a step no longer than one
-# token, because reading the weights takes longer. So denser snapshots would gain nothing.
+# The least distance between two snapshots of a sequence. A step of a few hundred tokens takes no longer than a step of
+# one token, because both read all weights. So denser snapshots would gain nothing.
 MIN_SNAPSHOT_BLOCKS = 4
 
 

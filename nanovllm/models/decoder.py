@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ class DecoderLayer(nn.Module):
     ):
         super().__init__()
         self.layer_type = config.layer_type(index)
-        self.is_recurrent = self.layer_type == "linear_attention"
+        self.is_recurrent = config.is_recurrent(index)
         self.input_layernorm = _norm(config, dtype)
         if config.linear_attention is not None and self.is_recurrent:
             options = {"dtype": dtype, "state_dtype": state_dtype, "tp": tp}
@@ -138,18 +139,10 @@ class DecoderLayer(nn.Module):
 class PostNormLayer(DecoderLayer):
     """A layer that norms the outputs of attention and MLP, in place of their inputs (Olmo 2)."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        index: int,
-        rotary: RotaryEmbedding,
-        dtype: torch.dtype | None,
-        state_dtype: torch.dtype,
-        tp: TensorParallel,
-    ):
-        super().__init__(config, index, rotary, dtype, state_dtype, tp)
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.post_feedforward_layernorm = self.input_layernorm  # a norm of the same size, in another place
         del self.input_layernorm
-        self.post_feedforward_layernorm = _norm(config, dtype)
 
     def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
         attended = self.post_attention_layernorm(self.self_attn(residual, positions, last))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanovllm.ops.gdn.copy_slots import copy_slots, copy_slots_triton
-from nanovllm.ops.gdn.decode import GdnDecodeConfig, gdn_decode_triton
+from nanovllm.ops.gdn.decode import GdnDecodeConfig, default_decode_config, gdn_decode_triton
 from nanovllm.ops.gdn.gated_delta_net import gated_delta_net, gated_delta_net_triton
 from nanovllm.ops.gdn.gated_norm import gated_rms_norm, gated_rms_norm_triton
 from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
@@ -214,6 +214,21 @@ def test_decode_kernel_equals_the_reference_and_padding_rows_touch_the_scratch_s
     close(gated_delta_net_triton(inputs, weights, state, rows), want, dtype)
     close(state.recurrent[:scratch], want_state.recurrent[:scratch], dtype)
     assert torch.equal(state.conv[:scratch], want_state.conv[:scratch])
+
+
+@pytest.mark.parametrize(("state_dtype", "want"), [(torch.float32, (2, 2)), (torch.bfloat16, (4, 1))])
+def test_many_rows_are_decoded_in_slices_that_suit_the_state(state_dtype, want):
+    shape, batch = (1, 2, 16, 128), 65
+    assert default_decode_config(64, 2, 128, state_dtype).slices == 1
+    assert default_decode_config(batch, 2, 128, state_dtype) == want
+    torch.manual_seed(0)
+    inputs, weights = make_inputs(batch, shape), make_weights(shape)
+    state = make_state(batch, shape, state_dtype=state_dtype)
+    rows = GdnRows(torch.arange(batch, device=DEVICE).int(), torch.arange(batch, device=DEVICE))
+    want_state = clone(state)
+    want_out = gated_delta_net_torch(inputs, weights, want_state, rows)
+    close(gated_delta_net_triton(inputs, weights, state, rows), want_out)
+    close(state.recurrent, want_state.recurrent, state_dtype)
 
 
 def test_bfloat16_state_equals_the_reference():

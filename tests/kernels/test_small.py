@@ -18,7 +18,7 @@ from nanovllm.ops.norm_rope.rope_store import qk_norm_rope_store_triton
 from nanovllm.ops.sampling.state import HAS_PENALTIES, MAX_COUNT, SamplingState, default_params
 
 DTYPES = [torch.float32, torch.bfloat16]
-# Of the values and of the weight of their norm.
+# The dtypes of the values, and of the weight of their norm.
 NORM_DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
 
 

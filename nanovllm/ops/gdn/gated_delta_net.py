@@ -14,7 +14,7 @@ def gated_delta_net_triton(inputs: GdnInputs, weights: GdnWeights, state: GdnSta
     """Compute `gated_delta_net` with Triton kernels."""
     out = torch.empty(inputs.z.shape, dtype=inputs.z.dtype, device=inputs.z.device)
     _, heads, _, v_dim = state.recurrent.shape
-    config = default_decode_config(len(rows.slots), heads, v_dim)
+    config = default_decode_config(len(rows.slots), heads, v_dim, state.recurrent.dtype)
     decode_norms = rows.cu_seqlens is None and config.slices == 1
     if rows.cu_seqlens is not None:
         gdn_prompt_triton(inputs, weights, state, rows, out)
