@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -41,8 +42,15 @@ def rank_device(device_type: str, local_rank: int | None = None) -> torch.device
 
 
 def open_store(descriptor: int, size: int) -> "FileStore":
-    """Open the store through which `size` ranks meet. All of them inherit `descriptor`, a file in memory."""
-    return dist.FileStore(f"/proc/self/fd/{descriptor}", size)  # pyright: ignore[reportPrivateImportUsage]
+    """Open the store through which `size` ranks meet. All of them inherit `descriptor`, a file in memory.
+
+    A store opens its file again for each operation, the last one when it ends. It has a descriptor of its own, which is
+    closed after that: the number of a closed one may by then belong to another file, such as one of the caller's.
+    """
+    own = os.dup(descriptor)
+    store = dist.FileStore(f"/proc/self/fd/{own}", size)  # pyright: ignore[reportPrivateImportUsage]
+    weakref.finalize(store, os.close, own).atexit = False
+    return store
 
 
 def make_group(
@@ -61,6 +69,8 @@ def make_group(
         # The executor notices a dead rank. NCCL's watchdog would end the caller's process because of it.
         with environment_variable("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):
             group = dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
+        # The group uses the store until it ends, without a reference that `open_store` could see.
+        weakref.finalize(group, lambda store: None, store).atexit = False
     # Both have the methods of a ProcessGroup that the engine calls, but neither is a subclass.
     return cast("dist.ProcessGroup", group)
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from nanovllm.executor.ranks import environment_variable, rank_device
+from nanovllm.executor.ranks import environment_variable, open_store, rank_device
 from tests.helpers import SOON
 
 NAME = "NANOVLLM_TEST"
@@ -59,3 +59,16 @@ def test_two_threads_set_a_variable_one_after_the_other(monkeypatch):
     first_has_left.set()
     thread.join(SOON)
     assert seen == ["0"] and NAME not in os.environ
+
+
+def test_a_store_leaves_a_file_alone_that_takes_the_number_of_its_closed_descriptor(tmp_path):
+    with open(os.memfd_create("store"), "wb") as memory:
+        store = open_store(memory.fileno(), 2)
+        store.set("rank 1", "present")
+        number = memory.fileno()
+    before = set(os.listdir("/proc/self/fd"))
+    with open(tmp_path / "text", "w") as other:
+        assert other.fileno() == number
+        del store
+        assert not (tmp_path / "text").read_bytes()
+    assert len(before - set(os.listdir("/proc/self/fd"))) == 1  # the store's own descriptor

@@ -148,9 +148,9 @@ def noise_and_agreement(judge, outputs):
     return max(behind), sum(gap == 0 for gap in behind) / len(behind)
 
 
-@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-8b"])
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-8b", "qwen3.5-9b", "qwen3-30b-a3b", "qwen3.5-35b-a3b"])
 def test_bfloat16_greedy_tokens_equal_those_of_one_gpu_except_for_noise(name):
-    options = dict(load_format="dummy", max_model_len=1024, max_num_seqs=100, gpu_memory_utilization=0.45)
+    options = dict(load_format="dummy", max_model_len=1024, max_num_seqs=100, gpu_memory_utilization=0.7)
     prompts, sizes = prompts_of([100 + i % 7 for i in range(100)], 10_000), (1, 3, 64, 100)
     with LLM(name, tensor_parallel_size=2, **options) as two:
         assert two.llm_engine.executor.runner.tp.peers is not None
@@ -187,8 +187,9 @@ def test_engines_on_two_gpus_answer_whichever_gpu_is_current(model, want):
         torch.cuda.set_device(0)
 
 
-def test_experts_on_two_ranks_give_the_tokens_of_one(tmp_path):
-    path = save_tiny(tmp_path, "qwen2-moe")
+@pytest.mark.parametrize("name", ["qwen2-moe", "qwen3-moe", "qwen3-next", "qwen3.5", "qwen3.5-moe"])
+def test_experts_and_recurrent_state_on_two_ranks_give_the_tokens_of_one(tmp_path, name):
+    path = save_tiny(tmp_path, name)
     with LLM(path, **TINY_OPTIONS) as one, LLM(path, tensor_parallel_size=2, **TINY_OPTIONS) as two:
         assert tokens(two, *mixture()) == tokens(one, *mixture())
 
