@@ -9,6 +9,8 @@ PACKAGE = Path(nanovllm.__file__).parent
 
 # From top to bottom: a file may import from its own layer's folder and from the layers below.
 LAYERS = [
+    ["cli"],
+    ["server"],
     ["as_vllm"],
     ["__init__"],
     ["async_llm"],

@@ -1,0 +1,45 @@
+"""The options of the server. Those of the engine are `Config`'s."""
+
+from dataclasses import dataclass
+
+from nanovllm.checks import check_fields, one_of, within
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """The arguments of `nanovllm serve` beside those of `Config`. None is the default of each.
+
+    Args:
+        host: address to listen on. The default reaches this machine only.
+        port: TCP port; 0 takes a free one.
+        api_key: keys that clients must send, separated by commas; None lets everybody in.
+        served_model_name: names of the model in the API, separated by commas; None is the model's own name.
+        max_concurrent_requests: how many samples the engine has at once, whether they run or wait; a request that does
+            not fit gets status 429.
+        max_body_mib: largest body of a request, in MiB; larger ones get status 413 before they are read.
+        max_n: most samples of a request.
+        cors_origins: origins whose pages may call the API, separated by commas; "*" allows all, None none.
+        allow_chat_templates: let requests bring a chat template of their own.
+        salt_prefix_cache: keep the cached prompts of each API key apart, so that no client can find out by timing what
+            another one has sent.
+        tool_parser: format of the model's tool calls; "auto" finds it in the chat template.
+        reasoning_parser: format of the model's thinking; "auto" finds it in the chat template.
+        drain_seconds: how long running requests may take to finish after SIGTERM.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = within(0, 65535, default=8000)
+    api_key: str | None = None
+    served_model_name: str | None = None
+    max_concurrent_requests: int = within(1, 1 << 20, default=1024)
+    max_body_mib: int = within(1, 1024, default=16)
+    max_n: int = within(1, 1024, default=64)
+    cors_origins: str | None = None
+    allow_chat_templates: bool = False
+    salt_prefix_cache: bool = False
+    tool_parser: str = one_of("auto", "none", "hermes", "qwen3_coder", "llama3", "mistral")
+    reasoning_parser: str = one_of("auto", "none", "think")
+    drain_seconds: float = within(0, 3600, default=30)
+
+    def __post_init__(self):
+        check_fields(self)
