@@ -1,6 +1,5 @@
 """Parsers find thinking and tool calls in text, however it is split into pieces."""
 
-import json
 import time
 
 import pytest
@@ -54,11 +53,16 @@ def texts(events, kind=Text):
 
 # -- any text ---------------------------------------------------------------------------------------------------------
 
-FRAGMENTS = """<think> </think> <tool_call> </tool_call> <function=f> <function=g> <function= </function> <parameter=a>
-<parameter=n> <parameter=s> </parameter> <parameter [TOOL_CALLS] [ARGS] [CALL_ID] [TOOL_CALLS]f[ARGS] <|python_tag|>
-{"name":"f","arguments":{ {"name":"f","parameters":{ {"name":"g","arguments":{ "name":"f" "arguments": "arguments":"{}"
-{"arguments": { } [ ] " \\ , : ; < é 你 🙂 null 12 {} }} "} f a""".split()
-FRAGMENTS += ["\n", "\n\n", " ", "\\n", "x y"]
+# fmt: off
+FRAGMENTS = [
+    "<think>", "</think>", "<tool_call>", "</tool_call>", "<function=f>", "<function=g>", "<function=", "</function>",
+    "<parameter=a>", "<parameter=n>", "<parameter=s>", "</parameter>", "<parameter", "[TOOL_CALLS]", "[ARGS]",
+    "[CALL_ID]", "[TOOL_CALLS]f[ARGS]", "<|python_tag|>", '{"name":"f","arguments":{', '{"name": "f", "parameters": {',
+    '{"name":"g","arguments":{', '"name":"f"', '"arguments":', '"arguments":"{}"', '{"arguments":', "{", "}", "[", "]",
+    '"', "\\", ",", ":", ";", "<", "é", "你", "🙂", "null", "12", "{}", "}}", '"}', "f", "a", "\n", "\n\n", " ", "\\n",
+    "x y",
+]
+# fmt: on
 # Whole calls in each format, so that what follows a call is reached as well.
 WHOLE = [
     '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>',
@@ -71,7 +75,7 @@ any_text = st.lists(st.sampled_from(FRAGMENTS) | st.sampled_from(WHOLE) | st.tex
 
 
 @pytest.mark.parametrize("tool_format", FORMATS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(any_text, st.lists(st.integers(1, 9), min_size=1, max_size=10), st.sampled_from(["", "<think>\n"]))
 def test_any_split_of_a_text_gives_the_same_events(tool_format, text, sizes, prompt):
     parser = TextFormat(tool_format, "think").parser(prompt, TOOLS)
@@ -85,7 +89,7 @@ def test_any_split_of_a_text_gives_the_same_events(tool_format, text, sizes, pro
 
 
 @pytest.mark.parametrize("tool_format", FORMATS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(any_text)
 def test_text_without_a_call_is_returned_whole_and_other_text_in_order(tool_format, text):
     events = parsed(text, tool_format)
@@ -115,21 +119,21 @@ def test_thinking_and_answer_are_the_text_without_tags_and_their_line_breaks(tex
 @pytest.mark.parametrize(
     "text",
     [
-        "\n" * 200_000,
-        "<think>" * 30_000,
-        "<tool_call>" * 20_000,
-        "<tool_call>{" * 20_000,
-        '<tool_call>{"name": "f", "arguments": {' + "[" * 200_000,
-        '<tool_call>{"arguments": ' + "[" * 200_000,
-        "<function=f><parameter=a>" + "</parameter>\n" * 15_000,
-        "<function=f><parameter=o>" + "[" * 200_000 + "</parameter></function>",
-        '{"name": "f", "parameters": {"a": "' + "\\\n" * 100_000,
-        "[TOOL_CALLS]" * 15_000,
-        "[TOOL_CALLS]" + " " * 200_000,
+        "\n" * 60_000,
+        "<think>" * 9_000,
+        "<tool_call>" * 6_000,
+        "<tool_call>{" * 6_000,
+        '<tool_call>{"name": "f", "arguments": {' + "[" * 60_000,
+        '<tool_call>{"arguments": ' + "[" * 60_000,
+        "<function=f><parameter=a>" + "</parameter>\n" * 5_000,
+        "<function=f><parameter=o>" + "[" * 60_000 + "</parameter></function>",
+        '{"name": "f", "parameters": {"a": "' + "\\\n" * 30_000,
+        "[TOOL_CALLS]" * 5_000,
+        "[TOOL_CALLS]" + " " * 60_000,
     ],
     ids=lambda text: f"{text[:24]!r}",
 )
 def test_a_hostile_text_takes_linear_time(tool_format, text):
     start = time.process_time()
     parsed(text, tool_format, "think", step=4)
-    assert time.process_time() - start < 10, "50,000 pieces take a fraction of a second in linear time"
+    assert time.process_time() - start < 5, "these 15,000 pieces take 0.3 s"
