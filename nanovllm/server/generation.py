@@ -1,0 +1,144 @@
+"""Answers a conversation: what chat completions, messages and responses share."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nanovllm import CompletionOutput, SamplingParams
+from nanovllm.outputs import LogprobRows
+from nanovllm.server.errors import ApiError
+from nanovllm.server.events import CallArguments, CallStart, Event
+from nanovllm.server.parsers import OutputParser
+from nanovllm.server.state import ServerState
+
+# The parser reads the end of the prompt, because the template may open the model's thinking there. A message to be
+# continued may have opened it long before.
+_TAIL_TOKENS = 64
+_CONTINUED_TAIL_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation to answer.
+
+    Args:
+        messages: in the form that `AsyncLLM.chat_prompt` takes.
+        params: how to sample. With FINAL_ONLY as `output_kind` there is one piece, at the end.
+        tools: the functions that the model may call, in OpenAI's form.
+        tool_choice: "none", "auto", "required", or the name of the function that the model must call.
+        parallel_tool_calls: the model may call several functions at once.
+        template: further arguments of `AsyncLLM.chat_prompt`, such as `chat_template_kwargs`.
+    """
+
+    messages: Sequence[dict[str, Any]]
+    params: SamplingParams
+    tools: Sequence[dict[str, Any]] = ()
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    template: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePiece:
+    """What is new of one sample.
+
+    Args:
+        index: the sample's number among the request's samples, from 0.
+        events: what the parser found in the new text.
+        token_ids: the new tokens, including the one that ended the sample.
+        logprobs: the requested log-probabilities of the new tokens.
+        finish_reason: "stop", "length" or "tool_calls"; None while the sample goes on.
+        stop_reason: the stop id or stop string that ended the sample, else None.
+    """
+
+    index: int
+    events: list[Event]
+    token_ids: list[int]
+    logprobs: LogprobRows | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What is new of an answer: `samples` has the samples with something new."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    samples: list[SamplePiece]
+
+
+async def answer(state: ServerState, conversation: Conversation, request_id: str) -> AsyncIterator[Piece]:
+    """Yield the answer to a conversation in pieces. Leaving the iteration ends the request.
+
+    Raises:
+        ApiError, TypeError, ValueError: the request cannot be served. Everything that is wrong with a request shows
+            before the first piece, but for a structured output that becomes too costly.
+        RuntimeError: the engine is closed or has failed.
+    """
+    tools = () if conversation.tool_choice == "none" else conversation.tools
+    params = _constrained(state, conversation, tools)
+    with state.admission.enter(params.n):
+        template: dict[str, Any] = {"tools": list(tools)} if tools else {}
+        template |= conversation.template
+        prompt_ids = await state.llm.chat_prompt(conversation.messages, **template)
+        num_tail = _CONTINUED_TAIL_TOKENS if template.get("continue_final_message") else _TAIL_TOKENS
+        prompt_text = state.llm.tokenizer.decode(prompt_ids[-num_tail:])
+        is_constrained = params.structured_outputs is not None
+        samples = [
+            _Sample(state.format.parser(prompt_text, tools, is_constrained), conversation.parallel_tool_calls)
+            for _ in range(params.n)
+        ]
+        async for output in state.llm.generate({"prompt_token_ids": prompt_ids}, params, request_id):
+            pieces = [samples[new.index].piece(new) for new in output.outputs]
+            yield Piece(len(prompt_ids), output.num_cached_tokens, pieces)
+
+
+def _constrained(state: ServerState, conversation: Conversation, tools: Sequence[dict[str, Any]]) -> SamplingParams:
+    """Return the conversation's parameters with the constraint that its tools need."""
+    params = conversation.params
+    if not tools:
+        return params
+    if state.format.tool_format == "none":
+        message = 'it is not known how this model writes tool calls; start the server with --tool-parser, or send tool_choice "none"'
+        raise ApiError(400, message, param="tools")
+    constraint = state.format.constraint(tools, conversation.tool_choice, conversation.parallel_tool_calls)
+    if constraint is not None:
+        if params.structured_outputs is not None:
+            raise ApiError(400, "tools that must be called cannot be used with a response format", param="tool_choice")
+        params = replace(params, structured_outputs=constraint)
+    # Tags of tool calls may be special tokens, which would otherwise have no text.
+    return replace(params, skip_special_tokens=False)
+
+
+class _Sample:
+    """Parses the text of one sample."""
+
+    def __init__(self, parser: OutputParser, parallel_tool_calls: bool):
+        self.parser = parser
+        self.parallel_tool_calls = parallel_tool_calls
+        self.has_calls = False
+
+    def piece(self, new: CompletionOutput) -> SamplePiece:
+        events = self.parser.feed(new.text)
+        finish_reason = new.finish_reason
+        if finish_reason is not None:
+            events = events + self.parser.finish()
+        if not self.parallel_tool_calls:
+            events = [event for event in events if not _is_further_call(event)]
+        self.has_calls |= any(isinstance(event, CallStart) for event in events)
+        if finish_reason == "abort":
+            raise _aborted(new.stop_reason)
+        if finish_reason == "stop" and self.has_calls:
+            finish_reason = "tool_calls"
+        return SamplePiece(new.index, events, new.token_ids, new.logprobs, finish_reason, new.stop_reason)
+
+
+def _is_further_call(event: Event) -> bool:
+    return isinstance(event, CallStart | CallArguments) and event.index > 0
+
+
+def _aborted(reason: int | str | None) -> ApiError:
+    if reason is None:
+        return ApiError(503, "the server has ended this request")
+    return ApiError(400, f"the structured output was given up: {reason}", param="structured_outputs")
