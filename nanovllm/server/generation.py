@@ -1,6 +1,7 @@
 """Answers a conversation: what chat completions, messages and responses share."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,8 +69,8 @@ class Piece:
     samples: list[SamplePiece]
 
 
-async def answer(state: ServerState, conversation: Conversation, request_id: str) -> AsyncIterator[Piece]:
-    """Yield the answer to a conversation in pieces. Leaving the iteration ends the request.
+async def answer(state: ServerState, conversation: Conversation, request_id: str) -> AsyncGenerator[Piece, None]:
+    """Yield the answer to a conversation in pieces. Closing the generator ends the request.
 
     Raises:
         ApiError, TypeError, ValueError: the request cannot be served. Everything that is wrong with a request shows
@@ -89,9 +90,11 @@ async def answer(state: ServerState, conversation: Conversation, request_id: str
             _Sample(state.format.parser(prompt_text, tools, is_constrained), conversation.parallel_tool_calls)
             for _ in range(params.n)
         ]
-        async for output in state.llm.generate({"prompt_token_ids": prompt_ids}, params, request_id):
-            pieces = [samples[new.index].piece(new) for new in output.outputs]
-            yield Piece(len(prompt_ids), output.num_cached_tokens, pieces)
+        outputs: Any = state.llm.generate({"prompt_token_ids": prompt_ids}, params, request_id)
+        async with aclosing(outputs):
+            async for output in outputs:
+                pieces = [samples[new.index].piece(new) for new in output.outputs]
+                yield Piece(len(prompt_ids), output.num_cached_tokens, pieces)
 
 
 def _constrained(state: ServerState, conversation: Conversation, tools: Sequence[dict[str, Any]]) -> SamplingParams:
@@ -100,7 +103,7 @@ def _constrained(state: ServerState, conversation: Conversation, tools: Sequence
     if not tools:
         return params
     if state.format.tool_format == "none":
-        message = 'it is not known how this model writes tool calls; start the server with --tool-parser, or send tool_choice "none"'
+        message = "the server does not know how this model writes tool calls; its option --tool-parser can tell it"
         raise ApiError(400, message, param="tools")
     constraint = state.format.constraint(tools, conversation.tool_choice, conversation.parallel_tool_calls)
     if constraint is not None:
