@@ -9,9 +9,8 @@ from typing import Any
 from nanovllm.outputs import LogprobRows
 from nanovllm.server.events import CallStart, Event, Text, Thinking
 from nanovllm.server.generation import Piece, SamplePiece
+from nanovllm.server.streaming import json_logprob
 
-# Stands for minus infinity, which JSON does not have.
-_LEAST_LOGPROB = -9999.0
 _CHUNK = "chat.completion.chunk"
 
 
@@ -34,15 +33,14 @@ class Form:
     has_usage: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def body(self, kind: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
-        """Return an answer or a chunk, as `kind` says."""
+    def body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return an answer or a chunk, as `kind` says, without its usage."""
         return {
             "id": self.request_id,
             "object": kind,
             "created": self.created,
             "model": self.model,
             "choices": choices,
-            "usage": usage,
         }
 
     def logprobs(self, token_ids: Iterable[int], rows: LogprobRows | None) -> list[dict[str, Any]]:
@@ -60,7 +58,7 @@ class Form:
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         spelling = self.bytes_of(token_id)
         text = spelling.decode(errors="replace")
-        return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(spelling)}
+        return {"token": text, "logprob": json_logprob(logprob), "bytes": list(spelling)}
 
 
 class Usage:
@@ -101,7 +99,7 @@ class WholeAnswer:
     def body(self) -> dict[str, Any]:
         """Return the answer."""
         choices = [self.choices[index].body(self.form) for index in sorted(self.choices)]
-        return self.form.body("chat.completion", choices, self.usage.fields())
+        return self.form.body("chat.completion", choices) | {"usage": self.usage.fields()}
 
 
 class _Choice:
@@ -158,7 +156,7 @@ class ChunkWriter:
 
     def last(self) -> list[dict[str, Any]]:
         """Return the chunk with the usage, if the stream ends with one."""
-        return [self.form.body(_CHUNK, [], self.usage.fields())] if self.form.has_usage else []
+        return [self.form.body(_CHUNK, []) | {"usage": self.usage.fields()}] if self.form.has_usage else []
 
     def _chunks(self, sample: SamplePiece) -> list[dict[str, Any]]:
         index, chunks = sample.index, []
@@ -179,7 +177,8 @@ class ChunkWriter:
         self, index: int, delta: dict[str, Any], tokens: Sequence[dict] = (), ending: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": _logprobs(tokens), "finish_reason": None}
-        return self.form.body(_CHUNK, [choice | (ending or {})], None)
+        chunk = self.form.body(_CHUNK, [choice | (ending or {})])
+        return chunk | {"usage": None} if self.form.has_usage else chunk
 
 
 def _joined(events: Iterable[Event]) -> list[Event]:

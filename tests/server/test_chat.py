@@ -1,26 +1,18 @@
 """POST /v1/chat/completions: golden streams of scripted texts, and the whole path with a tiny model."""
 
 import asyncio
-import itertools
 import json
 
+import httpx
 import pytest
 
-pytest.importorskip("fastapi")
-
-import httpx
-from fastapi import FastAPI
-from fastapi.responses import JSONResponse
-
-from nanovllm import AsyncLLM, RequestOutputKind
-from nanovllm.server import chat
+from nanovllm import RequestOutputKind
 from nanovllm.server.admission import Admission
-from nanovllm.server.errors import as_api_error, openai_error
+from nanovllm.server.app import create_app
 from nanovllm.server.formats import TextFormat
 from nanovllm.server.metrics import ServerMetrics
 from nanovllm.server.options import ServerOptions
 from nanovllm.server.state import ServerState
-from tests.models.tiny import save_tiny_with_tokenizer
 from tests.server.scripted import ScriptedLLM
 
 SECONDS = 120  # until what does not end is a failure, on a busy machine too
@@ -59,18 +51,6 @@ def state_of(llm, tool_format="hermes", reasoning_format="think", **options):
     )
 
 
-def app_of(state):
-    app = FastAPI()
-    app.include_router(chat.routes(state))
-
-    async def answer_error(request, error):
-        error = as_api_error(error)
-        return JSONResponse(openai_error(error), error.status)
-
-    app.add_exception_handler(Exception, answer_error)
-    return app
-
-
 async def post(app, **body):
     """Return the response to a request. `messages` has a default."""
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
@@ -81,7 +61,7 @@ async def post(app, **body):
 
 def ask(llm, *, format_options=(), **body):
     """Return the response of a new server with this engine."""
-    return asyncio.run(post(app_of(state_of(llm, **dict(format_options))), **body))
+    return asyncio.run(post(create_app(state_of(llm, **dict(format_options))), **body))
 
 
 def whole(llm, **body):
@@ -228,7 +208,7 @@ def test_the_usage_chunk_is_last_and_has_no_choices():
     assert last["usage"]["total_tokens"] == 8
     assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
     assert all(chunk["usage"] is None and len(chunk["choices"]) == 1 for chunk in others)
-    assert all(chunk["choices"] for chunk in chunks(ScriptedLLM("abc")))
+    assert all(chunk["choices"] and "usage" not in chunk for chunk in chunks(ScriptedLLM("abc")))
 
 
 def test_all_chunks_share_an_id_and_the_last_one_has_the_finish_reason():
@@ -299,7 +279,7 @@ def test_the_template_gets_the_tools_as_they_were_sent():
 def test_a_wrong_field_gets_400_that_names_it(body, words):
     for stream in (False, True):
         response = ask(ScriptedLLM("a"), stream=stream, **body)
-        assert response.status_code in (400, 422), response.text
+        assert response.status_code == 400, response.text
         assert all(word in response.text for word in words), response.text
 
 
@@ -379,7 +359,7 @@ def test_requests_beyond_the_limit_get_429_and_places_return():
     state = state_of(llm, max_concurrent_requests=3)
 
     async def run():
-        app = app_of(state)
+        app = create_app(state)
         with state.admission.enter(2):
             response = await post(app, n=2)
             assert response.status_code == 429
@@ -388,26 +368,3 @@ def test_requests_beyond_the_limit_get_429_and_places_return():
 
     asyncio.run(run())
     assert state.admission.num_samples == 0
-
-
-def test_leaving_a_stream_ends_the_request():
-    llm = ScriptedLLM("a" * 1000)
-    state = state_of(llm)
-
-    async def run():
-        endpoint = chat.routes(state).routes[0].endpoint
-        request = chat.ChatRequest(messages=USER, stream=True)
-        response = await endpoint(request, None)
-        assert (llm.num_running, state.admission.num_samples) == (1, 1)
-        sent = []
-
-        async def send(message):
-            sent.append(message)
-            if len(sent) == 4:
-                raise asyncio.CancelledError
-
-        with pytest.raises(asyncio.CancelledError):
-            await response({"type": "http"}, None, send)
-
-    asyncio.run(run())
-    assert (llm.num_running, state.admission.num_samples) == (0, 0)
