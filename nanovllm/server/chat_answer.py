@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.outputs import LogprobRows
@@ -163,7 +163,7 @@ class ChunkWriter:
         if index not in self.waiting:
             chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))
         tokens = self.waiting.get(index, []) + self.form.logprobs(sample.token_ids, sample.logprobs)
-        for delta in map(_delta, _joined(sample.events)):
+        for delta in map(_delta, sample.events):
             chunks.append(self._chunk(index, delta, tokens))
             tokens = []
         if sample.finish_reason is not None:
@@ -179,18 +179,6 @@ class ChunkWriter:
         choice = {"index": index, "delta": delta, "logprobs": _logprobs(tokens), "finish_reason": None}
         chunk = self.form.body(_CHUNK, [choice | (ending or {})])
         return chunk | {"usage": None} if self.form.has_usage else chunk
-
-
-def _joined(events: Iterable[Event]) -> list[Event]:
-    """Return events with neighbours of a kind joined, so that there are fewer chunks."""
-    joined: list[Event] = []
-    for event in events:
-        last = joined[-1] if joined else None
-        if isinstance(last, CallStart) or isinstance(event, CallStart) or type(last) is not type(event):
-            joined.append(event)
-        elif last is not None:
-            joined[-1] = replace(event, text=last.text + event.text)
-    return joined
 
 
 def _delta(event: Event) -> dict[str, Any]:
