@@ -91,8 +91,7 @@ async def answer(
             _Sample(state.format.parser(prompt_text, tools, is_constrained), conversation.parallel_tool_calls)
             for _ in range(params.n)
         ]
-        outputs = state.llm.generate({"prompt_token_ids": prompt_ids}, params, request_id)
-        async with aclosing(state.metrics.observe(outputs, params.n)) as outputs:
+        async with aclosing(state.generate({"prompt_token_ids": prompt_ids}, params, request_id)) as outputs:
             async for output in outputs:
                 pieces = [samples[new.index].piece(new) for new in output.outputs]
                 yield Piece(len(prompt_ids), output.num_cached_tokens, pieces)
