@@ -112,7 +112,7 @@ async def _prompt(
     state: ServerState, conversation: Conversation, tools: Sequence[dict[str, Any]]
 ) -> tuple[list[int], str]:
     """Return the prompt's token ids, and the end of its text."""
-    template = conversation.template | ({"tools": list(tools)} if tools else {})
+    template = conversation.template | ({"tools": [_shown(tool) for tool in tools]} if tools else {})
     prompt_ids = await state.llm.chat_prompt(conversation.messages, **template)
     num_tail = _CONTINUED_TAIL_TOKENS if template.get("continue_final_message") else _TAIL_TOKENS
     text = await state.llm.decode(prompt_ids[-num_tail:])
@@ -121,6 +121,11 @@ async def _prompt(
         prompt_ids = prompt_ids + await state.llm.encode(_NO_THINKING, add_special_tokens=False)
         text += _NO_THINKING
     return prompt_ids, text
+
+
+def _shown(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool as models know it, without what is for the server alone."""
+    return {**tool, "function": {name: value for name, value in tool["function"].items() if name != "strict"}}
 
 
 def _with_tools(
