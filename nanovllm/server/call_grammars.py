@@ -6,6 +6,7 @@ from typing import Any
 
 import regex
 
+from nanovllm import StructuredOutputsParams
 from nanovllm.checks import shown
 from nanovllm.sampling_params import MAX_GRAMMAR_CHARS
 from nanovllm.server.schemas import follow, properties, value_types
@@ -35,7 +36,6 @@ class CallGrammar:
         self.parallel = parallel
         self._rules: list[str] = []
         self._num_chars = 0
-        self._add(r"FREE: /(.|\n)*/")
         for i, (name, schema) in enumerate(schemas.items()):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"a tool's name must have 1 to 128 letters, digits, '_' or '-', got {shown(name)}")
@@ -44,17 +44,19 @@ class CallGrammar:
             self._add(f"call_{i}: {self._call(i, name, schema)}")
         self._add(f"call: {' | '.join(f'call_{i}' for i in range(len(schemas)))}")
 
-    def text(self, is_required: bool, thinking: str) -> str:
+    def text(self, is_required: bool, thinking: str, answer: str | None = None) -> str:
         """Return the grammar.
 
         Args:
             is_required: the output is calls alone. Otherwise it is free text, and whatever starts as a call is valid.
             thinking: "open" if the output starts inside thinking, "optional" if it may start with it, else "none".
+            answer: a rule. The output is either calls alone, or an answer that follows this rule.
         """
-        self._add(r'thought[lazy]: FREE "</think>"')
-        before = {"open": "thought BREAKS", "optional": '("<think>" thought BREAKS)?', "none": ""}[thinking]
-        self._add(r"BREAKS: /\n{0,2}/")
-        self._add(f"start: {before} {self._required() if is_required else self._optional()}")
+        if answer is not None:
+            body = f"({self._required()} | {answer})"
+        else:
+            body = self._required() if is_required else self._optional()
+        self._add(behind_thinking(body, thinking))
         return "\n".join(self._rules)
 
     def _call(self, i: int, name: str, schema: Any) -> str:
@@ -189,6 +191,28 @@ GRAMMARS: dict[str, type[CallGrammar]] = {
     "mistral_tags": MistralTagGrammar,
     "qwen3_coder": Qwen3CoderGrammar,
 }
+
+
+def json_rule(answer: StructuredOutputsParams) -> str | None:
+    """Return the rule of an answer that is JSON with the usual white space; None if it has another form."""
+    if answer.json_object:
+        schema: Any = {"type": "object"}
+    elif isinstance(answer.json, str):
+        try:
+            schema = json.loads(answer.json)
+        except (ValueError, RecursionError):
+            return None
+    else:
+        return None
+    has_options = answer.disable_any_whitespace is not None or answer.whitespace_pattern is not None
+    return None if has_options or answer.disable_additional_properties else _json(schema, is_object=False)
+
+
+def behind_thinking(body: str, thinking: str) -> str:
+    """Return the grammar of an output that follows the rule `body`, behind thinking as in `CallGrammar.text`."""
+    before = {"open": "thought BREAKS", "optional": '("<think>" thought BREAKS)?', "none": ""}[thinking]
+    rules = r"FREE: /(.|\n)*/", r'thought[lazy]: FREE "</think>"', r"BREAKS: /\n{0,2}/", f"start: {before} {body}"
+    return "\n".join(rules)
 
 
 def _head(name: str, key: str) -> str:

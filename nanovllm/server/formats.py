@@ -8,7 +8,7 @@ import regex
 
 from nanovllm import StructuredOutputsParams
 from nanovllm.checks import shown
-from nanovllm.server.call_grammars import GRAMMARS
+from nanovllm.server.call_grammars import GRAMMARS, behind_thinking, json_rule
 from nanovllm.server.parsers import PARSERS, OutputParser
 
 # What follows a thinking tag that is not open: its end, or the marker of another turn.
@@ -50,6 +50,10 @@ class TextFormat:
         """Whether tool calls are marked by special tokens, so the sampling needs `skip_special_tokens=False`."""
         return self.tool_format != "none"
 
+    def opens_thinking(self, prompt_text: str) -> bool:
+        """Whether a prompt, or its end, leaves a thinking tag open."""
+        return self.reasoning_format == "think" and _opens_thinking(prompt_text)
+
     def parser(self, prompt_text: str, tools: Sequence[dict], is_constrained: bool = False) -> OutputParser:
         """Return the parser of one sample.
 
@@ -65,7 +69,12 @@ class TextFormat:
         return parser(_schemas(tools), finds_thinking and _opens_thinking(prompt_text), finds_thinking)
 
     def constraint(
-        self, tools: Sequence[dict], tool_choice: str, parallel: bool, prompt_text: str = ""
+        self,
+        tools: Sequence[dict],
+        tool_choice: str,
+        parallel: bool,
+        prompt_text: str = "",
+        answer: StructuredOutputsParams | None = None,
     ) -> StructuredOutputsParams | None:
         """Return a grammar of outputs whose calls are all valid, or None if none is needed.
 
@@ -74,17 +83,26 @@ class TextFormat:
             tool_choice: "none", "auto", "required", or the name of the function that must be called.
             parallel: whether there may be several calls.
             prompt_text: as in `parser`. An output that starts inside a thinking tag ends it before the calls.
+            answer: the form of an answer without calls, behind the model's thinking. Thinking goes only before JSON:
+                with other forms, the prompt must not open it.
 
         Raises:
-            ValueError: no function has the name `tool_choice`, or the format cannot write a tool's name or schema.
+            ValueError: no function has the name `tool_choice`, the format cannot write a tool's name or schema, or the
+                model may either call tools or answer in a form that is not JSON.
         """
+        rule = None if answer is None else json_rule(answer)
         if not tools or tool_choice == "none":
-            return None
+            thinking = self._thinking(prompt_text)
+            if rule is None or thinking == "none":
+                return answer
+            return StructuredOutputsParams(grammar=behind_thinking(rule, thinking))
         schemas = _schemas(tools)
         is_required = tool_choice != "auto"
         if not is_required:
+            if answer is not None and rule is None:
+                raise ValueError("tools that may be called allow answers in the form of JSON, but in no other form")
             strict = {tool["function"]["name"] for tool in tools if tool["function"].get("strict")}
-            if self.tool_format == "none" or (parallel and not strict):
+            if self.tool_format == "none" or (parallel and not strict and answer is None):
                 return None
             schemas = {name: schema if name in strict else {"type": "object"} for name, schema in schemas.items()}
         elif tool_choice != "required":
@@ -93,7 +111,8 @@ class TextFormat:
             schemas = {tool_choice: schemas[tool_choice]}
         has_tags = self.tool_format == "mistral" and self.has_argument_tags
         grammar = GRAMMARS["mistral_tags" if has_tags else self.tool_format](schemas, parallel)
-        return StructuredOutputsParams(grammar=grammar.text(is_required, self._thinking(prompt_text)))
+        thinking = self._thinking(prompt_text)
+        return StructuredOutputsParams(grammar=grammar.text(is_required, thinking, None if is_required else rule))
 
     def _thinking(self, prompt_text: str) -> str:
         """Return whether an output starts with thinking, as `CallGrammar.text` takes it."""
