@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 
 _MAX_MESSAGE_CHARS = 500
 _MAX_HEAD_BYTES = 1 << 16
-_END = b"data: [DONE]"
+# What an event may have that must be looked at closely: text may have the same words.
+_MARKS = (b'"completion_tokens"', b'"error"', b"[DONE]")
 
 
 def base_url(url: str) -> str:
@@ -183,17 +184,17 @@ class Answer(asyncio.Protocol):
         del self._body[:end]
         if b'"text"' in lines:
             self.times.append(now)
-        if b'"completion_tokens"' in lines or b'"error"' in lines:
+        if any(mark in lines for mark in _MARKS):
             self._read_events(lines, now)
-        if _END in lines:
-            self._finish(now)
 
     def _read_events(self, lines: bytes, now: float) -> None:
-        """Look closely at events that may have the number of tokens or an error: text may have these words, too."""
+        """Read events that have the number of tokens, an error or the stream's end."""
         for line in lines.splitlines():
             if b'"completion_tokens"' in line:
                 self._usage = line
-            if b'"error"' in line and (error := _json(line.removeprefix(b"data:")).get("error")):
+            if line.removeprefix(b"data:").strip() == b"[DONE]":
+                self._finish(now)
+            elif b'"error"' in line and (error := _json(line.removeprefix(b"data:")).get("error")):
                 self._finish(now, _message({"error": error}))
 
     def _finish(self, now: float, error: str | None = None) -> None:
