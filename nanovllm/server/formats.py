@@ -1,0 +1,90 @@
+"""How a model writes its thinking and its tool calls."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import regex
+
+from nanovllm import StructuredOutputsParams
+from nanovllm.checks import shown
+from nanovllm.server.parsers import PARSERS, OutputParser
+
+# What follows a thinking tag that is not open: its end, or the marker of another turn.
+_CLOSES_THINKING = regex.compile(r"</think>|<\||<｜|</s>|\[/INST\]|<end_of_turn>")
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How a model writes its thinking and its tool calls. The server chooses it once, when it starts.
+
+    Args:
+        tool_format: "none", "hermes", "qwen3_coder", "llama3" or "mistral".
+        reasoning_format: "none" or "think".
+    """
+
+    tool_format: str = "none"
+    reasoning_format: str = "none"
+
+    @classmethod
+    def detect(
+        cls, chat_template: str | None, tool_parser: str = "auto", reasoning_parser: str = "auto"
+    ) -> "TextFormat":
+        """Find the formats that are "auto" in the text of the model's chat template."""
+        template = chat_template or ""
+        if tool_parser == "auto":
+            tool_parser = _tool_format(template)
+        elif tool_parser not in PARSERS:
+            raise ValueError(f"tool_parser must be auto or one of {', '.join(PARSERS)}, got {shown(tool_parser)}")
+        if reasoning_parser == "auto":
+            reasoning_parser = "think" if "</think>" in template or "<think>" in template else "none"
+        elif reasoning_parser not in ("none", "think"):
+            raise ValueError(f"reasoning_parser must be auto, none or think, got {shown(reasoning_parser)}")
+        return cls(tool_parser, reasoning_parser)
+
+    @property
+    def shows_special_tokens(self) -> bool:
+        """Whether tool calls are marked by special tokens, so the sampling needs `skip_special_tokens=False`."""
+        return self.tool_format != "none"
+
+    def parser(self, prompt_text: str, tools: Sequence[dict], is_constrained: bool = False) -> OutputParser:
+        """Return the parser of one sample.
+
+        Args:
+            prompt_text: the rendered prompt, or its end, which may open a thinking tag.
+            tools: the functions that can be called, as in OpenAI's API.
+            is_constrained: the output follows a grammar of `constraint`.
+        """
+        # A model of an unknown format writes Hermes' format where a grammar makes it.
+        name = "hermes" if is_constrained and self.tool_format == "none" else self.tool_format
+        parser = PARSERS[name] if tools else OutputParser
+        finds_thinking = self.reasoning_format == "think"
+        schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+        return parser(schemas, finds_thinking and _opens_thinking(prompt_text), finds_thinking)
+
+    def constraint(
+        self, tools: Sequence[dict], tool_choice: str, parallel: bool, prompt_text: str = ""
+    ) -> StructuredOutputsParams | None:
+        """Return a grammar of outputs whose calls are all valid, or None if none is needed.
+
+        Args:
+            tools: the functions that can be called, as in OpenAI's API.
+            tool_choice: "none", "auto", "required", or the name of the function that must be called.
+            parallel: whether there may be several calls.
+            prompt_text: as in `parser`. An output that starts inside a thinking tag ends it before the calls.
+        """
+        return None
+
+
+def _opens_thinking(prompt_text: str) -> bool:
+    start = prompt_text.rfind("<think>")
+    return start >= 0 and not _CLOSES_THINKING.search(prompt_text, start)
+
+
+def _tool_format(template: str) -> str:
+    """Return the format of the calls that a chat template prints, or "none" if it is not known."""
+    if "[TOOL_CALLS]" in template:
+        return "mistral"
+    if "<tool_call>" in template and "<arg_key>" not in template:
+        return "qwen3_coder" if "<function=" in template else "hermes"
+    # Llama's template tells the model to answer {"name": ..., "parameters": ...}.
+    return "llama3" if '"parameters": dictionary of argument name' in template.replace("\\", "") else "none"
