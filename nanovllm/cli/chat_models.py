@@ -1,16 +1,19 @@
 """What `nanovllm chat` talks to: an engine in this process, or a server."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from nanovllm import LLM
 from nanovllm.cli.http_stream import base_url, message_of
-from nanovllm.server.events import Text, Thinking
+from nanovllm.server.events import Event, Text, Thinking
+from nanovllm.server.formats import TextFormat
 
 _CONNECT_SECONDS = 10.0
+# How many tokens at the end of a prompt show whether it opens a thinking tag.
+_PROMPT_END = 32
 
 
 @dataclass
@@ -47,27 +50,50 @@ class EngineModel:
 
     Args:
         config_options: arguments of `LLM`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: the model cannot be loaded, or has no chat template.
     """
 
     def __init__(self, config_options: dict[str, Any]):
         self.llm = LLM(**config_options)
         model = config_options.get("model")
         self.name = "SmolLM2-135M-Instruct" if model is None else Path(model).name
+        try:
+            self.format = TextFormat.detect(_chat_template(self.llm.tokenizer), tool_parser="none")
+        except BaseException:
+            self.llm.close()
+            raise
 
     def answer(self, messages: list[dict], settings: dict[str, Any], counts: Counts) -> Iterator[Text | Thinking]:
         (prompt,) = self.llm.chat_prompts(messages)
         # An answer may use all of the context.
         params = replace(self.llm.get_default_sampling_params(), **{"max_tokens": None, **settings})
+        parser = self.format.parser(self.llm.tokenizer.decode(prompt[-_PROMPT_END:]), tools=())
         for output in self.llm.stream(prompt, params):
             counts.tokens += len(output.token_ids)
-            if output.text:
-                yield Text(output.text)
+            yield from _shown(parser.feed(output.text))
+        yield from _shown(parser.finish())
 
     def __enter__(self) -> "EngineModel":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.llm.close()
+
+
+def _chat_template(tokenizer: Any) -> str:
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # by name
+        template = template.get("default")
+    if not template:
+        raise ValueError("the model has no chat template: a chat needs a model that was trained for it")
+    return template
+
+
+def _shown(events: Iterable[Event]) -> Iterator[Text | Thinking]:
+    """Leave out tool calls: a chat in the terminal offers no tools."""
+    return (event for event in events if isinstance(event, Text | Thinking))
 
 
 class ServerModel:

@@ -18,12 +18,13 @@ from nanovllm import SamplingParams, __version__
 from nanovllm.cli.bench_report import Run, summary, table
 from nanovllm.cli.bench_serve import BenchOptions, arrivals, make_requests
 from nanovllm.cli.chat import HELP, SETTINGS, Chat, ChatOptions
-from nanovllm.cli.chat_models import EngineModel
+from nanovllm.cli.chat_models import Counts, EngineModel
 from nanovllm.cli.flags import argument_docs, flag, parse_value
 from nanovllm.cli.http_stream import Answer
 from nanovllm.cli.main import main
 from nanovllm.config import Config
 from nanovllm.server.events import Text, Thinking
+from nanovllm.server.formats import TextFormat
 from nanovllm.server.options import ServerOptions
 from tests.helpers import SOON, assert_nothing_held, finish
 from tests.models.tiny import CHAT_TEMPLATE, save_tiny_with_tokenizer
@@ -379,6 +380,26 @@ def test_ctrl_c_frees_the_blocks_of_an_engines_answer(engine_model, monkeypatch)
     chat.settings = {"max_tokens": 5}
     chat.handle("y")
     assert len(chat.messages) == 4
+
+
+def test_an_engines_thinking_is_not_part_of_the_answer(engine_model, monkeypatch):
+    texts = ["plan</th", "ink>\n\nyes"]
+    outputs = [SimpleNamespace(text=text, token_ids=[1]) for text in texts]
+    monkeypatch.setattr(engine_model, "format", TextFormat.detect("<think> </think>", "none"))
+    monkeypatch.setattr(engine_model.llm, "stream", lambda *_: iter(outputs))
+    # The prompt opens the tag.
+    monkeypatch.setattr(engine_model.llm, "chat_prompts", lambda _: [engine_model.llm.tokenizer.encode("<think>\n")])
+    counts = Counts()
+    events = list(engine_model.answer([user("x")], {}, counts))
+    assert [event.text for event in events if isinstance(event, Thinking)] == ["plan"]
+    assert [event.text for event in events if isinstance(event, Text)] == ["yes"]
+    assert counts.tokens == 2
+
+
+def test_a_model_without_a_chat_template_is_refused_at_once(tmp_path, capsys):
+    folder = save_tiny_with_tokenizer(tmp_path, "qwen2")
+    assert main(["chat", str(folder), "--device", "cpu"]) == 1
+    assert "no chat template" in capsys.readouterr().err
 
 
 def test_a_conversation_that_is_too_long_is_reported(engine_model, capsys):
