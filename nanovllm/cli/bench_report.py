@@ -12,7 +12,7 @@ from nanovllm.cli.http_stream import Answer
 
 @dataclass(frozen=True)
 class Run:
-    """What a load test has measured. The lists have an entry for each request.
+    """The measurements of a load test. Its lists have an entry for each request.
 
     Args:
         output_lens: the number of tokens that each request asked for.

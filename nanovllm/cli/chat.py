@@ -39,7 +39,7 @@ _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 @dataclass(frozen=True, slots=True)
 class ChatOptions:
-    """The arguments of `nanovllm chat` beside those of `Config`. None is the default of each.
+    """The arguments of `nanovllm chat` besides those of `Config`. None is the default of each.
 
     Args:
         model: as in `Config`; with `url`, the model's name in the API, and None is the server's first one.

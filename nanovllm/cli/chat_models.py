@@ -1,4 +1,4 @@
-"""What `nanovllm chat` talks to: an engine in this process, or a server."""
+"""The two ways of `nanovllm chat` to a model: an engine in this process, and a server."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nanovllm import LLM
+from nanovllm.checks import shown
 from nanovllm.cli.http_stream import base_url, message_of
 from nanovllm.server.events import Event, Text, Thinking
 from nanovllm.server.formats import TextFormat
@@ -156,6 +157,8 @@ class ServerModel:
 def _events(data: str, counts: Counts) -> Iterator[Text | Thinking]:
     """Yield what a chunk of a streamed chat completion has."""
     chunk = json.loads(data)
+    if not isinstance(chunk, dict):
+        raise RuntimeError(f"the server sent no chat completion, but {shown(chunk)}")
     if chunk.get("error"):
         raise RuntimeError(f"the server could not finish: {message_of(data.encode())}")
     if usage := chunk.get("usage"):

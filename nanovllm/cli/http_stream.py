@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 _MAX_MESSAGE_CHARS = 500
 _MAX_HEAD_BYTES = 1 << 16
-# What an event may have that must be looked at closely: text may have the same words.
+# Events that have one of these are parsed: the generated text may have the same words.
 _MARKS = (b'"completion_tokens"', b'"error"', b"[DONE]")
 
 
@@ -43,7 +43,7 @@ def check_key(api_key: str) -> str:
 
 
 class Server:
-    """Where a server is, and what each request to it carries.
+    """A server's address, and the headers of each request to it.
 
     Args:
         url: see `base_url`.

@@ -61,14 +61,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def stream(self, events: list[Any]) -> None:
         """Send server-sent events: JSON, or text as it is."""
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
+        self.start_stream()
         for event in events:
             text = event if isinstance(event, str) else json.dumps(event)
             self.write_chunk(f"data: {text}\n\n".encode())
         self.wfile.write(b"0\r\n\r\n")
+
+    def start_stream(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
 
     def write_chunk(self, data: bytes) -> None:
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))

@@ -18,7 +18,7 @@ from nanovllm import SamplingParams, __version__
 from nanovllm.cli.bench_report import Run, summary, table
 from nanovllm.cli.bench_serve import BenchOptions, arrivals, make_requests
 from nanovllm.cli.chat import HELP, SETTINGS, Chat, ChatOptions
-from nanovllm.cli.chat_models import Counts, EngineModel
+from nanovllm.cli.chat_models import Counts, EngineModel, ServerModel
 from nanovllm.cli.flags import argument_docs, flag, parse_value
 from nanovllm.cli.http_stream import Answer
 from nanovllm.cli.main import main
@@ -459,6 +459,34 @@ def test_a_refusal_of_a_server_is_shown_in_words_and_the_chat_goes_on(capsys, mo
     ]
     assert bodies[2]["messages"] == [user("y"), assistant("a"), user("z")]
     assert bodies[2]["model"] == "named"
+
+
+def test_ctrl_c_leaves_a_servers_stream_so_that_the_server_can_stop(capsys):
+    gone = threading.Event()
+
+    def answer(handler, body):
+        if len(body["messages"]) > 1:
+            handler.stream([delta(content="b"), "[DONE]"])
+            return
+        handler.start_stream()
+        handler.write_chunk(f"data: {json.dumps(delta(content='a'))}\n\n".encode())
+        try:
+            while not gone.wait(0.01):
+                handler.write_chunk(b": ping\n\n")
+        except OSError:
+            gone.set()
+
+    class InterruptedServerModel(ServerModel):
+        def answer(self, messages, settings, counts):
+            for event in super().answer(messages, settings, counts):
+                yield event
+                if len(messages) == 1:
+                    signal.raise_signal(signal.SIGINT)
+
+    with scripted_server(chat=answer) as server, InterruptedServerModel(server.url, None, "m") as model:
+        chat, _ = talk(model, "x\ny\n")
+        assert gone.wait(SOON)
+    assert chat.messages == [user("x"), assistant("a"), user("y"), assistant("b")]
 
 
 @pytest.mark.parametrize(
