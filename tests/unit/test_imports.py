@@ -28,7 +28,7 @@ LAYERS = [
     ["distributed"],
     ["ops"],
     ["messages"],
-    ["config", "sampling_params", "inputs", "outputs"],
+    ["config", "sampling_params", "inputs", "output_stream", "outputs"],
     ["vllm_options"],
     ["checks", "arithmetic", "progress"],
 ]
