@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from nanovllm import AsyncLLM, __version__
 from nanovllm.checkpoints.hub import DEFAULT_FILE
 from nanovllm.server.admission import Admission
+from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.errors import ApiError, as_api_error, error_body
 from nanovllm.server.formats import TextFormat
 from nanovllm.server.metrics import ServerMetrics
@@ -142,17 +143,17 @@ def serve(config_options: dict[str, Any], server_options: ServerOptions) -> None
 
     Raises:
         OSError: the address cannot be listened on. Nothing was loaded.
-        TypeError, ValueError: see `Config`.
+        TypeError, ValueError, RuntimeError: the engine cannot be made; see `EngineClient`.
     """
     with _listen(server_options.host, server_options.port) as listener:
-        llm = AsyncLLM(**config_options, max_concurrent_requests=server_options.max_concurrent_requests)
+        llm = EngineClient(**config_options)
         try:
             asyncio.run(run(make_state(llm, config_options.get("model"), server_options), listener))
         finally:
             llm.close()
 
 
-def make_state(llm: AsyncLLM, model: str | Path | None, options: ServerOptions) -> ServerState:
+def make_state(llm: AsyncLLM | EngineClient, model: str | Path | None, options: ServerOptions) -> ServerState:
     """Return what the endpoints share.
 
     Args:
@@ -176,7 +177,7 @@ def _model_name(model: str | Path | None) -> str:
     return Path(model).resolve().name if Path(model).exists() else str(model)
 
 
-def _chat_template(llm: AsyncLLM) -> str | None:
+def _chat_template(llm: AsyncLLM | EngineClient) -> str | None:
     try:
         template = llm.tokenizer.chat_template
     except ValueError:  # the model has no tokenizer

@@ -83,6 +83,7 @@ class EngineClient:
         try:
             self.max_model_len, self._default_params = self._start(options)
         except BaseException:
+            self._process.kill()  # it may be loading a model for minutes
             self.close()
             raise
         self._threads = [
