@@ -2,7 +2,9 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -306,7 +308,7 @@ def test_arguments_that_are_no_json_object_are_refused(arguments):
         processor(AS_JSON).chat_prompts(calling(arguments))
 
 
-@pytest.mark.parametrize("calls", ["x", [5], [{"function": 5}]])
+@pytest.mark.parametrize("calls", ["x", [5], [{"function": 5}], np.array([1, 2]), torch.tensor([1, 2])])
 def test_tool_calls_of_another_form_are_refused(calls):
     with pytest.raises(TypeError, match="tool_calls"):
         processor(AS_JSON).chat_prompts([USER, {"role": "assistant", "content": None, "tool_calls": calls}])
