@@ -314,6 +314,12 @@ def test_tool_calls_of_another_form_are_refused(calls):
         processor(AS_JSON).chat_prompts([USER, {"role": "assistant", "content": None, "tool_calls": calls}])
 
 
+def test_messages_of_more_entries_than_a_length_can_say_are_refused():
+    for messages in (range(10**30), [range(10**30)]):
+        with pytest.raises(TypeError, match="messages must be a list of dicts"):
+            processor(AS_JSON).chat_prompts(messages)
+
+
 def test_content_may_be_missing_beside_tool_calls():
     without = calling({})
     del without[1]["content"]
