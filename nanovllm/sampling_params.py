@@ -86,8 +86,9 @@ class StructuredOutputsParams:
         choice: the output is one of these texts.
         grammar: a context-free grammar in Lark's notation, or in GGML's (GBNF). In its regular expressions `\\d`,
             `\\w` and `\\s` match Unicode, as in Python. Its texts never match a special token; in Lark's notation
-            `<|name|>` without quotes does. A terminal takes as many characters as it can, as in Lark. A GBNF rule that
-            refers to no rules but terminals is one, too: nothing matches `word "a"` with `word ::= [a-z]+`.
+            `<|name|>` without quotes does, and `<[NAME]>` matches the token `[NAME]`. `%json {...}` is a JSON schema. A
+            terminal takes as many characters as it can, as in Lark. A GBNF rule that refers to no rules but terminals
+            is one, too: nothing matches `word "a"` with `word ::= [a-z]+`.
         json_object: True is any JSON object; False is the same as None.
         disable_any_whitespace: white space in JSON. None is a space behind commas and colons and no other; True is
             none at all; False lets the model write any, which a small model may do for ever.
@@ -370,9 +371,9 @@ class SamplingParams:
 
         Other ranks do not know subclasses of the caller's program, so the result is never one.
         """
-        values = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
-        if type(self) is SamplingParams and all(values[name] == unset for name, unset in _ENGINE_ONLY.items()):
+        if type(self) is SamplingParams and all(getattr(self, name) == unset for name, unset in _ENGINE_ONLY.items()):
             return self
+        values = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
         return SamplingParams(**values | _ENGINE_ONLY)
 
     @property
