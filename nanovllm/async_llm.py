@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.checks import is_list, number, shown
+from nanovllm.checks import is_list, length, number, shown
 from nanovllm.config import Config, check_names
 from nanovllm.engine.guard import close_at_exit
 from nanovllm.engine.llm_engine import LLMEngine
@@ -357,8 +357,8 @@ class AsyncLLM:
 
     async def chat_prompt(self, messages: SequenceType[dict], **template: Any) -> list[int]:
         """Return the token ids of one conversation; see `LLM.chat_prompts`."""
-        if is_list(messages) and len(messages) > 1 and is_list(messages[0]):
-            raise ValueError(f"messages must be one conversation, got a list of {len(messages)}")
+        if is_list(messages) and length(messages) > 1 and is_list(messages[0]):
+            raise ValueError(f"messages must be one conversation, got a list of {length(messages)}")
         chat_prompts = self.llm_engine.input_processor.chat_prompts
         prompts = await self._prepare(_TEMPLATES, lambda: chat_prompts(messages, **template))
         return prompts[0]
