@@ -1,0 +1,309 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API, for its clients and for Claude Code."""
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel, BeforeValidator, Field
+from pydantic_core import from_json
+
+from nanovllm.server.blocks import Block, Blocks, Change, Grown, Started
+from nanovllm.server.events import CallStart, Text, Thinking
+from nanovllm.server.generation import Conversation, Piece, SamplePiece, answer
+from nanovllm.server.state import ServerState
+
+# Claude Code starts its system prompt with a block that differs in each request, so no prefix would ever be cached.
+_BILLING_HEADER = "x-anthropic-billing-header:"
+# Clients drop thinking without a signature, and send back what they keep.
+_SIGNATURE = "nanovllm"
+# The type and the key of the text of a delta, by the kind of its block.
+_DELTAS = {
+    Text: ("text_delta", "text"),
+    Thinking: ("thinking_delta", "thinking"),
+    CallStart: ("input_json_delta", "partial_json"),
+}
+
+
+class TextBlock(BaseModel):
+    """A text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingBlock(BaseModel):
+    """What the model has thought."""
+
+    type: Literal["thinking"]
+    thinking: str
+
+
+class RedactedThinkingBlock(BaseModel):
+    """Thinking of another model, which nobody can read."""
+
+    type: Literal["redacted_thinking"]
+
+
+class ToolUseBlock(BaseModel):
+    """A tool call of the model."""
+
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+def _as_blocks(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+Texts = Annotated[list[TextBlock], BeforeValidator(_as_blocks)]
+
+
+class ToolResultBlock(BaseModel):
+    """What a tool call has given."""
+
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: Texts = []
+    is_error: bool = False
+
+
+AnyBlock = Annotated[
+    TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
+]
+
+
+class Message(BaseModel):
+    """A turn of the conversation."""
+
+    role: Literal["user", "assistant", "system"]
+    content: Annotated[list[AnyBlock], BeforeValidator(_as_blocks)]
+
+
+class Tool(BaseModel):
+    """A function that the model may call. Tools that Anthropic's servers run have no schema, and are skipped."""
+
+    name: str
+    description: str = ""
+    input_schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolChoice(BaseModel):
+    """Which tools the model may or must call."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool = False
+
+
+class ThinkingSwitch(BaseModel):
+    """Whether the model thinks before it answers."""
+
+    type: str
+
+
+class OutputFormat(BaseModel):
+    """A JSON schema that the answer follows."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(BaseModel):
+    """The form of the answer."""
+
+    format: OutputFormat | None = None
+
+
+class CountTokensRequest(BaseModel):
+    """A request of POST /v1/messages/count_tokens. Unknown fields are ignored here: clients add new ones often."""
+
+    model: str
+    messages: list[Message]
+    system: Texts | None = None
+    tools: list[Tool] = []
+    tool_choice: ToolChoice = ToolChoice(type="auto")
+    thinking: ThinkingSwitch = ThinkingSwitch(type="disabled")
+    output_config: OutputConfig = OutputConfig()
+
+
+class MessagesRequest(CountTokensRequest):
+    """A request of POST /v1/messages."""
+
+    max_tokens: int
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop_sequences: list[str] = []
+    stream: bool = False
+
+
+# -- from a request to a conversation --------------------------------------------------------------------------------
+
+
+def chat_messages(request: CountTokensRequest) -> list[dict[str, Any]]:
+    """Return the messages of a request in the form that chat templates take."""
+    messages: list[dict[str, Any]] = []
+    system = [block.text for block in request.system or [] if not block.text.startswith(_BILLING_HEADER)]
+    if system:
+        messages.append({"role": "system", "content": "\n\n".join(system)})
+    for message in request.messages:
+        if message.role == "assistant":
+            _add_assistant(messages, message.content)
+        else:
+            _add_user(messages, message.content, is_reminder=message.role == "system")
+    return messages
+
+
+def _add_assistant(messages: list[dict[str, Any]], blocks: list[Any]) -> None:
+    """Add a turn of the model, or continue one."""
+    message = _last(messages, "assistant")
+    for block in blocks:
+        if isinstance(block, TextBlock):
+            message["content"] += block.text
+        elif isinstance(block, ThinkingBlock):
+            message["reasoning_content"] = message.get("reasoning_content", "") + block.thinking
+        elif isinstance(block, ToolUseBlock):
+            function = {"name": block.name, "arguments": block.input}
+            call = {"id": block.id, "type": "function", "function": function}
+            message.setdefault("tool_calls", []).append(call)
+        elif isinstance(block, ToolResultBlock):
+            raise ApiError(400, "a tool_result block belongs into a message with the role user", param="messages")
+
+
+def _add_user(messages: list[dict[str, Any]], blocks: list[Any], is_reminder: bool) -> None:
+    """Add texts and results of tools. Templates take no system message but the first, so later ones are reminders."""
+    for block in blocks:
+        if isinstance(block, ToolResultBlock):
+            text = "\n".join(part.text for part in block.content)
+            text = f"Error: {text}" if block.is_error else text
+            messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": text})
+        elif isinstance(block, TextBlock):
+            message = _last(messages, "user")
+            text = f"<system-reminder>\n{block.text}\n</system-reminder>" if is_reminder else block.text
+            message["content"] += "\n" + text if message["content"] else text
+        else:
+            raise ApiError(400, f"a {block.type} block belongs into a message with the role assistant", param="messages")
+
+
+def _last(messages: list[dict[str, Any]], role: str) -> dict[str, Any]:
+    """Return the last message if it has this role, else a new one: successive turns of a role are one turn."""
+    if not messages or messages[-1]["role"] != role:
+        messages.append({"role": role, "content": ""})
+    return messages[-1]
+
+
+def tool_list(tools: Iterable[Tool]) -> list[dict[str, Any]]:
+    """Return the functions among the tools in OpenAI's form."""
+    return [
+        function_tool(tool.name, tool.description, tool.input_schema, tool.strict)
+        for tool in tools
+        if tool.input_schema is not None
+    ]
+
+
+def template_options(state: ServerState, request: CountTokensRequest, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the arguments of the chat template. An answer continues the message that ends a conversation."""
+    options = {} if request.thinking.type == "adaptive" else thinking_option(state, request.thinking.type != "disabled")
+    last = messages[-1] if messages else {}
+    if last.get("role") == "assistant" and last["content"] and "tool_calls" not in last:
+        options["continue_final_message"] = True
+    return options
+
+
+# -- from pieces to an answer ----------------------------------------------------------------------------------------
+
+
+class MessageWriter:
+    """The answer to a request, as it grows.
+
+    Args:
+        message_id: the answer's id.
+        model: the model's name in the API.
+        max_tokens: how many tokens the client allows.
+    """
+
+    def __init__(self, message_id: str, model: str, max_tokens: int):
+        self.message_id = message_id
+        self.model = model
+        self.max_tokens = max_tokens
+        self.blocks = Blocks()
+        self.num_input = self.num_cached = self.num_output = 0
+        self.stop: dict[str, str | None] = {"stop_reason": None, "stop_sequence": None}
+        self._has_started = False
+
+    def add(self, piece: Piece) -> list[dict[str, Any]]:
+        """Add the next piece, and return the events that show it."""
+        events = []
+        if not self._has_started:
+            self._has_started = True
+            self.num_input, self.num_cached = piece.num_prompt_tokens, piece.num_cached_tokens
+            events = [{"type": "message_start", "message": self.body()}, {"type": "ping"}]
+        for sample in piece.samples:
+            self.num_output += len(sample.token_ids)
+            changes = [*self.blocks.feed(sample.events)]
+            if sample.finish_reason is not None:
+                changes += self.blocks.finish()
+            events += [event for change in changes for event in _events(change)]
+            if sample.finish_reason is not None:
+                self.stop = self._stop(sample)
+                events.append({"type": "message_delta", "delta": self.stop, "usage": self.usage()})
+                events.append({"type": "message_stop"})
+        return events
+
+    def body(self) -> dict[str, Any]:
+        """Return the message so far."""
+        content = [_content(block) for block in self.blocks.all]
+        message = {"id": self.message_id, "type": "message", "role": "assistant", "model": self.model}
+        return message | {"content": content, **self.stop, "usage": self.usage()}
+
+    def usage(self) -> dict[str, int]:
+        """Return how many tokens there are. What was cached is no input in this API."""
+        return {
+            "input_tokens": self.num_input - self.num_cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": self.num_cached,
+            "output_tokens": self.num_output,
+        }
+
+    def _stop(self, sample: SamplePiece) -> dict[str, str | None]:
+        reason, sequence = "end_turn", None
+        if sample.finish_reason == "tool_calls":
+            reason = "tool_use"
+        elif sample.finish_reason == "length":
+            is_full = self.num_output < self.max_tokens
+            reason = "model_context_window_exceeded" if is_full else "max_tokens"
+        elif isinstance(sample.stop_reason, str):
+            reason, sequence = "stop_sequence", sample.stop_reason
+        return {"stop_reason": reason, "stop_sequence": sequence}
+
+
+def _events(change: Change) -> list[dict[str, Any]]:
+    """Return the events of a change."""
+    block = change.block
+    if isinstance(change, Started):
+        return [{"type": "content_block_start", "index": block.index, "content_block": _content(block)}]
+    if isinstance(change, Grown):
+        kind, key = _DELTAS[block.kind]
+        return [_delta(block, {"type": kind, key: change.text})]
+    signature = [_delta(block, {"type": "signature_delta", "signature": _SIGNATURE})] if block.kind is Thinking else []
+    return [*signature, {"type": "content_block_stop", "index": block.index}]
+
+
+def _delta(block: Block, delta: dict[str, str]) -> dict[str, Any]:
+    return {"type": "content_block_delta", "index": block.index, "delta": delta}
+
+
+def _content(block: Block) -> dict[str, Any]:
+    """Return the content block with the text so far."""
+    if block.kind is Text:
+        return {"type": "text", "text": block.text}
+    if block.kind is Thinking:
+        return {"type": "thinking", "thinking": block.text, "signature": _SIGNATURE}
+    # An answer that has reached its length may end within the arguments.
+    arguments = from_json(block.text, allow_partial="trailing-strings") if block.text else {}
+    return {"type": "tool_use", "id": f"toolu_{block.id}", "name": block.name, "input": arguments}
