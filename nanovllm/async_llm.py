@@ -338,6 +338,20 @@ class AsyncLLM:
         prompts = await self._prepare(_TEMPLATES, lambda: chat_prompts(messages, **template))
         return prompts[0]
 
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a text, by default as those of a prompt."""
+        encode = self.llm_engine.input_processor.encode_bounded
+        return await self._prepare(_PROMPTS, lambda: encode(text, add_special_tokens))
+
+    async def decode(self, token_ids: SequenceType[int]) -> str:
+        """Return the text of token ids, special tokens included."""
+        decode = self.llm_engine.input_processor.decode
+        return await self._prepare(_PROMPTS, lambda: decode(token_ids))
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """See `LLM.get_default_sampling_params`."""
+        return self.llm_engine.input_processor.default_params
+
     async def metrics(self) -> Metrics:
         """See `LLM.metrics`."""
         return await self._call(lambda engine: engine.metrics())

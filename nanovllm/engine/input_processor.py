@@ -189,6 +189,16 @@ class InputProcessor:
         with _refusing_panics("the text cannot be tokenised"):
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
+    def encode_bounded(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Do the same as `encode`, but refuse a text of far too many tokens for `max_model_len`."""
+        self._check_text("text", text)
+        return self.encode(text, add_special_tokens)
+
+    def decode(self, token_ids: SequenceType[int]) -> str:
+        """Return the text of token ids, special tokens included."""
+        in_vocabulary("token_ids", token_ids, self.vocab_size)
+        return self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
     def token_bytes(self, skip_special_tokens: bool) -> TokenBytes:
         """Return the bytes of each token, which make the text of outputs."""
         if skip_special_tokens not in self._token_bytes:
