@@ -160,8 +160,10 @@ def chat_messages(request: CountTokensRequest) -> list[dict[str, Any]]:
 
 
 def _add_assistant(messages: list[dict[str, Any]], blocks: list[Any]) -> None:
-    """Add a turn of the model, or continue one."""
-    message = _last(messages, "assistant")
+    """Add a turn of the model. Successive turns are one."""
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": ""})
+    message = messages[-1]
     for block in blocks:
         if isinstance(block, TextBlock):
             message["content"] += block.text
@@ -183,18 +185,10 @@ def _add_user(messages: list[dict[str, Any]], blocks: list[Any], is_reminder: bo
             text = f"Error: {text}" if block.is_error else text
             messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": text})
         elif isinstance(block, TextBlock):
-            message = _last(messages, "user")
             text = f"<system-reminder>\n{block.text}\n</system-reminder>" if is_reminder else block.text
-            message["content"] += "\n" + text if message["content"] else text
+            add_user_text(messages, text)
         else:
             raise ApiError(400, f"a {block.type} block belongs into a message with the role assistant", param="messages")
-
-
-def _last(messages: list[dict[str, Any]], role: str) -> dict[str, Any]:
-    """Return the last message if it has this role, else a new one: successive turns of a role are one turn."""
-    if not messages or messages[-1]["role"] != role:
-        messages.append({"role": role, "content": ""})
-    return messages[-1]
 
 
 def tool_list(tools: Iterable[Tool]) -> list[dict[str, Any]]:

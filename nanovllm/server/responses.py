@@ -1,0 +1,381 @@
+"""POST /v1/responses: OpenAI's newer API, for its clients and for Codex. The server keeps no response."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from itertools import count
+from typing import Annotated, Any, ClassVar, Literal
+from uuid import uuid4
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from nanovllm import RequestOutputKind, StructuredOutputsParams
+from nanovllm.server.blocks import Block, Blocks, Change, Grown, Started
+from nanovllm.server.errors import ApiError
+from nanovllm.server.events import CallStart, Text, Thinking
+from nanovllm.server.generation import Conversation, Piece, answer
+from nanovllm.server.sampling import ANY, NEUTRAL, SamplingFields
+from nanovllm.server.state import ServerState
+from nanovllm.server.streaming import JsonAnswer, sse
+from nanovllm.server.translation import add_user_text, check_choice, function_tool, thinking_option
+
+# -- requests --------------------------------------------------------------------------------------------------------
+
+
+class Part(BaseModel):
+    """A part of a message."""
+
+    type: Literal["input_text", "output_text", "text", "reasoning_text"]
+    text: str
+
+
+class Refusal(BaseModel):
+    """What another model has said in place of an answer."""
+
+    type: Literal["refusal"]
+    text: str = Field(alias="refusal")
+
+
+def _as_parts(content: Any) -> Any:
+    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
+
+
+Parts = Annotated[list[Annotated[Part | Refusal, Field(discriminator="type")]], BeforeValidator(_as_parts)]
+
+
+class MessageItem(BaseModel):
+    """A message."""
+
+    type: Literal["message"]
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Parts
+
+
+class CallItem(BaseModel):
+    """A tool call of the model."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class CallOutputItem(BaseModel):
+    """What a tool call has given."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Parts
+
+
+class ReasoningItem(BaseModel):
+    """What the model has thought. If it is encrypted, by another server, it is left out."""
+
+    type: Literal["reasoning"]
+    content: Parts | None = None
+
+
+def _with_type(item: Any) -> Any:
+    """Return an item with a type, which messages may lack."""
+    return {"type": "message", **item} if isinstance(item, dict) and "role" in item else item
+
+
+def _as_items(value: Any) -> Any:
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
+
+AnyItem = Annotated[MessageItem | CallItem | CallOutputItem | ReasoningItem, Field(discriminator="type")]
+Items = Annotated[list[Annotated[AnyItem, BeforeValidator(_with_type)]], BeforeValidator(_as_items)]
+
+
+class _Strict(BaseModel):
+    """A part of a request in which unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Tool(BaseModel):
+    """A tool. Only functions are used."""
+
+    type: str
+    name: str = ""
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class NamedTool(_Strict):
+    """The function that the model must call."""
+
+    type: Literal["function"]
+    name: str
+
+
+class TextFormat(_Strict):
+    """The form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextOptions(_Strict):
+    """Options of the answer. Only a medium verbosity is supported."""
+
+    format: TextFormat = TextFormat(type="text")
+    verbosity: Literal["medium"] | None = None
+
+
+class Reasoning(_Strict):
+    """Whether the model thinks: the effort "none" switches it off. There are no summaries, but the thinking itself."""
+
+    effort: str | None = None
+    summary: str | None = None
+
+
+class ResponsesRequest(SamplingFields):
+    """A request of POST /v1/responses.
+
+    Besides the fields of OpenAI's API there are those of `SamplingFields`.
+    """
+
+    NEUTRAL: ClassVar[dict[str, Any]] = NEUTRAL | {
+        "background": (False,),
+        "client_metadata": ANY,  # Codex
+        "context_management": (),
+        "conversation": (),
+        "max_tool_calls": (),
+        "moderation": (),
+        "prompt": (),
+        "prompt_cache_options": ANY,
+        "top_logprobs": (0,),
+        "truncation": ("disabled",),
+    }
+    input: Items
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    max_tokens: None = None
+    n: Literal[1] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    reasoning: Reasoning | None = None
+    include: list[Literal["reasoning.encrypted_content"]] | None = None  # Codex. There is no such content
+    metadata: dict[str, str] | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+
+
+# -- from a request to a conversation --------------------------------------------------------------------------------
+
+
+def chat_messages(request: ResponsesRequest) -> list[dict[str, Any]]:
+    """Return the messages of a request in the form that chat templates take.
+
+    Templates take one system message, at the start, so instructions and all system and developer messages go there.
+    """
+    system = [request.instructions] if request.instructions else []
+    messages: list[dict[str, Any]] = []
+    for item in request.input:
+        if isinstance(item, MessageItem) and item.role in ("system", "developer"):
+            system.append(_text(item.content))
+        elif isinstance(item, MessageItem) and item.role == "user":
+            add_user_text(messages, _text(item.content))
+        elif isinstance(item, CallOutputItem):
+            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+        else:
+            _add_to_turn(messages, item)
+    return [{"role": "system", "content": "\n\n".join(system)}, *messages] if system else messages
+
+
+def _add_to_turn(messages: list[dict[str, Any]], item: MessageItem | CallItem | ReasoningItem) -> None:
+    """Add what the model has written. Thinking, text and calls that follow each other are one message."""
+    turn = messages[-1] if messages and messages[-1]["role"] == "assistant" else {}
+    is_next = bool(turn.get("content") or "tool_calls" in turn) and not isinstance(item, CallItem)
+    if not turn or is_next:
+        turn = {"role": "assistant", "content": ""}
+        messages.append(turn)
+    if isinstance(item, CallItem):
+        function = {"name": item.name, "arguments": item.arguments}
+        call = {"id": item.call_id, "type": "function", "function": function}
+        turn.setdefault("tool_calls", []).append(call)
+    elif isinstance(item, ReasoningItem):
+        turn["reasoning_content"] = turn.get("reasoning_content", "") + _text(item.content or [])
+    else:
+        turn["content"] = _text(item.content)
+
+
+def _text(parts: list[Part | Refusal]) -> str:
+    return "\n".join(part.text for part in parts)
+
+
+def tool_list(request: ResponsesRequest) -> list[dict[str, Any]]:
+    """Return the functions among the tools in the form of chat completions."""
+    return [
+        function_tool(tool.name, tool.description, tool.parameters, tool.strict)
+        for tool in request.tools or []
+        if tool.type == "function"
+    ]
+
+
+def structured_outputs(text: TextOptions) -> StructuredOutputsParams | None:
+    """Return the form that the answer must have."""
+    if text.format.type == "text":
+        return None
+    if text.format.type == "json_object":
+        return StructuredOutputsParams(json_object=True)
+    if text.format.schema_ is None:
+        raise ApiError(400, "text.format of type json_schema needs a schema", param="text.format")
+    return StructuredOutputsParams(json=text.format.schema_)
+
+
+# -- from pieces to an answer ----------------------------------------------------------------------------------------
+
+
+class ResponseWriter:
+    """The response to a request, as it grows.
+
+    Args:
+        fields: those that do not change.
+    """
+
+    def __init__(self, fields: dict[str, Any]):
+        self.fields = fields
+        self.blocks = Blocks()
+        self.num_input = self.num_cached = self.num_output = 0
+        self.finish_reason: str | None = None
+        self._numbers = count()
+
+    def add(self, piece: Piece) -> list[dict[str, Any]]:
+        """Add the next piece, and return the events that show it."""
+        events = []
+        if not self.num_input:
+            self.num_input, self.num_cached = piece.num_prompt_tokens, piece.num_cached_tokens
+            events = [self._event("response.created", response=self.body())]
+            events.append(self._event("response.in_progress", response=self.body()))
+        for sample in piece.samples:
+            self.num_output += len(sample.token_ids)
+            self.finish_reason = sample.finish_reason
+            changes = [*self.blocks.feed(sample.events)]
+            if sample.finish_reason is not None:
+                changes += self.blocks.finish()
+            events += [event for change in changes for event in self._events(change)]
+            if sample.finish_reason is not None:
+                events.append(self._event(f"response.{self.status}", response=self.body()))
+        return events
+
+    def failed(self, error: ApiError) -> dict[str, Any]:
+        """Return the event of an error in the midst of a response."""
+        code = error.code or ("server_error" if error.status >= 500 else "invalid_prompt")
+        body = self.body() | {"status": "failed", "error": {"code": code, "message": error.message}}
+        return self._event("response.failed", response=body)
+
+    @property
+    def status(self) -> str:
+        if self.finish_reason is None:
+            return "in_progress"
+        return "incomplete" if self.finish_reason == "length" else "completed"
+
+    def body(self) -> dict[str, Any]:
+        """Return the response so far."""
+        return self.fields | {
+            "status": self.status,
+            "incomplete_details": {"reason": "max_output_tokens"} if self.status == "incomplete" else None,
+            "output": [_item(block, self._item_status(block)) for block in self.blocks.all],
+            "usage": self._usage() if self.finish_reason else None,
+        }
+
+    def _item_status(self, block: Block) -> str:
+        is_cut = self.status == "incomplete" and block is self.blocks.all[-1]
+        return "incomplete" if is_cut else "completed"
+
+    def _usage(self) -> dict[str, Any]:
+        """Return how many tokens there are. How many of them are thinking is estimated from its share of the text."""
+        sizes = [(block.kind is Thinking, len(block.text)) for block in self.blocks.all]
+        share = sum(size for is_thinking, size in sizes if is_thinking) / max(1, sum(size for _, size in sizes))
+        return {
+            "input_tokens": self.num_input,
+            "input_tokens_details": {"cached_tokens": self.num_cached, "cache_write_tokens": 0},
+            "output_tokens": self.num_output,
+            "output_tokens_details": {"reasoning_tokens": round(share * self.num_output)},
+            "total_tokens": self.num_input + self.num_output,
+        }
+
+    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        return {"type": kind, "sequence_number": next(self._numbers), **fields}
+
+    def _events(self, change: Change) -> list[dict[str, Any]]:
+        """Return the events of a change."""
+        block = change.block
+        if isinstance(change, Started):
+            return self._start(block)
+        if isinstance(change, Grown):
+            name, _ = _NAMES[block.kind]
+            return [self._event(f"response.{name}.delta", **_place(block), **_logprobs(block), delta=change.text)]
+        return self._finish(block)
+
+    def _start(self, block: Block) -> list[dict[str, Any]]:
+        item = _item(block, "in_progress")
+        if block.kind is CallStart:
+            return [self._event("response.output_item.added", output_index=block.index, item=item)]
+        item["content"] = []  # the next event adds the part
+        return [
+            self._event("response.output_item.added", output_index=block.index, item=item),
+            self._event("response.content_part.added", **_place(block), part=_part(block)),
+        ]
+
+    def _finish(self, block: Block) -> list[dict[str, Any]]:
+        name, key = _NAMES[block.kind]
+        events = [self._event(f"response.{name}.done", **_place(block), **_logprobs(block), **{key: block.text})]
+        if block.kind is not CallStart:
+            events.append(self._event("response.content_part.done", **_place(block), part=_part(block)))
+        item = _item(block, self._item_status(block))
+        return [*events, self._event("response.output_item.done", output_index=block.index, item=item)]
+
+
+# The name of a text in events, and its key in the last of them, by the kind of the block.
+_NAMES = {
+    Text: ("output_text", "text"),
+    Thinking: ("reasoning_text", "text"),
+    CallStart: ("function_call_arguments", "arguments"),
+}
+_ID_PREFIXES = {Text: "msg", Thinking: "rs", CallStart: "fc"}
+
+
+def _item_id(block: Block) -> str:
+    return f"{_ID_PREFIXES[block.kind]}_{block.id}"
+
+
+def _place(block: Block) -> dict[str, Any]:
+    """Return where an event of a block belongs."""
+    place: dict[str, Any] = {"item_id": _item_id(block), "output_index": block.index}
+    if block.kind is not CallStart:
+        place["content_index"] = 0
+    return place
+
+
+def _logprobs(block: Block) -> dict[str, list]:
+    """Return the log-probabilities that events of texts must have: none."""
+    return {"logprobs": []} if block.kind is Text else {}
+
+
+def _part(block: Block) -> dict[str, Any]:
+    """Return the only part of a message or of thinking."""
+    if block.kind is Thinking:
+        return {"type": "reasoning_text", "text": block.text}
+    return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}
+
+
+def _item(block: Block, status: str) -> dict[str, Any]:
+    """Return the output item with the text so far."""
+    item: dict[str, Any] = {"id": _item_id(block), "status": status}
+    if block.kind is CallStart:
+        call = {"type": "function_call", "call_id": f"call_{block.id}", "name": block.name, "arguments": block.text}
+        return item | call
+    if block.kind is Thinking:
+        return item | {"type": "reasoning", "summary": [], "content": [_part(block)]}
+    return item | {"type": "message", "role": "assistant", "content": [_part(block)]}

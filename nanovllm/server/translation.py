@@ -1,0 +1,40 @@
+"""What messages and responses share to turn a request into a conversation."""
+
+from typing import Any
+
+from nanovllm.checks import shown
+from nanovllm.server.errors import ApiError
+from nanovllm.server.state import ServerState
+
+
+def function_tool(name: str, description: str | None, parameters: dict | None, strict: bool | None) -> dict[str, Any]:
+    """Return a tool in the form of OpenAI's chat completions."""
+    function = {"name": name, "description": description, "parameters": parameters, "strict": strict}
+    return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
+
+
+def add_user_text(messages: list[dict[str, Any]], text: str) -> None:
+    """Add a user's text. Successive texts are one message, because some templates want a turn of the model between."""
+    if messages and messages[-1]["role"] == "user":
+        messages[-1]["content"] += "\n" + text
+    else:
+        messages.append({"role": "user", "content": text})
+
+
+def check_choice(choice: str, tools: list[dict[str, Any]]) -> None:
+    """Refuse a tool choice that the tools cannot fulfil.
+
+    Args:
+        choice: "none", "auto", "required" or a function's name.
+    """
+    names = [tool["function"]["name"] for tool in tools]
+    if choice == "required" and not tools:
+        raise ApiError(400, "tool_choice asks for a tool call, but tools has no function", param="tool_choice")
+    if choice not in ("none", "auto", "required", *names):
+        raise ApiError(400, f"tool_choice names {shown(choice)}, which is no function of tools", param="tool_choice")
+
+
+def thinking_option(state: ServerState, is_on: bool) -> dict[str, Any]:
+    """Return the arguments of the chat template that switch thinking on or off, if the template has the switch."""
+    template = str(state.llm.tokenizer.chat_template)
+    return {"chat_template_kwargs": {"enable_thinking": is_on}} if "enable_thinking" in template else {}
