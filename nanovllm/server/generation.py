@@ -1,6 +1,7 @@
 """Answers a conversation: what chat completions, messages and responses share."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,8 +69,8 @@ class Piece:
     samples: list[SamplePiece]
 
 
-async def answer(state: ServerState, conversation: Conversation, request_id: str) -> AsyncIterator[Piece]:
-    """Yield the answer to a conversation in pieces. Leaving the iteration ends the request.
+async def answer(state: ServerState, conversation: Conversation, request_id: str) -> AsyncGenerator[Piece, None]:
+    """Yield the answer to a conversation in pieces. Closing the generator ends the request.
 
     Raises:
         ApiError, TypeError, ValueError: the request cannot be served. Everything that is wrong with a request shows
@@ -77,38 +78,48 @@ async def answer(state: ServerState, conversation: Conversation, request_id: str
         RuntimeError: the engine is closed or has failed.
     """
     tools = () if conversation.tool_choice == "none" else conversation.tools
-    params = _constrained(state, conversation, tools)
+    if tools and state.format.tool_format == "none":
+        message = "the server does not know how this model writes tool calls; its option --tool-parser can tell it"
+        raise ApiError(400, message, param="tools")
+    params = conversation.params
     with state.admission.enter(params.n):
-        template: dict[str, Any] = {"tools": list(tools)} if tools else {}
-        template |= conversation.template
-        prompt_ids = await state.llm.chat_prompt(conversation.messages, **template)
-        num_tail = _CONTINUED_TAIL_TOKENS if template.get("continue_final_message") else _TAIL_TOKENS
-        prompt_text = state.llm.tokenizer.decode(prompt_ids[-num_tail:])
+        prompt_ids, prompt_text = await _prompt(state, conversation, tools)
+        params = _constrained(state, conversation, tools, prompt_text)
         is_constrained = params.structured_outputs is not None
         samples = [
             _Sample(state.format.parser(prompt_text, tools, is_constrained), conversation.parallel_tool_calls)
             for _ in range(params.n)
         ]
-        async for output in state.llm.generate({"prompt_token_ids": prompt_ids}, params, request_id):
-            pieces = [samples[new.index].piece(new) for new in output.outputs]
-            yield Piece(len(prompt_ids), output.num_cached_tokens, pieces)
+        outputs = state.llm.generate({"prompt_token_ids": prompt_ids}, params, request_id)
+        async with aclosing(state.metrics.observe(outputs, params.n)) as outputs:
+            async for output in outputs:
+                pieces = [samples[new.index].piece(new) for new in output.outputs]
+                yield Piece(len(prompt_ids), output.num_cached_tokens, pieces)
 
 
-def _constrained(state: ServerState, conversation: Conversation, tools: Sequence[dict[str, Any]]) -> SamplingParams:
-    """Return the conversation's parameters with the constraint that its tools need."""
+async def _prompt(
+    state: ServerState, conversation: Conversation, tools: Sequence[dict[str, Any]]
+) -> tuple[list[int], str]:
+    """Return the prompt's token ids, and the end of its text."""
+    template = conversation.template | ({"tools": list(tools)} if tools else {})
+    prompt_ids = await state.llm.chat_prompt(conversation.messages, **template)
+    num_tail = _CONTINUED_TAIL_TOKENS if template.get("continue_final_message") else _TAIL_TOKENS
+    return prompt_ids, await state.llm.decode(prompt_ids[-num_tail:])
+
+
+def _constrained(
+    state: ServerState, conversation: Conversation, tools: Sequence[dict[str, Any]], prompt_text: str
+) -> SamplingParams:
+    """Return the conversation's parameters with what its tools need."""
     params = conversation.params
     if not tools:
         return params
-    if state.format.tool_format == "none":
-        message = 'it is not known how this model writes tool calls; start the server with --tool-parser, or send tool_choice "none"'
-        raise ApiError(400, message, param="tools")
-    constraint = state.format.constraint(tools, conversation.tool_choice, conversation.parallel_tool_calls)
+    constraint = state.format.constraint(tools, conversation.tool_choice, conversation.parallel_tool_calls, prompt_text)
     if constraint is not None:
         if params.structured_outputs is not None:
-            raise ApiError(400, "tools that must be called cannot be used with a response format", param="tool_choice")
+            raise ApiError(400, "a tool that must be called cannot be used with a form of the answer", "tool_choice")
         params = replace(params, structured_outputs=constraint)
-    # Tags of tool calls may be special tokens, which would otherwise have no text.
-    return replace(params, skip_special_tokens=False)
+    return replace(params, skip_special_tokens=params.skip_special_tokens and not state.format.shows_special_tokens)
 
 
 class _Sample:

@@ -1,0 +1,69 @@
+"""How a model writes its thinking and its tool calls."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import regex
+
+from nanovllm import StructuredOutputsParams
+from nanovllm.server.parsers import OutputParser
+
+# What follows a thinking tag that is not open: its end, or the marker of another turn.
+_CLOSES_THINKING = regex.compile(r"</think>|<\||<｜|</s>|\[/INST\]|<end_of_turn>")
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How a model writes its thinking and its tool calls. The server chooses it once, when it starts.
+
+    Args:
+        tool_format: "none", "hermes", "qwen3_coder", "llama3" or "mistral".
+        reasoning_format: "none" or "think".
+    """
+
+    tool_format: str = "none"
+    reasoning_format: str = "none"
+
+    @classmethod
+    def detect(
+        cls, chat_template: str | None, tool_parser: str = "auto", reasoning_parser: str = "auto"
+    ) -> "TextFormat":
+        """Find the formats that are "auto" in the text of the model's chat template."""
+        template = chat_template or ""
+        if reasoning_parser == "auto":
+            reasoning_parser = "think" if "<think>" in template or "</think>" in template else "none"
+        return cls("none" if tool_parser == "auto" else tool_parser, reasoning_parser)
+
+    @property
+    def shows_special_tokens(self) -> bool:
+        """Whether tool calls are marked by special tokens, so the sampling needs `skip_special_tokens=False`."""
+        return self.tool_format != "none"
+
+    def parser(self, prompt_text: str, tools: Sequence[dict], is_constrained: bool = False) -> OutputParser:
+        """Return the parser of one sample.
+
+        Args:
+            prompt_text: the rendered prompt, or its end, which may open a thinking tag.
+            tools: the functions that can be called, as in OpenAI's API. Without any, the text is not searched for calls.
+            is_constrained: the output follows a grammar of `constraint`.
+        """
+        finds_thinking = self.reasoning_format == "think"
+        return OutputParser(finds_thinking and _opens_thinking(prompt_text), finds_thinking)
+
+    def constraint(
+        self, tools: Sequence[dict], tool_choice: str, parallel: bool, prompt_text: str = ""
+    ) -> StructuredOutputsParams | None:
+        """Return a grammar of outputs whose calls are all valid, or None if none is needed.
+
+        Args:
+            tools: the functions that can be called, as in OpenAI's API.
+            tool_choice: "none", "auto", "required", or the name of the function that must be called.
+            parallel: whether there may be several calls.
+            prompt_text: as in `parser`. An output that starts inside a thinking tag ends it before the calls.
+        """
+        return None
+
+
+def _opens_thinking(prompt_text: str) -> bool:
+    start = prompt_text.rfind("<think>")
+    return start >= 0 and not _CLOSES_THINKING.search(prompt_text, start)
