@@ -1,18 +1,24 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's API, for its clients and for Claude Code."""
 
-import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
+from uuid import uuid4
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_core import from_json
 
+from nanovllm import RequestOutputKind, StructuredOutputsParams
 from nanovllm.server.blocks import Block, Blocks, Change, Grown, Started
+from nanovllm.server.errors import ApiError, anthropic_error
 from nanovllm.server.events import CallStart, Text, Thinking
 from nanovllm.server.generation import Conversation, Piece, SamplePiece, answer
+from nanovllm.server.models import check_model
+from nanovllm.server.sampling import SamplingFields
 from nanovllm.server.state import ServerState
+from nanovllm.server.streaming import JsonAnswer, sse
+from nanovllm.server.translation import add_user_text, checked_choice, checked_name, function_tool, thinking_option
 
 # Claude Code starts its system prompt with a block that differs in each request, so no prefix would ever be cached.
 _BILLING_HEADER = "x-anthropic-billing-header:"
@@ -188,16 +194,24 @@ def _add_user(messages: list[dict[str, Any]], blocks: list[Any], is_reminder: bo
             text = f"<system-reminder>\n{block.text}\n</system-reminder>" if is_reminder else block.text
             add_user_text(messages, text)
         else:
-            raise ApiError(400, f"a {block.type} block belongs into a message with the role assistant", param="messages")
+            raise ApiError(
+                400, f"a {block.type} block belongs into a message with the role assistant", param="messages"
+            )
 
 
-def tool_list(tools: Iterable[Tool]) -> list[dict[str, Any]]:
+def tool_list(request: CountTokensRequest) -> list[dict[str, Any]]:
     """Return the functions among the tools in OpenAI's form."""
     return [
         function_tool(tool.name, tool.description, tool.input_schema, tool.strict)
-        for tool in tools
+        for tool in request.tools
         if tool.input_schema is not None
     ]
+
+
+def _tool_choice(choice: ToolChoice, tools: list[dict[str, Any]]) -> str:
+    if choice.type == "tool":
+        return checked_name(choice.name or "", tools)
+    return checked_choice("required" if choice.type == "any" else choice.type, tools)
 
 
 def template_options(state: ServerState, request: CountTokensRequest, messages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -207,6 +221,30 @@ def template_options(state: ServerState, request: CountTokensRequest, messages: 
     if last.get("role") == "assistant" and last["content"] and "tool_calls" not in last:
         options["continue_final_message"] = True
     return options
+
+
+def conversation(state: ServerState, request: MessagesRequest, http: Request) -> Conversation:
+    """Return the conversation of a request. Raise ApiError if a field is wrong."""
+    messages, tools = chat_messages(request), tool_list(request)
+    form = request.output_config.format
+    fields = SamplingFields(
+        temperature=request.temperature, top_p=request.top_p, top_k=request.top_k, stop=request.stop_sequences
+    )
+    params = fields.to_params(
+        state,
+        http,
+        max_tokens=request.max_tokens,
+        structured_outputs=form and StructuredOutputsParams(json=form.schema_),
+        output_kind=None if request.stream else RequestOutputKind.FINAL_ONLY,
+    )
+    return Conversation(
+        messages=messages,
+        params=params,
+        tools=tools,
+        tool_choice=_tool_choice(request.tool_choice, tools),
+        parallel_tool_calls=not request.tool_choice.disable_parallel_tool_use,
+        template=template_options(state, request, messages),
+    )
 
 
 # -- from pieces to an answer ----------------------------------------------------------------------------------------
@@ -301,3 +339,43 @@ def _content(block: Block) -> dict[str, Any]:
     # An answer that has reached its length may end within the arguments.
     arguments = from_json(block.text, allow_partial="trailing-strings") if block.text else {}
     return {"type": "tool_use", "id": f"toolu_{block.id}", "name": block.name, "input": arguments}
+
+
+# -- endpoints -------------------------------------------------------------------------------------------------------
+
+
+def routes(state: ServerState) -> APIRouter:
+    """Return the endpoints."""
+    router = APIRouter()
+
+    @router.post("/v1/messages")
+    async def create_message(request: MessagesRequest, http: Request) -> Response:
+        check_model(state, request.model)
+        writer = MessageWriter(f"msg_{uuid4().hex}", state.model_names[0], request.max_tokens)
+        pieces = answer(state, conversation(state, request, http), writer.message_id)
+        if request.stream:
+            return await sse(
+                _events_of(pieces, writer), names_events=True, sends_done=False, error_event=anthropic_error
+            )
+        async with aclosing(pieces):
+            async for piece in pieces:
+                writer.add(piece)
+        return JsonAnswer(writer.body())
+
+    @router.post("/v1/messages/count_tokens")
+    async def count_tokens(request: CountTokensRequest) -> Response:
+        check_model(state, request.model)
+        messages, tools = chat_messages(request), tool_list(request)
+        template = template_options(state, request, messages)
+        if tools and request.tool_choice.type != "none":
+            template["tools"] = tools
+        return JsonAnswer({"input_tokens": len(await state.llm.chat_prompt(messages, **template))})
+
+    return router
+
+
+async def _events_of(pieces: AsyncGenerator[Piece, None], writer: MessageWriter) -> AsyncGenerator[list[dict], None]:
+    async with aclosing(pieces):
+        async for piece in pieces:
+            if events := writer.add(piece):
+                yield events

@@ -1,13 +1,13 @@
 """POST /v1/responses: OpenAI's newer API, for its clients and for Codex. The server keeps no response."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from itertools import count
 from typing import Annotated, Any, ClassVar, Literal
 from uuid import uuid4
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from nanovllm import RequestOutputKind, StructuredOutputsParams
@@ -15,10 +15,11 @@ from nanovllm.server.blocks import Block, Blocks, Change, Grown, Started
 from nanovllm.server.errors import ApiError
 from nanovllm.server.events import CallStart, Text, Thinking
 from nanovllm.server.generation import Conversation, Piece, answer
+from nanovllm.server.models import check_model
 from nanovllm.server.sampling import ANY, NEUTRAL, SamplingFields
 from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import JsonAnswer, sse
-from nanovllm.server.translation import add_user_text, check_choice, function_tool, thinking_option
+from nanovllm.server.translation import add_user_text, checked_choice, checked_name, function_tool, thinking_option
 
 # -- requests --------------------------------------------------------------------------------------------------------
 
@@ -125,7 +126,7 @@ class TextFormat(_Strict):
 class TextOptions(_Strict):
     """Options of the answer. Only a medium verbosity is supported."""
 
-    format: TextFormat = TextFormat(type="text")
+    format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
@@ -157,8 +158,6 @@ class ResponsesRequest(SamplingFields):
     input: Items
     instructions: str | None = None
     max_output_tokens: int | None = None
-    max_tokens: None = None
-    n: Literal[1] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -168,6 +167,15 @@ class ResponsesRequest(SamplingFields):
     metadata: dict[str, str] | None = None
     previous_response_id: str | None = None
     store: bool | None = None
+
+
+# Fields that are refused, but at these values, and why.
+_REFUSED: dict[str, tuple[tuple, str]] = {
+    "previous_response_id": ((None,), "the server keeps no responses; send the whole conversation as input"),
+    "store": ((None, False), "the server keeps no responses; leave it out or send false"),
+    "max_tokens": ((None,), "the field is called max_output_tokens here"),
+    "n": ((None, 1), "a response has one sample"),
+}
 
 
 # -- from a request to a conversation --------------------------------------------------------------------------------
@@ -194,11 +202,10 @@ def chat_messages(request: ResponsesRequest) -> list[dict[str, Any]]:
 
 def _add_to_turn(messages: list[dict[str, Any]], item: MessageItem | CallItem | ReasoningItem) -> None:
     """Add what the model has written. Thinking, text and calls that follow each other are one message."""
-    turn = messages[-1] if messages and messages[-1]["role"] == "assistant" else {}
+    turn: dict[str, Any] = messages[-1] if messages and messages[-1]["role"] == "assistant" else {}
     is_next = bool(turn.get("content") or "tool_calls" in turn) and not isinstance(item, CallItem)
     if not turn or is_next:
-        turn = {"role": "assistant", "content": ""}
-        messages.append(turn)
+        messages.append(turn := {"role": "assistant", "content": ""})
     if isinstance(item, CallItem):
         function = {"name": item.name, "arguments": item.arguments}
         call = {"id": item.call_id, "type": "function", "function": function}
@@ -222,15 +229,45 @@ def tool_list(request: ResponsesRequest) -> list[dict[str, Any]]:
     ]
 
 
-def structured_outputs(text: TextOptions) -> StructuredOutputsParams | None:
-    """Return the form that the answer must have."""
-    if text.format.type == "text":
-        return None
-    if text.format.type == "json_object":
-        return StructuredOutputsParams(json_object=True)
-    if text.format.schema_ is None:
+def _tool_choice(request: ResponsesRequest, tools: list[dict[str, Any]]) -> str:
+    if isinstance(request.tool_choice, NamedTool):
+        return checked_name(request.tool_choice.name, tools)
+    return checked_choice(request.tool_choice or "auto", tools)
+
+
+def structured_outputs(form: TextFormat | None) -> dict[str, StructuredOutputsParams]:
+    """Return the argument of the sampling parameters for the form that the answer must have."""
+    if form is None or form.type == "text":
+        return {}
+    if form.type == "json_object":
+        return {"structured_outputs": StructuredOutputsParams(json_object=True)}
+    if form.schema_ is None:
         raise ApiError(400, "text.format of type json_schema needs a schema", param="text.format")
-    return StructuredOutputsParams(json=text.format.schema_)
+    return {"structured_outputs": StructuredOutputsParams(json=form.schema_)}
+
+
+def conversation(state: ServerState, request: ResponsesRequest, http: Request) -> Conversation:
+    """Return the conversation of a request. Raise ApiError if a field is wrong."""
+    for name, (accepted, message) in _REFUSED.items():
+        if getattr(request, name) not in accepted:
+            raise ApiError(400, f"{name}: {message}", param=name)
+    tools = tool_list(request)
+    effort = request.reasoning and request.reasoning.effort
+    params = request.to_params(
+        state,
+        http,
+        max_tokens=request.max_output_tokens,
+        output_kind=None if request.stream else RequestOutputKind.FINAL_ONLY,
+        **structured_outputs(request.text and request.text.format),
+    )
+    return Conversation(
+        messages=chat_messages(request),
+        params=params,
+        tools=tools,
+        tool_choice=_tool_choice(request, tools),
+        parallel_tool_calls=request.parallel_tool_calls is not False,
+        template=thinking_option(state, effort != "none") if effort else {},
+    )
 
 
 # -- from pieces to an answer ----------------------------------------------------------------------------------------
@@ -379,3 +416,61 @@ def _item(block: Block, status: str) -> dict[str, Any]:
     if block.kind is Thinking:
         return item | {"type": "reasoning", "summary": [], "content": [_part(block)]}
     return item | {"type": "message", "role": "assistant", "content": [_part(block)]}
+
+
+# -- the endpoint ----------------------------------------------------------------------------------------------------
+
+
+def routes(state: ServerState) -> APIRouter:
+    """Return the endpoint."""
+    router = APIRouter()
+
+    @router.post("/v1/responses")
+    async def create_response(request: ResponsesRequest, http: Request) -> Response:
+        check_model(state, request.model)
+        asked = conversation(state, request, http)
+        writer = ResponseWriter(_fixed_fields(state, request, asked))
+        pieces = answer(state, asked, writer.fields["id"])
+        if request.stream:
+            return await sse(_events_of(pieces, writer), names_events=True, sends_done=False, error_event=writer.failed)
+        async with aclosing(pieces):
+            async for piece in pieces:
+                writer.add(piece)
+        return JsonAnswer(writer.body())
+
+    return router
+
+
+def _fixed_fields(state: ServerState, request: ResponsesRequest, asked: Conversation) -> dict[str, Any]:
+    """Return the fields of a response that do not change while it grows."""
+    reasoning = request.reasoning or Reasoning()
+    form = (request.text and request.text.format) or TextFormat(type="text", schema=None)
+    choice = request.tool_choice or "auto"
+    return {
+        "id": f"resp_{uuid4().hex}",
+        "object": "response",
+        "created_at": int(time.time()),
+        "background": False,
+        "error": None,
+        "instructions": request.instructions,
+        "max_output_tokens": request.max_output_tokens,
+        "metadata": request.metadata or {},
+        "model": state.model_names[0],
+        "parallel_tool_calls": asked.parallel_tool_calls,
+        "previous_response_id": None,
+        "reasoning": reasoning.model_dump(),
+        "store": False,
+        "temperature": asked.params.temperature,
+        "text": {"format": form.model_dump(by_alias=True, exclude_none=True)},
+        "tool_choice": choice.model_dump() if isinstance(choice, NamedTool) else choice,
+        "tools": [{"type": "function", "strict": False} | tool["function"] for tool in asked.tools],
+        "top_p": asked.params.top_p,
+        "truncation": "disabled",
+    }
+
+
+async def _events_of(pieces: AsyncGenerator[Piece, None], writer: ResponseWriter) -> AsyncGenerator[list[dict], None]:
+    async with aclosing(pieces):
+        async for piece in pieces:
+            if events := writer.add(piece):
+                yield events

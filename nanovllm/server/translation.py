@@ -21,17 +21,20 @@ def add_user_text(messages: list[dict[str, Any]], text: str) -> None:
         messages.append({"role": "user", "content": text})
 
 
-def check_choice(choice: str, tools: list[dict[str, Any]]) -> None:
-    """Refuse a tool choice that the tools cannot fulfil.
-
-    Args:
-        choice: "none", "auto", "required" or a function's name.
-    """
-    names = [tool["function"]["name"] for tool in tools]
+def checked_choice(choice: str, tools: list[dict[str, Any]]) -> str:
+    """Return the tool choice "none", "auto" or "required". Raise ApiError if there is nothing that could be called."""
     if choice == "required" and not tools:
         raise ApiError(400, "tool_choice asks for a tool call, but tools has no function", param="tool_choice")
-    if choice not in ("none", "auto", "required", *names):
-        raise ApiError(400, f"tool_choice names {shown(choice)}, which is no function of tools", param="tool_choice")
+    return choice
+
+
+def checked_name(name: str, tools: list[dict[str, Any]]) -> str:
+    """Return the name of the function that must be called. Raise ApiError if there is no such function."""
+    if name not in [tool["function"]["name"] for tool in tools]:
+        raise ApiError(400, f"tool_choice must name a function of tools, got {shown(name)}", param="tool_choice")
+    if name in ("none", "auto", "required"):  # these have a meaning of their own
+        raise ApiError(400, f"a function that must be called cannot be named {name}", param="tool_choice")
+    return name
 
 
 def thinking_option(state: ServerState, is_on: bool) -> dict[str, Any]:
