@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
@@ -160,10 +160,7 @@ class ChatRequest(SamplingFields):
     def _sampling(self, state: ServerState, http: Request) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
-        if self.max_completion_tokens is not None:
-            max_tokens = self.max_completion_tokens
-        else:
-            max_tokens = self.max_tokens
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         overrides: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": self.num_top}
         constraint = self.response_format and self.response_format.to_params()
         if constraint is not None:

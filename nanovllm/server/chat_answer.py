@@ -187,9 +187,9 @@ def _joined(events: Iterable[Event]) -> list[Event]:
     joined: list[Event] = []
     for event in events:
         last = joined[-1] if joined else None
-        if isinstance(event, CallStart) or type(last) is not type(event):
+        if isinstance(last, CallStart) or isinstance(event, CallStart) or type(last) is not type(event):
             joined.append(event)
-        else:
+        elif last is not None:
             joined[-1] = replace(event, text=last.text + event.text)
     return joined
 

@@ -39,6 +39,10 @@ class TextFormat:
         """Whether tool calls are marked by special tokens, so the sampling needs `skip_special_tokens=False`."""
         return self.tool_format != "none"
 
+    def opens_thinking(self, prompt_text: str) -> bool:
+        """Whether a prompt, or its end, leaves a thinking tag open."""
+        return self.reasoning_format == "think" and _opens_thinking(prompt_text)
+
     def parser(self, prompt_text: str, tools: Sequence[dict], is_constrained: bool = False) -> OutputParser:
         """Return the parser of one sample.
 

@@ -16,6 +16,8 @@ from nanovllm.server.state import ServerState
 # continued may have opened it long before.
 _TAIL_TOKENS = 64
 _CONTINUED_TAIL_TOKENS = 4096
+# Ends thinking that the template has opened, as templates without thinking do.
+_NO_THINKING = "\n</think>\n\n"
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,12 @@ async def _prompt(
     template = conversation.template | ({"tools": list(tools)} if tools else {})
     prompt_ids = await state.llm.chat_prompt(conversation.messages, **template)
     num_tail = _CONTINUED_TAIL_TOKENS if template.get("continue_final_message") else _TAIL_TOKENS
-    return prompt_ids, await state.llm.decode(prompt_ids[-num_tail:])
+    text = await state.llm.decode(prompt_ids[-num_tail:])
+    if conversation.params.structured_outputs is not None and state.format.opens_thinking(text):
+        # The form is the answer's, so the model must not be thinking when it starts.
+        prompt_ids = prompt_ids + await state.llm.encode(_NO_THINKING, add_special_tokens=False)
+        text += _NO_THINKING
+    return prompt_ids, text
 
 
 def _constrained(
@@ -114,12 +121,18 @@ def _constrained(
     params = conversation.params
     if not tools:
         return params
-    constraint = state.format.constraint(tools, conversation.tool_choice, conversation.parallel_tool_calls, prompt_text)
-    if constraint is not None:
-        if params.structured_outputs is not None:
-            raise ApiError(400, "a tool that must be called cannot be used with a form of the answer", "tool_choice")
-        params = replace(params, structured_outputs=constraint)
-    return replace(params, skip_special_tokens=params.skip_special_tokens and not state.format.shows_special_tokens)
+    choice = conversation.tool_choice
+    if choice == "auto" and params.structured_outputs is not None:
+        message = "tools cannot be used with a form of the answer, unless tool_choice is none or makes the model call"
+        raise ApiError(400, message, "tool_choice")
+    constraint = state.format.constraint(tools, choice, conversation.parallel_tool_calls, prompt_text)
+    shows_special_tokens = state.format.shows_special_tokens
+    return replace(
+        params,
+        # An answer of calls alone has no text that the form would be for.
+        structured_outputs=constraint,
+        skip_special_tokens=params.skip_special_tokens and not shows_special_tokens,
+    )
 
 
 class _Sample:
