@@ -343,7 +343,7 @@ class AsyncLLM:
         encode = self.llm_engine.input_processor.encode_bounded
         return await self._prepare(_PROMPTS, lambda: encode(text, add_special_tokens))
 
-    async def decode(self, token_ids: SequenceType[int]) -> str:
+    async def decode(self, token_ids: list[int]) -> str:
         """Return the text of token ids, special tokens included."""
         decode = self.llm_engine.input_processor.decode
         return await self._prepare(_PROMPTS, lambda: decode(token_ids))

@@ -29,6 +29,8 @@ def as_api_error(error: BaseException) -> ApiError:
     """Return what a client is told about an exception. What the client cannot mend has a plain message."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, RecursionError):
+        return ApiError(400, "the request is nested too deeply")
     if isinstance(error, TypeError | ValueError):
         return ApiError(400, f"{error!s:.1000}")
     if type(error) is RuntimeError:  # the engine is closed, asleep or has failed; subclasses mean something else
@@ -58,6 +60,18 @@ def openai_error(error: ApiError) -> dict:
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     kind = _OPENAI_TYPES.get(error.status, kind)
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def aborted(stop_reason: int | str | None) -> ApiError:
+    """Return the error of a request with a sample whose finish_reason is "abort"."""
+    if stop_reason is None:
+        return ApiError(503, "the server has ended this request")
+    return ApiError(400, f"the structured output was given up: {stop_reason}", param="structured_outputs")
+
+
+def error_body(error: ApiError, path: str) -> dict:
+    """Return an error in the form of the API that `path` belongs to."""
+    return anthropic_error(error) if path.startswith("/v1/messages") else openai_error(error)
 
 
 def anthropic_error(error: ApiError) -> dict:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import regex
 
 from nanovllm import StructuredOutputsParams
-from nanovllm.server.parsers import OutputParser
+from nanovllm.checks import shown
+from nanovllm.server.parsers import PARSERS, OutputParser
 
 # What follows a thinking tag that is not open: its end, or the marker of another turn.
 _CLOSES_THINKING = regex.compile(r"</think>|<\||<｜|</s>|\[/INST\]|<end_of_turn>")
@@ -30,9 +31,15 @@ class TextFormat:
     ) -> "TextFormat":
         """Find the formats that are "auto" in the text of the model's chat template."""
         template = chat_template or ""
+        if tool_parser == "auto":
+            tool_parser = _tool_format(template)
+        elif tool_parser not in PARSERS:
+            raise ValueError(f"tool_parser must be auto or one of {', '.join(PARSERS)}, got {shown(tool_parser)}")
         if reasoning_parser == "auto":
-            reasoning_parser = "think" if "<think>" in template or "</think>" in template else "none"
-        return cls("none" if tool_parser == "auto" else tool_parser, reasoning_parser)
+            reasoning_parser = "think" if "</think>" in template or "<think>" in template else "none"
+        elif reasoning_parser not in ("none", "think"):
+            raise ValueError(f"reasoning_parser must be auto, none or think, got {shown(reasoning_parser)}")
+        return cls(tool_parser, reasoning_parser)
 
     @property
     def shows_special_tokens(self) -> bool:
@@ -48,11 +55,15 @@ class TextFormat:
 
         Args:
             prompt_text: the rendered prompt, or its end, which may open a thinking tag.
-            tools: the functions that can be called, as in OpenAI's API. Without any, the text is not searched for calls.
+            tools: the functions that can be called, as in OpenAI's API.
             is_constrained: the output follows a grammar of `constraint`.
         """
+        # A model of an unknown format writes Hermes' format where a grammar makes it.
+        name = "hermes" if is_constrained and self.tool_format == "none" else self.tool_format
+        parser = PARSERS[name] if tools else OutputParser
         finds_thinking = self.reasoning_format == "think"
-        return OutputParser(finds_thinking and _opens_thinking(prompt_text), finds_thinking)
+        schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+        return parser(schemas, finds_thinking and _opens_thinking(prompt_text), finds_thinking)
 
     def constraint(
         self, tools: Sequence[dict], tool_choice: str, parallel: bool, prompt_text: str = ""
@@ -71,3 +82,13 @@ class TextFormat:
 def _opens_thinking(prompt_text: str) -> bool:
     start = prompt_text.rfind("<think>")
     return start >= 0 and not _CLOSES_THINKING.search(prompt_text, start)
+
+
+def _tool_format(template: str) -> str:
+    """Return the format of the calls that a chat template prints, or "none" if it is not known."""
+    if "[TOOL_CALLS]" in template:
+        return "mistral"
+    if "<tool_call>" in template and "<arg_key>" not in template:
+        return "qwen3_coder" if "<function=" in template else "hermes"
+    # Llama's template tells the model to answer {"name": ..., "parameters": ...}.
+    return "llama3" if '"parameters": dictionary of argument name' in template.replace("\\", "") else "none"

@@ -50,7 +50,6 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
 
 
@@ -69,7 +68,10 @@ class StructuredOutputs(BaseModel):
     structural_tag: str | dict | None = None
 
     def to_params(self) -> StructuredOutputsParams:
-        return StructuredOutputsParams(**self.model_dump(by_alias=True))
+        """Return the checked parameters."""
+        return StructuredOutputsParams(
+            **{field.alias or name: getattr(self, name) for name, field in StructuredOutputs.model_fields.items()}
+        )
 
 
 class SamplingFields(BaseModel):
@@ -124,6 +126,12 @@ class SamplingFields(BaseModel):
                 values = ", ".join(map(repr, accepted)) or "null"
                 raise ValueError(f"{name} is not supported, except at the value {values}; got {shown(value)}")
         return kept
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> "SamplingFields":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream=true")
+        return self
 
     @property
     def include_usage(self) -> bool:

@@ -23,6 +23,11 @@ def json_bytes(value: Any) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
+def json_logprob(value: float) -> float:
+    """Return a log-probability as JSON can express it, which has no minus infinity."""
+    return max(value, -9999.0)
+
+
 class JsonAnswer(JSONResponse):
     """An answer in JSON. Return one from an endpoint, so that FastAPI does not walk through its values."""
 

@@ -1,0 +1,413 @@
+"""POST /v1/chat/completions: golden streams of scripted texts, and the whole path with a tiny model."""
+
+import asyncio
+import itertools
+import json
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+import httpx
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+
+from nanovllm import AsyncLLM, RequestOutputKind
+from nanovllm.server import chat
+from nanovllm.server.admission import Admission
+from nanovllm.server.errors import as_api_error, openai_error
+from nanovllm.server.formats import TextFormat
+from nanovllm.server.metrics import ServerMetrics
+from nanovllm.server.options import ServerOptions
+from nanovllm.server.state import ServerState
+from tests.models.tiny import save_tiny_with_tokenizer
+from tests.server.scripted import ScriptedLLM
+
+SECONDS = 120  # until what does not end is a failure, on a busy machine too
+USER = [{"role": "user", "content": "hi"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Paris", "東京"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "東京"}}\n</tool_call>'
+TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
+    "{% endif %}{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% if thinks %}<think>\n{% endif %}{% endif %}"
+)
+
+
+def state_of(llm, tool_format="hermes", reasoning_format="think", **options):
+    options = ServerOptions(**options)
+    return ServerState(
+        llm=llm,
+        options=options,
+        model_names=("tiny", "alias"),
+        format=TextFormat(tool_format, reasoning_format),
+        admission=Admission(options.max_concurrent_requests),
+        metrics=ServerMetrics("tiny"),
+    )
+
+
+def app_of(state):
+    app = FastAPI()
+    app.include_router(chat.routes(state))
+
+    async def answer_error(request, error):
+        error = as_api_error(error)
+        return JSONResponse(openai_error(error), error.status)
+
+    app.add_exception_handler(Exception, answer_error)
+    return app
+
+
+async def post(app, **body):
+    """Return the response to a request. `messages` has a default."""
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=SECONDS) as client:
+        body = {"model": "tiny", "messages": USER, **body}
+        return await asyncio.wait_for(client.post("/v1/chat/completions", json=body), SECONDS)
+
+
+def ask(llm, *, format_options=(), **body):
+    """Return the response of a new server with this engine."""
+    return asyncio.run(post(app_of(state_of(llm, **dict(format_options))), **body))
+
+
+def whole(llm, **body):
+    """Return the answer in one piece."""
+    response = ask(llm, **body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def chunks(llm, **body):
+    """Return the chunks of the answer."""
+    response = ask(llm, stream=True, **body)
+    assert response.status_code == 200, response.text
+    return events_of(response)
+
+
+def events_of(response):
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *events, done, rest = response.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    assert all(event.startswith("data: ") for event in events)
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def joined(chunks):
+    """Return the choices that the chunks of a stream make, in the form of a whole answer."""
+    choices = {}
+    for chunk in chunks:
+        assert chunk["object"] == "chat.completion.chunk"
+        for choice in chunk["choices"]:
+            index, delta = choice["index"], choice["delta"]
+            if index not in choices:
+                assert delta == {"role": "assistant", "content": ""}
+                choices[index] = {"index": index, "message": {"content": ""}, "logprobs": None, "finish_reason": None}
+            made = choices[index]
+            assert made["finish_reason"] is None  # nothing follows the end
+            _add(made["message"], delta)
+            if choice["logprobs"] is not None:
+                made["logprobs"] = made["logprobs"] or {"content": [], "refusal": None}
+                made["logprobs"]["content"] += choice["logprobs"]["content"]
+            made["finish_reason"] = choice["finish_reason"]
+            made["stop_reason"] = choice.get("stop_reason")
+    return [choices[index] for index in sorted(choices)]
+
+
+def _add(message, delta):
+    for name, value in delta.items():
+        if name == "role":
+            message["role"] = value
+        elif name == "tool_calls":
+            (part,) = value
+            calls = message.setdefault("tool_calls", [])
+            if part["index"] == len(calls):  # a new call starts with its id and its name
+                assert set(part) == {"index", "id", "type", "function"}
+                assert part["function"]["arguments"] == ""
+                calls.append({"id": part["id"], "type": part["type"], "function": dict(part["function"])})
+            else:
+                assert part["index"] == len(calls) - 1
+                assert set(part["function"]) == {"arguments"}
+                calls[-1]["function"]["arguments"] += part["function"]["arguments"]
+        else:
+            message[name] = message.get(name, "") + value
+
+
+def same(choices):
+    """Return choices without what differs between two answers: ids, and how empty fields are written."""
+    choices = json.loads(json.dumps(choices))
+    for choice in choices:
+        message = choice["message"]
+        message.pop("refusal", None)
+        message["content"] = message["content"] or ""
+        for call in message.get("tool_calls", ()):
+            assert call.pop("id").startswith("call_")
+    return choices
+
+
+# -- golden streams ---------------------------------------------------------------------------------------------------
+
+TEXTS = {
+    "emoji": "Hello 👋🏽 👨‍👩‍👧 end",
+    "cjk": "你好，世界。こんにちは",
+    "thinking": "<think>\nLet me see: 2 < 3.\n</think>\n\nYes.",
+    "unfinished thinking": "<think>\nLet me see",
+    "half a tag": "a <tool_c and </thin and <",
+    "call": CALL,
+    "text and calls": f"I will look.\n{CALL}\n{CALL}",
+    "all": f"<think>\n🤔\n</think>\n\nI will look.\n{CALL}",
+    "malformed call": '<tool_call>\n{"name": "weather", "arg',
+    "lines": "\n\na\n\nb\n",
+}
+
+
+@pytest.mark.parametrize("piece_size", [1, 3, 1000])
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_joined_chunks_equal_the_whole_answer(text, piece_size):
+    body = dict(tools=[WEATHER], max_tokens=100)
+    expected = whole(ScriptedLLM(text), **body)["choices"]
+    assert same(joined(chunks(ScriptedLLM(text, piece_size=piece_size), **body))) == same(expected)
+
+
+def test_thinking_and_calls_of_a_whole_answer_have_their_own_fields():
+    (choice,) = whole(ScriptedLLM(TEXTS["all"]), tools=[WEATHER])["choices"]
+    message = choice["message"]
+    assert message["role"] == "assistant"
+    assert message["reasoning_content"] == message["reasoning"] == "🤔"
+    assert message["content"] == "I will look."
+    (call,) = message["tool_calls"]
+    assert call["type"] == "function"
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"]) == {"city": "東京"}
+    assert choice["finish_reason"] == "tool_calls"
+
+
+def test_thinking_that_the_prompt_opens_is_no_content():
+    llm = ScriptedLLM("Hm.\n</think>\n\nYes.", prompt="<|im_start|>assistant\n<think>\n")
+    (choice,) = whole(llm)["choices"]
+    assert (choice["message"]["reasoning"], choice["message"]["content"]) == ("Hm.", "Yes.")
+
+
+def test_each_of_several_samples_streams_its_own_choice():
+    texts = ("one", "zwei 😀", CALL)
+    body = dict(n=3, tools=[WEATHER])
+    choices = joined(chunks(ScriptedLLM(*texts, piece_size=2), **body))
+    assert same(choices) == same(whole(ScriptedLLM(*texts), **body)["choices"])
+    assert [choice["message"]["content"] for choice in choices] == ["one", "zwei 😀", ""]
+    assert [choice["finish_reason"] for choice in choices] == ["stop", "stop", "tool_calls"]
+
+
+def test_a_call_streams_its_id_and_name_before_pieces_of_its_arguments():
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks(ScriptedLLM(CALL), tools=[WEATHER])]
+    parts = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
+    assert parts[0]["function"] == {"name": "weather", "arguments": ""}
+    assert parts[0]["id"].startswith("call_")
+    assert len(parts) > 2
+    assert all(set(part) == {"index", "function"} for part in parts[1:])
+    assert json.loads("".join(part["function"]["arguments"] for part in parts)) == {"city": "東京"}
+
+
+def test_the_usage_chunk_is_last_and_has_no_choices():
+    *others, last = chunks(ScriptedLLM("abc", prompt="12345"), stream_options={"include_usage": True})
+    assert last["choices"] == []
+    assert last["usage"]["prompt_tokens"] == 5
+    assert last["usage"]["completion_tokens"] == 3
+    assert last["usage"]["total_tokens"] == 8
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert all(chunk["usage"] is None and len(chunk["choices"]) == 1 for chunk in others)
+    assert all(chunk["choices"] for chunk in chunks(ScriptedLLM("abc")))
+
+
+def test_all_chunks_share_an_id_and_the_last_one_has_the_finish_reason():
+    made = chunks(ScriptedLLM("abc", finish_reason="length"), model="alias")
+    assert len({chunk["id"] for chunk in made}) == 1
+    assert {chunk["model"] for chunk in made} == {"tiny"}
+    assert [chunk["choices"][0]["finish_reason"] for chunk in made] == [None] * (len(made) - 1) + ["length"]
+    assert made[-1]["choices"][0]["delta"] == {}
+
+
+def test_a_call_that_is_cut_off_finishes_with_length():
+    llm = ScriptedLLM(CALL[:-30], finish_reason="length")
+    assert whole(llm, tools=[WEATHER])["choices"][0]["finish_reason"] == "length"
+
+
+# -- tools ------------------------------------------------------------------------------------------------------------
+
+
+def test_without_parallel_calls_only_the_first_call_is_returned():
+    for made in (
+        whole(ScriptedLLM(CALL + CALL), tools=[WEATHER], parallel_tool_calls=False)["choices"],
+        joined(chunks(ScriptedLLM(CALL + CALL), tools=[WEATHER], parallel_tool_calls=False)),
+    ):
+        assert len(made[0]["message"]["tool_calls"]) == 1
+    assert len(whole(ScriptedLLM(CALL + CALL), tools=[WEATHER])["choices"][0]["message"]["tool_calls"]) == 2
+
+
+def test_with_tool_choice_none_the_model_sees_no_tools_and_calls_are_text():
+    llm = ScriptedLLM(CALL)
+    (choice,) = whole(llm, tools=[WEATHER], tool_choice="none")["choices"]
+    assert "tools" not in llm.template
+    assert (choice["message"]["content"], choice["finish_reason"]) == (CALL, "stop")
+
+
+def test_the_template_gets_the_tools_as_they_were_sent():
+    llm = ScriptedLLM("a")
+    whole(llm, tools=[WEATHER])
+    assert llm.template["tools"] == [WEATHER]
+    assert list(llm.template["tools"][0]["function"]) == ["name", "description", "parameters"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (dict(tool_choice="required"), ["tool_choice"]),
+        (dict(tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "news"}}), ["news"]),
+        (dict(tools=[WEATHER], tool_choice="maybe"), ["tool_choice"]),
+        (dict(tools=[{"type": "web_search"}]), ["type"]),
+        (dict(tools=[WEATHER], response_format={"type": "json_object"}), ["tool_choice"]),
+        (dict(response_format={"type": "json_object"}, structured_outputs={"regex": "a"}), ["response_format"]),
+        (dict(response_format={"type": "json_schema"}), ["json_schema"]),
+        (dict(top_logprobs=3), ["top_logprobs", "logprobs"]),
+        (dict(top_logprobs=129, logprobs=True), ["logprobs", "128"]),
+        (dict(chat_template="{{ messages }}"), ["chat_template"]),
+        (dict(chat_template_kwargs={"tools": [WEATHER]}), ["tools"]),
+        (dict(messages=[]), ["messages"]),
+        (dict(messages=[{"role": "robot", "content": "a"}]), ["role", "robot"]),
+        (dict(messages=[{"content": "a"}]), ["role"]),
+        (dict(functions=[{}]), ["functions"]),
+        (dict(modalities=["audio"]), ["modalities"]),
+        (dict(n=0), ["n"]),
+        (dict(n=65), ["n", "64"]),
+        (dict(max_tokens=0), ["max_tokens"]),
+        (dict(temprature=1), ["temprature"]),
+    ],
+    ids=str,
+)
+def test_a_wrong_field_gets_400_that_names_it(body, words):
+    for stream in (False, True):
+        response = ask(ScriptedLLM("a"), stream=stream, **body)
+        assert response.status_code in (400, 422), response.text
+        assert all(word in response.text for word in words), response.text
+
+
+def test_an_unknown_model_gets_404():
+    assert ask(ScriptedLLM("a"), model="other").status_code == 404
+
+
+def test_tools_without_a_known_format_of_calls_get_400_that_names_the_option():
+    response = ask(ScriptedLLM("a"), format_options={"tool_format": "none"}, tools=[WEATHER])
+    assert response.status_code == 400
+    assert "--tool-parser" in response.json()["error"]["message"]
+    assert response.json()["error"]["param"] == "tools"
+
+
+# -- messages and sampling --------------------------------------------------------------------------------------------
+
+
+def test_messages_that_clients_send_back_reach_the_template_without_empty_fields():
+    llm = ScriptedLLM("a")
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    history = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "hi", "name": None},
+        {"role": "assistant", "content": None, "refusal": None, "annotations": [], "audio": None, "reasoning": "Hm."},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "sunny", "tool_call_id": "call_1"},
+    ]
+    whole(llm, messages=history)
+    assert llm.messages == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "reasoning_content": "Hm."},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "sunny", "tool_call_id": "call_1"},
+    ]
+
+
+def test_fields_reach_the_engine():
+    llm = ScriptedLLM("a")
+    options = {"continue_final_message": True, "chat_template_kwargs": {"enable_thinking": False}}
+    whole(llm, max_tokens=5, max_completion_tokens=7, logprobs=True, top_logprobs=2, seed=3, **options)
+    assert (llm.params.max_tokens, llm.params.logprobs, llm.params.seed) == (7, 2, 3)
+    assert llm.template == options
+    assert llm.params.output_kind is RequestOutputKind.FINAL_ONLY
+    chunks(llm, max_tokens=5)
+    assert (llm.params.max_tokens, llm.params.logprobs) == (5, None)
+    assert llm.params.output_kind is RequestOutputKind.DELTA
+    chunks(llm)
+    assert llm.params.max_tokens is None  # up to the model's length
+
+
+def test_an_answer_in_a_form_starts_behind_the_models_thinking():
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": {"type": "object"}}}
+    for prompt, ending in (("<assistant><think>\n", "<think>\n\n</think>\n\n"), ("<assistant>", "<assistant>")):
+        llm = ScriptedLLM('{"a": 1}', prompt=prompt)
+        (choice,) = whole(llm, response_format=schema)["choices"]
+        assert choice["message"]["content"] == '{"a": 1}'
+        assert "reasoning" not in choice["message"]
+        assert "".join(map(chr, llm.prompt_ids)).endswith(ending)
+        assert llm.params.structured_outputs.json == '{"type": "object"}'
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_that_is_aborted_ends_with_an_error_event():
+    response = ask(ScriptedLLM("abc", finish_reason="abort", stop_reason="too costly"), stream=True)
+    last = [json.loads(event.removeprefix("data: ")) for event in response.text.split("\n\n") if "{" in event][-1]
+    assert "too costly" in last["error"]["message"]
+    assert "[DONE]" not in response.text
+    response = ask(ScriptedLLM("abc", finish_reason="abort"))
+    assert response.status_code == 503
+
+
+def test_requests_beyond_the_limit_get_429_and_places_return():
+    llm = ScriptedLLM("ab", "cd")
+    state = state_of(llm, max_concurrent_requests=3)
+
+    async def run():
+        app = app_of(state)
+        with state.admission.enter(2):
+            response = await post(app, n=2)
+            assert response.status_code == 429
+            assert "n=2" not in response.text
+        assert (await post(app, n=2)).status_code == 200
+
+    asyncio.run(run())
+    assert state.admission.num_samples == 0
+
+
+def test_leaving_a_stream_ends_the_request():
+    llm = ScriptedLLM("a" * 1000)
+    state = state_of(llm)
+
+    async def run():
+        endpoint = chat.routes(state).routes[0].endpoint
+        request = chat.ChatRequest(messages=USER, stream=True)
+        response = await endpoint(request, None)
+        assert (llm.num_running, state.admission.num_samples) == (1, 1)
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+            if len(sent) == 4:
+                raise asyncio.CancelledError
+
+        with pytest.raises(asyncio.CancelledError):
+            await response({"type": "http"}, None, send)
+
+    asyncio.run(run())
+    assert (llm.num_running, state.admission.num_samples) == (0, 0)
