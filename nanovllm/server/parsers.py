@@ -9,6 +9,7 @@ Patterns match a limited number of characters, so that little text is held back 
 
 import json
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -178,12 +179,11 @@ def joined(events: list[Event]) -> list[Event]:
     if len(events) < 2:
         return events
     whole: list[Event] = []
-    for (kind, index), group in groupby(events, lambda event: (type(event), getattr(event, "index", None))):
-        text = "".join(getattr(event, "text", "") for event in (pieces := list(group)))
-        if kind is CallStart:
-            whole.extend(pieces)
-        else:
-            whole.append(kind(text) if index is None else CallArguments(index, text))
+    for _, group in groupby(events, lambda event: (type(event), getattr(event, "index", None))):
+        first, *others = group
+        if others and not isinstance(first, CallStart):
+            first = replace(first, text=first.text + "".join(getattr(event, "text", "") for event in others))
+        whole.append(first)
     return whole
 
 
