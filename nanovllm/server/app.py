@@ -39,11 +39,11 @@ _CLOSE_S = 5
 
 def create_app(state: ServerState) -> FastAPI:
     """Return the app with all endpoints."""
-    from nanovllm.server import completions, health, models, tokenize
+    from nanovllm.server import chat, completions, health, messages, models, responses, tokenize
 
     # The documentation pages would load scripts from elsewhere.
     app = FastAPI(title="nanovllm", version=__version__, docs_url=None, redoc_url=None)
-    for module in (completions, models, tokenize, health):
+    for module in (chat, completions, messages, responses, models, tokenize, health):
         app.include_router(module.routes(state))
     for kind in (ApiError, TypeError, ValueError, RuntimeError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer_error)

@@ -1,7 +1,7 @@
 """Groups the events of an answer into blocks, which messages and responses have in place of one long text."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 from uuid import uuid4
 
@@ -83,4 +83,4 @@ class Blocks:
         yield from self.finish()
         self.all.append(Block(kind, len(self.all), name))
         self._is_open = True
-        yield Started(self.all[-1])
+        yield Started(replace(self.all[-1]))  # a copy, because the block may have grown when the change is read

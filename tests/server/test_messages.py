@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("fastapi")
 anthropic = pytest.importorskip("anthropic")
 
-from nanovllm import AsyncLLM  # noqa: E402
+from nanovllm import AsyncLLM, StructuredOutputsParams  # noqa: E402
 from nanovllm.server.messages import MessagesRequest, chat_messages  # noqa: E402
 from tests.models.tiny import save_tiny_with_tokenizer  # noqa: E402
 from tests.server.real_clients import MODEL, http_client, make_state  # noqa: E402
@@ -79,7 +79,9 @@ def test_streamed_thinking_text_and_calls_are_blocks_that_follow_each_other():
     whole = create(llm, tools=[WEATHER], thinking={"type": "enabled", "budget_tokens": 1024})
     kinds = [event.type for event in events]
     assert kinds[0] == "message_start" and kinds[-2:] == ["message_delta", "message_stop"]
-    blocks = [(event.type, event.index) for event in events if event.type in ("content_block_start", "content_block_stop")]
+    blocks = [
+        (event.type, event.index) for event in events if event.type in ("content_block_start", "content_block_stop")
+    ]
     assert blocks == [(kind, i) for i in range(4) for kind in ("content_block_start", "content_block_stop")]
     assert [block.type for block in message.content] == ["thinking", "text", "tool_use", "tool_use"]
     assert message.content[0].thinking.strip() == "hm, 雨?" and message.content[0].signature
@@ -196,7 +198,7 @@ def test_the_end_says_whether_the_request_or_the_model_is_full(max_tokens, reaso
 
 def test_sampling_fields_reach_the_engine():
     llm = ScriptedLLM("ok")
-    create(llm, temperature=0.25, top_p=0.5, top_k=7, max_tokens=11)
+    create(llm, max_tokens=11, extra_body={"temperature": 0.25, "top_p": 0.5, "top_k": 7})
     params = llm.params
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.25, 0.5, 7, 11)
 
@@ -204,7 +206,7 @@ def test_sampling_fields_reach_the_engine():
 def test_output_config_constrains_the_answer():
     llm = ScriptedLLM("{}")
     create(llm, output_config={"format": {"type": "json_schema", "schema": {"type": "object"}}})
-    assert llm.params.structured_outputs.json == {"type": "object"}
+    assert llm.params.structured_outputs == StructuredOutputsParams(json={"type": "object"})
 
 
 @pytest.mark.parametrize(
@@ -328,7 +330,10 @@ def model(tmp_path_factory):
 def test_count_tokens_counts_the_prompt_that_the_engine_gets(model):
     turns = [
         *HELLO,
-        {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "weather", "input": {"city": "Ulm"}}]},
+        {
+            "role": "assistant",
+            "content": [{"type": "tool_use", "id": "1", "name": "weather", "input": {"city": "Ulm"}}],
+        },
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "rain"}]},
     ]
     request = {"model": MODEL, "messages": turns, "system": "Be brief.", "tools": [WEATHER]}
