@@ -7,6 +7,7 @@ client may take seconds: requests without one do not wait for it.
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from collections.abc import Sequence as SequenceType
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ from nanovllm.ops.triton_utils import current_gpu_initializer
 from nanovllm.outputs import CompletionOutput, Metrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.vllm_options import NEUTRAL_ASYNC, check_call
+
+logger = logging.getLogger("nanovllm")
 
 # The kinds of work that prepare a request, and how many threads each has.
 _PROMPTS, _TEMPLATES, _GRAMMARS = "prompts", "templates", "grammars"
@@ -176,7 +179,9 @@ class AsyncLLM:
 
     def _finish(self, reason: BaseException) -> None:
         """Close the engine and raise `reason` in all iterations."""
-        self._end_reason = self._end_reason or reason
+        if self._end_reason is None:
+            logger.error("The engine has failed", exc_info=reason)
+            self._end_reason = reason
         try:
             self.llm_engine.close()
         finally:

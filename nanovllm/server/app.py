@@ -123,7 +123,7 @@ def _validation_error(request: Request, error: RequestValidationError | Validati
     faults, params = [], []
     for fault in error.errors()[:_MAX_SHOWN_ERRORS]:
         if fault["type"] == "json_invalid":
-            return ApiError(400, f"the body is not JSON: {fault['ctx']['error']} at {fault['loc'][-1]}")
+            return ApiError(400, f"the body is not JSON: {fault.get('ctx', {}).get('error')} at {fault['loc'][-1]}")
         field = ".".join(str(part) for part in fault["loc"] if part != "body")[:200]
         message = "there is no such field" if fault["type"] == "extra_forbidden" else fault["msg"]
         faults.append(f"{field}: {message}" if field else message.removeprefix("Value error, "))

@@ -1,7 +1,6 @@
 """POST /v1/chat/completions."""
 
 import asyncio
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import cache
@@ -16,6 +15,7 @@ from nanovllm.engine.detokenizer import TokenBytes
 from nanovllm.server.chat_answer import ChunkWriter, Form, WholeAnswer
 from nanovllm.server.errors import ApiError
 from nanovllm.server.generation import Conversation, Piece, answer
+from nanovllm.server.models import check_model
 from nanovllm.server.sampling import NEUTRAL, SamplingFields
 from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import JsonAnswer, sse
@@ -230,14 +230,15 @@ def routes(state: ServerState) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest, http: Request) -> Response:
+        check_model(state, request.model)
         form = Form(
-            request_id=f"chatcmpl-{uuid.uuid4().hex}",
+            request_id=f"chatcmpl-{http.state.request_id}",
             model=state.model_names[0],
             num_top=request.num_top,
             bytes_of=lambda token_id: token_bytes()[token_id],
             has_usage=request.include_usage,
         )
-        pieces = answer(state, request.conversation(state, http), form.request_id)
+        pieces = answer(state, request.conversation(state, http))
         if request.stream:
             return await sse(_chunks(pieces, form))
         return await _whole(pieces, form)

@@ -3,15 +3,14 @@
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.outputs import LogprobRows
 from nanovllm.server.events import CallStart, Event, Text, Thinking
 from nanovllm.server.generation import Piece, SamplePiece
+from nanovllm.server.streaming import json_logprob
 
-# Stands for minus infinity, which JSON does not have.
-_LEAST_LOGPROB = -9999.0
 _CHUNK = "chat.completion.chunk"
 
 
@@ -34,15 +33,14 @@ class Form:
     has_usage: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def body(self, kind: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
-        """Return an answer or a chunk, as `kind` says."""
+    def body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return an answer or a chunk, as `kind` says, without its usage."""
         return {
             "id": self.request_id,
             "object": kind,
             "created": self.created,
             "model": self.model,
             "choices": choices,
-            "usage": usage,
         }
 
     def logprobs(self, token_ids: Iterable[int], rows: LogprobRows | None) -> list[dict[str, Any]]:
@@ -60,7 +58,7 @@ class Form:
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         spelling = self.bytes_of(token_id)
         text = spelling.decode(errors="replace")
-        return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(spelling)}
+        return {"token": text, "logprob": json_logprob(logprob), "bytes": list(spelling)}
 
 
 class Usage:
@@ -101,7 +99,7 @@ class WholeAnswer:
     def body(self) -> dict[str, Any]:
         """Return the answer."""
         choices = [self.choices[index].body(self.form) for index in sorted(self.choices)]
-        return self.form.body("chat.completion", choices, self.usage.fields())
+        return self.form.body("chat.completion", choices) | {"usage": self.usage.fields()}
 
 
 class _Choice:
@@ -158,14 +156,14 @@ class ChunkWriter:
 
     def last(self) -> list[dict[str, Any]]:
         """Return the chunk with the usage, if the stream ends with one."""
-        return [self.form.body(_CHUNK, [], self.usage.fields())] if self.form.has_usage else []
+        return [self.form.body(_CHUNK, []) | {"usage": self.usage.fields()}] if self.form.has_usage else []
 
     def _chunks(self, sample: SamplePiece) -> list[dict[str, Any]]:
         index, chunks = sample.index, []
         if index not in self.waiting:
             chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))
         tokens = self.waiting.get(index, []) + self.form.logprobs(sample.token_ids, sample.logprobs)
-        for delta in map(_delta, _joined(sample.events)):
+        for delta in map(_delta, sample.events):
             chunks.append(self._chunk(index, delta, tokens))
             tokens = []
         if sample.finish_reason is not None:
@@ -179,19 +177,8 @@ class ChunkWriter:
         self, index: int, delta: dict[str, Any], tokens: Sequence[dict] = (), ending: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": _logprobs(tokens), "finish_reason": None}
-        return self.form.body(_CHUNK, [choice | (ending or {})], None)
-
-
-def _joined(events: Iterable[Event]) -> list[Event]:
-    """Return events with neighbours of a kind joined, so that there are fewer chunks."""
-    joined: list[Event] = []
-    for event in events:
-        last = joined[-1] if joined else None
-        if isinstance(last, CallStart) or isinstance(event, CallStart) or type(last) is not type(event):
-            joined.append(event)
-        elif last is not None:
-            joined[-1] = replace(event, text=last.text + event.text)
-    return joined
+        chunk = self.form.body(_CHUNK, [choice | (ending or {})])
+        return chunk | {"usage": None} if self.form.has_usage else chunk
 
 
 def _delta(event: Event) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def _logprobs(token_ids: list[int], rows: LogprobRows, offset: int) -> tuple[dic
 
 
 def _by_text(row: dict[int, Logprob]) -> dict[str, float]:
-    """Return log-probabilities by text. Tokens may have the same text, such as halves of characters: take the largest."""
+    """Return log-probabilities by text. Of tokens with the same text, such as half a character, take the largest."""
     result: dict[str, float] = {}
     for entry in row.values():
         text = entry.decoded_token or ""
@@ -170,7 +170,7 @@ async def _outputs(
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Yield the outputs of all prompts as they come, each with its prompt's index."""
     with state.admission.enter(params.n * len(prompts)):
-        streams = [state.metrics.observe(state.llm.generate(prompt, params), params.n) for prompt in prompts]
+        streams = [state.generate(prompt, params) for prompt in prompts]
         async with aclosing(_merged(streams)) as outputs:
             async for index, output in outputs:
                 yield index, output

@@ -7,7 +7,7 @@ from typing import Any
 
 from nanovllm import CompletionOutput, SamplingParams
 from nanovllm.outputs import LogprobRows
-from nanovllm.server.errors import ApiError
+from nanovllm.server.errors import ApiError, aborted
 from nanovllm.server.events import CallArguments, CallStart, Event
 from nanovllm.server.parsers import OutputParser
 from nanovllm.server.state import ServerState
@@ -71,7 +71,9 @@ class Piece:
     samples: list[SamplePiece]
 
 
-async def answer(state: ServerState, conversation: Conversation, request_id: str) -> AsyncGenerator[Piece, None]:
+async def answer(
+    state: ServerState, conversation: Conversation, request_id: str | None = None
+) -> AsyncGenerator[Piece, None]:
     """Yield the answer to a conversation in pieces. Closing the generator ends the request.
 
     Raises:
@@ -80,14 +82,11 @@ async def answer(state: ServerState, conversation: Conversation, request_id: str
         RuntimeError: the engine is closed or has failed.
     """
     tools = () if conversation.tool_choice == "none" else conversation.tools
-    if tools and state.format.tool_format == "none":
-        message = "the server does not know how this model writes tool calls; its option --tool-parser can tell it"
-        raise ApiError(400, message, param="tools")
-    params = conversation.params
-    with state.admission.enter(params.n):
+    if tools:
+        _check_tools(state, conversation)
+    with state.admission.enter(conversation.params.n):
         prompt_ids, prompt_text = await _prompt(state, conversation, tools)
-        params = _constrained(state, conversation, tools, prompt_text)
-        is_constrained = params.structured_outputs is not None
+        params, is_constrained = _with_tools(state, conversation, tools, prompt_text)
         samples = [
             _Sample(state.format.parser(prompt_text, tools, is_constrained), conversation.parallel_tool_calls)
             for _ in range(params.n)
@@ -97,6 +96,17 @@ async def answer(state: ServerState, conversation: Conversation, request_id: str
             async for output in outputs:
                 pieces = [samples[new.index].piece(new) for new in output.outputs]
                 yield Piece(len(prompt_ids), output.num_cached_tokens, pieces)
+
+
+def _check_tools(state: ServerState, conversation: Conversation) -> None:
+    if conversation.tool_choice != "auto":
+        return
+    if state.format.tool_format == "none":
+        message = "the server does not know how this model writes tool calls; its option --tool-parser can tell it"
+        raise ApiError(400, message, param="tools")
+    if conversation.params.structured_outputs is not None:
+        message = "tools cannot be used with a form of the answer, unless tool_choice is none or makes the model call"
+        raise ApiError(400, message, param="tool_choice")
 
 
 async def _prompt(
@@ -114,25 +124,18 @@ async def _prompt(
     return prompt_ids, text
 
 
-def _constrained(
+def _with_tools(
     state: ServerState, conversation: Conversation, tools: Sequence[dict[str, Any]], prompt_text: str
-) -> SamplingParams:
-    """Return the conversation's parameters with what its tools need."""
+) -> tuple[SamplingParams, bool]:
+    """Return the conversation's parameters with what its tools need, and whether calls follow a grammar."""
     params = conversation.params
     if not tools:
-        return params
-    choice = conversation.tool_choice
-    if choice == "auto" and params.structured_outputs is not None:
-        message = "tools cannot be used with a form of the answer, unless tool_choice is none or makes the model call"
-        raise ApiError(400, message, "tool_choice")
-    constraint = state.format.constraint(tools, choice, conversation.parallel_tool_calls, prompt_text)
-    shows_special_tokens = state.format.shows_special_tokens
-    return replace(
-        params,
-        # An answer of calls alone has no text that the form would be for.
-        structured_outputs=constraint,
-        skip_special_tokens=params.skip_special_tokens and not shows_special_tokens,
-    )
+        return params, False
+    constraint = state.format.constraint(tools, conversation.tool_choice, conversation.parallel_tool_calls, prompt_text)
+    skip_special_tokens = params.skip_special_tokens and not state.format.shows_special_tokens
+    # A form of the answer has no effect where calls alone are the answer.
+    params = replace(params, structured_outputs=constraint, skip_special_tokens=skip_special_tokens)
+    return params, constraint is not None
 
 
 class _Sample:
@@ -152,7 +155,7 @@ class _Sample:
             events = [event for event in events if not _is_further_call(event)]
         self.has_calls |= any(isinstance(event, CallStart) for event in events)
         if finish_reason == "abort":
-            raise _aborted(new.stop_reason)
+            raise aborted(new.stop_reason)
         if finish_reason == "stop" and self.has_calls:
             finish_reason = "tool_calls"
         return SamplePiece(new.index, events, new.token_ids, new.logprobs, finish_reason, new.stop_reason)
@@ -160,9 +163,3 @@ class _Sample:
 
 def _is_further_call(event: Event) -> bool:
     return isinstance(event, CallStart | CallArguments) and event.index > 0
-
-
-def _aborted(reason: int | str | None) -> ApiError:
-    if reason is None:
-        return ApiError(503, "the server has ended this request")
-    return ApiError(400, f"the structured output was given up: {reason}", param="structured_outputs")

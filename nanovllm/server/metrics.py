@@ -72,16 +72,10 @@ class ServerMetrics:
         made = Histogram(name, text, ["model_name"], buckets=buckets, registry=self.registry)
         return made.labels(self.model_name)
 
-    async def observe(self, outputs: Any, num_samples: int) -> AsyncGenerator[RequestOutput, None]:
-        """Yield the outputs of a request, and count it.
-
-            async for output in state.metrics.observe(state.llm.generate(prompt, params), params.n):
-
-        A request that the engine refuses is not counted here.
-
-        Args:
-            outputs: the async generator that `AsyncLLM.generate` returns.
-        """
+    async def observe(
+        self, outputs: AsyncGenerator[RequestOutput, None], num_samples: int
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yield the outputs of a request, and count it, unless the engine refuses it. See `ServerState.generate`."""
         reasons: Counter[str] = Counter()
         unfinished, output = "abort", None
         try:

@@ -149,7 +149,8 @@ class SamplingFields(BaseModel):
         Raises:
             ApiError: a value is wrong.
         """
-        given = {name: getattr(self, name) for name in _PARAMS} | {"output_kind": RequestOutputKind.DELTA}
+        given: dict[str, Any] = {name: getattr(self, name) for name in _PARAMS}
+        given["output_kind"] = RequestOutputKind.DELTA
         if self.structured_outputs is not None:
             given["structured_outputs"] = _checked(self.structured_outputs.to_params)
         given |= overrides

@@ -1,8 +1,11 @@
 """What the endpoints share."""
 
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
-from nanovllm import AsyncLLM
+from nanovllm import AsyncLLM, RequestOutput, SamplingParams
 from nanovllm.server.admission import Admission
 from nanovllm.server.formats import TextFormat
 from nanovllm.server.metrics import ServerMetrics
@@ -26,3 +29,21 @@ class ServerState:
     format: TextFormat
     admission: Admission
     metrics: ServerMetrics
+
+    def generate(self, prompt: Any, params: SamplingParams) -> AsyncGenerator[RequestOutput, None]:
+        """Answer a prompt as `AsyncLLM.generate` does, and count the request in the metrics.
+
+        Raises:
+            TypeError, ValueError: the request cannot be served. Some faults show at the first output only.
+            RuntimeError: the engine is closed, asleep or has failed, whatever error this was at first.
+        """
+        return self.metrics.observe(self._outputs(self.llm.generate(prompt, params)), params.n)
+
+    async def _outputs(self, outputs: Any) -> AsyncGenerator[RequestOutput, None]:
+        async with aclosing(outputs):
+            try:
+                async for output in outputs:
+                    yield output
+            except Exception:
+                await self.llm.check_health()  # raises RuntimeError if the engine is the reason
+                raise

@@ -58,19 +58,19 @@ class EventStream(Response):
         self._error_event = error_event
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(self._chunks()) as chunks:
+        # Opened first, because the client may go before the first chunk.
+        async with aclosing(self._items), aclosing(self._chunks()) as chunks:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for chunk in chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _chunks(self) -> AsyncGenerator[bytes, None]:
         try:
-            async with aclosing(self._items):
-                if self._first is not None:
-                    yield self._encode(self._first)
-                async for item in self._items:
-                    yield self._encode(item)
+            if self._first is not None:
+                yield self._encode(self._first)
+            async for item in self._items:
+                yield self._encode(item)
             if self._sends_done:
                 yield b"data: [DONE]\n\n"
         except Exception as error:

@@ -1,4 +1,4 @@
-"""A server on a tiny model whose tokens are bytes."""
+"""A tiny model whose tokens are bytes, for servers."""
 
 import sys
 from importlib.util import find_spec
@@ -9,6 +9,8 @@ import pytest
 for package in ("fastapi", "uvicorn", "prometheus_client", "httpx"):
     pytest.importorskip(package)
 
+from nanovllm import AsyncLLM
+from tests.models.tiny import CHAT_TEMPLATE, save_tiny_with_tokenizer
 
 if find_spec("nanovllm.server.formats") is None:  # until that branch is merged
 
@@ -20,3 +22,34 @@ if find_spec("nanovllm.server.formats") is None:  # until that branch is merged
     stand_in = ModuleType("nanovllm.server.formats")
     stand_in.TextFormat = TextFormat
     sys.modules["nanovllm.server.formats"] = stand_in
+
+OPTIONS = dict(
+    device="cpu",
+    kvcache_block_size=16,
+    num_kvcache_blocks=128,
+    max_model_len=512,
+    max_num_seqs=8,
+    max_num_batched_tokens=512,
+)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """Return the folder of a tiny model."""
+    return save_tiny_with_tokenizer(tmp_path_factory.mktemp("model"), "qwen3", CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def llm(model):
+    """Return an engine that tests share. Each test uses it in an event loop of its own."""
+    llm = AsyncLLM(model, **OPTIONS)
+    yield llm
+    llm.close()
+
+
+@pytest.fixture
+def own_llm(model):
+    """Return an engine that a test may close or break."""
+    llm = AsyncLLM(model, **OPTIONS)
+    yield llm
+    llm.close()

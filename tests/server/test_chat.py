@@ -1,21 +1,14 @@
 """POST /v1/chat/completions: golden streams of scripted texts, and the whole path with a tiny model."""
 
 import asyncio
-import itertools
 import json
 
+import httpx
 import pytest
 
-pytest.importorskip("fastapi")
-
-import httpx
-from fastapi import FastAPI
-from fastapi.responses import JSONResponse
-
 from nanovllm import AsyncLLM, RequestOutputKind
-from nanovllm.server import chat
 from nanovllm.server.admission import Admission
-from nanovllm.server.errors import as_api_error, openai_error
+from nanovllm.server.app import create_app
 from nanovllm.server.formats import TextFormat
 from nanovllm.server.metrics import ServerMetrics
 from nanovllm.server.options import ServerOptions
@@ -59,18 +52,6 @@ def state_of(llm, tool_format="hermes", reasoning_format="think", **options):
     )
 
 
-def app_of(state):
-    app = FastAPI()
-    app.include_router(chat.routes(state))
-
-    async def answer_error(request, error):
-        error = as_api_error(error)
-        return JSONResponse(openai_error(error), error.status)
-
-    app.add_exception_handler(Exception, answer_error)
-    return app
-
-
 async def post(app, **body):
     """Return the response to a request. `messages` has a default."""
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
@@ -81,7 +62,7 @@ async def post(app, **body):
 
 def ask(llm, *, format_options=(), **body):
     """Return the response of a new server with this engine."""
-    return asyncio.run(post(app_of(state_of(llm, **dict(format_options))), **body))
+    return asyncio.run(post(create_app(state_of(llm, **dict(format_options))), **body))
 
 
 def whole(llm, **body):
@@ -155,6 +136,9 @@ def same(choices):
         message["content"] = message["content"] or ""
         for call in message.get("tool_calls", ()):
             assert call.pop("id").startswith("call_")
+        for token in (choice["logprobs"] or {}).get("content", ()):
+            for entry in (token, *token["top_logprobs"]):  # the first answer's prompt was not cached
+                entry["logprob"] = pytest.approx(entry["logprob"], abs=1e-3)
     return choices
 
 
@@ -228,7 +212,7 @@ def test_the_usage_chunk_is_last_and_has_no_choices():
     assert last["usage"]["total_tokens"] == 8
     assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
     assert all(chunk["usage"] is None and len(chunk["choices"]) == 1 for chunk in others)
-    assert all(chunk["choices"] for chunk in chunks(ScriptedLLM("abc")))
+    assert all(chunk["choices"] and "usage" not in chunk for chunk in chunks(ScriptedLLM("abc")))
 
 
 def test_all_chunks_share_an_id_and_the_last_one_has_the_finish_reason():
@@ -299,7 +283,7 @@ def test_the_template_gets_the_tools_as_they_were_sent():
 def test_a_wrong_field_gets_400_that_names_it(body, words):
     for stream in (False, True):
         response = ask(ScriptedLLM("a"), stream=stream, **body)
-        assert response.status_code in (400, 422), response.text
+        assert response.status_code == 400, response.text
         assert all(word in response.text for word in words), response.text
 
 
@@ -379,7 +363,7 @@ def test_requests_beyond_the_limit_get_429_and_places_return():
     state = state_of(llm, max_concurrent_requests=3)
 
     async def run():
-        app = app_of(state)
+        app = create_app(state)
         with state.admission.enter(2):
             response = await post(app, n=2)
             assert response.status_code == 429
@@ -390,24 +374,144 @@ def test_requests_beyond_the_limit_get_429_and_places_return():
     assert state.admission.num_samples == 0
 
 
-def test_leaving_a_stream_ends_the_request():
-    llm = ScriptedLLM("a" * 1000)
-    state = state_of(llm)
+# -- the whole path with a tiny model ---------------------------------------------------------------------------------
 
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    model = save_tiny_with_tokenizer(tmp_path_factory.mktemp("model"), "qwen3", TEMPLATE)
+    llm = AsyncLLM(model, device="cpu", kvcache_block_size=16, max_model_len=512, max_num_seqs=8)
+    yield llm
+    llm.close()
+
+
+GREETING = "日本語 👋🏽 fin"
+FORCED = {"choice": [GREETING]}
+
+
+@pytest.mark.parametrize("stop", [None, ["👋"], [" fin"], ["語 👋🏽 f"]], ids=str)
+def test_a_models_stream_equals_its_whole_answer(llm, stop):
+    body = dict(structured_outputs=FORCED, stop=stop, n=2, logprobs=True, top_logprobs=2, temperature=0)
+    answer = whole(llm, **body)
+    assert same(joined(chunks(llm, **body))) == same(answer["choices"])
+    end = GREETING.index(stop[0]) if stop else len(GREETING)
+    for choice in answer["choices"]:
+        assert choice["message"]["content"] == GREETING[:end]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop and stop[0])
+
+
+def test_logprobs_have_the_bytes_of_each_token_and_the_most_likely_ones(llm):
+    answer = whole(llm, structured_outputs=FORCED, logprobs=True, top_logprobs=3)
+    tokens = answer["choices"][0]["logprobs"]["content"]
+    assert bytes(byte for token in tokens for byte in token["bytes"]).decode() == GREETING
+    assert len(tokens) == answer["usage"]["completion_tokens"]
+    assert tokens[0]["token"] == "\ufffd"  # a part of a character
+    for token in tokens:
+        assert token["logprob"] < 0
+        best = [top["logprob"] for top in token["top_logprobs"]]
+        assert len(best) == 3 and best == sorted(best, reverse=True)
+    assert whole(llm, max_tokens=3)["choices"][0]["logprobs"] is None
+    (choice,) = whole(llm, max_tokens=3, logprobs=True, ignore_eos=True)["choices"]
+    assert [token["top_logprobs"] for token in choice["logprobs"]["content"]] == [[], [], []]
+
+
+@pytest.mark.parametrize("tool_choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=str)
+def test_a_required_call_is_valid_whatever_the_model_is(llm, tool_choice):
+    body = dict(tools=[WEATHER], tool_choice=tool_choice, parallel_tool_calls=False, temperature=0)
+    (choice,) = whole(llm, **body)["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "東京")
+    assert choice["finish_reason"] == "tool_calls"
+    assert same(joined(chunks(llm, **body))) == same([choice])
+
+
+def test_a_required_call_follows_thinking_that_the_prompt_opens(llm):
+    body = dict(
+        tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, chat_template_kwargs={"thinks": True}
+    )
+    (choice,) = whole(llm, **body, max_tokens=400)["choices"]
+    assert choice["message"].get("tool_calls") or choice["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_a_json_schema_holds_and_the_answer_is_content(llm, thinks):
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    schema["additionalProperties"] = False
+    body = dict(
+        response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+        chat_template_kwargs={"thinks": thinks},
+    )
+    (choice,) = whole(llm, **body)["choices"]
+    assert json.loads(choice["message"]["content"])["ok"] in (True, False)
+    assert "reasoning" not in choice["message"]
+
+
+def test_a_continued_message_keeps_its_text_in_the_prompt(llm):
+    messages = [*USER, {"role": "assistant", "content": "The answer"}]
+    prompts = []
+    for body in (dict(continue_final_message=True), dict()):
+        answer = whole(llm, messages=messages, max_tokens=1, ignore_eos=True, **body)
+        prompts.append(answer["usage"]["prompt_tokens"])
+    assert prompts[0] == len("<user>hi<assistant>The answer")
+    assert prompts[1] == prompts[0] + len("<assistant>")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (dict(messages=[{"role": "user", "content": "a" * 600}]), "max_model_len=512"),
+        (dict(messages=[{"role": "user", "content": None}]), "content"),
+        (dict(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "image_url"),
+        (dict(chat_template_kwargs={"colour": 1}), "colour"),
+        (dict(reasoning_effort="high"), "reasoning_effort"),
+        (dict(stop_token_ids=[1000]), "stop_token_ids"),
+        (dict(structured_outputs={"regex": "("}), "structured_outputs"),
+        (dict(continue_final_message=True, add_generation_prompt=True), "continue_final_message"),
+    ],
+    ids=str,
+)
+def test_a_fault_before_the_first_token_is_400_and_no_broken_stream(llm, body, words):
+    for stream in (False, True):
+        response = ask(llm, stream=stream, **body)
+        assert response.status_code == 400, response.text
+        assert words in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_request(llm, stream):
     async def run():
-        endpoint = chat.routes(state).routes[0].endpoint
-        request = chat.ChatRequest(messages=USER, stream=True)
-        response = await endpoint(request, None)
-        assert (llm.num_running, state.admission.num_samples) == (1, 1)
-        sent = []
+        app = create_app(state := state_of(llm))
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/chat/completions",
+            "headers": [(b"content-type", b"application/json")],
+            "query_string": b"",
+        }
+        body = {"messages": USER, "stream": stream, "ignore_eos": True, "temperature": 0}
+        gone, has_sent, reads = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
 
         async def send(message):
-            sent.append(message)
-            if len(sent) == 4:
-                raise asyncio.CancelledError
+            has_sent.set()
+            await reads.wait()
 
-        with pytest.raises(asyncio.CancelledError):
-            await response({"type": "http"}, None, send)
+        answering = asyncio.create_task(app(scope, receive, send))
+        while not state.admission.num_samples and not has_sent.is_set():
+            await asyncio.sleep(0.01)
+        if stream:
+            await has_sent.wait()
+        gone.set()
+        await answering
+        assert state.admission.num_samples == 0
+        while (await llm.metrics()).num_running:
+            await asyncio.sleep(0.01)
 
-    asyncio.run(run())
-    assert (llm.num_running, state.admission.num_samples) == (0, 0)
+    asyncio.run(asyncio.wait_for(run(), SECONDS))
