@@ -16,15 +16,20 @@ class Block:
         kind: Thinking, Text, or CallStart for a tool call.
         index: the block's number in the answer, from 0.
         name: the function that a tool call calls.
-        text: the text so far; of a tool call, the JSON of its arguments.
+        pieces: the text so far; of a tool call, the JSON of its arguments.
         id: random hexadecimal digits.
     """
 
     kind: type[Thinking] | type[Text] | type[CallStart]
     index: int
     name: str = ""
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
     id: str = field(default_factory=lambda: uuid4().hex)
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ class Blocks:
             elif event.text:
                 if not isinstance(event, CallArguments) and not self._grows(type(event)):
                     yield from self._start(type(event))
-                self.all[-1].text += event.text
+                self.all[-1].pieces.append(event.text)
                 yield Grown(self.all[-1], event.text)
 
     def finish(self) -> Iterator[Finished]:
@@ -83,4 +88,5 @@ class Blocks:
         yield from self.finish()
         self.all.append(Block(kind, len(self.all), name))
         self._is_open = True
-        yield Started(replace(self.all[-1]))  # a copy, because the block may have grown when the change is read
+        # A copy, because the block may have grown when somebody reads the change.
+        yield Started(replace(self.all[-1], pieces=[]))

@@ -1,35 +1,30 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's API, for its clients and for Claude Code."""
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, BeforeValidator, Field
-from pydantic_core import from_json
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from nanovllm import RequestOutputKind, StructuredOutputsParams
-from nanovllm.server.blocks import Block, Blocks, Change, Grown, Started
 from nanovllm.server.errors import ApiError, anthropic_error
-from nanovllm.server.events import CallStart, Text, Thinking
-from nanovllm.server.generation import Conversation, Piece, SamplePiece, answer
+from nanovllm.server.generation import Conversation, answer
+from nanovllm.server.messages_answer import MessageWriter
 from nanovllm.server.models import check_model
 from nanovllm.server.sampling import SamplingFields
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import JsonAnswer, sse
-from nanovllm.server.translation import add_user_text, checked_choice, checked_name, function_tool, thinking_option
+from nanovllm.server.streaming import JsonAnswer
+from nanovllm.server.translation import (
+    add_user_text,
+    checked_choice,
+    checked_name,
+    function_tool,
+    reply,
+    thinking_option,
+)
 
 # Claude Code starts its system prompt with a block that differs in each request, so no prefix would ever be cached.
 _BILLING_HEADER = "x-anthropic-billing-header:"
-# Clients drop thinking without a signature, and send back what they keep.
-_SIGNATURE = "nanovllm"
-# The type and the key of the text of a delta, by the kind of its block.
-_DELTAS = {
-    Text: ("text_delta", "text"),
-    Thinking: ("thinking_delta", "thinking"),
-    CallStart: ("input_json_delta", "partial_json"),
-}
 
 
 class TextBlock(BaseModel):
@@ -40,7 +35,7 @@ class TextBlock(BaseModel):
 
 
 class ThinkingBlock(BaseModel):
-    """What the model has thought."""
+    """A text of the model's thinking."""
 
     type: Literal["thinking"]
     thinking: str
@@ -69,11 +64,11 @@ Texts = Annotated[list[TextBlock], BeforeValidator(_as_blocks)]
 
 
 class ToolResultBlock(BaseModel):
-    """What a tool call has given."""
+    """The result of a tool call."""
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: Texts = []
+    content: Texts | None = None
     is_error: bool = False
 
 
@@ -93,13 +88,13 @@ class Tool(BaseModel):
     """A function that the model may call. Tools that Anthropic's servers run have no schema, and are skipped."""
 
     name: str
-    description: str = ""
+    description: str | None = None
     input_schema: dict[str, Any] | None = None
     strict: bool | None = None
 
 
 class ToolChoice(BaseModel):
-    """Which tools the model may or must call."""
+    """The tools that the model may or must call."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -130,11 +125,17 @@ class CountTokensRequest(BaseModel):
 
     model: str
     messages: list[Message]
-    system: Texts | None = None
+    system: Texts = []
     tools: list[Tool] = []
     tool_choice: ToolChoice = ToolChoice(type="auto")
     thinking: ThinkingSwitch = ThinkingSwitch(type="disabled")
     output_config: OutputConfig = OutputConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        """Treat null as a missing field."""
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 class MessagesRequest(CountTokensRequest):
@@ -154,7 +155,7 @@ class MessagesRequest(CountTokensRequest):
 def chat_messages(request: CountTokensRequest) -> list[dict[str, Any]]:
     """Return the messages of a request in the form that chat templates take."""
     messages: list[dict[str, Any]] = []
-    system = [block.text for block in request.system or [] if not block.text.startswith(_BILLING_HEADER)]
+    system = [block.text for block in request.system if not block.text.startswith(_BILLING_HEADER)]
     if system:
         messages.append({"role": "system", "content": "\n\n".join(system)})
     for message in request.messages:
@@ -180,23 +181,22 @@ def _add_assistant(messages: list[dict[str, Any]], blocks: list[Any]) -> None:
             call = {"id": block.id, "type": "function", "function": function}
             message.setdefault("tool_calls", []).append(call)
         elif isinstance(block, ToolResultBlock):
-            raise ApiError(400, "a tool_result block belongs into a message with the role user", param="messages")
+            raise ApiError(400, "a tool_result block belongs in a message with the role user", param="messages")
 
 
 def _add_user(messages: list[dict[str, Any]], blocks: list[Any], is_reminder: bool) -> None:
     """Add texts and results of tools. Templates take no system message but the first, so later ones are reminders."""
     for block in blocks:
         if isinstance(block, ToolResultBlock):
-            text = "\n".join(part.text for part in block.content)
+            text = "\n".join(part.text for part in block.content or [])
             text = f"Error: {text}" if block.is_error else text
             messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": text})
         elif isinstance(block, TextBlock):
             text = f"<system-reminder>\n{block.text}\n</system-reminder>" if is_reminder else block.text
             add_user_text(messages, text)
         else:
-            raise ApiError(
-                400, f"a {block.type} block belongs into a message with the role assistant", param="messages"
-            )
+            message = f"a {block.type} block belongs in a message with the role assistant"
+            raise ApiError(400, message, param="messages")
 
 
 def tool_list(request: CountTokensRequest) -> list[dict[str, Any]]:
@@ -247,100 +247,6 @@ def conversation(state: ServerState, request: MessagesRequest, http: Request) ->
     )
 
 
-# -- from pieces to an answer ----------------------------------------------------------------------------------------
-
-
-class MessageWriter:
-    """The answer to a request, as it grows.
-
-    Args:
-        message_id: the answer's id.
-        model: the model's name in the API.
-        max_tokens: how many tokens the client allows.
-    """
-
-    def __init__(self, message_id: str, model: str, max_tokens: int):
-        self.message_id = message_id
-        self.model = model
-        self.max_tokens = max_tokens
-        self.blocks = Blocks()
-        self.num_input = self.num_cached = self.num_output = 0
-        self.stop: dict[str, str | None] = {"stop_reason": None, "stop_sequence": None}
-        self._has_started = False
-
-    def add(self, piece: Piece) -> list[dict[str, Any]]:
-        """Add the next piece, and return the events that show it."""
-        events = []
-        if not self._has_started:
-            self._has_started = True
-            self.num_input, self.num_cached = piece.num_prompt_tokens, piece.num_cached_tokens
-            events = [{"type": "message_start", "message": self.body()}, {"type": "ping"}]
-        for sample in piece.samples:
-            self.num_output += len(sample.token_ids)
-            changes = [*self.blocks.feed(sample.events)]
-            if sample.finish_reason is not None:
-                changes += self.blocks.finish()
-            events += [event for change in changes for event in _events(change)]
-            if sample.finish_reason is not None:
-                self.stop = self._stop(sample)
-                events.append({"type": "message_delta", "delta": self.stop, "usage": self.usage()})
-                events.append({"type": "message_stop"})
-        return events
-
-    def body(self) -> dict[str, Any]:
-        """Return the message so far."""
-        content = [_content(block) for block in self.blocks.all]
-        message = {"id": self.message_id, "type": "message", "role": "assistant", "model": self.model}
-        return message | {"content": content, **self.stop, "usage": self.usage()}
-
-    def usage(self) -> dict[str, int]:
-        """Return how many tokens there are. What was cached is no input in this API."""
-        return {
-            "input_tokens": self.num_input - self.num_cached,
-            "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": self.num_cached,
-            "output_tokens": self.num_output,
-        }
-
-    def _stop(self, sample: SamplePiece) -> dict[str, str | None]:
-        reason, sequence = "end_turn", None
-        if sample.finish_reason == "tool_calls":
-            reason = "tool_use"
-        elif sample.finish_reason == "length":
-            is_full = self.num_output < self.max_tokens
-            reason = "model_context_window_exceeded" if is_full else "max_tokens"
-        elif isinstance(sample.stop_reason, str):
-            reason, sequence = "stop_sequence", sample.stop_reason
-        return {"stop_reason": reason, "stop_sequence": sequence}
-
-
-def _events(change: Change) -> list[dict[str, Any]]:
-    """Return the events of a change."""
-    block = change.block
-    if isinstance(change, Started):
-        return [{"type": "content_block_start", "index": block.index, "content_block": _content(block)}]
-    if isinstance(change, Grown):
-        kind, key = _DELTAS[block.kind]
-        return [_delta(block, {"type": kind, key: change.text})]
-    signature = [_delta(block, {"type": "signature_delta", "signature": _SIGNATURE})] if block.kind is Thinking else []
-    return [*signature, {"type": "content_block_stop", "index": block.index}]
-
-
-def _delta(block: Block, delta: dict[str, str]) -> dict[str, Any]:
-    return {"type": "content_block_delta", "index": block.index, "delta": delta}
-
-
-def _content(block: Block) -> dict[str, Any]:
-    """Return the content block with the text so far."""
-    if block.kind is Text:
-        return {"type": "text", "text": block.text}
-    if block.kind is Thinking:
-        return {"type": "thinking", "thinking": block.text, "signature": _SIGNATURE}
-    # An answer that has reached its length may end within the arguments.
-    arguments = from_json(block.text, allow_partial="trailing-strings") if block.text else {}
-    return {"type": "tool_use", "id": f"toolu_{block.id}", "name": block.name, "input": arguments}
-
-
 # -- endpoints -------------------------------------------------------------------------------------------------------
 
 
@@ -353,14 +259,7 @@ def routes(state: ServerState) -> APIRouter:
         check_model(state, request.model)
         writer = MessageWriter(f"msg_{uuid4().hex}", state.model_names[0], request.max_tokens)
         pieces = answer(state, conversation(state, request, http), writer.message_id)
-        if request.stream:
-            return await sse(
-                _events_of(pieces, writer), names_events=True, sends_done=False, error_event=anthropic_error
-            )
-        async with aclosing(pieces):
-            async for piece in pieces:
-                writer.add(piece)
-        return JsonAnswer(writer.body())
+        return await reply(pieces, writer, is_stream=request.stream, error_event=anthropic_error)
 
     @router.post("/v1/messages/count_tokens")
     async def count_tokens(request: CountTokensRequest) -> Response:
@@ -372,10 +271,3 @@ def routes(state: ServerState) -> APIRouter:
         return JsonAnswer({"input_tokens": len(await state.llm.chat_prompt(messages, **template))})
 
     return router
-
-
-async def _events_of(pieces: AsyncGenerator[Piece, None], writer: MessageWriter) -> AsyncGenerator[list[dict], None]:
-    async with aclosing(pieces):
-        async for piece in pieces:
-            if events := writer.add(piece):
-                yield events

@@ -1,10 +1,16 @@
-"""What messages and responses share to turn a request into a conversation."""
+"""Steps that messages and responses share, from a request to its answer."""
 
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from fastapi import Response
 
 from nanovllm.checks import shown
 from nanovllm.server.errors import ApiError
+from nanovllm.server.generation import Piece
 from nanovllm.server.state import ServerState
+from nanovllm.server.streaming import JsonAnswer, sse
 
 
 def function_tool(name: str, description: str | None, parameters: dict | None, strict: bool | None) -> dict[str, Any]:
@@ -41,3 +47,42 @@ def thinking_option(state: ServerState, is_on: bool) -> dict[str, Any]:
     """Return the arguments of the chat template that switch thinking on or off, if the template has the switch."""
     template = str(state.llm.tokenizer.chat_template)
     return {"chat_template_kwargs": {"enable_thinking": is_on}} if "enable_thinking" in template else {}
+
+
+class Writer(Protocol):
+    """An answer that grows by pieces."""
+
+    def add(self, piece: Piece) -> list[dict[str, Any]]:
+        """Add the next piece, and return the events that show it."""
+        ...
+
+    def body(self) -> dict[str, Any]:
+        """Return the answer so far."""
+        ...
+
+
+async def reply(
+    pieces: AsyncGenerator[Piece, None],
+    writer: Writer,
+    *,
+    is_stream: bool,
+    error_event: Callable[[ApiError], dict[str, Any]],
+) -> Response:
+    """Return the response that sends an answer: as events with names, or as a whole.
+
+    Args:
+        error_event: makes the event of an error in a stream.
+    """
+    if is_stream:
+        return await sse(_events(pieces, writer), names_events=True, sends_done=False, error_event=error_event)
+    async with aclosing(pieces):
+        async for piece in pieces:
+            writer.add(piece)
+    return JsonAnswer(writer.body())
+
+
+async def _events(pieces: AsyncGenerator[Piece, None], writer: Writer) -> AsyncGenerator[list[dict[str, Any]], None]:
+    async with aclosing(pieces):
+        async for piece in pieces:
+            if events := writer.add(piece):
+                yield events

@@ -9,7 +9,10 @@ pytest.importorskip("fastapi")
 anthropic = pytest.importorskip("anthropic")
 
 from nanovllm import AsyncLLM, StructuredOutputsParams  # noqa: E402
+from nanovllm.server.events import CallArguments, CallStart  # noqa: E402
+from nanovllm.server.generation import Piece, SamplePiece  # noqa: E402
 from nanovllm.server.messages import MessagesRequest, chat_messages  # noqa: E402
+from nanovllm.server.messages_answer import MessageWriter  # noqa: E402
 from tests.models.tiny import save_tiny_with_tokenizer  # noqa: E402
 from tests.server.real_clients import MODEL, http_client, make_state  # noqa: E402
 from tests.server.scripted import ScriptedLLM  # noqa: E402
@@ -174,11 +177,24 @@ def test_without_parallel_tool_use_there_is_one_call():
     assert [block.type for block in message.content] == ["tool_use"]
 
 
-def test_a_call_that_is_cut_off_has_the_arguments_so_far():
-    llm = ScriptedLLM(CALL[: CALL.index("rich")], finish_reason="length")
-    message = create(llm, tools=[WEATHER], max_tokens=len(llm.texts[0]))
-    assert message.stop_reason == "max_tokens"
-    assert message.content[-1].type == "text" or message.content[-1].input in ({}, {"city": "Zü"})
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        ('{"city": "Ulm", "days": 2}', {"city": "Ulm", "days": 2}),
+        ('{"city": "Z\\u00fcr', {"city": "Zür"}),
+        ('{"city": "Z\\u00', {"city": "Z"}),
+        ('{"city": "\\ud83d"}', {"city": "\ud83d"}),
+        ('{"days": NaN}', {"days": None}),
+        ('{"days": NaN, "city": "U', {}),
+        ("{", {}),
+        ("", {}),
+    ],
+)
+def test_a_call_has_its_arguments_as_far_as_they_go(arguments, value):
+    events = [CallStart(0, "weather"), CallArguments(0, arguments)]
+    writer = MessageWriter("msg_1", MODEL, 9)
+    writer.add(Piece(1, 0, [SamplePiece(0, events, [5], None, "length", None)]))
+    assert writer.body()["content"][0]["input"] == value
 
 
 def test_stop_sequences_are_named():
@@ -215,6 +231,7 @@ def test_output_config_constrains_the_answer():
         ({"type": "enabled", "budget_tokens": 1024}, {"enable_thinking": True}),
         ({"type": "disabled"}, {"enable_thinking": False}),
         ({"type": "adaptive"}, None),
+        (anthropic.omit, {"enable_thinking": False}),
     ],
 )
 def test_thinking_sets_the_switch_of_the_template(thinking, kwargs):
