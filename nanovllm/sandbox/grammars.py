@@ -141,7 +141,7 @@ def _grammar_text(
     from llguidance import LLMatcher, regex_to_lark
 
     if grammar is not None:
-        return _with_text_tokens(_lark(grammar), text_tokens) + _UNFORCED
+        return _with_tokens(_with_schemas(_lark(grammar)), text_tokens, special_tokens) + _UNFORCED
     if regex is not None:
         return _unforced(LLMatcher.grammar_from_regex(regex_to_lark(regex, "dws")))
     if choice is not None:
@@ -278,13 +278,34 @@ def _plain_character(text: str) -> str:
 _LARK_PARTS = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|<[^<>\s]+>')
 
 
-def _with_text_tokens(lark: str, token_ids: dict[str, int]) -> str:
-    """Replace `<think>` in a Lark grammar by that token's number, because llguidance takes the name for text."""
+def _with_tokens(lark: str, text_tokens: dict[str, int], special_tokens: dict[str, int]) -> str:
+    """Replace names of tokens in a Lark grammar by their numbers where llguidance would not find them.
+
+    It takes the name `<think>` of an added token that is not special for text, and a name in square brackets, as in
+    `<[TOOL_CALLS]>`, for numbers.
+    """
 
     def numbered(part: re.Match) -> str:
-        return f"<[{token_ids[part[0]]}]>" if part[0] in token_ids else part[0]
+        token_id = text_tokens.get(part[0], special_tokens.get(part[0][1:-1]) if part[0][:2] == "<[" else None)
+        return part[0] if token_id is None else f"<[{token_id}]>"
 
     return _LARK_PARTS.sub(numbered, lark)
+
+
+_SCHEMA_START = re.compile(rf"{_LARK_PARTS.pattern}|%json\s+(?={{)")
+
+
+def _with_schemas(lark: str) -> str:
+    """Return a Lark grammar whose `%json` schemas are as `_supported_schema` returns them."""
+    decoder, parts, at = json.JSONDecoder(), [], 0
+    while found := _SCHEMA_START.search(lark, at):
+        parts.append(lark[at : found.end()])
+        at = found.end()
+        if found[0].startswith("%json"):
+            _, end = decoder.raw_decode(lark, at)
+            parts.append(_supported_schema(lark[at:end]))
+            at = end
+    return "".join(parts) + lark[at:]
 
 
 # Keywords whose value maps any names to schemas, and keywords whose value is no schema.

@@ -7,8 +7,9 @@ from typing import Any
 
 from nanovllm import CompletionOutput, SamplingParams
 from nanovllm.outputs import LogprobRows
+from nanovllm.server.call_grammars import json_rule
 from nanovllm.server.errors import ApiError, aborted
-from nanovllm.server.events import CallArguments, CallStart, Event
+from nanovllm.server.events import CallStart, Event
 from nanovllm.server.parsers import OutputParser
 from nanovllm.server.state import ServerState
 
@@ -86,13 +87,10 @@ async def answer(
         _check_tools(state, conversation)
     with state.admission.enter(conversation.params.n):
         prompt_ids, prompt_text = await _prompt(state, conversation, tools)
-        params, is_constrained = _with_tools(state, conversation, tools, prompt_text)
-        samples = [
-            _Sample(state.format.parser(prompt_text, tools, is_constrained), conversation.parallel_tool_calls)
-            for _ in range(params.n)
-        ]
-        outputs = state.llm.generate({"prompt_token_ids": prompt_ids}, params, request_id)
-        async with aclosing(state.metrics.observe(outputs, params.n)) as outputs:
+        params = _constrained(state, conversation, tools, prompt_text)
+        is_constrained = params.structured_outputs is not None
+        samples = [_Sample(state.format.parser(prompt_text, tools, is_constrained)) for _ in range(params.n)]
+        async with aclosing(state.generate({"prompt_token_ids": prompt_ids}, params, request_id)) as outputs:
             async for output in outputs:
                 pieces = [samples[new.index].piece(new) for new in output.outputs]
                 yield Piece(len(prompt_ids), output.num_cached_tokens, pieces)
@@ -104,46 +102,46 @@ def _check_tools(state: ServerState, conversation: Conversation) -> None:
     if state.format.tool_format == "none":
         message = "the server does not know how this model writes tool calls; its option --tool-parser can tell it"
         raise ApiError(400, message, param="tools")
-    if conversation.params.structured_outputs is not None:
-        message = "tools cannot be used with a form of the answer, unless tool_choice is none or makes the model call"
-        raise ApiError(400, message, param="tool_choice")
 
 
 async def _prompt(
     state: ServerState, conversation: Conversation, tools: Sequence[dict[str, Any]]
 ) -> tuple[list[int], str]:
     """Return the prompt's token ids, and the end of its text."""
-    template = conversation.template | ({"tools": list(tools)} if tools else {})
+    template = conversation.template | ({"tools": [_shown(tool) for tool in tools]} if tools else {})
     prompt_ids = await state.llm.chat_prompt(conversation.messages, **template)
     num_tail = _CONTINUED_TAIL_TOKENS if template.get("continue_final_message") else _TAIL_TOKENS
     text = await state.llm.decode(prompt_ids[-num_tail:])
-    if conversation.params.structured_outputs is not None and state.format.opens_thinking(text):
-        # The form is the answer's, so the model must not be thinking when it starts.
+    answer = conversation.params.structured_outputs
+    if answer is not None and json_rule(answer) is None and state.format.opens_thinking(text):
+        # No thinking goes before an answer in this form.
         prompt_ids = prompt_ids + await state.llm.encode(_NO_THINKING, add_special_tokens=False)
         text += _NO_THINKING
     return prompt_ids, text
 
 
-def _with_tools(
+def _shown(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool as models know it, without what is for the server alone."""
+    return {**tool, "function": {name: value for name, value in tool["function"].items() if name != "strict"}}
+
+
+def _constrained(
     state: ServerState, conversation: Conversation, tools: Sequence[dict[str, Any]], prompt_text: str
-) -> tuple[SamplingParams, bool]:
-    """Return the conversation's parameters with what its tools need, and whether calls follow a grammar."""
+) -> SamplingParams:
+    """Return the conversation's parameters with the constraint that its tools and the form of its answer need."""
     params = conversation.params
-    if not tools:
-        return params, False
-    constraint = state.format.constraint(tools, conversation.tool_choice, conversation.parallel_tool_calls, prompt_text)
-    skip_special_tokens = params.skip_special_tokens and not state.format.shows_special_tokens
-    # A form of the answer has no effect where calls alone are the answer.
-    params = replace(params, structured_outputs=constraint, skip_special_tokens=skip_special_tokens)
-    return params, constraint is not None
+    constraint = state.format.constraint(
+        tools, conversation.tool_choice, conversation.parallel_tool_calls, prompt_text, params.structured_outputs
+    )
+    params = replace(params, structured_outputs=constraint)
+    return replace(params, skip_special_tokens=False) if tools and state.format.shows_special_tokens else params
 
 
 class _Sample:
     """Parses the text of one sample."""
 
-    def __init__(self, parser: OutputParser, parallel_tool_calls: bool):
+    def __init__(self, parser: OutputParser):
         self.parser = parser
-        self.parallel_tool_calls = parallel_tool_calls
         self.has_calls = False
 
     def piece(self, new: CompletionOutput) -> SamplePiece:
@@ -151,15 +149,9 @@ class _Sample:
         finish_reason = new.finish_reason
         if finish_reason is not None:
             events = events + self.parser.finish()
-        if not self.parallel_tool_calls:
-            events = [event for event in events if not _is_further_call(event)]
         self.has_calls |= any(isinstance(event, CallStart) for event in events)
         if finish_reason == "abort":
             raise aborted(new.stop_reason)
         if finish_reason == "stop" and self.has_calls:
             finish_reason = "tool_calls"
         return SamplePiece(new.index, events, new.token_ids, new.logprobs, finish_reason, new.stop_reason)
-
-
-def _is_further_call(event: Event) -> bool:
-    return isinstance(event, CallStart | CallArguments) and event.index > 0

@@ -427,11 +427,12 @@ class Qwen3CoderParser(OutputParser):
         self._at = head.end()
         self._start(head[1])
         yield from self._parameters(head[1])
-        ends_function = yield from self._skip(self.end_function)
-        ends_call = yield from self._skip(self.end_call)
-        # Else the call is not complete, and the client must see it.
-        if ends_function or ends_call:
-            self._pass_arguments("}")
+        is_complete = False
+        # The client must see that a call without an end tag is not complete.
+        for end in (self.end_function, self.end_call):
+            if (yield from self._skip(end)) and not is_complete:
+                self._pass_arguments("}")
+                is_complete = True
         return True
 
     def _parameters(self, name: str) -> Waits:

@@ -6,6 +6,7 @@ _ALL_TYPES = frozenset(("string", "number", "integer", "boolean", "null", "array
 _TYPE_NAMES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
 # Schemas that are looked at to find the types of one value.
 _MAX_SCHEMAS = 64
+_MAX_REFERENCES = 16
 
 
 def type_name(value: Any) -> str:
@@ -15,16 +16,18 @@ def type_name(value: Any) -> str:
 
 def properties(schema: Any) -> dict[str, Any]:
     """Return the schemas of an object's properties by name."""
+    schema = follow(schema, schema)
     found = schema.get("properties") if isinstance(schema, dict) else None
     return found if isinstance(found, dict) else {}
 
 
 def value_types(schema: Any, key: str) -> set[str]:
     """Return the types that the property `key` of an object may have: text, if the object's schema does not say it."""
-    if key not in properties(schema):
+    known = properties(schema)
+    if key not in known:
         return {"string"}
     types: set[str] = set()
-    pending = [properties(schema)[key]]
+    pending = [known[key]]
     for _ in range(_MAX_SCHEMAS):
         if not pending:
             return types
@@ -34,7 +37,7 @@ def value_types(schema: Any, key: str) -> set[str]:
         alternatives = [part[word] for word in ("anyOf", "oneOf", "allOf") if isinstance(part.get(word), list)]
         kind = part.get("type")
         if isinstance(part.get("$ref"), str):
-            pending.append(resolve(schema, part["$ref"]))
+            pending.append(_resolve(schema, part["$ref"]))
         elif isinstance(kind, str):
             types.add(kind)
         elif isinstance(kind, list):
@@ -50,7 +53,16 @@ def value_types(schema: Any, key: str) -> set[str]:
     return set(_ALL_TYPES)
 
 
-def resolve(schema: Any, reference: str) -> Any:
+def follow(schema: Any, part: Any) -> Any:
+    """Return the part of a schema, or what it refers to."""
+    for _ in range(_MAX_REFERENCES):
+        if not isinstance(part, dict) or not isinstance(part.get("$ref"), str):
+            break
+        part = _resolve(schema, part["$ref"])
+    return part
+
+
+def _resolve(schema: Any, reference: str) -> Any:
     """Return the part of a schema that a reference such as `#/$defs/name` means, or None."""
     part = schema
     for key in reference.removeprefix("#").split("/")[1:]:

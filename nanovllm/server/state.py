@@ -30,14 +30,16 @@ class ServerState:
     admission: Admission
     metrics: ServerMetrics
 
-    def generate(self, prompt: Any, params: SamplingParams) -> AsyncGenerator[RequestOutput, None]:
+    def generate(
+        self, prompt: Any, params: SamplingParams, request_id: str | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Answer a prompt as `AsyncLLM.generate` does, and count the request in the metrics.
 
         Raises:
             TypeError, ValueError: the request cannot be served. Some faults show at the first output only.
             RuntimeError: the engine is closed, asleep or has failed, whatever error this was at first.
         """
-        return self.metrics.observe(self._outputs(self.llm.generate(prompt, params)), params.n)
+        return self.metrics.observe(self._outputs(self.llm.generate(prompt, params, request_id)), params.n)
 
     async def _outputs(self, outputs: Any) -> AsyncGenerator[RequestOutput, None]:
         async with aclosing(outputs):

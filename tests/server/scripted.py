@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 from nanovllm import CompletionOutput, RequestOutput, RequestOutputKind, SamplingParams
@@ -24,6 +25,7 @@ class ScriptedLLM:
     """
 
     max_model_len = 1 << 20
+    tokenizer = SimpleNamespace(chat_template=None)
 
     def __init__(
         self,
@@ -53,6 +55,9 @@ class ScriptedLLM:
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(map(chr, token_ids))
+
+    async def check_health(self) -> None:
+        """Be well."""
 
     def get_default_sampling_params(self) -> SamplingParams:
         return SamplingParams()

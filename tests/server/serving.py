@@ -117,3 +117,18 @@ async def listening(llm, **options):
         with contextlib.suppress(asyncio.CancelledError):
             await serving
         listener.close()
+
+
+def request_to(path, body):
+    """Return the ASGI scope of a POST request whose client stays, and its `receive`."""
+    content = json.dumps(body).encode()
+    messages = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def receive():
+        if not messages:
+            await asyncio.Event().wait()
+        return messages.pop()
+
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "http_version": "1.1"}
+    scope["headers"] = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    return scope, receive

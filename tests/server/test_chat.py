@@ -3,20 +3,15 @@
 import asyncio
 import json
 
-import httpx
 import pytest
 
 from nanovllm import AsyncLLM, RequestOutputKind
-from nanovllm.server.admission import Admission
-from nanovllm.server.app import create_app
-from nanovllm.server.formats import TextFormat
-from nanovllm.server.metrics import ServerMetrics
-from nanovllm.server.options import ServerOptions
-from nanovllm.server.state import ServerState
 from tests.models.tiny import save_tiny_with_tokenizer
 from tests.server.scripted import ScriptedLLM
+from tests.server.serving import SECONDS, call, events_of, make_server, until, until_idle, with_client
 
-SECONDS = 120  # until what does not end is a failure, on a busy machine too
+PATH = "/v1/chat/completions"
+OPTIONS = dict(served_model_name="tiny,alias", tool_parser="hermes", reasoning_parser="think")
 USER = [{"role": "user", "content": "hi"}]
 WEATHER = {
     "type": "function",
@@ -40,29 +35,9 @@ TEMPLATE = (
 )
 
 
-def state_of(llm, tool_format="hermes", reasoning_format="think", **options):
-    options = ServerOptions(**options)
-    return ServerState(
-        llm=llm,
-        options=options,
-        model_names=("tiny", "alias"),
-        format=TextFormat(tool_format, reasoning_format),
-        admission=Admission(options.max_concurrent_requests),
-        metrics=ServerMetrics("tiny"),
-    )
-
-
-async def post(app, **body):
-    """Return the response to a request. `messages` has a default."""
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=SECONDS) as client:
-        body = {"model": "tiny", "messages": USER, **body}
-        return await asyncio.wait_for(client.post("/v1/chat/completions", json=body), SECONDS)
-
-
-def ask(llm, *, format_options=(), **body):
-    """Return the response of a new server with this engine."""
-    return asyncio.run(post(create_app(state_of(llm, **dict(format_options))), **body))
+def ask(llm, **body):
+    """Return the answer of a new server with this engine. Some fields have defaults."""
+    return call(llm, "POST", PATH, {"model": "tiny", "messages": USER, **body}, **OPTIONS)
 
 
 def whole(llm, **body):
@@ -76,15 +51,8 @@ def chunks(llm, **body):
     """Return the chunks of the answer."""
     response = ask(llm, stream=True, **body)
     assert response.status_code == 200, response.text
-    return events_of(response)
-
-
-def events_of(response):
     assert response.headers["content-type"].startswith("text/event-stream")
-    *events, done, rest = response.text.split("\n\n")
-    assert (done, rest) == ("data: [DONE]", "")
-    assert all(event.startswith("data: ") for event in events)
-    return [json.loads(event.removeprefix("data: ")) for event in events]
+    return events_of(response.text)
 
 
 def joined(chunks):
@@ -134,8 +102,8 @@ def same(choices):
         message = choice["message"]
         message.pop("refusal", None)
         message["content"] = message["content"] or ""
-        for call in message.get("tool_calls", ()):
-            assert call.pop("id").startswith("call_")
+        for made in message.get("tool_calls", ()):
+            assert made.pop("id").startswith("call_")
         for token in (choice["logprobs"] or {}).get("content", ()):
             for entry in (token, *token["top_logprobs"]):  # the first answer's prompt was not cached
                 entry["logprob"] = pytest.approx(entry["logprob"], abs=1e-3)
@@ -247,11 +215,11 @@ def test_with_tool_choice_none_the_model_sees_no_tools_and_calls_are_text():
     assert (choice["message"]["content"], choice["finish_reason"]) == (CALL, "stop")
 
 
-def test_the_template_gets_the_tools_as_they_were_sent():
+def test_the_template_gets_the_tools_in_the_order_that_models_know_without_strict():
     llm = ScriptedLLM("a")
-    whole(llm, tools=[WEATHER])
-    assert llm.template["tools"] == [WEATHER]
-    assert list(llm.template["tools"][0]["function"]) == ["name", "description", "parameters"]
+    strict = {"function": {"strict": True, **WEATHER["function"]}, "type": "function"}
+    whole(llm, tools=[strict])
+    assert json.dumps(llm.template["tools"]) == json.dumps([WEATHER])
 
 
 @pytest.mark.parametrize(
@@ -292,7 +260,7 @@ def test_an_unknown_model_gets_404():
 
 
 def test_tools_without_a_known_format_of_calls_get_400_that_names_the_option():
-    response = ask(ScriptedLLM("a"), format_options={"tool_format": "none"}, tools=[WEATHER])
+    response = call(ScriptedLLM("a"), "POST", PATH, {"messages": USER, "tools": [WEATHER]})
     assert response.status_code == 400
     assert "--tool-parser" in response.json()["error"]["message"]
     assert response.json()["error"]["param"] == "tools"
@@ -359,19 +327,14 @@ def test_a_stream_that_is_aborted_ends_with_an_error_event():
 
 
 def test_requests_beyond_the_limit_get_429_and_places_return():
-    llm = ScriptedLLM("ab", "cd")
-    state = state_of(llm, max_concurrent_requests=3)
-
-    async def run():
-        app = create_app(state)
+    async def use(client, state):
+        body = {"messages": USER, "n": 2}
         with state.admission.enter(2):
-            response = await post(app, n=2)
-            assert response.status_code == 429
-            assert "n=2" not in response.text
-        assert (await post(app, n=2)).status_code == 200
+            assert (await client.post(PATH, json=body)).status_code == 429
+        assert (await client.post(PATH, json=body)).status_code == 200
+        assert state.admission.num_samples == 0
 
-    asyncio.run(run())
-    assert state.admission.num_samples == 0
+    with_client(ScriptedLLM("ab", "cd"), use, max_concurrent_requests=3)
 
 
 # -- the whole path with a tiny model ---------------------------------------------------------------------------------
@@ -481,7 +444,7 @@ def test_a_fault_before_the_first_token_is_400_and_no_broken_stream(llm, body, w
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_ends_its_request(llm, stream):
     async def run():
-        app = create_app(state := state_of(llm))
+        state, app = make_server(llm)
         scope = {
             "type": "http",
             "method": "POST",
@@ -504,14 +467,12 @@ def test_a_client_that_leaves_ends_its_request(llm, stream):
             await reads.wait()
 
         answering = asyncio.create_task(app(scope, receive, send))
-        while not state.admission.num_samples and not has_sent.is_set():
-            await asyncio.sleep(0.01)
+        await until(lambda: state.admission.num_samples or has_sent.is_set())
         if stream:
             await has_sent.wait()
         gone.set()
         await answering
         assert state.admission.num_samples == 0
-        while (await llm.metrics()).num_running:
-            await asyncio.sleep(0.01)
+        await until_idle(llm, state)
 
     asyncio.run(asyncio.wait_for(run(), SECONDS))

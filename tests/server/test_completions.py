@@ -132,7 +132,7 @@ def test_answers_carry_the_request_id_and_the_model(llm):
         ({"prompt": "a", "temperature": -1}, "temperature"),
         ({"prompt": "a", "n": 65}, "n"),
         ({"prompt": ["a"] * 40, "n": 32}, None),
-        ({"prompt": "a", "logprobs": 1000}, None),
+        ({"prompt": "a", "logprobs": 1000}, "logprobs"),
         ({"prompt": "a", "store": True}, None),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, None),
         ({"prompt": "a", "stream": True, "stream_options": {"more": True}}, "stream_options.more"),
