@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from nanovllm import RequestOutputKind, StructuredOutputsParams
 from nanovllm.server.errors import ApiError, anthropic_error
-from nanovllm.server.generation import Conversation, answer
+from nanovllm.server.generation import Conversation, answer, count_prompt_tokens
 from nanovllm.server.messages_answer import MessageWriter
 from nanovllm.server.models import check_model
 from nanovllm.server.sampling import SamplingFields
@@ -120,16 +120,22 @@ class OutputConfig(BaseModel):
     format: OutputFormat | None = None
 
 
-class CountTokensRequest(BaseModel):
-    """A request of POST /v1/messages/count_tokens. Unknown fields are ignored here: clients add new ones often."""
+class MessagesRequest(BaseModel):
+    """A request of POST /v1/messages. Unknown fields are ignored here: clients add new ones often."""
 
     model: str
+    max_tokens: int
     messages: list[Message]
     system: Texts = []
     tools: list[Tool] = []
     tool_choice: ToolChoice = ToolChoice(type="auto")
     thinking: ThinkingSwitch = ThinkingSwitch(type="disabled")
     output_config: OutputConfig = OutputConfig()
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop_sequences: list[str] = []
+    stream: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -138,21 +144,16 @@ class CountTokensRequest(BaseModel):
         return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
-class MessagesRequest(CountTokensRequest):
-    """A request of POST /v1/messages."""
+class CountTokensRequest(MessagesRequest):
+    """A request of POST /v1/messages/count_tokens, which is not answered."""
 
-    max_tokens: int
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    stop_sequences: list[str] = []
-    stream: bool = False
+    max_tokens: int = 1
 
 
 # -- from a request to a conversation --------------------------------------------------------------------------------
 
 
-def chat_messages(request: CountTokensRequest) -> list[dict[str, Any]]:
+def chat_messages(request: MessagesRequest) -> list[dict[str, Any]]:
     """Return the messages of a request in the form that chat templates take."""
     messages: list[dict[str, Any]] = []
     system = [block.text for block in request.system if not block.text.startswith(_BILLING_HEADER)]
@@ -199,7 +200,7 @@ def _add_user(messages: list[dict[str, Any]], blocks: list[Any], is_reminder: bo
             raise ApiError(400, message, param="messages")
 
 
-def tool_list(request: CountTokensRequest) -> list[dict[str, Any]]:
+def tool_list(request: MessagesRequest) -> list[dict[str, Any]]:
     """Return the functions among the tools in OpenAI's form."""
     return [
         function_tool(tool.name, tool.description, tool.input_schema, tool.strict)
@@ -214,7 +215,7 @@ def _tool_choice(choice: ToolChoice, tools: list[dict[str, Any]]) -> str:
     return checked_choice("required" if choice.type == "any" else choice.type, tools)
 
 
-def template_options(state: ServerState, request: CountTokensRequest, messages: list[dict[str, Any]]) -> dict[str, Any]:
+def template_options(state: ServerState, request: MessagesRequest, messages: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the arguments of the chat template. An answer continues the message that ends a conversation."""
     options = {} if request.thinking.type == "adaptive" else thinking_option(state, request.thinking.type != "disabled")
     last = messages[-1] if messages else {}
@@ -262,12 +263,8 @@ def routes(state: ServerState) -> APIRouter:
         return await reply(pieces, writer, is_stream=request.stream, error_event=anthropic_error)
 
     @router.post("/v1/messages/count_tokens")
-    async def count_tokens(request: CountTokensRequest) -> Response:
+    async def count_tokens(request: CountTokensRequest, http: Request) -> Response:
         check_model(state, request.model)
-        messages, tools = chat_messages(request), tool_list(request)
-        template = template_options(state, request, messages)
-        if tools and request.tool_choice.type != "none":
-            template["tools"] = tools
-        return JsonAnswer({"input_tokens": len(await state.llm.chat_prompt(messages, **template))})
+        return JsonAnswer({"input_tokens": await count_prompt_tokens(state, conversation(state, request, http))})
 
     return router

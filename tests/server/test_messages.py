@@ -14,7 +14,7 @@ from nanovllm.server.generation import Piece, SamplePiece  # noqa: E402
 from nanovllm.server.messages import MessagesRequest, chat_messages  # noqa: E402
 from nanovllm.server.messages_answer import MessageWriter  # noqa: E402
 from tests.models.tiny import save_tiny_with_tokenizer  # noqa: E402
-from tests.server.real_clients import MODEL, http_client, make_state  # noqa: E402
+from tests.server.real_clients import MODEL, http_client  # noqa: E402
 from tests.server.scripted import ScriptedLLM  # noqa: E402
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -30,8 +30,7 @@ def ask(llm, act, **options):
     """Return what `act` returns, a coroutine function that is called with a client of a server with this engine."""
 
     async def main():
-        state = make_state(llm, **options)
-        async with http_client(anthropic, state) as http:
+        async with http_client(anthropic, llm, **options) as http:
             client = anthropic.AsyncAnthropic(base_url="http://server", api_key="-", max_retries=0, http_client=http)
             return await act(client)
 
@@ -171,10 +170,15 @@ def test_a_tool_choice_that_no_tool_fulfils_is_refused(choice, tools):
         create(ScriptedLLM("ok"), tool_choice=choice, tools=tools)
 
 
-def test_without_parallel_tool_use_there_is_one_call():
-    choice = {"type": "auto", "disable_parallel_tool_use": True}
-    message = create(ScriptedLLM(f"{CALL}\n{CALL}"), tools=[WEATHER], tool_choice=choice)
-    assert [block.type for block in message.content] == ["tool_use"]
+@pytest.mark.parametrize(("choice", "is_required"), [("auto", False), ("any", True)])
+def test_tool_use_is_constrained_to_one_call_or_to_some(choice, is_required):
+    llm = ScriptedLLM(CALL)
+    create(llm, tools=[WEATHER], tool_choice={"type": choice})
+    many = llm.params.structured_outputs
+    create(llm, tools=[WEATHER], tool_choice={"type": choice, "disable_parallel_tool_use": True})
+    one = llm.params.structured_outputs
+    assert (many is not None) == is_required
+    assert one is not None and one != many
 
 
 @pytest.mark.parametrize(
@@ -220,9 +224,12 @@ def test_sampling_fields_reach_the_engine():
 
 
 def test_output_config_constrains_the_answer():
+    schema = {"type": "object"}
+    request = {"model": MODEL, "max_tokens": 9, "messages": HELLO}
+    request["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
     llm = ScriptedLLM("{}")
-    create(llm, output_config={"format": {"type": "json_schema", "schema": {"type": "object"}}})
-    assert llm.params.structured_outputs == StructuredOutputsParams(json={"type": "object"})
+    ask(llm, lambda client: client.messages.create(**request), reasoning_parser="none")
+    assert llm.params.structured_outputs == StructuredOutputsParams(json=schema)
 
 
 @pytest.mark.parametrize(

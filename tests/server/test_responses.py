@@ -13,7 +13,7 @@ from pydantic import BaseModel  # noqa: E402
 from nanovllm import AsyncLLM, StructuredOutputsParams  # noqa: E402
 from nanovllm.server.responses import ResponsesRequest, chat_messages  # noqa: E402
 from tests.models.tiny import CHAT_TEMPLATE, save_tiny_with_tokenizer  # noqa: E402
-from tests.server.real_clients import MODEL, http_client, make_state  # noqa: E402
+from tests.server.real_clients import MODEL, http_client  # noqa: E402
 from tests.server.scripted import ScriptedLLM  # noqa: E402
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -27,7 +27,7 @@ def ask(llm, act, **options):
     """Return what `act` returns, a coroutine function that is called with a client of a server with this engine."""
 
     async def main():
-        async with http_client(openai, make_state(llm, **options)) as http:
+        async with http_client(openai, llm, **options) as http:
             client = openai.AsyncOpenAI(base_url="http://server/v1", api_key="-", max_retries=0, http_client=http)
             return await act(client)
 
@@ -151,9 +151,7 @@ def test_a_tool_call_makes_a_round_trip():
     assert json.loads(turn["tool_calls"][0]["function"]["arguments"]) == json.loads(ARGUMENTS)
     assert rain == {"role": "tool", "tool_call_id": first.output[2].call_id, "content": "rain"}
     assert storm["content"] == "storm"
-    assert llm.template["tools"] == [
-        {"type": "function", "function": {"name": "weather", "parameters": SCHEMA, "strict": False}}
-    ]
+    assert llm.template["tools"] == [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
 
 
 def test_a_request_of_codex_is_answered():
@@ -222,14 +220,20 @@ def test_text_format_constrains_the_answer():
     class City(BaseModel):
         city: str
 
+    async def act(client):
+        response = await client.responses.parse(model=MODEL, input="Hello", text_format=City)
+        schema = llm.params.structured_outputs
+        await client.responses.create(model=MODEL, input="Hello", text={"format": {"type": "json_object"}})
+        json_object = llm.params.structured_outputs
+        await client.responses.create(model=MODEL, input="Hello", text={"format": {"type": "text"}})
+        return response, schema, json_object, llm.params.structured_outputs
+
     llm = ScriptedLLM('{"city": "Ulm"}')
-    response = ask(llm, lambda client: client.responses.parse(model=MODEL, input="Hello", text_format=City))
+    response, schema, json_object, text = ask(llm, act, reasoning_parser="none")
     assert response.output_parsed == City(city="Ulm")
-    assert "city" in llm.params.structured_outputs.json
-    create(llm, text={"format": {"type": "json_object"}})
-    assert llm.params.structured_outputs == StructuredOutputsParams(json_object=True)
-    create(llm, text={"format": {"type": "text"}})
-    assert llm.params.structured_outputs is None
+    assert json.loads(schema.json)["required"] == ["city"]
+    assert json_object == StructuredOutputsParams(json_object=True)
+    assert text is None
 
 
 def test_sampling_fields_reach_the_engine():
@@ -309,7 +313,7 @@ def test_a_model_answers_with_the_same_text_whether_it_streams_or_not(tmp_path):
         return whole, events[-1].response
 
     try:
-        whole, streamed = ask(llm, act, tool_format="none", reasoning_format="none")
+        whole, streamed = ask(llm, act, tool_parser="none", reasoning_parser="none")
     finally:
         llm.close()
     assert whole.usage.output_tokens > 1
