@@ -365,9 +365,9 @@ class SamplingParams:
 
         Other ranks do not know subclasses of the caller's program, so the result is never one.
         """
-        values = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
-        if type(self) is SamplingParams and all(values[name] == unset for name, unset in _ENGINE_ONLY.items()):
+        if type(self) is SamplingParams and all(getattr(self, name) == unset for name, unset in _ENGINE_ONLY.items()):
             return self
+        values = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
         return SamplingParams(**values | _ENGINE_ONLY)
 
     @property

@@ -87,6 +87,11 @@ class CallGrammar:
 class Llama3Grammar(CallGrammar):
     """Calls in the format of Llama 3. The model is asked to make one call, and nothing else with it."""
 
+    def text(self, is_required: bool, thinking: str, answer: str | None = None) -> str:
+        if answer is not None:
+            raise ValueError("this model's calls are JSON, so its answers cannot be JSON while there are tools")
+        return super().text(is_required, thinking)
+
     def _call(self, i: int, name: str, schema: Any) -> str:
         return f'{_text(_head(name, "parameters"))} {_json(schema)} "}}"'
 

@@ -180,6 +180,11 @@ async def _merged(
     streams: Sequence[AsyncGenerator[RequestOutput, None]],
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Yield the items of several streams as they come, each with its stream's index. Close all at the end."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as stream:
+            async for output in stream:
+                yield 0, output
+        return
     queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(1)
 
     async def forward(index: int, stream: AsyncGenerator[RequestOutput, None]) -> None:

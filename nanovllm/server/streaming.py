@@ -12,15 +12,17 @@ from nanovllm.server.errors import ApiError, as_api_error, openai_error
 
 logger = logging.getLogger("nanovllm")
 
+# `json.dumps` would make one for each event.
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
 # An event, or a list of events that are sent together.
 Item: TypeAlias = dict | list[dict]
 
 
 def json_bytes(value: Any) -> bytes:
     """Return a value as compact JSON."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # Half a character, which a client may send escaped, is escaped again: JSON and Python write it in the same way.
-    return text.encode(errors="backslashreplace")
+    return _encoder.encode(value).encode(errors="backslashreplace")
 
 
 def json_logprob(value: float) -> float:

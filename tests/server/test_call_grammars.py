@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("llguidance")
 
+from nanovllm import StructuredOutputsParams
 from nanovllm.sandbox.grammars import compile_grammar, make_tokenizer, prepare
 from nanovllm.server.events import CallArguments, CallStart
 from nanovllm.server.formats import TextFormat
@@ -234,3 +235,63 @@ def test_a_deep_or_large_or_odd_schema_is_refused_in_words(name):
         FORMATS[name].constraint([tool("f", "text")], "required", parallel=True)
     with pytest.raises(ValueError, match="a tool's name must have"):
         FORMATS[name].constraint([tool("f\n")], "required", parallel=True)
+
+
+JSON_ANSWER = StructuredOutputsParams(
+    json={
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
+)
+ANSWER = '{"ok": true}'
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS.keys() - {"none", "llama3"}))
+def test_an_answer_in_json_may_be_chosen_instead_of_calls(name, accepts):
+    constraint = FORMATS[name].constraint(TOOLS, "auto", parallel=True, answer=JSON_ANSWER)
+    a_call = call("now", name)
+    assert accepts(constraint, ANSWER)
+    assert accepts(constraint, a_call)
+    for text in ('{"ok": 1}', "text", f"{ANSWER}{ANSWER}", f"{ANSWER}{a_call}", "{}", ""):
+        assert not accepts(constraint, text), text
+
+
+def test_an_answer_in_json_has_no_effect_where_a_call_is_required(accepts):
+    constraint = FORMATS["hermes"].constraint(TOOLS, "required", parallel=True, answer=JSON_ANSWER)
+    assert accepts(constraint, call("now", "hermes"))
+    assert not accepts(constraint, ANSWER)
+
+
+@pytest.mark.parametrize("answer", [JSON_ANSWER, StructuredOutputsParams(json_object=True)], ids=["schema", "object"])
+def test_an_answer_in_json_follows_thinking_if_the_model_thinks(answer, accepts):
+    def constraint(prompt, name="hermes"):
+        return FORMATS[name].constraint((), "auto", parallel=True, prompt_text=prompt, answer=answer)
+
+    thought = 'Is {"a" ok?\n</think>\n\n'
+    for prompt, texts, wrong in (
+        ("<think>\n", [thought + ANSWER], [ANSWER, thought, f"{thought}text"]),
+        ("<assistant>", [ANSWER, f"<think>\n{thought}{ANSWER}"], [thought + ANSWER, "text", f"<think>{ANSWER}"]),
+    ):
+        assert all(accepts(constraint(prompt), text) for text in texts)
+        assert not any(accepts(constraint(prompt), text) for text in wrong)
+    # What is not to think needs no other grammar.
+    assert constraint("<think>\n\n</think>\n\n") is answer
+    assert constraint("<think>\n", "mistral") is answer
+
+
+def test_answers_in_json_are_refused_next_to_calls_that_are_json():
+    with pytest.raises(ValueError, match="calls are JSON"):
+        FORMATS["llama3"].constraint(TOOLS, "auto", parallel=True, answer=JSON_ANSWER)
+
+
+def test_an_answer_in_another_form_than_json_is_refused_next_to_tools_and_else_kept():
+    for answer in (
+        StructuredOutputsParams(regex="a+"),
+        StructuredOutputsParams(json_object=True, disable_any_whitespace=True),
+        StructuredOutputsParams(json="{"),
+    ):
+        with pytest.raises(ValueError, match="JSON"):
+            FORMATS["hermes"].constraint(TOOLS, "auto", parallel=True, answer=answer)
+        assert FORMATS["hermes"].constraint((), "auto", parallel=True, answer=answer) is answer

@@ -199,13 +199,13 @@ def test_a_call_that_is_cut_off_finishes_with_length():
 # -- tools ------------------------------------------------------------------------------------------------------------
 
 
-def test_without_parallel_calls_only_the_first_call_is_returned():
-    for made in (
-        whole(ScriptedLLM(CALL + CALL), tools=[WEATHER], parallel_tool_calls=False)["choices"],
-        joined(chunks(ScriptedLLM(CALL + CALL), tools=[WEATHER], parallel_tool_calls=False)),
-    ):
-        assert len(made[0]["message"]["tool_calls"]) == 1
-    assert len(whole(ScriptedLLM(CALL + CALL), tools=[WEATHER])["choices"][0]["message"]["tool_calls"]) == 2
+def test_without_parallel_calls_a_grammar_allows_one_call():
+    llm = ScriptedLLM(CALL)
+    whole(llm, tools=[WEATHER])
+    assert llm.params.structured_outputs is None
+    (choice,) = whole(llm, tools=[WEATHER], parallel_tool_calls=False)["choices"]
+    assert len(choice["message"]["tool_calls"]) == 1
+    assert llm.params.structured_outputs.grammar
 
 
 def test_with_tool_choice_none_the_model_sees_no_tools_and_calls_are_text():
@@ -229,7 +229,7 @@ def test_the_template_gets_the_tools_in_the_order_that_models_know_without_stric
         (dict(tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "news"}}), ["news"]),
         (dict(tools=[WEATHER], tool_choice="maybe"), ["tool_choice"]),
         (dict(tools=[{"type": "web_search"}]), ["type"]),
-        (dict(tools=[WEATHER], response_format={"type": "json_object"}), ["tool_choice"]),
+        (dict(tools=[WEATHER], structured_outputs={"regex": "a"}), ["tools", "JSON"]),
         (dict(response_format={"type": "json_object"}, structured_outputs={"regex": "a"}), ["response_format"]),
         (dict(response_format={"type": "json_schema"}), ["json_schema"]),
         (dict(top_logprobs=3), ["top_logprobs", "logprobs"]),
@@ -303,15 +303,31 @@ def test_fields_reach_the_engine():
     assert llm.params.max_tokens is None  # up to the model's length
 
 
-def test_an_answer_in_a_form_starts_behind_the_models_thinking():
-    schema = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": {"type": "object"}}}
+def test_an_answer_in_json_follows_the_models_thinking():
+    form = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": {"type": "object"}}}
+    llm = ScriptedLLM('Hm.\n</think>\n\n{"a": 1}', prompt="<assistant><think>\n")
+    (choice,) = whole(llm, response_format=form)["choices"]
+    assert (choice["message"]["reasoning"], choice["message"]["content"]) == ("Hm.", '{"a": 1}')
+    assert "</think>" in llm.params.structured_outputs.grammar
+
+
+def test_an_answer_in_another_form_starts_behind_thinking_that_the_prompt_opens():
     for prompt, ending in (("<assistant><think>\n", "<think>\n\n</think>\n\n"), ("<assistant>", "<assistant>")):
-        llm = ScriptedLLM('{"a": 1}', prompt=prompt)
-        (choice,) = whole(llm, response_format=schema)["choices"]
-        assert choice["message"]["content"] == '{"a": 1}'
+        llm = ScriptedLLM("aa", prompt=prompt)
+        (choice,) = whole(llm, structured_outputs={"regex": "a+"})["choices"]
+        assert choice["message"]["content"] == "aa"
         assert "reasoning" not in choice["message"]
         assert "".join(map(chr, llm.prompt_ids)).endswith(ending)
-        assert llm.params.structured_outputs.json == '{"type": "object"}'
+        assert llm.params.structured_outputs.regex == "a+"
+
+
+def test_a_model_with_tools_may_answer_in_json():
+    for text, finish_reason in (('{"a": 1}', "stop"), (CALL, "tool_calls")):
+        llm = ScriptedLLM(text)
+        (choice,) = whole(llm, tools=[WEATHER], response_format={"type": "json_object"})["choices"]
+        assert choice["finish_reason"] == finish_reason
+        assert choice["message"]["content"] == (None if finish_reason == "tool_calls" else text)
+        assert llm.params.structured_outputs.grammar
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------
@@ -397,17 +413,18 @@ def test_a_required_call_follows_thinking_that_the_prompt_opens(llm):
     assert choice["message"].get("tool_calls") or choice["finish_reason"] == "length"
 
 
-@pytest.mark.parametrize("thinks", [False, True])
-def test_a_json_schema_holds_and_the_answer_is_content(llm, thinks):
+@pytest.mark.parametrize("tools", [None, [WEATHER]], ids=["without tools", "with tools"])
+def test_a_json_schema_holds_and_the_answer_is_content(llm, tools):
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
-    schema["additionalProperties"] = False
     body = dict(
         response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
-        chat_template_kwargs={"thinks": thinks},
+        tools=tools,
+        max_tokens=100,
+        logit_bias={str(llm.tokenizer.encode("<")[0]): -100},  # keeps the model from thinking or calling
     )
+    schema["additionalProperties"] = False
     (choice,) = whole(llm, **body)["choices"]
     assert json.loads(choice["message"]["content"])["ok"] in (True, False)
-    assert "reasoning" not in choice["message"]
 
 
 def test_a_continued_message_keeps_its_text_in_the_prompt(llm):
