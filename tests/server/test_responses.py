@@ -285,7 +285,7 @@ def test_what_has_an_effect_that_is_not_supported_is_refused_by_name(name, value
 
 def test_two_forms_of_the_answer_are_refused():
     text = {"format": {"type": "json_object"}}
-    with pytest.raises(openai.BadRequestError, match="text.format and structured_outputs"):
+    with pytest.raises(openai.BadRequestError, match=r"text\.format and structured_outputs"):
         create(ScriptedLLM("{}"), text=text, extra_body={"structured_outputs": {"regex": "a"}})
 
 
