@@ -292,7 +292,7 @@ def _with_tokens(lark: str, text_tokens: dict[str, int], special_tokens: dict[st
     return _LARK_PARTS.sub(numbered, lark)
 
 
-_SCHEMA_START = re.compile(rf"{_LARK_PARTS.pattern}|%json\s+(?={{)")
+_SCHEMA_START = re.compile(rf"{_LARK_PARTS.pattern}|%json\s*(?={{)")
 
 
 def _with_schemas(lark: str) -> str:

@@ -254,9 +254,12 @@ class JsonCallParser(OutputParser):
             piece, end = json_object.read(self._text, self._at + size)
             pieces.append(piece)
             size = end - self._at
+            # The length is checked first, so that it does not matter in which pieces the text arrives.
+            if size - start > _MAX_HELD_CHARS or json_object.is_broken:
+                return False
             if json_object.is_complete:
                 break
-            if json_object.is_broken or self._is_finished or size - start > _MAX_HELD_CHARS:
+            if self._is_finished:
                 return False
             yield
         call = _as_call("".join(pieces))

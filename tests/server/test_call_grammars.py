@@ -190,6 +190,15 @@ def test_no_constraint_is_made_where_every_output_is_right():
         assert text_format.constraint([], "auto", parallel=False) is None
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_schemas_of_tools_may_have_what_schemas_of_structured_outputs_may(name, accepts):
+    properties = {"a": {"type": "array", "items": {"type": "integer", "format": "int64"}, "uniqueItems": False}}
+    tools = [tool("f", {"properties": properties, "title": "é", "required": ["a"]})]
+    constraint = FORMATS[name].constraint(tools, "required", parallel=False)
+    assert accepts(constraint, call("f", name, a=[1, 1]))
+    assert not accepts(constraint, call("f", name, a=["1"]))
+
+
 def test_text_values_of_tags_follow_lengths_and_patterns(accepts):
     schema = {"type": "object", "required": ["a"]}
     cases = [
