@@ -1,6 +1,7 @@
 """The server: puts the endpoints together, and runs them."""
 
 import asyncio
+import json
 import logging
 import socket
 import time
@@ -40,11 +41,11 @@ _CLOSE_S = 5
 
 def create_app(state: ServerState) -> FastAPI:
     """Return the app with all endpoints."""
-    from nanovllm.server import chat, completions, health, models, tokenize
+    from nanovllm.server import chat, completions, health, messages, models, responses, tokenize
 
     # The documentation pages would load scripts from elsewhere.
     app = FastAPI(title="nanovllm", version=__version__, docs_url=None, redoc_url=None)
-    for module in (chat, completions, models, tokenize, health):
+    for module in (chat, completions, messages, responses, models, tokenize, health):
         app.include_router(module.routes(state))
     for kind in (ApiError, TypeError, ValueError, RuntimeError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer_error)
@@ -148,7 +149,8 @@ def serve(config_options: dict[str, Any], server_options: ServerOptions) -> None
     with _listen(server_options.host, server_options.port) as listener:
         llm = EngineClient(**config_options)
         try:
-            asyncio.run(run(make_state(llm, config_options.get("model"), server_options), listener))
+            state = make_state(llm, config_options.get("model"), server_options)
+            Server(state).run([listener])
         finally:
             llm.close()
 
@@ -197,21 +199,6 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def run(state: ServerState, listener: socket.socket) -> None:
-    """Serve on a bound socket until SIGTERM or Ctrl-C."""
-    config = uvicorn.Config(
-        create_app(state),
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=_CLOSE_S,
-    )
-    await Server(config, state).serve([listener])
-
-
 class Server(uvicorn.Server):
     """Lets running requests finish after the first SIGTERM or Ctrl-C, and stops at once after the second one.
 
@@ -219,7 +206,17 @@ class Server(uvicorn.Server):
     with an error.
     """
 
-    def __init__(self, config: uvicorn.Config, state: ServerState):
+    def __init__(self, state: ServerState):
+        config = uvicorn.Config(
+            create_app(state),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_CLOSE_S,
+        )
         super().__init__(config)
         self.state = state
         self.deadline = 0.0
@@ -248,10 +245,13 @@ class Server(uvicorn.Server):
 def _greeting(state: ServerState, host: str, port: int) -> str:
     """Return the address, and a command that tries it."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    path, body = "completions", {"prompt": "The capital of France is", "max_tokens": 16}
+    if _chat_template(state.llm) is not None:
+        path, body = "chat/completions", {"messages": [{"role": "user", "content": "Hello!"}]}
     key = ' \\\n    -H "Authorization: Bearer $API_KEY"' if _listed(state.options.api_key) else ""
     return f"""\
 Serving {", ".join(state.model_names)} at http://{host}:{port}
 
-  curl http://{host}:{port}/v1/completions -H "Content-Type: application/json"{key} \\
-    -d '{{"prompt": "The capital of France is", "max_tokens": 16}}'
+  curl http://{host}:{port}/v1/{path} -H "Content-Type: application/json"{key} \\
+    -d '{json.dumps(body)}'
 """

@@ -82,7 +82,7 @@ async def answer(
             before the first piece, but for a structured output that becomes too costly.
         RuntimeError: the engine is closed or has failed.
     """
-    tools = () if conversation.tool_choice == "none" else conversation.tools
+    tools = _shown_tools(conversation)
     if tools:
         _check_tools(state, conversation)
     with state.admission.enter(conversation.params.n):
@@ -94,6 +94,17 @@ async def answer(
             async for output in outputs:
                 pieces = [samples[new.index].piece(new) for new in output.outputs]
                 yield Piece(len(prompt_ids), output.num_cached_tokens, pieces)
+
+
+async def count_prompt_tokens(state: ServerState, conversation: Conversation) -> int:
+    """Return how many tokens the prompt of a conversation has."""
+    prompt_ids, _ = await _prompt(state, conversation, _shown_tools(conversation))
+    return len(prompt_ids)
+
+
+def _shown_tools(conversation: Conversation) -> Sequence[dict[str, Any]]:
+    """Return the tools that the model may call in this turn."""
+    return () if conversation.tool_choice == "none" else conversation.tools
 
 
 def _check_tools(state: ServerState, conversation: Conversation) -> None:

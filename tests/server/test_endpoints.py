@@ -44,9 +44,9 @@ def test_tokenize_and_detokenize_are_inverse(llm):
 
 
 def test_tokenize_renders_messages(llm):
-    messages = [{"role": "user", "content": "hi"}]
+    messages = [{"role": "developer", "content": "a"}, {"role": "user", "content": "hi"}]
     answer = post(llm, "/tokenize", {"messages": messages})
-    assert llm.tokenizer.decode(answer["tokens"]) == "<user>hi<assistant>"
+    assert llm.tokenizer.decode(answer["tokens"]) == "<system>a<user>hi<assistant>"
 
 
 @pytest.mark.parametrize(
