@@ -35,7 +35,6 @@ class CallGrammar:
         self.parallel = parallel
         self._rules: list[str] = []
         self._num_chars = 0
-        self._add(r"FREE: /(.|\n)*/")
         for i, (name, schema) in enumerate(schemas.items()):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"a tool's name must have 1 to 128 letters, digits, '_' or '-', got {shown(name)}")
@@ -51,7 +50,9 @@ class CallGrammar:
             is_required: the output is calls alone. Otherwise it is free text, and whatever starts as a call is valid.
             thinking: "open" if the output starts inside thinking, "optional" if it may start with it, else "none".
         """
-        self._add(r'thought[lazy]: FREE "</think>"')
+        # Text that may start thinking would be taken for free text, because that can be longer than the tag.
+        self._add(r"FREE: /(.|\n)*/" + (r" & ~/<think>(.|\n)*/" if thinking == "optional" else ""))
+        self._add(r'thought[lazy]: /(.|\n)*/ "</think>"')
         before = {"open": "thought BREAKS", "optional": '("<think>" thought BREAKS)?', "none": ""}[thinking]
         self._add(r"BREAKS: /\n{0,2}/")
         self._add(f"start: {before} {self._required() if is_required else self._optional()}")

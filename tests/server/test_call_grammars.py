@@ -243,3 +243,14 @@ def test_a_deep_or_large_or_odd_schema_is_refused_in_words(name):
         FORMATS[name].constraint([tool("f", "text")], "required", parallel=True)
     with pytest.raises(ValueError, match="a tool's name must have"):
         FORMATS[name].constraint([tool("f\n")], "required", parallel=True)
+
+
+@pytest.mark.parametrize("name", ["hermes", "qwen3_coder"])
+def test_thinking_before_free_text_is_free_where_tools_are_strict(name, accepts):
+    tools = [tool("weather", WEATHER, strict=True)]
+    text = "\nI must write <tool_call> and <function=x> now.\n</think>\n\nWell.\n" + call("weather", name, city="x")
+    for prompt, start in (("<think>\n", ""), ("", "<think>")):
+        constraint = FORMATS[name].constraint(tools, "auto", parallel=True, prompt_text=prompt)
+        assert accepts(constraint, start + text)
+        assert not accepts(constraint, start + text.replace("city", "town"))
+    assert accepts(constraint, "Hello") and accepts(constraint, "<b>")
