@@ -28,7 +28,7 @@ class CallGrammar:
         parallel: whether one call may follow another.
 
     Raises:
-        TypeError, ValueError: the format cannot write a name, or a schema is none, too long or too deep.
+        TypeError, ValueError: a schema is no dict, too long or too deep, or the format cannot write a name.
     """
 
     def __init__(self, schemas: Mapping[str, Any], parallel: bool):
