@@ -141,9 +141,12 @@ async function generate(conversation, parent, old) {
   conversation.leaf = answer.index;
   const controller = new AbortController();
   running.set(conversation.id, controller);
+  conversation.updated = Date.now();
   isFollowing = true;
   render();
   announce("The model is answering");
+  // The button that was pressed may be gone.
+  if (document.activeElement === document.body) focusInput();
   await save(conversation);
   await receive(conversation, parent, answer, controller);
   running.delete(conversation.id);
@@ -197,7 +200,6 @@ function showSibling(node, direction) {
 
 async function save(conversation) {
   if (!conversations.has(conversation.id)) return;
-  conversation.updated = Date.now();
   try {
     await store.put(conversation);
   } catch {

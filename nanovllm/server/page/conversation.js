@@ -92,7 +92,8 @@ function statsOf(usage, clock) {
   return {
     tokens,
     promptTokens: usage.prompt_tokens,
-    perSecond: tokens > 1 && seconds > 0 ? (tokens - 1) / seconds : null,
+    // A burst of a few chunks says nothing about the speed.
+    perSecond: tokens > 1 && seconds > 0.02 ? (tokens - 1) / seconds : null,
     firstSeconds: clock.first === undefined ? null : (clock.first - clock.start) / 1000,
   };
 }

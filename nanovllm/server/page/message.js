@@ -186,7 +186,7 @@ class AssistantView extends View {
     details.hidden = !node.thinking;
     const isThinking = node.state === "running" && !node.text && !node.calls.length;
     details.classList.toggle("active", isThinking);
-    this.part(".thinking summary span").textContent = isThinking ? "Thinking" : `Thought for ${seconds(node.thinkingSeconds)}`;
+    this.part(".thinking summary span").textContent = thinkingWords(node, isThinking);
     if (details.open) this.thinking.update(node.thinking);
   }
 
@@ -232,12 +232,18 @@ function prettyJson(text) {
   }
 }
 
+function thinkingWords(node, isThinking) {
+  if (isThinking) return "Thinking";
+  return node.thinkingSeconds < 0.05 ? "Thought" : `Thought for ${seconds(node.thinkingSeconds)}`;
+}
+
 const seconds = (value) => (value < 10 ? `${value.toFixed(1)} s` : `${Math.round(value)} s`);
 
 function statsWords(node) {
   const words = [];
   if (node.state === "stopped") words.push("Stopped");
   if (node.finish === "length") words.push("Cut at the token limit");
+  if (node.state === "done" && !node.text && !node.calls.length) words.push("Empty answer");
   if (node.stats) {
     words.push(`${node.stats.tokens} ${node.stats.tokens === 1 ? "token" : "tokens"}`);
     if (node.stats.perSecond) words.push(`${node.stats.perSecond.toFixed(1)} tokens/s`);
