@@ -29,7 +29,8 @@ def cache_bytes(tokens, layers=28, kv_heads=8, head_dim=128):
 print(cache_bytes(32_768) / 2**30)  # 3.5 GiB
 ```
 
-So long contexts cost memory rather than time. *Paged* caches keep it in small blocks, and prompts with the same start share them.
+So long contexts cost memory rather than time. *Paged* caches keep it in small blocks, and \
+prompts with the same start share them.
 """
 
 EARLIER = ["Name ideas for a small bakery", "Regular expression for ISO dates", "Translate a letter into French"]

@@ -4,17 +4,15 @@ import re
 import shutil
 from collections.abc import Iterator
 
-import pytest
-
-sync_api = pytest.importorskip("playwright.sync_api")
-pytest.importorskip("fastapi")
-
 import httpx
-from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, expect
+import pytest
 
 from tests.clients.scripted_api import Script, ScriptedApi, serve_scripts
 
+sync_api = pytest.importorskip("playwright.sync_api")
+Axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe
+
+Page, expect = sync_api.Page, sync_api.expect
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TIMEOUT_MS = 60_000
 
@@ -45,7 +43,8 @@ HOSTILE = """<script>window.hacked = 1</script><img src=x onerror="window.hacked
 
 <iframe src="javascript:window.parent.hacked = 3"></iframe> <svg onload="window.hacked = 4">
 
-[click](javascript:window.hacked=5) [tab](java\tscript:window.hacked=6) <javascript:window.hacked=7> [d](data:text/html,hi)
+[click](javascript:window.hacked=5)
+[tab](java\tscript:window.hacked=6) <javascript:window.hacked=7> [d](data:text/html,hi)
 
 ![picture](https://outside.example/pixel.png) ![x](x" onerror="window.hacked=8)
 
@@ -108,6 +107,23 @@ def open_page(browser, api):
 @pytest.fixture
 def page(open_page) -> Page:
     return open_page()
+
+
+@pytest.fixture(scope="module")
+def render(browser, server):
+    """Return a function that renders Markdown and gives the HTML and the height."""
+    page = browser.new_page()
+    page.goto(server.url)
+    script = """async (text) => {
+        const { MarkdownView } = await import('/page/markdown.js');
+        const root = document.createElement('div');
+        document.body.append(root);
+        new MarkdownView(root).update(text);
+        const result = { html: root.innerHTML, height: root.scrollHeight };
+        root.remove();
+        return result;
+    }"""
+    return lambda text: page.evaluate(script, text)
 
 
 def send(page: Page, text: str) -> None:
@@ -318,30 +334,19 @@ RENDERED = [
     (r"\*a\* `*b*` ``c`d``", "<p>*a* <code>*b*</code> <code>c`d</code></p>"),
     ("a  \nb<br>c\nd", "<p>a<br>b<br>c\nd</p>"),
     ("&lt;b&gt; &bogus; AT&T", "<p>&lt;b&gt; &amp;bogus; AT&amp;T</p>"),
-    ("## Two ##\ntext\n---\n> q\n> > r", "<h4>Two</h4><p>text</p><hr><blockquote><p>q</p><blockquote><p>r</p></blockquote></blockquote>"),
+    ("## Two ##\ntext\n---", "<h4>Two</h4><p>text</p><hr>"),
+    ("> q\n> > r", "<blockquote><p>q</p><blockquote><p>r</p></blockquote></blockquote>"),
     ("3. a\n4. b\n\nc", '<ol start="3"><li class="">a</li><li class="">b</li></ol><p>c</p>'),
     ("- [x] a\n- [ ] b", '<ul><li class="task">☑ a</li><li class="task">☐ b</li></ul>'),
     ("- a\n  more\n- b\nlazy", '<ul><li class="">a\nmore</li><li class="">b\nlazy</li></ul>'),
     (r"\(a_1*b*\) costs $5 or $6", '<p><span class="math">a_1*b*</span> costs $5 or $6</p>'),
     ("| a |\nnot a table", "<p>| a |\nnot a table</p>"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("text", "html"), RENDERED)
-def test_markdown_becomes_these_elements(page, text, html):
-    assert render(page, text) == html
-
-
-def render(page: Page, text: str) -> str:
-    return page.evaluate(
-        """async (text) => {
-            const { MarkdownView } = await import('/page/markdown.js');
-            const root = document.createElement('div');
-            new MarkdownView(root).update(text);
-            return root.innerHTML;
-        }""",
-        text,
-    )
+def test_markdown_becomes_these_elements(render, text, html):
+    assert render(text)["html"] == html
 
 
 def test_hostile_markdown_stays_text(page, api):
@@ -365,21 +370,29 @@ def test_hostile_markdown_stays_text(page, api):
 
 
 @pytest.mark.parametrize(
-    "unit", ["*a ", "**a", "[", "](", "[a](", "`", "``a`", "> ", "- ", "  - a\n", "|", "|a\n|-\n", "\\[\n", "$$", "<", "_*", "~~a"]
-)  # fmt: skip
-def test_pathological_markdown_is_rendered(page, unit):
-    size = 60_000
-    length = page.evaluate(
-        """async (text) => {
-            const { MarkdownView } = await import('/page/markdown.js');
-            const root = document.createElement('div');
-            document.getElementById('thread').append(root);
-            new MarkdownView(root).update(text);
-            return root.scrollHeight;
-        }""",
-        unit * (size // len(unit)),
-    )
-    assert length > 0
+    "unit",
+    [
+        "*a ",
+        "**a",
+        "[",
+        "](",
+        "[a](",
+        "`",
+        "``a`",
+        "> ",
+        "- ",
+        "  - a\n",
+        "|",
+        "|a\n|-\n",
+        "\\[\n",
+        "$$",
+        "<",
+        "_*",
+        "~~a",
+    ],
+)
+def test_pathological_markdown_is_rendered(render, unit):
+    assert render(unit * (60_000 // len(unit)))["height"] > 0
 
 
 FAILURES = [
@@ -530,7 +543,10 @@ def test_axe_finds_nothing_serious_on_a_narrow_screen(open_page, api):
     assert_accessible(page)
 
 
-@pytest.mark.parametrize(("path", "kind"), [("", "text/html"), ("page/chat.js", "text/javascript"), ("page/style.css", "text/css")])  # fmt: skip
+FILES = [("", "text/html"), ("page/chat.js", "text/javascript"), ("page/style.css", "text/css")]
+
+
+@pytest.mark.parametrize(("path", "kind"), FILES)
 def test_files_have_types_and_a_strict_policy(api, path, kind):
     response = httpx.get(api.url + path)
     assert response.status_code == 200
