@@ -349,6 +349,15 @@ def test_markdown_becomes_these_elements(render, text, html):
     assert render(text)["html"] == html
 
 
+def test_colours_leave_the_code_as_it_is(render):
+    code = "def f(x):\n    return \"a # b\" + 'c' * 12  # <done>\n"
+    html = render(f"```python\n{code}\n```")["html"]
+    shown = re.sub("<[^>]*>", "", html.partition("<code>")[2].partition("</code>")[0])
+    assert shown.replace("&lt;", "<").replace("&gt;", ">") == code
+    for kind, text in [("keyword", "def"), ("call", "f"), ("string", '"a # b"'), ("number", "12")]:
+        assert f'<span class="code-{kind}">{text}</span>' in html
+
+
 def test_hostile_markdown_stays_text(page, api):
     outside = []
     page.on("request", lambda request: None if request.url.startswith(api.url) else outside.append(request.url))
@@ -369,30 +378,27 @@ def test_hostile_markdown_stays_text(page, api):
     assert not outside
 
 
-@pytest.mark.parametrize(
-    "unit",
-    [
-        "*a ",
-        "**a",
-        "[",
-        "](",
-        "[a](",
-        "`",
-        "``a`",
-        "> ",
-        "- ",
-        "  - a\n",
-        "|",
-        "|a\n|-\n",
-        "\\[\n",
-        "$$",
-        "<",
-        "_*",
-        "~~a",
-    ],
-)
+PATHOLOGICAL = ["*a* ", "*a ", "**a", "_*", "~~a", "[", "](", "[a](", "`", "``a`", "<", "http://a)"] + [
+    "> ",
+    "- ",
+    "  - a\n",
+    "|",
+    "|a\n|-\n",
+    "\\[\n",
+    "$$",
+    "a\n",
+    "```\n",
+]
+
+
+@pytest.mark.parametrize("unit", PATHOLOGICAL)
 def test_pathological_markdown_is_rendered(render, unit):
-    assert render(unit * (60_000 // len(unit)))["height"] > 0
+    assert render(unit * (200_000 // len(unit)))["height"] > 0
+
+
+def test_pathological_code_is_highlighted(render):
+    code = "'a\\" * 30_000
+    assert render(f"```python\n{code}\n```")["height"] > 0
 
 
 FAILURES = [

@@ -17,7 +17,7 @@ const MARKUP = new Set("html xml svg vue".split(" "));
 const PLAIN = new Set(["", "text", "txt", "plain", "plaintext", "markdown", "md", "output", "diff", "csv"]);
 const MAX_LENGTH = 100_000;
 
-const STRING = String.raw`"""[^]*?(?:"""|$)|'''[^]*?(?:'''|$)|"(?:\\.|[^"\\\n])*"?|'(?:\\.|[^'\\\n])*'|${"`"}(?:\\.|[^${"`"}\\])*${"`"}?`;
+const STRING = String.raw`"""[^]*?(?:"""|$)|'''[^]*?(?:'''|$)|"(?:\\.|[^"\\\n])*"?|'(?:\\.|[^'\\\n]){0,400}'|${"`"}(?:\\.|[^${"`"}\\])*${"`"}?`;
 const NUMBER = String.raw`\b(?:0[xXbBoO][\da-fA-F_]+|\d[\d_]*(?:\.\d+)?(?:[eE][+-]?\d+)?)\b`;
 const WORD = String.raw`[A-Za-z_$][\w$]*`;
 

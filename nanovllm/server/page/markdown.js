@@ -217,18 +217,19 @@ function openFence(line, open) {
 
 // Rendering of blocks.
 
+/** Make an element. A child is a node, a text or an array of them, which may be long. */
 export function element(tag, properties = {}, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
-  node.append(...children);
+  for (const child of children.flat()) node.append(child);
   return node;
 }
 
 const RENDERERS = {
-  paragraph: (block) => element("p", {}, ...renderInline(block.text)),
+  paragraph: (block) => element("p", {}, renderInline(block.text)),
   // The page's own headings are h1 and h2.
-  heading: (block) => element(`h${Math.min(block.level + 2, 6)}`, {}, ...renderInline(block.text)),
+  heading: (block) => element(`h${Math.min(block.level + 2, 6)}`, {}, renderInline(block.text)),
   rule: () => element("hr"),
-  quote: (block) => element("blockquote", {}, ...block.blocks.map(renderBlock)),
+  quote: (block) => element("blockquote", {}, block.blocks.map(renderBlock)),
   math: (block) => element("p", { className: "math" }, block.text),
   code: renderCode,
   table: renderTable,
@@ -251,18 +252,19 @@ function renderCode(block) {
 }
 
 function fillCode(code, block) {
-  code.replaceChildren(...highlight(block.text, block.language));
+  code.replaceChildren();
+  for (const piece of highlight(block.text, block.language)) code.append(piece);
 }
 
 function renderTable(block) {
   const row = (cells, tag) =>
-    element("tr", {}, ...block.align.map((align, i) => {
-      const cell = element(tag, { className: align }, ...renderInline(cells[i] ?? ""));
+    element("tr", {}, block.align.map((align, i) => {
+      const cell = element(tag, { className: align }, renderInline(cells[i] ?? ""));
       if (tag === "th") cell.scope = "col";
       return cell;
     }));
   const head = element("thead", {}, row(block.head, "th"));
-  const body = element("tbody", {}, ...block.rows.map((cells) => row(cells, "td")));
+  const body = element("tbody", {}, block.rows.map((cells) => row(cells, "td")));
   const scroller = element("div", { className: "table", tabIndex: 0 }, element("table", {}, head, body));
   scroller.setAttribute("role", "group");
   scroller.setAttribute("aria-label", "Table");
@@ -276,7 +278,7 @@ function renderList(block) {
     const children = item.blocks.flatMap((inner) =>
       inner.kind === "paragraph" && !block.isLoose ? renderInline(inner.text) : [renderBlock(inner)]);
     if (item.task) children.unshift(`${item.task} `);
-    list.append(element("li", { className: item.task ? "task" : "" }, ...children));
+    list.append(element("li", { className: item.task ? "task" : "" }, children));
   }
   return list;
 }
@@ -333,6 +335,12 @@ class InlineReader {
     return true;
   }
 
+  /** Take `text`, which comes next, as it is. */
+  skip(text) {
+    this.index += text.length;
+    return this.add(text);
+  }
+
   match(pattern, make) {
     pattern.lastIndex = this.index;
     const found = pattern.exec(this.text);
@@ -382,10 +390,7 @@ class InlineReader {
       end = this.find(marks, after);
     }
     const start = this.index + width;
-    if (end < 0) {
-      this.index = start;
-      return this.add(marks);
-    }
+    if (end < 0) return this.skip(marks);
     let code = this.text.slice(start, end).replaceAll("\n", " ");
     if (code.trim() && code.startsWith(" ") && code.endsWith(" ")) code = code.slice(1, -1);
     this.index = end + width;
@@ -424,7 +429,8 @@ class InlineReader {
   open(mark, width = mark.length) {
     const source = this.text.substr(this.index, width);
     this.index += width;
-    if (this.marks.length < MAX_OPEN_MARKS) this.marks.push({ mark, at: this.items.length });
+    if (this.marks.length >= MAX_OPEN_MARKS) return this.add(source);
+    this.marks.push({ mark, at: this.items.length });
     this.items.push(source);
     return true;
   }
@@ -457,23 +463,20 @@ class InlineReader {
     const after = this.text[this.index + width] ?? " ";
     const isUnderscoreInWord = char === "_" && /\w/.test(before) && /\w/.test(after);
     if (width > 3 || (char === "~" && width !== 2) || isUnderscoreInWord) {
-      this.add(this.text.substr(this.index, width));
-      this.index += width;
-      return true;
+      return this.skip(char.repeat(width));
     }
     let left = width;
     while (left > 0 && !/\s/.test(before)) {
       const mark = this.nearest(char, left);
-      if (!mark || !this.close(mark, (inner) => element(TAGS[mark], {}, ...inner))) break;
+      if (!mark || !this.close(mark, (inner) => element(TAGS[mark], {}, inner))) break;
       this.index += mark.length;
       left -= mark.length;
     }
     const mayOpen = !/\s/.test(after);
-    while (left > 0) {
+    for (; left > 0; left -= left > 1 ? 2 : 1) {
       const mark = char.repeat(left > 1 ? 2 : 1);
       if (mayOpen) this.open(mark);
-      else this.add(mark), (this.index += mark.length);
-      left -= mark.length;
+      else this.skip(mark);
     }
     return true;
   }
@@ -485,6 +488,6 @@ class InlineReader {
 
 /** Make a link to a web page or a mail address. Anything else, such as javascript:, is shown as text. */
 function link(address, children) {
-  if (!/^(https?:\/\/|mailto:)/i.test(address)) return element("span", { title: address }, ...children);
-  return element("a", { href: address, title: address, target: "_blank", rel: "noopener noreferrer nofollow" }, ...children);
+  if (!/^(https?:\/\/|mailto:)/i.test(address)) return element("span", { title: address }, children);
+  return element("a", { href: address, title: address, target: "_blank", rel: "noopener noreferrer nofollow" }, children);
 }

@@ -174,6 +174,8 @@ class AssistantView extends View {
     this.part(".problem span").textContent = node.error;
     this.part(".problem button").hidden = isBusy;
     this.part(".actions").hidden = isRunning;
+    this.part(".actions [data-action=copy]").hidden = !node.text;
+    this.part(".actions [data-action=again]").hidden = Boolean(node.error);
     this.part(".actions [data-action=again]").disabled = isBusy;
     this.part(".stats").textContent = statsWords(node);
     this.part(".stats").title = node.model;
