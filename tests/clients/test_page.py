@@ -111,17 +111,14 @@ def page(open_page) -> Page:
 
 @pytest.fixture(scope="module")
 def render(browser, server):
-    """Return a function that renders Markdown and gives the HTML and the height."""
+    """Return a function that renders Markdown and gives the HTML and the number of blocks."""
     page = browser.new_page()
     page.goto(server.url)
     script = """async (text) => {
         const { MarkdownView } = await import('/page/markdown.js');
         const root = document.createElement('div');
-        document.body.append(root);
         new MarkdownView(root).update(text);
-        const result = { html: root.innerHTML, height: root.scrollHeight };
-        root.remove();
-        return result;
+        return { html: root.innerHTML, num_elements: root.childElementCount };
     }"""
     return lambda text: page.evaluate(script, text)
 
@@ -378,27 +375,18 @@ def test_hostile_markdown_stays_text(page, api):
     assert not outside
 
 
-PATHOLOGICAL = ["*a* ", "*a ", "**a", "_*", "~~a", "[", "](", "[a](", "`", "``a`", "<", "http://a)"] + [
-    "> ",
-    "- ",
-    "  - a\n",
-    "|",
-    "|a\n|-\n",
-    "\\[\n",
-    "$$",
-    "a\n",
-    "```\n",
-]
+PATHOLOGICAL = ["*a* ", "*a ", "**a", "_*", "~~a", "[", "](", "[a](", "`", "``a`", "<", "http://a)", "$$"]
+PATHOLOGICAL += ["> ", "- ", "  - a\n", "|", "|a\n|-\n", "\\[\n", "a\n", "```\n"]
 
 
 @pytest.mark.parametrize("unit", PATHOLOGICAL)
 def test_pathological_markdown_is_rendered(render, unit):
-    assert render(unit * (200_000 // len(unit)))["height"] > 0
+    assert render(unit * (200_000 // len(unit)))["num_elements"] > 0
 
 
 def test_pathological_code_is_highlighted(render):
     code = "'a\\" * 30_000
-    assert render(f"```python\n{code}\n```")["height"] > 0
+    assert render(f"```python\n{code}\n```")["num_elements"] > 0
 
 
 FAILURES = [
