@@ -414,10 +414,11 @@ class InlineReader {
   }
 
   readNewline() {
-    const last = this.items.at(-1);
+    const isBreak = this.text.endsWith("  ", this.index);
     this.index++;
-    if (typeof last !== "string" || !last.endsWith("  ")) return this.add("\n");
-    this.items[this.items.length - 1] = last.trimEnd();
+    if (!isBreak) return this.add("\n");
+    const last = this.items.length - 1;
+    if (typeof this.items[last] === "string") this.items[last] = this.items[last].trimEnd();
     return this.add(element("br"));
   }
 

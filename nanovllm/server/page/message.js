@@ -249,7 +249,7 @@ function statsWords(node) {
   if (node.stats) {
     words.push(`${node.stats.tokens} ${node.stats.tokens === 1 ? "token" : "tokens"}`);
     if (node.stats.perSecond) words.push(`${node.stats.perSecond.toFixed(1)} tokens/s`);
-    if (node.stats.firstSeconds !== null) words.push(`first after ${node.stats.firstSeconds.toFixed(2)} s`);
+    if (node.stats.firstSeconds !== null) words.push(`first token after ${node.stats.firstSeconds.toFixed(2)} s`);
   }
   return words.join(" · ");
 }
