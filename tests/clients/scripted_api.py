@@ -47,6 +47,7 @@ class ScriptedApi:
         self.requests: list[dict] = []
         self.keys: list[str | None] = []
         self.models = ["tiny-model", "other-model"]
+        self.models_status = 200
         self.wanted_key: str | None = None
         self.released = threading.Event()
         self.disconnected = threading.Event()
@@ -66,6 +67,8 @@ class ScriptedApi:
     async def _models(self, request: Request):
         if not self._is_allowed(request):
             return _error(401, "wrong API key")
+        if self.models_status != 200:
+            return _error(self.models_status, "the model is loading")
         return {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
 
     async def _chat(self, request: Request):

@@ -247,6 +247,21 @@ def test_conversation_can_be_renamed_deleted_and_restored(page, api):
     expect(page.locator("#conversations a")).to_have_count(0)
 
 
+def test_title_that_is_typed_survives_the_end_of_an_answer(page, api):
+    api.scripts.append(Script(["slow", " end"], hold_after=1))
+    send(page, "A question")
+    expect(answers(page)).to_have_text("slow")
+    page.get_by_role("button", name="Rename A question").click()
+    title = page.get_by_label("Title of the conversation")
+    title.fill("Half a ti")
+    api.released.set()
+    expect(answers(page)).to_have_text("slow end")
+    wait_until_idle(page)
+    expect(title).to_have_value("Half a ti")
+    title.press("Escape")
+    expect(page.get_by_role("link", name="A question")).to_be_focused()
+
+
 def test_answer_goes_on_while_another_conversation_is_shown(page, api):
     api.scripts.append(Script(["slow", " end"], hold_after=1))
     send(page, "Slow one")
@@ -414,6 +429,17 @@ def test_unreachable_server_is_shown_in_words(page):
     page.route("**/v1/**", lambda route: route.abort("connectionrefused"))
     send(page, "Hi")
     expect(page.locator(".problem")).to_contain_text("The server cannot be reached.")
+
+
+def test_server_that_comes_back_answers_without_a_reload(open_page, api):
+    api.models_status = 503
+    page = open_page()
+    expect(page.locator("#banner")).to_contain_text("The server cannot answer now: the model is loading")
+    api.models_status = 200
+    send(page, "Hi")
+    expect(answers(page)).to_have_text("An answer.")
+    expect(page.locator("#banner")).to_be_hidden()
+    assert api.requests[0]["model"] == "tiny-model"
 
 
 def test_missing_key_is_asked_for_and_then_kept(open_page, api):

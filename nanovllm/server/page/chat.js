@@ -159,6 +159,8 @@ async function receive(conversation, parent, answer, controller) {
   const clock = { start: performance.now() };
   let saved = clock.start;
   try {
+    // The server may have started after the page.
+    if (!settings.model || !byId("banner").hidden) await loadModels();
     const body = { ...requestFields(settings), messages: apiMessages(conversation, parent, settings.system) };
     for await (const chunk of streamChat(body, settings.apiKey, controller.signal)) {
       const now = performance.now();

@@ -42,6 +42,7 @@ export class Sidebar {
   }
 
   render(conversations, currentId, isRunning) {
+    if (this.isRenaming) return; // the end of renaming renders
     const groups = new Map();
     for (const conversation of conversations.toSorted((a, b) => b.updated - a.updated)) {
       const name = groupOf(conversation.updated);
@@ -77,6 +78,7 @@ export class Sidebar {
     const finish = (isKept) => {
       if (isDone) return;
       isDone = true;
+      this.isRenaming = false;
       this.actions.rename(conversation, (isKept && input.value.trim()) || conversation.title);
       this.list.querySelector(`a[data-id="${CSS.escape(conversation.id)}"]`)?.focus();
     };
@@ -86,6 +88,7 @@ export class Sidebar {
       finish(event.key === "Enter");
     };
     input.onblur = () => finish(true);
+    this.isRenaming = true;
     item.replaceChildren(input);
     input.select();
   }
