@@ -105,15 +105,27 @@ class LogprobRows(Sequence[dict[int, Logprob] | None]):
     def __reduce__(self) -> tuple:
         """Copy and pickle only these rows and the texts of their tokens: a step has those of all its requests."""
         rows = [row and (row[0].at(row[1], row[2]), 0, row[2]) for row in self._rows]
-        token_ids = {token_id for row in rows if row for token_id in row[0].token_ids[0].tolist()}
-        texts = {} if self.text is _no_text else {token_id: self.text(token_id) for token_id in token_ids}
-        return LogprobRows, (rows, texts.get)
+        return LogprobRows, (rows, self._texts().get)
+
+    def with_texts(self, token_ids: Iterable[int]) -> "LogprobRows":
+        """Return these rows with the texts of more tokens, which pickling keeps too."""
+        return LogprobRows(self._rows, (self._texts() | {token_id: self.text(token_id) for token_id in token_ids}).get)
+
+    def _texts(self) -> dict[int, str | None]:
+        """Return the texts of the tokens of these rows."""
+        known = getattr(self.text, "__self__", None)
+        if type(known) is dict:  # these rows have been pickled
+            return known
+        rows = [row[0].at(row[1], row[2]) for row in self._rows if row and self.text is not _no_text]
+        return {token_id: self.text(token_id) for row in rows for token_id in row.token_ids[0].tolist()}
 
     def __deepcopy__(self, memo: dict) -> list[dict[int, Logprob] | None]:
         return list(self)
 
     def __add__(self, other: "LogprobRows") -> "LogprobRows":
-        return LogprobRows(self._rows + other._rows, self.text)
+        # Rows that have been pickled know the texts of their own tokens only.
+        text = self.text if self.text == other.text else (self._texts() | other._texts()).get
+        return LogprobRows(self._rows + other._rows, text)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

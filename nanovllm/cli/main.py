@@ -16,7 +16,7 @@ from nanovllm.server.options import ServerOptions
 Options = TypeVar("Options")
 
 _INTERRUPTED = 130  # exit status of a program that Ctrl-C ended
-_SERVER_PACKAGES = ("fastapi", "httpx", "prometheus_client", "pydantic", "starlette", "uvicorn")
+_SERVER_PACKAGES = ("fastapi", "httptools", "httpx", "prometheus_client", "pydantic", "starlette", "uvicorn")
 _MODEL = "a local folder, a .gguf file or a hub id (default: SmolLM2-135M-Instruct, which is fetched once)"
 
 

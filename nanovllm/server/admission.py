@@ -37,6 +37,15 @@ class Admission:
         Raises:
             ApiError: 503 while draining, 429 if other requests leave too few places, 400 if it can never fit.
         """
+        self.check(num_samples)
+        self.num_samples += num_samples
+        try:
+            yield
+        finally:
+            self.num_samples -= num_samples
+
+    def check(self, num_samples: int) -> None:
+        """Raise the error of `enter` if a request would get one now."""
         if self.draining:
             raise ApiError(503, "the server is about to stop", code="draining", retry_after=_RETRY_AFTER_S)
         if num_samples > self.limit:
@@ -44,8 +53,3 @@ class Admission:
         if self.num_samples + num_samples > self.limit:
             message = f"the server is busy with {self.num_samples} of at most {self.limit} samples; try again later"
             raise ApiError(429, message, code="queue_full", retry_after=_RETRY_AFTER_S)
-        self.num_samples += num_samples
-        try:
-            yield
-        finally:
-            self.num_samples -= num_samples

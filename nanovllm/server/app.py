@@ -22,9 +22,10 @@ from nanovllm.server.admission import Admission
 from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.errors import ApiError, as_api_error, error_body
 from nanovllm.server.formats import TextFormat
+from nanovllm.server.http_protocol import HttpProtocol
 from nanovllm.server.metrics import ServerMetrics
-from nanovllm.server.options import ServerOptions
-from nanovllm.server.security import ApiKeys, BodyLimit, CancelOnDisconnect, RequestIds
+from nanovllm.server.options import ServerOptions, listed
+from nanovllm.server.security import ApiKeys, BodyLimit, CancelOnDisconnect, LocalHosts, RequestIds, is_loopback
 from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import JsonAnswer
 
@@ -54,9 +55,11 @@ def create_app(state: ServerState) -> FastAPI:
     app.add_middleware(_AnswerFailures)
     app.add_middleware(BodyLimit, max_bytes=options.max_body_mib << 20)
     app.add_middleware(CancelOnDisconnect)
-    if keys := _listed(options.api_key):
+    if keys := listed(options.api_key):
         app.add_middleware(ApiKeys, keys=keys)
-    if origins := _listed(options.cors_origins):
+    elif is_loopback(options.host):
+        app.add_middleware(LocalHosts)
+    if origins := listed(options.cors_origins):
         app.add_middleware(
             CORSMiddleware,
             allow_origins=origins,
@@ -66,11 +69,6 @@ def create_app(state: ServerState) -> FastAPI:
         )
     app.add_middleware(RequestIds, count_answer=state.metrics.count_answer)
     return app
-
-
-def _listed(text: str | None) -> list[str]:
-    """Return the entries of a text with commas."""
-    return [entry.strip() for entry in (text or "").split(",") if entry.strip()]
 
 
 class _AnswerFailures:
@@ -161,7 +159,7 @@ def make_state(llm: AsyncLLM | EngineClient, model: str | Path | None, options: 
     Args:
         model: the model's path or hub id, as in `Config`.
     """
-    names = tuple(_listed(options.served_model_name)) or (_model_name(model),)
+    names = tuple(listed(options.served_model_name)) or (_model_name(model),)
     return ServerState(
         llm=llm,
         options=options,
@@ -194,6 +192,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        # Else Linux would let another server take the port while this one, which does not listen yet, loads its model.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
         raise OSError(f"cannot listen on {host}:{port}: {error}") from None
     return listener
@@ -209,6 +209,7 @@ class Server(uvicorn.Server):
     def __init__(self, state: ServerState):
         config = uvicorn.Config(
             create_app(state),
+            http=HttpProtocol,
             log_level="warning",
             access_log=False,
             lifespan="off",
@@ -222,6 +223,8 @@ class Server(uvicorn.Server):
         self.deadline = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in sockets or ():  # connections of an earlier server may still be closing
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         await super().startup(sockets)
         host, port = (sockets or self.servers[0].sockets)[0].getsockname()[:2]
         print(_greeting(self.state, host, port), flush=True)
@@ -248,7 +251,7 @@ def _greeting(state: ServerState, host: str, port: int) -> str:
     path, body = "completions", {"prompt": "The capital of France is", "max_tokens": 16}
     if _chat_template(state.llm) is not None:
         path, body = "chat/completions", {"messages": [{"role": "user", "content": "Hello!"}]}
-    key = ' \\\n    -H "Authorization: Bearer $API_KEY"' if _listed(state.options.api_key) else ""
+    key = ' \\\n    -H "Authorization: Bearer $API_KEY"' if listed(state.options.api_key) else ""
     return f"""\
 Serving {", ".join(state.model_names)} at http://{host}:{port}
 

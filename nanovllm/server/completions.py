@@ -239,6 +239,7 @@ def routes(state: ServerState) -> APIRouter:
         check_model(state, request.model)
         prompts = _prompts(request.prompt)
         params = _params(state, request, http)
+        state.admission.check(params.n * len(prompts))
         echoes = ["" for _ in prompts]
         if request.echo:
             echoes = [each if isinstance(each, str) else await state.llm.decode(each) for each in prompts]

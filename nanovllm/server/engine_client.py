@@ -71,7 +71,7 @@ class EngineClient:
         self._keys = itertools.count()
         self._waiting: dict[int, _Waiting] = {}
         self._error: str | None = None
-        self._outgoing: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -109,7 +109,7 @@ class EngineClient:
         """Send messages. Large ones wait for the other process, so the event loop does not send them."""
         with contextlib.suppress(OSError):
             while (message := self._outgoing.get()) is not None:
-                self._connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+                self._connection.send_bytes(message)
 
     def _read(self) -> None:
         try:
@@ -141,9 +141,9 @@ class EngineClient:
     def _fail(self, reason: str) -> None:
         """End everything that waits, because the engine's process has ended."""
         self._error = self._error or reason
-        while self._waiting:
-            _, waiting = self._waiting.popitem()
-            _call_soon(waiting.loop, waiting.fail, RuntimeError(self._error))
+        for key in list(self._waiting):
+            if waiting := self._waiting.pop(key, None):  # unless its coroutine has just removed it
+                _call_soon(waiting.loop, waiting.fail, RuntimeError(self._error))
 
     def _describe_end(self) -> str:
         try:
@@ -158,7 +158,8 @@ class EngineClient:
     def _send(self, *message: Any) -> None:
         if self._error is not None:
             raise RuntimeError(self._error)
-        self._outgoing.put(message)
+        # Pickled here, so that a message that is nested too deeply is an error of its request alone.
+        self._outgoing.put(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
 
     async def generate(
         self,

@@ -18,7 +18,7 @@ METHODS = ("chat_prompt", "check_health", "decode", "encode", "is_sleeping", "me
 PackedError: TypeAlias = tuple[str, str]
 PackedOutput: TypeAlias = tuple[list[tuple], tuple, tuple | None]
 
-_ERRORS = {kind.__name__: kind for kind in (TypeError, ValueError, RuntimeError)}
+_ERRORS = {kind.__name__: kind for kind in (TypeError, ValueError, RecursionError, RuntimeError)}
 
 
 def pack_error(error: BaseException) -> PackedError:
@@ -44,7 +44,10 @@ def pack_output(output: RequestOutput, is_first: bool) -> PackedOutput:
     progress = (output.finished, output.time_to_first_token, output.total_time, output.weight_version, output.metrics)
     prompt = None
     if is_first:
-        prompt = (output.prompt, output.prompt_token_ids, output.num_cached_tokens, output.prompt_logprobs)
+        logprobs = output.prompt_logprobs
+        if logprobs is not None:  # the first token has no row
+            logprobs = logprobs.with_texts(output.prompt_token_ids[:1])
+        prompt = (output.prompt, output.prompt_token_ids, output.num_cached_tokens, logprobs)
     return samples, progress, prompt
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from nanovllm.checks import check_fields, one_of, within
+from nanovllm.checks import check_fields, one_of, shown, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +12,8 @@ class ServerOptions:
     Args:
         host: address to listen on. The default reaches this machine only.
         port: TCP port; 0 takes a free one.
-        api_key: keys that clients must send, separated by commas; None lets everybody in.
+        api_key: keys that clients must send, separated by commas; None lets everybody in. Without one, a server that
+            listens on this machine only refuses names of other machines in the Host header.
         served_model_name: names of the model in the API, separated by commas; None is the model's own name.
         max_concurrent_requests: how many samples the engine has at once, whether they run or wait; a request that does
             not fit gets status 429.
@@ -43,3 +44,12 @@ class ServerOptions:
 
     def __post_init__(self):
         check_fields(self)
+        if self.api_key is not None and not listed(self.api_key):  # such as a variable of a shell that is not set
+            raise ValueError(
+                f"api_key must have at least one key, got {shown(self.api_key)}; leave it out to need none"
+            )
+
+
+def listed(text: str | None) -> list[str]:
+    """Return the entries of a text with commas."""
+    return [entry.strip() for entry in (text or "").split(",") if entry.strip()]

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import re
 import uuid
 from collections.abc import Callable, Mapping
@@ -84,6 +85,44 @@ class ApiKeys:
         sent = _digest(sent_key(Request(scope).headers))
         matches = [hmac.compare_digest(sent, digest) for digest in self.digests]
         return any(matches)
+
+
+class LocalHosts:
+    """Refuse requests whose Host header names another machine.
+
+    A web page of somebody else can let its own name point to this machine. The browser then takes the server for a part
+    of that page, which could read all answers.
+    """
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        host = Request(scope).headers.get("host", "") if scope["type"] == "http" else ""
+        if _is_local(host):
+            return await self.app(scope, receive, send)
+        message = f"without an API key this server answers to localhost and IP addresses only, not to {host[:100]!r}"
+        await _refuse(ApiError(403, message), scope, receive, send)
+
+
+def _is_local(host: str) -> bool:
+    """Whether a Host header is empty, or has an IP address or a name of this machine, maybe with a port."""
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    name = name.lower().removesuffix(".")
+    return not name or name == "localhost" or name.endswith(".localhost") or _ip_address(name) is not None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on `host`."""
+    address = _ip_address(host)
+    return host == "localhost" if address is None else address.is_loopback
+
+
+def _ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
 
 
 class BodyLimit:

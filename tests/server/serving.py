@@ -26,7 +26,7 @@ def with_client(llm, use, **options):
     async def run_with_client():
         state, app = make_server(llm, **options)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=None) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client:
             return await asyncio.wait_for(use(client, state), SECONDS)
 
     return asyncio.run(run_with_client())

@@ -137,3 +137,42 @@ def test_the_engine_does_not_outlive_a_killed_server(model):
         pid = int(parent.stdout.readline())
         parent.kill()
     assert all_end([pid])
+
+
+def test_merged_logprobs_keep_the_texts_of_all_their_tokens(client):
+    async def read_late():
+        params = SamplingParams(max_tokens=20, ignore_eos=True, logprobs=0, prompt_logprobs=0, temperature=0)
+        stream = client.generate("Zab", params)
+        first = await anext(stream)
+        while (await client.metrics()).num_running:  # so that the other outputs are merged
+            await asyncio.sleep(0.01)
+        outputs = [first, *[output async for output in stream]]
+        assert len(outputs) == 2
+        prompt = first.prompt_logprobs
+        rows = [output.outputs[0].logprobs for output in outputs]
+        token_ids = [token_id for output in outputs for token_id in output.outputs[0].token_ids]
+        for each in rows[1:]:
+            rows[0] += each
+        assert [prompt.text(token_id) for token_id in first.prompt_token_ids] == ["Z", "a", "b"]
+        joined = prompt + rows[0]
+        for token_id in first.prompt_token_ids + token_ids:
+            assert joined.text(token_id) == await client.decode([token_id])
+
+    asyncio.run(asyncio.wait_for(read_late(), 60))
+
+
+def test_a_message_that_is_nested_too_deeply_fails_alone(client):
+    nested = []
+    for _ in range(5000):
+        nested = [nested]
+
+    async def calls():
+        with pytest.raises(RecursionError):
+            await client.chat_prompt([{"role": "user", "content": "a", "other": nested}])
+        with pytest.raises(RecursionError):
+            async for _ in client.generate({"prompt_token_ids": nested}, SamplingParams()):
+                pass
+        assert not client._waiting
+        assert await client.decode(await client.encode("a")) == "a"
+
+    asyncio.run(asyncio.wait_for(calls(), 60))

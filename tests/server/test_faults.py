@@ -135,7 +135,7 @@ async def vanish(address, body, reads_first_event):
     """Send a request and drop the connection, at once or when the first event has come."""
     reader, writer = await asyncio.open_connection(*address)
     content = json.dumps(body).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
     await writer.drain()
     if reads_first_event:
@@ -324,7 +324,7 @@ def test_slow_reader_does_not_stop_the_others(llm):
         slow = asyncio.create_task(app(*request_to(COMPLETIONS, {**body, "stream": True}), send))
         await until(lambda: any(texts))
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=None) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client:
             answers = await asyncio.gather(*(client.post(COMPLETIONS, json=body) for _ in range(4)))
         assert not slow.done()
         reads.set()

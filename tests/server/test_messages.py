@@ -31,7 +31,7 @@ def ask(llm, act, **options):
 
     async def main():
         async with http_client(anthropic, llm, **options) as http:
-            client = anthropic.AsyncAnthropic(base_url="http://server", api_key="-", max_retries=0, http_client=http)
+            client = anthropic.AsyncAnthropic(base_url="http://localhost", api_key="-", max_retries=0, http_client=http)
             return await act(client)
 
     return asyncio.run(main())
@@ -103,7 +103,7 @@ def test_streamed_thinking_text_and_calls_are_blocks_that_follow_each_other():
 def test_server_sent_events_carry_their_names():
     async def act(client):
         body = {"model": MODEL, "max_tokens": 9, "messages": HELLO, "stream": True}
-        response = await client._client.post("http://server/v1/messages", json=body)
+        response = await client._client.post("http://localhost/v1/messages", json=body)
         return response
 
     response = ask(ScriptedLLM("ab", piece_size=2), act)
@@ -314,7 +314,7 @@ def test_unknown_fields_are_ignored():
 
 def test_max_tokens_is_required():
     async def act(client):
-        return await client._client.post("http://server/v1/messages", json={"model": MODEL, "messages": HELLO})
+        return await client._client.post("http://localhost/v1/messages", json={"model": MODEL, "messages": HELLO})
 
     response = ask(ScriptedLLM("ok"), act)
     assert response.status_code == 400 and "max_tokens" in response.json()["error"]["message"]

@@ -28,7 +28,7 @@ def ask(llm, act, **options):
 
     async def main():
         async with http_client(openai, llm, **options) as http:
-            client = openai.AsyncOpenAI(base_url="http://server/v1", api_key="-", max_retries=0, http_client=http)
+            client = openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="-", max_retries=0, http_client=http)
             return await act(client)
 
     return asyncio.run(main())
@@ -124,7 +124,7 @@ def test_the_client_accumulates_a_stream():
 def test_server_sent_events_carry_their_names():
     async def act(client):
         body = {"model": MODEL, "input": "Hello", "stream": True}
-        return await client._client.post("http://server/v1/responses", json=body)
+        return await client._client.post("http://localhost/v1/responses", json=body)
 
     lines = ask(ScriptedLLM("ab"), act).text.splitlines()
     names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
