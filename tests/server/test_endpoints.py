@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import nanovllm
-from nanovllm.server.app import _greeting, make_state, serve
+from nanovllm.server.app import _greeting, _listen, make_state, serve
 from nanovllm.server.options import ServerOptions
 from tests.server.conftest import OPTIONS
 from tests.server.serving import SECONDS, call, error_of, make_server, post, with_client
@@ -121,6 +121,11 @@ def test_port_that_is_taken_is_an_error_before_the_model_is_loaded():
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
             serve({"model": "nothing/of-this-name"}, ServerOptions(port=port))
+
+
+def test_port_is_taken_while_the_model_is_loaded():
+    with _listen("127.0.0.1", 0) as first, pytest.raises(OSError, match="cannot listen"):
+        _listen("127.0.0.1", first.getsockname()[1])
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 """Keys, sizes of bodies, request ids, and origins."""
 
 import asyncio
+import contextlib
 import json
 
 import pytest
 
-from tests.server.serving import call, error_of, make_server, with_client
+from nanovllm.server.options import ServerOptions
+from tests.server.serving import SECONDS, call, error_of, listening, make_server, with_client
 
 PATH = "/v1/completions"
 BODY = {"prompt": "a", "max_tokens": 1}
+JSON = {"content-type": "application/json"}
 
 
 @pytest.mark.parametrize(
@@ -131,3 +134,70 @@ def test_origins_are_allowed_only_when_asked_for(llm):
         llm, "OPTIONS", PATH, headers={**preflight, "origin": "http://b.example"}, cors_origins="http://a.example"
     )
     assert "access-control-allow-origin" not in other.headers
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1:80", "[::1]:80", "10.0.0.1", "a.localhost."])
+def test_local_hosts_and_addresses_are_answered(llm, host):
+    assert call(llm, "POST", PATH, BODY, {"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["a.example", "a.example:80", "127.0.0.1.a.example", "localhost.a.example", "[a]:80"])
+def test_other_hosts_get_403_unless_a_key_or_the_network_protects(llm, host):
+    for method, path in (("POST", PATH), ("GET", "/"), ("GET", "/metrics")):
+        answer = call(llm, method, path, BODY if method == "POST" else None, {"host": host})
+        assert answer.status_code == 403 and host in error_of(answer)
+    with_key = {"host": host, "x-api-key": "one"}
+    assert call(llm, "POST", PATH, BODY, with_key, api_key="one").status_code == 200
+    assert call(llm, "POST", PATH, BODY, {"host": host}, host="0.0.0.0").status_code == 200
+
+
+@pytest.mark.parametrize("api_key", ["", " , "])
+def test_empty_api_key_is_refused_instead_of_letting_everybody_in(api_key):
+    with pytest.raises(ValueError, match="api_key must have at least one key"):
+        ServerOptions(api_key=api_key)
+
+
+def test_prompts_that_are_too_many_are_refused_before_any_is_decoded(llm, monkeypatch):
+    monkeypatch.setattr(llm, "decode", None)
+    answer = call(llm, "POST", PATH, {"prompt": [[5]] * 2000, "echo": True})
+    assert answer.status_code == 400 and "2000 samples" in error_of(answer)
+
+
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "piece"),
+    [
+        (b"GET /", b"a" * 1024),
+        (b"GET /health HTTP/1.1\r\nX: ", b"a" * 1024),
+        (b"GET /health HTTP/1.1\r\n", b"X: a\r\n" * 100),
+        (CHUNKED + b"1;", b"a" * 1024),
+        (CHUNKED + b"0\r\n", b"X: a\r\n" * 100),
+    ],
+)
+def test_head_without_end_ends_the_connection(llm, start, piece):
+    async def use():
+        async with listening(llm) as (_, client, _):
+            reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+            reading = asyncio.create_task(reader.read())
+            num_sent = len(start)
+            writer.write(start)
+            with contextlib.suppress(ConnectionError):
+                while not reading.done():
+                    writer.write(piece)
+                    await writer.drain()
+                    num_sent += len(piece)
+                    await asyncio.sleep(0)
+            assert num_sent < 16 << 20
+            writer.transport.abort()
+            with contextlib.suppress(ConnectionError):
+                await reading
+            assert (await client.post(PATH, content=chunks(), headers=JSON)).status_code == 200
+
+    async def chunks():
+        yield json.dumps(BODY).encode() + b" "
+        for _ in range(20):  # a body of this size passes
+            yield b" " * 8192
+
+    asyncio.run(asyncio.wait_for(use(), SECONDS))
