@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from nanovllm import RequestOutputKind, StructuredOutputsParams
+from nanovllm.server.body import Body
 from nanovllm.server.errors import ApiError, anthropic_error
 from nanovllm.server.generation import Conversation, answer, count_prompt_tokens
 from nanovllm.server.messages_answer import MessageWriter
@@ -120,21 +121,21 @@ class OutputConfig(BaseModel):
     format: OutputFormat | None = None
 
 
-class MessagesRequest(BaseModel):
+class MessagesRequest(Body):
     """A request of POST /v1/messages. Unknown fields are ignored here: clients add new ones often."""
 
     model: str
     max_tokens: int
     messages: list[Message]
-    system: Texts = []
-    tools: list[Tool] = []
+    system: Texts = Field(default_factory=list)
+    tools: list[Tool] = Field(default_factory=list)
     tool_choice: ToolChoice = ToolChoice(type="auto")
     thinking: ThinkingSwitch = ThinkingSwitch(type="disabled")
     output_config: OutputConfig = OutputConfig()
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    stop_sequences: list[str] = []
+    stop_sequences: list[str] = Field(default_factory=list)
     stream: bool = False
 
     @model_validator(mode="before")

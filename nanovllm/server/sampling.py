@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from nanovllm import SamplingParams, StructuredOutputsParams
 from nanovllm.checks import shown
 from nanovllm.sampling_params import RequestOutputKind
+from nanovllm.server.body import Body
 from nanovllm.server.errors import ApiError
 from nanovllm.server.security import key_salt
 from nanovllm.server.state import ServerState
@@ -74,7 +75,7 @@ class StructuredOutputs(BaseModel):
         )
 
 
-class SamplingFields(BaseModel):
+class SamplingFields(Body):
     """Fields that chat completions and completions share. None is the default of each.
 
     Their types are checked here, and their values by `SamplingParams`.

@@ -3,8 +3,9 @@
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
+from nanovllm.server.body import Body
 from nanovllm.server.chat import ChatRequest
 from nanovllm.server.errors import ApiError
 from nanovllm.server.models import check_model
@@ -12,7 +13,7 @@ from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import JsonAnswer
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Body):
     """A text, or a conversation with the options of its chat template, as in chat completions."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -29,7 +30,7 @@ class TokenizeRequest(BaseModel):
     reasoning_effort: str | None = None
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Body):
     """Token ids."""
 
     model_config = ConfigDict(extra="forbid", strict=True)

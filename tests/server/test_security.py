@@ -163,6 +163,24 @@ def test_prompts_that_are_too_many_are_refused_before_any_is_decoded(llm, monkey
     assert answer.status_code == 400 and "2000 samples" in error_of(answer)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (PATH, {**BODY, "stop_token_ids": ["a"] * 101}),
+        ("/v1/chat/completions", dict.fromkeys(map(str, range(101)), 1)),
+        ("/v1/messages", {"messages": [5] * 101}),
+        ("/v1/messages/count_tokens", {"messages": [5] * 101}),
+        ("/v1/responses", {"input": [5] * 101}),
+        ("/tokenize", {"messages": [5] * 101}),
+        ("/detokenize", {"tokens": ["a"] * 101}),
+    ],
+)
+def test_many_errors_of_a_body_are_counted_and_not_described(llm, path, body):
+    answer = call(llm, "POST", path, body)
+    assert answer.status_code == 400 and "values in the body are wrong" in error_of(answer)
+    assert "token_ids.0:" in error_of(call(llm, "POST", PATH, {**BODY, "stop_token_ids": ["a"] * 100}))
+
+
 CHUNKED = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
