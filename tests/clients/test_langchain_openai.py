@@ -1,6 +1,5 @@
 """LangChain's ChatOpenAI and the server."""
 
-import asyncio
 from typing import Literal
 
 import pytest
@@ -24,7 +23,7 @@ class Trip(BaseModel):
 @pytest.fixture(params=[False, True], ids=["chat", "responses"])
 def chat(request, server):
     """A model that uses chat completions or responses."""
-    options = {"temperature": 0, "max_tokens": 200, "max_retries": 0, "timeout": SECONDS}
+    options = {"temperature": 0, "max_tokens": 200, "max_retries": 0, "timeout": SECONDS, "stream_usage": True}
     return ChatOpenAI(
         base_url=f"{server.url}/v1", api_key="-", model=server.model, use_responses_api=request.param, **options
     )
@@ -35,7 +34,7 @@ def test_answers_equal_the_offline_ones(chat, offline):
         offline.chat([{"role": "user", "content": text}], SamplingParams(temperature=0, max_tokens=200), use_tqdm=False)
         for text in (QUESTION, "Hello")
     ]
-    answers = asyncio.run(chat.abatch([QUESTION, "Hello"]))
+    answers = chat.batch([QUESTION, "Hello"])
     assert [answer.text for answer in answers] == [output.outputs[0].text for (output,) in want]
     assert answers[0].usage_metadata["output_tokens"] == len(want[0][0].outputs[0].token_ids)
 

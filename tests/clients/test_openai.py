@@ -118,7 +118,9 @@ def test_completions_of_token_ids_with_echo_equal_the_offline_logprobs(client, s
     answer = client.completions.create(model=server.model, prompt=prompts, **fields)
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=1, prompt_logprobs=1)
     for choice, want in zip(
-        answer.choices, offline.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False), strict=True
+        answer.choices,
+        offline.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False),
+        strict=True,
     ):
         ids = want.prompt_token_ids + want.outputs[0].token_ids
         rows = want.prompt_logprobs + want.outputs[0].logprobs
@@ -180,9 +182,7 @@ def test_many_answers_at_once_are_the_offline_ones(server, offline):
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="-", timeout=SECONDS) as client:
 
             async def ask(text):
-                return await client.completions.create(
-                    model=server.model, prompt=text, temperature=0, max_tokens=24
-                )
+                return await client.completions.create(model=server.model, prompt=text, temperature=0, max_tokens=24)
 
             return [answer.choices[0].text for answer in await asyncio.gather(*map(ask, texts))]
 
@@ -195,7 +195,9 @@ def test_a_client_that_leaves_frees_its_request(chat, server):
     next(iter(stream))
     stream.close()
     for _ in range(10_000):
-        lines = dict(line.rsplit(" ", 1) for line in httpx.get(f"{server.url}/metrics").text.splitlines() if line[0] != "#")
+        lines = dict(
+            line.rsplit(" ", 1) for line in httpx.get(f"{server.url}/metrics").text.splitlines() if line[0] != "#"
+        )
         label = f'{{model_name="{server.model}"}}'
         if float(lines[f"vllm:num_requests_running{label}"]) == float(lines[f"vllm:kv_cache_usage_perc{label}"]) == 0:
             break
