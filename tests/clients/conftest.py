@@ -1,4 +1,4 @@
-"""Tests with clients of servers, and packages that were written for vLLM: `pip install '.[clients]' && pytest tests/clients`.
+"""Tests with clients of the server and programs written for vLLM: `pip install '.[clients]' && pytest tests/clients`.
 
 `pytest` alone leaves them out, because these packages are large. Without a package its file fails.
 """
