@@ -438,7 +438,7 @@ def _function_schema(tool: Callable) -> dict:
 
 
 def _is_chat(messages: Any) -> bool:
-    return is_list(messages) and len(messages) > 0 and all(map(_is_message, messages))
+    return is_list(messages) and length(messages) > 0 and all(map(_is_message, messages))
 
 
 def _is_message(message: Any) -> bool:

@@ -1,6 +1,7 @@
 """The server: puts the endpoints together, and runs them."""
 
 import asyncio
+import json
 import logging
 import socket
 import time
@@ -18,6 +19,7 @@ from starlette.exceptions import HTTPException
 from nanovllm import AsyncLLM, __version__
 from nanovllm.checkpoints.hub import DEFAULT_FILE
 from nanovllm.server.admission import Admission
+from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.errors import ApiError, as_api_error, error_body
 from nanovllm.server.formats import TextFormat
 from nanovllm.server.metrics import ServerMetrics
@@ -142,17 +144,18 @@ def serve(config_options: dict[str, Any], server_options: ServerOptions) -> None
 
     Raises:
         OSError: the address cannot be listened on. Nothing was loaded.
-        TypeError, ValueError: see `Config`.
+        TypeError, ValueError, RuntimeError: the engine cannot be made; see `EngineClient`.
     """
     with _listen(server_options.host, server_options.port) as listener:
-        llm = AsyncLLM(**config_options, max_concurrent_requests=server_options.max_concurrent_requests)
+        llm = EngineClient(**config_options)
         try:
-            asyncio.run(run(make_state(llm, config_options.get("model"), server_options), listener))
+            state = make_state(llm, config_options.get("model"), server_options)
+            Server(state).run([listener])
         finally:
             llm.close()
 
 
-def make_state(llm: AsyncLLM, model: str | Path | None, options: ServerOptions) -> ServerState:
+def make_state(llm: AsyncLLM | EngineClient, model: str | Path | None, options: ServerOptions) -> ServerState:
     """Return what the endpoints share.
 
     Args:
@@ -176,7 +179,7 @@ def _model_name(model: str | Path | None) -> str:
     return Path(model).resolve().name if Path(model).exists() else str(model)
 
 
-def _chat_template(llm: AsyncLLM) -> str | None:
+def _chat_template(llm: AsyncLLM | EngineClient) -> str | None:
     try:
         template = llm.tokenizer.chat_template
     except ValueError:  # the model has no tokenizer
@@ -196,21 +199,6 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def run(state: ServerState, listener: socket.socket) -> None:
-    """Serve on a bound socket until SIGTERM or Ctrl-C."""
-    config = uvicorn.Config(
-        create_app(state),
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=_CLOSE_S,
-    )
-    await Server(config, state).serve([listener])
-
-
 class Server(uvicorn.Server):
     """Lets running requests finish after the first SIGTERM or Ctrl-C, and stops at once after the second one.
 
@@ -218,7 +206,17 @@ class Server(uvicorn.Server):
     with an error.
     """
 
-    def __init__(self, config: uvicorn.Config, state: ServerState):
+    def __init__(self, state: ServerState):
+        config = uvicorn.Config(
+            create_app(state),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_CLOSE_S,
+        )
         super().__init__(config)
         self.state = state
         self.deadline = 0.0
@@ -247,10 +245,13 @@ class Server(uvicorn.Server):
 def _greeting(state: ServerState, host: str, port: int) -> str:
     """Return the address, and a command that tries it."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    path, body = "completions", {"prompt": "The capital of France is", "max_tokens": 16}
+    if _chat_template(state.llm) is not None:
+        path, body = "chat/completions", {"messages": [{"role": "user", "content": "Hello!"}]}
     key = ' \\\n    -H "Authorization: Bearer $API_KEY"' if _listed(state.options.api_key) else ""
     return f"""\
 Serving {", ".join(state.model_names)} at http://{host}:{port}
 
-  curl http://{host}:{port}/v1/completions -H "Content-Type: application/json"{key} \\
-    -d '{{"prompt": "The capital of France is", "max_tokens": 16}}'
+  curl http://{host}:{port}/v1/{path} -H "Content-Type: application/json"{key} \\
+    -d '{json.dumps(body)}'
 """

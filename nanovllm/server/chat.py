@@ -21,7 +21,7 @@ from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import JsonAnswer, sse
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-# What clients send back with an assistant's message, and no template prints.
+# Clients send these fields back with an assistant's message, but no template prints them.
 _UNREAD = ("refusal", "annotations")
 
 
@@ -46,6 +46,11 @@ class Tool(_Part):
     type: Literal["function"]
     function: Function
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the tool as it was sent, without fields that are null."""
+        fields = {name: value for name, value in self.function if value is not None}
+        return {"type": self.type, "function": fields}
+
 
 class FunctionName(_Part):
     """The name of a function."""
@@ -69,7 +74,7 @@ class JsonSchema(_Part):
     strict: bool | None = None
 
 
-class TextFormat(_Part):
+class TextForm(_Part):
     """An answer of any form."""
 
     type: Literal["text"]
@@ -78,7 +83,7 @@ class TextFormat(_Part):
         """Return no constraint."""
 
 
-class JsonObjectFormat(_Part):
+class JsonObjectForm(_Part):
     """An answer that is a JSON object."""
 
     type: Literal["json_object"]
@@ -88,7 +93,7 @@ class JsonObjectFormat(_Part):
         return StructuredOutputsParams(json_object=True)
 
 
-class JsonSchemaFormat(_Part):
+class JsonSchemaForm(_Part):
     """An answer that follows a JSON schema."""
 
     type: Literal["json_schema"]
@@ -128,9 +133,7 @@ class ChatRequest(SamplingFields):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    response_format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None = (
-        None
-    )
+    response_format: Annotated[TextForm | JsonObjectForm | JsonSchemaForm, Field(discriminator="type")] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
@@ -151,7 +154,7 @@ class ChatRequest(SamplingFields):
         return Conversation(
             messages=[_message(message, i) for i, message in enumerate(self.messages)],
             params=self._sampling(state, http),
-            tools=[tool.model_dump(exclude_none=True) for tool in self.tools or ()],
+            tools=[tool.to_dict() for tool in self.tools or ()],
             tool_choice=self._tool_choice(),
             parallel_tool_calls=self.parallel_tool_calls is not False,
             template=self._template(state),

@@ -16,7 +16,7 @@ _CHUNK = "chat.completion.chunk"
 
 @dataclass(frozen=True)
 class Form:
-    """What all parts of one answer share.
+    """The fields that all parts of one answer share, and how to write log-probabilities.
 
     Args:
         request_id: the answer's id.

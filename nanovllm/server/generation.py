@@ -44,11 +44,11 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class SamplePiece:
-    """What is new of one sample.
+    """The new part of one sample.
 
     Args:
         index: the sample's number among the request's samples, from 0.
-        events: what the parser found in the new text.
+        events: the parser's events of the new text.
         token_ids: the new tokens, including the one that ended the sample.
         logprobs: the requested log-probabilities of the new tokens.
         finish_reason: "stop", "length" or "tool_calls"; None while the sample goes on.
@@ -65,7 +65,7 @@ class SamplePiece:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What is new of an answer: `samples` has the samples with something new."""
+    """The new part of an answer: `samples` has the samples with something new."""
 
     num_prompt_tokens: int
     num_cached_tokens: int

@@ -40,7 +40,7 @@ class OutputParser:
         finds_thinking: the output may start with a thinking tag.
     """
 
-    # What a call may start with, inside other text.
+    # Tags that may start a call inside other text.
     call_start = _NEVER
 
     def __init__(self, tools: Mapping[str, Any], in_thinking: bool = False, finds_thinking: bool = False):
@@ -77,7 +77,7 @@ class OutputParser:
         yield from self._answer()
 
     def _think(self) -> Waits:
-        """Read thinking. A call ends it, too, because models forget the end tag or write it behind the call."""
+        """Read thinking. A call also ends it, because models forget the end tag or write it behind the call."""
         yield from self._skip_newlines()
         tags = regex.compile(f"</think>|{self.call_start.pattern}")
         while (yield from self._pass_until(tags, lambda text: self._pass(text, Thinking))):
@@ -254,9 +254,12 @@ class JsonCallParser(OutputParser):
             piece, end = json_object.read(self._text, self._at + size)
             pieces.append(piece)
             size = end - self._at
+            # The length is checked first, so that it does not matter in which pieces the text arrives.
+            if size - start > _MAX_HELD_CHARS or json_object.is_broken:
+                return False
             if json_object.is_complete:
                 break
-            if json_object.is_broken or self._is_finished or size - start > _MAX_HELD_CHARS:
+            if self._is_finished:
                 return False
             yield
         call = _as_call("".join(pieces))

@@ -253,6 +253,10 @@ def conversation(state: ServerState, request: ResponsesRequest, http: Request) -
     for name, (accepted, message) in _REFUSED.items():
         if getattr(request, name) not in accepted:
             raise ApiError(400, f"{name}: {message}", param=name)
+    form = structured_outputs(request.text and request.text.format)
+    if form and request.structured_outputs is not None:
+        message = "text.format and structured_outputs cannot be used together; send one of them"
+        raise ApiError(400, message, param="text")
     tools = tool_list(request)
     effort = request.reasoning and request.reasoning.effort
     params = request.to_params(
@@ -260,7 +264,7 @@ def conversation(state: ServerState, request: ResponsesRequest, http: Request) -
         http,
         max_tokens=request.max_output_tokens,
         output_kind=None if request.stream else RequestOutputKind.FINAL_ONLY,
-        **structured_outputs(request.text and request.text.format),
+        **form,
     )
     return Conversation(
         messages=chat_messages(request),

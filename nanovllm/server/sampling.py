@@ -144,7 +144,7 @@ class SamplingFields(BaseModel):
         Args:
             http: says which API key the client has, as far as keys do not share cached prompts.
             overrides: other arguments of `SamplingParams`, such as `logprobs`, and other values of the fields here.
-                `max_tokens=None` is up to `max_model_len`. None of others leaves them as they are.
+                `max_tokens=None` is up to `max_model_len`; None of others has no effect.
 
         Raises:
             ApiError: a value is wrong.
@@ -153,7 +153,7 @@ class SamplingFields(BaseModel):
         given["output_kind"] = RequestOutputKind.DELTA
         if self.structured_outputs is not None:
             given["structured_outputs"] = _checked(self.structured_outputs.to_params)
-        given |= overrides
+        given |= {name: value for name, value in overrides.items() if value is not None or name == "max_tokens"}
         if (given["n"] or 1) > state.options.max_n:
             raise ApiError(400, f"n must be at most {state.options.max_n}, got {given['n']}", param="n")
         if state.options.salt_prefix_cache:

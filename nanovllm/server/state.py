@@ -7,6 +7,7 @@ from typing import Any
 
 from nanovllm import AsyncLLM, RequestOutput, SamplingParams
 from nanovllm.server.admission import Admission
+from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.formats import TextFormat
 from nanovllm.server.metrics import ServerMetrics
 from nanovllm.server.options import ServerOptions
@@ -17,13 +18,13 @@ class ServerState:
     """What the endpoints share.
 
     Args:
-        llm: the engine. Endpoints use its public methods only.
+        llm: the engine, in this process or in its own. Endpoints use the methods that both have.
         model_names: the model's names in the API; the first is the one that answers carry.
         format: how the model writes its thinking and its tool calls.
         admission: counts the requests that the engine has, and refuses those that are too many.
     """
 
-    llm: AsyncLLM
+    llm: AsyncLLM | EngineClient
     options: ServerOptions
     model_names: tuple[str, ...]
     format: TextFormat

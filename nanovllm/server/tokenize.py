@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 
+from nanovllm.server.chat import ChatRequest
 from nanovllm.server.errors import ApiError
 from nanovllm.server.models import check_model
 from nanovllm.server.state import ServerState
@@ -12,7 +13,7 @@ from nanovllm.server.streaming import JsonAnswer
 
 
 class TokenizeRequest(BaseModel):
-    """A text, or a conversation with the options of its chat template."""
+    """A text, or a conversation with the options of its chat template, as in chat completions."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     model: str | None = None
@@ -23,7 +24,9 @@ class TokenizeRequest(BaseModel):
     tools: list[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
 
 
 class DetokenizeRequest(BaseModel):
@@ -34,21 +37,30 @@ class DetokenizeRequest(BaseModel):
     tokens: list[int]
 
 
-_OF_MESSAGES = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+_OF_MESSAGES = (
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "chat_template_kwargs",
+    "reasoning_effort",
+)
 
 
-async def _token_ids(state: ServerState, request: TokenizeRequest) -> list[int]:
-    template = {name: value for name in _OF_MESSAGES if (value := getattr(request, name)) is not None}
+async def _token_ids(state: ServerState, request: TokenizeRequest, http: Request) -> list[int]:
+    fields = {name: value for name in _OF_MESSAGES if (value := getattr(request, name)) is not None}
     if request.prompt is not None and request.messages is None:
-        if template:
-            raise ApiError(400, f"{min(template)} needs messages, but there is a prompt", param=min(template))
+        if fields:
+            raise ApiError(400, f"{min(fields)} needs messages, but there is a prompt", param=min(fields))
         return await state.llm.encode(request.prompt, request.add_special_tokens is not False)
     if request.messages is None or request.prompt is not None:
         raise ApiError(400, "the request must have either prompt or messages", param="prompt")
     if request.add_special_tokens:
         message = "add_special_tokens must not be true with messages: the chat template writes the special tokens"
         raise ApiError(400, message, param="add_special_tokens")
-    return await state.llm.chat_prompt(request.messages, **template)
+    chat = ChatRequest(messages=request.messages, **fields).conversation(state, http)
+    tools = {"tools": chat.tools} if chat.tools else {}
+    return await state.llm.chat_prompt(chat.messages, **tools, **chat.template)
 
 
 def routes(state: ServerState) -> APIRouter:
@@ -56,9 +68,9 @@ def routes(state: ServerState) -> APIRouter:
     router = APIRouter()
 
     @router.post("/tokenize")
-    async def tokenize(request: TokenizeRequest) -> JsonAnswer:
+    async def tokenize(request: TokenizeRequest, http: Request) -> JsonAnswer:
         check_model(state, request.model)
-        token_ids = await _token_ids(state, request)
+        token_ids = await _token_ids(state, request, http)
         names = state.llm.tokenizer.convert_ids_to_tokens(token_ids) if request.return_token_strs else None
         return JsonAnswer(
             {

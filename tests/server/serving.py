@@ -8,7 +8,7 @@ import threading
 
 import httpx
 
-from nanovllm.server.app import create_app, make_state, run
+from nanovllm.server.app import Server, create_app, make_state
 from nanovllm.server.options import ServerOptions
 
 SECONDS = 120  # until what does not end is a failure, on a busy machine too
@@ -107,7 +107,7 @@ async def listening(llm, **options):
     state, _ = make_server(llm, **options)
     listener = socket.create_server(("127.0.0.1", 0))
     address = listener.getsockname()
-    serving = asyncio.create_task(run(state, listener))
+    serving = asyncio.create_task(Server(state).serve([listener]))
     try:
         async with httpx.AsyncClient(base_url=f"http://{address[0]}:{address[1]}", timeout=None) as client:
             await client.get("/version")  # waits until the server accepts

@@ -218,8 +218,11 @@ def test_with_tool_choice_none_the_model_sees_no_tools_and_calls_are_text():
 def test_the_template_gets_the_tools_in_the_order_that_models_know_without_strict():
     llm = ScriptedLLM("a")
     strict = {"function": {"strict": True, **WEATHER["function"]}, "type": "function"}
-    whole(llm, tools=[strict])
-    assert json.dumps(llm.template["tools"]) == json.dumps([WEATHER])
+    null = {"type": "object", "properties": {"a": {"const": None}}}
+    other = {"type": "function", "function": {"name": "now", "description": None, "parameters": null}}
+    whole(llm, tools=[strict, other])
+    shown = [WEATHER, {"type": "function", "function": {"name": "now", "parameters": null}}]
+    assert json.dumps(llm.template["tools"]) == json.dumps(shown)
 
 
 @pytest.mark.parametrize(

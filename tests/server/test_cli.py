@@ -28,7 +28,7 @@ from nanovllm.server.formats import TextFormat
 from nanovllm.server.options import ServerOptions
 from tests.helpers import SOON, assert_nothing_held, finish
 from tests.models.tiny import CHAT_TEMPLATE, save_tiny_with_tokenizer
-from tests.server.scripted_server import scripted_server
+from tests.server.scripted_http import scripted_server
 
 # -- flags -----------------------------------------------------------------------------------------------------------
 

@@ -26,38 +26,66 @@ from tests.server.serving import (
 
 COMPLETIONS = "/v1/completions"
 
+# Wrong values of fields that completions and chat completions share.
+BAD_SAMPLING = {
+    "max_tokens": [-1, 0, 1.5, "2", 10**30, [1], {}],
+    "temperature": [-1, 1e9, "hot", [], float("nan"), float("inf")],
+    "top_p": [0, -1, 2, "x"],
+    "top_k": [-2, 0.5, 10**20],
+    "n": [0, -1, 65, 10**9, "1"],
+    "stop": [[""], [1], 5, ["a"] * 65, "x" * 1025],
+    "seed": [-2, 2**64, "s"],
+    "logit_bias": [{"a": 1}, {"-1": 1}, {"1": 101}, {"99999": 1}, [1]],
+    "stop_token_ids": [[-1], ["a"], [10**12], 5],
+    "stream": ["yes", 1, []],
+    "stream_options": [{"x": 1}, 5, {"include_usage": "no"}],
+    "structured_outputs": [{}, {"json": 5}, {"regex": "("}, {"choice": []}, {"grammar": "\0"}, 5, {"xml": 1}],
+    "store": [True],
+    "min_tokens": [-1, 10**6],
+    "cache_salt": ["", 5, "x" * 5000],
+    "allowed_token_ids": [[], [-1], [10**6]],
+}
+MESSAGES = [{"role": "user", "content": "hi"}]
+
 # For each endpoint: a right body, and wrong values of its fields.
 BAD = {
     COMPLETIONS: (
         {"prompt": "a", "max_tokens": 2, "temperature": 0.5, "stream": True},
         {
+            **BAD_SAMPLING,
             "prompt": [None, 5, True, [], [[]], [1.5], ["a", 1], {"a": 1}, [-1], [10**30], "\ud800", [["a"]]],
-            "max_tokens": [-1, 0, 1.5, "2", 10**30, [1], {}],
-            "temperature": [-1, 1e9, "hot", [], float("nan"), float("inf")],
-            "top_p": [0, -1, 2, "x"],
-            "top_k": [-2, 0.5, 10**20],
-            "n": [0, -1, 65, 10**9, "1"],
-            "stop": [[""], [1], 5, ["a"] * 65, "x" * 1025],
-            "seed": [-2, 2**64, "s"],
             "logprobs": [-2, 129, "all"],
-            "logit_bias": [{"a": 1}, {"-1": 1}, {"1": 101}, {"99999": 1}, [1]],
-            "stop_token_ids": [[-1], ["a"], [10**12], 5],
-            "stream": ["yes", 1, []],
-            "stream_options": [{"x": 1}, 5, {"include_usage": "no"}],
-            "structured_outputs": [{}, {"json": 5}, {"regex": "("}, {"choice": []}, {"grammar": "\0"}, 5, {"xml": 1}],
             "suffix": ["x"],
             "best_of": [3, -1],
-            "store": [True],
-            "min_tokens": [-1, 10**6],
-            "cache_salt": ["", 5, "x" * 5000],
-            "allowed_token_ids": [[], [-1], [10**6]],
+        },
+    ),
+    "/v1/chat/completions": (
+        {"messages": MESSAGES, "max_tokens": 2, "stream": True},
+        {
+            **BAD_SAMPLING,
+            "messages": [
+                None,
+                [],
+                [{}],
+                [5],
+                "hi",
+                [{"role": "king", "content": "x"}],
+                [{"role": "user", "content": 5}],
+            ],
+            "logprobs": [1, "yes"],
+            "top_logprobs": [1, -1, "x"],
+            "tools": [5, [5], [{}], [{"type": "function"}], [{"type": "function", "function": {"name": 5}}]],
+            "tool_choice": ["required", "maybe", 5, {"type": "function", "function": {"name": "nobody"}}],
+            "response_format": [5, {}, {"type": "xml"}, {"type": "json_schema"}],
+            "chat_template": ["{{ 1 }}"],
+            "chat_template_kwargs": [5, {"chat_template": "{{ 1 }}"}, {"tools": []}],
         },
     ),
     "/tokenize": (
         {"prompt": "a"},
         {
             "prompt": [5, [], None, "\ud800"],
-            "messages": [[], [{}], [{"role": "user"}], 5, [{"role": 5, "content": "x"}]],
+            "messages": [[], [{}], 5, [{"role": 5, "content": "x"}], MESSAGES],
             "add_special_tokens": ["no"],
             "tools": [[], 5],
         },
@@ -242,7 +270,7 @@ def test_requests_that_take_longer_than_the_drain_end_with_an_error(own_llm):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: no device"), ValueError("shape"), MemoryError()])
-def test_failed_engine_answers_503_and_says_why(own_llm, error):
+def test_failed_engine_answers_503_and_says_why(own_llm, error, caplog):
     slow_down(own_llm)
 
     def fail():
@@ -266,6 +294,7 @@ def test_failed_engine_answers_503_and_says_why(own_llm, error):
             assert state.admission.num_samples == 0
 
     asyncio.run(asyncio.wait_for(use(), SECONDS))
+    assert caplog.text.count("The engine has failed") == 1
 
 
 def test_sleeping_engine_answers_503(own_llm):

@@ -22,6 +22,7 @@ PROPERTIES = {
     "s": {"type": ["string", "null"]},
     "u": {"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/word"}]},
     "e": {"enum": ["p", "q", 1]},
+    "k": {"const": "5"},
     "z": {},
 }
 SCHEMA = {"type": "object", "properties": PROPERTIES, "$defs": {"word": {"type": "string"}}}
@@ -211,6 +212,13 @@ def test_what_is_no_call_of_a_known_tool_is_text(tool_format, text):
     assert parsed(text, tool_format, step=1) == [Text(text)]
 
 
+@pytest.mark.parametrize("step", [16, None])
+def test_a_call_that_must_be_held_back_but_is_too_long_is_text(step):
+    text = '<tool_call>{"arguments": {"a": "%s"}, "name": "f"}</tool_call>'
+    assert calls(parsed(text % ("x" * 60_000), "hermes", step=step)) == [("f", json.dumps({"a": "x" * 60_000}))]
+    assert parsed(text % ("x" * 70_000), "hermes", step=step) == [Text(text % ("x" * 70_000))]
+
+
 def test_without_tools_a_call_is_text():
     text = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
     assert parsed(text, "hermes", tools=[]) == [Text(text)]
@@ -280,6 +288,7 @@ def test_qwen3_coder_text_values_stream_as_pieces_of_a_json_string():
         ("u", "true", "true"),
         ("e", "p", "p"),
         ("e", "1", 1),
+        ("k", "5", "5"),
         ("z", "12", 12),
         ("z", "text", "text"),
         ("unknown", "12", "12"),

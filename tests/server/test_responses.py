@@ -283,6 +283,17 @@ def test_what_has_an_effect_that_is_not_supported_is_refused_by_name(name, value
     assert name in error["message"]
 
 
+def test_two_forms_of_the_answer_are_refused():
+    text = {"format": {"type": "json_object"}}
+    with pytest.raises(openai.BadRequestError, match=r"text\.format and structured_outputs"):
+        create(ScriptedLLM("{}"), text=text, extra_body={"structured_outputs": {"regex": "a"}})
+
+
+def test_refusals_of_other_models_are_their_text():
+    refusal = {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    assert translated([refusal]) == [{"role": "assistant", "content": "No."}]
+
+
 def test_an_unknown_model_is_not_found():
     with pytest.raises(openai.NotFoundError, match="gpt-5"):
         create(ScriptedLLM("ok"), model="gpt-5")
