@@ -41,11 +41,11 @@ _CLOSE_S = 5
 
 def create_app(state: ServerState) -> FastAPI:
     """Return the app with all endpoints."""
-    from nanovllm.server import chat, completions, health, messages, models, responses, tokenize
+    from nanovllm.server import chat, completions, health, messages, models, page, responses, tokenize
 
     # The documentation pages would load scripts from elsewhere.
     app = FastAPI(title="nanovllm", version=__version__, docs_url=None, redoc_url=None)
-    for module in (chat, completions, messages, responses, models, tokenize, health):
+    for module in (chat, completions, messages, responses, models, tokenize, health, page):
         app.include_router(module.routes(state))
     for kind in (ApiError, TypeError, ValueError, RuntimeError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer_error)
@@ -251,6 +251,8 @@ def _greeting(state: ServerState, host: str, port: int) -> str:
     key = ' \\\n    -H "Authorization: Bearer $API_KEY"' if _listed(state.options.api_key) else ""
     return f"""\
 Serving {", ".join(state.model_names)} at http://{host}:{port}
+
+Open it in a browser to chat, or call it:
 
   curl http://{host}:{port}/v1/{path} -H "Content-Type: application/json"{key} \\
     -d '{json.dumps(body)}'

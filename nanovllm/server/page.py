@@ -2,12 +2,10 @@
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
-if TYPE_CHECKING:
-    from nanovllm.server.state import ServerState
+from nanovllm.server.state import ServerState
 
 _FOLDER = Path(__file__).parent / "page"
 
@@ -45,7 +43,7 @@ _HEADERS = {
 }
 
 
-def routes(state: "ServerState") -> APIRouter:
+def routes(state: ServerState) -> APIRouter:
     """Return the routes of the page: `/` and `/page/NAME`. They need no API key, because the page asks for it."""
     router = APIRouter(include_in_schema=False)
     for file in sorted(_FOLDER.iterdir()):

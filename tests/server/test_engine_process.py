@@ -13,6 +13,8 @@ from nanovllm.server.engine_client import EngineClient
 from tests.helpers import all_end
 from tests.models.tiny import save_tiny_with_tokenizer
 
+pytestmark = pytest.mark.xdist_group("engine process")  # one worker starts the engine
+
 OPTIONS = {"device": "cpu", "max_model_len": 256, "max_num_seqs": 8, "num_kvcache_blocks": 64, "kvcache_block_size": 16}
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
