@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.models.tiny import CHAT_TEMPLATE, save_tiny_with_tokenizer
 
 SECONDS = 300  # until what does not end is a failure, on a busy machine too
-ENGINE = {"device": "cpu", "max_model_len": 1024, "num_kvcache_blocks": 256, "kvcache_block_size": 16}
+ENGINE = {"device": "cpu", "max_model_len": 512, "num_kvcache_blocks": 256, "kvcache_block_size": 16}
 # Prints tools, so that the server finds the format of the calls here.
 TEMPLATE = (
     "{% for tool in tools or [] %}<tool_call>{{ tool['function']['name'] }}</tool_call>{% endfor %}" + CHAT_TEMPLATE
