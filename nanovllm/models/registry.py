@@ -380,7 +380,7 @@ class ModelConfig:
             partial_rotary_factor=rotary_factor,
             layer_types=layer_types,
             linear_attention=_linear_attention(config) if "linear_attention" in (layer_types or ()) else None,
-            dtype=_dtype(config),
+            dtype=_first_given(stated_dtype(whole), torch.float32),
             eos_token_ids=ends,
             moe=_moe(config) if config.model_type in _MOE_FAMILIES else None,
             **_family_options(config, layer_types),
@@ -441,11 +441,14 @@ def _first_given(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def _dtype(config: Any) -> Any:
-    dtype = getattr(config, "dtype", None)
-    if dtype is None:  # only then, as the older name makes transformers 5 warn
-        dtype = _first_given(getattr(config, "torch_dtype", None), torch.float32)
-    return getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+def stated_dtype(config: Any) -> Any:
+    """Return the dtype that a transformers config states for the whole model or else for its text; None without one."""
+    for part in (config, getattr(config, "text_config", None)):
+        # Only configs of transformers 4 lack the newer name. Reading the older one makes transformers 5 warn.
+        dtype = part.dtype if hasattr(part, "dtype") else getattr(part, "torch_dtype", None)
+        if dtype is not None:
+            return getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    return None
 
 
 def check_model_type(model_type: Any) -> None:
