@@ -443,7 +443,7 @@ def _first_given(*values: Any) -> Any:
 
 def stated_dtype(config: Any) -> Any:
     """Return the dtype that a transformers config states for the whole model or else for its text; None without one."""
-    for part in (config, getattr(config, "text_config", None)):
+    for part in (config, getattr(config, "text_config", config)):
         # Only configs of transformers 4 lack the newer name. Reading the older one makes transformers 5 warn.
         dtype = part.dtype if hasattr(part, "dtype") else getattr(part, "torch_dtype", None)
         if dtype is not None:
