@@ -190,12 +190,12 @@ class RequestOutput:
     Args:
         request_id: the id that `add_request` returned, a string.
         prompt: the prompt's text, if it was given as text.
-        prompt_token_ids: the prompt's tokens.
+        prompt_token_ids: the prompt's tokens, in a list that all outputs of a stream share.
         outputs: the samples, in their order; in a stream, those that have something new.
         finished: whether this is the request's last output.
         num_cached_tokens: how many prompt tokens were taken from the prefix cache.
         prompt_logprobs: the requested log-probabilities of each token of the prompt, with None for the first token;
-            None if none were requested.
+            None if none were requested. All outputs of a stream share them, too.
         time_to_first_token, total_time: seconds since the request was added; None until they are known.
         weight_version: version of the weights when this output was made; 0 until `update_weights` is called.
         metrics: times and counts, by vLLM's names.

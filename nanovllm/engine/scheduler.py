@@ -265,7 +265,8 @@ class Scheduler:
             for row in rows:
                 seq = step.sequences[row]
                 for i in islice(indices, len(batch.rows[row].target_ids)):
-                    seq.prompt_logprobs.append(logprobs.row(i, seq.num_prompt_logprobs or 0))
+                    if seq.status is not Status.FINISHED:
+                        seq.prompt_logprobs.append(logprobs.row(i, seq.num_prompt_logprobs or 0))
 
     def _release(self, seq: Sequence) -> None:
         """Free the placement of a finished sequence, unless a step in flight still uses it."""

@@ -305,6 +305,21 @@ def test_increments_of_a_stream_join_to_the_whole_output(speaking):
                 assert mine[-1].finish_reason == "length"
 
 
+def test_outputs_of_a_stream_share_the_prompt_but_not_with_the_engine(model):
+    """Copies of a long prompt would take the engine's thread longer than the rest of the step."""
+    prompt, params = prompts_of([40])[0], greedy(8, prompt_logprobs=1)
+    with engine(model) as llm:
+        (want,) = llm.generate([prompt], params, use_tqdm=False)
+        stream = llm.stream(prompt, params)
+        outputs = [next(stream)]
+        assert outputs[0].prompt_token_ids == prompt and outputs[0].prompt_logprobs == want.prompt_logprobs
+        outputs[0].prompt_token_ids.clear()
+        outputs += stream
+    assert all(output.prompt_token_ids is outputs[0].prompt_token_ids for output in outputs)
+    assert all(output.prompt_logprobs is outputs[0].prompt_logprobs for output in outputs)
+    assert [token_id for output in outputs for token_id in output.token_ids] == want.token_ids
+
+
 def test_stream_reports_the_end_of_each_sample_once(model):
     with engine(model) as llm:
         parts = list(llm.stream([5, 6, 7], SamplingParams(n=4, seed=3, max_tokens=30, stop_token_ids=range(30))))
