@@ -89,6 +89,8 @@ def _load_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
     """Return the tokenizer in a folder or a GGUF file, with options of transformers' tokenizers."""
     try:
         tokenizer = _read_tokenizer(path, **options)
+        if tokenizer.chat_template is None and (file := path / "chat_template.json").is_file():
+            tokenizer.chat_template = _template_of_processor(file)
         # The first call turns off truncation and padding, which must not happen while another thread encodes. It also
         # shows options that make each call fail, such as a model_max_length that is no number.
         tokenizer.encode("", add_special_tokens=False)
@@ -113,6 +115,14 @@ def _read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
     if not isinstance(tokenizer, PreTrainedTokenizerFast):  # transformers prefers mistral-common's if installed
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **options)
     return tokenizer
+
+
+def _template_of_processor(file: Path) -> str:
+    """Return the chat template in a chat_template.json, where older processors of multimodal models have theirs."""
+    template = read_json(file).get("chat_template")
+    if not isinstance(template, str):
+        raise ValueError(f"{file.name} must have text as its chat_template, got {shown(template)}")
+    return template
 
 
 def _explain(error: Exception, folder: Path) -> str:

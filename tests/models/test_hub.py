@@ -199,6 +199,19 @@ def test_end_token_of_the_tokenizer_is_used_if_the_configs_have_none(tmp_path):
     assert source.config.eos_token_ids == (2,)
 
 
+def test_template_of_a_processor_is_read_if_the_tokenizer_has_none(tmp_path):
+    path, own = (save_tiny_with_tokenizer(tmp_path / name, "qwen3", name or None) for name in ("", "own"))
+    for folder in (path, own):
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": "a processor's"}))
+    assert get_tokenizer(own).chat_template == "own"
+    assert get_tokenizer(path).chat_template == "a processor's"
+    assert get_tokenizer(path, chat_template="given").chat_template == "given"
+    assert open_model(path).tokenizer().chat_template == "a processor's"
+    (path / "chat_template.json").write_text(json.dumps({"chat_template": 7}))
+    with pytest.raises(ValueError, match=r"chat_template\.json must have text as its chat_template, got 7"):
+        get_tokenizer(path)
+
+
 @pytest.mark.parametrize("kind", ["GPT2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizerFast"])
 def test_tokenizer_json_decides_how_text_is_split_whatever_class_is_named(tmp_path, kind):
     """GPT2Tokenizer, which SmolLM2 names, would make two pieces of the newlines."""
