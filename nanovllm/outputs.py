@@ -106,9 +106,12 @@ class LogprobRows(Sequence[dict[int, Logprob] | None]):
 
     def __reduce__(self) -> tuple:
         """Copy and pickle the texts of the rows' tokens in place of the function that returns them."""
-        texts = {}
+        token_ids: set[int] = set()
         if self.text is not _no_text:
-            texts = {token_id: value.decoded_token for row in self if row for token_id, value in row.items()}
+            for row in filter(None, self._rows):
+                own, *_ = _OWN.unpack_from(row)
+                token_ids |= {own, *(token_id for token_id, _ in _LIKELY.iter_unpack(row[_OWN.size :]))}
+        texts = {token_id: self.text(token_id) for token_id in token_ids}
         return LogprobRows, (self._rows, texts.get)
 
     def __deepcopy__(self, memo: dict) -> list[dict[int, Logprob] | None]:

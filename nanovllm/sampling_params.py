@@ -72,19 +72,23 @@ class StructuredOutputsParams:
     """The form that an output must have: exactly one of json, regex, choice, grammar, json_object, structural_tag.
 
     Args:
-        json: a JSON schema, as a dict or as text. In a `pattern`, `\\d` and `\\w` match ASCII only and `\\s` matches
-            Unicode, as in JavaScript. Keywords of JSON Schema that llguidance does not follow, and formats that it does
-            not know, are refused. Other words mean nothing in JSON Schema and are ignored, also misspelled keywords; so
-            are `uniqueItems: false`, formats of numbers, `password` and `binary`. An integer has at most 64 bits. Where
-            an object may have properties without a name in the schema, a named one spelled with an escape, as `\\u0061`
-            for `a`, counts as one of these.
+        json: a JSON schema, as a dict or as text. In a `pattern`, classes, `\\d`, `\\w` and `\\s` mean what they do in
+            JavaScript; a dot matches all but a newline. A class that excludes a quotation mark or a backslash excludes
+            U+0000 as well. Keywords of JSON Schema that llguidance does not follow, and formats that it does not know,
+            are refused. So are `minProperties` above 1 + the number of required names, because a repeated name would
+            count, and such a class in `patternProperties` without `additionalProperties: false`. Other words mean
+            nothing in JSON Schema and are ignored, also misspelled keywords; so are `uniqueItems: false`, formats of
+            numbers, `password` and `binary`. An integer has at most 64 bits. Where an object may have properties that
+            the schema neither names nor has a pattern for, a name spelled with an escape, as `\\u0061` for `a`, counts
+            as one of these.
         regex: a regular expression in Rust's notation that the whole output matches. `\\d`, `\\w` and `\\s` match ASCII
             only; `\\p{...}` matches Unicode classes.
         choice: the output is one of these texts.
         grammar: a context-free grammar in Lark's notation, or in GGML's (GBNF). In its regular expressions `\\d`,
             `\\w` and `\\s` match Unicode, as in Python. Its texts never match a special token; in Lark's notation
-            `<|name|>` without quotes does. A terminal takes as many characters as it can, as in Lark. A GBNF rule that
-            refers to no rules but terminals is one, too: nothing matches `word "a"` with `word ::= [a-z]+`.
+            `<|name|>` without quotes does, and `<[NAME]>` matches the token `[NAME]`. `%json {...}` is a JSON schema. A
+            terminal takes as many characters as it can, as in Lark. A GBNF rule that refers to no rules but terminals
+            is one, too: nothing matches `word "a"` with `word ::= [a-z]+`.
         json_object: True is any JSON object; False is the same as None.
         disable_any_whitespace: white space in JSON. None is a space behind commas and colons and no other; True is
             none at all; False lets the model write any, which a small model may do for ever.
@@ -119,6 +123,9 @@ class StructuredOutputsParams:
         for name in ("json_object", "disable_any_whitespace", "disable_additional_properties"):
             if not isinstance(value := getattr(self, name), bool | None):
                 raise TypeError(f"structured_outputs.{name} must be a bool, got {shown(value)}")
+        if not isinstance(self.whitespace_pattern, str | None):
+            got = shown(self.whitespace_pattern)
+            raise TypeError(f"structured_outputs.whitespace_pattern must be a string, got {got}")
         if self.json_object is False:
             object.__setattr__(self, "json_object", None)
         given = [name for name in _FORMS if getattr(self, name) is not None]
@@ -364,9 +371,9 @@ class SamplingParams:
 
         Other ranks do not know subclasses of the caller's program, so the result is never one.
         """
-        values = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
-        if type(self) is SamplingParams and all(values[name] == unset for name, unset in _ENGINE_ONLY.items()):
+        if type(self) is SamplingParams and all(getattr(self, name) == unset for name, unset in _ENGINE_ONLY.items()):
             return self
+        values = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
         return SamplingParams(**values | _ENGINE_ONLY)
 
     @property

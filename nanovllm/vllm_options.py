@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, TypeVar
 
-from nanovllm.checks import is_list, shown
+from nanovllm.checks import is_list, length, shown
 
 T = TypeVar("T")
 
@@ -275,8 +275,8 @@ def check_call(arguments: Mapping[str, Any], neutral: Mapping[str, tuple], num_p
     for name, value in arguments.items():
         if name not in neutral:
             raise TypeError(f"there is no argument {name:.100}")
-        if is_list(value) and len(value) != num_prompts:
-            raise ValueError(f"{name} has {len(value)} entries for {num_prompts} prompts")
+        if is_list(value) and length(value) != num_prompts:
+            raise ValueError(f"{name} has {length(value)} entries for {num_prompts} prompts")
         for entry in value if is_list(value) else [value]:
             drop_neutral({name: entry}, neutral)
 

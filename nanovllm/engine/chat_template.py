@@ -69,9 +69,9 @@ class ChatTemplate:
     def _adapt(self, message: Mapping, name: str) -> dict:
         adapted, role = dict(message), message["role"]
         calls = message.get("tool_calls") if role == "assistant" else None
+        if calls is not None and not (is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
+            raise TypeError(f"{name}['tool_calls'] must be a list of dicts, got {shown(calls)}")
         if calls:
-            if not is_list(calls) or not all(isinstance(call, Mapping) for call in calls):
-                raise TypeError(f"{name}['tool_calls'] must be a list of dicts")
             adapted["tool_calls"] = [
                 self._adapt_call(call, f"{name}['tool_calls'][{i}]") for i, call in enumerate(calls)
             ]
@@ -100,8 +100,8 @@ class ChatTemplate:
         if not isinstance(function, Mapping):
             raise TypeError(f"{name}['function'] must be a dict, got {type(function).__name__}")
         arguments = function.get("arguments")
-        if arguments is None or arguments == "":  # clients write both for a call without arguments
-            arguments = {}
+        if arguments is None or (isinstance(arguments, str) and not arguments):
+            arguments = {}  # clients write both for a call without arguments
         if isinstance(arguments, str) and not self._calls["text"]:
             arguments = _parse_arguments(arguments, name)
         elif isinstance(arguments, Mapping) and self._calls["text"] and not self._calls["object"]:

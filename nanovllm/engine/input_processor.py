@@ -207,6 +207,19 @@ class InputProcessor:
             # A batch, because only that releases the GIL.
             return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
+    def encode_bounded(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Do the same as `encode`, but refuse a text of far too many tokens for `max_model_len`."""
+        self._check_text("text", text)
+        return self.encode(text, add_special_tokens)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of token ids, special tokens included."""
+        if (num_tokens := length(token_ids)) > self.max_model_len:
+            raise ValueError(f"tokens are {num_tokens} ids, too many for max_model_len={self.max_model_len}")
+        if token_ids:
+            self._check_ids("tokens", token_ids)
+        return self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
     def token_bytes(self, skip_special_tokens: bool) -> TokenBytes:
         """Return the bytes of each token, which make the text of outputs."""
         if skip_special_tokens not in self._token_bytes:
@@ -228,14 +241,17 @@ class InputProcessor:
             raise TypeError(f"prompt must be text or a list of token ids, got {type(prompt).__name__}")
         if not token_ids:
             raise ValueError("prompt is empty; it must have at least one token")
+        self._check_ids("prompt", token_ids)
+        return token_ids
+
+    def _check_ids(self, name: str, token_ids: list[int]) -> None:
         # Prompts are long, so a right one is not checked by a loop in Python.
         are_integers = set(map(type, token_ids)) == {int}
         if not are_integers or min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
             wrong = next(i for i in token_ids if type(i) is not int or not 0 <= i < self.vocab_size)
             if type(wrong) is not int:
-                raise TypeError(f"prompt must be text or a list of int token ids, got an id {shown(wrong)}")
-            in_vocabulary("prompt", [wrong], self.vocab_size)
-        return token_ids
+                raise TypeError(f"{name} must be text or a list of int token ids, got an id {shown(wrong)}")
+            in_vocabulary(name, [wrong], self.vocab_size)
 
     def _check_text(self, name: str, text: str) -> None:
         """Refuse a text of far too many tokens before all of it is tokenised, which would take long."""
@@ -439,7 +455,7 @@ def _function_schema(tool: Callable) -> dict:
 
 
 def _is_chat(messages: Any) -> bool:
-    return is_list(messages) and len(messages) > 0 and all(map(_is_message, messages))
+    return is_list(messages) and length(messages) > 0 and all(map(_is_message, messages))
 
 
 def _is_message(message: Any) -> bool:

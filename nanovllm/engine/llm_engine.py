@@ -546,9 +546,10 @@ def _pairs(weights: Any) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 def _memory_parts(tags: Any) -> tuple[str, ...]:
-    parts = tuple(tags) if is_list(tags) or isinstance(tags, set | frozenset) else None
-    if parts is None or not all(isinstance(part, str) for part in parts):
+    is_listed = is_list(tags) or isinstance(tags, set | frozenset)
+    if not is_listed or not all(isinstance(part, str) for part in tags):
         raise TypeError(f"tags must be None or a list of {' and '.join(MEMORY)}, got {shown(tags)}")
+    parts = tuple(tags)
     if unknown := [part for part in parts if part not in MEMORY]:
         raise ValueError(f"tags must be None or a list of {' and '.join(MEMORY)}, got {shown(unknown[0])}")
     return parts

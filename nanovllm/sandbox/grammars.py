@@ -141,7 +141,7 @@ def _grammar_text(
     from llguidance import LLMatcher, regex_to_lark
 
     if grammar is not None:
-        return _with_text_tokens(_lark(grammar), text_tokens) + _UNFORCED
+        return _with_tokens(_with_schemas(_lark(grammar)), text_tokens, special_tokens) + _UNFORCED
     if regex is not None:
         return _unforced(LLMatcher.grammar_from_regex(regex_to_lark(regex, "dws")))
     if choice is not None:
@@ -234,8 +234,8 @@ def _literal(text: str) -> str:
 
 # A Lark grammar starts a line with one of these. `?` and `!` before a rule are Lark's, `::=` is GBNF's.
 _LARK_START = re.compile(r"^[ \t]*(?:%llguidance\b|[?!]?start\b[^:\n]*:(?!:=))", re.MULTILINE)
-# The text, class, comment or dot at some place of a GBNF grammar.
-_GBNF_PARTS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*|\.')
+# The text, class, comment, dot or repeated group's end at some place of a GBNF grammar.
+_GBNF_PARTS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*|\.|\)(?=\s*[*+?{])')
 _GBNF_CHARACTER = r"(?:\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|\\.|[^\\])"
 _GBNF_RANGE = re.compile(rf"({_GBNF_CHARACTER})(?:-({_GBNF_CHARACTER}))?", re.DOTALL)
 
@@ -251,9 +251,11 @@ def _plain_part(part: re.Match) -> str:
     """Return a part of a GBNF grammar with its characters spelled so that llguidance converts them correctly.
 
     It cuts zeros from `\u00e9`, lets a dot match no newline, and makes a regular expression of a class, in which `&&`,
-    `--` and `~~` are operators.
+    `--` and `~~` are operators. It drops the parentheses of `("a"+)?`, unless the group has a second item.
     """
     text = part[0]
+    if text == ")":
+        return ' "")'
     if text == ".":
         return "[\\x00-\U0010ffff]"
     if text.startswith("#"):
@@ -272,19 +274,45 @@ def _plain_character(text: str) -> str:
         if not code and kind not in 'nrt"\\[]':
             return text  # the conversion refuses it
         text = chr(int(code, 16)) if code else {"n": "\n", "r": "\r", "t": "\t"}.get(kind, kind)
-    return text if text.isalnum() or not text.isascii() else f"\\x{ord(text):02x}"
+    return _spelled(text)
+
+
+def _spelled(character: str) -> str:
+    """Return a character that means itself in a class: a letter, a digit, one beyond ASCII, or `\x2d`."""
+    return character if character.isalnum() or not character.isascii() else f"\\x{ord(character):02x}"
 
 
 _LARK_PARTS = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|<[^<>\s]+>')
 
 
-def _with_text_tokens(lark: str, token_ids: dict[str, int]) -> str:
-    """Replace `<think>` in a Lark grammar by that token's number, because llguidance takes the name for text."""
+def _with_tokens(lark: str, text_tokens: dict[str, int], special_tokens: dict[str, int]) -> str:
+    """Replace names of tokens in a Lark grammar by their numbers where llguidance would not find them.
+
+    It takes the name `<think>` of an added token that is not special for text, and a name in square brackets, as in
+    `<[TOOL_CALLS]>`, for numbers.
+    """
 
     def numbered(part: re.Match) -> str:
-        return f"<[{token_ids[part[0]]}]>" if part[0] in token_ids else part[0]
+        token_id = text_tokens.get(part[0], special_tokens.get(part[0][1:-1]) if part[0][:2] == "<[" else None)
+        return part[0] if token_id is None else f"<[{token_id}]>"
 
     return _LARK_PARTS.sub(numbered, lark)
+
+
+_SCHEMA_START = re.compile(rf"{_LARK_PARTS.pattern}|%json\s*(?={{)")
+
+
+def _with_schemas(lark: str) -> str:
+    """Return a Lark grammar whose `%json` schemas are as `_supported_schema` returns them."""
+    decoder, parts, at = json.JSONDecoder(), [], 0
+    while found := _SCHEMA_START.search(lark, at):
+        parts.append(lark[at : found.end()])
+        at = found.end()
+        if found[0].startswith("%json"):
+            _, end = decoder.raw_decode(lark, at)
+            parts.append(_supported_schema(lark[at:end]))
+            at = end
+    return "".join(parts) + lark[at:]
 
 
 # Keywords whose value maps any names to schemas, and keywords whose value is no schema.
@@ -322,7 +350,9 @@ def _adapt(schema: Any, is_closed: bool) -> None:
     if isinstance(schema.get("format"), str) and schema["format"] in _ANY_FORMAT:
         del schema["format"]
     _check_exclusive_bounds(schema)
+    _check_min_properties(schema)
     _merge_named_patterns(schema)
+    _follow_patterns(schema)
     for keyword, value in schema.items():
         if keyword in _VALUES:
             continue
@@ -349,6 +379,103 @@ def _merge_named_patterns(schema: dict[str, Any]) -> None:
         match = re.fullmatch(r"\^([\w -]+)\$", pattern)
         if match and match[1] in properties:
             properties[match[1]] = {"allOf": [properties[match[1]], patterns.pop(pattern)]}
+
+
+def _follow_patterns(schema: dict[str, Any]) -> None:
+    """Rewrite the patterns of a schema so that llguidance follows them, and exclude 29 February of other years."""
+    if isinstance(pattern := schema.get("pattern"), str):
+        schema["pattern"] = _exact_pattern(pattern)
+    if schema.get("format") in ("date", "date-time"):
+        schema["allOf"] = [*_list(schema.get("allOf")), {"pattern": _EXISTING_DAY}]
+    if not isinstance(patterns := schema.get("patternProperties"), dict):
+        return
+    exact: dict[str, Any] = {}
+    for pattern, subschema in patterns.items():
+        name = _exact_pattern(pattern)
+        # A name with U+0000, which the pattern does not match any more, must not count as one of the other names.
+        if _WITHOUT_NUL in name and (schema.get("additionalProperties") is not False or _has_nul_names(schema)):
+            what = "patternProperties with a class that excludes a quotation mark or a backslash"
+            raise ValueError(f"{what} need additionalProperties false and no name with U+0000, got {pattern!r:.100}")
+        exact[name] = {"allOf": [exact[name], subschema]} if name in exact else subschema
+    schema["patternProperties"] = exact
+
+
+def _has_nul_names(schema: dict[str, Any]) -> bool:
+    """Whether a property's name has the character U+0000."""
+    properties = schema.get("properties")
+    return isinstance(properties, dict) and any("\0" in name for name in properties)
+
+
+_PATTERN_CODE = r"\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\[xu]\{[0-9a-fA-F]{1,6}\}"
+_PATTERN_CHARACTER = rf"(?:{_PATTERN_CODE}|\\[pP](?:\{{[^}}]*\}}|[a-zA-Z])|\\.|[^\\])"
+# The class, the flag x or the character at some place of a pattern. As in JavaScript, the first `]` ends a class.
+_PATTERN_PARTS = re.compile(
+    rf"\[(?P<negation>\^?)(?P<body>(?:\\.|[^\]\\])*)\]|(?P<flag>\(\?[a-zA-Z]*x)|{_PATTERN_CHARACTER}", re.DOTALL
+)
+_PATTERN_RANGE = re.compile(rf"({_PATTERN_CHARACTER})(?:-({_PATTERN_CHARACTER}))?", re.DOTALL)
+_WITHOUT_NUL = r"--\x00]"
+
+
+def _exact_pattern(pattern: str) -> str:
+    """Return a pattern in JavaScript's notation as one that llguidance follows exactly.
+
+    llguidance reads Rust's notation, in which a class may have operators and other classes. If a class has all control
+    characters, it also lets an escaped quotation mark and backslash follow. So a class without one of these two loses
+    U+0000. No union of such classes has all control characters either.
+    """
+    return _PATTERN_PARTS.sub(_exact_part, pattern)
+
+
+def _exact_part(part: re.Match) -> str:
+    """Return a class or a character of a pattern in Rust's notation."""
+    text, body = part[0], part["body"]
+    if part["flag"]:
+        raise ValueError(f"pattern must not have the flag x, got {text}")
+    if body is None:
+        is_class = text[:2] in (*_SPACES, r"\p", r"\P") or _plain_character_of_pattern(text) == r"\x00"
+        return _exact_class(f"[{text}]") if is_class else text
+    if not body:
+        raise ValueError(rf"pattern must not have ] as the first character of a class: write {text[:-1]}\]")
+    ranges = _PATTERN_RANGE.finditer(body)
+    body = "".join("-".join(_plain_character_of_pattern(end) for end in each.groups() if end) for each in ranges)
+    return _exact_class(f"[{part['negation']}{body}]")
+
+
+def _plain_character_of_pattern(text: str) -> str:
+    r"""Return a character of a pattern as `_plain_character` does, and an escape such as `\d` as it is."""
+    if re.fullmatch(_PATTERN_CODE, text) and (code := int(text[2:].strip("{}"), 16)) <= 0x10FFFF:
+        return _spelled(chr(code))
+    return text if text[0] == "\\" and text[1].isalnum() else _spelled(text[-1])
+
+
+# JavaScript's white space in place of Unicode's.
+_SPACES = {r"\s": r"[[\s\ufeff]--\x85]", r"\S": r"[^[\s\ufeff]--\x85]"}
+
+
+def _exact_class(text: str) -> str:
+    """Return a class with JavaScript's white space, and without U+0000 if it lacks a quotation mark or a backslash."""
+    try:
+        matches = re.compile(text, re.ASCII).match
+        is_exact = not matches("\0") or (matches('"') and matches("\\"))
+    except re.error:  # Python does not know \p{L}
+        is_exact = False
+    for escape, exact in _SPACES.items():
+        text = text.replace(escape, exact)
+    return text if is_exact else f"[{text}{_WITHOUT_NUL}"
+
+
+# The 29th of February exists in some years only.
+_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
+_EXISTING_DAY = f"^(?:{_LEAP_YEAR}-02-29|[0-9]{{4}}-(?:02-(?:[01][0-9]|2[0-8])|0[13-9]-|1))"
+
+
+def _check_min_properties(schema: dict[str, Any]) -> None:
+    """Refuse a number of properties that a repeated name could reach: llguidance counts it each time."""
+    minimum: Any = schema.get("minProperties")
+    num_names = len(set(map(str, _list(schema.get("required")))))
+    if _is_number(minimum) and minimum > num_names + 1:
+        what = "minProperties must be at most 1 + the number of required names, because a repeated name would count"
+        raise ValueError(f"{what}, got {str(minimum)[:40]}")
 
 
 def _check_exclusive_bounds(schema: dict[str, Any]) -> None:

@@ -23,3 +23,59 @@ class ApiError(Exception):
 
     def __post_init__(self):
         super().__init__(self.message)
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """Return what a client is told about an exception. What the client cannot mend has a plain message."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RecursionError):
+        return ApiError(400, "the request is nested too deeply")
+    if isinstance(error, TypeError | ValueError):
+        return ApiError(400, f"{error!s:.1000}")
+    if type(error) is RuntimeError:  # the engine is closed, asleep or has failed; subclasses mean something else
+        return ApiError(503, f"{error!s:.1000}", code="engine_unavailable")
+    return ApiError(500, "the server has failed to answer; its log says why", code="internal_error")
+
+
+# Names of errors by status, in the two forms.
+_OPENAI_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def openai_error(error: ApiError) -> dict:
+    """Return an error in the form of OpenAI's API."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    kind = _OPENAI_TYPES.get(error.status, kind)
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def aborted(stop_reason: int | str | None) -> ApiError:
+    """Return the error of a request with a sample whose finish_reason is "abort"."""
+    if stop_reason is None:
+        return ApiError(503, "the server has ended this request")
+    return ApiError(400, f"the structured output was given up: {stop_reason}", param="structured_outputs")
+
+
+def error_body(error: ApiError, path: str) -> dict:
+    """Return an error in the form of the API that `path` belongs to."""
+    return anthropic_error(error) if path.startswith("/v1/messages") else openai_error(error)
+
+
+def anthropic_error(error: ApiError) -> dict:
+    """Return an error in the form of Anthropic's API."""
+    kind = "invalid_request_error" if error.status < 500 else "api_error"
+    kind = _ANTHROPIC_TYPES.get(error.status, kind)
+    return {"type": "error", "error": {"type": kind, "message": error.message}}

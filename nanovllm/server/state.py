@@ -1,9 +1,13 @@
 """What the endpoints share."""
 
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
-from nanovllm import AsyncLLM
+from nanovllm import AsyncLLM, RequestOutput, SamplingParams
 from nanovllm.server.admission import Admission
+from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.formats import TextFormat
 from nanovllm.server.metrics import ServerMetrics
 from nanovllm.server.options import ServerOptions
@@ -14,15 +18,35 @@ class ServerState:
     """What the endpoints share.
 
     Args:
-        llm: the engine. Endpoints use its public methods only.
+        llm: the engine, in this process or in its own. Endpoints use the methods that both have.
         model_names: the model's names in the API; the first is the one that answers carry.
         format: how the model writes its thinking and its tool calls.
         admission: counts the requests that the engine has, and refuses those that are too many.
     """
 
-    llm: AsyncLLM
+    llm: AsyncLLM | EngineClient
     options: ServerOptions
     model_names: tuple[str, ...]
     format: TextFormat
     admission: Admission
     metrics: ServerMetrics
+
+    def generate(
+        self, prompt: Any, params: SamplingParams, request_id: str | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answer a prompt as `AsyncLLM.generate` does, and count the request in the metrics.
+
+        Raises:
+            TypeError, ValueError: the request cannot be served. Some faults show at the first output only.
+            RuntimeError: the engine is closed, asleep or has failed, whatever error this was at first.
+        """
+        return self.metrics.observe(self._outputs(self.llm.generate(prompt, params, request_id)), params.n)
+
+    async def _outputs(self, outputs: Any) -> AsyncGenerator[RequestOutput, None]:
+        async with aclosing(outputs):
+            try:
+                async for output in outputs:
+                    yield output
+            except Exception:
+                await self.llm.check_health()  # raises RuntimeError if the engine is the reason
+                raise

@@ -2,7 +2,9 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -306,10 +308,16 @@ def test_arguments_that_are_no_json_object_are_refused(arguments):
         processor(AS_JSON).chat_prompts(calling(arguments))
 
 
-@pytest.mark.parametrize("calls", ["x", [5], [{"function": 5}]])
+@pytest.mark.parametrize("calls", ["x", [5], [{"function": 5}], np.array([1, 2]), torch.tensor([1, 2])])
 def test_tool_calls_of_another_form_are_refused(calls):
     with pytest.raises(TypeError, match="tool_calls"):
         processor(AS_JSON).chat_prompts([USER, {"role": "assistant", "content": None, "tool_calls": calls}])
+
+
+def test_messages_of_more_entries_than_a_length_can_say_are_refused():
+    for messages in (range(10**30), [range(10**30)]):
+        with pytest.raises(TypeError, match="messages must be a list of dicts"):
+            processor(AS_JSON).chat_prompts(messages)
 
 
 def test_content_may_be_missing_beside_tool_calls():

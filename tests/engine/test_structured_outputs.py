@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import threading
 import time
 
@@ -63,13 +64,13 @@ def allowed(token_filter):
     return np.flatnonzero(np.unpackbits(token_filter.mask().view(np.uint8), bitorder="little"))
 
 
-def walk(token_filter, tokenizer, seed, most=200):
-    """The text of random allowed tokens, short ones first, and whether it is complete."""
+def walk(token_filter, tokenizer, seed, most=200, preferred=('"', "}", "]", '":', ".")):
+    """The text of random allowed tokens, half of them `preferred` ones, and whether it is complete."""
     rng, token_ids = random.Random(seed), []
     while not token_filter.is_complete and len(token_ids) < most:
         choices = [int(i) for i in allowed(token_filter)]
-        closing = [i for i in choices if i in tokenizer.convert_tokens_to_ids(['"', "}", "]", '":', "."])]
-        token_ids.append(rng.choice(closing if closing and rng.random() < 0.5 else choices))
+        frequent = [i for i in choices if i in tokenizer.convert_tokens_to_ids(list(preferred))]
+        token_ids.append(rng.choice(frequent if frequent and rng.random() < 0.5 else choices))
         token_filter.accept(token_ids[-1])
         assert token_filter.error is None, (tokenizer.decode(token_ids), token_filter.error)
     return tokenizer.decode(token_ids), token_filter.is_complete
@@ -307,6 +308,11 @@ def test_exclusive_bounds_of_numbers_are_obeyed(grammars, tokenizer, schema, ins
         ({"type": "number", "exclusiveMinimum": 0.0, "allOf": [{"maximum": 0.5}]}, "exclusiveMinimum"),
         ({"allOf": [{"exclusiveMaximum": -1}, {"minimum": -1.5}]}, "exclusiveMaximum"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "object", "minProperties": 2}, "minProperties"),
+        ({"type": "object", "patternProperties": {"^a": {}}, "required": ["a"], "minProperties": 3}, "minProperties"),
+        ({"type": "object", "patternProperties": {'^[^"]$': {}}}, "patternProperties"),
+        ({"type": "string", "pattern": "^[]a]$"}, "pattern"),
+        ({"type": "string", "pattern": "(?x)a # ["}, "pattern"),
         ({"type": "string", "format": "nonsense"}, "nonsense"),
     ],
 )
@@ -354,9 +360,12 @@ def test_lark_grammar_is_recognised_by_its_start_rule(grammars, tokenizer, mark)
         ("[a-]", ["a", "-"], ["b"]),
         (r'"\"\\" [/"\]\[^]', ['"\\/', '"\\"', '"\\]', '"\\[', '"\\^'], ['"\\a']),
         ('"#." # "a" [', ["#."], ["#a"]),
+        ('("a"+)? "b"', ["b", "ab", "aab"], ["a"]),
+        ("([0-9]+){2}", ["12", "123"], ["1"]),
+        ('(("-"? ) # one\n)* ")?"', [")?", "-)?", "--)?"], ["-"]),
     ],
 )
-def test_characters_of_gbnf_are_those_of_llama_cpp(grammars, tokenizer, rule, inside, outside):
+def test_characters_and_groups_of_gbnf_are_those_of_llama_cpp(grammars, tokenizer, rule, inside, outside):
     found = grammars.filter(grammar=f"root ::= {rule}")
     assert [text for text in (*inside, *outside) if follows(found, tokenizer, text)] == inside
 
@@ -371,6 +380,78 @@ def test_classes_of_a_pattern_are_those_of_javascript(grammars, tokenizer):
     token_filter = grammars.filter(json=json.dumps({"type": "string", "pattern": r"^\d\w\s$"}))
     assert follows(token_filter, tokenizer, '"7a\u00a0"')
     assert not follows(token_filter, tokenizer, '"٣a "') and not follows(token_filter, tokenizer, '"7é "')
+
+
+@pytest.mark.parametrize(
+    ("pattern", "inside", "outside"),
+    [
+        ('^[^"]*$', ["", "a\n\x01", "\\/"], ['"', 'a"']),
+        (r"^[^/\\]+$", ['"', "\t"], ["\\", "/"]),
+        (r"^[^\x22\u005c]{2}$", ["ab", "\x1f\x01"], ['a"', "\\b"]),
+        (r'^(?:[^\s"]|\s)$', [" ", "\\", "a"], ['"']),
+        (r"^(?:[\x00-\x0f]|[^\x00-\x0f\\])$", ["\x01", '"'], ["\\"]),
+        (r"^(?:\x00|[\u0001-\u001f])$", ["\x01", "\n"], ['"', "\\"]),
+        (r"^[^\p{L}\"]$", ["1", "\\"], ['"', "a"]),
+        (r"^[\x00-\x7f]$", ['"', "\\", "\x00"], ["é"]),
+        (r"^\W.\S$", ['"\\"', "\x00\x00\x00"], ["a\n "]),
+        (r"^[[a&&b~~\]]+$", ["[a&b~]"], ["c"]),
+        (r"^\s\S[^\s]$", ["\ufeff\x85\x85"], ["\x85aa", "a\ufeffa", "  a", "aa\ufeff"]),
+    ],
+)
+def test_characters_that_a_pattern_excludes_are_not_written(grammars, tokenizer, pattern, inside, outside):
+    found = grammars.filter(json=json.dumps({"type": "string", "pattern": pattern}))
+    texts = [json.dumps(text, ensure_ascii=False) for text in (*inside, *outside)]
+    assert [follows(found, tokenizer, text) for text in texts] == [True] * len(inside) + [False] * len(outside)
+    if "\0" not in "".join(inside):
+        schema = {"type": "object", "patternProperties": {pattern: {}}, "additionalProperties": False}
+        found = grammars.filter(json=json.dumps(schema))
+        assert [text for text in texts if follows(found, tokenizer, f"{{{text}: 1}}")] == texts[: len(inside)]
+
+
+def random_pattern(rng, depth=3):
+    """A pattern that means the same in JavaScript and, with ASCII classes, in Python."""
+    kind = rng.randrange(4 if depth else 2)
+    if kind == 0:
+        return rng.choice(["a", '"', r"\\", ".", r"\W", r"\D", r"\w", r"\n", r"\x01", "é"])
+    if kind == 1:
+        parts = ["a", '"', r"\\", "/", r"\n", r"\x22", r"\u005c", "é", "b-d", "!-~", r"\W", r"\x00-\x1f", r"\x01"]
+        return f"[{rng.choice(['', '^'])}{''.join(rng.choices(parts, k=rng.randint(1, 4)))}]"
+    first, second = random_pattern(rng, depth - 1), random_pattern(rng, depth - 1)
+    if kind == 2:
+        return f"({first}|{second})" if rng.random() < 0.5 else first + second
+    return f"(?:{first}){rng.choice(['*', '+', '?', '{2}', '{1,3}'])}"
+
+
+def test_random_patterns_are_followed(grammars, tokenizer):
+    rng, complete, marks = random.Random(5), 0, 0
+    for _ in range(60):
+        pattern = rng.choice(["^", "^", ""]) + random_pattern(rng) + rng.choice(["$", "$", ""])
+        try:
+            found = grammars.filter(json=json.dumps({"type": "string", "pattern": pattern}))
+        except ValueError as error:
+            assert "Regex is empty" in str(error)
+            continue
+        for seed in range(4):
+            text, is_complete = walk(found.copy(), tokenizer, seed, 30, ('"', "\\"))
+            if is_complete and "�" not in text:  # which is part of a character
+                value = json.loads(text)
+                assert re.search(re.sub(r"\$$", r"\\Z", pattern), value, re.ASCII), (pattern, value)
+                complete, marks = complete + 1, marks + ('"' in value or "\\" in value)
+    assert complete > 100 and marks > 10
+
+
+@pytest.mark.parametrize("format", ["date", "date-time"])
+def test_only_days_that_exist_are_written(grammars, tokenizer, format):
+    found = grammars.filter(json=json.dumps({"type": ["string", "null"], "format": format}))
+    days = ["2024-02-29", "2000-02-29", "2023-02-28", "2023-12-31", "2023-02-29", "1900-02-29", "2023-04-31"]
+    end = "" if format == "date" else "T23:59:60Z"
+    assert [day for day in days if follows(found, tokenizer, f'"{day}{end}"')] == days[:4]
+
+
+def test_properties_are_counted_where_no_name_can_be_repeated(grammars, tokenizer):
+    found = grammars.filter(json=json.dumps({"type": "object", "required": ["a"], "minProperties": 2}))
+    texts = ['{"a": 1, "b": 2}', '{"a": 1, "b": 2, "b": 3}', '{"a": 1}', '{"a": 1, "a": 2}']
+    assert [text for text in texts if follows(found, tokenizer, text)] == texts[:2]
 
 
 def test_an_engine_gives_back_its_child_processes(tokenizer, tmp_path):

@@ -171,6 +171,7 @@ def test_arguments_of_vllm_are_accepted_without_effect_and_refused_with(llm, cal
         ("priority", [0, 0, 0, 1]),
         ("priority", [0]),
         ("priority", []),
+        ("priority", range(10**30)),
         ("tokenization_kwargs", {"truncation": True}),
         ("mm_processor_kwargs", {"num_crops": 4}),
     ):

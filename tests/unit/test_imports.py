@@ -9,6 +9,7 @@ PACKAGE = Path(nanovllm.__file__).parent
 
 # From top to bottom: a file may import from its own layer's folder and from the layers below.
 LAYERS = [
+    ["__main__"],
     ["cli"],
     ["server"],
     ["as_vllm"],
@@ -27,7 +28,7 @@ LAYERS = [
     ["distributed"],
     ["ops"],
     ["messages"],
-    ["config", "sampling_params", "inputs", "outputs"],
+    ["config", "sampling_params", "inputs", "output_stream", "outputs"],
     ["vllm_options"],
     ["checks", "arithmetic", "progress"],
 ]

@@ -208,6 +208,12 @@ def test_a_schema_that_json_cannot_express_is_refused():
         assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize("pattern", [np.array([1, 2]), torch.tensor([1, 2]), ["a"]])
+def test_white_space_that_is_no_text_is_refused(pattern):
+    with pytest.raises(TypeError, match=r"structured_outputs\.whitespace_pattern must be a string"):
+        StructuredOutputsParams(json={}, whitespace_pattern=pattern)
+
+
 def test_unknown_options_of_long_names_are_cut():
     with pytest.raises(TypeError, match="there is no option xxx") as caught:
         LLM(**{"x" * 1_000_000: 1})

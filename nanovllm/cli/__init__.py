@@ -1,0 +1,1 @@
+"""The command `nanovllm`: serve a model, chat with it, measure a server."""

@@ -1,0 +1,171 @@
+"""The two ways of `nanovllm chat` to a model: an engine in this process, and a server."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from nanovllm import LLM
+from nanovllm.checks import shown
+from nanovllm.cli.http_stream import base_url, message_of
+from nanovllm.server.events import Event, Text, Thinking
+from nanovllm.server.formats import TextFormat
+
+_CONNECT_SECONDS = 10.0
+# How many tokens at the end of a prompt show whether it opens a thinking tag.
+_PROMPT_END = 32
+
+
+@dataclass
+class Counts:
+    """How many tokens an answer has, as far as it is known."""
+
+    tokens: int = 0
+
+
+class ChatModel(Protocol):
+    """Answers conversations."""
+
+    name: str
+
+    def answer(self, messages: list[dict], settings: dict[str, Any], counts: Counts) -> Iterator[Text | Thinking]:
+        """Yield the pieces of an answer. Leaving the iterator ends it.
+
+        Args:
+            settings: sampling parameters that differ from the model's defaults.
+            counts: receives the number of tokens.
+
+        Raises:
+            ValueError, RuntimeError: the conversation cannot be answered.
+        """
+        ...
+
+    def __enter__(self) -> "ChatModel": ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+class EngineModel:
+    """A model in this process.
+
+    Args:
+        config_options: arguments of `LLM`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: the model cannot be loaded, or has no chat template.
+    """
+
+    def __init__(self, config_options: dict[str, Any]):
+        self.llm = LLM(**config_options)
+        model = config_options.get("model")
+        self.name = "SmolLM2-135M-Instruct" if model is None else Path(model).name
+        try:
+            self.format = TextFormat.detect(_chat_template(self.llm.tokenizer), tool_parser="none")
+        except BaseException:
+            self.llm.close()
+            raise
+
+    def answer(self, messages: list[dict], settings: dict[str, Any], counts: Counts) -> Iterator[Text | Thinking]:
+        (prompt,) = self.llm.chat_prompts(messages)
+        # An answer may use all of the context.
+        params = replace(self.llm.get_default_sampling_params(), **{"max_tokens": None, **settings})
+        parser = self.format.parser(self.llm.tokenizer.decode(prompt[-_PROMPT_END:]), tools=())
+        for output in self.llm.stream(prompt, params):
+            counts.tokens += len(output.token_ids)
+            yield from _shown(parser.feed(output.text))
+        yield from _shown(parser.finish())
+
+    def __enter__(self) -> "EngineModel":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.llm.close()
+
+
+def _chat_template(tokenizer: Any) -> str:
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # by name
+        template = template.get("default")
+    if not template:
+        raise ValueError("the model has no chat template: a chat needs a model that was trained for it")
+    return template
+
+
+def _shown(events: Iterable[Event]) -> Iterator[Text | Thinking]:
+    """Leave out tool calls: a chat in the terminal offers no tools."""
+    return (event for event in events if isinstance(event, Text | Thinking))
+
+
+class ServerModel:
+    """A model behind a server's /v1/chat/completions.
+
+    Args:
+        url: see `base_url`.
+        name: the model's name in the API; None takes the first one that the server lists.
+
+    Raises:
+        RuntimeError: the server cannot be reached, or lists no model.
+    """
+
+    def __init__(self, url: str, api_key: str | None, name: str | None):
+        import httpx
+
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        # An answer may take as long as it needs.
+        timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
+        self.url = base_url(url)
+        self.client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
+        self.lost = httpx.HTTPError
+        self.name = name or self._first_name()
+
+    def _first_name(self) -> str:
+        try:
+            response = self.client.get("/v1/models")
+        except self.lost as error:
+            raise RuntimeError(f"cannot reach {self.url}: {error}") from error
+        if response.status_code != 200:
+            raise RuntimeError(
+                f"{self.url} answered with status {response.status_code}: {message_of(response.content)}"
+            )
+        try:
+            return str(response.json()["data"][0]["id"])
+        except (ValueError, LookupError, TypeError):
+            raise RuntimeError(f"{self.url} lists no models; name one") from None
+
+    def answer(self, messages: list[dict], settings: dict[str, Any], counts: Counts) -> Iterator[Text | Thinking]:
+        stream = {"stream": True, "stream_options": {"include_usage": True}}
+        body = {"model": self.name, "messages": messages, **stream, **settings}
+        try:
+            with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
+                if response.status_code != 200:
+                    message = message_of(response.read())
+                    raise RuntimeError(f"the server answered with status {response.status_code}: {message}")
+                for line in response.iter_lines():
+                    if line.startswith("data:") and line[5:].strip() != "[DONE]":
+                        yield from _events(line[5:], counts)
+        except self.lost as error:
+            raise RuntimeError(f"the connection to {self.url} failed: {error}") from error
+
+    def __enter__(self) -> "ServerModel":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.client.close()
+
+
+def _events(data: str, counts: Counts) -> Iterator[Text | Thinking]:
+    """Yield what a chunk of a streamed chat completion has."""
+    chunk = json.loads(data)
+    if not isinstance(chunk, dict):
+        raise RuntimeError(f"the server sent no chat completion, but {shown(chunk)}")
+    if chunk.get("error"):
+        raise RuntimeError(f"the server could not finish: {message_of(data.encode())}")
+    if usage := chunk.get("usage"):
+        counts.tokens = usage.get("completion_tokens") or 0
+    for choice in chunk.get("choices") or ():
+        delta = choice.get("delta") or {}
+        if thinking := delta.get("reasoning_content") or delta.get("reasoning"):
+            yield Thinking(thinking)
+        if text := delta.get("content"):
+            yield Text(text)

@@ -1,0 +1,51 @@
+"""Bounds how many samples the engine has at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nanovllm.server.errors import ApiError
+
+_RETRY_AFTER_S = 1
+
+
+class Admission:
+    """Counts the samples that the engine has, and refuses requests that do not fit.
+
+        with state.admission.enter(num_samples):
+            ...  # generate
+
+    The place of a request is free again when the block ends, also if the client has gone and the block is cancelled.
+    In a generator, the block starts with the first item. Use it in one thread, the event loop's.
+
+    Args:
+        limit: most samples at once.
+
+    Attributes:
+        num_samples: samples that the engine has now.
+        draining: refuse all requests, because the server is about to stop.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.num_samples = 0
+        self.draining = False
+
+    @contextmanager
+    def enter(self, num_samples: int = 1) -> Iterator[None]:
+        """Hold the places of a request's samples in a `with` block.
+
+        Raises:
+            ApiError: 503 while draining, 429 if other requests leave too few places, 400 if it can never fit.
+        """
+        if self.draining:
+            raise ApiError(503, "the server is about to stop", code="draining", retry_after=_RETRY_AFTER_S)
+        if num_samples > self.limit:
+            raise ApiError(400, f"the request has {num_samples} samples, but the server takes at most {self.limit}")
+        if self.num_samples + num_samples > self.limit:
+            message = f"the server is busy with {self.num_samples} of at most {self.limit} samples; try again later"
+            raise ApiError(429, message, code="queue_full", retry_after=_RETRY_AFTER_S)
+        self.num_samples += num_samples
+        try:
+            yield
+        finally:
+            self.num_samples -= num_samples

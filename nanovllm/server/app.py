@@ -1,0 +1,257 @@
+"""The server: puts the endpoints together, and runs them."""
+
+import asyncio
+import json
+import logging
+import socket
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from nanovllm import AsyncLLM, __version__
+from nanovllm.checkpoints.hub import DEFAULT_FILE
+from nanovllm.server.admission import Admission
+from nanovllm.server.engine_client import EngineClient
+from nanovllm.server.errors import ApiError, as_api_error, error_body
+from nanovllm.server.formats import TextFormat
+from nanovllm.server.metrics import ServerMetrics
+from nanovllm.server.options import ServerOptions
+from nanovllm.server.security import ApiKeys, BodyLimit, CancelOnDisconnect, RequestIds
+from nanovllm.server.state import ServerState
+from nanovllm.server.streaming import JsonAnswer
+
+logger = logging.getLogger("nanovllm")
+
+_MAX_SHOWN_ERRORS = 3
+_KEEP_ALIVE_S = 75
+# How long answers may take to reach their clients when the engine is closed.
+_CLOSE_S = 5
+
+
+# -- the app -----------------------------------------------------------------------------------------------------------
+
+
+def create_app(state: ServerState) -> FastAPI:
+    """Return the app with all endpoints."""
+    from nanovllm.server import chat, completions, health, messages, models, responses, tokenize
+
+    # The documentation pages would load scripts from elsewhere.
+    app = FastAPI(title="nanovllm", version=__version__, docs_url=None, redoc_url=None)
+    for module in (chat, completions, messages, responses, models, tokenize, health):
+        app.include_router(module.routes(state))
+    for kind in (ApiError, TypeError, ValueError, RuntimeError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _answer_error)
+    # From the innermost to the outermost.
+    options = state.options
+    app.add_middleware(_AnswerFailures)
+    app.add_middleware(BodyLimit, max_bytes=options.max_body_mib << 20)
+    app.add_middleware(CancelOnDisconnect)
+    if keys := _listed(options.api_key):
+        app.add_middleware(ApiKeys, keys=keys)
+    if origins := _listed(options.cors_origins):
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(RequestIds, count_answer=state.metrics.count_answer)
+    return app
+
+
+def _listed(text: str | None) -> list[str]:
+    """Return the entries of a text with commas."""
+    return [entry.strip() for entry in (text or "").split(",") if entry.strip()]
+
+
+class _AnswerFailures:
+    """Answer requests for which there was an error that nobody expected."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        has_started = False
+
+        async def send_and_note(message: Any) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_and_note)
+        except Exception as error:
+            if has_started or scope["type"] != "http":
+                raise
+            answer = await _answer_error(Request(scope), error)
+            await answer(scope, receive, send)
+
+
+async def _answer_error(request: Request, error: Exception) -> JsonAnswer:
+    """Return the answer to a request that has failed. Only the log has a traceback."""
+    answer = _api_error(request, error)
+    if answer.status == 500:
+        logger.error(f"{request.method} {request.url.path} has failed", exc_info=error)
+    headers = {} if answer.retry_after is None else {"retry-after": str(answer.retry_after)}
+    return JsonAnswer(error_body(answer, request.url.path), answer.status, headers)
+
+
+def _api_error(request: Request, error: Exception) -> ApiError:
+    if isinstance(error, RequestValidationError | ValidationError):
+        return _validation_error(request, error)
+    if isinstance(error, HTTPException):
+        message = error.detail
+        if error.status_code == 404:
+            message = f"there is nothing at {request.url.path[:200]}"
+        return ApiError(error.status_code, message)
+    return as_api_error(error)
+
+
+def _validation_error(request: Request, error: RequestValidationError | ValidationError) -> ApiError:
+    """Return an error that names the fields that are wrong."""
+    content_type = request.headers.get("content-type", "")
+    if request.method == "POST" and "json" not in content_type:
+        # Browsers let any page send other types, so they are not read as JSON.
+        return ApiError(415, f"the Content-Type must be application/json, got {content_type[:100]!r}")
+    faults, params = [], []
+    for fault in error.errors()[:_MAX_SHOWN_ERRORS]:
+        if fault["type"] == "json_invalid":
+            return ApiError(400, f"the body is not JSON: {fault.get('ctx', {}).get('error')} at {fault['loc'][-1]}")
+        field = ".".join(str(part) for part in fault["loc"] if part != "body")[:200]
+        message = "there is no such field" if fault["type"] == "extra_forbidden" else fault["msg"]
+        faults.append(f"{field}: {message}" if field else message.removeprefix("Value error, "))
+        params.append(field)
+    return ApiError(400, "; ".join(faults)[:1000], param=params[0] or None)
+
+
+# -- the process -------------------------------------------------------------------------------------------------------
+
+
+def serve(config_options: dict[str, Any], server_options: ServerOptions) -> None:
+    """Load a model and serve it until SIGTERM or Ctrl-C, which let running requests finish.
+
+    Args:
+        config_options: fields of `Config`.
+
+    Raises:
+        OSError: the address cannot be listened on. Nothing was loaded.
+        TypeError, ValueError, RuntimeError: the engine cannot be made; see `EngineClient`.
+    """
+    with _listen(server_options.host, server_options.port) as listener:
+        llm = EngineClient(**config_options)
+        try:
+            state = make_state(llm, config_options.get("model"), server_options)
+            Server(state).run([listener])
+        finally:
+            llm.close()
+
+
+def make_state(llm: AsyncLLM | EngineClient, model: str | Path | None, options: ServerOptions) -> ServerState:
+    """Return what the endpoints share.
+
+    Args:
+        model: the model's path or hub id, as in `Config`.
+    """
+    names = tuple(_listed(options.served_model_name)) or (_model_name(model),)
+    return ServerState(
+        llm=llm,
+        options=options,
+        model_names=names,
+        format=TextFormat.detect(_chat_template(llm), options.tool_parser, options.reasoning_parser),
+        admission=Admission(options.max_concurrent_requests),
+        metrics=ServerMetrics(names[0]),
+    )
+
+
+def _model_name(model: str | Path | None) -> str:
+    """Return a model's name: a hub id, or the name of a folder or a file."""
+    if model is None:
+        return Path(DEFAULT_FILE).stem.partition(".")[0]
+    return Path(model).resolve().name if Path(model).exists() else str(model)
+
+
+def _chat_template(llm: AsyncLLM | EngineClient) -> str | None:
+    try:
+        template = llm.tokenizer.chat_template
+    except ValueError:  # the model has no tokenizer
+        return None
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to the address. Its port is taken before a model is loaded for minutes."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error}") from None
+    return listener
+
+
+class Server(uvicorn.Server):
+    """Lets running requests finish after the first SIGTERM or Ctrl-C, and stops at once after the second one.
+
+    Meanwhile new requests and /health get status 503. After `drain_seconds` the engine is closed, which ends requests
+    with an error.
+    """
+
+    def __init__(self, state: ServerState):
+        config = uvicorn.Config(
+            create_app(state),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_CLOSE_S,
+        )
+        super().__init__(config)
+        self.state = state
+        self.deadline = 0.0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        host, port = (sockets or self.servers[0].sockets)[0].getsockname()[:2]
+        print(_greeting(self.state, host, port), flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.state.admission.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self.deadline = time.monotonic() + self.state.options.drain_seconds
+        self.state.admission.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        must_exit = await super().on_tick(counter)
+        admission = self.state.admission
+        if admission.draining and (not admission.num_samples or time.monotonic() > self.deadline):
+            await asyncio.to_thread(self.state.llm.close)
+            return True
+        return must_exit
+
+
+def _greeting(state: ServerState, host: str, port: int) -> str:
+    """Return the address, and a command that tries it."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    path, body = "completions", {"prompt": "The capital of France is", "max_tokens": 16}
+    if _chat_template(state.llm) is not None:
+        path, body = "chat/completions", {"messages": [{"role": "user", "content": "Hello!"}]}
+    key = ' \\\n    -H "Authorization: Bearer $API_KEY"' if _listed(state.options.api_key) else ""
+    return f"""\
+Serving {", ".join(state.model_names)} at http://{host}:{port}
+
+  curl http://{host}:{port}/v1/{path} -H "Content-Type: application/json"{key} \\
+    -d '{json.dumps(body)}'
+"""

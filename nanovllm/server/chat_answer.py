@@ -1,0 +1,205 @@
+"""Answers of chat completions in OpenAI's form: whole ones, and chunks of streams."""
+
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm.outputs import LogprobRows
+from nanovllm.server.events import CallStart, Event, Text, Thinking
+from nanovllm.server.generation import Piece, SamplePiece
+from nanovllm.server.streaming import json_logprob
+
+_CHUNK = "chat.completion.chunk"
+
+
+@dataclass(frozen=True)
+class Form:
+    """The fields that all parts of one answer share, and how to write log-probabilities.
+
+    Args:
+        request_id: the answer's id.
+        model: the model's name in the API.
+        num_top: how many of the most likely tokens to show for each token; None shows no log-probabilities.
+        bytes_of: returns a token's bytes.
+        has_usage: whether a stream ends with a chunk that has the usage.
+    """
+
+    request_id: str
+    model: str
+    num_top: int | None
+    bytes_of: Callable[[int], bytes]
+    has_usage: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return an answer or a chunk, as `kind` says, without its usage."""
+        return {
+            "id": self.request_id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def logprobs(self, token_ids: Iterable[int], rows: LogprobRows | None) -> list[dict[str, Any]]:
+        """Return the log-probabilities of some tokens; none if they are not to be shown."""
+        if self.num_top is None or rows is None:
+            return []
+        return [self._token(token_id, row or {}) for token_id, row in zip(token_ids, rows, strict=True)]
+
+    def _token(self, token_id: int, row: dict) -> dict[str, Any]:
+        most_likely = sorted(row.items(), key=lambda entry: entry[1].rank)[: self.num_top]
+        shown = self._entry(token_id, row[token_id].logprob)
+        shown["top_logprobs"] = [self._entry(top_id, top.logprob) for top_id, top in most_likely]
+        return shown
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        spelling = self.bytes_of(token_id)
+        text = spelling.decode(errors="replace")
+        return {"token": text, "logprob": json_logprob(logprob), "bytes": list(spelling)}
+
+
+class Usage:
+    """Counts the tokens of an answer."""
+
+    def __init__(self):
+        self.num_prompt = self.num_cached = self.num_generated = 0
+
+    def add(self, piece: Piece) -> None:
+        """Count the tokens of a piece."""
+        self.num_prompt, self.num_cached = piece.num_prompt_tokens, piece.num_cached_tokens
+        self.num_generated += sum(len(sample.token_ids) for sample in piece.samples)
+
+    def fields(self) -> dict[str, Any]:
+        """Return the counts in OpenAI's form."""
+        return {
+            "prompt_tokens": self.num_prompt,
+            "completion_tokens": self.num_generated,
+            "total_tokens": self.num_prompt + self.num_generated,
+            "prompt_tokens_details": {"cached_tokens": self.num_cached},
+        }
+
+
+class WholeAnswer:
+    """Collects the pieces of an answer."""
+
+    def __init__(self, form: Form):
+        self.form = form
+        self.usage = Usage()
+        self.choices: dict[int, _Choice] = {}
+
+    def add(self, piece: Piece) -> None:
+        """Add the next piece."""
+        self.usage.add(piece)
+        for sample in piece.samples:
+            self.choices.setdefault(sample.index, _Choice(sample.index)).add(sample)
+
+    def body(self) -> dict[str, Any]:
+        """Return the answer."""
+        choices = [self.choices[index].body(self.form) for index in sorted(self.choices)]
+        return self.form.body("chat.completion", choices) | {"usage": self.usage.fields()}
+
+
+class _Choice:
+    """One sample of a whole answer."""
+
+    def __init__(self, index: int):
+        self.index = index
+        self.text, self.thinking = "", ""
+        self.calls: list[dict[str, Any]] = []
+        self.pieces: list[SamplePiece] = []
+
+    def add(self, sample: SamplePiece) -> None:
+        self.pieces.append(sample)
+        for event in sample.events:
+            if isinstance(event, Text):
+                self.text += event.text
+            elif isinstance(event, Thinking):
+                self.thinking += event.text
+            elif isinstance(event, CallStart):
+                self.calls.append(_call(event.name))
+            else:
+                self.calls[event.index]["function"]["arguments"] += event.text
+
+    def body(self, form: Form) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": self.text, "refusal": None}
+        if self.thinking:
+            message |= _thinking(self.thinking)
+        if self.calls:
+            message |= {"content": self.text or None, "tool_calls": self.calls}
+        tokens = [token for piece in self.pieces for token in form.logprobs(piece.token_ids, piece.logprobs)]
+        last = self.pieces[-1]
+        return {
+            "index": self.index,
+            "message": message,
+            "logprobs": _logprobs(tokens),
+            "finish_reason": last.finish_reason,
+            "stop_reason": last.stop_reason,
+        }
+
+
+class ChunkWriter:
+    """Turns the pieces of an answer into the chunks of a stream."""
+
+    def __init__(self, form: Form):
+        self.form = form
+        self.usage = Usage()
+        # For each sample that has started, the log-probabilities that no chunk has had yet.
+        self.waiting: dict[int, list[dict[str, Any]]] = {}
+
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        """Return the chunks of the next piece."""
+        self.usage.add(piece)
+        return [chunk for sample in piece.samples for chunk in self._chunks(sample)]
+
+    def last(self) -> list[dict[str, Any]]:
+        """Return the chunk with the usage, if the stream ends with one."""
+        return [self.form.body(_CHUNK, []) | {"usage": self.usage.fields()}] if self.form.has_usage else []
+
+    def _chunks(self, sample: SamplePiece) -> list[dict[str, Any]]:
+        index, chunks = sample.index, []
+        if index not in self.waiting:
+            chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))
+        tokens = self.waiting.get(index, []) + self.form.logprobs(sample.token_ids, sample.logprobs)
+        for delta in map(_delta, sample.events):
+            chunks.append(self._chunk(index, delta, tokens))
+            tokens = []
+        if sample.finish_reason is not None:
+            ending = {"finish_reason": sample.finish_reason, "stop_reason": sample.stop_reason}
+            chunks.append(self._chunk(index, {}, tokens, ending))
+            tokens = []
+        self.waiting[index] = tokens
+        return chunks
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], tokens: Sequence[dict] = (), ending: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": _logprobs(tokens), "finish_reason": None}
+        chunk = self.form.body(_CHUNK, [choice | (ending or {})])
+        return chunk | {"usage": None} if self.form.has_usage else chunk
+
+
+def _delta(event: Event) -> dict[str, Any]:
+    if isinstance(event, Text):
+        return {"content": event.text}
+    if isinstance(event, Thinking):
+        return _thinking(event.text)
+    if isinstance(event, CallStart):
+        return {"tool_calls": [{"index": event.index, **_call(event.name)}]}
+    return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
+
+
+def _thinking(text: str) -> dict[str, str]:
+    """Return thinking under both names that clients read."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
+def _call(name: str) -> dict[str, Any]:
+    """Return a tool call with a new id and no arguments yet."""
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": {"name": name, "arguments": ""}}
+
+
+def _logprobs(tokens: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    return {"content": list(tokens), "refusal": None} if tokens else None

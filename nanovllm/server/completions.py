@@ -1,0 +1,262 @@
+"""POST /v1/completions: continue prompts."""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any, ClassVar
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from nanovllm import CompletionOutput, Logprob, RequestOutput, RequestOutputKind, SamplingParams
+from nanovllm.checks import shown
+from nanovllm.outputs import LogprobRows
+from nanovllm.server.errors import ApiError, aborted
+from nanovllm.server.models import check_model
+from nanovllm.server.sampling import NEUTRAL, SamplingFields
+from nanovllm.server.state import ServerState
+from nanovllm.server.streaming import JsonAnswer, json_logprob, sse
+
+_DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+class CompletionRequest(SamplingFields):
+    """The body of a request.
+
+    Args:
+        prompt: text, token ids, or a list of one of these.
+        echo: the text starts with the prompt.
+        logprobs: how many of the most likely tokens to return log-probabilities of.
+        best_of: the same as n.
+    """
+
+    NEUTRAL: ClassVar[dict[str, Any]] = {**NEUTRAL, "suffix": ("",), "add_special_tokens": (True,)}
+
+    prompt: Any
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+
+
+class _Answer:
+    """Makes the choices of an answer from the engine's outputs.
+
+    Args:
+        echoes: for each prompt, the text that its choices start with; "" without `echo`.
+
+    Attributes:
+        is_empty: leave out the sampled token, because `max_tokens` is 0. The engine cannot do without it.
+        num_cached: for each prompt, how many of its tokens the prefix cache had.
+    """
+
+    def __init__(self, request: CompletionRequest, n: int, echoes: Sequence[str]):
+        self.request = request
+        self.n = n
+        self.echoes = echoes
+        self.is_empty = request.max_tokens == 0
+        self.num_generated = 0
+        self.num_prompt: dict[int, int] = {}
+        self.num_cached: dict[int, int] = {}
+        self._offsets: dict[int, int] = {}
+
+    def choices(self, prompt_index: int, output: RequestOutput) -> list[dict]:
+        """Return what an output has, or what is new in it, as choices."""
+        self.num_prompt[prompt_index] = len(output.prompt_token_ids)
+        self.num_cached[prompt_index] = output.num_cached_tokens
+        return [self._choice(prompt_index, output, sample) for sample in output.outputs]
+
+    def _choice(self, prompt_index: int, output: RequestOutput, sample: CompletionOutput) -> dict:
+        if sample.finish_reason == "abort":
+            raise aborted(sample.stop_reason)
+        index = prompt_index * self.n + sample.index
+        text, finish_reason, stop_reason = sample.text, sample.finish_reason, sample.stop_reason
+        token_ids, rows = sample.token_ids, sample.logprobs
+        if self.is_empty:
+            text, finish_reason, stop_reason = "", "length" if finish_reason else None, None
+            token_ids, rows = [], rows and rows[:0]
+        self.num_generated += len(token_ids)
+        if self.request.echo and index not in self._offsets:
+            text = self.echoes[prompt_index] + text
+            if rows is not None and output.prompt_logprobs is not None:
+                token_ids, rows = output.prompt_token_ids + token_ids, output.prompt_logprobs + rows
+        logprobs = None
+        if rows is not None:
+            logprobs, self._offsets[index] = _logprobs(token_ids, rows, self._offsets.get(index, 0))
+        self._offsets.setdefault(index, 0)
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
+        }
+
+    def usage(self) -> dict:
+        """Return the numbers of tokens so far."""
+        num_prompt = sum(self.num_prompt.values())
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": self.num_generated,
+            "total_tokens": num_prompt + self.num_generated,
+            "prompt_tokens_details": {"cached_tokens": sum(self.num_cached.values())},
+        }
+
+
+def _logprobs(token_ids: list[int], rows: LogprobRows, offset: int) -> tuple[dict, int]:
+    """Return log-probabilities in OpenAI's form for completions, and the offset of the text behind the tokens.
+
+    Args:
+        offset: where the first token starts in the text.
+    """
+    texts = [rows.text(token_id) or "" for token_id in token_ids]
+    token_logprobs, top_logprobs, offsets = [], [], []
+    for token_id, text, row in zip(token_ids, texts, rows, strict=True):
+        offsets.append(offset)
+        offset += len(text)
+        token_logprobs.append(None if row is None else json_logprob(row[token_id].logprob))
+        top_logprobs.append(None if row is None else _by_text(row))
+    return {
+        "tokens": texts,
+        "token_logprobs": token_logprobs,
+        "top_logprobs": top_logprobs,
+        "text_offset": offsets,
+    }, offset
+
+
+def _by_text(row: dict[int, Logprob]) -> dict[str, float]:
+    """Return log-probabilities by text. Of tokens with the same text, such as half a character, take the largest."""
+    result: dict[str, float] = {}
+    for entry in row.values():
+        text = entry.decoded_token or ""
+        result[text] = max(json_logprob(entry.logprob), result.get(text, -math.inf))
+    return result
+
+
+def _prompts(prompt: Any) -> list[str | list[int]]:
+    """Return the prompts of a request. The engine checks the token ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(each, str | list) for each in prompt):
+            return prompt
+        if not any(isinstance(each, str | list) for each in prompt):
+            return [prompt]
+    message = f"prompt must be a text, a list of token ids, or a list of one of these, got {shown(prompt)}"
+    raise ApiError(400, message, param="prompt")
+
+
+def _params(state: ServerState, request: CompletionRequest, http: Request) -> SamplingParams:
+    """Return the sampling parameters of a request."""
+    if request.best_of not in (None, request.n or 1):
+        message = f"best_of must be equal to n={request.n or 1} or absent, got {request.best_of}"
+        raise ApiError(400, message, param="best_of")
+    max_tokens = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+    if max_tokens == 0 and request.echo:
+        max_tokens = 1
+    return request.to_params(
+        state,
+        http,
+        max_tokens=max_tokens,
+        logprobs=request.logprobs,
+        prompt_logprobs=request.logprobs if request.echo else None,
+        output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
+    )
+
+
+async def _outputs(
+    state: ServerState, prompts: Sequence[str | list[int]], params: SamplingParams
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """Yield the outputs of all prompts as they come, each with its prompt's index."""
+    with state.admission.enter(params.n * len(prompts)):
+        streams = [state.generate(prompt, params) for prompt in prompts]
+        async with aclosing(_merged(streams)) as outputs:
+            async for index, output in outputs:
+                yield index, output
+
+
+async def _merged(
+    streams: Sequence[AsyncGenerator[RequestOutput, None]],
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """Yield the items of several streams as they come, each with its stream's index. Close all at the end."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as stream:
+            async for output in stream:
+                yield 0, output
+        return
+    queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(1)
+
+    async def forward(index: int, stream: AsyncGenerator[RequestOutput, None]) -> None:
+        end = None
+        async with aclosing(stream):
+            try:
+                async for output in stream:
+                    await queue.put((index, output))
+            except Exception as error:
+                end = error
+        await queue.put((index, end))
+
+    tasks = [asyncio.create_task(forward(index, stream)) for index, stream in enumerate(streams)]
+    num_open = len(tasks)
+    try:
+        while num_open:
+            index, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield index, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _events(
+    answer: _Answer, outputs: AsyncGenerator[tuple[int, RequestOutput], None], header: dict
+) -> AsyncGenerator[list[dict], None]:
+    """Yield the events of a streamed answer."""
+    usage = {"usage": None} if answer.request.include_usage else {}
+    async with aclosing(outputs):
+        async for index, output in outputs:
+            choices = answer.choices(index, output)
+            # Half a character has no text yet.
+            events = [choice for choice in choices if choice["text"] or choice["logprobs"] or choice["finish_reason"]]
+            if events:
+                yield [{**header, "choices": [choice], **usage} for choice in events]
+    if answer.request.include_usage:
+        yield [{**header, "choices": [], "usage": answer.usage()}]
+
+
+def routes(state: ServerState) -> APIRouter:
+    """Return the endpoint."""
+    router = APIRouter()
+
+    @router.post("/v1/completions")
+    async def complete(request: CompletionRequest, http: Request) -> Response:
+        check_model(state, request.model)
+        prompts = _prompts(request.prompt)
+        params = _params(state, request, http)
+        echoes = ["" for _ in prompts]
+        if request.echo:
+            echoes = [each if isinstance(each, str) else await state.llm.decode(each) for each in prompts]
+        answer = _Answer(request, params.n, echoes)
+        outputs = _outputs(state, prompts, params)
+        header = {
+            "id": f"cmpl-{http.state.request_id}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": state.model_names[0],
+        }
+        if request.stream:
+            return await sse(_events(answer, outputs, header))
+        choices = []
+        async with aclosing(outputs):
+            async for index, output in outputs:
+                choices += answer.choices(index, output)
+        choices.sort(key=lambda choice: choice["index"])
+        return JsonAnswer({**header, "choices": choices, "usage": answer.usage()})
+
+    return router

@@ -1,0 +1,258 @@
+"""The engine in a process of its own, with the methods of `AsyncLLM` that the endpoints use.
+
+In one process, the threads that render HTTP and JSON would hold Python's global lock while the engine's thread prepares
+the next step.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import pickle
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing.connection import Connection
+from typing import Any
+
+from nanovllm.checkpoints.hub import open_config
+from nanovllm.config import Config
+from nanovllm.inputs import Prompt
+from nanovllm.output_stream import OutputStream
+from nanovllm.outputs import Metrics, RequestOutput
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.server.engine_messages import PackedOutput, unpack_error, unpack_output
+from nanovllm.utils.import_path import import_path
+
+_CLOSE_SECONDS = 10.0
+# Linux kills the process when the thread that started it ends (PR_SET_PDEATHSIG); the path is the server's.
+_PROGRAM = (
+    "import sys; sys.path = {path!r}; import ctypes, signal; ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
+    "from nanovllm.server.engine_host import main; main({descriptor})"
+)
+
+
+@dataclass
+class _Waiting:
+    """A request or a call whose results are awaited in `loop`.
+
+    Args:
+        put: called in the loop with each output, or with the value of a call.
+        fail: called in the loop with the error that ends it.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    put: Callable[[Any], None]
+    fail: Callable[[Exception], None]
+    request_id: str = ""
+    first: Any = None
+
+
+class EngineClient:
+    """Starts the engine's process, and speaks with it for any number of coroutines.
+
+    Args:
+        **options: the fields of `Config`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: the engine cannot be made; see `AsyncLLM`.
+
+    Attributes:
+        max_model_len: longest prompt plus output, in tokens.
+    """
+
+    def __init__(self, **options: Any):
+        self._config = Config.from_options(options)
+        self._keys = itertools.count()
+        self._waiting: dict[int, _Waiting] = {}
+        self._error: str | None = None
+        self._outgoing: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM.format(path=import_path(), descriptor=theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        self._connection = Connection(ours.detach())
+        try:
+            self.max_model_len, self._default_params = self._start(options)
+        except BaseException:
+            self._process.kill()  # it may be loading a model for minutes
+            self.close()
+            raise
+        self._threads = [
+            threading.Thread(target=target, name=f"nanovllm-{target.__name__.strip('_')}", daemon=True)
+            for target in (self._read, self._write)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _start(self, options: dict[str, Any]) -> tuple[int, Any]:
+        try:
+            self._connection.send_bytes(pickle.dumps(options))
+            kind, *rest = pickle.loads(self._connection.recv_bytes())
+        except (EOFError, OSError):
+            raise RuntimeError(self._describe_end()) from None
+        if kind == "failed":
+            raise unpack_error(rest[0])
+        return rest[0], rest[1]
+
+    # -- the threads -------------------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        """Send messages. Large ones wait for the other process, so the event loop does not send them."""
+        with contextlib.suppress(OSError):
+            while (message := self._outgoing.get()) is not None:
+                self._connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+
+    def _read(self) -> None:
+        try:
+            while True:
+                kind, *rest = pickle.loads(self._connection.recv_bytes())
+                if kind == "outputs":
+                    self._hand_over(rest[0])
+                elif waiting := self._waiting.pop(rest[0], None):
+                    deliver, item = (
+                        (waiting.put, rest[1]) if kind == "result" else (waiting.fail, unpack_error(rest[1]))
+                    )
+                    _call_soon(waiting.loop, deliver, item)
+        except (EOFError, OSError):
+            self._fail(self._describe_end())
+
+    def _hand_over(self, items: list[tuple[int, PackedOutput]]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Waiting, RequestOutput]]] = {}
+        for key, packed in items:
+            waiting = self._waiting.get(key)
+            if waiting is None:
+                continue  # its client has gone
+            if packed[2] is not None:
+                waiting.first = packed[2]
+            output = unpack_output(packed, waiting.request_id, waiting.first)
+            by_loop.setdefault(waiting.loop, []).append((waiting, output))
+        for loop, outputs in by_loop.items():
+            _call_soon(loop, _put_all, outputs)
+
+    def _fail(self, reason: str) -> None:
+        """End everything that waits, because the engine's process has ended."""
+        self._error = self._error or reason
+        while self._waiting:
+            _, waiting = self._waiting.popitem()
+            _call_soon(waiting.loop, waiting.fail, RuntimeError(self._error))
+
+    def _describe_end(self) -> str:
+        try:
+            status = self._process.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "the engine's process has closed its connection"
+        how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+        return f"the engine's process ({self._process.pid}) {how}"
+
+    # -- coroutines --------------------------------------------------------------------------------------------------
+
+    def _send(self, *message: Any) -> None:
+        if self._error is not None:
+            raise RuntimeError(self._error)
+        self._outgoing.put(message)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Answer one prompt; see `AsyncLLM.generate`. All that is wrong with a request raises at the first output."""
+        kind = getattr(sampling_params, "output_kind", None)  # wrong parameters are refused by the engine
+        stream = OutputStream(is_delta=kind in (None, RequestOutputKind.DELTA))
+        key, finished = next(self._keys), False
+        self._waiting[key] = _Waiting(stream.loop, stream.put, stream.put, request_id or str(key))
+        try:
+            self._send("generate", key, prompt, sampling_params, request_id)
+            while not finished:
+                output = await stream.get()
+                finished = output.finished
+                yield output
+        finally:
+            if self._waiting.pop(key, None) is not None and not finished:
+                with contextlib.suppress(RuntimeError):
+                    self._send("leave", key)
+
+    async def _call(self, method: str, **arguments: Any) -> Any:
+        loop, key = asyncio.get_running_loop(), next(self._keys)
+        future = loop.create_future()
+        self._waiting[key] = _Waiting(
+            loop, _unless_done(future, future.set_result), _unless_done(future, future.set_exception)
+        )
+        try:
+            self._send("call", key, method, arguments)
+            return await future
+        finally:
+            self._waiting.pop(key, None)
+
+    async def chat_prompt(self, messages: list[dict], **template: Any) -> list[int]:
+        """See `AsyncLLM.chat_prompt`."""
+        return await self._call("chat_prompt", messages=messages, **template)
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """See `AsyncLLM.encode`."""
+        return await self._call("encode", text=text, add_special_tokens=add_special_tokens)
+
+    async def decode(self, token_ids: list[int]) -> str:
+        """See `AsyncLLM.decode`."""
+        return await self._call("decode", token_ids=token_ids)
+
+    async def metrics(self) -> Metrics:
+        """See `AsyncLLM.metrics`."""
+        return await self._call("metrics")
+
+    async def is_sleeping(self) -> bool:
+        """See `AsyncLLM.is_sleeping`."""
+        return await self._call("is_sleeping")
+
+    async def check_health(self) -> None:
+        """See `AsyncLLM.check_health`."""
+        await self._call("check_health")
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """See `LLM.get_default_sampling_params`."""
+        if isinstance(self._default_params, SamplingParams):
+            return self._default_params
+        raise unpack_error(self._default_params)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """A copy of the model's transformers tokenizer."""
+        return open_config(self._config).tokenizer()
+
+    def close(self) -> None:
+        """End the engine's process. Iterations that go on raise RuntimeError. May be called again."""
+        self._error = self._error or "the engine is closed"
+        self._outgoing.put(None)
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as connection:
+            connection.shutdown(socket.SHUT_RDWR)  # wakes the threads here and the other process
+        try:
+            self._process.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._fail(self._error)
+
+
+def _put_all(outputs: list[tuple[_Waiting, RequestOutput]]) -> None:
+    for waiting, output in outputs:
+        waiting.put(output)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[Any], None], argument: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
+        loop.call_soon_threadsafe(call, argument)
+
+
+def _unless_done(future: asyncio.Future, call: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return a function that sets a future, unless its coroutine has been cancelled."""
+    return lambda value: None if future.done() else call(value)

@@ -1,0 +1,138 @@
+"""The engine's process: runs an AsyncLLM for the server's process, whose side is `EngineClient`."""
+
+import asyncio
+import pickle
+import signal
+import threading
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+from nanovllm import AsyncLLM, SamplingParams
+from nanovllm.outputs import RequestOutput
+from nanovllm.server.engine_messages import METHODS, PackedError, PackedOutput, pack_error, pack_output
+
+
+def main(descriptor: int) -> None:
+    """Load the model that the first message describes, and serve it until the connection ends."""
+    # A terminal and a service manager signal all processes of a group, but only the server's decides what that ends.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    connection = Connection(descriptor)
+    try:
+        llm = AsyncLLM(**pickle.loads(connection.recv_bytes()))
+    except Exception as error:
+        connection.send_bytes(pickle.dumps(("failed", pack_error(error))))
+        return
+    try:
+        connection.send_bytes(pickle.dumps(("ready", llm.max_model_len, _default_params(llm))))
+        asyncio.run(_Host(llm, connection).run())
+    finally:
+        llm.close()
+
+
+def _default_params(llm: AsyncLLM) -> SamplingParams | PackedError:
+    try:
+        return llm.get_default_sampling_params()
+    except ValueError as error:
+        return pack_error(error)
+
+
+class _Host:
+    """Does what the server's process asks for.
+
+    Attributes:
+        requests: for each unfinished request, the task that prepares it, or the function that ends it.
+        started: the requests that have had an output.
+        outbox: outputs that the next message takes along. Those of a step travel together.
+    """
+
+    def __init__(self, llm: AsyncLLM, connection: Connection):
+        self.llm = llm
+        self.connection = connection
+        self.requests: dict[int, asyncio.Task | Callable[[], None]] = {}
+        self.started: set[int] = set()
+        self.outbox: list[tuple[int, PackedOutput]] = []
+        self.calls: set[asyncio.Task] = set()
+        self.ended = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until the connection ends."""
+        self.loop = asyncio.get_running_loop()
+        threading.Thread(target=self._read, name="nanovllm-messages", daemon=True).start()
+        await self.ended.wait()
+
+    def _read(self) -> None:
+        try:
+            while True:
+                message = pickle.loads(self.connection.recv_bytes())
+                self.loop.call_soon_threadsafe(self._handle, *message)
+        except (EOFError, OSError):  # the server is gone or has closed the engine
+            self.loop.call_soon_threadsafe(self.ended.set)
+
+    def _handle(self, kind: str, key: int, *arguments: Any) -> None:
+        if kind == "generate":
+            self.requests[key] = self.loop.create_task(self._generate(key, *arguments))
+        elif kind == "leave":
+            self._leave(key)
+        else:
+            task = self.loop.create_task(self._call(key, *arguments))
+            self.calls.add(task)
+            task.add_done_callback(self.calls.discard)
+
+    async def _generate(self, key: int, prompt: Any, params: SamplingParams | None, request_id: str | None) -> None:
+        try:
+            leave = await self.llm.submit(prompt, params, request_id, receive=partial(self._receive, key))
+        except Exception as error:
+            self._receive(key, error)
+        else:
+            if key in self.requests:
+                self.requests[key] = leave
+
+    def _leave(self, key: int) -> None:
+        entry = self._forget(key)
+        if isinstance(entry, asyncio.Task):
+            entry.cancel()
+        elif entry is not None:
+            entry()
+
+    def _forget(self, key: int) -> asyncio.Task | Callable[[], None] | None:
+        self.started.discard(key)
+        return self.requests.pop(key, None)
+
+    def _receive(self, key: int, item: RequestOutput | BaseException) -> None:
+        if key not in self.requests:
+            return
+        if isinstance(item, BaseException):
+            self._forget(key)
+            self._flush()
+            self._send("error", key, pack_error(item))
+            return
+        if not self.outbox:
+            self.loop.call_soon(self._flush)  # when all outputs of the step are there
+        self.outbox.append((key, pack_output(item, is_first=key not in self.started)))
+        self.started.add(key)
+        if item.finished:
+            self._forget(key)
+
+    def _flush(self) -> None:
+        outbox, self.outbox = self.outbox, []
+        if outbox:
+            self._send("outputs", outbox)
+
+    async def _call(self, key: int, method: str, arguments: dict[str, Any]) -> None:
+        try:
+            if method not in METHODS:
+                raise ValueError(f"the server may not call {method}")
+            value = await getattr(self.llm, method)(**arguments)
+        except Exception as error:
+            self._send("error", key, pack_error(error))
+        else:
+            self._send("result", key, value)
+
+    def _send(self, *message: Any) -> None:
+        try:
+            self.connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+        except OSError:
+            self.ended.set()

@@ -1,0 +1,71 @@
+"""What the server's process and the engine's process send each other. Both are of one tree, so messages are pickled.
+
+Messages are tuples that begin with their kind. The server sends its options first and then
+    ("generate", key, prompt, sampling_params, request_id), ("leave", key), ("call", key, method, arguments),
+where `key` numbers what it asks for. It gets
+    ("ready", max_model_len, default_params) or ("failed", error), then
+    ("outputs", [(key, output), ...]), ("result", key, value), ("error", key, error),
+where outputs and errors are packed by the functions here.
+"""
+
+from typing import Any, TypeAlias
+
+from nanovllm.outputs import CompletionOutput, RequestOutput
+
+# The coroutines of AsyncLLM that the server may call.
+METHODS = ("chat_prompt", "check_health", "decode", "encode", "is_sleeping", "metrics")
+
+PackedError: TypeAlias = tuple[str, str]
+PackedOutput: TypeAlias = tuple[list[tuple], tuple, tuple | None]
+
+_ERRORS = {kind.__name__: kind for kind in (TypeError, ValueError, RuntimeError)}
+
+
+def pack_error(error: BaseException) -> PackedError:
+    """Return the kind and the text of an error. Kinds that the engine does not promise become RuntimeError."""
+    for kind in type(error).__mro__:
+        if kind.__name__ in _ERRORS:
+            return kind.__name__, str(error)
+    return "RuntimeError", f"{type(error).__name__}: {error}"
+
+
+def unpack_error(packed: PackedError) -> Exception:
+    """Return the error that `pack_error` was given."""
+    kind, text = packed
+    return _ERRORS[kind](text)
+
+
+def pack_output(output: RequestOutput, is_first: bool) -> PackedOutput:
+    """Return an output as small tuples. Only the first of a request has what does not change."""
+    samples = [
+        (sample.index, sample.text, sample.token_ids, sample.finish_reason, sample.stop_reason, sample.logprobs)
+        for sample in output.outputs
+    ]
+    progress = (output.finished, output.time_to_first_token, output.total_time, output.weight_version, output.metrics)
+    prompt = None
+    if is_first:
+        prompt = (output.prompt, output.prompt_token_ids, output.num_cached_tokens, output.prompt_logprobs)
+    return samples, progress, prompt
+
+
+def unpack_output(packed: PackedOutput, request_id: str, first: Any) -> RequestOutput:
+    """Return the output that `pack_output` was given.
+
+    Args:
+        first: what the request's first packed output says about the prompt.
+    """
+    samples, (finished, time_to_first_token, total_time, weight_version, metrics), _ = packed
+    prompt, prompt_token_ids, num_cached_tokens, prompt_logprobs = first
+    return RequestOutput(
+        request_id=request_id,
+        prompt=prompt,
+        prompt_token_ids=prompt_token_ids,
+        outputs=[CompletionOutput(*sample) for sample in samples],
+        finished=finished,
+        num_cached_tokens=num_cached_tokens,
+        prompt_logprobs=prompt_logprobs,
+        time_to_first_token=time_to_first_token,
+        total_time=total_time,
+        weight_version=weight_version,
+        metrics=metrics,
+    )

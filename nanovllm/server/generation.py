@@ -1,0 +1,168 @@
+"""Answers a conversation: what chat completions, messages and responses share."""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nanovllm import CompletionOutput, SamplingParams
+from nanovllm.outputs import LogprobRows
+from nanovllm.server.call_grammars import json_rule
+from nanovllm.server.errors import ApiError, aborted
+from nanovllm.server.events import CallStart, Event
+from nanovllm.server.parsers import OutputParser
+from nanovllm.server.state import ServerState
+
+# The parser reads the end of the prompt, because the template may open the model's thinking there. A message to be
+# continued may have opened it long before.
+_TAIL_TOKENS = 64
+_CONTINUED_TAIL_TOKENS = 4096
+# Ends thinking that the template has opened, as templates without thinking do.
+_NO_THINKING = "\n</think>\n\n"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation to answer.
+
+    Args:
+        messages: in the form that `AsyncLLM.chat_prompt` takes.
+        params: how to sample. With FINAL_ONLY as `output_kind` there is one piece, at the end.
+        tools: the functions that the model may call, in OpenAI's form.
+        tool_choice: "none", "auto", "required", or the name of the function that the model must call.
+        parallel_tool_calls: the model may call several functions at once.
+        template: further arguments of `AsyncLLM.chat_prompt`, such as `chat_template_kwargs`.
+    """
+
+    messages: Sequence[dict[str, Any]]
+    params: SamplingParams
+    tools: Sequence[dict[str, Any]] = ()
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    template: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePiece:
+    """The new part of one sample.
+
+    Args:
+        index: the sample's number among the request's samples, from 0.
+        events: the parser's events of the new text.
+        token_ids: the new tokens, including the one that ended the sample.
+        logprobs: the requested log-probabilities of the new tokens.
+        finish_reason: "stop", "length" or "tool_calls"; None while the sample goes on.
+        stop_reason: the stop id or stop string that ended the sample, else None.
+    """
+
+    index: int
+    events: list[Event]
+    token_ids: list[int]
+    logprobs: LogprobRows | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The new part of an answer: `samples` has the samples with something new."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    samples: list[SamplePiece]
+
+
+async def answer(
+    state: ServerState, conversation: Conversation, request_id: str | None = None
+) -> AsyncGenerator[Piece, None]:
+    """Yield the answer to a conversation in pieces. Closing the generator ends the request.
+
+    Raises:
+        ApiError, TypeError, ValueError: the request cannot be served. Everything that is wrong with a request shows
+            before the first piece, but for a structured output that becomes too costly.
+        RuntimeError: the engine is closed or has failed.
+    """
+    tools = _shown_tools(conversation)
+    if tools:
+        _check_tools(state, conversation)
+    with state.admission.enter(conversation.params.n):
+        prompt_ids, prompt_text = await _prompt(state, conversation, tools)
+        params = _constrained(state, conversation, tools, prompt_text)
+        is_constrained = params.structured_outputs is not None
+        samples = [_Sample(state.format.parser(prompt_text, tools, is_constrained)) for _ in range(params.n)]
+        async with aclosing(state.generate({"prompt_token_ids": prompt_ids}, params, request_id)) as outputs:
+            async for output in outputs:
+                pieces = [samples[new.index].piece(new) for new in output.outputs]
+                yield Piece(len(prompt_ids), output.num_cached_tokens, pieces)
+
+
+async def count_prompt_tokens(state: ServerState, conversation: Conversation) -> int:
+    """Return how many tokens the prompt of a conversation has."""
+    prompt_ids, _ = await _prompt(state, conversation, _shown_tools(conversation))
+    return len(prompt_ids)
+
+
+def _shown_tools(conversation: Conversation) -> Sequence[dict[str, Any]]:
+    """Return the tools that the model may call in this turn."""
+    return () if conversation.tool_choice == "none" else conversation.tools
+
+
+def _check_tools(state: ServerState, conversation: Conversation) -> None:
+    if conversation.tool_choice != "auto":
+        return
+    if state.format.tool_format == "none":
+        message = "the server does not know how this model writes tool calls; its option --tool-parser can tell it"
+        raise ApiError(400, message, param="tools")
+
+
+async def _prompt(
+    state: ServerState, conversation: Conversation, tools: Sequence[dict[str, Any]]
+) -> tuple[list[int], str]:
+    """Return the prompt's token ids, and the end of its text."""
+    template = conversation.template | ({"tools": [_shown(tool) for tool in tools]} if tools else {})
+    prompt_ids = await state.llm.chat_prompt(conversation.messages, **template)
+    num_tail = _CONTINUED_TAIL_TOKENS if template.get("continue_final_message") else _TAIL_TOKENS
+    text = await state.llm.decode(prompt_ids[-num_tail:])
+    answer = conversation.params.structured_outputs
+    if answer is not None and json_rule(answer) is None and state.format.opens_thinking(text):
+        # No thinking goes before an answer in this form.
+        prompt_ids = prompt_ids + await state.llm.encode(_NO_THINKING, add_special_tokens=False)
+        text += _NO_THINKING
+    return prompt_ids, text
+
+
+def _shown(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool as models know it, without what is for the server alone."""
+    return {**tool, "function": {name: value for name, value in tool["function"].items() if name != "strict"}}
+
+
+def _constrained(
+    state: ServerState, conversation: Conversation, tools: Sequence[dict[str, Any]], prompt_text: str
+) -> SamplingParams:
+    """Return the conversation's parameters with the constraint that its tools and the form of its answer need."""
+    params = conversation.params
+    constraint = state.format.constraint(
+        tools, conversation.tool_choice, conversation.parallel_tool_calls, prompt_text, params.structured_outputs
+    )
+    params = replace(params, structured_outputs=constraint)
+    return replace(params, skip_special_tokens=False) if tools and state.format.shows_special_tokens else params
+
+
+class _Sample:
+    """Parses the text of one sample."""
+
+    def __init__(self, parser: OutputParser):
+        self.parser = parser
+        self.has_calls = False
+
+    def piece(self, new: CompletionOutput) -> SamplePiece:
+        events = self.parser.feed(new.text)
+        finish_reason = new.finish_reason
+        if finish_reason is not None:
+            events = events + self.parser.finish()
+        self.has_calls |= any(isinstance(event, CallStart) for event in events)
+        if finish_reason == "abort":
+            raise aborted(new.stop_reason)
+        if finish_reason == "stop" and self.has_calls:
+            finish_reason = "tool_calls"
+        return SamplePiece(new.index, events, new.token_ids, new.logprobs, finish_reason, new.stop_reason)

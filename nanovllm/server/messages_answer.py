@@ -1,0 +1,121 @@
+"""Answers of messages in Anthropic's form: whole ones, and the events of streams."""
+
+import json
+from typing import Any
+
+from pydantic_core import from_json
+
+from nanovllm.server.blocks import Block, Blocks, Change, Grown, Started
+from nanovllm.server.events import CallStart, Text, Thinking
+from nanovllm.server.generation import Piece, SamplePiece
+
+# Clients drop thinking without a signature, and send back what they keep.
+_SIGNATURE = "nanovllm"
+# The type and the key of the text of a delta, by the kind of its block.
+_DELTAS = {
+    Text: ("text_delta", "text"),
+    Thinking: ("thinking_delta", "thinking"),
+    CallStart: ("input_json_delta", "partial_json"),
+}
+
+
+class MessageWriter:
+    """The answer to a request, as it grows.
+
+    Args:
+        message_id: the answer's id.
+        model: the model's name in the API.
+        max_tokens: how many tokens the client allows.
+    """
+
+    def __init__(self, message_id: str, model: str, max_tokens: int):
+        self.message_id = message_id
+        self.model = model
+        self.max_tokens = max_tokens
+        self.blocks = Blocks()
+        self.num_input = self.num_cached = self.num_output = 0
+        self.stop: dict[str, str | None] = {"stop_reason": None, "stop_sequence": None}
+        self._has_started = False
+
+    def add(self, piece: Piece) -> list[dict[str, Any]]:
+        """Add the next piece, and return the events that show it."""
+        events = []
+        if not self._has_started:
+            self._has_started = True
+            self.num_input, self.num_cached = piece.num_prompt_tokens, piece.num_cached_tokens
+            events = [{"type": "message_start", "message": self.body()}, {"type": "ping"}]
+        for sample in piece.samples:
+            self.num_output += len(sample.token_ids)
+            changes = [*self.blocks.feed(sample.events)]
+            if sample.finish_reason is not None:
+                changes += self.blocks.finish()
+            events += [event for change in changes for event in _events(change)]
+            if sample.finish_reason is not None:
+                self.stop = self._stop(sample)
+                events.append({"type": "message_delta", "delta": self.stop, "usage": self.usage()})
+                events.append({"type": "message_stop"})
+        return events
+
+    def body(self) -> dict[str, Any]:
+        """Return the message so far."""
+        content = [_content(block) for block in self.blocks.all]
+        message = {"id": self.message_id, "type": "message", "role": "assistant", "model": self.model}
+        return message | {"content": content, **self.stop, "usage": self.usage()}
+
+    def usage(self) -> dict[str, int]:
+        """Return how many tokens there are. What was cached is no input in this API."""
+        return {
+            "input_tokens": self.num_input - self.num_cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": self.num_cached,
+            "output_tokens": self.num_output,
+        }
+
+    def _stop(self, sample: SamplePiece) -> dict[str, str | None]:
+        reason, sequence = "end_turn", None
+        if sample.finish_reason == "tool_calls":
+            reason = "tool_use"
+        elif sample.finish_reason == "length":
+            is_full = self.num_output < self.max_tokens
+            reason = "model_context_window_exceeded" if is_full else "max_tokens"
+        elif isinstance(sample.stop_reason, str):
+            reason, sequence = "stop_sequence", sample.stop_reason
+        return {"stop_reason": reason, "stop_sequence": sequence}
+
+
+def _events(change: Change) -> list[dict[str, Any]]:
+    """Return the events of a change."""
+    block = change.block
+    if isinstance(change, Started):
+        return [{"type": "content_block_start", "index": block.index, "content_block": _content(block)}]
+    if isinstance(change, Grown):
+        kind, key = _DELTAS[block.kind]
+        return [_delta(block, {"type": kind, key: change.text})]
+    signature = [_delta(block, {"type": "signature_delta", "signature": _SIGNATURE})] if block.kind is Thinking else []
+    return [*signature, {"type": "content_block_stop", "index": block.index}]
+
+
+def _delta(block: Block, delta: dict[str, str]) -> dict[str, Any]:
+    return {"type": "content_block_delta", "index": block.index, "delta": delta}
+
+
+def _content(block: Block) -> dict[str, Any]:
+    """Return the content block with the text so far."""
+    if block.kind is Text:
+        return {"type": "text", "text": block.text}
+    if block.kind is Thinking:
+        # In a stream, the signature comes in an event of its own.
+        return {"type": "thinking", "thinking": block.text, "signature": _SIGNATURE if block.pieces else ""}
+    return {"type": "tool_use", "id": f"toolu_{block.id}", "name": block.name, "input": _arguments(block.text)}
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    """Return the arguments of a tool call, as far as there are any: an answer that is cut off may end within them."""
+    try:
+        arguments = json.loads(text, parse_constant=lambda name: None)  # NaN is no JSON
+    except ValueError:
+        try:
+            arguments = from_json(text, allow_partial="trailing-strings", allow_inf_nan=False)
+        except ValueError:
+            return {}
+    return arguments if isinstance(arguments, dict) else {}

@@ -1,0 +1,153 @@
+"""Answers of responses in OpenAI's form: whole ones, and the events of streams."""
+
+from itertools import count
+from typing import Any
+
+from nanovllm.server.blocks import Block, Blocks, Change, Grown, Started
+from nanovllm.server.errors import ApiError
+from nanovllm.server.events import CallStart, Text, Thinking
+from nanovllm.server.generation import Piece
+
+# The name of a text in events, and its key in the last of them, by the kind of the block.
+_NAMES = {
+    Text: ("output_text", "text"),
+    Thinking: ("reasoning_text", "text"),
+    CallStart: ("function_call_arguments", "arguments"),
+}
+_ID_PREFIXES = {Text: "msg", Thinking: "rs", CallStart: "fc"}
+
+
+class ResponseWriter:
+    """The response to a request, as it grows.
+
+    Args:
+        fields: those that do not change.
+    """
+
+    def __init__(self, fields: dict[str, Any]):
+        self.fields = fields
+        self.blocks = Blocks()
+        self.num_input = self.num_cached = self.num_output = 0
+        self.finish_reason: str | None = None
+        self._numbers = count()
+
+    def add(self, piece: Piece) -> list[dict[str, Any]]:
+        """Add the next piece, and return the events that show it."""
+        events = []
+        if not self.num_input:
+            self.num_input, self.num_cached = piece.num_prompt_tokens, piece.num_cached_tokens
+            events = [self._event("response.created", response=self.body())]
+            events.append(self._event("response.in_progress", response=self.body()))
+        for sample in piece.samples:
+            self.num_output += len(sample.token_ids)
+            self.finish_reason = sample.finish_reason
+            changes = [*self.blocks.feed(sample.events)]
+            if sample.finish_reason is not None:
+                changes += self.blocks.finish()
+            events += [event for change in changes for event in self._events(change)]
+            if sample.finish_reason is not None:
+                events.append(self._event(f"response.{self.status}", response=self.body()))
+        return events
+
+    def failed(self, error: ApiError) -> dict[str, Any]:
+        """Return the event of an error in the midst of a response."""
+        code = "server_error" if error.status >= 500 else "invalid_prompt"
+        body = self.body() | {"status": "failed", "error": {"code": code, "message": error.message}}
+        return self._event("response.failed", response=body)
+
+    @property
+    def status(self) -> str:
+        if self.finish_reason is None:
+            return "in_progress"
+        return "incomplete" if self.finish_reason == "length" else "completed"
+
+    def body(self) -> dict[str, Any]:
+        """Return the response so far."""
+        return self.fields | {
+            "status": self.status,
+            "incomplete_details": {"reason": "max_output_tokens"} if self.status == "incomplete" else None,
+            "output": [_item(block, self._item_status(block)) for block in self.blocks.all],
+            "usage": self._usage() if self.finish_reason else None,
+        }
+
+    def _item_status(self, block: Block) -> str:
+        is_cut = self.status == "incomplete" and block is self.blocks.all[-1]
+        return "incomplete" if is_cut else "completed"
+
+    def _usage(self) -> dict[str, Any]:
+        """Return how many tokens there are. How many of them are thinking is estimated from its share of the text."""
+        sizes = [(block.kind is Thinking, len(block.text)) for block in self.blocks.all]
+        share = sum(size for is_thinking, size in sizes if is_thinking) / max(1, sum(size for _, size in sizes))
+        return {
+            "input_tokens": self.num_input,
+            "input_tokens_details": {"cached_tokens": self.num_cached, "cache_write_tokens": 0},
+            "output_tokens": self.num_output,
+            "output_tokens_details": {"reasoning_tokens": round(share * self.num_output)},
+            "total_tokens": self.num_input + self.num_output,
+        }
+
+    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        return {"type": kind, "sequence_number": next(self._numbers), **fields}
+
+    def _events(self, change: Change) -> list[dict[str, Any]]:
+        """Return the events of a change."""
+        block = change.block
+        if isinstance(change, Started):
+            return self._start(block)
+        if isinstance(change, Grown):
+            name, _ = _NAMES[block.kind]
+            return [self._event(f"response.{name}.delta", **_place(block), **_logprobs(block), delta=change.text)]
+        return self._finish(block)
+
+    def _start(self, block: Block) -> list[dict[str, Any]]:
+        item = _item(block, "in_progress")
+        if block.kind is CallStart:
+            return [self._event("response.output_item.added", output_index=block.index, item=item)]
+        item["content"] = []  # the next event adds the part
+        return [
+            self._event("response.output_item.added", output_index=block.index, item=item),
+            self._event("response.content_part.added", **_place(block), part=_part(block)),
+        ]
+
+    def _finish(self, block: Block) -> list[dict[str, Any]]:
+        name, key = _NAMES[block.kind]
+        events = [self._event(f"response.{name}.done", **_place(block), **_logprobs(block), **{key: block.text})]
+        if block.kind is not CallStart:
+            events.append(self._event("response.content_part.done", **_place(block), part=_part(block)))
+        item = _item(block, self._item_status(block))
+        return [*events, self._event("response.output_item.done", output_index=block.index, item=item)]
+
+
+def _item_id(block: Block) -> str:
+    return f"{_ID_PREFIXES[block.kind]}_{block.id}"
+
+
+def _place(block: Block) -> dict[str, Any]:
+    """Return where an event of a block belongs."""
+    place: dict[str, Any] = {"item_id": _item_id(block), "output_index": block.index}
+    if block.kind is not CallStart:
+        place["content_index"] = 0
+    return place
+
+
+def _logprobs(block: Block) -> dict[str, list]:
+    """Return the log-probabilities that events of texts must have: none."""
+    return {"logprobs": []} if block.kind is Text else {}
+
+
+def _part(block: Block) -> dict[str, Any]:
+    """Return the only part of a message or of thinking."""
+    if block.kind is Thinking:
+        return {"type": "reasoning_text", "text": block.text}
+    return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}
+
+
+def _item(block: Block, status: str) -> dict[str, Any]:
+    """Return the output item with the text so far."""
+    item: dict[str, Any] = {"id": _item_id(block), "status": status}
+    if block.kind is CallStart:
+        call = {"type": "function_call", "call_id": f"call_{block.id}", "name": block.name, "arguments": block.text}
+        return item | call
+    if block.kind is Thinking:
+        return item | {"type": "reasoning", "summary": [], "content": [_part(block)]}
+    return item | {"type": "message", "role": "assistant", "content": [_part(block)]}

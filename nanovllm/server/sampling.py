@@ -1,0 +1,200 @@
+"""The fields of a request that say how to sample, which several endpoints share."""
+
+from typing import Any, ClassVar
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from nanovllm import SamplingParams, StructuredOutputsParams
+from nanovllm.checks import shown
+from nanovllm.sampling_params import RequestOutputKind
+from nanovllm.server.errors import ApiError
+from nanovllm.server.security import key_salt
+from nanovllm.server.state import ServerState
+
+# Fields of OpenAI's and vLLM's clients that change no answer. ANY: at any value; else at these values and null.
+ANY = object()
+NEUTRAL: dict[str, Any] = {
+    "user": ANY,
+    "safety_identifier": ANY,
+    "metadata": ANY,
+    "prompt_cache_key": ANY,
+    "prompt_cache_retention": ANY,
+    "prediction": ANY,  # only makes an answer faster
+    "request_id": ANY,
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "priority": (0,),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
+    "spaces_between_special_tokens": (True,),
+    "detokenize": (True,),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+}
+
+
+class StreamOptions(BaseModel):
+    """Options of a streamed answer.
+
+    Args:
+        include_usage: send one more event, with the numbers of tokens.
+        include_obfuscation: ignored; only an API across the internet needs it.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class StructuredOutputs(BaseModel):
+    """The fields of `StructuredOutputsParams`, which checks them."""
+
+    model_config = ConfigDict(extra="forbid")
+    json_: str | dict | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+    structural_tag: str | dict | None = None
+
+    def to_params(self) -> StructuredOutputsParams:
+        """Return the checked parameters."""
+        return StructuredOutputsParams(
+            **{field.alias or name: getattr(self, name) for name, field in StructuredOutputs.model_fields.items()}
+        )
+
+
+class SamplingFields(BaseModel):
+    """Fields that chat completions and completions share. None is the default of each.
+
+    Their types are checked here, and their values by `SamplingParams`.
+
+    Attributes:
+        NEUTRAL: fields that have no effect, and their values that are accepted. Subclasses may have more.
+    """
+
+    NEUTRAL: ClassVar[dict[str, Any]] = NEUTRAL
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    skip_special_tokens: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+    cache_salt: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, data: Any) -> Any:
+        """Drop fields that have no effect. Refuse them at values that would have one."""
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            accepted = cls.NEUTRAL.get(name, None)
+            if accepted is None or name in cls.model_fields:
+                kept[name] = value
+            elif accepted is not ANY and value is not None and value not in accepted:
+                values = ", ".join(map(repr, accepted)) or "null"
+                raise ValueError(f"{name} is not supported, except at the value {values}; got {shown(value)}")
+        return kept
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> "SamplingFields":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream=true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a streamed answer ends with the numbers of tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def to_params(self, state: ServerState, http: Request, **overrides: Any) -> SamplingParams:
+        """Return the sampling parameters of a request. What it leaves open is the model's default.
+
+        Args:
+            http: says which API key the client has, as far as keys do not share cached prompts.
+            overrides: other arguments of `SamplingParams`, such as `logprobs`, and other values of the fields here.
+                `max_tokens=None` is up to `max_model_len`; None of others has no effect.
+
+        Raises:
+            ApiError: a value is wrong.
+        """
+        given: dict[str, Any] = {name: getattr(self, name) for name in _PARAMS}
+        given["output_kind"] = RequestOutputKind.DELTA
+        if self.structured_outputs is not None:
+            given["structured_outputs"] = _checked(self.structured_outputs.to_params)
+        given |= {name: value for name, value in overrides.items() if value is not None or name == "max_tokens"}
+        if (given["n"] or 1) > state.options.max_n:
+            raise ApiError(400, f"n must be at most {state.options.max_n}, got {given['n']}", param="n")
+        if state.options.salt_prefix_cache:
+            given["cache_salt"] = key_salt(http, given["cache_salt"])
+        defaults = state.llm.get_default_sampling_params()
+        base = {name: getattr(defaults, name) for name in _DEFAULTS}
+        given = {name: value for name, value in given.items() if value is not None or name == "max_tokens"}
+        return _checked(SamplingParams.from_optional, **base | given)
+
+
+# The fields that are arguments of SamplingParams of the same name.
+_PARAMS = (
+    "max_tokens",
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "min_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "skip_special_tokens",
+    "cache_salt",
+)
+# The arguments for which a model's generation config has values.
+_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def _checked(make: Any, **arguments: Any) -> Any:
+    """Return what `make` makes. Raise ApiError for its TypeError and ValueError."""
+    try:
+        return make(**arguments)
+    except (TypeError, ValueError) as error:
+        name = str(error).split(maxsplit=1)[0]
+        raise ApiError(400, str(error), param=name if name in arguments else None) from None

@@ -1,0 +1,155 @@
+"""Middlewares that stand before the endpoints. They are plain ASGI, so they neither read nor keep what passes."""
+
+import asyncio
+import hashlib
+import hmac
+import re
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastapi import HTTPException, Request
+
+from nanovllm.server.errors import ApiError, error_body
+from nanovllm.server.streaming import JsonAnswer
+
+# Everybody may read whether the server is well, and the chat page, which asks for a key.
+_OPEN_PATHS = re.compile("/health|/|/favicon.ico|/page/.*")
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+
+
+def sent_key(headers: Mapping[str, str]) -> str:
+    """Return the API key in a request's headers: a bearer token or `x-api-key`. "" if there is none."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+
+
+def key_salt(http: Request, cache_salt: str | None = None) -> str:
+    """Return a salt of the prefix cache that belongs to the client's API key and to the salt that it has chosen."""
+    return _digest("\0".join((sent_key(http.headers), cache_salt or ""))).hex()
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode(errors="replace")).digest()
+
+
+class RequestIds:
+    """Give each request an id, the client's `x-request-id` if it sends one, and send it back.
+
+    Args:
+        count_answer: called with the path of the endpoint and the status of its answer.
+
+    Endpoints read it as `request.state.request_id`.
+    """
+
+    def __init__(self, app: Any, count_answer: Callable[[str, int], None]):
+        self.app = app
+        self.count_answer = count_answer
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        request_id = Request(scope).headers.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                # Only paths of endpoints, because there is no end of other ones.
+                path = getattr(scope.get("route"), "path", "other")
+                self.count_answer(path, message["status"])
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+class ApiKeys:
+    """Refuse requests without one of the keys. The time that this takes tells nothing about a key."""
+
+    def __init__(self, app: Any, keys: list[str]):
+        self.app = app
+        self.digests = [_digest(key) for key in keys]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or self._may_enter(scope):
+            return await self.app(scope, receive, send)
+        message = "the API key is missing or wrong; send it as `Authorization: Bearer KEY` or `x-api-key: KEY`"
+        await _refuse(ApiError(401, message, code="invalid_api_key"), scope, receive, send)
+
+    def _may_enter(self, scope: Any) -> bool:
+        if _OPEN_PATHS.fullmatch(scope["path"]):
+            return True
+        sent = _digest(sent_key(Request(scope).headers))
+        matches = [hmac.compare_digest(sent, digest) for digest in self.digests]
+        return any(matches)
+
+
+class BodyLimit:
+    """Refuse bodies of more than `max_bytes` bytes before they are read, or as soon as more has come."""
+
+    def __init__(self, app: Any, max_bytes: int):
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        length = Request(scope).headers.get("content-length", "0")
+        message = f"the body must have at most {self.max_bytes} bytes"
+        if not length.isdecimal() or len(length) > 15 or int(length) > self.max_bytes:
+            return await _refuse(ApiError(413, message), scope, receive, send)
+        num_bytes = 0
+
+        async def receive_bounded() -> Any:
+            nonlocal num_bytes
+            event = await receive()
+            num_bytes += len(event.get("body", b""))
+            if num_bytes > self.max_bytes:
+                raise HTTPException(413, message)  # FastAPI lets this one through
+            return event
+
+        await self.app(scope, receive_bounded, send)
+
+
+class CancelOnDisconnect:
+    """Cancel the endpoint as soon as the client has gone, whether or not it has begun to answer."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        body_read = asyncio.Event()
+        gone = asyncio.create_task(_wait_for_disconnect(body_read, receive))
+
+        async def receive_body() -> Any:
+            if body_read.is_set():
+                await asyncio.shield(gone)
+                return {"type": "http.disconnect"}
+            event = await receive()
+            if event["type"] == "http.disconnect" or not event.get("more_body", False):
+                body_read.set()
+            return event
+
+        answering = asyncio.ensure_future(self.app(scope, receive_body, send))
+        try:
+            await asyncio.wait((answering, gone), return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                answering.result()  # raises what it has raised
+        finally:
+            for task in (answering, gone):
+                task.cancel()
+            await asyncio.gather(answering, gone, return_exceptions=True)
+
+
+async def _wait_for_disconnect(body_read: asyncio.Event, receive: Any) -> None:
+    await body_read.wait()
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _refuse(error: ApiError, scope: Any, receive: Any, send: Any) -> None:
+    await JsonAnswer(error_body(error, scope["path"]), error.status)(scope, receive, send)

@@ -1,0 +1,117 @@
+"""JSON answers and server-sent events."""
+
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+from fastapi.responses import JSONResponse, Response
+
+from nanovllm.server.errors import ApiError, as_api_error, openai_error
+
+logger = logging.getLogger("nanovllm")
+
+# `json.dumps` would make one for each event.
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+# An event, or a list of events that are sent together.
+Item: TypeAlias = dict | list[dict]
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return a value as compact JSON."""
+    # Half a character, which a client may send escaped, is escaped again: JSON and Python write it in the same way.
+    return _encoder.encode(value).encode(errors="backslashreplace")
+
+
+def json_logprob(value: float) -> float:
+    """Return a log-probability as JSON can express it, which has no minus infinity."""
+    return max(value, -9999.0)
+
+
+class JsonAnswer(JSONResponse):
+    """An answer in JSON. Return one from an endpoint, so that FastAPI does not walk through its values."""
+
+    def render(self, content: Any) -> bytes:
+        return json_bytes(content)
+
+
+class EventStream(Response):
+    """Sends server-sent events as an iterator makes them. See `sse`, which makes it."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        first: Item | None,
+        items: AsyncGenerator[Item, None],
+        names_events: bool,
+        sends_done: bool,
+        error_event: Callable[[ApiError], dict],
+    ):
+        # Proxies must neither keep the events nor gather them.
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._first = first
+        self._items = items
+        self._names_events = names_events
+        self._sends_done = sends_done
+        self._error_event = error_event
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        # Opened first, because the client may go before the first chunk.
+        async with aclosing(self._items), aclosing(self._chunks()) as chunks:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for chunk in chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _chunks(self) -> AsyncGenerator[bytes, None]:
+        try:
+            if self._first is not None:
+                yield self._encode(self._first)
+            async for item in self._items:
+                yield self._encode(item)
+            if self._sends_done:
+                yield b"data: [DONE]\n\n"
+        except Exception as error:
+            answer = as_api_error(error)
+            if answer.status == 500:
+                logger.exception("A stream has failed")
+            yield self._encode(self._error_event(answer))
+
+    def _encode(self, item: Item) -> bytes:
+        return b"".join(map(self._encode_event, item if isinstance(item, list) else [item]))
+
+    def _encode_event(self, event: dict) -> bytes:
+        name = f"event: {event['type']}\n".encode() if self._names_events else b""
+        return b"%bdata: %b\n\n" % (name, json_bytes(event))
+
+
+async def sse(
+    items: AsyncGenerator[Item, None],
+    *,
+    names_events: bool = False,
+    sends_done: bool = True,
+    error_event: Callable[[ApiError], dict] = openai_error,
+) -> EventStream:
+    """Return a response that sends `items` as server-sent events.
+
+        return await sse(stream_answer(state, request))
+
+    It waits for the first item, so what raises before it becomes an answer with the status of the error. Later errors
+    become a last event. If the client goes, the iterator is closed at once.
+
+    Args:
+        items: an async generator of events, or of lists of events that are sent together.
+        names_events: start each event with a line that has its "type".
+        sends_done: end with `data: [DONE]`, unless there was an error.
+        error_event: makes the event of an error.
+    """
+    try:
+        first = await anext(items, None)
+    except BaseException:
+        await items.aclose()
+        raise
+    return EventStream(first, items, names_events, sends_done, error_event)

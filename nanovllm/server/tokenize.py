@@ -1,0 +1,89 @@
+"""POST /tokenize and /detokenize, as in vLLM."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict
+
+from nanovllm.server.chat import ChatRequest
+from nanovllm.server.errors import ApiError
+from nanovllm.server.models import check_model
+from nanovllm.server.state import ServerState
+from nanovllm.server.streaming import JsonAnswer
+
+
+class TokenizeRequest(BaseModel):
+    """A text, or a conversation with the options of its chat template, as in chat completions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str | None = None
+    prompt: str | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    """Token ids."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str | None = None
+    tokens: list[int]
+
+
+_OF_MESSAGES = (
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "chat_template_kwargs",
+    "reasoning_effort",
+)
+
+
+async def _token_ids(state: ServerState, request: TokenizeRequest, http: Request) -> list[int]:
+    fields = {name: value for name in _OF_MESSAGES if (value := getattr(request, name)) is not None}
+    if (request.prompt is None) == (request.messages is None):
+        raise ApiError(400, "the request must have either prompt or messages", param="prompt")
+    if request.prompt is not None:
+        if fields:
+            raise ApiError(400, f"{min(fields)} needs messages, but there is a prompt", param=min(fields))
+        return await state.llm.encode(request.prompt, request.add_special_tokens is not False)
+    if request.add_special_tokens:
+        message = "add_special_tokens must not be true with messages: the chat template writes the special tokens"
+        raise ApiError(400, message, param="add_special_tokens")
+    chat = ChatRequest(messages=request.messages, **fields).conversation(state, http)
+    tools = {"tools": chat.tools} if chat.tools else {}
+    return await state.llm.chat_prompt(chat.messages, **tools, **chat.template)
+
+
+def routes(state: ServerState) -> APIRouter:
+    """Return the endpoints."""
+    router = APIRouter()
+
+    @router.post("/tokenize")
+    async def tokenize(request: TokenizeRequest, http: Request) -> JsonAnswer:
+        check_model(state, request.model)
+        token_ids = await _token_ids(state, request, http)
+        names = state.llm.tokenizer.convert_ids_to_tokens(token_ids) if request.return_token_strs else None
+        return JsonAnswer(
+            {
+                "count": len(token_ids),
+                "max_model_len": state.llm.max_model_len,
+                "tokens": token_ids,
+                "token_strs": names,
+            }
+        )
+
+    @router.post("/detokenize")
+    async def detokenize(request: DetokenizeRequest) -> JsonAnswer:
+        check_model(state, request.model)
+        return JsonAnswer({"prompt": await state.llm.decode(request.tokens)})
+
+    return router

@@ -1,0 +1,730 @@
+"""The command line: flags, the terminal chat and the load generator."""
+
+import asyncio
+import io
+import itertools
+import json
+import runpy
+import signal
+import sys
+import threading
+from dataclasses import fields
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from benchmarks.workloads import offline
+from nanovllm import SamplingParams, __version__
+from nanovllm.cli.bench_report import Run, summary, table
+from nanovllm.cli.bench_serve import BenchOptions, arrivals, make_requests
+from nanovllm.cli.chat import HELP, SETTINGS, Chat, ChatOptions
+from nanovllm.cli.chat_models import Counts, EngineModel, ServerModel
+from nanovllm.cli.flags import argument_docs, flag, parse_value
+from nanovllm.cli.http_stream import Answer
+from nanovllm.cli.main import main
+from nanovllm.config import Config
+from nanovllm.server.events import Text, Thinking
+from nanovllm.server.formats import TextFormat
+from nanovllm.server.options import ServerOptions
+from tests.helpers import SOON, assert_nothing_held, finish
+from tests.models.tiny import CHAT_TEMPLATE, save_tiny_with_tokenizer
+from tests.server.scripted_http import scripted_server
+
+# -- flags -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Replace the server; return what it was started with."""
+    calls = []
+    module = ModuleType("nanovllm.server.app")
+    module.serve = lambda config_options, server_options: calls.append((config_options, server_options))
+    monkeypatch.setitem(sys.modules, "nanovllm.server.app", module)
+    return calls
+
+
+def help_of(capsys, *argv):
+    with pytest.raises(SystemExit, match="0"):
+        main([*argv, "--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["serve", "chat", "bench"]),
+        (["serve"], ["MODEL", "--port", "--max-model-len"]),
+        (["chat"], ["MODEL", "--url", "--device"]),
+        (["bench"], ["serve"]),
+        (["bench", "serve"], ["--request-rate", "--goodput"]),
+    ],
+)
+def test_each_level_has_help(argv, words, capsys):
+    text = help_of(capsys, *argv)
+    assert all(word in text for word in words)
+
+
+@pytest.mark.parametrize("options", [Config, ServerOptions])
+def test_serve_has_a_flag_with_help_for_each_option(options, capsys):
+    text = " ".join(help_of(capsys, "serve").split())
+    docs = argument_docs(options)
+    for declared in fields(options):
+        if declared.name != "model":
+            assert f"{flag(declared.name)} " in text or f"{flag(declared.name)}," in text
+            # argparse may break a line at a hyphen.
+            assert "".join(docs[declared.name].split()) in "".join(text.split())
+
+
+def test_a_model_alone_leaves_all_defaults_to_the_engine(served):
+    assert main(["serve", "some/model"]) == 0
+    assert served == [({"model": "some/model"}, ServerOptions())]
+
+
+def test_no_model_is_the_default_one(served):
+    assert main(["serve"]) == 0
+    assert served == [({}, ServerOptions())]
+
+
+def test_given_flags_reach_the_engine_and_the_server_with_their_types(served):
+    flags = "--port 0 --api-key a,b --drain-seconds 1.5 --tool-parser hermes --salt-prefix-cache"
+    flags += " --max-num-seqs 8 --gpu-memory-utilization 0.5 --dtype float32 --no-enable-prefix-caching --enforce-eager"
+    assert main(["serve", *flags.split()]) == 0
+    ((config_options, server_options),) = served
+    assert config_options == {
+        "max_num_seqs": 8,
+        "gpu_memory_utilization": 0.5,
+        "dtype": "float32",
+        "enable_prefix_caching": False,
+        "enforce_eager": True,
+    }
+    assert server_options == ServerOptions(
+        port=0, api_key="a,b", drain_seconds=1.5, tool_parser="hermes", salt_prefix_cache=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["serve", "--port", "99999"], "port must be from 0 to 65535, got 99999"),
+        (["serve", "--port", "x"], "--port"),
+        (["serve", "--max-num-seqs", "0"], "max_num_seqs must be from 1"),
+        (["serve", "--dtype", "int4"], "dtype must be one of"),
+        (["serve", "--max-num-seq", "4"], "unrecognized arguments: --max-num-seq"),
+        (["chat", "--url", "localhost:8000"], "url must be like http://127.0.0.1:8000"),
+        (["chat", "--api-key", "k"], "api_key needs a url"),
+        (["bench", "serve", "--request-rate", "0"], "request_rate must be above 0"),
+        (["bench", "serve", "--input-len", "5", "2"], "input_len must be two numbers 1 <= LOW <= HIGH, got 5 2"),
+        (["bench", "serve", "--goodput", "ttft"], "got 'ttft'"),
+        (["bench", "serve", "--goodput", "ttft:0"], "got 'ttft:0'"),
+        (["bench", "serve", "--goodput", "speed:3"], "the names ttft, tpot, e2e"),
+        (["bench", "serve", "--json", "/no/such/folder/x.json"], "json must be a file in a folder that exists"),
+        ([], "COMMAND"),
+        (["bench"], "COMMAND"),
+    ],
+)
+def test_wrong_usage_ends_with_one_line_and_status_2(argv, message, served, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not served
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["chat", "--url", "http://127.0.0.1:1"])
+    assert capsys.readouterr().err.endswith("httpx is not installed; run: pip install 'nanovllm[server]'\n")
+
+
+def test_python_m_runs_the_command_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nanovllm", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("nanovllm", run_name="__main__")
+    assert capsys.readouterr().out == f"nanovllm {__version__}\n"
+
+
+def test_a_failure_to_start_is_one_line_and_status_1(monkeypatch, capsys):
+    module = ModuleType("nanovllm.server.app")
+
+    def serve(*_):
+        raise OSError(98, "Address already in use")
+
+    module.serve = serve
+    monkeypatch.setitem(sys.modules, "nanovllm.server.app", module)
+    assert main(["serve"]) == 1
+    assert capsys.readouterr().err == "nanovllm: [Errno 98] Address already in use\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"), [("top_k", "5", 5), ("temperature", "0.5", 0.5), ("ignore_eos", "on", True)]
+)
+def test_text_is_read_as_the_type_of_the_field(name, text, value):
+    assert parse_value(SamplingParams, name, text) == value
+
+
+@pytest.mark.parametrize(("name", "text"), [("top_k", "0.5"), ("temperature", "hot"), ("ignore_eos", "2")])
+def test_text_of_another_type_is_refused_by_name(name, text):
+    with pytest.raises(ValueError, match=f"{name} must be .*'{text}'"):
+        parse_value(SamplingParams, name, text)
+
+
+# -- chat ------------------------------------------------------------------------------------------------------------
+
+
+class ScriptedModel:
+    """A model that answers with given events; an exception among them is raised."""
+
+    name = "scripted"
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        self.seen = []
+
+    def answer(self, messages, settings, counts):
+        self.seen.append(([dict(message) for message in messages], dict(settings)))
+        for event in self.answers.pop(0):
+            if isinstance(event, BaseException):
+                raise event
+            yield Text(event) if isinstance(event, str) else event
+
+
+def talk(model, text, **options):
+    """Let a chat read `text` from a pipe. Return it and its exit status."""
+    chat = Chat(model, stdin=io.StringIO(text), **options)
+    return chat, chat.run()
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def test_lines_of_a_pipe_are_one_conversation(capsys):
+    model = ScriptedModel(["Hel", "lo."], ["Bye."])
+    _, status = talk(model, "Hi\n\nSee you\n")
+    assert status == 0
+    assert capsys.readouterr().out == "Hello.\nBye.\n"
+    assert [messages for messages, _ in model.seen] == [
+        [user("Hi")],
+        [user("Hi"), assistant("Hello."), user("See you")],
+    ]
+
+
+def test_a_last_line_without_a_newline_is_answered():
+    model = ScriptedModel(["Hello."])
+    talk(model, "Hi")
+    assert model.seen == [([user("Hi")], {})]
+
+
+@pytest.mark.parametrize("text", ["one \\\ntwo\\\nthree\n", '"""\none \ntwo\nthree\n"""\n', '"""\none \ntwo\nthree'])
+def test_a_message_may_have_several_lines(text):
+    model = ScriptedModel(["ok"])
+    talk(model, text)
+    assert model.seen[0][0] == [user("one \ntwo\nthree")]
+
+
+def test_system_and_settings_go_with_each_message_until_they_are_taken_back():
+    model = ScriptedModel(["a"], ["b"], ["c"])
+    lines = ["/system Be brief.", "/set temperature 0.7", "/set top_k 5", "x", "/system", "/set top_k default", "y"]
+    talk(model, "\n".join([*lines, "/set seed 3", "z"]))
+    system = {"role": "system", "content": "Be brief."}
+    assert model.seen[0] == ([system, user("x")], {"temperature": 0.7, "top_k": 5})
+    assert model.seen[1] == ([user("x"), assistant("a"), user("y")], {"temperature": 0.7})
+    assert model.seen[2][1] == {"temperature": 0.7, "seed": 3}
+
+
+def test_regen_replaces_the_last_answer_and_new_forgets_all():
+    model = ScriptedModel(["a"], ["b"], ["c"], ["d"])
+    chat, _ = talk(model, "x\n/regen\ny\n/new\nz\n")
+    assert [messages for messages, _ in model.seen] == [
+        [user("x")],
+        [user("x")],
+        [user("x"), assistant("b"), user("y")],
+        [user("z")],
+    ]
+    assert chat.messages == [user("z"), assistant("d")]
+
+
+def test_an_answer_that_fails_is_reported_and_leaves_the_conversation_as_it_was(capsys):
+    model = ScriptedModel(["a"], [ValueError("too long")], [RuntimeError("lost")], ["b"])
+    chat, status = talk(model, "x\ny\n/regen\nz\n")
+    assert chat.messages == [user("x"), assistant("a"), user("z"), assistant("b")]
+    assert capsys.readouterr().err == "Error: too long\nError: lost\n"
+    assert status == 1
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(capsys):
+    model = ScriptedModel(["one ", "two", KeyboardInterrupt()], ["b"])
+    chat, status = talk(model, "x\ny\n")
+    assert chat.messages == [user("x"), assistant("one two"), user("y"), assistant("b")]
+    assert capsys.readouterr().out == "one two\nb\n"
+    assert status == 0
+
+
+def test_two_interrupts_in_a_row_end_a_list_of_questions():
+    model = ScriptedModel([KeyboardInterrupt()], [KeyboardInterrupt()], ["never"])
+    _, status = talk(model, "x\ny\nz\n")
+    assert status == 130
+    assert len(model.seen) == 2
+
+
+def test_save_writes_the_conversation_and_never_overwrites(tmp_path, capsys):
+    path = tmp_path / "chat.json"
+    talk(ScriptedModel(["é"]), f"x\n/save {path}\n/save {path}\n/save\n", system="S")
+    assert json.loads(path.read_text()) == [{"role": "system", "content": "S"}, user("x"), assistant("é")]
+    exists, needs = capsys.readouterr().err.splitlines()
+    assert "File exists" in exists
+    assert needs == "Error: /save needs a file"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/nope", "there is no command /nope"),
+        ("/set", ""),
+        ("/set speed 3", "there is no parameter speed"),
+        ("/set temperature", "temperature must be a number, got ''"),
+        ("/set temperature -1", "temperature must be from 0"),
+        ("/regen", "there is no message"),
+        ("/help", ""),
+    ],
+)
+def test_a_wrong_command_is_reported_and_changes_nothing(line, message, capsys):
+    chat, status = talk(ScriptedModel(), line)
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert status == bool(message)
+    assert chat.settings == {} and chat.messages == []
+    assert message or all(word in captured.out for word in ((HELP,) if line == "/help" else SETTINGS))
+
+
+def test_quit_ends_before_the_rest_of_the_input():
+    assert talk(ScriptedModel(), "/quit\nx\n")[1] == 0
+
+
+def test_a_pipe_gets_neither_thinking_nor_control_characters(capsys):
+    chat, _ = talk(ScriptedModel([Thinking("hm"), "a\x1b[2Jb\tc\nd\x9b"]), "x\n")
+    assert capsys.readouterr().out == "a[2Jb\tc\nd\n"
+    assert chat.messages[1] == assistant("a\x1b[2Jb\tc\nd\x9b")
+
+
+def test_a_terminal_shows_thinking_dimly_and_then_the_answer(capsys):
+    chat = Chat(ScriptedModel([Thinking("hm"), Thinking("m"), "yes"]), stdin=io.StringIO())
+    chat.is_terminal = True
+    chat.handle("x")
+    assert capsys.readouterr().out == "\x1b[2mhmm\x1b[0m\n\nyes\n"
+    assert chat.messages[1] == assistant("yes")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(save_tiny_with_tokenizer(tmp_path_factory.mktemp("cli"), "qwen2", CHAT_TEMPLATE))
+
+
+class InterruptedModel(EngineModel):
+    """A model with which Ctrl-C comes after the first piece of an answer, as long as `interrupts` is set."""
+
+    interrupts = False
+
+    def answer(self, messages, settings, counts):
+        for event in super().answer(messages, settings, counts):
+            yield event
+            if self.interrupts:
+                signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def engine_model(folder):
+    with InterruptedModel({"model": folder, "device": "cpu", "max_model_len": 128, "kvcache_block_size": 16}) as model:
+        yield model
+
+
+def test_chat_with_an_engine_answers_as_llm_chat_does(folder, engine_model, capsys, monkeypatch):
+    lines = "/set temperature 0\n/set max_tokens 8\nHi\nMore\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    flags = ["--device", "cpu", "--max-model-len", "128", "--kvcache-block-size", "16", "--system", "S"]
+    assert main(["chat", folder, *flags]) == 0
+    shown = capsys.readouterr().out
+    messages = [{"role": "system", "content": "S"}]
+    params = SamplingParams(temperature=0, max_tokens=8)
+    for question in ("Hi", "More"):
+        messages.append(user(question))
+        text = engine_model.llm.chat(messages, params, use_tqdm=False)[0].text
+        messages.append(assistant(text.strip()))
+        line = printed(text) + "\n"
+        assert shown.startswith(line)
+        shown = shown.removeprefix(line)
+    assert shown == ""
+
+
+def printed(text):
+    """Return a text as the chat prints it."""
+    return "".join(character for character in text if character in "\t\n" or not is_control(character))
+
+
+def is_control(character):
+    return ord(character) < 32 or 127 <= ord(character) < 160
+
+
+def test_ctrl_c_frees_the_blocks_of_an_engines_answer(engine_model, monkeypatch):
+    chat = Chat(engine_model, stdin=io.StringIO())
+    monkeypatch.setattr(engine_model, "interrupts", True)
+    chat.handle("x")
+    assert len(chat.messages) == 2
+    assert finish(engine_model.llm, max_steps=3) == []  # the step in flight
+    assert_nothing_held(engine_model.llm)
+    monkeypatch.setattr(engine_model, "interrupts", False)
+    chat.settings = {"max_tokens": 5}
+    chat.handle("y")
+    assert len(chat.messages) == 4
+
+
+def test_an_engines_thinking_is_not_part_of_the_answer(engine_model, monkeypatch):
+    texts = ["plan</th", "ink>\n\nyes"]
+    outputs = [SimpleNamespace(text=text, token_ids=[1]) for text in texts]
+    monkeypatch.setattr(engine_model, "format", TextFormat.detect("<think> </think>", "none"))
+    monkeypatch.setattr(engine_model.llm, "stream", lambda *_: iter(outputs))
+    # The prompt opens the tag.
+    monkeypatch.setattr(engine_model.llm, "chat_prompts", lambda _: [engine_model.llm.tokenizer.encode("<think>\n")])
+    counts = Counts()
+    events = list(engine_model.answer([user("x")], {}, counts))
+    assert [event.text for event in events if isinstance(event, Thinking)] == ["plan"]
+    assert [event.text for event in events if isinstance(event, Text)] == ["yes"]
+    assert counts.tokens == 2
+
+
+def test_a_model_without_a_chat_template_is_refused_at_once(tmp_path, capsys):
+    folder = save_tiny_with_tokenizer(tmp_path, "qwen2")
+    assert main(["chat", str(folder), "--device", "cpu"]) == 1
+    assert "no chat template" in capsys.readouterr().err
+
+
+def test_a_conversation_that_is_too_long_is_reported(engine_model, capsys):
+    chat, status = talk(engine_model, "x" * 200 + "\n")
+    assert status == 1
+    assert chat.messages == []
+    assert "max_model_len" in capsys.readouterr().err
+
+
+def delta(**content):
+    return {"choices": [{"index": 0, "delta": content}]}
+
+
+def test_chat_with_a_server_sends_the_conversation_and_streams_the_answer(capsys, monkeypatch):
+    def answer(handler, body):
+        first = delta(role="assistant", content="")
+        usage = {"choices": [], "usage": {"completion_tokens": 3}}
+        handler.stream([first, delta(reasoning_content="hm"), delta(content="é"), delta(content="!"), usage, "[DONE]"])
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/set top_p 0.5\nx\ny\n"))
+    with scripted_server(chat=answer) as server:
+        assert main(["chat", "--url", f"{server.url}/v1/", "--api-key", "secret"]) == 0
+        first, second = server.bodies("/v1/chat/completions")
+    assert capsys.readouterr().out == "é!\né!\n"
+    assert first == {
+        "model": "scripted",
+        "messages": [user("x")],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "top_p": 0.5,
+    }
+    assert second["messages"] == [user("x"), assistant("é!"), user("y")]
+    assert {headers["authorization"] for _, headers, _ in map(lowered, server.requests)} == {"Bearer secret"}
+
+
+def lowered(request):
+    path, headers, body = request
+    return path, {name.lower(): value for name, value in headers.items()}, body
+
+
+def test_a_refusal_of_a_server_is_shown_in_words_and_the_chat_goes_on(capsys, monkeypatch):
+    script = [
+        lambda handler: handler.send({"error": {"message": "too many requests"}}, 429),
+        lambda handler: handler.stream([delta(content="a"), {"error": {"message": "the engine failed"}}]),
+        lambda handler: handler.stream([delta(content="b"), "[DONE]"]),
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x\ny\nz\n"))
+    with scripted_server(chat=lambda handler, _: script.pop(0)(handler)) as server:
+        assert main(["chat", "named", "--url", server.url]) == 1
+        bodies = server.bodies("/v1/chat/completions")
+        assert not server.bodies("/v1/models")
+    captured = capsys.readouterr()
+    assert captured.out == "a\nb\n"
+    assert captured.err.splitlines() == [
+        "Error: the server answered with status 429: too many requests",
+        "Error: the server could not finish: the engine failed",
+    ]
+    assert bodies[2]["messages"] == [user("y"), assistant("a"), user("z")]
+    assert bodies[2]["model"] == "named"
+
+
+def test_ctrl_c_leaves_a_servers_stream_so_that_the_server_can_stop(capsys):
+    gone = threading.Event()
+
+    def answer(handler, body):
+        if len(body["messages"]) > 1:
+            handler.stream([delta(content="b"), "[DONE]"])
+            return
+        handler.start_stream()
+        handler.write_chunk(f"data: {json.dumps(delta(content='a'))}\n\n".encode())
+        try:
+            while not gone.wait(0.01):
+                handler.write_chunk(b": ping\n\n")
+        except OSError:
+            gone.set()
+
+    class InterruptedServerModel(ServerModel):
+        def answer(self, messages, settings, counts):
+            for event in super().answer(messages, settings, counts):
+                yield event
+                if len(messages) == 1:
+                    signal.raise_signal(signal.SIGINT)
+
+    with scripted_server(chat=answer) as server, InterruptedServerModel(server.url, None, "m") as model:
+        chat, _ = talk(model, "x\ny\n")
+        assert gone.wait(SOON)
+    assert chat.messages == [user("x"), assistant("a"), user("y"), assistant("b")]
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "message"),
+    [(401, {"error": {"message": "wrong key"}}, "status 401: wrong key"), (200, {"data": []}, "lists no models")],
+)
+def test_a_server_without_models_ends_the_chat_with_one_line(status, content, message, capsys):
+    with scripted_server(models=lambda handler, _: handler.send(content, status)) as server:
+        assert main(["chat", "--url", server.url]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_options_of_an_engine_are_refused_with_a_url(capsys):
+    assert main(["chat", "--url", "http://127.0.0.1:1", "--device", "cpu"]) == 1
+    assert "not for --url" in capsys.readouterr().err
+
+
+def test_chat_options_check_their_types():
+    with pytest.raises(ValueError, match="url must be like"):
+        ChatOptions(url="ftp://x")
+
+
+# -- bench serve -----------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_those_of_the_offline_workload():
+    args = SimpleNamespace(input_len=(3, 20), output_len=(2, 9), num_seqs=50)
+    (group,), _ = offline(args, 10_001, 4096)
+    options = BenchOptions(num_prompts=50, input_len=(3, 20), output_len=(2, 9), request_rate=5.0)
+    assert make_requests(options) == (group.prompts, group.lens)
+
+
+def test_arrivals_are_a_poisson_process_of_the_rate():
+    options = BenchOptions(num_prompts=20_000, request_rate=8.0, seed=3)
+    times = list(arrivals(options))
+    gaps = [second - first for first, second in itertools.pairwise(times)]
+    mean = sum(gaps) / len(gaps)
+    deviation = (sum((gap - mean) ** 2 for gap in gaps) / len(gaps)) ** 0.5
+    assert times[0] == 0
+    assert mean == pytest.approx(1 / 8, rel=0.05)
+    assert deviation == pytest.approx(mean, rel=0.05)  # as an exponential distribution has
+    assert times == list(arrivals(options))
+    assert set(arrivals(BenchOptions(num_prompts=9))) == {0.0}
+
+
+def piece(text):
+    return {"object": "text_completion", "choices": [{"index": 0, "text": text, "finish_reason": None}]}
+
+
+def usage(count):
+    return {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": count, "total_tokens": 5 + count}}
+
+
+def http(events, chunk=None):
+    """Return a whole answer with these events, in one HTTP chunk for each event or in chunks of `chunk` bytes."""
+    lines = [f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n".encode() for event in events]
+    data = b"".join(lines)
+    chunks = [data[i : i + chunk] for i in range(0, len(data), chunk)] if chunk else lines
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return head + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in chunks) + b"0\r\n\r\n"
+
+
+def read(pieces):
+    """Return an answer that has received these bytes, and then the end of the connection."""
+
+    async def receive():
+        answer = Answer(b"")
+        for data in pieces:
+            answer.data_received(data)
+        answer.connection_lost(None)
+        await answer.complete
+        return answer
+
+    return asyncio.run(receive())
+
+
+TEXTS = ["a", 'data: [DONE]"error"', "error", "text", '"completion_tokens": 9', "é", "\n\n"]
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 50])
+def test_a_stream_is_read_alike_however_it_is_split(chunk):
+    data = http([*map(piece, TEXTS), usage(12), "[DONE]"], chunk)
+    for size in (1, 2, 7, 64, len(data)):
+        answer = read([data[i : i + size] for i in range(0, len(data), size)])
+        assert answer.error is None
+        assert answer.num_tokens == 12
+        assert 1 <= len(answer.times) <= len(TEXTS)
+        assert len(answer.times) == len(TEXTS) or size > 1
+
+
+def test_the_text_of_one_network_read_is_one_piece_and_the_counts_at_the_end_are_none():
+    first, second, end = http([piece("a"), piece("b"), piece("c")])[:-5], http([piece("d")]), http([usage(9), "[DONE]"])
+    body = [part.partition(b"\r\n\r\n")[2] for part in (second[:-5], end)]
+    assert len(read([first, *body]).times) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (http([piece("a"), piece("b")]), "the stream ended after 1 pieces without [DONE]"),
+        (http([piece("a")])[:-9], "the stream ended after"),
+        (http([piece("a"), {"error": {"message": "engine failed", "code": 500}}]), "engine failed"),
+        (http([{"error": "plain"}]), "plain"),
+        (b"", "the server closed the connection without an answer"),
+        (b"SSH-2.0-OpenSSH\r\n\r\n", "the answer is not HTTP"),
+        (b"HTTP/1.1 429 Too Many\r\ncontent-length: 9\r\n\r\ntoo\n many", "status 429: too many"),
+        (b'HTTP/1.1 400 Bad\r\n\r\n{"error":{"message":"no such field"}}', "status 400: no such field"),
+        (
+            b'HTTP/1.1 422 Bad\r\ntransfer-encoding: chunked\r\n\r\n10\r\n{"detail": "no"}\r\n0\r\n\r\n',
+            "status 422: no",
+        ),
+        (b"HTTP/1.1 502 Bad\r\n\r\n", "status 502: no message"),
+    ],
+)
+def test_an_answer_that_is_not_whole_has_the_reason(data, message):
+    assert (read([data]).error or "").startswith(message)
+
+
+def answered(start, times, num_tokens, end=None):
+    async def make():
+        return Answer(b"")
+
+    answer = asyncio.run(make())
+    answer.start, answer.end = start, end or times[-1]
+    answer.times.extend(times)
+    answer._usage = b"data: " + json.dumps(usage(num_tokens)).encode()
+    return answer
+
+
+def test_figures_are_those_of_the_times():
+    # Time to first token 100 and 300 ms; 4 tokens in 3 pieces, 50 ms for each further token; then one token only.
+    answers = [answered(10.0, [10.1, 10.15, 10.25], 4), answered(10.0, [10.3], 1, end=12.0)]
+    failed = answered(10.0, [10.5], 3)
+    failed.error = "status 429: full"
+    run = Run([*answers, failed], [5, 6, 7], [4, 2, 3], start=10.0, cpu_seconds=0.5, late=[])
+    figures = summary(run, {"ttft": 0.2, "tpot": 0.06})
+    assert figures["completed"] == 2 and figures["errors"] == {"status 429: full": 1}
+    assert figures["shorter_than_asked"] == 1
+    assert figures["output_tok_s"] == pytest.approx(5 / 2)
+    assert figures["input_tok_s"] == pytest.approx(11 / 2)
+    assert figures["tokens_per_piece"] == pytest.approx(5 / 4)
+    assert figures["ttft_ms"]["mean"] == pytest.approx(200)
+    assert figures["ttft_ms"]["p99"] == pytest.approx(298)
+    assert figures["tpot_ms"]["p50"] == pytest.approx(50)
+    assert figures["itl_ms"]["mean"] == pytest.approx(75)
+    assert figures["e2e_ms"]["max"] == pytest.approx(2000)
+    assert figures["goodput_requests_per_s"] == pytest.approx(0.5)
+    assert figures["client_cpu"] == pytest.approx(0.25)
+    assert "33%, ttft:200 tpot:60" in table(figures)
+    assert "warning" not in table(figures)
+    assert "warning" in table(figures | {"client_cpu": 0.9})
+
+
+BENCH = ["--num-prompts", "6", "--input-len", "2", "4", "--output-len", "2", "5"]
+
+
+def test_bench_reports_the_streams_of_a_server(tmp_path, capsys):
+    def answer(handler, body):
+        # Two tokens in the first event.
+        count = body["max_tokens"]
+        handler.stream([*[piece("x")] * (count - 1), usage(count), "[DONE]"])
+
+    path = tmp_path / "figures.json"
+    with scripted_server(completions=answer) as server:
+        flags = ["--url", server.url, "--json", str(path), "--goodput", "ttft:60000", "e2e:60000", "--api-key", "k"]
+        assert main(["bench", "serve", *BENCH, *flags, "--request-rate", "1000"]) == 0
+        _, *bodies = server.bodies("/v1/completions")
+    prompts, lens = make_requests(BenchOptions(num_prompts=6, input_len=(2, 4), output_len=(2, 5)))
+    assert sorted((body["prompt"], body["max_tokens"]) for body in bodies) == sorted(zip(prompts, lens, strict=True))
+    assert all(body["ignore_eos"] and body["stream"] and body["temperature"] == 0.6 for body in bodies)
+    assert {body["model"] for body in bodies} == {"scripted"}
+    figures = json.loads(path.read_text())
+    assert figures["completed"] == 6 and figures["good"] == 6
+    assert figures["output_tokens"] == sum(lens)
+    assert figures["input_tokens"] == sum(map(len, prompts))
+    assert figures["options"]["num_prompts"] == 6 and "api_key" not in figures["options"]
+    shown = capsys.readouterr().out
+    assert "6 requests answered" in shown and "time to first token, ms" in shown
+
+
+def test_bench_never_has_more_requests_at_once_than_asked_for():
+    lock, now, most = threading.Lock(), 0, 0
+    both = threading.Event()
+
+    def answer(handler, body):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+            if now == 2:
+                both.set()
+        if len(server.bodies("/v1/completions")) > 1:  # not the first request, which is alone
+            assert both.wait(SOON)
+        with lock:
+            now -= 1
+        handler.stream([piece("x"), usage(2), "[DONE]"])
+
+    with scripted_server(completions=answer) as server:
+        assert main(["bench", "serve", *BENCH, "--url", server.url, "--max-concurrency", "2"]) == 0
+    assert most == 2
+
+
+def test_bench_counts_requests_that_fail_and_goes_on(capsys):
+    seen = []
+
+    def answer(handler, body):
+        seen.append(body)
+        if len(seen) % 2:
+            handler.stream([piece("x"), piece("y"), usage(2), "[DONE]"])
+        else:
+            handler.send({"error": {"message": "the queue is full"}}, 429)
+
+    with scripted_server(completions=answer) as server:
+        assert main(["bench", "serve", *BENCH, "--url", server.url, "--max-concurrency", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "3 requests answered" in shown
+    assert "3 x status 429: the queue is full" in shown
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda handler, _: handler.send({"error": {"message": "no field ignore_eos"}}, 400), "no field ignore_eos"),
+        (lambda handler, _: handler.stream([piece("x"), "[DONE]"]), "does not count the tokens"),
+        (lambda handler, _: handler.send({"choices": []}), "does not count the tokens"),
+    ],
+)
+def test_bench_ends_with_one_line_if_the_server_refuses(answer, message, capsys):
+    with scripted_server(completions=answer) as server:
+        assert main(["bench", "serve", "--url", server.url, "--model", "m"]) == 1
+        assert len(server.requests) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_bench_names_a_server_that_does_not_listen(capsys):
+    with scripted_server() as server:
+        url = server.url
+    assert main(["bench", "serve", "--url", url]) == 1
+    assert "Connection refused" in capsys.readouterr().err

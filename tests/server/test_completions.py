@@ -1,0 +1,178 @@
+"""POST /v1/completions."""
+
+import asyncio
+
+import pytest
+
+from nanovllm import LLM, SamplingParams
+from tests.server.conftest import OPTIONS
+from tests.server.serving import call, error_of, events_of, post, with_client
+
+PATH = "/v1/completions"
+GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def offline(model):
+    with LLM(model, **OPTIONS) as offline:
+        yield offline
+
+
+def params(**options):
+    return SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, **options)
+
+
+def test_prompts_in_all_forms_get_the_offline_answers(llm, offline):
+    ids = [[20, 30, 40], [50, 60, 70, 80]]
+    for prompt, prompts in (("hello", ["hello"]), (["a", "bc"], ["a", "bc"]), (ids[0], ids[:1]), (ids, ids)):
+        answer = post(llm, PATH, {"prompt": prompt, **GREEDY})
+        expected = offline.generate(prompts, params(), use_tqdm=False)
+        assert [choice["text"] for choice in answer["choices"]] == [output.text for output in expected]
+        assert [choice["index"] for choice in answer["choices"]] == [*range(len(prompts))]
+        num_prompt = sum(len(output.prompt_token_ids) for output in expected)
+        usage = answer["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (num_prompt, 8 * len(prompts))
+        assert usage["total_tokens"] == num_prompt + 8 * len(prompts)
+        assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_joined_stream_equals_the_whole_answer(llm, echo):
+    body = {"prompt": ["hello", "é😀"], "n": 3, "seed": 7, "max_tokens": 30, "temperature": 1.5, "echo": echo}
+    body |= {"logprobs": 2, "ignore_eos": True}
+    whole = post(llm, PATH, body)
+    answer = call(llm, "POST", PATH, {**body, "stream": True, "stream_options": {"include_usage": True}})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *events, last = events_of(answer.text)
+    assert last["choices"] == [] and last["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
+    joined = {}
+    for event in events:
+        assert event["usage"] is None and len({event["id"], last["id"]}) == 1
+        (choice,) = event["choices"]
+        parts = joined.setdefault(choice["index"], {"text": "", "finish_reason": None, "logprobs": {}})
+        assert parts["finish_reason"] is None, "there is something behind the end"
+        parts["text"] += choice["text"]
+        parts["finish_reason"] = choice["finish_reason"]
+        for name, values in choice["logprobs"].items():
+            parts["logprobs"].setdefault(name, []).extend(values)
+    for choice in whole["choices"]:
+        parts = joined[choice["index"]]
+        for name in ("text", "finish_reason"):
+            assert parts[name] == choice[name]
+        for name in ("tokens", "text_offset"):
+            assert parts["logprobs"][name] == choice["logprobs"][name]
+        assert parts["logprobs"]["token_logprobs"][1:] == pytest.approx(
+            choice["logprobs"]["token_logprobs"][1:], abs=1e-4
+        )
+
+
+def test_echo_of_token_ids_scores_them_as_lm_eval_reads_it(llm, offline):
+    prompts = [[20, 30, 40], [50, 60, 70, 80]]
+    body = {"prompt": prompts, "max_tokens": 1, "logprobs": 1, "echo": True, "seed": 1234, "temperature": 0}
+    answer = post(llm, PATH, body)
+    expected = offline.generate(prompts, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1), use_tqdm=False)
+    for choice, output in zip(answer["choices"], expected, strict=True):
+        logprobs = choice["logprobs"]
+        assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
+        assert len(logprobs["token_logprobs"]) == len(output.prompt_token_ids) + 1
+        rows = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        scores = [row[token_id].logprob for token_id, row in rows]
+        assert logprobs["token_logprobs"][1:-1] == pytest.approx(scores, abs=1e-4)
+        tops = [max(entry.logprob for entry in row.values()) for row in output.prompt_logprobs[1:]]
+        assert [max(top.values()) for top in logprobs["top_logprobs"][1:-1]] == pytest.approx(tops, abs=1e-4)
+        # The sampled token is the most likely one, by exactly the same number.
+        assert logprobs["token_logprobs"][-1] == max(logprobs["top_logprobs"][-1].values())
+
+
+def test_echo_without_max_tokens_gives_the_prompt_alone(llm):
+    answer = post(llm, PATH, {"prompt": "hello", "echo": True, "max_tokens": 0, "logprobs": 0})
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("hello", "length")
+    assert choice["logprobs"]["tokens"] == list("hello") and choice["logprobs"]["text_offset"] == [0, 1, 2, 3, 4]
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+def test_stop_string_ends_the_text_before_it(llm):
+    text = post(llm, PATH, {"prompt": "hello", **GREEDY})["choices"][0]["text"]
+    stop = next(char for char in text[1:] if char.isascii())
+    (choice,) = post(llm, PATH, {"prompt": "hello", **GREEDY, "stop": [stop]})["choices"]
+    assert choice["text"] == text[: text.index(stop)]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
+
+
+def test_logprobs_of_minus_infinity_are_json(llm):
+    body = {"prompt": "hello", **GREEDY, "logprobs": 3, "allowed_token_ids": [40]}
+    assert len(post(llm, PATH, body)["choices"][0]["logprobs"]["top_logprobs"]) == 8
+
+
+def test_answers_carry_the_request_id_and_the_model(llm):
+    body = {"prompt": "a", **GREEDY, "model": "other"}
+    answer = call(llm, "POST", PATH, body, {"x-request-id": "mine"}, served_model_name="tiny,other")
+    assert answer.headers["x-request-id"] == "mine"
+    assert (answer.json()["id"], answer.json()["model"]) == ("cmpl-mine", "tiny")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[1], 2]}, "prompt"),
+        ({"prompt": [5000]}, None),
+        ({"prompt": [[5000]], "echo": True}, None),
+        ({"prompt": "x" * 600}, None),
+        ({"prompt": ""}, None),
+        ({"prompt": "a\ud800b"}, None),
+        ({"prompt": "a", "best_of": 2}, "best_of"),
+        ({"prompt": "a", "suffix": "b"}, None),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "temprature": 1}, "temprature"),
+        ({"prompt": "a", "temperature": "hot"}, "temperature"),
+        ({"prompt": "a", "temperature": -1}, "temperature"),
+        ({"prompt": "a", "n": 65}, "n"),
+        ({"prompt": ["a"] * 40, "n": 32}, None),
+        ({"prompt": "a", "logprobs": 1000}, "logprobs"),
+        ({"prompt": "a", "store": True}, None),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, None),
+        ({"prompt": "a", "stream": True, "stream_options": {"more": True}}, "stream_options.more"),
+        ({"prompt": "a", "structured_outputs": {"json": {"type": "nothing"}}}, None),
+        ({"prompt": "a", "structured_outputs": {}}, None),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, None),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_wrong_request_gets_400_that_names_the_fault(llm, body, param, stream):
+    if stream and "stream_options" in body and "stream" not in body:
+        return
+    answer = call(llm, "POST", PATH, {**body, "stream": True} if stream else body)
+    assert answer.status_code == 400, answer.text
+    assert error_of(answer)
+    assert answer.json()["error"]["param"] == param
+
+
+def test_fields_without_effect_are_accepted(llm):
+    body = {"prompt": "a", **GREEDY, "user": "me", "metadata": {"a": "b"}, "store": False, "suffix": None, "best_of": 1}
+    assert post(llm, PATH, body)["choices"][0]["text"]
+
+
+def test_unknown_model_gets_404(llm):
+    answer = call(llm, "POST", PATH, {"prompt": "a", "model": "gpt-9"})
+    assert answer.status_code == 404 and "tiny" in error_of(answer)
+    assert answer.json()["error"]["code"] == "model_not_found"
+
+
+def test_concurrent_answers_equal_those_alone(llm):
+    prompts = [f"prompt {i}" for i in range(24)]
+    alone = [post(llm, PATH, {"prompt": prompt, **GREEDY})["choices"][0]["text"] for prompt in prompts]
+
+    async def use(client, state):
+        bodies = [{"prompt": prompt, **GREEDY, "stream": i % 2 == 0} for i, prompt in enumerate(prompts)]
+        return await asyncio.gather(*(client.post(PATH, json=body) for body in bodies))
+
+    for i, answer in enumerate(with_client(llm, use)):
+        if i % 2 == 0:
+            text = "".join(event["choices"][0]["text"] for event in events_of(answer.text))
+        else:
+            text = answer.json()["choices"][0]["text"]
+        assert text == alone[i]

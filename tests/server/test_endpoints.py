@@ -1,0 +1,146 @@
+"""Models, tokens, health, metrics, and the errors of the app."""
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import nanovllm
+from nanovllm.server.app import make_state, serve
+from nanovllm.server.options import ServerOptions
+from tests.server.conftest import OPTIONS
+from tests.server.serving import SECONDS, call, error_of, post, with_client
+
+
+def test_models_are_listed_and_found_by_name(llm):
+    names = {"served_model_name": "org/one, two"}
+    listed = call(llm, "GET", "/v1/models", **names).json()["data"]
+    assert [card["id"] for card in listed] == ["org/one", "two"]
+    assert listed[0]["max_model_len"] == llm.max_model_len
+    assert call(llm, "GET", "/v1/models/org/one", **names).json() == listed[0]
+    answer = call(llm, "GET", "/v1/models/three", **names)
+    assert answer.status_code == 404 and "org/one, two" in error_of(answer)
+
+
+def test_model_name_is_that_of_the_folder_or_the_hub(llm, model):
+    names = [
+        make_state(llm, path, ServerOptions()).model_names for path in (model, str(model), "Qwen/Qwen3-0.6B", None)
+    ]
+    assert names == [("qwen3",), ("qwen3",), ("Qwen/Qwen3-0.6B",), ("SmolLM2-135M-Instruct",)]
+
+
+def test_tokenize_and_detokenize_are_inverse(llm):
+    answer = post(llm, "/tokenize", {"prompt": "héllo", "return_token_strs": True})
+    assert answer["tokens"] == llm.tokenizer.encode("héllo")
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"]) == 6
+    assert answer["max_model_len"] == llm.max_model_len
+    assert post(llm, "/detokenize", {"tokens": answer["tokens"]}) == {"prompt": "héllo"}
+    assert post(llm, "/detokenize", {"tokens": []}) == {"prompt": ""}
+
+
+def test_tokenize_renders_messages(llm):
+    messages = [{"role": "developer", "content": "a"}, {"role": "user", "content": "hi"}]
+    answer = post(llm, "/tokenize", {"messages": messages})
+    assert llm.tokenizer.decode(answer["tokens"]) == "<system>a<user>hi<assistant>"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"prompt": "a", "messages": [{"role": "user", "content": "hi"}]},
+        {"prompt": "a", "add_generation_prompt": True},
+        {"messages": [{"role": "user", "content": "hi"}], "add_special_tokens": True},
+        {"messages": [{"role": "user", "content": "hi"}], "chat_template": "{{ 1 }}"},
+        {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+        {"prompt": "x" * 600_000},
+    ],
+)
+def test_wrong_tokenize_gets_400(llm, body):
+    answer = call(llm, "POST", "/tokenize", body)
+    assert answer.status_code == 400 and error_of(answer)
+
+
+def test_health_and_version(llm):
+    assert call(llm, "GET", "/health").status_code == 200
+    assert call(llm, "GET", "/version").json() == {"version": nanovllm.__version__}
+
+
+def test_unknown_paths_and_methods_get_errors_in_words(llm):
+    answer = call(llm, "GET", "/v1/nothing")
+    assert answer.status_code == 404 and "/v1/nothing" in error_of(answer)
+    answer = call(llm, "GET", "/v1/completions")
+    assert answer.status_code == 405 and error_of(answer)
+
+
+def samples(text):
+    """Return the values of metrics by name and labels, without buckets."""
+    return {
+        (sample.name, *(f"{name}={value}" for name, value in sorted(sample.labels.items()) if name != "model_name")): (
+            sample.value
+        )
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if not sample.name.endswith("_bucket")
+    }
+
+
+def test_metrics_count_requests_tokens_and_times(own_llm):
+    async def use(client, state):
+        body = {"prompt": "hello", "max_tokens": 4, "ignore_eos": True, "n": 2}
+        for stream in (False, True):
+            await client.post("/v1/completions", json={**body, "stream": stream})
+        await client.post("/v1/completions", json={"prompt": 5})
+        await client.post("/v1/completions", json={"prompt": [5000]})
+        answer = await client.get("/metrics")
+        assert answer.headers["content-type"].startswith("text/plain")
+        return samples(answer.text)
+
+    found = with_client(own_llm, use)
+    assert found["nanovllm:engine_up",] == 1
+    assert found["vllm:request_success_total", "finished_reason=length"] == 4
+    assert ("vllm:request_success_total", "finished_reason=error") not in found
+    assert found["vllm:prompt_tokens_total",] == 20 and found["vllm:generation_tokens_total",] == 16
+    assert found["vllm:num_requests_running",] == found["vllm:num_requests_waiting",] == 0
+    assert found["vllm:request_prompt_tokens_sum",] == 10 and found["vllm:request_generation_tokens_sum",] == 16
+    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
+        assert found[f"vllm:{name}_count",] == 2 and 0 <= found[f"vllm:{name}_sum",] < SECONDS
+    assert found["vllm:request_time_per_output_token_seconds_count",] == 2
+    assert found["nanovllm:http_requests_total", "path=/v1/completions", "status=200"] == 2
+    assert found["nanovllm:http_requests_total", "path=/v1/completions", "status=400"] == 2
+
+
+def test_port_that_is_taken_is_an_error_before_the_model_is_loaded():
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
+            serve({"model": "nothing/of-this-name"}, ServerOptions(port=port))
+
+
+def test_serve_prints_its_address_and_ends_after_sigterm(model):
+    code = f"""
+from nanovllm.server.app import serve
+from nanovllm.server.options import ServerOptions
+serve({{"model": {str(model)!r}, **{OPTIONS!r}}}, ServerOptions(port=0, api_key="secret"))
+"""
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
+    try:
+        lines = iter(process.stdout.readline, "")
+        url = next(match[0] for line in lines if (match := re.search(r"http://127.0.0.1:\d+", line)))
+        assert httpx.get(f"{url}/health", timeout=SECONDS).status_code == 200
+        assert httpx.get(f"{url}/v1/models", timeout=SECONDS).status_code == 401
+        process.send_signal(signal.SIGTERM)
+        rest = process.communicate(timeout=SECONDS)[0]
+        assert process.returncode == 0
+        assert "secret" not in rest
+    finally:
+        process.kill()
+        process.wait()

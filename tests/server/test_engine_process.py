@@ -1,0 +1,139 @@
+"""The engine in a process of its own gives the outputs of AsyncLLM, and its end is an error and not a hang."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from nanovllm import AsyncLLM, SamplingParams
+from nanovllm.server.engine_client import EngineClient
+from tests.helpers import all_end
+from tests.models.tiny import save_tiny_with_tokenizer
+
+OPTIONS = {"device": "cpu", "max_model_len": 256, "max_num_seqs": 8, "num_kvcache_blocks": 64, "kvcache_block_size": 16}
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_with_tokenizer(tmp_path_factory.mktemp("model"), "qwen3", TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def client(model):
+    client = EngineClient(model=str(model), **OPTIONS)
+    yield client
+    client.close()
+
+
+async def texts(llm, prompts, params):
+    async def answer(prompt):
+        samples, last = {}, None
+        async for last in llm.generate(prompt, params):
+            for sample in last.outputs:
+                old = samples.get(sample.index, ("", [], []))
+                logprobs = [
+                    *old[2],
+                    *({i: round(x.logprob, 3) for i, x in row.items()} for row in sample.logprobs or []),
+                ]
+                samples[sample.index] = (old[0] + sample.text, old[1] + sample.token_ids, logprobs)
+        assert last.finished
+        return samples, last.prompt_token_ids, last.outputs[-1].finish_reason, last.metrics.num_generation_tokens
+
+    return await asyncio.gather(*map(answer, prompts))
+
+
+def test_outputs_are_those_of_async_llm(model, client):
+    prompts = ["a", "once upon a time", "zzz" * 30, [5, 6, 7]]
+    llm = AsyncLLM(model, **OPTIONS)
+    try:
+        assert client.get_default_sampling_params() == llm.get_default_sampling_params()
+        for params in (
+            SamplingParams(temperature=0, max_tokens=20, ignore_eos=True),
+            SamplingParams(temperature=1, seed=3, max_tokens=9, n=3, logprobs=2, ignore_eos=True),
+        ):
+            assert asyncio.run(texts(client, prompts, params)) == asyncio.run(texts(llm, prompts, params))
+    finally:
+        llm.close()
+
+
+def test_calls_return_what_async_llm_returns(client):
+    async def calls():
+        await client.check_health()
+        assert not await client.is_sleeping()
+        token_ids = await client.chat_prompt([{"role": "user", "content": "hé"}])
+        assert await client.decode(token_ids) == "user: hé\n"
+        assert await client.encode("user: hé\n") == token_ids
+        return await client.metrics()
+
+    assert asyncio.run(calls()).num_running == 0
+    assert client.tokenizer.chat_template == TEMPLATE
+    assert client.max_model_len == 256
+
+
+def test_errors_keep_their_kind_and_text(client):
+    async def first(*arguments):
+        async for _ in client.generate(*arguments):
+            break
+
+    with pytest.raises(ValueError, match="prompt has 999 tokens"):
+        asyncio.run(first([1] * 999))
+    with pytest.raises(TypeError, match="sampling_params must be SamplingParams"):
+        asyncio.run(first("a", "b"))
+    with pytest.raises(ValueError, match="messages"):
+        asyncio.run(client.chat_prompt([[{}], [{}]]))
+    with pytest.raises(ValueError, match="max_num_seqs"):
+        EngineClient(max_num_seqs=-1)
+    with pytest.raises(ValueError, match="nowhere"):
+        EngineClient(model="/nowhere/at/all", **OPTIONS)
+
+
+def test_a_client_that_leaves_frees_its_blocks(client):
+    async def leave_early():
+        async def one():
+            async for _ in client.generate("abc", SamplingParams(max_tokens=200, ignore_eos=True)):
+                return
+
+        await asyncio.gather(*[one() for _ in range(20)])
+        tasks = [asyncio.create_task(one()) for _ in range(20)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        while (metrics := await client.metrics()).num_running or metrics.num_waiting:
+            await asyncio.sleep(0.01)
+        return metrics
+
+    metrics = asyncio.run(asyncio.wait_for(leave_early(), 60))
+    assert metrics.kv_usage == 0
+
+
+def test_a_killed_engine_ends_what_waits_for_it(model):
+    client = EngineClient(model=str(model), **OPTIONS)
+
+    async def killed():
+        async for _ in client.generate("a", SamplingParams(max_tokens=200, ignore_eos=True)):
+            os.kill(client._process.pid, signal.SIGKILL)
+
+    try:
+        with pytest.raises(RuntimeError, match=r"the engine's process \(\d+\) was ended by signal 9"):
+            asyncio.run(asyncio.wait_for(killed(), 60))
+        with pytest.raises(RuntimeError, match="signal 9"):
+            asyncio.run(client.check_health())
+    finally:
+        client.close()
+        client.close()
+
+
+def test_the_engine_does_not_outlive_a_killed_server(model):
+    program = (
+        "import sys, time; from nanovllm.server.engine_client import EngineClient; "
+        f"client = EngineClient(model={str(model)!r}, **{OPTIONS!r}); "
+        "print(client._process.pid, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    assert all_end([pid])
