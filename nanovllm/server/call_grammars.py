@@ -29,7 +29,7 @@ class CallGrammar:
         parallel: whether one call may follow another.
 
     Raises:
-        TypeError, ValueError: the format cannot write a name, or a schema is none, too long or too deep.
+        TypeError, ValueError: a schema is no dict, too long or too deep, or the format cannot write a name.
     """
 
     def __init__(self, schemas: Mapping[str, Any], parallel: bool):
@@ -216,7 +216,9 @@ def json_rule(answer: StructuredOutputsParams) -> str | None:
 def behind_thinking(body: str, thinking: str) -> str:
     """Return the grammar of an output that follows the rule `body`, behind thinking as in `CallGrammar.text`."""
     before = {"open": "thought BREAKS", "optional": '("<think>" thought BREAKS)?', "none": ""}[thinking]
-    rules = r"FREE: /(.|\n)*/", r'thought[lazy]: FREE "</think>"', r"BREAKS: /\n{0,2}/", f"start: {before} {body}"
+    # Text that may start thinking would be taken for free text, because that can be longer than the tag.
+    free = r"/(.|\n)*/ & ~/<think>(.|\n)*/" if thinking == "optional" else r"/(.|\n)*/"
+    rules = f"FREE: {free}", r'thought[lazy]: /(.|\n)*/ "</think>"', r"BREAKS: /\n{0,2}/", f"start: {before} {body}"
     return "\n".join(rules)
 
 

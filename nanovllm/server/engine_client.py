@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.connection import Connection
@@ -194,7 +194,7 @@ class EngineClient:
         finally:
             self._waiting.pop(key, None)
 
-    async def chat_prompt(self, messages: list[dict], **template: Any) -> list[int]:
+    async def chat_prompt(self, messages: Sequence[dict], **template: Any) -> list[int]:
         """See `AsyncLLM.chat_prompt`."""
         return await self._call("chat_prompt", messages=messages, **template)
 

@@ -11,7 +11,7 @@ from nanovllm.checks import shown
 from nanovllm.server.call_grammars import GRAMMARS, behind_thinking, json_rule
 from nanovllm.server.parsers import PARSERS, OutputParser
 
-# What follows a thinking tag that is not open: its end, or the marker of another turn.
+# After a thinking tag one of these shows that it is not open: its end, or the marker of another turn.
 _CLOSES_THINKING = regex.compile(r"</think>|<\||<｜|</s>|\[/INST\]|<end_of_turn>")
 
 

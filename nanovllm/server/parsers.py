@@ -40,7 +40,7 @@ class OutputParser:
         finds_thinking: the output may start with a thinking tag.
     """
 
-    # What a call may start with, inside other text.
+    # Tags that may start a call inside other text.
     call_start = _NEVER
 
     def __init__(self, tools: Mapping[str, Any], in_thinking: bool = False, finds_thinking: bool = False):
@@ -77,7 +77,7 @@ class OutputParser:
         yield from self._answer()
 
     def _think(self) -> Waits:
-        """Read thinking. A call ends it, too, because models forget the end tag or write it behind the call."""
+        """Read thinking. A call also ends it, because models forget the end tag or write it behind the call."""
         yield from self._skip_newlines()
         tags = regex.compile(f"</think>|{self.call_start.pattern}")
         while (yield from self._pass_until(tags, lambda text: self._pass(text, Thinking))):

@@ -49,12 +49,12 @@ _OF_MESSAGES = (
 
 async def _token_ids(state: ServerState, request: TokenizeRequest, http: Request) -> list[int]:
     fields = {name: value for name in _OF_MESSAGES if (value := getattr(request, name)) is not None}
-    if (request.prompt is None) == (request.messages is None):
-        raise ApiError(400, "the request must have either prompt or messages", param="prompt")
-    if request.prompt is not None:
+    if request.prompt is not None and request.messages is None:
         if fields:
             raise ApiError(400, f"{min(fields)} needs messages, but there is a prompt", param=min(fields))
         return await state.llm.encode(request.prompt, request.add_special_tokens is not False)
+    if request.messages is None or request.prompt is not None:
+        raise ApiError(400, "the request must have either prompt or messages", param="prompt")
     if request.add_special_tokens:
         message = "add_special_tokens must not be true with messages: the chat template writes the special tokens"
         raise ApiError(400, message, param="add_special_tokens")

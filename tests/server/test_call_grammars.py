@@ -304,3 +304,14 @@ def test_an_answer_in_another_form_than_json_is_refused_next_to_tools_and_else_k
         with pytest.raises(ValueError, match="JSON"):
             FORMATS["hermes"].constraint(TOOLS, "auto", parallel=True, answer=answer)
         assert FORMATS["hermes"].constraint((), "auto", parallel=True, answer=answer) is answer
+
+
+@pytest.mark.parametrize("name", ["hermes", "qwen3_coder"])
+def test_thinking_before_free_text_is_free_where_tools_are_strict(name, accepts):
+    tools = [tool("weather", WEATHER, strict=True)]
+    text = "\nI must write <tool_call> and <function=x> now.\n</think>\n\nWell.\n" + call("weather", name, city="x")
+    for prompt, start in (("<think>\n", ""), ("", "<think>")):
+        constraint = FORMATS[name].constraint(tools, "auto", parallel=True, prompt_text=prompt)
+        assert accepts(constraint, start + text)
+        assert not accepts(constraint, start + text.replace("city", "town"))
+    assert accepts(constraint, "Hello") and accepts(constraint, "<b>")

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import nanovllm
-from nanovllm.server.app import make_state, serve
+from nanovllm.server.app import _greeting, make_state, serve
 from nanovllm.server.options import ServerOptions
 from tests.server.conftest import OPTIONS
-from tests.server.serving import SECONDS, call, error_of, post, with_client
+from tests.server.serving import SECONDS, call, error_of, make_server, post, with_client
 
 
 def test_models_are_listed_and_found_by_name(llm):
@@ -116,12 +117,21 @@ def test_metrics_count_requests_tokens_and_times(own_llm):
 
 
 def test_port_that_is_taken_is_an_error_before_the_model_is_loaded():
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
             serve({"model": "nothing/of-this-name"}, ServerOptions(port=port))
+
+
+@pytest.mark.parametrize(
+    ("bound", "url"),
+    [("127.0.0.1", "http://127.0.0.1:80"), ("0.0.0.0", "http://127.0.0.1:80"), ("::", "http://[::1]:80")],
+)
+def test_greeting_has_the_url_and_no_key(llm, bound, url):
+    lines = _greeting(make_server(llm, api_key="secret")[0], bound, 80).splitlines()
+    assert lines[0] == f"Serving tiny at {url}"
+    assert f"curl {url}/v1/chat/completions" in lines[2] and "Bearer $API_KEY" in lines[3]
+    assert "secret" not in " ".join(lines)
 
 
 def test_serve_prints_its_address_and_ends_after_sigterm(model):

@@ -102,12 +102,10 @@ def test_a_client_that_leaves_frees_its_blocks(client):
         await asyncio.sleep(0)
         for task in tasks:
             task.cancel()
-        while (metrics := await client.metrics()).num_running or metrics.num_waiting:
+        while (metrics := await client.metrics()).kv_usage or metrics.num_running or metrics.num_waiting:
             await asyncio.sleep(0.01)
-        return metrics
 
-    metrics = asyncio.run(asyncio.wait_for(leave_early(), 60))
-    assert metrics.kv_usage == 0
+    asyncio.run(asyncio.wait_for(leave_early(), 60))
 
 
 def test_a_killed_engine_ends_what_waits_for_it(model):

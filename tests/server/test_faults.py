@@ -270,7 +270,7 @@ def test_requests_that_take_longer_than_the_drain_end_with_an_error(own_llm):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: no device"), ValueError("shape"), MemoryError()])
-def test_failed_engine_answers_503_and_says_why(own_llm, error):
+def test_failed_engine_answers_503_and_says_why(own_llm, error, caplog):
     slow_down(own_llm)
 
     def fail():
@@ -294,6 +294,7 @@ def test_failed_engine_answers_503_and_says_why(own_llm, error):
             assert state.admission.num_samples == 0
 
     asyncio.run(asyncio.wait_for(use(), SECONDS))
+    assert caplog.text.count("The engine has failed") == 1
 
 
 def test_sleeping_engine_answers_503(own_llm):

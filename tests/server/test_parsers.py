@@ -22,6 +22,7 @@ PROPERTIES = {
     "s": {"type": ["string", "null"]},
     "u": {"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/word"}]},
     "e": {"enum": ["p", "q", 1]},
+    "k": {"const": "5"},
     "z": {},
 }
 SCHEMA = {"type": "object", "properties": PROPERTIES, "$defs": {"word": {"type": "string"}}}
@@ -287,6 +288,7 @@ def test_qwen3_coder_text_values_stream_as_pieces_of_a_json_string():
         ("u", "true", "true"),
         ("e", "p", "p"),
         ("e", "1", 1),
+        ("k", "5", "5"),
         ("z", "12", 12),
         ("z", "text", "text"),
         ("unknown", "12", "12"),

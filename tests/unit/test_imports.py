@@ -109,7 +109,8 @@ def test_the_control_plane_imports_no_torch():
 
 def _imported_packages(module: str) -> set[str]:
     file = PACKAGE.parent / Path(*module.split("."))
-    path = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+    # A module's data may lie in a folder of its name.
+    path = file / "__init__.py" if (file / "__init__.py").exists() else file.with_suffix(".py")
     nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     return names | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}

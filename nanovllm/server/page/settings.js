@@ -1,0 +1,56 @@
+// The settings dialog. Valid values are kept as they are typed.
+
+import { saveSettings } from "./store.js";
+
+const dialog = document.getElementById("settings");
+const form = dialog.querySelector("form");
+
+/** Fill the dialog with `settings` and keep both equal. `changed` is called after a change, with the field's name. */
+export function bindSettings(settings, changed) {
+  const fields = [...form.elements].filter((field) => field.name);
+  for (const field of fields) field.value = settings[field.name];
+  form.addEventListener("input", ({ target }) => {
+    if (target.name === "tools") target.setCustomValidity(toolsProblem(target.value));
+    if (!target.name || !target.checkValidity()) return;
+    settings[target.name] = target.value.trim();
+    saveSettings(settings);
+    changed(target.name);
+  });
+  // A field that is folded away cannot show what is wrong with it.
+  form.addEventListener("invalid", ({ target }) => target.closest("details")?.setAttribute("open", ""), true);
+}
+
+export function openSettings(fieldId) {
+  dialog.showModal();
+  if (fieldId) document.getElementById(fieldId).focus();
+}
+
+function toolsProblem(text) {
+  if (!text.trim()) return "";
+  try {
+    return Array.isArray(JSON.parse(text)) ? "" : "This must be a JSON list of tools.";
+  } catch (error) {
+    return `This is not JSON: ${error.message}`;
+  }
+}
+
+export function applyTheme(theme) {
+  document.documentElement.dataset.theme = theme || "system";
+  document.getElementById("theme").value = theme;
+}
+
+export function isDark() {
+  const { theme } = document.documentElement.dataset;
+  return theme === "dark" || (theme === "system" && matchMedia("(prefers-color-scheme: dark)").matches);
+}
+
+/** Return the fields of a request that the settings give. An empty setting leaves the choice to the server. */
+export function requestFields(settings) {
+  const fields = { model: settings.model };
+  if (settings.temperature !== "") fields.temperature = Number(settings.temperature);
+  if (settings.topP !== "") fields.top_p = Number(settings.topP);
+  if (settings.maxTokens !== "") fields.max_tokens = Number(settings.maxTokens);
+  if (settings.thinking) fields.chat_template_kwargs = { enable_thinking: settings.thinking === "on" };
+  if (settings.tools) fields.tools = JSON.parse(settings.tools);
+  return fields;
+}
