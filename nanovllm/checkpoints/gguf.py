@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 import torch
+from packaging.version import Version
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from nanovllm.arithmetic import ceil_div, is_power_of_2
@@ -368,9 +369,17 @@ def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
 
     Args:
         options: of transformers' tokenizers, instead of the file's.
+
+    Raises:
+        ValueError: transformers is too old to read such tokenizers right.
     """
+    import transformers
     from transformers import PreTrainedTokenizerFast
 
+    if Version(transformers.__version__) < Version("5.18"):
+        raise ValueError(
+            f"transformers must be 5.18 or later for tokenizers of GGUF files, got {transformers.__version__}"
+        )
     file = _GgufFile(path)
     is_bpe, split = file.get("tokenizer.ggml.model") == "gpt2", file.get("tokenizer.ggml.pre", "default")
     if is_bpe:

@@ -483,6 +483,13 @@ def test_gguf_tokenizer_has_no_tokens_beyond_the_vocabulary(tmp_path):
     assert max(tokenizer.encode("a<|endoftext|>")) < len(words)  # GPT-2's, which is plain text to this model
 
 
+def test_versions_of_transformers_that_misread_tokenizers_are_refused(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", vocab_size=len(ALPHABET)))
+    monkeypatch.setattr("transformers.__version__", "5.17.0")
+    with pytest.raises(ValueError, match=r"transformers must be 5\.18 or later .* got 5\.17\.0"):
+        open_model(path).tokenizer()
+
+
 def test_pre_tokenizers_that_transformers_knows_are_accepted():
     mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
     for split in mapping.GGUF_PRE_TOKENIZER_SPLITS:
