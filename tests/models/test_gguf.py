@@ -484,7 +484,7 @@ def test_gguf_tokenizer_has_no_tokens_beyond_the_vocabulary(tmp_path):
 
 
 def test_versions_of_transformers_that_misread_tokenizers_are_refused(tmp_path, monkeypatch):
-    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", vocab_size=len(ALPHABET)))
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), **TOKENIZER)
     monkeypatch.setattr("transformers.__version__", "5.17.0")
     with pytest.raises(ValueError, match=r"transformers must be 5\.18 or later .* got 5\.17\.0"):
         open_model(path).tokenizer()
