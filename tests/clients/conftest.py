@@ -1,9 +1,11 @@
 """Tests with clients of the server and programs written for vLLM: `pip install '.[clients]' && pytest tests/clients`.
 
-`pytest` alone leaves them out, because these packages are large. Without a package its file fails.
+`pytest` alone leaves them out, because these packages are large. Without a package its file fails; files of the
+server's clients are left out.
 """
 
 import os
+from importlib.util import find_spec
 
 # Before anything imports huggingface_hub or ray.
 os.environ.update(
@@ -16,6 +18,14 @@ import nanovllm.as_vllm  # noqa: F401
 from nanovllm import LLM
 from tests.clients.serving import ENGINE, save_model, served
 from tests.models.tiny import CHAT_TEMPLATE, save_tiny_with_tokenizer
+
+_CLIENTS = {
+    "test_openai.py": "openai",
+    "test_anthropic.py": "anthropic",
+    "test_litellm.py": "litellm",
+    "test_langchain_openai.py": "langchain_openai",
+}
+collect_ignore = [file for file, package in _CLIENTS.items() if find_spec(package) is None]
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +43,7 @@ def chat_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A server of a tiny model in a process of its own."""
+    pytest.importorskip("fastapi")
     with served(save_model(tmp_path_factory.mktemp("served"))) as server:
         yield server
 

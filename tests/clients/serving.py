@@ -26,12 +26,12 @@ class Server:
     Args:
         url: its address, without a path.
         model: the model's name there.
-        folder: the model's folder, for the same engine in this process.
+        folder: the model's folder, for the same engine in this process; None for the default model.
     """
 
     url: str
     model: str
-    folder: str
+    folder: str | None
 
 
 def save_model(folder: Path) -> str:
@@ -40,10 +40,15 @@ def save_model(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def served(folder: str, *flags: str) -> Iterator[Server]:
-    """Run `nanovllm serve` on a free port in a `with` block, which ends it with SIGTERM."""
+def served(folder: str | None, *flags: str) -> Iterator[Server]:
+    """Run `nanovllm serve` on a free port in a `with` block, which ends it with SIGTERM.
+
+    Args:
+        folder: the model's; None serves the default model.
+    """
     engine = [text for name, value in ENGINE.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "nanovllm", "serve", folder, "--port", "0", *engine, *flags]
+    command = [sys.executable, "-m", "nanovllm", "serve", *([folder] if folder else []), "--port", "0"]
+    command += [*engine, *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
         watchdog = threading.Timer(SECONDS, process.kill)
         watchdog.start()
