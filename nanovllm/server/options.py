@@ -12,8 +12,8 @@ class ServerOptions:
     Args:
         host: address to listen on. The default reaches this machine only.
         port: TCP port; 0 takes a free one.
-        api_key: keys that clients must send, separated by commas; None lets everybody in. Other users of the machine see
-            flags, so the command line also takes the keys from the environment variable NANOVLLM_API_KEY.
+        api_key: keys that clients must send, separated by commas; None lets everybody in. The command line also takes
+            them from the environment variable NANOVLLM_API_KEY, which other users of the machine cannot see.
         served_model_name: names of the model in the API, separated by commas; None is the model's own name.
         max_concurrent_requests: how many samples the engine has at once, whether they run or wait; a request that does
             not fit gets status 429.
