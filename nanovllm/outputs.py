@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias, overload
+from struct import Struct
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -19,45 +20,42 @@ class Logprob(NamedTuple):
     decoded_token: str | None = None
 
 
+# A position's log-probabilities in bytes: the id, rank and log-probability of its own token, then the ids and
+# log-probabilities of the most likely tokens.
+_OWN, _LIKELY = Struct("=iif"), Struct("=if")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenLogprobs:
-    """Log-probabilities at some positions: those of the k most likely tokens, then that of the position's own token.
+    """Log-probabilities of a step at some positions.
 
     Args:
-        token_ids, logprobs: [positions, k + 1].
-        ranks: for each position, the rank of its own token.
+        packed: the bytes of each position, one after the other.
+        num_bytes: number of bytes of a position.
     """
 
-    token_ids: np.ndarray
-    logprobs: np.ndarray
-    ranks: np.ndarray
+    packed: bytes
+    num_bytes: int
 
-    def at(self, i: int, k: int) -> "TokenLogprobs":
-        """Return a copy of those of position i alone, with the k most likely tokens."""
-        columns = [*range(min(k, self.token_ids.shape[1] - 1)), -1]
-        return TokenLogprobs(
-            self.token_ids[i, columns][None], self.logprobs[i, columns][None], self.ranks[i : i + 1].copy()
-        )
-
-    def row(self, i: int, k: int, text: Callable[[int], str | None]) -> dict[int, Logprob]:
-        """Return those of position i by token id: the own token's first, then those of the k most likely tokens.
-
-        A small vocabulary may have fewer.
+    @classmethod
+    def pack(cls, token_ids: np.ndarray, logprobs: np.ndarray, ranks: np.ndarray) -> "TokenLogprobs":
+        """Copy log-probabilities out of arrays.
 
         Args:
-            text: returns a token's text.
+            token_ids, logprobs: those of the k most likely tokens, then the position's own: [positions, k + 1].
+            ranks: for each position, the rank of its own token.
         """
-        own = int(self.token_ids[i, -1])
-        row = {own: Logprob(float(self.logprobs[i, -1]), int(self.ranks[i]), text(own))}
-        k = min(k, self.token_ids.shape[1] - 1)
-        pairs = zip(self.token_ids[i, :k].tolist(), self.logprobs[i, :k].tolist(), strict=True)
-        for rank, (token_id, logprob) in enumerate(pairs, 1):
-            row[token_id] = Logprob(logprob, rank, text(token_id))
-        return row
+        num_positions, num_tokens = token_ids.shape
+        packed = np.empty((num_positions, 1 + 2 * num_tokens), dtype=np.int32)
+        values = packed.view(np.float32)
+        packed[:, 0], packed[:, 1], values[:, 2] = token_ids[:, -1], ranks, logprobs[:, -1]
+        packed[:, 3::2], values[:, 4::2] = token_ids[:, :-1], logprobs[:, :-1]
+        return cls(packed.tobytes(), packed.shape[1] * packed.itemsize)
 
-
-# One step's log-probabilities, a position in them, and how many of the most likely tokens were requested.
-_Row: TypeAlias = tuple[TokenLogprobs, int, int]
+    def row(self, i: int, k: int) -> bytes:
+        """Return a copy of the bytes of position i alone, with the k most likely tokens. There may be fewer."""
+        start = i * self.num_bytes
+        return self.packed[start : start + min(_OWN.size + k * _LIKELY.size, self.num_bytes)]
 
 
 def _no_text(token_id: int) -> None:
@@ -72,17 +70,18 @@ class LogprobRows(Sequence[dict[int, Logprob] | None]):
     makes a list of dicts.
 
     Args:
-        rows: what each dict is made of.
+        rows: the bytes that each dict is made of. They are copies, so that a kept output does not keep the
+            log-probabilities of all requests of its steps.
         text: returns a token's text.
     """
 
-    def __init__(self, rows: Iterable[_Row | None] = (), text: Callable[[int], str | None] = _no_text):
+    def __init__(self, rows: Iterable[bytes | None] = (), text: Callable[[int], str | None] = _no_text):
         self._rows = list(rows)
         self.text = text
 
-    def append(self, step: TokenLogprobs, i: int, k: int) -> None:
-        """Add position i of a step's log-probabilities, with the k most likely tokens."""
-        self._rows.append((step, i, k))
+    def append(self, row: bytes) -> None:
+        """Add a row of a step's `TokenLogprobs`."""
+        self._rows.append(row)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -99,25 +98,31 @@ class LogprobRows(Sequence[dict[int, Logprob] | None]):
         row = self._rows[index]
         if row is None:
             return None
-        step, i, k = row
-        return step.row(i, k, self.text)
+        own, rank, logprob = _OWN.unpack_from(row)
+        found = {own: Logprob(logprob, rank, self.text(own))}
+        for rank, (token_id, logprob) in enumerate(_LIKELY.iter_unpack(row[_OWN.size :]), 1):
+            found[token_id] = Logprob(logprob, rank, self.text(token_id))
+        return found
 
     def __reduce__(self) -> tuple:
-        """Copy and pickle only these rows and the texts of their tokens: a step has those of all its requests."""
-        rows = [row and (row[0].at(row[1], row[2]), 0, row[2]) for row in self._rows]
-        return LogprobRows, (rows, self._texts().get)
+        """Copy and pickle the texts of the rows' tokens in place of the function that returns them."""
+        return LogprobRows, (self._rows, self._texts().get)
 
     def with_texts(self, token_ids: Iterable[int]) -> "LogprobRows":
         """Return these rows with the texts of more tokens, which pickling keeps too."""
         return LogprobRows(self._rows, (self._texts() | {token_id: self.text(token_id) for token_id in token_ids}).get)
 
     def _texts(self) -> dict[int, str | None]:
-        """Return the texts of the tokens of these rows."""
+        """Return the texts of the rows' tokens."""
         known = getattr(self.text, "__self__", None)
         if type(known) is dict:  # these rows have been pickled
             return known
-        rows = [row[0].at(row[1], row[2]) for row in self._rows if row and self.text is not _no_text]
-        return {token_id: self.text(token_id) for row in rows for token_id in row.token_ids[0].tolist()}
+        token_ids: set[int] = set()
+        if self.text is not _no_text:
+            for row in filter(None, self._rows):
+                own, *_ = _OWN.unpack_from(row)
+                token_ids |= {own, *(token_id for token_id, _ in _LIKELY.iter_unpack(row[_OWN.size :]))}
+        return {token_id: self.text(token_id) for token_id in token_ids}
 
     def __deepcopy__(self, memo: dict) -> list[dict[int, Logprob] | None]:
         return list(self)
@@ -200,12 +205,12 @@ class RequestOutput:
     Args:
         request_id: the id that `add_request` returned, a string.
         prompt: the prompt's text, if it was given as text.
-        prompt_token_ids: the prompt's tokens.
+        prompt_token_ids: the prompt's tokens, in a list that all outputs of a stream share.
         outputs: the samples, in their order; in a stream, those that have something new.
         finished: whether this is the request's last output.
         num_cached_tokens: how many prompt tokens were taken from the prefix cache.
         prompt_logprobs: the requested log-probabilities of each token of the prompt, with None for the first token;
-            None if none were requested.
+            None if none were requested. All outputs of a stream share them, too.
         time_to_first_token, total_time: seconds since the request was added; None until they are known.
         weight_version: version of the weights when this output was made; 0 until `update_weights` is called.
         metrics: times and counts, by vLLM's names.

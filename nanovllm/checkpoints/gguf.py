@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 import torch
+from packaging.version import Version
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from nanovllm.arithmetic import ceil_div, is_power_of_2
@@ -368,16 +369,22 @@ def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
 
     Args:
         options: of transformers' tokenizers, instead of the file's.
+
+    Raises:
+        ValueError: transformers is too old to read such tokenizers right.
     """
+    import transformers
     from transformers import PreTrainedTokenizerFast
 
+    if Version(transformers.__version__) < Version("5.18"):
+        raise ValueError(
+            f"transformers must be 5.18 or later for tokenizers of GGUF files, got {transformers.__version__}"
+        )
     file = _GgufFile(path)
     is_bpe, split = file.get("tokenizer.ggml.model") == "gpt2", file.get("tokenizer.ggml.pre", "default")
     if is_bpe:
         _check_split(path, split)
     whole_words = is_bpe and split in _WHOLE_WORDS
-    if whole_words and "tokenizer.ggml.add_bos_token" not in file.metadata:
-        options.setdefault("add_bos_token", True)
     # `from_pretrained` would also read the tokenizer files in the folder.
     tokenizer = PreTrainedTokenizerFast(name_or_path=str(path.parent), gguf_file=path.name, **options)
     if state := _corrected_state(tokenizer, file):
@@ -386,6 +393,10 @@ def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
     backend = tokenizer.backend_tokenizer
     if whole_words:
         backend.model.ignore_merges = True
+    # transformers before 5.23 ignores the file's flags, and later ones prefer them to the options.
+    for name, default in (("add_bos_token", whole_words or not is_bpe), ("add_eos_token", False)):
+        flag = options.get(name)
+        setattr(tokenizer, name, file.get(f"tokenizer.ggml.{name}", default) if flag is None else flag)
     if is_bpe and split in _DIGIT_SPLITS:
         digits = pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated")
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])

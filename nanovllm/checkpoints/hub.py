@@ -18,10 +18,17 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from nanovllm.checkpoints.files import check_working_folder, local_path, regular_file
-from nanovllm.checkpoints.loader import check_shapes, has_separate_head, iterate_weights, read_json, read_shapes
+from nanovllm.checkpoints.loader import (
+    check_shapes,
+    has_separate_head,
+    iterate_weights,
+    read_dtype,
+    read_json,
+    read_shapes,
+)
 from nanovllm.checks import shown
 from nanovllm.config import Config
-from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, known_ids, token_ids
+from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, known_ids, stated_dtype, token_ids
 from nanovllm.vllm_options import translate
 
 if TYPE_CHECKING:
@@ -82,6 +89,8 @@ def _load_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
     """Return the tokenizer in a folder or a GGUF file, with options of transformers' tokenizers."""
     try:
         tokenizer = _read_tokenizer(path, **options)
+        if tokenizer.chat_template is None and (file := path / "chat_template.json").is_file():
+            tokenizer.chat_template = _template_of_processor(file)
         # The first call turns off truncation and padding, which must not happen while another thread encodes. It also
         # shows options that make each call fail, such as a model_max_length that is no number.
         tokenizer.encode("", add_special_tokens=False)
@@ -106,6 +115,14 @@ def _read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
     if not isinstance(tokenizer, PreTrainedTokenizerFast):  # transformers prefers mistral-common's if installed
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **options)
     return tokenizer
+
+
+def _template_of_processor(file: Path) -> str:
+    """Return the chat template in a chat_template.json, where older processors of multimodal models have theirs."""
+    template = read_json(file).get("chat_template")
+    if not isinstance(template, str):
+        raise ValueError(f"{file.name} must have text as its chat_template, got {shown(template)}")
+    return template
 
 
 def _explain(error: Exception, folder: Path) -> str:
@@ -252,15 +269,19 @@ def _open_folder(path: Path, load_format: str) -> ModelSource:
     _check_files(path)
     given = _generation_config(path)
     defaults = {ours: given[name] for name, ours in _DEFAULTS.items() if given.get(name) is not None}
-    source = ModelSource(_read_config(path), path, _has_tokenizer(path), sampling_defaults=defaults)
+    source = ModelSource(_read_config(path, load_format), path, _has_tokenizer(path), sampling_defaults=defaults)
     source = _with_end_tokens(source)
     if load_format == "dummy":
         return source
     return replace(source, config=_compare_with_weights(source.config, path))
 
 
-def _read_config(path: Path) -> ModelConfig:
-    """Read the config.json of a folder, and the end tokens of its generation_config.json."""
+def _read_config(path: Path, load_format: str = "dummy") -> ModelConfig:
+    """Read the config.json of a folder, and the end tokens of its generation_config.json.
+
+    Args:
+        load_format: "dummy" does not look at the weights' dtype if the config states none.
+    """
     content = read_json(path / "config.json")
     # Refuse an unsupported type before transformers may want to run the folder's code.
     check_model_type(content.get("model_type"))
@@ -276,6 +297,8 @@ def _read_config(path: Path) -> ModelConfig:
     except Exception as error:  # transformers raises errors of many types
         what = f"{path / 'config.json'} is not a config that transformers can read"
         raise ValueError(f"{what}: {error!s:.500}") from error
+    if load_format != "dummy" and stated_dtype(config) is None:
+        config.dtype = read_dtype(path)
     return ModelConfig.from_hf(config, token_ids(_generation_config(path).get("eos_token_id")))
 
 

@@ -1,6 +1,7 @@
 """Read checkpoints and copy their tensors into a decoder: strictly, one tensor at a time."""
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,10 +18,14 @@ from nanovllm.models.registry import UNUSED_TENSORS, ModelConfig
 from nanovllm.progress import ProgressBar
 from nanovllm.weights.parameter import CheckpointTensor, MergedTensor, is_finite
 
+logger = logging.getLogger(__name__)
+
 # A checkpoint with tied embeddings has either tensor, or both.
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TIED = {_EMBEDDING: _HEAD, _HEAD: _EMBEDDING}
 _PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
+# The supported dtypes, by their names in safetensors files.
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DIFFERENT_HEAD = (
     f"the tensor {_HEAD} differs from the embedding, but the model was loaded with one parameter for both; "
     "make a new engine"
@@ -306,11 +311,22 @@ def read_shapes(location: str | Path) -> dict[str, tuple[int, ...]]:
         return gguf.read_shapes(location)
     shapes: dict[str, tuple[int, ...]] = {}
     files = _weight_files(location)
+    if files[0].name == "model.safetensors" and any(location.glob("model-*-of-*.safetensors")):
+        logger.warning("Reading %s, as transformers does, and not the shards next to it", files[0])
     for name, shape in _iterate_safetensors(files, lambda file, name: file.get_slice(name).get_shape()):
         if name in shapes:
             raise ValueError(f"the checkpoint has the tensor {name:.200} twice")
         shapes[name] = tuple(shape)
     return shapes
+
+
+def read_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype of the first tensor with a supported one, from the headers of the files; float32 without one."""
+    files = _weight_files(folder)
+    for _, dtype in _iterate_safetensors(files, lambda file, name: file.get_slice(name).get_dtype()):
+        if dtype in _DTYPES:
+            return _DTYPES[dtype]
+    return torch.float32
 
 
 def has_separate_head(location: Path, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -345,21 +361,24 @@ def read_json(file: Path) -> dict:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """Return the files of a folder's weights: those that transformers reads, or all if it would find none.
+
+    transformers reads a single file rather than shards. Its `save_pretrained` may leave an older model's index next to
+    a single file, and an older model's single file next to shards.
+    """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.exists():
+        return [single]
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index} has no weight_map")
         names = sorted(set(map(str, weight_map.values())))
         files = {file.name for file in folder.iterdir() if file.is_file()}
-        missing = [name for name in names if name not in files]
-        # transformers leaves the index of an earlier model when it saves a new one as a single file in its folder.
-        if missing == names and single.exists():
-            return [single]
-        if missing:
+        if missing := [name for name in names if name not in files]:
             raise ValueError(f"{index} names {missing[0]!r:.200}, which is not a file in that folder")
         return [folder / name for name in names]
-    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(
             f"{folder} has no *.safetensors files; pickled weights can run code when loaded, so they must be converted"

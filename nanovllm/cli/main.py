@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+from dataclasses import replace
 from typing import NoReturn, TypeVar
 
 import nanovllm
@@ -51,6 +52,8 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
 def _serve(args: argparse.Namespace) -> int:
     _checked(args, Config)
     server_options = _checked(args, ServerOptions)
+    if server_options.api_key is None:
+        server_options = replace(server_options, api_key=os.environ.get("NANOVLLM_API_KEY"))
     from nanovllm.server.app import serve
 
     serve(given(args, Config), server_options)

@@ -4,6 +4,7 @@ Nothing here reads or changes the engine's state, so several threads may use it 
 No torch here.
 """
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceType
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property, lru_cache
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.checkpoints.hub import ModelSource
 from nanovllm.checks import in_vocabulary, is_list, length, shown
@@ -26,6 +27,9 @@ from nanovllm.inputs import PromptParts, is_array, split_prompt
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
 from nanovllm.sandbox.pool import Pool
 from nanovllm.vllm_options import NEUTRAL_CHAT, drop_neutral
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _MAX_TEMPLATE_CHARS = 1 << 20  # real templates have some thousands
 _MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token, so a longer prompt is refused before it is tokenised
@@ -89,6 +93,19 @@ class InputProcessor:
         return self.source.tokenizer()
 
     @loaded_once
+    def backend(self) -> "Tokenizer":
+        """The engine's copy of the tokenizer's backend.
+
+        `tokenizer` belongs to the caller, who may use it while the engine encodes: each call with truncation or padding
+        sets them in its backend.
+        """
+        backend = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        return backend
+
+    @loaded_once
     def grammars(self) -> Grammars:
         """Compiles structured outputs. Made when it is first used, which takes 0.2 s, most of it with the GIL."""
         return Grammars(
@@ -118,7 +135,7 @@ class InputProcessor:
         """
         parts, params = self._resolve(prompt, params)
         if self.has_tokenizer:
-            _ = self.tokenizer  # a broken one refuses requests here; in a step it would lose all of them
+            _ = self.backend  # a broken one refuses requests here; in a step it would lose all of them
         token_ids = self._prompt_ids(parts)
         end_ids, room = self._check_lengths(len(token_ids), params)
         token_filter = self._token_filter(params, end_ids)
@@ -187,7 +204,8 @@ class InputProcessor:
             what = f"the text has half a character, {text[error.start]!r} at {error.start}, which no tokenizer can read"
             raise ValueError(what) from None
         with _refusing_panics("the text cannot be tokenised"):
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            # A batch, because only that releases the GIL.
+            return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def encode_bounded(self, text: str, add_special_tokens: bool) -> list[int]:
         """Do the same as `encode`, but refuse a text of far too many tokens for `max_model_len`."""
@@ -205,8 +223,7 @@ class InputProcessor:
     def token_bytes(self, skip_special_tokens: bool) -> TokenBytes:
         """Return the bytes of each token, which make the text of outputs."""
         if skip_special_tokens not in self._token_bytes:
-            tokenizer = self.tokenizer.backend_tokenizer
-            self._token_bytes[skip_special_tokens] = TokenBytes(tokenizer, skip_special_tokens)
+            self._token_bytes[skip_special_tokens] = TokenBytes(self.backend, skip_special_tokens)
         return self._token_bytes[skip_special_tokens]
 
     # -- parts of process --------------------------------------------------------------------------------------------

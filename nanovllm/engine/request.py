@@ -4,6 +4,7 @@ import random
 import time
 import weakref
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
@@ -114,16 +115,21 @@ class Request:
         return RequestOutput(
             request_id=self.id,
             prompt=self.prompt,
-            prompt_token_ids=list(first.prompt_ids),
+            prompt_token_ids=self._prompt_token_ids,
             outputs=[self._completion(seq) for seq in self.samples if self._has_news(seq)],
             finished=finished,
             num_cached_tokens=first.num_cached,
-            prompt_logprobs=None if self.params.prompt_logprobs is None else first.prompt_logprobs[:],
+            prompt_logprobs=None if self.params.prompt_logprobs is None else first.prompt_logprobs,
             time_to_first_token=metrics.first_token_latency or None,
             total_time=now - self.added if finished else None,
             weight_version=weight_version,
             metrics=metrics,
         )
+
+    @cached_property
+    def _prompt_token_ids(self) -> list[int]:
+        """The prompt's tokens for all outputs: copied once, because a prompt may be long and have many outputs."""
+        return list(self.samples[0].prompt_ids)
 
     def _has_news(self, seq: Sequence) -> bool:
         return not self.is_delta or self.delivered[seq.index] != (len(seq.token_ids), seq.finish_reason)

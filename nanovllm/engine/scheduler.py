@@ -259,13 +259,14 @@ class Scheduler:
             for i, row in enumerate(rows):
                 seq = step.sequences[row]
                 if seq.status is not Status.FINISHED:
-                    seq.logprobs.append(logprobs, i, seq.num_logprobs or 0)
+                    seq.logprobs.append(logprobs.row(i, seq.num_logprobs or 0))
         for rows, logprobs in zip(batch.target_rows.values(), output.prompt_logprobs, strict=True):
             indices = count()
             for row in rows:
                 seq = step.sequences[row]
                 for i in islice(indices, len(batch.rows[row].target_ids)):
-                    seq.prompt_logprobs.append(logprobs, i, seq.num_prompt_logprobs or 0)
+                    if seq.status is not Status.FINISHED:
+                        seq.prompt_logprobs.append(logprobs.row(i, seq.num_prompt_logprobs or 0))
 
     def _release(self, seq: Sequence) -> None:
         """Free the placement of a finished sequence, unless a step in flight still uses it."""

@@ -17,6 +17,8 @@ ROPE_TYPES = {
     "longrope": ("factor", "short_factor", "original_max_position_embeddings"),
     "frequency_factors": ("factors",),  # GGUF files with llama3: a divisor for each frequency
 }
+# The types with a number of original positions that config.json may have next to the RoPE options.
+ROPE_WITH_ORIGINAL = ("llama3", "yarn", "longrope")
 # Optional options and their types: those of yarn and longrope, and Ministral 3's factor of queries.
 ROPE_OPTIONAL = {
     "beta_fast": float,

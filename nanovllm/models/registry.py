@@ -11,7 +11,7 @@ from nanovllm.arithmetic import is_power_of_2
 from nanovllm.checks import in_vocabulary, shown
 from nanovllm.layers.gated_delta_net import LinearAttentionConfig
 from nanovllm.layers.moe import MoEConfig
-from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES, rope_frequencies
+from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES, ROPE_WITH_ORIGINAL, rope_frequencies
 from nanovllm.ops.gdn.inputs import CONV_WIDTH
 from nanovllm.weights.formats import AllocateWeight, Plain
 
@@ -80,6 +80,7 @@ _FREE_OPTIONS = {"max_position", "rope_theta", "tie_word_embeddings", "separate_
 _MAX_END_IDS = 1024  # real models have a few
 MAX_EXPERTS, _MAX_EXPERTS_PER_TOKEN = 4096, 64  # kernels hold so many in registers; real models have up to 512 and 22
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ORIGINAL = "original_max_position_embeddings"
 Rope: TypeAlias = tuple[float, dict[str, Any] | None]  # theta and the scaling options
 
 
@@ -143,8 +144,7 @@ def scaled_max_position(max_position: int, scaling: dict[str, Any] | None) -> in
     """
     if scaling is None or scaling["rope_type"] not in ("linear", "yarn", "longrope"):
         return max_position
-    key = "original_max_position_embeddings"
-    original = checked_option(key, scaling.get(key), float)
+    original = checked_option(_ORIGINAL, scaling.get(_ORIGINAL), float)
     if scaling["rope_type"] == "longrope":
         logger.warning("The model's RoPE of type 'longrope' is supported for texts of up to %d tokens", original)
         return min(checked_option("max_position", max_position, int), int(original))
@@ -380,7 +380,7 @@ class ModelConfig:
             partial_rotary_factor=rotary_factor,
             layer_types=layer_types,
             linear_attention=_linear_attention(config) if "linear_attention" in (layer_types or ()) else None,
-            dtype=_dtype(config),
+            dtype=_first_given(stated_dtype(whole), torch.float32),
             eos_token_ids=ends,
             moe=_moe(config) if config.model_type in _MOE_FAMILIES else None,
             **_family_options(config, layer_types),
@@ -441,11 +441,14 @@ def _first_given(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def _dtype(config: Any) -> Any:
-    dtype = getattr(config, "dtype", None)
-    if dtype is None:  # only then, as the older name makes transformers 5 warn
-        dtype = _first_given(getattr(config, "torch_dtype", None), torch.float32)
-    return getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+def stated_dtype(config: Any) -> Any:
+    """Return the dtype that a transformers config states for the whole model or else for its text; None without one."""
+    for part in (config, getattr(config, "text_config", config)):
+        # Only configs of transformers 4 lack the newer name. Reading the older one makes transformers 5 warn.
+        dtype = part.dtype if hasattr(part, "dtype") else getattr(part, "torch_dtype", None)
+        if dtype is not None:
+            return getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    return None
 
 
 def check_model_type(model_type: Any) -> None:
@@ -515,6 +518,9 @@ def _ropes(config: Any) -> tuple[Rope, Rope | None, float]:
 
     transformers 5 has the options in `rope_parameters`, perhaps by the type of the layer. transformers 4 has two
     options. The sections of multimodal RoPE are all the same for text.
+
+    A number of original positions next to the RoPE options takes precedence, unless the options differ between types of
+    layers. transformers 5 decides so when it makes a model, so `rope_parameters` may not have that number yet.
     """
     options = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     factor = _first_given(
@@ -523,7 +529,7 @@ def _ropes(config: Any) -> tuple[Rope, Rope | None, float]:
     if factor != 1.0 and config.model_type not in _PARTIAL_ROPE:
         raise unsupported("partial RoPE")
     if not any(isinstance(value, dict) for value in options.values()):
-        return _rope(config, options), None, factor
+        return _rope(config, options, getattr(config, _ORIGINAL, None)), None, factor
     types = LAYER_TYPES[:2]
     if not options.keys() <= set(types) or not all(isinstance(value, dict) for value in options.values()):
         raise unsupported("RoPE that differs between layers of one type")
@@ -531,17 +537,24 @@ def _ropes(config: Any) -> tuple[Rope, Rope | None, float]:
     return full, None if sliding == full else sliding, factor
 
 
-def _rope(config: Any, options: dict[str, Any]) -> Rope:
+def _rope(config: Any, options: dict[str, Any], original: Any = None) -> Rope:
+    """Return theta and the scaling options.
+
+    Args:
+        original: number of original positions that takes precedence over that of the options; None if there is none.
+    """
     if (options.pop("partial_rotary_factor", None) or 1.0) != 1.0:
         raise unsupported("partial RoPE that differs between layers")
     theta = _first_given(options.pop("rope_theta", None), getattr(config, "rope_theta", None), 10000.0)
     rope_type = _first_given(options.pop("rope_type", None), options.pop("type", None), "default")
     if rope_type == "default" and "llama_4_scaling_beta" not in options:
         return theta, None
-    if options.get("original_max_position_embeddings") is None:
-        options["original_max_position_embeddings"] = config.max_position_embeddings
+    if original is not None and rope_type in ROPE_WITH_ORIGINAL:
+        options[_ORIGINAL] = original
+    if options.get(_ORIGINAL) is None:
+        options[_ORIGINAL] = config.max_position_embeddings
     if rope_type == "longrope" and options.get("factor") is None:
-        original = checked_option("RoPE original length", options["original_max_position_embeddings"], float)
+        original = checked_option("RoPE original length", options[_ORIGINAL], float)
         options["factor"] = checked_option("max_position", config.max_position_embeddings, int) / original
     return theta, {**options, "rope_type": rope_type}
 

@@ -195,7 +195,7 @@ class ModelRunner:
         self.in_flight.popleft()
         sampled = zip(step.batch.rows, step.tokens.tolist(), strict=True)
         token_ids = [[token_id] if row.samples else [] for row, token_id in sampled]
-        return StepOutput(token_ids, _to_arrays(step.logprobs), _to_arrays(step.prompt_logprobs))
+        return StepOutput(token_ids, _packed(step.logprobs), _packed(step.prompt_logprobs))
 
     def wait(self, event: torch.cuda.Event | torch.Event) -> None:
         """Wait for `event`. Raise what `check_ranks` raises, because a dead rank would make the wait endless."""
@@ -393,9 +393,6 @@ def _to_host(results: list[LogprobTensors]) -> list[LogprobTensors]:
     return [tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors) for tensors in results]
 
 
-def _to_arrays(results: list[LogprobTensors]) -> list[TokenLogprobs]:
+def _packed(results: list[LogprobTensors]) -> list[TokenLogprobs]:
     """Return copies, because requests keep them for long, and memory that the device can write to is scarce."""
-    return [
-        TokenLogprobs(token_ids.numpy().astype(np.int32), logprobs.numpy().copy(), ranks.numpy().astype(np.int32))
-        for token_ids, logprobs, ranks in results
-    ]
+    return [TokenLogprobs.pack(*(tensor.numpy() for tensor in tensors)) for tensors in results]

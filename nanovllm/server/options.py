@@ -12,8 +12,9 @@ class ServerOptions:
     Args:
         host: address to listen on. The default reaches this machine only.
         port: TCP port; 0 takes a free one.
-        api_key: keys that clients must send, separated by commas; None lets everybody in. Without one, a server that
-            listens on this machine only refuses names of other machines in the Host header.
+        api_key: keys that clients must send, separated by commas; None lets everybody in. The command line also takes
+            them from the environment variable NANOVLLM_API_KEY, which other users of the machine cannot see. Without a
+            key, a server that only this machine reaches refuses names of other machines in the Host header.
         served_model_name: names of the model in the API, separated by commas; None is the model's own name.
         max_concurrent_requests: how many samples the engine has at once, whether they run or wait; a request that does
             not fit gets status 429.

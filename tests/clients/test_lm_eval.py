@@ -1,4 +1,4 @@
-"""lm-eval's `vllm` model on this file's own items: the figures are those of its `hf` model."""
+"""lm-eval's `vllm` model and its models of servers, on own items: the figures are those of its `hf` model."""
 
 import json
 
@@ -52,11 +52,11 @@ def tasks(folder):
     return [choices, perplexity, answers]
 
 
-def evaluate(folder, model, apply_chat_template=False, **model_args):
+def evaluate(folder, model, apply_chat_template=False, only=None, /, **model_args):
     return lm_eval.simple_evaluate(
         model=model,
         model_args=model_args,
-        tasks=tasks(folder),
+        tasks=[config for config in tasks(folder) if only in (None, config["task"])],
         log_samples=True,
         bootstrap_iters=0,
         batch_size=4,
@@ -104,3 +104,19 @@ def test_figures_with_the_chat_template_equal_those_of_hf(chat_model, tmp_path):
     got = evaluate(tmp_path, "vllm", True, pretrained=chat_model, max_model_len=130, dtype="float32")
     want = evaluate(tmp_path, "hf", True, pretrained=chat_model, max_length=128, dtype="float32", device="cpu")
     assert_equal_figures(got, want)
+
+
+def test_figures_of_a_servers_completions_equal_those_of_hf(server, tmp_path):
+    # The windows of a rolling perplexity are two tokens shorter here, too.
+    url, options = f"{server.url}/v1/completions", {"max_length": 130, "num_concurrent": 4, "tokenizer": server.folder}
+    got = evaluate(tmp_path, "local-completions", base_url=url, model=server.model, **options)
+    want = evaluate(tmp_path, "hf", pretrained=server.folder, max_length=128, dtype="float32", device="cpu")
+    assert_equal_figures(got, want)
+
+
+def test_answers_of_a_servers_chat_equal_those_of_hf(server, tmp_path):
+    task, url = "own_answers", f"{server.url}/v1/chat/completions"
+    got = evaluate(tmp_path, "local-chat-completions", True, task, base_url=url, model=server.model, num_concurrent=4)
+    want = evaluate(tmp_path, "hf", True, task, pretrained=server.folder, dtype="float32", device="cpu")
+    assert figures(got) == figures(want)
+    assert samples(got, task) == samples(want, task)

@@ -30,9 +30,10 @@ def llm(tmp_path_factory):
 
 
 def test_a_long_text_is_refused_after_a_part_of_it_is_tokenised(llm, monkeypatch):
-    lengths, encode = [], llm.tokenizer.encode
-    monkeypatch.setattr(llm.tokenizer, "encode", lambda text, **kwargs: lengths.append(len(text)) or encode(text))
-    monkeypatch.setattr(llm.llm_engine.input_processor, "max_model_len", 8192)
+    processor = llm.llm_engine.input_processor
+    lengths, encode = [], processor.encode
+    monkeypatch.setattr(processor, "encode", lambda text, *args: lengths.append(len(text)) or encode(text, *args))
+    monkeypatch.setattr(processor, "max_model_len", 8192)
     text = "many words " * 180_000
     for refused in (
         lambda: llm.add_request(text),

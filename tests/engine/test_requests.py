@@ -7,6 +7,8 @@ import json
 import math
 import pickle
 import random
+import sys
+import types
 from itertools import pairwise
 
 import jsonschema
@@ -17,6 +19,7 @@ from nanovllm import LLM, SamplingParams, StructuredOutputsParams
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.models.registry import PRESETS
+from nanovllm.outputs import TokenLogprobs
 from tests.engine.reference import load_reference
 from tests.helpers import assert_nothing_held, engine, finish, greedy, prompts_of, sampled, tokens
 from tests.models.tiny import save_tiny
@@ -168,25 +171,44 @@ def check_rows(rows, token_ids, want, k):
             assert rank == (logprobs > logprobs[key]).sum() + 1
 
 
-def test_copies_of_logprobs_hold_nothing_of_other_requests(model):
+def held_bytes(objects, seen=None):
+    """Return the size of objects and of all that they refer to, but for types, modules and functions."""
+    seen = set() if seen is None else seen
+    total = 0
+    for item in objects:
+        if id(item) not in seen and not isinstance(item, type | types.ModuleType | types.FunctionType):
+            seen.add(id(item))
+            total += sys.getsizeof(item) + held_bytes(gc.get_referents(item), seen)
+    return total
+
+
+def test_outputs_and_copies_of_logprobs_hold_nothing_of_other_requests(model):
     with engine(model) as llm:
         params = greedy(10, logprobs=3, prompt_logprobs=2)
         (alone,) = llm.generate([[4, 5, 6]], params, use_tqdm=False)
         among = llm.generate([[4, 5, 6]] * 8, params, use_tqdm=False)[3]
+    assert held_bytes([among]) < 1.1 * held_bytes([alone])
     for copied in (pickle.loads(pickle.dumps(among)), copy.deepcopy(among)):
         assert copied == among and copied.prompt_logprobs[0] is None
         assert copied.outputs[0].cumulative_logprob == among.outputs[0].cumulative_logprob
     assert len(pickle.dumps(among)) < 1.1 * len(pickle.dumps(alone))
 
 
-def test_logprobs_of_the_whole_vocabulary_do_not_enlarge_those_of_other_requests(model):
-    """In a step of 512 rows the arrays would take a gigabyte, and each row of each request would keep them."""
+def test_logprobs_of_the_whole_vocabulary_do_not_enlarge_those_of_other_requests(model, monkeypatch):
+    """In a step of 512 rows the arrays would take a gigabyte."""
+    pack, widths = TokenLogprobs.pack, []
+
+    def spy(token_ids, logprobs, ranks):
+        widths.append(token_ids.shape[1])
+        return pack(token_ids, logprobs, ranks)
+
+    monkeypatch.setattr(TokenLogprobs, "pack", spy)
     with engine(model) as llm:
         params = [greedy(10, logprobs=k, prompt_logprobs=k) for k in (0, -1, 3)]
-        small, whole, few = llm.generate(prompts_of([5, 6, 7]), params, use_tqdm=False)
-    for output, width in ((small, 1), (whole, VOCAB + 1), (few, 5)):
-        rows = [*output.logprobs._rows, *output.prompt_logprobs._rows[1:]]
-        assert {step.logprobs.shape[1] for step, _, _ in rows} == {width}
+        outputs = llm.generate(prompts_of([5, 6, 7]), params, use_tqdm=False)
+    assert {*widths} == {1, VOCAB + 1, 5}
+    for output, sizes in zip(outputs, ({1}, {VOCAB}, {3, 4}), strict=True):
+        assert {len(row) for row in [*output.logprobs, *output.prompt_logprobs[1:]]} <= sizes
 
 
 def test_logprobs_cover_a_vocabulary_smaller_than_k(tmp_path):
@@ -281,6 +303,21 @@ def test_increments_of_a_stream_join_to_the_whole_output(speaking):
                     shown, known = shown + sample.text, known + sample.token_ids
                     assert llm.tokenizer.decode(known) in (shown, shown + "\ufffd")
                 assert mine[-1].finish_reason == "length"
+
+
+def test_outputs_of_a_stream_share_the_prompt_but_not_with_the_engine(model):
+    """Copies of a long prompt would take the engine's thread longer than the rest of the step."""
+    prompt, params = prompts_of([40])[0], greedy(8, prompt_logprobs=1)
+    with engine(model) as llm:
+        (want,) = llm.generate([prompt], params, use_tqdm=False)
+        stream = llm.stream(prompt, params)
+        outputs = [next(stream)]
+        assert outputs[0].prompt_token_ids == prompt and outputs[0].prompt_logprobs == want.prompt_logprobs
+        outputs[0].prompt_token_ids.clear()
+        outputs += stream
+    assert all(output.prompt_token_ids is outputs[0].prompt_token_ids for output in outputs)
+    assert all(output.prompt_logprobs is outputs[0].prompt_logprobs for output in outputs)
+    assert [token_id for output in outputs for token_id in output.token_ids] == want.token_ids
 
 
 def test_stream_reports_the_end_of_each_sample_once(model):

@@ -119,15 +119,32 @@ def test_a_panic_of_the_tokenizer_refuses_its_prompt_alone(tmp_path):
         assert len(llm.generate("ab", params(max_tokens=2, ignore_eos=True), use_tqdm=False)[0].token_ids) == 2
 
 
+def test_prompts_do_not_depend_on_how_the_caller_uses_the_tokenizer(tmp_path, monkeypatch):
+    """A call with truncation or padding sets them in the tokenizer's backend, also for calls of other threads."""
+    with engine(save_tiny_with_tokenizer(tmp_path, "llama")) as llm:
+        want = llm.tokenizer.encode("abc def")
+        # As if another thread made its call between that of a request and the work in Rust.
+        monkeypatch.setattr(llm.tokenizer, "set_truncation_and_padding", lambda *args, **kwargs: None)
+        llm.tokenizer.backend_tokenizer.enable_truncation(3)
+        llm.tokenizer.backend_tokenizer.enable_padding(length=60)
+        assert llm.tokenizer.encode("abc def") != want
+        assert llm.generate("abc def", params(max_tokens=1), use_tqdm=False)[0].prompt_token_ids == want
+        chat = [{"role": "user", "content": "abc def"}]
+        assert llm.chat_prompts(chat, chat_template="{{ messages[0]['content'] }}") == [want]
+        llm.tokenizer.chat_template = "{{ messages[0]['content'] }}!"
+        assert llm.chat_prompts(chat) == [[*want, want[0] - ord("a") + ord("!")]]
+
+
 def test_an_interrupt_while_tokenising_stays_what_it_is(spaced, monkeypatch):
     class Stop(BaseException):
         pass
 
-    def interrupted(*args, **kwargs):
-        raise Stop
+    class Interrupted:
+        def encode_batch_fast(self, *args, **kwargs):
+            raise Stop
 
     with engine(spaced) as llm:
-        monkeypatch.setattr(llm.tokenizer, "encode", interrupted)
+        monkeypatch.setattr(llm.llm_engine.input_processor, "backend", Interrupted())
         with pytest.raises(Stop):
             llm.generate("say")
 

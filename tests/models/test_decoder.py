@@ -1,7 +1,10 @@
 """Compare the decoder's logits with those of transformers, in float32."""
 
+import json
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.attention import select_backend
@@ -55,6 +58,35 @@ def test_logits_equal_transformers(tmp_path, name):
     model = Decoder(source.config, dtype=torch.float32)
     load_weights(model, source.weights())
     ids = torch.randint(source.config.vocab_size, (150,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = reference(ids[None]).logits[0]
+    torch.testing.assert_close(prefill_logits(model, ids), expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "scaling"),
+    [
+        ("qwen3", {"rope_type": "yarn", "factor": 4.0}),
+        ("qwen3.5-tied", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}),
+        ("ministral3", {"type": "yarn", "factor": 4.0, "llama_4_scaling_beta": 0.4}),
+        ("llama3", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+        ("mistral", {"rope_type": "longrope", "short_factor": [1.1] * 5, "long_factor": [4.0] * 5}),
+        ("olmo3", {"rope_type": "yarn", "factor": 4.0}),
+    ],
+)
+def test_original_positions_next_to_the_rope_options_count_as_in_transformers(tmp_path, name, scaling):
+    folder = save_tiny(tmp_path, name)
+    options = json.loads((folder / "config.json").read_text())
+    if (factor := options.pop("rope_parameters").get("partial_rotary_factor")) is not None:
+        options["partial_rotary_factor"] = factor
+    options |= {"rope_theta": 1e4, "rope_scaling": scaling, "original_max_position_embeddings": 40}
+    (folder / "config.json").write_text(json.dumps(options))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    source = open_model(folder)
+    model = Decoder(source.config, dtype=torch.float32)
+    load_weights(model, source.weights())
+    num_tokens = 40 if scaling.get("rope_type") == "longrope" else 100
+    ids = torch.randint(source.config.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = reference(ids[None]).logits[0]
     torch.testing.assert_close(prefill_logits(model, ids), expected, atol=2e-4, rtol=2e-4)

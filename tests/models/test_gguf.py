@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoints import gguf as reader
 from nanovllm.checkpoints.gguf import _check_split
-from nanovllm.checkpoints.hub import open_model
+from nanovllm.checkpoints.hub import get_tokenizer, open_model
 from nanovllm.checkpoints.loader import iterate_weights, load_weights
 from nanovllm.layers.rotary_embedding import rope_table
 from nanovllm.models.decoder import Decoder
@@ -416,8 +416,12 @@ def test_misshapen_experts_are_named(tmp_path, shape, message):
     ],
 )
 def test_llama_3_tokenizer_adds_bos_and_prefers_whole_words(tmp_path, metadata, words):
-    tokenizer = open_model(write_words(tmp_path / "tiny.gguf", **metadata)).tokenizer()
+    path = write_words(tmp_path / "tiny.gguf", **metadata)
+    tokenizer = open_model(path).tokenizer()
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("hello")) == words
+    for adds_bos in (True, False):
+        tokenizer = get_tokenizer(path, add_bos_token=adds_bos)
+        assert ("<|begin|>" in tokenizer.convert_ids_to_tokens(tokenizer.encode("hello"))) == adds_bos
 
 
 @pytest.mark.parametrize(
@@ -477,6 +481,13 @@ def test_gguf_tokenizer_has_no_tokens_beyond_the_vocabulary(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", vocab_size=len(words)), **{**TOKENIZER, **metadata})
     tokenizer = open_model(path).tokenizer()
     assert max(tokenizer.encode("a<|endoftext|>")) < len(words)  # GPT-2's, which is plain text to this model
+
+
+def test_versions_of_transformers_that_misread_tokenizers_are_refused(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), **TOKENIZER)
+    monkeypatch.setattr("transformers.__version__", "5.17.0")
+    with pytest.raises(ValueError, match=r"transformers must be 5\.18 or later .* got 5\.17\.0"):
+        open_model(path).tokenizer()
 
 
 def test_pre_tokenizers_that_transformers_knows_are_accepted():

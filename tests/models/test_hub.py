@@ -16,7 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoints import hub
@@ -24,7 +26,7 @@ from nanovllm.checkpoints.hub import default_model, get_tokenizer, open_model
 from nanovllm.checkpoints.loader import iterate_weights
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.registry import PRESETS
-from tests.models.tiny import save_tiny, save_tiny_with_tokenizer
+from tests.models.tiny import save_tiny, save_tiny_with_tokenizer, tiny_model
 
 CONTENT = b"weights" * 1000
 
@@ -169,6 +171,17 @@ def test_folder_is_opened_with_config_weights_and_end_tokens(tmp_path):
     assert open_model(str(folder)).config.eos_token_ids == (5, 6)
 
 
+def test_dtype_that_the_config_does_not_state_is_that_of_the_tensors(tmp_path):
+    tiny_model("qwen3").bfloat16().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("dtype") == "bfloat16"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_model(tmp_path).config.dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+    (tmp_path / "model.safetensors").unlink()
+    assert open_model(tmp_path, load_format="dummy").config.dtype == torch.float32
+
+
 def save_words(folder):
     """Give the model in `folder` a tokenizer that knows one word."""
     from tokenizers import Tokenizer, models
@@ -184,6 +197,19 @@ def test_end_token_of_the_tokenizer_is_used_if_the_configs_have_none(tmp_path):
     source = open_model(folder)
     assert source.has_tokenizer and source.tokenizer().encode("hello") == [1]
     assert source.config.eos_token_ids == (2,)
+
+
+def test_template_of_a_processor_is_read_if_the_tokenizer_has_none(tmp_path):
+    path, own = (save_tiny_with_tokenizer(tmp_path / name, "qwen3", name or None) for name in ("", "own"))
+    for folder in (path, own):
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": "a processor's"}))
+    assert get_tokenizer(own).chat_template == "own"
+    assert get_tokenizer(path).chat_template == "a processor's"
+    assert get_tokenizer(path, chat_template="given").chat_template == "given"
+    assert open_model(path).tokenizer().chat_template == "a processor's"
+    (path / "chat_template.json").write_text(json.dumps({"chat_template": 7}))
+    with pytest.raises(ValueError, match=r"chat_template\.json must have text as its chat_template, got 7"):
+        get_tokenizer(path)
 
 
 @pytest.mark.parametrize("kind", ["GPT2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizerFast"])

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from nanovllm.checkpoints.loader import check_shapes, dummy_weights, iterate_weights, load_weights
+from nanovllm.checkpoints.loader import check_shapes, dummy_weights, iterate_weights, load_weights, read_shapes
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import ModelConfig
@@ -279,15 +280,27 @@ def test_safetensors_are_read_from_one_file_or_several(tmp_path):
         iterate_weights(folder)
 
 
-def test_the_newer_of_two_models_that_were_saved_in_a_folder_is_read(tmp_path):
-    """A trainer may save over its checkpoint, which transformers then splits into more or fewer files than before."""
-    old, new = tiny_model("qwen3", seed=0), tiny_model("qwen3", seed=1)
-    for name, sizes in {"fewer": ("20KB", "1GB"), "more": ("1GB", "20KB")}.items():
-        for model, size in zip((old, new), sizes, strict=True):
-            model.save_pretrained(tmp_path / name, max_shard_size=size)
-        weights = dict(iterate_weights(tmp_path / name))
-        assert all(torch.equal(tensor, new.state_dict()[key]) for key, tensor in weights.items())
-        assert weights.keys() == new.state_dict().keys() - {"lm_head.weight"}
+def test_single_file_precedes_shards_in_the_same_folder_as_in_transformers(tmp_path, caplog):
+    single, sharded = tiny_model("qwen3", seed=0), tiny_model("qwen3", seed=1)
+    single.save_pretrained(tmp_path)
+    read_shapes(tmp_path)
+    assert "shards" not in caplog.text
+    sharded.save_pretrained(tmp_path, max_shard_size="20KB")  # keeps the single file
+    read_shapes(tmp_path)
+    assert "Reading" in caplog.text and "not the shards next to it" in caplog.text
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert torch.equal(expected["model.norm.weight"], single.model.norm.weight)
+    weights = dict(iterate_weights(tmp_path))
+    assert weights.keys() == expected.keys() - {"lm_head.weight"}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
+
+
+def test_single_file_is_read_whatever_the_index_of_an_earlier_model_says(tmp_path):
+    new = tiny_model("qwen3")
+    tiny_model("qwen3", seed=1).save_pretrained(tmp_path, max_shard_size="20KB")
+    new.save_pretrained(tmp_path)  # removes the shards, but keeps their index
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert torch.equal(dict(iterate_weights(tmp_path))["model.norm.weight"], new.model.norm.weight)
 
 
 STREAM = """

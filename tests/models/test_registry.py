@@ -266,6 +266,20 @@ def test_end_tokens_outside_the_vocabulary_are_ignored_with_a_warning(caplog):
 
 
 @pytest.mark.parametrize(
+    ("whole", "text", "found"),
+    [
+        ("bfloat16", None, torch.bfloat16),
+        (None, "float16", torch.float16),
+        ("float16", "bfloat16", torch.float16),
+        (None, None, torch.float32),
+    ],
+)
+def test_dtype_of_a_whole_config_precedes_that_of_its_text(whole, text, found):
+    config = Qwen3_5Config(text_config={**HYBRID, "dtype": text}, dtype=whole)
+    assert ModelConfig.from_hf(config).dtype == found
+
+
+@pytest.mark.parametrize(
     "config",
     [
         hf_config(model_type="qwen2", sliding_window=1024, use_sliding_window=False),

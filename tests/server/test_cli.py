@@ -102,6 +102,12 @@ def test_given_flags_reach_the_engine_and_the_server_with_their_types(served):
     )
 
 
+def test_api_key_comes_from_the_environment_unless_the_flag_is_given(served, monkeypatch):
+    monkeypatch.setenv("NANOVLLM_API_KEY", "secret")
+    assert main(["serve"]) == main(["serve", "--api-key", "a"]) == 0
+    assert [options.api_key for _, options in served] == ["secret", "a"]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -135,7 +135,7 @@ def test_port_is_taken_while_the_model_is_loaded():
 def test_greeting_has_the_url_and_no_key(llm, bound, url):
     lines = _greeting(make_server(llm, api_key="secret")[0], bound, 80).splitlines()
     assert lines[0] == f"Serving tiny at {url}"
-    assert f"curl {url}/v1/chat/completions" in lines[2] and "Bearer $API_KEY" in lines[3]
+    assert f"curl {url}/v1/chat/completions" in lines[4] and "Bearer $API_KEY" in lines[5]
     assert "secret" not in " ".join(lines)
 
 
