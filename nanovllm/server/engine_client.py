@@ -50,7 +50,8 @@ class _Waiting:
     put: Callable[[Any], None]
     fail: Callable[[Exception], None]
     request_id: str = ""
-    first: Any = None
+    progress: tuple = ()
+    prompt: tuple = ()
 
 
 class EngineClient:
@@ -131,9 +132,10 @@ class EngineClient:
             waiting = self._waiting.get(key)
             if waiting is None:
                 continue  # its client has gone
-            if packed[2] is not None:
-                waiting.first = packed[2]
-            output = unpack_output(packed, waiting.request_id, waiting.first)
+            samples, progress, prompt = packed
+            waiting.progress = progress or waiting.progress
+            waiting.prompt = prompt or waiting.prompt
+            output = unpack_output(samples, waiting.progress, waiting.prompt, waiting.request_id)
             by_loop.setdefault(waiting.loop, []).append((waiting, output))
         for loop, outputs in by_loop.items():
             _call_soon(loop, _put_all, outputs)

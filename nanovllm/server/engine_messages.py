@@ -8,7 +8,7 @@ where `key` numbers what it asks for. It gets
 where outputs and errors are packed by the functions here.
 """
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from nanovllm.outputs import CompletionOutput, RequestOutput
 
@@ -16,7 +16,7 @@ from nanovllm.outputs import CompletionOutput, RequestOutput
 METHODS = ("chat_prompt", "check_health", "decode", "encode", "is_sleeping", "metrics")
 
 PackedError: TypeAlias = tuple[str, str]
-PackedOutput: TypeAlias = tuple[list[tuple], tuple, tuple | None]
+PackedOutput: TypeAlias = tuple[list[tuple], tuple | None, tuple | None]
 
 _ERRORS = {kind.__name__: kind for kind in (TypeError, ValueError, RecursionError, RuntimeError)}
 
@@ -36,13 +36,19 @@ def unpack_error(packed: PackedError) -> Exception:
 
 
 def pack_output(output: RequestOutput, is_first: bool) -> PackedOutput:
-    """Return an output as small tuples. Only the first of a request has what does not change."""
+    """Return an output as small tuples: the new of each sample, the request's progress, and the prompt.
+
+    Only the first and the last output of a request have its progress, and only the first its prompt. There is an output
+    for each stream in each step, and pickling them takes time from the next step.
+    """
     samples = [
         (sample.index, sample.text, sample.token_ids, sample.finish_reason, sample.stop_reason, sample.logprobs)
         for sample in output.outputs
     ]
-    progress = (output.finished, output.time_to_first_token, output.total_time, output.weight_version, output.metrics)
-    prompt = None
+    progress = prompt = None
+    if is_first or output.finished:
+        times = output.time_to_first_token, output.total_time
+        progress = (output.finished, *times, output.weight_version, output.metrics)
     if is_first:
         logprobs = output.prompt_logprobs
         if logprobs is not None:  # the first token has no row
@@ -51,18 +57,14 @@ def pack_output(output: RequestOutput, is_first: bool) -> PackedOutput:
     return samples, progress, prompt
 
 
-def unpack_output(packed: PackedOutput, request_id: str, first: Any) -> RequestOutput:
-    """Return the output that `pack_output` was given.
-
-    Args:
-        first: what the request's first packed output says about the prompt.
-    """
-    samples, (finished, time_to_first_token, total_time, weight_version, metrics), _ = packed
-    prompt, prompt_token_ids, num_cached_tokens, prompt_logprobs = first
+def unpack_output(samples: list[tuple], progress: tuple, prompt: tuple, request_id: str) -> RequestOutput:
+    """Return an output from its samples, and from the newest progress and prompt that `pack_output` gave."""
+    finished, time_to_first_token, total_time, weight_version, metrics = progress
+    text, token_ids, num_cached_tokens, prompt_logprobs = prompt
     return RequestOutput(
         request_id=request_id,
-        prompt=prompt,
-        prompt_token_ids=prompt_token_ids,
+        prompt=text,
+        prompt_token_ids=token_ids,
         outputs=[CompletionOutput(*sample) for sample in samples],
         finished=finished,
         num_cached_tokens=num_cached_tokens,
