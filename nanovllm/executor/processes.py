@@ -11,20 +11,12 @@ from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection, Pipe
 
-from nanovllm.utils.import_path import import_path
+from nanovllm.utils.import_path import child_program
 
 # The monitor polls: a stopped process makes no pidfd readable, and some builds of Python have no `os.pidfd_open`.
 _POLL_SECONDS = 0.2
 # How long a dead process may take to show that it is dead after others have noticed.
 _GRACE_SECONDS = 2.0
-# The first lines of a rank's process, before its slow imports:
-# - PR_SET_PDEATHSIG: Linux kills the process when the thread that started it ends, even if the process is stopped.
-# - The path is the caller's. Python's own would start with the working folder, which may not be in the caller's.
-# - A terminal sends Ctrl-C to all its processes, but only rank 0 decides what it ends.
-_PROGRAM = (
-    "import sys; sys.path = {path!r}; import ctypes, signal; ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
-    "signal.signal(signal.SIGINT, signal.SIG_IGN); from {module} import main; main(*{arguments!r})"
-)
 
 
 class RankProcesses:
@@ -125,8 +117,8 @@ class RankProcesses:
     def _run_monitor(self) -> None:
         """Start the processes and watch them.
 
-        Linux kills the processes when the thread that started them ends (see `_PROGRAM`). The caller's thread may end
-        long before the engine does, so this thread starts the processes and ends after them.
+        Linux kills the processes when the thread that started them ends (see `child_program`). The caller's thread may
+        end long before the engine does, so this thread starts the processes and ends after them.
         """
         if not self._started.set_running_or_notify_cancel():
             return
@@ -152,11 +144,7 @@ class RankProcesses:
         self._report_pipes.append(reports)
         with rank_reports, self._connect() as inherited:
             descriptors = (rank_reports.fileno(), *inherited)
-            program = _PROGRAM.format(
-                path=import_path(),
-                module=self._module,
-                arguments=(rank, os.getpid(), *descriptors),
-            )
+            program = child_program(self._module, (rank, os.getpid(), *descriptors))
             num_threads = max(1, (os.cpu_count() or 1) // self._size)
             defaults = {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
             process = subprocess.Popen(

@@ -27,14 +27,9 @@ from nanovllm.output_stream import OutputStream
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.server.engine_messages import PackedOutput, unpack_error, unpack_output
-from nanovllm.utils.import_path import import_path
+from nanovllm.utils.import_path import child_program
 
 _CLOSE_SECONDS = 10.0
-# Linux kills the process when the thread that started it ends (PR_SET_PDEATHSIG); the path is the server's.
-_PROGRAM = (
-    "import sys; sys.path = {path!r}; import ctypes, signal; ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
-    "from nanovllm.server.engine_host import main; main({descriptor})"
-)
 
 
 @dataclass
@@ -76,7 +71,7 @@ class EngineClient:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM.format(path=import_path(), descriptor=theirs.fileno())],
+                [sys.executable, "-c", child_program("nanovllm.server.engine_host", (theirs.fileno(),))],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )

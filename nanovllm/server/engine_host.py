@@ -11,14 +11,13 @@ from typing import Any
 
 from nanovllm import AsyncLLM, SamplingParams
 from nanovllm.outputs import RequestOutput
-from nanovllm.server.engine_messages import METHODS, PackedError, PackedOutput, pack_error, pack_output
+from nanovllm.server.engine_messages import PackedError, PackedOutput, pack_error, pack_output
 
 
 def main(descriptor: int) -> None:
     """Load the model that the first message describes, and serve it until the connection ends."""
-    # A terminal and a service manager signal all processes of a group, but only the server's decides what that ends.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # A service manager may send it to all processes of a service, but running requests finish first.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = Connection(descriptor)
     try:
         llm = AsyncLLM(**pickle.loads(connection.recv_bytes()))
@@ -123,8 +122,6 @@ class _Host:
 
     async def _call(self, key: int, method: str, arguments: dict[str, Any]) -> None:
         try:
-            if method not in METHODS:
-                raise ValueError(f"the server may not call {method}")
             value = await getattr(self.llm, method)(**arguments)
         except Exception as error:
             self._send("error", key, pack_error(error))

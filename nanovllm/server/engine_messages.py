@@ -1,8 +1,8 @@
-"""What the server's process and the engine's process send each other. Both are of one tree, so messages are pickled.
+"""Messages between the server's process and the engine's, its child. They are pickled: nobody else can send any.
 
 Messages are tuples that begin with their kind. The server sends its options first and then
     ("generate", key, prompt, sampling_params, request_id), ("leave", key), ("call", key, method, arguments),
-where `key` numbers what it asks for. It gets
+where `method` is a coroutine of `AsyncLLM` and `key` numbers what the server asks for. It gets
     ("ready", max_model_len, default_params) or ("failed", error), then
     ("outputs", [(key, output), ...]), ("result", key, value), ("error", key, error),
 where outputs and errors are packed by the functions here.
@@ -11,9 +11,6 @@ where outputs and errors are packed by the functions here.
 from typing import TypeAlias
 
 from nanovllm.outputs import CompletionOutput, RequestOutput
-
-# The coroutines of AsyncLLM that the server may call.
-METHODS = ("chat_prompt", "check_health", "decode", "encode", "is_sleeping", "metrics")
 
 PackedError: TypeAlias = tuple[str, str]
 PackedOutput: TypeAlias = tuple[list[tuple], tuple | None, tuple | None]

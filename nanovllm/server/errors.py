@@ -26,7 +26,7 @@ class ApiError(Exception):
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """Return what a client is told about an exception. What the client cannot mend has a plain message."""
+    """Return the answer to an exception. An internal error has a plain message, without its text."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RecursionError):

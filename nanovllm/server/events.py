@@ -1,4 +1,4 @@
-"""What the parsers of a model's text find in it, piece by piece."""
+"""Events that the parsers make of a model's text: pieces of text, thinking and tool calls."""
 
 from dataclasses import dataclass
 from typing import TypeAlias

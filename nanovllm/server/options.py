@@ -7,7 +7,7 @@ from nanovllm.checks import check_fields, one_of, shown, within
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """The arguments of `nanovllm serve` beside those of `Config`. None is the default of each.
+    """The flags of `nanovllm serve` that are not fields of `Config`.
 
     Args:
         host: address to listen on. The default reaches this machine only.

@@ -20,7 +20,7 @@ _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
 def sent_key(headers: Mapping[str, str]) -> str:
-    """Return the API key in a request's headers: a bearer token or `x-api-key`. "" if there is none."""
+    """Return the API key in a request's headers: a bearer token or `x-api-key`. Without one it is ""."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
 

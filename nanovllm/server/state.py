@@ -1,4 +1,4 @@
-"""What the endpoints share."""
+"""The state that all endpoints share."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -15,7 +15,7 @@ from nanovllm.server.options import ServerOptions
 
 @dataclass(frozen=True)
 class ServerState:
-    """What the endpoints share.
+    """The engine and the options of a server, for its endpoints.
 
     Args:
         llm: the engine, in this process or in its own. Endpoints use the methods that both have.

@@ -1,4 +1,4 @@
-"""What tests of the server share."""
+"""Helpers for tests of the server."""
 
 import asyncio
 import contextlib

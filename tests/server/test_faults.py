@@ -1,4 +1,4 @@
-"""What clients, operators and engines do wrong. The server answers in words, and gives everything back."""
+"""Faults of clients, operators and engines: the server answers in words and frees all blocks and slots."""
 
 import asyncio
 import contextlib

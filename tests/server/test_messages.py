@@ -1,6 +1,5 @@
 """POST /v1/messages, called by Anthropic's own client."""
 
-import asyncio
 import json
 
 import pytest
@@ -14,7 +13,8 @@ from nanovllm.server.generation import Piece, SamplePiece  # noqa: E402
 from nanovllm.server.messages import MessagesRequest, chat_messages  # noqa: E402
 from nanovllm.server.messages_answer import MessageWriter  # noqa: E402
 from tests.models.tiny import save_tiny_with_tokenizer  # noqa: E402
-from tests.server.real_clients import MODEL, http_client  # noqa: E402
+from tests.server import real_clients  # noqa: E402
+from tests.server.real_clients import MODEL  # noqa: E402
 from tests.server.scripted import ScriptedLLM  # noqa: E402
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -27,14 +27,8 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich 🌦"}}\
 
 
 def ask(llm, act, **options):
-    """Return what `act` returns, a coroutine function that is called with a client of a server with this engine."""
-
-    async def main():
-        async with http_client(anthropic, llm, **options) as http:
-            client = anthropic.AsyncAnthropic(base_url="http://localhost", api_key="-", max_retries=0, http_client=http)
-            return await act(client)
-
-    return asyncio.run(main())
+    """Do what `act` does with a client of a server with this engine; see `real_clients.ask`."""
+    return real_clients.ask(anthropic, anthropic.AsyncAnthropic, "http://localhost", act, llm, **options)
 
 
 def create(llm, **request):

@@ -1,6 +1,5 @@
 """POST /v1/responses, called by OpenAI's own client."""
 
-import asyncio
 import json
 
 import pytest
@@ -13,7 +12,8 @@ from pydantic import BaseModel  # noqa: E402
 from nanovllm import AsyncLLM, StructuredOutputsParams  # noqa: E402
 from nanovllm.server.responses import ResponsesRequest, chat_messages  # noqa: E402
 from tests.models.tiny import CHAT_TEMPLATE, save_tiny_with_tokenizer  # noqa: E402
-from tests.server.real_clients import MODEL, http_client  # noqa: E402
+from tests.server import real_clients  # noqa: E402
+from tests.server.real_clients import MODEL  # noqa: E402
 from tests.server.scripted import ScriptedLLM  # noqa: E402
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -24,14 +24,8 @@ EVERYTHING = f"<think>\nhm, 雨?\n</think>\n\nI look.\n{CALL}\n{CALL}"
 
 
 def ask(llm, act, **options):
-    """Return what `act` returns, a coroutine function that is called with a client of a server with this engine."""
-
-    async def main():
-        async with http_client(openai, llm, **options) as http:
-            client = openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="-", max_retries=0, http_client=http)
-            return await act(client)
-
-    return asyncio.run(main())
+    """Do what `act` does with a client of a server with this engine; see `real_clients.ask`."""
+    return real_clients.ask(openai, openai.AsyncOpenAI, "http://localhost/v1", act, llm, **options)
 
 
 def create(llm, **request):
