@@ -3,7 +3,8 @@
 """GEMV for 1 to 4 tokens, bound by reading the weight: fuses RMSNorm, activation, residual add and all-reduce.
 
 A program loads its rows of the weight into registers at once, before it waits for the kernel that computes x
-(programmatic dependent launch): while one GEMV finishes, the next one's weights are already loading.
+(programmatic dependent launch): while one GEMV finishes, the next one's weights are already loading. The weight may be
+FP8 with scales; x is not quantised.
 
 On several ranks, each program sends its results to the other ranks and ends. A few more programs at the end of the grid
 wait for what the other ranks send and add it. If each program waited for the results of its own rows, it would keep its
@@ -27,13 +28,14 @@ class GemvConfig(NamedTuple):
     num_warps: int
 
 
-def default_gemv_config(n: int, k: int, gated: bool) -> GemvConfig:
+def default_gemv_config(n: int, k: int, gated: bool, itemsize: int = 2) -> GemvConfig:
     """Return the settings that `python -m benchmarks.tune gemv` chose on an H100.
 
     A program's rows are 16 to 64 KiB: enough loads in flight to hide the memory's latency, and they fit in registers.
 
     Args:
         n, k: size of the weight [n, k], or [2 n, k] if gated.
+        itemsize: bytes of an element of the weight.
     """
     rows = 2
     if k <= 3072:
@@ -45,7 +47,16 @@ def default_gemv_config(n: int, k: int, gated: bool) -> GemvConfig:
         num_warps = 2
     elif k <= 4096:
         num_warps = 4
+    if itemsize == 1:
+        rows *= 2
     return GemvConfig(rows // 2 if gated else rows, num_warps)
+
+
+def scale_layout(weight: torch.Tensor, scale: torch.Tensor | None) -> str:
+    """Return what the scales of an FP8 weight [..., N, K] are for: "blocks" of 128 x 128, "rows", or "none"."""
+    if scale is None:
+        return "none"
+    return "rows" if scale.shape[-2] == weight.shape[-2] else "blocks"
 
 
 def is_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -56,9 +67,18 @@ def is_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 @triton.jit
+def expand_scales(scale_ptr, K: tl.constexpr, K_PAD: tl.constexpr):
+    """Load a scale for each 128 of K columns, and return one for each column [K_PAD]."""
+    blocks = tl.arange(0, K_PAD // 128)
+    scales = tl.load(scale_ptr + blocks, mask=blocks * 128 < K, other=0.0)
+    return tl.reshape(tl.broadcast_to(scales[:, None], [K_PAD // 128, 128]), [K_PAD])
+
+
+@triton.jit
 def _gemv_kernel(
     x_ptr,
     weight_ptr,
+    scale_ptr,
     bias_ptr,
     norm_ptr,
     residual_ptr,
@@ -75,6 +95,7 @@ def _gemv_kernel(
     K: tl.constexpr,
     K_PAD: tl.constexpr,
     ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
@@ -103,6 +124,15 @@ def _gemv_kernel(
         up_weight = tl.load(weight_ptr + N.to(tl.int64) * K + offsets, mask=mask, other=0.0)
     if NORM:
         norm = tl.load(norm_ptr + ks, mask=ks < K, other=0.0).to(tl.float32)
+    if SCALES == "blocks":  # the scales of a program's columns, which are factors of x
+        BLOCKS: tl.constexpr = (K + 127) // 128
+        columns_scale = expand_scales(scale_ptr + tl.program_id(0) * ROWS // 128 * BLOCKS, K, K_PAD)
+        if GATED:
+            up_columns_scale = expand_scales(scale_ptr + (N + tl.program_id(0) * ROWS) // 128 * BLOCKS, K, K_PAD)
+    if SCALES == "rows":
+        rows_scale = tl.load(scale_ptr + rows, mask=rows < N, other=0.0)
+        if GATED:
+            up_rows_scale = tl.load(scale_ptr + N + rows, mask=rows < N, other=0.0)
     if BIAS:
         bias = tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
         if GATED:
@@ -123,11 +153,20 @@ def _gemv_kernel(
         if NORM:  # the token's scale is a factor of its dot products
             scale = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
             x = x * norm
+        x_up = x
+        if SCALES == "blocks":
+            x = x * columns_scale
         y = tl.sum(weight.to(tl.float32) * x[None, :], 1) * scale
+        if SCALES == "rows":
+            y *= rows_scale
         if BIAS:
             y += bias
         if GATED:
-            up = tl.sum(up_weight.to(tl.float32) * x[None, :], 1) * scale
+            if SCALES == "blocks":
+                x_up = x_up * up_columns_scale
+            up = tl.sum(up_weight.to(tl.float32) * x_up[None, :], 1) * scale
+            if SCALES == "rows":
+                up *= up_rows_scale
             if BIAS:
                 up += up_bias
             y = y / (1 + tl.exp(-y)) * up
@@ -150,19 +189,22 @@ def gemv_triton(
     residual: torch.Tensor | None = None,
     peers: PeerMemory | None = None,
     config: GemvConfig | None = None,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return x W^T of x [M, K] for a few tokens, with sums in float32, rounded once.
 
     Args:
-        weight, bias, norm, gated: as in `linear`; the weight is plain and contiguous.
+        weight, bias, norm, gated: as in `linear`; the weight is contiguous.
         residual: [M, N] contiguous; the result is added to it in place.
         peers: all-reduce x W^T over these ranks, which must make the same calls in the same order; bias and residual
             are added once. Needs 16-bit values, a result for which `peers.fits_all_reduce`, and at least two rows per
             program.
-        config: `default_gemv_config` if None.
+        config: `default_gemv_config` if None. If there is a scale for each block, `rows` divides 128.
+        scale: contiguous scales of an FP8 weight, for blocks of 128 x 128 or for whole rows.
     """
     (m, k), n = x.shape, len(weight) // (2 if gated else 1)
-    config = config or default_gemv_config(n, k, gated)
+    config = config or default_gemv_config(n, k, gated, weight.itemsize)
+    k_pad = triton.next_power_of_2(k) if scale is None else max(128, triton.next_power_of_2(k))
     out = torch.empty((m, n), dtype=x.dtype, device=x.device) if residual is None else residual
     norm_weight, eps = (weight, 0.0) if norm is None else norm
     num_programs, adds = triton.cdiv(n, config.rows), True
@@ -178,6 +220,7 @@ def gemv_triton(
     _gemv_kernel[(num_programs,)](
         x,
         weight,
+        out if scale is None else scale,
         weight if bias is None else bias,
         norm_weight,
         out,
@@ -189,8 +232,9 @@ def gemv_triton(
         n,
         M=m,
         K=k,
-        K_PAD=triton.next_power_of_2(k),
+        K_PAD=k_pad,
         ROWS=config.rows,
+        SCALES=scale_layout(weight, scale),
         NORM=norm is not None,
         BIAS=bias is not None and adds,
         GATED=gated,
