@@ -1,0 +1,231 @@
+"""Measure the kernels for FP8 weights against bf16: `python -m benchmarks.tune_fp8 --help`.
+
+A line that starts with "*" compares the ways to compute a layer; the others show the fastest settings of a kernel.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.tune import WEIGHTS, random, seconds
+from nanovllm.ops.fp8.quantize import QuantizedRows, quantize_triton
+from nanovllm.ops.fp8.reference import BLOCK, quantize_weight
+from nanovllm.ops.fp8.scaled_gemm import ScaledGemmConfig, scaled_gemm_triton
+from nanovllm.ops.linear.gemm import MAX_TILES, default_gemm_config, gemm_triton
+from nanovllm.ops.linear.gemv import GemvConfig, default_gemv_config, gemv_triton
+from nanovllm.ops.linear.silu_mul import silu_mul
+from nanovllm.ops.linear.swiglu import is_swiglu, swiglu_triton
+from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launch, triton
+
+COLD_BYTES = 256 << 20  # several times any L2 cache
+LAYERS = WEIGHTS[4:]  # of Qwen3-8B
+
+MANY_TOKEN_CONFIGS = [
+    ScaledGemmConfig(block_m, block_n, is_wide, num_warps, num_stages, programs, num_splits, rescale)
+    for block_m, block_n, is_wide, num_warps, num_stages, programs, rescale, splits in (
+        (64, 64, False, 4, 4, 2, False, (1, 2, 4)),
+        (64, 128, False, 4, 4, 2, False, (1, 2, 4)),
+        (128, 64, False, 4, 4, 2, False, (1, 2, 4)),
+        (128, 128, False, 8, 4, 1, False, (1, 2, 4)),
+        (128, 128, False, 4, 2, 2, True, (1,)),
+        (256, 128, False, 8, 3, 1, True, (1,)),
+        (64, 64, True, 4, 4, 2, False, (1,)),
+        (128, 64, True, 8, 4, 1, False, (1,)),
+        (64, 128, True, 4, 2, 2, True, (1,)),
+        (64, 128, True, 8, 4, 1, False, (1,)),
+        (128, 128, True, 8, 3, 1, False, (1,)),
+        (128, 128, True, 8, 4, 1, True, (1,)),
+    )
+    for num_splits in splits
+]
+
+
+class Layer:
+    """A linear layer of Qwen3-8B, in bf16 and FP8, with more copies than fit in the L2 cache."""
+
+    def __init__(self, name: str, n: int, k: int, tokens: int):
+        self.name, self.n, self.k, self.tokens = name, n, k, tokens
+        self.gated, self.adds = name == "gate_up", name in ("o", "down")
+        self.x = random(tokens, k)
+        self.residual = random(tokens, n) if self.adds else None
+        copies = 1 if tokens >= 2048 else triton.cdiv(COLD_BYTES, n * k)
+        self.weights = [(torch.randn(n, k, device="cuda") * k**-0.5).bfloat16() for _ in range(triton.cdiv(copies, 2))]
+        quantized = [quantize_weight(weight, (BLOCK, BLOCK)) for weight in self.weights]
+        self.fp8 = (quantized + [(weight.clone(), scale) for weight, scale in quantized])[:copies]
+        self.row_scale = torch.ones(n, 1, device="cuda")
+        self.repeat = max(1, int(2e12 / (2 * tokens * n * k))) if tokens >= 2048 else 1
+
+    def bf16(self, weight: torch.Tensor) -> torch.Tensor:
+        """Compute the layer as the engine does in bf16."""
+        if self.residual is not None:
+            return torch.addmm(self.residual, self.x, weight.t(), out=self.residual)
+        if self.gated and is_swiglu(self.x, weight):
+            return swiglu_triton(self.x, weight)
+        y = torch.nn.functional.linear(self.x, weight)
+        return silu_mul(y) if self.gated else y
+
+    def scaled_mm(self, x: QuantizedRows, scales: torch.Tensor | None, weight: torch.Tensor, scale: torch.Tensor):
+        """Compute the layer with torch's GEMM, which adds nothing."""
+        if scales is None:
+            scales = torch.ones(self.tokens, 1, device="cuda")
+            y = torch._scaled_mm(x.values, weight.t(), scales, self.row_scale.t(), out_dtype=torch.bfloat16)
+        else:
+            y = torch._scaled_mm(x.values, weight.t(), scales, scale.t(), out_dtype=torch.bfloat16)
+        return silu_mul(y) if self.gated else y
+
+
+def measure(calls: Sequence[Callable[[], object]]) -> float:
+    """Return the microseconds of one of `calls`, or infinity if it fails."""
+    try:
+        return seconds(list(calls), repeat=3) * 1e6
+    except Exception as error:
+        print("  failed:", str(error).splitlines()[0][:150])
+        torch.cuda.synchronize()
+        return float("inf")
+
+
+def fastest(name: str, calls_of: Callable[[Any], list[Callable]], configs: Sequence[Any]) -> tuple[float, Any]:
+    """Print the fastest settings of a kernel, and return the time and the settings of the fastest."""
+    times = sorted(
+        ((measure(calls_of(config)), tuple(config)) for config in dict.fromkeys(configs)), key=lambda x: x[0]
+    )
+    for time, config in times[:4]:
+        print(f"  {name} {time:8.1f} us  {' '.join(map(str, config))}")
+    return times[0]
+
+
+def precompile(calls: Sequence[Callable[[], object]]) -> None:
+    """Compile the kernels that `calls` launch in parallel."""
+    with compile_in_parallel(), compile_without_launch():
+        for call in calls:
+            call()
+
+
+def many(tokens_list: Sequence[int]) -> None:
+    """Compare the GEMMs for many tokens: bf16, torch._scaled_mm, and our kernel."""
+    print("many tokens: layer, tokens | us: bf16, quantize, scaled_mm by block, by row, own; TFLOP/s of own")
+    counters = torch.zeros(MAX_TILES, device="cuda", dtype=torch.int32)
+
+    def own(config: Any, layer: Layer, x: QuantizedRows) -> list[Callable]:
+        options = {"gated": layer.gated, "residual": layer.residual, "counters": counters, "config": config}
+        return [partial(scaled_gemm_triton, x, *weight, **options) for weight in layer.fp8 * layer.repeat]
+
+    calls = []
+    for name, n, k in LAYERS[:3]:
+        layer = Layer(name, n, k, 64)
+        x = quantize_triton(layer.x)
+        calls += [own(c, layer, x)[0] for c in MANY_TOKEN_CONFIGS if c.is_wide or not layer.gated]
+    precompile(calls)
+    for tokens, (name, n, k) in itertools.product(tokens_list, LAYERS):
+        layer = Layer(name, n, k, tokens)
+        x = quantize_triton(layer.x)
+        configs = [config for config in MANY_TOKEN_CONFIGS if config.is_wide or not layer.gated]
+        if tokens > 256:
+            configs = [c for c in configs if c.num_splits == 1 and c.block_n * c.block_m > 4096]
+        elif tokens <= 64:
+            configs = [c for c in configs if c.block_m == 64]
+        bf16 = measure([partial(layer.bf16, weight) for weight in layer.weights * layer.repeat])
+        quantize = measure([partial(quantize_triton, layer.x)] * 8)
+        by_block, by_row = (
+            measure([partial(layer.scaled_mm, x, scales, *weight) for weight in layer.fp8 * layer.repeat])
+            for scales in (x.scales, None)
+        )
+        time, config = fastest(f"{name} {tokens}", partial(own, layer=layer, x=x), configs)
+        rate = 2 * tokens * n * k / time / 1e6
+        print(
+            f"* {name:8s}{tokens:5d} {bf16:7.1f} {quantize:5.1f} {by_block:7.1f} {by_row:7.1f} {time:7.1f} {rate:5.0f} "
+            f"{' '.join(str(int(value)) for value in config)}",
+            flush=True,
+        )
+
+
+def gemv(tokens_list: Sequence[int]) -> None:
+    """Compare the GEMV for few tokens with FP8 and bf16 weights, and with the GEMM."""
+    print("few tokens: layer, tokens | us: bf16, FP8 by block, by row, GEMM; TB/s of FP8")
+    counters = torch.zeros(MAX_TILES, device="cuda", dtype=torch.int32)
+    for tokens, (name, n, k) in itertools.product(tokens_list, LAYERS):
+        layer = Layer(name, n, k, tokens)
+        options: dict[str, Any] = {"residual": layer.residual} if layer.adds else {"norm": (random(k), 1e-6)}
+        options["gated"] = layer.gated
+        rows = n // (2 if layer.gated else 1)
+
+        def fp8(config: Any, layer=layer, options=options) -> list[Callable]:
+            return [partial(gemv_triton, layer.x, w, scale=s, config=config, **options) for w, s in layer.fp8]
+
+        def by_row(config: Any, layer=layer, options=options) -> list[Callable]:
+            return [
+                partial(gemv_triton, layer.x, w, scale=layer.row_scale, config=config, **options) for w, _ in layer.fp8
+            ]
+
+        def gemm(config: Any, layer=layer, options=options) -> list[Callable]:
+            options = {key: value for key, value in options.items() if key != "norm"} | {"counters": counters}
+            return [partial(gemm_triton, layer.x, w, scale=s, config=config, **options) for w, s in layer.fp8]
+
+        configs = [default_gemv_config(rows, k, layer.gated, 1)]
+        shapes = itertools.product((1, 2, 4, 8), (2, 4, 8, 16)) if tokens == 1 else ((2, 8), (4, 8), (2, 4), (4, 4))
+        width = triton.next_power_of_2(k) * (2 if layer.gated else 1)
+        configs += [GemvConfig(*shape) for shape in shapes if 32 <= shape[0] * width / shape[1] / 32 <= 256]
+        if tokens == tokens_list[0]:
+            precompile([fp8(config)[0] for config in configs])
+        bf16 = measure([partial(gemv_triton, layer.x, weight, **options) for weight in layer.weights])
+        time, config = fastest(f"{name} {tokens}", fp8, configs)
+        row_time = measure(by_row(GemvConfig(*config)))
+        gemm_time = measure(gemm(default_gemm_config(tokens, rows, k, layer.gated)))
+        print(
+            f"* {name:8s}{tokens:5d} {bf16:7.1f} {time:7.1f} {row_time:7.1f} {gemm_time:7.1f} "
+            f"{n * k / time / 1e6:5.2f} {' '.join(str(int(value)) for value in config)}",
+            flush=True,
+        )
+
+
+def gemm(tokens_list: Sequence[int]) -> None:
+    """Compare the GEMM for small batches with FP8 and bf16 weights."""
+    print("small batches: layer, tokens | us: bf16, FP8; TB/s of FP8")
+    counters = torch.zeros(MAX_TILES, device="cuda", dtype=torch.int32)
+    for tokens, (name, n, k) in itertools.product(tokens_list, LAYERS):
+        layer = Layer(name, n, k, tokens)
+        options = {"residual": layer.residual, "gated": layer.gated, "counters": counters}
+
+        def fp8(config: Any, layer=layer, options=options) -> list[Callable]:
+            return [partial(gemm_triton, layer.x, w, scale=s, config=config, **options) for w, s in layer.fp8]
+
+        default = default_gemm_config(tokens, n // (2 if layer.gated else 1), k, layer.gated)
+        splits = (1,) if layer.gated else (1, 2, 4)
+        configs = [default._replace(num_stages=s, num_splits=p) for s in (4, 6) for p in splits]
+        bf16 = measure([partial(gemm_triton, layer.x, weight, **options) for weight in layer.weights])
+        time, config = fastest(f"{name} {tokens}", fp8, [default, *configs])
+        print(
+            f"* {name:8s}{tokens:5d} {bf16:7.1f} {time:7.1f} {n * k / time / 1e6:5.2f} "
+            f"{' '.join(str(int(value)) for value in config)}",
+            flush=True,
+        )
+
+
+KERNELS: dict[str, tuple[Callable, tuple[int, ...]]] = {
+    "many": (many, (16, 64, 128, 192, 256, 512, 2048, 8192)),
+    "gemv": (gemv, (1, 2, 4)),
+    "gemm": (gemm, (8, 16, 32, 64)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"some of {', '.join(KERNELS)} (default: all)")
+    parser.add_argument("--tokens", type=int, nargs="*", help="numbers of tokens")
+    args = parser.parse_args()
+    unknown = [name for name in args.kernels if name not in KERNELS]
+    if unknown:
+        parser.error(f"KERNEL must be one of {', '.join(KERNELS)}, got {unknown[0]!r}")
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU here to measure")
+    for name in args.kernels or KERNELS:
+        function, tokens = KERNELS[name]
+        function(args.tokens or tokens)
+
+
+if __name__ == "__main__":
+    main()
