@@ -15,7 +15,7 @@ from benchmarks.tune import WEIGHTS, random, seconds
 from nanovllm.ops.fp8.quantize import QuantizedRows, quantize_triton
 from nanovllm.ops.fp8.reference import BLOCK, quantize_weight
 from nanovllm.ops.fp8.scaled_gemm import ScaledGemmConfig, scaled_gemm_triton
-from nanovllm.ops.linear.gemm import MAX_TILES, default_gemm_config, gemm_triton
+from nanovllm.ops.linear.gemm import MAX_TILES, GemmConfig, default_gemm_config, gemm_triton
 from nanovllm.ops.linear.gemv import GemvConfig, default_gemv_config, gemv_triton
 from nanovllm.ops.linear.silu_mul import silu_mul
 from nanovllm.ops.linear.swiglu import is_swiglu, swiglu_triton
@@ -56,7 +56,11 @@ class Layer:
         self.weights = [(torch.randn(n, k, device="cuda") * k**-0.5).bfloat16() for _ in range(triton.cdiv(copies, 2))]
         quantized = [quantize_weight(weight, (BLOCK, BLOCK)) for weight in self.weights]
         self.fp8 = (quantized + [(weight.clone(), scale) for weight, scale in quantized])[:copies]
-        self.row_scale = torch.ones(n, 1, device="cuda")
+        self.row_scale, self.token_scale = torch.ones(n, 1, device="cuda"), torch.ones(tokens, 1, device="cuda")
+        self.counters = torch.zeros(MAX_TILES, device="cuda", dtype=torch.int32)
+        self.num_outputs = n // (2 if self.gated else 1)
+        self.fused: dict[str, Any] = {"residual": self.residual} if self.adds else {"norm": (random(k), 1e-6)}
+        self.fused["gated"] = self.gated
         self.repeat = max(1, int(2e12 / (2 * tokens * n * k))) if tokens >= 2048 else 1
 
     def bf16(self, weight: torch.Tensor) -> torch.Tensor:
@@ -71,11 +75,17 @@ class Layer:
     def scaled_mm(self, x: QuantizedRows, scales: torch.Tensor | None, weight: torch.Tensor, scale: torch.Tensor):
         """Compute the layer with torch's GEMM, which adds nothing."""
         if scales is None:
-            scales = torch.ones(self.tokens, 1, device="cuda")
-            y = torch._scaled_mm(x.values, weight.t(), scales, self.row_scale.t(), out_dtype=torch.bfloat16)
-        else:
-            y = torch._scaled_mm(x.values, weight.t(), scales, scale.t(), out_dtype=torch.bfloat16)
+            scales, scale = self.token_scale, self.row_scale
+        fast = scales is self.token_scale
+        options = {"out_dtype": torch.bfloat16, "use_fast_accum": fast}
+        y = torch.ops.aten._scaled_mm(x.values, weight.t(), scales, scale.t(), **options)
         return silu_mul(y) if self.gated else y
+
+    def report(self, times: str, time: float, config: Any) -> None:
+        """Print a line that compares ways to compute the layer."""
+        settings = " ".join(str(int(value)) for value in config)
+        rate = self.n * self.k / time / 1e6
+        print(f"* {self.name:8s}{self.tokens:5d} {times} {rate:5.2f} TB/s {settings}", flush=True)
 
 
 def measure(calls: Sequence[Callable[[], object]]) -> float:
@@ -100,25 +110,22 @@ def fastest(name: str, calls_of: Callable[[Any], list[Callable]], configs: Seque
 
 def precompile(calls: Sequence[Callable[[], object]]) -> None:
     """Compile the kernels that `calls` launch in parallel."""
-    with compile_in_parallel(), compile_without_launch():
-        for call in calls:
-            call()
+    try:
+        with compile_in_parallel(), compile_without_launch():
+            for call in calls:
+                call()
+    except Exception as error:  # the settings that failed fail again when they are measured
+        print("  failed:", str(error).splitlines()[0][:150])
 
 
 def many(tokens_list: Sequence[int]) -> None:
     """Compare the GEMMs for many tokens: bf16, torch._scaled_mm, and our kernel."""
     print("many tokens: layer, tokens | us: bf16, quantize, scaled_mm by block, by row, own; TFLOP/s of own")
-    counters = torch.zeros(MAX_TILES, device="cuda", dtype=torch.int32)
-
-    def own(config: Any, layer: Layer, x: QuantizedRows) -> list[Callable]:
-        options = {"gated": layer.gated, "residual": layer.residual, "counters": counters, "config": config}
-        return [partial(scaled_gemm_triton, x, *weight, **options) for weight in layer.fp8 * layer.repeat]
-
     calls = []
     for name, n, k in LAYERS[:3]:
         layer = Layer(name, n, k, 64)
         x = quantize_triton(layer.x)
-        calls += [own(c, layer, x)[0] for c in MANY_TOKEN_CONFIGS if c.is_wide or not layer.gated]
+        calls += [_many_calls(c, layer, x)[0] for c in MANY_TOKEN_CONFIGS if c.is_wide or not layer.gated]
     precompile(calls)
     for tokens, (name, n, k) in itertools.product(tokens_list, LAYERS):
         layer = Layer(name, n, k, tokens)
@@ -134,75 +141,72 @@ def many(tokens_list: Sequence[int]) -> None:
             measure([partial(layer.scaled_mm, x, scales, *weight) for weight in layer.fp8 * layer.repeat])
             for scales in (x.scales, None)
         )
-        time, config = fastest(f"{name} {tokens}", partial(own, layer=layer, x=x), configs)
+        time, config = fastest(f"{name} {tokens}", partial(_many_calls, layer=layer, x=x), configs)
         rate = 2 * tokens * n * k / time / 1e6
-        print(
-            f"* {name:8s}{tokens:5d} {bf16:7.1f} {quantize:5.1f} {by_block:7.1f} {by_row:7.1f} {time:7.1f} {rate:5.0f} "
-            f"{' '.join(str(int(value)) for value in config)}",
-            flush=True,
-        )
+        times = f"{bf16:7.1f} {quantize:5.1f} {by_block:7.1f} {by_row:7.1f} {time:7.1f} {rate:5.0f}"
+        layer.report(times, time, config)
+
+
+def _many_calls(config: ScaledGemmConfig, layer: Layer, x: QuantizedRows) -> list[Callable]:
+    options = {"gated": layer.gated, "residual": layer.residual, "counters": layer.counters, "config": config}
+    return [partial(scaled_gemm_triton, x, *weight, **options) for weight in layer.fp8 * layer.repeat]
 
 
 def gemv(tokens_list: Sequence[int]) -> None:
     """Compare the GEMV for few tokens with FP8 and bf16 weights, and with the GEMM."""
     print("few tokens: layer, tokens | us: bf16, FP8 by block, by row, GEMM; TB/s of FP8")
-    counters = torch.zeros(MAX_TILES, device="cuda", dtype=torch.int32)
-    for tokens, (name, n, k) in itertools.product(tokens_list, LAYERS):
-        layer = Layer(name, n, k, tokens)
-        options: dict[str, Any] = {"residual": layer.residual} if layer.adds else {"norm": (random(k), 1e-6)}
-        options["gated"] = layer.gated
-        rows = n // (2 if layer.gated else 1)
+    layers = [Layer(*layer, tokens) for tokens, layer in itertools.product(tokens_list, LAYERS)]
+    precompile(
+        [calls[0] for layer in layers for config in _gemv_configs(layer) for calls in _gemv_calls(layer, config)]
+    )
+    for layer in layers:
+        bf16 = measure([partial(gemv_triton, layer.x, weight, **layer.fused) for weight in layer.weights])
+        name = f"{layer.name} {layer.tokens}"
+        time, config = fastest(name, lambda config, layer=layer: _gemv_calls(layer, config)[0], _gemv_configs(layer))
+        row_time, gemm_time = (measure(calls) for calls in _gemv_calls(layer, GemvConfig(*config))[1:])
+        layer.report(f"{bf16:7.1f} {time:7.1f} {row_time:7.1f} {gemm_time:7.1f}", time, config)
 
-        def fp8(config: Any, layer=layer, options=options) -> list[Callable]:
-            return [partial(gemv_triton, layer.x, w, scale=s, config=config, **options) for w, s in layer.fp8]
 
-        def by_row(config: Any, layer=layer, options=options) -> list[Callable]:
-            return [
-                partial(gemv_triton, layer.x, w, scale=layer.row_scale, config=config, **options) for w, _ in layer.fp8
-            ]
+def _gemv_configs(layer: Layer) -> list[GemvConfig]:
+    shapes = itertools.product((1, 2, 4, 8), (2, 4, 8, 16)) if layer.tokens == 1 else ((2, 8), (4, 8), (2, 4), (4, 4))
+    width = triton.next_power_of_2(layer.k) * (2 if layer.gated else 1)
+    configs = [GemvConfig(*shape) for shape in shapes if 32 <= shape[0] * width / shape[1] / 32 <= 256]
+    return [default_gemv_config(layer.num_outputs, layer.k, layer.gated, 1), *configs]
 
-        def gemm(config: Any, layer=layer, options=options) -> list[Callable]:
-            options = {key: value for key, value in options.items() if key != "norm"} | {"counters": counters}
-            return [partial(gemm_triton, layer.x, w, scale=s, config=config, **options) for w, s in layer.fp8]
 
-        configs = [default_gemv_config(rows, k, layer.gated, 1)]
-        shapes = itertools.product((1, 2, 4, 8), (2, 4, 8, 16)) if tokens == 1 else ((2, 8), (4, 8), (2, 4), (4, 4))
-        width = triton.next_power_of_2(k) * (2 if layer.gated else 1)
-        configs += [GemvConfig(*shape) for shape in shapes if 32 <= shape[0] * width / shape[1] / 32 <= 256]
-        if tokens == tokens_list[0]:
-            precompile([fp8(config)[0] for config in configs])
-        bf16 = measure([partial(gemv_triton, layer.x, weight, **options) for weight in layer.weights])
-        time, config = fastest(f"{name} {tokens}", fp8, configs)
-        row_time = measure(by_row(GemvConfig(*config)))
-        gemm_time = measure(gemm(default_gemm_config(tokens, rows, k, layer.gated)))
-        print(
-            f"* {name:8s}{tokens:5d} {bf16:7.1f} {time:7.1f} {row_time:7.1f} {gemm_time:7.1f} "
-            f"{n * k / time / 1e6:5.2f} {' '.join(str(int(value)) for value in config)}",
-            flush=True,
-        )
+def _gemv_calls(layer: Layer, config: GemvConfig) -> list[list[Callable]]:
+    """Return calls of the GEMV with scales by block and by row, and of the GEMM."""
+    options = layer.fused | {"config": config}
+    plain = {key: value for key, value in layer.fused.items() if key != "norm"} | {"counters": layer.counters}
+    return [
+        [partial(gemv_triton, layer.x, weight, scale=scale, **options) for weight, scale in layer.fp8],
+        [partial(gemv_triton, layer.x, weight, scale=layer.row_scale, **options) for weight, _ in layer.fp8],
+        [partial(gemm_triton, layer.x, weight, scale=scale, **plain) for weight, scale in layer.fp8],
+    ]
 
 
 def gemm(tokens_list: Sequence[int]) -> None:
     """Compare the GEMM for small batches with FP8 and bf16 weights."""
     print("small batches: layer, tokens | us: bf16, FP8; TB/s of FP8")
-    counters = torch.zeros(MAX_TILES, device="cuda", dtype=torch.int32)
-    for tokens, (name, n, k) in itertools.product(tokens_list, LAYERS):
-        layer = Layer(name, n, k, tokens)
-        options = {"residual": layer.residual, "gated": layer.gated, "counters": counters}
-
-        def fp8(config: Any, layer=layer, options=options) -> list[Callable]:
-            return [partial(gemm_triton, layer.x, w, scale=s, config=config, **options) for w, s in layer.fp8]
-
-        default = default_gemm_config(tokens, n // (2 if layer.gated else 1), k, layer.gated)
-        splits = (1,) if layer.gated else (1, 2, 4)
-        configs = [default._replace(num_stages=s, num_splits=p) for s in (4, 6) for p in splits]
+    layers = [Layer(*layer, tokens) for tokens, layer in itertools.product(tokens_list, LAYERS)]
+    precompile([_gemm_calls(config, layer)[0] for layer in layers for config in _gemm_configs(layer)])
+    for layer in layers:
+        options = {"residual": layer.residual, "gated": layer.gated, "counters": layer.counters}
         bf16 = measure([partial(gemm_triton, layer.x, weight, **options) for weight in layer.weights])
-        time, config = fastest(f"{name} {tokens}", fp8, [default, *configs])
-        print(
-            f"* {name:8s}{tokens:5d} {bf16:7.1f} {time:7.1f} {n * k / time / 1e6:5.2f} "
-            f"{' '.join(str(int(value)) for value in config)}",
-            flush=True,
-        )
+        name = f"{layer.name} {layer.tokens}"
+        time, config = fastest(name, partial(_gemm_calls, layer=layer), _gemm_configs(layer))
+        layer.report(f"{bf16:7.1f} {time:7.1f}", time, config)
+
+
+def _gemm_configs(layer: Layer) -> list[GemmConfig]:
+    default = default_gemm_config(layer.tokens, layer.num_outputs, layer.k, layer.gated)
+    splits = (1,) if layer.gated else (1, 2, 4)
+    return [default, *(default._replace(num_stages=s, num_splits=p) for s in (3, 4, 6) for p in splits)]
+
+
+def _gemm_calls(config: GemmConfig, layer: Layer) -> list[Callable]:
+    options = {"residual": layer.residual, "gated": layer.gated, "counters": layer.counters, "config": config}
+    return [partial(gemm_triton, layer.x, weight, scale=scale, **options) for weight, scale in layer.fp8]
 
 
 KERNELS: dict[str, tuple[Callable, tuple[int, ...]]] = {
