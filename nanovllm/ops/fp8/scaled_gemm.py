@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 import torch
 
+from nanovllm.arithmetic import ceil_div
 from nanovllm.ops.fp8.quantize import QuantizedRows
 from nanovllm.ops.linear.gemm import reduce_splits
+from nanovllm.ops.linear.scales import block_scale_ptrs, scale_layout
 from nanovllm.ops.triton_utils import TensorDescriptor, launch_options, sm_count, tl, triton, wait_for_inputs
 
 BLOCK_K = 128  # columns of a weight's block, and of a token's group
@@ -33,7 +35,8 @@ class ScaledGemmConfig(NamedTuple):
         num_warps, num_stages: warps and pipeline stages.
         programs: programs per SM.
         num_splits: splits of K, each computed by its own program.
-        rescale: keep the sum in the unit of the current scales and let the tensor cores add to it.
+        rescale: keep the sum in the unit of the current scales, and let the tensor cores add to it. Not for scales of
+            row blocks.
     """
 
     block_m: int
@@ -46,21 +49,37 @@ class ScaledGemmConfig(NamedTuple):
     rescale: bool = False
 
 
+def default_scaled_gemm_config(m: int, n: int, k: int, gated: bool, num_sms: int) -> ScaledGemmConfig:
+    """Return the settings that `python -m benchmarks.tune_fp8 many` chose on an H200.
+
+    Args:
+        m, n, k: sizes of x [m, k] and weight [n, k], or [2 n, k] if gated.
+    """
+    if gated:
+        return ScaledGemmConfig(64 if m <= 64 else 128, 64, True, num_warps=8, num_stages=4)
+    block_m = 64 if m <= 64 else 128
+    tiles = ceil_div(m, block_m) * ceil_div(n, 128)
+    splits = max(1, min(4, num_sms // tiles, k // 1024))
+    return ScaledGemmConfig(block_m, 128, False, num_warps=8, num_stages=4, num_splits=splits)
+
+
 @triton.jit
 def _accumulate(total, x, weight, scale, ratio, RESCALE: tl.constexpr):
-    """Add x [BLOCK_M, 128] times weight [BLOCK_N, 128] transposed, times scale [BLOCK_M], to the total."""
+    """Add x [BLOCK_M, 128] times weight [BLOCK_N, 128] transposed, times the scale, to the total."""
     if RESCALE:
-        return tl.dot(x, weight.T, total * ratio[:, None])
+        return tl.dot(x, weight.T, total * ratio)
     else:
-        return total + tl.dot(x, weight.T) * scale[:, None]
+        return total + tl.dot(x, weight.T) * scale
 
 
 @triton.jit
-def _load_scales(x_scale_ptrs, x_scale_stride, weight_scale_ptrs, block, BLOCK_SCALED: tl.constexpr):
-    """Return the scale of each token's partial sum over this block of columns."""
-    scale = tl.load(x_scale_ptrs + block * x_scale_stride)
-    if BLOCK_SCALED:
+def _load_scales(x_scale_ptrs, x_scale_stride, weight_scale_ptrs, block, SCALES: tl.constexpr):
+    """Return the scale of a partial sum over this block of columns: [BLOCK_M, 1], or [BLOCK_M, BLOCK_N]."""
+    scale = tl.load(x_scale_ptrs + block * x_scale_stride)[:, None]
+    if SCALES == "block":
         scale *= tl.load(weight_scale_ptrs + block)
+    if SCALES == "row_block":
+        scale = scale * tl.load(weight_scale_ptrs + block)[None, :]
     return scale
 
 
@@ -90,7 +109,7 @@ def _scaled_gemm_kernel(
     BLOCK_K: tl.constexpr,
     WIDE: tl.constexpr,
     GATED: tl.constexpr,
-    BLOCK_SCALED: tl.constexpr,
+    SCALES: tl.constexpr,
     RESCALE: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
@@ -116,38 +135,39 @@ def _scaled_gemm_kernel(
         if SPLIT:
             first, last = blocks * split // num_splits, blocks * (split + 1) // num_splits
         x_scale_ptrs = x_scale_ptr + tl.minimum(m + tl.arange(0, BLOCK_M), M - 1)
-        scale_ptrs = weight_scale_ptr + n // BLOCK_K * blocks
+        scale_ptrs = block_scale_ptrs(weight_scale_ptr, n, num_rows, K, BLOCK_N, SCALES)
         y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        scale = _load_scales(x_scale_ptrs, x_scale_stride, scale_ptrs, first, BLOCK_SCALED)
+        scale = _load_scales(x_scale_ptrs, x_scale_stride, scale_ptrs, first, SCALES)
         ratio = scale
         if WIDE:
-            up_scale_ptrs = weight_scale_ptr + tl.minimum(n + second, num_rows - 1) // BLOCK_K * blocks
+            up_row = tl.minimum(n + second, num_rows - 1)
+            up_scale_ptrs = block_scale_ptrs(weight_scale_ptr, up_row, num_rows, K, BLOCK_N, SCALES)
             up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            up_scale = _load_scales(x_scale_ptrs, x_scale_stride, up_scale_ptrs, first, BLOCK_SCALED)
+            up_scale = _load_scales(x_scale_ptrs, x_scale_stride, up_scale_ptrs, first, SCALES)
             up_ratio = up_scale
         for block in range(first, last):
             k = block * BLOCK_K
             x = x_desc.load([m, k])
             next_block = tl.minimum(block + 1, last - 1)
-            following = _load_scales(x_scale_ptrs, x_scale_stride, scale_ptrs, next_block, BLOCK_SCALED)
+            following = _load_scales(x_scale_ptrs, x_scale_stride, scale_ptrs, next_block, SCALES)
             y = _accumulate(y, x, weight_desc.load([n, k]), scale, ratio, RESCALE)
             ratio = scale / following
             scale = following
             if WIDE:
-                following = _load_scales(x_scale_ptrs, x_scale_stride, up_scale_ptrs, next_block, BLOCK_SCALED)
+                following = _load_scales(x_scale_ptrs, x_scale_stride, up_scale_ptrs, next_block, SCALES)
                 up = _accumulate(up, x, weight_desc.load([n + second, k]), up_scale, up_ratio, RESCALE)
                 up_ratio = up_scale / following
                 up_scale = following
         if RESCALE:
-            y *= scale[:, None]
+            y *= scale
             if WIDE:
-                up *= up_scale[:, None]
+                up *= up_scale
         is_last = True
         if SPLIT:
             y, is_last = reduce_splits(y, partial_ptr, counter_ptr, tile, split, num_splits)
         if is_last:
             columns = n + tl.arange(0, BLOCK_N)
-            if not BLOCK_SCALED:
+            if SCALES == "row":
                 y *= _row_scale(weight_scale_ptr, columns, num_rows)
                 if WIDE:
                     up *= _row_scale(weight_scale_ptr, columns + second, num_rows)
@@ -176,20 +196,20 @@ def scaled_gemm_triton(
     residual: torch.Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
     counters: torch.Tensor | None = None,
-    *,
-    config: ScaledGemmConfig,
+    config: ScaledGemmConfig | None = None,
 ) -> torch.Tensor:
     """Return x W^T + b [T, N], with sums in float32, rounded once.
 
     Args:
-        weight, scale: e4m3 [N, K] with scales [ceil(N / 128), ceil(K / 128)] or [N, 1]; both contiguous, rows of whole
-            16 bytes.
+        weight, scale: e4m3 [N, K] and its scales, see `scale_layout`; both contiguous, rows of whole 16 bytes.
         bias, gated: as in `linear`.
         residual: [T, N] contiguous; the result is added to it in place.
         dtype: of the result, if there is no residual.
         counters: as in `gemm_triton`.
+        config: `default_scaled_gemm_config` if None.
     """
     (m, k), n = x.values.shape, len(weight) // (2 if gated else 1)
+    config = config or default_scaled_gemm_config(m, n, k, gated, sm_count(weight.device))
     out = torch.empty((m, n), dtype=dtype, device=weight.device) if residual is None else residual
     is_wide = gated or config.is_wide
     num_tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n * (2 if is_wide and not gated else 1))
@@ -217,7 +237,7 @@ def scaled_gemm_triton(
         BLOCK_K=BLOCK_K,
         WIDE=is_wide,
         GATED=gated,
-        BLOCK_SCALED=len(scale) < len(weight),
+        SCALES=scale_layout(weight, scale),
         RESCALE=config.rescale,
         BIAS=bias is not None,
         ADD=residual is not None,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.ops.dispatch import GEMM_MAX_OUTPUTS, Kernel, regime_of
-from nanovllm.ops.linear.gemv import scale_layout
+from nanovllm.ops.linear.scales import block_scale_ptrs, scale_layout
 from nanovllm.ops.triton_utils import (
     HAVE_TRITON,
     TensorDescriptor,
@@ -115,13 +115,16 @@ def reduce_splits(tile, partial_ptr, counter_ptr, index, split, num_splits):
 
 
 @triton.jit
-def _add_dot(total, weight, x, scale_ptr, k, SCALES: tl.constexpr):
-    """Add weight [BLOCK_N, BLOCK_K] times x [BLOCK_K, BLOCK_M], times the scale of its block, to the total."""
-    if SCALES == "blocks":
-        scale = tl.load(scale_ptr + k // 128)
-        return total + tl.dot(weight.to(x.dtype), x, input_precision="ieee") * scale
+def _add_dot(total, weight, x, scale_ptrs, k, SCALES: tl.constexpr):
+    """Add weight [BLOCK_N, BLOCK_K] times x [BLOCK_K, BLOCK_M], times the weight's scale, to the total."""
+    weight = weight.to(x.dtype)
+    if SCALES == "block" or SCALES == "row_block":
+        scale = tl.load(scale_ptrs + k // 128)
+        if SCALES == "row_block":
+            scale = scale[:, None]
+        return total + tl.dot(weight, x, input_precision="ieee") * scale
     else:
-        return tl.dot(weight.to(x.dtype), x, total, input_precision="ieee")
+        return tl.dot(weight, x, total, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["M", "num_splits", "prefetch"])
@@ -167,17 +170,17 @@ def _gemm_kernel(
         residual = tl.load(out_ptr + offsets, mask=mask, other=0.0)
     y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    block_scale_ptr = scale_ptr + n // 128 * tl.cdiv(K, 128)
-    up_block_scale_ptr = scale_ptr + (N + n) // 128 * tl.cdiv(K, 128)
+    scale_ptrs = block_scale_ptrs(scale_ptr, n, N, K, BLOCK_N, SCALES)
+    up_scale_ptrs = block_scale_ptrs(scale_ptr, N + n, 2 * N, K, BLOCK_N, SCALES)
     for k in tl.range(first * BLOCK_K, last * BLOCK_K, BLOCK_K):
         x_tile = tl.trans(x.load([0, k]))
-        y = _add_dot(y, weight.load([n, k]), x_tile, block_scale_ptr, k, SCALES)
+        y = _add_dot(y, weight.load([n, k]), x_tile, scale_ptrs, k, SCALES)
         if GATED:
-            up = _add_dot(up, weight.load([N + n, k]), x_tile, up_block_scale_ptr, k, SCALES)
+            up = _add_dot(up, weight.load([N + n, k]), x_tile, up_scale_ptrs, k, SCALES)
     if SPLIT:
         y, is_last = reduce_splits(y, partial_ptr, counter_ptr, tl.program_id(0), tl.program_id(1), num_splits)
         mask = (ms < tl.where(is_last, M, 0))[:, None] & (ns < N)[None, :]
-    if SCALES == "rows":
+    if SCALES == "row":
         y *= tl.load(scale_ptr + ns, mask=ns < N, other=0.0)[:, None]
         if GATED:
             up *= tl.load(scale_ptr + N + ns, mask=ns < N, other=0.0)[:, None]
@@ -212,7 +215,7 @@ def gemm_triton(
         counters: int32 zeros, one per tile of the result (at most MAX_TILES), zero again afterwards. Launches that may
             overlap need separate counters. Without counters, K is not split.
         config: `default_gemm_config` if None. `block_m` must be at least M; K is not split if `gated`.
-        scale: as in `gemv_triton`. If there is a scale for each block, `block_n` and `block_k` divide 128.
+        scale: as in `gemv_triton`. With a scale for each block, `block_n` and `block_k` divide 128.
     """
     (m, k), n = x.shape, len(weight) // (2 if gated else 1)
     config = config or default_gemm_config(m, n, k, gated)

@@ -18,6 +18,7 @@ import torch
 from nanovllm.ops.comm.collectives import buffers_of, pack_words, send, sum_unit
 from nanovllm.ops.comm.peer_memory import UNIT, PeerMemory
 from nanovllm.ops.dispatch import Kernel, regime_of
+from nanovllm.ops.linear.scales import load_scales, scale_layout
 from nanovllm.ops.triton_utils import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
 
 
@@ -52,26 +53,11 @@ def default_gemv_config(n: int, k: int, gated: bool, itemsize: int = 2) -> GemvC
     return GemvConfig(rows // 2 if gated else rows, num_warps)
 
 
-def scale_layout(weight: torch.Tensor, scale: torch.Tensor | None) -> str:
-    """Return what the scales of an FP8 weight [..., N, K] are for: "blocks" of 128 x 128, "rows", or "none"."""
-    if scale is None:
-        return "none"
-    return "rows" if scale.shape[-2] == weight.shape[-2] else "blocks"
-
-
 def is_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether x [M, K] has so few tokens that `gemv_triton` is the fastest way to multiply it with `weight`."""
     if not HAVE_TRITON or not x.is_cuda or not len(x) or weight.dtype == torch.float32:
         return False
     return regime_of(len(x)).kernel is Kernel.GEMV
-
-
-@triton.jit
-def expand_scales(scale_ptr, K: tl.constexpr, K_PAD: tl.constexpr):
-    """Load a scale for each 128 of K columns, and return one for each column [K_PAD]."""
-    blocks = tl.arange(0, K_PAD // 128)
-    scales = tl.load(scale_ptr + blocks, mask=blocks * 128 < K, other=0.0)
-    return tl.reshape(tl.broadcast_to(scales[:, None], [K_PAD // 128, 128]), [K_PAD])
 
 
 @triton.jit
@@ -124,15 +110,15 @@ def _gemv_kernel(
         up_weight = tl.load(weight_ptr + N.to(tl.int64) * K + offsets, mask=mask, other=0.0)
     if NORM:
         norm = tl.load(norm_ptr + ks, mask=ks < K, other=0.0).to(tl.float32)
-    if SCALES == "blocks":  # the scales of a program's columns, which are factors of x
-        BLOCKS: tl.constexpr = (K + 127) // 128
-        columns_scale = expand_scales(scale_ptr + tl.program_id(0) * ROWS // 128 * BLOCKS, K, K_PAD)
+    if SCALES == "block" or SCALES == "row_block":  # factors of x
+        first = tl.program_id(0) * ROWS
+        weight_scale = load_scales(scale_ptr, first, N, K, K_PAD, ROWS, SCALES)
         if GATED:
-            up_columns_scale = expand_scales(scale_ptr + (N + tl.program_id(0) * ROWS) // 128 * BLOCKS, K, K_PAD)
-    if SCALES == "rows":
-        rows_scale = tl.load(scale_ptr + rows, mask=rows < N, other=0.0)
+            up_scale = load_scales(scale_ptr, N + first, 2 * N, K, K_PAD, ROWS, SCALES)
+    if SCALES == "row":  # factors of the dot products
+        weight_scale = tl.load(scale_ptr + rows, mask=rows < N, other=0.0)
         if GATED:
-            up_rows_scale = tl.load(scale_ptr + N + rows, mask=rows < N, other=0.0)
+            up_scale = tl.load(scale_ptr + N + rows, mask=rows < N, other=0.0)
     if BIAS:
         bias = tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
         if GATED:
@@ -153,20 +139,22 @@ def _gemv_kernel(
         if NORM:  # the token's scale is a factor of its dot products
             scale = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
             x = x * norm
-        x_up = x
-        if SCALES == "blocks":
-            x = x * columns_scale
-        y = tl.sum(weight.to(tl.float32) * x[None, :], 1) * scale
-        if SCALES == "rows":
-            y *= rows_scale
+        x = x[None, :]
+        scaled = x
+        if SCALES == "block" or SCALES == "row_block":
+            scaled = x * weight_scale
+        y = tl.sum(weight.to(tl.float32) * scaled, 1) * scale
+        if SCALES == "row":
+            y *= weight_scale
         if BIAS:
             y += bias
         if GATED:
-            if SCALES == "blocks":
-                x_up = x_up * up_columns_scale
-            up = tl.sum(up_weight.to(tl.float32) * x_up[None, :], 1) * scale
-            if SCALES == "rows":
-                up *= up_rows_scale
+            scaled = x
+            if SCALES == "block" or SCALES == "row_block":
+                scaled = x * up_scale
+            up = tl.sum(up_weight.to(tl.float32) * scaled, 1) * scale
+            if SCALES == "row":
+                up *= up_scale
             if BIAS:
                 up += up_bias
             y = y / (1 + tl.exp(-y)) * up
@@ -199,12 +187,11 @@ def gemv_triton(
         peers: all-reduce x W^T over these ranks, which must make the same calls in the same order; bias and residual
             are added once. Needs 16-bit values, a result for which `peers.fits_all_reduce`, and at least two rows per
             program.
-        config: `default_gemv_config` if None. If there is a scale for each block, `rows` divides 128.
-        scale: contiguous scales of an FP8 weight, for blocks of 128 x 128 or for whole rows.
+        config: `default_gemv_config` if None. With a scale for each block, `rows` divides 128.
+        scale: contiguous scales of an FP8 weight; see `scale_layout`.
     """
     (m, k), n = x.shape, len(weight) // (2 if gated else 1)
     config = config or default_gemv_config(n, k, gated, weight.itemsize)
-    k_pad = triton.next_power_of_2(k) if scale is None else max(128, triton.next_power_of_2(k))
     out = torch.empty((m, n), dtype=x.dtype, device=x.device) if residual is None else residual
     norm_weight, eps = (weight, 0.0) if norm is None else norm
     num_programs, adds = triton.cdiv(n, config.rows), True
@@ -232,7 +219,7 @@ def gemv_triton(
         n,
         M=m,
         K=k,
-        K_PAD=k_pad,
+        K_PAD=max(triton.next_power_of_2(k), 1 if scale is None else 128),
         ROWS=config.rows,
         SCALES=scale_layout(weight, scale),
         NORM=norm is not None,
