@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.tune import WEIGHTS, random, seconds
+from nanovllm.ops.fp8.experts import expert_pairs_fp8, experts_fp8
 from nanovllm.ops.fp8.quantize import QuantizedRows, quantize_triton
 from nanovllm.ops.fp8.reference import BLOCK, quantize_weight
 from nanovllm.ops.fp8.scaled_gemm import ScaledGemmConfig, scaled_gemm_triton
@@ -19,6 +20,11 @@ from nanovllm.ops.linear.gemm import MAX_TILES, GemmConfig, default_gemm_config,
 from nanovllm.ops.linear.gemv import GemvConfig, default_gemv_config, gemv_triton
 from nanovllm.ops.linear.silu_mul import silu_mul
 from nanovllm.ops.linear.swiglu import is_swiglu, swiglu_triton
+from nanovllm.ops.moe.combine import combine_triton
+from nanovllm.ops.moe.dispatch import GroupedGemmConfig, Tiling
+from nanovllm.ops.moe.expert_gemv import ExpertGemvConfig, down_gemv_triton, gate_up_gemv_triton
+from nanovllm.ops.moe.experts import experts
+from nanovllm.ops.moe.router import route
 from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launch, triton
 
 COLD_BYTES = 256 << 20  # several times any L2 cache
@@ -209,10 +215,81 @@ def _gemm_calls(config: GemmConfig, layer: Layer) -> list[Callable]:
     return [partial(gemm_triton, layer.x, weight, scale=scale, **options) for weight, scale in layer.fp8]
 
 
+class ExpertLayer:
+    """A layer of experts of Qwen3-30B-A3B in bf16 and FP8. Its weights are larger than the L2 cache."""
+
+    def __init__(self, tokens: int, num_experts: int = 128, h: int = 2048, i: int = 768, top_k: int = 8):
+        self.tokens, self.x, self.norm = tokens, random(tokens, h), (random(h), 1e-6)
+        self.weights = random(num_experts, 2 * i, h) * h**-0.5, random(num_experts, h, i) * i**-0.5
+        self.fp8 = [quantize_weight(weight, (BLOCK, BLOCK)) for weight in self.weights]
+        self.ids, self.routing = route(random(tokens, num_experts), top_k, True, torch.bfloat16)
+        # Steps of few tokens choose other experts each time.
+        self.choices = [route(random(tokens, num_experts), top_k, True, torch.bfloat16)[0] for _ in range(8)]
+
+    def bf16(self, ids: torch.Tensor) -> torch.Tensor:
+        return experts(self.x, *self.weights, ids, self.routing, self.norm, self.x)
+
+    def by_default(self, ids: torch.Tensor) -> torch.Tensor:
+        return experts_fp8(self.x, *self.fp8[0], *self.fp8[1], ids, self.routing, self.norm, self.x)
+
+    def grouped(self, tiling: Tiling, ids: torch.Tensor) -> torch.Tensor:
+        pairs = expert_pairs_fp8(self.x, *self.fp8, ids, self.routing, norm=self.norm, tiling=tiling)
+        return combine_triton(pairs, self.x)
+
+    def gemvs(self, rows: int, warps: tuple[int, int], ids: torch.Tensor) -> torch.Tensor:
+        (gate_up, gate_up_scale), (down, down_scale) = self.fp8
+        gate_up_config, down_config = (ExpertGemvConfig(rows, num_warps) for num_warps in warps)
+        hidden = gate_up_gemv_triton(self.x, gate_up, ids, self.norm, gate_up_config, gate_up_scale)
+        return down_gemv_triton(hidden, down, ids, self.routing, self.x, config=down_config, scale=down_scale)
+
+
+GATE_UPS = {
+    16: [(128, 128, 4, 3, 64), (128, 128, 8, 3, 64), (128, 128, 4, 2, 64)],
+    32: [(128, 128, 4, 3, 64), (128, 128, 8, 3, 64)],
+    64: [(128, 128, 8, 3, 64), (128, 128, 4, 3, 1), (128, 128, 8, 2, 64)],
+    128: [(128, 128, 8, 3, 1), (128, 128, 8, 3, 64), (128, 128, 8, 4, 1)],
+}
+DOWNS = [(128, 128, 4, 4, 64), (64, 128, 4, 4, 64), (128, 128, 8, 4, 64), (128, 128, 8, 4, 1)]
+
+
+def moe(tokens_list: Sequence[int]) -> None:
+    """Compare experts with FP8 and bf16 weights."""
+    print("experts: tokens | us: bf16, FP8 by default, FP8 with the fastest settings")
+    layers = [ExpertLayer(tokens) for tokens in tokens_list]
+    precompile([call for layer in layers for config in _moe_configs(layer) for call in _moe_calls(config, layer)[:1]])
+    for layer in layers:
+        times = [measure([partial(run, ids) for ids in layer.choices]) for run in (layer.bf16, layer.by_default)]
+        name = f"experts {layer.tokens}"
+        best, config = fastest(name, partial(_moe_calls, layer=layer), _moe_configs(layer))
+        print(f"* {name} {times[0]:8.1f} {times[1]:8.1f} {best:8.1f} {config}", flush=True)
+
+
+def _moe_configs(layer: ExpertLayer) -> list[Any]:
+    if layer.tokens <= 4:
+        return [(rows, (a, b)) for rows in (1, 2) for a, b in ((1, 2), (2, 4), (4, 8))]
+    pairs = layer.tokens * 8 / 128
+    blocks = [block for block in (16, 32, 64, 128) if pairs / 4 <= block <= 8 * pairs or block == 128 < pairs]
+    return [
+        Tiling(0, block, GroupedGemmConfig(*gate_up), GroupedGemmConfig(*down))
+        for block in blocks
+        for gate_up, down in [
+            *((first, DOWNS[0]) for first in GATE_UPS[block]),
+            *((GATE_UPS[block][0], d) for d in DOWNS),
+        ]
+    ]
+
+
+def _moe_calls(config: Any, layer: ExpertLayer) -> list[Callable]:
+    run = layer.grouped if isinstance(config, Tiling) else layer.gemvs
+    options = (config,) if isinstance(config, Tiling) else config
+    return [partial(run, *options, ids) for ids in layer.choices]
+
+
 KERNELS: dict[str, tuple[Callable, tuple[int, ...]]] = {
     "many": (many, (16, 64, 128, 192, 256, 512, 2048, 8192)),
     "gemv": (gemv, (1, 2, 4)),
     "gemm": (gemm, (8, 16, 32, 64)),
+    "experts": (moe, (1, 4, 16, 64, 256, 2048, 8192)),
 }
 
 
