@@ -244,12 +244,15 @@ class ExpertLayer:
 
 
 GATE_UPS = {
-    16: [(128, 128, 4, 3, 64), (128, 128, 8, 3, 64), (128, 128, 4, 2, 64)],
-    32: [(128, 128, 4, 3, 64), (128, 128, 8, 3, 64)],
-    64: [(128, 128, 8, 3, 64), (128, 128, 4, 3, 1), (128, 128, 8, 2, 64)],
-    128: [(128, 128, 8, 3, 1), (128, 128, 8, 3, 64), (128, 128, 8, 4, 1)],
+    16: [GroupedGemmConfig(128, 128, warps, stages, 64) for warps, stages in ((4, 3), (8, 3), (4, 2))],
+    32: [GroupedGemmConfig(128, 128, warps, 3, 64) for warps in (4, 8)],
+    64: [GroupedGemmConfig(128, 128, warps, stages, 64) for warps, stages in ((8, 3), (4, 3), (8, 2))],
+    128: [GroupedGemmConfig(128, 128, 8, stages, programs) for stages, programs in ((3, 1), (3, 64), (4, 1))],
 }
-DOWNS = [(128, 128, 4, 4, 64), (64, 128, 4, 4, 64), (128, 128, 8, 4, 64), (128, 128, 8, 4, 1)]
+DOWNS = [
+    GroupedGemmConfig(block_n, 128, warps, 4, programs)
+    for block_n, warps, programs in ((128, 4, 64), (64, 4, 64), (128, 8, 64), (128, 8, 1))
+]
 
 
 def moe(tokens_list: Sequence[int]) -> None:
@@ -270,7 +273,7 @@ def _moe_configs(layer: ExpertLayer) -> list[Any]:
     pairs = layer.tokens * 8 / 128
     blocks = [block for block in (16, 32, 64, 128) if pairs / 4 <= block <= 8 * pairs or block == 128 < pairs]
     return [
-        Tiling(0, block, GroupedGemmConfig(*gate_up), GroupedGemmConfig(*down))
+        Tiling(0, block, gate_up, down)
         for block in blocks
         for gate_up, down in [
             *((first, DOWNS[0]) for first in GATE_UPS[block]),

@@ -161,7 +161,7 @@ def _scaled_gemm_kernel(
         if RESCALE:
             y *= scale
             if WIDE:
-                up *= up_scale
+                up = up * up_scale
         is_last = True
         if SPLIT:
             y, is_last = reduce_splits(y, partial_ptr, counter_ptr, tile, split, num_splits)
