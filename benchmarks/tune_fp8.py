@@ -33,17 +33,19 @@ LAYERS = WEIGHTS[4:]  # of Qwen3-8B
 MANY_TOKEN_CONFIGS = [
     ScaledGemmConfig(block_m, block_n, is_wide, num_warps, num_stages, programs, num_splits, rescale)
     for block_m, block_n, is_wide, num_warps, num_stages, programs, rescale, splits in (
-        (64, 64, False, 4, 4, 2, False, (1, 2, 4)),
+        (64, 64, False, 4, 6, 2, False, (1, 2, 4)),
         (64, 128, False, 4, 4, 2, False, (1, 2, 4)),
         (128, 64, False, 4, 4, 2, False, (1, 2, 4)),
-        (128, 128, False, 8, 4, 1, False, (1, 2, 4)),
-        (128, 128, False, 4, 2, 2, True, (1,)),
-        (256, 128, False, 8, 3, 1, True, (1,)),
+        (128, 128, False, 8, 6, 1, False, (1, 2, 4)),
+        (128, 128, False, 4, 3, 2, False, (1,)),
+        (128, 128, False, 4, 3, 2, True, (1,)),
+        (256, 128, False, 8, 4, 1, True, (1,)),
         (64, 64, True, 4, 4, 2, False, (1,)),
-        (128, 64, True, 8, 4, 1, False, (1,)),
+        (128, 64, True, 8, 6, 1, False, (1,)),
+        (128, 64, True, 4, 3, 2, True, (1,)),
         (64, 128, True, 4, 2, 2, True, (1,)),
-        (64, 128, True, 8, 4, 1, False, (1,)),
-        (128, 128, True, 8, 3, 1, False, (1,)),
+        (64, 128, True, 8, 5, 1, False, (1,)),
+        (128, 128, True, 8, 4, 1, False, (1,)),
         (128, 128, True, 8, 4, 1, True, (1,)),
     )
     for num_splits in splits
@@ -233,7 +235,7 @@ class ExpertLayer:
         return experts_fp8(self.x, *self.fp8[0], *self.fp8[1], ids, self.routing, self.norm, self.x)
 
     def grouped(self, tiling: Tiling, ids: torch.Tensor) -> torch.Tensor:
-        pairs = expert_pairs_fp8(self.x, *self.fp8, ids, self.routing, norm=self.norm, tiling=tiling)
+        pairs = expert_pairs_fp8(self.x, self.fp8[0], self.fp8[1], ids, self.routing, norm=self.norm, tiling=tiling)
         return combine_triton(pairs, self.x)
 
     def gemvs(self, rows: int, warps: tuple[int, int], ids: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,8 @@ its tokens and of its block of the weight, and adds it to the total in float32. 
 tensor cores, whose own FP8 sums have about 14 bits.
 
 Persistent programs take output tiles round-robin, a few token tiles wide, so that programs running at the same time
-share tokens and weights in the L2 cache. TMA loads the operands. A tile may have two blocks of outputs: gate and up of
+share tokens and weights in the L2 cache. TMA loads the operands; the output is stored without it, because a tile in
+shared memory would leave less room for operands. A tile may have two blocks of outputs: gate and up of
 SwiGLU, or neighbours. Where K is split, the last program of a tile to finish adds the partial sums in a fixed order.
 """
 
@@ -89,6 +90,18 @@ def _row_scale(weight_scale_ptr, rows, N):
     return tl.load(weight_scale_ptr + tl.minimum(rows, N - 1))[None, :]
 
 
+@triton.jit
+def _store(tile, out_ptr, m, n, M, N, ADD: tl.constexpr):
+    """Store a tile at row m and column n of the output [M, N], or add it there."""
+    rows = m + tl.arange(0, tile.shape[0])
+    columns = n + tl.arange(0, tile.shape[1])
+    pointers = out_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    mask = (rows < M)[:, None] & (columns < N)[None, :]
+    if ADD:
+        tile += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pointers, tile.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["M", "num_splits", "x_scale_stride"])
 def _scaled_gemm_kernel(
     x_desc,
@@ -96,7 +109,7 @@ def _scaled_gemm_kernel(
     weight_desc,
     weight_scale_ptr,
     bias_ptr,
-    out_desc,
+    out_ptr,
     partial_ptr,
     counter_ptr,
     M,
@@ -136,15 +149,15 @@ def _scaled_gemm_kernel(
             first, last = blocks * split // num_splits, blocks * (split + 1) // num_splits
         x_scale_ptrs = x_scale_ptr + tl.minimum(m + tl.arange(0, BLOCK_M), M - 1)
         scale_ptrs = block_scale_ptrs(weight_scale_ptr, n, num_rows, K, BLOCK_N, SCALES)
+        # What only wide tiles use is not computed for others.
+        up_row = tl.minimum(n + second, num_rows - 1)
+        up_scale_ptrs = block_scale_ptrs(weight_scale_ptr, up_row, num_rows, K, BLOCK_N, SCALES)
         y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         scale = _load_scales(x_scale_ptrs, x_scale_stride, scale_ptrs, first, SCALES)
+        up_scale = _load_scales(x_scale_ptrs, x_scale_stride, up_scale_ptrs, first, SCALES)
         ratio = scale
-        if WIDE:
-            up_row = tl.minimum(n + second, num_rows - 1)
-            up_scale_ptrs = block_scale_ptrs(weight_scale_ptr, up_row, num_rows, K, BLOCK_N, SCALES)
-            up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            up_scale = _load_scales(x_scale_ptrs, x_scale_stride, up_scale_ptrs, first, SCALES)
-            up_ratio = up_scale
+        up_ratio = up_scale
         for block in range(first, last):
             k = block * BLOCK_K
             x = x_desc.load([m, k])
@@ -160,8 +173,7 @@ def _scaled_gemm_kernel(
                 up_scale = following
         if RESCALE:
             y *= scale
-            if WIDE:
-                up = up * up_scale
+            up *= up_scale
         is_last = True
         if SPLIT:
             y, is_last = reduce_splits(y, partial_ptr, counter_ptr, tile, split, num_splits)
@@ -178,13 +190,9 @@ def _scaled_gemm_kernel(
                     up += tl.load(bias_ptr + columns, mask=columns < num_rows, other=0.0).to(tl.float32)[None, :]
             if GATED:
                 y = y / (1 + tl.exp(-y)) * up
-            if ADD:
-                y += out_desc.load([m, n]).to(tl.float32)
-                if WIDE and not GATED:
-                    up += out_desc.load([m, n + BLOCK_N]).to(tl.float32)
-            out_desc.store([m, n], y.to(out_desc.dtype))
+            _store(y, out_ptr, m, n, M, N, ADD)
             if WIDE and not GATED:
-                out_desc.store([m, n + BLOCK_N], up.to(out_desc.dtype))
+                _store(up, out_ptr, m, n + BLOCK_N, M, N, ADD)
 
 
 def scaled_gemm_triton(
@@ -224,7 +232,7 @@ def scaled_gemm_triton(
         TensorDescriptor.from_tensor(weight, [config.block_n, BLOCK_K]),
         scale,
         out if bias is None else bias,
-        TensorDescriptor.from_tensor(out, [config.block_m, config.block_n]),
+        out,
         partial,
         out if counters is None else counters,
         m,
