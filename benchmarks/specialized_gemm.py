@@ -43,8 +43,9 @@ def _produce(descs, bufs, bars, ptrs, sizes, STAGES: gl.constexpr, GATED: gl.con
             mbarrier.wait(empty.index(stage), phase ^ 1)
             mbarrier.expect(bar, 320 * 128)
             k = block * 128
-            tma.async_copy_global_to_shared(w_desc, [n, k], bar, w_bufs.index(2 * stage))
-            tma.async_copy_global_to_shared(w_desc, [n + second, k], bar, w_bufs.index(2 * stage + 1))
+            weight = w_bufs.index(stage)
+            tma.async_copy_global_to_shared(w_desc, [n, k], bar, weight.slice(0, 64))
+            tma.async_copy_global_to_shared(w_desc, [n + second, k], bar, weight.slice(64, 64))
             for i in gl.static_range(3):
                 tma.async_copy_global_to_shared(x_desc, [m + 64 * i, k], bar, x_bufs.index(3 * stage + i))
             step += 1
@@ -72,7 +73,6 @@ def _consume(WG: gl.constexpr, bufs, bars, ptrs, sizes, STAGES: gl.constexpr, GA
     M, N, K, x_scale_stride = sizes
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     WIDTH: gl.constexpr = 64 if GATED else 128
-    weights = w_bufs._reinterpret(w_bufs.dtype, [STAGES, 128, 128], w_bufs.layout)
     blocks = gl.cdiv(K, 128)
     tiles = gl.cdiv(M, 192) * gl.cdiv(N, WIDTH)
     step = 0
@@ -101,7 +101,7 @@ def _consume(WG: gl.constexpr, bufs, bars, ptrs, sizes, STAGES: gl.constexpr, GA
                 next_up = gl.load(up_scales + following)
             mbarrier.wait(full.index(stage), phase)
             partial = warpgroup_mma(
-                x_bufs.index(3 * stage + WG), weights.index(stage).permute([1, 0]), zero, use_acc=False, is_async=True
+                x_bufs.index(3 * stage + WG), w_bufs.index(stage).permute([1, 0]), zero, use_acc=False, is_async=True
             )
             partial = warpgroup_mma_wait(0, deps=[partial])
             mbarrier.arrive(empty.index(stage), count=1)
@@ -143,21 +143,11 @@ def _consume_2(descs, bufs, bars, ptrs, sizes, STAGES: gl.constexpr, GATED: gl.c
 
 @gluon.jit(do_not_specialize=["M", "x_scale_stride"])
 def specialized_kernel(
-    x_desc,
-    w_desc,
-    x_scale_ptr,
-    w_scale_ptr,
-    out_ptr,
-    M,
-    N,
-    K,
-    x_scale_stride,
-    STAGES: gl.constexpr,
-    GATED: gl.constexpr,
-    ADD: gl.constexpr,
+    x_desc, w_desc, x_scale_ptr, w_scale_ptr, out_ptr, M, N, K, x_scale_stride,
+    STAGES: gl.constexpr, GATED: gl.constexpr, ADD: gl.constexpr,
 ):
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [3 * STAGES, 64, 128], x_desc.layout)
-    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [2 * STAGES, 64, 128], w_desc.layout)
+    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 128, 128], w_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -188,17 +178,7 @@ def specialized_gemm(x, weight, scale, gated=False, residual=None, dtype=torch.b
     specialized_kernel[(min(tiles, programs),)](
         TensorDescriptor.from_tensor(x.values, [64, 128], layout),
         TensorDescriptor.from_tensor(weight, [64, 128], layout),
-        x.scales,
-        scale,
-        out,
-        m,
-        n,
-        k,
-        x.scales.stride(1),
-        STAGES=stages,
-        GATED=gated,
-        ADD=residual is not None,
-        num_warps=4,
-        maxnreg=128,
+        x.scales, scale, out, m, n, k, x.scales.stride(1),
+        STAGES=stages, GATED=gated, ADD=residual is not None, num_warps=4, maxnreg=128,
     )
     return out
