@@ -13,6 +13,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
+_load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # Triton 3.6
+
+
 @gluon.jit
 def _position(tile, M, N, WIDTH: gl.constexpr, GROUP: gl.constexpr):
     tiles_m = gl.cdiv(M, 192)
@@ -44,10 +47,10 @@ def _produce(descs, bufs, bars, ptrs, sizes, STAGES: gl.constexpr, GATED: gl.con
             mbarrier.expect(bar, 320 * 128)
             k = block * 128
             weight = w_bufs.index(stage)
-            tma.async_copy_global_to_shared(w_desc, [n, k], bar, weight.slice(0, 64))
-            tma.async_copy_global_to_shared(w_desc, [n + second, k], bar, weight.slice(64, 64))
+            _load_async(w_desc, [n, k], bar, weight.slice(0, 64))
+            _load_async(w_desc, [n + second, k], bar, weight.slice(64, 64))
             for i in gl.static_range(3):
-                tma.async_copy_global_to_shared(x_desc, [m + 64 * i, k], bar, x_bufs.index(3 * stage + i))
+                _load_async(x_desc, [m + 64 * i, k], bar, x_bufs.index(3 * stage + i))
             step += 1
 
 
