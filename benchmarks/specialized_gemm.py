@@ -2,6 +2,7 @@
 
 import torch
 import triton
+from nanovllm.ops.triton_utils import wait_for_inputs
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -17,17 +18,19 @@ _load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_g
 
 
 @gluon.jit
-def _position(tile, M, N, WIDTH: gl.constexpr, GROUP: gl.constexpr):
-    tiles_m = gl.cdiv(M, 192)
+def _position(tile, M, N, WIDTH: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr):
+    tiles_m = gl.cdiv(M, 64 * GROUPS)
     tiles_n = gl.cdiv(N, WIDTH)
     start = tile // (GROUP * tiles_n) * GROUP
     height = min(GROUP, tiles_m - start)
     within = tile % (GROUP * tiles_n)
-    return (start + within % height) * 192, within // height * WIDTH
+    return (start + within % height) * 64 * GROUPS, within // height * WIDTH
 
 
 @gluon.jit
-def _produce(descs, bufs, bars, ptrs, sizes, STAGES: gl.constexpr, GATED: gl.constexpr, ADD: gl.constexpr):
+def _produce(
+    descs, bufs, bars, ptrs, sizes, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr, ADD: gl.constexpr
+):
     x_desc, w_desc = descs
     x_bufs, w_bufs = bufs
     full, empty = bars
@@ -35,22 +38,22 @@ def _produce(descs, bufs, bars, ptrs, sizes, STAGES: gl.constexpr, GATED: gl.con
     WIDTH: gl.constexpr = 64 if GATED else 128
     second = N if GATED else 64
     blocks = gl.cdiv(K, 128)
-    tiles = gl.cdiv(M, 192) * gl.cdiv(N, WIDTH)
+    tiles = gl.cdiv(M, 64 * GROUPS) * gl.cdiv(N, WIDTH)
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        m, n = _position(tile, M, N, WIDTH, 8)
+        m, n = _position(tile, M, N, WIDTH, 8, GROUPS)
         for block in range(blocks):
             stage = step % STAGES
             phase = step // STAGES & 1
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase ^ 1)
-            mbarrier.expect(bar, 320 * 128)
+            mbarrier.expect(bar, (GROUPS * 64 + 128) * 128)
             k = block * 128
             weight = w_bufs.index(stage)
             _load_async(w_desc, [n, k], bar, weight.slice(0, 64))
             _load_async(w_desc, [n + second, k], bar, weight.slice(64, 64))
-            for i in gl.static_range(3):
-                _load_async(x_desc, [m + 64 * i, k], bar, x_bufs.index(3 * stage + i))
+            for i in gl.static_range(GROUPS):
+                _load_async(x_desc, [m + 64 * i, k], bar, x_bufs.index(GROUPS * stage + i))
             step += 1
 
 
@@ -69,7 +72,17 @@ def _halves(y):
 
 
 @gluon.jit
-def _consume(WG: gl.constexpr, bufs, bars, ptrs, sizes, STAGES: gl.constexpr, GATED: gl.constexpr, ADD: gl.constexpr):
+def _consume(
+    WG: gl.constexpr,
+    bufs,
+    bars,
+    ptrs,
+    sizes,
+    STAGES: gl.constexpr,
+    GROUPS: gl.constexpr,
+    GATED: gl.constexpr,
+    ADD: gl.constexpr,
+):
     x_bufs, w_bufs = bufs
     full, empty = bars
     x_scale_ptr, w_scale_ptr, out_ptr = ptrs
@@ -77,10 +90,10 @@ def _consume(WG: gl.constexpr, bufs, bars, ptrs, sizes, STAGES: gl.constexpr, GA
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     WIDTH: gl.constexpr = 64 if GATED else 128
     blocks = gl.cdiv(K, 128)
-    tiles = gl.cdiv(M, 192) * gl.cdiv(N, WIDTH)
+    tiles = gl.cdiv(M, 64 * GROUPS) * gl.cdiv(N, WIDTH)
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        m, n = _position(tile, M, N, WIDTH, 8)
+        m, n = _position(tile, M, N, WIDTH, 8, GROUPS)
         rows = m + 64 * WG + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
         x_scale_ptrs = x_scale_ptr + gl.minimum(rows, M - 1)
         scales = w_scale_ptr + n // 128 * blocks
@@ -104,7 +117,11 @@ def _consume(WG: gl.constexpr, bufs, bars, ptrs, sizes, STAGES: gl.constexpr, GA
                 next_up = gl.load(up_scales + following)
             mbarrier.wait(full.index(stage), phase)
             partial = warpgroup_mma(
-                x_bufs.index(3 * stage + WG), w_bufs.index(stage).permute([1, 0]), zero, use_acc=False, is_async=True
+                x_bufs.index(GROUPS * stage + WG),
+                w_bufs.index(stage).permute([1, 0]),
+                zero,
+                use_acc=False,
+                is_async=True,
             )
             partial = warpgroup_mma_wait(0, deps=[partial])
             mbarrier.arrive(empty.index(stage), count=1)
@@ -130,58 +147,102 @@ def _consume(WG: gl.constexpr, bufs, bars, ptrs, sizes, STAGES: gl.constexpr, GA
 
 
 @gluon.jit
-def _consume_0(descs, bufs, bars, ptrs, sizes, STAGES: gl.constexpr, GATED: gl.constexpr, ADD: gl.constexpr):
-    _consume(0, bufs, bars, ptrs, sizes, STAGES, GATED, ADD)
+def _consume_0(
+    descs, bufs, bars, ptrs, sizes, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr, ADD: gl.constexpr
+):
+    _consume(0, bufs, bars, ptrs, sizes, STAGES, GROUPS, GATED, ADD)
 
 
 @gluon.jit
-def _consume_1(descs, bufs, bars, ptrs, sizes, STAGES: gl.constexpr, GATED: gl.constexpr, ADD: gl.constexpr):
-    _consume(1, bufs, bars, ptrs, sizes, STAGES, GATED, ADD)
+def _consume_1(
+    descs, bufs, bars, ptrs, sizes, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr, ADD: gl.constexpr
+):
+    _consume(1, bufs, bars, ptrs, sizes, STAGES, GROUPS, GATED, ADD)
 
 
 @gluon.jit
-def _consume_2(descs, bufs, bars, ptrs, sizes, STAGES: gl.constexpr, GATED: gl.constexpr, ADD: gl.constexpr):
-    _consume(2, bufs, bars, ptrs, sizes, STAGES, GATED, ADD)
+def _consume_2(
+    descs, bufs, bars, ptrs, sizes, STAGES: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr, ADD: gl.constexpr
+):
+    _consume(2, bufs, bars, ptrs, sizes, STAGES, GROUPS, GATED, ADD)
 
 
 @gluon.jit(do_not_specialize=["M", "x_scale_stride"])
 def specialized_kernel(
-    x_desc, w_desc, x_scale_ptr, w_scale_ptr, out_ptr, M, N, K, x_scale_stride,
-    STAGES: gl.constexpr, GATED: gl.constexpr, ADD: gl.constexpr,
+    x_desc,
+    w_desc,
+    x_scale_ptr,
+    w_scale_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    x_scale_stride,
+    STAGES: gl.constexpr,
+    GROUPS: gl.constexpr,
+    GATED: gl.constexpr,
+    ADD: gl.constexpr,
+    PDL: gl.constexpr,
 ):
-    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [3 * STAGES, 64, 128], x_desc.layout)
+    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [GROUPS * STAGES, 64, 128], x_desc.layout)
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 128, 128], w_desc.layout)
+    wait_for_inputs(PDL)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=3)
+        mbarrier.init(empty.index(i), count=GROUPS)
     descs = (x_desc, w_desc)
     bufs = (x_bufs, w_bufs)
     bars = (full, empty)
     ptrs = (x_scale_ptr, w_scale_ptr, out_ptr)
     sizes = (M, N, K, x_scale_stride)
-    gl.warp_specialize(
-        [
-            (_consume_0, (descs, bufs, bars, ptrs, sizes, STAGES, GATED, ADD)),
-            (_consume_1, (descs, bufs, bars, ptrs, sizes, STAGES, GATED, ADD)),
-            (_consume_2, (descs, bufs, bars, ptrs, sizes, STAGES, GATED, ADD)),
-            (_produce, (descs, bufs, bars, ptrs, sizes, STAGES, GATED, ADD)),
-        ],
-        [4, 4, 1],
-        [160, 160, 24],
-    )
+    if GROUPS == 3:
+        gl.warp_specialize(
+            [
+                (_consume_0, (descs, bufs, bars, ptrs, sizes, STAGES, GROUPS, GATED, ADD)),
+                (_consume_1, (descs, bufs, bars, ptrs, sizes, STAGES, GROUPS, GATED, ADD)),
+                (_consume_2, (descs, bufs, bars, ptrs, sizes, STAGES, GROUPS, GATED, ADD)),
+                (_produce, (descs, bufs, bars, ptrs, sizes, STAGES, GROUPS, GATED, ADD)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume_0, (descs, bufs, bars, ptrs, sizes, STAGES, GROUPS, GATED, ADD)),
+                (_consume_1, (descs, bufs, bars, ptrs, sizes, STAGES, GROUPS, GATED, ADD)),
+                (_produce, (descs, bufs, bars, ptrs, sizes, STAGES, GROUPS, GATED, ADD)),
+            ],
+            [4, 1],
+            [208, 24],
+        )
 
 
-def specialized_gemm(x, weight, scale, gated=False, residual=None, dtype=torch.bfloat16, stages=5, programs=132):
+def specialized_gemm(x, weight, scale, gated=False, residual=None, dtype=torch.bfloat16, groups=3, programs=132):
     (m, k), n = x.values.shape, len(weight) // (2 if gated else 1)
     out = torch.empty((m, n), dtype=dtype, device=weight.device) if residual is None else residual
     layout = gl.NVMMASharedLayout.get_default_for([64, 128], gl.float8e4nv)
-    tiles = triton.cdiv(m, 192) * triton.cdiv(n, 64 if gated else 128)
+    stages = 5 if groups == 3 else 6
+    tiles = triton.cdiv(m, 64 * groups) * triton.cdiv(n, 64 if gated else 128)
     specialized_kernel[(min(tiles, programs),)](
         TensorDescriptor.from_tensor(x.values, [64, 128], layout),
         TensorDescriptor.from_tensor(weight, [64, 128], layout),
-        x.scales, scale, out, m, n, k, x.scales.stride(1),
-        STAGES=stages, GATED=gated, ADD=residual is not None, num_warps=4, maxnreg=128,
+        x.scales,
+        scale,
+        out,
+        m,
+        n,
+        k,
+        x.scales.stride(1),
+        STAGES=stages,
+        GROUPS=groups,
+        GATED=gated,
+        ADD=residual is not None,
+        num_warps=4,
+        maxnreg=128 if groups == 3 else 168,
+        PDL=True,
+        launch_pdl=True,
     )
     return out

@@ -228,14 +228,16 @@ def specialized(tokens_list: Sequence[int]) -> None:
         config = ScaledGemmConfig(128, 128, True, 8, 4) if layer.gated else ScaledGemmConfig(128, 128, False, 8, 6)
         residual = None if layer.residual is None else torch.zeros_like(layer.residual)
         want = scaled_gemm_triton(x, *layer.fp8[0], gated=layer.gated, config=config).float()
-        got = specialized_gemm(x, *layer.fp8[0], gated=layer.gated, residual=residual).float()
-        error = ((got - want).norm() / want.norm()).item()
-        plain = measure(_many_calls(config, layer, x))
-        weights = layer.fp8 * layer.repeat
-        options = {"gated": layer.gated, "residual": layer.residual}
-        time = measure([partial(specialized_gemm, x, *weight, **options) for weight in weights])
-        rate = 2 * tokens * n * k / time / 1e6
-        print(f"* special {name:8s}{tokens:5d} {plain:7.1f} {time:7.1f} {rate:5.0f} error {error:.5f}", flush=True)
+        plain, weights = measure(_many_calls(config, layer, x)), layer.fp8 * layer.repeat
+        for groups in (2, 3):
+            got = specialized_gemm(x, *layer.fp8[0], gated=layer.gated, residual=residual, groups=groups).float()
+            if residual is not None:
+                residual.zero_()
+            error = ((got - want).norm() / want.norm()).item()
+            options = {"gated": layer.gated, "residual": layer.residual, "groups": groups}
+            time = measure([partial(specialized_gemm, x, *weight, **options) for weight in weights])
+            times = f"{plain:7.1f} {time:7.1f} {2 * tokens * n * k / time / 1e6:5.0f} error {error:.5f} groups {groups}"
+            print(f"* special {name:8s}{tokens:5d} {times}", flush=True)
 
 
 class ExpertLayer:
