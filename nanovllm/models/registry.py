@@ -13,7 +13,7 @@ from nanovllm.layers.gated_delta_net import LinearAttentionConfig
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES, ROPE_WITH_ORIGINAL, rope_frequencies
 from nanovllm.ops.gdn.inputs import CONV_WIDTH
-from nanovllm.weights.formats import AllocateWeight, Plain
+from nanovllm.weights.fp8 import Fp8Scheme, LayerFormats
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,9 @@ Rope: TypeAlias = tuple[float, dict[str, Any] | None]  # theta and the scaling o
 def unsupported(feature: str) -> ValueError:
     """Return the error for a model with this feature. It lists the supported ones."""
     return ValueError(
-        f"{feature} is not supported; supported are unquantised models of the types "
-        f"{', '.join(FAMILIES)} (GGUF files may be quantised), with RoPE of the types {', '.join(ROPE_TYPES)}"
+        f"{feature} is not supported; supported are models of the types {', '.join(FAMILIES)}, with RoPE of the types "
+        f"{', '.join(ROPE_TYPES)}: unquantised, as GGUF files, or in FP8 with dynamic activations (quant_method 'fp8' "
+        "with a weight_block_size, or 'compressed-tensors')"
     )
 
 
@@ -176,7 +177,7 @@ class ModelConfig:
         dtype: dtype of the checkpoint.
         eos_token_ids: ids that end a text.
         moe: the mixtures of experts in place of MLPs; None if all layers are dense.
-        allocate_weight: makes the weights of attention and MLP in the checkpoint's format. The head's format is Plain.
+        quantization: how the linear layers are quantised; None if they are not. The head's format is Plain.
 
     Raises:
         ValueError: the model is not supported.
@@ -213,7 +214,7 @@ class ModelConfig:
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
     moe: MoEConfig | None = None
-    allocate_weight: AllocateWeight = Plain.allocate
+    quantization: Fp8Scheme | None = None
 
     def __post_init__(self):
         check_model_type(self.model_type)
@@ -242,6 +243,10 @@ class ModelConfig:
     def layer_type(self, index: int) -> str:
         """Return the type of a layer, one of LAYER_TYPES."""
         return "full_attention" if self.layer_types is None else self.layer_types[index]
+
+    def formats(self, index: int, part: str) -> LayerFormats:
+        """Return what chooses the formats of the weights in a part of a layer, such as "mlp"."""
+        return LayerFormats(self.quantization, f"model.layers.{index}.{part}")
 
     def is_recurrent(self, index: int) -> bool:
         """Return whether the layer with this index has linear attention."""
@@ -383,6 +388,7 @@ class ModelConfig:
             dtype=_first_given(stated_dtype(whole), torch.float32),
             eos_token_ids=ends,
             moe=_moe(config) if config.model_type in _MOE_FAMILIES else None,
+            quantization=_quantization(whole) or _quantization(config),
             **_family_options(config, layer_types),
         )
 
@@ -459,10 +465,16 @@ def check_model_type(model_type: Any) -> None:
 
 def _check_variant(config: Any) -> None:
     """Raise ValueError for an unsupported variant of a supported family."""
-    if getattr(config, "quantization_config", None):
-        raise unsupported("a quantised checkpoint (quantization_config)")
     if getattr(config, "hidden_act", "silu") != "silu":
         raise unsupported(f"hidden_act={shown(config.hidden_act)}")
+
+
+def _quantization(config: Any) -> Fp8Scheme | None:
+    options = getattr(config, "quantization_config", None)
+    try:
+        return Fp8Scheme.from_hf(options) if options else None
+    except ValueError as error:
+        raise unsupported(str(error)) from None
 
 
 def _family_options(config: Any, layer_types: tuple[str, ...] | None) -> dict[str, Any]:
