@@ -223,7 +223,8 @@ class WeightUpdate:
         """
         missing = {} if self.fp8 is None else self.fp8.missing()
         waiting = {target for name in missing for target in self.merged.get(name, (name,))}
-        _check_complete(self.model.config, [*missing.values(), *self.targets], self.seen | waiting)
+        needed = dict.fromkeys([*missing.values(), *self.targets])
+        _check_complete(self.model.config, needed, self.seen | waiting)
         with torch.inference_mode():
             _check_finite(self.targets, self.model.tp)
             if (index := _first_true(list(self.differs.values()), self.model.tp)) is not None:

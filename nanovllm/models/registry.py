@@ -76,7 +76,7 @@ _KINDS = {
 # Types of options that equal models share.
 _COMPARABLE = (*_KINDS, tuple[int, ...], tuple[str, ...] | None, int | None)
 # Options that `check_same_model` need not compare: other checks cover them, or the weights do not depend on them.
-_FREE_OPTIONS = {"max_position", "rope_theta", "tie_word_embeddings", "separate_head", "eos_token_ids"}
+_FREE_OPTIONS = {"max_position", "rope_theta", "tie_word_embeddings", "separate_head", "eos_token_ids", "quantization"}
 _MAX_END_IDS = 1024  # real models have a few
 MAX_EXPERTS, _MAX_EXPERTS_PER_TOKEN = 4096, 64  # kernels hold so many in registers; real models have up to 512 and 22
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -336,6 +336,10 @@ class ModelConfig:
                 is_same = mine == theirs
             if not is_same:
                 raise ValueError(f"the checkpoint's {name} is {shown(theirs)}, but the model's is {shown(mine)}")
+        mine, theirs = (None if scheme is None else scheme.layout for scheme in (self.quantization, other.quantization))
+        quantizes = self.quantization is not None and self.quantization.quantizes
+        if mine != theirs and not (theirs is None and quantizes):
+            raise ValueError(f"the checkpoint's quantization is {theirs}, but the model's is {mine}")
         for index in range(self.num_layers):
             (theta, scaling), (their_theta, their_scaling) = self.rope(index), other.rope(index)
             with torch.device("cpu"):  # not the caller's default device, which may be "meta"
@@ -411,9 +415,11 @@ def _comparable(config: Any) -> dict[str, Any]:
     options = {}
     for field in fields(config):
         value = getattr(config, field.name)
+        if field.name in _FREE_OPTIONS:
+            continue
         if is_dataclass(value):
             options |= {f"{field.name}.{name}": option for name, option in _comparable(value).items()}
-        elif field.type in _COMPARABLE and field.name not in _FREE_OPTIONS:
+        elif field.type in _COMPARABLE:
             options[field.name] = value
     return options
 

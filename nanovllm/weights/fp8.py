@@ -97,6 +97,13 @@ class Fp8Scheme:
         block = _block(weights, "block_structure") if is_blocks else (1, WHOLE_ROW)
         return cls(block, "_scale", tuple(map(_compressed_tensors_pattern, _names(options, "ignore"))))
 
+    @property
+    def layout(self) -> str:
+        """Describe what the checkpoint's tensors look like."""
+        rows, columns = self.block
+        blocks = "row" if columns == WHOLE_ROW else f"{rows} x {columns} values"
+        return f"FP8 with a scale *{self.suffix} for each {blocks}"
+
     def scale_name(self, weight_name: str) -> str:
         """Return the name of a weight's scales."""
         return weight_name + self.suffix
