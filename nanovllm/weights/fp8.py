@@ -84,10 +84,10 @@ class Fp8Scheme:
         if not isinstance(groups, dict) or len(groups) != 1:
             raise ValueError(f"a quantization_config with config_groups={shown(groups)}")
         (group,) = groups.values()
-        parts = [group.get(name) if isinstance(group, dict) else None for name in ("weights", "input_activations")]
-        if not all(isinstance(part, dict) for part in parts):
-            raise ValueError(f"a quantization_config without weights or input_activations in {shown(group)}")
-        weights, activations = parts
+        group = group if isinstance(group, dict) else {}
+        weights, activations = group.get("weights"), group.get("input_activations")
+        if not isinstance(weights, dict) or not isinstance(activations, dict):
+            raise ValueError(f"a quantization_config without weights or input_activations in {shown(groups)}")
         for part in (weights, activations):
             _expect(part, num_bits=(8,), type=("float",), symmetric=(True, None))
         _expect(group, targets=(["Linear"],), output_activations=(None,))
