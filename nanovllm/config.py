@@ -37,6 +37,9 @@ class Config:
             and recurrent state together.
         dtype: "auto" is the checkpoint's dtype on a GPU and float32 on a CPU.
         state_dtype: dtype of the recurrent state of hybrid models, "float32" or "bfloat16".
+        quantization: "fp8" quantises the weights of linear layers and experts while they load, a scale for each 128 x
+            128 values. None keeps the checkpoint's format, which may be FP8. A CPU, or a GPU before Ada, computes with
+            the dequantised weights.
         device: "auto" is "cuda" if there is a GPU, else "cpu".
         attention_backend: "auto" chooses one and logs which; a named one that cannot run is an error.
         load_format: "auto" reads the checkpoint; "dummy" makes random weights of the real shapes.
@@ -73,6 +76,7 @@ class Config:
     num_kvcache_blocks: int | None = within(1, (1 << 31) - 2, default=None)
     dtype: str | torch.dtype = one_of("auto", "float32", "bfloat16", "float16")
     state_dtype: str = one_of("float32", "bfloat16")
+    quantization: str | None = one_of("fp8", default=None)
     device: str = one_of("auto", "cpu", "cuda")
     attention_backend: str = one_of(*ATTENTION_BACKENDS)
     load_format: str = one_of("auto", "dummy")
