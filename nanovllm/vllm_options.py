@@ -94,7 +94,6 @@ NEUTRAL: dict[str, tuple] = {
     "hf_token": (True,),
     "ignore_patterns": ([], ["original/**/*"], ""),
     "jit_monitor_mode": ("warn",),
-    "kv_cache_dtype": ("auto",),
     "kv_cache_metrics_sample": (0.01,),
     "kv_offloading_backend": ("native",),
     "linear_backend": ("auto",),

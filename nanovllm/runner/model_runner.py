@@ -80,8 +80,9 @@ class ModelRunner:
         self.max_rows = max(config.max_num_seqs, ceil_div(config.max_num_batched_tokens, self.max_model_len))
         self.block_size = config.kvcache_block_size
         self.max_blocks = ceil_div(self.max_model_len, self.block_size)
+        self.kv_dtype = config.torch_kv_dtype(self.dtype)
         self.backend = select_backend(
-            config.attention_backend, device, source.config.head_dim, self.block_size, self.dtype
+            config.attention_backend, device, source.config.head_dim, self.block_size, self.dtype, self.kv_dtype
         )
         self.graphs: StepGraphs | None = None
         self.in_flight: deque[InFlight] = deque()
@@ -115,7 +116,7 @@ class ModelRunner:
             logger.info(
                 "FP8 weights are dequantised to %s: no kernel on %s computes with them", self.dtype, self.device
             )
-        self.pool = StatePool(self.model, self.block_size, self.device)
+        self.pool = StatePool(self.model, self.block_size, self.device, self.kv_dtype)
         max_kv_heads = max(kind.kv_heads for kind in self.pool.kv_kinds)
         num_counters = (self.max_rows + 1) * max_kv_heads  # for attention; a graph may have one row more
         self.counters = torch.zeros(max(num_counters, MAX_TILES), dtype=torch.int32, device=self.device)
