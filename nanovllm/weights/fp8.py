@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from nanovllm.checks import shown
+from nanovllm.ops.comm.peer_memory import PeerMemory
+from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.fp8.experts import experts_fp8
-from nanovllm.ops.fp8.linear import linear_add_fp8, linear_fp8
+from nanovllm.ops.fp8.linear import choose_adder_fp8, linear_add_fp8, linear_all_reduce_fp8, linear_fp8
 from nanovllm.ops.fp8.reference import BLOCK, FP8, Block, dequantize, quantize_weight, scale_shape
 from nanovllm.weights.formats import (
     AllocateExperts,
@@ -262,7 +264,7 @@ PLAIN_FORMATS = LayerFormats()
 
 
 class Fp8(WeightFormat):
-    """A weight [N, K] in e4m3 with scales in float32; see ops/fp8 for their shapes.
+    """A weight [N, K] in e4m3 with scales in float32, on a GPU; see ops/fp8 for their shapes.
 
     Args:
         scale_name: the last part of the scales' name in checkpoints.
@@ -282,11 +284,16 @@ class Fp8(WeightFormat):
         return linear_fp8(x, self.weight, self.scale, bias, norm=norm, gated=gated, counters=counters)
 
     def linear_add(self, x, bias, residual, counters=None, peers=None) -> torch.Tensor:
+        if peers is not None:
+            return linear_all_reduce_fp8(x, self.weight, self.scale, bias, residual=residual, peers=peers)
         return linear_add_fp8(x, self.weight, self.scale, bias, residual=residual, counters=counters)
+
+    def choose_adder(self, x: torch.Tensor, residual: torch.Tensor, ranks: int, peers: PeerMemory | None) -> Adder:
+        return choose_adder_fp8(x, self.weight, residual, ranks=ranks, peers=peers)
 
 
 class Fp8Experts(ExpertFormat):
-    """Experts in e4m3 with scales in float32.
+    """Experts in e4m3 with scales in float32, on a GPU.
 
     Args:
         gate_up, down: a weight and its scales each.
