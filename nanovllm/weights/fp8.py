@@ -264,7 +264,7 @@ PLAIN_FORMATS = LayerFormats()
 
 
 class Fp8(WeightFormat):
-    """A weight [N, K] in e4m3 with scales in float32; see ops/fp8 for their shapes.
+    """A weight [N, K] in e4m3 with scales in float32, on a GPU; see ops/fp8 for their shapes.
 
     Args:
         scale_name: the last part of the scales' name in checkpoints.
@@ -293,7 +293,7 @@ class Fp8(WeightFormat):
 
 
 class Fp8Experts(ExpertFormat):
-    """Experts in e4m3 with scales in float32.
+    """Experts in e4m3 with scales in float32, on a GPU.
 
     Args:
         gate_up, down: a weight and its scales each.

@@ -6,11 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanovllm.weights import fp8
 from nanovllm.weights.fp8 import Fp8, Fp8Experts
 from tests.engine.reference import load_reference, reference_choices
 from tests.helpers import engine, greedy, prompts_of, tokens
-from tests.models.fp8 import blocks, compressed, quantized, save_fp8
+from tests.models.fp8 import blocks, compressed, quantized, save_fp8, use_references
 from tests.models.tiny import save_tiny, tiny_model
 
 FORMATS = {"blocks": blocks(16), "rows": compressed()}
@@ -19,8 +18,7 @@ PROMPTS = prompts_of([5, 33])
 
 @pytest.fixture
 def fp8_kernels(monkeypatch):
-    """Let CPUs compute with FP8 weights, by the references of the kernels."""
-    monkeypatch.setattr(fp8, "has_fp8_kernels", lambda device, dtype, block: device.type != "meta")
+    use_references(monkeypatch)
 
 
 def formats_of(llm):

@@ -6,13 +6,29 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanovllm.ops.fp8.reference import dequantize, quantize_weight
+from nanovllm.ops.fp8.reference import dequantize, experts_fp8_torch, linear_fp8_torch, quantize_weight
+from nanovllm.weights import fp8
 from nanovllm.weights.fp8 import WHOLE_ROW
 from tests.models.tiny import save_tiny
 
 # The ends of the names of modules that checkpoints keep in higher precision.
 KEPT = ("embed_tokens", "lm_head", "norm", "mlp.gate", "shared_expert_gate", "conv1d", "in_proj_a", "in_proj_b")
 _TOKENWISE = {"dynamic": True, "num_bits": 8, "strategy": "token", "symmetric": True, "type": "float"}
+
+
+def use_references(monkeypatch, computes: bool = True) -> None:
+    """Let this machine compute with FP8 weights through the references of the kernels, or else not at all."""
+
+    def linear(*args, counters=None, **options):
+        return linear_fp8_torch(*args, **options)
+
+    def linear_add(*args, residual, counters=None):
+        return residual.copy_(linear_fp8_torch(*args, residual=residual))
+
+    monkeypatch.setattr(fp8, "has_fp8_kernels", lambda device, dtype, block: computes and device.type != "meta")
+    monkeypatch.setattr(fp8, "linear_fp8", linear)
+    monkeypatch.setattr(fp8, "linear_add_fp8", linear_add)
+    monkeypatch.setattr(fp8, "experts_fp8", experts_fp8_torch)
 
 
 def blocks(size: int = 128, kept=KEPT) -> dict:

@@ -25,7 +25,7 @@ from nanovllm.ops.fp8.reference import (
 from nanovllm.weights import fp8
 from nanovllm.weights.fp8 import WHOLE_ROW, Fp8, Fp8Experts, Fp8Scheme, LayerFormats
 from nanovllm.weights.parameter import in_blocks
-from tests.models.fp8 import blocks, compressed, quantized
+from tests.models.fp8 import blocks, compressed, quantized, use_references
 from tests.models.tiny import separate_experts, tiny_model
 
 BLOCKS, ROWS = blocks(), compressed()
@@ -33,8 +33,7 @@ BLOCKS, ROWS = blocks(), compressed()
 
 @pytest.fixture
 def fp8_kernels(monkeypatch):
-    """Let CPUs compute with FP8 weights, by the references of the kernels."""
-    monkeypatch.setattr(fp8, "has_fp8_kernels", lambda device, dtype, block: device.type != "meta")
+    use_references(monkeypatch)
 
 
 # -- the formula -----------------------------------------------------------------------------------------------------
@@ -409,7 +408,7 @@ def test_weights_that_no_kernel_can_read_are_dequantised(monkeypatch):
 @pytest.mark.parametrize("computes", [True, False], ids=["kernels", "dequantised"])
 @pytest.mark.parametrize("name", ["odd experts", "merged"])
 def test_weights_quantised_while_loading_are_those_quantised_before(name, computes, monkeypatch):
-    monkeypatch.setattr(fp8, "has_fp8_kernels", lambda device, dtype, block: computes and device.type != "meta")
+    use_references(monkeypatch, computes)
     model = tiny_model(MODELS[name][0], **MODELS[name][1])
     weights = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}  # experts are fused
     config = dataclasses.replace(ModelConfig.from_hf(model.config), quantization=Fp8Scheme(quantizes=True))
@@ -423,7 +422,7 @@ def test_weights_quantised_while_loading_are_those_quantised_before(name, comput
 
 @pytest.mark.parametrize("computes", [True, False], ids=["kernels", "dequantised"])
 def test_dummy_weights_are_a_checkpoint_of_the_models_scheme(computes, monkeypatch):
-    monkeypatch.setattr(fp8, "has_fp8_kernels", lambda device, dtype, block: computes and device.type != "meta")
+    use_references(monkeypatch, computes)
     model = Decoder(model_in_fp8("hybrid", BLOCKS)[0])
     dummy = dict(dummy_weights(model, 0))
     load_weights(model, dummy.items())
@@ -439,7 +438,7 @@ def test_dummy_weights_are_a_checkpoint_of_the_models_scheme(computes, monkeypat
 @pytest.mark.parametrize("computes", [True, False], ids=["kernels", "dequantised"])
 @pytest.mark.parametrize("layer", ["self_attn.k_proj", "mlp.experts.3.up_proj", "mlp.experts.15.down_proj"])
 def test_fault_of_an_fp8_tensor_is_named(layer, computes, monkeypatch):
-    monkeypatch.setattr(fp8, "has_fp8_kernels", lambda device, dtype, block: computes and device.type != "meta")
+    use_references(monkeypatch, computes)
     config, good, _ = model_in_fp8("experts", BLOCKS)
     model = Decoder(config)
     weight, scale = f"model.layers.1.{layer}.weight", f"model.layers.1.{layer}.weight_scale_inv"
