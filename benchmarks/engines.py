@@ -15,9 +15,18 @@ from benchmarks.workloads import Group
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoints.hub import ModelSource, open_model
 from nanovllm.engine.step_stats import StepStats
+from nanovllm.layers.state import PagedKVSpec
 from nanovllm.models.registry import ModelConfig
 
-SHARED_OPTIONS = ("load_format", "max_num_seqs", "tensor_parallel_size", "enforce_eager", "dtype")
+SHARED_OPTIONS = (
+    "load_format",
+    "max_num_seqs",
+    "tensor_parallel_size",
+    "enforce_eager",
+    "dtype",
+    "quantization",
+    "kv_cache_dtype",
+)
 # Options that other engines do not have, or name differently.
 OWN_OPTIONS = ("device", "attention_backend", "overlap")
 
@@ -112,7 +121,9 @@ class Nanovllm(Engine):
         batches = [step.batch for step in steps if step.batch is not None]
         state_itemsize = getattr(torch, self.llm.config.state_dtype).itemsize
         block_size = self.llm.config.kvcache_block_size
-        costs = count_costs(batches, self.config, self.dtype.itemsize, block_size, state_itemsize)
+        costs = count_costs(
+            batches, self.config, self.dtype.itemsize, block_size, state_itemsize, self.kv_token_bytes()
+        )
         measured = {
             "steps": len(batches),
             "bytes": float(costs.bytes.sum()),
@@ -125,6 +136,11 @@ class Nanovllm(Engine):
         if gpu_seconds:
             measured["gpu"] = sum(gpu_seconds)
         return measured
+
+    def kv_token_bytes(self) -> int:
+        """Return the bytes of a token's keys and values in one layer, of all KV heads."""
+        dtype = self.llm.config.torch_kv_dtype(self.dtype)
+        return PagedKVSpec(self.config.num_kv_heads, self.config.head_dim, dtype).block_bytes(block_size=1)
 
     def close(self) -> None:
         self.llm.close()

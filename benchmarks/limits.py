@@ -174,7 +174,12 @@ def attended_tokens(before: np.ndarray, new: np.ndarray, window: int) -> int:
 
 
 def count_costs(
-    batches: Sequence[Batch], config: ModelConfig, itemsize: int, block_size: int, state_itemsize: int = 4
+    batches: Sequence[Batch],
+    config: ModelConfig,
+    itemsize: int,
+    block_size: int,
+    state_itemsize: int = 4,
+    kv_token_bytes: int | None = None,
 ) -> Costs:
     """Count what the steps of a run move and compute at least. No sequence may run when the run starts.
 
@@ -182,6 +187,9 @@ def count_costs(
     reads those that its tokens choose. It reads the keys and values that its sequences see, shared blocks once, and
     writes those of its tokens. It reads the recurrent state of each sequence, unless the sequence starts, and writes
     it. In the last layer, only the last token of each sequence needs more than its keys and values, or its state.
+
+    Args:
+        kv_token_bytes: bytes of a token's keys and values in one layer; None if they have the weights' itemsize.
     """
     windows = {
         layer: config.window(layer, config.max_position) or config.max_position
@@ -196,7 +204,7 @@ def count_costs(
     multiplied_by_all = without_experts + active * one_expert
     head = config.vocab_size * config.hidden_size
     queries = config.num_heads * config.head_dim
-    kv_bytes = 2 * config.num_kv_heads * config.head_dim * itemsize  # of one token in one layer
+    kv_bytes = kv_token_bytes or 2 * config.num_kv_heads * config.head_dim * itemsize
     skippable = skippable_attention_parameters(config, last) + mlp_parameters(config, last, active)
     tables = BlockTables(batches, block_size)
     step_bytes, step_flops = [], []

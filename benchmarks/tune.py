@@ -21,6 +21,7 @@ from nanovllm.ops.attention.decode_plan import (
     default_split_policy,
     plan_decode_triton,
 )
+from nanovllm.ops.attention.fp8_cache import quantize_kv
 from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
 from nanovllm.ops.attention.prefill_attention import PrefillConfig, default_prefill_config, prefill_attention_triton
 from nanovllm.ops.attention.rope_decode import RopeDecodeConfig, default_rope_decode_config, rope_decode_triton
@@ -81,7 +82,7 @@ def make_weights(n: int, k: int) -> torch.Tensor:
     return random(triton.cdiv(COLD_BYTES, 2 * n * k), n, k)
 
 
-def make_sequences(lens: list[int]) -> list[tuple[PagedKV, PagedRows]]:
+def make_sequences(lens: list[int], fp8: bool = False) -> list[tuple[PagedKV, PagedRows]]:
     """Make sequences of `lens` tokens, each time in other memory, until they exceed the L2 cache."""
     needed = [triton.cdiv(n, BLOCK_SIZE) for n in lens]
     slots = torch.randperm(len(lens), device="cuda", dtype=torch.int32)
@@ -91,17 +92,28 @@ def make_sequences(lens: list[int]) -> list[tuple[PagedKV, PagedRows]]:
     for _ in range(max(1, triton.cdiv(COLD_BYTES, 4 * math.prod(shape)))):
         ids = torch.randperm(sum(needed), device="cuda", dtype=torch.int32).split(needed)
         tables = torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True)
-        sequences.append((PagedKV(random(*shape), random(*shape)), PagedRows(tables, slots, context_lens)))
+        sequences.append((make_cache(shape, fp8), PagedRows(tables, slots, context_lens)))
     return sequences
+
+
+def make_cache(shape: tuple[int, ...], fp8: bool) -> PagedKV:
+    if not fp8:
+        return PagedKV(random(*shape), random(*shape))
+    (k, k_scales), (v, v_scales) = (quantize_kv(random(*shape)) for _ in "kv")
+    return PagedKV(k, v, scales=torch.stack([k_scales, v_scales], -1).transpose(1, 2).contiguous())
+
+
+def cache_name(fp8: bool) -> str:
+    return "fp8" if fp8 else "bf16"
 
 
 def decode(full: bool) -> None:
     """Measure the bandwidth of decode attention: the bytes of K and V, over time."""
-    print("decode attention: sequences x tokens, group | tile warps stages | us, TB/s  (* default)")
+    print("decode attention: sequences x tokens, group, cache | tile warps stages | us, TB/s  (* default)")
     sizes = [(256, 500, 1500), (128, 500, 1500), (32, 2000, 2000), (8, 4000, 4000), (8, 600, 600)]
-    for group, (batch, low, high) in itertools.product((2, 4), sizes):
+    for group, (batch, low, high), fp8 in itertools.product((2, 4), sizes, (False, True)):
         lens = torch.linspace(low, high, batch).int().tolist()
-        sequences = make_sequences(lens)
+        sequences = make_sequences(lens, fp8)
         q = random(batch, KV_HEADS * group, HEAD_DIM)
         counters = torch.zeros(batch * KV_HEADS, device="cuda", dtype=torch.int32)
         sms = sm_count(q.device)
@@ -113,11 +125,12 @@ def decode(full: bool) -> None:
             decode_attention_triton(q, kv, rows, 0.1, plan=plan, counters=counters)
 
         calls = [partial(attend, *pair) for pair in sequences]
-        configs = [default_decode_config(batch, KV_HEADS, HEAD_DIM, 2, sms)]
+        configs = [default_decode_config(batch, KV_HEADS, HEAD_DIM, 1 if fp8 else 2, sms)]
         if full:
             tiles = [(32, 2, 3), (32, 2, 4), (64, 4, 3), (64, 4, 4), (64, 4, 5), (128, 4, 2), (128, 4, 3), (128, 8, 3)]
             configs += [DecodeConfig(*tile) for tile in tiles]
-        sweep(f"{batch} x {low}-{high}, {group}", calls, configs, 4 * sum(lens) * KV_HEADS * HEAD_DIM, "TB/s")
+        name, head_bytes = f"{batch} x {low}-{high}, {group}, {cache_name(fp8)}", HEAD_DIM + 2 if fp8 else 2 * HEAD_DIM
+        sweep(name, calls, configs, 2 * sum(lens) * KV_HEADS * head_bytes, "TB/s")
 
 
 def rope_decode(full: bool) -> None:
@@ -148,9 +161,10 @@ def rope_decode(full: bool) -> None:
 
 def prefill(full: bool) -> None:
     """Measure the arithmetic rate of prefill attention without the masked half."""
-    print("prefill attention: sequences x new tokens of context, group | m n warps stages registers TMA | us, TFLOP/s")
-    for group, (batch, new, context) in itertools.product((2, 4), [(4, 4000, 4000), (256, 64, 2112), (1, 128, 128)]):
-        sequences = make_sequences([context] * batch)
+    print("prefill attention: sequences x new of context, group, cache | m n warps stages registers TMA | us, TFLOP/s")
+    sizes = [(4, 4000, 4000), (256, 64, 2112), (1, 128, 128)]
+    for group, (batch, new, context), fp8 in itertools.product((2, 4), sizes, (False, True)):
+        sequences = make_sequences([context] * batch, fp8)
         cu_seqlens = torch.arange(batch + 1, device="cuda", dtype=torch.int32) * new
         q = random(batch * new, KV_HEADS * group, HEAD_DIM)
         calls = [partial(prefill_attention_triton, q, *pair, cu_seqlens, 0.1) for pair in sequences]
@@ -160,7 +174,7 @@ def prefill(full: bool) -> None:
             tiles += [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 4)]
             configs += [PrefillConfig(*tile)._replace(tma=tma) for tile in tiles for tma in (False, True)]
         work = 4 * batch * new * (context - (new - 1) / 2) * KV_HEADS * group * HEAD_DIM
-        sweep(f"{batch} x {new} of {context}, {group}", calls, configs, work, "TFLOP/s")
+        sweep(f"{batch} x {new} of {context}, {group}, {cache_name(fp8)}", calls, configs, work, "TFLOP/s")
 
 
 def swiglu(full: bool) -> None:

@@ -13,6 +13,7 @@ from nanovllm.vllm_options import NEUTRAL, RENAMED, translate
 
 # Names of dtypes that vLLM knows too.
 _DTYPES = {"half": "float16", "float": "float32"}
+_KV_DTYPES = {"fp8_e4m3": "fp8"}
 
 ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash_attn")
 
@@ -36,7 +37,12 @@ class Config:
         num_kvcache_blocks: size of the KV pool; None measures the free memory (GPU) or takes up to 1 GiB (CPU) for KV
             and recurrent state together.
         dtype: "auto" is the checkpoint's dtype on a GPU and float32 on a CPU.
+        kv_cache_dtype: dtype of the KV cache. "auto" is that of activations; "fp8", also spelt "fp8_e4m3", holds almost
+            twice the tokens, on GPUs with FP8 (Ada, Hopper or newer).
         state_dtype: dtype of the recurrent state of hybrid models, "float32" or "bfloat16".
+        quantization: "fp8" quantises the weights of linear layers and experts while they load, a scale for each 128 x
+            128 values. None keeps the checkpoint's format, which may be FP8. A CPU, or a GPU before Ada, computes with
+            the dequantised weights.
         device: "auto" is "cuda" if there is a GPU, else "cpu".
         attention_backend: "auto" chooses one and logs which; a named one that cannot run is an error.
         load_format: "auto" reads the checkpoint; "dummy" makes random weights of the real shapes.
@@ -72,7 +78,9 @@ class Config:
     kvcache_block_size: int = within(16, 1 << 16, default=64)
     num_kvcache_blocks: int | None = within(1, (1 << 31) - 2, default=None)
     dtype: str | torch.dtype = one_of("auto", "float32", "bfloat16", "float16")
+    kv_cache_dtype: str = one_of("auto", "fp8")
     state_dtype: str = one_of("float32", "bfloat16")
+    quantization: str | None = one_of("fp8", default=None)
     device: str = one_of("auto", "cpu", "cuda")
     attention_backend: str = one_of(*ATTENTION_BACKENDS)
     load_format: str = one_of("auto", "dummy")
@@ -104,6 +112,8 @@ class Config:
             self._set("dtype", str(self.dtype).removeprefix("torch."))
         elif isinstance(self.dtype, str):
             self._set("dtype", _DTYPES.get(self.dtype, self.dtype))
+        if isinstance(self.kv_cache_dtype, str):
+            self._set("kv_cache_dtype", _KV_DTYPES.get(self.kv_cache_dtype, self.kv_cache_dtype))
         check_fields(self)
         self._set_budget()
         if not is_power_of_2(self.kvcache_block_size):
@@ -119,6 +129,7 @@ class Config:
             raise ValueError(
                 f"distributed_executor_backend='uni' is one rank, but tensor_parallel_size={self.tensor_parallel_size}"
             )
+        self._check_kv_cache()
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device must be 'cpu' or 'auto' here, got 'cuda': torch sees no CUDA GPU")
 
@@ -136,6 +147,15 @@ class Config:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): a step holds one token of each running sequence"
             )
+
+    def _check_kv_cache(self) -> None:
+        """Check that the attention backend can read a cache in FP8. `select_backend` checks the GPU."""
+        if self.kv_cache_dtype != "fp8":
+            return
+        if self.device_type == "cpu":
+            raise ValueError("kv_cache_dtype='fp8' needs a GPU with FP8 (Ada, Hopper or newer); on a CPU use 'auto'")
+        if self.attention_backend == "flash_attn":
+            raise ValueError("kv_cache_dtype='fp8' needs attention_backend='triton' or 'auto', got 'flash_attn'")
 
     def _check_path(self, name: str, what: str) -> None:
         """Check an option that is a text, a path or None."""
@@ -155,10 +175,14 @@ class Config:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def torch_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype of weights, activations and KV cache."""
+        """Return the dtype of weights and activations."""
         if self.dtype != "auto":
             return getattr(torch, str(self.dtype))
         return checkpoint_dtype if self.device_type == "cuda" else torch.float32
+
+    def torch_kv_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of the KV cache of a model with activations in `dtype`."""
+        return torch.float8_e4m3fn if self.kv_cache_dtype == "fp8" else dtype
 
 
 def check_names(given: Iterable[str], *additional: str) -> None:

@@ -109,7 +109,7 @@ class AttentionBackend(ABC):
         Returns:
             [T, H, Dh], or [R, H, Dh] with `last`.
         """
-        q = qk_norm_rope_store(qkv, transform, positions, ctx.slot_mapping, kv.k_cache, kv.v_cache)
+        q = qk_norm_rope_store(qkv, transform, positions, ctx.slot_mapping, kv)
         if last is not None:
             q, ctx = q[last], ctx.for_last_tokens()
             self.prepare(ctx)

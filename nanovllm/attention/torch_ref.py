@@ -10,6 +10,7 @@ from nanovllm.ops.attention.reference import (
     attend_gathered,
     attend_sequence,
     gather,
+    gather_kv,
     plan_decode_gather,
     plan_prefill_gather,
 )
@@ -33,12 +34,12 @@ class TorchBackend(AttentionBackend):
 
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
         plan, _ = self._plans(q, kv, ctx)
-        k, v = self._gather(kv, plan.indices)
+        k, v = self._gather(kv, plan.indices, q.dtype)
         out.copy_(attend_gathered(q, k, v, plan.mask, scale))
 
     def prefill(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
         for row in self._plans(q, kv, ctx)[1]:
-            k, v = self._gather(kv, row.indices)
+            k, v = self._gather(kv, row.indices, q.dtype)
             tokens = slice(row.start, row.end)
             out[tokens] = attend_sequence(q[tokens], k, v, row.mask, scale)
 
@@ -53,8 +54,10 @@ class TorchBackend(AttentionBackend):
             ctx.meta[kv.kind] = decode, prefill
         return ctx.meta[kv.kind]
 
-    def _gather(self, kv: PagedKV, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Gather from both caches. The result is valid until the next call."""
+    def _gather(self, kv: PagedKV, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Gather from both caches; convert FP8 to `dtype`. The result is valid until the next call."""
+        if kv.is_fp8:  # on a GPU, to test the other backend
+            return gather_kv(kv, indices, dtype)
         cache = kv.k_cache
         head_dim = cache.shape[-1]
         size = indices.numel() * head_dim

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nanovllm.ops.attention.fp8_cache import FP8
 from nanovllm.ops.attention.paged_cache import KVKind, PagedKV
 
 
@@ -18,7 +19,7 @@ from nanovllm.ops.attention.paged_cache import KVKind, PagedKV
 class PagedKVSpec:
     """A layer's keys and values in blocks. Sizes are those on this rank.
 
-    The cache holds all tokens, also those that the layer's `window` hides; see `PagedKV`.
+    The cache holds all tokens, also those that the layer's `window` hides; see `PagedKV`. In FP8 it has scales as well.
     """
 
     num_kv_heads: int
@@ -32,14 +33,18 @@ class PagedKVSpec:
 
     def block_bytes(self, block_size: int) -> int:
         """Return the bytes of one block of `block_size` tokens."""
-        return 2 * block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        scale_bytes = torch.float16.itemsize if self.dtype == FP8 else 0
+        return 2 * block_size * self.num_kv_heads * (self.head_dim * self.dtype.itemsize + scale_bytes)
 
     def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> PagedKV:
         """Allocate caches of zeros: FlashAttention-3 needs finite values behind the end of a sequence."""
         shape = (num_blocks, block_size, self.num_kv_heads, self.head_dim)
         k_cache = torch.zeros(shape, dtype=self.dtype, device=device)
         v_cache = torch.zeros(shape, dtype=self.dtype, device=device)
-        return PagedKV(k_cache, v_cache, self.window)
+        if self.dtype != FP8:
+            return PagedKV(k_cache, v_cache, self.window)
+        scales = torch.zeros((num_blocks, self.num_kv_heads, block_size, 2), dtype=torch.float16, device=device)
+        return PagedKV(k_cache, v_cache, self.window, scales)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.messages import NO_TOKENS, Batch, Row, StepOutput
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
+from nanovllm.ops.fp8.reference import FP8
 from nanovllm.ops.inputs.step_rows import StepRows
 from nanovllm.ops.linear.gemm import MAX_TILES
 from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launch
@@ -79,8 +80,9 @@ class ModelRunner:
         self.max_rows = max(config.max_num_seqs, ceil_div(config.max_num_batched_tokens, self.max_model_len))
         self.block_size = config.kvcache_block_size
         self.max_blocks = ceil_div(self.max_model_len, self.block_size)
+        self.kv_dtype = config.torch_kv_dtype(self.dtype)
         self.backend = select_backend(
-            config.attention_backend, device, source.config.head_dim, self.block_size, self.dtype
+            config.attention_backend, device, source.config.head_dim, self.block_size, self.dtype, self.kv_dtype
         )
         self.graphs: StepGraphs | None = None
         self.in_flight: deque[InFlight] = deque()
@@ -109,7 +111,12 @@ class ModelRunner:
                 tp=self.tp,
                 max_position=self.max_model_len,
             )
-        self.pool = StatePool(self.model, self.block_size, self.device)
+        is_dequantized = source.config.quantization and not any(p.dtype == FP8 for p in self.model.parameters())
+        if is_dequantized and self.tp.rank == 0:
+            logger.info(
+                "FP8 weights are dequantised to %s: no kernel on %s computes with them", self.dtype, self.device
+            )
+        self.pool = StatePool(self.model, self.block_size, self.device, self.kv_dtype)
         max_kv_heads = max(kind.kv_heads for kind in self.pool.kv_kinds)
         num_counters = (self.max_rows + 1) * max_kv_heads  # for attention; a graph may have one row more
         self.counters = torch.zeros(max(num_counters, MAX_TILES), dtype=torch.int32, device=self.device)

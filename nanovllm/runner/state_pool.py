@@ -1,5 +1,6 @@
 """The state of all layers: sized out of one budget, allocated, bound and freed together."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ class StatePool:
     Args:
         block_size: tokens of a KV block.
         device: where the state lives.
+        kv_dtype: dtype of keys and values; the layers' own if None.
 
     Attributes:
         block_bytes: bytes of one KV block in all layers.
@@ -42,7 +44,7 @@ class StatePool:
         kv_kinds: the different kinds of the layers' caches.
     """
 
-    def __init__(self, model: nn.Module, block_size: int, device: torch.device):
+    def __init__(self, model: nn.Module, block_size: int, device: torch.device, kv_dtype: torch.dtype | None = None):
         self.block_size, self.device = block_size, device
         self.paged: list[tuple[StatefulLayer, PagedKVSpec]] = []
         self.by_slot: dict[SlotStateSpec, list[StatefulLayer]] = {}
@@ -52,7 +54,7 @@ class StatePool:
             if isinstance(spec, SlotStateSpec):
                 self.by_slot.setdefault(spec, []).append(layer)
             else:
-                self.paged.append((layer, spec))
+                self.paged.append((layer, replace(spec, dtype=kv_dtype or spec.dtype)))
         self.slot_tensors: list[torch.Tensor] = []
         self.block_bytes = sum(spec.block_bytes(block_size) for _, spec in self.paged)
         self.slot_bytes = sum(spec.slot_bytes * len(layers) for spec, layers in self.by_slot.items())

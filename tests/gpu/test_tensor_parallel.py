@@ -210,6 +210,14 @@ def test_schedules_do_not_change_the_tokens(model, want, change):
     assert time.monotonic() - start < 5
 
 
+def test_two_gpus_with_fp8_keys_and_values_give_the_tokens_of_one(model):
+    options = {**TINY_OPTIONS, "kv_cache_dtype": "fp8"}
+    with LLM(model, **options) as llm:
+        want = tokens(llm, *mixture())
+    with LLM(model, tensor_parallel_size=2, **options) as llm:
+        assert tokens(llm, *mixture()) == want
+
+
 def test_a_killed_rank_raises_a_clear_error_in_seconds(model, want):
     memory = torch.cuda.mem_get_info()[0]
     with LLM(model, tensor_parallel_size=2, **TINY_OPTIONS) as llm:

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 
 import torch
 
+from nanovllm.ops.attention.fp8_cache import FP8, dequantize_kv, quantize_kv
 from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
 from nanovllm.ops.triton_utils import triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter computes with numpy, which has no bfloat16 arithmetic.
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32]
+# Of queries that meet caches in FP8: 16-bit ones are computed in float16.
+FP8_DTYPES = [torch.float32, torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.float32]
 
 
 @dataclass
@@ -18,7 +21,7 @@ class Paged:
     """Sequences of given context lengths in scattered blocks and slots.
 
     Attributes:
-        keys, values: the content of each sequence's pages, [context, K, Dh].
+        keys, values: the content of each sequence's pages, [context, K, Dh]; dequantised if they are in FP8.
     """
 
     kv: PagedKV
@@ -29,11 +32,13 @@ class Paged:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All inputs of a kernel."""
-        rows = self.rows
-        return [self.kv.k_cache, self.kv.v_cache, rows.block_tables, rows.slots, rows.context_lens]
+        rows, scales = self.rows, [] if self.kv.scales is None else [self.kv.scales]
+        return [self.kv.k_cache, self.kv.v_cache, *scales, rows.block_tables, rows.slots, rows.context_lens]
 
     def copy_kv(self) -> PagedKV:
-        return PagedKV(self.kv.k_cache.clone(), self.kv.v_cache.clone(), self.kv.window)
+        kv = self.kv
+        scales = None if kv.scales is None else kv.scales.clone()
+        return PagedKV(kv.k_cache.clone(), kv.v_cache.clone(), kv.window, scales)
 
 
 def make_paged(
@@ -46,6 +51,7 @@ def make_paged(
     num_padding: int = 0,
     window: int = 0,
     queries: list[int] | None = None,
+    fp8: bool = False,
 ) -> Paged:
     """Make pages for `contexts`.
 
@@ -53,6 +59,7 @@ def make_paged(
         num_padding: how many sequences, the last ones, are padding: context 1, all in one slot and block.
         window: hides tokens from the queries; pages of tiles that it hides completely have NaN.
         queries: the number of queries of each sequence; 1 each if None.
+        fp8: keys and values are in FP8. The tokens' magnitudes differ by factors of up to a million.
     """
     batch = len(contexts)
     generator = torch.Generator().manual_seed(batch)
@@ -67,6 +74,10 @@ def make_paged(
     keys, values = [], []
     for i, context in enumerate(contexts):
         k, v = torch.randn(2, context, kv_heads, head_dim, generator=generator)
+        if fp8:
+            v *= 10 ** (6 * torch.rand(context, kv_heads, 1, generator=generator) - 5)
+            k *= 10 ** (6 * torch.rand(context, kv_heads, 1, generator=generator) - 5.5)
+            k, v = (dequantize_kv(*quantize_kv(x)) for x in (k, v))
         padding = i >= batch - num_padding
         if padding:
             slots[i] = batch + 3
@@ -80,7 +91,12 @@ def make_paged(
             v_cache[block, seen] = v[start : start + length][seen]
         keys.append(k.to(device, dtype))
         values.append(v.to(device, dtype))
-    kv = PagedKV(k_cache.to(device, dtype), v_cache.to(device, dtype), window)
+    if fp8:
+        caches = [quantize_kv(cache.to(device)) for cache in (k_cache, v_cache)]
+        scales = torch.stack([scale for _, scale in caches], -1).transpose(1, 2).contiguous()
+        kv = PagedKV(*(cache for cache, _ in caches), window, scales)
+    else:
+        kv = PagedKV(k_cache.to(device, dtype), v_cache.to(device, dtype), window)
     rows = PagedRows(
         tables.to(device, torch.int32),
         torch.tensor(slots, dtype=torch.int32, device=device),
@@ -113,4 +129,6 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def assert_same(tensors: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> None:
     """Assert that tensors are equal bit for bit, NaN included."""
     for actual, other in zip(tensors, expected, strict=True):
+        if actual.dtype == FP8:
+            actual, other = actual.view(torch.uint8), other.view(torch.uint8)
         torch.testing.assert_close(actual, other, atol=0, rtol=0, equal_nan=True)

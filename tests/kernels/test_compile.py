@@ -101,17 +101,21 @@ def call_all():
     sampling.advance_slots_triton(tokens, slots, lens, *last)
     rows = paged_cache.PagedRows(tables, slots, lens)
     plan = decode_plan.plan_decode_triton(lens, 8, decode_plan.default_split_policy(4, 8, 132))
-    heads = (2, 128, "bfloat16"), (4, 128, "bfloat16"), (4, 256, "bfloat16"), (3, 64, "bfloat16"), (1, 96, "float32")
-    for group, head_dim, dtype in heads:
+    heads = [(2, 128, "bfloat16"), (4, 128, "bfloat16"), (4, 256, "bfloat16"), (3, 64, "bfloat16"), (1, 96, "float32")]
+    in_fp8 = [(2, 128, "bfloat16"), (4, 256, "bfloat16"), (1, 96, "float32"), (3, 64, "float16")]
+    for group, head_dim, dtype, fp8 in [*((*sizes, False) for sizes in heads), *((*sizes, True) for sizes in in_fp8)]:
         kind = dict(dtype=getattr(torch, dtype))
         q, cache = torch.zeros(4, 8 * group, head_dim, **kind), torch.zeros(9, 64, 8, head_dim, **kind)
-        kv, windowed = paged_cache.PagedKV(cache, cache), paged_cache.PagedKV(cache, cache, 100)
+        scales = None
+        if fp8:
+            cache, scales = cache.to(torch.float8_e4m3fn), torch.zeros(9, 8, 64, 2, dtype=torch.float16)
+        kv, windowed = (paged_cache.PagedKV(cache, cache, window, scales) for window in (0, 100))
         qkv, table = torch.zeros(4, 8 * (group + 2) * head_dim, **kind), torch.zeros(99, head_dim)
         norm = torch.zeros(head_dim, **kind)
         for norms in ((norm, norm), (norm.float(), norm.float()), (None, None)):
             query_scale = table[:, 0] if norms[0] is None else None
             transform = qk_transform.QKTransform(8 * group, table, *norms, 1e-6, query_scale)
-            rope_store.qk_norm_rope_store_triton(qkv, transform, lens.long(), lens.long(), cache, cache)
+            rope_store.qk_norm_rope_store_triton(qkv, transform, lens.long(), lens.long(), kv)
             for splits in (1, 16):
                 config = rope_decode.default_rope_decode_config(4, 8, head_dim, kind["dtype"].itemsize, 132)
                 config = config._replace(num_splits=splits)
@@ -124,7 +128,7 @@ def call_all():
         if group == 2:
             decode.decode_attention_triton(q, windowed, rows, 0.1, plan=plan)
         for batch in (4, 60, 400):
-            config = decode_plan.default_decode_config(batch, 8, head_dim, kind["dtype"].itemsize, 132)
+            config = decode_plan.default_decode_config(batch, 8, head_dim, cache.itemsize, 132)
             decode.decode_attention_triton(q, kv, rows, 0.1, plan=plan._replace(config=config))
         small = prefill.PrefillConfig(128, 64, 8, 2, 128, True)  # it has too few registers for heads of 256
         for config in (None, small)[: 1 if head_dim > 128 else 2]:

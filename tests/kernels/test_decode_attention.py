@@ -3,19 +3,31 @@ import torch
 
 from nanovllm.ops.attention.decode_attention import decode_attention_triton
 from nanovllm.ops.attention.decode_plan import MAX_SPLITS, DecodeConfig, SplitPolicy, default_decode_config
+from nanovllm.ops.attention.fp8_cache import FP8
 from nanovllm.ops.attention.paged_cache import PagedKV
 from nanovllm.ops.attention.reference import decode_attention_torch, plan_decode_torch
 from nanovllm.ops.triton_utils import HAVE_TRITON
-from tests.kernels.paged import DEVICE, DTYPES, assert_close, assert_same, make_paged, plain_attention
+from tests.kernels.paged import DEVICE, DTYPES, FP8_DTYPES, assert_close, assert_same, make_paged, plain_attention
 
 needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 
 
 def check(
-    attend, contexts, heads, kv_heads, head_dim, block_size, dtype=torch.float32, num_padding=0, window=0, **options
+    attend,
+    contexts,
+    heads,
+    kv_heads,
+    head_dim,
+    block_size,
+    dtype=torch.float32,
+    num_padding=0,
+    window=0,
+    fp8=False,
+    **options,
 ):
     """Assert that `attend` equals the formula and changes no input."""
-    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype, num_padding=num_padding, window=window)
+    layout = {"num_padding": num_padding, "window": window, "fp8": fp8}
+    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype, **layout)
     q = torch.randn(len(contexts), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     inputs = [q, *paged.tensors]
     before = [x.clone() for x in inputs]
@@ -31,8 +43,9 @@ def check(
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (9, 3), (10, 2), (8, 1)])
 @pytest.mark.parametrize("contexts", [[1], [33, 33], [1, 16, 17, 130]])
-def test_reference_equals_the_formula(contexts, heads, kv_heads):
-    check(decode_attention_torch, contexts, heads, kv_heads, 64, 16)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_reference_equals_the_formula(contexts, heads, kv_heads, fp8):
+    check(decode_attention_torch, contexts, heads, kv_heads, 64, 16, fp8=fp8)
 
 
 WINDOWS = [1, 15, 16, 17, 40, 64, 129, 131, 500]
@@ -86,6 +99,22 @@ def test_triton_equals_the_formula(heads, kv_heads, head_dim, block_size, tile, 
     plan = split(contexts, kv_heads, num_splits, tile=tile)
     assert plan.items[:, 2].max() == num_splits
     check(decode_attention_triton, contexts, heads, kv_heads, head_dim, block_size, dtype, plan=plan)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", FP8_DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size", "tile", "window"),
+    [(9, 3, 64, 16, 32, 0), (6, 2, 96, 64, 32, 40), (8, 1, 128, 64, 64, 0), (4, 2, 256, 16, 16, 17)],
+)
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_triton_dequantises_keys_and_values_in_fp8(
+    heads, kv_heads, head_dim, block_size, tile, window, num_splits, dtype
+):
+    contexts = [1, 47, 130]
+    plan = split([min(context, window or context) for context in contexts], kv_heads, num_splits, tile=tile)
+    options = {"window": window, "plan": plan, "fp8": True}
+    check(decode_attention_triton, contexts, heads, kv_heads, head_dim, block_size, dtype, **options)
 
 
 @needs_triton
@@ -150,6 +179,7 @@ def test_heads_that_kv_heads_do_not_divide_are_refused():
         (torch.zeros(2, 16, 1, 64), torch.zeros(3, 16, 1, 64), "must be contiguous and of one shape"),
         (torch.zeros(2, 16, 1, 64), torch.zeros(2, 16, 64, 2)[..., :1].mT, "must be contiguous and of one shape"),
         (torch.zeros(2, 48, 1, 64), torch.zeros(2, 48, 1, 64), "block_size=48 must be a power of two"),
+        (torch.zeros(2, 16, 1, 64).to(FP8), torch.zeros(2, 16, 1, 64).to(FP8), "caches in FP8 need scales"),
     ],
 )
 def test_caches_that_kernels_cannot_read_are_refused(k_cache, v_cache, message):
@@ -157,12 +187,29 @@ def test_caches_that_kernels_cannot_read_are_refused(k_cache, v_cache, message):
         PagedKV(k_cache, v_cache)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scales"),
+    [
+        (FP8, torch.zeros(2, 1, 16, 2)),
+        (FP8, torch.zeros(2, 16, 1, 2).half()),
+        (torch.float32, torch.zeros(2, 1, 16, 2).half()),
+    ],
+)
+def test_scales_that_do_not_fit_the_caches_are_refused(dtype, scales):
+    cache = torch.zeros(2, 16, 1, 64).to(dtype)
+    with pytest.raises(ValueError, match=r"scales \(2, .*, 2\) of .* do not fit .* of shape \(2, 1, 16, 2\)"):
+        PagedKV(cache, cache, 0, scales)
+
+
 @pytest.mark.parametrize("shared_memory", [99 << 10, 163 << 10, 227 << 10])  # RTX 4090, A100, H100
-@pytest.mark.parametrize(("head_dim", "itemsize"), [(64, 2), (96, 2), (128, 2), (256, 2), (64, 4), (128, 4), (256, 4)])
+@pytest.mark.parametrize(
+    ("head_dim", "itemsize"), [(64, 2), (96, 2), (128, 2), (256, 2), (64, 4), (128, 4), (256, 4), (128, 1), (256, 1)]
+)
 def test_default_tile_fits_shared_memory(head_dim, itemsize, shared_memory):
     for batch in (1, 60, 512):
         for prefix in (False, True):
             config = default_decode_config(batch, 8, head_dim, itemsize, 132, prefix, shared_memory)
             tile_bytes = 2 * config.tile * 2 ** (head_dim - 1).bit_length() * itemsize
-            assert config.tile >= 16 and tile_bytes * (config.num_stages - 1) <= shared_memory - (16 << 10)
+            num_buffers = config.num_stages - (itemsize > 1)
+            assert config.tile >= 16 and tile_bytes * num_buffers <= shared_memory - (16 << 10)
             assert tile_bytes * config.num_stages <= 200 << 10

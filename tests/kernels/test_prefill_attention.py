@@ -11,15 +11,17 @@ from nanovllm.ops.attention.prefill_attention import (
 )
 from nanovllm.ops.attention.reference import prefill_attention_torch
 from nanovllm.ops.triton_utils import HAVE_TRITON
-from tests.kernels.paged import DEVICE, DTYPES, assert_close, assert_same, make_paged, plain_attention
+from tests.kernels.paged import DEVICE, DTYPES, FP8_DTYPES, assert_close, assert_same, make_paged, plain_attention
 
 needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 
 
-def check(attend, sequences, heads, kv_heads, head_dim, block_size, dtype=torch.float32, window=0, **options):
+def check(
+    attend, sequences, heads, kv_heads, head_dim, block_size, dtype=torch.float32, window=0, fp8=False, **options
+):
     """Assert that `attend` equals the formula for `sequences` of (queries, context) and changes no input."""
     lens, contexts = (list(column) for column in zip(*sequences, strict=True))
-    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype, window=window, queries=lens)
+    paged = make_paged(contexts, kv_heads, head_dim, block_size, dtype, window=window, queries=lens, fp8=fp8)
     q = torch.randn(sum(lens), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     cu_seqlens = torch.tensor([0, *lens]).cumsum(0).to(DEVICE, torch.int32)
     inputs = [q, cu_seqlens, *paged.tensors]
@@ -34,8 +36,9 @@ def check(attend, sequences, heads, kv_heads, head_dim, block_size, dtype=torch.
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (9, 3), (10, 2), (8, 1)])
 @pytest.mark.parametrize("sequences", [[(1, 1)], [(40, 40)], [(3, 3), (1, 20), (17, 50), (0, 7)]])
-def test_reference_equals_the_formula(sequences, heads, kv_heads):
-    check(prefill_attention_torch, sequences, heads, kv_heads, 64, 16)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_reference_equals_the_formula(sequences, heads, kv_heads, fp8):
+    check(prefill_attention_torch, sequences, heads, kv_heads, 64, 16, fp8=fp8)
 
 
 WINDOWS = [1, 15, 16, 17, 64, 100, 129, 500]
@@ -65,6 +68,24 @@ def test_triton_equals_the_formula(heads, kv_heads, head_dim, block_size, dtype)
     # Without a cached prefix, the shortest, with a cached prefix, like decode.
     sequences = [(75, 75), (1, 1), (30, 101), (1, 64)]
     check(prefill_attention_triton, sequences, heads, kv_heads, head_dim, block_size, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", FP8_DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size", "window", "config"),
+    [
+        (9, 3, 64, 64, 0, PrefillConfig(64, 32, 4, 2, tma=True)),
+        (4, 2, 64, 64, 17, PrefillConfig(64, 64, 4, 2, tma=True)),
+        (5, 1, 96, 16, 0, PrefillConfig(64, 16, 4, 2)),
+        (4, 1, 128, 16, 17, PrefillConfig(32, 32, 4, 2)),
+        (4, 2, 256, 64, 0, None),
+    ],
+)
+def test_triton_dequantises_keys_and_values_in_fp8(heads, kv_heads, head_dim, block_size, window, config, dtype):
+    sequences = [(75, 75), (1, 1), (30, 101), (0, 7), (1, 64)]
+    options = {"window": window, "config": config, "fp8": True}
+    check(prefill_attention_triton, sequences, heads, kv_heads, head_dim, block_size, dtype, **options)
 
 
 @needs_triton

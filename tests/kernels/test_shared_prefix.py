@@ -5,11 +5,12 @@ import torch
 from nanovllm.ops.attention import shared_prefix
 from nanovllm.ops.attention.decode_attention import decode_attention_triton
 from nanovllm.ops.attention.decode_plan import SplitPolicy
+from nanovllm.ops.attention.fp8_cache import quantize_kv
 from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
 from nanovllm.ops.attention.reference import decode_attention_torch, plan_decode_torch, shared_attention_torch
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan, plan_shared_prefixes, shared_attention_triton
 from nanovllm.ops.triton_utils import HAVE_TRITON
-from tests.kernels.paged import DEVICE, DTYPES, assert_close
+from tests.kernels.paged import DEVICE, DTYPES, FP8_DTYPES, assert_close
 
 NONE = 999
 
@@ -48,10 +49,12 @@ def test_short_common_prefixes_are_not_planned():
 
 
 @pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "fp8"), [*((x, False) for x in DTYPES), *((x, True) for x in FP8_DTYPES)])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 64), (3, 1, 128)])
 @pytest.mark.parametrize(("sms", "num_splits"), [(1, 1), (132, 7)])
-def test_prefix_and_own_attention_equal_the_references(monkeypatch, heads, kv_heads, head_dim, sms, num_splits, dtype):
+def test_prefix_and_own_attention_equal_the_references(
+    monkeypatch, heads, kv_heads, head_dim, sms, num_splits, dtype, fp8
+):
     """One batch has two groups, a sequence outside them, and padding. Splits are planned as if nothing were shared."""
     monkeypatch.setattr(shared_prefix, "MIN_SAVED", 1000)
     generator = torch.Generator().manual_seed(0)
@@ -62,13 +65,17 @@ def test_prefix_and_own_attention_equal_the_references(monkeypatch, heads, kv_he
     packed = plan_shared_prefixes(tables, NONE, 64, heads // kv_heads, kv_heads, sms, len(tables))
     plan = SharedPrefixPlan.split(torch.from_numpy(packed).to(DEVICE), len(tables))
     assert (plan.groups[:, 1] > 0).sum() == 2
-    cache = torch.randn(2, 50, 64, kv_heads, head_dim, generator=generator).to(DEVICE, dtype)
+    caches = torch.randn(2, 50, 64, kv_heads, head_dim, generator=generator).to(DEVICE, dtype)
+    kv = PagedKV(*caches)
+    if fp8:
+        quantised, scales = quantize_kv(caches)
+        kv = PagedKV(*quantised, 0, scales.permute(1, 3, 2, 0).contiguous())
     q = torch.randn(len(tables), heads, head_dim, generator=generator).to(DEVICE, dtype)
     slots = torch.randperm(len(tables), generator=generator).int().to(DEVICE)
     block_tables = torch.empty(tables.shape, dtype=torch.int32, device=DEVICE)
     block_tables[slots.long()] = torch.from_numpy(np.where(tables == NONE, 49, tables)).int().to(DEVICE)
     context_lens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
-    inputs = (q, PagedKV(*cache), PagedRows(block_tables, slots, context_lens))
+    inputs = (q, kv, PagedRows(block_tables, slots, context_lens))
     own = plan_decode_torch(context_lens, kv_heads, SplitPolicy(200, 0, num_splits, min_tokens=16))
     assert own.items[:, 2].max() == num_splits
     prefix = shared_attention_triton(*inputs, 0.1, plan, num_splits)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from nanovllm.layers.rotary_embedding import rope_table
+from nanovllm.ops.attention.fp8_cache import FP8, dequantize_kv
+from nanovllm.ops.attention.paged_cache import PagedKV
 from nanovllm.ops.inputs.embedding import embedding_triton
 from nanovllm.ops.inputs.reference import embedding_torch, step_inputs_torch
 from nanovllm.ops.inputs.step_inputs import step_inputs_triton
@@ -16,6 +18,7 @@ from nanovllm.ops.norm_rope.reference import qk_norm_rope_store_torch, rms_norm_
 from nanovllm.ops.norm_rope.rms_norm import rms_norm_triton
 from nanovllm.ops.norm_rope.rope_store import qk_norm_rope_store_triton
 from nanovllm.ops.sampling.state import HAS_PENALTIES, MAX_COUNT, SamplingState, default_params
+from tests.kernels.paged import FP8_DTYPES
 
 DTYPES = [torch.float32, torch.bfloat16]
 # The dtypes of the values, and of the weight of their norm.
@@ -87,16 +90,51 @@ def test_rope_store_equals_the_reference(device, heads, kv_heads, head_dim, dtyp
     positions = torch.tensor([0, 1, 99, 5, 6, 7, 40], device=device)
     slot_mapping = torch.tensor([63, 0, 17, 2, 31, 30, 16], device=device)
     copy = qkv.clone()
-    results = []
-    for run in (qk_norm_rope_store_triton, qk_norm_rope_store_torch):
-        caches = [
-            torch.full((num_blocks, block_size, kv_heads, head_dim), 7.0, dtype=dtype, device=device) for _ in "kv"
-        ]
-        transform = QKTransform(heads, table, *weights, 1e-6, query_scale)
-        results.append((run(qkv, transform, positions, slot_mapping, *caches), *caches))
-    for got, want in zip(*results, strict=True):
-        close(got, want)
+    transform = QKTransform(heads, table, *weights, 1e-6, query_scale)
+    for fp8 in (False, True):
+        results = []
+        for run in (qk_norm_rope_store_triton, qk_norm_rope_store_torch):
+            shape, scales = (num_blocks, block_size, kv_heads, head_dim), None
+            caches = [torch.full(shape, 7.0, device=device).to(FP8 if fp8 else dtype) for _ in "kv"]
+            if fp8:
+                scales = torch.full((num_blocks, kv_heads, block_size, 2), 3.0, dtype=torch.float16, device=device)
+            q = run(qkv, transform, positions, slot_mapping, PagedKV(*caches, 0, scales))
+            results.append((q, *(caches if scales is None else (*(x.float() for x in caches), scales))))
+        assert all(x.isfinite().all() for x in results[0])
+        close(results[0][0], results[1][0])
+        for got, want in zip(results[0][1:], results[1][1:], strict=True):
+            if fp8:  # the next number, if the kernel's float32 differs a little, and that of a bfloat16 more
+                torch.testing.assert_close(got, want, rtol=0.13, atol=2.0 if dtype == torch.bfloat16 else 2**-9)
+            else:
+                close(got, want)
     assert torch.equal(qkv, copy)
+
+
+@pytest.mark.parametrize("dtype", FP8_DTYPES)
+def test_rope_store_quantises_any_magnitude_like_the_reference(device, dtype):
+    """Heads of zeros, of the smallest and of the largest numbers. RoPE at position 0 changes nothing."""
+    heads, kv_heads, head_dim = 1, 2, 64
+    factors = torch.tensor([0, 1e-30, 1e-6, 1e-3, 0.3, 300, 6e4], device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    qkv = torch.randn(len(factors), (heads + 2 * kv_heads) * head_dim, generator=generator, device=device)
+    qkv = (qkv.clamp(-1, 1) * factors[:, None]).to(dtype)
+    positions = torch.zeros(len(factors), dtype=torch.int64, device=device)
+    slots = torch.arange(len(factors), device=device)
+    stored = []
+    for run in (qk_norm_rope_store_triton, qk_norm_rope_store_torch):
+        k_cache, v_cache = (torch.zeros(1, 16, kv_heads, head_dim, device=device).to(FP8) for _ in "kv")
+        scales = torch.zeros(1, kv_heads, 16, 2, dtype=torch.float16, device=device)
+        transform = QKTransform(heads, rope_table(head_dim, 9, 1e4).to(device))
+        run(qkv, transform, positions, slots, PagedKV(k_cache, v_cache, 0, scales))
+        stored.append((k_cache.float(), v_cache.float(), scales))
+    for got, want in zip(*stored, strict=True):
+        assert torch.equal(got, want)
+    scales = stored[0][2].transpose(1, 2)[0, : len(factors)].float()
+    values = qkv.float().view(len(factors), -1, head_dim)[:, heads:].unflatten(1, (2, kv_heads))
+    for index in range(2):
+        error = dequantize_kv(stored[0][index][0, : len(factors)], scales[..., index]) - values[:, index]
+        # Half a step of 3 bits, or of the smallest numbers.
+        assert (error.abs() <= values[:, index].abs() / 16 + scales[..., index, None] * 2**-10).all()
 
 
 @pytest.mark.parametrize(("batch", "lens"), [(1, None), (7, None), (130, None), (1, [1]), (7, [1, 7, 1, 130, 3, 0, 0])])

@@ -417,6 +417,22 @@ def test_unsupported_named_backend_raises(monkeypatch, install, name, device, bl
         select_backend(name, device, 64, block_size, dtype)
 
 
+@pytest.mark.parametrize(("capability", "allowed"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_fp8_caches_need_a_gpu_with_fp8(monkeypatch, capability, allowed):
+    monkeypatch.setattr(triton_backend, "HAVE_TRITON", True)
+    monkeypatch.setattr(attention, "HAVE_TRITON", False)  # no other backend is chosen
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    arguments = "auto", "cuda", 128, 64, torch.bfloat16, torch.float8_e4m3fn
+    if allowed:
+        assert select_backend(*arguments).name == "triton"
+    else:
+        with pytest.raises(
+            ValueError, match=r"kv_cache_dtype='fp8' needs a GPU with FP8 .*, got a GPU with 8\.\d; use"
+        ):
+            select_backend(*arguments)
+
+
 def test_large_head_dim_or_missing_triton_is_named(monkeypatch):
     with pytest.raises(ValueError, match="head_dim=512 must be at most 256"):
         select_backend("triton", "cuda", 512, 16, torch.bfloat16)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.ops.attention.decode_plan import DecodeConfig, DecodePlan, default_decode_config
+from nanovllm.ops.attention.fp8_cache import query_operand
 from nanovllm.ops.attention.online_softmax import attend_tile, empty_partials, init_softmax, store_or_merge
 from nanovllm.ops.attention.paged_cache import (
     LOG2E,
@@ -36,6 +37,7 @@ def _decode_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    scales_ptr,
     tables_ptr,
     slots_ptr,
     context_lens_ptr,
@@ -84,13 +86,13 @@ def _decode_kernel(
         return  # the shared prefix left fewer tiles than planned
     last_tile = tl.minimum(first_tile + split_tiles, end_tile)
 
-    TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
+    cache = (k_ptr, v_ptr, scales_ptr)
     heads = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, HEAD_PAD)
     tokens = tl.arange(0, TILE)
     q_offsets = seq.to(tl.int64) * q_seq_stride + (kv_head * GROUP + heads) * q_head_stride
     q_mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    in_block = offsets_in_block(kv_head * HEAD_DIM + dims, BLOCK_SIZE, TILE, TOKEN_STRIDE)
+    in_block = offsets_in_block(kv_head * HEAD_DIM + dims, BLOCK_SIZE, TILE, KV_HEADS * HEAD_DIM)
     table_ptr = tables_ptr + tl.load(slots_ptr + seq).to(tl.int64) * table_stride
     last_block = (context_len - 1) // BLOCK_SIZE
     # Load the next tile's block ids one iteration early, so that K and V loads never wait for them.
@@ -98,6 +100,7 @@ def _decode_kernel(
 
     wait_for_inputs(PDL)
     q = tl.load(q_ptr + q_offsets[:, None] + dims[None, :], mask=q_mask, other=0.0)
+    q = query_operand(q, scales_ptr)
     softmax = init_softmax(GROUP_PAD, HEAD_PAD)
     for tile in tl.range(first_tile, last_tile):
         next_blocks = tile_blocks(table_ptr, tile + 1, last_block, BLOCK_SIZE, TILE)
@@ -105,9 +108,8 @@ def _decode_kernel(
         seen = tile * TILE + tokens < context_len
         if WINDOW:
             seen &= tile * TILE + tokens >= context_len - WINDOW
-        kv_mask = seen[:, None] & (dims < HEAD_DIM)[None, :]
-        k, v = load_tile(k_ptr, v_ptr, blocks, tile, in_block, kv_mask, BLOCK_SIZE, TILE, TOKEN_STRIDE)
-        softmax = attend_tile(softmax, q, k, v, seen, scale_log2e)
+        loaded = load_tile(cache, blocks, tile, kv_head, in_block, seen, HEAD_DIM, KV_HEADS, BLOCK_SIZE, TILE)
+        softmax = attend_tile(softmax, q, loaded, seen, scale_log2e)
         blocks = next_blocks
 
     num_programs = tl.cdiv(end_tile - start_tile, split_tiles)
@@ -167,6 +169,7 @@ def decode_attention_triton(
         q,
         kv.k_cache,
         kv.v_cache,
+        kv.scales,
         rows.block_tables,
         rows.slots,
         rows.context_lens,
@@ -198,5 +201,5 @@ def _config_for(q: torch.Tensor, kv: PagedKV, plan: DecodePlan, prefix: bool) ->
         check_power_of_2("tile", plan.config.tile, MIN_DOT)
         return plan.config
     return default_decode_config(
-        len(q), kv.kv_heads, kv.head_dim, q.element_size(), sm_count(q.device), prefix, shared_memory_bytes(q.device)
+        len(q), kv.kv_heads, kv.head_dim, kv.k_cache.itemsize, sm_count(q.device), prefix, shared_memory_bytes(q.device)
     )

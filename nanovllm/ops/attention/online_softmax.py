@@ -7,6 +7,7 @@ them (flash-decoding; Dao et al., 2023).
 
 import torch
 
+from nanovllm.ops.attention.fp8_cache import key_scales, value_scales, widen
 from nanovllm.ops.triton_utils import tl, triton
 
 
@@ -21,16 +22,32 @@ def init_softmax(ROWS: tl.constexpr, HEAD_PAD: tl.constexpr, LOWEST: tl.constexp
 
 
 @triton.jit
-def attend_tile(softmax, q, k, v, seen, scale_log2e):
-    """Add the tokens of a tile that are `seen` to the state. After the first tile, at least one token must be seen."""
+def attend_tile(softmax, q, tile, seen, scale_log2e):
+    """Add the tokens of a tile that are `seen` to the state. After the first tile, at least one token must be seen.
+
+    Args:
+        tile: K, V [TILE, dims] and their scales [TILE], as from `load_tile`. The scales of FP8 multiply scores and
+            weights, because there are fewer of these than numbers in K and V.
+    """
     running_max, running_sum, acc = softmax
+    k, v, scales = tile
+    IS_FP8: tl.constexpr = v.dtype == tl.float8e4nv
     # "ieee" keeps float32 from being rounded to TF32; products of 16-bit types are exact anyway.
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2e
-    scores = tl.where(seen[None, :], scores, float("-inf"))
-    new_max = tl.maximum(running_max, tl.max(scores, 1))
+    scores = tl.dot(q, tl.trans(widen(k, q.dtype)), input_precision="ieee")
+    factor = scale_log2e
+    if IS_FP8:
+        factor = (key_scales(scales).to(tl.float32) * scale_log2e)[None, :]
+    scores = tl.where(seen[None, :], scores * factor, float("-inf"))
+    largest = tl.max(scores, 1)
+    if IS_FP8:
+        largest -= 8  # weights of up to 256 use the range of float16, also after the smallest and largest scale
+    new_max = tl.maximum(running_max, largest)
     decay = tl.exp2(running_max - new_max)
     p = tl.exp2(scores - new_max[:, None])
     running_sum = running_sum * decay + tl.sum(p, 1)
+    if IS_FP8:
+        p = p * value_scales(scales).to(tl.float32)[None, :]
+        v = widen(v, q.dtype)
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return new_max, running_sum, acc
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nanovllm.arithmetic import is_power_of_2
+from nanovllm.ops.attention.fp8_cache import FP8
 from nanovllm.ops.triton_utils import tl, triton
 
 LOG2E = 1.4426950408889634
@@ -36,16 +37,25 @@ class PagedKV:
     Args:
         k_cache, v_cache: [num_blocks, block_size, K, Dh], contiguous and of one shape.
         window: how many tokens a query sees, itself and those right before it; 0 if it sees its whole context.
+        scales: [num_blocks, K, block_size, 2] float16, contiguous, the scales of key and value of each token in caches
+            in FP8 (see fp8_cache.py); None for caches of another dtype. Kernels load both scales as one 32-bit word.
 
     Attributes:
         block_size, kv_heads, head_dim: sizes of the caches; block_size is a power of two.
         kind: what plans depend on.
 
     Raises:
-        ValueError: the caches differ in shape or are not contiguous, or block_size is not a power of two.
+        ValueError: the caches differ in shape or are not contiguous, block_size is not a power of two, or the scales do
+            not fit the caches.
     """
 
-    def __init__(self, k_cache: torch.Tensor, v_cache: torch.Tensor, window: int = 0):
+    def __init__(
+        self,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        window: int = 0,
+        scales: torch.Tensor | None = None,
+    ):
         if k_cache.shape != v_cache.shape or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
             raise ValueError(
                 f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must be contiguous and of one shape"
@@ -54,6 +64,23 @@ class PagedKV:
         _, self.block_size, self.kv_heads, self.head_dim = k_cache.shape
         self.kind = KVKind(self.kv_heads, window)
         check_power_of_2("block_size", self.block_size, 1)
+        self.scales = scales
+        self._check_scales()
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.k_cache.dtype == FP8
+
+    def _check_scales(self) -> None:
+        scales, shape = self.scales, (len(self.k_cache), self.kv_heads, self.block_size, 2)
+        if scales is None:
+            if self.is_fp8:
+                raise ValueError("caches in FP8 need scales")
+        elif not self.is_fp8 or scales.shape != shape or scales.dtype != torch.float16 or not scales.is_contiguous():
+            raise ValueError(
+                f"scales {tuple(scales.shape)} of {scales.dtype} do not fit caches of {self.k_cache.dtype}: only FP8 "
+                f"has scales, contiguous, in float16 and of shape {shape}"
+            )
 
     def check_queries(self, q: torch.Tensor) -> None:
         """Raise ValueError unless queries [N, H, Dh] fit the caches."""
@@ -123,12 +150,57 @@ def tile_pointers(
 
 @triton.jit
 def load_tile(
-    k_ptr, v_ptr, blocks, tile, in_block, mask, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, TOKEN_STRIDE: tl.constexpr
+    cache,
+    blocks,
+    tile,
+    kv_head,
+    in_block,
+    seen,
+    HEAD_DIM: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Load K and V [TILE, dims] of a tile whose block ids are `blocks`; zero outside the mask."""
-    k_ptrs = tile_pointers(k_ptr, blocks, tile, in_block, BLOCK_SIZE, TILE, TOKEN_STRIDE)
-    v_ptrs = tile_pointers(v_ptr, blocks, tile, in_block, BLOCK_SIZE, TILE, TOKEN_STRIDE)
-    return tl.load(k_ptrs, mask=mask, other=0.0), tl.load(v_ptrs, mask=mask, other=0.0)
+    """Load K, V [TILE, dims] and `load_scales` of a tile, for the tokens that are `seen` [TILE]; zero for others.
+
+    Args:
+        cache: pointers to K, V and their scales, which are None unless the cache is in FP8.
+        blocks: the block ids of the tile.
+    """
+    k_ptr, v_ptr, scales_ptr = cache
+    TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
+    mask = seen[:, None] & (tl.arange(0, in_block.shape[1]) < HEAD_DIM)[None, :]
+    k = tl.load(tile_pointers(k_ptr, blocks, tile, in_block, BLOCK_SIZE, TILE, TOKEN_STRIDE), mask=mask, other=0.0)
+    v = tl.load(tile_pointers(v_ptr, blocks, tile, in_block, BLOCK_SIZE, TILE, TOKEN_STRIDE), mask=mask, other=0.0)
+    return k, v, load_scales(scales_ptr, blocks, tile, 0, kv_head, seen, KV_HEADS, BLOCK_SIZE, TILE)
+
+
+@triton.jit
+def load_scales(
+    scales_ptr,
+    blocks,
+    tile,
+    shift,
+    kv_head,
+    mask,
+    KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Load the scales [TILE] of a tile moved back by `shift` tokens: words of `pack_scales`, zero outside the mask.
+
+    If the pointer is None, they are zero and unused.
+    """
+    words = tl.zeros([TILE], tl.int32)
+    if scales_ptr is not None:
+        tokens = tl.arange(0, TILE)
+        if BLOCK_SIZE % TILE == 0:
+            tokens += (tile % (BLOCK_SIZE // TILE)) * TILE - shift
+        else:
+            tokens %= BLOCK_SIZE
+        offsets = (blocks.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE + tokens
+        words = tl.load(scales_ptr.to(tl.pointer_type(tl.int32)) + offsets, mask=mask, other=0)
+    return words
 
 
 def attention_constants(num_heads: int, kv: PagedKV) -> dict[str, Any]:

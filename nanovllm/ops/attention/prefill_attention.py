@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nanovllm.arithmetic import is_power_of_2
+from nanovllm.ops.attention.fp8_cache import key_scales, query_operand, value_scales
 from nanovllm.ops.attention.online_softmax import init_softmax
 from nanovllm.ops.attention.paged_cache import (
     LOG2E,
@@ -25,6 +26,7 @@ from nanovllm.ops.attention.paged_cache import (
     PagedRows,
     attention_constants,
     check_power_of_2,
+    load_scales,
     offsets_in_block,
     tile_blocks,
     tile_pointers,
@@ -98,14 +100,15 @@ def attend_tiles(
 
     Args:
         q_tile: queries, their positions, and the factor of their scores (base 2).
-        cache: K and V (descriptors from `cache_descriptor` if TMA, else pointers), the sequence's block table and
-            length, the KV head.
+        cache: K and V (descriptors from `cache_descriptor` if TMA, else pointers), a pointer to their scales (None
+            unless they are in FP8), the sequence's block table and length, the KV head.
         MASKED: hide later positions, tokens past the context and, if WINDOW is not 0, tokens before the window.
     """
     running_max, running_sum, acc = softmax
     q, q_positions, scale_log2e = q_tile
-    k_cache, v_cache, table_ptr, context_len, kv_head = cache
+    k_cache, v_cache, scales_ptr, table_ptr, context_len, kv_head = cache
     HEAD_PAD: tl.constexpr = acc.shape[1]
+    KV_HEADS: tl.constexpr = TOKEN_STRIDE // HEAD_DIM
     tokens = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, HEAD_PAD)
     column = kv_head * HEAD_DIM
@@ -117,6 +120,7 @@ def attend_tiles(
         next_blocks = tile_blocks(table_ptr, tile + 1, last_block, BLOCK_SIZE, BLOCK_N)
         start = tile * BLOCK_N
         positions = start + tokens
+        shift = 0
         if TMA:
             # Memory past the context may hold NaN: move the last tile back, so that it ends where the context ends.
             shift = tl.maximum(start + BLOCK_N - context_len, 0) if MASKED else 0
@@ -131,6 +135,12 @@ def attend_tiles(
                 mask = (positions < context_len)[:, None] & mask
             k = tl.load(k_ptrs, mask=mask, other=0.0)
             v = tl.load(v_ptrs, mask=mask, other=0.0)
+        if scales_ptr is not None:
+            listed = (positions >= start) & (positions < context_len)
+            scales = load_scales(scales_ptr, blocks, tile, shift, kv_head, listed, KV_HEADS, BLOCK_SIZE, BLOCK_N)
+            # There are more scores and weights than numbers in K and V, so the scales multiply these.
+            k = k.to(q.dtype) * key_scales(scales).to(q.dtype)[:, None]
+            v = v.to(q.dtype) * value_scales(scales).to(q.dtype)[:, None]
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             seen = q_positions[:, None] >= positions[None, :]
@@ -156,6 +166,7 @@ def _prefill_kernel(
     q_ptr,
     k_cache,
     v_cache,
+    scales_ptr,
     tables_ptr,
     slots_ptr,
     cu_seqlens_ptr,
@@ -199,6 +210,7 @@ def _prefill_kernel(
     tokens = (q_start + queries).to(tl.int64)
     q_rows = tokens * q_token_stride + heads * q_head_stride
     q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=mask, other=0.0)
+    q = query_operand(q, scales_ptr)
 
     context_len = tl.load(context_lens_ptr + seq)
     first_position = context_len - q_len + first_query
@@ -211,7 +223,7 @@ def _prefill_kernel(
     if WINDOW:
         q_positions = tl.minimum(q_positions, end - 1)  # rows past the end must see a token as well
     q_tile = (q, q_positions, scale_log2e)
-    cache = (k_cache, v_cache, table_ptr, context_len, kv_head)
+    cache = (k_cache, v_cache, scales_ptr, table_ptr, context_len, kv_head)
     if WINDOW:
         # The window hides the tiles before `start_tile` from all queries, and tokens of the next ones from some.
         start_tile = tl.maximum(first_position + 1 - WINDOW, 0) // BLOCK_N
@@ -302,6 +314,7 @@ def prefill_attention_triton(
         q,
         cache_descriptor(kv.k_cache, config.block_n) if tma else kv.k_cache,
         cache_descriptor(kv.v_cache, config.block_n) if tma else kv.v_cache,
+        kv.scales,
         rows.block_tables,
         rows.slots,
         cu_seqlens_q,

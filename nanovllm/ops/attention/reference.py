@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.ops.attention.decode_plan import DecodePlan, SplitPolicy
+from nanovllm.ops.attention.fp8_cache import dequantize_kv
 from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
 from nanovllm.ops.norm_rope.qk_transform import QKTransform
 from nanovllm.ops.norm_rope.reference import qk_norm_rope_store_torch
@@ -40,6 +41,17 @@ def gather(cache: torch.Tensor, indices: torch.Tensor, out: torch.Tensor | None 
     if out is None:
         return flat.index_select(0, indices.view(-1)).view(*indices.shape, -1)
     return torch.index_select(flat, 0, indices.view(-1), out=out).view(*indices.shape, -1)
+
+
+def gather_kv(kv: PagedKV, indices: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values [*indices.shape, Dh] at `cache_indices`; those in FP8 are dequantised to `dtype`."""
+    if kv.scales is None:
+        return gather(kv.k_cache, indices), gather(kv.v_cache, indices)
+    tokens, heads = indices // kv.kv_heads, indices % kv.kv_heads
+    scales = kv.scales[tokens // kv.block_size, heads, tokens % kv.block_size]
+    # torch gathers bytes, but not FP8.
+    k, v = (gather(cache.view(torch.uint8), indices).view(cache.dtype) for cache in (kv.k_cache, kv.v_cache))
+    return dequantize_kv(k, scales[..., 0]).to(dtype), dequantize_kv(v, scales[..., 1]).to(dtype)
 
 
 # -- decode ------------------------------------------------------------------------------------------------------------
@@ -106,7 +118,7 @@ def decode_attention_torch(q: torch.Tensor, kv: PagedKV, rows: PagedRows, scale:
     if len(q) == 0:
         return torch.empty_like(q)
     plan = plan_decode_gather(rows, kv, q.dtype)
-    return attend_gathered(q, gather(kv.k_cache, plan.indices), gather(kv.v_cache, plan.indices), plan.mask, scale)
+    return attend_gathered(q, *gather_kv(kv, plan.indices, q.dtype), plan.mask, scale)
 
 
 def plan_decode_torch(context_lens: torch.Tensor, kv_heads: int, policy: SplitPolicy) -> DecodePlan:
@@ -147,7 +159,7 @@ def shared_attention_torch(
     for i in prefix_lens.nonzero()[:, 0].tolist():
         positions = torch.arange(int(prefix_lens[i]), device=q.device)
         indices = cache_indices(kv, rows.block_tables, rows.slots[i].to(torch.int64), positions)
-        k, v = gather(kv.k_cache, indices).float(), gather(kv.v_cache, indices).float()  # [K, L, Dh]
+        k, v = (x.float() for x in gather_kv(kv, indices, torch.float32))  # [K, L, Dh]
         scores = q[i].float().view(len(k), -1, q.shape[2]) @ k.mT * scale  # [K, H / K, L]
         out[i] = (scores.softmax(-1) @ v).view(q.shape[1:])
         lse[i] = scores.logsumexp(-1).view(-1) / torch.log(torch.tensor(2.0))
@@ -240,7 +252,7 @@ def prefill_attention_torch(
     kv.check_queries(q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for plan in plan_prefill_gather(rows, cu_seqlens_q, kv, q.dtype):
-        k, v = gather(kv.k_cache, plan.indices), gather(kv.v_cache, plan.indices)
+        k, v = gather_kv(kv, plan.indices, q.dtype)
         out[plan.start : plan.end] = attend_sequence(q[plan.start : plan.end], k, v, plan.mask, scale)
     return out
 
@@ -263,5 +275,5 @@ def rope_decode_torch(
     """
     positions = rows.context_lens.to(torch.int64) - 1
     written = slot_mapping(kv, rows.block_tables, rows.slots.to(torch.int64), positions)
-    q = qk_norm_rope_store_torch(qkv, transform, positions, written, kv.k_cache, kv.v_cache)
+    q = qk_norm_rope_store_torch(qkv, transform, positions, written, kv)
     return decode_attention_torch(q, kv, rows, scale)

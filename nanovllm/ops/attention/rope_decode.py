@@ -3,7 +3,7 @@
 It computes what rope_store.py and decode_attention.py do, for small batches, where the latency of each kernel counts.
 Each program norms and rotates the queries of its KV head itself. The new key and value never come from the cache: the
 sequence's last split holds them in registers, attends to them and stores them for later steps. If there are other
-splits, it does nothing else.
+splits, it does nothing else. With a cache in FP8, it attends to the quantised key and value, as later steps will.
 
 So the kernel reads nothing from the cache that the same step writes. A program can load its first tile of K and V
 before it waits for the projection (programmatic dependent launch), as gemv.py does with weights.
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from nanovllm.ops.attention.fp8_cache import pack_scales, quantize_heads, query_operand
 from nanovllm.ops.attention.online_softmax import attend_tile, empty_partials, init_softmax, store_or_merge
 from nanovllm.ops.attention.paged_cache import (
     LOG2E,
@@ -76,6 +77,7 @@ def _rope_decode_kernel(
     query_scale_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    scales_ptr,
     tables_ptr,
     slots_ptr,
     context_lens_ptr,
@@ -129,12 +131,11 @@ def _rope_decode_kernel(
     seen = first_tile * TILE + tokens < position
     if WINDOW:
         seen &= first_tile * TILE + tokens > position - WINDOW
-    kv_mask = seen[:, None] & is_dim
-    first_k, first_v = load_tile(
-        k_cache_ptr, v_cache_ptr, blocks, first_tile, in_block, kv_mask, BLOCK_SIZE, TILE, TOKEN_STRIDE
-    )
+    cache = (k_cache_ptr, v_cache_ptr, scales_ptr)
+    first = load_tile(cache, blocks, first_tile, kv_head, in_block, seen, HEAD_DIM, KV_HEADS, BLOCK_SIZE, TILE)
     blocks = tile_blocks(table_ptr, first_tile + 1, last_block, BLOCK_SIZE, TILE)
-    new_index = tl.load(table_ptr + last_block).to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+    new_block = tl.load(table_ptr + last_block).to(tl.int64)
+    new_index = new_block * BLOCK_SIZE + position % BLOCK_SIZE
 
     # One matrix [GROUP_PAD, dims]: the group's query heads and, below them, the new key.
     heads = tl.arange(0, GROUP_PAD)
@@ -166,22 +167,32 @@ def _rope_decode_kernel(
         q = tl.where(is_head, (q.to(tl.float32) * query_scale).to(q.dtype), q)
 
     softmax = init_softmax(GROUP_PAD, HEAD_PAD)
+    # The same matrix serves as a tile of keys, all but the new one masked.
+    new_k = q
+    new_scales = tl.zeros([GROUP_PAD], tl.int32)
+    if scales_ptr is not None:
+        new_k, k_scale = quantize_heads(q)
+        new_v, v_scale = quantize_heads(new_v)
+        new_scales = pack_scales(k_scale, v_scale)
+        q = query_operand(q, scales_ptr)
     if split == num_used - 1:
         new_offsets = new_index * TOKEN_STRIDE + kv_head * HEAD_DIM + columns
-        tl.store(k_cache_ptr + new_offsets, q, mask=is_key)
+        tl.store(k_cache_ptr + new_offsets, new_k, mask=is_key)
         tl.store(v_cache_ptr + new_offsets, new_v, mask=is_key)
-        # The same matrix serves as a tile of keys, all but the new one masked.
-        softmax = attend_tile(softmax, q, q, new_v, heads == GROUP, scale_log2e)
+        if scales_ptr is not None:
+            word_index = (new_block * KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE
+            words_ptr = scales_ptr.to(tl.pointer_type(tl.int32)) + word_index
+            tl.store(words_ptr + 0 * heads, new_scales, mask=heads == GROUP)
+        softmax = attend_tile(softmax, q, (new_k, new_v, new_scales), heads == GROUP, scale_log2e)
     if first_tile < end_tile:
-        softmax = attend_tile(softmax, q, first_k, first_v, seen, scale_log2e)
+        softmax = attend_tile(softmax, q, first, seen, scale_log2e)
     for tile in tl.range(first_tile + 1, last_tile):
         next_blocks = tile_blocks(table_ptr, tile + 1, last_block, BLOCK_SIZE, TILE)
         seen = tile * TILE + tokens < position
         if WINDOW:
             seen &= tile * TILE + tokens > position - WINDOW
-        kv_mask = seen[:, None] & is_dim
-        k, v = load_tile(k_cache_ptr, v_cache_ptr, blocks, tile, in_block, kv_mask, BLOCK_SIZE, TILE, TOKEN_STRIDE)
-        softmax = attend_tile(softmax, q, k, v, seen, scale_log2e)
+        loaded = load_tile(cache, blocks, tile, kv_head, in_block, seen, HEAD_DIM, KV_HEADS, BLOCK_SIZE, TILE)
+        softmax = attend_tile(softmax, q, loaded, seen, scale_log2e)
         blocks = next_blocks
 
     partials = (partial_ptr, lse_ptr, counter_ptr, num_splits)
@@ -226,6 +237,7 @@ def rope_decode_triton(
         transform.query_scale,
         kv.k_cache,
         kv.v_cache,
+        kv.scales,
         rows.block_tables,
         rows.slots,
         rows.context_lens,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from nanovllm.ops.attention.decode_attention import PrefixPartials
+from nanovllm.ops.attention.fp8_cache import query_operand
 from nanovllm.ops.attention.online_softmax import empty_partials, init_softmax
 from nanovllm.ops.attention.paged_cache import LOG2E, PagedKV, PagedRows, attention_constants
 from nanovllm.ops.attention.prefill_attention import attend_tiles, default_prefill_config
@@ -98,6 +99,7 @@ def _shared_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    scales_ptr,
     tables_ptr,
     slots_ptr,
     groups_ptr,
@@ -137,6 +139,7 @@ def _shared_kernel(
     mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
     q_offsets = seqs * q_seq_stride + heads * q_head_stride
     q = tl.load(q_ptr + q_offsets[:, None] + dims[None, :], mask=mask, other=0.0)
+    q = query_operand(q, scales_ptr)
 
     table_ptr = tables_ptr + tl.load(slots_ptr + first_seq).to(tl.int64) * table_stride
     split_tiles = tl.cdiv(prefix_len // STEP, num_splits) * (STEP // BLOCK_N)
@@ -144,7 +147,7 @@ def _shared_kernel(
     last_tile = tl.minimum(first_tile + split_tiles, prefix_len // BLOCK_N)
     TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
     q_tile = (q, m, scale_log2e)
-    cache = (k_ptr, v_ptr, table_ptr, prefix_len, kv_head)
+    cache = (k_ptr, v_ptr, scales_ptr, table_ptr, prefix_len, kv_head)
     softmax = init_softmax(BLOCK_M, HEAD_PAD)
     running_max, running_sum, acc = attend_tiles(
         softmax, q_tile, cache, first_tile, last_tile, False, 0, HEAD_DIM, TOKEN_STRIDE, BLOCK_SIZE, BLOCK_N, False
@@ -171,6 +174,7 @@ def shared_attention_triton(
         q,
         kv.k_cache,
         kv.v_cache,
+        kv.scales,
         rows.block_tables,
         rows.slots,
         plan.groups,

@@ -1,8 +1,8 @@
 """FP8 weights in plain torch: the format's formulas, and the references of the kernels in this folder.
 
-A weight [N, K] of 8-bit floats (e4m3) has scales in float32. One scale covers a block of rows and columns: the weight is
-`weight * scale`. The shape of the scales says which block it is: [ceil(N / 128), ceil(K / 128)], [N, ceil(K / 128)] or
-[N, 1]. Experts have one more dimension in front.
+A weight [N, K] of 8-bit floats (e4m3) has scales in float32. One scale covers a block of rows and columns, and the
+weight is `weight * scale`. The shape of the scales says which block it is: [ceil(N / 128), ceil(K / 128)],
+[N, ceil(K / 128)] or [N, 1]. Experts have one more dimension in front.
 """
 
 import torch

@@ -2,6 +2,8 @@
 
 import torch
 
+from nanovllm.ops.attention.fp8_cache import quantize_kv
+from nanovllm.ops.attention.paged_cache import PagedKV
 from nanovllm.ops.norm_rope.qk_transform import QKTransform
 
 
@@ -16,16 +18,26 @@ def rms_norm_torch(
     return (normed.to(weight.dtype) * weight).to(x.dtype)
 
 
+def store(kv: PagedKV, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Write keys and values [T, K, Dh] to the caches at `slot_mapping` [T]; quantise them if the caches are in FP8."""
+    for index, (cache, x) in enumerate(((kv.k_cache, k), (kv.v_cache, v))):
+        if kv.scales is not None:
+            x, scales = quantize_kv(x)
+            kv.scales[slot_mapping // kv.block_size, :, slot_mapping % kv.block_size, index] = scales
+            # torch copies bytes to given indices, but not FP8.
+            x, cache = x.view(torch.uint8), cache.view(torch.uint8)
+        cache.view(-1, kv.kv_heads, kv.head_dim).index_copy_(0, slot_mapping, x)
+
+
 def qk_norm_rope_store_torch(
     qkv: torch.Tensor,
     transform: QKTransform,
     positions: torch.Tensor,
     slot_mapping: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    kv: PagedKV,
 ) -> torch.Tensor:
     """Compute `qk_norm_rope_store`."""
-    kv_heads, head_dim = k_cache.shape[-2:]
+    kv_heads, head_dim = kv.kv_heads, kv.head_dim
     q, k, v = qkv.view(len(qkv), -1, head_dim).split([transform.num_heads, kv_heads, kv_heads], dim=1)
     if transform.q_weight is not None and transform.k_weight is not None:
         q = rms_norm_torch(q, transform.q_weight, transform.eps)
@@ -36,8 +48,7 @@ def qk_norm_rope_store_torch(
         a, b = x.float().chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
-    k_cache.view(-1, kv_heads, head_dim).index_copy_(0, slot_mapping, rotate(k))
-    v_cache.view(-1, kv_heads, head_dim).index_copy_(0, slot_mapping, v)
+    store(kv, rotate(k), v, slot_mapping)
     q = rotate(q)
     if transform.query_scale is None:
         return q

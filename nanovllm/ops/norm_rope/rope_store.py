@@ -2,6 +2,8 @@
 
 import torch
 
+from nanovllm.ops.attention.fp8_cache import fp8_scale, quantize_heads, to_fp8
+from nanovllm.ops.attention.paged_cache import PagedKV
 from nanovllm.ops.norm_rope.qk_transform import QKTransform
 from nanovllm.ops.norm_rope.reference import qk_norm_rope_store_torch
 from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
@@ -19,6 +21,7 @@ def _rope_store_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    scales_ptr,
     qkv_stride,
     eps,
     HEADS: tl.constexpr,
@@ -27,6 +30,7 @@ def _rope_store_kernel(
     V_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -70,12 +74,31 @@ def _rope_store_kernel(
     k_mask = mask & (heads >= HEADS)
     tl.store(q_out, first, mask=q_mask)
     tl.store(q_out + HEAD_DIM // 2, second, mask=q_mask)
-    tl.store(k_out, first, mask=k_mask)
-    tl.store(k_out + HEAD_DIM // 2, second, mask=k_mask)
-    flat = tl.arange(0, V_PAD)
-    v_mask = flat < KV_HEADS * HEAD_DIM
-    v = tl.load(qkv_ptr + token * qkv_stride + (HEADS + KV_HEADS) * HEAD_DIM + flat, mask=v_mask, other=0.0)
-    tl.store(v_cache_ptr + cache_slot * KV_HEADS * HEAD_DIM + flat, v, mask=v_mask)
+    v_ptr = qkv_ptr + token * qkv_stride + (HEADS + KV_HEADS) * HEAD_DIM
+    v_out = v_cache_ptr + cache_slot * KV_HEADS * HEAD_DIM
+    if scales_ptr is None:
+        tl.store(k_out, first, mask=k_mask)
+        tl.store(k_out + HEAD_DIM // 2, second, mask=k_mask)
+        flat = tl.arange(0, V_PAD)
+        v_mask = flat < KV_HEADS * HEAD_DIM
+        v = tl.load(v_ptr + flat, mask=v_mask, other=0.0)
+        tl.store(v_out + flat, v, mask=v_mask)
+    else:
+        magnitude = tl.maximum(tl.max(tl.abs(first.to(tl.float32)), 1), tl.max(tl.abs(second.to(tl.float32)), 1))
+        k_scale = fp8_scale(magnitude)[:, None]
+        tl.store(k_out, to_fp8(first, k_scale), mask=k_mask)
+        tl.store(k_out + HEAD_DIM // 2, to_fp8(second, k_scale), mask=k_mask)
+        kv_heads = tl.arange(0, triton.next_power_of_2(KV_HEADS))
+        kv_dims = tl.arange(0, 2 * HALF)
+        v_offsets = kv_heads[:, None] * HEAD_DIM + kv_dims[None, :]
+        v_mask = (kv_heads < KV_HEADS)[:, None] & (kv_dims < HEAD_DIM)[None, :]
+        v, v_scale = quantize_heads(tl.load(v_ptr + v_offsets, mask=v_mask, other=0.0))
+        tl.store(v_out + v_offsets, v, mask=v_mask)
+        in_block = cache_slot % BLOCK_SIZE
+        k_scale_ptr = scales_ptr + 2 * (cache_slot // BLOCK_SIZE * (KV_HEADS * BLOCK_SIZE) + in_block)
+        is_key = (heads >= HEADS) & (heads < HEADS + KV_HEADS)
+        tl.store(k_scale_ptr + (heads - HEADS) * (2 * BLOCK_SIZE), k_scale, mask=is_key)
+        tl.store(k_scale_ptr + 1 + kv_heads * (2 * BLOCK_SIZE), v_scale, mask=kv_heads < KV_HEADS)
 
 
 def qk_norm_rope_store_triton(
@@ -83,12 +106,11 @@ def qk_norm_rope_store_triton(
     transform: QKTransform,
     positions: torch.Tensor,
     slot_mapping: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    kv: PagedKV,
 ) -> torch.Tensor:
     """Compute `qk_norm_rope_store` with a Triton kernel, one program per token."""
     num_heads = transform.num_heads
-    kv_heads, head_dim = k_cache.shape[-2:]
+    kv_heads, head_dim = kv.kv_heads, kv.head_dim
     q = torch.empty((len(qkv), num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if len(qkv):
         _rope_store_kernel[(len(qkv),)](
@@ -100,8 +122,9 @@ def qk_norm_rope_store_triton(
             positions,
             slot_mapping,
             q,
-            k_cache,
-            v_cache,
+            kv.k_cache,
+            kv.v_cache,
+            kv.scales,
             qkv.stride(0),
             transform.eps,
             HEADS=num_heads,
@@ -110,6 +133,7 @@ def qk_norm_rope_store_triton(
             V_PAD=triton.next_power_of_2(kv_heads * head_dim),
             HEAD_DIM=head_dim,
             HALF=triton.next_power_of_2(head_dim // 2),
+            BLOCK_SIZE=kv.block_size,
             NORM=transform.q_weight is not None,
             num_warps=4,
             **launch_options(qkv.device),
@@ -122,8 +146,7 @@ def qk_norm_rope_store(
     transform: QKTransform,
     positions: torch.Tensor,
     slot_mapping: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    kv: PagedKV,
 ) -> torch.Tensor:
     """Apply `transform` to the query and key heads, and store K and V.
 
@@ -131,10 +154,10 @@ def qk_norm_rope_store(
         qkv: [T, (H + 2 K) Dh], the values of a token contiguous.
         positions: [T] int64.
         slot_mapping: [T] int64, each token's index in the cache seen as [num_blocks * block_size, K, Dh].
-        k_cache, v_cache: [num_blocks, block_size, K, Dh], contiguous; written in place.
+        kv: the layer's caches; the tokens' keys and values are written.
 
     Returns:
         The queries, [T, H, Dh], a new tensor.
     """
     run = qk_norm_rope_store_triton if qkv.is_cuda else qk_norm_rope_store_torch
-    return run(qkv, transform, positions, slot_mapping, k_cache, v_cache)
+    return run(qkv, transform, positions, slot_mapping, kv)
