@@ -22,23 +22,13 @@ if TYPE_CHECKING:  # kernels are written in a language of their own: a type chec
     class tl(metaclass=_AnyAttribute):
         constexpr: TypeAlias = Any
 
-    class gl(metaclass=_AnyAttribute):
-        constexpr: TypeAlias = Any
-
     triton: Any = None
-    gluon: Any = None
-    hopper: Any = None
     TensorDescriptor: Any = None
-    GluonDescriptor: Any = None
     HAVE_TRITON: bool = True
 else:
     try:
         import triton
         import triton.language as tl
-        from triton.experimental import gluon
-        from triton.experimental.gluon import language as gl
-        from triton.experimental.gluon.language.nvidia import hopper
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         HAVE_TRITON = True
@@ -63,9 +53,8 @@ else:
             return 1 << (n - 1).bit_length()
 
         triton = SimpleNamespace(jit=_missing_jit, cdiv=ceil_div, next_power_of_2=_next_power_of_2)
-        gluon = SimpleNamespace(jit=_missing_jit)
-        tl = gl = hopper = MagicMock()  # the parameters of kernels are annotated with its attributes
-        TensorDescriptor = GluonDescriptor = None
+        tl = MagicMock()  # the parameters of kernels are annotated with its attributes
+        TensorDescriptor = None
 
 
 @lru_cache
