@@ -13,11 +13,11 @@ import torch
 
 from benchmarks.tune import WEIGHTS, random, seconds
 from nanovllm.ops.fp8.experts import expert_pairs_fp8, experts_fp8
-from nanovllm.ops.fp8.quantize import QuantizedRows, quantize_triton
+from nanovllm.ops.fp8.quantize import PendingSwiglu, QuantizedRows, quantize_triton
 from nanovllm.ops.fp8.reference import BLOCK, quantize_weight
-from nanovllm.ops.fp8.scaled_gemm import ScaledGemmConfig, scaled_gemm_triton
-from nanovllm.ops.linear.gemm import MAX_TILES, GemmConfig, default_gemm_config, gemm_triton
-from nanovllm.ops.linear.gemv import GemvConfig, default_gemv_config, gemv_triton
+from nanovllm.ops.fp8.scaled_gemm import ScaledGemmConfig, default_scaled_gemm_config, scaled_gemm_triton
+from nanovllm.ops.linear.gemm import MAX_TILES, gemm_triton
+from nanovllm.ops.linear.gemv import GemvConfig, default_fp8_gemv_config, gemv_triton
 from nanovllm.ops.linear.silu_mul import silu_mul
 from nanovllm.ops.linear.swiglu import is_swiglu, swiglu_triton
 from nanovllm.ops.moe.combine import combine_triton
@@ -25,30 +25,29 @@ from nanovllm.ops.moe.dispatch import GroupedGemmConfig, Tiling
 from nanovllm.ops.moe.expert_gemv import ExpertGemvConfig, down_gemv_triton, gate_up_gemv_triton
 from nanovllm.ops.moe.experts import experts
 from nanovllm.ops.moe.router import route
+from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launch, triton
 
 COLD_BYTES = 256 << 20  # several times any L2 cache
 LAYERS = WEIGHTS[4:]  # of Qwen3-8B
 
+# For a result that is [T, N], and with SwiGLU.
 MANY_TOKEN_CONFIGS = [
-    ScaledGemmConfig(block_m, block_n, is_wide, num_warps, num_stages, programs, num_splits, rescale)
-    for block_m, block_n, is_wide, num_warps, num_stages, programs, rescale, splits in (
-        (64, 64, False, 4, 6, 2, False, (1, 2, 4)),
-        (64, 128, False, 4, 4, 2, False, (1, 2, 4)),
-        (128, 64, False, 4, 4, 2, False, (1, 2, 4)),
-        (128, 128, False, 8, 6, 1, False, (1, 2, 4)),
-        (128, 128, False, 4, 3, 2, False, (1,)),
-        (128, 128, False, 4, 3, 2, True, (1,)),
-        (256, 128, False, 8, 4, 1, True, (1,)),
-        (64, 64, True, 4, 4, 2, False, (1,)),
-        (128, 64, True, 8, 6, 1, False, (1,)),
-        (128, 64, True, 4, 3, 2, True, (1,)),
-        (64, 128, True, 4, 2, 2, True, (1,)),
-        (64, 128, True, 8, 5, 1, False, (1,)),
-        (128, 128, True, 8, 4, 1, False, (1,)),
-        (128, 128, True, 8, 4, 1, True, (1,)),
+    ScaledGemmConfig(block_m, block_n, num_warps, num_stages, programs, num_splits)
+    for block_m, block_n, num_warps, num_stages, programs in (
+        (64, 64, 4, 6, 2),
+        (64, 64, 4, 4, 3),
+        (64, 64, 4, 3, 4),
+        (64, 128, 4, 4, 2),
+        (128, 128, 4, 3, 2),
     )
-    for num_splits in splits
+    for num_splits in (1, 2, 4)
+]
+GATED_CONFIGS = [
+    ScaledGemmConfig(64, 64, 4, 4, 2),
+    ScaledGemmConfig(64, 64, 4, 3, 3),
+    ScaledGemmConfig(64, 32, 4, 6, 3),
+    ScaledGemmConfig(64, 128, 8, 5, 1),
 ]
 
 
@@ -80,14 +79,21 @@ class Layer:
         y = torch.nn.functional.linear(self.x, weight)
         return silu_mul(y) if self.gated else y
 
+    def bf16_gemm(self, weight: torch.Tensor) -> torch.Tensor:
+        """Compute the layer with the norm and the GEMM for small batches."""
+        x = rms_norm(self.x, *self.fused["norm"]) if "norm" in self.fused else self.x
+        return gemm_triton(x, weight, gated=self.gated, residual=self.residual, counters=self.counters)
+
     def scaled_mm(self, x: QuantizedRows, scales: torch.Tensor | None, weight: torch.Tensor, scale: torch.Tensor):
-        """Compute the layer with torch's GEMM, which adds nothing."""
+        """Compute the layer with torch's GEMM, and what must follow it."""
         if scales is None:
             scales, scale = self.token_scale, self.row_scale
         fast = scales is self.token_scale
         options = {"out_dtype": torch.bfloat16, "use_fast_accum": fast}
         y = torch.ops.aten._scaled_mm(x.values, weight.t(), scales, scale.t(), **options)
-        return silu_mul(y) if self.gated else y
+        if self.gated:  # the kernel that quantizes computes SwiGLU
+            return quantize_triton(PendingSwiglu(y)).values
+        return y if self.residual is None else self.residual.add_(y)
 
     def report(self, times: str, time: float, config: Any) -> None:
         """Print a line that compares ways to compute the layer."""
@@ -133,16 +139,15 @@ def many(tokens_list: Sequence[int]) -> None:
     for name, n, k in LAYERS[:3]:
         layer = Layer(name, n, k, 64)
         x = quantize_triton(layer.x)
-        calls += [_many_calls(c, layer, x)[0] for c in MANY_TOKEN_CONFIGS if c.is_wide or not layer.gated]
+        calls += [_many_calls(c, layer, x)[0] for c in (GATED_CONFIGS if layer.gated else MANY_TOKEN_CONFIGS)]
     precompile(calls)
     for tokens, (name, n, k) in itertools.product(tokens_list, LAYERS):
         layer = Layer(name, n, k, tokens)
         x = quantize_triton(layer.x)
-        configs = [config for config in MANY_TOKEN_CONFIGS if config.is_wide or not layer.gated]
-        if tokens > 256:
-            configs = [c for c in configs if c.num_splits == 1 and c.block_n * c.block_m > 4096]
-        elif tokens <= 64:
-            configs = [c for c in configs if c.block_m == 64]
+        configs = [default_scaled_gemm_config(tokens, layer.num_outputs, k, layer.gated)]
+        configs += GATED_CONFIGS if layer.gated else MANY_TOKEN_CONFIGS
+        if tokens > 128:
+            configs = configs[:1]
         bf16 = measure([partial(layer.bf16, weight) for weight in layer.weights * layer.repeat])
         quantize = measure([partial(quantize_triton, layer.x)] * 8)
         by_block, by_row = (
@@ -161,8 +166,8 @@ def _many_calls(config: ScaledGemmConfig, layer: Layer, x: QuantizedRows) -> lis
 
 
 def gemv(tokens_list: Sequence[int]) -> None:
-    """Compare the GEMV for few tokens with FP8 and bf16 weights, and with the GEMM."""
-    print("few tokens: layer, tokens | us: bf16, FP8 by block, by row, GEMM; TB/s of FP8")
+    """Compare the GEMV for few tokens with FP8 and bf16 weights, and with the bf16 GEMM."""
+    print("few tokens: layer, tokens | us: GEMV in bf16, FP8 by block, by row; norm and GEMM in bf16; TB/s of FP8")
     layers = [Layer(*layer, tokens) for tokens, layer in itertools.product(tokens_list, LAYERS)]
     precompile(
         [calls[0] for layer in layers for config in _gemv_configs(layer) for calls in _gemv_calls(layer, config)]
@@ -176,45 +181,23 @@ def gemv(tokens_list: Sequence[int]) -> None:
 
 
 def _gemv_configs(layer: Layer) -> list[GemvConfig]:
-    shapes = itertools.product((1, 2, 4, 8), (2, 4, 8, 16)) if layer.tokens == 1 else ((2, 8), (4, 8), (2, 4), (4, 4))
-    width = triton.next_power_of_2(layer.k) * (2 if layer.gated else 1)
-    configs = [GemvConfig(*shape) for shape in shapes if 32 <= shape[0] * width / shape[1] / 32 <= 256]
-    return [default_gemv_config(layer.num_outputs, layer.k, layer.gated, 1), *configs]
+    default = default_fp8_gemv_config(layer.num_outputs, layer.k, layer.gated, may_step=layer.tokens == 1)
+    if layer.tokens > 1:
+        return [default]
+    steps = [default._replace(steps=s, num_stages=stages) for s in (4, 8, 16) for stages in (3, 4)]
+    wide = [default._replace(num_warps=2 * default.num_warps, num_stages=stages) for stages in (3, 4)]
+    single = [GemvConfig(rows, warps) for rows, warps in ((8, 4), (4, 4), (4, 8))]
+    return [default, *steps, *wide, *single]
 
 
 def _gemv_calls(layer: Layer, config: GemvConfig) -> list[list[Callable]]:
-    """Return calls of the GEMV with scales by block and by row, and of the GEMM."""
+    """Return calls of the GEMV with scales by block and by row, and of rms_norm and the bf16 GEMM."""
     options = layer.fused | {"config": config}
-    plain = {key: value for key, value in layer.fused.items() if key != "norm"} | {"counters": layer.counters}
     return [
         [partial(gemv_triton, layer.x, weight, scale=scale, **options) for weight, scale in layer.fp8],
         [partial(gemv_triton, layer.x, weight, scale=layer.row_scale, **options) for weight, _ in layer.fp8],
-        [partial(gemm_triton, layer.x, weight, scale=scale, **plain) for weight, scale in layer.fp8],
+        [partial(layer.bf16_gemm, weight) for weight in layer.weights],
     ]
-
-
-def gemm(tokens_list: Sequence[int]) -> None:
-    """Compare the GEMM for small batches with FP8 and bf16 weights."""
-    print("small batches: layer, tokens | us: bf16, FP8; TB/s of FP8")
-    layers = [Layer(*layer, tokens) for tokens, layer in itertools.product(tokens_list, LAYERS)]
-    precompile([_gemm_calls(config, layer)[0] for layer in layers for config in _gemm_configs(layer)])
-    for layer in layers:
-        options = {"residual": layer.residual, "gated": layer.gated, "counters": layer.counters}
-        bf16 = measure([partial(gemm_triton, layer.x, weight, **options) for weight in layer.weights])
-        name = f"{layer.name} {layer.tokens}"
-        time, config = fastest(name, partial(_gemm_calls, layer=layer), _gemm_configs(layer))
-        layer.report(f"{bf16:7.1f} {time:7.1f}", time, config)
-
-
-def _gemm_configs(layer: Layer) -> list[GemmConfig]:
-    default = default_gemm_config(layer.tokens, layer.num_outputs, layer.k, layer.gated)
-    splits = (1,) if layer.gated else (1, 2, 4)
-    return [default, *(default._replace(num_stages=s, num_splits=p) for s in (3, 4, 6) for p in splits)]
-
-
-def _gemm_calls(config: GemmConfig, layer: Layer) -> list[Callable]:
-    options = {"residual": layer.residual, "gated": layer.gated, "counters": layer.counters, "config": config}
-    return [partial(gemm_triton, layer.x, weight, scale=scale, **options) for weight, scale in layer.fp8]
 
 
 class ExpertLayer:
@@ -245,16 +228,8 @@ class ExpertLayer:
         return down_gemv_triton(hidden, down, ids, self.routing, self.x, config=down_config, scale=down_scale)
 
 
-GATE_UPS = {
-    16: [GroupedGemmConfig(128, 128, warps, stages, 64) for warps, stages in ((4, 3), (8, 3), (4, 2))],
-    32: [GroupedGemmConfig(128, 128, warps, 3, 64) for warps in (4, 8)],
-    64: [GroupedGemmConfig(128, 128, warps, stages, 64) for warps, stages in ((8, 3), (4, 3), (8, 2))],
-    128: [GroupedGemmConfig(128, 128, 8, stages, programs) for stages, programs in ((3, 1), (3, 64), (4, 1))],
-}
-DOWNS = [
-    GroupedGemmConfig(block_n, 128, warps, 4, programs)
-    for block_n, warps, programs in ((128, 4, 64), (64, 4, 64), (128, 8, 64), (128, 8, 1))
-]
+GATE_UPS = {block: [GroupedGemmConfig(128, 128, warps, 3, 64) for warps in (4, 8)] for block in (16, 32, 64)}
+DOWNS = [GroupedGemmConfig(block_n, 128, 4, 4, 64) for block_n in (64, 128)]
 
 
 def moe(tokens_list: Sequence[int]) -> None:
@@ -273,14 +248,11 @@ def _moe_configs(layer: ExpertLayer) -> list[Any]:
     if layer.tokens <= 4:
         return [(rows, (a, b)) for rows in (1, 2) for a, b in ((1, 2), (2, 4), (4, 8))]
     pairs = layer.tokens * 8 / 128
-    blocks = [block for block in (16, 32, 64, 128) if pairs / 4 <= block <= 8 * pairs or block == 128 < pairs]
+    blocks = [block for block in (16, 32, 64) if pairs / 4 <= block <= 8 * pairs or block == 64 < pairs]
     return [
         Tiling(0, block, gate_up, down)
         for block in blocks
-        for gate_up, down in [
-            *((first, DOWNS[0]) for first in GATE_UPS[block]),
-            *((GATE_UPS[block][0], d) for d in DOWNS),
-        ]
+        for gate_up, down in itertools.product(GATE_UPS[block], DOWNS)
     ]
 
 
@@ -291,9 +263,8 @@ def _moe_calls(config: Any, layer: ExpertLayer) -> list[Callable]:
 
 
 KERNELS: dict[str, tuple[Callable, tuple[int, ...]]] = {
-    "many": (many, (16, 64, 128, 192, 256, 512, 2048, 8192)),
+    "many": (many, (2, 16, 64, 128, 256, 2048, 8192)),
     "gemv": (gemv, (1, 2, 4)),
-    "gemm": (gemm, (8, 16, 32, 64)),
     "experts": (moe, (1, 4, 16, 64, 256, 2048, 8192)),
 }
 
