@@ -122,10 +122,10 @@ def _scaled_gemm_kernel(
     if PDL:
         first_n = tl.program_id(0) // num_splits % (GROUP * tiles_n) // tl.minimum(GROUP, tiles_m) * BLOCK_N
         first_k = blocks * (tl.program_id(0) % num_splits) // num_splits * BLOCK_K
-        columns = tl.minimum(PREFETCH, K - first_k)
-        prefetch_rows(weight_ptr, first_n, first_k, num_rows, K, columns, BLOCK_N, THREADS)
+        prefetched = tl.minimum(PREFETCH, K - first_k)
+        prefetch_rows(weight_ptr, first_n, first_k, num_rows, K, prefetched, BLOCK_N, THREADS)
         if GATED:
-            prefetch_rows(weight_ptr, N + first_n, first_k, num_rows, K, columns, BLOCK_N, THREADS)
+            prefetch_rows(weight_ptr, N + first_n, first_k, num_rows, K, prefetched, BLOCK_N, THREADS)
     wait_for_inputs(PDL)
     for item in range(tl.program_id(0), tiles_m * tiles_n * num_splits, tl.num_programs(0)):
         tile, split = item // num_splits, item % num_splits
