@@ -16,8 +16,9 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoints.hub import ModelSource, open_model
 from nanovllm.engine.step_stats import StepStats
 from nanovllm.models.registry import ModelConfig
+from nanovllm.weights.fp8 import has_fp8_kernels
 
-SHARED_OPTIONS = ("load_format", "max_num_seqs", "tensor_parallel_size", "enforce_eager", "dtype")
+SHARED_OPTIONS = ("load_format", "max_num_seqs", "tensor_parallel_size", "enforce_eager", "dtype", "quantization")
 # Options that other engines do not have, or name differently.
 OWN_OPTIONS = ("device", "attention_backend", "overlap")
 
@@ -112,7 +113,11 @@ class Nanovllm(Engine):
         batches = [step.batch for step in steps if step.batch is not None]
         state_itemsize = getattr(torch, self.llm.config.state_dtype).itemsize
         block_size = self.llm.config.kvcache_block_size
-        costs = count_costs(batches, self.config, self.dtype.itemsize, block_size, state_itemsize)
+        body_itemsize = self.dtype.itemsize
+        scheme = self.config.quantization
+        if scheme is not None and has_fp8_kernels(torch.device(self.llm.config.device_type), self.dtype, scheme.block):
+            body_itemsize = 1
+        costs = count_costs(batches, self.config, self.dtype.itemsize, block_size, state_itemsize, body_itemsize)
         measured = {
             "steps": len(batches),
             "bytes": float(costs.bytes.sum()),

@@ -174,7 +174,12 @@ def attended_tokens(before: np.ndarray, new: np.ndarray, window: int) -> int:
 
 
 def count_costs(
-    batches: Sequence[Batch], config: ModelConfig, itemsize: int, block_size: int, state_itemsize: int = 4
+    batches: Sequence[Batch],
+    config: ModelConfig,
+    itemsize: int,
+    block_size: int,
+    state_itemsize: int = 4,
+    body_itemsize: int | None = None,
 ) -> Costs:
     """Count what the steps of a run move and compute at least. No sequence may run when the run starts.
 
@@ -182,6 +187,11 @@ def count_costs(
     reads those that its tokens choose. It reads the keys and values that its sequences see, shared blocks once, and
     writes those of its tokens. It reads the recurrent state of each sequence, unless the sequence starts, and writes
     it. In the last layer, only the last token of each sequence needs more than its keys and values, or its state.
+
+    Args:
+        itemsize: bytes of a number.
+        state_itemsize: bytes of a number in the matrices of linear attention.
+        body_itemsize: bytes of a weight of the body, if not `itemsize`. It ignores those that FP8 checkpoints leave out.
     """
     windows = {
         layer: config.window(layer, config.max_position) or config.max_position
@@ -215,9 +225,10 @@ def count_costs(
             attended -= attended_tokens(before, new, windows[last])
         experts, last_experts = distinct_experts(config, num_tokens), distinct_experts(config, len(batch.rows))
         weights = without_experts + experts * one_expert - (experts - last_experts) * one_last_expert
-        weights += (head if num_sampled else 0) + num_tokens * config.hidden_size
+        embeddings = (head if num_sampled else 0) + num_tokens * config.hidden_size
         num_states = len(before) + int((before > 0).sum())  # written and read
-        step_bytes.append(weights * itemsize + kv_bytes * kv_tokens + state_bytes * num_states)
+        weight_bytes = weights * (body_itemsize or itemsize) + embeddings * itemsize
+        step_bytes.append(weight_bytes + kv_bytes * kv_tokens + state_bytes * num_states)
         multiplied = multiplied_by_all * num_tokens - skippable * (num_tokens - len(batch.rows)) + head * num_sampled
         step_flops.append(2 * multiplied + 4 * queries * attended + state_flops * num_tokens)
     return Costs(np.array(step_bytes, dtype=float), np.array(step_flops, dtype=float))
