@@ -230,7 +230,7 @@ def write_config(source: ModelSource, folder: str) -> str:
     from transformers import AutoConfig
 
     options = asdict(source.config)
-    del options["allocate_weight"]  # the shapes have plain weights
+    del options["quantization"]  # the shapes have plain weights
     moe, linear, model_type = options.pop("moe"), options.pop("linear_attention"), options["model_type"]
     options["dtype"] = "bfloat16"
     if moe is not None:

@@ -191,7 +191,7 @@ def count_costs(
     Args:
         itemsize: bytes of a number.
         state_itemsize: bytes of a number in the matrices of linear attention.
-        body_itemsize: bytes of a weight of the body, if not `itemsize`. It ignores those that FP8 checkpoints leave out.
+        body_itemsize: bytes of a weight of the body, if not `itemsize`: of all of them, because few differ.
     """
     windows = {
         layer: config.window(layer, config.max_position) or config.max_position

@@ -2,9 +2,9 @@
 
     python -m benchmarks.perplexity [--model MODEL] [--device cpu] [--dtype float32] [--variants plain weights]
 
-The text is `perplexity.txt` beside this file. It is cut into windows that start without context. All tokens of a window
-but the first are scored, so every variant scores the same tokens, and the differences of their log-probabilities have
-a standard error.
+The text is `perplexity.txt`, next to this file. It is cut into windows that start without context. All tokens of a
+window but the first are scored. Every variant scores the same tokens, so the differences of their log-probabilities
+have a standard error.
 """
 
 import argparse
