@@ -61,9 +61,10 @@ def score(llm: LLM, text: str, window: int) -> list[float]:
     windows = windows_of(llm.tokenizer.encode(text), window)
     outputs = llm.generate(windows, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
     return [
-        output.prompt_logprobs[i][window[i]].logprob
-        for window, output in zip(windows, outputs, strict=True)
-        for i in range(1, len(window))
+        scores[token_id].logprob
+        for token_ids, output in zip(windows, outputs, strict=True)
+        for token_id, scores in zip(token_ids, output.prompt_logprobs or [], strict=True)
+        if scores is not None  # the first token has no context
     ]
 
 
