@@ -12,7 +12,14 @@ from nanovllm.checks import shown
 from nanovllm.ops.comm.peer_memory import PeerMemory
 from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.fp8.experts import experts_fp8
-from nanovllm.ops.fp8.linear import choose_adder_fp8, linear_add_fp8, linear_all_reduce_fp8, linear_fp8
+from nanovllm.ops.fp8.linear import (
+    choose_adder_fp8,
+    gate_up_fp8,
+    linear_add_fp8,
+    linear_all_reduce_fp8,
+    linear_fp8,
+)
+from nanovllm.ops.fp8.quantize import PendingSwiglu
 from nanovllm.ops.fp8.reference import BLOCK, FP8, Block, dequantize, quantize_weight, scale_shape
 from nanovllm.weights.formats import (
     AllocateExperts,
@@ -290,6 +297,12 @@ class Fp8(WeightFormat):
 
     def linear(self, x, bias=None, norm=None, gated=False, counters=None) -> torch.Tensor:
         return linear_fp8(x, self.weight, self.scale, bias, norm=norm, gated=gated, counters=counters)
+
+    def gate_up(self, x, bias=None, norm=None, counters=None) -> torch.Tensor | PendingSwiglu:
+        return gate_up_fp8(x, self.weight, self.scale, bias, norm=norm, counters=counters)
+
+    def prepare(self, x: torch.Tensor | PendingSwiglu) -> torch.Tensor | PendingSwiglu:
+        return x
 
     def linear_add(self, x, bias, residual, counters=None, peers=None) -> torch.Tensor:
         if peers is not None:
