@@ -18,7 +18,15 @@ from nanovllm.engine.step_stats import StepStats
 from nanovllm.layers.state import PagedKVSpec
 from nanovllm.models.registry import ModelConfig
 
-SHARED_OPTIONS = ("load_format", "max_num_seqs", "tensor_parallel_size", "enforce_eager", "dtype", "kv_cache_dtype")
+SHARED_OPTIONS = (
+    "load_format",
+    "max_num_seqs",
+    "tensor_parallel_size",
+    "enforce_eager",
+    "dtype",
+    "quantization",
+    "kv_cache_dtype",
+)
 # Options that other engines do not have, or name differently.
 OWN_OPTIONS = ("device", "attention_backend", "overlap")
 

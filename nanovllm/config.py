@@ -40,6 +40,9 @@ class Config:
         kv_cache_dtype: dtype of the KV cache. "auto" is that of activations; "fp8", also spelt "fp8_e4m3", holds almost
             twice the tokens, on GPUs with FP8 (Ada, Hopper or newer).
         state_dtype: dtype of the recurrent state of hybrid models, "float32" or "bfloat16".
+        quantization: "fp8" quantises the weights of linear layers and experts while they load, a scale for each 128 x
+            128 values. None keeps the checkpoint's format, which may be FP8. A CPU, or a GPU before Ada, computes with
+            the dequantised weights.
         device: "auto" is "cuda" if there is a GPU, else "cpu".
         attention_backend: "auto" chooses one and logs which; a named one that cannot run is an error.
         load_format: "auto" reads the checkpoint; "dummy" makes random weights of the real shapes.
@@ -77,6 +80,7 @@ class Config:
     dtype: str | torch.dtype = one_of("auto", "float32", "bfloat16", "float16")
     kv_cache_dtype: str = one_of("auto", "fp8")
     state_dtype: str = one_of("float32", "bfloat16")
+    quantization: str | None = one_of("fp8", default=None)
     device: str = one_of("auto", "cpu", "cuda")
     attention_backend: str = one_of(*ATTENTION_BACKENDS)
     load_format: str = one_of("auto", "dummy")

@@ -28,7 +28,7 @@ _UNSET = """
     max_num_active_seqs max_num_queued_reqs max_num_queued_tokens max_num_scheduled_tokens max_parallel_loading_workers
     mm_encoder_attn_backend mm_encoder_attn_dtype mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_path
     numa_bind_cpus numa_bind_nodes otlp_traces_endpoint override_attention_dtype override_pooler_config pooler_config
-    prefix_match_unit quantization reasoning_parser_plugin rope_scaling rope_theta scheduler_cls served_model_name
+    prefix_match_unit reasoning_parser_plugin rope_scaling rope_theta scheduler_cls served_model_name
     show_hidden_metrics_for_version spec_method spec_model spec_tokens tokenizer_revision video_pruning_rate
     weight_transfer_config
 """.split()
@@ -221,7 +221,6 @@ _INSTEAD = {
     "enable_lora": "merge the adapter and call update_weights",
     "hf_token": "set HF_TOKEN",
     "override_generation_config": "give SamplingParams",
-    "quantization": "a .gguf file is read as it is",
     "trust_remote_code": "code of a model's folder is never run",
     "worker_extension_cls": "start_weight_update, load_weights and finish_weight_update reach all ranks",
 }

@@ -30,6 +30,7 @@ from nanovllm.checks import shown
 from nanovllm.config import Config
 from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, known_ids, stated_dtype, token_ids
 from nanovllm.vllm_options import translate
+from nanovllm.weights.fp8 import Fp8Scheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -146,6 +147,9 @@ def _can_import(module: str) -> bool:
 def open_config(config: Config) -> ModelSource:
     """Find the model of an engine's config, and its tokenizer; see `open_model`."""
     source = open_model(config.model, config.load_format, revision=config.revision, download_dir=config.download_dir)
+    if config.quantization is not None:
+        scheme = replace(source.config.quantization or Fp8Scheme(), quantizes=True)
+        source = replace(source, config=replace(source.config, quantization=scheme))
     if config.tokenizer is None:
         return source
     path = _find_tokenizer(config.tokenizer, download_dir=config.download_dir)

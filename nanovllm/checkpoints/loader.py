@@ -15,8 +15,10 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import LinearLayer
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import UNUSED_TENSORS, ModelConfig
+from nanovllm.ops.fp8.reference import quantize_weight, scale_shape
 from nanovllm.progress import ProgressBar
-from nanovllm.weights.parameter import CheckpointTensor, MergedTensor, is_finite
+from nanovllm.weights.fp8 import BAD_SCALE, Fp8Loading, is_fp8_in_checkpoint, is_valid
+from nanovllm.weights.parameter import CheckpointTensor, MergedTensor, is_scale
 
 logger = logging.getLogger(__name__)
 
@@ -95,20 +97,27 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
         raise ValueError(f"the model's num_layers is {config.num_layers}, but the checkpoint has {len(layers)} layers")
     targets = _meta_targets(config)
     merged = _merged_tensors(targets)
-    needed = {name: target.shape for name, target in targets.items()}
-    needed |= {part.name: part.shape for parts in merged.values() for part in parts.values()}
+    allowed = {name: target.shape for name, target in targets.items()}
+    allowed |= {part.name: part.shape for parts in merged.values() for part in parts.values()}
+    needed, parts_of = list(targets), {name: list(parts) for name, parts in merged.items()}
+    if (scheme := config.quantization) is not None:
+        # A weight that is not in FP8 here may be in FP8 in the checkpoint, too.
+        matrices = {name: shape for name, shape in allowed.items() if len(shape) > 1}
+        allowed |= {scheme.scale_name(name): scale_shape(shape, scheme.block) for name, shape in matrices.items()}
+        needed += [scheme.scale_name(name) for name in targets if is_fp8_in_checkpoint(targets[name].param)]
+        parts_of |= {scheme.scale_name(name): list(map(scheme.scale_name, parts)) for name, parts in parts_of.items()}
     found: set[str] = set()
     for given, shape in shapes.items():
         name = _full_name(given)
         if _is_skipped(config, given):
             continue
-        if name not in needed:
+        if name not in allowed:
             raise _unknown_tensor(given)
-        if tuple(shape) != needed[name]:
+        if tuple(shape) != allowed[name]:
             has = shown(list(shape))
-            raise ValueError(f"the tensor {given:.200} has shape {has}, but the model needs {list(needed[name])}")
-        found.update(merged.get(name, (name,)))
-    _check_complete(config, targets, found)
+            raise ValueError(f"the tensor {given:.200} has shape {has}, but the model needs {list(allowed[name])}")
+        found.update(parts_of.get(name, (name,)))
+    _check_complete(config, needed, found)
 
 
 class WeightUpdate:
@@ -132,6 +141,8 @@ class WeightUpdate:
                 layer.format = layer.format.start_loading()
         self.targets = model.checkpoint_tensors()
         self.merged = _merged_tensors(self.targets)
+        scheme = model.config.quantization
+        self.fp8 = None if scheme is None else Fp8Loading(scheme, self.targets, self.merged)
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Copy some tensors. Each rank takes its slices. Return their names.
@@ -159,10 +170,16 @@ class WeightUpdate:
                 if name not in self.targets:
                     raise _unknown_tensor(given)
                 try:
-                    self._copy(name, loaded if merged is None else merged.part(loaded))
+                    tensors = {name: loaded if merged is None else merged.part(loaded)}
+                    if self.fp8 is not None and not self.fp8.has_dequantized(merged.name if merged else name):
+                        tensors = self.fp8.quantized(name, tensors[name])
+                    for target, tensor in tensors.items():
+                        self._copy(target, tensor)
+                        self.seen.add(target)
                 except ValueError as error:
                     raise ValueError(f"the tensor {given:.200} {error}") from None
-                self.seen.add(name)
+            if self.fp8 is not None:
+                self.fp8.keep()
         return names
 
     def _separate(
@@ -178,6 +195,11 @@ class WeightUpdate:
             name = _full_name(given)
             if _is_skipped(self.model.config, given):
                 continue
+            if self.fp8 is not None:
+                dequantized = self.fp8.dequantized(name, loaded)
+                if dequantized is None:
+                    continue
+                name, loaded = dequantized
             for target, merged in self.merged.get(name, {name: None}).items():
                 yield given, target, merged, loaded
 
@@ -199,7 +221,10 @@ class WeightUpdate:
             ValueError: a tensor is missing or not finite, or the head differs from the embedding where both are one
                 parameter.
         """
-        _check_complete(self.model.config, self.targets, self.seen)
+        missing = {} if self.fp8 is None else self.fp8.missing()
+        waiting = {target for name in missing for target in self.merged.get(name, (name,))}
+        needed = dict.fromkeys([*missing.values(), *self.targets])
+        _check_complete(self.model.config, needed, self.seen | waiting)
         with torch.inference_mode():
             _check_finite(self.targets, self.model.tp)
             if (index := _first_true(list(self.differs.values()), self.model.tp)) is not None:
@@ -216,20 +241,22 @@ def load_weights(model: Decoder, weights: Iterable[tuple[str, torch.Tensor]]) ->
 
 
 def _check_finite(targets: Mapping[str, CheckpointTensor], tp: TensorParallel) -> None:
-    """Raise ValueError with the name of a tensor that has NaN or infinity: the same one on all ranks.
+    """Raise ValueError with the name of a tensor that has NaN or infinity, or a negative scale: the same on all ranks.
 
     Whole parameters are checked first, because thousands of experts' tensors would take thousands of small kernels.
     """
     by_param: dict[torch.nn.Parameter, dict[str, CheckpointTensor]] = {}
     for name, target in targets.items():
         by_param.setdefault(target.param, {})[name] = target
-    bad_param = _first_true([~is_finite(param) for param in by_param], tp)
+    bad_param = _first_true([~is_valid(param, is_scale(param)) for param in by_param], tp)
     if bad_param is None:
         return
     suspects = list(by_param.values())[bad_param]
-    bad_tensor = _first_true([~is_finite(target.shard) for target in suspects.values()], tp)
+    bad_tensor = _first_true([~is_valid(target.shard, is_scale(target.param)) for target in suspects.values()], tp)
     name, target = list(suspects.items())[bad_tensor or 0]
-    raise ValueError(f"the tensor {name} has values that are NaN or infinite in {target.param.dtype}")
+    dtype = target.param.dtype
+    wrong = BAD_SCALE if is_scale(target.param) else f"has values that are NaN or infinite in {dtype}"
+    raise ValueError(f"the tensor {name} {wrong}")
 
 
 def _first_true(flags: list[torch.Tensor], tp: TensorParallel) -> int | None:
@@ -266,7 +293,7 @@ def dummy_weights(model: Decoder, seed: int) -> Iterator[tuple[str, torch.Tensor
 
     It is the same for any number of ranks.
     """
-    param = next(model.parameters())
+    param, scheme = next(model.parameters()), model.config.quantization
     constants = _dummy_constants(model.config)
     generator = torch.Generator(param.device).manual_seed(seed)
     targets = model.checkpoint_tensors()
@@ -279,7 +306,11 @@ def dummy_weights(model: Decoder, seed: int) -> Iterator[tuple[str, torch.Tensor
             tensor.normal_(std=0.02, generator=generator)
         else:
             tensor.fill_(constant)
-        yield name, tensor.to(targets[name].param.dtype)
+        if scheme is not None and is_fp8_in_checkpoint(target.param):
+            weight, scale = quantize_weight(tensor, scheme.block)
+            yield from ((name, weight), (scheme.scale_name(name), scale))
+        else:
+            yield name, tensor.to(targets[name].param.dtype)
 
 
 def _dummy_constants(config: ModelConfig) -> dict[str, float]:

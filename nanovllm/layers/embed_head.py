@@ -8,15 +8,8 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import LinearLayer
 from nanovllm.layers.residual import Normed, Residual, as_normed
 from nanovllm.ops.inputs.embedding import embedding
-from nanovllm.weights.formats import AllocateWeight, Plain
-from nanovllm.weights.parameter import (
-    CheckpointTensor,
-    block_of,
-    check_dtype,
-    check_shape,
-    in_blocks,
-    make_parameter,
-)
+from nanovllm.weights.formats import Plain
+from nanovllm.weights.parameter import CheckpointTensor, check_dtype, check_shape, make_parameter
 
 
 class VocabParallel(nn.Module):
@@ -34,21 +27,22 @@ class VocabParallel(nn.Module):
         self.start = self.tp.rank * self.size
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
-        shape, slice_of_rank = self._slice(param)
-        check_shape(loaded, shape)
-        rows = loaded[slice_of_rank]
+        rows = self._slice(param, loaded)
         param[: len(rows)].copy_(rows)
         param[len(rows) :].zero_()
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
         params = self.named_parameters()
-        return {f"{prefix}.{name}": CheckpointTensor(param, self._slice(param)[0]) for name, param in params}
+        return {f"{prefix}.{name}": CheckpointTensor(param, self._shape(param)) for name, param in params}
 
-    def _slice(self, param: nn.Parameter) -> tuple[tuple[int, ...], slice]:
-        """Return the shape of the whole tensor that `param` loads, and the rows of it that this rank loads."""
-        block = block_of(param)[0]
-        rows = in_blocks(slice(self.start, self.start + self.size), self.num_embeddings, block)
-        return (ceil_div(self.num_embeddings, block), *param.shape[1:]), rows
+    def _shape(self, param: nn.Parameter) -> tuple[int, ...]:
+        """Return the shape of the whole tensor that `param` loads."""
+        return self.num_embeddings, *param.shape[1:]
+
+    def _slice(self, param: nn.Parameter, loaded: torch.Tensor) -> torch.Tensor:
+        """Return this rank's rows of the whole tensor that `param` loads. Raise ValueError if its shape is wrong."""
+        check_shape(loaded, self._shape(param))
+        return loaded[self.start : self.start + self.size]
 
 
 class VocabParallelEmbedding(VocabParallel):
@@ -79,10 +73,8 @@ class VocabParallelEmbedding(VocabParallel):
 
     def differs(self, loaded: torch.Tensor) -> torch.Tensor:
         """Return whether the weight has other values than `loaded`, as a bool on the weight's device."""
-        shape, slice_of_rank = self._slice(self.weight)
         check_dtype(loaded, self.weight.dtype)
-        check_shape(loaded, shape)
-        rows = loaded[slice_of_rank]
+        rows = self._slice(self.weight, loaded)
         # Compare in chunks: a GPU may lack memory for another copy of all rows.
         chunks = zip(self.weight[: len(rows)].split(4096), rows.split(4096), strict=True)
         return torch.stack([(current != new.to(current)).any() for current, new in chunks]).any()
@@ -94,7 +86,6 @@ class ParallelLMHead(VocabParallel, LinearLayer):
     Args:
         num_embeddings, embedding_dim: as in VocabParallelEmbedding.
         bias: must be False; it is here for code written for nano-vLLM.
-        allocate_weight: makes the format of the weight, with its parameters.
     """
 
     def __init__(
@@ -105,12 +96,11 @@ class ParallelLMHead(VocabParallel, LinearLayer):
         *,
         dtype: torch.dtype | None = None,
         tp: TensorParallel | None = None,
-        allocate_weight: AllocateWeight = Plain.allocate,
     ):
         if bias:
             raise ValueError("bias=True is not supported: ParallelLMHead has no bias")
         super().__init__(num_embeddings, tp)
-        self.set_format(allocate_weight(self.size, embedding_dim, dtype, self.weight_loader))
+        self.set_format(Plain.allocate(self.size, embedding_dim, dtype, self.weight_loader))
 
     def tie(self, embedding: VocabParallelEmbedding) -> None:
         """Use the embedding's parameter as the weight."""

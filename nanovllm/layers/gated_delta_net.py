@@ -13,6 +13,7 @@ from nanovllm.layers.state import SlotStateSpec, StatefulLayer
 from nanovllm.ops.gdn.gated_delta_net import gated_delta_net
 from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
 from nanovllm.utils.context import get_context
+from nanovllm.weights.fp8 import PLAIN_FORMATS, LayerFormats
 from nanovllm.weights.parameter import CheckpointTensor, ShardId, checkpoint_tensors, rows_of
 from nanovllm.weights.row_order import joined_rows, packed_rows
 
@@ -49,6 +50,11 @@ class GatedDeltaNet(StatefulLayer):
         eps: of the norm of each value head.
         state_dtype: dtype of the recurrent state. The state of the convolution has the dtype of the activations.
         tp: each rank has a part of the key heads, and the value heads that use them.
+        formats: chooses the formats of the weights. Those of b and a are plain.
+
+    Attributes:
+        in_proj: computes q, k, v and z, and b and a as well unless `gates_proj` does.
+        gates_proj: computes b and a if the format of the others is not plain.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class GatedDeltaNet(StatefulLayer):
         dtype: torch.dtype | None = None,
         state_dtype: torch.dtype = torch.float32,
         tp: TensorParallel | None = None,
+        formats: LayerFormats = PLAIN_FORMATS,
     ):
         super().__init__()
         tp = tp or TensorParallel.default()
@@ -73,9 +80,18 @@ class GatedDeltaNet(StatefulLayer):
 
         self.sizes = [len(channels), num_values, num_heads, num_heads]  # of qkv, z, b and a
         shards = _packed_shards(config, key_heads) if config.is_packed else _shards(config, channels, heads)
-        self.in_proj = ColumnParallelLinear(hidden_size, shards, bias=False, dtype=dtype)
+        gates = {name: shards.pop(name) for name in ("b", "a", "ba") if name in shards}
+        names = [shard.name for shard in shards.values()]
+        self.gates_proj = None
+        if formats.are_fp8(*names):
+            self.gates_proj = ColumnParallelLinear(hidden_size, gates, bias=False, dtype=dtype)
+        else:
+            shards |= gates
+        self.in_proj = ColumnParallelLinear(hidden_size, shards, False, dtype, formats.weight(*names))
         all_values = config.num_value_heads * config.value_head_dim
-        self.out_proj = RowParallelLinear(all_values, hidden_size, dtype=dtype, tp=tp)
+        self.out_proj = RowParallelLinear(
+            all_values, hidden_size, dtype=dtype, tp=tp, allocate_weight=formats.weight("out_proj")
+        )
         self.norm = RMSNorm(config.value_head_dim, eps, dtype=dtype)
         conv, whole_conv = (len(channels), CONV_WIDTH), (config.num_channels, 1, CONV_WIDTH)
         by_head = {"shape": (num_heads,), "whole": (config.num_value_heads,), "dtype": torch.float32}
@@ -108,7 +124,12 @@ class GatedDeltaNet(StatefulLayer):
         rows = get_context().gdn_rows
         if self.state is None or rows is None:
             raise RuntimeError("this layer has no recurrent state: bind() one first, and give the context gdn_rows")
-        inputs = GdnInputs(*self.in_proj(x).split(self.sizes, dim=1))
+        if self.gates_proj is None:
+            inputs = GdnInputs(*self.in_proj(x).split(self.sizes, dim=1))
+        else:
+            x = x.computed()  # once for both
+            qkvz, gates = self.in_proj(x), self.gates_proj(x)
+            inputs = GdnInputs(*qkvz.split(self.sizes[:2], dim=1), *gates.split(self.sizes[2:], dim=1))
         out = gated_delta_net(inputs, self.weights, self.state, rows)
         return self.out_proj(out if last is None else out[last])
 

@@ -4,6 +4,7 @@ Column-parallel layers split the output features and need no communication. Row-
 and all-reduce the partial results. A pair of them needs a single all-reduce (Megatron-LM, arXiv:1909.08053).
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,7 @@ from nanovllm.weights.parameter import (
     check_shape,
     in_blocks,
     make_parameter,
-    order_in_blocks,
+    row_block_of,
     select,
 )
 from nanovllm.weights.row_order import HeadLayout, head_rows
@@ -66,16 +67,24 @@ class Shard:
         """Make a shard of these rows of the whole tensor."""
         return cls(name, total=total, start=0, size=len(order), order=order)
 
-    def rows(self, block: int) -> slice | np.ndarray:
-        """Return this rank's rows of a whole tensor whose rows cover `block` rows of the weight each."""
-        if self.order is not None:
-            return order_in_blocks(self.order, block)
-        return in_blocks(slice(self.start, self.start + self.size), self.total, block)
+    def take(self, loaded: torch.Tensor, param: nn.Parameter) -> torch.Tensor:
+        """Return this rank's rows of the whole tensor that `param` loads: the weight, or something by blocks of it."""
+        block = block_of(param)[0]
+        if self.order is None and block == 1:
+            return loaded[self.start : self.start + self.size]
+        rows = np.arange(self.start, self.start + self.size) if self.order is None else self.order
+        return select(loaded, rows[:: row_block_of(param)] // block)
 
-    def take(self, loaded: torch.Tensor, block: int) -> torch.Tensor:
-        """Return the rows `rows(block)` of the whole tensor."""
-        rows = self.rows(block)
-        return loaded[rows] if isinstance(rows, slice) else select(loaded, rows)
+    def alignment(self, offset: int) -> int:
+        """Return the largest number of which all runs of successive rows start at multiples; 0 if all start at 0.
+
+        Args:
+            offset: the first row of this shard in the layer. Runs start at multiples in the layer, too.
+        """
+        if self.order is None:
+            return math.gcd(self.start, offset)
+        starts = np.flatnonzero(np.diff(self.order, prepend=-2) != 1)
+        return int(np.gcd.reduce(np.concatenate((starts + offset, self.order[starts]))))
 
 
 class ColumnParallelLinear(LinearLayer):
@@ -110,14 +119,14 @@ class ColumnParallelLinear(LinearLayer):
         for shard_id, shard in shards.items():
             self.rows[shard_id] = slice(rows, rows + shard.size)
             rows += shard.size
-        self.num_rows = rows
-        self.set_format(allocate_weight(rows, in_features, dtype, self.weight_loader))
+        alignment = math.gcd(*(shard.alignment(self.rows[shard_id].start) for shard_id, shard in shards.items()))
+        self.set_format(allocate_weight(rows, in_features, dtype, self.weight_loader, alignment))
         self.bias = make_parameter(rows, dtype=dtype, weight_loader=self.weight_loader) if bias else None
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId) -> None:
         target = self._target(param, shard_id)
         check_shape(loaded, target.shape)
-        target.shard.copy_(self.shards[shard_id].take(loaded, block_of(param)[0]))
+        target.shard.copy_(self.shards[shard_id].take(loaded, param))
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
         parent = prefix.rpartition(".")[0]
@@ -131,21 +140,21 @@ class ColumnParallelLinear(LinearLayer):
 
     def _merged(self, name: str, param: nn.Parameter) -> dict[ShardId, MergedTensor]:
         """Return the parts of the tensor `name`, which some checkpoints have in place of one for each shard."""
-        if not self.may_be_merged or block_of(param)[0] > 1:
+        block, totals = block_of(param)[0], [shard.total for shard in self.shards.values()]
+        if not self.may_be_merged or any(total % block for total in totals):
             return {}
         parts, start = {}, 0
-        shape = (sum(shard.total for shard in self.shards.values()), *param.shape[1:])
-        for shard_id, shard in self.shards.items():
-            parts[shard_id] = MergedTensor(name, shape, slice(start, start + shard.total))
-            start += shard.total
+        shape = (sum(totals) // block, *param.shape[1:])
+        for shard_id, total in zip(self.shards, totals, strict=True):
+            parts[shard_id] = MergedTensor(name, shape, slice(start, start + total // block))
+            start += total // block
         return parts
 
     def _target(self, param: nn.Parameter, shard_id: ShardId) -> CheckpointTensor:
         """Return the tensor that fills a shard of `param`."""
-        shard, block = self.shards[shard_id], block_of(param)[0]
-        shard.rows(block)  # raises ValueError if a border lies inside a block
-        shape = (ceil_div(shard.total, block), *param.shape[1:])
-        return CheckpointTensor(param, shape, shard_id, rows=in_blocks(self.rows[shard_id], self.num_rows, block))
+        rows, step = self.rows[shard_id], row_block_of(param)
+        shape = (ceil_div(self.shards[shard_id].total, block_of(param)[0]), *param.shape[1:])
+        return CheckpointTensor(param, shape, shard_id, rows=slice(rows.start // step, ceil_div(rows.stop, step)))
 
     def forward(self, x: torch.Tensor | Normed | Residual) -> torch.Tensor:
         x, norm = as_normed(x)
@@ -259,7 +268,7 @@ class RowParallelLinear(LinearLayer):
         self.in_features = in_features
         size = divide("input size of a row-parallel layer", in_features, self.tp)
         self.columns = slice(self.tp.rank * size, (self.tp.rank + 1) * size)
-        self.set_format(allocate_weight(out_features, size, dtype, self.weight_loader))
+        self.set_format(allocate_weight(out_features, size, dtype, self.weight_loader, 0))
         self.bias = make_parameter(out_features, dtype=dtype) if bias else None
         self.zero_bias: torch.Tensor
         self.register_buffer("zero_bias", torch.zeros(out_features, dtype=dtype), persistent=False)

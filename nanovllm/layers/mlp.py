@@ -6,11 +6,15 @@ from torch import nn
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import GateUpParallelLinear, PendingGemm, RowParallelLinear
 from nanovllm.layers.residual import Normed, Residual
-from nanovllm.weights.formats import AllocateWeight, Plain
+from nanovllm.weights.fp8 import PLAIN_FORMATS, LayerFormats
 
 
 class MLP(nn.Module):
-    """down(silu(gate x) * up x) (SwiGLU), split over the ranks by the inner size."""
+    """down(silu(gate x) * up x) (SwiGLU), split over the ranks by the inner size.
+
+    Args:
+        formats: chooses the formats of the weights.
+    """
 
     def __init__(
         self,
@@ -20,13 +24,20 @@ class MLP(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         tp: TensorParallel | None = None,
-        allocate_weight: AllocateWeight = Plain.allocate,
+        formats: LayerFormats = PLAIN_FORMATS,
     ):
         super().__init__()
-        sizes = hidden_size, intermediate_size
-        self.gate_up_proj = GateUpParallelLinear(*sizes, bias, dtype=dtype, tp=tp, allocate_weight=allocate_weight)
-        sizes = intermediate_size, hidden_size
-        self.down_proj = RowParallelLinear(*sizes, bias, dtype=dtype, tp=tp, allocate_weight=allocate_weight)
+        self.gate_up_proj = GateUpParallelLinear(
+            hidden_size,
+            intermediate_size,
+            bias,
+            dtype=dtype,
+            tp=tp,
+            allocate_weight=formats.weight("gate_proj", "up_proj"),
+        )
+        self.down_proj = RowParallelLinear(
+            intermediate_size, hidden_size, bias, dtype=dtype, tp=tp, allocate_weight=formats.weight("down_proj")
+        )
 
     def forward(self, x: Normed | Residual) -> PendingGemm:
         return self.down_proj(self.gate_up_proj(x))

@@ -10,10 +10,19 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import ColumnParallelLinear, Shard, divide
 from nanovllm.layers.mlp import MLP
 from nanovllm.layers.residual import Normed, Residual
-from nanovllm.ops.moe.experts import Shared, check_expert_sizes, experts, is_expert_gemv
+from nanovllm.ops.moe.experts import Shared
 from nanovllm.ops.moe.router import route
-from nanovllm.weights.formats import Plain
-from nanovllm.weights.parameter import CheckpointTensor, MergedTensor, ShardId, check_shape, make_parameter
+from nanovllm.weights.formats import ExpertFormat, ExpertSizes, Plain
+from nanovllm.weights.fp8 import PLAIN_FORMATS, LayerFormats
+from nanovllm.weights.parameter import (
+    CheckpointTensor,
+    MergedTensor,
+    ShardId,
+    block_of,
+    check_shape,
+    in_blocks,
+    row_block_of,
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,8 @@ class Router(ColumnParallelLinear):
         return *route(logits, self.config.experts_per_token, self.config.norm_topk_prob, logits.dtype), gate
 
 
-def _allocate_aligned(rows: int, columns: int, dtype: torch.dtype | None, weight_loader) -> Plain:
-    weight_format = Plain.allocate(ceil_div(rows, 8) * 8, columns, dtype, weight_loader)
+def _allocate_aligned(rows: int, columns: int, dtype: torch.dtype | None, weight_loader, alignment: int) -> Plain:
+    weight_format = Plain.allocate(ceil_div(rows, 8) * 8, columns, dtype, weight_loader, alignment)
     weight_format.weight[rows:].zero_()
     return weight_format
 
@@ -67,52 +76,81 @@ def _allocate_aligned(rows: int, columns: int, dtype: torch.dtype | None, weight
 class Experts(nn.Module):
     """The experts' weights: gate_up_proj [E, 2 I / ranks, H] and down_proj [E, H, I / ranks], split by the inner size.
 
-    Checkpoints have three tensors for each expert, or two for all of them.
+    Checkpoints have three tensors for each expert, or two for all of them. A format may add scales of each.
     """
 
-    def __init__(self, config: MoEConfig, hidden_size: int, dtype: torch.dtype | None, tp: TensorParallel):
+    def __init__(
+        self,
+        config: MoEConfig,
+        hidden_size: int,
+        dtype: torch.dtype | None,
+        tp: TensorParallel,
+        formats: LayerFormats,
+    ):
         super().__init__()
         self.tp = tp
-        self.intermediate_size = config.intermediate_size
-        size = divide("moe_intermediate_size", config.intermediate_size, tp)
-        check_expert_sizes(hidden_size, size, dtype)
-        self.own = slice(tp.rank * size, (tp.rank + 1) * size)
-        gate_up, down = (config.num_experts, 2 * size, hidden_size), (config.num_experts, hidden_size, size)
-        self.gate_up_proj = make_parameter(*gate_up, dtype=dtype, weight_loader=self.load_gate_up)
-        self.down_proj = make_parameter(*down, dtype=dtype, weight_loader=self.load_down)
+        self.sizes = config.num_experts, config.intermediate_size, hidden_size
+        self.size = divide("moe_intermediate_size", config.intermediate_size, tp)
+        # The gates of an expert; its ups have the same rows.
+        self.shard = Shard("gate_proj", total=config.intermediate_size, start=tp.rank * self.size, size=self.size)
+        sizes = ExpertSizes(config.num_experts, hidden_size, self.size, self.shard.alignment(offset=self.size))
+        self.format: ExpertFormat = formats.experts()(sizes, dtype, self.load_gate_up, self.load_down)
+        for end, (gate_up, down) in self.format.parameters.items():
+            self.register_parameter(f"gate_up_proj{end}", gate_up)
+            self.register_parameter(f"down_proj{end}", down)
 
     def load_gate_up(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: tuple[int, int]) -> None:
         """Load one expert's gate, `shard_id` (expert, 0), or up, (expert, 1)."""
-        check_shape(loaded, (self.intermediate_size, param.shape[2]))
+        check_shape(loaded, self._gate_shape(param))
         expert, half = shard_id
-        param[expert].chunk(2)[half].copy_(loaded[self.own])
+        param[expert].chunk(2)[half].copy_(self.shard.take(loaded, param))
 
     def load_down(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: int) -> None:
-        check_shape(loaded, (param.shape[1], self.intermediate_size))
-        param[shard_id].copy_(loaded[:, self.own])
+        shape, columns = self._down_slice(param)
+        check_shape(loaded, shape)
+        param[shard_id].copy_(loaded[:, columns])
+
+    def _gate_shape(self, gate_up: nn.Parameter) -> tuple[int, int]:
+        """Return the shape of the tensor of one expert's gate, or of its up."""
+        return ceil_div(self.sizes[1], block_of(gate_up)[0]), gate_up.shape[2]
+
+    def _down_slice(self, down: nn.Parameter) -> tuple[tuple[int, int], slice]:
+        """Return the shape of the tensor of one expert's down projection, and the columns that this rank loads."""
+        _, inner, _ = self.sizes
+        start, block = self.shard.start, block_of(down)[1]
+        columns = in_blocks(slice(start, start + self.size), inner, block)
+        return (down.shape[1], ceil_div(inner, block)), columns
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
-        num_experts, hidden, size = self.down_proj.shape
-        inner = self.intermediate_size
         tensors = {}
-        for expert in range(num_experts):
-            for half, name in enumerate(("gate_proj", "up_proj")):
-                location = expert, slice(half * inner, (half + 1) * inner)
-                tensors[f"{prefix}.{expert}.{name}.weight"] = CheckpointTensor(
-                    self.gate_up_proj,
-                    (inner, hidden),
-                    shard_id=(expert, half),
-                    rows=(expert, slice(half * size, (half + 1) * size)),
-                    merged=MergedTensor(f"{prefix}.gate_up_proj", (num_experts, 2 * inner, hidden), location),
+        for end, (gate_up, down) in self.format.parameters.items():
+            for expert in range(self.sizes[0]):
+                for half, name in enumerate(("gate_proj", "up_proj")):
+                    tensors[f"{prefix}.{expert}.{name}.weight{end}"] = self._gate_tensor(
+                        gate_up, f"{prefix}.gate_up_proj{end}", expert, half
+                    )
+                tensors[f"{prefix}.{expert}.down_proj.weight{end}"] = self._down_tensor(
+                    down, f"{prefix}.down_proj{end}", expert
                 )
-            tensors[f"{prefix}.{expert}.down_proj.weight"] = CheckpointTensor(
-                self.down_proj,
-                (hidden, inner),
-                shard_id=expert,
-                rows=(expert,),
-                merged=MergedTensor(f"{prefix}.down_proj", (num_experts, hidden, inner), (expert,)),
-            )
         return tensors
+
+    def _gate_tensor(self, gate_up: nn.Parameter, merged: str, expert: int, half: int) -> CheckpointTensor:
+        """Return the target of one expert's gate or up, which is a part of the tensor `merged` in some checkpoints."""
+        num_experts, inner, _ = self.sizes
+        rows, columns = self._gate_shape(gate_up)
+        size = self.size // row_block_of(gate_up)
+        part = None
+        if inner % block_of(gate_up)[0] == 0:  # otherwise a block of the merged tensor has rows of gate and of up
+            location = expert, slice(half * rows, (half + 1) * rows)
+            part = MergedTensor(merged, (num_experts, 2 * rows, columns), location)
+        target = expert, slice(half * size, (half + 1) * size)
+        return CheckpointTensor(gate_up, (rows, columns), shard_id=(expert, half), rows=target, merged=part)
+
+    def _down_tensor(self, down: nn.Parameter, merged: str, expert: int) -> CheckpointTensor:
+        """Return the target of one expert's down projection."""
+        shape, _ = self._down_slice(down)
+        part = MergedTensor(merged, (self.sizes[0], *shape), (expert,))
+        return CheckpointTensor(down, shape, shard_id=expert, rows=(expert,), merged=part)
 
 
 class SparseMoE(nn.Module):
@@ -121,6 +159,7 @@ class SparseMoE(nn.Module):
     Args:
         config: numbers and sizes of experts. The number of ranks must divide the inner sizes.
         hidden_size: size of the input.
+        formats: chooses the formats of the weights.
     """
 
     def __init__(
@@ -130,17 +169,19 @@ class SparseMoE(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         tp: TensorParallel | None = None,
+        formats: LayerFormats = PLAIN_FORMATS,
     ):
         super().__init__()
         tp = tp or TensorParallel.default()
         self.gate = Router(config, hidden_size, dtype)
-        self.experts = Experts(config, hidden_size, dtype, tp)
+        self.experts = Experts(config, hidden_size, dtype, tp, formats.of("experts"))
         self.shared_expert = None
         if config.shared_intermediate_size:
-            self.shared_expert = MLP(hidden_size, config.shared_intermediate_size, dtype=dtype, tp=tp)
+            options = {"dtype": dtype, "tp": tp, "formats": formats.of("shared_expert")}
+            self.shared_expert = MLP(hidden_size, config.shared_intermediate_size, **options)
 
     def forward(self, x: Normed) -> "PendingExperts":
-        if not is_expert_gemv(x.x, self.experts.down_proj, self.gate.config.experts_per_token):
+        if not self.experts.format.is_gemv(x.x, self.gate.config.experts_per_token):
             x = x.computed()
         ids, weights, gate = self.gate.choose(x)
         shared = None if self.shared_expert is None else (self.shared_expert(x).summand(), gate)
@@ -164,10 +205,8 @@ class PendingExperts:
         """Run the experts and add them to the residual stream, whose memory may be overwritten."""
         layer, (x, norm) = self.layer, self.x
         stream = residual.sum()
-        summand = experts(
+        summand = layer.format.run(
             x,
-            layer.gate_up_proj,
-            layer.down_proj,
             self.ids,
             self.weights,
             norm=norm,

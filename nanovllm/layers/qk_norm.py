@@ -25,7 +25,7 @@ class QKNorm(nn.Module):
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: str) -> None:
         shard = self.shards[shard_id]
         check_shape(loaded, (shard.total,))
-        param.copy_(shard.take(loaded, block=1))
+        param.copy_(shard.take(loaded, param))
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
         parent = prefix.rpartition(".")[0]

@@ -33,6 +33,7 @@ class SelfAttention(nn.Module):
         self, config: ModelConfig, index: int, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel
     ):
         super().__init__()
+        formats = config.formats(index, "self_attn")
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,
             head_dim=config.head_dim,
@@ -42,7 +43,7 @@ class SelfAttention(nn.Module):
             layout=_head_layout(config, rotary),
             dtype=dtype,
             tp=tp,
-            allocate_weight=config.allocate_weight,
+            allocate_weight=formats.weight("q_proj", "k_proj", "v_proj"),
         )
         self.attn = Attention(
             num_heads=self.qkv_proj.num_heads,
@@ -59,7 +60,12 @@ class SelfAttention(nn.Module):
             self.qk_norm = QKNorm(self.qkv_proj, config.rms_norm_eps, dtype=dtype, tp=tp)
         attended_size = config.num_heads * config.head_dim
         self.o_proj = RowParallelLinear(
-            attended_size, config.hidden_size, config.o_bias, dtype=dtype, tp=tp, allocate_weight=config.allocate_weight
+            attended_size,
+            config.hidden_size,
+            config.o_bias,
+            dtype=dtype,
+            tp=tp,
+            allocate_weight=formats.weight("o_proj"),
         )
 
     def forward(self, x: Normed | Residual, positions: torch.Tensor, last: torch.Tensor | None) -> PendingGemm:
@@ -106,24 +112,23 @@ class DecoderLayer(nn.Module):
         self.is_recurrent = config.is_recurrent(index)
         self.input_layernorm = _norm(config, dtype)
         if config.linear_attention is not None and self.is_recurrent:
-            options = {"dtype": dtype, "state_dtype": state_dtype, "tp": tp}
             self.linear_attn = GatedDeltaNet(
-                config.linear_attention, config.hidden_size, config.rms_norm_eps, **options
+                config.linear_attention,
+                config.hidden_size,
+                config.rms_norm_eps,
+                dtype=dtype,
+                state_dtype=state_dtype,
+                tp=tp,
+                formats=config.formats(index, "linear_attn"),
             )
         else:
             self.self_attn = SelfAttention(config, index, rotary, dtype, tp)
         self.post_attention_layernorm = _norm(config, dtype)
+        options = {"dtype": dtype, "tp": tp, "formats": config.formats(index, "mlp")}
         if config.moe is not None and index not in config.moe.dense_layers:
-            self.mlp = SparseMoE(config.moe, config.hidden_size, dtype=dtype, tp=tp)
+            self.mlp = SparseMoE(config.moe, config.hidden_size, **options)
         else:
-            self.mlp = MLP(
-                config.hidden_size,
-                config.intermediate_size,
-                config.mlp_bias,
-                dtype=dtype,
-                tp=tp,
-                allocate_weight=config.allocate_weight,
-            )
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias, **options)
 
     def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
         """Return the residual stream of all tokens, or only of the tokens at the indices `last` [L].
@@ -148,6 +153,11 @@ class PostNormLayer(DecoderLayer):
         attended = self.post_attention_layernorm(self.self_attn(residual, positions, last))
         residual = (residual if last is None else residual[last]) + attended
         return residual + self.post_feedforward_layernorm(self.mlp(residual))
+
+
+def _kind(module: nn.Module) -> tuple[type, type]:
+    """Return the class of a module, and of its weights' format if it has one."""
+    return type(module), type(getattr(module, "format", None))
 
 
 def _norm(config: ModelConfig, dtype: torch.dtype | None) -> RMSNorm:
@@ -234,11 +244,11 @@ class Decoder(nn.Module):
     def few_layers(self) -> Iterator[None]:
         """Let the decoder have few layers within the body: the first one of each kind, and the last one.
 
-        The other layers use no other kernels. Layers are of one kind if they have the same type and their children the
-        same classes.
+        The other layers use no other kernels. Layers are of one kind if they have the same type, and their modules the
+        same classes and formats.
         """
         layers = self.layers
-        kinds = {(layer.layer_type, *map(type, layer.children())): layer for layer in reversed(layers)}
+        kinds = {(layer.layer_type, *map(_kind, layer.modules())): layer for layer in reversed(layers)}
         self.layers = nn.ModuleList(dict.fromkeys([*kinds.values(), layers[-1]]))
         try:
             yield

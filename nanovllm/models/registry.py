@@ -13,7 +13,7 @@ from nanovllm.layers.gated_delta_net import LinearAttentionConfig
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES, ROPE_WITH_ORIGINAL, rope_frequencies
 from nanovllm.ops.gdn.inputs import CONV_WIDTH
-from nanovllm.weights.formats import AllocateWeight, Plain
+from nanovllm.weights.fp8 import Fp8Scheme, LayerFormats
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ _KINDS = {
 # Types of options that equal models share.
 _COMPARABLE = (*_KINDS, tuple[int, ...], tuple[str, ...] | None, int | None)
 # Options that `check_same_model` need not compare: other checks cover them, or the weights do not depend on them.
-_FREE_OPTIONS = {"max_position", "rope_theta", "tie_word_embeddings", "separate_head", "eos_token_ids"}
+_FREE_OPTIONS = {"max_position", "rope_theta", "tie_word_embeddings", "separate_head", "eos_token_ids", "quantization"}
 _MAX_END_IDS = 1024  # real models have a few
 MAX_EXPERTS, _MAX_EXPERTS_PER_TOKEN = 4096, 64  # kernels hold so many in registers; real models have up to 512 and 22
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,8 +87,9 @@ Rope: TypeAlias = tuple[float, dict[str, Any] | None]  # theta and the scaling o
 def unsupported(feature: str) -> ValueError:
     """Return the error for a model with this feature. It lists the supported ones."""
     return ValueError(
-        f"{feature} is not supported; supported are unquantised models of the types "
-        f"{', '.join(FAMILIES)} (GGUF files may be quantised), with RoPE of the types {', '.join(ROPE_TYPES)}"
+        f"{feature} is not supported; supported are models of the types {', '.join(FAMILIES)}, with RoPE of the types "
+        f"{', '.join(ROPE_TYPES)}: unquantised, as GGUF files, or in FP8 with dynamic activations (quant_method 'fp8' "
+        "with a weight_block_size, or 'compressed-tensors')"
     )
 
 
@@ -176,7 +177,7 @@ class ModelConfig:
         dtype: dtype of the checkpoint.
         eos_token_ids: ids that end a text.
         moe: the mixtures of experts in place of MLPs; None if all layers are dense.
-        allocate_weight: makes the weights of attention and MLP in the checkpoint's format. The head's format is Plain.
+        quantization: how the linear layers are quantised; None if they are not. The head's format is Plain.
 
     Raises:
         ValueError: the model is not supported.
@@ -213,7 +214,7 @@ class ModelConfig:
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
     moe: MoEConfig | None = None
-    allocate_weight: AllocateWeight = Plain.allocate
+    quantization: Fp8Scheme | None = None
 
     def __post_init__(self):
         check_model_type(self.model_type)
@@ -242,6 +243,10 @@ class ModelConfig:
     def layer_type(self, index: int) -> str:
         """Return the type of a layer, one of LAYER_TYPES."""
         return "full_attention" if self.layer_types is None else self.layer_types[index]
+
+    def formats(self, index: int, part: str) -> LayerFormats:
+        """Return what chooses the formats of the weights in a part of a layer, such as "mlp"."""
+        return LayerFormats(self.quantization, f"model.layers.{index}.{part}")
 
     def is_recurrent(self, index: int) -> bool:
         """Return whether the layer with this index has linear attention."""
@@ -331,6 +336,10 @@ class ModelConfig:
                 is_same = mine == theirs
             if not is_same:
                 raise ValueError(f"the checkpoint's {name} is {shown(theirs)}, but the model's is {shown(mine)}")
+        mine, theirs = (None if scheme is None else scheme.layout for scheme in (self.quantization, other.quantization))
+        quantizes = self.quantization is not None and self.quantization.quantizes
+        if mine != theirs and not (theirs is None and quantizes):
+            raise ValueError(f"the checkpoint's quantization is {theirs}, but the model's is {mine}")
         for index in range(self.num_layers):
             (theta, scaling), (their_theta, their_scaling) = self.rope(index), other.rope(index)
             with torch.device("cpu"):  # not the caller's default device, which may be "meta"
@@ -383,6 +392,7 @@ class ModelConfig:
             dtype=_first_given(stated_dtype(whole), torch.float32),
             eos_token_ids=ends,
             moe=_moe(config) if config.model_type in _MOE_FAMILIES else None,
+            quantization=_quantization(whole) or _quantization(config),
             **_family_options(config, layer_types),
         )
 
@@ -405,9 +415,11 @@ def _comparable(config: Any) -> dict[str, Any]:
     options = {}
     for field in fields(config):
         value = getattr(config, field.name)
+        if field.name in _FREE_OPTIONS:
+            continue
         if is_dataclass(value):
             options |= {f"{field.name}.{name}": option for name, option in _comparable(value).items()}
-        elif field.type in _COMPARABLE and field.name not in _FREE_OPTIONS:
+        elif field.type in _COMPARABLE:
             options[field.name] = value
     return options
 
@@ -459,10 +471,16 @@ def check_model_type(model_type: Any) -> None:
 
 def _check_variant(config: Any) -> None:
     """Raise ValueError for an unsupported variant of a supported family."""
-    if getattr(config, "quantization_config", None):
-        raise unsupported("a quantised checkpoint (quantization_config)")
     if getattr(config, "hidden_act", "silu") != "silu":
         raise unsupported(f"hidden_act={shown(config.hidden_act)}")
+
+
+def _quantization(config: Any) -> Fp8Scheme | None:
+    options = getattr(config, "quantization_config", None)
+    try:
+        return Fp8Scheme.from_hf(options) if options else None
+    except ValueError as error:
+        raise unsupported(str(error)) from None
 
 
 def _family_options(config: Any, layer_types: tuple[str, ...] | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.messages import NO_TOKENS, Batch, Row, StepOutput
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
+from nanovllm.ops.fp8.reference import FP8
 from nanovllm.ops.inputs.step_rows import StepRows
 from nanovllm.ops.linear.gemm import MAX_TILES
 from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launch
@@ -109,6 +110,11 @@ class ModelRunner:
                 state_dtype=getattr(torch, self.config.state_dtype),
                 tp=self.tp,
                 max_position=self.max_model_len,
+            )
+        is_dequantized = source.config.quantization and not any(p.dtype == FP8 for p in self.model.parameters())
+        if is_dequantized and self.tp.rank == 0:
+            logger.info(
+                "FP8 weights are dequantised to %s: no kernel on %s computes with them", self.dtype, self.device
             )
         self.pool = StatePool(self.model, self.block_size, self.device, self.kv_dtype)
         max_kv_heads = max(kind.kv_heads for kind in self.pool.kv_kinds)

@@ -1,16 +1,16 @@
-"""Weight formats: the memory layout of a linear layer's weight [N, K], and the GEMMs that read it.
+"""Weight formats: the memory layout of a linear layer's weight [N, K] or of experts, and the GEMMs that read it.
 
 A format owns its parameters, their conversion after loading, and its GEMMs. The layer owns the bias, the sharding and
 the names in the checkpoint, of which a format gives the last part.
 
-To add a format, such as FP8 with scales, subclass WeightFormat. Write an `allocate` as AllocateWeight describes it,
-`parameters`, and `matmul` for any number of tokens. Override the other methods if fused kernels can read the format.
-Set `ModelConfig.allocate_weight` where the checkpoint's config asks for the format.
+To add a format, subclass WeightFormat. Write an `allocate` as AllocateWeight describes it, `parameters`, and `matmul`
+for any number of tokens. Override the other methods if fused kernels can read the format. `LayerFormats` in fp8.py
+chooses a format for each layer.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from nanovllm.ops.comm.peer_memory import PeerMemory
 from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.linear import linear as ops_linear
 from nanovllm.ops.linear.silu_mul import silu_mul
+from nanovllm.ops.moe.experts import Shared, check_expert_sizes, experts, is_expert_gemv
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.weights.parameter import make_parameter
 
@@ -89,9 +90,11 @@ class WeightFormat(ABC):
 
 
 # Makes a format for a weight of the given rows, columns and dtype, uninitialised on the current default device. The
-# last argument becomes the `weight_loader` of all parameters. Parameters with an element for each block of the weight,
-# such as scales, are made with that `block`; see `make_parameter`.
-AllocateWeight: TypeAlias = Callable[[int, int, torch.dtype | None, Callable[..., None]], WeightFormat]
+# fourth argument becomes the `weight_loader` of all parameters. Parameters with an element for each block of the
+# weight, such as scales, are made with that `block`; see `make_parameter`. The last argument is the layer's alignment:
+# runs of rows that are successive in the checkpoint start at multiples of it there, and in the layer. If it is no
+# multiple of a block's rows, such parameters need a row for each row of the weight.
+AllocateWeight: TypeAlias = Callable[[int, int, torch.dtype | None, Callable[..., None], int], WeightFormat]
 
 
 class Plain(WeightFormat):
@@ -108,7 +111,12 @@ class Plain(WeightFormat):
 
     @classmethod
     def allocate(
-        cls, rows: int, columns: int, dtype: torch.dtype | None, weight_loader: Callable[..., None]
+        cls,
+        rows: int,
+        columns: int,
+        dtype: torch.dtype | None,
+        weight_loader: Callable[..., None],
+        alignment: int = 0,
     ) -> "Plain":
         """Make the parameter [rows, columns]; see AllocateWeight."""
         return cls(make_parameter(rows, columns, dtype=dtype, weight_loader=weight_loader))
@@ -167,3 +175,78 @@ class Packed(WeightFormat):
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+
+
+class ExpertFormat(ABC):
+    """The weights of experts, gate and up [E, 2 I, H] and down [E, H, I], and what computes with them."""
+
+    gate_up: nn.Parameter
+    down: nn.Parameter
+
+    @property
+    def parameters(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """The parameters of gate and up, and those of down, by the ends of their names in checkpoints."""
+        return {"": (self.gate_up, self.down)}
+
+    def is_gemv(self, x: torch.Tensor, top_k: int) -> bool:
+        """Return whether `run` computes x [T, H] with kernels that normalize x themselves."""
+        return is_expert_gemv(x, self.down, top_k)
+
+    @abstractmethod
+    def run(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        norm: tuple[torch.Tensor, float] | None = None,
+        residual: torch.Tensor | None = None,
+        shared: Shared | None = None,
+    ) -> torch.Tensor:
+        """Return the sum over each token's experts; see `experts` in ops/moe."""
+
+
+class ExpertSizes(NamedTuple):
+    """The sizes of the experts' weights on this rank.
+
+    Attributes:
+        num_experts, hidden, inner: E, H and I.
+        alignment: the inner size starts in the checkpoint and ends in the layer at multiples of this number.
+    """
+
+    num_experts: int
+    hidden: int
+    inner: int
+    alignment: int
+
+
+# Makes a format of the given sizes and dtype, uninitialised on the current default device. The other arguments become
+# the `weight_loader` of the parameters of gate and up, and of down. See AllocateWeight for those with blocks.
+AllocateExperts: TypeAlias = Callable[
+    [ExpertSizes, torch.dtype | None, Callable[..., None], Callable[..., None]], ExpertFormat
+]
+
+
+class PlainExperts(ExpertFormat):
+    """The weights as they are in a checkpoint."""
+
+    def __init__(self, gate_up: nn.Parameter, down: nn.Parameter):
+        self.gate_up, self.down = gate_up, down
+
+    @classmethod
+    def allocate(
+        cls,
+        sizes: ExpertSizes,
+        dtype: torch.dtype | None,
+        load_gate_up: Callable[..., None],
+        load_down: Callable[..., None],
+    ) -> "PlainExperts":
+        """Make the parameters; see AllocateExperts."""
+        num_experts, hidden, inner, _ = sizes
+        check_expert_sizes(hidden, inner, dtype)
+        return cls(
+            make_parameter(num_experts, 2 * inner, hidden, dtype=dtype, weight_loader=load_gate_up),
+            make_parameter(num_experts, hidden, inner, dtype=dtype, weight_loader=load_down),
+        )
+
+    def run(self, x, ids, weights, norm=None, residual=None, shared=None) -> torch.Tensor:
+        return experts(x, self.gate_up, self.down, ids, weights, norm=norm, residual=residual, shared=shared)

@@ -2,7 +2,9 @@
 
 A parameter has the attribute `weight_loader(param, loaded, shard_id=None)`, which copies this rank's slice of a whole
 checkpoint tensor. `shard_id` names the shard of a merged parameter. The attribute `block` is the number of rows and of
-columns of a weight that one element of the parameter covers: (1, 1) for the weight itself, more for scales of blocks.
+columns of a weight that one element of the checkpoint tensor covers: (1, 1) for the weight itself, more for scales of
+blocks. The attribute `row_block` is the number of rows that one element of the parameter covers: as many, or 1 if a
+shard does not consist of whole blocks.
 
 Checkpoints differ in which tensors they merge. Layers declare the separate tensors, and in which merged tensor some
 checkpoints have them.
@@ -99,7 +101,7 @@ def check_dtype(loaded: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 def in_blocks(part: slice, size: int, block: int) -> slice:
-    """Return the slice of a parameter's blocks that covers rows or columns of a weight.
+    """Return the slice of a tensor's blocks that covers rows or columns of a weight.
 
     Args:
         part: the rows or columns.
@@ -107,9 +109,10 @@ def in_blocks(part: slice, size: int, block: int) -> slice:
         block: number of rows or columns in a block.
 
     Raises:
-        ValueError: a border of `part` lies inside a block.
+        ValueError: `part` has a border inside a block, and is not inside one block.
     """
-    if part.start % block or (part.stop % block and part.stop < size):
+    is_inside = part.start // block == (part.stop - 1) // block
+    if not is_inside and (part.start % block or (part.stop % block and part.stop < size)):
         raise ValueError(
             f"the shard {part.start}:{part.stop} of a weight's {size} rows or columns must start and stop at multiples "
             f"of {block}, the block size of its format; another tensor_parallel_size may do that"
@@ -117,21 +120,19 @@ def in_blocks(part: slice, size: int, block: int) -> slice:
     return slice(part.start // block, ceil_div(part.stop, block))
 
 
-def order_in_blocks(order: np.ndarray, block: int) -> np.ndarray:
-    """Return the order of a parameter's blocks for rows of a weight in the order `order`.
-
-    Raises:
-        ValueError: the order moves a part of a block.
-    """
-    first = order[::block]
-    if not np.array_equal(order, (first[:, None] + np.arange(block)).ravel()[: len(order)]) or np.any(first % block):
-        raise ValueError(f"the weight's rows must keep whole blocks of {block} rows, the block size of its format")
-    return first // block
-
-
 def block_of(param: nn.Parameter) -> tuple[int, int]:
-    """Return how many rows and columns of a weight one element of the parameter covers."""
+    """Return how many rows and columns of a weight one element of the parameter's checkpoint tensor covers."""
     return getattr(param, "block", (1, 1))
+
+
+def is_scale(param: nn.Parameter) -> bool:
+    """Return whether the parameter has scales of a weight, one for each block."""
+    return block_of(param) != (1, 1)
+
+
+def row_block_of(param: nn.Parameter) -> int:
+    """Return how many rows of a weight one element of the parameter covers."""
+    return getattr(param, "row_block", 1)
 
 
 def is_finite(x: torch.Tensor) -> torch.Tensor:
@@ -159,15 +160,18 @@ def make_parameter(
     dtype: torch.dtype | None = None,
     weight_loader: Callable[..., None] = load_whole,
     block: tuple[int, int] = (1, 1),
+    row_block: int | None = None,
 ) -> nn.Parameter:
     """Make an uninitialised parameter without gradient on the current default device.
 
     Args:
-        block: how many rows and columns of a weight one element covers.
+        block: how many rows and columns of a weight one element of the checkpoint tensor covers.
+        row_block: how many rows one element of the parameter covers; block[0] if None.
     """
     param = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
     param.weight_loader = weight_loader  # pyright: ignore[reportAttributeAccessIssue]
     param.block = block  # pyright: ignore[reportAttributeAccessIssue]
+    param.row_block = block[0] if row_block is None else row_block  # pyright: ignore[reportAttributeAccessIssue]
     return param
 
 

@@ -1,6 +1,5 @@
 """Tests what training loops need: update the weights in place, give memory back and take it again."""
 
-import dataclasses
 import os
 import random
 import signal
@@ -14,10 +13,8 @@ from nanovllm.checkpoints.hub import open_model
 from nanovllm.executor.processes import RankProcesses
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.rotary_embedding import rope_frequencies
-from nanovllm.models.registry import ModelConfig
 from tests.engine.reference import load_reference, reference_greedy
 from tests.helpers import engine, finish, greedy, prompts_of, tokens
-from tests.models.test_formats import BlockScaled, block_scaled_model
 from tests.models.test_gguf import write_gguf
 from tests.models.tiny import save_tiny, tiny_model
 
@@ -241,36 +238,6 @@ def test_an_update_from_a_gguf_file_of_the_same_scaled_rope_is_accepted(tmp_path
         with pytest.raises(ValueError, match="the checkpoint's RoPE"):
             llm.update_weights(other)
         assert llm.update_weights(file) == 1
-
-
-def test_block_scaled_weights_load_update_and_sleep_like_plain_ones(tmp_path, monkeypatch):
-    from_hf = ModelConfig.from_hf
-
-    def block_scaled(*args):
-        return dataclasses.replace(from_hf(*args), allocate_weight=BlockScaled.allocate)
-
-    options, prompts = dict(head_dim=16, intermediate_size=96), prompts_of([5, 33])
-    paths, want = [], []
-    for seed in range(2):
-        _, checkpoint, plain_checkpoint = block_scaled_model(seed)
-        for weights in (plain_checkpoint, checkpoint):
-            path = save_tiny(tmp_path / f"{seed}-{len(weights)}", "llama-bias", seed, **options)
-            save_file(weights, path / "model.safetensors", {"format": "pt"})
-            paths.append(path)
-        with engine(paths[-2]) as llm:
-            want.append(tokens(llm, prompts, greedy(9)))
-    monkeypatch.setattr(ModelConfig, "from_hf", block_scaled)
-    with engine(paths[1]) as llm:
-        assert tokens(llm, prompts, greedy(9)) == want[0] != want[1]
-        llm.sleep(2)
-        llm.wake_up(tags=["weights"])
-        llm.start_weight_update()
-        Trainer(paths[3]).load(llm.load_weights)
-        llm.finish_weight_update()
-        llm.wake_up()
-        assert tokens(llm, prompts, greedy(9)) == want[1]
-        llm.update_weights(paths[1])
-        assert tokens(llm, prompts, greedy(9)) == want[0]
 
 
 def test_errors_of_an_update_with_long_names_are_short(models):

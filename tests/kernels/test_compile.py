@@ -26,12 +26,13 @@ from nanovllm.ops.attention import decode_attention as decode, prefill_attention
 from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launch
 from nanovllm.ops.attention import decode_plan, paged_cache, rope_decode, shared_prefix
 from nanovllm.ops.comm import collectives, overlapped_all_reduce, peer_memory
+from nanovllm.ops.fp8 import experts as fp8_experts, linear as fp8_linear
 from nanovllm.ops.gdn import copy_slots, gated_delta_net, inputs as gdn_inputs, prompt as gdn_prompt
 from nanovllm.ops.gdn import rows as gdn_rows
 from nanovllm.ops.inputs import embedding, step_inputs, step_rows
 from nanovllm.ops.linear import gemm, gemv, sigmoid_mul, silu_mul, swiglu
-from nanovllm.ops.moe import alignment, experts, router
-from nanovllm.ops.moe.dispatch import TILINGS
+from nanovllm.ops.moe import alignment, expert_gemv, experts, router
+from nanovllm.ops.moe.dispatch import FP8_TILINGS, TILINGS
 from nanovllm.ops.norm_rope import qk_transform, rms_norm, rope_store
 from nanovllm.ops.sampling import sampling, state as sampling_state
 
@@ -62,6 +63,21 @@ def call_all():
             experts.experts_gemv_triton(*operands, (weight, 1e-6), residual, shared)
             for tiling in TILINGS:
                 experts.experts_gemm_triton(*operands, residual, shared, tiling)
+    fp8, many = dict(dtype=torch.float8_e4m3fn), torch.zeros(300, 2048, **bf16)
+    ids, routing = torch.zeros(300, 4, **i32), torch.zeros(300, 4, **bf16)
+    for kind, scales in enumerate(((2, 16), (256, 16), (256, 1))):  # for blocks, parts of rows, and rows
+        matrix, scales = torch.zeros(256, 2048, **fp8), torch.zeros(scales)
+        for gated in (False, True)[: 1 if kind else 2]:
+            gemv.gemv_triton(many[:4], matrix, norm=(many[0], 1e-6), gated=gated, scale=scales)
+            gemm.gemm_triton(many[:64], matrix, gated=gated, scale=scales)
+            fp8_linear.linear_fp8(many, matrix, scales, norm=(many[0], 1e-6), gated=gated)
+        fp8_linear.linear_add_fp8(many[:70], matrix, scales, many[0, :256], many[:70, :256].contiguous(), counters)
+        gate_up = torch.zeros(4, 256, 2048, **fp8), scales.expand(4, -1, -1).contiguous()
+        down = torch.zeros(4, 2048, 128, **fp8), torch.zeros(4, 2048 if kind else 16, 1)
+        for tiling in FP8_TILINGS[: 1 if kind else None]:
+            fp8_experts.expert_pairs_fp8(many, gate_up, down, ids, routing, norm=(many[0], 1e-6), tiling=tiling)
+        hidden = expert_gemv.gate_up_gemv_triton(many[:4], gate_up[0], ids[:4], scale=gate_up[1])
+        expert_gemv.down_gemv_triton(hidden, down[0], ids[:4], routing[:4], scale=down[1])
     slots, lens, tables = torch.zeros(4, **i32), torch.ones(4, **i32), torch.zeros(5, 8, **i32)
     state = sampling_state.SamplingState(sampling_state.default_params(5), 5000, torch.device("cpu"))
     for rows in (slots, step_rows.StepRows.split(torch.zeros(100, **i32), 4, 20)):

@@ -6,6 +6,8 @@ A tile is [outputs, tokens], so that the weight provides the 64 rows that Hopper
 prefetches the first columns of its weight rows before it waits for the kernel that computes x (programmatic dependent
 launch): while one kernel finishes, the next one's weights are already moving to the L2 cache. Where K is split,
 programs store partial sums, and the last program of a tile to finish adds them in a fixed order.
+
+An FP8 weight is converted to x's dtype in registers, and its scales multiply the sums.
 """
 
 from typing import NamedTuple
@@ -13,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.ops.dispatch import GEMM_MAX_OUTPUTS, Kernel, regime_of
+from nanovllm.ops.linear.scales import block_scale_ptrs, scale_layout
 from nanovllm.ops.triton_utils import (
     HAVE_TRITON,
     TensorDescriptor,
@@ -70,9 +73,9 @@ def is_gemm(x: torch.Tensor, weight: torch.Tensor) -> bool:
         return False
     if regime_of(len(x)).kernel is not Kernel.GEMM:
         return False
-    addresses = x.data_ptr() | weight.data_ptr() | 2 * x.stride(0) | 2 * x.shape[1]
+    addresses = x.data_ptr() | weight.data_ptr() | 2 * x.stride(0) | weight.itemsize * x.shape[1]
     plain = x.ndim == 2 and x.stride(1) == 1 and weight.is_contiguous()
-    aligned = weight.itemsize == 2 and not addresses % 16
+    aligned = x.itemsize == 2 and weight.itemsize <= 2 and not addresses % 16
     return plain and aligned and fits_large_tma_tiles(x.device)
 
 
@@ -91,23 +94,37 @@ def _prefetch(weight_ptr, first_row, first_column, N, K, columns, ROWS: tl.const
 
 
 @triton.jit
-def _reduce_splits(tile, partial_ptr, counter_ptr, split, num_splits):
-    """Store one split's sum of a tile [BLOCK_N, BLOCK_M]. The last split returns the total and True.
+def reduce_splits(tile, partial_ptr, counter_ptr, index, split, num_splits):
+    """Store one split's sum of the tile with this index. The last split returns the total and True.
 
     The order of addition is fixed, so that results do not depend on which split is last.
     """
     SIZE: tl.constexpr = tile.shape[0] * tile.shape[1]
+    counter_ptr += index
     within = tl.arange(0, tile.shape[0])[:, None] * tile.shape[1] + tl.arange(0, tile.shape[1])[None, :]
-    partial_ptrs = partial_ptr + tl.program_id(0).to(tl.int64) * num_splits * SIZE + within
+    partial_ptrs = partial_ptr + index.to(tl.int64) * num_splits * SIZE + within
     tl.store(partial_ptrs + split * SIZE, tile)
     tl.debug_barrier()  # this program's stores must come before its count
-    is_last = tl.atomic_add(counter_ptr + tl.program_id(0), 1, sem="acq_rel") == num_splits - 1
+    is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_splits - 1
     if is_last:
-        tl.store(counter_ptr + tl.program_id(0), 0)  # ready for the next launch
+        tl.store(counter_ptr, 0)  # ready for the next launch
         tile = tl.load(partial_ptrs)
         for other in tl.range(1, num_splits):
             tile += tl.load(partial_ptrs + other * SIZE)
     return tile, is_last
+
+
+@triton.jit
+def _add_dot(total, weight, x, scale_ptrs, k, SCALES: tl.constexpr):
+    """Add weight [BLOCK_N, BLOCK_K] times x [BLOCK_K, BLOCK_M], times the weight's scale, to the total."""
+    weight = weight.to(x.dtype)
+    if SCALES == "block" or SCALES == "row_block":
+        scale = tl.load(scale_ptrs + k // 128)
+        if SCALES == "row_block":
+            scale = scale[:, None]
+        return total + tl.dot(weight, x, input_precision="ieee") * scale
+    else:
+        return tl.dot(weight, x, total, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["M", "num_splits", "prefetch"])
@@ -115,6 +132,7 @@ def _gemm_kernel(
     x,
     weight,
     weight_ptr,
+    scale_ptr,
     bias_ptr,
     out_ptr,
     partial_ptr,
@@ -127,6 +145,7 @@ def _gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SCALES: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
@@ -151,14 +170,20 @@ def _gemm_kernel(
         residual = tl.load(out_ptr + offsets, mask=mask, other=0.0)
     y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    scale_ptrs = block_scale_ptrs(scale_ptr, n, N, K, BLOCK_N, SCALES)
+    up_scale_ptrs = block_scale_ptrs(scale_ptr, N + n, 2 * N, K, BLOCK_N, SCALES)
     for k in tl.range(first * BLOCK_K, last * BLOCK_K, BLOCK_K):
         x_tile = tl.trans(x.load([0, k]))
-        y = tl.dot(weight.load([n, k]), x_tile, y, input_precision="ieee")
+        y = _add_dot(y, weight.load([n, k]), x_tile, scale_ptrs, k, SCALES)
         if GATED:
-            up = tl.dot(weight.load([N + n, k]), x_tile, up, input_precision="ieee")
+            up = _add_dot(up, weight.load([N + n, k]), x_tile, up_scale_ptrs, k, SCALES)
     if SPLIT:
-        y, is_last = _reduce_splits(y, partial_ptr, counter_ptr, tl.program_id(1), num_splits)
+        y, is_last = reduce_splits(y, partial_ptr, counter_ptr, tl.program_id(0), tl.program_id(1), num_splits)
         mask = (ms < tl.where(is_last, M, 0))[:, None] & (ns < N)[None, :]
+    if SCALES == "row":
+        y *= tl.load(scale_ptr + ns, mask=ns < N, other=0.0)[:, None]
+        if GATED:
+            up *= tl.load(scale_ptr + N + ns, mask=ns < N, other=0.0)[:, None]
     if BIAS:
         y += tl.load(bias_ptr + ns, mask=ns < N, other=0.0).to(tl.float32)[:, None]
         if GATED:
@@ -179,16 +204,18 @@ def gemm_triton(
     residual: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
     config: GemmConfig | None = None,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return x W^T of x [M, K] for a small batch, with sums in float32, rounded once.
 
     Args:
         x: the stride between tokens is a multiple of 16 bytes.
-        weight, bias, gated: as in `linear`; the weight is plain and contiguous.
+        weight, bias, gated: as in `linear`; the weight is contiguous.
         residual: [M, N] contiguous; the result is added to it in place.
         counters: int32 zeros, one per tile of the result (at most MAX_TILES), zero again afterwards. Launches that may
             overlap need separate counters. Without counters, K is not split.
         config: `default_gemm_config` if None. `block_m` must be at least M; K is not split if `gated`.
+        scale: as in `gemv_triton`. With a scale for each block, `block_n` and `block_k` divide 128.
     """
     (m, k), n = x.shape, len(weight) // (2 if gated else 1)
     config = config or default_gemm_config(m, n, k, gated)
@@ -203,6 +230,7 @@ def gemm_triton(
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [config.block_m, config.block_k]),
         TensorDescriptor(weight, list(weight.shape), [k, 1], [config.block_n, config.block_k]),
         weight,
+        out if scale is None else scale,
         weight if bias is None else bias,
         out,
         partial,
@@ -215,6 +243,7 @@ def gemm_triton(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        SCALES=scale_layout(weight, scale),
         GATED=gated,
         BIAS=bias is not None,
         ADD=residual is not None,

@@ -3,7 +3,8 @@
 """GEMV for 1 to 4 tokens, bound by reading the weight: fuses RMSNorm, activation, residual add and all-reduce.
 
 A program loads its rows of the weight into registers at once, before it waits for the kernel that computes x
-(programmatic dependent launch): while one GEMV finishes, the next one's weights are already loading.
+(programmatic dependent launch): while one GEMV finishes, the next one's weights are already loading. The weight may be
+FP8 with scales; x is not quantised.
 
 On several ranks, each program sends its results to the other ranks and ends. A few more programs at the end of the grid
 wait for what the other ranks send and add it. If each program waited for the results of its own rows, it would keep its
@@ -17,6 +18,7 @@ import torch
 from nanovllm.ops.comm.collectives import buffers_of, pack_words, send, sum_unit
 from nanovllm.ops.comm.peer_memory import UNIT, PeerMemory
 from nanovllm.ops.dispatch import Kernel, regime_of
+from nanovllm.ops.linear.scales import load_scales, scale_layout
 from nanovllm.ops.triton_utils import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
 
 
@@ -27,13 +29,14 @@ class GemvConfig(NamedTuple):
     num_warps: int
 
 
-def default_gemv_config(n: int, k: int, gated: bool) -> GemvConfig:
+def default_gemv_config(n: int, k: int, gated: bool, itemsize: int = 2) -> GemvConfig:
     """Return the settings that `python -m benchmarks.tune gemv` chose on an H100.
 
     A program's rows are 16 to 64 KiB: enough loads in flight to hide the memory's latency, and they fit in registers.
 
     Args:
         n, k: size of the weight [n, k], or [2 n, k] if gated.
+        itemsize: bytes of an element of the weight.
     """
     rows = 2
     if k <= 3072:
@@ -45,6 +48,8 @@ def default_gemv_config(n: int, k: int, gated: bool) -> GemvConfig:
         num_warps = 2
     elif k <= 4096:
         num_warps = 4
+    if itemsize == 1:
+        rows *= 2
     return GemvConfig(rows // 2 if gated else rows, num_warps)
 
 
@@ -59,6 +64,7 @@ def is_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def _gemv_kernel(
     x_ptr,
     weight_ptr,
+    scale_ptr,
     bias_ptr,
     norm_ptr,
     residual_ptr,
@@ -75,6 +81,7 @@ def _gemv_kernel(
     K: tl.constexpr,
     K_PAD: tl.constexpr,
     ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
@@ -103,6 +110,15 @@ def _gemv_kernel(
         up_weight = tl.load(weight_ptr + N.to(tl.int64) * K + offsets, mask=mask, other=0.0)
     if NORM:
         norm = tl.load(norm_ptr + ks, mask=ks < K, other=0.0).to(tl.float32)
+    if SCALES == "block" or SCALES == "row_block":  # factors of x
+        first = tl.program_id(0) * ROWS
+        weight_scale = load_scales(scale_ptr, first, N, K, K_PAD, ROWS, SCALES)
+        if GATED:
+            up_scale = load_scales(scale_ptr, N + first, 2 * N, K, K_PAD, ROWS, SCALES)
+    if SCALES == "row":  # factors of the dot products
+        weight_scale = tl.load(scale_ptr + rows, mask=rows < N, other=0.0)
+        if GATED:
+            up_scale = tl.load(scale_ptr + N + rows, mask=rows < N, other=0.0)
     if BIAS:
         bias = tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
         if GATED:
@@ -123,11 +139,22 @@ def _gemv_kernel(
         if NORM:  # the token's scale is a factor of its dot products
             scale = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
             x = x * norm
-        y = tl.sum(weight.to(tl.float32) * x[None, :], 1) * scale
+        x = x[None, :]
+        scaled = x
+        if SCALES == "block" or SCALES == "row_block":
+            scaled = x * weight_scale
+        y = tl.sum(weight.to(tl.float32) * scaled, 1) * scale
+        if SCALES == "row":
+            y *= weight_scale
         if BIAS:
             y += bias
         if GATED:
-            up = tl.sum(up_weight.to(tl.float32) * x[None, :], 1) * scale
+            scaled = x
+            if SCALES == "block" or SCALES == "row_block":
+                scaled = x * up_scale
+            up = tl.sum(up_weight.to(tl.float32) * scaled, 1) * scale
+            if SCALES == "row":
+                up *= up_scale
             if BIAS:
                 up += up_bias
             y = y / (1 + tl.exp(-y)) * up
@@ -150,19 +177,21 @@ def gemv_triton(
     residual: torch.Tensor | None = None,
     peers: PeerMemory | None = None,
     config: GemvConfig | None = None,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return x W^T of x [M, K] for a few tokens, with sums in float32, rounded once.
 
     Args:
-        weight, bias, norm, gated: as in `linear`; the weight is plain and contiguous.
+        weight, bias, norm, gated: as in `linear`; the weight is contiguous.
         residual: [M, N] contiguous; the result is added to it in place.
         peers: all-reduce x W^T over these ranks, which must make the same calls in the same order; bias and residual
             are added once. Needs 16-bit values, a result for which `peers.fits_all_reduce`, and at least two rows per
             program.
-        config: `default_gemv_config` if None.
+        config: `default_gemv_config` if None. With a scale for each block, `rows` divides 128.
+        scale: contiguous scales of an FP8 weight; see `scale_layout`.
     """
     (m, k), n = x.shape, len(weight) // (2 if gated else 1)
-    config = config or default_gemv_config(n, k, gated)
+    config = config or default_gemv_config(n, k, gated, weight.itemsize)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device) if residual is None else residual
     norm_weight, eps = (weight, 0.0) if norm is None else norm
     num_programs, adds = triton.cdiv(n, config.rows), True
@@ -178,6 +207,7 @@ def gemv_triton(
     _gemv_kernel[(num_programs,)](
         x,
         weight,
+        out if scale is None else scale,
         weight if bias is None else bias,
         norm_weight,
         out,
@@ -189,8 +219,9 @@ def gemv_triton(
         n,
         M=m,
         K=k,
-        K_PAD=triton.next_power_of_2(k),
+        K_PAD=max(triton.next_power_of_2(k), 1 if scale is None else 128),
         ROWS=config.rows,
+        SCALES=scale_layout(weight, scale),
         NORM=norm is not None,
         BIAS=bias is not None and adds,
         GATED=gated,

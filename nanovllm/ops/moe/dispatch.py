@@ -7,6 +7,7 @@ This module imports no kernel.
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from enum import Enum
 from math import inf
 from typing import NamedTuple
@@ -75,6 +76,14 @@ TILINGS = (
     Tiling(768,      128,     GroupedGemmConfig(128, 64,  8, 4, 64, True), GroupedGemmConfig(256, 64, 8, 4, 1, True)),
     Tiling(inf,      128,     GroupedGemmConfig(128, 64,  8, 3, 1),  GroupedGemmConfig(128, 64, 8, 3, 64, True)),
 )
+# For FP8 weights, whose tiles have 128 inputs, and for gate_up 128 outputs: a group of the quantized result.
+FP8_TILINGS = (
+    #      max_pairs block_m                    n    k   warps stages programs halve
+    Tiling(8,        16,      GroupedGemmConfig(128, 128, 4, 3, 64), GroupedGemmConfig(128, 128, 4, 4, 64)),
+    Tiling(24,       32,      GroupedGemmConfig(128, 128, 4, 3, 64), GroupedGemmConfig(128, 128, 4, 4, 64)),
+    Tiling(48,       64,      GroupedGemmConfig(128, 128, 8, 3, 64), GroupedGemmConfig(128, 128, 4, 4, 64)),
+    Tiling(inf,      128,     GroupedGemmConfig(128, 128, 8, 3, 1),  GroupedGemmConfig(128, 128, 8, 4, 64)),
+)
 # fmt: on
 
 MAX_FEW_PAIRS = 4096  # which one program sorts faster than two kernels
@@ -88,9 +97,9 @@ def expert_regime_of(num_tokens: int) -> ExpertRegime:
     return REGIMES[bisect_left([regime.max_tokens for regime in REGIMES], num_tokens)]
 
 
-def tiling_of(num_pairs: int, num_experts: int) -> Tiling:
+def tiling_of(num_pairs: int, num_experts: int, tilings: Sequence[Tiling] = TILINGS) -> Tiling:
     """Return the tiles for this many pairs."""
-    return TILINGS[bisect_left([tiling.max_pairs for tiling in TILINGS], num_pairs / num_experts)]
+    return tilings[bisect_left([tiling.max_pairs for tiling in tilings], num_pairs / num_experts)]
 
 
 def expert_sizes(num_experts: int, top_k: int, max_tokens: int) -> list[int]:

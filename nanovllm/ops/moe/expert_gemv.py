@@ -8,12 +8,15 @@ over the experts, the shared expert and the residual.
 Programmatic dependent launch: the first kernel needs the expert ids before it can load any weights, so it waits, and
 only then lets the second one start. When the second kernel starts, the router has therefore finished, and it
 may read the ids and load its weights while the first kernel still runs.
+
+The weights may be FP8 with scales; x is not quantised.
 """
 
 from typing import NamedTuple
 
 import torch
 
+from nanovllm.ops.linear.scales import load_scales, scale_layout, scales_of_expert
 from nanovllm.ops.moe.combine import add_shared_expert
 from nanovllm.ops.triton_utils import launch_options, start_chain, tl, triton, wait_for_inputs
 
@@ -44,10 +47,16 @@ def fits_expert_gemv(h: int, i: int, top_k: int) -> bool:
     return max(widths) <= MAX_WEIGHTS
 
 
+def _padded(size: int, scale: torch.Tensor | None) -> int:
+    """Return the power of two that a program loads of a row; whole blocks if the weight has scales."""
+    return max(128 if scale is not None else 1, triton.next_power_of_2(size))
+
+
 @triton.jit
 def _gate_up_gemv_kernel(
     x_ptr,
     weight_ptr,
+    scale_ptr,
     norm_ptr,
     ids_ptr,
     out_ptr,
@@ -58,6 +67,7 @@ def _gate_up_gemv_kernel(
     H_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
     ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
     NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -77,8 +87,18 @@ def _gate_up_gemv_kernel(
     if NORM:  # the token's scale is a factor of its dot products
         scale = tl.rsqrt(tl.sum(x * x, 0) / H + eps)
         x = x * norm
-    gate = tl.sum(gate_weight.to(tl.float32) * x[None, :], 1) * scale
-    up = tl.sum(up_weight.to(tl.float32) * x[None, :], 1) * scale
+    gate_x = x[None, :]
+    up_x = gate_x
+    scale_ptr = scales_of_expert(scale_ptr, expert, 2 * INNER, H, SCALES)
+    if SCALES == "block" or SCALES == "row_block":
+        first = tl.program_id(0) * ROWS
+        gate_x *= load_scales(scale_ptr, first, 2 * INNER, H, H_PAD, ROWS, SCALES)
+        up_x *= load_scales(scale_ptr, first + INNER, 2 * INNER, H, H_PAD, ROWS, SCALES)
+    gate = tl.sum(gate_weight.to(tl.float32) * gate_x, 1) * scale
+    up = tl.sum(up_weight.to(tl.float32) * up_x, 1) * scale
+    if SCALES == "row":
+        gate *= tl.load(scale_ptr + rows, mask=rows < INNER, other=0.0)
+        up *= tl.load(scale_ptr + INNER + rows, mask=rows < INNER, other=0.0)
     y = gate / (1 + tl.exp(-gate)) * up
     tl.store(out_ptr + pair.to(tl.int64) * INNER + rows, y.to(out_ptr.dtype.element_ty), mask=rows < INNER)
 
@@ -87,6 +107,7 @@ def _gate_up_gemv_kernel(
 def _down_gemv_kernel(
     hidden_ptr,
     weight_ptr,
+    scale_ptr,
     ids_ptr,
     routing_ptr,
     residual_ptr,
@@ -100,6 +121,7 @@ def _down_gemv_kernel(
     TOP_K: tl.constexpr,
     K_PAD: tl.constexpr,
     ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
     ADD: tl.constexpr,
     SHARED: tl.constexpr,
     GATE: tl.constexpr,
@@ -116,6 +138,20 @@ def _down_gemv_kernel(
     offsets = offsets * INNER + columns[None, None, :]
     mask = (ranks < TOP_K)[:, None, None] & (rows < H)[None, :, None] & (columns < INNER)[None, None, :]
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0)
+    if SCALES == "block" or SCALES == "row_block":  # factors of the hidden values
+        tl.static_assert(SCALES == "block" or ROWS == 1)
+        PADDED: tl.constexpr = INNER_PAD // 128
+        HEIGHT: tl.constexpr = 128 if SCALES == "block" else 1
+        blocks = tl.arange(0, PADDED)
+        scale_ptrs = scales_of_expert(scale_ptr, experts, H, INNER, SCALES)
+        scale_ptrs += tl.program_id(0) * ROWS // HEIGHT * tl.cdiv(INNER, 128)
+        scale_ptrs = scale_ptrs[:, None] + blocks[None, :]
+        scale_mask = (ranks < TOP_K)[:, None] & (blocks * 128 < INNER)[None, :]
+        scales = tl.load(scale_ptrs, mask=scale_mask, other=0.0)
+        weight_scale = tl.reshape(tl.broadcast_to(scales[:, :, None], [K_PAD, PADDED, 128]), [K_PAD, INNER_PAD])
+    if SCALES == "row":  # factors of the dot products
+        scale_ptrs = scales_of_expert(scale_ptr, experts, H, INNER, SCALES)[:, None] + rows[None, :]
+        weight_scale = tl.load(scale_ptrs, mask=(ranks < TOP_K)[:, None] & (rows < H)[None, :], other=0.0)
     wait_for_inputs(PDL)
     offsets = token * H + rows
     mask = rows < H
@@ -124,7 +160,12 @@ def _down_gemv_kernel(
     routing = tl.load(routing_ptr + pairs, mask=ranks < TOP_K, other=0.0).to(tl.float32)
     hidden_mask = (ranks < TOP_K)[:, None] & (columns < INNER)[None, :]
     hidden = tl.load(hidden_ptr + pairs[:, None] * INNER + columns[None, :], mask=hidden_mask, other=0.0).to(tl.float32)
-    total = tl.sum(tl.sum(weight.to(tl.float32) * hidden[:, None, :], 2) * routing[:, None], 0)
+    if SCALES == "block" or SCALES == "row_block":
+        hidden *= weight_scale
+    products = tl.sum(weight.to(tl.float32) * hidden[:, None, :], 2)
+    if SCALES == "row":
+        products *= weight_scale
+    total = tl.sum(products * routing[:, None], 0)
     if SHARED:
         total = add_shared_expert(total, shared_ptr, gate_ptr, gate_stride, offsets, token, mask, GATE)
     if ADD:
@@ -138,12 +179,14 @@ def gate_up_gemv_triton(
     ids: torch.Tensor,
     norm: tuple[torch.Tensor, float] | None = None,
     config: ExpertGemvConfig | None = None,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return silu(gate x) * up x [T top_k, I] of each pair (token, expert), with sums in float32, rounded once.
 
     Args:
         x, gate_up, ids, norm: as in `experts`.
         config: `default_gate_up_config` if None.
+        scale: contiguous scales [E, ...] of an FP8 weight; see `scale_layout`.
     """
     h, i = x.shape[1], gate_up.shape[1] // 2
     config = config or default_gate_up_config(i, h)
@@ -152,6 +195,7 @@ def gate_up_gemv_triton(
     _gate_up_gemv_kernel[(triton.cdiv(i, config.rows), ids.numel())](
         x,
         gate_up,
+        hidden if scale is None else scale,
         norm_weight,
         ids,
         hidden,
@@ -159,9 +203,10 @@ def gate_up_gemv_triton(
         eps,
         i,
         H=h,
-        H_PAD=triton.next_power_of_2(h),
+        H_PAD=_padded(h, scale),
         TOP_K=ids.shape[1],
         ROWS=config.rows,
+        SCALES=scale_layout(gate_up, scale),
         NORM=norm is not None,
         num_warps=config.num_warps,
         **launch_options(x.device),
@@ -177,6 +222,7 @@ def down_gemv_triton(
     residual: torch.Tensor | None = None,
     shared: tuple[torch.Tensor, torch.Tensor | None] | None = None,
     config: ExpertGemvConfig | None = None,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the weighted sum over the experts [T, H] for `hidden` [T top_k, I], in float32, rounded once.
 
@@ -185,6 +231,7 @@ def down_gemv_triton(
     Args:
         down, ids, weights, residual, shared: as in `experts`.
         config: `default_down_config` if None.
+        scale: as in `gate_up_gemv_triton`.
     """
     (num_tokens, top_k), (_, h, i) = ids.shape, down.shape
     config = config or default_down_config(h, i, top_k)
@@ -193,6 +240,7 @@ def down_gemv_triton(
     _down_gemv_kernel[(triton.cdiv(h, config.rows), num_tokens)](
         hidden,
         down,
+        out if scale is None else scale,
         ids,
         weights,
         out,
@@ -202,10 +250,11 @@ def down_gemv_triton(
         1 if gate is None else gate.stride(0),
         h,
         INNER=i,
-        INNER_PAD=triton.next_power_of_2(i),
+        INNER_PAD=_padded(i, scale),
         TOP_K=top_k,
         K_PAD=triton.next_power_of_2(top_k),
         ROWS=config.rows,
+        SCALES=scale_layout(down, scale),
         ADD=residual is not None,
         SHARED=output is not None,
         GATE=gate is not None,

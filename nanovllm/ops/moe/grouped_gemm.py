@@ -10,15 +10,23 @@ and weights in the L2 cache. Only the device knows the number of tiles; programs
 the weights.
 
 Up to 32 tokens, a tile is [outputs, tokens], so that the weight provides the 64 rows that Hopper's tensor cores need.
+
+With FP8 weights, tokens are FP8, too. A tile then sums 128 inputs without scales, and multiplies this partial sum with
+the scales of its tokens and of its block of the weight. gate_up quantizes its output, 128 values of a token at a time.
 """
+
+from typing import TypeAlias
 
 import torch
 
+from nanovllm.ops.fp8.quantize import QuantizedRows
+from nanovllm.ops.linear.scales import block_scale_ptrs, scale_layout, scales_of_expert
 from nanovllm.ops.moe.alignment import ExpertTiles
 from nanovllm.ops.moe.dispatch import GroupedGemmConfig
 from nanovllm.ops.triton_utils import TensorDescriptor, launch_options, sm_count, tl, triton, wait_for_inputs
 
 GROUP_TILES = 8  # token tiles that programs go through together
+Rows: TypeAlias = torch.Tensor | QuantizedRows
 
 
 @triton.jit
@@ -40,12 +48,46 @@ def _dot(x, weight, total, SWAP: tl.constexpr):
 
 
 @triton.jit
+def _add_dot(total, x, weight, x_scale_ptrs, scale_ptrs, k, SCALES: tl.constexpr, SWAP: tl.constexpr):
+    """Add x [BLOCK_M, BLOCK_K] times weight [BLOCK_N, BLOCK_K] transposed, times their scales, to the total.
+
+    Args:
+        x_scale_ptrs: [BLOCK_M], the scales of the tokens for these columns.
+        scale_ptrs: the scales of the weight's rows, see `block_scale_ptrs`.
+        k: the first column.
+    """
+    if SCALES == "none":
+        return _dot(x, weight, total, SWAP)
+    else:
+        x_axis: tl.constexpr = 0 if SWAP else 1  # along which tokens have one scale
+        scale = tl.expand_dims(tl.load(x_scale_ptrs), x_axis)
+        if SCALES == "block":
+            scale *= tl.load(scale_ptrs + k // 128)
+        if SCALES == "row_block":
+            scale = scale * tl.expand_dims(tl.load(scale_ptrs + k // 128), 1 - x_axis)
+        return total + _dot(x, weight, tl.zeros(total.shape, tl.float32), SWAP) * scale
+
+
+@triton.jit
+def _scale_rows(total, scale_ptr, row, end, SWAP: tl.constexpr):
+    """Multiply the total of a tile with one scale for each row of the weight, from `row` on and before `end`."""
+    axis: tl.constexpr = 1 if SWAP else 0
+    rows = tl.minimum(row + tl.arange(0, total.shape[1 - axis]), end - 1)
+    return total * tl.expand_dims(tl.load(scale_ptr + rows), axis)
+
+
+@triton.jit
 def _gate_up_tile(
     x_ptr,
+    x_scale_ptr,
     weight_desc,
+    scale_ptr,
     out_ptr,
+    out_scale_ptr,
     order_ptr,
     x_stride,
+    x_scale_stride,
+    out_scale_stride,
     INNER,
     H,
     expert,
@@ -57,38 +99,59 @@ def _gate_up_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
     SWAP: tl.constexpr = BLOCK_M < 64
     rows = first + tl.arange(0, BLOCK_M)
     pairs = tl.load(order_ptr + rows, mask=rows < end, other=0)  # rows past the end read token 0
     columns = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + (pairs // TOP_K).to(tl.int64)[:, None] * x_stride + columns[None, :]
+    tokens = pairs // TOP_K
+    x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * x_stride + columns[None, :]
     gate_row = expert * 2 * INNER + n
+    scale_ptr = scales_of_expert(scale_ptr, expert, 2 * INNER, H, SCALES)
+    scale_ptrs = block_scale_ptrs(scale_ptr, n, 2 * INNER, H, BLOCK_N, SCALES)
+    up_scale_ptrs = block_scale_ptrs(scale_ptr, n + INNER, 2 * INNER, H, BLOCK_N, SCALES)
     shape: tl.constexpr = (BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N)
     gate = tl.zeros(shape, tl.float32)
     up = tl.zeros(shape, tl.float32)
     for k in range(0, H, BLOCK_K):
         x = tl.load(x_ptrs + k) if EVEN_K else tl.load(x_ptrs + k, mask=(columns < H - k)[None, :], other=0.0)
-        gate = _dot(x, weight_desc.load([gate_row, k]), gate, SWAP)
-        up = _dot(x, weight_desc.load([gate_row + INNER, k]), up, SWAP)
+        x_scale_ptrs = x_scale_ptr + k // 128 * x_scale_stride + tokens
+        gate = _add_dot(gate, x, weight_desc.load([gate_row, k]), x_scale_ptrs, scale_ptrs, k, SCALES, SWAP)
+        up = _add_dot(up, x, weight_desc.load([gate_row + INNER, k]), x_scale_ptrs, up_scale_ptrs, k, SCALES, SWAP)
+    if SCALES == "row":
+        gate = _scale_rows(gate, scale_ptr, n, INNER, SWAP)
+        up = _scale_rows(up, scale_ptr, n + INNER, 2 * INNER, SWAP)
     y = gate / (1 + tl.exp(-gate)) * up
+    columns = n + tl.arange(0, BLOCK_N)
+    if SCALES != "none":
+        axis: tl.constexpr = 0 if SWAP else 1
+        inside = columns[:, None] < INNER if SWAP else columns[None, :] < INNER
+        largest = tl.max(tl.where(inside, tl.abs(y), 0.0), axis)
+        scale = tl.where(largest > 0, largest / 448.0, 1.0)
+        y /= tl.expand_dims(scale, axis)
+        tl.store(out_scale_ptr + n // 128 * out_scale_stride + rows, scale, mask=rows < end)
     y = y.to(out_ptr.dtype.element_ty)
     if SWAP:
         y = tl.trans(y)
-    columns = n + tl.arange(0, BLOCK_N)
     mask = (rows < end)[:, None] & (columns < INNER)[None, :]
     tl.store(out_ptr + rows.to(tl.int64)[:, None] * INNER + columns[None, :], y, mask=mask)
 
 
-@triton.jit(do_not_specialize=["max_tiles"])
+@triton.jit(do_not_specialize=["max_tiles", "x_scale_stride", "out_scale_stride"])
 def _gate_up_kernel(
     x_ptr,
+    x_scale_ptr,
     weight_desc,
+    scale_ptr,
     out_ptr,
+    out_scale_ptr,
     order_ptr,
     tiles_ptr,
     num_tiles_ptr,
     x_stride,
+    x_scale_stride,
+    out_scale_stride,
     INNER,
     H,
     max_tiles,
@@ -97,6 +160,7 @@ def _gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    SCALES: tl.constexpr,
     GROUP: tl.constexpr,
     HALVE: tl.constexpr,
     PDL: tl.constexpr,
@@ -112,23 +176,28 @@ def _gate_up_kernel(
         half: tl.constexpr = BLOCK_M // 2 if HALVE else BLOCK_M
         if HALVE and end - first <= half:
             _gate_up_tile(
-                x_ptr, weight_desc, out_ptr, order_ptr, x_stride, INNER, H, expert, first, end, n * BLOCK_N,
-                TOP_K, half, BLOCK_N, BLOCK_K, EVEN_K,
+                x_ptr, x_scale_ptr, weight_desc, scale_ptr, out_ptr, out_scale_ptr, order_ptr, x_stride,
+                x_scale_stride, out_scale_stride, INNER, H, expert, first, end, n * BLOCK_N,
+                TOP_K, half, BLOCK_N, BLOCK_K, EVEN_K, SCALES,
             )  # fmt: skip
         else:
             _gate_up_tile(
-                x_ptr, weight_desc, out_ptr, order_ptr, x_stride, INNER, H, expert, first, end, n * BLOCK_N,
-                TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+                x_ptr, x_scale_ptr, weight_desc, scale_ptr, out_ptr, out_scale_ptr, order_ptr, x_stride,
+                x_scale_stride, out_scale_stride, INNER, H, expert, first, end, n * BLOCK_N,
+                TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, SCALES,
             )  # fmt: skip
 
 
 @triton.jit
 def _down_tile(
     hidden_desc,
+    hidden_scale_ptr,
     weight_desc,
+    scale_ptr,
     out_ptr,
     order_ptr,
     routing_ptr,
+    hidden_scale_stride,
     H,
     INNER,
     expert,
@@ -138,6 +207,7 @@ def _down_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
     SWAP: tl.constexpr = BLOCK_M < 64
     rows = first + tl.arange(0, BLOCK_M)
@@ -145,9 +215,18 @@ def _down_tile(
     routing = tl.load(routing_ptr + pairs).to(tl.float32)
     shape: tl.constexpr = (BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N)
     y = tl.zeros(shape, tl.float32)
+    row = expert * H + n
+    scale_ptr = scales_of_expert(scale_ptr, expert, H, INNER, SCALES)
+    scale_ptrs = block_scale_ptrs(scale_ptr, n, H, INNER, BLOCK_N, SCALES)
+    scale_rows = tl.minimum(rows, end - 1)
     for k in range(0, INNER, BLOCK_K):
         # Rows past the end belong to the next expert; they are not stored.
-        y = _dot(hidden_desc.load([first, k]), weight_desc.load([expert * H + n, k]), y, SWAP)
+        hidden_scale_ptrs = hidden_scale_ptr + k // 128 * hidden_scale_stride + scale_rows
+        y = _add_dot(
+            y, hidden_desc.load([first, k]), weight_desc.load([row, k]), hidden_scale_ptrs, scale_ptrs, k, SCALES, SWAP
+        )
+    if SCALES == "row":
+        y = _scale_rows(y, scale_ptr, n, H, SWAP)
     y *= routing[None, :] if SWAP else routing[:, None]
     y = y.to(out_ptr.dtype.element_ty)
     if SWAP:
@@ -157,22 +236,26 @@ def _down_tile(
     tl.store(out_ptr + pairs.to(tl.int64)[:, None] * H + columns[None, :], y, mask=mask)
 
 
-@triton.jit(do_not_specialize=["max_tiles"])
+@triton.jit(do_not_specialize=["max_tiles", "hidden_scale_stride"])
 def _down_kernel(
     hidden_desc,
     half_desc,
+    hidden_scale_ptr,
     weight_desc,
+    scale_ptr,
     out_ptr,
     order_ptr,
     routing_ptr,
     tiles_ptr,
     num_tiles_ptr,
+    hidden_scale_stride,
     H,
     INNER,
     max_tiles,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SCALES: tl.constexpr,
     GROUP: tl.constexpr,
     HALVE: tl.constexpr,
     PDL: tl.constexpr,
@@ -188,13 +271,13 @@ def _down_kernel(
         half: tl.constexpr = BLOCK_M // 2 if HALVE else BLOCK_M
         if HALVE and end - first <= half:
             _down_tile(
-                half_desc, weight_desc, out_ptr, order_ptr, routing_ptr, H, INNER, expert, first, end, n * BLOCK_N,
-                half, BLOCK_N, BLOCK_K,
+                half_desc, hidden_scale_ptr, weight_desc, scale_ptr, out_ptr, order_ptr, routing_ptr,
+                hidden_scale_stride, H, INNER, expert, first, end, n * BLOCK_N, half, BLOCK_N, BLOCK_K, SCALES,
             )  # fmt: skip
         else:
             _down_tile(
-                hidden_desc, weight_desc, out_ptr, order_ptr, routing_ptr, H, INNER, expert, first, end, n * BLOCK_N,
-                BLOCK_M, BLOCK_N, BLOCK_K,
+                hidden_desc, hidden_scale_ptr, weight_desc, scale_ptr, out_ptr, order_ptr, routing_ptr,
+                hidden_scale_stride, H, INNER, expert, first, end, n * BLOCK_N, BLOCK_M, BLOCK_N, BLOCK_K, SCALES,
             )  # fmt: skip
 
 
@@ -204,25 +287,42 @@ def _num_programs(tiles: ExpertTiles, n: int, config: GroupedGemmConfig) -> int:
 
 
 def grouped_gate_up_triton(
-    x: torch.Tensor, gate_up: torch.Tensor, tiles: ExpertTiles, top_k: int, config: GroupedGemmConfig
-) -> torch.Tensor:
+    x: Rows,
+    gate_up: torch.Tensor,
+    tiles: ExpertTiles,
+    top_k: int,
+    config: GroupedGemmConfig,
+    scale: torch.Tensor | None = None,
+) -> Rows:
     """Return silu(gate x) * up x [T top_k, I] of the sorted pairs, with sums in float32, rounded once.
 
     Args:
-        x, gate_up: as in `experts`.
+        x, gate_up: as in `experts`; quantized x if the weight is FP8. Then the result is quantized, too.
         top_k: experts per token.
+        config: with FP8 weights, tiles have 128 outputs and inputs.
+        scale: contiguous scales [E, ...] of an FP8 weight; see `scale_layout`.
     """
     (num_experts, rows, h), i = gate_up.shape, gate_up.shape[1] // 2
-    hidden = torch.empty((len(tiles.order), i), dtype=x.dtype, device=x.device)
+    num_pairs = len(tiles.order)
+    values, x_scales = (x.values, x.scales) if isinstance(x, QuantizedRows) else (x, x)
+    hidden = torch.empty((num_pairs, i), dtype=values.dtype, device=values.device)
+    hidden_scales = x_scales
+    if scale is not None:
+        hidden_scales = torch.empty((triton.cdiv(i, 128), num_pairs), dtype=torch.float32, device=values.device).t()
     weight = gate_up.view(num_experts * rows, h)
     _gate_up_kernel[(_num_programs(tiles, i, config),)](
-        x,
+        values,
+        x_scales,
         TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
+        hidden if scale is None else scale,
         hidden,
+        hidden_scales,
         tiles.order,
         tiles.tiles,
         tiles.num_tiles,
-        x.stride(0),
+        values.stride(0),
+        x_scales.stride(1),
+        hidden_scales.stride(1),
         i,
         h,
         tiles.tiles.shape[1],
@@ -231,48 +331,62 @@ def grouped_gate_up_triton(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         EVEN_K=h % config.block_k == 0,
+        SCALES=scale_layout(gate_up, scale),
         GROUP=GROUP_TILES,
         HALVE=config.halve,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **launch_options(x.device),
+        **launch_options(values.device),
     )
-    return hidden
+    return hidden if scale is None else QuantizedRows(hidden, hidden_scales)
 
 
 def grouped_down_triton(
-    hidden: torch.Tensor, down: torch.Tensor, tiles: ExpertTiles, weights: torch.Tensor, config: GroupedGemmConfig
+    hidden: Rows,
+    down: torch.Tensor,
+    tiles: ExpertTiles,
+    weights: torch.Tensor,
+    config: GroupedGemmConfig,
+    scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return weight * down(hidden) of each pair [T, top_k, H], with sums in float32, rounded once.
 
     Args:
-        hidden: [T top_k, I] of the sorted pairs, contiguous.
+        hidden: [T top_k, I] of the sorted pairs, contiguous; quantized if the weight is FP8.
         down, weights: as in `experts`.
+        config, scale: as in `grouped_gate_up_triton`.
+        dtype: of the result; that of `hidden` if None.
     """
     num_experts, h, i = down.shape
-    out = torch.empty((*weights.shape, h), dtype=hidden.dtype, device=hidden.device)
+    values, scales = (hidden.values, hidden.scales) if isinstance(hidden, QuantizedRows) else (hidden, hidden)
+    out = torch.empty((*weights.shape, h), dtype=dtype or values.dtype, device=values.device)
     weight = down.view(num_experts * h, i)
     block = [tiles.block_m, config.block_k]
     half_block = [tiles.block_m // 2, config.block_k] if config.halve else block
     _down_kernel[(_num_programs(tiles, h, config),)](
-        TensorDescriptor.from_tensor(hidden, block),
-        TensorDescriptor.from_tensor(hidden, half_block),
+        TensorDescriptor.from_tensor(values, block),
+        TensorDescriptor.from_tensor(values, half_block),
+        scales,
         TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
+        out if scale is None else scale,
         out,
         tiles.order,
         weights,
         tiles.tiles,
         tiles.num_tiles,
+        scales.stride(1),
         h,
         i,
         tiles.tiles.shape[1],
         BLOCK_M=tiles.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        SCALES=scale_layout(down, scale),
         GROUP=GROUP_TILES,
         HALVE=config.halve,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **launch_options(hidden.device),
+        **launch_options(values.device),
     )
     return out

@@ -1,0 +1,99 @@
+"""Quantisation of activations to FP8 (e4m3): one scale per token and group of 128 values.
+
+The kernel also computes the RMSNorm or the SwiGLU activation before it, so that only the FP8 values are written.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from nanovllm.ops.norm_rope.rms_norm import normalize
+from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
+
+GROUP = 128  # values per scale
+MAX_FP8 = 448.0  # largest e4m3 value
+
+
+class QuantizedRows(NamedTuple):
+    """Rows in FP8, such as the tokens that a linear layer reads.
+
+    Attributes:
+        values: [T, K] float8_e4m3fn, contiguous.
+        scales: [T, ceil(K / 128)] float32, whose tokens are contiguous; value * scale is the activation.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr,
+    norm_ptr,
+    out_ptr,
+    scale_ptr,
+    x_stride,
+    scale_stride,
+    eps,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
+    GROUP: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_inputs(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < N
+    dtype = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + token * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    if NORM:  # round where rms_norm rounds
+        weight = tl.load(norm_ptr + columns, mask=mask, other=0.0)
+        x = (normalize(x, eps, N, weight.dtype) * weight.to(tl.float32)).to(dtype).to(tl.float32)
+    if GATED:  # round where silu_mul rounds
+        up = tl.load(x_ptr + token * x_stride + N + columns, mask=mask, other=0.0).to(tl.float32)
+        x = ((x / (1 + tl.exp(-x))).to(dtype).to(tl.float32) * up).to(dtype).to(tl.float32)
+    x = tl.reshape(x, [BLOCK // GROUP, GROUP])
+    largest = tl.max(tl.abs(x), 1)
+    scale = tl.where(largest > 0, largest / 448.0, 1.0)
+    values = (x / scale[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * N + columns, tl.reshape(values, [BLOCK]), mask=mask)
+    groups = tl.program_id(1) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+    tl.store(scale_ptr + groups * scale_stride + token, scale, mask=groups * GROUP < N)
+
+
+def quantize_triton(
+    x: torch.Tensor, norm: tuple[torch.Tensor, float] | None = None, gated: bool = False
+) -> QuantizedRows:
+    """Quantize x [T, K], after an RMSNorm or SwiGLU.
+
+    Args:
+        x: the values of a token are contiguous.
+        norm: weight [K] and epsilon of an RMSNorm to apply first.
+        gated: quantize silu(x[:, :I]) * x[:, I:] of x [T, 2 I].
+    """
+    num_tokens, size = x.shape[0], x.shape[1] // (2 if gated else 1)
+    values = torch.empty((num_tokens, size), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty((triton.cdiv(size, GROUP), num_tokens), dtype=torch.float32, device=x.device)
+    if num_tokens:
+        whole = max(GROUP, triton.next_power_of_2(size))
+        block = whole if norm is not None else min(2048, whole)
+        norm_weight, eps = (x, 0.0) if norm is None else norm
+        _quantize_kernel[(num_tokens, triton.cdiv(size, block))](
+            x,
+            norm_weight,
+            values,
+            scales,
+            x.stride(0),
+            scales.stride(0),
+            eps,
+            N=size,
+            BLOCK=block,
+            NORM=norm is not None,
+            GATED=gated,
+            GROUP=GROUP,
+            num_warps=min(8, max(1, block // 512)),
+            **launch_options(x.device),
+        )
+    return QuantizedRows(values, scales.t())
