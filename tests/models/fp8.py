@@ -22,11 +22,15 @@ def use_references(monkeypatch, computes: bool = True) -> None:
     def linear(*args, counters=None, **options):
         return linear_fp8_torch(*args, **options)
 
+    def gate_up(*args, **options):
+        return linear(*args, gated=True, **options)
+
     def linear_add(*args, residual, counters=None):
         return residual.copy_(linear_fp8_torch(*args, residual=residual))
 
     monkeypatch.setattr(fp8, "has_fp8_kernels", lambda device, dtype, block: computes and device.type != "meta")
     monkeypatch.setattr(fp8, "linear_fp8", linear)
+    monkeypatch.setattr(fp8, "gate_up_fp8", gate_up)
     monkeypatch.setattr(fp8, "linear_add_fp8", linear_add)
     monkeypatch.setattr(fp8, "experts_fp8", experts_fp8_torch)
 
