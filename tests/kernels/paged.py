@@ -92,9 +92,8 @@ def make_paged(
         keys.append(k.to(device, dtype))
         values.append(v.to(device, dtype))
     if fp8:
-        caches = [quantize_kv(cache.to(device)) for cache in (k_cache, v_cache)]
-        scales = torch.stack([scale for _, scale in caches], -1).transpose(1, 2).contiguous()
-        kv = PagedKV(*(cache for cache, _ in caches), window, scales)
+        (k_cache, k_scales), (v_cache, v_scales) = (quantize_kv(cache.to(device)) for cache in (k_cache, v_cache))
+        kv = PagedKV(k_cache, v_cache, window, torch.stack([k_scales, v_scales], -1).transpose(1, 2).contiguous())
     else:
         kv = PagedKV(k_cache.to(device, dtype), v_cache.to(device, dtype), window)
     rows = PagedRows(

@@ -76,7 +76,7 @@ TILINGS = (
     Tiling(768,      128,     GroupedGemmConfig(128, 64,  8, 4, 64, True), GroupedGemmConfig(256, 64, 8, 4, 1, True)),
     Tiling(inf,      128,     GroupedGemmConfig(128, 64,  8, 3, 1),  GroupedGemmConfig(128, 64, 8, 3, 64, True)),
 )
-# For FP8 weights, measured on an H200 with the shapes of Qwen3-30B-A3B. Tiles have 128 inputs. Those of gate_up have 128
+# For FP8 weights, measured on an H200 with the shapes of Qwen3-30B-A3B. Tiles have 128 inputs, and those of gate_up 128
 # outputs: a group of the quantized result.
 FP8_TILINGS = (
     #      max_pairs block_m                    n    k   warps stages programs halve
