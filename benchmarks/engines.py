@@ -17,6 +17,7 @@ from nanovllm.checkpoints.hub import ModelSource, open_model
 from nanovllm.engine.step_stats import StepStats
 from nanovllm.layers.state import PagedKVSpec
 from nanovllm.models.registry import ModelConfig
+from nanovllm.weights.fp8 import has_fp8_kernels
 
 SHARED_OPTIONS = (
     "load_format",
@@ -121,8 +122,18 @@ class Nanovllm(Engine):
         batches = [step.batch for step in steps if step.batch is not None]
         state_itemsize = getattr(torch, self.llm.config.state_dtype).itemsize
         block_size = self.llm.config.kvcache_block_size
+        body_itemsize = self.dtype.itemsize
+        scheme = self.config.quantization
+        if scheme is not None and has_fp8_kernels(torch.device(self.llm.config.device_type), self.dtype, scheme.block):
+            body_itemsize = 1
         costs = count_costs(
-            batches, self.config, self.dtype.itemsize, block_size, state_itemsize, self.kv_token_bytes()
+            batches,
+            self.config,
+            self.dtype.itemsize,
+            block_size,
+            state_itemsize,
+            body_itemsize=body_itemsize,
+            kv_token_bytes=self.kv_token_bytes(),
         )
         measured = {
             "steps": len(batches),
@@ -241,7 +252,7 @@ def write_config(source: ModelSource, folder: str) -> str:
     from transformers import AutoConfig
 
     options = asdict(source.config)
-    del options["allocate_weight"]  # the shapes have plain weights
+    del options["quantization"]  # the shapes have plain weights
     moe, linear, model_type = options.pop("moe"), options.pop("linear_attention"), options["model_type"]
     options["dtype"] = "bfloat16"
     if moe is not None:

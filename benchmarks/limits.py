@@ -180,6 +180,7 @@ def count_costs(
     block_size: int,
     state_itemsize: int = 4,
     kv_token_bytes: int | None = None,
+    body_itemsize: int | None = None,
 ) -> Costs:
     """Count what the steps of a run move and compute at least. No sequence may run when the run starts.
 
@@ -190,6 +191,9 @@ def count_costs(
 
     Args:
         kv_token_bytes: bytes of a token's keys and values in one layer; None if they have the weights' itemsize.
+        itemsize: bytes of a number.
+        state_itemsize: bytes of a number in the matrices of linear attention.
+        body_itemsize: bytes of a weight of the body, if not `itemsize`: of all of them, because few differ.
     """
     windows = {
         layer: config.window(layer, config.max_position) or config.max_position
@@ -223,9 +227,10 @@ def count_costs(
             attended -= attended_tokens(before, new, windows[last])
         experts, last_experts = distinct_experts(config, num_tokens), distinct_experts(config, len(batch.rows))
         weights = without_experts + experts * one_expert - (experts - last_experts) * one_last_expert
-        weights += (head if num_sampled else 0) + num_tokens * config.hidden_size
+        embeddings = (head if num_sampled else 0) + num_tokens * config.hidden_size
         num_states = len(before) + int((before > 0).sum())  # written and read
-        step_bytes.append(weights * itemsize + kv_bytes * kv_tokens + state_bytes * num_states)
+        weight_bytes = weights * (body_itemsize or itemsize) + embeddings * itemsize
+        step_bytes.append(weight_bytes + kv_bytes * kv_tokens + state_bytes * num_states)
         multiplied = multiplied_by_all * num_tokens - skippable * (num_tokens - len(batch.rows)) + head * num_sampled
         step_flops.append(2 * multiplied + 4 * queries * attended + state_flops * num_tokens)
     return Costs(np.array(step_bytes, dtype=float), np.array(step_flops, dtype=float))

@@ -2,9 +2,9 @@
 
     python -m benchmarks.perplexity [--model MODEL] [--device cpu] [--dtype float32] [--variants plain weights]
 
-The text is `perplexity.txt` beside this file. It is cut into windows that start without context. All tokens of a window
-but the first are scored, so every variant scores the same tokens, and the differences of their log-probabilities have
-a standard error.
+The text is `perplexity.txt`, next to this file. It is cut into windows that start without context. All tokens of a
+window but the first are scored. Every variant scores the same tokens, so the differences of their log-probabilities
+have a standard error.
 """
 
 import argparse
@@ -61,9 +61,10 @@ def score(llm: LLM, text: str, window: int) -> list[float]:
     windows = windows_of(llm.tokenizer.encode(text), window)
     outputs = llm.generate(windows, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
     return [
-        output.prompt_logprobs[i][window[i]].logprob
-        for window, output in zip(windows, outputs, strict=True)
-        for i in range(1, len(window))
+        scores[token_id].logprob
+        for token_ids, output in zip(windows, outputs, strict=True)
+        for token_id, scores in zip(token_ids, output.prompt_logprobs or [], strict=True)
+        if scores is not None  # the first token has no context
     ]
 
 

@@ -217,29 +217,6 @@ def _gemm_calls(config: GemmConfig, layer: Layer) -> list[Callable]:
     return [partial(gemm_triton, layer.x, weight, scale=scale, **options) for weight, scale in layer.fp8]
 
 
-def specialized(tokens_list: Sequence[int]) -> None:
-    """Compare the GEMM with warp specialisation (Gluon) with the plain one."""
-    from benchmarks.specialized_gemm import specialized_gemm
-
-    print("specialized: layer, tokens | us: plain, specialized; TFLOP/s of specialized; error")
-    for tokens, (name, n, k) in itertools.product(tokens_list, LAYERS):
-        layer = Layer(name, n, k, tokens)
-        x = quantize_triton(layer.x)
-        config = ScaledGemmConfig(128, 128, True, 8, 4) if layer.gated else ScaledGemmConfig(128, 128, False, 8, 6)
-        residual = None if layer.residual is None else torch.zeros_like(layer.residual)
-        want = scaled_gemm_triton(x, *layer.fp8[0], gated=layer.gated, config=config).float()
-        plain, weights = measure(_many_calls(config, layer, x)), layer.fp8 * layer.repeat
-        for groups in (2, 3):
-            got = specialized_gemm(x, *layer.fp8[0], gated=layer.gated, residual=residual, groups=groups).float()
-            if residual is not None:
-                residual.zero_()
-            error = ((got - want).norm() / want.norm()).item()
-            options = {"gated": layer.gated, "residual": layer.residual, "groups": groups}
-            time = measure([partial(specialized_gemm, x, *weight, **options) for weight in weights])
-            times = f"{plain:7.1f} {time:7.1f} {2 * tokens * n * k / time / 1e6:5.0f} error {error:.5f} groups {groups}"
-            print(f"* special {name:8s}{tokens:5d} {times}", flush=True)
-
-
 class ExpertLayer:
     """A layer of experts of Qwen3-30B-A3B in bf16 and FP8. Its weights are larger than the L2 cache."""
 
@@ -317,7 +294,6 @@ KERNELS: dict[str, tuple[Callable, tuple[int, ...]]] = {
     "many": (many, (16, 64, 128, 192, 256, 512, 2048, 8192)),
     "gemv": (gemv, (1, 2, 4)),
     "gemm": (gemm, (8, 16, 32, 64)),
-    "specialized": (specialized, (192, 256, 512, 2048, 8192)),
     "experts": (moe, (1, 4, 16, 64, 256, 2048, 8192)),
 }
 

@@ -80,7 +80,7 @@ class GatedDeltaNet(StatefulLayer):
 
         self.sizes = [len(channels), num_values, num_heads, num_heads]  # of qkv, z, b and a
         shards = _packed_shards(config, key_heads) if config.is_packed else _shards(config, channels, heads)
-        gates = {name: shards.pop(name) for name in ("b", "a", "ba") if name in shards}
+        gates: dict[ShardId, Shard] = {name: shards.pop(name) for name in ("b", "a", "ba") if name in shards}
         names = [shard.name for shard in shards.values()]
         self.gates_proj = None
         if formats.are_fp8(*names):

@@ -6,6 +6,7 @@ and all-reduce the partial results. A pair of them needs a single all-reduce (Me
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from nanovllm.arithmetic import ceil_div
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.residual import Norm, Normed, Residual, as_normed
 from nanovllm.ops.dispatch import Adder
+from nanovllm.ops.fp8.quantize import PendingSwiglu
 from nanovllm.utils.context import get_counters
 from nanovllm.weights.formats import AllocateWeight, Plain, WeightFormat
 from nanovllm.weights.parameter import (
@@ -190,6 +192,11 @@ class GateUpParallelLinear(ColumnParallelLinear):
         }
         super().__init__(hidden_size, shards, bias, dtype, allocate_weight)
 
+    def forward(self, x: torch.Tensor | Normed | Residual) -> Any:
+        """Return SwiGLU of x, for a RowParallelLinear."""
+        x, norm = as_normed(x)
+        return self.format.gate_up(x, self.bias, norm=norm, counters=get_counters())
+
 
 class QKVParallelLinear(ColumnParallelLinear):
     """Queries, keys and values in one GEMM, split by heads. Shard ids are "q", "k", "v".
@@ -291,19 +298,19 @@ class RowParallelLinear(LinearLayer):
         columns = in_blocks(self.columns, self.in_features, block)
         return (len(param), ceil_div(self.in_features, block)), columns
 
-    def forward(self, x: torch.Tensor) -> "PendingGemm":
-        return PendingGemm(self, x)
+    def forward(self, x: torch.Tensor | PendingSwiglu) -> "PendingGemm":
+        return PendingGemm(self, self.format.prepare(x))
 
 
 @dataclass(eq=False)
 class PendingGemm:
     """The output of a row-parallel layer whose GEMM has not run yet. Adding it to the residual stream runs it.
 
-    So the GEMM, the all-reduce or the next norm can do the addition.
+    So the GEMM, the all-reduce or the next norm can do the addition. x is what the layer's format made of the input.
     """
 
     layer: RowParallelLinear
-    x: torch.Tensor
+    x: Any
 
     def __radd__(self, residual: Residual) -> Residual:
         """Run the GEMM and add it to the residual stream, whose memory may be overwritten."""

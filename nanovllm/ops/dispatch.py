@@ -25,6 +25,14 @@ class Kernel(Enum):
     LIBRARY = "cuBLAS or oneDNN, after rms_norm and before silu_mul; or Triton with SwiGLU fused, where `is_swiglu`"
 
 
+class Fp8Kernel(Enum):
+    """A way to compute the GEMM of a linear layer with FP8 weights on a GPU."""
+
+    GEMV = "Triton; reads activations as they are; fuses the RMSNorm, the bias, SwiGLU and the residual add"
+    GEMM = "Triton, with activations that the kernel before quantizes; fuses the bias, SwiGLU and the residual add"
+    LIBRARY = "torch._scaled_mm, with such activations, where `fits_scaled_mm`; GEMM where not"
+
+
 class Adder(Enum):
     """The operation that adds the output of o_proj or down_proj to the residual stream.
 
@@ -71,6 +79,9 @@ TABLE = (
     Regime(2048, Kernel.LIBRARY, Adder.LINEAR, Adder.LINEAR, captured=(768, 1024, 1536, 2048), compiled=(2048,)),
     Regime(maxsize, Kernel.LIBRARY, Adder.LINEAR, Adder.SLICED_GEMM),
 )
+# Up to how many tokens each kernel is the fastest for FP8 weights. Their other choices are those of the table.
+FP8_TABLE = ((1, Fp8Kernel.GEMV), (64, Fp8Kernel.GEMM), (maxsize, Fp8Kernel.LIBRARY))
+_FP8_BOUNDS = [max_tokens for max_tokens, _ in FP8_TABLE]
 _BOUNDS = [regime.max_tokens for regime in TABLE]
 
 # Ranks allocate memory for ALL_REDUCE_GEMV with up to this many tokens.
@@ -85,6 +96,11 @@ ZERO_BIAS_COLUMNS = 4096
 def regime_of(num_tokens: int) -> Regime:
     """Return the row of the table for this many tokens."""
     return TABLE[bisect_left(_BOUNDS, num_tokens)]
+
+
+def fp8_kernel_of(num_tokens: int) -> Fp8Kernel:
+    """Return the kernel of FP8 weights for this many tokens."""
+    return FP8_TABLE[bisect_left(_FP8_BOUNDS, num_tokens)][1]
 
 
 def capture_sizes(max_tokens: int) -> list[int]:

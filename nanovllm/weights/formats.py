@@ -10,13 +10,14 @@ chooses a format for each layer.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
 from nanovllm.ops.comm.peer_memory import PeerMemory
 from nanovllm.ops.dispatch import Adder
+from nanovllm.ops.fp8.quantize import PendingSwiglu
 from nanovllm.ops.linear import linear as ops_linear
 from nanovllm.ops.linear.silu_mul import silu_mul
 from nanovllm.ops.moe.experts import Shared, check_expert_sizes, experts, is_expert_gemv
@@ -37,6 +38,20 @@ class WeightFormat(ABC):
     @abstractmethod
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x W^T + b for x [T, K] with any number of tokens."""
+
+    def gate_up(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        norm: tuple[torch.Tensor, float] | None = None,
+        counters: torch.Tensor | None = None,
+    ) -> torch.Tensor | PendingSwiglu:
+        """Return SwiGLU of x, or what the `prepare` of any format takes for it."""
+        return self.linear(x, bias, norm=norm, gated=True, counters=counters)
+
+    def prepare(self, x: torch.Tensor | PendingSwiglu) -> Any:
+        """Return x as the other methods of this format read it. Only these look at the result."""
+        return x.computed() if isinstance(x, PendingSwiglu) else x
 
     def matmul_into(self, out: torch.Tensor, x: torch.Tensor) -> None:
         """Write x W^T to `out` [T, N]."""

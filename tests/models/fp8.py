@@ -22,11 +22,15 @@ def use_references(monkeypatch, computes: bool = True) -> None:
     def linear(*args, counters=None, **options):
         return linear_fp8_torch(*args, **options)
 
+    def gate_up(*args, **options):
+        return linear(*args, gated=True, **options)
+
     def linear_add(*args, residual, counters=None):
         return residual.copy_(linear_fp8_torch(*args, residual=residual))
 
     monkeypatch.setattr(fp8, "has_fp8_kernels", lambda device, dtype, block: computes and device.type != "meta")
     monkeypatch.setattr(fp8, "linear_fp8", linear)
+    monkeypatch.setattr(fp8, "gate_up_fp8", gate_up)
     monkeypatch.setattr(fp8, "linear_add_fp8", linear_add)
     monkeypatch.setattr(fp8, "experts_fp8", experts_fp8_torch)
 
@@ -72,11 +76,15 @@ def quantized(weights: dict[str, torch.Tensor], options: dict, kept=KEPT) -> tup
 
 def save_fp8(folder: Path, name: str, options: dict, seed: int = 0, kept=KEPT, **overrides) -> tuple[Path, Path]:
     """Save a tiny model in FP8 and dequantised. Return the two folders."""
-    plain_path = save_tiny(folder / "plain", name, seed, **overrides)
-    path = save_tiny(folder / "fp8", name, seed, **overrides)
-    checkpoint, plain = quantized(load_file(path / "model.safetensors"), options, kept)
+    paths = [save_tiny(folder / kind, name, seed, **overrides) for kind in ("fp8", "plain")]
+    weights = load_file(paths[0] / "model.safetensors")
+    for path, tensors in zip(paths, quantized(weights, options, kept), strict=True):
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    write_scheme(paths[0], options)
+    return paths[0], paths[1]
+
+
+def write_scheme(path: Path, options: dict) -> None:
+    """Write a quantization_config into a folder's config."""
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"quantization_config": options}))
-    save_file(checkpoint, path / "model.safetensors", {"format": "pt"})
-    save_file(plain, plain_path / "model.safetensors", {"format": "pt"})
-    return path, plain_path

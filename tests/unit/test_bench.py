@@ -119,6 +119,12 @@ def test_costs_equal_those_computed_by_hand():
     assert costs.flops.tolist() == [first, second, third] == [10208, 8896, 2896]
 
 
+def test_weights_of_one_byte_halve_the_bytes_of_the_body_alone():
+    costs, halved = (count_costs(batches(), CONFIG, 2, block_size=4, body_itemsize=size) for size in (None, 1))
+    assert (costs.bytes - halved.bytes).tolist() == [body_parameters(CONFIG)] * 3
+    assert halved.flops.tolist() == costs.flops.tolist()
+
+
 def test_costs_of_experts_are_those_that_the_tokens_choose():
     moe = MoEConfig(num_experts=4, experts_per_token=1, intermediate_size=5, norm_topk_prob=True, dense_layers=(0,))
     dense, sparse = (replace(CONFIG, moe=replace(moe, dense_layers=layers)) for layers in ((0, 1), (0,)))

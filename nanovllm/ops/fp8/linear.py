@@ -1,24 +1,59 @@
-"""Linear layers with FP8 weights on a GPU.
+"""Linear layers with FP8 weights on a GPU. A table in ops/dispatch.py chooses the kernel."""
 
-The table in ops/dispatch.py chooses the kernel, as for plain weights. GEMV and GEMM read the activations as they are,
-because reading the weight is their limit. For more tokens, `scaled_gemm_triton` takes the place of the library: the
-kernel before it quantizes the activations.
-"""
+from functools import lru_cache
 
 import torch
 
 from nanovllm.ops.comm.peer_memory import PeerMemory
-from nanovllm.ops.dispatch import Adder
-from nanovllm.ops.fp8.quantize import quantize_triton
+from nanovllm.ops.dispatch import Adder, Fp8Kernel, fp8_kernel_of, regime_of
+from nanovllm.ops.fp8.quantize import PendingSwiglu, quantize_triton
 from nanovllm.ops.fp8.scaled_gemm import scaled_gemm_triton
-from nanovllm.ops.linear.gemm import gemm_triton, is_gemm
-from nanovllm.ops.linear.gemv import gemv_triton, is_gemv
+from nanovllm.ops.linear.gemv import gemv_triton
 from nanovllm.ops.linear.linear import choose_adder
-from nanovllm.ops.norm_rope.rms_norm import rms_norm
+from nanovllm.ops.linear.scales import scale_layout
+from nanovllm.ops.linear.silu_mul import silu_mul
+
+
+@lru_cache
+def has_block_scaled_mm(device: torch.device) -> bool:
+    """Return whether torch has a GEMM with scales for blocks on `device`: cuBLAS 12.9 on Hopper."""
+    version = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+    return version >= (12, 9) and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def uses_scaled_mm(x: torch.Tensor | PendingSwiglu, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Return whether torch's GEMM multiplies x with `weight`.
+
+    It needs bfloat16, and rows of whole 16 bytes, of values and of scales.
+    """
+    dtype = x.gate_up.dtype if isinstance(x, PendingSwiglu) else x.dtype
+    if fp8_kernel_of(len(x)) is not Fp8Kernel.LIBRARY or dtype != torch.bfloat16:
+        return False
+    if not weight.is_cuda or len(weight) % 16 or weight.shape[1] % 16:
+        return False
+    layout = scale_layout(weight, scale)
+    return layout == "row" or (layout == "block" and scale.shape[1] % 4 == 0 and has_block_scaled_mm(weight.device))
+
+
+def _scaled_mm(
+    x: torch.Tensor | PendingSwiglu,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    norm: tuple[torch.Tensor, float] | None,
+) -> torch.Tensor:
+    """Return x W^T + b [T, N] by torch's GEMM. The kernel before it quantizes x."""
+    by_row = scale_layout(weight, scale) == "row"
+    rows = quantize_triton(x, norm, by_token=by_row, multiple=4)  # whole 16 bytes of scales
+    # With fast accumulation, sums have the 14 bits of Hopper's tensor cores. Scales for blocks do not allow it.
+    options = {"out_dtype": rows.dtype, "use_fast_accum": by_row}
+    y = torch.ops.aten._scaled_mm(rows.values, weight.t(), rows.scales, scale.t(), **options)[: len(x)]
+    return y if bias is None else y.add_(bias)
 
 
 def linear_fp8(
-    x: torch.Tensor,
+    x: torch.Tensor | PendingSwiglu,
     weight: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -35,27 +70,41 @@ def linear_fp8(
         bias, norm, gated, counters: as in `linear`.
         residual: [T, N] contiguous; the result is added to it in place, and it is returned.
     """
-    if is_gemv(x, weight):
+    if fp8_kernel_of(len(x)) is Fp8Kernel.GEMV and isinstance(x, torch.Tensor):
         return gemv_triton(x, weight, bias, norm=norm, gated=gated, residual=residual, scale=scale)
-    if is_gemm(x, weight):
-        if norm is not None:
-            norm_weight, eps = norm
-            x = rms_norm(x, norm_weight, eps)
-        return gemm_triton(x, weight, bias, gated=gated, residual=residual, counters=counters, scale=scale)
-    rows, options = quantize_triton(x, norm), {"gated": gated, "residual": residual, "counters": counters}
-    return scaled_gemm_triton(rows, weight, scale, bias, dtype=x.dtype, **options)
+    if not uses_scaled_mm(x, weight, scale):
+        rows = quantize_triton(x, norm)
+        return scaled_gemm_triton(rows, weight, scale, bias, gated=gated, residual=residual, counters=counters)
+    y = _scaled_mm(x, weight, scale, bias, norm=norm)
+    y = silu_mul(y) if gated else y
+    return y if residual is None else residual.add_(y)
+
+
+def gate_up_fp8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm: tuple[torch.Tensor, float] | None = None,
+    counters: torch.Tensor | None = None,
+) -> torch.Tensor | PendingSwiglu:
+    """Compute `linear_fp8` with SwiGLU. After torch's GEMM, leave SwiGLU to the kernel that quantizes the result."""
+    if uses_scaled_mm(x, weight, scale):
+        return PendingSwiglu(_scaled_mm(x, weight, scale, bias, norm=norm))
+    return linear_fp8(x, weight, scale, bias, norm=norm, gated=True, counters=counters)
 
 
 def linear_add_fp8(
-    x: torch.Tensor,
+    x: torch.Tensor | PendingSwiglu,
     weight: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor,
     counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute residual [T, N] += x W^T + b in place; the GEMM itself adds."""
-    return linear_fp8(x, weight, scale, bias, residual=residual, counters=counters)
+    """Compute residual [T, N] += x W^T + b in place."""
+    linear_fp8(x, weight, scale, bias, residual=residual, counters=counters)
+    return residual
 
 
 def linear_all_reduce_fp8(
@@ -71,10 +120,20 @@ def linear_all_reduce_fp8(
 
 
 def choose_adder_fp8(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, ranks: int, peers: PeerMemory | None
+    x: torch.Tensor | PendingSwiglu,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    ranks: int,
+    peers: PeerMemory | None,
 ) -> Adder:
     """Choose the operation that adds x W^T to the residual stream [T, N].
 
-    On one rank it is the GEMM for any number of tokens. The norm after it then quantizes its output.
+    On one rank the linear layer always adds, because the norm after it can then quantize.
     """
-    return Adder.LINEAR if ranks == 1 else choose_adder(x, weight, residual, ranks, peers)
+    if ranks == 1:
+        return Adder.LINEAR
+    if regime_of(len(x)).ranks_adder is Adder.ALL_REDUCE_GEMV:
+        is_gemv = fp8_kernel_of(len(x)) is Fp8Kernel.GEMV
+        fits = is_gemv and peers is not None and peers.fits_all_reduce(residual)
+        return Adder.ALL_REDUCE_GEMV if fits else Adder.NEXT_NORM
+    return choose_adder(residual, weight, residual, ranks, peers)

@@ -1,17 +1,19 @@
-"""Quantisation of activations to FP8 (e4m3): one scale per token and group of 128 values.
+"""Quantisation of activations to FP8 (e4m3): one scale for each token, or for each 128 values of a token.
 
 The kernel also computes the RMSNorm or the SwiGLU activation before it, so that only the FP8 values are written.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from nanovllm.arithmetic import ceil_div
+from nanovllm.ops.linear.silu_mul import silu_mul
 from nanovllm.ops.norm_rope.rms_norm import normalize
 from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
 
 GROUP = 128  # values per scale
-MAX_FP8 = 448.0  # largest e4m3 value
 
 
 class QuantizedRows(NamedTuple):
@@ -19,11 +21,34 @@ class QuantizedRows(NamedTuple):
 
     Attributes:
         values: [T, K] float8_e4m3fn, contiguous.
-        scales: [T, ceil(K / 128)] float32, whose tokens are contiguous; value * scale is the activation.
+        scales: [T, ceil(K / 128)] or [T, 1] float32, whose tokens are contiguous; value * scale is the activation.
+        dtype: of the activations before.
     """
 
     values: torch.Tensor
     scales: torch.Tensor
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass(frozen=True, eq=False)
+class PendingSwiglu:
+    """silu(gate) * up [T, I], not computed yet: the kernel that quantizes it can compute it.
+
+    Attributes:
+        gate_up: [T, 2 I], gate first.
+    """
+
+    gate_up: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.gate_up)
+
+    def __getitem__(self, tokens: slice) -> "PendingSwiglu":
+        return PendingSwiglu(self.gate_up[tokens])
+
+    def computed(self) -> torch.Tensor:
+        """Return silu(gate) * up."""
+        return silu_mul(self.gate_up)
 
 
 @triton.jit
@@ -64,21 +89,29 @@ def _quantize_kernel(
 
 
 def quantize_triton(
-    x: torch.Tensor, norm: tuple[torch.Tensor, float] | None = None, gated: bool = False
+    x: torch.Tensor | PendingSwiglu,
+    norm: tuple[torch.Tensor, float] | None = None,
+    by_token: bool = False,
+    multiple: int = 1,
 ) -> QuantizedRows:
     """Quantize x [T, K], after an RMSNorm or SwiGLU.
 
     Args:
         x: the values of a token are contiguous.
         norm: weight [K] and epsilon of an RMSNorm to apply first.
-        gated: quantize silu(x[:, :I]) * x[:, I:] of x [T, 2 I].
+        by_token: use one scale for all values of a token.
+        multiple: append rows of undefined values, to a multiple of so many.
     """
+    gated = isinstance(x, PendingSwiglu)
+    if isinstance(x, PendingSwiglu):
+        x = x.gate_up
     num_tokens, size = x.shape[0], x.shape[1] // (2 if gated else 1)
-    values = torch.empty((num_tokens, size), dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty((triton.cdiv(size, GROUP), num_tokens), dtype=torch.float32, device=x.device)
+    num_rows, whole = ceil_div(num_tokens, multiple) * multiple, max(GROUP, triton.next_power_of_2(size))
+    group = whole if by_token else GROUP
+    values = torch.empty((num_rows, size), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty((ceil_div(size, group), num_rows), dtype=torch.float32, device=x.device)
     if num_tokens:
-        whole = max(GROUP, triton.next_power_of_2(size))
-        block = whole if norm is not None else min(2048, whole)
+        block = whole if by_token or norm is not None else min(2048, whole)
         norm_weight, eps = (x, 0.0) if norm is None else norm
         _quantize_kernel[(num_tokens, triton.cdiv(size, block))](
             x,
@@ -92,8 +125,8 @@ def quantize_triton(
             BLOCK=block,
             NORM=norm is not None,
             GATED=gated,
-            GROUP=GROUP,
+            GROUP=group,
             num_warps=min(8, max(1, block // 512)),
             **launch_options(x.device),
         )
-    return QuantizedRows(values, scales.t())
+    return QuantizedRows(values, scales.t(), x.dtype)

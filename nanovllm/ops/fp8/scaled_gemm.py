@@ -1,6 +1,6 @@
 # pyright: reportPossiblyUnboundVariable=false
 # Names in the kernel are bound under the same compile-time conditions under which they are read.
-"""GEMM of FP8 activations and FP8 weights for many tokens.
+"""GEMM of FP8 activations and FP8 weights, fastest where reading the weight is the limit.
 
 A tensor core sums 128 inputs of a tile without scales. The program then multiplies this partial sum with the scales of
 its tokens and of its block of the weight, and adds it to the total in float32. This also bounds the error of Hopper's
@@ -8,8 +8,10 @@ tensor cores, whose own FP8 sums have about 14 bits.
 
 Persistent programs take output tiles round-robin, a few token tiles wide, so that programs running at the same time
 share tokens and weights in the L2 cache. TMA loads the operands; the output is stored without it, because a tile in
-shared memory would leave less room for operands. A tile may have two blocks of outputs: gate and up of
-SwiGLU, or neighbours. Where K is split, the last program of a tile to finish adds the partial sums in a fixed order.
+shared memory would leave less room for operands. With SwiGLU, a tile has outputs of gate and the same of up. Where K is
+split, the last program of a tile to finish adds the partial sums in a fixed order.
+
+As in ops/linear/gemm.py, a program prefetches its first weights before it waits for the kernel that computes x.
 """
 
 from typing import NamedTuple
@@ -18,12 +20,13 @@ import torch
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.ops.fp8.quantize import QuantizedRows
-from nanovllm.ops.linear.gemm import reduce_splits
+from nanovllm.ops.linear.gemm import MAX_TILES, prefetch_rows, reduce_splits
 from nanovllm.ops.linear.scales import block_scale_ptrs, scale_layout
 from nanovllm.ops.triton_utils import TensorDescriptor, launch_options, sm_count, tl, triton, wait_for_inputs
 
 BLOCK_K = 128  # columns of a weight's block, and of a token's group
 GROUP_TILES = 8  # token tiles that programs go through together
+PREFETCH = 512  # columns that a program prefetches before it waits
 
 
 class ScaledGemmConfig(NamedTuple):
@@ -31,75 +34,56 @@ class ScaledGemmConfig(NamedTuple):
 
     Attributes:
         block_m: tokens of a tile.
-        block_n: outputs of each of a tile's blocks, which must divide 128.
-        is_wide: whether a tile has two blocks of outputs. With SwiGLU it always has.
+        block_n: outputs of a tile (of gate and up each), which must divide 128.
         num_warps, num_stages: warps and pipeline stages.
         programs: programs per SM.
-        num_splits: splits of K, each computed by its own program.
-        rescale: keep the sum in the unit of the current scales, and let the tensor cores add to it. Not for scales of
-            row blocks.
+        num_splits: splits of K, each computed by its own program. K is not split with SwiGLU.
     """
 
     block_m: int
     block_n: int
-    is_wide: bool
     num_warps: int
     num_stages: int
-    programs: int = 1
+    programs: int = 2
     num_splits: int = 1
-    rescale: bool = False
 
 
-def default_scaled_gemm_config(m: int, n: int, k: int, gated: bool, num_sms: int) -> ScaledGemmConfig:
+def default_scaled_gemm_config(m: int, n: int, k: int, gated: bool) -> ScaledGemmConfig:
     """Return the settings that `python -m benchmarks.tune_fp8 many` chose on an H200.
 
     Args:
         m, n, k: sizes of x [m, k] and weight [n, k], or [2 n, k] if gated.
     """
     if gated:
-        return ScaledGemmConfig(64 if m <= 64 else 128, 64, True, num_warps=8, num_stages=4)
-    block_m = 64 if m <= 64 else 128
-    tiles = ceil_div(m, block_m) * ceil_div(n, 128)
-    splits = max(1, min(4, num_sms // tiles, k // 1024))
-    return ScaledGemmConfig(block_m, 128, False, num_warps=8, num_stages=4, num_splits=splits)
+        return ScaledGemmConfig(64, 64, num_warps=4, num_stages=4)
+    if m > 256:
+        return ScaledGemmConfig(128, 128, num_warps=4, num_stages=3)
+    tiles = ceil_div(m, 64) * ceil_div(n, 64)
+    splits = max(1, min(4, 256 // tiles, k // 1024, MAX_TILES // tiles))
+    return ScaledGemmConfig(64, 64, num_warps=4, num_stages=6, num_splits=splits)
 
 
 @triton.jit
-def _accumulate(total, x, weight, scale, ratio, RESCALE: tl.constexpr):
-    """Add x [BLOCK_M, 128] times weight [BLOCK_N, 128] transposed, times the scale, to the total."""
-    if RESCALE:
-        return tl.dot(x, weight.T, total * ratio)
-    else:
-        return total + tl.dot(x, weight.T) * scale
-
-
-@triton.jit
-def _load_scales(x_scale_ptrs, x_scale_stride, weight_scale_ptrs, block, SCALES: tl.constexpr):
-    """Return the scale of a partial sum over this block of columns: [BLOCK_M, 1], or [BLOCK_M, BLOCK_N]."""
-    scale = tl.load(x_scale_ptrs + block * x_scale_stride)[:, None]
+def _add_scaled_dot(total, x, weight, x_scale_ptrs, weight_scale_ptrs, SCALES: tl.constexpr):
+    """Add x [BLOCK_M, 128] times weight [BLOCK_N, 128] transposed, times the scales of both, to the total."""
+    x_scale = tl.load(x_scale_ptrs)[:, None]
     if SCALES == "block":
-        scale *= tl.load(weight_scale_ptrs + block)
+        x_scale *= tl.load(weight_scale_ptrs)
+    partial = tl.dot(x, weight.T) * x_scale
     if SCALES == "row_block":
-        scale = scale * tl.load(weight_scale_ptrs + block)[None, :]
-    return scale
+        partial *= tl.load(weight_scale_ptrs)[None, :]
+    return total + partial
 
 
 @triton.jit
-def _row_scale(weight_scale_ptr, rows, N):
-    """Return the scales of these rows of a weight that has one for each row."""
-    return tl.load(weight_scale_ptr + tl.minimum(rows, N - 1))[None, :]
-
-
-@triton.jit
-def _store(tile, out_ptr, m, n, M, N, ADD: tl.constexpr):
-    """Store a tile at row m and column n of the output [M, N], or add it there."""
-    rows = m + tl.arange(0, tile.shape[0])
-    columns = n + tl.arange(0, tile.shape[1])
-    pointers = out_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
-    mask = (rows < M)[:, None] & (columns < N)[None, :]
-    if ADD:
-        tile += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    tl.store(pointers, tile.to(out_ptr.dtype.element_ty), mask=mask)
+def _finish(total, scale_ptr, bias_ptr, first, end, SCALES: tl.constexpr, BIAS: tl.constexpr):
+    """Apply what there is one of for each row of the weight, from `first` on and before `end`: scales and bias."""
+    rows = tl.minimum(first + tl.arange(0, total.shape[1]), end - 1)
+    if SCALES == "row":
+        total *= tl.load(scale_ptr + rows)[None, :]
+    if BIAS:
+        total += tl.load(bias_ptr + rows).to(tl.float32)[None, :]
+    return total
 
 
 @triton.jit(do_not_specialize=["M", "num_splits", "x_scale_stride"])
@@ -107,7 +91,8 @@ def _scaled_gemm_kernel(
     x_desc,
     x_scale_ptr,
     weight_desc,
-    weight_scale_ptr,
+    weight_ptr,
+    scale_ptr,
     bias_ptr,
     out_ptr,
     partial_ptr,
@@ -120,22 +105,27 @@ def _scaled_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    WIDE: tl.constexpr,
     GATED: tl.constexpr,
     SCALES: tl.constexpr,
-    RESCALE: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
     SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    WIDTH: tl.constexpr = 2 * BLOCK_N if WIDE and not GATED else BLOCK_N
     tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, WIDTH)
+    tiles_n = tl.cdiv(N, BLOCK_N)
     blocks = tl.cdiv(K, BLOCK_K)
-    second = N if GATED else BLOCK_N  # from the first block of outputs to the second one
     num_rows = 2 * N if GATED else N
+    if PDL:
+        first_n = tl.program_id(0) // num_splits % (GROUP * tiles_n) // tl.minimum(GROUP, tiles_m) * BLOCK_N
+        first_k = blocks * (tl.program_id(0) % num_splits) // num_splits * BLOCK_K
+        columns = tl.minimum(PREFETCH, K - first_k)
+        prefetch_rows(weight_ptr, first_n, first_k, num_rows, K, columns, BLOCK_N, THREADS)
+        if GATED:
+            prefetch_rows(weight_ptr, N + first_n, first_k, num_rows, K, columns, BLOCK_N, THREADS)
     wait_for_inputs(PDL)
     for item in range(tl.program_id(0), tiles_m * tiles_n * num_splits, tl.num_programs(0)):
         tile, split = item // num_splits, item % num_splits
@@ -143,56 +133,37 @@ def _scaled_gemm_kernel(
         height = min(GROUP, tiles_m - start)
         within = tile % (GROUP * tiles_n)
         m = (start + within % height) * BLOCK_M
-        n = within // height * WIDTH
+        n = within // height * BLOCK_N
         first, last = 0, blocks
         if SPLIT:
             first, last = blocks * split // num_splits, blocks * (split + 1) // num_splits
-        x_scale_ptrs = x_scale_ptr + tl.minimum(m + tl.arange(0, BLOCK_M), M - 1)
-        scale_ptrs = block_scale_ptrs(weight_scale_ptr, n, num_rows, K, BLOCK_N, SCALES)
-        # What only wide tiles use is not computed for others.
-        up_row = tl.minimum(n + second, num_rows - 1)
-        up_scale_ptrs = block_scale_ptrs(weight_scale_ptr, up_row, num_rows, K, BLOCK_N, SCALES)
+        rows = m + tl.arange(0, BLOCK_M)
+        x_scale_ptrs = x_scale_ptr + tl.minimum(rows, M - 1)
+        scale_ptrs = block_scale_ptrs(scale_ptr, n, num_rows, K, BLOCK_N, SCALES)
+        up_scale_ptrs = block_scale_ptrs(scale_ptr, N + n, num_rows, K, BLOCK_N, SCALES)
         y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        scale = _load_scales(x_scale_ptrs, x_scale_stride, scale_ptrs, first, SCALES)
-        up_scale = _load_scales(x_scale_ptrs, x_scale_stride, up_scale_ptrs, first, SCALES)
-        ratio = scale
-        up_ratio = up_scale
         for block in range(first, last):
             k = block * BLOCK_K
             x = x_desc.load([m, k])
-            next_block = tl.minimum(block + 1, last - 1)
-            following = _load_scales(x_scale_ptrs, x_scale_stride, scale_ptrs, next_block, SCALES)
-            y = _accumulate(y, x, weight_desc.load([n, k]), scale, ratio, RESCALE)
-            ratio = scale / following
-            scale = following
-            if WIDE:
-                following = _load_scales(x_scale_ptrs, x_scale_stride, up_scale_ptrs, next_block, SCALES)
-                up = _accumulate(up, x, weight_desc.load([n + second, k]), up_scale, up_ratio, RESCALE)
-                up_ratio = up_scale / following
-                up_scale = following
-        if RESCALE:
-            y *= scale
-            up *= up_scale
+            x_scales = x_scale_ptrs + block * x_scale_stride
+            y = _add_scaled_dot(y, x, weight_desc.load([n, k]), x_scales, scale_ptrs + block, SCALES)
+            if GATED:
+                up = _add_scaled_dot(up, x, weight_desc.load([N + n, k]), x_scales, up_scale_ptrs + block, SCALES)
         is_last = True
         if SPLIT:
             y, is_last = reduce_splits(y, partial_ptr, counter_ptr, tile, split, num_splits)
         if is_last:
-            columns = n + tl.arange(0, BLOCK_N)
-            if SCALES == "row":
-                y *= _row_scale(weight_scale_ptr, columns, num_rows)
-                if WIDE:
-                    up *= _row_scale(weight_scale_ptr, columns + second, num_rows)
-            if BIAS:
-                y += tl.load(bias_ptr + columns, mask=columns < num_rows, other=0.0).to(tl.float32)[None, :]
-                if WIDE:
-                    columns += second
-                    up += tl.load(bias_ptr + columns, mask=columns < num_rows, other=0.0).to(tl.float32)[None, :]
+            y = _finish(y, scale_ptr, bias_ptr, n, num_rows, SCALES, BIAS)
             if GATED:
+                up = _finish(up, scale_ptr, bias_ptr, N + n, num_rows, SCALES, BIAS)
                 y = y / (1 + tl.exp(-y)) * up
-            _store(y, out_ptr, m, n, M, N, ADD)
-            if WIDE and not GATED:
-                _store(up, out_ptr, m, n + BLOCK_N, M, N, ADD)
+            columns = n + tl.arange(0, BLOCK_N)
+            out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
+            mask = (rows < M)[:, None] & (columns < N)[None, :]
+            if ADD:
+                y += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def scaled_gemm_triton(
@@ -202,26 +173,24 @@ def scaled_gemm_triton(
     bias: torch.Tensor | None = None,
     gated: bool = False,
     residual: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16,
     counters: torch.Tensor | None = None,
     config: ScaledGemmConfig | None = None,
 ) -> torch.Tensor:
     """Return x W^T + b [T, N], with sums in float32, rounded once.
 
     Args:
+        x: has a scale for each group of 128 columns.
         weight, scale: e4m3 [N, K] and its scales, see `scale_layout`; both contiguous, rows of whole 16 bytes.
         bias, gated: as in `linear`.
         residual: [T, N] contiguous; the result is added to it in place.
-        dtype: of the result, if there is no residual.
         counters: as in `gemm_triton`.
         config: `default_scaled_gemm_config` if None.
     """
     (m, k), n = x.values.shape, len(weight) // (2 if gated else 1)
-    config = config or default_scaled_gemm_config(m, n, k, gated, sm_count(weight.device))
-    out = torch.empty((m, n), dtype=dtype, device=weight.device) if residual is None else residual
-    is_wide = gated or config.is_wide
-    num_tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n * (2 if is_wide and not gated else 1))
-    num_splits = 1 if counters is None or is_wide else config.num_splits
+    config = config or default_scaled_gemm_config(m, n, k, gated)
+    out = torch.empty((m, n), dtype=x.dtype, device=weight.device) if residual is None else residual
+    num_tiles = ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
+    num_splits = 1 if counters is None or gated else config.num_splits
     partial = out
     if num_splits > 1:
         partial_size = num_tiles * num_splits * config.block_m * config.block_n
@@ -230,6 +199,7 @@ def scaled_gemm_triton(
         TensorDescriptor.from_tensor(x.values, [config.block_m, BLOCK_K]),
         x.scales,
         TensorDescriptor.from_tensor(weight, [config.block_n, BLOCK_K]),
+        weight,
         scale,
         out if bias is None else bias,
         out,
@@ -243,14 +213,14 @@ def scaled_gemm_triton(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=BLOCK_K,
-        WIDE=is_wide,
         GATED=gated,
         SCALES=scale_layout(weight, scale),
-        RESCALE=config.rescale,
         BIAS=bias is not None,
         ADD=residual is not None,
         SPLIT=num_splits > 1,
         GROUP=GROUP_TILES,
+        PREFETCH=PREFETCH,
+        THREADS=32 * config.num_warps,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **launch_options(weight.device),

@@ -6,8 +6,6 @@ A tile is [outputs, tokens], so that the weight provides the 64 rows that Hopper
 prefetches the first columns of its weight rows before it waits for the kernel that computes x (programmatic dependent
 launch): while one kernel finishes, the next one's weights are already moving to the L2 cache. Where K is split,
 programs store partial sums, and the last program of a tile to finish adds them in a fixed order.
-
-An FP8 weight is converted to x's dtype in registers, and its scales multiply the sums.
 """
 
 from typing import NamedTuple
@@ -15,7 +13,6 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.ops.dispatch import GEMM_MAX_OUTPUTS, Kernel, regime_of
-from nanovllm.ops.linear.scales import block_scale_ptrs, scale_layout
 from nanovllm.ops.triton_utils import (
     HAVE_TRITON,
     TensorDescriptor,
@@ -73,14 +70,14 @@ def is_gemm(x: torch.Tensor, weight: torch.Tensor) -> bool:
         return False
     if regime_of(len(x)).kernel is not Kernel.GEMM:
         return False
-    addresses = x.data_ptr() | weight.data_ptr() | 2 * x.stride(0) | weight.itemsize * x.shape[1]
+    addresses = x.data_ptr() | weight.data_ptr() | 2 * x.stride(0) | 2 * x.shape[1]
     plain = x.ndim == 2 and x.stride(1) == 1 and weight.is_contiguous()
-    aligned = x.itemsize == 2 and weight.itemsize <= 2 and not addresses % 16
+    aligned = weight.itemsize == 2 and not addresses % 16
     return plain and aligned and fits_large_tma_tiles(x.device)
 
 
 @triton.jit
-def _prefetch(weight_ptr, first_row, first_column, N, K, columns, ROWS: tl.constexpr, THREADS: tl.constexpr):
+def prefetch_rows(weight_ptr, first_row, first_column, N, K, columns, ROWS: tl.constexpr, THREADS: tl.constexpr):
     """Prefetch `columns` columns of ROWS rows of a weight with N rows into the L2 cache, one line per thread."""
     LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
     lines = tl.cdiv(columns, LINE)
@@ -114,25 +111,11 @@ def reduce_splits(tile, partial_ptr, counter_ptr, index, split, num_splits):
     return tile, is_last
 
 
-@triton.jit
-def _add_dot(total, weight, x, scale_ptrs, k, SCALES: tl.constexpr):
-    """Add weight [BLOCK_N, BLOCK_K] times x [BLOCK_K, BLOCK_M], times the weight's scale, to the total."""
-    weight = weight.to(x.dtype)
-    if SCALES == "block" or SCALES == "row_block":
-        scale = tl.load(scale_ptrs + k // 128)
-        if SCALES == "row_block":
-            scale = scale[:, None]
-        return total + tl.dot(weight, x, input_precision="ieee") * scale
-    else:
-        return tl.dot(weight, x, total, input_precision="ieee")
-
-
 @triton.jit(do_not_specialize=["M", "num_splits", "prefetch"])
 def _gemm_kernel(
     x,
     weight,
     weight_ptr,
-    scale_ptr,
     bias_ptr,
     out_ptr,
     partial_ptr,
@@ -145,7 +128,6 @@ def _gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SCALES: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
@@ -162,28 +144,22 @@ def _gemm_kernel(
         first, last = last * tl.program_id(1) // num_splits, last * (tl.program_id(1) + 1) // num_splits
     if PDL:
         columns = tl.minimum(prefetch, tl.minimum(last * BLOCK_K, K) - first * BLOCK_K)
-        _prefetch(weight_ptr, n, first * BLOCK_K, N, K, columns, BLOCK_N, THREADS)
+        prefetch_rows(weight_ptr, n, first * BLOCK_K, N, K, columns, BLOCK_N, THREADS)
         if GATED:
-            _prefetch(weight_ptr, N + n, first * BLOCK_K, 2 * N, K, columns, BLOCK_N, THREADS)
+            prefetch_rows(weight_ptr, N + n, first * BLOCK_K, 2 * N, K, columns, BLOCK_N, THREADS)
     wait_for_inputs(PDL)
     if ADD:  # loads while the GEMM runs
         residual = tl.load(out_ptr + offsets, mask=mask, other=0.0)
     y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    scale_ptrs = block_scale_ptrs(scale_ptr, n, N, K, BLOCK_N, SCALES)
-    up_scale_ptrs = block_scale_ptrs(scale_ptr, N + n, 2 * N, K, BLOCK_N, SCALES)
     for k in tl.range(first * BLOCK_K, last * BLOCK_K, BLOCK_K):
         x_tile = tl.trans(x.load([0, k]))
-        y = _add_dot(y, weight.load([n, k]), x_tile, scale_ptrs, k, SCALES)
+        y = tl.dot(weight.load([n, k]), x_tile, y, input_precision="ieee")
         if GATED:
-            up = _add_dot(up, weight.load([N + n, k]), x_tile, up_scale_ptrs, k, SCALES)
+            up = tl.dot(weight.load([N + n, k]), x_tile, up, input_precision="ieee")
     if SPLIT:
         y, is_last = reduce_splits(y, partial_ptr, counter_ptr, tl.program_id(0), tl.program_id(1), num_splits)
         mask = (ms < tl.where(is_last, M, 0))[:, None] & (ns < N)[None, :]
-    if SCALES == "row":
-        y *= tl.load(scale_ptr + ns, mask=ns < N, other=0.0)[:, None]
-        if GATED:
-            up *= tl.load(scale_ptr + N + ns, mask=ns < N, other=0.0)[:, None]
     if BIAS:
         y += tl.load(bias_ptr + ns, mask=ns < N, other=0.0).to(tl.float32)[:, None]
         if GATED:
@@ -204,18 +180,16 @@ def gemm_triton(
     residual: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
     config: GemmConfig | None = None,
-    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return x W^T of x [M, K] for a small batch, with sums in float32, rounded once.
 
     Args:
         x: the stride between tokens is a multiple of 16 bytes.
-        weight, bias, gated: as in `linear`; the weight is contiguous.
+        weight, bias, gated: as in `linear`; the weight is plain and contiguous.
         residual: [M, N] contiguous; the result is added to it in place.
         counters: int32 zeros, one per tile of the result (at most MAX_TILES), zero again afterwards. Launches that may
             overlap need separate counters. Without counters, K is not split.
         config: `default_gemm_config` if None. `block_m` must be at least M; K is not split if `gated`.
-        scale: as in `gemv_triton`. With a scale for each block, `block_n` and `block_k` divide 128.
     """
     (m, k), n = x.shape, len(weight) // (2 if gated else 1)
     config = config or default_gemm_config(m, n, k, gated)
@@ -230,7 +204,6 @@ def gemm_triton(
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [config.block_m, config.block_k]),
         TensorDescriptor(weight, list(weight.shape), [k, 1], [config.block_n, config.block_k]),
         weight,
-        out if scale is None else scale,
         weight if bias is None else bias,
         out,
         partial,
@@ -243,7 +216,6 @@ def gemm_triton(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        SCALES=scale_layout(weight, scale),
         GATED=gated,
         BIAS=bias is not None,
         ADD=residual is not None,
