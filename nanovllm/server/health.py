@@ -13,7 +13,7 @@ def routes(state: ServerState) -> APIRouter:
     """Return the endpoints."""
     router = APIRouter()
 
-    @router.get("/health")
+    @router.api_route("/health", methods=["GET", "HEAD"])  # load balancers and `wget --spider` send HEAD
     async def health() -> Response:
         """Answer 200 if requests can be answered now, else 503."""
         if state.admission.draining:

@@ -69,6 +69,8 @@ def test_wrong_tokenize_gets_400(llm, body):
 
 def test_health_and_version(llm):
     assert call(llm, "GET", "/health").status_code == 200
+    answer = call(llm, "HEAD", "/health")
+    assert (answer.status_code, answer.content) == (200, b"")
     assert call(llm, "GET", "/version").json() == {"version": nanovllm.__version__}
 
 
