@@ -18,7 +18,7 @@ from nanovllm.checkpoints.hub import ModelSource
 from nanovllm.checkpoints.loader import WeightUpdate, dummy_weights, load_weights
 from nanovllm.config import Config
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.messages import NO_TOKENS, Batch, Row, StepOutput
+from nanovllm.messages import NO_LOGITS, Batch, Row, StepOutput
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
 from nanovllm.ops.inputs.step_rows import StepRows
@@ -194,7 +194,7 @@ class ModelRunner:
             self.wait(step.event)
         self.in_flight.popleft()
         sampled = zip(step.batch.rows, step.tokens.tolist(), strict=True)
-        token_ids = [[token_id] if row.samples else [] for row, token_id in sampled]
+        token_ids = [[token_id] if row.is_sampled else [] for row, token_id in sampled]
         return StepOutput(token_ids, _packed(step.logprobs), _packed(step.prompt_logprobs))
 
     def wait(self, event: torch.cuda.Event | torch.Event) -> None:
@@ -269,7 +269,7 @@ class ModelRunner:
         All rows have slot 0, the only one that surely has recurrent state. Its blocks are the scratch block.
         """
         parts = np.array_split(np.arange(self.config.max_num_batched_tokens), self.max_rows)
-        return Batch([Row(0, 0, [0] * len(part), NO_TOKENS) for part in parts])
+        return Batch([Row(0, 0, [0] * len(part), NO_LOGITS) for part in parts])
 
     # -- kernels and graphs ------------------------------------------------------------------------------------------
 
