@@ -31,6 +31,38 @@ class TorchBackend(AttentionBackend):
     def prepare(self, ctx: Context) -> None:
         ctx.meta = {}  # plans by the kind of the cache; a context for last tokens must not use the step's plans
 
+    def store_and_attend(self, qkv, transform, positions, kv, scale, ctx, last=None) -> Tensor:
+        if qkv.dtype != torch.float32 or transform.q_weight is not None or transform.query_scale is not None:
+            return super().store_and_attend(qkv, transform, positions, kv, scale, ctx, last)
+        num_heads, kv_heads = transform.num_heads, kv.kv_heads
+        halves = qkv.view(len(qkv), -1, 2, transform.cos_sin.shape[1] // 2)
+        cos, sin = self._rotation(transform.cos_sin, positions, ctx)
+        x = halves[:, :-kv_heads]
+        rotated = torch.addcmul(x * cos, x.flip(2), sin).flatten(2)  # [T, H + K, Dh]
+        shape = -1, kv_heads, rotated.shape[2]
+        kv.k_cache.view(shape).index_copy_(0, ctx.slot_mapping, rotated[:, num_heads:])
+        kv.v_cache.view(shape).index_copy_(0, ctx.slot_mapping, halves[:, -kv_heads:].flatten(2))
+        q = rotated[:, :num_heads]
+        if last is not None:
+            q, ctx = q[last], ctx.for_last_tokens()
+            self.prepare(ctx)
+        if ctx.num_decode < len(q):
+            return self.attend(q, kv, scale, ctx)
+        plan, _ = self._plans(q, kv, ctx)
+        return attend_gathered(q, *self._gather(kv, plan.indices), plan.mask, scale)
+
+    @staticmethod
+    def _rotation(cos_sin: Tensor, positions: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Return RoPE's factors of the halves of each head and of the swapped halves, for all layers of a step.
+
+        They are [T, 1, 1, Dh / 2] and [T, 1, 2, Dh / 2].
+        """
+        key = id(cos_sin)
+        if key not in ctx.meta:
+            cos, sin = cos_sin[positions][:, None, None].chunk(2, dim=-1)
+            ctx.meta[key] = cos, torch.cat((-sin, sin), dim=2)
+        return ctx.meta[key]
+
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
         plan, _ = self._plans(q, kv, ctx)
         k, v = self._gather(kv, plan.indices)

@@ -12,7 +12,6 @@ loses at most 1/254 of the largest absolute value in a group.
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from nanovllm.weights.formats import Plain, Table, WeightFormat
 
