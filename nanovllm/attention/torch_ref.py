@@ -18,6 +18,8 @@ from nanovllm.ops.attention.reference import (
 class TorchBackend(AttentionBackend):
     """Gather each row's KV, then call scaled_dot_product_attention: once for all decode rows, once per prefill row.
 
+    A single sequence whose blocks follow each other is not gathered. The layers of a step share the factors of RoPE.
+
     In each step, the first layer of each kind plans the indices to gather. The buffers for gathered K and V are reused:
     on a CPU, page faults of new buffers of some MB would take longer than attention.
     """
@@ -49,7 +51,26 @@ class TorchBackend(AttentionBackend):
         if ctx.num_decode < len(q):
             return self.attend(q, kv, scale, ctx)
         plan, _ = self._plans(q, kv, ctx)
-        return attend_gathered(q, *self._gather(kv, plan.indices), plan.mask, scale)
+        k, v = self._view(kv, plan, ctx) or self._gather(kv, plan.indices)
+        return attend_gathered(q, k, v, plan.mask, scale)
+
+    @staticmethod
+    def _view(kv: PagedKV, plan: DecodeGatherPlan, ctx: Context) -> tuple[Tensor, Tensor] | None:
+        """Return keys and values [1, K, L, Dh] without a copy; None unless one sequence's tokens lie side by side."""
+        if len(plan.indices) > 1:
+            return None
+        key = "view", kv.kind
+        if key not in ctx.meta:
+            first = plan.indices[0, 0]
+            is_one_run = bool((first.diff() == kv.kv_heads).all())
+            ctx.meta[key] = int(first[0]) // kv.kv_heads if is_one_run else None
+        start = ctx.meta[key]
+        if start is None:
+            return None
+        tokens = slice(start, start + plan.indices.shape[2])
+        shape = -1, kv.kv_heads, kv.k_cache.shape[-1]
+        k, v = (cache.view(shape)[tokens].transpose(0, 1)[None] for cache in (kv.k_cache, kv.v_cache))
+        return k, v
 
     @staticmethod
     def _rotation(cos_sin: Tensor, positions: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
