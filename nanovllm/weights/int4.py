@@ -85,10 +85,22 @@ def quantize_8_bits(weight: torch.Tensor) -> Groups:
     """Return the nearest 8-bit weights to float32 weights [N, K]."""
     groups = weight.unflatten(1, (-1, GROUP))
     scale = groups.abs().amax(2) / 127
-    inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    q = torch.cat([(part * inv[:, :, None]).round_().add_(128).to(torch.uint8).flatten(1)
-                   for part, inv in zip(groups.split(_CHUNK), inverse.split(_CHUNK), strict=True)])  # fmt: skip
-    return Groups(q, scale, -128 * scale)
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)[:, :, None]
+    q = torch.empty(groups.shape, dtype=torch.uint8)
+    for rows in range(0, len(groups), _CHUNK):
+        part = slice(rows, rows + _CHUNK)
+        q[part] = (groups[part] * inverse[part]).round_().add_(128)
+    return Groups(q.flatten(1), scale, -128 * scale)
+
+
+def _halves(groups: Groups) -> Groups:
+    """Return 8-bit weights as 4-bit ones [N, 2 K]: the high bits, whose values are centred, and then the low bits."""
+    high, low = groups.scale * 16, groups.scale
+    return Groups(
+        torch.cat([groups.q >> 4, groups.q & 15], 1),
+        torch.cat([high, low], 1),
+        torch.cat([-8 * high, torch.zeros_like(low)], 1),
+    )
 
 
 class Compressing(Plain):
@@ -112,12 +124,7 @@ class Int4(WeightFormat):
         groups = quantize_4_bits(self.weight)
         self.is_doubled = groups is None
         if groups is None:
-            q, scale, _ = quantize_8_bits(self.weight)
-            groups = Groups(
-                torch.cat([q >> 4, q & 15], 1),
-                torch.cat([16 * scale, scale], 1),
-                -8 * torch.cat([16 * scale, scale * 0], 1),
-            )
+            groups = _halves(quantize_8_bits(self.weight))
         # The GEMM computes scale * (q - 8) + zero.
         zero = groups.low + 8 * groups.scale
         self.scales = torch.stack([groups.scale, zero], 2).transpose(0, 1).contiguous().bfloat16()
