@@ -64,9 +64,9 @@ def _fit(groups: torch.Tensor) -> Groups | None:
     flat = groups.reshape(-1, GROUP)
     low, high = flat.aminmax(dim=1)
     span, tolerance = high - low, torch.maximum(low.abs(), high.abs()) * _TOLERANCE
-    q = torch.zeros(flat.shape, dtype=torch.uint8)
+    q = torch.zeros(flat.shape, dtype=torch.uint8, device=flat.device)
     scale = torch.zeros_like(low)
-    left = torch.arange(len(flat))
+    left = torch.arange(len(flat), device=flat.device)
     for steps in range(15, 0, -1):
         values = flat if len(left) == len(flat) else flat[left]
         step = span[left] / steps
@@ -86,7 +86,7 @@ def quantize_8_bits(weight: torch.Tensor) -> Groups:
     groups = weight.unflatten(1, (-1, GROUP))
     scale = groups.abs().amax(2) / 127
     inverse = torch.where(scale > 0, 1 / scale, 0.0)[:, :, None]
-    q = torch.empty(groups.shape, dtype=torch.uint8)
+    q = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
     for rows in range(0, len(groups), _CHUNK):
         part = slice(rows, rows + _CHUNK)
         q[part] = (groups[part] * inverse[part]).round_().add_(128)
@@ -132,7 +132,7 @@ class Int4(WeightFormat):
         self.weight.data = self.weight.data.new_empty(0)
 
     def start_loading(self) -> WeightFormat:
-        self.weight.data = torch.empty(self.shape, dtype=self.weight.dtype)
+        self.weight.data = self.weight.data.new_empty(self.shape)
         return self.plain
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -174,7 +174,7 @@ class CompressedTable(Table):
             self.weight.data = self.weight.data.new_empty(0)
 
     def start_loading(self) -> WeightFormat:
-        self.weight.data = torch.empty(self.shape, dtype=self.weight.dtype)
+        self.weight.data = self.weight.data.new_empty(self.shape)
         return self.plain
 
     def finish_loading(self) -> WeightFormat:

@@ -165,6 +165,22 @@ def test_updated_weights_are_those_of_a_fresh_load(tmp_path, name):
 
 
 @needs_gemm
+def test_a_mixture_of_experts_keeps_its_experts_and_compresses_the_rest(tmp_path):
+    runs = []
+    model = tiny_model("qwen2-moe", **SIZES, moe_intermediate_size=32)
+    path = write_gguf(tmp_path / "moe.gguf", model, quantise=True)
+    for dtype in ("auto", "float32"):
+        with engine(path, dtype=dtype) as llm:
+            runs.append(
+                logprobs(
+                    llm.generate(prompts_of([30]), greedy(1, prompt_logprobs=0), use_tqdm=False)[0].prompt_logprobs
+                )
+            )
+            assert (Int4 in formats(llm)) == (dtype == "auto")
+    assert runs[0] == pytest.approx(runs[1], abs=0.1)
+
+
+@needs_gemm
 def test_trained_weights_update_a_compressed_model(tmp_path):
     model = tiny_model("llama", 1, **SIZES)
     with engine(gguf_file(tmp_path, "llama", 1)) as llm:
