@@ -12,6 +12,7 @@ import torch
 from nanovllm.checkpoints.files import local_path, regular_file
 from nanovllm.checks import plain, shown
 from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.linear import LinearLayer
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import UNUSED_TENSORS, ModelConfig
@@ -125,7 +126,9 @@ class WeightUpdate:
         self.model = model
         self.seen: set[str] = set()
         self.differs: dict[str, torch.Tensor] = {}
-        self.layers = [module for module in model.modules() if isinstance(module, LinearLayer)]
+        self.layers = [
+            module for module in model.modules() if isinstance(module, (LinearLayer, VocabParallelEmbedding))
+        ]
         # Parameters made in inference mode can only be written in it.
         with torch.inference_mode():
             for layer in self.layers:

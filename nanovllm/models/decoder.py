@@ -13,7 +13,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.gated_delta_net import GatedDeltaNet
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import PendingGemm, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import LinearLayer, PendingGemm, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import MLP
 from nanovllm.layers.moe import SparseMoE
 from nanovllm.layers.qk_norm import QKNorm
@@ -24,6 +24,7 @@ from nanovllm.ops.dispatch import compile_sizes
 from nanovllm.ops.linear.sigmoid_mul import sigmoid_mul
 from nanovllm.ops.moe.dispatch import expert_compile_sizes
 from nanovllm.utils.context import get_context
+from nanovllm.weights.int4 import compressing
 from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
 from nanovllm.weights.row_order import HeadLayout
 
@@ -209,6 +210,12 @@ class Decoder(nn.Module):
         for name, child in self.named_children():
             tensors |= checkpoint_tensors(child, name if name == "lm_head" else f"model.{name}")
         return tensors
+
+    def compress(self) -> None:
+        """Let loading compress plain weights for a CPU; see weights/int4.py."""
+        for module in self.modules():
+            if isinstance(module, (LinearLayer, VocabParallelEmbedding)):
+                module.format = compressing(module.format)
 
     def compile_sizes(self, max_tokens: int) -> list[int]:
         """Return the numbers of tokens, up to `max_tokens`, for which kernels are compiled at the start."""

@@ -58,8 +58,8 @@ class Regime(NamedTuple):
     compiled: tuple[int, ...] = ()
 
 
-# GEMV is compiled for each number of tokens, GEMM for each power of two. In the first row, large weights use GEMM from two
-# tokens on; see GEMV_MAX_PRODUCTS.
+# GEMV is compiled for each number of tokens, GEMM for each power of two. In the first row, large weights use GEMM from
+# two tokens on; see GEMV_MAX_PRODUCTS.
 # Above 4 sequences, the other kernels of a step take so long that fusing QK-norm, RoPE and attention gains nothing.
 # Up to 512 tokens, the output of cuBLAS is still in the L2 cache when the next norm adds it.
 # Above 2048 tokens, a step takes the GPU longer than the host, so that a graph gains nothing.

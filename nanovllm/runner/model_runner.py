@@ -29,6 +29,7 @@ from nanovllm.runner.batch_state import BatchState, host_buffer
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.forward import Forward, LogprobTensors
 from nanovllm.runner.state_pool import StatePool, StateSizes
+from nanovllm.weights import int4
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,8 @@ class ModelRunner:
                 tp=self.tp,
                 max_position=self.max_model_len,
             )
+        if self.device.type == "cpu" and self.config.dtype == "auto" and source.is_quantized and int4.is_supported():
+            self.model.compress()
         self.pool = StatePool(self.model, self.block_size, self.device)
         max_kv_heads = max(kind.kv_heads for kind in self.pool.kv_kinds)
         num_counters = (self.max_rows + 1) * max_kv_heads  # for attention; a graph may have one row more
