@@ -106,8 +106,13 @@ def compile_in_parallel() -> Iterator[None]:
     Compiling them one after the other takes longer than the rest of an engine's start.
     """
     wait([preload_triton()])
-    with _KernelCompilers() as executor, triton.AsyncCompileMode(executor):
-        yield
+    try:
+        with _KernelCompilers() as executor, triton.AsyncCompileMode(executor):
+            yield
+    except BaseException:
+        # If a compilation fails, Triton 3.6 stays in the mode, and no engine could start in this process any more.
+        triton.runtime._async_compile.active_mode.set(None)
+        raise
 
 
 _compiling = threading.Lock()

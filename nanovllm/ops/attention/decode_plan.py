@@ -87,7 +87,7 @@ def default_decode_config(
     """
     programs = batch * kv_heads
     tile, num_warps, num_stages = 128, 4, 3
-    if 2 * programs >= 5 * sm_count:
+    if 2 * programs >= 5 * sm_count and itemsize > 1:
         tile = 64
         num_stages = 3 if programs >= MANY_PROGRAMS_PER_SM * sm_count else 4
     if prefix:
