@@ -17,7 +17,7 @@ from nanovllm.ops.fp8.quantize import PendingSwiglu, QuantizedRows, quantize_tri
 from nanovllm.ops.fp8.reference import BLOCK, quantize_weight
 from nanovllm.ops.fp8.scaled_gemm import ScaledGemmConfig, default_scaled_gemm_config, scaled_gemm_triton
 from nanovllm.ops.linear.gemm import MAX_TILES, gemm_triton
-from nanovllm.ops.linear.gemv import GemvConfig, default_fp8_gemv_config, gemv_triton
+from nanovllm.ops.linear.gemv import GemvConfig, default_gemv_config, gemv_triton
 from nanovllm.ops.linear.silu_mul import silu_mul
 from nanovllm.ops.linear.swiglu import is_swiglu, swiglu_triton
 from nanovllm.ops.moe.combine import combine_triton
@@ -181,13 +181,8 @@ def gemv(tokens_list: Sequence[int]) -> None:
 
 
 def _gemv_configs(layer: Layer) -> list[GemvConfig]:
-    default = default_fp8_gemv_config(layer.num_outputs, layer.k, layer.gated, may_step=layer.tokens == 1)
-    if layer.tokens > 1:
-        return [default]
-    steps = [default._replace(steps=s, num_stages=stages) for s in (4, 8, 16) for stages in (3, 4)]
-    wide = [default._replace(num_warps=2 * default.num_warps, num_stages=stages) for stages in (3, 4)]
-    single = [GemvConfig(rows, warps) for rows, warps in ((8, 4), (4, 4), (4, 8))]
-    return [default, *steps, *wide, *single]
+    shapes = itertools.product((2, 4, 8, 16), (4, 8)) if layer.tokens == 1 else ()
+    return [default_gemv_config(layer.num_outputs, layer.k, layer.gated, 1), *(GemvConfig(*shape) for shape in shapes)]
 
 
 def _gemv_calls(layer: Layer, config: GemvConfig) -> list[list[Callable]]:

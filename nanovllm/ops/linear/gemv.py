@@ -18,35 +18,25 @@ import torch
 from nanovllm.ops.comm.collectives import buffers_of, pack_words, send, sum_unit
 from nanovllm.ops.comm.peer_memory import UNIT, PeerMemory
 from nanovllm.ops.dispatch import Kernel, regime_of
-from nanovllm.ops.linear.gemm import prefetch_rows
 from nanovllm.ops.linear.scales import load_scales, scale_layout
 from nanovllm.ops.triton_utils import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
 
 
 class GemvConfig(NamedTuple):
-    """Compile-time settings of the kernel.
-
-    Attributes:
-        rows: rows of the weight that a program loads at once.
-        num_warps: warps.
-        steps: how often a program does that. While it sums, the rows of the next steps load into shared memory. More
-            than one step is for one token on one rank.
-        num_stages: pipeline stages, if there are several steps.
-    """
+    """Compile-time settings of the kernel: rows of the weight per program, and warps."""
 
     rows: int
     num_warps: int
-    steps: int = 1
-    num_stages: int = 1
 
 
-def default_gemv_config(n: int, k: int, gated: bool) -> GemvConfig:
-    """Return the settings that `python -m benchmarks.tune gemv` chose on an H100.
+def default_gemv_config(n: int, k: int, gated: bool, itemsize: int = 2) -> GemvConfig:
+    """Return the settings that `python -m benchmarks.tune gemv` chose on an H100, and for FP8 weights on an H200.
 
     A program's rows are 16 to 64 KiB: enough loads in flight to hide the memory's latency, and they fit in registers.
 
     Args:
         n, k: size of the weight [n, k], or [2 n, k] if gated.
+        itemsize: bytes of an element of the weight.
     """
     rows = 2
     if k <= 3072:
@@ -58,26 +48,9 @@ def default_gemv_config(n: int, k: int, gated: bool) -> GemvConfig:
         num_warps = 2
     elif k <= 4096:
         num_warps = 4
+    if itemsize == 1:
+        rows = 8 if 3072 < k <= 4096 else 2 * rows
     return GemvConfig(rows // 2 if gated else rows, num_warps)
-
-
-def default_fp8_gemv_config(n: int, k: int, gated: bool, may_step: bool) -> GemvConfig:
-    """Return the settings for an FP8 weight. A GPU takes longer to sum it than plain weights of as many bytes.
-
-    So programs load the next rows while they sum, if there are enough rows to keep the GPU busy.
-
-    Args:
-        n, k, gated: as in `default_gemv_config`.
-        may_step: whether a program may have several steps.
-    """
-    config = default_gemv_config(n, k, gated)
-    rows = max(1, (8192 if gated else 16384) // triton.next_power_of_2(k))
-    steps = 1
-    while steps < 16 and rows * 2 * steps <= 128 and n >= 256 * rows * 2 * steps:
-        steps *= 2
-    if may_step and steps >= 4:
-        return GemvConfig(rows, config.num_warps, steps, num_stages=3)
-    return config._replace(rows=2 * config.rows)
 
 
 def is_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -108,9 +81,6 @@ def _gemv_kernel(
     K: tl.constexpr,
     K_PAD: tl.constexpr,
     ROWS: tl.constexpr,
-    STEPS: tl.constexpr,
-    STAGES: tl.constexpr,
-    THREADS: tl.constexpr,
     SCALES: tl.constexpr,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
@@ -131,26 +101,28 @@ def _gemv_kernel(
             return
         buffers = buffers_of(buffers_ptr, SIZE)
         words = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
-    first_rows = tl.program_id(0) * (ROWS * STEPS) + tl.arange(0, ROWS)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ks = tl.arange(0, K_PAD)
-    offsets = first_rows.to(tl.int64)[:, None] * K + ks[None, :]
-    mask = (first_rows < N)[:, None] & (ks < K)[None, :]
-    if STEPS == 1:
-        weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0)
-        if GATED:
-            up_weight = tl.load(weight_ptr + N.to(tl.int64) * K + offsets, mask=mask, other=0.0)
-    elif PDL:
-        first_row = tl.program_id(0) * (ROWS * STEPS)
-        prefetch_rows(weight_ptr, first_row, 0, N, K, K, 2 * ROWS, THREADS)
-        if GATED:
-            prefetch_rows(weight_ptr, N + first_row, 0, 2 * N, K, K, 2 * ROWS, THREADS)
+    offsets = rows.to(tl.int64)[:, None] * K + ks[None, :]
+    mask = (rows < N)[:, None] & (ks < K)[None, :]
+    weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0)
+    if GATED:
+        up_weight = tl.load(weight_ptr + N.to(tl.int64) * K + offsets, mask=mask, other=0.0)
     if NORM:
         norm = tl.load(norm_ptr + ks, mask=ks < K, other=0.0).to(tl.float32)
     if SCALES == "block" or SCALES == "row_block":  # factors of x
-        first = tl.program_id(0) * (ROWS * STEPS)
-        columns_scale = load_scales(scale_ptr, first, N, K, K_PAD, ROWS, SCALES)
+        first = tl.program_id(0) * ROWS
+        weight_scale = load_scales(scale_ptr, first, N, K, K_PAD, ROWS, SCALES)
         if GATED:
-            up_columns_scale = load_scales(scale_ptr, N + first, 2 * N, K, K_PAD, ROWS, SCALES)
+            up_scale = load_scales(scale_ptr, N + first, 2 * N, K, K_PAD, ROWS, SCALES)
+    if SCALES == "row":  # factors of the dot products
+        weight_scale = tl.load(scale_ptr + rows, mask=rows < N, other=0.0)
+        if GATED:
+            up_scale = tl.load(scale_ptr + N + rows, mask=rows < N, other=0.0)
+    if BIAS:
+        bias = tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+        if GATED:
+            up_bias = tl.load(bias_ptr + N + rows, mask=rows < N, other=0.0).to(tl.float32)
     wait_for_inputs(PDL)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     if SIZE > 1:
@@ -160,55 +132,40 @@ def _gemv_kernel(
         if SIZE > 1:
             index = m * tl.cdiv(N // 2, UNIT) * UNIT + words  # each token starts with a unit
             call = tl.load(calls_ptr + index // UNIT, mask=words < N // 2, other=0)
+        if ADD:  # loads while the dot products are summed
+            residual = tl.load(residual_ptr + m * N + rows, mask=rows < N, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + m * x_stride + ks, mask=ks < K, other=0.0).to(tl.float32)
         scale = 1.0
         if NORM:  # the token's scale is a factor of its dot products
             scale = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
             x = x * norm
         x = x[None, :]
-        x_up = x
+        scaled = x
         if SCALES == "block" or SCALES == "row_block":
-            if GATED:
-                x_up = x * up_columns_scale
-            x = x * columns_scale
-        for step in tl.range(STEPS, num_stages=STAGES):
-            rows = first_rows + step * ROWS
-            inside = rows < N
-            if STEPS > 1:  # the next rows load into shared memory while these are summed
-                mask = inside[:, None] & (ks < K)[None, :]
-                step_offsets = offsets + step * (ROWS * K)
-                weight = tl.load(weight_ptr + step_offsets, mask=mask, other=0.0)
-                if GATED:
-                    up_weight = tl.load(weight_ptr + N.to(tl.int64) * K + step_offsets, mask=mask, other=0.0)
-            # These load while the dot products are summed.
-            if ADD:
-                residual = tl.load(residual_ptr + m * N + rows, mask=inside, other=0.0).to(tl.float32)
-            if BIAS:
-                bias = tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)
-                if GATED:
-                    up_bias = tl.load(bias_ptr + N + rows, mask=inside, other=0.0).to(tl.float32)
-            rows_scale = scale
-            up_rows_scale = scale
+            scaled = x * weight_scale
+        y = tl.sum(weight.to(tl.float32) * scaled, 1) * scale
+        if SCALES == "row":
+            y *= weight_scale
+        if BIAS:
+            y += bias
+        if GATED:
+            scaled = x
+            if SCALES == "block" or SCALES == "row_block":
+                scaled = x * up_scale
+            up = tl.sum(up_weight.to(tl.float32) * scaled, 1) * scale
             if SCALES == "row":
-                rows_scale = scale * tl.load(scale_ptr + rows, mask=inside, other=0.0)
-                if GATED:
-                    up_rows_scale = scale * tl.load(scale_ptr + N + rows, mask=inside, other=0.0)
-            y = tl.sum(weight.to(tl.float32) * x, 1) * rows_scale
+                up *= up_scale
             if BIAS:
-                y += bias
-            if GATED:
-                up = tl.sum(up_weight.to(tl.float32) * x_up, 1) * up_rows_scale
-                if BIAS:
-                    up += up_bias
-                y = y / (1 + tl.exp(-y)) * up
-            if ADD:
-                y += residual
-            if SIZE > 1:
-                low, high = tl.split(tl.reshape(y, [ROWS // 2, 2]))
-                local = send(pack_words(low, high, dtype), call, index, sent, buffers, RANK, SIZE, NUM_WORDS)
-                tl.store(local_ptr + index, local, mask=words < N // 2)
-            else:
-                tl.store(out_ptr + m * N + rows, y.to(dtype), mask=inside)
+                up += up_bias
+            y = y / (1 + tl.exp(-y)) * up
+        if ADD:
+            y += residual
+        if SIZE > 1:
+            low, high = tl.split(tl.reshape(y, [ROWS // 2, 2]))
+            local = send(pack_words(low, high, dtype), call, index, sent, buffers, RANK, SIZE, NUM_WORDS)
+            tl.store(local_ptr + index, local, mask=words < N // 2)
+        else:
+            tl.store(out_ptr + m * N + rows, y.to(dtype), mask=rows < N)
 
 
 def gemv_triton(
@@ -230,20 +187,14 @@ def gemv_triton(
         peers: all-reduce x W^T over these ranks, which must make the same calls in the same order; bias and residual
             are added once. Needs 16-bit values, a result for which `peers.fits_all_reduce`, and at least two rows per
             program.
-        config: `default_gemv_config` or `default_fp8_gemv_config` if None. With a scale for each block, `rows` times
-            `steps` divides 128; with one for each part of a row, there is one step.
+        config: `default_gemv_config` if None. With a scale for each block, `rows` divides 128.
         scale: contiguous scales of an FP8 weight; see `scale_layout`.
     """
     (m, k), n = x.shape, len(weight) // (2 if gated else 1)
-    if config is None:
-        if scale is None:
-            config = default_gemv_config(n, k, gated)
-        else:
-            may_step = m == 1 and peers is None and scale_layout(weight, scale) != "row_block"
-            config = default_fp8_gemv_config(n, k, gated, may_step)
+    config = config or default_gemv_config(n, k, gated, weight.itemsize)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device) if residual is None else residual
     norm_weight, eps = (weight, 0.0) if norm is None else norm
-    num_programs, adds = triton.cdiv(n, config.rows * config.steps), True
+    num_programs, adds = triton.cdiv(n, config.rows), True
     if peers is None:
         local = out
         pointers = (out, out, out, out)
@@ -270,9 +221,6 @@ def gemv_triton(
         K=k,
         K_PAD=max(triton.next_power_of_2(k), 1 if scale is None else 128),
         ROWS=config.rows,
-        STEPS=config.steps,
-        STAGES=config.num_stages,
-        THREADS=32 * config.num_warps,
         SCALES=scale_layout(weight, scale),
         NORM=norm is not None,
         BIAS=bias is not None and adds,
