@@ -18,7 +18,7 @@ import sys
 # Before torch is imported: waiting threads sleep, so that other programs can use the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from benchmarks.engines import ENGINES
+from benchmarks.engines import ENGINES, PEERS
 from benchmarks.options import UsageError, above_0, at_least_1, check_options
 from benchmarks.report import NOTHING_TO_PLOT, table, write_json, write_plot
 from benchmarks.run import run_engines
@@ -53,7 +53,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prefix-seqs", type=at_least_1, default=512)
     add("--prefix-len", type=at_least_1, default=2048)
     add("--repeat", type=at_least_1, default=1, help="runs of each workload; medians are shown")
-    add("--compare", choices=["transformers"], help="run the offline requests through a peer in this process as well")
+    add(
+        "--compare",
+        choices=PEERS,
+        help="run requests through a peer in this process as well: transformers, or llama.cpp",
+    )
     add("--hbm-tb-s", type=above_0, help="memory bandwidth of a device, for the limits (H100, H200: known)")
     add("--tflops", type=above_0, help="arithmetic of a device in TFLOP/s, for the limits (H100, H200: known for bf16)")
     add("--json", metavar="FILE", help="write the figures")

@@ -234,6 +234,43 @@ class Transformers(Engine):
         )
 
 
+class LlamaCpp(Engine):
+    """llama.cpp with the GGUF file, context length and number of threads of a nanovllm engine on a CPU.
+
+    It answers requests one after the other, as its Python package does.
+    """
+
+    name = "llama.cpp"
+
+    def __init__(self, engine: Nanovllm):
+        import llama_cpp  # pyright: ignore[reportMissingImports]  # optional
+
+        path = engine.llm.llm_engine.source.path
+        if engine.on_gpu or path is None or not path.is_file():
+            raise ValueError("--compare llama.cpp needs a GGUF file on a CPU")
+        self.config = engine.config
+        self.max_model_len = engine.max_model_len
+        self.on_gpu = False
+        threads = torch.get_num_threads()
+        sizes = {"n_ctx": self.max_model_len, "n_threads": threads, "n_threads_batch": threads}
+        self.llm = llama_cpp.Llama(str(path), **sizes, verbose=False)
+
+    def generate(self, group: Group) -> None:
+        for prompt, length in zip(group.prompts, group.lens, strict=True):
+            self.llm.reset()
+            tokens = self.llm.generate(prompt, temp=group.temperature, top_k=0, top_p=1.0, min_p=0.0)
+            for _ in range(length):
+                next(tokens)
+
+    def close(self) -> None:
+        self.llm.close()
+
+
+# The engines of `--compare`, and the workloads that they run.
+PEERS: dict[str, tuple[type[Transformers] | type[LlamaCpp], list[str]]] = {
+    Transformers.name: (Transformers, ["offline"]),
+    LlamaCpp.name: (LlamaCpp, ["latency", "offline"]),
+}
 ENGINES: dict[str, type[Nanovllm] | type[Vllm]] = {engine.name: engine for engine in (Nanovllm, Vllm)}
 
 

@@ -216,7 +216,7 @@ def count_costs(
         tables.apply(batch)
         slots, before, new = np.array([(row.slot, row.start, row.num_tokens) for row in batch.rows]).T
         num_tokens = int(new.sum())
-        num_sampled = sum(row.samples for row in batch.rows)
+        num_sampled = sum(row.is_sampled for row in batch.rows)
         distinct, attended, kv_tokens = tables.distinct_tokens(slots, before + new), 0, 0
         for window, num_layers in Counter(windows.values()).items():
             attended += num_layers * attended_tokens(before, new, window)

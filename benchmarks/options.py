@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from benchmarks.engines import OWN_OPTIONS
+from benchmarks.engines import OWN_OPTIONS, PEERS
 from benchmarks.report import PLOT_MARK
 from nanovllm.models.registry import PRESETS
 
@@ -85,10 +85,14 @@ def check_engines(args: argparse.Namespace) -> None:
 
 def check_comparison(args: argparse.Namespace) -> None:
     if args.workload != "offline":
-        raise UsageError(f"--compare {args.compare} runs the offline workload only")
+        raise UsageError(f"--compare {args.compare} runs the {' and '.join(PEERS[args.compare][1])} workload only")
     if args.model in PRESETS or args.load_format == "dummy":
         raise UsageError(f"--compare {args.compare} needs a model with weights, not a shape or --load-format dummy")
-    if importlib.util.find_spec("accelerate") is None:
-        raise UsageError(f"--compare {args.compare} needs the package accelerate, which the extra 'test' brings")
+    module, package = {
+        "transformers": ("accelerate", "accelerate, which the extra 'test' brings"),
+        "llama.cpp": ("llama_cpp", "llama-cpp-python"),
+    }[args.compare]
+    if importlib.util.find_spec(module) is None:
+        raise UsageError(f"--compare {args.compare} needs the package {package}")
     if args.plot:
         raise UsageError("--plot draws limits, which --compare does not count")

@@ -11,12 +11,12 @@ from random import Random
 
 import torch
 
-from benchmarks.engines import ENGINES, Engine, Nanovllm, Transformers, timed
+from benchmarks.engines import ENGINES, PEERS, Engine, Nanovllm, timed
 from benchmarks.options import UsageError
 from benchmarks.report import NOTHING_TO_PLOT, Row, progress
 from benchmarks.start import check_start, measure_start
 from benchmarks.trace import write_trace
-from benchmarks.workloads import WORKLOAD_NAMES, WORKLOADS, Figure, Group, chosen_workloads, offline, random_prompts
+from benchmarks.workloads import WORKLOAD_NAMES, WORKLOADS, Figure, Group, chosen_workloads, random_prompts
 
 
 def run_engine(args: Namespace) -> list[Row]:
@@ -73,7 +73,7 @@ def measure_workloads(engine: Engine, names: list[str], args: Namespace) -> list
     prompts = random_prompts(Random(4), 4, min(64, half), min(64, half), engine.config.vocab_size)
     engine.generate(Group(prompts, [min(8, half)] * 4))
     if args.compare and isinstance(engine, Nanovllm):
-        return progress(compare_transformers(engine, args))
+        return progress(compare(engine, args))
     rows = []
     for name in names:
         rows += progress(run_workload(engine, name, args))
@@ -141,17 +141,28 @@ def figure_row(figure: Figure, measured: dict[str, list[float]]) -> Row:
     return row
 
 
-def compare_transformers(engine: Nanovllm, args: Namespace) -> list[Row]:
-    """Run the offline requests on both engines, alternating; return a row for each engine."""
-    (group,), (figure,) = offline(args, engine.config.vocab_size, engine.max_model_len)
-    peer = Transformers(engine)
-    peer.generate(replace(group, lens=[2] * len(group.lens)))
-    ours, theirs = [], []
-    for _ in range(args.repeat):
-        theirs.append(timed(peer.generate, group))
-        engine.reset()
-        ours.append(timed(engine.generate, group))
-    seconds = {engine.name: statistics.median(ours), peer.name: statistics.median(theirs)}
-    print(f"nanovllm is {seconds[peer.name] / seconds[engine.name]:.2f} times transformers", file=sys.stderr)
-    row = {"workload": "offline", "output_tokens": sum(group.lens)}
-    return [row | {"engine": name} | figure_row(figure, {"seconds": [value]}) for name, value in seconds.items()]
+def compare(engine: Nanovllm, args: Namespace) -> list[Row]:
+    """Run the peer's workloads on both engines, alternating; return a row for each figure and engine."""
+    make, names = PEERS[args.compare]
+    check_lengths(engine, names, args)
+    try:
+        peer = make(engine)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    rows = []
+    for name in names:
+        groups, figures = WORKLOADS[name](args, engine.config.vocab_size, engine.max_model_len)
+        peer.generate(replace(groups[0], lens=[2] * len(groups[0].lens)))
+        seconds = {engine.name: [], peer.name: []}
+        for _ in range(args.repeat):
+            seconds[peer.name].append([timed(peer.generate, group) for group in groups])
+            engine.reset()
+            seconds[engine.name].append([timed(engine.generate, group) for group in groups])
+        medians = {key: [statistics.median(run) for run in zip(*runs, strict=True)] for key, runs in seconds.items()}
+        row = {"workload": name, "output_tokens": sum(sum(group.lens) for group in groups)}
+        for figure in figures:
+            rows += [row | {"engine": key} | figure_row(figure, {"seconds": times}) for key, times in medians.items()]
+            ratio = figure.total(medians[peer.name]) / figure.total(medians[engine.name])
+            print(f"{name}, {figure.unit}: nanovllm is {ratio:.2f} times {peer.name}", file=sys.stderr)
+    peer.close()
+    return rows

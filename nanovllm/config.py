@@ -36,7 +36,8 @@ class Config:
         kvcache_block_size: tokens in a KV block, a power of two of at least 16.
         num_kvcache_blocks: size of the KV pool; None measures the free memory (GPU) or takes up to 1 GiB (CPU) for KV
             and recurrent state together.
-        dtype: "auto" is the checkpoint's dtype on a GPU and float32 on a CPU.
+        dtype: "auto" is the checkpoint's dtype on a GPU and float32 on a CPU, where it keeps quantised GGUF weights in
+            4 or 8 bits. "float32" dequantises them.
         kv_cache_dtype: dtype of the KV cache. "auto" is that of activations; "fp8", also spelt "fp8_e4m3", holds almost
             twice the tokens, on GPUs with FP8 (Ada, Hopper or newer).
         state_dtype: dtype of the recurrent state of hybrid models, "float32" or "bfloat16".

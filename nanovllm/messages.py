@@ -12,8 +12,9 @@ import numpy as np
 from nanovllm.outputs import TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
-FIRST_TOKEN = range(1)  # the logit indices of a decode row
-NO_TOKENS = range(0)  # the logit indices of a chunk that ends inside its prompt
+# Logit indices: those of a decode row, and those of a chunk that ends inside its prompt.
+DECODE_LOGITS = range(1)
+NO_LOGITS = range(0)
 
 
 class Row(NamedTuple):
@@ -24,7 +25,7 @@ class Row(NamedTuple):
         start: position of the row's first token.
         token_ids: the tokens to compute; None is the slot's last sampled token, which the device holds.
         logit_indices: the row's tokens whose logits are used, counted from its first token: one for each of
-            `target_ids`, and, if the row samples, its last token.
+            `target_ids`, and, if the row is sampled, its last token.
         target_ids: prompt tokens whose logprobs are wanted. The logits of the i-th logit index score the i-th of them.
     """
 
@@ -39,8 +40,8 @@ class Row(NamedTuple):
         return 1 if self.token_ids is None else len(self.token_ids)
 
     @property
-    def samples(self) -> bool:
-        """Whether the row samples its sequence's next token. What the device samples for other rows is discarded."""
+    def is_sampled(self) -> bool:
+        """Whether the row gives its sequence's next token. What the device samples for other rows is discarded."""
         return len(self.logit_indices) > len(self.target_ids)
 
 
@@ -116,7 +117,7 @@ class StepOutput:
     """The results of a step.
 
     Args:
-        token_ids: each row's new tokens: one if the row samples, else none.
+        token_ids: each row's new tokens: one if the row is sampled, else none.
         logprobs: those of each entry of the batch's `logprob_rows`.
         prompt_logprobs: those of the `target_ids` of each entry of the batch's `target_rows`, concatenated.
     """

@@ -19,6 +19,8 @@ from nanovllm.ops.attention.reference import (
 class TorchBackend(AttentionBackend):
     """Gather each row's KV, then call scaled_dot_product_attention: once for all decode rows, once per prefill row.
 
+    A single sequence whose blocks follow each other is not gathered. The layers of a step share the factors of RoPE.
+
     In each step, the first layer of each kind plans the indices to gather. The buffers for gathered K and V are reused:
     on a CPU, page faults of new buffers of some MB would take longer than attention.
     """
@@ -31,6 +33,58 @@ class TorchBackend(AttentionBackend):
 
     def prepare(self, ctx: Context) -> None:
         ctx.meta = {}  # plans by the kind of the cache; a context for last tokens must not use the step's plans
+
+    def store_and_attend(self, qkv, transform, positions, kv, scale, ctx, last=None) -> Tensor:
+        is_plain = transform.q_weight is None and transform.query_scale is None and kv.scales is None
+        if qkv.dtype != torch.float32 or not is_plain:
+            return super().store_and_attend(qkv, transform, positions, kv, scale, ctx, last)
+        num_heads, kv_heads = transform.num_heads, kv.kv_heads
+        halves = qkv.view(len(qkv), -1, 2, transform.cos_sin.shape[1] // 2)
+        cos, sin = self._rotation(transform.cos_sin, positions, ctx)
+        x = halves[:, :-kv_heads]
+        rotated = torch.addcmul(x * cos, x.flip(2), sin).flatten(2)  # [T, H + K, Dh]
+        shape = -1, kv_heads, rotated.shape[2]
+        kv.k_cache.view(shape).index_copy_(0, ctx.slot_mapping, rotated[:, num_heads:])
+        kv.v_cache.view(shape).index_copy_(0, ctx.slot_mapping, halves[:, -kv_heads:].flatten(2))
+        q = rotated[:, :num_heads]
+        if last is not None:
+            q, ctx = q[last], ctx.for_last_tokens()
+            self.prepare(ctx)
+        if ctx.num_decode < len(q):
+            return self.attend(q, kv, scale, ctx)
+        plan, _ = self._plans(q, kv, ctx)
+        k, v = self._view(kv, plan, ctx) or self._gather(kv, plan.indices, q.dtype)
+        return attend_gathered(q, k, v, plan.mask, scale)
+
+    @staticmethod
+    def _view(kv: PagedKV, plan: DecodeGatherPlan, ctx: Context) -> tuple[Tensor, Tensor] | None:
+        """Return keys and values [1, K, L, Dh] without a copy; None unless one sequence's tokens lie side by side."""
+        if len(plan.indices) > 1:
+            return None
+        key = "view", kv.kind
+        if key not in ctx.meta:
+            first = plan.indices[0, 0]
+            is_one_run = bool((first.diff() == kv.kv_heads).all())
+            ctx.meta[key] = int(first[0]) // kv.kv_heads if is_one_run else None
+        start = ctx.meta[key]
+        if start is None:
+            return None
+        tokens = slice(start, start + plan.indices.shape[2])
+        shape = -1, kv.kv_heads, kv.k_cache.shape[-1]
+        k, v = (cache.view(shape)[tokens].transpose(0, 1)[None] for cache in (kv.k_cache, kv.v_cache))
+        return k, v
+
+    @staticmethod
+    def _rotation(cos_sin: Tensor, positions: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Return RoPE's factors of the halves of each head and of the swapped halves, for all layers of a step.
+
+        They are [T, 1, 1, Dh / 2] and [T, 1, 2, Dh / 2].
+        """
+        key = id(cos_sin)
+        if key not in ctx.meta:
+            cos, sin = cos_sin[positions][:, None, None].chunk(2, dim=-1)
+            ctx.meta[key] = cos, torch.cat((-sin, sin), dim=2)
+        return ctx.meta[key]
 
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
         plan, _ = self._plans(q, kv, ctx)

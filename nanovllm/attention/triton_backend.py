@@ -31,13 +31,18 @@ class TritonBackend(AttentionBackend):
             raise ValueError(f"attention_backend='triton' needs a CUDA device, not device={str(device)!r}; use 'torch'")
 
     def prepare(self, ctx: Context) -> None:
-        """Plan decode attention: for the decode rows, and for all rows if only last tokens attend in the last layer."""
-        if ctx.meta is not None:  # planned at the start of the step, before the kernels that overlap each other
+        """Plan decode attention for all layers of a step at once.
+
+        The first call plans for both contexts of the step: its decode rows, and all rows for a last layer in which only
+        last tokens attend. That layer's call, with the context of `for_last_tokens`, finds its plan in `meta`.
+        """
+        if ctx.meta is not None:
             return
         if ctx.cu_seqlens_q is None and self._fuses(ctx, ctx.num_decode):  # the fused kernel needs no plan
             return
         planned = [ctx.decode_rows] if ctx.num_decode else []
-        if ctx.last_indices is not None and ctx.num_decode < len(ctx.rows):
+        skips_tokens = ctx.last_indices is not None and ctx.num_decode < len(ctx.rows)
+        if skips_tokens:  # plan now: in the last layer, a plan would stand between kernels that overlap each other
             planned.append(ctx.rows)
         plans = ctx.meta = {}  # by the number of rows and the kind of the cache
         for rows in planned:

@@ -482,6 +482,11 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: shape for tensor in weights for name, shape, _ in _split_experts(tensor)}
 
 
+def has_quantized(path: Path) -> bool:
+    """Return whether the file has quantised tensors, which have blocks of more than one value."""
+    return any(gguf.GGML_QUANT_SIZES[tensor.type][0] > 1 for tensor in _GgufFile(path).tensors.values())
+
+
 def iterate_gguf(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Iterate over the file's tensors, dequantised to float32, with their transformers names and layouts.
 

@@ -66,6 +66,15 @@ class ModelSource:
     tokenizer_path: Path | None = None
     sampling_defaults: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights are those of a GGUF file with quantised matrices."""
+        if self.path is None or not self.path.is_file():
+            return False
+        from nanovllm.checkpoints.gguf import has_quantized
+
+        return has_quantized(self.path)
+
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Iterate over the checkpoint's tensors, for `load_weights`."""
         if self.path is None:

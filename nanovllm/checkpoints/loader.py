@@ -12,6 +12,7 @@ import torch
 from nanovllm.checkpoints.files import local_path, regular_file
 from nanovllm.checks import plain, shown
 from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.linear import LinearLayer
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import UNUSED_TENSORS, ModelConfig
@@ -134,7 +135,9 @@ class WeightUpdate:
         self.model = model
         self.seen: set[str] = set()
         self.differs: dict[str, torch.Tensor] = {}
-        self.layers = [module for module in model.modules() if isinstance(module, LinearLayer)]
+        self.layers = [
+            module for module in model.modules() if isinstance(module, (LinearLayer, VocabParallelEmbedding))
+        ]
         # Parameters made in inference mode can only be written in it.
         with torch.inference_mode():
             for layer in self.layers:
@@ -289,34 +292,26 @@ def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
 
 
 def dummy_weights(model: Decoder, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Iterate over a checkpoint of small random numbers, with norms and gates that keep numbers small.
+    """Iterate over a checkpoint of small random numbers, and of constants where layers declare them.
 
     It is the same for any number of ranks.
     """
     param, scheme = next(model.parameters()), model.config.quantization
-    constants = _dummy_constants(model.config)
     generator = torch.Generator(param.device).manual_seed(seed)
     targets = model.checkpoint_tensors()
     for name, target in _meta_targets(model.config).items():
         if name == _HEAD and model.config.tie_word_embeddings:
             continue
         tensor = torch.empty(target.shape, dtype=param.dtype, device=param.device)
-        constant = next((value for suffix, value in constants.items() if name.endswith(suffix)), None)
-        if constant is None:
+        if target.dummy is None:
             tensor.normal_(std=0.02, generator=generator)
         else:
-            tensor.fill_(constant)
+            tensor.fill_(target.dummy)
         if scheme is not None and is_fp8_in_checkpoint(target.param):
             weight, scale = quantize_weight(tensor, scheme.block)
             yield from ((name, weight), (scheme.scale_name(name), scale))
         else:
             yield name, tensor.to(targets[name].param.dtype)
-
-
-def _dummy_constants(config: ModelConfig) -> dict[str, float]:
-    """Return the values of tensors that are not random in a dummy checkpoint, by the ends of their names."""
-    norm = 0.0 if config.zero_centred_norms else 1.0
-    return {"linear_attn.norm.weight": 1.0, "norm.weight": norm, "A_log": 0.0, "dt_bias": 1.0}
 
 
 def iterate_weights(location: str | Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -16,7 +16,7 @@ from nanovllm.arithmetic import ceil_div
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Placement, Sequence, Status
 from nanovllm.engine.stopping import stop_reason
-from nanovllm.messages import FIRST_TOKEN, NO_TOKENS, Admission, Batch, Row, StepOutput
+from nanovllm.messages import DECODE_LOGITS, NO_LOGITS, Admission, Batch, Row, StepOutput
 
 # A step that has spent the first time on masks starts no further one. A mask that takes longer than the second ends its
 # sequence. Both are CPU seconds; a usual mask takes less than 1 ms. With an ambiguous grammar, the time of a mask grows
@@ -109,7 +109,7 @@ class Scheduler:
         changed = []
         for seq, token_ids in zip(step.sequences, output.token_ids, strict=True):
             if not token_ids:
-                continue  # its row did not sample
+                continue  # its row was not sampled
             seq.num_pending -= 1
             if seq.status is not Status.FINISHED:
                 self._append(seq, token_ids)
@@ -190,7 +190,11 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _admit(self, builder: "_StepBuilder", budget: int) -> None:
-        """Start waiting sequences while there are slots, blocks and budget."""
+        """Start waiting sequences while there are slots, blocks and budget.
+
+        The first sequence that lacks something stops the loop, so that later ones do not overtake it. Only one that
+        waits for a snapshot of this step is passed over: it starts in the next step.
+        """
         num_deferred = 0
         for seq in list(islice(self.waiting, len(self.free_slots))):
             if budget == 0 or num_deferred == _MAX_DEFERRED or len(builder.batch.new_blocks) >= _MAX_NEW_BLOCKS:
@@ -198,22 +202,24 @@ class Scheduler:
             # The host must know all tokens of a preempted sequence before it computes them again.
             if seq.num_pending or seq.lacks_mask:
                 break
-            known = [] if seq.num_unscored else self.block_manager.find_prefix(seq)
-            found, snapshot = known, None
+            # Logits of cached tokens cannot score a prompt. With recurrent state, the sequence shares only the cached
+            # blocks before a snapshot.
+            cached = [] if seq.num_unscored else self.block_manager.find_prefix(seq)
+            shared, snapshot = cached, None
             if self.snapshots:
-                found, snapshot = self.snapshots.find(known)
-                if snapshot in self.snapshots.saving:  # it can start from there in the next step
+                shared, snapshot = self.snapshots.find(cached)
+                if snapshot in self.snapshots.saving:
                     num_deferred += 1
                     continue
-            num_cached = len(found) * self.block_manager.block_size
+            num_cached = len(shared) * self.block_manager.block_size
             num_new = min(seq.num_tokens - num_cached, budget)
-            if not self._has_blocks_for(found, num_cached + num_new):
+            if not self._has_blocks_for(shared, num_cached + num_new):
                 break
             del self.waiting[seq]
             self.running.append(seq)
             seq.status = Status.RUNNING
             seq.placement = Placement(self.free_slots.pop())
-            self.block_manager.share(seq, seq.placement, found)
+            self.block_manager.share(seq, seq.placement, shared)
             if seq.num_tokens == len(seq.prompt_ids):  # else it was counted before it was preempted
                 seq.num_cached = num_cached
                 seq.scheduled_ts = time.monotonic()
@@ -221,22 +227,22 @@ class Scheduler:
                 self.num_cached_tokens += num_cached
             builder.add_admission(seq, seq.placement)
             if self.snapshots:
-                self.snapshots.start(seq.placement, known, num_cached, seq.num_tokens)
+                self.snapshots.start(seq.placement, cached, num_cached, seq.num_tokens)
                 num_new = self.snapshots.limit(seq.placement, num_new)
                 if snapshot is not None:
                     builder.batch.state_loads.append((snapshot, seq.placement.slot))
             builder.add_row(seq, seq.placement, num_new)
             budget -= num_new
 
-    def _has_blocks_for(self, found: list[int], num_tokens: int) -> bool:
-        """Whether a new sequence of `num_tokens` tokens that shares the blocks `found` can start.
+    def _has_blocks_for(self, shared: list[int], num_tokens: int) -> bool:
+        """Whether a new sequence of `num_tokens` tokens that shares the blocks `shared` can start.
 
         One free block stays in reserve for each running sequence. Without it the next decode step could preempt the new
         sequence.
         """
         blocks = self.block_manager.blocks
-        num_new = ceil_div(num_tokens, self.block_manager.block_size) - len(found)
-        num_unused = sum(blocks[block_id].ref_count == 0 for block_id in found)  # these leave the free list
+        num_new = ceil_div(num_tokens, self.block_manager.block_size) - len(shared)
+        num_unused = sum(blocks[block_id].ref_count == 0 for block_id in shared)  # these leave the free list
         return num_new + num_unused + len(self.running) <= self.block_manager.num_free
 
     # -- parts of update ---------------------------------------------------------------------------------------------
@@ -312,20 +318,25 @@ class _StepBuilder:
         self._add_new_blocks(placement, first=0)
 
     def add_row(self, seq: Sequence, placement: Placement, num_new: int) -> None:
-        """Add a row that computes the next `num_new` tokens of `seq`, and allocate their blocks."""
+        """Add a row that computes the next `num_new` tokens of `seq`, and allocate their blocks.
+
+        The order matters: the kind of the row follows from the placement and the pending tokens before this step.
+        Snapshots and the prefix index follow from the tokens computed with it, a snapshot first, because `register`
+        gives it to its block.
+        """
         start, num_blocks = placement.num_computed, len(placement.block_table)
         if start + num_new > num_blocks * self.block_manager.block_size:
             self.block_manager.allocate(placement, start + num_new)
             self._add_new_blocks(placement, first=num_blocks)
-        samples = start + num_new == len(seq.token_ids) + seq.num_pending
+        is_sampled = start + num_new == len(seq.token_ids) + seq.num_pending
         if placement.is_decoding:
-            self.decode_rows.append(Row(placement.slot, start, None, FIRST_TOKEN))
+            self.decode_rows.append(Row(placement.slot, start, None, DECODE_LOGITS))
             self.decoding.append(seq)
         else:
-            self.prefill_rows.append(self._prefill_row(seq, placement.slot, start, num_new, samples))
+            self.prefill_rows.append(self._prefill_row(seq, placement.slot, start, num_new, is_sampled))
             self.prefilling.append(seq)
-            placement.is_decoding = samples
-        if samples:
+            placement.is_decoding = is_sampled
+        if is_sampled:
             seq.num_pending += 1
             if seq.num_logprobs is not None or seq.token_filter:
                 self._add_sampling_options(seq, placement.slot)
@@ -343,7 +354,7 @@ class _StepBuilder:
         sequences = self.decoding + self.prefilling
         if self.wants_logprobs:
             for i, (seq, row) in enumerate(zip(sequences, batch.rows, strict=True)):
-                if row.samples and seq.num_logprobs is not None:
+                if row.is_sampled and seq.num_logprobs is not None:
                     batch.logprob_rows.setdefault(_rounded(seq.num_logprobs), []).append(i)
                 if row.target_ids and seq.num_prompt_logprobs is not None:
                     batch.target_rows.setdefault(_rounded(seq.num_prompt_logprobs), []).append(i)
@@ -353,9 +364,9 @@ class _StepBuilder:
         for i in range(first, len(placement.block_table)):
             self.batch.new_blocks.append((placement.slot, i, placement.block_table[i]))
 
-    def _prefill_row(self, seq: Sequence, slot: int, start: int, num_new: int, samples: bool) -> Row:
+    def _prefill_row(self, seq: Sequence, slot: int, start: int, num_new: int, is_sampled: bool) -> Row:
         token_ids = seq.token_ids[start : start + num_new]
-        logit_indices = range(num_new - 1, num_new) if samples else NO_TOKENS
+        logit_indices = range(num_new - 1, num_new) if is_sampled else NO_LOGITS
         if seq.num_unscored == 0:
             return Row(slot, start, token_ids, logit_indices)
         # Prompt logprobs: the token at position p is scored by the logits at p - 1.
@@ -364,7 +375,7 @@ class _StepBuilder:
             return Row(slot, start, token_ids, logit_indices)
         seq.num_scored = end
         self.wants_logprobs = True
-        logit_indices = range(first - start, num_new if samples else end - start)
+        logit_indices = range(first - start, num_new if is_sampled else end - start)
         return Row(slot, start, token_ids, logit_indices, seq.prompt_ids[first + 1 : end + 1])
 
     def _add_sampling_options(self, seq: Sequence, slot: int) -> None:

@@ -23,6 +23,14 @@ class Snapshots:
     every few blocks while it decodes. While it decodes it keeps the newest one only, unless another sequence has
     started from it.
 
+    A snapshot's slot has one owner at a time:
+
+    1. `free_slots`, until `take` gives it to the placement whose state the step saves (`new_snapshot`).
+    2. The placement, until its block enters the prefix index: `attach` then gives it to that block. `discard` frees it
+       if the sequence ends before that.
+    3. The block (`slot_of`), until the block leaves the index, a newer snapshot of the same decoding sequence replaces
+       it, or it is the longest unused one when another is needed (`drop`).
+
     Args:
         slots: ids of the state slots for snapshots.
         block_size: tokens per block.
@@ -34,7 +42,8 @@ class Snapshots:
         self.block_size = block_size
         self.min_tokens = min_blocks * block_size
         self.slot_of: OrderedDict[int, int] = OrderedDict()  # by block id; front: longest unused
-        self.replaceable: set[int] = set()  # blocks whose snapshot its decoding sequence may replace
+        # Blocks whose snapshot the decoding sequence that took it may replace: no other sequence has started from it.
+        self.replaceable: set[int] = set()
         self.saving: set[int] = set()  # slots that the step which is being scheduled writes at its end
 
     def start_step(self) -> None:

@@ -1,5 +1,7 @@
 """The embedding and the LM head. Both are split over the vocabulary."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -7,8 +9,7 @@ from nanovllm.arithmetic import ceil_div
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import LinearLayer
 from nanovllm.layers.residual import Normed, Residual, as_normed
-from nanovllm.ops.inputs.embedding import embedding
-from nanovllm.weights.formats import Plain
+from nanovllm.weights.formats import Plain, Table
 from nanovllm.weights.parameter import CheckpointTensor, check_dtype, check_shape, make_parameter
 
 
@@ -63,13 +64,14 @@ class VocabParallelEmbedding(VocabParallel):
     ):
         super().__init__(num_embeddings, tp)
         self.weight = make_parameter(self.size, embedding_dim, dtype=dtype, weight_loader=self.weight_loader)
+        self.format: Any = Table(self.weight)  # or what loading makes of it, which has `rows` too
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.residual(x).sum()
 
     def residual(self, input_ids: torch.Tensor) -> Residual:
         """Start the residual stream with the embeddings. Its first norm all-reduces them."""
-        return Residual.from_summand(embedding(input_ids, self.weight, self.start), self.tp)
+        return Residual.from_summand(self.format.rows(input_ids, self.start), self.tp)
 
     def differs(self, loaded: torch.Tensor) -> torch.Tensor:
         """Return whether the weight has other values than `loaded`, as a bool on the weight's device."""
@@ -104,6 +106,7 @@ class ParallelLMHead(VocabParallel, LinearLayer):
 
     def tie(self, embedding: VocabParallelEmbedding) -> None:
         """Use the embedding's parameter as the weight."""
+        embedding.format = Table(embedding.weight, is_shared=True)
         for name in self.format.parameters:
             delattr(self, name)
         self.set_format(Plain(embedding.weight, is_shared=True))

@@ -97,8 +97,8 @@ class GatedDeltaNet(StatefulLayer):
         by_head = {"shape": (num_heads,), "whole": (config.num_value_heads,), "dtype": torch.float32}
         self.targets = {
             "conv1d.weight": rows_of(channels, shape=conv, whole=whole_conv, dtype=dtype),
-            "A_log": rows_of(np.array(heads), **by_head),
-            "dt_bias": rows_of(np.array(heads), **by_head),
+            "A_log": rows_of(np.array(heads), **by_head)._replace(dummy=0.0),
+            "dt_bias": rows_of(np.array(heads), **by_head)._replace(dummy=1.0),
         }
         self.conv_weight, self.a_log, self.dt_bias = (target.param for target in self.targets.values())
         self.weights = GdnWeights(self.conv_weight, self.a_log, self.dt_bias, self.norm.weight, eps)

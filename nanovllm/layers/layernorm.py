@@ -5,7 +5,7 @@ from torch import nn
 from nanovllm.layers.linear import PendingGemm
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
-from nanovllm.weights.parameter import check_shape, make_parameter, select
+from nanovllm.weights.parameter import CheckpointTensor, check_shape, make_parameter, select
 
 
 class RMSNorm(nn.Module):
@@ -39,6 +39,10 @@ class RMSNorm(nn.Module):
         if self.order is not None:
             loaded = select(loaded, self.order)
         param.copy_(loaded.float() + 1 if self.zero_centred else loaded)
+
+    def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
+        dummy = 0.0 if self.zero_centred else 1.0
+        return {f"{prefix}.weight": CheckpointTensor(self.weight, tuple(self.weight.shape), dummy=dummy)}
 
     def forward(self, x: torch.Tensor | Residual | PendingGemm) -> torch.Tensor | Normed:
         if isinstance(x, Residual):

@@ -320,6 +320,7 @@ class PendingGemm:
         bias = layer.bias if tp.rank == 0 else None  # an all-reduce must add it once
         adder = weight.choose_adder(x, stream, tp.size, tp.peers)
         if adder is Adder.ALL_REDUCE_GEMV:
+            # Every rank adds the bias, after the all-reduce.
             return Residual(weight.linear_add(x, layer.bias, stream, peers=tp.peers), tp)
         if adder is Adder.NEXT_NORM:
             if bias is None and weight.wants_zero_bias(x):

@@ -31,8 +31,8 @@ class QKNorm(nn.Module):
         parent = prefix.rpartition(".")[0]
         q_total, k_total = (shard.total for shard in self.shards.values())
         return {
-            f"{parent}.q_norm.weight": CheckpointTensor(self.q_weight, (q_total,), shard_id="q"),
-            f"{parent}.k_norm.weight": CheckpointTensor(self.k_weight, (k_total,), shard_id="k"),
+            f"{parent}.q_norm.weight": CheckpointTensor(self.q_weight, (q_total,), shard_id="q", dummy=1.0),
+            f"{parent}.k_norm.weight": CheckpointTensor(self.k_weight, (k_total,), shard_id="k", dummy=1.0),
         }
 
     def forward(self, qkv: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.gated_delta_net import GatedDeltaNet
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import PendingGemm, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import LinearLayer, PendingGemm, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import MLP
 from nanovllm.layers.moe import SparseMoE
 from nanovllm.layers.qk_norm import QKNorm
@@ -22,8 +22,9 @@ from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.registry import ModelConfig
 from nanovllm.ops.dispatch import compile_sizes
 from nanovllm.ops.linear.sigmoid_mul import sigmoid_mul
-from nanovllm.ops.moe.dispatch import expert_sizes
+from nanovllm.ops.moe.dispatch import expert_compile_sizes
 from nanovllm.utils.context import get_context
+from nanovllm.weights.int4 import compressing
 from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
 from nanovllm.weights.row_order import HeadLayout
 
@@ -220,11 +221,17 @@ class Decoder(nn.Module):
             tensors |= checkpoint_tensors(child, name if name == "lm_head" else f"model.{name}")
         return tensors
 
+    def compress(self) -> None:
+        """Let loading compress plain weights for a CPU; see weights/int4.py."""
+        for module in self.modules():
+            if isinstance(module, (LinearLayer, VocabParallelEmbedding)):
+                module.format = compressing(module.format)
+
     def compile_sizes(self, max_tokens: int) -> list[int]:
         """Return the numbers of tokens, up to `max_tokens`, for which kernels are compiled at the start."""
         sizes, moe = set(compile_sizes(max_tokens)), self.config.moe
         if moe is not None:
-            sizes |= set(expert_sizes(moe.num_experts, moe.experts_per_token, max_tokens))
+            sizes |= set(expert_compile_sizes(moe.num_experts, moe.experts_per_token, max_tokens))
         return sorted(sizes)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> Residual:

@@ -55,7 +55,9 @@ _NESTED = ("qwen3_5", "qwen3_5_moe", "mistral3")
 _LINEAR_ATTENTION = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 _PARTIAL_ROPE = (*_LINEAR_ATTENTION, "phi3")
 _PACKED_LINEAR_ATTENTION = ("qwen3_next",)
-LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
+# The types of layers with a KV cache. Layers of the other types have recurrent state.
+ATTENTION_TYPES = ("full_attention", "sliding_attention")
+LAYER_TYPES = (*ATTENTION_TYPES, "linear_attention")  # "linear_attention" is Gated DeltaNet
 _PIXTRAL = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 # How the names of tensors start that text does not need, by family. Checkpoints may have such tensors.
 UNUSED_TENSORS: dict[str, tuple[str, ...]] = {
@@ -73,10 +75,10 @@ _KINDS = {
     int: ((int,), 1, 1 << 24, "an integer from 1 to 2**24"),
     float: ((int, float), 1e-15, 1e15, "a number from 1e-15 to 1e15"),
 }
-# Types of options that equal models share.
-_COMPARABLE = (*_KINDS, tuple[int, ...], tuple[str, ...] | None, int | None)
-# Options that `check_same_model` need not compare: other checks cover them, or the weights do not depend on them.
-_FREE_OPTIONS = {"max_position", "rope_theta", "tie_word_embeddings", "separate_head", "eos_token_ids", "quantization"}
+# Options that `check_same_model` does not compare by value: it compares RoPE by its frequencies, other checks cover the
+# option, or the meaning of the weights does not depend on it.
+_FREE_OPTIONS = {"model_type", "max_position", "dtype", "eos_token_ids", "tie_word_embeddings", "separate_head"}
+_FREE_OPTIONS |= {"rope_theta", "rope_scaling", "sliding_rope", "rope_layers", "quantization"}
 _MAX_END_IDS = 1024  # real models have a few
 MAX_EXPERTS, _MAX_EXPERTS_PER_TOKEN = 4096, 64  # kernels hold so many in registers; real models have up to 512 and 22
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -249,8 +251,8 @@ class ModelConfig:
         return LayerFormats(self.quantization, f"model.layers.{index}.{part}")
 
     def is_recurrent(self, index: int) -> bool:
-        """Return whether the layer with this index has linear attention."""
-        return self.layer_type(index) == "linear_attention"
+        """Return whether the layer with this index has recurrent state in place of a KV cache."""
+        return self.layer_type(index) not in ATTENTION_TYPES
 
     def window(self, index: int, max_position: int) -> int:
         """Return how many tokens a query of a layer sees; 0 if it sees all of up to `max_position`."""
@@ -272,8 +274,10 @@ class ModelConfig:
                 raise unsupported(f"a layer of type {shown(layer_type)}")
         if len(types) != self.num_layers:
             raise ValueError(f"the model's layer_types must be {self.num_layers} (num_layers), got {len(types)}")
-        if set(types) == {"linear_attention"}:
+        if not set(types) & set(ATTENTION_TYPES):
             raise unsupported("a model without layers of attention over a KV cache")
+        if self.post_norms and (self.moe is not None or set(types) - set(ATTENTION_TYPES)):
+            raise unsupported("a layer with post_norms that has experts or recurrent state")
         if "sliding_attention" in types:
             checked_option("sliding_window", self.sliding_window, int)
         has_rope = (1,) * self.num_layers if self.rope_layers is None else self.rope_layers
@@ -419,7 +423,7 @@ def _comparable(config: Any) -> dict[str, Any]:
             continue
         if is_dataclass(value):
             options |= {f"{field.name}.{name}": option for name, option in _comparable(value).items()}
-        elif field.type in _COMPARABLE:
+        else:
             options[field.name] = value
     return options
 
@@ -548,10 +552,9 @@ def _ropes(config: Any) -> tuple[Rope, Rope | None, float]:
         raise unsupported("partial RoPE")
     if not any(isinstance(value, dict) for value in options.values()):
         return _rope(config, options, getattr(config, _ORIGINAL, None)), None, factor
-    types = LAYER_TYPES[:2]
-    if not options.keys() <= set(types) or not all(isinstance(value, dict) for value in options.values()):
+    if not options.keys() <= set(ATTENTION_TYPES) or not all(isinstance(value, dict) for value in options.values()):
         raise unsupported("RoPE that differs between layers of one type")
-    full, sliding = (_rope(config, dict(options.get(layer_type, {}))) for layer_type in types)
+    full, sliding = (_rope(config, dict(options.get(layer_type, {}))) for layer_type in ATTENTION_TYPES)
     return full, None if sliding == full else sliding, factor
 
 

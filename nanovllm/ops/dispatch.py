@@ -66,7 +66,8 @@ class Regime(NamedTuple):
     compiled: tuple[int, ...] = ()
 
 
-# GEMV is compiled for each number of tokens, GEMM for each power of two.
+# GEMV is compiled for each number of tokens, GEMM for each power of two. In the first row, large weights use GEMM from
+# two tokens on; see GEMV_MAX_PRODUCTS.
 # Above 4 sequences, the other kernels of a step take so long that fusing QK-norm, RoPE and attention gains nothing.
 # Up to 512 tokens, the output of cuBLAS is still in the L2 cache when the next norm adds it.
 # Above 2048 tokens, a step takes the GPU longer than the host, so that a graph gains nothing.
@@ -87,6 +88,9 @@ _BOUNDS = [regime.max_tokens for regime in TABLE]
 # Ranks allocate memory for ALL_REDUCE_GEMV with up to this many tokens.
 MAX_GEMV_TOKENS = TABLE[0].max_tokens
 MAX_CAPTURED_TOKENS = max(size for regime in TABLE for size in regime.captured)
+# With several tokens, GEMV multiplies at most this many values, tokens times weights. With more, its arithmetic takes
+# longer than reading the weights, and GEMM is faster. docs/benchmarks.md has the figures.
+GEMV_MAX_PRODUCTS = 1 << 24
 # Layers with more outputs than this use the library instead of GEMM. The head of a large vocabulary is one.
 GEMM_MAX_OUTPUTS = 1 << 16
 # For weights with more columns than this, a bias may make the GEMM faster, because torch then calls cuBLASLt.
@@ -96,6 +100,14 @@ ZERO_BIAS_COLUMNS = 4096
 def regime_of(num_tokens: int) -> Regime:
     """Return the row of the table for this many tokens."""
     return TABLE[bisect_left(_BOUNDS, num_tokens)]
+
+
+def kernel_of(num_tokens: int, num_weights: int) -> Kernel:
+    """Return the kernel that multiplies this many tokens by a layer's weights."""
+    kernel = regime_of(num_tokens).kernel
+    if kernel is Kernel.GEMV and num_tokens > 1 and num_tokens * num_weights > GEMV_MAX_PRODUCTS:
+        return Kernel.GEMM
+    return kernel
 
 
 def fp8_kernel_of(num_tokens: int) -> Fp8Kernel:

@@ -143,13 +143,13 @@ class Forward:
     ) -> torch.Tensor:
         """Sample this rank's rows, exchange the tokens with the other ranks, and advance the slots."""
         state = self.state
-        last = state.last_token, state.length, state.scratch_slot
+        progress = state.last_token, state.length, state.scratch_slot
         if self.tp.size == 1:
-            return sample(logits, slots, context_lens, state.sampling, last)
+            return sample(logits, slots, context_lens, state.sampling, progress)
         tokens = torch.zeros(len(slots), dtype=torch.int64, device=slots.device)
         tokens[own] = sample(logits, slots[own], context_lens[own], state.sampling)
         self.tp.merge(tokens)
-        advance_slots(tokens, slots, context_lens, *last)
+        advance_slots(tokens, slots, context_lens, *progress)
         return tokens
 
     # -- logprobs ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from nanovllm.checkpoints.hub import ModelSource
 from nanovllm.checkpoints.loader import WeightUpdate, dummy_weights, load_weights
 from nanovllm.config import Config
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.messages import NO_TOKENS, Batch, Row, StepOutput
+from nanovllm.messages import NO_LOGITS, Batch, Row, StepOutput
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
 from nanovllm.ops.fp8.reference import FP8
@@ -30,6 +30,7 @@ from nanovllm.runner.batch_state import BatchState, host_buffer
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.forward import Forward, LogprobTensors
 from nanovllm.runner.state_pool import StatePool, StateSizes
+from nanovllm.weights import int4
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,8 @@ class ModelRunner:
             logger.info(
                 "FP8 weights are dequantised to %s: no kernel on %s computes with them", self.dtype, self.device
             )
+        if self.device.type == "cpu" and self.config.dtype == "auto" and source.is_quantized and int4.is_supported():
+            self.model.compress()
         self.pool = StatePool(self.model, self.block_size, self.device, self.kv_dtype)
         max_kv_heads = max(kind.kv_heads for kind in self.pool.kv_kinds)
         num_counters = (self.max_rows + 1) * max_kv_heads  # for attention; a graph may have one row more
@@ -201,7 +204,7 @@ class ModelRunner:
             self.wait(step.event)
         self.in_flight.popleft()
         sampled = zip(step.batch.rows, step.tokens.tolist(), strict=True)
-        token_ids = [[token_id] if row.samples else [] for row, token_id in sampled]
+        token_ids = [[token_id] if row.is_sampled else [] for row, token_id in sampled]
         return StepOutput(token_ids, _packed(step.logprobs), _packed(step.prompt_logprobs))
 
     def wait(self, event: torch.cuda.Event | torch.Event) -> None:
@@ -276,7 +279,7 @@ class ModelRunner:
         All rows have slot 0, the only one that surely has recurrent state. Its blocks are the scratch block.
         """
         parts = np.array_split(np.arange(self.config.max_num_batched_tokens), self.max_rows)
-        return Batch([Row(0, 0, [0] * len(part), NO_TOKENS) for part in parts])
+        return Batch([Row(0, 0, [0] * len(part), NO_LOGITS) for part in parts])
 
     # -- kernels and graphs ------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from nanovllm.server.errors import ApiError
 _RETRY_AFTER_S = 1
 
 
-class Admission:
+class AdmissionControl:
     """Counts the samples that the engine has, and refuses requests that do not fit.
 
         with state.admission.enter(num_samples):

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from nanovllm import AsyncLLM, __version__
 from nanovllm.checkpoints.hub import DEFAULT_FILE
-from nanovllm.server.admission import Admission
+from nanovllm.server.admission import AdmissionControl
 from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.errors import ApiError, as_api_error, error_body
 from nanovllm.server.formats import TextFormat
@@ -165,7 +165,7 @@ def make_state(llm: AsyncLLM | EngineClient, model: str | Path | None, options: 
         options=options,
         model_names=names,
         format=TextFormat.detect(_chat_template(llm), options.tool_parser, options.reasoning_parser),
-        admission=Admission(options.max_concurrent_requests),
+        admission=AdmissionControl(options.max_concurrent_requests),
         metrics=ServerMetrics(names[0]),
     )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanovllm import AsyncLLM, RequestOutput, SamplingParams
-from nanovllm.server.admission import Admission
+from nanovllm.server.admission import AdmissionControl
 from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.formats import TextFormat
 from nanovllm.server.metrics import ServerMetrics
@@ -28,7 +28,7 @@ class ServerState:
     options: ServerOptions
     model_names: tuple[str, ...]
     format: TextFormat
-    admission: Admission
+    admission: AdmissionControl
     metrics: ServerMetrics
 
     def generate(

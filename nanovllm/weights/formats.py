@@ -18,6 +18,7 @@ from torch import nn
 from nanovllm.ops.comm.peer_memory import PeerMemory
 from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.fp8.quantize import PendingSwiglu
+from nanovllm.ops.inputs.embedding import embedding
 from nanovllm.ops.linear import linear as ops_linear
 from nanovllm.ops.linear.silu_mul import silu_mul
 from nanovllm.ops.moe.experts import Shared, check_expert_sizes, experts, is_expert_gemv
@@ -117,7 +118,7 @@ class Plain(WeightFormat):
 
     Args:
         weight: the parameter.
-        is_shared: whether an embedding also reads it.
+        is_shared: whether an embedding, or the head, also reads it.
     """
 
     def __init__(self, weight: nn.Parameter, is_shared: bool = False):
@@ -158,6 +159,21 @@ class Plain(WeightFormat):
 
     def wants_zero_bias(self, x: torch.Tensor) -> bool:
         return ops_linear.wants_zero_bias(x, self.weight)
+
+
+class Table(Plain):
+    """An embedding's weight, of which rows are read.
+
+    Args:
+        is_shared: whether the head also reads it.
+    """
+
+    def finish_loading(self) -> WeightFormat:
+        return self
+
+    def rows(self, ids: torch.Tensor, start: int) -> torch.Tensor:
+        """Return the rows of token ids [T]; the first row is that of the token `start`. See `embedding`."""
+        return embedding(ids, self.weight, start)
 
 
 class Packed(WeightFormat):

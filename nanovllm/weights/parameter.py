@@ -52,6 +52,7 @@ class CheckpointTensor(NamedTuple):
         shard_id: the shard of `param` that it fills; None if `param` is not merged.
         rows: the rows of `param`, or another part of it, that it fills; None if `param` is not merged.
         merged: the tensor that has this one as a part in some checkpoints.
+        dummy: the value of all its elements with load_format="dummy"; None if they are small random numbers.
     """
 
     param: nn.Parameter
@@ -59,6 +60,7 @@ class CheckpointTensor(NamedTuple):
     shard_id: ShardId | tuple[int, int] | None = None
     rows: Index | None = None
     merged: MergedTensor | None = None
+    dummy: float | None = None
 
     @property
     def shard(self) -> torch.Tensor:

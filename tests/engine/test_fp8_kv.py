@@ -23,7 +23,7 @@ def test_chunks_prefixes_and_preemption_do_not_change_the_tokens(model):
         want = tokens(llm, prompts, params)
         assert tokens(llm, prompts, params) == want  # cached
         assert_nothing_held(llm)
-    for change in (dict(max_num_batched_tokens=16), dict(num_kvcache_blocks=12), dict(enable_prefix_caching=False)):
+    for change in (dict(max_num_batched_tokens=16), dict(num_kvcache_blocks=12)):
         with engine(model, **change) as llm:
             use_fp8_kv(llm)
             assert tokens(llm, prompts, params) == want

@@ -21,7 +21,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def llm():
-    with LLM(device="cpu", max_model_len=512, max_num_seqs=8) as llm:
+    with LLM(device="cpu", dtype="float32", max_model_len=512, max_num_seqs=8) as llm:
         yield llm
 
 

@@ -95,10 +95,10 @@ def call_all():
     overlapped = overlapped_all_reduce.OverlappedAllReduce(inbox, 0, peers.host_stop, peers.device_stop)
     for norm in norms:
         overlapped.finish(torch.zeros(300, 256, **bf16), norm)
-    last = torch.zeros(5, **i64), torch.zeros(5, **i32), 4
-    for advances in (None, last):
+    progress = torch.zeros(5, **i64), torch.zeros(5, **i32), 4
+    for advances in (None, progress):
         tokens = sampling.sample_triton(torch.zeros(4, 5000, **bf16), slots, lens, state, advances)
-    sampling.advance_slots_triton(tokens, slots, lens, *last)
+    sampling.advance_slots_triton(tokens, slots, lens, *progress)
     rows = paged_cache.PagedRows(tables, slots, lens)
     plan = decode_plan.plan_decode_triton(lens, 8, decode_plan.default_split_policy(4, 8, 132))
     heads = [(2, 128, "bfloat16"), (4, 128, "bfloat16"), (4, 256, "bfloat16"), (3, 64, "bfloat16"), (1, 96, "float32")]

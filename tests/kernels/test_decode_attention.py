@@ -210,5 +210,6 @@ def test_default_tile_fits_shared_memory(head_dim, itemsize, shared_memory):
         for prefix in (False, True):
             config = default_decode_config(batch, 8, head_dim, itemsize, 132, prefix, shared_memory)
             tile_bytes = 2 * config.tile * 2 ** (head_dim - 1).bit_length() * itemsize
-            assert config.tile >= 16 and tile_bytes * (config.num_stages - 1) <= shared_memory - (16 << 10)
+            num_buffers = config.num_stages - (itemsize > 1)
+            assert config.tile >= 16 and tile_bytes * num_buffers <= shared_memory - (16 << 10)
             assert tile_bytes * config.num_stages <= 200 << 10

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanovllm.ops.dispatch import TABLE, Adder, Regime, capture_sizes, compile_sizes, regime_of
+from nanovllm.ops.dispatch import TABLE, Adder, Kernel, Regime, capture_sizes, compile_sizes, kernel_of, regime_of
 from nanovllm.ops.linear import gemm
 from nanovllm.ops.linear.gemm import GemmConfig, gemm_triton
 from nanovllm.ops.linear.gemv import GemvConfig, gemv_triton
@@ -174,6 +174,12 @@ def test_the_table_s_sizes_lie_in_their_regimes_and_the_largest_is_compiled():
         assert regime.max_tokens in regime.captured or not regime.captured  # a graph for as many tokens as there may be
     assert capture_sizes(100) == [16, 32, 64, 96] and compile_sizes(100) == [1, 2, 4, 16, 32, 64, 100]
     assert [regime_of(tokens) for tokens in (0, 4, 5, 2049)] == [TABLE[0], TABLE[0], TABLE[1], TABLE[4]]
+
+
+def test_a_gemv_is_for_one_token_or_small_weights():
+    large, small = 4096 * 4096, 1024 * 2048
+    assert [kernel_of(tokens, large) for tokens in (1, 2, 4, 5)] == [Kernel.GEMV, Kernel.GEMM, Kernel.GEMM, Kernel.GEMM]
+    assert [kernel_of(tokens, small) for tokens in (1, 2, 4, 5)] == [Kernel.GEMV, Kernel.GEMV, Kernel.GEMV, Kernel.GEMM]
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5])

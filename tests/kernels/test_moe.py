@@ -13,8 +13,8 @@ from nanovllm.ops.moe.dispatch import (
     ExpertKernel,
     GroupedGemmConfig,
     Tiling,
+    expert_compile_sizes,
     expert_regime_of,
-    expert_sizes,
     tiling_of,
 )
 from nanovllm.ops.moe.expert_gemv import ExpertGemvConfig, down_gemv_triton, fits_expert_gemv, gate_up_gemv_triton
@@ -297,10 +297,10 @@ def test_every_number_of_tokens_runs_the_kernels_of_a_listed_size(num_experts, t
         pairs = tokens * top_k
         return expert_regime_of(tokens), tiling_of(pairs, num_experts), pairs <= MAX_FEW_PAIRS
 
-    sizes = expert_sizes(num_experts, top_k, 20_000)
+    sizes = expert_compile_sizes(num_experts, top_k, 20_000)
     listed = {kernels(size) for size in [1, *sizes]}
     assert {kernels(tokens) for tokens in range(1, 20_001)} <= listed
-    assert expert_sizes(num_experts, top_k, 100) == [size for size in sizes if size <= 100]
+    assert expert_compile_sizes(num_experts, top_k, 100) == [size for size in sizes if size <= 100]
 
 
 def test_experts_whose_rows_a_gpu_cannot_read_are_refused(monkeypatch):

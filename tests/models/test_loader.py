@@ -256,6 +256,18 @@ def test_dummy_weights_depend_on_the_seed_only():
     assert torch.equal(decoders[0].norm.weight, torch.ones_like(decoders[0].norm.weight))
 
 
+@pytest.mark.parametrize("name", ["olmo2", "qwen3.5", "qwen3-next"])
+def test_dummy_norms_scale_by_one_and_dummy_gates_are_constant(name):
+    decoder = Decoder(ModelConfig.from_hf(tiny_model(name).config))
+    load_weights(decoder, dummy_weights(decoder, seed=0))
+    params = dict(decoder.named_parameters())
+    constants = {"norm.weight": 1.0, "qk_norm.q_weight": 1.0, "a_log": 0.0, "dt_bias": 1.0}
+    found = {end: [params[name] for name in params if name.endswith(end)] for end in constants}
+    assert found["norm.weight"] and (found["qk_norm.q_weight"] or (found["a_log"] and found["dt_bias"]))
+    for end, values in found.items():
+        assert all(torch.equal(value, torch.full_like(value, constants[end])) for value in values)
+
+
 def test_safetensors_are_read_from_one_file_or_several(tmp_path):
     folder = save_tiny(tmp_path, "llama-bias")
     single = dict(iterate_weights(folder))

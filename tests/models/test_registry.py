@@ -22,6 +22,7 @@ from transformers import (
 
 from nanovllm.layers.gated_delta_net import LinearAttentionConfig
 from nanovllm.layers.moe import MoEConfig
+from nanovllm.models import registry
 from nanovllm.models.registry import FAMILIES, PRESETS, ModelConfig
 from tests.models.tiny import TINY
 
@@ -441,3 +442,30 @@ def test_models_with_other_experts_are_not_the_same():
             config.check_same_model(other)
     with pytest.raises(ValueError, match=r"moe\.num_experts is None, but the model's is 128"):
         config.check_same_model(dataclasses.replace(config, moe=None))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredMoEConfig(MoEConfig):
+    scoring: str = "softmax"
+
+
+def test_models_that_differ_in_an_option_of_any_type_are_not_the_same():
+    moe = ScoredMoEConfig(num_experts=8, experts_per_token=2, intermediate_size=64, norm_topk_prob=True)
+    config = dataclasses.replace(PRESETS["qwen3-30b-a3b"], moe=moe)
+    other = dataclasses.replace(config, moe=dataclasses.replace(moe, scoring="sigmoid"))
+    config.check_same_model(dataclasses.replace(config))
+    with pytest.raises(ValueError, match=r"the checkpoint's moe\.scoring is 'sigmoid', but the model's is 'softmax'"):
+        config.check_same_model(other)
+
+
+@pytest.mark.parametrize("types", [("mamba",) * 4, ("mamba", "linear_attention") * 2])
+def test_models_without_a_kv_cache_are_refused_whatever_their_recurrent_layers_are(monkeypatch, types):
+    monkeypatch.setattr(registry, "LAYER_TYPES", (*registry.LAYER_TYPES, "mamba"))
+    with pytest.raises(ValueError, match="a model without layers of attention over a KV cache is not supported"):
+        dataclasses.replace(PRESETS["qwen3-0.6b"], num_layers=4, layer_types=types)
+
+
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "qwen3.5-9b"])
+def test_layers_with_post_norms_and_experts_or_recurrent_state_are_refused(name):
+    with pytest.raises(ValueError, match="post_norms that has experts or recurrent state is not supported"):
+        dataclasses.replace(PRESETS[name], post_norms=True)

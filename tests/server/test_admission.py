@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanovllm.server.admission import Admission
+from nanovllm.server.admission import AdmissionControl
 from nanovllm.server.errors import ApiError
 
 
@@ -13,7 +13,7 @@ def refusal(admission, num_samples=1):
 
 
 def test_samples_beyond_the_limit_are_refused_until_others_leave():
-    admission = Admission(3)
+    admission = AdmissionControl(3)
     with admission.enter(2):
         error = refusal(admission, 2)
         assert (error.status, error.code) == (429, "queue_full") and error.retry_after >= 1
@@ -26,11 +26,11 @@ def test_samples_beyond_the_limit_are_refused_until_others_leave():
 
 
 def test_request_that_never_fits_gets_400():
-    assert refusal(Admission(3), 4).status == 400
+    assert refusal(AdmissionControl(3), 4).status == 400
 
 
 def test_draining_refuses_all_but_keeps_those_that_are_in():
-    admission = Admission(3)
+    admission = AdmissionControl(3)
     with admission.enter():
         admission.draining = True
         assert refusal(admission).status == 503

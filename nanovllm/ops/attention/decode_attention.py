@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.ops.attention.decode_plan import DecodeConfig, DecodePlan, default_decode_config
-from nanovllm.ops.attention.fp8_cache import permuted_dims, query_operand
+from nanovllm.ops.attention.fp8_cache import query_operand
 from nanovllm.ops.attention.online_softmax import attend_tile, empty_partials, init_softmax, store_or_merge
 from nanovllm.ops.attention.paged_cache import (
     LOG2E,
@@ -117,9 +117,7 @@ def _decode_kernel(
     partials = (partial_ptr, lse_ptr, counter_ptr, split_stride)
     group = seq * KV_HEADS + kv_head
     split = prefix_splits + own_split
-    if scales_ptr is not None:
-        dims = permuted_dims(HEAD_PAD)
-    store_or_merge(out_ptr, partials, softmax, dims, group, split, num_programs, num_splits, GROUP, HEAD_DIM)
+    store_or_merge(out_ptr, partials, softmax, group, split, num_programs, num_splits, GROUP, HEAD_DIM)
 
 
 class PrefixPartials(NamedTuple):

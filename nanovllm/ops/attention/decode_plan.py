@@ -83,11 +83,11 @@ def default_decode_config(
     heads and devices with less shared memory get a smaller tile. With many programs, two or three share an SM. With
     few, each has an SM to itself and needs more loads in flight.
 
-    A tile in FP8 (itemsize 1) costs more instructions, so the larger tile is faster with many programs too.
+    Tiles in FP8 (itemsize 1) pass through registers in float16, and through as much shared memory as another stage.
     """
     programs = batch * kv_heads
     tile, num_warps, num_stages = 128, 4, 3
-    if 2 * programs >= 5 * sm_count and itemsize > 1:
+    if 2 * programs >= 5 * sm_count:
         tile = 64
         num_stages = 3 if programs >= MANY_PROGRAMS_PER_SM * sm_count else 4
     if prefix:
@@ -96,8 +96,9 @@ def default_decode_config(
     head_bytes = padded_dim * itemsize
     tile = min(tile, tile * 256 // (padded_dim * max(itemsize, 2)))
     max_tokens = (shared_memory - (16 << 10)) // (2 * head_bytes)  # 16 KiB are left for everything else
-    num_stages = num_stages if (num_stages - 1) * tile <= max_tokens else 3
-    while (num_stages - 1) * tile > max_tokens:
+    spare = 0 if itemsize == 1 else 1  # stages that need no memory
+    num_stages = num_stages if (num_stages - spare) * tile <= max_tokens else 3
+    while (num_stages - spare) * tile > max_tokens:
         tile //= 2
     return DecodeConfig(max(MIN_DOT, tile), num_warps, num_stages)
 

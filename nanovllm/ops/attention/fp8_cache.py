@@ -3,8 +3,8 @@
 The scale is the largest magnitude of the head over the largest number of e4m3. So nothing saturates, and nothing needs
 calibration. The numbers of a token do not depend on other tokens.
 
-Kernels compute with float16 tiles of keys and values: e4m3 converts to float16 exactly, and in a fifth of the
-instructions that bfloat16 takes. float32 runs use float32.
+Kernels compute with float16 tiles of keys and values: e4m3 converts to float16 exactly and in a fifth of the
+instructions that bfloat16 takes, and its scale multiplies two numbers per instruction. float32 runs use float32.
 """
 
 import torch
@@ -72,53 +72,20 @@ def value_scales(words):
 
 
 @triton.jit
-def query_operand(q, scales_ptr):
-    """Return queries in the dtype in which dot products with the cache are computed: float16, or float32 if they are.
+def widen(x, DTYPE: tl.constexpr):
+    """Return the e4m3 numbers of a tile in DTYPE, float16 or float32. A tile in another dtype stays as it is."""
+    if x.dtype == tl.float8e4nv:
+        x = x.to(DTYPE)
+        if x.dtype == tl.float16:
+            # Without an instruction that it must not move, the compiler would transpose V before the conversion, and so
+            # load it from shared memory byte by byte.
+            x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float16, is_pure=False, pack=2)
+    return x
 
-    e4m3 converts to float16 exactly. Queries have less than its range.
-    """
+
+@triton.jit
+def query_operand(q, scales_ptr):
+    """Return queries in the dtype in which dot products with the cache are computed (see `dequantize`)."""
     if scales_ptr is not None and q.dtype == tl.bfloat16:
         q = q.to(tl.float16)
     return q
-
-
-@triton.jit
-def widen_values(v, q):
-    """Return a tile of values [TILE, dims] from FP8 in the dtype of q, float16 or float32, for few queries.
-
-    The dims are in the order of `permuted_dims`. A thread of the dot product needs columns 32 apart; in this order they
-    are neighbours in shared memory, and it does not load them byte by byte.
-    """
-    ROWS: tl.constexpr = v.shape[0]
-    DIMS: tl.constexpr = v.shape[1]
-    if DIMS >= 64:
-        v = v.reshape(ROWS, 4, 8, DIMS // 32).permute(0, 3, 1, 2).reshape(ROWS, DIMS)
-    if q.dtype == tl.float32:
-        v = v.to(tl.float32)
-    else:
-        # As `v.to(tl.float16)`, for which the compiler packs bytes with twice the instructions.
-        v = tl.inline_asm_elementwise(
-            """
-            {
-                .reg .b16 low, high;
-                mov.b32 {low, high}, $2;
-                cvt.rn.f16x2.e4m3x2 $0, low;
-                cvt.rn.f16x2.e4m3x2 $1, high;
-            }
-            """,
-            "=r,=r,r",
-            [v],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=4,
-        )
-    return v
-
-
-@triton.jit
-def permuted_dims(DIMS: tl.constexpr):
-    """Return the dim of each column of `widen_values`."""
-    columns = tl.arange(0, DIMS)
-    if DIMS >= 64:
-        columns = columns // 8 % 4 * (DIMS // 4) + columns % 8 * (DIMS // 32) + columns // 32
-    return columns

@@ -7,7 +7,7 @@ them (flash-decoding; Dao et al., 2023).
 
 import torch
 
-from nanovllm.ops.attention.fp8_cache import key_scales, value_scales, widen_values
+from nanovllm.ops.attention.fp8_cache import key_scales, value_scales, widen
 from nanovllm.ops.triton_utils import tl, triton
 
 
@@ -32,13 +32,12 @@ def attend_tile(softmax, q, tile, seen, scale_log2e):
     running_max, running_sum, acc = softmax
     k, v, scales = tile
     IS_FP8: tl.constexpr = v.dtype == tl.float8e4nv
+    # "ieee" keeps float32 from being rounded to TF32; products of 16-bit types are exact anyway.
+    scores = tl.dot(q, tl.trans(widen(k, q.dtype)), input_precision="ieee")
     factor = scale_log2e
     if IS_FP8:
-        k = k.to(q.dtype)
         factor = (key_scales(scales).to(tl.float32) * scale_log2e)[None, :]
-    # "ieee" keeps float32 from being rounded to TF32; products of 16-bit types are exact anyway.
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
-    scores = tl.where(seen[None, :], scores, float("-inf"))
+    scores = tl.where(seen[None, :], scores * factor, float("-inf"))
     largest = tl.max(scores, 1)
     if IS_FP8:
         largest -= 8  # weights of up to 256 use the range of float16, also after the smallest and largest scale
@@ -48,7 +47,7 @@ def attend_tile(softmax, q, tile, seen, scale_log2e):
     running_sum = running_sum * decay + tl.sum(p, 1)
     if IS_FP8:
         p = p * value_scales(scales).to(tl.float32)[None, :]
-        v = widen_values(v, q)
+        v = widen(v, q.dtype)
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return new_max, running_sum, acc
 
@@ -90,11 +89,10 @@ def _merge_splits(
 
 
 @triton.jit
-def store_or_merge(out_ptr, partials, softmax, dims, group, split, num_programs, num_splits, GROUP, HEAD_DIM):
+def store_or_merge(out_ptr, partials, softmax, group, split, num_programs, num_splits, GROUP, HEAD_DIM):
     """Store a program's result: the final output if this is the only split, else a partial result.
 
     Args:
-        dims: the dim of each column of the result.
         partials: pointers to partial outputs, log-sum-exps and counters, and the stride between heads' partials.
         group: sequence * KV_HEADS + kv_head.
         split: index of this partial result.
@@ -104,6 +102,7 @@ def store_or_merge(out_ptr, partials, softmax, dims, group, split, num_programs,
     partial_ptr, lse_ptr, counter_ptr, split_stride = partials
     running_max, running_sum, acc = softmax
     heads = tl.arange(0, acc.shape[0])
+    dims = tl.arange(0, acc.shape[1])
     first_head = group * GROUP
     out_rows = (first_head + heads).to(tl.int64)
     mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]

@@ -53,24 +53,18 @@ class PrefillConfig(NamedTuple):
     tma: bool = False
 
 
-def default_prefill_config(
-    head_dim: int, itemsize: int, num_queries: int = 0, sm_count: int = 1, fp8: bool = False
-) -> PrefillConfig:
-    """Return the settings that `python -m benchmarks.tune prefill` chose on an H100, and on an H200 for FP8 caches.
+def default_prefill_config(head_dim: int, itemsize: int, num_queries: int = 0, sm_count: int = 1) -> PrefillConfig:
+    """Return the settings that `python -m benchmarks.tune prefill` chose on an H100.
 
     Hopper's tensor cores need 64 query rows per four warps. Tiles of 128 rows read K and V from the L2 cache half as
     often. With TMA and at most 128 registers per thread, two such programs fit on an SM. They pay off if
     `num_queries` (tokens x heads) keeps all SMs busy. Wide heads halve block_n, so that the stages fit in shared
     memory and the accumulators in registers. float32 runs without tensor cores, in small tiles.
-
-    Args:
-        itemsize: of queries.
-        fp8: the cache is in FP8. Converting its tiles needs registers, so fewer threads share them.
     """
     if itemsize > 2:
         return PrefillConfig(32, 32, 4, 2)
     if head_dim == 128 and num_queries >= 4 * sm_count * 128:
-        return PrefillConfig(128, 64, 4, 2, tma=True) if fp8 else PrefillConfig(128, 64, 8, 2, maxnreg=128, tma=True)
+        return PrefillConfig(128, 64, 8, 2, maxnreg=128, tma=True)
     return PrefillConfig(64, 64 if head_dim <= 128 else 32, 4, 3)
 
 
@@ -345,7 +339,7 @@ def prefill_attention_triton(
 
 def _config_for(q: torch.Tensor, kv: PagedKV) -> PrefillConfig:
     num_tokens, heads, head_dim = q.shape
-    config = default_prefill_config(head_dim, q.element_size(), num_tokens * heads, sm_count(q.device), kv.is_fp8)
+    config = default_prefill_config(head_dim, q.element_size(), num_tokens * heads, sm_count(q.device))
     if config.tma and not supports_tma(kv, config.block_n):
         # Without TMA the large tile leaves no registers for addresses.
         config = default_prefill_config(head_dim, q.element_size())

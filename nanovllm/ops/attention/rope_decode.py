@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.ops.attention.fp8_cache import pack_scales, permuted_dims, quantize_heads, query_operand
+from nanovllm.ops.attention.fp8_cache import pack_scales, quantize_heads, query_operand
 from nanovllm.ops.attention.online_softmax import attend_tile, empty_partials, init_softmax, store_or_merge
 from nanovllm.ops.attention.paged_cache import (
     LOG2E,
@@ -166,7 +166,6 @@ def _rope_decode_kernel(
         query_scale = tl.load(query_scale_ptr + position).to(q.dtype).to(tl.float32)
         q = tl.where(is_head, (q.to(tl.float32) * query_scale).to(q.dtype), q)
 
-    q = query_operand(q, scales_ptr)
     softmax = init_softmax(GROUP_PAD, HEAD_PAD)
     # The same matrix serves as a tile of keys, all but the new one masked.
     new_k = q
@@ -175,6 +174,7 @@ def _rope_decode_kernel(
         new_k, k_scale = quantize_heads(q)
         new_v, v_scale = quantize_heads(new_v)
         new_scales = pack_scales(k_scale, v_scale)
+        q = query_operand(q, scales_ptr)
     if split == num_used - 1:
         new_offsets = new_index * TOKEN_STRIDE + kv_head * HEAD_DIM + columns
         tl.store(k_cache_ptr + new_offsets, new_k, mask=is_key)
@@ -197,9 +197,7 @@ def _rope_decode_kernel(
 
     partials = (partial_ptr, lse_ptr, counter_ptr, num_splits)
     group = seq * KV_HEADS + kv_head
-    if scales_ptr is not None:
-        dims = permuted_dims(HEAD_PAD)
-    store_or_merge(out_ptr, partials, softmax, dims, group, split, num_used, num_used, GROUP, HEAD_DIM)
+    store_or_merge(out_ptr, partials, softmax, group, split, num_used, num_used, GROUP, HEAD_DIM)
 
 
 def rope_decode_triton(

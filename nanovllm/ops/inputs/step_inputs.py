@@ -13,6 +13,7 @@ def _count(
     params_ptr, counts_ptr, slots, token_ids, is_new, vocab_size, PARAMS_STRIDE: tl.constexpr, MAX_COUNT: tl.constexpr
 ):
     """Count the new output tokens `token_ids` of the `slots` that have penalties."""
+    # Field 7 of a slot's parameters has the flags; see PARAMS_DTYPE.
     counts = is_new & (tl.load(params_ptr + slots * PARAMS_STRIDE + 7, mask=is_new, other=0) & 1 != 0)
     places = counts_ptr + slots * vocab_size + token_ids
     seen = tl.load(places, mask=counts, other=0)
@@ -58,17 +59,25 @@ def _step_inputs_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # Index i is row i and token i. With DECODE, the host has sent only the slots: each row is its slot's last token.
+    # Otherwise rows have any number of tokens, and -1 as a row's start or as a token's id stands for what only the
+    # device knows: the slot's length, and its last token.
+    #
+    # A slot's last token is counted for penalties here, one step after it was sampled: in the step that computes its
+    # K and V, which is also the first one whose logits it penalises.
+    #
     # No `wait_for_inputs`: this runs before the chain, whose kernels read these outputs before they wait.
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_row = index < num_rows
     is_token = index < num_tokens
     slots = tl.load(slots_ptr + index, mask=is_row, other=0).to(tl.int64)
-    if DECODE:  # token i belongs to row i
+    if DECODE:
         positions = tl.load(length_ptr + slots, mask=is_row, other=0)
         token_ids = tl.load(last_ptr + slots, mask=is_row, other=0)
         tl.store(lens_ptr + index, positions + 1, mask=is_row)
         _count(params_ptr, counts_ptr, slots, token_ids, is_row, vocab_size, PARAMS_STRIDE, MAX_COUNT)
     else:
+        # By row: the length of its context, and its last token's index.
         starts = tl.load(starts_ptr + index, mask=is_row, other=0)
         last = tl.load(last_ptr + slots, mask=is_row, other=0)
         _count(params_ptr, counts_ptr, slots, last, is_row & (starts < 0), vocab_size, PARAMS_STRIDE, MAX_COUNT)
@@ -78,6 +87,7 @@ def _step_inputs_kernel(
         tl.store(lens_ptr + index, tl.maximum(starts + end - begin, 1), mask=is_row)
         tl.store(last_index_ptr + index, tl.maximum(end - 1, 0).to(tl.int64), mask=is_row)
 
+        # By token: its position and its id.
         rows = tl.load(token_rows_ptr + index, mask=is_token, other=0)
         slots = tl.load(slots_ptr + rows, mask=is_token, other=0).to(tl.int64)
         starts = tl.load(starts_ptr + rows, mask=is_token, other=0)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.ops.dispatch import GEMM_MAX_OUTPUTS, Kernel, regime_of
+from nanovllm.ops.dispatch import GEMM_MAX_OUTPUTS, Kernel, kernel_of
 from nanovllm.ops.triton_utils import (
     HAVE_TRITON,
     TensorDescriptor,
@@ -68,7 +68,7 @@ def is_gemm(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether `gemm_triton` is made for x [M, K] and `weight` of the same dtype, and TMA can load both."""
     if not HAVE_TRITON or not x.is_cuda or len(weight) > GEMM_MAX_OUTPUTS:
         return False
-    if regime_of(len(x)).kernel is not Kernel.GEMM:
+    if kernel_of(len(x), weight.numel()) is not Kernel.GEMM:
         return False
     addresses = x.data_ptr() | weight.data_ptr() | 2 * x.stride(0) | 2 * x.shape[1]
     plain = x.ndim == 2 and x.stride(1) == 1 and weight.is_contiguous()

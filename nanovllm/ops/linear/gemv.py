@@ -17,7 +17,7 @@ import torch
 
 from nanovllm.ops.comm.collectives import buffers_of, pack_words, send, sum_unit
 from nanovllm.ops.comm.peer_memory import UNIT, PeerMemory
-from nanovllm.ops.dispatch import Kernel, regime_of
+from nanovllm.ops.dispatch import Kernel, kernel_of
 from nanovllm.ops.linear.scales import load_scales, scale_layout
 from nanovllm.ops.triton_utils import HAVE_TRITON, launch_options, tl, triton, wait_for_inputs
 
@@ -57,7 +57,7 @@ def is_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether x [M, K] has so few tokens that `gemv_triton` is the fastest way to multiply it with `weight`."""
     if not HAVE_TRITON or not x.is_cuda or not len(x) or weight.dtype == torch.float32:
         return False
-    return regime_of(len(x)).kernel is Kernel.GEMV
+    return kernel_of(len(x), weight.numel()) is Kernel.GEMV
 
 
 @triton.jit

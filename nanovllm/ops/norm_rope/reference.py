@@ -13,6 +13,8 @@ def rms_norm_torch(
     """Compute `rms_norm`; the norm is over the last dimension."""
     if residual is not None:
         x.add_(residual)
+    if x.dtype == weight.dtype == torch.float32:
+        return torch.rms_norm(x, weight.shape, weight, eps)
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (normed.to(weight.dtype) * weight).to(x.dtype)

@@ -90,7 +90,7 @@ def sample_torch(
     slots: torch.Tensor,
     context_lens: torch.Tensor,
     state: SamplingState,
-    last: tuple[torch.Tensor, torch.Tensor, int] | None = None,
+    progress: tuple[torch.Tensor, torch.Tensor, int] | None = None,
 ) -> torch.Tensor:
     """Compute `sample`. Synchronises with the device to skip what no sequence asks for."""
     slots = slots.to(torch.int64)
@@ -110,8 +110,8 @@ def sample_torch(
         if len(filtered):
             y[filtered] = filter_logits(y[filtered], top_k[filtered], top_p[filtered], min_p[filtered])
         tokens[sampled] = _sample_softmax(y, state.seed[sampled_slots], context_lens[sampled])
-    if last is not None:
-        advance_slots_torch(tokens, slots, context_lens, *last)
+    if progress is not None:
+        advance_slots_torch(tokens, slots, context_lens, *progress)
     return tokens
 
 

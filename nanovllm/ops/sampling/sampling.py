@@ -50,10 +50,11 @@ def _gumbel(counters, seed_ptr, context_len):
 
 @triton.jit
 def _sequence(inputs):
-    """Return whether the program's sequence is greedy, and the arguments of `_kept`.
+    """Return whether the program's sequence is greedy, and two tuples that the functions below unpack:
 
-    These are the pointer to its logits, their number, their factor, the pointer to its threshold, and its slot: the
-    pointers to the slot's row of each table and the adjustments it needs (bits of `flags`; 8 for stop ids).
+    - logits: the pointer to its logits, their number, their factor, the pointer to its threshold, and `slot`.
+    - slot: the pointers to the slot's row of `params`, `counts`, `masks` and `bias`, and the adjustments that it needs:
+      the bits HAS_PENALTIES, HAS_MASK and HAS_BIAS of its flags (1, 2 and 4), and 8 if stop ids are banned.
     """
     logits_ptr, stride, vocab_size, slots_ptr, context_lens_ptr, threshold_ptr, tables = inputs
     params, counts, masks, bias = tables
@@ -95,8 +96,9 @@ def _adjusted(x, columns, vocab_size, slot):
 def _scaled(logits, columns):
     """Load the logits of `columns`, adjusted and divided by the temperature; -inf past the vocabulary."""
     logits_ptr, vocab_size, scale, _, slot = logits
+    _, _, _, _, adjustments = slot
     x = tl.load(logits_ptr + columns, mask=columns < vocab_size, other=float("-inf")).to(tl.float32)
-    if slot[4] != 0:
+    if adjustments != 0:
         x = _adjusted(x, columns, vocab_size, slot)
     return x * scale
 
@@ -104,8 +106,9 @@ def _scaled(logits, columns):
 @triton.jit
 def _kept(logits, columns):
     """Return `_scaled` logits with those below the sequence's threshold, and NaN, set to -inf."""
+    _, _, _, threshold_ptr, _ = logits
     x = _scaled(logits, columns)
-    return tl.where(x >= tl.load(logits[3]), x, float("-inf"))
+    return tl.where(x >= tl.load(threshold_ptr), x, float("-inf"))
 
 
 @triton.jit
@@ -118,8 +121,9 @@ def _ordered_int(bits):
 def _total(logits, lowest, best, WEIGH: tl.constexpr, TILE: tl.constexpr):
     """Count the tokens at or above the logit of ordered int `lowest`; with WEIGH, sum their exp(x - best)."""
     total = tl.zeros([TILE], tl.float32 if WEIGH else tl.int32)
+    _, vocab_size, _, _, _ = logits
     threshold = _ordered_int(lowest.to(tl.int32)).to(tl.float32, bitcast=True)
-    for start in range(0, logits[1], TILE):
+    for start in range(0, vocab_size, TILE):
         x = _scaled(logits, start + tl.arange(0, TILE))
         total += tl.where(x >= threshold, tl.exp(x - best), 0.0) if WEIGH else (x >= threshold).to(tl.int32)
     return tl.sum(total, 0)
@@ -141,7 +145,8 @@ def _highest(logits, low, high, wanted, best, WEIGH: tl.constexpr, TILE: tl.cons
 def _threshold_kernel(inputs, TILE: tl.constexpr, PDL: tl.constexpr):
     greedy, logits = _sequence(inputs)
     _, vocab_size, _, threshold_ptr, slot = logits
-    top_k, top_p, min_p = tl.load(slot[0] + 3), _float(slot[0] + 4), _float(slot[0] + 5)
+    params_ptr, _, _, _, _ = slot
+    top_k, top_p, min_p = tl.load(params_ptr + 3), _float(params_ptr + 4), _float(params_ptr + 5)
     wait_for_inputs(PDL)
     if greedy | ((top_k == 0) & (top_p >= 1) & (min_p == 0)):
         tl.store(threshold_ptr, float("-inf"))
@@ -188,19 +193,22 @@ def _sample_kernel(
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    # Sample a tile by its weight, then a token of the tile; see the top of this module.
     greedy, logits = _sequence(inputs)
+    _, vocab_size, _, _, (seed_ptr, _, _, _, _) = logits  # a slot's parameters start with its seed
+    _, _, _, slots_ptr, context_lens_ptr, _, _ = inputs
     seq = tl.program_id(0)
-    slot, context_len = tl.load(inputs[3] + seq), tl.load(inputs[4] + seq)
+    slot, context_len = tl.load(slots_ptr + seq), tl.load(context_lens_ptr + seq)
     wait_for_inputs(PDL)
-    tiles, num_tiles = tl.arange(0, TILES), tl.cdiv(logits[1], TILE)
+    tiles, num_tiles = tl.arange(0, TILES), tl.cdiv(vocab_size, TILE)
     weights = tl.load(weight_ptr + seq * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf"))
     if not greedy:
-        weights += _gumbel(-1 - tiles, logits[4][0], context_len)
+        weights += _gumbel(-1 - tiles, seed_ptr, context_len)
     first = tl.argmax(weights, 0) * TILE
     columns = first + tl.arange(0, TILE)
     x = _kept(logits, columns)
     if not greedy:
-        x += _gumbel(columns, logits[4][0], context_len)
+        x += _gumbel(columns, seed_ptr, context_len)
     token = (first + tl.argmax(x, 0)).to(tl.int64)
     tl.store(out_ptr + seq, token)
     if ADVANCE:
@@ -213,7 +221,7 @@ def sample_triton(
     slots: torch.Tensor,
     context_lens: torch.Tensor,
     state: SamplingState,
-    last: tuple[torch.Tensor, torch.Tensor, int] | None = None,
+    progress: tuple[torch.Tensor, torch.Tensor, int] | None = None,
 ) -> torch.Tensor:
     """Compute `sample` with Triton kernels."""
     batch, vocab_size = logits.shape
@@ -229,7 +237,7 @@ def sample_triton(
     _threshold_kernel[(batch,)](inputs, TILE=4096, num_warps=16, **options)
     # The fastest of 13 settings on an H100: limiting the registers makes it 1.7 times as fast.
     _weigh_kernel[(batch, num_tiles)](inputs, weight, TILE=TILE, num_warps=4, maxnreg=64, **options)
-    last_token, length, scratch_slot = (tokens, slots, 0) if last is None else last
+    last_token, length, scratch_slot = (tokens, slots, 0) if progress is None else progress
     _sample_kernel[(batch,)](
         inputs,
         weight,
@@ -239,7 +247,7 @@ def sample_triton(
         scratch_slot,
         TILE=TILE,
         TILES=triton.next_power_of_2(num_tiles),
-        ADVANCE=last is not None,
+        ADVANCE=progress is not None,
         num_warps=4,
         **options,
     )
@@ -251,7 +259,7 @@ def sample(
     slots: torch.Tensor,
     context_lens: torch.Tensor,
     state: SamplingState,
-    last: tuple[torch.Tensor, torch.Tensor, int] | None = None,
+    progress: tuple[torch.Tensor, torch.Tensor, int] | None = None,
 ) -> torch.Tensor:
     """Sample one token per sequence.
 
@@ -260,12 +268,12 @@ def sample(
         slots: [B] int32, the slots whose parameters apply.
         context_lens: [B] int32, tokens before the sampled one: the counter of the noise.
         state: the parameters of all slots.
-        last: `last_token`, `length` and `scratch_slot` of `advance_slots`, to store the tokens in the same launch.
+        progress: `last_token`, `length` and `scratch_slot` of `advance_slots`, to advance the slots in the same launch.
 
     Returns:
         [B] int64. top_p keeps the smallest set whose mass reaches it; ties at a threshold are all kept.
     """
-    return (sample_triton if logits.is_cuda else sample_torch)(logits, slots, context_lens, state, last)
+    return (sample_triton if logits.is_cuda else sample_torch)(logits, slots, context_lens, state, progress)
 
 
 @triton.jit

@@ -1,0 +1,196 @@
+"""Weights of quantised checkpoints that stay small on a CPU: 4 bits, or 8 bits as two times 4.
+
+Groups of 32 weights of a row share a scale and a zero, as in the types Q4_0, Q4_1, Q4_K and Q8_0 of GGUF files. Torch's
+GEMM for such weights reads bfloat16: the tokens, scales and zeros are rounded to it, and so is the output. Sums are
+float32.
+
+Weights arrive in float32, as in every checkpoint. Those that have at most 16 equally spaced values in each group get 4
+bits, which loses nothing. All others get 8 bits, which loses nothing of Q8_0; of others, such as trained weights, it
+loses at most 1/254 of the largest absolute value in a group.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from nanovllm.weights.formats import Plain, Table, WeightFormat
+
+GROUP = 32
+# The GEMM packs this many rows together.
+_ROWS = 16
+# Rows that are quantised at once, which bounds the memory for it.
+_CHUNK = 1024
+# How far a value of a 4-bit type may be from the grid, relative to the largest absolute value of its group. The
+# checkpoint's reader rounds to float32.
+_TOLERANCE = 2.0**-21
+
+
+class Groups(NamedTuple):
+    """Quantised weights: scale * q + low in each group.
+
+    Attributes:
+        q: [N, K] uint8.
+        scale, low: [N, K / 32] float32.
+    """
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    low: torch.Tensor
+
+    def dequantized(self) -> torch.Tensor:
+        """Return the weights [N, K] in float32."""
+        groups = self.q.unflatten(1, (-1, GROUP)) * self.scale[:, :, None] + self.low[:, :, None]
+        return groups.flatten(1)
+
+
+def is_supported() -> bool:
+    """Return whether torch's GEMM for 4-bit weights is vectorised on this machine."""
+    return torch.backends.cpu.get_cpu_capability().startswith(("AVX2", "AVX512"))
+
+
+def quantize_4_bits(weight: torch.Tensor) -> Groups | None:
+    """Return float32 weights [N, K] in 4 bits; None if some group has more than 16 equally spaced values."""
+    parts = []
+    for rows in weight.split(_CHUNK):
+        part = _fit(rows.unflatten(1, (-1, GROUP)))
+        if part is None:
+            return None
+        parts.append(part)
+    return Groups(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _fit(groups: torch.Tensor) -> Groups | None:
+    """Find the grid of the groups [N, K / 32, 32]: from the smallest to the largest value in 15 steps, or in fewer."""
+    flat = groups.reshape(-1, GROUP)
+    low, high = flat.aminmax(dim=1)
+    span, tolerance = high - low, torch.maximum(low.abs(), high.abs()) * _TOLERANCE
+    q = torch.zeros(flat.shape, dtype=torch.uint8, device=flat.device)
+    scale = torch.zeros_like(low)
+    left = torch.arange(len(flat), device=flat.device)
+    for steps in range(15, 0, -1):
+        values = flat if len(left) == len(flat) else flat[left]
+        step = span[left] / steps
+        nearest = (values - low[left, None]).mul_(torch.where(step > 0, 1 / step, 0.0)[:, None]).round_()
+        error = torch.addcmul(low[left, None], nearest, step[:, None]).sub_(values).abs_().amax(1)
+        fits = error <= tolerance[left]
+        q[left[fits]], scale[left[fits]] = nearest[fits].to(torch.uint8), step[fits]
+        left = left[~fits]
+        if not len(left):
+            shape = groups.shape[:2]
+            return Groups(q.view(len(groups), -1), scale.view(shape), low.view(shape))
+    return None
+
+
+def quantize_8_bits(weight: torch.Tensor) -> Groups:
+    """Return the nearest 8-bit weights to float32 weights [N, K]."""
+    groups = weight.unflatten(1, (-1, GROUP))
+    scale = groups.abs().amax(2) / 127
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)[:, :, None]
+    q = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
+    for rows in range(0, len(groups), _CHUNK):
+        part = slice(rows, rows + _CHUNK)
+        q[part] = (groups[part] * inverse[part]).round_().add_(128)
+    return Groups(q.flatten(1), scale, -128 * scale)
+
+
+def _halves(groups: Groups) -> Groups:
+    """Return 8-bit weights as 4-bit ones [N, 2 K]: the high bits, whose values are centred, and then the low bits."""
+    high, low = groups.scale * 16, groups.scale
+    return Groups(
+        torch.cat([groups.q >> 4, groups.q & 15], 1),
+        torch.cat([high, low], 1),
+        torch.cat([-8 * high, torch.zeros_like(low)], 1),
+    )
+
+
+class Compressing(Plain):
+    """A weight that becomes `Int4` once it is loaded, where the GEMM can read its shape."""
+
+    def finish_loading(self) -> WeightFormat:
+        rows, columns = self.weight.shape
+        return Int4(self) if rows % _ROWS == 0 and columns % GROUP == 0 else super().finish_loading()
+
+
+class Int4(WeightFormat):
+    """Packed 4-bit weights. An 8-bit weight is two of them side by side, its high and its low bits.
+
+    The plain weight is freed. An embedding that shares it has a `CompressedTable`.
+    """
+
+    def __init__(self, plain: Plain):
+        self.plain = plain
+        self.weight = plain.weight
+        self.shape = self.weight.shape
+        groups = quantize_4_bits(self.weight)
+        self.is_doubled = groups is None
+        if groups is None:
+            groups = _halves(quantize_8_bits(self.weight))
+        # The GEMM computes scale * (q - 8) + zero.
+        zero = groups.low + 8 * groups.scale
+        self.scales = torch.stack([groups.scale, zero], 2).transpose(0, 1).contiguous().bfloat16()
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(groups.q.to(torch.int32), 1)
+        self.weight.data = self.weight.data.new_empty(0)
+
+    def start_loading(self) -> WeightFormat:
+        self.weight.data = self.weight.data.new_empty(self.shape)
+        return self.plain
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        y = self._matmul(x).to(x.dtype)
+        return y if bias is None else y.add_(bias)
+
+    def linear_add(self, x, bias, residual, counters=None, peers=None) -> torch.Tensor:
+        if bias is not None:
+            residual.add_(bias)
+        return residual.add_(self._matmul(x))
+
+    def _matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x W^T in bfloat16."""
+        tokens = x.to(torch.bfloat16)
+        if self.is_doubled:
+            tokens = torch.cat((tokens, tokens), 1)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(tokens, self.packed, GROUP, self.scales)
+
+
+class CompressingTable(Table):
+    """An embedding's weight that becomes a `CompressedTable` once it is loaded."""
+
+    def finish_loading(self) -> WeightFormat:
+        return CompressedTable(self) if self.weight.shape[1] % GROUP == 0 else self
+
+
+class CompressedTable(Table):
+    """An embedding's weight in 8 bits, dequantised where it is read.
+
+    The plain weight is freed unless the head also reads it.
+    """
+
+    def __init__(self, plain: Table):
+        super().__init__(plain.weight, plain.is_shared)
+        self.plain = plain
+        self.shape = self.weight.shape
+        self.groups = quantize_8_bits(self.weight)
+        if not plain.is_shared:
+            self.weight.data = self.weight.data.new_empty(0)
+
+    def start_loading(self) -> WeightFormat:
+        self.weight.data = self.weight.data.new_empty(self.shape)
+        return self.plain
+
+    def finish_loading(self) -> WeightFormat:
+        return self
+
+    def rows(self, ids: torch.Tensor, start: int) -> torch.Tensor:
+        local = ids - start
+        outside = (local < 0) | (local >= self.shape[0])
+        index = local.masked_fill(outside, 0)
+        found = Groups(*(tensor.index_select(0, index) for tensor in self.groups))
+        return found.dequantized().masked_fill_(outside[:, None], 0)
+
+
+def compressing(weight_format: WeightFormat) -> WeightFormat:
+    """Return a format that compresses its weight once it is loaded, if `weight_format` is plain and float32."""
+    if type(weight_format) not in (Plain, Table) or weight_format.weight.dtype != torch.float32:
+        return weight_format
+    make = CompressingTable if isinstance(weight_format, Table) else Compressing
+    return make(weight_format.weight, weight_format.is_shared)  # pyright: ignore[reportAttributeAccessIssue]
