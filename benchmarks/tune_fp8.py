@@ -181,8 +181,12 @@ def gemv(tokens_list: Sequence[int]) -> None:
 
 
 def _gemv_configs(layer: Layer) -> list[GemvConfig]:
-    default = default_gemv_config(layer.num_outputs, layer.k, layer.gated, itemsize=1)
-    return [default, *(GemvConfig(rows, warps) for rows, warps in ((8, 4), (4, 4), (4, 8)))]
+    configs = [default_gemv_config(layer.num_outputs, layer.k, layer.gated, 1)]
+    if layer.tokens == 1:
+        width = triton.next_power_of_2(layer.k) * (2 if layer.gated else 1)
+        shapes = itertools.product((2, 4, 8, 16), (4, 8))
+        configs += [GemvConfig(*shape) for shape in shapes if shape[0] * width <= 512 * 32 * shape[1]]  # registers
+    return configs
 
 
 def _gemv_calls(layer: Layer, config: GemvConfig) -> list[list[Callable]]:

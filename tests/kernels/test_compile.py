@@ -71,9 +71,6 @@ def call_all():
             gemv.gemv_triton(many[:4], matrix, norm=(many[0], 1e-6), gated=gated, scale=scales)
             for tokens in (2, 300):
                 fp8_linear.linear_fp8(many[:tokens], matrix, scales, norm=(many[0], 1e-6), gated=gated)
-        if kind != 1:
-            config = gemv.GemvConfig(4, 4, 4, 3)
-            gemv.gemv_triton(many[:1], matrix, scale=scales, config=config)
         fp8_linear.linear_add_fp8(many[:70], matrix, scales, many[0, :256], many[:70, :256].contiguous(), counters)
         gate_up = torch.zeros(4, 256, 2048, **fp8), scales.expand(4, -1, -1).contiguous()
         down = torch.zeros(4, 2048, 128, **fp8), torch.zeros(4, 2048 if kind else 16, 1)

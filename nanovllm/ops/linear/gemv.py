@@ -30,7 +30,7 @@ class GemvConfig(NamedTuple):
 
 
 def default_gemv_config(n: int, k: int, gated: bool, itemsize: int = 2) -> GemvConfig:
-    """Return the settings that `python -m benchmarks.tune gemv` chose on an H100.
+    """Return the settings that `python -m benchmarks.tune gemv` chose on an H100, and for FP8 weights on an H200.
 
     A program's rows are 16 to 64 KiB: enough loads in flight to hide the memory's latency, and they fit in registers.
 
@@ -49,7 +49,7 @@ def default_gemv_config(n: int, k: int, gated: bool, itemsize: int = 2) -> GemvC
     elif k <= 4096:
         num_warps = 4
     if itemsize == 1:
-        rows *= 2
+        rows = 8 if 3072 < k <= 4096 else 2 * rows
     return GemvConfig(rows // 2 if gated else rows, num_warps)
 
 
