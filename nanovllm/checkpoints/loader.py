@@ -255,9 +255,9 @@ def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
         name, tensor = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise TypeError(f"weights must be pairs (name, tensor), got {shown(pair)}")
-        if fault := _fault(tensor):
-            raise ValueError(f"the tensor {name:.200} {fault}; it must be a dense tensor of real numbers with data")
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass():  # read the memory, whatever methods a subclass has
+            if fault := _fault(tensor):
+                raise ValueError(f"the tensor {name:.200} {fault}; it must be a dense tensor of real numbers with data")
             tensor = tensor.detach().as_subclass(torch.Tensor).resolve_neg()
         yield plain(name), tensor
 
