@@ -12,18 +12,22 @@ from types import CodeType
 from typing import Any
 
 
+def _text(error: Exception) -> str:
+    return f"{error!s:.500}"
+
+
 def refusing(
-    what: str, *kinds: type[Exception], reason: Callable[[Exception], Any] = str
+    what: str, *kinds: type[Exception], reason: Callable[[Exception], Any] = _text
 ) -> AbstractContextManager[None]:
     """Raise ValueError in place of a library's errors of these kinds.
 
     Args:
         what: the message up to the reason.
-        reason: gives the reason for an error.
+        reason: gives the reason for an error, by default its text, cut short.
     """
 
     def refuse(error: Exception) -> None:
-        raise ValueError(f"{what}: {reason(error)!s:.500}") from error
+        raise ValueError(f"{what}: {reason(error)}") from error
 
     return handling(refuse, *kinds)
 
