@@ -8,7 +8,7 @@ client may take seconds: requests without one do not wait for it.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceType
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -47,6 +47,7 @@ class _Consumer:
     Attributes:
         request_id: set when the engine has the request.
         aborted: the request was aborted before the engine had it.
+        failed: `receive` has raised, so it is not called again.
     """
 
     def __init__(self, receive: Callable[[RequestOutput | BaseException], None]):
@@ -54,21 +55,7 @@ class _Consumer:
         self.loop = asyncio.get_running_loop()
         self.request_id: str | None = None
         self.aborted = False
-
-
-def _hand_over(items: list[tuple[_Consumer, RequestOutput | BaseException]]) -> None:
-    """Hand outputs or errors over to their consumers. Only the engine's thread calls this."""
-    by_loop: dict[asyncio.AbstractEventLoop, list] = {}
-    for consumer, item in items:
-        by_loop.setdefault(consumer.loop, []).append((consumer, item))
-    for loop, pairs in by_loop.items():
-        with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
-            loop.call_soon_threadsafe(_receive_all, pairs)
-
-
-def _receive_all(pairs: list[tuple[_Consumer, RequestOutput | BaseException]]) -> None:
-    for consumer, item in pairs:
-        consumer.receive(item)
+        self.failed = False
 
 
 class AsyncLLM:
@@ -153,7 +140,7 @@ class AsyncLLM:
         try:
             self.llm_engine.close()
         finally:
-            _hand_over([(consumer, reason) for consumer in self._consumers.values()])
+            self._hand_over([(consumer, reason) for consumer in self._consumers.values()])
             self._consumers.clear()
 
     def _end_streams(self) -> None:
@@ -162,7 +149,7 @@ class AsyncLLM:
         try:
             self.llm_engine.check_usable(awake=())
         except RuntimeError as reason:
-            _hand_over([(consumer, reason) for consumer in self._consumers.values()])
+            self._hand_over([(consumer, reason) for consumer in self._consumers.values()])
             for request_id in self._consumers:
                 self.llm_engine.abort(request_id)
             self._consumers.clear()
@@ -176,7 +163,16 @@ class AsyncLLM:
                 if output.finished or consumer.loop.is_closed():
                     del self._consumers[output.request_id]
                     self.llm_engine.abort(output.request_id)  # does nothing to a finished request
-        _hand_over(pairs)
+        self._hand_over(pairs)
+
+    def _hand_over(self, items: list[tuple[_Consumer, RequestOutput | BaseException]]) -> None:
+        """Hand outputs or errors over to their consumers, each in its event loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list] = {}
+        for consumer, item in items:
+            by_loop.setdefault(consumer.loop, []).append((consumer, item))
+        for loop, pairs in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
+                loop.call_soon_threadsafe(self._receive_all, iter(pairs))
 
     def _add(self, request: Request, consumer: _Consumer) -> None:
         self._forget_preparing(request.chosen_id, consumer)
@@ -196,6 +192,32 @@ class AsyncLLM:
             self._deliver([output])
         elif consumer := self._preparing.get(request_id):
             consumer.aborted = True
+
+    # -- event loops -------------------------------------------------------------------------------------------------
+
+    def _receive_all(self, pairs: Iterator[tuple[_Consumer, RequestOutput | BaseException]]) -> None:
+        """Call the consumers of this event loop with their items."""
+        try:
+            for consumer, item in pairs:
+                self._receive(consumer, item)
+        except BaseException:
+            # Ctrl-C leaves the event loop here. If the loop goes on, the other consumers get their items.
+            asyncio.get_running_loop().call_soon(self._receive_all, pairs)
+            raise
+
+    def _receive(self, consumer: _Consumer, item: RequestOutput | BaseException) -> None:
+        """Call a consumer. If it raises, tell the event loop's exception handler and end this request only."""
+        if consumer.failed:
+            return
+        try:
+            consumer.receive(item)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            consumer.failed = True
+            self._end(None, consumer)
+            message = f"receive() of request {consumer.request_id} has raised, which ends the request"
+            consumer.loop.call_exception_handler({"message": message, "exception": error})
 
     # -- coroutines --------------------------------------------------------------------------------------------------
 
@@ -267,7 +289,8 @@ class AsyncLLM:
         `max_concurrent_requests` does not count the request.
 
         Args:
-            receive: gets the outputs, of which the last is `finished`, or the error that ends the request.
+            receive: gets the outputs, of which the last is `finished`, or the error that ends the request. If it
+                raises, the event loop's exception handler gets its error, and the request ends.
 
         Returns:
             A function that ends the request and may be called again.

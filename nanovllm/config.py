@@ -52,7 +52,7 @@ class Config:
         skip_tokenizer_init: never load the tokenizer; prompts must be token ids, and the texts of outputs are "".
         max_num_waiting: how many sequences may wait; more are refused.
         tokenizer: a folder, a `.gguf` file or a hub id whose tokenizer and chat template replace the model's.
-        revision: branch, tag or commit of a hub id.
+        revision: branch, tag or commit of the model's hub id. Another hub id of the tokenizer takes its default branch.
         download_dir: folder for what a hub id needs to download; None is the hub's cache.
         logprobs_mode: the mode of requests that choose none; see `SamplingParams`.
         generation_config: what requests without SamplingParams get. "auto": what the model's generation_config.json

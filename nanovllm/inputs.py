@@ -56,7 +56,9 @@ def list_prompts(prompts: Any) -> SequenceType[Any]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
     if is_array(prompts) and prompts.ndim > 0:
-        return [prompts] if len(prompts) and _is_id(prompts[0]) else list(prompts)
+        # An index would be a label in a pandas Series.
+        listed = prompts.tolist() if prompts.ndim == 1 else list(prompts)
+        return [prompts] if listed and _is_id(listed[0]) else listed
     if is_list(prompts):
         return [prompts] if length(prompts) and _is_id(prompts[0]) else prompts
     raise TypeError(f"prompts must be a list of texts or of token id lists, got {type(prompts).__name__}")

@@ -7,6 +7,8 @@ from weakref import WeakSet
 
 from tqdm import tqdm
 
+from nanovllm.library_errors import handling
+
 
 class _NoLock:
     """Replaces the lock that all of tqdm's bars share.
@@ -43,16 +45,15 @@ class ProgressBar(tqdm):
         super().__init__(*args, disable=True if sys.stderr is None else disable, position=0, **options)
 
     def display(self, *args: Any, **kwargs: Any) -> None:
-        try:
+        with handling(self._switch_off, Exception):
             super().display(*args, **kwargs)
-        except Exception:
-            self.disable = True
 
     def close(self) -> None:
-        try:
+        with handling(self._switch_off, Exception):
             super().close()
-        except Exception:
-            self.disable = True
+
+    def _switch_off(self, error: Exception) -> None:
+        self.disable = True
 
 
 ProgressBar.set_lock(_NoLock())

@@ -185,6 +185,9 @@ class _FrozenDict(dict):
 
     __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _REFUSE_CHANGE
 
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  (a dict has None)
+        return hash(frozenset(self.items()))
+
     def __reduce__(self) -> tuple:
         return _FrozenDict, (dict(self),)
 

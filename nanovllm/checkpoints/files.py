@@ -3,6 +3,12 @@
 import os
 from pathlib import Path
 
+from nanovllm.library_errors import refusing
+
+
+class MissingFileError(ValueError):
+    """A folder lacks a file that a model needs."""
+
 
 def check_working_folder() -> None:
     """Raise RuntimeError if the working folder was deleted: transformers cannot be imported there."""
@@ -23,12 +29,11 @@ def local_path(label: str, name: str | Path) -> Path:
     """
     if not str(name):
         raise ValueError(f"{label} must not be empty")
-    try:
+    kinds = (OSError, RuntimeError, ValueError)  # too long or forbidden, an unknown user's home, a NUL
+    what = f"{label} {str(name)!r:.100} is not a path that can be read"
+    with refusing(what, *kinds, reason=lambda error: getattr(error, "strerror", None) or error):
         path = Path(name).expanduser().absolute()
         path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long or forbidden, an unknown user's home, a NUL
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{label} {str(name)!r:.100} is not a path that can be read: {reason}") from error
     return path
 
 

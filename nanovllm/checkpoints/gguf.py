@@ -20,6 +20,7 @@ from nanovllm.arithmetic import ceil_div, is_power_of_2
 from nanovllm.checkpoints.files import regular_file
 from nanovllm.checks import shown
 from nanovllm.layers.moe import MoEConfig
+from nanovllm.library_errors import refusing
 from nanovllm.models.registry import (
     FAMILIES,
     MAX_EXPERTS,
@@ -132,12 +133,10 @@ class _GgufFile:
     def __init__(self, path: Path):
         self.path = regular_file(path)
         self.arch = ""
-        try:
+        with refusing(f"{path} is not a GGUF file that can be read", OSError, ValueError, struct.error, RecursionError):
             self.data = np.memmap(path, mode="r").data
             self.offset = 0
             self.metadata, self.tensors = self._parse()
-        except (OSError, ValueError, struct.error, RecursionError) as error:
-            raise ValueError(f"{path} is not a GGUF file that can be read: {error!s:.500}") from error
         arch = self.get("general.architecture")
         if arch is None:
             raise ValueError(f"{path} lacks the metadata general.architecture")

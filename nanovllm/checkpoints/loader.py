@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from nanovllm.checkpoints.files import local_path, regular_file
+from nanovllm.checkpoints.files import MissingFileError, local_path, regular_file
 from nanovllm.checks import plain, shown
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.linear import LinearLayer
+from nanovllm.library_errors import refusing
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import UNUSED_TENSORS, ModelConfig
 from nanovllm.ops.fp8.reference import quantize_weight, scale_shape
@@ -29,6 +30,7 @@ _TIED = {_EMBEDDING: _HEAD, _HEAD: _EMBEDDING}
 _PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 # The supported dtypes, by their names in safetensors files.
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_PICKLED = (".bin", ".pt", ".pth")
 _DIFFERENT_HEAD = (
     f"the tensor {_HEAD} differs from the embedding, but the model was loaded with one parameter for both; "
     "make a new engine"
@@ -283,12 +285,29 @@ def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
         name, tensor = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise TypeError(f"weights must be pairs (name, tensor), got {shown(pair)}")
-        if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex():
-            raise ValueError(
-                f"the tensor {name:.200} is on {tensor.device} with layout {tensor.layout} and dtype {tensor.dtype}; "
-                "it must be a dense tensor of real numbers with data"
-            )
+        with torch._C.DisableTorchFunctionSubclass():  # read the memory, whatever methods a subclass has
+            if fault := _fault(tensor):
+                raise ValueError(f"the tensor {name:.200} {fault}; it must be a dense tensor of real numbers with data")
+            tensor = tensor.detach().as_subclass(torch.Tensor).resolve_neg()
         yield plain(name), tensor
+
+
+def _fault(tensor: torch.Tensor) -> str | None:
+    """Return why the bytes of a tensor's numbers cannot be read; None if they can."""
+    kind = type(tensor)
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # pyright: ignore[reportAttributeAccessIssue]
+        advice = " (give its .full_tensor())" if hasattr(tensor, "full_tensor") else ""
+        return f"is a {kind.__name__:.100}, which has no plain data{advice}"
+    if torch.nn.parameter.is_lazy(tensor) or tensor.is_nested:
+        return f"is a {'nested tensor' if tensor.is_nested else kind.__name__} without a shape"
+    if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex():
+        return f"is on {tensor.device} with layout {tensor.layout} and dtype {tensor.dtype}"
+    end = (
+        tensor.storage_offset() + 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    )
+    if tensor.numel() and tensor.untyped_storage().nbytes() < end * tensor.itemsize:
+        return "has lost its memory: its storage was freed or made smaller"
+    return None
 
 
 def dummy_weights(model: Decoder, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -377,10 +396,8 @@ def _weights_path(location: str | Path) -> Path:
 def read_json(file: Path) -> dict:
     """Return the object in a JSON file. Raise ValueError if the file has no JSON object."""
     regular_file(file)
-    try:
+    with refusing(f"{file} is not JSON", OSError, ValueError, RecursionError):
         content = json.loads(file.read_bytes())  # UTF-8 in any locale
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error!s:.500}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}")
     return content
@@ -402,14 +419,21 @@ def _weight_files(folder: Path) -> list[Path]:
         names = sorted(set(map(str, weight_map.values())))
         files = {file.name for file in folder.iterdir() if file.is_file()}
         if missing := [name for name in names if name not in files]:
-            raise ValueError(f"{index} names {missing[0]!r:.200}, which is not a file in that folder")
+            raise MissingFileError(f"{index} names {missing[0]!r:.200}, which is not a file in that folder")
         return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(
-            f"{folder} has no *.safetensors files; pickled weights can run code when loaded, so they must be converted"
-        )
+        names = [file.name for file in folder.iterdir()]
+        raise MissingFileError(f"{folder} has no weights: no *.safetensors files{pickled_advice(names)}")
     return files
+
+
+def pickled_advice(names: Iterable[str]) -> str:
+    """Return what to do with the pickled weights among files of these names, for the end of a message."""
+    pickled = min((name for name in names if name.endswith(_PICKLED)), default=None)
+    if pickled is None:
+        return ""
+    return f"; pickled weights ({pickled!r:.100}) can run code when loaded, so they must be converted"
 
 
 def _iterate_safetensors(files: list[Path], read: Callable[[Any, str], Any]) -> Iterator[tuple[str, Any]]:
@@ -417,9 +441,9 @@ def _iterate_safetensors(files: list[Path], read: Callable[[Any, str], Any]) -> 
     from safetensors import SafetensorError, safe_open
 
     for file in files:
-        try:
-            with safe_open(regular_file(file), framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                    yield name, read(tensors, name)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} is not a safetensors file that can be read: {error!s:.500}") from error
+        with (
+            refusing(f"{file} is not a safetensors file that can be read", OSError, SafetensorError),
+            safe_open(regular_file(file), framework="pt") as tensors,
+        ):
+            for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                yield name, read(tensors, name)

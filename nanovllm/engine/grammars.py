@@ -7,6 +7,7 @@ import numpy as np
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.engine.token_filter import without
+from nanovllm.library_errors import refusing
 from nanovllm.sandbox.grammars import STACK_BYTES, compile_grammar, find_error, make_tokenizer, on_deep_stack
 from nanovllm.sandbox.pool import Pool
 
@@ -104,10 +105,9 @@ class Grammars:
             "eos_token_ids": eos_token_ids,
         }
         text_tokens = {token.content: i for i, token in added.items() if not token.special}
-        try:
+        # llguidance raises errors of many types.
+        with refusing("structured_outputs do not work with this tokenizer", Exception):
             self._tokenizer = make_tokenizer(**vocabulary)
-        except Exception as error:  # llguidance raises errors of many types
-            raise ValueError(f"structured_outputs do not work with this tokenizer: {error!s:.500}") from error
         self._pool = Pool("grammars", {"vocabulary": vocabulary, "text_tokens": text_tokens}, _FAILURE)
 
     def filter(

@@ -24,6 +24,7 @@ from nanovllm.engine.request import Request, check_request_id
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.token_filter import TokenFilter, make_filter
 from nanovllm.inputs import PromptParts, is_array, split_prompt
+from nanovllm.library_errors import refusing
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
 from nanovllm.sandbox.pool import Pool
 from nanovllm.vllm_options import NEUTRAL_CHAT, drop_neutral
@@ -448,10 +449,8 @@ def _tool_schemas(tools: Any) -> list[dict] | None:
 def _function_schema(tool: Callable) -> dict:
     from transformers.utils.chat_template_utils import get_json_schema
 
-    try:
+    with refusing("tools has a function that no JSON schema can be made of", Exception):
         return get_json_schema(tool)
-    except Exception as error:
-        raise ValueError(f"tools has a function that no JSON schema can be made of: {error!s:.500}") from error
 
 
 def _is_chat(messages: Any) -> bool:

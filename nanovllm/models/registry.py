@@ -50,6 +50,8 @@ FAMILIES: dict[str, dict[str, bool | str]] = {
     "phi3": _WINDOW,
     "seed_oss": {**_LLAMA, "o_bias": "attention_out_bias"},
 }
+# Families whose layers all have the window if there is one, whatever options of other families say.
+_UNIFORM_WINDOW = ("mistral", "ministral3", "phi3")
 # Families whose config has the decoder's options in its `text_config`.
 _NESTED = ("qwen3_5", "qwen3_5_moe", "mistral3")
 _LINEAR_ATTENTION = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
@@ -504,11 +506,13 @@ def _layer_types(config: Any, max_position: int, keep: bool) -> tuple[str, ...] 
     """Return the types of the layers; None if all have full attention.
 
     A layer whose window hides nothing has full attention, unless `keep` is true. Configs without `layer_types` have a
-    window in all layers or in none.
+    window in all layers or in none. A family without the options `layer_types` and `use_sliding_window` ignores them,
+    as transformers does.
     """
+    is_uniform = config.model_type in _UNIFORM_WINDOW
     window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if not types:
-        is_used = window and getattr(config, "use_sliding_window", True)
+    if is_uniform or not types:
+        is_used = window and (is_uniform or getattr(config, "use_sliding_window", True))
         num_layers = checked_option("num_layers", config.num_hidden_layers, int)
         types = ["sliding_attention" if is_used else "full_attention"] * num_layers
     if not isinstance(types, list | tuple):

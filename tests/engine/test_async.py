@@ -361,6 +361,83 @@ def test_a_bad_request_fails_alone(model):
     assert len(one) == 30 and one == two
 
 
+def test_a_receive_that_raises_ends_its_own_request_only(model):
+    """The other requests of the same step get all their tokens."""
+
+    async def use(llm):
+        reported, items = [], []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+
+        def fail(item):
+            items.append(item)
+            raise ZeroDivisionError
+
+        alone = await collect(llm, [5, 6], greedy(20))
+        before = [asyncio.create_task(collect(llm, [5, 6], greedy(20))) for _ in range(2)]
+        for prompt in ([7], [8, 9]):
+            await llm.submit(prompt, greedy(100), receive=fail)
+        after = [asyncio.create_task(collect(llm, [5, 6], greedy(20))) for _ in range(2)]
+        assert await asyncio.gather(*before, *after) == [alone] * 4
+        assert len(items) == 2 and [type(context["exception"]) for context in reported] == [ZeroDivisionError] * 2
+        while (await llm.metrics()).num_running:
+            await asyncio.sleep(0.01)
+        assert (await llm.metrics()).kv_usage == 0
+
+    with_engine(model, use)
+
+
+def test_requests_next_to_a_receive_that_raises_see_that_the_engine_is_closed(model):
+    async def use():
+        llm = AsyncLLM(model, **OPTIONS)
+        steps = Steps(llm, 3)
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+
+        def fail_at_the_end(item):
+            if isinstance(item, BaseException):
+                raise item
+
+        await llm.submit([7], greedy(100), receive=fail_at_the_end)
+        waiting = asyncio.create_task(collect(llm, [5, 6], greedy(100)))
+        await steps.done()
+        await asyncio.to_thread(llm.close)
+        with pytest.raises(RuntimeError, match="closed"):
+            await waiting
+
+    asyncio.run(asyncio.wait_for(use(), SECONDS))
+
+
+def test_an_interrupt_in_receive_leaves_the_items_of_others_to_the_event_loop(model):
+    loop = asyncio.new_event_loop()
+    got = []
+
+    def interrupt(item):
+        raise KeyboardInterrupt
+
+    async def start():
+        llm = AsyncLLM(model, **OPTIONS)
+        steps = Steps(llm, 0)
+        await llm.submit([7], greedy(1), receive=interrupt)
+        await llm.submit([5, 6], greedy(1), receive=got.append)
+        steps.allow(-1)
+        return llm
+
+    async def wait_for_item():
+        while not got:
+            await asyncio.sleep(0.01)
+
+    llm = loop.run_until_complete(start())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(asyncio.wait_for(wait_for_item(), SECONDS))
+        loop.run_until_complete(asyncio.wait_for(wait_for_item(), SECONDS))
+        assert got[0].finished
+    finally:
+        llm.close()
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.close()
+
+
 def test_running_and_new_requests_raise_once_the_engine_is_closed(model):
     async def use():
         llm = AsyncLLM(model, **OPTIONS)

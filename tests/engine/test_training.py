@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanovllm import SamplingParams
 from nanovllm.checkpoints.hub import open_model
@@ -156,6 +157,47 @@ def test_an_update_cannot_start_another(models):
         assert llm.update_weights(path) == 1
 
 
+class Wrapper(torch.Tensor):
+    """A tensor whose data is another tensor, like a DTensor."""
+
+    @staticmethod
+    def __new__(cls, data):
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=data.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise RuntimeError("no data")
+
+    def full_tensor(self):
+        raise AssertionError("this is the caller's to call: all ranks must")
+
+
+class Refusing(torch.Tensor):
+    """A tensor that does not let others read it in the usual ways."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise RuntimeError(f"no {function}")
+
+
+def freed(tensor, num_bytes):
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(num_bytes)
+    return tensor
+
+
+# Functions that make a tensor whose bytes cannot be read, and what the error says.
+WITHOUT_DATA = {
+    Wrapper: r"weight is a Wrapper, which has no plain data \(give its \.full_tensor\(\)\)",
+    FakeTensorMode().from_tensor: "weight is a FakeTensor, which has no plain data;",
+    lambda tensor: torch.nested.nested_tensor([tensor], layout=torch.jagged): "weight is a NestedTensor, which has no",
+    lambda tensor: torch.nested.nested_tensor([tensor]): "weight is a nested tensor without a shape",
+    lambda tensor: torch.nn.UninitializedParameter(): "weight is a UninitializedParameter without a shape",
+    lambda tensor: freed(tensor, 0): "weight has lost its memory",
+    lambda tensor: freed(tensor, 4): "weight has lost its memory",
+}
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_engine_runs_again_after_a_refused_update_and_a_good_one(models, size, monkeypatch):
     old, new = models["qwen3"]
@@ -171,6 +213,7 @@ def test_engine_runs_again_after_a_refused_update_and_a_good_one(models, size, m
         ({**good, first: good[first].to(torch.complex64)}.items(), ValueError, "real numbers"),
         ({**good, first: good[first].to("meta")}.items(), ValueError, f"{first} is on meta"),
         ({**good, first: good[first].to_sparse()}.items(), ValueError, "it must be a dense tensor"),
+        *(({**good, first: change(good[first])}.items(), ValueError, match) for change, match in WITHOUT_DATA.items()),
         ([good[first]], TypeError, "pairs"),
         (good, TypeError, "dict"),
         (5, TypeError, "int"),
@@ -192,6 +235,10 @@ def test_engine_runs_again_after_a_refused_update_and_a_good_one(models, size, m
         assert llm.weight_version == 0
         assert llm.update_weights(good.items()) == 1
         assert tokens(llm, [[5, 6]], greedy(9)) == want
+        for unusual in (lambda tensor: torch._neg_view(-tensor), lambda tensor: tensor.as_subclass(Refusing)):
+            llm.update_weights(old)
+            llm.update_weights((name, unusual(tensor)) for name, tensor in good.items())
+            assert tokens(llm, [[5, 6]], greedy(9)) == want
 
 
 OTHER_MODELS = {

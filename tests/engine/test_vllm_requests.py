@@ -48,9 +48,34 @@ def answer(llm, params, prompt="Hello") -> RequestOutput:
 IDS = [10, 20, 30]
 
 
+class Series:
+    """Like a pandas Series whose first rows were filtered out: an index is a label."""
+
+    ndim, dtype = 1, object
+
+    def __init__(self, values):
+        self.rows = {label: value for label, value in enumerate(values, 10)}
+        self.shape = (len(values),)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __iter__(self):
+        return iter(self.rows.values())
+
+    def __getitem__(self, label):
+        return self.rows[label]
+
+    def tolist(self):
+        return list(self)
+
+
 @pytest.mark.parametrize(
     "prompts",
     [
+        Series(IDS),
+        Series([IDS]),
+        [Series(IDS)],
         IDS,
         [IDS],
         tuple(IDS),
@@ -77,6 +102,7 @@ def test_each_form_of_token_ids_is_the_same_prompt(llm, prompts):
     "prompts",
     [
         TEXTS,
+        Series(TEXTS),
         np.array(TEXTS),
         np.array(TEXTS, dtype=object),
         [TextPrompt(prompt=text) for text in TEXTS],

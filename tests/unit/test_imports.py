@@ -31,6 +31,7 @@ LAYERS = [
     ["config", "sampling_params", "inputs", "output_stream", "outputs"],
     ["vllm_options"],
     ["checks", "arithmetic", "progress"],
+    ["library_errors"],
 ]
 
 

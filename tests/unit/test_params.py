@@ -174,7 +174,7 @@ def test_checked_logit_bias_cannot_be_changed():
             change(params.logit_bias)
     assert dataclasses.asdict(params)["logit_bias"] == {5: 1.0} and json.dumps(params.logit_bias) == '{"5": 1.0}'
     for same in (pickle.loads(pickle.dumps(params)), copy.deepcopy(params), dataclasses.replace(params)):
-        assert same == params
+        assert same == params and hash(same) == hash(params)
         with pytest.raises(TypeError):
             same.logit_bias[5] = 2.0
 
