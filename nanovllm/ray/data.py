@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-import pyarrow as pa
+import pyarrow as pa  # pyright: ignore[reportMissingImports]  # comes with ray[data]
 
 from nanovllm import AsyncLLM, RequestOutputKind, SamplingParams
 from nanovllm.checks import shown

@@ -1,5 +1,8 @@
 """Many engines as one: `Replicas` sends requests to engines in Ray actors."""
 
+# Ray may be absent, and then pyright takes this folder for it.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 import asyncio
 import contextlib
 import itertools
@@ -86,7 +89,7 @@ class Replicas:
             ray.init()
         # Calls that are no requests never wait for them.
         defaults = {"num_cpus": 1, "num_gpus": _num_gpus(options), "max_concurrency": self._max_concurrent + 64}
-        self._actor_class = ray.remote(ReplicaActor).options(**defaults | (actor_options or {}))
+        self._actor_class: Any = ray.remote(ReplicaActor).options(**defaults | (actor_options or {}))
         self._ids, self._seeds = itertools.count(), random.Random(options.get("seed") or 0)
         # Only the loop's thread uses these.
         self._replicas: list[Replica] = []
@@ -333,7 +336,9 @@ class Replicas:
     def metrics(self) -> Metrics:
         """Return the sums of the replicas' metrics, and the mean of `kv_usage`. A new replica counts from 0."""
         found = self._wait(self._on_all("call", "metrics"))
-        sums = {each.name: sum(getattr(metrics, each.name) for metrics in found) for each in fields(Metrics)}
+        sums: dict[str, Any] = {
+            each.name: sum(getattr(metrics, each.name) for metrics in found) for each in fields(Metrics)
+        }
         return Metrics(**sums | {"kv_usage": sums["kv_usage"] / max(1, len(found))})
 
     def close(self) -> None:

@@ -1,5 +1,8 @@
 """The HTTP server as a deployment of Ray Serve."""
 
+# Ray may be absent, and then pyright takes this folder for it.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 import random
 from dataclasses import fields
 from typing import Any
@@ -67,10 +70,12 @@ def app(options: dict[str, Any]) -> serve.Application:
     names = {each.name for each in fields(ServerOptions)}
     server = ServerOptions(**{name: options.pop(name) for name in names & options.keys()})
     num_gpus = 0 if options.get("device") == "cpu" else options.get("tensor_parallel_size", 1)
+    router: Any = SessionRouter
     defaults = {
         "max_ongoing_requests": server.max_concurrent_requests,
         "autoscaling_config": {"min_replicas": 1, "max_replicas": 8, "target_ongoing_requests": 64},
         "ray_actor_options": {"num_cpus": 1, "num_gpus": num_gpus},
-        "request_router_config": RequestRouterConfig(request_router_class=SessionRouter),
+        "request_router_config": RequestRouterConfig(request_router_class=router),
     }
-    return HttpServer.options(**defaults | deployment).bind(options, server)
+    deployed: Any = HttpServer
+    return deployed.options(**defaults | deployment).bind(options, server)
