@@ -1,6 +1,12 @@
 """One replica: an engine in a Ray actor, and weights on their way to it."""
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 import asyncio
+import os
+import signal
+import threading
+import time
 import warnings
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import aclosing
@@ -8,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
 from nanovllm import AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
@@ -29,6 +36,7 @@ class ReplicaActor:
     """
 
     def __init__(self, options: dict[str, Any]):
+        end_with_raylet()
         self._options = options
         self._version_offset = 0
         # Weights in the object store are read-only, and the engine does not write to them.
@@ -66,6 +74,19 @@ class ReplicaActor:
     async def call(self, method: str, *arguments: Any) -> Any:
         """Call a coroutine of `AsyncLLM`."""
         return await getattr(self._llm, method)(*arguments)
+
+
+def end_with_raylet() -> None:
+    """Let this process end soon after its parent, if it is an actor. When a raylet is killed, Ray keeps idle actors."""
+    raylet = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == raylet:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
+        threading.Thread(target=watch, name="nanovllm-raylet", daemon=True).start()
 
 
 def pack(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[PackedTensor]]:

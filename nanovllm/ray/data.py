@@ -8,6 +8,7 @@ import pyarrow as pa  # pyright: ignore[reportMissingImports]  # comes with ray[
 
 from nanovllm import AsyncLLM, RequestOutputKind, SamplingParams
 from nanovllm.checks import shown
+from nanovllm.ray.actor import end_with_raylet
 
 
 class AnswerRows:
@@ -38,6 +39,7 @@ class AnswerRows:
         template: dict[str, Any] | None = None,
         **options: Any,
     ):
+        end_with_raylet()
         self._llm = AsyncLLM(model, **options)
         params = sampling_params or self._llm.get_default_sampling_params()
         self._params = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)

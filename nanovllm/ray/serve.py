@@ -13,6 +13,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 from xxhash import xxh64_digest
 
+from nanovllm.ray.actor import end_with_raylet
 from nanovllm.server.app import create_app, make_state
 from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.options import ServerOptions
@@ -46,6 +47,7 @@ class HttpServer:
     """The endpoints of `nanovllm serve`, with an engine in a process of its own, which ends with the replica."""
 
     def __init__(self, config_options: dict[str, Any], server_options: ServerOptions):
+        end_with_raylet()
         self._llm = EngineClient(**config_options)
         self._state = make_state(self._llm, config_options.get("model"), server_options)
 
