@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=12, help="runs in which a replica is killed at a random time")
+    parser.addoption("--kills", type=int, default=6, help="runs in which a replica is killed at a random time")
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -82,8 +83,10 @@ def test_jsonl_becomes_parquet_with_types_and_what_is_done_is_not_done_again(clu
     def run():
         dataset = ray.data.read_json(str(tmp_path / "in.jsonl"), lines=True, override_num_blocks=4)
         if out.exists():
-            done = set(pq.read_table(out, columns=["id"])["id"].to_pylist())
-            dataset = dataset.filter(lambda row: row["id"] not in done)
+            done = pq.read_table(out, columns=["id"])["id"].combine_chunks()
+            dataset = dataset.map_batches(
+                lambda table: table.filter(pc.invert(pc.is_in(table["id"], done))), batch_format="pyarrow"
+            )
         answer_rows(dataset, model, params).write_parquet(str(out), mode=ray.data.SaveMode.APPEND)
 
     run()
