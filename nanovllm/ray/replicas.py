@@ -171,17 +171,27 @@ class Replicas:
 
         async def work() -> None:
             for request in waiting:
-                async for output in self._outputs(request, RequestOutputKind.FINAL_ONLY):
-                    results[request] = output
-                    bar.add(sum(len(sample.token_ids) for sample in output.outputs))
+                results[request] = output = await self._output(request)
+                bar.add(sum(len(sample.token_ids) for sample in output.outputs))
 
         with GenerationBar(len(requests), enabled=use_tqdm) as bar:
             num_tasks = min(len(requests), self._max_concurrent * max(1, len(self._replicas)))
             self._wait(_gather([work() for _ in range(num_tasks)]))
         return [results[request] for request in requests]
 
+    async def _output(self, request: _Request) -> RequestOutput:
+        """Return the whole output of a request, from another replica if one is lost."""
+        while True:
+            async with self._admitted(request) as replica:
+                reference = replica.actor.answer.remote(*request.arguments)
+                try:
+                    return replace(await self._result(reference), request_id=request.id)
+                except asyncio.CancelledError:
+                    _cancel(reference)
+                    raise
+
     async def _outputs(self, request: _Request, kind: RequestOutputKind) -> AsyncIterator[RequestOutput]:
-        """Yield the outputs of a request, from another replica if one is lost."""
+        """Yield the outputs of a request, and go on with another replica if one is lost."""
         sent: dict[int, tuple[int, int]] = {}
         is_repeated = False
         while True:
@@ -408,10 +418,10 @@ async def _gather(coroutines: list[Coroutine]) -> list[Any]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _cancel(references: Any) -> None:
-    """End an actor's generator, if it has not ended."""
+def _cancel(reference: Any) -> None:
+    """End a call of an actor, or its generator, if it has not ended."""
     with contextlib.suppress(Exception):
-        ray.cancel(references)
+        ray.cancel(reference)
 
 
 def _first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from nanovllm.ray import Replicas
 from nanovllm.ray.actor import _unpack, pack
 from nanovllm.ray.routing import Replica, estimate
 from tests.helpers import all_end, greedy, rank_pids, sampled, wait_until
+from tests.models.test_hub import FakeHub
 from tests.models.tiny import save_tiny
 from tests.ray.conftest import OPTIONS
 from tests.ray.helpers import all_run, kill, make_replicas, mixed_requests, pid_of, samples
@@ -132,6 +134,27 @@ def test_options_that_no_engine_takes_are_refused_and_leave_no_actor(replicas, m
     with pytest.raises(ValueError, match="is not a folder"):
         Replicas(2, "/there/is/nothing", device="cpu")
     assert wait_until(lambda: ray.available_resources()["CPU"] == free)
+
+
+def test_replicas_of_a_host_download_a_model_once(cluster, model, tmp_path):
+    class CountingHub(FakeHub):
+        def do_GET(self):
+            if self.command == "GET" and "/resolve/" in self.path:
+                self.server.fetched.append(self.path.rpartition("/")[2])
+            super().do_GET()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), CountingHub) as hub:
+        hub.models, hub.requests, hub.fetched, hub.commit = {"owner/name": Path(model)}, [], [], "c0ffee" * 6 + "c0de"
+        threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        variables = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path)}
+        variables |= {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        try:
+            options = {"actor_options": {"runtime_env": {"env_vars": variables}}}
+            with make_replicas("owner/name", **options) as replicas:
+                assert len(replicas.generate(["x"] * 4, greedy(2), use_tqdm=False)) == 4
+        finally:
+            hub.shutdown()
+    assert sorted(hub.fetched) == sorted(set(hub.fetched)) and "model.safetensors" in hub.fetched
 
 
 # -- lost replicas -----------------------------------------------------------------------------------------------------
