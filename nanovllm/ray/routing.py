@@ -1,4 +1,4 @@
-"""What a replica has to do, and how much work a request adds. A prefix that the replica has seen costs nothing."""
+"""Estimates the work of replicas and requests in tokens. A prefix that a replica has seen costs nothing."""
 
 from collections import OrderedDict
 from dataclasses import dataclass, field

@@ -71,7 +71,7 @@ def app(options: dict[str, Any]) -> serve.Application:
     deployment = options.pop("deployment", {})
     names = {each.name for each in fields(ServerOptions)}
     server = ServerOptions(**{name: options.pop(name) for name in names & options.keys()})
-    num_gpus = 0 if options.get("device") == "cpu" else options.get("tensor_parallel_size", 1)
+    num_gpus = 0 if options.get("device") == "cpu" else options.get("tensor_parallel_size") or 1
     router: Any = SessionRouter
     defaults = {
         "max_ongoing_requests": server.max_concurrent_requests,
