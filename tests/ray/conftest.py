@@ -27,6 +27,7 @@ OPTIONS = dict(
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
     """Run all these tests in one worker, so that there is one cluster."""
     for item in items:
@@ -35,7 +36,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=6, help="runs in which a replica is killed at a random time")
+    parser.addoption("--kills", type=int, default=4, help="runs in which a replica is killed at a random time")
 
 
 @pytest.fixture(scope="session")
