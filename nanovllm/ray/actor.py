@@ -48,7 +48,7 @@ class ReplicaActor:
 
     async def answer(self, *request: Any) -> RequestOutput:
         """Return the whole output of a request; see `generate`. This costs the driver half of what a stream costs."""
-        async with aclosing(self.generate(*request, RequestOutputKind.FINAL_ONLY)) as outputs:
+        async with aclosing(self.generate(*request, kind=RequestOutputKind.FINAL_ONLY)) as outputs:
             return [output async for output in outputs][-1]
 
     async def generate(
