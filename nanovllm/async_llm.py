@@ -26,7 +26,7 @@ from nanovllm.engine.request import Request, check_request_id
 from nanovllm.executor.start import is_replicated
 from nanovllm.inputs import Prompt
 from nanovllm.ops.triton_utils import current_gpu_initializer
-from nanovllm.output_stream import OutputStream
+from nanovllm.output_stream import OutputStream, keep_newest, merge_deltas
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.vllm_options import NEUTRAL_ASYNC, check_call
@@ -295,7 +295,7 @@ class AsyncLLM:
         self, prompt: Any, sampling_params: SamplingParams | None, request_id: str | None
     ) -> AsyncIterator[RequestOutput]:
         kind = sampling_params.output_kind if sampling_params else None
-        stream = OutputStream(is_delta=kind in (None, RequestOutputKind.DELTA))
+        stream = OutputStream(merge_deltas if kind in (None, RequestOutputKind.DELTA) else keep_newest)
         consumer = _Consumer(stream.put)
         self._reserve(request_id, consumer)
         try:

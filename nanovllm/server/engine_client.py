@@ -26,7 +26,13 @@ from nanovllm.inputs import Prompt
 from nanovllm.output_stream import OutputStream
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
-from nanovllm.server.engine_messages import PackedOutput, unpack_error, unpack_output
+from nanovllm.server.engine_messages import (
+    PackedOutput,
+    keep_newest_packed,
+    merge_packed_deltas,
+    unpack_error,
+    unpack_output,
+)
 from nanovllm.utils.import_path import child_program
 
 _CLOSE_SECONDS = 10.0
@@ -44,9 +50,6 @@ class _Waiting:
     loop: asyncio.AbstractEventLoop
     put: Callable[[Any], None]
     fail: Callable[[Exception], None]
-    request_id: str = ""
-    progress: tuple = ()
-    prompt: tuple = ()
 
 
 class EngineClient:
@@ -122,16 +125,10 @@ class EngineClient:
             self._fail(self._describe_end())
 
     def _hand_over(self, items: list[tuple[int, PackedOutput]]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Waiting, RequestOutput]]] = {}
-        for key, packed in items:
-            waiting = self._waiting.get(key)
-            if waiting is None:
-                continue  # its client has gone
-            samples, progress, prompt = packed
-            waiting.progress = progress or waiting.progress
-            waiting.prompt = prompt or waiting.prompt
-            output = unpack_output(samples, waiting.progress, waiting.prompt, waiting.request_id)
-            by_loop.setdefault(waiting.loop, []).append((waiting, output))
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Waiting, PackedOutput]]] = {}
+        for key, output in items:
+            if waiting := self._waiting.get(key):  # else its client has gone
+                by_loop.setdefault(waiting.loop, []).append((waiting, output))
         for loop, outputs in by_loop.items():
             _call_soon(loop, _put_all, outputs)
 
@@ -166,13 +163,18 @@ class EngineClient:
     ) -> AsyncIterator[RequestOutput]:
         """Answer one prompt; see `AsyncLLM.generate`. All that is wrong with a request raises at the first output."""
         kind = getattr(sampling_params, "output_kind", None)  # wrong parameters are refused by the engine
-        stream = OutputStream(is_delta=kind in (None, RequestOutputKind.DELTA))
+        is_delta = kind in (None, RequestOutputKind.DELTA)
+        stream = OutputStream(merge_packed_deltas if is_delta else keep_newest_packed)
         key, finished = next(self._keys), False
-        self._waiting[key] = _Waiting(stream.loop, stream.put, stream.put, request_id or str(key))
+        progress = prompt_fields = None
+        self._waiting[key] = _Waiting(stream.loop, stream.put, stream.put)
         try:
             self._send("generate", key, prompt, sampling_params, request_id)
             while not finished:
-                output = await stream.get()
+                samples, new_progress, first = await stream.get()
+                progress, prompt_fields = new_progress or progress, first or prompt_fields
+                assert progress is not None and prompt_fields is not None  # the first output has both
+                output = unpack_output(samples, progress, prompt_fields, request_id or str(key))
                 finished = output.finished
                 yield output
         finally:
@@ -241,7 +243,7 @@ class EngineClient:
         self._fail(self._error)
 
 
-def _put_all(outputs: list[tuple[_Waiting, RequestOutput]]) -> None:
+def _put_all(outputs: list[tuple[_Waiting, PackedOutput]]) -> None:
     for waiting, output in outputs:
         waiting.put(output)
 

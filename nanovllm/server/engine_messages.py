@@ -13,6 +13,7 @@ from typing import TypeAlias
 from nanovllm.outputs import CompletionOutput, RequestOutput
 
 PackedError: TypeAlias = tuple[str, str]
+# Samples, progress and prompt; see `pack_output`.
 PackedOutput: TypeAlias = tuple[list[tuple], tuple | None, tuple | None]
 
 _ERRORS = {kind.__name__: kind for kind in (TypeError, ValueError, RecursionError, RuntimeError)}
@@ -52,6 +53,24 @@ def pack_output(output: RequestOutput, is_first: bool) -> PackedOutput:
             logprobs = logprobs.with_texts(output.prompt_token_ids[:1])
         prompt = (output.prompt, output.prompt_token_ids, output.num_cached_tokens, logprobs)
     return samples, progress, prompt
+
+
+def merge_packed_deltas(first: PackedOutput, second: PackedOutput) -> PackedOutput:
+    """Merge two successive outputs that have only what is new. They stay packed: each token of a stream comes here."""
+    samples = {sample[0]: sample for sample in first[0]}
+    for new in second[0]:
+        index, text, token_ids, finish_reason, stop_reason, logprobs = new
+        if old := samples.get(index):
+            logprobs = old[5] + logprobs if logprobs is not None else None
+            new = (index, old[1] + text, old[2] + token_ids, finish_reason, stop_reason, logprobs)
+        samples[index] = new
+    merged = list(samples.values()) if len(samples) == 1 else [samples[index] for index in sorted(samples)]
+    return merged, second[1] or first[1], first[2] or second[2]
+
+
+def keep_newest_packed(first: PackedOutput, second: PackedOutput) -> PackedOutput:
+    """Merge two successive outputs that have everything since the start."""
+    return second[0], second[1] or first[1], first[2] or second[2]
 
 
 def unpack_output(samples: list[tuple], progress: tuple, prompt: tuple, request_id: str) -> RequestOutput:

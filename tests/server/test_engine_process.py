@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-from nanovllm import AsyncLLM, SamplingParams
+from nanovllm import AsyncLLM, CompletionOutput, RequestMetrics, RequestOutput, SamplingParams
+from nanovllm.output_stream import merge_deltas
 from nanovllm.server.engine_client import EngineClient
+from nanovllm.server.engine_messages import keep_newest_packed, merge_packed_deltas, pack_output, unpack_output
 from tests.helpers import all_end
 from tests.models.tiny import save_tiny_with_tokenizer
 
@@ -176,3 +178,35 @@ def test_a_message_that_is_nested_too_deeply_fails_alone(client):
         assert await client.decode(await client.encode("a")) == "a"
 
     asyncio.run(asyncio.wait_for(calls(), 60))
+
+
+def _outputs_of_two_samples() -> list[RequestOutput]:
+    steps = [
+        [CompletionOutput(0, "a", [1], None)],
+        [CompletionOutput(1, "b", [2], None), CompletionOutput(0, "c", [3], "length")],
+        [CompletionOutput(1, "d", [4, 5], "stop", 5)],
+    ]
+    metrics = RequestMetrics()
+    return [
+        RequestOutput(
+            "r", "x", [7], samples, finished=i == 2, num_cached_tokens=1, total_time=float(i), metrics=metrics
+        )
+        for i, samples in enumerate(steps)
+    ]
+
+
+def test_outputs_that_are_merged_while_packed_equal_merged_outputs():
+    first, second, third = _outputs_of_two_samples()
+    expected = merge_deltas(merge_deltas(first, second), third)
+    packed = [pack_output(output, is_first=output is first) for output in (first, second, third)]
+    samples, progress, prompt = merge_packed_deltas(merge_packed_deltas(packed[0], packed[1]), packed[2])
+    assert progress is not None and prompt is not None
+    assert unpack_output(samples, progress, prompt, "r") == expected
+
+
+def test_the_newest_of_packed_outputs_keeps_the_prompt_of_the_first():
+    first, second, third = _outputs_of_two_samples()
+    packed = [pack_output(output, is_first=output is first) for output in (first, second, third)]
+    samples, progress, prompt = keep_newest_packed(keep_newest_packed(packed[0], packed[1]), packed[2])
+    assert progress is not None and prompt is not None
+    assert unpack_output(samples, progress, prompt, "r") == third
