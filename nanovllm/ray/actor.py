@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -53,7 +53,7 @@ class ReplicaActor:
 
     async def generate(
         self, prompt: Any, chat: Any, template: dict, params: SamplingParams | None, seed: int, kind: RequestOutputKind
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Answer a prompt, or a conversation with options of its template."""
         try:
             if chat is not None:

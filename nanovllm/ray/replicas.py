@@ -23,7 +23,7 @@ from nanovllm.checks import is_list, length, number
 from nanovllm.config import check_names
 from nanovllm.inputs import Prompt, is_array, list_prompts, split_prompt
 from nanovllm.llm import Chat, pair_params
-from nanovllm.output_stream import OutputStream
+from nanovllm.output_stream import OutputStream, keep_newest, merge_deltas
 from nanovllm.outputs import CompletionOutput, Metrics, RequestOutput
 from nanovllm.progress import GenerationBar
 from nanovllm.ray.actor import EngineLostError, ReplicaActor, pack
@@ -138,7 +138,8 @@ class Replicas:
         """Answer one prompt step by step; see `AsyncLLM.generate`. Leaving the iteration ends the request."""
         kind = (sampling_params and sampling_params.output_kind) or RequestOutputKind.DELTA
         request = self._request(prompt, sampling_params)
-        stream, loop = OutputStream(kind is RequestOutputKind.DELTA), asyncio.get_running_loop()
+        stream = OutputStream(merge_deltas if kind is RequestOutputKind.DELTA else keep_newest)
+        loop = asyncio.get_running_loop()
 
         async def forward() -> None:
             try:

@@ -1,6 +1,7 @@
 """Tests of the Ray layer: `pip install '.[clients]' && pytest tests/ray`. Without Ray nothing here is collected.
 
-All share one local cluster: a head and a second host, each a raylet of its own. Engines are tiny models on the CPU.
+All share one local cluster in one worker: a head and a second host, each a raylet of its own. Engines are tiny models
+on the CPU.
 """
 
 import os
@@ -25,14 +26,6 @@ OPTIONS = dict(
     max_num_seqs=16,
     max_num_batched_tokens=512,
 )
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items):
-    """Run all these tests in one worker, so that there is one cluster."""
-    for item in items:
-        if item.path.is_relative_to(os.path.dirname(__file__)):
-            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 def pytest_addoption(parser):

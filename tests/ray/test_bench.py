@@ -6,6 +6,8 @@ import pytest
 
 import bench
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 
 def test_bench_shows_one_replica_and_several(cluster, model, tmp_path, capsys):
     sizes = ["--num-seqs", "12", "--input-len", "4", "40", "--output-len", "4", "20", "--max-model-len", "128"]

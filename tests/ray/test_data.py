@@ -14,6 +14,8 @@ from nanovllm.ray.data import AnswerRows
 from tests.helpers import greedy, sampled
 from tests.ray.conftest import OPTIONS
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 PARAMS = SamplingParams(temperature=1.0, max_tokens=4, ignore_eos=True)
 
 

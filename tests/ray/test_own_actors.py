@@ -7,7 +7,7 @@ import ray
 from nanovllm import LLM, SamplingParams
 from tests.models.tiny import save_tiny
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("cluster")]
 
 OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=64)
 PARAMS = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)

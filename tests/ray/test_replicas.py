@@ -25,6 +25,8 @@ from tests.models.tiny import save_tiny
 from tests.ray.conftest import OPTIONS
 from tests.ray.helpers import all_run, kill, make_replicas, mixed_requests, pid_of, samples
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 CHATS = [[{"role": "user", "content": f"Hello {i}"}] for i in range(5)]
 
 

@@ -11,6 +11,8 @@ from nanovllm.ray.serve import app
 from tests.helpers import greedy, wait_until
 from tests.ray.conftest import OPTIONS
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 CHAT = [{"role": "user", "content": "Hello"}]
 
 
