@@ -41,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--kv-cache-dtype", choices=["auto", "fp8"])
     add("--attention-backend", choices=["auto", "torch", "triton", "flash_attn"])
     add("--tensor-parallel-size", type=at_least_1)
+    add("--replicas", type=at_least_1, help="engines in Ray actors; one alone is measured as well")
     add("--max-model-len", type=at_least_1)
     add("--max-num-seqs", type=at_least_1)
     add("--overlap", type=int, choices=[0, 1])

@@ -14,6 +14,7 @@ from benchmarks.limits import count_costs, find_peaks
 from benchmarks.workloads import Group
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoints.hub import ModelSource, open_model
+from nanovllm.config import Config
 from nanovllm.engine.step_stats import StepStats
 from nanovllm.layers.state import PagedKVSpec
 from nanovllm.models.registry import ModelConfig
@@ -152,6 +153,29 @@ class Nanovllm(Engine):
         """Return the bytes of a token's keys and values in one layer, of all KV heads."""
         dtype = self.llm.config.torch_kv_dtype(self.dtype)
         return PagedKVSpec(self.config.num_kv_heads, self.config.head_dim, dtype).block_bytes(block_size=1)
+
+    def close(self) -> None:
+        self.llm.close()
+
+
+class ReplicatedNanovllm(Engine):
+    """Several engines of this project in Ray actors. Each takes `tensor_parallel_size` GPUs, or one CPU."""
+
+    def __init__(self, args: Namespace, num_replicas: int):
+        from nanovllm.ray import Replicas  # optional
+
+        options = nanovllm_options(args)
+        self.name = f"nanovllm x {num_replicas}"
+        self.config = open_model(args.model, args.load_format or "auto").config
+        self.max_model_len = min(args.max_model_len or Config().max_model_len, self.config.max_position)
+        self.on_gpu = False  # their memory is that of other processes
+        self.llm = Replicas(num_replicas, **options)
+
+    def reset(self) -> None:
+        self.llm.reset_prefix_cache()
+
+    def generate(self, group: Group) -> None:
+        self.llm.generate(group.prompts, Nanovllm.sampling_params(group), use_tqdm=False)
 
     def close(self) -> None:
         self.llm.close()

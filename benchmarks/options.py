@@ -41,6 +41,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise UsageError(f"{flag(name)}: LOW must be at most HIGH, got {low} {high}")
     check_files(args)
     check_engines(args)
+    if args.replicas:
+        check_replicas(args)
     if args.compare:
         check_comparison(args)
     if args.workload == "start" and (args.plot or args.trace):
@@ -81,6 +83,15 @@ def check_engines(args: argparse.Namespace) -> None:
         raise UsageError(f"{' '.join(own)}: nanovllm's own, cannot be given with --engine {names}")
     if args.engine == peers and (args.plot or args.trace):
         raise UsageError("--plot and --trace need --engine nanovllm: other engines do not report their steps")
+
+
+def check_replicas(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError("--replicas needs Ray, which the extra 'ray' brings")
+    if args.engine != ["nanovllm"] or args.compare or args.workload in ("all", "start"):
+        raise UsageError("--replicas measures nanovllm only, and one workload other than start")
+    if args.plot or args.trace:
+        raise UsageError("--plot and --trace cannot be combined with --replicas, whose steps are in other processes")
 
 
 def check_comparison(args: argparse.Namespace) -> None:

@@ -7,11 +7,12 @@ import sys
 import tempfile
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 import torch
 
-from benchmarks.engines import ENGINES, PEERS, Engine, Nanovllm, timed
+from benchmarks.engines import ENGINES, PEERS, Engine, Nanovllm, ReplicatedNanovllm, timed
 from benchmarks.options import UsageError
 from benchmarks.report import NOTHING_TO_PLOT, Row, progress
 from benchmarks.start import check_start, measure_start
@@ -32,17 +33,20 @@ def run_engine(args: Namespace) -> list[Row]:
         rows += progress([measure_start(args)])
     if not names:
         return rows
-    try:
-        engine = ENGINES[args.engine[0]](args)
-    except (TypeError, ValueError) as error:
-        raise UsageError(str(error)) from error
-    try:
-        rows += measure_workloads(engine, names, args)
-        if args.trace and isinstance(engine, Nanovllm):
-            write_trace(engine, args)
-    finally:
-        engine.close()
-    return rows
+    # One replica, too, so that the table shows what more of them gain.
+    makers = [partial(ReplicatedNanovllm, num_replicas=number) for number in sorted({1, args.replicas or 1})]
+    for make in makers if args.replicas else [ENGINES[args.engine[0]]]:
+        try:
+            engine = make(args)
+        except (TypeError, ValueError) as error:
+            raise UsageError(str(error)) from error
+        try:
+            rows += measure_workloads(engine, names, args)
+            if args.trace and isinstance(engine, Nanovllm):
+                write_trace(engine, args)
+        finally:
+            engine.close()
+    return sorted(rows, key=lambda row: WORKLOAD_NAMES.index(row["workload"]))
 
 
 def run_engines(args: Namespace, command: list[str]) -> list[Row]:

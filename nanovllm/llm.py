@@ -67,7 +67,7 @@ class LLM:
             raise TypeError(f"use_tqdm must be a bool, got {shown(use_tqdm)}")
         listed = list_prompts(prompts)
         check_call(neutral, NEUTRAL_CALL, len(listed))
-        pairs = _pair_params(listed, sampling_params)
+        pairs = pair_params(listed, sampling_params)
         # One block for all, because installing handlers takes system calls. Interrupts come through between requests
         # and between steps.
         with DeferInterrupts() as interrupts, self.llm_engine.reserved():
@@ -392,7 +392,7 @@ class LLM:
         self.close()
 
 
-def _pair_params(prompts: SequenceType[Prompt], params: Any) -> list[tuple[Prompt, SamplingParams | None]]:
+def pair_params(prompts: SequenceType[Prompt], params: Any) -> list[tuple[Prompt, SamplingParams | None]]:
     """Return each prompt with its parameters, which may be one for all."""
     if isinstance(params, SamplingParams | None):
         return [(prompt, params) for prompt in prompts]

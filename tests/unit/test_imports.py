@@ -9,6 +9,7 @@ PACKAGE = Path(nanovllm.__file__).parent
 
 # From top to bottom: a file may import from its own layer's folder and from the layers below.
 LAYERS = [
+    ["ray"],  # at the top, so that nothing else imports it
     ["__main__"],
     ["cli"],
     ["server"],

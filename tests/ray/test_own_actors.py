@@ -1,6 +1,4 @@
-"""Engines in Ray's actors, and in the tasks of Ray Data."""
-
-import os
+"""Engines in Ray's actors, and in the tasks of Ray Data, without `nanovllm.ray`."""
 
 import numpy as np
 import pytest
@@ -8,6 +6,8 @@ import ray
 
 from nanovllm import LLM, SamplingParams
 from tests.models.tiny import save_tiny
+
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("cluster")]
 
 OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=64)
 PARAMS = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
@@ -58,20 +58,6 @@ def wants(models):
         results.append(engine.generate(PROMPTS))
         engine.close()
     return results
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    variables = {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=100 << 20,
-        runtime_env={"env_vars": variables},
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
 
 
 def test_two_actors_have_an_engine_each(models, wants):

@@ -1,0 +1,87 @@
+"""Batch inference with Ray Data: a class for `map_batches`."""
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa  # pyright: ignore[reportMissingImports]  # comes with ray[data]
+
+from nanovllm import AsyncLLM, RequestOutputKind, SamplingParams
+from nanovllm.checks import shown
+from nanovllm.ray.actor import end_with_raylet
+
+
+class AnswerRows:
+    """Answers the rows of a dataset, each by its `prompt_token_ids`, its `messages` or its `prompt`.
+
+        dataset.map_batches(
+            AnswerRows,
+            fn_constructor_kwargs={"model": "Qwen/Qwen3-8B", "sampling_params": SamplingParams(max_tokens=64)},
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=8),
+            num_gpus=1,
+        )
+
+    Adds the columns `generated_text`, `generated_token_ids` and `finish_reason`, lists of them if `n` is above 1, and
+    `error`, which says why a row has none. Ray gives the rows of an actor that is lost to another one.
+
+    Args:
+        model: see `Config`.
+        sampling_params: for all rows; a column `seed` has a seed for each.
+        template: options of `LLM.chat_prompts`.
+        **options: the other fields of `Config`.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        sampling_params: SamplingParams | None = None,
+        template: dict[str, Any] | None = None,
+        **options: Any,
+    ):
+        end_with_raylet()
+        self._llm = AsyncLLM(model, **options)
+        params = sampling_params or self._llm.get_default_sampling_params()
+        self._params = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
+        self._template = template or {}
+        columns: dict[str, pa.DataType] = {
+            "generated_text": pa.string(),
+            "generated_token_ids": pa.list_(pa.int32()),
+            "finish_reason": pa.string(),
+        }
+        if params.n > 1:
+            columns = {name: pa.list_(kind) for name, kind in columns.items()}
+        self._columns = columns | {"error": pa.string()}
+
+    async def __call__(self, batch: pa.Table) -> pa.Table:
+        if not isinstance(batch, pa.Table):
+            raise TypeError(f'map_batches must have batch_format="pyarrow", got a batch of type {type(batch).__name__}')
+        answers = await asyncio.gather(*map(self._answer, batch.to_pylist()))
+        for i, (name, kind) in enumerate(self._columns.items()):
+            batch = batch.append_column(name, pa.array([answer[i] for answer in answers], kind))
+        return batch
+
+    async def _answer(self, row: dict[str, Any]) -> list[Any]:
+        """Return the values of the new columns."""
+        try:
+            prompt = row.get("prompt_token_ids")
+            if prompt is None and row.get("messages") is not None:
+                prompt = await self._llm.chat_prompt(_without_nulls(row["messages"]), **self._template)
+            prompt = row.get("prompt") if prompt is None else prompt
+            if prompt is None:
+                raise ValueError(f"a row must have prompt_token_ids, messages or prompt, got {shown(list(row))}")
+            seed = row.get("seed")
+            params = self._params if seed is None else replace(self._params, seed=seed)
+            (output,) = [output async for output in self._llm.generate(prompt, params)]
+        except Exception as error:
+            await self._llm.check_health()  # raises if the engine is the reason, so that Ray starts another one
+            return [None, None, None, f"{type(error).__name__}: {error}"]
+        values = [(sample.text, sample.token_ids, sample.finish_reason) for sample in output.outputs]
+        return [*(values[0] if self._params.n == 1 else zip(*values, strict=True)), None]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return nested messages without null fields, which a column has where other rows have values."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value

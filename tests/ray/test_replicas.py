@@ -1,0 +1,353 @@
+"""Replicas give one engine's results, whatever happens to them."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.ray import Replicas
+from nanovllm.ray.actor import _unpack, pack
+from nanovllm.ray.routing import Replica, estimate
+from tests.helpers import all_end, greedy, rank_pids, sampled, wait_until
+from tests.models.test_hub import FakeHub
+from tests.models.tiny import save_tiny
+from tests.ray.conftest import OPTIONS
+from tests.ray.helpers import all_run, kill, make_replicas, mixed_requests, pid_of, samples
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+CHATS = [[{"role": "user", "content": f"Hello {i}"}] for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def replicas(cluster, model):
+    """Two replicas whose weights do not change. Tests may kill them."""
+    with make_replicas(model, max_restarts=1000) as replicas:
+        yield replicas
+
+
+# -- equal to one engine -----------------------------------------------------------------------------------------------
+
+
+def test_replicas_give_the_results_of_one_engine_in_order(replicas, one):
+    prompts, params = mixed_requests(60)
+    outputs = replicas.generate(prompts, params, use_tqdm=False)
+    assert samples(outputs) == samples(one.generate(prompts, params, use_tqdm=False))
+    assert len({output.request_id for output in outputs}) == 60
+    assert [output.prompt for output in outputs[1::2]] == prompts[1::2]
+    metrics = ray.get([replica.actor.call.remote("metrics") for replica in replicas._replicas])
+    assert all(each.generated_tokens for each in metrics)
+    summed = replicas.metrics()
+    assert summed.generated_tokens == sum(each.generated_tokens for each in metrics)
+    assert (summed.num_running, summed.num_waiting) == (0, 0)
+
+
+def test_chats_and_streams_are_those_of_one_engine(replicas, one):
+    params = sampled(12, seed=5)
+    assert samples(replicas.chat(CHATS, params, use_tqdm=False)) == samples(one.chat(CHATS, params, use_tqdm=False))
+    (want,) = one.chat(CHATS[0], params, use_tqdm=False)
+    assert samples(replicas.chat(CHATS[0], params, use_tqdm=False)) == samples([want])
+
+    async def read(i):
+        return [output async for output in replicas.stream(f"Stream {i}", params)]
+
+    async def read_all():
+        return await asyncio.gather(*map(read, range(4)))
+
+    wants = one.generate([f"Stream {i}" for i in range(4)], params, use_tqdm=False)
+    for outputs, want in zip(asyncio.run(read_all()), wants, strict=True):
+        assert [token_id for output in outputs for token_id in output.token_ids] == want.token_ids
+        assert "".join(output.text for output in outputs) == want.text
+        assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+
+
+def test_equal_prompts_without_seeds_get_different_samples(replicas):
+    outputs = replicas.generate(["The same"] * 8, sampled(12), use_tqdm=False)
+    assert len({tuple(output.token_ids) for output in outputs}) == 8
+
+
+def test_leaving_a_stream_ends_its_request(replicas):
+    async def leave():
+        async for _ in replicas.stream("Long", greedy(400)):
+            break
+
+    before = replicas.metrics().generated_tokens
+    asyncio.run(leave())
+    assert wait_until(lambda: replicas.metrics().num_running == 0)
+    assert replicas.metrics().generated_tokens < before + 400
+
+
+# -- routing -----------------------------------------------------------------------------------------------------------
+
+
+def test_request_goes_where_least_is_to_do_and_its_prefix_counts():
+    replicas = [Replica(actor=None, num_restarts=0) for _ in range(2)]
+
+    def send(content, max_tokens):
+        work = estimate(content, SamplingParams(max_tokens=max_tokens))
+        chosen = min(replicas, key=lambda each: each.num_tokens + each.cost(work))
+        chosen.add(work)
+        return replicas.index(chosen)
+
+    document = list(range(2000))
+    assert send([*document, 1], 50) == 0
+    assert send([5], 100) == 1
+    assert send([*document, 2], 50) == 1  # waiting for 2,000 tokens and 50 costs as much as computing them there
+    for replica in replicas:
+        replica.num_tokens = 0
+    text = "a long text " * 1000
+    assert send(text, 10) == 0
+    replicas[0].num_tokens = 0
+    assert [send(text + tail, 10) for tail in ("one", "two", "three")] == [0, 0, 0]
+    assert send("b" + text, 10) == 1
+
+
+# -- faults of requests and options ------------------------------------------------------------------------------------
+
+
+def test_wrong_requests_are_refused_and_the_others_served(replicas, one):
+    for wrong, error in (("x" * 9999, ValueError), ([9999], ValueError), ({"prompt": 3}, TypeError), (None, TypeError)):
+        with pytest.raises(error, match="prompt"):
+            replicas.generate(["right", wrong], greedy(4), use_tqdm=False)
+    with pytest.raises(ValueError, match="entries for 1 prompts"):
+        replicas.generate(["right"], [greedy(4)] * 2, use_tqdm=False)
+    want = one.generate("right", greedy(4), use_tqdm=False)
+    assert samples(replicas.generate("right", greedy(4), use_tqdm=False)) == samples(want)
+    assert wait_until(lambda: replicas.metrics().num_running == 0)
+
+
+def test_options_that_no_engine_takes_are_refused_and_leave_no_actor(replicas, model):
+    free = ray.available_resources()["CPU"]
+    with pytest.raises(TypeError, match="num_seqs"):
+        Replicas(2, model, num_seqs=3)
+    with pytest.raises(ValueError, match="num_replicas must be from 1"):
+        Replicas(0, model)
+    with pytest.raises(ValueError, match="is not a folder"):
+        Replicas(2, "/there/is/nothing", device="cpu")
+    assert wait_until(lambda: ray.available_resources()["CPU"] == free)
+
+
+def test_replicas_of_a_host_download_a_model_once(cluster, model, tmp_path):
+    class CountingHub(FakeHub):
+        def do_GET(self):
+            if self.command == "GET" and "/resolve/" in self.path:
+                self.server.fetched.append(self.path.rpartition("/")[2])
+            super().do_GET()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), CountingHub) as hub:
+        hub.models, hub.requests, hub.fetched, hub.commit = {"owner/name": Path(model)}, [], [], "c0ffee" * 6 + "c0de"
+        threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        variables = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path)}
+        variables |= {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        try:
+            options = {"actor_options": {"runtime_env": {"env_vars": variables}}}
+            with make_replicas("owner/name", **options) as replicas:
+                assert len(replicas.generate(["x"] * 4, greedy(2), use_tqdm=False)) == 4
+        finally:
+            hub.shutdown()
+    assert sorted(hub.fetched) == sorted(set(hub.fetched)) and "model.safetensors" in hub.fetched
+
+
+# -- lost replicas -----------------------------------------------------------------------------------------------------
+
+
+def test_replicas_killed_at_random_times_lose_and_double_nothing(replicas, one, request, caplog):
+    rng = random.Random(1)
+    prompts, params = mixed_requests(80, seed=1)
+    wants = samples(one.generate(prompts, params, use_tqdm=False))
+    killed, stop = set(), threading.Event()
+
+    def keep_killing():
+        while not stop.wait(rng.random()):
+            if alive := set(replicas._replicas) - killed:  # sometimes the last one
+                replica = rng.choice(list(alive))
+                killed.add(replica)
+                kill(replica)
+
+    with ThreadPoolExecutor(1) as threads:
+        killing = threads.submit(keep_killing)
+        try:
+            while len(killed) < request.config.getoption("--kills") and not killing.done():
+                assert samples(replicas.generate(prompts, params, use_tqdm=False)) == wants
+        finally:
+            stop.set()
+    killing.result()
+    assert all_run(replicas, 2)
+    assert sum("A replica is lost" in record.message for record in caplog.records) == len(killed)
+
+
+def test_stream_goes_on_where_it_was_when_its_replica_is_killed(replicas, one):
+    assert all_run(replicas, 2)
+    params = sampled(300, seed=3, n=2, logprobs=0)
+    (want,) = one.generate("A long stream", params, use_tqdm=False)
+    tokens, texts, num_logprobs = {0: [], 1: []}, {0: "", 1: ""}, {0: 0, 1: 0}
+
+    async def read():
+        has_killed = False
+        async for output in replicas.stream("A long stream", params):
+            for sample in output.outputs:
+                tokens[sample.index] += sample.token_ids
+                texts[sample.index] += sample.text
+                num_logprobs[sample.index] += len(sample.logprobs)
+            if not has_killed:
+                (busy,) = [replica for replica in replicas._replicas if replica.num_requests]
+                kill(busy)
+                has_killed = True
+
+    asyncio.run(read())
+    assert [tokens[i] for i in range(2)] == [sample.token_ids for sample in want.outputs]
+    assert [texts[i] for i in range(2)] == [sample.text for sample in want.outputs]
+    assert num_logprobs == {0: 300, 1: 300}
+    assert all_run(replicas, 2)
+
+
+def test_more_losses_than_max_restarts_are_one_clear_error(cluster, model):
+    replicas = make_replicas(model, 1, max_restarts=0)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(replicas.generate, ["x"] * 40, greedy(400), use_tqdm=False)
+        assert wait_until(lambda: replicas.metrics().num_running)
+        kill(replicas._replicas[0])
+        with pytest.raises(RuntimeError, match="max_restarts=0"):
+            waiting.result()
+    for call in (lambda: replicas.generate("x"), replicas.metrics, lambda: replicas.sleep()):
+        with pytest.raises(RuntimeError, match="max_restarts=0"):
+            call()
+    replicas.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        replicas.metrics()
+    replicas.close()
+
+
+def test_close_ends_calls_that_wait(cluster, model):
+    replicas = make_replicas(model, 1)
+    pid = pid_of(replicas._replicas[0])
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(replicas.generate, ["x"] * 40, greedy(400), use_tqdm=False)
+        assert wait_until(lambda: replicas.metrics().num_running)
+        replicas.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            waiting.result()
+    assert all_end([pid])
+
+
+def test_lost_rank_makes_a_new_replica_and_a_killed_actor_leaves_no_process(cluster, model, one):
+    prompts, params = mixed_requests(20)
+    wants = samples(one.generate(prompts, params, use_tqdm=False))
+    with make_replicas(model, 1, tensor_parallel_size=2) as replicas:
+        pid = pid_of(replicas._replicas[0])
+        (rank,) = rank_pids(pid)
+        os.kill(rank, signal.SIGKILL)
+        assert samples(replicas.generate(prompts, params, use_tqdm=False)) == wants
+        assert all_end([pid, rank])
+        pid = pid_of(replicas._replicas[0])
+        (rank,) = rank_pids(pid)
+        kill(replicas._replicas[0])
+        assert all_end([pid, rank])
+        assert samples(replicas.generate(prompts, params, use_tqdm=False)) == wants
+
+
+def test_killed_raylet_leaves_no_process_and_its_replica_starts_on_another_host(cluster, model, one):
+    prompts, params = mixed_requests(60)
+    wants = samples(one.generate(prompts, params, use_tqdm=False))
+    host_options = {"num_cpus": 1, "resources": {"spot": 1}, "object_store_memory": 80 << 20}
+    hosts = [cluster.add_node(**host_options) for _ in range(2)]
+    with make_replicas(model, actor_options={"resources": {"spot": 1}}) as replicas:
+        pids = {_node_of(replica): pid_of(replica) for replica in replicas._replicas}
+        assert pids.keys() == {host.node_id for host in hosts}
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(replicas.generate, prompts, params, use_tqdm=False)
+            os.kill(hosts[0].all_processes["raylet"][0].process.pid, signal.SIGKILL)
+            assert samples(waiting.result()) == wants
+        assert all_end([pids[hosts[0].node_id]])
+        assert len(replicas._replicas) == 1  # another one waits for a host
+        hosts.append(cluster.add_node(**host_options))
+        assert all_run(replicas, 2)
+        assert {_node_of(replica) for replica in replicas._replicas} == {host.node_id for host in hosts[1:]}
+    for host in hosts:
+        cluster.remove_node(host)
+
+
+def _node_of(replica):
+    return ray.get(replica.actor.__ray_call__.remote(lambda actor: ray.get_runtime_context().get_node_id()))
+
+
+# -- weights and memory ------------------------------------------------------------------------------------------------
+
+
+def test_packed_tensors_are_the_same_after_the_object_store():
+    tensors = {
+        "bfloat16": torch.randn(3, 5).bfloat16(),
+        "transposed": torch.randn(4, 6).t(),
+        "scalar": torch.tensor(2.5),
+        "fp8": torch.randn(8).to(torch.float8_e4m3fn),
+    }
+    unpacked = dict(_unpack(list(pack(tensors.items()))))
+    assert unpacked.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert unpacked[name].dtype == tensor.dtype and unpacked[name].shape == tensor.shape
+        assert unpacked[name].tolist() == tensor.tolist()
+
+
+def test_weights_are_updated_under_load_and_later_replicas_have_them(replicas, model, one, tmp_path):
+    vocab_size = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
+    new_model = save_tiny(tmp_path, "qwen3", 1, vocab_size=vocab_size)
+    prompts, params = mixed_requests(40)
+    old_wants = samples(one.generate(prompts, params, use_tqdm=False))
+    with LLM(new_model, **OPTIONS, tokenizer=model) as new:
+        new_wants = samples(new.generate(prompts, params, use_tqdm=False))
+    runs, stop = [], threading.Event()
+
+    def keep_generating():
+        while not stop.is_set():
+            runs.append(replicas.generate(prompts, params, use_tqdm=False))
+
+    def versions(outputs):
+        return {output.weight_version for output in outputs}
+
+    with ThreadPoolExecutor(1) as threads:
+        load = threads.submit(keep_generating)
+        try:
+            assert wait_until(lambda: len(runs) >= 2 or load.done())
+            assert replicas.update_weights(load_file(new_model / "model.safetensors").items()) == 1
+            num_runs = len(runs)
+            assert wait_until(lambda: len(runs) >= num_runs + 3 or load.done())
+        finally:
+            stop.set()
+        load.result()
+    assert samples(runs[0]) == old_wants and versions(runs[0]) == {0}
+    kill(replicas._replicas[0])
+    assert all_run(replicas, 2)
+    for outputs in (runs[-1], replicas.generate(prompts, params, use_tqdm=False)):
+        assert samples(outputs) == new_wants and versions(outputs) == {1}
+    with pytest.raises(ValueError, match="lacks"):
+        replicas.update_weights([])
+    assert replicas.update_weights(model) == 2  # a folder
+    outputs = replicas.generate(prompts, params, use_tqdm=False)
+    assert samples(outputs) == old_wants
+    assert versions(outputs) == {2}
+
+
+def test_sleeping_replicas_refuse_requests_and_a_new_one_sleeps_too(replicas, one):
+    want = samples(one.generate("x", greedy(5), use_tqdm=False))
+    assert all_run(replicas, 2)
+    replicas.sleep(2)
+    kill(replicas._replicas[0])
+    assert all_run(replicas, 2)
+    sleeping = ray.get([replica.actor.call.remote("is_sleeping") for replica in replicas._replicas])
+    assert sleeping == [True, True]
+    with pytest.raises(RuntimeError, match="asleep"):
+        replicas.generate("x", greedy(5), use_tqdm=False)
+    replicas.wake_up(["weights"])
+    replicas.wake_up()
+    assert samples(replicas.generate(["x"] * 8, greedy(5), use_tqdm=False)) == want * 8

@@ -1,0 +1,78 @@
+"""Ray Serve: the HTTP server as a deployment."""
+
+import socket
+
+import httpx
+import openai
+import pytest
+from ray import serve
+
+from nanovllm.ray.serve import app
+from tests.helpers import greedy, wait_until
+from tests.ray.conftest import OPTIONS
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+CHAT = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def url(cluster, model):
+    """The address of a deployment with two replicas."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    scaling = {"min_replicas": 2, "max_replicas": 2, "target_ongoing_requests": 4}
+    options = {"model": model, "served_model_name": "tiny", "deployment": {"autoscaling_config": scaling}}
+    serve.run(app({**OPTIONS, **options}))
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+
+
+def counters(url, session):
+    """Return the prompt tokens and the running requests of the replica of a session."""
+    lines = httpx.get(f"{url}/metrics", headers={"x-session-id": session}).text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if line.startswith("vllm:"))
+    label = '{model_name="tiny"}'
+    return float(values[f"vllm:prompt_tokens_total{label}"]), float(values[f"vllm:num_requests_running{label}"])
+
+
+def test_openai_client_streams_what_the_engine_says(client, one):
+    (want,) = one.chat(CHAT, greedy(30), use_tqdm=False)
+    options = {
+        "model": "tiny",
+        "messages": CHAT,
+        "max_tokens": 30,
+        "temperature": 0,
+        "extra_body": {"ignore_eos": True},
+    }
+    assert client.chat.completions.create(**options).choices[0].message.content == want.text
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert "".join(texts) == want.text and len([text for text in texts if text]) > 3
+    with pytest.raises(openai.NotFoundError, match="there is no model"):
+        client.chat.completions.create(model="other", messages=CHAT)
+
+
+def test_requests_of_a_session_go_to_one_replica(client, url):
+    # A session's replica is what its own /metrics say, so all sessions' requests must show up there and nowhere else.
+    sessions = [str(i) for i in range(12)]
+    before = {session: counters(url, session)[0] for session in sessions}
+    assert all(counters(url, session)[0] == before[session] for session in sessions)
+    for _ in range(5):
+        client.completions.create(model="tiny", prompt="x" * 10, max_tokens=1, extra_headers={"x-session-id": "0"})
+    grown = {session: counters(url, session)[0] - before[session] for session in sessions}
+    assert grown["0"] == 50 and set(grown.values()) == {0, 50}
+
+
+def test_client_that_leaves_ends_its_request(client, url):
+    headers = {"x-session-id": "left"}
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 500, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as answer:
+        next(answer.iter_lines())
+    assert wait_until(lambda: counters(url, "left")[1] == 0)
