@@ -1,6 +1,7 @@
 """The server: puts the endpoints together, and runs them."""
 
 import asyncio
+import gc
 import json
 import logging
 import socket
@@ -147,8 +148,10 @@ def serve(config_options: dict[str, Any], server_options: ServerOptions) -> None
     with _listen(server_options.host, server_options.port) as listener:
         llm = EngineClient(**config_options)
         try:
-            state = make_state(llm, config_options.get("model"), server_options)
-            Server(state).run([listener])
+            server = Server(make_state(llm, config_options.get("model"), server_options))
+            gc.collect()
+            gc.freeze()  # see engine_host.py
+            server.run([listener])
         finally:
             llm.close()
 

@@ -1,6 +1,7 @@
 """The engine's process: runs an AsyncLLM for the server's process, whose side is `EngineClient`."""
 
 import asyncio
+import gc
 import pickle
 import signal
 import threading
@@ -24,6 +25,9 @@ def main(descriptor: int) -> None:
     except Exception as error:
         connection.send_bytes(pickle.dumps(("failed", pack_error(error))))
         return
+    # The garbage collector passes over what is loaded, about a million objects, instead of checking it again and again.
+    gc.collect()
+    gc.freeze()
     try:
         connection.send_bytes(pickle.dumps(("ready", llm.max_model_len, _default_params(llm))))
         asyncio.run(_Host(llm, connection).run())
