@@ -37,8 +37,8 @@ class GdnRows(NamedTuple):
         starts: [R] int32 or int64, the position of each row's first token. A row that starts at 0 ignores the slot's
             content. Padding rows of one token start at 0; those without tokens start anywhere.
         cu_seqlens: [R + 1] int32, the index of each row's first token, and the number of tokens without padding; None
-            if every row is one token.
-        plan: of the prompt rows; None if every row is one token, or on a CPU.
+            in a step of decode rows only.
+        plan: of the prompt rows; None in a step of decode rows only, or on a CPU.
     """
 
     slots: torch.Tensor
