@@ -142,9 +142,10 @@ class Experts:
 @pytest.mark.parametrize("block", LAYOUTS)
 def test_expert_gemv_with_scales_equals_the_reference(device, block, monkeypatch):
     monkeypatch.setattr("nanovllm.ops.fp8.experts.is_expert_gemv", lambda *_: True)
-    layer = Experts(device, 3, block)
+    layer = Experts(device, 2, block)
     tolerance = 1e-4 if layer.dtype == torch.float32 else 3e-2
-    for options in ({}, {"norm": layer.norm, "residual": layer.residual, "shared": (layer.shared, None)}):
+    fused = {"norm": layer.norm, "residual": layer.residual, "shared": (layer.shared, None)}
+    for options in ({}, fused) if block == LAYOUTS[0] else (fused,):
         want = layer.reference(**{k: v.clone() if k == "residual" else v for k, v in options.items()})
         got = experts_fp8(layer.x, *layer.gate_up, *layer.down, layer.ids, layer.weights, **options)
         torch.testing.assert_close(got, want, atol=tolerance * want.abs().max().item(), rtol=tolerance)
