@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from benchmarks.fp8_kv import use_fp8_kv
 from nanovllm import LLM, SamplingParams
 
 TEXT = Path(__file__).with_name("perplexity.txt")
@@ -77,8 +80,13 @@ def compare(
         options: of `LLM`, for all variants.
     """
     logprobs: dict[str, list[float]] = {}
+    on_cpu = options.get("device") == "cpu" or not torch.cuda.is_available()
     for variant in variants:
-        with LLM(model, max_model_len=window + 1, **options, **VARIANTS[variant]) as llm:
+        chosen = dict(VARIANTS[variant])
+        has_fp8_kv = on_cpu and chosen.pop("kv_cache_dtype", None) is not None
+        with LLM(model, max_model_len=window + 1, **options, **chosen) as llm:
+            if has_fp8_kv:
+                use_fp8_kv(llm)
             logprobs[variant] = score(llm, text, window)
     first = logprobs[variants[0]]
     return {variant: Comparison.of(values, first) for variant, values in logprobs.items()}
