@@ -1,6 +1,6 @@
-"""Perplexity of a model on a fixed text, with its weights as they are and quantised.
+"""Perplexity of a model on a fixed text, as it is and with weights, keys and values in FP8.
 
-    python -m benchmarks.perplexity [--model MODEL] [--device cpu] [--dtype float32] [--variants plain weights]
+    python -m benchmarks.perplexity [--model MODEL] [--device cpu] [--dtype float32] [--variants plain weights kv both]
 
 The text is `perplexity.txt`, next to this file. It is cut into windows that start without context. All tokens of a
 window but the first are scored. Every variant scores the same tokens, so the differences of their log-probabilities

@@ -30,7 +30,7 @@ class Fp8Kernel(Enum):
 
     GEMV = "Triton; reads activations as they are; fuses the RMSNorm, the bias, SwiGLU and the residual add"
     GEMM = "Triton, with activations that the kernel before quantizes; fuses the bias, SwiGLU and the residual add"
-    LIBRARY = "torch._scaled_mm, with such activations, where `fits_scaled_mm`; GEMM where not"
+    LIBRARY = "torch._scaled_mm, with such activations, where `uses_scaled_mm`; GEMM where not"
 
 
 class Adder(Enum):

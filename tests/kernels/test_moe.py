@@ -7,6 +7,7 @@ from nanovllm.ops.moe import alignment, grouped_gemm
 from nanovllm.ops.moe.alignment import align_triton, max_tiles
 from nanovllm.ops.moe.combine import combine_triton
 from nanovllm.ops.moe.dispatch import (
+    FP8_TILINGS,
     MAX_FEW_PAIRS,
     REGIMES,
     TILINGS,
@@ -291,16 +292,17 @@ def test_tilings_cover_all_sizes_and_need_no_more_shared_memory_in_float32():
     assert 2 * halves.gate_up.block_k == whole.gate_up.block_k and 2 * halves.down.block_k == whole.down.block_k
 
 
+@pytest.mark.parametrize("tilings", [TILINGS, FP8_TILINGS], ids=["plain", "fp8"])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(128, 8), (8, 2), (512, 10), (5, 1), (60, 4), (4, 4)])
-def test_every_number_of_tokens_runs_the_kernels_of_a_listed_size(num_experts, top_k):
+def test_every_number_of_tokens_runs_the_kernels_of_a_listed_size(num_experts, top_k, tilings):
     def kernels(tokens):
         pairs = tokens * top_k
-        return expert_regime_of(tokens), tiling_of(pairs, num_experts), pairs <= MAX_FEW_PAIRS
+        return expert_regime_of(tokens), tiling_of(pairs, num_experts, tilings), pairs <= MAX_FEW_PAIRS
 
-    sizes = expert_compile_sizes(num_experts, top_k, 20_000)
+    sizes = expert_compile_sizes(num_experts, top_k, 20_000, tilings)
     listed = {kernels(size) for size in [1, *sizes]}
     assert {kernels(tokens) for tokens in range(1, 20_001)} <= listed
-    assert expert_compile_sizes(num_experts, top_k, 100) == [size for size in sizes if size <= 100]
+    assert expert_compile_sizes(num_experts, top_k, 100, tilings) == [size for size in sizes if size <= 100]
 
 
 def test_experts_whose_rows_a_gpu_cannot_read_are_refused(monkeypatch):

@@ -9,10 +9,9 @@ instructions that bfloat16 takes, and its scale multiplies two numbers per instr
 
 import torch
 
+from nanovllm.ops.float8 import FP8, FP8_MAX
 from nanovllm.ops.triton_utils import tl, triton
 
-FP8 = torch.float8_e4m3fn
-MAX_FP8 = 448.0
 # The smallest float16 with full precision, and the largest scale whose products are finite in float16.
 MIN_SCALE, MAX_SCALE = 2.0**-14, 146.0
 
@@ -20,9 +19,9 @@ MIN_SCALE, MAX_SCALE = 2.0**-14, 146.0
 def quantize_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the e4m3 numbers of keys or values [..., Dh], and their scales [...] in float16."""
     x = x.float()
-    scales = (x.abs().amax(-1) / MAX_FP8).clamp(MIN_SCALE, MAX_SCALE).half()
+    scales = (x.abs().amax(-1) / FP8_MAX).clamp(MIN_SCALE, MAX_SCALE).half()
     # Numbers above the bound become NaN in torch.
-    return (x * scales.float().reciprocal()[..., None]).clamp(-MAX_FP8, MAX_FP8).to(FP8), scales
+    return (x * scales.float().reciprocal()[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scales
 
 
 def dequantize_kv(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -34,7 +33,7 @@ def dequantize_kv(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def fp8_scale(magnitude, MAX: tl.constexpr = MAX_FP8, LOW: tl.constexpr = MIN_SCALE, HIGH: tl.constexpr = MAX_SCALE):
+def fp8_scale(magnitude, MAX: tl.constexpr = FP8_MAX, LOW: tl.constexpr = MIN_SCALE, HIGH: tl.constexpr = MAX_SCALE):
     """Return the scales of heads, whose largest magnitudes are given."""
     return tl.minimum(tl.maximum(tl.div_rn(magnitude, MAX), LOW), HIGH).to(tl.float16)
 
@@ -85,7 +84,7 @@ def widen(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def query_operand(q, scales_ptr):
-    """Return queries in the dtype in which dot products with the cache are computed (see `dequantize`)."""
+    """Return queries in the dtype in which dot products with the cache are computed (see above)."""
     if scales_ptr is not None and q.dtype == tl.bfloat16:
         q = q.to(tl.float16)
     return q

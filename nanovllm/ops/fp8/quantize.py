@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.arithmetic import ceil_div
+from nanovllm.ops.float8 import FP8
+from nanovllm.ops.linear.scales import scales_for
 from nanovllm.ops.linear.silu_mul import silu_mul
 from nanovllm.ops.norm_rope.rms_norm import normalize
 from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
@@ -80,8 +82,7 @@ def _quantize_kernel(
         up = tl.load(x_ptr + token * x_stride + N + columns, mask=mask, other=0.0).to(tl.float32)
         x = ((x / (1 + tl.exp(-x))).to(dtype).to(tl.float32) * up).to(dtype).to(tl.float32)
     x = tl.reshape(x, [BLOCK // GROUP, GROUP])
-    largest = tl.max(tl.abs(x), 1)
-    scale = tl.where(largest > 0, largest / 448.0, 1.0)
+    scale = scales_for(tl.max(tl.abs(x), 1))
     values = (x / scale[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token * N + columns, tl.reshape(values, [BLOCK]), mask=mask)
     groups = tl.program_id(1) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
@@ -108,7 +109,7 @@ def quantize_triton(
     num_tokens, size = x.shape[0], x.shape[1] // (2 if gated else 1)
     num_rows, whole = ceil_div(num_tokens, multiple) * multiple, max(GROUP, triton.next_power_of_2(size))
     group = whole if by_token else GROUP
-    values = torch.empty((num_rows, size), dtype=torch.float8_e4m3fn, device=x.device)
+    values = torch.empty((num_rows, size), dtype=FP8, device=x.device)
     scales = torch.empty((ceil_div(size, group), num_rows), dtype=torch.float32, device=x.device)
     if num_tokens:
         block = whole if by_token or norm is not None else min(2048, whole)

@@ -8,12 +8,11 @@ weight is `weight * scale`. The shape of the scales says which block it is: [cei
 import torch
 
 from nanovllm.arithmetic import ceil_div
+from nanovllm.ops.float8 import FP8, FP8_MAX
 from nanovllm.ops.linear.reference import linear_torch
 from nanovllm.ops.moe.reference import experts_torch
 from nanovllm.ops.norm_rope.reference import rms_norm_torch
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0  # the largest e4m3 number
 BLOCK = 128  # rows and columns of a weight's block, and columns of a token's group
 Block = tuple[int, int]
 

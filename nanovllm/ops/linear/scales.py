@@ -2,6 +2,7 @@
 
 import torch
 
+from nanovllm.ops.float8 import FP8_MAX
 from nanovllm.ops.triton_utils import tl, triton
 
 
@@ -15,6 +16,12 @@ def scale_layout(weight: torch.Tensor, scale: torch.Tensor | None) -> str:
     if scale.shape[-2] < weight.shape[-2]:
         return "block"
     return "row" if scale.shape[-1] == 1 else "row_block"
+
+
+@triton.jit
+def scales_for(largest, MAX: tl.constexpr = FP8_MAX):
+    """Return the scales of groups whose largest magnitudes are given: 1 for zeros."""
+    return tl.where(largest > 0, largest / MAX, 1.0)
 
 
 @triton.jit

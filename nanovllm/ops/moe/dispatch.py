@@ -102,8 +102,10 @@ def tiling_of(num_pairs: int, num_experts: int, tilings: Sequence[Tiling] = TILI
     return tilings[bisect_left([tiling.max_pairs for tiling in tilings], num_pairs / num_experts)]
 
 
-def expert_compile_sizes(num_experts: int, top_k: int, max_tokens: int) -> list[int]:
+def expert_compile_sizes(
+    num_experts: int, top_k: int, max_tokens: int, tilings: Sequence[Tiling] = TILINGS
+) -> list[int]:
     """Return the numbers of tokens, up to `max_tokens`, at which other kernels or tiles start."""
-    last_pairs = [MAX_FEW_PAIRS] + [tiling.max_pairs * num_experts for tiling in TILINGS[:-1]]
+    last_pairs = [MAX_FEW_PAIRS] + [tiling.max_pairs * num_experts for tiling in tilings[:-1]]
     last_tokens = [regime.max_tokens for regime in REGIMES[:-1]] + [pairs // top_k for pairs in last_pairs]
     return sorted({int(tokens) + 1 for tokens in last_tokens if tokens < max_tokens})

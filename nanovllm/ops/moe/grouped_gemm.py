@@ -20,7 +20,7 @@ from typing import TypeAlias
 import torch
 
 from nanovllm.ops.fp8.quantize import QuantizedRows
-from nanovllm.ops.linear.scales import block_scale_ptrs, scale_layout, scales_of_expert
+from nanovllm.ops.linear.scales import block_scale_ptrs, scale_layout, scales_for, scales_of_expert
 from nanovllm.ops.moe.alignment import ExpertTiles
 from nanovllm.ops.moe.dispatch import GroupedGemmConfig
 from nanovllm.ops.triton_utils import TensorDescriptor, launch_options, sm_count, tl, triton, wait_for_inputs
@@ -127,8 +127,7 @@ def _gate_up_tile(
     if SCALES != "none":
         axis: tl.constexpr = 0 if SWAP else 1
         inside = columns[:, None] < INNER if SWAP else columns[None, :] < INNER
-        largest = tl.max(tl.where(inside, tl.abs(y), 0.0), axis)
-        scale = tl.where(largest > 0, largest / 448.0, 1.0)
+        scale = scales_for(tl.max(tl.where(inside, tl.abs(y), 0.0), axis))
         y /= tl.expand_dims(scale, axis)
         tl.store(out_scale_ptr + n // 128 * out_scale_stride + rows, scale, mask=rows < end)
     y = y.to(out_ptr.dtype.element_ty)
