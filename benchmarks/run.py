@@ -33,7 +33,7 @@ def run_engine(args: Namespace) -> list[Row]:
         rows += progress([measure_start(args)])
     if not names:
         return rows
-    # One replica, too, so that the table shows what more of them gain.
+    # Also one replica, so that the table shows what more of them gain.
     makers = [partial(ReplicatedNanovllm, num_replicas=number) for number in sorted({1, args.replicas or 1})]
     for make in makers if args.replicas else [ENGINES[args.engine[0]]]:
         try:

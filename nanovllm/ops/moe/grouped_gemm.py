@@ -11,7 +11,7 @@ the weights.
 
 Up to 32 tokens, a tile is [outputs, tokens], so that the weight provides the 64 rows that Hopper's tensor cores need.
 
-With FP8 weights, tokens are FP8, too. A tile then sums 128 inputs without scales, and multiplies this partial sum with
+With FP8 weights, tokens are also FP8. A tile then sums 128 inputs without scales, and multiplies this partial sum with
 the scales of its tokens and of its block of the weight. gate_up quantizes its output, 128 values of a token at a time.
 """
 
