@@ -270,7 +270,7 @@ def test_killed_raylet_leaves_no_process_and_its_replica_starts_on_another_host(
             os.kill(hosts[0].all_processes["raylet"][0].process.pid, signal.SIGKILL)
             assert samples(waiting.result()) == wants
         assert all_end([pids[hosts[0].node_id]])
-        assert len(replicas._replicas) == 1  # another one waits for a host
+        assert all_run(replicas, 1)  # another one waits for a host
         hosts.append(cluster.add_node(**host_options))
         assert all_run(replicas, 2)
         assert {_node_of(replica) for replica in replicas._replicas} == {host.node_id for host in hosts[1:]}
