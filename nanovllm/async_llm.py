@@ -275,6 +275,11 @@ class AsyncLLM:
         chosen_id = self._check(prompt, sampling_params, request_id)
         return self._outputs(prompt, sampling_params, chosen_id)
 
+    async def check_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> None:
+        """Raise what `generate` would raise for this request before its first output, without generating anything."""
+        self._check(prompt, sampling_params, None)
+        await self._process(prompt, sampling_params, None)
+
     async def submit(
         self,
         prompt: Prompt,
@@ -336,15 +341,21 @@ class AsyncLLM:
         self, prompt: Any, sampling_params: SamplingParams | None, request_id: str | None, consumer: _Consumer
     ) -> None:
         """Prepare a request and hand it to the engine."""
-        process = self.llm_engine.input_processor.process
-        has_grammar = sampling_params is not None and sampling_params.structured_outputs is not None
-        request = await self._prepare(
-            _GRAMMARS if has_grammar else _PROMPTS,
-            lambda: process(prompt, sampling_params, request_id, stream=True),
-        )
+        request = await self._process(prompt, sampling_params, request_id)
         adding = self._call(lambda engine: self._add(request, consumer))
         adding.add_done_callback(_retrieve_exception)
         await asyncio.shield(adding)
+
+    def _process(
+        self, prompt: Any, sampling_params: SamplingParams | None, request_id: str | None
+    ) -> asyncio.Future[Request]:
+        """Let a thread check and prepare a request."""
+        process = self.llm_engine.input_processor.process
+        has_grammar = sampling_params is not None and sampling_params.structured_outputs is not None
+        return self._prepare(
+            _GRAMMARS if has_grammar else _PROMPTS,
+            lambda: process(prompt, sampling_params, request_id, stream=True),
+        )
 
     def _end(self, request_id: str | None, consumer: _Consumer) -> None:
         """End a request if it has not finished, whether the engine has it or not."""

@@ -71,6 +71,7 @@ UNUSED_TENSORS: dict[str, tuple[str, ...]] = {
 }
 # The families of mixtures of experts, and whether they have a shared expert.
 _MOE_FAMILIES = {"qwen3_moe": False, "qwen2_moe": True, "qwen3_next": True, "qwen3_5_moe_text": True}
+_ALWAYS_NORM_TOPK = ("qwen3_5_moe_text",)  # they ignore the option norm_topk_prob, as in transformers
 # By the type of an option: its types in a file, its range, and the range in words. Real models stay far below.
 _KINDS = {
     bool: ((bool,), 0, 1, "true or false"),
@@ -448,7 +449,7 @@ def _moe(config: Any) -> MoEConfig | None:
         num_experts=config.num_experts,
         experts_per_token=config.num_experts_per_tok,
         intermediate_size=config.moe_intermediate_size,
-        norm_topk_prob=getattr(config, "norm_topk_prob", True),
+        norm_topk_prob=config.model_type in _ALWAYS_NORM_TOPK or getattr(config, "norm_topk_prob", True),
         shared_intermediate_size=shared_size,
         dense_layers=dense_layers,
     )
@@ -479,6 +480,8 @@ def _check_variant(config: Any) -> None:
     """Raise ValueError for an unsupported variant of a supported family."""
     if getattr(config, "hidden_act", "silu") != "silu":
         raise unsupported(f"hidden_act={shown(config.hidden_act)}")
+    if not getattr(config, "is_causal", True):
+        raise unsupported(f"is_causal={shown(config.is_causal)}")
 
 
 def _quantization(config: Any) -> Fp8Scheme | None:

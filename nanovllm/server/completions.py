@@ -252,6 +252,9 @@ def routes(state: ServerState) -> APIRouter:
             "model": state.model_names[0],
         }
         if request.stream:
+            if len(prompts) > 1:  # a fault that shows after the first event could not change the answer's status
+                for prompt in prompts:
+                    await state.llm.check_request(prompt, params)
             return await sse(_events(answer, outputs, header))
         choices = []
         async with aclosing(outputs):

@@ -194,6 +194,10 @@ class EngineClient:
         finally:
             self._waiting.pop(key, None)
 
+    async def check_request(self, prompt: Prompt, sampling_params: SamplingParams) -> None:
+        """See `AsyncLLM.check_request`."""
+        await self._call("check_request", prompt=prompt, sampling_params=sampling_params)
+
     async def chat_prompt(self, messages: Sequence[dict], **template: Any) -> list[int]:
         """See `AsyncLLM.chat_prompt`."""
         return await self._call("chat_prompt", messages=messages, **template)

@@ -1,10 +1,10 @@
 """FP8 weights: what a checkpoint's config says of them, their formats, and the choice of a layer's format."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import regex
 import torch
 from torch import nn
 
@@ -44,6 +44,7 @@ WHOLE_ROW = 1 << 30  # columns of a block that has whole rows, more than any wei
 # How configs spell the module that the decoder calls "model.x": with a part for text, or as transformers 4 did.
 _SPELLINGS = ("model.", "model.language_model.", "language_model.model.")
 _MAX_PATTERN = 500  # characters of a module's name or pattern
+_MATCH_SECONDS = 5  # a usual pattern takes microseconds, some patterns practically for ever
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ class Fp8Scheme:
     Args:
         block: rows and columns of a weight that one scale covers.
         suffix: the end of a scale's name, behind the weight's name.
-        excluded: matches the names of the checkpoint's modules that are not quantised; None if all are.
+        excluded: a regex for the names of the checkpoint's modules that are not quantised; None if all are.
         quantizes: loading also quantises weights of higher precision (`quantization="fp8"`).
     """
 
     block: Block = (BLOCK, BLOCK)
     suffix: str = "_scale_inv"
-    excluded: re.Pattern[str] | None = None
+    excluded: str | None = None
     quantizes: bool = False
 
     @classmethod
@@ -124,11 +125,21 @@ class Fp8Scheme:
         return name.removesuffix(self.suffix)
 
     def covers(self, name: str) -> bool:
-        """Return whether the module with this name in the checkpoint is quantised."""
+        """Return whether the module with this name in the checkpoint is quantised.
+
+        Raises:
+            ValueError: a pattern of the checkpoint takes too long.
+        """
         if self.excluded is None:
             return True
         rest = name.removeprefix("model.")
-        return not any(self.excluded.match(prefix + rest) for prefix in _SPELLINGS)
+        try:
+            return not any(regex.match(self.excluded, prefix + rest, timeout=_MATCH_SECONDS) for prefix in _SPELLINGS)
+        except TimeoutError:
+            raise ValueError(
+                f"a pattern of the checkpoint's quantization_config takes too long for the module {name}: "
+                f"{shown(self.excluded)}"
+            ) from None
 
     def allocate(
         self,
@@ -215,23 +226,23 @@ def _names(options: dict[str, Any], name: str) -> list[str]:
 
 def _transformers_pattern(name: str) -> str:
     """Return a regex for the modules that transformers leaves out for this entry: a module's name, or its end."""
-    return rf"(?:{name})(?:(?<=\.)|(?=\.|$))|.*{re.escape(name)}$"
+    return rf"(?:{name})(?:(?<=\.)|(?=\.|$))|.*{regex.escape(name)}$"
 
 
 def _compressed_tensors_pattern(name: str) -> str:
     """Return a regex for the modules that compressed-tensors leaves out: a name, or a regex after re:."""
-    return name.removeprefix("re:") if name.startswith("re:") else rf"{re.escape(name)}$"
+    return name.removeprefix("re:") if name.startswith("re:") else rf"{regex.escape(name)}$"
 
 
-def _one_pattern(patterns: Iterable[str]) -> re.Pattern[str] | None:
+def _one_pattern(patterns: Iterable[str]) -> str | None:
     """Return a regex for what any of the patterns matches, which takes less time than a list of regexes."""
     patterns = list(patterns)
     for pattern in patterns:
         try:
-            re.compile(f"(?:{pattern})")
-        except re.error as error:
+            regex.compile(f"(?:{pattern})")
+        except regex.error as error:
             raise ValueError(f"a quantization_config with the pattern {shown(pattern)} ({error})") from None
-    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns)) if patterns else None
+    return "|".join(f"(?:{pattern})" for pattern in patterns) if patterns else None
 
 
 def _mark(param: nn.Parameter) -> None:

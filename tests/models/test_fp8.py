@@ -171,6 +171,13 @@ def test_excluded_modules_are_matched_like_in_their_libraries(options, name, is_
     assert Fp8Scheme.from_hf(options).covers(name) is is_covered
 
 
+def test_pattern_that_takes_for_ever_is_refused(monkeypatch):
+    monkeypatch.setattr("nanovllm.weights.fp8._MATCH_SECONDS", 0.05)
+    exponential = Fp8Scheme.from_hf(compressed(ignore=["re:model.(x|x|xx)+[a-w]"]))
+    with pytest.raises(ValueError, match="quantization_config takes too long for the module xxx"):
+        exponential.covers("x" * 60)
+
+
 # -- shards ----------------------------------------------------------------------------------------------------------
 
 # Models whose sizes are multiples of 16. Two ranks have whole blocks of columns of down and output projections.

@@ -123,6 +123,8 @@ def test_answers_carry_the_request_id_and_the_model(llm):
         ({"prompt": [[5000]], "echo": True}, None),
         ({"prompt": "x" * 600}, None),
         ({"prompt": ""}, None),
+        ({"prompt": ["a", ""]}, None),
+        ({"prompt": [[5], [5000]]}, None),
         ({"prompt": "a\ud800b"}, None),
         ({"prompt": "a", "best_of": 2}, "best_of"),
         ({"prompt": "a", "suffix": "b"}, None),
