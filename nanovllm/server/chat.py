@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from nanovllm import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from nanovllm.checks import shown
 from nanovllm.engine.detokenizer import TokenBytes
+from nanovllm.server.body import MAX_TOOLS
 from nanovllm.server.chat_answer import ChunkWriter, Form, WholeAnswer
 from nanovllm.server.errors import ApiError
 from nanovllm.server.generation import Conversation, Piece, answer
@@ -130,7 +131,7 @@ class ChatRequest(SamplingFields):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0)
-    tools: list[Tool] | None = None
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: Annotated[TextForm | JsonObjectForm | JsonSchemaForm, Field(discriminator="type")] | None = None

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from nanovllm import RequestOutputKind, StructuredOutputsParams
-from nanovllm.server.body import Body
+from nanovllm.server.body import MAX_TOOLS, Body
 from nanovllm.server.errors import ApiError, anthropic_error
 from nanovllm.server.generation import Conversation, answer, count_prompt_tokens
 from nanovllm.server.messages_answer import MessageWriter
@@ -20,6 +20,7 @@ from nanovllm.server.translation import (
     checked_choice,
     checked_name,
     function_tool,
+    join_texts,
     reply,
     thinking_option,
 )
@@ -128,7 +129,7 @@ class MessagesRequest(Body):
     max_tokens: int
     messages: list[Message]
     system: Texts = Field(default_factory=list)
-    tools: list[Tool] = Field(default_factory=list)
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: ToolChoice = ToolChoice(type="auto")
     thinking: ThinkingSwitch = ThinkingSwitch(type="disabled")
     output_config: OutputConfig = OutputConfig()
@@ -165,19 +166,19 @@ def chat_messages(request: MessagesRequest) -> list[dict[str, Any]]:
             _add_assistant(messages, message.content)
         else:
             _add_user(messages, message.content, is_reminder=message.role == "system")
-    return messages
+    return join_texts(messages)
 
 
 def _add_assistant(messages: list[dict[str, Any]], blocks: list[Any]) -> None:
     """Add a turn of the model. Successive turns are one."""
     if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": ""})
+        messages.append({"role": "assistant", "content": []})
     message = messages[-1]
     for block in blocks:
         if isinstance(block, TextBlock):
-            message["content"] += block.text
+            message["content"].append(block.text)
         elif isinstance(block, ThinkingBlock):
-            message["reasoning_content"] = message.get("reasoning_content", "") + block.thinking
+            message.setdefault("reasoning_content", []).append(block.thinking)
         elif isinstance(block, ToolUseBlock):
             function = {"name": block.name, "arguments": block.input}
             call = {"id": block.id, "type": "function", "function": function}

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from nanovllm import RequestOutputKind, StructuredOutputsParams
+from nanovllm.server.body import MAX_TOOLS
 from nanovllm.server.errors import ApiError
 from nanovllm.server.generation import Conversation, answer
 from nanovllm.server.models import check_model
@@ -19,6 +20,7 @@ from nanovllm.server.translation import (
     checked_choice,
     checked_name,
     function_tool,
+    join_texts,
     reply,
     thinking_option,
 )
@@ -160,7 +162,7 @@ class ResponsesRequest(SamplingFields):
     input: Items
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    tools: list[Tool] | None = None
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
@@ -199,6 +201,7 @@ def chat_messages(request: ResponsesRequest) -> list[dict[str, Any]]:
             messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
         else:
             _add_to_turn(messages, item)
+    join_texts(messages)
     return [{"role": "system", "content": "\n\n".join(system)}, *messages] if system else messages
 
 
@@ -213,7 +216,7 @@ def _add_to_turn(messages: list[dict[str, Any]], item: MessageItem | CallItem | 
         call = {"id": item.call_id, "type": "function", "function": function}
         turn.setdefault("tool_calls", []).append(call)
     elif isinstance(item, ReasoningItem):
-        turn["reasoning_content"] = turn.get("reasoning_content", "") + _text(item.content or [])
+        turn.setdefault("reasoning_content", []).append(_text(item.content or []))
     else:
         turn["content"] = _text(item.content)
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nanovllm import SamplingParams, StructuredOutputsParams
 from nanovllm.checks import shown
-from nanovllm.sampling_params import RequestOutputKind
+from nanovllm.sampling_params import MAX_LOGIT_BIAS, RequestOutputKind
 from nanovllm.server.body import Body
 from nanovllm.server.errors import ApiError
 from nanovllm.server.security import key_salt
@@ -105,7 +105,7 @@ class SamplingFields(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, float] | None = Field(None, max_length=MAX_LOGIT_BIAS)
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     skip_special_tokens: bool | None = None

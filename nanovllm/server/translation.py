@@ -20,11 +20,22 @@ def function_tool(name: str, description: str | None, parameters: dict | None, s
 
 
 def add_user_text(messages: list[dict[str, Any]], text: str) -> None:
-    """Add a user's text. Successive texts are one message, because some templates want a turn of the model between."""
-    if messages and messages[-1]["role"] == "user":
-        messages[-1]["content"] += "\n" + text
-    else:
-        messages.append({"role": "user", "content": text})
+    """Add a user's text. Successive texts are one message, because some templates want a turn of the model between.
+
+    Its content is a list of texts until `join_texts`.
+    """
+    if not messages or messages[-1]["role"] != "user":
+        messages.append({"role": "user", "content": []})
+    messages[-1]["content"].append(text)
+
+
+def join_texts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join texts that are lists. Adding them one by one would copy them all each time."""
+    for message in messages:
+        for name in ("content", "reasoning_content"):
+            if isinstance(texts := message.get(name), list):
+                message[name] = ("\n" if message["role"] == "user" else "").join(texts)
+    return messages
 
 
 def checked_choice(choice: str, tools: list[dict[str, Any]]) -> str:

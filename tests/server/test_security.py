@@ -181,6 +181,21 @@ def test_many_errors_of_a_body_are_counted_and_not_described(llm, path, body):
     assert "token_ids.0:" in error_of(call(llm, "POST", PATH, {**BODY, "stop_token_ids": ["a"] * 100}))
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        ("/v1/messages", {"messages": [{"role": "user", "content": [{}] * 50_000}]}, "50000 lists and objects"),
+        ("/v1/responses", {"input": [{}] * 50_000}, "50000 lists and objects"),
+        ("/v1/chat/completions", {"messages": [{}] * 50_000}, "50000 lists and objects"),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}], "tools": [5] * 4097}, "4096"),
+        (PATH, {**BODY, "logit_bias": dict.fromkeys(map(str, range(301)), 1)}, "300"),
+    ],
+)
+def test_bodies_of_far_too_many_values_are_refused(llm, path, body, named):
+    answer = call(llm, "POST", path, body)
+    assert answer.status_code == 400 and named in error_of(answer)
+
+
 CHUNKED = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
