@@ -3,11 +3,11 @@
 from nanovllm.engine.sequence import Sequence
 
 
-def stop_reason(seq: Sequence, token_id: int) -> tuple[str, int | str | None] | None:
-    """Show `token_id`, the newest of `seq`, to its detokenizer and token filter.
+def accept_token(seq: Sequence, token_id: int) -> tuple[str, int | str | None] | None:
+    """Advance the detokenizer and the token filter of `seq` by its newest token, `token_id`.
 
     Returns:
-        (finish_reason, stop_reason) as in `CompletionOutput` if the sequence ends here, else None.
+        (finish_reason, stop_reason) as in `CompletionOutput` if the token ends the sequence, else None.
     """
     params = seq.params
     num_generated = len(seq.token_ids) - len(seq.prompt_ids)
