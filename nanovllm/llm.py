@@ -99,7 +99,7 @@ class LLM:
                 engine.abandon(requests)
         # `on_step` may have ended requests, or have received their outputs.
         now = time.monotonic()
-        return [outputs.get(request.id) or request.output(engine.weight_version, now) for request in requests]
+        return [outputs.get(request.id) or request.take_output(engine.weight_version, now) for request in requests]
 
     def chat(
         self,

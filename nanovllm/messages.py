@@ -50,7 +50,7 @@ class Admission:
     """What the sampler must know about a slot's new sequence.
 
     Args:
-        min_length: while the sequence is shorter, `end_ids` cannot be sampled.
+        min_length: while the sequence is shorter, `stop_ids` cannot be sampled.
         is_filtered: whether batches bring masks for the slot.
         prompt_ids, output_ids: the tokens so far, only if the request has penalties.
     """
@@ -59,7 +59,7 @@ class Admission:
     params: SamplingParams
     seed: int
     min_length: int
-    end_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]
     is_filtered: bool = False
     prompt_ids: list[int] = field(default_factory=list)
     output_ids: list[int] = field(default_factory=list)

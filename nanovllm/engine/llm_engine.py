@@ -140,10 +140,10 @@ class LLMEngine:
         for request_id in dict.fromkeys(seq.request_id for seq in changed):
             request = self.requests[request_id]
             if not request.metrics.first_token_ts:
-                request.note_first_token(now)
+                request.mark_first_token(now)
             finished = request.is_finished
             if finished or request.stream:
-                self.outputs.append((request, request.output(self.weight_version, now)))
+                self.outputs.append((request, request.take_output(self.weight_version, now)))
             if finished:
                 del self.requests[request_id]
 
@@ -267,7 +267,7 @@ class LLMEngine:
             num_waiting = len(self.scheduler.waiting) + len(request.samples)
             if num_waiting > self.config.max_num_waiting:
                 raise ValueError(f"{num_waiting} sequences would wait; max_num_waiting={self.config.max_num_waiting}")
-            request.queue(str(self.next_id) if request.chosen_id is None else request.chosen_id)
+            request.mark_queued(str(self.next_id) if request.chosen_id is None else request.chosen_id)
             if request.id.isascii() and request.id.isdigit() and len(request.id) <= _MAX_ID_DIGITS:
                 # Numbers that the engine gives are larger than all that callers chose.
                 self.next_id = max(self.next_id, int(request.id) + 1)
@@ -318,7 +318,7 @@ class LLMEngine:
         del self.requests[request.id]
         for seq in request.samples:
             self.scheduler.finish(seq, "abort")
-        return request.output(self.weight_version)
+        return request.take_output(self.weight_version)
 
     def _end_abandoned(self) -> None:
         """End the abandoned requests and drop their outputs."""

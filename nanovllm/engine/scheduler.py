@@ -164,7 +164,7 @@ class Scheduler:
             if budget <= 0 or seq.token_filter is None:
                 break
             start = time.thread_time()
-            seq.mask = seq.token_filter.mask()
+            seq.mask = seq.token_filter.compute_mask()
             seconds = time.thread_time() - start
             budget -= seconds
             seq.mask_seconds += seconds
@@ -308,7 +308,7 @@ class _StepBuilder:
             params=params.for_ranks(),
             seed=seq.seed,
             min_length=len(seq.prompt_ids) + params.min_tokens,
-            end_ids=tuple(sorted(seq.end_ids)),
+            stop_ids=tuple(sorted(seq.stop_ids)),
             is_filtered=seq.token_filter is not None,
         )
         if params.penalises:
@@ -316,7 +316,7 @@ class _StepBuilder:
             admission.output_ids = seq.output_ids
         batch.admissions.append(admission)
         if seq.token_filter and not seq.token_filter.depends_on_output:
-            batch.masks.append((placement.slot, seq.token_filter.mask()))
+            batch.masks.append((placement.slot, seq.token_filter.compute_mask()))
         self._send_blocks(placement, first=0)
 
     def allocate(self, placement: Placement, num_tokens: int) -> None:

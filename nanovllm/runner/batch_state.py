@@ -110,7 +110,7 @@ class BatchState:
                 row[name] = getattr(params, name)
             row["seed"], row["min_length"] = a.seed, a.min_length
             if params.min_tokens:
-                row["stop_ids"][: len(a.end_ids)] = a.end_ids
+                row["stop_ids"][: len(a.stop_ids)] = a.stop_ids
             if a.is_filtered:
                 row["flags"] |= HAS_MASK
             if params.logprobs_mode == "processed_logprobs":
