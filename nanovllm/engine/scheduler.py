@@ -41,10 +41,10 @@ class Scheduler:
     """Owns the queues, the slots and the block manager.
 
     Args:
-        max_num_seqs: sequences that may run at once, which is the number of slots.
+        max_num_seqs: how many sequences may run at once, which is the number of slots.
         max_num_batched_tokens: token budget of a step, at least max_num_seqs.
-        block_manager: the KV blocks.
-        limit_masks: limit the time of masks, so that schedules depend on it.
+        block_manager: owns the KV blocks.
+        limit_masks: whether to limit the CPU time of masks. Schedules then depend on the host's speed.
     """
 
     def __init__(
@@ -73,7 +73,8 @@ class Scheduler:
             self.snapshots.start_step()
         builder = _StepBuilder(self.block_manager)
         budget = self.max_num_batched_tokens
-        blocks, preempted = self.block_manager, False
+        blocks = self.block_manager
+        preempted = False
         for seq in list(self.running):
             if budget == 0:
                 break

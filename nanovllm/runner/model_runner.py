@@ -245,7 +245,14 @@ class ModelRunner:
 
     def _size_state(self) -> StateSizes:
         """Return how many KV blocks, sequences and snapshots fit, the same on all ranks."""
-        sizes = self._size_on_gpu() if self.device.type == "cuda" else self._size_on_cpu()
+        config, num_bytes = self.config, self._measure_state_bytes()
+        sizes = self.pool.divide(
+            num_bytes, config.max_num_seqs, config.num_kvcache_blocks, caches_prefixes=config.enable_prefix_caching
+        )
+        if self.device.type == "cpu" and config.num_kvcache_blocks is None:
+            # No more blocks than all sequences can fill, but at least those of one.
+            num_fitting = max(sizes.num_blocks, self.max_blocks)
+            sizes = sizes._replace(num_blocks=min(sizes.num_seqs * self.max_blocks, num_fitting))
         sizes = StateSizes(*(self.tp.all_reduce_min(size, self.device) for size in sizes))
         num_blocks = sizes.num_blocks
         if num_blocks < self.max_blocks and self.config.num_kvcache_blocks is None:
@@ -256,28 +263,15 @@ class ModelRunner:
             )
         return sizes
 
-    def _size_on_gpu(self) -> StateSizes:
-        """Divide the memory that `gpu_memory_utilization` leaves. Measure it only if something depends on it."""
+    def _measure_state_bytes(self) -> int:
+        """Return the bytes for all state but the scratch block and a configured number of blocks."""
+        if self.device.type == "cpu":
+            return CPU_CACHE_BYTES
         num_blocks = self.config.num_kvcache_blocks
         if num_blocks is not None and not self.pool.slot_bytes:
-            return StateSizes(num_blocks, self.config.max_num_seqs)
-        # The scratch block, and a configured number of blocks, are not to be divided.
+            return 0  # nothing depends on it
         num_reserved = 1 + (num_blocks or 0)
-        return self._divide(max(0, self._measure_free_bytes() - num_reserved * self.pool.block_bytes))
-
-    def _size_on_cpu(self) -> StateSizes:
-        """Divide CPU_CACHE_BYTES. Take no more blocks than all sequences can fill, and at least those of one."""
-        sizes = self._divide(CPU_CACHE_BYTES)
-        if self.config.num_kvcache_blocks is not None:
-            return sizes
-        num_fitting = max(sizes.num_blocks, self.max_blocks)
-        return sizes._replace(num_blocks=min(sizes.num_seqs * self.max_blocks, num_fitting))
-
-    def _divide(self, num_bytes: int) -> StateSizes:
-        config = self.config
-        return self.pool.divide(
-            num_bytes, config.max_num_seqs, config.num_kvcache_blocks, caches_prefixes=config.enable_prefix_caching
-        )
+        return max(0, self._measure_free_bytes() - num_reserved * self.pool.block_bytes)
 
     def _measure_free_bytes(self) -> int:
         """Return the bytes that `gpu_memory_utilization` leaves after weights and the largest step's activations."""
