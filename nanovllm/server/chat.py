@@ -153,15 +153,16 @@ class ChatRequest(SamplingFields):
             ApiError: a field is wrong.
         """
         return Conversation(
+            http=http,
             messages=[_message(message, i) for i, message in enumerate(self.messages)],
-            params=self._sampling(state, http),
+            params=self._sampling(state),
             tools=[tool.to_dict() for tool in self.tools or ()],
             tool_choice=self._tool_choice(),
             parallel_tool_calls=self.parallel_tool_calls is not False,
             template=self._template(state),
         )
 
-    def _sampling(self, state: ServerState, http: Request) -> SamplingParams:
+    def _sampling(self, state: ServerState) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -174,7 +175,7 @@ class ChatRequest(SamplingFields):
             overrides["structured_outputs"] = constraint
         if not self.stream:
             overrides["output_kind"] = RequestOutputKind.FINAL_ONLY
-        return self.to_params(state, http, **overrides)
+        return self.to_params(state, **overrides)
 
     def _tool_choice(self) -> str:
         choice = self.tool_choice or "auto"

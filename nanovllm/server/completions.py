@@ -147,7 +147,7 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     raise ApiError(400, message, param="prompt")
 
 
-def _params(state: ServerState, request: CompletionRequest, http: Request) -> SamplingParams:
+def _params(state: ServerState, request: CompletionRequest) -> SamplingParams:
     """Return the sampling parameters of a request."""
     if request.best_of not in (None, request.n or 1):
         message = f"best_of must be equal to n={request.n or 1} or absent, got {request.best_of}"
@@ -157,7 +157,6 @@ def _params(state: ServerState, request: CompletionRequest, http: Request) -> Sa
         max_tokens = 1
     return request.to_params(
         state,
-        http,
         max_tokens=max_tokens,
         logprobs=request.logprobs,
         prompt_logprobs=request.logprobs if request.echo else None,
@@ -166,11 +165,11 @@ def _params(state: ServerState, request: CompletionRequest, http: Request) -> Sa
 
 
 async def _outputs(
-    state: ServerState, prompts: Sequence[str | list[int]], params: SamplingParams
+    state: ServerState, http: Request, prompts: Sequence[str | list[int]], params: SamplingParams
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Yield the outputs of all prompts as they come, each with its prompt's index."""
     with state.admission.enter(params.n * len(prompts)):
-        streams = [state.generate(prompt, params) for prompt in prompts]
+        streams = [state.generate(http, prompt, params) for prompt in prompts]
         async with aclosing(_merged(streams)) as outputs:
             async for index, output in outputs:
                 yield index, output
@@ -238,13 +237,13 @@ def routes(state: ServerState) -> APIRouter:
     async def complete(request: CompletionRequest, http: Request) -> Response:
         check_model(state, request.model)
         prompts = _prompts(request.prompt)
-        params = _params(state, request, http)
+        params = _params(state, request)
         state.admission.check(params.n * len(prompts))
         echoes = ["" for _ in prompts]
         if request.echo:
             echoes = [each if isinstance(each, str) else await state.llm.decode(each) for each in prompts]
         answer = _Answer(request, params.n, echoes)
-        outputs = _outputs(state, prompts, params)
+        outputs = _outputs(state, http, prompts, params)
         header = {
             "id": f"cmpl-{http.state.request_id}",
             "object": "text_completion",

@@ -5,6 +5,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fastapi import Request
+
 from nanovllm import CompletionOutput, SamplingParams
 from nanovllm.outputs import LogprobRows
 from nanovllm.server.call_grammars import json_rule
@@ -26,6 +28,7 @@ class Conversation:
     """A conversation to answer.
 
     Args:
+        http: the client's request.
         messages: in the form that `AsyncLLM.chat_prompt` takes.
         params: how to sample. With FINAL_ONLY as `output_kind` there is one piece, at the end.
         tools: the functions that the model may call, in OpenAI's form.
@@ -34,6 +37,7 @@ class Conversation:
         template: further arguments of `AsyncLLM.chat_prompt`, such as `chat_template_kwargs`.
     """
 
+    http: Request
     messages: Sequence[dict[str, Any]]
     params: SamplingParams
     tools: Sequence[dict[str, Any]] = ()
@@ -90,7 +94,8 @@ async def answer(
         params = _constrained(state, conversation, tools, prompt_text)
         is_constrained = params.structured_outputs is not None
         samples = [_Sample(state.format.parser(prompt_text, tools, is_constrained)) for _ in range(params.n)]
-        async with aclosing(state.generate({"prompt_token_ids": prompt_ids}, params, request_id)) as outputs:
+        prompt = {"prompt_token_ids": prompt_ids}
+        async with aclosing(state.generate(conversation.http, prompt, params, request_id)) as outputs:
             async for output in outputs:
                 pieces = [samples[new.index].piece(new) for new in output.outputs]
                 yield Piece(len(prompt_ids), output.num_cached_tokens, pieces)

@@ -235,12 +235,12 @@ def conversation(state: ServerState, request: MessagesRequest, http: Request) ->
     )
     params = fields.to_params(
         state,
-        http,
         max_tokens=request.max_tokens,
         structured_outputs=form and StructuredOutputsParams(json=form.schema_),
         output_kind=None if request.stream else RequestOutputKind.FINAL_ONLY,
     )
     return Conversation(
+        http=http,
         messages=messages,
         params=params,
         tools=tools,

@@ -264,12 +264,12 @@ def conversation(state: ServerState, request: ResponsesRequest, http: Request) -
     effort = request.reasoning and request.reasoning.effort
     params = request.to_params(
         state,
-        http,
         max_tokens=request.max_output_tokens,
         output_kind=None if request.stream else RequestOutputKind.FINAL_ONLY,
         **form,
     )
     return Conversation(
+        http=http,
         messages=chat_messages(request),
         params=params,
         tools=tools,

@@ -196,6 +196,31 @@ def test_bodies_of_far_too_many_values_are_refused(llm, path, body, named):
     assert answer.status_code == 400 and named in error_of(answer)
 
 
+PROMPT = "The same prompt, longer than two blocks of the KV cache."
+GENERATING = {
+    PATH: {"prompt": PROMPT, "max_tokens": 1},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 1},
+    "/v1/responses": {"input": PROMPT, "max_output_tokens": 1},
+    "/v1/messages": {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("path", GENERATING)
+def test_keys_share_no_cached_prompts_when_asked_for(llm, path):
+    def num_cached(key, **fields):
+        headers = {"authorization": f"Bearer {key}"}
+        body = GENERATING[path] | fields
+        usage = call(llm, "POST", path, body, headers, api_key="a,b", salt_prefix_cache=True).json()["usage"]
+        details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or usage
+        return details.get("cached_tokens", details.get("cache_read_input_tokens"))
+
+    asyncio.run(llm.reset_prefix_cache())
+    assert num_cached("a") == 0 and num_cached("a") > 0
+    assert num_cached("b") == 0 and num_cached("b") > 0
+    if path != "/v1/messages":  # there it is an unknown field
+        assert num_cached("a", cache_salt="s") == 0 and num_cached("a", cache_salt="s") > 0
+
+
 CHUNKED = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
