@@ -259,3 +259,25 @@ def test_head_without_end_ends_the_connection(llm, start, piece):
             yield b" " * 8192
 
     asyncio.run(asyncio.wait_for(use(), SECONDS))
+
+
+@pytest.mark.parametrize("last", [b"", b"X: a\r\n"])
+def test_offer_to_go_on_in_http2_is_ignored(llm, last):
+    body = json.dumps(BODY).encode()
+    head = b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" % PATH.encode()
+    head += b"Content-Length: %d\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n" % len(
+        body
+    )
+
+    async def use():
+        async with listening(llm) as (_, client, _):
+            reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+            for _ in range(2):
+                writer.write(head + b"Upgrade: h2c\r\n" + last + b"\r\n" + body)
+                assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+                answer = await reader.readuntil(b"\r\n\r\n")
+                size = int(answer.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+                assert json.loads(await reader.readexactly(size))["choices"]
+            writer.close()
+
+    asyncio.run(asyncio.wait_for(use(), SECONDS))
