@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import socket
+import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -154,6 +155,7 @@ def serve(config_options: dict[str, Any], server_options: ServerOptions) -> None
             server.run([listener])
         finally:
             llm.close()
+            gc.unfreeze()  # else libraries take what is frozen for leaks
 
 
 def make_state(llm: AsyncLLM | EngineClient, model: str | Path | None, options: ServerOptions) -> ServerState:
@@ -203,10 +205,10 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Lets running requests finish after the first SIGTERM or Ctrl-C, and stops at once after the second one.
+    """Lets running requests finish after the first SIGTERM or Ctrl-C.
 
-    Meanwhile new requests and /health get status 503. After `drain_seconds` the engine is closed, which ends requests
-    with an error.
+    Meanwhile new requests and /health get status 503. After `drain_seconds`, or after a second signal, the engine is
+    closed, which ends requests with an error. A third signal ends the process without that.
     """
 
     def __init__(self, state: ServerState):
@@ -230,14 +232,20 @@ class Server(uvicorn.Server):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         await super().startup(sockets)
         host, port = (sockets or self.servers[0].sockets)[0].getsockname()[:2]
-        print(_greeting(self.state, host, port), flush=True)
+        try:
+            print(_greeting(self.state, host, port), flush=True)
+        except OSError as error:  # a full disk, or a reader that has gone
+            logger.warning(f"The greeting cannot be printed: {error}")
+            sys.stdout = None  # Python would fail to flush it at the end
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.state.admission.draining:
+        if not self.state.admission.draining:
+            self.deadline = time.monotonic() + self.state.options.drain_seconds
+            self.state.admission.draining = True
+        elif self.deadline > time.monotonic():
+            self.deadline = 0.0
+        else:
             self.should_exit = self.force_exit = True
-            return
-        self.deadline = time.monotonic() + self.state.options.drain_seconds
-        self.state.admission.draining = True
 
     async def on_tick(self, counter: int) -> bool:
         must_exit = await super().on_tick(counter)
