@@ -17,7 +17,7 @@ from nanovllm.server.errors import ApiError, aborted
 from nanovllm.server.models import check_model
 from nanovllm.server.sampling import NEUTRAL, SamplingFields
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import JsonAnswer, json_logprob, sse
+from nanovllm.server.streaming import JsonResponse, json_logprob, sse
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -40,8 +40,8 @@ class CompletionRequest(SamplingFields):
     best_of: int | None = None
 
 
-class _Answer:
-    """Makes the choices of an answer from the engine's outputs.
+class _Writer:
+    """Makes the choices of a response from the engine's outputs.
 
     Args:
         echoes: for each prompt, the text that its choices start with; "" without `echo`.
@@ -214,19 +214,19 @@ async def _merged(
 
 
 async def _events(
-    answer: _Answer, outputs: AsyncGenerator[tuple[int, RequestOutput], None], header: dict
+    writer: _Writer, outputs: AsyncGenerator[tuple[int, RequestOutput], None], header: dict
 ) -> AsyncGenerator[list[dict], None]:
-    """Yield the events of a streamed answer."""
-    usage = {"usage": None} if answer.request.include_usage else {}
+    """Yield the events of a streamed response."""
+    usage = {"usage": None} if writer.request.include_usage else {}
     async with aclosing(outputs):
         async for index, output in outputs:
-            choices = answer.choices(index, output)
+            choices = writer.choices(index, output)
             # Half a character has no text yet.
             events = [choice for choice in choices if choice["text"] or choice["logprobs"] or choice["finish_reason"]]
             if events:
                 yield [{**header, "choices": [choice], **usage} for choice in events]
-    if answer.request.include_usage:
-        yield [{**header, "choices": [], "usage": answer.usage()}]
+    if writer.request.include_usage:
+        yield [{**header, "choices": [], "usage": writer.usage()}]
 
 
 def routes(state: ServerState) -> APIRouter:
@@ -242,7 +242,7 @@ def routes(state: ServerState) -> APIRouter:
         echoes = ["" for _ in prompts]
         if request.echo:
             echoes = [each if isinstance(each, str) else await state.llm.decode(each) for each in prompts]
-        answer = _Answer(request, params.n, echoes)
+        writer = _Writer(request, params.n, echoes)
         outputs = _outputs(state, http, prompts, params)
         header = {
             "id": f"cmpl-{http.state.request_id}",
@@ -251,15 +251,15 @@ def routes(state: ServerState) -> APIRouter:
             "model": state.model_names[0],
         }
         if request.stream:
-            if len(prompts) > 1:  # a fault that shows after the first event could not change the answer's status
+            if len(prompts) > 1:  # a fault that shows after the first event could not change the response's status
                 for prompt in prompts:
                     await state.llm.check_request(prompt, params)
-            return await sse(_events(answer, outputs, header))
+            return await sse(_events(writer, outputs, header))
         choices = []
         async with aclosing(outputs):
             async for index, output in outputs:
-                choices += answer.choices(index, output)
+                choices += writer.choices(index, output)
         choices.sort(key=lambda choice: choice["index"])
-        return JsonAnswer({**header, "choices": choices, "usage": answer.usage()})
+        return JsonResponse({**header, "choices": choices, "usage": writer.usage()})
 
     return router

@@ -1,4 +1,4 @@
-"""Answers a conversation: what chat completions, messages and responses share."""
+"""Generates the next turn of a conversation: what chat completions, messages and responses share."""
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -25,7 +25,7 @@ _NO_THINKING = "\n</think>\n\n"
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation to answer.
+    """A conversation whose next turn the model writes.
 
     Args:
         http: the client's request.
@@ -69,17 +69,17 @@ class SamplePiece:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The new part of an answer: `samples` has the samples with something new."""
+    """The new part of a response: `samples` has the samples with something new."""
 
     num_prompt_tokens: int
     num_cached_tokens: int
     samples: list[SamplePiece]
 
 
-async def answer(
+async def generate(
     state: ServerState, conversation: Conversation, request_id: str | None = None
 ) -> AsyncGenerator[Piece, None]:
-    """Yield the answer to a conversation in pieces. Closing the generator ends the request.
+    """Yield the next turn of a conversation in pieces. Closing the generator ends the request.
 
     Raises:
         ApiError, TypeError, ValueError: the request cannot be served. Everything that is wrong with a request shows
@@ -128,9 +128,9 @@ async def _prompt(
     prompt_ids = await state.llm.chat_prompt(conversation.messages, **template)
     num_tail = _CONTINUED_TAIL_TOKENS if template.get("continue_final_message") else _TAIL_TOKENS
     text = await state.llm.decode(prompt_ids[-num_tail:])
-    answer = conversation.params.structured_outputs
-    if answer is not None and json_rule(answer) is None and state.format.opens_thinking(text):
-        # No thinking goes before an answer in this form.
+    form = conversation.params.structured_outputs
+    if form is not None and json_rule(form) is None and state.format.opens_thinking(text):
+        # No thinking goes before a response in this form.
         prompt_ids = prompt_ids + await state.llm.encode(_NO_THINKING, add_special_tokens=False)
         text += _NO_THINKING
     return prompt_ids, text
@@ -144,7 +144,7 @@ def _shown(tool: dict[str, Any]) -> dict[str, Any]:
 def _constrained(
     state: ServerState, conversation: Conversation, tools: Sequence[dict[str, Any]], prompt_text: str
 ) -> SamplingParams:
-    """Return the conversation's parameters with the constraint that its tools and the form of its answer need."""
+    """Return the conversation's parameters with the constraint that its tools and the form of its response need."""
     params = conversation.params
     constraint = state.format.constraint(
         tools, conversation.tool_choice, conversation.parallel_tool_calls, prompt_text, params.structured_outputs

@@ -11,7 +11,7 @@ from nanovllm.server.body import Body
 from nanovllm.server.errors import ApiError
 from nanovllm.server.state import ServerState
 
-# Fields of OpenAI's and vLLM's clients that change no answer. ANY: at any value; else at these values and null.
+# Fields of OpenAI's and vLLM's clients that change no response. ANY: at any value; else at these values and null.
 ANY = object()
 NEUTRAL: dict[str, Any] = {
     "user": ANY,
@@ -19,7 +19,7 @@ NEUTRAL: dict[str, Any] = {
     "metadata": ANY,
     "prompt_cache_key": ANY,
     "prompt_cache_retention": ANY,
-    "prediction": ANY,  # only makes an answer faster
+    "prediction": ANY,  # only makes a response faster
     "request_id": ANY,
     "store": (False,),
     "service_tier": ("auto", "default"),
@@ -40,7 +40,7 @@ NEUTRAL: dict[str, Any] = {
 
 
 class StreamOptions(BaseModel):
-    """Options of a streamed answer.
+    """Options of a streamed response.
 
     Args:
         include_usage: send one more event, with the numbers of tokens.
@@ -134,7 +134,7 @@ class SamplingFields(Body):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a streamed answer ends with the numbers of tokens."""
+        """Whether a streamed response ends with the numbers of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def to_params(self, state: ServerState, **overrides: Any) -> SamplingParams:

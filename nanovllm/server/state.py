@@ -22,7 +22,7 @@ class ServerState:
 
     Args:
         llm: the engine, in this process or in its own. Endpoints use the methods that both have.
-        model_names: the model's names in the API; the first is the one that answers carry.
+        model_names: the model's names in the API; the first is the one that responses carry.
         format: how the model writes its thinking and its tool calls.
         admission: counts the requests that the engine has, and refuses those that are too many.
     """

@@ -359,7 +359,7 @@ def test_slow_reader_does_not_stop_the_others(llm):
 
 
 def test_unexpected_error_gets_500_without_its_text(llm, monkeypatch, caplog):
-    monkeypatch.setattr("nanovllm.server.completions._Answer.choices", lambda *args: {}["secret"])
+    monkeypatch.setattr("nanovllm.server.completions._Writer.choices", lambda *args: {}["secret"])
 
     async def use(client, state):
         answer = await client.post(COMPLETIONS, json={"prompt": "a"})
