@@ -9,12 +9,12 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from nanovllm import RequestOutputKind, StructuredOutputsParams
 from nanovllm.server.body import MAX_TOOLS, Body
 from nanovllm.server.errors import ApiError, anthropic_error
-from nanovllm.server.generation import Conversation, answer, count_prompt_tokens
-from nanovllm.server.messages_answer import MessageWriter
+from nanovllm.server.generation import Conversation, count_prompt_tokens, generate
+from nanovllm.server.messages_writer import MessageWriter
 from nanovllm.server.models import check_model
 from nanovllm.server.sampling import SamplingFields
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import JsonAnswer
+from nanovllm.server.streaming import JsonResponse
 from nanovllm.server.translation import (
     add_user_text,
     checked_choice,
@@ -104,20 +104,20 @@ class ToolChoice(BaseModel):
 
 
 class ThinkingSwitch(BaseModel):
-    """Whether the model thinks before it answers."""
+    """Whether the model thinks before it responds."""
 
     type: str
 
 
 class OutputFormat(BaseModel):
-    """A JSON schema that the answer follows."""
+    """A JSON schema that the response follows."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
 class OutputConfig(BaseModel):
-    """The form of the answer."""
+    """The form of the response."""
 
     format: OutputFormat | None = None
 
@@ -147,7 +147,7 @@ class MessagesRequest(Body):
 
 
 class CountTokensRequest(MessagesRequest):
-    """A request of POST /v1/messages/count_tokens, which is not answered."""
+    """A request of POST /v1/messages/count_tokens, which generates nothing."""
 
     max_tokens: int = 1
 
@@ -218,7 +218,7 @@ def _tool_choice(choice: ToolChoice, tools: list[dict[str, Any]]) -> str:
 
 
 def template_options(state: ServerState, request: MessagesRequest, messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the arguments of the chat template. An answer continues the message that ends a conversation."""
+    """Return the arguments of the chat template. A response continues the message that ends a conversation."""
     options = {} if request.thinking.type == "adaptive" else thinking_option(state, request.thinking.type != "disabled")
     last = messages[-1] if messages else {}
     if last.get("role") == "assistant" and last["content"] and "tool_calls" not in last:
@@ -235,12 +235,12 @@ def conversation(state: ServerState, request: MessagesRequest, http: Request) ->
     )
     params = fields.to_params(
         state,
-        http,
         max_tokens=request.max_tokens,
         structured_outputs=form and StructuredOutputsParams(json=form.schema_),
         output_kind=None if request.stream else RequestOutputKind.FINAL_ONLY,
     )
     return Conversation(
+        http=http,
         messages=messages,
         params=params,
         tools=tools,
@@ -261,12 +261,12 @@ def routes(state: ServerState) -> APIRouter:
     async def create_message(request: MessagesRequest, http: Request) -> Response:
         check_model(state, request.model)
         writer = MessageWriter(f"msg_{uuid4().hex}", state.model_names[0], request.max_tokens)
-        pieces = answer(state, conversation(state, request, http), writer.message_id)
+        pieces = generate(state, conversation(state, request, http), writer.message_id)
         return await reply(pieces, writer, is_stream=request.stream, error_event=anthropic_error)
 
     @router.post("/v1/messages/count_tokens")
     async def count_tokens(request: CountTokensRequest, http: Request) -> Response:
         check_model(state, request.model)
-        return JsonAnswer({"input_tokens": await count_prompt_tokens(state, conversation(state, request, http))})
+        return JsonResponse({"input_tokens": await count_prompt_tokens(state, conversation(state, request, http))})
 
     return router

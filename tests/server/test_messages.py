@@ -11,7 +11,7 @@ from nanovllm import AsyncLLM, StructuredOutputsParams  # noqa: E402
 from nanovllm.server.events import CallArguments, CallStart  # noqa: E402
 from nanovllm.server.generation import Piece, SamplePiece  # noqa: E402
 from nanovllm.server.messages import MessagesRequest, chat_messages  # noqa: E402
-from nanovllm.server.messages_answer import MessageWriter  # noqa: E402
+from nanovllm.server.messages_writer import MessageWriter  # noqa: E402
 from tests.models.tiny import save_tiny_with_tokenizer  # noqa: E402
 from tests.server import real_clients  # noqa: E402
 from tests.server.real_clients import MODEL  # noqa: E402
