@@ -52,8 +52,9 @@ class LLMEngine:
     Only one thread at a time may use it: the calls of others raise RuntimeError meanwhile (`AsyncLLM` serves many at
     once). A forked child cannot use it. `close` gives back its memory and its processes.
 
-    A method opens a section (`guard.Section`), so that neither an interrupt nor another thread sees half of a change;
-    sections may be nested. If `x` has a part `_x`, that expects an open section. The guard's checks change nothing.
+    Methods that change the state open a section (`guard.Section`), so that neither an interrupt nor another thread sees
+    half of a change; sections may be nested. If `x` has a part `_x`, this part expects an open section. The guard's own
+    checks change nothing.
 
     Args:
         model: see `Config`.
@@ -446,6 +447,7 @@ class LLMEngine:
             self._ensure_usable(needs, allow_partial_weights)
 
     def _ensure_usable(self, needs: Collection[str] = MEMORY, allow_partial_weights: bool = False) -> None:
+        """Do the same in an open section. A subclass may first make the engine usable."""
         self.guard.check_usable(needs, allow_partial_weights)
 
     def reserved(self) -> AbstractContextManager[None]:
