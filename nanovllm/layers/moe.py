@@ -181,11 +181,15 @@ class SparseMoE(nn.Module):
             self.shared_expert = MLP(hidden_size, config.shared_intermediate_size, **options)
 
     def forward(self, x: Normed) -> "PendingExperts":
-        if not self.experts.format.is_gemv(x.x, self.gate.config.experts_per_token):
+        if not self.experts.format.fuses_norm(x.x, self.gate.config.experts_per_token):
             x = x.computed()
         ids, weights, gate = self.gate.choose(x)
         shared = None if self.shared_expert is None else (self.shared_expert(x).summand(), gate)
         return PendingExperts(self.experts, x, ids, weights, shared)
+
+    def compile_sizes(self, max_tokens: int) -> list[int]:
+        """Return the numbers of tokens, up to `max_tokens`, at which the experts' kernels or tiles change."""
+        return self.experts.format.compile_sizes(self.gate.config.experts_per_token, max_tokens)
 
 
 @dataclass(eq=False)

@@ -21,6 +21,7 @@ from nanovllm.ops.fp8.quantize import PendingSwiglu
 from nanovllm.ops.inputs.embedding import embedding
 from nanovllm.ops.linear import linear as ops_linear
 from nanovllm.ops.linear.silu_mul import silu_mul
+from nanovllm.ops.moe.dispatch import expert_compile_sizes
 from nanovllm.ops.moe.experts import Shared, check_expert_sizes, experts, is_expert_gemv
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.weights.parameter import make_parameter
@@ -209,7 +210,7 @@ class Packed(WeightFormat):
 
 
 class ExpertFormat(ABC):
-    """The weights of experts, gate and up [E, 2 I, H] and down [E, H, I], and what computes with them."""
+    """The weights of experts, gate and up [E, 2 I, H] and down [E, H, I]. This base class has no fused kernels."""
 
     gate_up: nn.Parameter
     down: nn.Parameter
@@ -219,9 +220,13 @@ class ExpertFormat(ABC):
         """The parameters of gate and up, and those of down, by the ends of their names in checkpoints."""
         return {"": (self.gate_up, self.down)}
 
-    def is_gemv(self, x: torch.Tensor, top_k: int) -> bool:
+    def fuses_norm(self, x: torch.Tensor, top_k: int) -> bool:
         """Return whether `run` computes x [T, H] with kernels that normalize x themselves."""
-        return is_expert_gemv(x, self.down, top_k)
+        return False
+
+    def compile_sizes(self, top_k: int, max_tokens: int) -> list[int]:
+        """Return the numbers of tokens, up to `max_tokens`, at which `run` starts to use other kernels or tiles."""
+        return []
 
     @abstractmethod
     def run(
@@ -278,6 +283,12 @@ class PlainExperts(ExpertFormat):
             make_parameter(num_experts, 2 * inner, hidden, dtype=dtype, weight_loader=load_gate_up),
             make_parameter(num_experts, hidden, inner, dtype=dtype, weight_loader=load_down),
         )
+
+    def fuses_norm(self, x: torch.Tensor, top_k: int) -> bool:
+        return is_expert_gemv(x, self.down, top_k)
+
+    def compile_sizes(self, top_k: int, max_tokens: int) -> list[int]:
+        return expert_compile_sizes(len(self.down), top_k, max_tokens)
 
     def run(self, x, ids, weights, norm=None, residual=None, shared=None) -> torch.Tensor:
         return experts(x, self.gate_up, self.down, ids, weights, norm=norm, residual=residual, shared=shared)

@@ -21,6 +21,8 @@ from nanovllm.ops.fp8.linear import (
 )
 from nanovllm.ops.fp8.quantize import PendingSwiglu
 from nanovllm.ops.fp8.reference import BLOCK, FP8, Block, dequantize, quantize_weight, scale_shape
+from nanovllm.ops.moe.dispatch import FP8_TILINGS, expert_compile_sizes
+from nanovllm.ops.moe.experts import is_expert_gemv
 from nanovllm.weights.formats import (
     AllocateExperts,
     AllocateWeight,
@@ -342,6 +344,12 @@ class Fp8Experts(ExpertFormat):
     @property
     def parameters(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         return {"": (self.gate_up, self.down), self.suffix: (self.gate_up_scale, self.down_scale)}
+
+    def fuses_norm(self, x: torch.Tensor, top_k: int) -> bool:
+        return is_expert_gemv(x, self.down, top_k)
+
+    def compile_sizes(self, top_k: int, max_tokens: int) -> list[int]:
+        return expert_compile_sizes(len(self.down), top_k, max_tokens, FP8_TILINGS)
 
     def run(self, x, ids, weights, norm=None, residual=None, shared=None) -> torch.Tensor:
         operands = self.gate_up, self.gate_up_scale, self.down, self.down_scale

@@ -388,6 +388,19 @@ def test_gates_of_recurrent_layers_routers_and_the_head_are_never_in_fp8():
     assert "layers.0.linear_attn.gates_proj" in formats and "layers.0.mlp.gate" in formats and "lm_head" in formats
 
 
+@pytest.mark.usefixtures("fp8_kernels")
+def test_compiled_sizes_are_those_of_the_experts_kernels_also_where_a_checkpoint_excludes_experts():
+    config = model_in_fp8("experts", BLOCKS)[0]
+    mixed = dataclasses.replace(config, quantization=scheme(modules_to_not_convert=["model.layers.1.mlp"]))
+    plain = dataclasses.replace(config, quantization=scheme(modules_to_not_convert=["mlp.experts"]))
+    in_fp8, in_both, excluded, unquantized = (
+        set(Decoder(config).compile_sizes(8192))
+        for config in (config, mixed, plain, dataclasses.replace(config, quantization=None))
+    )
+    assert excluded == unquantized != in_fp8
+    assert in_both == in_fp8 | unquantized
+
+
 def test_weights_that_no_kernel_can_read_are_dequantised(monkeypatch):
     monkeypatch.setattr(fp8, "has_fp8_kernels", lambda device, dtype, block: True)
     allocate = LayerFormats(Fp8Scheme()).weight("o_proj")
