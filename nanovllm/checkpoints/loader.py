@@ -19,8 +19,8 @@ from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import UNUSED_TENSORS, ModelConfig
 from nanovllm.ops.fp8.reference import quantize_weight, scale_shape
 from nanovllm.progress import ProgressBar
-from nanovllm.weights.fp8 import BAD_SCALE, Fp8Loading, is_fp8_in_checkpoint, is_valid
-from nanovllm.weights.parameter import CheckpointTensor, MergedTensor, is_scale
+from nanovllm.weights.fp8 import Fp8Loading, is_fp8_in_checkpoint
+from nanovllm.weights.parameter import BAD_SCALE, CheckpointTensor, MergedTensor, is_scale, is_valid
 
 logger = logging.getLogger(__name__)
 

@@ -78,10 +78,9 @@ class Shard:
         return select(loaded, rows[:: row_block_of(param)] // block)
 
     def alignment(self, offset: int) -> int:
-        """Return the largest number of which all runs of successive rows start at multiples; 0 if all start at 0.
+        """Return the GCD of the start rows of all runs of consecutive checkpoint rows; 0 if all start at row 0.
 
-        Args:
-            offset: the first row of this shard in the layer. Runs start at multiples in the layer, too.
+        The start rows are those in the checkpoint and in the layer, where this shard starts at row `offset`.
         """
         if self.order is None:
             return math.gcd(self.start, offset)
@@ -122,7 +121,9 @@ class ColumnParallelLinear(LinearLayer):
             self.rows[shard_id] = slice(rows, rows + shard.size)
             rows += shard.size
         alignment = math.gcd(*(shard.alignment(self.rows[shard_id].start) for shard_id, shard in shards.items()))
-        self.set_format(allocate_weight(rows, in_features, dtype, self.weight_loader, alignment))
+        self.set_format(
+            allocate_weight(rows, in_features, dtype=dtype, weight_loader=self.weight_loader, alignment=alignment)
+        )
         self.bias = make_parameter(rows, dtype=dtype, weight_loader=self.weight_loader) if bias else None
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId) -> None:
@@ -275,7 +276,7 @@ class RowParallelLinear(LinearLayer):
         self.in_features = in_features
         size = divide("input size of a row-parallel layer", in_features, self.tp)
         self.columns = slice(self.tp.rank * size, (self.tp.rank + 1) * size)
-        self.set_format(allocate_weight(out_features, size, dtype, self.weight_loader, 0))
+        self.set_format(allocate_weight(out_features, size, dtype=dtype, weight_loader=self.weight_loader, alignment=0))
         self.bias = make_parameter(out_features, dtype=dtype) if bias else None
         self.zero_bias: torch.Tensor
         self.register_buffer("zero_bias", torch.zeros(out_features, dtype=dtype), persistent=False)
@@ -315,27 +316,29 @@ class PendingGemm:
     def __radd__(self, residual: Residual) -> Residual:
         """Run the GEMM and add it to the residual stream, whose memory may be overwritten."""
         layer, x = self.layer, self.x
-        tp, weight, counters = layer.tp, layer.format, get_counters()
+        tp = layer.tp
+        weight_format = layer.format
+        counters = get_counters()
         stream = residual.sum()
         bias = layer.bias if tp.rank == 0 else None  # an all-reduce must add it once
-        adder = weight.choose_adder(x, stream, tp.size, tp.peers)
+        adder = weight_format.choose_adder(x, stream, tp.size, tp.peers)
         if adder is Adder.ALL_REDUCE_GEMV:
             # Every rank adds the bias, after the all-reduce.
-            return Residual(weight.linear_add(x, layer.bias, stream, peers=tp.peers), tp)
+            return Residual(weight_format.linear_add(x, layer.bias, stream, peers=tp.peers), tp)
         if adder is Adder.NEXT_NORM:
-            if bias is None and weight.wants_zero_bias(x):
+            if bias is None and weight_format.wants_zero_bias(x):
                 bias = layer.zero_bias
-            return Residual(weight.linear(x, bias, counters=counters), tp, base=stream, is_partial=True)
+            return Residual(weight_format.linear(x, bias, counters=counters), tp, base=stream, is_partial=True)
         if adder is Adder.SLICED_GEMM and tp.overlapped is not None:
             for tokens in tp.overlapped.slices(stream):
                 if tp.rank == 0:
-                    weight.linear_add(x[tokens], bias, stream[tokens])
+                    weight_format.linear_add(x[tokens], bias, stream[tokens])
                 else:
-                    weight.matmul_into(stream[tokens], x[tokens])
+                    weight_format.matmul_into(stream[tokens], x[tokens])
             return Residual.from_summand(stream, tp)
         if tp.rank == 0:
-            return Residual.from_summand(weight.linear_add(x, bias, stream, counters), tp)
-        return Residual.from_summand(weight.linear(x, counters=counters), tp)
+            return Residual.from_summand(weight_format.linear_add(x, bias, stream, counters), tp)
+        return Residual.from_summand(weight_format.linear(x, counters=counters), tp)
 
     def summand(self) -> torch.Tensor:
         """Run the GEMM without a bias. Return this rank's summand [T, out_features]."""

@@ -10,7 +10,7 @@ chooses a format for each layer.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -106,12 +106,27 @@ class WeightFormat(ABC):
         return False
 
 
-# Makes a format for a weight of the given rows, columns and dtype, uninitialised on the current default device. The
-# fourth argument becomes the `weight_loader` of all parameters. Parameters with an element for each block of the
-# weight, such as scales, are made with that `block`; see `make_parameter`. The last argument is the layer's alignment:
-# runs of rows that are successive in the checkpoint start at multiples of it there, and in the layer. If it is no
-# multiple of a block's rows, such parameters need a row for each row of the weight.
-AllocateWeight: TypeAlias = Callable[[int, int, torch.dtype | None, Callable[..., None], int], WeightFormat]
+class AllocateWeight(Protocol):
+    """Makes a format, with uninitialized parameters on the current default device.
+
+    Args:
+        rows, columns: sizes of the weight on this rank.
+        dtype: dtype of the activations; torch's default if None.
+        weight_loader: loads all parameters.
+        alignment: every run of consecutive checkpoint rows starts at a multiple of this, in the checkpoint and in the
+            layer; 0 if all start at row 0. If it is not a multiple of the rows of a block of scales, a block may
+            straddle two shards, so the parameter needs a row of scales for each row of the weight (`row_block=1`).
+    """
+
+    def __call__(
+        self,
+        rows: int,
+        columns: int,
+        *,
+        dtype: torch.dtype | None,
+        weight_loader: Callable[..., None],
+        alignment: int,
+    ) -> WeightFormat: ...
 
 
 class Plain(WeightFormat):
@@ -131,6 +146,7 @@ class Plain(WeightFormat):
         cls,
         rows: int,
         columns: int,
+        *,
         dtype: torch.dtype | None,
         weight_loader: Callable[..., None],
         alignment: int = 0,
@@ -246,7 +262,7 @@ class ExpertSizes(NamedTuple):
 
     Attributes:
         num_experts, hidden, inner: E, H and I.
-        alignment: the inner size starts in the checkpoint and ends in the layer at multiples of this number.
+        alignment: the alignment of gate and up; see AllocateWeight.
     """
 
     num_experts: int
@@ -255,11 +271,21 @@ class ExpertSizes(NamedTuple):
     alignment: int
 
 
-# Makes a format of the given sizes and dtype, uninitialised on the current default device. The other arguments become
-# the `weight_loader` of the parameters of gate and up, and of down. See AllocateWeight for those with blocks.
-AllocateExperts: TypeAlias = Callable[
-    [ExpertSizes, torch.dtype | None, Callable[..., None], Callable[..., None]], ExpertFormat
-]
+class AllocateExperts(Protocol):
+    """Makes a format of these sizes, as AllocateWeight does.
+
+    Args:
+        load_gate_up, load_down: load the parameters of gate and up, and those of down.
+    """
+
+    def __call__(
+        self,
+        sizes: ExpertSizes,
+        *,
+        dtype: torch.dtype | None,
+        load_gate_up: Callable[..., None],
+        load_down: Callable[..., None],
+    ) -> ExpertFormat: ...
 
 
 class PlainExperts(ExpertFormat):
@@ -272,6 +298,7 @@ class PlainExperts(ExpertFormat):
     def allocate(
         cls,
         sizes: ExpertSizes,
+        *,
         dtype: torch.dtype | None,
         load_gate_up: Callable[..., None],
         load_down: Callable[..., None],

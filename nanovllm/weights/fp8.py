@@ -33,12 +33,13 @@ from nanovllm.weights.formats import (
     WeightFormat,
 )
 from nanovllm.weights.parameter import (
+    BAD_SCALE,
     FLOATS,
     CheckpointTensor,
     MergedTensor,
     check_dtype,
     check_shape,
-    is_finite,
+    is_valid,
     make_parameter,
 )
 
@@ -147,13 +148,14 @@ class Fp8Scheme:
         self,
         rows: int,
         columns: int,
+        *,
         dtype: torch.dtype | None,
         weight_loader: Callable[..., None],
         alignment: int,
     ) -> WeightFormat:
         """Make a weight that the checkpoint has in FP8; see AllocateWeight. It is Plain where no kernel can read it."""
         if not self._is_computed(dtype, columns):
-            weight_format = Plain.allocate(rows, columns, dtype, weight_loader, alignment)
+            weight_format = Plain.allocate(rows, columns, dtype=dtype, weight_loader=weight_loader, alignment=alignment)
         else:
             params = self._make((rows, columns), weight_loader, alignment)
             weight_format = Fp8(*params, scale_name=f"weight{self.suffix}")
@@ -163,6 +165,7 @@ class Fp8Scheme:
     def allocate_experts(
         self,
         sizes: ExpertSizes,
+        *,
         dtype: torch.dtype | None,
         load_gate_up: Callable[..., None],
         load_down: Callable[..., None],
@@ -170,7 +173,7 @@ class Fp8Scheme:
         """Make experts that the checkpoint has in FP8; see AllocateExperts."""
         num_experts, hidden, inner, alignment = sizes
         if not self._is_computed(dtype, hidden, inner):
-            expert_format = PlainExperts.allocate(sizes, dtype, load_gate_up, load_down)
+            expert_format = PlainExperts.allocate(sizes, dtype=dtype, load_gate_up=load_gate_up, load_down=load_down)
         else:
             gate_up = self._make((num_experts, 2 * inner, hidden), load_gate_up, alignment)
             down = self._make((num_experts, hidden, inner), load_down, alignment=0)
@@ -191,7 +194,7 @@ class Fp8Scheme:
         """Make the parameters of a weight [..., N, K] and of its scales."""
         row_block = 1 if alignment % self.block[0] else self.block[0]
         scales = scale_shape(shape, (row_block, self.block[1]))
-        options = {"weight_loader": weight_loader, "block": self.block, "row_block": row_block}
+        options = {"weight_loader": weight_loader, "block": self.block, "row_block": row_block, "is_scale": True}
         weight = make_parameter(*shape, dtype=FP8, weight_loader=weight_loader)
         return weight, make_parameter(*scales, dtype=torch.float32, **options)
 
@@ -454,11 +457,3 @@ class Fp8Loading:
     def _device(self, name: str) -> torch.device:
         """Return the device of the parameter that loads this tensor."""
         return self.targets[name if name in self.targets else next(iter(self.merged[name]))].param.device
-
-
-BAD_SCALE = "has values that are NaN, infinite or negative"
-
-
-def is_valid(values: torch.Tensor, is_scale: bool) -> torch.Tensor:
-    """Return whether values are finite, and not negative if they are scales: a bool on their device."""
-    return is_finite(values) & (values >= 0).all() if is_scale else is_finite(values)

@@ -1,10 +1,8 @@
 """Parameters that load themselves, and the checkpoint tensors that they load.
 
 A parameter has the attribute `weight_loader(param, loaded, shard_id=None)`, which copies this rank's slice of a whole
-checkpoint tensor. `shard_id` names the shard of a merged parameter. The attribute `block` is the number of rows and of
-columns of a weight that one element of the checkpoint tensor covers: (1, 1) for the weight itself, more for scales of
-blocks. The attribute `row_block` is the number of rows that one element of the parameter covers: as many, or 1 if a
-shard does not consist of whole blocks.
+checkpoint tensor. `shard_id` names the shard of a merged parameter. The other attributes are the arguments of
+`make_parameter`, which describe weights that are packed, and scales.
 
 Checkpoints differ in which tensors they merge. Layers declare the separate tensors, and in which merged tensor some
 checkpoints have them.
@@ -22,6 +20,7 @@ from nanovllm.arithmetic import ceil_div
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # loading converts between these
 
 ShardId = str | int  # names a shard of a merged parameter, as in nano-vLLM: "q", "k", "v", 0 or 1
+BAD_SCALE = "has values that are NaN, infinite or negative"
 Index: TypeAlias = slice | tuple[int | slice, ...]  # of a part of a tensor
 
 
@@ -128,8 +127,8 @@ def block_of(param: nn.Parameter) -> tuple[int, int]:
 
 
 def is_scale(param: nn.Parameter) -> bool:
-    """Return whether the parameter has scales of a weight, one for each block."""
-    return block_of(param) != (1, 1)
+    """Return whether the parameter has scales of a weight, which are not negative."""
+    return getattr(param, "is_scale", False)
 
 
 def row_block_of(param: nn.Parameter) -> int:
@@ -137,13 +136,15 @@ def row_block_of(param: nn.Parameter) -> int:
     return getattr(param, "row_block", 1)
 
 
-def is_finite(x: torch.Tensor) -> torch.Tensor:
-    """Return whether a parameter, or a part of one, has no NaN and no infinity: a bool on its device."""
-    # `aminmax` reads x once, but lacks dtypes such as float8. These are converted in chunks, because a GPU may lack
-    # memory for another copy of x.
-    chunks = [x] if x.dtype in FLOATS else (chunk.bfloat16() for chunk in x.split(4096))
-    extremes = [extreme for chunk in chunks for extreme in torch.aminmax(chunk)]  # NaN if the chunk has a NaN
-    return torch.stack(extremes).isfinite().all()
+def is_valid(values: torch.Tensor, is_scale: bool) -> torch.Tensor:
+    """Return whether values are finite, and not negative if they are scales: a bool on their device."""
+    # `aminmax` reads the values once, but lacks dtypes such as float8. These are converted in chunks, because a GPU may
+    # lack memory for another copy of them.
+    chunks = [values] if values.dtype in FLOATS else (chunk.bfloat16() for chunk in values.split(4096))
+    # Both are NaN if the chunk has a NaN.
+    extremes = torch.stack([extreme for chunk in chunks for extreme in torch.aminmax(chunk)])
+    is_finite = extremes.isfinite().all()
+    return is_finite & (extremes >= 0).all() if is_scale else is_finite
 
 
 def load_whole(param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
@@ -163,17 +164,21 @@ def make_parameter(
     weight_loader: Callable[..., None] = load_whole,
     block: tuple[int, int] = (1, 1),
     row_block: int | None = None,
+    is_scale: bool = False,
 ) -> nn.Parameter:
-    """Make an uninitialised parameter without gradient on the current default device.
+    """Make an uninitialized parameter without gradient on the current default device.
 
     Args:
-        block: how many rows and columns of a weight one element of the checkpoint tensor covers.
-        row_block: how many rows one element of the parameter covers; block[0] if None.
+        block: how many rows and columns of a weight one element of the checkpoint tensor covers: more than (1, 1) for
+            scales, and for weights that have several values in an element.
+        row_block: how many rows one element of the parameter covers; block[0] if None. 1 if shards split blocks.
+        is_scale: whether the elements are scales. Loading refuses negative ones.
     """
     param = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
     param.weight_loader = weight_loader  # pyright: ignore[reportAttributeAccessIssue]
     param.block = block  # pyright: ignore[reportAttributeAccessIssue]
     param.row_block = block[0] if row_block is None else row_block  # pyright: ignore[reportAttributeAccessIssue]
+    param.is_scale = is_scale  # pyright: ignore[reportAttributeAccessIssue]
     return param
 
 
