@@ -37,7 +37,6 @@ class LinearLayer(nn.Module):
     """A layer whose weight has a format: loading may change it, and it owns the matmul (see weights/formats.py)."""
 
     format: WeightFormat
-    weight: nn.Parameter
 
     def set_format(self, weight_format: WeightFormat) -> None:
         """Use this format, and register its parameters under their names in checkpoints."""

@@ -14,7 +14,7 @@ from nanovllm.layers.residual import Normed, Residual
 from nanovllm.ops.moe.experts import Shared
 from nanovllm.ops.moe.router import route
 from nanovllm.weights.formats import ExpertSizes, Plain
-from nanovllm.weights.fp8 import PLAIN_FORMATS, LayerFormats
+from nanovllm.weights.layer_formats import PLAIN_FORMATS, LayerFormats
 from nanovllm.weights.parameter import (
     CheckpointTensor,
     MergedTensor,

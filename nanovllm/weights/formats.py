@@ -3,13 +3,11 @@
 A format owns its parameters, their conversion after loading, and its GEMMs. The layer owns the bias, the sharding and
 the names in the checkpoint, of which a format gives the last part.
 
-To add a format, subclass WeightFormat. Write an `allocate` as AllocateWeight describes it, `parameters`, and `matmul`
-for any number of tokens. Override the other methods if fused kernels can read the format. `LayerFormats` in fp8.py
-chooses a format for each layer.
+To add a format, subclass WeightFormat: set `parameters`, and write `matmul` for any number of tokens. Override the
+other methods if fused kernels can read the format. A scheme (quantization.py) makes the formats of quantized weights.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,18 +22,17 @@ from nanovllm.ops.linear.silu_mul import silu_mul
 from nanovllm.ops.moe.dispatch import expert_compile_sizes
 from nanovllm.ops.moe.experts import Shared, check_expert_sizes, experts, is_expert_gemv
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
-from nanovllm.weights.parameter import make_parameter
+from nanovllm.weights.parameter import WeightLoader, make_parameter
 
 
 class WeightFormat(ABC):
-    """A linear layer's weight. This base class has no fused kernels."""
+    """A linear layer's weight. This base class has no fused kernels.
 
-    weight: nn.Parameter
+    Attributes:
+        parameters: the parameters, by the last part of their names in checkpoints.
+    """
 
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters, by the last part of their names in checkpoints."""
-        return {"weight": self.weight}
+    parameters: dict[str, nn.Parameter]
 
     @abstractmethod
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -119,13 +116,7 @@ class AllocateWeight(Protocol):
     """
 
     def __call__(
-        self,
-        rows: int,
-        columns: int,
-        *,
-        dtype: torch.dtype | None,
-        weight_loader: Callable[..., None],
-        alignment: int,
+        self, rows: int, columns: int, *, dtype: torch.dtype | None, weight_loader: WeightLoader, alignment: int
     ) -> WeightFormat: ...
 
 
@@ -139,17 +130,12 @@ class Plain(WeightFormat):
 
     def __init__(self, weight: nn.Parameter, is_shared: bool = False):
         self.weight = weight
+        self.parameters = {"weight": weight}
         self.is_shared = is_shared
 
     @classmethod
     def allocate(
-        cls,
-        rows: int,
-        columns: int,
-        *,
-        dtype: torch.dtype | None,
-        weight_loader: Callable[..., None],
-        alignment: int = 0,
+        cls, rows: int, columns: int, *, dtype: torch.dtype | None, weight_loader: WeightLoader, alignment: int = 0
     ) -> "Plain":
         """Make the parameter [rows, columns]; see AllocateWeight."""
         return cls(make_parameter(rows, columns, dtype=dtype, weight_loader=weight_loader))
@@ -203,6 +189,7 @@ class Packed(WeightFormat):
     def __init__(self, plain: Plain):
         self.plain = plain
         self.weight = plain.weight
+        self.parameters = plain.parameters
         self.packed = torch.ops.mkldnn._reorder_linear_weight(plain.weight)
         if not plain.is_shared:
             self.weight.data = self.weight.data.new_empty(0)
@@ -226,15 +213,13 @@ class Packed(WeightFormat):
 
 
 class ExpertFormat(ABC):
-    """The weights of experts, gate and up [E, 2 I, H] and down [E, H, I]. This base class has no fused kernels."""
+    """The weights of experts, gate and up [E, 2 I, H] and down [E, H, I]. This base class has no fused kernels.
 
-    gate_up: nn.Parameter
-    down: nn.Parameter
+    Attributes:
+        parameters: the parameters of gate and up, and those of down, by the ends of their names in checkpoints.
+    """
 
-    @property
-    def parameters(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """The parameters of gate and up, and those of down, by the ends of their names in checkpoints."""
-        return {"": (self.gate_up, self.down)}
+    parameters: dict[str, tuple[nn.Parameter, nn.Parameter]]
 
     def fuses_norm(self, x: torch.Tensor, top_k: int) -> bool:
         """Return whether `run` computes x [T, H] with kernels that normalize x themselves."""
@@ -279,12 +264,7 @@ class AllocateExperts(Protocol):
     """
 
     def __call__(
-        self,
-        sizes: ExpertSizes,
-        *,
-        dtype: torch.dtype | None,
-        load_gate_up: Callable[..., None],
-        load_down: Callable[..., None],
+        self, sizes: ExpertSizes, *, dtype: torch.dtype | None, load_gate_up: WeightLoader, load_down: WeightLoader
     ) -> ExpertFormat: ...
 
 
@@ -293,15 +273,11 @@ class PlainExperts(ExpertFormat):
 
     def __init__(self, gate_up: nn.Parameter, down: nn.Parameter):
         self.gate_up, self.down = gate_up, down
+        self.parameters = {"": (gate_up, down)}
 
     @classmethod
     def allocate(
-        cls,
-        sizes: ExpertSizes,
-        *,
-        dtype: torch.dtype | None,
-        load_gate_up: Callable[..., None],
-        load_down: Callable[..., None],
+        cls, sizes: ExpertSizes, *, dtype: torch.dtype | None, load_gate_up: WeightLoader, load_down: WeightLoader
     ) -> "PlainExperts":
         """Make the parameters; see AllocateExperts."""
         num_experts, hidden, inner, _ = sizes

@@ -120,6 +120,7 @@ class Int4(WeightFormat):
     def __init__(self, plain: Plain):
         self.plain = plain
         self.weight = plain.weight
+        self.parameters = plain.parameters
         self.shape = self.weight.shape
         groups = quantize_4_bits(self.weight)
         self.is_doubled = groups is None
@@ -190,7 +191,7 @@ class CompressedTable(Table):
 
 def compressing(weight_format: WeightFormat) -> WeightFormat:
     """Return a format that compresses its weight once it is loaded, if `weight_format` is plain and float32."""
-    if type(weight_format) not in (Plain, Table) or weight_format.weight.dtype != torch.float32:
+    if not isinstance(weight_format, Plain) or weight_format.weight.dtype != torch.float32:
         return weight_format
-    make = CompressingTable if isinstance(weight_format, Table) else Compressing
-    return make(weight_format.weight, weight_format.is_shared)  # pyright: ignore[reportAttributeAccessIssue]
+    make = {Plain: Compressing, Table: CompressingTable}.get(type(weight_format))
+    return weight_format if make is None else make(weight_format.weight, weight_format.is_shared)

@@ -8,7 +8,7 @@ Checkpoints differ in which tensors they merge. Layers declare the separate tens
 checkpoints have them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -19,6 +19,7 @@ from nanovllm.arithmetic import ceil_div
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # loading converts between these
 
+WeightLoader: TypeAlias = Callable[..., None]  # see above
 ShardId = str | int  # names a shard of a merged parameter, as in nano-vLLM: "q", "k", "v", 0 or 1
 BAD_SCALE = "has values that are NaN, infinite or negative"
 Index: TypeAlias = slice | tuple[int | slice, ...]  # of a part of a tensor
@@ -131,6 +132,17 @@ def is_scale(param: nn.Parameter) -> bool:
     return getattr(param, "is_scale", False)
 
 
+def mark_quantized(params: Iterable[nn.Parameter]) -> None:
+    """Remember that the checkpoint has these weights quantized, whatever the dtypes of the parameters are."""
+    for param in params:
+        param.is_quantized_in_checkpoint = not is_scale(param)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_quantized_in_checkpoint(param: nn.Parameter) -> bool:
+    """Return whether the checkpoint has the weight quantized, or loading quantizes it."""
+    return getattr(param, "is_quantized_in_checkpoint", False)
+
+
 def row_block_of(param: nn.Parameter) -> int:
     """Return how many rows of a weight one element of the parameter covers."""
     return getattr(param, "row_block", 1)
@@ -161,7 +173,7 @@ def select(loaded: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
 def make_parameter(
     *shape: int,
     dtype: torch.dtype | None = None,
-    weight_loader: Callable[..., None] = load_whole,
+    weight_loader: WeightLoader = load_whole,
     block: tuple[int, int] = (1, 1),
     row_block: int | None = None,
     is_scale: bool = False,

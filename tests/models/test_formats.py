@@ -25,6 +25,7 @@ class MinimalFormat(WeightFormat):
 
     def __init__(self, weight):
         self.weight = weight
+        self.parameters = {"weight": weight}
 
     def matmul(self, x, bias=None):
         return F.linear(x, self.weight, bias)

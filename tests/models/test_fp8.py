@@ -23,8 +23,10 @@ from nanovllm.ops.fp8.reference import (
     quantize_weight,
 )
 from nanovllm.weights import fp8
-from nanovllm.weights.fp8 import WHOLE_ROW, Fp8, Fp8Experts, Fp8Scheme, LayerFormats
+from nanovllm.weights.fp8 import WHOLE_ROW, Fp8, Fp8Experts, Fp8Scheme
+from nanovllm.weights.layer_formats import LayerFormats
 from nanovllm.weights.parameter import in_blocks
+from nanovllm.weights.quantization_config import read_scheme
 from tests.models.fp8 import blocks, compressed, quantized, use_references
 from tests.models.tiny import separate_experts, tiny_model
 
@@ -90,7 +92,7 @@ def test_shape_of_scales_says_what_they_cover():
 
 
 def scheme(**changes) -> Fp8Scheme:
-    return Fp8Scheme.from_hf(blocks() | changes)
+    return read_scheme(blocks() | changes)
 
 
 def changed_group(**changes) -> dict:
@@ -104,12 +106,12 @@ def changed_group(**changes) -> dict:
 def test_schemes_of_checkpoints_are_read():
     assert (scheme().block, scheme().scale_name("x.weight")) == ((128, 128), "x.weight_scale_inv")
     assert scheme(weight_block_size=[64, 32]).block == (64, 32)
-    rows = Fp8Scheme.from_hf(ROWS)
+    rows = read_scheme(ROWS)
     assert (rows.block, rows.scale_name("x.weight")) == ((1, WHOLE_ROW), "x.weight_scale")
     by_blocks = changed_group(
         weights={"strategy": "block", "block_structure": [128, 128]}, input_activations={"strategy": "group"}
     )
-    by_blocks = Fp8Scheme.from_hf(by_blocks)
+    by_blocks = read_scheme(by_blocks)
     assert (by_blocks.block, by_blocks.scale_name("x.weight")) == ((128, 128), "x.weight_scale")
 
 
@@ -168,12 +170,12 @@ def test_other_quantisations_are_refused_by_name(options, named):
     ],
 )
 def test_excluded_modules_are_matched_like_in_their_libraries(options, name, is_covered):
-    assert Fp8Scheme.from_hf(options).covers(name) is is_covered
+    assert read_scheme(options).covers(name) is is_covered
 
 
 def test_pattern_that_takes_for_ever_is_refused(monkeypatch):
-    monkeypatch.setattr("nanovllm.weights.fp8._MATCH_SECONDS", 0.05)
-    exponential = Fp8Scheme.from_hf(compressed(ignore=["re:model.(x|x|xx)+[a-w]"]))
+    monkeypatch.setattr("nanovllm.weights.quantization._MATCH_SECONDS", 0.05)
+    exponential = read_scheme(compressed(ignore=["re:model.(x|x|xx)+[a-w]"]))
     with pytest.raises(ValueError, match="quantization_config takes too long for the module xxx"):
         exponential.covers("x" * 60)
 
