@@ -14,8 +14,8 @@ from nanovllm.layers.linear import GateUpParallelLinear, LinearLayer, QKVParalle
 from nanovllm.layers.moe import Experts, MoEConfig
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import ModelConfig
+from nanovllm.ops.float8 import FP8
 from nanovllm.ops.fp8.reference import (
-    FP8,
     block_of_scale,
     dequantize,
     linear_fp8_torch,
