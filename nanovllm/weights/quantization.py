@@ -38,11 +38,6 @@ class StoredTensor(NamedTuple):
     dtype: torch.dtype
     is_scale: bool = False
 
-    def check(self, tensor: torch.Tensor) -> None:
-        """Raise ValueError if `tensor` has another dtype or shape."""
-        check_dtype(tensor, self.dtype)
-        check_shape(tensor, self.shape)
-
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationScheme(ABC):
@@ -157,10 +152,13 @@ class QuantizedLoading:
         merged: Mapping[str, Mapping[str, MergedTensor]],
     ):
         self.scheme, self.targets = scheme, targets
-        self.shapes = {name: part.shape for name, parts in merged.items() for part in parts.values()}
-        self.shapes |= {name: target.shape for name, target in targets.items()}
+        shapes = {name: target.shape for name, target in targets.items()}
+        shapes |= {name: part.shape for name, parts in merged.items() for part in parts.values()}
+        self.stored = {name: scheme.stored(name, shape) for name, shape in shapes.items() if len(shape) > 1}
+        self.known = shapes.keys()
         self.device = next(iter(targets.values())).param.device
-        self.waiting: dict[str, dict[str, torch.Tensor]] = {}  # by the names of weights and of tensors
+        # By the names of weights and of their tensors.
+        self.waiting: dict[str, dict[str, torch.Tensor]] = {}
         self.dequantized: set[str] = set()
 
     def dequantize_if_needed(self, name: str, loaded: torch.Tensor) -> tuple[str, torch.Tensor] | None:
@@ -173,8 +171,8 @@ class QuantizedLoading:
             ValueError: a tensor does not fit the weight. The message has its name.
         """
         weight_name = self.scheme.weight_name(name, loaded.dtype)
-        stored = {} if weight_name is None else self._stored(weight_name)
-        if weight_name is None or stored.keys() <= self.shapes.keys():
+        stored = self.stored.get(weight_name or "", {})
+        if weight_name is None or name not in stored or stored.keys() <= self.known:
             return name, loaded
         waiting = self.waiting.setdefault(weight_name, {})
         if name in waiting or weight_name in self.dequantized:
@@ -187,7 +185,8 @@ class QuantizedLoading:
         tensors = {}
         for part, expected in stored.items():
             try:
-                expected.check(waiting[part])
+                check_dtype(waiting[part], expected.dtype)
+                check_shape(waiting[part], expected.shape)
                 tensors[part] = waiting[part].to(self.device)
                 if expected.is_scale and not is_valid(tensors[part], is_scale=True):
                     raise ValueError(BAD_SCALE)
@@ -205,7 +204,7 @@ class QuantizedLoading:
         if target is None or not is_quantized_in_checkpoint(target.param) or loaded.dtype not in FLOATS:
             return {name: loaded}
         if not self.scheme.quantizes:
-            needed, *_ = self.scheme.stored(name, target.shape).values()
+            needed, *_ = self.stored[name].values()
             hint = f"quantization={self.scheme.name!r} quantises weights while they load"
             raise ValueError(f"has dtype {loaded.dtype}, but the model needs {needed.dtype}; {hint}")
         check_shape(loaded, target.shape)
@@ -214,16 +213,9 @@ class QuantizedLoading:
 
     def copy_waiting(self) -> None:
         """Copy the tensors that wait, because the caller may overwrite them."""
-        self.waiting = {
-            weight: {name: tensor.clone() for name, tensor in tensors.items()}
-            for weight, tensors in self.waiting.items()
-        }
+        for tensors in self.waiting.values():
+            tensors.update({name: tensor.clone() for name, tensor in tensors.items()})
 
     def missing(self) -> dict[str, set[str]]:
         """Return the names of the tensors that each waiting weight lacks."""
-        return {weight: self._stored(weight).keys() - tensors.keys() for weight, tensors in self.waiting.items()}
-
-    def _stored(self, weight_name: str) -> dict[str, StoredTensor]:
-        """Return the tensors of a weight in the checkpoint, by name; an empty dict if the model has no such weight."""
-        shape = self.shapes.get(weight_name)
-        return {} if shape is None else self.scheme.stored(weight_name, shape)
+        return {weight: self.stored[weight].keys() - tensors.keys() for weight, tensors in self.waiting.items()}
