@@ -156,7 +156,8 @@ class ColumnParallelLinear(LinearLayer):
         """Return the tensor that fills a shard of `param`."""
         rows, step = self.rows[shard_id], row_block_of(param)
         shape = (ceil_div(self.shards[shard_id].total, block_of(param)[0]), *param.shape[1:])
-        return CheckpointTensor(param, shape, shard_id, rows=slice(rows.start // step, ceil_div(rows.stop, step)))
+        target_index = slice(rows.start // step, ceil_div(rows.stop, step))
+        return CheckpointTensor(param, shape, shard_id, target_index)
 
     def forward(self, x: torch.Tensor | Normed | Residual) -> torch.Tensor:
         x, norm = as_normed(x)

@@ -144,16 +144,16 @@ class Experts(nn.Module):
         size = self.size // row_block_of(gate_up)
         part = None
         if inner % block_of(gate_up)[0] == 0:  # otherwise a block of the merged tensor has rows of gate and of up
-            location = expert, slice(half * rows, (half + 1) * rows)
-            part = MergedTensor(merged, (num_experts, 2 * rows, columns), location)
+            source = expert, slice(half * rows, (half + 1) * rows)
+            part = MergedTensor(merged, (num_experts, 2 * rows, columns), source)
         target = expert, slice(half * size, (half + 1) * size)
-        return CheckpointTensor(gate_up, (rows, columns), shard_id=(expert, half), rows=target, merged=part)
+        return CheckpointTensor(gate_up, (rows, columns), shard_id=(expert, half), target_index=target, merged=part)
 
     def _down_tensor(self, down: nn.Parameter, merged: str, expert: int) -> CheckpointTensor:
         """Return the target of one expert's down projection."""
         shape, _ = self._down_slice(down)
         part = MergedTensor(merged, (self.sizes[0], *shape), (expert,))
-        return CheckpointTensor(down, shape, shard_id=expert, rows=(expert,), merged=part)
+        return CheckpointTensor(down, shape, shard_id=expert, target_index=(expert,), merged=part)
 
 
 class SparseMoE(nn.Module):

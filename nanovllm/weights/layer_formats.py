@@ -10,7 +10,7 @@ class LayerFormats(NamedTuple):
     """Chooses the formats of a layer's weights by the names of its modules in the checkpoint.
 
     Attributes:
-        scheme: None if no weight is quantised.
+        scheme: None if no weight is quantized.
         prefix: the name of the layer.
     """
 

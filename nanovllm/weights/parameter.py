@@ -22,25 +22,25 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # loading converts betw
 WeightLoader: TypeAlias = Callable[..., None]  # see above
 ShardId = str | int  # names a shard of a merged parameter, as in nano-vLLM: "q", "k", "v", 0 or 1
 BAD_SCALE = "has values that are NaN, infinite or negative"
-Index: TypeAlias = slice | tuple[int | slice, ...]  # of a part of a tensor
+Index: TypeAlias = slice | tuple[int | slice, ...]  # selects a part of a tensor
 
 
 class MergedTensor(NamedTuple):
     """A tensor that some checkpoints have in place of several separate ones.
 
     Attributes:
-        name, shape: of the merged tensor.
-        location: index of the separate tensor in it.
+        name, shape: name and shape of the merged tensor.
+        source_index: index of the separate tensor in the merged one.
     """
 
     name: str
     shape: tuple[int, ...]
-    location: Index
+    source_index: Index
 
     def part(self, loaded: torch.Tensor) -> torch.Tensor:
         """Return the separate tensor, a view. Raise ValueError if the shape of `loaded` is wrong."""
         check_shape(loaded, self.shape)
-        return loaded[self.location]
+        return loaded[self.source_index]
 
 
 class CheckpointTensor(NamedTuple):
@@ -50,7 +50,7 @@ class CheckpointTensor(NamedTuple):
         param: the parameter that loads it.
         shape: shape of the whole tensor.
         shard_id: the shard of `param` that it fills; None if `param` is not merged.
-        rows: the rows of `param`, or another part of it, that it fills; None if `param` is not merged.
+        target_index: index of the part of `param` that it fills; None if `param` is not merged.
         merged: the tensor that has this one as a part in some checkpoints.
         dummy: the value of all its elements with load_format="dummy"; None if they are small random numbers.
     """
@@ -58,14 +58,14 @@ class CheckpointTensor(NamedTuple):
     param: nn.Parameter
     shape: tuple[int, ...]
     shard_id: ShardId | tuple[int, int] | None = None
-    rows: Index | None = None
+    target_index: Index | None = None
     merged: MergedTensor | None = None
     dummy: float | None = None
 
     @property
     def shard(self) -> torch.Tensor:
         """Return the part of the parameter that the tensor fills."""
-        return self.param if self.rows is None else self.param[self.rows]
+        return self.param if self.target_index is None else self.param[self.target_index]
 
     def load(self, loaded: torch.Tensor) -> None:
         """Copy this rank's slice of the whole tensor. Raise ValueError if its dtype or shape is wrong."""
@@ -201,7 +201,7 @@ def rows_of(
 
     Args:
         indices: the rows.
-        shape: of the parameter. It has as many values as the rows.
+        shape: shape of the parameter. It has as many values as the rows.
         whole: shape of the whole tensor.
     """
 

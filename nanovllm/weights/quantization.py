@@ -205,7 +205,7 @@ class QuantizedLoading:
             return {name: loaded}
         if not self.scheme.quantizes:
             needed, *_ = self.stored[name].values()
-            hint = f"quantization={self.scheme.name!r} quantises weights while they load"
+            hint = f"quantization={self.scheme.name!r} quantizes weights while they load"
             raise ValueError(f"has dtype {loaded.dtype}, but the model needs {needed.dtype}; {hint}")
         check_shape(loaded, target.shape)
         tensors = self.scheme.quantize(name, loaded.to(self.device))
