@@ -23,7 +23,7 @@ from nanovllm.models.registry import ModelConfig
 from nanovllm.ops.dispatch import compile_sizes
 from nanovllm.ops.linear.sigmoid_mul import sigmoid_mul
 from nanovllm.utils.context import get_context
-from nanovllm.weights.int4 import compressing
+from nanovllm.weights.int4_int8 import is_supported, with_compression
 from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
 from nanovllm.weights.row_order import HeadLayout
 
@@ -221,10 +221,12 @@ class Decoder(nn.Module):
         return tensors
 
     def compress(self) -> None:
-        """Let loading compress plain weights for a CPU; see weights/int4.py."""
+        """Let loading compress plain weights, if this CPU is fast with them; see weights/int4_int8.py."""
+        if not is_supported():
+            return
         for module in self.modules():
             if isinstance(module, (LinearLayer, VocabParallelEmbedding)):
-                module.format = compressing(module.format)
+                module.format = with_compression(module.format)
 
     def compile_sizes(self, max_tokens: int) -> list[int]:
         """Return the numbers of tokens, up to `max_tokens`, for which kernels are compiled at the start."""

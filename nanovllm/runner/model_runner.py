@@ -29,7 +29,6 @@ from nanovllm.runner.batch_state import BatchState, host_buffer
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.forward import Forward, LogprobTensors
 from nanovllm.runner.state_pool import StatePool, StateSizes
-from nanovllm.weights import int4
 from nanovllm.weights.parameter import is_scale
 
 logger = logging.getLogger(__name__)
@@ -120,7 +119,7 @@ class ModelRunner:
                 self.dtype,
                 self.device,
             )
-        if self.device.type == "cpu" and self.config.dtype == "auto" and source.is_quantized and int4.is_supported():
+        if self.device.type == "cpu" and self.config.dtype == "auto" and source.is_quantized:
             self.model.compress()
         self.pool = StatePool(self.model, self.block_size, self.device, self.kv_dtype)
         max_kv_heads = max(kind.kv_heads for kind in self.pool.kv_kinds)

@@ -16,7 +16,7 @@ from nanovllm.models.registry import ModelConfig
 from nanovllm.ops.moe.experts import experts
 from nanovllm.weights import quantization_config
 from nanovllm.weights.formats import ExpertFormat, WeightFormat
-from nanovllm.weights.parameter import is_scale, make_parameter
+from nanovllm.weights.parameter import is_scale, is_valid, make_parameter
 from nanovllm.weights.quantization import QuantizationScheme, StoredTensor
 from tests.helpers import engine, greedy, tokens
 from tests.models.fp8 import KEPT, write_scheme
@@ -211,6 +211,17 @@ def test_only_scales_count_as_scales_and_experts_without_kernels_need_nothing_el
     assert all(is_scale(param) == name.endswith("_scale") for name, param in model.named_parameters())
     assert model.compile_sizes(4096) == Decoder(dataclasses.replace(config, moe=None)).compile_sizes(4096)
     assert not model.layers[0].mlp.experts.format.fuses_norm(torch.zeros(1, 64), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_scales_of_any_float_dtype_are_checked(dtype):
+    for values, is_number, is_positive in (
+        ([1, 0], True, True),
+        ([1, -1], True, False),
+        ([1, torch.nan], False, False),
+    ):
+        scales = torch.tensor(values, dtype=torch.float32).to(dtype)
+        assert (bool(is_valid(scales, False)), bool(is_valid(scales, True))) == (is_number, is_positive)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-moe"])
