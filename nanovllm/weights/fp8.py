@@ -69,8 +69,10 @@ class Fp8Scheme(QuantizationScheme):
         return dequantize(tensors[name], tensors[self.scale_name(name)], self.block, torch.float32)
 
     def has_kernels(self, device: torch.device, dtype: torch.dtype, columns: tuple[int, ...]) -> bool:
-        has_whole_rows = all(size % 16 == 0 for size in columns)  # rows of whole 16 bytes
-        return has_whole_rows and has_fp8_kernels(device, dtype, self.block)
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+            return False
+        is_known = dtype in (torch.bfloat16, torch.float16) and self.block in ((BLOCK, BLOCK), (1, WHOLE_ROW))
+        return is_known and all(size % 16 == 0 for size in columns)  # rows of whole 16 bytes
 
     def make_weight(
         self, rows: int, columns: int, *, dtype: torch.dtype | None, weight_loader: WeightLoader, alignment: int
@@ -99,13 +101,6 @@ class Fp8Scheme(QuantizationScheme):
             is_scale=True,
         )
         return make_parameter(*shape, dtype=FP8, weight_loader=weight_loader), scales
-
-
-def has_fp8_kernels(device: torch.device, dtype: torch.dtype, block: Block) -> bool:
-    """Return whether kernels can multiply activations of this dtype by FP8 weights with scales of such blocks."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 9) and block in ((BLOCK, BLOCK), (1, WHOLE_ROW))
 
 
 class Fp8(WeightFormat):

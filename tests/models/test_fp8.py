@@ -22,7 +22,6 @@ from nanovllm.ops.fp8.reference import (
     quantize_rows_torch,
     quantize_weight,
 )
-from nanovllm.weights import fp8
 from nanovllm.weights.fp8 import WHOLE_ROW, Fp8, Fp8Experts, Fp8Scheme
 from nanovllm.weights.layer_formats import LayerFormats
 from nanovllm.weights.parameter import in_blocks
@@ -404,24 +403,25 @@ def test_compiled_sizes_are_those_of_the_experts_kernels_also_where_a_checkpoint
 
 
 def test_weights_that_no_kernel_can_read_are_dequantised(monkeypatch):
-    monkeypatch.setattr(fp8, "has_fp8_kernels", lambda device, dtype, block: True)
+    monkeypatch.setattr(Fp8Scheme, "has_kernels", lambda scheme, device, dtype, columns: columns == (48,))
     allocate = LayerFormats(Fp8Scheme()).weight("o_proj")
     kinds = {
         size: type(RowParallelLinear(size, 48, tp=TensorParallel(), allocate_weight=allocate).format).__name__
         for size in (48, 40)
     }
     assert kinds == {48: "Fp8", 40: "Plain"}
-    monkeypatch.undo()
-    cpu, bf16 = torch.device("cpu"), torch.bfloat16
-    assert not fp8.has_fp8_kernels(cpu, bf16, (128, 128))
-    for capability, has_kernels in (((8, 0), False), ((8, 9), True), ((9, 0), True)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        gpu = torch.device("cuda")
-        assert (
-            fp8.has_fp8_kernels(gpu, bf16, (128, 128)) == fp8.has_fp8_kernels(gpu, bf16, (1, WHOLE_ROW)) == has_kernels
-        )
-        assert not fp8.has_fp8_kernels(gpu, torch.float32, (128, 128))
-        assert not fp8.has_fp8_kernels(gpu, bf16, (64, 64))
+
+
+@pytest.mark.parametrize(("capability", "has_kernels"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
+def test_kernels_read_the_blocks_of_hubs_on_gpus_from_ada_on(capability, has_kernels, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu, bf16, blocks, rows = torch.device("cuda"), torch.bfloat16, Fp8Scheme(), Fp8Scheme(block=(1, WHOLE_ROW))
+    for fp8_scheme in (blocks, rows):
+        assert fp8_scheme.has_kernels(gpu, bf16, (48, 64)) == has_kernels
+        assert not fp8_scheme.has_kernels(gpu, bf16, (48, 40))
+    assert not blocks.has_kernels(torch.device("cpu"), bf16, (48,))
+    assert not blocks.has_kernels(gpu, torch.float32, (48,))
+    assert not Fp8Scheme(block=(64, 64)).has_kernels(gpu, bf16, (48,))
 
 
 # -- quantising while loading ----------------------------------------------------------------------------------------
