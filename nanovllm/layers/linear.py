@@ -316,29 +316,27 @@ class PendingGemm:
     def __radd__(self, residual: Residual) -> Residual:
         """Run the GEMM and add it to the residual stream, whose memory may be overwritten."""
         layer, x = self.layer, self.x
-        tp = layer.tp
-        weight_format = layer.format
-        counters = get_counters()
+        tp, weight, counters = layer.tp, layer.format, get_counters()
         stream = residual.sum()
         bias = layer.bias if tp.rank == 0 else None  # an all-reduce must add it once
-        adder = weight_format.choose_adder(x, stream, tp.size, tp.peers)
+        adder = weight.choose_adder(x, stream, tp.size, tp.peers)
         if adder is Adder.ALL_REDUCE_GEMV:
             # Every rank adds the bias, after the all-reduce.
-            return Residual(weight_format.linear_add(x, layer.bias, stream, peers=tp.peers), tp)
+            return Residual(weight.linear_add(x, layer.bias, stream, peers=tp.peers), tp)
         if adder is Adder.NEXT_NORM:
-            if bias is None and weight_format.wants_zero_bias(x):
+            if bias is None and weight.wants_zero_bias(x):
                 bias = layer.zero_bias
-            return Residual(weight_format.linear(x, bias, counters=counters), tp, base=stream, is_partial=True)
+            return Residual(weight.linear(x, bias, counters=counters), tp, base=stream, is_partial=True)
         if adder is Adder.SLICED_GEMM and tp.overlapped is not None:
             for tokens in tp.overlapped.slices(stream):
                 if tp.rank == 0:
-                    weight_format.linear_add(x[tokens], bias, stream[tokens])
+                    weight.linear_add(x[tokens], bias, stream[tokens])
                 else:
-                    weight_format.matmul_into(stream[tokens], x[tokens])
+                    weight.matmul_into(stream[tokens], x[tokens])
             return Residual.from_summand(stream, tp)
         if tp.rank == 0:
-            return Residual.from_summand(weight_format.linear_add(x, bias, stream, counters), tp)
-        return Residual.from_summand(weight_format.linear(x, counters=counters), tp)
+            return Residual.from_summand(weight.linear_add(x, bias, stream, counters), tp)
+        return Residual.from_summand(weight.linear(x, counters=counters), tp)
 
     def summand(self) -> torch.Tensor:
         """Run the GEMM without a bias. Return this rank's summand [T, out_features]."""
