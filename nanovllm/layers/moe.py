@@ -144,8 +144,8 @@ class Experts(nn.Module):
         size = self.size // row_block_of(gate_up)
         part = None
         if inner % block_of(gate_up)[0] == 0:  # otherwise a block of the merged tensor has rows of gate and of up
-            source = expert, slice(half * rows, (half + 1) * rows)
-            part = MergedTensor(merged, (num_experts, 2 * rows, columns), source)
+            location = expert, slice(half * rows, (half + 1) * rows)
+            part = MergedTensor(merged, (num_experts, 2 * rows, columns), location)
         target = expert, slice(half * size, (half + 1) * size)
         return CheckpointTensor(gate_up, (rows, columns), shard_id=(expert, half), target_index=target, merged=part)
 

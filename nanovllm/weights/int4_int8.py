@@ -103,7 +103,7 @@ def _halves(groups: Groups) -> Groups:
     )
 
 
-class PlainToInt4(Plain):
+class WeightToCompress(Plain):
     """A weight that becomes `Int4` once it is loaded, where the GEMM can read its shape."""
 
     def finish_loading(self) -> WeightFormat:
@@ -153,7 +153,7 @@ class Int4(WeightFormat):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(tokens, self.packed, GROUP, self.scales)
 
 
-class TableToInt8(Table):
+class TableToCompress(Table):
     """An embedding's weight that becomes an `Int8Table` once it is loaded."""
 
     def finish_loading(self) -> WeightFormat:
@@ -193,5 +193,5 @@ def with_compression(weight_format: WeightFormat) -> WeightFormat:
     """Return a format that compresses its weight once it is loaded, if `weight_format` is plain and float32."""
     if not isinstance(weight_format, Plain) or weight_format.weight.dtype != torch.float32:
         return weight_format
-    make = {Plain: PlainToInt4, Table: TableToInt8}.get(type(weight_format))
+    make = {Plain: WeightToCompress, Table: TableToCompress}.get(type(weight_format))
     return weight_format if make is None else make(weight_format.weight, weight_format.is_shared)
