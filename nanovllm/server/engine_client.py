@@ -161,7 +161,7 @@ class EngineClient:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """Answer one prompt; see `AsyncLLM.generate`. All that is wrong with a request raises at the first output."""
+        """See `AsyncLLM.generate`. Everything that is wrong with a request raises at the first output."""
         kind = getattr(sampling_params, "output_kind", None)  # wrong parameters are refused by the engine
         is_delta = kind in (None, RequestOutputKind.DELTA)
         stream = OutputStream(merge_packed_deltas if is_delta else keep_newest_packed)

@@ -10,9 +10,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from nanovllm import RequestOutputKind, StructuredOutputsParams
 from nanovllm.server.body import MAX_TOOLS
 from nanovllm.server.errors import ApiError
-from nanovllm.server.generation import Conversation, answer
+from nanovllm.server.generation import Conversation, generate
 from nanovllm.server.models import check_model
-from nanovllm.server.responses_answer import ResponseWriter
+from nanovllm.server.responses_writer import ResponseWriter
 from nanovllm.server.sampling import ANY, NEUTRAL, SamplingFields
 from nanovllm.server.state import ServerState
 from nanovllm.server.translation import (
@@ -36,7 +36,7 @@ class Part(BaseModel):
 
 
 class Refusal(BaseModel):
-    """A text that another model has given in place of an answer."""
+    """A text that another model has given in place of a response."""
 
     type: Literal["refusal"]
     text: str = Field(alias="refusal")
@@ -118,7 +118,7 @@ class NamedTool(_Strict):
 
 
 class TextFormat(_Strict):
-    """The form of the answer."""
+    """The form of the response."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -128,7 +128,7 @@ class TextFormat(_Strict):
 
 
 class TextOptions(_Strict):
-    """Options of the answer. Only a medium verbosity is supported."""
+    """Options of the response. Only a medium verbosity is supported."""
 
     format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
@@ -139,6 +139,7 @@ class Reasoning(_Strict):
 
     effort: str | None = None
     summary: str | None = None
+    generate_summary: None = None  # the older name of `summary`, which the openai package sends
 
 
 class ResponsesRequest(SamplingFields):
@@ -241,7 +242,7 @@ def _tool_choice(request: ResponsesRequest, tools: list[dict[str, Any]]) -> str:
 
 
 def structured_outputs(form: TextFormat | None) -> dict[str, StructuredOutputsParams]:
-    """Return the argument of the sampling parameters for the form that the answer must have."""
+    """Return the argument of the sampling parameters for the form that the response must have."""
     if form is None or form.type == "text":
         return {}
     if form.type == "json_object":
@@ -264,12 +265,12 @@ def conversation(state: ServerState, request: ResponsesRequest, http: Request) -
     effort = request.reasoning and request.reasoning.effort
     params = request.to_params(
         state,
-        http,
         max_tokens=request.max_output_tokens,
         output_kind=None if request.stream else RequestOutputKind.FINAL_ONLY,
         **form,
     )
     return Conversation(
+        http=http,
         messages=chat_messages(request),
         params=params,
         tools=tools,
@@ -291,7 +292,7 @@ def routes(state: ServerState) -> APIRouter:
         check_model(state, request.model)
         asked = conversation(state, request, http)
         writer = ResponseWriter(_fixed_fields(state, request, asked))
-        pieces = answer(state, asked, writer.fields["id"])
+        pieces = generate(state, asked, writer.fields["id"])
         return await reply(pieces, writer, is_stream=bool(request.stream), error_event=writer.failed)
 
     return router
@@ -314,7 +315,7 @@ def _fixed_fields(state: ServerState, request: ResponsesRequest, asked: Conversa
         "model": state.model_names[0],
         "parallel_tool_calls": asked.parallel_tool_calls,
         "previous_response_id": None,
-        "reasoning": reasoning.model_dump(),
+        "reasoning": reasoning.model_dump(exclude={"generate_summary"}),
         "store": False,
         "temperature": asked.params.temperature,
         "text": {"format": form.model_dump(by_alias=True, exclude_none=True)},
