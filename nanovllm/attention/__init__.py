@@ -6,7 +6,7 @@ import torch
 
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.config import ATTENTION_BACKENDS
-from nanovllm.ops.attention.fp8_cache import FP8
+from nanovllm.ops.float8 import FP8
 from nanovllm.ops.triton_utils import HAVE_TRITON
 
 __all__ = ["AttentionBackend", "select_backend"]

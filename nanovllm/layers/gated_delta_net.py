@@ -13,7 +13,7 @@ from nanovllm.layers.state import SlotStateSpec, StatefulLayer
 from nanovllm.ops.gdn.gated_delta_net import gated_delta_net
 from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
 from nanovllm.utils.context import get_context
-from nanovllm.weights.fp8 import PLAIN_FORMATS, LayerFormats
+from nanovllm.weights.layer_formats import PLAIN_FORMATS, LayerFormats
 from nanovllm.weights.parameter import CheckpointTensor, ShardId, checkpoint_tensors, rows_of
 from nanovllm.weights.row_order import joined_rows, packed_rows
 
@@ -83,10 +83,10 @@ class GatedDeltaNet(StatefulLayer):
         gates: dict[ShardId, Shard] = {name: shards.pop(name) for name in ("b", "a", "ba") if name in shards}
         names = [shard.name for shard in shards.values()]
         self.gates_proj = None
-        if formats.are_fp8(*names):
-            self.gates_proj = ColumnParallelLinear(hidden_size, gates, bias=False, dtype=dtype)
-        else:
+        if formats.are_plain(*names):
             shards |= gates
+        else:
+            self.gates_proj = ColumnParallelLinear(hidden_size, gates, bias=False, dtype=dtype)
         self.in_proj = ColumnParallelLinear(hidden_size, shards, False, dtype, formats.weight(*names))
         all_values = config.num_value_heads * config.value_head_dim
         self.out_proj = RowParallelLinear(

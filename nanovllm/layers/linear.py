@@ -37,7 +37,6 @@ class LinearLayer(nn.Module):
     """A layer whose weight has a format: loading may change it, and it owns the matmul (see weights/formats.py)."""
 
     format: WeightFormat
-    weight: nn.Parameter
 
     def set_format(self, weight_format: WeightFormat) -> None:
         """Use this format, and register its parameters under their names in checkpoints."""
@@ -78,10 +77,9 @@ class Shard:
         return select(loaded, rows[:: row_block_of(param)] // block)
 
     def alignment(self, offset: int) -> int:
-        """Return the largest number of which all runs of successive rows start at multiples; 0 if all start at 0.
+        """Return the GCD of the start rows of all runs of consecutive checkpoint rows; 0 if all start at row 0.
 
-        Args:
-            offset: the first row of this shard in the layer. Runs start at multiples in the layer, too.
+        The start rows are those in the checkpoint and in the layer, where this shard starts at row `offset`.
         """
         if self.order is None:
             return math.gcd(self.start, offset)
@@ -122,7 +120,9 @@ class ColumnParallelLinear(LinearLayer):
             self.rows[shard_id] = slice(rows, rows + shard.size)
             rows += shard.size
         alignment = math.gcd(*(shard.alignment(self.rows[shard_id].start) for shard_id, shard in shards.items()))
-        self.set_format(allocate_weight(rows, in_features, dtype, self.weight_loader, alignment))
+        self.set_format(
+            allocate_weight(rows, in_features, dtype=dtype, weight_loader=self.weight_loader, alignment=alignment)
+        )
         self.bias = make_parameter(rows, dtype=dtype, weight_loader=self.weight_loader) if bias else None
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId) -> None:
@@ -156,7 +156,8 @@ class ColumnParallelLinear(LinearLayer):
         """Return the tensor that fills a shard of `param`."""
         rows, step = self.rows[shard_id], row_block_of(param)
         shape = (ceil_div(self.shards[shard_id].total, block_of(param)[0]), *param.shape[1:])
-        return CheckpointTensor(param, shape, shard_id, rows=slice(rows.start // step, ceil_div(rows.stop, step)))
+        target_index = slice(rows.start // step, ceil_div(rows.stop, step))
+        return CheckpointTensor(param, shape, shard_id, target_index)
 
     def forward(self, x: torch.Tensor | Normed | Residual) -> torch.Tensor:
         x, norm = as_normed(x)
@@ -275,7 +276,7 @@ class RowParallelLinear(LinearLayer):
         self.in_features = in_features
         size = divide("input size of a row-parallel layer", in_features, self.tp)
         self.columns = slice(self.tp.rank * size, (self.tp.rank + 1) * size)
-        self.set_format(allocate_weight(out_features, size, dtype, self.weight_loader, 0))
+        self.set_format(allocate_weight(out_features, size, dtype=dtype, weight_loader=self.weight_loader, alignment=0))
         self.bias = make_parameter(out_features, dtype=dtype) if bias else None
         self.zero_bias: torch.Tensor
         self.register_buffer("zero_bias", torch.zeros(out_features, dtype=dtype), persistent=False)

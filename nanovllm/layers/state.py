@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanovllm.ops.attention.fp8_cache import FP8
 from nanovllm.ops.attention.paged_cache import KVKind, PagedKV
+from nanovllm.ops.float8 import FP8
 
 
 @dataclass(frozen=True)

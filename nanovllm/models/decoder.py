@@ -22,9 +22,8 @@ from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.registry import ModelConfig
 from nanovllm.ops.dispatch import compile_sizes
 from nanovllm.ops.linear.sigmoid_mul import sigmoid_mul
-from nanovllm.ops.moe.dispatch import FP8_TILINGS, TILINGS, expert_compile_sizes
 from nanovllm.utils.context import get_context
-from nanovllm.weights.int4 import compressing
+from nanovllm.weights.int4_int8 import is_supported, with_compression
 from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
 from nanovllm.weights.row_order import HeadLayout
 
@@ -222,17 +221,19 @@ class Decoder(nn.Module):
         return tensors
 
     def compress(self) -> None:
-        """Let loading compress plain weights for a CPU; see weights/int4.py."""
+        """Let loading compress plain weights, if this CPU is fast with them; see weights/int4_int8.py."""
+        if not is_supported():
+            return
         for module in self.modules():
             if isinstance(module, (LinearLayer, VocabParallelEmbedding)):
-                module.format = compressing(module.format)
+                module.format = with_compression(module.format)
 
     def compile_sizes(self, max_tokens: int) -> list[int]:
         """Return the numbers of tokens, up to `max_tokens`, for which kernels are compiled at the start."""
-        sizes, moe = set(compile_sizes(max_tokens)), self.config.moe
-        if moe is not None:
-            tilings = TILINGS if self.config.quantization is None else FP8_TILINGS
-            sizes |= set(expert_compile_sizes(moe.num_experts, moe.experts_per_token, max_tokens, tilings))
+        sizes = set(compile_sizes(max_tokens))
+        for module in self.modules():
+            if isinstance(module, SparseMoE):
+                sizes.update(module.compile_sizes(max_tokens))
         return sorted(sizes)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> Residual:

@@ -21,7 +21,6 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.messages import NO_LOGITS, Batch, Row, StepOutput
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
-from nanovllm.ops.fp8.reference import FP8
 from nanovllm.ops.inputs.step_rows import StepRows
 from nanovllm.ops.linear.gemm import MAX_TILES
 from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launch
@@ -30,7 +29,7 @@ from nanovllm.runner.batch_state import BatchState, host_buffer
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.forward import Forward, LogprobTensors
 from nanovllm.runner.state_pool import StatePool, StateSizes
-from nanovllm.weights import int4
+from nanovllm.weights.parameter import is_scale
 
 logger = logging.getLogger(__name__)
 
@@ -117,12 +116,15 @@ class ModelRunner:
                 tp=self.tp,
                 max_position=self.max_model_len,
             )
-        is_dequantized = source.config.quantization and not any(p.dtype == FP8 for p in self.model.parameters())
-        if is_dequantized and self.tp.rank == 0:
+        scheme = source.config.quantization
+        if scheme is not None and self.tp.rank == 0 and not any(map(is_scale, self.model.parameters())):
             logger.info(
-                "FP8 weights are dequantised to %s: no kernel on %s computes with them", self.dtype, self.device
+                "%s weights are dequantised to %s: no kernel on %s computes with them",
+                scheme.name.upper(),
+                self.dtype,
+                self.device,
             )
-        if self.device.type == "cpu" and self.config.dtype == "auto" and source.is_quantized and int4.is_supported():
+        if self.device.type == "cpu" and self.config.dtype == "auto" and source.is_quantized:
             self.model.compress()
         self.pool = StatePool(self.model, self.block_size, self.device, self.kv_dtype)
         max_kv_heads = max(kind.kv_heads for kind in self.pool.kv_kinds)

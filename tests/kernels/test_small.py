@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from nanovllm.layers.rotary_embedding import rope_table
-from nanovllm.ops.attention.fp8_cache import FP8, dequantize_kv
+from nanovllm.ops.attention.fp8_cache import dequantize_kv
 from nanovllm.ops.attention.paged_cache import PagedKV
+from nanovllm.ops.float8 import FP8
 from nanovllm.ops.inputs.embedding import embedding_triton
 from nanovllm.ops.inputs.reference import embedding_torch, step_inputs_torch
 from nanovllm.ops.inputs.step_inputs import step_inputs_triton
