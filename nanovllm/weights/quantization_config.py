@@ -10,6 +10,7 @@ from nanovllm.weights.fp8 import WHOLE_ROW, Block, Fp8Scheme
 from nanovllm.weights.quantization import QuantizationScheme
 
 _MAX_PATTERN = 500  # characters of a module's name or pattern
+_MAX_NAMES = 10_000  # real checkpoints have some hundreds; each takes 1 ms
 
 
 def read_scheme(options: Any) -> QuantizationScheme:
@@ -76,6 +77,8 @@ def _names(options: dict[str, Any], name: str) -> list[str]:
     names = options.get(name) or []
     if not isinstance(names, list) or not all(isinstance(entry, str) and len(entry) <= _MAX_PATTERN for entry in names):
         raise ValueError(f"a quantization_config with {name}={shown(names)}")
+    if len(names) > _MAX_NAMES:
+        raise ValueError(f"a quantization_config with {len(names)} entries of {name}, more than {_MAX_NAMES},")
     return names
 
 

@@ -128,6 +128,7 @@ def test_schemes_of_checkpoints_are_read():
         (blocks() | {"weight_block_size": [128]}, "weight_block_size=\\[128\\]"),
         (blocks() | {"modules_to_not_convert": [3]}, "modules_to_not_convert=\\[3\\]"),
         (blocks() | {"modules_to_not_convert": ["("]}, "the pattern"),
+        (blocks() | {"modules_to_not_convert": ["x"] * 10_001}, "10001 entries of modules_to_not_convert"),
         (compressed(format="pack-quantized"), "format='pack-quantized'"),
         (compressed(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme="),
         (compressed(sparsity_config={"format": "dense"}), "sparsity_config="),
