@@ -155,7 +155,7 @@ def test_next_question_is_sent_with_the_conversation_so_far(page, api):
     send(page, "First")
     expect(page.locator(".stats")).not_to_be_empty()
     send(page, "Second")
-    expect(answers(page)).to_have_count(2)
+    expect(answers(page)).to_have_text(["One.", "An answer."])
     assert [message["content"] for message in api.requests[1]["messages"]] == ["First", "One.", "Second"]
 
 
@@ -351,6 +351,13 @@ RENDERED = [
     ("3. a\n4. b\n\nc", '<ol start="3"><li class="">a</li><li class="">b</li></ol><p>c</p>'),
     ("- [x] a\n- [ ] b", '<ul><li class="task">☑ a</li><li class="task">☐ b</li></ul>'),
     ("- a\n  more\n- b\nlazy", '<ul><li class="">a\nmore</li><li class="">b\nlazy</li></ul>'),
+    ("- a\n\n  b\n- c", '<ul><li class=""><p>a</p><p>b</p></li><li class=""><p>c</p></li></ul>'),
+    ("- a\n\n  > b\n  >\n  > c", '<ul><li class=""><p>a</p><blockquote><p>b</p><p>c</p></blockquote></li></ul>'),
+    ("1. a\n   - b\n\n     c", '<ol><li class="">a<ul><li class=""><p>b</p><p>c</p></li></ul></li></ol>'),
+    ("- a\n  - b\n\n  c", '<ul><li class=""><p>a</p><ul><li class="">b</li></ul><p>c</p></li></ul>'),
+    ("- [x] a\n\n- [ ] b", '<ul><li class="task"><p>☑ a</p></li><li class="task"><p>☐ b</p></li></ul>'),
+    ("имя_файла_здесь été_à_Paris", "<p>имя_файла_здесь été_à_Paris</p>"),
+    ("नमस्ते_दुनिया_है 𐐀_𐐁_𐐂 (_é_)", "<p>नमस्ते_दुनिया_है 𐐀_𐐁_𐐂 (<em>é</em>)</p>"),
     (r"\(a_1*b*\) costs $5 or $6", '<p><span class="math">a_1*b*</span> costs $5 or $6</p>'),
     ("| a |\nnot a table", "<p>| a |\nnot a table</p>"),
 ]
@@ -368,6 +375,10 @@ def test_colours_leave_the_code_as_it_is(render):
     assert shown.replace("&lt;", "<").replace("&gt;", ">") == code
     for kind, text in [("keyword", "def"), ("call", "f"), ("string", '"a # b"'), ("number", "12")]:
         assert f'<span class="code-{kind}">{text}</span>' in html
+
+
+def test_keywords_and_numbers_within_names_of_other_alphabets_stay_plain(render):
+    assert render("```python\néif = é12 + été#x\n```")["html"].endswith("<code>éif = é12 + été#x</code></pre></div>")
 
 
 def test_hostile_markdown_stays_text(page, api):
