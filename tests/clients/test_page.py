@@ -469,6 +469,72 @@ def test_missing_key_is_asked_for_and_then_kept(open_page, api):
     assert api.keys == ["Bearer secret"]
 
 
+def test_key_that_no_header_carries_is_explained_in_the_dialog(page, api):
+    page.get_by_role("button", name="Settings").click()
+    key = page.get_by_label("API key")
+    key.fill("abc\u200bdef")
+    page.get_by_role("button", name="Done").click()
+    expect(page.get_by_role("dialog", name="Settings")).to_be_visible()
+    words = "The API key has a character that cannot be sent (U+200B)."
+    assert words in key.evaluate("field => field.validationMessage")
+    key.fill("abcdéf")
+    page.get_by_role("button", name="Done").click()
+    expect(page.get_by_role("dialog", name="Settings")).to_be_hidden()
+    send(page, "Hi")
+    expect(answers(page)).to_have_text("An answer.")
+    assert api.keys == ["Bearer abcdéf"]
+
+
+def test_stored_key_that_no_header_carries_is_explained(page):
+    page.evaluate("localStorage.setItem('nanovllm.settings', JSON.stringify({apiKey: '“abc”'}))")
+    page.reload()
+    expect(page.locator("#banner")).to_contain_text("The API key has a character that cannot be sent (U+201C).")
+    send(page, "Hi")
+    expect(page.locator(".problem")).to_contain_text("The API key has a character that cannot be sent (U+201C).")
+    page.get_by_role("button", name="Enter the key").click()
+    expect(page.get_by_label("API key")).to_be_focused()
+
+
+@pytest.mark.parametrize(("label", "value"), [("Temperature", "5"), ("API key", "a\u200b")])
+def test_invalid_setting_is_gone_when_the_dialog_is_closed(page, label, value):
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label(label).fill(value)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog", name="Settings")).to_be_visible()
+    page.get_by_role("button", name="Close").click()
+    page.get_by_role("button", name="Settings").click()
+    expect(page.get_by_label(label)).to_have_value("")
+    page.get_by_role("button", name="Done").click()
+    expect(page.get_by_role("dialog", name="Settings")).to_be_hidden()
+
+
+def test_settings_of_two_tabs_are_both_kept(page, api):
+    other = open_tab(page)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("System prompt").fill("Be brief.")
+    page.get_by_role("button", name="Done").click()
+    other.get_by_label("Model", exact=True).select_option("other-model")
+    other.get_by_role("button", name="Settings").click()
+    expect(other.get_by_label("System prompt")).to_have_value("Be brief.")
+    other.get_by_label("Temperature").fill("0.5")
+    other.get_by_role("button", name="Done").click()
+    other.reload()
+    send(other, "Hi")
+    expect(answers(other)).to_have_text("An answer.")
+    expect(page.get_by_label("Model", exact=True)).to_have_value("tiny-model")
+    [request] = api.requests
+    assert request["messages"][0]["content"] == "Be brief."
+    assert (request["temperature"], request["model"]) == (0.5, "other-model")
+
+
+def open_tab(page: Page) -> Page:
+    """Open the address of `page` in another tab of the same browser profile."""
+    tab = page.context.new_page()
+    tab.goto(page.url)
+    tab.wait_for_selector("body[data-ready]")
+    return tab
+
+
 def test_dark_mode_follows_the_system_and_can_be_switched(open_page):
     page = open_page(color_scheme="dark")
     brightness = "Number(getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0])"

@@ -8,7 +8,7 @@ import { element } from "./markdown.js";
 import { messageView } from "./message.js";
 import { applyTheme, bindSettings, isDark, openSettings, requestFields } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
-import { ConversationStore, loadSettings, saveSettings } from "./store.js";
+import { ConversationStore, loadSettings, saveSetting } from "./store.js";
 
 const SUGGESTIONS = [
   "Explain how a KV cache speeds up a language model",
@@ -183,7 +183,7 @@ async function receive(conversation, parent, answer, controller) {
 function fail(answer, error) {
   if (!(error instanceof ApiProblem)) console.error(error);
   answer.error = error instanceof ApiProblem ? error.message : `The page cannot read the answer: ${error.message}`;
-  if (error.status === 401 || error.status === 403) showBanner(error);
+  if (error.isAboutKey) showBanner(error);
   announce(answer.error);
 }
 
@@ -297,9 +297,8 @@ async function loadModels() {
 function showBanner(error) {
   const [words, button] = byId("banner").children;
   words.textContent = error instanceof ApiProblem ? error.message : "The server's list of models cannot be read.";
-  const isKey = error.status === 401 || error.status === 403;
-  button.textContent = isKey ? "Enter the key" : "Try again";
-  button.onclick = () => (isKey ? openSettings("api-key") : loadModels());
+  button.textContent = error.isAboutKey ? "Enter the key" : "Try again";
+  button.onclick = () => (error.isAboutKey ? openSettings("api-key") : loadModels());
   byId("banner").hidden = false;
 }
 
@@ -309,12 +308,12 @@ function settingChanged(name) {
 
 byId("model").onchange = ({ target }) => {
   settings.model = target.value;
-  saveSettings(settings);
+  saveSetting("model", settings.model);
 };
 
 byId("toggle-theme").onclick = () => {
   settings.theme = isDark() ? "light" : "dark";
-  saveSettings(settings);
+  saveSetting("theme", settings.theme);
   applyTheme(settings.theme);
 };
 

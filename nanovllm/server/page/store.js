@@ -22,9 +22,10 @@ export function loadSettings() {
   }
 }
 
-export function saveSettings(settings) {
+/** Keep one setting. Other tabs may have changed the others. */
+export function saveSetting(name, value) {
   try {
-    localStorage.setItem(SETTINGS_KEY, JSON.stringify(settings));
+    localStorage.setItem(SETTINGS_KEY, JSON.stringify({ ...loadSettings(), [name]: value }));
   } catch {
     // Without storage the settings last until the page is closed.
   }
