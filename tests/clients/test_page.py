@@ -436,6 +436,19 @@ def test_failure_is_shown_in_words_and_can_be_tried_again(page, api, script, wor
     assert api.requests[1]["messages"] == [{"role": "user", "content": "Hi"}]
 
 
+def test_failed_answer_is_no_version_after_a_new_one(page, api):
+    api.scripts += [Script(["old"]), Script(status=500), Script(["new"])]
+    send(page, "Hi")
+    expect(answers(page)).to_have_text("old")
+    page.get_by_role("button", name="Regenerate answer").click()
+    expect(page.locator(".assistant .versions")).to_have_text("2 / 2")
+    page.get_by_role("button", name="Try again").click()
+    expect(answers(page)).to_have_text("new")
+    expect(page.locator(".assistant .versions")).to_have_text("2 / 2")
+    page.get_by_role("button", name="Previous version").click()
+    expect(answers(page)).to_have_text("old")
+
+
 def test_unreachable_server_is_shown_in_words(page):
     page.route("**/v1/**", lambda route: route.abort("connectionrefused"))
     send(page, "Hi")
@@ -525,6 +538,98 @@ def test_settings_of_two_tabs_are_both_kept(page, api):
     [request] = api.requests
     assert request["messages"][0]["content"] == "Be brief."
     assert (request["temperature"], request["model"]) == (0.5, "other-model")
+
+
+def test_questions_of_tabs_that_do_not_hear_of_each_other_are_both_kept(page, api):
+    page.context.add_init_script("window.BroadcastChannel = class { postMessage() {} }")
+    page.reload()
+    api.scripts += [Script([text]) for text in ("one", "two", "three")]
+    send(page, "First")
+    expect(answers(page)).to_have_text(["one"])
+    wait_until_idle(page)
+    other = open_tab(page)
+    send(page, "From here")
+    expect(answers(page)).to_have_text(["one", "two"])
+    wait_until_idle(page)
+    send(other, "From there")
+    expect(answers(other)).to_have_text(["one", "three"])
+    wait_until_idle(other)
+    page.reload()
+    expect(page.locator(".bubble")).to_have_text(["First", "From there"])
+    expect(answers(page)).to_have_text(["one", "three"])
+    page.get_by_role("button", name="Previous version").click()
+    expect(page.locator(".bubble")).to_have_text(["First", "From here"])
+    expect(answers(page)).to_have_text(["one", "two"])
+
+
+def test_tab_shows_what_happens_to_its_conversation_in_another_tab(page, api):
+    api.scripts += [Script([text]) for text in ("one", "two", "three")]
+    send(page, "First")
+    expect(answers(page)).to_have_text(["one"])
+    wait_until_idle(page)
+    other = open_tab(page)
+    send(page, "Second")
+    expect(answers(other)).to_have_text(["one", "two"])
+    send(other, "Third")
+    expect(page.locator(".bubble")).to_have_text(["First", "Second", "Third"])
+    expect(answers(page)).to_have_text(["one", "two", "three"])
+    texts = [message["content"] for message in api.requests[2]["messages"]]
+    assert texts == ["First", "one", "Second", "two", "Third"]
+    other.get_by_role("button", name="Rename First").click()
+    other.get_by_label("Title of the conversation").fill("Numbers")
+    other.keyboard.press("Enter")
+    link = page.get_by_role("link", name="Numbers", exact=True)
+    expect(link).to_be_visible()
+    page.get_by_role("button", name="Delete Numbers").click()
+    page.get_by_role("button", name="Undo").click()
+    other.get_by_role("link", name="Numbers", exact=True).click()
+    expect(answers(other)).to_have_text(["one", "two", "three"])
+    page.get_by_role("button", name="Delete Numbers").click()
+    expect(other.get_by_role("heading", name="What would you like to know?")).to_be_visible()
+    expect(other.locator("#conversations a")).to_have_count(0)
+
+
+def test_answer_that_another_tab_receives_is_incomplete_until_it_ends(page, api):
+    api.scripts.append(Script(["Hello", " there"], hold_after=1))
+    send(page, "Hi")
+    expect(answers(page)).to_have_text("Hello")
+    other = open_tab(page)
+    expect(other.locator(".stats")).to_have_text("Incomplete")
+    expect(other.get_by_role("button", name="Stop")).to_be_hidden()
+    send(other, "Meanwhile")
+    expect(answers(other).last).to_have_text("An answer.")
+    wait_until_idle(other)
+    api.released.set()
+    for tab in page, other:
+        expect(answers(tab)).to_have_text(["Hello there", "An answer."])
+    expect(other.locator(".stats").first).to_contain_text("2 tokens")
+
+
+def test_conversation_of_an_older_page_is_continued(page, api):
+    page.evaluate(
+        """(nodes) => new Promise((resolve) => {
+            indexedDB.open("nanovllm").onsuccess = ({ target: { result } }) => {
+                const old = { id: "old", title: "Old", updated: Date.now(), leaf: 1, nodes };
+                const change = result.transaction("conversations", "readwrite");
+                change.objectStore("conversations").put(old);
+                change.oncomplete = resolve;
+            };
+        })""",
+        [
+            {"role": "user", "text": "First", "index": 0, "parent": -1},
+            {"role": "assistant", "state": "done", "text": "one", "thinking": "", "calls": [], "index": 1, "parent": 0},
+        ],
+    )
+    page.reload()
+    page.get_by_role("link", name="Old", exact=True).click()
+    expect(answers(page)).to_have_text(["one"])
+    send(page, "Second")
+    expect(answers(page)).to_have_text(["one", "An answer."])
+    wait_until_idle(page)
+    page.reload()
+    expect(page.locator(".bubble")).to_have_text(["First", "Second"])
+    expect(answers(page)).to_have_text(["one", "An answer."])
+    assert [message["content"] for message in api.requests[0]["messages"]] == ["First", "one", "Second"]
 
 
 def open_tab(page: Page) -> Page:
