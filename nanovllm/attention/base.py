@@ -10,9 +10,9 @@ from torch import Tensor
 
 from nanovllm.ops.attention.paged_cache import KVKind, PagedKV, PagedRows
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
-from nanovllm.ops.gdn.rows import GdnRows
 from nanovllm.ops.norm_rope.qk_transform import QKTransform
 from nanovllm.ops.norm_rope.rope_store import qk_norm_rope_store
+from nanovllm.ops.state.rows import StateRows
 
 
 @dataclass(kw_only=True)
@@ -36,7 +36,7 @@ class Context:
     max_context_len: int = 0  # longest context of a prefill row
     shared: SharedPrefixPlan | None = None  # prefixes of decode rows, if one kernel attends to them for all rows
     last_indices: Tensor | None = None  # [L] int64, tokens whose hidden states are needed; None: all tokens
-    gdn_rows: GdnRows | None = None  # all R rows for recurrent layers; None if the model has none
+    state_rows: StateRows | None = None  # all R rows for recurrent layers; None if the model has none
     meta: Any = None  # metadata that the backend's `prepare` derives
 
     # Cached: all layers read these, and slicing takes the host time.

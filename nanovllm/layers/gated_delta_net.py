@@ -121,9 +121,9 @@ class GatedDeltaNet(StatefulLayer):
         self.state = None if state is None else GdnState(*state)
 
     def forward(self, x: Normed, positions: torch.Tensor, last: torch.Tensor | None) -> PendingGemm:
-        rows = get_context().gdn_rows
+        rows = get_context().state_rows
         if self.state is None or rows is None:
-            raise RuntimeError("this layer has no recurrent state: bind() one first, and give the context gdn_rows")
+            raise RuntimeError("this layer has no recurrent state: bind() one first, and give the context state_rows")
         if self.gates_proj is None:
             inputs = GdnInputs(*self.in_proj(x).split(self.sizes, dim=1))
         else:

@@ -14,11 +14,12 @@ from nanovllm.messages import Batch
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.paged_cache import PagedRows
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
-from nanovllm.ops.gdn.rows import GdnRows, mixed_rows
+from nanovllm.ops.gdn.plan import prompt_plan_triton
 from nanovllm.ops.inputs.step_inputs import step_inputs
 from nanovllm.ops.inputs.step_rows import StepInputs, StepRows
 from nanovllm.ops.sampling.logprobs import process_logits, top_logprobs
 from nanovllm.ops.sampling.sampling import advance_slots, sample
+from nanovllm.ops.state.rows import StateRows
 from nanovllm.runner.batch_state import BatchState
 from nanovllm.runner.state_pool import StatePool
 from nanovllm.utils.context import set_context
@@ -127,7 +128,7 @@ class Forward:
             max_context_len=max_context_len,
             shared=shared,
             last_indices=None if keep_hidden else inputs.last_indices,
-            gdn_rows=_gdn_rows(rows, inputs, num_decode) if self.pool.slot_bytes else None,
+            state_rows=_state_rows(rows, inputs, num_decode) if self.pool.slot_bytes else None,
             counters=self.counters,
         )
         self.backend.prepare(context)
@@ -214,15 +215,18 @@ class Forward:
         return tuple(merged)
 
 
-def _gdn_rows(rows: StepRows | torch.Tensor, inputs: StepInputs, num_decode: int) -> GdnRows:
+def _state_rows(rows: StepRows | torch.Tensor, inputs: StepInputs, num_decode: int) -> StateRows:
     """Return the rows of a step for recurrent layers. Padding rows without tokens may have any start.
 
     Args:
         num_decode: number of rows that certainly have one token.
     """
     if isinstance(rows, torch.Tensor):
-        return GdnRows(rows, inputs.positions)
+        return StateRows(rows, inputs.positions)
     starts = inputs.context_lens - rows.cu_seqlens.diff()
+    if not rows.slots.is_cuda:
+        return StateRows(rows.slots, starts, rows.cu_seqlens)
     num_tokens = len(rows.token_ids)
     max_prompts = max(1, min(len(rows.slots) - num_decode, num_tokens // 2))
-    return mixed_rows(rows.slots, starts, rows.cu_seqlens, num_tokens, max_prompts)
+    plan = prompt_plan_triton(rows.cu_seqlens, num_tokens, max_prompts)
+    return StateRows(rows.slots, starts, rows.cu_seqlens, plan)

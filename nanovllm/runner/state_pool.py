@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nanovllm.layers.state import PagedKVSpec, SlotStateSpec, StatefulLayer
-from nanovllm.ops.gdn.copy_slots import copy_slots
+from nanovllm.ops.state.copy_slots import copy_slots
 
 # Snapshots get this part of the memory that running sequences leave, and there are at most so many for each of these.
 _SNAPSHOT_SHARE = 0.2

@@ -1,4 +1,4 @@
-"""Embedding, norm, activation, RoPE with cache write, and step inputs: each Triton kernel equals its reference."""
+"""Embedding, norm, activation, RoPE with cache write, step inputs, copies of slots: kernels equal their references."""
 
 import pytest
 import torch
@@ -18,6 +18,8 @@ from nanovllm.ops.norm_rope.reference import qk_norm_rope_store_torch, rms_norm_
 from nanovllm.ops.norm_rope.rms_norm import rms_norm_triton
 from nanovllm.ops.norm_rope.rope_store import qk_norm_rope_store_triton
 from nanovllm.ops.sampling.state import HAS_PENALTIES, MAX_COUNT, SamplingState, default_params
+from nanovllm.ops.state.copy_slots import copy_slots_triton
+from nanovllm.ops.state.reference import copy_slots_torch
 from tests.kernels.paged import FP8_DTYPES
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -176,3 +178,19 @@ def test_step_inputs_equal_the_reference(device, batch, lens):
     for a, b in zip(got, want, strict=True):
         assert a is b is None or (a.dtype == b.dtype and torch.equal(a, b))
     assert got.context_lens[0] == length[rows[0] if lens is None else rows.slots[0]] + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4, 33), (2, 5000)])
+def test_copying_slots_changes_only_the_targets_in_every_layer(device, shape, dtype):
+    pool = torch.randn(3, 6, *shape, device=device).to(dtype)
+    sources, targets = (torch.tensor(slots, device=device) for slots in ([4, 1, 4], [0, 5, 3]))
+    want = pool.clone()
+    want[:, [0, 5, 3]] = pool[:, [4, 1, 4]]
+    for copy in (copy_slots_torch, copy_slots_triton):
+        for kind in (torch.int32, torch.int64):
+            copied = pool.clone()
+            copy(copied, sources.to(kind), targets.to(kind))
+            assert torch.equal(copied, want)
+            copy(copied, sources[:0], targets[:0])
+            assert torch.equal(copied, want)

@@ -12,7 +12,7 @@ from nanovllm.checkpoints.hub import open_model
 from nanovllm.checkpoints.loader import load_weights
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.paged_cache import PagedRows
-from nanovllm.ops.gdn.rows import GdnRows
+from nanovllm.ops.state.rows import StateRows
 from nanovllm.runner.state_pool import StatePool, StateSizes
 from nanovllm.utils.context import Context, set_context
 from tests.models.tiny import TINY, save_tiny, tiny_model
@@ -44,7 +44,7 @@ def prefill_logits(model, ids):
         cu_seqlens_q=cu_seqlens,
         max_seqlen_q=num_tokens,
         max_context_len=num_tokens,
-        gdn_rows=GdnRows(slots, torch.zeros_like(slots), cu_seqlens),
+        state_rows=StateRows(slots, torch.zeros_like(slots), cu_seqlens),
     )
     context.backend.prepare(context)
     with set_context(context):

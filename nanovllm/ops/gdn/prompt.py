@@ -26,7 +26,8 @@ import torch
 
 from nanovllm.ops.gdn.elementwise import l2_scale, log_decay, silu
 from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
-from nanovllm.ops.gdn.rows import CHUNK, GdnRows, PromptPlan
+from nanovllm.ops.gdn.plan import CHUNK, PromptPlan
+from nanovllm.ops.state.rows import StateRows
 from nanovllm.ops.triton_utils import launch_dependents, launch_options, tl, triton, wait_for_inputs
 
 # Rows of the diagonal blocks that are inverted row by row.
@@ -410,7 +411,7 @@ def _solve_chunks_triton(
     prepared: Prepared,
     inputs: GdnInputs,
     weights: GdnWeights,
-    rows: GdnRows,
+    rows: StateRows,
     plan: PromptPlan,
     config: GdnPromptConfig,
 ) -> None:
@@ -449,7 +450,7 @@ def gdn_prepare_triton(
     inputs: GdnInputs,
     weights: GdnWeights,
     state: GdnState,
-    rows: GdnRows,
+    rows: StateRows,
     plan: PromptPlan,
     out: torch.Tensor,
     config: GdnPromptConfig,
@@ -500,7 +501,7 @@ def gdn_recurrence_triton(
     inputs: GdnInputs,
     weights: GdnWeights,
     state: GdnState,
-    rows: GdnRows,
+    rows: StateRows,
     plan: PromptPlan,
     out: torch.Tensor,
     config: GdnPromptConfig,
@@ -541,18 +542,18 @@ def gdn_prompt_triton(
     inputs: GdnInputs,
     weights: GdnWeights,
     state: GdnState,
-    rows: GdnRows,
+    rows: StateRows,
     out: torch.Tensor,
     config: GdnPromptConfig | None = None,
 ) -> None:
     """Compute `gated_delta_net` of the rows of two or more tokens, without the norm and the gate at its end.
 
     Args:
-        rows: `plan` is not None.
+        rows: the rows of the step, with a `PromptPlan`.
         out: [T, HV * DV], contiguous. The tokens of these rows are written, and zeros for padding tokens; other rows
             are undefined afterwards.
     """
-    plan = rows.plan
+    plan: PromptPlan | None = rows.plan
     if plan is None:
         raise ValueError("rows.plan must be a PromptPlan, got None")
     v_dim = state.recurrent.shape[-1]

@@ -11,12 +11,8 @@ import torch.nn.functional as F
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
-from nanovllm.ops.gdn.rows import CHUNK, GdnRows
-
-
-def copy_slots_torch(pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
-    """Compute `copy_slots`."""
-    pool.index_copy_(1, targets.long(), pool.index_select(1, sources))
+from nanovllm.ops.gdn.plan import CHUNK
+from nanovllm.ops.state.rows import StateRows
 
 
 def gated_rms_norm_torch(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -116,7 +112,7 @@ def gated_delta_net_torch(
     inputs: GdnInputs,
     weights: GdnWeights,
     state: GdnState,
-    rows: GdnRows,
+    rows: StateRows,
     delta_rule: Callable = chunk_delta_rule_torch,
 ) -> torch.Tensor:
     """Compute `gated_delta_net`, with `delta_rule` for rows of two or more tokens."""
