@@ -80,7 +80,7 @@ def call_all():
         expert_gemv.down_gemv_triton(hidden, down[0], ids[:4], routing[:4], scale=down[1])
     slots, lens, tables = torch.zeros(4, **i32), torch.ones(4, **i32), torch.zeros(5, 8, **i32)
     state = sampling_state.SamplingState(sampling_state.default_params(5), 5000, torch.device("cpu"))
-    for rows in (slots, step_rows.StepRows.split(torch.zeros(100, **i32), 4, 20)):
+    for rows in (step_rows.StepRows(slots), step_rows.StepRows.split(torch.zeros(100, **i32), 4, 20)):
         step_inputs.step_inputs_triton(rows, torch.zeros(5, **i64), torch.zeros(5, **i32), tables, 64, 4, state)
     peers = peer_memory.PeerMemory(0, [peer_memory.new_peer_memory(2, torch.device("cpu"))] * 2)
     norms = (None, (weight, 1e-6), (weight.float(), 1e-6))

@@ -148,7 +148,8 @@ def test_step_inputs_equal_the_reference(device, batch, lens):
     def randint(high, *shape):
         return torch.randint(0, high, shape, generator=generator, device=device).int()
 
-    rows = torch.randperm(slots_count - 1, generator=generator, device=device)[:batch].int()
+    slots = torch.randperm(slots_count - 1, generator=generator, device=device)[:batch].int()
+    rows = StepRows(slots)
     if lens:
         starts = randint(50, batch)
         starts[:1] = -1
@@ -157,10 +158,10 @@ def test_step_inputs_equal_the_reference(device, batch, lens):
         token_ids = randint(1000, len(token_rows))
         token_ids[:1] = -1
         if lens[-1] == 0:
-            rows[-2:] = slots_count - 1
+            slots[-2:] = slots_count - 1
             token_rows = torch.cat([token_rows, torch.full_like(token_rows[:5], batch - 1)])
             token_ids = torch.cat([token_ids, token_ids[:5] * 0])
-        rows = StepRows(rows, starts, cu_seqlens, token_rows, token_ids)
+        rows = StepRows(slots, starts, cu_seqlens, token_rows, token_ids)
     last_token, length = randint(1000, slots_count).long(), randint(50, slots_count)
     arguments = (rows, last_token, length, randint(99, slots_count, width), block_size, slots_count - 1)
     states = [SamplingState(default_params(slots_count), 1000, device) for _ in range(2)]
@@ -171,13 +172,13 @@ def test_step_inputs_equal_the_reference(device, batch, lens):
     got = step_inputs_triton(*arguments, states[0])
     want = step_inputs_torch(*arguments, states[1])
     assert torch.equal(states[0].counts, states[1].counts)
-    known = rows if lens is None else rows.slots[rows.starts < 0]
+    known = slots if lens is None else slots[rows.starts < 0]
     counted = [slot for slot in known.tolist() if slot < slots_count // 2 and last_token[slot] < 500]
     assert (states[0].counts == 7).sum() == len(counted)
     assert (got.last_indices is None) == (want.last_indices is None) == (lens is None)
     for a, b in zip(got, want, strict=True):
         assert a is b is None or (a.dtype == b.dtype and torch.equal(a, b))
-    assert got.context_lens[0] == length[rows[0] if lens is None else rows.slots[0]] + 1
+    assert got.context_lens[0] == length[slots[0]] + 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
