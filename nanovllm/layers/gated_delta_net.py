@@ -47,7 +47,7 @@ class GatedDeltaNet(StatefulLayer):
     Every token updates the state. If `last` has indices of tokens, only these go through the output projection.
 
     Args:
-        eps: of the norm of each value head.
+        eps: epsilon of the norm of each value head.
         state_dtype: dtype of the recurrent state. The state of the convolution has the dtype of the activations.
         tp: each rank has a part of the key heads, and the value heads that use them.
         formats: chooses the formats of the weights. Those of b and a are plain.
@@ -127,7 +127,7 @@ class GatedDeltaNet(StatefulLayer):
         if self.gates_proj is None:
             inputs = GdnInputs(*self.in_proj(x).split(self.sizes, dim=1))
         else:
-            x = x.computed()  # once for both
+            x = x.computed()  # once for both projections
             qkvz, gates = self.in_proj(x), self.gates_proj(x)
             inputs = GdnInputs(*qkvz.split(self.sizes[:2], dim=1), *gates.split(self.sizes[2:], dim=1))
         out = gated_delta_net(inputs, self.weights, self.state, rows)
