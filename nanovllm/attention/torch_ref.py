@@ -21,7 +21,7 @@ from nanovllm.ops.attention.reference import (
 
 @dataclass
 class TorchPlans:
-    """What the layers of a step share. The first layer that needs an entry makes it.
+    """Plans and tensors that the layers of a step share. The first layer that needs an entry makes it.
 
     Attributes:
         decode: by the kind of the cache, the plan of all decode rows.

@@ -83,7 +83,7 @@ def _convolved_tile(
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Return SiLU of the convolution for `tokens` of a row, [CHUNK, channels], rounded; zeros behind the row's end."""
+    """Return SiLU of the convolution for `tokens` of a row, [CHUNK, channels], rounded; zeros after the row's end."""
     rows = tokens[:, None]
     is_token = (rows < length) & (channels[None, :] >= 0)
     total = tl.zeros([tokens.shape[0], channels.shape[0]], tl.float32)
@@ -126,8 +126,8 @@ def _unit_lower_inverse(a, SIZE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: t
         inverse -= factor[:, :, None] * pivot[:, None, :]
     wide = tl.where(same, inverse[:, :, None, :], 0.0)
     d = tl.reshape(wide, [SIZE, SIZE])
-    place = tl.arange(0, SIZE) // BLOCK
-    below = tl.where(place[:, None] > place[None, :], a, 0.0)
+    row_blocks = tl.arange(0, SIZE) // BLOCK
+    below = tl.where(row_blocks[:, None] > row_blocks[None, :], a, 0.0)
     n = tl.dot(d, below, input_precision=PRECISION)
     y = tl.dot(tl.dot(n, n, input_precision=PRECISION), d, d, input_precision=PRECISION)
     return y - tl.dot(n, y, input_precision=PRECISION)
@@ -362,7 +362,7 @@ def _gdn_recurrence_kernel(
     dtype: tl.constexpr = q_ptr.dtype.element_ty
 
     wait_for_inputs(PDL)
-    # The gates of a chunk are loaded one iteration before they are used; there is an unused chunk behind the last one.
+    # The gates of a chunk are loaded one iteration before they are used; there is an unused chunk after the last one.
     g = tl.load(g_ptrs)
     last = tl.load(last_ptr)
     for chunk in tl.range(0, num_chunks, num_stages=STAGES):

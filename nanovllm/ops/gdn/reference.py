@@ -86,7 +86,7 @@ def chunk_delta_rule_torch(
     num_tokens, num_chunks = len(q), ceil_div(len(q), CHUNK)
 
     def chunks(x: torch.Tensor) -> torch.Tensor:
-        """Return x [N, HV, ...] as [HV, chunks, CHUNK, ...], zeros behind the last token."""
+        """Return x [N, HV, ...] as [HV, chunks, CHUNK, ...], zeros after the last token."""
         padded = F.pad(x.flatten(2) if x.dim() > 2 else x.unsqueeze(2), (0, 0, 0, 0, 0, num_chunks * CHUNK - len(x)))
         return padded.movedim(1, 0).unflatten(1, (num_chunks, CHUNK))
 
