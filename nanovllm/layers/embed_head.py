@@ -67,7 +67,7 @@ class VocabParallelEmbedding(VocabParallel):
         self.format: Any = Table(self.weight)  # or what loading makes of it, which has `rows` too
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.residual(x).sum()
+        return self.residual(x).complete()
 
     def residual(self, input_ids: torch.Tensor) -> Residual:
         """Start the residual stream with the embeddings. Its first norm all-reduces them."""

@@ -47,7 +47,7 @@ class GatedDeltaNet(StatefulLayer):
     Every token updates the state. If `last` has indices of tokens, only these go through the output projection.
 
     Args:
-        eps: of the norm of each value head.
+        eps: epsilon of the norm of each value head.
         state_dtype: dtype of the recurrent state. The state of the convolution has the dtype of the activations.
         tp: each rank has a part of the key heads, and the value heads that use them.
         formats: chooses the formats of the weights. Those of b and a are plain.
@@ -121,13 +121,13 @@ class GatedDeltaNet(StatefulLayer):
         self.state = None if state is None else GdnState(*state)
 
     def forward(self, x: Normed, positions: torch.Tensor, last: torch.Tensor | None) -> PendingGemm:
-        rows = get_context().gdn_rows
+        rows = get_context().state_rows
         if self.state is None or rows is None:
-            raise RuntimeError("this layer has no recurrent state: bind() one first, and give the context gdn_rows")
+            raise RuntimeError("this layer has no recurrent state: bind() one first, and give the context state_rows")
         if self.gates_proj is None:
             inputs = GdnInputs(*self.in_proj(x).split(self.sizes, dim=1))
         else:
-            x = x.computed()  # once for both
+            x = x.computed()  # once for both projections
             qkvz, gates = self.in_proj(x), self.gates_proj(x)
             inputs = GdnInputs(*qkvz.split(self.sizes[:2], dim=1), *gates.split(self.sizes[2:], dim=1))
         out = gated_delta_net(inputs, self.weights, self.state, rows)

@@ -315,28 +315,56 @@ class PendingGemm:
 
     def __radd__(self, residual: Residual) -> Residual:
         """Run the GEMM and add it to the residual stream, whose memory may be overwritten."""
-        layer, x = self.layer, self.x
-        tp, weight, counters = layer.tp, layer.format, get_counters()
-        stream = residual.sum()
-        bias = layer.bias if tp.rank == 0 else None  # an all-reduce must add it once
-        adder = weight.choose_adder(x, stream, tp.size, tp.peers)
-        if adder is Adder.ALL_REDUCE_GEMV:
-            # Every rank adds the bias, after the all-reduce.
-            return Residual(weight.linear_add(x, layer.bias, stream, peers=tp.peers), tp)
-        if adder is Adder.NEXT_NORM:
-            if bias is None and weight.wants_zero_bias(x):
-                bias = layer.zero_bias
-            return Residual(weight.linear(x, bias, counters=counters), tp, base=stream, is_partial=True)
-        if adder is Adder.SLICED_GEMM and tp.overlapped is not None:
-            for tokens in tp.overlapped.slices(stream):
-                if tp.rank == 0:
-                    weight.linear_add(x[tokens], bias, stream[tokens])
-                else:
-                    weight.matmul_into(stream[tokens], x[tokens])
-            return Residual.from_summand(stream, tp)
-        if tp.rank == 0:
-            return Residual.from_summand(weight.linear_add(x, bias, stream, counters), tp)
-        return Residual.from_summand(weight.linear(x, counters=counters), tp)
+        stream, tp = residual.complete(), self.layer.tp
+        match self.layer.format.choose_adder(self.x, stream, tp.size, tp.peers):
+            case Adder.LINEAR:
+                return self._add_in_linear(stream)
+            case Adder.NEXT_NORM:
+                return self._add_in_next_norm(stream)
+            case Adder.ALL_REDUCE_GEMV:
+                return self._add_in_all_reduce(stream)
+            case Adder.SLICED_GEMM:
+                return self._add_in_slices(stream)
+
+    def _add_in_linear(self, stream: torch.Tensor) -> Residual:
+        """Let the GEMM's kernel add, on rank 0 only. With several ranks, the next norm all-reduces."""
+        layer, fmt, counters = self.layer, self.layer.format, get_counters()
+        if layer.tp.rank == 0:
+            summand = fmt.linear_add(self.x, layer.bias, stream, counters)
+        else:
+            summand = fmt.linear(self.x, counters=counters)
+        return Residual.from_summand(summand, layer.tp)
+
+    def _add_in_next_norm(self, stream: torch.Tensor) -> Residual:
+        """Run the GEMM only. The next norm adds, and all-reduces with several ranks."""
+        layer, fmt = self.layer, self.layer.format
+        bias = self._summand_bias
+        if bias is None and fmt.wants_zero_bias(self.x):
+            bias = layer.zero_bias
+        summand = fmt.linear(self.x, bias, counters=get_counters())
+        return Residual(summand, layer.tp, base=stream, is_partial=True)
+
+    def _add_in_all_reduce(self, stream: torch.Tensor) -> Residual:
+        """Let one kernel do the GEMM, the all-reduce and the addition. Every rank adds the bias to the result."""
+        layer = self.layer
+        return Residual(layer.format.linear_add(self.x, layer.bias, stream, peers=layer.tp.peers), layer.tp)
+
+    def _add_in_slices(self, stream: torch.Tensor) -> Residual:
+        """Overwrite slices of the stream with summands. Each is sent while the next one is computed. Rank 0 adds."""
+        layer, fmt = self.layer, self.layer.format
+        overlapped = layer.tp.overlapped
+        assert overlapped is not None  # choose_adder has checked this
+        for tokens in overlapped.slices(stream):
+            if layer.tp.rank == 0:
+                fmt.linear_add(self.x[tokens], layer.bias, stream[tokens])
+            else:
+                fmt.matmul_into(stream[tokens], self.x[tokens])
+        return Residual.from_summand(stream, layer.tp)
+
+    @property
+    def _summand_bias(self) -> torch.Tensor | None:
+        """The bias on rank 0, None on the others: the sum over the ranks must contain it once."""
+        return self.layer.bias if self.layer.tp.rank == 0 else None
 
     def summand(self) -> torch.Tensor:
         """Run the GEMM without a bias. Return this rank's summand [T, out_features]."""
@@ -344,9 +372,8 @@ class PendingGemm:
 
     def all_reduce(self, norm: Norm | None = None) -> torch.Tensor:
         """Run the GEMM and the all-reduce. Return the result or its RMSNorm, [T, out_features], on every rank."""
-        layer = self.layer
-        bias = layer.bias if layer.tp.rank == 0 else None  # the all-reduce must add it once
-        return layer.tp.all_reduce(layer.format.linear(self.x, bias, counters=get_counters()), norm)
+        summand = self.layer.format.linear(self.x, self._summand_bias, counters=get_counters())
+        return self.layer.tp.all_reduce(summand, norm)
 
 
 def divide(name: str, value: int, tp: TensorParallel) -> int:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -110,7 +109,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.layer_type = config.layer_type(index)
         self.is_recurrent = config.is_recurrent(index)
-        self.input_layernorm = _norm(config, dtype)
+        self._make_norms(config, dtype)
         if config.linear_attention is not None and self.is_recurrent:
             self.linear_attn = GatedDeltaNet(
                 config.linear_attention,
@@ -123,12 +122,15 @@ class DecoderLayer(nn.Module):
             )
         else:
             self.self_attn = SelfAttention(config, index, rotary, dtype, tp)
-        self.post_attention_layernorm = _norm(config, dtype)
         options = {"dtype": dtype, "tp": tp, "formats": config.formats(index, "mlp")}
         if config.moe is not None and index not in config.moe.dense_layers:
             self.mlp = SparseMoE(config.moe, config.hidden_size, **options)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias, **options)
+
+    def _make_norms(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
+        self.input_layernorm = _norm(config, dtype)
+        self.post_attention_layernorm = _norm(config, dtype)
 
     def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
         """Return the residual stream of all tokens, or only of the tokens at the indices `last` [L].
@@ -144,10 +146,9 @@ class DecoderLayer(nn.Module):
 class PostNormLayer(DecoderLayer):
     """A layer that norms the outputs of attention and MLP, in place of their inputs (Olmo 2)."""
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self.post_feedforward_layernorm = self.input_layernorm  # a norm of the same size, in another place
-        del self.input_layernorm
+    def _make_norms(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
+        self.post_attention_layernorm = _norm(config, dtype)
+        self.post_feedforward_layernorm = _norm(config, dtype)
 
     def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
         attended = self.post_attention_layernorm(self.self_attn(residual, positions, last))

@@ -163,12 +163,12 @@ class StepGraphs:
             graphs.clear()
 
     def _capture_decode(self, size: int) -> None:
-        self.decode[size] = CapturedStep(*self._capture(lambda: self.forward.step(self.slots[:size], size)))
+        self.decode[size] = CapturedStep(*self._capture(lambda: self.forward.step(StepRows(self.slots[:size]), size)))
 
     def _capture_shared(self, size: int) -> None:
-        slots, whole = self.slots[:size], SharedPrefixPlan.split(self.plan, len(self.slots))
+        rows, whole = StepRows(self.slots[:size]), SharedPrefixPlan.split(self.plan, len(self.slots))
         plan = SharedPrefixPlan(whole.sequences[:size], whole.groups[: max(1, size // MIN_SEQUENCES)])
-        self.shared[size] = CapturedStep(*self._capture(lambda: self.forward.step(slots, size, shared=plan)))
+        self.shared[size] = CapturedStep(*self._capture(lambda: self.forward.step(rows, size, shared=plan)))
 
     def _capture_mixed(self, num_tokens: int, num_rows: int) -> None:
         packed = torch.from_numpy(self.state.pack(Batch(), num_rows, num_tokens)).to(self.device)

@@ -325,7 +325,7 @@ class ModelRunner:
         for size in sorted({min(1 << i, max_num_seqs) for i in range(max_num_seqs.bit_length() + 1)}):
             plan = torch.zeros(SharedPrefixPlan.size(size), dtype=torch.int32, device=self.device)
             for shared in (None, SharedPrefixPlan.split(plan, size)):
-                self.forward.step(slots[:size], size, shared=shared)
+                self.forward.step(StepRows(slots[:size]), size, shared=shared)
 
     def _trace_mixed_steps(self) -> None:
         """Run steps of prompt tokens with each number of tokens that has kernels of its own."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nanovllm.layers.state import PagedKVSpec, SlotStateSpec, StatefulLayer
-from nanovllm.ops.gdn.copy_slots import copy_slots
+from nanovllm.ops.state.copy_slots import copy_slots
 
 # Fraction of the memory left after the running sequences' slots that goes to snapshots. The rest is for KV blocks.
 _SNAPSHOT_FRACTION = 0.2
