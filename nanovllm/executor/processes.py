@@ -11,7 +11,7 @@ from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection, Pipe
 
-from nanovllm.utils.import_path import child_program
+from nanovllm.utils.child_process import child_program, inheritable
 
 # The monitor polls: a stopped process makes no pidfd readable, and some builds of Python have no `os.pidfd_open`.
 _POLL_SECONDS = 0.2
@@ -142,8 +142,11 @@ class RankProcesses:
     def _start_rank(self, rank: int) -> None:
         reports, rank_reports = Pipe(duplex=False)
         self._report_pipes.append(reports)
-        with rank_reports, self._connect() as inherited:
-            descriptors = (rank_reports.fileno(), *inherited)
+        with (
+            rank_reports,
+            self._connect() as connected,
+            inheritable(rank_reports.fileno(), *connected) as descriptors,
+        ):
             program = child_program(self._module, (rank, os.getpid(), *descriptors))
             num_threads = max(1, (os.cpu_count() or 1) // self._size)
             defaults = {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE"}

@@ -17,7 +17,7 @@ from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
 
-from nanovllm.utils.import_path import import_path
+from nanovllm.utils.child_process import import_path, inheritable
 
 _FOLDER = Path(__file__).resolve().parent
 _COMMAND = "import sys; sys.path = {!r}; import runpy; runpy.run_path({!r})['main'](**{!r})"
@@ -139,15 +139,15 @@ class _Child:
         if not sys.executable:
             raise OSError("sys.executable does not name Python")
         self.channel, theirs = Pipe()
-        with theirs:
-            program = _COMMAND.format(import_path(), str(_FOLDER / "serve.py"), arguments | {"fd": theirs.fileno()})
+        with theirs, inheritable(theirs.fileno()) as (descriptor,):
+            program = _COMMAND.format(import_path(), str(_FOLDER / "serve.py"), arguments | {"fd": descriptor})
             try:
                 self.process = subprocess.Popen(
                     [sys.executable, "-c", program],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[descriptor],
                     cwd="/",  # the parent's working folder may be gone, and transformers asks for it
                     start_new_session=True,  # Ctrl-C reaches all of a terminal's session; the parent decides
                 )

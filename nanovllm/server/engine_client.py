@@ -33,7 +33,7 @@ from nanovllm.server.engine_messages import (
     unpack_error,
     unpack_output,
 )
-from nanovllm.utils.import_path import child_program
+from nanovllm.utils.child_process import child_program, inheritable
 
 _CLOSE_SECONDS = 10.0
 
@@ -72,10 +72,10 @@ class EngineClient:
         self._error: str | None = None
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, inheritable(theirs.fileno()) as descriptors:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", child_program("nanovllm.server.engine_host", (theirs.fileno(),))],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-c", child_program("nanovllm.server.engine_host", descriptors)],
+                pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
             )
         self._connection = Connection(ours.detach())

@@ -224,10 +224,10 @@ def test_a_rank_that_crashes_prints_where(model, capfd):
     assert re.search(r"Segmentation fault(.|\n)*worker\.py.* in serve", capfd.readouterr().err)
 
 
-def test_ranks_run_without_a_standard_error(model, want, tmp_path):
+def test_ranks_run_without_standard_input_and_error(model, want, tmp_path):
     script = tmp_path / "mine.py"
     script.write_text(SCRIPT)
-    command = ["sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, str(script)]
+    command = ["sh", "-c", 'exec "$0" "$@" 0<&- 2>&-', sys.executable, str(script)]
     command += [str(model), json.dumps(OPTIONS), json.dumps(PROMPTS[:1])]
     done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, timeout=300)
     assert f"tokens {want[:1]}" in done.stdout

@@ -7,11 +7,12 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from nanovllm.sandbox.pool import Pool, _Child
-from nanovllm.utils.import_path import import_path
+from nanovllm.utils.child_process import import_path
 
 PLAIN = "{{ messages[0].content }}"
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -147,6 +148,18 @@ def test_a_child_that_cannot_be_started_is_a_clear_error(monkeypatch, executable
     monkeypatch.setattr("sys.executable", executable)
     with pytest.raises(RuntimeError, match=r"refused: no process can be started: .*(sys.executable|/nowhere/python)"):
         made().ask(request())
+
+
+def test_children_start_without_standard_streams(tmp_path):
+    program = """
+import sys
+from tests.unit.test_sandbox import made, request
+with open(sys.argv[1], "w") as file:
+    print(made().ask(request()), file=file)
+"""
+    command = ["sh", "-c", 'exec "$0" "$@" 0<&- 1>&- 2>&-', sys.executable, "-c", program, str(tmp_path / "reply")]
+    assert subprocess.run(command, cwd=Path(__file__).parents[2]).returncode == 0
+    assert (tmp_path / "reply").read_text() == "{'text': 'Hello'}\n"
 
 
 def test_a_deleted_working_folder_is_left_out_of_the_path(tmp_path, monkeypatch):

@@ -1,7 +1,10 @@
-"""How child processes start: the path on which they find modules, and their program."""
+"""How child processes start: the path on which they find modules, their program, and the descriptors they inherit."""
 
+import fcntl
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 
 def import_path() -> list[str]:
@@ -29,3 +32,18 @@ def child_program(module: str, arguments: tuple) -> str:
         "ctypes.CDLL(None).prctl(1, signal.SIGKILL); signal.signal(signal.SIGINT, signal.SIG_IGN); "
         f"from {module} import main; main(*{arguments!r})"
     )
+
+
+@contextmanager
+def inheritable(*descriptors: int) -> Iterator[tuple[int, ...]]:
+    """Yield copies of descriptors for a child process, and close them after.
+
+    Their numbers are not those of the standard streams, which the child may have in their place: a program that runs
+    without one of these gets its number for the next file that it opens.
+    """
+    with ExitStack() as stack:
+        copies = []
+        for descriptor in descriptors:
+            copies.append(fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3))
+            stack.callback(os.close, copies[-1])
+        yield tuple(copies)
