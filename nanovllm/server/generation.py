@@ -101,10 +101,10 @@ async def generate(
                 yield Piece(len(prompt_ids), output.num_cached_tokens, pieces)
 
 
-async def count_prompt_tokens(state: ServerState, conversation: Conversation) -> int:
-    """Return how many tokens the prompt of a conversation has."""
+async def prompt_token_ids(state: ServerState, conversation: Conversation) -> list[int]:
+    """Return the prompt of a conversation."""
     prompt_ids, _ = await _prompt(state, conversation, _shown_tools(conversation))
-    return len(prompt_ids)
+    return prompt_ids
 
 
 def _shown_tools(conversation: Conversation) -> Sequence[dict[str, Any]]:
