@@ -18,6 +18,7 @@ from nanovllm.server.call_grammars import (
 )
 from nanovllm.server.parsers import PARSERS, OutputParser
 from nanovllm.server.tag_grammar import Qwen3CoderGrammar
+from nanovllm.server.thinking import ThinkingParser
 
 GRAMMARS: dict[str, type[CallGrammar]] = {
     "none": CallGrammar,
@@ -82,8 +83,9 @@ class TextFormat:
         # A model of an unknown format writes Hermes' format where a grammar makes it.
         name = "hermes" if is_constrained and self.tool_format == "none" else self.tool_format
         parser = PARSERS[name] if tools else OutputParser
-        finds_thinking = self.reasoning_format == "think"
-        return parser(_schemas(tools), finds_thinking and _opens_thinking(prompt_text), finds_thinking)
+        if self.reasoning_format == "none":
+            return parser(_schemas(tools))
+        return ThinkingParser(parser, _schemas(tools), is_open=_opens_thinking(prompt_text))
 
     def constraint(
         self,
