@@ -74,10 +74,14 @@ class CallGrammar:
         return f"({text_and_call})* FREE" if self.parallel else f"(FREE | {text_and_call})"
 
     def _add(self, rule: str) -> None:
-        self._num_chars += len(rule)
+        self._charge(len(rule))
+        self._rules.append(rule)
+
+    def _charge(self, num_chars: int) -> None:
+        """Refuse schemas and rules that have too many characters together."""
+        self._num_chars += num_chars
         if self._num_chars > MAX_GRAMMAR_CHARS:
             raise ValueError(f"the schemas of all tools must have at most {MAX_GRAMMAR_CHARS} characters")
-        self._rules.append(rule)
 
 
 class Llama3Grammar(CallGrammar):

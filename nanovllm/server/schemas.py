@@ -9,11 +9,15 @@ from nanovllm.checks import shown
 
 _ALL_TYPES = frozenset(("string", "number", "integer", "boolean", "null", "array", "object"))
 _TYPE_NAMES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
-# Bounds the schemas that are visited to find the alternatives of one, and so the recursion, and the alternatives.
-_MAX_SCHEMAS = 128
-# Keywords that `alternatives` follows, and some that ask nothing.
+# Bounds the alternatives of one part of a schema, and how deep its parts are nested.
+_MAX_ALTERNATIVES = 64
+_MAX_DEPTH = 64
+# Bounds the alternatives of all parts, which take about 2 us each.
+_MAX_ALL_ALTERNATIVES = 4096
+# Keywords that `Alternatives` follows, and some that ask nothing.
 _FOLLOWED = {"$ref", "allOf", "anyOf", "oneOf", "$defs", "definitions"}
 _NOTES = {"$comment", "$id", "$schema", "default", "deprecated", "description", "example", "examples", "title"}
+_TEXT = {"type": "string"}
 
 
 def type_name(value: Any) -> str:
@@ -21,47 +25,68 @@ def type_name(value: Any) -> str:
     return _TYPE_NAMES.get(type(value), "null")
 
 
-def alternatives(schema: Any, part: Any, visits: Iterator[int] | None = None) -> list[dict[str, Any]]:
-    """Return schemas without references and without combinations such as `anyOf`.
+class Alternatives:
+    """Takes the parts of one schema apart: into schemas without references and without combinations such as `anyOf`.
 
-    A value follows `part` if it follows one of them; for `oneOf`, exactly one, which each of them then notes. What
-    cannot be joined stays as `allOf`.
+    A value follows a part if it follows one of its alternatives; for `oneOf`, exactly one, which each of them then
+    notes. What cannot be joined stays as `allOf`.
 
     Args:
-        schema: the whole that references start from.
-        part: the schema to take apart.
-        visits: numbers, one of which is taken for each schema.
-
-    Raises:
-        ValueError: it is not a schema, has too many parts, or refers to itself without end.
+        schema: the whole schema, in which references start.
     """
-    visits = iter(range(_MAX_SCHEMAS)) if visits is None else visits
-    if next(visits, None) is None:
-        raise ValueError(f"a schema of a tool must have at most {_MAX_SCHEMAS} alternatives and no endless references")
-    if isinstance(part, bool):
-        return [{}] if part else []
-    if not isinstance(part, dict):
-        raise ValueError(f"the parts of a tool's schema must be dicts or booleans, got {shown(part)}")
-    found = [{word: value for word, value in part.items() if word not in _FOLLOWED | _NOTES}]
-    for options, note in _combinations(schema, part):
-        others = [{**other, **note} for option in options for other in alternatives(schema, option, visits)]
-        if len(found) * len(others) > _MAX_SCHEMAS:
-            raise ValueError(f"a schema of a tool must have at most {_MAX_SCHEMAS} alternatives")
-        found = [_joined(one, other) for one in found for other in others]
-    return found
 
+    def __init__(self, schema: Any):
+        self.schema = schema
+        # Each part with its alternatives, by the id of the part. The parts that are being taken apart have None.
+        self._found: dict[int, tuple[Any, list[dict[str, Any]] | None]] = {}
+        self._num_found = self._depth = 0
 
-def _combinations(schema: Any, part: dict[str, Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """Yield lists of schemas, one of which a value must follow, and what to note in each of them."""
-    if isinstance(part.get("$ref"), str):
-        yield [_resolve(schema, part["$ref"])], {}
-    for word in _FOLLOWED & part.keys():
-        if isinstance(options := part[word], list):
-            yield from (
-                (([option], {}) for option in options)
-                if word == "allOf"
-                else ((options, {"oneOf": True} if word == "oneOf" and len(options) > 1 else {}),)
-            )
+    def of(self, part: Any) -> list[dict[str, Any]]:
+        """Return the alternatives of a part.
+
+        Raises:
+            ValueError: it is not a schema, is too large, or refers to itself.
+        """
+        if isinstance(part, bool):
+            return [{}] if part else []
+        if not isinstance(part, dict):
+            raise ValueError(f"the parts of a tool's schema must be dicts or booleans, got {shown(part)}")
+        if id(part) not in self._found:
+            self._found[id(part)] = part, None
+            self._depth += 1
+            self._found[id(part)] = part, self._take_apart(part)
+            self._depth -= 1
+        _, found = self._found[id(part)]
+        if found is None:
+            raise ValueError(f"a tool's schema refers to itself without end: {shown(part)}")
+        return found
+
+    def types_of_member(self, key: str) -> set[str]:
+        """Return the types that the property `key` of the whole schema, an object, may have."""
+        parts = {id(part): part for part in (member(whole, key) for whole in self.of(self.schema))}
+        return {name for part in parts.values() for leaf in self.of(part) for name in types_of(leaf)}
+
+    def _take_apart(self, part: dict[str, Any]) -> list[dict[str, Any]]:
+        if self._depth > _MAX_DEPTH:
+            raise ValueError(f"a tool's schema must be nested at most {_MAX_DEPTH} levels deep")
+        found = [{word: value for word, value in part.items() if word not in _FOLLOWED | _NOTES}]
+        for word, options in self._combinations(part):
+            note = {"oneOf": True} if word == "oneOf" and len(options) > 1 else {}
+            others = [{**other, **note} for option in options for other in self.of(option)]
+            num_found = len(found) * len(others)
+            self._num_found += num_found
+            if num_found > _MAX_ALTERNATIVES or self._num_found > _MAX_ALL_ALTERNATIVES:
+                raise ValueError(f"a tool's schema has too many alternatives: {shown(part)}")
+            found = [_joined(one, other) for one in found for other in others]
+        return found
+
+    def _combinations(self, part: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+        """Yield lists of schemas, one of each of which a value must follow, and the keyword of each."""
+        if isinstance(part.get("$ref"), str):
+            yield "$ref", [_resolve(self.schema, part["$ref"])]
+        for word in ("allOf", "anyOf", "oneOf"):
+            if isinstance(options := part.get(word), list):
+                yield from ((word, [option]) for option in options) if word == "allOf" else [(word, options)]
 
 
 def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +131,7 @@ def _resolve(schema: Any, reference: str) -> Any:
 
 
 def types_of(alternative: dict[str, Any]) -> set[str]:
-    """Return the types of the values of one of the `alternatives`."""
+    """Return the types of the values of an alternative."""
     kind = alternative.get("type")
     if isinstance(kind, str):
         return {kind}
@@ -117,7 +142,7 @@ def types_of(alternative: dict[str, Any]) -> set[str]:
 
 
 def choices(alternative: dict[str, Any]) -> list[Any] | None:
-    """Return the only values that one of the `alternatives` may have, or None if it names none."""
+    """Return the only values that an alternative may have, or None if it names none."""
     values, types = _named_values(alternative), types_of(alternative)
     types |= {"integer"} if "number" in types else set()
     return None if values is None else [value for value in values if type_name(value) in types]
@@ -134,14 +159,13 @@ def member(alternative: dict[str, Any], key: str) -> Any:
     properties, others = alternative.get("properties"), alternative.get("additionalProperties")
     if isinstance(properties, dict) and key in properties:
         return properties[key]
-    return others if isinstance(others, dict) else {"type": "string"}
+    return others if isinstance(others, dict) else _TEXT
 
 
 def value_types(schema: Any, key: str) -> set[str]:
     """Return the types that the property `key` of an object may have."""
     try:
-        parts = [member(whole, key) for whole in alternatives(schema, schema)]
-        return {name for part in parts for leaf in alternatives(schema, part) for name in types_of(leaf)}
+        return Alternatives(schema).types_of_member(key)
     except ValueError:
         return set(_ALL_TYPES)
 

@@ -9,7 +9,7 @@ from nanovllm.checks import shown
 from nanovllm.sandbox.grammars import exact_pattern
 from nanovllm.server.call_grammars import CallGrammar, closed, dumps, json_value, lark_text
 from nanovllm.server.parsers import Qwen3CoderParser
-from nanovllm.server.schemas import alternatives, as_json, choices, type_name, types_of, value_types
+from nanovllm.server.schemas import Alternatives, as_json, choices, type_name, types_of
 
 _KEY = regex.compile(r"[^>\n]{1,256}")
 _END_FUNCTION = "</function>\n</tool_call>"
@@ -27,7 +27,7 @@ _LIMITS: dict[str, set[str]] = {
     "boolean": set(),
     "null": set(),
 }
-# What the parser takes for a value of a type, after white space, and not for text. More is excluded than it takes.
+# What the parser may take for a value of a type, after white space, and not for text. These match more than it takes.
 _TAKEN = {
     "string": r'"(.|\n)*',
     "integer": r"-?[0-9](.|\n)*",
@@ -73,6 +73,9 @@ class Qwen3CoderGrammar(CallGrammar):
 
     def __init__(self, schemas: Mapping[str, Any], parallel: bool):
         self._num_names = 0
+        # The schema of the function whose rule is made, and the names of the rules of its parameters.
+        self._alternatives = Alternatives({})
+        self._found: dict[tuple[str, int], str] = {}
         super().__init__(schemas, parallel)
         self._add(f"VALUE: {_FREE_TEXT}")
         self._add(f"value[lazy]: VALUE {lark_text(_END_PARAMETER)}")
@@ -88,14 +91,16 @@ class Qwen3CoderGrammar(CallGrammar):
         return self._free("head call")
 
     def _call(self, i: int, name: str, schema: Any) -> str:
-        objects = alternatives(schema, schema)
+        self._charge(len(dumps(schema)))
+        self._alternatives, self._found = Alternatives(schema), {}
+        objects = self._alternatives.of(schema)
         if len(objects) > 1 and any(isinstance(one.get("additionalProperties"), dict) for one in objects):
             raise _unheld("additionalProperties next to anyOf", schema)
-        parameters = " | ".join(self._parameters(schema, one) for one in objects)
+        parameters = " | ".join(map(self._parameters, objects))
         start = lark_text(f"{name}>\n")
         return f"{start} ({parameters}) {lark_text(_END_FUNCTION)}"
 
-    def _parameters(self, schema: Any, one: dict[str, Any]) -> str:
+    def _parameters(self, one: dict[str, Any]) -> str:
         """Return the rule of all parameters of a call that follows one of the schema's alternatives."""
         found, required = one.get("properties", {}), one.get("required", [])
         if not isinstance(found, dict) or not isinstance(required, list):
@@ -112,41 +117,43 @@ class Qwen3CoderGrammar(CallGrammar):
         for key in keys:
             part = found.get(key, others)
             if part is not False:
-                rule = self._parameter(schema, part, key)
+                rule = self._parameter(part, key)
                 parts.append(rule if key in required else f"{rule}?")
             elif key in required:
                 raise ValueError(f"a tool's schema requires the parameter {shown(key)} and forbids it")
         if others is not False:
-            parts.append(f"{self._other_parameter(schema, others, keys)}*")
+            parts.append(f"{self._other_parameter(others, keys)}*")
         return " ".join(parts) or '""'
 
-    def _parameter(self, schema: Any, part: Any, key: str) -> str:
-        """Add the rule of a parameter, and return its name."""
+    def _parameter(self, part: Any, key: str) -> str:
+        """Return the name of the rule of a parameter. Add the rule if it is new."""
+        if name := self._found.get((key, id(part))):
+            return name
         if not _KEY.fullmatch(key):
             raise ValueError(f"a parameter's name must have up to 256 characters without '>', got {shown(key)}")
-        name = self._name("parameter")
-        self._add(f"{name}: {lark_text(_tag(key))} {self._value(schema, part, value_types(schema, key))}")
+        name = self._found[key, id(part)] = self._name("parameter")
+        self._add(f"{name}: {lark_text(_tag(key))} {self._value(part, self._alternatives.types_of_member(key))}")
         return name
 
-    def _other_parameter(self, schema: Any, part: Any, keys: list[str]) -> str:
+    def _other_parameter(self, part: Any, keys: list[str]) -> str:
         """Add the rule of a parameter with any other name than `keys`, and return its name."""
         name = self._name("other")
         known = f" & ~({' | '.join(lark_text(_tag(key)) for key in keys)})" if keys else ""
         self._add(f"{name.upper()}: /<parameter=[^>\\n]{{1,256}}>\\n/{known}")
         # No parameter has this name, so the types are those of the other ones.
-        self._add(f"{name}: {name.upper()} {self._value(schema, part, value_types(schema, '>'))}")
+        self._add(f"{name}: {name.upper()} {self._value(part, self._alternatives.types_of_member('>'))}")
         return name
 
-    def _value(self, schema: Any, part: Any, types: set[str]) -> str:
+    def _value(self, part: Any, types: set[str]) -> str:
         """Return the rule of a value and its end tag.
 
         Args:
             types: what the parser can take a value of this parameter for.
         """
-        leaves = alternatives(schema, part)
+        leaves = self._alternatives.of(part)
         _check_overlap(leaves)
         if "string" not in types:
-            return self._json_or_text(schema, part, [])
+            return self._json_or_text(part, [])
         free = {kind for leaf in leaves for kind in types_of(leaf) if _is_free(leaf, kind)}
         free |= {"integer"} if "number" in free else set()
         if "string" not in free:
@@ -162,11 +169,11 @@ class Qwen3CoderGrammar(CallGrammar):
         if "string" not in free:
             texts += [_SCALARS[kind] for kind in sorted(free)]
         kinds = {kind for leaf in limited for kind in types_of(leaf)} - free - {"string"}
-        return self._json_or_text(schema, {"allOf": [part, {"type": sorted(kinds)}]} if kinds else None, texts)
+        return self._json_or_text({"allOf": [part, {"type": sorted(kinds)}]} if kinds else None, texts)
 
-    def _json_or_text(self, schema: Any, part: Any, texts: list[str]) -> str:
+    def _json_or_text(self, part: Any, texts: list[str]) -> str:
         """Return the rule of a value that is JSON, unless `part` is None, or one of the texts, and its end tag."""
-        rules = [] if part is None else [f"{_json_part(schema, part)} {lark_text(_END_PARAMETER)}"]
+        rules = [] if part is None else [f"{_json_part(self._alternatives.schema, part)} {lark_text(_END_PARAMETER)}"]
         if texts:
             rules.append(name := self._name("value"))
             self._add(f"{name.upper()}: {' | '.join(texts)}")

@@ -315,7 +315,7 @@ def test_parameters_of_tags_follow_their_schema(schema, valid, invalid, accepts)
         (parameters(a={"enum": ["None", "x", None]}), "'None'"),
         (parameters(a={"enum": ["x\n</parameter>\n<parameter=b>"]}), "value"),
         (parameters(a={"$ref": "#/$defs/missing"}), "None"),
-        (parameters(a={"$ref": "#/properties/a"}), "endless"),
+        (parameters(a={"$ref": "#/properties/a"}), "itself"),
     ],
     ids=str,
 )
@@ -342,7 +342,8 @@ def test_a_deep_or_large_or_odd_schema_is_refused_in_words(name):
         "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
         "properties": {"p": {"$ref": "#/$defs/a"}},
     }
-    for schema in ({"properties": {"p": deep}}, large, shared, cycle, {"properties": {"p": deep}, "$ref": "#"}):
+    many = {"anyOf": [{"required": ["p"]}] * 60, "properties": {f"p{i}": {"anyOf": [{}] * 60} for i in range(500)}}
+    for schema in ({"properties": {"p": deep}}, large, shared, cycle, {"properties": {"p": deep}, "$ref": "#"}, many):
         try:
             FORMATS[name].constraint([tool("f", schema)], "required", parallel=True)
         except ValueError as error:
