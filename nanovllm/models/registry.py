@@ -13,7 +13,9 @@ from nanovllm.layers.gated_delta_net import LinearAttentionConfig
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES, ROPE_WITH_ORIGINAL, rope_frequencies
 from nanovllm.ops.gdn.inputs import CONV_WIDTH
-from nanovllm.weights.fp8 import Fp8Scheme, LayerFormats
+from nanovllm.weights.layer_formats import LayerFormats
+from nanovllm.weights.quantization import QuantizationScheme
+from nanovllm.weights.quantization_config import SUPPORTED, read_scheme
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +95,7 @@ def unsupported(feature: str) -> ValueError:
     """Return the error for a model with this feature. It lists the supported ones."""
     return ValueError(
         f"{feature} is not supported; supported are models of the types {', '.join(FAMILIES)}, with RoPE of the types "
-        f"{', '.join(ROPE_TYPES)}: unquantised, as GGUF files, or in FP8 with dynamic activations (quant_method 'fp8' "
-        "with a weight_block_size, or 'compressed-tensors')"
+        f"{', '.join(ROPE_TYPES)}: unquantised, as GGUF files, or in {SUPPORTED}"
     )
 
 
@@ -219,7 +220,7 @@ class ModelConfig:
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
     moe: MoEConfig | None = None
-    quantization: Fp8Scheme | None = None
+    quantization: QuantizationScheme | None = None
 
     def __post_init__(self):
         check_model_type(self.model_type)
@@ -484,10 +485,10 @@ def _check_variant(config: Any) -> None:
         raise unsupported(f"is_causal={shown(config.is_causal)}")
 
 
-def _quantization(config: Any) -> Fp8Scheme | None:
+def _quantization(config: Any) -> QuantizationScheme | None:
     options = getattr(config, "quantization_config", None)
     try:
-        return Fp8Scheme.from_hf(options) if options else None
+        return read_scheme(options) if options else None
     except ValueError as error:
         raise unsupported(str(error)) from None
 

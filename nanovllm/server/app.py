@@ -37,6 +37,10 @@ _MAX_SHOWN_ERRORS = 3
 _KEEP_ALIVE_S = 75
 # How long responses may take to reach their clients when the engine is closed.
 _CLOSE_S = 5
+# How often the server checks its engine, in ticks of 0.1 s, and how long it waits for the reply, in seconds.
+_HEALTH_TICKS, _HEALTH_S = 50, 1
+# How long a server whose engine has failed still responds, with the reason, in seconds.
+_FAILED_S = 20
 
 
 # -- the app -----------------------------------------------------------------------------------------------------------
@@ -101,7 +105,9 @@ async def _error_response(request: Request, error: Exception) -> JsonResponse:
     api_error = _api_error(request, error)
     if api_error.status == 500:
         logger.error(f"{request.method} {request.url.path} has failed", exc_info=error)
-    headers = {} if api_error.retry_after is None else {"retry-after": str(api_error.retry_after)}
+    headers = dict(getattr(error, "headers", None) or {})  # such as Allow, next to status 405
+    if api_error.retry_after is not None:
+        headers["retry-after"] = str(api_error.retry_after)
     return JsonResponse(error_body(api_error, request.url.path), api_error.status, headers)
 
 
@@ -144,7 +150,7 @@ def serve(config_options: dict[str, Any], server_options: ServerOptions) -> None
 
     Raises:
         OSError: the address cannot be listened on. Nothing was loaded.
-        TypeError, ValueError, RuntimeError: the engine cannot be made; see `EngineClient`.
+        TypeError, ValueError, RuntimeError: the engine cannot be made, see `EngineClient`, or has failed later.
     """
     with _listen(server_options.host, server_options.port) as listener:
         llm = EngineClient(**config_options)
@@ -153,6 +159,8 @@ def serve(config_options: dict[str, Any], server_options: ServerOptions) -> None
             gc.collect()
             gc.freeze()  # see engine_host.py
             server.run([listener])
+            if server.failure is not None:
+                raise RuntimeError(f"the engine has failed: {server.failure}")
         finally:
             llm.close()
             gc.unfreeze()  # else libraries take what is frozen for leaks
@@ -210,6 +218,12 @@ class Server(uvicorn.Server):
 
     Meanwhile new requests and /health get status 503. After `drain_seconds`, or after a second signal, the engine is
     closed, which ends requests with an error. A third signal ends the process without that.
+
+    If the engine fails, requests and /health get 503 and the reason for a while. Then the server stops, so that a
+    service manager starts another one.
+
+    Attributes:
+        failure: why the engine has failed; None if it has not.
     """
 
     def __init__(self, state: ServerState):
@@ -227,6 +241,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.state = state
         self.deadline = 0.0
+        self.failure: str | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         for listener in sockets or ():  # connections of an earlier server may still be closing
@@ -251,10 +266,24 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         must_exit = await super().on_tick(counter)
         admission = self.state.admission
+        if self.failure is None and not admission.draining and counter % _HEALTH_TICKS == 0:
+            await self._check_engine()
+        if self.failure is not None and time.monotonic() > self.deadline:
+            return True
         if admission.draining and (not admission.num_samples or time.monotonic() > self.deadline):
             await asyncio.to_thread(self.state.llm.close)
             return True
         return must_exit
+
+    async def _check_engine(self) -> None:
+        try:
+            await asyncio.wait_for(self.state.llm.check_health(), _HEALTH_S)
+        except asyncio.TimeoutError:  # a long step; Python 3.10 has two kinds
+            pass
+        except RuntimeError as error:
+            self.failure = str(error)
+            self.deadline = time.monotonic() + _FAILED_S
+            logger.error(f"The server stops in {_FAILED_S} s, because its engine has failed: {error!s:.500}")
 
 
 def _greeting(state: ServerState, host: str, port: int) -> str:

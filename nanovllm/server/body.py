@@ -6,8 +6,9 @@ from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, mode
 
 MAX_TOOLS = 4096
 _MAX_ERRORS = 100
-# Long conversations with tools have some thousands. Each takes the event loop about 10 us.
+# Long conversations with tools have some thousands of lists and objects. Each takes the event loop about 10 us.
 _MAX_CONTAINERS = 50_000
+_MAX_VALUES = 1 << 20  # such as token ids, which take it about 0.1 us each
 
 
 class Body(BaseModel):
@@ -32,10 +33,13 @@ class Body(BaseModel):
 
 def _check_size(data: Any) -> None:
     """Raise ValueError if the body has too many lists and objects."""
-    todo, num_containers = [data], 0
+    todo, num_containers, num_values = [data], 0, 0
     while todo:
         value = todo.pop()
         num_containers += 1
+        num_values += len(value) if isinstance(value, dict | list) else 1
+        if num_values > _MAX_VALUES:
+            raise ValueError(f"the body has more than {_MAX_VALUES} values")
         children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         todo += [child for child in children if isinstance(child, dict | list)]
         if num_containers + len(todo) > _MAX_CONTAINERS:

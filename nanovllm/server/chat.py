@@ -163,7 +163,7 @@ class ChatRequest(SamplingFields):
         )
 
     def _sampling(self, state: ServerState) -> SamplingParams:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         overrides: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": self.num_top}
@@ -222,7 +222,15 @@ def _message(message: dict[str, Any], i: int) -> dict[str, Any]:
             raise ApiError(400, f"messages[{i}].{name} is not supported", "messages")
     if "reasoning" in kept:  # templates read the other name
         kept.setdefault("reasoning_content", kept.pop("reasoning"))
+    if isinstance(kept.get("content"), list):
+        kept["content"] = [_as_text(part) for part in kept["content"]]
     return {"content": "", **kept}
+
+
+def _as_text(part: Any) -> Any:
+    """Return a part of a message as text if it is a refusal."""
+    is_refusal = isinstance(part, dict) and part.get("type") == "refusal"
+    return {"type": "text", "text": part.get("refusal")} if is_refusal else part
 
 
 def routes(state: ServerState) -> APIRouter:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from pydantic import Field
 
 from nanovllm import CompletionOutput, Logprob, RequestOutput, RequestOutputKind, SamplingParams
 from nanovllm.checks import shown
@@ -36,7 +37,7 @@ class CompletionRequest(SamplingFields):
 
     prompt: Any
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: int | None = Field(None, ge=0)
     best_of: int | None = None
 
 
@@ -61,11 +62,14 @@ class _Writer:
         self.num_cached: dict[int, int] = {}
         self._offsets: dict[int, int] = {}
 
-    def choices(self, prompt_index: int, output: RequestOutput) -> list[dict]:
+    async def choices(self, prompt_index: int, output: RequestOutput) -> list[dict]:
         """Return what an output has, or what is new in it, as choices."""
         self.num_prompt[prompt_index] = len(output.prompt_token_ids)
         self.num_cached[prompt_index] = output.num_cached_tokens
-        return [self._choice(prompt_index, output, sample) for sample in output.outputs]
+        if self.request.logprobs is None:
+            return [self._choice(prompt_index, output, sample) for sample in output.outputs]
+        # The log-probabilities of a whole prompt take long.
+        return [await asyncio.to_thread(self._choice, prompt_index, output, sample) for sample in output.outputs]
 
     def _choice(self, prompt_index: int, output: RequestOutput, sample: CompletionOutput) -> dict:
         if sample.finish_reason == "abort":
@@ -220,7 +224,7 @@ async def _events(
     usage = {"usage": None} if writer.request.include_usage else {}
     async with aclosing(outputs):
         async for index, output in outputs:
-            choices = writer.choices(index, output)
+            choices = await writer.choices(index, output)
             # Half a character has no text yet.
             events = [choice for choice in choices if choice["text"] or choice["logprobs"] or choice["finish_reason"]]
             if events:
@@ -258,8 +262,9 @@ def routes(state: ServerState) -> APIRouter:
         choices = []
         async with aclosing(outputs):
             async for index, output in outputs:
-                choices += writer.choices(index, output)
+                choices += await writer.choices(index, output)
         choices.sort(key=lambda choice: choice["index"])
-        return JsonResponse({**header, "choices": choices, "usage": writer.usage()})
+        body = {**header, "choices": choices, "usage": writer.usage()}
+        return await asyncio.to_thread(lambda: JsonResponse(body))  # many log-probabilities take long to write
 
     return router

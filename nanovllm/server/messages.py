@@ -29,27 +29,36 @@ from nanovllm.server.translation import (
 _BILLING_HEADER = "x-anthropic-billing-header:"
 
 
-class TextBlock(BaseModel):
+class _Part(BaseModel):
+    """A part of a request. Null is a missing field."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class TextBlock(_Part):
     """A text."""
 
     type: Literal["text"]
     text: str
 
 
-class ThinkingBlock(BaseModel):
+class ThinkingBlock(_Part):
     """A text of the model's thinking."""
 
     type: Literal["thinking"]
     thinking: str
 
 
-class RedactedThinkingBlock(BaseModel):
+class RedactedThinkingBlock(_Part):
     """Thinking of another model, which nobody can read."""
 
     type: Literal["redacted_thinking"]
 
 
-class ToolUseBlock(BaseModel):
+class ToolUseBlock(_Part):
     """A tool call of the model."""
 
     type: Literal["tool_use"]
@@ -65,7 +74,7 @@ def _as_blocks(content: Any) -> Any:
 Texts = Annotated[list[TextBlock], BeforeValidator(_as_blocks)]
 
 
-class ToolResultBlock(BaseModel):
+class ToolResultBlock(_Part):
     """The result of a tool call."""
 
     type: Literal["tool_result"]
@@ -79,14 +88,14 @@ AnyBlock = Annotated[
 ]
 
 
-class Message(BaseModel):
+class Message(_Part):
     """A turn of the conversation."""
 
     role: Literal["user", "assistant", "system"]
     content: Annotated[list[AnyBlock], BeforeValidator(_as_blocks)]
 
 
-class Tool(BaseModel):
+class Tool(_Part):
     """A function that the model may call. Tools that Anthropic's servers run have no schema, and are skipped."""
 
     name: str
@@ -95,7 +104,7 @@ class Tool(BaseModel):
     strict: bool | None = None
 
 
-class ToolChoice(BaseModel):
+class ToolChoice(_Part):
     """The tools that the model may or must call."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -103,26 +112,26 @@ class ToolChoice(BaseModel):
     disable_parallel_tool_use: bool = False
 
 
-class ThinkingSwitch(BaseModel):
+class ThinkingSwitch(_Part):
     """Whether the model thinks before it responds."""
 
     type: str
 
 
-class OutputFormat(BaseModel):
+class OutputFormat(_Part):
     """A JSON schema that the response follows."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(BaseModel):
+class OutputConfig(_Part):
     """The form of the response."""
 
     format: OutputFormat | None = None
 
 
-class MessagesRequest(Body):
+class MessagesRequest(_Part, Body):
     """A request of POST /v1/messages. Unknown fields are ignored here: clients add new ones often."""
 
     model: str
@@ -138,12 +147,6 @@ class MessagesRequest(Body):
     top_k: int | None = None
     stop_sequences: list[str] = Field(default_factory=list)
     stream: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        """Treat null as a missing field."""
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 class CountTokensRequest(MessagesRequest):

@@ -139,6 +139,7 @@ class Reasoning(_Strict):
 
     effort: str | None = None
     summary: str | None = None
+    generate_summary: None = None  # the older name of `summary`, which the openai package sends
 
 
 class ResponsesRequest(SamplingFields):
@@ -314,7 +315,7 @@ def _fixed_fields(state: ServerState, request: ResponsesRequest, asked: Conversa
         "model": state.model_names[0],
         "parallel_tool_calls": asked.parallel_tool_calls,
         "previous_response_id": None,
-        "reasoning": reasoning.model_dump(),
+        "reasoning": reasoning.model_dump(exclude={"generate_summary"}),
         "store": False,
         "temperature": asked.params.temperature,
         "text": {"format": form.model_dump(by_alias=True, exclude_none=True)},

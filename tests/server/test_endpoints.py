@@ -94,7 +94,7 @@ def test_unknown_paths_and_methods_get_errors_in_words(llm):
     answer = call(llm, "GET", "/v1/nothing")
     assert answer.status_code == 404 and "/v1/nothing" in error_of(answer)
     answer = call(llm, "GET", "/v1/completions")
-    assert answer.status_code == 405 and error_of(answer)
+    assert answer.status_code == 405 and error_of(answer) and answer.headers["allow"] == "POST"
 
 
 def samples(text):

@@ -317,6 +317,22 @@ def test_failed_engine_answers_503_and_says_why(own_llm, error, caplog):
     assert caplog.text.count("The engine has failed") == 1
 
 
+def test_server_stops_after_its_engine_has_failed(own_llm, monkeypatch):
+    monkeypatch.setattr("nanovllm.server.app._FAILED_S", 1)
+
+    def fail():
+        raise RuntimeError("CUDA error: no device")
+
+    async def use():
+        async with listening(own_llm) as (_, client, serving):
+            assert not serving.done()
+            own_llm.llm_engine.step = fail
+            assert (await client.post(COMPLETIONS, json={"prompt": "a"})).status_code == 503
+            await serving
+
+    asyncio.run(asyncio.wait_for(use(), SECONDS))
+
+
 def test_sleeping_engine_answers_503(own_llm):
     async def use(client, state):
         await own_llm.sleep()

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from nanovllm.server.options import ServerOptions
-from tests.server.serving import SECONDS, call, error_of, listening, make_server, with_client
+from tests.server.serving import SECONDS, call, error_of, held, listening, make_server, with_client
 
 PATH = "/v1/completions"
 BODY = {"prompt": "a", "max_tokens": 1}
@@ -189,6 +189,7 @@ def test_many_errors_of_a_body_are_counted_and_not_described(llm, path, body):
         ("/v1/chat/completions", {"messages": [{}] * 50_000}, "50000 lists and objects"),
         ("/v1/chat/completions", {"messages": [{"role": "user"}], "tools": [5] * 4097}, "4096"),
         (PATH, {**BODY, "logit_bias": dict.fromkeys(map(str, range(301)), 1)}, "300"),
+        (PATH, {**BODY, "allowed_token_ids": [7] * (1 << 20)}, "1048576 values"),
     ],
 )
 def test_bodies_of_far_too_many_values_are_refused(llm, path, body, named):
@@ -279,5 +280,31 @@ def test_offer_to_go_on_in_http2_is_ignored(llm, last):
                 size = int(answer.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
                 assert json.loads(await reader.readexactly(size))["choices"]
             writer.close()
+
+    asyncio.run(asyncio.wait_for(use(), SECONDS))
+
+
+def test_pipelined_request_is_dropped_and_a_vanished_client_noticed(own_llm):
+    body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True}
+
+    def request(**changes):
+        content = json.dumps(body | changes).encode()
+        head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
+
+    async def use():
+        async with listening(own_llm) as (state, client, _):
+            address = client.base_url.host, client.base_url.port
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(request(max_tokens=2) * 2)
+            assert (await reader.read()).count(b"HTTP/1.1 200 OK") == 1  # reads until the server closes
+            reader, writer = await asyncio.open_connection(*address)
+            with held(own_llm):
+                writer.write(request() * 2)
+                while not state.admission.num_samples:
+                    await asyncio.sleep(0.01)
+                writer.transport.abort()
+                while state.admission.num_samples:
+                    await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(use(), SECONDS))
