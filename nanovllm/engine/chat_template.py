@@ -103,7 +103,7 @@ class ChatTemplate:
         if arguments is None or (isinstance(arguments, str) and not arguments):
             arguments = {}  # clients write both for a call without arguments
         if isinstance(arguments, str) and not self._calls["text"]:
-            arguments = _parse_arguments(arguments, name)
+            arguments = _parse_arguments(arguments)
         elif isinstance(arguments, Mapping) and self._calls["text"] and not self._calls["object"]:
             arguments = json.dumps(arguments, ensure_ascii=False)
         adapted = {**function, "arguments": arguments}
@@ -135,11 +135,14 @@ def _text_of(part: Any, name: str) -> str:
     return part["text"]
 
 
-def _parse_arguments(text: str, name: str) -> dict:
+def _parse_arguments(text: str) -> dict:
+    """Return a call's arguments as an object.
+
+    A model may write what is not a JSON object. Then the conversation goes on with an error as the call's result, and
+    the model must see what it wrote. The key is the one that Anthropic's documentation gives for this.
+    """
     try:
         arguments = json.loads(text)
     except (ValueError, RecursionError):
         arguments = None
-    if not isinstance(arguments, dict):
-        raise ValueError(f"{name} must have arguments that are a JSON object, got {shown(text)}")
-    return arguments
+    return arguments if isinstance(arguments, dict) else {"INVALID_JSON": text}

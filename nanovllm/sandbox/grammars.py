@@ -384,14 +384,14 @@ def _merge_named_patterns(schema: dict[str, Any]) -> None:
 def _follow_patterns(schema: dict[str, Any]) -> None:
     """Rewrite the patterns of a schema so that llguidance follows them, and exclude 29 February of other years."""
     if isinstance(pattern := schema.get("pattern"), str):
-        schema["pattern"] = _exact_pattern(pattern)
+        schema["pattern"] = exact_pattern(pattern)
     if schema.get("format") in ("date", "date-time"):
         schema["allOf"] = [*_list(schema.get("allOf")), {"pattern": _EXISTING_DAY}]
     if not isinstance(patterns := schema.get("patternProperties"), dict):
         return
     exact: dict[str, Any] = {}
     for pattern, subschema in patterns.items():
-        name = _exact_pattern(pattern)
+        name = exact_pattern(pattern)
         # A name with U+0000, which the pattern does not match any more, must not count as one of the other names.
         if _WITHOUT_NUL in name and (schema.get("additionalProperties") is not False or _has_nul_names(schema)):
             what = "patternProperties with a class that excludes a quotation mark or a backslash"
@@ -416,7 +416,7 @@ _PATTERN_RANGE = re.compile(rf"({_PATTERN_CHARACTER})(?:-({_PATTERN_CHARACTER}))
 _WITHOUT_NUL = r"--\x00]"
 
 
-def _exact_pattern(pattern: str) -> str:
+def exact_pattern(pattern: str) -> str:
     """Return a pattern in JavaScript's notation as one that llguidance follows exactly.
 
     llguidance reads Rust's notation, in which a class may have operators and other classes. If a class has all control

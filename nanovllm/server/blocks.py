@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 from uuid import uuid4
 
-from nanovllm.server.events import CallArguments, CallStart, Event, Text, Thinking
+from nanovllm.server.events import CallArguments, CallEnd, CallStart, Event, Text, Thinking
 
 
 @dataclass(slots=True)
@@ -16,7 +16,8 @@ class Block:
         kind: Thinking, Text, or CallStart for a tool call.
         index: the block's number in the response, from 0.
         name: the function that a tool call calls.
-        pieces: the text so far; of a tool call, the JSON of its arguments.
+        pieces: the text so far; for a tool call, the JSON of its arguments.
+        is_complete: for a tool call, whether its arguments are a JSON object.
         id: random hexadecimal digits.
     """
 
@@ -24,6 +25,7 @@ class Block:
     index: int
     name: str = ""
     pieces: list[str] = field(default_factory=list)
+    is_complete: bool = False
     id: str = field(default_factory=lambda: uuid4().hex)
 
     @property
@@ -69,6 +71,8 @@ class Blocks:
         for event in events:
             if isinstance(event, CallStart):
                 yield from self._start(CallStart, event.name)
+            elif isinstance(event, CallEnd):
+                self.all[-1].is_complete = event.is_complete
             elif event.text:
                 if not isinstance(event, CallArguments) and not self._grows(type(event)):
                     yield from self._start(type(event))

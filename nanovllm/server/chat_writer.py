@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.outputs import LogprobRows
-from nanovllm.server.events import CallStart, Event, Text, Thinking
+from nanovllm.server.events import CallArguments, CallEnd, CallStart, Text, Thinking
 from nanovllm.server.generation import Piece, SamplePiece
 from nanovllm.server.streaming import json_logprob
 
@@ -120,7 +120,7 @@ class _Choice:
                 self.thinking += event.text
             elif isinstance(event, CallStart):
                 self.calls.append(_call(event.name))
-            else:
+            elif isinstance(event, CallArguments):
                 self.calls[event.index]["function"]["arguments"] += event.text
 
     def body(self, form: Form) -> dict[str, Any]:
@@ -163,9 +163,10 @@ class ChunkWriter:
         if index not in self.waiting:
             chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))
         tokens = self.waiting.get(index, []) + self.form.logprobs(sample.token_ids, sample.logprobs)
-        for delta in map(_delta, sample.events):
-            chunks.append(self._chunk(index, delta, tokens))
-            tokens = []
+        for event in sample.events:
+            if not isinstance(event, CallEnd):
+                chunks.append(self._chunk(index, _delta(event), tokens))
+                tokens = []
         if sample.finish_reason is not None:
             ending = {"finish_reason": sample.finish_reason, "stop_reason": sample.stop_reason}
             chunks.append(self._chunk(index, {}, tokens, ending))
@@ -181,7 +182,7 @@ class ChunkWriter:
         return chunk | {"usage": None} if self.form.has_usage else chunk
 
 
-def _delta(event: Event) -> dict[str, Any]:
+def _delta(event: Text | Thinking | CallStart | CallArguments) -> dict[str, Any]:
     if isinstance(event, Text):
         return {"content": event.text}
     if isinstance(event, Thinking):

@@ -28,10 +28,25 @@ class CallStart:
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """A piece of the JSON of a tool call's arguments. Together the pieces of a call are one JSON object."""
+    """A piece of the JSON of a tool call's arguments. Together the pieces of a complete call are one JSON object."""
 
     index: int
     text: str
 
 
-Event: TypeAlias = Text | Thinking | CallStart | CallArguments
+@dataclass(frozen=True, slots=True)
+class CallEnd:
+    """A tool call ends. Each `CallStart` has one.
+
+    Args:
+        is_complete: the arguments are a JSON object. Only such a call may be made.
+        written: the call as the model wrote it, with its tags and the line breaks around it. Together with the texts
+            before and after it this is the whole response.
+    """
+
+    index: int
+    is_complete: bool
+    written: str
+
+
+Event: TypeAlias = Text | Thinking | CallStart | CallArguments | CallEnd

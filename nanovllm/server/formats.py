@@ -8,8 +8,26 @@ import regex
 
 from nanovllm import StructuredOutputsParams
 from nanovllm.checks import shown
-from nanovllm.server.call_grammars import GRAMMARS, behind_thinking, json_rule
+from nanovllm.server.call_grammars import (
+    CallGrammar,
+    Llama3Grammar,
+    MistralGrammar,
+    MistralTagGrammar,
+    after_thinking,
+    json_rule,
+)
 from nanovllm.server.parsers import PARSERS, OutputParser
+from nanovllm.server.tag_grammar import Qwen3CoderGrammar
+from nanovllm.server.thinking import ThinkingParser
+
+GRAMMARS: dict[str, type[CallGrammar]] = {
+    "none": CallGrammar,
+    "hermes": CallGrammar,
+    "llama3": Llama3Grammar,
+    "mistral": MistralGrammar,
+    "mistral_tags": MistralTagGrammar,
+    "qwen3_coder": Qwen3CoderGrammar,
+}
 
 # After a thinking tag one of these shows that it is not open: its end, or the marker of another turn.
 _CLOSES_THINKING = regex.compile(r"</think>|<\||<｜|</s>|\[/INST\]|<end_of_turn>")
@@ -65,8 +83,9 @@ class TextFormat:
         # A model of an unknown format writes Hermes' format where a grammar makes it.
         name = "hermes" if is_constrained and self.tool_format == "none" else self.tool_format
         parser = PARSERS[name] if tools else OutputParser
-        finds_thinking = self.reasoning_format == "think"
-        return parser(_schemas(tools), finds_thinking and _opens_thinking(prompt_text), finds_thinking)
+        if self.reasoning_format == "none":
+            return parser(_schemas(tools))
+        return ThinkingParser(parser, _schemas(tools), is_open=_opens_thinking(prompt_text))
 
     def constraint(
         self,
@@ -95,7 +114,7 @@ class TextFormat:
             thinking = self._thinking(prompt_text)
             if rule is None or thinking == "none":
                 return response
-            return StructuredOutputsParams(grammar=behind_thinking(rule, thinking))
+            return StructuredOutputsParams(grammar=after_thinking(rule, thinking))
         schemas = _schemas(tools)
         is_required = tool_choice != "auto"
         if not is_required:

@@ -11,7 +11,7 @@ from nanovllm import CompletionOutput, SamplingParams
 from nanovllm.outputs import LogprobRows
 from nanovllm.server.call_grammars import json_rule
 from nanovllm.server.errors import ApiError, aborted
-from nanovllm.server.events import CallStart, Event
+from nanovllm.server.events import CallEnd, Event
 from nanovllm.server.parsers import OutputParser
 from nanovllm.server.state import ServerState
 
@@ -55,7 +55,8 @@ class SamplePiece:
         events: the parser's events of the new text.
         token_ids: the new tokens, including the one that ended the sample.
         logprobs: the requested log-probabilities of the new tokens.
-        finish_reason: "stop", "length" or "tool_calls"; None while the sample goes on.
+        finish_reason: "stop", "length" or "tool_calls"; None while the sample goes on. It is "tool_calls" if the model
+            has ended the sample itself, there is a call, and all calls are complete.
         stop_reason: the stop id or stop string that ended the sample, else None.
     """
 
@@ -101,10 +102,10 @@ async def generate(
                 yield Piece(len(prompt_ids), output.num_cached_tokens, pieces)
 
 
-async def count_prompt_tokens(state: ServerState, conversation: Conversation) -> int:
-    """Return how many tokens the prompt of a conversation has."""
+async def prompt_token_ids(state: ServerState, conversation: Conversation) -> list[int]:
+    """Return the prompt of a conversation."""
     prompt_ids, _ = await _prompt(state, conversation, _shown_tools(conversation))
-    return len(prompt_ids)
+    return prompt_ids
 
 
 def _shown_tools(conversation: Conversation) -> Sequence[dict[str, Any]]:
@@ -158,16 +159,17 @@ class _Sample:
 
     def __init__(self, parser: OutputParser):
         self.parser = parser
-        self.has_calls = False
+        self.calls: list[CallEnd] = []
 
     def piece(self, new: CompletionOutput) -> SamplePiece:
         events = self.parser.feed(new.text)
         finish_reason = new.finish_reason
         if finish_reason is not None:
             events = events + self.parser.finish()
-        self.has_calls |= any(isinstance(event, CallStart) for event in events)
+        self.calls += [event for event in events if isinstance(event, CallEnd)]
         if finish_reason == "abort":
             raise aborted(new.stop_reason)
-        if finish_reason == "stop" and self.has_calls:
+        is_ended_by_model = finish_reason == "stop" and not isinstance(new.stop_reason, str)
+        if is_ended_by_model and self.calls and all(call.is_complete for call in self.calls):
             finish_reason = "tool_calls"
         return SamplePiece(new.index, events, new.token_ids, new.logprobs, finish_reason, new.stop_reason)

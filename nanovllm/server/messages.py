@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from nanovllm import RequestOutputKind, StructuredOutputsParams
 from nanovllm.server.body import MAX_TOOLS, Body
 from nanovllm.server.errors import ApiError, anthropic_error
-from nanovllm.server.generation import Conversation, count_prompt_tokens, generate
+from nanovllm.server.generation import Conversation, generate, prompt_token_ids
 from nanovllm.server.messages_writer import MessageWriter
 from nanovllm.server.models import check_model
 from nanovllm.server.sampling import SamplingFields
@@ -270,6 +270,6 @@ def routes(state: ServerState) -> APIRouter:
     @router.post("/v1/messages/count_tokens")
     async def count_tokens(request: CountTokensRequest, http: Request) -> Response:
         check_model(state, request.model)
-        return JsonResponse({"input_tokens": await count_prompt_tokens(state, conversation(state, request, http))})
+        return JsonResponse({"input_tokens": len(await prompt_token_ids(state, conversation(state, request, http)))})
 
     return router

@@ -1,13 +1,16 @@
 """Messages in Anthropic's form: whole ones, and the events of streams."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic_core import from_json
 
 from nanovllm.server.blocks import Block, Blocks, Change, Grown, Started
-from nanovllm.server.events import CallStart, Text, Thinking
+from nanovllm.server.events import CallArguments, CallEnd, CallStart, Event, Text, Thinking
 from nanovllm.server.generation import Piece, SamplePiece
+from nanovllm.server.parsers import joined
+from nanovllm.server.schemas import refuse_constant
 
 # Clients drop thinking without a signature, and send back what they keep.
 _SIGNATURE = "nanovllm"
@@ -35,6 +38,8 @@ class MessageWriter:
         self.blocks = Blocks()
         self.num_input = self.num_cached = self.num_output = 0
         self.stop: dict[str, str | None] = {"stop_reason": None, "stop_sequence": None}
+        # The call that is being read. Clients may run what they see of a call, so they see whole ones.
+        self._call: list[Event] = []
         self._has_started = False
 
     def add(self, piece: Piece) -> list[dict[str, Any]]:
@@ -46,7 +51,7 @@ class MessageWriter:
             events = [{"type": "message_start", "message": self.body()}, {"type": "ping"}]
         for sample in piece.samples:
             self.num_output += len(sample.token_ids)
-            changes = [*self.blocks.feed(sample.events)]
+            changes = [*self.blocks.feed(self._usable(sample))]
             if sample.finish_reason is not None:
                 changes += self.blocks.finish()
             events += [event for change in changes for event in _events(change)]
@@ -54,7 +59,8 @@ class MessageWriter:
                 self.stop = self._stop(sample)
                 events.append({"type": "message_delta", "delta": self.stop, "usage": self.usage()})
                 events.append({"type": "message_stop"})
-        return events
+        # While a call is held back, a client must see that the response goes on.
+        return events or [{"type": "ping"}]
 
     def body(self) -> dict[str, Any]:
         """Return the message so far."""
@@ -70,6 +76,25 @@ class MessageWriter:
             "cache_read_input_tokens": self.num_cached,
             "output_tokens": self.num_output,
         }
+
+    def _usable(self, sample: SamplePiece) -> Iterator[Event]:
+        """Yield the events of a piece. A call comes as a whole, and as text if it is not complete.
+
+        As in Anthropic's API, a call that a token limit has cut off still is one, with its arguments so far.
+        """
+        for event in sample.events:
+            if isinstance(event, CallStart | CallArguments):
+                self._call.append(event)
+            elif isinstance(event, CallEnd):
+                arguments = "".join(part.text for part in self._call if isinstance(part, CallArguments))
+                is_cut = sample.finish_reason == "length" and event is sample.events[-1]
+                if event.is_complete or (is_cut and _arguments(arguments) is not None):
+                    yield from joined(self._call)
+                else:
+                    yield Text(event.written)
+                self._call = []
+            else:
+                yield event
 
     def _stop(self, sample: SamplePiece) -> dict[str, str | None]:
         reason, sequence = "end_turn", None
@@ -106,16 +131,16 @@ def _content(block: Block) -> dict[str, Any]:
     if block.kind is Thinking:
         # In a stream, the signature comes in an event of its own.
         return {"type": "thinking", "thinking": block.text, "signature": _SIGNATURE if block.pieces else ""}
-    return {"type": "tool_use", "id": f"toolu_{block.id}", "name": block.name, "input": _arguments(block.text)}
+    return {"type": "tool_use", "id": f"toolu_{block.id}", "name": block.name, "input": _arguments(block.text) or {}}
 
 
-def _arguments(text: str) -> dict[str, Any]:
-    """Return the arguments of a tool call, as far as there are any: a response that is cut off may end within them."""
+def _arguments(text: str) -> dict[str, Any] | None:
+    """Return the arguments of a tool call, or the first of them if they are cut off; None if they are not an object."""
     try:
-        arguments = json.loads(text, parse_constant=lambda name: None)  # NaN is no JSON
-    except ValueError:
+        arguments = json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError):
         try:
             arguments = from_json(text, allow_partial="trailing-strings", allow_inf_nan=False)
         except ValueError:
-            return {}
-    return arguments if isinstance(arguments, dict) else {}
+            return None
+    return arguments if isinstance(arguments, dict) else None

@@ -1,8 +1,8 @@
-"""Finds thinking and tool calls in a model's text while the text arrives.
+"""Finds tool calls in a model's text while the text arrives.
 
 A parser is a generator that waits for more text where it cannot decide yet. What it finds depends on the text alone,
 not on the pieces in which the text arrives. Once a call's name is known, its arguments are passed on as they come. If
-they are not JSON after all, they are passed on as the model wrote them, so that no client runs half a call.
+they are not a JSON object after all, the end of the call says so, so that no client runs half a call.
 
 Patterns match a limited number of characters, so that little text is held back and looked at again.
 """
@@ -15,20 +15,16 @@ from typing import Any
 
 import regex
 
-from nanovllm.server.events import CallArguments, CallStart, Event, Text, Thinking
-from nanovllm.server.schemas import type_name, value_types
+from nanovllm.server.events import CallArguments, CallEnd, CallStart, Event, Text
+from nanovllm.server.schemas import as_json, refuse_constant, value_types
 
 # A part of a parser: it yields to wait for more text, and returns whether it found what it looks for.
 Finds = Generator[None, None, bool]
 Waits = Generator[None, None, None]
-Kind = type[Text | Thinking]
 
-_THINK = regex.compile(r"\n{0,16}<think>")
-_END_THINK = regex.compile("</think>")
-_LATE_END_THINK = regex.compile(r"\s{0,16}</think>")
 _NEVER = regex.compile("(?!)")
-# JSON objects of calls that must be complete to be understood are no longer than this.
-_MAX_HELD_CHARS = 1 << 16
+# The longest text that is held back until it is clear whether it is a call.
+MAX_HELD_CHARS = 1 << 16
 
 
 class OutputParser:
@@ -36,20 +32,22 @@ class OutputParser:
 
     Args:
         tools: JSON schemas of the parameters of the functions that can be called, by name.
-        in_thinking: the output starts inside a thinking tag that the prompt has opened.
-        finds_thinking: the output may start with a thinking tag.
     """
 
     # Tags that may start a call inside other text.
     call_start = _NEVER
 
-    def __init__(self, tools: Mapping[str, Any], in_thinking: bool = False, finds_thinking: bool = False):
-        self.tools, self.in_thinking, self.finds_thinking = tools, in_thinking, finds_thinking
+    def __init__(self, tools: Mapping[str, Any]):
+        self.tools = tools
         # The text that has no event yet starts at the index `_at`.
         self._text, self._at = "", 0
-        # Line breaks are held back, and dropped if a tag follows.
+        # Line breaks are held back, and belong to the call if one follows.
         self._num_newlines = 0
         self._num_calls = 0
+        # The text of the call that is being read: earlier pieces, at least one, and the index where the rest starts.
+        self._written: list[str] = []
+        self._written_at = 0
+        self._arguments: list[str] = []
         self._is_finished = False
         self._events: list[Event] = []
         self._run = self._parse()
@@ -57,7 +55,9 @@ class OutputParser:
 
     def feed(self, text: str) -> list[Event]:
         """Return the events of the next piece of the text, as far as they are certain."""
-        self._text, self._at = self._text[self._at :] + text, 0
+        if self._written:
+            self._written.append(self._text[self._written_at : self._at])
+        self._text, self._at, self._written_at = self._text[self._at :] + text, 0, 0
         return self._resume()
 
     def finish(self) -> list[Event]:
@@ -71,34 +71,16 @@ class OutputParser:
         return joined(events)
 
     def _parse(self) -> Waits:
-        yield
-        if self.in_thinking or (self.finds_thinking and (yield from self._skip(_THINK))):
-            yield from self._think()
-        yield from self._answer()
-
-    def _think(self) -> Waits:
-        """Read thinking. A call also ends it, because models forget the end tag or write it behind the call."""
-        yield from self._skip_newlines()
-        tags = regex.compile(f"</think>|{self.call_start.pattern}")
-        while (yield from self._pass_until(tags, lambda text: self._pass(text, Thinking))):
-            if (yield from self._skip(_END_THINK)):
-                yield from self._skip_newlines()
-                return
-            if (yield from self._call()):
-                yield from self._skip(_LATE_END_THINK)
-                yield from self._skip_newlines()
-                return
-            self._pass_one(Thinking)
-        self._pass_newlines(Thinking)
-
-    def _answer(self) -> Waits:
         """Read text and calls to the end."""
-        while (yield from self._pass_until(self.call_start, lambda text: self._pass(text, Text))):
-            if (yield from self._call()):
-                yield from self._skip_newlines()
-            else:
-                self._pass_one(Text)
-        self._pass_newlines(Text)
+        yield
+        yield from self._respond()
+
+    def _respond(self) -> Waits:
+        while (yield from self._pass_until(self.call_start, self._pass)):
+            if not (yield from self._call()):
+                self._pass(self._text[self._at])
+                self._at += 1
+        self._pass_newlines()
 
     def _call(self) -> Finds:
         """Read the calls that follow. Return False, and stay, if what follows is no call of a known function."""
@@ -119,7 +101,7 @@ class OutputParser:
         """Go past the text that follows if it matches."""
         found = yield from self._match(pattern)
         if found:
-            self._at, self._num_newlines = found.end(), 0
+            self._at = found.end()
         return found is not None
 
     def _skip_newlines(self) -> Waits:
@@ -146,45 +128,59 @@ class OutputParser:
 
     # -- events -------------------------------------------------------------------------------------------------------
 
-    def _pass(self, text: str, kind: Kind) -> None:
+    def _pass(self, text: str) -> None:
         """Pass text on, but hold back the line breaks at its end."""
         kept = text.rstrip("\n")
         if kept:
-            self._pass_newlines(kind)
-            self._events.append(kind(kept))
+            self._pass_newlines()
+            self._events.append(Text(kept))
         self._num_newlines += len(text) - len(kept)
 
-    def _pass_one(self, kind: Kind) -> None:
-        self._pass(self._text[self._at], kind)
-        self._at += 1
-
-    def _pass_newlines(self, kind: Kind) -> None:
+    def _pass_newlines(self) -> None:
         if self._num_newlines:
-            self._events.append(kind("\n" * self._num_newlines))
+            self._events.append(Text("\n" * self._num_newlines))
             self._num_newlines = 0
 
-    def _start(self, name: str) -> None:
+    def _start_call(self, name: str, arguments_at: int) -> None:
+        """Start a call whose arguments start at the index `arguments_at`."""
         self._events.append(CallStart(self._num_calls, name))
         self._num_calls += 1
-        self._num_newlines = 0
+        self._written, self._written_at = ["\n" * self._num_newlines], self._at
+        self._arguments = []
+        self._num_newlines, self._at = 0, arguments_at
 
     def _pass_arguments(self, text: str) -> None:
         """Pass on a piece of the arguments of the newest call."""
         if text:
+            self._arguments.append(text)
             self._events.append(CallArguments(self._num_calls - 1, text))
+
+    def _end_call(self) -> Waits:
+        """End the newest call with the line breaks that follow it."""
+        yield from self._skip_newlines()
+        written = "".join(self._written) + self._text[self._written_at : self._at]
+        self._events.append(CallEnd(self._num_calls - 1, _is_object("".join(self._arguments)), written))
+        self._written, self._arguments = [], []
 
 
 def joined(events: list[Event]) -> list[Event]:
-    """Return the events with neighbouring pieces of the same text in one."""
+    """Return the events with neighboring pieces of the same text in one."""
     if len(events) < 2:
         return events
     whole: list[Event] = []
     for _, group in groupby(events, lambda event: (type(event), getattr(event, "index", None))):
         first, *others = group
-        if others and not isinstance(first, CallStart):
+        if others and not isinstance(first, CallStart | CallEnd):
             first = replace(first, text=first.text + "".join(getattr(event, "text", "") for event in others))
         whole.append(first)
     return whole
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text, parse_constant=refuse_constant), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 # -- calls that are JSON objects --------------------------------------------------------------------------------------
@@ -195,8 +191,7 @@ _NAME = regex.compile(
     rf'{_SPACE}"(?:arguments|parameters)"{_SPACE}:{_SPACE}(?=\{{)'
 )
 _FIRST_KEY = regex.compile(rf'\{{{_SPACE}"(?:name|type|id|function|arguments|parameters)"')
-_OTHER_KEYS = rf'(?:{_SPACE},{_SPACE}"\w{{1,16}}"{_SPACE}:{_SPACE}"[^"\\]{{0,64}}"){{0,4}}'
-_CLOSE = regex.compile(rf"{_OTHER_KEYS}{_SPACE}\}}")
+_AFTER_ARGUMENTS = regex.compile(rf'{_SPACE}(?:,{_SPACE}"|\}})')
 
 
 class JsonCallParser(OutputParser):
@@ -204,7 +199,7 @@ class JsonCallParser(OutputParser):
 
     Attributes:
         opening: what stands before the object of a call.
-        closing: what stands behind it.
+        closing: what stands after it.
         limit: what ends arguments that are not JSON.
     """
 
@@ -212,35 +207,39 @@ class JsonCallParser(OutputParser):
     limit = _NEVER
 
     def _call(self) -> Finds:
-        if not (yield from self._json_call(self.opening)):
-            return False
-        yield from self._skip(self.closing)
-        return True
+        return (yield from self._json_call(self.opening))
 
     def _json_call(self, opening: regex.Pattern) -> Finds:
-        """Read the object of a call, and what stands before it. Stay if it is no call of a known function."""
+        """Read the object of a call, and what stands around it. Stay if it is no call of a known function."""
         head = yield from self._match(regex.compile(opening.pattern + _NAME.pattern))
         if not head:
-            return (yield from self._whole_call(opening))
-        name = head[1]
-        if name not in self.tools:
+            if not (yield from self._whole_call(opening)):
+                return False
+        elif head[1] not in self.tools:
             return False
-        self._at = head.end()
-        self._start(name)
-        if (yield from self._arguments()):
-            yield from self._skip(_CLOSE)
+        else:
+            self._start_call(head[1], head.end())
+            if (yield from self._read_arguments()) and (yield from self._match(_AFTER_ARGUMENTS)):
+                yield from self._read_object(JsonObject(is_open=True), lambda text: None)
+        yield from self._skip(self.closing)
+        yield from self._end_call()
         return True
 
-    def _arguments(self) -> Finds:
+    def _read_arguments(self) -> Finds:
         """Pass an object on as the arguments of the newest call. Return whether it is complete."""
         json_object = JsonObject()
+        yield from self._read_object(json_object, self._pass_arguments)
+        if json_object.is_broken:
+            yield from self._pass_until(self.limit, self._pass_arguments)
+        return json_object.is_complete
+
+    def _read_object(self, json_object: "JsonObject", pass_on: Callable[[str], None]) -> Waits:
+        """Read an object up to its end, or to what cannot belong to an object."""
         while True:
             piece, self._at = json_object.read(self._text, self._at)
-            self._pass_arguments(piece)
-            if json_object.is_broken:
-                yield from self._pass_until(self.limit, self._pass_arguments)
+            pass_on(piece)
             if json_object.is_broken or json_object.is_complete or self._is_finished:
-                return json_object.is_complete
+                return
             yield
 
     def _whole_call(self, opening: regex.Pattern) -> Finds:
@@ -255,7 +254,7 @@ class JsonCallParser(OutputParser):
             pieces.append(piece)
             size = end - self._at
             # The length is checked first, so that it does not matter in which pieces the text arrives.
-            if size - start > _MAX_HELD_CHARS or json_object.is_broken:
+            if size - start > MAX_HELD_CHARS or json_object.is_broken:
                 return False
             if json_object.is_complete:
                 break
@@ -265,8 +264,7 @@ class JsonCallParser(OutputParser):
         call = _as_call("".join(pieces))
         if call is None or call[0] not in self.tools:
             return False
-        self._at += size
-        self._start(call[0])
+        self._start_call(call[0], self._at + size)
         self._pass_arguments(call[1])
         return True
 
@@ -274,12 +272,12 @@ class JsonCallParser(OutputParser):
 def _as_call(text: str) -> tuple[str, str] | None:
     """Return the name and the arguments, as JSON, of the call that a JSON object describes, or None."""
     try:
-        call: Any = json.loads(text)
+        call: Any = json.loads(text, parse_constant=refuse_constant)
         if isinstance(call.get("function"), dict):
             call = call["function"]
         arguments = call.get("arguments", call.get("parameters"))
         if isinstance(arguments, str):
-            arguments = json.loads(arguments or "{}")
+            arguments = json.loads(arguments or "{}", parse_constant=refuse_constant)
         arguments = {} if arguments is None else arguments
         name = call.get("name") or call.get("function")
         if isinstance(name, str) and isinstance(arguments, dict):
@@ -297,21 +295,24 @@ _BETWEEN = regex.compile(r"[\w\s.,:+-]*+")
 class JsonObject:
     """Finds the end of a JSON object while its text arrives. Only strings and brackets are checked.
 
+    Args:
+        is_open: the object's first bracket was read before.
+
     Attributes:
         is_complete: the object's last bracket was read.
         is_broken: the text that follows the part that was read cannot belong to an object.
     """
 
-    def __init__(self):
+    def __init__(self, is_open: bool = False):
         self.is_complete = self.is_broken = False
-        self._open: list[str] = []  # the brackets that must follow
+        self._open = ["}"] if is_open else []  # the brackets that must follow
         self._in_string = self._is_escaped = False
 
     def read(self, text: str, start: int) -> tuple[str, int]:
         """Read on from the index `start`.
 
         Returns:
-            The object's part of the text, with control characters of strings escaped, and the index behind it.
+            The object's part of the text, with control characters of strings escaped, and the index after it.
         """
         pieces, at = [], start
         while at < len(text) and not self.is_complete and not self.is_broken:
@@ -322,7 +323,7 @@ class JsonObject:
         return "".join(pieces), at
 
     def _read_string(self, text: str, at: int) -> int:
-        """Read characters of a string, an escape, or the quote that ends the string. Return the index behind."""
+        """Read characters of a string, an escape, or the quote that ends the string. Return the index after it."""
         if self._is_escaped:
             self._is_escaped = False
             return at + 1
@@ -334,7 +335,7 @@ class JsonObject:
         return at + 1
 
     def _read_bracket(self, text: str, at: int) -> int:
-        """Read a bracket, the quote that starts a string, or what is between them. Return the index behind."""
+        """Read a bracket, the quote that starts a string, or what is between them. Return the index after it."""
         found = _BETWEEN.match(text, at)
         if found and found.end() > at:
             return found.end()
@@ -362,17 +363,15 @@ class HermesParser(JsonCallParser):
 
 
 class Llama3Parser(JsonCallParser):
-    """Reads `{"name": "f", "parameters": {...}}` where the response starts, or behind `<|python_tag|>`."""
+    """Reads `{"name": "f", "parameters": {...}}` where the response starts, or after `<|python_tag|>`."""
 
     call_start = regex.compile(r"<\|python_tag\|>")
     opening = regex.compile(rf"[\s;,]{{0,64}}(?:<\|python_tag\|>)?{_SPACE}")
 
-    def _answer(self) -> Waits:
+    def _respond(self) -> Waits:
         while (yield from self._call()):
             pass
-        if self._num_calls:
-            yield from self._skip_newlines()
-        yield from super()._answer()
+        yield from super()._respond()
 
 
 class MistralParser(JsonCallParser):
@@ -391,15 +390,14 @@ class MistralParser(JsonCallParser):
         if named:
             if named[1] not in self.tools:
                 return False
-            self._at = named.end()
-            self._start(named[1])
-            yield from self._arguments()
+            self._start_call(named[1], named.end())
+            yield from self._read_arguments()
+            yield from self._end_call()
             return True
         if not (yield from self._json_call(self.opening)):
             return False
         while (yield from self._json_call(self.next_opening)):
             pass
-        yield from self._skip(self.closing)
         return True
 
 
@@ -409,8 +407,8 @@ class MistralParser(JsonCallParser):
 class Qwen3CoderParser(OutputParser):
     """Reads `<tool_call><function=f><parameter=key>value</parameter>...</function></tool_call>`.
 
-    A value is JSON where the function's schema says so, else text. It ends at the end tag behind which another tag
-    follows, so a value may have such a tag inside.
+    A value is JSON where the function's schema says so, else text. It ends at the end tag that is followed by
+    another tag, so a value may have such a tag inside.
     """
 
     call_start = regex.compile("<tool_call>|<function=")
@@ -427,8 +425,7 @@ class Qwen3CoderParser(OutputParser):
         head = yield from self._match(self.function)
         if not head or head[1] not in self.tools:
             return False
-        self._at = head.end()
-        self._start(head[1])
+        self._start_call(head[1], head.end())
         yield from self._parameters(head[1])
         is_complete = False
         # The client must see that a call without an end tag is not complete.
@@ -436,6 +433,7 @@ class Qwen3CoderParser(OutputParser):
             if (yield from self._skip(end)) and not is_complete:
                 self._pass_arguments("}")
                 is_complete = True
+        yield from self._end_call()
         return True
 
     def _parameters(self, name: str) -> Waits:
@@ -464,28 +462,8 @@ class Qwen3CoderParser(OutputParser):
         text = "".join(pieces)
         if is_complete:
             yield from self._skip(self.end_parameter)
-            text = _as_value(text, types)
+            text = as_json(text, types)
         self._pass_arguments(text)
-
-
-_PYTHON_VALUES = {"True": ("true", "boolean"), "False": ("false", "boolean"), "None": ("null", "null")}
-
-
-def _as_value(text: str, types: set[str]) -> str:
-    """Return the JSON of a parameter's value, of one of the types if it can be."""
-    value, kind = _PYTHON_VALUES.get(text.strip(), ("", ""))
-    if kind in types:
-        return value
-    try:
-        kind = type_name(json.loads(text, parse_constant=_refuse))
-    except (ValueError, RecursionError):
-        return _json(text)
-    fits = kind in types or (kind == "integer" and "number" in types)
-    return text.strip() if fits or "string" not in types else _json(text)
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _json(text: str) -> str:

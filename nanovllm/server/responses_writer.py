@@ -59,19 +59,24 @@ class ResponseWriter:
     def status(self) -> str:
         if self.finish_reason is None:
             return "in_progress"
-        return "incomplete" if self.finish_reason == "length" else "completed"
+        has_calls = any(block.kind is CallStart for block in self.blocks.all)
+        is_complete = self.finish_reason == ("tool_calls" if has_calls else "stop")
+        return "completed" if is_complete else "incomplete"
 
     def body(self) -> dict[str, Any]:
         """Return the response so far."""
         return self.fields | {
             "status": self.status,
-            "incomplete_details": {"reason": "max_output_tokens"} if self.status == "incomplete" else None,
+            # The API has no reason for a call that the model or a stop string has left incomplete.
+            "incomplete_details": {"reason": "max_output_tokens"} if self.finish_reason == "length" else None,
             "output": [_item(block, self._item_status(block)) for block in self.blocks.all],
             "usage": self._usage() if self.finish_reason else None,
         }
 
     def _item_status(self, block: Block) -> str:
-        is_cut = self.status == "incomplete" and block is self.blocks.all[-1]
+        if block.kind is CallStart:
+            return "completed" if block.is_complete else "incomplete"
+        is_cut = self.finish_reason == "length" and block is self.blocks.all[-1]
         return "incomplete" if is_cut else "completed"
 
     def _usage(self) -> dict[str, Any]:

@@ -1,12 +1,23 @@
-"""Reads the JSON schemas of tools, without recursion: clients send them."""
+"""Reads the JSON schemas of tools. Clients send them, so the work is bounded."""
 
+import json
+from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
+
+from nanovllm.checks import shown
 
 _ALL_TYPES = frozenset(("string", "number", "integer", "boolean", "null", "array", "object"))
 _TYPE_NAMES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
-# Schemas that are looked at to find the types of one value.
-_MAX_SCHEMAS = 64
-_MAX_REFERENCES = 16
+# Bounds the alternatives of one part of a schema, and how deep its parts are nested.
+_MAX_ALTERNATIVES = 64
+_MAX_DEPTH = 64
+# Bounds the alternatives of all parts, which take about 2 us each.
+_MAX_ALL_ALTERNATIVES = 4096
+# Keywords that `Alternatives` follows, and some that ask nothing.
+_FOLLOWED = {"$ref", "allOf", "anyOf", "oneOf", "$defs", "definitions"}
+_NOTES = {"$comment", "$id", "$schema", "default", "deprecated", "description", "example", "examples", "title"}
+_TEXT = {"type": "string"}
 
 
 def type_name(value: Any) -> str:
@@ -14,58 +25,172 @@ def type_name(value: Any) -> str:
     return _TYPE_NAMES.get(type(value), "null")
 
 
-def properties(schema: Any) -> dict[str, Any]:
-    """Return the schemas of an object's properties by name."""
-    schema = follow(schema, schema)
-    found = schema.get("properties") if isinstance(schema, dict) else None
-    return found if isinstance(found, dict) else {}
+class Alternatives:
+    """Takes the parts of one schema apart: into schemas without references and without combinations such as `anyOf`.
 
+    A value follows a part if it follows one of its alternatives; for `oneOf`, exactly one, which each of them then
+    notes. What cannot be joined stays as `allOf`.
 
-def value_types(schema: Any, key: str) -> set[str]:
-    """Return the types that the property `key` of an object may have: text, if the object's schema does not say it."""
-    known = properties(schema)
-    if key not in known:
-        return {"string"}
-    types: set[str] = set()
-    pending = [known[key]]
-    for _ in range(_MAX_SCHEMAS):
-        if not pending:
-            return types
-        part = pending.pop()
+    Args:
+        schema: the whole schema, in which references start.
+    """
+
+    def __init__(self, schema: Any):
+        self.schema = schema
+        # Each part with its alternatives, by the id of the part. The parts that are being taken apart have None.
+        self._found: dict[int, tuple[Any, list[dict[str, Any]] | None]] = {}
+        self._num_found = self._depth = 0
+
+    def of(self, part: Any) -> list[dict[str, Any]]:
+        """Return the alternatives of a part.
+
+        Raises:
+            ValueError: it is not a schema, is too large, or refers to itself.
+        """
+        if isinstance(part, bool):
+            return [{}] if part else []
         if not isinstance(part, dict):
-            return set(_ALL_TYPES)
-        alternatives = [part[word] for word in ("anyOf", "oneOf", "allOf") if isinstance(part.get(word), list)]
-        kind = part.get("type")
+            raise ValueError(f"the parts of a tool's schema must be dicts or booleans, got {shown(part)}")
+        if id(part) not in self._found:
+            self._found[id(part)] = part, None
+            self._depth += 1
+            self._found[id(part)] = part, self._take_apart(part)
+            self._depth -= 1
+        _, found = self._found[id(part)]
+        if found is None:
+            raise ValueError(f"a tool's schema refers to itself without end: {shown(part)}")
+        return found
+
+    def types_of_member(self, key: str) -> set[str]:
+        """Return the types that the property `key` of the whole schema, an object, may have."""
+        parts = {id(part): part for part in (member(whole, key) for whole in self.of(self.schema))}
+        return {name for part in parts.values() for leaf in self.of(part) for name in types_of(leaf)}
+
+    def _take_apart(self, part: dict[str, Any]) -> list[dict[str, Any]]:
+        if self._depth > _MAX_DEPTH:
+            raise ValueError(f"a tool's schema must be nested at most {_MAX_DEPTH} levels deep")
+        found = [{word: value for word, value in part.items() if word not in _FOLLOWED | _NOTES}]
+        for word, options in self._combinations(part):
+            note = {"oneOf": True} if word == "oneOf" and len(options) > 1 else {}
+            others = [{**other, **note} for option in options for other in self.of(option)]
+            num_found = len(found) * len(others)
+            self._num_found += num_found
+            if num_found > _MAX_ALTERNATIVES or self._num_found > _MAX_ALL_ALTERNATIVES:
+                raise ValueError(f"a tool's schema has too many alternatives: {shown(part)}")
+            found = [_joined(one, other) for one in found for other in others]
+        return found
+
+    def _combinations(self, part: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+        """Yield lists of schemas, one of each of which a value must follow, and the keyword of each."""
         if isinstance(part.get("$ref"), str):
-            pending.append(_resolve(schema, part["$ref"]))
-        elif isinstance(kind, str):
-            types.add(kind)
-        elif isinstance(kind, list):
-            types.update(name for name in kind if isinstance(name, str))
-        elif "const" in part:
-            types.add(type_name(part["const"]))
-        elif isinstance(part.get("enum"), list):
-            types.update(map(type_name, part["enum"]))
-        elif alternatives:
-            pending.extend(alternatives[0])
+            yield "$ref", [_resolve(self.schema, part["$ref"])]
+        for word in ("allOf", "anyOf", "oneOf"):
+            if isinstance(options := part.get(word), list):
+                yield from ((word, [option]) for option in options) if word == "allOf" else [(word, options)]
+
+
+def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema whose values follow both."""
+    both = {**other, **one}
+    for word in one.keys() & other.keys():
+        left, right = one[word], other[word]
+        if left == right:
+            continue
+        if word == "properties" and isinstance(left, dict) and isinstance(right, dict):
+            shared = {key: {"allOf": [left[key], right[key]]} for key in left.keys() & right.keys()}
+            both[word] = {**left, **right, **shared}
+        elif word in ("required", "type") and isinstance(left, list) and isinstance(right, list):
+            names = [*left, *right] if word == "required" else [name for name in left if name in right]
+            both[word] = list(dict.fromkeys(map(str, names)))
         else:
-            return set(_ALL_TYPES)
-    return set(_ALL_TYPES)
+            both["allOf"] = [*both.get("allOf", ()), {word: right}]
+    for closed, open_ in ((one, other), (other, one)):
+        if closed.get("additionalProperties", True) is not True and _names(open_) - _names(closed):
+            both["allOf"] = [*both.get("allOf", ()), closed]
+    return both
 
 
-def follow(schema: Any, part: Any) -> Any:
-    """Return the part of a schema, or what it refers to."""
-    for _ in range(_MAX_REFERENCES):
-        if not isinstance(part, dict) or not isinstance(part.get("$ref"), str):
-            break
-        part = _resolve(schema, part["$ref"])
-    return part
+def _names(schema: dict[str, Any]) -> set[str]:
+    properties = schema.get("properties")
+    return set(properties) if isinstance(properties, dict) else set()
 
 
 def _resolve(schema: Any, reference: str) -> Any:
     """Return the part of a schema that a reference such as `#/$defs/name` means, or None."""
     part = schema
-    for key in reference.removeprefix("#").split("/")[1:]:
+    for key in unquote(reference.removeprefix("#")).split("/")[1:]:
         key = key.replace("~1", "/").replace("~0", "~")
-        part = part.get(key) if isinstance(part, dict) else None
+        if isinstance(part, list):
+            part = part[int(key)] if key.isdecimal() and int(key) < len(part) else None
+        else:
+            part = part.get(key) if isinstance(part, dict) else None
     return part
+
+
+# -- types ------------------------------------------------------------------------------------------------------------
+
+
+def types_of(alternative: dict[str, Any]) -> set[str]:
+    """Return the types of the values of an alternative."""
+    kind = alternative.get("type")
+    if isinstance(kind, str):
+        return {kind}
+    if isinstance(kind, list):
+        return {name for name in kind if isinstance(name, str)}
+    values = _named_values(alternative)
+    return set(_ALL_TYPES) if values is None else set(map(type_name, values))
+
+
+def choices(alternative: dict[str, Any]) -> list[Any] | None:
+    """Return the only values that an alternative may have, or None if it names none."""
+    values, types = _named_values(alternative), types_of(alternative)
+    types |= {"integer"} if "number" in types else set()
+    return None if values is None else [value for value in values if type_name(value) in types]
+
+
+def _named_values(alternative: dict[str, Any]) -> list[Any] | None:
+    if "const" in alternative:
+        return [alternative["const"]]
+    return alternative["enum"] if isinstance(alternative.get("enum"), list) else None
+
+
+def member(alternative: dict[str, Any], key: str) -> Any:
+    """Return the schema of an object's property: text, if the object's schema does not say it."""
+    properties, others = alternative.get("properties"), alternative.get("additionalProperties")
+    if isinstance(properties, dict) and key in properties:
+        return properties[key]
+    return others if isinstance(others, dict) else _TEXT
+
+
+def value_types(schema: Any, key: str) -> set[str]:
+    """Return the types that the property `key` of an object may have."""
+    try:
+        return Alternatives(schema).types_of_member(key)
+    except ValueError:
+        return set(_ALL_TYPES)
+
+
+# -- values that a model writes as text -------------------------------------------------------------------------------
+
+_PYTHON_VALUES = {"True": ("true", "boolean"), "False": ("false", "boolean"), "None": ("null", "null")}
+_JSON_SPACE = " \t\r\n"
+
+
+def as_json(text: str, types: set[str]) -> str:
+    """Return the JSON of a value that a model has written as text, of one of the types if it can be."""
+    if types == {"string"}:
+        return json.dumps(text, ensure_ascii=False)
+    value, kind = _PYTHON_VALUES.get(text.strip(_JSON_SPACE), ("", ""))
+    if kind in types:
+        return value
+    try:
+        kind = type_name(json.loads(text, parse_constant=refuse_constant))
+    except (ValueError, RecursionError):
+        return json.dumps(text, ensure_ascii=False)
+    fits = kind in types or (kind == "integer" and "number" in types)
+    return text.strip(_JSON_SPACE) if fits or "string" not in types else json.dumps(text, ensure_ascii=False)
+
+
+def refuse_constant(constant: str) -> None:
+    """Raise ValueError for NaN and Infinity, which Python's `json.loads` would accept."""
+    raise ValueError(f"{constant} is not JSON")

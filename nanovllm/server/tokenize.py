@@ -8,6 +8,7 @@ from pydantic import ConfigDict
 from nanovllm.server.body import Body
 from nanovllm.server.chat import ChatRequest
 from nanovllm.server.errors import ApiError
+from nanovllm.server.generation import prompt_token_ids
 from nanovllm.server.models import check_model
 from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import JsonResponse
@@ -59,9 +60,7 @@ async def _token_ids(state: ServerState, request: TokenizeRequest, http: Request
     if request.add_special_tokens:
         message = "add_special_tokens must not be true with messages: the chat template writes the special tokens"
         raise ApiError(400, message, param="add_special_tokens")
-    chat = ChatRequest(messages=request.messages, **fields).conversation(state, http)
-    tools = {"tools": chat.tools} if chat.tools else {}
-    return await state.llm.chat_prompt(chat.messages, **tools, **chat.template)
+    return await prompt_token_ids(state, ChatRequest(messages=request.messages, **fields).conversation(state, http))
 
 
 def routes(state: ServerState) -> APIRouter:

@@ -1,5 +1,6 @@
 """Conversations become prompts: what templates read, and the forms of contents and tool calls that they print."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -303,9 +304,13 @@ def test_arguments_that_a_template_spells_out_are_objects(arguments):
 
 
 @pytest.mark.parametrize("arguments", ["{", "5", '"a"', "[" * 5000])
-def test_arguments_that_are_no_json_object_are_refused(arguments):
-    with pytest.raises(ValueError, match="JSON object"):
-        processor(AS_JSON).chat_prompts(calling(arguments))
+def test_arguments_that_are_no_json_object_are_shown_as_the_model_wrote_them(arguments):
+    for template in (AS_TEXT, AS_EITHER):
+        assert prompt(template, calling(arguments)) == f'Hello{{"name": "add", "arguments": {arguments}}}'
+    assert json.loads(prompt(AS_JSON, calling(arguments)).removeprefix("Hello"))["arguments"] == {
+        "INVALID_JSON": arguments
+    }
+    assert prompt(AS_ITEMS, calling(arguments)) == f"Hello[INVALID_JSON={arguments}]"
 
 
 @pytest.mark.parametrize("calls", ["x", [5], [{"function": 5}], np.array([1, 2]), torch.tensor([1, 2])])

@@ -217,6 +217,113 @@ def test_text_values_of_tags_follow_lengths_and_patterns(accepts):
             assert not accepts(constraint, call("f", "qwen3_coder", a=value)), (words, value)
 
 
+def parameters(*required, **properties):
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+WORD, FEW = {"type": "string", "enum": ["aa", "b"]}, {"type": "integer", "minimum": 5}
+# Schemas of a value, and texts of it that follow the schema or do not. `w` is WORD.
+VALUES = [
+    ({"anyOf": [WORD, {"type": "null"}]}, ["aa", "null"], ["zz", "aab"]),
+    ({"type": ["string", "null"], "enum": ["a", None, 3]}, ["a", "null"], ["b", "3"]),
+    ({"allOf": [{"$ref": "#/$defs/w"}], "default": "b"}, ["aa"], ["zz"]),
+    ({"$ref": "#/$defs/long", "maxLength": 3}, ["abc"], ["ab", "abcd"]),
+    ({"anyOf": [WORD, FEW]}, ["aa", "5", "55"], ["4", "c", "aa5"]),
+    ({"anyOf": [{"type": "string"}, FEW]}, ["x4", "5", "55", "a\n4", ""], ["4", " 4", "-7"]),
+    ({"anyOf": [{"type": "string", "maxLength": 2}, {"type": "integer"}, {"type": "null"}]}, ["ab", "123", "null"],
+     ["abc", "1.55", '"ab"', "nulls"]),
+    ({"anyOf": [{"type": "string"}, {"type": "array", "items": FEW}]}, ["x", "[5, 6]", "a[4]"], ["[4]", "[a"]),
+    ({"oneOf": [{"const": "x", "title": "X"}, {"const": "y"}]}, ["x", "y"], ["z"]),
+    ({"type": "array", "items": {"$ref": "#/$defs/w"}}, ['["b"]'], ['["c"]', "b"]),
+    ({"type": "array", "items": {"$ref": "#/properties/few"}}, ["[5]"], ["[4]"]),
+    ({"type": "array", "items": {"$ref": "#/properties/list/items/0"}}, ["[7]"], ["[8]"]),
+    ({"anyOf": [{"type": "null"}, {"$ref": "#"}]}, ["null", '{"a": null}', '{"a": {"a": null}}'], ['{"a": 1}', "{}"]),
+    ({"type": "string", "format": "date"}, ["2024-02-29", "2023-12-31"], ["today", "2023-02-29", "2023-11-31"]),
+    ({"type": "string", "format": "date-time"}, ["2024-02-29T10:00:00Z"], ["2024-02-29", "2024-02-29T24:00:00Z"]),
+    ({"type": "string", "format": "uuid"}, ["0123abcd-0123-0123-0123-0123456789ab"], ["0123"]),
+    ({"type": "string", "pattern": r"^\d{2}$"}, ["12"], ["٣٤", "1a"]),
+    ({"type": "string", "pattern": r"^[^\d\W]/\w$"}, ["a/1"], ["1/a", "é/a", "a/é"]),
+    ({"enum": ["", "</parameter>", 'ü"🙂', 1, None]}, ["", "</parameter>", 'ü"🙂', "1", "null"], ["x", "true"]),
+    (True, ["x", "1", "{"], []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "valid", "invalid"), VALUES, ids=lambda value: str(value)[:60])
+def test_values_of_tags_follow_their_schema(schema, valid, invalid, accepts):
+    whole = parameters("a", a=schema, few=FEW, list={"items": [{"const": 7}]})
+    whole["$defs"] = {"w": WORD, "long": {"type": "string", "minLength": 3}}
+    constraint = FORMATS["qwen3_coder"].constraint([tool("f", whole)], "required", parallel=False)
+    for value in valid:
+        assert accepts(constraint, call("f", "qwen3_coder", a=value)), value
+    for value in invalid:
+        assert not accepts(constraint, call("f", "qwen3_coder", a=value)), value
+
+
+# Schemas of all parameters, and parameters that follow the schema or do not.
+ALL_PARAMETERS = [
+    ({"$ref": "#/$defs/r", "$defs": {"r": parameters("s", s=FEW)}}, [{"s": 5}], [{}, {"s": 4}, {"s": "x"}]),
+    ({"type": "object", "allOf": [parameters("a", a=FEW)]}, [{"a": 5}], [{}, {"zz": "1"}]),
+    (parameters("c", c={"type": "array", "items": {"$ref": "#"}}), [{"c": []}, {"c": [{"c": []}]}], [{"c": [[]]}]),
+    (
+        {"properties": {"a": {"type": "string"}, "b": FEW}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+        [{"a": "x"}, {"b": 5}, {"a": "x", "b": 5}],
+        [{}, {"b": 4}],
+    ),
+    ({"anyOf": [parameters("a", a=FEW), parameters("b", b=WORD)]}, [{"a": 5}, {"b": "b"}], [{"a": 5, "b": "b"}, {}]),
+    (
+        {"properties": {"a": WORD}, "additionalProperties": FEW},
+        [{"a": "b"}, {"z": 5}, {"a": "b", "z": 5, "ab": 6}],
+        [{"z": 4}, {"z": "x"}, {"z": 5, "a": "b"}],
+    ),
+    ({"properties": {"a": WORD}, "additionalProperties": True}, [{"a": "b", "z": "x"}], [{"a": "c"}]),
+    ({"properties": {"a": WORD}, "required": ["a"], "minProperties": 1, "maxProperties": 1}, [{"a": "b"}], [{}]),
+    (parameters(a=False, b=WORD), [{}, {"b": "b"}], [{"a": "x"}]),
+    ({"required": ["a"]}, [{"a": "x"}, {"a": "x", "b": "y"}], [{}, {"b": "x"}]),
+]
+
+
+@pytest.mark.parametrize(("schema", "valid", "invalid"), ALL_PARAMETERS, ids=lambda value: str(value)[:60])
+def test_parameters_of_tags_follow_their_schema(schema, valid, invalid, accepts):
+    tools = [tool("f", schema)]
+    constraint = FORMATS["qwen3_coder"].constraint(tools, "required", parallel=False)
+    for arguments in valid:
+        text = call("f", "qwen3_coder", **arguments)
+        assert accepts(constraint, text), arguments
+        assert parsed_calls(FORMATS["qwen3_coder"], text, tools) == [("f", arguments)]
+    for arguments in invalid:
+        assert not accepts(constraint, call("f", "qwen3_coder", **arguments)), arguments
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"properties": {"a": WORD}, "minProperties": 1}, "minProperties"),
+        ({"properties": {"a": WORD}, "maxProperties": 0}, "maxProperties"),
+        ({"properties": {"a": WORD}, "minProperties": "1"}, "minProperties .* integer"),
+        ({"patternProperties": {"^a": WORD}}, "patternProperties"),
+        ({"properties": {}, "not": {"required": ["a"]}}, "not"),
+        ({"oneOf": [parameters(a=WORD), parameters(a=FEW)]}, "oneOf"),
+        (parameters("b", a=WORD), "'b'"),
+        (parameters(a={"type": "string", "enum": [1]}), "no value"),
+        (parameters(a={"type": "string", "format": "email"}), "format 'email'"),
+        (parameters(a={"type": "string", "not": {"const": "a"}}), "not"),
+        (parameters(a={"type": "string", "minLength": "1"}), "minLength .* integer"),
+        (parameters(a={"oneOf": [{"type": "string"}, WORD]}), "oneOf"),
+        (parameters(a={"oneOf": [{"type": "number"}, {"type": "integer"}, WORD]}), "oneOf"),
+        (parameters(a={**WORD, "minLength": 2}), "minLength next to"),
+        (parameters(a={"allOf": [{"type": "string", "minLength": 2}, {"minLength": 3}]}), "allOf"),
+        (parameters(a={"enum": ["None", "x", None]}), "'None'"),
+        (parameters(a={"enum": ["x\n</parameter>\n<parameter=b>"]}), "value"),
+        (parameters(a={"$ref": "#/$defs/missing"}), "None"),
+        (parameters(a={"$ref": "#/properties/a"}), "itself"),
+    ],
+    ids=str,
+)
+def test_a_schema_that_tags_cannot_be_held_to_is_refused_by_the_keyword(schema, words):
+    with pytest.raises(ValueError, match=words):
+        FORMATS["qwen3_coder"].constraint([tool("f", schema)], "required", parallel=False)
+
+
 @pytest.mark.parametrize("value", ["x\n</parameter>\ny", "</parameter><parameter=b>"])
 def test_a_text_value_of_a_grammar_holds_no_end_tag_that_the_parser_could_take_for_its_end(value, accepts):
     constraint = FORMATS["qwen3_coder"].constraint(TOOLS, "weather", parallel=False)
@@ -235,7 +342,8 @@ def test_a_deep_or_large_or_odd_schema_is_refused_in_words(name):
         "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
         "properties": {"p": {"$ref": "#/$defs/a"}},
     }
-    for schema in ({"properties": {"p": deep}}, large, shared, cycle, {"properties": {"p": deep}, "$ref": "#"}):
+    many = {"anyOf": [{"required": ["p"]}] * 60, "properties": {f"p{i}": {"anyOf": [{}] * 60} for i in range(500)}}
+    for schema in ({"properties": {"p": deep}}, large, shared, cycle, {"properties": {"p": deep}, "$ref": "#"}, many):
         try:
             FORMATS[name].constraint([tool("f", schema)], "required", parallel=True)
         except ValueError as error:

@@ -196,6 +196,29 @@ def test_a_call_that_is_cut_off_finishes_with_length():
     assert whole(llm, tools=[WEATHER])["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("text", "stop_reason", "finish_reason"),
+    [
+        (CALL, None, "tool_calls"),
+        (CALL, 128008, "tool_calls"),
+        (CALL, "</done>", "stop"),
+        (CALL[:-20], '"n"', "stop"),
+        (CALL[:-20], None, "stop"),
+        (CALL.replace('"東京"', "東京"), None, "stop"),
+        (CALL + CALL[:-20], None, "stop"),
+        ("no call", None, "stop"),
+    ],
+)
+def test_only_complete_calls_at_an_end_of_the_models_own_finish_with_tool_calls(
+    text, stop_reason, finish_reason, stream
+):
+    llm = ScriptedLLM(text, stop_reason=stop_reason)
+    body = dict(tools=[WEATHER], max_tokens=100)
+    (choice,) = joined(chunks(llm, **body)) if stream else whole(llm, **body)["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == (finish_reason, stop_reason)
+
+
 # -- tools ------------------------------------------------------------------------------------------------------------
 
 
@@ -461,6 +484,29 @@ def test_a_fault_before_the_first_token_is_400_and_no_broken_stream(llm, body, w
         response = ask(llm, stream=stream, **body)
         assert response.status_code == 400, response.text
         assert words in response.json()["error"]["message"]
+
+
+MALFORMED = '{"city": "C:\\dir", }'
+
+
+@pytest.mark.parametrize("arguments", [MALFORMED, '{"city": "Par', "[1]", ""])
+def test_a_malformed_call_can_be_sent_back_with_an_error_as_its_result(llm, arguments):
+    function = {"name": "weather", "arguments": arguments}
+    messages = [
+        *USER,
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]},
+        {"role": "tool", "tool_call_id": "1", "content": "Error: the arguments are not JSON"},
+    ]
+    whole(llm, messages=messages, tools=[WEATHER], max_tokens=2)
+    items = [
+        {"role": "user", "content": "hi"},
+        {"type": "function_call", "call_id": "1", "status": "incomplete", **function},
+        {"type": "function_call_output", "call_id": "1", "output": "Error: the arguments are not JSON"},
+    ]
+    body = {"input": items, "max_output_tokens": 2}
+    assert call(llm, "POST", "/v1/responses", body, **OPTIONS).status_code == 200
+    tokens = call(llm, "POST", "/tokenize", {"messages": messages}, **OPTIONS).json()["tokens"]
+    assert json.dumps(arguments or {}) in llm.tokenizer.decode(tokens)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -17,6 +18,7 @@ import nanovllm
 from nanovllm.server.app import _greeting, _listen, make_state, serve
 from nanovllm.server.options import ServerOptions
 from tests.server.conftest import OPTIONS
+from tests.server.scripted import ScriptedLLM
 from tests.server.serving import SECONDS, call, error_of, listening, make_server, post, with_client
 
 
@@ -50,6 +52,18 @@ def test_tokenize_renders_messages(llm):
     messages = [{"role": "developer", "content": "a"}, {"role": "user", "content": "hi"}]
     answer = post(llm, "/tokenize", {"messages": messages})
     assert llm.tokenizer.decode(answer["tokens"]) == "<system>a<user>hi<assistant>"
+
+
+def test_tokenize_counts_a_strict_tool_as_chat_completions_do():
+    template = "{{ messages }}{{ tools | tojson }}"
+    function = {"name": "f", "strict": True, "parameters": {"type": "object", "properties": {}}}
+    body = {"messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function", "function": function}]}
+    llm = ScriptedLLM("a")
+    llm.tokenizer = SimpleNamespace(chat_template=template)
+    post(llm, "/tokenize", body, tool_parser="hermes")
+    shown = llm.template
+    post(llm, "/v1/chat/completions", body, tool_parser="hermes")
+    assert shown == llm.template and "strict" not in shown["tools"][0]["function"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ pytest.importorskip("fastapi")
 anthropic = pytest.importorskip("anthropic")
 
 from nanovllm import AsyncLLM, StructuredOutputsParams  # noqa: E402
-from nanovllm.server.events import CallArguments, CallStart  # noqa: E402
+from nanovllm.server.events import CallArguments, CallEnd, CallStart  # noqa: E402
 from nanovllm.server.generation import Piece, SamplePiece  # noqa: E402
 from nanovllm.server.messages import MessagesRequest, chat_messages  # noqa: E402
 from nanovllm.server.messages_writer import MessageWriter  # noqa: E402
@@ -175,24 +175,79 @@ def test_tool_use_is_constrained_to_one_call_or_to_some(choice, is_required):
     assert one is not None and one != many
 
 
+CUT = '<tool_call>\n{"name": "weather", "arguments": {"city": "Z'
+MALFORMED = '<tool_call>\n{"name": "weather", "arguments": {"city": "C:\\dir", }}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "content", "reason"),
+    [
+        (MALFORMED, {}, [MALFORMED], "end_turn"),
+        (f"I look.\n\n{MALFORMED}\nDone", {}, [f"I look.\n\n{MALFORMED}\nDone"], "end_turn"),
+        (CUT, {}, [CUT], "end_turn"),
+        (CUT, {"stop_reason": "ürich"}, [CUT], "stop_sequence"),
+        (CALL, {"stop_reason": "</done>"}, [{"city": "Zürich 🌦"}], "stop_sequence"),
+        (f"{CALL}\n{CUT}", {}, [{"city": "Zürich 🌦"}, CUT], "end_turn"),
+        (f"{MALFORMED}\n{CALL}", {}, [f"{MALFORMED}\n", {"city": "Zürich 🌦"}], "end_turn"),
+        (CUT, {"finish_reason": "length"}, [{"city": "Z"}], "max_tokens"),
+        (f"{MALFORMED} Done", {"finish_reason": "length"}, [f"{MALFORMED} Done"], "max_tokens"),
+        (MALFORMED[:-20], {"finish_reason": "length"}, [MALFORMED[:-20]], "max_tokens"),
+    ],
+)
+def test_a_call_is_whole_or_text_and_never_has_other_arguments(text, stop, content, reason):
+    limit = {"max_tokens": len(text), "tools": [WEATHER]}
+    whole = create(ScriptedLLM(text, **stop), **limit)
+    _, streamed = stream(ScriptedLLM(text, **stop), **limit)
+    assert [block.text if block.type == "text" else block.input for block in whole.content] == content
+    assert [block.type for block in streamed.content] == [block.type for block in whole.content]
+    assert [block.text for block in streamed.content if block.type == "text"] == [
+        text for text in content if isinstance(text, str)
+    ]
+    assert whole.stop_reason == streamed.stop_reason == reason
+
+
+def test_a_stream_holds_a_call_back_and_pings_meanwhile():
+    async def act(client):
+        body = {"model": MODEL, "max_tokens": 999, "messages": HELLO, "tools": [WEATHER], "stream": True}
+        return await client._client.post("http://localhost/v1/messages", json=body)
+
+    lines = ask(ScriptedLLM(CALL), act).text.splitlines()
+    names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
+    start = names.index("content_block_start")
+    assert set(names[1:start]) == {"ping"} and start > 40
+    assert names[start:] == [
+        "content_block_start",
+        "content_block_delta",
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "value"),
     [
-        ('{"city": "Ulm", "days": 2}', {"city": "Ulm", "days": 2}),
         ('{"city": "Z\\u00fcr', {"city": "Zür"}),
         ('{"city": "Z\\u00', {"city": "Z"}),
-        ('{"city": "\\ud83d"}', {"city": "\ud83d"}),
-        ('{"days": NaN}', {"days": None}),
-        ('{"days": NaN, "city": "U', {}),
+        ('{"city": "Ulm", "days": 2', {"city": "Ulm", "days": 2}),
         ("{", {}),
-        ("", {}),
+        ("", None),
+        ('{"days": NaN, "city": "U', None),
+        ("[" * 5000, None),
     ],
 )
-def test_a_call_has_its_arguments_as_far_as_they_go(arguments, value):
-    events = [CallStart(0, "weather"), CallArguments(0, arguments)]
+def test_a_call_that_a_token_limit_cuts_off_has_its_arguments_so_far(arguments, value):
+    events = [CallStart(0, "weather"), CallArguments(0, arguments), CallEnd(0, False, "written")]
     writer = MessageWriter("msg_1", MODEL, 9)
     writer.add(Piece(1, 0, [SamplePiece(0, events, [5], None, "length", None)]))
-    assert writer.body()["content"][0]["input"] == value
+    (block,) = writer.body()["content"]
+    assert block.get("input") == value and (value is not None or block["text"] == "written")
+
+
+def test_a_call_whose_text_has_half_a_character_keeps_it():
+    text = CALL.replace("Zürich 🌦", "\\ud83d")
+    (block,) = create(ScriptedLLM(text), tools=[WEATHER]).content
+    assert block.input == {"city": "\ud83d"}
 
 
 def test_stop_sequences_are_named():

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovllm.server.events import CallArguments, CallStart, Text, Thinking
+from nanovllm.server.events import CallArguments, CallEnd, CallStart, Text, Thinking
 from nanovllm.server.formats import TextFormat
-from nanovllm.server.parsers import joined
+from nanovllm.server.parsers import MAX_HELD_CHARS, joined
 
 FORMATS = ["none", "hermes", "qwen3_coder", "llama3", "mistral"]
 PROPERTIES = {
@@ -53,6 +53,18 @@ def texts(events, kind=Text):
     return [event.text for event in events if isinstance(event, kind)]
 
 
+def completeness(events):
+    """Return for each call whether it is complete."""
+    return [event.is_complete for event in events if isinstance(event, CallEnd)]
+
+
+def is_object(text):
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
 # -- any text ---------------------------------------------------------------------------------------------------------
 
 # fmt: off
@@ -69,6 +81,7 @@ FRAGMENTS = [
 WHOLE = [
     '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>',
     "<tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n<parameter=n>\n1\n</parameter>\n</function>\n</tool_call>",
+    '<tool_call>\n{"name": "f", "arguments": {"a": x}}\n</tool_call>',
     '{"name": "f", "parameters": {"a": "x"}}',
     '[TOOL_CALLS] [{"name": "f", "arguments": {"a": "x"}}]',
     '[TOOL_CALLS]f[ARGS]{"a": "x"}',
@@ -100,6 +113,32 @@ def test_text_without_a_call_is_returned_whole_and_other_text_in_order(tool_form
         assert shown == text
     rest = iter(text)
     assert all(character in rest for character in shown), "the shown text is not a part of the whole"
+
+
+@pytest.mark.parametrize("tool_format", FORMATS)
+@settings(max_examples=60, deadline=None)
+@given(any_text)
+def test_texts_and_calls_as_they_were_written_are_the_whole_text(tool_format, text):
+    events = parsed(text, tool_format)
+    written = [
+        event.written if isinstance(event, CallEnd) else event.text
+        for event in events
+        if isinstance(event, Text | CallEnd)
+    ]
+    assert "".join(written) == text
+    assert [event.index for event in events if isinstance(event, CallEnd)] == list(range(len(calls(events))))
+    for (_, arguments), is_complete in zip(calls(events), completeness(events), strict=True):
+        assert is_complete == is_object(arguments)
+
+
+@pytest.mark.parametrize("tool_format", FORMATS)
+@settings(max_examples=60, deadline=None)
+@given(any_text, any_text)
+def test_all_text_before_the_end_tag_of_thinking_is_thinking(tool_format, thinking, text):
+    thinking = thinking.replace("</think>", "").strip("\n")
+    events = parsed(f"{thinking}</think>{text}", tool_format, "think", "<think>\n", step=7)
+    assert "".join(texts(events, Thinking)) == thinking
+    assert [event for event in events if not isinstance(event, Thinking)] == parsed(text.lstrip("\n"), tool_format)
 
 
 @settings(max_examples=200, deadline=None)
@@ -149,11 +188,14 @@ def test_hermes_calls_stream_their_arguments_as_the_model_writes_them():
     assert parser.feed('uments": {"a": "x}') == [CallStart(0, "f"), CallArguments(0, '{"a": "x}')]
     assert parser.feed('\\"\u4f60"}') == [CallArguments(0, '\\"\u4f60"}')]
     assert parser.feed("}\n</tool_") == []
-    assert parser.feed('call>\n<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>') == [
+    first = '\n\n<tool_call>\n{"name": "f", "arguments": {"a": "x}\\"\u4f60"}}\n</tool_call>\n'
+    second = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+    assert parser.feed("call>\n" + second) == [
+        CallEnd(0, True, first),
         CallStart(1, "get_time"),
         CallArguments(1, "{}"),
     ]
-    assert parser.finish() == []
+    assert parser.finish() == [CallEnd(1, True, second)]
 
 
 @pytest.mark.parametrize(
@@ -173,6 +215,8 @@ def test_hermes_calls_stream_their_arguments_as_the_model_writes_them():
         ('{"name": "f", "arguments": {"a": "</tool_call>"}}', {"a": "</tool_call>"}),
         ('{"name": "f", "arguments": {"l": [[], [{}], "]}"]}}', {"l": [[], [{}], "]}"]}),
         ('{"name": "f", "arguments": {"a": "x"}, "id": "abc"}', {"a": "x"}),
+        ('{"name": "f", "arguments": {"a": "x"}, "id": 5}', {"a": "x"}),
+        ('{"name": "f", "arguments": {"a": "x"} , "meta": {"b": [null, "}"]}, "ok": true}', {"a": "x"}),
         ('{"name": "f", "arguments": {"a": "x"}', {"a": "x"}),
         ('{"name": "f", "arguments": {"a": "x"}}}', {"a": "x"}),
     ],
@@ -181,7 +225,7 @@ def test_json_calls_are_understood_as_models_write_them(written, arguments):
     events = parsed(f"<tool_call>\n{written}\n</tool_call>\nDone", "hermes", step=1)
     ((name, text),) = calls(events)
     assert (name, json.loads(text)) == ("f", arguments)
-    assert texts(events) == ["Done"]
+    assert texts(events) == ["Done"] and completeness(events) == [True]
 
 
 @pytest.mark.parametrize(
@@ -229,9 +273,20 @@ def test_arguments_that_are_not_json_are_passed_on_as_written_up_to_the_end_tag(
     events = parsed(f'<tool_call>\n{{"name": "f", "arguments": {broken}}}</tool_call>Done', "hermes", step=1)
     ((_, text),) = calls(events)
     assert text == broken + "}"
-    assert texts(events) == ["Done"]
+    assert texts(events) == ["Done"] and completeness(events) == [False]
     with pytest.raises(ValueError):
         json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [r'{"a": "C:\dir"}', '{"a": "x", "n": 1, }', '{"a": "x", "b": True}', '{"x": NaN}', '{"a": {...}}', "{a: 1}"],
+)
+def test_a_call_whose_brackets_end_but_whose_arguments_are_not_json_is_not_complete(arguments):
+    written = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+    events = parsed(f"{written}Done", "hermes", step=1)
+    assert calls(events) == [("f", arguments)]
+    assert events[-2:] == [CallEnd(0, False, written), Text("Done")]
 
 
 @pytest.mark.parametrize("tool_format", ["hermes", "qwen3_coder", "llama3", "mistral"])
@@ -242,7 +297,9 @@ def test_a_call_that_is_cut_off_is_not_valid_json(tool_format):
         "llama3": '{"name": "f", "parameters": {"a": "rm -r /tmp',
         "mistral": '[TOOL_CALLS]f[ARGS]{"a": "rm -r /tmp',
     }
-    assert calls(parsed(whole[tool_format], tool_format, step=1)) == [("f", '{"a": "rm -r /tmp')]
+    events = parsed(whole[tool_format], tool_format, step=1)
+    assert calls(events) == [("f", '{"a": "rm -r /tmp')]
+    assert events[-1] == CallEnd(0, False, whole[tool_format])
 
 
 def test_qwen3_coder_text_values_stream_as_pieces_of_a_json_string():
@@ -256,7 +313,8 @@ def test_qwen3_coder_text_values_stream_as_pieces_of_a_json_string():
     assert parser.feed("bye\n</parameter") == [CallArguments(0, "\\nbye")]
     assert parser.feed(">\n<parameter=n>\n1") == [CallArguments(0, '", "n": ')]
     assert parser.feed("2\n</parameter>\n</function>") == [CallArguments(0, "12}")]
-    assert parser.feed("\n</tool_call>") + parser.finish() == []
+    (end,) = parser.feed("\n</tool_call>") + parser.finish()
+    assert end.is_complete and end.written.startswith("\n\n<tool_call>") and end.written.endswith("</tool_call>")
 
 
 @pytest.mark.parametrize(
@@ -379,15 +437,56 @@ def test_tags_in_the_answer_are_text():
     assert parsed("<think>x</think>" + text, "none", "think") == [Thinking("x"), Text(text)]
 
 
-def test_a_call_inside_thinking_ends_it_but_a_tag_alone_does_not():
-    call = "<tool_call>\n<function=f>\n<parameter=n>\n1\n</parameter>\n</function>\n</tool_call>"
-    text = f"I need <tool_call> now.\n{call}\n</think>\n\nDone"
-    assert parsed(text, "qwen3_coder", "think", "<think>\n", step=1) == [
-        Thinking("I need <tool_call> now."),
-        CallStart(0, "f"),
-        CallArguments(0, '{"n": 1}'),
-        Text("Done"),
-    ]
+CALLS_OF_F = {
+    "hermes": '<tool_call>\n{"name": "f", "arguments": {"n": 1}}\n</tool_call>',
+    "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=n>\n1\n</parameter>\n</function>\n</tool_call>",
+    "mistral": '[TOOL_CALLS] [{"name": "f", "arguments": {"n": 1}}]',
+}
+
+
+@pytest.mark.parametrize("step", [1, None])
+@pytest.mark.parametrize("tool_format", CALLS_OF_F)
+def test_a_call_that_is_drafted_in_thinking_is_thinking(tool_format, step):
+    call = CALLS_OF_F[tool_format]
+    for draft in (f"I may write {call}\nor not", f"{call}", f"First {call}\n{call}", f"No tag {call[:-9]}"):
+        events = parsed(f"{draft}\n</think>\n\n{call}", tool_format, "think", "<think>\n", step=step)
+        assert events[0] == Thinking(draft)
+        assert events[1:] == parsed(call, tool_format)
+
+
+@pytest.mark.parametrize("step", [1, None])
+@pytest.mark.parametrize("tool_format", CALLS_OF_F)
+def test_calls_that_end_an_output_whose_thinking_never_ends_are_made(tool_format, step):
+    call = CALLS_OF_F[tool_format]
+    text = f"I may <tool_call> or\n{call} or\n{call}\n"
+    for last in (call, f"{call}\n{call}\n"):
+        events = parsed(f"{text}not.\n\n{last}", tool_format, "think", "<think>\n", step=step)
+        assert events == [Thinking(f"{text}not."), *parsed(f"\n\n{last}", tool_format)]
+    for end in (f"{call} would do.", call[: len(call) // 2], call.replace("f", "unknown")):
+        events = parsed(text + end, tool_format, "think", "<think>\n", step=step)
+        assert events == [Thinking(text + end)]
+
+
+def test_thinking_streams_and_holds_back_only_what_may_be_a_call():
+    parser = TextFormat("hermes", "think").parser("<think>\n", TOOLS)
+    call = CALLS_OF_F["hermes"]
+    assert parser.feed("Hm. ") == [Thinking("Hm. ")]
+    assert parser.feed(f"Like {call}\n") == [Thinking("Like ")]
+    assert parser.feed("or") == [Thinking(f"{call}\nor")]
+    assert parser.feed(f"\n{call}") == []
+    assert [type(event) for event in parser.finish()] == [CallStart, CallArguments, CallEnd]
+
+
+@pytest.mark.parametrize("step", [4, 1000, None])
+def test_calls_in_thinking_that_are_too_long_to_hold_back_are_thinking(step):
+    def text(num_chars):
+        return f'Hm. <tool_call>{{"name": "f", "arguments": {{"a": "{"x" * num_chars}"}}}}</tool_call>'
+
+    assert len(calls(parsed(text(MAX_HELD_CHARS - 100), "hermes", "think", "<think>", step=step))) == 1
+    too_long = text(MAX_HELD_CHARS)
+    assert parsed(too_long, "hermes", "think", "<think>", step=step) == [Thinking(too_long)]
+    parser = TextFormat("hermes", "think").parser("<think>", TOOLS)
+    assert "".join(texts(parser.feed(too_long), Thinking)) == too_long, "the rest of the call is held back"
 
 
 # -- the telling parts of real templates ------------------------------------------------------------------------------

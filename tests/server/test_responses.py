@@ -210,6 +210,28 @@ def test_a_response_that_is_cut_off_is_incomplete():
     assert last.type == "response.incomplete" and last.response.output_text == "one, two"
 
 
+@pytest.mark.parametrize(
+    ("text", "stop_reason", "statuses"),
+    [
+        (CALL, None, ["completed", "completed"]),
+        (f"{CALL}{CALL[:-30]}", '"n"', ["incomplete", "completed", "incomplete"]),
+        (CALL[:-30], None, ["incomplete", "incomplete"]),
+        (CALL.replace('"Zürich', "Zürich"), None, ["incomplete", "incomplete"]),
+        (CALL.replace('"Zürich', "Zürich") + "Well.", None, ["incomplete", "incomplete", "completed"]),
+    ],
+)
+def test_a_response_with_a_call_that_is_not_complete_is_incomplete(text, stop_reason, statuses):
+    response = create(ScriptedLLM(text, stop_reason=stop_reason), tools=[WEATHER])
+    assert [response.status, *[item.status for item in response.output]] == statuses
+    assert response.incomplete_details is None
+    events = stream(ScriptedLLM(text, stop_reason=stop_reason), tools=[WEATHER])
+    last = events[-1]
+    assert last.type == f"response.{statuses[0]}"
+    assert [last.response.status, *[item.status for item in last.response.output]] == statuses
+    done = [event.item.status for event in events if event.type == "response.output_item.done"]
+    assert done == statuses[1:]
+
+
 def test_text_format_constrains_the_answer():
     class City(BaseModel):
         city: str

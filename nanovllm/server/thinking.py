@@ -1,0 +1,92 @@
+"""Separates a model's thinking from its response while the text arrives."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import regex
+
+from nanovllm.server.events import CallArguments, CallEnd, CallStart, Event, Text, Thinking
+from nanovllm.server.parsers import MAX_HELD_CHARS, OutputParser, Waits
+
+_THINK = regex.compile(r"\n{0,16}<think>")
+_END_THINK = regex.compile("</think>")
+
+
+class ThinkingParser(OutputParser):
+    """Reads thinking, and then a response with a parser of its own.
+
+    All text before `</think>` is thinking, and calls that the model drafts there are not made. But models may forget
+    the tag. So if it never comes, calls that end the output are made. They are held back until then. A second parser
+    finds them: it reads the thinking as if it were a response.
+
+    Args:
+        parser: the class of the parser of responses.
+        tools: as in `OutputParser`.
+        is_open: the prompt has opened the thinking. Otherwise the output may start with `<think>`.
+    """
+
+    def __init__(self, parser: type[OutputParser], tools: Mapping[str, Any], is_open: bool):
+        self._parser, self._is_open = parser, is_open
+        self._drafts = parser(tools)
+        # The thinking that has no event yet, and the events of the calls at its start.
+        self._held = ""
+        self._calls: list[CallStart | CallArguments | CallEnd] = []
+        super().__init__(tools)
+
+    def _parse(self) -> Waits:
+        yield
+        if self._is_open or (yield from self._skip(_THINK)):
+            yield from self._skip_newlines()
+            if (yield from self._pass_until(_END_THINK, self._think)):
+                self._pass_thinking(len(self._held.rstrip("\n")))
+                yield from self._skip(_END_THINK)
+                yield from self._skip_newlines()
+            else:
+                self._forget_tag()
+        yield from self._respond()
+
+    def _think(self, text: str) -> None:
+        """Pass thinking on, but hold back the calls at its end, up to a number of characters."""
+        while text:
+            num_chars = MAX_HELD_CHARS - len(self._held)
+            piece, text = text[:num_chars], text[num_chars:]
+            self._held += piece
+            self._read(self._drafts.feed(piece))
+            if len(self._held) == MAX_HELD_CHARS:
+                self._pass_thinking(MAX_HELD_CHARS)
+                self._drafts, self._calls = self._parser(self.tools), []
+
+    def _read(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Text | Thinking):
+                num_chars = sum(len(call.written) for call in self._calls if isinstance(call, CallEnd))
+                self._pass_thinking(num_chars + len(event.text))
+                self._calls = []
+            else:
+                self._calls.append(event)
+
+    def _forget_tag(self) -> None:
+        """Make the calls at the end of an output that is all thinking, if they are complete."""
+        self._read(self._drafts.finish())
+        if self._calls and all(call.is_complete for call in self._calls if isinstance(call, CallEnd)):
+            first = self._calls[0].index
+            self._events += [replace(call, index=call.index - first) for call in self._calls]
+        else:
+            self._pass_thinking(len(self._held))
+
+    def _pass_thinking(self, num_chars: int) -> None:
+        """Pass on the first characters of the thinking that is held back."""
+        if num_chars:
+            self._events.append(Thinking(self._held[:num_chars]))
+        self._held = self._held[num_chars:]
+
+    def _respond(self) -> Waits:
+        parser = self._parser(self.tools)
+        while True:
+            self._events += parser.feed(self._text[self._at :])
+            self._at = len(self._text)
+            if self._is_finished:
+                self._events += parser.finish()
+                return
+            yield
