@@ -1,5 +1,6 @@
 """Without a GPU the Triton kernels run in Triton's interpreter; with one the same tests run them compiled."""
 
+import gc
 import os
 import signal
 
@@ -16,6 +17,21 @@ if not torch.cuda.is_available():
 # A shell ignores Ctrl-C in the commands that it runs in the background, and then Python installs no handler.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_garbage_collection():
+    """Exclude what is imported by now from garbage collections: most objects, and never garbage.
+
+    Each `close` and `sleep` of an engine collects garbage, which would take longer than most tests themselves.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    # Otherwise extension modules call these objects leaks.
+    gc.unfreeze()
 
 
 @pytest.fixture

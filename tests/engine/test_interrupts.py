@@ -1,6 +1,5 @@
 """Ctrl-C at every line of every public call: the engine stays usable, and no request, block or lock is left behind."""
 
-import gc
 import signal
 import sys
 import threading
@@ -223,10 +222,7 @@ def model(tmp_path_factory):
 def llm(model):
     with engine(model) as llm:
         llm.llm_engine.input_processor.chat_prompts = lambda *_, **__: PROMPTS  # there is no tokenizer
-        gc.collect()
-        gc.freeze()  # `sleep` collects garbage: this makes it fast
         yield llm
-        gc.unfreeze()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

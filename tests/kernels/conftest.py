@@ -5,6 +5,10 @@ import pytest
 import torch
 
 from nanovllm.ops.triton_utils import HAVE_TRITON, tl
+from tests.kernels.interpreter import patch_language_once_per_launch
+
+if HAVE_TRITON:
+    patch_language_once_per_launch()
 
 
 def _convert(data: np.ndarray, source, target) -> np.ndarray:

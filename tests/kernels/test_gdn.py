@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from nanovllm.ops.gdn import decode
 from nanovllm.ops.gdn.decode import GdnDecodeConfig, default_decode_config, gdn_decode_triton
 from nanovllm.ops.gdn.gated_delta_net import gated_delta_net, gated_delta_net_triton
 from nanovllm.ops.gdn.gated_norm import gated_rms_norm, gated_rms_norm_triton
@@ -217,9 +218,11 @@ def test_decode_kernel_equals_the_reference_and_padding_rows_touch_the_scratch_s
 
 
 @pytest.mark.parametrize(("state_dtype", "want"), [(torch.float32, (2, 2)), (torch.bfloat16, (4, 1))])
-def test_many_rows_are_decoded_in_slices_that_suit_the_state(state_dtype, want):
-    shape, batch = (1, 2, 16, 128), 65
+def test_many_rows_are_decoded_in_slices_that_suit_the_state(state_dtype, want, monkeypatch):
     assert default_decode_config(64, 2, 128, state_dtype).slices == 1
+    assert default_decode_config(65, 2, 128, state_dtype) == want
+    shape, batch = (1, 2, 16, 128), 3
+    monkeypatch.setattr(decode, "MAX_WHOLE_HEADS", 5)
     assert default_decode_config(batch, 2, 128, state_dtype) == want
     torch.manual_seed(0)
     inputs, weights = make_inputs(batch, shape), make_weights(shape)

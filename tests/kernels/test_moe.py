@@ -187,8 +187,8 @@ def test_the_bound_of_tiles_is_reached_by_the_worst_routing():
 
 
 @needs_triton
-@pytest.mark.parametrize("config", [None, (4, 4), (1, 2)])
-@pytest.mark.parametrize("shape", SHAPES[:2])
+@pytest.mark.parametrize("config", [None, (4, 4)])  # one row per program, and several
+@pytest.mark.parametrize("shape", [SHAPES[0], (16, 4, 24, 40, 3, 16)])
 def test_gemv_experts_equal_the_reference(device, shape, config):
     layer = Layer(*shape[:5], device, shape[5])
     config = config and ExpertGemvConfig(*config)
@@ -201,7 +201,7 @@ def test_gemv_experts_equal_the_reference(device, shape, config):
 @pytest.mark.parametrize("run", [experts_gemv_triton, experts_gemm_triton])
 @pytest.mark.parametrize("gate_columns", [0, 1, 3])  # of the tensor whose last column is the gate
 def test_experts_add_the_shared_expert_and_the_residual(device, run, gate_columns):
-    layer = Layer(6, 2, 48, 72, 4, device)
+    layer = Layer(6, 2, 24, 40, 3, device)
     gate = torch.cat([layer.residual[:, : gate_columns - 1], layer.gate], 1)[:, -1:] if gate_columns else None
     shared = layer.shared, gate
     for residual in (None, layer.residual):
@@ -214,7 +214,7 @@ def test_experts_add_the_shared_expert_and_the_residual(device, run, gate_column
 
 @needs_triton
 def test_gemv_experts_normalize_x(device):
-    layer = Layer(6, 2, 48, 72, 3, device)
+    layer = Layer(6, 2, 24, 40, 3, device)
     x = rms_norm_torch(layer.x.clone(), layer.norm, 1e-6)
     want = experts_torch(x, *layer.operands[1:])
     torch.testing.assert_close(experts_gemv_triton(*layer.operands, norm=(layer.norm, 1e-6)), want, **CLOSE)
@@ -238,11 +238,11 @@ def test_grouped_gemm_equals_the_reference(device, monkeypatch, shape, block_m, 
 
 
 @needs_triton
-def test_grouped_gemm_reads_tokens_with_a_stride(device):
-    layer = Layer(6, 2, 48, 72, 20, device)
-    x = torch.cat([layer.x, layer.x + 1], dim=1)[:, :72]
+def test_experts_read_tokens_with_a_stride(device):
     tiling = Tiling(0, 16, GroupedGemmConfig(32, 32, 4, 2, 9), GroupedGemmConfig(32, 32, 4, 2, 9))
-    for run in (experts_gemv_triton, lambda *args: experts_gemm_triton(*args, tiling=tiling)):
+    for run, tokens in ((experts_gemv_triton, 3), (lambda *args: experts_gemm_triton(*args, tiling=tiling), 20)):
+        layer = Layer(6, 2, 24, 40, tokens, device)
+        x = torch.cat([layer.x, layer.x + 1], dim=1)[:, :40]
         torch.testing.assert_close(run(x, *layer.operands[1:]), experts_torch(*layer.operands), **CLOSE)
 
 
