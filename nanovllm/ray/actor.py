@@ -7,7 +7,7 @@ import asyncio
 import ctypes
 import signal
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -39,10 +39,10 @@ class ReplicaActor(AsyncLLM):
 
     async def start(self) -> None:
         """Make the engine. An error of `__init__` would reach the driver as the actor's death."""
-        await asyncio.to_thread(lambda: super(ReplicaActor, self).__init__(**self._options))
+        await asyncio.to_thread(AsyncLLM.__init__, self, **self._options)
 
     async def answer(self, request_id: str, kind: RequestOutputKind, message: bytes) -> None:
-        """Answer a request, whose outputs or error `take` returns.
+        """Answer a request, whose outputs or error `outputs` yields.
 
         Args:
             message: the pickled prompt, parameters, seed and template of a `Request`.
@@ -59,14 +59,15 @@ class ReplicaActor(AsyncLLM):
             # Another error might not be picklable.
             self._items.put_nowait((request_id, unpack_error(pack_error(error))))
 
-    async def take(self) -> list[tuple[str, RequestOutput | Exception]]:
-        """Return outputs and errors of requests, waiting for some. Raise RuntimeError if the engine has failed."""
-        items = [await self._items.get()]
-        while not self._items.empty():
-            items.append(self._items.get_nowait())
-        if any(isinstance(item, Exception) for _, item in items):
-            await self.check_health()
-        return items
+    async def outputs(self) -> AsyncIterator[list[tuple[str, RequestOutput | Exception]]]:
+        """Yield outputs and errors of requests, in batches of what is there. Raise RuntimeError if the engine fails."""
+        for _ in range(10_000):  # Ray's memory of a generator grows until it ends
+            batch = [await self._items.get()]
+            while not self._items.empty():
+                batch.append(self._items.get_nowait())
+            if any(isinstance(item, Exception) for _, item in batch):
+                await self.check_health()
+            yield batch
 
     async def update(self, version: int, *source: Any) -> None:
         """Update the weights from a path or from lists of `PackedTensor`. Count this as `version`."""

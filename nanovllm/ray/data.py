@@ -45,16 +45,16 @@ class AnswerRows:
         self._params = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
         self._template = template or {}
         text, ids = pa.string(), pa.list_(pa.int32())
-        columns = {"generated_text": text, "generated_token_ids": ids, "finish_reason": text}
+        kinds = {"generated_text": text, "generated_token_ids": ids, "finish_reason": text}
         if params.n > 1:
-            columns = {name: pa.list_(kind) for name, kind in columns.items()}
-        self._columns = columns | {"error": text}
+            kinds = {name: pa.list_(kind) for name, kind in kinds.items()}
+        self._kinds = kinds | {"error": text}
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         if not isinstance(batch, pa.Table):
             raise TypeError(f'map_batches must have batch_format="pyarrow", got a batch of type {type(batch).__name__}')
         answers = await asyncio.gather(*map(self._answer, batch.to_pylist()))
-        for name, kind in self._columns.items():
+        for name, kind in self._kinds.items():
             batch = batch.append_column(name, pa.array([answer.get(name) for answer in answers], kind))
         return batch
 
@@ -62,10 +62,9 @@ class AnswerRows:
         """Return the values of the new columns."""
         try:
             row = _without_nulls(row)
-            prompt = row.get("prompt_token_ids")
-            if prompt is None and "messages" in row:
+            prompt = row.get("prompt_token_ids", row.get("prompt"))
+            if "messages" in row and "prompt_token_ids" not in row:
                 prompt = await self._llm.chat_prompt(row["messages"], **self._template)
-            prompt = row.get("prompt") if prompt is None else prompt
             if prompt is None:
                 raise ValueError(f"a row must have prompt_token_ids, messages or prompt, got {shown(list(row))}")
             params = replace(self._params, seed=row.get("seed", self._params.seed))
@@ -75,7 +74,7 @@ class AnswerRows:
             return {"error": f"{type(error).__name__}: {error}"}
         samples = [(sample.text, sample.token_ids, sample.finish_reason) for sample in output.outputs]
         values = samples[0] if self._params.n == 1 else zip(*samples, strict=True)
-        return dict(zip(self._columns, values, strict=False))
+        return dict(zip(self._kinds, values, strict=False))
 
 
 def _without_nulls(value: Any) -> Any:

@@ -3,15 +3,15 @@
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import asyncio
-import functools
 import logging
 import random
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate
+from functools import cache, partial
+from itertools import accumulate, count
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -26,15 +26,15 @@ from nanovllm.checks import is_list, length, number
 from nanovllm.config import check_names
 from nanovllm.inputs import Prompt, is_array, list_prompts
 from nanovllm.llm import Chat, pair_params
-from nanovllm.output_stream import OutputStream, keep_newest, merge_deltas
+from nanovllm.output_stream import OutputStream, call_soon, keep_newest, merge_deltas
 from nanovllm.progress import GenerationBar
 from nanovllm.ray.actor import ReplicaActor, pack
 
 logger = logging.getLogger("nanovllm")
 
-# Prompts are compared in blocks of so many tokens. A token has about four characters, its id with a comma up to eight.
+# Prompts are compared in blocks of so many tokens. A token has about four characters.
 _BLOCK_TOKENS = 256
-_CHARS_PER_TOKEN, _CHARS_PER_ID = 4, 8
+_CHARS_PER_TOKEN = 4
 # How many blocks to remember for each replica: 16 million tokens.
 _MAX_REMEMBERED = 1 << 16
 # The estimate for a request without `max_tokens`.
@@ -57,44 +57,35 @@ class Request:
         message: the pickled arguments of `ReplicaActor.answer`.
         num_tokens: the estimated number of tokens of its prompt and its answer.
         prefixes: a hash of each prefix of its prompt that is whole blocks.
-        call: the call of the replica that answers it.
+        sent: how many tokens and characters of each sample the consumer of a stream has.
+        is_resumed: another replica was lost after it had sent some outputs of a stream. The outputs of this one have
+            each sample whole, so that the part that was sent can be cut off.
+        call: the call of the replica that answers the request.
         cost: how many tokens it has added to this replica.
     """
 
     def __init__(self, seeds: random.Random, put: Any, kind: Any, prompt: Any, params: Any, template: Any = None):
         self.id, self.kind, self._put = uuid4().hex, kind, put
         self.message = ray.cloudpickle.dumps((prompt, params, seeds.getrandbits(63), template))
-        text = str(prompt.tolist() if is_array(prompt) else prompt)
-        chars = _CHARS_PER_TOKEN if isinstance(prompt, str) or template is not None else _CHARS_PER_ID
-        size = _BLOCK_TOKENS * chars
-        blocks = [text[end - size : end] for end in range(size, len(text) + 1, size)]
-        self.prefixes = list(accumulate(map(hash, blocks), lambda prefix, block: hash((prefix, block))))
-        params = params or SamplingParams()
-        self.num_tokens = len(text) // chars + (params.max_tokens or _NEW_TOKENS) * params.n
-        self.cost = 0
-        self.call: Any = None
-        # How many tokens and characters of each sample a stream's consumer has.
-        self._sent: dict[int, tuple[int, int]] = {}
-
-    def send(self, actor: Any) -> None:
-        """Send the request to an actor. A stream that goes on has each sample whole, so that a part can be cut off."""
-        self._is_whole = bool(self._sent)
-        kind = RequestOutputKind.CUMULATIVE if self._is_whole else self.kind
-        self.call = actor.answer.remote(self.id, kind, self.message)
+        text, size = str(prompt.tolist() if is_array(prompt) else prompt), _BLOCK_TOKENS * _CHARS_PER_TOKEN
+        blocks = [hash(text[end - size : end]) for end in range(size, len(text) + 1, size)]
+        self.prefixes = list(accumulate(blocks, lambda prefix, block: hash((prefix, block))))
+        params = params if isinstance(params, SamplingParams) else SamplingParams()  # the engine refuses others
+        self.num_tokens = len(text) // _CHARS_PER_TOKEN + (params.max_tokens or _NEW_TOKENS) * params.n
+        self.sent: dict[int, tuple[int, int]] = {}
 
     def receive(self, item: RequestOutput | Exception) -> None:
         """Give the caller the new part of an output, or the error."""
         if self.kind is RequestOutputKind.DELTA and isinstance(item, RequestOutput):
             item = replace(item, outputs=[self._new_part(sample) for sample in item.outputs])
-        with suppress(RuntimeError):  # the caller's event loop is closed
-            self._put(item)
+        self._put(item)
 
     def _new_part(self, sample: CompletionOutput) -> CompletionOutput:
-        tokens, chars = self._sent.get(sample.index, (0, 0))
-        if self._is_whole:
+        tokens, chars = self.sent.get(sample.index, (0, 0))
+        if self.is_resumed:
             logprobs = sample.logprobs and sample.logprobs[tokens:]
             sample = replace(sample, text=sample.text[chars:], token_ids=sample.token_ids[tokens:], logprobs=logprobs)
-        self._sent[sample.index] = tokens + len(sample.token_ids), chars + len(sample.text)
+        self.sent[sample.index] = tokens + len(sample.token_ids), chars + len(sample.text)
         return sample
 
 
@@ -117,14 +108,17 @@ class Replica:
         """Return how many tokens a request would add. A prefix that the replica has had costs nothing."""
         return request.num_tokens - len(self._prefixes.intersection(request.prefixes)) * _BLOCK_TOKENS
 
-    def add(self, request: Request) -> None:
-        """Add a request."""
+    def send(self, request: Request) -> None:
+        """Let the replica answer a request."""
         self.requests[request.id] = request
         request.cost = self.cost(request)
         self.num_tokens += request.cost
         if len(self._prefixes) > _MAX_REMEMBERED:
             self._prefixes.clear()
         self._prefixes.update(request.prefixes)
+        request.is_resumed = bool(request.sent)
+        kind = RequestOutputKind.CUMULATIVE if request.is_resumed else request.kind
+        request.call = self.actor.answer.remote(request.id, kind, request.message)
 
     def remove(self, request: Request) -> None:
         """Remove a request that has ended."""
@@ -132,7 +126,7 @@ class Replica:
         self.num_tokens -= request.cost
 
 
-class Replicas(AbstractContextManager):
+class Replicas(AbstractContextManager["Replicas"]):
     """Engines in Ray actors, on one host or many, with the methods of `LLM`.
 
         with Replicas(8, "Qwen/Qwen3-8B") as llm:
@@ -172,18 +166,17 @@ class Replicas(AbstractContextManager):
         self._max_restarts = number("max_restarts", max_restarts, int, 0, 1 << 30)
         self._max_requests = number("max_concurrent_requests", max_concurrent_requests, int, 1, 1 << 20)
         self._options = {"model": model, "max_concurrent_requests": self._max_requests, **options}
-        device = options.get("device") or "auto"
-        has_gpus = device == "cuda" or (device == "auto" and "GPU" in ray.cluster_resources())
-        num_gpus = (options.get("tensor_parallel_size") or 1) if has_gpus else 0
+        device, num_ranks = options.get("device") or "auto", options.get("tensor_parallel_size") or 1
+        on_cpus = device == "cpu" or (device == "auto" and "GPU" not in ray.cluster_resources())
         # Calls that are no requests never wait for them.
-        defaults = {"num_cpus": 1, "num_gpus": num_gpus, "max_concurrency": self._max_requests + 64}
+        defaults = {"num_cpus": 1, "num_gpus": 0 if on_cpus else num_ranks, "max_concurrency": self._max_requests + 64}
         self._actor_class: Any = ray.remote(ReplicaActor).options(**defaults | (actor_options or {}))
         self._seeds = random.Random(options.get("seed") or 0)
         # Only the loop's thread uses these.
         self._waiting: deque[Request] = deque()
         self._replicas = [Replica(self._actor_class.remote(self._options)) for _ in range(num_replicas)]
         self._calls: list[tuple] = []
-        self._joining = asyncio.Lock()
+        self._changing = asyncio.Lock()
         self._end_reason: str | None = None
         self._loop = _event_loop()
         self._keepers = [asyncio.run_coroutine_threadsafe(self._keep(each), self._loop) for each in self._replicas]
@@ -212,10 +205,9 @@ class Replicas(AbstractContextManager):
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> AsyncIterator[RequestOutput]:
         """Answer one prompt step by step; see `AsyncLLM.generate`. Leaving the iteration ends the request."""
-        kind = (sampling_params and sampling_params.output_kind) or RequestOutputKind.DELTA
+        kind = getattr(sampling_params, "output_kind", None) or RequestOutputKind.DELTA
         stream = OutputStream(merge_deltas if kind is RequestOutputKind.DELTA else keep_newest)
-        put = functools.partial(stream.loop.call_soon_threadsafe, stream.put)
-        request = Request(self._seeds, put, kind, prompt, sampling_params)
+        request = Request(self._seeds, partial(call_soon, stream.loop, stream.put), kind, prompt, sampling_params)
         try:
             self._loop.call_soon_threadsafe(self._dispatch, [request])
             while True:
@@ -224,7 +216,7 @@ class Replicas(AbstractContextManager):
                 if output.finished:
                     return
         finally:
-            self._loop.call_soon_threadsafe(self._leave, [request])
+            self._loop.call_soon_threadsafe(self._leave, {request})
 
     def _answer(self, pairs: list[tuple[Any, Any]], use_tqdm: bool, template: Any = None) -> list[RequestOutput]:
         """Return the whole outputs of prompts, or of conversations with options of their template."""
@@ -240,23 +232,22 @@ class Replicas(AbstractContextManager):
                     outputs[item.request_id] = item
                     bar.add(sum(len(sample.token_ids) for sample in item.outputs))
         finally:
-            self._loop.call_soon_threadsafe(self._leave, requests)
+            self._loop.call_soon_threadsafe(self._leave, set(requests))
         return [outputs[request.id] for request in requests]
 
     def _dispatch(self, requests: Iterable[Request] = ()) -> None:
         """Send requests to replicas that have room for them. The others wait."""
         self._waiting.extend(requests)
+        if not ray.is_initialized():
+            self._end_reason = "Ray has been shut down"
         while self._waiting and self._end_reason is not None:
             self._waiting.popleft().receive(RuntimeError(self._end_reason))
         while self._waiting and (free := [each for each in self._replicas if len(each.requests) < self._max_requests]):
             request = self._waiting.popleft()
-            replica = min(free, key=lambda each: each.num_tokens + each.cost(request))
-            replica.add(request)
-            request.send(replica.actor)
+            min(free, key=lambda each: each.num_tokens + each.cost(request)).send(request)
 
-    def _leave(self, requests: list[Request]) -> None:
+    def _leave(self, left: set[Request]) -> None:
         """End those of these requests that have not finished."""
-        left = set(requests)
         self._waiting = deque(request for request in self._waiting if request not in left)
         for replica in self._replicas:
             for request in left.intersection(replica.requests.values()):
@@ -268,29 +259,26 @@ class Replicas(AbstractContextManager):
 
     async def _keep(self, replica: Replica) -> None:
         """Give the outputs of a replica to their requests. When it is lost, start another one in its place."""
-        reason = ""
-        for num_losses in range(self._max_restarts + 1):
+        for num_losses in count():
             try:
                 if num_losses:
                     replica = Replica(self._actor_class.remote(self._options))
-                    await self._join(replica)
+                    await replica.actor.start.remote()
+                    async with self._changing:
+                        for method, *arguments in self._calls:
+                            await getattr(replica.actor, method).remote(*arguments)
+                        self._replicas.append(replica)
                 while True:
-                    self._receive(replica, await replica.actor.take.remote())
+                    self._dispatch()
+                    async for batch in replica.actor.outputs.remote():
+                        self._receive(replica, await batch)
             except Exception as error:
                 reason = str(getattr(error, "cause", error)).partition("\n")[0][:300]
+                if num_losses == self._max_restarts:
+                    return await self._end(f"a replica is lost after max_restarts={num_losses} in its place: {reason}")
+                logger.warning(f"A replica is lost, and another one starts in its place: {reason}")
             finally:
                 self._drop(replica)
-            logger.warning(f"A replica is lost, max_restarts={self._max_restarts} in its place: {reason}")
-        await self._end(f"more replicas were lost in one place than max_restarts={self._max_restarts}: {reason}")
-
-    async def _join(self, replica: Replica) -> None:
-        """Start the engine of a replica, bring it to the state of the others, and let it have requests."""
-        await replica.actor.start.remote()
-        async with self._joining:
-            for method, *arguments in self._calls:
-                await getattr(replica.actor, method).remote(*arguments)
-            self._replicas.append(replica)
-        self._dispatch()
 
     def _receive(self, replica: Replica, items: list[tuple[str, Any]]) -> None:
         for request_id, item in items:
@@ -302,10 +290,12 @@ class Replicas(AbstractContextManager):
 
     def _drop(self, replica: Replica) -> None:
         """Kill a replica, which may be lost already, and let others answer its requests."""
-        ray.kill(replica.actor)
+        if ray.is_initialized():
+            ray.kill(replica.actor)
         if replica in self._replicas:
             self._replicas.remove(replica)
             self._dispatch(replica.requests.values())
+            replica.requests.clear()
 
     async def _end(self, reason: str) -> None:
         """Kill all replicas, and let all requests raise RuntimeError."""
@@ -357,10 +347,10 @@ class Replicas(AbstractContextManager):
 
     async def _set(self, *call: Any) -> None:
         """Call a method of all replicas, also of those that start later."""
-        async with self._joining:
+        async with self._changing:
             await self._on_all(*call)
             self._calls.append(call)
-            if not any(await self._on_all("is_sleeping")):
+            if not any(await self._on_all("is_sleeping") or [True]):
                 self._calls = [each for each in self._calls if each[0] == "update"][-1:]
 
     def reset_prefix_cache(self) -> None:
@@ -370,7 +360,7 @@ class Replicas(AbstractContextManager):
     def metrics(self) -> Metrics:
         """Return the sums of the replicas' metrics, and the mean of `kv_usage`. A new replica counts from 0."""
         found = self._wait(self._on_all("metrics"))
-        sums: dict[str, Any] = {each.name: sum(getattr(metrics, each.name) for metrics in found) for each in fields(Metrics)}
+        sums: Any = {each.name: sum(getattr(metrics, each.name) for metrics in found) for each in fields(Metrics)}
         return Metrics(**sums | {"kv_usage": sums["kv_usage"] / max(1, len(found))})
 
     def close(self) -> None:
@@ -385,7 +375,7 @@ class Replicas(AbstractContextManager):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
 
-@functools.cache
+@cache
 def _event_loop() -> asyncio.AbstractEventLoop:
     """Return an event loop in a thread of its own, for all `Replicas` of this process."""
     loop = asyncio.new_event_loop()

@@ -2,12 +2,12 @@
 
 # Ray may be absent, and then pyright takes this folder for it.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportFunctionMemberAccess=false
 
 import random
 from dataclasses import fields
 from typing import Any
 
-from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
@@ -44,7 +44,7 @@ class HttpServer:
         self._llm = EngineClient(**config_options)
         self._state = make_state(self._llm, config_options.get("model"), server_options)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> Any:
         return create_app(self._state)
 
     async def check_health(self) -> None:

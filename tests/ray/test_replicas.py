@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import ray
@@ -92,12 +93,12 @@ def test_leaving_a_stream_ends_its_request(replicas):
 
 
 def test_request_goes_where_least_is_to_do_and_its_prefix_counts():
-    replicas = [Replica(actor=None) for _ in range(2)]
+    replicas = [Replica(actor=MagicMock()) for _ in range(2)]
 
     def send(prompt, max_tokens):
         request = Request(random.Random(), None, None, prompt, SamplingParams(max_tokens=max_tokens))
         chosen = min(replicas, key=lambda each: each.num_tokens + each.cost(request))
-        chosen.add(request)
+        chosen.send(request)
         return replicas.index(chosen)
 
     document = list(range(2000))
