@@ -18,7 +18,6 @@ from nanovllm.config import Config
 from nanovllm.engine.step_stats import StepStats
 from nanovllm.layers.state import PagedKVSpec
 from nanovllm.models.registry import ModelConfig
-from nanovllm.weights.fp8 import has_fp8_kernels
 
 SHARED_OPTIONS = (
     "load_format",
@@ -124,8 +123,8 @@ class Nanovllm(Engine):
         state_itemsize = getattr(torch, self.llm.config.state_dtype).itemsize
         block_size = self.llm.config.kvcache_block_size
         body_itemsize = self.dtype.itemsize
-        scheme = self.config.quantization
-        if scheme is not None and has_fp8_kernels(torch.device(self.llm.config.device_type), self.dtype, scheme.block):
+        scheme, device = self.config.quantization, torch.device(self.llm.config.device_type)
+        if scheme is not None and scheme.has_kernels(device, self.dtype, columns=()):
             body_itemsize = 1
         costs = count_costs(
             batches,

@@ -7,7 +7,7 @@ reference of the GPU's kernels: it quantises and dequantises exactly as they do.
 import torch
 
 from nanovllm import LLM
-from nanovllm.ops.attention.fp8_cache import FP8
+from nanovllm.ops.float8 import FP8
 from nanovllm.runner.state_pool import StatePool
 
 

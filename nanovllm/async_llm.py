@@ -33,8 +33,9 @@ from nanovllm.vllm_options import NEUTRAL_ASYNC, check_call
 
 logger = logging.getLogger("nanovllm")
 
-# The kinds of work that prepare a request, and how many threads each has.
+# The kinds of work that prepare a request.
 _PROMPTS, _TEMPLATES, _GRAMMARS = "prompts", "templates", "grammars"
+# Threads for each kind: bounds how many requests are prepared at once, so that they leave time to the engine's thread.
 _PREPARING_THREADS = 4
 
 
@@ -116,7 +117,7 @@ class AsyncLLM:
             self._queue_step()
 
     def _queue_step(self) -> None:
-        """Queue a step behind all calls that wait now; calls that come later run before the step after it."""
+        """Queue a step after all calls that wait now; calls that come later run before the step after it."""
         if self.llm_engine.can_step and not self._step_queued:
             with contextlib.suppress(RuntimeError):  # the thread is shutting down
                 self._engine_thread.submit(self._step)
@@ -147,7 +148,7 @@ class AsyncLLM:
         """End all requests, and let their iterations raise the reason why the engine cannot be used."""
         self._deliver(self.llm_engine.take_outputs())
         try:
-            self.llm_engine.check_usable(awake=())
+            self.llm_engine.ensure_usable(needs=())
         except RuntimeError as reason:
             self._hand_over([(consumer, reason) for consumer in self._consumers.values()])
             for request_id in self._consumers:
@@ -244,8 +245,8 @@ class AsyncLLM:
             raise RuntimeError(f"the engine is closed or has failed: {self._end_reason!r:.500}") from self._end_reason
         self.llm_engine.guard.check_process()
 
-    def _semaphore(self) -> asyncio.Semaphore:
-        """Return the running loop's semaphore. Each belongs to one loop."""
+    def _get_semaphore(self) -> asyncio.Semaphore:
+        """Return the running loop's semaphore, a new one at its first request. Forget those of closed loops."""
         for loop in list(self._semaphores):
             if loop.is_closed():
                 self._semaphores.pop(loop, None)
@@ -258,7 +259,7 @@ class AsyncLLM:
         request_id: int | str | None = None,
         **neutral: Any,
     ) -> AsyncIterator[RequestOutput]:
-        """Answer one prompt with an output for each step: its new text and tokens, unless `output_kind` says otherwise.
+        """Generate for one prompt. Yield an output for each step: the new text and tokens, or `output_kind` of them.
 
         The request waits while `max_concurrent_requests` others are unfinished. Leaving the iteration, or cancelling
         the task, ends the request.
@@ -275,6 +276,11 @@ class AsyncLLM:
         chosen_id = self._check(prompt, sampling_params, request_id)
         return self._outputs(prompt, sampling_params, chosen_id)
 
+    async def check_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> None:
+        """Raise what `generate` would raise for this request before its first output, without generating anything."""
+        self._check(prompt, sampling_params, None)
+        await self._process(prompt, sampling_params, None)
+
     async def submit(
         self,
         prompt: Prompt,
@@ -283,7 +289,7 @@ class AsyncLLM:
         *,
         receive: Callable[[RequestOutput | BaseException], None],
     ) -> Callable[[], None]:
-        """Answer one prompt by calling `receive`, in this event loop, with each output that `generate` would yield.
+        """Generate for one prompt. Call `receive`, in this event loop, with each output that `generate` would yield.
 
         This costs less than `generate`, because no coroutine wakes for each output. Outputs are not merged, and
         `max_concurrent_requests` does not count the request.
@@ -309,7 +315,7 @@ class AsyncLLM:
         return partial(self._end, chosen_id, consumer)
 
     def _check(self, prompt: Any, sampling_params: SamplingParams | None, request_id: Any) -> str | None:
-        """Find what is wrong with a request and shows at once. Return its chosen id."""
+        """Raise if a request is wrong, as far as this shows at once. Return its chosen id."""
         self._check_usable()
         self.llm_engine.input_processor.check(prompt, sampling_params)
         return None if request_id is None else check_request_id(request_id)
@@ -322,7 +328,7 @@ class AsyncLLM:
         consumer = _Consumer(stream.put)
         self._reserve(request_id, consumer)
         try:
-            async with self._semaphore():
+            async with self._get_semaphore():
                 await self._start(prompt, sampling_params, request_id, consumer)
                 finished = False
                 while not finished:
@@ -336,15 +342,21 @@ class AsyncLLM:
         self, prompt: Any, sampling_params: SamplingParams | None, request_id: str | None, consumer: _Consumer
     ) -> None:
         """Prepare a request and hand it to the engine."""
-        process = self.llm_engine.input_processor.process
-        has_grammar = sampling_params is not None and sampling_params.structured_outputs is not None
-        request = await self._prepare(
-            _GRAMMARS if has_grammar else _PROMPTS,
-            lambda: process(prompt, sampling_params, request_id, stream=True),
-        )
+        request = await self._process(prompt, sampling_params, request_id)
         adding = self._call(lambda engine: self._add(request, consumer))
         adding.add_done_callback(_retrieve_exception)
         await asyncio.shield(adding)
+
+    def _process(
+        self, prompt: Any, sampling_params: SamplingParams | None, request_id: str | None
+    ) -> asyncio.Future[Request]:
+        """Let a thread check and prepare a request."""
+        process = self.llm_engine.input_processor.process
+        has_grammar = sampling_params is not None and sampling_params.structured_outputs is not None
+        return self._prepare(
+            _GRAMMARS if has_grammar else _PROMPTS,
+            lambda: process(prompt, sampling_params, request_id, stream=True),
+        )
 
     def _end(self, request_id: str | None, consumer: _Consumer) -> None:
         """End a request if it has not finished, whether the engine has it or not."""
@@ -407,7 +419,7 @@ class AsyncLLM:
     async def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | str | Path) -> int:
         """Update the weights between two steps; see `LLM.update_weights`.
 
-        If this fails, requests that are being answered raise RuntimeError, and new ones are refused until an update
+        If this fails, unfinished requests raise RuntimeError, and new ones are refused until an update
         succeeds.
 
         Work on the weights in CUDA streams other than the default one must have finished: nothing waits for it.
@@ -415,7 +427,7 @@ class AsyncLLM:
         return await self._call(lambda engine: engine.update_weights(weights))
 
     async def start_weight_update(self) -> None:
-        """See `LLM.start_weight_update`. Requests that are being answered wait until the update has finished."""
+        """See `LLM.start_weight_update`. Unfinished requests wait until the update has finished."""
         await self._call(lambda engine: engine.start_weight_update())
 
     async def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -427,7 +439,7 @@ class AsyncLLM:
         return await self._call(lambda engine: engine.finish_weight_update())
 
     async def sleep(self, level: int = 1) -> None:
-        """See `LLM.sleep`. Requests that are being answered wait until `wake_up`, and new ones are refused."""
+        """See `LLM.sleep`. Unfinished requests wait until `wake_up`, and new ones are refused."""
         await self._call(lambda engine: engine.sleep(level))
 
     async def wake_up(self, tags: Iterable[str] | None = None) -> None:
@@ -444,7 +456,7 @@ class AsyncLLM:
 
     async def check_health(self) -> None:
         """Raise RuntimeError if the engine is closed or has failed. Wait for the step that runs."""
-        await self._call(lambda engine: engine.check_usable(awake=(), weights=False))
+        await self._call(lambda engine: engine.ensure_usable(needs=(), allow_partial_weights=True))
 
     @property
     def tokenizer(self) -> Any:

@@ -13,13 +13,13 @@ import torch
 from nanovllm.checks import is_list, length, shown
 from nanovllm.config import Config
 from nanovllm.engine.interrupts import DeferInterrupts
-from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request
 from nanovllm.engine.step_stats import StepStats
 from nanovllm.inputs import Prompt, list_prompts
 from nanovllm.outputs import Metric, Metrics, RequestOutput
 from nanovllm.progress import GenerationBar
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.vllm_engine import VllmEngine
 from nanovllm.vllm_options import NEUTRAL_CALL, check_call
 
 Chat: TypeAlias = SequenceType[dict]
@@ -38,7 +38,7 @@ class LLM:
     """
 
     def __init__(self, model: str | Path | None = None, **kwargs: Any):
-        self.llm_engine = LLMEngine(model, **kwargs)
+        self.llm_engine = VllmEngine(model, **kwargs)
 
     # -- generation --------------------------------------------------------------------------------------------------
 
@@ -49,7 +49,7 @@ class LLM:
         use_tqdm: bool = True,
         **neutral: Any,
     ) -> list[RequestOutput]:
-        """Answer all `prompts`, in their order.
+        """Generate for all `prompts`. Return an output for each, in their order.
 
         Args:
             prompts: a list or a numpy array of prompts, or a single one. A prompt is text, a list or an array of token
@@ -71,14 +71,14 @@ class LLM:
         # One block for all, because installing handlers takes system calls. Interrupts come through between requests
         # and between steps.
         with DeferInterrupts() as interrupts, self.llm_engine.reserved():
-            self.llm_engine.check_usable()
+            self.llm_engine.ensure_usable()
             requests = []
             for prompt, params in pairs:
                 requests.append(self.llm_engine.input_processor.process(prompt, params))
                 interrupts.let_through()
-            return self._answer(requests, use_tqdm, interrupts)
+            return self._serve(requests, use_tqdm, interrupts)
 
-    def _answer(self, requests: list[Request], use_tqdm: bool, interrupts: DeferInterrupts) -> list[RequestOutput]:
+    def _serve(self, requests: list[Request], use_tqdm: bool, interrupts: DeferInterrupts) -> list[RequestOutput]:
         """Queue requests and run steps until all have finished."""
         engine, wanted = self.llm_engine, set(requests)
         pending = deque(requests)
@@ -99,7 +99,7 @@ class LLM:
                 engine.abandon(requests)
         # `on_step` may have ended requests, or have received their outputs.
         now = time.monotonic()
-        return [outputs.get(request.id) or request.output(engine.weight_version, now) for request in requests]
+        return [outputs.get(request.id) or request.take_output(engine.weight_version, now) for request in requests]
 
     def chat(
         self,
@@ -108,7 +108,7 @@ class LLM:
         use_tqdm: bool = True,
         **template: Any,
     ) -> list[RequestOutput]:
-        """Answer conversations: `generate` with prompts made by the model's chat template.
+        """Generate a reply to each conversation: `generate` with prompts made by the model's chat template.
 
         Args:
             messages: one conversation, as dicts with "role" and "content", or a list of them.
@@ -126,8 +126,8 @@ class LLM:
                 list of parts `{"type": "text", "text": ...}`. Arguments of tool calls are JSON text or dicts.
             tools: functions the model may call, as JSON schemas.
             chat_template: Jinja text to use instead of the model's own.
-            add_generation_prompt: finish with the tokens that start an answer; True unless `continue_final_message` is.
-            continue_final_message: the answer continues the last message instead of starting a new one.
+            add_generation_prompt: finish with the tokens that start a reply; True unless `continue_final_message` is.
+            continue_final_message: the output continues the last message instead of starting a new one.
             chat_template_kwargs: a dict of variables of the template, such as `enable_thinking` of Qwen3's, and of the
                 other arguments except `chat_template`. It overrides arguments of the same name.
             template: variables of the template may also be given as arguments.
@@ -140,7 +140,7 @@ class LLM:
         return self.llm_engine.input_processor.chat_prompts(messages, **template)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Answer one prompt step by step: each output has what is new since the last one, or `output_kind` of it.
+        """Generate for one prompt step by step: each output has what is new since the last one, or `output_kind` of it.
 
         Other requests go on meanwhile. Leaving the iterator ends the request.
 
@@ -170,7 +170,7 @@ class LLM:
                     yield output
                     if output.finished:
                         return
-            engine.check_usable(awake=())
+            engine.ensure_usable(needs=())
         finally:
             engine.abandon([request])
 
@@ -212,12 +212,13 @@ class LLM:
         return self.llm_engine.abort(request_id)
 
     def has_unfinished(self) -> bool:
-        """Whether `step` has anything to do or to return."""
+        """Return whether `step` has anything to do or to return."""
+        self.llm_engine.end_abandoned()  # streams whose iterators were dropped do not count
         return self.llm_engine.has_unfinished()
 
     def is_finished(self) -> bool:
         """The opposite of `has_unfinished`."""
-        return self.llm_engine.is_finished()
+        return not self.has_unfinished()
 
     # -- weights and memory, as training loops need them ---------------------------------------------------------------
 
@@ -314,6 +315,7 @@ class LLM:
 
     def metrics(self) -> Metrics:
         """Return counters since the engine was made, and what it is doing now."""
+        self.llm_engine.end_abandoned()
         return self.llm_engine.metrics()
 
     def get_metrics(self) -> list[Metric]:
@@ -385,7 +387,7 @@ class LLM:
         self.close()
 
     def __enter__(self):
-        self.llm_engine.check_usable()
+        self.llm_engine.ensure_usable()
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -1,6 +1,6 @@
 """Plain data between the engine and the model runner. No torch here.
 
-The scheduler describes a step as a `Batch`; every rank receives it. The runner answers with a `StepOutput`.
+The scheduler describes a step as a `Batch`; every rank receives it. The runner returns a `StepOutput`.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,9 @@ import numpy as np
 from nanovllm.outputs import TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
-# Logit indices: those of a decode row, and those of a chunk that ends inside its prompt.
+# Logit indices of a decode row.
 DECODE_LOGITS = range(1)
+# Logit indices of a chunk that ends inside its prompt.
 NO_LOGITS = range(0)
 
 
@@ -47,10 +48,10 @@ class Row(NamedTuple):
 
 @dataclass(slots=True)
 class Admission:
-    """What the sampler must know about a slot's new sequence.
+    """A slot's new sequence, as far as the sampler must know it.
 
     Args:
-        min_length: while the sequence is shorter, `end_ids` cannot be sampled.
+        min_length: while the sequence is shorter, `stop_ids` cannot be sampled.
         is_filtered: whether batches bring masks for the slot.
         prompt_ids, output_ids: the tokens so far, only if the request has penalties.
     """
@@ -59,7 +60,7 @@ class Admission:
     params: SamplingParams
     seed: int
     min_length: int
-    end_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]
     is_filtered: bool = False
     prompt_ids: list[int] = field(default_factory=list)
     output_ids: list[int] = field(default_factory=list)
@@ -71,7 +72,7 @@ class Batch:
 
     Args:
         rows: decode rows (`token_ids` is None) first.
-        num_decode: how many decode rows there are.
+        num_decode: number of decode rows.
         admissions: slots that have a new sequence.
         new_blocks: (slot, index in its block table, block id).
         masks: (slot, bit mask of the tokens it may sample from now on).

@@ -6,7 +6,7 @@ import torch
 
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.config import ATTENTION_BACKENDS
-from nanovllm.ops.attention.fp8_cache import FP8
+from nanovllm.ops.float8 import FP8
 from nanovllm.ops.triton_utils import HAVE_TRITON
 
 __all__ = ["AttentionBackend", "select_backend"]
@@ -29,8 +29,8 @@ def select_backend(
     Args:
         name: one of ATTENTION_BACKENDS. Only "auto" chooses; a named backend is used, or the call raises.
         device, head_dim, block_size: options of the KV cache.
-        dtype: of queries.
-        kv_dtype: of the KV cache; `dtype` if None.
+        dtype: the queries' dtype.
+        kv_dtype: the KV cache's dtype; `dtype` if None.
 
     Raises:
         ValueError: the name is unknown, or the backend or the GPU does not support the device, head_dim, block_size or

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from nanovllm.ops.attention.paged_cache import KVKind, PagedKV, PagedRows
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
-from nanovllm.ops.gdn.rows import GdnRows
 from nanovllm.ops.norm_rope.qk_transform import QKTransform
 from nanovllm.ops.norm_rope.rope_store import qk_norm_rope_store
+from nanovllm.ops.state.rows import StateRows
 
 
 @dataclass(kw_only=True)
@@ -36,8 +36,9 @@ class Context:
     max_context_len: int = 0  # longest context of a prefill row
     shared: SharedPrefixPlan | None = None  # prefixes of decode rows, if one kernel attends to them for all rows
     last_indices: Tensor | None = None  # [L] int64, tokens whose hidden states are needed; None: all tokens
-    gdn_rows: GdnRows | None = None  # all R rows for recurrent layers; None if the model has none
-    meta: Any = None  # metadata that the backend's `prepare` derives
+    state_rows: StateRows | None = None  # all R rows for recurrent layers; None if the model has none
+    meta: Any = None  # what the backend's `plan` returns for this context
+    last: "Context | None" = None  # the context of a layer in which only last tokens attend; None if no layer is one
 
     # Cached: all layers read these, and slicing takes the host time.
 
@@ -52,16 +53,15 @@ class Context:
         return self.rows[self.num_decode :]
 
     def for_last_tokens(self) -> "Context":
-        """Return a context with the same `meta` in which only each row's last token attends, as decode rows do."""
-        return replace(self, num_decode=len(self.rows), cu_seqlens_q=None, shared=None)
+        """Return a context in which only each row's last token attends, as decode rows do. It has no plan yet."""
+        return replace(self, num_decode=len(self.rows), cu_seqlens_q=None, shared=None, meta=None)
 
 
 class AttentionBackend(ABC):
     """A backend computes the attention of a step's rows over the paged KV cache.
 
     The runner calls `prepare` once in each step, then each layer calls `store_and_attend`. All metadata is in the
-    context. In a layer where only last tokens attend, `store_and_attend` calls `prepare` again, with the context of
-    `for_last_tokens`. That context has the `meta` of the step's first call.
+    context. A layer in which only last tokens attend uses the step's other context, `last`.
 
     Attributes:
         name: the name that users give.
@@ -76,8 +76,16 @@ class AttentionBackend(ABC):
     capturable_prefill: bool = False
     shares_prefixes: bool = False
 
-    def prepare(self, ctx: Context) -> None:  # noqa: B027  (optional)
-        """Derive metadata for the kernels of all layers from the context's tensors. Store it in `ctx.meta`."""
+    def prepare(self, ctx: Context) -> None:
+        """Plan a step before its first layer: its context, and the one for last tokens if a layer will use it."""
+        ctx.meta = self.plan(ctx)
+        if ctx.last_indices is not None:
+            ctx.last = ctx.for_last_tokens()
+            ctx.last.meta = self.plan(ctx.last)
+
+    @abstractmethod
+    def plan(self, ctx: Context) -> Any:
+        """Return metadata for the kernels of all layers that use this context, derived from its tensors."""
 
     @abstractmethod
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
@@ -104,15 +112,15 @@ class AttentionBackend(ABC):
             positions: [T] int64.
             kv: the layer's cache, which is written. It knows the layer's window.
             scale: factor of the scores.
-            last: [R] int64, the indices of the rows' last tokens if only these attend; None if every token attends.
+            last: [R] int64, the context's `last_indices` if only these tokens attend; None if every token attends.
 
         Returns:
             [T, H, Dh], or [R, H, Dh] with `last`.
         """
         q = qk_norm_rope_store(qkv, transform, positions, ctx.slot_mapping, kv)
         if last is not None:
-            q, ctx = q[last], ctx.for_last_tokens()
-            self.prepare(ctx)
+            assert ctx.last is not None  # `prepare` has made it
+            q, ctx = q[last], ctx.last
         return self.attend(q, kv, scale, ctx)
 
     def attend(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context) -> Tensor:

@@ -1,10 +1,10 @@
 """Attention with one of Dao-AILab's FlashAttention packages, if a suitable one is installed.
 
 FlashAttention-2 (Dao, 2023) has one function for decode rows and one for prefill rows. FlashAttention-3 (Shah et al.,
-2024), for Hopper, has one function for both. Rows, not slots, index their block tables: `prepare` gathers these, and
-stores the functions' arguments for decode rows and for prefill rows as two dicts.
+2024), for Hopper, has one function for both. Rows, not slots, index their block tables: `plan` gathers these, and
+returns the functions' arguments for decode rows and for prefill rows as two dicts.
 
-FlashAttention-3 multiplies values behind the end of a row in its last page by zero. These must be finite. They are as
+FlashAttention-3 multiplies the values after a row's end, in its last page, by zero. These must be finite. They are as
 long as no model computes NaN, because the cache starts as zeros.
 """
 
@@ -46,8 +46,10 @@ class Package(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
     whole_tiles: bool = False
 
-    def misfit(self, capability: tuple[int, int], head_dim: int, block_size: int, dtype: torch.dtype) -> str:
-        """Return why the package does not fit such a cache and compute capability; "" if it fits."""
+    def incompatibility(
+        self, capability: tuple[int, int], head_dim: int, block_size: int, dtype: torch.dtype
+    ) -> str | None:
+        """Return why the package does not fit such a cache and compute capability; None if it fits."""
         major, minor = capability
         if self.version == 3 and capability != (9, 0):
             return f"needs a card of compute capability 9.0, not {major}.{minor}"
@@ -62,7 +64,7 @@ class Package(NamedTuple):
         # Tiles of other head sizes hold 144, 112 or 80 tokens.
         if self.whole_tiles and (64 < head_dim <= 96 or head_dim > 128):
             return f"head_dim={head_dim} must be at most 64, or from 97 to 128"
-        return ""
+        return None
 
 
 # In order of preference. fa3-fwd is built without the kernels for pages of any size, and without float16.
@@ -84,7 +86,7 @@ def choose_package(
     """
     if device.type != "cuda":
         raise ValueError(f"attention_backend='flash_attn' needs a CUDA device, not device={str(device)!r}; use 'torch'")
-    missing, misfits = [], []
+    missing, reasons = [], []
     for package in PACKAGES:
         try:
             module = importlib.import_module(package.module)
@@ -92,12 +94,12 @@ def choose_package(
         except (ImportError, OSError, AttributeError) as error:
             missing.append(f"{package.name} ({error})")
             continue
-        misfit = package.misfit(torch.cuda.get_device_capability(device), head_dim, block_size, dtype)
-        if not misfit:
+        reason = package.incompatibility(torch.cuda.get_device_capability(device), head_dim, block_size, dtype)
+        if reason is None:
             return package, module
-        misfits.append(f"{package.name}: {misfit}")
-    if misfits:
-        raise ValueError(f"attention_backend='flash_attn' cannot be used: {'; '.join(misfits)}")
+        reasons.append(f"{package.name}: {reason}")
+    if reasons:
+        raise ValueError(f"attention_backend='flash_attn' cannot be used: {'; '.join(reasons)}")
     raise ImportError(f"attention_backend='flash_attn' needs one of the packages {', '.join(missing)}")
 
 
@@ -145,7 +147,7 @@ class FlashAttn3Backend(AttentionBackend):
         self._with_kvcache = module.flash_attn_with_kvcache
         self._whole_tiles = whole_tiles
 
-    def prepare(self, ctx: Context) -> None:
+    def plan(self, ctx: Context) -> tuple[dict, dict | None]:
         num_decode = ctx.num_decode
         rows = ctx.rows
         tables = rows.block_tables.index_select(0, rows.slots)  # on the device, so that a graph replays it
@@ -163,7 +165,7 @@ class FlashAttn3Backend(AttentionBackend):
                 "cu_seqlens_q": ctx.cu_seqlens_q - num_decode,
                 "max_seqlen_q": ctx.max_seqlen_q,
             }
-        ctx.meta = decode, prefill
+        return decode, prefill
 
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
         self._attend_rows(q, kv, scale, out, **ctx.meta[0])
@@ -217,7 +219,7 @@ class FlashAttn2Backend(AttentionBackend):
         self._with_kvcache = module.flash_attn_with_kvcache
         self._varlen = module.flash_attn_varlen_func
 
-    def prepare(self, ctx: Context) -> None:
+    def plan(self, ctx: Context) -> tuple[dict, dict | None]:
         num_decode = ctx.num_decode
         rows = ctx.rows
         tables = rows.block_tables.index_select(0, rows.slots)  # on the device, so that a graph replays it
@@ -231,7 +233,7 @@ class FlashAttn2Backend(AttentionBackend):
                 "max_seqlen_q": ctx.max_seqlen_q,
                 "max_seqlen_k": ctx.max_context_len,
             }
-        ctx.meta = decode, prefill
+        return decode, prefill
 
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
         options = {"softmax_scale": scale, "causal": True, "window_size": window_size(kv)}

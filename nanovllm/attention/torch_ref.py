@@ -1,9 +1,12 @@
 """Attention in plain torch: the reference, and the backend for CPUs."""
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend, Context, PagedKV
+from nanovllm.ops.attention.paged_cache import KVKind
 from nanovllm.ops.attention.reference import (
     DecodeGatherPlan,
     PrefillGatherPlan,
@@ -14,6 +17,23 @@ from nanovllm.ops.attention.reference import (
     plan_decode_gather,
     plan_prefill_gather,
 )
+
+
+@dataclass
+class TorchPlans:
+    """Plans and tensors that the layers of a step share. The first layer that needs an entry makes it.
+
+    Attributes:
+        decode: by the kind of the cache, the plan of all decode rows.
+        prefill: by the kind of the cache, the plan of each prefill row.
+        views: by the kind of the cache, the first token of `_view` in the flattened cache; None if there is no view.
+        rotations: by the id of the table of RoPE, the factors of `_rotation`.
+    """
+
+    decode: dict[KVKind, DecodeGatherPlan] = field(default_factory=dict)
+    prefill: dict[KVKind, list[PrefillGatherPlan]] = field(default_factory=dict)
+    views: dict[KVKind, int | None] = field(default_factory=dict)
+    rotations: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class TorchBackend(AttentionBackend):
@@ -31,8 +51,8 @@ class TorchBackend(AttentionBackend):
     def __init__(self):
         self._buffers: list[Tensor] = [torch.empty(0), torch.empty(0)]
 
-    def prepare(self, ctx: Context) -> None:
-        ctx.meta = {}  # plans by the kind of the cache; a context for last tokens must not use the step's plans
+    def plan(self, ctx: Context) -> TorchPlans:
+        return TorchPlans()
 
     def store_and_attend(self, qkv, transform, positions, kv, scale, ctx, last=None) -> Tensor:
         is_plain = transform.q_weight is None and transform.query_scale is None and kv.scales is None
@@ -48,11 +68,11 @@ class TorchBackend(AttentionBackend):
         kv.v_cache.view(shape).index_copy_(0, ctx.slot_mapping, halves[:, -kv_heads:].flatten(2))
         q = rotated[:, :num_heads]
         if last is not None:
-            q, ctx = q[last], ctx.for_last_tokens()
-            self.prepare(ctx)
+            assert ctx.last is not None  # `prepare` has made it
+            q, ctx = q[last], ctx.last
         if ctx.num_decode < len(q):
             return self.attend(q, kv, scale, ctx)
-        plan, _ = self._plans(q, kv, ctx)
+        plan = self._decode_plan(q, kv, ctx)
         k, v = self._view(kv, plan, ctx) or self._gather(kv, plan.indices, q.dtype)
         return attend_gathered(q, k, v, plan.mask, scale)
 
@@ -61,12 +81,12 @@ class TorchBackend(AttentionBackend):
         """Return keys and values [1, K, L, Dh] without a copy; None unless one sequence's tokens lie side by side."""
         if len(plan.indices) > 1:
             return None
-        key = "view", kv.kind
-        if key not in ctx.meta:
+        views = ctx.meta.views
+        if kv.kind not in views:
             first = plan.indices[0, 0]
             is_one_run = bool((first.diff() == kv.kv_heads).all())
-            ctx.meta[key] = int(first[0]) // kv.kv_heads if is_one_run else None
-        start = ctx.meta[key]
+            views[kv.kind] = int(first[0]) // kv.kv_heads if is_one_run else None
+        start = views[kv.kind]
         if start is None:
             return None
         tokens = slice(start, start + plan.indices.shape[2])
@@ -80,33 +100,33 @@ class TorchBackend(AttentionBackend):
 
         They are [T, 1, 1, Dh / 2] and [T, 1, 2, Dh / 2].
         """
-        key = id(cos_sin)
-        if key not in ctx.meta:
+        rotations, key = ctx.meta.rotations, id(cos_sin)
+        if key not in rotations:
             cos, sin = cos_sin[positions][:, None, None].chunk(2, dim=-1)
-            ctx.meta[key] = cos, torch.cat((-sin, sin), dim=2)
-        return ctx.meta[key]
+            rotations[key] = cos, torch.cat((-sin, sin), dim=2)
+        return rotations[key]
 
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
-        plan, _ = self._plans(q, kv, ctx)
+        plan = self._decode_plan(q, kv, ctx)
         k, v = self._gather(kv, plan.indices, q.dtype)
         out.copy_(attend_gathered(q, k, v, plan.mask, scale))
 
     def prefill(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
-        for row in self._plans(q, kv, ctx)[1]:
+        plans = ctx.meta.prefill
+        if kv.kind not in plans:
+            assert ctx.cu_seqlens_q is not None  # `attend` calls this only if there are prefill rows
+            plans[kv.kind] = plan_prefill_gather(ctx.prefill_rows, ctx.cu_seqlens_q, kv, q.dtype)
+        for row in plans[kv.kind]:
             k, v = self._gather(kv, row.indices, q.dtype)
             tokens = slice(row.start, row.end)
             out[tokens] = attend_sequence(q[tokens], k, v, row.mask, scale)
 
-    def _plans(self, q: Tensor, kv: PagedKV, ctx: Context) -> tuple[DecodeGatherPlan, list[PrefillGatherPlan]]:
-        """Return the plan of the decode rows and the plans of the prefill rows."""
-        if kv.kind not in ctx.meta:
-            decode, prefill = None, []
-            if ctx.num_decode:
-                decode = plan_decode_gather(ctx.decode_rows, kv, q.dtype)
-            if ctx.cu_seqlens_q is not None:
-                prefill = plan_prefill_gather(ctx.prefill_rows, ctx.cu_seqlens_q, kv, q.dtype)
-            ctx.meta[kv.kind] = decode, prefill
-        return ctx.meta[kv.kind]
+    @staticmethod
+    def _decode_plan(q: Tensor, kv: PagedKV, ctx: Context) -> DecodeGatherPlan:
+        plans = ctx.meta.decode
+        if kv.kind not in plans:
+            plans[kv.kind] = plan_decode_gather(ctx.decode_rows, kv, q.dtype)
+        return plans[kv.kind]
 
     def _gather(self, kv: PagedKV, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Gather from both caches; convert FP8 to `dtype`. The result is valid until the next call."""

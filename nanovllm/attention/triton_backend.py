@@ -5,7 +5,8 @@ from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend, Context, PagedKV
 from nanovllm.ops.attention.decode_attention import decode_attention_triton
-from nanovllm.ops.attention.decode_plan import default_split_policy, plan_decode_triton
+from nanovllm.ops.attention.decode_plan import DecodePlan, default_split_policy, plan_decode_triton
+from nanovllm.ops.attention.paged_cache import KVKind
 from nanovllm.ops.attention.prefill_attention import prefill_attention_triton
 from nanovllm.ops.attention.rope_decode import rope_decode_triton
 from nanovllm.ops.attention.shared_prefix import shared_attention_triton
@@ -31,39 +32,33 @@ class TritonBackend(AttentionBackend):
             raise ValueError(f"attention_backend='triton' needs a CUDA device, not device={str(device)!r}; use 'torch'")
 
     def prepare(self, ctx: Context) -> None:
-        """Plan decode attention for all layers of a step at once.
+        """Plan for both contexts of a step now: in the last layer, a plan would stand between overlapping kernels."""
+        if not self._fuses(ctx):
+            super().prepare(ctx)
 
-        The first call plans for both contexts of the step: its decode rows, and all rows for a last layer in which only
-        last tokens attend. That layer's call, with the context of `for_last_tokens`, finds its plan in `meta`.
-        """
-        if ctx.meta is not None:
-            return
-        if ctx.cu_seqlens_q is None and self._fuses(ctx, ctx.num_decode):  # the fused kernel needs no plan
-            return
-        planned = [ctx.decode_rows] if ctx.num_decode else []
-        skips_tokens = ctx.last_indices is not None and ctx.num_decode < len(ctx.rows)
-        if skips_tokens:  # plan now: in the last layer, a plan would stand between kernels that overlap each other
-            planned.append(ctx.rows)
-        plans = ctx.meta = {}  # by the number of rows and the kind of the cache
-        for rows in planned:
-            for kind in ctx.kv_kinds:
-                policy = default_split_policy(len(rows), kind.kv_heads, sm_count(rows.slots.device))
-                lens = rows.context_lens.clamp(max=kind.window) if kind.window else rows.context_lens
-                plans[len(rows), kind] = plan_decode_triton(lens, kind.kv_heads, policy)
+    def plan(self, ctx: Context) -> dict[KVKind, DecodePlan]:
+        """Plan decode attention, for each kind of cache."""
+        rows, plans = ctx.decode_rows, {}
+        for kind in ctx.kv_kinds if ctx.num_decode else ():
+            policy = default_split_policy(len(rows), kind.kv_heads, sm_count(rows.slots.device))
+            lens = rows.context_lens.clamp(max=kind.window) if kind.window else rows.context_lens
+            plans[kind] = plan_decode_triton(lens, kind.kv_heads, policy)
+        return plans
 
     @staticmethod
-    def _fuses(ctx: Context, num_tokens: int) -> bool:
-        """Return whether one kernel does everything: in a step of a few decode rows and no prefill rows."""
+    def _fuses(ctx: Context) -> bool:
+        """Return whether one kernel without a plan does everything: in a step of a few decode rows only."""
+        num_tokens = len(ctx.slot_mapping)
         only_decode = ctx.num_decode == num_tokens and ctx.shared is None
         return only_decode and regime_of(num_tokens).one_kernel_attention
 
     def store_and_attend(self, qkv, transform, positions, kv, scale, ctx, last=None) -> Tensor:
-        if not self._fuses(ctx, len(qkv)):
+        if not self._fuses(ctx):
             return super().store_and_attend(qkv, transform, positions, kv, scale, ctx, last)
         return rope_decode_triton(qkv, transform, kv, ctx.rows, scale, counters=ctx.counters)
 
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
-        rows, plan = ctx.decode_rows, ctx.meta[ctx.num_decode, kv.kind]
+        rows, plan = ctx.decode_rows, ctx.meta[kv.kind]
         prefix = None
         if ctx.shared is not None and not kv.window:
             prefix = shared_attention_triton(q, kv, rows, scale, ctx.shared, plan.num_splits)

@@ -33,7 +33,7 @@ from nanovllm.config import Config
 from nanovllm.library_errors import refusing
 from nanovllm.models.registry import PRESETS, ModelConfig, check_model_type, known_ids, stated_dtype, token_ids
 from nanovllm.vllm_options import translate
-from nanovllm.weights.fp8 import Fp8Scheme
+from nanovllm.weights.quantization_config import SCHEMES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -159,7 +159,7 @@ def open_config(config: Config) -> ModelSource:
     """Find the model of an engine's config, and its tokenizer; see `open_model`."""
     source = open_model(config.model, config.load_format, revision=config.revision, download_dir=config.download_dir)
     if config.quantization is not None:
-        scheme = replace(source.config.quantization or Fp8Scheme(), quantizes=True)
+        scheme = replace(source.config.quantization or SCHEMES[config.quantization], quantizes=True)
         source = replace(source, config=replace(source.config, quantization=scheme))
     if config.tokenizer is None:
         return source

@@ -17,10 +17,16 @@ from nanovllm.layers.linear import LinearLayer
 from nanovllm.library_errors import refusing
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import UNUSED_TENSORS, ModelConfig
-from nanovllm.ops.fp8.reference import quantize_weight, scale_shape
 from nanovllm.progress import ProgressBar
-from nanovllm.weights.fp8 import BAD_SCALE, Fp8Loading, is_fp8_in_checkpoint, is_valid
-from nanovllm.weights.parameter import CheckpointTensor, MergedTensor, is_scale
+from nanovllm.weights.parameter import (
+    BAD_SCALE,
+    CheckpointTensor,
+    MergedTensor,
+    is_quantized_in_checkpoint,
+    is_scale,
+    is_valid,
+)
+from nanovllm.weights.quantization import QuantizedLoading
 
 logger = logging.getLogger(__name__)
 
@@ -104,11 +110,17 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
     allowed |= {part.name: part.shape for parts in merged.values() for part in parts.values()}
     needed, parts_of = list(targets), {name: list(parts) for name, parts in merged.items()}
     if (scheme := config.quantization) is not None:
-        # A weight that is not in FP8 here may be in FP8 in the checkpoint, too.
-        matrices = {name: shape for name, shape in allowed.items() if len(shape) > 1}
-        allowed |= {scheme.scale_name(name): scale_shape(shape, scheme.block) for name, shape in matrices.items()}
-        needed += [scheme.scale_name(name) for name in targets if is_fp8_in_checkpoint(targets[name].param)]
-        parts_of |= {scheme.scale_name(name): list(map(scheme.scale_name, parts)) for name, parts in parts_of.items()}
+        # Any matrix may be quantized in the checkpoint, also one that is merged with others that are not.
+        stored = {name: scheme.stored(name, shape) for name, shape in allowed.items() if len(shape) > 1}
+        for tensors in stored.values():
+            allowed |= {name: tensor.shape for name, tensor in tensors.items()}
+        needed = []
+        for name, target in targets.items():
+            needed += stored[name] if is_quantized_in_checkpoint(target.param) else [name]
+        for name, parts in merged.items():
+            if name in stored:
+                rows = zip(stored[name], *(stored[part] for part in parts), strict=True)
+                parts_of |= {whole: list(names) for whole, *names in rows}
     found: set[str] = set()
     for given, shape in shapes.items():
         name = _full_name(given)
@@ -147,7 +159,7 @@ class WeightUpdate:
         self.targets = model.checkpoint_tensors()
         self.merged = _merged_tensors(self.targets)
         scheme = model.config.quantization
-        self.fp8 = None if scheme is None else Fp8Loading(scheme, self.targets, self.merged)
+        self.quantized = None if scheme is None else QuantizedLoading(scheme, self.targets, self.merged)
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Copy some tensors. Each rank takes its slices. Return their names.
@@ -176,15 +188,16 @@ class WeightUpdate:
                     raise _unknown_tensor(given)
                 try:
                     tensors = {name: loaded if merged is None else merged.part(loaded)}
-                    if self.fp8 is not None and not self.fp8.has_dequantized(merged.name if merged else name):
-                        tensors = self.fp8.quantized(name, tensors[name])
+                    stored_name = name if merged is None else merged.name
+                    if self.quantized is not None and stored_name not in self.quantized.dequantized:
+                        tensors = self.quantized.quantize_if_needed(name, tensors[name])
                     for target, tensor in tensors.items():
                         self._copy(target, tensor)
                         self.seen.add(target)
                 except ValueError as error:
                     raise ValueError(f"the tensor {given:.200} {error}") from None
-            if self.fp8 is not None:
-                self.fp8.keep()
+            if self.quantized is not None:
+                self.quantized.copy_waiting()
         return names
 
     def _separate(
@@ -200,8 +213,8 @@ class WeightUpdate:
             name = _full_name(given)
             if _is_skipped(self.model.config, given):
                 continue
-            if self.fp8 is not None:
-                dequantized = self.fp8.dequantized(name, loaded)
+            if self.quantized is not None:
+                dequantized = self.quantized.dequantize_if_needed(name, loaded)
                 if dequantized is None:
                     continue
                 name, loaded = dequantized
@@ -226,10 +239,12 @@ class WeightUpdate:
             ValueError: a tensor is missing or not finite, or the head differs from the embedding where both are one
                 parameter.
         """
-        missing = {} if self.fp8 is None else self.fp8.missing()
-        waiting = {target for name in missing for target in self.merged.get(name, (name,))}
-        needed = dict.fromkeys([*missing.values(), *self.targets])
-        _check_complete(self.model.config, needed, self.seen | waiting)
+        missing = {} if self.quantized is None else self.quantized.missing()
+        lacking = sorted(set().union(*missing.values()))
+        waiting = {target for weight in missing for target in self.merged.get(weight, (weight,))}
+        _check_complete(
+            self.model.config, dict.fromkeys([*lacking, *self.targets]), self.seen | waiting.difference(lacking)
+        )
         with torch.inference_mode():
             _check_finite(self.targets, self.model.tp)
             if (index := _first_true(list(self.differs.values()), self.model.tp)) is not None:
@@ -326,9 +341,8 @@ def dummy_weights(model: Decoder, seed: int) -> Iterator[tuple[str, torch.Tensor
             tensor.normal_(std=0.02, generator=generator)
         else:
             tensor.fill_(target.dummy)
-        if scheme is not None and is_fp8_in_checkpoint(target.param):
-            weight, scale = quantize_weight(tensor, scheme.block)
-            yield from ((name, weight), (scheme.scale_name(name), scale))
+        if scheme is not None and is_quantized_in_checkpoint(target.param):
+            yield from scheme.quantize(name, tensor).items()
         else:
             yield name, tensor.to(targets[name].param.dtype)
 

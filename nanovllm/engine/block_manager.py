@@ -15,12 +15,11 @@ from nanovllm.engine.snapshots import Snapshots
 class Block:
     """One block of the KV cache.
 
-    `uid` is a number that no other content ever had. A block names its parent by uid, so prefixes whose hashes collide
-    are still told apart.
-
     Args:
-        ref_count: sequences that own the block.
-        uid: 0 if the block is not in the prefix index.
+        ref_count: how many sequences own the block.
+        uid: identifies the block's content and is never used again; 0 if the block is not in the prefix index. A block
+            stores its parent's uid, so a hash collision cannot mix up two prefixes.
+        hash: hash of all tokens up to the block's end.
         parent_uid: uid of the block before it in its prefix; for the first block the request's cache salt, or 0.
         token_ids: the tokens whose KV it holds.
     """
@@ -42,7 +41,7 @@ class BlockManager:
         num_blocks: blocks in the pool.
         block_size: tokens per block.
         enable_prefix_caching: whether full blocks enter the prefix index.
-        snapshots: of the recurrent state, if the model has any and prefixes are cached.
+        snapshots: snapshots of recurrent state; None if the model has no such state, or prefixes are not cached.
     """
 
     def __init__(
@@ -65,13 +64,20 @@ class BlockManager:
     def num_free(self) -> int:
         return len(self.free_ids)
 
-    def has_room(self, placement: Placement, num_new: int) -> bool:
-        """Whether the blocks of `placement` hold `num_new` more tokens."""
-        return placement.num_computed + num_new <= len(placement.block_table) * self.block_size
-
     def num_missing(self, placement: Placement, num_tokens: int) -> int:
         """Return how many more blocks `placement` needs to hold `num_tokens` tokens."""
-        return max(0, ceil_div(num_tokens, self.block_size) - len(placement.block_table))
+        num_uncovered = num_tokens - len(placement.block_table) * self.block_size
+        return ceil_div(num_uncovered, self.block_size) if num_uncovered > 0 else 0
+
+    def can_start(self, shared: list[int], num_tokens: int, reserve: int) -> bool:
+        """Return whether a new sequence that shares the blocks `shared` can hold `num_tokens` tokens.
+
+        Args:
+            reserve: how many blocks must stay free.
+        """
+        num_new = ceil_div(num_tokens, self.block_size) - len(shared)
+        num_unused = sum(self.blocks[block_id].ref_count == 0 for block_id in shared)  # these leave the free list
+        return num_new + num_unused + reserve <= self.num_free
 
     def allocate(self, placement: Placement, num_tokens: int) -> None:
         """Extend `placement` to hold `num_tokens` tokens. The pool must have enough free blocks."""

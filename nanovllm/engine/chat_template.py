@@ -21,7 +21,7 @@ class ChatTemplate:
     Args:
         text: the template, in Jinja.
         pool: renders it.
-        special_tokens: the tokenizer's, which are variables of each template.
+        special_tokens: the tokenizer's special tokens, which are variables of each template.
         max_chars: longer texts are refused.
 
     Attributes:
@@ -92,8 +92,8 @@ class ChatTemplate:
         if is_list(content):
             texts = [_text_of(part, f"{name}[{i}]") for i, part in enumerate(content)]
             return list(content) if printed["parts"] else "\n".join(texts)
-        what = "text or a list of text parts, or None next to an assistant's tool_calls"
-        raise TypeError(f"{name} must be {what}; got {type(content).__name__}")
+        expected = "text or a list of text parts, or None next to an assistant's tool_calls"
+        raise TypeError(f"{name} must be {expected}; got {type(content).__name__}")
 
     def _adapt_call(self, call: Mapping, name: str) -> dict:
         function = call.get("function", call)

@@ -27,7 +27,7 @@ class TokenBytes(dict):
     on such a run, takes quadratic time for tokens without text, and loses an unfinished character at the end.
 
     Args:
-        tokenizer: its decoder must give a token the same bytes behind any other token.
+        tokenizer: its decoder must give a token the same bytes after any other token.
         skip_special_tokens: special tokens have no text.
     """
 
@@ -38,7 +38,7 @@ class TokenBytes(dict):
 
     def __missing__(self, token_id: int) -> bytes:
         """Find and keep the bytes of a token at its first use. An id that the tokenizer does not know has none."""
-        # The token is decoded behind itself, because the first token of a text may lose its space.
+        # The token is decoded after itself, because the first token of a text may lose its space.
         text = self._decode([token_id, token_id])[len(self._decode([token_id])) :]
         self[token_id] = self._spelled_bytes(token_id, text) if _REPLACEMENT in text else text.encode()
         return self[token_id]
@@ -132,7 +132,7 @@ class Detokenizer:
     """Makes the text of one sample.
 
     Args:
-        token_bytes: the bytes of each token.
+        token_bytes: maps a token id to the token's bytes.
         stops: strings that end the text; None if there are none. The samples of a request share them.
         include_stop: whether the text ends after the stop string or before it.
 

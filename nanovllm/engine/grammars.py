@@ -21,10 +21,10 @@ class GrammarFilter:
     """Tokens that the grammar of a structured output lets follow; see `TokenFilter`.
 
     Args:
-        matcher: where in the grammar the output is.
-        vocab_size: the model's.
+        matcher: the grammar, and how far the output has come in it.
+        vocab_size: the model's vocabulary size.
         never_ids: tokens that are only sampled where nothing else can follow.
-        end_ids: the sampler never samples these as one of the first `min_tokens`.
+        stop_ids: tokens that the sampler does not sample as one of the first `min_tokens`.
 
     Attributes:
         is_blocked: whether the newest mask has only tokens that the sampler does not sample yet.
@@ -37,17 +37,17 @@ class GrammarFilter:
         matcher: "LLMatcher",
         vocab_size: int,
         never_ids: Collection[int] = (),
-        end_ids: Collection[int] = (),
+        stop_ids: Collection[int] = (),
         min_tokens: int = 0,
     ):
         self.matcher, self.vocab_size = matcher, vocab_size
-        self.never_ids, self.end_ids, self.num_unending = never_ids, end_ids, min_tokens
+        self.never_ids, self.stop_ids, self.min_tokens_left = never_ids, stop_ids, min_tokens
         self.is_blocked = False
 
     def copy(self) -> "GrammarFilter":
         """Return a filter for another sample; compiling the grammar again may take a second."""
         return GrammarFilter(
-            self.matcher.deep_copy(), self.vocab_size, self.never_ids, self.end_ids, min_tokens=self.num_unending
+            self.matcher.deep_copy(), self.vocab_size, self.never_ids, self.stop_ids, min_tokens=self.min_tokens_left
         )
 
     @property
@@ -62,12 +62,12 @@ class GrammarFilter:
 
     def accept(self, token_id: int) -> None:
         self.matcher.consume_token(token_id)
-        self.num_unending -= 1
+        self.min_tokens_left -= 1
 
-    def mask(self) -> np.ndarray:
+    def compute_mask(self) -> np.ndarray:
         words = np.frombuffer(self.matcher.compute_bitmask(), np.int32, count=ceil_div(self.vocab_size, 32))
-        if self.num_unending > 0:
-            self.is_blocked = not without(words, self.end_ids).any()
+        if self.min_tokens_left > 0:
+            self.is_blocked = not without(words, self.stop_ids).any()
         if self.never_ids:
             others = without(words, self.never_ids)
             return others if others.any() else words
@@ -80,7 +80,7 @@ class Grammars:
     Args:
         tokenizer: a fast transformers tokenizer.
         token_bytes: the bytes of each token, special ones included.
-        vocab_size: the model's.
+        vocab_size: the model's vocabulary size.
         eos_token_ids: the model's end-of-sequence ids.
 
     Raises:
@@ -113,14 +113,14 @@ class Grammars:
     def filter(
         self,
         never_ids: Collection[int] = (),
-        end_ids: Collection[int] = (),
+        stop_ids: Collection[int] = (),
         min_tokens: int = 0,
         **structured: Any,
     ) -> GrammarFilter:
         """Compile a structured output.
 
         Args:
-            never_ids, end_ids, min_tokens: see `GrammarFilter`.
+            never_ids, stop_ids, min_tokens: see `GrammarFilter`.
             structured: fields of `StructuredOutputsParams`.
 
         Raises:
@@ -128,7 +128,7 @@ class Grammars:
         """
         grammar = self._pool.ask(structured)["grammar"]
         compiled = on_deep_stack(STACK_BYTES, compile_grammar, self._tokenizer, grammar)
-        return GrammarFilter(compiled, self.vocab_size, never_ids, end_ids, min_tokens)
+        return GrammarFilter(compiled, self.vocab_size, never_ids, stop_ids, min_tokens)
 
     def close(self) -> None:
         """End the child processes. May be called again."""

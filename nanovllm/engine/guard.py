@@ -15,7 +15,10 @@ MEMORY = ("weights", "kv_cache")
 
 
 class _Forks:
-    """Counts how often this process is a forked child, because asking for its id takes a system call."""
+    """Number of forks between this process and the one that imported this module.
+
+    Reading it is cheaper than `os.getpid`, which is a system call.
+    """
 
     count = 0
 
@@ -68,12 +71,12 @@ class Guard:
         if self.is_forked:
             raise RuntimeError("the engine belongs to the process that this one was forked from; make a new one here")
 
-    def check_usable(self, awake: Collection[str] = MEMORY, weights: bool = True) -> None:
+    def check_usable(self, needs: Collection[str] = MEMORY, allow_partial_weights: bool = False) -> None:
         """Raise RuntimeError if the engine cannot be used now.
 
         Args:
-            awake: the parts of the memory that must not sleep.
-            weights: also refuse an engine whose weights may be partly overwritten.
+            needs: the parts of the memory that must be awake.
+            allow_partial_weights: accept weights that may be partly overwritten.
         """
         if self.error is not None:
             raise RuntimeError(f"the engine has failed; make a new one: {self.error!r:.500}") from self.error
@@ -82,11 +85,13 @@ class Guard:
         self.check_process()
         if self.updating:
             raise RuntimeError("update_weights is running; the code that makes its weights cannot use the engine")
-        if self.asleep and (asleep := sorted(self.asleep.intersection(awake))):
+        if self.asleep and (asleep := sorted(self.asleep.intersection(needs))):
             raise RuntimeError(f"the engine is asleep ({', '.join(asleep)}); call wake_up() first")
-        if weights and self.update_open:
+        if allow_partial_weights:
+            return
+        if self.update_open:
             raise RuntimeError("a weight update is open; call finish_weight_update() first")
-        if weights and self.weight_error is not None:
+        if self.weight_error is not None:
             message = "the last update_weights failed, and the weights may be partly overwritten; call it again"
             raise RuntimeError(f"{message}: {self.weight_error!r:.500}") from self.weight_error
 
@@ -117,7 +122,7 @@ class Guard:
             self.reserving_thread = None
 
     @contextmanager
-    def weight_update(self) -> Iterator[None]:
+    def updating_weights(self) -> Iterator[None]:
         """Refuse all use of the engine in the `with` block, which does a part of a weight update.
 
         An error in the block ends the update. `weight_error` is set before the first weight is overwritten, because an
@@ -142,7 +147,7 @@ class Section(DeferInterrupts):
     Sections may be nested.
 
     Args:
-        guard: the engine's.
+        guard: the engine's Guard.
         at_end: called at the end, if this is the outermost section.
     """
 

@@ -32,14 +32,22 @@ from nanovllm.vllm_options import NEUTRAL_CHAT, drop_neutral
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_MAX_TEMPLATE_CHARS = 1 << 20  # real templates have some thousands
-_MAX_TOKEN_CHARS = 1024  # no vocabulary has a longer token, so a longer prompt is refused before it is tokenised
-_USUAL_TOKEN_CHARS = 8  # prompts with more characters a token are rare; their tokens are counted piece by piece first
+# Bounds the time to parse a caller's chat template. Real templates have some thousands of characters.
+_MAX_TEMPLATE_CHARS = 1 << 20
+# Bounds the characters of a token: no vocabulary has a longer one. A text with more characters than this for each token
+# of max_model_len is refused before it is tokenized.
+_MAX_TOKEN_CHARS = 1024
+# Few texts have more characters a token. Those that do are tokenized in pieces first, to refuse them early if they are
+# too long.
+_USUAL_TOKEN_CHARS = 8
 _PIECE_CHARS = 1 << 16
-# Entries of logprobs=-1: in the results of a request (8 bytes each), and in a step (12 bytes on the device).
+# Bounds the memory of logprobs=-1: entries in the results of a request (8 bytes each), and in a step (12 bytes each, on
+# the device).
 _MAX_LOGPROB_ENTRIES = 1 << 26
 _MAX_STEP_LOGPROB_ENTRIES = 1 << 27
-_MAX_TOKEN_VALUES = 16  # templates make a token or more of each value and key in messages and tools
+# Bounds the values and keys in messages and tools for each token of max_model_len. Templates make at least a token of
+# each value, so a conversation that fits has far fewer.
+_MAX_TOKEN_VALUES = 16
 
 
 class loaded_once(cached_property):
@@ -61,10 +69,10 @@ class InputProcessor:
     """Makes requests for one engine.
 
     Args:
-        config: the engine's.
-        source: the model, which brings the tokenizer and the vocabulary size.
+        config: the engine's Config.
+        source: the model, which has the tokenizer and the vocabulary size.
         max_model_len: longest prompt plus output, in tokens.
-        num_kv_tokens: tokens that the whole KV cache holds.
+        num_kv_tokens: how many tokens the whole KV cache holds.
     """
 
     def __init__(self, config: Config, source: ModelSource, max_model_len: int, num_kv_tokens: int):
@@ -138,16 +146,24 @@ class InputProcessor:
         if self.has_tokenizer:
             _ = self.backend  # a broken one refuses requests here; in a step it would lose all of them
         token_ids = self._prompt_ids(parts)
-        end_ids, room = self._check_lengths(len(token_ids), params)
-        token_filter = self._token_filter(params, end_ids)
+        stop_ids, room = self._check_lengths(len(token_ids), params)
+        token_filter = self._make_filter(params, stop_ids)
         # The first mask is computed here, and not in a step.
-        mask = token_filter.mask() if token_filter and token_filter.depends_on_output else None
+        mask = token_filter.compute_mask() if token_filter and token_filter.depends_on_output else None
         if isinstance(token_filter, GrammarFilter) and token_filter.is_blocked:
             raise ValueError("min_tokens and structured_outputs leave no token that could be sampled first")
         samples = []
         for index in range(params.n):
-            sample = Sequence(token_ids, params, end_ids, index=index, room=room, vocab_size=self.vocab_size, mask=mask)
-            sample.token_filter = token_filter.copy() if token_filter else None
+            sample = Sequence(
+                token_ids,
+                params,
+                stop_ids,
+                index=index,
+                room=room,
+                vocab_size=self.vocab_size,
+                token_filter=token_filter.copy() if token_filter else None,
+                mask=mask,
+            )
             samples.append(sample)
         has_text = self.has_tokenizer and params.detokenize
         has_logprobs = params.logprobs is not None or params.prompt_logprobs is not None
@@ -162,7 +178,7 @@ class InputProcessor:
         )
 
     def check(self, prompt: Any, params: Any) -> None:
-        """Find the faults of a request that show without tokenising a text or making a mask of tokens."""
+        """Check a request as far as no text must be tokenized and no token mask made. Raise as `process` does."""
         parts, params = self._resolve(prompt, params)
         if parts.token_ids is not None:
             self._check_lengths(len(self._prompt_ids(parts)), params)
@@ -182,10 +198,10 @@ class InputProcessor:
         return parts, params
 
     def _check_lengths(self, num_prompt: int, params: SamplingParams) -> tuple[frozenset[int], int]:
-        """Check that the request fits. Return the ids that end it, and how many tokens fit behind the prompt."""
+        """Check that the request fits. Return its stop ids, and how many tokens fit after the prompt."""
         room = self._room(num_prompt, params)
         self._check_logprobs(num_prompt, room, params)
-        return self._end_ids(params), room
+        return self._stop_ids(params), room
 
     def _with_logprobs_mode(self, params: SamplingParams) -> SamplingParams:
         """Check the numbers of log-probabilities, and set their mode if the request has none."""
@@ -202,8 +218,9 @@ class InputProcessor:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            what = f"the text has half a character, {text[error.start]!r} at {error.start}, which no tokenizer can read"
-            raise ValueError(what) from None
+            raise ValueError(
+                f"the text has half a character, {text[error.start]!r} at {error.start}, which no tokenizer can read"
+            ) from None
         with _refusing_panics("the text cannot be tokenised"):
             # A batch, because only that releases the GIL.
             return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
@@ -264,27 +281,31 @@ class InputProcessor:
             num_tokens += len(self.encode(text[start : start + _PIECE_CHARS]))
             # The pieces may have a few more tokens than the whole, so this is not exact.
             if num_tokens > 2 * self.max_model_len:
-                what = f"the {len(text)} characters of {name} are more than {num_tokens // 2} tokens"
-                raise ValueError(f"{what}, too many for max_model_len={self.max_model_len}")
+                raise ValueError(
+                    f"the {len(text)} characters of {name} are more than {num_tokens // 2} tokens, too many for "
+                    f"max_model_len={self.max_model_len}"
+                )
 
     def _check_chars(self, name: str, num_chars: int) -> None:
         if num_chars > _MAX_TOKEN_CHARS * self.max_model_len:
             raise ValueError(f"{name}: {num_chars} characters are too many for max_model_len={self.max_model_len}")
 
     def _room(self, num_prompt: int, params: SamplingParams) -> int:
-        """Return how many tokens fit behind the prompt."""
-        what = f"prompt has {num_prompt} tokens"
+        """Return how many tokens fit after the prompt."""
+        prompt = f"prompt has {num_prompt} tokens"
         if num_prompt >= self.max_model_len:
-            raise ValueError(f"{what}, too many for max_model_len={self.max_model_len}")
+            raise ValueError(f"{prompt}, too many for max_model_len={self.max_model_len}")
         room = self.max_model_len - num_prompt
         num_kv = self.num_kv_tokens - num_prompt
         # The cache silently bounds max_tokens=None. A number must fit, because fewer tokens would be a surprise.
         if num_kv < 1 or (params.max_tokens is not None and min(room, params.max_tokens) > num_kv):
-            what += f" and max_tokens is {params.max_tokens}"
-            raise ValueError(f"{what}; the whole KV cache holds {self.num_kv_tokens} tokens: raise num_kvcache_blocks")
+            raise ValueError(
+                f"{prompt} and max_tokens is {params.max_tokens}; the whole KV cache holds {self.num_kv_tokens} "
+                "tokens: raise num_kvcache_blocks"
+            )
         room = min(room, num_kv)
         if params.min_tokens > room:
-            raise ValueError(f"{what}; min_tokens must be at most {room} behind it, got {params.min_tokens}")
+            raise ValueError(f"{prompt}; min_tokens must be at most {room} after it, got {params.min_tokens}")
         return room
 
     def _num_logprobs(self, count: int) -> int:
@@ -299,31 +320,31 @@ class InputProcessor:
         ):
             if getattr(params, name) != -1:
                 continue
-            what = f"{name}=-1 has {self.vocab_size} entries a token"
-            if positions > (most := _MAX_LOGPROB_ENTRIES // self.vocab_size):
-                raise ValueError(f"{what}, so the request must have at most {most} such tokens, got {positions}")
-            if getattr(self.config, option) > (most := _MAX_STEP_LOGPROB_ENTRIES // self.vocab_size):
-                raise ValueError(f"{what}, so the engine needs {option}={most} or less")
+            message = f"{name}=-1 has {self.vocab_size} entries a token"
+            if positions > (limit := _MAX_LOGPROB_ENTRIES // self.vocab_size):
+                raise ValueError(f"{message}, so the request must have at most {limit} such tokens, got {positions}")
+            if getattr(self.config, option) > (limit := _MAX_STEP_LOGPROB_ENTRIES // self.vocab_size):
+                raise ValueError(f"{message}, so the engine needs {option}={limit} or less")
 
-    def _end_ids(self, params: SamplingParams) -> frozenset[int]:
-        end_ids = frozenset(params.stop_token_ids)
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
-            end_ids |= frozenset(self.source.config.eos_token_ids)
-        if params.min_tokens and len(end_ids) > MAX_STOP_IDS:
-            what = f"stop_token_ids and the model's end-of-sequence ids are {len(end_ids)} together"
-            raise ValueError(f"{what}; with min_tokens they must be at most {MAX_STOP_IDS}")
-        return end_ids
+            stop_ids |= frozenset(self.source.config.eos_token_ids)
+        if params.min_tokens and len(stop_ids) > MAX_STOP_IDS:
+            message = f"stop_token_ids and the model's end-of-sequence ids are {len(stop_ids)} together"
+            raise ValueError(f"{message}; with min_tokens they must be at most {MAX_STOP_IDS}")
+        return stop_ids
 
-    def _token_filter(self, params: SamplingParams, end_ids: frozenset[int]) -> TokenFilter | GrammarFilter | None:
+    def _make_filter(self, params: SamplingParams, stop_ids: frozenset[int]) -> TokenFilter | GrammarFilter | None:
         if params.structured_outputs is None:
-            return make_filter(params, self.vocab_size, encode=self.encode, end_ids=end_ids)
+            return make_filter(params, self.vocab_size, encode=self.encode, stop_ids=stop_ids)
         with _refusing_panics("structured_outputs cannot be compiled"):
             grammars = self.grammars
             if self._closed:  # `close` may not have seen them
                 grammars.close()
             return grammars.filter(
                 never_ids=self.source.config.eos_token_ids if params.ignore_eos else (),
-                end_ids=end_ids,
+                stop_ids=stop_ids,
                 min_tokens=params.min_tokens,
                 **asdict(params.structured_outputs),
             )
@@ -370,8 +391,8 @@ class InputProcessor:
         if not isinstance(chat_template, str | None):
             raise TypeError(f"chat_template must be text, got {shown(chat_template)}")
         if chat_template is not None and len(chat_template) > _MAX_TEMPLATE_CHARS:
-            what = f"chat_template must have at most {_MAX_TEMPLATE_CHARS} characters"
-            raise ValueError(f"{what}, got {len(chat_template)}")
+            message = f"chat_template must have at most {_MAX_TEMPLATE_CHARS} characters"
+            raise ValueError(f"{message}, got {len(chat_template)}")
         if chat_template == "":
             raise ValueError("chat_template must not be empty; leave it out for the model's own")
         schemas = _tool_schemas(tools)
@@ -415,8 +436,8 @@ class InputProcessor:
                 todo += value
                 todo += value.values()
             if num_values > _MAX_TOKEN_VALUES * self.max_model_len:  # or the data contains itself
-                what = f"messages and tools have more than {num_values - 1} values"
-                raise ValueError(f"{what}, too many for max_model_len={self.max_model_len}")
+                message = f"messages and tools have more than {num_values - 1} values"
+                raise ValueError(f"{message}, too many for max_model_len={self.max_model_len}")
         self._check_chars("messages", num_chars)
         self._check_text("messages", "".join(texts))
 
@@ -462,7 +483,7 @@ def _is_message(message: Any) -> bool:
 
 
 @contextmanager
-def _refusing_panics(what: str) -> Iterator[None]:
+def _refusing_panics(message: str) -> Iterator[None]:
     """Raise ValueError for what libraries in Rust raise: a bare Exception, or a panic, which is a BaseException."""
     try:
         yield
@@ -470,4 +491,4 @@ def _refusing_panics(what: str) -> Iterator[None]:
         # Each library has a PanicException of its own, which none exports. Everything else may be an interrupt.
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{what}: {error!s:.200}") from error
+        raise ValueError(f"{message}: {error!s:.200}") from error

@@ -12,8 +12,8 @@ Item = TypeVar("Item")
 class DeferInterrupts:
     """Hold back Ctrl-C and alarms until the end of a `with` block; programs often stop a slow call with an alarm.
 
-    The block must be short, or hang only if there is a fault: a second signal of the same kind is not held back.
-    Blocks may be nested; the outermost one holds the signals back.
+    Keep the block short. If it hangs, a second signal of the same kind gets through. Blocks may be nested; the
+    outermost one holds the signals back.
     """
 
     def __init__(self):

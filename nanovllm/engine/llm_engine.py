@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,17 +39,22 @@ from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 logger = logging.getLogger("nanovllm")
 
-_MAX_ID_DIGITS = 18  # a caller's number with more digits does not advance the engine's own numbering
+# Bounds the numbers among request ids that advance the engine's numbering, and so the length of the ids that it gives.
+_MAX_ID_DIGITS = 18
 
-# The part of the memory that a weight update overwrites.
-UPDATE_NEEDS = ("weights",)
+# The parts of the memory that must be awake for a weight update.
+_UPDATE_NEEDS = ("weights",)
 
 
 class LLMEngine:
-    """Loads a model and answers requests.
+    """Loads a model and serves requests.
 
     Only one thread at a time may use it: the calls of others raise RuntimeError meanwhile (`AsyncLLM` serves many at
     once). A forked child cannot use it. `close` gives back its memory and its processes.
+
+    Methods that change the state open a section (`guard.Section`), so that neither an interrupt nor another thread sees
+    half of a change; sections may be nested. If `x` has a part `_x`, this part expects an open section. The guard's own
+    checks change nothing.
 
     Args:
         model: see `Config`.
@@ -64,8 +68,6 @@ class LLMEngine:
         abandoned: requests whose callers have gone; the next section ends them.
         holds_resources: whether there is anything for `close` to give back.
         weight_version: how many weight updates have succeeded.
-        finishes_by_itself: whether `load_trainer_weights` started the open weight update. The next call that needs the
-            weights then finishes it.
     """
 
     holds_resources = False  # until the constructor has an executor
@@ -102,7 +104,6 @@ class LLMEngine:
             limit_masks=not self.executor.is_replicated,
         )
         self.weight_version = 0
-        self.finishes_by_itself = False
         self.next_id = 0
         self.seeds = random.Random(self.config.seed)
         self.num_steps = 0
@@ -140,10 +141,10 @@ class LLMEngine:
         for request_id in dict.fromkeys(seq.request_id for seq in changed):
             request = self.requests[request_id]
             if not request.metrics.first_token_ts:
-                request.note_first_token(now)
+                request.mark_first_token(now)
             finished = request.is_finished
             if finished or request.stream:
-                self.outputs.append((request, request.output(self.weight_version, now)))
+                self.outputs.append((request, request.take_output(self.weight_version, now)))
             if finished:
                 del self.requests[request_id]
 
@@ -159,7 +160,7 @@ class LLMEngine:
         try:
             return [output for _, output in self.outputs]
         finally:
-            # Not before: if an interrupt comes first, the next step returns them.
+            # Clear last: if an interrupt comes while the list is made, the next step still returns these outputs.
             self.outputs.clear()
 
     def step_for(self, requests: Collection[Request]) -> list[RequestOutput]:
@@ -170,8 +171,7 @@ class LLMEngine:
         return outputs
 
     def has_unfinished(self) -> bool:
-        """Whether `step` has anything to do or to return."""
-        self.abandon(())
+        """Return whether `step` has anything to do or to return."""
         return bool(self.requests or self.in_flight or self.outputs)
 
     def is_finished(self) -> bool:
@@ -186,7 +186,7 @@ class LLMEngine:
     def _advance(self) -> None:
         """Run one step. Its outputs join `self.outputs`."""
         with self._section():
-            self._check_usable()
+            self._ensure_usable()
             with self._closing_on_error():
                 watch = self.thread_watch
                 cpu_start = 0.0 if watch.done else time.process_time()
@@ -214,7 +214,6 @@ class LLMEngine:
 
     def metrics(self) -> Metrics:
         """Return counters since the engine was made, and what it is doing now."""
-        self.abandon(())
         scheduler, blocks = self.scheduler, self.scheduler.block_manager
         return Metrics(
             num_running=len(scheduler.running),
@@ -267,7 +266,7 @@ class LLMEngine:
             num_waiting = len(self.scheduler.waiting) + len(request.samples)
             if num_waiting > self.config.max_num_waiting:
                 raise ValueError(f"{num_waiting} sequences would wait; max_num_waiting={self.config.max_num_waiting}")
-            request.queue(str(self.next_id) if request.chosen_id is None else request.chosen_id)
+            request.mark_queued(str(self.next_id) if request.chosen_id is None else request.chosen_id)
             if request.id.isascii() and request.id.isdigit() and len(request.id) <= _MAX_ID_DIGITS:
                 # Numbers that the engine gives are larger than all that callers chose.
                 self.next_id = max(self.next_id, int(request.id) + 1)
@@ -288,8 +287,12 @@ class LLMEngine:
         return self._is_unfinished(request) or any(owner is request for owner, _ in self.outputs)
 
     def abandon(self, requests: Iterable[Request]) -> None:
-        """End requests whose callers have gone, and drop their outputs; or let the current section do it at its end."""
+        """End requests whose callers have gone, and drop their outputs; see `end_abandoned`."""
         self.abandoned.update(dict.fromkeys(requests))
+        self.end_abandoned()
+
+    def end_abandoned(self) -> None:
+        """End the abandoned requests now, or let the open section do it at its end."""
         # Python's garbage collector may end a stream's iterator within a section.
         if self.abandoned and not self.guard.in_section:
             # RuntimeError: another thread uses the engine, and its section ends them.
@@ -298,12 +301,12 @@ class LLMEngine:
 
     def abandon_with_consumer(self, request: Request, consumer: Any) -> None:
         """Abandon a request as soon as its consumer has been garbage-collected."""
-        # No interrupt can hit this callback, because it runs no Python code.
+        # The callback is `abandoned.setdefault(request, reference)`. This is C code, so no interrupt can hit it.
         request.consumer = weakref.ref(consumer, partial(self.abandoned.setdefault, request))
 
     def _check_addable(self, request_id: Any) -> None:
         """Check that requests can be added now, and that none has this id."""
-        self._check_usable()
+        self._ensure_usable()
         if request_id is not None and self._is_taken(check_request_id(request_id)):
             name = f"request_id {shown(request_id)}"
             raise ValueError(f"{name} belongs to a request that is unfinished or whose output waits for step()")
@@ -318,7 +321,7 @@ class LLMEngine:
         del self.requests[request.id]
         for seq in request.samples:
             self.scheduler.finish(seq, "abort")
-        return request.output(self.weight_version)
+        return request.take_output(self.weight_version)
 
     def _end_abandoned(self) -> None:
         """End the abandoned requests and drop their outputs."""
@@ -335,73 +338,51 @@ class LLMEngine:
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | str | Path) -> int:
         """Overwrite the weights in place, on all ranks; see `LLM.update_weights`."""
-        self.check_usable(UPDATE_NEEDS, weights=False)
+        self.ensure_usable(_UPDATE_NEEDS, allow_partial_weights=True)
         weights = _pairs(new_weights(weights, self.source.config) if isinstance(weights, str | Path) else weights)
         with self._section() as section:
-            self._start_weight_update()
-            self._load_weights(section.pull(weights))
-            return self._finish_weight_update()
+            self.start_weight_update()
+            self.load_weights(section.pull(weights))
+            return self.finish_weight_update()
 
     def start_weight_update(self) -> None:
         """Start to overwrite the weights in parts; see `LLM.start_weight_update`."""
         with self._section():
-            self._start_weight_update()
+            self.guard.check_usable(_UPDATE_NEEDS, allow_partial_weights=True)
+            with self._closing_on_error():
+                self._forget_computed()
+            with self._updating_weights():
+                self.executor.start_weight_update()
+                self.guard.update_open = True
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Overwrite some of the weights and return their names; see `LLM.load_weights`."""
         with self._section() as section:
             self._check_update_open()
-            return self._load_weights(section.pull(_pairs(weights)))
+            with self._updating_weights():
+                return self.executor.load_weights(section.pull(_pairs(weights)))
 
     def finish_weight_update(self) -> int:
         """Check the new weights and return their version; see `LLM.finish_weight_update`."""
         with self._section():
             self._check_update_open()
-            return self._finish_weight_update()
-
-    def load_trainer_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Overwrite some of the weights, for trainers that know `load_weights` of vLLM's model and nothing else.
-
-        The first call starts a weight update. The next call that needs the weights, or `reset_prefix_cache`, finishes
-        it.
-        """
-        with self._section():
-            if not self.guard.update_open:
-                self.start_weight_update()
-                self.finishes_by_itself = True
-            return self.load_weights(weights)
+            with self._updating_weights():
+                self.executor.finish_weight_update()
+                self.guard.update_open = False
+            self.guard.weight_error = None
+            self.weight_version += 1
+            return self.weight_version
 
     def _check_update_open(self) -> None:
-        self.guard.check_usable(UPDATE_NEEDS, weights=False)
+        self.guard.check_usable(_UPDATE_NEEDS, allow_partial_weights=True)
         if not self.guard.update_open:
             raise RuntimeError("no weight update is open; call start_weight_update() first")
 
-    def _start_weight_update(self) -> None:
-        self.guard.check_usable(UPDATE_NEEDS, weights=False)
-        with self._closing_on_error():
-            self._forget_computed()
-        with self._weight_update():
-            self.executor.start_weight_update()
-            self.finishes_by_itself = False
-            self.guard.update_open = True
-
-    def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        with self._weight_update():
-            return self.executor.load_weights(weights)
-
-    def _finish_weight_update(self) -> int:
-        with self._weight_update():
-            self.executor.finish_weight_update()
-            self.guard.update_open = False
-        self.guard.weight_error = None
-        self.weight_version += 1
-        return self.weight_version
-
     @contextmanager
-    def _weight_update(self) -> Iterator[None]:
+    def _updating_weights(self) -> Iterator[None]:
         """Do a part of a weight update in a `with` block. Close the engine if a rank is lost in it."""
         try:
-            with self.guard.weight_update():
+            with self.guard.updating_weights():
                 yield
         except BaseException as error:
             if self.executor.error:
@@ -416,7 +397,7 @@ class LLMEngine:
         if level not in (1, 2):
             raise ValueError(message)
         with self._section():
-            self.guard.check_usable(awake=(), weights=False)
+            self.guard.check_usable(needs=(), allow_partial_weights=True)
             wanted = MEMORY if level == 2 else ("kv_cache",)
             if parts := tuple(part for part in wanted if part not in self.guard.asleep):
                 with self._closing_on_error():
@@ -428,7 +409,7 @@ class LLMEngine:
         """Undo `sleep`, or a part of it; see `LLM.wake_up`."""
         wanted = MEMORY if tags is None else _memory_parts(tags)
         with self._section():
-            self.guard.check_usable(awake=(), weights=False)
+            self.guard.check_usable(needs=(), allow_partial_weights=True)
             if parts := tuple(part for part in wanted if part in self.guard.asleep):
                 with self._closing_on_error():
                     self.executor.wake_up(parts, capture=self.guard.asleep.issubset(parts))
@@ -437,7 +418,7 @@ class LLMEngine:
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; see `LLM.reset_prefix_cache`."""
         with self._section():
-            self._check_usable(awake=(), weights=False)
+            self._ensure_usable(needs=(), allow_partial_weights=True)
             self.scheduler.block_manager.reset_prefix_cache()
         return True
 
@@ -460,29 +441,14 @@ class LLMEngine:
         """Whether a part of the memory sleeps."""
         return bool(self.guard.asleep)
 
-    @property
-    def model_config(self) -> SimpleNamespace:
-        """The part of vLLM's model config that clients read: `max_model_len`."""
-        return SimpleNamespace(max_model_len=self.max_model_len)
-
-    @property
-    def model_executor(self) -> SimpleNamespace:
-        """The path on which trainers reach `load_weights` of vLLM's model; see `load_trainer_weights`."""
-        model = SimpleNamespace(load_weights=self.load_trainer_weights)
-        worker = SimpleNamespace(model_runner=SimpleNamespace(model=model))
-        worker.worker = worker  # the path of older versions
-        return SimpleNamespace(driver_worker=worker)
-
-    def check_usable(self, awake: Collection[str] = MEMORY, weights: bool = True) -> None:
+    def ensure_usable(self, needs: Collection[str] = MEMORY, allow_partial_weights: bool = False) -> None:
         """Raise RuntimeError if the engine cannot be used now, or another thread uses it; see `Guard.check_usable`."""
         with self._section():
-            self._check_usable(awake, weights)
+            self._ensure_usable(needs, allow_partial_weights)
 
-    def _check_usable(self, awake: Collection[str] = MEMORY, weights: bool = True) -> None:
-        """Check the guard, and finish the weight update that `load_trainer_weights` has started."""
-        if self.guard.update_open and self.finishes_by_itself:
-            self.finish_weight_update()
-        self.guard.check_usable(awake, weights)
+    def _ensure_usable(self, needs: Collection[str] = MEMORY, allow_partial_weights: bool = False) -> None:
+        """Do the same in an open section. A subclass may first make the engine usable."""
+        self.guard.check_usable(needs, allow_partial_weights)
 
     def reserved(self) -> AbstractContextManager[None]:
         """Refuse other threads in a `with` block of several calls."""
@@ -527,7 +493,7 @@ class LLMEngine:
             logger.warning("After %r closing the engine failed, too: %r", error, second_error)
 
     def __enter__(self):
-        self.check_usable()
+        self.ensure_usable()
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -11,10 +11,9 @@ import os
 logger = logging.getLogger("nanovllm")
 
 _SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-# The steps of so many seconds are judged together.
+# Steps are judged together until they have taken this many seconds, so that one slow step does not log a warning.
 _SECONDS = 2.0
-# The threads are disturbed if they run for less than this fraction of the time. Undisturbed they run nearly always,
-# because they spin.
+# Least fraction of the time that undisturbed threads run. They spin while they wait, so they run nearly always.
 _BUSY = 0.6
 
 

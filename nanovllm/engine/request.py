@@ -36,13 +36,13 @@ class Request:
     Args:
         chosen_id: the id that the caller chose; None numbers the request when it is queued.
         prompt: the prompt's text, if it was given as text.
-        stream: there are outputs before the end; `params.output_kind` says what they have.
+        stream: whether to return outputs before the end; `params.output_kind` says what they contain.
         token_bytes: the bytes of each token; None leaves all text empty.
         all_token_bytes: the same with special tokens, for the texts in log-probabilities.
 
     Attributes:
         id: set when the request is queued.
-        is_delta: each output has what is new since the last one, instead of everything.
+        is_delta: whether each output has what is new since the last one, instead of everything.
         added: when the request was made, by `time.monotonic`.
         metrics: times and counts so far.
         consumer: the iterator of a stream.
@@ -75,8 +75,8 @@ class Request:
             for seq in self.samples:
                 seq.logprobs.text = seq.prompt_logprobs.text = self.all_token_bytes.text_of
 
-    def queue(self, request_id: str) -> None:
-        """Note that the request is queued now, with this id."""
+    def mark_queued(self, request_id: str) -> None:
+        """Set the request's id and the time at which it is queued, which is now."""
         self.metrics.queued_ts = time.monotonic()
         self.id = request_id
         for seq in self.samples:
@@ -96,13 +96,13 @@ class Request:
     def is_finished(self) -> bool:
         return all(seq.finish_reason for seq in self.samples)
 
-    def note_first_token(self, now: float) -> None:
-        """Note that the first token is known, at a time of `time.monotonic`."""
+    def mark_first_token(self, now: float) -> None:
+        """Set the time, by `time.monotonic`, at which the first token is known."""
         self.metrics.first_token_ts = now
         self.metrics.first_token_latency = now - self.added
 
-    def output(self, weight_version: int, now: float | None = None) -> RequestOutput:
-        """Return the results so far, or only those that no earlier output had.
+    def take_output(self, weight_version: int, now: float | None = None) -> RequestOutput:
+        """Return the results so far; of a stream of deltas, only those that no earlier call returned.
 
         Args:
             now: the time, by `time.monotonic`; None looks at the clock.
@@ -116,7 +116,7 @@ class Request:
             request_id=self.id,
             prompt=self.prompt,
             prompt_token_ids=self._prompt_token_ids,
-            outputs=[self._completion(seq) for seq in self.samples if self._has_news(seq)],
+            outputs=[self._take_completion(seq) for seq in self.samples if self._has_new_output(seq)],
             finished=finished,
             num_cached_tokens=first.num_cached,
             prompt_logprobs=None if self.params.prompt_logprobs is None else first.prompt_logprobs,
@@ -131,24 +131,24 @@ class Request:
         """The prompt's tokens for all outputs: copied once, because a prompt may be long and have many outputs."""
         return list(self.samples[0].prompt_ids)
 
-    def _has_news(self, seq: Sequence) -> bool:
+    def _has_new_output(self, seq: Sequence) -> bool:
         return not self.is_delta or self.delivered[seq.index] != (len(seq.token_ids), seq.finish_reason)
 
-    def _completion(self, seq: Sequence) -> CompletionOutput:
+    def _take_completion(self, seq: Sequence) -> CompletionOutput:
         start = len(seq.prompt_ids)
         if self.is_delta:
             start, _ = self.delivered[seq.index]
             self.delivered[seq.index] = len(seq.token_ids), seq.finish_reason
         return CompletionOutput(
             index=seq.index,
-            text=self._text(seq),
+            text=self._take_text(seq),
             token_ids=seq.token_ids[start:],
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,
             logprobs=None if self.params.logprobs is None else seq.logprobs[start - len(seq.prompt_ids) :],
         )
 
-    def _text(self, seq: Sequence) -> str:
+    def _take_text(self, seq: Sequence) -> str:
         if self.token_bytes is None:
             return ""
         if seq.detokenizer:
@@ -159,6 +159,6 @@ class Request:
             new = seq.detokenizer.take()
             return new if self.is_delta else seq.detokenizer.taken
         token_ids = seq.output_ids
-        if seq.finish_reason == "stop" and token_ids[-1] in seq.end_ids and not self.params.include_stop_str_in_output:
+        if seq.finish_reason == "stop" and token_ids[-1] in seq.stop_ids and not self.params.include_stop_str_in_output:
             token_ids.pop()
         return self.token_bytes.text(token_ids)

@@ -10,23 +10,23 @@ import math
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import islice
 
-from nanovllm.arithmetic import ceil_div
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Placement, Sequence, Status
-from nanovllm.engine.stopping import stop_reason
+from nanovllm.engine.stopping import accept_token
 from nanovllm.messages import DECODE_LOGITS, NO_LOGITS, Admission, Batch, Row, StepOutput
 
-# A step that has spent the first time on masks starts no further one. A mask that takes longer than the second ends its
-# sequence. Both are CPU seconds; a usual mask takes less than 1 ms. With an ambiguous grammar, the time of a mask grows
-# with the cube of the text's length, so the first mask over the limit is not far over it.
+# CPU seconds that a step may spend on masks before it leaves the rest to the next step. A usual mask takes under 1 ms.
 STEP_MASK_SECONDS = 0.01
+# A sequence whose mask takes more CPU seconds than this is aborted. With an ambiguous grammar, the time of a mask grows
+# with the cube of the text's length, so the first mask over the limit is not far over it.
 _MAX_MASK_SECONDS = 0.02
-# A step admits no further sequence once so many blocks are to be sent to the device. Hashing and sharing the cached
-# blocks of a prompt takes up to 5 us each, and a request may have hundreds of samples of a long prompt.
+# Bounds the time of a step that admits sequences: it stops once it sends this many block ids to the device. Hashing and
+# sharing a cached block takes up to 5 us, and a request may have hundreds of samples of a long prompt.
 _MAX_NEW_BLOCKS = 8500
-_MAX_DEFERRED = 8  # sequences whose prefix a step finds in vain
+# A step stops to admit after this many sequences had to wait for a snapshot: each lookup hashes a whole prompt in vain.
+_MAX_DEFERRED = 8
 
 
 @dataclass(slots=True)
@@ -41,10 +41,10 @@ class Scheduler:
     """Owns the queues, the slots and the block manager.
 
     Args:
-        max_num_seqs: sequences that may run at once, which is the number of slots.
+        max_num_seqs: how many sequences may run at once, which is the number of slots.
         max_num_batched_tokens: token budget of a step, at least max_num_seqs.
-        block_manager: the KV blocks.
-        limit_masks: limit the time of masks, so that schedules depend on it.
+        block_manager: owns the KV blocks.
+        limit_masks: whether to limit the CPU time of masks. Schedules then depend on the host's speed.
     """
 
     def __init__(
@@ -73,25 +73,33 @@ class Scheduler:
             self.snapshots.start_step()
         builder = _StepBuilder(self.block_manager)
         budget = self.max_num_batched_tokens
-        num_preemptions = self.num_preemptions
+        blocks = self.block_manager
+        preempted = False
         for seq in list(self.running):
+            if budget == 0:
+                break
             placement = seq.placement
             if placement is None:
                 continue  # preempted for a sequence before it
             num_tokens = len(seq.token_ids) + seq.num_pending
-            num_new = min(num_tokens - placement.num_computed, budget)
-            num_generated = num_tokens - len(seq.prompt_ids)
-            if num_new == 0 or num_generated >= seq.max_tokens:
-                continue  # the budget is used up, or its last token is in flight
+            if num_tokens - len(seq.prompt_ids) >= seq.max_tokens:
+                continue  # its last token is in flight
             if seq.token_filter and seq.lacks_mask:
                 continue
+            num_new = min(num_tokens - placement.num_computed, budget)
             if self.snapshots:
                 num_new = self.snapshots.limit(placement, num_new)
-            if not self._make_room(seq, placement, num_new):
-                break  # it was the last one and preempted itself
+            end = placement.num_computed + num_new
+            if num_missing := blocks.num_missing(placement, end):
+                if num_missing > blocks.num_free:
+                    preempted = True
+                    self._make_room(seq, num_missing)
+                    if seq.placement is None:
+                        break  # it was the last one and preempted itself
+                builder.allocate(placement, end)
             builder.add_row(seq, placement, num_new)
             budget -= num_new
-        if self.num_preemptions == num_preemptions:
+        if not preempted:  # else new sequences would take the blocks that were just freed
             self._admit(builder, budget)
         return builder.finish()
 
@@ -157,24 +165,17 @@ class Scheduler:
             if budget <= 0 or seq.token_filter is None:
                 break
             start = time.thread_time()
-            seq.mask = seq.token_filter.mask()
+            seq.mask = seq.token_filter.compute_mask()
             seconds = time.thread_time() - start
             budget -= seconds
             seq.mask_seconds += seconds
             if self.limit_masks and seconds > _MAX_MASK_SECONDS:
                 seq.mask_error = "a step takes too long: the grammar is too ambiguous"
 
-    def _make_room(self, seq: Sequence, placement: Placement, num_new: int) -> bool:
-        """Preempt the newest sequences until `seq` has room for `num_new` tokens; False if it preempted itself."""
-        if self.block_manager.has_room(placement, num_new):
-            return True
-        num_missing = self.block_manager.num_missing(placement, placement.num_computed + num_new)
-        while num_missing > self.block_manager.num_free:
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is seq:
-                return False
-        return True
+    def _make_room(self, seq: Sequence, num_missing: int) -> None:
+        """Preempt the newest sequences until `num_missing` blocks are free, or `seq` itself is preempted."""
+        while num_missing > self.block_manager.num_free and seq.placement is not None:
+            self._preempt(self.running[-1])
 
     def _preempt(self, seq: Sequence) -> None:
         """Move `seq` to the front of the queue. It keeps its tokens, but their KV must be computed again.
@@ -197,10 +198,13 @@ class Scheduler:
         """
         num_deferred = 0
         for seq in list(islice(self.waiting, len(self.free_slots))):
-            if budget == 0 or num_deferred == _MAX_DEFERRED or len(builder.batch.new_blocks) >= _MAX_NEW_BLOCKS:
+            if budget == 0:
                 break
-            # The host must know all tokens of a preempted sequence before it computes them again.
-            if seq.num_pending or seq.lacks_mask:
+            if num_deferred == _MAX_DEFERRED or len(builder.batch.new_blocks) >= _MAX_NEW_BLOCKS:
+                break
+            if seq.num_pending:
+                break  # preempted: the host must know all of its tokens before they are computed again
+            if seq.lacks_mask:
                 break
             # Logits of cached tokens cannot score a prompt. With recurrent state, the sequence shares only the cached
             # blocks before a snapshot.
@@ -213,37 +217,34 @@ class Scheduler:
                     continue
             num_cached = len(shared) * self.block_manager.block_size
             num_new = min(seq.num_tokens - num_cached, budget)
-            if not self._has_blocks_for(shared, num_cached + num_new):
+            # One free block stays in reserve for each running sequence. Without it the next decode step could preempt
+            # the new sequence.
+            if not self.block_manager.can_start(shared, num_cached + num_new, reserve=len(self.running)):
                 break
-            del self.waiting[seq]
-            self.running.append(seq)
-            seq.status = Status.RUNNING
-            seq.placement = Placement(self.free_slots.pop())
-            self.block_manager.share(seq, seq.placement, shared)
-            if seq.num_tokens == len(seq.prompt_ids):  # else it was counted before it was preempted
-                seq.num_cached = num_cached
-                seq.scheduled_ts = time.monotonic()
-                self.num_prompt_tokens += len(seq.prompt_ids)
-                self.num_cached_tokens += num_cached
-            builder.add_admission(seq, seq.placement)
+            placement = self._start(seq, shared)
+            builder.add_admission(seq, placement)
             if self.snapshots:
-                self.snapshots.start(seq.placement, cached, num_cached, seq.num_tokens)
-                num_new = self.snapshots.limit(seq.placement, num_new)
+                self.snapshots.start(placement, cached, num_cached, seq.num_tokens)
+                num_new = self.snapshots.limit(placement, num_new)
                 if snapshot is not None:
-                    builder.batch.state_loads.append((snapshot, seq.placement.slot))
-            builder.add_row(seq, seq.placement, num_new)
+                    builder.batch.state_loads.append((snapshot, placement.slot))
+            builder.allocate(placement, num_cached + num_new)
+            builder.add_row(seq, placement, num_new)
             budget -= num_new
 
-    def _has_blocks_for(self, shared: list[int], num_tokens: int) -> bool:
-        """Whether a new sequence of `num_tokens` tokens that shares the blocks `shared` can start.
-
-        One free block stays in reserve for each running sequence. Without it the next decode step could preempt the new
-        sequence.
-        """
-        blocks = self.block_manager.blocks
-        num_new = ceil_div(num_tokens, self.block_manager.block_size) - len(shared)
-        num_unused = sum(blocks[block_id].ref_count == 0 for block_id in shared)  # these leave the free list
-        return num_new + num_unused + len(self.running) <= self.block_manager.num_free
+    def _start(self, seq: Sequence, shared: list[int]) -> Placement:
+        """Run a waiting sequence in a new placement, which starts with the cached blocks `shared`."""
+        del self.waiting[seq]
+        self.running.append(seq)
+        seq.status = Status.RUNNING
+        seq.placement = placement = Placement(self.free_slots.pop())
+        self.block_manager.share(seq, placement, shared)
+        if seq.num_tokens == len(seq.prompt_ids):  # else it was counted before it was preempted
+            seq.num_cached = placement.num_computed
+            seq.scheduled_ts = time.monotonic()
+            self.num_prompt_tokens += len(seq.prompt_ids)
+            self.num_cached_tokens += placement.num_computed
+        return placement
 
     # -- parts of update ---------------------------------------------------------------------------------------------
 
@@ -254,12 +255,13 @@ class Scheduler:
             self.num_generated_tokens += 1
             if seq.placement is not None:  # else it was preempted
                 self.block_manager.register(seq, seq.placement)
-            reasons = stop_reason(seq, token_id)
+            reasons = accept_token(seq, token_id)
             if reasons is not None:
                 self.finish(seq, *reasons)
                 return
 
     def _take_logprobs(self, step: ScheduledStep, output: StepOutput) -> None:
+        """Append the logprobs of a step to those of its unfinished sequences."""
         batch = step.batch
         for rows, logprobs in zip(batch.logprob_rows.values(), output.logprobs, strict=True):
             for i, row in enumerate(rows):
@@ -267,12 +269,13 @@ class Scheduler:
                 if seq.status is not Status.FINISHED:
                     seq.logprobs.append(logprobs.row(i, seq.num_logprobs or 0))
         for rows, logprobs in zip(batch.target_rows.values(), output.prompt_logprobs, strict=True):
-            indices = count()
+            start = 0  # index of the row's first target in `logprobs`
             for row in rows:
-                seq = step.sequences[row]
-                for i in islice(indices, len(batch.rows[row].target_ids)):
-                    if seq.status is not Status.FINISHED:
+                seq, end = step.sequences[row], start + len(batch.rows[row].target_ids)
+                if seq.status is not Status.FINISHED:
+                    for i in range(start, end):
                         seq.prompt_logprobs.append(logprobs.row(i, seq.num_prompt_logprobs or 0))
+                start = end
 
     def _release(self, seq: Sequence) -> None:
         """Free the placement of a finished sequence, unless a step in flight still uses it."""
@@ -306,7 +309,7 @@ class _StepBuilder:
             params=params.for_ranks(),
             seed=seq.seed,
             min_length=len(seq.prompt_ids) + params.min_tokens,
-            end_ids=tuple(sorted(seq.end_ids)),
+            stop_ids=tuple(sorted(seq.stop_ids)),
             is_filtered=seq.token_filter is not None,
         )
         if params.penalises:
@@ -314,34 +317,34 @@ class _StepBuilder:
             admission.output_ids = seq.output_ids
         batch.admissions.append(admission)
         if seq.token_filter and not seq.token_filter.depends_on_output:
-            batch.masks.append((placement.slot, seq.token_filter.mask()))
-        self._add_new_blocks(placement, first=0)
+            batch.masks.append((placement.slot, seq.token_filter.compute_mask()))
+        self._send_blocks(placement, first=0)
+
+    def allocate(self, placement: Placement, num_tokens: int) -> None:
+        """Extend `placement` to hold `num_tokens` tokens."""
+        first = len(placement.block_table)
+        self.block_manager.allocate(placement, num_tokens)
+        self._send_blocks(placement, first)
 
     def add_row(self, seq: Sequence, placement: Placement, num_new: int) -> None:
-        """Add a row that computes the next `num_new` tokens of `seq`, and allocate their blocks.
-
-        The order matters: the kind of the row follows from the placement and the pending tokens before this step.
-        Snapshots and the prefix index follow from the tokens computed with it, a snapshot first, because `register`
-        gives it to its block.
-        """
-        start, num_blocks = placement.num_computed, len(placement.block_table)
-        if start + num_new > num_blocks * self.block_manager.block_size:
-            self.block_manager.allocate(placement, start + num_new)
-            self._add_new_blocks(placement, first=num_blocks)
+        """Add a row that computes the next `num_new` tokens of `seq`. Its placement has their blocks."""
+        # 1. The row. Its kind follows from the placement and the pending tokens before this step.
+        start = placement.num_computed
         is_sampled = start + num_new == len(seq.token_ids) + seq.num_pending
         if placement.is_decoding:
             self.decode_rows.append(Row(placement.slot, start, None, DECODE_LOGITS))
             self.decoding.append(seq)
         else:
-            self.prefill_rows.append(self._prefill_row(seq, placement.slot, start, num_new, is_sampled))
-            self.prefilling.append(seq)
+            self._add_prefill_row(seq, placement.slot, start, num_new, is_sampled)
             placement.is_decoding = is_sampled
+        # 2. The progress with this step.
         if is_sampled:
             seq.num_pending += 1
             if seq.num_logprobs is not None or seq.token_filter:
                 self._add_sampling_options(seq, placement.slot)
         placement.num_computed += num_new
         seq.num_in_flight += 1
+        # 3. A snapshot of that progress, then the prefix index: `register` gives the snapshot to its block.
         if self.block_manager.snapshots:
             self.block_manager.snapshots.take(placement, self.batch)
         self.block_manager.register(seq, placement)
@@ -360,26 +363,26 @@ class _StepBuilder:
                     batch.target_rows.setdefault(_rounded(seq.num_prompt_logprobs), []).append(i)
         return ScheduledStep(batch, sequences) if sequences else None
 
-    def _add_new_blocks(self, placement: Placement, first: int) -> None:
+    def _send_blocks(self, placement: Placement, first: int) -> None:
+        """Send a placement's blocks from index `first` on to the device."""
         for i in range(first, len(placement.block_table)):
             self.batch.new_blocks.append((placement.slot, i, placement.block_table[i]))
 
-    def _prefill_row(self, seq: Sequence, slot: int, start: int, num_new: int, is_sampled: bool) -> Row:
-        token_ids = seq.token_ids[start : start + num_new]
-        logit_indices = range(num_new - 1, num_new) if is_sampled else NO_LOGITS
-        if seq.num_unscored == 0:
-            return Row(slot, start, token_ids, logit_indices)
-        # Prompt logprobs: the token at position p is scored by the logits at p - 1.
-        first, end = seq.num_scored, min(start + num_new, len(seq.prompt_ids) - 1)
-        if end <= first:
-            return Row(slot, start, token_ids, logit_indices)
-        seq.num_scored = end
-        self.wants_logprobs = True
-        logit_indices = range(first - start, num_new if is_sampled else end - start)
-        return Row(slot, start, token_ids, logit_indices, seq.prompt_ids[first + 1 : end + 1])
+    def _add_prefill_row(self, seq: Sequence, slot: int, start: int, num_new: int, is_sampled: bool) -> None:
+        logit_indices, target_ids = range(num_new - 1, num_new) if is_sampled else NO_LOGITS, ()
+        if seq.num_unscored:
+            # Prompt logprobs: the token at position p is scored by the logits at p - 1.
+            first, end = seq.num_scored, min(start + num_new, len(seq.prompt_ids) - 1)
+            if first < end:
+                logit_indices = range(first - start, num_new if is_sampled else end - start)
+                target_ids = seq.prompt_ids[first + 1 : end + 1]
+                seq.num_scored = end
+                self.wants_logprobs = True
+        self.prefill_rows.append(Row(slot, start, seq.token_ids[start : start + num_new], logit_indices, target_ids))
+        self.prefilling.append(seq)
 
     def _add_sampling_options(self, seq: Sequence, slot: int) -> None:
-        """Note which logprobs and which mask the next token of `seq` needs."""
+        """Add the mask for the next token of `seq` to the batch, and note whether its logprobs are wanted."""
         batch = self.batch
         if seq.num_logprobs is not None:
             self.wants_logprobs = True

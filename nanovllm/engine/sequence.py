@@ -20,14 +20,16 @@ class Status(Enum):
 
 @dataclass(slots=True)
 class Placement:
-    """What a sequence owns on the device, from its admission until it is preempted or released.
+    """A sequence's slot, blocks and progress on the device, from its admission until it is preempted or released.
+
+    Only models with recurrent state use the fields about snapshots.
 
     Args:
-        slot: its row in the batch state.
+        slot: the sequence's index in the batch state on the device.
         block_table: ids of its KV blocks, in the order of its tokens.
-        num_computed: tokens whose KV the cache has, counted when their step is scheduled.
-        is_decoding: the device holds the sequence's last token, so that its next row is a decode row.
-        num_registered: its blocks that the prefix index knows; `prefix_hash` and `prefix_uid` identify them.
+        num_computed: how many tokens have their KV in the cache, counted when their step is scheduled.
+        is_decoding: whether the device holds the sequence's last token, so that its next row is a decode row.
+        num_registered: how many of its blocks the prefix index knows; `prefix_hash` and `prefix_uid` identify them.
         planned_snapshots: positions in its known tokens where the recurrent state must be saved, in order.
         last_snapshot: position of its newest snapshot, or of the one from which it started.
         new_snapshot: slot of its newest snapshot until the block that ends there is in the prefix index.
@@ -55,23 +57,23 @@ class Sequence:
 
     Args:
         prompt_ids: the prompt's tokens.
-        params: the request's.
-        end_ids: tokens that finish it: the end-of-sequence ids unless ignored, and `stop_token_ids`.
-        index: which of the request's samples it is.
-        room: how many tokens fit behind the prompt.
-        vocab_size: the model's, for logprobs of all tokens.
-        token_filter: of a request that limits which tokens may be sampled.
+        params: the request's parameters.
+        stop_ids: ids of tokens that end it: the end-of-sequence ids unless ignored, and `stop_token_ids`.
+        index: index of this sample in its request.
+        room: how many tokens fit after the prompt.
+        vocab_size: the model's vocabulary size, for logprobs of all tokens.
+        token_filter: limits which tokens may be sampled; None if the request does not.
         mask: the filter's bit mask of allowed next tokens, if it depends on the output. None until it is computed, and
             again once a row samples with it.
-        detokenizer: of a request that is streamed or has stop strings.
+        detokenizer: makes the text of a stream, and finds stop strings; None if the request needs neither.
         token_ids: prompt and output, as far as the host knows them.
-        num_pending: tokens that steps in flight sample for it (at most the overlap depth + 1).
-        num_in_flight: launched steps with a row of this sequence that are not collected yet.
-        num_cached: prompt tokens that the prefix cache had when it was first admitted.
-        num_scored: prompt tokens whose logprobs are computed, counted when their step is scheduled.
+        num_pending: how many tokens the steps in flight sample for it (at most the overlap depth + 1).
+        num_in_flight: how many launched steps with a row of this sequence are not collected yet.
+        num_cached: how many prompt tokens the prefix cache had when it was first admitted.
+        num_scored: how many prompt tokens have their logprobs, counted when their step is scheduled.
         scheduled_ts: when it was first admitted, by `time.monotonic`; 0 until then.
         mask_seconds: CPU time that the sequence's masks have cost in steps.
-        mask_error: why the sequence must end: a mask took too long.
+        mask_error: why the sequence must end, if a mask took too long.
 
     Attributes:
         max_tokens: largest number of tokens to generate.
@@ -80,7 +82,7 @@ class Sequence:
 
     prompt_ids: list[int]
     params: SamplingParams
-    end_ids: frozenset[int] = frozenset()
+    stop_ids: frozenset[int] = frozenset()
     seed: int = 0
     request_id: str = ""
     index: int = 0
@@ -117,7 +119,7 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """All tokens, including those that are still being sampled."""
+        """Number of tokens, including those that are still being sampled."""
         return len(self.token_ids) + self.num_pending
 
     @property
@@ -131,7 +133,7 @@ class Sequence:
 
     @property
     def num_unscored(self) -> int:
-        """Prompt tokens whose logprobs are wanted and not scheduled yet. The first token has none.
+        """Number of prompt tokens whose logprobs are wanted and not scheduled yet. The first token has none.
 
         Only a request's first sample computes them.
         """

@@ -1,4 +1,4 @@
-"""Snapshots of recurrent state: with one, a sequence can start behind a cached prefix. No torch here.
+"""Snapshots of recurrent state: with one, a sequence can start after a cached prefix. No torch here.
 
 Layers with recurrent state keep one state per sequence, and overwrite it with each token. So the KV blocks of a prefix
 are of use only up to a block boundary whose state was copied. A snapshot is such a copy. It belongs to the block that
@@ -11,17 +11,17 @@ from collections.abc import Iterable
 from nanovllm.engine.sequence import Placement
 from nanovllm.messages import Batch
 
-# The least distance between two snapshots of a sequence. A step of a few hundred tokens takes no longer than a step of
-# one token, because both read all weights. So denser snapshots would gain nothing.
+# Least distance between two snapshots of a sequence, in blocks. Denser snapshots would gain nothing: a step of a few
+# hundred tokens takes no longer than a step of one token, because both read all weights.
 MIN_SNAPSHOT_BLOCKS = 4
 
 
 class Snapshots:
     """Decides where snapshots are taken, and owns the state slots that hold them.
 
-    A sequence takes a snapshot at the last block boundary of its prompt, where its prompt leaves a cached prefix, and
-    every few blocks while it decodes. While it decodes it keeps the newest one only, unless another sequence has
-    started from it.
+    A snapshot is taken at three kinds of block boundary: the last one in the prompt, the one where the prompt diverges
+    from a cached prefix, and every few blocks of output. Of the last kind, a sequence keeps only the newest one, unless
+    another sequence has started from it. Two snapshots of a sequence are at least `min_blocks` apart.
 
     A snapshot's slot has one owner at a time:
 
@@ -47,7 +47,7 @@ class Snapshots:
         self.saving: set[int] = set()  # slots that the step which is being scheduled writes at its end
 
     def start_step(self) -> None:
-        """Begin to schedule a step: it can read what the steps before it save."""
+        """Start to schedule a step. It can load the snapshots that earlier steps save."""
         self.saving.clear()
 
     def find(self, block_ids: list[int]) -> tuple[list[int], int | None]:
@@ -62,9 +62,9 @@ class Snapshots:
         """Plan the snapshots of a new sequence.
 
         Args:
-            found: cached blocks of its tokens.
+            found: ids of the cached blocks that hold its first tokens.
             num_cached: how many of its tokens come before the snapshot from which it starts.
-            num_tokens: its known tokens.
+            num_tokens: how many of its tokens are known.
         """
         if num_cached:
             block_id = found[num_cached // self.block_size - 1]
@@ -112,7 +112,7 @@ class Snapshots:
         slot, placement.new_snapshot = placement.new_snapshot, None
         if slot is None:
             return
-        if block_id in self.slot_of:  # of another sequence with the same tokens
+        if block_id in self.slot_of:  # another sequence with the same tokens has taken a snapshot
             self.free_slots.append(slot)
             return
         self.slot_of[block_id] = slot

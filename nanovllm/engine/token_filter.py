@@ -33,20 +33,21 @@ class TokenFilter:
     """Allowed tokens, without those that would complete a bad word.
 
     Args:
-        allowed: which tokens are allowed at all, bools; a multiple of 32 of them.
+        allowed: for each token whether it is allowed at all; padded to a multiple of 32.
         bad_words: token ids of each spelling.
-        end_ids: the sampler never samples these as one of the first `min_tokens`.
+        stop_ids: tokens that the sampler does not sample as one of the first `min_tokens`.
 
     Attributes:
         depends_on_output: whether the mask depends on the tokens sampled so far.
+        min_tokens_left: how many more tokens must come before a stop id may be sampled.
         is_complete: whether nothing can follow.
         error: why the filter cannot say what may follow, or None.
     """
 
     is_complete, error = False, None
 
-    def __init__(self, allowed: np.ndarray, bad_words: list[tuple[int, ...]], end_ids: Iterable[int], min_tokens: int):
-        self.end_ids, self.num_unending = list(end_ids), min_tokens
+    def __init__(self, allowed: np.ndarray, bad_words: list[tuple[int, ...]], stop_ids: Iterable[int], min_tokens: int):
+        self.stop_ids, self.min_tokens_left = list(stop_ids), min_tokens
         self.allowed = allowed.copy()
         self.allowed[[word[0] for word in bad_words if len(word) == 1]] = False
         self.words = _packed(self.allowed)
@@ -63,13 +64,13 @@ class TokenFilter:
     def accept(self, token_id: int) -> None:
         """Take in a sampled token."""
         self.last.append(token_id)
-        self.num_unending -= 1
+        self.min_tokens_left -= 1
 
     def has_any(self, allowed: np.ndarray) -> bool:
         """Return whether one of the tokens `allowed` can be sampled next."""
-        return bool((np.delete(allowed, self.end_ids) if self.num_unending > 0 else allowed).any())
+        return bool((np.delete(allowed, self.stop_ids) if self.min_tokens_left > 0 else allowed).any())
 
-    def mask(self) -> np.ndarray:
+    def compute_mask(self) -> np.ndarray:
         """Return the tokens that may be sampled next. If bad words leave none, return all that are allowed."""
         last = list(self.last)
         ends = [end for start, end in self.bad_words if last[-len(start) :] == start]
@@ -103,7 +104,7 @@ def _spellings(word: str, encode: Callable[[str], list[int]]) -> set[tuple[int, 
 
 
 def make_filter(
-    params: SamplingParams, vocab_size: int, encode: Callable[[str], list[int]], end_ids: Iterable[int]
+    params: SamplingParams, vocab_size: int, encode: Callable[[str], list[int]], stop_ids: Iterable[int]
 ) -> TokenFilter | None:
     """Return the filter of `allowed_token_ids` and `bad_words`, or None if there are none.
 
@@ -118,7 +119,7 @@ def make_filter(
     spellings = set().union(*(_spellings(word, encode) for word in params.bad_words))
     # A tokenizer may have more tokens than its model, which never samples those.
     spellings = sorted(ids for ids in spellings if max(ids) < vocab_size)
-    token_filter = TokenFilter(allowed, bad_words=spellings, end_ids=end_ids, min_tokens=params.min_tokens)
+    token_filter = TokenFilter(allowed, bad_words=spellings, stop_ids=stop_ids, min_tokens=params.min_tokens)
     if not token_filter.has_any(token_filter.allowed):
         raise ValueError("min_tokens, allowed_token_ids and bad_words leave no token that could be sampled first")
     return token_filter

@@ -61,6 +61,7 @@ class Attention(StatefulLayer):
         return PagedKVSpec(self.num_kv_heads, self.head_dim, self.dtype, self.window)
 
     def bind(self, state: PagedKV | None) -> None:
+        # Made here, and not in __init__: it holds the norms' tensors, which loading and moving may replace.
         q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
         rotary = self.rotary
         self.transform = QKTransform(

@@ -67,7 +67,7 @@ class VocabParallelEmbedding(VocabParallel):
         self.format: Any = Table(self.weight)  # or what loading makes of it, which has `rows` too
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.residual(x).sum()
+        return self.residual(x).complete()
 
     def residual(self, input_ids: torch.Tensor) -> Residual:
         """Start the residual stream with the embeddings. Its first norm all-reduces them."""
@@ -102,7 +102,7 @@ class ParallelLMHead(VocabParallel, LinearLayer):
         if bias:
             raise ValueError("bias=True is not supported: ParallelLMHead has no bias")
         super().__init__(num_embeddings, tp)
-        self.set_format(Plain.allocate(self.size, embedding_dim, dtype, self.weight_loader))
+        self.set_format(Plain.allocate(self.size, embedding_dim, dtype=dtype, weight_loader=self.weight_loader))
 
     def tie(self, embedding: VocabParallelEmbedding) -> None:
         """Use the embedding's parameter as the weight."""

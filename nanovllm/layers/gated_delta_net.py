@@ -13,7 +13,7 @@ from nanovllm.layers.state import SlotStateSpec, StatefulLayer
 from nanovllm.ops.gdn.gated_delta_net import gated_delta_net
 from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
 from nanovllm.utils.context import get_context
-from nanovllm.weights.fp8 import PLAIN_FORMATS, LayerFormats
+from nanovllm.weights.layer_formats import PLAIN_FORMATS, LayerFormats
 from nanovllm.weights.parameter import CheckpointTensor, ShardId, checkpoint_tensors, rows_of
 from nanovllm.weights.row_order import joined_rows, packed_rows
 
@@ -47,7 +47,7 @@ class GatedDeltaNet(StatefulLayer):
     Every token updates the state. If `last` has indices of tokens, only these go through the output projection.
 
     Args:
-        eps: of the norm of each value head.
+        eps: epsilon of the norm of each value head.
         state_dtype: dtype of the recurrent state. The state of the convolution has the dtype of the activations.
         tp: each rank has a part of the key heads, and the value heads that use them.
         formats: chooses the formats of the weights. Those of b and a are plain.
@@ -83,10 +83,10 @@ class GatedDeltaNet(StatefulLayer):
         gates: dict[ShardId, Shard] = {name: shards.pop(name) for name in ("b", "a", "ba") if name in shards}
         names = [shard.name for shard in shards.values()]
         self.gates_proj = None
-        if formats.are_fp8(*names):
-            self.gates_proj = ColumnParallelLinear(hidden_size, gates, bias=False, dtype=dtype)
-        else:
+        if formats.are_plain(*names):
             shards |= gates
+        else:
+            self.gates_proj = ColumnParallelLinear(hidden_size, gates, bias=False, dtype=dtype)
         self.in_proj = ColumnParallelLinear(hidden_size, shards, False, dtype, formats.weight(*names))
         all_values = config.num_value_heads * config.value_head_dim
         self.out_proj = RowParallelLinear(
@@ -121,13 +121,13 @@ class GatedDeltaNet(StatefulLayer):
         self.state = None if state is None else GdnState(*state)
 
     def forward(self, x: Normed, positions: torch.Tensor, last: torch.Tensor | None) -> PendingGemm:
-        rows = get_context().gdn_rows
+        rows = get_context().state_rows
         if self.state is None or rows is None:
-            raise RuntimeError("this layer has no recurrent state: bind() one first, and give the context gdn_rows")
+            raise RuntimeError("this layer has no recurrent state: bind() one first, and give the context state_rows")
         if self.gates_proj is None:
             inputs = GdnInputs(*self.in_proj(x).split(self.sizes, dim=1))
         else:
-            x = x.computed()  # once for both
+            x = x.computed()  # once for both projections
             qkvz, gates = self.in_proj(x), self.gates_proj(x)
             inputs = GdnInputs(*qkvz.split(self.sizes[:2], dim=1), *gates.split(self.sizes[2:], dim=1))
         out = gated_delta_net(inputs, self.weights, self.state, rows)

@@ -37,7 +37,6 @@ class LinearLayer(nn.Module):
     """A layer whose weight has a format: loading may change it, and it owns the matmul (see weights/formats.py)."""
 
     format: WeightFormat
-    weight: nn.Parameter
 
     def set_format(self, weight_format: WeightFormat) -> None:
         """Use this format, and register its parameters under their names in checkpoints."""
@@ -78,10 +77,9 @@ class Shard:
         return select(loaded, rows[:: row_block_of(param)] // block)
 
     def alignment(self, offset: int) -> int:
-        """Return the largest number of which all runs of successive rows start at multiples; 0 if all start at 0.
+        """Return the GCD of the start rows of all runs of consecutive checkpoint rows; 0 if all start at row 0.
 
-        Args:
-            offset: the first row of this shard in the layer. Runs start at multiples in the layer, too.
+        The start rows are those in the checkpoint and in the layer, where this shard starts at row `offset`.
         """
         if self.order is None:
             return math.gcd(self.start, offset)
@@ -122,7 +120,9 @@ class ColumnParallelLinear(LinearLayer):
             self.rows[shard_id] = slice(rows, rows + shard.size)
             rows += shard.size
         alignment = math.gcd(*(shard.alignment(self.rows[shard_id].start) for shard_id, shard in shards.items()))
-        self.set_format(allocate_weight(rows, in_features, dtype, self.weight_loader, alignment))
+        self.set_format(
+            allocate_weight(rows, in_features, dtype=dtype, weight_loader=self.weight_loader, alignment=alignment)
+        )
         self.bias = make_parameter(rows, dtype=dtype, weight_loader=self.weight_loader) if bias else None
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId) -> None:
@@ -156,7 +156,8 @@ class ColumnParallelLinear(LinearLayer):
         """Return the tensor that fills a shard of `param`."""
         rows, step = self.rows[shard_id], row_block_of(param)
         shape = (ceil_div(self.shards[shard_id].total, block_of(param)[0]), *param.shape[1:])
-        return CheckpointTensor(param, shape, shard_id, rows=slice(rows.start // step, ceil_div(rows.stop, step)))
+        target_index = slice(rows.start // step, ceil_div(rows.stop, step))
+        return CheckpointTensor(param, shape, shard_id, target_index)
 
     def forward(self, x: torch.Tensor | Normed | Residual) -> torch.Tensor:
         x, norm = as_normed(x)
@@ -275,7 +276,7 @@ class RowParallelLinear(LinearLayer):
         self.in_features = in_features
         size = divide("input size of a row-parallel layer", in_features, self.tp)
         self.columns = slice(self.tp.rank * size, (self.tp.rank + 1) * size)
-        self.set_format(allocate_weight(out_features, size, dtype, self.weight_loader, 0))
+        self.set_format(allocate_weight(out_features, size, dtype=dtype, weight_loader=self.weight_loader, alignment=0))
         self.bias = make_parameter(out_features, dtype=dtype) if bias else None
         self.zero_bias: torch.Tensor
         self.register_buffer("zero_bias", torch.zeros(out_features, dtype=dtype), persistent=False)
@@ -314,28 +315,56 @@ class PendingGemm:
 
     def __radd__(self, residual: Residual) -> Residual:
         """Run the GEMM and add it to the residual stream, whose memory may be overwritten."""
-        layer, x = self.layer, self.x
-        tp, weight, counters = layer.tp, layer.format, get_counters()
-        stream = residual.sum()
-        bias = layer.bias if tp.rank == 0 else None  # an all-reduce must add it once
-        adder = weight.choose_adder(x, stream, tp.size, tp.peers)
-        if adder is Adder.ALL_REDUCE_GEMV:
-            # Every rank adds the bias, after the all-reduce.
-            return Residual(weight.linear_add(x, layer.bias, stream, peers=tp.peers), tp)
-        if adder is Adder.NEXT_NORM:
-            if bias is None and weight.wants_zero_bias(x):
-                bias = layer.zero_bias
-            return Residual(weight.linear(x, bias, counters=counters), tp, base=stream, is_partial=True)
-        if adder is Adder.SLICED_GEMM and tp.overlapped is not None:
-            for tokens in tp.overlapped.slices(stream):
-                if tp.rank == 0:
-                    weight.linear_add(x[tokens], bias, stream[tokens])
-                else:
-                    weight.matmul_into(stream[tokens], x[tokens])
-            return Residual.from_summand(stream, tp)
-        if tp.rank == 0:
-            return Residual.from_summand(weight.linear_add(x, bias, stream, counters), tp)
-        return Residual.from_summand(weight.linear(x, counters=counters), tp)
+        stream, tp = residual.complete(), self.layer.tp
+        match self.layer.format.choose_adder(self.x, stream, tp.size, tp.peers):
+            case Adder.LINEAR:
+                return self._add_in_linear(stream)
+            case Adder.NEXT_NORM:
+                return self._add_in_next_norm(stream)
+            case Adder.ALL_REDUCE_GEMV:
+                return self._add_in_all_reduce(stream)
+            case Adder.SLICED_GEMM:
+                return self._add_in_slices(stream)
+
+    def _add_in_linear(self, stream: torch.Tensor) -> Residual:
+        """Let the GEMM's kernel add, on rank 0 only. With several ranks, the next norm all-reduces."""
+        layer, fmt, counters = self.layer, self.layer.format, get_counters()
+        if layer.tp.rank == 0:
+            summand = fmt.linear_add(self.x, layer.bias, stream, counters)
+        else:
+            summand = fmt.linear(self.x, counters=counters)
+        return Residual.from_summand(summand, layer.tp)
+
+    def _add_in_next_norm(self, stream: torch.Tensor) -> Residual:
+        """Run the GEMM only. The next norm adds, and all-reduces with several ranks."""
+        layer, fmt = self.layer, self.layer.format
+        bias = self._summand_bias
+        if bias is None and fmt.wants_zero_bias(self.x):
+            bias = layer.zero_bias
+        summand = fmt.linear(self.x, bias, counters=get_counters())
+        return Residual(summand, layer.tp, base=stream, is_partial=True)
+
+    def _add_in_all_reduce(self, stream: torch.Tensor) -> Residual:
+        """Let one kernel do the GEMM, the all-reduce and the addition. Every rank adds the bias to the result."""
+        layer = self.layer
+        return Residual(layer.format.linear_add(self.x, layer.bias, stream, peers=layer.tp.peers), layer.tp)
+
+    def _add_in_slices(self, stream: torch.Tensor) -> Residual:
+        """Overwrite slices of the stream with summands. Each is sent while the next one is computed. Rank 0 adds."""
+        layer, fmt = self.layer, self.layer.format
+        overlapped = layer.tp.overlapped
+        assert overlapped is not None  # choose_adder has checked this
+        for tokens in overlapped.slices(stream):
+            if layer.tp.rank == 0:
+                fmt.linear_add(self.x[tokens], layer.bias, stream[tokens])
+            else:
+                fmt.matmul_into(stream[tokens], self.x[tokens])
+        return Residual.from_summand(stream, layer.tp)
+
+    @property
+    def _summand_bias(self) -> torch.Tensor | None:
+        """The bias on rank 0, None on the others: the sum over the ranks must contain it once."""
+        return self.layer.bias if self.layer.tp.rank == 0 else None
 
     def summand(self) -> torch.Tensor:
         """Run the GEMM without a bias. Return this rank's summand [T, out_features]."""
@@ -343,9 +372,8 @@ class PendingGemm:
 
     def all_reduce(self, norm: Norm | None = None) -> torch.Tensor:
         """Run the GEMM and the all-reduce. Return the result or its RMSNorm, [T, out_features], on every rank."""
-        layer = self.layer
-        bias = layer.bias if layer.tp.rank == 0 else None  # the all-reduce must add it once
-        return layer.tp.all_reduce(layer.format.linear(self.x, bias, counters=get_counters()), norm)
+        summand = self.layer.format.linear(self.x, self._summand_bias, counters=get_counters())
+        return self.layer.tp.all_reduce(summand, norm)
 
 
 def divide(name: str, value: int, tp: TensorParallel) -> int:

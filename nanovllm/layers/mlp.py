@@ -6,7 +6,7 @@ from torch import nn
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import GateUpParallelLinear, PendingGemm, RowParallelLinear
 from nanovllm.layers.residual import Normed, Residual
-from nanovllm.weights.fp8 import PLAIN_FORMATS, LayerFormats
+from nanovllm.weights.layer_formats import PLAIN_FORMATS, LayerFormats
 
 
 class MLP(nn.Module):

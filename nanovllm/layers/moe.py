@@ -1,6 +1,7 @@
 """A mixture of experts: a router chooses a few small MLPs, the experts, for each token."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +13,8 @@ from nanovllm.layers.mlp import MLP
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.ops.moe.experts import Shared
 from nanovllm.ops.moe.router import route
-from nanovllm.weights.formats import ExpertFormat, ExpertSizes, Plain
-from nanovllm.weights.fp8 import PLAIN_FORMATS, LayerFormats
+from nanovllm.weights.formats import ExpertSizes, Plain
+from nanovllm.weights.layer_formats import PLAIN_FORMATS, LayerFormats
 from nanovllm.weights.parameter import (
     CheckpointTensor,
     MergedTensor,
@@ -67,8 +68,9 @@ class Router(ColumnParallelLinear):
         return *route(logits, self.config.experts_per_token, self.config.norm_topk_prob, logits.dtype), gate
 
 
-def _allocate_aligned(rows: int, columns: int, dtype: torch.dtype | None, weight_loader, alignment: int) -> Plain:
-    weight_format = Plain.allocate(ceil_div(rows, 8) * 8, columns, dtype, weight_loader, alignment)
+def _allocate_aligned(rows: int, columns: int, **options: Any) -> Plain:
+    """Make the weight with a multiple of 8 rows, the last ones zeros; see AllocateWeight."""
+    weight_format = Plain.allocate(ceil_div(rows, 8) * 8, columns, **options)
     weight_format.weight[rows:].zero_()
     return weight_format
 
@@ -89,12 +91,14 @@ class Experts(nn.Module):
     ):
         super().__init__()
         self.tp = tp
-        self.sizes = config.num_experts, config.intermediate_size, hidden_size
-        self.size = divide("moe_intermediate_size", config.intermediate_size, tp)
+        self.num_experts = config.num_experts
+        self.inner_size = config.intermediate_size
+        self.rank_inner_size = size = divide("moe_intermediate_size", self.inner_size, tp)
         # The gates of an expert; its ups have the same rows.
-        self.shard = Shard("gate_proj", total=config.intermediate_size, start=tp.rank * self.size, size=self.size)
-        sizes = ExpertSizes(config.num_experts, hidden_size, self.size, self.shard.alignment(offset=self.size))
-        self.format: ExpertFormat = formats.experts()(sizes, dtype, self.load_gate_up, self.load_down)
+        self.shard = Shard("gate_proj", total=self.inner_size, start=tp.rank * size, size=size)
+        sizes = ExpertSizes(self.num_experts, hidden_size, size, self.shard.alignment(offset=size))
+        allocate = formats.experts()
+        self.format = allocate(sizes, dtype=dtype, load_gate_up=self.load_gate_up, load_down=self.load_down)
         for end, (gate_up, down) in self.format.parameters.items():
             self.register_parameter(f"gate_up_proj{end}", gate_up)
             self.register_parameter(f"down_proj{end}", down)
@@ -112,19 +116,18 @@ class Experts(nn.Module):
 
     def _gate_shape(self, gate_up: nn.Parameter) -> tuple[int, int]:
         """Return the shape of the tensor of one expert's gate, or of its up."""
-        return ceil_div(self.sizes[1], block_of(gate_up)[0]), gate_up.shape[2]
+        return ceil_div(self.inner_size, block_of(gate_up)[0]), gate_up.shape[2]
 
     def _down_slice(self, down: nn.Parameter) -> tuple[tuple[int, int], slice]:
         """Return the shape of the tensor of one expert's down projection, and the columns that this rank loads."""
-        _, inner, _ = self.sizes
         start, block = self.shard.start, block_of(down)[1]
-        columns = in_blocks(slice(start, start + self.size), inner, block)
-        return (down.shape[1], ceil_div(inner, block)), columns
+        columns = in_blocks(slice(start, start + self.rank_inner_size), self.inner_size, block)
+        return (down.shape[1], ceil_div(self.inner_size, block)), columns
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
         tensors = {}
         for end, (gate_up, down) in self.format.parameters.items():
-            for expert in range(self.sizes[0]):
+            for expert in range(self.num_experts):
                 for half, name in enumerate(("gate_proj", "up_proj")):
                     tensors[f"{prefix}.{expert}.{name}.weight{end}"] = self._gate_tensor(
                         gate_up, f"{prefix}.gate_up_proj{end}", expert, half
@@ -136,21 +139,21 @@ class Experts(nn.Module):
 
     def _gate_tensor(self, gate_up: nn.Parameter, merged: str, expert: int, half: int) -> CheckpointTensor:
         """Return the target of one expert's gate or up, which is a part of the tensor `merged` in some checkpoints."""
-        num_experts, inner, _ = self.sizes
         rows, columns = self._gate_shape(gate_up)
-        size = self.size // row_block_of(gate_up)
+        size = self.rank_inner_size // row_block_of(gate_up)
         part = None
-        if inner % block_of(gate_up)[0] == 0:  # otherwise a block of the merged tensor has rows of gate and of up
+        # Otherwise a block of the merged tensor has rows of gate and of up.
+        if self.inner_size % block_of(gate_up)[0] == 0:
             location = expert, slice(half * rows, (half + 1) * rows)
-            part = MergedTensor(merged, (num_experts, 2 * rows, columns), location)
+            part = MergedTensor(merged, (self.num_experts, 2 * rows, columns), location)
         target = expert, slice(half * size, (half + 1) * size)
-        return CheckpointTensor(gate_up, (rows, columns), shard_id=(expert, half), rows=target, merged=part)
+        return CheckpointTensor(gate_up, (rows, columns), shard_id=(expert, half), target_index=target, merged=part)
 
     def _down_tensor(self, down: nn.Parameter, merged: str, expert: int) -> CheckpointTensor:
         """Return the target of one expert's down projection."""
         shape, _ = self._down_slice(down)
-        part = MergedTensor(merged, (self.sizes[0], *shape), (expert,))
-        return CheckpointTensor(down, shape, shard_id=expert, rows=(expert,), merged=part)
+        part = MergedTensor(merged, (self.num_experts, *shape), (expert,))
+        return CheckpointTensor(down, shape, shard_id=expert, target_index=(expert,), merged=part)
 
 
 class SparseMoE(nn.Module):
@@ -181,11 +184,15 @@ class SparseMoE(nn.Module):
             self.shared_expert = MLP(hidden_size, config.shared_intermediate_size, **options)
 
     def forward(self, x: Normed) -> "PendingExperts":
-        if not self.experts.format.is_gemv(x.x, self.gate.config.experts_per_token):
+        if not self.experts.format.fuses_norm(x.x, self.gate.config.experts_per_token):
             x = x.computed()
         ids, weights, gate = self.gate.choose(x)
         shared = None if self.shared_expert is None else (self.shared_expert(x).summand(), gate)
         return PendingExperts(self.experts, x, ids, weights, shared)
+
+    def compile_sizes(self, max_tokens: int) -> list[int]:
+        """Return the numbers of tokens, up to `max_tokens`, at which the experts' kernels or tiles change."""
+        return self.experts.format.compile_sizes(self.gate.config.experts_per_token, max_tokens)
 
 
 @dataclass(eq=False)
@@ -204,7 +211,7 @@ class PendingExperts:
     def __radd__(self, residual: Residual) -> Residual:
         """Run the experts and add them to the residual stream, whose memory may be overwritten."""
         layer, (x, norm) = self.layer, self.x
-        stream = residual.sum()
+        stream = residual.complete()
         summand = layer.format.run(
             x,
             self.ids,

@@ -31,7 +31,7 @@ class Normed(NamedTuple):
 class Residual:
     """The residual stream of T tokens.
 
-    Its value is x, or base + all_reduce(x) while the stream is partial. The next norm computes that sum.
+    Its value is x, or base + all_reduce(x) while the stream is partial. `complete` makes x that value, in place.
 
     Attributes:
         x: [T, hidden_size].
@@ -52,15 +52,18 @@ class Residual:
 
     def __add__(self, x: torch.Tensor) -> "Residual":
         """Add a tensor that is the same on every rank. Lazy values define the addition themselves."""
-        return Residual(self.sum().add_(x), self.tp) if isinstance(x, torch.Tensor) else NotImplemented
+        return Residual(self.complete().add_(x), self.tp) if isinstance(x, torch.Tensor) else NotImplemented
 
     def __getitem__(self, tokens: torch.Tensor) -> "Residual":
         """Return a copy of the tokens at these indices [L] int64."""
         base = None if self.base is None else self.base[tokens]
         return Residual(self.x[tokens], self.tp, base, self.is_partial)
 
-    def sum(self, norm: Norm | None = None) -> torch.Tensor:
-        """Complete x, and return it or its RMSNorm."""
+    def complete(self, norm: Norm | None = None) -> torch.Tensor:
+        """Make x the whole stream, and return it or its RMSNorm.
+
+        A partial stream changes: `all_reduce` overwrites x with the sum over the ranks plus `base`.
+        """
         if not self.is_partial:
             if norm is None:
                 return self.x
@@ -72,11 +75,11 @@ class Residual:
 
     def normed(self, norm: Norm) -> Normed:
         """Return the RMSNorm of the stream. It is computed now only if the stream needs an all-reduce anyway."""
-        return Normed(self.sum(norm), None) if self.is_partial else Normed(self.x, norm)
+        return Normed(self.complete(norm), None) if self.is_partial else Normed(self.x, norm)
 
 
 def as_normed(x: torch.Tensor | Normed | Residual) -> Normed:
     """Return a tensor, or a residual stream that is read without a norm, as a `Normed` that needs no norm."""
     if isinstance(x, Normed):
         return x
-    return Normed(x.sum() if isinstance(x, Residual) else x, None)
+    return Normed(x.complete() if isinstance(x, Residual) else x, None)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanovllm.ops.attention.fp8_cache import FP8
 from nanovllm.ops.attention.paged_cache import KVKind, PagedKV
+from nanovllm.ops.float8 import FP8
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class PagedKVSpec:
         return 2 * block_size * self.num_kv_heads * (self.head_dim * self.dtype.itemsize + scale_bytes)
 
     def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> PagedKV:
-        """Allocate caches of zeros: FlashAttention-3 needs finite values behind the end of a sequence."""
+        """Allocate caches of zeros: FlashAttention-3 needs finite values after the end of a sequence."""
         shape = (num_blocks, block_size, self.num_kv_heads, self.head_dim)
         k_cache = torch.zeros(shape, dtype=self.dtype, device=device)
         v_cache = torch.zeros(shape, dtype=self.dtype, device=device)
@@ -52,7 +52,7 @@ class SlotStateSpec:
     """A layer's state of a fixed size for each slot, in one or more tensors. Sizes are those on this rank.
 
     Args:
-        shapes, dtypes: of each tensor, for one slot.
+        shapes, dtypes: the shape and dtype of each tensor, for one slot.
     """
 
     shapes: tuple[tuple[int, ...], ...]

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +21,8 @@ from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.registry import ModelConfig
 from nanovllm.ops.dispatch import compile_sizes
 from nanovllm.ops.linear.sigmoid_mul import sigmoid_mul
-from nanovllm.ops.moe.dispatch import FP8_TILINGS, TILINGS, expert_compile_sizes
 from nanovllm.utils.context import get_context
-from nanovllm.weights.int4 import compressing
+from nanovllm.weights.int4_int8 import is_supported, with_compression
 from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
 from nanovllm.weights.row_order import HeadLayout
 
@@ -111,7 +109,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.layer_type = config.layer_type(index)
         self.is_recurrent = config.is_recurrent(index)
-        self.input_layernorm = _norm(config, dtype)
+        self._make_norms(config, dtype)
         if config.linear_attention is not None and self.is_recurrent:
             self.linear_attn = GatedDeltaNet(
                 config.linear_attention,
@@ -124,12 +122,15 @@ class DecoderLayer(nn.Module):
             )
         else:
             self.self_attn = SelfAttention(config, index, rotary, dtype, tp)
-        self.post_attention_layernorm = _norm(config, dtype)
         options = {"dtype": dtype, "tp": tp, "formats": config.formats(index, "mlp")}
         if config.moe is not None and index not in config.moe.dense_layers:
             self.mlp = SparseMoE(config.moe, config.hidden_size, **options)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias, **options)
+
+    def _make_norms(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
+        self.input_layernorm = _norm(config, dtype)
+        self.post_attention_layernorm = _norm(config, dtype)
 
     def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
         """Return the residual stream of all tokens, or only of the tokens at the indices `last` [L].
@@ -145,10 +146,9 @@ class DecoderLayer(nn.Module):
 class PostNormLayer(DecoderLayer):
     """A layer that norms the outputs of attention and MLP, in place of their inputs (Olmo 2)."""
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self.post_feedforward_layernorm = self.input_layernorm  # a norm of the same size, in another place
-        del self.input_layernorm
+    def _make_norms(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
+        self.post_attention_layernorm = _norm(config, dtype)
+        self.post_feedforward_layernorm = _norm(config, dtype)
 
     def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
         attended = self.post_attention_layernorm(self.self_attn(residual, positions, last))
@@ -222,17 +222,19 @@ class Decoder(nn.Module):
         return tensors
 
     def compress(self) -> None:
-        """Let loading compress plain weights for a CPU; see weights/int4.py."""
+        """Let loading compress plain weights, if this CPU is fast with them; see weights/int4_int8.py."""
+        if not is_supported():
+            return
         for module in self.modules():
             if isinstance(module, (LinearLayer, VocabParallelEmbedding)):
-                module.format = compressing(module.format)
+                module.format = with_compression(module.format)
 
     def compile_sizes(self, max_tokens: int) -> list[int]:
         """Return the numbers of tokens, up to `max_tokens`, for which kernels are compiled at the start."""
-        sizes, moe = set(compile_sizes(max_tokens)), self.config.moe
-        if moe is not None:
-            tilings = TILINGS if self.config.quantization is None else FP8_TILINGS
-            sizes |= set(expert_compile_sizes(moe.num_experts, moe.experts_per_token, max_tokens, tilings))
+        sizes = set(compile_sizes(max_tokens))
+        for module in self.modules():
+            if isinstance(module, SparseMoE):
+                sizes.update(module.compile_sizes(max_tokens))
         return sorted(sizes)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> Residual:

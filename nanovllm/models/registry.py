@@ -13,7 +13,9 @@ from nanovllm.layers.gated_delta_net import LinearAttentionConfig
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES, ROPE_WITH_ORIGINAL, rope_frequencies
 from nanovllm.ops.gdn.inputs import CONV_WIDTH
-from nanovllm.weights.fp8 import Fp8Scheme, LayerFormats
+from nanovllm.weights.layer_formats import LayerFormats
+from nanovllm.weights.quantization import QuantizationScheme
+from nanovllm.weights.quantization_config import SUPPORTED, read_scheme
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ UNUSED_TENSORS: dict[str, tuple[str, ...]] = {
 }
 # The families of mixtures of experts, and whether they have a shared expert.
 _MOE_FAMILIES = {"qwen3_moe": False, "qwen2_moe": True, "qwen3_next": True, "qwen3_5_moe_text": True}
+_ALWAYS_NORM_TOPK = ("qwen3_5_moe_text",)  # they ignore the option norm_topk_prob, as in transformers
 # By the type of an option: its types in a file, its range, and the range in words. Real models stay far below.
 _KINDS = {
     bool: ((bool,), 0, 1, "true or false"),
@@ -92,8 +95,7 @@ def unsupported(feature: str) -> ValueError:
     """Return the error for a model with this feature. It lists the supported ones."""
     return ValueError(
         f"{feature} is not supported; supported are models of the types {', '.join(FAMILIES)}, with RoPE of the types "
-        f"{', '.join(ROPE_TYPES)}: unquantised, as GGUF files, or in FP8 with dynamic activations (quant_method 'fp8' "
-        "with a weight_block_size, or 'compressed-tensors')"
+        f"{', '.join(ROPE_TYPES)}: unquantised, as GGUF files, or in {SUPPORTED}"
     )
 
 
@@ -218,7 +220,7 @@ class ModelConfig:
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
     moe: MoEConfig | None = None
-    quantization: Fp8Scheme | None = None
+    quantization: QuantizationScheme | None = None
 
     def __post_init__(self):
         check_model_type(self.model_type)
@@ -448,7 +450,7 @@ def _moe(config: Any) -> MoEConfig | None:
         num_experts=config.num_experts,
         experts_per_token=config.num_experts_per_tok,
         intermediate_size=config.moe_intermediate_size,
-        norm_topk_prob=getattr(config, "norm_topk_prob", True),
+        norm_topk_prob=config.model_type in _ALWAYS_NORM_TOPK or getattr(config, "norm_topk_prob", True),
         shared_intermediate_size=shared_size,
         dense_layers=dense_layers,
     )
@@ -479,12 +481,14 @@ def _check_variant(config: Any) -> None:
     """Raise ValueError for an unsupported variant of a supported family."""
     if getattr(config, "hidden_act", "silu") != "silu":
         raise unsupported(f"hidden_act={shown(config.hidden_act)}")
+    if not getattr(config, "is_causal", True):
+        raise unsupported(f"is_causal={shown(config.is_causal)}")
 
 
-def _quantization(config: Any) -> Fp8Scheme | None:
+def _quantization(config: Any) -> QuantizationScheme | None:
     options = getattr(config, "quantization_config", None)
     try:
-        return Fp8Scheme.from_hf(options) if options else None
+        return read_scheme(options) if options else None
     except ValueError as error:
         raise unsupported(str(error)) from None
 

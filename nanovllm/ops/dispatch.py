@@ -8,7 +8,7 @@ This module imports no kernel, so that kernels, layers, graphs and warm-up can r
 """
 
 from bisect import bisect_left
-from enum import Enum
+from enum import Enum, auto
 from sys import maxsize
 from typing import NamedTuple
 
@@ -20,17 +20,17 @@ class Kernel(Enum):
     False, and on a CPU, the library is used.
     """
 
-    GEMV = "Triton; fuses the RMSNorm before it, the bias, SwiGLU and the residual add"
-    GEMM = "Triton, after rms_norm; fuses the bias, SwiGLU and the residual add"
-    LIBRARY = "cuBLAS or oneDNN, after rms_norm and before silu_mul; or Triton with SwiGLU fused, where `is_swiglu`"
+    GEMV = auto()  # Triton; fuses the RMSNorm before it, the bias, SwiGLU and the residual add
+    GEMM = auto()  # Triton, after rms_norm; fuses the bias, SwiGLU and the residual add
+    LIBRARY = auto()  # cuBLAS or oneDNN, after rms_norm and before silu_mul; Triton with SwiGLU where `is_swiglu`
 
 
 class Fp8Kernel(Enum):
     """A way to compute the GEMM of a linear layer with FP8 weights on a GPU."""
 
-    GEMV = "Triton; reads activations as they are; fuses the RMSNorm, the bias, SwiGLU and the residual add"
-    GEMM = "Triton, with activations that the kernel before quantizes; fuses the bias, SwiGLU and the residual add"
-    LIBRARY = "torch._scaled_mm, with such activations, where `uses_scaled_mm`; GEMM where not"
+    GEMV = auto()  # Triton; reads activations as they are; fuses the RMSNorm, the bias, SwiGLU and the residual add
+    GEMM = auto()  # Triton; the kernel before it quantizes activations; fuses the bias, SwiGLU and the residual add
+    LIBRARY = auto()  # torch._scaled_mm, with activations quantized in the same way; GEMM unless `uses_scaled_mm`
 
 
 class Adder(Enum):
@@ -39,10 +39,10 @@ class Adder(Enum):
     `choose_adder` in ops/linear/linear.py takes another one where the operands do not fit.
     """
 
-    LINEAR = "the linear layer's own kernel; of several ranks only rank 0 adds, and the next norm all-reduces"
-    NEXT_NORM = "the RMSNorm that follows; with several ranks, it also all-reduces"
-    ALL_REDUCE_GEMV = "the GEMV, which also all-reduces through memory that the ranks share"
-    SLICED_GEMM = "the library's GEMM, slice by slice: each is sent to the other rank while the next one is computed"
+    LINEAR = auto()  # the linear layer's own kernel; of several ranks only rank 0 adds, and the next norm all-reduces
+    NEXT_NORM = auto()  # the RMSNorm that follows; with several ranks, it also all-reduces
+    ALL_REDUCE_GEMV = auto()  # the GEMV, which also all-reduces through memory that the ranks share
+    SLICED_GEMM = auto()  # the library's GEMM, slice by slice: each is sent while the next one is computed
 
 
 class Regime(NamedTuple):
@@ -51,6 +51,7 @@ class Regime(NamedTuple):
     Attributes:
         max_tokens: upper bound, included.
         kernel: computes qkv_proj, gate_up_proj, o_proj, down_proj and lm_head.
+        fp8_kernel: computes those of them that have FP8 weights.
         adder, ranks_adder: add the output of o_proj and down_proj to the residual stream, on one rank and on several.
         one_kernel_attention: one kernel does QK-norm, RoPE, KV store and attention in a step of decode tokens only.
         captured: numbers of tokens of the CUDA graphs for steps with prompt tokens.
@@ -59,6 +60,7 @@ class Regime(NamedTuple):
 
     max_tokens: int
     kernel: Kernel
+    fp8_kernel: Fp8Kernel
     adder: Adder
     ranks_adder: Adder
     one_kernel_attention: bool = False
@@ -66,27 +68,31 @@ class Regime(NamedTuple):
     compiled: tuple[int, ...] = ()
 
 
-# GEMV is compiled for each number of tokens, GEMM for each power of two. In the first row, large weights use GEMM from
-# two tokens on; see GEMV_MAX_PRODUCTS.
+# GEMV is compiled for each number of tokens, GEMM for each power of two. Large weights use GEMM from two tokens on; see
+# GEMV_MAX_PRODUCTS.
 # Above 4 sequences, the other kernels of a step take so long that fusing QK-norm, RoPE and attention gains nothing.
 # Up to 512 tokens, the output of cuBLAS is still in the L2 cache when the next norm adds it.
 # Above 2048 tokens, a step takes the GPU longer than the host, so that a graph gains nothing.
+# fmt: off
 TABLE = (
-    Regime(4, Kernel.GEMV, Adder.LINEAR, Adder.ALL_REDUCE_GEMV, one_kernel_attention=True, compiled=(1, 2, 4)),
-    Regime(64, Kernel.GEMM, Adder.LINEAR, Adder.NEXT_NORM, captured=(16, 32, 64), compiled=(16, 32, 64)),
-    Regime(
-        512, Kernel.LIBRARY, Adder.NEXT_NORM, Adder.NEXT_NORM, captured=(96, 128, 192, 256, 384, 512), compiled=(256,)
-    ),
-    Regime(2048, Kernel.LIBRARY, Adder.LINEAR, Adder.LINEAR, captured=(768, 1024, 1536, 2048), compiled=(2048,)),
-    Regime(maxsize, Kernel.LIBRARY, Adder.LINEAR, Adder.SLICED_GEMM),
+    #      max_tokens kernel      fp8_kernel         adder            ranks_adder
+    Regime(1,     Kernel.GEMV,    Fp8Kernel.GEMV,    Adder.LINEAR,    Adder.ALL_REDUCE_GEMV,
+           one_kernel_attention=True, compiled=(1,)),
+    Regime(4,     Kernel.GEMV,    Fp8Kernel.GEMM,    Adder.LINEAR,    Adder.ALL_REDUCE_GEMV,
+           one_kernel_attention=True, compiled=(2, 4)),
+    Regime(64,    Kernel.GEMM,    Fp8Kernel.GEMM,    Adder.LINEAR,    Adder.NEXT_NORM,
+           captured=(16, 32, 64), compiled=(16, 32, 64)),
+    Regime(512,   Kernel.LIBRARY, Fp8Kernel.LIBRARY, Adder.NEXT_NORM, Adder.NEXT_NORM,
+           captured=(96, 128, 192, 256, 384, 512), compiled=(256,)),
+    Regime(2048,  Kernel.LIBRARY, Fp8Kernel.LIBRARY, Adder.LINEAR,    Adder.LINEAR,
+           captured=(768, 1024, 1536, 2048), compiled=(2048,)),
+    Regime(maxsize, Kernel.LIBRARY, Fp8Kernel.LIBRARY, Adder.LINEAR,  Adder.SLICED_GEMM),
 )
-# Up to how many tokens each kernel is the fastest for FP8 weights. Their other choices are those of the table.
-FP8_TABLE = ((1, Fp8Kernel.GEMV), (64, Fp8Kernel.GEMM), (maxsize, Fp8Kernel.LIBRARY))
-_FP8_BOUNDS = [max_tokens for max_tokens, _ in FP8_TABLE]
+# fmt: on
 _BOUNDS = [regime.max_tokens for regime in TABLE]
 
 # Ranks allocate memory for ALL_REDUCE_GEMV with up to this many tokens.
-MAX_GEMV_TOKENS = TABLE[0].max_tokens
+MAX_GEMV_TOKENS = max(regime.max_tokens for regime in TABLE if regime.kernel is Kernel.GEMV)
 MAX_CAPTURED_TOKENS = max(size for regime in TABLE for size in regime.captured)
 # With several tokens, GEMV multiplies at most this many values, tokens times weights. With more, its arithmetic takes
 # longer than reading the weights, and GEMM is faster. docs/benchmarks.md has the figures.
@@ -108,11 +114,6 @@ def kernel_of(num_tokens: int, num_weights: int) -> Kernel:
     if kernel is Kernel.GEMV and num_tokens > 1 and num_tokens * num_weights > GEMV_MAX_PRODUCTS:
         return Kernel.GEMM
     return kernel
-
-
-def fp8_kernel_of(num_tokens: int) -> Fp8Kernel:
-    """Return the kernel of FP8 weights for this many tokens."""
-    return FP8_TABLE[bisect_left(_FP8_BOUNDS, num_tokens)][1]
 
 
 def capture_sizes(max_tokens: int) -> list[int]:

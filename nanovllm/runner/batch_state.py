@@ -68,23 +68,29 @@ class BatchState:
         config: `max_num_seqs` is S; `max_num_batched_tokens` sizes the staging buffers.
         max_blocks: W, the width of the block tables.
         scratch_block: a block that no sequence owns; padding rows write to it.
-        vocab_size: V.
+        vocab_size: size of the vocabulary.
     """
 
     def __init__(self, config: Config, max_blocks: int, scratch_block: int, vocab_size: int, device: torch.device):
-        num_rows, max_tokens = config.max_num_seqs + 1, config.max_num_batched_tokens
+        num_slots = config.max_num_seqs + 1
         self.scratch_slot, self.scratch_block = config.max_num_seqs, scratch_block
         self.block_size = config.kvcache_block_size
-        self.last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.length = torch.zeros(num_rows, dtype=torch.int32, device=device)
-        self.block_tables = torch.full((num_rows, max_blocks), scratch_block, dtype=torch.int32, device=device)
-        self.sampling = SamplingState(default_params(num_rows), vocab_size, device)
+        self.last_token = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.length = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self.block_tables = torch.full((num_slots, max_blocks), scratch_block, dtype=torch.int32, device=device)
+        self.sampling = SamplingState(default_params(num_slots), vocab_size, device)
         # The host's copy of the block tables. Entries that no running sequence owns are the scratch block.
-        self.host_tables = np.full((num_rows, max_blocks), scratch_block, dtype=np.int32)
+        self.host_tables = np.full((num_slots, max_blocks), scratch_block, dtype=np.int32)
         self.num_admissions = 0
-        bytes_per_row = PARAMS_DTYPE.itemsize + vocab_size // 8 + 64
-        bytes_per_token = 8 + 32 / self.block_size
-        self.staging = Staging(int(bytes_per_token * max_tokens + bytes_per_row * num_rows) + 1, device)
+        # Bytes that a step usually sends. It may send more, such as penalties' counts, and then waits for their copy.
+        bytes_per_row = PARAMS_DTYPE.itemsize  # sampling parameters of a new sequence
+        bytes_per_row += vocab_size // 8  # a mask, one bit for each token
+        bytes_per_row += 64  # slot, start and offset in StepRows; slots and indices of what else is sent
+        bytes_per_token = 8  # row and token id in StepRows
+        # Index (int64) and id (int32) of a new block. The rest is for cached blocks, which use no token budget.
+        bytes_per_token += 32 / self.block_size
+        num_bytes = bytes_per_token * config.max_num_batched_tokens + bytes_per_row * num_slots
+        self.staging = Staging(int(num_bytes) + 1, device)
 
     def apply(self, batch: Batch) -> None:
         """Send the changes in `batch`: parameters of new sequences, new block ids, new masks."""
@@ -110,7 +116,7 @@ class BatchState:
                 row[name] = getattr(params, name)
             row["seed"], row["min_length"] = a.seed, a.min_length
             if params.min_tokens:
-                row["stop_ids"][: len(a.end_ids)] = a.end_ids
+                row["stop_ids"][: len(a.stop_ids)] = a.stop_ids
             if a.is_filtered:
                 row["flags"] |= HAS_MASK
             if params.logprobs_mode == "processed_logprobs":
@@ -118,34 +124,36 @@ class BatchState:
             if params.logit_bias:
                 row["flags"] |= HAS_BIAS
                 row["num_bias"] = len(params.logit_bias)
-                self._set_bias(a.slot, params.logit_bias)
+                self._send_bias(a.slot, params.logit_bias)
             if params.penalises:
                 row["flags"] |= HAS_PENALTIES
                 for name in ("repetition", "presence", "frequency"):
                     row[name] = getattr(params, f"{name}_penalty")
-                self._set_counts(a)
+                self._send_counts(a)
         slots = np.array([a.slot for a in admissions])
         self.host_tables[slots] = self.scratch_block
         self.num_admissions += len(admissions)
         values = self.staging.to_device(rows.view(np.int32).reshape(-1, PARAMS_STRIDE))
         self.sampling.table.index_copy_(0, self.staging.to_device(slots), values)
 
-    def _set_bias(self, slot: int, logit_bias: Mapping[int, float]) -> None:
+    def _send_bias(self, slot: int, logit_bias: Mapping[int, float]) -> None:
         entries = np.zeros((len(logit_bias), 2), dtype=np.int32)
         entries[:, 0] = list(logit_bias)
         entries[:, 1] = np.array(list(logit_bias.values()), dtype=np.float32).view(np.int32)
         self.sampling.bias[slot, : len(entries)] = self.staging.to_device(entries)
 
-    def _set_counts(self, admission: Admission) -> None:
-        """Send the tokens that the sequence has so far. The device counts those that follow."""
-        tokens, times = np.unique(np.array(admission.output_ids, dtype=np.int64), return_counts=True)
-        prompt = np.unique(np.array(admission.prompt_ids, dtype=np.int64))
-        counts = self.sampling.counts[admission.slot]
-        counts.zero_()
+    def _send_counts(self, admission: Admission) -> None:
+        """Count the tokens that the sequence has so far. The device counts those that follow."""
+        self.sampling.counts[admission.slot].zero_()
         # A count is 2 for each output token, plus 1 if the prompt has the token.
-        for ids, amounts in ((prompt, np.ones_like(prompt)), (tokens, 2 * np.minimum(times, MAX_COUNT))):
-            amounts = self.staging.to_device(amounts.astype(np.int16))
-            counts.index_add_(0, self.staging.to_device(ids), amounts)
+        prompt_ids = np.unique(np.array(admission.prompt_ids, dtype=np.int64))
+        self._add_counts(admission.slot, prompt_ids, np.ones_like(prompt_ids))
+        output_ids, times = np.unique(np.array(admission.output_ids, dtype=np.int64), return_counts=True)
+        self._add_counts(admission.slot, output_ids, 2 * np.minimum(times, MAX_COUNT))
+
+    def _add_counts(self, slot: int, token_ids: np.ndarray, amounts: np.ndarray) -> None:
+        to_device = self.staging.to_device
+        self.sampling.counts[slot].index_add_(0, to_device(token_ids), to_device(amounts.astype(np.int16)))
 
     def pack(self, batch: Batch, num_rows: int, num_tokens: int) -> np.ndarray:
         """Return the StepRows of `batch` in one array, padded to the given sizes.

@@ -109,8 +109,8 @@ class StepGraphs:
     Rows beyond the batch have the scratch slot, whose state never advances.
 
     Args:
-        forward: what is captured.
-        config: the engine's.
+        forward: runs the steps that are captured.
+        config: the engine's Config, with the runner's `max_num_seqs`.
         max_model_len: longest context.
         wait: waits for an event.
     """
@@ -163,12 +163,12 @@ class StepGraphs:
             graphs.clear()
 
     def _capture_decode(self, size: int) -> None:
-        self.decode[size] = CapturedStep(*self._capture(lambda: self.forward.step(self.slots[:size], size)))
+        self.decode[size] = CapturedStep(*self._capture(lambda: self.forward.step(StepRows(self.slots[:size]), size)))
 
     def _capture_shared(self, size: int) -> None:
-        slots, whole = self.slots[:size], SharedPrefixPlan.split(self.plan, len(self.slots))
+        rows, whole = StepRows(self.slots[:size]), SharedPrefixPlan.split(self.plan, len(self.slots))
         plan = SharedPrefixPlan(whole.sequences[:size], whole.groups[: max(1, size // MIN_SEQUENCES)])
-        self.shared[size] = CapturedStep(*self._capture(lambda: self.forward.step(slots, size, shared=plan)))
+        self.shared[size] = CapturedStep(*self._capture(lambda: self.forward.step(rows, size, shared=plan)))
 
     def _capture_mixed(self, num_tokens: int, num_rows: int) -> None:
         packed = torch.from_numpy(self.state.pack(Batch(), num_rows, num_tokens)).to(self.device)
@@ -223,7 +223,9 @@ class StepGraphs:
             graphs = self.shared if self.has_shared_prefixes else self.decode
             size = min(size for size in graphs if size >= len(batch.rows))
         result = graphs[size].result
-        graphs[size].graph.replay()  # in no variable: an error's traceback would keep the graph, and NCCL waits for it
+        # Do not bind the graph to a local variable: an error's traceback would keep it alive, and NCCL's teardown waits
+        # until graphs are freed.
+        graphs[size].graph.replay()
         return result._replace(tokens=result.tokens[: len(batch.rows)])
 
     def _prepare_mixed(self, batch: Batch) -> int:

@@ -14,11 +14,12 @@ from nanovllm.messages import Batch
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.paged_cache import PagedRows
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
-from nanovllm.ops.gdn.rows import GdnRows, mixed_rows
+from nanovllm.ops.gdn.plan import prompt_plan_triton
 from nanovllm.ops.inputs.step_inputs import step_inputs
 from nanovllm.ops.inputs.step_rows import StepInputs, StepRows
 from nanovllm.ops.sampling.logprobs import process_logits, top_logprobs
 from nanovllm.ops.sampling.sampling import advance_slots, sample
+from nanovllm.ops.state.rows import StateRows
 from nanovllm.runner.batch_state import BatchState
 from nanovllm.runner.state_pool import StatePool
 from nanovllm.utils.context import set_context
@@ -34,13 +35,13 @@ class StepTensors(NamedTuple):
 
     Args:
         tokens: [R] int64, sampled for each row.
-        own: this rank's slice of the rows, which it samples; a graph's padding rows count.
-        logits: [S, V], of the rows `own`. After a graph's replay they are valid until the next replay.
+        rank_rows: this rank's slice of the rows, which it samples; a graph's padding rows count.
+        logits: [S, V], of the `rank_rows`. After a graph's replay they are valid until the next replay.
         hidden: the last hidden states of all tokens, before their norm; None unless the step keeps them.
     """
 
     tokens: torch.Tensor
-    own: slice
+    rank_rows: slice
     logits: torch.Tensor
     hidden: Residual | None
 
@@ -72,7 +73,7 @@ class Forward:
         prefill_rows = batch.prefill_rows
         if not prefill_rows:
             slots = to_device(np.array(batch.slots, dtype=np.int32))
-            return self.step(slots, batch.num_decode)
+            return self.step(StepRows(slots), batch.num_decode)
         num_rows, num_tokens = len(batch.rows), batch.num_tokens
         packed = to_device(self.state.pack(batch, num_rows, num_tokens))
         return self.step(
@@ -85,7 +86,7 @@ class Forward:
 
     def step(
         self,
-        rows: StepRows | torch.Tensor,
+        rows: StepRows,
         num_decode: int,
         max_seqlen_q: int = 0,
         max_context_len: int = 0,
@@ -95,18 +96,14 @@ class Forward:
         """Run one step from device tensors alone, so that a CUDA graph can capture it.
 
         Args:
-            rows: the rows of the step, or only the slots [B] int32 of a step of decode rows.
+            rows: the rows of the step, tensors on the device.
             num_decode: how many rows, the first ones, are attended as decode rows.
             max_seqlen_q: upper bound of the other rows' tokens.
             max_context_len: upper bound of the other rows' contexts.
             shared: the prefixes that decode rows share, if they are attended once for all.
             keep_hidden: return the hidden states of all tokens.
         """
-        state = self.state
-        if isinstance(rows, StepRows):
-            slots, cu_seqlens = rows.slots, rows.cu_seqlens[num_decode:]
-        else:
-            slots, cu_seqlens = rows, None
+        state, slots = self.state, rows.slots
         inputs = step_inputs(
             rows,
             state.last_token,
@@ -122,24 +119,24 @@ class Forward:
             num_decode=num_decode,
             rows=PagedRows(state.block_tables, slots, inputs.context_lens),
             slot_mapping=inputs.slot_mapping,
-            cu_seqlens_q=None if num_decode == len(slots) else cu_seqlens,
+            cu_seqlens_q=None if num_decode == len(slots) else rows.cu_seqlens[num_decode:],
             max_seqlen_q=max_seqlen_q,
             max_context_len=max_context_len,
             shared=shared,
             last_indices=None if keep_hidden else inputs.last_indices,
-            gdn_rows=_gdn_rows(rows, inputs, num_decode) if self.pool.slot_bytes else None,
+            state_rows=_state_rows(rows, inputs, num_decode) if self.pool.slot_bytes else None,
             counters=self.counters,
         )
         self.backend.prepare(context)
         with set_context(context):
             hidden = self.model(inputs.input_ids, inputs.positions)
             logits = self.model.compute_logits(hidden[inputs.last_indices] if keep_hidden else hidden)
-        own = self.tp.rows(len(slots))
-        tokens = self._sample(logits, own, slots, inputs.context_lens)
-        return StepTensors(tokens, own, logits, hidden if keep_hidden else None)
+        rank_rows = self.tp.rows(len(slots))
+        tokens = self._sample(logits, rank_rows, slots, inputs.context_lens)
+        return StepTensors(tokens, rank_rows, logits, hidden if keep_hidden else None)
 
     def _sample(
-        self, logits: torch.Tensor, own: slice, slots: torch.Tensor, context_lens: torch.Tensor
+        self, logits: torch.Tensor, rank_rows: slice, slots: torch.Tensor, context_lens: torch.Tensor
     ) -> torch.Tensor:
         """Sample this rank's rows, exchange the tokens with the other ranks, and advance the slots."""
         state = self.state
@@ -147,7 +144,7 @@ class Forward:
         if self.tp.size == 1:
             return sample(logits, slots, context_lens, state.sampling, progress)
         tokens = torch.zeros(len(slots), dtype=torch.int64, device=slots.device)
-        tokens[own] = sample(logits, slots[own], context_lens[own], state.sampling)
+        tokens[rank_rows] = sample(logits, slots[rank_rows], context_lens[rank_rows], state.sampling)
         self.tp.merge(tokens)
         advance_slots(tokens, slots, context_lens, *progress)
         return tokens
@@ -155,25 +152,25 @@ class Forward:
     # -- logprobs ----------------------------------------------------------------------------------------------------
 
     def logprobs(self, batch: Batch, result: StepTensors) -> list[LogprobTensors]:
-        """Return the logprobs of the tokens that the rows of each entry of `logprob_rows` sampled."""
+        """Return the logprobs of the tokens sampled in the rows of each entry of `logprob_rows`."""
         return [self._sampled_logprobs(batch, result, *entry) for entry in batch.logprob_rows.items()]
 
     def _sampled_logprobs(self, batch: Batch, result: StepTensors, k: int, sampled: list[int]) -> LogprobTensors:
-        """Return the logprobs of the tokens that the rows `sampled` did, and of the k most likely tokens."""
-        to_device = self.state.staging.to_device
+        """Return the logprobs of the tokens sampled in the rows `sampled`, and of the k most likely tokens."""
+        to_device, rank_rows = self.state.staging.to_device, result.rank_rows
         rows = np.array(sampled, dtype=np.int64)
-        own = np.flatnonzero((rows >= result.own.start) & (rows < result.own.stop))
-        tokens = result.tokens[result.own]
+        computed = np.flatnonzero((rows >= rank_rows.start) & (rows < rank_rows.stop))
+        tokens = result.tokens[rank_rows]
         parts = []
-        for start in range(0, max(1, len(own)), LOGPROB_ROWS):
-            chosen = rows[own[start : start + LOGPROB_ROWS]]
-            indices = to_device(chosen - result.own.start)
+        for start in range(0, max(1, len(computed)), LOGPROB_ROWS):
+            chosen = rows[computed[start : start + LOGPROB_ROWS]]
+            indices = to_device(chosen - rank_rows.start)
             logits = result.logits[indices]
             if batch.processed_logprobs:
                 slots = to_device(np.array(batch.slots)[chosen])
                 logits = process_logits(logits, slots, self.state.length[slots], self.state.sampling)
             parts.append(top_logprobs(logits, tokens[indices], k))
-        return self._merge(map(torch.cat, zip(*parts, strict=True)), own, len(rows))
+        return self._merge(map(torch.cat, zip(*parts, strict=True)), computed, len(rows))
 
     def prompt_logprobs(self, batch: Batch, hidden: Residual) -> list[LogprobTensors]:
         """Return the logprobs of the `target_ids` of each entry of `target_rows`, concatenated."""
@@ -183,7 +180,8 @@ class Forward:
             indices: list[int] = []
             targets: list[int] = []
             for i in scored:
-                first, target_ids = starts[i] + batch.rows[i].logit_indices.start, batch.rows[i].target_ids
+                target_ids = batch.rows[i].target_ids
+                first = starts[i] + batch.rows[i].logit_indices.start
                 indices += range(first, first + len(target_ids))
                 targets += target_ids
             results.append(self._target_logprobs(hidden, indices, targets, k))
@@ -196,16 +194,16 @@ class Forward:
         all_targets = torch.tensor(targets, dtype=torch.int64, device=device)
         parts = []
         for tokens, ids in zip(all_indices.split(LOGPROB_ROWS), all_targets.split(LOGPROB_ROWS), strict=True):
-            own = self.tp.rows(len(tokens))
-            result = top_logprobs(self.model.compute_logits(hidden[tokens]), ids[own], k)
-            parts.append(self._merge(result, own, len(tokens)))
+            rank_rows = self.tp.rows(len(tokens))
+            result = top_logprobs(self.model.compute_logits(hidden[tokens]), ids[rank_rows], k)
+            parts.append(self._merge(result, rank_rows, len(tokens)))
         return tuple(map(torch.cat, zip(*parts, strict=True)))
 
-    def _merge(self, parts: Iterable[torch.Tensor], own: slice | np.ndarray, count: int) -> LogprobTensors:
-        """Combine the ranks' tensors of `count` rows. This rank computed `parts`, the rows `own` [S]."""
+    def _merge(self, parts: Iterable[torch.Tensor], computed: slice | np.ndarray, count: int) -> LogprobTensors:
+        """Combine the ranks' tensors of `count` rows. This rank has computed `parts` for the rows `computed` [S]."""
         if self.tp.size == 1:
             return tuple(parts)
-        indices = own if isinstance(own, slice) else self.state.staging.to_device(own)
+        indices = computed if isinstance(computed, slice) else self.state.staging.to_device(computed)
         merged = []
         for part in parts:
             whole = part.new_zeros((count, *part.shape[1:]))
@@ -214,15 +212,18 @@ class Forward:
         return tuple(merged)
 
 
-def _gdn_rows(rows: StepRows | torch.Tensor, inputs: StepInputs, num_decode: int) -> GdnRows:
+def _state_rows(rows: StepRows, inputs: StepInputs, num_decode: int) -> StateRows:
     """Return the rows of a step for recurrent layers. Padding rows without tokens may have any start.
 
     Args:
         num_decode: number of rows that certainly have one token.
     """
-    if isinstance(rows, torch.Tensor):
-        return GdnRows(rows, inputs.positions)
+    if rows.are_decode_rows:
+        return StateRows(rows.slots, inputs.positions)
     starts = inputs.context_lens - rows.cu_seqlens.diff()
+    if not rows.slots.is_cuda:
+        return StateRows(rows.slots, starts, rows.cu_seqlens)
     num_tokens = len(rows.token_ids)
     max_prompts = max(1, min(len(rows.slots) - num_decode, num_tokens // 2))
-    return mixed_rows(rows.slots, starts, rows.cu_seqlens, num_tokens, max_prompts)
+    plan = prompt_plan_triton(rows.cu_seqlens, num_tokens, max_prompts)
+    return StateRows(rows.slots, starts, rows.cu_seqlens, plan)

@@ -21,7 +21,6 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.messages import NO_LOGITS, Batch, Row, StepOutput
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
-from nanovllm.ops.fp8.reference import FP8
 from nanovllm.ops.inputs.step_rows import StepRows
 from nanovllm.ops.linear.gemm import MAX_TILES
 from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launch
@@ -30,12 +29,14 @@ from nanovllm.runner.batch_state import BatchState, host_buffer
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.forward import Forward, LogprobTensors
 from nanovllm.runner.state_pool import StatePool, StateSizes
-from nanovllm.weights import int4
+from nanovllm.weights.parameter import is_scale
 
 logger = logging.getLogger(__name__)
 
-CPU_CACHE_BYTES = 1 << 30  # default size of the layers' state on a CPU
-GRAPH_BYTES = 256 << 20  # what graphs and library workspaces take on a GPU
+# Bounds the memory of the layers' state on a CPU, apart from a configured number of KV blocks.
+CPU_CACHE_BYTES = 1 << 30
+# GPU memory that the state leaves free, for the captured graphs and the workspaces of libraries.
+GRAPH_BYTES = 256 << 20
 
 
 class InFlight(NamedTuple):
@@ -52,15 +53,16 @@ class ModelRunner:
     """Executes batches: `launch` starts a step without waiting, `collect` returns the results of the oldest one.
 
     Args:
-        config: the engine's.
+        config: the engine's Config.
         source: the model to load.
         tp: this rank's tensor-parallel group.
         device: where this rank runs.
         check_ranks: raises if another rank has failed.
 
     Attributes:
-        config: the engine's, with the number of sequences whose state fits as `max_num_seqs`.
-        sizes: KV blocks, sequences and snapshots.
+        config: the engine's Config, but `max_num_seqs` is at most the number of sequences whose state fits.
+        max_rows: most rows of a step.
+        sizes: numbers of KV blocks, sequences and snapshots.
 
     Raises:
         ValueError: the KV pool would not hold one sequence of `max_model_len` tokens.
@@ -78,6 +80,8 @@ class ModelRunner:
         self.check_ranks = check_ranks
         self.dtype = config.torch_dtype(source.config.dtype)
         self.max_model_len = min(config.max_model_len, source.config.max_position)
+        # Only the step that measures the memory can have more than max_num_seqs rows: it has the whole token budget, in
+        # rows that fit max_model_len.
         self.max_rows = max(config.max_num_seqs, ceil_div(config.max_num_batched_tokens, self.max_model_len))
         self.block_size = config.kvcache_block_size
         self.max_blocks = ceil_div(self.max_model_len, self.block_size)
@@ -112,16 +116,20 @@ class ModelRunner:
                 tp=self.tp,
                 max_position=self.max_model_len,
             )
-        is_dequantized = source.config.quantization and not any(p.dtype == FP8 for p in self.model.parameters())
-        if is_dequantized and self.tp.rank == 0:
+        scheme = source.config.quantization
+        if scheme is not None and self.tp.rank == 0 and not any(map(is_scale, self.model.parameters())):
             logger.info(
-                "FP8 weights are dequantised to %s: no kernel on %s computes with them", self.dtype, self.device
+                "%s weights are dequantised to %s: no kernel on %s computes with them",
+                scheme.name.upper(),
+                self.dtype,
+                self.device,
             )
-        if self.device.type == "cpu" and self.config.dtype == "auto" and source.is_quantized and int4.is_supported():
+        if self.device.type == "cpu" and self.config.dtype == "auto" and source.is_quantized:
             self.model.compress()
         self.pool = StatePool(self.model, self.block_size, self.device, self.kv_dtype)
         max_kv_heads = max(kind.kv_heads for kind in self.pool.kv_kinds)
-        num_counters = (self.max_rows + 1) * max_kv_heads  # for attention; a graph may have one row more
+        # Attention uses a counter for each row and KV head, and a graph may have a padding row. GEMMs use one per tile.
+        num_counters = (self.max_rows + 1) * max_kv_heads
         self.counters = torch.zeros(max(num_counters, MAX_TILES), dtype=torch.int32, device=self.device)
         with self._compiling() if self.backend.name == "triton" else nullcontext():
             if self.config.load_format == "dummy":
@@ -147,13 +155,17 @@ class ModelRunner:
         """The slots for snapshots of recurrent state; None if the model has no such state."""
         if not self.pool.slot_bytes:
             return None
-        first = self.sizes.num_seqs + 1  # behind the scratch slot
+        first = self.sizes.num_seqs + 1  # after the scratch slot
         return range(first, first + self.sizes.num_snapshots)
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def launch(self, batch: Batch) -> None:
-        """Start a step: apply the batch's changes, run it, and start the copy of its results. Does not wait."""
+        """Start a step: apply the batch's changes, run it, and start the copy of its results.
+
+        This does not wait for the device, except to copy arrays that are larger than the staging buffers, or the
+        indices of prompt logprobs.
+        """
         with self._mode():
             self.state.apply(batch)
             self._copy_state(batch.state_loads)
@@ -235,16 +247,12 @@ class ModelRunner:
 
     def _size_state(self) -> StateSizes:
         """Return how many KV blocks, sequences and snapshots fit, the same on all ranks."""
-        config, pool, is_gpu = self.config, self.pool, self.device.type == "cuda"
-        num_blocks = config.num_kvcache_blocks
-        sizes = StateSizes(num_blocks or 0, config.max_num_seqs)
-        if num_blocks is None or pool.slot_bytes:
-            num_bytes = CPU_CACHE_BYTES
-            if is_gpu:
-                scratch_and_configured = 1 + (num_blocks or 0)
-                num_bytes = max(0, self._free_bytes() - scratch_and_configured * pool.block_bytes)
-            sizes = pool.divide(num_bytes, config.max_num_seqs, num_blocks, config.enable_prefix_caching)
-        if num_blocks is None and not is_gpu:
+        config, num_bytes = self.config, self._measure_state_bytes()
+        sizes = self.pool.divide(
+            num_bytes, config.max_num_seqs, config.num_kvcache_blocks, caches_prefixes=config.enable_prefix_caching
+        )
+        if self.device.type == "cpu" and config.num_kvcache_blocks is None:
+            # No more blocks than all sequences can fill, but at least those of one.
             num_fitting = max(sizes.num_blocks, self.max_blocks)
             sizes = sizes._replace(num_blocks=min(sizes.num_seqs * self.max_blocks, num_fitting))
         sizes = StateSizes(*(self.tp.all_reduce_min(size, self.device) for size in sizes))
@@ -257,7 +265,17 @@ class ModelRunner:
             )
         return sizes
 
-    def _free_bytes(self) -> int:
+    def _measure_state_bytes(self) -> int:
+        """Return the bytes for all state but the scratch block and a configured number of blocks."""
+        if self.device.type == "cpu":
+            return CPU_CACHE_BYTES
+        num_blocks = self.config.num_kvcache_blocks
+        if num_blocks is not None and not self.pool.slot_bytes:
+            return 0  # nothing depends on it
+        num_reserved = 1 + (num_blocks or 0)
+        return max(0, self._measure_free_bytes() - num_reserved * self.pool.block_bytes)
+
+    def _measure_free_bytes(self) -> int:
         """Return the bytes that `gpu_memory_utilization` leaves after weights and the largest step's activations."""
         self._synchronize()
         self._allocate(StateSizes(self.max_blocks, num_seqs=1))
@@ -276,7 +294,7 @@ class ModelRunner:
     def _largest_batch(self) -> Batch:
         """Return a step with the whole token budget in prompt tokens, in `max_rows` rows.
 
-        All rows have slot 0, the only one that surely has recurrent state. Its blocks are the scratch block.
+        All rows have slot 0, the only one that certainly has recurrent state. Its blocks are the scratch block.
         """
         parts = np.array_split(np.arange(self.config.max_num_batched_tokens), self.max_rows)
         return Batch([Row(0, 0, [0] * len(part), NO_LOGITS) for part in parts])
@@ -307,7 +325,7 @@ class ModelRunner:
         for size in sorted({min(1 << i, max_num_seqs) for i in range(max_num_seqs.bit_length() + 1)}):
             plan = torch.zeros(SharedPrefixPlan.size(size), dtype=torch.int32, device=self.device)
             for shared in (None, SharedPrefixPlan.split(plan, size)):
-                self.forward.step(slots[:size], size, shared=shared)
+                self.forward.step(StepRows(slots[:size]), size, shared=shared)
 
     def _trace_mixed_steps(self) -> None:
         """Run steps of prompt tokens with each number of tokens that has kernels of its own."""

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from nanovllm.layers.state import PagedKVSpec, SlotStateSpec, StatefulLayer
-from nanovllm.ops.gdn.copy_slots import copy_slots
+from nanovllm.ops.state.copy_slots import copy_slots
 
-# Snapshots get this part of the memory that running sequences leave, and there are at most so many for each of these.
-_SNAPSHOT_SHARE = 0.2
+# Fraction of the memory left after the running sequences' slots that goes to snapshots. The rest is for KV blocks.
+_SNAPSHOT_FRACTION = 0.2
+# Bounds the snapshots for each running sequence where the memory would hold far more of them than can be of use.
 _SNAPSHOTS_PER_SEQUENCE = 4
 
 
@@ -36,7 +37,7 @@ class StatePool:
     Args:
         block_size: tokens of a KV block.
         device: where the state lives.
-        kv_dtype: dtype of keys and values; the layers' own if None.
+        kv_dtype: dtype of keys and values; None takes the dtype of each layer's specification.
 
     Attributes:
         block_bytes: bytes of one KV block in all layers.
@@ -66,7 +67,7 @@ class StatePool:
         Running sequences' slots take at most half of it, but at least one sequence can run.
 
         Args:
-            num_blocks: the configured number of KV blocks, which the budget does not contain; None takes what is left.
+            num_blocks: the configured number of KV blocks, not part of the budget; None for as many as fit.
             caches_prefixes: whether snapshots are wanted.
         """
         num_seqs, num_snapshots, rest = max_num_seqs, 0, num_bytes
@@ -74,7 +75,7 @@ class StatePool:
             num_seqs = max(1, min(max_num_seqs, num_bytes // 2 // self.slot_bytes - 1))  # one is the scratch slot
             rest = max(0, num_bytes - (num_seqs + 1) * self.slot_bytes)
             if caches_prefixes:
-                fitting = int(rest * _SNAPSHOT_SHARE) // self.slot_bytes
+                fitting = int(rest * _SNAPSHOT_FRACTION) // self.slot_bytes
                 num_snapshots = min(fitting, _SNAPSHOTS_PER_SEQUENCE * num_seqs)
                 rest -= num_snapshots * self.slot_bytes
         return StateSizes(rest // self.block_bytes if num_blocks is None else num_blocks, num_seqs, num_snapshots)

@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import socket
+import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -28,14 +29,18 @@ from nanovllm.server.metrics import ServerMetrics
 from nanovllm.server.options import ServerOptions, listed
 from nanovllm.server.security import ApiKeys, BodyLimit, CancelOnDisconnect, LocalHosts, RequestIds, is_loopback
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import JsonAnswer
+from nanovllm.server.streaming import JsonResponse
 
 logger = logging.getLogger("nanovllm")
 
 _MAX_SHOWN_ERRORS = 3
 _KEEP_ALIVE_S = 75
-# How long answers may take to reach their clients when the engine is closed.
+# How long responses may take to reach their clients when the engine is closed.
 _CLOSE_S = 5
+# How often the server checks its engine, in ticks of 0.1 s, and how long it waits for the reply, in seconds.
+_HEALTH_TICKS, _HEALTH_S = 50, 1
+# How long a server whose engine has failed still responds, with the reason, in seconds.
+_FAILED_S = 20
 
 
 # -- the app -----------------------------------------------------------------------------------------------------------
@@ -50,10 +55,10 @@ def create_app(state: ServerState) -> FastAPI:
     for module in (chat, completions, messages, responses, models, tokenize, health, page):
         app.include_router(module.routes(state))
     for kind in (ApiError, TypeError, ValueError, RuntimeError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, _answer_error)
+        app.add_exception_handler(kind, _error_response)
     # From the innermost to the outermost.
     options = state.options
-    app.add_middleware(_AnswerFailures)
+    app.add_middleware(_UnexpectedErrors)
     app.add_middleware(BodyLimit, max_bytes=options.max_body_mib << 20)
     app.add_middleware(CancelOnDisconnect)
     if keys := listed(options.api_key):
@@ -68,12 +73,12 @@ def create_app(state: ServerState) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(RequestIds, count_answer=state.metrics.count_answer)
+    app.add_middleware(RequestIds, count_response=state.metrics.count_response)
     return app
 
 
-class _AnswerFailures:
-    """Answer requests for which there was an error that nobody expected."""
+class _UnexpectedErrors:
+    """Responds with an error to requests that raised something unexpected."""
 
     def __init__(self, app: Any):
         self.app = app
@@ -91,17 +96,19 @@ class _AnswerFailures:
         except Exception as error:
             if has_started or scope["type"] != "http":
                 raise
-            answer = await _answer_error(Request(scope), error)
-            await answer(scope, receive, send)
+            response = await _error_response(Request(scope), error)
+            await response(scope, receive, send)
 
 
-async def _answer_error(request: Request, error: Exception) -> JsonAnswer:
-    """Return the answer to a request that has failed. Only the log has a traceback."""
-    answer = _api_error(request, error)
-    if answer.status == 500:
+async def _error_response(request: Request, error: Exception) -> JsonResponse:
+    """Return the response to a request that has failed. Only the log has a traceback."""
+    api_error = _api_error(request, error)
+    if api_error.status == 500:
         logger.error(f"{request.method} {request.url.path} has failed", exc_info=error)
-    headers = {} if answer.retry_after is None else {"retry-after": str(answer.retry_after)}
-    return JsonAnswer(error_body(answer, request.url.path), answer.status, headers)
+    headers = dict(getattr(error, "headers", None) or {})  # such as Allow, next to status 405
+    if api_error.retry_after is not None:
+        headers["retry-after"] = str(api_error.retry_after)
+    return JsonResponse(error_body(api_error, request.url.path), api_error.status, headers)
 
 
 def _api_error(request: Request, error: Exception) -> ApiError:
@@ -143,7 +150,7 @@ def serve(config_options: dict[str, Any], server_options: ServerOptions) -> None
 
     Raises:
         OSError: the address cannot be listened on. Nothing was loaded.
-        TypeError, ValueError, RuntimeError: the engine cannot be made; see `EngineClient`.
+        TypeError, ValueError, RuntimeError: the engine cannot be made, see `EngineClient`, or has failed later.
     """
     with _listen(server_options.host, server_options.port) as listener:
         llm = EngineClient(**config_options)
@@ -152,8 +159,11 @@ def serve(config_options: dict[str, Any], server_options: ServerOptions) -> None
             gc.collect()
             gc.freeze()  # see engine_host.py
             server.run([listener])
+            if server.failure is not None:
+                raise RuntimeError(f"the engine has failed: {server.failure}")
         finally:
             llm.close()
+            gc.unfreeze()  # else libraries take what is frozen for leaks
 
 
 def make_state(llm: AsyncLLM | EngineClient, model: str | Path | None, options: ServerOptions) -> ServerState:
@@ -177,7 +187,8 @@ def _model_name(model: str | Path | None) -> str:
     """Return a model's name: a hub id, or the name of a folder or a file."""
     if model is None:
         return Path(DEFAULT_FILE).stem.partition(".")[0]
-    return Path(model).resolve().name if Path(model).exists() else str(model)
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else str(model)
 
 
 def _chat_template(llm: AsyncLLM | EngineClient) -> str | None:
@@ -203,10 +214,16 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Lets running requests finish after the first SIGTERM or Ctrl-C, and stops at once after the second one.
+    """Lets running requests finish after the first SIGTERM or Ctrl-C.
 
-    Meanwhile new requests and /health get status 503. After `drain_seconds` the engine is closed, which ends requests
-    with an error.
+    Meanwhile new requests and /health get status 503. After `drain_seconds`, or after a second signal, the engine is
+    closed, which ends requests with an error. A third signal ends the process without that.
+
+    If the engine fails, requests and /health get 503 and the reason for a while. Then the server stops, so that a
+    service manager starts another one.
+
+    Attributes:
+        failure: why the engine has failed; None if it has not.
     """
 
     def __init__(self, state: ServerState):
@@ -224,28 +241,49 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.state = state
         self.deadline = 0.0
+        self.failure: str | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         for listener in sockets or ():  # connections of an earlier server may still be closing
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         await super().startup(sockets)
         host, port = (sockets or self.servers[0].sockets)[0].getsockname()[:2]
-        print(_greeting(self.state, host, port), flush=True)
+        try:
+            print(_greeting(self.state, host, port), flush=True)
+        except OSError as error:  # a full disk, or a reader that has gone
+            logger.warning(f"The greeting cannot be printed: {error}")
+            sys.stdout = None  # Python would fail to flush it at the end
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.state.admission.draining:
+        if not self.state.admission.draining:
+            self.deadline = time.monotonic() + self.state.options.drain_seconds
+            self.state.admission.draining = True
+        elif self.deadline > time.monotonic():
+            self.deadline = 0.0
+        else:
             self.should_exit = self.force_exit = True
-            return
-        self.deadline = time.monotonic() + self.state.options.drain_seconds
-        self.state.admission.draining = True
 
     async def on_tick(self, counter: int) -> bool:
         must_exit = await super().on_tick(counter)
         admission = self.state.admission
+        if self.failure is None and not admission.draining and counter % _HEALTH_TICKS == 0:
+            await self._check_engine()
+        if self.failure is not None and time.monotonic() > self.deadline:
+            return True
         if admission.draining and (not admission.num_samples or time.monotonic() > self.deadline):
             await asyncio.to_thread(self.state.llm.close)
             return True
         return must_exit
+
+    async def _check_engine(self) -> None:
+        try:
+            await asyncio.wait_for(self.state.llm.check_health(), _HEALTH_S)
+        except asyncio.TimeoutError:  # a long step; Python 3.10 has two kinds
+            pass
+        except RuntimeError as error:
+            self.failure = str(error)
+            self.deadline = time.monotonic() + _FAILED_S
+            logger.error(f"The server stops in {_FAILED_S} s, because its engine has failed: {error!s:.500}")
 
 
 def _greeting(state: ServerState, host: str, port: int) -> str:

@@ -1,4 +1,4 @@
-"""Groups the events of an answer into blocks, which messages and responses have in place of one long text."""
+"""Groups the events of a response into blocks, which messages and responses have in place of one long text."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ class Block:
 
     Args:
         kind: Thinking, Text, or CallStart for a tool call.
-        index: the block's number in the answer, from 0.
+        index: the block's number in the response, from 0.
         name: the function that a tool call calls.
         pieces: the text so far; of a tool call, the JSON of its arguments.
         id: random hexadecimal digits.
@@ -58,7 +58,7 @@ Change: TypeAlias = Started | Grown | Finished
 
 
 class Blocks:
-    """The blocks of one answer, in their order. `all` may be read at any time."""
+    """The blocks of one response, in their order. `all` may be read at any time."""
 
     def __init__(self):
         self.all: list[Block] = []

@@ -44,16 +44,16 @@ class CallGrammar:
             self._add(f"call_{i}: {self._call(i, name, schema)}")
         self._add(f"call: {' | '.join(f'call_{i}' for i in range(len(schemas)))}")
 
-    def text(self, is_required: bool, thinking: str, answer: str | None = None) -> str:
+    def text(self, is_required: bool, thinking: str, response: str | None = None) -> str:
         """Return the grammar.
 
         Args:
             is_required: the output is calls alone. Otherwise it is free text, and whatever starts as a call is valid.
             thinking: "open" if the output starts inside thinking, "optional" if it may start with it, else "none".
-            answer: a rule. The output is either calls alone, or an answer that follows this rule.
+            response: a rule. The output is either calls alone, or a response that follows this rule.
         """
-        if answer is not None:
-            body = f"({self._required()} | {answer})"
+        if response is not None:
+            body = f"({self._required()} | {response})"
         else:
             body = self._required() if is_required else self._optional()
         self._add(behind_thinking(body, thinking))
@@ -87,9 +87,9 @@ class CallGrammar:
 class Llama3Grammar(CallGrammar):
     """Calls in the format of Llama 3. The model is asked to make one call, and nothing else with it."""
 
-    def text(self, is_required: bool, thinking: str, answer: str | None = None) -> str:
-        if answer is not None:
-            raise ValueError("this model's calls are JSON, so its answers cannot be JSON while there are tools")
+    def text(self, is_required: bool, thinking: str, response: str | None = None) -> str:
+        if response is not None:
+            raise ValueError("this model's calls are JSON, so its responses cannot be JSON while there are tools")
         return super().text(is_required, thinking)
 
     def _call(self, i: int, name: str, schema: Any) -> str:
@@ -198,19 +198,19 @@ GRAMMARS: dict[str, type[CallGrammar]] = {
 }
 
 
-def json_rule(answer: StructuredOutputsParams) -> str | None:
-    """Return the rule of an answer that is JSON with the usual white space; None if it has another form."""
-    if answer.json_object:
+def json_rule(response: StructuredOutputsParams) -> str | None:
+    """Return the rule of a response that is JSON with the usual white space; None if it has another form."""
+    if response.json_object:
         schema: Any = {"type": "object"}
-    elif isinstance(answer.json, str):
+    elif isinstance(response.json, str):
         try:
-            schema = json.loads(answer.json)
+            schema = json.loads(response.json)
         except (ValueError, RecursionError):
             return None
     else:
         return None
-    has_options = answer.disable_any_whitespace is not None or answer.whitespace_pattern is not None
-    return None if has_options or answer.disable_additional_properties else _json(schema, is_object=False)
+    has_options = response.disable_any_whitespace is not None or response.whitespace_pattern is not None
+    return None if has_options or response.disable_additional_properties else _json(schema, is_object=False)
 
 
 def behind_thinking(body: str, thinking: str) -> str:

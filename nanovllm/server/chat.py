@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from nanovllm import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from nanovllm.checks import shown
 from nanovllm.engine.detokenizer import TokenBytes
-from nanovllm.server.chat_answer import ChunkWriter, Form, WholeAnswer
+from nanovllm.server.body import MAX_TOOLS
+from nanovllm.server.chat_writer import ChunkWriter, Form, WholeResponse
 from nanovllm.server.errors import ApiError
-from nanovllm.server.generation import Conversation, Piece, answer
+from nanovllm.server.generation import Conversation, Piece, generate
 from nanovllm.server.models import check_model
 from nanovllm.server.sampling import NEUTRAL, SamplingFields
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import JsonAnswer, sse
+from nanovllm.server.streaming import JsonResponse, sse
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 # Clients send these fields back with an assistant's message, but no template prints them.
@@ -66,7 +67,7 @@ class NamedTool(_Part):
 
 
 class JsonSchema(_Part):
-    """The JSON schema that an answer follows, strict or not."""
+    """The JSON schema that a response follows, strict or not."""
 
     name: str | None = None
     description: str | None = None
@@ -75,7 +76,7 @@ class JsonSchema(_Part):
 
 
 class TextForm(_Part):
-    """An answer of any form."""
+    """A response of any form."""
 
     type: Literal["text"]
 
@@ -84,23 +85,23 @@ class TextForm(_Part):
 
 
 class JsonObjectForm(_Part):
-    """An answer that is a JSON object."""
+    """A response that is a JSON object."""
 
     type: Literal["json_object"]
 
     def to_params(self) -> StructuredOutputsParams:
-        """Return the constraint of the answer."""
+        """Return the constraint of the response."""
         return StructuredOutputsParams(json_object=True)
 
 
 class JsonSchemaForm(_Part):
-    """An answer that follows a JSON schema."""
+    """A response that follows a JSON schema."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
     def to_params(self) -> StructuredOutputsParams:
-        """Return the constraint of the answer."""
+        """Return the constraint of the response."""
         return StructuredOutputsParams(json=self.json_schema.schema_)
 
 
@@ -130,7 +131,7 @@ class ChatRequest(SamplingFields):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0)
-    tools: list[Tool] | None = None
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: Annotated[TextForm | JsonObjectForm | JsonSchemaForm, Field(discriminator="type")] | None = None
@@ -146,22 +147,23 @@ class ChatRequest(SamplingFields):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def conversation(self, state: ServerState, http: Request) -> Conversation:
-        """Return the conversation to answer.
+        """Return the conversation to continue.
 
         Raises:
             ApiError: a field is wrong.
         """
         return Conversation(
+            http=http,
             messages=[_message(message, i) for i, message in enumerate(self.messages)],
-            params=self._sampling(state, http),
+            params=self._sampling(state),
             tools=[tool.to_dict() for tool in self.tools or ()],
             tool_choice=self._tool_choice(),
             parallel_tool_calls=self.parallel_tool_calls is not False,
             template=self._template(state),
         )
 
-    def _sampling(self, state: ServerState, http: Request) -> SamplingParams:
-        if self.top_logprobs is not None and not self.logprobs:
+    def _sampling(self, state: ServerState) -> SamplingParams:
+        if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         overrides: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": self.num_top}
@@ -173,7 +175,7 @@ class ChatRequest(SamplingFields):
             overrides["structured_outputs"] = constraint
         if not self.stream:
             overrides["output_kind"] = RequestOutputKind.FINAL_ONLY
-        return self.to_params(state, http, **overrides)
+        return self.to_params(state, **overrides)
 
     def _tool_choice(self) -> str:
         choice = self.tool_choice or "auto"
@@ -220,7 +222,15 @@ def _message(message: dict[str, Any], i: int) -> dict[str, Any]:
             raise ApiError(400, f"messages[{i}].{name} is not supported", "messages")
     if "reasoning" in kept:  # templates read the other name
         kept.setdefault("reasoning_content", kept.pop("reasoning"))
+    if isinstance(kept.get("content"), list):
+        kept["content"] = [_as_text(part) for part in kept["content"]]
     return {"content": "", **kept}
+
+
+def _as_text(part: Any) -> Any:
+    """Return a part of a message as text if it is a refusal."""
+    is_refusal = isinstance(part, dict) and part.get("type") == "refusal"
+    return {"type": "text", "text": part.get("refusal")} if is_refusal else part
 
 
 def routes(state: ServerState) -> APIRouter:
@@ -241,7 +251,7 @@ def routes(state: ServerState) -> APIRouter:
             bytes_of=lambda token_id: token_bytes()[token_id],
             has_usage=request.include_usage,
         )
-        pieces = answer(state, request.conversation(state, http))
+        pieces = generate(state, request.conversation(state, http))
         if request.stream:
             return await sse(_chunks(pieces, form))
         return await _whole(pieces, form)
@@ -260,9 +270,9 @@ async def _chunks(pieces: AsyncGenerator[Piece, None], form: Form) -> AsyncGener
 
 
 async def _whole(pieces: AsyncGenerator[Piece, None], form: Form) -> Response:
-    whole = WholeAnswer(form)
+    whole = WholeResponse(form)
     async with aclosing(pieces):
         async for piece in pieces:
             whole.add(piece)
     # Many log-probabilities take long to write.
-    return await asyncio.to_thread(lambda: JsonAnswer(whole.body()))
+    return await asyncio.to_thread(lambda: JsonResponse(whole.body()))

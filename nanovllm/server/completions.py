@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from pydantic import Field
 
 from nanovllm import CompletionOutput, Logprob, RequestOutput, RequestOutputKind, SamplingParams
 from nanovllm.checks import shown
@@ -17,7 +18,7 @@ from nanovllm.server.errors import ApiError, aborted
 from nanovllm.server.models import check_model
 from nanovllm.server.sampling import NEUTRAL, SamplingFields
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import JsonAnswer, json_logprob, sse
+from nanovllm.server.streaming import JsonResponse, json_logprob, sse
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -36,12 +37,12 @@ class CompletionRequest(SamplingFields):
 
     prompt: Any
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: int | None = Field(None, ge=0)
     best_of: int | None = None
 
 
-class _Answer:
-    """Makes the choices of an answer from the engine's outputs.
+class _Writer:
+    """Makes the choices of a response from the engine's outputs.
 
     Args:
         echoes: for each prompt, the text that its choices start with; "" without `echo`.
@@ -61,11 +62,14 @@ class _Answer:
         self.num_cached: dict[int, int] = {}
         self._offsets: dict[int, int] = {}
 
-    def choices(self, prompt_index: int, output: RequestOutput) -> list[dict]:
+    async def choices(self, prompt_index: int, output: RequestOutput) -> list[dict]:
         """Return what an output has, or what is new in it, as choices."""
         self.num_prompt[prompt_index] = len(output.prompt_token_ids)
         self.num_cached[prompt_index] = output.num_cached_tokens
-        return [self._choice(prompt_index, output, sample) for sample in output.outputs]
+        if self.request.logprobs is None:
+            return [self._choice(prompt_index, output, sample) for sample in output.outputs]
+        # The log-probabilities of a whole prompt take long.
+        return [await asyncio.to_thread(self._choice, prompt_index, output, sample) for sample in output.outputs]
 
     def _choice(self, prompt_index: int, output: RequestOutput, sample: CompletionOutput) -> dict:
         if sample.finish_reason == "abort":
@@ -147,7 +151,7 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     raise ApiError(400, message, param="prompt")
 
 
-def _params(state: ServerState, request: CompletionRequest, http: Request) -> SamplingParams:
+def _params(state: ServerState, request: CompletionRequest) -> SamplingParams:
     """Return the sampling parameters of a request."""
     if request.best_of not in (None, request.n or 1):
         message = f"best_of must be equal to n={request.n or 1} or absent, got {request.best_of}"
@@ -157,7 +161,6 @@ def _params(state: ServerState, request: CompletionRequest, http: Request) -> Sa
         max_tokens = 1
     return request.to_params(
         state,
-        http,
         max_tokens=max_tokens,
         logprobs=request.logprobs,
         prompt_logprobs=request.logprobs if request.echo else None,
@@ -166,11 +169,11 @@ def _params(state: ServerState, request: CompletionRequest, http: Request) -> Sa
 
 
 async def _outputs(
-    state: ServerState, prompts: Sequence[str | list[int]], params: SamplingParams
+    state: ServerState, http: Request, prompts: Sequence[str | list[int]], params: SamplingParams
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Yield the outputs of all prompts as they come, each with its prompt's index."""
     with state.admission.enter(params.n * len(prompts)):
-        streams = [state.generate(prompt, params) for prompt in prompts]
+        streams = [state.generate(http, prompt, params) for prompt in prompts]
         async with aclosing(_merged(streams)) as outputs:
             async for index, output in outputs:
                 yield index, output
@@ -215,19 +218,19 @@ async def _merged(
 
 
 async def _events(
-    answer: _Answer, outputs: AsyncGenerator[tuple[int, RequestOutput], None], header: dict
+    writer: _Writer, outputs: AsyncGenerator[tuple[int, RequestOutput], None], header: dict
 ) -> AsyncGenerator[list[dict], None]:
-    """Yield the events of a streamed answer."""
-    usage = {"usage": None} if answer.request.include_usage else {}
+    """Yield the events of a streamed response."""
+    usage = {"usage": None} if writer.request.include_usage else {}
     async with aclosing(outputs):
         async for index, output in outputs:
-            choices = answer.choices(index, output)
+            choices = await writer.choices(index, output)
             # Half a character has no text yet.
             events = [choice for choice in choices if choice["text"] or choice["logprobs"] or choice["finish_reason"]]
             if events:
                 yield [{**header, "choices": [choice], **usage} for choice in events]
-    if answer.request.include_usage:
-        yield [{**header, "choices": [], "usage": answer.usage()}]
+    if writer.request.include_usage:
+        yield [{**header, "choices": [], "usage": writer.usage()}]
 
 
 def routes(state: ServerState) -> APIRouter:
@@ -238,13 +241,13 @@ def routes(state: ServerState) -> APIRouter:
     async def complete(request: CompletionRequest, http: Request) -> Response:
         check_model(state, request.model)
         prompts = _prompts(request.prompt)
-        params = _params(state, request, http)
+        params = _params(state, request)
         state.admission.check(params.n * len(prompts))
         echoes = ["" for _ in prompts]
         if request.echo:
             echoes = [each if isinstance(each, str) else await state.llm.decode(each) for each in prompts]
-        answer = _Answer(request, params.n, echoes)
-        outputs = _outputs(state, prompts, params)
+        writer = _Writer(request, params.n, echoes)
+        outputs = _outputs(state, http, prompts, params)
         header = {
             "id": f"cmpl-{http.state.request_id}",
             "object": "text_completion",
@@ -252,12 +255,16 @@ def routes(state: ServerState) -> APIRouter:
             "model": state.model_names[0],
         }
         if request.stream:
-            return await sse(_events(answer, outputs, header))
+            if len(prompts) > 1:  # a fault that shows after the first event could not change the response's status
+                for prompt in prompts:
+                    await state.llm.check_request(prompt, params)
+            return await sse(_events(writer, outputs, header))
         choices = []
         async with aclosing(outputs):
             async for index, output in outputs:
-                choices += answer.choices(index, output)
+                choices += await writer.choices(index, output)
         choices.sort(key=lambda choice: choice["index"])
-        return JsonAnswer({**header, "choices": choices, "usage": answer.usage()})
+        body = {**header, "choices": choices, "usage": writer.usage()}
+        return await asyncio.to_thread(lambda: JsonResponse(body))  # many log-probabilities take long to write
 
     return router

@@ -161,7 +161,7 @@ class EngineClient:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """Answer one prompt; see `AsyncLLM.generate`. All that is wrong with a request raises at the first output."""
+        """See `AsyncLLM.generate`. Everything that is wrong with a request raises at the first output."""
         kind = getattr(sampling_params, "output_kind", None)  # wrong parameters are refused by the engine
         is_delta = kind in (None, RequestOutputKind.DELTA)
         stream = OutputStream(merge_packed_deltas if is_delta else keep_newest_packed)
@@ -193,6 +193,10 @@ class EngineClient:
             return await future
         finally:
             self._waiting.pop(key, None)
+
+    async def check_request(self, prompt: Prompt, sampling_params: SamplingParams) -> None:
+        """See `AsyncLLM.check_request`."""
+        await self._call("check_request", prompt=prompt, sampling_params=sampling_params)
 
     async def chat_prompt(self, messages: Sequence[dict], **template: Any) -> list[int]:
         """See `AsyncLLM.chat_prompt`."""

@@ -33,6 +33,7 @@ def main(descriptor: int) -> None:
         asyncio.run(_Host(llm, connection).run())
     finally:
         llm.close()
+        gc.unfreeze()  # else libraries take what is frozen for leaks
 
 
 def _default_params(llm: AsyncLLM) -> SamplingParams | PackedError:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass
 class ApiError(Exception):
-    """An answer with a status other than 200. The app turns it into JSON in the form of the client's API.
+    """A response with a status other than 200. The app turns it into JSON in the form of the client's API.
 
     Args:
         status: HTTP status.
@@ -26,7 +26,7 @@ class ApiError(Exception):
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """Return the answer to an exception. An internal error has a plain message, without its text."""
+    """Return the response to an exception. An internal error has a plain message, without its text."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RecursionError):

@@ -74,7 +74,7 @@ class TextFormat:
         tool_choice: str,
         parallel: bool,
         prompt_text: str = "",
-        answer: StructuredOutputsParams | None = None,
+        response: StructuredOutputsParams | None = None,
     ) -> StructuredOutputsParams | None:
         """Return a grammar of outputs whose calls are all valid, or None if none is needed.
 
@@ -83,26 +83,26 @@ class TextFormat:
             tool_choice: "none", "auto", "required", or the name of the function that must be called.
             parallel: whether there may be several calls.
             prompt_text: as in `parser`. An output that starts inside a thinking tag ends it before the calls.
-            answer: the form of an answer without calls, behind the model's thinking. Thinking goes only before JSON:
+            response: the form of a response without calls, after the model's thinking. Thinking goes only before JSON:
                 with other forms, the prompt must not open it.
 
         Raises:
             ValueError: no function has the name `tool_choice`, the format cannot write a tool's name or schema, or the
-                model may either call tools or answer in a form that is not JSON.
+                model may either call tools or respond in a form that is not JSON.
         """
-        rule = None if answer is None else json_rule(answer)
+        rule = None if response is None else json_rule(response)
         if not tools or tool_choice == "none":
             thinking = self._thinking(prompt_text)
             if rule is None or thinking == "none":
-                return answer
+                return response
             return StructuredOutputsParams(grammar=behind_thinking(rule, thinking))
         schemas = _schemas(tools)
         is_required = tool_choice != "auto"
         if not is_required:
-            if answer is not None and rule is None:
-                raise ValueError("tools that may be called allow answers in the form of JSON, but in no other form")
+            if response is not None and rule is None:
+                raise ValueError("tools that may be called allow responses in the form of JSON, but in no other form")
             strict = {tool["function"]["name"] for tool in tools if tool["function"].get("strict")}
-            if self.tool_format == "none" or (parallel and not strict and answer is None):
+            if self.tool_format == "none" or (parallel and not strict and response is None):
                 return None
             schemas = {name: schema if name in strict else {"type": "object"} for name, schema in schemas.items()}
         elif tool_choice != "required":
@@ -139,5 +139,5 @@ def _tool_format(template: str) -> str:
         return "mistral"
     if "<tool_call>" in template and "<arg_key>" not in template:
         return "qwen3_coder" if "<function=" in template else "hermes"
-    # Llama's template tells the model to answer {"name": ..., "parameters": ...}.
+    # Llama's template tells the model to respond with {"name": ..., "parameters": ...}.
     return "llama3" if '"parameters": dictionary of argument name' in template.replace("\\", "") else "none"

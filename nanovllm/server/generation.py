@@ -1,9 +1,11 @@
-"""Answers a conversation: what chat completions, messages and responses share."""
+"""Generates the next turn of a conversation: what chat completions, messages and responses share."""
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from fastapi import Request
 
 from nanovllm import CompletionOutput, SamplingParams
 from nanovllm.outputs import LogprobRows
@@ -23,9 +25,10 @@ _NO_THINKING = "\n</think>\n\n"
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation to answer.
+    """A conversation whose next turn the model writes.
 
     Args:
+        http: the client's request.
         messages: in the form that `AsyncLLM.chat_prompt` takes.
         params: how to sample. With FINAL_ONLY as `output_kind` there is one piece, at the end.
         tools: the functions that the model may call, in OpenAI's form.
@@ -34,6 +37,7 @@ class Conversation:
         template: further arguments of `AsyncLLM.chat_prompt`, such as `chat_template_kwargs`.
     """
 
+    http: Request
     messages: Sequence[dict[str, Any]]
     params: SamplingParams
     tools: Sequence[dict[str, Any]] = ()
@@ -65,17 +69,17 @@ class SamplePiece:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The new part of an answer: `samples` has the samples with something new."""
+    """The new part of a response: `samples` has the samples with something new."""
 
     num_prompt_tokens: int
     num_cached_tokens: int
     samples: list[SamplePiece]
 
 
-async def answer(
+async def generate(
     state: ServerState, conversation: Conversation, request_id: str | None = None
 ) -> AsyncGenerator[Piece, None]:
-    """Yield the answer to a conversation in pieces. Closing the generator ends the request.
+    """Yield the next turn of a conversation in pieces. Closing the generator ends the request.
 
     Raises:
         ApiError, TypeError, ValueError: the request cannot be served. Everything that is wrong with a request shows
@@ -90,7 +94,8 @@ async def answer(
         params = _constrained(state, conversation, tools, prompt_text)
         is_constrained = params.structured_outputs is not None
         samples = [_Sample(state.format.parser(prompt_text, tools, is_constrained)) for _ in range(params.n)]
-        async with aclosing(state.generate({"prompt_token_ids": prompt_ids}, params, request_id)) as outputs:
+        prompt = {"prompt_token_ids": prompt_ids}
+        async with aclosing(state.generate(conversation.http, prompt, params, request_id)) as outputs:
             async for output in outputs:
                 pieces = [samples[new.index].piece(new) for new in output.outputs]
                 yield Piece(len(prompt_ids), output.num_cached_tokens, pieces)
@@ -123,9 +128,9 @@ async def _prompt(
     prompt_ids = await state.llm.chat_prompt(conversation.messages, **template)
     num_tail = _CONTINUED_TAIL_TOKENS if template.get("continue_final_message") else _TAIL_TOKENS
     text = await state.llm.decode(prompt_ids[-num_tail:])
-    answer = conversation.params.structured_outputs
-    if answer is not None and json_rule(answer) is None and state.format.opens_thinking(text):
-        # No thinking goes before an answer in this form.
+    form = conversation.params.structured_outputs
+    if form is not None and json_rule(form) is None and state.format.opens_thinking(text):
+        # No thinking goes before a response in this form.
         prompt_ids = prompt_ids + await state.llm.encode(_NO_THINKING, add_special_tokens=False)
         text += _NO_THINKING
     return prompt_ids, text
@@ -139,7 +144,7 @@ def _shown(tool: dict[str, Any]) -> dict[str, Any]:
 def _constrained(
     state: ServerState, conversation: Conversation, tools: Sequence[dict[str, Any]], prompt_text: str
 ) -> SamplingParams:
-    """Return the conversation's parameters with the constraint that its tools and the form of its answer need."""
+    """Return the conversation's parameters with the constraint that its tools and the form of its response need."""
     params = conversation.params
     constraint = state.format.constraint(
         tools, conversation.tool_choice, conversation.parallel_tool_calls, prompt_text, params.structured_outputs

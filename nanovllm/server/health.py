@@ -6,7 +6,7 @@ import nanovllm
 from nanovllm.server.errors import ApiError
 from nanovllm.server.metrics import CONTENT_TYPE
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import JsonAnswer
+from nanovllm.server.streaming import JsonResponse
 
 
 def routes(state: ServerState) -> APIRouter:
@@ -15,7 +15,7 @@ def routes(state: ServerState) -> APIRouter:
 
     @router.api_route("/health", methods=["GET", "HEAD"])  # load balancers and `wget --spider` send HEAD
     async def health() -> Response:
-        """Answer 200 if requests can be answered now, else 503."""
+        """Respond with 200 if requests can be served now, else 503."""
         if state.admission.draining:
             raise ApiError(503, "the server is about to stop", code="draining")
         await state.llm.check_health()
@@ -24,8 +24,8 @@ def routes(state: ServerState) -> APIRouter:
         return Response()
 
     @router.get("/version")
-    async def version() -> JsonAnswer:
-        return JsonAnswer({"version": nanovllm.__version__})
+    async def version() -> JsonResponse:
+        return JsonResponse({"version": nanovllm.__version__})
 
     @router.get("/metrics")
     async def metrics() -> Response:

@@ -7,19 +7,20 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from nanovllm import RequestOutputKind, StructuredOutputsParams
-from nanovllm.server.body import Body
+from nanovllm.server.body import MAX_TOOLS, Body
 from nanovllm.server.errors import ApiError, anthropic_error
-from nanovllm.server.generation import Conversation, answer, count_prompt_tokens
-from nanovllm.server.messages_answer import MessageWriter
+from nanovllm.server.generation import Conversation, count_prompt_tokens, generate
+from nanovllm.server.messages_writer import MessageWriter
 from nanovllm.server.models import check_model
 from nanovllm.server.sampling import SamplingFields
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import JsonAnswer
+from nanovllm.server.streaming import JsonResponse
 from nanovllm.server.translation import (
     add_user_text,
     checked_choice,
     checked_name,
     function_tool,
+    join_texts,
     reply,
     thinking_option,
 )
@@ -28,27 +29,36 @@ from nanovllm.server.translation import (
 _BILLING_HEADER = "x-anthropic-billing-header:"
 
 
-class TextBlock(BaseModel):
+class _Part(BaseModel):
+    """A part of a request. Null is a missing field."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class TextBlock(_Part):
     """A text."""
 
     type: Literal["text"]
     text: str
 
 
-class ThinkingBlock(BaseModel):
+class ThinkingBlock(_Part):
     """A text of the model's thinking."""
 
     type: Literal["thinking"]
     thinking: str
 
 
-class RedactedThinkingBlock(BaseModel):
+class RedactedThinkingBlock(_Part):
     """Thinking of another model, which nobody can read."""
 
     type: Literal["redacted_thinking"]
 
 
-class ToolUseBlock(BaseModel):
+class ToolUseBlock(_Part):
     """A tool call of the model."""
 
     type: Literal["tool_use"]
@@ -64,7 +74,7 @@ def _as_blocks(content: Any) -> Any:
 Texts = Annotated[list[TextBlock], BeforeValidator(_as_blocks)]
 
 
-class ToolResultBlock(BaseModel):
+class ToolResultBlock(_Part):
     """The result of a tool call."""
 
     type: Literal["tool_result"]
@@ -78,14 +88,14 @@ AnyBlock = Annotated[
 ]
 
 
-class Message(BaseModel):
+class Message(_Part):
     """A turn of the conversation."""
 
     role: Literal["user", "assistant", "system"]
     content: Annotated[list[AnyBlock], BeforeValidator(_as_blocks)]
 
 
-class Tool(BaseModel):
+class Tool(_Part):
     """A function that the model may call. Tools that Anthropic's servers run have no schema, and are skipped."""
 
     name: str
@@ -94,7 +104,7 @@ class Tool(BaseModel):
     strict: bool | None = None
 
 
-class ToolChoice(BaseModel):
+class ToolChoice(_Part):
     """The tools that the model may or must call."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -102,33 +112,33 @@ class ToolChoice(BaseModel):
     disable_parallel_tool_use: bool = False
 
 
-class ThinkingSwitch(BaseModel):
-    """Whether the model thinks before it answers."""
+class ThinkingSwitch(_Part):
+    """Whether the model thinks before it responds."""
 
     type: str
 
 
-class OutputFormat(BaseModel):
-    """A JSON schema that the answer follows."""
+class OutputFormat(_Part):
+    """A JSON schema that the response follows."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(BaseModel):
-    """The form of the answer."""
+class OutputConfig(_Part):
+    """The form of the response."""
 
     format: OutputFormat | None = None
 
 
-class MessagesRequest(Body):
+class MessagesRequest(_Part, Body):
     """A request of POST /v1/messages. Unknown fields are ignored here: clients add new ones often."""
 
     model: str
     max_tokens: int
     messages: list[Message]
     system: Texts = Field(default_factory=list)
-    tools: list[Tool] = Field(default_factory=list)
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: ToolChoice = ToolChoice(type="auto")
     thinking: ThinkingSwitch = ThinkingSwitch(type="disabled")
     output_config: OutputConfig = OutputConfig()
@@ -138,15 +148,9 @@ class MessagesRequest(Body):
     stop_sequences: list[str] = Field(default_factory=list)
     stream: bool = False
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        """Treat null as a missing field."""
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
-
 
 class CountTokensRequest(MessagesRequest):
-    """A request of POST /v1/messages/count_tokens, which is not answered."""
+    """A request of POST /v1/messages/count_tokens, which generates nothing."""
 
     max_tokens: int = 1
 
@@ -165,19 +169,19 @@ def chat_messages(request: MessagesRequest) -> list[dict[str, Any]]:
             _add_assistant(messages, message.content)
         else:
             _add_user(messages, message.content, is_reminder=message.role == "system")
-    return messages
+    return join_texts(messages)
 
 
 def _add_assistant(messages: list[dict[str, Any]], blocks: list[Any]) -> None:
     """Add a turn of the model. Successive turns are one."""
     if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": ""})
+        messages.append({"role": "assistant", "content": []})
     message = messages[-1]
     for block in blocks:
         if isinstance(block, TextBlock):
-            message["content"] += block.text
+            message["content"].append(block.text)
         elif isinstance(block, ThinkingBlock):
-            message["reasoning_content"] = message.get("reasoning_content", "") + block.thinking
+            message.setdefault("reasoning_content", []).append(block.thinking)
         elif isinstance(block, ToolUseBlock):
             function = {"name": block.name, "arguments": block.input}
             call = {"id": block.id, "type": "function", "function": function}
@@ -217,7 +221,7 @@ def _tool_choice(choice: ToolChoice, tools: list[dict[str, Any]]) -> str:
 
 
 def template_options(state: ServerState, request: MessagesRequest, messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the arguments of the chat template. An answer continues the message that ends a conversation."""
+    """Return the arguments of the chat template. A response continues the message that ends a conversation."""
     options = {} if request.thinking.type == "adaptive" else thinking_option(state, request.thinking.type != "disabled")
     last = messages[-1] if messages else {}
     if last.get("role") == "assistant" and last["content"] and "tool_calls" not in last:
@@ -234,12 +238,12 @@ def conversation(state: ServerState, request: MessagesRequest, http: Request) ->
     )
     params = fields.to_params(
         state,
-        http,
         max_tokens=request.max_tokens,
         structured_outputs=form and StructuredOutputsParams(json=form.schema_),
         output_kind=None if request.stream else RequestOutputKind.FINAL_ONLY,
     )
     return Conversation(
+        http=http,
         messages=messages,
         params=params,
         tools=tools,
@@ -260,12 +264,12 @@ def routes(state: ServerState) -> APIRouter:
     async def create_message(request: MessagesRequest, http: Request) -> Response:
         check_model(state, request.model)
         writer = MessageWriter(f"msg_{uuid4().hex}", state.model_names[0], request.max_tokens)
-        pieces = answer(state, conversation(state, request, http), writer.message_id)
+        pieces = generate(state, conversation(state, request, http), writer.message_id)
         return await reply(pieces, writer, is_stream=request.stream, error_event=anthropic_error)
 
     @router.post("/v1/messages/count_tokens")
     async def count_tokens(request: CountTokensRequest, http: Request) -> Response:
         check_model(state, request.model)
-        return JsonAnswer({"input_tokens": await count_prompt_tokens(state, conversation(state, request, http))})
+        return JsonResponse({"input_tokens": await count_prompt_tokens(state, conversation(state, request, http))})
 
     return router

@@ -56,8 +56,8 @@ class ServerMetrics:
             labels,
             registry=self.registry,
         )
-        self._answers = prometheus_client.Counter(
-            "nanovllm:http_requests", "Answers by path and status.", ["path", "status"], registry=self.registry
+        self._responses = prometheus_client.Counter(
+            "nanovllm:http_requests", "Responses by path and status.", ["path", "status"], registry=self.registry
         )
         self._first_token = self._histogram("vllm:time_to_first_token_seconds", "Seconds to the first token.")
         self._time_per_token = self._histogram(
@@ -113,9 +113,9 @@ class ServerMetrics:
         self._prompt.observe(len(output.prompt_token_ids))
         self._generated.observe(times.num_generation_tokens)
 
-    def count_answer(self, path: str, status: int) -> None:
-        """Count an answer of the server."""
-        self._answers.labels(path, status).inc()
+    def count_response(self, path: str, status: int) -> None:
+        """Count a response of the server."""
+        self._responses.labels(path, status).inc()
 
     def render(self, engine: Metrics | None) -> bytes:
         """Return all metrics in Prometheus' text format.
@@ -135,7 +135,9 @@ class _EngineCollector:
 
     def collect(self) -> Iterator[Any]:
         engine = self.metrics.engine
-        yield GaugeMetricFamily("nanovllm:engine_up", "Whether the engine can answer.", float(engine is not None))
+        yield GaugeMetricFamily(
+            "nanovllm:engine_up", "Whether the engine can serve requests.", float(engine is not None)
+        )
         if engine is None:
             return
         for kind, table in ((CounterMetricFamily, _COUNTERS), (GaugeMetricFamily, _GAUGES)):

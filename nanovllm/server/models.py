@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from nanovllm.server.errors import ApiError
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import JsonAnswer
+from nanovllm.server.streaming import JsonResponse
 
 
 def check_model(state: ServerState, name: str | None) -> None:
@@ -34,12 +34,12 @@ def routes(state: ServerState) -> APIRouter:
         }
 
     @router.get("/v1/models")
-    async def list_models() -> JsonAnswer:
-        return JsonAnswer({"object": "list", "data": [card(name) for name in state.model_names]})
+    async def list_models() -> JsonResponse:
+        return JsonResponse({"object": "list", "data": [card(name) for name in state.model_names]})
 
     @router.get("/v1/models/{name:path}")
-    async def get_model(name: str) -> JsonAnswer:
+    async def get_model(name: str) -> JsonResponse:
         check_model(state, name)
-        return JsonAnswer(card(name))
+        return JsonResponse(card(name))
 
     return router

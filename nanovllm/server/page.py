@@ -54,7 +54,7 @@ def routes(state: ServerState) -> APIRouter:
 
 
 def _file_endpoint(file: Path):
-    """Return an endpoint that answers with a file, which is read once."""
+    """Return an endpoint that responds with a file, which is read once."""
     content = file.read_bytes()
     tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
     headers = {**_HEADERS, "etag": tag}

@@ -362,7 +362,7 @@ class HermesParser(JsonCallParser):
 
 
 class Llama3Parser(JsonCallParser):
-    """Reads `{"name": "f", "parameters": {...}}` where the answer starts, or behind `<|python_tag|>`."""
+    """Reads `{"name": "f", "parameters": {...}}` where the response starts, or behind `<|python_tag|>`."""
 
     call_start = regex.compile(r"<\|python_tag\|>")
     opening = regex.compile(rf"[\s;,]{{0,64}}(?:<\|python_tag\|>)?{_SPACE}")

@@ -8,10 +8,11 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from nanovllm import RequestOutputKind, StructuredOutputsParams
+from nanovllm.server.body import MAX_TOOLS
 from nanovllm.server.errors import ApiError
-from nanovllm.server.generation import Conversation, answer
+from nanovllm.server.generation import Conversation, generate
 from nanovllm.server.models import check_model
-from nanovllm.server.responses_answer import ResponseWriter
+from nanovllm.server.responses_writer import ResponseWriter
 from nanovllm.server.sampling import ANY, NEUTRAL, SamplingFields
 from nanovllm.server.state import ServerState
 from nanovllm.server.translation import (
@@ -19,6 +20,7 @@ from nanovllm.server.translation import (
     checked_choice,
     checked_name,
     function_tool,
+    join_texts,
     reply,
     thinking_option,
 )
@@ -34,7 +36,7 @@ class Part(BaseModel):
 
 
 class Refusal(BaseModel):
-    """A text that another model has given in place of an answer."""
+    """A text that another model has given in place of a response."""
 
     type: Literal["refusal"]
     text: str = Field(alias="refusal")
@@ -116,7 +118,7 @@ class NamedTool(_Strict):
 
 
 class TextFormat(_Strict):
-    """The form of the answer."""
+    """The form of the response."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -126,7 +128,7 @@ class TextFormat(_Strict):
 
 
 class TextOptions(_Strict):
-    """Options of the answer. Only a medium verbosity is supported."""
+    """Options of the response. Only a medium verbosity is supported."""
 
     format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
@@ -137,6 +139,7 @@ class Reasoning(_Strict):
 
     effort: str | None = None
     summary: str | None = None
+    generate_summary: None = None  # the older name of `summary`, which the openai package sends
 
 
 class ResponsesRequest(SamplingFields):
@@ -160,7 +163,7 @@ class ResponsesRequest(SamplingFields):
     input: Items
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    tools: list[Tool] | None = None
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
@@ -199,6 +202,7 @@ def chat_messages(request: ResponsesRequest) -> list[dict[str, Any]]:
             messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
         else:
             _add_to_turn(messages, item)
+    join_texts(messages)
     return [{"role": "system", "content": "\n\n".join(system)}, *messages] if system else messages
 
 
@@ -213,7 +217,7 @@ def _add_to_turn(messages: list[dict[str, Any]], item: MessageItem | CallItem | 
         call = {"id": item.call_id, "type": "function", "function": function}
         turn.setdefault("tool_calls", []).append(call)
     elif isinstance(item, ReasoningItem):
-        turn["reasoning_content"] = turn.get("reasoning_content", "") + _text(item.content or [])
+        turn.setdefault("reasoning_content", []).append(_text(item.content or []))
     else:
         turn["content"] = _text(item.content)
 
@@ -238,7 +242,7 @@ def _tool_choice(request: ResponsesRequest, tools: list[dict[str, Any]]) -> str:
 
 
 def structured_outputs(form: TextFormat | None) -> dict[str, StructuredOutputsParams]:
-    """Return the argument of the sampling parameters for the form that the answer must have."""
+    """Return the argument of the sampling parameters for the form that the response must have."""
     if form is None or form.type == "text":
         return {}
     if form.type == "json_object":
@@ -261,12 +265,12 @@ def conversation(state: ServerState, request: ResponsesRequest, http: Request) -
     effort = request.reasoning and request.reasoning.effort
     params = request.to_params(
         state,
-        http,
         max_tokens=request.max_output_tokens,
         output_kind=None if request.stream else RequestOutputKind.FINAL_ONLY,
         **form,
     )
     return Conversation(
+        http=http,
         messages=chat_messages(request),
         params=params,
         tools=tools,
@@ -288,7 +292,7 @@ def routes(state: ServerState) -> APIRouter:
         check_model(state, request.model)
         asked = conversation(state, request, http)
         writer = ResponseWriter(_fixed_fields(state, request, asked))
-        pieces = answer(state, asked, writer.fields["id"])
+        pieces = generate(state, asked, writer.fields["id"])
         return await reply(pieces, writer, is_stream=bool(request.stream), error_event=writer.failed)
 
     return router
@@ -311,7 +315,7 @@ def _fixed_fields(state: ServerState, request: ResponsesRequest, asked: Conversa
         "model": state.model_names[0],
         "parallel_tool_calls": asked.parallel_tool_calls,
         "previous_response_id": None,
-        "reasoning": reasoning.model_dump(),
+        "reasoning": reasoning.model_dump(exclude={"generate_summary"}),
         "store": False,
         "temperature": asked.params.temperature,
         "text": {"format": form.model_dump(by_alias=True, exclude_none=True)},

@@ -2,18 +2,16 @@
 
 from typing import Any, ClassVar
 
-from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nanovllm import SamplingParams, StructuredOutputsParams
 from nanovllm.checks import shown
-from nanovllm.sampling_params import RequestOutputKind
+from nanovllm.sampling_params import MAX_LOGIT_BIAS, RequestOutputKind
 from nanovllm.server.body import Body
 from nanovllm.server.errors import ApiError
-from nanovllm.server.security import key_salt
 from nanovllm.server.state import ServerState
 
-# Fields of OpenAI's and vLLM's clients that change no answer. ANY: at any value; else at these values and null.
+# Fields of OpenAI's and vLLM's clients that change no response. ANY: at any value; else at these values and null.
 ANY = object()
 NEUTRAL: dict[str, Any] = {
     "user": ANY,
@@ -21,7 +19,7 @@ NEUTRAL: dict[str, Any] = {
     "metadata": ANY,
     "prompt_cache_key": ANY,
     "prompt_cache_retention": ANY,
-    "prediction": ANY,  # only makes an answer faster
+    "prediction": ANY,  # only makes a response faster
     "request_id": ANY,
     "store": (False,),
     "service_tier": ("auto", "default"),
@@ -42,7 +40,7 @@ NEUTRAL: dict[str, Any] = {
 
 
 class StreamOptions(BaseModel):
-    """Options of a streamed answer.
+    """Options of a streamed response.
 
     Args:
         include_usage: send one more event, with the numbers of tokens.
@@ -105,7 +103,7 @@ class SamplingFields(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, float] | None = Field(default=None, max_length=MAX_LOGIT_BIAS)
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     skip_special_tokens: bool | None = None
@@ -136,14 +134,13 @@ class SamplingFields(Body):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a streamed answer ends with the numbers of tokens."""
+        """Whether a streamed response ends with the numbers of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def to_params(self, state: ServerState, http: Request, **overrides: Any) -> SamplingParams:
+    def to_params(self, state: ServerState, **overrides: Any) -> SamplingParams:
         """Return the sampling parameters of a request. What it leaves open is the model's default.
 
         Args:
-            http: says which API key the client has, as far as keys do not share cached prompts.
             overrides: other arguments of `SamplingParams`, such as `logprobs`, and other values of the fields here.
                 `max_tokens=None` is up to `max_model_len`; None of others has no effect.
 
@@ -157,8 +154,6 @@ class SamplingFields(Body):
         given |= {name: value for name, value in overrides.items() if value is not None or name == "max_tokens"}
         if (given["n"] or 1) > state.options.max_n:
             raise ApiError(400, f"n must be at most {state.options.max_n}, got {given['n']}", param="n")
-        if state.options.salt_prefix_cache:
-            given["cache_salt"] = key_salt(http, given["cache_salt"])
         defaults = state.llm.get_default_sampling_params()
         base = {name: getattr(defaults, name) for name in _DEFAULTS}
         given = {name: value for name, value in given.items() if value is not None or name == "max_tokens"}

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import HTTPException, Request
 
 from nanovllm.server.errors import ApiError, error_body
-from nanovllm.server.streaming import JsonAnswer
+from nanovllm.server.streaming import JsonResponse
 
 # Everybody may read whether the server is well, and the chat page, which asks for a key.
 _OPEN_PATHS = re.compile("/health|/|/favicon.ico|/page/.*")
@@ -38,14 +38,14 @@ class RequestIds:
     """Give each request an id, the client's `x-request-id` if it sends one, and send it back.
 
     Args:
-        count_answer: called with the path of the endpoint and the status of its answer.
+        count_response: called with the path of the endpoint and the status of its response.
 
     Endpoints read it as `request.state.request_id`.
     """
 
-    def __init__(self, app: Any, count_answer: Callable[[str, int], None]):
+    def __init__(self, app: Any, count_response: Callable[[str, int], None]):
         self.app = app
-        self.count_answer = count_answer
+        self.count_response = count_response
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -60,7 +60,7 @@ class RequestIds:
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
                 # Only paths of endpoints, because there is no end of other ones.
                 path = getattr(scope.get("route"), "path", "other")
-                self.count_answer(path, message["status"])
+                self.count_response(path, message["status"])
             await send(message)
 
         await self.app(scope, receive, send_with_id)
@@ -91,7 +91,7 @@ class LocalHosts:
     """Refuse requests whose Host header names another machine.
 
     A web page of somebody else can let its own name point to this machine. The browser then takes the server for a part
-    of that page, which could read all answers.
+    of that page, which could read all responses.
     """
 
     def __init__(self, app: Any):
@@ -101,7 +101,7 @@ class LocalHosts:
         host = Request(scope).headers.get("host", "") if scope["type"] == "http" else ""
         if _is_local(host):
             return await self.app(scope, receive, send)
-        message = f"without an API key this server answers to localhost and IP addresses only, not to {host[:100]!r}"
+        message = f"without an API key this server responds to localhost and IP addresses only, not to {host[:100]!r}"
         await _refuse(ApiError(403, message), scope, receive, send)
 
 
@@ -153,7 +153,7 @@ class BodyLimit:
 
 
 class CancelOnDisconnect:
-    """Cancel the endpoint as soon as the client has gone, whether or not it has begun to answer."""
+    """Cancel the endpoint as soon as the client has gone, whether or not it has begun to respond."""
 
     def __init__(self, app: Any):
         self.app = app
@@ -173,15 +173,15 @@ class CancelOnDisconnect:
                 body_read.set()
             return event
 
-        answering = asyncio.ensure_future(self.app(scope, receive_body, send))
+        responding = asyncio.ensure_future(self.app(scope, receive_body, send))
         try:
-            await asyncio.wait((answering, gone), return_when=asyncio.FIRST_COMPLETED)
-            if answering.done():
-                answering.result()  # raises what it has raised
+            await asyncio.wait((responding, gone), return_when=asyncio.FIRST_COMPLETED)
+            if responding.done():
+                responding.result()  # raises what it has raised
         finally:
-            for task in (answering, gone):
+            for task in (responding, gone):
                 task.cancel()
-            await asyncio.gather(answering, gone, return_exceptions=True)
+            await asyncio.gather(responding, gone, return_exceptions=True)
 
 
 async def _wait_for_disconnect(body_read: asyncio.Event, receive: Any) -> None:
@@ -191,4 +191,4 @@ async def _wait_for_disconnect(body_read: asyncio.Event, receive: Any) -> None:
 
 
 async def _refuse(error: ApiError, scope: Any, receive: Any, send: Any) -> None:
-    await JsonAnswer(error_body(error, scope["path"]), error.status)(scope, receive, send)
+    await JsonResponse(error_body(error, scope["path"]), error.status)(scope, receive, send)

@@ -2,8 +2,10 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from fastapi import Request
 
 from nanovllm import AsyncLLM, RequestOutput, SamplingParams
 from nanovllm.server.admission import AdmissionControl
@@ -11,6 +13,7 @@ from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.formats import TextFormat
 from nanovllm.server.metrics import ServerMetrics
 from nanovllm.server.options import ServerOptions
+from nanovllm.server.security import key_salt
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class ServerState:
 
     Args:
         llm: the engine, in this process or in its own. Endpoints use the methods that both have.
-        model_names: the model's names in the API; the first is the one that answers carry.
+        model_names: the model's names in the API; the first is the one that responses carry.
         format: how the model writes its thinking and its tool calls.
         admission: counts the requests that the engine has, and refuses those that are too many.
     """
@@ -32,14 +35,19 @@ class ServerState:
     metrics: ServerMetrics
 
     def generate(
-        self, prompt: Any, params: SamplingParams, request_id: str | None = None
+        self, http: Request, prompt: Any, params: SamplingParams, request_id: str | None = None
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Answer a prompt as `AsyncLLM.generate` does, and count the request in the metrics.
+        """Generate as `AsyncLLM.generate` does, and count the request in the metrics.
+
+        Args:
+            http: has the client's API key. With the option `salt_prefix_cache`, keys do not share cached prompts.
 
         Raises:
             TypeError, ValueError: the request cannot be served. Some faults show at the first output only.
             RuntimeError: the engine is closed, asleep or has failed, whatever error this was at first.
         """
+        if self.options.salt_prefix_cache:
+            params = replace(params, cache_salt=key_salt(http, params.cache_salt))
         return self.metrics.observe(self._outputs(self.llm.generate(prompt, params, request_id)), params.n)
 
     async def _outputs(self, outputs: Any) -> AsyncGenerator[RequestOutput, None]:

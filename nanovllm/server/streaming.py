@@ -1,4 +1,4 @@
-"""JSON answers and server-sent events."""
+"""JSON responses and server-sent events."""
 
 import json
 import logging
@@ -30,8 +30,8 @@ def json_logprob(value: float) -> float:
     return max(value, -9999.0)
 
 
-class JsonAnswer(JSONResponse):
-    """An answer in JSON. Return one from an endpoint, so that FastAPI does not walk through its values."""
+class JsonResponse(JSONResponse):
+    """A response in JSON. Return one from an endpoint, so that FastAPI does not walk through its values."""
 
     def render(self, content: Any) -> bytes:
         return json_bytes(content)
@@ -76,10 +76,10 @@ class EventStream(Response):
             if self._sends_done:
                 yield b"data: [DONE]\n\n"
         except Exception as error:
-            answer = as_api_error(error)
-            if answer.status == 500:
+            api_error = as_api_error(error)
+            if api_error.status == 500:
                 logger.exception("A stream has failed")
-            yield self._encode(self._error_event(answer))
+            yield self._encode(self._error_event(api_error))
 
     def _encode(self, item: Item) -> bytes:
         return b"".join(map(self._encode_event, item if isinstance(item, list) else [item]))
@@ -98,9 +98,9 @@ async def sse(
 ) -> EventStream:
     """Return a response that sends `items` as server-sent events.
 
-        return await sse(stream_answer(state, request))
+        return await sse(stream_events(state, request))
 
-    It waits for the first item, so what raises before it becomes an answer with the status of the error. Later errors
+    It waits for the first item, so what raises before it becomes a response with the status of the error. Later errors
     become a last event. If the client goes, the iterator is closed at once.
 
     Args:

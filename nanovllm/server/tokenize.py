@@ -10,7 +10,7 @@ from nanovllm.server.chat import ChatRequest
 from nanovllm.server.errors import ApiError
 from nanovllm.server.models import check_model
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import JsonAnswer
+from nanovllm.server.streaming import JsonResponse
 
 
 class TokenizeRequest(Body):
@@ -69,11 +69,11 @@ def routes(state: ServerState) -> APIRouter:
     router = APIRouter()
 
     @router.post("/tokenize")
-    async def tokenize(request: TokenizeRequest, http: Request) -> JsonAnswer:
+    async def tokenize(request: TokenizeRequest, http: Request) -> JsonResponse:
         check_model(state, request.model)
         token_ids = await _token_ids(state, request, http)
         names = state.llm.tokenizer.convert_ids_to_tokens(token_ids) if request.return_token_strs else None
-        return JsonAnswer(
+        return JsonResponse(
             {
                 "count": len(token_ids),
                 "max_model_len": state.llm.max_model_len,
@@ -83,8 +83,8 @@ def routes(state: ServerState) -> APIRouter:
         )
 
     @router.post("/detokenize")
-    async def detokenize(request: DetokenizeRequest) -> JsonAnswer:
+    async def detokenize(request: DetokenizeRequest) -> JsonResponse:
         check_model(state, request.model)
-        return JsonAnswer({"prompt": await state.llm.decode(request.tokens)})
+        return JsonResponse({"prompt": await state.llm.decode(request.tokens)})
 
     return router

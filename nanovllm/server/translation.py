@@ -1,4 +1,4 @@
-"""Steps that messages and responses share, from a request to its answer."""
+"""Steps that the messages and responses APIs share, from a request to its response."""
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -10,7 +10,7 @@ from nanovllm.checks import shown
 from nanovllm.server.errors import ApiError
 from nanovllm.server.generation import Piece
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import JsonAnswer, sse
+from nanovllm.server.streaming import JsonResponse, sse
 
 
 def function_tool(name: str, description: str | None, parameters: dict | None, strict: bool | None) -> dict[str, Any]:
@@ -20,11 +20,22 @@ def function_tool(name: str, description: str | None, parameters: dict | None, s
 
 
 def add_user_text(messages: list[dict[str, Any]], text: str) -> None:
-    """Add a user's text. Successive texts are one message, because some templates want a turn of the model between."""
-    if messages and messages[-1]["role"] == "user":
-        messages[-1]["content"] += "\n" + text
-    else:
-        messages.append({"role": "user", "content": text})
+    """Add a user's text. Successive texts are one message, because some templates want a turn of the model between.
+
+    Its content is a list of texts until `join_texts`.
+    """
+    if not messages or messages[-1]["role"] != "user":
+        messages.append({"role": "user", "content": []})
+    messages[-1]["content"].append(text)
+
+
+def join_texts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join texts that are lists. Adding them one by one would copy them all each time."""
+    for message in messages:
+        for name in ("content", "reasoning_content"):
+            if isinstance(texts := message.get(name), list):
+                message[name] = ("\n" if message["role"] == "user" else "").join(texts)
+    return messages
 
 
 def checked_choice(choice: str, tools: list[dict[str, Any]]) -> str:
@@ -50,14 +61,14 @@ def thinking_option(state: ServerState, is_on: bool) -> dict[str, Any]:
 
 
 class Writer(Protocol):
-    """An answer that grows by pieces."""
+    """A response that grows by pieces."""
 
     def add(self, piece: Piece) -> list[dict[str, Any]]:
         """Add the next piece, and return the events that show it."""
         ...
 
     def body(self) -> dict[str, Any]:
-        """Return the answer so far."""
+        """Return the response so far."""
         ...
 
 
@@ -68,7 +79,7 @@ async def reply(
     is_stream: bool,
     error_event: Callable[[ApiError], dict[str, Any]],
 ) -> Response:
-    """Return the response that sends an answer: as events with names, or as a whole.
+    """Return the HTTP response: pieces as events with names, or as a whole.
 
     Args:
         error_event: makes the event of an error in a stream.
@@ -78,7 +89,7 @@ async def reply(
     async with aclosing(pieces):
         async for piece in pieces:
             writer.add(piece)
-    return JsonAnswer(writer.body())
+    return JsonResponse(writer.body())
 
 
 async def _events(pieces: AsyncGenerator[Piece, None], writer: Writer) -> AsyncGenerator[list[dict[str, Any]], None]:

@@ -3,14 +3,12 @@
 A format owns its parameters, their conversion after loading, and its GEMMs. The layer owns the bias, the sharding and
 the names in the checkpoint, of which a format gives the last part.
 
-To add a format, subclass WeightFormat. Write an `allocate` as AllocateWeight describes it, `parameters`, and `matmul`
-for any number of tokens. Override the other methods if fused kernels can read the format. `LayerFormats` in fp8.py
-chooses a format for each layer.
+To add a format, subclass WeightFormat: set `parameters`, and write `matmul` for any number of tokens. Override the
+other methods if fused kernels can read the format. A scheme (quantization.py) makes the formats of quantized weights.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -21,20 +19,20 @@ from nanovllm.ops.fp8.quantize import PendingSwiglu
 from nanovllm.ops.inputs.embedding import embedding
 from nanovllm.ops.linear import linear as ops_linear
 from nanovllm.ops.linear.silu_mul import silu_mul
+from nanovllm.ops.moe.dispatch import expert_compile_sizes
 from nanovllm.ops.moe.experts import Shared, check_expert_sizes, experts, is_expert_gemv
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
-from nanovllm.weights.parameter import make_parameter
+from nanovllm.weights.parameter import WeightLoader, make_parameter
 
 
 class WeightFormat(ABC):
-    """A linear layer's weight. This base class has no fused kernels."""
+    """A linear layer's weight. This base class has no fused kernels.
 
-    weight: nn.Parameter
+    Attributes:
+        parameters: the parameters, by the last part of their names in checkpoints.
+    """
 
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters, by the last part of their names in checkpoints."""
-        return {"weight": self.weight}
+    parameters: dict[str, nn.Parameter]
 
     @abstractmethod
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -105,12 +103,21 @@ class WeightFormat(ABC):
         return False
 
 
-# Makes a format for a weight of the given rows, columns and dtype, uninitialised on the current default device. The
-# fourth argument becomes the `weight_loader` of all parameters. Parameters with an element for each block of the
-# weight, such as scales, are made with that `block`; see `make_parameter`. The last argument is the layer's alignment:
-# runs of rows that are successive in the checkpoint start at multiples of it there, and in the layer. If it is no
-# multiple of a block's rows, such parameters need a row for each row of the weight.
-AllocateWeight: TypeAlias = Callable[[int, int, torch.dtype | None, Callable[..., None], int], WeightFormat]
+class AllocateWeight(Protocol):
+    """Makes a format, with uninitialized parameters on the current default device.
+
+    Args:
+        rows, columns: sizes of the weight on this rank.
+        dtype: dtype of the activations; torch's default if None.
+        weight_loader: loads all parameters.
+        alignment: every run of consecutive checkpoint rows starts at a multiple of this, in the checkpoint and in the
+            layer; 0 if all start at row 0. If it is not a multiple of the rows of a block of scales, a block may
+            straddle two shards, so the parameter needs a row of scales for each row of the weight (`row_block=1`).
+    """
+
+    def __call__(
+        self, rows: int, columns: int, *, dtype: torch.dtype | None, weight_loader: WeightLoader, alignment: int
+    ) -> WeightFormat: ...
 
 
 class Plain(WeightFormat):
@@ -123,16 +130,12 @@ class Plain(WeightFormat):
 
     def __init__(self, weight: nn.Parameter, is_shared: bool = False):
         self.weight = weight
+        self.parameters = {"weight": weight}
         self.is_shared = is_shared
 
     @classmethod
     def allocate(
-        cls,
-        rows: int,
-        columns: int,
-        dtype: torch.dtype | None,
-        weight_loader: Callable[..., None],
-        alignment: int = 0,
+        cls, rows: int, columns: int, *, dtype: torch.dtype | None, weight_loader: WeightLoader, alignment: int = 0
     ) -> "Plain":
         """Make the parameter [rows, columns]; see AllocateWeight."""
         return cls(make_parameter(rows, columns, dtype=dtype, weight_loader=weight_loader))
@@ -186,6 +189,7 @@ class Packed(WeightFormat):
     def __init__(self, plain: Plain):
         self.plain = plain
         self.weight = plain.weight
+        self.parameters = plain.parameters
         self.packed = torch.ops.mkldnn._reorder_linear_weight(plain.weight)
         if not plain.is_shared:
             self.weight.data = self.weight.data.new_empty(0)
@@ -209,19 +213,21 @@ class Packed(WeightFormat):
 
 
 class ExpertFormat(ABC):
-    """The weights of experts, gate and up [E, 2 I, H] and down [E, H, I], and what computes with them."""
+    """The weights of experts, gate and up [E, 2 I, H] and down [E, H, I]. This base class has no fused kernels.
 
-    gate_up: nn.Parameter
-    down: nn.Parameter
+    Attributes:
+        parameters: the parameters of gate and up, and those of down, by the ends of their names in checkpoints.
+    """
 
-    @property
-    def parameters(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """The parameters of gate and up, and those of down, by the ends of their names in checkpoints."""
-        return {"": (self.gate_up, self.down)}
+    parameters: dict[str, tuple[nn.Parameter, nn.Parameter]]
 
-    def is_gemv(self, x: torch.Tensor, top_k: int) -> bool:
+    def fuses_norm(self, x: torch.Tensor, top_k: int) -> bool:
         """Return whether `run` computes x [T, H] with kernels that normalize x themselves."""
-        return is_expert_gemv(x, self.down, top_k)
+        return False
+
+    def compile_sizes(self, top_k: int, max_tokens: int) -> list[int]:
+        """Return the numbers of tokens, up to `max_tokens`, at which `run` starts to use other kernels or tiles."""
+        return []
 
     @abstractmethod
     def run(
@@ -241,7 +247,7 @@ class ExpertSizes(NamedTuple):
 
     Attributes:
         num_experts, hidden, inner: E, H and I.
-        alignment: the inner size starts in the checkpoint and ends in the layer at multiples of this number.
+        alignment: the alignment of gate and up; see AllocateWeight.
     """
 
     num_experts: int
@@ -250,11 +256,16 @@ class ExpertSizes(NamedTuple):
     alignment: int
 
 
-# Makes a format of the given sizes and dtype, uninitialised on the current default device. The other arguments become
-# the `weight_loader` of the parameters of gate and up, and of down. See AllocateWeight for those with blocks.
-AllocateExperts: TypeAlias = Callable[
-    [ExpertSizes, torch.dtype | None, Callable[..., None], Callable[..., None]], ExpertFormat
-]
+class AllocateExperts(Protocol):
+    """Makes a format of these sizes, as AllocateWeight does.
+
+    Args:
+        load_gate_up, load_down: load the parameters of gate and up, and those of down.
+    """
+
+    def __call__(
+        self, sizes: ExpertSizes, *, dtype: torch.dtype | None, load_gate_up: WeightLoader, load_down: WeightLoader
+    ) -> ExpertFormat: ...
 
 
 class PlainExperts(ExpertFormat):
@@ -262,14 +273,11 @@ class PlainExperts(ExpertFormat):
 
     def __init__(self, gate_up: nn.Parameter, down: nn.Parameter):
         self.gate_up, self.down = gate_up, down
+        self.parameters = {"": (gate_up, down)}
 
     @classmethod
     def allocate(
-        cls,
-        sizes: ExpertSizes,
-        dtype: torch.dtype | None,
-        load_gate_up: Callable[..., None],
-        load_down: Callable[..., None],
+        cls, sizes: ExpertSizes, *, dtype: torch.dtype | None, load_gate_up: WeightLoader, load_down: WeightLoader
     ) -> "PlainExperts":
         """Make the parameters; see AllocateExperts."""
         num_experts, hidden, inner, _ = sizes
@@ -278,6 +286,12 @@ class PlainExperts(ExpertFormat):
             make_parameter(num_experts, 2 * inner, hidden, dtype=dtype, weight_loader=load_gate_up),
             make_parameter(num_experts, hidden, inner, dtype=dtype, weight_loader=load_down),
         )
+
+    def fuses_norm(self, x: torch.Tensor, top_k: int) -> bool:
+        return is_expert_gemv(x, self.down, top_k)
+
+    def compile_sizes(self, top_k: int, max_tokens: int) -> list[int]:
+        return expert_compile_sizes(len(self.down), top_k, max_tokens)
 
     def run(self, x, ids, weights, norm=None, residual=None, shared=None) -> torch.Tensor:
         return experts(x, self.gate_up, self.down, ids, weights, norm=norm, residual=residual, shared=shared)

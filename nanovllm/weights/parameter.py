@@ -1,16 +1,14 @@
 """Parameters that load themselves, and the checkpoint tensors that they load.
 
 A parameter has the attribute `weight_loader(param, loaded, shard_id=None)`, which copies this rank's slice of a whole
-checkpoint tensor. `shard_id` names the shard of a merged parameter. The attribute `block` is the number of rows and of
-columns of a weight that one element of the checkpoint tensor covers: (1, 1) for the weight itself, more for scales of
-blocks. The attribute `row_block` is the number of rows that one element of the parameter covers: as many, or 1 if a
-shard does not consist of whole blocks.
+checkpoint tensor. `shard_id` names the shard of a merged parameter. The other attributes are the arguments of
+`make_parameter`, which describe weights that are packed, and scales.
 
 Checkpoints differ in which tensors they merge. Layers declare the separate tensors, and in which merged tensor some
 checkpoints have them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -21,26 +19,28 @@ from nanovllm.arithmetic import ceil_div
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # loading converts between these
 
+WeightLoader: TypeAlias = Callable[..., None]  # see above
 ShardId = str | int  # names a shard of a merged parameter, as in nano-vLLM: "q", "k", "v", 0 or 1
-Index: TypeAlias = slice | tuple[int | slice, ...]  # of a part of a tensor
+BAD_SCALE = "has values that are NaN, infinite or negative"
+Index: TypeAlias = slice | tuple[int | slice, ...]  # selects a part of a tensor
 
 
 class MergedTensor(NamedTuple):
     """A tensor that some checkpoints have in place of several separate ones.
 
     Attributes:
-        name, shape: of the merged tensor.
-        location: index of the separate tensor in it.
+        name, shape: name and shape of the merged tensor.
+        source_index: index of the separate tensor in the merged one.
     """
 
     name: str
     shape: tuple[int, ...]
-    location: Index
+    source_index: Index
 
     def part(self, loaded: torch.Tensor) -> torch.Tensor:
         """Return the separate tensor, a view. Raise ValueError if the shape of `loaded` is wrong."""
         check_shape(loaded, self.shape)
-        return loaded[self.location]
+        return loaded[self.source_index]
 
 
 class CheckpointTensor(NamedTuple):
@@ -50,7 +50,7 @@ class CheckpointTensor(NamedTuple):
         param: the parameter that loads it.
         shape: shape of the whole tensor.
         shard_id: the shard of `param` that it fills; None if `param` is not merged.
-        rows: the rows of `param`, or another part of it, that it fills; None if `param` is not merged.
+        target_index: index of the part of `param` that it fills; None if `param` is not merged.
         merged: the tensor that has this one as a part in some checkpoints.
         dummy: the value of all its elements with load_format="dummy"; None if they are small random numbers.
     """
@@ -58,14 +58,14 @@ class CheckpointTensor(NamedTuple):
     param: nn.Parameter
     shape: tuple[int, ...]
     shard_id: ShardId | tuple[int, int] | None = None
-    rows: Index | None = None
+    target_index: Index | None = None
     merged: MergedTensor | None = None
     dummy: float | None = None
 
     @property
     def shard(self) -> torch.Tensor:
         """Return the part of the parameter that the tensor fills."""
-        return self.param if self.rows is None else self.param[self.rows]
+        return self.param if self.target_index is None else self.param[self.target_index]
 
     def load(self, loaded: torch.Tensor) -> None:
         """Copy this rank's slice of the whole tensor. Raise ValueError if its dtype or shape is wrong."""
@@ -128,8 +128,19 @@ def block_of(param: nn.Parameter) -> tuple[int, int]:
 
 
 def is_scale(param: nn.Parameter) -> bool:
-    """Return whether the parameter has scales of a weight, one for each block."""
-    return block_of(param) != (1, 1)
+    """Return whether the parameter has scales of a weight, which are not negative."""
+    return getattr(param, "is_scale", False)
+
+
+def mark_quantized(params: Iterable[nn.Parameter]) -> None:
+    """Remember that the checkpoint has these weights quantized, whatever the dtypes of the parameters are."""
+    for param in params:
+        param.is_quantized_in_checkpoint = not is_scale(param)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_quantized_in_checkpoint(param: nn.Parameter) -> bool:
+    """Return whether the checkpoint has the weight quantized, or loading quantizes it."""
+    return getattr(param, "is_quantized_in_checkpoint", False)
 
 
 def row_block_of(param: nn.Parameter) -> int:
@@ -137,13 +148,15 @@ def row_block_of(param: nn.Parameter) -> int:
     return getattr(param, "row_block", 1)
 
 
-def is_finite(x: torch.Tensor) -> torch.Tensor:
-    """Return whether a parameter, or a part of one, has no NaN and no infinity: a bool on its device."""
-    # `aminmax` reads x once, but lacks dtypes such as float8. These are converted in chunks, because a GPU may lack
-    # memory for another copy of x.
-    chunks = [x] if x.dtype in FLOATS else (chunk.bfloat16() for chunk in x.split(4096))
-    extremes = [extreme for chunk in chunks for extreme in torch.aminmax(chunk)]  # NaN if the chunk has a NaN
-    return torch.stack(extremes).isfinite().all()
+def is_valid(values: torch.Tensor, is_scale: bool) -> torch.Tensor:
+    """Return whether values are finite, and not negative if they are scales: a bool on their device."""
+    # `aminmax` reads the values once, but lacks dtypes such as float8. These are converted in chunks, because a GPU may
+    # lack memory for another copy of them.
+    chunks = [values] if values.dtype in FLOATS else (chunk.bfloat16() for chunk in values.split(4096))
+    # Both are NaN if the chunk has a NaN.
+    extremes = torch.stack([extreme for chunk in chunks for extreme in torch.aminmax(chunk)])
+    is_finite = extremes.isfinite().all()
+    return is_finite & (extremes >= 0).all() if is_scale else is_finite
 
 
 def load_whole(param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
@@ -160,20 +173,24 @@ def select(loaded: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
 def make_parameter(
     *shape: int,
     dtype: torch.dtype | None = None,
-    weight_loader: Callable[..., None] = load_whole,
+    weight_loader: WeightLoader = load_whole,
     block: tuple[int, int] = (1, 1),
     row_block: int | None = None,
+    is_scale: bool = False,
 ) -> nn.Parameter:
-    """Make an uninitialised parameter without gradient on the current default device.
+    """Make an uninitialized parameter without gradient on the current default device.
 
     Args:
-        block: how many rows and columns of a weight one element of the checkpoint tensor covers.
-        row_block: how many rows one element of the parameter covers; block[0] if None.
+        block: how many rows and columns of a weight one element of the checkpoint tensor covers: more than (1, 1) for
+            scales, and for weights that have several values in an element.
+        row_block: how many rows one element of the parameter covers; block[0] if None. 1 if shards split blocks.
+        is_scale: whether the elements are scales. Loading refuses negative ones.
     """
     param = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
     param.weight_loader = weight_loader  # pyright: ignore[reportAttributeAccessIssue]
     param.block = block  # pyright: ignore[reportAttributeAccessIssue]
     param.row_block = block[0] if row_block is None else row_block  # pyright: ignore[reportAttributeAccessIssue]
+    param.is_scale = is_scale  # pyright: ignore[reportAttributeAccessIssue]
     return param
 
 
@@ -184,7 +201,7 @@ def rows_of(
 
     Args:
         indices: the rows.
-        shape: of the parameter. It has as many values as the rows.
+        shape: shape of the parameter. It has as many values as the rows.
         whole: shape of the whole tensor.
     """
 

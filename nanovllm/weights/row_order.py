@@ -44,7 +44,7 @@ class HeadLayout(NamedTuple):
 
     Args:
         order: [head_dim], the dimensions of a query or key head in the order in which they are computed.
-        has_gate: each query head in the checkpoint has a gate of the output behind it. All gates are computed first.
+        has_gate: each query head in the checkpoint has a gate of the output after it. All gates are computed first.
     """
 
     order: np.ndarray

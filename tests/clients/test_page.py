@@ -155,7 +155,7 @@ def test_next_question_is_sent_with_the_conversation_so_far(page, api):
     send(page, "First")
     expect(page.locator(".stats")).not_to_be_empty()
     send(page, "Second")
-    expect(answers(page)).to_have_count(2)
+    expect(answers(page)).to_have_text(["One.", "An answer."])
     assert [message["content"] for message in api.requests[1]["messages"]] == ["First", "One.", "Second"]
 
 
@@ -351,6 +351,13 @@ RENDERED = [
     ("3. a\n4. b\n\nc", '<ol start="3"><li class="">a</li><li class="">b</li></ol><p>c</p>'),
     ("- [x] a\n- [ ] b", '<ul><li class="task">☑ a</li><li class="task">☐ b</li></ul>'),
     ("- a\n  more\n- b\nlazy", '<ul><li class="">a\nmore</li><li class="">b\nlazy</li></ul>'),
+    ("- a\n\n  b\n- c", '<ul><li class=""><p>a</p><p>b</p></li><li class=""><p>c</p></li></ul>'),
+    ("- a\n\n  > b\n  >\n  > c", '<ul><li class=""><p>a</p><blockquote><p>b</p><p>c</p></blockquote></li></ul>'),
+    ("1. a\n   - b\n\n     c", '<ol><li class="">a<ul><li class=""><p>b</p><p>c</p></li></ul></li></ol>'),
+    ("- a\n  - b\n\n  c", '<ul><li class=""><p>a</p><ul><li class="">b</li></ul><p>c</p></li></ul>'),
+    ("- [x] a\n\n- [ ] b", '<ul><li class="task"><p>☑ a</p></li><li class="task"><p>☐ b</p></li></ul>'),
+    ("имя_файла_здесь été_à_Paris", "<p>имя_файла_здесь été_à_Paris</p>"),
+    ("नमस्ते_दुनिया_है 𐐀_𐐁_𐐂 (_é_)", "<p>नमस्ते_दुनिया_है 𐐀_𐐁_𐐂 (<em>é</em>)</p>"),
     (r"\(a_1*b*\) costs $5 or $6", '<p><span class="math">a_1*b*</span> costs $5 or $6</p>'),
     ("| a |\nnot a table", "<p>| a |\nnot a table</p>"),
 ]
@@ -368,6 +375,10 @@ def test_colours_leave_the_code_as_it_is(render):
     assert shown.replace("&lt;", "<").replace("&gt;", ">") == code
     for kind, text in [("keyword", "def"), ("call", "f"), ("string", '"a # b"'), ("number", "12")]:
         assert f'<span class="code-{kind}">{text}</span>' in html
+
+
+def test_keywords_and_numbers_within_names_of_other_alphabets_stay_plain(render):
+    assert render("```python\néif = é12 + été#x\n```")["html"].endswith("<code>éif = é12 + été#x</code></pre></div>")
 
 
 def test_hostile_markdown_stays_text(page, api):
@@ -425,6 +436,19 @@ def test_failure_is_shown_in_words_and_can_be_tried_again(page, api, script, wor
     assert api.requests[1]["messages"] == [{"role": "user", "content": "Hi"}]
 
 
+def test_failed_answer_is_no_version_after_a_new_one(page, api):
+    api.scripts += [Script(["old"]), Script(status=500), Script(["new"])]
+    send(page, "Hi")
+    expect(answers(page)).to_have_text("old")
+    page.get_by_role("button", name="Regenerate answer").click()
+    expect(page.locator(".assistant .versions")).to_have_text("2 / 2")
+    page.get_by_role("button", name="Try again").click()
+    expect(answers(page)).to_have_text("new")
+    expect(page.locator(".assistant .versions")).to_have_text("2 / 2")
+    page.get_by_role("button", name="Previous version").click()
+    expect(answers(page)).to_have_text("old")
+
+
 def test_unreachable_server_is_shown_in_words(page):
     page.route("**/v1/**", lambda route: route.abort("connectionrefused"))
     send(page, "Hi")
@@ -456,6 +480,164 @@ def test_missing_key_is_asked_for_and_then_kept(open_page, api):
     send(page, "Hi")
     expect(answers(page)).to_have_text("An answer.")
     assert api.keys == ["Bearer secret"]
+
+
+def test_key_that_no_header_carries_is_explained_in_the_dialog(page, api):
+    page.get_by_role("button", name="Settings").click()
+    key = page.get_by_label("API key")
+    key.fill("abc\u200bdef")
+    page.get_by_role("button", name="Done").click()
+    expect(page.get_by_role("dialog", name="Settings")).to_be_visible()
+    words = "The API key has a character that cannot be sent (U+200B)."
+    assert words in key.evaluate("field => field.validationMessage")
+    key.fill("abcdéf")
+    page.get_by_role("button", name="Done").click()
+    expect(page.get_by_role("dialog", name="Settings")).to_be_hidden()
+    send(page, "Hi")
+    expect(answers(page)).to_have_text("An answer.")
+    assert api.keys == ["Bearer abcdéf"]
+
+
+def test_stored_key_that_no_header_carries_is_explained(page):
+    page.evaluate("localStorage.setItem('nanovllm.settings', JSON.stringify({apiKey: '“abc”'}))")
+    page.reload()
+    expect(page.locator("#banner")).to_contain_text("The API key has a character that cannot be sent (U+201C).")
+    send(page, "Hi")
+    expect(page.locator(".problem")).to_contain_text("The API key has a character that cannot be sent (U+201C).")
+    page.get_by_role("button", name="Enter the key").click()
+    expect(page.get_by_label("API key")).to_be_focused()
+
+
+@pytest.mark.parametrize(("label", "value"), [("Temperature", "5"), ("API key", "a\u200b")])
+def test_invalid_setting_is_gone_when_the_dialog_is_closed(page, label, value):
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label(label).fill(value)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog", name="Settings")).to_be_visible()
+    page.get_by_role("button", name="Close").click()
+    page.get_by_role("button", name="Settings").click()
+    expect(page.get_by_label(label)).to_have_value("")
+    page.get_by_role("button", name="Done").click()
+    expect(page.get_by_role("dialog", name="Settings")).to_be_hidden()
+
+
+def test_settings_of_two_tabs_are_both_kept(page, api):
+    other = open_tab(page)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("System prompt").fill("Be brief.")
+    page.get_by_role("button", name="Done").click()
+    other.get_by_label("Model", exact=True).select_option("other-model")
+    other.get_by_role("button", name="Settings").click()
+    expect(other.get_by_label("System prompt")).to_have_value("Be brief.")
+    other.get_by_label("Temperature").fill("0.5")
+    other.get_by_role("button", name="Done").click()
+    other.reload()
+    send(other, "Hi")
+    expect(answers(other)).to_have_text("An answer.")
+    expect(page.get_by_label("Model", exact=True)).to_have_value("tiny-model")
+    [request] = api.requests
+    assert request["messages"][0]["content"] == "Be brief."
+    assert (request["temperature"], request["model"]) == (0.5, "other-model")
+
+
+def test_questions_of_tabs_that_do_not_hear_of_each_other_are_both_kept(page, api):
+    page.context.add_init_script("window.BroadcastChannel = class { postMessage() {} }")
+    page.reload()
+    api.scripts += [Script([text]) for text in ("one", "two", "three")]
+    send(page, "First")
+    expect(answers(page)).to_have_text(["one"])
+    wait_until_idle(page)
+    other = open_tab(page)
+    send(page, "From here")
+    expect(answers(page)).to_have_text(["one", "two"])
+    wait_until_idle(page)
+    send(other, "From there")
+    expect(answers(other)).to_have_text(["one", "three"])
+    wait_until_idle(other)
+    page.reload()
+    expect(page.locator(".bubble")).to_have_text(["First", "From there"])
+    expect(answers(page)).to_have_text(["one", "three"])
+    page.get_by_role("button", name="Previous version").click()
+    expect(page.locator(".bubble")).to_have_text(["First", "From here"])
+    expect(answers(page)).to_have_text(["one", "two"])
+
+
+def test_tab_shows_what_happens_to_its_conversation_in_another_tab(page, api):
+    api.scripts += [Script([text]) for text in ("one", "two", "three")]
+    send(page, "First")
+    expect(answers(page)).to_have_text(["one"])
+    wait_until_idle(page)
+    other = open_tab(page)
+    send(page, "Second")
+    expect(answers(other)).to_have_text(["one", "two"])
+    send(other, "Third")
+    expect(page.locator(".bubble")).to_have_text(["First", "Second", "Third"])
+    expect(answers(page)).to_have_text(["one", "two", "three"])
+    texts = [message["content"] for message in api.requests[2]["messages"]]
+    assert texts == ["First", "one", "Second", "two", "Third"]
+    other.get_by_role("button", name="Rename First").click()
+    other.get_by_label("Title of the conversation").fill("Numbers")
+    other.keyboard.press("Enter")
+    link = page.get_by_role("link", name="Numbers", exact=True)
+    expect(link).to_be_visible()
+    page.get_by_role("button", name="Delete Numbers").click()
+    page.get_by_role("button", name="Undo").click()
+    other.get_by_role("link", name="Numbers", exact=True).click()
+    expect(answers(other)).to_have_text(["one", "two", "three"])
+    page.get_by_role("button", name="Delete Numbers").click()
+    expect(other.get_by_role("heading", name="What would you like to know?")).to_be_visible()
+    expect(other.locator("#conversations a")).to_have_count(0)
+
+
+def test_answer_that_another_tab_receives_is_incomplete_until_it_ends(page, api):
+    api.scripts.append(Script(["Hello", " there"], hold_after=1))
+    send(page, "Hi")
+    expect(answers(page)).to_have_text("Hello")
+    other = open_tab(page)
+    expect(other.locator(".stats")).to_have_text("Incomplete")
+    expect(other.get_by_role("button", name="Stop")).to_be_hidden()
+    send(other, "Meanwhile")
+    expect(answers(other).last).to_have_text("An answer.")
+    wait_until_idle(other)
+    api.released.set()
+    for tab in page, other:
+        expect(answers(tab)).to_have_text(["Hello there", "An answer."])
+    expect(other.locator(".stats").first).to_contain_text("2 tokens")
+
+
+def test_conversation_of_an_older_page_is_continued(page, api):
+    page.evaluate(
+        """(nodes) => new Promise((resolve) => {
+            indexedDB.open("nanovllm").onsuccess = ({ target: { result } }) => {
+                const old = { id: "old", title: "Old", updated: Date.now(), leaf: 1, nodes };
+                const change = result.transaction("conversations", "readwrite");
+                change.objectStore("conversations").put(old);
+                change.oncomplete = resolve;
+            };
+        })""",
+        [
+            {"role": "user", "text": "First", "index": 0, "parent": -1},
+            {"role": "assistant", "state": "done", "text": "one", "thinking": "", "calls": [], "index": 1, "parent": 0},
+        ],
+    )
+    page.reload()
+    page.get_by_role("link", name="Old", exact=True).click()
+    expect(answers(page)).to_have_text(["one"])
+    send(page, "Second")
+    expect(answers(page)).to_have_text(["one", "An answer."])
+    wait_until_idle(page)
+    page.reload()
+    expect(page.locator(".bubble")).to_have_text(["First", "Second"])
+    expect(answers(page)).to_have_text(["one", "An answer."])
+    assert [message["content"] for message in api.requests[0]["messages"]] == ["First", "one", "Second"]
+
+
+def open_tab(page: Page) -> Page:
+    """Open the address of `page` in another tab of the same browser profile."""
+    tab = page.context.new_page()
+    tab.goto(page.url)
+    tab.wait_for_selector("body[data-ready]")
+    return tab
 
 
 def test_dark_mode_follows_the_system_and_can_be_switched(open_page):

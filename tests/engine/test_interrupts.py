@@ -189,7 +189,7 @@ def check(llm, want, where):
             raise AssertionError(where) from error
     llm.reset_prefix_cache()
     try:
-        llm.llm_engine.check_usable()
+        llm.llm_engine.ensure_usable()
     except RuntimeError as error:
         assert "the last update_weights failed" in str(error) or "a weight update is open" in str(error), where
         llm.update_weights(llm.config.model)

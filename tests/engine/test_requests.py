@@ -391,7 +391,7 @@ def test_unread_streams_hold_nothing_and_return_no_output(model):
         assert_nothing_held(llm)
 
 
-@pytest.mark.parametrize("where", [(Request, "output"), (Scheduler, "schedule"), (Scheduler, "_append")])
+@pytest.mark.parametrize("where", [(Request, "take_output"), (Scheduler, "schedule"), (Scheduler, "_append")])
 def test_stream_may_be_garbage_collected_anywhere_in_a_step(model, where, monkeypatch):
     """A stream that is left in a cycle of references ends when Python's collector finds it."""
     want = getattr(*where)
@@ -414,14 +414,14 @@ def test_stream_may_be_garbage_collected_anywhere_in_a_step(model, where, monkey
 
 
 def test_stream_collected_during_its_last_output_returns_none(model, monkeypatch):
-    output = Request.output
+    output = Request.take_output
 
     def collect_before(request, *args):
         if request.is_finished:
             gc.collect()
         return output(request, *args)
 
-    monkeypatch.setattr(Request, "output", collect_before)
+    monkeypatch.setattr(Request, "take_output", collect_before)
     with engine(model) as llm:
         cycle = [llm.stream([1, 2, 3], greedy(2))]
         next(cycle[0])

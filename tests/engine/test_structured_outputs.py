@@ -61,7 +61,7 @@ def hurried(tokenizer):
 
 
 def allowed(token_filter):
-    return np.flatnonzero(np.unpackbits(token_filter.mask().view(np.uint8), bitorder="little"))
+    return np.flatnonzero(np.unpackbits(token_filter.compute_mask().view(np.uint8), bitorder="little"))
 
 
 def walk(token_filter, tokenizer, seed, most=200, preferred=('"', "}", "]", '":', ".")):

@@ -655,10 +655,10 @@ def written(llm, text, **form) -> bool:
     grammars = llm.llm_engine.input_processor.grammars
     made = grammars.filter(**dataclasses.asdict(StructuredOutputsParams(**form)))
     for token_id in llm.tokenizer.encode(text):
-        if made.is_complete or not made.mask()[token_id // 32] >> token_id % 32 & 1:
+        if made.is_complete or not made.compute_mask()[token_id // 32] >> token_id % 32 & 1:
             return False
         made.accept(token_id)
-    return made.error is None and (made.is_complete or bool(made.mask()[EOS // 32] >> EOS % 32 & 1))
+    return made.error is None and (made.is_complete or bool(made.compute_mask()[EOS // 32] >> EOS % 32 & 1))
 
 
 OPEN = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "array", "items": {"type": "null"}}}}

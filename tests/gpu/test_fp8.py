@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.ops.fp8.reference import FP8
+from nanovllm.ops.float8 import FP8
 from nanovllm.weights.fp8 import Fp8, Fp8Experts
 from tests.helpers import greedy, prompts_of, tokens
 from tests.models.fp8 import blocks, compressed, quantized, write_scheme

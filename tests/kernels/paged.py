@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.ops.attention.fp8_cache import FP8, dequantize_kv, quantize_kv
+from nanovllm.ops.attention.fp8_cache import dequantize_kv, quantize_kv
 from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
+from nanovllm.ops.float8 import FP8
 from nanovllm.ops.triton_utils import triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -27,14 +27,14 @@ from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launc
 from nanovllm.ops.attention import decode_plan, paged_cache, rope_decode, shared_prefix
 from nanovllm.ops.comm import collectives, overlapped_all_reduce, peer_memory
 from nanovllm.ops.fp8 import experts as fp8_experts, linear as fp8_linear
-from nanovllm.ops.gdn import copy_slots, gated_delta_net, inputs as gdn_inputs, prompt as gdn_prompt
-from nanovllm.ops.gdn import rows as gdn_rows
+from nanovllm.ops.gdn import gated_delta_net, inputs as gdn_inputs, plan as gdn_plan, prompt as gdn_prompt
 from nanovllm.ops.inputs import embedding, step_inputs, step_rows
 from nanovllm.ops.linear import gemm, gemv, sigmoid_mul, silu_mul, swiglu
 from nanovllm.ops.moe import alignment, expert_gemv, experts, router
 from nanovllm.ops.moe.dispatch import FP8_TILINGS, TILINGS
 from nanovllm.ops.norm_rope import qk_transform, rms_norm, rope_store
 from nanovllm.ops.sampling import sampling, state as sampling_state
+from nanovllm.ops.state import copy_slots, rows as state_rows
 
 def call_all():
     bf16, i32, i64 = (dict(dtype=getattr(torch, name)) for name in ("bfloat16", "int32", "int64"))
@@ -80,7 +80,7 @@ def call_all():
         expert_gemv.down_gemv_triton(hidden, down[0], ids[:4], routing[:4], scale=down[1])
     slots, lens, tables = torch.zeros(4, **i32), torch.ones(4, **i32), torch.zeros(5, 8, **i32)
     state = sampling_state.SamplingState(sampling_state.default_params(5), 5000, torch.device("cpu"))
-    for rows in (slots, step_rows.StepRows.split(torch.zeros(100, **i32), 4, 20)):
+    for rows in (step_rows.StepRows(slots), step_rows.StepRows.split(torch.zeros(100, **i32), 4, 20)):
         step_inputs.step_inputs_triton(rows, torch.zeros(5, **i64), torch.zeros(5, **i32), tables, 64, 4, state)
     peers = peer_memory.PeerMemory(0, [peer_memory.new_peer_memory(2, torch.device("cpu"))] * 2)
     norms = (None, (weight, 1e-6), (weight.float(), 1e-6))
@@ -142,13 +142,13 @@ def call_all():
         tokens = gdn_inputs.GdnInputs(*tokens)
         pools = gdn_inputs.GdnState(torch.zeros(5, heads, dim, dim), torch.zeros(5, 4, channels, **kind))
         cu_seqlens = torch.zeros(5, **i32)
-        rows = gdn_rows.GdnRows(slots, lens, cu_seqlens, gdn_rows.prompt_plan_triton(cu_seqlens, 200, 2))
+        rows = state_rows.StateRows(slots, lens, cu_seqlens, gdn_plan.prompt_plan_triton(cu_seqlens, 200, 2))
         gated_delta_net.gated_delta_net_triton(tokens, weights, pools, rows)
         config = gdn_prompt.GdnPromptConfig(slices=2)
         gdn_prompt.gdn_prompt_triton(tokens, weights, pools, rows, torch.zeros(200, heads * dim, **kind), config)
         copy_slots.copy_slots_triton(pools.conv[None], slots[:2], slots[2:])
         few = gdn_inputs.GdnInputs(*(x[:4] for x in tokens))
-        gated_delta_net.gated_delta_net_triton(few, weights, pools, gdn_rows.GdnRows(slots, lens))
+        gated_delta_net.gated_delta_net_triton(few, weights, pools, state_rows.StateRows(slots, lens))
 
 loaders = []  # threads that loaded a kernel, which needs its launcher
 driver = triton.runtime.driver.active

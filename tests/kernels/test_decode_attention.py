@@ -3,9 +3,9 @@ import torch
 
 from nanovllm.ops.attention.decode_attention import decode_attention_triton
 from nanovllm.ops.attention.decode_plan import MAX_SPLITS, DecodeConfig, SplitPolicy, default_decode_config
-from nanovllm.ops.attention.fp8_cache import FP8
 from nanovllm.ops.attention.paged_cache import PagedKV
 from nanovllm.ops.attention.reference import decode_attention_torch, plan_decode_torch
+from nanovllm.ops.float8 import FP8
 from nanovllm.ops.triton_utils import HAVE_TRITON
 from tests.kernels.paged import DEVICE, DTYPES, FP8_DTYPES, assert_close, assert_same, make_paged, plain_attention
 

@@ -5,20 +5,20 @@ from itertools import pairwise
 import pytest
 import torch
 
-from nanovllm.ops.gdn.copy_slots import copy_slots, copy_slots_triton
 from nanovllm.ops.gdn.decode import GdnDecodeConfig, default_decode_config, gdn_decode_triton
 from nanovllm.ops.gdn.gated_delta_net import gated_delta_net, gated_delta_net_triton
 from nanovllm.ops.gdn.gated_norm import gated_rms_norm, gated_rms_norm_triton
 from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
+from nanovllm.ops.gdn.plan import CHUNK, prompt_plan_triton
 from nanovllm.ops.gdn.prompt import GdnPromptConfig, gdn_prompt_triton
 from nanovllm.ops.gdn.reference import (
     chunk_delta_rule_torch,
-    copy_slots_torch,
     gated_delta_net_torch,
     gated_rms_norm_torch,
     recurrent_delta_rule_torch,
 )
-from nanovllm.ops.gdn.rows import CHUNK, GdnRows, prompt_plan_triton
+from nanovllm.ops.state.copy_slots import copy_slots
+from nanovllm.ops.state.rows import StateRows
 from tests.kernels.paged import DEVICE, DTYPES
 
 # (HK, HV, DK, DV)
@@ -68,7 +68,7 @@ def make_rows(lengths, starts, num_tokens=None, max_prompts=None, slots=None):
     slots = torch.arange(len(lengths)).flip(0) if slots is None else torch.tensor(slots)
     num_prompts = int((lengths > 1).sum()) if max_prompts is None else max_prompts
     plan = prompt_plan_triton(cu_seqlens, num_tokens or int(lengths.sum()), num_prompts)
-    return GdnRows(slots.int().to(DEVICE), torch.tensor(starts).int().to(DEVICE), cu_seqlens, plan)
+    return StateRows(slots.int().to(DEVICE), torch.tensor(starts).int().to(DEVICE), cu_seqlens, plan)
 
 
 def run_split(run, inputs, weights, state, ends):
@@ -209,7 +209,7 @@ def test_decode_kernel_equals_the_reference_and_padding_rows_touch_the_scratch_s
     )
     slots = torch.tensor([*range(batch), scratch, scratch], device=DEVICE).int()
     starts = torch.tensor([*range(batch), 0, 0], device=DEVICE)
-    rows, want_state = GdnRows(slots, starts), clone(state)
+    rows, want_state = StateRows(slots, starts), clone(state)
     want = gated_delta_net_torch(inputs, weights, want_state, rows)
     close(gated_delta_net_triton(inputs, weights, state, rows), want, dtype)
     close(state.recurrent[:scratch], want_state.recurrent[:scratch], dtype)
@@ -224,7 +224,7 @@ def test_many_rows_are_decoded_in_slices_that_suit_the_state(state_dtype, want):
     torch.manual_seed(0)
     inputs, weights = make_inputs(batch, shape), make_weights(shape)
     state = make_state(batch, shape, state_dtype=state_dtype)
-    rows = GdnRows(torch.arange(batch, device=DEVICE).int(), torch.arange(batch, device=DEVICE))
+    rows = StateRows(torch.arange(batch, device=DEVICE).int(), torch.arange(batch, device=DEVICE))
     want_state = clone(state)
     want_out = gated_delta_net_torch(inputs, weights, want_state, rows)
     close(gated_delta_net_triton(inputs, weights, state, rows), want_out)
@@ -294,22 +294,6 @@ def test_a_copied_slot_continues_like_its_source():
         copy_slots(pool[None], torch.tensor([3], device=DEVICE).int(), torch.tensor([0], device=DEVICE).int())
     source, copy = (gated_delta_net(rest, weights, state, make_rows([3], [6], slots=[slot])) for slot in (3, 0))
     assert torch.equal(source, copy) and torch.equal(state.recurrent[0], state.recurrent[3])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(4, 33), (2, 5000)])
-def test_copying_slots_changes_only_the_targets_in_every_layer(shape, dtype):
-    pool = torch.randn(3, 6, *shape, device=DEVICE).to(dtype)
-    sources, targets = (torch.tensor(slots, device=DEVICE) for slots in ([4, 1, 4], [0, 5, 3]))
-    want = pool.clone()
-    want[:, [0, 5, 3]] = pool[:, [4, 1, 4]]
-    for copy in (copy_slots_torch, copy_slots_triton):
-        for kind in (torch.int32, torch.int64):
-            copied = pool.clone()
-            copy(copied, sources.to(kind), targets.to(kind))
-            assert torch.equal(copied, want)
-            copy(copied, sources[:0], targets[:0])
-            assert torch.equal(copied, want)
 
 
 def test_shapes_that_disagree_and_a_missing_plan_raise():

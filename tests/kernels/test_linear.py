@@ -5,7 +5,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanovllm.ops.dispatch import TABLE, Adder, Kernel, Regime, capture_sizes, compile_sizes, kernel_of, regime_of
+from nanovllm.ops.dispatch import (
+    MAX_GEMV_TOKENS,
+    TABLE,
+    Adder,
+    Fp8Kernel,
+    Kernel,
+    Regime,
+    capture_sizes,
+    compile_sizes,
+    kernel_of,
+    regime_of,
+)
 from nanovllm.ops.linear import gemm
 from nanovllm.ops.linear.gemm import GemmConfig, gemm_triton
 from nanovllm.ops.linear.gemv import GemvConfig, gemv_triton
@@ -173,13 +184,16 @@ def test_the_table_s_sizes_lie_in_their_regimes_and_the_largest_is_compiled():
         assert all(before.max_tokens < size <= regime.max_tokens for size in sizes)
         assert regime.max_tokens in regime.captured or not regime.captured  # a graph for as many tokens as there may be
     assert capture_sizes(100) == [16, 32, 64, 96] and compile_sizes(100) == [1, 2, 4, 16, 32, 64, 100]
-    assert [regime_of(tokens) for tokens in (0, 4, 5, 2049)] == [TABLE[0], TABLE[0], TABLE[1], TABLE[4]]
+    assert [regime_of(tokens) for tokens in (0, 1, 2, 4, 5, 2049)] == [TABLE[i] for i in (0, 0, 1, 1, 2, 5)]
+    assert MAX_GEMV_TOKENS == 4
 
 
 def test_a_gemv_is_for_one_token_or_small_weights():
     large, small = 4096 * 4096, 1024 * 2048
     assert [kernel_of(tokens, large) for tokens in (1, 2, 4, 5)] == [Kernel.GEMV, Kernel.GEMM, Kernel.GEMM, Kernel.GEMM]
     assert [kernel_of(tokens, small) for tokens in (1, 2, 4, 5)] == [Kernel.GEMV, Kernel.GEMV, Kernel.GEMV, Kernel.GEMM]
+    in_fp8 = [regime_of(tokens).fp8_kernel for tokens in (1, 2, 64, 65)]
+    assert in_fp8 == [Fp8Kernel.GEMV, Fp8Kernel.GEMM, Fp8Kernel.GEMM, Fp8Kernel.LIBRARY]
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5])

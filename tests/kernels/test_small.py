@@ -1,11 +1,12 @@
-"""Embedding, norm, activation, RoPE with cache write, and step inputs: each Triton kernel equals its reference."""
+"""Embedding, norm, activation, RoPE with cache write, step inputs, copies of slots: kernels equal their references."""
 
 import pytest
 import torch
 
 from nanovllm.layers.rotary_embedding import rope_table
-from nanovllm.ops.attention.fp8_cache import FP8, dequantize_kv
+from nanovllm.ops.attention.fp8_cache import dequantize_kv
 from nanovllm.ops.attention.paged_cache import PagedKV
+from nanovllm.ops.float8 import FP8
 from nanovllm.ops.inputs.embedding import embedding_triton
 from nanovllm.ops.inputs.reference import embedding_torch, step_inputs_torch
 from nanovllm.ops.inputs.step_inputs import step_inputs_triton
@@ -18,6 +19,8 @@ from nanovllm.ops.norm_rope.reference import qk_norm_rope_store_torch, rms_norm_
 from nanovllm.ops.norm_rope.rms_norm import rms_norm_triton
 from nanovllm.ops.norm_rope.rope_store import qk_norm_rope_store_triton
 from nanovllm.ops.sampling.state import HAS_PENALTIES, MAX_COUNT, SamplingState, default_params
+from nanovllm.ops.state.copy_slots import copy_slots_triton
+from nanovllm.ops.state.reference import copy_slots_torch
 from tests.kernels.paged import FP8_DTYPES
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -146,7 +149,8 @@ def test_step_inputs_equal_the_reference(device, batch, lens):
     def randint(high, *shape):
         return torch.randint(0, high, shape, generator=generator, device=device).int()
 
-    rows = torch.randperm(slots_count - 1, generator=generator, device=device)[:batch].int()
+    slots = torch.randperm(slots_count - 1, generator=generator, device=device)[:batch].int()
+    rows = StepRows(slots)
     if lens:
         starts = randint(50, batch)
         starts[:1] = -1
@@ -155,10 +159,10 @@ def test_step_inputs_equal_the_reference(device, batch, lens):
         token_ids = randint(1000, len(token_rows))
         token_ids[:1] = -1
         if lens[-1] == 0:
-            rows[-2:] = slots_count - 1
+            slots[-2:] = slots_count - 1
             token_rows = torch.cat([token_rows, torch.full_like(token_rows[:5], batch - 1)])
             token_ids = torch.cat([token_ids, token_ids[:5] * 0])
-        rows = StepRows(rows, starts, cu_seqlens, token_rows, token_ids)
+        rows = StepRows(slots, starts, cu_seqlens, token_rows, token_ids)
     last_token, length = randint(1000, slots_count).long(), randint(50, slots_count)
     arguments = (rows, last_token, length, randint(99, slots_count, width), block_size, slots_count - 1)
     states = [SamplingState(default_params(slots_count), 1000, device) for _ in range(2)]
@@ -169,10 +173,26 @@ def test_step_inputs_equal_the_reference(device, batch, lens):
     got = step_inputs_triton(*arguments, states[0])
     want = step_inputs_torch(*arguments, states[1])
     assert torch.equal(states[0].counts, states[1].counts)
-    known = rows if lens is None else rows.slots[rows.starts < 0]
+    known = slots if lens is None else slots[rows.starts < 0]
     counted = [slot for slot in known.tolist() if slot < slots_count // 2 and last_token[slot] < 500]
     assert (states[0].counts == 7).sum() == len(counted)
     assert (got.last_indices is None) == (want.last_indices is None) == (lens is None)
     for a, b in zip(got, want, strict=True):
         assert a is b is None or (a.dtype == b.dtype and torch.equal(a, b))
-    assert got.context_lens[0] == length[rows[0] if lens is None else rows.slots[0]] + 1
+    assert got.context_lens[0] == length[slots[0]] + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4, 33), (2, 5000)])
+def test_copying_slots_changes_only_the_targets_in_every_layer(device, shape, dtype):
+    pool = torch.randn(3, 6, *shape, device=device).to(dtype)
+    sources, targets = (torch.tensor(slots, device=device) for slots in ([4, 1, 4], [0, 5, 3]))
+    want = pool.clone()
+    want[:, [0, 5, 3]] = pool[:, [4, 1, 4]]
+    for copy in (copy_slots_torch, copy_slots_triton):
+        for kind in (torch.int32, torch.int64):
+            copied = pool.clone()
+            copy(copied, sources.to(kind), targets.to(kind))
+            assert torch.equal(copied, want)
+            copy(copied, sources[:0], targets[:0])
+            assert torch.equal(copied, want)

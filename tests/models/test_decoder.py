@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.attention import select_backend
@@ -12,10 +12,10 @@ from nanovllm.checkpoints.hub import open_model
 from nanovllm.checkpoints.loader import load_weights
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.paged_cache import PagedRows
-from nanovllm.ops.gdn.rows import GdnRows
+from nanovllm.ops.state.rows import StateRows
 from nanovllm.runner.state_pool import StatePool, StateSizes
 from nanovllm.utils.context import Context, set_context
-from tests.models.tiny import TINY, save_tiny, tiny_model
+from tests.models.tiny import TINY, fill_randomly, save_tiny, tiny_model
 
 BLOCK = 16
 
@@ -44,7 +44,7 @@ def prefill_logits(model, ids):
         cu_seqlens_q=cu_seqlens,
         max_seqlen_q=num_tokens,
         max_context_len=num_tokens,
-        gdn_rows=GdnRows(slots, torch.zeros_like(slots), cu_seqlens),
+        state_rows=StateRows(slots, torch.zeros_like(slots), cu_seqlens),
     )
     context.backend.prepare(context)
     with set_context(context):
@@ -61,6 +61,20 @@ def test_logits_equal_transformers(tmp_path, name):
     with torch.inference_mode():
         expected = reference(ids[None]).logits[0]
     torch.testing.assert_close(prefill_logits(model, ids), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_a_random_model_has_random_values_in_the_buffers_of_its_checkpoint():
+    """A selection bias is a buffer, and 0 in a new model: a router that ignored it would give the same logits."""
+    options = {"hidden_size": 16, "intermediate_size": 8, "moe_intermediate_size": 8, "vocab_size": 8}
+    options |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    config = AutoConfig.for_model("glm4_moe", **options, n_routed_experts=8, first_k_dense_replace=0)
+    new, filled = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    fill_randomly(filled)
+    bias = filled.state_dict()["model.layers.0.mlp.gate.e_score_correction_bias"]
+    assert len(bias.unique()) == 8
+    for name, buffer in new.named_buffers():  # the frequencies of RoPE are in no checkpoint
+        assert name not in new.state_dict() or not torch.equal(buffer, filled.get_buffer(name))
+        assert name in new.state_dict() or torch.equal(buffer, filled.get_buffer(name))
 
 
 @pytest.mark.parametrize(

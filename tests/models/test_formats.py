@@ -25,6 +25,7 @@ class MinimalFormat(WeightFormat):
 
     def __init__(self, weight):
         self.weight = weight
+        self.parameters = {"weight": weight}
 
     def matmul(self, x, bias=None):
         return F.linear(x, self.weight, bias)
@@ -72,7 +73,7 @@ def test_packed_weight_becomes_plain_for_loading_and_packed_after_it(is_shared):
 
 
 def test_linear_layers_use_the_format_that_they_are_given():
-    def allocate(rows, columns, dtype, weight_loader, alignment):
+    def allocate(rows, columns, *, dtype, weight_loader, alignment):
         return MinimalFormat(make_parameter(rows, columns, dtype=dtype, weight_loader=weight_loader))
 
     layer = RowParallelLinear(40, 68, tp=TensorParallel(), allocate_weight=allocate)
@@ -81,4 +82,4 @@ def test_linear_layers_use_the_format_that_they_are_given():
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     residual = Residual(torch.zeros(3, 68), TensorParallel())
     assert isinstance(layer.format, MinimalFormat)
-    torch.testing.assert_close((residual + layer(x)).sum(), F.linear(x, loaded), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close((residual + layer(x)).complete(), F.linear(x, loaded), atol=1e-5, rtol=1e-5)

@@ -14,17 +14,18 @@ from nanovllm.layers.linear import GateUpParallelLinear, LinearLayer, QKVParalle
 from nanovllm.layers.moe import Experts, MoEConfig
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import ModelConfig
+from nanovllm.ops.float8 import FP8
 from nanovllm.ops.fp8.reference import (
-    FP8,
     block_of_scale,
     dequantize,
     linear_fp8_torch,
     quantize_rows_torch,
     quantize_weight,
 )
-from nanovllm.weights import fp8
-from nanovllm.weights.fp8 import WHOLE_ROW, Fp8, Fp8Experts, Fp8Scheme, LayerFormats
+from nanovllm.weights.fp8 import WHOLE_ROW, Fp8, Fp8Experts, Fp8Scheme
+from nanovllm.weights.layer_formats import LayerFormats
 from nanovllm.weights.parameter import in_blocks
+from nanovllm.weights.quantization_config import read_scheme
 from tests.models.fp8 import blocks, compressed, quantized, use_references
 from tests.models.tiny import separate_experts, tiny_model
 
@@ -90,7 +91,7 @@ def test_shape_of_scales_says_what_they_cover():
 
 
 def scheme(**changes) -> Fp8Scheme:
-    return Fp8Scheme.from_hf(blocks() | changes)
+    return read_scheme(blocks() | changes)
 
 
 def changed_group(**changes) -> dict:
@@ -104,12 +105,12 @@ def changed_group(**changes) -> dict:
 def test_schemes_of_checkpoints_are_read():
     assert (scheme().block, scheme().scale_name("x.weight")) == ((128, 128), "x.weight_scale_inv")
     assert scheme(weight_block_size=[64, 32]).block == (64, 32)
-    rows = Fp8Scheme.from_hf(ROWS)
+    rows = read_scheme(ROWS)
     assert (rows.block, rows.scale_name("x.weight")) == ((1, WHOLE_ROW), "x.weight_scale")
     by_blocks = changed_group(
         weights={"strategy": "block", "block_structure": [128, 128]}, input_activations={"strategy": "group"}
     )
-    by_blocks = Fp8Scheme.from_hf(by_blocks)
+    by_blocks = read_scheme(by_blocks)
     assert (by_blocks.block, by_blocks.scale_name("x.weight")) == ((128, 128), "x.weight_scale")
 
 
@@ -127,6 +128,7 @@ def test_schemes_of_checkpoints_are_read():
         (blocks() | {"weight_block_size": [128]}, "weight_block_size=\\[128\\]"),
         (blocks() | {"modules_to_not_convert": [3]}, "modules_to_not_convert=\\[3\\]"),
         (blocks() | {"modules_to_not_convert": ["("]}, "the pattern"),
+        (blocks() | {"modules_to_not_convert": ["x"] * 10_001}, "10001 entries of modules_to_not_convert"),
         (compressed(format="pack-quantized"), "format='pack-quantized'"),
         (compressed(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme="),
         (compressed(sparsity_config={"format": "dense"}), "sparsity_config="),
@@ -168,7 +170,14 @@ def test_other_quantisations_are_refused_by_name(options, named):
     ],
 )
 def test_excluded_modules_are_matched_like_in_their_libraries(options, name, is_covered):
-    assert Fp8Scheme.from_hf(options).covers(name) is is_covered
+    assert read_scheme(options).covers(name) is is_covered
+
+
+def test_pattern_that_takes_for_ever_is_refused(monkeypatch):
+    monkeypatch.setattr("nanovllm.weights.quantization._MATCH_SECONDS", 0.05)
+    exponential = read_scheme(compressed(ignore=["re:model.(x|x|xx)+[a-w]"]))
+    with pytest.raises(ValueError, match="quantization_config takes too long for the module xxx"):
+        exponential.covers("x" * 60)
 
 
 # -- shards ----------------------------------------------------------------------------------------------------------
@@ -381,25 +390,39 @@ def test_gates_of_recurrent_layers_routers_and_the_head_are_never_in_fp8():
     assert "layers.0.linear_attn.gates_proj" in formats and "layers.0.mlp.gate" in formats and "lm_head" in formats
 
 
+@pytest.mark.usefixtures("fp8_kernels")
+def test_compiled_sizes_are_those_of_the_experts_kernels_also_where_a_checkpoint_excludes_experts():
+    config = model_in_fp8("experts", BLOCKS)[0]
+    mixed = dataclasses.replace(config, quantization=scheme(modules_to_not_convert=["model.layers.1.mlp"]))
+    plain = dataclasses.replace(config, quantization=scheme(modules_to_not_convert=["mlp.experts"]))
+    in_fp8, in_both, excluded, unquantized = (
+        set(Decoder(config).compile_sizes(8192))
+        for config in (config, mixed, plain, dataclasses.replace(config, quantization=None))
+    )
+    assert excluded == unquantized != in_fp8
+    assert in_both == in_fp8 | unquantized
+
+
 def test_weights_that_no_kernel_can_read_are_dequantised(monkeypatch):
-    monkeypatch.setattr(fp8, "has_fp8_kernels", lambda device, dtype, block: True)
+    monkeypatch.setattr(Fp8Scheme, "has_kernels", lambda scheme, device, dtype, columns: columns == (48,))
     allocate = LayerFormats(Fp8Scheme()).weight("o_proj")
     kinds = {
         size: type(RowParallelLinear(size, 48, tp=TensorParallel(), allocate_weight=allocate).format).__name__
         for size in (48, 40)
     }
     assert kinds == {48: "Fp8", 40: "Plain"}
-    monkeypatch.undo()
-    cpu, bf16 = torch.device("cpu"), torch.bfloat16
-    assert not fp8.has_fp8_kernels(cpu, bf16, (128, 128))
-    for capability, has_kernels in (((8, 0), False), ((8, 9), True), ((9, 0), True)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        gpu = torch.device("cuda")
-        assert (
-            fp8.has_fp8_kernels(gpu, bf16, (128, 128)) == fp8.has_fp8_kernels(gpu, bf16, (1, WHOLE_ROW)) == has_kernels
-        )
-        assert not fp8.has_fp8_kernels(gpu, torch.float32, (128, 128))
-        assert not fp8.has_fp8_kernels(gpu, bf16, (64, 64))
+
+
+@pytest.mark.parametrize(("capability", "has_kernels"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
+def test_kernels_read_the_blocks_of_hubs_on_gpus_from_ada_on(capability, has_kernels, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu, bf16, blocks, rows = torch.device("cuda"), torch.bfloat16, Fp8Scheme(), Fp8Scheme(block=(1, WHOLE_ROW))
+    for fp8_scheme in (blocks, rows):
+        assert fp8_scheme.has_kernels(gpu, bf16, (48, 64)) == has_kernels
+        assert not fp8_scheme.has_kernels(gpu, bf16, (48, 40))
+    assert not blocks.has_kernels(torch.device("cpu"), bf16, (48,))
+    assert not blocks.has_kernels(gpu, torch.float32, (48,))
+    assert not Fp8Scheme(block=(64, 64)).has_kernels(gpu, bf16, (48,))
 
 
 # -- quantising while loading ----------------------------------------------------------------------------------------

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.weights.formats import Plain, Table
-from nanovllm.weights.int4 import (
-    CompressedTable,
+from nanovllm.weights.int4_int8 import (
     Int4,
-    compressing,
+    Int8Table,
     is_supported,
     quantize_4_bits,
     quantize_8_bits,
+    with_compression,
 )
 from tests.helpers import engine, greedy, prompts_of, tokens
 from tests.models.test_gguf import write_gguf
@@ -95,7 +95,7 @@ def test_other_weights_lose_at_most_half_a_step_of_8_bits():
 @pytest.mark.parametrize("num_tokens", [0, 1, 3, 40])
 def test_gemm_is_within_bfloat16_of_the_dequantised_weight(kind, num_tokens):
     weight, x = quantised(kind), torch.randn(num_tokens, COLUMNS, generator=torch.Generator().manual_seed(1))
-    format = compressing(Plain(parameter(weight))).finish_loading()
+    format = with_compression(Plain(parameter(weight))).finish_loading()
     assert isinstance(format, Int4) and format.is_doubled == (kind == "Q8_0") and not format.weight.numel()
     bias, residual, expected = random_weight()[:, 0], torch.ones(num_tokens, ROWS), F.linear(x, weight)
     atol = BOUND * float(expected.abs().max()) if num_tokens else 0
@@ -107,7 +107,7 @@ def test_gemm_is_within_bfloat16_of_the_dequantised_weight(kind, num_tokens):
 
 @needs_gemm
 def test_a_token_does_not_depend_on_the_others():
-    format = compressing(Plain(parameter(quantised("Q4_1")))).finish_loading()
+    format = with_compression(Plain(parameter(quantised("Q4_1")))).finish_loading()
     x = random_weight(40)
     torch.testing.assert_close(format.linear(x)[7:8], format.linear(x[7:8]), atol=1e-5, rtol=2**-7)
 
@@ -115,7 +115,7 @@ def test_a_token_does_not_depend_on_the_others():
 @pytest.mark.parametrize(("rows", "columns"), [(40, 96), (48, 80)])
 def test_weight_that_the_gemm_cannot_read_is_kept_as_it_is(rows, columns):
     weight = random_weight(rows, columns)
-    format = compressing(Plain(parameter(weight))).finish_loading()
+    format = with_compression(Plain(parameter(weight))).finish_loading()
     assert not isinstance(format, Int4)
     torch.testing.assert_close(format.linear(random_weight(3, columns)), F.linear(random_weight(3, columns), weight))
 
@@ -123,8 +123,8 @@ def test_weight_that_the_gemm_cannot_read_is_kept_as_it_is(rows, columns):
 @pytest.mark.parametrize("start", [0, 10])
 def test_compressed_table_returns_the_rows_and_zeros_outside(start):
     weight, ids = quantised("Q8_0"), torch.tensor([10, 12, 47, 9, 57, 10])
-    table = compressing(Table(parameter(weight))).finish_loading()
-    assert isinstance(table, CompressedTable) and not table.weight.numel()
+    table = with_compression(Table(parameter(weight))).finish_loading()
+    assert isinstance(table, Int8Table) and not table.weight.numel()
     inside = (ids >= start) & (ids < start + ROWS)
     expected = weight[torch.where(inside, ids - start, 0)] * inside[:, None]
     torch.testing.assert_close(table.rows(ids, start), expected, atol=2e-6, rtol=0)
@@ -150,7 +150,7 @@ def test_updated_weights_are_those_of_a_fresh_load(tmp_path, name):
     old, new = (gguf_file(tmp_path, name, seed) for seed in range(2))
     prompts = prompts_of([5, 20, 33])
     with engine(new) as llm:
-        assert formats(llm) == {Int4, CompressedTable}
+        assert formats(llm) == {Int4, Int8Table}
         want = tokens(llm, prompts, greedy(12))
     with engine(old) as llm:
         before = tokens(llm, prompts, greedy(12))
@@ -161,7 +161,7 @@ def test_updated_weights_are_those_of_a_fresh_load(tmp_path, name):
         llm.wake_up()
         llm.update_weights(old)
         assert tokens(llm, prompts, greedy(12)) == before
-        assert formats(llm) == {Int4, CompressedTable}
+        assert formats(llm) == {Int4, Int8Table}
 
 
 @needs_gemm
@@ -187,7 +187,7 @@ def test_trained_weights_update_a_compressed_model(tmp_path):
         want = tokens(llm, prompts_of([5, 20]), greedy(12))
     with engine(gguf_file(tmp_path, "llama", 0)) as llm:
         llm.update_weights((name, tensor.bfloat16()) for name, tensor in separate_experts(model.state_dict()).items())
-        assert formats(llm) == {Int4, CompressedTable}
+        assert formats(llm) == {Int4, Int8Table}
         assert len(tokens(llm, prompts_of([5, 20]), greedy(12))[0]) == len(want[0])
 
 
@@ -207,7 +207,7 @@ def test_prompts_and_decoded_tokens_in_one_step_give_the_same_logprobs(tmp_path)
 @pytest.mark.parametrize("options", [{"dtype": "float32"}, {"dtype": "bfloat16"}])
 def test_a_given_dtype_dequantises_the_weights(tmp_path, options):
     with engine(gguf_file(tmp_path, "llama"), **options) as llm:
-        assert not formats(llm) & {Int4, CompressedTable}
+        assert not formats(llm) & {Int4, Int8Table}
 
 
 @needs_gemm

@@ -106,7 +106,7 @@ def test_hybrid_families_have_their_options():
     assert ModelConfig.from_hf(nested) == text and text.eos_token_ids == (7,)
     experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     sizes = {**HYBRID, **experts, "shared_expert_intermediate_size": 40}
-    sparse = ModelConfig.from_hf(Qwen3_5MoeConfig(text_config=sizes))
+    sparse = ModelConfig.from_hf(Qwen3_5MoeConfig(text_config={**sizes, "norm_topk_prob": False}))
     assert sparse.moe == MoEConfig(6, 2, 24, True, 40) and sparse.attention_gate
     packed = ModelConfig.from_hf(Qwen3NextConfig(**sizes, norm_topk_prob=False, linear_num_value_heads=48))
     assert packed.moe == MoEConfig(6, 2, 24, False, 40)
@@ -186,6 +186,7 @@ def test_dtype_and_end_tokens_are_read():
         ({"model_type": None}, "None"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "gelu"),
+        ({"is_causal": False}, "is_causal=False"),
         ({"sliding_window": 1024}, "sliding_window=1024"),
         ({"layer_types": FULL_AND_SLIDING, "sliding_window": 7}, "sliding_window=7"),
         ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 2}, "layer of type 'chunked_attention'"),

@@ -224,11 +224,15 @@ def tiny_model(name: str, seed: int = 0, **overrides):
 
 
 def fill_randomly(model, seed: int = 0):
-    """Return the model with random weights, biases and norms."""
+    """Return the model with random weights, biases and norms, and random buffers of those that a checkpoint holds."""
     generator = torch.Generator().manual_seed(seed)
+    in_checkpoint = model.state_dict().keys()
     with torch.no_grad():
         for key, param in model.named_parameters():
             param.normal_(1.0 if key.endswith("norm.weight") else 0.0, 0.2, generator=generator)
+        for key, buffer in model.named_buffers():
+            if key in in_checkpoint and buffer.is_floating_point():
+                buffer.normal_(0.0, 0.2, generator=generator)
     return model
 
 

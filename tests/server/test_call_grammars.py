@@ -259,7 +259,7 @@ ANSWER = '{"ok": true}'
 
 @pytest.mark.parametrize("name", sorted(FORMATS.keys() - {"none", "llama3"}))
 def test_an_answer_in_json_may_be_chosen_instead_of_calls(name, accepts):
-    constraint = FORMATS[name].constraint(TOOLS, "auto", parallel=True, answer=JSON_ANSWER)
+    constraint = FORMATS[name].constraint(TOOLS, "auto", parallel=True, response=JSON_ANSWER)
     a_call = call("now", name)
     assert accepts(constraint, ANSWER)
     assert accepts(constraint, a_call)
@@ -268,7 +268,7 @@ def test_an_answer_in_json_may_be_chosen_instead_of_calls(name, accepts):
 
 
 def test_an_answer_in_json_has_no_effect_where_a_call_is_required(accepts):
-    constraint = FORMATS["hermes"].constraint(TOOLS, "required", parallel=True, answer=JSON_ANSWER)
+    constraint = FORMATS["hermes"].constraint(TOOLS, "required", parallel=True, response=JSON_ANSWER)
     assert accepts(constraint, call("now", "hermes"))
     assert not accepts(constraint, ANSWER)
 
@@ -276,7 +276,7 @@ def test_an_answer_in_json_has_no_effect_where_a_call_is_required(accepts):
 @pytest.mark.parametrize("answer", [JSON_ANSWER, StructuredOutputsParams(json_object=True)], ids=["schema", "object"])
 def test_an_answer_in_json_follows_thinking_if_the_model_thinks(answer, accepts):
     def constraint(prompt, name="hermes"):
-        return FORMATS[name].constraint((), "auto", parallel=True, prompt_text=prompt, answer=answer)
+        return FORMATS[name].constraint((), "auto", parallel=True, prompt_text=prompt, response=answer)
 
     thought = 'Is {"a" ok?\n</think>\n\n'
     for prompt, texts, wrong in (
@@ -292,7 +292,7 @@ def test_an_answer_in_json_follows_thinking_if_the_model_thinks(answer, accepts)
 
 def test_answers_in_json_are_refused_next_to_calls_that_are_json():
     with pytest.raises(ValueError, match="calls are JSON"):
-        FORMATS["llama3"].constraint(TOOLS, "auto", parallel=True, answer=JSON_ANSWER)
+        FORMATS["llama3"].constraint(TOOLS, "auto", parallel=True, response=JSON_ANSWER)
 
 
 def test_an_answer_in_another_form_than_json_is_refused_next_to_tools_and_else_kept():
@@ -302,8 +302,8 @@ def test_an_answer_in_another_form_than_json_is_refused_next_to_tools_and_else_k
         StructuredOutputsParams(json="{"),
     ):
         with pytest.raises(ValueError, match="JSON"):
-            FORMATS["hermes"].constraint(TOOLS, "auto", parallel=True, answer=answer)
-        assert FORMATS["hermes"].constraint((), "auto", parallel=True, answer=answer) is answer
+            FORMATS["hermes"].constraint(TOOLS, "auto", parallel=True, response=answer)
+        assert FORMATS["hermes"].constraint((), "auto", parallel=True, response=answer) is answer
 
 
 @pytest.mark.parametrize("name", ["hermes", "qwen3_coder"])

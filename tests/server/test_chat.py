@@ -279,6 +279,7 @@ def test_messages_that_clients_send_back_reach_the_template_without_empty_fields
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": "hi", "name": None},
         {"role": "assistant", "content": None, "refusal": None, "annotations": [], "audio": None, "reasoning": "Hm."},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "content": "sunny", "tool_call_id": "call_1"},
     ]
@@ -287,6 +288,7 @@ def test_messages_that_clients_send_back_reach_the_template_without_empty_fields
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "", "reasoning_content": "Hm."},
+        {"role": "assistant", "content": [{"type": "text", "text": "No."}]},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "sunny", "tool_call_id": "call_1"},
     ]

@@ -1,10 +1,12 @@
 """POST /v1/completions."""
 
 import asyncio
+import threading
 
 import pytest
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.server.completions import _by_text
 from tests.server.conftest import OPTIONS
 from tests.server.serving import call, error_of, events_of, post, with_client
 
@@ -123,6 +125,8 @@ def test_answers_carry_the_request_id_and_the_model(llm):
         ({"prompt": [[5000]], "echo": True}, None),
         ({"prompt": "x" * 600}, None),
         ({"prompt": ""}, None),
+        ({"prompt": ["a", ""]}, None),
+        ({"prompt": [[5], [5000]]}, None),
         ({"prompt": "a\ud800b"}, None),
         ({"prompt": "a", "best_of": 2}, "best_of"),
         ({"prompt": "a", "suffix": "b"}, None),
@@ -133,6 +137,7 @@ def test_answers_carry_the_request_id_and_the_model(llm):
         ({"prompt": "a", "n": 65}, "n"),
         ({"prompt": ["a"] * 40, "n": 32}, None),
         ({"prompt": "a", "logprobs": 1000}, "logprobs"),
+        ({"prompt": "a", "logprobs": -1}, "logprobs"),
         ({"prompt": "a", "store": True}, None),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, None),
         ({"prompt": "a", "stream": True, "stream_options": {"more": True}}, "stream_options.more"),
@@ -176,3 +181,17 @@ def test_concurrent_answers_equal_those_alone(llm):
         else:
             text = answer.json()["choices"][0]["text"]
         assert text == alone[i]
+
+
+def test_log_probabilities_of_long_prompts_are_written_outside_the_event_loop(llm, monkeypatch):
+    writers = set()
+
+    def noted(*args):
+        writers.add(threading.current_thread() is threading.main_thread())
+        return _by_text(*args)
+
+    monkeypatch.setattr("nanovllm.server.completions._by_text", noted)
+    for stream in (False, True):
+        body = {"prompt": "abc", "max_tokens": 2, "echo": True, "logprobs": 3, "stream": stream}
+        assert call(llm, "POST", PATH, body).status_code == 200
+    assert writers == {False}

@@ -1,5 +1,7 @@
 """Models, tokens, health, metrics, and the errors of the app."""
 
+import asyncio
+import contextlib
 import re
 import signal
 import socket
@@ -15,7 +17,7 @@ import nanovllm
 from nanovllm.server.app import _greeting, _listen, make_state, serve
 from nanovllm.server.options import ServerOptions
 from tests.server.conftest import OPTIONS
-from tests.server.serving import SECONDS, call, error_of, make_server, post, with_client
+from tests.server.serving import SECONDS, call, error_of, listening, make_server, post, with_client
 
 
 def test_models_are_listed_and_found_by_name(llm):
@@ -78,7 +80,7 @@ def test_unknown_paths_and_methods_get_errors_in_words(llm):
     answer = call(llm, "GET", "/v1/nothing")
     assert answer.status_code == 404 and "/v1/nothing" in error_of(answer)
     answer = call(llm, "GET", "/v1/completions")
-    assert answer.status_code == 405 and error_of(answer)
+    assert answer.status_code == 405 and error_of(answer) and answer.headers["allow"] == "POST"
 
 
 def samples(text):
@@ -148,16 +150,31 @@ from nanovllm.server.options import ServerOptions
 serve({{"model": {str(model)!r}, **{OPTIONS!r}}}, ServerOptions(port=0, api_key="secret"))
 """
     root = Path(__file__).parents[2]
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, text=True, **pipes)
     try:
         lines = iter(process.stdout.readline, "")
         url = next(match[0] for line in lines if (match := re.search(r"http://127.0.0.1:\d+", line)))
         assert httpx.get(f"{url}/health", timeout=SECONDS).status_code == 200
         assert httpx.get(f"{url}/v1/models", timeout=SECONDS).status_code == 401
         process.send_signal(signal.SIGTERM)
-        rest = process.communicate(timeout=SECONDS)[0]
+        rest, errors = process.communicate(timeout=SECONDS)
         assert process.returncode == 0
-        assert "secret" not in rest
+        assert "secret" not in rest + errors and "leaked" not in errors
     finally:
         process.kill()
         process.wait()
+
+
+def test_server_whose_greeting_cannot_be_printed_serves(llm, monkeypatch, caplog):
+    async def use():
+        with open("/dev/full", "w") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            async with listening(llm) as (_, client, _):
+                assert (await client.get("/health")).status_code == 200
+            monkeypatch.undo()
+            with contextlib.suppress(OSError):
+                full.close()
+
+    asyncio.run(use())
+    assert "greeting cannot be printed" in caplog.text

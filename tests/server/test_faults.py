@@ -269,6 +269,26 @@ def test_requests_that_take_longer_than_the_drain_end_with_an_error(own_llm):
     asyncio.run(asyncio.wait_for(use(), SECONDS))
 
 
+def test_second_signal_ends_running_requests_with_an_error(own_llm):
+    slow_down(own_llm)
+
+    async def use():
+        async with listening(own_llm) as (state, client, serving), streaming(client, 500) as streams:
+            body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True}
+            whole = asyncio.create_task(client.post(COMPLETIONS, json=body))
+            await until(lambda: state.admission.num_samples == 5)
+            raise_sigterm()
+            raise_sigterm()
+            answer = await whole
+            assert answer.status_code == 503 and "the engine is closed" in error_of(answer)
+            for stream in streams:
+                last = (await stream).strip().split("\n\n")[-1]
+                assert "the engine is closed" in json.loads(last.removeprefix("data: "))["error"]["message"]
+            await serving
+
+    asyncio.run(asyncio.wait_for(use(), SECONDS))
+
+
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: no device"), ValueError("shape"), MemoryError()])
 def test_failed_engine_answers_503_and_says_why(own_llm, error, caplog):
     slow_down(own_llm)
@@ -295,6 +315,22 @@ def test_failed_engine_answers_503_and_says_why(own_llm, error, caplog):
 
     asyncio.run(asyncio.wait_for(use(), SECONDS))
     assert caplog.text.count("The engine has failed") == 1
+
+
+def test_server_stops_after_its_engine_has_failed(own_llm, monkeypatch):
+    monkeypatch.setattr("nanovllm.server.app._FAILED_S", 1)
+
+    def fail():
+        raise RuntimeError("CUDA error: no device")
+
+    async def use():
+        async with listening(own_llm) as (_, client, serving):
+            assert not serving.done()
+            own_llm.llm_engine.step = fail
+            assert (await client.post(COMPLETIONS, json={"prompt": "a"})).status_code == 503
+            await serving
+
+    asyncio.run(asyncio.wait_for(use(), SECONDS))
 
 
 def test_sleeping_engine_answers_503(own_llm):
@@ -339,7 +375,7 @@ def test_slow_reader_does_not_stop_the_others(llm):
 
 
 def test_unexpected_error_gets_500_without_its_text(llm, monkeypatch, caplog):
-    monkeypatch.setattr("nanovllm.server.completions._Answer.choices", lambda *args: {}["secret"])
+    monkeypatch.setattr("nanovllm.server.completions._Writer.choices", lambda *args: {}["secret"])
 
     async def use(client, state):
         answer = await client.post(COMPLETIONS, json={"prompt": "a"})

@@ -11,7 +11,7 @@ from nanovllm import AsyncLLM, StructuredOutputsParams  # noqa: E402
 from nanovllm.server.events import CallArguments, CallStart  # noqa: E402
 from nanovllm.server.generation import Piece, SamplePiece  # noqa: E402
 from nanovllm.server.messages import MessagesRequest, chat_messages  # noqa: E402
-from nanovllm.server.messages_answer import MessageWriter  # noqa: E402
+from nanovllm.server.messages_writer import MessageWriter  # noqa: E402
 from tests.models.tiny import save_tiny_with_tokenizer  # noqa: E402
 from tests.server import real_clients  # noqa: E402
 from tests.server.real_clients import MODEL  # noqa: E402
@@ -271,6 +271,7 @@ def test_thinking_of_earlier_turns_is_kept_and_redacted_thinking_left_out():
 def test_a_failed_tool_is_marked():
     failed = {"type": "tool_result", "tool_use_id": "1", "content": "no such city", "is_error": True}
     assert translated([{"role": "user", "content": [failed]}])[0]["content"] == "Error: no such city"
+    assert translated([{"role": "user", "content": [failed | {"is_error": None}]}])[0]["content"] == "no such city"
 
 
 def test_an_answer_continues_the_last_message_of_the_assistant():

@@ -164,7 +164,7 @@ def test_a_request_of_codex_is_answered():
         tools=[WEATHER, {"type": "custom", "name": "apply_patch", "format": {}}, {"type": "web_search"}],
         tool_choice="auto",
         parallel_tool_calls=True,
-        reasoning={"effort": "medium", "summary": "auto"},
+        reasoning={"effort": "medium", "summary": "auto", "generate_summary": None},
         store=False,
         include=["reasoning.encrypted_content"],
         prompt_cache_key="0-1",

@@ -12,12 +12,12 @@ from nanovllm.server.options import ServerOptions
 from nanovllm.server.sampling import SamplingFields
 
 
-def params_of(body, defaults=None, key="", **options):
+def params_of(body, defaults=None, **options):
     """Return the sampling parameters of a request's body."""
     fields = SamplingFields.model_validate(body)
     llm = SimpleNamespace(get_default_sampling_params=lambda: defaults or SamplingParams())
     state = SimpleNamespace(llm=llm, options=ServerOptions(**options))
-    return fields.to_params(state, SimpleNamespace(headers={"authorization": f"Bearer {key}"}), max_tokens=9)
+    return fields.to_params(state, max_tokens=9)
 
 
 def test_every_field_reaches_the_parameters():
@@ -105,16 +105,3 @@ def test_fields_without_effect_are_dropped():
     plain = params_of({})
     body = {"user": "me", "store": False, "metadata": None, "service_tier": "auto", "prompt_cache_key": "k"}
     assert params_of(body) == plain
-
-
-def test_keys_salt_the_prefix_cache_only_when_asked_for():
-    assert params_of({}, key="a").cache_salt is None
-    assert params_of({"cache_salt": "s"}, key="a").cache_salt == "s"
-    salts = [
-        params_of({"cache_salt": salt}, key=key, salt_prefix_cache=True).cache_salt
-        for key in ("a", "b")
-        for salt in (None, "s", "t")
-    ]
-    assert len(set(salts)) == 6 and "a" not in salts
-    assert params_of({}, key="a", salt_prefix_cache=True).cache_salt == salts[0]
-    assert params_of({"cache_salt": "x" * 1024}, key="a", salt_prefix_cache=True).cache_salt

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from nanovllm.server.options import ServerOptions
-from tests.server.serving import SECONDS, call, error_of, listening, make_server, with_client
+from tests.server.serving import SECONDS, call, error_of, held, listening, make_server, with_client
 
 PATH = "/v1/completions"
 BODY = {"prompt": "a", "max_tokens": 1}
@@ -181,6 +181,47 @@ def test_many_errors_of_a_body_are_counted_and_not_described(llm, path, body):
     assert "token_ids.0:" in error_of(call(llm, "POST", PATH, {**BODY, "stop_token_ids": ["a"] * 100}))
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        ("/v1/messages", {"messages": [{"role": "user", "content": [{}] * 50_000}]}, "50000 lists and objects"),
+        ("/v1/responses", {"input": [{}] * 50_000}, "50000 lists and objects"),
+        ("/v1/chat/completions", {"messages": [{}] * 50_000}, "50000 lists and objects"),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}], "tools": [5] * 4097}, "4096"),
+        (PATH, {**BODY, "logit_bias": dict.fromkeys(map(str, range(301)), 1)}, "300"),
+        (PATH, {**BODY, "allowed_token_ids": [7] * (1 << 20)}, "1048576 values"),
+    ],
+)
+def test_bodies_of_far_too_many_values_are_refused(llm, path, body, named):
+    answer = call(llm, "POST", path, body)
+    assert answer.status_code == 400 and named in error_of(answer)
+
+
+PROMPT = "The same prompt, longer than two blocks of the KV cache."
+GENERATING = {
+    PATH: {"prompt": PROMPT, "max_tokens": 1},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 1},
+    "/v1/responses": {"input": PROMPT, "max_output_tokens": 1},
+    "/v1/messages": {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("path", GENERATING)
+def test_keys_share_no_cached_prompts_when_asked_for(llm, path):
+    def num_cached(key, **fields):
+        headers = {"authorization": f"Bearer {key}"}
+        body = GENERATING[path] | fields
+        usage = call(llm, "POST", path, body, headers, api_key="a,b", salt_prefix_cache=True).json()["usage"]
+        details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or usage
+        return details.get("cached_tokens", details.get("cache_read_input_tokens"))
+
+    asyncio.run(llm.reset_prefix_cache())
+    assert num_cached("a") == 0 and num_cached("a") > 0
+    assert num_cached("b") == 0 and num_cached("b") > 0
+    if path != "/v1/messages":  # there it is an unknown field
+        assert num_cached("a", cache_salt="s") == 0 and num_cached("a", cache_salt="s") > 0
+
+
 CHUNKED = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -217,5 +258,53 @@ def test_head_without_end_ends_the_connection(llm, start, piece):
         yield json.dumps(BODY).encode() + b" "
         for _ in range(20):  # a body of this size passes
             yield b" " * 8192
+
+    asyncio.run(asyncio.wait_for(use(), SECONDS))
+
+
+@pytest.mark.parametrize("last", [b"", b"X: a\r\n"])
+def test_offer_to_go_on_in_http2_is_ignored(llm, last):
+    body = json.dumps(BODY).encode()
+    head = b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" % PATH.encode()
+    head += b"Content-Length: %d\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n" % len(
+        body
+    )
+
+    async def use():
+        async with listening(llm) as (_, client, _):
+            reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+            for _ in range(2):
+                writer.write(head + b"Upgrade: h2c\r\n" + last + b"\r\n" + body)
+                assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+                answer = await reader.readuntil(b"\r\n\r\n")
+                size = int(answer.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+                assert json.loads(await reader.readexactly(size))["choices"]
+            writer.close()
+
+    asyncio.run(asyncio.wait_for(use(), SECONDS))
+
+
+def test_pipelined_request_is_dropped_and_a_vanished_client_noticed(own_llm):
+    body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True}
+
+    def request(**changes):
+        content = json.dumps(body | changes).encode()
+        head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
+
+    async def use():
+        async with listening(own_llm) as (state, client, _):
+            address = client.base_url.host, client.base_url.port
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(request(max_tokens=2) * 2)
+            assert (await reader.read()).count(b"HTTP/1.1 200 OK") == 1  # reads until the server closes
+            reader, writer = await asyncio.open_connection(*address)
+            with held(own_llm):
+                writer.write(request() * 2)
+                while not state.admission.num_samples:
+                    await asyncio.sleep(0.01)
+                writer.transport.abort()
+                while state.admission.num_samples:
+                    await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(use(), SECONDS))

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from nanovllm.server.errors import ApiError, anthropic_error
-from nanovllm.server.streaming import JsonAnswer, json_bytes, sse
+from nanovllm.server.streaming import JsonResponse, json_bytes, sse
 
 
 async def sent(response):
@@ -115,4 +115,4 @@ def test_cancelled_response_closes_the_generator():
 
 def test_half_characters_are_escaped_in_json():
     assert json_bytes(["\ud800", "😀"]) == '["\\ud800","😀"]'.encode()
-    assert json.loads(JsonAnswer({"a": "\udc00x"}).body) == {"a": "\udc00x"}
+    assert json.loads(JsonResponse({"a": "\udc00x"}).body) == {"a": "\udc00x"}

@@ -53,7 +53,7 @@ def check_step(backend, decode, prefill, block_size=16, dtype=torch.float32, win
         kv_kinds=tuple({KVKind(KV_HEADS, window) for window in windows}),
         num_decode=len(decode),
         rows=paged.rows,
-        slot_mapping=torch.empty(0, dtype=torch.int64),
+        slot_mapping=torch.arange(sum(lens)),
         counters=COUNTERS,
     )
     if prefill:
@@ -101,8 +101,12 @@ def test_triton_backend_gives_each_kernel_its_rows(monkeypatch):
         check_step(backend, decode, prefill, windows=WINDOWS)
 
 
-def test_triton_backend_plans_all_layers_before_the_forward(monkeypatch):
-    """A kernel may read its plan before the previous kernel has finished, also in the last layer."""
+@pytest.mark.parametrize("lens", [(1, 1, 3, 3), (1, 1, 1, 1)])
+def test_triton_backend_plans_all_layers_before_the_forward(monkeypatch, lens):
+    """A kernel may read its plan before the previous kernel has finished, also in the last layer.
+
+    Rows of one token each are not enough for the kernel without a plan, if attention treats some as prompts.
+    """
     monkeypatch.setattr(triton_backend, "HAVE_TRITON", True)
     planned, plans, decoded = [], [], []
 
@@ -119,24 +123,25 @@ def test_triton_backend_plans_all_layers_before_the_forward(monkeypatch):
     monkeypatch.setattr(triton_backend, "decode_attention_triton", decode_attention)
     monkeypatch.setattr(triton_backend, "prefill_attention_triton", lambda *inputs, **options: None)
     backend = triton_backend.TritonBackend(torch.device("cuda"))
-    lens = torch.tensor([9, 5, 7, 3], dtype=torch.int32)  # two decode rows, two prompts
-    last = torch.tensor([0, 1, 4, 7])
+    contexts = torch.tensor([9, 5, 7, 3], dtype=torch.int32)  # two decode rows, two prompts
+    cu_seqlens, num_tokens = torch.tensor([0, *lens]).cumsum(0), sum(lens)
+    last = cu_seqlens[1:] - 1
     ctx = Context(
         backend=backend,
         kv_kinds=(KVKind(KV_HEADS),),
         num_decode=2,
-        rows=PagedRows(torch.zeros(10, 1, dtype=torch.int32), lens, lens),
-        slot_mapping=torch.arange(8),
+        rows=PagedRows(torch.zeros(10, 1, dtype=torch.int32), contexts, contexts),
+        slot_mapping=torch.arange(num_tokens),
         counters=COUNTERS,
-        cu_seqlens_q=torch.tensor([2, 5, 8], dtype=torch.int32),
+        cu_seqlens_q=cu_seqlens[2:].int(),
         last_indices=last,
     )
     backend.prepare(ctx)
     assert sorted(planned) == [2, 4]
-    qkv, cache = torch.zeros(8, (HEADS + 2 * KV_HEADS) * HEAD_DIM), torch.zeros(1, 16, KV_HEADS, HEAD_DIM)
-    transform = QKTransform(HEADS, rope_table(HEAD_DIM, 64, 1e4), None, None, 1e-6)
+    qkv, cache = torch.zeros(num_tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM), torch.zeros(1, 16, KV_HEADS, HEAD_DIM)
+    transform, kv = QKTransform(HEADS, rope_table(HEAD_DIM, 64, 1e4), None, None, 1e-6), PagedKV(cache, cache)
     for last_of_layer in (None, None, last):
-        backend.store_and_attend(qkv, transform, torch.arange(8), PagedKV(cache, cache), SCALE, ctx, last_of_layer)
+        backend.store_and_attend(qkv, transform, torch.arange(num_tokens), kv, SCALE, ctx, last_of_layer)
     assert len(planned) == 2
     assert [plan.items[plan.items[:, 0] >= 0, 0].tolist() for plan in plans] == [[0, 1], [0, 1], [0, 2, 1, 3]]
     assert decoded[0] is decoded[1]  # slicing takes the host time: once a step, not in each layer

@@ -17,6 +17,7 @@ LAYERS = [
     ["__init__"],
     ["async_llm"],
     ["llm"],
+    ["vllm_engine"],
     ["engine"],
     ["executor", "sandbox"],
     ["runner"],

@@ -21,11 +21,11 @@ def next_token(token_ids):
     return hash(tuple(token_ids)) % 7
 
 
-def expected(prompt, params, end_ids):
+def expected(prompt, params, stop_ids):
     ids = list(prompt)
     while len(ids) - len(prompt) < params.max_tokens:
         ids.append(next_token(ids))
-        if ids[-1] in end_ids and len(ids) - len(prompt) > params.min_tokens:
+        if ids[-1] in stop_ids and len(ids) - len(prompt) > params.min_tokens:
             break
     return ids[len(prompt) :]
 
@@ -96,14 +96,14 @@ def run(
     num_snapshots=0,
     min_blocks=1,
 ):
-    """Serve `requests` (prompt, params, end_ids), `arrivals` more each step; returns sequences and the scheduler."""
+    """Serve `requests` (prompt, params, stop_ids), `arrivals` more each step; returns sequences and the scheduler."""
     snapshots = None
     if num_snapshots:
         snapshots = Snapshots(range(max_num_seqs, max_num_seqs + num_snapshots), BLOCK, min_blocks)
     manager = BlockManager(num_blocks, BLOCK, caching, snapshots)
     scheduler = Scheduler(max_num_seqs, budget, manager)
     device = FakeDevice(max_num_seqs, num_snapshots)
-    seqs = [Sequence(list(prompt), params, frozenset(end_ids)) for prompt, params, end_ids in requests]
+    seqs = [Sequence(list(prompt), params, frozenset(stop_ids)) for prompt, params, stop_ids in requests]
     arriving, in_flight, steps = list(seqs), [], 0
     while arriving or scheduler.waiting or scheduler.running or in_flight:
         steps += 1
@@ -189,14 +189,14 @@ def test_random_schedules_give_the_oracle_s_tokens(
         num_snapshots=num_snapshots,
         min_blocks=min_blocks,
     )
-    for seq, (prompt, params, end_ids) in zip(seqs, requests, strict=True):
-        want = expected(prompt, params, end_ids)
+    for seq, (prompt, params, stop_ids) in zip(seqs, requests, strict=True):
+        want = expected(prompt, params, stop_ids)
         assert seq.status is Status.FINISHED
         if seq.finish_reason == "abort":
             assert seq.output_ids == want[: len(seq.output_ids)]
         else:
             assert seq.output_ids == want
-            assert seq.finish_reason == ("stop" if want[-1] in end_ids and len(want) > params.min_tokens else "length")
+            assert seq.finish_reason == ("stop" if want[-1] in stop_ids and len(want) > params.min_tokens else "length")
     assert scheduler.block_manager.num_free == num_blocks
     assert len(scheduler.free_slots) == max_num_seqs
     if num_snapshots:
@@ -255,8 +255,8 @@ def test_a_preempted_sequence_resumes_from_its_newest_snapshot(monkeypatch):
     assert scheduler.num_preemptions > 0
     resumed = [num_cached for num_cached, num_tokens in cached_counts if num_tokens > 3]
     assert resumed and max(resumed) >= BLOCK
-    for seq, (prompt, params, end_ids) in zip(seqs, requests, strict=True):
-        assert seq.output_ids == expected(prompt, params, end_ids)
+    for seq, (prompt, params, stop_ids) in zip(seqs, requests, strict=True):
+        assert seq.output_ids == expected(prompt, params, stop_ids)
 
 
 def test_a_tiny_pool_preempts_and_gives_the_same_tokens():
@@ -317,8 +317,8 @@ def test_colliding_hashes_miss_instead_of_mixing_prefixes(monkeypatch):
     prompts = [[1] * 4 + [9] * 5, [2] * 4 + [9] * 5, [1] * 4 + [9] * 5]
     requests = [(prompt, SamplingParams(max_tokens=6), ()) for prompt in prompts]
     seqs, _ = run(requests, num_blocks=32, max_num_seqs=1, budget=32, overlap=1)
-    for seq, (prompt, params, end_ids) in zip(seqs, requests, strict=True):
-        assert seq.output_ids == expected(prompt, params, end_ids)
+    for seq, (prompt, params, stop_ids) in zip(seqs, requests, strict=True):
+        assert seq.output_ids == expected(prompt, params, stop_ids)
 
 
 def computed(manager, seq):
@@ -382,7 +382,7 @@ class CostlyFilter:
     def accept(self, token_id):
         pass
 
-    def mask(self):
+    def compute_mask(self):
         self.clock.now += self.cost
         return self.cost
 
@@ -402,7 +402,7 @@ class Clock:
 def filtered(clock, cost, num_tokens=20):
     seq = Sequence([1, 2, 3], SamplingParams(max_tokens=num_tokens))
     seq.token_filter = CostlyFilter(clock, cost)
-    seq.mask = seq.token_filter.mask()  # as the input processor does
+    seq.mask = seq.token_filter.compute_mask()  # as the input processor does
     return seq
 
 

@@ -50,7 +50,7 @@ def banned(tokenizer, word, after=(), vocab_size=None, **options):
     )
     for token in after:
         token_filter.accept(tokenizer.token_to_id(token))
-    bits = np.unpackbits(token_filter.mask().view(np.uint8), bitorder="little")[:vocab_size]
+    bits = np.unpackbits(token_filter.compute_mask().view(np.uint8), bitorder="little")[:vocab_size]
     return {tokenizer.id_to_token(int(i)) for i in np.flatnonzero(bits == 0)}
 
 

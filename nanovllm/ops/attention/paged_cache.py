@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nanovllm.arithmetic import is_power_of_2
-from nanovllm.ops.attention.fp8_cache import FP8
+from nanovllm.ops.float8 import FP8
 from nanovllm.ops.triton_utils import tl, triton
 
 LOG2E = 1.4426950408889634

@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 
 from nanovllm.ops.comm.peer_memory import PeerMemory
-from nanovllm.ops.dispatch import Adder, Fp8Kernel, fp8_kernel_of, regime_of
+from nanovllm.ops.dispatch import Adder, Fp8Kernel, regime_of
 from nanovllm.ops.fp8.quantize import PendingSwiglu, quantize_triton
 from nanovllm.ops.fp8.scaled_gemm import scaled_gemm_triton
 from nanovllm.ops.linear.gemv import gemv_triton
@@ -27,7 +27,7 @@ def uses_scaled_mm(x: torch.Tensor | PendingSwiglu, weight: torch.Tensor, scale:
     It needs bfloat16, and rows of whole 16 bytes, of values and of scales.
     """
     dtype = x.gate_up.dtype if isinstance(x, PendingSwiglu) else x.dtype
-    if fp8_kernel_of(len(x)) is not Fp8Kernel.LIBRARY or dtype != torch.bfloat16:
+    if regime_of(len(x)).fp8_kernel is not Fp8Kernel.LIBRARY or dtype != torch.bfloat16:
         return False
     if not weight.is_cuda or len(weight) % 16 or weight.shape[1] % 16:
         return False
@@ -70,7 +70,7 @@ def linear_fp8(
         bias, norm, gated, counters: as in `linear`.
         residual: [T, N] contiguous; the result is added to it in place, and it is returned.
     """
-    if fp8_kernel_of(len(x)) is Fp8Kernel.GEMV and isinstance(x, torch.Tensor):
+    if regime_of(len(x)).fp8_kernel is Fp8Kernel.GEMV and isinstance(x, torch.Tensor):
         return gemv_triton(x, weight, bias, norm=norm, gated=gated, residual=residual, scale=scale)
     if not uses_scaled_mm(x, weight, scale):
         rows = quantize_triton(x, norm)
@@ -132,8 +132,9 @@ def choose_adder_fp8(
     """
     if ranks == 1:
         return Adder.LINEAR
-    if regime_of(len(x)).ranks_adder is Adder.ALL_REDUCE_GEMV:
-        is_gemv = fp8_kernel_of(len(x)) is Fp8Kernel.GEMV
+    regime = regime_of(len(x))
+    if regime.ranks_adder is Adder.ALL_REDUCE_GEMV:
+        is_gemv = regime.fp8_kernel is Fp8Kernel.GEMV
         fits = is_gemv and peers is not None and peers.fits_all_reduce(residual)
         return Adder.ALL_REDUCE_GEMV if fits else Adder.NEXT_NORM
     return choose_adder(residual, weight, residual, ranks, peers)

@@ -17,7 +17,7 @@ import torch
 
 from nanovllm.ops.gdn.elementwise import gated_norm_tile, l2_scale, log_decay, silu
 from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
-from nanovllm.ops.gdn.rows import GdnRows
+from nanovllm.ops.state.rows import StateRows
 from nanovllm.ops.triton_utils import launch_dependents, launch_options, tl, triton, wait_for_inputs
 
 
@@ -168,7 +168,7 @@ def gdn_decode_triton(
     inputs: GdnInputs,
     weights: GdnWeights,
     state: GdnState,
-    rows: GdnRows,
+    rows: StateRows,
     out: torch.Tensor,
     config: GdnDecodeConfig,
     norm: bool,

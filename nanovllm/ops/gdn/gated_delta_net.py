@@ -7,10 +7,10 @@ from nanovllm.ops.gdn.gated_norm import gated_rms_norm_triton
 from nanovllm.ops.gdn.inputs import GdnInputs, GdnState, GdnWeights
 from nanovllm.ops.gdn.prompt import gdn_prompt_triton
 from nanovllm.ops.gdn.reference import gated_delta_net_torch
-from nanovllm.ops.gdn.rows import GdnRows
+from nanovllm.ops.state.rows import StateRows
 
 
-def gated_delta_net_triton(inputs: GdnInputs, weights: GdnWeights, state: GdnState, rows: GdnRows) -> torch.Tensor:
+def gated_delta_net_triton(inputs: GdnInputs, weights: GdnWeights, state: GdnState, rows: StateRows) -> torch.Tensor:
     """Compute `gated_delta_net` with Triton kernels."""
     out = torch.empty(inputs.z.shape, dtype=inputs.z.dtype, device=inputs.z.device)
     _, heads, _, v_dim = state.recurrent.shape
@@ -22,7 +22,7 @@ def gated_delta_net_triton(inputs: GdnInputs, weights: GdnWeights, state: GdnSta
     return out if decode_norms else gated_rms_norm_triton(out, inputs.z, weights.norm, weights.eps, out=out)
 
 
-def gated_delta_net(inputs: GdnInputs, weights: GdnWeights, state: GdnState, rows: GdnRows) -> torch.Tensor:
+def gated_delta_net(inputs: GdnInputs, weights: GdnWeights, state: GdnState, rows: StateRows) -> torch.Tensor:
     """Apply convolution, gated delta rule, norm and output gate to the tokens of a step; update the rows' state.
 
     A row continues from its slot's state at any token boundary. Nothing waits for the device, so a CUDA graph can

@@ -26,7 +26,8 @@ import torch
 
 from nanovllm.ops.gdn.elementwise import l2_scale, log_decay, silu
 from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
-from nanovllm.ops.gdn.rows import CHUNK, GdnRows, PromptPlan
+from nanovllm.ops.gdn.plan import CHUNK, PromptPlan
+from nanovllm.ops.state.rows import StateRows
 from nanovllm.ops.triton_utils import launch_dependents, launch_options, tl, triton, wait_for_inputs
 
 # Rows of the diagonal blocks that are inverted row by row.
@@ -82,7 +83,7 @@ def _convolved_tile(
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Return SiLU of the convolution for `tokens` of a row, [CHUNK, channels], rounded; zeros behind the row's end."""
+    """Return SiLU of the convolution for `tokens` of a row, [CHUNK, channels], rounded; zeros after the row's end."""
     rows = tokens[:, None]
     is_token = (rows < length) & (channels[None, :] >= 0)
     total = tl.zeros([tokens.shape[0], channels.shape[0]], tl.float32)
@@ -125,8 +126,8 @@ def _unit_lower_inverse(a, SIZE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: t
         inverse -= factor[:, :, None] * pivot[:, None, :]
     wide = tl.where(same, inverse[:, :, None, :], 0.0)
     d = tl.reshape(wide, [SIZE, SIZE])
-    place = tl.arange(0, SIZE) // BLOCK
-    below = tl.where(place[:, None] > place[None, :], a, 0.0)
+    row_blocks = tl.arange(0, SIZE) // BLOCK
+    below = tl.where(row_blocks[:, None] > row_blocks[None, :], a, 0.0)
     n = tl.dot(d, below, input_precision=PRECISION)
     y = tl.dot(tl.dot(n, n, input_precision=PRECISION), d, d, input_precision=PRECISION)
     return y - tl.dot(n, y, input_precision=PRECISION)
@@ -361,7 +362,7 @@ def _gdn_recurrence_kernel(
     dtype: tl.constexpr = q_ptr.dtype.element_ty
 
     wait_for_inputs(PDL)
-    # The gates of a chunk are loaded one iteration before they are used; there is an unused chunk behind the last one.
+    # The gates of a chunk are loaded one iteration before they are used; there is an unused chunk after the last one.
     g = tl.load(g_ptrs)
     last = tl.load(last_ptr)
     for chunk in tl.range(0, num_chunks, num_stages=STAGES):
@@ -410,7 +411,7 @@ def _solve_chunks_triton(
     prepared: Prepared,
     inputs: GdnInputs,
     weights: GdnWeights,
-    rows: GdnRows,
+    rows: StateRows,
     plan: PromptPlan,
     config: GdnPromptConfig,
 ) -> None:
@@ -449,7 +450,7 @@ def gdn_prepare_triton(
     inputs: GdnInputs,
     weights: GdnWeights,
     state: GdnState,
-    rows: GdnRows,
+    rows: StateRows,
     plan: PromptPlan,
     out: torch.Tensor,
     config: GdnPromptConfig,
@@ -500,7 +501,7 @@ def gdn_recurrence_triton(
     inputs: GdnInputs,
     weights: GdnWeights,
     state: GdnState,
-    rows: GdnRows,
+    rows: StateRows,
     plan: PromptPlan,
     out: torch.Tensor,
     config: GdnPromptConfig,
@@ -541,18 +542,18 @@ def gdn_prompt_triton(
     inputs: GdnInputs,
     weights: GdnWeights,
     state: GdnState,
-    rows: GdnRows,
+    rows: StateRows,
     out: torch.Tensor,
     config: GdnPromptConfig | None = None,
 ) -> None:
     """Compute `gated_delta_net` of the rows of two or more tokens, without the norm and the gate at its end.
 
     Args:
-        rows: `plan` is not None.
+        rows: the rows of the step, with a `PromptPlan`.
         out: [T, HV * DV], contiguous. The tokens of these rows are written, and zeros for padding tokens; other rows
             are undefined afterwards.
     """
-    plan = rows.plan
+    plan: PromptPlan | None = rows.plan
     if plan is None:
         raise ValueError("rows.plan must be a PromptPlan, got None")
     v_dim = state.recurrent.shape[-1]

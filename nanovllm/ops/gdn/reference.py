@@ -11,12 +11,8 @@ import torch.nn.functional as F
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
-from nanovllm.ops.gdn.rows import CHUNK, GdnRows
-
-
-def copy_slots_torch(pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
-    """Compute `copy_slots`."""
-    pool.index_copy_(1, targets.long(), pool.index_select(1, sources))
+from nanovllm.ops.gdn.plan import CHUNK
+from nanovllm.ops.state.rows import StateRows
 
 
 def gated_rms_norm_torch(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -90,7 +86,7 @@ def chunk_delta_rule_torch(
     num_tokens, num_chunks = len(q), ceil_div(len(q), CHUNK)
 
     def chunks(x: torch.Tensor) -> torch.Tensor:
-        """Return x [N, HV, ...] as [HV, chunks, CHUNK, ...], zeros behind the last token."""
+        """Return x [N, HV, ...] as [HV, chunks, CHUNK, ...], zeros after the last token."""
         padded = F.pad(x.flatten(2) if x.dim() > 2 else x.unsqueeze(2), (0, 0, 0, 0, 0, num_chunks * CHUNK - len(x)))
         return padded.movedim(1, 0).unflatten(1, (num_chunks, CHUNK))
 
@@ -116,7 +112,7 @@ def gated_delta_net_torch(
     inputs: GdnInputs,
     weights: GdnWeights,
     state: GdnState,
-    rows: GdnRows,
+    rows: StateRows,
     delta_rule: Callable = chunk_delta_rule_torch,
 ) -> torch.Tensor:
     """Compute `gated_delta_net`, with `delta_rule` for rows of two or more tokens."""

@@ -14,7 +14,7 @@ def embedding_torch(ids: torch.Tensor, weight: torch.Tensor, start: int = 0) -> 
 
 
 def step_inputs_torch(
-    rows: StepRows | torch.Tensor,
+    rows: StepRows,
     last_token: torch.Tensor,
     length: torch.Tensor,
     block_tables: torch.Tensor,
@@ -23,12 +23,9 @@ def step_inputs_torch(
     sampling: SamplingState,
 ) -> StepInputs:
     """Compute `step_inputs`."""
-    decode = isinstance(rows, torch.Tensor)
-    if isinstance(rows, torch.Tensor):
-        index = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-        on_device = torch.full_like(index, -1)
-        ends = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
-        rows = StepRows(rows, on_device, ends, index, on_device)
+    decode = rows.are_decode_rows
+    if decode:
+        rows = _explicit(rows.slots)
     resumes = rows.starts < 0  # rows that start with their slot's last token
     counted = rows.slots[resumes & (sampling.flags[rows.slots] & HAS_PENALTIES != 0)].to(torch.int64)
     seen = sampling.counts[counted, last_token[counted]]
@@ -46,3 +43,10 @@ def step_inputs_torch(
     slot_mapping = blocks * block_size + positions % block_size
     last_indices = None if decode else (rows.cu_seqlens[1:] - 1).clamp(min=0).to(torch.int64)
     return StepInputs(token_ids, positions, slot_mapping, context_lens, last_indices)
+
+
+def _explicit(slots: torch.Tensor) -> StepRows:
+    """Return decode rows with all fields: each row is one token, which only the device knows."""
+    ends = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)
+    on_device = torch.full_like(slots, -1)
+    return StepRows(slots, on_device, ends, ends[:-1], on_device)

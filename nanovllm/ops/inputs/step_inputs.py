@@ -15,9 +15,9 @@ def _count(
     """Count the new output tokens `token_ids` of the `slots` that have penalties."""
     # Field 7 of a slot's parameters has the flags; see PARAMS_DTYPE.
     counts = is_new & (tl.load(params_ptr + slots * PARAMS_STRIDE + 7, mask=is_new, other=0) & 1 != 0)
-    places = counts_ptr + slots * vocab_size + token_ids
-    seen = tl.load(places, mask=counts, other=0)
-    tl.store(places, tl.where(seen < 2 * MAX_COUNT, seen + 2, seen), mask=counts)
+    count_ptrs = counts_ptr + slots * vocab_size + token_ids
+    seen = tl.load(count_ptrs, mask=counts, other=0)
+    tl.store(count_ptrs, tl.where(seen < 2 * MAX_COUNT, seen + 2, seen), mask=counts)
 
 
 @triton.jit(
@@ -64,7 +64,7 @@ def _step_inputs_kernel(
     # device knows: the slot's length, and its last token.
     #
     # A slot's last token is counted for penalties here, one step after it was sampled: in the step that computes its
-    # K and V, which is also the first one whose logits it penalises.
+    # K and V, which is also the first one whose logits it penalizes.
     #
     # No `wait_for_inputs`: this runs before the chain, whose kernels read these outputs before they wait.
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -104,7 +104,7 @@ def _step_inputs_kernel(
 
 
 def step_inputs_triton(
-    rows: StepRows | torch.Tensor,
+    rows: StepRows,
     last_token: torch.Tensor,
     length: torch.Tensor,
     block_tables: torch.Tensor,
@@ -113,9 +113,9 @@ def step_inputs_triton(
     sampling: SamplingState,
 ) -> StepInputs:
     """Compute `step_inputs` with a Triton kernel."""
-    decode = isinstance(rows, torch.Tensor)
-    if isinstance(rows, torch.Tensor):
-        rows = StepRows(rows, rows, rows, rows, rows)  # the kernel reads the slots only
+    decode = rows.are_decode_rows
+    if decode:
+        rows = StepRows(*[rows.slots] * 5)  # the kernel reads the slots only, but each pointer needs a tensor
     num_rows, num_tokens = len(rows.slots), len(rows.token_ids)
     device = last_token.device
     ids, positions, mapping = torch.empty((3, num_tokens), dtype=torch.int64, device=device).unbind(0)
@@ -154,7 +154,7 @@ def step_inputs_triton(
 
 
 def step_inputs(
-    rows: StepRows | torch.Tensor,
+    rows: StepRows,
     last_token: torch.Tensor,
     length: torch.Tensor,
     block_tables: torch.Tensor,
@@ -165,7 +165,7 @@ def step_inputs(
     """Return the tokens of a step, their positions and where their K and V go.
 
     Args:
-        rows: the step's rows. For a step of decode rows only, their slots [B] int32: each computes its last token.
+        rows: the step's rows, tensors on the device.
         last_token: [S + 1] int64, the token that each slot has sampled last. Its K and V are not computed yet.
         length: [S + 1] int32, how many tokens of each slot are computed. This is the position of its last token.
         block_tables: [S + 1, W] int32.

@@ -9,6 +9,8 @@ import torch
 class StepRows(NamedTuple):
     """The rows of a step as the host sends them: R sequences with T tokens in total, int32 arrays or tensors.
 
+    In a step of decode rows only, each row is its slot's last token. Then `slots` says all, and the rest is None.
+
     Args:
         slots: [R].
         starts: [R], the position of each row's first token; -1 means the slot's length, which the device knows.
@@ -18,10 +20,15 @@ class StepRows(NamedTuple):
     """
 
     slots: Any
-    starts: Any
-    cu_seqlens: Any
-    token_rows: Any
-    token_ids: Any
+    starts: Any = None
+    cu_seqlens: Any = None
+    token_rows: Any = None
+    token_ids: Any = None
+
+    @property
+    def are_decode_rows(self) -> bool:
+        """Whether the step has decode rows only."""
+        return self.cu_seqlens is None
 
     @staticmethod
     def size(num_rows: int, num_tokens: int) -> int:

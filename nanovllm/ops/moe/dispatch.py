@@ -8,7 +8,7 @@ This module imports no kernel.
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from enum import Enum
+from enum import Enum, auto
 from math import inf
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ from typing import NamedTuple
 class ExpertKernel(Enum):
     """A way to compute the experts of a layer on a GPU."""
 
-    GEMV = "one GEMV per pair (token, expert); fuses the RMSNorm before it, SwiGLU, weights, sum and residual add"
-    GEMM = "after rms_norm, grouped GEMM over the pairs sorted by expert, with SwiGLU and weights; then the sum"
+    GEMV = auto()  # one GEMV per pair (token, expert); fuses the RMSNorm, SwiGLU, weights, sum and residual add
+    GEMM = auto()  # after rms_norm, grouped GEMM over the pairs sorted by expert, with SwiGLU and weights; then the sum
 
 
 class ExpertRegime(NamedTuple):
@@ -86,7 +86,7 @@ FP8_TILINGS = (
 )
 # fmt: on
 
-MAX_FEW_PAIRS = 4096  # which one program sorts faster than two kernels
+MAX_FEW_PAIRS = 4096  # one program sorts up to this many pairs faster than two kernels
 
 # For a GPU with less shared memory than Hopper.
 SMALL_TILING = Tiling(inf, 64, GroupedGemmConfig(64, 32, 4, 3, 64), GroupedGemmConfig(64, 32, 4, 3, 64))

@@ -6,9 +6,9 @@ const CHAT = "v1/chat/completions";
 
 /** A failed request, with a message in words for the person who chats. */
 export class ApiProblem extends Error {
-  constructor(message, status = 0) {
+  constructor(message, isAboutKey = false) {
     super(message);
-    this.status = status;
+    this.isAboutKey = isAboutKey;
   }
 }
 
@@ -35,27 +35,42 @@ export async function* streamChat(body, key, signal) {
   throw new ApiProblem("The connection was lost before the answer was complete.");
 }
 
-const headers = (key) => (key ? { authorization: `Bearer ${key}` } : {});
+/** Return what is wrong with an API key, or "". Headers carry printable ASCII and Latin-1 only. */
+export function keyProblem(key) {
+  const [bad] = /[^\x20-\x7e\xa0-\xff]/u.exec(key) ?? [];
+  if (!bad) return "";
+  const code = bad.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+  return `The API key has a character that cannot be sent (U+${code}). Copy or type the key again.`;
+}
+
+function headers(key) {
+  if (keyProblem(key)) throw new ApiProblem(keyProblem(key), true);
+  return key ? { authorization: `Bearer ${key}` } : {};
+}
 
 async function request(path, options) {
+  // Here a TypeError means that the request is wrong. From `fetch` it means that no response came.
+  const prepared = new Request(path, { ...options, credentials: "omit", cache: "no-store" });
   let response;
   try {
-    response = await fetch(path, { ...options, credentials: "omit", cache: "no-store" });
+    response = await fetch(prepared);
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiProblem("The server cannot be reached. Check that it runs and that you are online, then try again.");
   }
-  if (!response.ok) throw new ApiProblem(await words(response, "authorization" in options.headers), response.status);
+  if (!response.ok) throw await problemOf(response, prepared.headers.has("authorization"));
   return response;
 }
 
-/** Return what the status of a failed response means for a person. */
-async function words(response, hasKey) {
+/** Return what a failed response means for a person. */
+async function problemOf(response, hasKey) {
+  if (response.status !== 401 && response.status !== 403) return new ApiProblem(await words(response));
+  return new ApiProblem(hasKey ? "The server does not accept this API key." : "The server wants an API key.", true);
+}
+
+async function words(response) {
   const { status } = response;
   const detail = await messageOf(response);
-  if (status === 401 || status === 403) {
-    return hasKey ? "The server does not accept this API key." : "The server wants an API key.";
-  }
   if (status === 413) return "The conversation is too long for the server. Start a new chat or edit an earlier message.";
   if (status === 429) return `The server is busy: too many requests are waiting. ${retryWords(response)}`;
   if (status === 503) return `The server cannot answer now${detail ? `: ${detail}` : "."} ${retryWords(response)}`;

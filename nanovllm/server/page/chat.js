@@ -2,13 +2,14 @@
 
 import { ApiProblem, listModels, streamChat } from "./api.js";
 import {
-  addChunk, addNode, apiMessages, newAnswer, newConversation, path, showVersion, titleOf, versions,
+  addChunk, addNode, apiMessages, merge, newAnswer, newConversation, nodeOf, path, showNewest, showVersion, titleOf,
+  versions,
 } from "./conversation.js";
 import { element } from "./markdown.js";
 import { messageView } from "./message.js";
 import { applyTheme, bindSettings, isDark, openSettings, requestFields } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
-import { ConversationStore, loadSettings, saveSettings } from "./store.js";
+import { ConversationStore, loadSettings, saveSetting } from "./store.js";
 
 const SUGGESTIONS = [
   "Explain how a KV cache speeds up a language model",
@@ -23,7 +24,7 @@ const byId = (id) => document.getElementById(id);
 const [input, send, stop, scroller, thread] = ["input", "send", "stop", "scroller", "thread"].map(byId);
 const prefersTouch = matchMedia("(pointer: coarse)");
 
-const store = new ConversationStore();
+const store = new ConversationStore(refreshStored);
 const settings = loadSettings();
 const conversations = new Map(); // id -> conversation, all that the browser keeps
 const running = new Map(); // id of a conversation -> AbortController of its answer
@@ -34,7 +35,7 @@ let isFramePending = false;
 
 const sidebar = new Sidebar({ rename, remove });
 const actions = {
-  again: (node) => generate(current, current.nodes[node.parent], node),
+  again: (node) => generate(current, nodeOf(current, node.parent)),
   edit: (node, text) => ask(text, node.parent),
   show: showSibling,
   sendResults,
@@ -58,6 +59,11 @@ function render() {
   document.title = current.title ? `${current.title} · nanovllm` : "nanovllm";
   refreshComposer();
   renderSidebar();
+}
+
+function renderIfShown(conversation) {
+  if (conversation === current) render();
+  else renderSidebar();
 }
 
 function renderSidebar() {
@@ -124,21 +130,17 @@ function ask(text, parent) {
 }
 
 function sendResults(answer, results) {
-  let parent = answer.index;
+  let parent = answer;
   answer.calls.forEach((call, i) => {
-    parent = addNode(current, parent, { role: "tool", callId: call.id, name: call.name, text: results[i] }).index;
+    parent = addNode(current, parent.id, { role: "tool", callId: call.id, name: call.name, text: results[i] });
   });
-  generate(current, current.nodes[parent]);
+  generate(current, parent);
 }
 
-/** Answer `parent`. `old` is the answer before it; it stays as a version unless it is an error alone. */
-async function generate(conversation, parent, old) {
+/** Answer `parent`. Earlier answers stay as versions. */
+async function generate(conversation, parent) {
   if (running.has(conversation.id)) return;
-  const isReplaced = old?.error && !old.text && !old.thinking && !old.calls.length;
-  const answer = isReplaced
-    ? Object.assign(old, newAnswer(settings.model))
-    : addNode(conversation, parent.index, newAnswer(settings.model));
-  conversation.leaf = answer.index;
+  const answer = addNode(conversation, parent.id, newAnswer(settings.model));
   const controller = new AbortController();
   running.set(conversation.id, controller);
   conversation.updated = Date.now();
@@ -150,9 +152,9 @@ async function generate(conversation, parent, old) {
   await save(conversation);
   await receive(conversation, parent, answer, controller);
   running.delete(conversation.id);
+  showNewest(conversation);
   await save(conversation);
-  if (conversation === current) render();
-  else renderSidebar();
+  renderIfShown(conversation);
 }
 
 async function receive(conversation, parent, answer, controller) {
@@ -183,7 +185,7 @@ async function receive(conversation, parent, answer, controller) {
 function fail(answer, error) {
   if (!(error instanceof ApiProblem)) console.error(error);
   answer.error = error instanceof ApiProblem ? error.message : `The page cannot read the answer: ${error.message}`;
-  if (error.status === 401 || error.status === 403) showBanner(error);
+  if (error.isAboutKey) showBanner(error);
   announce(answer.error);
 }
 
@@ -200,12 +202,28 @@ function showSibling(node, direction) {
 
 // Conversations.
 
-async function save(conversation) {
+/** Merge a conversation into the storage. `fields`, which this tab changed, win over stored ones. */
+async function save(conversation, fields) {
   if (!conversations.has(conversation.id)) return;
   try {
-    await store.put(conversation);
-  } catch {
+    await store.save(conversation, fields);
+  } catch (error) {
+    console.error(error);
     showToast("The browser could not keep this conversation.");
+  }
+}
+
+/** Take over what another tab stored or deleted. */
+async function refreshStored(id) {
+  const stored = await store.get(id);
+  const known = conversations.get(id);
+  if (stored) {
+    if (known) merge(known, stored);
+    else conversations.set(id, stored);
+    if (!running.has(id)) showNewest(known ?? stored);
+    renderIfShown(known ?? stored);
+  } else if (known) {
+    forget(known);
   }
 }
 
@@ -230,22 +248,28 @@ function startNew() {
 }
 
 async function rename(conversation, title) {
-  if (title !== conversation.title) {
-    conversation.title = title;
-    save(conversation);
-  }
+  const isChanged = title !== conversation.title;
+  conversation.title = title;
+  render();
+  if (!isChanged) return;
+  await save(conversation, { title });
   render();
 }
 
-function remove(conversation) {
+/** Take a conversation off the page. */
+function forget(conversation) {
   running.get(conversation.id)?.abort();
   conversations.delete(conversation.id);
-  store.delete(conversation.id).catch(() => {});
   if (conversation === current) startNew();
   else renderSidebar();
+}
+
+function remove(conversation) {
+  forget(conversation);
+  store.delete(conversation.id).catch(() => {});
   showToast(`Deleted “${conversation.title}”.`, () => {
     conversations.set(conversation.id, conversation);
-    store.put(conversation).catch(() => {});
+    save(conversation);
     location.hash = conversation.id;
     renderSidebar();
   });
@@ -270,9 +294,8 @@ function showToast(text, undo) {
 async function loadConversations() {
   try {
     for (const conversation of await store.all()) {
-      // A page that was closed while an answer arrived left it unfinished.
-      for (const node of conversation.nodes) if (node.state === "running") node.state = "stopped";
       conversations.set(conversation.id, conversation);
+      showNewest(conversation);
     }
   } catch {
     showToast("This browser does not let the page keep conversations.");
@@ -297,9 +320,8 @@ async function loadModels() {
 function showBanner(error) {
   const [words, button] = byId("banner").children;
   words.textContent = error instanceof ApiProblem ? error.message : "The server's list of models cannot be read.";
-  const isKey = error.status === 401 || error.status === 403;
-  button.textContent = isKey ? "Enter the key" : "Try again";
-  button.onclick = () => (isKey ? openSettings("api-key") : loadModels());
+  button.textContent = error.isAboutKey ? "Enter the key" : "Try again";
+  button.onclick = () => (error.isAboutKey ? openSettings("api-key") : loadModels());
   byId("banner").hidden = false;
 }
 
@@ -309,12 +331,12 @@ function settingChanged(name) {
 
 byId("model").onchange = ({ target }) => {
   settings.model = target.value;
-  saveSettings(settings);
+  saveSetting("model", settings.model);
 };
 
 byId("toggle-theme").onclick = () => {
   settings.theme = isDark() ? "light" : "dark";
-  saveSettings(settings);
+  saveSetting("theme", settings.theme);
   applyTheme(settings.theme);
 };
 

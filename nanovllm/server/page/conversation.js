@@ -1,46 +1,75 @@
 // A conversation is a tree of messages: an edited question or a new answer is a sibling of the old one, so nothing is lost.
+// Messages are only added, and only the tab that added one changes it. So what several tabs did can always be merged.
+
+const added = new WeakSet(); // the messages that this tab added
+
+// Pages on plain http have no randomUUID.
+const newId = () => crypto.randomUUID?.() ?? `c${Date.now()}${Math.random()}`.replace(".", "");
 
 export function newConversation() {
-  const now = Date.now();
-  return { id: crypto.randomUUID?.() ?? `c${now}${Math.random()}`.replace(".", ""), title: "", updated: now, nodes: [], leaf: -1 };
+  return { id: newId(), title: "", updated: Date.now(), nodes: [], leaf: -1 };
 }
 
-/** Add a message below `parent` (an index, -1 for the start), and show it. */
+/** Add a message below `parent` (an id, -1 for the start), and show it. */
 export function addNode(conversation, parent, message) {
-  const node = { ...message, index: conversation.nodes.length, parent };
+  const node = { ...message, id: newId(), parent };
+  added.add(node);
   conversation.nodes.push(node);
-  conversation.leaf = node.index;
+  conversation.leaf = node.id;
   return node;
 }
 
-/** Return the messages that are shown, from the first to the last. */
-export function path(conversation) {
+export function nodeOf(conversation, id) {
+  return conversation.nodes.find((node) => node.id === id);
+}
+
+/** Return the messages from the first to the one with the id `leaf`. */
+export function path(conversation, leaf = conversation.leaf) {
+  const nodes = new Map(conversation.nodes.map((node) => [node.id, node]));
   const shown = [];
-  for (let index = conversation.leaf; index >= 0; index = conversation.nodes[index].parent) {
-    shown.unshift(conversation.nodes[index]);
-  }
+  for (let node = nodes.get(leaf); node; node = nodes.get(node.parent)) shown.unshift(node);
   return shown;
 }
 
-/** Return the versions of a message, itself among them. */
-export function versions(conversation, node) {
-  return conversation.nodes.filter((other) => other.parent === node.parent && other.role === node.role);
+/** Put the stored messages and title into this tab's copy of a conversation. Messages keep the order of the storage. */
+export function merge(conversation, stored) {
+  const nodes = stored.nodes.map((node) => {
+    const old = nodeOf(conversation, node.id) ?? {};
+    return added.has(old) ? old : Object.assign(old, node);
+  });
+  const unsaved = conversation.nodes.filter((node) => !nodeOf(stored, node.id));
+  conversation.nodes = [...nodes, ...unsaved];
+  conversation.title = stored.title;
+  conversation.updated = Math.max(conversation.updated, stored.updated);
 }
+
+/** Return the versions of a message, itself among them. Of failures without a text only the one that is shown counts. */
+export function versions(conversation, node) {
+  return conversation.nodes.filter((other) =>
+    other.parent === node.parent && other.role === node.role && (other === node || !isBareFailure(other)));
+}
+
+const isBareFailure = (node) => node.error && !node.text && !node.thinking && !node.calls.length;
 
 /** Show a version of a message, and the newest messages below it. */
 export function showVersion(conversation, node) {
   let leaf = node;
   for (;;) {
-    const below = conversation.nodes.findLast((other) => other.parent === leaf.index);
+    const below = conversation.nodes.findLast((other) => other.parent === leaf.id);
     if (!below) break;
     leaf = below;
   }
-  conversation.leaf = leaf.index;
+  conversation.leaf = leaf.id;
+}
+
+/** Show the newest messages below those that are shown. */
+export function showNewest(conversation) {
+  showVersion(conversation, nodeOf(conversation, conversation.leaf));
 }
 
 /** Return the messages down to `node` in the form of the API. */
 export function apiMessages(conversation, node, system) {
-  const messages = path({ ...conversation, leaf: node.index }).flatMap(apiMessage);
+  const messages = path(conversation, node.id).flatMap(apiMessage);
   return system.trim() ? [{ role: "system", content: system }, ...messages] : messages;
 }
 
@@ -54,6 +83,11 @@ function apiMessage(node) {
     function: { name: call.name, arguments: call.arguments },
   }));
   return [{ role: "assistant", content: node.text, ...(calls.length ? { tool_calls: calls } : {}) }];
+}
+
+/** Return whether this tab receives the answer. If not, another tab does, or its tab was closed. */
+export function isRunning(answer) {
+  return answer.state === "running" && added.has(answer);
 }
 
 export function newAnswer(model) {

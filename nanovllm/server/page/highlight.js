@@ -18,19 +18,21 @@ const PLAIN = new Set(["", "text", "txt", "plain", "plaintext", "markdown", "md"
 const MAX_LENGTH = 100_000;
 
 const STRING = String.raw`"""[^]*?(?:"""|$)|'''[^]*?(?:'''|$)|"(?:\\.|[^"\\\n])*"?|'(?:\\.|[^'\\\n]){0,400}'|${"`"}(?:\\.|[^${"`"}\\])*${"`"}?`;
-const NUMBER = String.raw`\b(?:0[xXbBoO][\da-fA-F_]+|\d[\d_]*(?:\.\d+)?(?:[eE][+-]?\d+)?)\b`;
-const WORD = String.raw`[A-Za-z_$][\w$]*`;
+// \w and \b are ASCII only, but names may have letters of all alphabets.
+const IN_NAME = String.raw`[\p{L}\p{M}\p{N}_$]`;
+const NUMBER = String.raw`(?<!${IN_NAME})(?:0[xXbBoO][\da-fA-F_]+|\d[\d_]*(?:\.\d+)?(?:[eE][+-]?\d+)?)(?!${IN_NAME})`;
+const WORD = String.raw`[\p{L}_$]${IN_NAME}*`;
 
 const C_COMMENT = String.raw`\/\/[^\n]*|\/\*[^]*?(?:\*\/|$)`;
 const PATTERNS = {
-  hash: tokens(String.raw`(?<![\w$])#[^\n]*`),
+  hash: tokens(String.raw`(?<!${IN_NAME})#[^\n]*`),
   dash: tokens(String.raw`--[^\n]*`),
   markup: tokens(String.raw`<!--[^]*?(?:-->|$)`),
   c: tokens(C_COMMENT),
 };
 
 function tokens(comment) {
-  return new RegExp(`(?<comment>${comment})|(?<string>${STRING})|(?<number>${NUMBER})|(?<word>${WORD})`, "g");
+  return new RegExp(`(?<comment>${comment})|(?<string>${STRING})|(?<number>${NUMBER})|(?<word>${WORD})`, "gu");
 }
 
 function patternOf(language) {

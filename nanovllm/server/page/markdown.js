@@ -42,6 +42,7 @@ const READERS = [readFence, readMath, readHeading, readRule, readQuote, readTabl
 
 function readBlocks(lines, depth) {
   const blocks = [];
+  let end = 0;
   for (let i = 0; i < lines.length; ) {
     if (!lines[i].trim()) {
       i++;
@@ -49,6 +50,8 @@ function readBlocks(lines, depth) {
     }
     const [block, next] = readSpecial(lines, i, depth) ?? readParagraph(lines, i, depth);
     block.source = lines.slice(i, next).join("\n");
+    block.hasGap = blocks.length > 0 && i > end; // a blank line is between this block and the one before
+    end = next;
     blocks.push(block);
     i = next;
   }
@@ -181,7 +184,10 @@ function readList(lines, i, depth) {
   return [list, end];
 }
 
-/** Read an item into `list`. Return the index of the next line that is not blank, and the index after the item. */
+/**
+ * Read an item into `list`. Return the index of the next line that is not blank, and the index after the item.
+ * A blank line between two blocks of an item makes the whole list loose, and so does one between two items.
+ */
 function readItem(lines, i, marker, list, depth) {
   const base = marker[1].length;
   const offset = marker[3].length > 4 ? base + marker[2].length + 1 : marker[0].length;
@@ -204,8 +210,10 @@ function readItem(lines, i, marker, list, depth) {
   }
   inner.length = end - i;
   const task = /^\[([ xX])\] /.exec(inner[0]);
-  if (task) inner[0] = inner[0].slice(4);
-  list.items.push({ task: task && (task[1] === " " ? "☐" : "☑"), blocks: readBlocks(inner, depth + 1) });
+  if (task) inner[0] = `${task[1] === " " ? "☐" : "☑"} ${inner[0].slice(4)}`;
+  const blocks = readBlocks(inner, depth + 1);
+  list.isLoose ||= blocks.some((block) => block.hasGap);
+  list.items.push({ isTask: Boolean(task), blocks });
   return [next, end];
 }
 
@@ -277,8 +285,7 @@ function renderList(block) {
   for (const item of block.items) {
     const children = item.blocks.flatMap((inner) =>
       inner.kind === "paragraph" && !block.isLoose ? renderInline(inner.text) : [renderBlock(inner)]);
-    if (item.task) children.unshift(`${item.task} `);
-    list.append(element("li", { className: item.task ? "task" : "" }, children));
+    list.append(element("li", { className: item.isTask ? "task" : "" }, children));
   }
   return list;
 }
@@ -290,6 +297,8 @@ const TARGET = /\(\s*<?([^\s<>()]{0,2000}(?:\([^\s()]{0,500}\)[^\s<>()]{0,500}){
 const ADDRESS = /https?:\/\/[^\s<>"'`|\\^{}]{1,2000}/y;
 const AUTOLINK = /<((?:https?:\/\/|mailto:)[^\s<>]{1,2000})>/y;
 const BREAK = /<br *\/?>/iy;
+// \w is ASCII only. \p{M} are marks that belong to a letter, such as the vowel signs of Hindi.
+const UNDERSCORES_IN_WORD = /(?<=[\p{L}\p{M}\p{N}])_+(?=[\p{L}\p{M}\p{N}])/uy;
 const ENTITY = /&(amp|lt|gt|quot|nbsp|#39);/y;
 const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', nbsp: "\u00a0", "#39": "'" };
 const TAGS = { "*": "em", "**": "strong", _: "em", __: "strong", "~~": "del" };
@@ -403,6 +412,7 @@ class InlineReader {
 
   readAddress() {
     const before = this.text[this.index - 1];
+    // ASCII letters only: Chinese and Japanese put no space between a word and an address.
     if ((before && /\w/.test(before)) || this.isOpen("[")) return false;
     ADDRESS.lastIndex = this.index;
     let address = ADDRESS.exec(this.text)?.[0];
@@ -458,14 +468,12 @@ class InlineReader {
   }
 
   readMarks(char) {
+    if (this.match(UNDERSCORES_IN_WORD, (found) => found[0])) return true;
     let width = 1;
     while (this.text[this.index + width] === char) width++;
     const before = this.text[this.index - 1] ?? " ";
     const after = this.text[this.index + width] ?? " ";
-    const isUnderscoreInWord = char === "_" && /\w/.test(before) && /\w/.test(after);
-    if (width > 3 || (char === "~" && width !== 2) || isUnderscoreInWord) {
-      return this.skip(char.repeat(width));
-    }
+    if (width > 3 || (char === "~" && width !== 2)) return this.skip(char.repeat(width));
     let left = width;
     while (left > 0 && !/\s/.test(before)) {
       const mark = this.nearest(char, left);

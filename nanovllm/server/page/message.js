@@ -1,5 +1,6 @@
 // What one message looks like.
 
+import { isRunning } from "./conversation.js";
 import { element, MarkdownView } from "./markdown.js";
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -163,17 +164,17 @@ class AssistantView extends View {
 
   refresh(isBusy, isLast) {
     const { node } = this;
-    const isRunning = node.state === "running";
-    this.root.classList.toggle("running", isRunning);
-    this.root.setAttribute("aria-busy", isRunning);
-    this.part(".waiting").hidden = !isRunning || Boolean(node.text || node.thinking || node.calls.length);
+    const isGrowing = isRunning(node);
+    this.root.classList.toggle("running", isGrowing);
+    this.root.setAttribute("aria-busy", isGrowing);
+    this.part(".waiting").hidden = !isGrowing || Boolean(node.text || node.thinking || node.calls.length);
     this.refreshThinking();
     this.markdown.update(node.text);
-    this.refreshCalls(isRunning, isLast && !isBusy);
+    this.refreshCalls(isGrowing, isLast && !isBusy);
     this.part(".problem").hidden = !node.error;
     this.part(".problem span").textContent = node.error;
     this.part(".problem button").hidden = isBusy;
-    this.part(".actions").hidden = isRunning;
+    this.part(".actions").hidden = isGrowing;
     this.part(".actions [data-action=copy]").hidden = !node.text;
     this.part(".actions [data-action=again]").hidden = Boolean(node.error);
     this.part(".actions [data-action=again]").disabled = isBusy;
@@ -186,18 +187,18 @@ class AssistantView extends View {
     const { node } = this;
     const details = this.part(".thinking");
     details.hidden = !node.thinking;
-    const isThinking = node.state === "running" && !node.text && !node.calls.length;
+    const isThinking = isRunning(node) && !node.text && !node.calls.length;
     details.classList.toggle("active", isThinking);
     this.part(".thinking summary span").textContent = thinkingWords(node, isThinking);
     if (details.open) this.thinking.update(node.thinking);
   }
 
-  refreshCalls(isRunning, mayReply) {
+  refreshCalls(isGrowing, mayReply) {
     this.node.calls.forEach((call, i) => {
       this.calls[i] ??= this.addCall(i);
       const root = this.calls[i];
-      root.querySelector("summary span").textContent = `${isRunning ? "Calls" : "Called"} ${call.name}`;
-      root.querySelector("pre").textContent = isRunning ? call.arguments : prettyJson(call.arguments);
+      root.querySelector("summary span").textContent = `${isGrowing ? "Calls" : "Called"} ${call.name}`;
+      root.querySelector("pre").textContent = isGrowing ? call.arguments : prettyJson(call.arguments);
       root.querySelector(".field").hidden = !mayReply;
     });
     this.refreshReply(mayReply && this.calls.length > 0);
@@ -206,7 +207,7 @@ class AssistantView extends View {
   addCall(i) {
     const root = clone("call-template");
     const area = root.querySelector("textarea");
-    area.id = `result-${this.node.index}-${i}`;
+    area.id = `result-${this.node.id}-${i}`;
     const label = root.querySelector("label");
     label.htmlFor = area.id;
     label.textContent = `Result of ${this.node.calls[i].name}`;
@@ -244,6 +245,7 @@ const seconds = (value) => (value < 10 ? `${value.toFixed(1)} s` : `${Math.round
 function statsWords(node) {
   const words = [];
   if (node.state === "stopped") words.push("Stopped");
+  if (node.state === "running" && !isRunning(node)) words.push("Incomplete");
   if (node.finish === "length") words.push("Cut at the token limit");
   if (node.state === "done" && !node.text && !node.calls.length) words.push("Empty answer");
   if (node.stats) {

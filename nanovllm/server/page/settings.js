@@ -1,21 +1,39 @@
-// The settings dialog. Valid values are kept as they are typed.
+// The settings dialog. Valid values are kept as they are typed, invalid ones are gone when the dialog closes.
 
-import { saveSettings } from "./store.js";
+import { keyProblem } from "./api.js";
+import { loadSettings, saveSetting } from "./store.js";
 
 const dialog = document.getElementById("settings");
 const form = dialog.querySelector("form");
+const PROBLEMS = { tools: toolsProblem, apiKey: keyProblem };
 
 /** Fill the dialog with `settings` and keep both equal. `changed` is called after a change, with the field's name. */
 export function bindSettings(settings, changed) {
   const fields = [...form.elements].filter((field) => field.name);
-  for (const field of fields) field.value = settings[field.name];
+  const show = (field) => {
+    field.value = settings[field.name];
+    field.setCustomValidity(PROBLEMS[field.name]?.(field.value) ?? "");
+  };
+  fields.forEach(show);
+  dialog.addEventListener("close", () => fields.forEach(show));
   form.addEventListener("input", ({ target }) => {
-    if (target.name === "tools") target.setCustomValidity(toolsProblem(target.value));
+    const value = target.value.trim();
+    target.setCustomValidity(PROBLEMS[target.name]?.(value) ?? "");
     if (!target.name || !target.checkValidity()) return;
-    settings[target.name] = target.value.trim();
-    saveSettings(settings);
+    settings[target.name] = value;
+    saveSetting(target.name, value);
     changed(target.name);
   });
+  // Another tab changed settings. The model is not among the fields: each tab keeps its own.
+  window.addEventListener("storage", () => {
+    const stored = loadSettings();
+    for (const field of fields.filter(({ name }) => stored[name] !== settings[name])) {
+      settings[field.name] = stored[field.name];
+      show(field);
+      changed(field.name);
+    }
+  });
+  document.getElementById("close-settings").onclick = () => dialog.close();
   // A field that is folded away cannot show what is wrong with it.
   form.addEventListener("invalid", ({ target }) => target.closest("details")?.setAttribute("open", ""), true);
 }

@@ -42,7 +42,10 @@ export class Sidebar {
   }
 
   render(conversations, currentId, isRunning) {
-    if (this.isRenaming) return; // the end of renaming renders
+    // What is pressed or has the focus stays in place as long as nothing changes. The end of renaming renders.
+    const state = JSON.stringify([currentId, conversations.map((one) => [one.id, one.title, one.updated, isRunning(one)])]);
+    if (this.isRenaming || state === this.state) return;
+    this.state = state;
     const groups = new Map();
     for (const conversation of conversations.toSorted((a, b) => b.updated - a.updated)) {
       const name = groupOf(conversation.updated);
@@ -89,6 +92,7 @@ export class Sidebar {
     };
     input.onblur = () => finish(true);
     this.isRenaming = true;
+    this.state = "";
     item.replaceChildren(input);
     input.select();
   }

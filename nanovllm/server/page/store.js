@@ -1,5 +1,7 @@
 // What the browser keeps: conversations in IndexedDB, settings in localStorage.
 
+import { merge } from "./conversation.js";
+
 const SETTINGS_KEY = "nanovllm.settings";
 
 export const DEFAULTS = {
@@ -22,9 +24,10 @@ export function loadSettings() {
   }
 }
 
-export function saveSettings(settings) {
+/** Keep one setting. Other tabs may have changed the others. */
+export function saveSetting(name, value) {
   try {
-    localStorage.setItem(SETTINGS_KEY, JSON.stringify(settings));
+    localStorage.setItem(SETTINGS_KEY, JSON.stringify({ ...loadSettings(), [name]: value }));
   } catch {
     // Without storage the settings last until the page is closed.
   }
@@ -37,8 +40,21 @@ function settle(request) {
   });
 }
 
+/** Return a conversation as it is now written. Older pages numbered the messages. */
+function upgrade(conversation) {
+  for (const node of conversation?.nodes ?? []) node.id ??= node.index;
+  return conversation;
+}
+
 /** The conversations that this browser keeps. */
 export class ConversationStore {
+  #channel = new BroadcastChannel("nanovllm.conversations");
+
+  /** `changed` is called with the id of a conversation after another tab stored or deleted it. */
+  constructor(changed) {
+    this.#channel.onmessage = ({ data }) => changed(data);
+  }
+
   async #objects(mode) {
     this.opening ??= this.#open();
     const database = await this.opening;
@@ -52,14 +68,25 @@ export class ConversationStore {
   }
 
   async all() {
-    return settle((await this.#objects("readonly")).getAll());
+    return (await settle((await this.#objects("readonly")).getAll())).map(upgrade);
   }
 
-  async put(conversation) {
-    return settle((await this.#objects("readwrite")).put(conversation));
+  /** Return a conversation, or undefined. */
+  async get(id) {
+    return upgrade(await settle((await this.#objects("readonly")).get(id)));
+  }
+
+  /** Merge what other tabs stored into `conversation`, set `fields` and store it, all in one transaction. */
+  async save(conversation, fields = {}) {
+    const objects = await this.#objects("readwrite");
+    const stored = upgrade(await settle(objects.get(conversation.id)));
+    if (stored) merge(conversation, stored);
+    await settle(objects.put(Object.assign(conversation, fields)));
+    this.#channel.postMessage(conversation.id);
   }
 
   async delete(id) {
-    return settle((await this.#objects("readwrite")).delete(id));
+    await settle((await this.#objects("readwrite")).delete(id));
+    this.#channel.postMessage(id);
   }
 }

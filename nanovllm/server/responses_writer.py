@@ -1,4 +1,4 @@
-"""Answers of responses in OpenAI's form: whole ones, and the events of streams."""
+"""Response objects of OpenAI's responses API: whole ones, and the events of streams."""
 
 from itertools import count
 from typing import Any

@@ -1,4 +1,4 @@
-"""Answers of chat completions in OpenAI's form: whole ones, and chunks of streams."""
+"""Chat completions in OpenAI's form: whole ones, and chunks of streams."""
 
 import time
 import uuid
@@ -16,10 +16,10 @@ _CHUNK = "chat.completion.chunk"
 
 @dataclass(frozen=True)
 class Form:
-    """The fields that all parts of one answer share, and how to write log-probabilities.
+    """The fields that all parts of one response share, and how to write log-probabilities.
 
     Args:
-        request_id: the answer's id.
+        request_id: the response's id.
         model: the model's name in the API.
         num_top: how many of the most likely tokens to show for each token; None shows no log-probabilities.
         bytes_of: returns a token's bytes.
@@ -34,7 +34,7 @@ class Form:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return an answer or a chunk, as `kind` says, without its usage."""
+        """Return a response or a chunk, as `kind` says, without its usage."""
         return {
             "id": self.request_id,
             "object": kind,
@@ -62,7 +62,7 @@ class Form:
 
 
 class Usage:
-    """Counts the tokens of an answer."""
+    """Counts the tokens of a response."""
 
     def __init__(self):
         self.num_prompt = self.num_cached = self.num_generated = 0
@@ -82,8 +82,8 @@ class Usage:
         }
 
 
-class WholeAnswer:
-    """Collects the pieces of an answer."""
+class WholeResponse:
+    """Collects the pieces of a response."""
 
     def __init__(self, form: Form):
         self.form = form
@@ -97,13 +97,13 @@ class WholeAnswer:
             self.choices.setdefault(sample.index, _Choice(sample.index)).add(sample)
 
     def body(self) -> dict[str, Any]:
-        """Return the answer."""
+        """Return the response."""
         choices = [self.choices[index].body(self.form) for index in sorted(self.choices)]
         return self.form.body("chat.completion", choices) | {"usage": self.usage.fields()}
 
 
 class _Choice:
-    """One sample of a whole answer."""
+    """One sample of a whole response."""
 
     def __init__(self, index: int):
         self.index = index
@@ -141,7 +141,7 @@ class _Choice:
 
 
 class ChunkWriter:
-    """Turns the pieces of an answer into the chunks of a stream."""
+    """Turns the pieces of a response into the chunks of a stream."""
 
     def __init__(self, form: Form):
         self.form = form

@@ -1,4 +1,4 @@
-"""The rows of a step as the Gated DeltaNet kernels need them, computed once a step for all layers."""
+"""The chunks of a step's prompts for the Gated DeltaNet kernels, planned once a step for all layers."""
 
 from typing import NamedTuple
 
@@ -27,24 +27,6 @@ class PromptPlan(NamedTuple):
     first_chunks: torch.Tensor
     chunk_rows: torch.Tensor
     chunk_tokens: torch.Tensor
-
-
-class GdnRows(NamedTuple):
-    """The rows of a step. Any row of one token is decoded; the others take the chunked kernels.
-
-    Args:
-        slots: [R] int32, the slot of each row in the state pool. Padding rows of one token use a scratch slot.
-        starts: [R] int32 or int64, the position of each row's first token. A row that starts at 0 ignores the slot's
-            content. Padding rows of one token start at 0; those without tokens start anywhere.
-        cu_seqlens: [R + 1] int32, the index of each row's first token, and the number of tokens without padding; None
-            in a step of decode rows only.
-        plan: of the prompt rows; None in a step of decode rows only, or on a CPU.
-    """
-
-    slots: torch.Tensor
-    starts: torch.Tensor
-    cu_seqlens: torch.Tensor | None = None
-    plan: PromptPlan | None = None
 
 
 @triton.jit(do_not_specialize=["num_rows", "max_prompts", "num_chunks"])
@@ -123,11 +105,3 @@ def prompt_plan_triton(cu_seqlens: torch.Tensor, num_tokens: int, max_prompts: i
         num_warps=4,
     )
     return PromptPlan(rows, first, chunk_rows, tokens)
-
-
-def mixed_rows(
-    slots: torch.Tensor, starts: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int, max_prompts: int
-) -> GdnRows:
-    """Return the rows of a step with prompts; see `GdnRows` and `prompt_plan_triton`."""
-    plan = prompt_plan_triton(cu_seqlens, num_tokens, max_prompts) if cu_seqlens.is_cuda else None
-    return GdnRows(slots, starts, cu_seqlens, plan)

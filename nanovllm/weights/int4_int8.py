@@ -66,16 +66,16 @@ def _fit(groups: torch.Tensor) -> Groups | None:
     span, tolerance = high - low, torch.maximum(low.abs(), high.abs()) * _TOLERANCE
     q = torch.zeros(flat.shape, dtype=torch.uint8, device=flat.device)
     scale = torch.zeros_like(low)
-    left = torch.arange(len(flat), device=flat.device)
+    remaining = torch.arange(len(flat), device=flat.device)
     for steps in range(15, 0, -1):
-        values = flat if len(left) == len(flat) else flat[left]
-        step = span[left] / steps
-        nearest = (values - low[left, None]).mul_(torch.where(step > 0, 1 / step, 0.0)[:, None]).round_()
-        error = torch.addcmul(low[left, None], nearest, step[:, None]).sub_(values).abs_().amax(1)
-        fits = error <= tolerance[left]
-        q[left[fits]], scale[left[fits]] = nearest[fits].to(torch.uint8), step[fits]
-        left = left[~fits]
-        if not len(left):
+        values = flat if len(remaining) == len(flat) else flat[remaining]
+        step = span[remaining] / steps
+        nearest = (values - low[remaining, None]).mul_(torch.where(step > 0, 1 / step, 0.0)[:, None]).round_()
+        error = torch.addcmul(low[remaining, None], nearest, step[:, None]).sub_(values).abs_().amax(1)
+        fits = error <= tolerance[remaining]
+        q[remaining[fits]], scale[remaining[fits]] = nearest[fits].to(torch.uint8), step[fits]
+        remaining = remaining[~fits]
+        if not len(remaining):
             shape = groups.shape[:2]
             return Groups(q.view(len(groups), -1), scale.view(shape), low.view(shape))
     return None
@@ -103,7 +103,7 @@ def _halves(groups: Groups) -> Groups:
     )
 
 
-class Compressing(Plain):
+class WeightToCompress(Plain):
     """A weight that becomes `Int4` once it is loaded, where the GEMM can read its shape."""
 
     def finish_loading(self) -> WeightFormat:
@@ -114,12 +114,13 @@ class Compressing(Plain):
 class Int4(WeightFormat):
     """Packed 4-bit weights. An 8-bit weight is two of them side by side, its high and its low bits.
 
-    The plain weight is freed. An embedding that shares it has a `CompressedTable`.
+    The plain weight is freed. An embedding that shares it has an `Int8Table`.
     """
 
     def __init__(self, plain: Plain):
         self.plain = plain
         self.weight = plain.weight
+        self.parameters = plain.parameters
         self.shape = self.weight.shape
         groups = quantize_4_bits(self.weight)
         self.is_doubled = groups is None
@@ -152,14 +153,14 @@ class Int4(WeightFormat):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(tokens, self.packed, GROUP, self.scales)
 
 
-class CompressingTable(Table):
-    """An embedding's weight that becomes a `CompressedTable` once it is loaded."""
+class TableToCompress(Table):
+    """An embedding's weight that becomes an `Int8Table` once it is loaded."""
 
     def finish_loading(self) -> WeightFormat:
-        return CompressedTable(self) if self.weight.shape[1] % GROUP == 0 else self
+        return Int8Table(self) if self.weight.shape[1] % GROUP == 0 else self
 
 
-class CompressedTable(Table):
+class Int8Table(Table):
     """An embedding's weight in 8 bits, dequantised where it is read.
 
     The plain weight is freed unless the head also reads it.
@@ -188,9 +189,9 @@ class CompressedTable(Table):
         return found.dequantized().masked_fill_(outside[:, None], 0)
 
 
-def compressing(weight_format: WeightFormat) -> WeightFormat:
+def with_compression(weight_format: WeightFormat) -> WeightFormat:
     """Return a format that compresses its weight once it is loaded, if `weight_format` is plain and float32."""
-    if type(weight_format) not in (Plain, Table) or weight_format.weight.dtype != torch.float32:
+    if not isinstance(weight_format, Plain) or weight_format.weight.dtype != torch.float32:
         return weight_format
-    make = CompressingTable if isinstance(weight_format, Table) else Compressing
-    return make(weight_format.weight, weight_format.is_shared)  # pyright: ignore[reportAttributeAccessIssue]
+    make = {Plain: WeightToCompress, Table: TableToCompress}.get(type(weight_format))
+    return weight_format if make is None else make(weight_format.weight, weight_format.is_shared)

@@ -1,4 +1,4 @@
-"""Answers of messages in Anthropic's form: whole ones, and the events of streams."""
+"""Messages in Anthropic's form: whole ones, and the events of streams."""
 
 import json
 from typing import Any
@@ -20,10 +20,10 @@ _DELTAS = {
 
 
 class MessageWriter:
-    """The answer to a request, as it grows.
+    """The response to a request, as it grows.
 
     Args:
-        message_id: the answer's id.
+        message_id: the response's id.
         model: the model's name in the API.
         max_tokens: how many tokens the client allows.
     """
@@ -110,7 +110,7 @@ def _content(block: Block) -> dict[str, Any]:
 
 
 def _arguments(text: str) -> dict[str, Any]:
-    """Return the arguments of a tool call, as far as there are any: an answer that is cut off may end within them."""
+    """Return the arguments of a tool call, as far as there are any: a response that is cut off may end within them."""
     try:
         arguments = json.loads(text, parse_constant=lambda name: None)  # NaN is no JSON
     except ValueError:

@@ -3,7 +3,7 @@
 import torch
 
 from nanovllm.arithmetic import ceil_div
-from nanovllm.ops.gdn.reference import copy_slots_torch
+from nanovllm.ops.state.reference import copy_slots_torch
 from nanovllm.ops.triton_utils import tl, triton
 
 _VALUES_PER_PROGRAM = 4096

@@ -1,0 +1,40 @@
+"""The choice of each weight's format, by the names of its modules in the checkpoint."""
+
+from typing import NamedTuple
+
+from nanovllm.weights.formats import AllocateExperts, AllocateWeight, Plain, PlainExperts
+from nanovllm.weights.quantization import QuantizationScheme
+
+
+class LayerFormats(NamedTuple):
+    """Chooses the formats of a layer's weights by the names of its modules in the checkpoint.
+
+    Attributes:
+        scheme: None if no weight is quantized.
+        prefix: the name of the layer.
+    """
+
+    scheme: QuantizationScheme | None = None
+    prefix: str = ""
+
+    def of(self, child: str) -> "LayerFormats":
+        """Return what chooses the formats of a part of the layer."""
+        return LayerFormats(self.scheme, f"{self.prefix}.{child}")
+
+    def are_plain(self, *names: str) -> bool:
+        """Return whether the weight that merges these modules is plain, because one of them is not quantized."""
+        return self.scheme is None or not all(self.scheme.covers(f"{self.prefix}.{name}") for name in names)
+
+    def weight(self, *names: str) -> AllocateWeight:
+        """Return what makes the weight that merges these modules."""
+        return Plain.allocate if self.scheme is None or self.are_plain(*names) else self.scheme.allocate
+
+    def experts(self) -> AllocateExperts:
+        """Return what makes the weights of this layer, the experts: all are like the first one."""
+        if self.scheme is None or not self.scheme.covers(self.prefix):
+            return PlainExperts.allocate
+        are_plain = self.are_plain("0.gate_proj", "0.up_proj", "0.down_proj")
+        return PlainExperts.allocate if are_plain else self.scheme.allocate_experts
+
+
+PLAIN_FORMATS = LayerFormats()
