@@ -1,9 +1,10 @@
 """Carries the outputs of one request to its consumer in an event loop."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from nanovllm.outputs import CompletionOutput, RequestOutput
 
@@ -45,6 +46,12 @@ class OutputStream(Generic[Output]):
         if self._error is None:
             self._ready.clear()
         return output
+
+
+def call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[Any], None], argument: Any) -> None:
+    """Let an event loop of another thread make a call. Do nothing if the loop is closed, because then nobody waits."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, argument)
 
 
 def keep_newest(first: Output, second: Output) -> Output:

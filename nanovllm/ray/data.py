@@ -36,7 +36,7 @@ class AnswerRows:
         self,
         model: str | None = None,
         sampling_params: SamplingParams | None = None,
-        template: dict[str, Any] | None = None,
+        template: Any = None,
         **options: Any,
     ):
         end_with_raylet()
@@ -44,44 +44,41 @@ class AnswerRows:
         params = sampling_params or self._llm.get_default_sampling_params()
         self._params = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
         self._template = template or {}
-        columns: dict[str, pa.DataType] = {
-            "generated_text": pa.string(),
-            "generated_token_ids": pa.list_(pa.int32()),
-            "finish_reason": pa.string(),
-        }
+        text, ids = pa.string(), pa.list_(pa.int32())
+        kinds = {"generated_text": text, "generated_token_ids": ids, "finish_reason": text}
         if params.n > 1:
-            columns = {name: pa.list_(kind) for name, kind in columns.items()}
-        self._columns = columns | {"error": pa.string()}
+            kinds = {name: pa.list_(kind) for name, kind in kinds.items()}
+        self._kinds = kinds | {"error": text}
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         if not isinstance(batch, pa.Table):
             raise TypeError(f'map_batches must have batch_format="pyarrow", got a batch of type {type(batch).__name__}')
         answers = await asyncio.gather(*map(self._answer, batch.to_pylist()))
-        for i, (name, kind) in enumerate(self._columns.items()):
-            batch = batch.append_column(name, pa.array([answer[i] for answer in answers], kind))
+        for name, kind in self._kinds.items():
+            batch = batch.append_column(name, pa.array([answer.get(name) for answer in answers], kind))
         return batch
 
-    async def _answer(self, row: dict[str, Any]) -> list[Any]:
+    async def _answer(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the values of the new columns."""
         try:
-            prompt = row.get("prompt_token_ids")
-            if prompt is None and row.get("messages") is not None:
-                prompt = await self._llm.chat_prompt(_without_nulls(row["messages"]), **self._template)
-            prompt = row.get("prompt") if prompt is None else prompt
+            row = _without_nulls(row)
+            prompt = row.get("prompt_token_ids", row.get("prompt"))
+            if "messages" in row and "prompt_token_ids" not in row:
+                prompt = await self._llm.chat_prompt(row["messages"], **self._template)
             if prompt is None:
                 raise ValueError(f"a row must have prompt_token_ids, messages or prompt, got {shown(list(row))}")
-            seed = row.get("seed")
-            params = self._params if seed is None else replace(self._params, seed=seed)
+            params = replace(self._params, seed=row.get("seed", self._params.seed))
             (output,) = [output async for output in self._llm.generate(prompt, params)]
         except Exception as error:
             await self._llm.check_health()  # raises if the engine is the reason, so that Ray starts another one
-            return [None, None, None, f"{type(error).__name__}: {error}"]
-        values = [(sample.text, sample.token_ids, sample.finish_reason) for sample in output.outputs]
-        return [*(values[0] if self._params.n == 1 else zip(*values, strict=True)), None]
+            return {"error": f"{type(error).__name__}: {error}"}
+        samples = [(sample.text, sample.token_ids, sample.finish_reason) for sample in output.outputs]
+        values = samples[0] if self._params.n == 1 else zip(*samples, strict=True)
+        return dict(zip(self._kinds, values, strict=False))
 
 
 def _without_nulls(value: Any) -> Any:
-    """Return nested messages without null fields, which a column has where other rows have values."""
+    """Return a row without null fields, also in its messages, which a column has where other rows have values."""
     if isinstance(value, dict):
         return {name: _without_nulls(each) for name, each in value.items() if each is not None}
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value

@@ -2,16 +2,15 @@
 
 # Ray may be absent, and then pyright takes this folder for it.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportFunctionMemberAccess=false
 
 import random
 from dataclasses import fields
 from typing import Any
 
-from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import RequestRouterConfig
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
-from xxhash import xxh64_digest
+from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
 from nanovllm.ray.actor import end_with_raylet
 from nanovllm.server.app import create_app, make_state
@@ -19,7 +18,7 @@ from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.options import ServerOptions
 
 
-class SessionRouter(RequestRouter):
+class SessionRouter(ConsistentHashRouter):
     """Sends requests of one session to one replica, whose cache has the prefix that they share.
 
     The header `x-session-id` names a request's session. If the replica of a session is full, the next one in the
@@ -27,18 +26,12 @@ class SessionRouter(RequestRouter):
     the one of two random replicas that has the shorter queue.
     """
 
-    async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
-    ) -> list[list[RunningReplica]]:
+    async def choose_replicas(self, candidate_replicas: list, pending_request: Any = None) -> list[list]:
         """Return groups of replicas: the router takes the shortest queue of the first group that has room."""
-        session = ""
-        if pending_request is not None:
-            pending_request.routing_context.should_backoff = True  # before it asks again, if all are full
-            session = pending_request.metadata.session_id
-        if not session:
-            return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
-        keys = {each: xxh64_digest(f"{session} {each.replica_id.unique_id}".encode()) for each in candidate_replicas}
-        return [[replica] for replica in sorted(keys, key=keys.__getitem__)]
+        groups = await super().choose_replicas(candidate_replicas, pending_request)
+        if pending_request is None or pending_request.metadata.session_id:
+            return groups
+        return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
 
 
 @serve.deployment
@@ -51,7 +44,7 @@ class HttpServer:
         self._llm = EngineClient(**config_options)
         self._state = make_state(self._llm, config_options.get("model"), server_options)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> Any:
         return create_app(self._state)
 
     async def check_health(self) -> None:
@@ -72,12 +65,10 @@ def app(options: dict[str, Any]) -> serve.Application:
     names = {each.name for each in fields(ServerOptions)}
     server = ServerOptions(**{name: options.pop(name) for name in names & options.keys()})
     num_gpus = 0 if options.get("device") == "cpu" else options.get("tensor_parallel_size") or 1
-    router: Any = SessionRouter
     defaults = {
         "max_ongoing_requests": server.max_concurrent_requests,
         "autoscaling_config": {"min_replicas": 1, "max_replicas": 8, "target_ongoing_requests": 64},
         "ray_actor_options": {"num_cpus": 1, "num_gpus": num_gpus},
-        "request_router_config": RequestRouterConfig(request_router_class=router),
+        "request_router_config": RequestRouterConfig(request_router_class=SessionRouter),
     }
-    deployed: Any = HttpServer
-    return deployed.options(**defaults | deployment).bind(options, server)
+    return HttpServer.options(**defaults | deployment).bind(options, server)

@@ -23,7 +23,7 @@ from typing import Any
 from nanovllm.checkpoints.hub import open_config
 from nanovllm.config import Config
 from nanovllm.inputs import Prompt
-from nanovllm.output_stream import OutputStream
+from nanovllm.output_stream import OutputStream, call_soon
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.server.engine_messages import (
@@ -120,7 +120,7 @@ class EngineClient:
                     deliver, item = (
                         (waiting.put, rest[1]) if kind == "result" else (waiting.fail, unpack_error(rest[1]))
                     )
-                    _call_soon(waiting.loop, deliver, item)
+                    call_soon(waiting.loop, deliver, item)
         except (EOFError, OSError):
             self._fail(self._describe_end())
 
@@ -130,14 +130,14 @@ class EngineClient:
             if waiting := self._waiting.get(key):  # else its client has gone
                 by_loop.setdefault(waiting.loop, []).append((waiting, output))
         for loop, outputs in by_loop.items():
-            _call_soon(loop, _put_all, outputs)
+            call_soon(loop, _put_all, outputs)
 
     def _fail(self, reason: str) -> None:
         """End everything that waits, because the engine's process has ended."""
         self._error = self._error or reason
         for key in list(self._waiting):
             if waiting := self._waiting.pop(key, None):  # unless its coroutine has just removed it
-                _call_soon(waiting.loop, waiting.fail, RuntimeError(self._error))
+                call_soon(waiting.loop, waiting.fail, RuntimeError(self._error))
 
     def _describe_end(self) -> str:
         try:
@@ -250,11 +250,6 @@ class EngineClient:
 def _put_all(outputs: list[tuple[_Waiting, PackedOutput]]) -> None:
     for waiting, output in outputs:
         waiting.put(output)
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[Any], None], argument: Any) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
-        loop.call_soon_threadsafe(call, argument)
 
 
 def _unless_done(future: asyncio.Future, call: Callable[[Any], None]) -> Callable[[Any], None]:

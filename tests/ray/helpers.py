@@ -8,7 +8,7 @@ import ray
 
 from nanovllm import SamplingParams
 from nanovllm.ray import Replicas
-from tests.helpers import wait_until
+from tests.helpers import all_end, wait_until
 from tests.ray.conftest import OPTIONS
 
 
@@ -24,10 +24,10 @@ def pid_of(replica):
 
 
 def kill(replica):
-    """Kill a replica's process. Return its id."""
+    """Kill a replica's process."""
     pid = pid_of(replica)
     os.kill(pid, signal.SIGKILL)
-    return pid
+    assert all_end([pid])
 
 
 def all_run(replicas, number):

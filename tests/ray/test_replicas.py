@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import ray
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from nanovllm import LLM, SamplingParams
 from nanovllm.ray import Replicas
 from nanovllm.ray.actor import _unpack, pack
-from nanovllm.ray.routing import Replica, estimate
+from nanovllm.ray.replicas import Replica, Request
 from tests.helpers import all_end, greedy, rank_pids, sampled, wait_until
 from tests.models.test_hub import FakeHub
 from tests.models.tiny import save_tiny
@@ -46,7 +47,7 @@ def test_replicas_give_the_results_of_one_engine_in_order(replicas, one):
     assert samples(outputs) == samples(one.generate(prompts, params, use_tqdm=False))
     assert len({output.request_id for output in outputs}) == 60
     assert [output.prompt for output in outputs[1::2]] == prompts[1::2]
-    metrics = ray.get([replica.actor.call.remote("metrics") for replica in replicas._replicas])
+    metrics = ray.get([replica.actor.metrics.remote() for replica in replicas._replicas])
     assert all(each.generated_tokens for each in metrics)
     summed = replicas.metrics()
     assert summed.generated_tokens == sum(each.generated_tokens for each in metrics)
@@ -92,12 +93,12 @@ def test_leaving_a_stream_ends_its_request(replicas):
 
 
 def test_request_goes_where_least_is_to_do_and_its_prefix_counts():
-    replicas = [Replica(actor=None, num_restarts=0) for _ in range(2)]
+    replicas = [Replica(actor=MagicMock()) for _ in range(2)]
 
-    def send(content, max_tokens):
-        work = estimate(content, SamplingParams(max_tokens=max_tokens))
-        chosen = min(replicas, key=lambda each: each.num_tokens + each.cost(work))
-        chosen.add(work)
+    def send(prompt, max_tokens):
+        request = Request(random.Random(), None, None, prompt, SamplingParams(max_tokens=max_tokens))
+        chosen = min(replicas, key=lambda each: each.num_tokens + each.cost(request))
+        chosen.send(request)
         return replicas.index(chosen)
 
     document = list(range(2000))
@@ -201,7 +202,7 @@ def test_stream_goes_on_where_it_was_when_its_replica_is_killed(replicas, one):
                 texts[sample.index] += sample.text
                 num_logprobs[sample.index] += len(sample.logprobs)
             if not has_killed:
-                (busy,) = [replica for replica in replicas._replicas if replica.num_requests]
+                (busy,) = [replica for replica in replicas._replicas if replica.requests]
                 kill(busy)
                 has_killed = True
 
@@ -344,7 +345,7 @@ def test_sleeping_replicas_refuse_requests_and_a_new_one_sleeps_too(replicas, on
     replicas.sleep(2)
     kill(replicas._replicas[0])
     assert all_run(replicas, 2)
-    sleeping = ray.get([replica.actor.call.remote("is_sleeping") for replica in replicas._replicas])
+    sleeping = ray.get([replica.actor.is_sleeping.remote() for replica in replicas._replicas])
     assert sleeping == [True, True]
     with pytest.raises(RuntimeError, match="asleep"):
         replicas.generate("x", greedy(5), use_tqdm=False)
