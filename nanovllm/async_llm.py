@@ -114,6 +114,8 @@ class AsyncLLM:
                 self._finish(guard.error)
             elif guard.update_failed:
                 self._end_streams()
+            elif self.llm_engine.outputs and not self.llm_engine.can_step:
+                self._deliver(self.llm_engine.take_outputs())  # such as those that `sleep` has collected
             self._queue_step()
 
     def _queue_step(self) -> None:
@@ -366,8 +368,12 @@ class AsyncLLM:
 
     def _reserve(self, request_id: str | None, consumer: _Consumer) -> None:
         """Take a chosen id for a request that the engine does not have yet."""
-        if request_id is not None and self._preparing.setdefault(request_id, consumer) is not consumer:
+        if request_id is None:
+            return
+        holder = self._preparing.setdefault(request_id, consumer)
+        if holder is not consumer and not holder.loop.is_closed():
             raise ValueError(f"request_id {shown(request_id)} belongs to a request that is being prepared")
+        self._preparing[request_id] = consumer
 
     def _forget_preparing(self, request_id: str | None, consumer: _Consumer) -> None:
         if request_id is not None and self._preparing.get(request_id) is consumer:

@@ -510,6 +510,19 @@ def test_update_sleep_and_wake_up_run_between_steps(model, tmp_path):
     assert before != want == after
 
 
+def test_requests_that_finish_while_the_engine_falls_asleep_get_their_output(model):
+    async def use(llm):
+        def sleep_after_the_first_step(stats):
+            llm.llm_engine.on_step = None
+            llm._engine_thread.submit(llm._run, lambda engine: engine.sleep())  # before the step that collects
+
+        llm.llm_engine.on_step = sleep_after_the_first_step
+        outputs = [output async for output in llm.generate(prompts_of([5])[0], greedy(1))]
+        assert outputs[-1].finished and await llm.is_sleeping()
+
+    with_engine(model, use)
+
+
 def test_weights_updated_in_parts_let_requests_wait(model, tmp_path):
     other = save_tiny(tmp_path, "qwen3", seed=1)
     with LLM(other, **OPTIONS) as llm:
@@ -791,6 +804,25 @@ def test_an_id_of_a_request_that_is_being_prepared_is_refused(model):
         return await collect(llm, [5, 6], greedy(3), "same")
 
     assert len(with_engine(model, use)) == 3
+
+
+def test_an_id_whose_event_loop_has_closed_is_free_again(model):
+    async def start(llm):
+        task = asyncio.ensure_future(anext(llm.generate(prompts_of([5])[0], greedy(1), "mine")))
+        await asyncio.sleep(0)
+        return task
+
+    llm = AsyncLLM(model, **OPTIONS)
+    loop = asyncio.new_event_loop()
+    abandoned = loop.run_until_complete(start(llm))
+    loop.close()
+
+    async def again():
+        return [output async for output in llm.generate(prompts_of([5])[0], greedy(1), "mine")]
+
+    assert asyncio.run(again())[-1].finished
+    assert not abandoned.done()
+    llm.close()
 
 
 def test_a_request_that_is_cancelled_while_it_is_prepared_never_reaches_the_engine(model):
