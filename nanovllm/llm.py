@@ -97,6 +97,8 @@ class LLM:
         finally:
             if pending:  # an error or an interrupt
                 engine.abandon(requests)
+        if not all(request.is_finished for request in requests):
+            engine.ensure_usable(needs=())  # `on_step` or another thread has closed the engine
         # `on_step` may have ended requests, or have received their outputs.
         now = time.monotonic()
         return [outputs.get(request.id) or request.take_output(engine.weight_version, now) for request in requests]

@@ -78,7 +78,8 @@ class DeferInterrupts:
         try:
             # Ctrl-C comes last: it is held back until then.
             for number in reversed(self.handlers):
-                signal.signal(number, self.handlers[number])
+                if signal.getsignal(number) == self._remember:  # else the caller has installed another one meanwhile
+                    signal.signal(number, self.handlers[number])
         finally:
             self.active = False
         for number, frame in self.caught.items():

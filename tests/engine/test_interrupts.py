@@ -317,6 +317,23 @@ def test_alarms_reach_only_the_code_that_makes_the_weights():
         signal.signal(signal.SIGALRM, before)
 
 
+def test_handler_that_the_caller_installs_meanwhile_stays():
+    before, mine = signal.getsignal(signal.SIGINT), lambda *args: None
+    try:
+        with DeferInterrupts():
+            signal.signal(signal.SIGINT, mine)
+        assert signal.getsignal(signal.SIGINT) is mine
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_generate_raises_when_on_step_closes_the_engine(model):
+    llm = engine(model)
+    llm.on_step = lambda stats: llm.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.generate([[3, 4, 5]], greedy(20), use_tqdm=False)
+
+
 def test_generate_raises_when_another_thread_closes_the_engine(model):
     def launch_and_report(batch):
         launched.set()
