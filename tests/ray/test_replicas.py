@@ -171,10 +171,11 @@ def test_replicas_killed_at_random_times_lose_and_double_nothing(replicas, one, 
     rng = random.Random(1)
     prompts, params = mixed_requests(80, seed=1)
     wants = samples(one.generate(prompts, params, use_tqdm=False))
+    num_kills = request.config.getoption("--kills")
     killed, stop = set(), threading.Event()
 
     def keep_killing():
-        while not stop.wait(rng.random()):
+        while len(killed) < num_kills and not stop.wait(rng.random()):
             if alive := set(replicas._replicas) - killed:  # sometimes the last one
                 replica = rng.choice(list(alive))
                 killed.add(replica)
@@ -183,7 +184,7 @@ def test_replicas_killed_at_random_times_lose_and_double_nothing(replicas, one, 
     with ThreadPoolExecutor(1) as threads:
         killing = threads.submit(keep_killing)
         try:
-            while len(killed) < request.config.getoption("--kills") and not killing.done():
+            while not killing.done():
                 assert samples(replicas.generate(prompts, params, use_tqdm=False)) == wants
         finally:
             stop.set()
