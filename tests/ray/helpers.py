@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import threading
+import time
 
 import ray
 
@@ -30,8 +32,27 @@ def kill(replica):
     assert all_end([pid])
 
 
+def set_step_time(replica, seconds):
+    """Let each step of a replica's engine take longer, so that its requests last longer than a test may be held up."""
+
+    def set_hook(actor):
+        actor.llm_engine.on_step = lambda stats: time.sleep(seconds)
+
+    ray.get(replica.actor.__ray_call__.remote(set_hook))
+
+
+def stop_after(replica, num_steps):
+    """Let a replica's engine stop for ever after some steps."""
+
+    def set_hook(actor):
+        steps = iter(range(num_steps))
+        actor.llm_engine.on_step = lambda stats: next(steps, None) is None and threading.Event().wait()
+
+    ray.get(replica.actor.__ray_call__.remote(set_hook))
+
+
 def all_run(replicas, number):
-    """Return whether so many replicas run soon. Asking them makes lost ones known."""
+    """Return whether so many replicas run soon. Those that were killed before do not count."""
     return wait_until(lambda: replicas.metrics() and len(replicas._replicas) == number)
 
 

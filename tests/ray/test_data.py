@@ -19,13 +19,13 @@ pytestmark = pytest.mark.xdist_group("ray")
 PARAMS = SamplingParams(temperature=1.0, max_tokens=4, ignore_eos=True)
 
 
-def answer_rows(dataset, model, params=PARAMS, cls=AnswerRows, **options):
-    """Answer a dataset with two actors."""
+def answer_rows(dataset, model, params=PARAMS, cls=AnswerRows, num_actors=1, **options):
+    """Answer a dataset."""
     return dataset.map_batches(
         cls,
         fn_constructor_kwargs={"model": model, "sampling_params": params, **OPTIONS},
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=2),
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
         num_cpus=1,
         **options,
     )
@@ -63,7 +63,7 @@ def test_rows_are_answered_once_each_though_an_actor_is_killed(cluster, model, o
     rows = [row(i) for i in range(5000)]
     dataset = ray.data.from_items(rows, override_num_blocks=25)
     flag = tmp_path / "killed"
-    options = {"runtime_env": {"env_vars": {"DIE_ONCE": str(flag)}}, "batch_size": 100}
+    options = {"runtime_env": {"env_vars": {"DIE_ONCE": str(flag)}}, "batch_size": 100, "num_actors": 2}
     found = answer_rows(dataset, model, cls=AnswerRowsAndDie, **options).take_all()
     assert flag.exists()
     answers = {answer["id"]: answer for answer in found}

@@ -24,7 +24,7 @@ from tests.helpers import all_end, greedy, rank_pids, sampled, wait_until
 from tests.models.test_hub import FakeHub
 from tests.models.tiny import save_tiny
 from tests.ray.conftest import OPTIONS
-from tests.ray.helpers import all_run, kill, make_replicas, mixed_requests, pid_of, samples
+from tests.ray.helpers import all_run, kill, make_replicas, mixed_requests, pid_of, samples, set_step_time, stop_after
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -84,9 +84,13 @@ def test_leaving_a_stream_ends_its_request(replicas):
             break
 
     before = replicas.metrics().generated_tokens
+    for replica in replicas._replicas:
+        set_step_time(replica, 0.1)
     asyncio.run(leave())
     assert wait_until(lambda: replicas.metrics().num_running == 0)
     assert replicas.metrics().generated_tokens < before + 400
+    for replica in replicas._replicas:
+        set_step_time(replica, 0)
 
 
 # -- routing -----------------------------------------------------------------------------------------------------------
@@ -129,7 +133,7 @@ def test_wrong_requests_are_refused_and_the_others_served(replicas, one):
 
 
 def test_options_that_no_engine_takes_are_refused_and_leave_no_actor(replicas, model):
-    free = ray.available_resources()["CPU"]
+    free = ray.cluster_resources()["CPU"] - len(replicas._replicas)
     with pytest.raises(TypeError, match="num_seqs"):
         Replicas(2, model, num_seqs=3)
     with pytest.raises(ValueError, match="num_replicas must be from 1"):
@@ -167,10 +171,11 @@ def test_replicas_killed_at_random_times_lose_and_double_nothing(replicas, one, 
     rng = random.Random(1)
     prompts, params = mixed_requests(80, seed=1)
     wants = samples(one.generate(prompts, params, use_tqdm=False))
+    num_kills = request.config.getoption("--kills")
     killed, stop = set(), threading.Event()
 
     def keep_killing():
-        while not stop.wait(rng.random()):
+        while len(killed) < num_kills and not stop.wait(rng.random()):
             if alive := set(replicas._replicas) - killed:  # sometimes the last one
                 replica = rng.choice(list(alive))
                 killed.add(replica)
@@ -179,7 +184,7 @@ def test_replicas_killed_at_random_times_lose_and_double_nothing(replicas, one, 
     with ThreadPoolExecutor(1) as threads:
         killing = threads.submit(keep_killing)
         try:
-            while len(killed) < request.config.getoption("--kills") and not killing.done():
+            while not killing.done():
                 assert samples(replicas.generate(prompts, params, use_tqdm=False)) == wants
         finally:
             stop.set()
@@ -203,9 +208,12 @@ def test_stream_goes_on_where_it_was_when_its_replica_is_killed(replicas, one):
                 num_logprobs[sample.index] += len(sample.logprobs)
             if not has_killed:
                 (busy,) = [replica for replica in replicas._replicas if replica.requests]
+                assert busy is first
                 kill(busy)
                 has_killed = True
 
+    first = replicas._replicas[0]
+    stop_after(first, 20)
     asyncio.run(read())
     assert [tokens[i] for i in range(2)] == [sample.token_ids for sample in want.outputs]
     assert [texts[i] for i in range(2)] == [sample.text for sample in want.outputs]
@@ -213,8 +221,16 @@ def test_stream_goes_on_where_it_was_when_its_replica_is_killed(replicas, one):
     assert all_run(replicas, 2)
 
 
+def test_idle_replica_that_is_killed_is_replaced_without_a_call(replicas):
+    assert all_run(replicas, 2)
+    idle = replicas._replicas[0]
+    kill(idle)
+    assert wait_until(lambda: idle not in replicas._replicas and len(replicas._replicas) == 2)
+
+
 def test_more_losses_than_max_restarts_are_one_clear_error(cluster, model):
     replicas = make_replicas(model, 1, max_restarts=0)
+    set_step_time(replicas._replicas[0], 0.1)
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(replicas.generate, ["x"] * 40, greedy(400), use_tqdm=False)
         assert wait_until(lambda: replicas.metrics().num_running)
@@ -233,6 +249,7 @@ def test_more_losses_than_max_restarts_are_one_clear_error(cluster, model):
 def test_close_ends_calls_that_wait(cluster, model):
     replicas = make_replicas(model, 1)
     pid = pid_of(replicas._replicas[0])
+    set_step_time(replicas._replicas[0], 0.1)
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(replicas.generate, ["x"] * 40, greedy(400), use_tqdm=False)
         assert wait_until(lambda: replicas.metrics().num_running)

@@ -1,5 +1,7 @@
 """Ray Serve: the HTTP server as a deployment."""
 
+import contextlib
+import random
 import socket
 
 import httpx
@@ -16,11 +18,18 @@ pytestmark = pytest.mark.xdist_group("ray")
 CHAT = [{"role": "user", "content": "Hello"}]
 
 
+def free_port():
+    """Return a port that is free, and neither among those that the system chooses nor among those that Ray chooses."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free")
+
+
 @pytest.fixture(scope="module")
 def url(cluster, model):
     """The address of a deployment with two replicas."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     scaling = {"min_replicas": 2, "max_replicas": 2, "target_ongoing_requests": 4}
     options = {"model": model, "served_model_name": "tiny", "deployment": {"autoscaling_config": scaling}}
@@ -62,10 +71,19 @@ def test_openai_client_streams_what_the_engine_says(client, one):
 def test_requests_of_a_session_go_to_one_replica(client, url):
     # A session's replica is what its own /metrics say, so all sessions' requests must show up there and nowhere else.
     sessions = [str(i) for i in range(12)]
+
+    def complete():
+        client.completions.create(model="tiny", prompt="x" * 10, max_tokens=1, extra_headers={"x-session-id": "0"})
+
+    def both_are_known():
+        complete()
+        return len({counters(url, session)[0] for session in sessions}) == 2
+
+    assert wait_until(both_are_known)
     before = {session: counters(url, session)[0] for session in sessions}
     assert all(counters(url, session)[0] == before[session] for session in sessions)
     for _ in range(5):
-        client.completions.create(model="tiny", prompt="x" * 10, max_tokens=1, extra_headers={"x-session-id": "0"})
+        complete()
     grown = {session: counters(url, session)[0] - before[session] for session in sessions}
     assert grown["0"] == 50 and set(grown.values()) == {0, 50}
 
