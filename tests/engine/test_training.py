@@ -20,8 +20,7 @@ from tests.models.test_gguf import write_gguf
 from tests.models.tiny import save_tiny, tiny_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-NAMES = ["qwen3", "qwen2-tied", "llama-bias"]
-FAMILIES = [*NAMES, "qwen2-moe", "qwen3-next", "olmo3", "phi3"]
+FAMILIES = ["qwen3", "qwen2-tied", "llama-bias", "qwen2-moe", "qwen3-next", "olmo3", "phi3"]
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +30,20 @@ def models(tmp_path_factory):
     return {name: [save_tiny(folder / str(seed), name, seed) for seed in range(2)] for name in FAMILIES}
 
 
+@pytest.fixture(scope="module", params=[1, 2])
+def shared_engine(models, request):
+    with engine(models["qwen3"][0], tensor_parallel_size=request.param) as llm:
+        yield llm
+
+
+@pytest.fixture
+def llm(models, shared_engine):
+    """An engine of one rank, and then of two, with the first weights of qwen3. Other tests have used it before."""
+    shared_engine.wake_up()
+    shared_engine.update_weights(models["qwen3"][0])
+    return shared_engine
+
+
 def weights_of(path):
     return load_file(path / "model.safetensors").items()
 
@@ -38,8 +51,13 @@ def weights_of(path):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("size", [1, 2])
 def test_updated_weights_are_those_of_a_fresh_load(models, name, size):
+    """The update may be one call or come in parts, and experts may have the names of transformers' modules."""
     old, new = models[name]
     prompts = prompts_of([5, 20, 33])
+    parts = weights_of(new)
+    if name == "qwen2-moe":
+        parts = tiny_model(name, seed=1).state_dict().items()
+        assert {key for key, _ in weights_of(new)} != {key for key, _ in parts}
     with engine(new) as llm:
         want = tokens(llm, prompts, greedy(12))
     with engine(old, tensor_parallel_size=size) as llm:
@@ -51,30 +69,32 @@ def test_updated_weights_are_those_of_a_fresh_load(models, name, size):
         assert [(out.weight_version, out.num_cached_tokens) for out in outputs] == [(1, 0)] * 3
         assert llm.update_weights(old) == 2  # a folder
         assert tokens(llm, prompts, greedy(12)) == before
+        request_id = llm.add_request(prompts[0], greedy(30))
+        llm.step()
+        llm.start_weight_update()
+        load_one_by_one(parts, llm.load_weights)
+        assert llm.weight_version == 2
+        assert llm.finish_weight_update() == llm.weight_version == 3
+        assert [out.request_id for out in finish(llm)] == [request_id]
+        outputs = llm.generate(prompts, greedy(12), use_tqdm=False)
+        assert [(out.token_ids, out.weight_version) for out in outputs] == [(ids, 3) for ids in want]
         if size == 1:
-            assert llm.update_weights((k, v.requires_grad_()) for k, v in weights_of(new)) == 3
+            llm.update_weights(old)
+            assert llm.update_weights((k, v.requires_grad_()) for k, v in weights_of(new)) == 5
             assert tokens(llm, prompts, greedy(12)) == want
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_experts_are_updated_by_the_names_of_transformers_modules(models, size):
-    old, new = models["qwen2-moe"]
-    prompts = prompts_of([5, 20])
-    merged = tiny_model("qwen2-moe", seed=1).state_dict()
-    assert {name for name, _ in weights_of(new)} != set(merged)
-    with engine(new) as llm:
-        want = tokens(llm, prompts, greedy(12))
-    with engine(old, tensor_parallel_size=size) as llm:
-        llm.start_weight_update()
-        for pair in reversed(merged.items()):
-            llm.load_weights([pair])
-        llm.finish_weight_update()
-        assert tokens(llm, prompts, greedy(12)) == want
+def load_one_by_one(weights, load, count=None):
+    """Give tensors to `load`, each in a call of its own, in random order. Return those after the first `count`."""
+    weights = list(weights)
+    random.Random(0).shuffle(weights)
+    for name, tensor in weights[:count]:
+        load([(name, tensor.clone())])
+    return [] if count is None else weights[count:]
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_tied_config_with_a_head_of_its_own_runs_and_updates_as_transformers_loads_it(models, tmp_path, size):
-    tied = models["qwen3"][1]
+def test_a_tied_config_with_a_head_of_its_own_runs_and_updates_as_transformers_loads_it(models, tmp_path, llm):
+    tied, size = models["qwen3"][1], llm.config.tensor_parallel_size
     own = save_tiny(tmp_path, "qwen3")
     weights = load_file(own / "model.safetensors")
     weights[HEAD] = weights[EMBEDDING].flip(0).contiguous()
@@ -85,36 +105,36 @@ def test_a_tied_config_with_a_head_of_its_own_runs_and_updates_as_transformers_l
         reference = load_reference(path)
         want[path] = [reference_greedy(reference, prompt, 12) for prompt in prompts]
     assert not torch.equal(load_reference(own).lm_head.weight, load_reference(own).model.embed_tokens.weight)
-    with engine(own, tensor_parallel_size=size) as llm:
-        assert tokens(llm, prompts, greedy(12)) == want[own]
-        llm.update_weights(tied)
-        assert tokens(llm, prompts, greedy(12)) == want[tied]
-        llm.update_weights(weights.items())
-        assert tokens(llm, prompts, greedy(12)) == want[own]
-    with engine(tied, tensor_parallel_size=size) as llm:
-        same = {**weights, HEAD: weights[EMBEDDING]}
-        llm.update_weights(same.items())
-        with pytest.raises(ValueError, match=r"lm_head\.weight differs from the embedding"):
-            llm.update_weights(own)
-        llm.update_weights(tied)
-        assert tokens(llm, prompts, greedy(12)) == want[tied]
+    with engine(own, tensor_parallel_size=size) as untied:
+        assert tokens(untied, prompts, greedy(12)) == want[own]
+        untied.update_weights(tied)
+        assert tokens(untied, prompts, greedy(12)) == want[tied]
+        untied.update_weights(weights.items())
+        assert tokens(untied, prompts, greedy(12)) == want[own]
+    same = {**weights, HEAD: weights[EMBEDDING]}
+    llm.update_weights(same.items())
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from the embedding"):
+        llm.update_weights(own)
+    llm.update_weights(tied)
+    assert tokens(llm, prompts, greedy(12)) == want[tied]
 
 
-@pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("row", [0, -1])  # of the first rank, and of the last one
-def test_an_update_with_values_that_are_not_finite_is_refused_by_all_ranks(models, size, row):
-    old, new = models["llama-bias"]
-    good = dict(weights_of(new))
+def test_an_update_with_values_that_are_not_finite_is_refused_by_all_ranks(models, llm, row):
+    good = dict(weights_of(models["qwen3"][1]))
     name = "model.layers.1.self_attn.v_proj.weight"
     bad = good[name].clone()
     bad[row] = float("nan")
-    with engine(new) as llm:
-        want = tokens(llm, [[5, 6]], greedy(9))
-    with engine(old, tensor_parallel_size=size) as llm:
-        with pytest.raises(ValueError, match=f"the tensor {name} has values that are NaN or infinite"):
-            llm.update_weights({**good, name: bad}.items())
-        llm.update_weights(good.items())
-        assert tokens(llm, [[5, 6]], greedy(9)) == want
+    with pytest.raises(ValueError, match=f"the tensor {name} has values that are NaN or infinite"):
+        llm.update_weights({**good, name: bad}.items())
+    llm.update_weights(good.items())
+    assert tokens(llm, [[5, 6]], greedy(9)) == tokens_of_new(models)
+
+
+def tokens_of_new(models):
+    """Return the tokens that a fresh engine with the second weights of qwen3 gives after [5, 6]."""
+    with engine(models["qwen3"][1]) as fresh:
+        return tokens(fresh, [[5, 6]], greedy(9))
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -128,20 +148,17 @@ def test_weights_that_are_not_finite_are_not_loaded(models, tmp_path, size):
         engine(path, tensor_parallel_size=size)
 
 
-def test_no_rank_waits_for_the_others_when_an_update_fails_after_its_last_tensor(models):
-    old, new = models["qwen3"]
+def test_no_rank_waits_for_the_others_when_an_update_fails_after_its_last_tensor(models, llm):
+    new = models["qwen3"][1]
 
     def weights():
         yield from weights_of(new)
         raise ZeroDivisionError
 
-    with engine(new) as llm:
-        want = tokens(llm, [[5, 6]], greedy(9))
-    with engine(old, tensor_parallel_size=2) as llm:
-        with pytest.raises(ZeroDivisionError):
-            llm.update_weights(weights())
-        llm.update_weights(new)
-        assert tokens(llm, [[5, 6]], greedy(9)) == want
+    with pytest.raises(ZeroDivisionError):
+        llm.update_weights(weights())
+    llm.update_weights(new)
+    assert tokens(llm, [[5, 6]], greedy(9)) == tokens_of_new(models)
 
 
 def test_an_update_cannot_start_another(models):
@@ -198,8 +215,7 @@ WITHOUT_DATA = {
 }
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_engine_runs_again_after_a_refused_update_and_a_good_one(models, size, monkeypatch):
+def test_engine_runs_again_after_a_refused_update_and_a_good_one(models, llm, monkeypatch):
     old, new = models["qwen3"]
     good = dict(weights_of(new))
     first = next(iter(good))
@@ -219,26 +235,24 @@ def test_engine_runs_again_after_a_refused_update_and_a_good_one(models, size, m
         (5, TypeError, "int"),
         ("nowhere", ValueError, "nowhere"),
     ]
-    with engine(new) as llm:
-        want = tokens(llm, [[5, 6]], greedy(9))
-    with engine(old, tensor_parallel_size=size) as llm:
-        with monkeypatch.context() as patch:
-            # These errors are the caller's: the engine raises them without waiting for a rank to be found lost.
-            patch.setattr(RankProcesses, "wait_for_failure", lambda _: pytest.fail("waited for a lost rank"))
-            for weights, error, match in bad:
-                with pytest.raises(error, match=match):
-                    llm.update_weights(weights)
-        with pytest.raises(RuntimeError, match="update_weights failed"):
-            llm.generate([[5]])
-        with pytest.raises(ZeroDivisionError):  # the caller's own error
-            llm.update_weights((name, tensor / (1 // 0)) for name, tensor in good.items())
-        assert llm.weight_version == 0
-        assert llm.update_weights(good.items()) == 1
+    want, version = tokens_of_new(models), llm.weight_version
+    with monkeypatch.context() as patch:
+        # These errors are the caller's: the engine raises them without waiting for a rank to be found lost.
+        patch.setattr(RankProcesses, "wait_for_failure", lambda _: pytest.fail("waited for a lost rank"))
+        for weights, error, match in bad:
+            with pytest.raises(error, match=match):
+                llm.update_weights(weights)
+    with pytest.raises(RuntimeError, match="update_weights failed"):
+        llm.generate([[5]])
+    with pytest.raises(ZeroDivisionError):  # the caller's own error
+        llm.update_weights((name, tensor / (1 // 0)) for name, tensor in good.items())
+    assert llm.weight_version == version
+    assert llm.update_weights(good.items()) == version + 1
+    assert tokens(llm, [[5, 6]], greedy(9)) == want
+    for unusual in (lambda tensor: torch._neg_view(-tensor), lambda tensor: tensor.as_subclass(Refusing)):
+        llm.update_weights(old)
+        llm.update_weights((name, unusual(tensor)) for name, tensor in good.items())
         assert tokens(llm, [[5, 6]], greedy(9)) == want
-        for unusual in (lambda tensor: torch._neg_view(-tensor), lambda tensor: tensor.as_subclass(Refusing)):
-            llm.update_weights(old)
-            llm.update_weights((name, unusual(tensor)) for name, tensor in good.items())
-            assert tokens(llm, [[5, 6]], greedy(9)) == want
 
 
 OTHER_MODELS = {
@@ -347,106 +361,65 @@ def test_running_requests_go_on_with_the_new_weights(models):
     assert 5 < same < 12 and out.token_ids[same:] == rest and out.weight_version == 1
 
 
-@pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("level", [1, 2])
-def test_sleep_frees_the_cache_and_requests_go_on_after_waking_up(models, size, level):
+def test_sleep_frees_the_cache_and_requests_go_on_after_waking_up(llm, level):
     prompts, params = prompts_of([20, 3]), [greedy(30), SamplingParams(seed=1, max_tokens=30, ignore_eos=True)]
-    with engine(models["qwen3"][0], tensor_parallel_size=size) as llm:
-        want = tokens(llm, prompts, params)
-        ids = [llm.add_request(*pair) for pair in zip(prompts, params, strict=True)]
-        for _ in range(8):
-            llm.step()
-        llm.sleep(level)
-        layers = [m for m in llm.llm_engine.executor.runner.model.modules() if isinstance(m, Attention)]
-        assert layers and all(layer.kv is None for layer in layers)
-        for use in (llm.step, lambda: llm.generate([[5]]), lambda: llm.add_request([5])):
-            with pytest.raises(RuntimeError, match="asleep"):
-                use()
-        llm.wake_up()
-        outputs = {out.request_id: out.token_ids for out in finish(llm)}
-        assert [outputs[request_id] for request_id in ids] == want
-        assert tokens(llm, prompts, params) == want
-        with pytest.raises(ValueError, match="level"):
-            llm.sleep(3)
-
-
-class Trainer:
-    """Sends a checkpoint's tensors to an engine one by one, in random order."""
-
-    def __init__(self, path):
-        self.weights = list(weights_of(path))
-        random.Random(0).shuffle(self.weights)
-
-    def load(self, load, count=None):
-        for name, tensor in self.weights[:count]:
-            load([(name, tensor.clone())])
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [1, 2])
-def test_weights_loaded_in_parts_are_those_of_a_fresh_load(models, name, size):
-    old, new = models[name]
-    prompts = prompts_of([5, 33])
-    with engine(new) as llm:
-        want = tokens(llm, prompts, greedy(9))
-    with engine(old, tensor_parallel_size=size) as llm:
-        before = tokens(llm, prompts, greedy(9))
-        request_id = llm.add_request(prompts[0], greedy(30))
+    want = tokens(llm, prompts, params)
+    ids = [llm.add_request(*pair) for pair in zip(prompts, params, strict=True)]
+    for _ in range(8):
         llm.step()
-        llm.start_weight_update()
-        Trainer(new).load(llm.load_weights)
-        assert llm.weight_version == 0
-        assert llm.finish_weight_update() == llm.weight_version == 1
-        assert [out.request_id for out in finish(llm)] == [request_id]
-        outputs = llm.generate(prompts, greedy(9), use_tqdm=False)
-        assert [(out.token_ids, out.weight_version) for out in outputs] == [(ids, 1) for ids in want]
-        llm.update_weights(old)
-        assert tokens(llm, prompts, greedy(9)) == before
+    llm.sleep(level)
+    layers = [m for m in llm.llm_engine.executor.runner.model.modules() if isinstance(m, Attention)]
+    assert layers and all(layer.kv is None for layer in layers)
+    for use in (llm.step, lambda: llm.generate([[5]]), lambda: llm.add_request([5])):
+        with pytest.raises(RuntimeError, match="asleep"):
+            use()
+    llm.wake_up()
+    outputs = {out.request_id: out.token_ids for out in finish(llm)}
+    assert [outputs[request_id] for request_id in ids] == want
+    assert tokens(llm, prompts, params) == want
+    with pytest.raises(ValueError, match="level"):
+        llm.sleep(3)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_engine_refuses_to_generate_until_an_update_in_parts_is_whole(models, size):
+def test_engine_refuses_to_generate_until_an_update_in_parts_is_whole(models, llm):
     old, new = models["qwen3"]
-    trainer = Trainer(new)
-    first = trainer.weights[0]
-    with engine(new) as llm:
-        want = tokens(llm, [[5, 6]], greedy(9))
-    with engine(old, tensor_parallel_size=size) as llm:
-        with pytest.raises(RuntimeError, match="no weight update is open"):
-            llm.load_weights([first])
-        with pytest.raises(RuntimeError, match="no weight update is open"):
-            llm.finish_weight_update()
-        assert tokens(llm, [[5, 6]], greedy(9)) != want
-        llm.start_weight_update()
-        trainer.load(llm.load_weights, count=-1)
-        for use in (llm.step, lambda: llm.add_request([5]), lambda: llm.generate([[5]])):
-            with pytest.raises(RuntimeError, match="a weight update is open"):
-                use()
-        with pytest.raises(ValueError, match=f"lacks 1 tensors: {trainer.weights[-1][0]}"):
-            llm.finish_weight_update()
-        with pytest.raises(RuntimeError, match=r"update_weights failed.*lacks 1 tensors"):
-            llm.generate([[5]])
-        faults = [([first], "twice"), ([("model.x", first[1])], "model.x"), ([(first[0], first[1][:-1])], first[0])]
-        for bad, match in faults:
-            llm.start_weight_update()
-            llm.load_weights([first])
-            with pytest.raises(ValueError, match=match):
-                llm.load_weights(bad)
-            with pytest.raises(RuntimeError, match="no weight update is open"):
-                llm.load_weights(trainer.weights[1:])
-            with pytest.raises(RuntimeError, match="update_weights failed"):
-                llm.generate([[5]])
-        with pytest.raises(TypeError, match="weights must be pairs"):
-            llm.start_weight_update()
-            llm.load_weights(str(old))
-        # An open update starts again.
+    with pytest.raises(RuntimeError, match="no weight update is open"):
+        llm.load_weights(list(weights_of(new))[:1])
+    with pytest.raises(RuntimeError, match="no weight update is open"):
+        llm.finish_weight_update()
+    want, version = tokens_of_new(models), llm.weight_version
+    assert tokens(llm, [[5, 6]], greedy(9)) != want
+    llm.start_weight_update()
+    (first,) = load_one_by_one(weights_of(new), llm.load_weights, count=-1)
+    for use in (llm.step, lambda: llm.add_request([5]), lambda: llm.generate([[5]])):
+        with pytest.raises(RuntimeError, match="a weight update is open"):
+            use()
+    with pytest.raises(ValueError, match=f"lacks 1 tensors: {first[0]}"):
+        llm.finish_weight_update()
+    with pytest.raises(RuntimeError, match=r"update_weights failed.*lacks 1 tensors"):
+        llm.generate([[5]])
+    faults = [([first], "twice"), ([("model.x", first[1])], "model.x"), ([(first[0], first[1][:-1])], first[0])]
+    for bad, match in faults:
         llm.start_weight_update()
         llm.load_weights([first])
+        with pytest.raises(ValueError, match=match):
+            llm.load_weights(bad)
+        with pytest.raises(RuntimeError, match="no weight update is open"):
+            llm.load_weights([first])
+        with pytest.raises(RuntimeError, match="update_weights failed"):
+            llm.generate([[5]])
+    with pytest.raises(TypeError, match="weights must be pairs"):
         llm.start_weight_update()
-        trainer.load(llm.load_weights)
-        llm.finish_weight_update()
-        assert tokens(llm, [[5, 6]], greedy(9)) == want
-        assert llm.weight_version == 1
+        llm.load_weights(str(old))
+    # An open update starts again.
+    llm.start_weight_update()
+    llm.load_weights([first])
+    llm.start_weight_update()
+    load_one_by_one(weights_of(new), llm.load_weights)
+    llm.finish_weight_update()
+    assert tokens(llm, [[5, 6]], greedy(9)) == want
+    assert llm.weight_version == version + 1
 
 
 def test_update_through_the_path_of_vllm_may_have_all_weights_in_one_call(models):
@@ -469,17 +442,17 @@ def test_update_through_the_path_of_vllm_is_finished_by_the_next_call(models, fi
     with engine(old) as llm:
         load = llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights
         for version in (1, 2):
-            Trainer(new).load(load)
+            load_one_by_one(weights_of(new), load)
             assert llm.weight_version == version - 1
             if finish_with == "reset_prefix_cache":
                 assert llm.reset_prefix_cache() and llm.weight_version == version
             assert tokens(llm, [[5, 6]], greedy(9)) == want and llm.weight_version == version
-        Trainer(old).load(load, count=-1)
+        load_one_by_one(weights_of(old), load, count=-1)
         with pytest.raises(ValueError, match="lacks 1 tensors"):
             llm.generate([[5]]) if finish_with == "generate" else llm.reset_prefix_cache()
         with pytest.raises(RuntimeError, match="update_weights failed"):
             llm.generate([[5]])
-        Trainer(new).load(load)
+        load_one_by_one(weights_of(new), load)
         assert tokens(llm, [[5, 6]], greedy(9)) == want
 
 
@@ -492,7 +465,7 @@ def test_update_through_the_path_of_vllm_while_the_kv_cache_sleeps(models):
         with pytest.raises(RuntimeError, match="the engine is asleep"):
             llm.update_weights(new)
         llm.wake_up(tags=["weights"])
-        Trainer(new).load(llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights)
+        load_one_by_one(weights_of(new), llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights)
         llm.reset_prefix_cache()
         assert llm.weight_version == 1 and llm.is_sleeping()
         with pytest.raises(NotImplementedError, match="reload_weights"):
@@ -503,40 +476,43 @@ def test_update_through_the_path_of_vllm_while_the_kv_cache_sleeps(models):
         assert tokens(llm, [[5, 6]], greedy(9)) == want
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_sleep_wake_up_and_reset_can_be_called_in_any_order_and_state(models, size):
+def test_sleep_wake_up_and_reset_can_be_called_in_any_order_and_state(models, llm):
     parts = [None, ["weights"], ["kv_cache"], ["kv_cache", "weights"], []]
-    rng = random.Random(size)
-    with engine(models["qwen3"][0], tensor_parallel_size=size) as llm:
-        want = tokens(llm, [[5, 6]], greedy(9))
-        assert not llm.is_sleeping()
-        asleep = set()
-        for _ in range(24):
-            choice = rng.randrange(4)
-            if choice == 0:
-                level = rng.choice([1, 2])
-                llm.sleep(level)
-                asleep |= {"kv_cache"} if level == 1 else {"kv_cache", "weights"}
-            elif choice == 1:
-                assert llm.reset_prefix_cache() is True
-            elif choice == 2:
-                tags = rng.choice(parts)
-                llm.wake_up(tags=tags)
-                asleep -= set(["weights", "kv_cache"] if tags is None else tags)
-            elif not asleep:
-                assert tokens(llm, [[5, 6]], greedy(9)) == want
-            assert llm.is_sleeping() == bool(asleep)
-        llm.wake_up()
-        llm.start_weight_update()
-        llm.sleep(2)
-        llm.reset_prefix_cache()
-        llm.wake_up()
-        llm.load_weights(weights_of(models["qwen3"][0]))
-        llm.finish_weight_update()
-        assert tokens(llm, [[5, 6]], greedy(9)) == want
-        for tags, error in [("weights", TypeError), (["kv"], ValueError), (range(10**30), TypeError)]:
-            with pytest.raises(error, match="tags must be None or a list of weights and kv_cache"):
-                llm.wake_up(tags=tags)
+    rng = random.Random(llm.config.tensor_parallel_size)
+    want = tokens(llm, [[5, 6]], greedy(9))
+    assert not llm.is_sleeping()
+    asleep = set()
+    for _ in range(24):
+        choice = rng.randrange(4)
+        if choice == 0:
+            level = rng.choice([1, 2])
+            llm.sleep(level)
+            asleep |= {"kv_cache"} if level == 1 else {"kv_cache", "weights"}
+        elif choice == 1:
+            assert llm.reset_prefix_cache() is True
+        elif choice == 2:
+            tags = rng.choice(parts)
+            llm.wake_up(tags=tags)
+            asleep -= set(["weights", "kv_cache"] if tags is None else tags)
+        elif not asleep:
+            assert tokens(llm, [[5, 6]], greedy(9)) == want
+        assert llm.is_sleeping() == bool(asleep)
+    llm.wake_up()
+    llm.start_weight_update()
+    llm.sleep(2)
+    llm.reset_prefix_cache()
+    llm.wake_up()
+    llm.load_weights(weights_of(models["qwen3"][0]))
+    llm.finish_weight_update()
+    assert tokens(llm, [[5, 6]], greedy(9)) == want
+    for tags, error in [("weights", TypeError), (["kv"], ValueError), (range(10**30), TypeError)]:
+        with pytest.raises(error, match="tags must be None or a list of weights and kv_cache"):
+            llm.wake_up(tags=tags)
+
+
+def test_a_closed_engine_neither_sleeps_nor_updates(models):
+    with engine(models["qwen3"][0]) as llm:
+        pass
     for use in (llm.sleep, llm.wake_up, llm.reset_prefix_cache, llm.start_weight_update):
         with pytest.raises(RuntimeError, match="closed"):
             use()
