@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--load-format", choices=["auto", "dummy"])
     add("--device", choices=["auto", "cpu", "cuda"])
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"])
-    add("--quantization", choices=["fp8"], help="quantise the weights while they load")
+    add("--quantization", choices=["fp8"], help="quantize the weights while they load")
     add("--kv-cache-dtype", choices=["auto", "fp8"])
     add("--attention-backend", choices=["auto", "torch", "triton", "flash_attn"])
     add("--tensor-parallel-size", type=at_least_1)

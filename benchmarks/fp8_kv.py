@@ -1,7 +1,7 @@
 """Run an engine on a CPU with keys and values in FP8, to measure what that costs in quality.
 
 The engine itself refuses `kv_cache_dtype="fp8"` there, because it would be slow. The attention backend for CPUs is the
-reference of the GPU's kernels: it quantises and dequantises exactly as they do.
+reference of the GPU's kernels: it quantizes and dequantizes exactly as they do.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """The engine for asyncio: many concurrent requests on one engine thread.
 
-Other threads prepare requests: they tokenise prompts, render chat templates and compile grammars. However long that
+Other threads prepare requests: they tokenize prompts, render chat templates and compile grammars. However long that
 takes, the steps of other requests go on. Each kind of work has its own threads, because a template or a grammar of a
 client may take seconds: requests without one do not wait for it.
 """

@@ -36,14 +36,14 @@ class Config:
         kvcache_block_size: tokens in a KV block, a power of two of at least 16.
         num_kvcache_blocks: size of the KV pool; None measures the free memory (GPU) or takes up to 1 GiB (CPU) for KV
             and recurrent state together.
-        dtype: "auto" is the checkpoint's dtype on a GPU and float32 on a CPU, where it keeps quantised GGUF weights in
-            4 or 8 bits. "float32" dequantises them.
+        dtype: "auto" is the checkpoint's dtype on a GPU and float32 on a CPU, where it keeps quantized GGUF weights in
+            4 or 8 bits. "float32" dequantizes them.
         kv_cache_dtype: dtype of the KV cache. "auto" is that of activations; "fp8", also spelt "fp8_e4m3", holds almost
             twice the tokens, on GPUs with FP8 (Ada, Hopper or newer).
         state_dtype: dtype of the recurrent state of hybrid models, "float32" or "bfloat16".
-        quantization: "fp8" quantises the weights of linear layers and experts while they load, a scale for each 128 x
+        quantization: "fp8" quantizes the weights of linear layers and experts while they load, a scale for each 128 x
             128 values. None keeps the checkpoint's format, which may be FP8. A CPU, or a GPU before Ada, computes with
-            the dequantised weights.
+            the dequantized weights.
         device: "auto" is "cuda" if there is a GPU, else "cpu".
         attention_backend: "auto" chooses one and logs which; a named one that cannot run is an error.
         load_format: "auto" reads the checkpoint; "dummy" makes random weights of the real shapes.

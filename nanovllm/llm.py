@@ -188,7 +188,7 @@ class LLM:
         """Queue a request and return its id.
 
         Args:
-            prompt: text, which is tokenised with the model's special tokens, or one of the other forms in `generate`.
+            prompt: text, which is tokenized with the model's special tokens, or one of the other forms in `generate`.
             sampling_params: None are those of `get_default_sampling_params`.
             request_id: an id that no request has which is unfinished or whose output waits for `step`; None numbers it.
                 An integer becomes a string, as all ids are in outputs.

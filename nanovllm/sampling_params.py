@@ -90,7 +90,7 @@ class StructuredOutputsParams:
             terminal takes as many characters as it can, as in Lark. A GBNF rule that refers to no rules but terminals
             is one, too: nothing matches `word "a"` with `word ::= [a-z]+`.
         json_object: True is any JSON object; False is the same as None.
-        disable_any_whitespace: white space in JSON. None is a space behind commas and colons and no other; True is
+        disable_any_whitespace: white space in JSON. None is a space after commas and colons and no other; True is
             none at all; False lets the model write any, which a small model may do for ever.
         disable_additional_properties: objects of a schema have no properties that the schema does not name.
         whitespace_pattern: a regular expression of the white space that JSON may have between its tokens, in place of
@@ -269,8 +269,8 @@ class SamplingParams:
         frequency_penalty: is subtracted once for each time that the token is in the output, in [-2, 2].
         logit_bias: numbers in [-100, 100] to add to the logits of up to 300 token ids.
         allowed_token_ids: the only tokens that can be sampled.
-        bad_words: texts that the output will not have, as the tokenizer spells them directly behind another text and,
-            unless they start with white space, behind a space.
+        bad_words: texts that the output will not have, as the tokenizer spells them directly after another text and,
+            unless they start with white space, after a space.
         logprobs: how many of the most likely tokens to return log-probabilities of, for each sampled token, besides
             its own: up to 128; -1 is the whole vocabulary, True is 1.
         prompt_logprobs: the same for the prompt's tokens, always in "raw_logprobs" mode. The prompt is computed for
@@ -385,6 +385,6 @@ class SamplingParams:
         return tuple(field.name for field in fields(SamplingParams))
 
     @property
-    def penalises(self) -> bool:
+    def penalizes(self) -> bool:
         """Whether the sampler must know which tokens there were."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0

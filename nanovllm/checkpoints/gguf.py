@@ -238,14 +238,14 @@ class _GgufFile:
         return value
 
     def floats(self, name: str, expert: int | None = None) -> np.ndarray:
-        """Return the tensor, or its part of one expert, dequantised to float32."""
+        """Return the tensor, or its part of one expert, dequantized to float32."""
         tensor = self.tensors[name]
         data = np.frombuffer(self.data[tensor.start : tensor.end], np.uint8)
         data = data.reshape(gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type))
         try:
             return gguf.dequantize(data if expert is None else data[expert], tensor.type)
         except NotImplementedError as error:
-            raise unsupported(f"the quantisation of the GGUF tensor {name:.200}, {tensor.type.name},") from error
+            raise unsupported(f"the quantization of the GGUF tensor {name:.200}, {tensor.type.name},") from error
 
 
 def _rope_scaling(file: _GgufFile) -> dict[str, Any] | None:
@@ -482,12 +482,12 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def has_quantized(path: Path) -> bool:
-    """Return whether the file has quantised tensors, which have blocks of more than one value."""
+    """Return whether the file has quantized tensors, which have blocks of more than one value."""
     return any(gguf.GGML_QUANT_SIZES[tensor.type][0] > 1 for tensor in _GgufFile(path).tensors.values())
 
 
 def iterate_gguf(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Iterate over the file's tensors, dequantised to float32, with their transformers names and layouts.
+    """Iterate over the file's tensors, dequantized to float32, with their transformers names and layouts.
 
     Experts come one by one, because all experts of a layer may take a GiB in float32.
     """
@@ -500,7 +500,7 @@ def iterate_gguf(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             array = file.floats(name, expert)
             # The loader refuses a size that the heads do not divide.
             if file.arch == "llama" and module in heads and len(array) % (2 * heads[module]) == 0:
-                # llama.cpp rotates neighbouring pairs, so its converter interleaves the halves of each head's rows.
+                # llama.cpp rotates neighboring pairs, so its converter interleaves the halves of each head's rows.
                 pairs = array.reshape((heads[module], -1, 2, *array.shape[1:]))
                 array = pairs.swapaxes(1, 2)
             yield hf_name, torch.from_numpy(np.require(array.reshape(shape), requirements="W"))

@@ -71,7 +71,7 @@ class ModelSource:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the weights are those of a GGUF file with quantised matrices."""
+        """Whether the weights are those of a GGUF file with quantized matrices."""
         if self.path is None or not self.path.is_file():
             return False
         from nanovllm.checkpoints.gguf import has_quantized

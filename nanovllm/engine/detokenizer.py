@@ -21,7 +21,7 @@ _BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(byte for byte in range(
 class TokenBytes(dict):
     """Maps a token id to the UTF-8 bytes that the token adds to a text.
 
-    Bytes do not depend on neighbouring tokens. So the text of an output is exactly what follows its prompt, and it is
+    Bytes do not depend on neighboring tokens. So the text of an output is exactly what follows its prompt, and it is
     the same in one piece and in increments. The tokenizer's own `decode` ensures neither: it may remove the space that
     starts a text, and it replaces a whole run of byte tokens if one is wrong. `tokenizers.decoders.DecodeStream` raises
     on such a run, takes quadratic time for tokens without text, and loses an unfinished character at the end.

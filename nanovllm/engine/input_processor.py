@@ -221,7 +221,7 @@ class InputProcessor:
             raise ValueError(
                 f"the text has half a character, {text[error.start]!r} at {error.start}, which no tokenizer can read"
             ) from None
-        with _refusing_panics("the text cannot be tokenised"):
+        with _refusing_panics("the text cannot be tokenized"):
             # A batch, because only that releases the GIL.
             return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
@@ -272,7 +272,7 @@ class InputProcessor:
             in_vocabulary(name, [wrong], self.vocab_size)
 
     def _check_text(self, name: str, text: str) -> None:
-        """Refuse a text of far too many tokens before all of it is tokenised, which would take long."""
+        """Refuse a text of far too many tokens before all of it is tokenized, which would take long."""
         self._check_chars(name, len(text))
         if len(text) <= _USUAL_TOKEN_CHARS * self.max_model_len:
             return

@@ -312,7 +312,7 @@ class _StepBuilder:
             stop_ids=tuple(sorted(seq.stop_ids)),
             is_filtered=seq.token_filter is not None,
         )
-        if params.penalises:
+        if params.penalizes:
             admission.prompt_ids = seq.prompt_ids
             admission.output_ids = seq.output_ids
         batch.admissions.append(admission)

@@ -54,7 +54,7 @@ def _join_outside_world(config: Config, source: ModelSource) -> Executor:
     if not dist.is_initialized():
         if "WORLD_SIZE" not in os.environ:
             raise ValueError(
-                "distributed_executor_backend='external_launcher' needs torchrun or an initialised torch.distributed"
+                "distributed_executor_backend='external_launcher' needs torchrun or an initialized torch.distributed"
             )
         dist.init_process_group("nccl" if config.device_type == "cuda" else "gloo")
         # Exit handlers run in reverse order: the engine registers its own later and closes before the group does.
@@ -69,7 +69,7 @@ def _join_outside_world(config: Config, source: ModelSource) -> Executor:
 
 
 def _subgroup(size: int, device: torch.device) -> TensorParallel:
-    """Return the group of this rank and its neighbours: `size` successive ranks, which wait for nobody else.
+    """Return the group of this rank and its neighbors: `size` successive ranks, which wait for nobody else.
 
     The group lives until the caller destroys the world: torch could mistake a later group of the same ranks for it.
     """

@@ -19,7 +19,7 @@ class Attention(StatefulLayer):
         num_heads, num_kv_heads: numbers of heads on this rank.
         rotary: the tables of RoPE, shared by all layers with the same RoPE.
         qk_norm_eps: epsilon of the norm of each query and key head (Qwen3); None for models without such norms.
-        zero_centred: whether these norms are; see `RMSNorm`.
+        zero_centered: whether these norms are; see `RMSNorm`.
         window: how many tokens a query sees; 0 if it sees its whole context. See `PagedKV`.
     """
 
@@ -30,7 +30,7 @@ class Attention(StatefulLayer):
         head_dim: int,
         rotary: RotaryEmbedding,
         qk_norm_eps: float | None = None,
-        zero_centred: bool = False,
+        zero_centered: bool = False,
         window: int = 0,
         *,
         dtype: torch.dtype | None = None,
@@ -44,7 +44,7 @@ class Attention(StatefulLayer):
         self.eps = qk_norm_eps or 0.0
         self.q_norm = self.k_norm = None
         if qk_norm_eps is not None:
-            options = {"dtype": dtype, "zero_centred": zero_centred, "order": rotary.order}
+            options = {"dtype": dtype, "zero_centered": zero_centered, "order": rotary.order}
             self.q_norm = RMSNorm(head_dim, qk_norm_eps, **options)
             self.k_norm = RMSNorm(head_dim, qk_norm_eps, **options)
         self.kv: PagedKV | None = None

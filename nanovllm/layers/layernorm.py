@@ -14,7 +14,7 @@ class RMSNorm(nn.Module):
     The norm of a row-parallel layer's output runs that layer.
 
     Args:
-        zero_centred: the checkpoint has the weight minus 1. The weight is float32, as 1 + w needs more bits than w.
+        zero_centered: the checkpoint has the weight minus 1. The weight is float32, as 1 + w needs more bits than w.
         order: the order of the dimensions, if it is not that of the checkpoint.
     """
 
@@ -24,24 +24,24 @@ class RMSNorm(nn.Module):
         eps: float,
         *,
         dtype: torch.dtype | None = None,
-        zero_centred: bool = False,
+        zero_centered: bool = False,
         order: np.ndarray | None = None,
     ):
         super().__init__()
         self.eps = eps
-        self.zero_centred = zero_centred
+        self.zero_centered = zero_centered
         self.order = order
-        dtype = torch.float32 if zero_centred else dtype
+        dtype = torch.float32 if zero_centered else dtype
         self.weight = make_parameter(size, dtype=dtype, weight_loader=self.weight_loader)
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
         check_shape(loaded, param.shape)
         if self.order is not None:
             loaded = select(loaded, self.order)
-        param.copy_(loaded.float() + 1 if self.zero_centred else loaded)
+        param.copy_(loaded.float() + 1 if self.zero_centered else loaded)
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
-        dummy = 0.0 if self.zero_centred else 1.0
+        dummy = 0.0 if self.zero_centered else 1.0
         return {f"{prefix}.weight": CheckpointTensor(self.weight, tuple(self.weight.shape), dummy=dummy)}
 
     def forward(self, x: torch.Tensor | Residual | PendingGemm) -> torch.Tensor | Normed:

@@ -66,7 +66,7 @@ class SlotStateSpec:
     def allocate(self, num_layers: int, num_slots: int, device: torch.device) -> list[torch.Tensor]:
         """Allocate each tensor as [num_layers, num_slots, *shape], so that one operation copies a slot of all layers.
 
-        The memory is uninitialised, because a sequence's first token ignores the content of its slot.
+        The memory is uninitialized, because a sequence's first token ignores the content of its slot.
         """
         return [
             torch.empty((num_layers, num_slots, *shape), dtype=dtype, device=device)

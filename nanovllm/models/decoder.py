@@ -50,7 +50,7 @@ class SelfAttention(nn.Module):
             head_dim=config.head_dim,
             rotary=rotary,
             qk_norm_eps=config.rms_norm_eps if config.qk_norm else None,
-            zero_centred=config.zero_centred_norms,
+            zero_centered=config.zero_centered_norms,
             window=config.window(index, rotary.max_position),
             dtype=dtype,
         )
@@ -163,7 +163,7 @@ def _kind(module: nn.Module) -> tuple[type, type]:
 
 def _norm(config: ModelConfig, dtype: torch.dtype | None) -> RMSNorm:
     """Make a norm of the residual stream."""
-    return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, zero_centred=config.zero_centred_norms)
+    return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, zero_centered=config.zero_centered_norms)
 
 
 def _rotary_embeddings(config: ModelConfig, max_position: int) -> list[RotaryEmbedding]:
@@ -179,7 +179,7 @@ def _rotary_embeddings(config: ModelConfig, max_position: int) -> list[RotaryEmb
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer of any family in registry.py, with uninitialised weights on the default device.
+    """A decoder-only transformer of any family in registry.py, with uninitialized weights on the default device.
 
     Args:
         config: the model's options.

@@ -27,7 +27,7 @@ _HYBRID: dict[str, bool | str] = {
     **_ATTENTION_BIAS,
     "qk_norm": True,
     "attention_gate": True,
-    "zero_centred_norms": True,
+    "zero_centered_norms": True,
 }
 # The options of ModelConfig that each family sets. A string names the checkpoint's own option.
 FAMILIES: dict[str, dict[str, bool | str]] = {
@@ -95,7 +95,7 @@ def unsupported(feature: str) -> ValueError:
     """Return the error for a model with this feature. It lists the supported ones."""
     return ValueError(
         f"{feature} is not supported; supported are models of the types {', '.join(FAMILIES)}, with RoPE of the types "
-        f"{', '.join(ROPE_TYPES)}: unquantised, as GGUF files, or in {SUPPORTED}"
+        f"{', '.join(ROPE_TYPES)}: unquantized, as GGUF files, or in {SUPPORTED}"
     )
 
 
@@ -176,14 +176,14 @@ class ModelConfig:
         post_norms: norms of the outputs of attention and MLP, in place of norms of their inputs.
         partial_rotary_factor: the part of a head's dimensions that RoPE rotates.
         attention_gate: the query projection also computes a gate of attention's output.
-        zero_centred_norms: norms multiply by 1 + weight, except in linear attention.
+        zero_centered_norms: norms multiply by 1 + weight, except in linear attention.
         layer_types: one of LAYER_TYPES for each layer; None if all have full attention.
         sliding_window: how many tokens a query sees in layers with sliding attention.
         linear_attention: the options of the layers with linear attention.
         dtype: dtype of the checkpoint.
         eos_token_ids: ids that end a text.
         moe: the mixtures of experts in place of MLPs; None if all layers are dense.
-        quantization: how the linear layers are quantised; None if they are not. The head's format is Plain.
+        quantization: how the linear layers are quantized; None if they are not. The head's format is Plain.
 
     Raises:
         ValueError: the model is not supported.
@@ -213,7 +213,7 @@ class ModelConfig:
     mlp_bias: bool = False
     partial_rotary_factor: float = 1.0
     attention_gate: bool = False
-    zero_centred_norms: bool = False
+    zero_centered_norms: bool = False
     layer_types: tuple[str, ...] | None = None
     sliding_window: int | None = None
     linear_attention: LinearAttentionConfig | None = None
@@ -592,7 +592,7 @@ _QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_kv_heads": 8, "head_
 _QWEN3 |= {"rope_theta": 1e6, "qk_norm": True, "eos_token_ids": (151645, 151643)}
 _QWEN3_5: dict[str, Any] = {"vocab_size": 248320, "num_heads": 16, "head_dim": 256}
 _QWEN3_5 |= {"max_position": 262144, "rope_theta": 1e7, "partial_rotary_factor": 0.25}
-_QWEN3_5 |= {"qk_norm": True, "attention_gate": True, "zero_centred_norms": True, "eos_token_ids": (248046, 248044)}
+_QWEN3_5 |= {"qk_norm": True, "attention_gate": True, "zero_centered_norms": True, "eos_token_ids": (248046, 248044)}
 _QWEN3_5 |= {"linear_attention": LinearAttentionConfig(16, 32, 128, 128)}
 _EVERY_FOURTH = ("linear_attention",) * 3 + ("full_attention",)
 # Shapes of real models for load_format="dummy".

@@ -125,7 +125,7 @@ class BatchState:
                 row["flags"] |= HAS_BIAS
                 row["num_bias"] = len(params.logit_bias)
                 self._send_bias(a.slot, params.logit_bias)
-            if params.penalises:
+            if params.penalizes:
                 row["flags"] |= HAS_PENALTIES
                 for name in ("repetition", "presence", "frequency"):
                     row[name] = getattr(params, f"{name}_penalty")

@@ -119,7 +119,7 @@ class ModelRunner:
         scheme = source.config.quantization
         if scheme is not None and self.tp.rank == 0 and not any(map(is_scale, self.model.parameters())):
             logger.info(
-                "%s weights are dequantised to %s: no kernel on %s computes with them",
+                "%s weights are dequantized to %s: no kernel on %s computes with them",
                 scheme.name.upper(),
                 self.dtype,
                 self.device,

@@ -26,7 +26,7 @@ _MAX_LEXER_STEPS = 50_000
 _MAX_ITEMS = 20_000
 # A small model that may choose white space may do so for ever.
 _JSON_STYLE: "JsonCompileOptions" = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-# llguidance would tokenise a text that must follow at each step, which may take a second. Unforced, the model chooses
+# llguidance would tokenize a text that must follow at each step, which may take a second. Unforced, the model chooses
 # among the tokens that the text starts with.
 _UNFORCED = '\n%llguidance {"no_forcing": true}\n'
 _MAX_ERROR_CHARS = 500

@@ -109,7 +109,7 @@ class _Writer:
 
 
 def _logprobs(token_ids: list[int], rows: LogprobRows, offset: int) -> tuple[dict, int]:
-    """Return log-probabilities in OpenAI's form for completions, and the offset of the text behind the tokens.
+    """Return log-probabilities in OpenAI's form for completions, and the offset of the text after the tokens.
 
     Args:
         offset: where the first token starts in the text.

@@ -1,4 +1,4 @@
-"""Weights of quantised checkpoints that stay small on a CPU: 4 bits, or 8 bits as two times 4.
+"""Weights of quantized checkpoints that stay small on a CPU: 4 bits, or 8 bits as two times 4.
 
 Groups of 32 weights of a row share a scale and a zero, as in the types Q4_0, Q4_1, Q4_K and Q8_0 of GGUF files. Torch's
 GEMM for such weights reads bfloat16: the tokens, scales and zeros are rounded to it, and so is the output. Sums are
@@ -18,7 +18,7 @@ from nanovllm.weights.formats import Plain, Table, WeightFormat
 GROUP = 32
 # The GEMM packs this many rows together.
 _ROWS = 16
-# Rows that are quantised at once, which bounds the memory for it.
+# Rows that are quantized at once, which bounds the memory for it.
 _CHUNK = 1024
 # How far a value of a 4-bit type may be from the grid, relative to the largest absolute value of its group. The
 # checkpoint's reader rounds to float32.
@@ -26,7 +26,7 @@ _TOLERANCE = 2.0**-21
 
 
 class Groups(NamedTuple):
-    """Quantised weights: scale * q + low in each group.
+    """Quantized weights: scale * q + low in each group.
 
     Attributes:
         q: [N, K] uint8.
@@ -44,7 +44,7 @@ class Groups(NamedTuple):
 
 
 def is_supported() -> bool:
-    """Return whether torch's GEMM for 4-bit weights is vectorised on this machine."""
+    """Return whether torch's GEMM for 4-bit weights is vectorized on this machine."""
     return torch.backends.cpu.get_cpu_capability().startswith(("AVX2", "AVX512"))
 
 
@@ -94,7 +94,7 @@ def quantize_8_bits(weight: torch.Tensor) -> Groups:
 
 
 def _halves(groups: Groups) -> Groups:
-    """Return 8-bit weights as 4-bit ones [N, 2 K]: the high bits, whose values are centred, and then the low bits."""
+    """Return 8-bit weights as 4-bit ones [N, 2 K]: the high bits, whose values are centered, and then the low bits."""
     high, low = groups.scale * 16, groups.scale
     return Groups(
         torch.cat([groups.q >> 4, groups.q & 15], 1),
@@ -161,7 +161,7 @@ class TableToCompress(Table):
 
 
 class Int8Table(Table):
-    """An embedding's weight in 8 bits, dequantised where it is read.
+    """An embedding's weight in 8 bits, dequantized where it is read.
 
     The plain weight is freed unless the head also reads it.
     """

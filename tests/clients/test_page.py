@@ -368,7 +368,7 @@ def test_markdown_becomes_these_elements(render, text, html):
     assert render(text)["html"] == html
 
 
-def test_colours_leave_the_code_as_it_is(render):
+def test_colors_leave_the_code_as_it_is(render):
     code = "def f(x):\n    return \"a # b\" + 'c' * 12  # <done>\n"
     html = render(f"```python\n{code}\n```")["html"]
     shown = re.sub("<[^>]*>", "", html.partition("<code>")[2].partition("</code>")[0])

@@ -45,7 +45,7 @@ def test_grpo_steps_train_the_engine_too(model, tmp_path, sleep):
     assert_on_policy(figures(trainer))
     assert all(not torch.equal(param, before[name]) for name, param in trainer.model.named_parameters())
 
-    # The trainer updates the engine before it generates, so not behind its last step.
+    # The trainer updates the engine before it generates, so not after its last step.
     generation.sync_weights()
     if sleep:
         generation.llm.wake_up(tags=["kv_cache"])

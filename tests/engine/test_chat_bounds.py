@@ -29,7 +29,7 @@ def llm(tmp_path_factory):
         yield llm
 
 
-def test_a_long_text_is_refused_after_a_part_of_it_is_tokenised(llm, monkeypatch):
+def test_a_long_text_is_refused_after_a_part_of_it_is_tokenized(llm, monkeypatch):
     processor = llm.llm_engine.input_processor
     lengths, encode = [], processor.encode
     monkeypatch.setattr(processor, "encode", lambda text, *args: lengths.append(len(text)) or encode(text, *args))

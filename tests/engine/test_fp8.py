@@ -1,4 +1,4 @@
-"""Engines with FP8 weights: recognised from the config, quantised while loading, updated, and split over ranks."""
+"""Engines with FP8 weights: recognized from the config, quantized while loading, updated, and split over ranks."""
 
 import logging
 
@@ -28,14 +28,14 @@ def formats_of(llm):
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-moe", "qwen3.5-moe", "phi3"])
-def test_fp8_checkpoints_give_the_greedy_tokens_of_transformers_with_dequantised_weights(tmp_path, name, kind, caplog):
+def test_fp8_checkpoints_give_the_greedy_tokens_of_transformers_with_dequantized_weights(tmp_path, name, kind, caplog):
     path, plain_path = save_fp8(tmp_path, name, FORMATS[kind])
     with caplog.at_level(logging.INFO, logger="nanovllm"), engine(path) as llm:
         got = tokens(llm, PROMPTS, greedy(10))
     model = load_reference(plain_path)
     assert got == [reference_choices(model, *pair) for pair in zip(PROMPTS, got, strict=True)]
     logged = [record.getMessage() for record in caplog.records if "FP8" in record.getMessage()]
-    assert logged == ["FP8 weights are dequantised to torch.float32: no kernel on cpu computes with them"]
+    assert logged == ["FP8 weights are dequantized to torch.float32: no kernel on cpu computes with them"]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-moe", "qwen3.5-moe"])
@@ -56,7 +56,7 @@ def test_transformers_dequantises_a_checkpoint_to_the_same_tokens(tmp_path, name
 
 @pytest.mark.usefixtures("fp8_kernels")
 @pytest.mark.parametrize(("name", "options"), [("llama-bias", compressed()), ("qwen3.5-moe", blocks())])
-def test_kernels_give_the_tokens_of_dequantised_weights(tmp_path, name, options):
+def test_kernels_give_the_tokens_of_dequantized_weights(tmp_path, name, options):
     sizes = {"hidden_size": 144, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
     sizes = sizes if "moe" in name else {"hidden_size": 144, "head_dim": 64, "intermediate_size": 96}
     path, plain_path = save_fp8(tmp_path, name, options, **sizes)
@@ -94,16 +94,16 @@ def test_updated_fp8_weights_are_those_of_a_fresh_load_on_one_rank_or_two(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["llama-bias", "qwen3-moe", "qwen3.5-moe"])
-def test_quantising_while_loading_equals_a_checkpoint_quantised_before(tmp_path, name):
+def test_quantising_while_loading_equals_a_checkpoint_quantized_before(tmp_path, name):
     kept = (*blocks()["modules_to_not_convert"], "in_proj_ba")
     plain_paths = [save_tiny(tmp_path / str(seed), name, seed) for seed in range(2)]
     want = []
     for seed, path in enumerate(plain_paths):
         weights = {key: tensor.bfloat16() for key, tensor in load_file(path / "model.safetensors").items()}
         save_file(weights, path / "model.safetensors", {"format": "pt"})
-        _, dequantised = quantized(weights, blocks(), kept)
-        other = save_tiny(tmp_path / f"quantised-{seed}", name, seed)
-        save_file(dequantised, other / "model.safetensors", {"format": "pt"})
+        _, dequantized = quantized(weights, blocks(), kept)
+        other = save_tiny(tmp_path / f"quantized-{seed}", name, seed)
+        save_file(dequantized, other / "model.safetensors", {"format": "pt"})
         with engine(other) as llm:
             want.append(tokens(llm, PROMPTS, greedy(10)))
     with engine(plain_paths[0], quantization="fp8") as llm:
@@ -116,7 +116,7 @@ def test_quantising_while_loading_equals_a_checkpoint_quantised_before(tmp_path,
         assert tokens(llm, PROMPTS, greedy(10)) == want[0]
 
 
-def test_weights_of_higher_precision_update_an_fp8_checkpoint_only_if_they_are_to_be_quantised(tmp_path):
+def test_weights_of_higher_precision_update_an_fp8_checkpoint_only_if_they_are_to_be_quantized(tmp_path):
     path, plain_path = save_fp8(tmp_path, "qwen3", compressed())
     with engine(path) as llm:
         want = tokens(llm, PROMPTS, greedy(10))
@@ -152,7 +152,7 @@ def test_malformed_checkpoint_is_refused_before_memory_is_allocated(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"quantization": "fp8"}])
-def test_dummy_weights_of_an_fp8_folder_or_quantised_run(tmp_path, options):
+def test_dummy_weights_of_an_fp8_folder_or_quantized_run(tmp_path, options):
     path = save_tiny(tmp_path, "qwen3-moe") if options else save_fp8(tmp_path, "qwen3-moe", blocks(16))[0]
     with engine(path, load_format="dummy", **options) as llm:
         assert len(tokens(llm, [[1, 2, 3]], greedy(4))[0]) == 4

@@ -32,9 +32,9 @@ def test_chunks_prefixes_and_preemption_do_not_change_the_tokens(model):
 def test_logprobs_stay_close_to_those_of_float32(model):
     prompts = prompts_of([50, 64])
     logprobs = []
-    for quantise in (False, True):
+    for quantize in (False, True):
         with engine(model) as llm:
-            if quantise:
+            if quantize:
                 use_fp8_kv(llm)
             outputs = llm.generate(prompts, greedy(1, prompt_logprobs=0), use_tqdm=False)
             rows = [row for output in outputs for row in output.prompt_logprobs if row is not None]

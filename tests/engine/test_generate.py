@@ -120,7 +120,7 @@ def test_outputs_read_as_dicts_and_attributes(model):
         out["nothing"]
 
 
-def test_a_seeded_request_does_not_depend_on_its_neighbours(model):
+def test_a_seeded_request_does_not_depend_on_its_neighbors(model):
     prompt, params = prompts_of([9])[0], SamplingParams(temperature=1.0, seed=7, max_tokens=16, ignore_eos=True)
     with engine(model) as llm:
         alone = tokens(llm, [prompt], params)[0]

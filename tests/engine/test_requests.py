@@ -826,7 +826,7 @@ def test_ids_outside_the_vocabulary_fail_alone(model, name):
         assert len(tokens(llm, [[1]], greedy(3))[0]) == 3
 
 
-def test_a_prompt_that_cannot_fit_is_not_even_tokenised(speaking):
+def test_a_prompt_that_cannot_fit_is_not_even_tokenized(speaking):
     with engine(speaking) as llm:
         for length in (2000, 1 << 20):
             with pytest.raises(ValueError, match="max_model_len=128"):

@@ -171,7 +171,7 @@ def test_a_long_forced_text_costs_a_step_little(grammars, what):
     begin = time.thread_time()
     for _ in range(50):
         token_filter.accept(int(rng.choice(allowed(token_filter))))
-    assert time.thread_time() - begin < 0.25  # 0.01 s, but a second or more where the text is tokenised
+    assert time.thread_time() - begin < 0.25  # 0.01 s, but a second or more where the text is tokenized
     assert token_filter.error is None and not token_filter.is_complete
 
 

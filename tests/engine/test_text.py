@@ -113,7 +113,7 @@ def test_a_panic_of_the_tokenizer_refuses_its_prompt_alone(tmp_path):
             lambda: llm.chat([{"role": "user", "content": "a" * 40}], chat_template=template),
             lambda: llm.generate("b", params(bad_words=["a" * 40])),
         ):
-            with pytest.raises(ValueError, match="cannot be tokenised"):
+            with pytest.raises(ValueError, match="cannot be tokenized"):
                 add()
         assert not llm.has_unfinished()
         assert len(llm.generate("ab", params(max_tokens=2, ignore_eos=True), use_tqdm=False)[0].token_ids) == 2

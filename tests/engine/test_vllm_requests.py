@@ -121,7 +121,7 @@ def test_a_numpy_array_of_id_lists_of_different_lengths_is_as_many_prompts(llm):
     assert [output.prompt_token_ids for output in answers(llm, prompts, greedy(1))] == [[1, 2], [3, 4, 5]]
 
 
-def test_text_next_to_token_ids_is_returned_and_not_tokenised(llm):
+def test_text_next_to_token_ids_is_returned_and_not_tokenized(llm):
     (output,) = answers(llm, {"prompt": "a text", "prompt_token_ids": IDS}, greedy(1))
     assert (output.prompt, output.prompt_token_ids) == ("a text", IDS)
 

@@ -77,7 +77,7 @@ def test_kernels_equal_the_references(head_dim, group, window):
         paged = make_paged(decode + [n for _, n in prefill], kv_heads, head_dim, BLOCK_SIZE, DTYPE)
         paged.kv = PagedKV(paged.kv.k_cache, paged.kv.v_cache, window)
         for cache in (paged.kv.k_cache, paged.kv.v_cache):
-            cache.nan_to_num_(0.0)  # as in an engine, where values behind a row's end are finite
+            cache.nan_to_num_(0.0)  # as in an engine, where values after a row's end are finite
         q = torch.randn(sum(lens), kv_heads * group, head_dim, device="cuda", generator=generator).to(DTYPE)
         check_attention(backend, q, paged, lens, len(decode), head_dim**-0.5)
 

@@ -1,4 +1,4 @@
-"""FP8 weights in whole models on a GPU: near the dequantised weights, updated, quantised while loading."""
+"""FP8 weights in whole models on a GPU: near the dequantized weights, updated, quantized while loading."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ FORMATS = {"blocks": blocks(), "rows": compressed()}
 
 
 def save_models(folder, name, options, seed=0):
-    """Save a model in FP8, dequantised, and as it was. Its weights are small, so that errors do not grow much."""
+    """Save a model in FP8, dequantized, and as it was. Its weights are small, so that errors do not grow much."""
     paths = [save_tiny(folder / f"{kind}-{seed}", name, seed, **MODELS[name][0]) for kind in ("fp8", "plain", "bf16")]
     weights = load_file(paths[0] / "model.safetensors")
     small = {key: (tensor * 0.3 if tensor.ndim == 2 else tensor).bfloat16() for key, tensor in weights.items()}
@@ -65,10 +65,10 @@ def relative_difference(got, want):
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("name", MODELS)
-def test_fp8_weights_give_log_probabilities_near_those_of_dequantised_weights(tmp_path, name, kind):
+def test_fp8_weights_give_log_probabilities_near_those_of_dequantized_weights(tmp_path, name, kind):
     path, plain_path, _ = save_models(tmp_path, name, FORMATS[kind])
     bound, prompts = MODELS[name][1], prompts_of([200, 130, 3])
-    # Steps of up to 4, 64 and more tokens have kernels of their own; those of more quantise activations.
+    # Steps of up to 4, 64 and more tokens have kernels of their own; those of more quantize activations.
     for max_num_batched_tokens, max_num_seqs in ((4, 2), (64, 8), (256, 8)):
         options = OPTIONS | {"max_num_batched_tokens": max_num_batched_tokens, "max_num_seqs": max_num_seqs}
         with LLM(plain_path, **options) as llm:
@@ -83,7 +83,7 @@ def test_fp8_weights_give_log_probabilities_near_those_of_dequantised_weights(tm
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_updated_quantised_and_woken_weights_are_those_of_a_fresh_load(tmp_path, name):
+def test_updated_quantized_and_woken_weights_are_those_of_a_fresh_load(tmp_path, name):
     old, new = (save_models(tmp_path, name, blocks(), seed) for seed in range(2))
     options, prompts = OPTIONS | {"max_num_batched_tokens": 256}, prompts_of([5, 80])
     with LLM(new[0], **options) as llm:

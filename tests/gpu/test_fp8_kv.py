@@ -31,7 +31,7 @@ def prompt_logprobs(llm, prompts):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_greedy_tokens_are_the_likeliest_of_the_float32_reference_with_fp8(name, dtype, tmp_path):
-    """The reference quantises keys that differ in the last bit of float32, so a few numbers differ by a step.
+    """The reference quantizes keys that differ in the last bit of float32, so a few numbers differ by a step.
 
     In 16 bits, single tokens of a hybrid model may be far off: with the reference backend on a CPU, in bfloat16, the
     largest gap is 1.24 of the spread, the mean gap 0.012 and the mean difference 0.041.

@@ -22,7 +22,7 @@ class Paged:
     """Sequences of given context lengths in scattered blocks and slots.
 
     Attributes:
-        keys, values: the content of each sequence's pages, [context, K, Dh]; dequantised if they are in FP8.
+        keys, values: the content of each sequence's pages, [context, K, Dh]; dequantized if they are in FP8.
     """
 
     kv: PagedKV

@@ -46,7 +46,7 @@ def run(attend, qkv, transform, paged, **options):
 
 
 def kv_tensors(kv):
-    """Return what a cache holds: keys and values, dequantised if they are in FP8."""
+    """Return what a cache holds: keys and values, dequantized if they are in FP8."""
     if kv.scales is None:
         return kv.k_cache, kv.v_cache
     scales = kv.scales.transpose(1, 2)
@@ -92,7 +92,7 @@ def test_triton_equals_the_reference(heads, kv_heads, head_dim, block_size, conf
         (2, 1, 256, 16, RopeDecodeConfig(16, 4, 2, 1), 1),
     ],
 )
-def test_new_keys_and_values_are_quantised_before_they_are_attended(
+def test_new_keys_and_values_are_quantized_before_they_are_attended(
     heads, kv_heads, head_dim, block_size, config, window, norm, dtype
 ):
     options = {"config": config, "window": window, "fp8": True}

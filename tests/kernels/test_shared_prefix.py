@@ -27,7 +27,7 @@ def plan_of(tables, size=None, sms=132):
     return None if packed is None else SharedPrefixPlan.split(packed, size or len(tables))
 
 
-def test_neighbours_with_a_common_prefix_are_grouped(monkeypatch):
+def test_neighbors_with_a_common_prefix_are_grouped(monkeypatch):
     monkeypatch.setattr(shared_prefix, "MIN_SAVED", 1000)
     first = [[1, 2, 3, 4, 5, 6, 7, 100 + i] for i in range(5)]
     second = [[1, 2, 20, 21, 22, 23, 24, 25, 110 + i] for i in range(40)]
@@ -68,8 +68,8 @@ def test_prefix_and_own_attention_equal_the_references(
     caches = torch.randn(2, 50, 64, kv_heads, head_dim, generator=generator).to(DEVICE, dtype)
     kv = PagedKV(*caches)
     if fp8:
-        quantised, scales = quantize_kv(caches)
-        kv = PagedKV(*quantised, 0, scales.permute(1, 3, 2, 0).contiguous())
+        quantized, scales = quantize_kv(caches)
+        kv = PagedKV(*quantized, 0, scales.permute(1, 3, 2, 0).contiguous())
     q = torch.randn(len(tables), heads, head_dim, generator=generator).to(DEVICE, dtype)
     slots = torch.randperm(len(tables), generator=generator).int().to(DEVICE)
     block_tables = torch.empty(tables.shape, dtype=torch.int32, device=DEVICE)

@@ -1,4 +1,4 @@
-"""Tiny models in FP8, in the layouts of hubs, and the same models with dequantised weights."""
+"""Tiny models in FP8, in the layouts of hubs, and the same models with dequantized weights."""
 
 import json
 from pathlib import Path
@@ -55,11 +55,11 @@ def compressed(
 
 
 def quantized(weights: dict[str, torch.Tensor], options: dict, kept=KEPT) -> tuple[dict, dict]:
-    """Return a checkpoint in FP8, and the same one dequantised.
+    """Return a checkpoint in FP8, and the same one dequantized.
 
     Args:
         options: a quantization_config.
-        kept: the ends of names of modules that are not quantised.
+        kept: the ends of names of modules that are not quantized.
     """
     is_blocks = options["quant_method"] == "fp8"
     block = tuple(options["weight_block_size"]) if is_blocks else (1, WHOLE_ROW)
@@ -78,7 +78,7 @@ def quantized(weights: dict[str, torch.Tensor], options: dict, kept=KEPT) -> tup
 
 
 def save_fp8(folder: Path, name: str, options: dict, seed: int = 0, kept=KEPT, **overrides) -> tuple[Path, Path]:
-    """Save a tiny model in FP8 and dequantised. Return the two folders."""
+    """Save a tiny model in FP8 and dequantized. Return the two folders."""
     paths = [save_tiny(folder / kind, name, seed, **overrides) for kind in ("fp8", "plain")]
     weights = load_file(paths[0] / "model.safetensors")
     for path, tensors in zip(paths, quantized(weights, options, kept), strict=True):

@@ -42,7 +42,7 @@ def fp8_kernels(monkeypatch):
 
 @pytest.mark.parametrize("block", [(128, 128), (1, 128), (1, WHOLE_ROW), (16, 8), (3, 5)])
 @pytest.mark.parametrize("shape", [(300, 200), (128, 128), (1, 7), (129, 257), (2, 70, 130)])
-def test_dequantised_weights_equal_the_formula_at_odd_shapes(shape, block):
+def test_dequantized_weights_equal_the_formula_at_odd_shapes(shape, block):
     generator = torch.Generator().manual_seed(0)
     *batch, rows, columns = shape
     weight = torch.randn(shape, generator=generator).to(FP8)
@@ -54,17 +54,17 @@ def test_dequantised_weights_equal_the_formula_at_odd_shapes(shape, block):
 
 
 @pytest.mark.parametrize("block", [(128, 128), (1, WHOLE_ROW)])
-def test_quantised_weights_are_as_near_as_three_bits_of_mantissa_allow(block):
+def test_quantized_weights_are_as_near_as_three_bits_of_mantissa_allow(block):
     weight = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 300)[:, None]
     weight[3], weight[128:256, :128] = 0, 0
-    quantised, scale = quantize_weight(weight, block)
-    error = (dequantize(quantised, scale, block, torch.float32) - weight).abs()
+    quantized, scale = quantize_weight(weight, block)
+    error = (dequantize(quantized, scale, block, torch.float32) - weight).abs()
     spread = dequantize(torch.ones_like(weight).to(FP8), scale, block, torch.float32)
     # Half a unit in the last place of a normal number, or of the smallest subnormal one.
     assert (error <= torch.maximum(weight.abs() / 16, spread / 1024) * 1.0001).all()
-    assert torch.equal(error == 0, error == 0) and quantised.float().abs().max() == 448
+    assert torch.equal(error == 0, error == 0) and quantized.float().abs().max() == 448
     is_zero = scale == 1
-    assert is_zero.any() and not dequantize(quantised, is_zero.float(), block, torch.float32).any()
+    assert is_zero.any() and not dequantize(quantized, is_zero.float(), block, torch.float32).any()
     for bad in (float("nan"), float("inf")):
         weight[7, 9] = bad
         assert quantize_weight(weight, block)[0].float().isnan().any()
@@ -72,10 +72,10 @@ def test_quantised_weights_are_as_near_as_three_bits_of_mantissa_allow(block):
 
 def test_activations_have_a_scale_for_each_token_and_128_columns():
     x = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
-    quantised, scales = quantize_rows_torch(x)
+    quantized, scales = quantize_rows_torch(x)
     assert scales.shape == (5, 2)
     torch.testing.assert_close(scales[:, 1], x[:, 128:].abs().amax(1) / 448)
-    torch.testing.assert_close(dequantize(quantised, scales, (1, 128), torch.float32), x, atol=0.01, rtol=1 / 15)
+    torch.testing.assert_close(dequantize(quantized, scales, (1, 128), torch.float32), x, atol=0.01, rtol=1 / 15)
 
 
 def test_shape_of_scales_says_what_they_cover():
@@ -212,7 +212,7 @@ MODELS = {
 
 
 def model_in_fp8(name, options, seed=0):
-    """Return a model's config, its checkpoint in FP8, and the same one dequantised."""
+    """Return a model's config, its checkpoint in FP8, and the same one dequantized."""
     family, sizes = MODELS[name]
     model = tiny_model(family, seed, **sizes)
     kept = (*blocks()["modules_to_not_convert"], "in_proj_ba")
@@ -279,7 +279,7 @@ def test_scales_have_a_row_for_each_row_only_where_shards_split_blocks():
 
 
 @pytest.mark.parametrize("merges", [True, False])
-def test_weights_of_a_cpu_are_those_of_a_dequantised_checkpoint(merges):
+def test_weights_of_a_cpu_are_those_of_a_dequantized_checkpoint(merges):
     for name, options in (("odd experts", BLOCKS), ("hybrid", ROWS), ("merged", blocks(24))):
         config, checkpoint, plain_checkpoint = model_in_fp8(name, options)
         if merges:
@@ -329,7 +329,7 @@ def test_all_parameters_of_a_format_are_the_models_so_that_sleep_moves_them():
 
 @pytest.mark.usefixtures("fp8_kernels")
 @pytest.mark.parametrize("tokens", [1, 3, 70])
-def test_format_computes_with_dequantised_weights(tokens):
+def test_format_computes_with_dequantized_weights(tokens):
     generator = torch.Generator().manual_seed(tokens)
     x, bias = torch.randn(tokens, 48, generator=generator), torch.randn(96, generator=generator)
     layer = GateUpParallelLinear(48, 48, True, tp=TensorParallel(), allocate_weight=Fp8Scheme().allocate)
@@ -403,7 +403,7 @@ def test_compiled_sizes_are_those_of_the_experts_kernels_also_where_a_checkpoint
     assert in_both == in_fp8 | unquantized
 
 
-def test_weights_that_no_kernel_can_read_are_dequantised(monkeypatch):
+def test_weights_that_no_kernel_can_read_are_dequantized(monkeypatch):
     monkeypatch.setattr(Fp8Scheme, "has_kernels", lambda scheme, device, dtype, columns: columns == (48,))
     allocate = LayerFormats(Fp8Scheme()).weight("o_proj")
     kinds = {
@@ -425,12 +425,12 @@ def test_kernels_read_the_blocks_of_hubs_on_gpus_from_ada_on(capability, has_ker
     assert not Fp8Scheme(block=(64, 64)).has_kernels(gpu, bf16, (48,))
 
 
-# -- quantising while loading ----------------------------------------------------------------------------------------
+# -- quantizing while loading ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("computes", [True, False], ids=["kernels", "dequantised"])
+@pytest.mark.parametrize("computes", [True, False], ids=["kernels", "dequantized"])
 @pytest.mark.parametrize("name", ["odd experts", "merged"])
-def test_weights_quantised_while_loading_are_those_quantised_before(name, computes, monkeypatch):
+def test_weights_quantized_while_loading_are_those_quantized_before(name, computes, monkeypatch):
     use_references(monkeypatch, computes)
     model = tiny_model(MODELS[name][0], **MODELS[name][1])
     weights = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}  # experts are fused
@@ -443,7 +443,7 @@ def test_weights_quantised_while_loading_are_those_quantised_before(name, comput
     assert all(torch.equal(mine.float(), theirs.float()) for mine, theirs in pairs)
 
 
-@pytest.mark.parametrize("computes", [True, False], ids=["kernels", "dequantised"])
+@pytest.mark.parametrize("computes", [True, False], ids=["kernels", "dequantized"])
 def test_dummy_weights_are_a_checkpoint_of_the_models_scheme(computes, monkeypatch):
     use_references(monkeypatch, computes)
     model = Decoder(model_in_fp8("hybrid", BLOCKS)[0])
@@ -458,7 +458,7 @@ def test_dummy_weights_are_a_checkpoint_of_the_models_scheme(computes, monkeypat
 # -- faults ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("computes", [True, False], ids=["kernels", "dequantised"])
+@pytest.mark.parametrize("computes", [True, False], ids=["kernels", "dequantized"])
 @pytest.mark.parametrize("layer", ["self_attn.k_proj", "mlp.experts.3.up_proj", "mlp.experts.15.down_proj"])
 def test_fault_of_an_fp8_tensor_is_named(layer, computes, monkeypatch):
     use_references(monkeypatch, computes)

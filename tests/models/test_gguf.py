@@ -29,12 +29,12 @@ def interleaved(array, heads):
     return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
-def write_gguf(path, model, extra=(), quantise=False, without=(), **metadata):
+def write_gguf(path, model, extra=(), quantize=False, without=(), **metadata):
     """Write a transformers model like llama.cpp's converter.
 
     Args:
         extra: pairs of a name and a tensor to add.
-        quantise: quantise matrices to Q8_0.
+        quantize: quantize matrices to Q8_0.
         without: metadata keys and tensors to leave out.
         metadata: values to add or replace, by their keys with "__" in place of ".".
     """
@@ -62,7 +62,7 @@ def write_gguf(path, model, extra=(), quantise=False, without=(), **metadata):
     for key in {*without, *metadata}:
         writer.kv_data[0].pop(key, None)
     add_metadata(writer, metadata)
-    add_weights(writer, model, arch, quantise, without)
+    add_weights(writer, model, arch, quantize, without)
     for name, tensor in extra:
         writer.add_tensor(name, tensor.numpy())
     finish(writer)
@@ -81,7 +81,7 @@ def add_metadata(writer, metadata):
         methods[type(value)](key, value)
 
 
-def add_weights(writer, model, arch, quantise, without):
+def add_weights(writer, model, arch, quantize, without):
     config = model.config
     for name, tensor in with_gguf_experts(model.state_dict()).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -100,7 +100,7 @@ def add_weights(writer, model, arch, quantise, without):
         target = f"{prefix}{_GGUF_NAMES[module]}.{parts[-1]}"
         if target in without:
             continue
-        if quantise and array.ndim >= 2 and array.shape[-1] % 32 == 0:
+        if quantize and array.ndim >= 2 and array.shape[-1] % 32 == 0:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(target, gguf.quantize(array, kind), raw_dtype=kind)
         else:
@@ -153,9 +153,9 @@ def test_config_and_weights_equal_those_of_the_original(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-moe"])
-def test_quantised_tensors_are_dequantised(tmp_path, name):
+def test_quantized_tensors_are_dequantized(tmp_path, name):
     model = tiny_model(name, hidden_size=64, intermediate_size=96, moe_intermediate_size=32)
-    source = open_model(write_gguf(tmp_path / "tiny.gguf", model, quantise=True))
+    source = open_model(write_gguf(tmp_path / "tiny.gguf", model, quantize=True))
     assert source.config.dtype == torch.bfloat16
     original = separate_experts(model.state_dict())
     for key, tensor in source.weights():
@@ -241,7 +241,7 @@ def test_architecture_that_is_only_read_from_safetensors_is_refused_by_name(tmp_
 def test_unsupported_quantisation_is_refused_by_name(tmp_path):
     extra = [("blk.0.attn_q.odd", torch.zeros(32, dtype=torch.int8))]
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), extra=extra)
-    with pytest.raises(ValueError, match=r"quantisation of the GGUF tensor blk\.0\.attn_q\.odd, I8, is not supported"):
+    with pytest.raises(ValueError, match=r"quantization of the GGUF tensor blk\.0\.attn_q\.odd, I8, is not supported"):
         list(iterate_weights(path))
 
 
@@ -506,7 +506,7 @@ def test_unknown_pre_tokenizer_is_refused_by_name(tmp_path, split):
 
 @pytest.mark.parametrize("adds_space", [None, True, False])
 def test_space_before_a_sentencepiece_text_is_as_the_file_says(tmp_path, adds_space):
-    """Like llama.cpp: also before a space, and behind each special token."""
+    """Like llama.cpp: also before a space, and after each special token."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "h", "i", "▁h", "▁hi", "hi"]
     metadata = {
         "tokenizer__ggml__model": "llama",

@@ -1,4 +1,4 @@
-"""Weights of quantised GGUF files in 4 or 8 bits on a CPU."""
+"""Weights of quantized GGUF files in 4 or 8 bits on a CPU."""
 
 import gguf
 import numpy as np
@@ -31,15 +31,15 @@ def random_weight(rows=ROWS, columns=COLUMNS):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
 
 
-def quantised(kind, rows=ROWS, columns=COLUMNS):
-    """Return random weights of a GGUF type, dequantised by the gguf package."""
+def quantized(kind, rows=ROWS, columns=COLUMNS):
+    """Return random weights of a GGUF type, dequantized by the gguf package."""
     kind = gguf.GGMLQuantizationType[kind]
     blocks = gguf.quantize(random_weight(rows, columns).numpy(), kind)
     return torch.from_numpy(np.array(gguf.dequantize(blocks, kind)))
 
 
 def q4_k(rows=16, columns=256):
-    """Return weights of random blocks of the type Q4_K, which the gguf package cannot quantise."""
+    """Return weights of random blocks of the type Q4_K, which the gguf package cannot quantize."""
     kind = gguf.GGMLQuantizationType.Q4_K
     block = np.random.default_rng(0).integers(0, 256, (rows, columns // 256, 144), dtype=np.uint8)
     block[..., :4] = np.array([0.01, 0.02], dtype=np.float16).view(np.uint8)
@@ -52,7 +52,7 @@ def parameter(weight):
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
 def test_weights_of_4_bit_types_are_recovered(kind):
-    weight = quantised(kind)
+    weight = quantized(kind)
     groups = quantize_4_bits(weight)
     assert groups is not None and groups.q.max() <= 15
     torch.testing.assert_close(groups.dequantized(), weight, rtol=0, atol=4e-7)
@@ -74,13 +74,13 @@ def test_groups_of_few_values_are_recovered():
     assert groups is not None and torch.equal(groups.dequantized(), weight)
 
 
-@pytest.mark.parametrize("weight", [random_weight(), quantised("Q8_0")], ids=["random", "Q8_0"])
+@pytest.mark.parametrize("weight", [random_weight(), quantized("Q8_0")], ids=["random", "Q8_0"])
 def test_other_weights_do_not_get_4_bits(weight):
     assert quantize_4_bits(weight) is None
 
 
 def test_weights_of_q8_0_are_recovered():
-    weight = quantised("Q8_0")
+    weight = quantized("Q8_0")
     torch.testing.assert_close(quantize_8_bits(weight).dequantized(), weight, rtol=0, atol=2e-6)
 
 
@@ -93,8 +93,8 @@ def test_other_weights_lose_at_most_half_a_step_of_8_bits():
 @needs_gemm
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 @pytest.mark.parametrize("num_tokens", [0, 1, 3, 40])
-def test_gemm_is_within_bfloat16_of_the_dequantised_weight(kind, num_tokens):
-    weight, x = quantised(kind), torch.randn(num_tokens, COLUMNS, generator=torch.Generator().manual_seed(1))
+def test_gemm_is_within_bfloat16_of_the_dequantized_weight(kind, num_tokens):
+    weight, x = quantized(kind), torch.randn(num_tokens, COLUMNS, generator=torch.Generator().manual_seed(1))
     format = with_compression(Plain(parameter(weight))).finish_loading()
     assert isinstance(format, Int4) and format.is_doubled == (kind == "Q8_0") and not format.weight.numel()
     bias, residual, expected = random_weight()[:, 0], torch.ones(num_tokens, ROWS), F.linear(x, weight)
@@ -107,7 +107,7 @@ def test_gemm_is_within_bfloat16_of_the_dequantised_weight(kind, num_tokens):
 
 @needs_gemm
 def test_a_token_does_not_depend_on_the_others():
-    format = with_compression(Plain(parameter(quantised("Q4_1")))).finish_loading()
+    format = with_compression(Plain(parameter(quantized("Q4_1")))).finish_loading()
     x = random_weight(40)
     torch.testing.assert_close(format.linear(x)[7:8], format.linear(x[7:8]), atol=1e-5, rtol=2**-7)
 
@@ -122,7 +122,7 @@ def test_weight_that_the_gemm_cannot_read_is_kept_as_it_is(rows, columns):
 
 @pytest.mark.parametrize("start", [0, 10])
 def test_compressed_table_returns_the_rows_and_zeros_outside(start):
-    weight, ids = quantised("Q8_0"), torch.tensor([10, 12, 47, 9, 57, 10])
+    weight, ids = quantized("Q8_0"), torch.tensor([10, 12, 47, 9, 57, 10])
     table = with_compression(Table(parameter(weight))).finish_loading()
     assert isinstance(table, Int8Table) and not table.weight.numel()
     inside = (ids >= start) & (ids < start + ROWS)
@@ -131,7 +131,7 @@ def test_compressed_table_returns_the_rows_and_zeros_outside(start):
 
 
 def gguf_file(folder, name, seed=0):
-    return write_gguf(folder / f"{name}-{seed}.gguf", tiny_model(name, seed, **SIZES), quantise=True)
+    return write_gguf(folder / f"{name}-{seed}.gguf", tiny_model(name, seed, **SIZES), quantize=True)
 
 
 def formats(llm):
@@ -168,7 +168,7 @@ def test_updated_weights_are_those_of_a_fresh_load(tmp_path, name):
 def test_a_mixture_of_experts_keeps_its_experts_and_compresses_the_rest(tmp_path):
     runs = []
     model = tiny_model("qwen2-moe", **SIZES, moe_intermediate_size=32)
-    path = write_gguf(tmp_path / "moe.gguf", model, quantise=True)
+    path = write_gguf(tmp_path / "moe.gguf", model, quantize=True)
     for dtype in ("auto", "float32"):
         with engine(path, dtype=dtype) as llm:
             runs.append(
@@ -211,7 +211,7 @@ def test_a_given_dtype_dequantises_the_weights(tmp_path, options):
 
 
 @needs_gemm
-def test_logprobs_are_near_those_of_the_dequantised_model(tmp_path):
+def test_logprobs_are_near_those_of_the_dequantized_model(tmp_path):
     path, prompts = gguf_file(tmp_path, "qwen2-tied"), prompts_of([40, 60])
     runs = []
     for dtype in ("auto", "float32"):

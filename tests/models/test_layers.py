@@ -328,7 +328,7 @@ def test_state_pool_allocates_and_binds_the_caches_of_different_layers():
     assert all(layer.kv is None for layer in model)
 
 
-def test_zero_centred_norm_loads_the_weight_plus_one_and_rounds_like_transformers():
+def test_zero_centered_norm_loads_the_weight_plus_one_and_rounds_like_transformers():
     from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 
     generator = torch.Generator().manual_seed(0)
@@ -337,8 +337,8 @@ def test_zero_centred_norm_loads_the_weight_plus_one_and_rounds_like_transformer
     reference.weight.data.copy_(weight)
     order = torch.randperm(40, generator=generator)
     for norm, dims in (
-        (RMSNorm(40, 1e-6, dtype=torch.bfloat16, zero_centred=True), torch.arange(40)),
-        (RMSNorm(40, 1e-6, dtype=torch.bfloat16, zero_centred=True, order=order.numpy()), order),
+        (RMSNorm(40, 1e-6, dtype=torch.bfloat16, zero_centered=True), torch.arange(40)),
+        (RMSNorm(40, 1e-6, dtype=torch.bfloat16, zero_centered=True, order=order.numpy()), order),
     ):
         norm.weight.weight_loader(norm.weight, weight)
         assert norm.weight.dtype == torch.float32

@@ -99,7 +99,7 @@ def test_hybrid_families_have_their_options():
     text = ModelConfig.from_hf(Qwen3_5TextConfig(**HYBRID, eos_token_id=7, dtype="bfloat16"))
     assert text.layer_types == ("linear_attention",) * 3 + ("full_attention",)
     assert [text.is_recurrent(index) for index in range(4)] == [True, True, True, False]
-    assert (text.attention_gate, text.zero_centred_norms, text.qk_norm) == (True, True, True)
+    assert (text.attention_gate, text.zero_centered_norms, text.qk_norm) == (True, True, True)
     assert (text.head_dim, text.partial_rotary_factor, text.rotary_dim) == (256, 0.25, 64)
     assert text.linear_attention == LinearAttentionConfig(16, 32, 128, 128)
     nested = Qwen3_5Config(text_config={**HYBRID, "eos_token_id": 7, "dtype": "bfloat16"}, dtype="bfloat16")

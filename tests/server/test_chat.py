@@ -471,7 +471,7 @@ def test_a_continued_message_keeps_its_text_in_the_prompt(llm):
         (dict(messages=[{"role": "user", "content": "a" * 600}]), "max_model_len=512"),
         (dict(messages=[{"role": "user", "content": None}]), "content"),
         (dict(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "image_url"),
-        (dict(chat_template_kwargs={"colour": 1}), "colour"),
+        (dict(chat_template_kwargs={"color": 1}), "color"),
         (dict(reasoning_effort="high"), "reasoning_effort"),
         (dict(stop_token_ids=[1000]), "stop_token_ids"),
         (dict(structured_outputs={"regex": "("}), "structured_outputs"),

@@ -52,7 +52,7 @@ def test_joined_stream_equals_the_whole_answer(llm, echo):
         assert event["usage"] is None and len({event["id"], last["id"]}) == 1
         (choice,) = event["choices"]
         parts = joined.setdefault(choice["index"], {"text": "", "finish_reason": None, "logprobs": {}})
-        assert parts["finish_reason"] is None, "there is something behind the end"
+        assert parts["finish_reason"] is None, "there is something after the end"
         parts["text"] += choice["text"]
         parts["finish_reason"] = choice["finish_reason"]
         for name, values in choice["logprobs"].items():

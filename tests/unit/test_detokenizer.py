@@ -140,7 +140,7 @@ def test_metaspace_keeps_spaces_too(metaspace):
     assert TokenBytes(tokenizer, True).text([1, 2, 3]) == " yes nono"
 
 
-def test_invalid_bytes_leave_neighbouring_tokens_unchanged():
+def test_invalid_bytes_leave_neighboring_tokens_unchanged():
     tokenizer = sentencepiece_like()
     token_bytes = TokenBytes(tokenizer, True)
     ids = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "é日".encode()]

@@ -13,7 +13,7 @@ from tests.models.tiny import save_tiny_with_tokenizer
 TEXT = "The text of a test, in bytes. " * 5
 
 
-def test_perplexity_is_that_of_transformers_and_rises_with_quantised_weights(tmp_path):
+def test_perplexity_is_that_of_transformers_and_rises_with_quantized_weights(tmp_path):
     path = save_tiny_with_tokenizer(tmp_path, "llama")
     results = compare(path, TEXT, 40, ["plain", "weights"], device="cpu", max_num_batched_tokens=64, max_num_seqs=4)
     from transformers import PreTrainedTokenizerFast

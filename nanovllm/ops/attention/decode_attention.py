@@ -63,7 +63,7 @@ def _decode_kernel(
     PREFIX: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # KV heads vary fastest, so that programs running together read neighbouring memory.
+    # KV heads vary fastest, so that programs running together read neighboring memory.
     kv_head = tl.program_id(0)
     plan_ptr += 3 * tl.program_id(1)
     seq = tl.load(plan_ptr)
@@ -144,7 +144,7 @@ def decode_attention_triton(
     counters: torch.Tensor | None = None,
     prefix: PrefixPartials | None = None,
 ) -> torch.Tensor:
-    """Compute `decode_attention_torch` with a Triton kernel that does not synchronise with the device.
+    """Compute `decode_attention_torch` with a Triton kernel that does not synchronize with the device.
 
     The kernel reads q and the caches after it waits for its inputs, everything else before (see `wait_for_inputs`).
 

@@ -167,7 +167,7 @@ def _plan_kernel(
 
 
 def plan_decode_triton(context_lens: torch.Tensor, kv_heads: int, policy: SplitPolicy) -> DecodePlan:
-    """Compute `plan_decode_torch` with a Triton kernel that does not synchronise with the device.
+    """Compute `plan_decode_torch` with a Triton kernel that does not synchronize with the device.
 
     Raises:
         ValueError: `policy.num_splits` is out of range.

@@ -287,7 +287,7 @@ def prefill_attention_triton(
     out: torch.Tensor | None = None,
     config: PrefillConfig | None = None,
 ) -> torch.Tensor:
-    """Compute `prefill_attention_torch` with a Triton kernel that does not synchronise with the device.
+    """Compute `prefill_attention_torch` with a Triton kernel that does not synchronize with the device.
 
     Args:
         q, kv, rows, cu_seqlens_q, scale: as in `prefill_attention_torch`.

@@ -44,7 +44,7 @@ def gather(cache: torch.Tensor, indices: torch.Tensor, out: torch.Tensor | None 
 
 
 def gather_kv(kv: PagedKV, indices: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values [*indices.shape, Dh] at `cache_indices`; those in FP8 are dequantised to `dtype`."""
+    """Return keys and values [*indices.shape, Dh] at `cache_indices`; those in FP8 are dequantized to `dtype`."""
     if kv.scales is None:
         return gather(kv.k_cache, indices), gather(kv.v_cache, indices)
     tokens, heads = indices // kv.kv_heads, indices % kv.kv_heads
@@ -70,7 +70,7 @@ class DecodeGatherPlan(NamedTuple):
 
 
 def plan_decode_gather(rows: PagedRows, kv: PagedKV, dtype: torch.dtype) -> DecodeGatherPlan:
-    """Return the plan for `rows` and caches of the sizes and window of `kv`. Synchronises with the device.
+    """Return the plan for `rows` and caches of the sizes and window of `kv`. Synchronizes with the device.
 
     Args:
         dtype: of the queries, and so of the mask.
@@ -103,7 +103,7 @@ def attend_gathered(
 def decode_attention_torch(q: torch.Tensor, kv: PagedKV, rows: PagedRows, scale: float) -> torch.Tensor:
     """Return attention of one query per sequence over its paged KV, which includes the query's own K and V.
 
-    Gathers the KV of each sequence. Synchronises with the device.
+    Gathers the KV of each sequence. Synchronizes with the device.
 
     Args:
         q: [B, H, Dh], heads contiguous; H is a multiple of K.
@@ -122,7 +122,7 @@ def decode_attention_torch(q: torch.Tensor, kv: PagedKV, rows: PagedRows, scale:
 
 
 def plan_decode_torch(context_lens: torch.Tensor, kv_heads: int, policy: SplitPolicy) -> DecodePlan:
-    """Split long sequences into equal splits of about a share, the longest first. Synchronises with the device.
+    """Split long sequences into equal splits of about a share, the longest first. Synchronizes with the device.
 
     A sequence of n shares has at most n + 1/2 splits, so the plan has at most `policy.programs` / `kv_heads` more items
     than sequences.
@@ -152,7 +152,7 @@ def shared_attention_torch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return attention of q [B, H, Dh] over the first `prefix_lens` [B] tokens, and its log-sum-exp (base 2).
 
-    Both are float32, [B, H, Dh] and [B, H]. A sequence without a prefix gets 0 and -inf. Synchronises with the device.
+    Both are float32, [B, H, Dh] and [B, H]. A sequence without a prefix gets 0 and -inf. Synchronizes with the device.
     """
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.full(q.shape[:2], float("-inf"), device=q.device)
@@ -188,7 +188,7 @@ class PrefillGatherPlan(NamedTuple):
 def plan_prefill_gather(
     rows: PagedRows, cu_seqlens_q: torch.Tensor, kv: PagedKV, dtype: torch.dtype
 ) -> list[PrefillGatherPlan]:
-    """Return the plans of those `rows` that have queries, for caches like `kv`. Synchronises.
+    """Return the plans of those `rows` that have queries, for caches like `kv`. Synchronizes.
 
     Args:
         cu_seqlens_q: as in `prefill_attention_torch`.
@@ -236,7 +236,7 @@ def prefill_attention_torch(
 ) -> torch.Tensor:
     """Return causal attention of each sequence's newest tokens over its paged KV, which includes theirs.
 
-    Works sequence by sequence and synchronises with the device. Query i of n is at position context_len - n + i and
+    Works sequence by sequence and synchronizes with the device. Query i of n is at position context_len - n + i and
     sees all positions up to its own, or as many as the window of `kv` shows.
 
     Args:

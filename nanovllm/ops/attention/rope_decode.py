@@ -3,7 +3,7 @@
 It computes what rope_store.py and decode_attention.py do, for small batches, where the latency of each kernel counts.
 Each program norms and rotates the queries of its KV head itself. The new key and value never come from the cache: the
 sequence's last split holds them in registers, attends to them and stores them for later steps. If there are other
-splits, it does nothing else. With a cache in FP8, it attends to the quantised key and value, as later steps will.
+splits, it does nothing else. With a cache in FP8, it attends to the quantized key and value, as later steps will.
 
 So the kernel reads nothing from the cache that the same step writes. A program can load its first tile of K and V
 before it waits for the projection (programmatic dependent launch), as gemv.py does with weights.

@@ -55,7 +55,7 @@ def plan_shared_prefixes(
     """Return the SharedPrefixPlan of a batch in one array, or None if it would not pay off.
 
     Args:
-        tables: [B, W] block ids of the sequences. Sequences that share a prefix must be neighbours; they are if they
+        tables: [B, W] block ids of the sequences. Sequences that share a prefix must be neighbors; they are if they
             arrived together.
         no_block: the id that marks an empty entry.
         group: query heads per KV head.
@@ -76,7 +76,7 @@ def plan_shared_prefixes(
 
 
 def _find_groups(tables: np.ndarray, no_block: int, block_size: int, max_sequences: int) -> list[tuple[int, int, int]]:
-    """Return (first sequence, number of sequences, shared tokens) of each group of neighbours."""
+    """Return (first sequence, number of sequences, shared tokens) of each group of neighbors."""
     equal = (tables[1:] == tables[:-1]) & (tables[1:] != no_block)
     shared_blocks = np.where(equal.all(1), equal.shape[1], equal.argmin(1))
     common = shared_blocks * block_size // STEP * STEP  # tokens that sequences i and i + 1 share

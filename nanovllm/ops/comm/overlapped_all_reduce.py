@@ -44,7 +44,7 @@ def inbox_words(largest: int) -> int:
 def poll_host(tries, host_stop_ptr, stop_ptr):
     """Copy the host's stop request to GPU memory, once in POLL_INTERVAL tries of a wait.
 
-    Reads of host memory must be rare: they may be serialised, about 1 us each, and launches wait for them meanwhile
+    Reads of host memory must be rare: they may be serialized, about 1 us each, and launches wait for them meanwhile
     (docs/benchmarks.md).
     """
     stop = tl.load(host_stop_ptr, mask=tries % POLL_INTERVAL == 0, other=0, volatile=True)

@@ -1,4 +1,4 @@
-"""Quantisation of activations to FP8 (e4m3): one scale for each token, or for each 128 values of a token.
+"""Quantization of activations to FP8 (e4m3): one scale for each token, or for each 128 values of a token.
 
 The kernel also computes the RMSNorm or the SwiGLU activation before it, so that only the FP8 values are written.
 """

@@ -68,7 +68,7 @@ def linear_fp8_torch(
     gated: bool = False,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return x W^T + b in float32 and x's dtype, with activations that are not quantised.
+    """Return x W^T + b in float32 and x's dtype, with activations that are not quantized.
 
     Args:
         weight, scale: [N, K] in e4m3, or gate and up [2 N, K] if `gated`, and its scales.
@@ -90,7 +90,7 @@ def experts_fp8_torch(
     residual: torch.Tensor | None = None,
     shared: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
-    """Return what `experts` returns for the dequantised weights, with activations that are not quantised.
+    """Return what `experts` returns for the dequantized weights, with activations that are not quantized.
 
     Args:
         gate_up, down: [E, 2 I, H] and [E, H, I] in e4m3.

@@ -35,7 +35,7 @@ class GdnWeights(NamedTuple):
     Args:
         conv: [C, CONV_WIDTH], the last tap belongs to the current token.
         a_log, dt_bias: [HV].
-        norm: [DV], a plain (not zero-centred) RMSNorm weight.
+        norm: [DV], a plain (not zero-centered) RMSNorm weight.
         eps: of the RMSNorm.
     """
 

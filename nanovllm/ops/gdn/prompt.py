@@ -55,7 +55,7 @@ class Prepared(NamedTuple):
     """Input of the recurrence: tiles of N chunks.
 
     Args:
-        q, k: [N, HK, CHUNK, DK], normalised, q scaled.
+        q, k: [N, HK, CHUNK, DK], normalized, q scaled.
         v: [N, HV, CHUNK, DV].
         solved, scores: [N, HV, CHUNK, CHUNK].
         g: [N, HV, CHUNK] float32, running sum within the chunk.

@@ -54,7 +54,7 @@ def recurrent_delta_rule_torch(
     """Apply the gated delta rule token by token.
 
     Args:
-        q, k: [N, HV, DK] float32, normalised, q scaled.
+        q, k: [N, HV, DK] float32, normalized, q scaled.
         v: [N, HV, DV] float32.
         g, beta: [N, HV] float32, logarithm of the decay, and write strength.
         state: [HV, DK, DV] float32, unchanged.

@@ -4,7 +4,7 @@
 
 A program loads its rows of the weight into registers at once, before it waits for the kernel that computes x
 (programmatic dependent launch): while one GEMV finishes, the next one's weights are already loading. The weight may be
-FP8 with scales; x is not quantised.
+FP8 with scales; x is not quantized.
 
 On several ranks, each program sends its results to the other ranks and ends. A few more programs at the end of the grid
 wait for what the other ranks send and add it. If each program waited for the results of its own rows, it would keep its

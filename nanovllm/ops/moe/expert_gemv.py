@@ -9,7 +9,7 @@ Programmatic dependent launch: the first kernel needs the expert ids before it c
 only then lets the second one start. When the second kernel starts, the router has therefore finished, and it
 may read the ids and load its weights while the first kernel still runs.
 
-The weights may be FP8 with scales; x is not quantised.
+The weights may be FP8 with scales; x is not quantized.
 """
 
 from typing import NamedTuple

@@ -21,7 +21,7 @@ def rms_norm_torch(
 
 
 def store(kv: PagedKV, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """Write keys and values [T, K, Dh] to the caches at `slot_mapping` [T]; quantise them if the caches are in FP8."""
+    """Write keys and values [T, K, Dh] to the caches at `slot_mapping` [T]; quantize them if the caches are in FP8."""
     for index, (cache, x) in enumerate(((kv.k_cache, k), (kv.v_cache, v))):
         if kv.scales is not None:
             x, scales = quantize_kv(x)

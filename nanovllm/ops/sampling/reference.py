@@ -92,7 +92,7 @@ def sample_torch(
     state: SamplingState,
     progress: tuple[torch.Tensor, torch.Tensor, int] | None = None,
 ) -> torch.Tensor:
-    """Compute `sample`. Synchronises with the device to skip what no sequence asks for."""
+    """Compute `sample`. Synchronizes with the device to skip what no sequence asks for."""
     slots = slots.to(torch.int64)
     x = logits.float()
     adjusted = (state.flags[slots] & (HAS_PENALTIES | HAS_MASK | HAS_BIAS)).nonzero()[:, 0]

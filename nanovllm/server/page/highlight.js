@@ -1,4 +1,4 @@
-// Colours for code: comments, strings, numbers and keywords. It knows no grammar, so it is short and never wrong by much.
+// Colors for code: comments, strings, numbers and keywords. It knows no grammar, so it is short and never wrong by much.
 
 const KEYWORDS = new Set(
   ("and as assert async await bool boolean break case catch char class const constexpr continue def default defer del do " +
@@ -41,7 +41,7 @@ function patternOf(language) {
   return MARKUP.has(language) ? PATTERNS.markup : PATTERNS.c;
 }
 
-/** Return `code` as strings and coloured spans. */
+/** Return `code` as strings and colored spans. */
 export function highlight(code, language) {
   const name = language.toLowerCase();
   if (PLAIN.has(name) || code.length > MAX_LENGTH) return [code];
