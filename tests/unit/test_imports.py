@@ -1,4 +1,4 @@
-"""The house's structure: imports go down the layout, and there are no circles."""
+"""The structure: imports go down the layout, without cycles."""
 
 import ast
 from pathlib import Path
@@ -70,11 +70,11 @@ def _layer(module: str) -> int:
     return found[0]
 
 
-def test_modules_import_each_other_in_no_circle():
+def test_modules_import_each_other_without_cycles():
     graph, done, path = imports(), set(), []
 
     def visit(module: str) -> None:
-        assert module not in path, f"import circle: {' -> '.join([*path[path.index(module) :], module])}"
+        assert module not in path, f"import cycle: {' -> '.join([*path[path.index(module) :], module])}"
         if module in done:
             return
         path.append(module)
