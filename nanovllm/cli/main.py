@@ -1,6 +1,7 @@
 """The command line: `nanovllm serve`, `nanovllm chat` and `nanovllm bench serve`."""
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -101,8 +102,18 @@ def _exit(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     parser.exit(2, f"{parser.prog}: error: {message}\n")
 
 
+def _make_streams_usable() -> None:
+    """Open standard streams that the caller has closed. Let stdout replace characters that its encoding lacks."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Return the exit status: 0, 1 for a failure, 130 for Ctrl-C; wrong usage exits with 2."""
+    _make_streams_usable()
     args = make_parser().parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(message)s")
     if args.command is _serve or getattr(args, "log_steps", False):
