@@ -5,7 +5,6 @@ import io
 import logging
 import os
 import sys
-from dataclasses import replace
 from typing import NoReturn, TypeVar
 
 import nanovllm
@@ -13,7 +12,7 @@ from nanovllm.cli.bench_serve import BenchOptions, bench_serve
 from nanovllm.cli.chat import ChatOptions, chat
 from nanovllm.cli.flags import add_flags, given
 from nanovllm.config import Config
-from nanovllm.server.options import ServerOptions
+from nanovllm.server.options import ServerOptions, with_key
 
 Options = TypeVar("Options")
 
@@ -52,9 +51,7 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     _checked(args, Config)
-    server_options = _checked(args, ServerOptions)
-    if server_options.api_key is None:
-        server_options = replace(server_options, api_key=os.environ.get("NANOVLLM_API_KEY"))
+    server_options = with_key(_checked(args, ServerOptions))
     from nanovllm.server.app import serve
 
     serve(given(args, Config), server_options)
