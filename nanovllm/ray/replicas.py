@@ -8,7 +8,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from itertools import accumulate, count
@@ -172,6 +172,7 @@ class Replicas(AbstractContextManager["Replicas"]):
         defaults = {"num_cpus": 1, "num_gpus": 0 if on_cpus else num_ranks, "max_concurrency": self._max_requests + 64}
         self._actor_class: Any = ray.remote(ReplicaActor).options(**defaults | (actor_options or {}))
         self._seeds = random.Random(options.get("seed") or 0)
+        self._version = 0  # of the weights
         # Only the loop's thread uses these.
         self._waiting: deque[Request] = deque()
         self._replicas = [Replica(self._actor_class.remote(self._options)) for _ in range(num_replicas)]
@@ -265,7 +266,8 @@ class Replicas(AbstractContextManager["Replicas"]):
                     await replica.actor.start.remote()
                     async with self._changing:
                         for method, *arguments in self._calls:
-                            await getattr(replica.actor, method).remote(*arguments)
+                            with suppress(TypeError, ValueError):  # the caller had them from the other replicas
+                                await getattr(replica.actor, method).remote(*arguments)
                         self._replicas.append(replica)
                 while True:
                     self._dispatch()
@@ -339,9 +341,9 @@ class Replicas(AbstractContextManager["Replicas"]):
         if error := self._error():
             raise error
         source = [str(weights)] if isinstance(weights, str | Path) else [ray.put(part) for part in pack(weights)]
-        version = 1 + max((call[1] for call in self._calls if call[0] == "update"), default=0)
-        self._wait(self._set("update", version, *source))
-        return version
+        self._wait(self._set("update", self._version + 1, *source))
+        self._version += 1
+        return self._version
 
     def sleep(self, level: int = 1) -> None:
         """Give memory of all replicas back until `wake_up`; see `LLM.sleep`."""
@@ -352,12 +354,14 @@ class Replicas(AbstractContextManager["Replicas"]):
         self._wait(self._set("wake_up", tags))
 
     async def _set(self, *call: Any) -> None:
-        """Call a method of all replicas, also of those that start later."""
+        """Call a method of all replicas, also of those that start later, even if it fails: they must do the same."""
         async with self._changing:
-            await self._on_all(*call)
             self._calls.append(call)
+            await self._on_all(*call)
+            if call[0] == "update":
+                self._calls = [each for each in self._calls if each[0] != "update" or each is call]
             if not any(await self._on_all("is_sleeping") or [True]):
-                self._calls = [each for each in self._calls if each[0] == "update"][-1:]
+                self._calls = [each for each in self._calls if each[0] == "update"]
 
     def reset_prefix_cache(self) -> None:
         """Forget the cached prefixes of all replicas; see `LLM.reset_prefix_cache`."""

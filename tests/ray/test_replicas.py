@@ -377,6 +377,17 @@ def test_weights_are_updated_under_load_and_later_replicas_have_them(replicas, m
         assert samples(outputs) == new_wants and versions(outputs) == {1}
     with pytest.raises(ValueError, match="lacks"):
         replicas.update_weights([])
+    kill(replicas._replicas[0])
+    assert all_run(replicas, 2)
+
+    async def read(i):
+        return [output async for output in replicas.stream(f"Stream {i}", greedy(2))]
+
+    async def read_all():
+        return await asyncio.gather(*map(read, range(8)), return_exceptions=True)
+
+    # The new replica refuses requests as the other one does.
+    assert [type(result) for result in asyncio.run(read_all())] == [RuntimeError] * 8
     assert replicas.update_weights(model) == 2  # a folder
     outputs = replicas.generate(prompts, params, use_tqdm=False)
     assert samples(outputs) == old_wants
