@@ -28,11 +28,11 @@ def main(rank: int, parent: int, report: int, messages: int, pipe: int, store: i
         pipe: descriptor of the socket for collectives on the CPU.
         store: descriptor of the file where the ranks meet.
     """
-    _end_with(parent)
     if sys.stderr is not None:
         # Rank 0 can say which signal ended this process, but not where.
         faulthandler.enable()
     try:
+        _end_with(parent)
         _run_rank(rank, Connection(messages, writable=False), socket.socket(fileno=pipe), store)
     except BaseException:
         try:

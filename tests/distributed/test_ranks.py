@@ -2,10 +2,13 @@
 
 import os
 import threading
+import time
+from multiprocessing import Pipe
 
 import pytest
 import torch
 
+from nanovllm.executor import worker
 from nanovllm.executor.ranks import environment_variable, open_store, rank_device
 from tests.helpers import SOON
 
@@ -72,3 +75,16 @@ def test_a_store_leaves_a_file_alone_that_takes_the_number_of_its_closed_descrip
         del store
         assert not (tmp_path / "text").read_bytes()
     assert len(before - set(os.listdir("/proc/self/fd"))) == 1  # the store's own descriptor
+
+
+def test_a_rank_that_can_start_no_thread_reports_it(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    received, report = Pipe(duplex=False)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with received, report:
+        with pytest.raises(SystemExit):
+            worker.main(1, os.getpid(), os.dup(report.fileno()), messages=-1, pipe=-1, store=-1)
+        assert "can't start new thread" in received.recv()
