@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
+from nanovllm.layers.layer import Layer
 from nanovllm.ops.attention.paged_cache import KVKind, PagedKV
 from nanovllm.ops.float8 import FP8
 
@@ -74,7 +74,7 @@ class SlotStateSpec:
         ]
 
 
-class StatefulLayer(nn.Module):
+class StatefulLayer(Layer):
     """A layer that keeps state between steps."""
 
     @abstractmethod
