@@ -228,7 +228,7 @@ class Decoder(Layer):
             return
         for module in self.modules():
             if isinstance(module, (LinearLayer, VocabParallelEmbedding)):
-                module.format = with_compression(module.format)
+                module.format = with_compression(module.format, is_head=module is self.lm_head)
 
     def compile_sizes(self, max_tokens: int) -> list[int]:
         """Return the numbers of tokens, up to `max_tokens`, for which kernels are compiled at the start."""
