@@ -7,6 +7,7 @@ tiles, or a tile spans whole blocks.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -70,6 +71,20 @@ class PagedKV:
     @property
     def is_fp8(self) -> bool:
         return self.k_cache.dtype == FP8
+
+    # Cached: on a CPU, a view takes as long as the arithmetic of a token.
+
+    @cached_property
+    def tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as [num_blocks * block_size, K, Dh]."""
+        shape = -1, self.kv_heads, self.head_dim
+        return self.k_cache.view(shape), self.v_cache.view(shape)
+
+    @cached_property
+    def heads(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as [1, K, num_blocks * block_size, Dh]."""
+        k, v = self.tokens
+        return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
     def _check_scales(self) -> None:
         scales, shape = self.scales, (len(self.k_cache), self.kv_heads, self.block_size, 2)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from nanovllm.arithmetic import ceil_div
 from nanovllm.ops.attention.decode_plan import DecodePlan, SplitPolicy
 from nanovllm.ops.attention.fp8_cache import dequantize_kv
 from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
@@ -87,6 +88,25 @@ def plan_decode_gather(rows: PagedRows, kv: PagedKV, dtype: torch.dtype) -> Deco
         return DecodeGatherPlan(indices, None)
     mask = torch.zeros(seen.shape, dtype=dtype, device=slots.device).masked_fill_(~seen, float("-inf"))
     return DecodeGatherPlan(indices, mask[:, None, None, :])
+
+
+class DecodeRun(NamedTuple):
+    """The tokens that one sequence sees, side by side in the cache."""
+
+    start: int
+    num_tokens: int
+
+
+def find_run(rows: PagedRows, kv: PagedKV) -> DecodeRun | None:
+    """Return the tokens that attention need not gather; None unless there is one sequence in blocks side by side."""
+    if len(rows) > 1 or kv.is_fp8:
+        return None
+    context_len = int(rows.context_lens)
+    first = max(0, context_len - kv.window) if kv.window else 0
+    blocks = rows.block_tables[int(rows.slots), first // kv.block_size : ceil_div(context_len, kv.block_size)]
+    if (blocks.diff() != 1).any():
+        return None
+    return DecodeRun(int(blocks[0]) * kv.block_size + first % kv.block_size, context_len - first)
 
 
 def attend_gathered(
