@@ -59,15 +59,15 @@ class TorchBackend(AttentionBackend):
         is_plain = transform.q_weight is None and transform.query_scale is None and kv.scales is None
         if qkv.dtype != torch.float32 or not is_plain:
             return super().store_and_attend(qkv, transform, positions, kv, scale, ctx, last)
-        num_heads, kv_heads = transform.num_heads, kv.kv_heads
-        halves = qkv.view(len(qkv), -1, 2, kv.head_dim // 2)
+        heads = qkv.view(len(qkv), -1, kv.head_dim)
+        q, k, v = heads.split([transform.num_heads, kv.kv_heads, kv.kv_heads], dim=1)
+        halves = heads[:, : -kv.kv_heads].unflatten(2, (2, -1))  # of q and k: [T, H + K, 2, Dh / 2]
         cos, sin = self._rotation(transform.cos_sin, positions, ctx)
-        x = halves[:, :-kv_heads]
-        rotated = torch.addcmul(x * cos, x.flip(2), sin).flatten(2)  # [T, H + K, Dh]
+        swapped = halves.flip(2)
+        halves.mul_(cos).addcmul_(swapped, sin)
         k_tokens, v_tokens = kv.tokens
-        k_tokens.index_copy_(0, ctx.slot_mapping, rotated[:, num_heads:])
-        v_tokens.index_copy_(0, ctx.slot_mapping, halves[:, -kv_heads:].flatten(2))
-        q = rotated[:, :num_heads]
+        k_tokens.index_copy_(0, ctx.slot_mapping, k)
+        v_tokens.index_copy_(0, ctx.slot_mapping, v)
         if last is not None:
             assert ctx.last is not None  # `prepare` has made it
             q, ctx = q[last], ctx.last

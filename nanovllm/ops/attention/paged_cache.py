@@ -82,9 +82,9 @@ class PagedKV:
 
     @cached_property
     def heads(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values as [1, K, num_blocks * block_size, Dh]."""
+        """Keys and values as [K, 1, num_blocks * block_size, Dh]."""
         k, v = self.tokens
-        return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+        return k.transpose(0, 1)[:, None], v.transpose(0, 1)[:, None]
 
     def _check_scales(self) -> None:
         scales, shape = self.scales, (len(self.k_cache), self.kv_heads, self.block_size, 2)
