@@ -195,7 +195,8 @@ def _sample_kernel(
 ):
     # Sample a tile by its weight, then a token of the tile; see the top of this module.
     greedy, logits = _sequence(inputs)
-    _, vocab_size, _, _, (seed_ptr, _, _, _, _) = logits  # a slot's parameters start with its seed
+    _, vocab_size, _, _, parameter_ptrs = logits
+    seed_ptr, _, _, _, _ = parameter_ptrs  # a slot's parameters start with its seed
     _, _, _, slots_ptr, context_lens_ptr, _, _ = inputs
     seq = tl.program_id(0)
     slot, context_len = tl.load(slots_ptr + seq), tl.load(context_lens_ptr + seq)
