@@ -409,7 +409,7 @@ def test_ranks_that_do_not_divide_the_heads_of_linear_attention_are_named(size, 
         GatedDeltaNet(config, 8, 1e-6, tp=TensorParallel(0, size))
 
 
-def test_layer_uses_and_lists_the_part_that_was_set_last():
+def test_layer_uses_and_lists_the_submodule_that_was_set_last():
     class Double(Layer):
         def forward(self, x):
             return 2 * x
