@@ -429,3 +429,20 @@ def test_layer_uses_and_lists_the_submodule_that_was_set_last():
     assert chain(3) == 6 and dict(chain.named_children()) == {"part": chain.part}
     chain.part = None
     assert chain(3) == 3
+
+
+def test_hooks_of_a_layer_run():
+    class Double(Layer):
+        def forward(self, x):
+            return 2 * x
+
+    layer, seen = Double(), []
+    assert layer(1) == 2
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args: seen.append(args)),
+        layer.register_forward_hook(lambda module, args, result: result + 1),
+    ]
+    assert layer(1) == 3 and seen == [(1,)]
+    for hook in hooks:
+        hook.remove()
+    assert layer(1) == 2
