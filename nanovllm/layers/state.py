@@ -29,7 +29,7 @@ class PagedKVSpec:
 
     @property
     def kind(self) -> KVKind:
-        return KVKind(self.num_kv_heads, self.window)
+        return KVKind(self.num_kv_heads, self.window, self.dtype == FP8)
 
     def block_bytes(self, block_size: int) -> int:
         """Return the bytes of one block of `block_size` tokens."""

@@ -26,10 +26,12 @@ class KVKind(NamedTuple):
     Attributes:
         kv_heads: number of KV heads.
         window: as in `PagedKV`.
+        is_fp8: whether the cache is in FP8.
     """
 
     kv_heads: int
     window: int = 0
+    is_fp8: bool = False
 
 
 class PagedKV:
@@ -63,7 +65,7 @@ class PagedKV:
             )
         self.k_cache, self.v_cache, self.window = k_cache, v_cache, window
         _, self.block_size, self.kv_heads, self.head_dim = k_cache.shape
-        self.kind = KVKind(self.kv_heads, window)
+        self.kind = KVKind(self.kv_heads, window, self.is_fp8)
         check_power_of_2("block_size", self.block_size, 1)
         self.scales = scales
         self._check_scales()
