@@ -87,10 +87,10 @@ def _head_layout(config: ModelConfig, rotary: RotaryEmbedding) -> HeadLayout | N
 
 
 class DecoderLayer(nn.Module):
-    """A layer that adds attention, or linear attention, and MLP to the residual stream, whose memory it may overwrite.
+    """A mixer (attention or Gated DeltaNet) and an MLP, each after a norm and added to the residual stream.
 
-    Norms and row-parallel GEMMs are lazy values (see layers/residual.py and layers/linear.py), so that kernels can fuse
-    them where that is faster.
+    It may overwrite the memory of the stream that it gets. Norms and row-parallel GEMMs are lazy values (see
+    layers/residual.py and layers/linear.py), so that kernels can fuse them where that is faster.
 
     Args:
         index: the layer's index, which determines its kind.
@@ -110,9 +110,10 @@ class DecoderLayer(nn.Module):
         self.layer_type = config.layer_type(index)
         self.is_recurrent = config.is_recurrent(index)
         self._make_norms(config, dtype)
-        if config.linear_attention is not None and self.is_recurrent:
+        if self.layer_type == "gated_delta_net":
+            assert config.gated_delta_net is not None  # ModelConfig has checked it
             self.linear_attn = GatedDeltaNet(
-                config.linear_attention,
+                config.gated_delta_net,
                 config.hidden_size,
                 config.rms_norm_eps,
                 dtype=dtype,
@@ -138,8 +139,8 @@ class DecoderLayer(nn.Module):
         The other tokens still store their keys and values, or update the recurrent state.
         """
         mixer = self.linear_attn if self.is_recurrent else self.self_attn
-        attended = mixer(self.input_layernorm(residual), positions, last)
-        residual = (residual if last is None else residual[last]) + attended
+        mixed = mixer(self.input_layernorm(residual), positions, last)
+        residual = (residual if last is None else residual[last]) + mixed
         return residual + self.mlp(self.post_attention_layernorm(residual))
 
 

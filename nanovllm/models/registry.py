@@ -9,7 +9,7 @@ import torch
 
 from nanovllm.arithmetic import is_power_of_2
 from nanovllm.checks import in_vocabulary, shown
-from nanovllm.layers.gated_delta_net import LinearAttentionConfig
+from nanovllm.layers.gated_delta_net import GatedDeltaNetConfig
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES, ROPE_WITH_ORIGINAL, rope_frequencies
 from nanovllm.ops.gdn.inputs import CONV_WIDTH
@@ -56,12 +56,14 @@ FAMILIES: dict[str, dict[str, bool | str]] = {
 _UNIFORM_WINDOW = ("mistral", "ministral3", "phi3")
 # Families whose config has the decoder's options in its `text_config`.
 _NESTED = ("qwen3_5", "qwen3_5_moe", "mistral3")
-_LINEAR_ATTENTION = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
-_PARTIAL_ROPE = (*_LINEAR_ATTENTION, "phi3")
-_PACKED_LINEAR_ATTENTION = ("qwen3_next",)
 # The types of layers with a KV cache. Layers of the other types have recurrent state.
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
-LAYER_TYPES = (*ATTENTION_TYPES, "linear_attention")  # "linear_attention" is Gated DeltaNet
+LAYER_TYPES = (*ATTENTION_TYPES, "gated_delta_net")
+# The type of the layers that a config calls "linear_attention", by family: transformers has this one name for many
+# kinds of recurrent layers (Gated DeltaNet, Mamba-2, lightning attention).
+_LINEAR_ATTENTION = dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), "gated_delta_net")
+_PACKED_GATED_DELTA_NET = ("qwen3_next",)  # see `GatedDeltaNetConfig.is_packed`
+_PARTIAL_ROPE = (*_LINEAR_ATTENTION, "phi3")
 _PIXTRAL = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 # How the names of tensors start that text does not need, by family. Checkpoints may have such tensors.
 UNUSED_TENSORS: dict[str, tuple[str, ...]] = {
@@ -176,10 +178,10 @@ class ModelConfig:
         post_norms: norms of the outputs of attention and MLP, in place of norms of their inputs.
         partial_rotary_factor: the part of a head's dimensions that RoPE rotates.
         attention_gate: the query projection also computes a gate of attention's output.
-        zero_centered_norms: norms multiply by 1 + weight, except in linear attention.
+        zero_centered_norms: norms multiply by 1 + weight, except in recurrent layers.
         layer_types: one of LAYER_TYPES for each layer; None if all have full attention.
         sliding_window: how many tokens a query sees in layers with sliding attention.
-        linear_attention: the options of the layers with linear attention.
+        gated_delta_net: the options of the Gated DeltaNet layers; None if there are none.
         dtype: dtype of the checkpoint.
         eos_token_ids: ids that end a text.
         moe: the mixtures of experts in place of MLPs; None if all layers are dense.
@@ -216,7 +218,7 @@ class ModelConfig:
     zero_centered_norms: bool = False
     layer_types: tuple[str, ...] | None = None
     sliding_window: int | None = None
-    linear_attention: LinearAttentionConfig | None = None
+    gated_delta_net: GatedDeltaNetConfig | None = None
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
     moe: MoEConfig | None = None
@@ -287,19 +289,19 @@ class ModelConfig:
         has_rope = (1,) * self.num_layers if self.rope_layers is None else self.rope_layers
         if len(has_rope) != self.num_layers or any(flag not in (0, 1) for flag in has_rope):
             raise ValueError(f"the model's rope_layers must be {self.num_layers} times 0 or 1, got {shown(has_rope)}")
-        if ("linear_attention" in types) != (self.linear_attention is not None):
-            raise ValueError("the model's linear_attention must be None if and only if no layer has it")
-        if self.linear_attention is not None:
-            self._check_linear_attention(self.linear_attention)
+        if ("gated_delta_net" in types) != (self.gated_delta_net is not None):
+            raise ValueError("the model's gated_delta_net must be None if and only if no layer has this type")
+        if self.gated_delta_net is not None:
+            self._check_gated_delta_net(self.gated_delta_net)
 
-    def _check_linear_attention(self, options: LinearAttentionConfig) -> None:
-        check_options(options, "linear attention's ")
+    def _check_gated_delta_net(self, options: GatedDeltaNetConfig) -> None:
+        check_options(options, "gated_delta_net.")
         if options.num_value_heads % options.num_key_heads:
             heads = f"linear_num_value_heads={options.num_value_heads}"
             raise unsupported(f"{heads} with linear_num_key_heads={options.num_key_heads}")
         for dim in (options.key_head_dim, options.value_head_dim):
             if dim < 16 or not is_power_of_2(dim):
-                raise unsupported(f"linear attention with heads of {dim} dimensions, not a power of two from 16")
+                raise unsupported(f"Gated DeltaNet with heads of {dim} dimensions, not a power of two from 16")
         if options.conv_width != CONV_WIDTH:
             raise unsupported(f"linear_conv_kernel_dim={options.conv_width}")
 
@@ -396,7 +398,7 @@ class ModelConfig:
             sliding_rope=sliding_rope,
             partial_rotary_factor=rotary_factor,
             layer_types=layer_types,
-            linear_attention=_linear_attention(config) if "linear_attention" in (layer_types or ()) else None,
+            gated_delta_net=_gated_delta_net(config) if "gated_delta_net" in (layer_types or ()) else None,
             dtype=_first_given(stated_dtype(whole), torch.float32),
             eos_token_ids=ends,
             moe=_moe(config) if config.model_type in _MOE_FAMILIES else None,
@@ -521,6 +523,11 @@ def _layer_types(config: Any, max_position: int, keep: bool) -> tuple[str, ...] 
         types = ["sliding_attention" if is_used else "full_attention"] * num_layers
     if not isinstance(types, list | tuple):
         raise ValueError(f"the model's layer_types must be a list, got {shown(types)}")
+    if "linear_attention" in types:
+        if config.model_type not in _LINEAR_ATTENTION:
+            raise unsupported(f"a model of type {shown(config.model_type)} with linear attention")
+        recurrent_type = _LINEAR_ATTENTION[config.model_type]
+        types = [recurrent_type if layer_type == "linear_attention" else layer_type for layer_type in types]
     if "sliding_attention" in types:
         hides = checked_option("sliding_window", window, int) < max_position
         if hides and "sliding_window" not in FAMILIES[config.model_type]:
@@ -530,16 +537,14 @@ def _layer_types(config: Any, max_position: int, keep: bool) -> tuple[str, ...] 
     return None if all(layer_type == "full_attention" for layer_type in types) else tuple(types)
 
 
-def _linear_attention(config: Any) -> LinearAttentionConfig:
-    if config.model_type not in _LINEAR_ATTENTION:
-        raise unsupported(f"a model of type {shown(config.model_type)} with linear attention")
-    return LinearAttentionConfig(
+def _gated_delta_net(config: Any) -> GatedDeltaNetConfig:
+    return GatedDeltaNetConfig(
         num_key_heads=config.linear_num_key_heads,
         num_value_heads=config.linear_num_value_heads,
         key_head_dim=config.linear_key_head_dim,
         value_head_dim=config.linear_value_head_dim,
         conv_width=config.linear_conv_kernel_dim,
-        is_packed=config.model_type in _PACKED_LINEAR_ATTENTION,
+        is_packed=config.model_type in _PACKED_GATED_DELTA_NET,
     )
 
 
@@ -593,8 +598,8 @@ _QWEN3 |= {"rope_theta": 1e6, "qk_norm": True, "eos_token_ids": (151645, 151643)
 _QWEN3_5: dict[str, Any] = {"vocab_size": 248320, "num_heads": 16, "head_dim": 256}
 _QWEN3_5 |= {"max_position": 262144, "rope_theta": 1e7, "partial_rotary_factor": 0.25}
 _QWEN3_5 |= {"qk_norm": True, "attention_gate": True, "zero_centered_norms": True, "eos_token_ids": (248046, 248044)}
-_QWEN3_5 |= {"linear_attention": LinearAttentionConfig(16, 32, 128, 128)}
-_EVERY_FOURTH = ("linear_attention",) * 3 + ("full_attention",)
+_QWEN3_5 |= {"gated_delta_net": GatedDeltaNetConfig(16, 32, 128, 128)}
+_EVERY_FOURTH = ("gated_delta_net",) * 3 + ("full_attention",)
 # Shapes of real models for load_format="dummy".
 PRESETS = {
     "qwen3-0.6b": ModelConfig(

@@ -1,6 +1,6 @@
 """A step on the device: from the batch state to sampled tokens and their logprobs."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ import torch
 from nanovllm.attention.base import AttentionBackend, Context
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.residual import Residual
+from nanovllm.layers.state import StatefulLayer
 from nanovllm.messages import Batch
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.paged_cache import PagedRows
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
-from nanovllm.ops.gdn.plan import prompt_plan_triton
 from nanovllm.ops.inputs.step_inputs import step_inputs
 from nanovllm.ops.inputs.step_rows import StepInputs, StepRows
 from nanovllm.ops.sampling.logprobs import process_logits, top_logprobs
@@ -124,7 +124,7 @@ class Forward:
             max_context_len=max_context_len,
             shared=shared,
             last_indices=None if keep_hidden else inputs.last_indices,
-            state_rows=_state_rows(rows, inputs, num_decode) if self.pool.slot_bytes else None,
+            state_rows=plan_state_rows(self.pool.slot_classes, rows, inputs, num_decode),
             counters=self.counters,
         )
         self.backend.prepare(context)
@@ -212,18 +212,21 @@ class Forward:
         return tuple(merged)
 
 
-def _state_rows(rows: StepRows, inputs: StepInputs, num_decode: int) -> StateRows:
-    """Return the rows of a step for recurrent layers. Padding rows without tokens may have any start.
+def plan_state_rows(
+    classes: Collection[type[StatefulLayer]], rows: StepRows, inputs: StepInputs, num_decode: int
+) -> dict[type, StateRows]:
+    """Return the rows of a step for layers of these classes, which have recurrent state.
+
+    Padding rows without tokens may have any start.
 
     Args:
         num_decode: number of rows that certainly have one token.
     """
+    if not classes:
+        return {}
     if rows.are_decode_rows:
-        return StateRows(rows.slots, inputs.positions)
-    starts = inputs.context_lens - rows.cu_seqlens.diff()
-    if not rows.slots.is_cuda:
-        return StateRows(rows.slots, starts, rows.cu_seqlens)
-    num_tokens = len(rows.token_ids)
+        return dict.fromkeys(classes, StateRows(rows.slots, inputs.positions))
+    starts, num_tokens = inputs.context_lens - rows.cu_seqlens.diff(), len(rows.token_ids)
     max_prompts = max(1, min(len(rows.slots) - num_decode, num_tokens // 2))
-    plan = prompt_plan_triton(rows.cu_seqlens, num_tokens, max_prompts)
-    return StateRows(rows.slots, starts, rows.cu_seqlens, plan)
+    plans = {cls: cls.plan_prompts(rows.cu_seqlens, num_tokens, max_prompts) for cls in classes}
+    return {cls: StateRows(rows.slots, starts, rows.cu_seqlens, plan) for cls, plan in plans.items()}
