@@ -7,7 +7,7 @@ import torch
 
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import ColumnParallelLinear, PendingGemm, RowParallelLinear, Shard, divide
+from nanovllm.layers.linear import ColumnParallelLinear, LazyGemm, RowParallelLinear, Shard, divide
 from nanovllm.layers.residual import Normed
 from nanovllm.layers.state import SlotStateSpec, StatefulLayer
 from nanovllm.ops.gdn.gated_delta_net import gated_delta_net
@@ -125,7 +125,7 @@ class GatedDeltaNet(StatefulLayer):
     def plan_prompts(cu_seqlens: torch.Tensor, num_tokens: int, max_prompts: int) -> PromptPlan | None:
         return prompt_plan_triton(cu_seqlens, num_tokens, max_prompts) if cu_seqlens.is_cuda else None
 
-    def forward(self, x: Normed, positions: torch.Tensor, last: torch.Tensor | None) -> PendingGemm:
+    def forward(self, x: Normed, positions: torch.Tensor, last: torch.Tensor | None) -> LazyGemm:
         rows = get_context().state_rows.get(type(self))
         if self.state is None or rows is None:
             raise RuntimeError("this layer has no recurrent state: bind() one first, and give the context state_rows")

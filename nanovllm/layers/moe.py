@@ -183,12 +183,12 @@ class SparseMoE(nn.Module):
             options = {"dtype": dtype, "tp": tp, "formats": formats.of("shared_expert")}
             self.shared_expert = MLP(hidden_size, config.shared_intermediate_size, **options)
 
-    def forward(self, x: Normed) -> "PendingExperts":
+    def forward(self, x: Normed) -> "LazyExperts":
         if not self.experts.format.fuses_norm(x.x, self.gate.config.experts_per_token):
             x = x.computed()
         ids, weights, gate = self.gate.choose(x)
         shared = None if self.shared_expert is None else (self.shared_expert(x).summand(), gate)
-        return PendingExperts(self.experts, x, ids, weights, shared)
+        return LazyExperts(self.experts, x, ids, weights, shared)
 
     def compile_sizes(self, max_tokens: int) -> list[int]:
         """Return the numbers of tokens, up to `max_tokens`, at which the experts' kernels or tiles change."""
@@ -196,7 +196,7 @@ class SparseMoE(nn.Module):
 
 
 @dataclass(eq=False)
-class PendingExperts:
+class LazyExperts:
     """The output of a sparse block whose experts have not run yet. Adding it to the residual stream runs them.
 
     So the kernel that sums the experts of a token also adds the residual.

@@ -12,7 +12,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.gated_delta_net import GatedDeltaNet
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import LinearLayer, PendingGemm, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import LazyGemm, LinearLayer, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import MLP
 from nanovllm.layers.moe import SparseMoE
 from nanovllm.layers.qk_norm import QKNorm
@@ -67,7 +67,7 @@ class SelfAttention(nn.Module):
             allocate_weight=formats.weight("o_proj"),
         )
 
-    def forward(self, x: Normed | Residual, positions: torch.Tensor, last: torch.Tensor | None) -> PendingGemm:
+    def forward(self, x: Normed | Residual, positions: torch.Tensor, last: torch.Tensor | None) -> LazyGemm:
         qkv, gate_size = self.qkv_proj(x), self.qkv_proj.gate_size
         if self.qk_norm is not None:
             self.qk_norm(qkv[:, gate_size:])

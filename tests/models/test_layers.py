@@ -111,7 +111,7 @@ def test_first_norm_all_reduces_the_embeddings_once(size):
 @pytest.mark.parametrize("adder", [Adder.LINEAR, Adder.NEXT_NORM])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_pending_gemm_plus_residual_is_the_sum_with_any_adder(monkeypatch, size, adder, zeros, bias):
+def test_lazy_gemm_plus_residual_is_the_sum_with_any_adder(monkeypatch, size, adder, zeros, bias):
     """Either the GEMM or the next norm adds. A GEMM without bias may get a bias of zeros."""
     monkeypatch.setattr(Plain, "choose_adder", lambda *args: adder)
     monkeypatch.setattr(Plain, "wants_zero_bias", lambda *args: zeros)

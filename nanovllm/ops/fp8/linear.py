@@ -6,7 +6,7 @@ import torch
 
 from nanovllm.ops.comm.peer_memory import PeerMemory
 from nanovllm.ops.dispatch import Adder, Fp8Kernel, regime_of
-from nanovllm.ops.fp8.quantize import PendingSwiglu, quantize_triton
+from nanovllm.ops.fp8.quantize import LazySwiglu, quantize_triton
 from nanovllm.ops.fp8.scaled_gemm import scaled_gemm_triton
 from nanovllm.ops.linear.gemv import gemv_triton
 from nanovllm.ops.linear.linear import choose_adder
@@ -21,12 +21,12 @@ def has_block_scaled_mm(device: torch.device) -> bool:
     return version >= (12, 9) and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def uses_scaled_mm(x: torch.Tensor | PendingSwiglu, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+def uses_scaled_mm(x: torch.Tensor | LazySwiglu, weight: torch.Tensor, scale: torch.Tensor) -> bool:
     """Return whether torch's GEMM multiplies x with `weight`.
 
     It needs bfloat16, and rows of whole 16 bytes, of values and of scales.
     """
-    dtype = x.gate_up.dtype if isinstance(x, PendingSwiglu) else x.dtype
+    dtype = x.gate_up.dtype if isinstance(x, LazySwiglu) else x.dtype
     if regime_of(len(x)).fp8_kernel is not Fp8Kernel.LIBRARY or dtype != torch.bfloat16:
         return False
     if not weight.is_cuda or len(weight) % 16 or weight.shape[1] % 16:
@@ -36,7 +36,7 @@ def uses_scaled_mm(x: torch.Tensor | PendingSwiglu, weight: torch.Tensor, scale:
 
 
 def _scaled_mm(
-    x: torch.Tensor | PendingSwiglu,
+    x: torch.Tensor | LazySwiglu,
     weight: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
@@ -53,7 +53,7 @@ def _scaled_mm(
 
 
 def linear_fp8(
-    x: torch.Tensor | PendingSwiglu,
+    x: torch.Tensor | LazySwiglu,
     weight: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -87,15 +87,15 @@ def gate_up_fp8(
     bias: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
     counters: torch.Tensor | None = None,
-) -> torch.Tensor | PendingSwiglu:
+) -> torch.Tensor | LazySwiglu:
     """Compute `linear_fp8` with SwiGLU. After torch's GEMM, leave SwiGLU to the kernel that quantizes the result."""
     if uses_scaled_mm(x, weight, scale):
-        return PendingSwiglu(_scaled_mm(x, weight, scale, bias, norm=norm))
+        return LazySwiglu(_scaled_mm(x, weight, scale, bias, norm=norm))
     return linear_fp8(x, weight, scale, bias, norm=norm, gated=True, counters=counters)
 
 
 def linear_add_fp8(
-    x: torch.Tensor | PendingSwiglu,
+    x: torch.Tensor | LazySwiglu,
     weight: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
@@ -120,7 +120,7 @@ def linear_all_reduce_fp8(
 
 
 def choose_adder_fp8(
-    x: torch.Tensor | PendingSwiglu,
+    x: torch.Tensor | LazySwiglu,
     weight: torch.Tensor,
     residual: torch.Tensor,
     ranks: int,
