@@ -700,7 +700,7 @@ def test_generate_returns_what_a_callback_has_ended_or_received(model, call):
                 finish(llm)
                 llm.on_step = callback
             elif call == "abort" and len(ids) < 1 and step.batch:
-                ids.append(next(iter(llm.llm_engine.requests)))
+                ids.append(next(iter(llm.llm_engine.core.requests)))
                 llm.abort(ids[0])
 
         llm.on_step = callback
