@@ -15,7 +15,7 @@ from itertools import islice
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Placement, Sequence, Status
 from nanovllm.engine.stopping import accept_token
-from nanovllm.messages import DECODE_LOGITS, NO_LOGITS, Admission, Batch, Row, StepOutput
+from nanovllm.messages import Admission, Batch, Row, StepOutput
 
 # CPU seconds that a step may spend on masks before it leaves the rest to the next step. A usual mask takes under 1 ms.
 STEP_MASK_SECONDS = 0.01
@@ -332,7 +332,7 @@ class _StepBuilder:
         start = placement.num_computed
         is_sampled = start + num_new == len(seq.token_ids) + seq.num_pending
         if placement.is_decoding:
-            self.decode_rows.append(Row(placement.slot, start, None, DECODE_LOGITS))
+            self.decode_rows.append(Row(placement.slot, start, None, is_sampled))
             self.decoding.append(seq)
         else:
             self._add_prefill_row(seq, placement.slot, start, num_new, is_sampled)
@@ -369,16 +369,16 @@ class _StepBuilder:
             self.batch.new_blocks.append((placement.slot, i, placement.block_table[i]))
 
     def _add_prefill_row(self, seq: Sequence, slot: int, start: int, num_new: int, is_sampled: bool) -> None:
-        logit_indices, target_ids = range(num_new - 1, num_new) if is_sampled else NO_LOGITS, ()
+        target_ids, first_target = (), 0
         if seq.num_unscored:
             # Prompt logprobs: the token at position p is scored by the logits at p - 1.
             first, end = seq.num_scored, min(start + num_new, len(seq.prompt_ids) - 1)
             if first < end:
-                logit_indices = range(first - start, num_new if is_sampled else end - start)
-                target_ids = seq.prompt_ids[first + 1 : end + 1]
+                target_ids, first_target = seq.prompt_ids[first + 1 : end + 1], first - start
                 seq.num_scored = end
                 self.wants_logprobs = True
-        self.prefill_rows.append(Row(slot, start, seq.token_ids[start : start + num_new], logit_indices, target_ids))
+        token_ids = seq.token_ids[start : start + num_new]
+        self.prefill_rows.append(Row(slot, start, token_ids, is_sampled, target_ids, first_target))
         self.prefilling.append(seq)
 
     def _add_sampling_options(self, seq: Sequence, slot: int) -> None:

@@ -181,7 +181,7 @@ class Forward:
             targets: list[int] = []
             for i in scored:
                 target_ids = batch.rows[i].target_ids
-                first = starts[i] + batch.rows[i].logit_indices.start
+                first = starts[i] + batch.rows[i].first_target
                 indices += range(first, first + len(target_ids))
                 targets += target_ids
             results.append(self._target_logprobs(hidden, indices, targets, k))

@@ -18,7 +18,7 @@ from nanovllm.checkpoints.hub import ModelSource
 from nanovllm.checkpoints.loader import WeightUpdate, dummy_weights, load_weights
 from nanovllm.config import Config
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.messages import NO_LOGITS, Batch, Row, StepOutput
+from nanovllm.messages import Batch, Row, StepOutput
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
 from nanovllm.ops.inputs.step_rows import StepRows
@@ -297,7 +297,7 @@ class ModelRunner:
         All rows have slot 0, the only one that certainly has recurrent state. Its blocks are the scratch block.
         """
         parts = np.array_split(np.arange(self.config.max_num_batched_tokens), self.max_rows)
-        return Batch([Row(0, 0, [0] * len(part), NO_LOGITS) for part in parts])
+        return Batch([Row(0, 0, [0] * len(part), is_sampled=False) for part in parts])
 
     # -- kernels and graphs ------------------------------------------------------------------------------------------
 

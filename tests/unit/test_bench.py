@@ -19,7 +19,7 @@ from benchmarks.workloads import Figure, latency, offline
 from nanovllm.checkpoints.hub import open_model
 from nanovllm.layers.gated_delta_net import GatedDeltaNetConfig
 from nanovllm.layers.moe import MoEConfig
-from nanovllm.messages import DECODE_LOGITS, NO_LOGITS, Batch, Row
+from nanovllm.messages import Batch, Row
 from nanovllm.models import registry
 from nanovllm.models.registry import ModelConfig
 from tests.models.tiny import TINY, save_tiny, tiny_model
@@ -87,7 +87,7 @@ def test_body_parameters_are_all_but_embedding_and_head(name, tmp_path):
     assert body_parameters(config) == whole.num_parameters() - ends
 
 
-DECODE = Row(0, 6, None, DECODE_LOGITS)
+DECODE = Row(0, 6, None, True)
 
 
 def batches():
@@ -97,9 +97,9 @@ def batches():
     prompt that shares its first block. The third computes one more token of that prompt.
     """
     return [
-        Batch([Row(0, 0, [1] * 6, range(5, 6))], new_blocks=[(0, 0, 5), (0, 1, 2)]),
-        Batch([DECODE, Row(1, 4, [1] * 3, NO_LOGITS)], num_decode=1, new_blocks=[(1, 0, 5), (1, 1, 3)]),
-        Batch([Row(1, 7, [1], NO_LOGITS)]),
+        Batch([Row(0, 0, [1] * 6, True)], new_blocks=[(0, 0, 5), (0, 1, 2)]),
+        Batch([DECODE, Row(1, 4, [1] * 3, False)], num_decode=1, new_blocks=[(1, 0, 5), (1, 1, 3)]),
+        Batch([Row(1, 7, [1], False)]),
     ]
 
 
@@ -192,8 +192,8 @@ def test_limit_of_a_step_is_the_longer_of_memory_and_arithmetic():
 
 def test_reused_slot_starts_with_an_empty_context():
     again = [
-        Batch([Row(0, 0, [1] * 2, range(1, 2))], new_blocks=[(0, 0, 1)]),
-        Batch([Row(0, 2, None, DECODE_LOGITS)], num_decode=1),
+        Batch([Row(0, 0, [1] * 2, True)], new_blocks=[(0, 0, 1)]),
+        Batch([Row(0, 2, None, True)], num_decode=1),
     ]
     costs = count_costs(batches() + again, CONFIG, itemsize=2, block_size=4)
     alone = count_costs(again, CONFIG, itemsize=2, block_size=4)
