@@ -2,8 +2,8 @@
 
 import logging
 import math
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -76,16 +76,27 @@ UNUSED_TENSORS: dict[str, tuple[str, ...]] = {
 # The families of mixtures of experts, and whether they have a shared expert.
 _MOE_FAMILIES = {"qwen3_moe": False, "qwen2_moe": True, "qwen3_next": True, "qwen3_5_moe_text": True}
 _ALWAYS_NORM_TOPK = ("qwen3_5_moe_text",)  # they ignore the option norm_topk_prob, as in transformers
-# By the type of an option: its types in a file, its range, and the range in words. Real models stay far below.
-_KINDS = {
-    bool: ((bool,), 0, 1, "true or false"),
-    int: ((int,), 1, 1 << 24, "an integer from 1 to 2**24"),
-    float: ((int, float), 1e-15, 1e15, "a number from 1e-15 to 1e15"),
+
+
+class _Range(NamedTuple):
+    """The values that a model's option may have: their types in a file, bounds, and both in words."""
+
+    types: tuple[type, ...]
+    low: float
+    high: float
+    words: str
+
+
+# By the type of the option. Real models stay far below.
+_RANGES = {
+    bool: _Range((bool,), 0, 1, "true or false"),
+    int: _Range((int,), 1, 1 << 24, "an integer from 1 to 2**24"),
+    float: _Range((int, float), 1e-15, 1e15, "a number from 1e-15 to 1e15"),
 }
 # Options that `check_same_model` does not compare by value: it compares RoPE by its frequencies, other checks cover the
 # option, or the meaning of the weights does not depend on it.
-_FREE_OPTIONS = {"model_type", "max_position", "dtype", "eos_token_ids", "tie_word_embeddings", "separate_head"}
-_FREE_OPTIONS |= {"rope_theta", "rope_scaling", "sliding_rope", "rope_layers", "quantization"}
+_NOT_COMPARED = {"model_type", "max_position", "dtype", "eos_token_ids", "tie_word_embeddings", "separate_head"}
+_NOT_COMPARED |= {"rope_theta", "rope_scaling", "sliding_rope", "rope_layers", "quantization"}
 _MAX_END_IDS = 1024  # real models have a few
 MAX_EXPERTS, _MAX_EXPERTS_PER_TOKEN = 4096, 64  # kernels hold so many in registers; real models have up to 512 and 22
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,9 +114,9 @@ def unsupported(feature: str) -> ValueError:
 
 def checked_option(name: str, value: Any, kind: type) -> Any:
     """Return `value`. Raise ValueError unless a model's option of the type `kind` can have it."""
-    types, low, high, words = _KINDS[kind]
-    if type(value) not in types or not low <= value <= high:
-        raise ValueError(f"the model's {name} must be {words}, got {shown(value)}")
+    limits = _RANGES[kind]
+    if type(value) not in limits.types or not limits.low <= value <= limits.high:
+        raise ValueError(f"the model's {name} must be {limits.words}, got {shown(value)}")
     return value
 
 
@@ -113,7 +124,7 @@ def check_options(options: Any, prefix: str = "") -> None:
     """Check the numbers and bools of a dataclass; see `checked_option`."""
     for field in fields(options):
         kind = field.type
-        if isinstance(kind, type) and kind in _KINDS:
+        if isinstance(kind, type) and kind in _RANGES:
             checked_option(prefix + field.name, getattr(options, field.name), kind)
 
 
@@ -408,11 +419,8 @@ class ModelConfig:
 
 
 def _check_moe(moe: MoEConfig) -> None:
-    checked_option("moe.norm_topk_prob", moe.norm_topk_prob, bool)
-    for name in ("num_experts", "experts_per_token", "intermediate_size", "shared_intermediate_size"):
-        value = getattr(moe, name)
-        if name != "shared_intermediate_size" or value != 0:
-            checked_option(f"moe.{name}", value, int)
+    has_shared_expert = moe.shared_intermediate_size != 0
+    check_options(moe if has_shared_expert else replace(moe, shared_intermediate_size=1), "moe.")
     if moe.num_experts > MAX_EXPERTS:
         raise ValueError(f"the model's num_experts must be at most {MAX_EXPERTS}, got {moe.num_experts}")
     most = min(moe.num_experts, _MAX_EXPERTS_PER_TOKEN)
@@ -425,7 +433,7 @@ def _comparable(config: Any) -> dict[str, Any]:
     options = {}
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name in _FREE_OPTIONS:
+        if field.name in _NOT_COMPARED:
             continue
         if is_dataclass(value):
             options |= {f"{field.name}.{name}": option for name, option in _comparable(value).items()}

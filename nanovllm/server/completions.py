@@ -18,7 +18,7 @@ from nanovllm.server.errors import ApiError, aborted
 from nanovllm.server.models import check_model
 from nanovllm.server.sampling import NEUTRAL, SamplingFields
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import JsonResponse, json_logprob, sse
+from nanovllm.server.streaming import JsonResponse, json_logprob, merge_streams, sse
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -174,47 +174,9 @@ async def _outputs(
     """Yield the outputs of all prompts as they come, each with its prompt's index."""
     with state.admission.enter(params.n * len(prompts)):
         streams = [state.generate(http, prompt, params) for prompt in prompts]
-        async with aclosing(_merged(streams)) as outputs:
+        async with aclosing(merge_streams(streams)) as outputs:
             async for index, output in outputs:
                 yield index, output
-
-
-async def _merged(
-    streams: Sequence[AsyncGenerator[RequestOutput, None]],
-) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """Yield the items of several streams as they come, each with its stream's index. Close all at the end."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as stream:
-            async for output in stream:
-                yield 0, output
-        return
-    queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(1)
-
-    async def forward(index: int, stream: AsyncGenerator[RequestOutput, None]) -> None:
-        end = None
-        async with aclosing(stream):
-            try:
-                async for output in stream:
-                    await queue.put((index, output))
-            except Exception as error:
-                end = error
-        await queue.put((index, end))
-
-    tasks = [asyncio.create_task(forward(index, stream)) for index, stream in enumerate(streams)]
-    num_open = len(tasks)
-    try:
-        while num_open:
-            index, item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                num_open -= 1
-            else:
-                yield index, item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _events(
