@@ -38,7 +38,7 @@ class GatedDeltaNetConfig:
 
     @property
     def num_channels(self) -> int:
-        """Return the number of queries, keys and values of a token, which the convolution reads."""
+        """Number of queries, keys and values of a token, which the convolution reads."""
         return 2 * self.num_key_heads * self.key_head_dim + self.num_value_heads * self.value_head_dim
 
 

@@ -61,7 +61,7 @@ class SlotStateSpec:
 
     @property
     def slot_bytes(self) -> int:
-        """Return the bytes of one slot."""
+        """Bytes of one slot."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True))
 
     def allocate(self, num_layers: int, num_slots: int, device: torch.device) -> list[torch.Tensor]:

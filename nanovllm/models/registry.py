@@ -1,4 +1,4 @@
-"""The supported models: each family is a row of options of one decoder."""
+"""The supported models: each family is an entry of options of one decoder."""
 
 import logging
 import math
@@ -256,7 +256,7 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Return how many of a head's dimensions RoPE rotates."""
+        """Number of a head's dimensions that RoPE rotates."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     def layer_type(self, index: int) -> str:
@@ -504,7 +504,7 @@ def _quantization(config: Any) -> QuantizationScheme | None:
 
 
 def _family_options(config: Any, layer_types: tuple[str, ...] | None) -> dict[str, Any]:
-    """Return the options of ModelConfig that the row of the family sets."""
+    """Return the options of ModelConfig that the entry of the family sets."""
     defaults = {field.name: field.default for field in fields(ModelConfig)}
     options = {}
     for name, value in FAMILIES[config.model_type].items():

@@ -23,13 +23,13 @@ from nanovllm.checkpoints.hub import DEFAULT_FILE
 from nanovllm.server.admission import AdmissionControl
 from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.errors import ApiError, as_api_error, error_body
-from nanovllm.server.formats import TextFormat
 from nanovllm.server.http_protocol import HttpProtocol
 from nanovllm.server.metrics import ServerMetrics
 from nanovllm.server.options import ServerOptions, listed
 from nanovllm.server.security import ApiKeys, BodyLimit, CancelOnDisconnect, LocalHosts, RequestIds, is_loopback
 from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import JsonResponse
+from nanovllm.server.text_format import TextFormat
 
 logger = logging.getLogger("nanovllm")
 
