@@ -68,6 +68,7 @@ class SelfAttention(nn.Module):
         )
 
     def forward(self, x: Normed | Residual, positions: torch.Tensor, last: torch.Tensor | None) -> LazyGemm:
+        # The gates come first, so that the rest is what the kernels of attention read.
         qkv, gate_size = self.qkv_proj(x), self.qkv_proj.gate_size
         if self.qk_norm is not None:
             self.qk_norm(qkv[:, gate_size:])
@@ -109,7 +110,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.layer_type = config.layer_type(index)
         self.is_recurrent = config.is_recurrent(index)
-        self._make_norms(config, dtype)
+        self.input_layernorm = _norm(config, dtype)
+        self.post_attention_layernorm = _norm(config, dtype)
         if self.layer_type == "gated_delta_net":
             assert config.gated_delta_net is not None  # ModelConfig has checked it
             self.linear_attn = GatedDeltaNet(
@@ -123,15 +125,11 @@ class DecoderLayer(nn.Module):
             )
         else:
             self.self_attn = SelfAttention(config, index, rotary, dtype, tp)
-        options = {"dtype": dtype, "tp": tp, "formats": config.formats(index, "mlp")}
         if config.moe is not None and index not in config.moe.dense_layers:
-            self.mlp = SparseMoE(config.moe, config.hidden_size, **options)
+            formats = config.formats(index, "mlp")
+            self.mlp = SparseMoE(config.moe, config.hidden_size, dtype=dtype, tp=tp, formats=formats)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias, **options)
-
-    def _make_norms(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
-        self.input_layernorm = _norm(config, dtype)
-        self.post_attention_layernorm = _norm(config, dtype)
+            self.mlp = _mlp(config, index, dtype, tp)
 
     def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
         """Return the residual stream of all tokens, or only of the tokens at the indices `last` [L].
@@ -144,17 +142,38 @@ class DecoderLayer(nn.Module):
         return residual + self.mlp(self.post_attention_layernorm(residual))
 
 
-class PostNormLayer(DecoderLayer):
-    """A layer that norms the outputs of attention and MLP, in place of their inputs (Olmo 2)."""
+class PostNormLayer(nn.Module):
+    """A layer that norms the outputs of attention and MLP, in place of their inputs (Olmo 2).
 
-    def _make_norms(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
+    Args: as in `DecoderLayer`; it has no recurrent state.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        rotary: RotaryEmbedding,
+        dtype: torch.dtype | None,
+        state_dtype: torch.dtype,
+        tp: TensorParallel,
+    ):
+        super().__init__()
+        self.layer_type = config.layer_type(index)
         self.post_attention_layernorm = _norm(config, dtype)
         self.post_feedforward_layernorm = _norm(config, dtype)
+        self.self_attn = SelfAttention(config, index, rotary, dtype, tp)
+        self.mlp = _mlp(config, index, dtype, tp)
 
     def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
         attended = self.post_attention_layernorm(self.self_attn(residual, positions, last))
         residual = (residual if last is None else residual[last]) + attended
         return residual + self.post_feedforward_layernorm(self.mlp(residual))
+
+
+def _mlp(config: ModelConfig, index: int, dtype: torch.dtype | None, tp: TensorParallel) -> MLP:
+    """Make the MLP of a dense layer."""
+    formats = config.formats(index, "mlp")
+    return MLP(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype=dtype, tp=tp, formats=formats)
 
 
 def _kind(module: nn.Module) -> tuple[type, type]:
@@ -267,5 +286,5 @@ class Decoder(nn.Module):
             self.layers = layers
 
     def compute_logits(self, hidden: Residual) -> torch.Tensor:
-        """Return the logits [S, vocab_size] of this rank's slice `tp.rows(L)` of the hidden states [L, hidden_size]."""
+        """Return the logits [S, vocab_size] of the tokens `tp.rows(L)` of the hidden states [L, hidden_size]."""
         return self.lm_head(self.norm(hidden))

@@ -35,7 +35,7 @@ class StepTensors(NamedTuple):
 
     Args:
         tokens: [R] int64, sampled for each row.
-        rank_rows: this rank's slice of the rows, which it samples; a graph's padding rows count.
+        rank_rows: the rows that this rank samples; a graph's padding rows count.
         logits: [S, V], of the `rank_rows`. After a graph's replay they are valid until the next replay.
         hidden: the last hidden states of all tokens, before their norm; None unless the step keeps them.
     """
@@ -54,7 +54,7 @@ class Forward:
         state: the slots.
         backend: attends.
         pool: the state of the layers.
-        counters: int32 zeros for kernels that split their work.
+        counters: int32 zeros for kernels that split their work, which set them back to 0.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Forward:
         to_device = self.state.staging.to_device
         prefill_rows = batch.prefill_rows
         if not prefill_rows:
+            # The device knows the rest of decode rows.
             slots = to_device(np.array(batch.slots, dtype=np.int32))
             return self.step(StepRows(slots), batch.num_decode)
         num_rows, num_tokens = len(batch.rows), batch.num_tokens
@@ -97,7 +98,7 @@ class Forward:
 
         Args:
             rows: the rows of the step, tensors on the device.
-            num_decode: how many rows, the first ones, are attended as decode rows.
+            num_decode: how many of the first rows attend as decode rows: `Batch.num_decode`, or 0 in a mixed graph.
             max_seqlen_q: upper bound of the other rows' tokens.
             max_context_len: upper bound of the other rows' contexts.
             shared: the prefixes that decode rows share, if they are attended once for all.
@@ -129,8 +130,9 @@ class Forward:
         )
         self.backend.prepare(context)
         with set_context(context):
-            hidden = self.model(inputs.input_ids, inputs.positions)
-            logits = self.model.compute_logits(hidden[inputs.last_indices] if keep_hidden else hidden)
+            hidden = self.model(inputs.input_ids, inputs.positions)  # of each row's last token, or all if kept
+            last_hidden = hidden[inputs.last_indices] if keep_hidden else hidden
+            logits = self.model.compute_logits(last_hidden)
         rank_rows = self.tp.rows(len(slots))
         tokens = self._sample(logits, rank_rows, slots, inputs.context_lens)
         return StepTensors(tokens, rank_rows, logits, hidden if keep_hidden else None)
@@ -172,8 +174,11 @@ class Forward:
             parts.append(top_logprobs(logits, tokens[indices], k))
         return self._merge(map(torch.cat, zip(*parts, strict=True)), computed, len(rows))
 
-    def prompt_logprobs(self, batch: Batch, hidden: Residual) -> list[LogprobTensors]:
+    def prompt_logprobs(self, batch: Batch, result: StepTensors) -> list[LogprobTensors]:
         """Return the logprobs of the `target_ids` of each entry of `target_rows`, concatenated."""
+        hidden = result.hidden
+        if not batch.has_targets or hidden is None:  # `run` keeps it for batches with targets
+            return []
         starts = [0, *accumulate(row.num_tokens for row in batch.rows)]
         results = []
         for k, scored in batch.target_rows.items():

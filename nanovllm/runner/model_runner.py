@@ -60,7 +60,7 @@ class ModelRunner:
         check_ranks: raises if another rank has failed.
 
     Attributes:
-        config: the engine's Config, but `max_num_seqs` is at most the number of sequences whose state fits.
+        config: the engine's Config, with as many `max_num_seqs` as fit: perhaps fewer than configured.
         max_rows: most rows of a step.
         sizes: numbers of KV blocks, sequences and snapshots.
 
@@ -117,7 +117,8 @@ class ModelRunner:
                 max_position=self.max_model_len,
             )
         scheme = source.config.quantization
-        if scheme is not None and self.tp.rank == 0 and not any(map(is_scale, self.model.parameters())):
+        are_quantized = any(map(is_scale, self.model.parameters()))  # else loading dequantizes a checkpoint's weights
+        if scheme is not None and not are_quantized and self.tp.rank == 0:
             logger.info(
                 "%s weights are dequantized to %s: no kernel on %s computes with them",
                 scheme.name.upper(),
@@ -125,7 +126,7 @@ class ModelRunner:
                 self.device,
             )
         if self.device.type == "cpu" and self.config.dtype == "auto" and source.is_quantized:
-            self.model.compress()
+            self.model.compress()  # a quantized GGUF file's weights, to 4 or 8 bits while they load
         self.pool = StatePool(self.model, self.block_size, self.device, self.kv_dtype)
         max_kv_heads = max(kind.kv_heads for kind in self.pool.kv_kinds)
         # Attention uses a counter for each row and KV head, and a graph may have a padding row. GEMMs use one per tile.
@@ -163,8 +164,8 @@ class ModelRunner:
     def launch(self, batch: Batch) -> None:
         """Start a step: apply the batch's changes, run it, and start the copy of its results.
 
-        This does not wait for the device, except to copy arrays that are larger than the staging buffers, or the
-        indices of prompt logprobs.
+        This waits for the device only to copy arrays for which the staging buffers lack room, or the indices of prompt
+        logprobs.
         """
         with self._mode():
             self.state.apply(batch)
@@ -175,9 +176,7 @@ class ModelRunner:
                 result = self.forward.run(batch)
             self._copy_state(batch.state_saves)
             logprobs = self.forward.logprobs(batch, result)
-            prompt_logprobs = []
-            if result.hidden is not None:  # the batch has target ids
-                prompt_logprobs = self.forward.prompt_logprobs(batch, result.hidden)
+            prompt_logprobs = self.forward.prompt_logprobs(batch, result)
             self._send(batch, result.tokens, logprobs, prompt_logprobs)
 
     def _copy_state(self, pairs: list[tuple[int, int]]) -> None:
@@ -194,9 +193,9 @@ class ModelRunner:
         logprobs: list[LogprobTensors],
         prompt_logprobs: list[LogprobTensors],
     ) -> None:
-        """Start the copy of results to the host.
+        """Start the copy of results to the host, into the host buffer that the last step did not use.
 
-        The oldest of the two host buffers is free: its step has been collected.
+        That one is free: the step before the last has been collected.
         """
         if self.device.type == "cpu":
             self.in_flight.append(InFlight(batch, tokens, logprobs, prompt_logprobs, event=None))
