@@ -199,7 +199,7 @@ def _rotary_embeddings(config: ModelConfig, max_position: int) -> list[RotaryEmb
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer of any family in registry.py, with uninitialized weights on the default device.
+    """A decoder-only transformer of any family in families.py, with uninitialized weights on the default device.
 
     Args:
         config: the model's options.

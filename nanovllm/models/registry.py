@@ -1,4 +1,4 @@
-"""The supported models: each family is an entry of options of one decoder."""
+"""The options of a model: how they are read from a checkpoint's config, and checked."""
 
 import logging
 import math
@@ -12,70 +12,13 @@ from nanovllm.checks import in_vocabulary, shown
 from nanovllm.layers.gated_delta_net import GatedDeltaNetConfig
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES, ROPE_WITH_ORIGINAL, rope_frequencies
+from nanovllm.models.families import ATTENTION_TYPES, FAMILIES, LAYER_TYPES
 from nanovllm.ops.gdn.inputs import CONV_WIDTH
 from nanovllm.weights.layer_formats import LayerFormats
 from nanovllm.weights.quantization import QuantizationScheme
 from nanovllm.weights.quantization_config import SUPPORTED, read_scheme
 
 logger = logging.getLogger(__name__)
-
-_WINDOW: dict[str, bool | str] = {"sliding_window": "sliding_window"}
-_ATTENTION_BIAS: dict[str, bool | str] = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
-_LLAMA: dict[str, bool | str] = {**_ATTENTION_BIAS, "mlp_bias": "mlp_bias"}
-_OLMO: dict[str, bool | str] = {**_ATTENTION_BIAS, "whole_qk_norm": True, "post_norms": True}
-_HYBRID: dict[str, bool | str] = {
-    **_ATTENTION_BIAS,
-    "qk_norm": True,
-    "attention_gate": True,
-    "zero_centered_norms": True,
-}
-# The options of ModelConfig that each family sets. A string names the checkpoint's own option.
-FAMILIES: dict[str, dict[str, bool | str]] = {
-    "qwen3": {**_ATTENTION_BIAS, **_WINDOW, "qk_norm": True},
-    "qwen2": {**_WINDOW, "qkv_bias": True},
-    "llama": _LLAMA,
-    "mistral": _WINDOW,
-    "mistral3": {},
-    "qwen3_moe": {**_ATTENTION_BIAS, "qk_norm": True},
-    "qwen2_moe": {"qkv_bias": "qkv_bias"},
-    "qwen3_next": _HYBRID,
-    "qwen3_5": _HYBRID,
-    "qwen3_5_text": _HYBRID,
-    "qwen3_5_moe": _HYBRID,
-    "qwen3_5_moe_text": _HYBRID,
-    "ministral": _WINDOW,
-    "ministral3": _WINDOW,
-    "smollm3": {**_LLAMA, **_WINDOW, "rope_layers": "no_rope_layers"},
-    "olmo2": _OLMO,
-    "olmo3": {**_OLMO, **_WINDOW},
-    "cwm": _WINDOW,
-    "phi3": _WINDOW,
-    "seed_oss": {**_LLAMA, "o_bias": "attention_out_bias"},
-}
-# Families whose layers all have the window if there is one, whatever options of other families say.
-_UNIFORM_WINDOW = ("mistral", "ministral3", "phi3")
-# Families whose config has the decoder's options in its `text_config`.
-_NESTED = ("qwen3_5", "qwen3_5_moe", "mistral3")
-# The types of layers with a KV cache. Layers of the other types have recurrent state.
-ATTENTION_TYPES = ("full_attention", "sliding_attention")
-LAYER_TYPES = (*ATTENTION_TYPES, "gated_delta_net")
-# The type of the layers that a config calls "linear_attention", by family: transformers has this one name for many
-# kinds of recurrent layers (Gated DeltaNet, Mamba-2, lightning attention).
-_LINEAR_ATTENTION = dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), "gated_delta_net")
-_PACKED_GATED_DELTA_NET = ("qwen3_next",)  # see `GatedDeltaNetConfig.is_packed`
-_PARTIAL_ROPE = (*_LINEAR_ATTENTION, "phi3")
-_PIXTRAL = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-# How the names of tensors start that text does not need, by family. Checkpoints may have such tensors.
-UNUSED_TENSORS: dict[str, tuple[str, ...]] = {
-    "qwen3_next": ("mtp.",),
-    "qwen3_5_text": ("mtp.", "visual.", "model.visual."),
-    "qwen3_5_moe_text": ("mtp.", "visual.", "model.visual."),
-    "mistral": _PIXTRAL,
-    "ministral3": _PIXTRAL,
-}
-# The families of mixtures of experts, and whether they have a shared expert.
-_MOE_FAMILIES = {"qwen3_moe": False, "qwen2_moe": True, "qwen3_next": True, "qwen3_5_moe_text": True}
-_ALWAYS_NORM_TOPK = ("qwen3_5_moe_text",)  # they ignore the option norm_topk_prob, as in transformers
 
 
 class _Range(NamedTuple):
@@ -380,7 +323,7 @@ class ModelConfig:
             eos_token_ids: those of the generation config, which take precedence.
         """
         check_model_type(config.model_type)
-        whole, config = config, config.text_config if config.model_type in _NESTED else config
+        whole, config = config, config.text_config if FAMILIES[config.model_type].is_nested else config
         for part in (whole, config):
             check_model_type(part.model_type)
             _check_variant(part)
@@ -412,7 +355,7 @@ class ModelConfig:
             gated_delta_net=_gated_delta_net(config) if "gated_delta_net" in (layer_types or ()) else None,
             dtype=_first_given(stated_dtype(whole), torch.float32),
             eos_token_ids=ends,
-            moe=_moe(config) if config.model_type in _MOE_FAMILIES else None,
+            moe=_moe(config) if FAMILIES[config.model_type].has_experts else None,
             quantization=_quantization(whole) or _quantization(config),
             **_family_options(config, layer_types),
         )
@@ -444,6 +387,7 @@ def _comparable(config: Any) -> dict[str, Any]:
 
 def _moe(config: Any) -> MoEConfig | None:
     """Read the mixtures of experts of a transformers config; None if every layer is dense."""
+    family = FAMILIES[config.model_type]
     num_layers = checked_option("num_layers", config.num_hidden_layers, int)
     step = checked_option("decoder_sparse_step", getattr(config, "decoder_sparse_step", 1), int)
     listed = getattr(config, "mlp_only_layers", None) or []
@@ -453,14 +397,14 @@ def _moe(config: Any) -> MoEConfig | None:
     if len(dense_layers) == num_layers:
         return None
     shared_size = 0
-    if _MOE_FAMILIES[config.model_type]:
+    if family.has_shared_expert:
         name = "shared_expert_intermediate_size"
         shared_size = checked_option(name, getattr(config, name), int)
     return MoEConfig(
         num_experts=config.num_experts,
         experts_per_token=config.num_experts_per_tok,
         intermediate_size=config.moe_intermediate_size,
-        norm_topk_prob=config.model_type in _ALWAYS_NORM_TOPK or getattr(config, "norm_topk_prob", True),
+        norm_topk_prob=family.always_norm_topk or getattr(config, "norm_topk_prob", True),
         shared_intermediate_size=shared_size,
         dense_layers=dense_layers,
     )
@@ -504,10 +448,10 @@ def _quantization(config: Any) -> QuantizationScheme | None:
 
 
 def _family_options(config: Any, layer_types: tuple[str, ...] | None) -> dict[str, Any]:
-    """Return the options of ModelConfig that the entry of the family sets."""
+    """Return the options of ModelConfig that the family sets."""
     defaults = {field.name: field.default for field in fields(ModelConfig)}
     options = {}
-    for name, value in FAMILIES[config.model_type].items():
+    for name, value in FAMILIES[config.model_type].options.items():
         options[name] = getattr(config, value, defaults[name]) if isinstance(value, str) else value
     if layer_types is None:
         options.pop("sliding_window", None)
@@ -523,7 +467,8 @@ def _layer_types(config: Any, max_position: int, keep: bool) -> tuple[str, ...] 
     window in all layers or in none. A family without the options `layer_types` and `use_sliding_window` ignores them,
     as transformers does.
     """
-    is_uniform = config.model_type in _UNIFORM_WINDOW
+    family = FAMILIES[config.model_type]
+    is_uniform = family.uniform_window
     window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if is_uniform or not types:
         is_used = window and (is_uniform or getattr(config, "use_sliding_window", True))
@@ -532,13 +477,12 @@ def _layer_types(config: Any, max_position: int, keep: bool) -> tuple[str, ...] 
     if not isinstance(types, list | tuple):
         raise ValueError(f"the model's layer_types must be a list, got {shown(types)}")
     if "linear_attention" in types:
-        if config.model_type not in _LINEAR_ATTENTION:
+        if family.linear_attention is None:
             raise unsupported(f"a model of type {shown(config.model_type)} with linear attention")
-        recurrent_type = _LINEAR_ATTENTION[config.model_type]
-        types = [recurrent_type if layer_type == "linear_attention" else layer_type for layer_type in types]
+        types = [family.linear_attention if layer_type == "linear_attention" else layer_type for layer_type in types]
     if "sliding_attention" in types:
         hides = checked_option("sliding_window", window, int) < max_position
-        if hides and "sliding_window" not in FAMILIES[config.model_type]:
+        if hides and "sliding_window" not in family.options:
             raise unsupported(f"a model of type {config.model_type} with sliding_window={window}")
         if not hides and not keep:
             types = ["full_attention" if layer_type == "sliding_attention" else layer_type for layer_type in types]
@@ -552,7 +496,7 @@ def _gated_delta_net(config: Any) -> GatedDeltaNetConfig:
         key_head_dim=config.linear_key_head_dim,
         value_head_dim=config.linear_value_head_dim,
         conv_width=config.linear_conv_kernel_dim,
-        is_packed=config.model_type in _PACKED_GATED_DELTA_NET,
+        is_packed=FAMILIES[config.model_type].packs_gated_delta_net,
     )
 
 
@@ -569,7 +513,7 @@ def _ropes(config: Any) -> tuple[Rope, Rope | None, float]:
     factor = _first_given(
         options.pop("partial_rotary_factor", None), getattr(config, "partial_rotary_factor", None), 1.0
     )
-    if factor != 1.0 and config.model_type not in _PARTIAL_ROPE:
+    if factor != 1.0 and not FAMILIES[config.model_type].partial_rope:
         raise unsupported("partial RoPE")
     if not any(isinstance(value, dict) for value in options.values()):
         return _rope(config, options, getattr(config, _ORIGINAL, None)), None, factor
@@ -599,49 +543,3 @@ def _rope(config: Any, options: dict[str, Any], original: Any = None) -> Rope:
         original = checked_option("RoPE original length", options[_ORIGINAL], float)
         options["factor"] = checked_option("max_position", config.max_position_embeddings, int) / original
     return theta, {**options, "rope_type": rope_type}
-
-
-_QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_kv_heads": 8, "head_dim": 128, "max_position": 40960}
-_QWEN3 |= {"rope_theta": 1e6, "qk_norm": True, "eos_token_ids": (151645, 151643)}
-_QWEN3_5: dict[str, Any] = {"vocab_size": 248320, "num_heads": 16, "head_dim": 256}
-_QWEN3_5 |= {"max_position": 262144, "rope_theta": 1e7, "partial_rotary_factor": 0.25}
-_QWEN3_5 |= {"qk_norm": True, "attention_gate": True, "zero_centered_norms": True, "eos_token_ids": (248046, 248044)}
-_QWEN3_5 |= {"gated_delta_net": GatedDeltaNetConfig(16, 32, 128, 128)}
-_EVERY_FOURTH = ("gated_delta_net",) * 3 + ("full_attention",)
-# Shapes of real models for load_format="dummy".
-PRESETS = {
-    "qwen3-0.6b": ModelConfig(
-        **_QWEN3, hidden_size=1024, intermediate_size=3072, num_layers=28, num_heads=16, tie_word_embeddings=True
-    ),
-    "qwen3-4b": ModelConfig(
-        **_QWEN3, hidden_size=2560, intermediate_size=9728, num_layers=36, num_heads=32, tie_word_embeddings=True
-    ),
-    "qwen3-8b": ModelConfig(**_QWEN3, hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32),
-    "qwen3-30b-a3b": ModelConfig(
-        **_QWEN3 | {"model_type": "qwen3_moe", "num_kv_heads": 4},
-        hidden_size=2048,
-        intermediate_size=6144,
-        num_layers=48,
-        num_heads=32,
-        moe=MoEConfig(num_experts=128, experts_per_token=8, intermediate_size=768, norm_topk_prob=True),
-    ),
-    "qwen3.5-9b": ModelConfig(
-        **_QWEN3_5,
-        model_type="qwen3_5_text",
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_layers=32,
-        num_kv_heads=4,
-        layer_types=_EVERY_FOURTH * 8,
-    ),
-    "qwen3.5-35b-a3b": ModelConfig(
-        **_QWEN3_5,
-        model_type="qwen3_5_moe_text",
-        hidden_size=2048,
-        intermediate_size=512,
-        num_layers=40,
-        num_kv_heads=2,
-        layer_types=_EVERY_FOURTH * 10,
-        moe=MoEConfig(256, 8, intermediate_size=512, norm_topk_prob=True, shared_intermediate_size=512),
-    ),
-}

@@ -18,7 +18,7 @@ import torch
 from nanovllm import LLM, SamplingParams, StructuredOutputsParams
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.models.registry import PRESETS
+from nanovllm.models.presets import PRESETS
 from nanovllm.outputs import TokenLogprobs
 from tests.engine.reference import load_reference
 from tests.helpers import assert_nothing_held, engine, finish, greedy, prompts_of, sampled, tokens

@@ -25,7 +25,9 @@ from transformers import (
 from nanovllm.layers.gated_delta_net import GatedDeltaNetConfig
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.models import registry
-from nanovllm.models.registry import FAMILIES, PRESETS, ModelConfig
+from nanovllm.models.families import FAMILIES
+from nanovllm.models.presets import PRESETS
+from nanovllm.models.registry import ModelConfig
 from tests.models.tiny import TINY
 
 LLAMA3 = {
