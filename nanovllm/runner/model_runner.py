@@ -117,8 +117,7 @@ class ModelRunner:
                 max_position=self.max_model_len,
             )
         scheme = source.config.quantization
-        are_quantized = any(map(is_scale, self.model.parameters()))  # else loading dequantizes a checkpoint's weights
-        if scheme is not None and not are_quantized and self.tp.rank == 0:
+        if scheme is not None and self.tp.rank == 0 and not any(map(is_scale, self.model.parameters())):
             logger.info(
                 "%s weights are dequantized to %s: no kernel on %s computes with them",
                 scheme.name.upper(),

@@ -50,6 +50,7 @@ class _Writer:
     Attributes:
         is_empty: leave out the sampled token, because `max_tokens` is 0. The engine cannot do without it.
         num_cached: for each prompt, how many of its tokens the prefix cache had.
+        _offsets: for each sample that had an output, where the text of its next token starts; 0 without logprobs.
     """
 
     def __init__(self, request: CompletionRequest, n: int, echoes: Sequence[str]):
@@ -81,14 +82,15 @@ class _Writer:
             text, finish_reason, stop_reason = "", "length" if finish_reason else None, None
             token_ids, rows = [], rows and rows[:0]
         self.num_generated += len(token_ids)
-        if self.request.echo and index not in self._offsets:
+        is_first = index not in self._offsets  # the first output of this sample
+        if self.request.echo and is_first:
             text = self.echoes[prompt_index] + text
             if rows is not None and output.prompt_logprobs is not None:
                 token_ids, rows = output.prompt_token_ids + token_ids, output.prompt_logprobs + rows
-        logprobs = None
+        offset, logprobs = self._offsets.get(index, 0), None
         if rows is not None:
-            logprobs, self._offsets[index] = _logprobs(token_ids, rows, self._offsets.get(index, 0))
-        self._offsets.setdefault(index, 0)
+            logprobs, offset = _logprobs(token_ids, rows, offset)
+        self._offsets[index] = offset
         return {
             "index": index,
             "text": text,
