@@ -425,7 +425,7 @@ def _make_scheduler(config: Config, executor: Executor) -> Scheduler:
         snapshots = Snapshots(runner.snapshot_slots, config.kvcache_block_size)
         caches_prefixes = len(runner.snapshot_slots) > 0
     return Scheduler(
-        runner.config.max_num_seqs,
+        runner.sizes.num_seqs,
         config.max_num_batched_tokens,
         BlockManager(runner.num_blocks, config.kvcache_block_size, caches_prefixes, snapshots),
         # Ranks that schedule for themselves must not depend on their clocks.
