@@ -10,7 +10,6 @@ from nanovllm.arithmetic import ceil_div
 from nanovllm.attention import select_backend
 from nanovllm.checkpoints.hub import open_model
 from nanovllm.checkpoints.loader import load_weights
-from nanovllm.layers.gated_delta_net import GatedDeltaNet
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.paged_cache import PagedRows
 from nanovllm.ops.state.rows import StateRows
@@ -45,7 +44,7 @@ def prefill_logits(model, ids):
         cu_seqlens_q=cu_seqlens,
         max_seqlen_q=num_tokens,
         max_context_len=num_tokens,
-        state_rows={GatedDeltaNet: StateRows(slots, torch.zeros_like(slots), cu_seqlens)},
+        state_rows=dict.fromkeys(pool.slot_classes, StateRows(slots, torch.zeros_like(slots), cu_seqlens)),
     )
     context.backend.prepare(context)
     with set_context(context):
