@@ -97,12 +97,11 @@ class LLMEngine:
 
     def take_outputs(self) -> list[RequestOutput]:
         """Return the outputs that the next `step` would return, without a step."""
-        outputs = self.core.outputs
         try:
-            return [output for _, output in outputs]
+            return [output for _, output in self.core.outputs]
         finally:
             # Clear last: if an interrupt comes while the list is made, the next step still returns these outputs.
-            outputs.clear()
+            self.core.outputs.clear()
 
     def step_for(self, requests: Collection[Request]) -> list[RequestOutput]:
         """Run one step. Return the outputs of `requests`; keep those of other callers for their next `step`."""

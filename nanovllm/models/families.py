@@ -9,7 +9,7 @@ LAYER_TYPES = (*ATTENTION_TYPES, "gated_delta_net")
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What differs between the configs and checkpoints of families.
+    """Options of a family: how its configs and checkpoints differ from others.
 
     Args:
         options: the options of ModelConfig that the family sets. A string names the checkpoint's own option.
