@@ -252,7 +252,7 @@ class LLMEngine:
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | str | Path) -> int:
         """Overwrite the weights in place, on all ranks; see `LLM.update_weights`."""
         self.ensure_usable(_UPDATE_NEEDS, allow_partial_weights=True)
-        weights = _pairs(new_weights(weights, self.source.config) if isinstance(weights, str | Path) else weights)
+        weights = weight_pairs(new_weights(weights, self.source.config) if isinstance(weights, str | Path) else weights)
         with self._section() as section:
             self.start_weight_update()
             self.load_weights(section.pull(weights))
@@ -273,7 +273,7 @@ class LLMEngine:
         with self._section() as section:
             self._check_update_open()
             with self._updating_weights():
-                return self.executor.load_weights(section.pull(_pairs(weights)))
+                return self.executor.load_weights(section.pull(weight_pairs(weights)))
 
     def finish_weight_update(self) -> int:
         """Check the new weights and return their version; see `LLM.finish_weight_update`."""
@@ -432,7 +432,8 @@ def _make_scheduler(config: Config, executor: Executor) -> Scheduler:
     )
 
 
-def _pairs(weights: Any) -> Iterable[tuple[str, torch.Tensor]]:
+def weight_pairs(weights: Any) -> Iterable[tuple[str, torch.Tensor]]:
+    """Return weights. Raise TypeError if they cannot be pairs of names and tensors."""
     if not isinstance(weights, Iterable) or isinstance(weights, str | bytes | Mapping):
         raise TypeError(f"weights must be pairs (name, tensor), got {type(weights).__name__}")
     return weights

@@ -16,6 +16,8 @@ import ray
 import torch
 
 from nanovllm import AsyncLLM, RequestOutput, RequestOutputKind
+from nanovllm.checkpoints.loader import checked_weights
+from nanovllm.engine.llm_engine import weight_pairs
 from nanovllm.server.engine_messages import pack_error, unpack_error
 
 # A tensor in the object store: its name, bytes, dtype and shape. The processes of a host read the same bytes.
@@ -82,10 +84,10 @@ def end_with_raylet() -> None:
 
 
 def pack(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[PackedTensor]]:
-    """Yield tensors in lists of about 256 MiB."""
+    """Yield tensors in lists of about 256 MiB. Raise TypeError or ValueError as `LLM.update_weights` does."""
     part = []
-    for name, tensor in weights:
-        array = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    for name, tensor in checked_weights(weight_pairs(weights)):
+        array = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
         part.append((name, array, tensor.dtype, tensor.shape))
         if sum(array.nbytes for _, array, _, _ in part) >= _PART_BYTES:
             yield part

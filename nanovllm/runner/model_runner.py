@@ -29,6 +29,7 @@ from nanovllm.runner.batch_state import BatchState, host_buffer
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.forward import Forward, LogprobTensors
 from nanovllm.runner.state_pool import StatePool, StateSizes
+from nanovllm.utils.heap import trim_heap
 from nanovllm.weights.parameter import is_scale
 
 logger = logging.getLogger(__name__)
@@ -384,6 +385,8 @@ class ModelRunner:
         self._synchronize()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        else:
+            trim_heap()
 
     def wake_up(self, parts: Collection[str], capture: bool) -> None:
         """Undo `sleep` for `parts`.
