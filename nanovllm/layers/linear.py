@@ -6,6 +6,7 @@ and all-reduce the partial results. A pair of them needs a single all-reduce (Me
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,12 @@ from nanovllm.weights.parameter import (
     MergedTensor,
     ShardId,
     block_of,
+    blocks_covering,
     check_shape,
-    in_blocks,
     make_parameter,
     row_block_of,
     select,
+    splits_block,
 )
 from nanovllm.weights.row_order import HeadLayout, head_rows
 
@@ -76,14 +78,17 @@ class Shard:
         rows = np.arange(self.start, self.start + self.size) if self.order is None else self.order
         return select(loaded, rows[:: row_block_of(param)] // block)
 
-    def alignment(self, offset: int) -> int:
-        """Return the GCD of the start rows of all runs of consecutive checkpoint rows; 0 if all start at row 0.
+    def row_alignment(self, offset: int) -> int:
+        """Return the largest number that divides the first rows of this shard, or 0 if both are row 0.
 
-        The start rows are those in the checkpoint and in the layer, where this shard starts at row `offset`.
+        They are its first row in the checkpoint's tensor and its first row in the layer's weight, `offset`. A shard of
+        the checkpoint's rows 128 to 255 at row 64 of the layer gives 64: blocks of 64 rows, or of 32, are whole in
+        both. If `order` jumps, the same goes for each run of consecutive rows.
         """
         if self.order is None:
             return math.gcd(self.start, offset)
-        starts = np.flatnonzero(np.diff(self.order, prepend=-2) != 1)
+        is_start = np.diff(self.order, prepend=self.order[0]) != 1  # the first row starts a run, too
+        starts = np.flatnonzero(is_start)
         return int(np.gcd.reduce(np.concatenate((starts + offset, self.order[starts]))))
 
 
@@ -119,10 +124,9 @@ class ColumnParallelLinear(LinearLayer):
         for shard_id, shard in shards.items():
             self.rows[shard_id] = slice(rows, rows + shard.size)
             rows += shard.size
-        alignment = math.gcd(*(shard.alignment(self.rows[shard_id].start) for shard_id, shard in shards.items()))
-        self.set_format(
-            allocate_weight(rows, in_features, dtype=dtype, weight_loader=self.weight_loader, alignment=alignment)
-        )
+        alignments = (shard.row_alignment(self.rows[shard_id].start) for shard_id, shard in shards.items())
+        options = {"weight_loader": self.weight_loader, "row_alignment": math.gcd(*alignments)}
+        self.set_format(allocate_weight(rows, in_features, dtype=dtype, **options))
         self.bias = make_parameter(rows, dtype=dtype, weight_loader=self.weight_loader) if bias else None
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId) -> None:
@@ -142,15 +146,18 @@ class ColumnParallelLinear(LinearLayer):
 
     def _merged(self, name: str, param: nn.Parameter) -> dict[ShardId, MergedTensor]:
         """Return the parts of the tensor `name`, which some checkpoints have in place of one for each shard."""
-        block, totals = block_of(param)[0], [shard.total for shard in self.shards.values()]
-        if not self.may_be_merged or any(total % block for total in totals):
+        if not self.may_be_merged:
             return {}
-        parts, start = {}, 0
-        shape = (sum(totals) // block, *param.shape[1:])
-        for shard_id, total in zip(self.shards, totals, strict=True):
-            parts[shard_id] = MergedTensor(name, shape, slice(start, start + total // block))
-            start += total // block
-        return parts
+        block, totals = block_of(param)[0], [shard.total for shard in self.shards.values()]
+        stops = list(accumulate(totals))
+        parts = [slice(stop - total, stop) for stop, total in zip(stops, totals, strict=True)]
+        if any(splits_block(part, stops[-1], block) for part in parts):
+            return {}
+        shape = (ceil_div(stops[-1], block), *param.shape[1:])
+        return {
+            shard_id: MergedTensor(name, shape, blocks_covering(part, stops[-1], block))
+            for shard_id, part in zip(self.shards, parts, strict=True)
+        }
 
     def _target(self, param: nn.Parameter, shard_id: ShardId) -> CheckpointTensor:
         """Return the tensor that fills a shard of `param`."""
@@ -276,7 +283,8 @@ class RowParallelLinear(LinearLayer):
         self.in_features = in_features
         size = divide("input size of a row-parallel layer", in_features, self.tp)
         self.columns = slice(self.tp.rank * size, (self.tp.rank + 1) * size)
-        self.set_format(allocate_weight(out_features, size, dtype=dtype, weight_loader=self.weight_loader, alignment=0))
+        options = {"weight_loader": self.weight_loader, "row_alignment": 0}
+        self.set_format(allocate_weight(out_features, size, dtype=dtype, **options))
         self.bias = make_parameter(out_features, dtype=dtype) if bias else None
         self.zero_bias: torch.Tensor
         self.register_buffer("zero_bias", torch.zeros(out_features, dtype=dtype), persistent=False)
@@ -296,7 +304,7 @@ class RowParallelLinear(LinearLayer):
     def _slice(self, param: nn.Parameter) -> tuple[tuple[int, ...], slice]:
         """Return the shape of the whole tensor that `param` loads, and the columns of it that this rank loads."""
         block = block_of(param)[1]
-        columns = in_blocks(self.columns, self.in_features, block)
+        columns = blocks_covering(self.columns, self.in_features, block)
         return (len(param), ceil_div(self.in_features, block)), columns
 
     def forward(self, x: torch.Tensor | PendingSwiglu) -> "PendingGemm":
