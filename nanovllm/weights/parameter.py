@@ -37,7 +37,7 @@ class Storage(Enum):
 
 
 class _Contents(NamedTuple):
-    """What a parameter contains; see `make_parameter` and `Storage`."""
+    """The contents of a parameter; see `make_parameter` and `Storage`."""
 
     block: tuple[int, int] = (1, 1)
     row_block: int = 1

@@ -109,7 +109,7 @@ _READERS: dict[str, Callable[[dict[str, Any]], QuantizationScheme]] = {
     "fp8": _read_fp8,
     "compressed-tensors": _read_compressed_tensors,
 }
-# What `read_scheme` can read, for messages.
+# The schemes that `read_scheme` reads, for messages.
 SUPPORTED = "FP8 with dynamic activations (quant_method 'fp8' with a weight_block_size, or 'compressed-tensors')"
 # By the value of the option `quantization`, which Config checks.
 SCHEMES: dict[str, QuantizationScheme] = {scheme.name: scheme for scheme in (Fp8Scheme(),)}
