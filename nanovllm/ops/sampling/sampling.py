@@ -35,7 +35,7 @@ from nanovllm.ops.sampling.fields import (
 )
 from nanovllm.ops.sampling.reference import advance_slots_torch, sample_torch
 from nanovllm.ops.sampling.state import TILE, SamplingState
-from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
+from nanovllm.ops.triton_utils import launch_options, ordered_int, tl, triton, wait_for_inputs
 
 __all__ = ["advance_slots", "advance_slots_triton", "sample", "sample_triton"]
 
@@ -139,17 +139,11 @@ def _kept(logits, columns):
 
 
 @triton.jit
-def _ordered_int(bits):
-    """Map the int32 bits of a float32 to an int32 of the same order. The map is its own inverse."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
 def _total(logits, lowest, best, WEIGH: tl.constexpr, TILE: tl.constexpr):
     """Count the tokens at or above the logit of ordered int `lowest`; with WEIGH, sum their exp(x - best)."""
     total = tl.zeros([TILE], tl.float32 if WEIGH else tl.int32)
     _, vocab_size, _, _, _ = logits
-    threshold = _ordered_int(lowest.to(tl.int32)).to(tl.float32, bitcast=True)
+    threshold = ordered_int(lowest.to(tl.int32)).to(tl.float32, bitcast=True)
     for start in range(0, vocab_size, TILE):
         x = _scaled(logits, start + tl.arange(0, TILE))
         total += tl.where(x >= threshold, tl.exp(x - best), 0.0) if WEIGH else (x >= threshold).to(tl.int32)
@@ -183,13 +177,13 @@ def _threshold_kernel(batch, slots_ptr, context_lens_ptr, threshold_ptr, tables,
         top = tl.maximum(top, _scaled(logits, start + tl.arange(0, TILE)))
     best = tl.max(top, 0)
     low = tl.full([], -0x7F800001, tl.int64)  # the ordered int of -inf
-    high = _ordered_int(best.to(tl.int32, bitcast=True)).to(tl.int64)
+    high = ordered_int(best.to(tl.int32, bitcast=True)).to(tl.int64)
     if (top_k > 0) & (top_k < vocab_size):
         low = _highest(logits, low, high, top_k, best, False, TILE)
     if top_p < 1:
         wanted = top_p * _total(logits, low, best, True, TILE)
         low = _highest(logits, low, high, wanted, best, True, TILE)
-    threshold = _ordered_int(low.to(tl.int32)).to(tl.float32, bitcast=True)
+    threshold = ordered_int(low.to(tl.int32)).to(tl.float32, bitcast=True)
     tl.store(threshold_ptr, tl.maximum(threshold, best + tl.log(min_p)))
 
 
