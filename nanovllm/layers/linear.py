@@ -286,6 +286,7 @@ class RowParallelLinear(LinearLayer):
         options = {"weight_loader": self.weight_loader, "row_alignment": 0}
         self.set_format(allocate_weight(out_features, size, dtype=dtype, **options))
         self.bias = make_parameter(out_features, dtype=dtype) if bias else None
+        # For `_add_in_next_norm`: torch computes some GEMMs faster with a bias (ops/linear/linear.py:wants_zero_bias).
         self.zero_bias: torch.Tensor
         self.register_buffer("zero_bias", torch.zeros(out_features, dtype=dtype), persistent=False)
 
@@ -338,19 +339,19 @@ class PendingGemm:
         """Let the GEMM's kernel add, on rank 0 only. With several ranks, the next norm all-reduces."""
         layer, fmt, counters = self.layer, self.layer.format, get_counters()
         if layer.tp.rank == 0:
-            summand = fmt.linear_add(self.x, layer.bias, stream, counters)
+            partial_sum = fmt.linear_add(self.x, layer.bias, stream, counters)
         else:
-            summand = fmt.linear(self.x, counters=counters)
-        return Residual.from_summand(summand, layer.tp)
+            partial_sum = fmt.linear(self.x, counters=counters)
+        return Residual.from_partial_sum(partial_sum, layer.tp)
 
     def _add_in_next_norm(self, stream: torch.Tensor) -> Residual:
         """Run the GEMM only. The next norm adds, and all-reduces with several ranks."""
         layer, fmt = self.layer, self.layer.format
-        bias = self._summand_bias
+        bias = self._rank_bias
         if bias is None and fmt.wants_zero_bias(self.x):
             bias = layer.zero_bias
-        summand = fmt.linear(self.x, bias, counters=get_counters())
-        return Residual(summand, layer.tp, base=stream, is_partial=True)
+        partial_sum = fmt.linear(self.x, bias, counters=get_counters())
+        return Residual(partial_sum, layer.tp, base=stream, is_partial=True)
 
     def _add_in_all_reduce(self, stream: torch.Tensor) -> Residual:
         """Let one kernel do the GEMM, the all-reduce and the addition. Every rank adds the bias to the result."""
@@ -358,7 +359,7 @@ class PendingGemm:
         return Residual(layer.format.linear_add(self.x, layer.bias, stream, peers=layer.tp.peers), layer.tp)
 
     def _add_in_slices(self, stream: torch.Tensor) -> Residual:
-        """Overwrite slices of the stream with summands. Each is sent while the next one is computed. Rank 0 adds."""
+        """Overwrite slices of the stream with partial sums. Send each while the next one is computed. Rank 0 adds."""
         layer, fmt = self.layer, self.layer.format
         overlapped = layer.tp.overlapped
         assert overlapped is not None  # choose_adder has checked this
@@ -367,21 +368,20 @@ class PendingGemm:
                 fmt.linear_add(self.x[tokens], layer.bias, stream[tokens])
             else:
                 fmt.matmul_into(stream[tokens], self.x[tokens])
-        return Residual.from_summand(stream, layer.tp)
+        return Residual.from_partial_sum(stream, layer.tp)
 
     @property
-    def _summand_bias(self) -> torch.Tensor | None:
+    def _rank_bias(self) -> torch.Tensor | None:
         """The bias on rank 0, None on the others: the sum over the ranks must contain it once."""
         return self.layer.bias if self.layer.tp.rank == 0 else None
 
-    def summand(self) -> torch.Tensor:
-        """Run the GEMM without a bias. Return this rank's summand [T, out_features]."""
-        return self.layer.format.linear(self.x, counters=get_counters())
+    def partial_sum(self) -> torch.Tensor:
+        """Run the GEMM. Return this rank's partial sum [T, out_features]."""
+        return self.layer.format.linear(self.x, self._rank_bias, counters=get_counters())
 
     def all_reduce(self, norm: Norm | None = None) -> torch.Tensor:
         """Run the GEMM and the all-reduce. Return the result or its RMSNorm, [T, out_features], on every rank."""
-        summand = self.layer.format.linear(self.x, self._summand_bias, counters=get_counters())
-        return self.layer.tp.all_reduce(summand, norm)
+        return self.layer.tp.all_reduce(self.partial_sum(), norm)
 
 
 def divide(name: str, value: int, tp: TensorParallel) -> int:

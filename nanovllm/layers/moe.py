@@ -189,7 +189,7 @@ class SparseMoE(nn.Module):
         if not self.experts.format.fuses_norm(x.x, self.gate.config.experts_per_token):
             x = x.computed()
         ids, weights, gate = self.gate.choose(x)
-        shared = None if self.shared_expert is None else (self.shared_expert(x).summand(), gate)
+        shared = None if self.shared_expert is None else (self.shared_expert(x).partial_sum(), gate)
         return PendingExperts(self.experts, x, ids, weights, shared)
 
     def compile_sizes(self, max_tokens: int) -> list[int]:
@@ -214,7 +214,7 @@ class PendingExperts:
         """Run the experts and add them to the residual stream, whose memory may be overwritten."""
         layer, (x, norm) = self.layer, self.x
         stream = residual.complete()
-        summand = layer.format.run(
+        partial_sum = layer.format.run(
             x,
             self.ids,
             self.weights,
@@ -222,4 +222,4 @@ class PendingExperts:
             residual=stream if layer.tp.rank == 0 else None,  # the all-reduce must add it once
             shared=self.shared,
         )
-        return Residual.from_summand(summand, layer.tp)
+        return Residual.from_partial_sum(partial_sum, layer.tp)

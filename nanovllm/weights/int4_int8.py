@@ -93,7 +93,7 @@ def quantize_8_bits(weight: torch.Tensor) -> Groups:
     return Groups(q.flatten(1), scale, -128 * scale)
 
 
-def _halves(groups: Groups) -> Groups:
+def _split_into_nibbles(groups: Groups) -> Groups:
     """Return 8-bit weights as 4-bit ones [N, 2 K]: the high bits, whose values are centered, and then the low bits."""
     high, low = groups.scale * 16, groups.scale
     return Groups(
@@ -125,7 +125,7 @@ class Int4(WeightFormat):
         groups = quantize_4_bits(self.weight)
         self.is_doubled = groups is None
         if groups is None:
-            groups = _halves(quantize_8_bits(self.weight))
+            groups = _split_into_nibbles(quantize_8_bits(self.weight))
         # The GEMM computes scale * (q - 8) + zero.
         zero = groups.low + 8 * groups.scale
         self.scales = torch.stack([groups.scale, zero], 2).transpose(0, 1).contiguous().bfloat16()
