@@ -1,8 +1,8 @@
 """Parameters that load themselves, and the checkpoint tensors that they load.
 
 A parameter has the attribute `weight_loader(param, loaded, shard_id=None)`, which copies this rank's slice of a whole
-checkpoint tensor. `shard_id` names the shard of a merged parameter. The other attributes are the arguments of
-`make_parameter`, which describe packed weights, scales and zero points.
+checkpoint tensor. `shard_id` names the shard of a merged parameter. `block_of` and `row_block_of` say which part of a
+weight the elements of packed weights, scales and zero points cover, and `storage_of` how their weight is held.
 
 Checkpoints differ in which tensors they merge. Layers declare the separate tensors, and in which merged tensor some
 checkpoints have them.
@@ -29,11 +29,11 @@ WHOLE = 1 << 30
 
 
 class Storage(Enum):
-    """How the checkpoint and the parameters hold a weight."""
+    """How the checkpoint and the parameters hold a weight. If loading quantizes it, it counts as the checkpoint's."""
 
     PLAIN = auto()  # in higher precision in both
-    DEQUANTIZED = auto()  # quantized in the checkpoint, and in higher precision in a plain parameter
-    QUANTIZED = auto()  # quantized in both: in the parameters of a format that has kernels
+    DEQUANTIZED = auto()  # quantized in the checkpoint, in higher precision in its only parameter
+    QUANTIZED = auto()  # quantized in both: its parameters are those of a format that has kernels
 
 
 class _Contents(NamedTuple):

@@ -225,7 +225,7 @@ class QuantizedLoading:
 
         Returns:
             The tensor, as its parameter loads it. If no parameter holds its weight quantized: the dequantized weight if
-            this is its last tensor, and nothing if others are missing. Nothing for a constant.
+            this is its last tensor, and nothing while others are missing. Nothing for a constant.
 
         Raises:
             ValueError: a tensor does not fit the weight. The message has its name.
