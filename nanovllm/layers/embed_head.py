@@ -7,13 +7,14 @@ from torch import nn
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.layers.layer import Layer
 from nanovllm.layers.linear import LinearLayer
 from nanovllm.layers.residual import Normed, Residual, as_normed
 from nanovllm.weights.formats import Plain, Table
 from nanovllm.weights.parameter import CheckpointTensor, check_dtype, check_shape, make_parameter
 
 
-class VocabParallel(nn.Module):
+class VocabParallel(Layer):
     """A layer whose weight has a row for each token of the vocabulary. Each rank holds an equal slice of the rows.
 
     Args:

@@ -2,13 +2,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from nanovllm.layers.layer import Layer
 from nanovllm.layers.linear import PendingGemm
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.weights.parameter import CheckpointTensor, check_shape, make_parameter, select
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Layer):
     """Root mean square norm (arXiv:1910.07467) of a tensor [T, size], or a lazy norm of a residual stream.
 
     The norm of a row-parallel layer's output runs that layer.

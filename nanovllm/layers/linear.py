@@ -15,6 +15,7 @@ from torch import nn
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.layers.layer import Layer
 from nanovllm.layers.residual import Norm, Normed, Residual, as_normed
 from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.fp8.quantize import PendingSwiglu
@@ -35,7 +36,7 @@ from nanovllm.weights.parameter import (
 from nanovllm.weights.row_order import HeadLayout, head_rows
 
 
-class LinearLayer(nn.Module):
+class LinearLayer(Layer):
     """A layer whose weight has a format: loading may change it, and it owns the matmul (see weights/formats.py)."""
 
     format: WeightFormat

@@ -1,15 +1,15 @@
 """The MLP of a dense layer, and of a shared expert."""
 
 import torch
-from torch import nn
 
 from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.layers.layer import Layer
 from nanovllm.layers.linear import GateUpParallelLinear, PendingGemm, RowParallelLinear
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.weights.layer_formats import PLAIN_FORMATS, LayerFormats
 
 
-class MLP(nn.Module):
+class MLP(Layer):
     """down(silu(gate x) * up x) (SwiGLU), split over the ranks by the inner size.
 
     Args:

@@ -8,6 +8,7 @@ from torch import nn
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.layers.layer import Layer
 from nanovllm.layers.linear import ColumnParallelLinear, Shard, divide
 from nanovllm.layers.mlp import MLP
 from nanovllm.layers.residual import Normed, Residual
@@ -76,7 +77,7 @@ def _allocate_aligned(rows: int, columns: int, **options: Any) -> Plain:
     return weight_format
 
 
-class Experts(nn.Module):
+class Experts(Layer):
     """The experts' weights: gate_up_proj [E, 2 I / ranks, H] and down_proj [E, H, I / ranks], split by the inner size.
 
     Checkpoints have three tensors for each expert, or two for all of them. A format may add scales of each.
@@ -158,7 +159,7 @@ class Experts(nn.Module):
         return CheckpointTensor(down, shape, shard_id=expert, target_index=(expert,), merged=part)
 
 
-class SparseMoE(nn.Module):
+class SparseMoE(Layer):
     """The sum of the chosen experts' outputs, weighted, and of a shared expert that every token has.
 
     Args:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
+from nanovllm.layers.layer import Layer
 from nanovllm.ops.attention.paged_cache import KVKind, PagedKV
 from nanovllm.ops.float8 import FP8
 
@@ -29,7 +29,7 @@ class PagedKVSpec:
 
     @property
     def kind(self) -> KVKind:
-        return KVKind(self.num_kv_heads, self.window)
+        return KVKind(self.num_kv_heads, self.window, self.dtype == FP8)
 
     def block_bytes(self, block_size: int) -> int:
         """Return the bytes of one block of `block_size` tokens."""
@@ -74,7 +74,7 @@ class SlotStateSpec:
         ]
 
 
-class StatefulLayer(nn.Module):
+class StatefulLayer(Layer):
     """A layer that keeps state between steps."""
 
     @abstractmethod

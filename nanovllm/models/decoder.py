@@ -11,6 +11,7 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.gated_delta_net import GatedDeltaNet
+from nanovllm.layers.layer import Layer
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import LinearLayer, PendingGemm, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import MLP
@@ -27,7 +28,7 @@ from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
 from nanovllm.weights.row_order import HeadLayout
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Layer):
     def __init__(
         self, config: ModelConfig, index: int, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel
     ):
@@ -86,7 +87,7 @@ def _head_layout(config: ModelConfig, rotary: RotaryEmbedding) -> HeadLayout | N
     return HeadLayout(order, config.attention_gate)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     """A layer that adds attention, or linear attention, and MLP to the residual stream, whose memory it may overwrite.
 
     Norms and row-parallel GEMMs are lazy values (see layers/residual.py and layers/linear.py), so that kernels can fuse
@@ -178,7 +179,7 @@ def _rotary_embeddings(config: ModelConfig, max_position: int) -> list[RotaryEmb
     return [tables[index] for index in first]
 
 
-class Decoder(nn.Module):
+class Decoder(Layer):
     """A decoder-only transformer of any family in registry.py, with uninitialized weights on the default device.
 
     Args:
@@ -227,7 +228,7 @@ class Decoder(nn.Module):
             return
         for module in self.modules():
             if isinstance(module, (LinearLayer, VocabParallelEmbedding)):
-                module.format = with_compression(module.format)
+                module.format = with_compression(module.format, is_head=module is self.lm_head)
 
     def compile_sizes(self, max_tokens: int) -> list[int]:
         """Return the numbers of tokens, up to `max_tokens`, for which kernels are compiled at the start."""

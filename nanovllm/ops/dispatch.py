@@ -30,7 +30,8 @@ class Fp8Kernel(Enum):
 
     GEMV = auto()  # Triton; reads activations as they are; fuses the RMSNorm, the bias, SwiGLU and the residual add
     GEMM = auto()  # Triton; the kernel before it quantizes activations; fuses the bias, SwiGLU and the residual add
-    LIBRARY = auto()  # torch._scaled_mm, with activations quantized in the same way; GEMM unless `uses_scaled_mm`
+    # torch._scaled_mm, with activations quantized in the same way; GEMM where `uses_scaled_mm` returns False
+    LIBRARY = auto()
 
 
 class Adder(Enum):
@@ -82,7 +83,7 @@ TABLE = (
            captured=(16, 32, 64), compiled=(16, 32, 64)),
     # The output of cuBLAS is still in the L2 cache when the next norm adds it.
     Regime(512,   Kernel.LIBRARY, Fp8Kernel.LIBRARY, Adder.NEXT_NORM, Adder.NEXT_NORM,
-           captured=(96, 128, 192, 256, 384, 512), compiled=(256,)),
+           captured=(96, 128, 192, 256, 384, 512), compiled=(128, 256)),
     Regime(2048,  Kernel.LIBRARY, Fp8Kernel.LIBRARY, Adder.LINEAR,    Adder.LINEAR,
            captured=(768, 1024, 1536, 2048), compiled=(2048,)),
     # Such a step takes the GPU longer than the host, so that a graph gains nothing.

@@ -56,6 +56,19 @@ else:
         tl = MagicMock()  # the parameters of kernels are annotated with its attributes
         TensorDescriptor = None
 
+TRITON_VERSION: tuple[int, ...] = (0,)
+if HAVE_TRITON:
+    TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def kernel_constant(value: Any) -> Any:
+    """Return a constant of a module that kernels can read."""
+    return tl.constexpr(value)  # pyright: ignore[reportCallIssue]
+
+
+# Whether kernels run in Triton's interpreter, which knows no inline assembly.
+INTERPRETED = kernel_constant(os.environ.get("TRITON_INTERPRET") == "1")
+
 
 @lru_cache
 def preload_triton() -> Future:

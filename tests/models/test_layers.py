@@ -13,6 +13,7 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.gated_delta_net import GatedDeltaNet, LinearAttentionConfig
+from nanovllm.layers.layer import Layer
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.qk_norm import QKNorm
@@ -406,3 +407,42 @@ def test_ranks_that_do_not_divide_the_heads_of_linear_attention_are_named(size, 
     config = LinearAttentionConfig(size // 2, 2 * size, 16, 16)
     with pytest.raises(ValueError, match=f"tensor_parallel_size={size} does not divide the model's {named}"):
         GatedDeltaNet(config, 8, 1e-6, tp=TensorParallel(0, size))
+
+
+def test_layer_uses_and_lists_the_submodule_that_was_set_last():
+    class Double(Layer):
+        def forward(self, x):
+            return 2 * x
+
+    class Chain(Layer):
+        def __init__(self):
+            self.name = "chain"  # plain attributes may be set before torch's __init__
+            super().__init__()
+            self.part = torch.nn.Identity()
+
+        def forward(self, x):
+            return x if self.part is None else self.part(x)
+
+    chain = Chain()
+    assert chain(3) == 3
+    chain.part = Double()
+    assert chain(3) == 6 and dict(chain.named_children()) == {"part": chain.part}
+    chain.part = None
+    assert chain(3) == 3
+
+
+def test_hooks_of_a_layer_run():
+    class Double(Layer):
+        def forward(self, x):
+            return 2 * x
+
+    layer, seen = Double(), []
+    assert layer(1) == 2
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args: seen.append(args)),
+        layer.register_forward_hook(lambda module, args, result: result + 1),
+    ]
+    assert layer(1) == 3 and seen == [(1,)]
+    for hook in hooks:
+        hook.remove()
+    assert layer(1) == 2

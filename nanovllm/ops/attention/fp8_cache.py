@@ -19,7 +19,9 @@ MIN_SCALE, MAX_SCALE = 2.0**-14, 146.0
 def quantize_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the e4m3 numbers of keys or values [..., Dh], and their scales [...] in float16."""
     x = x.float()
-    scales = (x.abs().amax(-1) / FP8_MAX).clamp(MIN_SCALE, MAX_SCALE).half()
+    amax = x.abs().amax(-1)
+    # A tensor divides exactly, as the kernels do. By a number, a GPU multiplies with the reciprocal.
+    scales = (amax / torch.full_like(amax, FP8_MAX)).clamp(MIN_SCALE, MAX_SCALE).half()
     # Numbers above the bound become NaN in torch.
     return (x * scales.float().reciprocal()[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scales
 

@@ -6,15 +6,13 @@ Kernels must import these names, not this module: Triton's cache knows only the 
 from typing import Any
 
 from nanovllm.ops.sampling import state
-from nanovllm.ops.triton_utils import tl
-
-_constant: Any = tl.constexpr
+from nanovllm.ops.triton_utils import kernel_constant
 
 
 def _offset(field: str) -> Any:
     """Return the offset of a field from the start of a slot's parameters, in int32."""
     fields: Any = state.PARAMS_DTYPE.fields
-    return _constant(fields[field][1] // 4)
+    return kernel_constant(fields[field][1] // 4)
 
 
 SEED = _offset("seed")
@@ -30,12 +28,12 @@ FREQUENCY = _offset("frequency")
 NUM_BIAS = _offset("num_bias")
 STOP_IDS = _offset("stop_ids")
 
-PARAMS_STRIDE = _constant(state.PARAMS_STRIDE)
-MAX_STOP_IDS = _constant(state.MAX_STOP_IDS)
-MAX_COUNT = _constant(state.MAX_COUNT)
+PARAMS_STRIDE = kernel_constant(state.PARAMS_STRIDE)
+MAX_STOP_IDS = kernel_constant(state.MAX_STOP_IDS)
+MAX_COUNT = kernel_constant(state.MAX_COUNT)
 
-HAS_PENALTIES = _constant(state.HAS_PENALTIES)
-HAS_MASK = _constant(state.HAS_MASK)
-HAS_BIAS = _constant(state.HAS_BIAS)
+HAS_PENALTIES = kernel_constant(state.HAS_PENALTIES)
+HAS_MASK = kernel_constant(state.HAS_MASK)
+HAS_BIAS = kernel_constant(state.HAS_BIAS)
 # Not a flag of a slot: the context's length decides. It takes the bit of PROCESSED_LOGPROBS, which the sampler ignores.
-BANS_STOP_IDS = _constant(state.PROCESSED_LOGPROBS)
+BANS_STOP_IDS = kernel_constant(state.PROCESSED_LOGPROBS)
