@@ -72,7 +72,7 @@ class VocabParallelEmbedding(VocabParallel):
 
     def residual(self, input_ids: torch.Tensor) -> Residual:
         """Start the residual stream with the embeddings. Its first norm all-reduces them."""
-        return Residual.from_summand(self.format.rows(input_ids, self.start), self.tp)
+        return Residual.from_partial_sum(self.format.rows(input_ids, self.start), self.tp)
 
     def differs(self, loaded: torch.Tensor) -> torch.Tensor:
         """Return whether the weight has other values than `loaded`, as a bool on the weight's device."""

@@ -21,9 +21,10 @@ from nanovllm.weights.parameter import (
     MergedTensor,
     ShardId,
     block_of,
+    blocks_covering,
     check_shape,
-    in_blocks,
     row_block_of,
+    splits_block,
 )
 
 
@@ -101,7 +102,7 @@ class Experts(Layer):
         self.rank_inner_size = size  # I / ranks
         # The gates of an expert; its ups have the same rows.
         self.shard = Shard("gate_proj", total=self.inner_size, start=tp.rank * size, size=size)
-        sizes = ExpertSizes(self.num_experts, hidden_size, size, self.shard.alignment(offset=size))
+        sizes = ExpertSizes(self.num_experts, hidden_size, size, self.shard.row_alignment(offset=size))
         allocate = formats.experts()
         self.format = allocate(sizes, dtype=dtype, load_gate_up=self.load_gate_up, load_down=self.load_down)
         for end, (gate_up, down) in self.format.parameters.items():
@@ -126,7 +127,7 @@ class Experts(Layer):
     def _down_slice(self, down: nn.Parameter) -> tuple[tuple[int, int], slice]:
         """Return the shape of the tensor of one expert's down projection, and the columns that this rank loads."""
         start, block = self.shard.start, block_of(down)[1]
-        columns = in_blocks(slice(start, start + self.rank_inner_size), self.inner_size, block)
+        columns = blocks_covering(slice(start, start + self.rank_inner_size), self.inner_size, block)
         return (down.shape[1], ceil_div(self.inner_size, block)), columns
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
@@ -146,11 +147,12 @@ class Experts(Layer):
         """Return the target of one expert's gate or up, which is a part of the tensor `merged` in some checkpoints."""
         rows, columns = self._gate_shape(gate_up)
         size = self.rank_inner_size // row_block_of(gate_up)
-        part = None
+        block, total, part = block_of(gate_up)[0], 2 * self.inner_size, None
+        half_rows = slice(half * self.inner_size, (half + 1) * self.inner_size)
         # Otherwise a block of the merged tensor has rows of gate and of up.
-        if self.inner_size % block_of(gate_up)[0] == 0:
-            location = expert, slice(half * rows, (half + 1) * rows)
-            part = MergedTensor(merged, (self.num_experts, 2 * rows, columns), location)
+        if not splits_block(half_rows, total, block):
+            location = expert, blocks_covering(half_rows, total, block)
+            part = MergedTensor(merged, (self.num_experts, ceil_div(total, block), columns), location)
         target = expert, slice(half * size, (half + 1) * size)
         return CheckpointTensor(gate_up, (rows, columns), shard_id=(expert, half), target_index=target, merged=part)
 
@@ -193,7 +195,7 @@ class SparseMoE(Layer):
             x = x.computed()
         ids, weights, gate = self.gate.choose(x)
         # The shared expert runs now: the kernel that sums the experts of a token reads its output.
-        shared = None if self.shared_expert is None else (self.shared_expert(x).summand(), gate)
+        shared = None if self.shared_expert is None else (self.shared_expert(x).partial_sum(), gate)
         return LazyExperts(self.experts, x, ids, weights, shared)
 
     def compile_sizes(self, max_tokens: int) -> list[int]:
@@ -218,7 +220,7 @@ class LazyExperts:
         """Run the experts and add them to the residual stream, whose memory may be overwritten."""
         layer, (x, norm) = self.layer, self.x
         stream = residual.complete()
-        summand = layer.format.run(
+        partial_sum = layer.format.run(
             x,
             self.ids,
             self.weights,
@@ -226,4 +228,4 @@ class LazyExperts:
             residual=stream if layer.tp.rank == 0 else None,  # the all-reduce must add it once
             shared=self.shared,
         )
-        return Residual.from_summand(summand, layer.tp)
+        return Residual.from_partial_sum(partial_sum, layer.tp)

@@ -37,7 +37,7 @@ class Residual:
         x: [T, hidden_size].
         tp: the tensor-parallel group.
         base: None, or [T, hidden_size], the same on every rank.
-        is_partial: whether x is only this rank's summand.
+        is_partial: whether x is only this rank's partial sum.
     """
 
     x: torch.Tensor
@@ -46,9 +46,9 @@ class Residual:
     is_partial: bool = False
 
     @classmethod
-    def from_summand(cls, summand: torch.Tensor, tp: TensorParallel) -> "Residual":
-        """Start a residual stream with the all-reduce of `summand` [T, hidden_size]."""
-        return cls(summand, tp, is_partial=tp.size > 1)
+    def from_partial_sum(cls, partial_sum: torch.Tensor, tp: TensorParallel) -> "Residual":
+        """Start a residual stream with the all-reduce of `partial_sum` [T, hidden_size]."""
+        return cls(partial_sum, tp, is_partial=tp.size > 1)
 
     def __add__(self, x: torch.Tensor) -> "Residual":
         """Add a tensor that is the same on every rank. Lazy values define the addition themselves."""

@@ -186,6 +186,12 @@ def launch_options(device: torch.device) -> dict[str, bool]:
 
 
 @triton.jit
+def ordered_int(bits):
+    """Map the int32 bits of a float32 to an int32 of the same order. The map is its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
 def launch_dependents(PDL: tl.constexpr):
     """Allow the next kernel to start. Call this early if `wait_for_inputs` comes too late for that."""
     if PDL:

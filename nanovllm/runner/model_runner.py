@@ -30,7 +30,7 @@ from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.forward import Forward, LogprobTensors
 from nanovllm.runner.state_pool import StatePool, StateSizes
 from nanovllm.utils.heap import trim_heap
-from nanovllm.weights.parameter import is_scale
+from nanovllm.weights.parameter import Storage, storage_of
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,8 @@ class ModelRunner:
                 max_position=self.max_model_len,
             )
         scheme = source.config.quantization
-        if scheme is not None and self.tp.rank == 0 and not any(map(is_scale, self.model.parameters())):
+        storages = set(map(storage_of, self.model.parameters()))
+        if scheme is not None and self.tp.rank == 0 and Storage.QUANTIZED not in storages:
             logger.info(
                 "%s weights are dequantized to %s: no kernel on %s computes with them",
                 scheme.name.upper(),

@@ -107,7 +107,7 @@ def quantize_8_bits(weight: torch.Tensor) -> Groups:
     return Groups(q.flatten(1), scale, -128 * scale)
 
 
-def _halves(groups: Groups) -> Groups:
+def _split_into_nibbles(groups: Groups) -> Groups:
     """Return 8-bit weights as 4-bit ones [N, 2 K]: the high bits, whose values are centered, and then the low bits."""
     high, low = groups.scale * 16, groups.scale
     return Groups(
@@ -128,7 +128,7 @@ class WeightToCompress(Plain):
         return self._with_8_bits() if groups is None else Int4(self, groups)
 
     def _with_8_bits(self) -> WeightFormat:
-        return Int4(self, _halves(quantize_8_bits(self.weight)), is_doubled=True)
+        return Int4(self, _split_into_nibbles(quantize_8_bits(self.weight)), is_doubled=True)
 
 
 class HeadToCompress(WeightToCompress):
