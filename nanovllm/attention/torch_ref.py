@@ -9,9 +9,11 @@ from nanovllm.attention.base import AttentionBackend, Context, PagedKV
 from nanovllm.ops.attention.paged_cache import KVKind
 from nanovllm.ops.attention.reference import (
     DecodeGatherPlan,
+    DecodeRun,
     PrefillGatherPlan,
     attend_gathered,
     attend_sequence,
+    find_run,
     gather,
     gather_kv,
     plan_decode_gather,
@@ -26,20 +28,19 @@ class TorchPlans:
     Attributes:
         decode: by the kind of the cache, the plan of all decode rows.
         prefill: by the kind of the cache, the plan of each prefill row.
-        views: by the kind of the cache, the first token of `_view` in the flattened cache; None if there is no view.
         rotations: by the id of the table of RoPE, the factors of `_rotation`.
     """
 
-    decode: dict[KVKind, DecodeGatherPlan] = field(default_factory=dict)
+    decode: dict[KVKind, DecodeRun | DecodeGatherPlan] = field(default_factory=dict)
     prefill: dict[KVKind, list[PrefillGatherPlan]] = field(default_factory=dict)
-    views: dict[KVKind, int | None] = field(default_factory=dict)
     rotations: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class TorchBackend(AttentionBackend):
     """Gather each row's KV, then call scaled_dot_product_attention: once for all decode rows, once per prefill row.
 
-    A single sequence whose blocks follow each other is not gathered. The layers of a step share the factors of RoPE.
+    A single sequence whose tokens are side by side in the cache is not gathered. The layers of a step share the factors
+    of RoPE.
 
     In each step, the first layer of each kind plans the indices to gather. The buffers for gathered K and V are reused:
     on a CPU, page faults of new buffers of some MB would take longer than attention.
@@ -58,41 +59,30 @@ class TorchBackend(AttentionBackend):
         is_plain = transform.q_weight is None and transform.query_scale is None and kv.scales is None
         if qkv.dtype != torch.float32 or not is_plain:
             return super().store_and_attend(qkv, transform, positions, kv, scale, ctx, last)
-        num_heads, kv_heads = transform.num_heads, kv.kv_heads
-        halves = qkv.view(len(qkv), -1, 2, transform.cos_sin.shape[1] // 2)
+        heads = qkv.view(len(qkv), -1, kv.head_dim)
+        q, k, v = heads.split([transform.num_heads, kv.kv_heads, kv.kv_heads], dim=1)
+        halves = heads[:, : -kv.kv_heads].unflatten(2, (2, -1))  # of q and k: [T, H + K, 2, Dh / 2]
         cos, sin = self._rotation(transform.cos_sin, positions, ctx)
-        x = halves[:, :-kv_heads]
-        rotated = torch.addcmul(x * cos, x.flip(2), sin).flatten(2)  # [T, H + K, Dh]
-        shape = -1, kv_heads, rotated.shape[2]
-        kv.k_cache.view(shape).index_copy_(0, ctx.slot_mapping, rotated[:, num_heads:])
-        kv.v_cache.view(shape).index_copy_(0, ctx.slot_mapping, halves[:, -kv_heads:].flatten(2))
-        q = rotated[:, :num_heads]
+        swapped = halves.flip(2)
+        halves.mul_(cos).addcmul_(swapped, sin)
+        k_tokens, v_tokens = kv.tokens
+        k_tokens.index_copy_(0, ctx.slot_mapping, k)
+        v_tokens.index_copy_(0, ctx.slot_mapping, v)
         if last is not None:
             assert ctx.last is not None  # `prepare` has made it
             q, ctx = q[last], ctx.last
-        if ctx.num_decode < len(q):
-            return self.attend(q, kv, scale, ctx)
-        plan = self._decode_plan(q, kv, ctx)
-        k, v = self._view(kv, plan, ctx) or self._gather(kv, plan.indices, q.dtype)
-        return attend_gathered(q, k, v, plan.mask, scale)
+        return self.attend(q, kv, scale, ctx) if ctx.num_decode < len(q) else self._attend_decode(q, kv, scale, ctx)
 
-    @staticmethod
-    def _view(kv: PagedKV, plan: DecodeGatherPlan, ctx: Context) -> tuple[Tensor, Tensor] | None:
-        """Return keys and values [1, K, L, Dh] without a copy; None unless one sequence's tokens lie side by side."""
-        if len(plan.indices) > 1:
-            return None
-        views = ctx.meta.views
-        if kv.kind not in views:
-            first = plan.indices[0, 0]
-            is_one_run = bool((first.diff() == kv.kv_heads).all())
-            views[kv.kind] = int(first[0]) // kv.kv_heads if is_one_run else None
-        start = views[kv.kind]
-        if start is None:
-            return None
-        tokens = slice(start, start + plan.indices.shape[2])
-        shape = -1, kv.kv_heads, kv.k_cache.shape[-1]
-        k, v = (cache.view(shape)[tokens].transpose(0, 1)[None] for cache in (kv.k_cache, kv.v_cache))
-        return k, v
+    def _attend_decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context) -> Tensor:
+        plans = ctx.meta.decode
+        if kv.kind not in plans:
+            rows = ctx.decode_rows
+            plans[kv.kind] = find_run(rows, kv) or plan_decode_gather(rows, kv, q.dtype)
+        plan = plans[kv.kind]
+        if isinstance(plan, DecodeRun):
+            k, v = kv.heads
+            return attend_gathered(q, k.narrow(2, *plan), v.narrow(2, *plan), None, scale)
+        return attend_gathered(q, *self._gather(kv, plan.indices, q.dtype), plan.mask, scale)
 
     @staticmethod
     def _rotation(cos_sin: Tensor, positions: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
@@ -107,9 +97,7 @@ class TorchBackend(AttentionBackend):
         return rotations[key]
 
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
-        plan = self._decode_plan(q, kv, ctx)
-        k, v = self._gather(kv, plan.indices, q.dtype)
-        out.copy_(attend_gathered(q, k, v, plan.mask, scale))
+        out.copy_(self._attend_decode(q, kv, scale, ctx))
 
     def prefill(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
         plans = ctx.meta.prefill
@@ -120,13 +108,6 @@ class TorchBackend(AttentionBackend):
             k, v = self._gather(kv, row.indices, q.dtype)
             tokens = slice(row.start, row.end)
             out[tokens] = attend_sequence(q[tokens], k, v, row.mask, scale)
-
-    @staticmethod
-    def _decode_plan(q: Tensor, kv: PagedKV, ctx: Context) -> DecodeGatherPlan:
-        plans = ctx.meta.decode
-        if kv.kind not in plans:
-            plans[kv.kind] = plan_decode_gather(ctx.decode_rows, kv, q.dtype)
-        return plans[kv.kind]
 
     def _gather(self, kv: PagedKV, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Gather from both caches; convert FP8 to `dtype`. The result is valid until the next call."""

@@ -40,7 +40,7 @@ class TritonBackend(AttentionBackend):
         """Plan decode attention, for each kind of cache."""
         rows, plans = ctx.decode_rows, {}
         for kind in ctx.kv_kinds if ctx.num_decode else ():
-            policy = default_split_policy(len(rows), kind.kv_heads, sm_count(rows.slots.device))
+            policy = default_split_policy(len(rows), kind.kv_heads, sm_count(rows.slots.device), kind.is_fp8)
             lens = rows.context_lens.clamp(max=kind.window) if kind.window else rows.context_lens
             plans[kind] = plan_decode_triton(lens, kind.kv_heads, policy)
         return plans

@@ -16,15 +16,17 @@ from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.linear import LinearLayer
 from nanovllm.library_errors import refusing
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.registry import UNUSED_TENSORS, ModelConfig
+from nanovllm.models.families import FAMILIES
+from nanovllm.models.registry import ModelConfig
 from nanovllm.progress import ProgressBar
 from nanovllm.weights.parameter import (
     BAD_SCALE,
     CheckpointTensor,
     MergedTensor,
-    is_quantized_in_checkpoint,
+    Storage,
     is_scale,
     is_valid,
+    storage_of,
 )
 from nanovllm.weights.quantization import QuantizedLoading
 
@@ -59,13 +61,18 @@ def _is_skipped(config: ModelConfig, name: str) -> bool:
 
     Old checkpoints have tensors that the model computes.
     """
-    return name.endswith("rotary_emb.inv_freq") or name.startswith(UNUSED_TENSORS.get(config.model_type, ()))
+    return name.endswith("rotary_emb.inv_freq") or name.startswith(FAMILIES[config.model_type].unused_tensors)
 
 
 def _meta_targets(config: ModelConfig) -> dict[str, CheckpointTensor]:
     """Return the tensors that a checkpoint of this model must have, by name. Allocate nothing."""
     with torch.device("meta"):
         return Decoder(config, tp=TensorParallel()).checkpoint_tensors()
+
+
+def _is_quantized(target: CheckpointTensor) -> bool:
+    """Return whether the checkpoint has one of `_meta_targets` quantized."""
+    return storage_of(target.param) is not Storage.PLAIN
 
 
 def _merged_tensors(targets: Mapping[str, CheckpointTensor]) -> dict[str, dict[str, MergedTensor]]:
@@ -75,6 +82,14 @@ def _merged_tensors(targets: Mapping[str, CheckpointTensor]) -> dict[str, dict[s
         if target.merged is not None:
             merged.setdefault(target.merged.name, {})[name] = target.merged
     return merged
+
+
+def _shapes(
+    targets: Mapping[str, CheckpointTensor], merged: Mapping[str, Mapping[str, MergedTensor]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of separate and merged tensors, by name."""
+    shapes = {name: target.shape for name, target in targets.items()}
+    return shapes | {part.name: part.shape for parts in merged.values() for part in parts.values()}
 
 
 def _unknown_tensor(name: str) -> ValueError:
@@ -106,17 +121,18 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
         raise ValueError(f"the model's num_layers is {config.num_layers}, but the checkpoint has {len(layers)} layers")
     targets = _meta_targets(config)
     merged = _merged_tensors(targets)
-    allowed = {name: target.shape for name, target in targets.items()}
-    allowed |= {part.name: part.shape for parts in merged.values() for part in parts.values()}
+    allowed = _shapes(targets, merged)
     needed, parts_of = list(targets), {name: list(parts) for name, parts in merged.items()}
     if (scheme := config.quantization) is not None:
         # Any matrix may be quantized in the checkpoint, also one that is merged with others that are not.
-        stored = {name: scheme.stored(name, shape) for name, shape in allowed.items() if len(shape) > 1}
-        for tensors in stored.values():
-            allowed |= {name: tensor.shape for name, tensor in tensors.items()}
+        matrices = {name: shape for name, shape in allowed.items() if len(shape) > 1}
+        stored = {name: scheme.stored(name, shape) for name, shape in matrices.items()}
+        for weight, shape in matrices.items():
+            allowed |= {name: tensor.shape for name, tensor in stored[weight].items()}
+            allowed |= {name: tuple(tensor.shape) for name, tensor in scheme.constants(weight, shape).items()}
         needed = []
         for name, target in targets.items():
-            needed += stored[name] if is_quantized_in_checkpoint(target.param) else [name]
+            needed += stored[name] if _is_quantized(target) else [name]
         for name, parts in merged.items():
             if name in stored:
                 rows = zip(stored[name], *(stored[part] for part in parts), strict=True)
@@ -159,7 +175,14 @@ class WeightUpdate:
         self.targets = model.checkpoint_tensors()
         self.merged = _merged_tensors(self.targets)
         scheme = model.config.quantization
-        self.quantized = None if scheme is None else QuantizedLoading(scheme, self.targets, self.merged)
+        self.quantized = None
+        if scheme is not None:
+            self.quantized = QuantizedLoading(scheme, self.targets, self.merged, self._plain_shapes)
+
+    def _plain_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes that the checkpoint's tensors would have if none was quantized."""
+        targets = _meta_targets(self.model.config)
+        return _shapes(targets, _merged_tensors(targets))
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Copy some tensors. Each rank takes its slices. Return their names.
@@ -213,13 +236,10 @@ class WeightUpdate:
             name = _full_name(given)
             if _is_skipped(self.model.config, given):
                 continue
-            if self.quantized is not None:
-                dequantized = self.quantized.dequantize_if_needed(name, loaded)
-                if dequantized is None:
-                    continue
-                name, loaded = dequantized
-            for target, merged in self.merged.get(name, {name: None}).items():
-                yield given, target, merged, loaded
+            ready = {name: loaded} if self.quantized is None else self.quantized.receive(name, loaded)
+            for ready_name, tensor in ready.items():
+                for target, merged in self.merged.get(ready_name, {ready_name: None}).items():
+                    yield given, target, merged, tensor
 
     def _copy(self, name: str, loaded: torch.Tensor) -> None:
         other = _TIED.get(name) if self.model.config.tie_word_embeddings else None
@@ -341,7 +361,7 @@ def dummy_weights(model: Decoder, seed: int) -> Iterator[tuple[str, torch.Tensor
             tensor.normal_(std=0.02, generator=generator)
         else:
             tensor.fill_(target.dummy)
-        if scheme is not None and is_quantized_in_checkpoint(target.param):
+        if scheme is not None and _is_quantized(target):
             yield from scheme.quantize(name, tensor).items()
         else:
             yield name, tensor.to(targets[name].param.dtype)

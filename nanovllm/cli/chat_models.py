@@ -10,7 +10,7 @@ from nanovllm import LLM
 from nanovllm.checks import shown
 from nanovllm.cli.http_stream import base_url, count_tokens, message_of
 from nanovllm.server.events import Event, Text, Thinking
-from nanovllm.server.formats import TextFormat
+from nanovllm.server.text_format import TextFormat
 
 _CONNECT_SECONDS = 10.0
 # How many tokens at the end of a prompt show whether it opens a thinking tag.

@@ -7,13 +7,14 @@ from torch import nn
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.layers.layer import Layer
 from nanovllm.layers.linear import LinearLayer
 from nanovllm.layers.residual import Normed, Residual, as_normed
 from nanovllm.weights.formats import Plain, Table
 from nanovllm.weights.parameter import CheckpointTensor, check_dtype, check_shape, make_parameter
 
 
-class VocabParallel(nn.Module):
+class VocabParallel(Layer):
     """A layer whose weight has a row for each token of the vocabulary. Each rank holds an equal slice of the rows.
 
     Args:
@@ -64,14 +65,14 @@ class VocabParallelEmbedding(VocabParallel):
     ):
         super().__init__(num_embeddings, tp)
         self.weight = make_parameter(self.size, embedding_dim, dtype=dtype, weight_loader=self.weight_loader)
-        self.format: Any = Table(self.weight)  # or what loading makes of it, which has `rows` too
+        self.format: Any = Table(self.weight)  # a WeightFormat that has `rows`, also after loading replaced it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.residual(x).complete()
 
     def residual(self, input_ids: torch.Tensor) -> Residual:
         """Start the residual stream with the embeddings. Its first norm all-reduces them."""
-        return Residual.from_summand(self.format.rows(input_ids, self.start), self.tp)
+        return Residual.from_partial_sum(self.format.rows(input_ids, self.start), self.tp)
 
     def differs(self, loaded: torch.Tensor) -> torch.Tensor:
         """Return whether the weight has other values than `loaded`, as a bool on the weight's device."""

@@ -6,6 +6,7 @@ and all-reduce the partial results. A pair of them needs a single all-reduce (Me
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from torch import nn
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.layers.layer import Layer
 from nanovllm.layers.residual import Norm, Normed, Residual, as_normed
 from nanovllm.ops.dispatch import Adder
-from nanovllm.ops.fp8.quantize import PendingSwiglu
+from nanovllm.ops.fp8.quantize import LazySwiglu
 from nanovllm.utils.context import get_counters
 from nanovllm.weights.formats import AllocateWeight, Plain, WeightFormat
 from nanovllm.weights.parameter import (
@@ -24,16 +26,17 @@ from nanovllm.weights.parameter import (
     MergedTensor,
     ShardId,
     block_of,
+    blocks_covering,
     check_shape,
-    in_blocks,
     make_parameter,
     row_block_of,
     select,
+    splits_block,
 )
 from nanovllm.weights.row_order import HeadLayout, head_rows
 
 
-class LinearLayer(nn.Module):
+class LinearLayer(Layer):
     """A layer whose weight has a format: loading may change it, and it owns the matmul (see weights/formats.py)."""
 
     format: WeightFormat
@@ -76,14 +79,17 @@ class Shard:
         rows = np.arange(self.start, self.start + self.size) if self.order is None else self.order
         return select(loaded, rows[:: row_block_of(param)] // block)
 
-    def alignment(self, offset: int) -> int:
-        """Return the GCD of the start rows of all runs of consecutive checkpoint rows; 0 if all start at row 0.
+    def row_alignment(self, offset: int) -> int:
+        """Return the largest number that divides the first rows of this shard, or 0 if both are row 0.
 
-        The start rows are those in the checkpoint and in the layer, where this shard starts at row `offset`.
+        They are its first row in the checkpoint's tensor and its first row in the layer's weight, `offset`. A shard of
+        the checkpoint's rows 128 to 255 at row 64 of the layer gives 64: blocks of 64 rows, or of 32, are whole in
+        both. If `order` jumps, the same goes for each run of consecutive rows.
         """
         if self.order is None:
             return math.gcd(self.start, offset)
-        starts = np.flatnonzero(np.diff(self.order, prepend=-2) != 1)
+        is_start = np.diff(self.order, prepend=self.order[0]) != 1  # the first row starts a run, too
+        starts = np.flatnonzero(is_start)
         return int(np.gcd.reduce(np.concatenate((starts + offset, self.order[starts]))))
 
 
@@ -119,10 +125,9 @@ class ColumnParallelLinear(LinearLayer):
         for shard_id, shard in shards.items():
             self.rows[shard_id] = slice(rows, rows + shard.size)
             rows += shard.size
-        alignment = math.gcd(*(shard.alignment(self.rows[shard_id].start) for shard_id, shard in shards.items()))
-        self.set_format(
-            allocate_weight(rows, in_features, dtype=dtype, weight_loader=self.weight_loader, alignment=alignment)
-        )
+        alignments = (shard.row_alignment(self.rows[shard_id].start) for shard_id, shard in shards.items())
+        options = {"weight_loader": self.weight_loader, "row_alignment": math.gcd(*alignments)}
+        self.set_format(allocate_weight(rows, in_features, dtype=dtype, **options))
         self.bias = make_parameter(rows, dtype=dtype, weight_loader=self.weight_loader) if bias else None
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId) -> None:
@@ -142,15 +147,18 @@ class ColumnParallelLinear(LinearLayer):
 
     def _merged(self, name: str, param: nn.Parameter) -> dict[ShardId, MergedTensor]:
         """Return the parts of the tensor `name`, which some checkpoints have in place of one for each shard."""
-        block, totals = block_of(param)[0], [shard.total for shard in self.shards.values()]
-        if not self.may_be_merged or any(total % block for total in totals):
+        if not self.may_be_merged:
             return {}
-        parts, start = {}, 0
-        shape = (sum(totals) // block, *param.shape[1:])
-        for shard_id, total in zip(self.shards, totals, strict=True):
-            parts[shard_id] = MergedTensor(name, shape, slice(start, start + total // block))
-            start += total // block
-        return parts
+        block, totals = block_of(param)[0], [shard.total for shard in self.shards.values()]
+        stops = list(accumulate(totals))
+        parts = [slice(stop - total, stop) for stop, total in zip(stops, totals, strict=True)]
+        if any(splits_block(part, stops[-1], block) for part in parts):
+            return {}
+        shape = (ceil_div(stops[-1], block), *param.shape[1:])
+        return {
+            shard_id: MergedTensor(name, shape, blocks_covering(part, stops[-1], block))
+            for shard_id, part in zip(self.shards, parts, strict=True)
+        }
 
     def _target(self, param: nn.Parameter, shard_id: ShardId) -> CheckpointTensor:
         """Return the tensor that fills a shard of `param`."""
@@ -276,8 +284,10 @@ class RowParallelLinear(LinearLayer):
         self.in_features = in_features
         size = divide("input size of a row-parallel layer", in_features, self.tp)
         self.columns = slice(self.tp.rank * size, (self.tp.rank + 1) * size)
-        self.set_format(allocate_weight(out_features, size, dtype=dtype, weight_loader=self.weight_loader, alignment=0))
+        options = {"weight_loader": self.weight_loader, "row_alignment": 0}
+        self.set_format(allocate_weight(out_features, size, dtype=dtype, **options))
         self.bias = make_parameter(out_features, dtype=dtype) if bias else None
+        # For `_add_in_next_norm`: torch computes some GEMMs faster with a bias (ops/linear/linear.py:wants_zero_bias).
         self.zero_bias: torch.Tensor
         self.register_buffer("zero_bias", torch.zeros(out_features, dtype=dtype), persistent=False)
 
@@ -296,15 +306,15 @@ class RowParallelLinear(LinearLayer):
     def _slice(self, param: nn.Parameter) -> tuple[tuple[int, ...], slice]:
         """Return the shape of the whole tensor that `param` loads, and the columns of it that this rank loads."""
         block = block_of(param)[1]
-        columns = in_blocks(self.columns, self.in_features, block)
+        columns = blocks_covering(self.columns, self.in_features, block)
         return (len(param), ceil_div(self.in_features, block)), columns
 
-    def forward(self, x: torch.Tensor | PendingSwiglu) -> "PendingGemm":
-        return PendingGemm(self, self.format.prepare(x))
+    def forward(self, x: torch.Tensor | LazySwiglu) -> "LazyGemm":
+        return LazyGemm(self, self.format.prepare(x))
 
 
 @dataclass(eq=False)
-class PendingGemm:
+class LazyGemm:
     """The output of a row-parallel layer whose GEMM has not run yet. Adding it to the residual stream runs it.
 
     So the GEMM, the all-reduce or the next norm can do the addition. x is what the layer's format made of the input.
@@ -330,19 +340,19 @@ class PendingGemm:
         """Let the GEMM's kernel add, on rank 0 only. With several ranks, the next norm all-reduces."""
         layer, fmt, counters = self.layer, self.layer.format, get_counters()
         if layer.tp.rank == 0:
-            summand = fmt.linear_add(self.x, layer.bias, stream, counters)
+            partial_sum = fmt.linear_add(self.x, layer.bias, stream, counters)
         else:
-            summand = fmt.linear(self.x, counters=counters)
-        return Residual.from_summand(summand, layer.tp)
+            partial_sum = fmt.linear(self.x, counters=counters)
+        return Residual.from_partial_sum(partial_sum, layer.tp)
 
     def _add_in_next_norm(self, stream: torch.Tensor) -> Residual:
         """Run the GEMM only. The next norm adds, and all-reduces with several ranks."""
         layer, fmt = self.layer, self.layer.format
-        bias = self._summand_bias
+        bias = self._rank_bias
         if bias is None and fmt.wants_zero_bias(self.x):
             bias = layer.zero_bias
-        summand = fmt.linear(self.x, bias, counters=get_counters())
-        return Residual(summand, layer.tp, base=stream, is_partial=True)
+        partial_sum = fmt.linear(self.x, bias, counters=get_counters())
+        return Residual(partial_sum, layer.tp, base=stream, is_partial=True)
 
     def _add_in_all_reduce(self, stream: torch.Tensor) -> Residual:
         """Let one kernel do the GEMM, the all-reduce and the addition. Every rank adds the bias to the result."""
@@ -350,7 +360,7 @@ class PendingGemm:
         return Residual(layer.format.linear_add(self.x, layer.bias, stream, peers=layer.tp.peers), layer.tp)
 
     def _add_in_slices(self, stream: torch.Tensor) -> Residual:
-        """Overwrite slices of the stream with summands. Each is sent while the next one is computed. Rank 0 adds."""
+        """Overwrite slices of the stream with partial sums. Send each while the next one is computed. Rank 0 adds."""
         layer, fmt = self.layer, self.layer.format
         overlapped = layer.tp.overlapped
         assert overlapped is not None  # choose_adder has checked this
@@ -359,21 +369,20 @@ class PendingGemm:
                 fmt.linear_add(self.x[tokens], layer.bias, stream[tokens])
             else:
                 fmt.matmul_into(stream[tokens], self.x[tokens])
-        return Residual.from_summand(stream, layer.tp)
+        return Residual.from_partial_sum(stream, layer.tp)
 
     @property
-    def _summand_bias(self) -> torch.Tensor | None:
+    def _rank_bias(self) -> torch.Tensor | None:
         """The bias on rank 0, None on the others: the sum over the ranks must contain it once."""
         return self.layer.bias if self.layer.tp.rank == 0 else None
 
-    def summand(self) -> torch.Tensor:
-        """Run the GEMM without a bias. Return this rank's summand [T, out_features]."""
-        return self.layer.format.linear(self.x, counters=get_counters())
+    def partial_sum(self) -> torch.Tensor:
+        """Run the GEMM. Return this rank's partial sum [T, out_features]."""
+        return self.layer.format.linear(self.x, self._rank_bias, counters=get_counters())
 
     def all_reduce(self, norm: Norm | None = None) -> torch.Tensor:
         """Run the GEMM and the all-reduce. Return the result or its RMSNorm, [T, out_features], on every rank."""
-        summand = self.layer.format.linear(self.x, self._summand_bias, counters=get_counters())
-        return self.layer.tp.all_reduce(summand, norm)
+        return self.layer.tp.all_reduce(self.partial_sum(), norm)
 
 
 def divide(name: str, value: int, tp: TensorParallel) -> int:

@@ -1,15 +1,15 @@
 """The MLP of a dense layer, and of a shared expert."""
 
 import torch
-from torch import nn
 
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.layers.linear import GateUpParallelLinear, PendingGemm, RowParallelLinear
+from nanovllm.layers.layer import Layer
+from nanovllm.layers.linear import GateUpParallelLinear, LazyGemm, RowParallelLinear
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.weights.layer_formats import PLAIN_FORMATS, LayerFormats
 
 
-class MLP(nn.Module):
+class MLP(Layer):
     """down(silu(gate x) * up x) (SwiGLU), split over the ranks by the inner size.
 
     Args:
@@ -39,5 +39,5 @@ class MLP(nn.Module):
             intermediate_size, hidden_size, bias, dtype=dtype, tp=tp, allocate_weight=formats.weight("down_proj")
         )
 
-    def forward(self, x: Normed | Residual) -> PendingGemm:
+    def forward(self, x: Normed | Residual) -> LazyGemm:
         return self.down_proj(self.gate_up_proj(x))

@@ -8,6 +8,7 @@ from torch import nn
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.layers.layer import Layer
 from nanovllm.layers.linear import ColumnParallelLinear, Shard, divide
 from nanovllm.layers.mlp import MLP
 from nanovllm.layers.residual import Normed, Residual
@@ -20,9 +21,10 @@ from nanovllm.weights.parameter import (
     MergedTensor,
     ShardId,
     block_of,
+    blocks_covering,
     check_shape,
-    in_blocks,
     row_block_of,
+    splits_block,
 )
 
 
@@ -61,7 +63,10 @@ class Router(ColumnParallelLinear):
         self.config = config
 
     def choose(self, x: Normed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return the ids and weights of each token's experts, and the shared expert's gate [T, 1] if there is one."""
+        """Return the ids and weights of each token's experts, and the shared expert's gate [T, 1] if there is one.
+
+        The weights are rounded to the dtype of the logits, as in transformers.
+        """
         logits = self(x)
         gate = logits[:, self.rows["shared"]] if "shared" in self.rows else None
         logits = logits[:, self.rows["experts"]]
@@ -75,8 +80,8 @@ def _allocate_aligned(rows: int, columns: int, **options: Any) -> Plain:
     return weight_format
 
 
-class Experts(nn.Module):
-    """The experts' weights: gate_up_proj [E, 2 I / ranks, H] and down_proj [E, H, I / ranks], split by the inner size.
+class Experts(Layer):
+    """The experts' weights: gate_up_proj [E, 2 I / ranks, H] and down_proj [E, H, I / ranks] for an inner size of I.
 
     Checkpoints have three tensors for each expert, or two for all of them. A format may add scales of each.
     """
@@ -93,10 +98,11 @@ class Experts(nn.Module):
         self.tp = tp
         self.num_experts = config.num_experts
         self.inner_size = config.intermediate_size
-        self.rank_inner_size = size = divide("moe_intermediate_size", self.inner_size, tp)
+        size = divide("moe_intermediate_size", self.inner_size, tp)
+        self.rank_inner_size = size  # I / ranks
         # The gates of an expert; its ups have the same rows.
         self.shard = Shard("gate_proj", total=self.inner_size, start=tp.rank * size, size=size)
-        sizes = ExpertSizes(self.num_experts, hidden_size, size, self.shard.alignment(offset=size))
+        sizes = ExpertSizes(self.num_experts, hidden_size, size, self.shard.row_alignment(offset=size))
         allocate = formats.experts()
         self.format = allocate(sizes, dtype=dtype, load_gate_up=self.load_gate_up, load_down=self.load_down)
         for end, (gate_up, down) in self.format.parameters.items():
@@ -121,7 +127,7 @@ class Experts(nn.Module):
     def _down_slice(self, down: nn.Parameter) -> tuple[tuple[int, int], slice]:
         """Return the shape of the tensor of one expert's down projection, and the columns that this rank loads."""
         start, block = self.shard.start, block_of(down)[1]
-        columns = in_blocks(slice(start, start + self.rank_inner_size), self.inner_size, block)
+        columns = blocks_covering(slice(start, start + self.rank_inner_size), self.inner_size, block)
         return (down.shape[1], ceil_div(self.inner_size, block)), columns
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
@@ -141,11 +147,12 @@ class Experts(nn.Module):
         """Return the target of one expert's gate or up, which is a part of the tensor `merged` in some checkpoints."""
         rows, columns = self._gate_shape(gate_up)
         size = self.rank_inner_size // row_block_of(gate_up)
-        part = None
+        block, total, part = block_of(gate_up)[0], 2 * self.inner_size, None
+        half_rows = slice(half * self.inner_size, (half + 1) * self.inner_size)
         # Otherwise a block of the merged tensor has rows of gate and of up.
-        if self.inner_size % block_of(gate_up)[0] == 0:
-            location = expert, slice(half * rows, (half + 1) * rows)
-            part = MergedTensor(merged, (self.num_experts, 2 * rows, columns), location)
+        if not splits_block(half_rows, total, block):
+            location = expert, blocks_covering(half_rows, total, block)
+            part = MergedTensor(merged, (self.num_experts, ceil_div(total, block), columns), location)
         target = expert, slice(half * size, (half + 1) * size)
         return CheckpointTensor(gate_up, (rows, columns), shard_id=(expert, half), target_index=target, merged=part)
 
@@ -156,7 +163,7 @@ class Experts(nn.Module):
         return CheckpointTensor(down, shape, shard_id=expert, target_index=(expert,), merged=part)
 
 
-class SparseMoE(nn.Module):
+class SparseMoE(Layer):
     """The sum of the chosen experts' outputs, weighted, and of a shared expert that every token has.
 
     Args:
@@ -183,12 +190,13 @@ class SparseMoE(nn.Module):
             options = {"dtype": dtype, "tp": tp, "formats": formats.of("shared_expert")}
             self.shared_expert = MLP(hidden_size, config.shared_intermediate_size, **options)
 
-    def forward(self, x: Normed) -> "PendingExperts":
+    def forward(self, x: Normed) -> "LazyExperts":
         if not self.experts.format.fuses_norm(x.x, self.gate.config.experts_per_token):
             x = x.computed()
         ids, weights, gate = self.gate.choose(x)
-        shared = None if self.shared_expert is None else (self.shared_expert(x).summand(), gate)
-        return PendingExperts(self.experts, x, ids, weights, shared)
+        # The shared expert runs now: the kernel that sums the experts of a token reads its output.
+        shared = None if self.shared_expert is None else (self.shared_expert(x).partial_sum(), gate)
+        return LazyExperts(self.experts, x, ids, weights, shared)
 
     def compile_sizes(self, max_tokens: int) -> list[int]:
         """Return the numbers of tokens, up to `max_tokens`, at which the experts' kernels or tiles change."""
@@ -196,7 +204,7 @@ class SparseMoE(nn.Module):
 
 
 @dataclass(eq=False)
-class PendingExperts:
+class LazyExperts:
     """The output of a sparse block whose experts have not run yet. Adding it to the residual stream runs them.
 
     So the kernel that sums the experts of a token also adds the residual.
@@ -212,7 +220,7 @@ class PendingExperts:
         """Run the experts and add them to the residual stream, whose memory may be overwritten."""
         layer, (x, norm) = self.layer, self.x
         stream = residual.complete()
-        summand = layer.format.run(
+        partial_sum = layer.format.run(
             x,
             self.ids,
             self.weights,
@@ -220,4 +228,4 @@ class PendingExperts:
             residual=stream if layer.tp.rank == 0 else None,  # the all-reduce must add it once
             shared=self.shared,
         )
-        return Residual.from_summand(summand, layer.tp)
+        return Residual.from_partial_sum(partial_sum, layer.tp)

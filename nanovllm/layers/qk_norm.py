@@ -2,12 +2,13 @@ import torch
 from torch import nn
 
 from nanovllm.distributed.parallel import TensorParallel
+from nanovllm.layers.layer import Layer
 from nanovllm.layers.linear import QKVParallelLinear
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.weights.parameter import CheckpointTensor, check_shape, make_parameter
 
 
-class QKNorm(nn.Module):
+class QKNorm(Layer):
     """RMSNorm of all query heads together and of all key heads together (Olmo 2), those of other ranks included.
 
     Args:

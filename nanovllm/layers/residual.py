@@ -37,7 +37,7 @@ class Residual:
         x: [T, hidden_size].
         tp: the tensor-parallel group.
         base: None, or [T, hidden_size], the same on every rank.
-        is_partial: whether x is only this rank's summand.
+        is_partial: whether x is only this rank's partial sum.
     """
 
     x: torch.Tensor
@@ -46,9 +46,9 @@ class Residual:
     is_partial: bool = False
 
     @classmethod
-    def from_summand(cls, summand: torch.Tensor, tp: TensorParallel) -> "Residual":
-        """Start a residual stream with the all-reduce of `summand` [T, hidden_size]."""
-        return cls(summand, tp, is_partial=tp.size > 1)
+    def from_partial_sum(cls, partial_sum: torch.Tensor, tp: TensorParallel) -> "Residual":
+        """Start a residual stream with the all-reduce of `partial_sum` [T, hidden_size]."""
+        return cls(partial_sum, tp, is_partial=tp.size > 1)
 
     def __add__(self, x: torch.Tensor) -> "Residual":
         """Add a tensor that is the same on every rank. Lazy values define the addition themselves."""
@@ -59,23 +59,19 @@ class Residual:
         base = None if self.base is None else self.base[tokens]
         return Residual(self.x[tokens], self.tp, base, self.is_partial)
 
-    def complete(self, norm: Norm | None = None) -> torch.Tensor:
-        """Make x the whole stream, and return it or its RMSNorm.
-
-        A partial stream changes: `all_reduce` overwrites x with the sum over the ranks plus `base`.
-        """
-        if not self.is_partial:
-            if norm is None:
-                return self.x
-            weight, eps = norm
-            return rms_norm(self.x, weight, eps)
-        result = self.tp.all_reduce(self.x, norm, self.base)
-        self.base, self.is_partial = None, False
-        return result
+    def complete(self) -> torch.Tensor:
+        """Make x the whole stream, in place, and return it."""
+        return self._all_reduce(norm=None) if self.is_partial else self.x
 
     def normed(self, norm: Norm) -> Normed:
         """Return the RMSNorm of the stream. It is computed now only if the stream needs an all-reduce anyway."""
-        return Normed(self.complete(norm), None) if self.is_partial else Normed(self.x, norm)
+        return Normed(self._all_reduce(norm), None) if self.is_partial else Normed(self.x, norm)
+
+    def _all_reduce(self, norm: Norm | None) -> torch.Tensor:
+        """Overwrite x with its sum over the ranks plus `base`. Return x, or its RMSNorm."""
+        result = self.tp.all_reduce(self.x, norm, self.base)
+        self.base, self.is_partial = None, False
+        return result
 
 
 def as_normed(x: torch.Tensor | Normed | Residual) -> Normed:

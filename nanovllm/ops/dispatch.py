@@ -30,11 +30,12 @@ class Fp8Kernel(Enum):
 
     GEMV = auto()  # Triton; reads activations as they are; fuses the RMSNorm, the bias, SwiGLU and the residual add
     GEMM = auto()  # Triton; the kernel before it quantizes activations; fuses the bias, SwiGLU and the residual add
-    LIBRARY = auto()  # torch._scaled_mm, with activations quantized in the same way; GEMM unless `uses_scaled_mm`
+    # torch._scaled_mm, with activations quantized in the same way; GEMM where `uses_scaled_mm` returns False
+    LIBRARY = auto()
 
 
 class Adder(Enum):
-    """The operation that adds the output of o_proj or down_proj to the residual stream.
+    """Where the output of o_proj or down_proj is added to the residual stream: the operation that fuses the addition.
 
     `choose_adder` in ops/linear/linear.py takes another one where the operands do not fit.
     """
@@ -46,14 +47,14 @@ class Adder(Enum):
 
 
 class Regime(NamedTuple):
-    """A row of the table: the kernels that run for up to `max_tokens` tokens.
+    """A row of the table: the kernels that run in a step of up to `max_tokens` tokens.
 
     Attributes:
-        max_tokens: upper bound, included.
+        max_tokens: upper bound, included. A step of decode rows has a token for each row.
         kernel: computes qkv_proj, gate_up_proj, o_proj, down_proj and lm_head.
         fp8_kernel: computes those of them that have FP8 weights.
         adder, ranks_adder: add the output of o_proj and down_proj to the residual stream, on one rank and on several.
-        one_kernel_attention: one kernel does QK-norm, RoPE, KV store and attention in a step of decode tokens only.
+        one_kernel_attention: one kernel does QK-norm, RoPE, KV store and attention, if the step has decode rows only.
         captured: numbers of tokens of the CUDA graphs for steps with prompt tokens.
         compiled: numbers of tokens for which kernels are compiled at the start, besides the largest step.
     """
@@ -68,24 +69,24 @@ class Regime(NamedTuple):
     compiled: tuple[int, ...] = ()
 
 
-# GEMV is compiled for each number of tokens, GEMM for each power of two. Large weights use GEMM from two tokens on; see
-# GEMV_MAX_PRODUCTS.
-# Above 4 sequences, the other kernels of a step take so long that fusing QK-norm, RoPE and attention gains nothing.
-# Up to 512 tokens, the output of cuBLAS is still in the L2 cache when the next norm adds it.
-# Above 2048 tokens, a step takes the GPU longer than the host, so that a graph gains nothing.
 # fmt: off
 TABLE = (
     #      max_tokens kernel      fp8_kernel         adder            ranks_adder
+    # GEMV is compiled for each number of tokens, and GEMM for each power of two.
     Regime(1,     Kernel.GEMV,    Fp8Kernel.GEMV,    Adder.LINEAR,    Adder.ALL_REDUCE_GEMV,
            one_kernel_attention=True, compiled=(1,)),
+    # Large weights use GEMM from two tokens on; see GEMV_MAX_PRODUCTS.
     Regime(4,     Kernel.GEMV,    Fp8Kernel.GEMM,    Adder.LINEAR,    Adder.ALL_REDUCE_GEMV,
            one_kernel_attention=True, compiled=(2, 4)),
+    # The other kernels of a step take so long from here on that fusing QK-norm, RoPE and attention gains nothing.
     Regime(64,    Kernel.GEMM,    Fp8Kernel.GEMM,    Adder.LINEAR,    Adder.NEXT_NORM,
            captured=(16, 32, 64), compiled=(16, 32, 64)),
+    # The output of cuBLAS is still in the L2 cache when the next norm adds it.
     Regime(512,   Kernel.LIBRARY, Fp8Kernel.LIBRARY, Adder.NEXT_NORM, Adder.NEXT_NORM,
-           captured=(96, 128, 192, 256, 384, 512), compiled=(256,)),
+           captured=(96, 128, 192, 256, 384, 512), compiled=(128, 256)),
     Regime(2048,  Kernel.LIBRARY, Fp8Kernel.LIBRARY, Adder.LINEAR,    Adder.LINEAR,
            captured=(768, 1024, 1536, 2048), compiled=(2048,)),
+    # Such a step takes the GPU longer than the host, so that a graph gains nothing.
     Regime(maxsize, Kernel.LIBRARY, Fp8Kernel.LIBRARY, Adder.LINEAR,  Adder.SLICED_GEMM),
 )
 # fmt: on

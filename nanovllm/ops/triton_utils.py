@@ -56,6 +56,19 @@ else:
         tl = MagicMock()  # the parameters of kernels are annotated with its attributes
         TensorDescriptor = None
 
+TRITON_VERSION: tuple[int, ...] = (0,)
+if HAVE_TRITON:
+    TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def kernel_constant(value: Any) -> Any:
+    """Return a constant of a module that kernels can read."""
+    return tl.constexpr(value)  # pyright: ignore[reportCallIssue]
+
+
+# Whether kernels run in Triton's interpreter, which knows no inline assembly.
+INTERPRETED = kernel_constant(os.environ.get("TRITON_INTERPRET") == "1")
+
 
 @lru_cache
 def preload_triton() -> Future:
@@ -170,6 +183,12 @@ def fits_large_tma_tiles(device: torch.device) -> bool:
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Return the launch options of a kernel in a dependent chain: PDL where the device supports it."""
     return {"PDL": True, "launch_pdl": True} if is_hopper_or_newer(device) else {"PDL": False}
+
+
+@triton.jit
+def ordered_int(bits):
+    """Map the int32 bits of a float32 to an int32 of the same order. The map is its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit

@@ -74,7 +74,7 @@ class ReplicaActor(AsyncLLM):
     async def update(self, version: int, *source: Any) -> None:
         """Update the weights from a path or from lists of `PackedTensor`. Count this as `version`."""
         await self.update_weights(source[0] if isinstance(source[0], str) else _unpack(source))
-        self.llm_engine.weight_version = version
+        self.llm_engine.core.weight_version = version
 
 
 def end_with_raylet() -> None:

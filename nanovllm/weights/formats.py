@@ -1,10 +1,8 @@
 """Weight formats: the memory layout of a linear layer's weight [N, K] or of experts, and the GEMMs that read it.
 
 A format owns its parameters, their conversion after loading, and its GEMMs. The layer owns the bias, the sharding and
-the names in the checkpoint, of which a format gives the last part.
-
-To add a format, subclass WeightFormat: set `parameters`, and write `matmul` for any number of tokens. Override the
-other methods if fused kernels can read the format. A scheme (quantization.py) makes the formats of quantized weights.
+the names in the checkpoint, of which a format gives the last part. A scheme (quantization.py) makes the formats of
+quantized weights. docs/architecture.md says how to add a format.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +13,7 @@ from torch import nn
 
 from nanovllm.ops.comm.peer_memory import PeerMemory
 from nanovllm.ops.dispatch import Adder
-from nanovllm.ops.fp8.quantize import PendingSwiglu
+from nanovllm.ops.fp8.quantize import LazySwiglu
 from nanovllm.ops.inputs.embedding import embedding
 from nanovllm.ops.linear import linear as ops_linear
 from nanovllm.ops.linear.silu_mul import silu_mul
@@ -44,13 +42,16 @@ class WeightFormat(ABC):
         bias: torch.Tensor | None = None,
         norm: tuple[torch.Tensor, float] | None = None,
         counters: torch.Tensor | None = None,
-    ) -> torch.Tensor | PendingSwiglu:
+    ) -> torch.Tensor | LazySwiglu:
         """Return SwiGLU of x, or what the `prepare` of any format takes for it."""
         return self.linear(x, bias, norm=norm, gated=True, counters=counters)
 
-    def prepare(self, x: torch.Tensor | PendingSwiglu) -> Any:
-        """Return x as the other methods of this format read it. Only these look at the result."""
-        return x.computed() if isinstance(x, PendingSwiglu) else x
+    def prepare(self, x: torch.Tensor | LazySwiglu) -> Any:
+        """Return x as the other methods of this format read it.
+
+        Layers do not look into the result, but take slices of its tokens: `result[start:stop]`.
+        """
+        return x.computed() if isinstance(x, LazySwiglu) else x
 
     def matmul_into(self, out: torch.Tensor, x: torch.Tensor) -> None:
         """Write x W^T to `out` [T, N]."""
@@ -110,13 +111,14 @@ class AllocateWeight(Protocol):
         rows, columns: sizes of the weight on this rank.
         dtype: dtype of the activations; torch's default if None.
         weight_loader: loads all parameters.
-        alignment: every run of consecutive checkpoint rows starts at a multiple of this, in the checkpoint and in the
-            layer; 0 if all start at row 0. If it is not a multiple of the rows of a block of scales, a block may
-            straddle two shards, so the parameter needs a row of scales for each row of the weight (`row_block=1`).
+        row_alignment: shards start at multiples of this many rows, or at row 0 if it is 0; see
+            `layers/linear.py:Shard.row_alignment`. Blocks of as many rows, or of a divisor, belong to one shard each.
+            If blocks have another number of rows, a parameter of scales needs a row for each row of the weight
+            (`row_block=1`).
     """
 
     def __call__(
-        self, rows: int, columns: int, *, dtype: torch.dtype | None, weight_loader: WeightLoader, alignment: int
+        self, rows: int, columns: int, *, dtype: torch.dtype | None, weight_loader: WeightLoader, row_alignment: int
     ) -> WeightFormat: ...
 
 
@@ -135,7 +137,7 @@ class Plain(WeightFormat):
 
     @classmethod
     def allocate(
-        cls, rows: int, columns: int, *, dtype: torch.dtype | None, weight_loader: WeightLoader, alignment: int = 0
+        cls, rows: int, columns: int, *, dtype: torch.dtype | None, weight_loader: WeightLoader, row_alignment: int = 0
     ) -> "Plain":
         """Make the parameter [rows, columns]; see AllocateWeight."""
         return cls(make_parameter(rows, columns, dtype=dtype, weight_loader=weight_loader))
@@ -247,13 +249,13 @@ class ExpertSizes(NamedTuple):
 
     Attributes:
         num_experts, hidden, inner: E, H and I.
-        alignment: the alignment of gate and up; see AllocateWeight.
+        row_alignment: that of gate and up; see AllocateWeight.
     """
 
     num_experts: int
     hidden: int
     inner: int
-    alignment: int
+    row_alignment: int
 
 
 class AllocateExperts(Protocol):

@@ -18,15 +18,13 @@ from nanovllm.ops.fp8.linear import (
     linear_all_reduce_fp8,
     linear_fp8,
 )
-from nanovllm.ops.fp8.quantize import PendingSwiglu
+from nanovllm.ops.fp8.quantize import LazySwiglu
 from nanovllm.ops.fp8.reference import BLOCK, Block, dequantize, quantize_weight, scale_shape
 from nanovllm.ops.moe.dispatch import FP8_TILINGS, expert_compile_sizes
 from nanovllm.ops.moe.experts import is_expert_gemv
 from nanovllm.weights.formats import ExpertFormat, ExpertSizes, WeightFormat
-from nanovllm.weights.parameter import WeightLoader, make_parameter
+from nanovllm.weights.parameter import WHOLE, WeightLoader, make_parameter
 from nanovllm.weights.quantization import QuantizationScheme, StoredTensor
-
-WHOLE_ROW = 1 << 30  # columns of a block that has whole rows, more than any weight has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +43,7 @@ class Fp8Scheme(QuantizationScheme):
     @property
     def layout(self) -> str:
         rows, columns = self.block
-        blocks = "row" if columns == WHOLE_ROW else f"{rows} x {columns} values"
+        blocks = "row" if columns == WHOLE else f"{rows} x {columns} values"
         return f"FP8 with a scale *{self.suffix} for each {blocks}"
 
     def scale_name(self, weight_name: str) -> str:
@@ -71,27 +69,27 @@ class Fp8Scheme(QuantizationScheme):
     def has_kernels(self, device: torch.device, dtype: torch.dtype, columns: tuple[int, ...]) -> bool:
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
             return False
-        is_known = dtype in (torch.bfloat16, torch.float16) and self.block in ((BLOCK, BLOCK), (1, WHOLE_ROW))
+        is_known = dtype in (torch.bfloat16, torch.float16) and self.block in ((BLOCK, BLOCK), (1, WHOLE))
         return is_known and all(size % 16 == 0 for size in columns)  # rows of whole 16 bytes
 
     def make_weight(
-        self, rows: int, columns: int, *, dtype: torch.dtype | None, weight_loader: WeightLoader, alignment: int
+        self, rows: int, columns: int, *, dtype: torch.dtype | None, weight_loader: WeightLoader, row_alignment: int
     ) -> WeightFormat:
-        return Fp8(*self._make((rows, columns), weight_loader, alignment), scale_name=self.scale_name("weight"))
+        return Fp8(*self._make((rows, columns), weight_loader, row_alignment), scale_name=self.scale_name("weight"))
 
     def make_experts(
         self, sizes: ExpertSizes, *, dtype: torch.dtype | None, load_gate_up: WeightLoader, load_down: WeightLoader
     ) -> ExpertFormat:
-        num_experts, hidden, inner, alignment = sizes
-        gate_up = self._make((num_experts, 2 * inner, hidden), load_gate_up, alignment)
-        down = self._make((num_experts, hidden, inner), load_down, alignment=0)
+        num_experts, hidden, inner, row_alignment = sizes
+        gate_up = self._make((num_experts, 2 * inner, hidden), load_gate_up, row_alignment)
+        down = self._make((num_experts, hidden, inner), load_down, row_alignment=0)
         return Fp8Experts(gate_up, down, self.suffix)
 
     def _make(
-        self, shape: tuple[int, ...], weight_loader: WeightLoader, alignment: int
+        self, shape: tuple[int, ...], weight_loader: WeightLoader, row_alignment: int
     ) -> tuple[nn.Parameter, nn.Parameter]:
         """Make the parameters of a weight [..., N, K] and of its scales."""
-        row_block = 1 if alignment % self.block[0] else self.block[0]
+        row_block = 1 if row_alignment % self.block[0] else self.block[0]
         scales = make_parameter(
             *scale_shape(shape, (row_block, self.block[1])),
             dtype=torch.float32,
@@ -120,10 +118,10 @@ class Fp8(WeightFormat):
     def linear(self, x, bias=None, norm=None, gated=False, counters=None) -> torch.Tensor:
         return linear_fp8(x, self.weight, self.scale, bias, norm=norm, gated=gated, counters=counters)
 
-    def gate_up(self, x, bias=None, norm=None, counters=None) -> torch.Tensor | PendingSwiglu:
+    def gate_up(self, x, bias=None, norm=None, counters=None) -> torch.Tensor | LazySwiglu:
         return gate_up_fp8(x, self.weight, self.scale, bias, norm=norm, counters=counters)
 
-    def prepare(self, x: torch.Tensor | PendingSwiglu) -> torch.Tensor | PendingSwiglu:
+    def prepare(self, x: torch.Tensor | LazySwiglu) -> torch.Tensor | LazySwiglu:
         return x
 
     def linear_add(self, x, bias, residual, counters=None, peers=None) -> torch.Tensor:

@@ -1,14 +1,15 @@
 """Parameters that load themselves, and the checkpoint tensors that they load.
 
 A parameter has the attribute `weight_loader(param, loaded, shard_id=None)`, which copies this rank's slice of a whole
-checkpoint tensor. `shard_id` names the shard of a merged parameter. The other attributes are the arguments of
-`make_parameter`, which describe weights that are packed, and scales.
+checkpoint tensor. `shard_id` names the shard of a merged parameter. `block_of` and `row_block_of` say which part of a
+weight the elements of packed weights, scales and zero points cover, and `storage_of` how their weight is held.
 
 Checkpoints differ in which tensors they merge. Layers declare the separate tensors, and in which merged tensor some
 checkpoints have them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from enum import Enum, auto
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -23,6 +24,25 @@ WeightLoader: TypeAlias = Callable[..., None]  # see above
 ShardId = str | int  # names a shard of a merged parameter, as in nano-vLLM: "q", "k", "v", 0 or 1
 BAD_SCALE = "has values that are NaN, infinite or negative"
 Index: TypeAlias = slice | tuple[int | slice, ...]  # selects a part of a tensor
+# As the rows or columns of a block: all that a weight has. It is more than any weight has.
+WHOLE = 1 << 30
+
+
+class Storage(Enum):
+    """How the checkpoint and the parameters hold a weight. If loading quantizes it, it counts as the checkpoint's."""
+
+    PLAIN = auto()  # in higher precision in both
+    DEQUANTIZED = auto()  # quantized in the checkpoint, in higher precision in its only parameter
+    QUANTIZED = auto()  # quantized in both: its parameters are those of a format that has kernels
+
+
+class _Contents(NamedTuple):
+    """The contents of a parameter; see `make_parameter` and `Storage`."""
+
+    block: tuple[int, int] = (1, 1)
+    row_block: int = 1
+    is_scale: bool = False
+    storage: Storage = Storage.PLAIN
 
 
 class MergedTensor(NamedTuple):
@@ -102,19 +122,28 @@ def check_dtype(loaded: torch.Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"has dtype {loaded.dtype}, but the model needs {' or '.join(map(str, allowed))}")
 
 
-def in_blocks(part: slice, size: int, block: int) -> slice:
-    """Return the slice of a tensor's blocks that covers rows or columns of a weight.
+def splits_block(part: slice, size: int, block: int) -> bool:
+    """Return whether rows or columns of a weight start or stop inside a block, and are not inside one block.
 
     Args:
         part: the rows or columns.
         size: number of rows or columns that the weight has. Its last block may be smaller than the others.
         block: number of rows or columns in a block.
-
-    Raises:
-        ValueError: `part` has a border inside a block, and is not inside one block.
     """
     is_inside = part.start // block == (part.stop - 1) // block
-    if not is_inside and (part.start % block or (part.stop % block and part.stop < size)):
+    return not is_inside and (part.start % block > 0 or (part.stop % block > 0 and part.stop < size))
+
+
+def blocks_covering(part: slice, size: int, block: int) -> slice:
+    """Return the slice of a tensor's blocks that covers rows or columns of a weight.
+
+    Args:
+        part, size, block: as in `splits_block`.
+
+    Raises:
+        ValueError: `part` splits a block.
+    """
+    if splits_block(part, size, block):
         raise ValueError(
             f"the shard {part.start}:{part.stop} of a weight's {size} rows or columns must start and stop at multiples "
             f"of {block}, the block size of its format; another tensor_parallel_size may do that"
@@ -122,30 +151,33 @@ def in_blocks(part: slice, size: int, block: int) -> slice:
     return slice(part.start // block, ceil_div(part.stop, block))
 
 
+def _contents(param: nn.Parameter) -> _Contents:
+    return getattr(param, "contents", _Contents())
+
+
 def block_of(param: nn.Parameter) -> tuple[int, int]:
     """Return how many rows and columns of a weight one element of the parameter's checkpoint tensor covers."""
-    return getattr(param, "block", (1, 1))
-
-
-def is_scale(param: nn.Parameter) -> bool:
-    """Return whether the parameter has scales of a weight, which are not negative."""
-    return getattr(param, "is_scale", False)
-
-
-def mark_quantized(params: Iterable[nn.Parameter]) -> None:
-    """Remember that the checkpoint has these weights quantized, whatever the dtypes of the parameters are."""
-    for param in params:
-        param.is_quantized_in_checkpoint = not is_scale(param)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def is_quantized_in_checkpoint(param: nn.Parameter) -> bool:
-    """Return whether the checkpoint has the weight quantized, or loading quantizes it."""
-    return getattr(param, "is_quantized_in_checkpoint", False)
+    return _contents(param).block
 
 
 def row_block_of(param: nn.Parameter) -> int:
     """Return how many rows of a weight one element of the parameter covers."""
-    return getattr(param, "row_block", 1)
+    return _contents(param).row_block
+
+
+def is_scale(param: nn.Parameter) -> bool:
+    """Return whether the parameter has scales of a weight, which are not negative."""
+    return _contents(param).is_scale
+
+
+def storage_of(param: nn.Parameter) -> Storage:
+    """Return how the weight is held to which the parameter belongs: itself, packed values, scales or zero points."""
+    return _contents(param).storage
+
+
+def set_storage(param: nn.Parameter, storage: Storage) -> None:
+    """Remember how the weight is held to which the parameter belongs."""
+    param.contents = _contents(param)._replace(storage=storage)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_valid(values: torch.Tensor, is_scale: bool) -> torch.Tensor:
@@ -182,15 +214,14 @@ def make_parameter(
 
     Args:
         block: how many rows and columns of a weight one element of the checkpoint tensor covers: more than (1, 1) for
-            scales, and for weights that have several values in an element.
+            scales, zero points, and weights that have several values in an element. WHOLE stands for all of them.
         row_block: how many rows one element of the parameter covers; block[0] if None. 1 if shards split blocks.
         is_scale: whether the elements are scales. Loading refuses negative ones.
     """
     param = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+    contents = _Contents(block, block[0] if row_block is None else row_block, is_scale)
     param.weight_loader = weight_loader  # pyright: ignore[reportAttributeAccessIssue]
-    param.block = block  # pyright: ignore[reportAttributeAccessIssue]
-    param.row_block = block[0] if row_block is None else row_block  # pyright: ignore[reportAttributeAccessIssue]
-    param.is_scale = is_scale  # pyright: ignore[reportAttributeAccessIssue]
+    param.contents = contents  # pyright: ignore[reportAttributeAccessIssue]
     return param
 
 

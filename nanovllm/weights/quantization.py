@@ -1,15 +1,17 @@
 """Quantization schemes: how checkpoints store quantized weights, and what loading makes of them.
 
-To add one, subclass QuantizationScheme in a module of its own, and enter it in the tables of quantization_config.py.
+docs/architecture.md says how to add a weight format.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import regex
 import torch
+from torch import nn
 
 from nanovllm.checks import shown
 from nanovllm.weights.formats import ExpertFormat, ExpertSizes, Plain, PlainExperts, WeightFormat
@@ -18,12 +20,14 @@ from nanovllm.weights.parameter import (
     FLOATS,
     CheckpointTensor,
     MergedTensor,
+    Storage,
     WeightLoader,
     check_dtype,
     check_shape,
-    is_quantized_in_checkpoint,
     is_valid,
-    mark_quantized,
+    row_block_of,
+    set_storage,
+    storage_of,
 )
 
 # How configs spell the module that the decoder calls "model.x": with a part for text, or as transformers 4 did.
@@ -32,7 +36,11 @@ _MATCH_SECONDS = 5  # a usual pattern takes microseconds, some patterns practica
 
 
 class StoredTensor(NamedTuple):
-    """A tensor that a checkpoint has for a quantized weight. `is_scale` says whether it has scales."""
+    """A tensor that a checkpoint has for a quantized weight: its values, scales or zero points.
+
+    Attributes:
+        is_scale: whether it has scales. Loading refuses negative ones.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -48,7 +56,8 @@ class QuantizationScheme(ABC):
         quantizes: loading also quantizes weights of higher precision.
 
     Attributes:
-        name: the value of the option `quantization` that sets `quantizes`.
+        name: in messages. Also the value of the option `quantization` that sets `quantizes`, if the scheme is in
+            `quantization_config.SCHEMES`.
     """
 
     name: ClassVar[str]
@@ -62,11 +71,26 @@ class QuantizationScheme(ABC):
 
     @abstractmethod
     def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, StoredTensor]:
-        """Return the tensors that the checkpoint has for a weight [..., N, K] of this name, by their names."""
+        """Return the tensors that the checkpoint must have for a weight [..., N, K] of this name, by their names."""
+
+    def constants(self, name: str, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """Return other tensors that the checkpoint may have for the weight, such as its shape, by their names.
+
+        They repeat what the scheme and the model's config say. Loading compares the values, and drops the tensor.
+        """
+        return {}
 
     @abstractmethod
     def weight_name(self, name: str, dtype: torch.dtype) -> str | None:
-        """Return the name of the weight that a checkpoint's tensor belongs to; None if it is not quantized."""
+        """Return the name of the weight that a tensor of `stored` or `constants` belongs to; None if it is neither."""
+
+    def arrange(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a `stored` tensor as its parameter loads it: by rows and columns of the weight.
+
+        It differs from the checkpoint's tensor if that is transposed, or has no dimensions, such as a single scale. The
+        tensor may also have a wrong number of dimensions: return it, and loading refuses it.
+        """
+        return tensor
 
     @abstractmethod
     def quantize(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -85,7 +109,7 @@ class QuantizationScheme(ABC):
 
     @abstractmethod
     def make_weight(
-        self, rows: int, columns: int, *, dtype: torch.dtype | None, weight_loader: WeightLoader, alignment: int
+        self, rows: int, columns: int, *, dtype: torch.dtype | None, weight_loader: WeightLoader, row_alignment: int
     ) -> WeightFormat:
         """Make a weight for the kernels; see AllocateWeight. Its parameters have the names and dtypes of `stored`."""
 
@@ -95,23 +119,37 @@ class QuantizationScheme(ABC):
     ) -> ExpertFormat:
         """Make experts for the kernels; see AllocateExperts."""
 
-    def allocate(self, rows: int, columns: int, *, dtype: torch.dtype | None, **options: Any) -> WeightFormat:
+    def allocate(
+        self, rows: int, columns: int, *, dtype: torch.dtype | None, row_alignment: int, **options: Any
+    ) -> WeightFormat:
         """Make a weight that the checkpoint has quantized, plain where no kernel can read it; see AllocateWeight."""
-        make = self.make_weight if self._is_computed(dtype, columns) else Plain.allocate
-        weight_format = make(rows, columns, dtype=dtype, **options)
-        mark_quantized(weight_format.parameters.values())
+        has_kernels = self._has_kernels_here(dtype, columns)
+        make = self.make_weight if has_kernels else Plain.allocate
+        weight_format = make(rows, columns, dtype=dtype, row_alignment=row_alignment, **options)
+        self._finish(weight_format.parameters.values(), has_kernels, row_alignment)
         return weight_format
 
     def allocate_experts(self, sizes: ExpertSizes, *, dtype: torch.dtype | None, **options: Any) -> ExpertFormat:
         """Make experts that the checkpoint has quantized, plain where no kernel can read them; see AllocateExperts."""
-        is_computed = self._is_computed(dtype, sizes.hidden, sizes.inner)
-        make = self.make_experts if is_computed else PlainExperts.allocate
+        has_kernels = self._has_kernels_here(dtype, sizes.hidden, sizes.inner)
+        make = self.make_experts if has_kernels else PlainExperts.allocate
         expert_format = make(sizes, dtype=dtype, **options)
-        for params in expert_format.parameters.values():
-            mark_quantized(params)
+        gate_up, down = zip(*expert_format.parameters.values(), strict=True)
+        self._finish(gate_up, has_kernels, sizes.row_alignment)
+        self._finish(down, has_kernels, row_alignment=0)
         return expert_format
 
-    def _is_computed(self, dtype: torch.dtype | None, *columns: int) -> bool:
+    def _finish(self, params: Iterable[nn.Parameter], has_kernels: bool, row_alignment: int) -> None:
+        """Mark the parameters of a weight. Raise ValueError if a shard could split one of their blocks of rows."""
+        for param in params:
+            if row_alignment % row_block_of(param):
+                raise ValueError(
+                    f"shards that start at multiples of {row_alignment} rows split the blocks of {row_block_of(param)} "
+                    f"rows in a weight in {self.layout}; another tensor_parallel_size may not"
+                )
+            set_storage(param, Storage.QUANTIZED if has_kernels else Storage.DEQUANTIZED)
+
+    def _has_kernels_here(self, dtype: torch.dtype | None, *columns: int) -> bool:
         device = torch.get_default_device()
         # On "meta", all weights are plain: `check_shapes` and `dummy_weights` ask the scheme what a checkpoint has.
         return device.type != "meta" and self.has_kernels(device, dtype or torch.get_default_dtype(), columns)
@@ -143,6 +181,12 @@ class QuantizedLoading:
     Args:
         targets: the targets of the checkpoint's tensors, by name.
         merged: the parts of merged tensors, by the names of these and of the targets.
+        read_shapes: returns the shapes that the checkpoint's tensors, separate and merged, would have if none was
+            quantized, by name. It is called only if they are needed, because it takes time.
+
+    Attributes:
+        kept: the names of the weights that parameters hold quantized.
+        dequantized: the names of the weights that have been dequantized.
     """
 
     def __init__(
@@ -150,49 +194,77 @@ class QuantizedLoading:
         scheme: QuantizationScheme,
         targets: Mapping[str, CheckpointTensor],
         merged: Mapping[str, Mapping[str, MergedTensor]],
+        read_shapes: Callable[[], Mapping[str, tuple[int, ...]]],
     ):
-        self.scheme, self.targets = scheme, targets
-        shapes = {name: target.shape for name, target in targets.items()}
-        shapes |= {name: part.shape for name, parts in merged.items() for part in parts.values()}
-        self.stored = {name: scheme.stored(name, shape) for name, shape in shapes.items() if len(shape) > 1}
-        self.known = shapes.keys()
+        self.scheme, self.targets, self.read_shapes = scheme, targets, read_shapes
+        self.names = targets.keys() | merged.keys()
         self.device = next(iter(targets.values())).param.device
+        params = {name: [target.param] for name, target in targets.items()}
+        params |= {name: [targets[part].param for part in parts] for name, parts in merged.items()}
+        self.kept = {
+            scheme.weight_name(name, group[0].dtype)
+            for name, group in params.items()
+            if all(storage_of(param) is Storage.QUANTIZED for param in group)
+        }
         # By the names of weights and of their tensors.
         self.waiting: dict[str, dict[str, torch.Tensor]] = {}
         self.dequantized: set[str] = set()
 
-    def dequantize_if_needed(self, name: str, loaded: torch.Tensor) -> tuple[str, torch.Tensor] | None:
-        """Return the tensor to load, and its name: the weight if no parameter holds it quantized, or else `loaded`.
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the matrices among the checkpoint's tensors: any of them may be quantized there."""
+        return {name: shape for name, shape in self.read_shapes().items() if len(shape) > 1}
+
+    @cached_property
+    def stored(self) -> dict[str, dict[str, StoredTensor]]:
+        """The tensors that the checkpoint has for each matrix that is quantized, by the names of both."""
+        return {name: self.scheme.stored(name, shape) for name, shape in self.shapes.items()}
+
+    def receive(self, name: str, loaded: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what to load, by name, now that the checkpoint's tensor `loaded` has arrived.
 
         Returns:
-            None if the tensor waits for others of its weight.
+            The tensor, as its parameter loads it. If no parameter holds its weight quantized: the dequantized weight if
+            this is its last tensor, and nothing while others are missing. Nothing for a constant.
 
         Raises:
             ValueError: a tensor does not fit the weight. The message has its name.
         """
         weight_name = self.scheme.weight_name(name, loaded.dtype)
-        stored = self.stored.get(weight_name or "", {})
-        if weight_name is None or name not in stored or stored.keys() <= self.known:
-            return name, loaded
+        if weight_name is None:
+            return {name: loaded}
+        is_kept = weight_name in self.kept
+        if is_kept and name in self.names:
+            arranged = self.scheme.arrange(name, loaded)
+            if arranged is not loaded:
+                _check(name, loaded, self.stored[weight_name][name])
+            return {name: arranged}
+        if weight_name in self.shapes:
+            constant = self.scheme.constants(weight_name, self.shapes[weight_name]).get(name)
+            if constant is not None:
+                _check_constant(name, loaded, constant)
+                return {}
+            if not is_kept and name in self.stored[weight_name]:
+                return self._dequantize_last(weight_name, name, loaded)
+        return {name: loaded}
+
+    def _dequantize_last(self, weight_name: str, name: str, loaded: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the dequantized weight if `loaded` is its last tensor. Otherwise let the tensor wait."""
+        stored = self.stored[weight_name]
         waiting = self.waiting.setdefault(weight_name, {})
         if name in waiting or weight_name in self.dequantized:
             raise ValueError(f"the checkpoint has the tensor {name:.200} twice")
         waiting[name] = loaded
         if waiting.keys() != stored.keys():
-            return None
+            return {}
         del self.waiting[weight_name]
         self.dequantized.add(weight_name)
-        tensors = {}
         for part, expected in stored.items():
-            try:
-                check_dtype(waiting[part], expected.dtype)
-                check_shape(waiting[part], expected.shape)
-                tensors[part] = waiting[part].to(self.device)
-                if expected.is_scale and not is_valid(tensors[part], is_scale=True):
-                    raise ValueError(BAD_SCALE)
-            except ValueError as error:
-                raise ValueError(f"the tensor {part:.200} {error}") from None
-        return weight_name, self.scheme.dequantize(weight_name, tensors)
+            _check(part, waiting[part], expected)
+            waiting[part] = waiting[part].to(self.device)
+            if expected.is_scale and not is_valid(waiting[part], is_scale=True):
+                raise ValueError(f"the tensor {part:.200} {BAD_SCALE}")
+        return {weight_name: self.scheme.dequantize(weight_name, waiting)}
 
     def quantize_if_needed(self, name: str, loaded: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return what to load, by name, for the tensor `loaded`: the tensors of a quantized weight, or else itself.
@@ -200,16 +272,18 @@ class QuantizedLoading:
         Raises:
             ValueError: it should be quantized, but is of higher precision, and the scheme does not quantize it.
         """
-        target = self.targets.get(name)
-        if target is None or not is_quantized_in_checkpoint(target.param) or loaded.dtype not in FLOATS:
+        target = self.targets[name]
+        is_quantized_weight = name in self.kept or storage_of(target.param) is Storage.DEQUANTIZED
+        if not is_quantized_weight or loaded.dtype not in FLOATS:
             return {name: loaded}
         if not self.scheme.quantizes:
-            needed, *_ = self.stored[name].values()
             hint = f"quantization={self.scheme.name!r} quantizes weights while they load"
-            raise ValueError(f"has dtype {loaded.dtype}, but the model needs {needed.dtype}; {hint}")
+            raise ValueError(f"has dtype {loaded.dtype}, but the model needs {self.scheme.layout}; {hint}")
         check_shape(loaded, target.shape)
         tensors = self.scheme.quantize(name, loaded.to(self.device))
-        return tensors if tensors.keys() <= self.targets.keys() else {name: self.scheme.dequantize(name, tensors)}
+        if name not in self.kept:
+            return {name: self.scheme.dequantize(name, tensors)}
+        return {part: self.scheme.arrange(part, tensor) for part, tensor in tensors.items()}
 
     def copy_waiting(self) -> None:
         """Copy the tensors that wait, because the caller may overwrite them."""
@@ -219,3 +293,20 @@ class QuantizedLoading:
     def missing(self) -> dict[str, set[str]]:
         """Return the names of the tensors that each waiting weight lacks."""
         return {weight: self.stored[weight].keys() - tensors.keys() for weight, tensors in self.waiting.items()}
+
+
+def _check(name: str, loaded: torch.Tensor, expected: StoredTensor) -> None:
+    """Raise ValueError with the tensor's name unless dtype and shape are those that the checkpoint must have."""
+    try:
+        check_dtype(loaded, expected.dtype)
+        check_shape(loaded, expected.shape)
+    except ValueError as error:
+        raise ValueError(f"the tensor {name:.200} {error}") from None
+
+
+def _check_constant(name: str, loaded: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise ValueError with the tensor's name unless it has these values."""
+    if loaded.shape != expected.shape or not torch.equal(loaded.to(expected), expected):
+        raise ValueError(
+            f"the tensor {name:.200} is {shown(loaded.tolist())}, but the model needs {shown(expected.tolist())}"
+        )

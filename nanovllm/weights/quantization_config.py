@@ -6,7 +6,8 @@ from typing import Any
 import regex
 
 from nanovllm.checks import shown
-from nanovllm.weights.fp8 import WHOLE_ROW, Block, Fp8Scheme
+from nanovllm.weights.fp8 import Block, Fp8Scheme
+from nanovllm.weights.parameter import WHOLE
 from nanovllm.weights.quantization import QuantizationScheme
 
 _MAX_PATTERN = 500  # characters of a module's name or pattern
@@ -52,7 +53,7 @@ def _read_compressed_tensors(options: dict[str, Any]) -> QuantizationScheme:
     _expect(weights, strategy=("channel", "block"), dynamic=(False, None))
     is_blocks = weights["strategy"] == "block"
     _expect(activations, strategy=("group" if is_blocks else "token",), dynamic=(True,))
-    block = _block(weights, "block_structure") if is_blocks else (1, WHOLE_ROW)
+    block = _block(weights, "block_structure") if is_blocks else (1, WHOLE)
     excluded = _one_pattern(map(_compressed_tensors_pattern, _names(options, "ignore")))
     return Fp8Scheme(block=block, suffix="_scale", excluded=excluded)
 
@@ -108,7 +109,7 @@ _READERS: dict[str, Callable[[dict[str, Any]], QuantizationScheme]] = {
     "fp8": _read_fp8,
     "compressed-tensors": _read_compressed_tensors,
 }
-# What `read_scheme` can read, for messages.
+# The schemes that `read_scheme` reads, for messages.
 SUPPORTED = "FP8 with dynamic activations (quant_method 'fp8' with a weight_block_size, or 'compressed-tensors')"
 # By the value of the option `quantization`, which Config checks.
 SCHEMES: dict[str, QuantizationScheme] = {scheme.name: scheme for scheme in (Fp8Scheme(),)}

@@ -68,16 +68,22 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2-moe", "qwen3-next", "olmo3"])
-@pytest.mark.parametrize("name", VARIANTS)
-def test_tokens_do_not_depend_on_the_schedule(tmp_path, family, name):
-    """The first layer of olmo3 has a window."""
-    model = save_tiny(tmp_path, family)
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, request):
+    """Return a model, prompts, their parameters, and the tokens that they give."""
+    model = save_tiny(tmp_path_factory.mktemp("work"), request.param)
     shared = prompts_of([33], seed=1)[0]
     prompts = prompts_of([3, 20, 70]) + [shared + own for own in prompts_of([1, 7, 15, 16], seed=2)]
     params = [greedy(30), *(SamplingParams(temperature=1.0, seed=i, max_tokens=40 + i, top_k=20) for i in range(6))]
     with engine(model) as llm:
-        want = tokens(llm, prompts, params)
+        return model, prompts, params, tokens(llm, prompts, params)
+
+
+@pytest.mark.parametrize("work", ["qwen3", "qwen2-moe", "qwen3-next", "olmo3"], indirect=True, scope="module")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tokens_do_not_depend_on_the_schedule(work, name):
+    """The first layer of olmo3 has a window."""
+    model, prompts, params, want = work
     with engine(model, **VARIANTS[name]) as llm:
         assert tokens(llm, prompts, params) == want
         assert tokens(llm, prompts, params) == want  # now with a warm prefix cache

@@ -18,7 +18,7 @@ import torch
 from nanovllm import LLM, SamplingParams, StructuredOutputsParams
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.models.registry import PRESETS
+from nanovllm.models.presets import PRESETS
 from nanovllm.outputs import TokenLogprobs
 from tests.engine.reference import load_reference
 from tests.helpers import assert_nothing_held, engine, finish, greedy, prompts_of, sampled, tokens
@@ -576,7 +576,7 @@ def test_a_grammar_that_cannot_be_followed_to_its_end_does_not_look_complete(spe
 def test_many_choices_for_many_samples_are_read_once(speaking):
     choice = [f"{i} apples / +?\n" for i in range(5000)]
     with engine(speaking, max_num_seqs=64) as llm:
-        out = llm.generate(["Hi"], SamplingParams(n=300, seed=3, **structured(choice=choice)), use_tqdm=False)[0]
+        out = llm.generate(["Hi"], SamplingParams(n=100, seed=3, **structured(choice=choice)), use_tqdm=False)[0]
     assert all(sample.text in choice and sample.finish_reason == "stop" for sample in out.outputs)
     assert len({sample.text for sample in out.outputs}) > 30
     with pytest.raises(ValueError, match="choice must have at most 1048576 characters"):
@@ -700,7 +700,7 @@ def test_generate_returns_what_a_callback_has_ended_or_received(model, call):
                 finish(llm)
                 llm.on_step = callback
             elif call == "abort" and len(ids) < 1 and step.batch:
-                ids.append(next(iter(llm.llm_engine.requests)))
+                ids.append(next(iter(llm.llm_engine.core.requests)))
                 llm.abort(ids[0])
 
         llm.on_step = callback
@@ -899,19 +899,25 @@ def random_request(rng):
 
 PRESSED = [
     dict(num_kvcache_blocks=9, max_num_batched_tokens=16, max_num_seqs=5),
-    dict(num_kvcache_blocks=12, overlap=0, max_num_seqs=3),
+    dict(num_kvcache_blocks=9, overlap=0, max_num_seqs=4),
     dict(max_num_batched_tokens=8, max_num_seqs=8, enable_prefix_caching=False),
 ]
 
 
-@pytest.mark.parametrize("place", range(len(PRESSED)))
-def test_mixed_requests_under_pressure_give_the_outputs_of_a_quiet_engine(speaking, place):
-    """Requests with random wishes, some streamed, arriving over time; every one as when it is alone."""
-    rng = random.Random(place)
+@pytest.fixture(scope="module")
+def mixed_requests(speaking):
+    """Return random requests, and the output of each when it is alone."""
+    rng = random.Random(0)
     requests = [random_request(rng) for _ in range(25)]
     with engine(speaking, overlap=0) as llm:
-        alone = [llm.generate([prompt], params, use_tqdm=False)[0] for prompt, params in requests]
-    got, streamed = {}, set()
+        return requests, [llm.generate([prompt], params, use_tqdm=False)[0] for prompt, params in requests]
+
+
+@pytest.mark.parametrize("place", range(len(PRESSED)))
+def test_mixed_requests_under_pressure_give_the_outputs_of_a_quiet_engine(speaking, mixed_requests, place):
+    """Requests with random options, some streamed, arrive over time. Each gives the output of when it is alone."""
+    requests, alone = mixed_requests
+    rng, got, streamed = random.Random(place), {}, set()
     with engine(speaking, **PRESSED[place]) as llm:
         waiting = list(enumerate(requests))
         while waiting or llm.has_unfinished():

@@ -126,6 +126,8 @@ def call_all():
         prefix = shared_prefix.shared_attention_triton(q, kv, rows, 0.1, shared, plan.num_splits)
         decode.decode_attention_triton(q, kv, rows, 0.1, plan=plan, prefix=prefix)
         few, many = (decode_plan.default_decode_config(n, 8, head_dim, cache.itemsize, 132) for n in (4, 400))
+        if fp8:
+            few = many = None
         if group != 3:
             decode.decode_attention_triton(q, kv, rows, 0.1, plan=plan._replace(config=few))
         if group == 4:
@@ -167,6 +169,11 @@ names = {name for name, _ in compiled}
 assert names == {name for name in defined if name.endswith("_kernel")}, names
 kernels = {future.kernel for _, future in compiled}
 assert all(kernel.asm["cubin"] for kernel in kernels)
+fp8_decode = {future.kernel.asm["ptx"] for name, future in compiled if name == "_decode_kernel"}
+fp8_decode = [ptx for ptx in fp8_decode if "e4m3" in ptx]
+loops = [max(ptx.split("$L__BB"), key=lambda block: block.count("mma.sync")) for ptx in fp8_decode]
+moves = [(loop.count("shfl.sync"), loop.count("st.shared")) for loop in loops]
+assert moves and all(shuffles <= 16 and stores <= 8 for shuffles, stores in moves), moves  # see fp8_decode.py
 adds = {future.kernel for name, future in compiled if name == "_add_kernel"}
 assert adds and not any("atom" in kernel.asm["ptx"] for kernel in adds)  # atomic adds of 0 must compile to loads
 assert len(loaders) == len(kernels) and threading.main_thread() not in loaders

@@ -7,7 +7,15 @@ from nanovllm.ops.attention.paged_cache import PagedKV
 from nanovllm.ops.attention.reference import decode_attention_torch, plan_decode_torch
 from nanovllm.ops.float8 import FP8
 from nanovllm.ops.triton_utils import HAVE_TRITON
-from tests.kernels.paged import DEVICE, DTYPES, FP8_DTYPES, assert_close, assert_same, make_paged, plain_attention
+from tests.kernels.paged import (
+    DEVICE,
+    DTYPES,
+    FP8_DTYPES,
+    assert_close,
+    assert_same,
+    make_paged,
+    plain_attention,
+)
 
 needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
 
@@ -112,6 +120,26 @@ def test_triton_dequantises_keys_and_values_in_fp8(
     heads, kv_heads, head_dim, block_size, tile, window, num_splits, dtype
 ):
     contexts = [1, 47, 130]
+    plan = split([min(context, window or context) for context in contexts], kv_heads, num_splits, tile=tile)
+    options = {"window": window, "plan": plan, "fp8": True}
+    check(decode_attention_triton, contexts, heads, kv_heads, head_dim, block_size, dtype, **options)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", FP8_DTYPES[1:])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size", "tile", "window"),
+    [
+        (8, 2, 128, 64, None, 0),  # two tiles in a block, two warps
+        (2, 2, 128, 16, 64, 0),  # a tile is four blocks, four warps
+        (12, 1, 128, 16, 32, 40),  # more heads than the smallest operand has; the window hides whole warps
+        (4, 2, 256, 64, None, 0),
+        (4, 1, 256, 16, 16, 17),  # one warp
+    ],
+)
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_triton_attends_to_words_of_fp8(heads, kv_heads, head_dim, block_size, tile, window, num_splits, dtype):
+    contexts = [1, 17, 47, 130]
     plan = split([min(context, window or context) for context in contexts], kv_heads, num_splits, tile=tile)
     options = {"window": window, "plan": plan, "fp8": True}
     check(decode_attention_triton, contexts, heads, kv_heads, head_dim, block_size, dtype, **options)

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm.ops.fp8.reference import dequantize, experts_fp8_torch, linear_fp8_torch, quantize_weight
 from nanovllm.weights import fp8
-from nanovllm.weights.fp8 import WHOLE_ROW, Fp8Scheme
+from nanovllm.weights.fp8 import Fp8Scheme
+from nanovllm.weights.parameter import WHOLE
 from tests.models.tiny import save_tiny
 
 # The ends of the names of modules that checkpoints keep in higher precision.
@@ -62,7 +63,7 @@ def quantized(weights: dict[str, torch.Tensor], options: dict, kept=KEPT) -> tup
         kept: the ends of names of modules that are not quantized.
     """
     is_blocks = options["quant_method"] == "fp8"
-    block = tuple(options["weight_block_size"]) if is_blocks else (1, WHOLE_ROW)
+    block = tuple(options["weight_block_size"]) if is_blocks else (1, WHOLE)
     suffix = "_scale_inv" if is_blocks else "_scale"
     checkpoint, plain = {}, {}
     for name, tensor in weights.items():

@@ -73,7 +73,7 @@ def test_packed_weight_becomes_plain_for_loading_and_packed_after_it(is_shared):
 
 
 def test_linear_layers_use_the_format_that_they_are_given():
-    def allocate(rows, columns, *, dtype, weight_loader, alignment):
+    def allocate(rows, columns, *, dtype, weight_loader, row_alignment):
         return MinimalFormat(make_parameter(rows, columns, dtype=dtype, weight_loader=weight_loader))
 
     layer = RowParallelLinear(40, 68, tp=TensorParallel(), allocate_weight=allocate)

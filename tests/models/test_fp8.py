@@ -22,9 +22,9 @@ from nanovllm.ops.fp8.reference import (
     quantize_rows_torch,
     quantize_weight,
 )
-from nanovllm.weights.fp8 import WHOLE_ROW, Fp8, Fp8Experts, Fp8Scheme
+from nanovllm.weights.fp8 import Fp8, Fp8Experts, Fp8Scheme
 from nanovllm.weights.layer_formats import LayerFormats
-from nanovllm.weights.parameter import in_blocks
+from nanovllm.weights.parameter import WHOLE, blocks_covering
 from nanovllm.weights.quantization_config import read_scheme
 from tests.models.fp8 import blocks, compressed, quantized, use_references
 from tests.models.tiny import separate_experts, tiny_model
@@ -40,7 +40,7 @@ def fp8_kernels(monkeypatch):
 # -- the formula -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", [(128, 128), (1, 128), (1, WHOLE_ROW), (16, 8), (3, 5)])
+@pytest.mark.parametrize("block", [(128, 128), (1, 128), (1, WHOLE), (16, 8), (3, 5)])
 @pytest.mark.parametrize("shape", [(300, 200), (128, 128), (1, 7), (129, 257), (2, 70, 130)])
 def test_dequantized_weights_equal_the_formula_at_odd_shapes(shape, block):
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +53,7 @@ def test_dequantized_weights_equal_the_formula_at_odd_shapes(shape, block):
     assert torch.equal(dequantize(weight, scale, block, torch.bfloat16), want.bfloat16())
 
 
-@pytest.mark.parametrize("block", [(128, 128), (1, WHOLE_ROW)])
+@pytest.mark.parametrize("block", [(128, 128), (1, WHOLE)])
 def test_quantized_weights_are_as_near_as_three_bits_of_mantissa_allow(block):
     weight = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 300)[:, None]
     weight[3], weight[128:256, :128] = 0, 0
@@ -106,7 +106,7 @@ def test_schemes_of_checkpoints_are_read():
     assert (scheme().block, scheme().scale_name("x.weight")) == ((128, 128), "x.weight_scale_inv")
     assert scheme(weight_block_size=[64, 32]).block == (64, 32)
     rows = read_scheme(ROWS)
-    assert (rows.block, rows.scale_name("x.weight")) == ((1, WHOLE_ROW), "x.weight_scale")
+    assert (rows.block, rows.scale_name("x.weight")) == ((1, WHOLE), "x.weight_scale")
     by_blocks = changed_group(
         weights={"strategy": "block", "block_structure": [128, 128]}, input_activations={"strategy": "group"}
     )
@@ -312,8 +312,8 @@ def test_columns_of_a_rank_that_split_a_block_are_refused():
     config = dataclasses.replace(model_in_fp8("aligned", BLOCKS)[0], intermediate_size=320)
     with pytest.raises(ValueError, match=re.escape("the shard 0:160 of a weight's 320 rows or columns must")):
         Decoder(config, tp=TensorParallel(0, 2))
-    assert in_blocks(slice(256, 300), 300, 128) == slice(2, 3)  # the last block may be smaller
-    assert in_blocks(slice(160, 192), 300, 128) == slice(1, 2)  # within one block
+    assert blocks_covering(slice(256, 300), 300, 128) == slice(2, 3)  # the last block may be smaller
+    assert blocks_covering(slice(160, 192), 300, 128) == slice(1, 2)  # within one block
 
 
 @pytest.mark.usefixtures("fp8_kernels")
@@ -416,7 +416,7 @@ def test_weights_that_no_kernel_can_read_are_dequantized(monkeypatch):
 @pytest.mark.parametrize(("capability", "has_kernels"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
 def test_kernels_read_the_blocks_of_hubs_on_gpus_from_ada_on(capability, has_kernels, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    gpu, bf16, blocks, rows = torch.device("cuda"), torch.bfloat16, Fp8Scheme(), Fp8Scheme(block=(1, WHOLE_ROW))
+    gpu, bf16, blocks, rows = torch.device("cuda"), torch.bfloat16, Fp8Scheme(), Fp8Scheme(block=(1, WHOLE))
     for fp8_scheme in (blocks, rows):
         assert fp8_scheme.has_kernels(gpu, bf16, (48, 64)) == has_kernels
         assert not fp8_scheme.has_kernels(gpu, bf16, (48, 40))
@@ -498,7 +498,7 @@ def test_fault_of_an_fp8_tensor_is_named(layer, computes, monkeypatch):
 def test_weight_of_higher_precision_in_an_fp8_checkpoint_is_refused():
     config, good, plain_checkpoint = model_in_fp8("aligned", BLOCKS)
     with pytest.raises(
-        ValueError, match=r"q_proj.weight has dtype torch.float32, but the model needs torch.float8_e4m3fn"
+        ValueError, match=r"q_proj.weight has dtype torch.float32, but the model needs FP8 with a scale \*_scale_inv"
     ):
         load_weights(Decoder(config), plain_checkpoint.items())
     with pytest.raises(ValueError, match="which the model does not have"):

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.ops.linear.reference import linear_torch
 from nanovllm.weights.formats import Plain, Table
 from nanovllm.weights.int4_int8 import (
     Int4,
+    Int8,
     Int8Table,
     is_supported,
     quantize_4_bits,
@@ -23,8 +25,8 @@ from tests.models.tiny import separate_experts, tiny_model
 needs_gemm = pytest.mark.skipif(not is_supported(), reason="needs AVX2 or AVX512")
 ROWS, COLUMNS = 48, 96
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 144}
-# The largest error of a GEMM whose inputs, scales and output are bfloat16, relative to its largest output.
-BOUND = 0.02
+# The largest error of a GEMM, relative to its largest output. That of 4 bits has inputs, scales and output in bfloat16.
+BOUNDS = {Int4: 0.02, Int8: 0.008}
 
 
 def random_weight(rows=ROWS, columns=COLUMNS):
@@ -92,13 +94,14 @@ def test_other_weights_lose_at_most_half_a_step_of_8_bits():
 
 @needs_gemm
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("is_head", [False, True])
 @pytest.mark.parametrize("num_tokens", [0, 1, 3, 40])
-def test_gemm_is_within_bfloat16_of_the_dequantized_weight(kind, num_tokens):
+def test_gemm_is_near_that_of_the_dequantized_weight(kind, is_head, num_tokens):
     weight, x = quantized(kind), torch.randn(num_tokens, COLUMNS, generator=torch.Generator().manual_seed(1))
-    format = with_compression(Plain(parameter(weight))).finish_loading()
-    assert isinstance(format, Int4) and format.is_doubled == (kind == "Q8_0") and not format.weight.numel()
+    format = with_compression(Plain(parameter(weight)), is_head).finish_loading()
+    assert type(format) is (Int8 if is_head and kind == "Q8_0" else Int4) and not format.weight.numel()
     bias, residual, expected = random_weight()[:, 0], torch.ones(num_tokens, ROWS), F.linear(x, weight)
-    atol = BOUND * float(expected.abs().max()) if num_tokens else 0
+    atol = BOUNDS[type(format)] * float(expected.abs().max()) if num_tokens else 0
     torch.testing.assert_close(format.linear(x), expected, atol=atol, rtol=0)
     torch.testing.assert_close(format.linear(x, bias), expected + bias, atol=atol, rtol=0)
     assert format.linear_add(x, bias, residual) is residual
@@ -106,8 +109,34 @@ def test_gemm_is_within_bfloat16_of_the_dequantized_weight(kind, num_tokens):
 
 
 @needs_gemm
-def test_a_token_does_not_depend_on_the_others():
-    format = with_compression(Plain(parameter(quantized("Q4_1")))).finish_loading()
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_gemm_with_norm_and_swiglu_is_near_the_reference(kind, gated):
+    weight, scales = quantized(kind), torch.tensor([[1e-3], [1.0], [100.0]])
+    x = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(1)) * scales
+    norm, before = (random_weight()[0] + 2, 1e-5), x.clone()
+    format = with_compression(Plain(parameter(weight)), is_head=True).finish_loading()
+    expected = linear_torch(x, weight, norm=norm, gated=gated)
+    atol = 2 * BOUNDS[type(format)] * float(expected.abs().max())
+    torch.testing.assert_close(format.linear(x, norm=norm, gated=gated), expected, atol=atol, rtol=0)
+    assert torch.equal(x, before)
+
+
+@needs_gemm
+def test_8_bits_with_factors_keep_rows_and_columns_of_all_sizes_and_zeros():
+    weight, x = random_weight() * 1.5 ** torch.arange(-24, 24)[:, None], torch.ones(3, COLUMNS)
+    weight[:, 5] *= 30
+    weight[3], weight[:, 7], x[1] = 0, 0, 0
+    format = with_compression(Plain(parameter(weight)), is_head=True).finish_loading()
+    assert isinstance(format, Int8)
+    y, expected = format.linear(x), F.linear(x, weight)
+    assert ((y - expected).abs() <= BOUNDS[Int8] * weight.abs().sum(1)).all() and not y[1].any() and not y[:, 3].any()
+
+
+@needs_gemm
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
+def test_a_token_does_not_depend_on_the_others(kind):
+    format = with_compression(Plain(parameter(quantized(kind))), is_head=True).finish_loading()
     x = random_weight(40)
     torch.testing.assert_close(format.linear(x)[7:8], format.linear(x[7:8]), atol=1e-5, rtol=2**-7)
 
@@ -150,7 +179,7 @@ def test_updated_weights_are_those_of_a_fresh_load(tmp_path, name):
     old, new = (gguf_file(tmp_path, name, seed) for seed in range(2))
     prompts = prompts_of([5, 20, 33])
     with engine(new) as llm:
-        assert formats(llm) == {Int4, Int8Table}
+        assert formats(llm) == {Int4, Int8, Int8Table}
         want = tokens(llm, prompts, greedy(12))
     with engine(old) as llm:
         before = tokens(llm, prompts, greedy(12))
@@ -161,7 +190,7 @@ def test_updated_weights_are_those_of_a_fresh_load(tmp_path, name):
         llm.wake_up()
         llm.update_weights(old)
         assert tokens(llm, prompts, greedy(12)) == before
-        assert formats(llm) == {Int4, Int8Table}
+        assert formats(llm) == {Int4, Int8, Int8Table}
 
 
 @needs_gemm
@@ -187,7 +216,7 @@ def test_trained_weights_update_a_compressed_model(tmp_path):
         want = tokens(llm, prompts_of([5, 20]), greedy(12))
     with engine(gguf_file(tmp_path, "llama", 0)) as llm:
         llm.update_weights((name, tensor.bfloat16()) for name, tensor in separate_experts(model.state_dict()).items())
-        assert formats(llm) == {Int4, Int8Table}
+        assert formats(llm) == {Int4, Int8, Int8Table}
         assert len(tokens(llm, prompts_of([5, 20]), greedy(12))[0]) == len(want[0])
 
 
@@ -207,7 +236,7 @@ def test_prompts_and_decoded_tokens_in_one_step_give_the_same_logprobs(tmp_path)
 @pytest.mark.parametrize("options", [{"dtype": "float32"}, {"dtype": "bfloat16"}])
 def test_a_given_dtype_dequantises_the_weights(tmp_path, options):
     with engine(gguf_file(tmp_path, "llama"), **options) as llm:
-        assert not formats(llm) & {Int4, Int8Table}
+        assert not formats(llm) & {Int4, Int8, Int8Table}
 
 
 @needs_gemm

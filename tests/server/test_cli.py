@@ -24,8 +24,8 @@ from nanovllm.cli.http_stream import Answer
 from nanovllm.cli.main import main
 from nanovllm.config import Config
 from nanovllm.server.events import Text, Thinking
-from nanovllm.server.formats import TextFormat
 from nanovllm.server.options import ServerOptions
+from nanovllm.server.text_format import TextFormat
 from tests.helpers import SOON, assert_nothing_held, finish
 from tests.models.tiny import CHAT_TEMPLATE, save_tiny_with_tokenizer
 from tests.server.scripted_http import scripted_server

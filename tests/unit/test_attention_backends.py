@@ -19,6 +19,7 @@ from nanovllm.layers.rotary_embedding import rope_table
 from nanovllm.ops.attention.paged_cache import KVKind, PagedKV, PagedRows
 from nanovllm.ops.attention.reference import (
     decode_attention_torch,
+    find_run,
     plan_decode_torch,
     prefill_attention_torch,
     rope_decode_torch,
@@ -85,6 +86,31 @@ def test_torch_backend_attends_all_kinds_of_steps(dtype):
     with torch.inference_mode():
         check_step(backend, [300] * 4, [(20, 20)], dtype=dtype)
     check_step(backend, [5], [(4, 4)], dtype=dtype)
+    check_step(backend, [150], [], block_size=256, dtype=dtype, windows=WINDOWS)  # not gathered
+
+
+@pytest.mark.parametrize(
+    ("blocks", "context", "window", "run"),
+    [
+        ([3], 4, 0, (12, 4)),
+        ([3, 4, 5, 9], 10, 0, (12, 10)),  # the context ends before block 9
+        ([3, 4, 5, 9], 13, 0, None),
+        ([9, 4, 5], 11, 0, None),
+        ([9, 4, 5], 11, 7, (16, 7)),  # the window starts after block 9
+        ([9, 4, 5], 11, 6, (17, 6)),
+        ([5, 4], 8, 0, None),
+        ([3, 4], 6, 100, (12, 6)),
+    ],
+)
+def test_tokens_of_one_sequence_are_a_run_if_the_blocks_it_sees_are_side_by_side(blocks, context, window, run):
+    tables = torch.zeros(3, 4, dtype=torch.int32)
+    tables[1, : len(blocks)] = torch.tensor(blocks)
+    kv = PagedKV(torch.zeros(10, 4, 2, 8), torch.zeros(10, 4, 2, 8), window)
+    one, two = (
+        PagedRows(tables, torch.tensor([1] * n, dtype=torch.int32), torch.tensor([context] * n, dtype=torch.int32))
+        for n in (1, 2)
+    )
+    assert find_run(one, kv) == run and find_run(two, kv) is None
 
 
 def test_triton_backend_gives_each_kernel_its_rows(monkeypatch):

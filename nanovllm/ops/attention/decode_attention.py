@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.ops.attention.decode_plan import DecodeConfig, DecodePlan, default_decode_config
+from nanovllm.ops.attention.decode_plan import WORDS_CONFIG, DecodeConfig, DecodePlan, default_decode_config
 from nanovllm.ops.attention.fp8_cache import query_operand
+from nanovllm.ops.attention.fp8_decode import MIN_HEADS, MIN_TOKENS, attend_fp8
 from nanovllm.ops.attention.online_softmax import attend_tile, empty_partials, init_softmax, store_or_merge
 from nanovllm.ops.attention.paged_cache import (
     LOG2E,
@@ -59,8 +60,10 @@ def _decode_kernel(
     KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    WARPS: tl.constexpr,
     WINDOW: tl.constexpr,
     PREFIX: tl.constexpr,
+    WORDS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # KV heads vary fastest, so that programs running together read neighboring memory.
@@ -92,25 +95,33 @@ def _decode_kernel(
     tokens = tl.arange(0, TILE)
     q_offsets = seq.to(tl.int64) * q_seq_stride + (kv_head * GROUP + heads) * q_head_stride
     q_mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    in_block = offsets_in_block(kv_head * HEAD_DIM + dims, BLOCK_SIZE, TILE, KV_HEADS * HEAD_DIM)
     table_ptr = tables_ptr + tl.load(slots_ptr + seq).to(tl.int64) * table_stride
     last_block = (context_len - 1) // BLOCK_SIZE
-    # Load the next tile's block ids one iteration early, so that K and V loads never wait for them.
-    blocks = tile_blocks(table_ptr, first_tile, last_block, BLOCK_SIZE, TILE)
-
-    wait_for_inputs(PDL)
-    q = tl.load(q_ptr + q_offsets[:, None] + dims[None, :], mask=q_mask, other=0.0)
-    q = query_operand(q, scales_ptr)
-    softmax = init_softmax(GROUP_PAD, HEAD_PAD)
-    for tile in tl.range(first_tile, last_tile):
-        next_blocks = tile_blocks(table_ptr, tile + 1, last_block, BLOCK_SIZE, TILE)
-        # Masked V must be zero, a weight of zero is not enough: memory past the context may hold NaN.
-        seen = tile * TILE + tokens < context_len
-        if WINDOW:
-            seen &= tile * TILE + tokens >= context_len - WINDOW
-        loaded = load_tile(cache, blocks, tile, kv_head, in_block, seen, HEAD_DIM, KV_HEADS, BLOCK_SIZE, TILE)
-        softmax = attend_tile(softmax, q, loaded, seen, scale_log2e)
-        blocks = next_blocks
+    if WORDS:
+        wait_for_inputs(PDL)
+        q = tl.load(q_ptr + q_offsets[:, None] + dims[None, :], mask=q_mask, other=0.0)
+        table = (table_ptr, context_len, last_block)
+        tiles = (first_tile, last_tile)
+        softmax = attend_fp8(
+            q, cache, table, tiles, kv_head, scale_log2e, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, WARPS, WINDOW
+        )
+    else:
+        in_block = offsets_in_block(kv_head * HEAD_DIM + dims, BLOCK_SIZE, TILE, KV_HEADS * HEAD_DIM)
+        # Load the next tile's block ids one iteration early, so that K and V loads never wait for them.
+        blocks = tile_blocks(table_ptr, first_tile, last_block, BLOCK_SIZE, TILE)
+        wait_for_inputs(PDL)
+        q = tl.load(q_ptr + q_offsets[:, None] + dims[None, :], mask=q_mask, other=0.0)
+        q = query_operand(q, scales_ptr)
+        softmax = init_softmax(GROUP_PAD, HEAD_PAD)
+        for tile in tl.range(first_tile, last_tile):
+            next_blocks = tile_blocks(table_ptr, tile + 1, last_block, BLOCK_SIZE, TILE)
+            # Masked V must be zero, a weight of zero is not enough: memory past the context may hold NaN.
+            seen = tile * TILE + tokens < context_len
+            if WINDOW:
+                seen &= tile * TILE + tokens >= context_len - WINDOW
+            loaded = load_tile(cache, blocks, tile, kv_head, in_block, seen, HEAD_DIM, KV_HEADS, BLOCK_SIZE, TILE)
+            softmax = attend_tile(softmax, q, loaded, seen, scale_log2e)
+            blocks = next_blocks
 
     num_programs = tl.cdiv(end_tile - start_tile, split_tiles)
     num_splits = num_programs + prefix_splits
@@ -161,15 +172,20 @@ def decode_attention_triton(
     """
     kv.check_queries(q)
     batch, heads, _ = q.shape
-    config = _config_for(q, kv, plan, prefix is not None)
+    words = reads_words(q, kv)
+    config = _config_for(q, kv, plan, words, prefix is not None)
+    cache, min_heads, options = [kv.k_cache, kv.v_cache, kv.scales], MIN_DOT, {}
+    if words:
+        cache = [tensor.view(torch.int32) for tensor in cache if tensor is not None]
+        min_heads = MIN_HEADS
+        if kv.head_dim == 128:  # so that eight programs fit on an SM
+            options = {"maxnreg": 128}
     out = q.new_empty(q.shape) if out is None else out
     counters = q.new_zeros(batch * kv.kv_heads, dtype=torch.int32) if counters is None else counters
     partial, lse = empty_partials(q, plan.num_splits) if prefix is None else (prefix.partial, prefix.lse)
     _decode_kernel[(kv.kv_heads, len(plan.items))](
         q,
-        kv.k_cache,
-        kv.v_cache,
-        kv.scales,
+        *cache,
         rows.block_tables,
         rows.slots,
         rows.context_lens,
@@ -184,22 +200,34 @@ def decode_attention_triton(
         q.stride(1),
         rows.block_tables.stride(0),
         lse.shape[2],
-        GROUP_PAD=max(MIN_DOT, triton.next_power_of_2(heads // kv.kv_heads)),
+        GROUP_PAD=max(min_heads, triton.next_power_of_2(heads // kv.kv_heads)),
         TILE=config.tile,
+        WARPS=config.num_warps,
         WINDOW=kv.window,
         PREFIX=prefix is not None,
+        WORDS=words,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **options,
         **attention_constants(heads, kv),
         **launch_options(q.device),
     )
     return out
 
 
-def _config_for(q: torch.Tensor, kv: PagedKV, plan: DecodePlan, prefix: bool) -> DecodeConfig:
+def reads_words(q: torch.Tensor, kv: PagedKV) -> bool:
+    """Return whether the loop of fp8_decode.py attends: a thread loads 16 numbers, and eight threads 128 of a token."""
+    return kv.is_fp8 and q.dtype != torch.float32 and kv.head_dim % 128 == 0
+
+
+def _config_for(q: torch.Tensor, kv: PagedKV, plan: DecodePlan, words: bool, prefix: bool) -> DecodeConfig:
     if plan.config is not None:
         check_power_of_2("tile", plan.config.tile, MIN_DOT)
+        if words:
+            return plan.config._replace(num_warps=min(plan.config.num_warps, plan.config.tile // MIN_TOKENS))
         return plan.config
+    if words:
+        return WORDS_CONFIG
     return default_decode_config(
         len(q), kv.kv_heads, kv.head_dim, kv.k_cache.itemsize, sm_count(q.device), prefix, shared_memory_bytes(q.device)
     )

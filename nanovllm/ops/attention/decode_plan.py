@@ -33,7 +33,7 @@ class SplitPolicy(NamedTuple):
     min_tokens: int = MIN_SPLIT_TOKENS
 
 
-def default_split_policy(batch: int, kv_heads: int, sm_count: int) -> SplitPolicy:
+def default_split_policy(batch: int, kv_heads: int, sm_count: int, is_fp8: bool = False) -> SplitPolicy:
     """Return the split policy for a batch.
 
     The numbers come from sweeps on an H100 over batches of equal lengths, of the offline workload's lengths, and of a
@@ -44,7 +44,11 @@ def default_split_policy(batch: int, kv_heads: int, sm_count: int) -> SplitPolic
     - At least MANY_PROGRAMS_PER_SM pairs per SM: the same from 0.75 times. No sweep of long sequences had so many.
 
     So few sequences are split, and hardly any reaches the limit of 8 splits, or of 4 in the last case.
+
+    Programs for a cache in FP8 have two warps and few loads in flight; four of them count as one SM.
     """
+    if is_fp8:
+        sm_count *= 4
     pairs = batch * kv_heads
     if pairs < sm_count:
         most = max(8, 4 * sm_count // pairs)  # four times the splits of sequences of equal length
@@ -83,7 +87,8 @@ def default_decode_config(
     heads and devices with less shared memory get a smaller tile. With many programs, two or three share an SM. With
     few, each has an SM to itself and needs more loads in flight.
 
-    Tiles in FP8 (itemsize 1) pass through registers in float16, and through as much shared memory as another stage.
+    Tiles in FP8 (itemsize 1) pass through registers in float16, and through as much shared memory as another stage. The
+    kernel has such tiles only if `reads_words` returns False.
     """
     programs = batch * kv_heads
     tile, num_warps, num_stages = 128, 4, 3
@@ -101,6 +106,10 @@ def default_decode_config(
     while (num_stages - spare) * tile > max_tokens:
         tile //= 2
     return DecodeConfig(max(MIN_DOT, tile), num_warps, num_stages)
+
+
+# For the loop of fp8_decode.py, which has no stages: the fastest of eight settings on an H200.
+WORDS_CONFIG = DecodeConfig(tile=32, num_warps=2, num_stages=1)
 
 
 class DecodePlan(NamedTuple):

@@ -10,7 +10,7 @@ instructions that bfloat16 takes, and its scale multiplies two numbers per instr
 import torch
 
 from nanovllm.ops.float8 import FP8, FP8_MAX
-from nanovllm.ops.triton_utils import tl, triton
+from nanovllm.ops.triton_utils import INTERPRETED, tl, triton
 
 # The smallest float16 with full precision, and the largest scale whose products are finite in float16.
 MIN_SCALE, MAX_SCALE = 2.0**-14, 146.0
@@ -19,7 +19,9 @@ MIN_SCALE, MAX_SCALE = 2.0**-14, 146.0
 def quantize_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the e4m3 numbers of keys or values [..., Dh], and their scales [...] in float16."""
     x = x.float()
-    scales = (x.abs().amax(-1) / FP8_MAX).clamp(MIN_SCALE, MAX_SCALE).half()
+    amax = x.abs().amax(-1)
+    # A tensor divides exactly, as the kernels do. By a number, a GPU multiplies with the reciprocal.
+    scales = (amax / torch.full_like(amax, FP8_MAX)).clamp(MIN_SCALE, MAX_SCALE).half()
     # Numbers above the bound become NaN in torch.
     return (x * scales.float().reciprocal()[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scales
 
@@ -75,7 +77,7 @@ def widen(x, DTYPE: tl.constexpr):
     """Return the e4m3 numbers of a tile in DTYPE, float16 or float32. A tile in another dtype stays as it is."""
     if x.dtype == tl.float8e4nv:
         x = x.to(DTYPE)
-        if x.dtype == tl.float16:
+        if x.dtype == tl.float16 and not INTERPRETED:
             # Without an instruction that it must not move, the compiler would transpose V before the conversion, and so
             # load it from shared memory byte by byte.
             x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float16, is_pure=False, pack=2)

@@ -7,6 +7,7 @@ tiles, or a tile spans whole blocks.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +26,12 @@ class KVKind(NamedTuple):
     Attributes:
         kv_heads: number of KV heads.
         window: as in `PagedKV`.
+        is_fp8: whether the cache is in FP8.
     """
 
     kv_heads: int
     window: int = 0
+    is_fp8: bool = False
 
 
 class PagedKV:
@@ -62,7 +65,7 @@ class PagedKV:
             )
         self.k_cache, self.v_cache, self.window = k_cache, v_cache, window
         _, self.block_size, self.kv_heads, self.head_dim = k_cache.shape
-        self.kind = KVKind(self.kv_heads, window)
+        self.kind = KVKind(self.kv_heads, window, self.is_fp8)
         check_power_of_2("block_size", self.block_size, 1)
         self.scales = scales
         self._check_scales()
@@ -70,6 +73,20 @@ class PagedKV:
     @property
     def is_fp8(self) -> bool:
         return self.k_cache.dtype == FP8
+
+    # Cached: on a CPU, a view takes as long as the arithmetic of a token.
+
+    @cached_property
+    def tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as [num_blocks * block_size, K, Dh]."""
+        shape = -1, self.kv_heads, self.head_dim
+        return self.k_cache.view(shape), self.v_cache.view(shape)
+
+    @cached_property
+    def heads(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as [K, 1, num_blocks * block_size, Dh]."""
+        k, v = self.tokens
+        return k.transpose(0, 1)[:, None], v.transpose(0, 1)[:, None]
 
     def _check_scales(self) -> None:
         scales, shape = self.scales, (len(self.k_cache), self.kv_heads, self.block_size, 2)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from nanovllm.arithmetic import ceil_div
 from nanovllm.ops.attention.decode_plan import DecodePlan, SplitPolicy
 from nanovllm.ops.attention.fp8_cache import dequantize_kv
 from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
@@ -61,8 +62,8 @@ class DecodeGatherPlan(NamedTuple):
     """Locations of the KV of decode sequences: the part of `attend_gathered` that all layers share.
 
     Attributes:
-        indices: [B, K, L], the `cache_indices` of the tokens that the sequences see.
-        mask: [B, 1, 1, L], 0 where there is such a token, else -inf; None if all sequences see L tokens.
+        indices: [B * K, 1, L], the `cache_indices` of the tokens that the sequences see.
+        mask: [B * K, 1, 1, L], 0 where there is such a token, else -inf; None if all sequences see L tokens.
     """
 
     indices: torch.Tensor
@@ -82,21 +83,41 @@ def plan_decode_gather(rows: PagedRows, kv: PagedKV, dtype: torch.dtype) -> Deco
     seen = offsets < lens
     # Repeat the last token past the context: the cache may hold NaN there, which a weight of 0 does not hide.
     positions = contexts - lens + torch.minimum(offsets, lens - 1)  # [B, L]
-    indices = cache_indices(kv, rows.block_tables, slots, positions)
+    indices = cache_indices(kv, rows.block_tables, slots, positions).flatten(0, 1)[:, None]
     if bool(seen.all()):
         return DecodeGatherPlan(indices, None)
     mask = torch.zeros(seen.shape, dtype=dtype, device=slots.device).masked_fill_(~seen, float("-inf"))
-    return DecodeGatherPlan(indices, mask[:, None, None, :])
+    return DecodeGatherPlan(indices, mask.repeat_interleave(kv.kv_heads, 0)[:, None, None, :])
+
+
+class DecodeRun(NamedTuple):
+    """The tokens that one sequence sees, side by side in the cache."""
+
+    start: int
+    num_tokens: int
+
+
+def find_run(rows: PagedRows, kv: PagedKV) -> DecodeRun | None:
+    """Return the tokens that attention need not gather; None unless there is one sequence in blocks side by side."""
+    if len(rows) > 1 or kv.is_fp8:
+        return None
+    context_len = int(rows.context_lens)
+    first = max(0, context_len - kv.window) if kv.window else 0
+    blocks = rows.block_tables[int(rows.slots), first // kv.block_size : ceil_div(context_len, kv.block_size)]
+    if (blocks.diff() != 1).any():
+        return None
+    return DecodeRun(int(blocks[0]) * kv.block_size + first % kv.block_size, context_len - first)
 
 
 def attend_gathered(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """Return attention of q [B, H, Dh] over gathered k and v [B, K, L, Dh], as [B, H, Dh].
+    """Return attention of q [B, H, Dh] over gathered k and v [B * K, 1, L, Dh], as [B, H, Dh].
 
-    The query heads of a KV head take the role of query positions, so that K and V need not be repeated.
+    The query heads of a KV head take the role of query positions, so that K and V need not be repeated. KV heads take
+    the role of sequences, so that the output is contiguous.
     """
-    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[2])
+    grouped = q.reshape(len(k), 1, -1, q.shape[2])
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
 
 

@@ -4,9 +4,10 @@ from functools import lru_cache
 
 import torch
 
+from nanovllm.arithmetic import ceil_div
 from nanovllm.ops.comm.peer_memory import PeerMemory
 from nanovllm.ops.dispatch import Adder, Fp8Kernel, regime_of
-from nanovllm.ops.fp8.quantize import PendingSwiglu, quantize_triton
+from nanovllm.ops.fp8.quantize import LazySwiglu, quantize_triton
 from nanovllm.ops.fp8.scaled_gemm import scaled_gemm_triton
 from nanovllm.ops.linear.gemv import gemv_triton
 from nanovllm.ops.linear.linear import choose_adder
@@ -21,13 +22,23 @@ def has_block_scaled_mm(device: torch.device) -> bool:
     return version >= (12, 9) and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def uses_scaled_mm(x: torch.Tensor | PendingSwiglu, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+# cuBLAS computes tiles of 128 x 128 and does not split K. With fewer tiles than this, for at most 256 tokens, so many
+# SMs are idle that the kernel that splits K is faster. docs/benchmarks.md has the figures.
+MIN_LIBRARY_TILES = 80
+
+
+def uses_scaled_mm(
+    x: torch.Tensor | LazySwiglu, weight: torch.Tensor, scale: torch.Tensor, gated: bool = False
+) -> bool:
     """Return whether torch's GEMM multiplies x with `weight`.
 
     It needs bfloat16, and rows of whole 16 bytes, of values and of scales.
     """
-    dtype = x.gate_up.dtype if isinstance(x, PendingSwiglu) else x.dtype
+    dtype = x.gate_up.dtype if isinstance(x, LazySwiglu) else x.dtype
     if regime_of(len(x)).fp8_kernel is not Fp8Kernel.LIBRARY or dtype != torch.bfloat16:
+        return False
+    num_tiles = ceil_div(len(x), 128) * ceil_div(len(weight), 128)
+    if not gated and len(x) <= 256 and num_tiles < MIN_LIBRARY_TILES:
         return False
     if not weight.is_cuda or len(weight) % 16 or weight.shape[1] % 16:
         return False
@@ -36,7 +47,7 @@ def uses_scaled_mm(x: torch.Tensor | PendingSwiglu, weight: torch.Tensor, scale:
 
 
 def _scaled_mm(
-    x: torch.Tensor | PendingSwiglu,
+    x: torch.Tensor | LazySwiglu,
     weight: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
@@ -53,7 +64,7 @@ def _scaled_mm(
 
 
 def linear_fp8(
-    x: torch.Tensor | PendingSwiglu,
+    x: torch.Tensor | LazySwiglu,
     weight: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -72,7 +83,7 @@ def linear_fp8(
     """
     if regime_of(len(x)).fp8_kernel is Fp8Kernel.GEMV and isinstance(x, torch.Tensor):
         return gemv_triton(x, weight, bias, norm=norm, gated=gated, residual=residual, scale=scale)
-    if not uses_scaled_mm(x, weight, scale):
+    if not uses_scaled_mm(x, weight, scale, gated):
         rows = quantize_triton(x, norm)
         return scaled_gemm_triton(rows, weight, scale, bias, gated=gated, residual=residual, counters=counters)
     y = _scaled_mm(x, weight, scale, bias, norm=norm)
@@ -87,15 +98,15 @@ def gate_up_fp8(
     bias: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
     counters: torch.Tensor | None = None,
-) -> torch.Tensor | PendingSwiglu:
+) -> torch.Tensor | LazySwiglu:
     """Compute `linear_fp8` with SwiGLU. After torch's GEMM, leave SwiGLU to the kernel that quantizes the result."""
-    if uses_scaled_mm(x, weight, scale):
-        return PendingSwiglu(_scaled_mm(x, weight, scale, bias, norm=norm))
+    if uses_scaled_mm(x, weight, scale, gated=True):
+        return LazySwiglu(_scaled_mm(x, weight, scale, bias, norm=norm))
     return linear_fp8(x, weight, scale, bias, norm=norm, gated=True, counters=counters)
 
 
 def linear_add_fp8(
-    x: torch.Tensor | PendingSwiglu,
+    x: torch.Tensor | LazySwiglu,
     weight: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
@@ -120,7 +131,7 @@ def linear_all_reduce_fp8(
 
 
 def choose_adder_fp8(
-    x: torch.Tensor | PendingSwiglu,
+    x: torch.Tensor | LazySwiglu,
     weight: torch.Tensor,
     residual: torch.Tensor,
     ranks: int,

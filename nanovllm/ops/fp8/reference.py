@@ -45,7 +45,8 @@ def quantize_weight(weight: torch.Tensor, block: Block) -> tuple[torch.Tensor, t
     values = weight.float()
     padded = torch.nn.functional.pad(values, (0, -columns % width, 0, -rows % height))
     amax = padded.unflatten(-1, (-1, width)).unflatten(-3, (-1, height)).abs().amax((-3, -1))
-    scale = torch.where(amax > 0, amax / FP8_MAX, 1.0)
+    # A tensor divides exactly. By a number, a GPU multiplies with the reciprocal, and scales would differ from a CPU's.
+    scale = torch.where(amax > 0, amax / torch.full_like(amax, FP8_MAX), 1.0)
     return _to_fp8(values / expand_scale(scale, shape, block)), scale
 
 

@@ -58,21 +58,31 @@ def default_scaled_gemm_config(m: int, n: int, k: int, gated: bool) -> ScaledGem
         return ScaledGemmConfig(64, 64, num_warps=4, num_stages=4)
     if m > 256:
         return ScaledGemmConfig(128, 128, num_warps=4, num_stages=3)
+    if m > 128 and k > 2 * n:
+        return ScaledGemmConfig(128, 64, num_warps=8, num_stages=4, num_splits=2)
+    if m > 128:
+        return ScaledGemmConfig(128, 64, num_warps=4, num_stages=5)
     tiles = ceil_div(m, 64) * ceil_div(n, 64)
     splits = max(1, min(4, 256 // tiles, k // 1024, MAX_TILES // tiles))
     return ScaledGemmConfig(64, 64, num_warps=4, num_stages=6, num_splits=splits)
 
 
 @triton.jit
-def _add_scaled_dot(total, x, weight, x_scale_ptrs, weight_scale_ptrs, SCALES: tl.constexpr):
-    """Add x [BLOCK_M, 128] times weight [BLOCK_N, 128] transposed, times the scales of both, to the total."""
-    x_scale = tl.load(x_scale_ptrs)[:, None]
-    if SCALES == "block":
-        x_scale *= tl.load(weight_scale_ptrs)
-    partial = tl.dot(x, weight.T) * x_scale
+def _load_weight_scale(ptrs, SCALES: tl.constexpr):
+    """Load the scale of a block of the weight, or those of its rows [BLOCK_N]; 1 if they are not by block."""
+    scale = 1.0
+    if SCALES != "row":
+        scale = tl.load(ptrs)
+    return scale
+
+
+@triton.jit
+def _scaled_dot(x, weight, x_scale, weight_scale, SCALES: tl.constexpr):
+    """Return x [BLOCK_M, 128] times weight [BLOCK_N, 128] transposed, times the scales of both."""
     if SCALES == "row_block":
-        partial *= tl.load(weight_scale_ptrs)[None, :]
-    return total + partial
+        return tl.dot(x, weight.T) * x_scale[:, None] * weight_scale[None, :]
+    else:
+        return tl.dot(x, weight.T) * (x_scale * weight_scale)[:, None]
 
 
 @triton.jit
@@ -143,13 +153,21 @@ def _scaled_gemm_kernel(
         up_scale_ptrs = block_scale_ptrs(scale_ptr, N + n, num_rows, K, BLOCK_N, SCALES)
         y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        x_scale = tl.load(x_scale_ptrs + first * x_scale_stride)
+        scale = _load_weight_scale(scale_ptrs + first, SCALES)
+        up_scale = _load_weight_scale(up_scale_ptrs + first, SCALES)
         for block in range(first, last):
+            # Load the next block's scales one iteration early. The pipeline of the dot products does not include them.
+            following = tl.minimum(block + 1, last - 1)
+            next_x_scale = tl.load(x_scale_ptrs + following * x_scale_stride)
+            next_scale = _load_weight_scale(scale_ptrs + following, SCALES)
+            next_up_scale = _load_weight_scale(up_scale_ptrs + following, SCALES)
             k = block * BLOCK_K
             x = x_desc.load([m, k])
-            x_scales = x_scale_ptrs + block * x_scale_stride
-            y = _add_scaled_dot(y, x, weight_desc.load([n, k]), x_scales, scale_ptrs + block, SCALES)
+            y += _scaled_dot(x, weight_desc.load([n, k]), x_scale, scale, SCALES)
             if GATED:
-                up = _add_scaled_dot(up, x, weight_desc.load([N + n, k]), x_scales, up_scale_ptrs + block, SCALES)
+                up += _scaled_dot(x, weight_desc.load([N + n, k]), x_scale, up_scale, SCALES)
+            x_scale, scale, up_scale = next_x_scale, next_scale, next_up_scale
         is_last = True
         if SPLIT:
             y, is_last = reduce_splits(y, partial_ptr, counter_ptr, tile, split, num_splits)

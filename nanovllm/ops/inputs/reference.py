@@ -23,13 +23,15 @@ def step_inputs_torch(
     sampling: SamplingState,
 ) -> StepInputs:
     """Compute `step_inputs`."""
-    decode = rows.are_decode_rows
-    if decode:
-        rows = _explicit(rows.slots)
+    if rows.are_decode_rows:
+        slots = rows.slots.to(torch.int64)
+        _count(slots, last_token, sampling)
+        starts = length[slots]
+        positions = starts.to(torch.int64)
+        mapping = _slot_mapping(block_tables, slots, positions, block_size)
+        return StepInputs(last_token[slots], positions, mapping, starts + 1, None)
     resumes = rows.starts < 0  # rows that start with their slot's last token
-    counted = rows.slots[resumes & (sampling.flags[rows.slots] & HAS_PENALTIES != 0)].to(torch.int64)
-    seen = sampling.counts[counted, last_token[counted]]
-    sampling.counts[counted, last_token[counted]] = torch.where(seen < 2 * MAX_COUNT, seen + 2, seen)
+    _count(rows.slots[resumes].to(torch.int64), last_token, sampling)
     starts = torch.where(resumes, length[rows.slots], rows.starts)
     context_lens = (starts + rows.cu_seqlens.diff()).clamp(min=1)
 
@@ -39,14 +41,23 @@ def step_inputs_torch(
     positions = starts[token_rows] + index - rows.cu_seqlens[token_rows]
     positions = positions.masked_fill(slots == scratch_slot, 0).to(torch.int64)
     token_ids = torch.where(rows.token_ids < 0, last_token[slots], rows.token_ids)
+    mapping = _slot_mapping(block_tables, slots, positions, block_size)
+    last_indices = (rows.cu_seqlens[1:] - 1).clamp(min=0).to(torch.int64)
+    return StepInputs(token_ids, positions, mapping, context_lens, last_indices)
+
+
+def _count(slots: torch.Tensor, last_token: torch.Tensor, sampling: SamplingState) -> None:
+    """Count the last token of each of the slots [R] int64 that has penalties."""
+    has_penalties = sampling.flags[slots] & HAS_PENALTIES != 0
+    if has_penalties.any():
+        slots = slots[has_penalties]
+        seen = sampling.counts[slots, last_token[slots]]
+        sampling.counts[slots, last_token[slots]] = torch.where(seen < 2 * MAX_COUNT, seen + 2, seen)
+
+
+def _slot_mapping(
+    block_tables: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Return the index of each token in the flattened cache: [T] int64."""
     blocks = block_tables[slots, positions // block_size].to(torch.int64)
-    slot_mapping = blocks * block_size + positions % block_size
-    last_indices = None if decode else (rows.cu_seqlens[1:] - 1).clamp(min=0).to(torch.int64)
-    return StepInputs(token_ids, positions, slot_mapping, context_lens, last_indices)
-
-
-def _explicit(slots: torch.Tensor) -> StepRows:
-    """Return decode rows with all fields: each row is one token, which only the device knows."""
-    ends = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)
-    on_device = torch.full_like(slots, -1)
-    return StepRows(slots, on_device, ends, ends[:-1], on_device)
+    return blocks * block_size + positions % block_size

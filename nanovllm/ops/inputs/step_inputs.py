@@ -4,20 +4,19 @@ import torch
 
 from nanovllm.ops.inputs.reference import step_inputs_torch
 from nanovllm.ops.inputs.step_rows import StepInputs, StepRows
-from nanovllm.ops.sampling.state import MAX_COUNT, PARAMS_STRIDE, SamplingState
+from nanovllm.ops.sampling.fields import FLAGS, HAS_PENALTIES, MAX_COUNT, PARAMS_STRIDE
+from nanovllm.ops.sampling.state import SamplingState
 from nanovllm.ops.triton_utils import tl, triton
 
 
 @triton.jit
-def _count(
-    params_ptr, counts_ptr, slots, token_ids, is_new, vocab_size, PARAMS_STRIDE: tl.constexpr, MAX_COUNT: tl.constexpr
-):
+def _count(params_ptr, counts_ptr, slots, token_ids, is_new, vocab_size):
     """Count the new output tokens `token_ids` of the `slots` that have penalties."""
-    # Field 7 of a slot's parameters has the flags; see PARAMS_DTYPE.
-    counts = is_new & (tl.load(params_ptr + slots * PARAMS_STRIDE + 7, mask=is_new, other=0) & 1 != 0)
+    flags = tl.load(params_ptr + slots * PARAMS_STRIDE + FLAGS, mask=is_new, other=0)
+    is_counted = is_new & (flags & HAS_PENALTIES != 0)
     count_ptrs = counts_ptr + slots * vocab_size + token_ids
-    seen = tl.load(count_ptrs, mask=counts, other=0)
-    tl.store(count_ptrs, tl.where(seen < 2 * MAX_COUNT, seen + 2, seen), mask=counts)
+    seen = tl.load(count_ptrs, mask=is_counted, other=0)
+    tl.store(count_ptrs, tl.where(seen < 2 * MAX_COUNT, seen + 2, seen), mask=is_counted)
 
 
 @triton.jit(
@@ -53,8 +52,6 @@ def _step_inputs_kernel(
     table_stride,
     scratch_slot,
     vocab_size,
-    PARAMS_STRIDE: tl.constexpr,
-    MAX_COUNT: tl.constexpr,
     DECODE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -66,7 +63,8 @@ def _step_inputs_kernel(
     # A slot's last token is counted for penalties here, one step after it was sampled: in the step that computes its
     # K and V, which is also the first one whose logits it penalizes.
     #
-    # No `wait_for_inputs`: this runs before the chain, whose kernels read these outputs before they wait.
+    # No `wait_for_inputs`: this runs before the chain of dependent launches (`start_chain`), whose kernels read these
+    # outputs before they wait.
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_row = index < num_rows
     is_token = index < num_tokens
@@ -75,12 +73,12 @@ def _step_inputs_kernel(
         positions = tl.load(length_ptr + slots, mask=is_row, other=0)
         token_ids = tl.load(last_ptr + slots, mask=is_row, other=0)
         tl.store(lens_ptr + index, positions + 1, mask=is_row)
-        _count(params_ptr, counts_ptr, slots, token_ids, is_row, vocab_size, PARAMS_STRIDE, MAX_COUNT)
+        _count(params_ptr, counts_ptr, slots, token_ids, is_row, vocab_size)
     else:
         # By row: the length of its context, and its last token's index.
         starts = tl.load(starts_ptr + index, mask=is_row, other=0)
         last = tl.load(last_ptr + slots, mask=is_row, other=0)
-        _count(params_ptr, counts_ptr, slots, last, is_row & (starts < 0), vocab_size, PARAMS_STRIDE, MAX_COUNT)
+        _count(params_ptr, counts_ptr, slots, last, is_row & (starts < 0), vocab_size)
         starts = tl.where(starts < 0, tl.load(length_ptr + slots, mask=is_row, other=0), starts)
         begin = tl.load(cu_ptr + index, mask=is_row, other=0)
         end = tl.load(cu_ptr + index + 1, mask=is_row, other=0)
@@ -143,8 +141,6 @@ def step_inputs_triton(
             block_tables.stride(0),
             scratch_slot,
             sampling.counts.shape[1],
-            PARAMS_STRIDE=PARAMS_STRIDE,
-            MAX_COUNT=MAX_COUNT,
             DECODE=decode,
             BLOCK_SIZE=block_size,
             BLOCK=128,

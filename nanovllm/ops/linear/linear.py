@@ -69,10 +69,10 @@ def choose_adder(
     Args:
         weight: None if only a library's GEMM can read the weight's format.
     """
+    if ranks == 1 and not x.is_cuda:
+        return Adder.LINEAR
     regime = regime_of(len(x))
     if ranks == 1:
-        if not x.is_cuda:
-            return Adder.LINEAR
         fits = weight is not None and (is_gemv(x, weight) or is_gemm(x, weight))
         return regime.adder if fits or regime.kernel is Kernel.LIBRARY else Adder.NEXT_NORM
     if regime.ranks_adder is Adder.ALL_REDUCE_GEMV:

@@ -33,7 +33,7 @@ class GroupedGemmConfig(NamedTuple):
     Attributes:
         block_n, block_k: outputs (of gate and up each) and inputs of a tile. `ExpertTiles` has the tokens.
         num_warps, num_stages: warps and pipeline stages.
-        programs: most programs per SM.
+        programs: most programs per SM. With 1, they loop over tiles. 64 is more than an SM can run: no bound.
         halve: compute a tile with at most block_m / 2 tokens as half a tile. Needs a block_m of 128 or more.
     """
 
@@ -68,7 +68,7 @@ REGIMES = (
 # weights is the limit, so tiles are small; with more, it is arithmetic.
 # fmt: off
 TILINGS = (
-    #      max_pairs block_m                    n    k   warps stages programs halve
+    #      max_pairs block_m  gate_up and down: block_n, block_k, num_warps, num_stages, programs, halve
     Tiling(8,        16,      GroupedGemmConfig(64,  128, 4, 3, 64), GroupedGemmConfig(128, 128, 4, 3, 64)),
     Tiling(24,       32,      GroupedGemmConfig(128, 64,  8, 3, 64), GroupedGemmConfig(64,  128, 4, 3, 64)),
     Tiling(48,       64,      GroupedGemmConfig(128, 64,  8, 5, 1),  GroupedGemmConfig(128, 64,  4, 3, 64)),
@@ -79,7 +79,7 @@ TILINGS = (
 # For FP8 weights, measured on an H200 with the shapes of Qwen3-30B-A3B. Tiles have 128 inputs, and those of gate_up 128
 # outputs: a group of the quantized result.
 FP8_TILINGS = (
-    #      max_pairs block_m                    n    k   warps stages programs halve
+    #      max_pairs block_m  gate_up and down: block_n, block_k, num_warps, num_stages, programs, halve
     Tiling(8,        16,      GroupedGemmConfig(128, 128, 4, 3, 64), GroupedGemmConfig(64,  128, 4, 4, 64)),
     Tiling(24,       32,      GroupedGemmConfig(128, 128, 4, 3, 64), GroupedGemmConfig(64,  128, 4, 4, 64)),
     Tiling(inf,      64,      GroupedGemmConfig(128, 128, 8, 3, 64), GroupedGemmConfig(128, 128, 4, 4, 64)),

@@ -175,16 +175,54 @@ def _gate_up_kernel(
         half: tl.constexpr = BLOCK_M // 2 if HALVE else BLOCK_M
         if HALVE and end - first <= half:
             _gate_up_tile(
-                x_ptr, x_scale_ptr, weight_desc, scale_ptr, out_ptr, out_scale_ptr, order_ptr, x_stride,
-                x_scale_stride, out_scale_stride, INNER, H, expert, first, end, n * BLOCK_N,
-                TOP_K, half, BLOCK_N, BLOCK_K, EVEN_K, SCALES,
-            )  # fmt: skip
+                x_ptr=x_ptr,
+                x_scale_ptr=x_scale_ptr,
+                weight_desc=weight_desc,
+                scale_ptr=scale_ptr,
+                out_ptr=out_ptr,
+                out_scale_ptr=out_scale_ptr,
+                order_ptr=order_ptr,
+                x_stride=x_stride,
+                x_scale_stride=x_scale_stride,
+                out_scale_stride=out_scale_stride,
+                INNER=INNER,
+                H=H,
+                expert=expert,
+                first=first,
+                end=end,
+                n=n * BLOCK_N,
+                TOP_K=TOP_K,
+                BLOCK_M=half,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                EVEN_K=EVEN_K,
+                SCALES=SCALES,
+            )
         else:
             _gate_up_tile(
-                x_ptr, x_scale_ptr, weight_desc, scale_ptr, out_ptr, out_scale_ptr, order_ptr, x_stride,
-                x_scale_stride, out_scale_stride, INNER, H, expert, first, end, n * BLOCK_N,
-                TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, SCALES,
-            )  # fmt: skip
+                x_ptr=x_ptr,
+                x_scale_ptr=x_scale_ptr,
+                weight_desc=weight_desc,
+                scale_ptr=scale_ptr,
+                out_ptr=out_ptr,
+                out_scale_ptr=out_scale_ptr,
+                order_ptr=order_ptr,
+                x_stride=x_stride,
+                x_scale_stride=x_scale_stride,
+                out_scale_stride=out_scale_stride,
+                INNER=INNER,
+                H=H,
+                expert=expert,
+                first=first,
+                end=end,
+                n=n * BLOCK_N,
+                TOP_K=TOP_K,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                EVEN_K=EVEN_K,
+                SCALES=SCALES,
+            )
 
 
 @triton.jit
@@ -270,14 +308,46 @@ def _down_kernel(
         half: tl.constexpr = BLOCK_M // 2 if HALVE else BLOCK_M
         if HALVE and end - first <= half:
             _down_tile(
-                half_desc, hidden_scale_ptr, weight_desc, scale_ptr, out_ptr, order_ptr, routing_ptr,
-                hidden_scale_stride, H, INNER, expert, first, end, n * BLOCK_N, half, BLOCK_N, BLOCK_K, SCALES,
-            )  # fmt: skip
+                hidden_desc=half_desc,
+                hidden_scale_ptr=hidden_scale_ptr,
+                weight_desc=weight_desc,
+                scale_ptr=scale_ptr,
+                out_ptr=out_ptr,
+                order_ptr=order_ptr,
+                routing_ptr=routing_ptr,
+                hidden_scale_stride=hidden_scale_stride,
+                H=H,
+                INNER=INNER,
+                expert=expert,
+                first=first,
+                end=end,
+                n=n * BLOCK_N,
+                BLOCK_M=half,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                SCALES=SCALES,
+            )
         else:
             _down_tile(
-                hidden_desc, hidden_scale_ptr, weight_desc, scale_ptr, out_ptr, order_ptr, routing_ptr,
-                hidden_scale_stride, H, INNER, expert, first, end, n * BLOCK_N, BLOCK_M, BLOCK_N, BLOCK_K, SCALES,
-            )  # fmt: skip
+                hidden_desc=hidden_desc,
+                hidden_scale_ptr=hidden_scale_ptr,
+                weight_desc=weight_desc,
+                scale_ptr=scale_ptr,
+                out_ptr=out_ptr,
+                order_ptr=order_ptr,
+                routing_ptr=routing_ptr,
+                hidden_scale_stride=hidden_scale_stride,
+                H=H,
+                INNER=INNER,
+                expert=expert,
+                first=first,
+                end=end,
+                n=n * BLOCK_N,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                SCALES=SCALES,
+            )
 
 
 def _num_programs(tiles: ExpertTiles, n: int, config: GroupedGemmConfig) -> int:

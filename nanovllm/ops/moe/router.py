@@ -3,7 +3,7 @@
 import torch
 
 from nanovllm.ops.moe.reference import route_torch
-from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
+from nanovllm.ops.triton_utils import launch_options, ordered_int, tl, triton, wait_for_inputs
 
 
 @triton.jit
@@ -24,8 +24,7 @@ def _route_kernel(
     experts = tl.arange(0, E_PAD)
     logits = tl.load(logits_ptr + token * logits_stride + experts, mask=experts < E, other=float("-inf")).to(tl.float32)
     # Keys are integers in the order of (logit, -id), so that ties go to the lower id and NaN never yields a bad id.
-    bits = logits.to(tl.int32, bitcast=True)
-    bits ^= (bits >> 31) & 0x7FFFFFFF
+    bits = ordered_int(logits.to(tl.int32, bitcast=True))
     LOWEST: tl.constexpr = -(1 << 63)
     keys = (bits.to(tl.int64) << 32) | (E_PAD - 1 - experts)
     keys = tl.where(experts < E, keys, LOWEST)
@@ -35,8 +34,7 @@ def _route_kernel(
         best = tl.max(keys, 0)
         keys = tl.where(keys == best, LOWEST, keys)
         chosen = tl.where(ranks == rank, best, chosen)
-    bits = (chosen >> 32).to(tl.int32)
-    bits ^= (bits >> 31) & 0x7FFFFFFF
+    bits = ordered_int((chosen >> 32).to(tl.int32))
     top = tl.where(ranks < TOP_K, bits.to(tl.float32, bitcast=True), float("-inf"))
     largest = tl.max(logits, 0)
     weights = tl.exp(top - largest)

@@ -1,5 +1,7 @@
 """RMSNorm and rotary embedding in plain torch: the references of the kernels in this folder, and what a CPU runs."""
 
+import functools
+
 import torch
 
 from nanovllm.ops.attention.fp8_cache import quantize_kv
@@ -18,6 +20,21 @@ def rms_norm_torch(
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (normed.to(weight.dtype) * weight).to(x.dtype)
+
+
+def rms_factor(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return 1 / sqrt(mean(x^2) + eps) of tokens x [T, N] float32 on a CPU: [T, 1].
+
+    For one token, this takes half the time of `mean`.
+    """
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return torch.addcmul(_scalar(eps), norm, norm, value=1 / x.shape[1]).rsqrt_()
+
+
+@functools.cache
+def _scalar(value: float) -> torch.Tensor:
+    """Return a tensor of one number on the CPU. To make one takes longer than to add it."""
+    return torch.tensor([value], device="cpu")
 
 
 def store(kv: PagedKV, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:

@@ -14,9 +14,28 @@ Bias, penalties and masks are applied where logits are read. Nothing is written,
 
 import torch
 
+from nanovllm.ops.sampling.fields import (
+    BANS_STOP_IDS,
+    FLAGS,
+    FREQUENCY,
+    HAS_BIAS,
+    HAS_MASK,
+    HAS_PENALTIES,
+    MAX_STOP_IDS,
+    MIN_LENGTH,
+    MIN_P,
+    NUM_BIAS,
+    PRESENCE,
+    REPETITION,
+    SEED,
+    STOP_IDS,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+)
 from nanovllm.ops.sampling.reference import advance_slots_torch, sample_torch
 from nanovllm.ops.sampling.state import TILE, SamplingState
-from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_inputs
+from nanovllm.ops.triton_utils import launch_options, ordered_int, tl, triton, wait_for_inputs
 
 __all__ = ["advance_slots", "advance_slots_triton", "sample", "sample_triton"]
 
@@ -36,7 +55,8 @@ def _float(ptr):
 
 
 @triton.jit
-def _gumbel(counters, seed_ptr, context_len):
+def _gumbel(counters, params_ptr, context_len):
+    seed_ptr = params_ptr + SEED
     low = tl.load(seed_ptr).to(tl.uint32, bitcast=True)
     high = tl.load(seed_ptr + 1).to(tl.uint32, bitcast=True)
     key = _mix(_mix(_mix(high + 0x9E3779B9) ^ low) ^ context_len.to(tl.uint32))
@@ -49,23 +69,30 @@ def _gumbel(counters, seed_ptr, context_len):
 
 
 @triton.jit
-def _sequence(inputs):
-    """Return whether the program's sequence is greedy, and two tuples that the functions below unpack:
+def _sequence(batch, slots_ptr, context_lens_ptr, threshold_ptr, tables):
+    """Return whether the program's sequence is greedy, and its `logits`, a tuple that the functions below unpack.
 
-    - logits: the pointer to its logits, their number, their factor, the pointer to its threshold, and `slot`.
-    - slot: the pointers to the slot's row of `params`, `counts`, `masks` and `bias`, and the adjustments that it needs:
-      the bits HAS_PENALTIES, HAS_MASK and HAS_BIAS of its flags (1, 2 and 4), and 8 if stop ids are banned.
+    Args:
+        batch: the pointer to the logits of all sequences, their stride, and the size of the vocabulary.
+        slots_ptr, context_lens_ptr, threshold_ptr: one number for each sequence.
+        tables: pointer and stride of each table of `SamplingState`: the parameters, `counts`, `masks` and `bias`.
+
+    Returns:
+        logits: the pointer to the sequence's logits, their number, their factor, the pointer to its threshold, and:
+        slot: the pointers to the slot's row of each table, and the adjustments that it needs: HAS_PENALTIES, HAS_MASK,
+            HAS_BIAS and BANS_STOP_IDS.
     """
-    logits_ptr, stride, vocab_size, slots_ptr, context_lens_ptr, threshold_ptr, tables = inputs
+    logits_ptr, stride, vocab_size = batch
     params, counts, masks, bias = tables
     seq = tl.program_id(0)
     slot = tl.load(slots_ptr + seq).to(tl.int64)
     params_ptr = params[0] + slot * params[1]
-    temperature = _float(params_ptr + 2)
+    temperature = _float(params_ptr + TEMPERATURE)
     greedy = temperature == 0
     scale = tl.div_rn(1.0, tl.where(greedy, 1.0, temperature))
-    banned = (tl.load(context_lens_ptr + seq) < tl.load(params_ptr + 6)).to(tl.int32)
-    adjustments = (tl.load(params_ptr + 7) & 7) | (banned << 3)
+    is_banned = tl.load(context_lens_ptr + seq) < tl.load(params_ptr + MIN_LENGTH)
+    flags = tl.load(params_ptr + FLAGS) & (HAS_PENALTIES | HAS_MASK | HAS_BIAS)
+    adjustments = flags | tl.where(is_banned, BANS_STOP_IDS, 0)
     slot = params_ptr, counts[0] + slot * counts[1], masks[0] + slot * masks[1], bias[0] + slot * bias[1], adjustments
     return greedy, (logits_ptr + seq.to(tl.int64) * stride, vocab_size, scale, threshold_ptr + seq, slot)
 
@@ -74,21 +101,21 @@ def _sequence(inputs):
 def _adjusted(x, columns, vocab_size, slot):
     """Apply the slot's bias, penalties, mask and banned stop ids to the logits x of `columns`."""
     params_ptr, counts_ptr, masks_ptr, bias_ptr, adjustments = slot
-    if adjustments & 4:
-        for i in range(tl.load(params_ptr + 11)):
+    if adjustments & HAS_BIAS:
+        for i in range(tl.load(params_ptr + NUM_BIAS)):
             x += tl.where(columns == tl.load(bias_ptr + 2 * i), _float(bias_ptr + 2 * i + 1), 0.0)
-    if adjustments & 1:
+    if adjustments & HAS_PENALTIES:
         seen = tl.load(counts_ptr + columns, mask=columns < vocab_size, other=0)
         times = (seen >> 1).to(tl.float32)
-        penalty = _float(params_ptr + 8)
+        penalty = _float(params_ptr + REPETITION)
         x = tl.where(seen != 0, tl.where(x > 0, x / penalty, x * penalty), x)
-        x -= tl.where(times > 0, _float(params_ptr + 9), 0.0) + times * _float(params_ptr + 10)
-    if adjustments & 2:
+        x -= tl.where(times > 0, _float(params_ptr + PRESENCE), 0.0) + times * _float(params_ptr + FREQUENCY)
+    if adjustments & HAS_MASK:
         words = tl.load(masks_ptr + columns // 32, mask=columns < vocab_size, other=0)
         x = tl.where((words >> (columns % 32)) & 1 != 0, x, float("-inf"))
-    if adjustments & 8:
-        for i in range(32):
-            x = tl.where(columns == tl.load(params_ptr + 12 + i), float("-inf"), x)
+    if adjustments & BANS_STOP_IDS:
+        for i in range(MAX_STOP_IDS):
+            x = tl.where(columns == tl.load(params_ptr + STOP_IDS + i), float("-inf"), x)
     return x
 
 
@@ -112,17 +139,11 @@ def _kept(logits, columns):
 
 
 @triton.jit
-def _ordered_int(bits):
-    """Map the int32 bits of a float32 to an int32 of the same order. The map is its own inverse."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
 def _total(logits, lowest, best, WEIGH: tl.constexpr, TILE: tl.constexpr):
     """Count the tokens at or above the logit of ordered int `lowest`; with WEIGH, sum their exp(x - best)."""
     total = tl.zeros([TILE], tl.float32 if WEIGH else tl.int32)
     _, vocab_size, _, _, _ = logits
-    threshold = _ordered_int(lowest.to(tl.int32)).to(tl.float32, bitcast=True)
+    threshold = ordered_int(lowest.to(tl.int32)).to(tl.float32, bitcast=True)
     for start in range(0, vocab_size, TILE):
         x = _scaled(logits, start + tl.arange(0, TILE))
         total += tl.where(x >= threshold, tl.exp(x - best), 0.0) if WEIGH else (x >= threshold).to(tl.int32)
@@ -142,11 +163,11 @@ def _highest(logits, low, high, wanted, best, WEIGH: tl.constexpr, TILE: tl.cons
 
 
 @triton.jit
-def _threshold_kernel(inputs, TILE: tl.constexpr, PDL: tl.constexpr):
-    greedy, logits = _sequence(inputs)
+def _threshold_kernel(batch, slots_ptr, context_lens_ptr, threshold_ptr, tables, TILE: tl.constexpr, PDL: tl.constexpr):
+    greedy, logits = _sequence(batch, slots_ptr, context_lens_ptr, threshold_ptr, tables)
     _, vocab_size, _, threshold_ptr, slot = logits
     params_ptr, _, _, _, _ = slot
-    top_k, top_p, min_p = tl.load(params_ptr + 3), _float(params_ptr + 4), _float(params_ptr + 5)
+    top_k, top_p, min_p = tl.load(params_ptr + TOP_K), _float(params_ptr + TOP_P), _float(params_ptr + MIN_P)
     wait_for_inputs(PDL)
     if greedy | ((top_k == 0) & (top_p >= 1) & (min_p == 0)):
         tl.store(threshold_ptr, float("-inf"))
@@ -156,20 +177,22 @@ def _threshold_kernel(inputs, TILE: tl.constexpr, PDL: tl.constexpr):
         top = tl.maximum(top, _scaled(logits, start + tl.arange(0, TILE)))
     best = tl.max(top, 0)
     low = tl.full([], -0x7F800001, tl.int64)  # the ordered int of -inf
-    high = _ordered_int(best.to(tl.int32, bitcast=True)).to(tl.int64)
+    high = ordered_int(best.to(tl.int32, bitcast=True)).to(tl.int64)
     if (top_k > 0) & (top_k < vocab_size):
         low = _highest(logits, low, high, top_k, best, False, TILE)
     if top_p < 1:
         wanted = top_p * _total(logits, low, best, True, TILE)
         low = _highest(logits, low, high, wanted, best, True, TILE)
-    threshold = _ordered_int(low.to(tl.int32)).to(tl.float32, bitcast=True)
+    threshold = ordered_int(low.to(tl.int32)).to(tl.float32, bitcast=True)
     tl.store(threshold_ptr, tl.maximum(threshold, best + tl.log(min_p)))
 
 
 @triton.jit
-def _weigh_kernel(inputs, weight_ptr, TILE: tl.constexpr, PDL: tl.constexpr):
+def _weigh_kernel(
+    batch, slots_ptr, context_lens_ptr, threshold_ptr, tables, weight_ptr, TILE: tl.constexpr, PDL: tl.constexpr
+):
     """Store the largest logit of each tile of a greedy sequence, and the log-sum-exp of each tile of the others."""
-    greedy, logits = _sequence(inputs)
+    greedy, logits = _sequence(batch, slots_ptr, context_lens_ptr, threshold_ptr, tables)
     seq, tile = tl.program_id(0), tl.program_id(1)
     wait_for_inputs(PDL)
     x = _kept(logits, tile * TILE + tl.arange(0, TILE))
@@ -182,7 +205,11 @@ def _weigh_kernel(inputs, weight_ptr, TILE: tl.constexpr, PDL: tl.constexpr):
 
 @triton.jit
 def _sample_kernel(
-    inputs,
+    batch,
+    slots_ptr,
+    context_lens_ptr,
+    threshold_ptr,
+    tables,
     weight_ptr,
     out_ptr,
     last_token_ptr,
@@ -194,22 +221,21 @@ def _sample_kernel(
     PDL: tl.constexpr,
 ):
     # Sample a tile by its weight, then a token of the tile; see the top of this module.
-    greedy, logits = _sequence(inputs)
+    greedy, logits = _sequence(batch, slots_ptr, context_lens_ptr, threshold_ptr, tables)
     _, vocab_size, _, _, parameter_ptrs = logits
-    seed_ptr, _, _, _, _ = parameter_ptrs  # a slot's parameters start with its seed
-    _, _, _, slots_ptr, context_lens_ptr, _, _ = inputs
+    params_ptr, _, _, _, _ = parameter_ptrs
     seq = tl.program_id(0)
     slot, context_len = tl.load(slots_ptr + seq), tl.load(context_lens_ptr + seq)
     wait_for_inputs(PDL)
     tiles, num_tiles = tl.arange(0, TILES), tl.cdiv(vocab_size, TILE)
     weights = tl.load(weight_ptr + seq * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf"))
     if not greedy:
-        weights += _gumbel(-1 - tiles, seed_ptr, context_len)
+        weights += _gumbel(-1 - tiles, params_ptr, context_len)
     first = tl.argmax(weights, 0) * TILE
     columns = first + tl.arange(0, TILE)
     x = _kept(logits, columns)
     if not greedy:
-        x += _gumbel(columns, seed_ptr, context_len)
+        x += _gumbel(columns, params_ptr, context_len)
     token = (first + tl.argmax(x, 0)).to(tl.int64)
     tl.store(out_ptr + seq, token)
     if ADVANCE:
@@ -233,14 +259,15 @@ def sample_triton(
     threshold = torch.empty(batch, dtype=torch.float32, device=logits.device)
     weight = torch.empty((batch, num_tiles), dtype=torch.float32, device=logits.device)
     tables = tuple((table, table.stride(0)) for table in (state.table, state.counts, state.masks, state.bias))
-    inputs = logits, logits.stride(0), vocab_size, slots, context_lens, threshold, tables
+    inputs = (logits, logits.stride(0), vocab_size), slots, context_lens, threshold, tables
     options = launch_options(logits.device)
-    _threshold_kernel[(batch,)](inputs, TILE=4096, num_warps=16, **options)
+    _threshold_kernel[(batch,)](*inputs, TILE=4096, num_warps=16, **options)
     # The fastest of 13 settings on an H100: limiting the registers makes it 1.7 times as fast.
-    _weigh_kernel[(batch, num_tiles)](inputs, weight, TILE=TILE, num_warps=4, maxnreg=64, **options)
+    _weigh_kernel[(batch, num_tiles)](*inputs, weight, TILE=TILE, num_warps=4, maxnreg=64, **options)
+    # Without `progress`, the kernel does not use these arguments, but launching it takes some tensors.
     last_token, length, scratch_slot = (tokens, slots, 0) if progress is None else progress
     _sample_kernel[(batch,)](
-        inputs,
+        *inputs,
         weight,
         tokens,
         last_token,

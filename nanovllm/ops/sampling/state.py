@@ -13,22 +13,22 @@ HAS_MASK = 2  # only tokens in the slot's row of `masks` may be sampled
 HAS_BIAS = 4  # the slot's row of `bias` has `num_bias` entries
 PROCESSED_LOGPROBS = 8  # logprobs are of the processed logits (see logprobs.py); the sampler ignores this
 
-# The memory layout of one slot's parameters: the host sends a new request's in one copy. Kernels read the fields by
-# index: each has one int32, the seed two.
+# The memory layout of one slot's parameters: the host sends a new request's in one copy. fields.py has the offsets for
+# kernels.
 PARAMS_DTYPE = np.dtype(
     [
-        ("seed", np.int64),  # 0, 1
-        ("temperature", np.float32),  # 2; 0 is greedy
-        ("top_k", np.int32),  # 3; 0 keeps all
-        ("top_p", np.float32),  # 4; 1 keeps all
-        ("min_p", np.float32),  # 5; 0 keeps all
-        ("min_length", np.int32),  # 6; stop ids cannot be sampled while the context is shorter
-        ("flags", np.int32),  # 7
-        ("repetition", np.float32),  # 8; penalties
-        ("presence", np.float32),  # 9
-        ("frequency", np.float32),  # 10
-        ("num_bias", np.int32),  # 11
-        ("stop_ids", np.int32, MAX_STOP_IDS),  # 12 to 43; padded with -1
+        ("seed", np.int64),
+        ("temperature", np.float32),  # 0 is greedy
+        ("top_k", np.int32),  # 0 keeps all
+        ("top_p", np.float32),  # 1 keeps all
+        ("min_p", np.float32),  # 0 keeps all
+        ("min_length", np.int32),  # stop ids cannot be sampled while the context is shorter
+        ("flags", np.int32),
+        ("repetition", np.float32),  # penalties
+        ("presence", np.float32),
+        ("frequency", np.float32),
+        ("num_bias", np.int32),
+        ("stop_ids", np.int32, MAX_STOP_IDS),  # padded with -1
     ]
 )
 PARAMS_STRIDE = PARAMS_DTYPE.itemsize // 4
