@@ -49,15 +49,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num-seqs", type=at_least_1, default=256, help="offline: requests")
     add("--input-len", type=at_least_1, nargs=2, metavar=("LOW", "HIGH"), default=[100, 1024])
     add("--output-len", type=at_least_1, nargs=2, metavar=("LOW", "HIGH"), default=[100, 1024])
-    add("--latency-tokens", type=at_least_1, default=512)
-    add("--prefill-seqs", type=at_least_1, default=32)
-    add("--prefix-seqs", type=at_least_1, default=512)
-    add("--prefix-len", type=at_least_1, default=2048)
+    add("--latency-tokens", type=at_least_1, default=512, help="latency: output tokens")
+    add("--prefill-seqs", type=at_least_1, default=32, help="prefill: prompts")
+    add("--prefix-seqs", type=at_least_1, default=512, help="prefix: requests")
+    add("--prefix-len", type=at_least_1, default=2048, help="prefix: tokens that all prompts share")
     add("--repeat", type=at_least_1, default=1, help="runs of each workload; medians are shown")
     add(
         "--compare",
         choices=PEERS,
-        help="run requests through a peer in this process as well: transformers, or llama.cpp",
+        help="offline: run the requests through a library as well, in this process, interleaved with nanovllm",
     )
     add("--hbm-tb-s", type=above_0, help="memory bandwidth of a device, for the limits (H100, H200: known)")
     add("--tflops", type=above_0, help="arithmetic of a device in TFLOP/s, for the limits (H100, H200: known for bf16)")

@@ -313,7 +313,7 @@ def write_config(source: ModelSource, folder: str) -> str:
 
     options = asdict(source.config)
     del options["quantization"]  # the shapes have plain weights
-    moe, linear, model_type = options.pop("moe"), options.pop("linear_attention"), options["model_type"]
+    moe, gdn, model_type = options.pop("moe"), options.pop("gated_delta_net"), options["model_type"]
     options["dtype"] = "bfloat16"
     if moe is not None:
         options["num_experts"] = moe["num_experts"]
@@ -322,10 +322,12 @@ def write_config(source: ModelSource, folder: str) -> str:
         options["norm_topk_prob"] = moe["norm_topk_prob"]
         options["mlp_only_layers"] = list(moe["dense_layers"])
         options["shared_expert_intermediate_size"] = moe["shared_intermediate_size"]
-    if linear is not None:
-        options |= {f"linear_{name}": linear[name] for name in ("num_key_heads", "num_value_heads", "key_head_dim")}
-        options["linear_value_head_dim"] = linear["value_head_dim"]
-    options["layer_types"] = list(options["layer_types"] or []) or None
+    if gdn is not None:
+        options |= {f"linear_{name}": gdn[name] for name in ("num_key_heads", "num_value_heads", "key_head_dim")}
+        options["linear_value_head_dim"] = gdn["value_head_dim"]
+    if options["layer_types"] is not None:
+        theirs = {"gated_delta_net": "linear_attention"}
+        options["layer_types"] = [theirs.get(layer_type, layer_type) for layer_type in options["layer_types"]]
     options["rope_parameters"] = {"rope_type": "default", "rope_theta": options.pop("rope_theta")}
     options["rope_parameters"]["partial_rotary_factor"] = options.pop("partial_rotary_factor")
     options["num_hidden_layers"] = options.pop("num_layers")

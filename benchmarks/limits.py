@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanovllm.layers.gated_delta_net import GatedDeltaNetConfig
 from nanovllm.messages import Batch
 from nanovllm.models.registry import ModelConfig
 
@@ -49,13 +50,26 @@ def find_peaks(args: Namespace, gpu_name: str | None, itemsize: int) -> tuple[fl
     return scale * (hbm_tb_s or infinity), scale * (tflops or infinity)
 
 
-def attention_parameters(config: ModelConfig, layer: int) -> int:
-    """Return the number of parameters of a layer's attention, or linear attention, and its two norms."""
-    hidden, linear = config.hidden_size, config.linear_attention
-    if linear is not None and config.is_recurrent(layer):
-        heads, values = linear.num_value_heads, linear.num_value_heads * linear.value_head_dim
-        projections = linear.num_channels + 2 * values + 2 * heads
-        return hidden * (projections + 2) + linear.num_channels * linear.conv_width + 2 * heads + linear.value_head_dim
+def gated_delta_net(config: ModelConfig, layer: int) -> GatedDeltaNetConfig | None:
+    """Return the options of a layer with recurrent state; None if the layer has attention.
+
+    Raises:
+        ValueError: the layer has recurrent state of a kind whose costs this file does not know.
+    """
+    if not config.is_recurrent(layer):
+        return None
+    if config.layer_type(layer) != "gated_delta_net":
+        raise ValueError(f"the costs of layers of type {config.layer_type(layer)!r} are unknown; count them here")
+    return config.gated_delta_net
+
+
+def mixer_parameters(config: ModelConfig, layer: int) -> int:
+    """Return the number of parameters of a layer's attention or Gated DeltaNet, and its two norms."""
+    hidden, gdn = config.hidden_size, gated_delta_net(config, layer)
+    if gdn is not None:
+        heads, values = gdn.num_value_heads, gdn.num_value_heads * gdn.value_head_dim
+        projections = gdn.num_channels + 2 * values + 2 * heads
+        return hidden * (projections + 2) + gdn.num_channels * gdn.conv_width + 2 * heads + gdn.value_head_dim
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     projected = queries * (2 if config.attention_gate else 1) + 2 * keys
     count = hidden * (projected + queries + 2)
@@ -70,11 +84,11 @@ def attention_parameters(config: ModelConfig, layer: int) -> int:
     return count
 
 
-def skippable_attention_parameters(config: ModelConfig, layer: int) -> int:
+def skippable_mixer_parameters(config: ModelConfig, layer: int) -> int:
     """Return the number of those parameters that a token needs only if something reads the layer's output for it."""
-    linear = config.linear_attention
-    if linear is not None and config.is_recurrent(layer):
-        return 2 * config.hidden_size * linear.num_value_heads * linear.value_head_dim
+    gdn = gated_delta_net(config, layer)
+    if gdn is not None:
+        return 2 * config.hidden_size * gdn.num_value_heads * gdn.value_head_dim
     return (3 if config.attention_gate else 2) * config.hidden_size * config.num_heads * config.head_dim
 
 
@@ -82,16 +96,14 @@ def count_state(config: ModelConfig, itemsize: int, state_itemsize: int) -> tupl
     """Return the bytes of a sequence's recurrent state, and the operations of a token on it.
 
     Args:
-        state_itemsize: bytes of a number in the matrices of linear attention.
+        state_itemsize: bytes of a number in the matrices of Gated DeltaNet.
     """
-    linear = config.linear_attention
-    if linear is None:
-        return 0, 0
-    num_layers = sum(map(config.is_recurrent, range(config.num_layers)))
-    matrices = linear.num_value_heads * linear.key_head_dim * linear.value_head_dim
-    num_bytes = matrices * state_itemsize + linear.num_channels * (linear.conv_width - 1) * itemsize
-    # Each token multiplies key and query with the matrices, and adds to them.
-    return num_layers * num_bytes, num_layers * 6 * matrices
+    num_bytes = num_operations = 0
+    for gdn in filter(None, (gated_delta_net(config, layer) for layer in range(config.num_layers))):
+        matrices = gdn.num_value_heads * gdn.key_head_dim * gdn.value_head_dim
+        num_bytes += matrices * state_itemsize + gdn.num_channels * (gdn.conv_width - 1) * itemsize
+        num_operations += 6 * matrices  # each token multiplies key and query with the matrices, and adds to them
+    return num_bytes, num_operations
 
 
 def mlp_parameters(config: ModelConfig, layer: int, num_experts: float) -> float:
@@ -115,7 +127,7 @@ def body_parameters(config: ModelConfig, num_experts: float | None = None) -> fl
         num_experts = 0 if config.moe is None else config.moe.num_experts
     layers = range(config.num_layers)
     mlps = sum(mlp_parameters(config, layer, num_experts) for layer in layers)
-    return sum(attention_parameters(config, layer) for layer in layers) + mlps + config.hidden_size
+    return sum(mixer_parameters(config, layer) for layer in layers) + mlps + config.hidden_size
 
 
 def distinct_experts(config: ModelConfig, num_tokens: int) -> float:
@@ -192,7 +204,7 @@ def count_costs(
     Args:
         kv_token_bytes: bytes of a token's keys and values in one layer; None if they have the weights' itemsize.
         itemsize: bytes of a number.
-        state_itemsize: bytes of a number in the matrices of linear attention.
+        state_itemsize: bytes of a number in the matrices of Gated DeltaNet.
         body_itemsize: bytes of a weight of the body, if not `itemsize`: of all of them, because few differ.
     """
     windows = {
@@ -209,7 +221,7 @@ def count_costs(
     head = config.vocab_size * config.hidden_size
     queries = config.num_heads * config.head_dim
     kv_bytes = kv_token_bytes or 2 * config.num_kv_heads * config.head_dim * itemsize
-    skippable = skippable_attention_parameters(config, last) + mlp_parameters(config, last, active)
+    skippable = skippable_mixer_parameters(config, last) + mlp_parameters(config, last, active)
     tables = BlockTables(batches, block_size)
     step_bytes, step_flops = [], []
     for batch in batches:

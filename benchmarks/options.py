@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.engines import OWN_OPTIONS, PEERS
 from benchmarks.report import PLOT_MARK
-from nanovllm.models.registry import PRESETS
+from nanovllm.models.presets import PRESETS
 
 
 class UsageError(Exception):

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.tune import WEIGHTS, random, seconds
 from nanovllm.ops.fp8.experts import expert_pairs_fp8, experts_fp8
-from nanovllm.ops.fp8.quantize import PendingSwiglu, QuantizedRows, quantize_triton
+from nanovllm.ops.fp8.quantize import LazySwiglu, QuantizedRows, quantize_triton
 from nanovllm.ops.fp8.reference import BLOCK, quantize_weight
 from nanovllm.ops.fp8.scaled_gemm import ScaledGemmConfig, default_scaled_gemm_config, scaled_gemm_triton
 from nanovllm.ops.linear.gemm import MAX_TILES, gemm_triton
@@ -92,7 +92,7 @@ class Layer:
         options = {"out_dtype": torch.bfloat16, "use_fast_accum": fast}
         y = torch.ops.aten._scaled_mm(x.values, weight.t(), scales, scale.t(), **options)
         if self.gated:  # the kernel that quantizes computes SwiGLU
-            return quantize_triton(PendingSwiglu(y)).values
+            return quantize_triton(LazySwiglu(y)).values
         return y if self.residual is None else self.residual.add_(y)
 
     def report(self, times: str, time: float, config: Any) -> None:

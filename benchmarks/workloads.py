@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from nanovllm import StructuredOutputsParams
-from nanovllm.models.registry import PRESETS
+from nanovllm.models.presets import PRESETS
 
 PROMPT_LEN = 128  # tokens in the prompts of the latency and start workloads
 

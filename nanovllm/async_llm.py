@@ -114,7 +114,7 @@ class AsyncLLM:
                 self._finish(guard.error)
             elif guard.update_failed:
                 self._end_streams()
-            elif self.llm_engine.outputs and not self.llm_engine.can_step:
+            elif self.llm_engine.core.outputs and not self.llm_engine.can_step:
                 self._deliver(self.llm_engine.take_outputs())  # such as those that `sleep` has collected
             self._queue_step()
 

@@ -81,21 +81,21 @@ class LLM:
     def _serve(self, requests: list[Request], use_tqdm: bool, interrupts: DeferInterrupts) -> list[RequestOutput]:
         """Queue requests and run steps until all have finished."""
         engine, wanted = self.llm_engine, set(requests)
-        pending = deque(requests)
+        unfinished = deque(requests)
         outputs: dict[str, RequestOutput] = {}
         try:
             for request in requests:
                 engine.queue(request)
             with GenerationBar(len(requests), enabled=use_tqdm) as bar:
-                while pending:
+                while unfinished:
                     for output in engine.step_for(wanted):
                         outputs[output.request_id] = output
                         bar.add(sum(len(sample.token_ids) for sample in output.outputs))
                     interrupts.let_through()
-                    while pending and not engine.is_pending(pending[0]):
-                        pending.popleft()
+                    while unfinished and not engine.expects_output(unfinished[0]):
+                        unfinished.popleft()
         finally:
-            if pending:  # an error or an interrupt
+            if unfinished:  # an error or an interrupt
                 engine.abandon(requests)
         if not all(request.is_finished for request in requests):
             engine.ensure_usable(needs=())  # `on_step` or another thread has closed the engine
@@ -167,7 +167,7 @@ class LLM:
             engine.queue(request)
             yield  # to `stream`: only an iterator that has started runs its `finally` when it is dropped
             # `abort` or a step for another caller may have ended the request.
-            while engine.is_pending(request):
+            while engine.expects_output(request):
                 for output in engine.step_for((request,)):
                     yield output
                     if output.finished:

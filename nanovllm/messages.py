@@ -12,11 +12,6 @@ import numpy as np
 from nanovllm.outputs import TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
-# Logit indices of a decode row.
-DECODE_LOGITS = range(1)
-# Logit indices of a chunk that ends inside its prompt.
-NO_LOGITS = range(0)
-
 
 class Row(NamedTuple):
     """One sequence's part of a step. Decoding, chunked prefill and prompt logprobs are all this.
@@ -25,25 +20,23 @@ class Row(NamedTuple):
         slot: the sequence's slot in the batch state on the device.
         start: position of the row's first token.
         token_ids: the tokens to compute; None is the slot's last sampled token, which the device holds.
-        logit_indices: the row's tokens whose logits are used, counted from its first token: one for each of
-            `target_ids`, and, if the row is sampled, its last token.
-        target_ids: prompt tokens whose logprobs are wanted. The logits of the i-th logit index score the i-th of them.
+        is_sampled: whether the logits of the row's last token give the sequence's next token. The device samples for
+            every row; what it samples for the others is discarded.
+        target_ids: prompt tokens whose logprobs are wanted.
+        first_target: index in the row of the token whose logits score the first of `target_ids`. The tokens after it
+            score the others.
     """
 
     slot: int
     start: int
     token_ids: list[int] | None
-    logit_indices: range
+    is_sampled: bool
     target_ids: Sequence[int] = ()
+    first_target: int = 0
 
     @property
     def num_tokens(self) -> int:
         return 1 if self.token_ids is None else len(self.token_ids)
-
-    @property
-    def is_sampled(self) -> bool:
-        """Whether the row gives its sequence's next token. What the device samples for other rows is discarded."""
-        return len(self.logit_indices) > len(self.target_ids)
 
 
 @dataclass(slots=True)
@@ -51,7 +44,7 @@ class Admission:
     """A slot's new sequence, as far as the sampler must know it.
 
     Args:
-        min_length: while the sequence is shorter, `stop_ids` cannot be sampled.
+        min_length: while the sequence, prompt included, is shorter, `stop_ids` cannot be sampled.
         is_filtered: whether batches bring masks for the slot.
         prompt_ids, output_ids: the tokens so far, only if the request has penalties.
     """
@@ -76,11 +69,12 @@ class Batch:
         admissions: slots that have a new sequence.
         new_blocks: (slot, index in its block table, block id).
         masks: (slot, bit mask of the tokens it may sample from now on).
-        state_loads: (slot of a snapshot, slot): recurrent state to copy before the step.
-        state_saves: (slot, slot of a snapshot): recurrent state to copy after the step.
         logprob_rows: indices of the rows whose sampled token's logprobs are wanted, by how many of the most likely
-            tokens these include. So a row that wants the whole vocabulary costs the others neither time nor memory.
+            tokens these include, rounded up to a power of two. Each group is computed apart, so a row that wants the
+            whole vocabulary costs the others neither time nor memory.
         target_rows: the same for the rows that have `target_ids`.
+        state_loads: (snapshot's state slot, slot): recurrent state to copy before the step.
+        state_saves: (slot, snapshot's state slot): recurrent state to copy after the step.
         processed_logprobs: whether some of `logprob_rows` want the distribution that is sampled from.
     """
 
@@ -118,7 +112,7 @@ class StepOutput:
     """The results of a step.
 
     Args:
-        token_ids: each row's new tokens: one if the row is sampled, else none.
+        token_ids: each row's new tokens: one if the row is sampled, else none. Verified drafts would add to a list.
         logprobs: those of each entry of the batch's `logprob_rows`.
         prompt_logprobs: those of the `target_ids` of each entry of the batch's `target_rows`, concatenated.
     """

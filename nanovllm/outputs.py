@@ -282,7 +282,7 @@ class Metrics:
         generated_tokens: number of sampled tokens.
         kv_usage: fraction of the KV blocks that running sequences hold.
         num_free_slots: number of further sequences that could run, as far as slots limit them.
-        num_snapshots: number of cached prefixes whose recurrent state is kept (models with linear attention).
+        num_snapshots: number of cached prefixes whose recurrent state is kept (hybrid models).
         num_free_snapshots: number of slots for further ones. If none is free, the longest unused snapshot is replaced.
     """
 

@@ -1,7 +1,8 @@
 """The interface between models and attention kernels: prepare a step's metadata, write K and V, attend."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -36,7 +37,8 @@ class Context:
     max_context_len: int = 0  # longest context of a prefill row
     shared: SharedPrefixPlan | None = None  # prefixes of decode rows, if one kernel attends to them for all rows
     last_indices: Tensor | None = None  # [L] int64, tokens whose hidden states are needed; None: all tokens
-    state_rows: StateRows | None = None  # all R rows for recurrent layers; None if the model has none
+    # All R rows for layers with recurrent state, with a plan of each class of these layers.
+    state_rows: Mapping[type, StateRows] = field(default_factory=dict)
     meta: Any = None  # what the backend's `plan` returns for this context
     last: "Context | None" = None  # the context of a layer in which only last tokens attend; None if no layer is one
 

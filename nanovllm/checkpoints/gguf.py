@@ -21,8 +21,8 @@ from nanovllm.checkpoints.files import regular_file
 from nanovllm.checks import shown
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.library_errors import refusing
+from nanovllm.models.families import FAMILIES
 from nanovllm.models.registry import (
-    FAMILIES,
     MAX_EXPERTS,
     ModelConfig,
     check_model_type,
@@ -352,7 +352,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
         tie_word_embeddings="output.weight" not in file.tensors,
         rope_theta=file.number("{arch}.rope.freq_base", 10000.0),
         rope_scaling=rope_scaling,
-        qk_norm=FAMILIES[model_type].get("qk_norm") is True,
+        qk_norm=FAMILIES[model_type].options.get("qk_norm") is True,
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         o_bias="blk.0.attn_output.bias" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,

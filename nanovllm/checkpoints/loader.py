@@ -16,7 +16,8 @@ from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.linear import LinearLayer
 from nanovllm.library_errors import refusing
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.registry import UNUSED_TENSORS, ModelConfig
+from nanovllm.models.families import FAMILIES
+from nanovllm.models.registry import ModelConfig
 from nanovllm.progress import ProgressBar
 from nanovllm.weights.parameter import (
     BAD_SCALE,
@@ -60,7 +61,7 @@ def _is_skipped(config: ModelConfig, name: str) -> bool:
 
     Old checkpoints have tensors that the model computes.
     """
-    return name.endswith("rotary_emb.inv_freq") or name.startswith(UNUSED_TENSORS.get(config.model_type, ()))
+    return name.endswith("rotary_emb.inv_freq") or name.startswith(FAMILIES[config.model_type].unused_tensors)
 
 
 def _meta_targets(config: ModelConfig) -> dict[str, CheckpointTensor]:

@@ -115,7 +115,7 @@ class Chat:
         """Read and answer until the input ends. Return the exit status."""
         if self.is_terminal:
             _import_line_editing()
-            print(f"{self.model.name}   /help shows the commands, Ctrl-D ends.")
+            print(f"{self.model.name.translate(_CONTROLS)}   /help shows the commands, Ctrl-D ends.")
         while True:
             try:
                 message = self._read()
@@ -276,7 +276,7 @@ class Chat:
         if not path:
             raise ValueError("/save needs a file")
         system = [{"role": "system", "content": self.system}] if self.system else []
-        with open(path, "x") as file:  # never overwrites
+        with open(path, "x", encoding="utf-8") as file:  # never overwrites
             json.dump([*system, *self.messages], file, indent=2, ensure_ascii=False)
         self._say(f"Saved {len(system + self.messages)} messages.")
 

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from nanovllm import LLM
 from nanovllm.checks import shown
-from nanovllm.cli.http_stream import base_url, message_of
+from nanovllm.cli.http_stream import base_url, count_tokens, message_of
 from nanovllm.server.events import Event, Text, Thinking
-from nanovllm.server.formats import TextFormat
+from nanovllm.server.text_format import TextFormat
 
 _CONNECT_SECONDS = 10.0
 # How many tokens at the end of a prompt show whether it opens a thinking tag.
@@ -136,16 +136,20 @@ class ServerModel:
     def answer(self, messages: list[dict], settings: dict[str, Any], counts: Counts) -> Iterator[Text | Thinking]:
         stream = {"stream": True, "stream_options": {"include_usage": True}}
         body = {"model": self.name, "messages": messages, **stream, **settings}
+        is_whole = False
         try:
             with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != 200:
                     message = message_of(response.read())
                     raise RuntimeError(f"the server answered with status {response.status_code}: {message}")
-                for line in response.iter_lines():
-                    if line.startswith("data:") and line[5:].strip() != "[DONE]":
-                        yield from _events(line[5:], counts)
+                for line in _lines(response.iter_bytes()):
+                    if line.startswith(b"data:"):
+                        is_whole = line[5:].strip() == b"[DONE]"
+                        yield from () if is_whole else _events(line[5:], counts)
         except self.lost as error:
             raise RuntimeError(f"the connection to {self.url} failed: {error}") from error
+        if not is_whole:
+            raise RuntimeError("the server did not end its stream with [DONE]")
 
     def __enter__(self) -> "ServerModel":
         return self
@@ -154,18 +158,37 @@ class ServerModel:
         self.client.close()
 
 
-def _events(data: str, counts: Counts) -> Iterator[Text | Thinking]:
-    """Yield what a chunk of a streamed chat completion has."""
-    chunk = json.loads(data)
-    if not isinstance(chunk, dict):
-        raise RuntimeError(f"the server sent no chat completion, but {shown(chunk)}")
-    if chunk.get("error"):
-        raise RuntimeError(f"the server could not finish: {message_of(data.encode())}")
-    if usage := chunk.get("usage"):
-        counts.tokens = usage.get("completion_tokens") or 0
-    for choice in chunk.get("choices") or ():
-        delta = choice.get("delta") or {}
-        if thinking := delta.get("reasoning_content") or delta.get("reasoning"):
-            yield Thinking(thinking)
-        if text := delta.get("content"):
-            yield Text(text)
+def _lines(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a stream. httpx would also split at characters that JSON may have, such as U+2028."""
+    rest = b""
+    for part in parts:
+        *lines, rest = (rest + part).split(b"\n")
+        yield from lines
+    yield rest
+
+
+def _events(data: bytes, counts: Counts) -> list[Text | Thinking]:
+    """Return what a chunk of a streamed chat completion has. Set `counts` if it has a number of tokens.
+
+    Raises:
+        ValueError, RuntimeError: the server has sent something else, or an error.
+    """
+    chunk, events = json.loads(data), []
+    try:
+        if chunk.get("error"):
+            raise RuntimeError(f"the server could not finish: {message_of(data)}")
+        counts.tokens = count_tokens(chunk) or counts.tokens
+        for choice in chunk.get("choices") or ():
+            delta = choice.get("delta") or {}
+            if thinking := delta.get("reasoning_content") or delta.get("reasoning"):
+                events.append(Thinking(_encodable(thinking)))
+            if text := delta.get("content"):
+                events.append(Text(_encodable(text)))
+    except (AttributeError, TypeError):
+        raise RuntimeError(f"the server sent no chat completion, but {shown(chunk)}") from None
+    return events
+
+
+def _encodable(text: str) -> str:
+    """Return text without halves of surrogate pairs, which could be neither printed nor sent back."""
+    return text.encode(errors="replace").decode()

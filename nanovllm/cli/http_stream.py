@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 
 _MAX_MESSAGE_CHARS = 500
 _MAX_HEAD_BYTES = 1 << 16
+# More tokens than a stream can have: a server that counts more is wrong.
+_MAX_TOKENS = 1 << 40
 # Events that have one of these are parsed: the generated text may have the same words.
 _MARKS = (b'"completion_tokens"', b'"error"', b"[DONE]")
 
@@ -152,7 +154,7 @@ class Answer(asyncio.Protocol):
             raise ValueError("not HTTP")
         self.status = int(status.split()[1])
         values = dict(header.split(":", 1) for header in headers)
-        self._length = int(values["content-length"]) if "content-length" in values else None
+        self._length = _size(values["content-length"], 10) if "content-length" in values else None
         self._is_chunked = "chunked" in values.get("transfer-encoding", "")
         self._is_stream = self.status == 200 and "text/event-stream" in values.get("content-type", "")
         return True
@@ -161,7 +163,7 @@ class Answer(asyncio.Protocol):
         received, start = self._received, 0
         payload = []
         while (end := received.find(b"\r\n", start)) >= 0:
-            size = int(received[start:end].split(b";")[0], 16)
+            size = _size(received[start:end].split(b";")[0], 16)
             if len(received) < end + size + 4:
                 break
             payload.append(received[end + 2 : end + 2 + size])
@@ -213,9 +215,21 @@ class Answer(asyncio.Protocol):
     @property
     def num_tokens(self) -> int:
         """How many tokens the stream had, as the server counts them; 0 if it does not say."""
-        usage = _json(self._usage.removeprefix(b"data:")).get("usage")
-        count = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        return count if isinstance(count, int) else 0
+        return count_tokens(_json(self._usage.removeprefix(b"data:")))
+
+
+def count_tokens(chunk: dict[str, Any]) -> int:
+    """Return the number of tokens in the usage of a chunk; 0 if it has no valid one."""
+    usage = chunk.get("usage")
+    count = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and 0 < count < _MAX_TOKENS else 0
+
+
+def _size(digits: str | bytes | bytearray, base: int) -> int:
+    """Return a number of bytes. `int` alone would also accept signs and underscores."""
+    if not digits.strip().isalnum():
+        raise ValueError("not a size")
+    return int(digits, base)
 
 
 def _json(text: bytes | bytearray) -> dict[str, Any]:
@@ -245,4 +259,6 @@ def _message(content: dict[str, Any]) -> str:
 
 
 def _shortened(text: str) -> str:
-    return " ".join(text.split())[:_MAX_MESSAGE_CHARS]
+    """Return the start of a server's text, in one line and without characters that change a terminal's state."""
+    words = " ".join(text.split())[:_MAX_MESSAGE_CHARS]
+    return "".join(filter(str.isprintable, words))

@@ -1,10 +1,10 @@
 """The command line: `nanovllm serve`, `nanovllm chat` and `nanovllm bench serve`."""
 
 import argparse
+import io
 import logging
 import os
 import sys
-from dataclasses import replace
 from typing import NoReturn, TypeVar
 
 import nanovllm
@@ -12,7 +12,7 @@ from nanovllm.cli.bench_serve import BenchOptions, bench_serve
 from nanovllm.cli.chat import ChatOptions, chat
 from nanovllm.cli.flags import add_flags, given
 from nanovllm.config import Config
-from nanovllm.server.options import ServerOptions
+from nanovllm.server.options import ServerOptions, with_key
 
 Options = TypeVar("Options")
 
@@ -51,9 +51,7 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     _checked(args, Config)
-    server_options = _checked(args, ServerOptions)
-    if server_options.api_key is None:
-        server_options = replace(server_options, api_key=os.environ.get("NANOVLLM_API_KEY"))
+    server_options = with_key(_checked(args, ServerOptions))
     from nanovllm.server.app import serve
 
     serve(given(args, Config), server_options)
@@ -101,8 +99,18 @@ def _exit(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     parser.exit(2, f"{parser.prog}: error: {message}\n")
 
 
+def _make_streams_usable() -> None:
+    """Open standard streams that the caller has closed. Let stdout replace characters that its encoding lacks."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Return the exit status: 0, 1 for a failure, 130 for Ctrl-C; wrong usage exits with 2."""
+    _make_streams_usable()
     args = make_parser().parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(message)s")
     if args.command is _serve or getattr(args, "log_steps", False):

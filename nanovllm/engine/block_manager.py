@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import xxhash
 
 from nanovllm.arithmetic import ceil_div
-from nanovllm.engine.sequence import Placement, Sequence
+from nanovllm.engine.sequence import Placement, PrefixUid, Sequence
 from nanovllm.engine.snapshots import Snapshots
 
 
@@ -20,14 +20,14 @@ class Block:
         uid: identifies the block's content and is never used again; 0 if the block is not in the prefix index. A block
             stores its parent's uid, so a hash collision cannot mix up two prefixes.
         hash: hash of all tokens up to the block's end.
-        parent_uid: uid of the block before it in its prefix; for the first block the request's cache salt, or 0.
+        parent_uid: uid of the prefix before it. A cache salt is a string there, so it equals no block's uid.
         token_ids: the tokens whose KV it holds.
     """
 
     ref_count: int = 0
     uid: int = 0
     hash: int = 0
-    parent_uid: int | str = 0
+    parent_uid: PrefixUid = 0
     token_ids: tuple[int, ...] = ()
 
 
@@ -138,7 +138,8 @@ class BlockManager:
         if not self.enable_prefix_caching:
             return
         if placement.num_computed < (placement.num_registered + 1) * self.block_size:
-            return
+            return  # as in most calls: every row of every step makes one
+        # Pending tokens count as computed, but the host does not know their ids yet.
         num_full = min(placement.num_computed, len(seq.token_ids)) // self.block_size
         for i in range(placement.num_registered, num_full):
             token_ids = self._block_tokens(seq, i)
@@ -160,7 +161,7 @@ class BlockManager:
     def _block_tokens(self, seq: Sequence, i: int) -> tuple[int, ...]:
         return tuple(seq.token_ids[i * self.block_size : (i + 1) * self.block_size])
 
-    def _lookup(self, prefix_hash: int, parent_uid: int | str, token_ids: tuple[int, ...]) -> int | None:
+    def _lookup(self, prefix_hash: int, parent_uid: PrefixUid, token_ids: tuple[int, ...]) -> int | None:
         block_id = self.index.get(prefix_hash)
         if block_id is None:
             return None
@@ -186,7 +187,7 @@ class BlockManager:
             self.snapshots.drop(block_id)
 
 
-def _empty_prefix(seq: Sequence) -> tuple[int, int | str]:
+def _empty_prefix(seq: Sequence) -> tuple[int, PrefixUid]:
     """Return hash and uid of the empty prefix. Sequences with different salts share no blocks."""
     salt = seq.params.cache_salt
     if salt is None:

@@ -53,7 +53,8 @@ _MAX_TOKEN_VALUES = 16
 class loaded_once(cached_property):
     """A cached property that one thread loads while others wait for it; cached_property has no lock since Python 3.12.
 
-    Once it is loaded, reading it takes no lock.
+    Once it is loaded, reading it takes no lock: Python finds the value in the instance's `__dict__` first, and does not
+    call `__get__`.
     """
 
     def __init__(self, load: Callable[[Any], Any]):
@@ -146,7 +147,7 @@ class InputProcessor:
         if self.has_tokenizer:
             _ = self.backend  # a broken one refuses requests here; in a step it would lose all of them
         token_ids = self._prompt_ids(parts)
-        stop_ids, room = self._check_lengths(len(token_ids), params)
+        stop_ids, max_output_len = self._limits(len(token_ids), params)
         token_filter = self._make_filter(params, stop_ids)
         # The first mask is computed here, and not in a step.
         mask = token_filter.compute_mask() if token_filter and token_filter.depends_on_output else None
@@ -159,7 +160,7 @@ class InputProcessor:
                 params,
                 stop_ids,
                 index=index,
-                room=room,
+                max_output_len=max_output_len,
                 vocab_size=self.vocab_size,
                 token_filter=token_filter.copy() if token_filter else None,
                 mask=mask,
@@ -181,13 +182,13 @@ class InputProcessor:
         """Check a request as far as no text must be tokenized and no token mask made. Raise as `process` does."""
         parts, params = self._resolve(prompt, params)
         if parts.token_ids is not None:
-            self._check_lengths(len(self._prompt_ids(parts)), params)
+            self._limits(len(self._prompt_ids(parts)), params)
 
     def _resolve(self, prompt: Any, params: Any) -> tuple[PromptParts, SamplingParams]:
         """Check a request as far as its length does not matter. Return its prompt's parts and its whole parameters."""
         if not isinstance(params, SamplingParams | None):
             raise TypeError(f"sampling_params must be SamplingParams, got {shown(params)}")
-        params = self._with_logprobs_mode(self.default_params if params is None else params)
+        params = self._resolve_logprobs(self.default_params if params is None else params)
         parts = split_prompt(prompt)
         if parts.cache_salt is not None:
             params = _with_salt(params, parts.cache_salt)
@@ -197,13 +198,17 @@ class InputProcessor:
             raise ValueError("stop strings need a tokenizer, and there is none")
         return parts, params
 
-    def _check_lengths(self, num_prompt: int, params: SamplingParams) -> tuple[frozenset[int], int]:
-        """Check that the request fits. Return its stop ids, and how many tokens fit after the prompt."""
-        room = self._room(num_prompt, params)
-        self._check_logprobs(num_prompt, room, params)
-        return self._stop_ids(params), room
+    def _limits(self, num_prompt: int, params: SamplingParams) -> tuple[frozenset[int], int]:
+        """Return what ends the request: its stop ids, and how many tokens fit after the prompt.
 
-    def _with_logprobs_mode(self, params: SamplingParams) -> SamplingParams:
+        Raises:
+            ValueError: the request does not fit.
+        """
+        max_output_len = self._max_output_len(num_prompt, params)
+        self._check_logprobs(num_prompt, max_output_len, params)
+        return self._stop_ids(params), max_output_len
+
+    def _resolve_logprobs(self, params: SamplingParams) -> SamplingParams:
         """Check the numbers of log-probabilities, and set their mode if the request has none."""
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(params, name)
@@ -281,8 +286,9 @@ class InputProcessor:
             num_tokens += len(self.encode(text[start : start + _PIECE_CHARS]))
             # The pieces may have a few more tokens than the whole, so this is not exact.
             if num_tokens > 2 * self.max_model_len:
+                at_least = num_tokens // 2  # this part of the text has more tokens, however it is split
                 raise ValueError(
-                    f"the {len(text)} characters of {name} are more than {num_tokens // 2} tokens, too many for "
+                    f"the {len(text)} characters of {name} are more than {at_least} tokens, too many for "
                     f"max_model_len={self.max_model_len}"
                 )
 
@@ -290,30 +296,30 @@ class InputProcessor:
         if num_chars > _MAX_TOKEN_CHARS * self.max_model_len:
             raise ValueError(f"{name}: {num_chars} characters are too many for max_model_len={self.max_model_len}")
 
-    def _room(self, num_prompt: int, params: SamplingParams) -> int:
+    def _max_output_len(self, num_prompt: int, params: SamplingParams) -> int:
         """Return how many tokens fit after the prompt."""
         prompt = f"prompt has {num_prompt} tokens"
         if num_prompt >= self.max_model_len:
             raise ValueError(f"{prompt}, too many for max_model_len={self.max_model_len}")
-        room = self.max_model_len - num_prompt
+        max_output_len = self.max_model_len - num_prompt
         num_kv = self.num_kv_tokens - num_prompt
         # The cache silently bounds max_tokens=None. A number must fit, because fewer tokens would be a surprise.
-        if num_kv < 1 or (params.max_tokens is not None and min(room, params.max_tokens) > num_kv):
+        if num_kv < 1 or (params.max_tokens is not None and min(max_output_len, params.max_tokens) > num_kv):
             raise ValueError(
                 f"{prompt} and max_tokens is {params.max_tokens}; the whole KV cache holds {self.num_kv_tokens} "
                 "tokens: raise num_kvcache_blocks"
             )
-        room = min(room, num_kv)
-        if params.min_tokens > room:
-            raise ValueError(f"{prompt}; min_tokens must be at most {room} after it, got {params.min_tokens}")
-        return room
+        max_output_len = min(max_output_len, num_kv)
+        if params.min_tokens > max_output_len:
+            raise ValueError(f"{prompt}; min_tokens must be at most {max_output_len} after it, got {params.min_tokens}")
+        return max_output_len
 
     def _num_logprobs(self, count: int) -> int:
         return self.vocab_size if count == -1 else count
 
-    def _check_logprobs(self, num_prompt: int, room: int, params: SamplingParams) -> None:
+    def _check_logprobs(self, num_prompt: int, max_output_len: int, params: SamplingParams) -> None:
         """Refuse log-probabilities of the whole vocabulary that need too much memory, in a step or altogether."""
-        num_tokens = min(room, params.max_tokens or room) * params.n
+        num_tokens = min(max_output_len, params.max_tokens or max_output_len) * params.n
         for name, positions, option in (
             ("logprobs", num_tokens, "max_num_seqs"),
             ("prompt_logprobs", num_prompt, "max_num_batched_tokens"),

@@ -1,16 +1,9 @@
-"""The engine: queues requests, runs the steps, returns results.
-
-Overlap of depth 1 keeps the device busy while the host works:
-
-    host    schedule 1 | launch 1 | schedule 2 | launch 2 | collect 1, update | schedule 3 | launch 3 | collect 2 ...
-    device             |    step 1 ...............        |   step 2 ...............       |   step 3 ...
-"""
+"""The engine: guards the loop (engine_core.py), and adds what is not a step: requests, weights, memory."""
 
 import logging
 import random
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
@@ -23,23 +16,26 @@ from nanovllm.checkpoints.hub import new_weights, open_config
 from nanovllm.checks import is_list, shown
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.engine_core import EngineCore
 from nanovllm.engine.guard import MEMORY, Guard, Section, close_at_exit
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.interrupts import DeferInterrupts
 from nanovllm.engine.openmp import ThreadWatch
 from nanovllm.engine.request import Request, check_request_id
-from nanovllm.engine.scheduler import ScheduledStep, Scheduler
+from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.snapshots import Snapshots
 from nanovllm.engine.step_stats import StepStats, StepTimer
+from nanovllm.executor.local import Executor
 from nanovllm.executor.start import start_executor
 from nanovllm.inputs import Prompt
-from nanovllm.messages import Batch, StepOutput
+from nanovllm.messages import Batch
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 logger = logging.getLogger("nanovllm")
 
-# Bounds the numbers among request ids that advance the engine's numbering, and so the length of the ids that it gives.
+# A caller's numeric request id advances the engine's own numbering, unless it has more digits than this: the ids that
+# the engine gives stay short.
 _MAX_ID_DIGITS = 18
 
 # The parts of the memory that must be awake for a weight update.
@@ -52,9 +48,8 @@ class LLMEngine:
     Only one thread at a time may use it: the calls of others raise RuntimeError meanwhile (`AsyncLLM` serves many at
     once). A forked child cannot use it. `close` gives back its memory and its processes.
 
-    Methods that change the state open a section (`guard.Section`), so that neither an interrupt nor another thread sees
-    half of a change; sections may be nested. If `x` has a part `_x`, this part expects an open section. The guard's own
-    checks change nothing.
+    A method that changes the state does so in a section (`guard.Section`), so that neither an interrupt nor another
+    thread sees half of a change. Sections may be nested. The state itself is in `core`, whose methods open none.
 
     Args:
         model: see `Config`.
@@ -62,12 +57,9 @@ class LLMEngine:
 
     Attributes:
         on_step, time_gpu: see `LLM`.
-        requests: the unfinished requests, by id.
-        in_flight: steps that are launched and not collected yet, oldest first.
-        outputs: the outputs that the next `step` returns, each with its request.
+        core: the requests and the loop over their steps.
         abandoned: requests whose callers have gone; the next section ends them.
         holds_resources: whether there is anything for `close` to give back.
-        weight_version: how many weight updates have succeeded.
     """
 
     holds_resources = False  # until the constructor has an executor
@@ -79,9 +71,6 @@ class LLMEngine:
         if self.source.has_tokenizer and not self.config.skip_tokenizer_init:
             # Later its files may be gone, and a broken tokenizer must not cost a step.
             self.source.tokenizer()
-        self.requests: dict[str, Request] = {}
-        self.in_flight: deque[ScheduledStep] = deque()
-        self.outputs: list[tuple[Request, RequestOutput]] = []
         self.abandoned: dict[Request, Any] = {}
         self.executor = start_executor(self.config, self.source)
         self.holds_resources = True
@@ -89,64 +78,15 @@ class LLMEngine:
         self.max_model_len = runner.max_model_len
         num_kv_tokens = runner.num_blocks * self.config.kvcache_block_size
         self.input_processor = InputProcessor(self.config, self.source, self.max_model_len, num_kv_tokens)
-        block_size, caches_prefixes = self.config.kvcache_block_size, self.config.enable_prefix_caching
-        snapshots = None
-        if caches_prefixes and runner.snapshot_slots is not None:
-            # Blocks of KV are of no use without the recurrent state at their end.
-            snapshots = Snapshots(runner.snapshot_slots, block_size)
-            caches_prefixes = len(runner.snapshot_slots) > 0
-        blocks = BlockManager(runner.num_blocks, block_size, caches_prefixes, snapshots)
-        self.scheduler = Scheduler(
-            runner.config.max_num_seqs,
-            self.config.max_num_batched_tokens,
-            blocks,
-            # Ranks that schedule for themselves must not depend on their clocks.
-            limit_masks=not self.executor.is_replicated,
-        )
-        self.weight_version = 0
+        self.scheduler = _make_scheduler(self.config, self.executor)
+        self.core = EngineCore(self.scheduler, self.executor, self.config.overlap)
         self.next_id = 0
         self.seeds = random.Random(self.config.seed)
-        self.num_steps = 0
-        self.step_time = 0.0
         self.on_step: Callable[[StepStats], None] | None = None
         self.time_gpu = False
         self.gpu = runner.device if runner.device.type == "cuda" else None
         self.thread_watch = ThreadWatch(torch.get_num_threads() if self.config.device_type == "cpu" else 1)
         close_at_exit(self)
-
-    # -- the loop ----------------------------------------------------------------------------------------------------
-
-    def _run_step(self, timer: StepTimer) -> Batch | None:
-        """Launch the next step, then collect the one before it. Return the batch that was launched."""
-        step = timer.run("schedule", self.scheduler.schedule)
-        if step is not None:
-            timer.run_on_gpu("launch", self.executor.launch, step.batch)
-            self.in_flight.append(step)
-        while self._must_collect(step):
-            output = timer.run("collect", self.executor.collect)
-            timer.run("update", self._update, self.in_flight.popleft(), output)
-        return step.batch if step is not None else None
-
-    def _must_collect(self, launched: ScheduledStep | None) -> bool:
-        """Whether the oldest step in flight must be collected before the next one is scheduled."""
-        if launched is None or not self.requests:
-            # Nothing is left to overlap with. If all requests ended early, their blocks become free now.
-            return bool(self.in_flight)
-        return len(self.in_flight) > self.config.overlap
-
-    def _update(self, step: ScheduledStep, output: StepOutput) -> None:
-        """Take in the tokens of a step, and gather the outputs of finished and streamed requests."""
-        self.num_steps += 1
-        changed, now = self.scheduler.update(step, output), time.monotonic()
-        for request_id in dict.fromkeys(seq.request_id for seq in changed):
-            request = self.requests[request_id]
-            if not request.metrics.first_token_ts:
-                request.mark_first_token(now)
-            finished = request.is_finished
-            if finished or request.stream:
-                self.outputs.append((request, request.take_output(self.weight_version, now)))
-            if finished:
-                del self.requests[request_id]
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -158,24 +98,25 @@ class LLMEngine:
     def take_outputs(self) -> list[RequestOutput]:
         """Return the outputs that the next `step` would return, without a step."""
         try:
-            return [output for _, output in self.outputs]
+            return [output for _, output in self.core.outputs]
         finally:
             # Clear last: if an interrupt comes while the list is made, the next step still returns these outputs.
-            self.outputs.clear()
+            self.core.outputs.clear()
 
     def step_for(self, requests: Collection[Request]) -> list[RequestOutput]:
-        """Run one step. Return the outputs of `requests`; keep the others for the next `step`."""
+        """Run one step. Return the outputs of `requests`; keep those of other callers for their next `step`."""
         self._advance()
-        outputs = [output for request, output in self.outputs if request in requests]
-        self.outputs = [(request, output) for request, output in self.outputs if request not in requests]
+        core = self.core
+        outputs = [output for request, output in core.outputs if request in requests]
+        core.outputs = [(request, output) for request, output in core.outputs if request not in requests]
         return outputs
 
     def has_unfinished(self) -> bool:
         """Return whether `step` has anything to do or to return."""
-        return bool(self.requests or self.in_flight or self.outputs)
+        return self.core.has_unfinished()
 
     def is_finished(self) -> bool:
-        """The opposite of `has_unfinished`."""
+        """Return the opposite of `has_unfinished`: nano-vLLM's name."""
         return not self.has_unfinished()
 
     @property
@@ -184,15 +125,13 @@ class LLMEngine:
         return self.has_unfinished() and not self.guard.asleep and self.guard.weight_error is None
 
     def _advance(self) -> None:
-        """Run one step. Its outputs join `self.outputs`."""
+        """Run one step. Its outputs join those of the core."""
         with self._section():
             self._ensure_usable()
             with self._closing_on_error():
                 watch = self.thread_watch
                 cpu_start = 0.0 if watch.done else time.process_time()
-                timer = StepTimer(self.gpu if self.time_gpu else None)
-                stats = timer.stats(self._run_step(timer))
-                self.step_time += stats.seconds
+                stats = self.core.step(StepTimer(self.gpu if self.time_gpu else None))
                 if not watch.done:
                     watch.add(stats.seconds, time.process_time() - cpu_start)
         self._report(stats)
@@ -214,21 +153,7 @@ class LLMEngine:
 
     def metrics(self) -> Metrics:
         """Return counters since the engine was made, and what it is doing now."""
-        scheduler, blocks = self.scheduler, self.scheduler.block_manager
-        return Metrics(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_preemptions=scheduler.num_preemptions,
-            num_steps=self.num_steps,
-            step_time=self.step_time,
-            prompt_tokens=scheduler.num_prompt_tokens,
-            cached_tokens=scheduler.num_cached_tokens,
-            generated_tokens=scheduler.num_generated_tokens,
-            kv_usage=1 - blocks.num_free / blocks.num_blocks,
-            num_free_slots=len(scheduler.free_slots),
-            num_snapshots=len(blocks.snapshots.slot_of) if blocks.snapshots else 0,
-            num_free_snapshots=len(blocks.snapshots.free_slots) if blocks.snapshots else 0,
-        )
+        return self.core.metrics()
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -271,20 +196,18 @@ class LLMEngine:
                 # Numbers that the engine gives are larger than all that callers chose.
                 self.next_id = max(self.next_id, int(request.id) + 1)
             request.seed_samples(self.seeds)
-            self.requests[request.id] = request
-            for seq in request.samples:
-                self.scheduler.add(seq)
+            self.core.add(request)
         return request.id
 
     def abort(self, request_id: int | str) -> RequestOutput | None:
         """End a request in whatever state it is; see `LLM.abort`."""
         with self._section():
-            request = self.requests.get(check_request_id(request_id))
-            return None if request is None else self._abort(request)
+            request = self.core.requests.get(check_request_id(request_id))
+            return None if request is None else self.core.abort(request)
 
-    def is_pending(self, request: Request) -> bool:
-        """Whether a request is unfinished, or an output of it waits for `step`."""
-        return self._is_unfinished(request) or any(owner is request for owner, _ in self.outputs)
+    def expects_output(self, request: Request) -> bool:
+        """Return whether a request is unfinished, or an output of it waits for `step`."""
+        return self.core.is_unfinished(request) or self.core.has_output(request)
 
     def abandon(self, requests: Iterable[Request]) -> None:
         """End requests whose callers have gone, and drop their outputs; see `end_abandoned`."""
@@ -301,36 +224,26 @@ class LLMEngine:
 
     def abandon_with_consumer(self, request: Request, consumer: Any) -> None:
         """Abandon a request as soon as its consumer has been garbage-collected."""
-        # The callback is `abandoned.setdefault(request, reference)`. This is C code, so no interrupt can hit it.
+        # The callback is `abandoned.setdefault(request, reference)`. An interrupt would end a callback in Python half
+        # done, at any time; it cannot hit a method in C.
         request.consumer = weakref.ref(consumer, partial(self.abandoned.setdefault, request))
 
     def _check_addable(self, request_id: Any) -> None:
         """Check that requests can be added now, and that none has this id."""
         self._ensure_usable()
-        if request_id is not None and self._is_taken(check_request_id(request_id)):
+        if request_id is not None and self.core.has_id(check_request_id(request_id)):
             name = f"request_id {shown(request_id)}"
             raise ValueError(f"{name} belongs to a request that is unfinished or whose output waits for step()")
 
-    def _is_taken(self, request_id: str) -> bool:
-        return request_id in self.requests or any(output.request_id == request_id for _, output in self.outputs)
-
-    def _is_unfinished(self, request: Request) -> bool:
-        return self.requests.get(request.id) is request  # not only the id: another request may have it by now
-
-    def _abort(self, request: Request) -> RequestOutput:
-        del self.requests[request.id]
-        for seq in request.samples:
-            self.scheduler.finish(seq, "abort")
-        return request.take_output(self.weight_version)
-
     def _end_abandoned(self) -> None:
-        """End the abandoned requests and drop their outputs."""
+        """End the abandoned requests and drop their outputs. Call this in a section."""
+        core = self.core
         while self.abandoned:
             abandoned = list(self.abandoned)  # oldest first, because the queue is searched from its front
             for request in abandoned:
-                if self._is_unfinished(request):
-                    self._abort(request)
-            self.outputs = [pair for pair in self.outputs if pair[0] not in self.abandoned]
+                if core.is_unfinished(request):
+                    core.abort(request)
+            core.outputs = [pair for pair in core.outputs if pair[0] not in self.abandoned]
             for request in abandoned:
                 del self.abandoned[request]
 
@@ -339,7 +252,7 @@ class LLMEngine:
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | str | Path) -> int:
         """Overwrite the weights in place, on all ranks; see `LLM.update_weights`."""
         self.ensure_usable(_UPDATE_NEEDS, allow_partial_weights=True)
-        weights = _pairs(new_weights(weights, self.source.config) if isinstance(weights, str | Path) else weights)
+        weights = weight_pairs(new_weights(weights, self.source.config) if isinstance(weights, str | Path) else weights)
         with self._section() as section:
             self.start_weight_update()
             self.load_weights(section.pull(weights))
@@ -350,7 +263,7 @@ class LLMEngine:
         with self._section():
             self.guard.check_usable(_UPDATE_NEEDS, allow_partial_weights=True)
             with self._closing_on_error():
-                self._forget_computed()
+                self.core.forget_computed()
             with self._updating_weights():
                 self.executor.start_weight_update()
                 self.guard.update_open = True
@@ -360,7 +273,7 @@ class LLMEngine:
         with self._section() as section:
             self._check_update_open()
             with self._updating_weights():
-                return self.executor.load_weights(section.pull(_pairs(weights)))
+                return self.executor.load_weights(section.pull(weight_pairs(weights)))
 
     def finish_weight_update(self) -> int:
         """Check the new weights and return their version; see `LLM.finish_weight_update`."""
@@ -370,7 +283,7 @@ class LLMEngine:
                 self.executor.finish_weight_update()
                 self.guard.update_open = False
             self.guard.weight_error = None
-            self.weight_version += 1
+            self.core.weight_version += 1
             return self.weight_version
 
     def _check_update_open(self) -> None:
@@ -401,7 +314,7 @@ class LLMEngine:
             wanted = MEMORY if level == 2 else ("kv_cache",)
             if parts := tuple(part for part in wanted if part not in self.guard.asleep):
                 with self._closing_on_error():
-                    self._forget_computed()
+                    self.core.forget_computed()
                     self.executor.sleep(parts)
                     self.guard.asleep.update(parts)
 
@@ -422,19 +335,17 @@ class LLMEngine:
             self.scheduler.block_manager.reset_prefix_cache()
         return True
 
-    def _forget_computed(self) -> None:
-        """Collect what is in flight, and let all running requests be computed again."""
-        while self.in_flight:
-            output = self.executor.collect()
-            self._update(self.in_flight.popleft(), output)
-        self.scheduler.preempt_all()
-
     # -- state -------------------------------------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> Any:
         """The model's transformers tokenizer."""
         return self.input_processor.tokenizer
+
+    @property
+    def weight_version(self) -> int:
+        """How many weight updates have succeeded."""
+        return self.core.weight_version
 
     @property
     def is_sleeping(self) -> bool:
@@ -447,7 +358,7 @@ class LLMEngine:
             self._ensure_usable(needs, allow_partial_weights)
 
     def _ensure_usable(self, needs: Collection[str] = MEMORY, allow_partial_weights: bool = False) -> None:
-        """Do the same in an open section. A subclass may first make the engine usable."""
+        """Raise as `ensure_usable` does. Call this in a section: a subclass may first make the engine usable."""
         self.guard.check_usable(needs, allow_partial_weights)
 
     def reserved(self) -> AbstractContextManager[None]:
@@ -466,9 +377,8 @@ class LLMEngine:
                 self.input_processor.close()
             with self.guard.lock:  # waits for the step that another thread runs
                 if self.holds_resources:
-                    self.requests.clear()
-                    self.in_flight.clear()
-                    self.outputs.clear()
+                    if hasattr(self, "core"):
+                        self.core.clear()
                     self.executor.close()
                     self.holds_resources = False
 
@@ -505,7 +415,25 @@ class LLMEngine:
                 self.close()
 
 
-def _pairs(weights: Any) -> Iterable[tuple[str, torch.Tensor]]:
+def _make_scheduler(config: Config, executor: Executor) -> Scheduler:
+    """Make the scheduler of the blocks, slots and snapshots that the executor's ranks have."""
+    runner, caches_prefixes = executor.runner, config.enable_prefix_caching
+    snapshots = None
+    if caches_prefixes and runner.snapshot_slots is not None:
+        # Blocks of KV are of no use without the recurrent state at their end.
+        snapshots = Snapshots(runner.snapshot_slots, config.kvcache_block_size)
+        caches_prefixes = len(runner.snapshot_slots) > 0
+    return Scheduler(
+        runner.sizes.num_seqs,
+        config.max_num_batched_tokens,
+        BlockManager(runner.num_blocks, config.kvcache_block_size, caches_prefixes, snapshots),
+        # Ranks that schedule for themselves must not depend on their clocks.
+        limit_masks=not executor.is_replicated,
+    )
+
+
+def weight_pairs(weights: Any) -> Iterable[tuple[str, torch.Tensor]]:
+    """Return weights. Raise TypeError if they cannot be pairs of names and tensors."""
     if not isinstance(weights, Iterable) or isinstance(weights, str | bytes | Mapping):
         raise TypeError(f"weights must be pairs (name, tensor), got {type(weights).__name__}")
     return weights

@@ -45,7 +45,7 @@ class Request:
         is_delta: whether each output has what is new since the last one, instead of everything.
         added: when the request was made, by `time.monotonic`.
         metrics: times and counts so far.
-        consumer: the iterator of a stream.
+        consumer: refers weakly to the iterator of a stream, and abandons the request when that is garbage-collected.
         delivered: for each sample of a stream, how many tokens and which finish reason its caller has received.
     """
 

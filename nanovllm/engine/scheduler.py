@@ -15,7 +15,7 @@ from itertools import islice
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Placement, Sequence, Status
 from nanovllm.engine.stopping import accept_token
-from nanovllm.messages import DECODE_LOGITS, NO_LOGITS, Admission, Batch, Row, StepOutput
+from nanovllm.messages import Admission, Batch, Row, StepOutput
 
 # CPU seconds that a step may spend on masks before it leaves the rest to the next step. A usual mask takes under 1 ms.
 STEP_MASK_SECONDS = 0.01
@@ -81,7 +81,7 @@ class Scheduler:
             placement = seq.placement
             if placement is None:
                 continue  # preempted for a sequence before it
-            num_tokens = len(seq.token_ids) + seq.num_pending
+            num_tokens = seq.num_tokens
             if num_tokens - len(seq.prompt_ids) >= seq.max_tokens:
                 continue  # its last token is in flight
             if seq.token_filter and seq.lacks_mask:
@@ -106,7 +106,7 @@ class Scheduler:
     def update(self, step: ScheduledStep, output: StepOutput) -> list[Sequence]:
         """Take in the results of a step.
 
-        Tokens of sequences that have finished in the meantime are dropped.
+        Tokens and logprobs of sequences that have finished in the meantime are dropped.
 
         Returns:
             The sequences that have new tokens, in the order of their rows. Some may have finished.
@@ -203,7 +203,9 @@ class Scheduler:
             if num_deferred == _MAX_DEFERRED or len(builder.batch.new_blocks) >= _MAX_NEW_BLOCKS:
                 break
             if seq.num_pending:
-                break  # preempted: the host must know all of its tokens before they are computed again
+                # It was preempted: the host must know all of its tokens before they are computed again. That takes one
+                # step. The sequences after it wait as well, so that they do not overtake it.
+                break
             if seq.lacks_mask:
                 break
             # Logits of cached tokens cannot score a prompt. With recurrent state, the sequence shares only the cached
@@ -299,7 +301,7 @@ class _StepBuilder:
         self.prefilling: list[Sequence] = []
         self.decode_rows: list[Row] = []
         self.prefill_rows: list[Row] = []
-        self.wants_logprobs = False
+        self.wants_logprobs = False  # spares most steps the search for rows that want logprobs
 
     def add_admission(self, seq: Sequence, placement: Placement) -> None:
         """Describe a new sequence, whose placement holds the cached prefix, to the runner."""
@@ -330,14 +332,14 @@ class _StepBuilder:
         """Add a row that computes the next `num_new` tokens of `seq`. Its placement has their blocks."""
         # 1. The row. Its kind follows from the placement and the pending tokens before this step.
         start = placement.num_computed
-        is_sampled = start + num_new == len(seq.token_ids) + seq.num_pending
+        is_sampled = start + num_new == seq.num_tokens
         if placement.is_decoding:
-            self.decode_rows.append(Row(placement.slot, start, None, DECODE_LOGITS))
+            self.decode_rows.append(Row(placement.slot, start, None, is_sampled))
             self.decoding.append(seq)
         else:
             self._add_prefill_row(seq, placement.slot, start, num_new, is_sampled)
-            placement.is_decoding = is_sampled
-        # 2. The progress with this step.
+        # 2. The progress with this step. A decode row is always sampled.
+        placement.is_decoding = is_sampled
         if is_sampled:
             seq.num_pending += 1
             if seq.num_logprobs is not None or seq.token_filter:
@@ -369,16 +371,16 @@ class _StepBuilder:
             self.batch.new_blocks.append((placement.slot, i, placement.block_table[i]))
 
     def _add_prefill_row(self, seq: Sequence, slot: int, start: int, num_new: int, is_sampled: bool) -> None:
-        logit_indices, target_ids = range(num_new - 1, num_new) if is_sampled else NO_LOGITS, ()
+        target_ids, first_target = (), 0
         if seq.num_unscored:
             # Prompt logprobs: the token at position p is scored by the logits at p - 1.
             first, end = seq.num_scored, min(start + num_new, len(seq.prompt_ids) - 1)
             if first < end:
-                logit_indices = range(first - start, num_new if is_sampled else end - start)
-                target_ids = seq.prompt_ids[first + 1 : end + 1]
+                target_ids, first_target = seq.prompt_ids[first + 1 : end + 1], first - start
                 seq.num_scored = end
                 self.wants_logprobs = True
-        self.prefill_rows.append(Row(slot, start, seq.token_ids[start : start + num_new], logit_indices, target_ids))
+        token_ids = seq.token_ids[start : start + num_new]
+        self.prefill_rows.append(Row(slot, start, token_ids, is_sampled, target_ids, first_target))
         self.prefilling.append(seq)
 
     def _add_sampling_options(self, seq: Sequence, slot: int) -> None:

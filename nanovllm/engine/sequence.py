@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TypeAlias
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from nanovllm.engine.grammars import GrammarFilter
 from nanovllm.engine.token_filter import TokenFilter
 from nanovllm.outputs import LogprobRows
 from nanovllm.sampling_params import MAX_TOKENS, SamplingParams
+
+# The uid of a prefix: that of its last block; for the empty prefix, the request's cache salt, or 0 without one.
+PrefixUid: TypeAlias = int | str
 
 
 class Status(Enum):
@@ -29,7 +33,8 @@ class Placement:
         block_table: ids of its KV blocks, in the order of its tokens.
         num_computed: how many tokens have their KV in the cache, counted when their step is scheduled.
         is_decoding: whether the device holds the sequence's last token, so that its next row is a decode row.
-        num_registered: how many of its blocks the prefix index knows; `prefix_hash` and `prefix_uid` identify them.
+        num_registered: how many of its blocks the prefix index knows.
+        prefix_hash, prefix_uid: hash and uid of these blocks; see `block_manager.Block`.
         planned_snapshots: positions in its known tokens where the recurrent state must be saved, in order.
         last_snapshot: position of its newest snapshot, or of the one from which it started.
         new_snapshot: slot of its newest snapshot until the block that ends there is in the prefix index.
@@ -42,7 +47,7 @@ class Placement:
     is_decoding: bool = False
     num_registered: int = 0
     prefix_hash: int = 0
-    prefix_uid: int | str = 0
+    prefix_uid: PrefixUid = 0
     planned_snapshots: list[int] = field(default_factory=list)
     last_snapshot: int = 0
     new_snapshot: int | None = None
@@ -60,14 +65,14 @@ class Sequence:
         params: the request's parameters.
         stop_ids: ids of tokens that end it: the end-of-sequence ids unless ignored, and `stop_token_ids`.
         index: index of this sample in its request.
-        room: how many tokens fit after the prompt.
+        max_output_len: how many tokens fit after the prompt, whatever `params.max_tokens` is.
         vocab_size: the model's vocabulary size, for logprobs of all tokens.
         token_filter: limits which tokens may be sampled; None if the request does not.
         mask: the filter's bit mask of allowed next tokens, if it depends on the output. None until it is computed, and
             again once a row samples with it.
         detokenizer: makes the text of a stream, and finds stop strings; None if the request needs neither.
         token_ids: prompt and output, as far as the host knows them.
-        num_pending: how many tokens the steps in flight sample for it (at most the overlap depth + 1).
+        num_pending: how many tokens the steps in flight sample for it (at most `Config.overlap` + 1).
         num_in_flight: how many launched steps with a row of this sequence are not collected yet.
         num_cached: how many prompt tokens the prefix cache had when it was first admitted.
         num_scored: how many prompt tokens have their logprobs, counted when their step is scheduled.
@@ -86,7 +91,7 @@ class Sequence:
     seed: int = 0
     request_id: str = ""
     index: int = 0
-    room: int = MAX_TOKENS
+    max_output_len: int = MAX_TOKENS
     vocab_size: int = 0
     token_filter: TokenFilter | GrammarFilter | None = None
     mask: np.ndarray | None = None
@@ -113,7 +118,9 @@ class Sequence:
     def __post_init__(self):
         params = self.params
         self.token_ids = list(self.prompt_ids)
-        self.max_tokens = self.room if params.max_tokens is None else min(params.max_tokens, self.room)
+        self.max_tokens = self.max_output_len
+        if params.max_tokens is not None:
+            self.max_tokens = min(params.max_tokens, self.max_output_len)
         self.num_logprobs = self.vocab_size if params.logprobs == -1 else params.logprobs
         self.num_prompt_logprobs = self.vocab_size if params.prompt_logprobs == -1 else params.prompt_logprobs
 

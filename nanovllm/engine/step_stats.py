@@ -79,7 +79,7 @@ class StepTimer:
         return result
 
     def run_on_gpu(self, name: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a phase as `run` does. Measure the GPU work that it launches, too."""
+        """Run a phase as `run` does. Also measure the GPU work that it launches."""
         if self.gpu is None:
             return self.run(name, call, *args, **kwargs)
         self._record_event(self.gpu)

@@ -8,6 +8,7 @@ import torch
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.messages import Batch, StepOutput
 from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.utils.heap import trim_heap
 
 
 class Executor:
@@ -66,7 +67,7 @@ class Executor:
         getattr(self.runner, method)(*arguments)
 
     def close(self) -> None:
-        """Free the device memory. May be called again."""
+        """Give memory back. May be called again."""
         if self._runner is not None:
             self._runner.free_graphs()
             self._runner = None
@@ -77,3 +78,4 @@ class Executor:
             gc.collect()
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
+            trim_heap()

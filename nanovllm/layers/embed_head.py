@@ -65,7 +65,7 @@ class VocabParallelEmbedding(VocabParallel):
     ):
         super().__init__(num_embeddings, tp)
         self.weight = make_parameter(self.size, embedding_dim, dtype=dtype, weight_loader=self.weight_loader)
-        self.format: Any = Table(self.weight)  # or what loading makes of it, which has `rows` too
+        self.format: Any = Table(self.weight)  # a WeightFormat that has `rows`, also after loading replaced it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.residual(x).complete()

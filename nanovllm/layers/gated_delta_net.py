@@ -7,11 +7,12 @@ import torch
 
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import ColumnParallelLinear, PendingGemm, RowParallelLinear, Shard, divide
+from nanovllm.layers.linear import ColumnParallelLinear, LazyGemm, RowParallelLinear, Shard, divide
 from nanovllm.layers.residual import Normed
 from nanovllm.layers.state import SlotStateSpec, StatefulLayer
 from nanovllm.ops.gdn.gated_delta_net import gated_delta_net
 from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
+from nanovllm.ops.gdn.plan import PromptPlan, prompt_plan_triton
 from nanovllm.utils.context import get_context
 from nanovllm.weights.layer_formats import PLAIN_FORMATS, LayerFormats
 from nanovllm.weights.parameter import CheckpointTensor, ShardId, checkpoint_tensors, rows_of
@@ -19,7 +20,7 @@ from nanovllm.weights.row_order import joined_rows, packed_rows
 
 
 @dataclass(frozen=True)
-class LinearAttentionConfig:
+class GatedDeltaNetConfig:
     """The options of a model's Gated DeltaNet layers.
 
     Args:
@@ -37,7 +38,7 @@ class LinearAttentionConfig:
 
     @property
     def num_channels(self) -> int:
-        """Return the number of queries, keys and values of a token, which the convolution reads."""
+        """Number of queries, keys and values of a token, which the convolution reads."""
         return 2 * self.num_key_heads * self.key_head_dim + self.num_value_heads * self.value_head_dim
 
 
@@ -59,7 +60,7 @@ class GatedDeltaNet(StatefulLayer):
 
     def __init__(
         self,
-        config: LinearAttentionConfig,
+        config: GatedDeltaNetConfig,
         hidden_size: int,
         eps: float,
         *,
@@ -120,8 +121,12 @@ class GatedDeltaNet(StatefulLayer):
     def bind(self, state: list[torch.Tensor] | None) -> None:
         self.state = None if state is None else GdnState(*state)
 
-    def forward(self, x: Normed, positions: torch.Tensor, last: torch.Tensor | None) -> PendingGemm:
-        rows = get_context().state_rows
+    @staticmethod
+    def plan_prompts(cu_seqlens: torch.Tensor, num_tokens: int, max_prompts: int) -> PromptPlan | None:
+        return prompt_plan_triton(cu_seqlens, num_tokens, max_prompts) if cu_seqlens.is_cuda else None
+
+    def forward(self, x: Normed, positions: torch.Tensor, last: torch.Tensor | None) -> LazyGemm:
+        rows = get_context().state_rows.get(type(self))
         if self.state is None or rows is None:
             raise RuntimeError("this layer has no recurrent state: bind() one first, and give the context state_rows")
         if self.gates_proj is None:
@@ -134,7 +139,7 @@ class GatedDeltaNet(StatefulLayer):
         return self.out_proj(out if last is None else out[last])
 
 
-def _shards(config: LinearAttentionConfig, channels: np.ndarray, heads: range) -> dict[ShardId, Shard]:
+def _shards(config: GatedDeltaNetConfig, channels: np.ndarray, heads: range) -> dict[ShardId, Shard]:
     """Return the shards of qkv, z, b and a, for these value heads."""
     shards: dict[ShardId, Shard] = {"qkv": Shard.reordered("in_proj_qkv", config.num_channels, channels)}
     for name, size in {"z": config.value_head_dim, "b": 1, "a": 1}.items():
@@ -143,7 +148,7 @@ def _shards(config: LinearAttentionConfig, channels: np.ndarray, heads: range) -
     return shards
 
 
-def _packed_shards(config: LinearAttentionConfig, key_heads: range) -> dict[ShardId, Shard]:
+def _packed_shards(config: GatedDeltaNetConfig, key_heads: range) -> dict[ShardId, Shard]:
     """Return the shards of qkvz and ba, for these key heads and their value heads."""
     group, key_dim = config.num_value_heads // config.num_key_heads, config.key_head_dim
     values = group * config.value_head_dim

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from nanovllm.layers.layer import Layer
-from nanovllm.layers.linear import PendingGemm
+from nanovllm.layers.linear import LazyGemm
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.weights.parameter import CheckpointTensor, check_shape, make_parameter, select
@@ -45,9 +45,9 @@ class RMSNorm(Layer):
         dummy = 0.0 if self.zero_centered else 1.0
         return {f"{prefix}.weight": CheckpointTensor(self.weight, tuple(self.weight.shape), dummy=dummy)}
 
-    def forward(self, x: torch.Tensor | Residual | PendingGemm) -> torch.Tensor | Normed:
+    def forward(self, x: torch.Tensor | Residual | LazyGemm) -> torch.Tensor | Normed:
         if isinstance(x, Residual):
             return x.normed((self.weight, self.eps))
-        if isinstance(x, PendingGemm):
+        if isinstance(x, LazyGemm):
             return x.all_reduce((self.weight, self.eps))
         return rms_norm(x, self.weight, self.eps)

@@ -18,7 +18,7 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.layer import Layer
 from nanovllm.layers.residual import Norm, Normed, Residual, as_normed
 from nanovllm.ops.dispatch import Adder
-from nanovllm.ops.fp8.quantize import PendingSwiglu
+from nanovllm.ops.fp8.quantize import LazySwiglu
 from nanovllm.utils.context import get_counters
 from nanovllm.weights.formats import AllocateWeight, Plain, WeightFormat
 from nanovllm.weights.parameter import (
@@ -309,12 +309,12 @@ class RowParallelLinear(LinearLayer):
         columns = blocks_covering(self.columns, self.in_features, block)
         return (len(param), ceil_div(self.in_features, block)), columns
 
-    def forward(self, x: torch.Tensor | PendingSwiglu) -> "PendingGemm":
-        return PendingGemm(self, self.format.prepare(x))
+    def forward(self, x: torch.Tensor | LazySwiglu) -> "LazyGemm":
+        return LazyGemm(self, self.format.prepare(x))
 
 
 @dataclass(eq=False)
-class PendingGemm:
+class LazyGemm:
     """The output of a row-parallel layer whose GEMM has not run yet. Adding it to the residual stream runs it.
 
     So the GEMM, the all-reduce or the next norm can do the addition. x is what the layer's format made of the input.

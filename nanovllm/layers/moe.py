@@ -63,7 +63,10 @@ class Router(ColumnParallelLinear):
         self.config = config
 
     def choose(self, x: Normed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return the ids and weights of each token's experts, and the shared expert's gate [T, 1] if there is one."""
+        """Return the ids and weights of each token's experts, and the shared expert's gate [T, 1] if there is one.
+
+        The weights are rounded to the dtype of the logits, as in transformers.
+        """
         logits = self(x)
         gate = logits[:, self.rows["shared"]] if "shared" in self.rows else None
         logits = logits[:, self.rows["experts"]]
@@ -78,7 +81,7 @@ def _allocate_aligned(rows: int, columns: int, **options: Any) -> Plain:
 
 
 class Experts(Layer):
-    """The experts' weights: gate_up_proj [E, 2 I / ranks, H] and down_proj [E, H, I / ranks], split by the inner size.
+    """The experts' weights: gate_up_proj [E, 2 I / ranks, H] and down_proj [E, H, I / ranks] for an inner size of I.
 
     Checkpoints have three tensors for each expert, or two for all of them. A format may add scales of each.
     """
@@ -95,7 +98,8 @@ class Experts(Layer):
         self.tp = tp
         self.num_experts = config.num_experts
         self.inner_size = config.intermediate_size
-        self.rank_inner_size = size = divide("moe_intermediate_size", self.inner_size, tp)
+        size = divide("moe_intermediate_size", self.inner_size, tp)
+        self.rank_inner_size = size  # I / ranks
         # The gates of an expert; its ups have the same rows.
         self.shard = Shard("gate_proj", total=self.inner_size, start=tp.rank * size, size=size)
         sizes = ExpertSizes(self.num_experts, hidden_size, size, self.shard.row_alignment(offset=size))
@@ -186,12 +190,13 @@ class SparseMoE(Layer):
             options = {"dtype": dtype, "tp": tp, "formats": formats.of("shared_expert")}
             self.shared_expert = MLP(hidden_size, config.shared_intermediate_size, **options)
 
-    def forward(self, x: Normed) -> "PendingExperts":
+    def forward(self, x: Normed) -> "LazyExperts":
         if not self.experts.format.fuses_norm(x.x, self.gate.config.experts_per_token):
             x = x.computed()
         ids, weights, gate = self.gate.choose(x)
+        # The shared expert runs now: the kernel that sums the experts of a token reads its output.
         shared = None if self.shared_expert is None else (self.shared_expert(x).partial_sum(), gate)
-        return PendingExperts(self.experts, x, ids, weights, shared)
+        return LazyExperts(self.experts, x, ids, weights, shared)
 
     def compile_sizes(self, max_tokens: int) -> list[int]:
         """Return the numbers of tokens, up to `max_tokens`, at which the experts' kernels or tiles change."""
@@ -199,7 +204,7 @@ class SparseMoE(Layer):
 
 
 @dataclass(eq=False)
-class PendingExperts:
+class LazyExperts:
     """The output of a sparse block whose experts have not run yet. Adding it to the residual stream runs them.
 
     So the kernel that sums the experts of a token also adds the residual.

@@ -59,23 +59,19 @@ class Residual:
         base = None if self.base is None else self.base[tokens]
         return Residual(self.x[tokens], self.tp, base, self.is_partial)
 
-    def complete(self, norm: Norm | None = None) -> torch.Tensor:
-        """Make x the whole stream, and return it or its RMSNorm.
-
-        A partial stream changes: `all_reduce` overwrites x with the sum over the ranks plus `base`.
-        """
-        if not self.is_partial:
-            if norm is None:
-                return self.x
-            weight, eps = norm
-            return rms_norm(self.x, weight, eps)
-        result = self.tp.all_reduce(self.x, norm, self.base)
-        self.base, self.is_partial = None, False
-        return result
+    def complete(self) -> torch.Tensor:
+        """Make x the whole stream, in place, and return it."""
+        return self._all_reduce(norm=None) if self.is_partial else self.x
 
     def normed(self, norm: Norm) -> Normed:
         """Return the RMSNorm of the stream. It is computed now only if the stream needs an all-reduce anyway."""
-        return Normed(self.complete(norm), None) if self.is_partial else Normed(self.x, norm)
+        return Normed(self._all_reduce(norm), None) if self.is_partial else Normed(self.x, norm)
+
+    def _all_reduce(self, norm: Norm | None) -> torch.Tensor:
+        """Overwrite x with its sum over the ranks plus `base`. Return x, or its RMSNorm."""
+        result = self.tp.all_reduce(self.x, norm, self.base)
+        self.base, self.is_partial = None, False
+        return result
 
 
 def as_normed(x: torch.Tensor | Normed | Residual) -> Normed:

@@ -1,6 +1,7 @@
 """State that layers keep between steps. A spec declares it, so that runner/state_pool.py can size and allocate it.
 
-To add another kind of state, add a spec class here with its size in bytes and `allocate`. StatePool must then count it.
+A layer's state is by block (`PagedKVSpec`) or by slot (`SlotStateSpec`). State that is neither needs a spec class here,
+and a StatePool that counts it.
 """
 
 import math
@@ -60,7 +61,7 @@ class SlotStateSpec:
 
     @property
     def slot_bytes(self) -> int:
-        """Return the bytes of one slot."""
+        """Bytes of one slot."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True))
 
     def allocate(self, num_layers: int, num_slots: int, device: torch.device) -> list[torch.Tensor]:
@@ -75,7 +76,10 @@ class SlotStateSpec:
 
 
 class StatefulLayer(Layer):
-    """A layer that keeps state between steps."""
+    """A layer that keeps state between steps.
+
+    If its state is by slot, it reads the step's rows in `get_context().state_rows`, by its class.
+    """
 
     @abstractmethod
     def state_spec(self) -> PagedKVSpec | SlotStateSpec:
@@ -83,8 +87,23 @@ class StatefulLayer(Layer):
 
     @abstractmethod
     def bind(self, state: Any) -> None:
-        """Use this state from now on. None removes the state.
+        """Use this state from now on.
 
         Args:
-            state: a `PagedKV`, or the tensors [num_slots, *shape] of a `SlotStateSpec`.
+            state: a `PagedKV`, or the tensors [num_slots, *shape] of a `SlotStateSpec`. None removes the state, whose
+                memory is freed while the cache sleeps, or to be measured.
         """
+
+    @staticmethod
+    def plan_prompts(cu_seqlens: torch.Tensor, num_tokens: int, max_prompts: int) -> Any:
+        """Return what the kernels of this class need to know about a step's prompt rows; None if nothing.
+
+        Only layers with state by slot have such a plan. It runs once a step for all layers of the class, before the
+        model's first kernel, and a CUDA graph may capture it: it must not wait for the device.
+
+        Args:
+            cu_seqlens: [R + 1] int32, as in `StateRows`.
+            num_tokens: number of tokens, padding included.
+            max_prompts: at least the number of rows of two or more tokens.
+        """
+        return None

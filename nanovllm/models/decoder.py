@@ -13,7 +13,7 @@ from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.gated_delta_net import GatedDeltaNet
 from nanovllm.layers.layer import Layer
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import LinearLayer, PendingGemm, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import LazyGemm, LinearLayer, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import MLP
 from nanovllm.layers.moe import SparseMoE
 from nanovllm.layers.qk_norm import QKNorm
@@ -68,7 +68,8 @@ class SelfAttention(Layer):
             allocate_weight=formats.weight("o_proj"),
         )
 
-    def forward(self, x: Normed | Residual, positions: torch.Tensor, last: torch.Tensor | None) -> PendingGemm:
+    def forward(self, x: Normed | Residual, positions: torch.Tensor, last: torch.Tensor | None) -> LazyGemm:
+        # The gates come first, so that the rest is what the kernels of attention read.
         qkv, gate_size = self.qkv_proj(x), self.qkv_proj.gate_size
         if self.qk_norm is not None:
             self.qk_norm(qkv[:, gate_size:])
@@ -88,10 +89,10 @@ def _head_layout(config: ModelConfig, rotary: RotaryEmbedding) -> HeadLayout | N
 
 
 class DecoderLayer(Layer):
-    """A layer that adds attention, or linear attention, and MLP to the residual stream, whose memory it may overwrite.
+    """A mixer (attention or Gated DeltaNet) and an MLP, each after a norm and added to the residual stream.
 
-    Norms and row-parallel GEMMs are lazy values (see layers/residual.py and layers/linear.py), so that kernels can fuse
-    them where that is faster.
+    It may overwrite the memory of the stream that it gets. Norms and row-parallel GEMMs are lazy values (see
+    layers/residual.py and layers/linear.py), so that kernels can fuse them where that is faster.
 
     Args:
         index: the layer's index, which determines its kind.
@@ -110,10 +111,12 @@ class DecoderLayer(Layer):
         super().__init__()
         self.layer_type = config.layer_type(index)
         self.is_recurrent = config.is_recurrent(index)
-        self._make_norms(config, dtype)
-        if config.linear_attention is not None and self.is_recurrent:
+        self.input_layernorm = _norm(config, dtype)
+        self.post_attention_layernorm = _norm(config, dtype)
+        if self.layer_type == "gated_delta_net":
+            assert config.gated_delta_net is not None  # ModelConfig has checked it
             self.linear_attn = GatedDeltaNet(
-                config.linear_attention,
+                config.gated_delta_net,
                 config.hidden_size,
                 config.rms_norm_eps,
                 dtype=dtype,
@@ -123,15 +126,11 @@ class DecoderLayer(Layer):
             )
         else:
             self.self_attn = SelfAttention(config, index, rotary, dtype, tp)
-        options = {"dtype": dtype, "tp": tp, "formats": config.formats(index, "mlp")}
         if config.moe is not None and index not in config.moe.dense_layers:
-            self.mlp = SparseMoE(config.moe, config.hidden_size, **options)
+            formats = config.formats(index, "mlp")
+            self.mlp = SparseMoE(config.moe, config.hidden_size, dtype=dtype, tp=tp, formats=formats)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias, **options)
-
-    def _make_norms(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
-        self.input_layernorm = _norm(config, dtype)
-        self.post_attention_layernorm = _norm(config, dtype)
+            self.mlp = _mlp(config, index, dtype, tp)
 
     def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
         """Return the residual stream of all tokens, or only of the tokens at the indices `last` [L].
@@ -139,22 +138,43 @@ class DecoderLayer(Layer):
         The other tokens still store their keys and values, or update the recurrent state.
         """
         mixer = self.linear_attn if self.is_recurrent else self.self_attn
-        attended = mixer(self.input_layernorm(residual), positions, last)
-        residual = (residual if last is None else residual[last]) + attended
+        mixed = mixer(self.input_layernorm(residual), positions, last)
+        residual = (residual if last is None else residual[last]) + mixed
         return residual + self.mlp(self.post_attention_layernorm(residual))
 
 
-class PostNormLayer(DecoderLayer):
-    """A layer that norms the outputs of attention and MLP, in place of their inputs (Olmo 2)."""
+class PostNormLayer(Layer):
+    """A layer that norms the outputs of attention and MLP, in place of their inputs (Olmo 2).
 
-    def _make_norms(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
+    Args: as in `DecoderLayer`; it has no recurrent state.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        rotary: RotaryEmbedding,
+        dtype: torch.dtype | None,
+        state_dtype: torch.dtype,
+        tp: TensorParallel,
+    ):
+        super().__init__()
+        self.layer_type = config.layer_type(index)
         self.post_attention_layernorm = _norm(config, dtype)
         self.post_feedforward_layernorm = _norm(config, dtype)
+        self.self_attn = SelfAttention(config, index, rotary, dtype, tp)
+        self.mlp = _mlp(config, index, dtype, tp)
 
     def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
         attended = self.post_attention_layernorm(self.self_attn(residual, positions, last))
         residual = (residual if last is None else residual[last]) + attended
         return residual + self.post_feedforward_layernorm(self.mlp(residual))
+
+
+def _mlp(config: ModelConfig, index: int, dtype: torch.dtype | None, tp: TensorParallel) -> MLP:
+    """Make the MLP of a dense layer."""
+    formats = config.formats(index, "mlp")
+    return MLP(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype=dtype, tp=tp, formats=formats)
 
 
 def _kind(module: nn.Module) -> tuple[type, type]:
@@ -180,7 +200,7 @@ def _rotary_embeddings(config: ModelConfig, max_position: int) -> list[RotaryEmb
 
 
 class Decoder(Layer):
-    """A decoder-only transformer of any family in registry.py, with uninitialized weights on the default device.
+    """A decoder-only transformer of any family in families.py, with uninitialized weights on the default device.
 
     Args:
         config: the model's options.
@@ -267,5 +287,5 @@ class Decoder(Layer):
             self.layers = layers
 
     def compute_logits(self, hidden: Residual) -> torch.Tensor:
-        """Return the logits [S, vocab_size] of this rank's slice `tp.rows(L)` of the hidden states [L, hidden_size]."""
+        """Return the logits [S, vocab_size] of the tokens `tp.rows(L)` of the hidden states [L, hidden_size]."""
         return self.lm_head(self.norm(hidden))

@@ -1,17 +1,18 @@
-"""The supported models: each family is a row of options of one decoder."""
+"""The options of a model: how they are read from a checkpoint's config, and checked."""
 
 import logging
 import math
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from nanovllm.arithmetic import is_power_of_2
 from nanovllm.checks import in_vocabulary, shown
-from nanovllm.layers.gated_delta_net import LinearAttentionConfig
+from nanovllm.layers.gated_delta_net import GatedDeltaNetConfig
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.layers.rotary_embedding import ROPE_OPTIONAL, ROPE_TYPES, ROPE_WITH_ORIGINAL, rope_frequencies
+from nanovllm.models.families import ATTENTION_TYPES, FAMILIES, LAYER_TYPES
 from nanovllm.ops.gdn.inputs import CONV_WIDTH
 from nanovllm.weights.layer_formats import LayerFormats
 from nanovllm.weights.quantization import QuantizationScheme
@@ -19,71 +20,26 @@ from nanovllm.weights.quantization_config import SUPPORTED, read_scheme
 
 logger = logging.getLogger(__name__)
 
-_WINDOW: dict[str, bool | str] = {"sliding_window": "sliding_window"}
-_ATTENTION_BIAS: dict[str, bool | str] = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
-_LLAMA: dict[str, bool | str] = {**_ATTENTION_BIAS, "mlp_bias": "mlp_bias"}
-_OLMO: dict[str, bool | str] = {**_ATTENTION_BIAS, "whole_qk_norm": True, "post_norms": True}
-_HYBRID: dict[str, bool | str] = {
-    **_ATTENTION_BIAS,
-    "qk_norm": True,
-    "attention_gate": True,
-    "zero_centered_norms": True,
-}
-# The options of ModelConfig that each family sets. A string names the checkpoint's own option.
-FAMILIES: dict[str, dict[str, bool | str]] = {
-    "qwen3": {**_ATTENTION_BIAS, **_WINDOW, "qk_norm": True},
-    "qwen2": {**_WINDOW, "qkv_bias": True},
-    "llama": _LLAMA,
-    "mistral": _WINDOW,
-    "mistral3": {},
-    "qwen3_moe": {**_ATTENTION_BIAS, "qk_norm": True},
-    "qwen2_moe": {"qkv_bias": "qkv_bias"},
-    "qwen3_next": _HYBRID,
-    "qwen3_5": _HYBRID,
-    "qwen3_5_text": _HYBRID,
-    "qwen3_5_moe": _HYBRID,
-    "qwen3_5_moe_text": _HYBRID,
-    "ministral": _WINDOW,
-    "ministral3": _WINDOW,
-    "smollm3": {**_LLAMA, **_WINDOW, "rope_layers": "no_rope_layers"},
-    "olmo2": _OLMO,
-    "olmo3": {**_OLMO, **_WINDOW},
-    "cwm": _WINDOW,
-    "phi3": _WINDOW,
-    "seed_oss": {**_LLAMA, "o_bias": "attention_out_bias"},
-}
-# Families whose layers all have the window if there is one, whatever options of other families say.
-_UNIFORM_WINDOW = ("mistral", "ministral3", "phi3")
-# Families whose config has the decoder's options in its `text_config`.
-_NESTED = ("qwen3_5", "qwen3_5_moe", "mistral3")
-_LINEAR_ATTENTION = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
-_PARTIAL_ROPE = (*_LINEAR_ATTENTION, "phi3")
-_PACKED_LINEAR_ATTENTION = ("qwen3_next",)
-# The types of layers with a KV cache. Layers of the other types have recurrent state.
-ATTENTION_TYPES = ("full_attention", "sliding_attention")
-LAYER_TYPES = (*ATTENTION_TYPES, "linear_attention")  # "linear_attention" is Gated DeltaNet
-_PIXTRAL = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-# How the names of tensors start that text does not need, by family. Checkpoints may have such tensors.
-UNUSED_TENSORS: dict[str, tuple[str, ...]] = {
-    "qwen3_next": ("mtp.",),
-    "qwen3_5_text": ("mtp.", "visual.", "model.visual."),
-    "qwen3_5_moe_text": ("mtp.", "visual.", "model.visual."),
-    "mistral": _PIXTRAL,
-    "ministral3": _PIXTRAL,
-}
-# The families of mixtures of experts, and whether they have a shared expert.
-_MOE_FAMILIES = {"qwen3_moe": False, "qwen2_moe": True, "qwen3_next": True, "qwen3_5_moe_text": True}
-_ALWAYS_NORM_TOPK = ("qwen3_5_moe_text",)  # they ignore the option norm_topk_prob, as in transformers
-# By the type of an option: its types in a file, its range, and the range in words. Real models stay far below.
-_KINDS = {
-    bool: ((bool,), 0, 1, "true or false"),
-    int: ((int,), 1, 1 << 24, "an integer from 1 to 2**24"),
-    float: ((int, float), 1e-15, 1e15, "a number from 1e-15 to 1e15"),
+
+class _Range(NamedTuple):
+    """The values that a model's option may have: their types in a file, bounds, and both in words."""
+
+    types: tuple[type, ...]
+    low: float
+    high: float
+    words: str
+
+
+# By the type of the option. Real models stay far below.
+_RANGES = {
+    bool: _Range((bool,), 0, 1, "true or false"),
+    int: _Range((int,), 1, 1 << 24, "an integer from 1 to 2**24"),
+    float: _Range((int, float), 1e-15, 1e15, "a number from 1e-15 to 1e15"),
 }
 # Options that `check_same_model` does not compare by value: it compares RoPE by its frequencies, other checks cover the
 # option, or the meaning of the weights does not depend on it.
-_FREE_OPTIONS = {"model_type", "max_position", "dtype", "eos_token_ids", "tie_word_embeddings", "separate_head"}
-_FREE_OPTIONS |= {"rope_theta", "rope_scaling", "sliding_rope", "rope_layers", "quantization"}
+_NOT_COMPARED = {"model_type", "max_position", "dtype", "eos_token_ids", "tie_word_embeddings", "separate_head"}
+_NOT_COMPARED |= {"rope_theta", "rope_scaling", "sliding_rope", "rope_layers", "quantization"}
 _MAX_END_IDS = 1024  # real models have a few
 MAX_EXPERTS, _MAX_EXPERTS_PER_TOKEN = 4096, 64  # kernels hold so many in registers; real models have up to 512 and 22
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,9 +57,9 @@ def unsupported(feature: str) -> ValueError:
 
 def checked_option(name: str, value: Any, kind: type) -> Any:
     """Return `value`. Raise ValueError unless a model's option of the type `kind` can have it."""
-    types, low, high, words = _KINDS[kind]
-    if type(value) not in types or not low <= value <= high:
-        raise ValueError(f"the model's {name} must be {words}, got {shown(value)}")
+    limits = _RANGES[kind]
+    if type(value) not in limits.types or not limits.low <= value <= limits.high:
+        raise ValueError(f"the model's {name} must be {limits.words}, got {shown(value)}")
     return value
 
 
@@ -111,7 +67,7 @@ def check_options(options: Any, prefix: str = "") -> None:
     """Check the numbers and bools of a dataclass; see `checked_option`."""
     for field in fields(options):
         kind = field.type
-        if isinstance(kind, type) and kind in _KINDS:
+        if isinstance(kind, type) and kind in _RANGES:
             checked_option(prefix + field.name, getattr(options, field.name), kind)
 
 
@@ -176,10 +132,10 @@ class ModelConfig:
         post_norms: norms of the outputs of attention and MLP, in place of norms of their inputs.
         partial_rotary_factor: the part of a head's dimensions that RoPE rotates.
         attention_gate: the query projection also computes a gate of attention's output.
-        zero_centered_norms: norms multiply by 1 + weight, except in linear attention.
+        zero_centered_norms: norms multiply by 1 + weight, except in recurrent layers.
         layer_types: one of LAYER_TYPES for each layer; None if all have full attention.
         sliding_window: how many tokens a query sees in layers with sliding attention.
-        linear_attention: the options of the layers with linear attention.
+        gated_delta_net: the options of the Gated DeltaNet layers; None if there are none.
         dtype: dtype of the checkpoint.
         eos_token_ids: ids that end a text.
         moe: the mixtures of experts in place of MLPs; None if all layers are dense.
@@ -216,7 +172,7 @@ class ModelConfig:
     zero_centered_norms: bool = False
     layer_types: tuple[str, ...] | None = None
     sliding_window: int | None = None
-    linear_attention: LinearAttentionConfig | None = None
+    gated_delta_net: GatedDeltaNetConfig | None = None
     dtype: torch.dtype = torch.bfloat16
     eos_token_ids: tuple[int, ...] = ()
     moe: MoEConfig | None = None
@@ -243,7 +199,7 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Return how many of a head's dimensions RoPE rotates."""
+        """Number of a head's dimensions that RoPE rotates."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     def layer_type(self, index: int) -> str:
@@ -287,19 +243,19 @@ class ModelConfig:
         has_rope = (1,) * self.num_layers if self.rope_layers is None else self.rope_layers
         if len(has_rope) != self.num_layers or any(flag not in (0, 1) for flag in has_rope):
             raise ValueError(f"the model's rope_layers must be {self.num_layers} times 0 or 1, got {shown(has_rope)}")
-        if ("linear_attention" in types) != (self.linear_attention is not None):
-            raise ValueError("the model's linear_attention must be None if and only if no layer has it")
-        if self.linear_attention is not None:
-            self._check_linear_attention(self.linear_attention)
+        if ("gated_delta_net" in types) != (self.gated_delta_net is not None):
+            raise ValueError("the model's gated_delta_net must be None if and only if no layer has this type")
+        if self.gated_delta_net is not None:
+            self._check_gated_delta_net(self.gated_delta_net)
 
-    def _check_linear_attention(self, options: LinearAttentionConfig) -> None:
-        check_options(options, "linear attention's ")
+    def _check_gated_delta_net(self, options: GatedDeltaNetConfig) -> None:
+        check_options(options, "gated_delta_net.")
         if options.num_value_heads % options.num_key_heads:
             heads = f"linear_num_value_heads={options.num_value_heads}"
             raise unsupported(f"{heads} with linear_num_key_heads={options.num_key_heads}")
         for dim in (options.key_head_dim, options.value_head_dim):
             if dim < 16 or not is_power_of_2(dim):
-                raise unsupported(f"linear attention with heads of {dim} dimensions, not a power of two from 16")
+                raise unsupported(f"Gated DeltaNet with heads of {dim} dimensions, not a power of two from 16")
         if options.conv_width != CONV_WIDTH:
             raise unsupported(f"linear_conv_kernel_dim={options.conv_width}")
 
@@ -367,7 +323,7 @@ class ModelConfig:
             eos_token_ids: those of the generation config, which take precedence.
         """
         check_model_type(config.model_type)
-        whole, config = config, config.text_config if config.model_type in _NESTED else config
+        whole, config = config, config.text_config if FAMILIES[config.model_type].is_nested else config
         for part in (whole, config):
             check_model_type(part.model_type)
             _check_variant(part)
@@ -396,21 +352,18 @@ class ModelConfig:
             sliding_rope=sliding_rope,
             partial_rotary_factor=rotary_factor,
             layer_types=layer_types,
-            linear_attention=_linear_attention(config) if "linear_attention" in (layer_types or ()) else None,
+            gated_delta_net=_gated_delta_net(config) if "gated_delta_net" in (layer_types or ()) else None,
             dtype=_first_given(stated_dtype(whole), torch.float32),
             eos_token_ids=ends,
-            moe=_moe(config) if config.model_type in _MOE_FAMILIES else None,
+            moe=_moe(config) if FAMILIES[config.model_type].has_experts else None,
             quantization=_quantization(whole) or _quantization(config),
             **_family_options(config, layer_types),
         )
 
 
 def _check_moe(moe: MoEConfig) -> None:
-    checked_option("moe.norm_topk_prob", moe.norm_topk_prob, bool)
-    for name in ("num_experts", "experts_per_token", "intermediate_size", "shared_intermediate_size"):
-        value = getattr(moe, name)
-        if name != "shared_intermediate_size" or value != 0:
-            checked_option(f"moe.{name}", value, int)
+    has_shared_expert = moe.shared_intermediate_size != 0
+    check_options(moe if has_shared_expert else replace(moe, shared_intermediate_size=1), "moe.")
     if moe.num_experts > MAX_EXPERTS:
         raise ValueError(f"the model's num_experts must be at most {MAX_EXPERTS}, got {moe.num_experts}")
     most = min(moe.num_experts, _MAX_EXPERTS_PER_TOKEN)
@@ -423,7 +376,7 @@ def _comparable(config: Any) -> dict[str, Any]:
     options = {}
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name in _FREE_OPTIONS:
+        if field.name in _NOT_COMPARED:
             continue
         if is_dataclass(value):
             options |= {f"{field.name}.{name}": option for name, option in _comparable(value).items()}
@@ -434,6 +387,7 @@ def _comparable(config: Any) -> dict[str, Any]:
 
 def _moe(config: Any) -> MoEConfig | None:
     """Read the mixtures of experts of a transformers config; None if every layer is dense."""
+    family = FAMILIES[config.model_type]
     num_layers = checked_option("num_layers", config.num_hidden_layers, int)
     step = checked_option("decoder_sparse_step", getattr(config, "decoder_sparse_step", 1), int)
     listed = getattr(config, "mlp_only_layers", None) or []
@@ -443,14 +397,14 @@ def _moe(config: Any) -> MoEConfig | None:
     if len(dense_layers) == num_layers:
         return None
     shared_size = 0
-    if _MOE_FAMILIES[config.model_type]:
+    if family.has_shared_expert:
         name = "shared_expert_intermediate_size"
         shared_size = checked_option(name, getattr(config, name), int)
     return MoEConfig(
         num_experts=config.num_experts,
         experts_per_token=config.num_experts_per_tok,
         intermediate_size=config.moe_intermediate_size,
-        norm_topk_prob=config.model_type in _ALWAYS_NORM_TOPK or getattr(config, "norm_topk_prob", True),
+        norm_topk_prob=family.always_norm_topk or getattr(config, "norm_topk_prob", True),
         shared_intermediate_size=shared_size,
         dense_layers=dense_layers,
     )
@@ -494,10 +448,10 @@ def _quantization(config: Any) -> QuantizationScheme | None:
 
 
 def _family_options(config: Any, layer_types: tuple[str, ...] | None) -> dict[str, Any]:
-    """Return the options of ModelConfig that the row of the family sets."""
+    """Return the options of ModelConfig that the family sets."""
     defaults = {field.name: field.default for field in fields(ModelConfig)}
     options = {}
-    for name, value in FAMILIES[config.model_type].items():
+    for name, value in FAMILIES[config.model_type].options.items():
         options[name] = getattr(config, value, defaults[name]) if isinstance(value, str) else value
     if layer_types is None:
         options.pop("sliding_window", None)
@@ -513,7 +467,8 @@ def _layer_types(config: Any, max_position: int, keep: bool) -> tuple[str, ...] 
     window in all layers or in none. A family without the options `layer_types` and `use_sliding_window` ignores them,
     as transformers does.
     """
-    is_uniform = config.model_type in _UNIFORM_WINDOW
+    family = FAMILIES[config.model_type]
+    is_uniform = family.uniform_window
     window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if is_uniform or not types:
         is_used = window and (is_uniform or getattr(config, "use_sliding_window", True))
@@ -521,25 +476,27 @@ def _layer_types(config: Any, max_position: int, keep: bool) -> tuple[str, ...] 
         types = ["sliding_attention" if is_used else "full_attention"] * num_layers
     if not isinstance(types, list | tuple):
         raise ValueError(f"the model's layer_types must be a list, got {shown(types)}")
+    if "linear_attention" in types:
+        if family.linear_attention is None:
+            raise unsupported(f"a model of type {shown(config.model_type)} with linear attention")
+        types = [family.linear_attention if layer_type == "linear_attention" else layer_type for layer_type in types]
     if "sliding_attention" in types:
         hides = checked_option("sliding_window", window, int) < max_position
-        if hides and "sliding_window" not in FAMILIES[config.model_type]:
+        if hides and "sliding_window" not in family.options:
             raise unsupported(f"a model of type {config.model_type} with sliding_window={window}")
         if not hides and not keep:
             types = ["full_attention" if layer_type == "sliding_attention" else layer_type for layer_type in types]
     return None if all(layer_type == "full_attention" for layer_type in types) else tuple(types)
 
 
-def _linear_attention(config: Any) -> LinearAttentionConfig:
-    if config.model_type not in _LINEAR_ATTENTION:
-        raise unsupported(f"a model of type {shown(config.model_type)} with linear attention")
-    return LinearAttentionConfig(
+def _gated_delta_net(config: Any) -> GatedDeltaNetConfig:
+    return GatedDeltaNetConfig(
         num_key_heads=config.linear_num_key_heads,
         num_value_heads=config.linear_num_value_heads,
         key_head_dim=config.linear_key_head_dim,
         value_head_dim=config.linear_value_head_dim,
         conv_width=config.linear_conv_kernel_dim,
-        is_packed=config.model_type in _PACKED_LINEAR_ATTENTION,
+        is_packed=FAMILIES[config.model_type].packs_gated_delta_net,
     )
 
 
@@ -556,7 +513,7 @@ def _ropes(config: Any) -> tuple[Rope, Rope | None, float]:
     factor = _first_given(
         options.pop("partial_rotary_factor", None), getattr(config, "partial_rotary_factor", None), 1.0
     )
-    if factor != 1.0 and config.model_type not in _PARTIAL_ROPE:
+    if factor != 1.0 and not FAMILIES[config.model_type].partial_rope:
         raise unsupported("partial RoPE")
     if not any(isinstance(value, dict) for value in options.values()):
         return _rope(config, options, getattr(config, _ORIGINAL, None)), None, factor
@@ -586,49 +543,3 @@ def _rope(config: Any, options: dict[str, Any], original: Any = None) -> Rope:
         original = checked_option("RoPE original length", options[_ORIGINAL], float)
         options["factor"] = checked_option("max_position", config.max_position_embeddings, int) / original
     return theta, {**options, "rope_type": rope_type}
-
-
-_QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_kv_heads": 8, "head_dim": 128, "max_position": 40960}
-_QWEN3 |= {"rope_theta": 1e6, "qk_norm": True, "eos_token_ids": (151645, 151643)}
-_QWEN3_5: dict[str, Any] = {"vocab_size": 248320, "num_heads": 16, "head_dim": 256}
-_QWEN3_5 |= {"max_position": 262144, "rope_theta": 1e7, "partial_rotary_factor": 0.25}
-_QWEN3_5 |= {"qk_norm": True, "attention_gate": True, "zero_centered_norms": True, "eos_token_ids": (248046, 248044)}
-_QWEN3_5 |= {"linear_attention": LinearAttentionConfig(16, 32, 128, 128)}
-_EVERY_FOURTH = ("linear_attention",) * 3 + ("full_attention",)
-# Shapes of real models for load_format="dummy".
-PRESETS = {
-    "qwen3-0.6b": ModelConfig(
-        **_QWEN3, hidden_size=1024, intermediate_size=3072, num_layers=28, num_heads=16, tie_word_embeddings=True
-    ),
-    "qwen3-4b": ModelConfig(
-        **_QWEN3, hidden_size=2560, intermediate_size=9728, num_layers=36, num_heads=32, tie_word_embeddings=True
-    ),
-    "qwen3-8b": ModelConfig(**_QWEN3, hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32),
-    "qwen3-30b-a3b": ModelConfig(
-        **_QWEN3 | {"model_type": "qwen3_moe", "num_kv_heads": 4},
-        hidden_size=2048,
-        intermediate_size=6144,
-        num_layers=48,
-        num_heads=32,
-        moe=MoEConfig(num_experts=128, experts_per_token=8, intermediate_size=768, norm_topk_prob=True),
-    ),
-    "qwen3.5-9b": ModelConfig(
-        **_QWEN3_5,
-        model_type="qwen3_5_text",
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_layers=32,
-        num_kv_heads=4,
-        layer_types=_EVERY_FOURTH * 8,
-    ),
-    "qwen3.5-35b-a3b": ModelConfig(
-        **_QWEN3_5,
-        model_type="qwen3_5_moe_text",
-        hidden_size=2048,
-        intermediate_size=512,
-        num_layers=40,
-        num_kv_heads=2,
-        layer_types=_EVERY_FOURTH * 10,
-        moe=MoEConfig(256, 8, intermediate_size=512, norm_topk_prob=True, shared_intermediate_size=512),
-    ),
-}

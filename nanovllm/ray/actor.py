@@ -16,6 +16,8 @@ import ray
 import torch
 
 from nanovllm import AsyncLLM, RequestOutput, RequestOutputKind
+from nanovllm.checkpoints.loader import checked_weights
+from nanovllm.engine.llm_engine import weight_pairs
 from nanovllm.server.engine_messages import pack_error, unpack_error
 
 # A tensor in the object store: its name, bytes, dtype and shape. The processes of a host read the same bytes.
@@ -72,7 +74,7 @@ class ReplicaActor(AsyncLLM):
     async def update(self, version: int, *source: Any) -> None:
         """Update the weights from a path or from lists of `PackedTensor`. Count this as `version`."""
         await self.update_weights(source[0] if isinstance(source[0], str) else _unpack(source))
-        self.llm_engine.weight_version = version
+        self.llm_engine.core.weight_version = version
 
 
 def end_with_raylet() -> None:
@@ -82,10 +84,10 @@ def end_with_raylet() -> None:
 
 
 def pack(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[PackedTensor]]:
-    """Yield tensors in lists of about 256 MiB."""
+    """Yield tensors in lists of about 256 MiB. Raise TypeError or ValueError as `LLM.update_weights` does."""
     part = []
-    for name, tensor in weights:
-        array = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    for name, tensor in checked_weights(weight_pairs(weights)):
+        array = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
         part.append((name, array, tensor.dtype, tensor.shape))
         if sum(array.nbytes for _, array, _, _ in part) >= _PART_BYTES:
             yield part

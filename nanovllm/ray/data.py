@@ -7,8 +7,9 @@ from typing import Any
 import pyarrow as pa  # pyright: ignore[reportMissingImports]  # comes with ray[data]
 
 from nanovllm import AsyncLLM, RequestOutputKind, SamplingParams
-from nanovllm.checks import shown
 from nanovllm.ray.actor import end_with_raylet
+
+_INPUTS = ("prompt_token_ids", "messages", "prompt", "seed")
 
 
 class AnswerRows:
@@ -23,7 +24,8 @@ class AnswerRows:
         )
 
     Adds the columns `generated_text`, `generated_token_ids` and `finish_reason`, lists of them if `n` is above 1, and
-    `error`, which says why a row has none. Ray gives the rows of an actor that is lost to another one.
+    `error`, which says why a row has none. They replace columns of the same names. Ray gives the rows of an actor that
+    is lost to another one.
 
     Args:
         model: see `Config`.
@@ -53,7 +55,10 @@ class AnswerRows:
     async def __call__(self, batch: pa.Table) -> pa.Table:
         if not isinstance(batch, pa.Table):
             raise TypeError(f'map_batches must have batch_format="pyarrow", got a batch of type {type(batch).__name__}')
-        answers = await asyncio.gather(*map(self._answer, batch.to_pylist()))
+        # Other columns may have values that Python cannot have, such as times in the far future.
+        rows = batch.select([name for name in _INPUTS if name in batch.column_names]).to_pylist()
+        answers = await asyncio.gather(*map(self._answer, rows))
+        batch = batch.drop_columns([name for name in self._kinds if name in batch.column_names])
         for name, kind in self._kinds.items():
             batch = batch.append_column(name, pa.array([answer.get(name) for answer in answers], kind))
         return batch
@@ -66,7 +71,7 @@ class AnswerRows:
             if "messages" in row and "prompt_token_ids" not in row:
                 prompt = await self._llm.chat_prompt(row["messages"], **self._template)
             if prompt is None:
-                raise ValueError(f"a row must have prompt_token_ids, messages or prompt, got {shown(list(row))}")
+                raise ValueError("a row must have prompt_token_ids, messages or prompt, and has none of them")
             params = replace(self._params, seed=row.get("seed", self._params.seed))
             (output,) = [output async for output in self._llm.generate(prompt, params)]
         except Exception as error:

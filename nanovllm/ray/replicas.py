@@ -127,7 +127,7 @@ class Replica:
 
 
 class Replicas(AbstractContextManager["Replicas"]):
-    """Engines in Ray actors, on one host or many, with the methods of `LLM`.
+    """Engines in Ray actors, on one host or many, with methods of `LLM`.
 
         with Replicas(8, "Qwen/Qwen3-8B") as llm:
             outputs = llm.generate(prompts, SamplingParams(max_tokens=64))
@@ -238,10 +238,8 @@ class Replicas(AbstractContextManager["Replicas"]):
     def _dispatch(self, requests: Iterable[Request] = ()) -> None:
         """Send requests to replicas that have room for them. The others wait."""
         self._waiting.extend(requests)
-        if not ray.is_initialized():
-            self._end_reason = "Ray has been shut down"
-        while self._waiting and self._end_reason is not None:
-            self._waiting.popleft().receive(RuntimeError(self._end_reason))
+        while self._waiting and (error := self._error()):
+            self._waiting.popleft().receive(error)
         while self._waiting and (free := [each for each in self._replicas if len(each.requests) < self._max_requests]):
             request = self._waiting.popleft()
             min(free, key=lambda each: each.num_tokens + each.cost(request)).send(request)
@@ -252,7 +250,8 @@ class Replicas(AbstractContextManager["Replicas"]):
         for replica in self._replicas:
             for request in left.intersection(replica.requests.values()):
                 replica.remove(request)
-                ray.cancel(request.call)
+                if ray.is_initialized():
+                    ray.cancel(request.call)
         self._dispatch()
 
     # -- replicas ----------------------------------------------------------------------------------------------------
@@ -304,6 +303,11 @@ class Replicas(AbstractContextManager["Replicas"]):
             keeper.cancel()
         self._dispatch()
 
+    def _error(self) -> RuntimeError | None:
+        """Return an error that says why no replica can answer any more. A call of Ray would start it again."""
+        reason = self._end_reason if ray.is_initialized() else "Ray has been shut down"
+        return RuntimeError(reason) if reason else None
+
     async def _on_all(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of all actors. Return the results of those that are not lost meanwhile."""
 
@@ -315,9 +319,9 @@ class Replicas(AbstractContextManager["Replicas"]):
             except RayError:
                 self._drop(replica)
 
-        results = await asyncio.gather(*map(call, self._replicas))
-        if self._end_reason is not None:
-            raise RuntimeError(self._end_reason)
+        results = [] if self._error() else await asyncio.gather(*map(call, self._replicas))
+        if error := self._error():
+            raise error
         return [result for result in results if result is not None]
 
     # -- weights, memory, state --------------------------------------------------------------------------------------
@@ -332,6 +336,8 @@ class Replicas(AbstractContextManager["Replicas"]):
         Raises:
             TypeError, ValueError: as in `LLM.update_weights`, with the same effect on all replicas.
         """
+        if error := self._error():
+            raise error
         source = [str(weights)] if isinstance(weights, str | Path) else [ray.put(part) for part in pack(weights)]
         version = 1 + max((call[1] for call in self._calls if call[0] == "update"), default=0)
         self._wait(self._set("update", version, *source))
@@ -343,7 +349,7 @@ class Replicas(AbstractContextManager["Replicas"]):
 
     def wake_up(self, tags: Iterable[str] | None = None) -> None:
         """Wake all replicas; see `LLM.wake_up`."""
-        self._wait(self._set("wake_up", None if tags is None else list(tags)))
+        self._wait(self._set("wake_up", tags))
 
     async def _set(self, *call: Any) -> None:
         """Call a method of all replicas, also of those that start later."""

@@ -15,7 +15,7 @@ from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from nanovllm.ray.actor import end_with_raylet
 from nanovllm.server.app import create_app, make_state
 from nanovllm.server.engine_client import EngineClient
-from nanovllm.server.options import ServerOptions
+from nanovllm.server.options import ServerOptions, with_key
 
 
 class SessionRouter(ConsistentHashRouter):
@@ -56,14 +56,17 @@ def app(options: dict[str, Any]) -> serve.Application:
     """Return an application for `serve.run(app({"model": ...}))`, or for the `import_path` of a config file.
 
     Args:
-        options: fields of `Config` and of `ServerOptions`, and "deployment": options of Ray Serve's deployment, such as
-            `autoscaling_config` and `ray_actor_options`. By default one replica has `tensor_parallel_size` GPUs unless
-            the device is "cpu", and the number of replicas follows the number of unfinished requests.
+        options: fields of `Config` and of `ServerOptions` except `port` and `drain_seconds`, and "deployment": options
+            of Ray Serve's deployment, such as `autoscaling_config` and `ray_actor_options`. By default one replica has
+            `tensor_parallel_size` GPUs unless the device is "cpu", and the number of replicas follows the number of
+            unfinished requests.
     """
     options = dict(options)
     deployment = options.pop("deployment", {})
     names = {each.name for each in fields(ServerOptions)}
-    server = ServerOptions(**{name: options.pop(name) for name in names & options.keys()})
+    if unused := {"port", "drain_seconds"} & options.keys():
+        raise ValueError(f"Ray Serve's own options decide about {' and '.join(sorted(unused))}: see its http_options")
+    server = with_key(ServerOptions(**{name: options.pop(name) for name in names & options.keys()}))
     num_gpus = 0 if options.get("device") == "cpu" else options.get("tensor_parallel_size") or 1
     defaults = {
         "max_ongoing_requests": server.max_concurrent_requests,

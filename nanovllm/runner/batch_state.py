@@ -28,7 +28,7 @@ from nanovllm.ops.sampling.state import (
 
 
 def host_buffer(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return host memory [size], whatever torch's default device is; pinned if `device` is a GPU."""
+    """Return memory [size] of the host, not of torch's default device; pinned if `device` is a GPU."""
     return torch.empty(size, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
 
 
@@ -81,7 +81,7 @@ class BatchState:
         self.sampling = SamplingState(default_params(num_slots), vocab_size, device)
         # The host's copy of the block tables. Entries that no running sequence owns are the scratch block.
         self.host_tables = np.full((num_slots, max_blocks), scratch_block, dtype=np.int32)
-        self.num_admissions = 0
+        self.admission_epoch = 0  # grows whenever slots get new sequences
         # Bytes that a step usually sends. It may send more, such as penalties' counts, and then waits for their copy.
         bytes_per_row = PARAMS_DTYPE.itemsize  # sampling parameters of a new sequence
         bytes_per_row += vocab_size // 8  # a mask, one bit for each token
@@ -132,7 +132,7 @@ class BatchState:
                 self._send_counts(a)
         slots = np.array([a.slot for a in admissions])
         self.host_tables[slots] = self.scratch_block
-        self.num_admissions += len(admissions)
+        self.admission_epoch += 1
         values = self.staging.to_device(rows.view(np.int32).reshape(-1, PARAMS_STRIDE))
         self.sampling.table.index_copy_(0, self.staging.to_device(slots), values)
 
@@ -158,8 +158,8 @@ class BatchState:
     def pack(self, batch: Batch, num_rows: int, num_tokens: int) -> np.ndarray:
         """Return the StepRows of `batch` in one array, padded to the given sizes.
 
-        Padding tokens belong to the last row, so a batch with padding tokens needs a padding row. Padding rows have the
-        scratch slot, and for attention they have no tokens.
+        Padding rows have the scratch slot. `cu_seqlens` gives them no tokens, so attention skips them. `token_rows`
+        gives all padding tokens to the last row, so a batch with padding tokens needs a padding row.
         """
         packed = np.zeros(StepRows.size(num_rows, num_tokens), dtype=np.int32)
         rows = StepRows.split(packed, num_rows, num_tokens)

@@ -74,7 +74,8 @@ class _Memory:
 def borrow(x: torch.Tensor) -> torch.Tensor:
     """Return a view of `x` that does not keep its memory alive.
 
-    The graphs of one pool share memory; each result is valid until the next replay.
+    So graphs that are captured later can use the same memory of the pool: each result is valid until the next replay of
+    any of them. A view by torch would keep the memory of every graph's logits.
     """
     return torch.as_tensor(_Memory(x), device=x.device).view(x.dtype)
 
@@ -133,7 +134,7 @@ class StepGraphs:
         self.slots = torch.full((max_num_seqs,), self.state.scratch_slot, dtype=torch.int32, device=self.device)
         self.current_slots: list[int] = []  # the content of `slots`
         self.has_shared_prefixes = False  # whether these rows share prefixes, as `plan` says
-        self.num_admissions = 0  # the state's count when that was decided
+        self.admission_epoch = 0  # the state's epoch when that was decided
         self.plan = torch.zeros(SharedPrefixPlan.size(max_num_seqs), dtype=torch.int32, device=self.device)
         layers = [layer for layer in forward.model.modules() if isinstance(layer, Attention)]
         self.queries_per_kv_head = max(layer.num_heads // layer.num_kv_heads for layer in layers)
@@ -218,7 +219,7 @@ class StepGraphs:
         if batch.num_decode < len(batch.rows):
             graphs, size = self.mixed, self._prepare_mixed(batch)
         else:
-            if batch.slots != self.current_slots or self.num_admissions != self.state.num_admissions:
+            if batch.slots != self.current_slots or self.admission_epoch != self.state.admission_epoch:
                 self._set_slots(batch.slots)
             graphs = self.shared if self.has_shared_prefixes else self.decode
             size = min(size for size in graphs if size >= len(batch.rows))
@@ -243,7 +244,7 @@ class StepGraphs:
         padded[: len(slots)] = slots
         self.slots.copy_(to_device(padded))
         self.current_slots = slots
-        self.num_admissions = state.num_admissions
+        self.admission_epoch = state.admission_epoch
         self.has_shared_prefixes = False
         if not self.shared or len(slots) < MIN_SEQUENCES:
             return

@@ -1,6 +1,6 @@
 """A step on the device: from the batch state to sampled tokens and their logprobs."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ import torch
 from nanovllm.attention.base import AttentionBackend, Context
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.residual import Residual
+from nanovllm.layers.state import StatefulLayer
 from nanovllm.messages import Batch
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.paged_cache import PagedRows
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
-from nanovllm.ops.gdn.plan import prompt_plan_triton
 from nanovllm.ops.inputs.step_inputs import step_inputs
 from nanovllm.ops.inputs.step_rows import StepInputs, StepRows
 from nanovllm.ops.sampling.logprobs import process_logits, top_logprobs
@@ -35,7 +35,7 @@ class StepTensors(NamedTuple):
 
     Args:
         tokens: [R] int64, sampled for each row.
-        rank_rows: this rank's slice of the rows, which it samples; a graph's padding rows count.
+        rank_rows: the rows that this rank samples; a graph's padding rows count.
         logits: [S, V], of the `rank_rows`. After a graph's replay they are valid until the next replay.
         hidden: the last hidden states of all tokens, before their norm; None unless the step keeps them.
     """
@@ -54,7 +54,7 @@ class Forward:
         state: the slots.
         backend: attends.
         pool: the state of the layers.
-        counters: int32 zeros for kernels that split their work.
+        counters: int32 zeros for kernels that split their work, which set them back to 0.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Forward:
         to_device = self.state.staging.to_device
         prefill_rows = batch.prefill_rows
         if not prefill_rows:
+            # The device knows the rest of decode rows.
             slots = to_device(np.array(batch.slots, dtype=np.int32))
             return self.step(StepRows(slots), batch.num_decode)
         num_rows, num_tokens = len(batch.rows), batch.num_tokens
@@ -97,7 +98,7 @@ class Forward:
 
         Args:
             rows: the rows of the step, tensors on the device.
-            num_decode: how many rows, the first ones, are attended as decode rows.
+            num_decode: how many of the first rows attend as decode rows: `Batch.num_decode`, or 0 in a mixed graph.
             max_seqlen_q: upper bound of the other rows' tokens.
             max_context_len: upper bound of the other rows' contexts.
             shared: the prefixes that decode rows share, if they are attended once for all.
@@ -124,13 +125,14 @@ class Forward:
             max_context_len=max_context_len,
             shared=shared,
             last_indices=None if keep_hidden else inputs.last_indices,
-            state_rows=_state_rows(rows, inputs, num_decode) if self.pool.slot_bytes else None,
+            state_rows=plan_state_rows(self.pool.slot_classes, rows, inputs, num_decode),
             counters=self.counters,
         )
         self.backend.prepare(context)
         with set_context(context):
-            hidden = self.model(inputs.input_ids, inputs.positions)
-            logits = self.model.compute_logits(hidden[inputs.last_indices] if keep_hidden else hidden)
+            hidden = self.model(inputs.input_ids, inputs.positions)  # of each row's last token, or all if kept
+            last_hidden = hidden[inputs.last_indices] if keep_hidden else hidden
+            logits = self.model.compute_logits(last_hidden)
         rank_rows = self.tp.rows(len(slots))
         tokens = self._sample(logits, rank_rows, slots, inputs.context_lens)
         return StepTensors(tokens, rank_rows, logits, hidden if keep_hidden else None)
@@ -172,8 +174,11 @@ class Forward:
             parts.append(top_logprobs(logits, tokens[indices], k))
         return self._merge(map(torch.cat, zip(*parts, strict=True)), computed, len(rows))
 
-    def prompt_logprobs(self, batch: Batch, hidden: Residual) -> list[LogprobTensors]:
+    def prompt_logprobs(self, batch: Batch, result: StepTensors) -> list[LogprobTensors]:
         """Return the logprobs of the `target_ids` of each entry of `target_rows`, concatenated."""
+        hidden = result.hidden
+        if not batch.has_targets or hidden is None:  # `run` keeps it for batches with targets
+            return []
         starts = [0, *accumulate(row.num_tokens for row in batch.rows)]
         results = []
         for k, scored in batch.target_rows.items():
@@ -181,7 +186,7 @@ class Forward:
             targets: list[int] = []
             for i in scored:
                 target_ids = batch.rows[i].target_ids
-                first = starts[i] + batch.rows[i].logit_indices.start
+                first = starts[i] + batch.rows[i].first_target
                 indices += range(first, first + len(target_ids))
                 targets += target_ids
             results.append(self._target_logprobs(hidden, indices, targets, k))
@@ -212,18 +217,21 @@ class Forward:
         return tuple(merged)
 
 
-def _state_rows(rows: StepRows, inputs: StepInputs, num_decode: int) -> StateRows:
-    """Return the rows of a step for recurrent layers. Padding rows without tokens may have any start.
+def plan_state_rows(
+    classes: Collection[type[StatefulLayer]], rows: StepRows, inputs: StepInputs, num_decode: int
+) -> dict[type, StateRows]:
+    """Return the rows of a step for layers of these classes, which have recurrent state.
+
+    Padding rows without tokens may have any start.
 
     Args:
         num_decode: number of rows that certainly have one token.
     """
+    if not classes:
+        return {}
     if rows.are_decode_rows:
-        return StateRows(rows.slots, inputs.positions)
-    starts = inputs.context_lens - rows.cu_seqlens.diff()
-    if not rows.slots.is_cuda:
-        return StateRows(rows.slots, starts, rows.cu_seqlens)
-    num_tokens = len(rows.token_ids)
+        return dict.fromkeys(classes, StateRows(rows.slots, inputs.positions))
+    starts, num_tokens = inputs.context_lens - rows.cu_seqlens.diff(), len(rows.token_ids)
     max_prompts = max(1, min(len(rows.slots) - num_decode, num_tokens // 2))
-    plan = prompt_plan_triton(rows.cu_seqlens, num_tokens, max_prompts)
-    return StateRows(rows.slots, starts, rows.cu_seqlens, plan)
+    plans = {cls: cls.plan_prompts(rows.cu_seqlens, num_tokens, max_prompts) for cls in classes}
+    return {cls: StateRows(rows.slots, starts, rows.cu_seqlens, plan) for cls, plan in plans.items()}

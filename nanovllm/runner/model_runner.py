@@ -18,7 +18,7 @@ from nanovllm.checkpoints.hub import ModelSource
 from nanovllm.checkpoints.loader import WeightUpdate, dummy_weights, load_weights
 from nanovllm.config import Config
 from nanovllm.distributed.parallel import TensorParallel
-from nanovllm.messages import NO_LOGITS, Batch, Row, StepOutput
+from nanovllm.messages import Batch, Row, StepOutput
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
 from nanovllm.ops.inputs.step_rows import StepRows
@@ -29,6 +29,7 @@ from nanovllm.runner.batch_state import BatchState, host_buffer
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.forward import Forward, LogprobTensors
 from nanovllm.runner.state_pool import StatePool, StateSizes
+from nanovllm.utils.heap import trim_heap
 from nanovllm.weights.parameter import Storage, storage_of
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class ModelRunner:
         check_ranks: raises if another rank has failed.
 
     Attributes:
-        config: the engine's Config, but `max_num_seqs` is at most the number of sequences whose state fits.
+        config: the engine's Config, with as many `max_num_seqs` as fit: perhaps fewer than configured.
         max_rows: most rows of a step.
         sizes: numbers of KV blocks, sequences and snapshots.
 
@@ -126,7 +127,7 @@ class ModelRunner:
                 self.device,
             )
         if self.device.type == "cpu" and self.config.dtype == "auto" and source.is_quantized:
-            self.model.compress()
+            self.model.compress()  # a quantized GGUF file's weights, to 4 or 8 bits while they load
         self.pool = StatePool(self.model, self.block_size, self.device, self.kv_dtype)
         max_kv_heads = max(kind.kv_heads for kind in self.pool.kv_kinds)
         # Attention uses a counter for each row and KV head, and a graph may have a padding row. GEMMs use one per tile.
@@ -164,8 +165,8 @@ class ModelRunner:
     def launch(self, batch: Batch) -> None:
         """Start a step: apply the batch's changes, run it, and start the copy of its results.
 
-        This does not wait for the device, except to copy arrays that are larger than the staging buffers, or the
-        indices of prompt logprobs.
+        This waits for the device only to copy arrays for which the staging buffers lack room, or the indices of prompt
+        logprobs.
         """
         with self._mode():
             self.state.apply(batch)
@@ -176,9 +177,7 @@ class ModelRunner:
                 result = self.forward.run(batch)
             self._copy_state(batch.state_saves)
             logprobs = self.forward.logprobs(batch, result)
-            prompt_logprobs = []
-            if result.hidden is not None:  # the batch has target ids
-                prompt_logprobs = self.forward.prompt_logprobs(batch, result.hidden)
+            prompt_logprobs = self.forward.prompt_logprobs(batch, result)
             self._send(batch, result.tokens, logprobs, prompt_logprobs)
 
     def _copy_state(self, pairs: list[tuple[int, int]]) -> None:
@@ -195,9 +194,9 @@ class ModelRunner:
         logprobs: list[LogprobTensors],
         prompt_logprobs: list[LogprobTensors],
     ) -> None:
-        """Start the copy of results to the host.
+        """Start the copy of results to the host, into the host buffer that the last step did not use.
 
-        The oldest of the two host buffers is free: its step has been collected.
+        That one is free: the step before the last has been collected.
         """
         if self.device.type == "cpu":
             self.in_flight.append(InFlight(batch, tokens, logprobs, prompt_logprobs, event=None))
@@ -298,7 +297,7 @@ class ModelRunner:
         All rows have slot 0, the only one that certainly has recurrent state. Its blocks are the scratch block.
         """
         parts = np.array_split(np.arange(self.config.max_num_batched_tokens), self.max_rows)
-        return Batch([Row(0, 0, [0] * len(part), NO_LOGITS) for part in parts])
+        return Batch([Row(0, 0, [0] * len(part), is_sampled=False) for part in parts])
 
     # -- kernels and graphs ------------------------------------------------------------------------------------------
 
@@ -387,6 +386,8 @@ class ModelRunner:
         self._synchronize()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        else:
+            trim_heap()
 
     def wake_up(self, parts: Collection[str], capture: bool) -> None:
         """Undo `sleep` for `parts`.

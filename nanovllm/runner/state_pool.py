@@ -42,6 +42,7 @@ class StatePool:
     Attributes:
         block_bytes: bytes of one KV block in all layers.
         slot_bytes: bytes of one slot in all layers; 0 if no layer has state by slot.
+        slot_classes: the classes of the layers that have state by slot.
         kv_kinds: the different kinds of the layers' caches.
     """
 
@@ -59,6 +60,7 @@ class StatePool:
         self.slot_tensors: list[torch.Tensor] = []
         self.block_bytes = sum(spec.block_bytes(block_size) for _, spec in self.paged)
         self.slot_bytes = sum(spec.slot_bytes * len(layers) for spec, layers in self.by_slot.items())
+        self.slot_classes = tuple(dict.fromkeys(type(layer) for layers in self.by_slot.values() for layer in layers))
         self.kv_kinds = tuple(sorted({spec.kind for _, spec in self.paged}))
 
     def divide(self, num_bytes: int, max_num_seqs: int, num_blocks: int | None, caches_prefixes: bool) -> StateSizes:

@@ -14,7 +14,7 @@ class AdmissionControl:
         with state.admission.enter(num_samples):
             ...  # generate
 
-    The place of a request is free again when the block ends, also if the client has gone and the block is cancelled.
+    A request's samples no longer count when the block ends, also if the client has gone and the block is cancelled.
     In a generator, the block starts with the first item. Use it in one thread, the event loop's.
 
     Args:
@@ -32,10 +32,10 @@ class AdmissionControl:
 
     @contextmanager
     def enter(self, num_samples: int = 1) -> Iterator[None]:
-        """Hold the places of a request's samples in a `with` block.
+        """Count a request's samples in a `with` block.
 
         Raises:
-            ApiError: 503 while draining, 429 if other requests leave too few places, 400 if it can never fit.
+            ApiError: 503 while draining, 429 if other requests leave too little of the limit, 400 if it can never fit.
         """
         self.check(num_samples)
         self.num_samples += num_samples

@@ -20,16 +20,17 @@ from starlette.exceptions import HTTPException
 
 from nanovllm import AsyncLLM, __version__
 from nanovllm.checkpoints.hub import DEFAULT_FILE
+from nanovllm.server import chat, completions, health, messages, models, page, responses, tokenize
 from nanovllm.server.admission import AdmissionControl
 from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.errors import ApiError, as_api_error, error_body
-from nanovllm.server.formats import TextFormat
 from nanovllm.server.http_protocol import HttpProtocol
 from nanovllm.server.metrics import ServerMetrics
 from nanovllm.server.options import ServerOptions, listed
 from nanovllm.server.security import ApiKeys, BodyLimit, CancelOnDisconnect, LocalHosts, RequestIds, is_loopback
 from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import JsonResponse
+from nanovllm.server.text_format import TextFormat
 
 logger = logging.getLogger("nanovllm")
 
@@ -48,8 +49,6 @@ _FAILED_S = 20
 
 def create_app(state: ServerState) -> FastAPI:
     """Return the app with all endpoints."""
-    from nanovllm.server import chat, completions, health, messages, models, page, responses, tokenize
-
     # The documentation pages would load scripts from elsewhere.
     app = FastAPI(title="nanovllm", version=__version__, docs_url=None, redoc_url=None)
     for module in (chat, completions, messages, responses, models, tokenize, health, page):

@@ -15,7 +15,7 @@ from nanovllm.engine.detokenizer import TokenBytes
 from nanovllm.server.body import MAX_TOOLS
 from nanovllm.server.chat_writer import ChunkWriter, Form, WholeResponse
 from nanovllm.server.errors import ApiError
-from nanovllm.server.generation import Conversation, Piece, generate
+from nanovllm.server.generation import Conversation, Piece, generate_turn
 from nanovllm.server.models import check_model
 from nanovllm.server.sampling import NEUTRAL, SamplingFields
 from nanovllm.server.state import ServerState
@@ -251,7 +251,7 @@ def routes(state: ServerState) -> APIRouter:
             bytes_of=lambda token_id: token_bytes()[token_id],
             has_usage=request.include_usage,
         )
-        pieces = generate(state, request.conversation(state, http))
+        pieces = generate_turn(state, request.conversation(state, http))
         if request.stream:
             return await sse(_chunks(pieces, form))
         return await _whole(pieces, form)

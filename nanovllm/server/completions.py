@@ -18,7 +18,7 @@ from nanovllm.server.errors import ApiError, aborted
 from nanovllm.server.models import check_model
 from nanovllm.server.sampling import NEUTRAL, SamplingFields
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import JsonResponse, json_logprob, sse
+from nanovllm.server.streaming import JsonResponse, json_logprob, merge_streams, sse
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -50,6 +50,7 @@ class _Writer:
     Attributes:
         is_empty: leave out the sampled token, because `max_tokens` is 0. The engine cannot do without it.
         num_cached: for each prompt, how many of its tokens the prefix cache had.
+        _offsets: for each sample that had an output, where the text of its next token starts; 0 without logprobs.
     """
 
     def __init__(self, request: CompletionRequest, n: int, echoes: Sequence[str]):
@@ -81,14 +82,15 @@ class _Writer:
             text, finish_reason, stop_reason = "", "length" if finish_reason else None, None
             token_ids, rows = [], rows and rows[:0]
         self.num_generated += len(token_ids)
-        if self.request.echo and index not in self._offsets:
+        is_first = index not in self._offsets  # the first output of this sample
+        if self.request.echo and is_first:
             text = self.echoes[prompt_index] + text
             if rows is not None and output.prompt_logprobs is not None:
                 token_ids, rows = output.prompt_token_ids + token_ids, output.prompt_logprobs + rows
-        logprobs = None
+        offset, logprobs = self._offsets.get(index, 0), None
         if rows is not None:
-            logprobs, self._offsets[index] = _logprobs(token_ids, rows, self._offsets.get(index, 0))
-        self._offsets.setdefault(index, 0)
+            logprobs, offset = _logprobs(token_ids, rows, offset)
+        self._offsets[index] = offset
         return {
             "index": index,
             "text": text,
@@ -174,47 +176,9 @@ async def _outputs(
     """Yield the outputs of all prompts as they come, each with its prompt's index."""
     with state.admission.enter(params.n * len(prompts)):
         streams = [state.generate(http, prompt, params) for prompt in prompts]
-        async with aclosing(_merged(streams)) as outputs:
+        async with aclosing(merge_streams(streams)) as outputs:
             async for index, output in outputs:
                 yield index, output
-
-
-async def _merged(
-    streams: Sequence[AsyncGenerator[RequestOutput, None]],
-) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """Yield the items of several streams as they come, each with its stream's index. Close all at the end."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as stream:
-            async for output in stream:
-                yield 0, output
-        return
-    queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(1)
-
-    async def forward(index: int, stream: AsyncGenerator[RequestOutput, None]) -> None:
-        end = None
-        async with aclosing(stream):
-            try:
-                async for output in stream:
-                    await queue.put((index, output))
-            except Exception as error:
-                end = error
-        await queue.put((index, end))
-
-    tasks = [asyncio.create_task(forward(index, stream)) for index, stream in enumerate(streams)]
-    num_open = len(tasks)
-    try:
-        while num_open:
-            index, item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                num_open -= 1
-            else:
-                yield index, item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _events(

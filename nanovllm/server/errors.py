@@ -33,7 +33,9 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(400, "the request is nested too deeply")
     if isinstance(error, TypeError | ValueError):
         return ApiError(400, f"{error!s:.1000}")
-    if type(error) is RuntimeError:  # the engine is closed, asleep or has failed; subclasses mean something else
+    # Exactly this class: the engine raises it if it is closed, asleep or has failed. Subclasses, such as
+    # NotImplementedError, are faults of the server.
+    if type(error) is RuntimeError:
         return ApiError(503, f"{error!s:.1000}", code="engine_unavailable")
     return ApiError(500, "the server has failed to answer; its log says why", code="internal_error")
 

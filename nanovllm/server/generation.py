@@ -77,7 +77,7 @@ class Piece:
     samples: list[SamplePiece]
 
 
-async def generate(
+async def generate_turn(
     state: ServerState, conversation: Conversation, request_id: str | None = None
 ) -> AsyncGenerator[Piece, None]:
     """Yield the next turn of a conversation in pieces. Closing the generator ends the request.

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from nanovllm import RequestOutputKind, StructuredOutputsParams
 from nanovllm.server.body import MAX_TOOLS, Body
 from nanovllm.server.errors import ApiError, anthropic_error
-from nanovllm.server.generation import Conversation, generate, prompt_token_ids
+from nanovllm.server.generation import Conversation, generate_turn, prompt_token_ids
 from nanovllm.server.messages_writer import MessageWriter
 from nanovllm.server.models import check_model
 from nanovllm.server.sampling import SamplingFields
@@ -264,7 +264,7 @@ def routes(state: ServerState) -> APIRouter:
     async def create_message(request: MessagesRequest, http: Request) -> Response:
         check_model(state, request.model)
         writer = MessageWriter(f"msg_{uuid4().hex}", state.model_names[0], request.max_tokens)
-        pieces = generate(state, conversation(state, request, http), writer.message_id)
+        pieces = generate_turn(state, conversation(state, request, http), writer.message_id)
         return await reply(pieces, writer, is_stream=request.stream, error_event=anthropic_error)
 
     @router.post("/v1/messages/count_tokens")

@@ -1,6 +1,7 @@
 """The options of the server. Those of the engine are `Config`'s."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 
 from nanovllm.checks import check_fields, one_of, shown, within
 
@@ -12,9 +13,10 @@ class ServerOptions:
     Args:
         host: address to listen on. The default reaches this machine only.
         port: TCP port; 0 takes a free one.
-        api_key: keys that clients must send, separated by commas; None lets everybody in. The command line also takes
-            them from the environment variable NANOVLLM_API_KEY, which other users of the machine cannot see. Without a
-            key, a server that only this machine reaches refuses names of other machines in the Host header.
+        api_key: keys that clients must send, separated by commas; None lets everybody in. `nanovllm serve` and
+            `nanovllm.ray.serve` also take them from the environment variable NANOVLLM_API_KEY, which other users of the
+            machine cannot see. Without a key, a server that only this machine reaches refuses names of other machines
+            in the Host header.
         served_model_name: names of the model in the API, separated by commas; None is the model's own name.
         max_concurrent_requests: how many samples the engine has at once, whether they run or wait; a request that does
             not fit gets status 429.
@@ -49,6 +51,11 @@ class ServerOptions:
             raise ValueError(
                 f"api_key must have at least one key, got {shown(self.api_key)}; leave it out to need none"
             )
+
+
+def with_key(options: ServerOptions) -> ServerOptions:
+    """Return options with the API keys of the environment if they have none."""
+    return options if options.api_key is not None else replace(options, api_key=os.environ.get("NANOVLLM_API_KEY"))
 
 
 def listed(text: str | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Finds tool calls in a model's text while the text arrives.
+"""Found tool calls in a model's text while the text arrives.
 
 A parser is a generator that waits for more text where it cannot decide yet. What it finds depends on the text alone,
 not on the pieces in which the text arrives. Once a call's name is known, its arguments are passed on as they come. If
@@ -18,9 +18,9 @@ import regex
 from nanovllm.server.events import CallArguments, CallEnd, CallStart, Event, Text
 from nanovllm.server.schemas import as_json, refuse_constant, value_types
 
-# A part of a parser: it yields to wait for more text, and returns whether it found what it looks for.
-Finds = Generator[None, None, bool]
-Waits = Generator[None, None, None]
+# A part of a parser yields when it waits for more text. A `Found` returns whether it has found what it looks for.
+Found = Generator[None, None, bool]
+Wait = Generator[None, None, None]
 
 _NEVER = regex.compile("(?!)")
 # The longest text that is held back until it is clear whether it is a call.
@@ -39,14 +39,15 @@ class OutputParser:
 
     def __init__(self, tools: Mapping[str, Any]):
         self.tools = tools
-        # The text that has no event yet starts at the index `_at`.
-        self._text, self._at = "", 0
+        # The text that has no event yet starts at this index.
+        self._text, self._position = "", 0
         # Line breaks are held back, and belong to the call if one follows.
         self._num_newlines = 0
         self._num_calls = 0
-        # The text of the call that is being read: earlier pieces, at least one, and the index where the rest starts.
-        self._written: list[str] = []
-        self._written_at = 0
+        # The text of the call that is being read, as the model wrote it: earlier pieces, at least one, and the index
+        # where the rest starts. `CallEnd` has it, for a call whose arguments are no JSON object.
+        self._raw: list[str] = []
+        self._raw_start = 0
         self._arguments: list[str] = []
         self._is_finished = False
         self._events: list[Event] = []
@@ -55,9 +56,9 @@ class OutputParser:
 
     def feed(self, text: str) -> list[Event]:
         """Return the events of the next piece of the text, as far as they are certain."""
-        if self._written:
-            self._written.append(self._text[self._written_at : self._at])
-        self._text, self._at, self._written_at = self._text[self._at :] + text, 0, 0
+        if self._raw:
+            self._raw.append(self._text[self._raw_start : self._position])
+        self._text, self._position, self._raw_start = self._text[self._position :] + text, 0, 0
         return self._resume()
 
     def finish(self) -> list[Event]:
@@ -70,21 +71,21 @@ class OutputParser:
         events, self._events = self._events, []
         return joined(events)
 
-    def _parse(self) -> Waits:
+    def _parse(self) -> Wait:
         """Read text and calls to the end."""
         yield
         yield from self._respond()
 
-    def _respond(self) -> Waits:
-        while (yield from self._pass_until(self.call_start, self._pass)):
+    def _respond(self) -> Wait:
+        while (yield from self._emit_until(self.call_start, self._emit_text)):
             if not (yield from self._call()):
-                self._pass(self._text[self._at])
-                self._at += 1
-        self._pass_newlines()
+                self._emit_text(self._text[self._position])
+                self._position += 1
+        self._emit_newlines()
 
-    def _call(self) -> Finds:
+    def _call(self) -> Found:
         """Read the calls that follow. Return False, and stay, if what follows is no call of a known function."""
-        yield from ()
+        yield from ()  # makes this a generator, as in subclasses
         return False
 
     # -- steps --------------------------------------------------------------------------------------------------------
@@ -92,34 +93,34 @@ class OutputParser:
     def _match(self, pattern: regex.Pattern) -> Generator[None, None, regex.Match | None]:
         """Match the text that follows, once more text cannot change the result. Do not go past it."""
         while True:
-            found = pattern.match(self._text, self._at, partial=not self._is_finished)
+            found = pattern.match(self._text, self._position, partial=not self._is_finished)
             if found is None or not found.partial:
                 return found
             yield
 
-    def _skip(self, pattern: regex.Pattern) -> Finds:
+    def _skip(self, pattern: regex.Pattern) -> Found:
         """Go past the text that follows if it matches."""
         found = yield from self._match(pattern)
         if found:
-            self._at = found.end()
+            self._position = found.end()
         return found is not None
 
-    def _skip_newlines(self) -> Waits:
+    def _skip_newlines(self) -> Wait:
         while True:
-            kept = self._text[self._at :].lstrip("\n")
-            self._at = len(self._text) - len(kept)
+            kept = self._text[self._position :].lstrip("\n")
+            self._position = len(self._text) - len(kept)
             if kept or self._is_finished:
                 return
             yield
 
-    def _pass_until(self, tags: regex.Pattern, pass_on: Callable[[str], None]) -> Finds:
-        """Pass text on up to what matches `tags`. Return False if the text ended before."""
+    def _emit_until(self, tags: regex.Pattern, emit: Callable[[str], None]) -> Found:
+        """Emit the text up to what matches `tags`. Return False if the text ended before."""
         while True:
-            found = tags.search(self._text, self._at, partial=not self._is_finished)
+            found = tags.search(self._text, self._position, partial=not self._is_finished)
             end = found.start() if found else len(self._text)
-            if end > self._at:
-                pass_on(self._text[self._at : end])
-            self._at = end
+            if end > self._position:
+                emit(self._text[self._position : end])
+            self._position = end
             if found and not found.partial:
                 return True
             if self._is_finished:
@@ -128,15 +129,15 @@ class OutputParser:
 
     # -- events -------------------------------------------------------------------------------------------------------
 
-    def _pass(self, text: str) -> None:
-        """Pass text on, but hold back the line breaks at its end."""
+    def _emit_text(self, text: str) -> None:
+        """Emit text, but hold back the line breaks at its end."""
         kept = text.rstrip("\n")
         if kept:
-            self._pass_newlines()
+            self._emit_newlines()
             self._events.append(Text(kept))
         self._num_newlines += len(text) - len(kept)
 
-    def _pass_newlines(self) -> None:
+    def _emit_newlines(self) -> None:
         if self._num_newlines:
             self._events.append(Text("\n" * self._num_newlines))
             self._num_newlines = 0
@@ -145,22 +146,22 @@ class OutputParser:
         """Start a call whose arguments start at the index `arguments_at`."""
         self._events.append(CallStart(self._num_calls, name))
         self._num_calls += 1
-        self._written, self._written_at = ["\n" * self._num_newlines], self._at
+        self._raw, self._raw_start = ["\n" * self._num_newlines], self._position
         self._arguments = []
-        self._num_newlines, self._at = 0, arguments_at
+        self._num_newlines, self._position = 0, arguments_at
 
-    def _pass_arguments(self, text: str) -> None:
-        """Pass on a piece of the arguments of the newest call."""
+    def _emit_arguments(self, text: str) -> None:
+        """Emit a piece of the arguments of the newest call."""
         if text:
             self._arguments.append(text)
             self._events.append(CallArguments(self._num_calls - 1, text))
 
-    def _end_call(self) -> Waits:
+    def _end_call(self) -> Wait:
         """End the newest call with the line breaks that follow it."""
         yield from self._skip_newlines()
-        written = "".join(self._written) + self._text[self._written_at : self._at]
+        written = "".join(self._raw) + self._text[self._raw_start : self._position]
         self._events.append(CallEnd(self._num_calls - 1, _is_object("".join(self._arguments)), written))
-        self._written, self._arguments = [], []
+        self._raw, self._arguments = [], []
 
 
 def joined(events: list[Event]) -> list[Event]:
@@ -206,14 +207,14 @@ class JsonCallParser(OutputParser):
     opening = closing = regex.compile("")
     limit = _NEVER
 
-    def _call(self) -> Finds:
+    def _call(self) -> Found:
         return (yield from self._json_call(self.opening))
 
-    def _json_call(self, opening: regex.Pattern) -> Finds:
+    def _json_call(self, opening: regex.Pattern) -> Found:
         """Read the object of a call, and what stands around it. Stay if it is no call of a known function."""
         head = yield from self._match(regex.compile(opening.pattern + _NAME.pattern))
         if not head:
-            if not (yield from self._whole_call(opening)):
+            if not (yield from self._buffered_call(opening)):
                 return False
         elif head[1] not in self.tools:
             return False
@@ -225,34 +226,37 @@ class JsonCallParser(OutputParser):
         yield from self._end_call()
         return True
 
-    def _read_arguments(self) -> Finds:
+    def _read_arguments(self) -> Found:
         """Pass an object on as the arguments of the newest call. Return whether it is complete."""
         json_object = JsonObject()
-        yield from self._read_object(json_object, self._pass_arguments)
+        yield from self._read_object(json_object, self._emit_arguments)
         if json_object.is_broken:
-            yield from self._pass_until(self.limit, self._pass_arguments)
+            yield from self._emit_until(self.limit, self._emit_arguments)
         return json_object.is_complete
 
-    def _read_object(self, json_object: "JsonObject", pass_on: Callable[[str], None]) -> Waits:
+    def _read_object(self, json_object: "JsonObject", emit: Callable[[str], None]) -> Wait:
         """Read an object up to its end, or to what cannot belong to an object."""
         while True:
-            piece, self._at = json_object.read(self._text, self._at)
-            pass_on(piece)
+            piece, self._position = json_object.read(self._text, self._position)
+            emit(piece)
             if json_object.is_broken or json_object.is_complete or self._is_finished:
                 return
             yield
 
-    def _whole_call(self, opening: regex.Pattern) -> Finds:
-        """Read the object of a call whose keys have another order, or whose arguments are text or missing."""
+    def _buffered_call(self, opening: regex.Pattern) -> Found:
+        """Read the object of a call whose keys have another order, or whose arguments are text or missing.
+
+        Its parts can be told apart at its end only, so nothing is emitted before.
+        """
         if not (yield from self._match(regex.compile(opening.pattern + _FIRST_KEY.pattern))):
             return False
-        before = opening.match(self._text, self._at)
-        start = size = before.end() - self._at if before else 0
+        before = opening.match(self._text, self._position)
+        start = size = before.end() - self._position if before else 0
         json_object, pieces = JsonObject(), []
         while True:
-            piece, end = json_object.read(self._text, self._at + size)
+            piece, end = json_object.read(self._text, self._position + size)
             pieces.append(piece)
-            size = end - self._at
+            size = end - self._position
             # The length is checked first, so that it does not matter in which pieces the text arrives.
             if size - start > MAX_HELD_CHARS or json_object.is_broken:
                 return False
@@ -264,8 +268,8 @@ class JsonCallParser(OutputParser):
         call = _as_call("".join(pieces))
         if call is None or call[0] not in self.tools:
             return False
-        self._start_call(call[0], self._at + size)
-        self._pass_arguments(call[1])
+        self._start_call(call[0], self._position + size)
+        self._emit_arguments(call[1])
         return True
 
 
@@ -293,7 +297,7 @@ _BETWEEN = regex.compile(r"[\w\s.,:+-]*+")
 
 
 class JsonObject:
-    """Finds the end of a JSON object while its text arrives. Only strings and brackets are checked.
+    """Found the end of a JSON object while its text arrives. Only strings and brackets are checked.
 
     Args:
         is_open: the object's first bracket was read before.
@@ -368,7 +372,7 @@ class Llama3Parser(JsonCallParser):
     call_start = regex.compile(r"<\|python_tag\|>")
     opening = regex.compile(rf"[\s;,]{{0,64}}(?:<\|python_tag\|>)?{_SPACE}")
 
-    def _respond(self) -> Waits:
+    def _respond(self) -> Wait:
         while (yield from self._call()):
             pass
         yield from super()._respond()
@@ -385,7 +389,7 @@ class MistralParser(JsonCallParser):
         rf"\[TOOL_CALLS\]{_SPACE}([\w.-]{{1,128}})(?:\[CALL_ID\]\w{{1,64}})?(?:\[ARGS\])?{_SPACE}(?=\{{)"
     )
 
-    def _call(self) -> Finds:
+    def _call(self) -> Found:
         named = yield from self._match(self.named)
         if named:
             if named[1] not in self.tools:
@@ -421,7 +425,7 @@ class Qwen3CoderParser(OutputParser):
     end_function = regex.compile(rf"{_SPACE}</function>")
     end_call = regex.compile(rf"{_SPACE}</tool_call>")
 
-    def _call(self) -> Finds:
+    def _call(self) -> Found:
         head = yield from self._match(self.function)
         if not head or head[1] not in self.tools:
             return False
@@ -431,18 +435,18 @@ class Qwen3CoderParser(OutputParser):
         # The client must see that a call without an end tag is not complete.
         for end in (self.end_function, self.end_call):
             if (yield from self._skip(end)) and not is_complete:
-                self._pass_arguments("}")
+                self._emit_arguments("}")
                 is_complete = True
         yield from self._end_call()
         return True
 
-    def _parameters(self, name: str) -> Waits:
-        self._pass_arguments("{")
+    def _parameters(self, name: str) -> Wait:
+        self._emit_arguments("{")
         separator = ""
         while parameter := (yield from self._match(self.parameter)):
-            self._at = parameter.end()
+            self._position = parameter.end()
             yield from self._skip(self.line_break)
-            self._pass_arguments(f"{separator}{_json(parameter[1])}: ")
+            self._emit_arguments(f"{separator}{_json(parameter[1])}: ")
             separator = ", "
             types = value_types(self.tools[name], parameter[1])
             if types == {"string"}:
@@ -450,20 +454,20 @@ class Qwen3CoderParser(OutputParser):
             else:
                 yield from self._json_value(types)
 
-    def _text_value(self) -> Waits:
-        self._pass_arguments('"')
-        if (yield from self._pass_until(self.end_parameter, lambda text: self._pass_arguments(_json(text)[1:-1]))):
+    def _text_value(self) -> Wait:
+        self._emit_arguments('"')
+        if (yield from self._emit_until(self.end_parameter, lambda text: self._emit_arguments(_json(text)[1:-1]))):
             yield from self._skip(self.end_parameter)
-            self._pass_arguments('"')
+            self._emit_arguments('"')
 
-    def _json_value(self, types: set[str]) -> Waits:
+    def _json_value(self, types: set[str]) -> Wait:
         pieces: list[str] = []
-        is_complete = yield from self._pass_until(self.end_parameter, pieces.append)
+        is_complete = yield from self._emit_until(self.end_parameter, pieces.append)
         text = "".join(pieces)
         if is_complete:
             yield from self._skip(self.end_parameter)
             text = as_json(text, types)
-        self._pass_arguments(text)
+        self._emit_arguments(text)
 
 
 def _json(text: str) -> str:

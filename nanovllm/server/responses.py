@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from nanovllm import RequestOutputKind, StructuredOutputsParams
 from nanovllm.server.body import MAX_TOOLS
 from nanovllm.server.errors import ApiError
-from nanovllm.server.generation import Conversation, generate
+from nanovllm.server.generation import Conversation, generate_turn
 from nanovllm.server.models import check_model
 from nanovllm.server.responses_writer import ResponseWriter
 from nanovllm.server.sampling import ANY, NEUTRAL, SamplingFields
@@ -292,7 +292,7 @@ def routes(state: ServerState) -> APIRouter:
         check_model(state, request.model)
         asked = conversation(state, request, http)
         writer = ResponseWriter(_fixed_fields(state, request, asked))
-        pieces = generate(state, asked, writer.fields["id"])
+        pieces = generate_turn(state, asked, writer.fields["id"])
         return await reply(pieces, writer, is_stream=bool(request.stream), error_event=writer.failed)
 
     return router

@@ -11,8 +11,8 @@ from nanovllm.server.body import Body
 from nanovllm.server.errors import ApiError
 from nanovllm.server.state import ServerState
 
-# Fields of OpenAI's and vLLM's clients that change no response. ANY: at any value; else at these values and null.
-ANY = object()
+# Fields of OpenAI's and vLLM's clients, and their values that change no response. Null changes none either.
+ANY, ONLY_NULL = object(), ()
 NEUTRAL: dict[str, Any] = {
     "user": ANY,
     "safety_identifier": ANY,
@@ -26,16 +26,16 @@ NEUTRAL: dict[str, Any] = {
     "priority": (0,),
     "use_beam_search": (False,),
     "length_penalty": (1,),
-    "truncate_prompt_tokens": (),
-    "prompt_logprobs": (),
+    "truncate_prompt_tokens": ONLY_NULL,
+    "prompt_logprobs": ONLY_NULL,
     "return_tokens_as_token_ids": (False,),
     "return_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "detokenize": (True,),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
+    "guided_json": ONLY_NULL,
+    "guided_regex": ONLY_NULL,
+    "guided_choice": ONLY_NULL,
+    "guided_grammar": ONLY_NULL,
 }
 
 

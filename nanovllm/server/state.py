@@ -10,10 +10,10 @@ from fastapi import Request
 from nanovllm import AsyncLLM, RequestOutput, SamplingParams
 from nanovllm.server.admission import AdmissionControl
 from nanovllm.server.engine_client import EngineClient
-from nanovllm.server.formats import TextFormat
 from nanovllm.server.metrics import ServerMetrics
 from nanovllm.server.options import ServerOptions
 from nanovllm.server.security import key_salt
+from nanovllm.server.text_format import TextFormat
 
 
 @dataclass(frozen=True)

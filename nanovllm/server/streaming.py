@@ -1,10 +1,11 @@
-"""JSON responses and server-sent events."""
+"""Streams of several prompts, JSON responses and server-sent events."""
 
+import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from fastapi.responses import JSONResponse, Response
 
@@ -17,6 +18,43 @@ _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(","
 
 # An event, or a list of events that are sent together.
 Item: TypeAlias = dict | list[dict]
+T = TypeVar("T")
+
+
+async def merge_streams(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
+    """Yield the items of several streams as they come, each with its stream's index. Close all at the end."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as stream:
+            async for item in stream:
+                yield 0, item
+        return
+    queue: asyncio.Queue[tuple[int, T | Exception | None]] = asyncio.Queue(1)
+
+    async def forward(index: int, stream: AsyncGenerator[T, None]) -> None:
+        end = None
+        async with aclosing(stream):
+            try:
+                async for item in stream:
+                    await queue.put((index, item))
+            except Exception as error:
+                end = error
+        await queue.put((index, end))
+
+    tasks = [asyncio.create_task(forward(index, stream)) for index, stream in enumerate(streams)]
+    num_open = len(tasks)
+    try:
+        while num_open:
+            index, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield index, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def json_bytes(value: Any) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any
 import regex
 
 from nanovllm.server.events import CallArguments, CallEnd, CallStart, Event, Text, Thinking
-from nanovllm.server.parsers import MAX_HELD_CHARS, OutputParser, Waits
+from nanovllm.server.parsers import MAX_HELD_CHARS, OutputParser, Wait
 
 _THINK = regex.compile(r"\n{0,16}<think>")
 _END_THINK = regex.compile("</think>")
@@ -34,11 +34,11 @@ class ThinkingParser(OutputParser):
         self._calls: list[CallStart | CallArguments | CallEnd] = []
         super().__init__(tools)
 
-    def _parse(self) -> Waits:
+    def _parse(self) -> Wait:
         yield
         if self._is_open or (yield from self._skip(_THINK)):
             yield from self._skip_newlines()
-            if (yield from self._pass_until(_END_THINK, self._think)):
+            if (yield from self._emit_until(_END_THINK, self._think)):
                 self._pass_thinking(len(self._held.rstrip("\n")))
                 yield from self._skip(_END_THINK)
                 yield from self._skip_newlines()
@@ -81,11 +81,11 @@ class ThinkingParser(OutputParser):
             self._events.append(Thinking(self._held[:num_chars]))
         self._held = self._held[num_chars:]
 
-    def _respond(self) -> Waits:
+    def _respond(self) -> Wait:
         parser = self._parser(self.tools)
         while True:
-            self._events += parser.feed(self._text[self._at :])
-            self._at = len(self._text)
+            self._events += parser.feed(self._text[self._position :])
+            self._position = len(self._text)
             if self._is_finished:
                 self._events += parser.finish()
                 return

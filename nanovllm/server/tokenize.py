@@ -60,6 +60,7 @@ async def _token_ids(state: ServerState, request: TokenizeRequest, http: Request
     if request.add_special_tokens:
         message = "add_special_tokens must not be true with messages: the chat template writes the special tokens"
         raise ApiError(400, message, param="add_special_tokens")
+    # As a chat request, so that its prompt is the one that chat completions would make.
     return await prompt_token_ids(state, ChatRequest(messages=request.messages, **fields).conversation(state, http))
 
 

@@ -1,4 +1,4 @@
-"""The forward context: what a step's layers need to know besides their activations.
+"""The forward context (`attention/base.py:Context`): what a step's layers need to know besides their activations.
 
 The runner sets it for exactly one forward; layers read it with `get_context()`. So layers have the same signatures for
 every model and every attention backend.
@@ -21,7 +21,7 @@ def get_context() -> Context:
     """Return the context of the forward that is running."""
     context = _context.get()
     if context is None:
-        raise RuntimeError("no forward is running: attention and decoders need set_context()")
+        raise RuntimeError("no forward is running: run layers that read the step's context in `with set_context(...)`")
     return context
 
 

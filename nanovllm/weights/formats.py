@@ -13,7 +13,7 @@ from torch import nn
 
 from nanovllm.ops.comm.peer_memory import PeerMemory
 from nanovllm.ops.dispatch import Adder
-from nanovllm.ops.fp8.quantize import PendingSwiglu
+from nanovllm.ops.fp8.quantize import LazySwiglu
 from nanovllm.ops.inputs.embedding import embedding
 from nanovllm.ops.linear import linear as ops_linear
 from nanovllm.ops.linear.silu_mul import silu_mul
@@ -42,16 +42,16 @@ class WeightFormat(ABC):
         bias: torch.Tensor | None = None,
         norm: tuple[torch.Tensor, float] | None = None,
         counters: torch.Tensor | None = None,
-    ) -> torch.Tensor | PendingSwiglu:
+    ) -> torch.Tensor | LazySwiglu:
         """Return SwiGLU of x, or what the `prepare` of any format takes for it."""
         return self.linear(x, bias, norm=norm, gated=True, counters=counters)
 
-    def prepare(self, x: torch.Tensor | PendingSwiglu) -> Any:
+    def prepare(self, x: torch.Tensor | LazySwiglu) -> Any:
         """Return x as the other methods of this format read it.
 
         Layers do not look into the result, but take slices of its tokens: `result[start:stop]`.
         """
-        return x.computed() if isinstance(x, PendingSwiglu) else x
+        return x.computed() if isinstance(x, LazySwiglu) else x
 
     def matmul_into(self, out: torch.Tensor, x: torch.Tensor) -> None:
         """Write x W^T to `out` [T, N]."""

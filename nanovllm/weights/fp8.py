@@ -18,7 +18,7 @@ from nanovllm.ops.fp8.linear import (
     linear_all_reduce_fp8,
     linear_fp8,
 )
-from nanovllm.ops.fp8.quantize import PendingSwiglu
+from nanovllm.ops.fp8.quantize import LazySwiglu
 from nanovllm.ops.fp8.reference import BLOCK, Block, dequantize, quantize_weight, scale_shape
 from nanovllm.ops.moe.dispatch import FP8_TILINGS, expert_compile_sizes
 from nanovllm.ops.moe.experts import is_expert_gemv
@@ -118,10 +118,10 @@ class Fp8(WeightFormat):
     def linear(self, x, bias=None, norm=None, gated=False, counters=None) -> torch.Tensor:
         return linear_fp8(x, self.weight, self.scale, bias, norm=norm, gated=gated, counters=counters)
 
-    def gate_up(self, x, bias=None, norm=None, counters=None) -> torch.Tensor | PendingSwiglu:
+    def gate_up(self, x, bias=None, norm=None, counters=None) -> torch.Tensor | LazySwiglu:
         return gate_up_fp8(x, self.weight, self.scale, bias, norm=norm, counters=counters)
 
-    def prepare(self, x: torch.Tensor | PendingSwiglu) -> torch.Tensor | PendingSwiglu:
+    def prepare(self, x: torch.Tensor | LazySwiglu) -> torch.Tensor | LazySwiglu:
         return x
 
     def linear_add(self, x, bias, residual, counters=None, peers=None) -> torch.Tensor:

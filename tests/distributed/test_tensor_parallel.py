@@ -69,7 +69,7 @@ def test_two_ranks_return_the_tokens_of_one_and_listen_on_no_port(model, want):
 
 
 def test_four_ranks_return_the_tokens_of_one(tmp_path):
-    """The layers have linear attention or attention, and an MLP or experts."""
+    """The layers have Gated DeltaNet or attention, and an MLP or experts."""
     path = save_tiny(tmp_path, "qwen3-next", num_key_value_heads=4)
     with LLM(path, **OPTIONS) as llm:
         want = tokens(llm)

@@ -192,7 +192,7 @@ def check(llm, want, where):
     except RuntimeError as error:
         assert "the last update_weights failed" in str(error) or "a weight update is open" in str(error), where
         llm.update_weights(llm.config.model)
-    unfinished = set(llm.llm_engine.requests)
+    unfinished = set(llm.llm_engine.core.requests)
     finished = {output.request_id for output in finish(llm, max_steps=100) if output.finished}
     assert unfinished <= finished and unfinished <= {"mine", "old 0", "old 1"}, (where, unfinished, finished)
     assert answers(llm) == want, where

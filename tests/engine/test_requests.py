@@ -18,7 +18,7 @@ import torch
 from nanovllm import LLM, SamplingParams, StructuredOutputsParams
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.models.registry import PRESETS
+from nanovllm.models.presets import PRESETS
 from nanovllm.outputs import TokenLogprobs
 from tests.engine.reference import load_reference
 from tests.helpers import assert_nothing_held, engine, finish, greedy, prompts_of, sampled, tokens
@@ -700,7 +700,7 @@ def test_generate_returns_what_a_callback_has_ended_or_received(model, call):
                 finish(llm)
                 llm.on_step = callback
             elif call == "abort" and len(ids) < 1 and step.batch:
-                ids.append(next(iter(llm.llm_engine.requests)))
+                ids.append(next(iter(llm.llm_engine.core.requests)))
                 llm.abort(ids[0])
 
         llm.on_step = callback

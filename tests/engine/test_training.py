@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from nanovllm.executor.processes import RankProcesses
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.rotary_embedding import rope_frequencies
 from tests.engine.reference import load_reference, reference_greedy
-from tests.helpers import engine, finish, greedy, prompts_of, tokens
+from tests.helpers import BLOCK, engine, finish, greedy, prompts_of, tokens
 from tests.models.test_gguf import write_gguf
 from tests.models.tiny import save_tiny, tiny_model
 
@@ -508,6 +510,34 @@ def test_sleep_wake_up_and_reset_can_be_called_in_any_order_and_state(models, ll
     for tags, error in [("weights", TypeError), (["kv"], ValueError), (range(10**30), TypeError)]:
         with pytest.raises(error, match="tags must be None or a list of weights and kv_cache"):
             llm.wake_up(tags=tags)
+
+
+KEEPS_ITS_HEAP = """
+import os, sys
+from tests.helpers import engine
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+llm = engine(sys.argv[1], num_kvcache_blocks=1500)
+sizes = [resident()]
+for method in (llm.sleep, llm.wake_up, llm.close):
+    method()
+    sizes.append(resident())
+print(*sizes)
+"""
+
+
+def test_sleep_and_close_return_the_memory_of_a_cpu_to_the_system(models):
+    # glibc's largest thresholds: the KV cache is on the heap, whose end is never returned by itself.
+    heap = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    command = [sys.executable, "-c", KEEPS_ITS_HEAP, models["qwen3"][0]]
+    environment = os.environ | heap | {"PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
+    made, asleep, awake, closed = map(int, done.stdout.split())
+    cache_bytes = 1500 * BLOCK * 4 * 32 * 4 * 2 * 2  # of blocks of 4 heads of 32 floats, K and V in 2 layers
+    assert made - asleep > cache_bytes * 0.9 and awake - closed > cache_bytes * 0.9
 
 
 def test_a_closed_engine_neither_sleeps_nor_updates(models):

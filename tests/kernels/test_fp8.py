@@ -3,7 +3,7 @@ import torch
 
 from nanovllm.ops.fp8.experts import expert_pairs_fp8, experts_fp8
 from nanovllm.ops.fp8.linear import choose_adder_fp8, gate_up_fp8, linear_add_fp8, linear_fp8
-from nanovllm.ops.fp8.quantize import PendingSwiglu, QuantizedRows, quantize_triton
+from nanovllm.ops.fp8.quantize import LazySwiglu, QuantizedRows, quantize_triton
 from nanovllm.ops.fp8.reference import (
     dequantize,
     experts_fp8_torch,
@@ -73,7 +73,7 @@ def test_quantized_rows_equal_the_reference_also_after_a_norm_or_swiglu(device, 
     x[3, :128] *= 1000
     assert_quantized(quantize_triton(x), quantize_rows(x))
     assert_quantized(quantize_triton(x, (weight, 1e-6)), quantize_rows(rms_norm_torch(x, weight, 1e-6)))
-    assert_quantized(quantize_triton(PendingSwiglu(gate_up)), quantize_rows(silu_mul_torch(gate_up)))
+    assert_quantized(quantize_triton(LazySwiglu(gate_up)), quantize_rows(silu_mul_torch(gate_up)))
     assert quantize_triton(x).scales.stride() == (1, 5)
     padded, by_token = quantize_triton(x, multiple=4), quantize_triton(x, (weight, 1e-6), by_token=True)
     assert padded.values.shape == (8, size) and padded.scales.stride() == (1, 8)
@@ -190,7 +190,7 @@ def test_a_swiglu_that_is_left_to_the_next_layer_is_computed_there(device):
     got = gate_up_fp8(gate_up.x, gate_up.weight, gate_up.scale, norm=gate_up.norm)
     if device.type == "cpu":
         assert isinstance(got, torch.Tensor)
-        got = PendingSwiglu(linear_fp8(gate_up.x, gate_up.weight, gate_up.scale, norm=gate_up.norm))
+        got = LazySwiglu(linear_fp8(gate_up.x, gate_up.weight, gate_up.scale, norm=gate_up.norm))
     assert len(got) == 70
     error = (linear_fp8(got, down.weight, down.scale).float() - want).norm() / want.norm()
     assert error < 0.06

@@ -44,7 +44,7 @@ def prefill_logits(model, ids):
         cu_seqlens_q=cu_seqlens,
         max_seqlen_q=num_tokens,
         max_context_len=num_tokens,
-        state_rows=StateRows(slots, torch.zeros_like(slots), cu_seqlens),
+        state_rows=dict.fromkeys(pool.slot_classes, StateRows(slots, torch.zeros_like(slots), cu_seqlens)),
     )
     context.backend.prepare(context)
     with set_context(context):

@@ -27,7 +27,7 @@ from nanovllm.checkpoints.hub import default_model, get_tokenizer, open_model
 from nanovllm.checkpoints.loader import iterate_weights
 from nanovllm.config import Config
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.registry import PRESETS
+from nanovllm.models.presets import PRESETS
 from tests.models.tiny import save_tiny, save_tiny_with_tokenizer, tiny_model
 
 CONTENT = b"weights" * 1000

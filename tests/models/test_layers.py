@@ -12,7 +12,7 @@ from nanovllm.arithmetic import ceil_div
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
-from nanovllm.layers.gated_delta_net import GatedDeltaNet, LinearAttentionConfig
+from nanovllm.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from nanovllm.layers.layer import Layer
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -21,7 +21,9 @@ from nanovllm.layers.residual import Residual
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_table
 from nanovllm.ops.attention.paged_cache import KVKind
 from nanovllm.ops.dispatch import Adder
+from nanovllm.ops.inputs.step_rows import StepInputs, StepRows
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
+from nanovllm.runner.forward import plan_state_rows
 from nanovllm.runner.state_pool import StatePool, StateSizes
 from nanovllm.utils.context import get_context
 from nanovllm.weights.formats import Plain
@@ -110,7 +112,7 @@ def test_first_norm_all_reduces_the_embeddings_once(size):
 @pytest.mark.parametrize("adder", [Adder.LINEAR, Adder.NEXT_NORM])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_pending_gemm_plus_residual_is_the_sum_with_any_adder(monkeypatch, size, adder, zeros, bias):
+def test_lazy_gemm_plus_residual_is_the_sum_with_any_adder(monkeypatch, size, adder, zeros, bias):
     """Either the GEMM or the next norm adds. A GEMM without bias may get a bias of zeros."""
     monkeypatch.setattr(Plain, "choose_adder", lambda *args: adder)
     monkeypatch.setattr(Plain, "wants_zero_bias", lambda *args: zeros)
@@ -348,7 +350,7 @@ def test_zero_centered_norm_loads_the_weight_plus_one_and_rounds_like_transforme
 
 def hybrid_pool():
     """Return the pool of three recurrent layers of two sizes and one attention layer, and the layers."""
-    small, large = (LinearAttentionConfig(1, heads, 16, 16) for heads in (1, 2))
+    small, large = (GatedDeltaNetConfig(1, heads, 16, 16) for heads in (1, 2))
     recurrent = [GatedDeltaNet(config, 8, 1e-6, dtype=torch.bfloat16) for config in (small, large, small)]
     model = torch.nn.ModuleList([*recurrent, Attention(2, 1, 4, RotaryEmbedding(4, 8, 1e4))])
     return StatePool(model, 16, torch.device("cpu")), recurrent
@@ -396,15 +398,35 @@ def test_slots_take_at_most_half_of_the_budget_and_snapshots_a_fifth_of_the_rest
         assert pool.divide(budget, 7, num_blocks=5, caches_prefixes=caches_prefixes) == sizes._replace(num_blocks=5)
 
 
+def test_each_class_of_recurrent_layers_gets_the_plan_that_it_asks_for():
+    class Planned(GatedDeltaNet):
+        @staticmethod
+        def plan_prompts(cu_seqlens, num_tokens, max_prompts):
+            return cu_seqlens.tolist(), num_tokens, max_prompts
+
+    packed = torch.zeros(StepRows.size(3, 8), dtype=torch.int32)
+    rows = StepRows.split(packed, 3, 8)
+    rows.cu_seqlens.copy_(torch.tensor([0, 1, 6, 8]))
+    ends = torch.tensor([9, 5, 2], dtype=torch.int32)
+    inputs = StepInputs(torch.zeros(8), torch.zeros(8), torch.zeros(8), ends, torch.zeros(3))
+    planned = plan_state_rows((GatedDeltaNet, Planned), rows, inputs, num_decode=1)
+    assert planned[GatedDeltaNet].plan is None  # on a CPU
+    assert planned[Planned].plan == ([0, 1, 6, 8], 8, 2)
+    assert [each.starts.tolist() for each in planned.values()] == [[8, 0, 0]] * 2
+    decode = plan_state_rows((Planned,), StepRows(rows.slots), inputs, num_decode=3)
+    assert decode[Planned].plan is None and decode[Planned].starts is inputs.positions
+    assert plan_state_rows((), rows, inputs, num_decode=1) == {}
+
+
 def test_recurrent_layer_without_state_raises():
-    layer = GatedDeltaNet(LinearAttentionConfig(1, 1, 16, 16), 8, 1e-6)
+    layer = GatedDeltaNet(GatedDeltaNetConfig(1, 1, 16, 16), 8, 1e-6)
     with pytest.raises(RuntimeError, match="no forward is running"):
         layer(torch.zeros(1, 8), torch.zeros(1, dtype=torch.int64), None)
 
 
 @pytest.mark.parametrize(("size", "named"), [(2, "linear_num_key_heads=1"), (4, "linear_num_key_heads=2")])
 def test_ranks_that_do_not_divide_the_heads_of_linear_attention_are_named(size, named):
-    config = LinearAttentionConfig(size // 2, 2 * size, 16, 16)
+    config = GatedDeltaNetConfig(size // 2, 2 * size, 16, 16)
     with pytest.raises(ValueError, match=f"tensor_parallel_size={size} does not divide the model's {named}"):
         GatedDeltaNet(config, 8, 1e-6, tp=TensorParallel(0, size))
 

@@ -22,10 +22,12 @@ from transformers import (
     SmolLM3Config,
 )
 
-from nanovllm.layers.gated_delta_net import LinearAttentionConfig
+from nanovllm.layers.gated_delta_net import GatedDeltaNetConfig
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.models import registry
-from nanovllm.models.registry import FAMILIES, PRESETS, ModelConfig
+from nanovllm.models.families import FAMILIES
+from nanovllm.models.presets import PRESETS
+from nanovllm.models.registry import ModelConfig
 from tests.models.tiny import TINY
 
 LLAMA3 = {
@@ -97,11 +99,11 @@ HYBRID = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "
 
 def test_hybrid_families_have_their_options():
     text = ModelConfig.from_hf(Qwen3_5TextConfig(**HYBRID, eos_token_id=7, dtype="bfloat16"))
-    assert text.layer_types == ("linear_attention",) * 3 + ("full_attention",)
+    assert text.layer_types == ("gated_delta_net",) * 3 + ("full_attention",)
     assert [text.is_recurrent(index) for index in range(4)] == [True, True, True, False]
     assert (text.attention_gate, text.zero_centered_norms, text.qk_norm) == (True, True, True)
     assert (text.head_dim, text.partial_rotary_factor, text.rotary_dim) == (256, 0.25, 64)
-    assert text.linear_attention == LinearAttentionConfig(16, 32, 128, 128)
+    assert text.gated_delta_net == GatedDeltaNetConfig(16, 32, 128, 128)
     nested = Qwen3_5Config(text_config={**HYBRID, "eos_token_id": 7, "dtype": "bfloat16"}, dtype="bfloat16")
     assert ModelConfig.from_hf(nested) == text and text.eos_token_ids == (7,)
     experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -110,9 +112,9 @@ def test_hybrid_families_have_their_options():
     assert sparse.moe == MoEConfig(6, 2, 24, True, 40) and sparse.attention_gate
     packed = ModelConfig.from_hf(Qwen3NextConfig(**sizes, norm_topk_prob=False, linear_num_value_heads=48))
     assert packed.moe == MoEConfig(6, 2, 24, False, 40)
-    assert packed.linear_attention == LinearAttentionConfig(16, 48, 128, 128, is_packed=True)
+    assert packed.gated_delta_net == GatedDeltaNetConfig(16, 48, 128, 128, is_packed=True)
     dense = ModelConfig.from_hf(Qwen3_5TextConfig(**HYBRID, layer_types=["full_attention"] * 4))
-    assert dense.layer_types is None and dense.linear_attention is None
+    assert dense.layer_types is None and dense.gated_delta_net is None
 
 
 @pytest.mark.parametrize("outer", [False, True])
@@ -147,7 +149,7 @@ def test_other_weights_of_hybrid_models_are_refused_by_the_option_that_differs()
     mine = ModelConfig.from_hf(Qwen3_5TextConfig(**HYBRID))
     for option, changes in (
         ("layer_types", {"layer_types": ["full_attention", "linear_attention"] * 2}),
-        ("linear_attention.num_key_heads", {"linear_num_key_heads": 8}),
+        ("gated_delta_net.num_key_heads", {"linear_num_key_heads": 8}),
         ("partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
     ):
         with pytest.raises(ValueError, match=f"the checkpoint's {option} is .*, but the model's is"):
@@ -465,7 +467,7 @@ def test_models_that_differ_in_an_option_of_any_type_are_not_the_same():
         config.check_same_model(other)
 
 
-@pytest.mark.parametrize("types", [("mamba",) * 4, ("mamba", "linear_attention") * 2])
+@pytest.mark.parametrize("types", [("mamba",) * 4, ("mamba", "gated_delta_net") * 2])
 def test_models_without_a_kv_cache_are_refused_whatever_their_recurrent_layers_are(monkeypatch, types):
     monkeypatch.setattr(registry, "LAYER_TYPES", (*registry.LAYER_TYPES, "mamba"))
     with pytest.raises(ValueError, match="a model without layers of attention over a KV cache is not supported"):

@@ -1,9 +1,11 @@
 """Ray Data: rows get answers or errors, also when an actor is lost."""
 
+import asyncio
 import json
 import os
 import signal
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +18,7 @@ from tests.ray.conftest import OPTIONS
 
 pytestmark = pytest.mark.xdist_group("ray")
 
+NEW_COLUMNS = ["generated_text", "generated_token_ids", "finish_reason", "error"]
 PARAMS = SamplingParams(temperature=1.0, max_tokens=4, ignore_eos=True)
 
 
@@ -100,6 +103,24 @@ def test_jsonl_becomes_parquet_with_types_and_what_is_done_is_not_done_again(clu
     assert 0 < pq.read_table(out).num_rows < 40
     run()
     assert sorted(pq.read_table(out)["id"].to_pylist()) == list(range(40))
+
+
+def test_a_second_pass_replaces_the_columns_of_the_first(model):
+    answer = AnswerRows(model, greedy(3), **OPTIONS)
+    rows = pa.table({"prompt": ["x", None], "error": ["old", "old"], "x": ["y", "z"]})
+    once = asyncio.run(answer(rows))
+    twice = asyncio.run(answer(once))
+    assert once.equals(twice)
+    assert sorted(once.column_names) == sorted({"prompt", "x", *NEW_COLUMNS})
+    first, second = once["error"].to_pylist()
+    assert first is None and "prompt_token_ids, messages or prompt" in second
+
+
+def test_columns_that_python_cannot_read_stay_as_they_are(model):
+    times = pa.array([1 << 62], pa.timestamp("s"))
+    answered = asyncio.run(AnswerRows(model, greedy(3), **OPTIONS)(pa.table({"prompt": ["x"], "time": times})))
+    assert answered["error"].to_pylist() == [None]
+    assert answered["time"].combine_chunks().equals(times)
 
 
 def test_batches_of_arrays_are_refused_by_name(cluster, model):

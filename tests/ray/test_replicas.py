@@ -11,6 +11,7 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -246,6 +247,16 @@ def test_more_losses_than_max_restarts_are_one_clear_error(cluster, model):
     replicas.close()
 
 
+def test_no_call_starts_ray_again_after_its_shutdown(cluster, model, monkeypatch):
+    replicas = make_replicas(model, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "is_initialized", lambda: False)
+        for call in (lambda: replicas.generate("x"), replicas.metrics, lambda: replicas.update_weights([])):
+            with pytest.raises(RuntimeError, match="Ray has been shut down"):
+                call()
+    replicas.close()
+
+
 def test_close_ends_calls_that_wait(cluster, model):
     replicas = make_replicas(model, 1)
     pid = pid_of(replicas._replicas[0])
@@ -315,6 +326,22 @@ def test_packed_tensors_are_the_same_after_the_object_store():
     for name, tensor in tensors.items():
         assert unpacked[name].dtype == tensor.dtype and unpacked[name].shape == tensor.shape
         assert unpacked[name].tolist() == tensor.tolist()
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        (None, TypeError, "weights must be pairs"),
+        ({"a": torch.zeros(2)}, TypeError, "weights must be pairs"),
+        ([1], TypeError, "weights must be pairs"),
+        ([("a", np.zeros(3))], TypeError, "weights must be pairs"),
+        ([("a", torch.eye(3).to_sparse())], ValueError, "dense tensor"),
+        ([("a", torch.zeros(3, device="meta"))], ValueError, "dense tensor"),
+    ],
+)
+def test_weights_that_one_engine_refuses_are_refused_before_they_are_packed(weights, error, message):
+    with pytest.raises(error, match=message):
+        list(pack(weights))
 
 
 def test_weights_are_updated_under_load_and_later_replicas_have_them(replicas, model, one, tmp_path):

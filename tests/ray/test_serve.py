@@ -94,3 +94,13 @@ def test_client_that_leaves_ends_its_request(client, url):
     with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as answer:
         next(answer.iter_lines())
     assert wait_until(lambda: counters(url, "left")[1] == 0)
+
+
+def test_app_takes_the_key_of_the_environment_and_refuses_options_of_ray(monkeypatch):
+    monkeypatch.setenv("NANOVLLM_API_KEY", "secret")
+    for options, key in (({}, "secret"), ({"api_key": "given"}, "given")):
+        config_options, server_options = app({"model": "m", **options})._bound_deployment.init_args
+        assert config_options == {"model": "m"}
+        assert server_options.api_key == key
+    with pytest.raises(ValueError, match="drain_seconds and port"):
+        app({"model": "m", "port": 8000, "drain_seconds": 3})

@@ -10,7 +10,7 @@ pytest.importorskip("llguidance")
 from nanovllm import StructuredOutputsParams
 from nanovllm.sandbox.grammars import compile_grammar, make_tokenizer, prepare
 from nanovllm.server.events import CallArguments, CallStart
-from nanovllm.server.formats import TextFormat
+from nanovllm.server.text_format import TextFormat
 
 SPECIAL = ["<|end|>", "[TOOL_CALLS]", "[ARGS]"]
 # Tokens are bytes, special tokens and tags that are not special.

@@ -24,8 +24,8 @@ from nanovllm.cli.http_stream import Answer
 from nanovllm.cli.main import main
 from nanovllm.config import Config
 from nanovllm.server.events import Text, Thinking
-from nanovllm.server.formats import TextFormat
 from nanovllm.server.options import ServerOptions
+from nanovllm.server.text_format import TextFormat
 from tests.helpers import SOON, assert_nothing_held, finish
 from tests.models.tiny import CHAT_TEMPLATE, save_tiny_with_tokenizer
 from tests.server.scripted_http import scripted_server
@@ -147,6 +147,22 @@ def test_python_m_runs_the_command_line(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("nanovllm", run_name="__main__")
     assert capsys.readouterr().out == f"nanovllm {__version__}\n"
+
+
+@pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
+def test_a_closed_stream_is_no_failure(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x\n"))
+    monkeypatch.setattr(sys, stream, None)
+    with scripted_server(chat=lambda handler, _: handler.stream([delta(content="a"), "[DONE]"])) as server:
+        assert main(["chat", "m", "--url", server.url]) == 0
+
+
+def test_characters_that_the_terminal_lacks_are_replaced(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x\n"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    with scripted_server(chat=lambda handler, _: handler.stream([delta(content="é☃!"), "[DONE]"])) as server:
+        assert main(["chat", "m", "--url", server.url]) == 0
+    assert sys.stdout.buffer.getvalue() == "é?!\n".encode("latin-1")
 
 
 def test_a_failure_to_start_is_one_line_and_status_1(monkeypatch, capsys):
@@ -280,7 +296,11 @@ def test_two_interrupts_in_a_row_end_a_list_of_questions():
 def test_save_writes_the_conversation_and_never_overwrites(tmp_path, capsys):
     path = tmp_path / "chat.json"
     talk(ScriptedModel(["é"]), f"x\n/save {path}\n/save {path}\n/save\n", system="S")
-    assert json.loads(path.read_text()) == [{"role": "system", "content": "S"}, user("x"), assistant("é")]
+    assert json.loads(path.read_text(encoding="utf-8")) == [
+        {"role": "system", "content": "S"},
+        user("x"),
+        assistant("é"),
+    ]
     exists, needs = capsys.readouterr().err.splitlines()
     assert "File exists" in exists
     assert needs == "Error: /save needs a file"
@@ -467,6 +487,58 @@ def test_a_refusal_of_a_server_is_shown_in_words_and_the_chat_goes_on(capsys, mo
     assert bodies[2]["model"] == "named"
 
 
+@pytest.mark.parametrize(
+    ("events", "message"),
+    [
+        ([[1]], "no chat completion"),
+        (["{"], "Expecting property name"),
+        ([{"choices": [5]}], "no chat completion"),
+        ([{"choices": 5}], "no chat completion"),
+        ([{"choices": [{"delta": "x"}]}], "no chat completion"),
+        ([delta(content=5)], "no chat completion"),
+        ([delta(content=[{"type": "text", "text": "a"}])], "no chat completion"),
+        ([delta(content="a")], "did not end its stream"),
+        ([], "did not end its stream"),
+    ],
+)
+def test_a_stream_of_another_form_fails_alone(events, message, capsys, monkeypatch):
+    script = [[*events, "[DONE]"] if events and "end" not in message else events, [delta(content="b"), "[DONE]"]]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x\ny\n"))
+    with scripted_server(chat=lambda handler, _: handler.stream(script.pop(0))) as server:
+        assert main(["chat", "m", "--url", server.url]) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert message in line
+    assert captured.out.endswith("b\n")
+
+
+@pytest.mark.parametrize("count", [[1], {"completion_tokens": "x"}, {"completion_tokens": -7}, 5])
+def test_counts_that_are_none_do_not_fail_an_answer(count, monkeypatch, capsys):
+    answer = [delta(content="a") | {"usage": count}, "[DONE]"]
+    with (
+        scripted_server(chat=lambda handler, _: handler.stream(answer)) as server,
+        ServerModel(server.url, None, "m") as model,
+    ):
+        chat = Chat(model, stdin=io.StringIO())
+        chat.is_terminal = True
+        chat.handle("x")
+    assert capsys.readouterr() == ("a\n", "")
+
+
+def test_text_of_a_server_that_cannot_be_encoded_is_replaced(capsys, monkeypatch):
+    text = "a\u2028\x85b"  # characters at which str.splitlines splits
+    script = [
+        [delta(content="\ud83d"), delta(content="\ude00"), "[DONE]"],
+        [delta(reasoning="\ud83d"), json.dumps(delta(content=text), ensure_ascii=False), "[DONE]"],
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x\ny\n"))
+    with scripted_server(chat=lambda handler, _: handler.stream(script.pop(0))) as server:
+        assert main(["chat", "m", "--url", server.url]) == 0
+        (_, second) = server.bodies("/v1/chat/completions")
+    assert second["messages"] == [user("x"), assistant("??"), user("y")]
+    assert capsys.readouterr().out == "??\na\u2028b\n"
+
+
 def test_ctrl_c_leaves_a_servers_stream_so_that_the_server_can_stop(capsys):
     gone = threading.Event()
 
@@ -547,13 +619,15 @@ def usage(count):
     return {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": count, "total_tokens": 5 + count}}
 
 
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
 def http(events, chunk=None):
     """Return a whole answer with these events, in one HTTP chunk for each event or in chunks of `chunk` bytes."""
     lines = [f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n".encode() for event in events]
     data = b"".join(lines)
     chunks = [data[i : i + chunk] for i in range(0, len(data), chunk)] if chunk else lines
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-    return head + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in chunks) + b"0\r\n\r\n"
+    return STREAM_HEAD + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in chunks) + b"0\r\n\r\n"
 
 
 def read(pieces):
@@ -606,6 +680,13 @@ def test_the_text_of_one_network_read_is_one_piece_and_the_counts_at_the_end_are
             "status 422: no",
         ),
         (b"HTTP/1.1 502 Bad\r\n\r\n", "status 502: no message"),
+        (b"HTTP/1.1 500 Bad\r\n\r\n\x1b[31mred", "status 500: [31mred"),
+        (b'HTTP/1.1 500 Bad\r\n\r\n{"error": "\\u001b[31mred\\ud83d."}', "status 500: [31mred."),
+        (STREAM_HEAD + b"-000000000011\r\n" + b"x" * 64, "the answer is not HTTP"),
+        (STREAM_HEAD + b"-5\r\nabc\r\n", "the answer is not HTTP"),
+        (STREAM_HEAD + b"1_0\r\nabc\r\n", "the answer is not HTTP"),
+        (STREAM_HEAD + b"\r\nabc\r\n", "the answer is not HTTP"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n{}", "the answer is not HTTP"),
     ],
 )
 def test_an_answer_that_is_not_whole_has_the_reason(data, message):
@@ -711,6 +792,20 @@ def test_bench_counts_requests_that_fail_and_goes_on(capsys):
     shown = capsys.readouterr().out
     assert "3 requests answered" in shown
     assert "3 x status 429: the queue is full" in shown
+
+
+@pytest.mark.parametrize("count", [-7, 10**400, "x", None], ids=["negative", "huge", "text", "null"])
+def test_bench_counts_a_stream_with_an_impossible_number_of_tokens_as_failed(count, capsys):
+    counts = iter([2, 2, count, 2, 2, 2, 2])
+
+    def answer(handler, body):
+        handler.stream([piece("x"), piece("y"), {"usage": {"completion_tokens": next(counts)}}, "[DONE]"])
+
+    with scripted_server(completions=answer) as server:
+        assert main(["bench", "serve", *BENCH, "--url", server.url, "--max-concurrency", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "5 requests answered" in shown
+    assert "1 x the stream had no tokens, or did not count them" in shown
 
 
 @pytest.mark.parametrize(

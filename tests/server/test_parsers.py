@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.server.events import CallArguments, CallEnd, CallStart, Text, Thinking
-from nanovllm.server.formats import TextFormat
 from nanovllm.server.parsers import MAX_HELD_CHARS, joined
+from nanovllm.server.text_format import TextFormat
 
 FORMATS = ["none", "hermes", "qwen3_coder", "llama3", "mistral"]
 PROPERTIES = {

@@ -17,9 +17,10 @@ from benchmarks.run import figure_row, run_workload
 from benchmarks.trace import TRACE_STEPS
 from benchmarks.workloads import Figure, latency, offline
 from nanovllm.checkpoints.hub import open_model
-from nanovllm.layers.gated_delta_net import LinearAttentionConfig
+from nanovllm.layers.gated_delta_net import GatedDeltaNetConfig
 from nanovllm.layers.moe import MoEConfig
-from nanovllm.messages import DECODE_LOGITS, NO_LOGITS, Batch, Row
+from nanovllm.messages import Batch, Row
+from nanovllm.models import registry
 from nanovllm.models.registry import ModelConfig
 from tests.models.tiny import TINY, save_tiny, tiny_model
 
@@ -86,7 +87,7 @@ def test_body_parameters_are_all_but_embedding_and_head(name, tmp_path):
     assert body_parameters(config) == whole.num_parameters() - ends
 
 
-DECODE = Row(0, 6, None, DECODE_LOGITS)
+DECODE = Row(0, 6, None, True)
 
 
 def batches():
@@ -96,9 +97,9 @@ def batches():
     prompt that shares its first block. The third computes one more token of that prompt.
     """
     return [
-        Batch([Row(0, 0, [1] * 6, range(5, 6))], new_blocks=[(0, 0, 5), (0, 1, 2)]),
-        Batch([DECODE, Row(1, 4, [1] * 3, NO_LOGITS)], num_decode=1, new_blocks=[(1, 0, 5), (1, 1, 3)]),
-        Batch([Row(1, 7, [1], NO_LOGITS)]),
+        Batch([Row(0, 0, [1] * 6, True)], new_blocks=[(0, 0, 5), (0, 1, 2)]),
+        Batch([DECODE, Row(1, 4, [1] * 3, False)], num_decode=1, new_blocks=[(1, 0, 5), (1, 1, 3)]),
+        Batch([Row(1, 7, [1], False)]),
     ]
 
 
@@ -144,9 +145,15 @@ def test_costs_of_experts_are_those_that_the_tokens_choose():
     assert costs.flops[0] == dense_costs.flops[0] - 2 * (384 - 32 - 120) * 6
 
 
+def test_costs_of_an_unknown_kind_of_recurrent_layer_are_refused(monkeypatch):
+    monkeypatch.setattr(registry, "LAYER_TYPES", (*registry.LAYER_TYPES, "mamba"))
+    with pytest.raises(ValueError, match="the costs of layers of type 'mamba' are unknown"):
+        body_parameters(replace(CONFIG, layer_types=("mamba", "full_attention")))
+
+
 def test_costs_of_recurrent_layers_are_their_state_and_no_context():
-    linear = LinearAttentionConfig(num_key_heads=1, num_value_heads=2, key_head_dim=16, value_head_dim=16)
-    hybrid = replace(CONFIG, linear_attention=linear, layer_types=("linear_attention", "full_attention"))
+    gdn = GatedDeltaNetConfig(num_key_heads=1, num_value_heads=2, key_head_dim=16, value_head_dim=16)
+    hybrid = replace(CONFIG, gated_delta_net=gdn, layer_types=("gated_delta_net", "full_attention"))
     # Projections of 64 channels, 32 gates and 2 + 2 numbers, and from 32 values; convolution; gates; norm; two norms.
     body = 1192 - 8 * (2 * 8 + 2 * 4) + 8 * (64 + 32 + 2 + 2 + 32) + 64 * 4 + 2 + 2 + 16
     assert body_parameters(hybrid) == body
@@ -158,7 +165,7 @@ def test_costs_of_recurrent_layers_are_their_state_and_no_context():
     assert costs.bytes.tolist() == [first, second, third]
     on_state = 6 * 2 * 16 * 16
     assert costs.flops[0] == 2 * (body * 6 - 512 * 5) + 160 + 32 * 6 + 6 * on_state
-    # As the last layer, linear attention needs its gate and output projection for a sequence's last token only.
+    # As the last layer, Gated DeltaNet needs its gate and output projection for a sequence's last token only.
     last = count_costs(batches(), replace(hybrid, layer_types=hybrid.layer_types[::-1]), itemsize=2, block_size=4)
     assert last.bytes.tolist() == costs.bytes.tolist()
     assert last.flops[0] == 2 * (body * 6 - (2 * 8 * 32 + 384) * 5) + 160 + 32 * 21 + 6 * on_state
@@ -185,8 +192,8 @@ def test_limit_of_a_step_is_the_longer_of_memory_and_arithmetic():
 
 def test_reused_slot_starts_with_an_empty_context():
     again = [
-        Batch([Row(0, 0, [1] * 2, range(1, 2))], new_blocks=[(0, 0, 1)]),
-        Batch([Row(0, 2, None, DECODE_LOGITS)], num_decode=1),
+        Batch([Row(0, 0, [1] * 2, True)], new_blocks=[(0, 0, 1)]),
+        Batch([Row(0, 2, None, True)], num_decode=1),
     ]
     costs = count_costs(batches() + again, CONFIG, itemsize=2, block_size=4)
     alone = count_costs(again, CONFIG, itemsize=2, block_size=4)

@@ -18,7 +18,7 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.messages import Batch
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.registry import PRESETS
+from nanovllm.models.presets import PRESETS
 from nanovllm.ops.dispatch import Adder, Kernel, regime_of
 from nanovllm.ops.linear.gemm import MAX_TILES, default_gemm_config
 from nanovllm.ops.triton_utils import HAVE_TRITON

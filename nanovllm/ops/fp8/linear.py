@@ -7,7 +7,7 @@ import torch
 from nanovllm.arithmetic import ceil_div
 from nanovllm.ops.comm.peer_memory import PeerMemory
 from nanovllm.ops.dispatch import Adder, Fp8Kernel, regime_of
-from nanovllm.ops.fp8.quantize import PendingSwiglu, quantize_triton
+from nanovllm.ops.fp8.quantize import LazySwiglu, quantize_triton
 from nanovllm.ops.fp8.scaled_gemm import scaled_gemm_triton
 from nanovllm.ops.linear.gemv import gemv_triton
 from nanovllm.ops.linear.linear import choose_adder
@@ -28,13 +28,13 @@ MIN_LIBRARY_TILES = 80
 
 
 def uses_scaled_mm(
-    x: torch.Tensor | PendingSwiglu, weight: torch.Tensor, scale: torch.Tensor, gated: bool = False
+    x: torch.Tensor | LazySwiglu, weight: torch.Tensor, scale: torch.Tensor, gated: bool = False
 ) -> bool:
     """Return whether torch's GEMM multiplies x with `weight`.
 
     It needs bfloat16, and rows of whole 16 bytes, of values and of scales.
     """
-    dtype = x.gate_up.dtype if isinstance(x, PendingSwiglu) else x.dtype
+    dtype = x.gate_up.dtype if isinstance(x, LazySwiglu) else x.dtype
     if regime_of(len(x)).fp8_kernel is not Fp8Kernel.LIBRARY or dtype != torch.bfloat16:
         return False
     num_tiles = ceil_div(len(x), 128) * ceil_div(len(weight), 128)
@@ -47,7 +47,7 @@ def uses_scaled_mm(
 
 
 def _scaled_mm(
-    x: torch.Tensor | PendingSwiglu,
+    x: torch.Tensor | LazySwiglu,
     weight: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
@@ -64,7 +64,7 @@ def _scaled_mm(
 
 
 def linear_fp8(
-    x: torch.Tensor | PendingSwiglu,
+    x: torch.Tensor | LazySwiglu,
     weight: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -98,15 +98,15 @@ def gate_up_fp8(
     bias: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
     counters: torch.Tensor | None = None,
-) -> torch.Tensor | PendingSwiglu:
+) -> torch.Tensor | LazySwiglu:
     """Compute `linear_fp8` with SwiGLU. After torch's GEMM, leave SwiGLU to the kernel that quantizes the result."""
     if uses_scaled_mm(x, weight, scale, gated=True):
-        return PendingSwiglu(_scaled_mm(x, weight, scale, bias, norm=norm))
+        return LazySwiglu(_scaled_mm(x, weight, scale, bias, norm=norm))
     return linear_fp8(x, weight, scale, bias, norm=norm, gated=True, counters=counters)
 
 
 def linear_add_fp8(
-    x: torch.Tensor | PendingSwiglu,
+    x: torch.Tensor | LazySwiglu,
     weight: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
@@ -131,7 +131,7 @@ def linear_all_reduce_fp8(
 
 
 def choose_adder_fp8(
-    x: torch.Tensor | PendingSwiglu,
+    x: torch.Tensor | LazySwiglu,
     weight: torch.Tensor,
     residual: torch.Tensor,
     ranks: int,

@@ -33,7 +33,7 @@ class QuantizedRows(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class PendingSwiglu:
+class LazySwiglu:
     """silu(gate) * up [T, I], not computed yet: the kernel that quantizes it can compute it.
 
     Attributes:
@@ -45,8 +45,8 @@ class PendingSwiglu:
     def __len__(self) -> int:
         return len(self.gate_up)
 
-    def __getitem__(self, tokens: slice) -> "PendingSwiglu":
-        return PendingSwiglu(self.gate_up[tokens])
+    def __getitem__(self, tokens: slice) -> "LazySwiglu":
+        return LazySwiglu(self.gate_up[tokens])
 
     def computed(self) -> torch.Tensor:
         """Return silu(gate) * up."""
@@ -90,7 +90,7 @@ def _quantize_kernel(
 
 
 def quantize_triton(
-    x: torch.Tensor | PendingSwiglu,
+    x: torch.Tensor | LazySwiglu,
     norm: tuple[torch.Tensor, float] | None = None,
     by_token: bool = False,
     multiple: int = 1,
@@ -103,8 +103,8 @@ def quantize_triton(
         by_token: use one scale for all values of a token.
         multiple: append rows of undefined values, to a multiple of so many.
     """
-    gated = isinstance(x, PendingSwiglu)
-    if isinstance(x, PendingSwiglu):
+    gated = isinstance(x, LazySwiglu)
+    if isinstance(x, LazySwiglu):
         x = x.gate_up
     num_tokens, size = x.shape[0], x.shape[1] // (2 if gated else 1)
     num_rows, whole = ceil_div(num_tokens, multiple) * multiple, max(GROUP, triton.next_power_of_2(size))

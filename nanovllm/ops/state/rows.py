@@ -1,4 +1,4 @@
-"""The rows of a step for layers with recurrent state, the same for all layers."""
+"""The rows of a step for layers with recurrent state, the same for all layers of a class."""
 
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ class StateRows(NamedTuple):
             content. Padding rows of one token start at 0; those without tokens start anywhere.
         cu_seqlens: [R + 1] int32, the index of each row's first token, and the number of tokens without padding; None
             in a step of decode rows only.
-        plan: what the layers' kernels need to know about rows of two or more tokens, such as a `PromptPlan` of Gated
-            DeltaNet; None in a step of decode rows only, or on a CPU.
+        plan: what the layers' kernels need to know about rows of two or more tokens, as `StatefulLayer.plan_prompts`
+            returns it; None in a step of decode rows only.
     """
 
     slots: torch.Tensor
