@@ -238,7 +238,7 @@ class InputProcessor:
     def decode(self, token_ids: list[int]) -> str:
         """Return the text of token ids, special tokens included."""
         if (num_tokens := length(token_ids)) > self.max_model_len:
-            raise ValueError(f"tokens are {num_tokens} ids, too many for max_model_len={self.max_model_len}")
+            raise self._too_long(f"tokens are {num_tokens} ids")
         if token_ids:
             self._check_ids("tokens", token_ids)
         return self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -258,7 +258,7 @@ class InputProcessor:
             token_ids = self.encode(parts.text, add_special_tokens=True)
         elif prompt is not None and (is_list(prompt) or (is_array(prompt) and prompt.ndim == 1)):
             if (num_tokens := length(prompt)) >= self.max_model_len:  # before a list of that length is made
-                raise ValueError(f"prompt has {num_tokens} tokens, too many for max_model_len={self.max_model_len}")
+                raise self._too_long(f"prompt has {num_tokens} tokens")
             token_ids = _plain_ids(prompt)
         else:
             raise TypeError(f"prompt must be text or a list of token ids, got {type(prompt).__name__}")
@@ -287,20 +287,23 @@ class InputProcessor:
             # The pieces may have a few more tokens than the whole, so this is not exact.
             if num_tokens > 2 * self.max_model_len:
                 at_least = num_tokens // 2  # this part of the text has more tokens, however it is split
-                raise ValueError(
-                    f"the {len(text)} characters of {name} are more than {at_least} tokens, too many for "
-                    f"max_model_len={self.max_model_len}"
-                )
+                raise self._too_long(f"the {len(text)} characters of {name} are more than {at_least} tokens")
+
+    def _too_long(self, subject: str) -> ValueError:
+        """Return the error of an input that is too long. Clients of OpenAI's API look for its last words."""
+        limit = self.max_model_len
+        reason = f"this model's maximum context length is {limit} tokens, with at least one to generate"
+        return ValueError(f"{subject}, too many for max_model_len={limit}: {reason}")
 
     def _check_chars(self, name: str, num_chars: int) -> None:
         if num_chars > _MAX_TOKEN_CHARS * self.max_model_len:
-            raise ValueError(f"{name}: {num_chars} characters are too many for max_model_len={self.max_model_len}")
+            raise self._too_long(f"{name}: there are {num_chars} characters")
 
     def _max_output_len(self, num_prompt: int, params: SamplingParams) -> int:
         """Return how many tokens fit after the prompt."""
         prompt = f"prompt has {num_prompt} tokens"
         if num_prompt >= self.max_model_len:
-            raise ValueError(f"{prompt}, too many for max_model_len={self.max_model_len}")
+            raise self._too_long(prompt)
         max_output_len = self.max_model_len - num_prompt
         num_kv = self.num_kv_tokens - num_prompt
         # The cache silently bounds max_tokens=None. A number must fit, because fewer tokens would be a surprise.
@@ -442,8 +445,7 @@ class InputProcessor:
                 todo += value
                 todo += value.values()
             if num_values > _MAX_TOKEN_VALUES * self.max_model_len:  # or the data contains itself
-                message = f"messages and tools have more than {num_values - 1} values"
-                raise ValueError(f"{message}, too many for max_model_len={self.max_model_len}")
+                raise self._too_long(f"messages and tools have more than {num_values - 1} values")
         self._check_chars("messages", num_chars)
         self._check_text("messages", "".join(texts))
 

@@ -46,3 +46,9 @@ def test_a_required_tool_is_called(fields):
 def test_a_wrong_value_raises_litellms_own_error(fields):
     with pytest.raises(litellm.BadRequestError, match="temperature"):
         litellm.completion(**{**fields, "temperature": -1})
+
+
+def test_a_prompt_that_is_too_long_raises_litellms_own_error(fields):
+    messages = [{"role": "user", "content": "word " * 20_000}]
+    with pytest.raises(litellm.ContextWindowExceededError, match="too many for max_model_len"):
+        litellm.completion(**{**fields, "messages": messages})
