@@ -5,7 +5,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.ops.attention import shared_prefix
-from tests.gpu.test_gpu import OPTIONS, greedy, prompts_of, tokens
+from tests.gpu.test_gpu import OPTIONS, greedy, measures_memory, prompts_of, tokens
 from tests.models.tiny import save_tiny
 
 HAS_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
@@ -102,6 +102,7 @@ def test_logprobs_stay_close_to_those_of_bfloat16(tmp_path):
     assert 1e-3 < difference.mean() < 0.1, difference
 
 
+@measures_memory
 def test_pool_has_almost_twice_the_tokens(tmp_path):
     model = save_tiny(tmp_path, "qwen3")
     options = {**FP8_OPTIONS, "dtype": "bfloat16", "num_kvcache_blocks": None, "gpu_memory_utilization": 0.1}

@@ -1,5 +1,6 @@
 """Tests that need a CUDA GPU: graphs, pinned staging, compiled kernels in a whole model."""
 
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,6 +23,10 @@ from tests.kernels.test_swiglu import operands, swiglu_torch
 from tests.models.tiny import TINY, save_tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+measures_memory = pytest.mark.skipif(
+    os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1",
+    reason="measures the GPU's free memory, which other tests change; run pytest -n 0",
+)
 
 OPTIONS = {
     "device": "cuda",
@@ -228,6 +233,7 @@ def test_steps_report_gpu_times_on_request(model, overlap):
     assert len(times) == 8 and min(times) > 0 and sum(times) < seconds
 
 
+@measures_memory
 def test_sleep_frees_memory_and_wake_up_restores_it():
     prompts = prompts_of([50, 7], 10_000)
     options = dict(load_format="dummy", max_model_len=256, max_num_seqs=8, gpu_memory_utilization=0.4)
@@ -288,6 +294,7 @@ def test_gemm_with_any_batch_size_is_added_to_the_residual_stream(rows, bias):
         torch.testing.assert_close(normed, rms_norm_torch(y.complete(), norm.weight, 1e-6), rtol=2e-2, atol=1e-2)
 
 
+@measures_memory
 def test_closed_engine_frees_its_memory(model):
     def memory_before_and_after_close():
         llm = LLM(model, max_num_seqs=4, **{**OPTIONS, "num_kvcache_blocks": 4096})
