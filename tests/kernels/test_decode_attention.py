@@ -116,7 +116,7 @@ def test_triton_equals_the_formula(heads, kv_heads, head_dim, block_size, tile, 
     [(9, 3, 64, 16, 32, 0), (6, 2, 96, 64, 32, 40), (8, 1, 128, 64, 64, 0), (4, 2, 256, 16, 16, 17)],
 )
 @pytest.mark.parametrize("num_splits", [1, 3])
-def test_triton_dequantises_keys_and_values_in_fp8(
+def test_triton_dequantizes_keys_and_values_in_fp8(
     heads, kv_heads, head_dim, block_size, tile, window, num_splits, dtype
 ):
     contexts = [1, 47, 130]

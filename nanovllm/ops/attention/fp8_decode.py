@@ -96,7 +96,7 @@ def _load_words(
     row = tl.arange(0, TILE * WORDS // 4)  # t, g, warp, part, token / 4
     group = row // (32 * WARPS)
     within = group // (WORDS // 32)
-    tokens = row // 4 // 8 % WARPS * TOKENS
+    tokens = row // 32 % WARPS * TOKENS
     tokens += within // COLUMNS * (4 * COLUMNS) + row % 4 * COLUMNS + within % COLUMNS
     block, in_block, valid = _locate(table_ptr, tile, tokens, end, last_block, BLOCK_SIZE, TILE)
     words = ((block * BLOCK_SIZE + in_block) * KV_HEADS + kv_head) * WORDS + group % (WORDS // 32) * 32
