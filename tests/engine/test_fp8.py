@@ -39,7 +39,7 @@ def test_fp8_checkpoints_give_the_greedy_tokens_of_transformers_with_dequantized
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-moe", "qwen3.5-moe"])
-def test_transformers_dequantises_a_checkpoint_to_the_same_tokens(tmp_path, name):
+def test_transformers_dequantizes_a_checkpoint_to_the_same_tokens(tmp_path, name):
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
     pytest.importorskip("accelerate")  # transformers needs it for checkpoints in FP8

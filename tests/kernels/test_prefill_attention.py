@@ -82,7 +82,7 @@ def test_triton_equals_the_formula(heads, kv_heads, head_dim, block_size, dtype)
         (4, 2, 256, 64, 0, None),
     ],
 )
-def test_triton_dequantises_keys_and_values_in_fp8(heads, kv_heads, head_dim, block_size, window, config, dtype):
+def test_triton_dequantizes_keys_and_values_in_fp8(heads, kv_heads, head_dim, block_size, window, config, dtype):
     sequences = [(75, 75), (1, 1), (30, 101), (0, 7), (1, 64)]
     options = {"window": window, "config": config, "fp8": True}
     check(prefill_attention_triton, sequences, heads, kv_heads, head_dim, block_size, dtype, **options)

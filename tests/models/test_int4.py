@@ -234,7 +234,7 @@ def test_prompts_and_decoded_tokens_in_one_step_give_the_same_logprobs(tmp_path)
 
 @needs_gemm
 @pytest.mark.parametrize("options", [{"dtype": "float32"}, {"dtype": "bfloat16"}])
-def test_a_given_dtype_dequantises_the_weights(tmp_path, options):
+def test_a_given_dtype_dequantizes_the_weights(tmp_path, options):
     with engine(gguf_file(tmp_path, "llama"), **options) as llm:
         assert not formats(llm) & {Int4, Int8, Int8Table}
 
