@@ -292,7 +292,7 @@ class InputProcessor:
     def _too_long(self, subject: str) -> ValueError:
         """Return the error of an input that is too long. Clients of OpenAI's API look for its last words."""
         limit = self.max_model_len
-        reason = f"this model's maximum context length is {limit} tokens, with at least one to generate"
+        reason = f"this model's maximum context length is {limit} tokens, including the output"
         return ValueError(f"{subject}, too many for max_model_len={limit}: {reason}")
 
     def _check_chars(self, name: str, num_chars: int) -> None:
