@@ -96,19 +96,22 @@ class LLMEngine:
 
     def take_outputs(self) -> list[RequestOutput]:
         """Return the outputs that the next `step` would return, without a step."""
-        try:
-            return [output for _, output in self.core.outputs]
-        finally:
-            # Clear last: if an interrupt comes while the list is made, the next step still returns these outputs.
-            self.core.outputs.clear()
+        return self._take()
 
     def step_for(self, requests: Collection[Request]) -> list[RequestOutput]:
         """Run one step. Return the outputs of `requests`; keep those of other callers for their next `step`."""
         self._advance()
-        core = self.core
-        outputs = [output for request, output in core.outputs if request in requests]
-        core.outputs = [(request, output) for request, output in core.outputs if request not in requests]
-        return outputs
+        return self._take(requests)
+
+    def _take(self, requests: Collection[Request] | None = None) -> list[RequestOutput]:
+        """Remove the outputs of `requests`, or all, and return them. After an interrupt none has been removed."""
+        core, all_outputs = self.core, self.core.outputs
+        try:
+            core.outputs = [] if requests is None else [pair for pair in all_outputs if pair[0] not in requests]
+            return [output for request, output in all_outputs if requests is None or request in requests]
+        except BaseException:
+            core.outputs = all_outputs
+            raise
 
     def has_unfinished(self) -> bool:
         """Return whether `step` has anything to do or to return."""

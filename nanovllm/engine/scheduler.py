@@ -245,7 +245,7 @@ class Scheduler:
         seq.status = Status.RUNNING
         seq.placement = placement = Placement(self.free_slots.pop())
         self.block_manager.share(seq, placement, shared)
-        if seq.num_tokens == len(seq.prompt_ids):  # else it was counted before it was preempted
+        if not seq.scheduled_ts:  # else it was counted before it was preempted
             seq.num_cached = placement.num_computed
             seq.scheduled_ts = time.monotonic()
             self.num_prompt_tokens += len(seq.prompt_ids)

@@ -205,15 +205,15 @@ class Int8(Compressed):
     def __init__(self, plain: Plain):
         weight = plain.weight
         self.columns = torch.linalg.vector_norm(weight, math.inf, dim=0).clamp_(min=_TINY).sqrt_()
-        self.rows = torch.empty(len(weight))
-        q = torch.empty(weight.shape, dtype=torch.int8)
+        self.rows = weight.new_empty(len(weight))
+        q = torch.empty_like(weight, dtype=torch.int8)
         for start in range(0, len(weight), _CHUNK):
             part = slice(start, start + _CHUNK)
             scaled = weight[part] / self.columns
             self.rows[part] = scaled.abs().amax(1).clamp_(min=_TINY) / 127
             q[part] = scaled.div_(self.rows[part, None]).round_()
         self.packed = torch.ops.onednn.qlinear_prepack(q, None)
-        self.zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self.zeros = weight.new_zeros(len(weight), dtype=torch.int32)
         super().__init__(plain)
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -273,6 +273,25 @@ def test_interrupted_close_can_be_called_again(model, call):
         line += 1 if line < 10 else 5
 
 
+@pytest.mark.parametrize("requests", [None, {"a"}])
+def test_an_interrupt_while_outputs_are_taken_loses_none(llm, requests):
+    engine = llm.llm_engine
+    outputs = [("a", 1), ("b", 2), ("a", 3)]
+    for line in range(1, 100):
+        engine.core.outputs = list(outputs)
+        injector = Injector(line)
+        try:
+            with injector:
+                taken = engine._take(requests)
+        except KeyboardInterrupt:
+            assert engine.core.outputs == outputs, injector.where
+        else:
+            break
+    assert line > 4 and taken == ([1, 2, 3] if requests is None else [1, 3])
+    assert engine.core.outputs == ([] if requests is None else [("b", 2)])
+    engine.core.outputs = []
+
+
 def test_second_interrupt_is_raised_at_once():
     def hang(*_):
         signal.raise_signal(signal.SIGINT)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.ops.linear.reference import linear_torch
+from nanovllm.ops.norm_rope import reference
 from nanovllm.weights.formats import Plain, Table
 from nanovllm.weights.int4_int8 import (
     Int4,
@@ -191,6 +192,25 @@ def test_updated_weights_are_those_of_a_fresh_load(tmp_path, name):
         llm.update_weights(old)
         assert tokens(llm, prompts, greedy(12)) == before
         assert formats(llm) == {Int4, Int8, Int8Table}
+
+
+@needs_gemm
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_defaults_of_the_caller_do_not_change_the_tokens(tmp_path, dtype):
+    path, prompts = gguf_file(tmp_path, "llama"), prompts_of([5, 20, 33])
+    with engine(path) as llm:
+        want = tokens(llm, prompts, greedy(12))
+    reference._scalar.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        with engine(path) as llm:
+            assert tokens(llm, prompts, greedy(12)) == want
+            torch.set_default_device("meta")
+            llm.update_weights(path)
+            assert tokens(llm, prompts, greedy(12)) == want
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
 
 
 @needs_gemm

@@ -431,28 +431,6 @@ def test_ranks_that_do_not_divide_the_heads_of_linear_attention_are_named(size, 
         GatedDeltaNet(config, 8, 1e-6, tp=TensorParallel(0, size))
 
 
-def test_layer_uses_and_lists_the_submodule_that_was_set_last():
-    class Double(Layer):
-        def forward(self, x):
-            return 2 * x
-
-    class Chain(Layer):
-        def __init__(self):
-            self.name = "chain"  # plain attributes may be set before torch's __init__
-            super().__init__()
-            self.part = torch.nn.Identity()
-
-        def forward(self, x):
-            return x if self.part is None else self.part(x)
-
-    chain = Chain()
-    assert chain(3) == 3
-    chain.part = Double()
-    assert chain(3) == 6 and dict(chain.named_children()) == {"part": chain.part}
-    chain.part = None
-    assert chain(3) == 3
-
-
 def test_hooks_of_a_layer_run():
     class Double(Layer):
         def forward(self, x):

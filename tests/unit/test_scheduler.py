@@ -267,6 +267,19 @@ def test_a_tiny_pool_preempts_and_gives_the_same_tokens():
     assert [seq.output_ids for seq in small] == [seq.output_ids for seq in large]
 
 
+def test_a_sequence_that_is_preempted_before_its_first_token_is_counted_once():
+    scheduler = Scheduler(2, 4, BlockManager(64, BLOCK))
+    seq = Sequence(list(range(10)), SamplingParams(max_tokens=1))
+    scheduler.add(seq)
+    scheduler.update(scheduler.schedule(), StepOutput([[]]))
+    admitted = seq.scheduled_ts
+    scheduler.preempt_all()
+    scheduler.schedule()
+    assert seq.placement.num_computed > 0  # a block that it computed before is a prefix hit now
+    assert scheduler.num_prompt_tokens == 10 and scheduler.num_cached_tokens == 0
+    assert seq.num_cached == 0 and seq.scheduled_ts == admitted
+
+
 def test_a_long_prompt_does_not_stop_decoding():
     scheduler = Scheduler(4, 8, BlockManager(64, BLOCK))
     device = FakeDevice(4)

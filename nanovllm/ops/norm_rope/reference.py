@@ -33,8 +33,8 @@ def rms_factor(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 @functools.cache
 def _scalar(value: float) -> torch.Tensor:
-    """Return a tensor of one number on the CPU. To make one takes longer than to add it."""
-    return torch.tensor([value], device="cpu")
+    """Return a tensor of one float32 on the CPU. To make one takes longer than to add it."""
+    return torch.tensor([value], dtype=torch.float32, device="cpu")
 
 
 def store(kv: PagedKV, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
