@@ -124,7 +124,8 @@ class Nanovllm(Engine):
         block_size = self.llm.config.kvcache_block_size
         body_itemsize = self.dtype.itemsize
         scheme, device = self.config.quantization, torch.device(self.llm.config.device_type)
-        if scheme is not None and scheme.has_kernels(device, self.dtype, columns=()):
+        hidden_size = self.config.hidden_size
+        if scheme is not None and scheme.has_kernels(device, self.dtype, (hidden_size, hidden_size)):
             body_itemsize = 1
         costs = count_costs(
             batches,

@@ -63,7 +63,7 @@ class Config:
             the caller; each tensor_parallel_size successive ranks of the world are one engine. "uni": one rank. None
             chooses.
         log_steps: log each step to the logger "nanovllm", at level INFO.
-        overlap: how many steps are launched before the tokens of the last one are known: 1, or 0 for debugging.
+        overlap: how many launched steps may wait to be collected when the next one is scheduled: 1, or 0 for debugging.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, its value and what would be right.

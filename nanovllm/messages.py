@@ -69,13 +69,14 @@ class Batch:
         admissions: slots that have a new sequence.
         new_blocks: (slot, index in its block table, block id).
         masks: (slot, bit mask of the tokens it may sample from now on).
-        logprob_rows: indices of the rows whose sampled token's logprobs are wanted, by how many of the most likely
-            tokens these include, rounded up to a power of two. Each group is computed apart, so a row that wants the
-            whole vocabulary costs the others neither time nor memory.
+        logprob_rows: {k: indices of the rows that want logprobs of the sampled token and the k most likely ones}. k is
+            rounded up to a power of two. Each group is computed apart, so a row that wants the whole vocabulary costs
+            the others neither time nor memory.
         target_rows: the same for the rows that have `target_ids`.
         state_loads: (snapshot's state slot, slot): recurrent state to copy before the step.
         state_saves: (slot, snapshot's state slot): recurrent state to copy after the step.
-        processed_logprobs: whether some of `logprob_rows` want the distribution that is sampled from.
+        processed_logprobs: whether some of `logprob_rows` want the distribution that is sampled from. The flags of
+            their slots say which.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -112,7 +113,8 @@ class StepOutput:
     """The results of a step.
 
     Args:
-        token_ids: each row's new tokens: one if the row is sampled, else none. Verified drafts would add to a list.
+        token_ids: each row's new tokens: one if the row is sampled, else none. These are lists because a step
+            that verifies drafts (not implemented) yields several tokens for a row.
         logprobs: those of each entry of the batch's `logprob_rows`.
         prompt_logprobs: those of the `target_ids` of each entry of the batch's `target_rows`, concatenated.
     """

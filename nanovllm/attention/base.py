@@ -36,7 +36,9 @@ class Context:
     max_seqlen_q: int = 0  # longest prefill row of this step
     max_context_len: int = 0  # longest context of a prefill row
     shared: SharedPrefixPlan | None = None  # prefixes of decode rows, if one kernel attends to them for all rows
-    last_indices: Tensor | None = None  # [L] int64, tokens whose hidden states are needed; None: all tokens
+    # [L] int64, tokens whose hidden states the last layer returns. None: all tokens, because each row is one token, or
+    # because the step keeps all hidden states (for prompt logprobs).
+    last_indices: Tensor | None = None
     # All R rows for layers with recurrent state, with a plan of each class of these layers.
     state_rows: Mapping[type, StateRows] = field(default_factory=dict)
     meta: Any = None  # what the backend's `plan` returns for this context
@@ -71,12 +73,15 @@ class AttentionBackend(ABC):
             needs nothing from the host that changes between steps.
         capturable_prefill: whether the same holds for `prefill`.
         shares_prefixes: whether `decode` uses the context's `shared`.
+        compiles_ahead: whether its kernels are Triton's, so that the runner can compile them, and those of the layers,
+            while weights load: in a step that launches none of them.
     """
 
     name: str
     capturable: bool = False
     capturable_prefill: bool = False
     shares_prefixes: bool = False
+    compiles_ahead: bool = False
 
     def prepare(self, ctx: Context) -> None:
         """Plan a step before its first layer: its context, and the one for last tokens if a layer will use it."""

@@ -23,7 +23,7 @@ class TritonBackend(AttentionBackend):
     """
 
     name = "triton"
-    capturable = capturable_prefill = shares_prefixes = True
+    capturable = capturable_prefill = shares_prefixes = compiles_ahead = True
 
     def __init__(self, device: torch.device):
         if not HAVE_TRITON:

@@ -292,7 +292,9 @@ def _check_finite(targets: Mapping[str, CheckpointTensor], tp: TensorParallel) -
     if bad_param is None:
         return
     suspects = list(by_param.values())[bad_param]
-    bad_tensor = _first_true([~is_valid(target.shard, is_scale(target.param)) for target in suspects.values()], tp)
+    bad_tensor = _first_true(
+        [~is_valid(target.destination, is_scale(target.param)) for target in suspects.values()], tp
+    )
     name, target = list(suspects.items())[bad_tensor or 0]
     dtype = target.param.dtype
     wrong = BAD_SCALE if is_scale(target.param) else f"has values that are NaN or infinite in {dtype}"

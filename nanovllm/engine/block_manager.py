@@ -57,7 +57,7 @@ class BlockManager:
         self.snapshots = snapshots
         self.blocks = [Block() for _ in range(num_blocks)]
         self.free_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # front: longest unused
-        self.index: dict[int, int] = {}  # prefix hash -> block id
+        self.block_of_hash: dict[int, int] = {}  # the prefix index: hash of a prefix -> id of its last block
         self.last_uid = 0
 
     @property
@@ -144,12 +144,15 @@ class BlockManager:
         for i in range(placement.num_registered, num_full):
             token_ids = self._block_tokens(seq, i)
             placement.prefix_hash = _chain(placement.prefix_hash, token_ids)
+            # If the index has an equal block already, that stays the shared one. The sequence keeps its own copy, and
+            # its next block is registered as a child of the shared one.
             block_id = self._lookup(placement.prefix_hash, placement.prefix_uid, token_ids)
             if block_id is None:
                 block_id = placement.block_table[i]
                 self._add_to_index(block_id, placement, token_ids)
             placement.prefix_uid = self.blocks[block_id].uid
             placement.num_registered = i + 1
+            # The newest snapshot ends with this block. It is attached once.
             if self.snapshots and placement.last_snapshot == placement.num_registered * self.block_size:
                 self.snapshots.attach(placement, block_id)
 
@@ -162,7 +165,7 @@ class BlockManager:
         return tuple(seq.token_ids[i * self.block_size : (i + 1) * self.block_size])
 
     def _lookup(self, prefix_hash: int, parent_uid: PrefixUid, token_ids: tuple[int, ...]) -> int | None:
-        block_id = self.index.get(prefix_hash)
+        block_id = self.block_of_hash.get(prefix_hash)
         if block_id is None:
             return None
         block = self.blocks[block_id]
@@ -175,12 +178,12 @@ class BlockManager:
         block.hash = placement.prefix_hash
         block.parent_uid = placement.prefix_uid
         block.token_ids = token_ids
-        self.index[block.hash] = block_id
+        self.block_of_hash[block.hash] = block_id
 
     def _remove_from_index(self, block_id: int) -> None:
         block = self.blocks[block_id]
-        if block.uid and self.index.get(block.hash) == block_id:
-            del self.index[block.hash]
+        if block.uid and self.block_of_hash.get(block.hash) == block_id:
+            del self.block_of_hash[block.hash]
         block.uid = 0
         block.token_ids = ()
         if self.snapshots:

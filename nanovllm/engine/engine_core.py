@@ -59,7 +59,7 @@ class EngineCore:
         return stats
 
     def _must_collect(self, launched: ScheduledStep | None) -> bool:
-        """Whether the oldest step in flight must be collected before the next one is scheduled."""
+        """Return whether to collect the oldest step in flight now, after `launched`; None if no step was launched."""
         if launched is None or not self.requests:
             # Nothing is left to overlap with. If all requests ended early, their blocks become free now.
             return bool(self.in_flight)
@@ -79,8 +79,8 @@ class EngineCore:
             if finished:
                 del self.requests[request_id]
 
-    def forget_computed(self) -> None:
-        """Collect what is in flight, and let all running requests be computed again."""
+    def drain_and_preempt_all(self) -> None:
+        """Collect the steps in flight. Then preempt all sequences, so that they are computed again."""
         while self.in_flight:
             output = self.executor.collect()
             self._update(self.in_flight.popleft(), output)

@@ -33,6 +33,14 @@ os.register_at_fork(after_in_child=_Forks.add)
 class Guard:
     """Knows why an engine cannot be used, and lets one thread at a time change it.
 
+    A weight update is started, loads in any number of calls, and is finished. The weights are:
+
+    - whole: `weight_error` is None.
+    - being updated: `update_open` from the start to the finish; `weight_error` is set already, in case nobody finishes.
+      Within each of the calls, `updating` is true.
+    - perhaps partly overwritten, after an error in one of the calls: `weight_error` is that error, and `update_open` is
+      false. Only a new update makes them whole.
+
     Attributes:
         closed: the engine is closed.
         error: why the engine has failed; None if it has not.

@@ -2,7 +2,6 @@
 
 import logging
 import random
-import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -131,12 +130,8 @@ class LLMEngine:
         """Run one step. Its outputs join those of the core."""
         with self._section():
             self._ensure_usable()
-            with self._closing_on_error():
-                watch = self.thread_watch
-                cpu_start = 0.0 if watch.done else time.process_time()
+            with self._closing_on_error(), self.thread_watch.measured():
                 stats = self.core.step(StepTimer(self.gpu if self.time_gpu else None))
-                if not watch.done:
-                    watch.add(stats.seconds, time.process_time() - cpu_start)
         self._report(stats)
 
     def _report(self, stats: StepStats) -> None:
@@ -264,9 +259,10 @@ class LLMEngine:
     def start_weight_update(self) -> None:
         """Start to overwrite the weights in parts; see `LLM.start_weight_update`."""
         with self._section():
+            # Not `_ensure_usable`, here and below: that may finish an update.
             self.guard.check_usable(_UPDATE_NEEDS, allow_partial_weights=True)
             with self._closing_on_error():
-                self.core.forget_computed()
+                self.core.drain_and_preempt_all()
             with self._updating_weights():
                 self.executor.start_weight_update()
                 self.guard.update_open = True
@@ -317,7 +313,7 @@ class LLMEngine:
             wanted = MEMORY if level == 2 else ("kv_cache",)
             if parts := tuple(part for part in wanted if part not in self.guard.asleep):
                 with self._closing_on_error():
-                    self.core.forget_computed()
+                    self.core.drain_and_preempt_all()
                     self.executor.sleep(parts)
                     self.guard.asleep.update(parts)
 
@@ -361,7 +357,10 @@ class LLMEngine:
             self._ensure_usable(needs, allow_partial_weights)
 
     def _ensure_usable(self, needs: Collection[str] = MEMORY, allow_partial_weights: bool = False) -> None:
-        """Raise as `ensure_usable` does. Call this in a section: a subclass may first make the engine usable."""
+        """Raise as `ensure_usable` does. Call this in a section.
+
+        `VllmEngine` first finishes a weight update that its trainer does not finish itself.
+        """
         self.guard.check_usable(needs, allow_partial_weights)
 
     def reserved(self) -> AbstractContextManager[None]:

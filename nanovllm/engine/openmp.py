@@ -7,6 +7,9 @@ sleep, and OpenMP reads it when torch is imported. So the engine can only log wh
 
 import logging
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 logger = logging.getLogger("nanovllm")
 
@@ -28,6 +31,16 @@ class ThreadWatch:
         self.seconds = 0.0
         self.cpu_seconds = 0.0
         self.done = num_threads == 1 or any(name in os.environ for name in _SETTINGS)
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Add the times of the `with` block, which runs a step."""
+        if self.done:
+            yield
+            return
+        start, cpu_start = time.perf_counter(), time.process_time()
+        yield
+        self.add(time.perf_counter() - start, time.process_time() - cpu_start)
 
     def add(self, seconds: float, cpu_seconds: float) -> None:
         """Add the time of a step, and the CPU time of all threads in it."""

@@ -22,8 +22,8 @@ STEP_MASK_SECONDS = 0.01
 # A sequence whose mask takes more CPU seconds than this is aborted. With an ambiguous grammar, the time of a mask grows
 # with the cube of the text's length, so the first mask over the limit is not far over it.
 _MAX_MASK_SECONDS = 0.02
-# Bounds the time of a step that admits sequences: it stops once it sends this many block ids to the device. Hashing and
-# sharing a cached block takes up to 5 us, and a request may have hundreds of samples of a long prompt.
+# Bounds the host's time for a step that admits sequences: it stops once it sends this many block ids to the device. A
+# request may have hundreds of samples of a long prompt. Hashing and sharing this many cached blocks took 13 ms.
 _MAX_NEW_BLOCKS = 8500
 # A step stops to admit after this many sequences had to wait for a snapshot: each lookup hashes a whole prompt in vain.
 _MAX_DEFERRED = 8
@@ -93,8 +93,7 @@ class Scheduler:
             if num_missing := blocks.num_missing(placement, end):
                 if num_missing > blocks.num_free:
                     preempted = True
-                    self._make_room(seq, num_missing)
-                    if seq.placement is None:
+                    if not self._make_room(seq, num_missing):
                         break  # it was the last one and preempted itself
                 builder.allocate(placement, end)
             builder.add_row(seq, placement, num_new)
@@ -172,10 +171,15 @@ class Scheduler:
             if self.limit_masks and seconds > _MAX_MASK_SECONDS:
                 seq.mask_error = "a step takes too long: the grammar is too ambiguous"
 
-    def _make_room(self, seq: Sequence, num_missing: int) -> None:
-        """Preempt the newest sequences until `num_missing` blocks are free, or `seq` itself is preempted."""
+    def _make_room(self, seq: Sequence, num_missing: int) -> bool:
+        """Preempt the newest sequences until `num_missing` blocks are free, or `seq` itself is preempted.
+
+        Returns:
+            Whether `seq` still runs.
+        """
         while num_missing > self.block_manager.num_free and seq.placement is not None:
             self._preempt(self.running[-1])
+        return seq.placement is not None
 
     def _preempt(self, seq: Sequence) -> None:
         """Move `seq` to the front of the queue. It keeps its tokens, but their KV must be computed again.
@@ -338,12 +342,15 @@ class _StepBuilder:
             self.decoding.append(seq)
         else:
             self._add_prefill_row(seq, placement.slot, start, num_new, is_sampled)
-        # 2. The progress with this step. A decode row is always sampled.
+        # 2. The progress with this step. A decode row is always sampled, so the sequence goes on decoding.
         placement.is_decoding = is_sampled
         if is_sampled:
             seq.num_pending += 1
-            if seq.num_logprobs is not None or seq.token_filter:
-                self._add_sampling_options(seq, placement.slot)
+            if seq.num_logprobs is not None:
+                self._note_logprobs(seq)
+            if seq.mask is not None:
+                self.batch.masks.append((placement.slot, seq.mask))
+                seq.mask = None
         placement.num_computed += num_new
         seq.num_in_flight += 1
         # 3. A snapshot of that progress, then the prefix index: `register` gives the snapshot to its block.
@@ -360,9 +367,9 @@ class _StepBuilder:
         if self.wants_logprobs:
             for i, (seq, row) in enumerate(zip(sequences, batch.rows, strict=True)):
                 if row.is_sampled and seq.num_logprobs is not None:
-                    batch.logprob_rows.setdefault(_rounded(seq.num_logprobs), []).append(i)
+                    batch.logprob_rows.setdefault(_next_power_of_2(seq.num_logprobs), []).append(i)
                 if row.target_ids and seq.num_prompt_logprobs is not None:
-                    batch.target_rows.setdefault(_rounded(seq.num_prompt_logprobs), []).append(i)
+                    batch.target_rows.setdefault(_next_power_of_2(seq.num_prompt_logprobs), []).append(i)
         return ScheduledStep(batch, sequences) if sequences else None
 
     def _send_blocks(self, placement: Placement, first: int) -> None:
@@ -383,18 +390,13 @@ class _StepBuilder:
         self.prefill_rows.append(Row(slot, start, token_ids, is_sampled, target_ids, first_target))
         self.prefilling.append(seq)
 
-    def _add_sampling_options(self, seq: Sequence, slot: int) -> None:
-        """Add the mask for the next token of `seq` to the batch, and note whether its logprobs are wanted."""
-        batch = self.batch
-        if seq.num_logprobs is not None:
-            self.wants_logprobs = True
-            if seq.params.logprobs_mode == "processed_logprobs":
-                batch.processed_logprobs = True
-        if seq.mask is not None:
-            batch.masks.append((slot, seq.mask))
-            seq.mask = None
+    def _note_logprobs(self, seq: Sequence) -> None:
+        """Note that the step must compute logprobs of the token that it samples for `seq`."""
+        self.wants_logprobs = True
+        if seq.params.logprobs_mode == "processed_logprobs":
+            self.batch.processed_logprobs = True
 
 
-def _rounded(num_logprobs: int) -> int:
-    """Return the next power of two, or 0 for 0, so that a step computes log-probabilities in a few groups of rows."""
-    return 1 << (num_logprobs - 1).bit_length() if num_logprobs else 0
+def _next_power_of_2(k: int) -> int:
+    """Return the next power of two, or 0 for 0, so that a step computes logprobs in a few groups of rows."""
+    return 1 << (k - 1).bit_length() if k else 0

@@ -12,7 +12,8 @@ from nanovllm.engine.token_filter import TokenFilter
 from nanovllm.outputs import LogprobRows
 from nanovllm.sampling_params import MAX_TOKENS, SamplingParams
 
-# The uid of a prefix: that of its last block; for the empty prefix, the request's cache salt, or 0 without one.
+# The uid of a prefix: that of its last block; for the empty prefix, the request's cache salt, or 0 without one. A salt
+# is a string, so that it equals no block's uid.
 PrefixUid: TypeAlias = int | str
 
 
@@ -31,7 +32,7 @@ class Placement:
     Args:
         slot: the sequence's index in the batch state on the device.
         block_table: ids of its KV blocks, in the order of its tokens.
-        num_computed: how many tokens have their KV in the cache, counted when their step is scheduled.
+        num_computed: how many tokens are computed once all scheduled steps have run.
         is_decoding: whether the device holds the sequence's last token, so that its next row is a decode row.
         num_registered: how many of its blocks the prefix index knows.
         prefix_hash, prefix_uid: hash and uid of these blocks; see `block_manager.Block`.
@@ -60,7 +61,7 @@ class Sequence:
 
     A running sequence has a placement; so has a finished one while steps that use it are in flight.
 
-    Args:
+    Args: what the request says.
         prompt_ids: the prompt's tokens.
         params: the request's parameters.
         stop_ids: ids of tokens that end it: the end-of-sequence ids unless ignored, and `stop_token_ids`.
@@ -68,21 +69,25 @@ class Sequence:
         max_output_len: how many tokens fit after the prompt, whatever `params.max_tokens` is.
         vocab_size: the model's vocabulary size, for logprobs of all tokens.
         token_filter: limits which tokens may be sampled; None if the request does not.
-        mask: the filter's bit mask of allowed next tokens, if it depends on the output. None until it is computed, and
-            again once a row samples with it.
         detokenizer: makes the text of a stream, and finds stop strings; None if the request needs neither.
-        token_ids: prompt and output, as far as the host knows them.
-        num_pending: how many tokens the steps in flight sample for it (at most `Config.overlap` + 1).
-        num_in_flight: how many launched steps with a row of this sequence are not collected yet.
-        num_cached: how many prompt tokens the prefix cache had when it was first admitted.
-        num_scored: how many prompt tokens have their logprobs, counted when their step is scheduled.
-        scheduled_ts: when it was first admitted, by `time.monotonic`; 0 until then.
-        mask_seconds: CPU time that the sequence's masks have cost in steps.
-        mask_error: why the sequence must end, if a mask took too long.
-
-    Attributes:
         max_tokens: largest number of tokens to generate.
         num_logprobs, num_prompt_logprobs: how many of the most likely tokens the logprobs include; None without.
+
+    Attributes: its progress.
+        token_ids: prompt and output, as far as the host knows them.
+        mask: the filter's bit mask of allowed next tokens, if it depends on the output. None until it is computed, and
+            again once a row samples with it.
+        mask_seconds: CPU time that the sequence's masks have cost in steps.
+        mask_error: why the sequence must end, if a mask took too long.
+        num_pending: how many tokens the steps in flight sample for it: at most `EngineCore.overlap` + 1.
+        num_in_flight: how many launched steps with a row of this sequence are not collected yet.
+        num_scored: how many prompt tokens have their logprobs once all scheduled steps have run.
+        num_cached: how many prompt tokens the prefix cache had when it was first admitted.
+        scheduled_ts: when it was first admitted, by `time.monotonic`; 0 until then.
+
+    Attributes: its results, besides `token_ids`.
+        finish_reason, stop_reason: why it has ended; see `CompletionOutput`.
+        logprobs, prompt_logprobs: those of the output and of the prompt.
     """
 
     prompt_ids: list[int]
@@ -94,26 +99,27 @@ class Sequence:
     max_output_len: int = MAX_TOKENS
     vocab_size: int = 0
     token_filter: TokenFilter | GrammarFilter | None = None
-    mask: np.ndarray | None = None
     detokenizer: Detokenizer | None = None
+    max_tokens: int = field(init=False)
+    num_logprobs: int | None = field(init=False)
+    num_prompt_logprobs: int | None = field(init=False)
+
     status: Status = Status.WAITING
     placement: Placement | None = None
     token_ids: list[int] = field(init=False)
-    num_pending: int = 0
-    num_in_flight: int = 0
-    num_cached: int = 0
-    num_scored: int = 0
-    scheduled_ts: float = 0.0
+    mask: np.ndarray | None = None
     mask_seconds: float = 0.0
     mask_error: str | None = None
+    num_pending: int = 0
+    num_in_flight: int = 0
+    num_scored: int = 0
+    num_cached: int = 0
+    scheduled_ts: float = 0.0
+
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: LogprobRows = field(default_factory=LogprobRows)
     prompt_logprobs: LogprobRows = field(default_factory=lambda: LogprobRows([None]))
-
-    max_tokens: int = field(init=False)
-    num_logprobs: int | None = field(init=False)
-    num_prompt_logprobs: int | None = field(init=False)
 
     def __post_init__(self):
         params = self.params

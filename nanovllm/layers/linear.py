@@ -80,7 +80,7 @@ class Shard:
         return select(loaded, rows[:: row_block_of(param)] // block)
 
     def row_alignment(self, offset: int) -> int:
-        """Return the largest number that divides the first rows of this shard, or 0 if both are row 0.
+        """Return the largest number that divides the first rows of this shard. 0 if both are row 0: any number does.
 
         They are its first row in the checkpoint's tensor and its first row in the layer's weight, `offset`. A shard of
         the checkpoint's rows 128 to 255 at row 64 of the layer gives 64: blocks of 64 rows, or of 32, are whole in
@@ -133,7 +133,7 @@ class ColumnParallelLinear(LinearLayer):
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId) -> None:
         target = self._target(param, shard_id)
         check_shape(loaded, target.shape)
-        target.shard.copy_(self.shards[shard_id].take(loaded, param))
+        target.destination.copy_(self.shards[shard_id].take(loaded, param))
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
         parent = prefix.rpartition(".")[0]
@@ -244,21 +244,20 @@ class QKVParallelLinear(ColumnParallelLinear):
                 "one must divide the other"
             )
         self.num_kv_heads = num_kv_heads * copies // tp.size
-        self.gate_size = self.num_heads * head_dim if layout is not None and layout.has_gate else 0
-        size = self.num_heads * head_dim
-        kv_size = self.num_kv_heads * head_dim
-        kv_total = num_kv_heads * head_dim
-        kv_start = tp.rank // copies * kv_size
+        query_rows, kv_rows = self.num_heads * head_dim, self.num_kv_heads * head_dim
+        self.gate_size = query_rows if layout is not None and layout.has_gate else 0
+        total_kv_rows, first_kv_head = num_kv_heads * head_dim, tp.rank // copies * self.num_kv_heads
+        first_kv_row = first_kv_head * head_dim
         shards: dict[ShardId, Shard] = {
-            "q": Shard("q_proj", total=num_heads * head_dim, start=tp.rank * size, size=size),
-            "k": Shard("k_proj", total=kv_total, start=kv_start, size=kv_size),
-            "v": Shard("v_proj", total=kv_total, start=kv_start, size=kv_size),
+            "q": Shard("q_proj", total=num_heads * head_dim, start=tp.rank * query_rows, size=query_rows),
+            "k": Shard("k_proj", total=total_kv_rows, start=first_kv_row, size=kv_rows),
+            "v": Shard("v_proj", total=total_kv_rows, start=first_kv_row, size=kv_rows),
         }
         if layout is not None:
             heads = range(tp.rank * self.num_heads, (tp.rank + 1) * self.num_heads)
-            kv_heads = range(kv_start // head_dim, (kv_start + kv_size) // head_dim)
+            kv_heads = range(first_kv_head, first_kv_head + self.num_kv_heads)
             shards["q"] = Shard.reordered("q_proj", *layout.query_rows(heads, num_heads, head_dim))
-            shards["k"] = Shard.reordered("k_proj", kv_total, head_rows(kv_heads, head_dim, layout.order))
+            shards["k"] = Shard.reordered("k_proj", total_kv_rows, head_rows(kv_heads, head_dim, layout.order))
         super().__init__(hidden_size, shards, bias, dtype, allocate_weight)
 
 
@@ -323,7 +322,7 @@ class LazyGemm:
     layer: RowParallelLinear
     x: Any
 
-    def __radd__(self, residual: Residual) -> Residual:
+    def add_to(self, residual: Residual) -> Residual:
         """Run the GEMM and add it to the residual stream, whose memory may be overwritten."""
         stream, tp = residual.complete(), self.layer.tp
         match self.layer.format.choose_adder(self.x, stream, tp.size, tp.peers):

@@ -216,7 +216,7 @@ class LazyExperts:
     weights: torch.Tensor
     shared: Shared | None
 
-    def __radd__(self, residual: Residual) -> Residual:
+    def add_to(self, residual: Residual) -> Residual:
         """Run the experts and add them to the residual stream, whose memory may be overwritten."""
         layer, (x, norm) = self.layer, self.x
         stream = residual.complete()

@@ -1,7 +1,7 @@
 """The residual stream and its norm as lazy values: the fastest kernel can then add, all-reduce and norm."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -27,6 +27,14 @@ class Normed(NamedTuple):
         return self if self.norm is None else Normed(rms_norm(self.x, *self.norm), None)
 
 
+class LazyValue(Protocol):
+    """A value that is computed when it is added to the residual stream, so that one kernel can do both."""
+
+    def add_to(self, residual: "Residual") -> "Residual":
+        """Compute the value and add it. The memory of `residual` may be overwritten."""
+        ...
+
+
 @dataclass(eq=False)
 class Residual:
     """The residual stream of T tokens.
@@ -50,9 +58,15 @@ class Residual:
         """Start a residual stream with the all-reduce of `partial_sum` [T, hidden_size]."""
         return cls(partial_sum, tp, is_partial=tp.size > 1)
 
-    def __add__(self, x: torch.Tensor) -> "Residual":
-        """Add a tensor that is the same on every rank. Lazy values define the addition themselves."""
-        return Residual(self.complete().add_(x), self.tp) if isinstance(x, torch.Tensor) else NotImplemented
+    def add(self, x: "torch.Tensor | LazyValue") -> "Residual":
+        """Return the stream plus x. This stream is used up: its memory may be overwritten.
+
+        Args:
+            x: a tensor that is the same on every rank, or a lazy value, which is computed now.
+        """
+        if isinstance(x, torch.Tensor):
+            return Residual(self.complete().add_(x), self.tp)
+        return x.add_to(self)
 
     def __getitem__(self, tokens: torch.Tensor) -> "Residual":
         """Return a copy of the tokens at these indices [L] int64."""

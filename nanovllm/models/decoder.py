@@ -110,10 +110,11 @@ class DecoderLayer(Layer):
     ):
         super().__init__()
         self.layer_type = config.layer_type(index)
-        self.is_recurrent = config.is_recurrent(index)
         self.input_layernorm = _norm(config, dtype)
         self.post_attention_layernorm = _norm(config, dtype)
+        # The mixer has different names in checkpoints.
         if self.layer_type == "gated_delta_net":
+            self.mixer_name = "linear_attn"
             assert config.gated_delta_net is not None  # ModelConfig has checked it
             self.linear_attn = GatedDeltaNet(
                 config.gated_delta_net,
@@ -125,6 +126,7 @@ class DecoderLayer(Layer):
                 formats=config.formats(index, "linear_attn"),
             )
         else:
+            self.mixer_name = "self_attn"
             self.self_attn = SelfAttention(config, index, rotary, dtype, tp)
         if config.moe is not None and index not in config.moe.dense_layers:
             formats = config.formats(index, "mlp")
@@ -137,10 +139,10 @@ class DecoderLayer(Layer):
 
         The other tokens still store their keys and values, or update the recurrent state.
         """
-        mixer = self.linear_attn if self.is_recurrent else self.self_attn
+        mixer = getattr(self, self.mixer_name)
         mixed = mixer(self.input_layernorm(residual), positions, last)
-        residual = (residual if last is None else residual[last]) + mixed
-        return residual + self.mlp(self.post_attention_layernorm(residual))
+        residual = (residual if last is None else residual[last]).add(mixed)
+        return residual.add(self.mlp(self.post_attention_layernorm(residual)))
 
 
 class PostNormLayer(Layer):
@@ -167,8 +169,8 @@ class PostNormLayer(Layer):
 
     def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
         attended = self.post_attention_layernorm(self.self_attn(residual, positions, last))
-        residual = (residual if last is None else residual[last]) + attended
-        return residual + self.post_feedforward_layernorm(self.mlp(residual))
+        residual = (residual if last is None else residual[last]).add(attended)
+        return residual.add(self.post_feedforward_layernorm(self.mlp(residual)))
 
 
 def _mlp(config: ModelConfig, index: int, dtype: torch.dtype | None, tp: TensorParallel) -> MLP:
@@ -233,7 +235,11 @@ class Decoder(Layer):
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
         if config.tie_word_embeddings and not config.separate_head:
             self.lm_head.tie(self.embed_tokens)
-        self.checkpoint_tensors()  # raises ValueError if the blocks of a weight format do not fit the ranks' shards
+        self._check_shards()
+
+    def _check_shards(self) -> None:
+        """Raise ValueError if the blocks of a weight format do not fit the ranks' shards."""
+        self.checkpoint_tensors()
 
     def checkpoint_tensors(self) -> dict[str, CheckpointTensor]:
         """Return the target of every tensor that a checkpoint must have, by its name."""
@@ -275,8 +281,8 @@ class Decoder(Layer):
     def few_layers(self) -> Iterator[None]:
         """Let the decoder have few layers within the body: the first one of each kind, and the last one.
 
-        The other layers use no other kernels. Layers are of one kind if they have the same type, and their modules the
-        same classes and formats.
+        Nothing else may run the decoder meanwhile. The other layers use no other kernels. Layers are of one kind if
+        they have the same type, and their modules the same classes and formats.
         """
         layers = self.layers
         kinds = {(layer.layer_type, *map(_kind, layer.modules())): layer for layer in reversed(layers)}

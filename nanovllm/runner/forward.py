@@ -99,8 +99,8 @@ class Forward:
         Args:
             rows: the rows of the step, tensors on the device.
             num_decode: how many of the first rows attend as decode rows: `Batch.num_decode`, or 0 in a mixed graph.
-            max_seqlen_q: upper bound of the other rows' tokens.
-            max_context_len: upper bound of the other rows' contexts.
+            max_seqlen_q: most tokens of a row that does not attend as a decode row, or more.
+            max_context_len: longest context of such a row, or more.
             shared: the prefixes that decode rows share, if they are attended once for all.
             keep_hidden: return the hidden states of all tokens.
         """
@@ -155,24 +155,26 @@ class Forward:
 
     def logprobs(self, batch: Batch, result: StepTensors) -> list[LogprobTensors]:
         """Return the logprobs of the tokens sampled in the rows of each entry of `logprob_rows`."""
-        return [self._sampled_logprobs(batch, result, *entry) for entry in batch.logprob_rows.items()]
+        return [self._sampled_logprobs(batch, result, k, rows) for k, rows in batch.logprob_rows.items()]
 
-    def _sampled_logprobs(self, batch: Batch, result: StepTensors, k: int, sampled: list[int]) -> LogprobTensors:
-        """Return the logprobs of the tokens sampled in the rows `sampled`, and of the k most likely tokens."""
+    def _sampled_logprobs(self, batch: Batch, result: StepTensors, k: int, rows: list[int]) -> LogprobTensors:
+        """Return the logprobs of the tokens sampled in these rows of the batch, and of the k most likely tokens."""
         to_device, rank_rows = self.state.staging.to_device, result.rank_rows
-        rows = np.array(sampled, dtype=np.int64)
-        computed = np.flatnonzero((rows >= rank_rows.start) & (rows < rank_rows.stop))
+        wanted = np.array(rows, dtype=np.int64)
+        # Indices in `wanted` of the rows whose logits this rank has.
+        local = np.flatnonzero((wanted >= rank_rows.start) & (wanted < rank_rows.stop))
         tokens = result.tokens[rank_rows]
         parts = []
-        for start in range(0, max(1, len(computed)), LOGPROB_ROWS):
-            chosen = rows[computed[start : start + LOGPROB_ROWS]]
-            indices = to_device(chosen - rank_rows.start)
-            logits = result.logits[indices]
+        # A rank without such rows joins the merge with empty tensors.
+        for start in range(0, max(1, len(local)), LOGPROB_ROWS):
+            batch_rows = wanted[local[start : start + LOGPROB_ROWS]]
+            logit_rows = to_device(batch_rows - rank_rows.start)
+            logits = result.logits[logit_rows]
             if batch.processed_logprobs:
-                slots = to_device(np.array(batch.slots)[chosen])
+                slots = to_device(np.array(batch.slots)[batch_rows])
                 logits = process_logits(logits, slots, self.state.length[slots], self.state.sampling)
-            parts.append(top_logprobs(logits, tokens[indices], k))
-        return self._merge(map(torch.cat, zip(*parts, strict=True)), computed, len(rows))
+            parts.append(top_logprobs(logits, tokens[logit_rows], k))
+        return self._merge(map(torch.cat, zip(*parts, strict=True)), local, len(wanted))
 
     def prompt_logprobs(self, batch: Batch, result: StepTensors) -> list[LogprobTensors]:
         """Return the logprobs of the `target_ids` of each entry of `target_rows`, concatenated."""
@@ -232,6 +234,7 @@ def plan_state_rows(
     if rows.are_decode_rows:
         return dict.fromkeys(classes, StateRows(rows.slots, inputs.positions))
     starts, num_tokens = inputs.context_lens - rows.cu_seqlens.diff(), len(rows.token_ids)
+    # A plan is for the rows of two or more tokens.
     max_prompts = max(1, min(len(rows.slots) - num_decode, num_tokens // 2))
     plans = {cls: cls.plan_prompts(rows.cu_seqlens, num_tokens, max_prompts) for cls in classes}
     return {cls: StateRows(rows.slots, starts, rows.cu_seqlens, plan) for cls, plan in plans.items()}

@@ -62,7 +62,7 @@ class ModelRunner:
 
     Attributes:
         config: the engine's Config, with as many `max_num_seqs` as fit: perhaps fewer than configured.
-        max_rows: most rows of a step.
+        max_rows: most rows of a step: `max_num_seqs`, or more in the step that measures the memory.
         sizes: numbers of KV blocks, sequences and snapshots.
 
     Raises:
@@ -81,8 +81,7 @@ class ModelRunner:
         self.check_ranks = check_ranks
         self.dtype = config.torch_dtype(source.config.dtype)
         self.max_model_len = min(config.max_model_len, source.config.max_position)
-        # Only the step that measures the memory can have more than max_num_seqs rows: it has the whole token budget, in
-        # rows that fit max_model_len.
+        # The step that measures the memory has the whole token budget in rows of up to max_model_len tokens.
         self.max_rows = max(config.max_num_seqs, ceil_div(config.max_num_batched_tokens, self.max_model_len))
         self.block_size = config.kvcache_block_size
         self.max_blocks = ceil_div(self.max_model_len, self.block_size)
@@ -92,11 +91,11 @@ class ModelRunner:
         )
         self.graphs: StepGraphs | None = None
         self.in_flight: deque[InFlight] = deque()
-        with self._mode():
+        with self._device_context():
             self._build(source)
 
     @contextmanager
-    def _mode(self) -> Iterator[None]:
+    def _device_context(self) -> Iterator[None]:
         """Disable gradients, and ignore the calling thread's current device and autocast.
 
         Triton's kernels and events would use the thread's current GPU, and some operations its autocast dtype.
@@ -133,7 +132,8 @@ class ModelRunner:
         # Attention uses a counter for each row and KV head, and a graph may have a padding row. GEMMs use one per tile.
         num_counters = (self.max_rows + 1) * max_kv_heads
         self.counters = torch.zeros(max(num_counters, MAX_TILES), dtype=torch.int32, device=self.device)
-        with self._compiling() if self.backend.name == "triton" else nullcontext():
+        # Kernels compile in other threads while the weights load.
+        with self._compiling() if self.backend.compiles_ahead else nullcontext():
             if self.config.load_format == "dummy":
                 load_weights(self.model, dummy_weights(self.model, self.config.seed))
             else:
@@ -168,7 +168,7 @@ class ModelRunner:
         This waits for the device only to copy arrays for which the staging buffers lack room, or the indices of prompt
         logprobs.
         """
-        with self._mode():
+        with self._device_context():
             self.state.apply(batch)
             self._copy_state(batch.state_loads)
             if self.graphs is not None and self.graphs.fits(batch):
@@ -183,9 +183,9 @@ class ModelRunner:
     def _copy_state(self, pairs: list[tuple[int, int]]) -> None:
         """Copy recurrent state between slots: pairs of source and target."""
         if pairs:
-            sources, targets = np.array(pairs, dtype=np.int64).T
+            sources, targets = np.ascontiguousarray(np.array(pairs, dtype=np.int64).T)
             to_device = self.state.staging.to_device
-            self.pool.copy_slots(to_device(sources.copy()), to_device(targets.copy()))
+            self.pool.copy_slots(to_device(sources), to_device(targets))
 
     def _send(
         self,
@@ -294,7 +294,8 @@ class ModelRunner:
     def _largest_batch(self) -> Batch:
         """Return a step with the whole token budget in prompt tokens, in `max_rows` rows.
 
-        All rows have slot 0, the only one that certainly has recurrent state. Its blocks are the scratch block.
+        All rows have slot 0, the only one that certainly has recurrent state. Its blocks are the scratch block. The
+        rows overwrite each other's state, but nobody reads what this step computes.
         """
         parts = np.array_split(np.arange(self.config.max_num_batched_tokens), self.max_rows)
         return Batch([Row(0, 0, [0] * len(part), is_sampled=False) for part in parts])
@@ -395,7 +396,7 @@ class ModelRunner:
         Args:
             capture: whether nothing sleeps afterwards, so that the graphs can be captured again.
         """
-        with self._mode():
+        with self._device_context():
             if "weights" in parts:
                 self._move_weights(self.device)
             if "kv_cache" in parts:

@@ -257,6 +257,16 @@ class ExpertSizes(NamedTuple):
     inner: int
     row_alignment: int
 
+    @property
+    def gate_up_shape(self) -> tuple[int, int, int]:
+        """Shape of the weight of all gates and ups."""
+        return self.num_experts, 2 * self.inner, self.hidden
+
+    @property
+    def down_shape(self) -> tuple[int, int, int]:
+        """Shape of the weight of all down projections."""
+        return self.num_experts, self.hidden, self.inner
+
 
 class AllocateExperts(Protocol):
     """Makes a format of these sizes, as AllocateWeight does.
@@ -282,11 +292,10 @@ class PlainExperts(ExpertFormat):
         cls, sizes: ExpertSizes, *, dtype: torch.dtype | None, load_gate_up: WeightLoader, load_down: WeightLoader
     ) -> "PlainExperts":
         """Make the parameters; see AllocateExperts."""
-        num_experts, hidden, inner, _ = sizes
-        check_expert_sizes(hidden, inner, dtype)
+        check_expert_sizes(sizes.hidden, sizes.inner, dtype)
         return cls(
-            make_parameter(num_experts, 2 * inner, hidden, dtype=dtype, weight_loader=load_gate_up),
-            make_parameter(num_experts, hidden, inner, dtype=dtype, weight_loader=load_down),
+            make_parameter(*sizes.gate_up_shape, dtype=dtype, weight_loader=load_gate_up),
+            make_parameter(*sizes.down_shape, dtype=dtype, weight_loader=load_down),
         )
 
     def fuses_norm(self, x: torch.Tensor, top_k: int) -> bool:

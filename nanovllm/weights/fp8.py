@@ -66,11 +66,11 @@ class Fp8Scheme(QuantizationScheme):
     def dequantize(self, name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return dequantize(tensors[name], tensors[self.scale_name(name)], self.block, torch.float32)
 
-    def has_kernels(self, device: torch.device, dtype: torch.dtype, columns: tuple[int, ...]) -> bool:
+    def has_kernels(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
             return False
         is_known = dtype in (torch.bfloat16, torch.float16) and self.block in ((BLOCK, BLOCK), (1, WHOLE))
-        return is_known and all(size % 16 == 0 for size in columns)  # rows of whole 16 bytes
+        return is_known and shape[-1] % 16 == 0  # rows of whole 16 bytes
 
     def make_weight(
         self, rows: int, columns: int, *, dtype: torch.dtype | None, weight_loader: WeightLoader, row_alignment: int
@@ -80,9 +80,8 @@ class Fp8Scheme(QuantizationScheme):
     def make_experts(
         self, sizes: ExpertSizes, *, dtype: torch.dtype | None, load_gate_up: WeightLoader, load_down: WeightLoader
     ) -> ExpertFormat:
-        num_experts, hidden, inner, row_alignment = sizes
-        gate_up = self._make((num_experts, 2 * inner, hidden), load_gate_up, row_alignment)
-        down = self._make((num_experts, hidden, inner), load_down, row_alignment=0)
+        gate_up = self._make(sizes.gate_up_shape, load_gate_up, sizes.row_alignment)
+        down = self._make(sizes.down_shape, load_down, row_alignment=0)
         return Fp8Experts(gate_up, down, self.suffix)
 
     def _make(

@@ -83,7 +83,7 @@ class CheckpointTensor(NamedTuple):
     dummy: float | None = None
 
     @property
-    def shard(self) -> torch.Tensor:
+    def destination(self) -> torch.Tensor:
         """Return the part of the parameter that the tensor fills."""
         return self.param if self.target_index is None else self.param[self.target_index]
 

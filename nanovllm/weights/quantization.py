@@ -101,10 +101,13 @@ class QuantizationScheme(ABC):
         """Return the weight in float32. The `stored` tensors have been checked."""
 
     @abstractmethod
-    def has_kernels(self, device: torch.device, dtype: torch.dtype, columns: tuple[int, ...]) -> bool:
-        """Return whether kernels multiply activations of this dtype by quantized weights with each number of columns.
+    def has_kernels(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+        """Return whether kernels multiply activations of this dtype by a quantized weight of this shape.
 
-        If not, parameters are plain, and loading dequantizes.
+        If not, the parameter is plain, and loading dequantizes.
+
+        Args:
+            shape: of this rank's shard: [N, K] for a linear layer, [E, N, K] for experts.
         """
 
     @abstractmethod
@@ -113,17 +116,20 @@ class QuantizationScheme(ABC):
     ) -> WeightFormat:
         """Make a weight for the kernels; see AllocateWeight. Its parameters have the names and dtypes of `stored`."""
 
-    @abstractmethod
     def make_experts(
         self, sizes: ExpertSizes, *, dtype: torch.dtype | None, load_gate_up: WeightLoader, load_down: WeightLoader
     ) -> ExpertFormat:
-        """Make experts for the kernels; see AllocateExperts."""
+        """Make experts for the kernels; see AllocateExperts. A scheme without kernels for experts has no such method.
+
+        Its `has_kernels` returns False for their shapes.
+        """
+        raise NotImplementedError(f"{self.layout} has no kernels for experts")
 
     def allocate(
         self, rows: int, columns: int, *, dtype: torch.dtype | None, row_alignment: int, **options: Any
     ) -> WeightFormat:
         """Make a weight that the checkpoint has quantized, plain where no kernel can read it; see AllocateWeight."""
-        has_kernels = self._has_kernels_here(dtype, columns)
+        has_kernels = self._has_kernels_here(dtype, (rows, columns))
         make = self.make_weight if has_kernels else Plain.allocate
         weight_format = make(rows, columns, dtype=dtype, row_alignment=row_alignment, **options)
         self._finish(weight_format.parameters.values(), has_kernels, row_alignment)
@@ -131,7 +137,7 @@ class QuantizationScheme(ABC):
 
     def allocate_experts(self, sizes: ExpertSizes, *, dtype: torch.dtype | None, **options: Any) -> ExpertFormat:
         """Make experts that the checkpoint has quantized, plain where no kernel can read them; see AllocateExperts."""
-        has_kernels = self._has_kernels_here(dtype, sizes.hidden, sizes.inner)
+        has_kernels = self._has_kernels_here(dtype, sizes.gate_up_shape, sizes.down_shape)
         make = self.make_experts if has_kernels else PlainExperts.allocate
         expert_format = make(sizes, dtype=dtype, **options)
         gate_up, down = zip(*expert_format.parameters.values(), strict=True)
@@ -149,10 +155,11 @@ class QuantizationScheme(ABC):
                 )
             set_storage(param, Storage.QUANTIZED if has_kernels else Storage.DEQUANTIZED)
 
-    def _has_kernels_here(self, dtype: torch.dtype | None, *columns: int) -> bool:
-        device = torch.get_default_device()
+    def _has_kernels_here(self, dtype: torch.dtype | None, *shapes: tuple[int, ...]) -> bool:
+        """Return whether the default device has kernels for all of these shapes."""
+        device, dtype = torch.get_default_device(), dtype or torch.get_default_dtype()
         # On "meta", all weights are plain: `check_shapes` and `dummy_weights` ask the scheme what a checkpoint has.
-        return device.type != "meta" and self.has_kernels(device, dtype or torch.get_default_dtype(), columns)
+        return device.type != "meta" and all(self.has_kernels(device, dtype, shape) for shape in shapes)
 
     def covers(self, name: str) -> bool:
         """Return whether the module with this name in the checkpoint is quantized.

@@ -1,22 +1,25 @@
-"""Models with recurrent layers: their state belongs to slots, and takes part of the memory for the KV cache."""
+"""Models with recurrent layers: their state belongs to slots, and takes part of the memory for the KV cache.
+
+Nothing here but the multimodal checkpoint depends on the kind of layer: a new kind is one more parameter of `model`.
+"""
 
 import logging
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from nanovllm import SamplingParams
-from nanovllm.layers.gated_delta_net import GatedDeltaNet
 from nanovllm.runner import model_runner
 from tests.engine.reference import load_reference, reference_greedy
 from tests.helpers import assert_nothing_held, engine, finish, greedy, prompts_of, sampled, tokens
 from tests.models.tiny import fill_randomly, save_tiny, tiny_model
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("model"), "qwen3.5")
+@pytest.fixture(scope="module", params=["qwen3.5"])
+def model(request, tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"), request.param)
 
 
 def pool_of(llm):
@@ -132,9 +135,9 @@ def test_sleep_frees_the_state_and_requests_go_on_after_waking_up(model, level):
         ids = [llm.add_request(*pair) for pair in zip(prompts, params, strict=True)]
         for _ in range(8):
             llm.step()
+        state = [StorageWeakRef(tensor.untyped_storage()) for tensor in pool_of(llm).slot_tensors]
         llm.sleep(level)
-        layers = [m for m in llm.llm_engine.executor.runner.model.modules() if isinstance(m, GatedDeltaNet)]
-        assert layers and all(layer.state is None for layer in layers) and not pool_of(llm).slot_tensors
+        assert state and all(storage.expired() for storage in state)
         llm.wake_up()
         outputs = {out.request_id: out.token_ids for out in finish(llm)}
         assert [outputs[request_id] for request_id in ids] == want
@@ -143,11 +146,11 @@ def test_sleep_frees_the_state_and_requests_go_on_after_waking_up(model, level):
 @pytest.mark.parametrize(("num_blocks", "size"), [(None, 1), (60, 1), (60, 2)])
 def test_fewer_sequences_run_if_their_state_needs_half_of_the_memory(model, monkeypatch, caplog, num_blocks, size):
     prompts = prompts_of([5, 40, 17, 9, 70])
-    with engine(model) as llm:
+    with engine(model, tensor_parallel_size=size) as llm:
         want = tokens(llm, prompts, greedy(12))
         slot_bytes = pool_of(llm).slot_bytes
-    # Half of the memory holds three running slots and the scratch slot. Only rank 0 has so little, and half of a slot.
-    monkeypatch.setattr(model_runner, "CPU_CACHE_BYTES", 2 * 4 * slot_bytes // size)
+    # Half of the memory holds three running slots and the scratch slot. Only rank 0 has so little.
+    monkeypatch.setattr(model_runner, "CPU_CACHE_BYTES", 2 * 4 * slot_bytes)
     caplog.set_level(logging.INFO)
     with engine(model, num_kvcache_blocks=num_blocks, tensor_parallel_size=size) as llm:
         scheduler = llm.llm_engine.scheduler
@@ -168,7 +171,7 @@ def test_recurrent_state_may_be_bfloat16(model):
     with engine(model) as llm:
         want = llm.generate(prompts, greedy(12, logprobs=0), use_tqdm=False)
     with engine(model, state_dtype="bfloat16") as llm:
-        assert [tensor.dtype for tensor in pool_of(llm).slot_tensors] == [torch.bfloat16, torch.float32]
+        assert torch.bfloat16 in [tensor.dtype for tensor in pool_of(llm).slot_tensors]
         for got, exact in zip(llm.generate(prompts, greedy(12, logprobs=0), use_tqdm=False), want, strict=True):
             assert got.token_ids[0] == exact.token_ids[0]
             first, exact_first = (next(iter(out.logprobs[0].values())).logprob for out in (got, exact))

@@ -285,7 +285,7 @@ def test_gemm_with_any_batch_size_is_added_to_the_residual_stream(rows, bias):
         want = residual.float() + x.float() @ layer.weight.float().t()
         if bias:
             want += layer.bias.float()
-        y = Residual(residual, layer.tp) + layer(x)
+        y = Residual(residual, layer.tp).add(layer(x))
         normed, lazy_norm = norm(y)
         if lazy_norm is not None:
             weight, eps = lazy_norm

@@ -153,7 +153,7 @@ def run_layers(rank, memory, folder):
         part = x[:, rank * row.weight.shape[1] :][:, : row.weight.shape[1]].contiguous()
         results = []
         for linear.choose_adder in (choose_adder, lambda *args, **options: Adder.NEXT_NORM):
-            y = Residual(residual.clone(), tp) + row(part)
+            y = Residual(residual.clone(), tp).add(row(part))
             assert y.is_partial != (linear.choose_adder is choose_adder and rows <= 4)
             results += [column(norm(y)), y.x]
         for got, want in zip(results[:2], results[2:], strict=True):
@@ -161,7 +161,7 @@ def run_layers(rank, memory, folder):
         want = residual.float() + x.float() @ whole.float().t() + row.bias.float()
         torch.testing.assert_close(results[1].float(), want, rtol=3e-2, atol=3e-2)
         linear.choose_adder = choose_adder
-        y = Residual(residual.clone(), tp) + row(part)
+        y = Residual(residual.clone(), tp).add(row(part))
         torch.testing.assert_close(norm(y.complete()) @ column.weight.t(), results[0], rtol=3e-2, atol=5e-2)
         torch.testing.assert_close(residual + row(part).all_reduce(), results[1], rtol=3e-2, atol=3e-2)
         outcome.append([result.tolist() for result in results])

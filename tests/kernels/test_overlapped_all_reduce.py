@@ -140,9 +140,9 @@ def test_a_row_parallel_layer_overlaps_large_all_reduces(engines):
         layer.weight_loader(layer.weight, weight)
         layer.bias.copy_(bias)
         part = x[:, 16 * rank : 16 * (rank + 1)]
-        _ = Residual(residual[:2048].clone(), tp) + layer(part[:2048])
+        _ = Residual(residual[:2048].clone(), tp).add(layer(part[:2048]))
         assert tp.overlapped.number == 0 and tp.overlapped.pending is None
-        sent.append(Residual(residual.clone(), tp) + layer(part))
+        sent.append(Residual(residual.clone(), tp).add(layer(part)))
         assert tp.overlapped.number == 1
     for y in sent:
         torch.testing.assert_close(y.complete(), residual + x @ weight.t() + bias, rtol=1e-4, atol=1e-4)

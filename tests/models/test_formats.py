@@ -82,4 +82,4 @@ def test_linear_layers_use_the_format_that_they_are_given():
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     residual = Residual(torch.zeros(3, 68), TensorParallel())
     assert isinstance(layer.format, MinimalFormat)
-    torch.testing.assert_close((residual + layer(x)).complete(), F.linear(x, loaded), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(residual.add(layer(x)).complete(), F.linear(x, loaded), atol=1e-5, rtol=1e-5)

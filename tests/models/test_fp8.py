@@ -22,6 +22,7 @@ from nanovllm.ops.fp8.reference import (
     quantize_rows_torch,
     quantize_weight,
 )
+from nanovllm.weights.formats import Plain
 from nanovllm.weights.fp8 import Fp8, Fp8Experts, Fp8Scheme
 from nanovllm.weights.layer_formats import LayerFormats
 from nanovllm.weights.parameter import WHOLE, blocks_covering
@@ -404,13 +405,13 @@ def test_compiled_sizes_are_those_of_the_experts_kernels_also_where_a_checkpoint
 
 
 def test_weights_that_no_kernel_can_read_are_dequantized(monkeypatch):
-    monkeypatch.setattr(Fp8Scheme, "has_kernels", lambda scheme, device, dtype, columns: columns == (48,))
+    monkeypatch.setattr(Fp8Scheme, "has_kernels", lambda scheme, device, dtype, shape: shape == (48, 32))
     allocate = LayerFormats(Fp8Scheme()).weight("o_proj")
     kinds = {
-        size: type(RowParallelLinear(size, 48, tp=TensorParallel(), allocate_weight=allocate).format).__name__
-        for size in (48, 40)
+        (rows, columns): type(RowParallelLinear(columns, rows, tp=TensorParallel(), allocate_weight=allocate).format)
+        for rows, columns in ((48, 32), (48, 40), (40, 32))
     }
-    assert kinds == {48: "Fp8", 40: "Plain"}
+    assert kinds == {(48, 32): Fp8, (48, 40): Plain, (40, 32): Plain}
 
 
 @pytest.mark.parametrize(("capability", "has_kernels"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
@@ -418,11 +419,12 @@ def test_kernels_read_the_blocks_of_hubs_on_gpus_from_ada_on(capability, has_ker
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     gpu, bf16, blocks, rows = torch.device("cuda"), torch.bfloat16, Fp8Scheme(), Fp8Scheme(block=(1, WHOLE))
     for fp8_scheme in (blocks, rows):
-        assert fp8_scheme.has_kernels(gpu, bf16, (48, 64)) == has_kernels
+        for shape in ((40, 64), (3, 40, 64)):
+            assert fp8_scheme.has_kernels(gpu, bf16, shape) == has_kernels
         assert not fp8_scheme.has_kernels(gpu, bf16, (48, 40))
-    assert not blocks.has_kernels(torch.device("cpu"), bf16, (48,))
-    assert not blocks.has_kernels(gpu, torch.float32, (48,))
-    assert not Fp8Scheme(block=(64, 64)).has_kernels(gpu, bf16, (48,))
+    assert not blocks.has_kernels(torch.device("cpu"), bf16, (48, 48))
+    assert not blocks.has_kernels(gpu, torch.float32, (48, 48))
+    assert not Fp8Scheme(block=(64, 64)).has_kernels(gpu, bf16, (48, 48))
 
 
 # -- quantizing while loading ----------------------------------------------------------------------------------------

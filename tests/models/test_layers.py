@@ -126,7 +126,7 @@ def test_lazy_gemm_plus_residual_is_the_sum_with_any_adder(monkeypatch, size, ad
         if bias:
             row.bias.weight_loader(row.bias, offset)
         columns = slice(8 // size * tp.rank, 8 // size * (tp.rank + 1))
-        residual = Residual(before.clone(), tp) + row(x[:, columns])
+        residual = Residual(before.clone(), tp).add(row(x[:, columns]))
         assert (residual.base is not None) == (adder is Adder.NEXT_NORM)
         normed = computed(norm(residual))
     want = F.linear(x, weight, offset if bias else None) + before
@@ -153,7 +153,7 @@ def test_sharded_mlp_equals_the_whole_mlp(size, bias):
             merged.bias.weight_loader(merged.bias, up_bias, 1)
             row.bias.weight_loader(row.bias, down_bias)
         gated = merged(x)
-        whole, added = row(gated).all_reduce(), (Residual(residual.clone(), tp) + row(gated)).complete()
+        whole, added = row(gated).all_reduce(), Residual(residual.clone(), tp).add(row(gated)).complete()
     biases = (gate_bias, up_bias, down_bias) if bias else (None, None, None)
     expected = F.linear(F.silu(F.linear(x, gate, biases[0])) * F.linear(x, up, biases[1]), down, biases[2])
     torch.testing.assert_close(whole, expected)

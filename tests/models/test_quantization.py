@@ -21,7 +21,7 @@ from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import ModelConfig
 from nanovllm.ops.moe.experts import experts
 from nanovllm.weights import quantization_config
-from nanovllm.weights.formats import ExpertFormat, WeightFormat
+from nanovllm.weights.formats import ExpertFormat, PlainExperts, WeightFormat
 from nanovllm.weights.parameter import WHOLE, is_scale, is_valid, make_parameter
 from nanovllm.weights.quantization import QuantizationScheme, StoredTensor
 from tests.helpers import engine, greedy, tokens
@@ -114,15 +114,15 @@ class Fp4Scheme(QuantizationScheme):
     def dequantize(self, name, tensors):
         return dequantize(tensors[f"{name}_packed"], tensors[f"{name}_scale"])
 
-    def has_kernels(self, device, dtype, columns):
-        return self.computes and all(size % GROUP == 0 for size in columns)
+    def has_kernels(self, device, dtype, shape):
+        return self.computes and shape[-1] % GROUP == 0
 
     def make_weight(self, rows, columns, *, dtype, weight_loader, row_alignment):
         return self.formats[0](**self._make((rows, columns), weight_loader, row_alignment))
 
     def make_experts(self, sizes, *, dtype, load_gate_up, load_down):
-        gate_up = self._make((sizes.num_experts, 2 * sizes.inner, sizes.hidden), load_gate_up, sizes.row_alignment)
-        down = self._make((sizes.num_experts, sizes.hidden, sizes.inner), load_down, 0)
+        gate_up = self._make(sizes.gate_up_shape, load_gate_up, sizes.row_alignment)
+        down = self._make(sizes.down_shape, load_down, 0)
         return self.formats[1](gate_up, down)
 
     def _make(self, shape, loader, row_alignment):
@@ -292,6 +292,28 @@ def test_fault_of_a_zero_point_a_whole_scale_a_transposed_tensor_or_a_constant_i
         load_weights(model, unknown.items())
     check_shapes(config, {name: tuple(tensor.shape) for name, tensor in good.items()})
     load_weights(model, (pair for pair in good.items() if not pair[0].endswith("_shape")))  # it is not needed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearScheme(Fp4Scheme):
+    """Has kernels for linear layers only."""
+
+    make_experts = QuantizationScheme.make_experts
+
+    def has_kernels(self, device, dtype, shape):
+        return len(shape) == 2
+
+
+def test_experts_are_dequantized_if_a_scheme_has_kernels_for_linear_layers_only():
+    config, checkpoint, plain_checkpoint = model_in_fp4("qwen3-moe")
+    plain_model = Decoder(dataclasses.replace(config, quantization=None))
+    model = Decoder(dataclasses.replace(config, quantization=LinearScheme(excluded=config.quantization.excluded)))
+    assert isinstance(model.layers[0].self_attn.o_proj.format, Fp4)
+    assert isinstance(model.layers[0].mlp.experts.format, PlainExperts)
+    load_weights(model, checkpoint.items())
+    load_weights(plain_model, plain_checkpoint.items())
+    want, got = weights_of(plain_model), weights_of(model)
+    assert all(torch.allclose(got[layer], want[layer], atol=1e-6) for layer in want)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
