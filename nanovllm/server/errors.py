@@ -32,7 +32,10 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, RecursionError):
         return ApiError(400, "the request is nested too deeply")
     if isinstance(error, TypeError | ValueError):
-        return ApiError(400, f"{error!s:.1000}")
+        message = f"{error!s:.1000}"
+        # The engine's process sends exceptions of builtin types, so that only the text says which error this is.
+        code = "context_length_exceeded" if "maximum context length" in message else None
+        return ApiError(400, message, code=code)
     # Exactly this class: the engine raises it if it is closed, asleep or has failed. Subclasses, such as
     # NotImplementedError, are faults of the server.
     if type(error) is RuntimeError:

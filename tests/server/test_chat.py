@@ -483,7 +483,9 @@ def test_a_fault_before_the_first_token_is_400_and_no_broken_stream(llm, body, w
     for stream in (False, True):
         response = ask(llm, stream=stream, **body)
         assert response.status_code == 400, response.text
-        assert words in response.json()["error"]["message"]
+        error = response.json()["error"]
+        assert words in error["message"]
+        assert error["code"] == ("context_length_exceeded" if words == "max_model_len=512" else None)
 
 
 MALFORMED = '{"city": "C:\\dir", }'
