@@ -17,14 +17,24 @@ PEAKS = {"H100 80GB": (3.0, 790.0), "H200": (4.3, 790.0)}
 
 @dataclass(frozen=True)
 class Costs:
-    """The bytes that each step of a run must move at least and the operations that it must do, both [steps]."""
+    """The bytes that each step of a run must move at least and the operations that it must do, all [steps].
+
+    Args:
+        fp8_flops: those of the operations that are products in FP8.
+    """
 
     bytes: np.ndarray
     flops: np.ndarray
+    fp8_flops: np.ndarray
 
     def limit(self, bytes_per_s: float, flops_per_s: float) -> float:
-        """Return the run's seconds if every step keeps either the memory or the arithmetic fully busy."""
-        return float(np.maximum(self.bytes / bytes_per_s, self.flops / flops_per_s).sum())
+        """Return the run's seconds if every step keeps either the memory or the arithmetic fully busy.
+
+        Args:
+            flops_per_s: operations on 16-bit numbers. Tensor cores do twice as many in FP8.
+        """
+        arithmetic = (self.flops - self.fp8_flops / 2) / flops_per_s
+        return float(np.maximum(self.bytes / bytes_per_s, arithmetic).sum())
 
 
 def find_peaks(args: Namespace, gpu_name: str | None, itemsize: int) -> tuple[float, float] | None:
@@ -205,7 +215,8 @@ def count_costs(
         kv_token_bytes: bytes of a token's keys and values in one layer; None if they have the weights' itemsize.
         itemsize: bytes of a number.
         state_itemsize: bytes of a number in the matrices of Gated DeltaNet.
-        body_itemsize: bytes of a weight of the body, if not `itemsize`: of all of them, because few differ.
+        body_itemsize: bytes of a weight of the body, if not `itemsize`: of all of them, because few differ. A body of
+            one byte a weight computes in FP8.
     """
     windows = {
         layer: config.window(layer, config.max_position) or config.max_position
@@ -223,7 +234,7 @@ def count_costs(
     kv_bytes = kv_token_bytes or 2 * config.num_kv_heads * config.head_dim * itemsize
     skippable = skippable_mixer_parameters(config, last) + mlp_parameters(config, last, active)
     tables = BlockTables(batches, block_size)
-    step_bytes, step_flops = [], []
+    step_bytes, step_flops, step_fp8_flops = [], [], []
     for batch in batches:
         tables.apply(batch)
         slots, before, new = np.array([(row.slot, row.start, row.num_tokens) for row in batch.rows]).T
@@ -243,6 +254,7 @@ def count_costs(
         num_states = len(before) + int((before > 0).sum())  # written and read
         weight_bytes = weights * (body_itemsize or itemsize) + embeddings * itemsize
         step_bytes.append(weight_bytes + kv_bytes * kv_tokens + state_bytes * num_states)
-        multiplied = multiplied_by_all * num_tokens - skippable * (num_tokens - len(batch.rows)) + head * num_sampled
-        step_flops.append(2 * multiplied + 4 * queries * attended + state_flops * num_tokens)
-    return Costs(np.array(step_bytes, dtype=float), np.array(step_flops, dtype=float))
+        body_flops = 2 * (multiplied_by_all * num_tokens - skippable * (num_tokens - len(batch.rows)))
+        step_flops.append(body_flops + 2 * head * num_sampled + 4 * queries * attended + state_flops * num_tokens)
+        step_fp8_flops.append(body_flops if body_itemsize == 1 else 0)
+    return Costs(*(np.array(steps, dtype=float) for steps in (step_bytes, step_flops, step_fp8_flops)))

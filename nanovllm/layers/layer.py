@@ -8,7 +8,7 @@ from torch import nn
 class Layer(nn.Module):
     """A module that costs little to call. Its own hooks run; torch's hooks for all modules do not.
 
-    When a CPU decodes one token, torch's call would take 5% of the time.
+    When a CPU decodes one token, it makes hundreds of calls, and torch's own take 0.5 us each.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

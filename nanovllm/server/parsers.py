@@ -1,4 +1,4 @@
-"""Found tool calls in a model's text while the text arrives.
+"""Finds tool calls in a model's text while the text arrives.
 
 A parser is a generator that waits for more text where it cannot decide yet. What it finds depends on the text alone,
 not on the pieces in which the text arrives. Once a call's name is known, its arguments are passed on as they come. If
@@ -297,7 +297,7 @@ _BETWEEN = regex.compile(r"[\w\s.,:+-]*+")
 
 
 class JsonObject:
-    """Found the end of a JSON object while its text arrives. Only strings and brackets are checked.
+    """Finds the end of a JSON object while its text arrives. Only strings and brackets are checked.
 
     Args:
         is_open: the object's first bracket was read before.

@@ -126,6 +126,15 @@ def test_weights_of_one_byte_halve_the_bytes_of_the_body_alone():
     assert halved.flops.tolist() == costs.flops.tolist()
 
 
+def test_products_in_fp8_count_as_twice_as_fast():
+    costs, fp8 = (count_costs(batches(), CONFIG, 2, block_size=4, body_itemsize=size) for size in (None, 1))
+    assert not costs.fp8_flops.any()
+    # All but the head's 160 in the first two steps, and attention.
+    assert fp8.fp8_flops.tolist() == [2 * (1192 * 6 - 512 * 5), 2 * (1192 * 4 - 512 * 2), 2 * 1192]
+    assert fp8.limit(float("inf"), 8.0) == (costs.flops - fp8.fp8_flops / 2).sum() / 8
+    assert costs.limit(float("inf"), 8.0) == costs.flops.sum() / 8
+
+
 def test_costs_of_experts_are_those_that_the_tokens_choose():
     moe = MoEConfig(num_experts=4, experts_per_token=1, intermediate_size=5, norm_topk_prob=True, dense_layers=(0,))
     dense, sparse = (replace(CONFIG, moe=replace(moe, dense_layers=layers)) for layers in ((0, 1), (0,)))

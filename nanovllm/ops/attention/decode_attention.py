@@ -216,7 +216,7 @@ def decode_attention_triton(
 
 
 def reads_words(q: torch.Tensor, kv: PagedKV) -> bool:
-    """Return whether the loop of fp8_decode.py attends: a thread loads 16 numbers, and eight threads 128 of a token."""
+    """Return whether the loop of fp8_decode.py attends. Eight of its threads load 128 numbers of a token."""
     return kv.is_fp8 and q.dtype != torch.float32 and kv.head_dim % 128 == 0
 
 

@@ -45,7 +45,7 @@ def default_split_policy(batch: int, kv_heads: int, sm_count: int, is_fp8: bool 
 
     So few sequences are split, and hardly any reaches the limit of 8 splits, or of 4 in the last case.
 
-    Programs for a cache in FP8 have two warps and few loads in flight; four of them count as one SM.
+    For a cache in FP8, there are four times as many programs: with WORDS_CONFIG they have two warps and few loads each.
     """
     if is_fp8:
         sm_count *= 4

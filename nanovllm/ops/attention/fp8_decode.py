@@ -22,7 +22,7 @@ If Triton chooses other threads, results stay right, but numbers move between th
 from nanovllm.ops.attention.fp8_cache import key_scales, value_scales
 from nanovllm.ops.triton_utils import INTERPRETED, TRITON_VERSION, kernel_constant, tl, triton
 
-# Triton takes this many columns in a row for operands in 16 bits that were converted from 8. Until 3.8, it sees that.
+# What Triton gives a thread of these operands: four columns in a row before 3.8, and two from 3.8 on.
 COLUMNS = kernel_constant(2 if TRITON_VERSION >= (3, 8) else 4)
 MIN_TOKENS = 16  # of a warp's part of a tile: rows of a tensor-core tile
 MIN_HEADS = 8  # of the queries' operand: columns of a tensor-core tile
