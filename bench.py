@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="offline: run the requests through a library as well, in this process, interleaved with nanovllm",
     )
     add("--hbm-tb-s", type=above_0, help="memory bandwidth of a device, for the limits (H100, H200: known)")
-    add("--tflops", type=above_0, help="bf16 TFLOP/s of a device, for the limits (H100, H200: known); FP8 is twice it")
+    add("--tflops", type=above_0, help="bf16 TFLOP/s of a device, for the limits (H100, H200: known); doubled for FP8")
     add("--json", metavar="FILE", help="write the figures")
     add("--plot", metavar="FILE.svg", help="draw the figures as percent of their limits")
     add("--trace", metavar="FILE.json[.gz]", help=f"write a Chrome trace of {TRACE_STEPS} decode steps of offline")
