@@ -121,6 +121,8 @@ class EngineCore:
         self.requests.clear()
         self.in_flight.clear()
         self.outputs.clear()
+        self.scheduler.running.clear()
+        self.scheduler.waiting.clear()
 
     def metrics(self) -> Metrics:
         """Return counters since the engine was made, and what it is doing now."""

@@ -16,6 +16,7 @@ class Family:
         is_nested: the config has the decoder's options in its `text_config`, which has a family of its own.
         uniform_window: all layers have the window if there is one, whatever options of other families say.
         partial_rope: the config may let RoPE rotate a part of each head.
+        scales_queries: the RoPE option `llama_4_scaling_beta` is used. Other families ignore it, as in transformers.
         linear_attention: the type, one of LAYER_TYPES, of the layers that the config calls "linear_attention"; None if
             it has none. transformers has this one name for Gated DeltaNet, Mamba-2, lightning attention and others.
         packs_gated_delta_net: see `GatedDeltaNetConfig.is_packed`.
@@ -28,6 +29,7 @@ class Family:
     is_nested: bool = False
     uniform_window: bool = False
     partial_rope: bool = False
+    scales_queries: bool = False
     linear_attention: str | None = None
     packs_gated_delta_net: bool = False
     has_experts: bool = False
@@ -77,7 +79,7 @@ FAMILIES = {
     "qwen3_5_moe": Family(is_nested=True),
     "qwen3_5_moe_text": _QWEN3_5_MOE,
     "ministral": Family(options=_WINDOW),
-    "ministral3": Family(options=_WINDOW, uniform_window=True, unused_tensors=_PIXTRAL),
+    "ministral3": Family(options=_WINDOW, uniform_window=True, scales_queries=True, unused_tensors=_PIXTRAL),
     "smollm3": Family(options={**_LLAMA, **_WINDOW, "rope_layers": "no_rope_layers"}),
     "olmo2": Family(options=_OLMO),
     "olmo3": Family(options={**_OLMO, **_WINDOW}),

@@ -531,6 +531,8 @@ def _rope(config: Any, options: dict[str, Any], original: Any = None) -> Rope:
     """
     if (options.pop("partial_rotary_factor", None) or 1.0) != 1.0:
         raise unsupported("partial RoPE that differs between layers")
+    if not FAMILIES[config.model_type].scales_queries:
+        options.pop("llama_4_scaling_beta", None)
     theta = _first_given(options.pop("rope_theta", None), getattr(config, "rope_theta", None), 10000.0)
     rope_type = _first_given(options.pop("rope_type", None), options.pop("type", None), "default")
     if rope_type == "default" and "llama_4_scaling_beta" not in options:

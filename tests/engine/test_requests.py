@@ -346,6 +346,7 @@ def test_stream_ends_when_its_request_ends_elsewhere(model):
         stream = llm.stream([1, 2, 3], greedy(50))
         next(stream)
         llm.close()
+        assert llm.metrics().num_running == llm.metrics().num_waiting == 0
         with pytest.raises(RuntimeError, match="closed"):
             list(stream)
 

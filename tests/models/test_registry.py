@@ -171,6 +171,14 @@ def test_rope_options_of_transformers_4_and_5_give_the_same_config():
     assert ModelConfig.from_hf(both).rope_theta == 5e5
 
 
+def test_scaled_queries_are_an_option_of_ministral3_alone():
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, **YARN}
+    scaled = {"rope_parameters": {**rope, "llama_4_scaling_beta": 0.1}}
+    given = ModelConfig.from_hf(hf_config(**scaled, model_type="ministral3", sliding_window=None))
+    assert given.rope_scaling["llama_4_scaling_beta"] == 0.1
+    assert ModelConfig.from_hf(hf_config(**scaled)) == ModelConfig.from_hf(hf_config(rope_parameters=rope))
+
+
 def test_dtype_and_end_tokens_are_read():
     config = ModelConfig.from_hf(hf_config(eos_token_id=[3, 4]))
     assert (config.dtype, config.eos_token_ids) == (torch.bfloat16, (3, 4))
