@@ -112,6 +112,25 @@ class _KernelCompilers(ThreadPoolExecutor):
         return super().submit(compile_and_load)
 
 
+@lru_cache
+def _load_launchers_one_by_one() -> None:
+    """Keep Triton 3.6 from giving a kernel the launcher of another one that a second thread loads.
+
+    Its launchers are C modules of one name. When Python loads such a module again, it writes the attributes into the
+    last module of that name, which another thread may be about to read. Later versions have one launcher for all.
+    """
+    if TRITON_VERSION != (3, 6):
+        return
+    build, lock = triton.runtime.build, threading.Lock()
+    load = build._load_module_from_path
+
+    def load_and_copy(name: str, path: str) -> SimpleNamespace:
+        with lock:
+            return SimpleNamespace(**vars(load(name, path)))
+
+    build._load_module_from_path = load_and_copy
+
+
 @contextmanager
 def compile_in_parallel() -> Iterator[None]:
     """Compile the kernels launched in this context in parallel threads; all are loaded when it exits.
@@ -119,6 +138,7 @@ def compile_in_parallel() -> Iterator[None]:
     Compiling them one after the other takes longer than the rest of an engine's start.
     """
     wait([preload_triton()])
+    _load_launchers_one_by_one()
     try:
         with _KernelCompilers() as executor, triton.AsyncCompileMode(executor):
             yield

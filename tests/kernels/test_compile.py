@@ -6,11 +6,15 @@ This needs no GPU.
 import os
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from nanovllm.ops import triton_utils
 from nanovllm.ops.triton_utils import HAVE_TRITON, compile_without_launch, triton
 
 pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="triton is not installed")
@@ -192,6 +196,26 @@ def test_tune_names_a_missing_gpu_and_an_unknown_kernel(kernel, message):
     environment = dict(os.environ, CUDA_VISIBLE_DEVICES="")
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 2 and message in result.stderr
+
+
+def test_a_kernel_keeps_its_launcher_while_other_threads_load_theirs(monkeypatch):
+    """Triton 3.6 has one module name for all launchers, so Python may write two of them into one module."""
+    shared, one_at_a_time = SimpleNamespace(), threading.Lock()
+
+    def load(name, path):
+        assert one_at_a_time.acquire(blocking=False), "two threads load a launcher at once"
+        shared.launch = path
+        time.sleep(0.001)  # other threads run
+        one_at_a_time.release()
+        return shared
+
+    monkeypatch.setattr(triton.runtime.build, "_load_module_from_path", load)
+    monkeypatch.setattr(triton_utils, "TRITON_VERSION", (3, 6))
+    triton_utils._load_launchers_one_by_one.__wrapped__()
+    paths = [str(i) for i in range(64)]
+    with ThreadPoolExecutor(16) as threads:
+        loaded = list(threads.map(lambda path: triton.runtime.build._load_module_from_path("launcher", path), paths))
+    assert [module.launch for module in loaded] == paths
 
 
 def test_kernels_of_other_threads_launch_while_one_thread_only_compiles(monkeypatch):
