@@ -1,5 +1,6 @@
 """A model's chat template: what it reads, and messages in the form that it prints. No torch here."""
 
+import hashlib
 import inspect
 import json
 from collections.abc import Iterable, Mapping
@@ -14,9 +15,10 @@ from nanovllm.sandbox.templates import OTHER_ROLE
 class ChatTemplate:
     """One chat template of a model.
 
-    Templates differ in the form they expect of a message's content (text or parts) and of a tool call's arguments (an
-    object or JSON text). A wrong form gives no error: it is printed in Python's notation, or quoted twice. So small
-    conversations are rendered first to find out which forms are right, all in one request to the pool.
+    Templates differ in the form they expect of a message's content (text or parts), of a tool call's arguments (an
+    object or JSON text) and of its id (Mistral's: nine letters and digits). Most wrong forms give no error: they are
+    printed in Python's notation, or quoted twice. So small conversations are rendered first to find out which forms are
+    right, all in one request to the pool.
 
     Args:
         text: the template, in Jinja.
@@ -78,6 +80,8 @@ class ChatTemplate:
         else:
             # Clients send null or an empty list. Templates, however, ask whether the message has the key.
             adapted.pop("tool_calls", None)
+        if self._calls["short_ids"] and isinstance(call_id := message.get("tool_call_id"), str):
+            adapted["tool_call_id"] = _short_id(call_id)
         content = message.get("content")
         if content is None and calls:
             content = ""
@@ -107,7 +111,11 @@ class ChatTemplate:
         elif isinstance(arguments, Mapping) and self._calls["text"] and not self._calls["object"]:
             arguments = json.dumps(arguments, ensure_ascii=False)
         adapted = {**function, "arguments": arguments}
-        return {**call, "function": adapted} if "function" in call else adapted
+        if "function" in call:
+            adapted = {**call, "function": adapted}
+        if self._calls["short_ids"] and isinstance(call_id := adapted.get("id"), str):
+            adapted["id"] = _short_id(call_id)
+        return adapted
 
 
 def resolve_chat_template(
@@ -133,6 +141,12 @@ def _text_of(part: Any, name: str) -> str:
     if not isinstance(part.get("text"), str):
         raise TypeError(f"{name}['text'] must be text, got {type(part.get('text')).__name__}")
     return part["text"]
+
+
+def _short_id(call_id: str) -> str:
+    """Return an id of nine letters and digits, the same for a call and for its result."""
+    is_short = len(call_id) == 9 and call_id.isascii() and call_id.isalnum()
+    return call_id if is_short else hashlib.sha256(call_id.encode(errors="replace")).hexdigest()[:9]
 
 
 def _parse_arguments(text: str) -> dict:

@@ -15,7 +15,7 @@ from nanovllm.layers.layer import Layer
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import LazyGemm, LinearLayer, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import MLP
-from nanovllm.layers.moe import SparseMoE
+from nanovllm.layers.moe import Router, SparseMoE
 from nanovllm.layers.qk_norm import QKNorm
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
@@ -249,11 +249,14 @@ class Decoder(Layer):
         return tensors
 
     def compress(self) -> None:
-        """Let loading compress plain weights, if this CPU is fast with them; see weights/int4_int8.py."""
+        """Let loading compress plain weights, if this CPU is fast with them; see weights/int4_int8.py.
+
+        Routers keep their precision, as in llama.cpp.
+        """
         if not is_supported():
             return
         for module in self.modules():
-            if isinstance(module, (LinearLayer, VocabParallelEmbedding)):
+            if isinstance(module, (LinearLayer, VocabParallelEmbedding)) and not isinstance(module, Router):
                 module.format = with_compression(module.format, is_head=module is self.lm_head)
 
     def compile_sizes(self, max_tokens: int) -> list[int]:

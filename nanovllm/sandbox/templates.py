@@ -9,6 +9,7 @@ OTHER_ROLE = "other"
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "model", OTHER_ROLE)
 _PROBE = "Xprobe"  # text that is looked for in renderings
 _USER = {"role": "user", "content": "x"}
+_SHORT_ID, _LONG_ID = "call00000", "call_0123456789abcdef"  # Mistral's templates refuse ids without nine characters
 
 
 def prepare() -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -43,7 +44,8 @@ def inspect(tokenizer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         `variables`: names of the variables that it reads.
         `contents`: for each usual role, and OTHER_ROLE for all others, whether it prints a content that is "text", and
             one of "parts".
-        `calls`: whether it prints arguments of a tool call that are "text", as JSON, and those in an "object".
+        `calls`: whether it prints arguments of a tool call that are "text", as JSON, and those in an "object", and
+            whether it needs "short_ids".
     """
 
     def rendered(messages: list[dict[str, Any]]) -> str:
@@ -60,17 +62,22 @@ def inspect(tokenizer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         text = rendered(orders.get(role, [_USER, message]))
         return _PROBE in text and not _is_quoted(text)
 
-    def called(call_arguments: Any) -> str:
+    def called(call_arguments: Any, call_id: str = _SHORT_ID) -> str:
         function = {"name": "f", "arguments": call_arguments}
-        call = {"id": "call00000", "type": "function", "function": function}
+        call = {"id": call_id, "type": "function", "function": function}
         return rendered([_USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
 
     variables = find_variables(arguments["chat_template"])
     parts = [{"type": "text", "text": _PROBE}]
     contents = {role: {"text": prints(role, _PROBE), "parts": prints(role, parts)} for role in _ROLES}
-    as_text, as_object = json.dumps({"argument": _PROBE}), called({"argument": _PROBE})
-    # JSON has the probe in double quotes, and Python's notation in single ones.
-    calls = {"text": as_text in called(as_text), "object": _PROBE in as_object and f"'{_PROBE}'" not in as_object}
+    text, data = json.dumps({"argument": _PROBE}), {"argument": _PROBE}
+    as_text, as_object = called(text), called(data)
+    calls = {
+        # JSON has the probe in double quotes, and Python's notation in single ones.
+        "text": text in as_text,
+        "object": _PROBE in as_object and f"'{_PROBE}'" not in as_object,
+        "short_ids": bool(as_text or as_object) and not (called(text, _LONG_ID) or called(data, _LONG_ID)),
+    }
     return {"variables": list(variables), "contents": contents, "calls": calls}
 
 

@@ -191,11 +191,14 @@ def _model_name(model: str | Path | None) -> str:
 
 
 def _chat_template(llm: AsyncLLM | EngineClient) -> str | None:
+    """Return the text of the model's chat template. If it has another one for tools, that comes first."""
     try:
         template = llm.tokenizer.chat_template
     except ValueError:  # the model has no tokenizer
         return None
-    return template.get("default") if isinstance(template, dict) else template
+    if isinstance(template, dict):
+        return "\n".join(template[name] for name in ("tool_use", "default") if name in template) or None
+    return template
 
 
 def _listen(host: str, port: int) -> socket.socket:

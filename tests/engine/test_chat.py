@@ -1,6 +1,7 @@
 """Conversations become prompts: what templates read, and the forms of contents and tool calls that they print."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -317,6 +318,28 @@ def test_arguments_that_are_no_json_object_are_shown_as_the_model_wrote_them(arg
 def test_tool_calls_of_another_form_are_refused(calls):
     with pytest.raises(TypeError, match="tool_calls"):
         processor(AS_JSON).chat_prompts([USER, {"role": "assistant", "content": None, "tool_calls": calls}])
+
+
+SHORT_IDS = (
+    "{% macro nine(id) %}{% if id | length != 9 %}{{ raise_exception('not nine') }}{% endif %}{{ id }}{% endmacro %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}({{ nine(m.tool_call_id) }}={{ m.content }})"
+    "{% else %}{{ m.content }}{% for c in m.tool_calls or [] %}[{{ nine(c.id) }}]{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("call_id", ["call_8d1cbb6f35a84d1f8c3e5b0a", "toolu_1", "-" * 9, ""])
+def test_ids_of_tool_calls_become_short_for_templates_that_refuse_long_ones(call_id):
+    messages = calling({}, "")
+    messages[1]["tool_calls"][0]["id"] = call_id
+    messages.append({"role": "tool", "tool_call_id": call_id, "content": "5"})
+    found = re.fullmatch(r"Hello\[([a-z0-9]{9})\]\(([a-z0-9]{9})=5\)", prompt(SHORT_IDS, messages))
+    assert found and found[1] == found[2]
+    assert messages[2]["tool_call_id"] == call_id  # the caller's are left alone
+    assert call_id in prompt("{% for m in messages %}{{ m.tool_call_id }}{{ m.content }}{% endfor %}", messages)
+
+
+def test_short_ids_of_tool_calls_are_kept():
+    assert prompt(SHORT_IDS, calling({}, "")) == "Hello[abcdefghi]"
 
 
 def test_messages_of_more_entries_than_a_length_can_say_are_refused():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.layers.moe import Router
 from nanovllm.ops.linear.reference import linear_torch
 from nanovllm.ops.norm_rope import reference
 from nanovllm.weights.formats import Plain, Table
@@ -214,9 +215,10 @@ def test_defaults_of_the_caller_do_not_change_the_tokens(tmp_path, dtype):
 
 
 @needs_gemm
-def test_a_mixture_of_experts_keeps_its_experts_and_compresses_the_rest(tmp_path):
+def test_a_mixture_of_experts_keeps_its_experts_and_routers_and_compresses_the_rest(tmp_path):
     runs = []
-    model = tiny_model("qwen2-moe", **SIZES, moe_intermediate_size=32)
+    # 15 experts and the shared one's gate are 16 rows of a router, which torch's GEMM could read.
+    model = tiny_model("qwen2-moe", **SIZES, moe_intermediate_size=32, num_experts=15)
     path = write_gguf(tmp_path / "moe.gguf", model, quantize=True)
     for dtype in ("auto", "float32"):
         with engine(path, dtype=dtype) as llm:
@@ -226,6 +228,8 @@ def test_a_mixture_of_experts_keeps_its_experts_and_compresses_the_rest(tmp_path
                 )
             )
             assert (Int4 in formats(llm)) == (dtype == "auto")
+            routers = [m for m in llm.llm_engine.executor.runner.model.modules() if isinstance(m, Router)]
+            assert routers and not any(isinstance(router.format, Int4) for router in routers)
     assert runs[0] == pytest.approx(runs[1], abs=0.1)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from nanovllm.server.events import CallArguments, CallEnd, CallStart, Text, Thinking
 from nanovllm.server.parsers import MAX_HELD_CHARS, joined
 from nanovllm.server.text_format import TextFormat
+from tests.server.scripted import ScriptedLLM
+from tests.server.serving import make_server
 
 FORMATS = ["none", "hermes", "qwen3_coder", "llama3", "mistral"]
 PROPERTIES = {
@@ -529,6 +532,12 @@ FOUND = {
 @pytest.mark.parametrize("model", TEMPLATES)
 def test_formats_are_found_in_the_chat_template(model):
     assert TextFormat.detect(TEMPLATES[model]) == FOUND[model]
+
+
+def test_the_format_of_calls_is_that_of_the_template_for_tools():
+    llm = ScriptedLLM("a")
+    llm.tokenizer = SimpleNamespace(chat_template={"default": TEMPLATES["SmolLM2"], "tool_use": TEMPLATES["Qwen3"]})
+    assert make_server(llm)[0].format == FOUND["Qwen3"]
 
 
 def test_formats_that_the_operator_names_are_not_searched_for():
