@@ -55,8 +55,8 @@ class Config:
         revision: branch, tag or commit of the model's hub id. Another hub id of the tokenizer takes its default branch.
         download_dir: folder for what a hub id needs to download; None is the hub's cache.
         logprobs_mode: the mode of requests that choose none; see `SamplingParams`.
-        generation_config: what requests without SamplingParams get. "auto": what the model's generation_config.json
-            says. "vllm": SamplingParams().
+        generation_config: what requests without SamplingParams get. "auto": what the model's generation_config.json or
+            GGUF file says. "vllm": SamplingParams().
         max_logprobs: most log-probabilities of a token that a request may ask for; -1 sets no limit but that of
             `SamplingParams`.
         distributed_executor_backend: how ranks are started. "mp": by the engine. "external_launcher": by torchrun or

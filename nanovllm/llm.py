@@ -333,7 +333,7 @@ class LLM:
         """Return the parameters of requests without any.
 
         Their temperature, top_k, top_p, min_p, repetition_penalty and max_tokens are those of the model's
-        generation_config.json, as far as it has them. `generation_config="vllm"` turns this off.
+        generation_config.json or GGUF file, as far as it has them. `generation_config="vllm"` turns this off.
         """
         return self.llm_engine.input_processor.default_params
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -70,6 +70,14 @@ _MAX_DIMS = 4
 # Types of tokens that a text may have whole: control tokens are special, user-defined ones are not.
 _CONTROL, _USER_DEFINED = 3, 4
 # Metadata that names tokens which end a text. Like llama.cpp, the engine also stops at tokens with _END_TEXTS.
+# Metadata with the values of arguments of SamplingParams that the model's authors recommend.
+_SAMPLING = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
 _END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 _END_TEXTS = {
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>"),
@@ -312,8 +320,20 @@ def _end_ids(file: _GgufFile, vocab_size: int) -> tuple[int, ...]:
     return known_ids(list(dict.fromkeys([*named, *by_text])), vocab_size)
 
 
-def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
-    """Return a GGUF file's config, and whether it has a tokenizer. Raise ValueError if it is not supported."""
+class GgufModel(NamedTuple):
+    """What the metadata of a GGUF file says.
+
+    Attributes:
+        sampling_defaults: arguments of SamplingParams.
+    """
+
+    config: ModelConfig
+    has_tokenizer: bool
+    sampling_defaults: dict[str, Any]
+
+
+def read_gguf(path: Path) -> GgufModel:
+    """Read the metadata of a GGUF file. Raise ValueError if the model is not supported."""
     file = _GgufFile(path)
     model_type = _MOE_FAMILIES.get(file.arch, file.arch)
     check_model_type(model_type)
@@ -360,7 +380,9 @@ def read_gguf(path: Path) -> tuple[ModelConfig, bool]:
         eos_token_ids=_end_ids(file, vocab_size),
         moe=_moe(file),
     )
-    return config, "tokenizer.ggml.tokens" in file.metadata
+    # Metadata has 32 bits: 0.6 comes as 0.60000002.
+    defaults = {ours: round(file.number(key), 6) for key, ours in _SAMPLING.items() if key in file.metadata}
+    return GgufModel(config, "tokenizer.ggml.tokens" in file.metadata, defaults)
 
 
 def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":

@@ -32,7 +32,7 @@ from nanovllm.checks import shown
 from nanovllm.config import Config
 from nanovllm.library_errors import refusing
 from nanovllm.models.presets import PRESETS
-from nanovllm.models.registry import ModelConfig, check_model_type, known_ids, stated_dtype, token_ids
+from nanovllm.models.registry import ModelConfig, check_model_type, stated_dtype, token_ids
 from nanovllm.vllm_options import translate
 from nanovllm.weights.quantization_config import SCHEMES
 
@@ -61,7 +61,7 @@ class ModelSource:
         path: a folder in transformers' layout or a GGUF file; None for a shape without weights and tokenizer.
         has_tokenizer: whether the model has a tokenizer.
         tokenizer_path: a folder or a GGUF file whose tokenizer replaces the model's.
-        sampling_defaults: arguments of SamplingParams that the model's generation config has.
+        sampling_defaults: arguments of SamplingParams that generation_config.json or the GGUF file has.
     """
 
     config: ModelConfig
@@ -166,7 +166,7 @@ def open_config(config: Config) -> ModelSource:
         return source
     revision = config.revision if str(config.tokenizer) == str(config.model) else None
     path = _find_tokenizer(config.tokenizer, revision, config.download_dir)
-    return _with_end_tokens(replace(source, tokenizer_path=path, has_tokenizer=True))
+    return replace(source, tokenizer_path=path, has_tokenizer=True)
 
 
 def get_tokenizer(
@@ -250,10 +250,10 @@ def open_model(
         raise ValueError(f"model {str(name)!r:.100} is a file, but not a .gguf file")
     from nanovllm.checkpoints.gguf import read_gguf
 
-    config, has_tokenizer = read_gguf(path)
+    config, has_tokenizer, defaults = read_gguf(path)
     if load_format != "dummy":
         config = _compare_with_weights(config, path)
-    return ModelSource(config, path, has_tokenizer)
+    return ModelSource(config, path, has_tokenizer, sampling_defaults=defaults)
 
 
 def _compare_with_weights(config: ModelConfig, path: Path) -> ModelConfig:
@@ -283,7 +283,7 @@ def new_weights(location: str | Path, config: ModelConfig) -> Iterator[tuple[str
     if path.is_file():
         from nanovllm.checkpoints.gguf import read_gguf
 
-        config.check_same_model(read_gguf(path)[0])
+        config.check_same_model(read_gguf(path).config)
     elif (path / "config.json").exists():
         config.check_same_model(_read_config(path))
     return weights
@@ -296,7 +296,6 @@ def _open_folder(path: Path, load_format: str) -> ModelSource:
     given = _generation_config(path)
     defaults = {ours: given[name] for name, ours in _DEFAULTS.items() if given.get(name) is not None}
     source = ModelSource(_read_config(path, load_format), path, _has_tokenizer(path), sampling_defaults=defaults)
-    source = _with_end_tokens(source)
     if load_format == "dummy":
         return source
     return replace(source, config=_compare_with_weights(source.config, path))
@@ -333,14 +332,6 @@ def _generation_config(folder: Path) -> dict[str, Any]:
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / file).exists() for file in _TOKENIZER_FILES)
-
-
-def _with_end_tokens(source: ModelSource) -> ModelSource:
-    """Take the end tokens from the tokenizer if the model's config has none."""
-    if source.config.eos_token_ids or not source.has_tokenizer:
-        return source
-    eos = known_ids(source.tokenizer().eos_token_id, source.config.vocab_size)
-    return replace(source, config=replace(source.config, eos_token_ids=eos))
 
 
 def _download(

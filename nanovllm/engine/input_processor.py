@@ -116,24 +116,35 @@ class InputProcessor:
         return backend
 
     @loaded_once
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids of the tokens that end a text: those that the model's configs name, and the tokenizer's, as in vLLM.
+
+        The configs of a model that was tuned to chat may still name the end token of its base model.
+        """
+        ids = self.source.config.eos_token_ids
+        own = self.tokenizer.eos_token_id if self.has_tokenizer else None
+        is_known = own is None or own in ids or own >= self.vocab_size
+        return ids if is_known else (*ids, own)
+
+    @loaded_once
     def grammars(self) -> Grammars:
         """Compiles structured outputs. Made when it is first used, which takes 0.2 s, most of it with the GIL."""
         return Grammars(
             self.tokenizer,
             self.token_bytes(skip_special_tokens=False),
             vocab_size=self.vocab_size,
-            eos_token_ids=self.source.config.eos_token_ids,
+            eos_token_ids=self.end_ids,
         )
 
     @loaded_once
     def default_params(self):
-        """The parameters of requests without any: what the model's generation config says."""
+        """The parameters of requests without any: what the model's files say."""
         if self.config.generation_config != "auto":
             return SamplingParams()
         try:
             return SamplingParams(**self.source.sampling_defaults)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the model's generation_config.json is wrong, so give SamplingParams: {error}") from None
+            raise ValueError(f"the model's sampling defaults are wrong, so give SamplingParams: {error}") from None
 
     def process(
         self, prompt: Any, params: SamplingParams | None, request_id: Any = None, stream: bool = False
@@ -338,7 +349,7 @@ class InputProcessor:
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
-            stop_ids |= frozenset(self.source.config.eos_token_ids)
+            stop_ids |= frozenset(self.end_ids)
         if params.min_tokens and len(stop_ids) > MAX_STOP_IDS:
             message = f"stop_token_ids and the model's end-of-sequence ids are {len(stop_ids)} together"
             raise ValueError(f"{message}; with min_tokens they must be at most {MAX_STOP_IDS}")
@@ -352,7 +363,7 @@ class InputProcessor:
             if self._closed:  # `close` may not have seen them
                 grammars.close()
             return grammars.filter(
-                never_ids=self.source.config.eos_token_ids if params.ignore_eos else (),
+                never_ids=self.end_ids if params.ignore_eos else (),
                 stop_ids=stop_ids,
                 min_tokens=params.min_tokens,
                 **asdict(params.structured_outputs),

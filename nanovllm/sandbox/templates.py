@@ -7,7 +7,7 @@ from typing import Any
 # Other roles are the caller's words. A template is asked about all of them as one, so that the work has a bound.
 OTHER_ROLE = "other"
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "model", OTHER_ROLE)
-_PROBE = "Xprobe"  # text that is looked for in renderings
+_PROBE, _SECOND_PROBE = "Xprobe", "Xsecond"  # texts that are looked for in renderings
 _USER = {"role": "user", "content": "x"}
 _SHORT_ID, _LONG_ID = "call00000", "call_0123456789abcdef"  # Mistral's templates refuse ids without nine characters
 
@@ -43,7 +43,7 @@ def inspect(tokenizer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `variables`: names of the variables that it reads.
         `contents`: for each usual role, and OTHER_ROLE for all others, whether it prints a content that is "text", and
-            one of "parts".
+            all of one that is "parts".
         `calls`: whether it prints arguments of a tool call that are "text", as JSON, and those in an "object", and
             whether it needs "short_ids".
     """
@@ -56,11 +56,11 @@ def inspect(tokenizer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         except Exception:  # the template refuses this form, or such a conversation
             return ""
 
-    def prints(role: str, content: Any) -> bool:
+    def prints(role: str, content: Any, *probes: str) -> bool:
         message = {"role": role, "content": content}
         orders = {"user": [message], "system": [message, _USER], "developer": [message, _USER]}
         text = rendered(orders.get(role, [_USER, message]))
-        return _PROBE in text and not _is_quoted(text)
+        return all(probe in text for probe in probes) and not _is_quoted(text)
 
     def called(call_arguments: Any, call_id: str = _SHORT_ID) -> str:
         function = {"name": "f", "arguments": call_arguments}
@@ -68,8 +68,12 @@ def inspect(tokenizer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         return rendered([_USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
 
     variables = find_variables(arguments["chat_template"])
-    parts = [{"type": "text", "text": _PROBE}]
-    contents = {role: {"text": prints(role, _PROBE), "parts": prints(role, parts)} for role in _ROLES}
+    parts = [{"type": "text", "text": probe} for probe in (_PROBE, _SECOND_PROBE)]
+    contents = {
+        # Some templates print only the first part.
+        role: {"text": prints(role, _PROBE, _PROBE), "parts": prints(role, parts, _PROBE, _SECOND_PROBE)}
+        for role in _ROLES
+    }
     text, data = json.dumps({"argument": _PROBE}), {"argument": _PROBE}
     as_text, as_object = called(text), called(data)
     calls = {

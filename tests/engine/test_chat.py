@@ -193,6 +193,10 @@ PARTS_ONLY = (
     "{% for m in messages %}<{{ m.role }}>{% for part in m.content | selectattr('type', 'equalto', 'text') %}"
     "{{ part['text'] }}|{% endfor %}{% endfor %}"
 )
+FIRST_PART = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{{ m.content[0]['text'] }}{% endif %}{% endfor %}"
+)
 BY_ROLE = (
     "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set messages = messages[1:] %}{% endif %}"
     "{% for m in messages %}"
@@ -218,6 +222,7 @@ def parts(*texts):
         (EITHER, "a", "<user>a"),
         (PARTS_ONLY, parts("a", "b"), "<user>a|b|"),
         (PARTS_ONLY, "a", "<user>a|"),
+        (FIRST_PART, parts("a", "b"), "<user>a\nb"),
         (BY_ROLE, parts("a", "b"), "a|b|"),
     ],
 )

@@ -18,6 +18,7 @@ from nanovllm.checkpoints.loader import iterate_weights, load_weights
 from nanovllm.layers.rotary_embedding import rope_table
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import ModelConfig
+from tests.helpers import engine
 from tests.models.tiny import separate_experts, tiny_model
 
 _GGUF_NAMES = {hf: name for name, hf in (reader._NAMES | reader._LAYER_NAMES).items()}
@@ -203,6 +204,17 @@ def test_unsupported_feature_is_refused_by_name(tmp_path, metadata, named):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), **metadata)
     with pytest.raises(ValueError, match=f"{named}.*supported are"):
         open_model(path)
+
+
+def test_recommended_sampling_is_the_default(tmp_path):
+    values = {"temp": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.05, "penalty_repeat": 1.1, "mirostat": 0}
+    metadata = {f"general__sampling__{name}": value for name, value in values.items()}
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), **metadata)
+    want = SamplingParams(temperature=0.6, top_k=20, top_p=0.95, min_p=0.05, repetition_penalty=1.1)
+    with engine(path) as llm:
+        assert llm.get_default_sampling_params() == want
+    with engine(path, generation_config="vllm") as llm:
+        assert llm.get_default_sampling_params() == SamplingParams()
 
 
 @pytest.mark.parametrize(

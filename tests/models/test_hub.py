@@ -28,6 +28,7 @@ from nanovllm.checkpoints.loader import iterate_weights
 from nanovllm.config import Config
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.presets import PRESETS
+from tests.helpers import engine
 from tests.models.tiny import save_tiny, save_tiny_with_tokenizer, tiny_model
 
 CONTENT = b"weights" * 1000
@@ -203,12 +204,14 @@ def save_words(folder):
     PreTrainedTokenizerFast(tokenizer_object=vocabulary, unk_token="<unk>", eos_token="<end>").save_pretrained(folder)
 
 
-def test_end_token_of_the_tokenizer_is_used_if_the_configs_have_none(tmp_path):
-    folder = save_tiny(tmp_path, "qwen3", eos_token_id=None)
+@pytest.mark.parametrize(("named", "want"), [(None, {2}), (1, {1, 2}), ([2, 1], {1, 2})])
+def test_texts_end_at_the_end_tokens_of_the_configs_and_of_the_tokenizer(tmp_path, named, want):
+    folder = save_tiny(tmp_path, "qwen3", eos_token_id=named)
     save_words(folder)
-    source = open_model(folder)
-    assert source.has_tokenizer and source.tokenizer().encode("hello") == [1]
-    assert source.config.eos_token_ids == (2,)
+    with engine(folder) as llm:
+        params = [SamplingParams(temperature=0, max_tokens=3, allowed_token_ids=[token]) for token in range(4)]
+        outputs = llm.generate([[1]] * 4, params, use_tqdm=False)
+    assert {out.token_ids[0] for out in outputs if len(out.token_ids) == 1} == want
 
 
 def test_template_of_a_processor_is_read_if_the_tokenizer_has_none(tmp_path):
@@ -582,7 +585,7 @@ def test_impossible_path_of_weights_is_named(name):
 def test_end_token_of_minus_one_is_ignored_with_a_warning(tmp_path, caplog):
     folder = save_tiny(tmp_path, "qwen3", eos_token_id=-1)
     save_words(folder)
-    assert open_model(folder).config.eos_token_ids == (2,)
+    assert open_model(folder).config.eos_token_ids == ()
     assert "Ignoring the model's eos_token_id [-1]" in caplog.text
 
 
