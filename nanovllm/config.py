@@ -27,7 +27,8 @@ class Config:
             default model.
         enforce_eager: run without CUDA graphs.
         tensor_parallel_size: number of ranks that share the model. Under `torchrun` it must divide the world size.
-        max_model_len: longest prompt plus output, in tokens; capped at what the model supports with its RoPE scaling.
+        max_model_len: longest prompt plus output, in tokens; at most what the model supports with its RoPE scaling, and
+            what num_kvcache_blocks hold.
         max_num_seqs: how many sequences run at once; None is 512, or max_num_batched_tokens if that is less. Fewer run
             if their recurrent state would take more than half of that memory.
         max_num_batched_tokens: token budget of one step, at least max_num_seqs; None is 16384, or max_num_seqs if that

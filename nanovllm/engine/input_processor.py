@@ -73,14 +73,12 @@ class InputProcessor:
         config: the engine's Config.
         source: the model, which has the tokenizer and the vocabulary size.
         max_model_len: longest prompt plus output, in tokens.
-        num_kv_tokens: how many tokens the whole KV cache holds.
     """
 
-    def __init__(self, config: Config, source: ModelSource, max_model_len: int, num_kv_tokens: int):
+    def __init__(self, config: Config, source: ModelSource, max_model_len: int):
         self.config = config
         self.source = source
         self.max_model_len = max_model_len
-        self.num_kv_tokens = num_kv_tokens
         self.vocab_size = source.config.vocab_size
         self.has_tokenizer = source.has_tokenizer and not config.skip_tokenizer_init
         self.templates = Pool("templates", {}, "messages do not fit the model's chat template")
@@ -123,8 +121,9 @@ class InputProcessor:
         """
         ids = self.source.config.eos_token_ids
         own = self.tokenizer.eos_token_id if self.has_tokenizer else None
-        is_known = own is None or own in ids or own >= self.vocab_size
-        return ids if is_known else (*ids, own)
+        if own is None or own in ids or own >= self.vocab_size:
+            return ids
+        return (*ids, own)
 
     @loaded_once
     def grammars(self) -> Grammars:
@@ -316,14 +315,6 @@ class InputProcessor:
         if num_prompt >= self.max_model_len:
             raise self._too_long(prompt)
         max_output_len = self.max_model_len - num_prompt
-        num_kv = self.num_kv_tokens - num_prompt
-        # The cache silently bounds max_tokens=None. A number must fit, because fewer tokens would be a surprise.
-        if num_kv < 1 or (params.max_tokens is not None and min(max_output_len, params.max_tokens) > num_kv):
-            raise ValueError(
-                f"{prompt} and max_tokens is {params.max_tokens}; the whole KV cache holds {self.num_kv_tokens} "
-                "tokens: raise num_kvcache_blocks"
-            )
-        max_output_len = min(max_output_len, num_kv)
         if params.min_tokens > max_output_len:
             raise ValueError(f"{prompt}; min_tokens must be at most {max_output_len} after it, got {params.min_tokens}")
         return max_output_len

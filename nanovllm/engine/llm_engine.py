@@ -74,9 +74,12 @@ class LLMEngine:
         self.executor = start_executor(self.config, self.source)
         self.holds_resources = True
         runner = self.executor.runner
-        self.max_model_len = runner.max_model_len
         num_kv_tokens = runner.num_blocks * self.config.kvcache_block_size
-        self.input_processor = InputProcessor(self.config, self.source, self.max_model_len, num_kv_tokens)
+        self.max_model_len = min(runner.max_model_len, num_kv_tokens)
+        if num_kv_tokens < runner.max_model_len:
+            message = "max_model_len is %d in place of %d: num_kvcache_blocks=%d hold no more tokens"
+            logger.warning(message, num_kv_tokens, runner.max_model_len, runner.num_blocks)
+        self.input_processor = InputProcessor(self.config, self.source, self.max_model_len)
         self.scheduler = _make_scheduler(self.config, self.executor)
         self.core = EngineCore(self.scheduler, self.executor, self.config.overlap)
         self.next_id = 0

@@ -25,7 +25,8 @@ class CallGrammar:
         parallel: whether one call may follow another.
 
     Raises:
-        TypeError, ValueError: a schema is no dict, too long or too deep, or the format cannot write a name.
+        TypeError, ValueError: a schema is not that of an object, too long or too deep, or the format cannot write a
+            name.
     """
 
     def __init__(self, schemas: Mapping[str, Any], parallel: bool):
@@ -37,6 +38,10 @@ class CallGrammar:
                 raise ValueError(f"a tool's name must have 1 to 128 letters, digits, '_' or '-', got {shown(name)}")
             if not isinstance(schema, dict):
                 raise TypeError(f"the parameters of the tool {name} must be a JSON schema, got {shown(schema)}")
+            kind = schema.get("type", "object")
+            if "object" not in (kind if isinstance(kind, list) else [kind]):
+                message = f"the parameters of the tool {name} must have the type 'object', got {shown(kind)}"
+                raise ValueError(message)
             self._add(f"call_{i}: {self._call(i, name, schema)}")
         self._add(f"call: {' | '.join(f'call_{i}' for i in range(len(schemas)))}")
 

@@ -19,7 +19,7 @@ from nanovllm.server.generation import Conversation, Piece, generate_turn
 from nanovllm.server.models import check_model
 from nanovllm.server.sampling import NEUTRAL, SamplingFields
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import JsonResponse, sse
+from nanovllm.server.streaming import LongJsonResponse, sse
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 # Clients send these fields back with an assistant's message, but no template prints them.
@@ -275,4 +275,4 @@ async def _whole(pieces: AsyncGenerator[Piece, None], form: Form) -> Response:
         async for piece in pieces:
             whole.add(piece)
     # Many log-probabilities take long to write.
-    return await asyncio.to_thread(lambda: JsonResponse(whole.body()))
+    return await asyncio.to_thread(lambda: LongJsonResponse(whole.body()))

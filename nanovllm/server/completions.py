@@ -18,9 +18,11 @@ from nanovllm.server.errors import ApiError, aborted
 from nanovllm.server.models import check_model
 from nanovllm.server.sampling import NEUTRAL, SamplingFields
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import JsonResponse, json_logprob, merge_streams, sse
+from nanovllm.server.streaming import LongEvent, LongJsonResponse, json_logprob, merge_streams, sse
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
+_MAX_LOGPROBS = 1 << 20  # of a response; they take about 200 bytes each
+_LONG_LOGPROBS = 64  # tokens with log-probabilities that an event of a stream may have before it counts as long
 
 
 class CompletionRequest(SamplingFields):
@@ -51,6 +53,7 @@ class _Writer:
         is_empty: leave out the sampled token, because `max_tokens` is 0. The engine cannot do without it.
         num_cached: for each prompt, how many of its tokens the prefix cache had.
         _offsets: for each sample that had an output, where the text of its next token starts; 0 without logprobs.
+        _num_logprobs: how many log-probabilities the response has so far; in a stream, the last choice.
     """
 
     def __init__(self, request: CompletionRequest, n: int, echoes: Sequence[str]):
@@ -62,6 +65,7 @@ class _Writer:
         self.num_prompt: dict[int, int] = {}
         self.num_cached: dict[int, int] = {}
         self._offsets: dict[int, int] = {}
+        self._num_logprobs = 0
 
     async def choices(self, prompt_index: int, output: RequestOutput) -> list[dict]:
         """Return what an output has, or what is new in it, as choices."""
@@ -89,6 +93,7 @@ class _Writer:
                 token_ids, rows = output.prompt_token_ids + token_ids, output.prompt_logprobs + rows
         offset, logprobs = self._offsets.get(index, 0), None
         if rows is not None:
+            self._count_logprobs(len(token_ids))
             logprobs, offset = _logprobs(token_ids, rows, offset)
         self._offsets[index] = offset
         return {
@@ -98,6 +103,18 @@ class _Writer:
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
         }
+
+    def _count_logprobs(self, num_tokens: int) -> None:
+        """Refuse a response, or an event of a stream, that would take too much memory. `echo` repeats the prompt's."""
+        per_token = (self.request.logprobs or 0) + 1
+        self._num_logprobs = num_tokens * per_token + (0 if self.request.stream else self._num_logprobs)
+        if self._num_logprobs > _MAX_LOGPROBS:
+            raise ApiError(
+                400,
+                f"logprobs={self.request.logprobs} makes {self._num_logprobs} log-probabilities or more; a response "
+                f"has at most {_MAX_LOGPROBS}: ask for fewer, or for fewer prompts or samples",
+                param="logprobs",
+            )
 
     def usage(self) -> dict:
         """Return the numbers of tokens so far."""
@@ -145,9 +162,10 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt, list) and prompt:
-        if all(isinstance(each, str | list) for each in prompt):
+        kinds = set(map(type, prompt))  # of a million token ids, say
+        if kinds <= {str, list}:
             return prompt
-        if not any(isinstance(each, str | list) for each in prompt):
+        if kinds.isdisjoint({str, list}):
             return [prompt]
     message = f"prompt must be a text, a list of token ids, or a list of one of these, got {shown(prompt)}"
     raise ApiError(400, message, param="prompt")
@@ -192,9 +210,13 @@ async def _events(
             # Half a character has no text yet.
             events = [choice for choice in choices if choice["text"] or choice["logprobs"] or choice["finish_reason"]]
             if events:
-                yield [{**header, "choices": [choice], **usage} for choice in events]
+                yield [_event_type(choice)({**header, "choices": [choice], **usage}) for choice in events]
     if writer.request.include_usage:
         yield [{**header, "choices": [], "usage": writer.usage()}]
+
+
+def _event_type(choice: dict) -> type[dict]:
+    return LongEvent if choice["logprobs"] and len(choice["logprobs"]["tokens"]) > _LONG_LOGPROBS else dict
 
 
 def routes(state: ServerState) -> APIRouter:
@@ -229,6 +251,6 @@ def routes(state: ServerState) -> APIRouter:
                 choices += await writer.choices(index, output)
         choices.sort(key=lambda choice: choice["index"])
         body = {**header, "choices": choices, "usage": writer.usage()}
-        return await asyncio.to_thread(lambda: JsonResponse(body))  # many log-probabilities take long to write
+        return await asyncio.to_thread(lambda: LongJsonResponse(body))  # many log-probabilities take long to write
 
     return router

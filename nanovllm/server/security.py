@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import ipaddress
 import re
+import socket
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -113,9 +114,14 @@ def _is_local(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens on `host`."""
-    address = _ip_address(host)
-    return host == "localhost" if address is None else address.is_loopback
+    """Whether only this machine can reach a server that listens on `host`, a name or an address in any notation."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    address = ipaddress.ip_address(str(found[0][4][0]).partition("%")[0])  # without the interface of an IPv6 address
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
 
 
 def _ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

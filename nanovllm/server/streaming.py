@@ -16,6 +16,8 @@ logger = logging.getLogger("nanovllm")
 # `json.dumps` would make one for each event.
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
+# Log-probabilities of a token are five levels below a response.
+_WRITTEN_LEVELS = 5
 # An event, or a list of events that are sent together.
 Item: TypeAlias = dict | list[dict]
 T = TypeVar("T")
@@ -63,6 +65,33 @@ def json_bytes(value: Any) -> bytes:
     return _encoder.encode(value).encode(errors="backslashreplace")
 
 
+def long_json_bytes(value: Any) -> bytes:
+    """Return a value that may be long as compact JSON, in a thread: other threads run meanwhile.
+
+    The encoder keeps the GIL until it has written what it is given. So it is given small parts.
+    """
+    parts: list[str] = []
+    _write(value, parts, _WRITTEN_LEVELS)
+    return "".join(parts).encode(errors="backslashreplace")
+
+
+def _write(value: Any, parts: list[str], levels: int) -> None:
+    """Append the parts of a value's JSON. What is below so many levels is one part."""
+    if not levels or not isinstance(value, dict | list):
+        parts.append(_encoder.encode(value))
+        return
+    is_dict = isinstance(value, dict)
+    separator = "{" if is_dict else "["
+    for entry in value.items() if is_dict else value:
+        parts.append(separator)
+        if is_dict:
+            key, entry = entry
+            parts.append(f"{_encoder.encode(key)}:")
+        _write(entry, parts, levels - 1)
+        separator = ","
+    parts.append(("}" if is_dict else "]") if value else ("{}" if is_dict else "[]"))
+
+
 def json_logprob(value: float) -> float:
     """Return a log-probability as JSON can express it, which has no minus infinity."""
     return max(value, -9999.0)
@@ -73,6 +102,17 @@ class JsonResponse(JSONResponse):
 
     def render(self, content: Any) -> bytes:
         return json_bytes(content)
+
+
+class LongJsonResponse(JsonResponse):
+    """A response that may be long. Make it in a thread."""
+
+    def render(self, content: Any) -> bytes:
+        return long_json_bytes(content)
+
+
+class LongEvent(dict):
+    """An event that takes long to write."""
 
 
 class EventStream(Response):
@@ -108,23 +148,26 @@ class EventStream(Response):
     async def _chunks(self) -> AsyncGenerator[bytes, None]:
         try:
             if self._first is not None:
-                yield self._encode(self._first)
+                yield await self._encode(self._first)
             async for item in self._items:
-                yield self._encode(item)
+                yield await self._encode(item)
             if self._sends_done:
                 yield b"data: [DONE]\n\n"
         except Exception as error:
             api_error = as_api_error(error)
             if api_error.status == 500:
                 logger.exception("A stream has failed")
-            yield self._encode(self._error_event(api_error))
+            yield await self._encode(self._error_event(api_error))
 
-    def _encode(self, item: Item) -> bytes:
-        return b"".join(map(self._encode_event, item if isinstance(item, list) else [item]))
+    async def _encode(self, item: Item) -> bytes:
+        events = item if isinstance(item, list) else [item]
+        return b"".join([await self._encode_event(event) for event in events])
 
-    def _encode_event(self, event: dict) -> bytes:
+    async def _encode_event(self, event: dict) -> bytes:
+        is_long = isinstance(event, LongEvent)
+        data = await asyncio.to_thread(long_json_bytes, event) if is_long else json_bytes(event)
         name = f"event: {event['type']}\n".encode() if self._names_events else b""
-        return b"%bdata: %b\n\n" % (name, json_bytes(event))
+        return b"%bdata: %b\n\n" % (name, data)
 
 
 async def sse(

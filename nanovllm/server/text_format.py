@@ -100,7 +100,7 @@ class TextFormat:
         Args:
             tools: the functions that can be called, as in OpenAI's API.
             tool_choice: "none", "auto", "required", or the name of the function that must be called.
-            parallel: whether there may be several calls.
+            parallel: whether there may be several calls, if no function is named.
             prompt_text: as in `parser`. An output that starts inside a thinking tag ends it before the calls.
             response: the form of a response without calls, after the model's thinking. Thinking goes only before JSON:
                 with other forms, the prompt must not open it.
@@ -127,7 +127,7 @@ class TextFormat:
         elif tool_choice != "required":
             if tool_choice not in schemas:
                 raise ValueError(f"tool_choice must name one of the tools, got {shown(tool_choice)}")
-            schemas = {tool_choice: schemas[tool_choice]}
+            schemas, parallel = {tool_choice: schemas[tool_choice]}, False  # a named function is called once
         has_tags = self.tool_format == "mistral" and self.has_argument_tags
         grammar = GRAMMARS["mistral_tags" if has_tags else self.tool_format](schemas, parallel)
         thinking = self._thinking(prompt_text)

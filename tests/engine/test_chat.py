@@ -37,7 +37,7 @@ def processor(template):
     tokenizer.chat_template = template
     config = SimpleNamespace(vocab_size=len(tokenizer), eos_token_ids=(2,))
     source = SimpleNamespace(config=config, has_tokenizer=True, tokenizer=lambda: tokenizer)
-    inputs = InputProcessor(Config(), source, max_model_len=1000, num_kv_tokens=1000)
+    inputs = InputProcessor(Config(), source, max_model_len=1000)
     inputs.templates = POOL
     return inputs
 
@@ -118,7 +118,7 @@ def test_a_template_longer_than_any_real_one_is_refused():
 
 
 def test_a_closed_processor_starts_no_process():
-    inputs = InputProcessor(Config(), processor(THINKING).source, max_model_len=1000, num_kv_tokens=1000)
+    inputs = InputProcessor(Config(), processor(THINKING).source, max_model_len=1000)
     inputs.close()
     with pytest.raises(RuntimeError, match="the engine is closed"):
         inputs.chat_prompts(5)
@@ -377,7 +377,7 @@ def test_answer_with_null_or_no_tool_calls_is_one_without_the_key(calls):
 
 
 def test_the_default_model_s_template_takes_parts():
-    inputs = InputProcessor(Config(), open_model(None), max_model_len=1000, num_kv_tokens=1000)
+    inputs = InputProcessor(Config(), open_model(None), max_model_len=1000)
     assert inputs.chat_prompts([{"role": "user", "content": parts("Hello")}]) == inputs.chat_prompts([USER])
     with pytest.raises(TypeError, match="enable_thinking"):
         inputs.chat_prompts([USER], enable_thinking=False)

@@ -220,7 +220,7 @@ def test_bad_requests_are_refused_alone(model):
             ([131, "a"], greedy(4), ValueError, "131"),
             (5, greedy(4), TypeError, "int"),
             ([1] * 128, greedy(20), ValueError, "max_model_len"),
-            ([1] * 70, greedy(20), ValueError, "num_kvcache_blocks"),
+            ([1] * 80, greedy(20), ValueError, "max_model_len=80"),
             ([1], "greedy", TypeError, "sampling_params"),
             ([1], SamplingParams(stop_token_ids=[131]), ValueError, "stop_token_ids"),
         ]
@@ -232,6 +232,13 @@ def test_bad_requests_are_refused_alone(model):
             llm.generate([good, good], [greedy(4)])
         assert tokens(llm, [good], greedy(4)) == want
         assert llm.generate([]) == []
+
+
+def test_max_model_len_is_what_the_cache_holds(model, caplog):
+    with engine(model, num_kvcache_blocks=5) as llm:
+        assert llm.max_model_len == 80 and "max_model_len is 80 in place of 128" in caplog.text
+        outputs = llm.generate([[1] * 70] * 2, [greedy(20), greedy(None)], use_tqdm=False)
+    assert [(len(out.token_ids), out.finish_reason) for out in outputs] == [(10, "length")] * 2
 
 
 def test_aborted_request_returns_partial_output_and_others_finish(model):
@@ -328,7 +335,7 @@ def test_closing_one_engine_does_not_affect_another(model):
 
 
 def test_request_larger_than_the_kv_cache_is_refused(model):
-    with pytest.raises(ValueError, match="kvcache"), engine(model, num_kvcache_blocks=2) as llm:
+    with pytest.raises(ValueError, match="max_model_len=32"), engine(model, num_kvcache_blocks=2) as llm:
         llm.generate([[1] * 40], greedy(4))
 
 

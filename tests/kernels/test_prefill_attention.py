@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from nanovllm.ops.attention import prefill_attention as prefill_attention_module
+from nanovllm.ops.attention import reference
 from nanovllm.ops.attention.paged_cache import PagedKV, PagedRows
 from nanovllm.ops.attention.prefill_attention import (
     PrefillConfig,
@@ -48,6 +49,16 @@ WINDOWED = [(40, 40), (70, 70), (3, 200), (33, 270), (0, 7), (1, 130)]
 @pytest.mark.parametrize("window", WINDOWS)
 def test_reference_reads_only_what_the_window_shows(window):
     check(prefill_attention_torch, WINDOWED, 4, 2, 64, 16, window=window)
+
+
+@pytest.mark.parametrize("window", [0, 1, 7, 40, 500])
+def test_reference_attends_a_few_queries_at_a_time_where_it_needs_a_mask(window, monkeypatch):
+    monkeypatch.setattr(reference, "_MASKED_QUERIES", 16)
+    check(prefill_attention_torch, WINDOWED, 4, 2, 64, 16, window=window)
+    paged = make_paged([200, 270], 2, 64, 16, torch.float32, window=window, queries=[90, 200])
+    plans = reference.plan_prefill_gather(paged.rows, torch.tensor([0, 90, 290]), paged.kv, torch.float32)
+    assert [plan.mask.shape[0] for plan in plans] == [16] * 5 + [10] + [16] * 12 + [8]
+    assert len({plan.mask.untyped_storage().data_ptr() for plan in plans}) == 1
 
 
 @needs_triton

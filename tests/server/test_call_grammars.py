@@ -135,6 +135,15 @@ def test_a_named_function_is_the_only_one_that_can_be_called(name, accepts):
         FORMATS[name].constraint(TOOLS, "then", parallel=True)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("kind", ["string", "array", "foo", ["null", "string"], None])
+def test_parameters_that_are_no_object_are_refused(name, kind):
+    tools = [tool("now", {"type": kind})]
+    with pytest.raises(ValueError, match="tool now must have the type 'object', got"):
+        FORMATS[name].constraint(tools, "required", parallel=True)
+    assert FORMATS[name].constraint([tool("now", {"type": ["object", "null"]})], "required", parallel=True)
+
+
 TWO_CALLS = {
     "hermes": call("now", "hermes") + "\n" + call("weather", "hermes", city="x"),
     "qwen3_coder": call("now", "qwen3_coder") + "\n" + call("weather", "qwen3_coder", city="x"),
@@ -153,6 +162,15 @@ def test_two_calls_are_accepted_if_calls_may_be_parallel(name, tool_choice, acce
     assert parsed_calls(FORMATS[name], text) == [("now", {}), ("weather", {"city": "x"})]
     assert accepts(FORMATS[name].constraint(tools, tool_choice, parallel=True), text)
     assert not accepts(FORMATS[name].constraint(tools, tool_choice, parallel=False), text)
+
+
+@pytest.mark.parametrize("name", TWO_CALLS)
+def test_a_named_function_is_called_once(name, accepts):
+    text = TWO_CALLS[name].replace("weather", "now").replace('"city": "x"', "")
+    text = text.replace("<parameter=city>\nx\n</parameter>\n", "")
+    assert parsed_calls(FORMATS[name], text) == [("now", {})] * 2
+    assert accepts(FORMATS[name].constraint(TOOLS, "required", parallel=True), text)
+    assert not accepts(FORMATS[name].constraint(TOOLS, "now", parallel=True), text)
 
 
 @pytest.mark.parametrize("name", ["hermes", "qwen3_coder"])

@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.server import completions
 from nanovllm.server.completions import _by_text
 from tests.server.conftest import OPTIONS
 from tests.server.serving import call, error_of, events_of, post, with_client
@@ -84,6 +85,25 @@ def test_echo_of_token_ids_scores_them_as_lm_eval_reads_it(llm, offline):
         assert [max(top.values()) for top in logprobs["top_logprobs"][1:-1]] == pytest.approx(tops, abs=1e-4)
         # The sampled token is the most likely one, by exactly the same number.
         assert logprobs["token_logprobs"][-1] == max(logprobs["top_logprobs"][-1].values())
+
+
+def test_log_probabilities_that_fill_the_memory_are_refused(llm, monkeypatch):
+    monkeypatch.setattr(completions, "_MAX_LOGPROBS", 100)
+    body = {"prompt": [5] * 20, "max_tokens": 1, "logprobs": 3, "echo": True}
+    assert call(llm, "POST", PATH, body).status_code == 200
+    answer = call(llm, "POST", PATH, {**body, "n": 2})
+    assert answer.status_code == 400 and "a response has at most 100" in error_of(answer)
+    # A stream holds those of one choice.
+    assert len(events_of(call(llm, "POST", PATH, {**body, "n": 2, "stream": True}).text)) == 2
+    assert "a response has at most 100" in call(llm, "POST", PATH, {**body, "logprobs": 4, "stream": True}).text
+
+
+def test_a_long_event_of_a_stream_has_the_same_content(llm, monkeypatch):
+    body = {"prompt": [5] * 20, "max_tokens": 1, "logprobs": 3, "echo": True, "stream": True, "temperature": 0}
+    (want,) = events_of(call(llm, "POST", PATH, body).text)
+    monkeypatch.setattr(completions, "_LONG_LOGPROBS", 5)
+    (event,) = events_of(call(llm, "POST", PATH, body).text)
+    assert event["choices"] == want["choices"]
 
 
 def test_echo_without_max_tokens_gives_the_prompt_alone(llm):

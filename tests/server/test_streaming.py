@@ -6,7 +6,7 @@ import json
 import pytest
 
 from nanovllm.server.errors import ApiError, anthropic_error
-from nanovllm.server.streaming import JsonResponse, json_bytes, sse
+from nanovllm.server.streaming import JsonResponse, LongEvent, _write, json_bytes, long_json_bytes, sse
 
 
 async def sent(response):
@@ -47,6 +47,23 @@ def test_items_become_events_and_lists_share_a_chunk():
     expected = ['data: {"a":1}\n\n', 'data: {"b":"é\\n"}\n\ndata: {"c":null}\n\n', "data: [DONE]\n\n", ""]
     assert [chunk["body"].decode() for chunk in chunks] == expected
     assert [chunk["more_body"] for chunk in chunks] == [True, True, True, False]
+
+
+def test_long_values_are_written_in_small_parts():
+    top = [{"token": 'é"\n', "logprob": -1.5, "bytes": [1, 2]}] * 20
+    content = [{"token": "a", "top_logprobs": top}] * 100
+    choices = [{"logprobs": {"content": content, "none": None}}, {}, []]
+    body = {"choices": choices, "text": "x\ud83d", "empty": {}, "n": 0.5}
+    for value in (body, [], {}, [[]], None, "a", [1, [2, {"a": [{}]}]]):
+        assert long_json_bytes(value) == json_bytes(value)
+    parts = []
+    _write(body, parts, levels=5)
+    assert max(map(len, parts)) < 2 * len(json_bytes(content[0]))
+
+    async def use():
+        return await sent(await sse(stream(LongEvent(body))))
+
+    assert asyncio.run(use())[1]["body"] == b"data: " + json_bytes(body) + b"\n\n"
 
 
 def test_names_of_events_come_from_their_type():

@@ -98,6 +98,19 @@ def killing(pool, monkeypatch, times):
     return killed
 
 
+def test_a_child_that_has_grown_is_replaced():
+    pool = made()
+    pool.ask(request())
+    (first,) = pool._idle
+    kept = '{% if false %}{{ "x" * 60000000 }}{% endif %}{{ messages[0].content }}'  # Jinja makes the text once
+    for i in range(5):
+        assert pool.ask(request(kept.replace("x", chr(97 + i)))) == {"text": "Hello"}
+    first.process.wait()
+    assert pool.ask(request()) == {"text": "Hello"}
+    assert first not in pool._children and len(pool._children) == 1
+    pool.close()
+
+
 def test_a_request_whose_child_was_killed_is_asked_once_more(monkeypatch):
     pool = made()
     killed = killing(pool, monkeypatch, 1)
@@ -168,7 +181,7 @@ def test_a_deleted_working_folder_is_left_out_of_the_path(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path / "gone")
     assert import_path()[0] == str(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    assert import_path() == sys.path[1:]
+    assert not {"", str(tmp_path / "gone")} & set(import_path())
     pool = made()
     assert pool.ask(request()) == {"text": "Hello"}
     pool.close()

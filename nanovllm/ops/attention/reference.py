@@ -189,12 +189,14 @@ def shared_attention_torch(
 
 # -- prefill -----------------------------------------------------------------------------------------------------------
 
+_MASKED_QUERIES = 1024  # that attend at once, which bounds the memory of their mask
+
 
 class PrefillGatherPlan(NamedTuple):
-    """Locations of the KV of one prefill sequence: the part of `attend_sequence` that all layers share.
+    """Locations of the KV that queries of one prefill sequence see: the part of `attend_sequence` that layers share.
 
     Attributes:
-        start, end: the sequence's tokens in the packed queries.
+        start, end: the queries in the packed queries.
         indices: [K, L], the `cache_indices` of the tokens that the queries see.
         mask: [end - start, L], 0 where a query sees a position, else -inf; None if plain causal attention applies,
             because nothing is cached before the queries and no window hides any of them.
@@ -211,29 +213,44 @@ def plan_prefill_gather(
 ) -> list[PrefillGatherPlan]:
     """Return the plans of those `rows` that have queries, for caches like `kv`. Synchronizes.
 
+    At most _MASKED_QUERIES queries share a plan with a mask.
+
     Args:
         cu_seqlens_q: as in `prefill_attention_torch`.
         dtype: of the queries, and so of the masks.
     """
     bounds = (cu_seqlens_q - cu_seqlens_q[0]).tolist()
     slots, lens, device = rows.slots.tolist(), rows.context_lens.tolist(), rows.slots.device
-    plans = []
+    plain, masked = [], []
     for slot, length, (start, end) in zip(slots, lens, pairwise(bounds), strict=True):
-        if start == end:
-            continue
-        num_queries = end - start
-        first = max(0, length - num_queries + 1 - kv.window) if kv.window else 0
-        positions = torch.arange(first, length, device=device)
-        indices = cache_indices(kv, rows.block_tables, slot, positions)
-        mask = None
-        if len(positions) > num_queries or 0 < kv.window < num_queries:
-            queries = positions[-num_queries:, None]
-            hidden = positions > queries
-            if kv.window:
-                hidden |= positions <= queries - kv.window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-        plans.append(PrefillGatherPlan(start, end, indices, mask))
-    return plans
+        is_plain = length == end - start and not 0 < kv.window < length
+        step = max(length, 1) if is_plain else _MASKED_QUERIES
+        for first, last in pairwise([*range(start, end, step), end]):
+            context = length - (end - last)
+            begin = max(0, context - (last - first) + 1 - kv.window) if kv.window else 0
+            indices = cache_indices(kv, rows.block_tables, slot, torch.arange(begin, context, device=device))
+            (plain if is_plain else masked).append(PrefillGatherPlan(first, last, indices, None))
+    if not masked:
+        return plain
+    num_queries = max(plan.end - plan.start for plan in masked)
+    num_tokens = max(plan.indices.shape[1] for plan in masked)
+    mask = _causal_mask(num_queries, num_tokens, kv.window, dtype, device)
+    return plain + [plan._replace(mask=mask[plan.start - plan.end :, -plan.indices.shape[1] :]) for plan in masked]
+
+
+def _causal_mask(
+    num_queries: int, num_tokens: int, window: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Return the mask [num_queries, num_tokens] of the last tokens as queries.
+
+    Its last n rows and L columns are the mask of n queries and L tokens, so one mask serves all sequences.
+    """
+    positions = torch.arange(num_tokens, device=device)
+    queries = torch.arange(num_tokens - num_queries, num_tokens, device=device)[:, None]
+    hidden = positions > queries
+    if window:
+        hidden |= positions <= queries - window
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
 def attend_sequence(
