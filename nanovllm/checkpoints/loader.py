@@ -17,7 +17,7 @@ from nanovllm.layers.linear import LinearLayer
 from nanovllm.library_errors import refusing
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.families import FAMILIES
-from nanovllm.models.registry import ModelConfig
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.progress import ProgressBar
 from nanovllm.weights.parameter import (
     BAD_SCALE,

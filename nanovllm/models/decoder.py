@@ -19,7 +19,7 @@ from nanovllm.layers.moe import Router, SparseMoE
 from nanovllm.layers.qk_norm import QKNorm
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.registry import ModelConfig
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.ops.dispatch import compile_sizes
 from nanovllm.ops.linear.sigmoid_mul import sigmoid_mul
 from nanovllm.utils.context import get_context

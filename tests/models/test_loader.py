@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from nanovllm.checkpoints.loader import check_shapes, dummy_weights, iterate_weights, load_weights, read_shapes
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.registry import ModelConfig
+from nanovllm.models.model_config import ModelConfig
 from tests.models.tiny import save_tiny, separate_experts, tiny_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -14,7 +14,7 @@ from nanovllm.attention.flash_attn_backend import (
     choose_package,
     num_splits,
 )
-from nanovllm.attention.torch_ref import TorchBackend
+from nanovllm.attention.torch_backend import TorchBackend
 from nanovllm.layers.rotary_embedding import rope_table
 from nanovllm.ops.attention.paged_cache import KVKind, PagedKV, PagedRows
 from nanovllm.ops.attention.reference import (

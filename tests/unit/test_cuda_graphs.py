@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.attention.torch_ref import TorchBackend
+from nanovllm.attention.torch_backend import TorchBackend
 from nanovllm.distributed import parallel
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.moe import MoEConfig

@@ -1,4 +1,4 @@
-"""Attention in plain torch: the reference, and the backend for CPUs."""
+"""The attention backend in plain torch, for CPUs. Its parts are in ops/attention/reference.py."""
 
 from dataclasses import dataclass, field
 
