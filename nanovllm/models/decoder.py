@@ -16,9 +16,9 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import LazyGemm, LinearLayer, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import MLP
 from nanovllm.layers.moe import Router, SparseMoE
-from nanovllm.layers.qk_norm import QKNorm
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.layers.whole_qk_norm import WholeQKNorm
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.ops.dispatch import compile_sizes
 from nanovllm.ops.linear.sigmoid_mul import sigmoid_mul
@@ -55,9 +55,9 @@ class SelfAttention(Layer):
             window=config.window(index, rotary.max_position),
             dtype=dtype,
         )
-        self.qk_norm = None
+        self.whole_qk_norm = None
         if config.whole_qk_norm:
-            self.qk_norm = QKNorm(self.qkv_proj, config.rms_norm_eps, dtype=dtype, tp=tp)
+            self.whole_qk_norm = WholeQKNorm(self.qkv_proj, config.rms_norm_eps, dtype=dtype, tp=tp)
         attended_size = config.num_heads * config.head_dim
         self.o_proj = RowParallelLinear(
             attended_size,
@@ -71,8 +71,8 @@ class SelfAttention(Layer):
     def forward(self, x: Normed | Residual, positions: torch.Tensor, last: torch.Tensor | None) -> LazyGemm:
         # The gates come first, so that the rest is what the kernels of attention read.
         qkv, gate_size = self.qkv_proj(x), self.qkv_proj.gate_size
-        if self.qk_norm is not None:
-            self.qk_norm(qkv[:, gate_size:])
+        if self.whole_qk_norm is not None:
+            self.whole_qk_norm(qkv[:, gate_size:])
         attended = self.attn(qkv[:, gate_size:], positions, last)
         if gate_size:
             gate = qkv[:, :gate_size]

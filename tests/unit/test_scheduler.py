@@ -130,7 +130,7 @@ def check_integrity(scheduler, seqs):
     held = [block_id for placement in placements for block_id in placement.block_table]
     for block_id, block in enumerate(manager.blocks):
         assert block.ref_count == held.count(block_id)
-        assert (block.ref_count == 0) == (block_id in manager.free_ids)
+        assert (block.ref_count == 0) == (block_id in manager.free_block_ids)
     if manager.snapshots:
         check_snapshots(manager, placements)
     slots = [placement.slot for placement in placements]
@@ -357,7 +357,7 @@ def test_requests_with_different_salts_share_no_blocks_even_if_hashes_collide(mo
 def test_blocks_are_evicted_in_lru_order_and_the_end_of_a_prefix_first():
     manager = BlockManager(6, BLOCK)
     manager.free(computed(manager, Sequence(list(range(12)), SamplingParams())))
-    assert list(manager.free_ids) == [3, 4, 5, 2, 1, 0]
+    assert list(manager.free_block_ids) == [3, 4, 5, 2, 1, 0]
     manager.allocate(Placement(slot=1), 16)  # takes the unused blocks and the end of the prefix
     assert manager.find_prefix(Sequence(list(range(13)), SamplingParams())) == [0, 1]
 
