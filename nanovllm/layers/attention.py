@@ -12,8 +12,8 @@ from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
 class Attention(StatefulLayer):
     """Attention with RoPE over the paged KV cache, through the context's backend.
 
-    qkv [T, (num_heads + 2 num_kv_heads) head_dim] -> [T, num_heads head_dim]. With `last` [R], the index of each
-    sequence's last token, all tokens store K and V, but only these attend: the output is [R, num_heads head_dim].
+    qkv [T, (num_heads + 2 num_kv_heads) head_dim] -> [T, num_heads head_dim]. With `last_indices` [R], the index of
+    each sequence's last token, all tokens store K and V, but only these attend: the output is [R, num_heads head_dim].
 
     Args:
         num_heads, num_kv_heads: numbers of heads on this rank.
@@ -69,9 +69,11 @@ class Attention(StatefulLayer):
         )
         self.kv = state
 
-    def forward(self, qkv: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, qkv: torch.Tensor, positions: torch.Tensor, last_indices: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if self.kv is None:
             raise RuntimeError("this layer has no KV cache: bind() one first")
         context = get_context()
         attend = context.backend.store_and_attend
-        return attend(qkv, self.transform, positions, self.kv, self.scale, context, last).flatten(1)
+        return attend(qkv, self.transform, positions, self.kv, self.scale, context, last_indices).flatten(1)

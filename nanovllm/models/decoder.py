@@ -68,15 +68,15 @@ class SelfAttention(Layer):
             allocate_weight=formats.weight("o_proj"),
         )
 
-    def forward(self, x: Normed | Residual, positions: torch.Tensor, last: torch.Tensor | None) -> LazyGemm:
+    def forward(self, x: Normed | Residual, positions: torch.Tensor, last_indices: torch.Tensor | None) -> LazyGemm:
         # The gates come first, so that the rest is what the kernels of attention read.
         qkv, gate_size = self.qkv_proj(x), self.qkv_proj.gate_size
         if self.whole_qk_norm is not None:
             self.whole_qk_norm(qkv[:, gate_size:])
-        attended = self.attn(qkv[:, gate_size:], positions, last)
+        attended = self.attn(qkv[:, gate_size:], positions, last_indices)
         if gate_size:
             gate = qkv[:, :gate_size]
-            attended = sigmoid_mul(attended, gate if last is None else gate[last])
+            attended = sigmoid_mul(attended, gate if last_indices is None else gate[last_indices])
         return self.o_proj(attended)
 
 
@@ -134,14 +134,16 @@ class DecoderLayer(Layer):
         else:
             self.mlp = _mlp(config, index, dtype, tp)
 
-    def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
-        """Return the residual stream of all tokens, or only of the tokens at the indices `last` [L].
+    def forward(
+        self, residual: Residual, positions: torch.Tensor, last_indices: torch.Tensor | None = None
+    ) -> Residual:
+        """Return the residual stream of all tokens, or only of the tokens at the indices `last_indices` [L].
 
         The other tokens still store their keys and values, or update the recurrent state.
         """
         mixer = getattr(self, self.mixer_name)
-        mixed = mixer(self.input_layernorm(residual), positions, last)
-        residual = (residual if last is None else residual[last]).add(mixed)
+        mixed = mixer(self.input_layernorm(residual), positions, last_indices)
+        residual = (residual if last_indices is None else residual[last_indices]).add(mixed)
         return residual.add(self.mlp(self.post_attention_layernorm(residual)))
 
 
@@ -167,9 +169,11 @@ class PostNormLayer(Layer):
         self.self_attn = SelfAttention(config, index, rotary, dtype, tp)
         self.mlp = _mlp(config, index, dtype, tp)
 
-    def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
-        attended = self.post_attention_layernorm(self.self_attn(residual, positions, last))
-        residual = (residual if last is None else residual[last]).add(attended)
+    def forward(
+        self, residual: Residual, positions: torch.Tensor, last_indices: torch.Tensor | None = None
+    ) -> Residual:
+        attended = self.post_attention_layernorm(self.self_attn(residual, positions, last_indices))
+        residual = (residual if last_indices is None else residual[last_indices]).add(attended)
         return residual.add(self.post_feedforward_layernorm(self.mlp(residual)))
 
 

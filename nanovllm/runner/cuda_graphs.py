@@ -90,7 +90,7 @@ class CapturedStep:
 
 @dataclass(frozen=True)
 class CapturedMixedStep(CapturedStep):
-    """A graph of a step with prompt tokens, which reads `packed`, the `StepRows` of `num_rows` rows."""
+    """A graph of a mixed step, which reads `packed`, the `StepRows` of `num_rows` rows."""
 
     num_rows: int
     packed: torch.Tensor
@@ -104,8 +104,8 @@ class StepGraphs:
     - `decode`: reads only the slots, which the host sends when they change.
     - `shared`: the same for decode rows that share long prefixes. Graphs that decide on the device whether there are
       such prefixes would be slower for batches without them.
-    - `mixed`: for steps with prompt tokens. The host sends their rows, and attention treats decode rows as prompts of
-      one token, so that one graph runs any mixture.
+    - `mixed`: for mixed steps. The host sends their rows, and attention treats decode rows as prefill rows of one
+      token, so that one graph runs any mixture.
 
     Rows beyond the batch have the scratch slot, whose state never advances.
 

@@ -133,7 +133,7 @@ class ModelRunner:
         num_counters = (self.max_rows + 1) * max_kv_heads
         self.counters = torch.zeros(max(num_counters, MAX_TILES), dtype=torch.int32, device=self.device)
         # Kernels compile in other threads while the weights load.
-        with self._compiling() if self.backend.compiles_ahead else nullcontext():
+        with self._compiling() if self.backend.compiles_while_loading else nullcontext():
             if self.config.load_format == "dummy":
                 load_weights(self.model, dummy_weights(self.model, self.config.seed))
             else:
@@ -292,7 +292,7 @@ class ModelRunner:
         return int(free - total * (1 - self.config.gpu_memory_utilization)) - activations - GRAPH_BYTES
 
     def _largest_batch(self) -> Batch:
-        """Return a step with the whole token budget in prompt tokens, in `max_rows` rows.
+        """Return a step with the whole token budget in prefill rows, `max_rows` of them.
 
         All rows have slot 0, the only one that certainly has recurrent state. Its blocks are the scratch block. The
         rows overwrite each other's state, but nobody reads what this step computes.
@@ -329,7 +329,7 @@ class ModelRunner:
                 self.forward.step(StepRows(slots[:size]), size, shared=shared)
 
     def _trace_mixed_steps(self) -> None:
-        """Run steps of prompt tokens with each number of tokens that has kernels of its own."""
+        """Run mixed steps with each number of tokens that has kernels of its own."""
         for num_tokens in self.model.compile_sizes(self.config.max_num_batched_tokens):
             num_rows = min(num_tokens, self.config.max_num_seqs) + 1
             packed = torch.from_numpy(self.state.pack(Batch(), num_rows, num_tokens)).to(self.device)

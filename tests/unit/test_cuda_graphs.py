@@ -129,7 +129,7 @@ def test_all_gemm_kernels_are_compiled_before_a_capture(tmp_path, monkeypatch, m
         return linear(self, x, *args, **options)
 
     monkeypatch.setattr(Plain, "linear", counted)
-    monkeypatch.setattr(TorchBackend, "compiles_ahead", True)
+    monkeypatch.setattr(TorchBackend, "compiles_while_loading", True)
     options = dict(max_num_seqs=max_num_seqs, max_model_len=64, max_num_batched_tokens=2048)  # at least 32 prompts
     with LLM(save_tiny(tmp_path, "qwen3"), device="cpu", **options):
         compiled = {default_gemm_config(count, 64, 64, False) for count in counts}
