@@ -274,10 +274,10 @@ class Scheduler:
                 seq = step.sequences[row]
                 if seq.status is not Status.FINISHED:
                     seq.logprobs.append(logprobs.row(i, seq.num_logprobs or 0))
-        for rows, logprobs in zip(batch.target_rows.values(), output.prompt_logprobs, strict=True):
-            start = 0  # index of the row's first target in `logprobs`
+        for rows, logprobs in zip(batch.scored_rows.values(), output.prompt_logprobs, strict=True):
+            start = 0  # index of the row's first scored token in `logprobs`
             for row in rows:
-                seq, end = step.sequences[row], start + len(batch.rows[row].target_ids)
+                seq, end = step.sequences[row], start + len(batch.rows[row].scored_ids)
                 if seq.status is not Status.FINISHED:
                     for i in range(start, end):
                         seq.prompt_logprobs.append(logprobs.row(i, seq.num_prompt_logprobs or 0))
@@ -368,8 +368,8 @@ class _StepBuilder:
             for i, (seq, row) in enumerate(zip(sequences, batch.rows, strict=True)):
                 if row.is_sampled and seq.num_logprobs is not None:
                     batch.logprob_rows.setdefault(_next_power_of_2(seq.num_logprobs), []).append(i)
-                if row.target_ids and seq.num_prompt_logprobs is not None:
-                    batch.target_rows.setdefault(_next_power_of_2(seq.num_prompt_logprobs), []).append(i)
+                if row.scored_ids and seq.num_prompt_logprobs is not None:
+                    batch.scored_rows.setdefault(_next_power_of_2(seq.num_prompt_logprobs), []).append(i)
         return ScheduledStep(batch, sequences) if sequences else None
 
     def _send_blocks(self, placement: Placement, first: int) -> None:
@@ -378,16 +378,16 @@ class _StepBuilder:
             self.batch.new_blocks.append((placement.slot, i, placement.block_table[i]))
 
     def _add_prefill_row(self, seq: Sequence, slot: int, start: int, num_new: int, is_sampled: bool) -> None:
-        target_ids, first_target = (), 0
+        scored_ids, first_scored = (), 0
         if seq.num_unscored:
             # Prompt logprobs: the token at position p is scored by the logits at p - 1.
             first, end = seq.num_scored, min(start + num_new, len(seq.prompt_ids) - 1)
             if first < end:
-                target_ids, first_target = seq.prompt_ids[first + 1 : end + 1], first - start
+                scored_ids, first_scored = seq.prompt_ids[first + 1 : end + 1], first - start
                 seq.num_scored = end
                 self.wants_logprobs = True
         token_ids = seq.token_ids[start : start + num_new]
-        self.prefill_rows.append(Row(slot, start, token_ids, is_sampled, target_ids, first_target))
+        self.prefill_rows.append(Row(slot, start, token_ids, is_sampled, scored_ids, first_scored))
         self.prefilling.append(seq)
 
     def _note_logprobs(self, seq: Sequence) -> None:

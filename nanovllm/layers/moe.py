@@ -105,9 +105,9 @@ class Experts(Layer):
         sizes = ExpertSizes(self.num_experts, hidden_size, size, self.shard.row_alignment(offset=size))
         allocate = formats.experts()
         self.format = allocate(sizes, dtype=dtype, load_gate_up=self.load_gate_up, load_down=self.load_down)
-        for end, (gate_up, down) in self.format.parameters.items():
-            self.register_parameter(f"gate_up_proj{end}", gate_up)
-            self.register_parameter(f"down_proj{end}", down)
+        for suffix, (gate_up, down) in self.format.parameters.items():
+            self.register_parameter(f"gate_up_proj{suffix}", gate_up)
+            self.register_parameter(f"down_proj{suffix}", down)
 
     def load_gate_up(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: tuple[int, int]) -> None:
         """Load one expert's gate, `shard_id` (expert, 0), or up, (expert, 1)."""
@@ -132,14 +132,14 @@ class Experts(Layer):
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
         tensors = {}
-        for end, (gate_up, down) in self.format.parameters.items():
+        for suffix, (gate_up, down) in self.format.parameters.items():
             for expert in range(self.num_experts):
                 for half, name in enumerate(("gate_proj", "up_proj")):
-                    tensors[f"{prefix}.{expert}.{name}.weight{end}"] = self._gate_tensor(
-                        gate_up, f"{prefix}.gate_up_proj{end}", expert, half
+                    tensors[f"{prefix}.{expert}.{name}.weight{suffix}"] = self._gate_tensor(
+                        gate_up, f"{prefix}.gate_up_proj{suffix}", expert, half
                     )
-                tensors[f"{prefix}.{expert}.down_proj.weight{end}"] = self._down_tensor(
-                    down, f"{prefix}.down_proj{end}", expert
+                tensors[f"{prefix}.{expert}.down_proj.weight{suffix}"] = self._down_tensor(
+                    down, f"{prefix}.down_proj{suffix}", expert
                 )
         return tensors
 

@@ -38,7 +38,7 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-_capturing = threading.Lock()
+_capture_lock = threading.Lock()
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def _exclusive_capture() -> Iterator[None]:
 
     The collector could free CUDA memory, which a capture forbids.
     """
-    with _capturing:
+    with _capture_lock:
         gc.collect()
         was_enabled = gc.isenabled()
         gc.disable()
@@ -212,7 +212,7 @@ class StepGraphs:
     def fits(self, batch: Batch) -> bool:
         """Whether a graph can run `batch`."""
         is_decode = batch.num_decode == len(batch.rows)
-        return is_decode or (batch.num_tokens <= max(self.mixed, default=0) and not batch.has_targets)
+        return is_decode or (batch.num_tokens <= max(self.mixed, default=0) and not batch.wants_prompt_logprobs)
 
     def replay(self, batch: Batch) -> StepTensors:
         """Run `batch`. Its results are valid until the next replay."""

@@ -82,7 +82,7 @@ class Forward:
             batch.num_decode,
             max_seqlen_q=max(row.num_tokens for row in prefill_rows),
             max_context_len=max(row.start + row.num_tokens for row in prefill_rows),
-            keep_hidden=batch.has_targets,
+            keep_hidden=batch.wants_prompt_logprobs,
         )
 
     def step(
@@ -147,7 +147,7 @@ class Forward:
             return sample(logits, slots, context_lens, state.sampling, progress)
         tokens = torch.zeros(len(slots), dtype=torch.int64, device=slots.device)
         tokens[rank_rows] = sample(logits, slots[rank_rows], context_lens[rank_rows], state.sampling)
-        self.tp.merge(tokens)
+        self.tp.all_gather_rows(tokens)
         advance_slots(tokens, slots, context_lens, *progress)
         return tokens
 
@@ -177,30 +177,30 @@ class Forward:
         return self._merge(map(torch.cat, zip(*parts, strict=True)), local, len(wanted))
 
     def prompt_logprobs(self, batch: Batch, result: StepTensors) -> list[LogprobTensors]:
-        """Return the logprobs of the `target_ids` of each entry of `target_rows`, concatenated."""
+        """Return the logprobs of the `scored_ids` of each entry of `scored_rows`, concatenated."""
         hidden = result.hidden
-        if not batch.has_targets or hidden is None:  # `run` keeps it for batches with targets
+        if not batch.wants_prompt_logprobs or hidden is None:  # `run` keeps it for these batches
             return []
         starts = [0, *accumulate(row.num_tokens for row in batch.rows)]
         results = []
-        for k, scored in batch.target_rows.items():
+        for k, rows in batch.scored_rows.items():
             indices: list[int] = []
-            targets: list[int] = []
-            for i in scored:
-                target_ids = batch.rows[i].target_ids
-                first = starts[i] + batch.rows[i].first_target
-                indices += range(first, first + len(target_ids))
-                targets += target_ids
-            results.append(self._target_logprobs(hidden, indices, targets, k))
+            scored_ids: list[int] = []
+            for i in rows:
+                row = batch.rows[i]
+                first = starts[i] + row.first_scored
+                indices += range(first, first + len(row.scored_ids))
+                scored_ids += row.scored_ids
+            results.append(self._scored_logprobs(hidden, indices, scored_ids, k))
         return results
 
-    def _target_logprobs(self, hidden: Residual, indices: list[int], targets: list[int], k: int) -> LogprobTensors:
-        """Return the logprobs of `targets` after the tokens `indices` of the step, and of the k most likely tokens."""
+    def _scored_logprobs(self, hidden: Residual, indices: list[int], scored_ids: list[int], k: int) -> LogprobTensors:
+        """Return the logprobs of `scored_ids` after the step's tokens `indices`, and of the k most likely tokens."""
         device = self.counters.device
         all_indices = torch.tensor(indices, dtype=torch.int64, device=device)
-        all_targets = torch.tensor(targets, dtype=torch.int64, device=device)
+        all_ids = torch.tensor(scored_ids, dtype=torch.int64, device=device)
         parts = []
-        for tokens, ids in zip(all_indices.split(LOGPROB_ROWS), all_targets.split(LOGPROB_ROWS), strict=True):
+        for tokens, ids in zip(all_indices.split(LOGPROB_ROWS), all_ids.split(LOGPROB_ROWS), strict=True):
             rank_rows = self.tp.rows(len(tokens))
             result = top_logprobs(self.model.compute_logits(hidden[tokens]), ids[rank_rows], k)
             parts.append(self._merge(result, rank_rows, len(tokens)))
@@ -215,7 +215,7 @@ class Forward:
         for part in parts:
             whole = part.new_zeros((count, *part.shape[1:]))
             whole[indices] = part
-            merged.append(self.tp.merge(whole))
+            merged.append(self.tp.all_gather_rows(whole))
         return tuple(merged)
 
 

@@ -178,7 +178,7 @@ class ModelRunner:
             self._copy_state(batch.state_saves)
             logprobs = self.forward.logprobs(batch, result)
             prompt_logprobs = self.forward.prompt_logprobs(batch, result)
-            self._send(batch, result.tokens, logprobs, prompt_logprobs)
+            self._start_copy_to_host(batch, result.tokens, logprobs, prompt_logprobs)
 
     def _copy_state(self, pairs: list[tuple[int, int]]) -> None:
         """Copy recurrent state between slots: pairs of source and target."""
@@ -187,7 +187,7 @@ class ModelRunner:
             to_device = self.state.staging.to_device
             self.pool.copy_slots(to_device(sources), to_device(targets))
 
-    def _send(
+    def _start_copy_to_host(
         self,
         batch: Batch,
         tokens: torch.Tensor,
@@ -342,7 +342,7 @@ class ModelRunner:
             return
         graphs = StepGraphs(self.forward, self.config, self.max_model_len, self.wait)
         try:
-            with self.tp.capturing:
+            with self.tp.capture_lock:
                 graphs.capture()
                 self.check_ranks()
         except BaseException:

@@ -39,7 +39,7 @@ def test_rank_lost_during_a_capture_aborts_collectives_after_the_capture(monkeyp
     tp = replace(TensorParallel(0, 2, Group()), peers=MagicMock())
     stopped = Event()
     tp.peers.stop.side_effect = stopped.set
-    with tp.capturing:
+    with tp.capture_lock:
         monitor = Thread(target=tp.abort, args=[MagicMock()])
         monitor.start()
         assert stopped.wait(60)  # at once, as the capture may be waiting for an all-reduce
@@ -153,7 +153,7 @@ def test_steps_run_on_the_gpu_of_the_engine_instead_of_the_thread(monkeypatch):
     runner.device, runner.state, runner.graphs, runner.sizes = torch.device("cuda", 1), MagicMock(), None, MagicMock()
     runner.config = runner.forward = MagicMock()
     runner.forward.run.side_effect = lambda *_: seen.append(current[-1]) or MagicMock()
-    for name in ("_send", "_move_weights", "_allocate", "_capture", "_synchronize"):
+    for name in ("_start_copy_to_host", "_move_weights", "_allocate", "_capture", "_synchronize"):
         setattr(runner, name, MagicMock(side_effect=lambda *_: seen.append(current[-1]) or MagicMock()))
     runner.launch(Batch())
     runner.wake_up(("weights", "kv_cache"), capture=True)
