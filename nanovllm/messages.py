@@ -61,14 +61,15 @@ class Admission:
 
 @dataclass(slots=True)
 class Batch:
-    """One step.
+    """The rows of one step, and what has changed since the last one.
 
     Args:
         rows: decode rows (`token_ids` is None) first.
         num_decode: number of decode rows.
         admissions: slots that have a new sequence.
         new_blocks: (slot, index in its block table, block id).
-        masks: (slot, bit mask of the tokens it may sample from now on).
+        masks: (slot, the tokens that it may sample from now on: [ceil(V / 32)] int32, bit i % 32 of word i // 32 is
+            token i).
         logprob_rows: {k: indices of the rows that want logprobs of the sampled token and the k most likely ones}. k is
             rounded up to a power of two. Each group is computed apart, so a row that wants the whole vocabulary costs
             the others neither time nor memory.

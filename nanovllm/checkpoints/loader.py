@@ -185,7 +185,7 @@ class WeightUpdate:
         return _shapes(targets, _merged_tensors(targets))
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Copy some tensors. Each rank takes its slices. Return their names.
+        """Copy some tensors. Each rank takes its shards. Return their names.
 
         Args:
             weights: the checkpoint's transformers names and whole tensors, each once in all calls and in any order.

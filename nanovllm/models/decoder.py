@@ -300,5 +300,8 @@ class Decoder(Layer):
             self.layers = layers
 
     def compute_logits(self, hidden: Residual) -> torch.Tensor:
-        """Return the logits [S, vocab_size] of the tokens `tp.rows(L)` of the hidden states [L, hidden_size]."""
+        """Return logits [M, vocab_size]: those of the M tokens of `hidden` [L, hidden_size] that this rank samples.
+
+        These are the tokens `tp.rows(L)`.
+        """
         return self.lm_head(self.norm(hidden))

@@ -23,11 +23,12 @@ from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
 from nanovllm.ops.inputs.step_rows import StepRows
 from nanovllm.ops.linear.gemm import MAX_TILES
+from nanovllm.ops.sampling.logprobs import LogprobTensors
 from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launch
 from nanovllm.outputs import TokenLogprobs
 from nanovllm.runner.batch_state import BatchState, host_buffer
 from nanovllm.runner.cuda_graphs import StepGraphs
-from nanovllm.runner.forward import Forward, LogprobTensors
+from nanovllm.runner.forward import Forward
 from nanovllm.runner.state_pool import StatePool, StateSizes
 from nanovllm.utils.heap import trim_heap
 from nanovllm.weights.parameter import Storage, storage_of
@@ -421,7 +422,7 @@ class ModelRunner:
 
 def _to_host(results: list[LogprobTensors]) -> list[LogprobTensors]:
     """Start copies to the host."""
-    return [tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors) for tensors in results]
+    return [LogprobTensors(*(tensor.to("cpu", non_blocking=True) for tensor in tensors)) for tensors in results]
 
 
 def _packed(results: list[LogprobTensors]) -> list[TokenLogprobs]:
