@@ -74,7 +74,8 @@ class AsyncLLM:
         **kwargs: the other fields of `Config`.
 
     Attributes:
-        llm_engine: only the engine's thread may call it.
+        llm_engine: only the engine's thread may call methods that use its state. `input_processor` and
+            `guard.check_process` are safe in any thread, and `close` is once the engine's thread has ended.
     """
 
     def __init__(self, model: str | Path | None = None, *, max_concurrent_requests: int = 1024, **kwargs: Any):
@@ -270,8 +271,9 @@ class AsyncLLM:
             neutral: vLLM's other arguments, such as `lora_request` and `priority`, at values without effect.
 
         Raises:
-            TypeError, ValueError: the request cannot be served; others are not affected. What needs tokens of a text, a
-                mask of tokens or the engine's other requests raises at the first output, everything else at once.
+            TypeError, ValueError: the request cannot be served; others are not affected. This call raises what can be
+                known without tokenizing. The first output raises the rest: a text that is too long, a token mask that
+                allows nothing, an id that another request has.
             RuntimeError: the engine is closed or has failed, or an update of the weights has failed meanwhile.
         """
         check_call(neutral, NEUTRAL_ASYNC)

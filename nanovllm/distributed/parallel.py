@@ -185,9 +185,8 @@ class TensorParallel:
         Do not call this for a group that others use as well.
 
         Args:
-            free_graphs: frees the captured graphs. NCCL's abort waits for this if they contain its kernels. Freeing
-                in turn waits for running kernels, as CUDA then does with everything else, so both kinds of kernels
-                are stopped first.
+            free_graphs: frees the captured graphs, which NCCL's abort waits for if they contain its kernels. Freeing
+                waits for running kernels. So the kernels that wait for peers, and NCCL's, are stopped first.
         """
         self.stop()
         aborting = threading.Thread(target=self._abort, daemon=True)

@@ -169,7 +169,8 @@ class Scheduler:
             budget -= seconds
             seq.mask_seconds += seconds
             if self.limit_masks and seconds > _MAX_MASK_SECONDS:
-                seq.mask_error = "a step takes too long: the grammar is too ambiguous"
+                limit = f"{1000 * _MAX_MASK_SECONDS:.0f} ms of CPU time"
+                seq.mask_error = f"the next token mask took over {limit}: the grammar is too ambiguous"
 
     def _make_room(self, seq: Sequence, num_missing: int) -> bool:
         """Preempt the newest sequences until `num_missing` blocks are free, or `seq` itself is preempted.

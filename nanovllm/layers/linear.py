@@ -72,7 +72,10 @@ class Shard:
         return cls(name, total=total, start=0, size=len(order), order=order)
 
     def take(self, loaded: torch.Tensor, param: nn.Parameter) -> torch.Tensor:
-        """Return this rank's rows of the whole tensor that `param` loads: the weight, or something by blocks of it."""
+        """Return this rank's rows of the checkpoint tensor that `param` loads.
+
+        They are rows of the weight, or the rows of scales or zero points that cover them.
+        """
         block = block_of(param)[0]
         if self.order is None and block == 1:
             return loaded[self.start : self.start + self.size]
@@ -80,11 +83,11 @@ class Shard:
         return select(loaded, rows[:: row_block_of(param)] // block)
 
     def row_alignment(self, offset: int) -> int:
-        """Return the largest number that divides the first rows of this shard. 0 if both are row 0: any number does.
+        """Return the largest block height that this shard does not split. 0 stands for any height.
 
-        They are its first row in the checkpoint's tensor and its first row in the layer's weight, `offset`. A shard of
-        the checkpoint's rows 128 to 255 at row 64 of the layer gives 64: blocks of 64 rows, or of 32, are whole in
-        both. If `order` jumps, the same goes for each run of consecutive rows.
+        It is the gcd of the shard's first row in the checkpoint's tensor and of `offset`, its first row in the layer's
+        weight. A shard of the checkpoint's rows 128 to 255 at row 64 of the layer gives 64: blocks of 64 rows, or of
+        32, are whole in both. If `order` jumps, the same goes for each run of consecutive rows.
         """
         if self.order is None:
             return math.gcd(self.start, offset)
@@ -175,6 +178,8 @@ class ColumnParallelLinear(LinearLayer):
 class GateUpParallelLinear(ColumnParallelLinear):
     """The gated unit of SwiGLU (arXiv:2002.05202): silu(x G^T) * x U^T. Shard ids are 0 for gate and 1 for up.
 
+    [T, hidden_size] -> [T, intermediate_size / ranks].
+
     Args:
         hidden_size: size of the input.
         intermediate_size: output size of each projection, which the number of ranks must divide.
@@ -202,13 +207,15 @@ class GateUpParallelLinear(ColumnParallelLinear):
         super().__init__(hidden_size, shards, bias, dtype, allocate_weight)
 
     def forward(self, x: torch.Tensor | Normed | Residual) -> Any:
-        """Return SwiGLU of x, for a RowParallelLinear."""
+        """Return SwiGLU of x for a RowParallelLinear: a tensor, or a `LazySwiglu`."""
         x, norm = as_normed(x)
         return self.format.gate_up(x, self.bias, norm=norm, counters=get_counters())
 
 
 class QKVParallelLinear(ColumnParallelLinear):
     """Queries, keys and values in one GEMM, split by heads. Shard ids are "q", "k", "v".
+
+    [T, hidden_size] -> [T, gate_size + (num_heads + 2 num_kv_heads) head_dim]: gates, queries, keys, values.
 
     If there are more ranks than KV heads, a KV head is on every rank whose query heads use it.
 

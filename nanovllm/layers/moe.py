@@ -63,9 +63,11 @@ class Router(ColumnParallelLinear):
         self.config = config
 
     def choose(self, x: Normed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return the ids and weights of each token's experts, and the shared expert's gate [T, 1] if there is one.
+        """Choose the experts of x [T, H]. The weights are rounded to the dtype of the logits, as in transformers.
 
-        The weights are rounded to the dtype of the logits, as in transformers.
+        Returns:
+            Ids [T, top_k] int32 and weights [T, top_k] of each token's experts; the shared expert's gate [T, 1] before
+            the sigmoid, or None.
         """
         logits = self(x)
         gate = logits[:, self.rows["shared"]] if "shared" in self.rows else None
@@ -208,6 +210,12 @@ class LazyExperts:
     """The output of a sparse block whose experts have not run yet. Adding it to the residual stream runs them.
 
     So the kernel that sums the experts of a token also adds the residual.
+
+    Args:
+        layer: the experts.
+        x: the lazy norm of [T, H].
+        ids, weights: [T, top_k], those of each token's experts.
+        shared: output of the shared expert and its gate.
     """
 
     layer: Experts

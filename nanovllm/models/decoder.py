@@ -29,6 +29,11 @@ from nanovllm.weights.row_order import HeadLayout
 
 
 class SelfAttention(Layer):
+    """Projections, attention and output projection.
+
+    x [T, hidden_size] -> lazy [T, hidden_size], or [L, hidden_size] of the tokens `last_indices`.
+    """
+
     def __init__(
         self, config: ModelConfig, index: int, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel
     ):

@@ -59,7 +59,7 @@ def _exclusive_capture() -> Iterator[None]:
 
 
 class _Memory:
-    """The memory of another tensor, described for torch."""
+    """Expose a tensor's memory through `__cuda_array_interface__` without a reference to the tensor."""
 
     def __init__(self, x: torch.Tensor):
         self.__cuda_array_interface__ = {

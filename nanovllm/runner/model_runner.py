@@ -35,7 +35,8 @@ from nanovllm.weights.parameter import Storage, storage_of
 
 logger = logging.getLogger(__name__)
 
-# Bounds the memory of the layers' state on a CPU, apart from a configured number of KV blocks.
+# Memory for the layers' state on a CPU, apart from a configured number of KV blocks. The KV of one sequence is
+# allocated even if it needs more.
 CPU_CACHE_BYTES = 1 << 30
 # GPU memory that the state leaves free, for the captured graphs and the workspaces of libraries.
 GRAPH_BYTES = 256 << 20
@@ -67,7 +68,8 @@ class ModelRunner:
         sizes: numbers of KV blocks, sequences and snapshots.
 
     Raises:
-        ValueError: the KV pool would not hold one sequence of `max_model_len` tokens.
+        ValueError: the free GPU memory does not hold the KV of one sequence of `max_model_len` tokens;
+            `num_kvcache_blocks` cannot be allocated; or the attention backend does not fit (see `select_backend`).
     """
 
     def __init__(
@@ -142,7 +144,11 @@ class ModelRunner:
         self.sizes = self._size_state()
         max_num_seqs = self.sizes.num_seqs
         if max_num_seqs < self.config.max_num_seqs:
-            logger.info("%d sequences run at once: the state of more would take half of the memory", max_num_seqs)
+            logger.info(
+                "%d sequences run at once: the recurrent state of more would take over half of the memory for KV cache "
+                "and state",
+                max_num_seqs,
+            )
             self.config = replace(self.config, max_num_seqs=max_num_seqs)
         self._allocate(self.sizes)
         self._capture()
@@ -167,7 +173,7 @@ class ModelRunner:
         """Start a step: apply the batch's changes, run it, and start the copy of its results.
 
         This waits for the device only to copy arrays for which the staging buffers lack room, or the indices of prompt
-        logprobs.
+        logprobs. The torch attention backend also waits, for lengths.
         """
         with self._device_context():
             self.state.apply(batch)
@@ -267,7 +273,10 @@ class ModelRunner:
         return sizes
 
     def _measure_state_bytes(self) -> int:
-        """Return the bytes for all state but the scratch block and a configured number of blocks."""
+        """Return the bytes that `StatePool.divide` may use.
+
+        The scratch block and a configured number of KV blocks are already subtracted.
+        """
         if self.device.type == "cpu":
             return CPU_CACHE_BYTES
         num_blocks = self.config.num_kvcache_blocks

@@ -56,8 +56,8 @@ class QuantizationScheme(ABC):
         quantizes: loading also quantizes weights of higher precision.
 
     Attributes:
-        name: in messages. Also the value of the option `quantization` that sets `quantizes`, if the scheme is in
-            `quantization_config.SCHEMES`.
+        name: the scheme's name in messages, and the value of the option `quantization` if
+            `quantization_config.SCHEMES` has it.
     """
 
     name: ClassVar[str]
