@@ -158,13 +158,15 @@ class Scheduler:
         """
         candidates = [*self.running, *islice(self.waiting, len(self.free_slots))]
         # Most sequences have no filter, and this looks at all of them in each step.
-        lacking = [seq for seq in candidates if seq.token_filter and seq.lacks_mask and not seq.num_pending]
+        lacking = [
+            (seq, seq.token_filter) for seq in candidates if seq.token_filter and seq.lacks_mask and not seq.num_pending
+        ]
         budget = STEP_MASK_SECONDS if self.limit_masks else math.inf
-        for seq in sorted(lacking, key=lambda seq: seq.mask_seconds):
-            if budget <= 0 or seq.token_filter is None:
+        for seq, token_filter in sorted(lacking, key=lambda pair: pair[0].mask_seconds):
+            if budget <= 0:
                 break
             start = time.thread_time()
-            seq.mask = seq.token_filter.compute_mask()
+            seq.mask = token_filter.compute_mask()
             seconds = time.thread_time() - start
             budget -= seconds
             seq.mask_seconds += seconds
@@ -213,15 +215,10 @@ class Scheduler:
                 break
             if seq.lacks_mask:
                 break
-            # Logits of cached tokens cannot score a prompt. With recurrent state, the sequence shares only the cached
-            # blocks before a snapshot.
-            cached = [] if seq.num_unscored else self.block_manager.find_prefix(seq)
-            shared, snapshot = cached, None
-            if self.snapshots:
-                shared, snapshot = self.snapshots.find(cached)
-                if snapshot in self.snapshots.saving:
-                    num_deferred += 1
-                    continue
+            cached, shared, snapshot = self._find_cached(seq)
+            if self.snapshots and snapshot in self.snapshots.saving:
+                num_deferred += 1
+                continue
             num_cached = len(shared) * self.block_manager.block_size
             num_new = min(seq.num_tokens - num_cached, budget)
             # One free block stays in reserve for each running sequence. Without it the next decode step could preempt
@@ -238,6 +235,18 @@ class Scheduler:
             builder.allocate(placement, num_cached + num_new)
             builder.add_row(seq, placement, num_new)
             budget -= num_new
+
+    def _find_cached(self, seq: Sequence) -> tuple[list[int], list[int], int | None]:
+        """Return the cached blocks of a prompt's start, those of them to share, and the snapshot to start from.
+
+        Logits of cached tokens cannot score a prompt. With recurrent state, the sequence shares only the cached blocks
+        before a snapshot.
+        """
+        cached = [] if seq.num_unscored else self.block_manager.find_prefix(seq)
+        if not self.snapshots:
+            return cached, cached, None
+        shared, snapshot = self.snapshots.find(cached)
+        return cached, shared, snapshot
 
     def _start(self, seq: Sequence, shared: list[int]) -> Placement:
         """Run a waiting sequence in a new placement, which starts with the cached blocks `shared`."""

@@ -41,12 +41,15 @@ class Attention(StatefulLayer):
         self.scale = head_dim**-0.5
         self.window = window
         self.rotary = rotary
-        self.eps = qk_norm_eps or 0.0
         self.q_norm = self.k_norm = None
         if qk_norm_eps is not None:
             options = {"dtype": dtype, "zero_centered": zero_centered, "order": rotary.order}
             self.q_norm = RMSNorm(head_dim, qk_norm_eps, **options)
             self.k_norm = RMSNorm(head_dim, qk_norm_eps, **options)
+        q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
+        self.transform = QKTransform(
+            num_heads, rotary.cos_sin, q_weight, k_weight, qk_norm_eps or 0.0, query_scale=rotary.query_scale
+        )
         self.kv: PagedKV | None = None
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
@@ -61,12 +64,6 @@ class Attention(StatefulLayer):
         return PagedKVSpec(self.num_kv_heads, self.head_dim, self.dtype, self.window)
 
     def bind(self, state: PagedKV | None) -> None:
-        # Made here, and not in __init__: it holds the norms' tensors, which loading and moving may replace.
-        q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
-        rotary = self.rotary
-        self.transform = QKTransform(
-            self.num_heads, rotary.cos_sin, q_weight, k_weight, self.eps, query_scale=rotary.query_scale
-        )
         self.kv = state
 
     def forward(

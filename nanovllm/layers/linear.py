@@ -28,6 +28,7 @@ from nanovllm.weights.parameter import (
     block_of,
     blocks_covering,
     check_shape,
+    column_shard,
     make_parameter,
     row_block_of,
     select,
@@ -106,12 +107,11 @@ class ColumnParallelLinear(LinearLayer):
         allocate_weight: makes the format of the weight, with its parameters.
 
     Attributes:
-        gated: whether the rows are gate and up of SwiGLU.
         may_be_merged: whether some checkpoints (Phi-3) have one tensor for all shards, with the name of this layer.
         rows: the rows of each shard in the merged weight.
     """
 
-    gated = may_be_merged = False
+    may_be_merged = False
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class ColumnParallelLinear(LinearLayer):
 
     def forward(self, x: torch.Tensor | Normed | Residual) -> torch.Tensor:
         x, norm = as_normed(x)
-        return self.format.linear(x, self.bias, norm=norm, gated=self.gated, counters=get_counters())
+        return self.format.linear(x, self.bias, norm=norm, counters=get_counters())
 
 
 class GateUpParallelLinear(ColumnParallelLinear):
@@ -185,7 +185,7 @@ class GateUpParallelLinear(ColumnParallelLinear):
         intermediate_size: output size of each projection, which the number of ranks must divide.
     """
 
-    gated = may_be_merged = True
+    may_be_merged = True
 
     def __init__(
         self,
@@ -298,22 +298,18 @@ class RowParallelLinear(LinearLayer):
         self.register_buffer("zero_bias", torch.zeros(out_features, dtype=dtype), persistent=False)
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
-        shape, columns = self._slice(param)
+        shape, columns = column_shard(param, self.columns, self.in_features)
         check_shape(loaded, shape)
         param.copy_(loaded[:, columns])
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
-        params = self.format.parameters.items()
-        tensors = {f"{prefix}.{name}": CheckpointTensor(param, self._slice(param)[0]) for name, param in params}
+        tensors = {}
+        for name, param in self.format.parameters.items():
+            shape, _ = column_shard(param, self.columns, self.in_features)
+            tensors[f"{prefix}.{name}"] = CheckpointTensor(param, shape)
         if self.bias is not None:
             tensors[f"{prefix}.bias"] = CheckpointTensor(self.bias, tuple(self.bias.shape))
         return tensors
-
-    def _slice(self, param: nn.Parameter) -> tuple[tuple[int, ...], slice]:
-        """Return the shape of the whole tensor that `param` loads, and the columns of it that this rank loads."""
-        block = block_of(param)[1]
-        columns = blocks_covering(self.columns, self.in_features, block)
-        return (len(param), ceil_div(self.in_features, block)), columns
 
     def forward(self, x: torch.Tensor | LazySwiglu) -> "LazyGemm":
         return LazyGemm(self, self.format.prepare(x))

@@ -23,6 +23,7 @@ from nanovllm.weights.parameter import (
     block_of,
     blocks_covering,
     check_shape,
+    column_shard,
     row_block_of,
     splits_block,
 )
@@ -102,6 +103,7 @@ class Experts(Layer):
         self.inner_size = config.intermediate_size
         size = divide("moe_intermediate_size", self.inner_size, tp)
         self.rank_inner_size = size  # I / ranks
+        self.columns = slice(tp.rank * size, (tp.rank + 1) * size)  # of the down projection
         # The gates of an expert; its ups have the same rows.
         self.shard = Shard("gate_proj", total=self.inner_size, start=tp.rank * size, size=size)
         sizes = ExpertSizes(self.num_experts, hidden_size, size, self.shard.row_alignment(offset=size))
@@ -118,19 +120,13 @@ class Experts(Layer):
         param[expert].chunk(2)[half].copy_(self.shard.take(loaded, param))
 
     def load_down(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: int) -> None:
-        shape, columns = self._down_slice(param)
+        shape, columns = column_shard(param, self.columns, self.inner_size)
         check_shape(loaded, shape)
         param[shard_id].copy_(loaded[:, columns])
 
     def _gate_shape(self, gate_up: nn.Parameter) -> tuple[int, int]:
         """Return the shape of the tensor of one expert's gate, or of its up."""
         return ceil_div(self.inner_size, block_of(gate_up)[0]), gate_up.shape[2]
-
-    def _down_slice(self, down: nn.Parameter) -> tuple[tuple[int, int], slice]:
-        """Return the shape of the tensor of one expert's down projection, and the columns that this rank loads."""
-        start, block = self.shard.start, block_of(down)[1]
-        columns = blocks_covering(slice(start, start + self.rank_inner_size), self.inner_size, block)
-        return (down.shape[1], ceil_div(self.inner_size, block)), columns
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
         tensors = {}
@@ -160,7 +156,7 @@ class Experts(Layer):
 
     def _down_tensor(self, down: nn.Parameter, merged: str, expert: int) -> CheckpointTensor:
         """Return the target of one expert's down projection."""
-        shape, _ = self._down_slice(down)
+        shape, _ = column_shard(down, self.columns, self.inner_size)
         part = MergedTensor(merged, (self.num_experts, *shape), (expert,))
         return CheckpointTensor(down, shape, shard_id=expert, target_index=(expert,), merged=part)
 

@@ -5,7 +5,7 @@ and a StatePool that counts it.
 """
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ class SlotStateSpec:
         ]
 
 
-class StatefulLayer(Layer):
+class StatefulLayer(Layer, ABC):
     """A layer that keeps state between steps.
 
     If its state is by slot, it reads the step's rows in `get_context().state_rows`, by its class.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -110,8 +111,8 @@ class DecoderLayer(Layer):
         index: int,
         rotary: RotaryEmbedding,
         dtype: torch.dtype | None,
-        state_dtype: torch.dtype,
         tp: TensorParallel,
+        state_dtype: torch.dtype,
     ):
         super().__init__()
         self.layer_type = config.layer_type(index)
@@ -155,17 +156,14 @@ class DecoderLayer(Layer):
 class PostNormLayer(Layer):
     """A layer that norms the outputs of attention and MLP, in place of their inputs (Olmo 2).
 
-    Args: as in `DecoderLayer`; it has no recurrent state.
+    It has no recurrent state.
+
+    Args:
+        index: the layer's index.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        index: int,
-        rotary: RotaryEmbedding,
-        dtype: torch.dtype | None,
-        state_dtype: torch.dtype,
-        tp: TensorParallel,
+        self, config: ModelConfig, index: int, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel
     ):
         super().__init__()
         self.layer_type = config.layer_type(index)
@@ -235,9 +233,9 @@ class Decoder(Layer):
         tp = tp or TensorParallel.default()
         self.tp = tp
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
-        make_layer = PostNormLayer if config.post_norms else DecoderLayer
+        make_layer = PostNormLayer if config.post_norms else partial(DecoderLayer, state_dtype=state_dtype)
         self.layers = nn.ModuleList(
-            make_layer(config, index, rotary, dtype, state_dtype, tp)
+            make_layer(config, index, rotary, dtype, tp)
             for index, rotary in enumerate(_rotary_embeddings(config, max_position or config.max_position))
         )
         self.norm = _norm(config, dtype)

@@ -93,6 +93,7 @@ class ModelRunner:
             config.attention_backend, device, source.config.head_dim, self.block_size, self.dtype, self.kv_dtype
         )
         self.graphs: StepGraphs | None = None
+        self.weight_update: WeightUpdate | None = None
         self.in_flight: deque[InFlight] = deque()
         with self._device_context():
             self._build(source)
@@ -119,15 +120,7 @@ class ModelRunner:
                 tp=self.tp,
                 max_position=self.max_model_len,
             )
-        scheme = source.config.quantization
-        storages = set(map(storage_of, self.model.parameters()))
-        if scheme is not None and self.tp.rank == 0 and Storage.QUANTIZED not in storages:
-            logger.info(
-                "%s weights are dequantized to %s: no kernel on %s computes with them",
-                scheme.name.upper(),
-                self.dtype,
-                self.device,
-            )
+        self._log_dequantized(source)
         if self.device.type == "cpu" and self.config.dtype == "auto" and source.is_quantized:
             self.model.compress()  # a quantized GGUF file's weights, to 4 or 8 bits while they load
         self.pool = StatePool(self.model, self.block_size, self.device, self.kv_dtype)
@@ -142,6 +135,25 @@ class ModelRunner:
             else:
                 load_weights(self.model, source.weights())
         self.sizes = self._size_state()
+        self._limit_sequences()
+        self._allocate(self.sizes)
+        self._capture()
+        self._synchronize()
+
+    def _log_dequantized(self, source: ModelSource) -> None:
+        """Log it if no weight of a quantized checkpoint stays quantized."""
+        scheme = source.config.quantization
+        storages = set(map(storage_of, self.model.parameters()))
+        if scheme is not None and self.tp.rank == 0 and Storage.QUANTIZED not in storages:
+            logger.info(
+                "%s weights are dequantized to %s: no kernel on %s computes with them",
+                scheme.name.upper(),
+                self.dtype,
+                self.device,
+            )
+
+    def _limit_sequences(self) -> None:
+        """Run no more sequences at once than have recurrent state."""
         max_num_seqs = self.sizes.num_seqs
         if max_num_seqs < self.config.max_num_seqs:
             logger.info(
@@ -150,9 +162,6 @@ class ModelRunner:
                 max_num_seqs,
             )
             self.config = replace(self.config, max_num_seqs=max_num_seqs)
-        self._allocate(self.sizes)
-        self._capture()
-        self._synchronize()
 
     @property
     def num_blocks(self) -> int:
@@ -374,14 +383,16 @@ class ModelRunner:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Copy some of an update's tensors. Return their names."""
+        assert self.weight_update is not None  # the engine has checked it
         names = self.weight_update.load(weights)
         self._synchronize()
         return names
 
     def finish_weight_update(self) -> None:
         """Check and convert the weights of an update."""
+        assert self.weight_update is not None  # the engine has checked it
         self.weight_update.finish()
-        del self.weight_update
+        self.weight_update = None
         self._synchronize()
 
     def sleep(self, parts: Collection[str]) -> None:

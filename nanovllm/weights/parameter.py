@@ -168,6 +168,20 @@ def row_block_of(param: nn.Parameter) -> int:
     return _contents(param).row_block
 
 
+def column_shard(param: nn.Parameter, columns: slice, total: int) -> tuple[tuple[int, int], slice]:
+    """Return the shape of the whole tensor that `param` [..., N, K] loads, and the columns of it that this rank loads.
+
+    Args:
+        columns: this rank's columns of the weight.
+        total: number of columns that the whole weight has.
+
+    Raises:
+        ValueError: `columns` split a block.
+    """
+    block = block_of(param)[1]
+    return (param.shape[-2], ceil_div(total, block)), blocks_covering(columns, total, block)
+
+
 def is_scale(param: nn.Parameter) -> bool:
     """Return whether the parameter has scales of a weight, which are not negative."""
     return _contents(param).is_scale
