@@ -17,7 +17,7 @@ from nanovllm.checkpoints.hub import ModelSource, open_model
 from nanovllm.config import Config
 from nanovllm.engine.step_stats import StepStats
 from nanovllm.layers.state import PagedKVSpec
-from nanovllm.models.registry import ModelConfig
+from nanovllm.models.model_config import ModelConfig
 
 SHARED_OPTIONS = (
     "load_format",

@@ -9,7 +9,7 @@ import numpy as np
 
 from nanovllm.layers.gated_delta_net import GatedDeltaNetConfig
 from nanovllm.messages import Batch
-from nanovllm.models.registry import ModelConfig
+from nanovllm.models.model_config import ModelConfig
 
 # HBM TB/s as a plain read measures it, and dense bf16 TFLOP/s as large GEMMs do, of one GPU, by a part of its name.
 PEAKS = {"H100 80GB": (3.0, 790.0), "H200": (4.3, 790.0)}

@@ -74,7 +74,8 @@ class AsyncLLM:
         **kwargs: the other fields of `Config`.
 
     Attributes:
-        llm_engine: only the engine's thread may call it.
+        llm_engine: only the engine's thread may call methods that use its state. `input_processor` and
+            `guard.check_process` are safe in any thread, and `close` is once the engine's thread has ended.
     """
 
     def __init__(self, model: str | Path | None = None, *, max_concurrent_requests: int = 1024, **kwargs: Any):
@@ -111,7 +112,7 @@ class AsyncLLM:
         finally:
             guard = self.llm_engine.guard
             if guard.error is not None:
-                self._finish(guard.error)
+                self._close_with(guard.error)
             elif guard.update_failed:
                 self._end_streams()
             elif self.llm_engine.core.outputs and not self.llm_engine.can_step:
@@ -131,11 +132,11 @@ class AsyncLLM:
             if self.llm_engine.can_step:
                 self._deliver(self.llm_engine.step())
         except BaseException as error:
-            self._finish(error)
+            self._close_with(error)
         else:
             self._queue_step()
 
-    def _finish(self, reason: BaseException) -> None:
+    def _close_with(self, reason: BaseException) -> None:
         """Close the engine and raise `reason` in all iterations."""
         if self._end_reason is None:
             logger.error("The engine has failed", exc_info=reason)
@@ -184,7 +185,7 @@ class AsyncLLM:
         if consumer.aborted:
             self._abort(consumer.request_id)
 
-    def _leave(self, consumer: _Consumer) -> None:
+    def _abort_consumer(self, consumer: _Consumer) -> None:
         """End a request whose consumer has gone, if it has not finished."""
         if consumer.request_id is not None and self._consumers.get(consumer.request_id) is consumer:
             del self._consumers[consumer.request_id]
@@ -270,8 +271,9 @@ class AsyncLLM:
             neutral: vLLM's other arguments, such as `lora_request` and `priority`, at values without effect.
 
         Raises:
-            TypeError, ValueError: the request cannot be served; others are not affected. What needs tokens of a text, a
-                mask of tokens or the engine's other requests raises at the first output, everything else at once.
+            TypeError, ValueError: the request cannot be served; others are not affected. This call raises what can be
+                known without tokenizing. The first output raises the rest: a text that is too long, a token mask that
+                allows nothing, an id that another request has.
             RuntimeError: the engine is closed or has failed, or an update of the weights has failed meanwhile.
         """
         check_call(neutral, NEUTRAL_ASYNC)
@@ -364,7 +366,7 @@ class AsyncLLM:
         """End a request if it has not finished, whether the engine has it or not."""
         self._forget_preparing(request_id, consumer)
         with contextlib.suppress(RuntimeError):  # the engine is closed
-            self._engine_thread.submit(self._run, lambda engine: self._leave(consumer))
+            self._engine_thread.submit(self._run, lambda engine: self._abort_consumer(consumer))
 
     def _reserve(self, request_id: str | None, consumer: _Consumer) -> None:
         """Take a chosen id for a request that the engine does not have yet."""
@@ -485,7 +487,7 @@ class AsyncLLM:
         for threads in self._preparing_threads.values():
             threads.shutdown()
         with contextlib.suppress(RuntimeError):  # closed before
-            self._engine_thread.submit(self._finish, self._end_reason)
+            self._engine_thread.submit(self._close_with, self._end_reason)
         self._engine_thread.shutdown()
         # Again, in case that failed, or Python is ending and has ended its threads before.
         self.llm_engine.close()

@@ -20,7 +20,7 @@ ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash_attn")
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The arguments of `LLM`. None is the default of each.
+    """The arguments of `LLM`. Passing None to any of them selects its default.
 
     Args:
         model: a local folder, a `.gguf` file, a hub id, a shape's name for `load_format="dummy"`, or None for the
@@ -30,13 +30,13 @@ class Config:
         max_model_len: longest prompt plus output, in tokens; at most what the model supports with its RoPE scaling, and
             what num_kvcache_blocks hold.
         max_num_seqs: how many sequences run at once; None is 512, or max_num_batched_tokens if that is less. Fewer run
-            if their recurrent state would take more than half of that memory.
+            if their recurrent state would take more than half of the memory for KV cache and recurrent state.
         max_num_batched_tokens: token budget of one step, at least max_num_seqs; None is 16384, or max_num_seqs if that
             is more.
         gpu_memory_utilization: fraction of the GPU's memory for weights, activations and KV cache together.
         kvcache_block_size: tokens in a KV block, a power of two of at least 16.
-        num_kvcache_blocks: size of the KV pool; None measures the free memory (GPU) or takes up to 1 GiB (CPU) for KV
-            and recurrent state together.
+        num_kvcache_blocks: size of the KV pool; None measures the free memory (GPU), or takes up to 1 GiB (CPU) for KV
+            and recurrent state together, but on a CPU at least the KV of one sequence of max_model_len tokens.
         dtype: "auto" is the checkpoint's dtype on a GPU and float32 on a CPU, where it keeps quantized GGUF weights in
             4 or 8 bits. "float32" dequantizes them.
         kv_cache_dtype: dtype of the KV cache. "auto" is that of activations; "fp8", also spelt "fp8_e4m3", holds almost

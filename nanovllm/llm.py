@@ -148,6 +148,7 @@ class LLM:
 
         Raises:
             TypeError, ValueError: at once, if the request cannot be served.
+            RuntimeError: as in `generate`.
         """
         request = self.llm_engine.prepare(prompt, sampling_params, stream=True)
         increments = self._increments(request)
@@ -202,7 +203,12 @@ class LLM:
         return self.llm_engine.add_request(prompt, sampling_params, request_id, stream)
 
     def step(self) -> list[RequestOutput]:
-        """Run one step. Return the outputs of finished requests, and what is new in streams."""
+        """Run one step. Return the outputs of finished requests, and what is new in streams.
+
+        Raises:
+            RuntimeError: the engine is closed, asleep, in use by another thread, or has failed.
+            Exception: the step itself has failed, which closes the engine; or `on_step` has raised, which does not.
+        """
         return self.llm_engine.step()
 
     def abort(self, request_id: int | str) -> RequestOutput | None:
@@ -210,6 +216,10 @@ class LLM:
 
         Returns:
             What it has so far (of a stream, what is new), or None if the request is unknown or already finished.
+
+        Raises:
+            TypeError, ValueError: `request_id` is no string or integer, or an integer of more than 64 bits.
+            RuntimeError: another thread uses the engine.
         """
         return self.llm_engine.abort(request_id)
 
@@ -219,7 +229,7 @@ class LLM:
         return self.llm_engine.has_unfinished()
 
     def is_finished(self) -> bool:
-        """The opposite of `has_unfinished`."""
+        """Return the opposite of `has_unfinished`: nano-vLLM's name."""
         return not self.has_unfinished()
 
     # -- weights and memory, as training loops need them ---------------------------------------------------------------
@@ -271,7 +281,12 @@ class LLM:
         self.llm_engine.load_weights(weights)
 
     def finish_weight_update(self) -> int:
-        """Check that the new weights are whole and finite. Return their version; see `update_weights`."""
+        """Check that the new weights are whole and finite. Return their version.
+
+        Raises:
+            ValueError: as in `update_weights`.
+            RuntimeError: no update is open, or the engine cannot be used.
+        """
         return self.llm_engine.finish_weight_update()
 
     def sleep(self, level: int = 1) -> None:
@@ -282,6 +297,10 @@ class LLM:
         Args:
             level: 1 frees the KV cache and the captured graphs; 2 also moves the weights to the host's memory (on a CPU
                 they are already there and stay).
+
+        Raises:
+            TypeError, ValueError: `level` is wrong.
+            RuntimeError: the engine cannot be used.
         """
         self.llm_engine.sleep(level)
 
@@ -291,6 +310,10 @@ class LLM:
         Args:
             tags: wake only these parts, "weights" or "kv_cache": a trainer may wake and update the weights before there
                 is room for the KV cache. None wakes all.
+
+        Raises:
+            TypeError, ValueError: `tags` is wrong.
+            RuntimeError: the engine cannot be used.
         """
         self.llm_engine.wake_up(tags)
 
@@ -339,7 +362,11 @@ class LLM:
 
     @property
     def tokenizer(self) -> Any:
-        """The model's transformers tokenizer."""
+        """The model's transformers tokenizer.
+
+        Raises:
+            ValueError: `skip_tokenizer_init` is set, or the model has no tokenizer.
+        """
         return self.llm_engine.tokenizer
 
     def get_tokenizer(self) -> Any:

@@ -22,8 +22,8 @@ class Row(NamedTuple):
         token_ids: the tokens to compute; None is the slot's last sampled token, which the device holds.
         is_sampled: whether the logits of the row's last token give the sequence's next token. The device samples for
             every row; what it samples for the others is discarded.
-        target_ids: prompt tokens whose logprobs are wanted.
-        first_target: index in the row of the token whose logits score the first of `target_ids`. The tokens after it
+        scored_ids: prompt tokens whose logprobs are wanted.
+        first_scored: index in the row of the token whose logits score the first of `scored_ids`. The tokens after it
             score the others.
     """
 
@@ -31,8 +31,8 @@ class Row(NamedTuple):
     start: int
     token_ids: list[int] | None
     is_sampled: bool
-    target_ids: Sequence[int] = ()
-    first_target: int = 0
+    scored_ids: Sequence[int] = ()
+    first_scored: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -61,18 +61,19 @@ class Admission:
 
 @dataclass(slots=True)
 class Batch:
-    """One step.
+    """The rows of one step, and what has changed since the last one.
 
     Args:
         rows: decode rows (`token_ids` is None) first.
         num_decode: number of decode rows.
         admissions: slots that have a new sequence.
         new_blocks: (slot, index in its block table, block id).
-        masks: (slot, bit mask of the tokens it may sample from now on).
+        masks: (slot, the tokens that it may sample from now on: [ceil(V / 32)] int32, bit i % 32 of word i // 32 is
+            token i).
         logprob_rows: {k: indices of the rows that want logprobs of the sampled token and the k most likely ones}. k is
             rounded up to a power of two. Each group is computed apart, so a row that wants the whole vocabulary costs
             the others neither time nor memory.
-        target_rows: the same for the rows that have `target_ids`.
+        scored_rows: the same for the rows that have `scored_ids`.
         state_loads: (snapshot's state slot, slot): recurrent state to copy before the step.
         state_saves: (slot, snapshot's state slot): recurrent state to copy after the step.
         processed_logprobs: whether some of `logprob_rows` want the distribution that is sampled from. The flags of
@@ -85,7 +86,7 @@ class Batch:
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
     masks: list[tuple[int, np.ndarray]] = field(default_factory=list)
     logprob_rows: dict[int, list[int]] = field(default_factory=dict)
-    target_rows: dict[int, list[int]] = field(default_factory=dict)
+    scored_rows: dict[int, list[int]] = field(default_factory=dict)
     state_loads: list[tuple[int, int]] = field(default_factory=list)
     state_saves: list[tuple[int, int]] = field(default_factory=list)
     processed_logprobs: bool = False
@@ -103,9 +104,9 @@ class Batch:
         return self.num_decode + sum(row.num_tokens for row in self.prefill_rows)
 
     @property
-    def has_targets(self) -> bool:
+    def wants_prompt_logprobs(self) -> bool:
         """Whether prompt logprobs are wanted."""
-        return bool(self.target_rows)
+        return bool(self.scored_rows)
 
 
 @dataclass(slots=True)
@@ -116,7 +117,7 @@ class StepOutput:
         token_ids: each row's new tokens: one if the row is sampled, else none. These are lists because a step
             that verifies drafts (not implemented) yields several tokens for a row.
         logprobs: those of each entry of the batch's `logprob_rows`.
-        prompt_logprobs: those of the `target_ids` of each entry of the batch's `target_rows`, concatenated.
+        prompt_logprobs: those of the `scored_ids` of each entry of the batch's `scored_rows`, concatenated.
     """
 
     token_ids: list[list[int]]

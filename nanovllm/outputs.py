@@ -179,10 +179,11 @@ class RequestMetrics:
 
     Args:
         num_generation_tokens: number of tokens that the samples have together.
-        arrival_time: seconds since the epoch when the request was made.
+        arrival_time: when the request was ready to be queued (tokenized, and its grammar compiled), in seconds since
+            the epoch.
         queued_ts, scheduled_ts, first_token_ts, last_token_ts: when it was queued, its first sample was first given a
             slot, its first token was known, and its last output was made: by `time.monotonic`, 0 until then.
-        first_token_latency: seconds from when the request was made to its first token; 0 until then.
+        first_token_latency: seconds from when the request was ready to be queued to its first token; 0 until then.
     """
 
     num_generation_tokens: int = 0
@@ -211,7 +212,8 @@ class RequestOutput:
         num_cached_tokens: how many prompt tokens were taken from the prefix cache.
         prompt_logprobs: the requested log-probabilities of each token of the prompt, with None for the first token;
             None if none were requested. All outputs of a stream share them, too.
-        time_to_first_token, total_time: seconds since the request was added; None until they are known.
+        time_to_first_token, total_time: seconds since the request was ready to be queued: tokenized, and its grammar
+            compiled. None until they are known.
         weight_version: version of the weights when this output was made; 0 until `update_weights` is called.
         metrics: times and counts, by vLLM's names.
     """

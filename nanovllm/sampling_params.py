@@ -18,7 +18,7 @@ MAX_TOKENS = 2**31 - 1
 MAX_LOGPROBS = 128  # or all of the vocabulary
 MAX_STOP_IDS = 32  # as many ids can be banned on the device until a request has min_tokens
 MAX_STOP_STRINGS = 64
-MAX_STOP_CHARS = 1024
+MAX_STRING_CHARS = 1024
 MAX_LOGIT_BIAS = 300
 MAX_ALLOWED_IDS = 1 << 22
 MAX_BAD_WORDS = 1024
@@ -43,8 +43,8 @@ def _strings(name: str, value: Any, max_entries: int) -> tuple[str, ...]:
     for string in strings:
         if not isinstance(string, str):
             raise TypeError(f"{name} must be a list of strings, got the entry {shown(string)}")
-        if not 0 < len(string) <= MAX_STOP_CHARS:
-            raise ValueError(f"{name} must have strings of 1 to {MAX_STOP_CHARS} characters, got {shown(string)}")
+        if not 0 < len(string) <= MAX_STRING_CHARS:
+            raise ValueError(f"{name} must have strings of 1 to {MAX_STRING_CHARS} characters, got {shown(string)}")
     return tuple(map(plain, strings))
 
 
@@ -83,7 +83,7 @@ class StructuredOutputsParams:
             as one of these.
         regex: a regular expression in Rust's notation that the whole output matches. `\\d`, `\\w` and `\\s` match ASCII
             only; `\\p{...}` matches Unicode classes.
-        choice: the output is one of these texts.
+        choice: the output is one of these texts, each of 1 to 1024 characters.
         grammar: a context-free grammar in Lark's notation, or in GGML's (GBNF). In its regular expressions `\\d`,
             `\\w` and `\\s` match Unicode, as in Python. Its texts never match a special token; in Lark's notation
             `<|name|>` without quotes does, and `<[NAME]>` matches the token `[NAME]`. `%json {...}` is a JSON schema. A
@@ -257,7 +257,7 @@ class SamplingParams:
         top_p: keep the most likely tokens until their probability reaches top_p, in (0, 1]. Tokens as likely as the
             last of them are kept, too.
         min_p: keep tokens at least min_p times as likely as the most likely one, in [0, 1].
-        seed: makes sampling repeatable whatever else runs in the batch; None and -1 take a seed from the engine's.
+        seed: makes sampling repeatable whatever else runs in the batch; None and -1 derive one from the engine's.
         min_tokens: before this many tokens, end-of-sequence and stop ids are not sampled and stop strings are ignored.
             A structured output may be complete before.
         stop_token_ids: up to 32 ids that end the request; the id itself is kept in `token_ids`.

@@ -47,7 +47,7 @@ def select_backend(
         name = _automatic(device, head_dim, block_size, dtype)
         logger.info("attention backend: %s (%s, head size %d)", name, device.type, head_dim)
     if name == "torch":
-        from nanovllm.attention.torch_ref import TorchBackend
+        from nanovllm.attention.torch_backend import TorchBackend
 
         return TorchBackend()
     if head_dim > MAX_HEAD_DIM:

@@ -20,7 +20,7 @@ from nanovllm.ops.state.rows import StateRows
 class Context:
     """Metadata of one step. Rows are sequences: decode rows (one token each) come first, then prefill rows.
 
-    A captured step with prompt tokens has no decode rows here: attention treats rows of one token as prompts.
+    A captured mixed step has no decode rows here: attention treats rows of one token as prefill rows.
 
     There are D decode rows, P prefill rows and R = D + P rows; T tokens: D and those of the prefill rows; S slots and
     one scratch slot.
@@ -33,16 +33,17 @@ class Context:
     slot_mapping: Tensor  # [T] int64, index of each token in the flattened cache
     counters: Tensor  # int32, counts the finished splits of one kernel; zeros between kernels
     cu_seqlens_q: Tensor | None = None  # [P + 1] int32, offsets of the prefill rows in the T tokens; None if P is 0
-    max_seqlen_q: int = 0  # longest prefill row of this step
-    max_context_len: int = 0  # longest context of a prefill row
+    max_seqlen_q: int = 0  # upper bound of the tokens of a prefill row
+    max_context_len: int = 0  # upper bound of the context of a prefill row
     shared: SharedPrefixPlan | None = None  # prefixes of decode rows, if one kernel attends to them for all rows
     # [L] int64, tokens whose hidden states the last layer returns. None: all tokens, because each row is one token, or
     # because the step keeps all hidden states (for prompt logprobs).
     last_indices: Tensor | None = None
     # All R rows for layers with recurrent state, with a plan of each class of these layers.
     state_rows: Mapping[type, StateRows] = field(default_factory=dict)
-    meta: Any = None  # what the backend's `plan` returns for this context
-    last: "Context | None" = None  # the context of a layer in which only last tokens attend; None if no layer is one
+    plan: Any = None  # what the backend's `plan` returns for this context
+    # The context for the last layer if only `last_indices` attend there; None otherwise.
+    last_tokens_context: "Context | None" = None
 
     # Cached: all layers read these, and slicing takes the host time.
 
@@ -58,14 +59,21 @@ class Context:
 
     def for_last_tokens(self) -> "Context":
         """Return a context in which only each row's last token attends, as decode rows do. It has no plan yet."""
-        return replace(self, num_decode=len(self.rows), cu_seqlens_q=None, shared=None, meta=None)
+        return replace(self, num_decode=len(self.rows), cu_seqlens_q=None, shared=None, plan=None)
+
+    def select(self, q: Tensor, last_indices: Tensor | None) -> tuple[Tensor, "Context"]:
+        """Return the queries that attend in a layer, and their context: all queries, or those of `last_indices`."""
+        if last_indices is None:
+            return q, self
+        assert self.last_tokens_context is not None  # `prepare` has made it
+        return q[last_indices], self.last_tokens_context
 
 
 class AttentionBackend(ABC):
     """A backend computes the attention of a step's rows over the paged KV cache.
 
     The runner calls `prepare` once in each step, then each layer calls `store_and_attend`. All metadata is in the
-    context. A layer in which only last tokens attend uses the step's other context, `last`.
+    context. A layer in which only last tokens attend uses the step's other context, `last_tokens_context`.
 
     Attributes:
         name: the name that users give.
@@ -73,22 +81,22 @@ class AttentionBackend(ABC):
             needs nothing from the host that changes between steps.
         capturable_prefill: whether the same holds for `prefill`.
         shares_prefixes: whether `decode` uses the context's `shared`.
-        compiles_ahead: whether its kernels are Triton's, so that the runner can compile them, and those of the layers,
-            while weights load: in a step that launches none of them.
+        compiles_while_loading: whether its kernels are Triton's. The runner then compiles all kernels while the weights
+            load, in steps that launch nothing.
     """
 
     name: str
     capturable: bool = False
     capturable_prefill: bool = False
     shares_prefixes: bool = False
-    compiles_ahead: bool = False
+    compiles_while_loading: bool = False
 
     def prepare(self, ctx: Context) -> None:
         """Plan a step before its first layer: its context, and the one for last tokens if a layer will use it."""
-        ctx.meta = self.plan(ctx)
+        ctx.plan = self.plan(ctx)
         if ctx.last_indices is not None:
-            ctx.last = ctx.for_last_tokens()
-            ctx.last.meta = self.plan(ctx.last)
+            ctx.last_tokens_context = ctx.for_last_tokens()
+            ctx.last_tokens_context.plan = self.plan(ctx.last_tokens_context)
 
     @abstractmethod
     def plan(self, ctx: Context) -> Any:
@@ -110,7 +118,7 @@ class AttentionBackend(ABC):
         kv: PagedKV,
         scale: float,
         ctx: Context,
-        last: Tensor | None = None,
+        last_indices: Tensor | None = None,
     ) -> Tensor:
         """Transform queries and keys, store keys and values, attend. A backend may fuse all of this in one kernel.
 
@@ -119,15 +127,13 @@ class AttentionBackend(ABC):
             positions: [T] int64.
             kv: the layer's cache, which is written. It knows the layer's window.
             scale: factor of the scores.
-            last: [R] int64, the context's `last_indices` if only these tokens attend; None if every token attends.
+            last_indices: [R] int64, those of the context if only these tokens attend; None if every token attends.
 
         Returns:
-            [T, H, Dh], or [R, H, Dh] with `last`.
+            [T, H, Dh], or [R, H, Dh] with `last_indices`.
         """
         q = qk_norm_rope_store(qkv, transform, positions, ctx.slot_mapping, kv)
-        if last is not None:
-            assert ctx.last is not None  # `prepare` has made it
-            q, ctx = q[last], ctx.last
+        q, ctx = ctx.select(q, last_indices)
         return self.attend(q, kv, scale, ctx)
 
     def attend(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context) -> Tensor:

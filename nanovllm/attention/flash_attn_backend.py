@@ -168,10 +168,10 @@ class FlashAttn3Backend(AttentionBackend):
         return decode, prefill
 
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
-        self._attend_rows(q, kv, scale, out, **ctx.meta[0])
+        self._attend_rows(q, kv, scale, out, **ctx.plan[0])
 
     def prefill(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
-        self._attend_rows(q, kv, scale, out, **ctx.meta[1])
+        self._attend_rows(q, kv, scale, out, **ctx.plan[1])
 
     def _attend_rows(
         self, q: Tensor, kv: PagedKV, scale: float, out: Tensor, max_seqlen_q: int, **rows: Tensor
@@ -237,8 +237,8 @@ class FlashAttn2Backend(AttentionBackend):
 
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
         options = {"softmax_scale": scale, "causal": True, "window_size": window_size(kv)}
-        out.copy_(self._with_kvcache(q[:, None], kv.k_cache, kv.v_cache, **options, **ctx.meta[0])[:, 0])
+        out.copy_(self._with_kvcache(q[:, None], kv.k_cache, kv.v_cache, **options, **ctx.plan[0])[:, 0])
 
     def prefill(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
         options = {"softmax_scale": scale, "causal": True, "window_size": window_size(kv)}
-        out.copy_(self._varlen(q, kv.k_cache, kv.v_cache, **options, **ctx.meta[1]))
+        out.copy_(self._varlen(q, kv.k_cache, kv.v_cache, **options, **ctx.plan[1]))

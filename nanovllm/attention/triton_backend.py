@@ -23,7 +23,7 @@ class TritonBackend(AttentionBackend):
     """
 
     name = "triton"
-    capturable = capturable_prefill = shares_prefixes = compiles_ahead = True
+    capturable = capturable_prefill = shares_prefixes = compiles_while_loading = True
 
     def __init__(self, device: torch.device):
         if not HAVE_TRITON:
@@ -52,13 +52,13 @@ class TritonBackend(AttentionBackend):
         only_decode = ctx.num_decode == num_tokens and ctx.shared is None
         return only_decode and regime_of(num_tokens).one_kernel_attention
 
-    def store_and_attend(self, qkv, transform, positions, kv, scale, ctx, last=None) -> Tensor:
+    def store_and_attend(self, qkv, transform, positions, kv, scale, ctx, last_indices=None) -> Tensor:
         if not self._fuses(ctx):
-            return super().store_and_attend(qkv, transform, positions, kv, scale, ctx, last)
+            return super().store_and_attend(qkv, transform, positions, kv, scale, ctx, last_indices)
         return rope_decode_triton(qkv, transform, kv, ctx.rows, scale, counters=ctx.counters)
 
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
-        rows, plan = ctx.decode_rows, ctx.meta[kv.kind]
+        rows, plan = ctx.decode_rows, ctx.plan[kv.kind]
         prefix = None
         if ctx.shared is not None and not kv.window:
             prefix = shared_attention_triton(q, kv, rows, scale, ctx.shared, plan.num_splits)

@@ -22,7 +22,7 @@ from nanovllm.checks import shown
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.library_errors import refusing
 from nanovllm.models.families import FAMILIES
-from nanovllm.models.registry import (
+from nanovllm.models.model_config import (
     MAX_EXPERTS,
     ModelConfig,
     check_model_type,

@@ -31,8 +31,8 @@ from nanovllm.checkpoints.loader import (
 from nanovllm.checks import shown
 from nanovllm.config import Config
 from nanovllm.library_errors import refusing
+from nanovllm.models.model_config import ModelConfig, check_model_type, stated_dtype, token_ids
 from nanovllm.models.presets import PRESETS
-from nanovllm.models.registry import ModelConfig, check_model_type, stated_dtype, token_ids
 from nanovllm.vllm_options import translate
 from nanovllm.weights.quantization_config import SCHEMES
 

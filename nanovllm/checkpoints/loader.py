@@ -17,7 +17,7 @@ from nanovllm.layers.linear import LinearLayer
 from nanovllm.library_errors import refusing
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.families import FAMILIES
-from nanovllm.models.registry import ModelConfig
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.progress import ProgressBar
 from nanovllm.weights.parameter import (
     BAD_SCALE,
@@ -164,7 +164,8 @@ class WeightUpdate:
     def __init__(self, model: Decoder):
         self.model = model
         self.seen: set[str] = set()
-        self.differs: dict[str, torch.Tensor] = {}
+        # Whether the checkpoint's head differs from its embedding: a bool on the device, if one parameter is both.
+        self.head_differs: torch.Tensor | None = None
         self.layers = [
             module for module in model.modules() if isinstance(module, (LinearLayer, VocabParallelEmbedding))
         ]
@@ -185,7 +186,7 @@ class WeightUpdate:
         return _shapes(targets, _merged_tensors(targets))
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Copy some tensors. Each rank takes its slices. Return their names.
+        """Copy some tensors. Each rank takes its shards. Return their names.
 
         Args:
             weights: the checkpoint's transformers names and whole tensors, each once in all calls and in any order.
@@ -245,7 +246,7 @@ class WeightUpdate:
         other = _TIED.get(name) if self.model.config.tie_word_embeddings else None
         is_shared = self.model.lm_head.weight is self.model.embed_tokens.weight
         if is_shared and other in self.seen:
-            self.differs[_DIFFERENT_HEAD] = self.model.embed_tokens.differs(loaded)
+            self.head_differs = self.model.embed_tokens.differs(loaded)
             return
         self.targets[name].load(loaded)
         # The first of two tied tensors fills both parameters.
@@ -267,8 +268,8 @@ class WeightUpdate:
         )
         with torch.inference_mode():
             _check_finite(self.targets, self.model.tp)
-            if (index := _first_true(list(self.differs.values()), self.model.tp)) is not None:
-                raise ValueError(list(self.differs)[index])
+            if self.head_differs is not None and _first_true([self.head_differs], self.model.tp) is not None:
+                raise ValueError(_DIFFERENT_HEAD)
             for layer in self.layers:
                 layer.format = layer.format.finish_loading()
 

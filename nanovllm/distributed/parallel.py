@@ -34,15 +34,15 @@ class TensorParallel:
         rank, size: index of this rank and number of ranks.
         group: a `torch.distributed` process group (gloo or NCCL); None for a single rank, whose collectives do nothing.
         peers: GPU memory that all ranks can write; used for the collectives that fit, if the ranks can reach it.
-        capturing: a lock that is held while CUDA graphs are captured. `abort` waits for it, because only the capturing
-            thread can end a capture.
+        capture_lock: held while CUDA graphs are captured. `abort` waits for it, because only the capturing thread can
+            end a capture.
     """
 
     rank: int = 0
     size: int = 1
     group: "dist.ProcessGroup | None" = None
     peers: PeerMemory | None = None
-    capturing: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    capture_lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @classmethod
     def default(cls) -> "TensorParallel":
@@ -106,8 +106,9 @@ class TensorParallel:
         """All-reduce `x` in place. Return it, or its RMSNorm as a new tensor.
 
         Args:
+            x: [T, N], contiguous.
             norm: weight and epsilon of the RMSNorm.
-            residual: contiguous, the same on all ranks; added once. None if `overlapped` has sent `x`.
+            residual: [T, N], contiguous, the same on all ranks; added once. None if `overlapped` has sent `x`.
         """
         if self.overlapped is not None:
             pending, self.overlapped.pending = self.overlapped.pending, None
@@ -143,7 +144,7 @@ class TensorParallel:
         return rows_of_rank(self.rank if rank is None else rank, count, self.size)
 
     def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
-        """Exchange this rank's columns of all rows, x [B, N], for all columns of its own `rows`, [S, size * N]."""
+        """Exchange x [B, N], this rank's columns of all rows, for [M, size * N], all columns of its `rows(B)`."""
         if self.size == 1:
             return x
         if self.peers is not None and self.peers.fits_all_to_all(x):
@@ -155,8 +156,14 @@ class TensorParallel:
         self._process_group.alltoall_base(out, x.contiguous(), [own] * self.size, counts).wait()
         return out.view(self.size, own, x.shape[1]).transpose(0, 1).reshape(own, self.size * x.shape[1])
 
-    def merge(self, x: torch.Tensor) -> torch.Tensor:
-        """Give every rank all rows of x [B, ...]. Each rank has some of the rows, and zeros in place of the others."""
+    def all_gather_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Give every rank all rows of x [B, ...], in place.
+
+        Each rank has computed some of the rows. The others must be zeros on it, because rows are summed as int32 words.
+
+        Args:
+            x: contiguous, with at least one row. A row has whole 4-byte words.
+        """
         if self.size > 1:
             self.all_reduce(x.view(len(x), -1).view(torch.int32))
         return x
@@ -178,9 +185,8 @@ class TensorParallel:
         Do not call this for a group that others use as well.
 
         Args:
-            free_graphs: frees the captured graphs. NCCL's abort waits for this if they contain its kernels. Freeing
-                in turn waits for running kernels, as CUDA then does with everything else, so both kinds of kernels
-                are stopped first.
+            free_graphs: frees the captured graphs, which NCCL's abort waits for if they contain its kernels. Freeing
+                waits for running kernels. So the kernels that wait for peers, and NCCL's, are stopped first.
         """
         self.stop()
         aborting = threading.Thread(target=self._abort, daemon=True)
@@ -203,5 +209,5 @@ class TensorParallel:
     def _abort(self) -> None:
         group: Any = self.group
         if isinstance(group, getattr(dist, "ProcessGroupNCCL", ())):
-            with self.capturing:  # during a capture, the capturing thread's next collective would wait for the abort
+            with self.capture_lock:  # during a capture, the capturing thread's next collective would wait for the abort
                 group.abort()

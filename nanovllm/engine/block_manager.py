@@ -56,13 +56,13 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.snapshots = snapshots
         self.blocks = [Block() for _ in range(num_blocks)]
-        self.free_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # front: longest unused
-        self.block_of_hash: dict[int, int] = {}  # the prefix index: hash of a prefix -> id of its last block
+        self.free_block_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # front: longest unused
+        self.hash_to_block_id: dict[int, int] = {}  # the prefix index: hash of a prefix -> id of its last block
         self.last_uid = 0
 
     @property
     def num_free(self) -> int:
-        return len(self.free_ids)
+        return len(self.free_block_ids)
 
     def num_missing(self, placement: Placement, num_tokens: int) -> int:
         """Return how many more blocks `placement` needs to hold `num_tokens` tokens."""
@@ -82,7 +82,7 @@ class BlockManager:
     def allocate(self, placement: Placement, num_tokens: int) -> None:
         """Extend `placement` to hold `num_tokens` tokens. The pool must have enough free blocks."""
         for _ in range(self.num_missing(placement, num_tokens)):
-            block_id, _ = self.free_ids.popitem(last=False)
+            block_id, _ = self.free_block_ids.popitem(last=False)
             self._remove_from_index(block_id)
             self.blocks[block_id].ref_count = 1
             placement.block_table.append(block_id)
@@ -93,7 +93,7 @@ class BlockManager:
             block = self.blocks[block_id]
             block.ref_count -= 1
             if block.ref_count == 0:
-                self.free_ids[block_id] = None
+                self.free_block_ids[block_id] = None
         placement.block_table.clear()
         if self.snapshots:
             self.snapshots.discard(placement)
@@ -119,7 +119,7 @@ class BlockManager:
         for block_id in found:
             block = self.blocks[block_id]
             if block.ref_count == 0:
-                del self.free_ids[block_id]
+                del self.free_block_ids[block_id]
             block.ref_count += 1
         placement.block_table.extend(found)
         placement.num_registered = len(found)
@@ -165,7 +165,7 @@ class BlockManager:
         return tuple(seq.token_ids[i * self.block_size : (i + 1) * self.block_size])
 
     def _lookup(self, prefix_hash: int, parent_uid: PrefixUid, token_ids: tuple[int, ...]) -> int | None:
-        block_id = self.block_of_hash.get(prefix_hash)
+        block_id = self.hash_to_block_id.get(prefix_hash)
         if block_id is None:
             return None
         block = self.blocks[block_id]
@@ -178,12 +178,12 @@ class BlockManager:
         block.hash = placement.prefix_hash
         block.parent_uid = placement.prefix_uid
         block.token_ids = token_ids
-        self.block_of_hash[block.hash] = block_id
+        self.hash_to_block_id[block.hash] = block_id
 
     def _remove_from_index(self, block_id: int) -> None:
         block = self.blocks[block_id]
-        if block.uid and self.block_of_hash.get(block.hash) == block_id:
-            del self.block_of_hash[block.hash]
+        if block.uid and self.hash_to_block_id.get(block.hash) == block_id:
+            del self.hash_to_block_id[block.hash]
         block.uid = 0
         block.token_ids = ()
         if self.snapshots:

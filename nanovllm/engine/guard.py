@@ -100,7 +100,9 @@ class Guard:
         if self.update_open:
             raise RuntimeError("a weight update is open; call finish_weight_update() first")
         if self.weight_error is not None:
-            message = "the last update_weights failed, and the weights may be partly overwritten; call it again"
+            message = (
+                "the last update_weights failed, and the weights may be partly overwritten; run a whole weight update"
+            )
             raise RuntimeError(f"{message}: {self.weight_error!r:.500}") from self.weight_error
 
     def take(self) -> None:

@@ -43,7 +43,7 @@ class Request:
     Attributes:
         id: set when the request is queued.
         is_delta: whether each output has what is new since the last one, instead of everything.
-        added: when the request was made, by `time.monotonic`.
+        created: when this object was made, by `time.monotonic`: the request is then ready to be queued.
         metrics: times and counts so far.
         consumer: refers weakly to the iterator of a stream, and abandons the request when that is garbage-collected.
         delivered: for each sample of a stream, how many tokens and which finish reason its caller has received.
@@ -57,7 +57,7 @@ class Request:
     token_bytes: TokenBytes | None
     all_token_bytes: TokenBytes | None = None
     id: str = field(init=False, default="")
-    added: float = field(init=False, default_factory=time.monotonic)
+    created: float = field(init=False, default_factory=time.monotonic)
     metrics: RequestMetrics = field(init=False)
     consumer: weakref.ref | None = field(init=False, default=None)
 
@@ -99,7 +99,7 @@ class Request:
     def mark_first_token(self, now: float) -> None:
         """Set the time, by `time.monotonic`, at which the first token is known."""
         self.metrics.first_token_ts = now
-        self.metrics.first_token_latency = now - self.added
+        self.metrics.first_token_latency = now - self.created
 
     def take_output(self, weight_version: int, now: float | None = None) -> RequestOutput:
         """Return the results so far; of a stream of deltas, only those that no earlier call returned.
@@ -121,7 +121,7 @@ class Request:
             num_cached_tokens=first.num_cached,
             prompt_logprobs=None if self.params.prompt_logprobs is None else first.prompt_logprobs,
             time_to_first_token=metrics.first_token_latency or None,
-            total_time=now - self.added if finished else None,
+            total_time=now - self.created if finished else None,
             weight_version=weight_version,
             metrics=metrics,
         )

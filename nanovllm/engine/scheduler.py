@@ -158,18 +158,21 @@ class Scheduler:
         """
         candidates = [*self.running, *islice(self.waiting, len(self.free_slots))]
         # Most sequences have no filter, and this looks at all of them in each step.
-        lacking = [seq for seq in candidates if seq.token_filter and seq.lacks_mask and not seq.num_pending]
+        lacking = [
+            (seq, seq.token_filter) for seq in candidates if seq.token_filter and seq.lacks_mask and not seq.num_pending
+        ]
         budget = STEP_MASK_SECONDS if self.limit_masks else math.inf
-        for seq in sorted(lacking, key=lambda seq: seq.mask_seconds):
-            if budget <= 0 or seq.token_filter is None:
+        for seq, token_filter in sorted(lacking, key=lambda pair: pair[0].mask_seconds):
+            if budget <= 0:
                 break
             start = time.thread_time()
-            seq.mask = seq.token_filter.compute_mask()
+            seq.mask = token_filter.compute_mask()
             seconds = time.thread_time() - start
             budget -= seconds
             seq.mask_seconds += seconds
             if self.limit_masks and seconds > _MAX_MASK_SECONDS:
-                seq.mask_error = "a step takes too long: the grammar is too ambiguous"
+                limit = f"{1000 * _MAX_MASK_SECONDS:.0f} ms of CPU time"
+                seq.mask_error = f"the next token mask took over {limit}: the grammar is too ambiguous"
 
     def _make_room(self, seq: Sequence, num_missing: int) -> bool:
         """Preempt the newest sequences until `num_missing` blocks are free, or `seq` itself is preempted.
@@ -212,15 +215,10 @@ class Scheduler:
                 break
             if seq.lacks_mask:
                 break
-            # Logits of cached tokens cannot score a prompt. With recurrent state, the sequence shares only the cached
-            # blocks before a snapshot.
-            cached = [] if seq.num_unscored else self.block_manager.find_prefix(seq)
-            shared, snapshot = cached, None
-            if self.snapshots:
-                shared, snapshot = self.snapshots.find(cached)
-                if snapshot in self.snapshots.saving:
-                    num_deferred += 1
-                    continue
+            cached, shared, snapshot = self._find_cached(seq)
+            if self.snapshots and snapshot in self.snapshots.saving:
+                num_deferred += 1
+                continue
             num_cached = len(shared) * self.block_manager.block_size
             num_new = min(seq.num_tokens - num_cached, budget)
             # One free block stays in reserve for each running sequence. Without it the next decode step could preempt
@@ -237,6 +235,18 @@ class Scheduler:
             builder.allocate(placement, num_cached + num_new)
             builder.add_row(seq, placement, num_new)
             budget -= num_new
+
+    def _find_cached(self, seq: Sequence) -> tuple[list[int], list[int], int | None]:
+        """Return the cached blocks of a prompt's start, those of them to share, and the snapshot to start from.
+
+        Logits of cached tokens cannot score a prompt. With recurrent state, the sequence shares only the cached blocks
+        before a snapshot.
+        """
+        cached = [] if seq.num_unscored else self.block_manager.find_prefix(seq)
+        if not self.snapshots:
+            return cached, cached, None
+        shared, snapshot = self.snapshots.find(cached)
+        return cached, shared, snapshot
 
     def _start(self, seq: Sequence, shared: list[int]) -> Placement:
         """Run a waiting sequence in a new placement, which starts with the cached blocks `shared`."""
@@ -274,10 +284,10 @@ class Scheduler:
                 seq = step.sequences[row]
                 if seq.status is not Status.FINISHED:
                     seq.logprobs.append(logprobs.row(i, seq.num_logprobs or 0))
-        for rows, logprobs in zip(batch.target_rows.values(), output.prompt_logprobs, strict=True):
-            start = 0  # index of the row's first target in `logprobs`
+        for rows, logprobs in zip(batch.scored_rows.values(), output.prompt_logprobs, strict=True):
+            start = 0  # index of the row's first scored token in `logprobs`
             for row in rows:
-                seq, end = step.sequences[row], start + len(batch.rows[row].target_ids)
+                seq, end = step.sequences[row], start + len(batch.rows[row].scored_ids)
                 if seq.status is not Status.FINISHED:
                     for i in range(start, end):
                         seq.prompt_logprobs.append(logprobs.row(i, seq.num_prompt_logprobs or 0))
@@ -368,8 +378,8 @@ class _StepBuilder:
             for i, (seq, row) in enumerate(zip(sequences, batch.rows, strict=True)):
                 if row.is_sampled and seq.num_logprobs is not None:
                     batch.logprob_rows.setdefault(_next_power_of_2(seq.num_logprobs), []).append(i)
-                if row.target_ids and seq.num_prompt_logprobs is not None:
-                    batch.target_rows.setdefault(_next_power_of_2(seq.num_prompt_logprobs), []).append(i)
+                if row.scored_ids and seq.num_prompt_logprobs is not None:
+                    batch.scored_rows.setdefault(_next_power_of_2(seq.num_prompt_logprobs), []).append(i)
         return ScheduledStep(batch, sequences) if sequences else None
 
     def _send_blocks(self, placement: Placement, first: int) -> None:
@@ -378,16 +388,16 @@ class _StepBuilder:
             self.batch.new_blocks.append((placement.slot, i, placement.block_table[i]))
 
     def _add_prefill_row(self, seq: Sequence, slot: int, start: int, num_new: int, is_sampled: bool) -> None:
-        target_ids, first_target = (), 0
+        scored_ids, first_scored = (), 0
         if seq.num_unscored:
             # Prompt logprobs: the token at position p is scored by the logits at p - 1.
             first, end = seq.num_scored, min(start + num_new, len(seq.prompt_ids) - 1)
             if first < end:
-                target_ids, first_target = seq.prompt_ids[first + 1 : end + 1], first - start
+                scored_ids, first_scored = seq.prompt_ids[first + 1 : end + 1], first - start
                 seq.num_scored = end
                 self.wants_logprobs = True
         token_ids = seq.token_ids[start : start + num_new]
-        self.prefill_rows.append(Row(slot, start, token_ids, is_sampled, target_ids, first_target))
+        self.prefill_rows.append(Row(slot, start, token_ids, is_sampled, scored_ids, first_scored))
         self.prefilling.append(seq)
 
     def _note_logprobs(self, seq: Sequence) -> None:

@@ -61,19 +61,22 @@ class Sequence:
 
     A running sequence has a placement; so has a finished one while steps that use it are in flight.
 
-    Args: what the request says.
+    Args:
         prompt_ids: the prompt's tokens.
         params: the request's parameters.
         stop_ids: ids of tokens that end it: the end-of-sequence ids unless ignored, and `stop_token_ids`.
+        seed, request_id: set when the request is queued.
         index: index of this sample in its request.
         max_output_len: how many tokens fit after the prompt, whatever `params.max_tokens` is.
         vocab_size: the model's vocabulary size, for logprobs of all tokens.
         token_filter: limits which tokens may be sampled; None if the request does not.
         detokenizer: makes the text of a stream, and finds stop strings; None if the request needs neither.
-        max_tokens: largest number of tokens to generate.
-        num_logprobs, num_prompt_logprobs: how many of the most likely tokens the logprobs include; None without.
 
-    Attributes: its progress.
+    Attributes:
+        max_tokens: largest number of tokens to generate: `params.max_tokens`, at most `max_output_len`.
+        num_logprobs, num_prompt_logprobs: how many of the most likely tokens the logprobs include; None without.
+        status: whether it waits, runs or has finished.
+        placement: its slot and blocks; None while it has none.
         token_ids: prompt and output, as far as the host knows them.
         mask: the filter's bit mask of allowed next tokens, if it depends on the output. None until it is computed, and
             again once a row samples with it.
@@ -84,8 +87,6 @@ class Sequence:
         num_scored: how many prompt tokens have their logprobs once all scheduled steps have run.
         num_cached: how many prompt tokens the prefix cache had when it was first admitted.
         scheduled_ts: when it was first admitted, by `time.monotonic`; 0 until then.
-
-    Attributes: its results, besides `token_ids`.
         finish_reason, stop_reason: why it has ended; see `CompletionOutput`.
         logprobs, prompt_logprobs: those of the output and of the prompt.
     """

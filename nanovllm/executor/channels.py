@@ -20,15 +20,15 @@ class RankChannels:
     """Hold rank 0's ends of the connections to the other ranks.
 
     Attributes:
-        messages: a connection to each rank, for `send`.
-        pipes: a socket to each rank, for collectives on the CPU; see `PipeGroup`.
+        connections: a connection to each rank, for `send`.
+        sockets: a socket to each rank, for collectives on the CPU; see `SocketGroup`.
         store_file: the file in memory where the ranks meet.
         error: why the ranks can no longer work together. None if they can.
     """
 
     def __init__(self):
-        self.messages: list[Connection] = []
-        self.pipes: list[socket.socket] = []
+        self.connections: list[Connection] = []
+        self.sockets: list[socket.socket] = []
         try:
             # `close` closes it.
             self.store_file = open(os.memfd_create("nanovllm-store"), "wb")  # noqa: SIM115
@@ -40,19 +40,19 @@ class RankChannels:
     def connect(self) -> Iterator[tuple[int, ...]]:
         """Connect the next rank. Yield the descriptors that its process inherits; this process closes them after."""
         # A duplex pipe is a pair of sockets, which buffer larger messages than a pipe.
-        messages, rank_messages = Pipe()
-        self.messages.append(messages)
-        with rank_messages:
-            pipe, rank_pipe = socket.socketpair()
-            self.pipes.append(pipe)
-            with rank_pipe:
-                for end in (pipe, rank_pipe):
+        connection, rank_connection = Pipe()
+        self.connections.append(connection)
+        with rank_connection:
+            sock, rank_sock = socket.socketpair()
+            self.sockets.append(sock)
+            with rank_sock:
+                for end in (sock, rank_sock):
                     end.setblocking(True)  # whatever socket.setdefaulttimeout() says
-                yield rank_messages.fileno(), rank_pipe.fileno(), self.store_file.fileno()
+                yield rank_connection.fileno(), rank_sock.fileno(), self.store_file.fileno()
 
     def send(self, *message: object) -> None:
         """Send a message to every other rank."""
-        for connection in self.messages:
+        for connection in self.connections:
             connection.send(message)
 
     def share_weights(
@@ -83,29 +83,29 @@ class RankChannels:
 
     def close_ranks(self) -> None:
         """Ask the other ranks to close. Nothing can be sent to them afterwards."""
-        for connection in self.messages:
+        for connection in self.connections:
             with contextlib.suppress(OSError):
                 connection.send(("close",))
             connection.close()
 
     def close(self) -> None:
         """Close this process's ends. May be called again."""
-        for connection in self.messages:
+        for connection in self.connections:
             connection.close()
-        for pipe in self.pipes:
-            pipe.close()
+        for sock in self.sockets:
+            sock.close()
         self.store_file.close()
 
 
 def receive_weights(
-    messages: Connection, tp: TensorParallel, device: torch.device
+    connection: Connection, tp: TensorParallel, device: torch.device
 ) -> Generator[tuple[str, torch.Tensor], None, None]:
     """Yield the weights that rank 0's `share_weights` sends.
 
     Raises:
         ValueError: rank 0 has stopped before the last weight.
     """
-    while len(message := messages.recv()) > 1:
+    while len(message := connection.recv()) > 1:
         name, shape, dtype = message
         yield name, tp.broadcast(torch.empty(shape, dtype=dtype, device=device))
     if message != (True,):

@@ -1,4 +1,7 @@
-"""The executor of a single rank, and the base of those that have more."""
+"""The executor of this process's rank: the only one, or one of torchrun's.
+
+`SpawnedExecutor` extends it to child processes.
+"""
 
 import gc
 from collections.abc import Collection, Iterable
@@ -12,7 +15,7 @@ from nanovllm.utils.heap import trim_heap
 
 
 class Executor:
-    """Run an engine's steps on this process's rank. Subclasses also run them on the other ranks.
+    """Run an engine's steps on this process's rank. `SpawnedExecutor` also runs them on the other ranks.
 
     Args:
         runner: the model runner of this process's rank.

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from nanovllm.checkpoints.hub import ModelSource
 from nanovllm.config import Config
-from nanovllm.distributed.pipe_group import PipeGroup
+from nanovllm.distributed.socket_group import SocketGroup
 from nanovllm.ops.triton_utils import preload_triton
 
 if TYPE_CHECKING:
@@ -54,16 +54,16 @@ def open_store(descriptor: int, size: int) -> "FileStore":
 
 
 def make_group(
-    rank: int, size: int, store: "FileStore", device_type: str, pipes: Sequence[socket.socket] = ()
+    rank: int, size: int, store: "FileStore", device_type: str, sockets: Sequence[socket.socket] = ()
 ) -> "dist.ProcessGroup":
     """Make this engine's own process group. torch's global default group is not used.
 
     Args:
         store: where NCCL's ranks meet.
-        pipes: the sockets between the CPU's ranks; see `PipeGroup`.
+        sockets: the sockets between the CPU's ranks; see `SocketGroup`.
     """
     if device_type == "cpu":
-        group = PipeGroup(rank, pipes)
+        group = SocketGroup(rank, sockets)
     else:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         # The executor notices a dead rank. NCCL's watchdog would end the caller's process because of it.

@@ -117,7 +117,7 @@ class SpawnedExecutor(Executor):
         try:
             # Set the current GPU of this thread.
             rank_device(device.type, 0)
-            group = make_group(0, size, store, device.type, self.channels.pipes)
+            group = make_group(0, size, store, device.type, self.channels.sockets)
             # Kept before the next call, so that the group can be aborted if a rank is lost in that call.
             tp = TensorParallel(0, size, group)
             self._tp = tp

@@ -17,15 +17,15 @@ from nanovllm.executor.ranks import largest_all_reduce, make_group, open_store, 
 from nanovllm.runner.model_runner import ModelRunner
 
 
-def main(rank: int, parent: int, report: int, messages: int, pipe: int, store: int) -> None:
+def main(rank: int, parent: int, report: int, connection: int, sock: int, store: int) -> None:
     """Run a rank until rank 0 closes it. On an error, report the traceback to rank 0 and exit with status 1.
 
     Args:
         rank: index of this rank.
         parent: process id of rank 0.
         report: descriptor of the connection for the traceback.
-        messages: descriptor of the connection for messages from rank 0.
-        pipe: descriptor of the socket for collectives on the CPU.
+        connection: descriptor of the connection for messages from rank 0.
+        sock: descriptor of the socket for collectives on the CPU.
         store: descriptor of the file where the ranks meet.
     """
     if sys.stderr is not None:
@@ -33,7 +33,7 @@ def main(rank: int, parent: int, report: int, messages: int, pipe: int, store: i
         faulthandler.enable()
     try:
         _end_with(parent)
-        _run_rank(rank, Connection(messages, writable=False), socket.socket(fileno=pipe), store)
+        _run_rank(rank, Connection(connection, writable=False), socket.socket(fileno=sock), store)
     except BaseException:
         try:
             Connection(report, readable=False).send(traceback.format_exc())
@@ -45,28 +45,28 @@ def main(rank: int, parent: int, report: int, messages: int, pipe: int, store: i
         sys.exit(1)
 
 
-def _run_rank(rank: int, messages: Connection, pipe: socket.socket, store_descriptor: int) -> None:
-    (config,) = messages.recv()
+def _run_rank(rank: int, connection: Connection, sock: socket.socket, store_descriptor: int) -> None:
+    (config,) = connection.recv()
     size = config.tensor_parallel_size
     device = rank_device(config.device_type, rank)
     store = open_store(store_descriptor, size)
     store.set(f"rank {rank}", "present")
-    group = make_group(rank, size, store, config.device_type, [pipe])
+    group = make_group(rank, size, store, config.device_type, [sock])
     source = open_config(config)
     tp = TensorParallel(rank, size, group).with_peers(device, largest_all_reduce(config, source))
     runner = ModelRunner(config, source, tp, device)
-    serve(runner, messages)
+    serve(runner, connection)
     tp.abort(runner.free_graphs)
 
 
-def serve(runner: ModelRunner, messages: Connection) -> None:
+def serve(runner: ModelRunner, connection: Connection) -> None:
     """Call the runner's methods that rank 0 names, until rank 0 sends "close"."""
     while True:
-        method, *arguments = messages.recv()
+        method, *arguments = connection.recv()
         if method == "close":
             return
         if method == "load_weights":
-            _load_weights(runner, messages)
+            _load_weights(runner, connection)
         elif method == "finish_weight_update":
             # Rank 0 finds the same faults and raises them to the caller.
             with contextlib.suppress(ValueError):
@@ -79,9 +79,9 @@ def serve(runner: ModelRunner, messages: Connection) -> None:
             runner.collect()
 
 
-def _load_weights(runner: ModelRunner, messages: Connection) -> None:
+def _load_weights(runner: ModelRunner, connection: Connection) -> None:
     """Load the weights that rank 0 shares. Rank 0 finds the same faults in them and raises them to the caller."""
-    weights = receive_weights(messages, runner.tp, runner.device)
+    weights = receive_weights(connection, runner.tp, runner.device)
     with contextlib.suppress(TypeError, ValueError):
         runner.load_weights(weights)
     # Receive the rest of what rank 0 sends.

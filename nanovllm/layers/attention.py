@@ -12,8 +12,8 @@ from nanovllm.weights.parameter import CheckpointTensor, checkpoint_tensors
 class Attention(StatefulLayer):
     """Attention with RoPE over the paged KV cache, through the context's backend.
 
-    qkv [T, (num_heads + 2 num_kv_heads) head_dim] -> [T, num_heads head_dim]. With `last` [R], the index of each
-    sequence's last token, all tokens store K and V, but only these attend: the output is [R, num_heads head_dim].
+    qkv [T, (num_heads + 2 num_kv_heads) head_dim] -> [T, num_heads head_dim]. With `last_indices` [R], the index of
+    each sequence's last token, all tokens store K and V, but only these attend: the output is [R, num_heads head_dim].
 
     Args:
         num_heads, num_kv_heads: numbers of heads on this rank.
@@ -41,12 +41,15 @@ class Attention(StatefulLayer):
         self.scale = head_dim**-0.5
         self.window = window
         self.rotary = rotary
-        self.eps = qk_norm_eps or 0.0
         self.q_norm = self.k_norm = None
         if qk_norm_eps is not None:
             options = {"dtype": dtype, "zero_centered": zero_centered, "order": rotary.order}
             self.q_norm = RMSNorm(head_dim, qk_norm_eps, **options)
             self.k_norm = RMSNorm(head_dim, qk_norm_eps, **options)
+        q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
+        self.transform = QKTransform(
+            num_heads, rotary.cos_sin, q_weight, k_weight, qk_norm_eps or 0.0, query_scale=rotary.query_scale
+        )
         self.kv: PagedKV | None = None
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
@@ -61,17 +64,13 @@ class Attention(StatefulLayer):
         return PagedKVSpec(self.num_kv_heads, self.head_dim, self.dtype, self.window)
 
     def bind(self, state: PagedKV | None) -> None:
-        # Made here, and not in __init__: it holds the norms' tensors, which loading and moving may replace.
-        q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
-        rotary = self.rotary
-        self.transform = QKTransform(
-            self.num_heads, rotary.cos_sin, q_weight, k_weight, self.eps, query_scale=rotary.query_scale
-        )
         self.kv = state
 
-    def forward(self, qkv: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, qkv: torch.Tensor, positions: torch.Tensor, last_indices: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if self.kv is None:
             raise RuntimeError("this layer has no KV cache: bind() one first")
         context = get_context()
         attend = context.backend.store_and_attend
-        return attend(qkv, self.transform, positions, self.kv, self.scale, context, last).flatten(1)
+        return attend(qkv, self.transform, positions, self.kv, self.scale, context, last_indices).flatten(1)

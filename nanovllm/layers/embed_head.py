@@ -15,10 +15,10 @@ from nanovllm.weights.parameter import CheckpointTensor, check_dtype, check_shap
 
 
 class VocabParallel(Layer):
-    """A layer whose weight has a row for each token of the vocabulary. Each rank holds an equal slice of the rows.
+    """A layer whose weight has a row for each token of the vocabulary. Each rank holds an equal shard of the rows.
 
     Args:
-        num_embeddings: size of the vocabulary. The last slices are padded if the ranks do not divide it.
+        num_embeddings: size of the vocabulary. The last shards are padded if the ranks do not divide it.
     """
 
     def __init__(self, num_embeddings: int, tp: TensorParallel | None):
@@ -29,7 +29,7 @@ class VocabParallel(Layer):
         self.start = self.tp.rank * self.size
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
-        rows = self._slice(param, loaded)
+        rows = self._shard(param, loaded)
         param[: len(rows)].copy_(rows)
         param[len(rows) :].zero_()
 
@@ -41,7 +41,7 @@ class VocabParallel(Layer):
         """Return the shape of the whole tensor that `param` loads."""
         return self.num_embeddings, *param.shape[1:]
 
-    def _slice(self, param: nn.Parameter, loaded: torch.Tensor) -> torch.Tensor:
+    def _shard(self, param: nn.Parameter, loaded: torch.Tensor) -> torch.Tensor:
         """Return this rank's rows of the whole tensor that `param` loads. Raise ValueError if its shape is wrong."""
         check_shape(loaded, self._shape(param))
         return loaded[self.start : self.start + self.size]
@@ -51,7 +51,7 @@ class VocabParallelEmbedding(VocabParallel):
     """Token embedding: ids [T] -> [T, embedding_dim].
 
     Args:
-        num_embeddings: size of the vocabulary, of which each rank holds a slice.
+        num_embeddings: size of the vocabulary, of which each rank holds a shard.
         embedding_dim: size of an embedding.
     """
 
@@ -77,14 +77,16 @@ class VocabParallelEmbedding(VocabParallel):
     def differs(self, loaded: torch.Tensor) -> torch.Tensor:
         """Return whether the weight has other values than `loaded`, as a bool on the weight's device."""
         check_dtype(loaded, self.weight.dtype)
-        rows = self._slice(self.weight, loaded)
+        rows = self._shard(self.weight, loaded)
         # Compare in chunks: a GPU may lack memory for another copy of all rows.
         chunks = zip(self.weight[: len(rows)].split(4096), rows.split(4096), strict=True)
         return torch.stack([(current != new.to(current)).any() for current, new in chunks]).any()
 
 
 class ParallelLMHead(VocabParallel, LinearLayer):
-    """LM head: hidden states [L, embedding_dim] -> logits [S, num_embeddings] of this rank's slice of the L rows.
+    """LM head: hidden states [L, embedding_dim], equal on all ranks -> logits [M, num_embeddings].
+
+    They are those of the M = len(tp.rows(L)) tokens that this rank samples.
 
     Args:
         num_embeddings, embedding_dim: as in VocabParallelEmbedding.

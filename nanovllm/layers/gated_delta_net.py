@@ -45,7 +45,7 @@ class GatedDeltaNetConfig:
 class GatedDeltaNet(StatefulLayer):
     """Gated DeltaNet over the state of the slots.
 
-    Every token updates the state. If `last` has indices of tokens, only these go through the output projection.
+    Every token updates the state. If `last_indices` has indices of tokens, only these go through the output projection.
 
     Args:
         eps: epsilon of the norm of each value head.
@@ -125,7 +125,7 @@ class GatedDeltaNet(StatefulLayer):
     def plan_prompts(cu_seqlens: torch.Tensor, num_tokens: int, max_prompts: int) -> PromptPlan | None:
         return prompt_plan_triton(cu_seqlens, num_tokens, max_prompts) if cu_seqlens.is_cuda else None
 
-    def forward(self, x: Normed, positions: torch.Tensor, last: torch.Tensor | None) -> LazyGemm:
+    def forward(self, x: Normed, positions: torch.Tensor, last_indices: torch.Tensor | None) -> LazyGemm:
         rows = get_context().state_rows.get(type(self))
         if self.state is None or rows is None:
             raise RuntimeError("this layer has no recurrent state: bind() one first, and give the context state_rows")
@@ -136,7 +136,7 @@ class GatedDeltaNet(StatefulLayer):
             qkvz, gates = self.in_proj(x), self.gates_proj(x)
             inputs = GdnInputs(*qkvz.split(self.sizes[:2], dim=1), *gates.split(self.sizes[2:], dim=1))
         out = gated_delta_net(inputs, self.weights, self.state, rows)
-        return self.out_proj(out if last is None else out[last])
+        return self.out_proj(out if last_indices is None else out[last_indices])
 
 
 def _shards(config: GatedDeltaNetConfig, channels: np.ndarray, heads: range) -> dict[ShardId, Shard]:

@@ -10,9 +10,11 @@ from nanovllm.weights.parameter import CheckpointTensor, check_shape, make_param
 
 
 class RMSNorm(Layer):
-    """Root mean square norm (arXiv:1910.07467) of a tensor [T, size], or a lazy norm of a residual stream.
+    """RMSNorm (arXiv:1910.07467). What it returns depends on the input.
 
-    The norm of a row-parallel layer's output runs that layer.
+    - Of a tensor [T, size]: its norm.
+    - Of a `Residual`: a lazy `Normed`.
+    - Of a `LazyGemm`: it runs the GEMM and the all-reduce, and returns the norm of the result.
 
     Args:
         zero_centered: the checkpoint has the weight minus 1. The weight is float32, as 1 + w needs more bits than w.

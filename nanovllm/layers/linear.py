@@ -28,6 +28,7 @@ from nanovllm.weights.parameter import (
     block_of,
     blocks_covering,
     check_shape,
+    column_shard,
     make_parameter,
     row_block_of,
     select,
@@ -72,7 +73,10 @@ class Shard:
         return cls(name, total=total, start=0, size=len(order), order=order)
 
     def take(self, loaded: torch.Tensor, param: nn.Parameter) -> torch.Tensor:
-        """Return this rank's rows of the whole tensor that `param` loads: the weight, or something by blocks of it."""
+        """Return this rank's rows of the checkpoint tensor that `param` loads.
+
+        They are rows of the weight, or the rows of scales or zero points that cover them.
+        """
         block = block_of(param)[0]
         if self.order is None and block == 1:
             return loaded[self.start : self.start + self.size]
@@ -80,11 +84,11 @@ class Shard:
         return select(loaded, rows[:: row_block_of(param)] // block)
 
     def row_alignment(self, offset: int) -> int:
-        """Return the largest number that divides the first rows of this shard. 0 if both are row 0: any number does.
+        """Return the largest block height that this shard does not split. 0 stands for any height.
 
-        They are its first row in the checkpoint's tensor and its first row in the layer's weight, `offset`. A shard of
-        the checkpoint's rows 128 to 255 at row 64 of the layer gives 64: blocks of 64 rows, or of 32, are whole in
-        both. If `order` jumps, the same goes for each run of consecutive rows.
+        It is the gcd of the shard's first row in the checkpoint's tensor and of `offset`, its first row in the layer's
+        weight. A shard of the checkpoint's rows 128 to 255 at row 64 of the layer gives 64: blocks of 64 rows, or of
+        32, are whole in both. If `order` jumps, the same goes for each run of consecutive rows.
         """
         if self.order is None:
             return math.gcd(self.start, offset)
@@ -103,12 +107,11 @@ class ColumnParallelLinear(LinearLayer):
         allocate_weight: makes the format of the weight, with its parameters.
 
     Attributes:
-        gated: whether the rows are gate and up of SwiGLU.
         may_be_merged: whether some checkpoints (Phi-3) have one tensor for all shards, with the name of this layer.
         rows: the rows of each shard in the merged weight.
     """
 
-    gated = may_be_merged = False
+    may_be_merged = False
 
     def __init__(
         self,
@@ -169,18 +172,20 @@ class ColumnParallelLinear(LinearLayer):
 
     def forward(self, x: torch.Tensor | Normed | Residual) -> torch.Tensor:
         x, norm = as_normed(x)
-        return self.format.linear(x, self.bias, norm=norm, gated=self.gated, counters=get_counters())
+        return self.format.linear(x, self.bias, norm=norm, counters=get_counters())
 
 
 class GateUpParallelLinear(ColumnParallelLinear):
     """The gated unit of SwiGLU (arXiv:2002.05202): silu(x G^T) * x U^T. Shard ids are 0 for gate and 1 for up.
+
+    [T, hidden_size] -> [T, intermediate_size / ranks].
 
     Args:
         hidden_size: size of the input.
         intermediate_size: output size of each projection, which the number of ranks must divide.
     """
 
-    gated = may_be_merged = True
+    may_be_merged = True
 
     def __init__(
         self,
@@ -202,13 +207,15 @@ class GateUpParallelLinear(ColumnParallelLinear):
         super().__init__(hidden_size, shards, bias, dtype, allocate_weight)
 
     def forward(self, x: torch.Tensor | Normed | Residual) -> Any:
-        """Return SwiGLU of x, for a RowParallelLinear."""
+        """Return SwiGLU of x for a RowParallelLinear: a tensor, or a `LazySwiglu`."""
         x, norm = as_normed(x)
         return self.format.gate_up(x, self.bias, norm=norm, counters=get_counters())
 
 
 class QKVParallelLinear(ColumnParallelLinear):
     """Queries, keys and values in one GEMM, split by heads. Shard ids are "q", "k", "v".
+
+    [T, hidden_size] -> [T, gate_size + (num_heads + 2 num_kv_heads) head_dim]: gates, queries, keys, values.
 
     If there are more ranks than KV heads, a KV head is on every rank whose query heads use it.
 
@@ -291,22 +298,18 @@ class RowParallelLinear(LinearLayer):
         self.register_buffer("zero_bias", torch.zeros(out_features, dtype=dtype), persistent=False)
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: None = None) -> None:
-        shape, columns = self._slice(param)
+        shape, columns = column_shard(param, self.columns, self.in_features)
         check_shape(loaded, shape)
         param.copy_(loaded[:, columns])
 
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
-        params = self.format.parameters.items()
-        tensors = {f"{prefix}.{name}": CheckpointTensor(param, self._slice(param)[0]) for name, param in params}
+        tensors = {}
+        for name, param in self.format.parameters.items():
+            shape, _ = column_shard(param, self.columns, self.in_features)
+            tensors[f"{prefix}.{name}"] = CheckpointTensor(param, shape)
         if self.bias is not None:
             tensors[f"{prefix}.bias"] = CheckpointTensor(self.bias, tuple(self.bias.shape))
         return tensors
-
-    def _slice(self, param: nn.Parameter) -> tuple[tuple[int, ...], slice]:
-        """Return the shape of the whole tensor that `param` loads, and the columns of it that this rank loads."""
-        block = block_of(param)[1]
-        columns = blocks_covering(self.columns, self.in_features, block)
-        return (len(param), ceil_div(self.in_features, block)), columns
 
     def forward(self, x: torch.Tensor | LazySwiglu) -> "LazyGemm":
         return LazyGemm(self, self.format.prepare(x))

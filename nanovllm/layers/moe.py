@@ -23,6 +23,7 @@ from nanovllm.weights.parameter import (
     block_of,
     blocks_covering,
     check_shape,
+    column_shard,
     row_block_of,
     splits_block,
 )
@@ -63,9 +64,11 @@ class Router(ColumnParallelLinear):
         self.config = config
 
     def choose(self, x: Normed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return the ids and weights of each token's experts, and the shared expert's gate [T, 1] if there is one.
+        """Choose the experts of x [T, H]. The weights are rounded to the dtype of the logits, as in transformers.
 
-        The weights are rounded to the dtype of the logits, as in transformers.
+        Returns:
+            Ids [T, top_k] int32 and weights [T, top_k] of each token's experts; the shared expert's gate [T, 1] before
+            the sigmoid, or None.
         """
         logits = self(x)
         gate = logits[:, self.rows["shared"]] if "shared" in self.rows else None
@@ -100,14 +103,15 @@ class Experts(Layer):
         self.inner_size = config.intermediate_size
         size = divide("moe_intermediate_size", self.inner_size, tp)
         self.rank_inner_size = size  # I / ranks
+        self.columns = slice(tp.rank * size, (tp.rank + 1) * size)  # of the down projection
         # The gates of an expert; its ups have the same rows.
         self.shard = Shard("gate_proj", total=self.inner_size, start=tp.rank * size, size=size)
         sizes = ExpertSizes(self.num_experts, hidden_size, size, self.shard.row_alignment(offset=size))
         allocate = formats.experts()
         self.format = allocate(sizes, dtype=dtype, load_gate_up=self.load_gate_up, load_down=self.load_down)
-        for end, (gate_up, down) in self.format.parameters.items():
-            self.register_parameter(f"gate_up_proj{end}", gate_up)
-            self.register_parameter(f"down_proj{end}", down)
+        for suffix, (gate_up, down) in self.format.parameters.items():
+            self.register_parameter(f"gate_up_proj{suffix}", gate_up)
+            self.register_parameter(f"down_proj{suffix}", down)
 
     def load_gate_up(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: tuple[int, int]) -> None:
         """Load one expert's gate, `shard_id` (expert, 0), or up, (expert, 1)."""
@@ -116,7 +120,7 @@ class Experts(Layer):
         param[expert].chunk(2)[half].copy_(self.shard.take(loaded, param))
 
     def load_down(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: int) -> None:
-        shape, columns = self._down_slice(param)
+        shape, columns = column_shard(param, self.columns, self.inner_size)
         check_shape(loaded, shape)
         param[shard_id].copy_(loaded[:, columns])
 
@@ -124,22 +128,16 @@ class Experts(Layer):
         """Return the shape of the tensor of one expert's gate, or of its up."""
         return ceil_div(self.inner_size, block_of(gate_up)[0]), gate_up.shape[2]
 
-    def _down_slice(self, down: nn.Parameter) -> tuple[tuple[int, int], slice]:
-        """Return the shape of the tensor of one expert's down projection, and the columns that this rank loads."""
-        start, block = self.shard.start, block_of(down)[1]
-        columns = blocks_covering(slice(start, start + self.rank_inner_size), self.inner_size, block)
-        return (down.shape[1], ceil_div(self.inner_size, block)), columns
-
     def checkpoint_tensors(self, prefix: str) -> dict[str, CheckpointTensor]:
         tensors = {}
-        for end, (gate_up, down) in self.format.parameters.items():
+        for suffix, (gate_up, down) in self.format.parameters.items():
             for expert in range(self.num_experts):
                 for half, name in enumerate(("gate_proj", "up_proj")):
-                    tensors[f"{prefix}.{expert}.{name}.weight{end}"] = self._gate_tensor(
-                        gate_up, f"{prefix}.gate_up_proj{end}", expert, half
+                    tensors[f"{prefix}.{expert}.{name}.weight{suffix}"] = self._gate_tensor(
+                        gate_up, f"{prefix}.gate_up_proj{suffix}", expert, half
                     )
-                tensors[f"{prefix}.{expert}.down_proj.weight{end}"] = self._down_tensor(
-                    down, f"{prefix}.down_proj{end}", expert
+                tensors[f"{prefix}.{expert}.down_proj.weight{suffix}"] = self._down_tensor(
+                    down, f"{prefix}.down_proj{suffix}", expert
                 )
         return tensors
 
@@ -158,7 +156,7 @@ class Experts(Layer):
 
     def _down_tensor(self, down: nn.Parameter, merged: str, expert: int) -> CheckpointTensor:
         """Return the target of one expert's down projection."""
-        shape, _ = self._down_slice(down)
+        shape, _ = column_shard(down, self.columns, self.inner_size)
         part = MergedTensor(merged, (self.num_experts, *shape), (expert,))
         return CheckpointTensor(down, shape, shard_id=expert, target_index=(expert,), merged=part)
 
@@ -208,6 +206,12 @@ class LazyExperts:
     """The output of a sparse block whose experts have not run yet. Adding it to the residual stream runs them.
 
     So the kernel that sums the experts of a token also adds the residual.
+
+    Args:
+        layer: the experts.
+        x: the lazy norm of [T, H].
+        ids, weights: [T, top_k], those of each token's experts.
+        shared: output of the shared expert and its gate.
     """
 
     layer: Experts

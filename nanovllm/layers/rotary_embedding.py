@@ -51,7 +51,7 @@ def _yarn(inv_freq: torch.Tensor, theta: float, options: dict) -> tuple[torch.Te
         span = options["original_max_position_embeddings"] / (turns * 2 * math.pi)
         return dim * math.log(span) / (2 * math.log(theta))
 
-    def magnitude(scale: float) -> float:
+    def mscale(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
 
     low = index_of(options.get("beta_fast") or 32)
@@ -65,8 +65,8 @@ def _yarn(inv_freq: torch.Tensor, theta: float, options: dict) -> tuple[torch.Te
         return inv_freq, options["attention_factor"]
     scale, scale_all = options.get("mscale"), options.get("mscale_all_dim")
     if scale and scale_all:
-        return inv_freq, magnitude(scale) / magnitude(scale_all)
-    return inv_freq, magnitude(1)
+        return inv_freq, mscale(scale) / mscale(scale_all)
+    return inv_freq, mscale(1)
 
 
 def _longrope(inv_freq: torch.Tensor, options: dict) -> tuple[torch.Tensor, float]:
@@ -74,36 +74,37 @@ def _longrope(inv_freq: torch.Tensor, options: dict) -> tuple[torch.Tensor, floa
 
     Each frequency has a divisor. Longer texts have other divisors, at all positions.
     """
-    magnitude, factor = options.get("attention_factor"), options["factor"]
-    if magnitude is None:
-        magnitude = math.sqrt(1 + max(0.0, math.log(factor)) / math.log(options["original_max_position_embeddings"]))
-    return inv_freq / torch.tensor(options["short_factor"], dtype=torch.float32), magnitude
+    attention_factor, factor = options.get("attention_factor"), options["factor"]
+    if attention_factor is None:
+        original = options["original_max_position_embeddings"]
+        attention_factor = math.sqrt(1 + max(0.0, math.log(factor)) / math.log(original))
+    return inv_freq / torch.tensor(options["short_factor"], dtype=torch.float32), attention_factor
 
 
 def rope_frequencies(head_dim: int, theta: float | None, scaling: dict | None = None) -> tuple[torch.Tensor, float]:
-    """Return the angles of position 1, [head_dim / 2] float32, and the factor of cos and sin.
+    """Return inverse frequencies (radians per position), [head_dim / 2] float32, and the factor of cos and sin.
 
     Args:
-        theta: the base of the frequencies; None for a layer without RoPE, whose angles are 0.
+        theta: the base of the frequencies; None for a layer without RoPE, whose frequencies are 0.
         scaling: None, or the checkpoint's options with one of ROPE_TYPES as "rope_type".
     """
     if theta is None:
         return torch.zeros(head_dim // 2), 1.0
     inv_freq = theta ** (torch.arange(0, head_dim, 2).float() / -head_dim)  # [head_dim / 2]
     scaling = scaling or {"rope_type": "default"}
-    magnitude = 1.0
+    attention_factor = 1.0
     match scaling["rope_type"]:
         case "linear":
             inv_freq = inv_freq / scaling["factor"]
         case "llama3":
             inv_freq = _llama3(inv_freq, scaling)
         case "yarn":
-            inv_freq, magnitude = _yarn(inv_freq, theta, scaling)
+            inv_freq, attention_factor = _yarn(inv_freq, theta, scaling)
         case "longrope":
-            inv_freq, magnitude = _longrope(inv_freq, scaling)
+            inv_freq, attention_factor = _longrope(inv_freq, scaling)
         case "frequency_factors":
             inv_freq = inv_freq / torch.tensor(scaling["factors"], dtype=torch.float32)
-    return inv_freq, magnitude
+    return inv_freq, attention_factor
 
 
 def rope_table(
@@ -116,10 +117,11 @@ def rope_table(
         rotary_dim: number of dimensions that rotate, in the order of `paired_order`; all if None.
     """
     rotary_dim = rotary_dim or head_dim
-    inv_freq, magnitude = rope_frequencies(rotary_dim, theta, scaling)
+    inv_freq, attention_factor = rope_frequencies(rotary_dim, theta, scaling)
     angles = torch.outer(torch.arange(max_position).float(), inv_freq)
     padding = (0, (head_dim - rotary_dim) // 2)
-    cos, sin = F.pad(angles.cos() * magnitude, padding, value=1.0), F.pad(angles.sin() * magnitude, padding)
+    cos = F.pad(angles.cos() * attention_factor, padding, value=1.0)
+    sin = F.pad(angles.sin() * attention_factor, padding)
     return torch.cat((cos, sin), dim=-1)
 
 

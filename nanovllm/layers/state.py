@@ -5,7 +5,7 @@ and a StatePool that counts it.
 """
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ class SlotStateSpec:
         ]
 
 
-class StatefulLayer(Layer):
+class StatefulLayer(Layer, ABC):
     """A layer that keeps state between steps.
 
     If its state is by slot, it reads the step's rows in `get_context().state_rows`, by its class.
@@ -98,12 +98,14 @@ class StatefulLayer(Layer):
     def plan_prompts(cu_seqlens: torch.Tensor, num_tokens: int, max_prompts: int) -> Any:
         """Return what the kernels of this class need to know about a step's prompt rows; None if nothing.
 
+        Prompt rows are here, and in `ops/gdn`, the rows of two or more tokens.
+
         Only layers with state by slot have such a plan. It runs once a step for all layers of the class, before the
         model's first kernel, and a CUDA graph may capture it: it must not wait for the device.
 
         Args:
             cu_seqlens: [R + 1] int32, as in `StateRows`.
             num_tokens: number of tokens, padding included.
-            max_prompts: at least the number of rows of two or more tokens.
+            max_prompts: at least the number of prompt rows.
         """
         return None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,10 +17,10 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import LazyGemm, LinearLayer, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import MLP
 from nanovllm.layers.moe import Router, SparseMoE
-from nanovllm.layers.qk_norm import QKNorm
 from nanovllm.layers.residual import Normed, Residual
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.registry import ModelConfig
+from nanovllm.layers.whole_qk_norm import WholeQKNorm
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.ops.dispatch import compile_sizes
 from nanovllm.ops.linear.sigmoid_mul import sigmoid_mul
 from nanovllm.utils.context import get_context
@@ -29,6 +30,11 @@ from nanovllm.weights.row_order import HeadLayout
 
 
 class SelfAttention(Layer):
+    """Projections, attention and output projection.
+
+    x [T, hidden_size] -> lazy [T, hidden_size], or [L, hidden_size] of the tokens `last_indices`.
+    """
+
     def __init__(
         self, config: ModelConfig, index: int, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel
     ):
@@ -55,9 +61,9 @@ class SelfAttention(Layer):
             window=config.window(index, rotary.max_position),
             dtype=dtype,
         )
-        self.qk_norm = None
+        self.whole_qk_norm = None
         if config.whole_qk_norm:
-            self.qk_norm = QKNorm(self.qkv_proj, config.rms_norm_eps, dtype=dtype, tp=tp)
+            self.whole_qk_norm = WholeQKNorm(self.qkv_proj, config.rms_norm_eps, dtype=dtype, tp=tp)
         attended_size = config.num_heads * config.head_dim
         self.o_proj = RowParallelLinear(
             attended_size,
@@ -68,15 +74,15 @@ class SelfAttention(Layer):
             allocate_weight=formats.weight("o_proj"),
         )
 
-    def forward(self, x: Normed | Residual, positions: torch.Tensor, last: torch.Tensor | None) -> LazyGemm:
+    def forward(self, x: Normed | Residual, positions: torch.Tensor, last_indices: torch.Tensor | None) -> LazyGemm:
         # The gates come first, so that the rest is what the kernels of attention read.
         qkv, gate_size = self.qkv_proj(x), self.qkv_proj.gate_size
-        if self.qk_norm is not None:
-            self.qk_norm(qkv[:, gate_size:])
-        attended = self.attn(qkv[:, gate_size:], positions, last)
+        if self.whole_qk_norm is not None:
+            self.whole_qk_norm(qkv[:, gate_size:])
+        attended = self.attn(qkv[:, gate_size:], positions, last_indices)
         if gate_size:
             gate = qkv[:, :gate_size]
-            attended = sigmoid_mul(attended, gate if last is None else gate[last])
+            attended = sigmoid_mul(attended, gate if last_indices is None else gate[last_indices])
         return self.o_proj(attended)
 
 
@@ -105,8 +111,8 @@ class DecoderLayer(Layer):
         index: int,
         rotary: RotaryEmbedding,
         dtype: torch.dtype | None,
-        state_dtype: torch.dtype,
         tp: TensorParallel,
+        state_dtype: torch.dtype,
     ):
         super().__init__()
         self.layer_type = config.layer_type(index)
@@ -134,31 +140,30 @@ class DecoderLayer(Layer):
         else:
             self.mlp = _mlp(config, index, dtype, tp)
 
-    def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
-        """Return the residual stream of all tokens, or only of the tokens at the indices `last` [L].
+    def forward(
+        self, residual: Residual, positions: torch.Tensor, last_indices: torch.Tensor | None = None
+    ) -> Residual:
+        """Return the residual stream of all tokens, or only of the tokens at the indices `last_indices` [L].
 
         The other tokens still store their keys and values, or update the recurrent state.
         """
         mixer = getattr(self, self.mixer_name)
-        mixed = mixer(self.input_layernorm(residual), positions, last)
-        residual = (residual if last is None else residual[last]).add(mixed)
+        mixed = mixer(self.input_layernorm(residual), positions, last_indices)
+        residual = (residual if last_indices is None else residual[last_indices]).add(mixed)
         return residual.add(self.mlp(self.post_attention_layernorm(residual)))
 
 
 class PostNormLayer(Layer):
     """A layer that norms the outputs of attention and MLP, in place of their inputs (Olmo 2).
 
-    Args: as in `DecoderLayer`; it has no recurrent state.
+    It has no recurrent state.
+
+    Args:
+        index: the layer's index.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        index: int,
-        rotary: RotaryEmbedding,
-        dtype: torch.dtype | None,
-        state_dtype: torch.dtype,
-        tp: TensorParallel,
+        self, config: ModelConfig, index: int, rotary: RotaryEmbedding, dtype: torch.dtype | None, tp: TensorParallel
     ):
         super().__init__()
         self.layer_type = config.layer_type(index)
@@ -167,9 +172,11 @@ class PostNormLayer(Layer):
         self.self_attn = SelfAttention(config, index, rotary, dtype, tp)
         self.mlp = _mlp(config, index, dtype, tp)
 
-    def forward(self, residual: Residual, positions: torch.Tensor, last: torch.Tensor | None = None) -> Residual:
-        attended = self.post_attention_layernorm(self.self_attn(residual, positions, last))
-        residual = (residual if last is None else residual[last]).add(attended)
+    def forward(
+        self, residual: Residual, positions: torch.Tensor, last_indices: torch.Tensor | None = None
+    ) -> Residual:
+        attended = self.post_attention_layernorm(self.self_attn(residual, positions, last_indices))
+        residual = (residual if last_indices is None else residual[last_indices]).add(attended)
         return residual.add(self.post_feedforward_layernorm(self.mlp(residual)))
 
 
@@ -226,9 +233,9 @@ class Decoder(Layer):
         tp = tp or TensorParallel.default()
         self.tp = tp
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, tp=tp)
-        make_layer = PostNormLayer if config.post_norms else DecoderLayer
+        make_layer = PostNormLayer if config.post_norms else partial(DecoderLayer, state_dtype=state_dtype)
         self.layers = nn.ModuleList(
-            make_layer(config, index, rotary, dtype, state_dtype, tp)
+            make_layer(config, index, rotary, dtype, tp)
             for index, rotary in enumerate(_rotary_embeddings(config, max_position or config.max_position))
         )
         self.norm = _norm(config, dtype)
@@ -296,5 +303,8 @@ class Decoder(Layer):
             self.layers = layers
 
     def compute_logits(self, hidden: Residual) -> torch.Tensor:
-        """Return the logits [S, vocab_size] of the tokens `tp.rows(L)` of the hidden states [L, hidden_size]."""
+        """Return logits [M, vocab_size]: those of the M tokens of `hidden` [L, hidden_size] that this rank samples.
+
+        These are the tokens `tp.rows(L)`.
+        """
         return self.lm_head(self.norm(hidden))

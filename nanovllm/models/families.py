@@ -1,4 +1,4 @@
-"""The supported families of models, by `model_type`: an entry of options of one decoder each."""
+"""The supported model families: the options of the decoder, by `model_type`."""
 
 from dataclasses import dataclass, field, replace
 
@@ -22,7 +22,7 @@ class Family:
         packs_gated_delta_net: see `GatedDeltaNetConfig.is_packed`.
         has_experts, has_shared_expert: layers may have a mixture of experts, and this a shared expert.
         always_norm_topk: the option `norm_topk_prob` is ignored, as in transformers.
-        unused_tensors: how the names of tensors start that text does not need. Checkpoints may have such tensors.
+        unused_tensors: prefixes of tensor names that checkpoints may have and text generation does not need.
     """
 
     options: dict[str, bool | str] = field(default_factory=dict)

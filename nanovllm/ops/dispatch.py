@@ -55,7 +55,7 @@ class Regime(NamedTuple):
         fp8_kernel: computes those of them that have FP8 weights.
         adder, ranks_adder: add the output of o_proj and down_proj to the residual stream, on one rank and on several.
         one_kernel_attention: one kernel does QK-norm, RoPE, KV store and attention, if the step has decode rows only.
-        captured: numbers of tokens of the CUDA graphs for steps with prompt tokens.
+        captured: numbers of tokens of the CUDA graphs for mixed steps.
         compiled: numbers of tokens for which kernels are compiled at the start, besides the largest step.
     """
 
@@ -118,7 +118,7 @@ def kernel_of(num_tokens: int, num_weights: int) -> Kernel:
 
 
 def capture_sizes(max_tokens: int) -> list[int]:
-    """Return the numbers of tokens, up to `max_tokens`, of the CUDA graphs for steps with prompt tokens."""
+    """Return the numbers of tokens, up to `max_tokens`, of the CUDA graphs for mixed steps."""
     return [size for regime in TABLE for size in regime.captured if size <= max_tokens]
 
 

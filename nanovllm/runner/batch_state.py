@@ -48,7 +48,7 @@ class Staging:
         self.step, self.used = (self.step + 1) % len(self.buffers), 0
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
-        """Return a device copy of `array`. The array may be changed as soon as this returns."""
+        """Return `array` on the device. Do not change it afterwards: on a CPU the tensor shares its memory."""
         tensor = torch.from_numpy(array)
         if self.device.type == "cpu":
             return tensor
@@ -69,6 +69,15 @@ class BatchState:
         max_blocks: W, the width of the block tables.
         scratch_block: a block that no sequence owns; padding rows write to it.
         vocab_size: size of the vocabulary.
+        device: where the state lives.
+
+    Attributes:
+        last_token: [S + 1] int64, the last sampled token. Its K and V are not in the cache yet.
+        length: [S + 1] int32, the number of tokens before `last_token`, which is its position.
+        block_tables: [S + 1, W] int32. Entries that no sequence owns are `scratch_block`.
+        host_tables: the host's copy of them.
+        sampling: the slots' sampling parameters.
+        admission_epoch: grows whenever slots get new sequences.
     """
 
     def __init__(self, config: Config, max_blocks: int, scratch_block: int, vocab_size: int, device: torch.device):
@@ -79,9 +88,8 @@ class BatchState:
         self.length = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self.block_tables = torch.full((num_slots, max_blocks), scratch_block, dtype=torch.int32, device=device)
         self.sampling = SamplingState(default_params(num_slots), vocab_size, device)
-        # The host's copy of the block tables. Entries that no running sequence owns are the scratch block.
         self.host_tables = np.full((num_slots, max_blocks), scratch_block, dtype=np.int32)
-        self.admission_epoch = 0  # grows whenever slots get new sequences
+        self.admission_epoch = 0
         # Bytes that a step usually sends. It may send more, such as penalties' counts, and then waits for their copy.
         bytes_per_row = PARAMS_DTYPE.itemsize  # sampling parameters of a new sequence
         bytes_per_row += vocab_size // 8  # a mask, one bit for each token

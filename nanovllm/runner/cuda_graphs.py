@@ -38,7 +38,7 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-_capturing = threading.Lock()
+_capture_lock = threading.Lock()
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def _exclusive_capture() -> Iterator[None]:
 
     The collector could free CUDA memory, which a capture forbids.
     """
-    with _capturing:
+    with _capture_lock:
         gc.collect()
         was_enabled = gc.isenabled()
         gc.disable()
@@ -59,7 +59,7 @@ def _exclusive_capture() -> Iterator[None]:
 
 
 class _Memory:
-    """The memory of another tensor, described for torch."""
+    """Expose a tensor's memory through `__cuda_array_interface__` without a reference to the tensor."""
 
     def __init__(self, x: torch.Tensor):
         self.__cuda_array_interface__ = {
@@ -90,7 +90,7 @@ class CapturedStep:
 
 @dataclass(frozen=True)
 class CapturedMixedStep(CapturedStep):
-    """A graph of a step with prompt tokens, which reads `packed`, the `StepRows` of `num_rows` rows."""
+    """A graph of a mixed step, which reads `packed`, the `StepRows` of `num_rows` rows."""
 
     num_rows: int
     packed: torch.Tensor
@@ -104,8 +104,8 @@ class StepGraphs:
     - `decode`: reads only the slots, which the host sends when they change.
     - `shared`: the same for decode rows that share long prefixes. Graphs that decide on the device whether there are
       such prefixes would be slower for batches without them.
-    - `mixed`: for steps with prompt tokens. The host sends their rows, and attention treats decode rows as prompts of
-      one token, so that one graph runs any mixture.
+    - `mixed`: for mixed steps. The host sends their rows, and attention treats decode rows as prefill rows of one
+      token, so that one graph runs any mixture.
 
     Rows beyond the batch have the scratch slot, whose state never advances.
 
@@ -212,7 +212,7 @@ class StepGraphs:
     def fits(self, batch: Batch) -> bool:
         """Whether a graph can run `batch`."""
         is_decode = batch.num_decode == len(batch.rows)
-        return is_decode or (batch.num_tokens <= max(self.mixed, default=0) and not batch.has_targets)
+        return is_decode or (batch.num_tokens <= max(self.mixed, default=0) and not batch.wants_prompt_logprobs)
 
     def replay(self, batch: Batch) -> StepTensors:
         """Run `batch`. Its results are valid until the next replay."""

@@ -1,6 +1,6 @@
 """A step on the device: from the batch state to sampled tokens and their logprobs."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from nanovllm.ops.attention.paged_cache import PagedRows
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
 from nanovllm.ops.inputs.step_inputs import step_inputs
 from nanovllm.ops.inputs.step_rows import StepInputs, StepRows
-from nanovllm.ops.sampling.logprobs import process_logits, top_logprobs
+from nanovllm.ops.sampling.logprobs import LogprobTensors, process_logits, top_logprobs
 from nanovllm.ops.sampling.sampling import advance_slots, sample
 from nanovllm.ops.state.rows import StateRows
 from nanovllm.runner.batch_state import BatchState
@@ -26,9 +26,6 @@ from nanovllm.utils.context import set_context
 
 LOGPROB_ROWS = 64  # rows whose logprobs are computed at once, which bounds the memory for them
 
-# Token ids, log-probabilities and ranks, as `top_logprobs` returns them.
-LogprobTensors = tuple[torch.Tensor, ...]
-
 
 class StepTensors(NamedTuple):
     """The results of a step on the device.
@@ -36,7 +33,7 @@ class StepTensors(NamedTuple):
     Args:
         tokens: [R] int64, sampled for each row.
         rank_rows: the rows that this rank samples; a graph's padding rows count.
-        logits: [S, V], of the `rank_rows`. After a graph's replay they are valid until the next replay.
+        logits: [M, V] of the M `rank_rows`. After a graph's replay they are valid until the next replay.
         hidden: the last hidden states of all tokens, before their norm; None unless the step keeps them.
     """
 
@@ -82,7 +79,7 @@ class Forward:
             batch.num_decode,
             max_seqlen_q=max(row.num_tokens for row in prefill_rows),
             max_context_len=max(row.start + row.num_tokens for row in prefill_rows),
-            keep_hidden=batch.has_targets,
+            keep_hidden=batch.wants_prompt_logprobs,
         )
 
     def step(
@@ -147,7 +144,7 @@ class Forward:
             return sample(logits, slots, context_lens, state.sampling, progress)
         tokens = torch.zeros(len(slots), dtype=torch.int64, device=slots.device)
         tokens[rank_rows] = sample(logits, slots[rank_rows], context_lens[rank_rows], state.sampling)
-        self.tp.merge(tokens)
+        self.tp.all_gather_rows(tokens)
         advance_slots(tokens, slots, context_lens, *progress)
         return tokens
 
@@ -165,7 +162,7 @@ class Forward:
         local = np.flatnonzero((wanted >= rank_rows.start) & (wanted < rank_rows.stop))
         tokens = result.tokens[rank_rows]
         parts = []
-        # A rank without such rows joins the merge with empty tensors.
+        # A rank without such rows joins the all-gather with empty tensors.
         for start in range(0, max(1, len(local)), LOGPROB_ROWS):
             batch_rows = wanted[local[start : start + LOGPROB_ROWS]]
             logit_rows = to_device(batch_rows - rank_rows.start)
@@ -174,49 +171,53 @@ class Forward:
                 slots = to_device(np.array(batch.slots)[batch_rows])
                 logits = process_logits(logits, slots, self.state.length[slots], self.state.sampling)
             parts.append(top_logprobs(logits, tokens[logit_rows], k))
-        return self._merge(map(torch.cat, zip(*parts, strict=True)), local, len(wanted))
+        return self._all_gather(_concatenate(parts), local, len(wanted))
 
     def prompt_logprobs(self, batch: Batch, result: StepTensors) -> list[LogprobTensors]:
-        """Return the logprobs of the `target_ids` of each entry of `target_rows`, concatenated."""
+        """Return the logprobs of the `scored_ids` of each entry of `scored_rows`, concatenated."""
         hidden = result.hidden
-        if not batch.has_targets or hidden is None:  # `run` keeps it for batches with targets
+        if not batch.wants_prompt_logprobs or hidden is None:  # `run` keeps it for these batches
             return []
         starts = [0, *accumulate(row.num_tokens for row in batch.rows)]
         results = []
-        for k, scored in batch.target_rows.items():
+        for k, rows in batch.scored_rows.items():
             indices: list[int] = []
-            targets: list[int] = []
-            for i in scored:
-                target_ids = batch.rows[i].target_ids
-                first = starts[i] + batch.rows[i].first_target
-                indices += range(first, first + len(target_ids))
-                targets += target_ids
-            results.append(self._target_logprobs(hidden, indices, targets, k))
+            scored_ids: list[int] = []
+            for i in rows:
+                row = batch.rows[i]
+                first = starts[i] + row.first_scored
+                indices += range(first, first + len(row.scored_ids))
+                scored_ids += row.scored_ids
+            results.append(self._scored_logprobs(hidden, indices, scored_ids, k))
         return results
 
-    def _target_logprobs(self, hidden: Residual, indices: list[int], targets: list[int], k: int) -> LogprobTensors:
-        """Return the logprobs of `targets` after the tokens `indices` of the step, and of the k most likely tokens."""
+    def _scored_logprobs(self, hidden: Residual, indices: list[int], scored_ids: list[int], k: int) -> LogprobTensors:
+        """Return the logprobs of `scored_ids` after the step's tokens `indices`, and of the k most likely tokens."""
         device = self.counters.device
         all_indices = torch.tensor(indices, dtype=torch.int64, device=device)
-        all_targets = torch.tensor(targets, dtype=torch.int64, device=device)
+        all_ids = torch.tensor(scored_ids, dtype=torch.int64, device=device)
         parts = []
-        for tokens, ids in zip(all_indices.split(LOGPROB_ROWS), all_targets.split(LOGPROB_ROWS), strict=True):
+        for tokens, ids in zip(all_indices.split(LOGPROB_ROWS), all_ids.split(LOGPROB_ROWS), strict=True):
             rank_rows = self.tp.rows(len(tokens))
             result = top_logprobs(self.model.compute_logits(hidden[tokens]), ids[rank_rows], k)
-            parts.append(self._merge(result, rank_rows, len(tokens)))
-        return tuple(map(torch.cat, zip(*parts, strict=True)))
+            parts.append(self._all_gather(result, rank_rows, len(tokens)))
+        return _concatenate(parts)
 
-    def _merge(self, parts: Iterable[torch.Tensor], computed: slice | np.ndarray, count: int) -> LogprobTensors:
-        """Combine the ranks' tensors of `count` rows. This rank has computed `parts` for the rows `computed` [S]."""
+    def _all_gather(self, part: LogprobTensors, computed: slice | np.ndarray, count: int) -> LogprobTensors:
+        """Return the logprobs of `count` rows. This rank has computed `part`, those of the rows `computed` [M]."""
         if self.tp.size == 1:
-            return tuple(parts)
+            return part
         indices = computed if isinstance(computed, slice) else self.state.staging.to_device(computed)
-        merged = []
-        for part in parts:
-            whole = part.new_zeros((count, *part.shape[1:]))
-            whole[indices] = part
-            merged.append(self.tp.merge(whole))
-        return tuple(merged)
+        gathered = []
+        for tensor in part:
+            whole = tensor.new_zeros((count, *tensor.shape[1:]))
+            whole[indices] = tensor
+            gathered.append(self.tp.all_gather_rows(whole))
+        return LogprobTensors(*gathered)
+
+
+def _concatenate(parts: list[LogprobTensors]) -> LogprobTensors:
+    return LogprobTensors(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def plan_state_rows(

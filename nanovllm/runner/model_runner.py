@@ -23,18 +23,20 @@ from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.shared_prefix import SharedPrefixPlan
 from nanovllm.ops.inputs.step_rows import StepRows
 from nanovllm.ops.linear.gemm import MAX_TILES
+from nanovllm.ops.sampling.logprobs import LogprobTensors
 from nanovllm.ops.triton_utils import compile_in_parallel, compile_without_launch
 from nanovllm.outputs import TokenLogprobs
 from nanovllm.runner.batch_state import BatchState, host_buffer
 from nanovllm.runner.cuda_graphs import StepGraphs
-from nanovllm.runner.forward import Forward, LogprobTensors
+from nanovllm.runner.forward import Forward
 from nanovllm.runner.state_pool import StatePool, StateSizes
 from nanovllm.utils.heap import trim_heap
 from nanovllm.weights.parameter import Storage, storage_of
 
 logger = logging.getLogger(__name__)
 
-# Bounds the memory of the layers' state on a CPU, apart from a configured number of KV blocks.
+# Memory for the layers' state on a CPU, apart from a configured number of KV blocks. The KV of one sequence is
+# allocated even if it needs more.
 CPU_CACHE_BYTES = 1 << 30
 # GPU memory that the state leaves free, for the captured graphs and the workspaces of libraries.
 GRAPH_BYTES = 256 << 20
@@ -66,7 +68,8 @@ class ModelRunner:
         sizes: numbers of KV blocks, sequences and snapshots.
 
     Raises:
-        ValueError: the KV pool would not hold one sequence of `max_model_len` tokens.
+        ValueError: the free GPU memory does not hold the KV of one sequence of `max_model_len` tokens;
+            `num_kvcache_blocks` cannot be allocated; or the attention backend does not fit (see `select_backend`).
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class ModelRunner:
             config.attention_backend, device, source.config.head_dim, self.block_size, self.dtype, self.kv_dtype
         )
         self.graphs: StepGraphs | None = None
+        self.weight_update: WeightUpdate | None = None
         self.in_flight: deque[InFlight] = deque()
         with self._device_context():
             self._build(source)
@@ -116,6 +120,28 @@ class ModelRunner:
                 tp=self.tp,
                 max_position=self.max_model_len,
             )
+        self._log_dequantized(source)
+        if self.device.type == "cpu" and self.config.dtype == "auto" and source.is_quantized:
+            self.model.compress()  # a quantized GGUF file's weights, to 4 or 8 bits while they load
+        self.pool = StatePool(self.model, self.block_size, self.device, self.kv_dtype)
+        max_kv_heads = max(kind.kv_heads for kind in self.pool.kv_kinds)
+        # Attention uses a counter for each row and KV head, and a graph may have a padding row. GEMMs use one per tile.
+        num_counters = (self.max_rows + 1) * max_kv_heads
+        self.counters = torch.zeros(max(num_counters, MAX_TILES), dtype=torch.int32, device=self.device)
+        # Kernels compile in other threads while the weights load.
+        with self._compiling() if self.backend.compiles_while_loading else nullcontext():
+            if self.config.load_format == "dummy":
+                load_weights(self.model, dummy_weights(self.model, self.config.seed))
+            else:
+                load_weights(self.model, source.weights())
+        self.sizes = self._size_state()
+        self._limit_sequences()
+        self._allocate(self.sizes)
+        self._capture()
+        self._synchronize()
+
+    def _log_dequantized(self, source: ModelSource) -> None:
+        """Log it if no weight of a quantized checkpoint stays quantized."""
         scheme = source.config.quantization
         storages = set(map(storage_of, self.model.parameters()))
         if scheme is not None and self.tp.rank == 0 and Storage.QUANTIZED not in storages:
@@ -125,27 +151,17 @@ class ModelRunner:
                 self.dtype,
                 self.device,
             )
-        if self.device.type == "cpu" and self.config.dtype == "auto" and source.is_quantized:
-            self.model.compress()  # a quantized GGUF file's weights, to 4 or 8 bits while they load
-        self.pool = StatePool(self.model, self.block_size, self.device, self.kv_dtype)
-        max_kv_heads = max(kind.kv_heads for kind in self.pool.kv_kinds)
-        # Attention uses a counter for each row and KV head, and a graph may have a padding row. GEMMs use one per tile.
-        num_counters = (self.max_rows + 1) * max_kv_heads
-        self.counters = torch.zeros(max(num_counters, MAX_TILES), dtype=torch.int32, device=self.device)
-        # Kernels compile in other threads while the weights load.
-        with self._compiling() if self.backend.compiles_ahead else nullcontext():
-            if self.config.load_format == "dummy":
-                load_weights(self.model, dummy_weights(self.model, self.config.seed))
-            else:
-                load_weights(self.model, source.weights())
-        self.sizes = self._size_state()
+
+    def _limit_sequences(self) -> None:
+        """Run no more sequences at once than have recurrent state."""
         max_num_seqs = self.sizes.num_seqs
         if max_num_seqs < self.config.max_num_seqs:
-            logger.info("%d sequences run at once: the state of more would take half of the memory", max_num_seqs)
+            logger.info(
+                "%d sequences run at once: the recurrent state of more would take over half of the memory for KV cache "
+                "and state",
+                max_num_seqs,
+            )
             self.config = replace(self.config, max_num_seqs=max_num_seqs)
-        self._allocate(self.sizes)
-        self._capture()
-        self._synchronize()
 
     @property
     def num_blocks(self) -> int:
@@ -166,7 +182,7 @@ class ModelRunner:
         """Start a step: apply the batch's changes, run it, and start the copy of its results.
 
         This waits for the device only to copy arrays for which the staging buffers lack room, or the indices of prompt
-        logprobs.
+        logprobs. The torch attention backend also waits, for lengths.
         """
         with self._device_context():
             self.state.apply(batch)
@@ -178,7 +194,7 @@ class ModelRunner:
             self._copy_state(batch.state_saves)
             logprobs = self.forward.logprobs(batch, result)
             prompt_logprobs = self.forward.prompt_logprobs(batch, result)
-            self._send(batch, result.tokens, logprobs, prompt_logprobs)
+            self._start_copy_to_host(batch, result.tokens, logprobs, prompt_logprobs)
 
     def _copy_state(self, pairs: list[tuple[int, int]]) -> None:
         """Copy recurrent state between slots: pairs of source and target."""
@@ -187,7 +203,7 @@ class ModelRunner:
             to_device = self.state.staging.to_device
             self.pool.copy_slots(to_device(sources), to_device(targets))
 
-    def _send(
+    def _start_copy_to_host(
         self,
         batch: Batch,
         tokens: torch.Tensor,
@@ -266,7 +282,10 @@ class ModelRunner:
         return sizes
 
     def _measure_state_bytes(self) -> int:
-        """Return the bytes for all state but the scratch block and a configured number of blocks."""
+        """Return the bytes that `StatePool.divide` may use.
+
+        The scratch block and a configured number of KV blocks are already subtracted.
+        """
         if self.device.type == "cpu":
             return CPU_CACHE_BYTES
         num_blocks = self.config.num_kvcache_blocks
@@ -292,7 +311,7 @@ class ModelRunner:
         return int(free - total * (1 - self.config.gpu_memory_utilization)) - activations - GRAPH_BYTES
 
     def _largest_batch(self) -> Batch:
-        """Return a step with the whole token budget in prompt tokens, in `max_rows` rows.
+        """Return a step with the whole token budget in prefill rows, `max_rows` of them.
 
         All rows have slot 0, the only one that certainly has recurrent state. Its blocks are the scratch block. The
         rows overwrite each other's state, but nobody reads what this step computes.
@@ -329,7 +348,7 @@ class ModelRunner:
                 self.forward.step(StepRows(slots[:size]), size, shared=shared)
 
     def _trace_mixed_steps(self) -> None:
-        """Run steps of prompt tokens with each number of tokens that has kernels of its own."""
+        """Run mixed steps with each number of tokens that has kernels of its own."""
         for num_tokens in self.model.compile_sizes(self.config.max_num_batched_tokens):
             num_rows = min(num_tokens, self.config.max_num_seqs) + 1
             packed = torch.from_numpy(self.state.pack(Batch(), num_rows, num_tokens)).to(self.device)
@@ -342,7 +361,7 @@ class ModelRunner:
             return
         graphs = StepGraphs(self.forward, self.config, self.max_model_len, self.wait)
         try:
-            with self.tp.capturing:
+            with self.tp.capture_lock:
                 graphs.capture()
                 self.check_ranks()
         except BaseException:
@@ -364,14 +383,16 @@ class ModelRunner:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Copy some of an update's tensors. Return their names."""
+        assert self.weight_update is not None  # the engine has checked it
         names = self.weight_update.load(weights)
         self._synchronize()
         return names
 
     def finish_weight_update(self) -> None:
         """Check and convert the weights of an update."""
+        assert self.weight_update is not None  # the engine has checked it
         self.weight_update.finish()
-        del self.weight_update
+        self.weight_update = None
         self._synchronize()
 
     def sleep(self, parts: Collection[str]) -> None:
@@ -421,7 +442,7 @@ class ModelRunner:
 
 def _to_host(results: list[LogprobTensors]) -> list[LogprobTensors]:
     """Start copies to the host."""
-    return [tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors) for tensors in results]
+    return [LogprobTensors(*(tensor.to("cpu", non_blocking=True) for tensor in tensors)) for tensors in results]
 
 
 def _packed(results: list[LogprobTensors]) -> list[TokenLogprobs]:

@@ -1,11 +1,11 @@
 """Weights of quantized checkpoints that stay small on a CPU: 4 bits, or 8 bits.
 
 In `Int4`, groups of 32 weights of a row share a scale and a zero, as in the types Q4_0, Q4_1, Q4_K and Q8_0 of GGUF
-files. 8 bits are two times 4. Torch's GEMM for such weights reads bfloat16: the tokens, scales and zeros are rounded to
-it, and so is the output. Sums are float32.
+files. An 8-bit weight is stored as two 4-bit weights, its high and its low bits, side by side. Torch's GEMM for such
+weights reads bfloat16: the tokens, scales and zeros are rounded to it, and so is the output. Sums are float32.
 
 In `Int8`, which is for the head, each row and each column has a factor. oneDNN's GEMM multiplies integers. For one
-token, it takes half the time of two times 4 bits.
+token, it takes half the time of 8-bit weights in `Int4`.
 
 Weights arrive in float32, as in every checkpoint. Those that have at most 16 equally spaced values in each group get 4
 bits, which loses nothing. All others get 8 bits, which loses nothing of Q8_0 in `Int4`; of others, such as trained

@@ -1,6 +1,6 @@
 """Parameters that load themselves, and the checkpoint tensors that they load.
 
-A parameter has the attribute `weight_loader(param, loaded, shard_id=None)`, which copies this rank's slice of a whole
+A parameter has the attribute `weight_loader(param, loaded, shard_id=None)`, which copies this rank's shard of a whole
 checkpoint tensor. `shard_id` names the shard of a merged parameter. `block_of` and `row_block_of` say which part of a
 weight the elements of packed weights, scales and zero points cover, and `storage_of` how their weight is held.
 
@@ -29,7 +29,10 @@ WHOLE = 1 << 30
 
 
 class Storage(Enum):
-    """How the checkpoint and the parameters hold a weight. If loading quantizes it, it counts as the checkpoint's."""
+    """How the checkpoint and the parameters hold a weight.
+
+    A weight that loading quantizes counts as quantized in the checkpoint.
+    """
 
     PLAIN = auto()  # in higher precision in both
     DEQUANTIZED = auto()  # quantized in the checkpoint, in higher precision in its only parameter
@@ -88,7 +91,7 @@ class CheckpointTensor(NamedTuple):
         return self.param if self.target_index is None else self.param[self.target_index]
 
     def load(self, loaded: torch.Tensor) -> None:
-        """Copy this rank's slice of the whole tensor. Raise ValueError if its dtype or shape is wrong."""
+        """Copy this rank's shard of the whole tensor. Raise ValueError if its dtype or shape is wrong."""
         check_dtype(loaded, self.param.dtype)
         self.param.weight_loader(self.param, loaded, self.shard_id)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -163,6 +166,20 @@ def block_of(param: nn.Parameter) -> tuple[int, int]:
 def row_block_of(param: nn.Parameter) -> int:
     """Return how many rows of a weight one element of the parameter covers."""
     return _contents(param).row_block
+
+
+def column_shard(param: nn.Parameter, columns: slice, total: int) -> tuple[tuple[int, int], slice]:
+    """Return the shape of the whole tensor that `param` [..., N, K] loads, and the columns of it that this rank loads.
+
+    Args:
+        columns: this rank's columns of the weight.
+        total: number of columns that the whole weight has.
+
+    Raises:
+        ValueError: `columns` split a block.
+    """
+    block = block_of(param)[1]
+    return (param.shape[-2], ceil_div(total, block)), blocks_covering(columns, total, block)
 
 
 def is_scale(param: nn.Parameter) -> bool:

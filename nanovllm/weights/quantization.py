@@ -56,8 +56,8 @@ class QuantizationScheme(ABC):
         quantizes: loading also quantizes weights of higher precision.
 
     Attributes:
-        name: in messages. Also the value of the option `quantization` that sets `quantizes`, if the scheme is in
-            `quantization_config.SCHEMES`.
+        name: the scheme's name in messages, and the value of the option `quantization` if
+            `quantization_config.SCHEMES` has it.
     """
 
     name: ClassVar[str]
@@ -132,7 +132,7 @@ class QuantizationScheme(ABC):
         has_kernels = self._has_kernels_here(dtype, (rows, columns))
         make = self.make_weight if has_kernels else Plain.allocate
         weight_format = make(rows, columns, dtype=dtype, row_alignment=row_alignment, **options)
-        self._finish(weight_format.parameters.values(), has_kernels, row_alignment)
+        self._check_and_mark(weight_format.parameters.values(), has_kernels, row_alignment)
         return weight_format
 
     def allocate_experts(self, sizes: ExpertSizes, *, dtype: torch.dtype | None, **options: Any) -> ExpertFormat:
@@ -141,11 +141,11 @@ class QuantizationScheme(ABC):
         make = self.make_experts if has_kernels else PlainExperts.allocate
         expert_format = make(sizes, dtype=dtype, **options)
         gate_up, down = zip(*expert_format.parameters.values(), strict=True)
-        self._finish(gate_up, has_kernels, sizes.row_alignment)
-        self._finish(down, has_kernels, row_alignment=0)
+        self._check_and_mark(gate_up, has_kernels, sizes.row_alignment)
+        self._check_and_mark(down, has_kernels, row_alignment=0)
         return expert_format
 
-    def _finish(self, params: Iterable[nn.Parameter], has_kernels: bool, row_alignment: int) -> None:
+    def _check_and_mark(self, params: Iterable[nn.Parameter], has_kernels: bool, row_alignment: int) -> None:
         """Mark the parameters of a weight. Raise ValueError if a shard could split one of their blocks of rows."""
         for param in params:
             if row_alignment % row_block_of(param):

@@ -86,5 +86,5 @@ def test_a_rank_that_can_start_no_thread_reports_it(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with received, report:
         with pytest.raises(SystemExit):
-            worker.main(1, os.getpid(), os.dup(report.fileno()), messages=-1, pipe=-1, store=-1)
+            worker.main(1, os.getpid(), os.dup(report.fileno()), connection=-1, sock=-1, store=-1)
         assert "can't start new thread" in received.recv()

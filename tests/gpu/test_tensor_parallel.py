@@ -114,7 +114,7 @@ def compare_collectives_with_nccl(rank, folder):
         tokens[share] = torch.arange(rows, device=device)[share] + 100_000
         if not (tp.peers.fits_all_to_all(x) and torch.equal(tp.all_to_all(x), through_nccl.all_to_all(x))):
             wrong.append(("exchange", rows, columns))
-        if not torch.equal(tp.merge(tokens), torch.arange(rows, device=device) + 100_000):
+        if not torch.equal(tp.all_gather_rows(tokens), torch.arange(rows, device=device) + 100_000):
             wrong.append(("merge", rows))
     wrong += small_batch_gemms_that_differ_from_nccl(tp, device)
     (folder / str(rank)).write_text(f"{tp.peers is not None} {tp.overlapped.number > 0} {wrong}")

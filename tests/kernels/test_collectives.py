@@ -86,7 +86,7 @@ def run_all_to_all(rank, memory, folder):
         assert tp.peers.fits_all_to_all(part)
         rows, tokens = tp.rows(len(whole)), torch.zeros(len(whole), dtype=torch.int64)
         tokens[rows] = torch.arange(1, len(whole) + 1)[rows] * 100_000
-        outcome.append((tp.all_to_all(part).tolist(), tp.merge(tokens).tolist()))
+        outcome.append((tp.all_to_all(part).tolist(), tp.all_gather_rows(tokens).tolist()))
     (folder / f"{rank}.json").write_text(json.dumps(outcome))
 
 
@@ -116,7 +116,7 @@ def run_late(rank, memory):
             tp.all_reduce(torch.ones(1, 300))
         collectives._receive = receive
         tp.all_to_all(torch.ones(1, 600))
-        assert tp.merge(torch.full((1,), 7 * (rank == 0))).item() == 7
+        assert tp.all_gather_rows(torch.full((1,), 7 * (rank == 0))).item() == 7
 
 
 def test_a_rank_without_rows_waits_for_a_late_rank():

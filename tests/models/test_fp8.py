@@ -13,7 +13,7 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import GateUpParallelLinear, LinearLayer, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.moe import Experts, MoEConfig
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.registry import ModelConfig
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.ops.float8 import FP8
 from nanovllm.ops.fp8.reference import (
     block_of_scale,

@@ -17,7 +17,7 @@ from nanovllm.checkpoints.hub import get_tokenizer, open_model
 from nanovllm.checkpoints.loader import iterate_weights, load_weights
 from nanovllm.layers.rotary_embedding import rope_table
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.registry import ModelConfig
+from nanovllm.models.model_config import ModelConfig
 from tests.helpers import engine
 from tests.models.tiny import separate_experts, tiny_model
 

@@ -16,9 +16,9 @@ from nanovllm.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from nanovllm.layers.layer import Layer
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GateUpParallelLinear, QKVParallelLinear, RowParallelLinear
-from nanovllm.layers.qk_norm import QKNorm
 from nanovllm.layers.residual import Residual
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_table
+from nanovllm.layers.whole_qk_norm import WholeQKNorm
 from nanovllm.ops.attention.paged_cache import KVKind
 from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.inputs.step_rows import StepInputs, StepRows
@@ -246,9 +246,9 @@ def test_scaled_rope_tables_equal_those_of_transformers(options):
 
     options = options | {"original_max_position_embeddings": 128}
     config = LlamaConfig(head_dim=64, rope_parameters=options | {"rope_theta": 5e4}, max_position_embeddings=512)
-    inv_freq, magnitude = ROPE_INIT_FUNCTIONS[options["rope_type"]](config, "cpu")
+    inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[options["rope_type"]](config, "cpu")
     angles = torch.arange(512)[:, None] * inv_freq
-    expected = torch.cat([angles.cos(), angles.sin()], -1) * magnitude
+    expected = torch.cat([angles.cos(), angles.sin()], -1) * attention_factor
     torch.testing.assert_close(rope_table(64, 512, 5e4, options), expected, atol=2e-4, rtol=0)
     plain = rope_table(64, 512, 5e4)
     assert (plain - expected).abs().max() > 0.1
@@ -300,8 +300,8 @@ def test_norm_over_all_heads_includes_those_of_other_ranks(size, kv_heads):
     expected = torch.cat([rms_norm(q, weights[0], eps), rms_norm(k, weights[1], eps), v], 1)
     for tp in ranks(size):
         proj = QKVParallelLinear(hidden, dim, heads, kv_heads, tp=tp)
-        norm = QKNorm(proj, eps, dtype=torch.float32, tp=tp)
-        targets = norm.checkpoint_tensors("self_attn.qk_norm")
+        norm = WholeQKNorm(proj, eps, dtype=torch.float32, tp=tp)
+        targets = norm.checkpoint_tensors("self_attn.whole_qk_norm")
         for weight, target in zip(weights, targets.values(), strict=True):
             target.load(weight)
         starts = zip((0, heads * dim, (heads + kv_heads) * dim), proj.shards.values(), strict=True)

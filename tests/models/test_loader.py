@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from nanovllm.checkpoints.loader import check_shapes, dummy_weights, iterate_weights, load_weights, read_shapes
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.registry import ModelConfig
+from nanovllm.models.model_config import ModelConfig
 from tests.models.tiny import save_tiny, separate_experts, tiny_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -261,9 +261,9 @@ def test_dummy_norms_scale_by_one_and_dummy_gates_are_constant(name):
     decoder = Decoder(ModelConfig.from_hf(tiny_model(name).config))
     load_weights(decoder, dummy_weights(decoder, seed=0))
     params = dict(decoder.named_parameters())
-    constants = {"norm.weight": 1.0, "qk_norm.q_weight": 1.0, "a_log": 0.0, "dt_bias": 1.0}
+    constants = {"norm.weight": 1.0, "whole_qk_norm.q_weight": 1.0, "a_log": 0.0, "dt_bias": 1.0}
     found = {end: [params[name] for name in params if name.endswith(end)] for end in constants}
-    assert found["norm.weight"] and (found["qk_norm.q_weight"] or (found["a_log"] and found["dt_bias"]))
+    assert found["norm.weight"] and (found["whole_qk_norm.q_weight"] or (found["a_log"] and found["dt_bias"]))
     for end, values in found.items():
         assert all(torch.equal(value, torch.full_like(value, constants[end])) for value in values)
 

@@ -18,7 +18,7 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import GateUpParallelLinear, LinearLayer, RowParallelLinear
 from nanovllm.layers.moe import Experts
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.registry import ModelConfig
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.ops.moe.experts import experts
 from nanovllm.weights import quantization_config
 from nanovllm.weights.formats import ExpertFormat, PlainExperts, WeightFormat

@@ -14,7 +14,7 @@ from nanovllm.attention.flash_attn_backend import (
     choose_package,
     num_splits,
 )
-from nanovllm.attention.torch_ref import TorchBackend
+from nanovllm.attention.torch_backend import TorchBackend
 from nanovllm.layers.rotary_embedding import rope_table
 from nanovllm.ops.attention.paged_cache import KVKind, PagedKV, PagedRows
 from nanovllm.ops.attention.reference import (
@@ -151,7 +151,7 @@ def test_triton_backend_plans_all_layers_before_the_forward(monkeypatch, lens):
     backend = triton_backend.TritonBackend(torch.device("cuda"))
     contexts = torch.tensor([9, 5, 7, 3], dtype=torch.int32)  # two decode rows, two prompts
     cu_seqlens, num_tokens = torch.tensor([0, *lens]).cumsum(0), sum(lens)
-    last = cu_seqlens[1:] - 1
+    last_indices = cu_seqlens[1:] - 1
     ctx = Context(
         backend=backend,
         kv_kinds=(KVKind(KV_HEADS),),
@@ -160,14 +160,14 @@ def test_triton_backend_plans_all_layers_before_the_forward(monkeypatch, lens):
         slot_mapping=torch.arange(num_tokens),
         counters=COUNTERS,
         cu_seqlens_q=cu_seqlens[2:].int(),
-        last_indices=last,
+        last_indices=last_indices,
     )
     backend.prepare(ctx)
     assert sorted(planned) == [2, 4]
     qkv, cache = torch.zeros(num_tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM), torch.zeros(1, 16, KV_HEADS, HEAD_DIM)
     transform, kv = QKTransform(HEADS, rope_table(HEAD_DIM, 64, 1e4), None, None, 1e-6), PagedKV(cache, cache)
-    for last_of_layer in (None, None, last):
-        backend.store_and_attend(qkv, transform, torch.arange(num_tokens), kv, SCALE, ctx, last_of_layer)
+    for indices in (None, None, last_indices):
+        backend.store_and_attend(qkv, transform, torch.arange(num_tokens), kv, SCALE, ctx, indices)
     assert len(planned) == 2
     assert [plan.items[plan.items[:, 0] >= 0, 0].tolist() for plan in plans] == [[0, 1], [0, 1], [0, 2, 1, 3]]
     assert decoded[0] is decoded[1]  # slicing takes the host time: once a step, not in each layer

@@ -20,8 +20,8 @@ from nanovllm.checkpoints.hub import open_model
 from nanovllm.layers.gated_delta_net import GatedDeltaNetConfig
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.messages import Batch, Row
-from nanovllm.models import registry
-from nanovllm.models.registry import ModelConfig
+from nanovllm.models import model_config
+from nanovllm.models.model_config import ModelConfig
 from tests.models.tiny import TINY, save_tiny, tiny_model
 
 CONFIG = ModelConfig(
@@ -155,7 +155,7 @@ def test_costs_of_experts_are_those_that_the_tokens_choose():
 
 
 def test_costs_of_an_unknown_kind_of_recurrent_layer_are_refused(monkeypatch):
-    monkeypatch.setattr(registry, "LAYER_TYPES", (*registry.LAYER_TYPES, "mamba"))
+    monkeypatch.setattr(model_config, "LAYER_TYPES", (*model_config.LAYER_TYPES, "mamba"))
     with pytest.raises(ValueError, match="the costs of layers of type 'mamba' are unknown"):
         body_parameters(replace(CONFIG, layer_types=("mamba", "full_attention")))
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.attention.torch_ref import TorchBackend
+from nanovllm.attention.torch_backend import TorchBackend
 from nanovllm.distributed import parallel
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.moe import MoEConfig
@@ -39,7 +39,7 @@ def test_rank_lost_during_a_capture_aborts_collectives_after_the_capture(monkeyp
     tp = replace(TensorParallel(0, 2, Group()), peers=MagicMock())
     stopped = Event()
     tp.peers.stop.side_effect = stopped.set
-    with tp.capturing:
+    with tp.capture_lock:
         monitor = Thread(target=tp.abort, args=[MagicMock()])
         monitor.start()
         assert stopped.wait(60)  # at once, as the capture may be waiting for an all-reduce
@@ -129,7 +129,7 @@ def test_all_gemm_kernels_are_compiled_before_a_capture(tmp_path, monkeypatch, m
         return linear(self, x, *args, **options)
 
     monkeypatch.setattr(Plain, "linear", counted)
-    monkeypatch.setattr(TorchBackend, "compiles_ahead", True)
+    monkeypatch.setattr(TorchBackend, "compiles_while_loading", True)
     options = dict(max_num_seqs=max_num_seqs, max_model_len=64, max_num_batched_tokens=2048)  # at least 32 prompts
     with LLM(save_tiny(tmp_path, "qwen3"), device="cpu", **options):
         compiled = {default_gemm_config(count, 64, 64, False) for count in counts}
@@ -153,7 +153,7 @@ def test_steps_run_on_the_gpu_of_the_engine_instead_of_the_thread(monkeypatch):
     runner.device, runner.state, runner.graphs, runner.sizes = torch.device("cuda", 1), MagicMock(), None, MagicMock()
     runner.config = runner.forward = MagicMock()
     runner.forward.run.side_effect = lambda *_: seen.append(current[-1]) or MagicMock()
-    for name in ("_send", "_move_weights", "_allocate", "_capture", "_synchronize"):
+    for name in ("_start_copy_to_host", "_move_weights", "_allocate", "_capture", "_synchronize"):
         setattr(runner, name, MagicMock(side_effect=lambda *_: seen.append(current[-1]) or MagicMock()))
     runner.launch(Batch())
     runner.wake_up(("weights", "kv_cache"), capture=True)

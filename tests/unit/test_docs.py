@@ -33,6 +33,24 @@ def defined_names(path: Path) -> set[str]:
     return names
 
 
+def listed_modules() -> list[tuple[str, str]]:
+    """Return the folder and the name of each module in the first columns of the tables of modules."""
+    modules = []
+    for folder, rows in re.findall(r"^\| modules in `([\w/]+)/` \|.*\n((?:\|.*\n)+)", TEXT, re.MULTILINE):
+        names = [name for row in rows.splitlines() for name in re.findall(r"`([\w*]+)`", row.split("|")[1])]
+        modules += [(folder, name) for name in names]
+    return modules
+
+
+@pytest.mark.parametrize("folder, name", listed_modules())
+def test_modules_in_the_tables_of_the_architecture_document_exist(folder, name):
+    assert list((ROOT / folder).glob(f"{name}.py"))
+
+
+def test_architecture_document_has_tables_of_the_modules_of_server_and_ray():
+    assert {folder for folder, _ in listed_modules()} == {"nanovllm/server", "nanovllm/ray"}
+
+
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:\w+/)+(?:\w+\.py)?)[:`]", TEXT))))
 def test_files_in_the_architecture_document_exist(path):
     assert find(path)

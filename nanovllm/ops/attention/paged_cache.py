@@ -114,7 +114,7 @@ class PagedRows:
     """Sequences that attend in a step, and where their keys and values are. A slice of it selects sequences.
 
     Attributes:
-        block_tables: [S, W] int32, the block ids of each slot's tokens, in order.
+        block_tables: [S + 1, W] int32, the block ids of each slot's tokens, in order.
         slots: [B] int32, the slot of each sequence.
         context_lens: [B] int32, tokens that each sequence sees, this step's included; at least 1.
     """

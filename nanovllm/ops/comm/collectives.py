@@ -346,7 +346,7 @@ def all_to_all_triton(x: torch.Tensor, peers: PeerMemory) -> torch.Tensor:
         x: [B, N], accepted by `peers.fits_all_to_all`.
 
     Returns:
-        [S, ranks * N], the S rows of `rows_of_rank`.
+        [M, ranks * N], the M rows of `rows_of_rank`.
     """
     num_rows, words = len(x), x.shape[1] * x.itemsize // 4
     rows_per_rank = triton.cdiv(num_rows, peers.size)

@@ -3,10 +3,26 @@
 Plain torch: these are few sequences, and no captured graph contains them.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from nanovllm.ops.sampling.reference import adjust_logits, filter_logits, mask_stop_ids
 from nanovllm.ops.sampling.state import PROCESSED_LOGPROBS, SamplingState
+
+
+class LogprobTensors(NamedTuple):
+    """Log-probabilities at N positions of a text.
+
+    Attributes:
+        token_ids: [N, k + 1] int64, the k most likely tokens (at most V) and the scored one, which is the last.
+        logprobs: [N, k + 1] float32, their log-probabilities.
+        ranks: [N] int64, the rank of the scored token; 1 is the most likely.
+    """
+
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor
+    ranks: torch.Tensor
 
 
 def process_logits(
@@ -29,18 +45,17 @@ def process_logits(
     return torch.where(wanted[:, None], torch.where(sampled[:, None], filtered, y), x)
 
 
-def top_logprobs(logits: torch.Tensor, tokens: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the float32 log-softmax of the k most likely tokens (at most V) and of the given ones.
+def top_logprobs(logits: torch.Tensor, tokens: torch.Tensor, k: int) -> LogprobTensors:
+    """Return the log-softmax of the k most likely tokens and of the given ones, which are the scored tokens.
 
     Args:
-        logits: [B, V], any float dtype; sums are in float32.
-        tokens: [B] int64.
-
-    Returns:
-        Token ids [B, k + 1] int64, the given one last; their log-probabilities, float32; the ranks of the given
-        tokens [B] int64, 1 being the most likely.
+        logits: [N, V], any float dtype; sums are in float32.
+        tokens: [N] int64.
     """
     total = logits.float().logsumexp(-1, keepdim=True)
     given, top = logits.gather(1, tokens[:, None]), logits.topk(min(k, logits.shape[1]), dim=-1)
-    ranks = (logits > given).sum(-1) + 1
-    return torch.cat((top.indices, tokens[:, None]), 1), torch.cat((top.values, given), 1).float() - total, ranks
+    return LogprobTensors(
+        token_ids=torch.cat((top.indices, tokens[:, None]), 1),
+        logprobs=torch.cat((top.values, given), 1).float() - total,
+        ranks=(logits > given).sum(-1) + 1,
+    )

@@ -139,7 +139,7 @@ class ModelConfig:
         dtype: dtype of the checkpoint.
         eos_token_ids: ids that end a text.
         moe: the mixtures of experts in place of MLPs; None if all layers are dense.
-        quantization: how the linear layers are quantized; None if they are not. The head's format is Plain.
+        quantization: how the linear layers are quantized; None if they are not. It does not apply to the head.
 
     Raises:
         ValueError: the model is not supported.

@@ -8,7 +8,7 @@ from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.weights.parameter import CheckpointTensor, check_shape, make_parameter
 
 
-class QKNorm(Layer):
+class WholeQKNorm(Layer):
     """RMSNorm of all query heads together and of all key heads together (Olmo 2), those of other ranks included.
 
     Args:

@@ -1,4 +1,4 @@
-"""Attention in plain torch: the reference, and the backend for CPUs."""
+"""The attention backend in plain torch, for CPUs. Its parts are in ops/attention/reference.py."""
 
 from dataclasses import dataclass, field
 
@@ -55,10 +55,10 @@ class TorchBackend(AttentionBackend):
     def plan(self, ctx: Context) -> TorchPlans:
         return TorchPlans()
 
-    def store_and_attend(self, qkv, transform, positions, kv, scale, ctx, last=None) -> Tensor:
+    def store_and_attend(self, qkv, transform, positions, kv, scale, ctx, last_indices=None) -> Tensor:
         is_plain = transform.q_weight is None and transform.query_scale is None and kv.scales is None
         if qkv.dtype != torch.float32 or not is_plain:
-            return super().store_and_attend(qkv, transform, positions, kv, scale, ctx, last)
+            return super().store_and_attend(qkv, transform, positions, kv, scale, ctx, last_indices)
         heads = qkv.view(len(qkv), -1, kv.head_dim)
         q, k, v = heads.split([transform.num_heads, kv.kv_heads, kv.kv_heads], dim=1)
         halves = heads[:, : -kv.kv_heads].unflatten(2, (2, -1))  # of q and k: [T, H + K, 2, Dh / 2]
@@ -68,13 +68,11 @@ class TorchBackend(AttentionBackend):
         k_tokens, v_tokens = kv.tokens
         k_tokens.index_copy_(0, ctx.slot_mapping, k)
         v_tokens.index_copy_(0, ctx.slot_mapping, v)
-        if last is not None:
-            assert ctx.last is not None  # `prepare` has made it
-            q, ctx = q[last], ctx.last
+        q, ctx = ctx.select(q, last_indices)
         return self.attend(q, kv, scale, ctx) if ctx.num_decode < len(q) else self._attend_decode(q, kv, scale, ctx)
 
     def _attend_decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context) -> Tensor:
-        plans = ctx.meta.decode
+        plans = ctx.plan.decode
         if kv.kind not in plans:
             rows = ctx.decode_rows
             plans[kv.kind] = find_run(rows, kv) or plan_decode_gather(rows, kv, q.dtype)
@@ -90,7 +88,7 @@ class TorchBackend(AttentionBackend):
 
         They are [T, 1, 1, Dh / 2] and [T, 1, 2, Dh / 2].
         """
-        rotations, key = ctx.meta.rotations, id(cos_sin)
+        rotations, key = ctx.plan.rotations, id(cos_sin)
         if key not in rotations:
             cos, sin = cos_sin[positions][:, None, None].chunk(2, dim=-1)
             rotations[key] = cos, torch.cat((-sin, sin), dim=2)
@@ -100,7 +98,7 @@ class TorchBackend(AttentionBackend):
         out.copy_(self._attend_decode(q, kv, scale, ctx))
 
     def prefill(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
-        plans = ctx.meta.prefill
+        plans = ctx.plan.prefill
         if kv.kind not in plans:
             assert ctx.cu_seqlens_q is not None  # `attend` calls this only if there are prefill rows
             plans[kv.kind] = plan_prefill_gather(ctx.prefill_rows, ctx.cu_seqlens_q, kv, q.dtype)

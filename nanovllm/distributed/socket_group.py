@@ -12,74 +12,74 @@ import torch
 import torch.distributed as dist
 
 
-class Done:
+class CompletedWork:
     """The handle of a collective that has finished."""
 
     def wait(self) -> None:
         pass
 
 
-class PipeGroup:
+class SocketGroup:
     """Run the collectives that the engine uses. They are named as in a `torch.distributed` process group.
 
     Tensors are contiguous and on the CPU.
 
     Args:
         rank: index of this rank.
-        pipes: on rank 0 the sockets to ranks 1, 2, ...; on another rank its socket to rank 0.
+        sockets: on rank 0 the sockets to ranks 1, 2, ...; on another rank its socket to rank 0.
     """
 
-    def __init__(self, rank: int, pipes: Sequence[socket.socket]):
+    def __init__(self, rank: int, sockets: Sequence[socket.socket]):
         self.rank = rank
-        self.pipes = pipes
+        self.sockets = sockets
 
-    def allreduce(self, tensors: list[torch.Tensor], options: "dist.AllreduceOptions | None" = None) -> Done:
+    def allreduce(self, tensors: list[torch.Tensor], options: "dist.AllreduceOptions | None" = None) -> CompletedWork:
         (x,) = tensors
         combine = torch.minimum if options and options.reduceOp == dist.ReduceOp.MIN else torch.add
         for other in self._gather(x):
             combine(x, other, out=x)
         return self.broadcast(tensors)
 
-    def broadcast(self, tensors: list[torch.Tensor]) -> Done:
+    def broadcast(self, tensors: list[torch.Tensor]) -> CompletedWork:
         (x,) = tensors
-        for pipe in self.pipes:
+        for sock in self.sockets:
             if self.rank == 0:
-                pipe.sendall(_bytes(x))
+                sock.sendall(_bytes(x))
             else:
-                _receive(pipe, x)
-        return Done()
+                _receive(sock, x)
+        return CompletedWork()
 
-    def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor]) -> Done:
+    def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor]) -> CompletedWork:
         (parts,), (x,) = outputs, inputs
         for part, gathered in zip(parts, [x, *self._gather(x)], strict=False):
             part.copy_(gathered)
         for part in parts:
             self.broadcast([part])
-        return Done()
+        return CompletedWork()
 
     def alltoall_base(
         self, output: torch.Tensor, x: torch.Tensor, output_sizes: list[int], input_sizes: list[int]
-    ) -> Done:
+    ) -> CompletedWork:
         """Give each rank its slice of every rank's `x`, concatenated. The slices have `input_sizes` rows."""
         if self.rank > 0:
             self._gather(x)
-            _receive(self.pipes[0], output)
-            return Done()
+            _receive(self.sockets[0], output)
+            return CompletedWork()
         slices = [part.split(input_sizes) for part in [x, *self._gather(x)]]
         for rank in range(len(slices)):
             rows = torch.cat([parts[rank] for parts in slices])
             if rank == 0:
                 output.copy_(rows)
             else:
-                self.pipes[rank - 1].sendall(_bytes(rows))
-        return Done()
+                self.sockets[rank - 1].sendall(_bytes(rows))
+        return CompletedWork()
 
     def _gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Send `x` to rank 0. Return the tensors of ranks 1, 2, ... on rank 0, and nothing on the others."""
         if self.rank > 0:
-            self.pipes[0].sendall(_bytes(x))
+            self.sockets[0].sendall(_bytes(x))
             return []
-        return [_receive(pipe, torch.empty_like(x)) for pipe in self.pipes]
+        return [_receive(sock, torch.empty_like(x)) for sock in self.sockets]
 
 
 def _bytes(x: torch.Tensor) -> memoryview:
@@ -87,12 +87,12 @@ def _bytes(x: torch.Tensor) -> memoryview:
     return x.view(-1).view(torch.uint8).numpy().data
 
 
-def _receive(pipe: socket.socket, x: torch.Tensor) -> torch.Tensor:
+def _receive(sock: socket.socket, x: torch.Tensor) -> torch.Tensor:
     """Fill `x` with the bytes that the other end sends, and return it."""
     memory = _bytes(x)
     while memory:
-        count = pipe.recv_into(memory)
+        count = sock.recv_into(memory)
         if count == 0:
-            raise ConnectionError("another rank has closed its end of the pipe")
+            raise ConnectionError("another rank has closed its end of the connection")
         memory = memory[count:]
     return x

@@ -24,10 +24,10 @@ from transformers import (
 
 from nanovllm.layers.gated_delta_net import GatedDeltaNetConfig
 from nanovllm.layers.moe import MoEConfig
-from nanovllm.models import registry
+from nanovllm.models import model_config
 from nanovllm.models.families import FAMILIES
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.presets import PRESETS
-from nanovllm.models.registry import ModelConfig
 from tests.models.tiny import TINY
 
 LLAMA3 = {
@@ -477,7 +477,7 @@ def test_models_that_differ_in_an_option_of_any_type_are_not_the_same():
 
 @pytest.mark.parametrize("types", [("mamba",) * 4, ("mamba", "gated_delta_net") * 2])
 def test_models_without_a_kv_cache_are_refused_whatever_their_recurrent_layers_are(monkeypatch, types):
-    monkeypatch.setattr(registry, "LAYER_TYPES", (*registry.LAYER_TYPES, "mamba"))
+    monkeypatch.setattr(model_config, "LAYER_TYPES", (*model_config.LAYER_TYPES, "mamba"))
     with pytest.raises(ValueError, match="a model without layers of attention over a KV cache is not supported"):
         dataclasses.replace(PRESETS["qwen3-0.6b"], num_layers=4, layer_types=types)
 
