@@ -157,6 +157,23 @@ def test_empty_api_key_is_refused_instead_of_letting_everybody_in(api_key):
         ServerOptions(api_key=api_key)
 
 
+@pytest.mark.parametrize("origin", ["http://a.example/", "a.example", "http://A.example", "http://", "http://u@a"])
+def test_origins_that_no_browser_sends_are_refused(origin):
+    with pytest.raises(ValueError, match="cors_origins must be like http://localhost:3000"):
+        ServerOptions(cors_origins=f"http://b.example,{origin}")
+
+
+def test_origins_of_all_kinds_are_accepted():
+    ServerOptions(cors_origins="*")
+    ServerOptions(cors_origins="http://localhost:3000, https://[::1]:80,null,app://obsidian.md")
+
+
+@pytest.mark.parametrize("name", ["", " , "])
+def test_empty_model_name_is_refused(name):
+    with pytest.raises(ValueError, match="served_model_name must have at least one name"):
+        ServerOptions(served_model_name=name)
+
+
 def test_prompts_that_are_too_many_are_refused_before_any_is_decoded(llm, monkeypatch):
     monkeypatch.setattr(llm, "decode", None)
     answer = call(llm, "POST", PATH, {"prompt": [[5]] * 2000, "echo": True})
