@@ -52,7 +52,8 @@ def create_app(state: ServerState) -> FastAPI:
     # The documentation pages would load scripts from elsewhere.
     app = FastAPI(title="nanovllm", version=__version__, docs_url=None, redoc_url=None)
     for module in (chat, completions, messages, responses, models, tokenize, health, page):
-        app.include_router(module.routes(state))
+        # Else the schema would say that wrong requests get FastAPI's 422.
+        app.include_router(module.routes(state), responses={"4XX": {"description": "the request is wrong"}})
     for kind in (ApiError, TypeError, ValueError, RuntimeError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _error_response)
     # From the innermost to the outermost.

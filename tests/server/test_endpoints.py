@@ -90,6 +90,13 @@ def test_health_and_version(llm):
     assert call(llm, "GET", "/version").json() == {"version": nanovllm.__version__}
 
 
+@pytest.mark.filterwarnings("error")
+def test_schema_has_each_operation_once_with_the_status_of_wrong_requests(llm):
+    paths = call(llm, "GET", "/openapi.json").json()["paths"]
+    assert "/metrics" in paths and "/health" not in paths
+    assert paths["/v1/completions"]["post"]["responses"].keys() == {"200", "4XX"}
+
+
 def test_unknown_paths_and_methods_get_errors_in_words(llm):
     answer = call(llm, "GET", "/v1/nothing")
     assert answer.status_code == 404 and "/v1/nothing" in error_of(answer)
