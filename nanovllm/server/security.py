@@ -15,7 +15,7 @@ from nanovllm.server.errors import ApiError, error_body
 from nanovllm.server.streaming import JsonResponse
 
 # Everybody may read whether the server is well, and the chat page, which asks for a key.
-_OPEN_PATHS = re.compile(r"/|/health|/favicon\.ico|/page/.*")
+_OPEN_PATHS = re.compile(r"/|/health/?|/favicon\.ico|/page/.*")
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 

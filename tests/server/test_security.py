@@ -41,6 +41,8 @@ def test_each_key_opens_in_both_headers(llm):
 
 def test_health_needs_no_key(llm):
     assert call(llm, "GET", "/health", api_key="one").status_code == 200
+    answer = call(llm, "GET", "/health/", api_key="one")
+    assert (answer.status_code, answer.headers["location"]) == (307, "http://localhost/health")
 
 
 def test_refusals_of_messages_have_anthropics_form(llm):
