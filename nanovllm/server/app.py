@@ -71,7 +71,7 @@ def create_app(state: ServerState) -> FastAPI:
             allow_origins=origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "request-id", "retry-after"],
         )
     app.add_middleware(RequestIds, count_response=state.metrics.count_response)
     return app

@@ -31,7 +31,7 @@ def test_request_without_a_key_gets_401(llm, headers, path):
     answer = call(llm, "POST", path, BODY, headers, api_key="one, two")
     assert answer.status_code == 401
     assert "one" not in error_of(answer)
-    assert answer.headers["x-request-id"]
+    assert answer.headers["x-request-id"] == answer.headers["request-id"]
 
 
 def test_each_key_opens_in_both_headers(llm):
