@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from nanovllm import RequestOutputKind, StructuredOutputsParams
 from nanovllm.server.body import MAX_TOOLS, Body
@@ -22,6 +22,7 @@ from nanovllm.server.translation import (
     function_tool,
     join_texts,
     reply,
+    text_or_list,
     thinking_option,
 )
 
@@ -67,11 +68,8 @@ class ToolUseBlock(_Part):
     input: dict[str, Any]
 
 
-def _as_blocks(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-Texts = Annotated[list[TextBlock], BeforeValidator(_as_blocks)]
+_TEXT_OR_BLOCKS = text_or_list(lambda text: [{"type": "text", "text": text}])
+Texts = Annotated[list[TextBlock], _TEXT_OR_BLOCKS]
 
 
 class ToolResultBlock(_Part):
@@ -92,7 +90,7 @@ class Message(_Part):
     """A turn of the conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[AnyBlock], BeforeValidator(_as_blocks)]
+    content: Annotated[list[AnyBlock], _TEXT_OR_BLOCKS]
 
 
 class Tool(_Part):

@@ -22,6 +22,7 @@ from nanovllm.server.translation import (
     function_tool,
     join_texts,
     reply,
+    text_or_list,
     thinking_option,
 )
 
@@ -42,11 +43,10 @@ class Refusal(BaseModel):
     text: str = Field(alias="refusal")
 
 
-def _as_parts(content: Any) -> Any:
-    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
-
-
-Parts = Annotated[list[Annotated[Part | Refusal, Field(discriminator="type")]], BeforeValidator(_as_parts)]
+Parts = Annotated[
+    list[Annotated[Part | Refusal, Field(discriminator="type")]],
+    text_or_list(lambda text: [{"type": "input_text", "text": text}]),
+]
 
 
 class MessageItem(BaseModel):
@@ -86,12 +86,11 @@ def _with_type(item: Any) -> Any:
     return {"type": "message", **item} if isinstance(item, dict) and "role" in item else item
 
 
-def _as_items(value: Any) -> Any:
-    return [{"role": "user", "content": value}] if isinstance(value, str) else value
-
-
 AnyItem = Annotated[MessageItem | CallItem | CallOutputItem | ReasoningItem, Field(discriminator="type")]
-Items = Annotated[list[Annotated[AnyItem, BeforeValidator(_with_type)]], BeforeValidator(_as_items)]
+Items = Annotated[
+    list[Annotated[AnyItem, BeforeValidator(_with_type)]],
+    text_or_list(lambda text: [{"role": "user", "content": text}]),
+]
 
 
 class _Strict(BaseModel):
