@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from nanovllm import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from nanovllm.checks import shown
 from nanovllm.engine.detokenizer import TokenBytes
+from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.server.body import MAX_TOOLS
 from nanovllm.server.chat_writer import ChunkWriter, Form, WholeResponse
 from nanovllm.server.errors import ApiError
@@ -130,7 +131,7 @@ class ChatRequest(SamplingFields):
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -165,8 +166,8 @@ class ChatRequest(SamplingFields):
     def _sampling(self, state: ServerState) -> SamplingParams:
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
-        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        overrides: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": self.num_top}
+        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        overrides: dict[str, Any] = {"max_tokens": getattr(self, name), "logprobs": self.num_top}
         constraint = self.response_format and self.response_format.to_params()
         if constraint is not None:
             if self.structured_outputs is not None:
@@ -175,7 +176,7 @@ class ChatRequest(SamplingFields):
             overrides["structured_outputs"] = constraint
         if not self.stream:
             overrides["output_kind"] = RequestOutputKind.FINAL_ONLY
-        return self.to_params(state, **overrides)
+        return self.to_params(state, {"max_tokens": name}, **overrides)
 
     def _tool_choice(self) -> str:
         choice = self.tool_choice or "auto"

@@ -230,12 +230,15 @@ def template_options(state: ServerState, request: MessagesRequest, messages: lis
 def conversation(state: ServerState, request: MessagesRequest, http: Request) -> Conversation:
     """Return the conversation of a request. Raise ApiError if a field is wrong."""
     messages, tools = chat_messages(request), tool_list(request)
+    if not messages:
+        raise ApiError(400, "messages must have a text, a tool call or its result", param="messages")
     form = request.output_config.format
     fields = SamplingFields(
         temperature=request.temperature, top_p=request.top_p, top_k=request.top_k, stop=request.stop_sequences
     )
     params = fields.to_params(
         state,
+        {"stop": "stop_sequences"},
         max_tokens=request.max_tokens,
         structured_outputs=form and StructuredOutputsParams(json=form.schema_),
         output_kind=None if request.stream else RequestOutputKind.FINAL_ONLY,

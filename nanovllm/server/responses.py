@@ -260,17 +260,20 @@ def conversation(state: ServerState, request: ResponsesRequest, http: Request) -
     if form and request.structured_outputs is not None:
         message = "text.format and structured_outputs cannot be used together; send one of them"
         raise ApiError(400, message, param="text")
-    tools = tool_list(request)
+    messages, tools = chat_messages(request), tool_list(request)
+    if not messages:
+        raise ApiError(400, "input must have at least one item", param="input")
     effort = request.reasoning and request.reasoning.effort
     params = request.to_params(
         state,
+        {"max_tokens": "max_output_tokens"},
         max_tokens=request.max_output_tokens,
         output_kind=None if request.stream else RequestOutputKind.FINAL_ONLY,
         **form,
     )
     return Conversation(
         http=http,
-        messages=chat_messages(request),
+        messages=messages,
         params=params,
         tools=tools,
         tool_choice=_tool_choice(request, tools),

@@ -127,6 +127,7 @@ COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/r
          "input.1.output", "must be a text or a list"),
         (RESPONSES, {"input": 5}, "input", "must be a text or a list"),
         (RESPONSES, {}, "input", "Field required"),
+        (CHAT, {"messages": USER, "logprobs": True, "top_logprobs": 200}, "top_logprobs", "Input should be less than"),
     ],
 )  # fmt: skip
 def test_a_wrong_field_has_the_path_that_it_has_in_the_body(path, body, field, message):
@@ -136,14 +137,33 @@ def test_a_wrong_field_has_the_path_that_it_has_in_the_body(path, body, field, m
 
 
 @pytest.mark.parametrize(
+    ("path", "body", "field", "bounds"),
+    [
+        (CHAT, {"messages": USER, "max_completion_tokens": 0}, "max_completion_tokens", "from 1 to 2147483647, got 0"),
+        (CHAT, {"messages": USER, "max_tokens": 0}, "max_tokens", "from 1 to 2147483647, got 0"),
+        (CHAT, {"messages": USER, "n": 0}, "n", "from 1 to 64, got 0"),
+        (COMPLETIONS, {"prompt": "a", "n": 65}, "n", "from 1 to 64, got 65"),
+        (RESPONSES, {"input": "a", "max_output_tokens": 2**31}, "max_output_tokens", "from 1 to 2147483647, got"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_name_that_the_client_has_sent(path, body, field, bounds):
+    answer = call(ScriptedLLM("a"), "POST", path, body)
+    assert answer.status_code == 400 and error_of(answer).startswith(f"{field} must be {bounds}")
+    assert answer.json()["error"]["param"] == field
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"stop_sequences": [""]}, "stop_sequences must have strings of 1 to 1024 characters, got ''"),
+        ({"messages": []}, "messages must have a text, a tool call or its result"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages must have a text, a tool call or its result"),
         ({"system": 5}, "system: must be a text or a list"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: must be a text or a list"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text: Field required"),
     ],
 )
-def test_a_wrong_field_of_messages_has_the_path_that_it_has_in_the_body(fields, message):
+def test_a_wrong_field_of_messages_is_named_as_in_the_body(fields, message):
     body = {"model": "tiny", "max_tokens": 1, "messages": USER, **fields}
     answer = call(ScriptedLLM("a"), "POST", "/v1/messages", body)
     assert answer.status_code == 400 and error_of(answer) == message
