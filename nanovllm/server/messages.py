@@ -111,9 +111,9 @@ class ToolChoice(_Part):
 
 
 class ThinkingSwitch(_Part):
-    """Whether the model thinks before it responds."""
+    """Whether the model thinks before it responds. With "adaptive", the chat template decides."""
 
-    type: str
+    type: Literal["enabled", "disabled", "adaptive"]
 
 
 class OutputFormat(_Part):

@@ -136,7 +136,7 @@ class TextOptions(_Strict):
 class Reasoning(_Strict):
     """Whether the model thinks: the effort "none" switches it off. There are no summaries, but the thinking itself."""
 
-    effort: str | None = None
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: str | None = None
     generate_summary: None = None  # the older name of `summary`, which the openai package sends
 
