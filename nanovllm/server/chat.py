@@ -161,6 +161,7 @@ class ChatRequest(SamplingFields):
             tool_choice=self._tool_choice(),
             parallel_tool_calls=self.parallel_tool_calls is not False,
             template=self._template(state),
+            form_field="structured_outputs" if self.response_format is None else "response_format",
         )
 
     def _sampling(self, state: ServerState) -> SamplingParams:

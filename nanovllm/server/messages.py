@@ -251,6 +251,7 @@ def conversation(state: ServerState, request: MessagesRequest, http: Request) ->
         tool_choice=_tool_choice(request.tool_choice, tools),
         parallel_tool_calls=not request.tool_choice.disable_parallel_tool_use,
         template=template_options(state, request, messages),
+        form_field="output_config",
     )
 
 

@@ -279,6 +279,7 @@ def conversation(state: ServerState, request: ResponsesRequest, http: Request) -
         tool_choice=_tool_choice(request, tools),
         parallel_tool_calls=request.parallel_tool_calls is not False,
         template=thinking_option(state, effort != "none") if effort else {},
+        form_field="text" if form else "structured_outputs",
     )
 
 

@@ -280,6 +280,7 @@ def test_the_effort_none_switches_thinking_off(effort, kwargs):
         ("truncation", "auto"),
         ("top_logprobs", 2),
         ("tool_choice", "required"),
+        ("tools", [WEATHER, WEATHER]),
         ("tool_choice", {"type": "function", "name": "clock"}),
         ("text", {"verbosity": "low"}),
         ("text", {"format": {"type": "json_schema", "name": "x"}}),
