@@ -227,12 +227,17 @@ def _model_name(model: str | Path | None) -> str:
     return path.resolve().name if path.exists() else str(model)
 
 
+def _tokenizer(llm: AsyncLLM | EngineClient) -> Any:
+    """Return the model's tokenizer, or None if it has none."""
+    try:
+        return llm.tokenizer
+    except ValueError:
+        return None
+
+
 def _chat_template(llm: AsyncLLM | EngineClient) -> str | None:
     """Return the text of the model's chat template. If it has another one for tools, that comes first."""
-    try:
-        template = llm.tokenizer.chat_template
-    except ValueError:  # the model has no tokenizer
-        return None
+    template = getattr(_tokenizer(llm), "chat_template", None)
     if isinstance(template, dict):
         return "\n".join(template[name] for name in ("tool_use", "default") if name in template) or None
     return template
@@ -328,7 +333,8 @@ class Server(uvicorn.Server):
 def _greeting(state: ServerState, host: str, port: int) -> str:
     """Return the address, and a command that tries it."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    path, body = "completions", {"prompt": "The capital of France is", "max_tokens": 16}
+    prompt = [1, 2, 3] if _tokenizer(state.llm) is None else "The capital of France is"
+    path, body = "completions", {"prompt": prompt, "max_tokens": 16}
     if _chat_template(state.llm) is not None:
         path, body = "chat/completions", {"messages": [{"role": "user", "content": "Hello!"}]}
     key = ' \\\n    -H "Authorization: Bearer $API_KEY"' if listed(state.options.api_key) else ""

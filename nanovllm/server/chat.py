@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -11,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nanovllm import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from nanovllm.checks import shown
-from nanovllm.engine.detokenizer import TokenBytes
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.server.body import MAX_TOOLS
 from nanovllm.server.chat_writer import ChunkWriter, Form, WholeResponse
@@ -239,10 +237,6 @@ def routes(state: ServerState) -> APIRouter:
     """Return the endpoint."""
     router = APIRouter()
 
-    @cache
-    def token_bytes() -> TokenBytes:
-        return TokenBytes(state.llm.tokenizer.backend_tokenizer, skip_special_tokens=False)
-
     @router.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest, http: Request) -> Response:
         check_model(state, request.model)
@@ -250,7 +244,7 @@ def routes(state: ServerState) -> APIRouter:
             request_id=f"chatcmpl-{http.state.request_id}",
             model=state.model_names[0],
             num_top=request.num_top,
-            bytes_of=lambda token_id: token_bytes()[token_id],
+            bytes_of=lambda token_id: state.token_bytes[token_id],
             has_usage=request.include_usage,
         )
         pieces = generate_turn(state, request.conversation(state, http))
