@@ -23,13 +23,16 @@ from tests.server.serving import SECONDS, call, error_of, listening, make_server
 
 
 def test_models_are_listed_and_found_by_name(llm):
-    names = {"served_model_name": "org/one, two"}
-    listed = call(llm, "GET", "/v1/models", **names).json()["data"]
+    async def use(client, state):
+        return [await client.get(f"/v1/models{path}") for path in ("", "/org/one", "/three")]
+
+    # One server, because its models have the time at which it was made.
+    every, one, none = with_client(llm, use, served_model_name="org/one, two")
+    listed = every.json()["data"]
     assert [card["id"] for card in listed] == ["org/one", "two"]
     assert listed[0]["max_model_len"] == llm.max_model_len
-    assert call(llm, "GET", "/v1/models/org/one", **names).json() == listed[0]
-    answer = call(llm, "GET", "/v1/models/three", **names)
-    assert answer.status_code == 404 and "org/one, two" in error_of(answer)
+    assert one.json() == listed[0]
+    assert none.status_code == 404 and "org/one, two" in error_of(none)
 
 
 def test_model_name_is_that_of_the_folder_or_the_hub(llm, model):
