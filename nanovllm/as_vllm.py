@@ -11,6 +11,7 @@ Nothing else imports this file.
 """
 
 import importlib.metadata
+import importlib.util
 import runpy
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -131,6 +132,20 @@ def _install() -> None:
     sys.meta_path.insert(0, _Finder())
 
 
+def _check_command(name: str) -> None:
+    """Exit with one line unless there is a module `name` that can run."""
+    if name.partition(".")[0] == "vllm":
+        sys.exit(f"{name} is no command: vllm has nanovllm's names only. The server is `nanovllm serve`")
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+    except (ImportError, ValueError) as error:  # of a package above it, or an empty name
+        sys.exit(f"the module {name} cannot run: {error}")
+    if spec is None:
+        sys.exit(f"there is no module {name} that can run")
+
+
 _install()
 
 if __name__ == "__main__":
@@ -138,4 +153,5 @@ if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit("usage: python -m nanovllm.as_vllm MODULE [ARGUMENTS...]")
     sys.argv = sys.argv[1:]
+    _check_command(sys.argv[0])
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

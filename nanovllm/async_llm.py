@@ -309,6 +309,8 @@ class AsyncLLM:
             TypeError, ValueError, RuntimeError: as in `generate`.
         """
         chosen_id = self._check(prompt, sampling_params, request_id)
+        if not callable(receive):
+            raise TypeError(f"receive must be a function, got {shown(receive)}")
         consumer = _Consumer(receive)
         self._reserve(chosen_id, consumer)
         try:

@@ -393,6 +393,8 @@ class LLM:
 
     @on_step.setter
     def on_step(self, call: Callable[[StepStats], None] | None) -> None:
+        if call is not None and not callable(call):
+            raise TypeError(f"on_step must be a function or None, got {shown(call)}")
         self.llm_engine.on_step = call
 
     @property
@@ -402,6 +404,8 @@ class LLM:
 
     @time_gpu.setter
     def time_gpu(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"time_gpu must be a bool, got {shown(value)}")
         self.llm_engine.time_gpu = value
 
     def close(self) -> None:

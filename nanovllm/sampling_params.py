@@ -78,9 +78,9 @@ class StructuredOutputsParams:
             are refused. So are `minProperties` above 1 + the number of required names, because a repeated name would
             count, and such a class in `patternProperties` without `additionalProperties: false`. Other words mean
             nothing in JSON Schema and are ignored, also misspelled keywords; so are `uniqueItems: false`, formats of
-            numbers, `password` and `binary`. An integer has at most 64 bits. Where an object may have properties that
-            the schema neither names nor has a pattern for, a name spelled with an escape, as `\\u0061` for `a`, counts
-            as one of these.
+            numbers, `password` and `binary`. An integer in the schema has at most 64 bits. Where an object may have
+            properties that the schema neither names nor has a pattern for, a name spelled with an escape, as `\\u0061`
+            for `a`, counts as one of these.
         regex: a regular expression in Rust's notation that the whole output matches. `\\d`, `\\w` and `\\s` match ASCII
             only; `\\p{...}` matches Unicode classes.
         choice: the output is one of these texts, each of 1 to 1024 characters.
@@ -265,7 +265,7 @@ class SamplingParams:
         stop: strings that end the request as soon as the text has one of them; the text ends before it.
         include_stop_str_in_output: the text ends after the stop string, or after the stop id's text, instead.
         repetition_penalty: divides positive logits of tokens that are in the prompt or the output, and multiplies
-            negative ones (arXiv:1909.05858); above 0, and 1 changes nothing.
+            negative ones (arXiv:1909.05858); from 0.01 to 100, and 1 changes nothing.
         presence_penalty: is subtracted from the logits of tokens that are in the output, in [-2, 2].
         frequency_penalty: is subtracted once for each time that the token is in the output, in [-2, 2].
         logit_bias: numbers in [-100, 100] to add to the logits of up to 300 token ids.

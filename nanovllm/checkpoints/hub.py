@@ -342,13 +342,13 @@ def _download(
     kind: str = "model",
 ) -> Path:
     """Download a hub model, only files that cannot run code. Return its local folder."""
-    if name in PRESETS:
+    if name in PRESETS and kind == "model":
         raise ValueError(f"model {name!r} is a shape without weights; use load_format='dummy' or a folder or hub id")
     if name.endswith(".gguf") or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(
-            f"{kind} {name!r:.100} is not a folder or .gguf file on this machine; nor is it a hub id (owner/name) or, "
-            f"with load_format='dummy', one of {', '.join(PRESETS)}"
-        )
+        message = f"{kind} {name!r:.100} is not a folder or .gguf file on this machine; nor is it a hub id (owner/name)"
+        if kind == "model":
+            message += f" or, with load_format='dummy', one of {', '.join(PRESETS)}"
+        raise ValueError(message)
     from huggingface_hub import snapshot_download
 
     cache_dir = None if download_dir is None else local_path("download_dir", download_dir)

@@ -55,6 +55,8 @@ class ChatOptions:
 
     def __post_init__(self):
         check_fields(self)
+        if self.system is not None and not _is_text(self.system):
+            raise ValueError("system must be UTF-8")
         if self.url is not None:
             base_url(self.url)
         if self.api_key is not None:
@@ -168,6 +170,9 @@ class Chat:
         """Run a command, or answer a message."""
         if not message.strip():
             return
+        if not _is_text(message):
+            self._report("the input is not UTF-8")
+            return
         if not message.startswith("/"):
             question = {"role": "user", "content": message.strip()}
             if answer := self._answer([*self.messages, question]):
@@ -279,6 +284,15 @@ class Chat:
         with open(path, "x", encoding="utf-8") as file:  # never overwrites
             json.dump([*system, *self.messages], file, indent=2, ensure_ascii=False)
         self._say(f"Saved {len(system + self.messages)} messages.")
+
+
+def _is_text(text: str) -> bool:
+    """Whether text can be sent: bytes that could not be decoded are half characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _import_line_editing() -> None:

@@ -242,8 +242,13 @@ def _json(text: bytes | bytearray) -> dict[str, Any]:
 
 
 def _reason(error: OSError) -> str:
-    """Return the words for an error number; asyncio's own are longer. Those of name resolution are below 0."""
-    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+    """Return the words for an error number; asyncio's own are longer.
+
+    The numbers of name resolution are below 0. Those of TLS are OpenSSL's.
+    """
+    if isinstance(error, ssl.SSLError) or not error.errno or error.errno < 0:
+        return str(error)
+    return os.strerror(error.errno)
 
 
 def message_of(body: bytes | bytearray) -> str:

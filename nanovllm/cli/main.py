@@ -1,6 +1,7 @@
 """The command line: `nanovllm serve`, `nanovllm chat` and `nanovllm bench serve`."""
 
 import argparse
+import codecs
 import io
 import logging
 import os
@@ -100,12 +101,19 @@ def _exit(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 
 def _make_streams_usable() -> None:
-    """Open standard streams that the caller has closed. Let stdout replace characters that its encoding lacks."""
+    """Open standard streams that the caller has closed. Let stdout replace characters that its encoding lacks.
+
+    Bytes that stdin's encoding lacks become half characters, which `nanovllm chat` reports. The C locale's is ASCII,
+    but its programs write UTF-8.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        is_ascii = codecs.lookup(sys.stdin.encoding).name == "ascii"
+        sys.stdin.reconfigure(encoding="utf-8" if is_ascii else None, errors="surrogateescape")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -242,11 +242,15 @@ class InputProcessor:
 
     def encode_bounded(self, text: str, add_special_tokens: bool) -> list[int]:
         """Do the same as `encode`, but refuse a text of far too many tokens for `max_model_len`."""
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string, got {shown(text)}")
         self._check_text("text", text)
         return self.encode(text, add_special_tokens)
 
     def decode(self, token_ids: list[int]) -> str:
         """Return the text of token ids, special tokens included."""
+        if not is_list(token_ids):
+            raise TypeError(f"tokens must be a list of token ids, got {shown(token_ids)}")
         if (num_tokens := length(token_ids)) > self.max_model_len:
             raise self._too_long(f"tokens are {num_tokens} ids")
         if token_ids:

@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 from nanovllm import AsyncLLM, __version__
 from nanovllm.checkpoints.hub import DEFAULT_FILE
+from nanovllm.checks import shown
 from nanovllm.server import chat, completions, health, messages, models, page, responses, tokenize
 from nanovllm.server.admission import AdmissionControl
 from nanovllm.server.engine_client import EngineClient
@@ -52,7 +53,8 @@ def create_app(state: ServerState) -> FastAPI:
     # The documentation pages would load scripts from elsewhere.
     app = FastAPI(title="nanovllm", version=__version__, docs_url=None, redoc_url=None)
     for module in (chat, completions, messages, responses, models, tokenize, health, page):
-        app.include_router(module.routes(state))
+        # Else the schema would say that wrong requests get FastAPI's 422.
+        app.include_router(module.routes(state), responses={"4XX": {"description": "the request is wrong"}})
     for kind in (ApiError, TypeError, ValueError, RuntimeError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _error_response)
     # From the innermost to the outermost.
@@ -70,7 +72,7 @@ def create_app(state: ServerState) -> FastAPI:
             allow_origins=origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "request-id", "retry-after"],
         )
     app.add_middleware(RequestIds, count_response=state.metrics.count_response)
     return app
@@ -114,11 +116,23 @@ def _api_error(request: Request, error: Exception) -> ApiError:
     if isinstance(error, RequestValidationError | ValidationError):
         return _validation_error(request, error)
     if isinstance(error, HTTPException):
-        message = error.detail
-        if error.status_code == 404:
-            message = f"there is nothing at {request.url.path[:200]}"
-        return ApiError(error.status_code, message)
+        if isinstance(error.__cause__, RecursionError):
+            return as_api_error(error.__cause__)
+        return ApiError(error.status_code, _http_message(request, error))
     return as_api_error(error)
+
+
+def _http_message(request: Request, error: HTTPException) -> str:
+    """Return what is wrong with a request that FastAPI has refused."""
+    path = request.url.path[:200]
+    if error.status_code == 404:
+        return f"there is nothing at {path}"
+    if error.status_code == 405:
+        return f"{path} takes {(error.headers or {}).get('Allow', 'other methods')}, not {request.method}"
+    if isinstance(error.__cause__, UnicodeDecodeError):
+        encoding = request.headers.get("content-encoding")
+        return f"the body must not be compressed, got {encoding[:100]!r}" if encoding else "the body is not UTF-8"
+    return error.detail
 
 
 def _validation_error(request: Request, error: RequestValidationError | ValidationError) -> ApiError:
@@ -131,11 +145,34 @@ def _validation_error(request: Request, error: RequestValidationError | Validati
     for fault in error.errors()[:_MAX_SHOWN_ERRORS]:
         if fault["type"] == "json_invalid":
             return ApiError(400, f"the body is not JSON: {fault.get('ctx', {}).get('error')} at {fault['loc'][-1]}")
-        field = ".".join(str(part) for part in fault["loc"] if part != "body")[:200]
+        if fault["loc"] == ("body",) and fault["type"] in ("missing", "model_attributes_type"):
+            got = "none" if fault["type"] == "missing" else shown(fault["input"])
+            return ApiError(400, f"the body must be a JSON object, got {got}")
+        field = _field(fault, getattr(error, "body", None))[:200]
         message = "there is no such field" if fault["type"] == "extra_forbidden" else fault["msg"]
-        faults.append(f"{field}: {message}" if field else message.removeprefix("Value error, "))
+        message = message.removeprefix("Value error, ")
+        faults.append(f"{field}: {message}" if field else message)
         params.append(field)
     return ApiError(400, "; ".join(faults)[:1000], param=params[0] or None)
+
+
+def _field(fault: Any, body: Any) -> str:
+    """Return the path of a wrong field in the body, such as "messages.0.content".
+
+    Args:
+        fault: an error of pydantic. Its path also has names that the body does not have: of the kinds of a field that
+            may be one of several.
+        body: the JSON, or None if it is not known.
+    """
+    location = [part for i, part in enumerate(fault["loc"]) if i > 0 or part != "body"]
+    path, value = [], body
+    for i, part in enumerate(location):
+        is_here = part in value if isinstance(value, dict) else isinstance(value, list) and part in range(len(value))
+        is_missing = fault["type"] == "missing" and i == len(location) - 1
+        if is_here or is_missing or body is None:
+            path.append(str(part))
+            value = value[part] if is_here else {}
+    return ".".join(path)
 
 
 # -- the process -------------------------------------------------------------------------------------------------------
@@ -190,12 +227,17 @@ def _model_name(model: str | Path | None) -> str:
     return path.resolve().name if path.exists() else str(model)
 
 
+def _tokenizer(llm: AsyncLLM | EngineClient) -> Any:
+    """Return the model's tokenizer, or None if it has none."""
+    try:
+        return llm.tokenizer
+    except ValueError:
+        return None
+
+
 def _chat_template(llm: AsyncLLM | EngineClient) -> str | None:
     """Return the text of the model's chat template. If it has another one for tools, that comes first."""
-    try:
-        template = llm.tokenizer.chat_template
-    except ValueError:  # the model has no tokenizer
-        return None
+    template = getattr(_tokenizer(llm), "chat_template", None)
     if isinstance(template, dict):
         return "\n".join(template[name] for name in ("tool_use", "default") if name in template) or None
     return template
@@ -291,7 +333,8 @@ class Server(uvicorn.Server):
 def _greeting(state: ServerState, host: str, port: int) -> str:
     """Return the address, and a command that tries it."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    path, body = "completions", {"prompt": "The capital of France is", "max_tokens": 16}
+    prompt = [1, 2, 3] if _tokenizer(state.llm) is None else "The capital of France is"
+    path, body = "completions", {"prompt": prompt, "max_tokens": 16}
     if _chat_template(state.llm) is not None:
         path, body = "chat/completions", {"messages": [{"role": "user", "content": "Hello!"}]}
     key = ' \\\n    -H "Authorization: Bearer $API_KEY"' if listed(state.options.api_key) else ""

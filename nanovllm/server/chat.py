@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -11,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nanovllm import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from nanovllm.checks import shown
-from nanovllm.engine.detokenizer import TokenBytes
+from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.server.body import MAX_TOOLS
 from nanovllm.server.chat_writer import ChunkWriter, Form, WholeResponse
 from nanovllm.server.errors import ApiError
@@ -130,7 +129,7 @@ class ChatRequest(SamplingFields):
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -160,13 +159,14 @@ class ChatRequest(SamplingFields):
             tool_choice=self._tool_choice(),
             parallel_tool_calls=self.parallel_tool_calls is not False,
             template=self._template(state),
+            form_field="structured_outputs" if self.response_format is None else "response_format",
         )
 
     def _sampling(self, state: ServerState) -> SamplingParams:
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
-        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        overrides: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": self.num_top}
+        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        overrides: dict[str, Any] = {"max_tokens": getattr(self, name), "logprobs": self.num_top}
         constraint = self.response_format and self.response_format.to_params()
         if constraint is not None:
             if self.structured_outputs is not None:
@@ -175,7 +175,7 @@ class ChatRequest(SamplingFields):
             overrides["structured_outputs"] = constraint
         if not self.stream:
             overrides["output_kind"] = RequestOutputKind.FINAL_ONLY
-        return self.to_params(state, **overrides)
+        return self.to_params(state, {"max_tokens": name}, **overrides)
 
     def _tool_choice(self) -> str:
         choice = self.tool_choice or "auto"
@@ -237,10 +237,6 @@ def routes(state: ServerState) -> APIRouter:
     """Return the endpoint."""
     router = APIRouter()
 
-    @cache
-    def token_bytes() -> TokenBytes:
-        return TokenBytes(state.llm.tokenizer.backend_tokenizer, skip_special_tokens=False)
-
     @router.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest, http: Request) -> Response:
         check_model(state, request.model)
@@ -248,7 +244,7 @@ def routes(state: ServerState) -> APIRouter:
             request_id=f"chatcmpl-{http.state.request_id}",
             model=state.model_names[0],
             num_top=request.num_top,
-            bytes_of=lambda token_id: token_bytes()[token_id],
+            bytes_of=lambda token_id: state.token_bytes[token_id],
             has_usage=request.include_usage,
         )
         pieces = generate_turn(state, request.conversation(state, http))

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar
 
@@ -48,6 +48,7 @@ class _Writer:
 
     Args:
         echoes: for each prompt, the text that its choices start with; "" without `echo`.
+        bytes_of: returns a token's bytes.
 
     Attributes:
         is_empty: leave out the sampled token, because `max_tokens` is 0. The engine cannot do without it.
@@ -56,10 +57,11 @@ class _Writer:
         _num_logprobs: how many log-probabilities the response has so far; in a stream, the last choice.
     """
 
-    def __init__(self, request: CompletionRequest, n: int, echoes: Sequence[str]):
+    def __init__(self, request: CompletionRequest, n: int, echoes: Sequence[str], bytes_of: Callable[[int], bytes]):
         self.request = request
         self.n = n
         self.echoes = echoes
+        self.bytes_of = bytes_of
         self.is_empty = request.max_tokens == 0
         self.num_generated = 0
         self.num_prompt: dict[int, int] = {}
@@ -94,7 +96,7 @@ class _Writer:
         offset, logprobs = self._offsets.get(index, 0), None
         if rows is not None:
             self._count_logprobs(len(token_ids))
-            logprobs, offset = _logprobs(token_ids, rows, offset)
+            logprobs, offset = _logprobs(token_ids, rows, offset, self.bytes_of)
         self._offsets[index] = offset
         return {
             "index": index,
@@ -127,33 +129,55 @@ class _Writer:
         }
 
 
-def _logprobs(token_ids: list[int], rows: LogprobRows, offset: int) -> tuple[dict, int]:
+def _logprobs(
+    token_ids: list[int], rows: LogprobRows, offset: int, bytes_of: Callable[[int], bytes]
+) -> tuple[dict, int]:
     """Return log-probabilities in OpenAI's form for completions, and the offset of the text after the tokens.
 
     Args:
         offset: where the first token starts in the text.
+        bytes_of: returns a token's bytes.
     """
-    texts = [rows.text(token_id) or "" for token_id in token_ids]
+
+    def name(token_id: int) -> str:
+        return _token_name(token_id, rows.text(token_id), bytes_of)
+
     token_logprobs, top_logprobs, offsets = [], [], []
-    for token_id, text, row in zip(token_ids, texts, rows, strict=True):
+    for token_id, row in zip(token_ids, rows, strict=True):
         offsets.append(offset)
-        offset += len(text)
+        offset += len(rows.text(token_id) or "")
         token_logprobs.append(None if row is None else json_logprob(row[token_id].logprob))
-        top_logprobs.append(None if row is None else _by_text(row))
+        top_logprobs.append(None if row is None else _by_name(row, name))
     return {
-        "tokens": texts,
+        "tokens": [name(token_id) for token_id in token_ids],
         "token_logprobs": token_logprobs,
         "top_logprobs": top_logprobs,
         "text_offset": offsets,
     }, offset
 
 
-def _by_text(row: dict[int, Logprob]) -> dict[str, float]:
-    """Return log-probabilities by text. Of tokens with the same text, such as half a character, take the largest."""
+def _token_name(token_id: int, text: str | None, bytes_of: Callable[[int], bytes]) -> str:
+    """Return a token's text, or its bytes if it is a part of a character, or its id if it has no text.
+
+    OpenAI writes bytes so, and vLLM ids.
+    """
+    if not text:
+        return f"token_id:{token_id}"
+    if "\ufffd" not in text:
+        return text
+    spelling = bytes_of(token_id)
+    try:
+        return spelling.decode()
+    except UnicodeDecodeError:  # a part of a character
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
+
+
+def _by_name(row: dict[int, Logprob], name: Callable[[int], str]) -> dict[str, float]:
+    """Return log-probabilities by the names of tokens. Of tokens with the same name, take the largest."""
     result: dict[str, float] = {}
-    for entry in row.values():
-        text = entry.decoded_token or ""
-        result[text] = max(json_logprob(entry.logprob), result.get(text, -math.inf))
+    for token_id, entry in row.items():
+        key = name(token_id)
+        result[key] = max(json_logprob(entry.logprob), result.get(key, -math.inf))
     return result
 
 
@@ -232,7 +256,7 @@ def routes(state: ServerState) -> APIRouter:
         echoes = ["" for _ in prompts]
         if request.echo:
             echoes = [each if isinstance(each, str) else await state.llm.decode(each) for each in prompts]
-        writer = _Writer(request, params.n, echoes)
+        writer = _Writer(request, params.n, echoes, bytes_of=lambda token_id: state.token_bytes[token_id])
         outputs = _outputs(state, http, prompts, params)
         header = {
             "id": f"cmpl-{http.state.request_id}",

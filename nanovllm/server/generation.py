@@ -1,13 +1,15 @@
 """Generates the next turn of a conversation: what chat completions, messages and responses share."""
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+import re
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import Request
 
 from nanovllm import CompletionOutput, SamplingParams
+from nanovllm.checks import shown
 from nanovllm.outputs import LogprobRows
 from nanovllm.server.call_grammars import json_rule
 from nanovllm.server.errors import ApiError, aborted
@@ -21,6 +23,10 @@ _TAIL_TOKENS = 64
 _CONTINUED_TAIL_TOKENS = 4096
 # Ends thinking that the template has opened, as templates without thinking do.
 _NO_THINKING = "\n</think>\n\n"
+# The engine's error about a grammar: the line that is wrong, the reason, and an excerpt of the grammar.
+_GRAMMAR_ERROR = re.compile(
+    r"structured_outputs cannot be compiled: (?:at (\d+)\(\d+\): )?(.*?)(?:\n +\d+ \| .*)?", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Conversation:
         tool_choice: "none", "auto", "required", or the name of the function that the model must call.
         parallel_tool_calls: the model may call several functions at once.
         template: further arguments of `AsyncLLM.chat_prompt`, such as `chat_template_kwargs`.
+        form_field: the request's field that has the form of the response, `params.structured_outputs`.
     """
 
     http: Request
@@ -44,6 +51,7 @@ class Conversation:
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
     template: dict[str, Any] = field(default_factory=dict)
+    form_field: str = "structured_outputs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +104,12 @@ async def generate_turn(
         is_constrained = params.structured_outputs is not None
         samples = [_Sample(state.format.parser(prompt_text, tools, is_constrained)) for _ in range(params.n)]
         prompt = {"prompt_token_ids": prompt_ids}
-        async with aclosing(state.generate(conversation.http, prompt, params, request_id)) as outputs:
-            async for output in outputs:
-                pieces = [samples[new.index].piece(new) for new in output.outputs]
-                yield Piece(len(prompt_ids), output.num_cached_tokens, pieces)
+        outputs = state.generate(conversation.http, prompt, params, request_id)
+        async with aclosing(outputs):
+            with _naming_schemas(conversation, params):
+                async for output in outputs:
+                    pieces = [samples[new.index].piece(new) for new in output.outputs]
+                    yield Piece(len(prompt_ids), output.num_cached_tokens, pieces)
 
 
 async def prompt_token_ids(state: ServerState, conversation: Conversation) -> list[int]:
@@ -114,6 +124,12 @@ def _shown_tools(conversation: Conversation) -> Sequence[dict[str, Any]]:
 
 
 def _check_tools(state: ServerState, conversation: Conversation) -> None:
+    names: set[str] = set()
+    for tool in conversation.tools:
+        name = tool["function"]["name"]
+        if name in names:
+            raise ApiError(400, f"tools must have different names, got two of the name {shown(name)}", param="tools")
+        names.add(name)
     if conversation.tool_choice != "auto":
         return
     if state.format.tool_format == "none":
@@ -152,6 +168,24 @@ def _constrained(
     )
     params = replace(params, structured_outputs=constraint)
     return replace(params, skip_special_tokens=False) if tools and state.format.shows_special_tokens else params
+
+
+@contextmanager
+def _naming_schemas(conversation: Conversation, params: SamplingParams) -> Iterator[None]:
+    """Let errors about a grammar that the server has made name the client's field in place of the grammar."""
+    try:
+        yield
+    except ValueError as error:
+        is_clients = params == conversation.params and conversation.form_field == "structured_outputs"
+        match = None if is_clients else _GRAMMAR_ERROR.fullmatch(str(error))
+        if match is None:
+            raise
+        lines = ((params.structured_outputs and params.structured_outputs.grammar) or "").split("\n")
+        # The rule `start` has the form of the response, other rules have the schemas of tools.
+        is_start = match[1] is not None and "".join(lines[int(match[1]) - 1 :][:1]).startswith("start:")
+        has_form = conversation.params.structured_outputs is not None
+        name = conversation.form_field if has_form and (is_start or not _shown_tools(conversation)) else "tools"
+        raise ApiError(400, f"{name} has a schema that cannot be followed: {match[2]}", param=name) from None
 
 
 class _Sample:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from nanovllm import RequestOutputKind, StructuredOutputsParams
 from nanovllm.server.body import MAX_TOOLS, Body
@@ -22,6 +22,7 @@ from nanovllm.server.translation import (
     function_tool,
     join_texts,
     reply,
+    text_or_list,
     thinking_option,
 )
 
@@ -67,11 +68,8 @@ class ToolUseBlock(_Part):
     input: dict[str, Any]
 
 
-def _as_blocks(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-Texts = Annotated[list[TextBlock], BeforeValidator(_as_blocks)]
+_TEXT_OR_BLOCKS = text_or_list(lambda text: [{"type": "text", "text": text}])
+Texts = Annotated[list[TextBlock], _TEXT_OR_BLOCKS]
 
 
 class ToolResultBlock(_Part):
@@ -92,7 +90,7 @@ class Message(_Part):
     """A turn of the conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[AnyBlock], BeforeValidator(_as_blocks)]
+    content: Annotated[list[AnyBlock], _TEXT_OR_BLOCKS]
 
 
 class Tool(_Part):
@@ -113,9 +111,9 @@ class ToolChoice(_Part):
 
 
 class ThinkingSwitch(_Part):
-    """Whether the model thinks before it responds."""
+    """Whether the model thinks before it responds. With "adaptive", the chat template decides."""
 
-    type: str
+    type: Literal["enabled", "disabled", "adaptive"]
 
 
 class OutputFormat(_Part):
@@ -232,12 +230,15 @@ def template_options(state: ServerState, request: MessagesRequest, messages: lis
 def conversation(state: ServerState, request: MessagesRequest, http: Request) -> Conversation:
     """Return the conversation of a request. Raise ApiError if a field is wrong."""
     messages, tools = chat_messages(request), tool_list(request)
+    if not messages:
+        raise ApiError(400, "messages must have a text, a tool call or its result", param="messages")
     form = request.output_config.format
     fields = SamplingFields(
         temperature=request.temperature, top_p=request.top_p, top_k=request.top_k, stop=request.stop_sequences
     )
     params = fields.to_params(
         state,
+        {"stop": "stop_sequences"},
         max_tokens=request.max_tokens,
         structured_outputs=form and StructuredOutputsParams(json=form.schema_),
         output_kind=None if request.stream else RequestOutputKind.FINAL_ONLY,
@@ -250,6 +251,7 @@ def conversation(state: ServerState, request: MessagesRequest, http: Request) ->
         tool_choice=_tool_choice(request.tool_choice, tools),
         parallel_tool_calls=not request.tool_choice.disable_parallel_tool_use,
         template=template_options(state, request, messages),
+        form_field="output_config",
     )
 
 

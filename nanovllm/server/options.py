@@ -1,9 +1,13 @@
 """The options of the server. Those of the engine are `Config`'s."""
 
 import os
+import re
 from dataclasses import dataclass, replace
 
 from nanovllm.checks import check_fields, one_of, shown, within
+
+# As browsers write them in the Origin header. Applications have schemes of their own; "null" is a local file.
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,8 @@ class ServerOptions:
             not fit gets status 429.
         max_body_mib: largest body of a request, in MiB; larger ones get status 413 before they are read.
         max_n: most samples of a request.
-        cors_origins: origins whose pages may call the API, separated by commas; "*" allows all, None none.
+        cors_origins: origins whose pages may call the API, such as http://localhost:3000, separated by commas; "*"
+            allows all, None none.
         allow_chat_templates: let requests bring a chat template of their own.
         salt_prefix_cache: keep the cached prompts of each API key apart, so that no client can find out by timing what
             another one has sent.
@@ -51,6 +56,12 @@ class ServerOptions:
             raise ValueError(
                 f"api_key must have at least one key, got {shown(self.api_key)}; leave it out to need none"
             )
+        if self.served_model_name is not None and not listed(self.served_model_name):
+            raise ValueError(f"served_model_name must have at least one name, got {shown(self.served_model_name)}")
+        for origin in listed(self.cors_origins):
+            if not _ORIGIN.fullmatch(origin):
+                expected = "cors_origins must be like http://localhost:3000, in lower case and without a path"
+                raise ValueError(f"{expected}, got {shown(origin)}")
 
 
 def with_key(options: ServerOptions) -> ServerOptions:

@@ -22,6 +22,7 @@ from nanovllm.server.translation import (
     function_tool,
     join_texts,
     reply,
+    text_or_list,
     thinking_option,
 )
 
@@ -42,11 +43,10 @@ class Refusal(BaseModel):
     text: str = Field(alias="refusal")
 
 
-def _as_parts(content: Any) -> Any:
-    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
-
-
-Parts = Annotated[list[Annotated[Part | Refusal, Field(discriminator="type")]], BeforeValidator(_as_parts)]
+Parts = Annotated[
+    list[Annotated[Part | Refusal, Field(discriminator="type")]],
+    text_or_list(lambda text: [{"type": "input_text", "text": text}]),
+]
 
 
 class MessageItem(BaseModel):
@@ -86,12 +86,11 @@ def _with_type(item: Any) -> Any:
     return {"type": "message", **item} if isinstance(item, dict) and "role" in item else item
 
 
-def _as_items(value: Any) -> Any:
-    return [{"role": "user", "content": value}] if isinstance(value, str) else value
-
-
 AnyItem = Annotated[MessageItem | CallItem | CallOutputItem | ReasoningItem, Field(discriminator="type")]
-Items = Annotated[list[Annotated[AnyItem, BeforeValidator(_with_type)]], BeforeValidator(_as_items)]
+Items = Annotated[
+    list[Annotated[AnyItem, BeforeValidator(_with_type)]],
+    text_or_list(lambda text: [{"role": "user", "content": text}]),
+]
 
 
 class _Strict(BaseModel):
@@ -137,7 +136,7 @@ class TextOptions(_Strict):
 class Reasoning(_Strict):
     """Whether the model thinks: the effort "none" switches it off. There are no summaries, but the thinking itself."""
 
-    effort: str | None = None
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: str | None = None
     generate_summary: None = None  # the older name of `summary`, which the openai package sends
 
@@ -261,22 +260,26 @@ def conversation(state: ServerState, request: ResponsesRequest, http: Request) -
     if form and request.structured_outputs is not None:
         message = "text.format and structured_outputs cannot be used together; send one of them"
         raise ApiError(400, message, param="text")
-    tools = tool_list(request)
+    messages, tools = chat_messages(request), tool_list(request)
+    if not messages:
+        raise ApiError(400, "input must have at least one item", param="input")
     effort = request.reasoning and request.reasoning.effort
     params = request.to_params(
         state,
+        {"max_tokens": "max_output_tokens"},
         max_tokens=request.max_output_tokens,
         output_kind=None if request.stream else RequestOutputKind.FINAL_ONLY,
         **form,
     )
     return Conversation(
         http=http,
-        messages=chat_messages(request),
+        messages=messages,
         params=params,
         tools=tools,
         tool_choice=_tool_choice(request, tools),
         parallel_tool_calls=request.parallel_tool_calls is not False,
         template=thinking_option(state, effort != "none") if effort else {},
+        form_field="text" if form else "structured_outputs",
     )
 
 

@@ -1,5 +1,7 @@
 """The fields of a request that say how to sample, which several endpoints share."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -137,10 +139,13 @@ class SamplingFields(Body):
         """Whether a streamed response ends with the numbers of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def to_params(self, state: ServerState, **overrides: Any) -> SamplingParams:
+    def to_params(
+        self, state: ServerState, names: Mapping[str, str] = MappingProxyType({}), **overrides: Any
+    ) -> SamplingParams:
         """Return the sampling parameters of a request. What it leaves open is the model's default.
 
         Args:
+            names: the request's names of arguments of `SamplingParams`, where they differ.
             overrides: other arguments of `SamplingParams`, such as `logprobs`, and other values of the fields here.
                 `max_tokens=None` is up to `max_model_len`; None of others has no effect.
 
@@ -150,14 +155,15 @@ class SamplingFields(Body):
         given: dict[str, Any] = {name: getattr(self, name) for name in _PARAMS}
         given["output_kind"] = RequestOutputKind.DELTA
         if self.structured_outputs is not None:
-            given["structured_outputs"] = _checked(self.structured_outputs.to_params)
+            given["structured_outputs"] = _checked(self.structured_outputs.to_params, {})
         given |= {name: value for name, value in overrides.items() if value is not None or name == "max_tokens"}
-        if (given["n"] or 1) > state.options.max_n:
-            raise ApiError(400, f"n must be at most {state.options.max_n}, got {given['n']}", param="n")
+        n = 1 if given["n"] is None else given["n"]
+        if not 1 <= n <= state.options.max_n:
+            raise ApiError(400, f"n must be from 1 to {state.options.max_n}, got {shown(n)}", param="n")
         defaults = state.llm.get_default_sampling_params()
         base = {name: getattr(defaults, name) for name in _DEFAULTS}
         given = {name: value for name, value in given.items() if value is not None or name == "max_tokens"}
-        return _checked(SamplingParams.from_optional, **base | given)
+        return _checked(SamplingParams.from_optional, names, **base | given)
 
 
 # The fields that are arguments of SamplingParams of the same name.
@@ -187,10 +193,11 @@ _PARAMS = (
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-def _checked(make: Any, **arguments: Any) -> Any:
-    """Return what `make` makes. Raise ApiError for its TypeError and ValueError."""
+def _checked(make: Any, names: Mapping[str, str], **arguments: Any) -> Any:
+    """Return what `make` makes. Raise ApiError, with the request's `names`, for its TypeError and ValueError."""
     try:
         return make(**arguments)
     except (TypeError, ValueError) as error:
-        name = str(error).split(maxsplit=1)[0]
-        raise ApiError(400, str(error), param=name if name in arguments else None) from None
+        name, _, fault = str(error).partition(" ")
+        sent = names.get(name, name)
+        raise ApiError(400, f"{sent} {fault}", param=sent if name in arguments else None) from None

@@ -16,7 +16,7 @@ from nanovllm.server.errors import ApiError, error_body
 from nanovllm.server.streaming import JsonResponse
 
 # Everybody may read whether the server is well, and the chat page, which asks for a key.
-_OPEN_PATHS = re.compile(r"/|/health|/favicon\.ico|/page/.*")
+_OPEN_PATHS = re.compile(r"/|/health/?|/favicon\.ico|/page/.*")
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -36,7 +36,7 @@ def _digest(text: str) -> bytes:
 
 
 class RequestIds:
-    """Give each request an id, the client's `x-request-id` if it sends one, and send it back.
+    """Give each request an id, the client's `x-request-id` if it sends one. Send it back, as Anthropic's header too.
 
     Args:
         count_response: called with the path of the endpoint and the status of its response.
@@ -58,7 +58,8 @@ class RequestIds:
 
         async def send_with_id(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                ids = [(name, request_id.encode()) for name in (b"x-request-id", b"request-id")]
+                message = {**message, "headers": [*message["headers"], *ids]}
                 # Only paths of endpoints, because there is no end of other ones.
                 path = getattr(scope.get("route"), "path", "other")
                 self.count_response(path, message["status"])

@@ -3,11 +3,13 @@
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from fastapi import Request
 
 from nanovllm import AsyncLLM, RequestOutput, SamplingParams
+from nanovllm.engine.detokenizer import TokenBytes
 from nanovllm.server.admission import AdmissionControl
 from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.metrics import ServerMetrics
@@ -33,6 +35,11 @@ class ServerState:
     format: TextFormat
     admission: AdmissionControl
     metrics: ServerMetrics
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes of each token, special ones included."""
+        return TokenBytes(self.llm.tokenizer.backend_tokenizer, skip_special_tokens=False)
 
     def generate(
         self, http: Request, prompt: Any, params: SamplingParams, request_id: str | None = None

@@ -5,12 +5,24 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 from fastapi import Response
+from pydantic import BeforeValidator
 
 from nanovllm.checks import shown
 from nanovllm.server.errors import ApiError
 from nanovllm.server.generation import Piece
 from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import JsonResponse, sse
+
+
+def text_or_list(as_list: Callable[[str], list[Any]]) -> BeforeValidator:
+    """Return the validator of a field that is a text or a list. `as_list` makes the list that a text stands for."""
+
+    def validate(value: Any) -> list[Any]:
+        if not isinstance(value, str | list):
+            raise ValueError("must be a text or a list")
+        return as_list(value) if isinstance(value, str) else value
+
+    return BeforeValidator(validate)
 
 
 def function_tool(name: str, description: str | None, parameters: dict | None, strict: bool | None) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def test_more_tokens_than_fit_behind_the_prompt_are_cut(client, server):
         ({"model": "gpt-5"}, openai.NotFoundError, "gpt-5"),
         ({"temperature": -1}, openai.BadRequestError, "temperature"),
         ({"messages": [{"role": "user", "content": "long " * 300}]}, openai.BadRequestError, "max_model_len"),
-        ({"n": 65}, openai.BadRequestError, "n must be at most 64"),
+        ({"n": 65}, openai.BadRequestError, "n must be from 1 to 64"),
         ({"extra_body": {"speed": 3}}, openai.BadRequestError, "speed"),
         ({"stream": True, "temperature": -1}, openai.BadRequestError, "temperature"),
     ],

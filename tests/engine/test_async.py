@@ -684,6 +684,20 @@ def test_tokenizer_and_default_parameters_are_the_models(tmp_path):
     assert with_engine(path, use) == want and len(want) == 3
 
 
+def test_arguments_of_a_wrong_type_are_refused_by_name(tmp_path):
+    async def use(llm):
+        for value in (5, None, ["a"]):
+            with pytest.raises(TypeError, match="text must be a string, got"):
+                await llm.encode(value)
+        for value in (5, None, "a"):
+            with pytest.raises(TypeError, match="tokens must be a list of token ids, got"):
+                await llm.decode(value)
+        with pytest.raises(TypeError, match="receive must be a function, got 5"):
+            await llm.submit([7], greedy(1), receive=5)
+
+    with_engine(save_tiny_with_tokenizer(tmp_path, "qwen3"), use)
+
+
 def test_abort_ends_several_requests(model):
     async def use(llm):
         steps = Steps(llm, 3)

@@ -671,6 +671,15 @@ def test_on_step_receives_each_batch_and_its_times(model, overlap):
     assert all(one.phases[-1].end <= other.phases[0].start for one, other in pairwise(steps))
 
 
+def test_wrong_types_of_on_step_and_time_gpu_are_refused_when_they_are_set(model):
+    with engine(model) as llm:
+        with pytest.raises(TypeError, match="on_step must be a function or None, got 5"):
+            llm.on_step = 5
+        with pytest.raises(TypeError, match="time_gpu must be a bool, got 'x'"):
+            llm.time_gpu = "x"
+        assert llm.on_step is None and llm.time_gpu is False
+
+
 def test_error_in_on_step_reaches_the_caller_and_loses_no_output(model):
     def fail(step):
         raise OSError("no space left")

@@ -610,6 +610,9 @@ def test_tokenizer_is_found_without_an_engine(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty' is not a folder"):
         get_tokenizer(tmp_path / "empty")
+    for name in ("qwen3-0.6b", "nothing"):  # a shape has no tokenizer
+        with pytest.raises(ValueError, match=rf"^tokenizer '{name}' is not a folder .* hub id \(owner/name\)$"):
+            get_tokenizer(name)
 
 
 LONG = "x" * 1_000_000

@@ -255,6 +255,7 @@ def test_the_template_gets_the_tools_in_the_order_that_models_know_without_stric
         (dict(tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "news"}}), ["news"]),
         (dict(tools=[WEATHER], tool_choice="maybe"), ["tool_choice"]),
         (dict(tools=[{"type": "web_search"}]), ["type"]),
+        (dict(tools=[WEATHER, WEATHER]), ["tools must have different names, got two of the name 'weather'"]),
         (dict(tools=[WEATHER], structured_outputs={"regex": "a"}), ["tools", "JSON"]),
         (dict(response_format={"type": "json_object"}, structured_outputs={"regex": "a"}), ["response_format"]),
         (dict(response_format={"type": "json_schema"}), ["json_schema"]),
@@ -486,6 +487,44 @@ def test_a_fault_before_the_first_token_is_400_and_no_broken_stream(llm, body, w
         error = response.json()["error"]
         assert words in error["message"]
         assert error["code"] == ("context_length_exceeded" if words == "max_model_len=512" else None)
+
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "strng"}}}
+FORM = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+
+
+@pytest.mark.parametrize("reasoning_parser", ["think", "none"])
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (
+            dict(tools=[{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}], tool_choice="required"),
+            "tools",
+        ),
+        (dict(response_format=FORM), "response_format"),
+        (dict(response_format=FORM, tools=[WEATHER]), "response_format"),
+        (dict(response_format=FORM, tools=[WEATHER], tool_choice="none"), "response_format"),
+    ],
+    ids=["tools", "form", "form and tools", "form without its tools"],
+)
+def test_a_wrong_schema_is_refused_with_the_field_that_has_it_and_without_the_grammar(
+    llm, body, field, reasoning_parser
+):
+    options = {**OPTIONS, "reasoning_parser": reasoning_parser}
+    answer = call(llm, "POST", PATH, {"messages": USER, **body}, **options).json()["error"]
+    assert answer["message"].startswith(f"{field} has a schema that cannot be followed: ")
+    assert answer["message"].endswith("Invalid type: strng")
+    assert answer["param"] == field
+
+
+def test_a_wrong_schema_of_other_apis_is_refused_with_their_field(llm):
+    body = {"input": "hi", "text": {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA}}}
+    answer = call(llm, "POST", "/v1/responses", body, **OPTIONS)
+    assert answer.json()["error"]["message"].startswith("text has a schema that cannot be followed")
+    body = {"model": "tiny", "max_tokens": 9, "messages": USER}
+    body["output_config"] = {"format": {"type": "json_schema", "schema": SCHEMA}}
+    answer = call(llm, "POST", "/v1/messages", body, **OPTIONS)
+    assert answer.json()["error"]["message"].startswith("output_config has a schema that cannot be followed")
 
 
 MALFORMED = '{"city": "C:\\dir", }'

@@ -20,7 +20,7 @@ from nanovllm.cli.bench_serve import BenchOptions, arrivals, make_requests
 from nanovllm.cli.chat import HELP, SETTINGS, Chat, ChatOptions
 from nanovllm.cli.chat_models import Counts, EngineModel, ServerModel
 from nanovllm.cli.flags import argument_docs, flag, parse_value
-from nanovllm.cli.http_stream import Answer
+from nanovllm.cli.http_stream import Answer, Server
 from nanovllm.cli.main import main
 from nanovllm.config import Config
 from nanovllm.server.events import Text, Thinking
@@ -118,6 +118,7 @@ def test_api_key_comes_from_the_environment_unless_the_flag_is_given(served, mon
         (["serve", "--max-num-seq", "4"], "unrecognized arguments: --max-num-seq"),
         (["chat", "--url", "localhost:8000"], "url must be like http://127.0.0.1:8000"),
         (["chat", "--api-key", "k"], "api_key needs a url"),
+        (["chat", "--system", "\udcff"], "system must be UTF-8"),
         (["bench", "serve", "--request-rate", "0"], "request_rate must be above 0"),
         (["bench", "serve", "--input-len", "5", "2"], "input_len must be two numbers 1 <= LOW <= HIGH, got 5 2"),
         (["bench", "serve", "--goodput", "ttft"], "got 'ttft'"),
@@ -163,6 +164,18 @@ def test_characters_that_the_terminal_lacks_are_replaced(monkeypatch):
     with scripted_server(chat=lambda handler, _: handler.stream([delta(content="é☃!"), "[DONE]"])) as server:
         assert main(["chat", "m", "--url", server.url]) == 0
     assert sys.stdout.buffer.getvalue() == "é?!\n".encode("latin-1")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_input_is_read_as_utf8_and_lines_of_other_bytes_are_reported(encoding, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO("\xff\n".encode("latin-1") + "é\n".encode()), encoding)
+    )
+    with scripted_server(chat=lambda handler, _: handler.stream([delta(content="a"), "[DONE]"])) as server:
+        assert main(["chat", "m", "--url", server.url]) == 1
+        (body,) = server.bodies("/v1/chat/completions")
+    assert body["messages"] == [user("é")]
+    assert capsys.readouterr().err == "Error: the input is not UTF-8\n"
 
 
 def test_a_failure_to_start_is_one_line_and_status_1(monkeypatch, capsys):
@@ -691,6 +704,13 @@ def test_the_text_of_one_network_read_is_one_piece_and_the_counts_at_the_end_are
 )
 def test_an_answer_that_is_not_whole_has_the_reason(data, message):
     assert (read([data]).error or "").startswith(message)
+
+
+def test_a_server_without_tls_is_not_reported_as_an_error_of_the_system():
+    with scripted_server() as server:
+        tls_server = Server(server.url.replace("http:", "https:"))
+        answer = asyncio.run(tls_server.send(tls_server.request("GET", "/")))
+    assert "SSL" in answer.error and "not permitted" not in answer.error
 
 
 def answered(start, times, num_tokens, end=None):

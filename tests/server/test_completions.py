@@ -5,11 +5,12 @@ import threading
 
 import pytest
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.server import completions
-from nanovllm.server.completions import _by_text
+from nanovllm.server.app import _greeting
+from nanovllm.server.completions import _by_name
 from tests.server.conftest import OPTIONS
-from tests.server.serving import call, error_of, events_of, post, with_client
+from tests.server.serving import call, error_of, events_of, make_server, post, with_client
 
 PATH = "/v1/completions"
 GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
@@ -122,6 +123,31 @@ def test_stop_string_ends_the_text_before_it(llm):
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
 
 
+def test_logprobs_name_parts_of_characters_by_their_bytes(llm):
+    body = {"prompt": "aé", "echo": True, "max_tokens": 0, "logprobs": 5}
+    logprobs = post(llm, PATH, body)["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["a", "bytes:\\xc3", "bytes:\\xa9"]
+    for i in (1, 2):
+        row = logprobs["top_logprobs"][i]
+        assert row[logprobs["tokens"][i]] == logprobs["token_logprobs"][i] and len(row) in (5, 6)
+
+
+def test_logprobs_without_a_tokenizer_name_tokens_by_their_ids(model):
+    with LLM(model, **OPTIONS) as offline:
+        (output,) = offline.generate([[5, 6]], params(logprobs=2), use_tqdm=False)
+    llm = AsyncLLM(model, skip_tokenizer_init=True, **OPTIONS)
+    try:
+        (choice,) = post(llm, PATH, {"prompt": [5, 6], **GREEDY, "logprobs": 2})["choices"]
+        greeting = _greeting(make_server(llm)[0], "127.0.0.1", 80)
+    finally:
+        llm.close()
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"] == [f"token_id:{token_id}" for token_id in output.token_ids]
+    names = [{f"token_id:{token_id}" for token_id in row} for row in output.outputs[0].logprobs]
+    assert [set(row) for row in logprobs["top_logprobs"]] == names
+    assert '"prompt": [1, 2, 3]' in greeting
+
+
 def test_logprobs_of_minus_infinity_are_json(llm):
     body = {"prompt": "hello", **GREEDY, "logprobs": 3, "allowed_token_ids": [40]}
     assert len(post(llm, PATH, body)["choices"][0]["logprobs"]["top_logprobs"]) == 8
@@ -208,9 +234,9 @@ def test_log_probabilities_of_long_prompts_are_written_outside_the_event_loop(ll
 
     def noted(*args):
         writers.add(threading.current_thread() is threading.main_thread())
-        return _by_text(*args)
+        return _by_name(*args)
 
-    monkeypatch.setattr("nanovllm.server.completions._by_text", noted)
+    monkeypatch.setattr("nanovllm.server.completions._by_name", noted)
     for stream in (False, True):
         body = {"prompt": "abc", "max_tokens": 2, "echo": True, "logprobs": 3, "stream": stream}
         assert call(llm, "POST", PATH, body).status_code == 200

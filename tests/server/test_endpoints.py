@@ -23,13 +23,16 @@ from tests.server.serving import SECONDS, call, error_of, listening, make_server
 
 
 def test_models_are_listed_and_found_by_name(llm):
-    names = {"served_model_name": "org/one, two"}
-    listed = call(llm, "GET", "/v1/models", **names).json()["data"]
+    async def use(client, state):
+        return [await client.get(f"/v1/models{path}") for path in ("", "/org/one", "/three")]
+
+    # One server, because its models have the time at which it was made.
+    every, one, none = with_client(llm, use, served_model_name="org/one, two")
+    listed = every.json()["data"]
     assert [card["id"] for card in listed] == ["org/one", "two"]
     assert listed[0]["max_model_len"] == llm.max_model_len
-    assert call(llm, "GET", "/v1/models/org/one", **names).json() == listed[0]
-    answer = call(llm, "GET", "/v1/models/three", **names)
-    assert answer.status_code == 404 and "org/one, two" in error_of(answer)
+    assert one.json() == listed[0]
+    assert none.status_code == 404 and "org/one, two" in error_of(none)
 
 
 def test_model_name_is_that_of_the_folder_or_the_hub(llm, model):
@@ -90,11 +93,100 @@ def test_health_and_version(llm):
     assert call(llm, "GET", "/version").json() == {"version": nanovllm.__version__}
 
 
+@pytest.mark.filterwarnings("error")
+def test_schema_has_each_operation_once_with_the_status_of_wrong_requests(llm):
+    paths = call(llm, "GET", "/openapi.json").json()["paths"]
+    assert "/metrics" in paths and "/health" not in paths
+    assert paths["/v1/completions"]["post"]["responses"].keys() == {"200", "4XX"}
+
+
 def test_unknown_paths_and_methods_get_errors_in_words(llm):
     answer = call(llm, "GET", "/v1/nothing")
     assert answer.status_code == 404 and "/v1/nothing" in error_of(answer)
     answer = call(llm, "GET", "/v1/completions")
-    assert answer.status_code == 405 and error_of(answer) and answer.headers["allow"] == "POST"
+    assert answer.status_code == 405 and answer.headers["allow"] == "POST"
+    assert error_of(answer) == "/v1/completions takes POST, not GET"
+
+
+USER = [{"role": "user", "content": "hi"}]
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field", "message"),
+    [
+        (CHAT, {"messages": USER, "response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+         "response_format.json_schema.schema", "Field required"),
+        (CHAT, {"messages": USER, "response_format": {"type": "json_schema", "json_schema": 5}},
+         "response_format.json_schema", "Input should be a valid dictionary"),
+        (CHAT, {"messages": USER, "tool_choice": "maybe"}, "tool_choice", "Input should be 'none', 'auto'"),
+        (CHAT, {"messages": USER, "stop": 5}, "stop", "Input should be a valid string"),
+        (CHAT, {"messages": USER, "logit_bias": {"1": "x"}}, "logit_bias.1", "Input should be a valid number"),
+        (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+         "input.0.content.0", "Input tag 'input_image'"),
+        (RESPONSES, {"input": [*USER, {"type": "function_call", "call_id": "1", "name": "f", "arguments": {}}]},
+         "input.1.arguments", "Input should be a valid string"),
+        (RESPONSES, {"input": [*USER, {"type": "function_call_output", "call_id": "1", "output": {}}]},
+         "input.1.output", "must be a text or a list"),
+        (RESPONSES, {"input": 5}, "input", "must be a text or a list"),
+        (RESPONSES, {}, "input", "Field required"),
+        (CHAT, {"messages": USER, "logprobs": True, "top_logprobs": 200}, "top_logprobs", "Input should be less than"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_has_the_path_that_it_has_in_the_body(path, body, field, message):
+    answer = call(ScriptedLLM("a"), "POST", path, body)
+    assert answer.status_code == 400 and error_of(answer).startswith(f"{field}: {message}")
+    assert answer.json()["error"]["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field", "bounds"),
+    [
+        (CHAT, {"messages": USER, "max_completion_tokens": 0}, "max_completion_tokens", "from 1 to 2147483647, got 0"),
+        (CHAT, {"messages": USER, "max_tokens": 0}, "max_tokens", "from 1 to 2147483647, got 0"),
+        (CHAT, {"messages": USER, "n": 0}, "n", "from 1 to 64, got 0"),
+        (COMPLETIONS, {"prompt": "a", "n": 65}, "n", "from 1 to 64, got 65"),
+        (RESPONSES, {"input": "a", "max_output_tokens": 2**31}, "max_output_tokens", "from 1 to 2147483647, got"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_name_that_the_client_has_sent(path, body, field, bounds):
+    answer = call(ScriptedLLM("a"), "POST", path, body)
+    assert answer.status_code == 400 and error_of(answer).startswith(f"{field} must be {bounds}")
+    assert answer.json()["error"]["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stop_sequences": [""]}, "stop_sequences must have strings of 1 to 1024 characters, got ''"),
+        ({"messages": []}, "messages must have a text, a tool call or its result"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages must have a text, a tool call or its result"),
+        ({"system": 5}, "system: must be a text or a list"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: must be a text or a list"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text: Field required"),
+    ],
+)
+def test_a_wrong_field_of_messages_is_named_as_in_the_body(fields, message):
+    body = {"model": "tiny", "max_tokens": 1, "messages": USER, **fields}
+    answer = call(ScriptedLLM("a"), "POST", "/v1/messages", body)
+    assert answer.status_code == 400 and error_of(answer) == message
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "message"),
+    [
+        (b"", {}, "the body must be a JSON object, got none"),
+        (b"null", {}, "the body must be a JSON object, got None"),
+        (b"[1]", {}, "the body must be a JSON object, got [1]"),
+        (b'{"prompt": "h\xe9"}', {}, "the body is not UTF-8"),
+        (b"\x1f\x8b", {"content-encoding": "gzip"}, "the body must not be compressed, got 'gzip'"),
+        (b'{"prompt": ' + b"[" * 100_000, {}, "the request is nested too deeply"),
+    ],
+    ids=lambda value: None if isinstance(value, bytes) else "",
+)
+def test_a_body_that_cannot_be_read_gets_400_that_says_why(body, headers, message):
+    answer = call(ScriptedLLM("a"), "POST", COMPLETIONS, body, headers)
+    assert answer.status_code == 400 and error_of(answer) == message
 
 
 def samples(text):

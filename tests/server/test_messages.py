@@ -296,6 +296,16 @@ def test_thinking_sets_the_switch_of_the_template(thinking, kwargs):
     assert llm.template.get("chat_template_kwargs") == kwargs
 
 
+def test_two_tools_of_one_name_are_refused():
+    with pytest.raises(anthropic.BadRequestError, match="tools must have different names, got two of the name 'wea"):
+        create(ScriptedLLM("ok"), tools=[WEATHER, WEATHER])
+
+
+def test_an_unknown_kind_of_thinking_is_refused():
+    with pytest.raises(anthropic.BadRequestError, match=r"thinking\.type: Input should be 'enabled', 'disabled' or"):
+        create(ScriptedLLM("ok"), thinking={"type": "disable"})
+
+
 def test_system_blocks_are_one_message_without_the_billing_header():
     system = [
         {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.37; cch=fa690;"},

@@ -259,7 +259,7 @@ def test_sampling_fields_reach_the_engine():
     assert (response.temperature, response.top_p) == (0.25, 0.5)
 
 
-@pytest.mark.parametrize(("effort", "kwargs"), [("none", False), ("high", True)])
+@pytest.mark.parametrize(("effort", "kwargs"), [("none", False), ("minimal", True), ("high", True), ("max", True)])
 def test_the_effort_none_switches_thinking_off(effort, kwargs):
     llm = ScriptedLLM("ok")
     create(llm, reasoning={"effort": effort})
@@ -280,6 +280,7 @@ def test_the_effort_none_switches_thinking_off(effort, kwargs):
         ("truncation", "auto"),
         ("top_logprobs", 2),
         ("tool_choice", "required"),
+        ("tools", [WEATHER, WEATHER]),
         ("tool_choice", {"type": "function", "name": "clock"}),
         ("text", {"verbosity": "low"}),
         ("text", {"format": {"type": "json_schema", "name": "x"}}),
@@ -288,6 +289,8 @@ def test_the_effort_none_switches_thinking_off(effort, kwargs):
         ("input", [{"type": "item_reference", "id": "msg_1"}]),
         ("input", [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x/y.png"}]}]),
         ("input", [{"role": "tool", "content": "x"}]),
+        ("input", []),
+        ("reasoning", {"effort": "nnone"}),
         ("unheard_of", 1),
     ],
 )

@@ -31,7 +31,7 @@ def test_request_without_a_key_gets_401(llm, headers, path):
     answer = call(llm, "POST", path, BODY, headers, api_key="one, two")
     assert answer.status_code == 401
     assert "one" not in error_of(answer)
-    assert answer.headers["x-request-id"]
+    assert answer.headers["x-request-id"] == answer.headers["request-id"]
 
 
 def test_each_key_opens_in_both_headers(llm):
@@ -41,6 +41,8 @@ def test_each_key_opens_in_both_headers(llm):
 
 def test_health_needs_no_key(llm):
     assert call(llm, "GET", "/health", api_key="one").status_code == 200
+    answer = call(llm, "GET", "/health/", api_key="one")
+    assert (answer.status_code, answer.headers["location"]) == (307, "http://localhost/health")
 
 
 def test_refusals_of_messages_have_anthropics_form(llm):
@@ -160,6 +162,23 @@ def test_other_hosts_get_403_however_the_loopback_address_is_written(llm, own):
 def test_empty_api_key_is_refused_instead_of_letting_everybody_in(api_key):
     with pytest.raises(ValueError, match="api_key must have at least one key"):
         ServerOptions(api_key=api_key)
+
+
+@pytest.mark.parametrize("origin", ["http://a.example/", "a.example", "http://A.example", "http://", "http://u@a"])
+def test_origins_that_no_browser_sends_are_refused(origin):
+    with pytest.raises(ValueError, match="cors_origins must be like http://localhost:3000"):
+        ServerOptions(cors_origins=f"http://b.example,{origin}")
+
+
+def test_origins_of_all_kinds_are_accepted():
+    ServerOptions(cors_origins="*")
+    ServerOptions(cors_origins="http://localhost:3000, https://[::1]:80,null,app://obsidian.md")
+
+
+@pytest.mark.parametrize("name", ["", " , "])
+def test_empty_model_name_is_refused(name):
+    with pytest.raises(ValueError, match="served_model_name must have at least one name"):
+        ServerOptions(served_model_name=name)
 
 
 def test_prompts_that_are_too_many_are_refused_before_any_is_decoded(llm, monkeypatch):

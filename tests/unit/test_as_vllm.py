@@ -84,6 +84,26 @@ def test_a_command_runs_with_the_names(tmp_path):
     assert output.split() == ["nanovllm.llm", "__main__", "['--flag']"]
 
 
+def test_a_command_that_cannot_run_ends_with_one_line():
+    commands = {
+        "nosuchmodule": "there is no module nosuchmodule",
+        "nosuchpackage.x": "No module named 'nosuchpackage'",
+        "xml": "there is no module xml that can run",
+        "vllm": "The server is `nanovllm serve`",
+        "vllm.entrypoints.openai.api_server": "The server is `nanovllm serve`",
+    }
+    run(f"""
+        from nanovllm.as_vllm import _check_command
+        for name, message in {commands!r}.items():
+            try:
+                _check_command(name)
+            except SystemExit as end:
+                assert message in end.code, (name, end.code)
+            else:
+                raise AssertionError(name)
+    """)
+
+
 def test_the_last_output_of_async_llm_is_whole_as_in_vllm(tmp_path):
     path = save_tiny(tmp_path, "qwen3")
     run(f"""
