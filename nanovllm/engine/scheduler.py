@@ -75,7 +75,8 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         blocks = self.block_manager
         preempted = False
-        for seq in list(self.running):
+        running = list(self.running)
+        for i, seq in enumerate(running, start=1):
             if budget == 0:
                 break
             placement = seq.placement
@@ -86,7 +87,9 @@ class Scheduler:
                 continue  # its last token is in flight
             if seq.token_filter and seq.lacks_mask:
                 continue
-            num_new = min(num_tokens - placement.num_computed, budget)
+            # A token is left for each sequence after it. There may be one although this prompt is not done: a snapshot
+            # can end a chunk early, and the rest of that step admits others.
+            num_new = min(num_tokens - placement.num_computed, max(1, budget - (len(running) - i)))
             if self.snapshots:
                 num_new = self.snapshots.limit(placement, num_new)
             end = placement.num_computed + num_new

@@ -7,6 +7,7 @@ A child runs `serve`, which runs one of the programs in this folder: `templates`
 """
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -70,7 +71,9 @@ class Pool:
             child = self._take()
             try:
                 reply = child.ask(message, self.wall_seconds)
-                if reply is not None:
+                if reply is not None and child.resident_memory() > self.memory // 2:
+                    self._end(child)  # libraries keep some of what requests make, such as compiled templates
+                elif reply is not None:
                     self._idle.append(child)
             except BaseException:  # an interrupt: the reply would be taken for the next request's
                 self._end(child)
@@ -172,6 +175,14 @@ class _Child:
             return None
         finally:
             timer.cancel()
+
+    def resident_memory(self) -> int:
+        """Return the bytes of the process that are in memory; 0 where the system does not tell."""
+        try:
+            pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        except (OSError, IndexError):  # it has ended, or this is not Linux
+            return 0
+        return pages * resource.getpagesize()
 
     def _time_out(self) -> None:
         self.timed_out = True

@@ -26,24 +26,16 @@ def main(fd: int, program: str, cpu_seconds: int, memory: int) -> None:
     try:
         answer = runpy.run_path(program)["prepare"](**json.loads(channel.recv_bytes()))
         lower_limit(resource.RLIMIT_CORE, 0)
-        own_memory = used_memory()
         if sys.platform == "linux":
-            lower_limit(resource.RLIMIT_AS, own_memory + memory)
-        # Libraries keep some of what requests make, such as compiled templates. The parent starts another process.
-        while used_memory() <= own_memory + memory // 4:
+            num_pages = int(Path("/proc/self/statm").read_text().split()[0])
+            lower_limit(resource.RLIMIT_AS, num_pages * resource.getpagesize() + memory)
+        while True:
             message = channel.recv_bytes()
             used = resource.getrusage(resource.RUSAGE_SELF)
             lower_limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime) + cpu_seconds)
             channel.send_bytes(reply(answer, message))
     except (EOFError, OSError):
         return
-
-
-def used_memory() -> int:
-    """Return the bytes of this process's address space; 0 where Linux does not tell."""
-    if sys.platform != "linux":
-        return 0
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def lower_limit(kind: int, value: int) -> None:

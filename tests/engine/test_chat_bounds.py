@@ -112,7 +112,7 @@ def test_a_template_of_too_much_work_is_refused_alone(llm, template, reason):
 
 def processor_of(load):
     source = SimpleNamespace(config=SimpleNamespace(vocab_size=3), has_tokenizer=True, tokenizer=load)
-    return InputProcessor(Config(device="cpu"), source, 128, 128)
+    return InputProcessor(Config(device="cpu"), source, 128)
 
 
 def test_threads_that_need_the_tokenizer_at_once_load_it_once():

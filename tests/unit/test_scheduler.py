@@ -295,6 +295,26 @@ def test_a_long_prompt_does_not_stop_decoding():
         assert len(first.output_ids) == generated
 
 
+def test_a_long_prompt_with_a_snapshot_does_not_stop_those_admitted_beside_its_first_chunk():
+    scheduler = Scheduler(4, 12, BlockManager(64, BLOCK, True, Snapshots(range(4, 12), BLOCK, 1)))
+    device = FakeDevice(4, 8)
+
+    def step():
+        scheduled = scheduler.schedule()
+        scheduler.update(scheduled, device.launch(scheduled.batch))
+
+    shared = [1, 2, 3, 4, 5, 6, 1, 2]
+    scheduler.add(Sequence([*shared, *[0] * 9], SamplingParams(max_tokens=1)))  # its snapshot is after these blocks
+    step()
+    step()
+    long, short = Sequence([*shared, *[3] * 60], SamplingParams(max_tokens=1)), Sequence([2, 2], SamplingParams())
+    scheduler.add(long)
+    scheduler.add(short)
+    for generated in range(1, 7):
+        step()
+        assert len(short.output_ids) == generated and not long.output_ids
+
+
 def test_requests_given_at_once_share_a_prefix_within_one_step():
     scheduler = Scheduler(4, 64, BlockManager(64, BLOCK))
     for last in range(3):
