@@ -69,7 +69,6 @@ _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
 # Types of tokens that a text may have whole: control tokens are special, user-defined ones are not.
 _CONTROL, _USER_DEFINED = 3, 4
-# Metadata that names tokens which end a text. Like llama.cpp, the engine also stops at tokens with _END_TEXTS.
 # Metadata with the values of arguments of SamplingParams that the model's authors recommend.
 _SAMPLING = {
     "general.sampling.temp": "temperature",
@@ -78,6 +77,7 @@ _SAMPLING = {
     "general.sampling.min_p": "min_p",
     "general.sampling.penalty_repeat": "repetition_penalty",
 }
+# Metadata that names tokens which end a text. Like llama.cpp, the engine also stops at tokens with _END_TEXTS.
 _END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 _END_TEXTS = {
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>"),

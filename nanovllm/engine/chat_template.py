@@ -90,12 +90,14 @@ class ChatTemplate:
 
     def _adapt_content(self, role: str, content: Any, name: str) -> str | list[Any]:
         printed = self._contents.get(role, self._contents[OTHER_ROLE])
-        if isinstance(content, str):
-            needs_parts = printed["parts"] and not printed["text"]
-            return [{"type": "text", "text": content}] if needs_parts else content
         if is_list(content):
             texts = [_text_of(part, f"{name}[{i}]") for i, part in enumerate(content)]
-            return list(content) if printed["parts"] else "\n".join(texts)
+            if printed["parts"]:
+                return list(content)
+            content = "\n".join(texts)
+        if isinstance(content, str):
+            needs_part = printed["first_part"] and not printed["text"]
+            return [{"type": "text", "text": content}] if needs_part else content
         expected = "text or a list of text parts, or None next to an assistant's tool_calls"
         raise TypeError(f"{name} must be {expected}; got {type(content).__name__}")
 

@@ -120,7 +120,11 @@ class InputProcessor:
         The configs of a model that was tuned to chat may still name the end token of its base model.
         """
         ids = self.source.config.eos_token_ids
-        own = self.tokenizer.eos_token_id if self.has_tokenizer else None
+        own: Any = None
+        if self.has_tokenizer:
+            own = self.tokenizer.eos_token_id
+        elif self.source.has_tokenizer and not ids:  # even with `skip_tokenizer_init`, a text must end
+            own = self.source.tokenizer().eos_token_id
         if own is None or own in ids or own >= self.vocab_size:
             return ids
         return (*ids, own)

@@ -42,8 +42,8 @@ def inspect(tokenizer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         `variables`: names of the variables that it reads.
-        `contents`: for each usual role, and OTHER_ROLE for all others, whether it prints a content that is "text", and
-            all of one that is "parts".
+        `contents`: for each usual role, and OTHER_ROLE for all others, whether it prints a content that is "text", all
+            "parts" of a list, and at least its "first_part".
         `calls`: whether it prints arguments of a tool call that are "text", as JSON, and those in an "object", and
             whether it needs "short_ids".
     """
@@ -70,8 +70,11 @@ def inspect(tokenizer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     variables = find_variables(arguments["chat_template"])
     parts = [{"type": "text", "text": probe} for probe in (_PROBE, _SECOND_PROBE)]
     contents = {
-        # Some templates print only the first part.
-        role: {"text": prints(role, _PROBE, _PROBE), "parts": prints(role, parts, _PROBE, _SECOND_PROBE)}
+        role: {
+            "text": prints(role, _PROBE, _PROBE),
+            "parts": prints(role, parts, _PROBE, _SECOND_PROBE),
+            "first_part": prints(role, parts, _PROBE),
+        }
         for role in _ROLES
     }
     text, data = json.dumps({"argument": _PROBE}), {"argument": _PROBE}

@@ -65,7 +65,7 @@ def create_app(state: ServerState) -> FastAPI:
     if keys := listed(options.api_key):
         app.add_middleware(ApiKeys, keys=keys)
     elif is_loopback(options.host):
-        app.add_middleware(LocalHosts)
+        app.add_middleware(LocalHosts, own=options.host)
     if origins := listed(options.cors_origins):
         app.add_middleware(
             CORSMiddleware,

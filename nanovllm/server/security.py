@@ -94,24 +94,29 @@ class LocalHosts:
 
     A web page of somebody else can let its own name point to this machine. The browser then takes the server for a part
     of that page, which could read all responses.
+
+    Args:
+        own: the name or address that the server was told to listen on.
     """
 
-    def __init__(self, app: Any):
+    def __init__(self, app: Any, own: str):
         self.app = app
+        self.own = own.lower()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         host = Request(scope).headers.get("host", "") if scope["type"] == "http" else ""
-        if _is_local(host):
+        if _is_local(host, self.own):
             return await self.app(scope, receive, send)
         message = f"without an API key this server responds to localhost and IP addresses only, not to {host[:100]!r}"
         await _refuse(ApiError(403, message), scope, receive, send)
 
 
-def _is_local(host: str) -> bool:
-    """Whether a Host header is empty, or has an IP address or a name of this machine, maybe with a port."""
+def _is_local(host: str, own: str) -> bool:
+    """Whether a Host header is empty, or has an IP address, a name of this machine or `own`, maybe with a port."""
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     name = name.lower().removesuffix(".")
-    return not name or name == "localhost" or name.endswith(".localhost") or _ip_address(name) is not None
+    is_name = name in ("", "localhost", own) or name.endswith(".localhost")
+    return is_name or _ip_address(name) is not None
 
 
 def is_loopback(host: str) -> bool:

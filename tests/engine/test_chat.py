@@ -197,6 +197,7 @@ FIRST_PART = (
     "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
     "{{ m.content[0]['text'] }}{% endif %}{% endfor %}"
 )
+FIRST_PART_ONLY = "{% for m in messages %}<{{ m.role }}>{{ m.content[0]['text'] }}{% endfor %}"
 BY_ROLE = (
     "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set messages = messages[1:] %}{% endif %}"
     "{% for m in messages %}"
@@ -223,6 +224,8 @@ def parts(*texts):
         (PARTS_ONLY, parts("a", "b"), "<user>a|b|"),
         (PARTS_ONLY, "a", "<user>a|"),
         (FIRST_PART, parts("a", "b"), "<user>a\nb"),
+        (FIRST_PART_ONLY, parts("a", "b"), "<user>a\nb"),
+        (FIRST_PART_ONLY, "a", "<user>a"),
         (BY_ROLE, parts("a", "b"), "a|b|"),
     ],
 )

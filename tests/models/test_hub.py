@@ -214,6 +214,14 @@ def test_texts_end_at_the_end_tokens_of_the_configs_and_of_the_tokenizer(tmp_pat
     assert {out.token_ids[0] for out in outputs if len(out.token_ids) == 1} == want
 
 
+def test_without_a_tokenizer_texts_still_end_at_its_end_token_if_the_configs_have_none(tmp_path):
+    folder = save_tiny(tmp_path, "qwen3", eos_token_id=None)
+    save_words(folder)
+    with engine(folder, skip_tokenizer_init=True) as llm:
+        params = SamplingParams(temperature=0, max_tokens=3, allowed_token_ids=[2])
+        assert llm.generate([[1]], params, use_tqdm=False)[0].finish_reason == "stop"
+
+
 def test_template_of_a_processor_is_read_if_the_tokenizer_has_none(tmp_path):
     path, own = (save_tiny_with_tokenizer(tmp_path / name, "qwen3", name or None) for name in ("", "own"))
     for folder in (path, own):

@@ -156,6 +156,8 @@ def test_other_hosts_get_403_unless_a_key_or_the_network_protects(llm, host):
 @pytest.mark.parametrize("own", ["LOCALHOST", "127.1", "127.0.0.1", "::1", "::ffff:127.0.0.1"])
 def test_other_hosts_get_403_however_the_loopback_address_is_written(llm, own):
     assert call(llm, "GET", "/metrics", None, {"host": "a.example"}, host=own).status_code == 403
+    host = f"[{own}]:80" if ":" in own else f"{own}:80"
+    assert call(llm, "GET", "/metrics", None, {"host": host}, host=own).status_code == 200
 
 
 @pytest.mark.parametrize("api_key", ["", " , "])
