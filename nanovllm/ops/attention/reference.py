@@ -230,12 +230,12 @@ def plan_prefill_gather(
             begin = max(0, context - (last - first) + 1 - kv.window) if kv.window else 0
             indices = cache_indices(kv, rows.block_tables, slot, torch.arange(begin, context, device=device))
             (plain if is_plain else masked).append(PrefillGatherPlan(first, last, indices, None))
-    if not masked:
-        return plain
-    num_queries = max(plan.end - plan.start for plan in masked)
-    num_tokens = max(plan.indices.shape[1] for plan in masked)
-    mask = _causal_mask(num_queries, num_tokens, kv.window, dtype, device)
-    return plain + [plan._replace(mask=mask[plan.start - plan.end :, -plan.indices.shape[1] :]) for plan in masked]
+    num_tokens: dict[int, int] = {}  # of the longest plan with so many queries
+    for plan in masked:
+        num_queries = plan.end - plan.start
+        num_tokens[num_queries] = max(num_tokens.get(num_queries, 0), plan.indices.shape[1])
+    masks = {queries: _causal_mask(queries, tokens, kv.window, dtype, device) for queries, tokens in num_tokens.items()}
+    return plain + [plan._replace(mask=masks[plan.end - plan.start][:, -plan.indices.shape[1] :]) for plan in masked]
 
 
 def _causal_mask(
@@ -243,7 +243,7 @@ def _causal_mask(
 ) -> torch.Tensor:
     """Return the mask [num_queries, num_tokens] of the last tokens as queries.
 
-    Its last n rows and L columns are the mask of n queries and L tokens, so one mask serves all sequences.
+    Its last L columns are the mask for L tokens, so that plans with as many queries share one.
     """
     positions = torch.arange(num_tokens, device=device)
     queries = torch.arange(num_tokens - num_queries, num_tokens, device=device)[:, None]
