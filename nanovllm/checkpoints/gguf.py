@@ -32,6 +32,7 @@ from nanovllm.models.model_config import (
     scaled_max_position,
     unsupported,
 )
+from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -380,9 +381,22 @@ def read_gguf(path: Path) -> GgufModel:
         eos_token_ids=_end_ids(file, vocab_size),
         moe=_moe(file),
     )
-    # Metadata has 32 bits: 0.6 comes as 0.60000002.
-    defaults = {ours: round(file.number(key), 6) for key, ours in _SAMPLING.items() if key in file.metadata}
-    return GgufModel(config, "tokenizer.ggml.tokens" in file.metadata, defaults)
+    return GgufModel(config, "tokenizer.ggml.tokens" in file.metadata, _sampling_defaults(file))
+
+
+def _sampling_defaults(file: _GgufFile) -> dict[str, Any]:
+    """Return the arguments of SamplingParams that the file recommends. Warn of values that cannot be used."""
+    defaults = {}
+    for key, name in _SAMPLING.items():
+        if key in file.metadata:
+            try:
+                value = round(file.number(key), 6)  # metadata has 32 bits: 0.6 comes as 0.60000002
+                SamplingParams(**{name: value})
+            except (TypeError, ValueError) as error:
+                logger.warning("Ignoring %s of %s: %.200s", key, file.path, error)
+            else:
+                defaults[name] = value
+    return defaults
 
 
 def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":

@@ -9,7 +9,7 @@ from typing import Any
 from nanovllm.outputs import LogprobRows
 from nanovllm.server.events import CallArguments, CallEnd, CallStart, Text, Thinking
 from nanovllm.server.generation import Piece, SamplePiece
-from nanovllm.server.streaming import json_logprob
+from nanovllm.server.streaming import check_num_logprobs, json_logprob
 
 _CHUNK = "chat.completion.chunk"
 
@@ -97,7 +97,9 @@ class WholeResponse:
             self.choices.setdefault(sample.index, _Choice(sample.index)).add(sample)
 
     def body(self) -> dict[str, Any]:
-        """Return the response."""
+        """Return the response. Raise ApiError if it has too many log-probabilities."""
+        if self.form.num_top is not None:
+            check_num_logprobs(self.usage.num_generated * (self.form.num_top + 1))
         choices = [self.choices[index].body(self.form) for index in sorted(self.choices)]
         return self.form.body("chat.completion", choices) | {"usage": self.usage.fields()}
 

@@ -18,10 +18,9 @@ from nanovllm.server.errors import ApiError, aborted
 from nanovllm.server.models import check_model
 from nanovllm.server.sampling import NEUTRAL, SamplingFields
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import LongEvent, LongJsonResponse, json_logprob, merge_streams, sse
+from nanovllm.server.streaming import LongEvent, LongJsonResponse, check_num_logprobs, json_logprob, merge_streams, sse
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
-_MAX_LOGPROBS = 1 << 20  # of a response; they take about 200 bytes each
 _LONG_LOGPROBS = 64  # tokens with log-probabilities that an event of a stream may have before it counts as long
 
 
@@ -108,15 +107,9 @@ class _Writer:
 
     def _count_logprobs(self, num_tokens: int) -> None:
         """Refuse a response, or an event of a stream, that would take too much memory. `echo` repeats the prompt's."""
-        per_token = (self.request.logprobs or 0) + 1
-        self._num_logprobs = num_tokens * per_token + (0 if self.request.stream else self._num_logprobs)
-        if self._num_logprobs > _MAX_LOGPROBS:
-            raise ApiError(
-                400,
-                f"logprobs={self.request.logprobs} makes {self._num_logprobs} log-probabilities or more; a response "
-                f"has at most {_MAX_LOGPROBS}: ask for fewer, or for fewer prompts or samples",
-                param="logprobs",
-            )
+        before = 0 if self.request.stream else self._num_logprobs
+        self._num_logprobs = before + num_tokens * ((self.request.logprobs or 0) + 1)
+        check_num_logprobs(self._num_logprobs)
 
     def usage(self) -> dict:
         """Return the numbers of tokens so far."""

@@ -16,6 +16,8 @@ logger = logging.getLogger("nanovllm")
 # `json.dumps` would make one for each event.
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
+# Log-probabilities of a response. They take 200 bytes each, and more in chat completions.
+MAX_LOGPROBS = 1 << 20
 # Log-probabilities of a token are five levels below a response.
 _WRITTEN_LEVELS = 5
 # An event, or a list of events that are sent together.
@@ -95,6 +97,13 @@ def _write(value: Any, parts: list[str], levels: int) -> None:
 def json_logprob(value: float) -> float:
     """Return a log-probability as JSON can express it, which has no minus infinity."""
     return max(value, -9999.0)
+
+
+def check_num_logprobs(num_logprobs: int) -> None:
+    """Raise ApiError for more log-probabilities than a response may have."""
+    if num_logprobs > MAX_LOGPROBS:
+        message = f"the response has more than {MAX_LOGPROBS} log-probabilities: ask for fewer, or for fewer samples"
+        raise ApiError(400, message, param="logprobs")
 
 
 class JsonResponse(JSONResponse):

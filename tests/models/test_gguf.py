@@ -217,6 +217,14 @@ def test_recommended_sampling_is_the_default(tmp_path):
         assert llm.get_default_sampling_params() == SamplingParams()
 
 
+def test_recommended_sampling_that_cannot_be_used_is_ignored_with_a_warning(tmp_path, caplog):
+    values = {"temp": -1.0, "top_k": 2.5, "top_p": 0.0, "min_p": "0.1", "penalty_repeat": 1.25}
+    metadata = {f"general__sampling__{name}": value for name, value in values.items()}
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), **metadata)
+    assert open_model(path).sampling_defaults == {"repetition_penalty": 1.25}
+    assert [f"general.sampling.{name}" in caplog.text for name in values] == [True] * 4 + [False]
+
+
 @pytest.mark.parametrize(
     "metadata",
     [

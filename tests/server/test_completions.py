@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
-from nanovllm.server import completions
+from nanovllm.server import completions, streaming
 from nanovllm.server.app import _greeting
 from nanovllm.server.completions import _by_name
 from tests.server.conftest import OPTIONS
@@ -89,14 +89,14 @@ def test_echo_of_token_ids_scores_them_as_lm_eval_reads_it(llm, offline):
 
 
 def test_log_probabilities_that_fill_the_memory_are_refused(llm, monkeypatch):
-    monkeypatch.setattr(completions, "_MAX_LOGPROBS", 100)
+    monkeypatch.setattr(streaming, "MAX_LOGPROBS", 100)
     body = {"prompt": [5] * 20, "max_tokens": 1, "logprobs": 3, "echo": True}
     assert call(llm, "POST", PATH, body).status_code == 200
     answer = call(llm, "POST", PATH, {**body, "n": 2})
-    assert answer.status_code == 400 and "a response has at most 100" in error_of(answer)
+    assert answer.status_code == 400 and "more than 100 log-probabilities" in error_of(answer)
     # A stream holds those of one choice.
     assert len(events_of(call(llm, "POST", PATH, {**body, "n": 2, "stream": True}).text)) == 2
-    assert "a response has at most 100" in call(llm, "POST", PATH, {**body, "logprobs": 4, "stream": True}).text
+    assert "more than 100 log-probabilities" in call(llm, "POST", PATH, {**body, "logprobs": 4, "stream": True}).text
 
 
 def test_a_long_event_of_a_stream_has_the_same_content(llm, monkeypatch):

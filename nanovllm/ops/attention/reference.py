@@ -235,7 +235,11 @@ def plan_prefill_gather(
         num_queries = plan.end - plan.start
         num_tokens[num_queries] = max(num_tokens.get(num_queries, 0), plan.indices.shape[1])
     masks = {queries: _causal_mask(queries, tokens, kv.window, dtype, device) for queries, tokens in num_tokens.items()}
-    return plain + [plan._replace(mask=masks[plan.end - plan.start][:, -plan.indices.shape[1] :]) for plan in masked]
+    for i, plan in enumerate(masked):
+        mask = masks[plan.end - plan.start][:, -plan.indices.shape[1] :]
+        # Kernels of GPUs want aligned rows.
+        masked[i] = plan._replace(mask=mask if device.type == "cpu" else mask.contiguous())
+    return plain + masked
 
 
 def _causal_mask(
