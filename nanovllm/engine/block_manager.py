@@ -3,6 +3,7 @@
 import struct
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import takewhile
 
 import xxhash
 
@@ -99,23 +100,30 @@ class BlockManager:
             self.snapshots.discard(placement)
 
     def find_prefix(self, seq: Sequence) -> list[int]:
-        """Return the cached blocks that `seq`'s tokens start with. At least one token is left to compute."""
-        found: list[int] = []
+        """Return the cached blocks that `seq`'s tokens start with. At least one token is left to compute.
+
+        A sequence that waits for room asks in every step, and hashing a long prompt takes milliseconds. So it starts
+        from what it has found before, as far as these blocks still have the same uid.
+        """
         if not self.enable_prefix_caching:
-            return found
+            return []
+        found = seq.found_prefix = list(takewhile(lambda pair: self.blocks[pair[0]].uid == pair[1], seq.found_prefix))
         prefix_hash, parent_uid = _empty_prefix(seq)
-        for i in range((len(seq.token_ids) - 1) // self.block_size):
+        if found:
+            prefix_hash, parent_uid = self.blocks[found[-1][0]].hash, found[-1][1]
+        for i in range(len(found), (len(seq.token_ids) - 1) // self.block_size):
             token_ids = self._block_tokens(seq, i)
             prefix_hash = _chain(prefix_hash, token_ids)
             block_id = self._lookup(prefix_hash, parent_uid, token_ids)
             if block_id is None:
                 break
             parent_uid = self.blocks[block_id].uid
-            found.append(block_id)
-        return found
+            found.append((block_id, parent_uid))
+        return [block_id for block_id, _ in found]
 
     def share(self, seq: Sequence, placement: Placement, found: list[int]) -> None:
         """Start an empty `placement` of `seq` with the blocks that `find_prefix` found."""
+        seq.found_prefix = []
         for block_id in found:
             block = self.blocks[block_id]
             if block.ref_count == 0:

@@ -78,6 +78,7 @@ class Sequence:
         status: whether it waits, runs or has finished.
         placement: its slot and blocks; None while it has none.
         token_ids: prompt and output, as far as the host knows them.
+        found_prefix: id and uid of the cached blocks that its tokens were last found to start with, while it waits.
         mask: the filter's bit mask of allowed next tokens, if it depends on the output. None until it is computed, and
             again once a row samples with it.
         mask_seconds: CPU time that the sequence's masks have cost in steps.
@@ -108,6 +109,7 @@ class Sequence:
     status: Status = Status.WAITING
     placement: Placement | None = None
     token_ids: list[int] = field(init=False)
+    found_prefix: list[tuple[int, int]] = field(default_factory=list)
     mask: np.ndarray | None = None
     mask_seconds: float = 0.0
     mask_error: str | None = None

@@ -345,6 +345,28 @@ def test_at_least_one_token_is_recomputed_on_a_full_hit():
     assert [seq.num_cached for seq in seqs] == [0, 4]
 
 
+def test_a_waiting_prompt_is_hashed_once_and_loses_only_the_blocks_that_were_evicted(monkeypatch):
+    manager, hashed = BlockManager(8, BLOCK), []
+    chain = block_manager_module._chain
+    monkeypatch.setattr(block_manager_module, "_chain", lambda *block: hashed.append(block) or chain(*block))
+    first, placement = Sequence([1] * 24, SamplingParams()), Placement(0)
+    manager.allocate(placement, 24)
+    placement.num_computed = 24
+    manager.register(first, placement)
+    waiting = Sequence([1] * 24 + [2], SamplingParams())
+    assert manager.find_prefix(waiting) == placement.block_table
+    hashed.clear()
+    assert manager.find_prefix(waiting) == placement.block_table and not hashed
+    blocks = list(placement.block_table)
+    manager.free(placement)
+    other = Placement(1)
+    manager.allocate(other, 16)  # two blocks that were never used, and the last two of the prefix
+    assert manager.find_prefix(waiting) == blocks[:4] and len(hashed) == 1
+    placement = Placement(2)
+    manager.share(waiting, placement, blocks[:4])
+    assert placement.num_computed == 16 and waiting.found_prefix == []
+
+
 def test_colliding_hashes_miss_instead_of_mixing_prefixes(monkeypatch):
     monkeypatch.setattr(block_manager_module, "_chain", lambda prefix_hash, token_ids: prefix_hash + 1)
     prompts = [[1] * 4 + [9] * 5, [2] * 4 + [9] * 5, [1] * 4 + [9] * 5]
