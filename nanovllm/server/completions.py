@@ -1,6 +1,7 @@
 """POST /v1/completions: continue prompts."""
 
 import asyncio
+import codecs
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -52,7 +53,7 @@ class _Writer:
     Attributes:
         is_empty: leave out the sampled token, because `max_tokens` is 0. The engine cannot do without it.
         num_cached: for each prompt, how many of its tokens the prefix cache had.
-        _offsets: for each sample that had an output, where the text of its next token starts; 0 without logprobs.
+        _ends: for each sample that had an output, where its text ends so far; 0 without logprobs.
         _num_logprobs: how many log-probabilities the response has so far; in a stream, the last choice.
     """
 
@@ -65,7 +66,7 @@ class _Writer:
         self.num_generated = 0
         self.num_prompt: dict[int, int] = {}
         self.num_cached: dict[int, int] = {}
-        self._offsets: dict[int, int] = {}
+        self._ends: dict[int, _TextEnd] = {}
         self._num_logprobs = 0
 
     async def choices(self, prompt_index: int, output: RequestOutput) -> list[dict]:
@@ -87,16 +88,15 @@ class _Writer:
             text, finish_reason, stop_reason = "", "length" if finish_reason else None, None
             token_ids, rows = [], rows and rows[:0]
         self.num_generated += len(token_ids)
-        is_first = index not in self._offsets  # the first output of this sample
+        is_first = index not in self._ends  # the first output of this sample
         if self.request.echo and is_first:
             text = self.echoes[prompt_index] + text
             if rows is not None and output.prompt_logprobs is not None:
                 token_ids, rows = output.prompt_token_ids + token_ids, output.prompt_logprobs + rows
-        offset, logprobs = self._offsets.get(index, 0), None
+        end, logprobs = self._ends.setdefault(index, _TextEnd(self.bytes_of)), None
         if rows is not None:
             self._count_logprobs(len(token_ids))
-            logprobs, offset = _logprobs(token_ids, rows, offset, self.bytes_of)
-        self._offsets[index] = offset
+            logprobs = _logprobs(token_ids, rows, end, self.bytes_of)
         return {
             "index": index,
             "text": text,
@@ -122,13 +122,29 @@ class _Writer:
         }
 
 
-def _logprobs(
-    token_ids: list[int], rows: LogprobRows, offset: int, bytes_of: Callable[[int], bytes]
-) -> tuple[dict, int]:
-    """Return log-probabilities in OpenAI's form for completions, and the offset of the text after the tokens.
+class _TextEnd:
+    """Where the text of some tokens ends, in characters. Tokens that are parts of one character start where it does."""
+
+    def __init__(self, bytes_of: Callable[[int], bytes]):
+        self.offset = 0
+        self._bytes_of = bytes_of
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token_id: int, text: str) -> int:
+        """Move the end past one more token. Return where the token starts."""
+        spelling = self._bytes_of(token_id) if "\ufffd" in text else text.encode()
+        if not 0x80 <= next(iter(spelling), 0) < 0xC0:  # it does not continue a character
+            self.offset += len(self._decoder.decode(b"", final=True))
+        start = self.offset
+        self.offset += len(self._decoder.decode(spelling))
+        return start
+
+
+def _logprobs(token_ids: list[int], rows: LogprobRows, end: _TextEnd, bytes_of: Callable[[int], bytes]) -> dict:
+    """Return log-probabilities in OpenAI's form for completions.
 
     Args:
-        offset: where the first token starts in the text.
+        end: of the text before these tokens. It moves past them.
         bytes_of: returns a token's bytes.
     """
 
@@ -137,8 +153,7 @@ def _logprobs(
 
     token_logprobs, top_logprobs, offsets = [], [], []
     for token_id, row in zip(token_ids, rows, strict=True):
-        offsets.append(offset)
-        offset += len(rows.text(token_id) or "")
+        offsets.append(end.add(token_id, rows.text(token_id) or ""))
         token_logprobs.append(None if row is None else json_logprob(row[token_id].logprob))
         top_logprobs.append(None if row is None else _by_name(row, name))
     return {
@@ -146,7 +161,7 @@ def _logprobs(
         "token_logprobs": token_logprobs,
         "top_logprobs": top_logprobs,
         "text_offset": offsets,
-    }, offset
+    }
 
 
 def _token_name(token_id: int, text: str | None, bytes_of: Callable[[int], bytes]) -> str:

@@ -99,6 +99,19 @@ def test_log_probabilities_that_fill_the_memory_are_refused(llm, monkeypatch):
     assert "more than 100 log-probabilities" in call(llm, "POST", PATH, {**body, "logprobs": 4, "stream": True}).text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_of_tokens_index_the_text_also_after_characters_of_several_tokens(llm, stream):
+    body = {"prompt": "a🌱b\U0001f600é", "echo": True, "logprobs": 0, "max_tokens": 8, "seed": 1, "stream": stream}
+    answer = call(llm, "POST", PATH, body)
+    choices = [event["choices"][0] for event in events_of(answer.text)] if stream else answer.json()["choices"]
+    text = "".join(choice["text"] for choice in choices)
+    logprobs = [choice["logprobs"] for choice in choices]
+    tokens, offsets = ([x for each in logprobs for x in each[name]] for name in ("tokens", "text_offset"))
+    assert offsets[:12] == [0, 1, 1, 1, 1, 2, 3, 3, 3, 3, 4, 4]  # a token is a byte
+    for token, offset in zip(tokens[12:], offsets[12:], strict=True):
+        assert token.startswith(("bytes:", "token_id:")) or text[offset] == token
+
+
 def test_a_long_event_of_a_stream_has_the_same_content(llm, monkeypatch):
     body = {"prompt": [5] * 20, "max_tokens": 1, "logprobs": 3, "echo": True, "stream": True, "temperature": 0}
     (want,) = events_of(call(llm, "POST", PATH, body).text)
