@@ -147,7 +147,7 @@ class InputProcessor:
         try:
             return SamplingParams(**self.source.sampling_defaults)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the model's sampling defaults are wrong, so give SamplingParams: {error}") from None
+            raise ValueError(f"the model's generation_config.json is wrong, so give SamplingParams: {error}") from None
 
     def process(
         self, prompt: Any, params: SamplingParams | None, request_id: Any = None, stream: bool = False
