@@ -253,9 +253,9 @@ class SamplingParams:
             to that length.
         ignore_eos: go on past the model's end-of-sequence tokens. A structured output goes on as long as something
             else can follow.
-        top_k: keep the k most likely tokens; 0 and -1 keep all. Tokens as likely as the last of them are kept, too.
-        top_p: keep the most likely tokens until their probability reaches top_p, in (0, 1]. Tokens as likely as the
-            last of them are kept, too.
+        top_k: keep the k most likely tokens; 0 and -1 keep all. It also keeps tokens as likely as the last of them.
+        top_p: keep the most likely tokens until their probability reaches top_p, in (0, 1]. It also keeps tokens as
+            likely as the last of them.
         min_p: keep tokens at least min_p times as likely as the most likely one, in [0, 1].
         seed: makes sampling repeatable whatever else runs in the batch; None and -1 derive one from the engine's.
         min_tokens: before this many tokens, end-of-sequence and stop ids are not sampled and stop strings are ignored.

@@ -322,7 +322,7 @@ def _end_ids(file: _GgufFile, vocab_size: int) -> tuple[int, ...]:
 
 
 class GgufModel(NamedTuple):
-    """What the metadata of a GGUF file says.
+    """The metadata of a GGUF file, as the engine needs it.
 
     Attributes:
         sampling_defaults: arguments of SamplingParams.

@@ -71,10 +71,8 @@ class Pool:
             child = self._take()
             try:
                 reply = child.ask(message, self.wall_seconds)
-                if reply is not None and child.resident_memory() > self.memory // 2:
-                    self._end(child)  # libraries keep some of what requests make, such as compiled templates
-                elif reply is not None:
-                    self._idle.append(child)
+                if reply is not None:
+                    self._keep(child)
             except BaseException:  # an interrupt: the reply would be taken for the next request's
                 self._end(child)
                 raise
@@ -116,6 +114,13 @@ class Pool:
             self._end(child)
             raise RuntimeError("the engine is closed")
         return child
+
+    def _keep(self, child: "_Child") -> None:
+        """Keep a child for the next request, unless its libraries have kept too much, such as compiled templates."""
+        if child.resident_memory() > self.memory // 2:
+            self._end(child)
+        else:
+            self._idle.append(child)
 
     def _end(self, child: "_Child") -> None:
         self._children.discard(child)

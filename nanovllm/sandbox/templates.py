@@ -56,11 +56,15 @@ def inspect(tokenizer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         except Exception:  # the template refuses this form, or such a conversation
             return ""
 
-    def prints(role: str, content: Any, *probes: str) -> bool:
+    def printed(role: str, content: Any) -> list[str]:
         message = {"role": role, "content": content}
         orders = {"user": [message], "system": [message, _USER], "developer": [message, _USER]}
         text = rendered(orders.get(role, [_USER, message]))
-        return all(probe in text for probe in probes) and not _is_quoted(text)
+        return [] if _is_quoted(text) else [probe for probe in (_PROBE, _SECOND_PROBE) if probe in text]
+
+    def forms(role: str) -> dict[str, bool]:
+        in_text, in_parts = printed(role, _PROBE), printed(role, parts)
+        return {"text": _PROBE in in_text, "parts": len(in_parts) == len(parts), "first_part": _PROBE in in_parts}
 
     def called(call_arguments: Any, call_id: str = _SHORT_ID) -> str:
         function = {"name": "f", "arguments": call_arguments}
@@ -69,14 +73,7 @@ def inspect(tokenizer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
     variables = find_variables(arguments["chat_template"])
     parts = [{"type": "text", "text": probe} for probe in (_PROBE, _SECOND_PROBE)]
-    contents = {
-        role: {
-            "text": prints(role, _PROBE, _PROBE),
-            "parts": prints(role, parts, _PROBE, _SECOND_PROBE),
-            "first_part": prints(role, parts, _PROBE),
-        }
-        for role in _ROLES
-    }
+    contents = {role: forms(role) for role in _ROLES}
     text, data = json.dumps({"argument": _PROBE}), {"argument": _PROBE}
     as_text, as_object = called(text), called(data)
     calls = {

@@ -25,8 +25,8 @@ class CallGrammar:
         parallel: whether one call may follow another.
 
     Raises:
-        TypeError, ValueError: a schema is not that of an object, too long or too deep, or the format cannot write a
-            name.
+        TypeError, ValueError: a schema is too long, too deep or not that of an object, or the format cannot write
+            a name.
     """
 
     def __init__(self, schemas: Mapping[str, Any], parallel: bool):

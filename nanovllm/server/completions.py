@@ -123,7 +123,7 @@ class _Writer:
 
 
 class _TextEnd:
-    """Where the text of some tokens ends, in characters. Tokens that are parts of one character start where it does."""
+    """Counts the characters of a text, token by token. Tokens that are parts of one character start where it does."""
 
     def __init__(self, bytes_of: Callable[[int], bytes]):
         self.offset = 0

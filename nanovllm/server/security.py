@@ -107,7 +107,8 @@ class LocalHosts:
         host = Request(scope).headers.get("host", "") if scope["type"] == "http" else ""
         if _is_local(host, self.own):
             return await self.app(scope, receive, send)
-        message = f"without an API key this server responds to localhost and IP addresses only, not to {host[:100]!r}"
+        names = "localhost, IP addresses and its own host"
+        message = f"without an API key this server responds to {names} only, not to {host[:100]!r}"
         await _refuse(ApiError(403, message), scope, receive, send)
 
 

@@ -17,7 +17,7 @@ logger = logging.getLogger("nanovllm")
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 # Log-probabilities of a response. They take 200 bytes each, and more in chat completions.
-MAX_LOGPROBS = 1 << 20
+MAX_RESPONSE_LOGPROBS = 1 << 20
 # Log-probabilities of a token are five levels below a response.
 _WRITTEN_LEVELS = 5
 # An event, or a list of events that are sent together.
@@ -82,16 +82,15 @@ def _write(value: Any, parts: list[str], levels: int) -> None:
     if not levels or not isinstance(value, dict | list):
         parts.append(_encoder.encode(value))
         return
-    is_dict = isinstance(value, dict)
-    separator = "{" if is_dict else "["
-    for entry in value.items() if is_dict else value:
+    is_dict, separator = isinstance(value, dict), ""
+    parts.append("{" if is_dict else "[")
+    for entry in value:  # a key or a value
         parts.append(separator)
         if is_dict:
-            key, entry = entry
-            parts.append(f"{_encoder.encode(key)}:")
-        _write(entry, parts, levels - 1)
+            parts.append(f"{_encoder.encode(entry)}:")
+        _write(value[entry] if is_dict else entry, parts, levels - 1)
         separator = ","
-    parts.append(("}" if is_dict else "]") if value else ("{}" if is_dict else "[]"))
+    parts.append("}" if is_dict else "]")
 
 
 def json_logprob(value: float) -> float:
@@ -101,8 +100,8 @@ def json_logprob(value: float) -> float:
 
 def check_num_logprobs(num_logprobs: int) -> None:
     """Raise ApiError for more log-probabilities than a response may have."""
-    if num_logprobs > MAX_LOGPROBS:
-        message = f"the response has more than {MAX_LOGPROBS} log-probabilities: ask for fewer, or for fewer samples"
+    if num_logprobs > (limit := MAX_RESPONSE_LOGPROBS):
+        message = f"the response has more than {limit} log-probabilities: ask for fewer, or for fewer samples"
         raise ApiError(400, message, param="logprobs")
 
 

@@ -89,7 +89,7 @@ def test_echo_of_token_ids_scores_them_as_lm_eval_reads_it(llm, offline):
 
 
 def test_log_probabilities_that_fill_the_memory_are_refused(llm, monkeypatch):
-    monkeypatch.setattr(streaming, "MAX_LOGPROBS", 100)
+    monkeypatch.setattr(streaming, "MAX_RESPONSE_LOGPROBS", 100)
     body = {"prompt": [5] * 20, "max_tokens": 1, "logprobs": 3, "echo": True}
     assert call(llm, "POST", PATH, body).status_code == 200
     answer = call(llm, "POST", PATH, {**body, "n": 2})

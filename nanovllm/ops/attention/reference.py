@@ -237,7 +237,7 @@ def plan_prefill_gather(
     masks = {queries: _causal_mask(queries, tokens, kv.window, dtype, device) for queries, tokens in num_tokens.items()}
     for i, plan in enumerate(masked):
         mask = masks[plan.end - plan.start][:, -plan.indices.shape[1] :]
-        # Kernels of GPUs want aligned rows.
+        # On a GPU, attention may need aligned rows, which a slice does not have.
         masked[i] = plan._replace(mask=mask if device.type == "cpu" else mask.contiguous())
     return plain + masked
 
