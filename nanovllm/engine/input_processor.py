@@ -257,8 +257,7 @@ class InputProcessor:
             raise TypeError(f"tokens must be a list of token ids, got {shown(token_ids)}")
         if (num_tokens := length(token_ids)) > self.max_model_len:
             raise self._too_long(f"tokens are {num_tokens} ids")
-        if token_ids:
-            self._check_ids("tokens", token_ids)
+        token_ids = self._checked_ids("tokens", list(token_ids)) if token_ids else []
         return self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def token_bytes(self, skip_special_tokens: bool) -> TokenBytes:
@@ -277,22 +276,23 @@ class InputProcessor:
         elif prompt is not None and (is_list(prompt) or (is_array(prompt) and prompt.ndim == 1)):
             if (num_tokens := length(prompt)) >= self.max_model_len:  # before a list of that length is made
                 raise self._too_long(f"prompt has {num_tokens} tokens")
-            token_ids = _plain_ids(prompt)
+            token_ids = prompt.tolist() if is_array(prompt) else list(prompt)
         else:
             raise TypeError(f"prompt must be text or a list of token ids, got {type(prompt).__name__}")
         if not token_ids:
             raise ValueError("prompt is empty; it must have at least one token")
-        self._check_ids("prompt", token_ids)
-        return token_ids
+        return self._checked_ids("prompt", token_ids)
 
-    def _check_ids(self, name: str, token_ids: list[int]) -> None:
+    def _checked_ids(self, name: str, token_ids: list) -> list[int]:
+        """Return token ids as Python's integers. Raise if one is no integer, or not in the vocabulary."""
         # Prompts are long, so a right one is not checked by a loop in Python.
-        are_integers = set(map(type, token_ids)) == {int}
-        if not are_integers or min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
-            wrong = next(i for i in token_ids if type(i) is not int or not 0 <= i < self.vocab_size)
-            if type(wrong) is not int:
-                raise TypeError(f"{name} must be text or a list of int token ids, got an id {shown(wrong)}")
-            in_vocabulary(name, [wrong], self.vocab_size)
+        if set(map(type, token_ids)) != {int}:
+            for token_id in token_ids:
+                if isinstance(token_id, bool) or not isinstance(token_id, Integral):
+                    raise TypeError(f"{name} must be text or a list of int token ids, got an id {shown(token_id)}")
+            token_ids = list(map(int, token_ids))
+        in_vocabulary(name, token_ids, self.vocab_size)
+        return token_ids
 
     def _check_text(self, name: str, text: str) -> None:
         """Refuse a text of far too many tokens before all of it is tokenized, which would take long."""
@@ -458,16 +458,6 @@ class InputProcessor:
                 raise self._too_long(f"messages and tools have more than {num_values - 1} values")
         self._check_chars("messages", num_chars)
         self._check_text("messages", "".join(texts))
-
-
-def _plain_ids(token_ids: Any) -> list[int]:
-    """Return token ids as Python's integers, as far as they are integers."""
-    if is_array(token_ids):
-        return token_ids.tolist()
-    kinds = set(map(type, token_ids))
-    if kinds == {int} or bool in kinds or not all(issubclass(kind, Integral) for kind in kinds):
-        return list(token_ids)
-    return list(map(int, token_ids))
 
 
 def _with_salt(params: SamplingParams, cache_salt: Any) -> SamplingParams:
