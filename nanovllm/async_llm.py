@@ -404,8 +404,8 @@ class AsyncLLM:
         """Return the token ids of one conversation; see `LLM.chat_prompts`."""
         if is_list(messages) and length(messages) > 1 and is_list(messages[0]):
             raise ValueError(f"messages must be one conversation, got a list of {length(messages)}")
-        chat_prompts = self.llm_engine.input_processor.chat_prompts
-        prompts = await self._prepare(_TEMPLATES, lambda: chat_prompts(messages, **template))
+        chat_prompt_ids = self.llm_engine.input_processor.chat_prompt_ids
+        prompts = await self._prepare(_TEMPLATES, lambda: chat_prompt_ids(messages, **template))
         return prompts[0]
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

@@ -118,7 +118,8 @@ class LLM:
             template: options of `chat_prompts`, and the last ones of `generate`.
         """
         neutral = {name: template.pop(name) for name in NEUTRAL_CALL if name in template}
-        return self.generate(self.chat_prompts(messages, **template), sampling_params, use_tqdm, **neutral)
+        prompts = self.llm_engine.input_processor.chat_prompts(messages, **template)
+        return self.generate(prompts, sampling_params, use_tqdm, **neutral)
 
     def chat_prompts(self, messages: Chat | SequenceType[Chat], **template: Any) -> list[list[int]]:
         """Return the token ids of conversations.
@@ -139,7 +140,7 @@ class LLM:
             ValueError: the messages are far too long for `max_model_len`, the model has no chat template, or the
                 template does not fit the messages or the tools, or it took too much time or memory.
         """
-        return self.llm_engine.input_processor.chat_prompts(messages, **template)
+        return self.llm_engine.input_processor.chat_prompt_ids(messages, **template)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Generate for one prompt step by step: each output has what is new since the last one, or `output_kind` of it.

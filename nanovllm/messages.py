@@ -114,12 +114,12 @@ class StepOutput:
     """The results of a step.
 
     Args:
-        token_ids: each row's new tokens: one if the row is sampled, else none. These are lists because a step
-            that verifies drafts (not implemented) yields several tokens for a row.
+        token_ids: each row's new tokens: one if the row is sampled, else none. A step that verifies drafts (not
+            implemented) would yield several. These are tuples, which the garbage collector visits only once.
         logprobs: those of each entry of the batch's `logprob_rows`.
         prompt_logprobs: those of the `scored_ids` of each entry of the batch's `scored_rows`, concatenated.
     """
 
-    token_ids: list[list[int]]
+    token_ids: list[tuple[int, ...]]
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -205,7 +205,7 @@ class RequestOutput:
 
     Args:
         request_id: the id that `add_request` returned, a string.
-        prompt: the prompt's text, if it was given as text.
+        prompt: the prompt's text, if it was given as text or as a conversation.
         prompt_token_ids: the prompt's tokens, in a list that all outputs of a stream share.
         outputs: the samples, in their order; in a stream, those that have something new.
         finished: whether this is the request's last output.

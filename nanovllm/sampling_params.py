@@ -271,7 +271,8 @@ class SamplingParams:
         logit_bias: numbers in [-100, 100] to add to the logits of up to 300 token ids.
         allowed_token_ids: the only tokens that can be sampled.
         bad_words: texts that the output will not have, as the tokenizer spells them directly after another text and,
-            unless they start with white space, after a space.
+            unless they start with white space, after a space. A sequence for which they leave no token ends with
+            finish_reason "abort"; only its last token may complete a bad word.
         logprobs: how many of the most likely tokens to return log-probabilities of, for each sampled token, besides
             its own: up to 128; -1 is the whole vocabulary, True is 1.
         prompt_logprobs: the same for the prompt's tokens, always in "raw_logprobs" mode. The prompt is computed for

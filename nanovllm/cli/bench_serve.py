@@ -3,7 +3,6 @@
 import asyncio
 import json
 import math
-import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from nanovllm.checks import ABOVE_0, check_fields, within
 from nanovllm.cli.bench_report import GOALS, Run, summary, table
 from nanovllm.cli.http_stream import Answer, Server
 from nanovllm.progress import ProgressBar
+from nanovllm.utils.open_files import allow_open_files
 
 _MAX_PROMPTS = 1 << 20
 _TOP_TOKEN_ID = 10_000
@@ -141,7 +141,7 @@ class _Load:
             self._completion(model, prompt, num_tokens, f"bench-{i}")
             for i, (prompt, num_tokens) in enumerate(zip(prompts, lens, strict=True))
         ]
-        _allow_connections(min(self.options.max_concurrency or len(requests), len(requests)))
+        allow_open_files(_SPARE_FILES + min(self.options.max_concurrency or len(requests), len(requests)))
         with ProgressBar(total=len(requests), desc="Requests", enabled=None, dynamic_ncols=True) as bar:
             start, cpu_start = time.perf_counter(), time.process_time()
             answers = await self._send_all(requests, start, bar)
@@ -200,12 +200,3 @@ class _Load:
             "stream_options": {"include_usage": True},
         }
         return self.server.request("POST", "/v1/completions", body, request_id)
-
-
-def _allow_connections(count: int) -> None:
-    """Raise this process's limit of open files, as far as it may, to have so many connections."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = count + _SPARE_FILES
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        new = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (new, hard))

@@ -23,7 +23,7 @@ from nanovllm.engine.grammars import GrammarFilter, Grammars
 from nanovllm.engine.request import Request, check_request_id
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.token_filter import TokenFilter, make_filter
-from nanovllm.inputs import PromptParts, is_array, split_prompt
+from nanovllm.inputs import PromptParts, TokensPrompt, is_array, split_prompt
 from nanovllm.library_errors import refusing
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
 from nanovllm.sandbox.pool import Pool
@@ -305,7 +305,7 @@ class InputProcessor:
             # The pieces may have a few more tokens than the whole, so this is not exact.
             if num_tokens > 2 * self.max_model_len:
                 at_least = num_tokens // 2  # this part of the text has more tokens, however it is split
-                raise self._too_long(f"the {len(text)} characters of {name} are more than {at_least} tokens")
+                raise self._too_long(f"{name}: {len(text)} characters are more than {at_least} tokens")
 
     def _too_long(self, subject: str) -> ValueError:
         """Return the error of an input that is too long. Clients of OpenAI's API look for its last words."""
@@ -315,7 +315,7 @@ class InputProcessor:
 
     def _check_chars(self, name: str, num_chars: int) -> None:
         if num_chars > _MAX_TOKEN_CHARS * self.max_model_len:
-            raise self._too_long(f"{name}: there are {num_chars} characters")
+            raise self._too_long(f"{name}: {num_chars} characters")
 
     def _max_output_len(self, num_prompt: int, params: SamplingParams) -> int:
         """Return how many tokens fit after the prompt."""
@@ -370,14 +370,18 @@ class InputProcessor:
 
     # -- chat --------------------------------------------------------------------------------------------------------
 
-    def chat_prompts(
-        self,
-        messages: SequenceType[dict] | SequenceType[SequenceType[dict]],
-        *,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> list[list[int]]:
+    def chat_prompts(self, messages: Any, **options: Any) -> list[TokensPrompt]:
+        """Return conversations as prompts of text and token ids; see `LLM.chat_prompts`."""
+        pairs = self._chat_texts_and_ids(messages, **options)
+        return [TokensPrompt(prompt=text, prompt_token_ids=token_ids) for text, token_ids in pairs]
+
+    def chat_prompt_ids(self, messages: Any, **options: Any) -> list[list[int]]:
         """Return the token ids of conversations; see `LLM.chat_prompts`."""
+        return [token_ids for _, token_ids in self._chat_texts_and_ids(messages, **options)]
+
+    def _chat_texts_and_ids(
+        self, messages: Any, *, chat_template_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> list[tuple[str, list[int]]]:
         if self._closed:
             raise RuntimeError("the engine is closed")
         if chat_template_kwargs is not None:
@@ -387,9 +391,9 @@ class InputProcessor:
                 if name == "chat_template" or not isinstance(name, str):
                     raise TypeError(f"chat_template_kwargs has {shown(name)}, which is no variable of a template")
             options |= chat_template_kwargs
-        return self._chat_ids(messages, **drop_neutral(options, NEUTRAL_CHAT))
+        return self._render_chats(messages, **drop_neutral(options, NEUTRAL_CHAT))
 
-    def _chat_ids(
+    def _render_chats(
         self,
         messages: SequenceType[dict] | SequenceType[SequenceType[dict]],
         /,  # `variables` may have any names
@@ -399,7 +403,7 @@ class InputProcessor:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
         **variables: Any,
-    ) -> list[list[int]]:
+    ) -> list[tuple[str, list[int]]]:
         chats: Any = [messages] if is_list(messages) and isinstance(next(iter(messages), None), dict) else messages
         if not is_list(chats) or not chats or not all(map(_is_chat, chats)):
             raise TypeError(f"messages must be a list of dicts with role and content, got {shown(messages)}")
@@ -434,7 +438,7 @@ class InputProcessor:
         texts = [template.render(template.adapt(chat), **variables) for chat in chats]
         for text in texts:
             self._check_text("messages", text)
-        return [self.encode(text) for text in texts]
+        return [(text, self.encode(text)) for text in texts]
 
     def _make_chat_template(self, text: str) -> ChatTemplate:
         max_chars = _MAX_TOKEN_CHARS * self.max_model_len

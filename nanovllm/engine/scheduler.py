@@ -267,7 +267,7 @@ class Scheduler:
 
     # -- parts of update ---------------------------------------------------------------------------------------------
 
-    def _append(self, seq: Sequence, token_ids: list[int]) -> None:
+    def _append(self, seq: Sequence, token_ids: tuple[int, ...]) -> None:
         """Append sampled tokens to `seq` until one of them ends it."""
         for token_id in token_ids:
             seq.token_ids.append(token_id)

@@ -41,10 +41,10 @@ class TokenFilter:
         depends_on_output: whether the mask depends on the tokens sampled so far.
         min_tokens_left: how many more tokens must come before a stop id may be sampled.
         is_complete: whether nothing can follow.
-        error: why the filter cannot say what may follow, or None.
+        is_blocked: whether the newest mask has only tokens that would complete a bad word.
     """
 
-    is_complete, error = False, None
+    is_complete, is_blocked = False, False
 
     def __init__(self, allowed: np.ndarray, bad_words: list[tuple[int, ...]], stop_ids: Iterable[int], min_tokens: int):
         self.stop_ids, self.min_tokens_left = list(stop_ids), min_tokens
@@ -61,6 +61,11 @@ class TokenFilter:
         other.last = self.last.copy()
         return other
 
+    @property
+    def error(self) -> str | None:
+        """Why the sequence must end, or None."""
+        return "bad_words leave no token that could be sampled next" if self.is_blocked else None
+
     def accept(self, token_id: int) -> None:
         """Take in a sampled token."""
         self.last.append(token_id)
@@ -71,14 +76,15 @@ class TokenFilter:
         return bool((np.delete(allowed, self.stop_ids) if self.min_tokens_left > 0 else allowed).any())
 
     def compute_mask(self) -> np.ndarray:
-        """Return the tokens that may be sampled next. If bad words leave none, return all that are allowed."""
+        """Return the tokens that may be sampled next. If bad words leave none, the filter is blocked from now on."""
         last = list(self.last)
         ends = [end for start, end in self.bad_words if last[-len(start) :] == start]
         if not ends:
             return self.words
         allowed = self.allowed.copy()
         allowed[ends] = False
-        return _packed(allowed) if self.has_any(allowed) else self.words
+        self.is_blocked = not self.has_any(allowed)
+        return self.words if self.is_blocked else _packed(allowed)
 
 
 # Texts that a word may follow; one of them must not merge with it into a token.

@@ -232,7 +232,7 @@ class ModelRunner:
             self.wait(step.event)
         self.in_flight.popleft()
         sampled = zip(step.batch.rows, step.tokens.tolist(), strict=True)
-        token_ids = [[token_id] if row.is_sampled else [] for row, token_id in sampled]
+        token_ids = [(token_id,) if row.is_sampled else () for row, token_id in sampled]
         return StepOutput(token_ids, _packed(step.logprobs), _packed(step.prompt_logprobs))
 
     def wait(self, event: torch.cuda.Event | torch.Event) -> None:

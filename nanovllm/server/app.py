@@ -28,19 +28,26 @@ from nanovllm.server.errors import ApiError, as_api_error, error_body
 from nanovllm.server.http_protocol import HttpProtocol
 from nanovllm.server.metrics import ServerMetrics
 from nanovllm.server.options import ServerOptions, listed
+from nanovllm.server.sampling import SamplingFields
 from nanovllm.server.security import ApiKeys, BodyLimit, CancelOnDisconnect, LocalHosts, RequestIds, is_loopback
 from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import JsonResponse
 from nanovllm.server.text_format import TextFormat
+from nanovllm.utils.open_files import allow_open_files
 
 logger = logging.getLogger("nanovllm")
 
 _MAX_SHOWN_ERRORS = 3
+# Fields with whose names messages of errors start, and what endpoints call the engine's prompt.
+_NAMED_FIELDS = {*SamplingFields.model_fields, *SamplingFields.NEUTRAL, "suffix", "tools", "truncation"}
+_PROMPT_FIELDS = {"/v1/completions": "prompt", "/v1/chat/completions": "messages", "/v1/responses": "input"}
 _KEEP_ALIVE_S = 75
 # How long responses may take to reach their clients when the engine is closed.
 _CLOSE_S = 5
 # How often the server checks its engine, in ticks of 0.1 s, and how long it waits for the reply, in seconds.
 _HEALTH_TICKS, _HEALTH_S = 50, 1
+# Open files that the server asks the system for: many clients are each a connection, also those that get status 429.
+_OPEN_FILES = 1 << 16
 # How long a server whose engine has failed still responds, with the reason, in seconds.
 _FAILED_S = 20
 
@@ -106,6 +113,8 @@ async def _error_response(request: Request, error: Exception) -> JsonResponse:
     api_error = _api_error(request, error)
     if api_error.status == 500:
         logger.error(f"{request.method} {request.url.path} has failed", exc_info=error)
+    if api_error.status == 400 and api_error.param is None:
+        api_error.param = _named_field(api_error.message, request.url.path)
     headers = dict(getattr(error, "headers", None) or {})  # such as Allow, next to status 405
     if api_error.retry_after is not None:
         headers["retry-after"] = str(api_error.retry_after)
@@ -120,6 +129,14 @@ def _api_error(request: Request, error: Exception) -> ApiError:
             return as_api_error(error.__cause__)
         return ApiError(error.status_code, _http_message(request, error))
     return as_api_error(error)
+
+
+def _named_field(message: str, path: str) -> str | None:
+    """Return the field of a request with whose name a message starts; None if it starts with none."""
+    name = message.partition(" ")[0].rstrip(":")
+    if name in ("prompt", "messages", "tokens"):  # what the engine calls them
+        return _PROMPT_FIELDS.get(path, name)
+    return name if name in _NAMED_FIELDS else None
 
 
 def _http_message(request: Request, error: HTTPException) -> str:
@@ -188,6 +205,7 @@ def serve(config_options: dict[str, Any], server_options: ServerOptions) -> None
         OSError: the address cannot be listened on. Nothing was loaded.
         TypeError, ValueError, RuntimeError: the engine cannot be made, see `EngineClient`, or has failed later.
     """
+    allow_open_files(_OPEN_FILES)
     with _listen(server_options.host, server_options.port) as listener:
         llm = EngineClient(**config_options)
         try:

@@ -246,6 +246,7 @@ def routes(state: ServerState) -> APIRouter:
             num_top=request.num_top,
             bytes_of=lambda token_id: state.token_bytes[token_id],
             has_usage=request.include_usage,
+            continuous_usage=request.continuous_usage,
         )
         pieces = generate_turn(state, request.conversation(state, http))
         if request.stream:

@@ -24,6 +24,7 @@ class Form:
         num_top: how many of the most likely tokens to show for each token; None shows no log-probabilities.
         bytes_of: returns a token's bytes.
         has_usage: whether a stream ends with a chunk that has the usage.
+        continuous_usage: whether its other chunks have the usage so far.
     """
 
     request_id: str
@@ -31,6 +32,7 @@ class Form:
     num_top: int | None
     bytes_of: Callable[[int], bytes]
     has_usage: bool = False
+    continuous_usage: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     def body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -181,7 +183,9 @@ class ChunkWriter:
     ) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": _logprobs(tokens), "finish_reason": None}
         chunk = self.form.body(_CHUNK, [choice | (ending or {})])
-        return chunk | {"usage": None} if self.form.has_usage else chunk
+        if self.form.has_usage:
+            chunk["usage"] = self.usage.fields() if self.form.continuous_usage else None
+        return chunk
 
 
 def _delta(event: Text | Thinking | CallStart | CallArguments) -> dict[str, Any]:

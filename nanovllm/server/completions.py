@@ -4,7 +4,7 @@ import asyncio
 import codecs
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar
 
@@ -48,7 +48,8 @@ class _Writer:
 
     Args:
         echoes: for each prompt, the text that its choices start with; "" without `echo`.
-        bytes_of: returns a token's bytes.
+        token_bytes: the bytes of each token, special ones included.
+        text_bytes: the bytes that each token adds to the text of an output.
 
     Attributes:
         is_empty: leave out the sampled token, because `max_tokens` is 0. The engine cannot do without it.
@@ -57,11 +58,19 @@ class _Writer:
         _num_logprobs: how many log-probabilities the response has so far; in a stream, the last choice.
     """
 
-    def __init__(self, request: CompletionRequest, n: int, echoes: Sequence[str], bytes_of: Callable[[int], bytes]):
+    def __init__(
+        self,
+        request: CompletionRequest,
+        n: int,
+        echoes: Sequence[str],
+        token_bytes: Mapping[int, bytes],
+        text_bytes: Mapping[int, bytes],
+    ):
         self.request = request
         self.n = n
         self.echoes = echoes
-        self.bytes_of = bytes_of
+        self.token_bytes = token_bytes
+        self.text_bytes = text_bytes
         self.is_empty = request.max_tokens == 0
         self.num_generated = 0
         self.num_prompt: dict[int, int] = {}
@@ -88,15 +97,19 @@ class _Writer:
             text, finish_reason, stop_reason = "", "length" if finish_reason else None, None
             token_ids, rows = [], rows and rows[:0]
         self.num_generated += len(token_ids)
+        added = [] if rows is None else [self.text_bytes[token_id] for token_id in token_ids]  # to the text
         is_first = index not in self._ends  # the first output of this sample
         if self.request.echo and is_first:
-            text = self.echoes[prompt_index] + text
+            echo, prompt_ids = self.echoes[prompt_index], output.prompt_token_ids
+            text = echo + text
             if rows is not None and output.prompt_logprobs is not None:
-                token_ids, rows = output.prompt_token_ids + token_ids, output.prompt_logprobs + rows
-        end, logprobs = self._ends.setdefault(index, _TextEnd(self.bytes_of)), None
+                token_ids, rows = prompt_ids + token_ids, output.prompt_logprobs + rows
+                added = self._added_by_prompt(prompt_ids, echo) + added
+        end, logprobs = self._ends.setdefault(index, _TextEnd()), None
         if rows is not None:
             self._count_logprobs(len(token_ids))
-            logprobs = _logprobs(token_ids, rows, end, self.bytes_of)
+            offsets = [end.add(spelling) for spelling in added]
+            logprobs = _logprobs(token_ids, rows, self.token_bytes) | {"text_offset": offsets}
         return {
             "index": index,
             "text": text,
@@ -104,6 +117,13 @@ class _Writer:
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
         }
+
+    def _added_by_prompt(self, prompt_ids: list[int], echo: str) -> list[bytes]:
+        """Return what each token of a prompt adds to its text, in which special tokens that were added are not."""
+        added = [self.token_bytes[token_id] for token_id in prompt_ids]
+        if not self.text_bytes[prompt_ids[0]] and not echo.encode(errors="replace").startswith(added[0]):
+            added[0] = b""
+        return added
 
     def _count_logprobs(self, num_tokens: int) -> None:
         """Refuse a response, or an event of a stream, that would take too much memory. `echo` repeats the prompt's."""
@@ -125,14 +145,12 @@ class _Writer:
 class _TextEnd:
     """Counts the characters of a text, token by token. Tokens that are parts of one character start where it does."""
 
-    def __init__(self, bytes_of: Callable[[int], bytes]):
+    def __init__(self):
         self.offset = 0
-        self._bytes_of = bytes_of
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def add(self, token_id: int, text: str) -> int:
-        """Move the end past one more token. Return where the token starts."""
-        spelling = self._bytes_of(token_id) if "\ufffd" in text else text.encode()
+    def add(self, spelling: bytes) -> int:
+        """Move the end past one more token, which adds these bytes. Return where the token starts."""
         if not 0x80 <= next(iter(spelling), 0) < 0xC0:  # it does not continue a character
             self.offset += len(self._decoder.decode(b"", final=True))
         start = self.offset
@@ -140,31 +158,24 @@ class _TextEnd:
         return start
 
 
-def _logprobs(token_ids: list[int], rows: LogprobRows, end: _TextEnd, bytes_of: Callable[[int], bytes]) -> dict:
-    """Return log-probabilities in OpenAI's form for completions.
-
-    Args:
-        end: of the text before these tokens. It moves past them.
-        bytes_of: returns a token's bytes.
-    """
+def _logprobs(token_ids: list[int], rows: LogprobRows, token_bytes: Mapping[int, bytes]) -> dict:
+    """Return log-probabilities in OpenAI's form for completions, without their `text_offset`."""
 
     def name(token_id: int) -> str:
-        return _token_name(token_id, rows.text(token_id), bytes_of)
+        return _token_name(token_id, rows.text(token_id), token_bytes)
 
-    token_logprobs, top_logprobs, offsets = [], [], []
+    token_logprobs, top_logprobs = [], []
     for token_id, row in zip(token_ids, rows, strict=True):
-        offsets.append(end.add(token_id, rows.text(token_id) or ""))
         token_logprobs.append(None if row is None else json_logprob(row[token_id].logprob))
         top_logprobs.append(None if row is None else _by_name(row, name))
     return {
         "tokens": [name(token_id) for token_id in token_ids],
         "token_logprobs": token_logprobs,
         "top_logprobs": top_logprobs,
-        "text_offset": offsets,
     }
 
 
-def _token_name(token_id: int, text: str | None, bytes_of: Callable[[int], bytes]) -> str:
+def _token_name(token_id: int, text: str | None, token_bytes: Mapping[int, bytes]) -> str:
     """Return a token's text, or its bytes if it is a part of a character, or its id if it has no text.
 
     OpenAI writes bytes so, and vLLM ids.
@@ -173,7 +184,7 @@ def _token_name(token_id: int, text: str | None, bytes_of: Callable[[int], bytes
         return f"token_id:{token_id}"
     if "\ufffd" not in text:
         return text
-    spelling = bytes_of(token_id)
+    spelling = token_bytes[token_id]
     try:
         return spelling.decode()
     except UnicodeDecodeError:  # a part of a character
@@ -235,15 +246,17 @@ async def _events(
     writer: _Writer, outputs: AsyncGenerator[tuple[int, RequestOutput], None], header: dict
 ) -> AsyncGenerator[list[dict], None]:
     """Yield the events of a streamed response."""
-    usage = {"usage": None} if writer.request.include_usage else {}
+    request, usage = writer.request, {}
     async with aclosing(outputs):
         async for index, output in outputs:
             choices = await writer.choices(index, output)
             # Half a character has no text yet.
             events = [choice for choice in choices if choice["text"] or choice["logprobs"] or choice["finish_reason"]]
+            if request.include_usage:
+                usage = {"usage": writer.usage() if request.continuous_usage else None}
             if events:
                 yield [_event_type(choice)({**header, "choices": [choice], **usage}) for choice in events]
-    if writer.request.include_usage:
+    if request.include_usage:
         yield [{**header, "choices": [], "usage": writer.usage()}]
 
 
@@ -264,7 +277,8 @@ def routes(state: ServerState) -> APIRouter:
         echoes = ["" for _ in prompts]
         if request.echo:
             echoes = [each if isinstance(each, str) else await state.llm.decode(each) for each in prompts]
-        writer = _Writer(request, params.n, echoes, bytes_of=lambda token_id: state.token_bytes[token_id])
+        text_bytes = state.text_bytes if params.skip_special_tokens else state.token_bytes
+        writer = _Writer(request, params.n, echoes, state.token_bytes, text_bytes)
         outputs = _outputs(state, http, prompts, params)
         header = {
             "id": f"cmpl-{http.state.request_id}",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from nanovllm.checks import check_fields, one_of, shown, within
 
+_KEY = re.compile(r"[!-~]+")
 # As browsers write them in the Origin header. Applications have schemes of their own; "null" is a local file.
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
 
@@ -56,6 +57,8 @@ class ServerOptions:
             raise ValueError(
                 f"api_key must have at least one key, got {shown(self.api_key)}; leave it out to need none"
             )
+        if not all(_KEY.fullmatch(key) for key in listed(self.api_key)):  # and the message must not show them
+            raise ValueError("api_key must have ASCII characters only, without spaces: headers carry no others")
         if self.served_model_name is not None and not listed(self.served_model_name):
             raise ValueError(f"served_model_name must have at least one name, got {shown(self.served_model_name)}")
         for origin in listed(self.cors_origins):

@@ -46,11 +46,13 @@ class StreamOptions(BaseModel):
 
     Args:
         include_usage: send one more event, with the numbers of tokens.
+        continuous_usage_stats: with `include_usage`, each event has the numbers so far.
         include_obfuscation: ignored; only an API across the internet needs it.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
 
 
@@ -138,6 +140,11 @@ class SamplingFields(Body):
     def include_usage(self) -> bool:
         """Whether a streamed response ends with the numbers of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each event of a streamed response has the numbers of tokens so far."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def to_params(
         self, state: ServerState, names: Mapping[str, str] = MappingProxyType({}), **overrides: Any

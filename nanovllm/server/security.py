@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import HTTPException, Request
 
+from nanovllm.server.body import JsonCounter
 from nanovllm.server.errors import ApiError, error_body
 from nanovllm.server.streaming import JsonResponse
 
@@ -20,15 +21,16 @@ _OPEN_PATHS = re.compile(r"/|/health/?|/favicon\.ico|/page/.*")
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
-def sent_key(headers: Mapping[str, str]) -> str:
-    """Return the API key in a request's headers: a bearer token or `x-api-key`. Without one it is ""."""
+def sent_keys(headers: Mapping[str, str]) -> list[str]:
+    """Return the API keys in a request's headers: a bearer token, `x-api-key`, or both, as some clients send."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    keys = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+    return [key for key in keys if key]
 
 
 def key_salt(http: Request, cache_salt: str | None = None) -> str:
-    """Return a salt of the prefix cache that belongs to the client's API key and to the salt that it has chosen."""
-    return _digest("\0".join((sent_key(http.headers), cache_salt or ""))).hex()
+    """Return a salt of the prefix cache that belongs to the client's API keys and to the salt that it has chosen."""
+    return _digest(repr((sent_keys(http.headers), cache_salt))).hex()
 
 
 def _digest(text: str) -> bytes:
@@ -84,8 +86,8 @@ class ApiKeys:
     def _may_enter(self, scope: Any) -> bool:
         if _OPEN_PATHS.fullmatch(scope["path"]):
             return True
-        sent = _digest(sent_key(Request(scope).headers))
-        matches = [hmac.compare_digest(sent, digest) for digest in self.digests]
+        sent = [_digest(key) for key in sent_keys(Request(scope).headers)]
+        matches = [hmac.compare_digest(key, digest) for key in sent for digest in self.digests]
         return any(matches)
 
 
@@ -139,7 +141,10 @@ def _ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | No
 
 
 class BodyLimit:
-    """Refuse bodies of more than `max_bytes` bytes before they are read, or as soon as more has come."""
+    """Refuse bodies of more than `max_bytes` bytes before they are read, or as soon as more has come.
+
+    Also refuse those whose JSON has too many parts, before it is parsed.
+    """
 
     def __init__(self, app: Any, max_bytes: int):
         self.app = app
@@ -152,14 +157,19 @@ class BodyLimit:
         message = f"the body must have at most {self.max_bytes} bytes"
         if not length.isdecimal() or len(length) > 15 or int(length) > self.max_bytes:
             return await _refuse(ApiError(413, message), scope, receive, send)
-        num_bytes = 0
+        num_bytes, counter = 0, JsonCounter()
 
         async def receive_bounded() -> Any:
             nonlocal num_bytes
             event = await receive()
-            num_bytes += len(event.get("body", b""))
+            chunk = event.get("body", b"")
+            num_bytes += len(chunk)
             if num_bytes > self.max_bytes:
                 raise HTTPException(413, message)  # FastAPI lets this one through
+            try:
+                counter.add(chunk)
+            except ValueError as error:
+                raise HTTPException(400, str(error)) from None
             return event
 
         await self.app(scope, receive_bounded, send)

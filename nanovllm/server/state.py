@@ -1,6 +1,7 @@
 """The state that all endpoints share."""
 
-from collections.abc import AsyncGenerator
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,9 +38,21 @@ class ServerState:
     metrics: ServerMetrics
 
     @cached_property
-    def token_bytes(self) -> TokenBytes:
-        """The bytes of each token, special ones included."""
-        return TokenBytes(self.llm.tokenizer.backend_tokenizer, skip_special_tokens=False)
+    def token_bytes(self) -> Mapping[int, bytes]:
+        """The bytes of each token, special ones included. Without a tokenizer, tokens have none."""
+        return self._token_bytes(skip_special_tokens=False)
+
+    @cached_property
+    def text_bytes(self) -> Mapping[int, bytes]:
+        """The bytes that each token adds to a text without special tokens."""
+        return self._token_bytes(skip_special_tokens=True)
+
+    def _token_bytes(self, skip_special_tokens: bool) -> Mapping[int, bytes]:
+        try:
+            tokenizer = self.llm.tokenizer
+        except ValueError:
+            return defaultdict(bytes)
+        return TokenBytes(tokenizer.backend_tokenizer, skip_special_tokens)
 
     def generate(
         self, http: Request, prompt: Any, params: SamplingParams, request_id: str | None = None

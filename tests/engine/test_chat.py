@@ -45,7 +45,7 @@ def processor(template):
 def prompt(template, messages, **options):
     """Return the text of one conversation's prompt."""
     inputs = processor(template)
-    (token_ids,) = inputs.chat_prompts(messages, **options)
+    (token_ids,) = inputs.chat_prompt_ids(messages, **options)
     return inputs.tokenizer.decode(token_ids)
 
 
@@ -62,7 +62,7 @@ def test_chat_template_kwargs_reach_the_template(tmp_path):
     with engine(path) as llm:
         for options in ({"chat_template_kwargs": {"enable_thinking": False}}, {"enable_thinking": False}):
             out = llm.chat([USER], greedy(2), use_tqdm=False, **options)[0]
-            assert llm.tokenizer.decode(out.prompt_token_ids) == "Hello<no>"
+            assert llm.tokenizer.decode(out.prompt_token_ids) == out.prompt == "Hello<no>"
         for options in ({}, {"chat_template_kwargs": None}, {"chat_template_kwargs": {}}):
             assert llm.tokenizer.decode(llm.chat_prompts([USER], **options)[0]) == "Hello"
         with pytest.raises(TypeError, match="add_generation_promt"):

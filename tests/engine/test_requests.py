@@ -451,17 +451,21 @@ def test_bad_words_never_appear(speaking):
         assert sum(found(free)) > 1 and not any(found(without)) and len(without.token_ids) == 100
 
 
-def test_bad_words_and_min_tokens_never_sample_disallowed_tokens(speaking):
-    """Before min_tokens, if every other token would complete a bad word, the bad word is sampled."""
+def test_a_request_whose_bad_words_leave_no_token_ends_and_says_so(speaking):
     with engine(speaking) as llm:
         (word,), (twice, _) = llm.tokenizer.encode(" ok"), llm.tokenizer.encode(" ok ok")
         assert word == twice
         options = dict(max_tokens=6, allowed_token_ids=[word, 2], logit_bias={word: 50.0}, temperature=0.0)
         with pytest.raises(ValueError, match="min_tokens, allowed_token_ids and bad_words leave no token"):
             llm.add_request("Hello", SamplingParams(bad_words=["ok"], min_tokens=4, **options))
-        for min_tokens, want in ((0, [word, 2]), (1, [word, 2]), (4, [word] * 4 + [2])):
+        for min_tokens in (0, 1, 4):
             params = SamplingParams(bad_words=["ok ok"], min_tokens=min_tokens, **options)
-            assert tokens(llm, ["Hello"], params) == [want]
+            (output,) = llm.generate("Hello", params)
+            if min_tokens < 2:
+                assert (output.token_ids, output.finish_reason) == ([word, 2], "stop")
+            else:
+                assert (output.token_ids, output.finish_reason) == ([word, word], "abort")
+                assert output.outputs[0].stop_reason == "bad_words leave no token that could be sampled next"
 
 
 def test_special_tokens_are_in_the_text_only_if_not_skipped(speaking):

@@ -183,6 +183,16 @@ def test_the_usage_chunk_is_last_and_has_no_choices():
     assert all(chunk["choices"] and "usage" not in chunk for chunk in chunks(ScriptedLLM("abc")))
 
 
+def test_each_chunk_has_the_usage_so_far_if_asked():
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *others, last = chunks(ScriptedLLM("abc", prompt="12345"), stream_options=options)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in others]
+    assert counts == sorted(counts) and (counts[0], counts[-1]) == (1, 3)
+    assert last["usage"]["completion_tokens"] == 3 and others[0]["usage"]["prompt_tokens"] == 5
+    without = chunks(ScriptedLLM("abc"), stream_options={"continuous_usage_stats": True})
+    assert all("usage" not in chunk for chunk in without)
+
+
 def test_all_chunks_share_an_id_and_the_last_one_has_the_finish_reason():
     made = chunks(ScriptedLLM("abc", finish_reason="length"), model="alias")
     assert len({chunk["id"] for chunk in made}) == 1

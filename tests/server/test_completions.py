@@ -112,6 +112,33 @@ def test_offsets_of_tokens_index_the_text_also_after_characters_of_several_token
         assert token.startswith(("bytes:", "token_id:")) or text[offset] == token
 
 
+@pytest.mark.parametrize("skipped", [True, False])
+def test_offsets_count_special_tokens_only_if_they_are_in_the_text(llm, skipped):
+    special = llm.tokenizer.all_special_ids[0]
+    name = llm.tokenizer.convert_ids_to_tokens(special)
+    body = {
+        "prompt": [special, *llm.tokenizer.encode("ab", add_special_tokens=False)],
+        "echo": True,
+        "logprobs": 0,
+        "max_tokens": 2,
+        "min_tokens": 2,
+    }
+    body |= {"allowed_token_ids": [special], "ignore_eos": True, "skip_special_tokens": skipped}
+    (choice,) = post(llm, PATH, body)["choices"]
+    start = len(name)
+    assert choice["text"] == name + "ab" + ("" if skipped else 2 * name)
+    ends = [start + 2, start + 2] if skipped else [start + 2, 2 * start + 2]
+    assert choice["logprobs"]["text_offset"] == [0, start, start + 1, *ends]
+
+
+def test_each_event_has_the_usage_so_far_if_asked(llm):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"prompt": "hello", **GREEDY, "stream": True, "stream_options": options}
+    *events, last = events_of(call(llm, "POST", PATH, body).text)
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts) and counts[-1] == last["usage"]["completion_tokens"] > counts[0] > 0
+
+
 def test_a_long_event_of_a_stream_has_the_same_content(llm, monkeypatch):
     body = {"prompt": [5] * 20, "max_tokens": 1, "logprobs": 3, "echo": True, "stream": True, "temperature": 0}
     (want,) = events_of(call(llm, "POST", PATH, body).text)
@@ -180,15 +207,15 @@ def test_answers_carry_the_request_id_and_the_model(llm):
         ({"prompt": None}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [[1], 2]}, "prompt"),
-        ({"prompt": [5000]}, None),
-        ({"prompt": [[5000]], "echo": True}, None),
-        ({"prompt": "x" * 600}, None),
-        ({"prompt": ""}, None),
-        ({"prompt": ["a", ""]}, None),
-        ({"prompt": [[5], [5000]]}, None),
+        ({"prompt": [5000]}, "prompt"),
+        ({"prompt": [[5000]], "echo": True}, "prompt"),
+        ({"prompt": "x" * 600}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": ["a", ""]}, "prompt"),
+        ({"prompt": [[5], [5000]]}, "prompt"),
         ({"prompt": "a\ud800b"}, None),
         ({"prompt": "a", "best_of": 2}, "best_of"),
-        ({"prompt": "a", "suffix": "b"}, None),
+        ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "a", "temprature": 1}, "temprature"),
         ({"prompt": "a", "temperature": "hot"}, "temperature"),
@@ -197,11 +224,11 @@ def test_answers_carry_the_request_id_and_the_model(llm):
         ({"prompt": ["a"] * 40, "n": 32}, None),
         ({"prompt": "a", "logprobs": 1000}, "logprobs"),
         ({"prompt": "a", "logprobs": -1}, "logprobs"),
-        ({"prompt": "a", "store": True}, None),
-        ({"prompt": "a", "stream_options": {"include_usage": True}}, None),
+        ({"prompt": "a", "store": True}, "store"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
         ({"prompt": "a", "stream": True, "stream_options": {"more": True}}, "stream_options.more"),
-        ({"prompt": "a", "structured_outputs": {"json": {"type": "nothing"}}}, None),
-        ({"prompt": "a", "structured_outputs": {}}, None),
+        ({"prompt": "a", "structured_outputs": {"json": {"type": "nothing"}}}, "structured_outputs"),
+        ({"prompt": "a", "structured_outputs": {}}, "structured_outputs"),
         ({"prompt": "a", "logit_bias": {"x": 1}}, None),
     ],
 )

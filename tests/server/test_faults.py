@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import json
 import random
+import resource
 import signal
 import time
 
 import httpx
 import pytest
 
+from nanovllm.server.app import serve
+from nanovllm.server.options import ServerOptions
 from tests.server.serving import (
     SECONDS,
     error_of,
@@ -385,3 +388,14 @@ def test_unexpected_error_gets_500_without_its_text(llm, monkeypatch, caplog):
 
     with_client(llm, use)
     assert "secret" in caplog.text
+
+
+def test_the_shells_limit_of_open_files_does_not_limit_clients():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1024), hard))
+    try:
+        with pytest.raises(OSError, match="cannot listen"):
+            serve({}, ServerOptions(host="a.invalid"))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, 1 << 16), hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -3,9 +3,12 @@
 import asyncio
 import contextlib
 import json
+from itertools import pairwise
+from random import Random
 
 import pytest
 
+from nanovllm.server import body
 from nanovllm.server.options import ServerOptions
 from tests.server.serving import SECONDS, call, error_of, held, listening, make_server, with_client
 
@@ -36,6 +39,11 @@ def test_request_without_a_key_gets_401(llm, headers, path):
 
 def test_each_key_opens_in_both_headers(llm):
     for headers in ({"authorization": "Bearer one"}, {"authorization": "bearer two"}, {"x-api-key": "two"}):
+        assert call(llm, "POST", PATH, BODY, headers, api_key="one,two").status_code == 200
+    for headers in (
+        {"authorization": "Bearer one", "x-api-key": "no"},
+        {"authorization": "Bearer no", "x-api-key": "two"},
+    ):
         assert call(llm, "POST", PATH, BODY, headers, api_key="one,two").status_code == 200
 
 
@@ -166,6 +174,13 @@ def test_empty_api_key_is_refused_instead_of_letting_everybody_in(api_key):
         ServerOptions(api_key=api_key)
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "two words", "a\x01"])
+def test_api_keys_that_no_header_carries_are_refused_and_not_shown(key):
+    with pytest.raises(ValueError, match="api_key must have ASCII characters only") as error:
+        ServerOptions(api_key=f"one,{key}")
+    assert key not in str(error.value)
+
+
 @pytest.mark.parametrize("origin", ["http://a.example/", "a.example", "http://A.example", "http://", "http://u@a"])
 def test_origins_that_no_browser_sends_are_refused(origin):
     with pytest.raises(ValueError, match="cors_origins must be like http://localhost:3000"):
@@ -215,12 +230,49 @@ def test_many_errors_of_a_body_are_counted_and_not_described(llm, path, body):
         ("/v1/chat/completions", {"messages": [{}] * 20_000}, "20000 lists and objects"),
         ("/v1/chat/completions", {"messages": [{"role": "user"}], "tools": [5] * 4097}, "4096"),
         (PATH, {**BODY, "logit_bias": dict.fromkeys(map(str, range(301)), 1)}, "300"),
-        (PATH, {**BODY, "allowed_token_ids": [7] * (1 << 20)}, "1048576 values"),
+        (PATH, {**BODY, "allowed_token_ids": [7] * (1 << 19)}, "524288 values"),
+        (PATH, {**BODY, "stop": [7] * (1 << 16)}, "65536 values that are not token ids"),
+        (PATH, {**BODY, "prompt": [[7] * 40_000, ["a"] * (1 << 16)]}, "65536 values that are not token ids"),
+        ("/v1/messages", {"metadata": dict.fromkeys(map(str, range(1 << 16)), "")}, "65536 keys"),
+        ("/v1/chat/completions", dict.fromkeys(map(str, range((1 << 16) + 1)), 1), "65536 keys"),
     ],
 )
 def test_bodies_of_far_too_many_values_are_refused(llm, path, body, named):
     answer = call(llm, "POST", path, body)
     assert answer.status_code == 400 and named in error_of(answer)
+
+
+def random_json(rng, depth=4):
+    """A JSON value, and how many lists and objects, and how many keys it has."""
+
+    def text():
+        return "".join(rng.choice('a\\"[{}],:é\n') for _ in range(rng.randrange(8)))
+
+    kind = rng.randrange(5) if depth else 4
+    if kind > 1:
+        return rng.choice([text(), 1, 2.5, None, True]), (0, 0)
+    parts = [random_json(rng, depth - 1) for _ in range(rng.randrange(5))]
+    containers, keys = (sum(counts[i] for _, counts in parts) for i in range(2))
+    if kind == 0:
+        return [value for value, _ in parts], (containers + 1, keys)
+    return {f"{i}{text()}": value for i, (value, _) in enumerate(parts)}, (containers + 1, keys + len(parts))
+
+
+def test_parts_of_a_body_are_counted_before_it_is_parsed(monkeypatch):
+    rng = Random(0)
+    for _ in range(500):
+        value, (containers, keys) = random_json(rng)
+        text = json.dumps(value, ensure_ascii=rng.random() < 0.5, indent=rng.choice([None, 1])).encode()
+        cuts = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(5)))
+        pieces = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+        for name, count in (("_MAX_CONTAINERS", containers), ("_MAX_KEYS", keys)):
+            for limit in {count, max(0, count - 1)}:
+                monkeypatch.setattr(body, name, limit)
+                counter = body.JsonCounter()
+                with contextlib.nullcontext() if count <= limit else pytest.raises(ValueError, match="body has more"):
+                    for piece in pieces:
+                        counter.add(piece)
+            monkeypatch.undo()
 
 
 PROMPT = "The same prompt, longer than two blocks of the KV cache."
