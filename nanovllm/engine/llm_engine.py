@@ -76,6 +76,10 @@ class LLMEngine:
         runner = self.executor.runner
         num_kv_tokens = runner.num_blocks * self.config.kvcache_block_size
         self.max_model_len = min(runner.max_model_len, num_kv_tokens)
+        asked = self.config.max_model_len
+        if runner.max_model_len < asked != Config().max_model_len:  # the default fits any model
+            message = "max_model_len is %d in place of %d: the model knows no more positions"
+            logger.warning(message, runner.max_model_len, asked)
         if num_kv_tokens < runner.max_model_len:
             message = "max_model_len is %d in place of %d: num_kvcache_blocks=%d hold no more tokens"
             logger.warning(message, num_kv_tokens, runner.max_model_len, runner.num_blocks)

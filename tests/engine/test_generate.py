@@ -241,6 +241,14 @@ def test_max_model_len_is_what_the_cache_holds(model, caplog):
     assert [(len(out.token_ids), out.finish_reason) for out in outputs] == [(10, "length")] * 2
 
 
+def test_max_model_len_beyond_the_models_positions_is_lowered_with_a_warning(model, caplog):
+    with engine(model, max_model_len=9000) as llm:
+        assert llm.max_model_len == 512 and "max_model_len is 512 in place of 9000" in caplog.text
+    caplog.clear()
+    with engine(model, max_model_len=None) as llm:
+        assert llm.max_model_len == 512 and not caplog.text
+
+
 def test_aborted_request_returns_partial_output_and_others_finish(model):
     with engine(model) as llm:
         ids = [llm.add_request(prompt, greedy(10)) for prompt in prompts_of([5, 6, 7])]
