@@ -89,7 +89,7 @@ class Nanovllm(Engine):
 
     def __init__(self, args: Namespace):
         self.llm = LLM(**nanovllm_options(args))
-        # Else the garbage collector visits all that torch has made in every other run, which takes 0.1 s.
+        # Else the garbage collector visits all that torch has made in two of three runs, which takes 0.1 s.
         gc.collect()
         gc.freeze()
         self.config = self.llm.llm_engine.source.config
