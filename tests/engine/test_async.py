@@ -81,7 +81,7 @@ class Gate:
         self.prompt = prompt
         self.reached, self.opened = threading.Event(), threading.Event()
         self.process, self.processor.process = self.processor.process, self.held
-        self.chat_prompts, self.processor.chat_prompts = self.processor.chat_prompts, self.held_chat
+        self.chat_prompt_ids, self.processor.chat_prompt_ids = self.processor.chat_prompt_ids, self.held_chat
 
     def held(self, prompt, *args, **kwargs):
         if prompt == self.prompt:
