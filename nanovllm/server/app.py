@@ -146,10 +146,9 @@ def _http_message(request: Request, error: HTTPException) -> str:
         return f"there is nothing at {path}"
     if error.status_code == 405:
         return f"{path} takes {(error.headers or {}).get('Allow', 'other methods')}, not {request.method}"
-    if isinstance(error.__cause__, UnicodeDecodeError):
-        encoding = request.headers.get("content-encoding")
-        return f"the body must not be compressed, got {encoding[:100]!r}" if encoding else "the body is not UTF-8"
-    return error.detail
+    if error.status_code == 400 and (encoding := request.headers.get("content-encoding")):
+        return f"the body must not be compressed, got {encoding[:100]!r}"
+    return "the body is not UTF-8" if isinstance(error.__cause__, UnicodeDecodeError) else error.detail
 
 
 def _validation_error(request: Request, error: RequestValidationError | ValidationError) -> ApiError:

@@ -32,7 +32,9 @@ class JsonCounter:
         self._rest = b""  # a backslash at the end of a chunk, whose character comes with the next
 
     def add(self, chunk: bytes) -> None:
-        """Count the next chunk. Raise ValueError if the text has too many parts by now."""
+        """Count the next chunk. Raise ValueError if the text has too many parts by now, or is UTF-16 or UTF-32."""
+        if b"\0" in chunk:
+            raise ValueError("the body is not UTF-8, or has a NUL character that is not escaped")
         text = (self._rest + chunk).replace(b"\\\\", b"").replace(b'\\"', b"")
         self._rest = b"\\" if text.endswith(b"\\") else b""
         parts = text.split(b'"')  # by turns outside and inside of strings

@@ -22,10 +22,10 @@ _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
 def sent_keys(headers: Mapping[str, str]) -> list[str]:
-    """Return the API keys in a request's headers: a bearer token, `x-api-key`, or both, as some clients send."""
+    """Return the keys in a request's headers: a bearer token, `x-api-key`, or both if they differ."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     keys = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
-    return [key for key in keys if key]
+    return [key for key in dict.fromkeys(keys) if key]
 
 
 def key_salt(http: Request, cache_salt: str | None = None) -> str:

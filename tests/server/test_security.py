@@ -286,8 +286,8 @@ GENERATING = {
 
 @pytest.mark.parametrize("path", GENERATING)
 def test_keys_share_no_cached_prompts_when_asked_for(llm, path):
-    def num_cached(key, **fields):
-        headers = {"authorization": f"Bearer {key}"}
+    def num_cached(key, header="authorization", **fields):
+        headers = {header: f"Bearer {key}" if header == "authorization" else key}
         body = GENERATING[path] | fields
         usage = call(llm, "POST", path, body, headers, api_key="a,b", salt_prefix_cache=True).json()["usage"]
         details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or usage
@@ -296,6 +296,7 @@ def test_keys_share_no_cached_prompts_when_asked_for(llm, path):
     asyncio.run(llm.reset_prefix_cache())
     assert num_cached("a") == 0 and num_cached("a") > 0
     assert num_cached("b") == 0 and num_cached("b") > 0
+    assert num_cached("b", "x-api-key") > 0
     if path != "/v1/messages":  # there it is an unknown field
         assert num_cached("a", cache_salt="s") == 0 and num_cached("a", cache_salt="s") > 0
 
