@@ -257,7 +257,7 @@ class InputProcessor:
             raise TypeError(f"tokens must be a list of token ids, got {shown(token_ids)}")
         if (num_tokens := length(token_ids)) > self.max_model_len:
             raise self._too_long(f"tokens are {num_tokens} ids")
-        token_ids = self._checked_ids("tokens", list(token_ids)) if token_ids else []
+        token_ids = self._checked_ids("tokens", list(token_ids))
         return self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def token_bytes(self, skip_special_tokens: bool) -> TokenBytes:

@@ -77,7 +77,7 @@ class LLMEngine:
         num_kv_tokens = runner.num_blocks * self.config.kvcache_block_size
         self.max_model_len = min(runner.max_model_len, num_kv_tokens)
         asked = self.config.max_model_len
-        if runner.max_model_len < asked != Config().max_model_len:  # the default fits any model
+        if runner.max_model_len < asked != Config().max_model_len:  # nobody asked for the default
             message = "max_model_len is %d in place of %d: the model knows no more positions"
             logger.warning(message, runner.max_model_len, asked)
         if num_kv_tokens < runner.max_model_len:

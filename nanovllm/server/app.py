@@ -38,7 +38,7 @@ from nanovllm.utils.open_files import allow_open_files
 logger = logging.getLogger("nanovllm")
 
 _MAX_SHOWN_ERRORS = 3
-# Fields with whose names messages of errors start, and what endpoints call the engine's prompt.
+# Messages of errors start with names of these fields, or of the engine's prompt, for which endpoints have names too.
 _NAMED_FIELDS = {*SamplingFields.model_fields, *SamplingFields.NEUTRAL, "suffix", "tools", "truncation"}
 _PROMPT_FIELDS = {"/v1/completions": "prompt", "/v1/chat/completions": "messages", "/v1/responses": "input"}
 _KEEP_ALIVE_S = 75
@@ -46,7 +46,7 @@ _KEEP_ALIVE_S = 75
 _CLOSE_S = 5
 # How often the server checks its engine, in ticks of 0.1 s, and how long it waits for the reply, in seconds.
 _HEALTH_TICKS, _HEALTH_S = 50, 1
-# Open files that the server asks the system for: many clients are each a connection, also those that get status 429.
+# Each client is an open file, also one that gets status 429.
 _OPEN_FILES = 1 << 16
 # How long a server whose engine has failed still responds, with the reason, in seconds.
 _FAILED_S = 20
@@ -132,7 +132,7 @@ def _api_error(request: Request, error: Exception) -> ApiError:
 
 
 def _named_field(message: str, path: str) -> str | None:
-    """Return the field of a request with whose name a message starts; None if it starts with none."""
+    """Return the field of a request that the first word of a message names, or None."""
     name = message.partition(" ")[0].rstrip(":")
     if name in ("prompt", "messages", "tokens"):  # what the engine calls them
         return _PROMPT_FIELDS.get(path, name)

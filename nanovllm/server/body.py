@@ -12,9 +12,9 @@ MAX_TOOLS = 4096
 _MAX_ERRORS = 100
 # Long conversations with tools have some thousands of lists and objects. Each takes up to 10 us.
 _MAX_CONTAINERS = 20_000
-_MAX_KEYS = 1 << 16  # of objects, which take 0.6 us to parse
-_MAX_VALUES = 1 << 19  # such as token ids, which take 0.1 us
-_MAX_OTHER_VALUES = 1 << 16  # values that are not token ids, which may take 1 us
+_MAX_KEYS = 1 << 16  # each takes up to 0.6 us to parse
+_MAX_VALUES = 1 << 19  # a token id takes 0.1 us to parse and check
+_MAX_OTHER_VALUES = 1 << 16  # values that are not token ids: each takes up to 1 us to check
 _CONTAINERS = {dict, list}
 # Fields of bodies that may have many token ids.
 _TOKEN_ID_FIELDS = frozenset(("prompt", "tokens", "allowed_token_ids", "stop_token_ids"))

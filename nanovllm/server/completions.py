@@ -119,7 +119,10 @@ class _Writer:
         }
 
     def _added_by_prompt(self, prompt_ids: list[int], echo: str) -> list[bytes]:
-        """Return what each token of a prompt adds to its text, in which special tokens that were added are not."""
+        """Return the bytes that each token of a prompt adds to its text.
+
+        The tokenizer may have put a special token before the text, which adds none.
+        """
         added = [self.token_bytes[token_id] for token_id in prompt_ids]
         if not self.text_bytes[prompt_ids[0]] and not echo.encode(errors="replace").startswith(added[0]):
             added[0] = b""

@@ -186,7 +186,7 @@ def test_an_ambiguous_grammar_ends_before_it_costs_a_step_much(grammars, rule):
         step = scheduler.schedule()
         ((_, mask),) = step.batch.masks
         token_id = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))[-1]
-        scheduler.update(step, StepOutput([[int(token_id)]]))
+        scheduler.update(step, StepOutput([(int(token_id),)]))
         times.append(time.thread_time() - begin)
     assert max(times) < 0.3 and seq.finish_reason == "abort"
     assert "took over 20 ms" in seq.stop_reason or "Too many items" in seq.stop_reason

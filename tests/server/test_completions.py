@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 import pytest
+from tokenizers import processors
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.server import completions, streaming
@@ -129,6 +130,18 @@ def test_offsets_count_special_tokens_only_if_they_are_in_the_text(llm, skipped)
     assert choice["text"] == name + "ab" + ("" if skipped else 2 * name)
     ends = [start + 2, start + 2] if skipped else [start + 2, 2 * start + 2]
     assert choice["logprobs"]["text_offset"] == [0, start, start + 1, *ends]
+
+
+def test_a_start_token_that_the_tokenizer_adds_is_not_in_the_text(llm):
+    backend, special = llm.llm_engine.input_processor.backend, llm.tokenizer.all_special_ids[0]
+    name, before = llm.tokenizer.convert_ids_to_tokens(special), backend.post_processor
+    backend.post_processor = processors.TemplateProcessing(f"{name} $A", special_tokens=[(name, special)])
+    try:
+        (choice,) = post(llm, PATH, {"prompt": "ab", "echo": True, "logprobs": 0, "max_tokens": 0})["choices"]
+        assert (choice["text"], choice["logprobs"]["tokens"]) == ("ab", [name, "a", "b"])
+        assert choice["logprobs"]["text_offset"] == [0, 0, 1]
+    finally:
+        backend.post_processor = before
 
 
 def test_each_event_has_the_usage_so_far_if_asked(llm):

@@ -80,7 +80,7 @@ class FakeDevice:
         if self.has_state:
             assert self.states[row.slot] == tuple(seen)
         self.last[row.slot], self.length[row.slot] = next_token(seen), end
-        return [self.last[row.slot]] if row.is_sampled else []
+        return (self.last[row.slot],) if row.is_sampled else ()
 
 
 def run(
@@ -271,7 +271,7 @@ def test_a_sequence_that_is_preempted_before_its_first_token_is_counted_once():
     scheduler = Scheduler(2, 4, BlockManager(64, BLOCK))
     seq = Sequence(list(range(10)), SamplingParams(max_tokens=1))
     scheduler.add(seq)
-    scheduler.update(scheduler.schedule(), StepOutput([[]]))
+    scheduler.update(scheduler.schedule(), StepOutput([()]))
     admitted = seq.scheduled_ts
     scheduler.preempt_all()
     scheduler.schedule()
@@ -334,7 +334,7 @@ def test_samples_of_a_long_prompt_are_admitted_in_several_steps():
         step = scheduler.schedule()
         assert len(step.batch.new_blocks) < 8500 + 500
         num_steps += 1
-        scheduler.update(step, StepOutput([[3] if row.is_sampled else [] for row in step.batch.rows]))
+        scheduler.update(step, StepOutput([(3,) if row.is_sampled else () for row in step.batch.rows]))
     assert 3 <= num_steps <= 8
     assert all(seq.finish_reason == "length" for seq in seqs)
 
