@@ -77,7 +77,7 @@ NEUTRAL: dict[str, tuple] = {
     "enable_sleep_mode": (True, False),
     "use_tqdm_on_load": (True,),
     "use_v2_block_manager": (True,),
-    "scheduler_reserve_full_isl": (True, False),
+    "scheduler_reserve_full_isl": (True,),
     # vLLM's defaults.
     "all2all_backend": ("allgather_reducescatter",),
     "async_scheduling": (True,),

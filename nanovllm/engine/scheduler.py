@@ -22,6 +22,11 @@ STEP_MASK_SECONDS = 0.01
 # A sequence whose mask takes more CPU seconds than this is aborted. With an ambiguous grammar, the time of a mask grows
 # with the cube of the text's length, so the first mask over the limit is not far over it.
 _MAX_MASK_SECONDS = 0.02
+# Virtual time of masks (see `Scheduler._compute_masks`), in seconds. A sequence that goes on is at most _MASK_CREDIT
+# behind the clock: enough that one with usual masks comes before those with costly ones. One that starts is _MASK_START
+# ahead of it: else an endless row of short ones, which all start now, would keep a longer one from its turn.
+_MASK_CREDIT = 0.0005
+_MASK_START = 0.0001
 # Bounds the host's time for a step that admits sequences: it stops once it sends this many block ids to the device. A
 # request may have hundreds of samples of a long prompt. Hashing and sharing this many cached blocks took 13 ms.
 _MAX_NEW_BLOCKS = 8500
@@ -57,6 +62,7 @@ class Scheduler:
         # A request may end while a million others wait: a dict removes it without a search.
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()
         self.running: list[Sequence] = []  # in order of admission; the last is preempted first
+        self.mask_clock = 0.0  # see `_compute_masks`
         self.free_slots = list(range(max_num_seqs - 1, -1, -1))
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
@@ -156,8 +162,10 @@ class Scheduler:
     def _compute_masks(self) -> None:
         """Compute the masks that sequences need now, until the step has spent its time for that.
 
-        Sequences whose masks have cost little so far come first. The others wait for the next step, so that neither a
-        costly grammar nor many of them delay other requests.
+        The others wait for the next step, so that neither a costly grammar nor many of them delay other requests. If
+        there is too little time for all, sequences get equal shares of it, as in start-time fair queuing (Goyal, Vin
+        and Cheng, 1996): a mask moves its sequence's virtual time on by what it cost, and the sequence that is furthest
+        behind comes first. The clock shows the latest virtual time at which a mask was computed.
         """
         candidates = [*self.running, *islice(self.waiting, len(self.free_slots))]
         # Most sequences have no filter, and this looks at all of them in each step.
@@ -165,14 +173,18 @@ class Scheduler:
             (seq, seq.token_filter) for seq in candidates if seq.token_filter and seq.lacks_mask and not seq.num_pending
         ]
         budget = STEP_MASK_SECONDS if self.limit_masks else math.inf
-        for seq, token_filter in sorted(lacking, key=lambda pair: pair[0].mask_seconds):
+        clock = self.mask_clock
+        for seq, _ in lacking:
+            seq.virtual_time = max(seq.virtual_time, clock - _MASK_CREDIT) if seq.virtual_time else clock + _MASK_START
+        for seq, token_filter in sorted(lacking, key=lambda pair: pair[0].virtual_time):
             if budget <= 0:
                 break
+            self.mask_clock = max(self.mask_clock, seq.virtual_time)
             start = time.thread_time()
             seq.mask = token_filter.compute_mask()
             seconds = time.thread_time() - start
             budget -= seconds
-            seq.mask_seconds += seconds
+            seq.virtual_time += seconds
             if self.limit_masks and seconds > _MAX_MASK_SECONDS:
                 limit = f"{1000 * _MAX_MASK_SECONDS:.0f} ms of CPU time"
                 seq.mask_error = f"the next token mask took over {limit}: the grammar is too ambiguous"
@@ -204,7 +216,7 @@ class Scheduler:
         """Start waiting sequences while there are slots, blocks and budget.
 
         The first sequence that lacks something stops the loop, so that later ones do not overtake it. Only one that
-        waits for a snapshot of this step is passed over: it starts in the next step.
+        waits for its mask, or for a snapshot of this step, is passed over: it starts in one of the next steps.
         """
         num_deferred = 0
         for seq in list(islice(self.waiting, len(self.free_slots))):
@@ -217,16 +229,17 @@ class Scheduler:
                 # step. The sequences after it wait as well, so that they do not overtake it.
                 break
             if seq.lacks_mask:
-                break
+                continue
             cached, shared, snapshot = self._find_cached(seq)
             if self.snapshots and snapshot in self.snapshots.saving:
                 num_deferred += 1
                 continue
             num_cached = len(shared) * self.block_manager.block_size
             num_new = min(seq.num_tokens - num_cached, budget)
-            # One free block stays in reserve for each running sequence. Without it the next decode step could preempt
-            # the new sequence.
-            if not self.block_manager.can_start(shared, num_cached + num_new, reserve=len(self.running)):
+            # It gets the blocks of all its tokens now. If it started with those of its first chunk, a later chunk could
+            # lack some, and the sequence would be preempted and start again, over and over. One free block stays in
+            # reserve for each running sequence. Without it the next decode step could preempt the new sequence.
+            if not self.block_manager.can_start(shared, seq.num_tokens, reserve=len(self.running)):
                 break
             placement = self._start(seq, shared)
             builder.add_admission(seq, placement)
@@ -235,7 +248,7 @@ class Scheduler:
                 num_new = self.snapshots.limit(placement, num_new)
                 if snapshot is not None:
                     builder.batch.state_loads.append((snapshot, placement.slot))
-            builder.allocate(placement, num_cached + num_new)
+            builder.allocate(placement, seq.num_tokens)
             builder.add_row(seq, placement, num_new)
             budget -= num_new
 

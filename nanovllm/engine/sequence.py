@@ -81,7 +81,7 @@ class Sequence:
         found_prefix: id and uid of the cached blocks that its tokens were last found to start with, while it waits.
         mask: the filter's bit mask of allowed next tokens, if it depends on the output. None until it is computed, and
             again once a row samples with it.
-        mask_seconds: CPU time that the sequence's masks have cost in steps.
+        virtual_time: decides whose mask is computed next, see `Scheduler._compute_masks`; 0 before the first one.
         mask_error: why the sequence must end, if a mask took too long.
         num_pending: how many tokens the steps in flight sample for it: at most `EngineCore.overlap` + 1.
         num_in_flight: how many launched steps with a row of this sequence are not collected yet.
@@ -111,7 +111,7 @@ class Sequence:
     token_ids: list[int] = field(init=False)
     found_prefix: list[tuple[int, int]] = field(default_factory=list)
     mask: np.ndarray | None = None
-    mask_seconds: float = 0.0
+    virtual_time: float = 0.0
     mask_error: str | None = None
     num_pending: int = 0
     num_in_flight: int = 0

@@ -514,6 +514,61 @@ def test_costly_masks_of_preempted_requests_share_the_time_of_a_step(monkeypatch
         assert seq.output_ids == expected(seq.prompt_ids, seq.params, ())
 
 
+@pytest.mark.parametrize("num_tokens", [3, 20])
+def test_a_long_structured_request_gets_its_share_among_endless_short_ones(monkeypatch, num_tokens):
+    """A step has time for 10 of 40 masks, and each short request that ends makes room for the next one."""
+    clock = Clock(monkeypatch)
+    cost = scheduler_module.STEP_MASK_SECONDS / 10
+    scheduler = Scheduler(40, 64, BlockManager(400, BLOCK))
+    device, in_flight = FakeDevice(40), []
+    long = filtered(clock, cost, num_tokens=100)
+    scheduler.add(long)
+    steps = 0
+    while long.status is not Status.FINISHED:
+        steps += 1
+        assert steps < 500  # one of 40 requests gets a mask every four steps
+        while len(scheduler.waiting) + len(scheduler.running) < 40:
+            scheduler.add(filtered(clock, cost, num_tokens))
+        if step := scheduler.schedule():
+            in_flight.append((step, device.launch(step.batch)))
+        if in_flight and (not step or len(in_flight) > 1):
+            scheduler.update(*in_flight.pop(0))
+    assert long.output_ids == expected(long.prompt_ids, long.params, ())
+
+
+def test_a_request_that_waits_for_its_mask_does_not_stop_those_behind_it(monkeypatch):
+    clock = Clock(monkeypatch)
+    scheduler = Scheduler(4, 64, BlockManager(64, BLOCK))
+    seqs = [filtered(clock, scheduler_module.STEP_MASK_SECONDS) for _ in range(3)]
+    plain = Sequence([7], SamplingParams(max_tokens=20))
+    for seq in seqs:
+        seq.mask = None  # as after a preemption
+        scheduler.add(seq)
+    scheduler.add(plain)
+    assert set(scheduler.schedule().sequences) == {seqs[0], plain}
+
+
+@pytest.mark.parametrize("num_snapshots", [0, 8])
+@pytest.mark.parametrize("caching", [True, False])
+def test_a_long_prompt_starts_only_when_all_of_it_fits(caching, num_snapshots):
+    """Its first chunk fits beside the others, but the whole prompt does not until they end."""
+    short = [([i], SamplingParams(max_tokens=24, ignore_eos=True), ()) for i in range(4)]
+    long = (list(range(100, 220)), SamplingParams(max_tokens=4, ignore_eos=True), ())
+    snapshots = num_snapshots if caching else 0
+    seqs, scheduler = run(
+        [*short, long],
+        num_blocks=36,
+        max_num_seqs=8,
+        budget=16,
+        overlap=1,
+        caching=caching,
+        num_snapshots=snapshots,
+    )
+    assert scheduler.num_preemptions == 0  # so nothing was computed twice
+    for seq in seqs:
+        assert seq.output_ids == expected(seq.prompt_ids, seq.params, ())
+
+
 @pytest.mark.parametrize("limit_masks", [True, False])
 def test_a_request_whose_mask_takes_too_long_ends_unless_ranks_schedule_for_themselves(monkeypatch, limit_masks):
     clock = Clock(monkeypatch)
