@@ -31,8 +31,8 @@ class Config:
             what num_kvcache_blocks hold.
         max_num_seqs: how many sequences run at once; None is 512, or max_num_batched_tokens if that is less. Fewer run
             if their recurrent state would take more than half of the memory for KV cache and recurrent state.
-        max_num_batched_tokens: token budget of one step, at least max_num_seqs; None is 16384, or max_num_seqs if that
-            is more.
+        max_num_batched_tokens: token budget of one step, at least max_num_seqs; None is 16384 on a GPU and 512 on a
+            CPU, or max_num_seqs if that is more. While a step computes a long prompt, other requests wait for it.
         gpu_memory_utilization: fraction of the GPU's memory for weights, activations and KV cache together.
         kvcache_block_size: tokens in a KV block, a power of two of at least 16.
         num_kvcache_blocks: size of the KV pool; None measures the free memory (GPU), or takes up to 1 GiB (CPU) for KV
@@ -141,7 +141,8 @@ class Config:
     def _set_budget(self) -> None:
         """Set the sizes of a step that are not given, and check that they fit each other."""
         if self.max_num_batched_tokens is None:
-            self._set("max_num_batched_tokens", max(16384, self.max_num_seqs or 1))
+            default = 16384 if self.device_type == "cuda" else 512
+            self._set("max_num_batched_tokens", max(default, self.max_num_seqs or 1))
         if self.max_num_seqs is None:
             self._set("max_num_seqs", min(512, self.max_num_batched_tokens))
         if self.max_num_batched_tokens < self.max_num_seqs:

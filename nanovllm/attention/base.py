@@ -98,6 +98,9 @@ class AttentionBackend(ABC):
             ctx.last_tokens_context = ctx.for_last_tokens()
             ctx.last_tokens_context.plan = self.plan(ctx.last_tokens_context)
 
+    def free_buffers(self) -> None:  # noqa: B027  (most backends keep none)
+        """Free memory that is kept between steps."""
+
     @abstractmethod
     def plan(self, ctx: Context) -> Any:
         """Return metadata for the kernels of all layers that use this context, derived from its tensors."""

@@ -1,12 +1,13 @@
 """The attention backend in plain torch, for CPUs. Its parts are in ops/attention/reference.py."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend, Context, PagedKV
-from nanovllm.ops.attention.paged_cache import KVKind
+from nanovllm.ops.attention.paged_cache import KVKind, PagedRows
 from nanovllm.ops.attention.reference import (
     DecodeGatherPlan,
     DecodeRun,
@@ -16,9 +17,22 @@ from nanovllm.ops.attention.reference import (
     find_run,
     gather,
     gather_kv,
+    group_by_length,
     plan_decode_gather,
     plan_prefill_gather,
 )
+
+
+class DecodeGroup(NamedTuple):
+    """Decode rows that attend together.
+
+    Attributes:
+        rows: int64, their indices in the decode rows; None if they are all decode rows in order.
+        plan: where their K and V are.
+    """
+
+    rows: Tensor | None
+    plan: DecodeRun | DecodeGatherPlan
 
 
 @dataclass
@@ -26,31 +40,35 @@ class TorchPlans:
     """Plans and tensors that the layers of a step share. The first layer that needs an entry makes it.
 
     Attributes:
-        decode: by the kind of the cache, the plan of all decode rows.
+        decode: by the kind of the cache, the decode rows in groups.
         prefill: by the kind of the cache, the plan of each prefill row.
         rotations: by the id of the table of RoPE, the factors of `_rotation`.
     """
 
-    decode: dict[KVKind, DecodeRun | DecodeGatherPlan] = field(default_factory=dict)
+    decode: dict[KVKind, list[DecodeGroup]] = field(default_factory=dict)
     prefill: dict[KVKind, list[PrefillGatherPlan]] = field(default_factory=dict)
     rotations: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class TorchBackend(AttentionBackend):
-    """Gather each row's KV, then call scaled_dot_product_attention: once for all decode rows, once per prefill row.
+    """Gather KV, then call scaled_dot_product_attention: for decode rows of similar lengths, and for each prefill row.
 
-    A single sequence whose tokens are side by side in the cache is not gathered. The layers of a step share the factors
-    of RoPE.
+    A row that is alone in its group and whose tokens are side by side in the cache is not gathered. The layers of a
+    step share the factors of RoPE.
 
     In each step, the first layer of each kind plans the indices to gather. The buffers for gathered K and V are reused:
-    on a CPU, page faults of new buffers of some MB would take longer than attention.
+    on a CPU, page faults of new buffers of some MB would take longer than attention. They hold the longest sequence so
+    far.
     """
 
     name = "torch"
     capturable = False
 
     def __init__(self):
-        self._buffers: list[Tensor] = [torch.empty(0), torch.empty(0)]
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def free_buffers(self) -> None:
+        self._buffers = None
 
     def plan(self, ctx: Context) -> TorchPlans:
         return TorchPlans()
@@ -74,9 +92,28 @@ class TorchBackend(AttentionBackend):
     def _attend_decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context) -> Tensor:
         plans = ctx.plan.decode
         if kv.kind not in plans:
-            rows = ctx.decode_rows
-            plans[kv.kind] = find_run(rows, kv) or plan_decode_gather(rows, kv, q.dtype)
-        plan = plans[kv.kind]
+            plans[kv.kind] = self._plan_decode(ctx.decode_rows, kv, q.dtype)
+        groups = plans[kv.kind]
+        if len(groups) == 1:
+            return self._attend_group(q, kv, scale, groups[0].plan)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for rows, plan in groups:
+            out[rows] = self._attend_group(q[rows], kv, scale, plan)
+        return out
+
+    def _plan_decode(self, rows: PagedRows, kv: PagedKV, dtype: torch.dtype) -> list[DecodeGroup]:
+        if len(rows) == 1:
+            return [self._plan_group(None, rows, kv, dtype)]
+        groups = group_by_length(rows, kv)
+        if len(groups) == 1:
+            return [self._plan_group(None, rows, kv, dtype)]
+        return [self._plan_group(group, rows[group], kv, dtype) for group in groups]
+
+    @staticmethod
+    def _plan_group(indices: Tensor | None, rows: PagedRows, kv: PagedKV, dtype: torch.dtype) -> DecodeGroup:
+        return DecodeGroup(indices, find_run(rows, kv) or plan_decode_gather(rows, kv, dtype))
+
+    def _attend_group(self, q: Tensor, kv: PagedKV, scale: float, plan: DecodeRun | DecodeGatherPlan) -> Tensor:
         if isinstance(plan, DecodeRun):
             k, v = kv.heads
             return attend_gathered(q, k.narrow(2, *plan), v.narrow(2, *plan), None, scale)
@@ -114,11 +151,15 @@ class TorchBackend(AttentionBackend):
         cache = kv.k_cache
         head_dim = cache.shape[-1]
         size = indices.numel() * head_dim
-        first = self._buffers[0]
-        if first.numel() < size or first.dtype != cache.dtype or first.device != cache.device:
+        if self._buffers is None or not _fits(self._buffers[0], cache, size):
+            self._buffers = None  # frees the old ones before the new ones are allocated
             with torch.inference_mode(False):  # the buffers must be usable inside and outside inference mode
-                self._buffers.clear()  # free the old ones before allocating new ones
-                for _ in range(2):
-                    self._buffers.append(torch.empty(size + size // 4, dtype=cache.dtype, device=cache.device))
+                k, v = (torch.empty(size + size // 4, dtype=cache.dtype, device=cache.device) for _ in range(2))
+            self._buffers = k, v
         k, v = (buffer[:size].view(-1, head_dim) for buffer in self._buffers)
         return gather(cache, indices, out=k), gather(kv.v_cache, indices, out=v)
+
+
+def _fits(buffer: Tensor, cache: Tensor, size: int) -> bool:
+    """Return whether `buffer` can hold `size` values of `cache`."""
+    return buffer.numel() >= size and buffer.dtype == cache.dtype and buffer.device == cache.device

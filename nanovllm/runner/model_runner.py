@@ -396,10 +396,11 @@ class ModelRunner:
         self._synchronize()
 
     def sleep(self, parts: Collection[str]) -> None:
-        """Free the graphs, and all state ("kv_cache"); move the weights to the host's memory ("weights")."""
+        """Free graphs, state and buffers ("kv_cache"); move the weights to the host's memory ("weights")."""
         self.free_graphs()
         if "kv_cache" in parts:
             del self.state, self.forward
+            self.backend.free_buffers()
             self.token_ring.clear()
             self.pool.free()
         if "weights" in parts and self.device.type == "cuda":

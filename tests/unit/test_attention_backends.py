@@ -20,6 +20,7 @@ from nanovllm.ops.attention.paged_cache import KVKind, PagedKV, PagedRows
 from nanovllm.ops.attention.reference import (
     decode_attention_torch,
     find_run,
+    group_by_length,
     plan_decode_torch,
     prefill_attention_torch,
     rope_decode_torch,
@@ -75,6 +76,7 @@ STEPS = [
     ([], [(20, 20), (3, 30)]),
     ([33, 1], [(18, 18), (1, 17)]),
     ([150], [(90, 200)]),
+    ([3, 700, 5, 690, 1, 700], [(3, 9)]),  # decode rows of very different lengths
 ]
 
 
@@ -87,6 +89,33 @@ def test_torch_backend_attends_all_kinds_of_steps(dtype):
         check_step(backend, [300] * 4, [(20, 20)], dtype=dtype)
     check_step(backend, [5], [(4, 4)], dtype=dtype)
     check_step(backend, [150], [], block_size=256, dtype=dtype, windows=WINDOWS)  # not gathered
+
+
+@pytest.mark.parametrize(
+    ("lens", "window", "groups"),
+    [
+        ([7], 0, [[0]]),
+        ([5, 9, 7], 0, [[1, 2, 0]]),  # so few tokens that one group is faster
+        ([20, 6000, 20, 10], 0, [[1], [0, 2, 3]]),
+        ([20, 6000, 20, 10], 30, [[1, 0, 2, 3]]),  # the window hides most of the long one
+        ([900, 500, 1000, 490], 0, [[2, 0], [1, 3]]),
+        ([3000] * 5, 0, [[0, 1], [2, 3], [4]]),  # 4 MiB hold 8192 tokens
+    ],
+)
+def test_decode_rows_are_gathered_in_groups_of_similar_lengths(lens, window, groups):
+    rows = PagedRows(torch.zeros(9, 1, dtype=torch.int32), torch.arange(len(lens)).int(), torch.tensor(lens).int())
+    kv = PagedKV(torch.zeros(2, 16, 2, 64), torch.zeros(2, 16, 2, 64), window)
+    assert [sorted(group.tolist()) for group in group_by_length(rows, kv)] == [sorted(group) for group in groups]
+
+
+def test_one_long_sequence_takes_no_memory_for_others():
+    backend = TorchBackend()
+    check_step(backend, [2000, *[20] * 50], [])
+    longest = 2000 * KV_HEADS * HEAD_DIM
+    assert backend._buffers[0].numel() <= 1.25 * longest
+    backend.free_buffers()
+    assert backend._buffers is None
+    check_step(backend, [20], [(4, 4)])
 
 
 @pytest.mark.parametrize(

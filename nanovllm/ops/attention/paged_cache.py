@@ -111,7 +111,7 @@ class PagedKV:
 
 @dataclass(frozen=True, eq=False)
 class PagedRows:
-    """Sequences that attend in a step, and where their keys and values are. A slice of it selects sequences.
+    """Sequences that attend in a step, and where their keys and values are. A slice or int64 indices select sequences.
 
     Attributes:
         block_tables: [S + 1, W] int32, the block ids of each slot's tokens, in order.
@@ -126,7 +126,7 @@ class PagedRows:
     def __len__(self) -> int:
         return len(self.slots)
 
-    def __getitem__(self, rows: slice) -> "PagedRows":
+    def __getitem__(self, rows: slice | torch.Tensor) -> "PagedRows":
         return PagedRows(self.block_tables, self.slots[rows], self.context_lens[rows])
 
 

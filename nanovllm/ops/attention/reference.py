@@ -90,6 +90,31 @@ def plan_decode_gather(rows: PagedRows, kv: PagedKV, dtype: torch.dtype) -> Deco
     return DecodeGatherPlan(indices, mask.repeat_interleave(kv.kv_heads, 0)[:, None, None, :])
 
 
+# Sequences are gathered in groups. Another group takes the time of about this many gathered tokens.
+_GROUP_TOKENS = 512
+# A group of several sequences gathers at most this much of K, and as much of V.
+GATHERED_BYTES = 4 << 20
+
+
+def group_by_length(rows: PagedRows, kv: PagedKV) -> list[torch.Tensor]:
+    """Return which of `rows` to gather together: rows of similar lengths, because a group is padded to its longest.
+
+    So one long sequence does not make all others long, and the memory does not grow with the number of sequences.
+    """
+    lens = rows.context_lens.clamp(max=kv.window) if kv.window else rows.context_lens
+    lens, order = lens.sort(descending=True)
+    max_tokens = GATHERED_BYTES // (kv.kv_heads * kv.head_dim * kv.k_cache.itemsize)
+    sizes, longest = [], 0  # of each group, and of the last one
+    for i, length in enumerate(lens.tolist()):
+        # All sequences from here on are at most as long.
+        saved = (longest - length) * (len(lens) - i)
+        if not sizes or (4 * length < 3 * longest and saved > _GROUP_TOKENS) or (sizes[-1] + 1) * longest > max_tokens:
+            sizes.append(0)
+            longest = length
+        sizes[-1] += 1
+    return list(order.split(sizes))
+
+
 class DecodeRun(NamedTuple):
     """The tokens that one sequence sees, side by side in the cache."""
 
