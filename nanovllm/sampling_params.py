@@ -1,6 +1,7 @@
 """Sampling parameters: how a request is sampled, when it finishes, and what it returns."""
 
 import json
+import re
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, fields
@@ -24,6 +25,7 @@ MAX_ALLOWED_IDS = 1 << 22
 MAX_BAD_WORDS = 1024
 MAX_GRAMMAR_CHARS = 1 << 20
 MAX_SALT_CHARS = 1024
+_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 def _entries(name: str, value: Any, entries: str, max_entries: int) -> tuple:
@@ -51,14 +53,20 @@ def _strings(name: str, value: Any, max_entries: int) -> tuple[str, ...]:
 def _token_ids(name: str, value: Any, max_entries: int) -> tuple[int, ...]:
     """Return a list of token ids, which may be long: only the entries that can be wrong are checked one by one."""
     ids = _entries(name, value, "token ids", max_entries)
-    wrong_types = [kind for kind in set(map(type, ids)) if kind is bool or not issubclass(kind, Integral)]
+    kinds = set(map(type, ids))
+    wrong_types = [kind for kind in kinds if kind is bool or not issubclass(kind, Integral)]
     if wrong_types:
         suspects = [next(token_id for token_id in ids if type(token_id) in wrong_types)]
     else:
         suspects = [min(ids, default=0), max(ids, default=0)]
     for token_id in suspects:
         number(f"each id of {name}", token_id, int, 0, 2**31 - 1)
-    return tuple(map(int, ids))
+    return ids if kinds <= {int} else tuple(map(int, ids))
+
+
+def _as_id(key: Any) -> Any:
+    """Return a token id that is written as text, as in JSON, or what else `key` is."""
+    return int(key) if isinstance(key, str) and _ID.fullmatch(key) else key
 
 
 # The forms of a structured output.
@@ -362,9 +370,9 @@ class SamplingParams:
         """
         given: dict[str, Any] = {k: value for k, value in arguments.items() if value is not None or k == "max_tokens"}
         if isinstance(biases := given.get("logit_bias"), Mapping):
-            given["logit_bias"] = {
-                int(key) if isinstance(key, str) and key.isdecimal() else key: bias for key, bias in biases.items()
-            }
+            given["logit_bias"] = {_as_id(key): bias for key, bias in biases.items()}
+            if len(given["logit_bias"]) < len(biases):
+                raise ValueError("logit_bias must have each token id once, got one as a text and as a number")
         return cls(**given)
 
     def clone(self) -> "SamplingParams":

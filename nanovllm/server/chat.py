@@ -260,7 +260,12 @@ async def _chunks(pieces: AsyncGenerator[Piece, None], form: Form) -> AsyncGener
     writer = ChunkWriter(form)
     async with aclosing(pieces):
         async for piece in pieces:
-            if chunks := writer.chunks(piece):
+            writer.count(piece)
+            if writer.takes_long(piece):  # such as all that a client did not read for a while
+                for sample in piece.samples:
+                    if chunks := await asyncio.to_thread(writer.chunks, sample):
+                        yield chunks
+            elif chunks := [chunk for sample in piece.samples for chunk in writer.chunks(sample)]:
                 yield chunks
     if chunks := writer.last():
         yield chunks

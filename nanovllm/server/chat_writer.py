@@ -9,7 +9,7 @@ from typing import Any
 from nanovllm.outputs import LogprobRows
 from nanovllm.server.events import CallArguments, CallEnd, CallStart, Text, Thinking
 from nanovllm.server.generation import Piece, SamplePiece
-from nanovllm.server.streaming import check_num_logprobs, json_logprob
+from nanovllm.server.streaming import LONG_LOGPROBS, LongEvent, check_num_logprobs, json_logprob
 
 _CHUNK = "chat.completion.chunk"
 
@@ -153,17 +153,22 @@ class ChunkWriter:
         # For each sample that has started, the log-probabilities that no chunk has had yet.
         self.waiting: dict[int, list[dict[str, Any]]] = {}
 
-    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
-        """Return the chunks of the next piece."""
+    def count(self, piece: Piece) -> None:
+        """Count the tokens of the next piece. Then ask for the chunks of each of its samples."""
         self.usage.add(piece)
-        return [chunk for sample in piece.samples for chunk in self._chunks(sample)]
+
+    def takes_long(self, piece: Piece) -> bool:
+        """Return whether `chunks` of all samples takes milliseconds, because of their log-probabilities."""
+        return sum(map(self._num_logprobs, piece.samples)) > LONG_LOGPROBS
 
     def last(self) -> list[dict[str, Any]]:
         """Return the chunk with the usage, if the stream ends with one."""
         return [self.form.body(_CHUNK, []) | {"usage": self.usage.fields()}] if self.form.has_usage else []
 
-    def _chunks(self, sample: SamplePiece) -> list[dict[str, Any]]:
+    def chunks(self, sample: SamplePiece) -> list[dict[str, Any]]:
+        """Return the chunks of a sample's next piece. Raise ApiError if they have too many log-probabilities."""
         index, chunks = sample.index, []
+        check_num_logprobs(self._num_logprobs(sample))
         if index not in self.waiting:
             chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))
         tokens = self.waiting.get(index, []) + self.form.logprobs(sample.token_ids, sample.logprobs)
@@ -178,6 +183,12 @@ class ChunkWriter:
         self.waiting[index] = tokens
         return chunks
 
+    def _num_logprobs(self, sample: SamplePiece) -> int:
+        """Return how many log-probabilities the next chunks of a sample have."""
+        if self.form.num_top is None:
+            return 0
+        return (len(self.waiting.get(sample.index, ())) + len(sample.token_ids)) * (self.form.num_top + 1)
+
     def _chunk(
         self, index: int, delta: dict[str, Any], tokens: Sequence[dict] = (), ending: dict[str, Any] | None = None
     ) -> dict[str, Any]:
@@ -185,7 +196,8 @@ class ChunkWriter:
         chunk = self.form.body(_CHUNK, [choice | (ending or {})])
         if self.form.has_usage:
             chunk["usage"] = self.usage.fields() if self.form.continuous_usage else None
-        return chunk
+        is_long = len(tokens) * ((self.form.num_top or 0) + 1) > LONG_LOGPROBS
+        return LongEvent(chunk) if is_long else chunk
 
 
 def _delta(event: Text | Thinking | CallStart | CallArguments) -> dict[str, Any]:

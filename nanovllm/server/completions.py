@@ -19,10 +19,17 @@ from nanovllm.server.errors import ApiError, aborted
 from nanovllm.server.models import check_model
 from nanovllm.server.sampling import NEUTRAL, SamplingFields
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import LongEvent, LongJsonResponse, check_num_logprobs, json_logprob, merge_streams, sse
+from nanovllm.server.streaming import (
+    LONG_LOGPROBS,
+    LongEvent,
+    LongJsonResponse,
+    check_num_logprobs,
+    json_logprob,
+    merge_streams,
+    sse,
+)
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
-_LONG_LOGPROBS = 64  # tokens with log-probabilities that an event of a stream may have before it counts as long
 
 
 class CompletionRequest(SamplingFields):
@@ -258,13 +265,15 @@ async def _events(
             if request.include_usage:
                 usage = {"usage": writer.usage() if request.continuous_usage else None}
             if events:
-                yield [_event_type(choice)({**header, "choices": [choice], **usage}) for choice in events]
+                num_top = request.logprobs or 0
+                yield [_event_type(choice, num_top)({**header, "choices": [choice], **usage}) for choice in events]
     if request.include_usage:
         yield [{**header, "choices": [], "usage": writer.usage()}]
 
 
-def _event_type(choice: dict) -> type[dict]:
-    return LongEvent if choice["logprobs"] and len(choice["logprobs"]["tokens"]) > _LONG_LOGPROBS else dict
+def _event_type(choice: dict, num_top: int) -> type[dict]:
+    is_long = choice["logprobs"] and len(choice["logprobs"]["tokens"]) * (num_top + 1) > LONG_LOGPROBS
+    return LongEvent if is_long else dict
 
 
 def routes(state: ServerState) -> APIRouter:

@@ -16,7 +16,7 @@ from typing import Any
 import regex
 
 from nanovllm.server.events import CallArguments, CallEnd, CallStart, Event, Text
-from nanovllm.server.schemas import as_json, refuse_constant, value_types
+from nanovllm.server.schemas import Alternatives, as_json, refuse_constant, value_types
 
 # A part of a parser yields when it waits for more text. A `Found` returns whether it has found what it looks for.
 Found = Generator[None, None, bool]
@@ -293,7 +293,9 @@ def _as_call(text: str) -> tuple[str, str] | None:
 
 _CONTROL_CHARACTERS = {code: json.dumps(chr(code))[1:-1] for code in range(32)}
 _OF_STRING = regex.compile(r'[^"\\]*+')
-_BETWEEN = regex.compile(r"[\w\s.,:+-]*+")
+# Numbers, words such as true, and what separates values. `[TOOL_CALLS]` breaks an object, as `<` does. Otherwise each
+# start of a call that is never finished would be read to the end of the text.
+_BETWEEN = regex.compile(r"[a-zA-Z0-9\s.,:+-]*+")
 
 
 class JsonObject:
@@ -442,13 +444,13 @@ class Qwen3CoderParser(OutputParser):
 
     def _parameters(self, name: str) -> Wait:
         self._emit_arguments("{")
-        separator = ""
+        separator, alternatives = "", Alternatives(self.tools[name])
         while parameter := (yield from self._match(self.parameter)):
             self._position = parameter.end()
             yield from self._skip(self.line_break)
             self._emit_arguments(f"{separator}{_json(parameter[1])}: ")
             separator = ", "
-            types = value_types(self.tools[name], parameter[1])
+            types = value_types(alternatives, parameter[1])
             if types == {"string"}:
                 yield from self._text_value()
             else:

@@ -162,10 +162,10 @@ def member(alternative: dict[str, Any], key: str) -> Any:
     return others if isinstance(others, dict) else _TEXT
 
 
-def value_types(schema: Any, key: str) -> set[str]:
-    """Return the types that the property `key` of an object may have."""
+def value_types(schema: Alternatives, key: str) -> set[str]:
+    """Return the types that the property `key` of an object may have: all, if its schema cannot be read."""
     try:
-        return Alternatives(schema).types_of_member(key)
+        return schema.types_of_member(key)
     except ValueError:
         return set(_ALL_TYPES)
 

@@ -18,6 +18,8 @@ _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(","
 
 # Log-probabilities of a response. They take 200 bytes each, and more in chat completions.
 MAX_RESPONSE_LOGPROBS = 1 << 20
+# Writing more than this many takes a few milliseconds, so it is done in a thread.
+LONG_LOGPROBS = 512
 # Log-probabilities of a token are five levels below a response.
 _WRITTEN_LEVELS = 5
 # An event, or a list of events that are sent together.

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import threading
 
 import pytest
 
 from nanovllm import AsyncLLM, RequestOutputKind
+from nanovllm.server import chat_writer, streaming
 from tests.models.tiny import save_tiny_with_tokenizer
 from tests.server.scripted import ScriptedLLM
 from tests.server.serving import SECONDS, call, events_of, make_server, until, until_idle, with_client
@@ -416,6 +418,31 @@ def test_a_models_stream_equals_its_whole_answer(llm, stop):
     for choice in answer["choices"]:
         assert choice["message"]["content"] == GREETING[:end]
         assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop and stop[0])
+
+
+def test_long_pieces_of_log_probabilities_are_written_in_threads(llm, monkeypatch):
+    body = dict(structured_outputs=FORCED, n=2, logprobs=True, top_logprobs=2, temperature=0)
+    want = same(joined(chunks(llm, **body)))
+    monkeypatch.setattr(chat_writer, "LONG_LOGPROBS", 2)  # one token's
+    threads, make = set(), chat_writer.Form.logprobs
+
+    def recording(*args):
+        threads.add(threading.current_thread())
+        return make(*args)
+
+    monkeypatch.setattr(chat_writer.Form, "logprobs", recording)
+    assert same(joined(chunks(llm, **body))) == want
+    assert threads and threading.main_thread() not in threads
+
+
+def test_log_probabilities_that_fill_the_memory_are_refused(llm, monkeypatch):
+    monkeypatch.setattr(streaming, "MAX_RESPONSE_LOGPROBS", 30)
+    body = dict(logprobs=True, ignore_eos=True, max_tokens=10)
+    assert len(whole(llm, top_logprobs=2, **body)["choices"][0]["logprobs"]["content"]) == 10
+    assert "more than 30 log-probabilities" in ask(llm, top_logprobs=3, **body).text
+    # In a stream, only what is sent together counts.
+    assert len(chunks(llm, top_logprobs=3, **body)) > 1
+    assert "more than 30 log-probabilities" in ask(llm, top_logprobs=40, stream=True, **body).text
 
 
 def test_logprobs_have_the_bytes_of_each_token_and_the_most_likely_ones(llm):

@@ -155,7 +155,7 @@ def test_each_event_has_the_usage_so_far_if_asked(llm):
 def test_a_long_event_of_a_stream_has_the_same_content(llm, monkeypatch):
     body = {"prompt": [5] * 20, "max_tokens": 1, "logprobs": 3, "echo": True, "stream": True, "temperature": 0}
     (want,) = events_of(call(llm, "POST", PATH, body).text)
-    monkeypatch.setattr(completions, "_LONG_LOGPROBS", 5)
+    monkeypatch.setattr(completions, "LONG_LOGPROBS", 5)
     (event,) = events_of(call(llm, "POST", PATH, body).text)
     assert event["choices"] == want["choices"]
 

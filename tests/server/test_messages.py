@@ -380,6 +380,20 @@ def test_max_tokens_is_required():
     assert response.status_code == 400 and "max_tokens" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "field",
+    [{"max_tokens": "3"}, {"max_tokens": True}, {"temperature": "0.5"}, {"top_k": False}, {"stream": "yes"}],
+    ids=str,
+)
+def test_values_of_wrong_types_are_refused(field):
+    async def act(client):
+        body = {"model": MODEL, "max_tokens": 3, "messages": HELLO, **field}
+        return await client._client.post("http://localhost/v1/messages", json=body)
+
+    response = ask(ScriptedLLM("ok"), act)
+    assert response.status_code == 400 and next(iter(field)) in response.json()["error"]["message"]
+
+
 def test_a_failure_in_mid_stream_is_an_error_event():
     class Failing(ScriptedLLM):
         async def generate(self, *args):

@@ -173,6 +173,8 @@ def test_thinking_and_answer_are_the_text_without_tags_and_their_line_breaks(tex
         ("llama3", '{"name": "f", "parameters": {"a": "' + "\\\n" * 30_000),
         ("mistral", "[TOOL_CALLS]" * 5_000),
         ("mistral", "[TOOL_CALLS]" + " " * 60_000),
+        ("mistral", '[TOOL_CALLS] [{"name": ' * 2_600),
+        ("mistral", '[TOOL_CALLS] [{"name": "' * 2_600),
     ],
     ids=lambda value: f"{value[:24]!r}",
 )

@@ -201,7 +201,8 @@ def test_from_optional_takes_none_as_default_and_ids_as_text():
     made = SamplingParams.from_optional(temperature=None, n=None, top_p=0.5, stop=None, logit_bias={"5": 1, 6: 2})
     assert made == SamplingParams(top_p=0.5, logit_bias={5: 1.0, 6: 2.0})
     assert SamplingParams.from_optional(max_tokens=None).max_tokens is None
-    for bias, error in (({"x": 1}, TypeError), ({"5": 101}, ValueError), ({"-5": 1}, TypeError)):
+    wrong_ids = ({"x": 1}, TypeError), ({"-5": 1}, TypeError), ({"05": 1}, TypeError), ({"\uff15": 1}, TypeError)
+    for bias, error in (*wrong_ids, ({"5": 101}, ValueError), ({"5": 1, 5: 2}, ValueError)):
         with pytest.raises(error, match="logit_bias"):
             SamplingParams.from_optional(logit_bias=bias)
 
