@@ -330,7 +330,8 @@ class AsyncLLM:
         self, prompt: Any, sampling_params: SamplingParams | None, request_id: str | None
     ) -> AsyncIterator[RequestOutput]:
         kind = sampling_params.output_kind if sampling_params else None
-        stream = OutputStream(merge_deltas if kind in (None, RequestOutputKind.DELTA) else keep_newest)
+        is_delta = kind in (None, RequestOutputKind.DELTA)
+        stream = OutputStream(merge_deltas if is_delta else keep_newest, copies=is_delta)
         consumer = _Consumer(stream.put)
         self._reserve(request_id, consumer)
         try:

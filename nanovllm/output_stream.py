@@ -19,13 +19,16 @@ class OutputStream(Generic[Output]):
 
     Args:
         merge: makes one output of two successive ones.
+        copies: whether it copies both. Then outputs wait until there is one of about the same length to merge with, so
+            that each is copied log2(n) times and not n times while n of them come.
     """
 
-    def __init__(self, merge: Callable[[Output, Output], Output]):
+    def __init__(self, merge: Callable[[Output, Output], Output], copies: bool):
         self.loop = asyncio.get_running_loop()
         self._merge = merge
+        self._copies = copies
         self._ready = asyncio.Event()
-        self._output: Output | None = None
+        self._outputs: list[tuple[int, Output]] = []  # and from how many each was merged: fewer than the one before it
         self._error: BaseException | None = None
 
     def put(self, item: Output | BaseException) -> None:
@@ -33,16 +36,25 @@ class OutputStream(Generic[Output]):
         if isinstance(item, BaseException):
             self._error = item
         else:
-            self._output = item if self._output is None else self._merge(self._output, item)
+            self._add(1, item)
         self._ready.set()
+
+    def _add(self, count: int, output: Output) -> None:
+        """Add an output that was merged from `count`."""
+        while self._outputs and (self._outputs[-1][0] <= count or not self._copies):
+            older_count, older = self._outputs.pop()
+            count, output = older_count + count, self._merge(older, output)
+        self._outputs.append((count, output))
 
     async def get(self) -> Output:
         """Return what has come since the last call, waiting for it. Raise the error if there is nothing else."""
         await self._ready.wait()
-        output, self._output = self._output, None
-        if output is None:
+        if not self._outputs:
             assert self._error is not None
             raise self._error
+        _, output = self._outputs.pop()
+        while self._outputs:
+            output = self._merge(self._outputs.pop()[1], output)
         if self._error is None:
             self._ready.clear()
         return output

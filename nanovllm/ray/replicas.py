@@ -207,7 +207,8 @@ class Replicas(AbstractContextManager["Replicas"]):
     ) -> AsyncIterator[RequestOutput]:
         """Answer one prompt step by step; see `AsyncLLM.generate`. Leaving the iteration ends the request."""
         kind = getattr(sampling_params, "output_kind", None) or RequestOutputKind.DELTA
-        stream = OutputStream(merge_deltas if kind is RequestOutputKind.DELTA else keep_newest)
+        is_delta = kind is RequestOutputKind.DELTA
+        stream = OutputStream(merge_deltas if is_delta else keep_newest, copies=is_delta)
         request = Request(self._seeds, partial(call_soon, stream.loop, stream.put), kind, prompt, sampling_params)
         try:
             self._loop.call_soon_threadsafe(self._dispatch, [request])

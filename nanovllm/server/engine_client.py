@@ -164,7 +164,7 @@ class EngineClient:
         """See `AsyncLLM.generate`. Everything that is wrong with a request raises at the first output."""
         kind = getattr(sampling_params, "output_kind", None)  # wrong parameters are refused by the engine
         is_delta = kind in (None, RequestOutputKind.DELTA)
-        stream = OutputStream(merge_packed_deltas if is_delta else keep_newest_packed)
+        stream = OutputStream(merge_packed_deltas if is_delta else keep_newest_packed, copies=is_delta)
         key, finished = next(self._keys), False
         progress = prompt_fields = None
         self._waiting[key] = _Waiting(stream.loop, stream.put, stream.put)
