@@ -29,10 +29,12 @@ class Config:
         tensor_parallel_size: number of ranks that share the model. Under `torchrun` it must divide the world size.
         max_model_len: longest prompt plus output, in tokens; at most what the model supports with its RoPE scaling, and
             what num_kvcache_blocks hold.
-        max_num_seqs: how many sequences run at once; None is 512, or max_num_batched_tokens if that is less. Fewer run
-            if their recurrent state would take more than half of the memory for KV cache and recurrent state.
-        max_num_batched_tokens: token budget of one step, at least max_num_seqs; None is 16384 on a GPU and 512 on a
-            CPU, or max_num_seqs if that is more. While a step computes a long prompt, other requests wait for it.
+        max_num_seqs: how many sequences run at once; None is 512 on a GPU and 256 on a CPU, or max_num_batched_tokens
+            if that is less. Fewer run if their recurrent state would take more than half of the memory for KV cache and
+            recurrent state.
+        max_num_batched_tokens: token budget of one step, at least max_num_seqs: prompts get what decoding sequences
+            leave of it, and all requests wait until the step is done. None is 16384 on a GPU and 512 on a CPU, or twice
+            max_num_seqs if that is more.
         gpu_memory_utilization: fraction of the GPU's memory for weights, activations and KV cache together.
         kvcache_block_size: tokens in a KV block, a power of two of at least 16.
         num_kvcache_blocks: size of the KV pool; None measures the free memory (GPU), or takes up to 1 GiB (CPU) for KV
@@ -140,11 +142,11 @@ class Config:
 
     def _set_budget(self) -> None:
         """Set the sizes of a step that are not given, and check that they fit each other."""
+        max_num_seqs, budget = (512, 16384) if self.device_type == "cuda" else (256, 512)
         if self.max_num_batched_tokens is None:
-            default = 16384 if self.device_type == "cuda" else 512
-            self._set("max_num_batched_tokens", max(default, self.max_num_seqs or 1))
+            self._set("max_num_batched_tokens", max(budget, 2 * (self.max_num_seqs or 0)))
         if self.max_num_seqs is None:
-            self._set("max_num_seqs", min(512, self.max_num_batched_tokens))
+            self._set("max_num_seqs", min(max_num_seqs, self.max_num_batched_tokens))
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "

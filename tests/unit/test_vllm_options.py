@@ -262,19 +262,19 @@ def test_options_with_other_names_act():
     assert Config(dtype="float").dtype == "float32"
 
 
-@pytest.mark.parametrize(("has_gpu", "budget"), [(True, 16384), (False, 512)])
-def test_an_unset_limit_follows_the_other_one(monkeypatch, has_gpu, budget):
+@pytest.mark.parametrize(("has_gpu", "num_seqs", "budget"), [(True, 512, 16384), (False, 256, 512)])
+def test_an_unset_limit_follows_the_other_one(monkeypatch, has_gpu, num_seqs, budget):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
 
     def limits(**options):
         config = Config(**options)
         return config.max_num_seqs, config.max_num_batched_tokens
 
-    assert limits() == (512, budget)
-    assert limits(device="cpu") == (512, 512)
+    assert limits() == (num_seqs, budget)
+    assert limits(device="cpu") == (256, 512)
     assert limits(max_num_batched_tokens=100) == (100, 100)
-    assert limits(max_num_batched_tokens=4096) == (512, 4096)
-    assert limits(max_num_seqs=20000) == (20000, 20000)
+    assert limits(max_num_batched_tokens=4096) == (num_seqs, 4096)
+    assert limits(max_num_seqs=20000) == (20000, 40000)  # prompts go on beside the other sequences
     assert limits(max_num_seqs=8) == (8, budget)
     with pytest.raises(ValueError, match=r"max_num_batched_tokens \(100\) must be at least max_num_seqs \(101\)"):
         limits(max_num_seqs=101, max_num_batched_tokens=100)
