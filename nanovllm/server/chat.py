@@ -173,7 +173,7 @@ class ChatRequest(SamplingFields):
                 message = "response_format and structured_outputs cannot be used together; send one of them"
                 raise ApiError(400, message, param="response_format")
             overrides["structured_outputs"] = constraint
-        if not self.stream:
+        if not self.stream and not self.logprobs:  # log-probabilities of many tokens at once would take long
             overrides["output_kind"] = RequestOutputKind.FINAL_ONLY
         return self.to_params(state, {"max_tokens": name}, **overrides)
 

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,11 +45,11 @@ class Form:
             "choices": choices,
         }
 
-    def logprobs(self, token_ids: Iterable[int], rows: LogprobRows | None) -> list[dict[str, Any]]:
-        """Return the log-probabilities of some tokens; none if they are not to be shown."""
-        if self.num_top is None or rows is None:
-            return []
-        return [self._token(token_id, row or {}) for token_id, row in zip(token_ids, rows, strict=True)]
+    def logprobs(self, token_ids: Iterable[int], rows: LogprobRows | None) -> Iterator[dict[str, Any]]:
+        """Yield the log-probabilities of some tokens; none if they are not to be shown."""
+        if self.num_top is not None and rows is not None:
+            for token_id, row in zip(token_ids, rows, strict=True):
+                yield self._token(token_id, row or {})
 
     def _token(self, token_id: int, row: dict) -> dict[str, Any]:
         most_likely = sorted(row.items(), key=lambda entry: entry[1].rank)[: self.num_top]
@@ -93,15 +93,15 @@ class WholeResponse:
         self.choices: dict[int, _Choice] = {}
 
     def add(self, piece: Piece) -> None:
-        """Add the next piece."""
+        """Add the next piece. Raise ApiError if the response has too many log-probabilities."""
         self.usage.add(piece)
+        if self.form.num_top is not None:
+            check_num_logprobs(self.usage.num_generated * (self.form.num_top + 1))
         for sample in piece.samples:
             self.choices.setdefault(sample.index, _Choice(sample.index)).add(sample)
 
     def body(self) -> dict[str, Any]:
-        """Return the response. Raise ApiError if it has too many log-probabilities."""
-        if self.form.num_top is not None:
-            check_num_logprobs(self.usage.num_generated * (self.form.num_top + 1))
+        """Return the response. Its log-probabilities are iterators, for `long_json_bytes`."""
         choices = [self.choices[index].body(self.form) for index in sorted(self.choices)]
         return self.form.body("chat.completion", choices) | {"usage": self.usage.fields()}
 
@@ -133,12 +133,14 @@ class _Choice:
             message |= _thinking(self.thinking)
         if self.calls:
             message |= {"content": self.text or None, "tool_calls": self.calls}
-        tokens = [token for piece in self.pieces for token in form.logprobs(piece.token_ids, piece.logprobs)]
-        last = self.pieces[-1]
+        last, logprobs = self.pieces[-1], None
+        if form.num_top is not None:
+            tokens = (token for piece in self.pieces for token in form.logprobs(piece.token_ids, piece.logprobs))
+            logprobs = {"content": tokens, "refusal": None}
         return {
             "index": self.index,
             "message": message,
-            "logprobs": _logprobs(tokens),
+            "logprobs": logprobs,
             "finish_reason": last.finish_reason,
             "stop_reason": last.stop_reason,
         }
@@ -171,7 +173,7 @@ class ChunkWriter:
         check_num_logprobs(self._num_logprobs(sample))
         if index not in self.waiting:
             chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))
-        tokens = self.waiting.get(index, []) + self.form.logprobs(sample.token_ids, sample.logprobs)
+        tokens = [*self.waiting.get(index, ()), *self.form.logprobs(sample.token_ids, sample.logprobs)]
         for event in sample.events:
             if not isinstance(event, CallEnd):
                 chunks.append(self._chunk(index, _delta(event), tokens))
@@ -179,6 +181,9 @@ class ChunkWriter:
         if sample.finish_reason is not None:
             ending = {"finish_reason": sample.finish_reason, "stop_reason": sample.stop_reason}
             chunks.append(self._chunk(index, {}, tokens, ending))
+            tokens = []
+        if self._are_many(tokens):  # their text is held back, as it may be a call
+            chunks.append(self._chunk(index, {"content": ""}, tokens))
             tokens = []
         self.waiting[index] = tokens
         return chunks
@@ -196,8 +201,10 @@ class ChunkWriter:
         chunk = self.form.body(_CHUNK, [choice | (ending or {})])
         if self.form.has_usage:
             chunk["usage"] = self.usage.fields() if self.form.continuous_usage else None
-        is_long = len(tokens) * ((self.form.num_top or 0) + 1) > LONG_LOGPROBS
-        return LongEvent(chunk) if is_long else chunk
+        return LongEvent(chunk) if self._are_many(tokens) else chunk
+
+    def _are_many(self, tokens: Sequence[dict]) -> bool:
+        return len(tokens) * ((self.form.num_top or 0) + 1) > LONG_LOGPROBS
 
 
 def _delta(event: Text | Thinking | CallStart | CallArguments) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request
@@ -60,7 +61,8 @@ class _Writer:
 
     Attributes:
         is_empty: leave out the sampled token, because `max_tokens` is 0. The engine cannot do without it.
-        num_cached: for each prompt, how many of its tokens the prefix cache had.
+        num_generated, num_prompt, num_cached: numbers of tokens so far; cached are those that the prefix cache had.
+        _prompts: the indices of the prompts that had an output.
         _ends: for each sample that had an output, where its text ends so far; 0 without logprobs.
         _num_logprobs: how many log-probabilities the response has so far; in a stream, the last choice.
     """
@@ -79,20 +81,30 @@ class _Writer:
         self.token_bytes = token_bytes
         self.text_bytes = text_bytes
         self.is_empty = request.max_tokens == 0
-        self.num_generated = 0
-        self.num_prompt: dict[int, int] = {}
-        self.num_cached: dict[int, int] = {}
+        self.num_generated = self.num_prompt = self.num_cached = 0
+        self._prompts: set[int] = set()
         self._ends: dict[int, _TextEnd] = {}
         self._num_logprobs = 0
 
     async def choices(self, prompt_index: int, output: RequestOutput) -> list[dict]:
         """Return what an output has, or what is new in it, as choices."""
-        self.num_prompt[prompt_index] = len(output.prompt_token_ids)
-        self.num_cached[prompt_index] = output.num_cached_tokens
+        if prompt_index not in self._prompts:
+            self._prompts.add(prompt_index)
+            self.num_prompt += len(output.prompt_token_ids)
+            self.num_cached += output.num_cached_tokens
+        make = partial(self._choice, prompt_index, output)
+        if not self._takes_long(output):
+            return [make(sample) for sample in output.outputs]
+        return [await asyncio.to_thread(make, sample) for sample in output.outputs]
+
+    def _takes_long(self, output: RequestOutput) -> bool:
+        """Return whether the choices of an output take milliseconds, because of their log-probabilities."""
         if self.request.logprobs is None:
-            return [self._choice(prompt_index, output, sample) for sample in output.outputs]
-        # The log-probabilities of a whole prompt take long.
-        return [await asyncio.to_thread(self._choice, prompt_index, output, sample) for sample in output.outputs]
+            return False
+        num_tokens = sum(len(sample.token_ids) for sample in output.outputs)
+        if self.request.echo:  # the prompt's, in the first output of each sample
+            num_tokens += len(output.prompt_token_ids)
+        return num_tokens * (self.request.logprobs + 1) > LONG_LOGPROBS
 
     def _choice(self, prompt_index: int, output: RequestOutput, sample: CompletionOutput) -> dict:
         if sample.finish_reason == "abort":
@@ -143,12 +155,11 @@ class _Writer:
 
     def usage(self) -> dict:
         """Return the numbers of tokens so far."""
-        num_prompt = sum(self.num_prompt.values())
         return {
-            "prompt_tokens": num_prompt,
+            "prompt_tokens": self.num_prompt,
             "completion_tokens": self.num_generated,
-            "total_tokens": num_prompt + self.num_generated,
-            "prompt_tokens_details": {"cached_tokens": sum(self.num_cached.values())},
+            "total_tokens": self.num_prompt + self.num_generated,
+            "prompt_tokens_details": {"cached_tokens": self.num_cached},
         }
 
 
@@ -237,7 +248,8 @@ def _params(state: ServerState, request: CompletionRequest) -> SamplingParams:
         max_tokens=max_tokens,
         logprobs=request.logprobs,
         prompt_logprobs=request.logprobs if request.echo else None,
-        output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
+        # Log-probabilities of many tokens at once would take long.
+        output_kind=RequestOutputKind.FINAL_ONLY if request.logprobs is None and not request.stream else None,
     )
 
 
@@ -269,6 +281,18 @@ async def _events(
                 yield [_event_type(choice, num_top)({**header, "choices": [choice], **usage}) for choice in events]
     if request.include_usage:
         yield [{**header, "choices": [], "usage": writer.usage()}]
+
+
+def _add(choices: dict[int, dict], new: dict) -> None:
+    """Add what is new in a choice to the choices so far, by index."""
+    choice = choices.setdefault(new["index"], new)
+    if choice is new:
+        return
+    choice["text"] += new["text"]
+    choice["finish_reason"], choice["stop_reason"] = new["finish_reason"], new["stop_reason"]
+    if new["logprobs"] is not None:
+        for name, values in new["logprobs"].items():
+            choice["logprobs"][name] += values
 
 
 def _event_type(choice: dict, num_top: int) -> type[dict]:
@@ -303,12 +327,12 @@ def routes(state: ServerState) -> APIRouter:
                 for prompt in prompts:
                     await state.llm.check_request(prompt, params)
             return await sse(_events(writer, outputs, header))
-        choices = []
+        choices: dict[int, dict] = {}
         async with aclosing(outputs):
             async for index, output in outputs:
-                choices += await writer.choices(index, output)
-        choices.sort(key=lambda choice: choice["index"])
-        body = {**header, "choices": choices, "usage": writer.usage()}
+                for choice in await writer.choices(index, output):
+                    _add(choices, choice)
+        body = {**header, "choices": [choices[index] for index in sorted(choices)], "usage": writer.usage()}
         return await asyncio.to_thread(lambda: LongJsonResponse(body))  # many log-probabilities take long to write
 
     return router

@@ -1,5 +1,6 @@
 """Generates the next turn of a conversation: what chat completions, messages and responses share."""
 
+import asyncio
 import re
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -21,6 +22,7 @@ from nanovllm.server.state import ServerState
 # continued may have opened it long before.
 _TAIL_TOKENS = 64
 _CONTINUED_TAIL_TOKENS = 4096
+_LONG_TEXT = 4096  # characters of a sample's new text that are parsed in a thread
 # Ends thinking that the template has opened, as templates without thinking do.
 _NO_THINKING = "\n</think>\n\n"
 # The engine's error about a grammar: the line that is wrong, the reason, and an excerpt of the grammar.
@@ -108,7 +110,7 @@ async def generate_turn(
         async with aclosing(outputs):
             with _naming_schemas(conversation, params):
                 async for output in outputs:
-                    pieces = [samples[new.index].piece(new) for new in output.outputs]
+                    pieces = [await _piece(samples[new.index], new) for new in output.outputs]
                     yield Piece(len(prompt_ids), output.num_cached_tokens, pieces)
 
 
@@ -186,6 +188,11 @@ def _naming_schemas(conversation: Conversation, params: SamplingParams) -> Itera
         has_form = conversation.params.structured_outputs is not None
         name = conversation.form_field if has_form and (is_start or not _shown_tools(conversation)) else "tools"
         raise ApiError(400, f"{name} has a schema that cannot be followed: {match[2]}", param=name) from None
+
+
+async def _piece(sample: "_Sample", new: CompletionOutput) -> SamplePiece:
+    """Return the next piece of a sample. A long text is parsed in a thread, because the model may write many calls."""
+    return await asyncio.to_thread(sample.piece, new) if len(new.text) > _LONG_TEXT else sample.piece(new)
 
 
 class _Sample:

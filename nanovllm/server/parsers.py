@@ -427,6 +427,11 @@ class Qwen3CoderParser(OutputParser):
     end_function = regex.compile(rf"{_SPACE}</function>")
     end_call = regex.compile(rf"{_SPACE}</tool_call>")
 
+    def __init__(self, tools: Mapping[str, Any]):
+        super().__init__(tools)
+        self._schemas = {name: Alternatives(schema) for name, schema in tools.items()}
+        self._types_of: dict[tuple[str, str], set[str]] = {}  # of the parameters so far, by function and name
+
     def _call(self) -> Found:
         head = yield from self._match(self.function)
         if not head or head[1] not in self.tools:
@@ -444,17 +449,22 @@ class Qwen3CoderParser(OutputParser):
 
     def _parameters(self, name: str) -> Wait:
         self._emit_arguments("{")
-        separator, alternatives = "", Alternatives(self.tools[name])
+        separator = ""
         while parameter := (yield from self._match(self.parameter)):
             self._position = parameter.end()
             yield from self._skip(self.line_break)
             self._emit_arguments(f"{separator}{_json(parameter[1])}: ")
             separator = ", "
-            types = value_types(alternatives, parameter[1])
+            types = self._types(name, parameter[1])
             if types == {"string"}:
                 yield from self._text_value()
             else:
                 yield from self._json_value(types)
+
+    def _types(self, name: str, key: str) -> set[str]:
+        if (name, key) not in self._types_of:
+            self._types_of[name, key] = value_types(self._schemas[name], key)
+        return self._types_of[name, key]
 
     def _text_value(self) -> Wait:
         self._emit_arguments('"')

@@ -12,8 +12,8 @@ _TYPE_NAMES = {str: "string", bool: "boolean", int: "integer", float: "number", 
 # Bounds the alternatives of one part of a schema, and how deep its parts are nested.
 _MAX_ALTERNATIVES = 64
 _MAX_DEPTH = 64
-# Bounds the alternatives of all parts, which take about 2 us each.
-_MAX_ALL_ALTERNATIVES = 4096
+# Bounds the work for all parts, which takes about 20 ms then: the keywords and properties of all alternatives made.
+_MAX_WORK = 1 << 18
 # Keywords that `Alternatives` follows, and some that ask nothing.
 _FOLLOWED = {"$ref", "allOf", "anyOf", "oneOf", "$defs", "definitions"}
 _NOTES = {"$comment", "$id", "$schema", "default", "deprecated", "description", "example", "examples", "title"}
@@ -39,7 +39,7 @@ class Alternatives:
         self.schema = schema
         # Each part with its alternatives, by the id of the part. The parts that are being taken apart have None.
         self._found: dict[int, tuple[Any, list[dict[str, Any]] | None]] = {}
-        self._num_found = self._depth = 0
+        self._work = self._depth = 0
 
     def of(self, part: Any) -> list[dict[str, Any]]:
         """Return the alternatives of a part.
@@ -54,12 +54,18 @@ class Alternatives:
         if id(part) not in self._found:
             self._found[id(part)] = part, None
             self._depth += 1
-            self._found[id(part)] = part, self._take_apart(part)
-            self._depth -= 1
+            try:
+                self._found[id(part)] = part, self._take_apart(part)
+            finally:
+                self._depth -= 1
         _, found = self._found[id(part)]
         if found is None:
             raise ValueError(f"a tool's schema refers to itself without end: {shown(part)}")
         return found
+
+    def start_over(self) -> None:
+        """Allow as much work as at the start. The alternatives that were found are kept."""
+        self._work = 0
 
     def types_of_member(self, key: str) -> set[str]:
         """Return the types that the property `key` of the whole schema, an object, may have."""
@@ -73,9 +79,8 @@ class Alternatives:
         for word, options in self._combinations(part):
             note = {"oneOf": True} if word == "oneOf" and len(options) > 1 else {}
             others = [{**other, **note} for option in options for other in self.of(option)]
-            num_found = len(found) * len(others)
-            self._num_found += num_found
-            if num_found > _MAX_ALTERNATIVES or self._num_found > _MAX_ALL_ALTERNATIVES:
+            self._work += len(others) * sum(map(_size, found)) + len(found) * sum(map(_size, others))
+            if len(found) * len(others) > _MAX_ALTERNATIVES or self._work > _MAX_WORK:
                 raise ValueError(f"a tool's schema has too many alternatives: {shown(part)}")
             found = [_joined(one, other) for one in found for other in others]
         return found
@@ -108,6 +113,10 @@ def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         if closed.get("additionalProperties", True) is not True and _names(open_) - _names(closed):
             both["allOf"] = [*both.get("allOf", ()), closed]
     return both
+
+
+def _size(schema: dict[str, Any]) -> int:
+    return len(schema) + len(_names(schema))
 
 
 def _names(schema: dict[str, Any]) -> set[str]:
@@ -164,6 +173,7 @@ def member(alternative: dict[str, Any], key: str) -> Any:
 
 def value_types(schema: Alternatives, key: str) -> set[str]:
     """Return the types that the property `key` of an object may have: all, if its schema cannot be read."""
+    schema.start_over()
     try:
         return schema.types_of_member(key)
     except ValueError:

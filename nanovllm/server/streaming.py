@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, TypeAlias, TypeVar
 
@@ -72,7 +72,8 @@ def json_bytes(value: Any) -> bytes:
 def long_json_bytes(value: Any) -> bytes:
     """Return a value that may be long as compact JSON, in a thread: other threads run meanwhile.
 
-    The encoder keeps the GIL until it has written what it is given. So it is given small parts.
+    The encoder keeps the GIL until it has written what it is given. So it is given small parts. A long list can be an
+    iterator, so that only one of its values is there at a time.
     """
     parts: list[str] = []
     _write(value, parts, _WRITTEN_LEVELS)
@@ -80,8 +81,8 @@ def long_json_bytes(value: Any) -> bytes:
 
 
 def _write(value: Any, parts: list[str], levels: int) -> None:
-    """Append the parts of a value's JSON. What is below so many levels is one part."""
-    if not levels or not isinstance(value, dict | list):
+    """Append the parts of a value's JSON, of an iterator as of a list. What is below so many levels is one part."""
+    if not levels or not isinstance(value, dict | list | Iterator):
         parts.append(_encoder.encode(value))
         return
     is_dict, separator = isinstance(value, dict), ""
@@ -90,7 +91,7 @@ def _write(value: Any, parts: list[str], levels: int) -> None:
         parts.append(separator)
         if is_dict:
             parts.append(f"{_encoder.encode(entry)}:")
-        _write(value[entry] if is_dict else entry, parts, levels - 1)
+        _write(value[entry] if isinstance(value, dict) else entry, parts, levels - 1)
         separator = ","
     parts.append("}" if is_dict else "]")
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from nanovllm import AsyncLLM, RequestOutputKind
-from nanovllm.server import chat_writer, streaming
+from nanovllm.server import chat_writer, generation, streaming
 from tests.models.tiny import save_tiny_with_tokenizer
 from tests.server.scripted import ScriptedLLM
 from tests.server.serving import SECONDS, call, events_of, make_server, until, until_idle, with_client
@@ -336,6 +336,8 @@ def test_fields_reach_the_engine():
     whole(llm, max_tokens=5, max_completion_tokens=7, logprobs=True, top_logprobs=2, seed=3, **options)
     assert (llm.params.max_tokens, llm.params.logprobs, llm.params.seed) == (7, 2, 3)
     assert llm.template == options
+    assert llm.params.output_kind is RequestOutputKind.DELTA  # log-probabilities come little by little
+    whole(llm)
     assert llm.params.output_kind is RequestOutputKind.FINAL_ONLY
     chunks(llm, max_tokens=5)
     assert (llm.params.max_tokens, llm.params.logprobs) == (5, None)
@@ -433,6 +435,31 @@ def test_long_pieces_of_log_probabilities_are_written_in_threads(llm, monkeypatc
     monkeypatch.setattr(chat_writer.Form, "logprobs", recording)
     assert same(joined(chunks(llm, **body))) == want
     assert threads and threading.main_thread() not in threads
+
+
+def test_log_probabilities_of_text_that_is_held_back_do_not_pile_up(llm, monkeypatch):
+    text = "\n" * 30 + "x"
+    body = dict(structured_outputs={"choice": [text]}, logprobs=True, top_logprobs=2, temperature=0)
+    answer = whole(llm, **body)
+    monkeypatch.setattr(chat_writer, "LONG_LOGPROBS", 9)
+    made = chunks(llm, **body)
+    assert same(joined(made)) == same(answer["choices"])
+    sizes = [len(chunk["choices"][0]["logprobs"]["content"]) for chunk in made if chunk["choices"][0]["logprobs"]]
+    assert sum(sizes) == answer["usage"]["completion_tokens"] and max(sizes) <= 4
+
+
+def test_a_long_text_is_parsed_in_a_thread(monkeypatch):
+    threads, parse = [], generation._Sample.piece
+
+    def recording(*args):
+        threads.append(threading.current_thread() is threading.main_thread())
+        return parse(*args)
+
+    monkeypatch.setattr(generation._Sample, "piece", recording)
+    texts = ["a" * generation._LONG_TEXT, "a" * (generation._LONG_TEXT + 1)]
+    answer = whole(ScriptedLLM(*texts), n=2)
+    assert [choice["message"]["content"] for choice in answer["choices"]] == texts
+    assert threads == [True, False]
 
 
 def test_log_probabilities_that_fill_the_memory_are_refused(llm, monkeypatch):

@@ -290,6 +290,7 @@ def test_log_probabilities_of_long_prompts_are_written_outside_the_event_loop(ll
         return _by_name(*args)
 
     monkeypatch.setattr("nanovllm.server.completions._by_name", noted)
+    monkeypatch.setattr(completions, "LONG_LOGPROBS", 3)  # a token has 4 here
     for stream in (False, True):
         body = {"prompt": "abc", "max_tokens": 2, "echo": True, "logprobs": 3, "stream": stream}
         assert call(llm, "POST", PATH, body).status_code == 200

@@ -184,6 +184,27 @@ def test_a_hostile_text_takes_linear_time(tool_format, text):
     assert time.process_time() - start < 5, "these 15,000 pieces take 0.3 s"
 
 
+def test_one_property_that_cannot_be_read_does_not_change_the_types_of_others():
+    unknown = {f"x{i}": {"$ref": f"other.json#/x{i}"} for i in range(70)}
+    schema = {"type": "object", "properties": {**unknown, "zip": {"type": "string"}}}
+    written = "".join(f"<parameter={key}>\n12345\n</parameter>\n" for key in schema["properties"])
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    text = f"<tool_call>\n<function=f>\n{written}</function>\n</tool_call>"
+    ((_, arguments),) = calls(parsed(text, "qwen3_coder", tools=tools))
+    assert json.loads(arguments) == {**dict.fromkeys(unknown, 12345), "zip": "12345"}
+
+
+def test_a_large_schema_is_taken_apart_in_bounded_time():
+    parts = [{"properties": {f"q{i}": True}} for i in range(2000)]
+    schema = {"type": "object", "properties": {f"p{i}": True for i in range(2000)}, "allOf": parts}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    written = "".join(f"<parameter=p{i}>\n1\n</parameter>\n" for i in range(50))
+    text = f"<tool_call>\n<function=f>\n{written}</function>\n</tool_call>"
+    start = time.process_time()
+    assert len(calls(parsed(text * 4, "qwen3_coder", tools=tools))) == 4
+    assert time.process_time() - start < 1, "this takes 0.1 s"
+
+
 # -- each format ------------------------------------------------------------------------------------------------------
 
 
