@@ -23,6 +23,7 @@ MAX_STRING_CHARS = 1024
 MAX_LOGIT_BIAS = 300
 MAX_ALLOWED_IDS = 1 << 22
 MAX_BAD_WORDS = 1024
+MAX_BAD_CHARS = 1 << 16  # of all bad words: each is split into tokens in several ways
 MAX_GRAMMAR_CHARS = 1 << 20
 MAX_SALT_CHARS = 1024
 _ID = re.compile(r"0|[1-9][0-9]{0,9}")
@@ -279,8 +280,8 @@ class SamplingParams:
         logit_bias: numbers in [-100, 100] to add to the logits of up to 300 token ids.
         allowed_token_ids: the only tokens that can be sampled.
         bad_words: texts that the output will not have, as the tokenizer spells them directly after another text and,
-            unless they start with white space, after a space. A sequence for which they leave no token ends with
-            finish_reason "abort"; only its last token may complete a bad word.
+            unless they start with white space, after a space; up to 1024, with 65536 characters together. A sequence
+            for which they leave no token ends with finish_reason "abort"; only its last token may complete a bad word.
         logprobs: how many of the most likely tokens to return log-probabilities of, for each sampled token, besides
             its own: up to 128; -1 is the whole vocabulary, True is 1.
         prompt_logprobs: the same for the prompt's tokens, always in "raw_logprobs" mode. The prompt is computed for
@@ -342,6 +343,8 @@ class SamplingParams:
         if self.stop and not self.detokenize:
             raise ValueError("stop strings need detokenize=True")
         self._set("bad_words", _strings("bad_words", self.bad_words, MAX_BAD_WORDS))
+        if (num_chars := sum(map(len, self.bad_words))) > MAX_BAD_CHARS:
+            raise ValueError(f"bad_words must have at most {MAX_BAD_CHARS} characters together, got {num_chars}")
         if self.allowed_token_ids is not None:
             self._set("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_IDS))
             if not self.allowed_token_ids:

@@ -149,6 +149,8 @@ class _GgufFile:
         arch = self.get("general.architecture")
         if arch is None:
             raise ValueError(f"{path} lacks the metadata general.architecture")
+        if not isinstance(arch, str):
+            raise ValueError(f"{path}: general.architecture must be a text, got {shown(arch)}")
         self.arch = arch
 
     def _parse(self) -> tuple[dict[str, Any], dict[str, _Tensor]]:

@@ -331,7 +331,8 @@ class Server(uvicorn.Server):
             await self._check_engine()
         if self.failure is not None and time.monotonic() > self.deadline:
             return True
-        if admission.draining and (not admission.num_samples or time.monotonic() > self.deadline):
+        is_busy = admission.num_samples or self.server_state.tasks  # which may still send a long response
+        if admission.draining and (not is_busy or time.monotonic() > self.deadline):
             await asyncio.to_thread(self.state.llm.close)
             return True
         return must_exit

@@ -1,6 +1,5 @@
 """POST /v1/chat/completions."""
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal
@@ -18,7 +17,7 @@ from nanovllm.server.generation import Conversation, Piece, generate_turn
 from nanovllm.server.models import check_model
 from nanovllm.server.sampling import NEUTRAL, SamplingFields
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import LongJsonResponse, sse
+from nanovllm.server.streaming import LongJsonResponse, in_thread, sse
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 # Clients send these fields back with an assistant's message, but no template prints them.
@@ -263,7 +262,7 @@ async def _chunks(pieces: AsyncGenerator[Piece, None], form: Form) -> AsyncGener
             writer.count(piece)
             if writer.takes_long(piece):  # such as all that a client did not read for a while
                 for sample in piece.samples:
-                    if chunks := await asyncio.to_thread(writer.chunks, sample):
+                    if chunks := await in_thread(writer.chunks, sample):
                         yield chunks
             elif chunks := [chunk for sample in piece.samples for chunk in writer.chunks(sample)]:
                 yield chunks
@@ -277,4 +276,4 @@ async def _whole(pieces: AsyncGenerator[Piece, None], form: Form) -> Response:
         async for piece in pieces:
             whole.add(piece)
     # Many log-probabilities take long to write.
-    return await asyncio.to_thread(lambda: LongJsonResponse(whole.body()))
+    return await in_thread(lambda: LongJsonResponse(whole.body()))

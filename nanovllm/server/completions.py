@@ -1,6 +1,5 @@
 """POST /v1/completions: continue prompts."""
 
-import asyncio
 import codecs
 import math
 import time
@@ -25,6 +24,7 @@ from nanovllm.server.streaming import (
     LongEvent,
     LongJsonResponse,
     check_num_logprobs,
+    in_thread,
     json_logprob,
     merge_streams,
     sse,
@@ -95,7 +95,7 @@ class _Writer:
         make = partial(self._choice, prompt_index, output)
         if not self._takes_long(output):
             return [make(sample) for sample in output.outputs]
-        return [await asyncio.to_thread(make, sample) for sample in output.outputs]
+        return [await in_thread(make, sample) for sample in output.outputs]
 
     def _takes_long(self, output: RequestOutput) -> bool:
         """Return whether the choices of an output take milliseconds, because of their log-probabilities."""
@@ -333,6 +333,6 @@ def routes(state: ServerState) -> APIRouter:
                 for choice in await writer.choices(index, output):
                     _add(choices, choice)
         body = {**header, "choices": [choices[index] for index in sorted(choices)], "usage": writer.usage()}
-        return await asyncio.to_thread(lambda: LongJsonResponse(body))  # many log-probabilities take long to write
+        return await in_thread(LongJsonResponse, body)  # many log-probabilities take long to write
 
     return router

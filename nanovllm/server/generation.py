@@ -5,6 +5,7 @@ import re
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -17,6 +18,7 @@ from nanovllm.server.errors import ApiError, aborted
 from nanovllm.server.events import CallEnd, Event
 from nanovllm.server.parsers import OutputParser
 from nanovllm.server.state import ServerState
+from nanovllm.server.streaming import in_thread
 
 # The parser reads the end of the prompt, because the template may open the model's thinking there. A message to be
 # continued may have opened it long before.
@@ -102,7 +104,8 @@ async def generate_turn(
         _check_tools(state, conversation)
     with state.admission.enter(conversation.params.n):
         prompt_ids, prompt_text = await _prompt(state, conversation, tools)
-        params = _constrained(state, conversation, tools, prompt_text)
+        constrain = partial(_constrained, state, conversation, tools, prompt_text)
+        params = await asyncio.to_thread(constrain) if tools else constrain()  # schemas can be large
         is_constrained = params.structured_outputs is not None
         samples = [_Sample(state.format.parser(prompt_text, tools, is_constrained)) for _ in range(params.n)]
         prompt = {"prompt_token_ids": prompt_ids}
@@ -192,7 +195,7 @@ def _naming_schemas(conversation: Conversation, params: SamplingParams) -> Itera
 
 async def _piece(sample: "_Sample", new: CompletionOutput) -> SamplePiece:
     """Return the next piece of a sample. A long text is parsed in a thread, because the model may write many calls."""
-    return await asyncio.to_thread(sample.piece, new) if len(new.text) > _LONG_TEXT else sample.piece(new)
+    return await in_thread(sample.piece, new) if len(new.text) > _LONG_TEXT else sample.piece(new)
 
 
 class _Sample:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, TypeAlias, TypeVar
 
@@ -22,9 +23,16 @@ MAX_RESPONSE_LOGPROBS = 1 << 20
 LONG_LOGPROBS = 512
 # Log-probabilities of a token are five levels below a response.
 _WRITTEN_LEVELS = 5
+# Does work that takes long, one piece after the other: several threads at once would keep the GIL from the event loop.
+_long_work = ThreadPoolExecutor(1, "nanovllm-long-work")
 # An event, or a list of events that are sent together.
 Item: TypeAlias = dict | list[dict]
 T = TypeVar("T")
+
+
+async def in_thread(function: Callable[..., T], *args: Any) -> T:
+    """Return `function(*args)`, which may take long. It waits for all other work of this kind."""
+    return await asyncio.get_running_loop().run_in_executor(_long_work, function, *args)
 
 
 async def merge_streams(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
@@ -176,7 +184,7 @@ class EventStream(Response):
 
     async def _encode_event(self, event: dict) -> bytes:
         is_long = isinstance(event, LongEvent)
-        data = await asyncio.to_thread(long_json_bytes, event) if is_long else json_bytes(event)
+        data = await in_thread(long_json_bytes, event) if is_long else json_bytes(event)
         name = f"event: {event['type']}\n".encode() if self._names_events else b""
         return b"%bdata: %b\n\n" % (name, data)
 

@@ -811,6 +811,7 @@ def test_abort_fuzz_returns_every_block(model):
         (dict(prompt_logprobs=-2), ValueError, "prompt_logprobs"),
         (dict(logprobs_mode="raw"), ValueError, "logprobs_mode"),
         (dict(bad_words=[""]), ValueError, "bad_words"),
+        (dict(bad_words=["a" * 1024] * 65), ValueError, "bad_words must have at most 65536 characters together"),
         (dict(skip_special_tokens=1), TypeError, "skip_special_tokens"),
         (dict(cache_salt=5), TypeError, "cache_salt"),
         (dict(cache_salt=""), ValueError, "cache_salt"),

@@ -291,6 +291,7 @@ def test_missing_metadata_or_tensor_is_named_with_the_file(tmp_path, key):
             {"llama__attention__head_count_kv": [2, 2]},
             r"number as its metadata llama\.attention\.head_count_kv, got \[2",
         ),
+        ({"general__architecture": ["llama", "qwen3"]}, r"general\.architecture must be a text, got \['llama'"),
         ({"llama__attention__head_count_kv": 0}, "num_kv_heads must be .*, got 0"),
         ({"extra": [("rope_freqs.weight", torch.ones(7))]}, "RoPE factors must be 8 "),
         ({"extra": [("nonsense", torch.ones(7))]}, "tensor nonsense, which the model does not have"),

@@ -11,7 +11,7 @@ import time
 import httpx
 import pytest
 
-from nanovllm.server.app import serve
+from nanovllm.server.app import Server, serve
 from nanovllm.server.options import ServerOptions
 from tests.server.serving import (
     SECONDS,
@@ -254,6 +254,24 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(own_llm):
             await serving
         with pytest.raises(RuntimeError, match="closed"):
             await own_llm.metrics()
+
+    asyncio.run(asyncio.wait_for(use(), SECONDS))
+
+
+def test_sigterm_lets_long_responses_be_sent(own_llm):
+    """The engine is done with them, but their clients have not read all of them yet."""
+
+    async def use():
+        state, _ = make_server(own_llm)
+        server = Server(state)
+        server.config.load()
+        sending = asyncio.create_task(asyncio.Event().wait())
+        server.server_state.tasks.add(sending)
+        server.handle_exit(signal.SIGTERM, None)
+        assert not await server.on_tick(1)
+        server.server_state.tasks.clear()
+        assert await server.on_tick(1)
+        sending.cancel()
 
     asyncio.run(asyncio.wait_for(use(), SECONDS))
 
