@@ -331,11 +331,17 @@ class Server(uvicorn.Server):
             await self._check_engine()
         if self.failure is not None and time.monotonic() > self.deadline:
             return True
-        is_busy = admission.num_samples or self.server_state.tasks  # which may still send a long response
+        is_busy = admission.num_samples or self._is_sending()
         if admission.draining and (not is_busy or time.monotonic() > self.deadline):
             await asyncio.to_thread(self.state.llm.close)
             return True
         return must_exit
+
+    def _is_sending(self) -> bool:
+        """Return whether a response is not sent yet: its task runs, or its client has not read what was written."""
+        transports = [getattr(connection, "transport", None) for connection in self.server_state.connections]
+        is_unread = any(transport and transport.get_write_buffer_size() for transport in transports)
+        return is_unread or bool(self.server_state.tasks)
 
     async def _check_engine(self) -> None:
         try:

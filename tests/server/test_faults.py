@@ -258,6 +258,16 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(own_llm):
     asyncio.run(asyncio.wait_for(use(), SECONDS))
 
 
+class UnreadConnection:
+    """A connection whose client has not read all that was written. It is its own transport."""
+
+    def __init__(self):
+        self.transport = self
+
+    def get_write_buffer_size(self):
+        return 9
+
+
 def test_sigterm_lets_long_responses_be_sent(own_llm):
     """The engine is done with them, but their clients have not read all of them yet."""
 
@@ -270,6 +280,10 @@ def test_sigterm_lets_long_responses_be_sent(own_llm):
         server.handle_exit(signal.SIGTERM, None)
         assert not await server.on_tick(1)
         server.server_state.tasks.clear()
+        connection = UnreadConnection()
+        server.server_state.connections.add(connection)
+        assert not await server.on_tick(1)
+        server.server_state.connections.clear()
         assert await server.on_tick(1)
         sending.cancel()
 
