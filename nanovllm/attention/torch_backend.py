@@ -102,12 +102,9 @@ class TorchBackend(AttentionBackend):
         return out
 
     def _plan_decode(self, rows: PagedRows, kv: PagedKV, dtype: torch.dtype) -> list[DecodeGroup]:
-        if len(rows) == 1:
-            return [self._plan_group(None, rows, kv, dtype)]
-        groups = group_by_length(rows, kv)
-        if len(groups) == 1:
-            return [self._plan_group(None, rows, kv, dtype)]
-        return [self._plan_group(group, rows[group], kv, dtype) for group in groups]
+        if len(rows) > 1 and len(groups := group_by_length(rows, kv)) > 1:
+            return [self._plan_group(group, rows[group], kv, dtype) for group in groups]
+        return [self._plan_group(None, rows, kv, dtype)]
 
     @staticmethod
     def _plan_group(indices: Tensor | None, rows: PagedRows, kv: PagedKV, dtype: torch.dtype) -> DecodeGroup:

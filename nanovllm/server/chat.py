@@ -17,7 +17,7 @@ from nanovllm.server.generation import Conversation, Piece, generate_turn
 from nanovllm.server.models import check_model
 from nanovllm.server.sampling import NEUTRAL, SamplingFields
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import LongJsonResponse, in_thread, sse
+from nanovllm.server.streaming import in_thread, long_response, sse
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 # Clients send these fields back with an assistant's message, but no template prints them.
@@ -275,5 +275,4 @@ async def _whole(pieces: AsyncGenerator[Piece, None], form: Form) -> Response:
     async with aclosing(pieces):
         async for piece in pieces:
             whole.add(piece)
-    # Many log-probabilities take long to write.
-    return await in_thread(lambda: LongJsonResponse(whole.body()))
+    return await long_response(whole.body, whole.num_logprobs)

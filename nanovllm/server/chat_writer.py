@@ -95,10 +95,14 @@ class WholeResponse:
     def add(self, piece: Piece) -> None:
         """Add the next piece. Raise ApiError if the response has too many log-probabilities."""
         self.usage.add(piece)
-        if self.form.num_top is not None:
-            check_num_logprobs(self.usage.num_generated * (self.form.num_top + 1))
+        check_num_logprobs(self.num_logprobs)
         for sample in piece.samples:
             self.choices.setdefault(sample.index, _Choice(sample.index)).add(sample)
+
+    @property
+    def num_logprobs(self) -> int:
+        """How many log-probabilities the response has so far."""
+        return 0 if self.form.num_top is None else self.usage.num_generated * (self.form.num_top + 1)
 
     def body(self) -> dict[str, Any]:
         """Return the response. Its log-probabilities are iterators, for `long_json_bytes`."""

@@ -22,10 +22,10 @@ from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import (
     LONG_LOGPROBS,
     LongEvent,
-    LongJsonResponse,
     check_num_logprobs,
     in_thread,
     json_logprob,
+    long_response,
     merge_streams,
     sse,
 )
@@ -64,7 +64,7 @@ class _Writer:
         num_generated, num_prompt, num_cached: numbers of tokens so far; cached are those that the prefix cache had.
         _prompts: the indices of the prompts that had an output.
         _ends: for each sample that had an output, where its text ends so far; 0 without logprobs.
-        _num_logprobs: how many log-probabilities the response has so far; in a stream, the last choice.
+        num_logprobs: how many log-probabilities the response has so far; in a stream, the last choice.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class _Writer:
         self.num_generated = self.num_prompt = self.num_cached = 0
         self._prompts: set[int] = set()
         self._ends: dict[int, _TextEnd] = {}
-        self._num_logprobs = 0
+        self.num_logprobs = 0
 
     async def choices(self, prompt_index: int, output: RequestOutput) -> list[dict]:
         """Return what an output has, or what is new in it, as choices."""
@@ -149,9 +149,9 @@ class _Writer:
 
     def _count_logprobs(self, num_tokens: int) -> None:
         """Refuse a response, or an event of a stream, that would take too much memory. `echo` repeats the prompt's."""
-        before = 0 if self.request.stream else self._num_logprobs
-        self._num_logprobs = before + num_tokens * ((self.request.logprobs or 0) + 1)
-        check_num_logprobs(self._num_logprobs)
+        before = 0 if self.request.stream else self.num_logprobs
+        self.num_logprobs = before + num_tokens * ((self.request.logprobs or 0) + 1)
+        check_num_logprobs(self.num_logprobs)
 
     def usage(self) -> dict:
         """Return the numbers of tokens so far."""
@@ -333,6 +333,6 @@ def routes(state: ServerState) -> APIRouter:
                 for choice in await writer.choices(index, output):
                     _add(choices, choice)
         body = {**header, "choices": [choices[index] for index in sorted(choices)], "usage": writer.usage()}
-        return await in_thread(LongJsonResponse, body)  # many log-probabilities take long to write
+        return await long_response(lambda: body, writer.num_logprobs)
 
     return router

@@ -124,10 +124,17 @@ class JsonResponse(JSONResponse):
 
 
 class LongJsonResponse(JsonResponse):
-    """A response that may be long. Make it in a thread."""
+    """A response that may be long. See `long_response`, which makes it."""
 
     def render(self, content: Any) -> bytes:
         return long_json_bytes(content)
+
+
+async def long_response(body: Callable[[], Any], num_logprobs: int) -> Response:
+    """Return a response with `body()`, made in a thread if it has many log-probabilities."""
+    if num_logprobs <= LONG_LOGPROBS:
+        return LongJsonResponse(body())
+    return await in_thread(lambda: LongJsonResponse(body()))
 
 
 class LongEvent(dict):

@@ -649,3 +649,19 @@ def test_a_client_that_leaves_ends_its_request(llm, stream):
         await until_idle(llm, state)
 
     asyncio.run(asyncio.wait_for(run(), SECONDS))
+
+
+def test_short_responses_do_not_wait_for_the_long_work_of_others():
+    async def use(client, state):
+        release = threading.Event()
+        long = asyncio.create_task(streaming.in_thread(release.wait))
+        try:
+            for more in ({}, {"stream": True}, {"tools": [WEATHER]}):
+                answer = await client.post(PATH, json={"model": "tiny", "messages": USER, **more})
+                assert answer.status_code == 200, answer.text
+            assert not long.done()
+        finally:
+            release.set()
+            await long
+
+    with_client(ScriptedLLM("ok"), use, **OPTIONS)
