@@ -462,6 +462,19 @@ def test_a_long_text_is_parsed_in_a_thread(monkeypatch):
     assert threads == [True, False]
 
 
+def test_grammars_of_tools_are_made_in_a_thread(monkeypatch):
+    threads, constrain = [], generation._constrained
+
+    def recording(*args):
+        threads.append(threading.current_thread() is threading.main_thread())
+        return constrain(*args)
+
+    monkeypatch.setattr(generation, "_constrained", recording)
+    whole(ScriptedLLM("ok"), tools=[WEATHER])
+    whole(ScriptedLLM("ok"))
+    assert threads == [False, True]
+
+
 def test_log_probabilities_that_fill_the_memory_are_refused(llm, monkeypatch):
     monkeypatch.setattr(streaming, "MAX_RESPONSE_LOGPROBS", 30)
     body = dict(logprobs=True, ignore_eos=True, max_tokens=10)
