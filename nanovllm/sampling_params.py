@@ -26,6 +26,7 @@ MAX_BAD_WORDS = 1024
 MAX_BAD_CHARS = 1 << 16  # of all bad words: each is split into tokens in several ways
 MAX_GRAMMAR_CHARS = 1 << 20
 MAX_SALT_CHARS = 1024
+# A token id as text, as JSON has it for a key.
 _ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 

@@ -38,7 +38,8 @@ from nanovllm.utils.open_files import allow_open_files
 logger = logging.getLogger("nanovllm")
 
 _MAX_SHOWN_ERRORS = 3
-# Messages of errors start with names of these fields, or of the engine's prompt, for which endpoints have names too.
+# Messages of errors start with the name of a field, or with the engine's word for the prompt, which has other names
+# in endpoints.
 _NAMED_FIELDS = {*SamplingFields.model_fields, *SamplingFields.NEUTRAL, "suffix", "tools", "truncation"}
 _PROMPT_FIELDS = {"/v1/completions": "prompt", "/v1/chat/completions": "messages", "/v1/responses": "input"}
 _KEEP_ALIVE_S = 75
@@ -331,17 +332,17 @@ class Server(uvicorn.Server):
             await self._check_engine()
         if self.failure is not None and time.monotonic() > self.deadline:
             return True
-        is_busy = admission.num_samples or self._is_sending()
-        if admission.draining and (not is_busy or time.monotonic() > self.deadline):
+        if admission.draining and (time.monotonic() > self.deadline or not self._is_busy()):
             await asyncio.to_thread(self.state.llm.close)
             return True
         return must_exit
 
-    def _is_sending(self) -> bool:
-        """Return whether a response is not sent yet: its task runs, or its client has not read what was written."""
+    def _is_busy(self) -> bool:
+        """Return whether a request runs, or a client has not read all of its response."""
+        if self.state.admission.num_samples or self.server_state.tasks:
+            return True
         transports = [getattr(connection, "transport", None) for connection in self.server_state.connections]
-        is_unread = any(transport and transport.get_write_buffer_size() for transport in transports)
-        return is_unread or bool(self.server_state.tasks)
+        return any(transport and transport.get_write_buffer_size() for transport in transports)
 
     async def _check_engine(self) -> None:
         try:

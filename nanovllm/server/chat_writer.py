@@ -35,6 +35,11 @@ class Form:
     continuous_usage: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def logprobs_per_token(self) -> int:
+        """How many log-probabilities a token has: its own and the most likely ones."""
+        return 0 if self.num_top is None else self.num_top + 1
+
     def body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """Return a response or a chunk, as `kind` says, without its usage."""
         return {
@@ -102,7 +107,7 @@ class WholeResponse:
     @property
     def num_logprobs(self) -> int:
         """How many log-probabilities the response has so far."""
-        return 0 if self.form.num_top is None else self.usage.num_generated * (self.form.num_top + 1)
+        return self.usage.num_generated * self.form.logprobs_per_token
 
     def body(self) -> dict[str, Any]:
         """Return the response. Its log-probabilities are iterators, for `long_json_bytes`."""
@@ -194,9 +199,7 @@ class ChunkWriter:
 
     def _num_logprobs(self, sample: SamplePiece) -> int:
         """Return how many log-probabilities the next chunks of a sample have."""
-        if self.form.num_top is None:
-            return 0
-        return (len(self.waiting.get(sample.index, ())) + len(sample.token_ids)) * (self.form.num_top + 1)
+        return (len(self.waiting.get(sample.index, ())) + len(sample.token_ids)) * self.form.logprobs_per_token
 
     def _chunk(
         self, index: int, delta: dict[str, Any], tokens: Sequence[dict] = (), ending: dict[str, Any] | None = None
@@ -208,7 +211,7 @@ class ChunkWriter:
         return LongEvent(chunk) if self._are_many(tokens) else chunk
 
     def _are_many(self, tokens: Sequence[dict]) -> bool:
-        return len(tokens) * ((self.form.num_top or 0) + 1) > LONG_LOGPROBS
+        return len(tokens) * self.form.logprobs_per_token > LONG_LOGPROBS
 
 
 def _delta(event: Text | Thinking | CallStart | CallArguments) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class _Writer:
         text_bytes: the bytes that each token adds to the text of an output.
 
     Attributes:
+        logprobs_per_token: how many log-probabilities a token has: its own and the most likely ones.
         is_empty: leave out the sampled token, because `max_tokens` is 0. The engine cannot do without it.
         num_generated, num_prompt, num_cached: numbers of tokens so far; cached are those that the prefix cache had.
         _prompts: the indices of the prompts that had an output.
@@ -80,6 +81,7 @@ class _Writer:
         self.echoes = echoes
         self.token_bytes = token_bytes
         self.text_bytes = text_bytes
+        self.logprobs_per_token = 0 if request.logprobs is None else request.logprobs + 1
         self.is_empty = request.max_tokens == 0
         self.num_generated = self.num_prompt = self.num_cached = 0
         self._prompts: set[int] = set()
@@ -99,12 +101,10 @@ class _Writer:
 
     def _takes_long(self, output: RequestOutput) -> bool:
         """Return whether the choices of an output take milliseconds, because of their log-probabilities."""
-        if self.request.logprobs is None:
-            return False
         num_tokens = sum(len(sample.token_ids) for sample in output.outputs)
         if self.request.echo:  # the prompt's, in the first output of each sample
             num_tokens += len(output.prompt_token_ids)
-        return num_tokens * (self.request.logprobs + 1) > LONG_LOGPROBS
+        return num_tokens * self.logprobs_per_token > LONG_LOGPROBS
 
     def _choice(self, prompt_index: int, output: RequestOutput, sample: CompletionOutput) -> dict:
         if sample.finish_reason == "abort":
@@ -137,6 +137,11 @@ class _Writer:
             "stop_reason": stop_reason,
         }
 
+    def event_type(self, choice: dict) -> type[dict]:
+        """Return the type of a choice's event."""
+        num_tokens = len(choice["logprobs"]["tokens"]) if choice["logprobs"] else 0
+        return LongEvent if num_tokens * self.logprobs_per_token > LONG_LOGPROBS else dict
+
     def _added_by_prompt(self, prompt_ids: list[int], echo: str) -> list[bytes]:
         """Return the bytes that each token of a prompt adds to its text.
 
@@ -150,7 +155,7 @@ class _Writer:
     def _count_logprobs(self, num_tokens: int) -> None:
         """Refuse a response, or an event of a stream, that would take too much memory. `echo` repeats the prompt's."""
         before = 0 if self.request.stream else self.num_logprobs
-        self.num_logprobs = before + num_tokens * ((self.request.logprobs or 0) + 1)
+        self.num_logprobs = before + num_tokens * self.logprobs_per_token
         check_num_logprobs(self.num_logprobs)
 
     def usage(self) -> dict:
@@ -277,8 +282,7 @@ async def _events(
             if request.include_usage:
                 usage = {"usage": writer.usage() if request.continuous_usage else None}
             if events:
-                num_top = request.logprobs or 0
-                yield [_event_type(choice, num_top)({**header, "choices": [choice], **usage}) for choice in events]
+                yield [writer.event_type(choice)({**header, "choices": [choice], **usage}) for choice in events]
     if request.include_usage:
         yield [{**header, "choices": [], "usage": writer.usage()}]
 
@@ -293,11 +297,6 @@ def _add(choices: dict[int, dict], new: dict) -> None:
     if new["logprobs"] is not None:
         for name, values in new["logprobs"].items():
             choice["logprobs"][name] += values
-
-
-def _event_type(choice: dict, num_top: int) -> type[dict]:
-    is_long = choice["logprobs"] and len(choice["logprobs"]["tokens"]) * (num_top + 1) > LONG_LOGPROBS
-    return LongEvent if is_long else dict
 
 
 def routes(state: ServerState) -> APIRouter:

@@ -10,6 +10,7 @@ Patterns match a limited number of characters, so that little text is held back 
 import json
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -429,8 +430,8 @@ class Qwen3CoderParser(OutputParser):
 
     def __init__(self, tools: Mapping[str, Any]):
         super().__init__(tools)
-        self._schemas = {name: Alternatives(schema) for name, schema in tools.items()}
-        self._types_of: dict[tuple[str, str], set[str]] = {}  # of the parameters so far, by function and name
+        schemas = {name: Alternatives(schema) for name, schema in tools.items()}
+        self._types = cache(lambda name, key: value_types(schemas[name], key))
 
     def _call(self) -> Found:
         head = yield from self._match(self.function)
@@ -460,11 +461,6 @@ class Qwen3CoderParser(OutputParser):
                 yield from self._text_value()
             else:
                 yield from self._json_value(types)
-
-    def _types(self, name: str, key: str) -> set[str]:
-        if (name, key) not in self._types_of:
-            self._types_of[name, key] = value_types(self._schemas[name], key)
-        return self._types_of[name, key]
 
     def _text_value(self) -> Wait:
         self._emit_arguments('"')

@@ -422,7 +422,7 @@ def test_a_models_stream_equals_its_whole_answer(llm, stop):
         assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop and stop[0])
 
 
-def test_long_pieces_of_log_probabilities_are_written_in_threads(llm, monkeypatch):
+def test_long_pieces_of_log_probabilities_are_written_in_a_thread(llm, monkeypatch):
     body = dict(structured_outputs=FORCED, n=2, logprobs=True, top_logprobs=2, temperature=0)
     want = same(joined(chunks(llm, **body)))
     monkeypatch.setattr(chat_writer, "LONG_LOGPROBS", 2)  # one token's

@@ -551,7 +551,7 @@ def test_a_request_that_waits_for_its_mask_does_not_stop_those_behind_it(monkeyp
 @pytest.mark.parametrize("num_snapshots", [0, 8])
 @pytest.mark.parametrize("caching", [True, False])
 def test_a_long_prompt_starts_only_when_all_of_it_fits(caching, num_snapshots):
-    """Its first chunk fits beside the others, but the whole prompt does not until they end."""
+    """Its first chunk fits beside the others. The whole prompt fits only after they end."""
     short = [([i], SamplingParams(max_tokens=24, ignore_eos=True), ()) for i in range(4)]
     long = (list(range(100, 220)), SamplingParams(max_tokens=4, ignore_eos=True), ())
     snapshots = num_snapshots if caching else 0

@@ -274,7 +274,7 @@ def test_an_unset_limit_follows_the_other_one(monkeypatch, has_gpu, num_seqs, bu
     assert limits(device="cpu") == (256, 512)
     assert limits(max_num_batched_tokens=100) == (100, 100)
     assert limits(max_num_batched_tokens=4096) == (num_seqs, 4096)
-    assert limits(max_num_seqs=20000) == (20000, 40000)  # prompts go on beside the other sequences
+    assert limits(max_num_seqs=20000) == (20000, 40000)  # at least half of the budget is for prompts
     assert limits(max_num_seqs=8) == (8, budget)
     with pytest.raises(ValueError, match=r"max_num_batched_tokens \(100\) must be at least max_num_seqs \(101\)"):
         limits(max_num_seqs=101, max_num_batched_tokens=100)

@@ -93,7 +93,7 @@ def plan_decode_gather(rows: PagedRows, kv: PagedKV, dtype: torch.dtype) -> Deco
 # Sequences are gathered in groups. Another group takes the time of about this many gathered tokens.
 _GROUP_TOKENS = 512
 # A group of several sequences gathers at most this much of K, and as much of V.
-GATHERED_BYTES = 4 << 20
+_GATHERED_BYTES = 4 << 20
 
 
 def group_by_length(rows: PagedRows, kv: PagedKV) -> list[torch.Tensor]:
@@ -103,7 +103,7 @@ def group_by_length(rows: PagedRows, kv: PagedKV) -> list[torch.Tensor]:
     """
     lens = rows.context_lens.clamp(max=kv.window) if kv.window else rows.context_lens
     lens, order = lens.sort(descending=True)
-    max_tokens = GATHERED_BYTES // (kv.kv_heads * kv.head_dim * kv.k_cache.itemsize)
+    max_tokens = _GATHERED_BYTES // (kv.kv_heads * kv.head_dim * kv.k_cache.itemsize)
     sizes, longest = [], 0  # of each group, and of the last one
     for i, length in enumerate(lens.tolist()):
         # All sequences from here on are at most as long.
