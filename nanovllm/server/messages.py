@@ -274,6 +274,8 @@ def routes(state: ServerState) -> APIRouter:
     @router.post("/v1/messages/count_tokens")
     async def count_tokens(request: CountTokensRequest, http: Request) -> Response:
         check_model(state, request.model)
-        return JsonResponse({"input_tokens": len(await prompt_token_ids(state, conversation(state, request, http)))})
+        async with state.tokenizing:
+            prompt_ids = await prompt_token_ids(state, conversation(state, request, http))
+        return JsonResponse({"input_tokens": len(prompt_ids)})
 
     return router

@@ -1,9 +1,10 @@
 """The state that all endpoints share."""
 
+import asyncio
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +19,10 @@ from nanovllm.server.options import ServerOptions
 from nanovllm.server.security import key_salt
 from nanovllm.server.text_format import TextFormat
 
+# Requests that only tokenize and are worked on at once. They share the engine's four threads for prompts, and leave
+# some to the requests that generate.
+_MAX_TOKENIZING = 2
+
 
 @dataclass(frozen=True)
 class ServerState:
@@ -28,6 +33,7 @@ class ServerState:
         model_names: the model's names in the API; the first is the one that responses carry.
         format: how the model writes its thinking and its tool calls.
         admission: counts the requests that the engine has, and refuses those that are too many.
+        tokenizing: requests that generate nothing hold it while they count tokens.
     """
 
     llm: AsyncLLM | EngineClient
@@ -36,6 +42,7 @@ class ServerState:
     format: TextFormat
     admission: AdmissionControl
     metrics: ServerMetrics
+    tokenizing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_TOKENIZING))
 
     @cached_property
     def token_bytes(self) -> Mapping[int, bytes]:

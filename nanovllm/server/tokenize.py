@@ -71,7 +71,8 @@ def routes(state: ServerState) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(request: TokenizeRequest, http: Request) -> JsonResponse:
         check_model(state, request.model)
-        token_ids = await _token_ids(state, request, http)
+        async with state.tokenizing:
+            token_ids = await _token_ids(state, request, http)
         names = state.llm.tokenizer.convert_ids_to_tokens(token_ids) if request.return_token_strs else None
         return JsonResponse(
             {
@@ -85,6 +86,7 @@ def routes(state: ServerState) -> APIRouter:
     @router.post("/detokenize")
     async def detokenize(request: DetokenizeRequest) -> JsonResponse:
         check_model(state, request.model)
-        return JsonResponse({"prompt": await state.llm.decode(request.tokens)})
+        async with state.tokenizing:
+            return JsonResponse({"prompt": await state.llm.decode(request.tokens)})
 
     return router

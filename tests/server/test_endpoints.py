@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from nanovllm.server.app import _greeting, _listen, make_state, serve
 from nanovllm.server.options import ServerOptions
 from tests.server.conftest import OPTIONS
 from tests.server.scripted import ScriptedLLM
-from tests.server.serving import SECONDS, call, error_of, listening, make_server, post, with_client
+from tests.server.serving import SECONDS, call, error_of, listening, make_server, post, until, with_client
 
 
 def test_models_are_listed_and_found_by_name(llm):
@@ -84,6 +85,47 @@ def test_tokenize_counts_a_strict_tool_as_chat_completions_do():
 def test_wrong_tokenize_gets_400(llm, body):
     answer = call(llm, "POST", "/tokenize", body)
     assert answer.status_code == 400 and error_of(answer)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "method"),
+    [
+        ("/tokenize", {"prompt": "many"}, "encode_bounded"),
+        ("/detokenize", {"tokens": [7] * 7}, "decode"),
+        (
+            "/v1/messages/count_tokens",
+            {"model": "tiny", "messages": [{"role": "user", "content": "many"}]},
+            "chat_prompt_ids",
+        ),
+    ],
+)
+def test_requests_that_only_tokenize_leave_threads_to_others(llm, monkeypatch, path, body, method):
+    processor, release, started = llm.llm_engine.input_processor, threading.Event(), threading.Event()
+    work = getattr(processor, method)
+
+    def wait_and_work(value, *args, **kwargs):
+        if "many" in str(value) or value == [7] * 7:
+            started.set()
+            assert release.wait(SECONDS)
+        return work(value, *args, **kwargs)
+
+    monkeypatch.setattr(processor, method, wait_and_work)
+
+    async def use(client, state):
+        many = [asyncio.create_task(client.post(path, json=body)) for _ in range(8)]
+        try:
+            await until(started.is_set)
+            chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+            others = [await client.post("/v1/chat/completions", json=chat)]
+            others.append(await client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 1}))
+            assert [other.status_code for other in others] == [200, 200]
+            assert not any(task.done() for task in many)
+        finally:
+            release.set()
+            answers = await asyncio.gather(*many)
+        assert {answer.status_code for answer in answers} == {200}
+
+    with_client(llm, use)
 
 
 def test_health_and_version(llm):
