@@ -1,6 +1,7 @@
 """The server: puts the endpoints together, and runs them."""
 
 import asyncio
+import contextlib
 import gc
 import json
 import logging
@@ -286,6 +287,7 @@ class Server(uvicorn.Server):
 
     Attributes:
         failure: why the engine has failed; None if it has not.
+        warm_up: a task that prepares the engine for the first conversation.
     """
 
     def __init__(self, state: ServerState):
@@ -315,6 +317,7 @@ class Server(uvicorn.Server):
         except OSError as error:  # a full disk, or a reader that has gone
             logger.warning(f"The greeting cannot be printed: {error}")
             sys.stdout = None  # Python would fail to flush it at the end
+        self.warm_up = asyncio.create_task(_start_templates(self.state.llm))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.state.admission.draining:
@@ -353,6 +356,12 @@ class Server(uvicorn.Server):
             self.failure = str(error)
             self.deadline = time.monotonic() + _FAILED_S
             logger.error(f"The server stops in {_FAILED_S} s, because its engine has failed: {error!s:.500}")
+
+
+async def _start_templates(llm: AsyncLLM | EngineClient) -> None:
+    """Start the process that renders chat templates. Else the first conversation would wait for it for a second."""
+    with contextlib.suppress(Exception):  # the model has no template, or a wrong one: its requests report why
+        await llm.chat_prompt([{"role": "user", "content": "Hello!"}])
 
 
 def _greeting(state: ServerState, host: str, port: int) -> str:

@@ -107,7 +107,8 @@ async def listening(llm, **options):
     state, _ = make_server(llm, **options)
     listener = socket.create_server(("127.0.0.1", 0))
     address = listener.getsockname()
-    serving = asyncio.create_task(Server(state).serve([listener]))
+    server = Server(state)
+    serving = asyncio.create_task(server.serve([listener]))
     try:
         async with httpx.AsyncClient(base_url=f"http://{address[0]}:{address[1]}", timeout=None) as client:
             await client.get("/version")  # waits until the server accepts
@@ -116,6 +117,8 @@ async def listening(llm, **options):
         serving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await serving
+        for each in server.servers:  # else the loop would not hear a later socket that gets the same number
+            each.close()
         listener.close()
 
 

@@ -328,3 +328,11 @@ def test_server_whose_greeting_cannot_be_printed_serves(llm, monkeypatch, caplog
 
     asyncio.run(use())
     assert "greeting cannot be printed" in caplog.text
+
+
+def test_server_starts_the_process_for_templates_before_the_first_conversation(own_llm):
+    async def use():
+        async with listening(own_llm):
+            await asyncio.wait_for(until(lambda: own_llm.llm_engine.input_processor.templates._idle), SECONDS)
+
+    asyncio.run(use())
