@@ -4,6 +4,7 @@ The event loop parses and checks bodies. Bodies of millions of values, or of err
 requests, so they are refused.
 """
 
+import math
 from typing import Any
 
 from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
@@ -68,7 +69,10 @@ class Body(BaseModel):
 
 
 def _check_size(data: Any) -> None:
-    """Raise ValueError if the body has too many values that are not token ids."""
+    """Raise ValueError if the body has too many values that are not token ids, or a number in it is not finite.
+
+    The endpoints check the body's own numbers. What is below them may be a schema, which goes on as JSON.
+    """
     todo, num_values = [(data, False)], 0
     while todo:
         value, may_be_ids = todo.pop()
@@ -78,6 +82,10 @@ def _check_size(data: Any) -> None:
             num_values += len(children)
         if num_values > _MAX_OTHER_VALUES:
             raise ValueError(f"the body has more than {_MAX_OTHER_VALUES} values that are not token ids")
+        if float in kinds and value is not data:
+            for child in children:
+                if isinstance(child, float) and not math.isfinite(child):
+                    raise ValueError(f"the body has the number {child}, but numbers must be finite")
         if kinds.isdisjoint(_CONTAINERS):
             continue
         if value is data and isinstance(data, dict):

@@ -110,7 +110,7 @@ class WholeResponse:
         return self.usage.num_generated * self.form.logprobs_per_token
 
     def body(self) -> dict[str, Any]:
-        """Return the response. Its log-probabilities are iterators, for `long_json_bytes`."""
+        """Return the response. Its log-probabilities are iterators, for `long_response`."""
         choices = [self.choices[index].body(self.form) for index in sorted(self.choices)]
         return self.form.body("chat.completion", choices) | {"usage": self.usage.fields()}
 

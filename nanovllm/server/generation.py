@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,13 +19,13 @@ from nanovllm.server.errors import ApiError, aborted
 from nanovllm.server.events import CallEnd, Event
 from nanovllm.server.parsers import OutputParser
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import in_thread
 
 # The parser reads the end of the prompt, because the template may open the model's thinking there. A message to be
 # continued may have opened it long before.
 _TAIL_TOKENS = 64
 _CONTINUED_TAIL_TOKENS = 4096
 _LONG_TEXT = 4096  # characters of a sample's new text that are parsed in a thread
+_parsing = ThreadPoolExecutor(1, "nanovllm-parsing")  # not the thread for long responses, which may take seconds
 # Ends thinking that the template has opened, as templates without thinking do.
 _NO_THINKING = "\n</think>\n\n"
 # The engine's error about a grammar: the line that is wrong, the reason, and an excerpt of the grammar.
@@ -132,6 +133,8 @@ def _check_tools(state: ServerState, conversation: Conversation) -> None:
     names: set[str] = set()
     for tool in conversation.tools:
         name = tool["function"]["name"]
+        if not name:
+            raise ApiError(400, "tools has a function without a name", param="tools")
         if name in names:
             raise ApiError(400, f"tools must have different names, got two of the name {shown(name)}", param="tools")
         names.add(name)
@@ -148,7 +151,8 @@ async def _prompt(
     """Return the prompt's token ids, and the end of its text."""
     template = conversation.template | ({"tools": [_shown(tool) for tool in tools]} if tools else {})
     prompt_ids = await state.llm.chat_prompt(conversation.messages, **template)
-    num_tail = _CONTINUED_TAIL_TOKENS if template.get("continue_final_message") else _TAIL_TOKENS
+    options: dict[str, Any] = {**template, **(conversation.template.get("chat_template_kwargs") or {})}
+    num_tail = _CONTINUED_TAIL_TOKENS if options.get("continue_final_message") else _TAIL_TOKENS
     text = await state.llm.decode(prompt_ids[-num_tail:])
     form = conversation.params.structured_outputs
     if form is not None and json_rule(form) is None and state.format.opens_thinking(text):
@@ -195,7 +199,9 @@ def _naming_schemas(conversation: Conversation, params: SamplingParams) -> Itera
 
 async def _piece(sample: "_Sample", new: CompletionOutput) -> SamplePiece:
     """Return the next piece of a sample. A long text is parsed in a thread, because the model may write many calls."""
-    return await in_thread(sample.piece, new) if len(new.text) > _LONG_TEXT else sample.piece(new)
+    if len(new.text) <= _LONG_TEXT:
+        return sample.piece(new)
+    return await asyncio.get_running_loop().run_in_executor(_parsing, sample.piece, new)
 
 
 class _Sample:

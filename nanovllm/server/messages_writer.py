@@ -1,16 +1,13 @@
 """Messages in Anthropic's form: whole ones, and the events of streams."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
-
-from pydantic_core import from_json
 
 from nanovllm.server.blocks import Block, Blocks, Change, Grown, Started
 from nanovllm.server.events import CallArguments, CallEnd, CallStart, Event, Text, Thinking
 from nanovllm.server.generation import Piece, SamplePiece
+from nanovllm.server.json_text import read_cut_json, read_json
 from nanovllm.server.parsers import joined
-from nanovllm.server.schemas import refuse_constant
 
 # Clients drop thinking without a signature, and send back what they keep.
 _SIGNATURE = "nanovllm"
@@ -137,10 +134,10 @@ def _content(block: Block) -> dict[str, Any]:
 def _arguments(text: str) -> dict[str, Any] | None:
     """Return the arguments of a tool call, or the first of them if they are cut off; None if they are not an object."""
     try:
-        arguments = json.loads(text, parse_constant=refuse_constant)
+        arguments = read_json(text)
     except (ValueError, RecursionError):
         try:
-            arguments = from_json(text, allow_partial="trailing-strings", allow_inf_nan=False)
+            arguments = read_cut_json(text)
         except ValueError:
             return None
     return arguments if isinstance(arguments, dict) else None

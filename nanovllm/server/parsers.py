@@ -17,7 +17,8 @@ from typing import Any
 import regex
 
 from nanovllm.server.events import CallArguments, CallEnd, CallStart, Event, Text
-from nanovllm.server.schemas import Alternatives, as_json, refuse_constant, value_types
+from nanovllm.server.json_text import read_json
+from nanovllm.server.schemas import Alternatives, as_json, value_types
 
 # A part of a parser yields when it waits for more text. A `Found` returns whether it has found what it looks for.
 Found = Generator[None, None, bool]
@@ -180,7 +181,7 @@ def joined(events: list[Event]) -> list[Event]:
 
 def _is_object(text: str) -> bool:
     try:
-        return isinstance(json.loads(text, parse_constant=refuse_constant), dict)
+        return isinstance(read_json(text), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -277,12 +278,12 @@ class JsonCallParser(OutputParser):
 def _as_call(text: str) -> tuple[str, str] | None:
     """Return the name and the arguments, as JSON, of the call that a JSON object describes, or None."""
     try:
-        call: Any = json.loads(text, parse_constant=refuse_constant)
+        call: Any = read_json(text)
         if isinstance(call.get("function"), dict):
             call = call["function"]
         arguments = call.get("arguments", call.get("parameters"))
         if isinstance(arguments, str):
-            arguments = json.loads(arguments or "{}", parse_constant=refuse_constant)
+            arguments = read_json(arguments or "{}")
         arguments = {} if arguments is None else arguments
         name = call.get("name") or call.get("function")
         if isinstance(name, str) and isinstance(arguments, dict):

@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from nanovllm.checks import shown
+from nanovllm.server.json_text import read_json
 
 _ALL_TYPES = frozenset(("string", "number", "integer", "boolean", "null", "array", "object"))
 _TYPE_NAMES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
@@ -199,13 +200,8 @@ def as_json(text: str, types: set[str]) -> str:
     if kind in types:
         return value
     try:
-        kind = type_name(json.loads(text, parse_constant=refuse_constant))
+        kind = type_name(read_json(text))
     except (ValueError, RecursionError):
         return json.dumps(text, ensure_ascii=False)
     fits = kind in types or (kind == "integer" and "number" in types)
     return text.strip(_JSON_SPACE) if fits or "string" not in types else json.dumps(text, ensure_ascii=False)
-
-
-def refuse_constant(constant: str) -> None:
-    """Raise ValueError for NaN and Infinity, which Python's `json.loads` would accept."""
-    raise ValueError(f"{constant} is not JSON")

@@ -1,8 +1,8 @@
 """Streams of several prompts, JSON responses and server-sent events."""
 
 import asyncio
-import json
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -11,18 +11,16 @@ from typing import Any, TypeAlias, TypeVar
 from fastapi.responses import JSONResponse, Response
 
 from nanovllm.server.errors import ApiError, as_api_error, openai_error
+from nanovllm.server.json_text import LongJson, json_bytes, long_json_bytes
 
 logger = logging.getLogger("nanovllm")
-
-# `json.dumps` would make one for each event.
-_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 # Log-probabilities of a response. They take 200 bytes each, and more in chat completions.
 MAX_RESPONSE_LOGPROBS = 1 << 20
 # Writing more than this many takes a few milliseconds, so it is done in a thread.
 LONG_LOGPROBS = 512
-# Log-probabilities of a token are five levels below a response.
-_WRITTEN_LEVELS = 5
+# Writing a long response gives way to other long work after this time, so that no response waits for all of another.
+_SLICE_S = 0.02
 # Does work that takes long, one piece after the other: several threads at once would keep the GIL from the event loop.
 _long_work = ThreadPoolExecutor(1, "nanovllm-long-work")
 # An event, or a list of events that are sent together.
@@ -71,39 +69,6 @@ async def merge_streams(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGene
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def json_bytes(value: Any) -> bytes:
-    """Return a value as compact JSON."""
-    # Half a character, which a client may send escaped, is escaped again: JSON and Python write it in the same way.
-    return _encoder.encode(value).encode(errors="backslashreplace")
-
-
-def long_json_bytes(value: Any) -> bytes:
-    """Return a value that may be long as compact JSON, in a thread: other threads run meanwhile.
-
-    The encoder keeps the GIL until it has written what it is given. So it is given small parts. A long list can be an
-    iterator, so that only one of its values is there at a time.
-    """
-    parts: list[str] = []
-    _write(value, parts, _WRITTEN_LEVELS)
-    return "".join(parts).encode(errors="backslashreplace")
-
-
-def _write(value: Any, parts: list[str], levels: int) -> None:
-    """Append the parts of a value's JSON, of an iterator as of a list. What is below so many levels is one part."""
-    if not levels or not isinstance(value, dict | list | Iterator):
-        parts.append(_encoder.encode(value))
-        return
-    is_dict, separator = isinstance(value, dict), ""
-    parts.append("{" if is_dict else "[")
-    for entry in value:  # a key or a value
-        parts.append(separator)
-        if is_dict:
-            parts.append(f"{_encoder.encode(entry)}:")
-        _write(value[entry] if isinstance(value, dict) else entry, parts, levels - 1)
-        separator = ","
-    parts.append("}" if is_dict else "]")
-
-
 def json_logprob(value: float) -> float:
     """Return a log-probability as JSON can express it, which has no minus infinity."""
     return max(value, -9999.0)
@@ -123,18 +88,28 @@ class JsonResponse(JSONResponse):
         return json_bytes(content)
 
 
-class LongJsonResponse(JsonResponse):
-    """A response that may be long. See `long_response`, which makes it."""
-
-    def render(self, content: Any) -> bytes:
-        return long_json_bytes(content)
-
-
 async def long_response(body: Callable[[], Any], num_logprobs: int) -> Response:
-    """Return a response with `body()`, made in a thread if it has many log-probabilities."""
+    """Return a response with `body()`, which may have iterators as lists. A thread makes it if it is long."""
     if num_logprobs <= LONG_LOGPROBS:
-        return LongJsonResponse(body())
-    return await in_thread(lambda: LongJsonResponse(body()))
+        content = long_json_bytes(body())
+    else:
+        content = await _write_long(await in_thread(body))
+    return Response(content, media_type=JsonResponse.media_type)
+
+
+async def _write_long(value: Any) -> bytes:
+    """Return a value as JSON, written in slices by the thread for long work."""
+    long = LongJson(value)
+    steps = iter(long)
+    while await in_thread(_do_steps, steps):
+        pass
+    return await in_thread(long.bytes)
+
+
+def _do_steps(steps: Iterator[None]) -> bool:
+    """Do steps for the time of a slice. Return whether there may be more."""
+    end = time.perf_counter() + _SLICE_S
+    return any(time.perf_counter() > end for _ in steps)
 
 
 class LongEvent(dict):
@@ -190,8 +165,7 @@ class EventStream(Response):
         return b"".join([await self._encode_event(event) for event in events])
 
     async def _encode_event(self, event: dict) -> bytes:
-        is_long = isinstance(event, LongEvent)
-        data = await in_thread(long_json_bytes, event) if is_long else json_bytes(event)
+        data = await _write_long(event) if isinstance(event, LongEvent) else json_bytes(event)
         name = f"event: {event['type']}\n".encode() if self._names_events else b""
         return b"%bdata: %b\n\n" % (name, data)
 

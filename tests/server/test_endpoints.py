@@ -225,6 +225,8 @@ def test_a_wrong_field_of_messages_is_named_as_in_the_body(fields, message):
         (b"\x1f\x8b", {"content-encoding": "gzip"}, "the body must not be compressed, got 'gzip'"),
         (b"\x1f\x8b\x08\0", {"content-encoding": "gzip"}, "the body must not be compressed, got 'gzip'"),
         (b'{"prompt": ' + b"[" * 10_000, {}, "the request is nested too deeply"),
+        (b'{"prompt": "a", "x": {"maximum": -1e999}}', {}, "the body has the number -inf, but numbers must be finite"),
+        (b'{"prompt": "a", "x": [[0.5, NaN]]}', {}, "the body has the number nan, but numbers must be finite"),
     ],
     ids=lambda value: None if isinstance(value, bytes) else "",
 )

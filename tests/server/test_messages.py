@@ -23,6 +23,7 @@ WEATHER = {
     "description": "Say what the weather is like",
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
+LARGEST = 1.7976931348623157e308
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich 🌦"}}\n</tool_call>'
 
 
@@ -230,6 +231,8 @@ def test_a_stream_holds_a_call_back_and_pings_meanwhile():
         ('{"city": "Z\\u00fcr', {"city": "Zür"}),
         ('{"city": "Z\\u00', {"city": "Z"}),
         ('{"city": "Ulm", "days": 2', {"city": "Ulm", "days": 2}),
+        ('{"days": [1e999, -1e999]}', {"days": [LARGEST, -LARGEST]}),
+        ('{"days": [1e999, -1e999', {"days": [LARGEST, -LARGEST]}),
         ("{", {}),
         ("", None),
         ('{"days": NaN, "city": "U', None),
@@ -299,6 +302,11 @@ def test_thinking_sets_the_switch_of_the_template(thinking, kwargs):
 def test_two_tools_of_one_name_are_refused():
     with pytest.raises(anthropic.BadRequestError, match="tools must have different names, got two of the name 'wea"):
         create(ScriptedLLM("ok"), tools=[WEATHER, WEATHER])
+
+
+def test_a_tool_without_a_name_is_refused():
+    with pytest.raises(anthropic.BadRequestError, match="tools has a function without a name"):
+        create(ScriptedLLM("ok"), tools=[WEATHER | {"name": ""}])
 
 
 def test_an_unknown_kind_of_thinking_is_refused():

@@ -5,8 +5,10 @@ import json
 
 import pytest
 
+from nanovllm.server import streaming
 from nanovllm.server.errors import ApiError, anthropic_error
-from nanovllm.server.streaming import JsonResponse, LongEvent, _write, json_bytes, long_json_bytes, sse
+from nanovllm.server.json_text import LongJson, json_bytes, long_json_bytes
+from nanovllm.server.streaming import JsonResponse, LongEvent, in_thread, long_response, sse
 
 
 async def sent(response):
@@ -56,14 +58,31 @@ def test_long_values_are_written_in_small_parts():
     body = {"choices": choices, "text": "x\ud83d", "empty": {}, "n": 0.5}
     for value in (body, [], {}, [[]], None, "a", [1, [2, {"a": [{}]}]]):
         assert long_json_bytes(value) == json_bytes(value)
-    parts = []
-    _write(body, parts, levels=5)
-    assert max(map(len, parts)) < 2 * len(json_bytes(content[0]))
+    long = LongJson(body)
+    assert sum(1 for _ in long) > 100
+    assert max(map(len, long.parts)) < 2 * len(json_bytes(content[0]))
 
     async def use():
         return await sent(await sse(stream(LongEvent(body))))
 
     assert asyncio.run(use())[1]["body"] == b"data: " + json_bytes(body) + b"\n\n"
+
+
+def test_long_responses_take_turns(monkeypatch):
+    monkeypatch.setattr(streaming, "_SLICE_S", 0.0)
+    body = {"choices": [{"logprobs": list(range(100))}]}
+
+    async def use():
+        turns = 0
+        writing = asyncio.create_task(long_response(lambda: body, streaming.LONG_LOGPROBS + 1))
+        while not writing.done():
+            await in_thread(len, ())
+            turns += 1
+        return turns, writing.result()
+
+    turns, response = asyncio.run(use())
+    assert turns > 50
+    assert response.body == json_bytes(body) and response.headers["content-type"] == "application/json"
 
 
 def test_names_of_events_come_from_their_type():

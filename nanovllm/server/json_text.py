@@ -1,0 +1,104 @@
+"""JSON that is read from models and written to clients."""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic_core import from_json
+
+# `json.dumps` would make one for each event.
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+# Log-probabilities of a token are five levels below a response.
+_WRITTEN_LEVELS = 5
+
+
+def read_json(text: str) -> Any:
+    """Return the value of a JSON text. Python would also accept NaN and Infinity, and read 1e999 as infinity.
+
+    Raises:
+        ValueError, RecursionError: it is not JSON, or nested too deeply.
+    """
+    return json.loads(text, parse_constant=_refuse_constant, parse_float=_read_float)
+
+
+def read_cut_json(text: str) -> Any:
+    """Return the value of a JSON text that may be cut off anywhere. Raise ValueError if it is not the start of JSON."""
+    return _finite(from_json(text, allow_partial="trailing-strings", allow_inf_nan=False))
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _read_float(text: str) -> float:
+    return _finite(float(text))
+
+
+def _finite(value: Any) -> Any:
+    """Return a value of JSON with the largest float in place of a number that is too large for one."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    is_infinite = isinstance(value, float) and math.isinf(value)
+    return math.copysign(sys.float_info.max, value) if is_infinite else value
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return a value as compact JSON."""
+    return _as_bytes(_encoder.encode(value))
+
+
+def _as_bytes(text: str) -> bytes:
+    # Half a character, which a client may send escaped, is escaped again: JSON and Python write it in the same way.
+    return text.encode(errors="backslashreplace")
+
+
+class LongJson:
+    """Writes a value that may be long as compact JSON, in steps between which other threads run.
+
+        for _ in (long := LongJson(value)):
+            ...
+        long.bytes()
+
+    The encoder keeps the GIL until it has written what it is given. So it is given small parts. A long list can be an
+    iterator, so that only one of its values is there at a time.
+    """
+
+    def __init__(self, value: Any):
+        self.parts: list[str] = []
+        self._steps = self._write(value, _WRITTEN_LEVELS)
+
+    def __iter__(self) -> Iterator[None]:
+        return self._steps
+
+    def bytes(self) -> bytes:
+        """Return the JSON, once all steps are done."""
+        return _as_bytes("".join(self.parts))
+
+    def _write(self, value: Any, levels: int) -> Iterator[None]:
+        """Append the parts of a value's JSON, of an iterator as of a list. What is below so many levels is one part."""
+        add = self.parts.append
+        if not levels or not isinstance(value, dict | list | Iterator):
+            add(_encoder.encode(value))
+            yield
+            return
+        is_dict, separator = isinstance(value, dict), ""
+        add("{" if is_dict else "[")
+        for entry in value:  # a key or a value
+            add(separator)
+            if is_dict:
+                add(f"{_encoder.encode(entry)}:")
+            yield from self._write(value[entry] if isinstance(value, dict) else entry, levels - 1)
+            separator = ","
+        add("}" if is_dict else "]")
+
+
+def long_json_bytes(value: Any) -> bytes:
+    """Return a value that may be long as compact JSON, in a thread: other threads run meanwhile."""
+    long = LongJson(value)
+    for _ in long:
+        pass
+    return long.bytes()
