@@ -28,7 +28,7 @@ from nanovllm.inputs import Prompt
 from nanovllm.ops.triton_utils import current_gpu_initializer
 from nanovllm.output_stream import OutputStream, keep_newest, merge_deltas
 from nanovllm.outputs import Metrics, RequestOutput
-from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams, own
 from nanovllm.vllm_options import NEUTRAL_ASYNC, check_call
 
 logger = logging.getLogger("nanovllm")
@@ -278,7 +278,7 @@ class AsyncLLM:
         """
         check_call(neutral, NEUTRAL_ASYNC)
         chosen_id = self._check(prompt, sampling_params, request_id)
-        return self._outputs(prompt, sampling_params, chosen_id)
+        return self._outputs(prompt, own(sampling_params), chosen_id)
 
     async def check_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> None:
         """Raise what `generate` would raise for this request before its first output, without generating anything."""
@@ -314,7 +314,7 @@ class AsyncLLM:
         consumer = _Consumer(receive)
         self._reserve(chosen_id, consumer)
         try:
-            await self._start(prompt, sampling_params, chosen_id, consumer)
+            await self._start(prompt, own(sampling_params), chosen_id, consumer)
         except BaseException:
             self._end(chosen_id, consumer)
             raise
@@ -421,7 +421,7 @@ class AsyncLLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """See `LLM.get_default_sampling_params`."""
-        return self.llm_engine.input_processor.default_params
+        return self.llm_engine.input_processor.default_params.clone()
 
     async def metrics(self) -> Metrics:
         """See `LLM.metrics`."""

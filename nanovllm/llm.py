@@ -359,7 +359,7 @@ class LLM:
         Their temperature, top_k, top_p, min_p, repetition_penalty and max_tokens are those of the model's
         generation_config.json or GGUF file, as far as it has them. `generation_config="vllm"` turns this off.
         """
-        return self.llm_engine.input_processor.default_params
+        return self.llm_engine.input_processor.default_params.clone()
 
     @property
     def tokenizer(self) -> Any:

@@ -4,10 +4,11 @@ import json
 import re
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceType
-from dataclasses import dataclass, fields
+from copy import copy
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.checks import ABOVE_0, check_fields, is_list, length, number, one_of, plain, shown, within
 from nanovllm.vllm_options import NEUTRAL_SAMPLING, NEUTRAL_STRUCTURED, accept_neutral
@@ -184,7 +185,7 @@ def _json_text(name: str, schema: Any) -> str:
 
 
 def _refuse_change(*args: Any, **kwargs: Any) -> Any:
-    raise TypeError("SamplingParams are frozen: logit_bias cannot be changed; make new ones (dataclasses.replace)")
+    raise TypeError("logit_bias was checked and cannot be changed; assign another dict to it")
 
 
 _REFUSE_CHANGE: Any = _refuse_change
@@ -194,9 +195,6 @@ class _FrozenDict(dict):
     """A dict that was checked and cannot be changed."""
 
     __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _REFUSE_CHANGE
-
-    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  (a dict has None)
-        return hash(frozenset(self.items()))
 
     def __reduce__(self) -> tuple:
         return _FrozenDict, (dict(self),)
@@ -249,9 +247,11 @@ _ALIASES: tuple[tuple[str, Any, Any], ...] = (
 
 
 @accept_neutral(NEUTRAL_SAMPLING)
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=not TYPE_CHECKING, slots=True)  # `_assign` replaces what `frozen` forbids
 class SamplingParams:
-    """The parameters of one request. They are checked once and then frozen (`dataclasses.replace` makes others).
+    """The parameters of one request. They are checked when they are made, and all together at each assignment.
+
+    A request takes a copy, so an assignment changes those that come later.
 
     The order is: logit_bias -> penalties -> allowed_token_ids, bad_words, structured_outputs, min_tokens ->
     temperature -> top_k -> top_p -> min_p -> sample. vLLM's other arguments are accepted at values without effect.
@@ -329,6 +329,8 @@ class SamplingParams:
     detokenize: bool = True
     spaces_between_special_tokens: bool = True
 
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
     def __post_init__(self):
         for name, alias, meaning in _ALIASES:
             value = getattr(self, name)
@@ -380,8 +382,8 @@ class SamplingParams:
         return cls(**given)
 
     def clone(self) -> "SamplingParams":
-        """Return these parameters: nobody can change them, so no copy is needed."""
-        return self
+        """Return a copy."""
+        return copy(self)
 
     def for_ranks(self) -> "SamplingParams":
         """Return the parameters that the sampler needs, without those that only the engine reads.
@@ -402,3 +404,18 @@ class SamplingParams:
     def penalizes(self) -> bool:
         """Whether the sampler must know which tokens there were."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def _assign(self: SamplingParams, name: str, value: Any) -> None:
+    """Set a parameter. Raise TypeError or ValueError if it is wrong, alone or next to the others."""
+    checked = replace(self, **{name: value})
+    for field in fields(SamplingParams):
+        object.__setattr__(self, field.name, getattr(checked, field.name))
+
+
+SamplingParams.__setattr__ = _assign
+
+
+def own(params: Any) -> Any:
+    """Return a copy of parameters that their caller may change while a request runs. Anything else stays as it is."""
+    return params.clone() if isinstance(params, SamplingParams) else params

@@ -451,8 +451,8 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} has no weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} has no weight_map, or an empty one")
         names = sorted(set(map(str, weight_map.values())))
         files = {file.name for file in folder.iterdir() if file.is_file()}
         if missing := [name for name in names if name not in files]:

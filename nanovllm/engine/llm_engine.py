@@ -29,7 +29,7 @@ from nanovllm.executor.start import start_executor
 from nanovllm.inputs import Prompt
 from nanovllm.messages import Batch
 from nanovllm.outputs import Metrics, RequestOutput
-from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams, own
 
 logger = logging.getLogger("nanovllm")
 
@@ -187,7 +187,7 @@ class LLMEngine:
         """Check a request and prepare it on the host. Nothing is queued yet."""
         with self._section():
             self._check_addable(request_id)
-        return self.input_processor.process(prompt, sampling_params, request_id, stream)
+        return self.input_processor.process(prompt, own(sampling_params), request_id, stream)
 
     def queue(self, request: Request) -> str:
         """Queue a request that was prepared. Return its id."""

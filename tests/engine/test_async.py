@@ -684,6 +684,26 @@ def test_tokenizer_and_default_parameters_are_the_models(tmp_path):
     assert with_engine(path, use) == want and len(want) == 3
 
 
+def test_an_assignment_to_parameters_changes_later_requests_only(model):
+    async def use(llm):
+        params = llm.get_default_sampling_params()
+        params.max_tokens, params.ignore_eos = 5, True
+        outputs, items, gate = llm.generate([5, 6], params), asyncio.Queue(), Gate(llm, [5, 6])
+        submitting = asyncio.create_task(llm.submit([5, 6], params, receive=items.put_nowait))
+        await gate.closed()
+        params.max_tokens = 2
+        gate.opened.set()
+        await submitting
+        assert len([token_id async for output in outputs for token_id in output.outputs[0].token_ids]) == 5
+        num_tokens, finished = 0, False
+        while not finished:
+            output = await items.get()
+            num_tokens, finished = num_tokens + len(output.outputs[0].token_ids), output.finished
+        assert num_tokens == 5
+
+    with_engine(model, use)
+
+
 def test_arguments_of_a_wrong_type_are_refused_by_name(tmp_path):
     async def use(llm):
         for value in (5, None, ["a"]):

@@ -791,3 +791,16 @@ def test_processed_logprobs_of_all_tokens_show_the_mask(llm):
     row = answer(llm, params).logprobs[0]
     possible = {token_id for token_id, entry in row.items() if entry.logprob > -math.inf}
     assert possible == set(llm.tokenizer.encode("ab"))
+
+
+def test_an_assignment_to_parameters_changes_later_requests_only(llm):
+    params = llm.get_default_sampling_params()
+    params.temperature, params.max_tokens, params.ignore_eos = 0, 5, True
+    assert llm.get_default_sampling_params() != params
+    stream = llm.stream({"prompt_token_ids": IDS}, params)
+    llm.add_request({"prompt_token_ids": IDS}, params)
+    params.max_tokens, params.logprobs = 2, 0
+    assert sum(len(output.outputs[0].token_ids) for output in stream) == 5
+    *_, output = finish(llm)
+    assert len(output.outputs[0].token_ids) == 5 and output.outputs[0].logprobs is None
+    assert len(answer(llm, params, {"prompt_token_ids": IDS}).outputs[0].token_ids) == 2

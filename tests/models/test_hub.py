@@ -473,6 +473,7 @@ def test_file_or_folder_that_is_not_a_model_is_named(tmp_path):
         ("generation_config.json", '{"eos_token_id": "a"}'),
         ("model.safetensors", ""),
         ("model.safetensors.index.json", '{"a": 1}'),
+        ("model.safetensors.index.json", '{"weight_map": {}}'),
         ("model.safetensors.index.json", json.dumps({"weight_map": {"a": "x" * 300, "b": "model.safetensors"}})),
         ("model.safetensors.index.json", "[" * 100000),
         ("model.safetensors", None),  # a folder
