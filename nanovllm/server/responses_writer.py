@@ -29,6 +29,7 @@ class ResponseWriter:
         self.blocks = Blocks()
         self.num_input = self.num_cached = self.num_output = 0
         self.finish_reason: str | None = None
+        self.has_failed = False
         self._numbers = count()
 
     def add(self, piece: Piece) -> list[dict[str, Any]]:
@@ -51,6 +52,7 @@ class ResponseWriter:
 
     def failed(self, error: ApiError) -> dict[str, Any]:
         """Return the event of an error in the midst of a response."""
+        self.has_failed = True
         code = "server_error" if error.status >= 500 else "invalid_prompt"
         body = self.body() | {"status": "failed", "error": {"code": code, "message": error.message}}
         return self._event("response.failed", response=body)
@@ -76,7 +78,7 @@ class ResponseWriter:
     def _item_status(self, block: Block) -> str:
         if block.kind is CallStart:
             return "completed" if block.is_complete else "incomplete"
-        is_cut = self.finish_reason == "length" and block is self.blocks.all[-1]
+        is_cut = (self.has_failed or self.finish_reason == "length") and block is self.blocks.all[-1]
         return "incomplete" if is_cut else "completed"
 
     def _usage(self) -> dict[str, Any]:

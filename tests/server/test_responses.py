@@ -331,6 +331,7 @@ def test_a_failure_in_mid_stream_is_an_event_with_the_next_number():
     last = events[-1]
     assert last.type == "response.failed" and last.sequence_number == len(events) - 1
     assert last.response.status == "failed" and "the engine has failed" in last.response.error.message
+    assert [item.status for item in last.response.output] == ["incomplete"]
 
 
 def test_a_model_answers_with_the_same_text_whether_it_streams_or_not(tmp_path):
