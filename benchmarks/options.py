@@ -56,6 +56,8 @@ def check_files(args: argparse.Namespace) -> None:
             raise UsageError(f"{path!r} must end in {' or '.join(suffixes)}")
         if path and not Path(path).absolute().parent.is_dir():
             raise UsageError(f"there is no folder for {path!r}")
+        if path and Path(path).is_dir():
+            raise UsageError(f"{path!r} is a folder")
     if args.plot and Path(args.plot).exists() and PLOT_MARK not in Path(args.plot).read_text(errors="replace"):
         raise UsageError(f"--plot would overwrite {args.plot!r}, which bench.py did not draw")
     files = [Path(path).resolve() for path, _ in endings if path]

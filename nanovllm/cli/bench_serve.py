@@ -66,7 +66,7 @@ class BenchOptions:
         object.__setattr__(self, "goodput", tuple(self.goodput))
         self.goals()
         Server(self.url, self.api_key)
-        if self.json is not None and not Path(self.json).absolute().parent.is_dir():
+        if self.json is not None and (not (path := Path(self.json).absolute()).parent.is_dir() or path.is_dir()):
             raise ValueError(f"json must be a file in a folder that exists, got {self.json!r:.200}")
 
     def goals(self) -> dict[str, float]:
@@ -78,6 +78,8 @@ class BenchOptions:
         goals = {}
         for text in self.goodput:
             name, _, number = text.partition(":")
+            if name in goals:
+                raise ValueError(f"goodput must have one goal for each name, got another for {name}")
             try:
                 goals[name] = float(number) / 1000
             except ValueError:

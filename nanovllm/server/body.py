@@ -5,11 +5,12 @@ requests, so they are refused.
 """
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import BaseModel, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 MAX_TOOLS = 4096
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 _MAX_ERRORS = 100
 # Long conversations with tools have some thousands of lists and objects. Each takes up to 10 us.
 _MAX_CONTAINERS = 20_000

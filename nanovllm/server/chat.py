@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from nanovllm import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from nanovllm.checks import shown
 from nanovllm.sampling_params import MAX_LOGPROBS
-from nanovllm.server.body import MAX_TOOLS
+from nanovllm.server.body import MAX_TOOLS, ToolName
 from nanovllm.server.chat_writer import ChunkWriter, Form, WholeResponse
 from nanovllm.server.errors import ApiError
 from nanovllm.server.generation import Conversation, Piece, generate_turn
@@ -33,7 +33,7 @@ class _Part(BaseModel):
 class Function(_Part):
     """A function that the model may call. `parameters` is a JSON schema."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nanovllm import RequestOutputKind, StructuredOutputsParams
-from nanovllm.server.body import MAX_TOOLS, Body
+from nanovllm.server.body import MAX_TOOLS, Body, ToolName
 from nanovllm.server.errors import ApiError, anthropic_error
 from nanovllm.server.generation import Conversation, generate_turn, prompt_token_ids
 from nanovllm.server.messages_writer import MessageWriter
@@ -98,7 +98,7 @@ class Message(_Part):
 class Tool(_Part):
     """A function that the model may call. Tools that Anthropic's servers run have no schema, and are skipped."""
 
-    name: str
+    name: ToolName
     description: str | None = None
     input_schema: dict[str, Any] | None = None
     strict: bool | None = None

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from nanovllm import RequestOutputKind, StructuredOutputsParams
-from nanovllm.server.body import MAX_TOOLS
+from nanovllm.server.body import MAX_TOOLS, ToolName
 from nanovllm.server.errors import ApiError
 from nanovllm.server.generation import Conversation, generate_turn
 from nanovllm.server.models import check_model
@@ -103,7 +103,7 @@ class Tool(BaseModel):
     """A tool. Only functions are used."""
 
     type: str
-    name: str = ""
+    name: ToolName = ""
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None

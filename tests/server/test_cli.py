@@ -123,6 +123,8 @@ def test_api_key_comes_from_the_environment_unless_the_flag_is_given(served, mon
         (["bench", "serve", "--input-len", "5", "2"], "input_len must be two numbers 1 <= LOW <= HIGH, got 5 2"),
         (["bench", "serve", "--goodput", "ttft"], "got 'ttft'"),
         (["bench", "serve", "--goodput", "ttft:0"], "got 'ttft:0'"),
+        (["bench", "serve", "--goodput", "ttft:9", "e2e:9", "ttft:8"], "one goal for each name, got another for ttft"),
+        (["bench", "serve", "--json", "/"], "json must be a file in a folder that exists, got '/'"),
         (["bench", "serve", "--goodput", "speed:3"], "the names ttft, tpot, e2e"),
         (["bench", "serve", "--json", "/no/such/folder/x.json"], "json must be a file in a folder that exists"),
         ([], "COMMAND"),

@@ -304,9 +304,10 @@ def test_two_tools_of_one_name_are_refused():
         create(ScriptedLLM("ok"), tools=[WEATHER, WEATHER])
 
 
-def test_a_tool_without_a_name_is_refused():
-    with pytest.raises(anthropic.BadRequestError, match="tools has a function without a name"):
-        create(ScriptedLLM("ok"), tools=[WEATHER | {"name": ""}])
+@pytest.mark.parametrize("name", ["", "the weather"])
+def test_a_name_that_no_function_can_have_is_refused(name):
+    with pytest.raises(anthropic.BadRequestError, match=r"tools\.0\.name: String should match pattern"):
+        create(ScriptedLLM("ok"), tools=[WEATHER | {"name": name}])
 
 
 def test_an_unknown_kind_of_thinking_is_refused():

@@ -302,6 +302,11 @@ def test_what_has_an_effect_that_is_not_supported_is_refused_by_name(name, value
     assert name in error["message"]
 
 
+def test_a_function_without_a_name_is_refused():
+    with pytest.raises(openai.BadRequestError, match="tools has a function without a name"):
+        create(ScriptedLLM("ok"), tools=[{"type": "function"}])
+
+
 def test_two_forms_of_the_answer_are_refused():
     text = {"format": {"type": "json_object"}}
     with pytest.raises(openai.BadRequestError, match=r"text\.format and structured_outputs"):
