@@ -127,10 +127,18 @@ class LogprobRows(Sequence[dict[int, Logprob] | None]):
     def __deepcopy__(self, memo: dict) -> list[dict[int, Logprob] | None]:
         return list(self)
 
-    def __add__(self, other: "LogprobRows") -> "LogprobRows":
+    def __add__(self, other: Any) -> Any:
+        """Return these rows and more rows, or a list if the others are a list."""
+        if isinstance(other, list):
+            return list(self) + other
+        if not isinstance(other, LogprobRows):
+            return NotImplemented
         # Rows that have been pickled know the texts of their own tokens only.
         text = self.text if self.text == other.text else (self._texts() | other._texts()).get
         return LogprobRows(self._rows + other._rows, text)
+
+    def __radd__(self, other: Any) -> Any:
+        return other + list(self) if isinstance(other, list) else NotImplemented
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

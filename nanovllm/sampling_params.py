@@ -288,7 +288,8 @@ class SamplingParams:
         prompt_logprobs: the same for the prompt's tokens, always in "raw_logprobs" mode. The prompt is computed for
             them, not taken from the prefix cache.
         logprobs_mode: "raw_logprobs" are the model's own (float32 log-softmax of the logits); "processed_logprobs" are
-            those of the distribution that is sampled from, after all of the above. None is the engine's mode.
+            those of the distribution that is sampled from, after all of the above; at temperature 0, after all but
+            top_k, top_p and min_p. None is the engine's mode.
         skip_special_tokens: leave special tokens out of the text.
         spaces_between_special_tokens: no supported tokenizer puts spaces there, so both values give the same text.
         detokenize: make text; False leaves it empty, and `Logprob.decoded_token` None.

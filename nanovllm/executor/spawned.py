@@ -165,7 +165,7 @@ class SpawnedExecutor(Executor):
             super().close()
 
     def _let_ranks_end(self) -> None:
-        """Finish the steps in flight, ask the other ranks to close, and give them 5 s."""
+        """Finish the steps in flight, ask the other ranks to close, and give them 5 s if they listen by now."""
         try:
             # The monitor still watches: without it a lost rank's part of a step would be waited for in vain.
             with contextlib.suppress(Exception):
@@ -176,4 +176,5 @@ class SpawnedExecutor(Executor):
         finally:
             # Even after an interrupt no kernel may go on waiting for a rank.
             self._abort_collectives()
-        self.processes.wait_for_exit(0 if self.error is not None else 5)
+        listens = self.error is None and self._runner is not None
+        self.processes.wait_for_exit(5 if listens else 0)

@@ -31,9 +31,10 @@ def main(rank: int, parent: int, report: int, connection: int, sock: int, store:
     if sys.stderr is not None:
         # Rank 0 can say which signal ended this process, but not where.
         faulthandler.enable()
+    messages = Connection(connection, writable=False)
     try:
         _end_with(parent)
-        _run_rank(rank, Connection(connection, writable=False), socket.socket(fileno=sock), store)
+        _run_rank(rank, messages, socket.socket(fileno=sock), store)
     except BaseException:
         try:
             Connection(report, readable=False).send(traceback.format_exc())
@@ -41,7 +42,7 @@ def main(rank: int, parent: int, report: int, connection: int, sock: int, store:
             # Rank 0 is gone.
             os._exit(1)
         # Rank 0 reads the report and kills this process. Exiting now would show it a broken collective first.
-        time.sleep(5)
+        _wait_for_close(messages, 5)
         sys.exit(1)
 
 
@@ -77,6 +78,14 @@ def serve(runner: ModelRunner, connection: Connection) -> None:
         keep = 1 if method == "launch" else 0
         while len(runner.in_flight) > keep:
             runner.collect()
+
+
+def _wait_for_close(connection: Connection, seconds: float) -> None:
+    """Wait until rank 0 closes the ranks, at most for some seconds. Do nothing that it asks for before."""
+    end = time.monotonic() + seconds
+    with contextlib.suppress(EOFError, OSError):
+        while connection.poll(max(0, end - time.monotonic())) and connection.recv()[0] != "close":
+            pass
 
 
 def _load_weights(runner: ModelRunner, connection: Connection) -> None:

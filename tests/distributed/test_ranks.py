@@ -81,10 +81,13 @@ def test_a_rank_that_can_start_no_thread_reports_it(monkeypatch):
     def refuse(thread):
         raise RuntimeError("can't start new thread")
 
-    received, report = Pipe(duplex=False)
+    (received, report), (messages, sender) = Pipe(duplex=False), Pipe(duplex=False)
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with received, report:
+    with received, report, messages, sender:
+        sender.send(("launch",))
+        sender.send(("close",))
+        connection = os.dup(messages.fileno())
         with pytest.raises(SystemExit):
-            worker.main(1, os.getpid(), os.dup(report.fileno()), connection=-1, sock=-1, store=-1)
+            worker.main(1, os.getpid(), os.dup(report.fileno()), connection, sock=-1, store=-1)
+        assert not messages.poll()  # it has waited for the end
         assert "can't start new thread" in received.recv()

@@ -410,6 +410,16 @@ def test_minus_one_is_all_of_the_vocabulary(llm, path):
         assert copied.outputs[0].cumulative_logprob == output.outputs[0].cumulative_logprob
 
 
+def test_rows_of_logprobs_are_added_to_rows_and_to_lists(llm):
+    output = answer(llm, greedy(2, logprobs=0, prompt_logprobs=0), {"prompt_token_ids": IDS})
+    prompt, rows = output.prompt_logprobs, output.outputs[0].logprobs
+    assert prompt + rows == [*prompt, *rows] and type(prompt + rows) is type(rows)
+    others = [None]
+    assert rows + others == [*rows, None] and others + rows == [None, *rows]
+    with pytest.raises(TypeError):
+        rows += (None,)
+
+
 def test_minus_one_is_refused_where_it_would_need_too_much_memory(llm, monkeypatch):
     vocab_size = len(llm.tokenizer)
     for name, params in (("logprobs", greedy(5, logprobs=-1)), ("prompt_logprobs", greedy(1, prompt_logprobs=-1))):
