@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 from multiprocessing import Pipe
 
 import pytest
