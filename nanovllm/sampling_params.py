@@ -410,7 +410,7 @@ class SamplingParams:
 def _assign(self: SamplingParams, name: str, value: Any) -> None:
     """Set a parameter. Raise TypeError or ValueError if it is wrong, alone or next to the others."""
     checked = replace(self, **{name: value})
-    for field in fields(SamplingParams):
+    for field in fields(self):
         object.__setattr__(self, field.name, getattr(checked, field.name))
 
 

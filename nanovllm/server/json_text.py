@@ -97,7 +97,7 @@ class LongJson:
 
 
 def long_json_bytes(value: Any) -> bytes:
-    """Return a value that may be long as compact JSON, in a thread: other threads run meanwhile."""
+    """Return a value as compact JSON. Its lists may be iterators."""
     long = LongJson(value)
     for _ in long:
         pass
