@@ -384,7 +384,12 @@ class SamplingParams:
 
     def clone(self) -> "SamplingParams":
         """Return a copy."""
-        return copy(self)
+        if type(self) is not SamplingParams:
+            return copy(self)
+        copied = object.__new__(SamplingParams)
+        for name in _NAMES:  # three times as fast as `copy`: each request takes one
+            object.__setattr__(copied, name, getattr(self, name))
+        return copied
 
     def for_ranks(self) -> "SamplingParams":
         """Return the parameters that the sampler needs, without those that only the engine reads.
@@ -393,18 +398,21 @@ class SamplingParams:
         """
         if type(self) is SamplingParams and all(getattr(self, name) == unset for name, unset in _ENGINE_ONLY.items()):
             return self
-        values = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
+        values = {name: getattr(self, name) for name in _NAMES}
         return SamplingParams(**values | _ENGINE_ONLY)
 
     @property
     def __struct_fields__(self) -> tuple[str, ...]:
         """The names of all parameters. Programs that copy vLLM's parameters read them here."""
-        return tuple(field.name for field in fields(SamplingParams))
+        return _NAMES
 
     @property
     def penalizes(self) -> bool:
         """Whether the sampler must know which tokens there were."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+_NAMES = tuple(field.name for field in fields(SamplingParams))
 
 
 def _assign(self: SamplingParams, name: str, value: Any) -> None:
