@@ -15,7 +15,6 @@ import importlib.util
 import runpy
 import sys
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -51,7 +50,8 @@ class AsyncLLM(nanovllm.AsyncLLM):
         if sampling_params is None:
             sampling_params = self.llm_engine.input_processor.default_params
         if isinstance(sampling_params, nanovllm.SamplingParams) and sampling_params.output_kind is None:
-            sampling_params = replace(sampling_params, output_kind=nanovllm.RequestOutputKind.CUMULATIVE)
+            sampling_params = sampling_params.clone()
+            sampling_params.output_kind = nanovllm.RequestOutputKind.CUMULATIVE
         return super().generate(prompt, sampling_params, request_id, **neutral)
 
 

@@ -18,7 +18,7 @@ from nanovllm.engine.step_stats import StepStats
 from nanovllm.inputs import Prompt, list_prompts
 from nanovllm.outputs import Metric, Metrics, RequestOutput
 from nanovllm.progress import GenerationBar
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SamplingParams, own
 from nanovllm.vllm_engine import VllmEngine
 from nanovllm.vllm_options import NEUTRAL_CALL, check_call
 
@@ -431,9 +431,10 @@ class LLM:
 def pair_params(prompts: SequenceType[Prompt], params: Any) -> list[tuple[Prompt, SamplingParams | None]]:
     """Return each prompt with its parameters, which may be one for all."""
     if isinstance(params, SamplingParams | None):
+        params = own(params)
         return [(prompt, params) for prompt in prompts]
     if not is_list(params):
         raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {shown(params)}")
     if length(params) != length(prompts):
         raise ValueError(f"sampling_params has {length(params)} entries for {length(prompts)} prompts")
-    return list(zip(prompts, params, strict=True))
+    return list(zip(prompts, map(own, params), strict=True))

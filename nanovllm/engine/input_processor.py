@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceType
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property, lru_cache
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -230,7 +230,9 @@ class InputProcessor:
                 raise ValueError(f"{name} must be at most max_logprobs={self.config.max_logprobs}, got {count}")
         if params.logprobs_mode is not None or self.config.logprobs_mode == "raw_logprobs":
             return params
-        return replace(params, logprobs_mode=self.config.logprobs_mode)
+        params = params.clone()
+        params.logprobs_mode = self.config.logprobs_mode
+        return params
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the token ids of a text, by default without the special tokens that start or end a prompt."""
@@ -467,7 +469,9 @@ class InputProcessor:
 def _with_salt(params: SamplingParams, cache_salt: Any) -> SamplingParams:
     if params.cache_salt not in (None, cache_salt):
         raise ValueError("cache_salt of the prompt and of sampling_params differ; give one")
-    return replace(params, cache_salt=cache_salt)
+    params = params.clone()
+    params.cache_salt = cache_salt
+    return params
 
 
 def _tool_schemas(tools: Any) -> list[dict] | None:

@@ -8,14 +8,13 @@ import ctypes
 import signal
 import warnings
 from collections.abc import AsyncIterator, Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import ray
 import torch
 
-from nanovllm import AsyncLLM, RequestOutput, RequestOutputKind
+from nanovllm import AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
 from nanovllm.checkpoints.loader import checked_weights
 from nanovllm.engine.llm_engine import weight_pairs
 from nanovllm.server.engine_messages import pack_error, unpack_error
@@ -23,6 +22,7 @@ from nanovllm.server.engine_messages import pack_error, unpack_error
 # A tensor in the object store: its name, bytes, dtype and shape. The processes of a host read the same bytes.
 PackedTensor = tuple[str, np.ndarray, torch.dtype, torch.Size]
 _PART_BYTES = 1 << 28
+_MAX_LEFT = 1 << 12  # requests whose calls may still be on their way
 
 
 class ReplicaActor(AsyncLLM):
@@ -36,6 +36,8 @@ class ReplicaActor(AsyncLLM):
         end_with_raylet()
         self._options = options
         self._items: asyncio.Queue[tuple[str, RequestOutput | Exception]] = asyncio.Queue()
+        self._answers: dict[str, asyncio.Task] = {}
+        self._left: dict[str, None] = {}  # requests that were not here when their callers left them, the newest last
         # Weights in the object store are read-only, and the engine does not write to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
@@ -49,12 +51,30 @@ class ReplicaActor(AsyncLLM):
         Args:
             message: the pickled prompt, parameters, seed and template of a `Request`.
         """
+        if request_id in self._left:
+            return
+        self._answers[request_id] = asyncio.create_task(self._answer(request_id, kind, message))
+        await asyncio.wait([self._answers[request_id]])
+        del self._answers[request_id]
+
+    async def leave(self, request_ids: list[str]) -> None:
+        """End requests whose callers have left them. Those that come later, as Ray may swap calls, never start."""
+        for request_id in request_ids:
+            if answer := self._answers.get(request_id):
+                answer.cancel()
+            else:
+                self._left[request_id] = None
+        for request_id in list(self._left)[:-_MAX_LEFT]:
+            del self._left[request_id]
+
+    async def _answer(self, request_id: str, kind: RequestOutputKind, message: bytes) -> None:
         try:
             prompt, params, seed, template = ray.cloudpickle.loads(message)
             if template is not None:
                 prompt = await self.chat_prompt(prompt, **template)
-            params = params or self.get_default_sampling_params()
-            params = replace(params, seed=seed if params.seed is None else params.seed, output_kind=kind)
+            params = self.get_default_sampling_params() if params is None else params
+            if isinstance(params, SamplingParams):  # else the engine refuses it
+                params.seed, params.output_kind = seed if params.seed is None else params.seed, kind
             async for output in self.generate(prompt, params, request_id):
                 self._items.put_nowait((request_id, output))
         except Exception as error:

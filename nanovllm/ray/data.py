@@ -1,12 +1,12 @@
 """Batch inference with Ray Data: a class for `map_batches`."""
 
 import asyncio
-from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa  # pyright: ignore[reportMissingImports]  # comes with ray[data]
 
 from nanovllm import AsyncLLM, RequestOutputKind, SamplingParams
+from nanovllm.checks import shown
 from nanovllm.ray.actor import end_with_raylet
 
 _INPUTS = ("prompt_token_ids", "messages", "prompt", "seed")
@@ -42,9 +42,11 @@ class AnswerRows:
         **options: Any,
     ):
         end_with_raylet()
+        if not isinstance(sampling_params, SamplingParams | None):
+            raise TypeError(f"sampling_params must be SamplingParams, got {shown(sampling_params)}")
         self._llm = AsyncLLM(model, **options)
-        params = sampling_params or self._llm.get_default_sampling_params()
-        self._params = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
+        self._params = params = (sampling_params or self._llm.get_default_sampling_params()).clone()
+        params.output_kind = RequestOutputKind.FINAL_ONLY
         self._template = template or {}
         text, ids = pa.string(), pa.list_(pa.int32())
         kinds = {"generated_text": text, "generated_token_ids": ids, "finish_reason": text}
@@ -72,7 +74,8 @@ class AnswerRows:
                 prompt = await self._llm.chat_prompt(row["messages"], **self._template)
             if prompt is None:
                 raise ValueError("a row must have prompt_token_ids, messages or prompt, and has none of them")
-            params = replace(self._params, seed=row.get("seed", self._params.seed))
+            params = self._params.clone()
+            params.seed = row.get("seed", params.seed)
             (output,) = [output async for output in self._llm.generate(prompt, params)]
         except Exception as error:
             await self._llm.check_health()  # raises if the engine is the reason, so that Ray starts another one

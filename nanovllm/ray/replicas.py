@@ -22,13 +22,14 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 
 from nanovllm import CompletionOutput, Metrics, RequestOutput, RequestOutputKind, SamplingParams
-from nanovllm.checks import is_list, length, number
+from nanovllm.checks import is_list, length, number, shown
 from nanovllm.config import check_names
 from nanovllm.inputs import Prompt, is_array, list_prompts
 from nanovllm.llm import Chat, pair_params
 from nanovllm.output_stream import OutputStream, call_soon, keep_newest, merge_deltas
 from nanovllm.progress import GenerationBar
 from nanovllm.ray.actor import ReplicaActor, pack
+from nanovllm.sampling_params import own
 
 logger = logging.getLogger("nanovllm")
 
@@ -60,7 +61,6 @@ class Request:
         sent: how many tokens and characters of each sample the consumer of a stream has.
         is_resumed: another replica was lost after it had sent some outputs of a stream. The outputs of this one have
             each sample whole, so that the part that was sent can be cut off.
-        call: the call of the replica that answers the request.
         cost: how many tokens it has added to this replica.
     """
 
@@ -118,7 +118,7 @@ class Replica:
         self._prefixes.update(request.prefixes)
         request.is_resumed = bool(request.sent)
         kind = RequestOutputKind.CUMULATIVE if request.is_resumed else request.kind
-        request.call = self.actor.answer.remote(request.id, kind, request.message)
+        self.actor.answer.remote(request.id, kind, request.message)
 
     def remove(self, request: Request) -> None:
         """Remove a request that has ended."""
@@ -202,10 +202,11 @@ class Replicas(AbstractContextManager["Replicas"]):
         chats: Any = messages if is_list(messages) and length(messages) and is_list(messages[0]) else [messages]
         return self._answer(pair_params(chats, sampling_params), use_tqdm, template)
 
-    async def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> AsyncIterator[RequestOutput]:
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncIterator[RequestOutput]:
         """Answer one prompt step by step; see `AsyncLLM.generate`. Leaving the iteration ends the request."""
+        return self._stream(prompt, own(sampling_params))
+
+    async def _stream(self, prompt: Prompt, sampling_params: SamplingParams | None) -> AsyncIterator[RequestOutput]:
         kind = getattr(sampling_params, "output_kind", None) or RequestOutputKind.DELTA
         is_delta = kind is RequestOutputKind.DELTA
         stream = OutputStream(merge_deltas if is_delta else keep_newest, copies=is_delta)
@@ -222,6 +223,8 @@ class Replicas(AbstractContextManager["Replicas"]):
 
     def _answer(self, pairs: list[tuple[Any, Any]], use_tqdm: bool, template: Any = None) -> list[RequestOutput]:
         """Return the whole outputs of prompts, or of conversations with options of their template."""
+        if not isinstance(use_tqdm, bool):
+            raise TypeError(f"use_tqdm must be a bool, got {shown(use_tqdm)}")
         items, outputs, kind = SimpleQueue(), {}, RequestOutputKind.FINAL_ONLY
         requests = [Request(self._seeds, items.put, kind, *pair, template) for pair in pairs]
         try:
@@ -250,10 +253,11 @@ class Replicas(AbstractContextManager["Replicas"]):
         """End those of these requests that have not finished."""
         self._waiting = deque(request for request in self._waiting if request not in left)
         for replica in self._replicas:
-            for request in left.intersection(replica.requests.values()):
+            requests = left.intersection(replica.requests.values())
+            for request in requests:
                 replica.remove(request)
-                if ray.is_initialized():
-                    ray.cancel(request.call)
+            if requests and ray.is_initialized():
+                replica.actor.leave.remote([request.id for request in requests])
         self._dispatch()
 
     # -- replicas ----------------------------------------------------------------------------------------------------

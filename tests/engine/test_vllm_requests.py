@@ -813,4 +813,7 @@ def test_an_assignment_to_parameters_changes_later_requests_only(llm):
     assert sum(len(output.outputs[0].token_ids) for output in stream) == 5
     *_, output = finish(llm)
     assert len(output.outputs[0].token_ids) == 5 and output.outputs[0].logprobs is None
-    assert len(answer(llm, params, {"prompt_token_ids": IDS}).outputs[0].token_ids) == 2
+    llm.on_step = lambda *_: setattr(params, "logprobs", None)
+    output = answer(llm, params, {"prompt_token_ids": IDS}).outputs[0]
+    llm.on_step = None
+    assert len(output.token_ids) == len(output.logprobs) == 2

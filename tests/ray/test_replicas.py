@@ -94,6 +94,24 @@ def test_leaving_a_stream_ends_its_request(replicas):
         set_step_time(replica, 0)
 
 
+def test_streams_that_are_left_at_once_hold_no_replica(replicas):
+    async def leave(delay):
+        first = asyncio.ensure_future(anext(replicas.stream("Long", greedy(400))))
+        await asyncio.sleep(delay)
+        first.cancel()
+        await asyncio.wait([first])
+
+    before = replicas.metrics().generated_tokens
+    for replica in replicas._replicas:
+        set_step_time(replica, 0.1)
+    for delay in (0, 0.001, 0.002, 0.004, 0.008) * 4:
+        asyncio.run(leave(delay))
+    assert wait_until(lambda: replicas.metrics().num_running == 0)
+    assert replicas.metrics().generated_tokens < before + 400
+    for replica in replicas._replicas:
+        set_step_time(replica, 0)
+
+
 # -- routing -----------------------------------------------------------------------------------------------------------
 
 

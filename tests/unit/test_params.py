@@ -197,11 +197,26 @@ def test_an_assignment_to_params_is_checked_as_an_argument_is():
         ("best_of", 3, "best_of is an option of vLLM"),
         ("tempreature", 0, "tempreature"),
     ]:
-        with pytest.raises((TypeError, ValueError), match=message):
+        with pytest.raises((TypeError, ValueError, AttributeError), match=message):
             setattr(params, name, value)
         assert params == before
     with pytest.raises(TypeError, match="unhashable"):
         hash(params)
+
+
+def test_a_subclass_of_params_may_have_arguments_and_attributes_of_its_own():
+    class Tagged(SamplingParams):
+        def __init__(self, tag, **arguments):
+            super().__init__(**arguments)
+            self.tag = tag
+
+    params = Tagged("a", max_tokens=8)
+    params.max_tokens, params.tag = 5, "b"
+    copied = params.clone()
+    assert (type(copied), copied.max_tokens, copied.tag, copied == params) == (Tagged, 5, "b", True)
+    assert params.for_ranks() == SamplingParams(max_tokens=5)
+    with pytest.raises(ValueError, match="max_tokens must be from 1"):
+        params.max_tokens = 0
 
 
 def test_struct_fields_name_the_arguments_of_a_copy():
