@@ -34,7 +34,7 @@ from nanovllm.vllm_options import NEUTRAL_ASYNC, check_call
 logger = logging.getLogger("nanovllm")
 
 # The kinds of work that prepare a request.
-_PROMPTS, _TEMPLATES, _GRAMMARS = "prompts", "templates", "grammars"
+_PROMPTS, _TEMPLATES, _GIVEN_TEMPLATES, _GRAMMARS = "prompts", "templates", "given-templates", "grammars"
 # Threads for each kind: bounds how many requests are prepared at once, so that they leave time to the engine's thread.
 _PREPARING_THREADS = 4
 
@@ -86,7 +86,7 @@ class AsyncLLM:
         self._engine_thread = ThreadPoolExecutor(1, "nanovllm-engine", current_gpu_initializer())
         self._preparing_threads = {
             kind: ThreadPoolExecutor(_PREPARING_THREADS, f"nanovllm-{kind}")
-            for kind in (_PROMPTS, _TEMPLATES, _GRAMMARS)
+            for kind in (_PROMPTS, _TEMPLATES, _GIVEN_TEMPLATES, _GRAMMARS)
         }
         # The requests with a chosen id that the engine does not have yet.
         self._preparing: dict[str, _Consumer] = {}
@@ -406,7 +406,8 @@ class AsyncLLM:
         if is_list(messages) and length(messages) > 1 and is_list(messages[0]):
             raise ValueError(f"messages must be one conversation, got a list of {length(messages)}")
         chat_prompt_ids = self.llm_engine.input_processor.chat_prompt_ids
-        prompts = await self._prepare(_TEMPLATES, lambda: chat_prompt_ids(messages, **template))
+        kind = _TEMPLATES if template.get("chat_template") is None else _GIVEN_TEMPLATES
+        prompts = await self._prepare(kind, lambda: chat_prompt_ids(messages, **template))
         return prompts[0]
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

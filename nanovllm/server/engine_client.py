@@ -178,9 +178,16 @@ class EngineClient:
                 finished = output.finished
                 yield output
         finally:
-            if self._waiting.pop(key, None) is not None and not finished:
-                with contextlib.suppress(RuntimeError):
-                    self._send("leave", key)
+            if finished:
+                self._waiting.pop(key, None)
+            else:
+                self._leave(key)
+
+    def _leave(self, key: int) -> None:
+        """End what the other process does for a coroutine, unless it has the result."""
+        if self._waiting.pop(key, None) is not None:
+            with contextlib.suppress(RuntimeError):
+                self._send("leave", key)
 
     async def _call(self, method: str, **arguments: Any) -> Any:
         loop, key = asyncio.get_running_loop(), next(self._keys)
@@ -192,7 +199,7 @@ class EngineClient:
             self._send("call", key, method, arguments)
             return await future
         finally:
-            self._waiting.pop(key, None)
+            self._leave(key)
 
     async def check_request(self, prompt: Prompt, sampling_params: SamplingParams) -> None:
         """See `AsyncLLM.check_request`."""

@@ -58,7 +58,7 @@ class _Host:
         self.requests: dict[int, asyncio.Task | Callable[[], None]] = {}
         self.started: set[int] = set()
         self.outbox: list[tuple[int, PackedOutput]] = []
-        self.calls: set[asyncio.Task] = set()
+        self.calls: dict[int, asyncio.Task] = {}
         self.ended = asyncio.Event()
 
     async def run(self) -> None:
@@ -81,9 +81,8 @@ class _Host:
         elif kind == "leave":
             self._leave(key)
         else:
-            task = self.loop.create_task(self._call(key, *arguments))
-            self.calls.add(task)
-            task.add_done_callback(self.calls.discard)
+            task = self.calls[key] = self.loop.create_task(self._call(key, *arguments))
+            task.add_done_callback(lambda _: self.calls.pop(key))
 
     async def _generate(self, key: int, prompt: Any, params: SamplingParams | None, request_id: str | None) -> None:
         try:
@@ -95,7 +94,7 @@ class _Host:
                 self.requests[key] = leave
 
     def _leave(self, key: int) -> None:
-        entry = self._forget(key)
+        entry = self.calls.get(key) or self._forget(key)
         if isinstance(entry, asyncio.Task):
             entry.cancel()
         elif entry is not None:

@@ -24,7 +24,7 @@ from nanovllm.server.state import ServerState
 # continued may have opened it long before.
 _TAIL_TOKENS = 64
 _CONTINUED_TAIL_TOKENS = 4096
-_LONG_TEXT = 4096  # characters of a sample's new text that are parsed in a thread
+_LONG_TEXT = 4096  # new characters of all samples together; more are parsed in a thread
 _parsing = ThreadPoolExecutor(1, "nanovllm-parsing")  # not the thread for long responses, which may take seconds
 # Ends thinking that the template has opened, as templates without thinking do.
 _NO_THINKING = "\n</think>\n\n"
@@ -114,7 +114,8 @@ async def generate_turn(
         async with aclosing(outputs):
             with _naming_schemas(conversation, params):
                 async for output in outputs:
-                    pieces = [await _piece(samples[new.index], new) for new in output.outputs]
+                    is_long = sum(len(new.text) for new in output.outputs) > _LONG_TEXT
+                    pieces = [await _piece(samples[new.index], new, is_long) for new in output.outputs]
                     yield Piece(len(prompt_ids), output.num_cached_tokens, pieces)
 
 
@@ -197,9 +198,9 @@ def _naming_schemas(conversation: Conversation, params: SamplingParams) -> Itera
         raise ApiError(400, f"{name} has a schema that cannot be followed: {match[2]}", param=name) from None
 
 
-async def _piece(sample: "_Sample", new: CompletionOutput) -> SamplePiece:
-    """Return the next piece of a sample. A long text is parsed in a thread, because the model may write many calls."""
-    if len(new.text) <= _LONG_TEXT:
+async def _piece(sample: "_Sample", new: CompletionOutput, is_long: bool) -> SamplePiece:
+    """Return the next piece of a sample. Long texts are parsed in a thread, because they may have many calls."""
+    if not is_long:
         return sample.piece(new)
     return await asyncio.get_running_loop().run_in_executor(_parsing, sample.piece, new)
 

@@ -786,6 +786,31 @@ def test_a_request_that_is_being_prepared_does_not_stop_others(model):
     assert len(quick) == 20 and len(slow) == 4 and chat == [1]
 
 
+def test_chats_do_not_wait_for_templates_that_clients_give(model):
+    async def use(llm):
+        opened, prepared = threading.Event(), []
+
+        def chat_prompt_ids(messages, chat_template=None):
+            if chat_template:
+                assert opened.wait(SECONDS)
+                prepared.append(chat_template)
+            return [[1]]
+
+        llm.llm_engine.input_processor.chat_prompt_ids = chat_prompt_ids
+        chats = [asyncio.create_task(llm.chat_prompt([{}], chat_template=str(i))) for i in range(20)]
+        await asyncio.sleep(0)
+        assert await llm.chat_prompt([{}]) == [1]
+        for chat in chats[:-1]:
+            chat.cancel()
+        await asyncio.wait(chats[:-1])
+        opened.set()
+        assert await chats[-1] == [1]
+        return prepared
+
+    prepared = with_engine(model, use)
+    assert "19" in prepared and len(prepared) <= 5  # those that had started, and the last
+
+
 def test_plain_requests_do_not_wait_for_templates_and_grammars(model):
     """Each of these may take seconds, and a client may send any number of them."""
     regex = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))

@@ -455,7 +455,7 @@ def test_log_probabilities_of_text_that_is_held_back_do_not_pile_up(llm, monkeyp
     assert sum(sizes) == answer["usage"]["completion_tokens"] and max(sizes) <= 3 + max(num_new)
 
 
-def test_a_long_text_is_parsed_in_a_thread(monkeypatch):
+def test_long_texts_are_parsed_in_a_thread(monkeypatch):
     threads, parse = [], generation._Sample.piece
 
     def recording(*args):
@@ -463,10 +463,12 @@ def test_a_long_text_is_parsed_in_a_thread(monkeypatch):
         return parse(*args)
 
     monkeypatch.setattr(generation._Sample, "piece", recording)
-    texts = ["a" * generation._LONG_TEXT, "a" * (generation._LONG_TEXT + 1)]
-    answer = whole(ScriptedLLM(*texts), n=2)
-    assert [choice["message"]["content"] for choice in answer["choices"]] == texts
-    assert threads == [True, False]
+    half = "a" * (generation._LONG_TEXT // 2)
+    for texts, in_main in (([half, half], [True, True]), ([half, half, "a"], [False] * 3)):
+        threads.clear()
+        answer = whole(ScriptedLLM(*texts), n=len(texts))
+        assert [choice["message"]["content"] for choice in answer["choices"]] == texts
+        assert threads == in_main
 
 
 def test_grammars_of_tools_are_made_in_a_thread(monkeypatch):

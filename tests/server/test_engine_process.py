@@ -11,6 +11,7 @@ import pytest
 from nanovllm import AsyncLLM, CompletionOutput, RequestMetrics, RequestOutput, SamplingParams
 from nanovllm.output_stream import merge_deltas
 from nanovllm.server.engine_client import EngineClient
+from nanovllm.server.engine_host import _Host
 from nanovllm.server.engine_messages import keep_newest_packed, merge_packed_deltas, pack_output, unpack_output
 from tests.helpers import all_end
 from tests.models.tiny import save_tiny_with_tokenizer
@@ -110,6 +111,37 @@ def test_a_client_that_leaves_frees_its_blocks(client):
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(leave_early(), 60))
+
+
+def test_a_call_that_its_caller_leaves_ends_in_the_engine_s_process(client, monkeypatch):
+    sent = []
+    monkeypatch.setattr(client, "_send", lambda *message: sent.append(message))
+
+    async def leave_early():
+        call = asyncio.create_task(client.encode("abc"))
+        await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.wait([call])
+
+    asyncio.run(leave_early())
+    (kind, key, *_), end = sent
+    assert (kind, end) == ("call", ("leave", key))
+
+    class Waiting:
+        async def encode(self):
+            await asyncio.Event().wait()
+
+    async def left():
+        host = _Host(Waiting(), None)  # it has no connection, so it must not send anything
+        host.loop = asyncio.get_running_loop()
+        host._handle("call", 7, "encode", {})
+        await asyncio.sleep(0)
+        (call,) = host.calls.values()
+        host._handle("leave", 7)
+        await asyncio.wait([call])
+        assert call.cancelled() and not host.calls
+
+    asyncio.run(asyncio.wait_for(left(), 60))
 
 
 def test_a_killed_engine_ends_what_waits_for_it(model):
