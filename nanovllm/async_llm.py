@@ -34,9 +34,12 @@ from nanovllm.vllm_options import NEUTRAL_ASYNC, check_call
 logger = logging.getLogger("nanovllm")
 
 # The kinds of work that prepare a request.
-_PROMPTS, _TEMPLATES, _GIVEN_TEMPLATES, _GRAMMARS = "prompts", "templates", "given-templates", "grammars"
+_PROMPTS, _TEMPLATES, _GIVEN_TEMPLATES = "prompts", "templates", "given-templates"
+_GRAMMARS, _LONG_GRAMMARS = "grammars", "long-grammars"
 # Threads for each kind: bounds how many requests are prepared at once, so that they leave time to the engine's thread.
-_PREPARING_THREADS = 4
+_PREPARING_THREADS = {_PROMPTS: 4, _TEMPLATES: 4, _GIVEN_TEMPLATES: 2, _GRAMMARS: 2, _LONG_GRAMMARS: 2}
+# Longer grammars may take seconds to compile, so shorter ones do not wait for them.
+_LONG_GRAMMAR_CHARS = 8192
 
 
 class _Consumer:
@@ -85,8 +88,8 @@ class AsyncLLM:
         self._semaphores: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
         self._engine_thread = ThreadPoolExecutor(1, "nanovllm-engine", current_gpu_initializer())
         self._preparing_threads = {
-            kind: ThreadPoolExecutor(_PREPARING_THREADS, f"nanovllm-{kind}")
-            for kind in (_PROMPTS, _TEMPLATES, _GIVEN_TEMPLATES, _GRAMMARS)
+            kind: ThreadPoolExecutor(num_threads, f"nanovllm-{kind}")
+            for kind, num_threads in _PREPARING_THREADS.items()
         }
         # The requests with a chosen id that the engine does not have yet.
         self._preparing: dict[str, _Consumer] = {}
@@ -359,11 +362,10 @@ class AsyncLLM:
     ) -> asyncio.Future[Request]:
         """Let a thread check and prepare a request."""
         process = self.llm_engine.input_processor.process
-        has_grammar = sampling_params is not None and sampling_params.structured_outputs is not None
-        return self._prepare(
-            _GRAMMARS if has_grammar else _PROMPTS,
-            lambda: process(prompt, sampling_params, request_id, stream=True),
-        )
+        form, kind = sampling_params and sampling_params.structured_outputs, _PROMPTS
+        if form is not None:
+            kind = _LONG_GRAMMARS if form.num_chars > _LONG_GRAMMAR_CHARS else _GRAMMARS
+        return self._prepare(kind, lambda: process(prompt, sampling_params, request_id, stream=True))
 
     def _end(self, request_id: str | None, consumer: _Consumer) -> None:
         """End a request if it has not finished, whether the engine has it or not."""

@@ -155,17 +155,23 @@ class StructuredOutputsParams:
             if not self.choice:
                 raise ValueError("structured_outputs.choice must have at least one text")
         for name in (form, "whitespace_pattern"):
-            self._check_text(name)
+            text = self._text(name)
+            if not isinstance(text, str):
+                raise TypeError(f"structured_outputs.{name} must be a string, got {shown(text)}")
+            if len(text) > MAX_GRAMMAR_CHARS:
+                raise ValueError(f"structured_outputs.{name} must have at most {MAX_GRAMMAR_CHARS} characters")
 
-    def _check_text(self, name: str) -> None:
+    def _text(self, name: str) -> Any:
+        """Return what a field has to compile."""
         value = getattr(self, name)
         if value is None or (name == "json_object" and value is True):
-            return
-        text = "".join(value) if name == "choice" else value
-        if not isinstance(text, str):
-            raise TypeError(f"structured_outputs.{name} must be a string, got {shown(text)}")
-        if len(text) > MAX_GRAMMAR_CHARS:
-            raise ValueError(f"structured_outputs.{name} must have at most {MAX_GRAMMAR_CHARS} characters")
+            return ""
+        return "".join(value) if name == "choice" else value
+
+    @property
+    def num_chars(self) -> int:
+        """How many characters there are to compile."""
+        return sum(len(self._text(name)) for name in _FORMS)
 
 
 def _json_text(name: str, schema: Any) -> str:

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import json
 import logging
+import re
 import socket
 import sys
 import time
@@ -24,12 +25,14 @@ from nanovllm.checkpoints.hub import DEFAULT_FILE
 from nanovllm.checks import shown
 from nanovllm.server import chat, completions, health, messages, models, page, responses, tokenize
 from nanovllm.server.admission import AdmissionControl
+from nanovllm.server.chat import ChatRequest
+from nanovllm.server.completions import CompletionRequest
 from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.errors import ApiError, as_api_error, error_body
 from nanovllm.server.http_protocol import HttpProtocol
 from nanovllm.server.metrics import ServerMetrics
 from nanovllm.server.options import ServerOptions, listed
-from nanovllm.server.sampling import SamplingFields
+from nanovllm.server.responses import ResponsesRequest
 from nanovllm.server.security import ApiKeys, BodyLimit, CancelOnDisconnect, LocalHosts, RequestIds, is_loopback
 from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import JsonResponse
@@ -41,7 +44,8 @@ logger = logging.getLogger("nanovllm")
 _MAX_SHOWN_ERRORS = 3
 # Messages of errors start with the name of a field, or with the engine's word for the prompt, which has other names
 # in endpoints.
-_NAMED_FIELDS = {*SamplingFields.model_fields, *SamplingFields.NEUTRAL, "suffix", "tools", "truncation"}
+_BODIES = (ChatRequest, CompletionRequest, ResponsesRequest)
+_NAMED_FIELDS = {name for body in _BODIES for name in (*body.model_fields, *body.NEUTRAL)}
 _PROMPT_FIELDS = {"/v1/completions": "prompt", "/v1/chat/completions": "messages", "/v1/responses": "input"}
 _KEEP_ALIVE_S = 75
 # How long responses may take to reach their clients when the engine is closed.
@@ -135,9 +139,11 @@ def _api_error(request: Request, error: Exception) -> ApiError:
 
 def _named_field(message: str, path: str) -> str | None:
     """Return the field of a request that the first word of a message names, or None."""
-    name = message.partition(" ")[0].rstrip(":")
+    name = re.split(r"[ :\[]", message, maxsplit=1)[0]
     if name in ("prompt", "messages", "tokens"):  # what the engine calls them
         return _PROMPT_FIELDS.get(path, name)
+    if name == "text":  # what it calls a text to tokenize
+        return "prompt"
     return name if name in _NAMED_FIELDS else None
 
 

@@ -2,12 +2,12 @@
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 
@@ -24,8 +24,10 @@ from nanovllm.server.state import ServerState
 # continued may have opened it long before.
 _TAIL_TOKENS = 64
 _CONTINUED_TAIL_TOKENS = 4096
+T = TypeVar("T")
 _LONG_TEXT = 4096  # new characters of all samples together; more are parsed in a thread
-_parsing = ThreadPoolExecutor(1, "nanovllm-parsing")  # not the thread for long responses, which may take seconds
+# One thread for each kind of long work: more would keep the GIL from the event loop. Long responses have another one.
+_parsing, _constraining = ThreadPoolExecutor(1, "nanovllm-parsing"), ThreadPoolExecutor(1, "nanovllm-constraining")
 # Ends thinking that the template has opened, as templates without thinking do.
 _NO_THINKING = "\n</think>\n\n"
 # The engine's error about a grammar: the line that is wrong, the reason, and an excerpt of the grammar.
@@ -106,7 +108,8 @@ async def generate_turn(
     with state.admission.enter(conversation.params.n):
         prompt_ids, prompt_text = await _prompt(state, conversation, tools)
         constrain = partial(_constrained, state, conversation, tools, prompt_text)
-        params = await asyncio.to_thread(constrain) if tools else constrain()  # schemas can be large
+        # The schemas of tools can be large.
+        params = await _in_thread(_constraining, constrain) if tools else constrain()
         is_constrained = params.structured_outputs is not None
         samples = [_Sample(state.format.parser(prompt_text, tools, is_constrained)) for _ in range(params.n)]
         prompt = {"prompt_token_ids": prompt_ids}
@@ -202,7 +205,11 @@ async def _piece(sample: "_Sample", new: CompletionOutput, is_long: bool) -> Sam
     """Return the next piece of a sample. Long texts are parsed in a thread, because they may have many calls."""
     if not is_long:
         return sample.piece(new)
-    return await asyncio.get_running_loop().run_in_executor(_parsing, sample.piece, new)
+    return await _in_thread(_parsing, sample.piece, new)
+
+
+async def _in_thread(thread: ThreadPoolExecutor, function: Callable[..., T], *args: Any) -> T:
+    return await asyncio.get_running_loop().run_in_executor(thread, function, *args)
 
 
 class _Sample:

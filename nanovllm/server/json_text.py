@@ -12,6 +12,8 @@ from pydantic_core import from_json
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 # Log-probabilities of a token are five levels below a response.
 _WRITTEN_LEVELS = 5
+# Steps of a long response that are encoded together.
+_CHUNK_PARTS = 256
 
 
 def read_json(text: str) -> Any:
@@ -68,19 +70,28 @@ class LongJson:
     """
 
     def __init__(self, value: Any):
-        self.parts: list[str] = []
-        self._steps = self._write(value, _WRITTEN_LEVELS)
+        self._value = value
+        self._parts: list[str] = []  # those that are not in a chunk yet
+        self._chunks: list[bytes] = []
 
     def __iter__(self) -> Iterator[None]:
-        return self._steps
+        for number, _ in enumerate(self._write(self._value, _WRITTEN_LEVELS), 1):
+            if number % _CHUNK_PARTS == 0:
+                self._add_chunk()
+            yield
+        self._add_chunk()
 
     def bytes(self) -> bytes:
         """Return the JSON, once all steps are done."""
-        return _as_bytes("".join(self.parts))
+        return b"".join(self._chunks)
+
+    def _add_chunk(self) -> None:
+        self._chunks.append(_as_bytes("".join(self._parts)))
+        self._parts.clear()
 
     def _write(self, value: Any, levels: int) -> Iterator[None]:
         """Append the parts of a value's JSON, of an iterator as of a list. What is below so many levels is one part."""
-        add = self.parts.append
+        add = self._parts.append
         if not levels or not isinstance(value, dict | list | Iterator):
             add(_encoder.encode(value))
             yield

@@ -11,7 +11,7 @@ from nanovllm.server.errors import ApiError
 from nanovllm.server.generation import prompt_token_ids
 from nanovllm.server.models import check_model
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import JsonResponse
+from nanovllm.server.streaming import JsonResponse, in_thread
 
 
 class TokenizeRequest(Body):
@@ -73,7 +73,9 @@ def routes(state: ServerState) -> APIRouter:
         check_model(state, request.model)
         async with state.tokenizing:
             token_ids = await _token_ids(state, request, http)
-        names = state.llm.tokenizer.convert_ids_to_tokens(token_ids) if request.return_token_strs else None
+            names = None
+            if request.return_token_strs:
+                names = await in_thread(state.llm.tokenizer.convert_ids_to_tokens, token_ids)
         return JsonResponse(
             {
                 "count": len(token_ids),

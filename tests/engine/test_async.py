@@ -811,6 +811,21 @@ def test_chats_do_not_wait_for_templates_that_clients_give(model):
     assert "19" in prepared and len(prepared) <= 5  # those that had started, and the last
 
 
+def test_short_grammars_do_not_wait_for_long_ones(model):
+    async def use(llm):
+        gate = Gate(llm, [9, 9])
+        form = StructuredOutputsParams(choice=["a" * 1000 + str(i) for i in range(20)])
+        long = [asyncio.create_task(collect(llm, [9, 9], SamplingParams(structured_outputs=form))) for _ in range(20)]
+        await gate.closed()
+        with pytest.raises(ValueError, match="tokenizer"):  # the model has none
+            await collect(llm, [5, 6], SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+")))
+        assert not any(task.done() for task in long)
+        gate.opened.set()
+        await asyncio.wait(long)
+
+    with_engine(model, use)
+
+
 def test_plain_requests_do_not_wait_for_templates_and_grammars(model):
     """Each of these may take seconds, and a client may send any number of them."""
     regex = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))
