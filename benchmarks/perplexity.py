@@ -102,8 +102,13 @@ def main() -> None:
         "--variants", nargs="+", default=["plain", "weights"], choices=VARIANTS, help="the first is the reference"
     )
     args = parser.parse_args()
+    if args.window < 2:
+        parser.error(f"--window must be at least 2, got {args.window}")
     text = TEXT.read_text()
-    results = compare(args.model, text, args.window, args.variants, device=args.device, dtype=args.dtype)
+    try:
+        results = compare(args.model, text, args.window, args.variants, device=args.device, dtype=args.dtype)
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
     print("| variant | perplexity | nats per token more | mean change of a log-probability |")
     print("|---|---|---|---|")
     for variant, result in results.items():
