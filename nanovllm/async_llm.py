@@ -2,15 +2,16 @@
 
 Other threads prepare requests: they tokenize prompts, render chat templates and compile grammars. However long that
 takes, the steps of other requests go on. Each kind of work has its own threads, because a template or a grammar of a
-client may take seconds: requests without one do not wait for it.
+client may take seconds: requests without one do not wait for it. Of the requests that wait for a thread, the shortest
+is next.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceType
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,11 +25,12 @@ from nanovllm.engine.guard import close_at_exit
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request, check_request_id
 from nanovllm.executor.start import is_replicated
-from nanovllm.inputs import Prompt
+from nanovllm.inputs import Prompt, split_prompt
 from nanovllm.ops.triton_utils import current_gpu_initializer
 from nanovllm.output_stream import OutputStream, keep_newest, merge_deltas
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams, own
+from nanovllm.utils.shortest_first import ShortestFirst
 from nanovllm.vllm_options import NEUTRAL_ASYNC, check_call
 
 logger = logging.getLogger("nanovllm")
@@ -38,6 +40,8 @@ _PROMPTS, _TEMPLATES, _GIVEN_TEMPLATES = "prompts", "templates", "given-template
 _GRAMMARS, _LONG_GRAMMARS = "grammars", "long-grammars"
 # Threads for each kind: bounds how many requests are prepared at once, so that they leave time to the engine's thread.
 _PREPARING_THREADS = {_PROMPTS: 4, _TEMPLATES: 4, _GIVEN_TEMPLATES: 2, _GRAMMARS: 2, _LONG_GRAMMARS: 2}
+# How long it takes to prepare other things than texts.
+_IDS_PER_CHAR, _CHARS_PER_BAD_WORD, _CHARS_PER_MESSAGE = 16, 128, 128
 # Longer grammars may take seconds to compile, so shorter ones do not wait for them.
 _LONG_GRAMMAR_CHARS = 8192
 
@@ -88,8 +92,7 @@ class AsyncLLM:
         self._semaphores: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
         self._engine_thread = ThreadPoolExecutor(1, "nanovllm-engine", current_gpu_initializer())
         self._preparing_threads = {
-            kind: ThreadPoolExecutor(num_threads, f"nanovllm-{kind}")
-            for kind, num_threads in _PREPARING_THREADS.items()
+            kind: ShortestFirst(num_threads, f"nanovllm-{kind}") for kind, num_threads in _PREPARING_THREADS.items()
         }
         # The requests with a chosen id that the engine does not have yet.
         self._preparing: dict[str, _Consumer] = {}
@@ -104,7 +107,7 @@ class AsyncLLM:
             raise
         if find_spec("llguidance"):
             # Loaded now, because this holds the GIL for a while. If it fails, each structured request reports why.
-            self._preparing_threads[_GRAMMARS].submit(lambda: self.llm_engine.input_processor.grammars)
+            self._preparing_threads[_GRAMMARS].submit(0, lambda: self.llm_engine.input_processor.grammars)
         close_at_exit(self)
 
     # -- the engine's thread -----------------------------------------------------------------------------------------
@@ -231,10 +234,14 @@ class AsyncLLM:
     def _call(self, call: Callable[[LLMEngine], Any]) -> asyncio.Future:
         """Let the engine's thread run `call` between two steps. Return a future of its result."""
         self._check_usable()
-        return _submit(self._engine_thread, lambda: self._run(call))
+        return _future(lambda: self._engine_thread.submit(self._run, call))
 
-    def _prepare(self, kind: str, work: Callable[[], Any]) -> asyncio.Future:
-        """Let a thread for this kind of work run `work`, which must not use the engine's state. Return its future."""
+    def _prepare(self, kind: str, amount: int, work: Callable[[], Any]) -> asyncio.Future:
+        """Let a thread for this kind of work run `work`, which must not use the engine's state. Return its future.
+
+        Args:
+            amount: an estimate of the work, about the number of characters to read.
+        """
 
         def run() -> Any:
             self._check_usable()  # the engine may have been closed while this waited
@@ -244,7 +251,7 @@ class AsyncLLM:
                 self._check_usable()  # closing may be the reason why the work failed
 
         self._check_usable()
-        return _submit(self._preparing_threads[kind], run)
+        return _future(lambda: self._preparing_threads[kind].submit(amount, run))
 
     def _check_usable(self) -> None:
         if self._end_reason is not None:
@@ -365,7 +372,8 @@ class AsyncLLM:
         form, kind = sampling_params and sampling_params.structured_outputs, _PROMPTS
         if form is not None:
             kind = _LONG_GRAMMARS if form.num_chars > _LONG_GRAMMAR_CHARS else _GRAMMARS
-        return self._prepare(kind, lambda: process(prompt, sampling_params, request_id, stream=True))
+        amount = _amount(prompt, sampling_params)
+        return self._prepare(kind, amount, lambda: process(prompt, sampling_params, request_id, stream=True))
 
     def _end(self, request_id: str | None, consumer: _Consumer) -> None:
         """End a request if it has not finished, whether the engine has it or not."""
@@ -409,18 +417,19 @@ class AsyncLLM:
             raise ValueError(f"messages must be one conversation, got a list of {length(messages)}")
         chat_prompt_ids = self.llm_engine.input_processor.chat_prompt_ids
         kind = _TEMPLATES if template.get("chat_template") is None else _GIVEN_TEMPLATES
-        prompts = await self._prepare(kind, lambda: chat_prompt_ids(messages, **template))
+        amount = _amount_of_chat(messages)
+        prompts = await self._prepare(kind, amount, lambda: chat_prompt_ids(messages, **template))
         return prompts[0]
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of a text, by default as those of a prompt."""
         encode = self.llm_engine.input_processor.encode_bounded
-        return await self._prepare(_PROMPTS, lambda: encode(text, add_special_tokens))
+        return await self._prepare(_PROMPTS, _size(text), lambda: encode(text, add_special_tokens))
 
     async def decode(self, token_ids: list[int]) -> str:
         """Return the text of token ids, special tokens included."""
         decode = self.llm_engine.input_processor.decode
-        return await self._prepare(_PROMPTS, lambda: decode(token_ids))
+        return await self._prepare(_PROMPTS, _size(token_ids), lambda: decode(token_ids))
 
     def get_default_sampling_params(self) -> SamplingParams:
         """See `LLM.get_default_sampling_params`."""
@@ -519,10 +528,34 @@ def _check_one_engine(config: Config) -> None:
         )
 
 
-def _submit(threads: ThreadPoolExecutor, call: Callable[[], Any]) -> asyncio.Future:
+def _amount(prompt: Any, params: SamplingParams | None) -> int:
+    """Return about how much there is to read of a request that was checked."""
+    text, token_ids, _ = split_prompt(prompt)
+    amount = len(text) if text is not None else _size(token_ids) // _IDS_PER_CHAR
+    if params is not None:
+        form = params.structured_outputs
+        amount += len(params.bad_words) * _CHARS_PER_BAD_WORD + (form.num_chars if form is not None else 0)
+    return amount
+
+
+def _amount_of_chat(messages: Any) -> int:
+    """Return about how many characters a conversation has, which may be wrong in any way."""
+    contents = [each.get("content") for each in messages if isinstance(each, Mapping)] if is_list(messages) else []
+    return sum(len(content) if isinstance(content, str) else _CHARS_PER_MESSAGE for content in contents)
+
+
+def _size(value: Any) -> int:
+    """Return the length of what may have none."""
+    try:
+        return len(value)
+    except (TypeError, OverflowError):
+        return 0
+
+
+def _future(submit: Callable[[], Future]) -> asyncio.Future:
     """Return a future of the running loop for a call in another thread. RuntimeError if the threads are shut down."""
     try:
-        return asyncio.wrap_future(threads.submit(call))
+        return asyncio.wrap_future(submit())
     except RuntimeError as error:
         raise RuntimeError("the engine is closed") from error
 

@@ -236,15 +236,21 @@ class InputProcessor:
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the token ids of a text, by default without the special tokens that start or end a prompt."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the text has half a character, {text[error.start]!r} at {error.start}, which no tokenizer can read"
-            ) from None
+        return self.encode_all([text], add_special_tokens)[0]
+
+    def encode_all(self, texts: list[str], add_special_tokens: bool = False) -> list[list[int]]:
+        """Return the token ids of each text; see `encode`."""
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                at = error.start
+                message = f"the text has half a character, {text[at]!r} at {at}, which no tokenizer can read"
+                raise ValueError(message) from None
         with _refusing_panics("the text cannot be tokenized"):
             # A batch, because only that releases the GIL.
-            return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+            found = self.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+            return [encoding.ids for encoding in found]
 
     def encode_bounded(self, text: str, add_special_tokens: bool) -> list[int]:
         """Do the same as `encode`, but refuse a text of far too many tokens for `max_model_len`."""
@@ -358,7 +364,7 @@ class InputProcessor:
 
     def _make_filter(self, params: SamplingParams, stop_ids: frozenset[int]) -> TokenFilter | GrammarFilter | None:
         if params.structured_outputs is None:
-            return make_filter(params, self.vocab_size, encode=self.encode, stop_ids=stop_ids)
+            return make_filter(params, self.vocab_size, encode_all=self.encode_all, stop_ids=stop_ids)
         with _refusing_panics("structured_outputs cannot be compiled"):
             grammars = self.grammars
             if self._closed:  # `close` may not have seen them

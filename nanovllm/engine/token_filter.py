@@ -8,7 +8,6 @@ step. Other sequences go on meanwhile.
 from collections import deque
 from collections.abc import Callable, Iterable
 from copy import copy
-from functools import cache
 
 import numpy as np
 
@@ -91,28 +90,38 @@ class TokenFilter:
 _ANCHORS = ("=", "a", "1", "\n")
 
 
-def _spellings(word: str, encode: Callable[[str], list[int]]) -> set[tuple[int, ...]]:
-    """Return the token ids of a bad word, as it is and, unless it begins with white space itself, after a space.
+def _spellings(words: Iterable[str], encode_all: Callable[[list[str]], list[list[int]]]) -> set[tuple[int, ...]]:
+    """Return the token ids of bad words, as they are and, unless they begin with white space themselves, after a space.
 
     A tokenizer may put a space before each text that it encodes, and an output does not begin a text. So the ids are
-    those that the word adds to another text.
+    those that a word adds to another text.
     """
+    forms = [form for word in words for form in ((word,) if word[0].isspace() else (word, " " + word))]
     spellings = set()
-    for form in (word,) if word[0].isspace() else (word, " " + word):
-        for anchor in _ANCHORS:
-            before, ids = encode(anchor), encode(anchor + form)
+    for anchor in _ANCHORS:
+        before, *found = encode_all([anchor, *(anchor + form for form in forms)])
+        merged = []
+        for form, ids in zip(forms, found, strict=True):
             if before and ids[: len(before)] == before:
                 spellings.add(tuple(ids[len(before) :]))
-                break
-        else:
-            spellings.add(tuple(encode(form)))
-    return spellings - {()}
+            else:
+                merged.append(form)
+        forms = merged
+        if not forms:
+            break
+    return (spellings | set(map(tuple, encode_all(forms)))) - {()}
 
 
 def make_filter(
-    params: SamplingParams, vocab_size: int, encode: Callable[[str], list[int]], stop_ids: Iterable[int]
+    params: SamplingParams,
+    vocab_size: int,
+    encode_all: Callable[[list[str]], list[list[int]]],
+    stop_ids: Iterable[int],
 ) -> TokenFilter | None:
     """Return the filter of `allowed_token_ids` and `bad_words`, or None if there are none.
+
+    Args:
+        encode_all: returns the token ids of each text.
 
     Raises:
         ValueError: no token is left.
@@ -121,8 +130,7 @@ def make_filter(
         return None
     allowed = np.zeros(32 * ceil_div(vocab_size, 32), dtype=bool)
     allowed[slice(vocab_size) if params.allowed_token_ids is None else list(params.allowed_token_ids)] = True
-    encode = cache(encode)  # for the anchors
-    spellings = set().union(*(_spellings(word, encode) for word in params.bad_words))
+    spellings = _spellings(params.bad_words, encode_all) if params.bad_words else ()
     # A tokenizer may have more tokens than its model, which never samples those.
     spellings = sorted(ids for ids in spellings if max(ids) < vocab_size)
     token_filter = TokenFilter(allowed, bad_words=spellings, stop_ids=stop_ids, min_tokens=params.min_tokens)

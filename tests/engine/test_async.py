@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -784,6 +784,39 @@ def test_a_request_that_is_being_prepared_does_not_stop_others(model):
 
     quick, slow, chat = with_engine(model, use)
     assert len(quick) == 20 and len(slow) == 4 and chat == [1]
+
+
+def test_requests_wait_for_threads_by_what_there_is_to_read(model, monkeypatch):
+    async def use(llm):
+        amounts = []
+        for threads in llm._preparing_threads.values():
+            monkeypatch.setattr(threads, "submit", lambda amount, call: (amounts.append(amount), Future())[1])
+        params = SamplingParams(bad_words=["a", "b"])
+        choice = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["a" * 90, "b"]))
+        chats = [{"role": "user", "content": "a" * 40}, {"role": "user", "content": [{"type": "text"}]}]
+        requests = [
+            llm.generate("a" * 50),
+            llm.generate([5] * 50),
+            llm.generate([5], params),
+            llm.generate([5], choice),
+        ]
+        preparing = [
+            *(anext(request) for request in requests),
+            llm.chat_prompt(chats),
+            llm.chat_prompt(7),
+            llm.encode("a" * 60),
+            llm.encode(None),
+            llm.decode([5] * 70),
+        ]
+        tasks = [asyncio.ensure_future(each) for each in preparing]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        monkeypatch.undo()
+        return amounts
+
+    assert with_engine(model, use) == [50, 3, 256, 91, 168, 0, 60, 0, 70]
 
 
 def test_chats_do_not_wait_for_templates_that_clients_give(model):

@@ -46,7 +46,10 @@ def banned(tokenizer, word, after=(), vocab_size=None, **options):
     vocab_size = vocab_size or tokenizer.get_vocab_size()
     params = SamplingParams(bad_words=[word], **options)
     token_filter = make_filter(
-        params, vocab_size, lambda text: tokenizer.encode(text, add_special_tokens=False).ids, ()
+        params,
+        vocab_size,
+        lambda texts: [found.ids for found in tokenizer.encode_batch(texts, add_special_tokens=False)],
+        (),
     )
     for token in after:
         token_filter.accept(tokenizer.token_to_id(token))

@@ -1,0 +1,45 @@
+"""Threads that take the shortest of the calls that wait."""
+
+import threading
+
+import pytest
+
+from nanovllm.utils.shortest_first import ShortestFirst
+
+
+def test_the_shortest_call_that_was_not_cancelled_is_next_and_equal_ones_keep_their_order():
+    threads, release, done = ShortestFirst(1, "test"), threading.Event(), []
+    first = threads.submit(100, release.wait)
+    calls = [
+        threads.submit(work, lambda work=work, i=i: done.append((work, i))) for i, work in enumerate([9, 5, 7, 5, 1])
+    ]
+    assert calls[2].cancel()
+    release.set()
+    threads.shutdown()
+    assert first.result() and done == [(1, 4), (5, 1), (5, 3), (9, 0)]
+    assert [call.cancelled() for call in calls] == [False, False, True, False, False]
+
+
+def test_errors_are_those_of_the_call():
+    threads = ShortestFirst(2, "test")
+    with pytest.raises(ZeroDivisionError):
+        threads.submit(1, lambda: 1 // 0).result()
+    assert threads.submit(1, lambda: 2).result() == 2
+    threads.shutdown()
+    with pytest.raises(RuntimeError):
+        threads.submit(1, lambda: 2)
+
+
+def test_a_call_whose_caller_was_interrupted_takes_the_turn_of_no_other(monkeypatch):
+    threads, done = ShortestFirst(1, "test"), []
+
+    def interrupt(call):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threads._threads, "submit", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            threads.submit(1, lambda: done.append(1))
+    threads.submit(2, lambda: done.append(2)).result(60)
+    threads.shutdown()
+    assert done == [2]
