@@ -9,7 +9,7 @@ is next.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceType
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -540,7 +540,7 @@ def _amount(prompt: Any, params: SamplingParams | None) -> int:
 
 def _amount_of_chat(messages: Any) -> int:
     """Return about how many characters a conversation has, which may be wrong in any way."""
-    contents = [each.get("content") for each in messages if isinstance(each, Mapping)] if is_list(messages) else []
+    contents = [each.get("content") for each in messages if isinstance(each, dict)] if is_list(messages) else []
     return sum(len(content) if isinstance(content, str) else _CHARS_PER_MESSAGE for content in contents)
 
 

@@ -38,6 +38,7 @@ from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import JsonResponse
 from nanovllm.server.text_format import TextFormat
 from nanovllm.utils.open_files import allow_open_files
+from nanovllm.utils.threads import switch_threads_often
 
 logger = logging.getLogger("nanovllm")
 
@@ -139,7 +140,7 @@ def _api_error(request: Request, error: Exception) -> ApiError:
 
 def _named_field(message: str, path: str) -> str | None:
     """Return the field of a request that the first word of a message names, or None."""
-    name = re.split(r"[ :\[]", message, maxsplit=1)[0]
+    name = re.split(r"[ :\[]", message.removeprefix("each id of ").removeprefix("each bias of "), maxsplit=1)[0]
     if name in ("prompt", "messages", "tokens"):  # what the engine calls them
         return _PROMPT_FIELDS.get(path, name)
     if name == "text":  # what it calls a text to tokenize
@@ -213,6 +214,7 @@ def serve(config_options: dict[str, Any], server_options: ServerOptions) -> None
         TypeError, ValueError, RuntimeError: the engine cannot be made, see `EngineClient`, or has failed later.
     """
     allow_open_files(_OPEN_FILES)
+    switch_threads_often()
     with _listen(server_options.host, server_options.port) as listener:
         llm = EngineClient(**config_options)
         try:

@@ -13,12 +13,14 @@ from typing import Any
 from nanovllm import AsyncLLM, SamplingParams
 from nanovllm.outputs import RequestOutput
 from nanovllm.server.engine_messages import PackedError, PackedOutput, pack_error, pack_output
+from nanovllm.utils.threads import switch_threads_often
 
 
 def main(descriptor: int) -> None:
     """Load the model that the first message describes, and serve it until the connection ends."""
     # A service manager may send it to all processes of a service, but running requests finish first.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    switch_threads_often()
     connection = Connection(descriptor)
     try:
         llm = AsyncLLM(**pickle.loads(connection.recv_bytes()))

@@ -18,6 +18,8 @@ from nanovllm.server.streaming import JsonResponse
 
 # Everybody may read whether the server is well, and the chat page, which asks for a key.
 _OPEN_PATHS = re.compile(r"/|/health/?|/favicon\.ico|/page/.*")
+# Longer bodies, in bytes, take milliseconds to parse.
+_LONG_BODY = 1 << 15
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -143,12 +145,14 @@ def _ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | No
 class BodyLimit:
     """Refuse bodies of more than `max_bytes` bytes before they are read, or as soon as more has come.
 
-    Also refuse those whose JSON has too many parts, before it is parsed.
+    Also refuse those whose JSON has too many parts, before it is parsed. Long bodies take turns: each iteration of the
+    event loop parses one of them, and gives other clients their tokens.
     """
 
     def __init__(self, app: Any, max_bytes: int):
         self.app = app
         self.max_bytes = max_bytes
+        self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -170,6 +174,9 @@ class BodyLimit:
                 counter.add(chunk)
             except ValueError as error:
                 raise HTTPException(400, str(error)) from None
+            if num_bytes > _LONG_BODY and not event.get("more_body"):
+                async with self._turn:
+                    await asyncio.sleep(0)
             return event
 
         await self.app(scope, receive_bounded, send)

@@ -10,6 +10,7 @@ import pytest
 
 from nanovllm.server import body
 from nanovllm.server.options import ServerOptions
+from tests.server.scripted import ScriptedLLM
 from tests.server.serving import SECONDS, call, error_of, held, listening, make_server, with_client
 
 PATH = "/v1/completions"
@@ -387,3 +388,20 @@ def test_pipelined_request_is_dropped_and_a_vanished_client_noticed(own_llm):
                     await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(use(), SECONDS))
+
+
+def test_long_bodies_take_turns(monkeypatch):
+    check, iterations, parsed = body._check_size, 0, []
+
+    async def use(client, state):
+        nonlocal iterations
+        requests = [client.post("/v1/completions", json={"prompt": "a" * (1 << 16), "n": 0}) for _ in range(5)]
+        answering = asyncio.gather(*requests)
+        while not answering.done():
+            iterations += 1
+            await asyncio.sleep(0)
+        assert {answer.status_code for answer in await answering} == {400}
+
+    monkeypatch.setattr(body, "_check_size", lambda data: (parsed.append(iterations), check(data)))
+    with_client(ScriptedLLM("a"), use)
+    assert len(parsed) == len(set(parsed)) == 5
