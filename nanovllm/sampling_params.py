@@ -171,7 +171,7 @@ class StructuredOutputsParams:
     @property
     def num_chars(self) -> int:
         """How many characters there are to compile."""
-        return sum(len(self._text(name)) for name in _FORMS)
+        return sum(len(self._text(name)) for name in (*_FORMS, "whitespace_pattern"))
 
 
 def _json_text(name: str, schema: Any) -> str:

@@ -242,7 +242,7 @@ def test_answers_carry_the_request_id_and_the_model(llm):
         ({"prompt": "a", "stream": True, "stream_options": {"more": True}}, "stream_options.more"),
         ({"prompt": "a", "structured_outputs": {"json": {"type": "nothing"}}}, "structured_outputs"),
         ({"prompt": "a", "structured_outputs": {}}, "structured_outputs"),
-        ({"prompt": "a", "logit_bias": {"x": 1}}, None),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

@@ -204,6 +204,11 @@ def test_an_assignment_to_params_is_checked_as_an_argument_is():
         hash(params)
 
 
+def test_characters_to_compile_are_those_of_the_form_and_its_white_space():
+    assert StructuredOutputsParams(choice=["ab", "c"]).num_chars == 3
+    assert StructuredOutputsParams(json_object=True, whitespace_pattern=" ?").num_chars == 2
+
+
 def test_a_subclass_of_params_may_have_arguments_and_attributes_of_its_own():
     class Tagged(SamplingParams):
         def __init__(self, tag, **arguments):
