@@ -274,7 +274,7 @@ def routes(state: ServerState) -> APIRouter:
     @router.post("/v1/messages/count_tokens")
     async def count_tokens(request: CountTokensRequest, http: Request) -> Response:
         check_model(state, request.model)
-        async with state.tokenizing:
+        async with state.tokenizing(http):
             prompt_ids = await prompt_token_ids(state, conversation(state, request, http))
         return JsonResponse({"input_tokens": len(prompt_ids)})
 

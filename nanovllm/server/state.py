@@ -3,7 +3,7 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,9 +19,9 @@ from nanovllm.server.options import ServerOptions
 from nanovllm.server.security import key_salt
 from nanovllm.server.text_format import TextFormat
 
-# Requests that only tokenize and are worked on at once. They share the engine's four threads for prompts, and leave
-# some to the requests that generate.
-_MAX_TOKENIZING = 2
+# Long requests that only tokenize and are worked on at once. They share the engine's threads for prompts, and leave some
+# to the requests that generate. Bodies up to so many bytes are short.
+_MAX_TOKENIZING, _SHORT_BODY = 2, 1 << 13
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,6 @@ class ServerState:
         model_names: the model's names in the API; the first is the one that responses carry.
         format: how the model writes its thinking and its tool calls.
         admission: counts the requests that the engine has, and refuses those that are too many.
-        tokenizing: requests that generate nothing hold it while they count tokens.
     """
 
     llm: AsyncLLM | EngineClient
@@ -42,7 +41,13 @@ class ServerState:
     format: TextFormat
     admission: AdmissionControl
     metrics: ServerMetrics
-    tokenizing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_TOKENIZING))
+    _tokenizing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_TOKENIZING))
+
+    def tokenizing(self, http: Request) -> AbstractAsyncContextManager[Any]:
+        """Return what a request that only tokenizes holds meanwhile. Long ones wait for each other."""
+        length = http.headers.get("content-length", "")
+        is_short = length.isdecimal() and int(length) <= _SHORT_BODY
+        return nullcontext() if is_short else self._tokenizing
 
     @cached_property
     def token_bytes(self) -> Mapping[int, bytes]:

@@ -71,7 +71,7 @@ def routes(state: ServerState) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(request: TokenizeRequest, http: Request) -> JsonResponse:
         check_model(state, request.model)
-        async with state.tokenizing:
+        async with state.tokenizing(http):
             token_ids = await _token_ids(state, request, http)
             names = None
             if request.return_token_strs:
@@ -86,9 +86,9 @@ def routes(state: ServerState) -> APIRouter:
         )
 
     @router.post("/detokenize")
-    async def detokenize(request: DetokenizeRequest) -> JsonResponse:
+    async def detokenize(request: DetokenizeRequest, http: Request) -> JsonResponse:
         check_model(state, request.model)
-        async with state.tokenizing:
+        async with state.tokenizing(http):
             return JsonResponse({"prompt": await state.llm.decode(request.tokens)})
 
     return router
