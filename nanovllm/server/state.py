@@ -19,8 +19,8 @@ from nanovllm.server.options import ServerOptions
 from nanovllm.server.security import key_salt
 from nanovllm.server.text_format import TextFormat
 
-# Long requests that only tokenize and are worked on at once. They share the engine's threads for prompts, and leave some
-# to the requests that generate. Bodies up to so many bytes are short.
+# Long requests that only tokenize and are worked on at once. They share the engine's threads for prompts, and leave
+# some to requests that generate. Bodies up to so many bytes are short.
 _MAX_TOKENIZING, _SHORT_BODY = 2, 1 << 13
 
 
