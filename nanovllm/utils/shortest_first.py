@@ -11,6 +11,8 @@ from typing import Any
 class ShortestFirst:
     """Runs calls in threads. Of those that wait, the one with the least work is next, so long ones delay no short one.
 
+    A long call waits as long as shorter ones keep all threads busy.
+
     Args:
         num_threads: calls that run at once.
         name: the start of the threads' names.
