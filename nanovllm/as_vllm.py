@@ -50,8 +50,7 @@ class AsyncLLM(nanovllm.AsyncLLM):
         if sampling_params is None:
             sampling_params = self.llm_engine.input_processor.default_params
         if isinstance(sampling_params, nanovllm.SamplingParams) and sampling_params.output_kind is None:
-            sampling_params = sampling_params.clone()
-            sampling_params.output_kind = nanovllm.RequestOutputKind.CUMULATIVE
+            sampling_params = sampling_params.clone(output_kind=nanovllm.RequestOutputKind.CUMULATIVE)
         return super().generate(prompt, sampling_params, request_id, **neutral)
 
 

@@ -40,7 +40,7 @@ _PROMPTS, _TEMPLATES, _GIVEN_TEMPLATES = "prompts", "templates", "given-template
 _GRAMMARS, _LONG_GRAMMARS = "grammars", "long-grammars"
 # Threads for each kind: bounds how many requests are prepared at once, so that they leave time to the engine's thread.
 _PREPARING_THREADS = {_PROMPTS: 4, _TEMPLATES: 4, _GIVEN_TEMPLATES: 2, _GRAMMARS: 2, _LONG_GRAMMARS: 2}
-# How long it takes to prepare other things than texts.
+# Estimates of the work of other things than texts, which counts by characters.
 _IDS_PER_CHAR, _CHARS_PER_BAD_WORD, _CHARS_PER_MESSAGE = 16, 128, 128
 # Longer grammars may take seconds to compile, so shorter ones do not wait for them.
 _LONG_GRAMMAR_CHARS = 8192
@@ -539,7 +539,7 @@ def _amount(prompt: Any, params: SamplingParams | None) -> int:
 
 
 def _amount_of_chat(messages: Any) -> int:
-    """Return about how many characters a conversation has, which may be wrong in any way."""
+    """Return about how many characters a conversation has. It has not been checked."""
     contents = [each.get("content") for each in messages if isinstance(each, dict)] if is_list(messages) else []
     return sum(len(content) if isinstance(content, str) else _CHARS_PER_MESSAGE for content in contents)
 
@@ -547,8 +547,8 @@ def _amount_of_chat(messages: Any) -> int:
 def _size(value: Any) -> int:
     """Return the length of what may have none."""
     try:
-        return len(value)
-    except (TypeError, OverflowError):
+        return length(value)
+    except TypeError:
         return 0
 
 

@@ -387,14 +387,16 @@ class SamplingParams:
                 raise ValueError("logit_bias must have each token id once, got one as a text and as a number")
         return cls(**given)
 
-    def clone(self) -> "SamplingParams":
-        """Return a copy."""
+    def clone(self, **changes: Any) -> "SamplingParams":
+        """Return a copy, with `changes` assigned to it. Raise TypeError or ValueError if one is wrong."""
         # `copy` would take three times as long, and lose attributes of a subclass.
         copied = object.__new__(type(self))
         for name in _NAMES if type(self) is SamplingParams else [field.name for field in fields(self)]:
             object.__setattr__(copied, name, getattr(self, name))
         if hasattr(self, "__dict__"):
             vars(copied).update(vars(self))
+        for name, value in changes.items():
+            setattr(copied, name, value)
         return copied
 
     def for_ranks(self) -> "SamplingParams":

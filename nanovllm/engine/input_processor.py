@@ -230,9 +230,7 @@ class InputProcessor:
                 raise ValueError(f"{name} must be at most max_logprobs={self.config.max_logprobs}, got {count}")
         if params.logprobs_mode is not None or self.config.logprobs_mode == "raw_logprobs":
             return params
-        params = params.clone()
-        params.logprobs_mode = self.config.logprobs_mode
-        return params
+        return params.clone(logprobs_mode=self.config.logprobs_mode)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the token ids of a text, by default without the special tokens that start or end a prompt."""
@@ -475,9 +473,7 @@ class InputProcessor:
 def _with_salt(params: SamplingParams, cache_salt: Any) -> SamplingParams:
     if params.cache_salt not in (None, cache_salt):
         raise ValueError("cache_salt of the prompt and of sampling_params differ; give one")
-    params = params.clone()
-    params.cache_salt = cache_salt
-    return params
+    return params.clone(cache_salt=cache_salt)
 
 
 def _tool_schemas(tools: Any) -> list[dict] | None:

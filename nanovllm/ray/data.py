@@ -45,8 +45,8 @@ class AnswerRows:
         if not isinstance(sampling_params, SamplingParams | None):
             raise TypeError(f"sampling_params must be SamplingParams, got {shown(sampling_params)}")
         self._llm = AsyncLLM(model, **options)
-        self._params = params = (sampling_params or self._llm.get_default_sampling_params()).clone()
-        params.output_kind = RequestOutputKind.FINAL_ONLY
+        params = sampling_params or self._llm.get_default_sampling_params()
+        self._params = params.clone(output_kind=RequestOutputKind.FINAL_ONLY)
         self._template = template or {}
         text, ids = pa.string(), pa.list_(pa.int32())
         kinds = {"generated_text": text, "generated_token_ids": ids, "finish_reason": text}
@@ -74,8 +74,7 @@ class AnswerRows:
                 prompt = await self._llm.chat_prompt(row["messages"], **self._template)
             if prompt is None:
                 raise ValueError("a row must have prompt_token_ids, messages or prompt, and has none of them")
-            params = self._params.clone()
-            params.seed = row.get("seed", params.seed)
+            params = self._params.clone(seed=row.get("seed", self._params.seed))
             (output,) = [output async for output in self._llm.generate(prompt, params)]
         except Exception as error:
             await self._llm.check_health()  # raises if the engine is the reason, so that Ray starts another one

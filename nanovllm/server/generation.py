@@ -1,13 +1,12 @@
 """Generates the next turn of a conversation: what chat completions, messages and responses share."""
 
-import asyncio
 import re
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request
 
@@ -19,12 +18,12 @@ from nanovllm.server.errors import ApiError, aborted
 from nanovllm.server.events import CallEnd, Event
 from nanovllm.server.parsers import OutputParser
 from nanovllm.server.state import ServerState
+from nanovllm.server.streaming import in_thread
 
 # The parser reads the end of the prompt, because the template may open the model's thinking there. A message to be
 # continued may have opened it long before.
 _TAIL_TOKENS = 64
 _CONTINUED_TAIL_TOKENS = 4096
-T = TypeVar("T")
 _LONG_TEXT = 4096  # new characters of all samples together; more are parsed in a thread
 # One thread for each kind of long work: more would keep the GIL from the event loop. Long responses have another one.
 _parsing, _constraining = ThreadPoolExecutor(1, "nanovllm-parsing"), ThreadPoolExecutor(1, "nanovllm-constraining")
@@ -109,7 +108,7 @@ async def generate_turn(
         prompt_ids, prompt_text = await _prompt(state, conversation, tools)
         constrain = partial(_constrained, state, conversation, tools, prompt_text)
         # The schemas of tools can be large.
-        params = await _in_thread(_constraining, constrain) if tools else constrain()
+        params = await in_thread(constrain, thread=_constraining) if tools else constrain()
         is_constrained = params.structured_outputs is not None
         samples = [_Sample(state.format.parser(prompt_text, tools, is_constrained)) for _ in range(params.n)]
         prompt = {"prompt_token_ids": prompt_ids}
@@ -205,11 +204,7 @@ async def _piece(sample: "_Sample", new: CompletionOutput, is_long: bool) -> Sam
     """Return the next piece of a sample. Long texts are parsed in a thread, because they may have many calls."""
     if not is_long:
         return sample.piece(new)
-    return await _in_thread(_parsing, sample.piece, new)
-
-
-async def _in_thread(thread: ThreadPoolExecutor, function: Callable[..., T], *args: Any) -> T:
-    return await asyncio.get_running_loop().run_in_executor(thread, function, *args)
+    return await in_thread(sample.piece, new, thread=_parsing)
 
 
 class _Sample:

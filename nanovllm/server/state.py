@@ -41,7 +41,7 @@ class ServerState:
     format: TextFormat
     admission: AdmissionControl
     metrics: ServerMetrics
-    _tokenizing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_TOKENIZING))
+    _tokenizing: asyncio.Semaphore = field(init=False, default_factory=lambda: asyncio.Semaphore(_MAX_TOKENIZING))
 
     def tokenizing(self, http: Request) -> AbstractAsyncContextManager[Any]:
         """Return what a request that only tokenizes holds meanwhile. Long ones wait for each other."""

@@ -28,9 +28,9 @@ Item: TypeAlias = dict | list[dict]
 T = TypeVar("T")
 
 
-async def in_thread(function: Callable[..., T], *args: Any) -> T:
-    """Return `function(*args)`, which may take long. It waits for all other work of this kind."""
-    return await asyncio.get_running_loop().run_in_executor(_long_work, function, *args)
+async def in_thread(function: Callable[..., T], *args: Any, thread: ThreadPoolExecutor = _long_work) -> T:
+    """Return `function(*args)`, which may take long. It waits for what the thread has to do before."""
+    return await asyncio.get_running_loop().run_in_executor(thread, function, *args)
 
 
 async def merge_streams(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:

@@ -105,6 +105,11 @@ def test_jsonl_becomes_parquet_with_types_and_what_is_done_is_not_done_again(clu
     assert sorted(pq.read_table(out)["id"].to_pylist()) == list(range(40))
 
 
+def test_parameters_of_a_wrong_type_are_refused_by_name(model):
+    with pytest.raises(TypeError, match="sampling_params must be SamplingParams, got"):
+        AnswerRows(str(model), {"max_tokens": 3})
+
+
 def test_a_second_pass_replaces_the_columns_of_the_first(model):
     answer = AnswerRows(model, greedy(3), **OPTIONS)
     rows = pa.table({"prompt": ["x", None], "error": ["old", "old"], "x": ["y", "z"]})

@@ -263,6 +263,7 @@ def test_peaks_are_known_by_name_or_given(name, itemsize, flags, peaks):
         ("--plot limits.png", "'limits.png' must end in .svg"),
         ("--trace trace.txt", "'trace.txt' must end in .json or .json.gz"),
         ("--json nowhere/figures.json", "no folder for 'nowhere/figures.json'"),
+        ("--json /", "'/' is a folder"),
         ("--json x.json --trace ./x.json --model nowhere.gguf", "must be different files"),
         ("--plot x.svg --workload start", "need a workload other than start"),
         ("--workload prefix --compare transformers", "runs the offline workload only"),

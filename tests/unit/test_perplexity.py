@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import perplexity
 from benchmarks.perplexity import Comparison, compare, windows_of
 from tests.engine.reference import load_reference
 from tests.models.tiny import save_tiny_with_tokenizer
@@ -35,3 +36,14 @@ def test_comparison_has_the_standard_error_of_paired_differences():
     result = Comparison.of([-1.0, -2.0, -3.0, -4.0], [-1.0, -1.0, -3.0, -3.0])
     assert result == (pytest.approx(math.exp(2.5)), 0.5, 0.25, 0.5)
     assert windows_of(list(range(7)), 3) == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [("--window 1", "--window must be at least 2, got 1"), ("--model /nowhere", "'/nowhere' is not")],
+)
+def test_wrong_options_are_one_line(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["perplexity", *flags.split()])
+    with pytest.raises(SystemExit):
+        perplexity.main()
+    assert message in capsys.readouterr().err
