@@ -1,9 +1,6 @@
 """The engine for asyncio: many concurrent requests on one engine thread.
 
-Other threads prepare requests: they tokenize prompts, render chat templates and compile grammars. However long that
-takes, the steps of other requests go on. Each kind of work has its own threads, because a template or a grammar of a
-client may take seconds: requests without one do not wait for it. Of the requests that wait for a thread, the shortest
-is next.
+Other threads prepare requests (`input_threads`).
 """
 
 import asyncio
@@ -11,7 +8,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceType
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,25 +22,15 @@ from nanovllm.engine.guard import close_at_exit
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request, check_request_id
 from nanovllm.executor.start import is_replicated
-from nanovllm.inputs import Prompt, split_prompt
+from nanovllm.input_threads import InputThreads, future_of
+from nanovllm.inputs import Prompt
 from nanovllm.ops.triton_utils import current_gpu_initializer
 from nanovllm.output_stream import OutputStream, keep_newest, merge_deltas
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams, own
-from nanovllm.utils.shortest_first import ShortestFirst
 from nanovllm.vllm_options import NEUTRAL_ASYNC, check_call
 
 logger = logging.getLogger("nanovllm")
-
-# The kinds of work that prepare a request.
-_PROMPTS, _TEMPLATES, _GIVEN_TEMPLATES = "prompts", "templates", "given-templates"
-_GRAMMARS, _LONG_GRAMMARS = "grammars", "long-grammars"
-# Threads for each kind: bounds how many requests are prepared at once, so that they leave time to the engine's thread.
-_PREPARING_THREADS = {_PROMPTS: 4, _TEMPLATES: 4, _GIVEN_TEMPLATES: 2, _GRAMMARS: 2, _LONG_GRAMMARS: 2}
-# Estimates of the work of other things than texts, which counts by characters.
-_IDS_PER_CHAR, _CHARS_PER_BAD_WORD, _CHARS_PER_MESSAGE = 16, 128, 128
-# Longer grammars may take seconds to compile, so shorter ones do not wait for them.
-_LONG_GRAMMAR_CHARS = 8192
 
 
 class _Consumer:
@@ -91,9 +78,6 @@ class AsyncLLM:
         self._max_concurrent = number("max_concurrent_requests", max_concurrent_requests, int, 1, 1 << 30)
         self._semaphores: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
         self._engine_thread = ThreadPoolExecutor(1, "nanovllm-engine", current_gpu_initializer())
-        self._preparing_threads = {
-            kind: ShortestFirst(num_threads, f"nanovllm-{kind}") for kind, num_threads in _PREPARING_THREADS.items()
-        }
         # The requests with a chosen id that the engine does not have yet.
         self._preparing: dict[str, _Consumer] = {}
         self._end_reason: BaseException | None = None  # set when the engine is closed or has failed
@@ -105,9 +89,9 @@ class AsyncLLM:
         except BaseException:
             self._engine_thread.shutdown()
             raise
+        self._input_threads = InputThreads(self.llm_engine.input_processor, self._check_usable)
         if find_spec("llguidance"):
-            # Loaded now, because this holds the GIL for a while. If it fails, each structured request reports why.
-            self._preparing_threads[_GRAMMARS].submit(0, lambda: self.llm_engine.input_processor.grammars)
+            self._input_threads.load_grammars()
         close_at_exit(self)
 
     # -- the engine's thread -----------------------------------------------------------------------------------------
@@ -234,24 +218,7 @@ class AsyncLLM:
     def _call(self, call: Callable[[LLMEngine], Any]) -> asyncio.Future:
         """Let the engine's thread run `call` between two steps. Return a future of its result."""
         self._check_usable()
-        return _future(lambda: self._engine_thread.submit(self._run, call))
-
-    def _prepare(self, kind: str, amount: int, work: Callable[[], Any]) -> asyncio.Future:
-        """Let a thread for this kind of work run `work`, which must not use the engine's state. Return its future.
-
-        Args:
-            amount: an estimate of the work, about the number of characters to read.
-        """
-
-        def run() -> Any:
-            self._check_usable()  # the engine may have been closed while this waited
-            try:
-                return work()
-            finally:
-                self._check_usable()  # closing may be the reason why the work failed
-
-        self._check_usable()
-        return _future(lambda: self._preparing_threads[kind].submit(amount, run))
+        return future_of(lambda: self._engine_thread.submit(self._run, call))
 
     def _check_usable(self) -> None:
         if self._end_reason is not None:
@@ -293,7 +260,7 @@ class AsyncLLM:
     async def check_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> None:
         """Raise what `generate` would raise for this request before its first output, without generating anything."""
         self._check(prompt, sampling_params, None)
-        await self._process(prompt, sampling_params, None)
+        await self._input_threads.process(prompt, sampling_params, None)
 
     async def submit(
         self,
@@ -359,21 +326,10 @@ class AsyncLLM:
         self, prompt: Any, sampling_params: SamplingParams | None, request_id: str | None, consumer: _Consumer
     ) -> None:
         """Prepare a request and hand it to the engine."""
-        request = await self._process(prompt, sampling_params, request_id)
+        request = await self._input_threads.process(prompt, sampling_params, request_id)
         adding = self._call(lambda engine: self._add(request, consumer))
         adding.add_done_callback(_retrieve_exception)
         await asyncio.shield(adding)
-
-    def _process(
-        self, prompt: Any, sampling_params: SamplingParams | None, request_id: str | None
-    ) -> asyncio.Future[Request]:
-        """Let a thread check and prepare a request."""
-        process = self.llm_engine.input_processor.process
-        form, kind = sampling_params and sampling_params.structured_outputs, _PROMPTS
-        if form is not None:
-            kind = _LONG_GRAMMARS if form.num_chars > _LONG_GRAMMAR_CHARS else _GRAMMARS
-        amount = _amount(prompt, sampling_params)
-        return self._prepare(kind, amount, lambda: process(prompt, sampling_params, request_id, stream=True))
 
     def _end(self, request_id: str | None, consumer: _Consumer) -> None:
         """End a request if it has not finished, whether the engine has it or not."""
@@ -415,21 +371,15 @@ class AsyncLLM:
         """Return the token ids of one conversation; see `LLM.chat_prompts`."""
         if is_list(messages) and length(messages) > 1 and is_list(messages[0]):
             raise ValueError(f"messages must be one conversation, got a list of {length(messages)}")
-        chat_prompt_ids = self.llm_engine.input_processor.chat_prompt_ids
-        kind = _TEMPLATES if template.get("chat_template") is None else _GIVEN_TEMPLATES
-        amount = _amount_of_chat(messages)
-        prompts = await self._prepare(kind, amount, lambda: chat_prompt_ids(messages, **template))
-        return prompts[0]
+        return await self._input_threads.chat_prompt(messages, **template)
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of a text, by default as those of a prompt."""
-        encode = self.llm_engine.input_processor.encode_bounded
-        return await self._prepare(_PROMPTS, _size(text), lambda: encode(text, add_special_tokens))
+        return await self._input_threads.encode(text, add_special_tokens)
 
     async def decode(self, token_ids: list[int]) -> str:
         """Return the text of token ids, special tokens included."""
-        decode = self.llm_engine.input_processor.decode
-        return await self._prepare(_PROMPTS, _size(token_ids), lambda: decode(token_ids))
+        return await self._input_threads.decode(token_ids)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """See `LLM.get_default_sampling_params`."""
@@ -498,9 +448,7 @@ class AsyncLLM:
     def close(self) -> None:
         """Close the engine. Iterations that go on raise RuntimeError. May be called again."""
         self._end_reason = self._end_reason or RuntimeError("the engine is closed")
-        self.llm_engine.input_processor.close()  # wakes preparing threads that wait for a template
-        for threads in self._preparing_threads.values():
-            threads.shutdown()
+        self._input_threads.close()
         with contextlib.suppress(RuntimeError):  # closed before
             self._engine_thread.submit(self._close_with, self._end_reason)
         self._engine_thread.shutdown()
@@ -526,38 +474,6 @@ def _check_one_engine(config: Config) -> None:
             "that torchrun or the caller has started; use LLM, or distributed_executor_backend='mp', which lets the "
             "engine start its ranks"
         )
-
-
-def _amount(prompt: Any, params: SamplingParams | None) -> int:
-    """Return about how much there is to read of a request that was checked."""
-    text, token_ids, _ = split_prompt(prompt)
-    amount = len(text) if text is not None else _size(token_ids) // _IDS_PER_CHAR
-    if params is not None:
-        form = params.structured_outputs
-        amount += len(params.bad_words) * _CHARS_PER_BAD_WORD + (form.num_chars if form is not None else 0)
-    return amount
-
-
-def _amount_of_chat(messages: Any) -> int:
-    """Return about how many characters a conversation has. It has not been checked."""
-    contents = [each.get("content") for each in messages if isinstance(each, dict)] if is_list(messages) else []
-    return sum(len(content) if isinstance(content, str) else _CHARS_PER_MESSAGE for content in contents)
-
-
-def _size(value: Any) -> int:
-    """Return the length of what may have none."""
-    try:
-        return length(value)
-    except TypeError:
-        return 0
-
-
-def _future(submit: Callable[[], Future]) -> asyncio.Future:
-    """Return a future of the running loop for a call in another thread. RuntimeError if the threads are shut down."""
-    try:
-        return asyncio.wrap_future(submit())
-    except RuntimeError as error:
-        raise RuntimeError("the engine is closed") from error
 
 
 def _retrieve_exception(future: asyncio.Future) -> None:

@@ -115,18 +115,21 @@ class Grammars:
         never_ids: Collection[int] = (),
         stop_ids: Collection[int] = (),
         min_tokens: int = 0,
+        max_seconds: float | None = None,
         **structured: Any,
     ) -> GrammarFilter:
         """Compile a structured output.
 
         Args:
             never_ids, stop_ids, min_tokens: see `GrammarFilter`.
+            max_seconds: CPU time, in place of what the child may always take.
             structured: fields of `StructuredOutputsParams`.
 
         Raises:
             ValueError: it is wrong, not supported, or too complex.
+            TooCostly: it takes more CPU time.
         """
-        grammar = self._pool.ask(structured)["grammar"]
+        grammar = self._pool.ask(structured, max_seconds)["grammar"]
         compiled = on_deep_stack(STACK_BYTES, compile_grammar, self._tokenizer, grammar)
         return GrammarFilter(compiled, self.vocab_size, never_ids, stop_ids, min_tokens)
 

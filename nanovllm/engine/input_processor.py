@@ -150,19 +150,28 @@ class InputProcessor:
             raise ValueError(f"the model's generation_config.json is wrong, so give SamplingParams: {error}") from None
 
     def process(
-        self, prompt: Any, params: SamplingParams | None, request_id: Any = None, stream: bool = False
+        self,
+        prompt: Any,
+        params: SamplingParams | None,
+        request_id: Any = None,
+        stream: bool = False,
+        max_grammar_seconds: float | None = None,
     ) -> Request:
         """Check a request and prepare everything it needs on the host.
 
+        Args:
+            max_grammar_seconds: see `Grammars.filter`.
+
         Raises:
             TypeError, ValueError: the request cannot be served; the message names the argument.
+            TooCostly: compiling its grammar takes more than `max_grammar_seconds`.
         """
         parts, params = self._resolve(prompt, params)
         if self.has_tokenizer:
             _ = self.backend  # a broken one refuses requests here; in a step it would lose all of them
         token_ids = self._prompt_ids(parts)
         stop_ids, max_output_len = self._limits(len(token_ids), params)
-        token_filter = self._make_filter(params, stop_ids)
+        token_filter = self._make_filter(params, stop_ids, max_grammar_seconds)
         # The first mask is computed here, and not in a step.
         mask = token_filter.compute_mask() if token_filter and token_filter.depends_on_output else None
         if isinstance(token_filter, GrammarFilter) and token_filter.is_blocked:
@@ -360,7 +369,9 @@ class InputProcessor:
             raise ValueError(f"{message}; with min_tokens they must be at most {MAX_STOP_IDS}")
         return stop_ids
 
-    def _make_filter(self, params: SamplingParams, stop_ids: frozenset[int]) -> TokenFilter | GrammarFilter | None:
+    def _make_filter(
+        self, params: SamplingParams, stop_ids: frozenset[int], max_grammar_seconds: float | None
+    ) -> TokenFilter | GrammarFilter | None:
         if params.structured_outputs is None:
             return make_filter(params, self.vocab_size, encode_all=self.encode_all, stop_ids=stop_ids)
         with _refusing_panics("structured_outputs cannot be compiled"):
@@ -371,6 +382,7 @@ class InputProcessor:
                 never_ids=self.end_ids if params.ignore_eos else (),
                 stop_ids=stop_ids,
                 min_tokens=params.min_tokens,
+                max_seconds=max_grammar_seconds,
                 **asdict(params.structured_outputs),
             )
 

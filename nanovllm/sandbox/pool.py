@@ -25,6 +25,10 @@ _COMMAND = "import sys; sys.path = {!r}; import runpy; runpy.run_path({!r})['mai
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)  # a full stack, or an allocation that failed in Rust
 
 
+class TooCostly(ValueError):
+    """A request took more CPU time than it may."""
+
+
 class Pool:
     """Asks child processes that run one program. Any number of threads may ask at once; each uses a child of its own.
 
@@ -53,11 +57,15 @@ class Pool:
         self._children: set[_Child] = set()
         weakref.finalize(self, _end_all, self._children)
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any], cpu_seconds: float | None = None) -> dict[str, Any]:
         """Return the program's reply to a request.
 
+        Args:
+            cpu_seconds: CPU time that this request may take, if it is not the attribute.
+
         Raises:
-            ValueError: the request is not plain data, took too much time or memory, or the program refused it.
+            TooCostly: it took more CPU time.
+            ValueError: it is not plain data, took too much time or memory, or the program refused it.
             RuntimeError: the pool is closed, or no child could be started or kept alive.
         """
         try:
@@ -66,11 +74,11 @@ class Pool:
             raise ValueError(f"{self.failure}: {error!s:.500}") from None
         except RecursionError:
             raise ValueError(f"{self.failure}: the data is nested too deeply") from None
-        code = None
+        code, cpu_seconds = None, self.cpu_seconds if cpu_seconds is None else cpu_seconds
         for _ in range(2):  # once more if the child was killed, as the system may do where memory is short
             child = self._take()
             try:
-                reply = child.ask(message, self.wall_seconds)
+                reply = child.ask(message, cpu_seconds, self.wall_seconds)
                 if reply is not None:
                     self._keep(child)
             except BaseException:  # an interrupt: the reply would be taken for the next request's
@@ -85,6 +93,8 @@ class Pool:
                 return reply
             self._end(child)
             code = child.process.returncode
+            if code == -signal.SIGPROF:
+                raise TooCostly(f"{self.failure}: it took more than {cpu_seconds:g} s of CPU time")
             if excess := self._excess(child):
                 raise ValueError(f"{self.failure}: it took {excess}")
         raise RuntimeError(f"{self.failure}: two processes ended, the last with code {code}")
@@ -105,8 +115,7 @@ class Pool:
         if self._closed:
             raise RuntimeError("the engine is closed")
         try:
-            limits = {"cpu_seconds": self.cpu_seconds, "memory": self.memory}
-            child = _Child({"program": self.program, **limits}, self._setup)
+            child = _Child({"program": self.program, "memory": self.memory}, self._setup)
         except OSError as error:
             raise RuntimeError(f"{self.failure}: no process can be started: {error}") from error
         self._children.add(child)
@@ -127,11 +136,9 @@ class Pool:
         child.end()
 
     def _excess(self, child: "_Child") -> str | None:
-        """Return what a child took too much of, None if it was killed from outside."""
+        """Return what else a child took too much of, None if it was killed from outside."""
         if child.timed_out:
             return f"more than {self.wall_seconds} s"
-        if child.process.returncode == -signal.SIGXCPU:
-            return f"more than {self.cpu_seconds} s of CPU time"
         return "too much memory" if -child.process.returncode in _CRASHES else None
 
 
@@ -165,15 +172,16 @@ class _Child:
         self.setup: bytes | None = setup
         self.timed_out = False
 
-    def ask(self, message: bytes, seconds: float) -> dict[str, Any] | None:
+    def ask(self, message: bytes, cpu_seconds: float, wall_seconds: float) -> dict[str, Any] | None:
         """Return the reply, or None if the process ended instead."""
-        timer = threading.Timer(seconds, self._time_out)
+        timer = threading.Timer(wall_seconds, self._time_out)
         timer.daemon = True
         timer.start()
         try:
             if self.setup is not None:
                 self.channel.send_bytes(self.setup)
                 self.setup = None
+            self.channel.send_bytes(json.dumps(cpu_seconds).encode())
             self.channel.send_bytes(message)
             return json.loads(self.channel.recv_bytes())
         except (EOFError, OSError):

@@ -1,9 +1,9 @@
 """The main program of a child process; `pool` starts it by its path."""
 
 import json
-import math
 import resource
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -13,27 +13,31 @@ from typing import Any
 _MAX_ERROR_CHARS = 500
 
 
-def main(fd: int, program: str, cpu_seconds: int, memory: int) -> None:
+def main(fd: int, program: str, memory: int) -> None:
     """Answer requests until the parent closes the connection or ends.
 
     Args:
-        fd: of the connection to the parent. The first message has the arguments of the program's `prepare`.
+        fd: of the connection to the parent. The first message has the arguments of the program's `prepare`. Two
+            messages are a request: the CPU time it may take in seconds, and its data. If it takes more, the kernel ends
+            this process (SIGPROF).
         program: path of a file with `prepare`, which returns a function from a request to a reply.
-        cpu_seconds: CPU time of one request. The kernel ends this process (SIGXCPU) if it takes more.
         memory: bytes that requests may take on top of what this process has once it is prepared.
     """
     channel = Connection(fd)
     try:
         answer = runpy.run_path(program)["prepare"](**json.loads(channel.recv_bytes()))
         lower_limit(resource.RLIMIT_CORE, 0)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a parent's choice to ignore or block it is inherited
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
         if sys.platform == "linux":
             num_pages = int(Path("/proc/self/statm").read_text().split()[0])
             lower_limit(resource.RLIMIT_AS, num_pages * resource.getpagesize() + memory)
         while True:
-            message = channel.recv_bytes()
-            used = resource.getrusage(resource.RUSAGE_SELF)
-            lower_limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime) + cpu_seconds)
-            channel.send_bytes(reply(answer, message))
+            cpu_seconds, message = json.loads(channel.recv_bytes()), channel.recv_bytes()
+            signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+            answered = reply(answer, message)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            channel.send_bytes(answered)
     except (EOFError, OSError):
         return
 

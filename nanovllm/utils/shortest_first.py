@@ -3,15 +3,19 @@
 import heapq
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+# A call with 1,000 characters to read lets those that come in the next second overtake it, if they have none.
+_PATIENCE_S = 1e-3
+
 
 class ShortestFirst:
-    """Runs calls in threads. Of those that wait, the one with the least work is next, so long ones delay no short one.
+    """Runs calls in threads. Of those that wait, a short one is next, so that long ones do not delay it.
 
-    A long call waits as long as shorter ones keep all threads busy.
+    A call does not overtake one that has waited for long, so each gets its turn.
 
     Args:
         num_threads: calls that run at once.
@@ -20,15 +24,15 @@ class ShortestFirst:
 
     def __init__(self, num_threads: int, name: str):
         self._threads = ThreadPoolExecutor(num_threads, name)
-        self._waiting: list[tuple[int, int, Future, Callable[[], Any]]] = []
+        self._waiting: list[tuple[float, int, Future, Callable[[], Any]]] = []
         self._order = itertools.count()  # calls of equal work keep theirs
         self._lock = threading.Lock()
 
-    def submit(self, work: int, call: Callable[[], Any]) -> Future:
+    def submit(self, num_chars: int, call: Callable[[], Any]) -> Future:
         """Run a call later.
 
         Args:
-            work: an estimate, in any unit.
+            num_chars: an estimate of the work, as a number of characters to read.
 
         Raises:
             RuntimeError: the threads are shut down.
@@ -36,7 +40,8 @@ class ShortestFirst:
         future: Future = Future()
         try:
             with self._lock:
-                heapq.heappush(self._waiting, (work, next(self._order), future, call))
+                deadline = time.monotonic() + num_chars * _PATIENCE_S
+                heapq.heappush(self._waiting, (deadline, next(self._order), future, call))
             self._threads.submit(self._run_next)
         except BaseException:  # shut down, or interrupted: nobody waits for this call
             future.cancel()

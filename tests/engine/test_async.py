@@ -786,10 +786,28 @@ def test_a_request_that_is_being_prepared_does_not_stop_others(model):
     assert len(quick) == 20 and len(slow) == 4 and chat == [1]
 
 
+def test_a_usual_grammar_does_not_wait_for_costly_ones():
+    """llguidance takes 20 s for this schema."""
+    patterns = [{"type": "string", "pattern": f".*[a-k].{{{i}}}"} for i in range(5, 20)]
+    costly = SamplingParams(max_tokens=4, structured_outputs=StructuredOutputsParams(json={"allOf": patterns}))
+    usual = SamplingParams(max_tokens=4, structured_outputs=StructuredOutputsParams(regex="[a-c]{3}"))
+
+    async def use(llm):
+        llm.llm_engine.input_processor.grammars._pool.cpu_seconds = 60
+        waiting = [asyncio.create_task(collect(llm, "a", costly)) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert await collect(llm, "a", usual)
+        assert not any(task.done() for task in waiting)
+        for task in waiting:
+            task.cancel()
+
+    with_engine(None, use)
+
+
 def test_requests_wait_for_threads_by_what_there_is_to_read(model, monkeypatch):
     async def use(llm):
         amounts = []
-        for threads in llm._preparing_threads.values():
+        for threads in llm._input_threads._threads.values():
             monkeypatch.setattr(threads, "submit", lambda amount, call: (amounts.append(amount), Future())[1])
         params = SamplingParams(bad_words=["a", "b"])
         choice = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["a" * 90, "b"]))

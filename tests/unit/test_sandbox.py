@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.sandbox.pool import Pool, _Child
+from nanovllm.sandbox.pool import Pool, TooCostly, _Child
 from nanovllm.utils.child_process import import_path
 
 PLAIN = "{{ messages[0].content }}"
@@ -128,11 +128,29 @@ def test_a_request_beyond_a_limit_is_refused_and_not_asked_again():
     with pytest.raises(ValueError, match="refused: it took more than 1 s of CPU time"):
         pool.ask(request(ENDLESS))
     pool.close()
+    pool = made()
+    with pytest.raises(TooCostly, match=r"refused: it took more than 0\.1 s of CPU time"):
+        pool.ask(request(ENDLESS), cpu_seconds=0.1)
+    assert pool.ask(request()) == {"text": "Hello"}
+    pool.close()
     pool = made(wall_seconds=0.5)
     with pytest.raises(ValueError, match=r"refused: it took more than 0\.5 s"):
         pool.ask(request(ENDLESS))
     assert not pool._children
     pool.close()
+
+
+def test_a_parent_that_ignores_or_blocks_the_signal_of_the_limit_changes_nothing():
+    previous = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
+    pool = made()
+    try:
+        with pytest.raises(TooCostly):
+            pool.ask(request(ENDLESS), cpu_seconds=0.1)
+    finally:
+        pool.close()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
+        signal.signal(signal.SIGPROF, previous)
 
 
 def test_an_interrupted_request_leaves_no_reply_for_the_next(monkeypatch):

@@ -11,13 +11,26 @@ def test_the_shortest_call_that_was_not_cancelled_is_next_and_equal_ones_keep_th
     threads, release, done = ShortestFirst(1, "test"), threading.Event(), []
     first = threads.submit(100, release.wait)
     calls = [
-        threads.submit(work, lambda work=work, i=i: done.append((work, i))) for i, work in enumerate([9, 5, 7, 5, 1])
+        threads.submit(work * 10**6, lambda work=work, i=i: done.append((work, i)))
+        for i, work in enumerate([9, 5, 7, 5, 1])
     ]
     assert calls[2].cancel()
     release.set()
     threads.shutdown()
     assert first.result() and done == [(1, 4), (5, 1), (5, 3), (9, 0)]
     assert [call.cancelled() for call in calls] == [False, False, True, False, False]
+
+
+def test_short_calls_overtake_a_long_one_for_a_while_only(monkeypatch):
+    threads, release, done = ShortestFirst(1, "test"), threading.Event(), []
+    threads.submit(0, release.wait)
+    for seconds, num_chars, name in ((0, 5_000, "long"), (4, 0, "short"), (6, 0, "late")):
+        monkeypatch.setattr("time.monotonic", lambda seconds=seconds: seconds)
+        threads.submit(num_chars, lambda name=name: done.append(name))
+    monkeypatch.undo()
+    release.set()
+    threads.shutdown()
+    assert done == ["short", "long", "late"]
 
 
 def test_errors_are_those_of_the_call():
