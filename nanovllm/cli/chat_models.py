@@ -70,7 +70,7 @@ class EngineModel:
         (prompt,) = self.llm.chat_prompts(messages)
         # An answer may use all of the context.
         params = replace(self.llm.get_default_sampling_params(), **{"max_tokens": None, **settings})
-        parser = self.format.parser(self.llm.tokenizer.decode(prompt[-_PROMPT_END:]), tools=())
+        (parser,) = self.format.parsers(self.llm.tokenizer.decode(prompt[-_PROMPT_END:]), tools=())
         for output in self.llm.stream(prompt, params):
             counts.tokens += len(output.token_ids)
             yield from _shown(parser.feed(output.text))

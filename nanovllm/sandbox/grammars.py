@@ -407,10 +407,11 @@ def _has_nul_names(schema: dict[str, Any]) -> bool:
 
 
 _PATTERN_CODE = r"\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\[xu]\{[0-9a-fA-F]{1,6}\}"
-_PATTERN_CHARACTER = rf"(?:{_PATTERN_CODE}|\\[pP](?:\{{[^}}]*\}}|[a-zA-Z])|\\.|[^\\])"
+_PATTERN_CHARACTER = rf"(?:{_PATTERN_CODE}|\\[pP](?:\{{[^}}]{{0,40}}\}}|[a-zA-Z])|\\.|[^\\])"
 # The class, the flag x or the character at some place of a pattern. As in JavaScript, the first `]` ends a class.
 _PATTERN_PARTS = re.compile(
-    rf"\[(?P<negation>\^?)(?P<body>(?:\\.|[^\]\\])*)\]|(?P<flag>\(\?[a-zA-Z]*x)|{_PATTERN_CHARACTER}", re.DOTALL
+    rf"\[(?P<negation>\^?)(?P<body>(?:\\.|[^\]\\])*)(?P<end>\]?)|(?P<flag>\(\?[a-zA-Z]*x)|{_PATTERN_CHARACTER}",
+    re.DOTALL,
 )
 _PATTERN_RANGE = re.compile(rf"({_PATTERN_CHARACTER})(?:-({_PATTERN_CHARACTER}))?", re.DOTALL)
 _WITHOUT_NUL = r"--\x00]"
@@ -434,6 +435,8 @@ def _exact_part(part: re.Match) -> str:
     if body is None:
         is_class = text[:2] in (*_SPACES, r"\p", r"\P") or _plain_character_of_pattern(text) == r"\x00"
         return _exact_class(f"[{text}]") if is_class else text
+    if not part["end"]:
+        raise ValueError(f"pattern must not have a class without its end, got {text[:40]}")
     if not body:
         raise ValueError(rf"pattern must not have ] as the first character of a class: write {text[:-1]}\]")
     ranges = _PATTERN_RANGE.finditer(body)

@@ -110,7 +110,7 @@ async def generate_turn(
         # The schemas of tools can be large.
         params = await in_thread(constrain, thread=_constraining) if tools else constrain()
         is_constrained = params.structured_outputs is not None
-        samples = [_Sample(state.format.parser(prompt_text, tools, is_constrained)) for _ in range(params.n)]
+        samples = [_Sample(each) for each in state.format.parsers(prompt_text, tools, params.n, is_constrained)]
         prompt = {"prompt_token_ids": prompt_ids}
         outputs = state.generate(conversation.http, prompt, params, request_id)
         async with aclosing(outputs):

@@ -8,9 +8,8 @@ Patterns match a limited number of characters, so that little text is held back 
 """
 
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from dataclasses import replace
-from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -18,7 +17,7 @@ import regex
 
 from nanovllm.server.events import CallArguments, CallEnd, CallStart, Event, Text
 from nanovllm.server.json_text import read_json
-from nanovllm.server.schemas import Alternatives, as_json, value_types
+from nanovllm.server.schemas import ToolSchemas, as_json
 
 # A part of a parser yields when it waits for more text. A `Found` returns whether it has found what it looks for.
 Found = Generator[None, None, bool]
@@ -33,13 +32,13 @@ class OutputParser:
     """Turns the text of one sample into events. This class finds no tool calls; its subclasses do.
 
     Args:
-        tools: JSON schemas of the parameters of the functions that can be called, by name.
+        tools: the functions that can be called.
     """
 
     # Tags that may start a call inside other text.
     call_start = _NEVER
 
-    def __init__(self, tools: Mapping[str, Any]):
+    def __init__(self, tools: ToolSchemas):
         self.tools = tools
         # The text that has no event yet starts at this index.
         self._text, self._position = "", 0
@@ -429,11 +428,6 @@ class Qwen3CoderParser(OutputParser):
     end_function = regex.compile(rf"{_SPACE}</function>")
     end_call = regex.compile(rf"{_SPACE}</tool_call>")
 
-    def __init__(self, tools: Mapping[str, Any]):
-        super().__init__(tools)
-        schemas = {name: Alternatives(schema) for name, schema in tools.items()}
-        self._types = cache(lambda name, key: value_types(schemas[name], key))
-
     def _call(self) -> Found:
         head = yield from self._match(self.function)
         if not head or head[1] not in self.tools:
@@ -457,7 +451,7 @@ class Qwen3CoderParser(OutputParser):
             yield from self._skip(self.line_break)
             self._emit_arguments(f"{separator}{_json(parameter[1])}: ")
             separator = ", "
-            types = self._types(name, parameter[1])
+            types = self.tools.value_types(name, parameter[1])
             if types == {"string"}:
                 yield from self._text_value()
             else:

@@ -1,7 +1,7 @@
 """Reads the JSON schemas of tools. Clients send them, so the work is bounded."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
 
@@ -43,6 +43,7 @@ class Alternatives:
         # Each part with its alternatives, by the id of the part. The parts that are being taken apart have None.
         self._found: dict[int, tuple[Any, list[dict[str, Any]] | None]] = {}
         self._num_found = self._num_copied = self._depth = 0
+        self._types: dict[int, set[str]] = {}  # of parts, by their ids
 
     def of(self, part: Any) -> list[dict[str, Any]]:
         """Return the alternatives of a part.
@@ -73,7 +74,12 @@ class Alternatives:
     def types_of_member(self, key: str) -> set[str]:
         """Return the types that the property `key` of the whole schema, an object, may have."""
         parts = {id(part): part for part in (member(whole, key) for whole in self.of(self.schema))}
-        return {name for part in parts.values() for leaf in self.of(part) for name in types_of(leaf)}
+        return set().union(*(self._types_of(part) for part in parts.values()))
+
+    def _types_of(self, part: Any) -> set[str]:
+        if id(part) not in self._types:
+            self._types[id(part)] = {name for leaf in self.of(part) for name in types_of(leaf)}
+        return self._types[id(part)]
 
     def _take_apart(self, part: dict[str, Any]) -> list[dict[str, Any]]:
         if self._depth > _MAX_DEPTH:
@@ -177,13 +183,32 @@ def member(alternative: dict[str, Any], key: str) -> Any:
     return others if isinstance(others, dict) else _TEXT
 
 
-def value_types(schema: Alternatives, key: str) -> set[str]:
-    """Return the types that the property `key` of an object may have: all, if its schema cannot be read."""
-    schema.start_over()
-    try:
-        return schema.types_of_member(key)
-    except ValueError:
-        return set(_ALL_TYPES)
+class ToolSchemas:
+    """The schemas of the functions that can be called. All samples of a request share what is found out about them.
+
+    Args:
+        schemas: JSON schemas of the parameters of the functions, by name.
+    """
+
+    def __init__(self, schemas: Mapping[str, Any]):
+        self._schemas = schemas
+        self._alternatives: dict[str, Alternatives] = {}
+        self._types: dict[tuple[str, str], set[str]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._schemas
+
+    def value_types(self, name: str, key: str) -> set[str]:
+        """Return the types that a parameter of a function may have: all, if its schema cannot be read."""
+        if (name, key) not in self._types:
+            if name not in self._alternatives:
+                self._alternatives[name] = Alternatives(self._schemas[name])
+            self._alternatives[name].start_over()
+            try:
+                self._types[name, key] = self._alternatives[name].types_of_member(key)
+            except ValueError:
+                self._types[name, key] = set(_ALL_TYPES)
+        return self._types[name, key]
 
 
 # -- values that a model writes as text -------------------------------------------------------------------------------

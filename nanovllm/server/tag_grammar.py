@@ -73,9 +73,12 @@ class Qwen3CoderGrammar(CallGrammar):
 
     def __init__(self, schemas: Mapping[str, Any], parallel: bool):
         self._num_names = 0
-        # The schema of the function whose rule is made, and the names of the rules of its parameters.
+        # The schema of the function whose rule is made, and what is known of it: the names of its parameters' rules,
+        # the rules of its values, and what `_root` returns.
         self._alternatives = Alternatives({})
         self._found: dict[tuple[str, int], str] = {}
+        self._values: dict[tuple[int, frozenset[str]], str] = {}
+        self._root: dict[str, Any] | None = None
         super().__init__(schemas, parallel)
         self._add(f"VALUE: {_FREE_TEXT}")
         self._add(f"value[lazy]: VALUE {lark_text(_END_PARAMETER)}")
@@ -92,7 +95,7 @@ class Qwen3CoderGrammar(CallGrammar):
 
     def _call(self, i: int, name: str, schema: Any) -> str:
         self._charge(len(dumps(schema)))
-        self._alternatives, self._found = Alternatives(schema), {}
+        self._alternatives, self._found, self._values, self._root = Alternatives(schema), {}, {}, None
         objects = self._alternatives.of(schema)
         if len(objects) > 1 and any(isinstance(one.get("additionalProperties"), dict) for one in objects):
             raise _unheld("additionalProperties next to anyOf", schema)
@@ -107,9 +110,10 @@ class Qwen3CoderGrammar(CallGrammar):
             raise ValueError(f"a tool's properties must be a dict and required must be a list, got {shown(one)}")
         for word in one.keys() & _UNHELD_OF_PARAMETERS:
             raise _unheld(word, one)
-        keys = list(dict.fromkeys([*found, *map(str, required)]))
+        required = dict.fromkeys(map(str, required))
+        keys = list(dict.fromkeys([*found, *required]))
         others = one.get("additionalProperties", "properties" not in one)
-        if _count(one, "minProperties", 0) > len(set(map(str, required))):
+        if _count(one, "minProperties", 0) > len(required):
             raise _unheld("minProperties", one)
         if "maxProperties" in one and (others is not False or _count(one, "maxProperties", 0) < len(keys)):
             raise _unheld("maxProperties", one)
@@ -150,6 +154,12 @@ class Qwen3CoderGrammar(CallGrammar):
         Args:
             types: what the parser can take a value of this parameter for.
         """
+        key = id(part), frozenset(types)
+        if key not in self._values:
+            self._values[key] = self._make_value(part, types)
+        return self._values[key]
+
+    def _make_value(self, part: Any, types: set[str]) -> str:
         leaves = self._alternatives.of(part)
         _check_overlap(leaves)
         if "string" not in types:
@@ -173,7 +183,7 @@ class Qwen3CoderGrammar(CallGrammar):
 
     def _json_or_text(self, part: Any, texts: list[str]) -> str:
         """Return the rule of a value that is JSON, unless `part` is None, or one of the texts, and its end tag."""
-        rules = [] if part is None else [f"{_json_part(self._alternatives.schema, part)} {lark_text(_END_PARAMETER)}"]
+        rules = [] if part is None else [f"{self._json(part)} {lark_text(_END_PARAMETER)}"]
         if texts:
             rules.append(name := self._name("value"))
             self._add(f"{name.upper()}: {' | '.join(texts)}")
@@ -181,6 +191,15 @@ class Qwen3CoderGrammar(CallGrammar):
         if not rules:
             raise ValueError("a tool's schema has a parameter that can have no value")
         return f"({' | '.join(rules)})"
+
+    def _json(self, part: Any) -> str:
+        """Return the Lark notation of JSON that follows a part of the schema. It gets a copy of what it refers to."""
+        if '"$ref": "' not in dumps(part):
+            return json_value(part, is_object=False)
+        if self._root is None:
+            self._root = _root(self._alternatives.schema)
+        moved = {**part, "$defs": {"root": self._root}}
+        return json_value(moved, is_object=False).replace('"$ref": "#', '"$ref": "#/$defs/root')
 
     def _name(self, kind: str) -> str:
         """Return a new name of a rule."""
@@ -269,16 +288,11 @@ def _text_pattern(leaf: dict[str, Any]) -> str:
     return " & ".join(terminals)
 
 
-def _json_part(schema: Any, part: Any) -> str:
-    """Return the Lark notation of JSON that follows a part of a schema. It gets a copy of what it refers to."""
-    text = dumps(part)
-    if '"$ref": "' not in text:
-        return json_value(part, is_object=False)
+def _root(schema: Any) -> dict[str, Any]:
+    """Return what the references in a schema may mean: its definitions, or all of it."""
     has_others = regex.search(r'"\$ref": "#(?!/(?:\$defs|definitions)/)', dumps(schema))
-    root = {
+    return {
         word: value
         for word, value in closed(schema).items()
         if word in ("$defs", "definitions") or (has_others and word not in ("$id", "$schema"))
     }
-    moved = {**part, "$defs": {"root": root}}
-    return json_value(moved, is_object=False).replace('"$ref": "#', '"$ref": "#/$defs/root')

@@ -17,6 +17,7 @@ from nanovllm.server.call_grammars import (
     json_rule,
 )
 from nanovllm.server.parsers import PARSERS, OutputParser
+from nanovllm.server.schemas import ToolSchemas
 from nanovllm.server.tag_grammar import Qwen3CoderGrammar
 from nanovllm.server.thinking import ThinkingParser
 
@@ -72,8 +73,10 @@ class TextFormat:
         """Whether a prompt, or its end, leaves a thinking tag open."""
         return self.reasoning_format == "think" and _opens_thinking(prompt_text)
 
-    def parser(self, prompt_text: str, tools: Sequence[dict], is_constrained: bool = False) -> OutputParser:
-        """Return the parser of one sample.
+    def parsers(
+        self, prompt_text: str, tools: Sequence[dict], num_samples: int = 1, is_constrained: bool = False
+    ) -> list[OutputParser]:
+        """Return a parser for each sample of a request.
 
         Args:
             prompt_text: the rendered prompt, or its end, which may open a thinking tag.
@@ -82,10 +85,11 @@ class TextFormat:
         """
         # A model of an unknown format writes Hermes' format where a grammar makes it.
         name = "hermes" if is_constrained and self.tool_format == "none" else self.tool_format
-        parser = PARSERS[name] if tools else OutputParser
+        parser, schemas = PARSERS[name] if tools else OutputParser, ToolSchemas(_schemas(tools))
         if self.reasoning_format == "none":
-            return parser(_schemas(tools))
-        return ThinkingParser(parser, _schemas(tools), is_open=_opens_thinking(prompt_text))
+            return [parser(schemas) for _ in range(num_samples)]
+        is_open = _opens_thinking(prompt_text)
+        return [ThinkingParser(parser, schemas, is_open) for _ in range(num_samples)]
 
     def constraint(
         self,
@@ -101,7 +105,7 @@ class TextFormat:
             tools: the functions that can be called, as in OpenAI's API.
             tool_choice: "none", "auto", "required", or the name of the function that must be called.
             parallel: whether there may be several calls, if no function is named.
-            prompt_text: as in `parser`. An output that starts inside a thinking tag ends it before the calls.
+            prompt_text: as in `parsers`. An output that starts inside a thinking tag ends it before the calls.
             response: the form of a response without calls, after the model's thinking. Thinking goes only before JSON:
                 with other forms, the prompt must not open it.
 

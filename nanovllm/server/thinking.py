@@ -1,13 +1,12 @@
 """Separates a model's thinking from its response while the text arrives."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import regex
 
 from nanovllm.server.events import CallArguments, CallEnd, CallStart, Event, Text, Thinking
 from nanovllm.server.parsers import MAX_HELD_CHARS, OutputParser, Wait
+from nanovllm.server.schemas import ToolSchemas
 
 _THINK = regex.compile(r"\n{0,16}<think>")
 _END_THINK = regex.compile("</think>")
@@ -26,7 +25,7 @@ class ThinkingParser(OutputParser):
         is_open: the prompt has opened the thinking. Otherwise the output may start with `<think>`.
     """
 
-    def __init__(self, parser: type[OutputParser], tools: Mapping[str, Any], is_open: bool):
+    def __init__(self, parser: type[OutputParser], tools: ToolSchemas, is_open: bool):
         self._parser, self._is_open = parser, is_open
         self._drafts = parser(tools)
         # The thinking that has no event yet, and the events of the calls at its start.

@@ -2,6 +2,8 @@
 
 import json
 import re
+import time
+from contextlib import suppress
 
 import pytest
 
@@ -86,7 +88,7 @@ def call(name, text_format, **arguments):
 
 
 def parsed_calls(text_format, text, tools=TOOLS, prompt=""):
-    parser = text_format.parser(prompt, tools, is_constrained=True)
+    (parser,) = text_format.parsers(prompt, tools, is_constrained=True)
     events = parser.feed(text) + parser.finish()
     names = [event.name for event in events if isinstance(event, CallStart)]
     pieces = [
@@ -370,6 +372,25 @@ def test_a_deep_or_large_or_odd_schema_is_refused_in_words(name):
         FORMATS[name].constraint([tool("f", "text")], "required", parallel=True)
     with pytest.raises(ValueError, match="a tool's name must have"):
         FORMATS[name].constraint([tool("f\n")], "required", parallel=True)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {f"p{i}": {"$ref": "#/$defs/a"} for i in range(4000)}, "$defs": {"a": {"type": "integer"}}},
+        {"properties": {}, "additionalProperties": {"anyOf": [{}] * 64}, "required": [f"p{i}" for i in range(60_000)]},
+        {"properties": {f"p{i}": {} for i in range(15_000)}, "required": [f"p{i}" for i in range(15_000)][::-1]},
+        {"properties": {"p": {"type": "string", "pattern": "[" * 100_000}}},
+        {"properties": {"p": {"type": "string", "pattern": r"\p{" * 100_000}}},
+    ],
+    ids=["references", "required", "properties", "classes", "categories"],
+)
+def test_a_rule_is_made_in_time_that_grows_with_the_length_of_the_schema(schema):
+    schema = json.loads(json.dumps(schema))
+    start = time.process_time()
+    with suppress(ValueError):
+        FORMATS["qwen3_coder"].constraint([tool("f", schema)], "required", parallel=True)
+    assert time.process_time() - start < 3, "this takes 0.2 s"
 
 
 JSON_ANSWER = StructuredOutputsParams(

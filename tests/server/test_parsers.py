@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanovllm.server import schemas
 from nanovllm.server.events import CallArguments, CallEnd, CallStart, Text, Thinking
 from nanovllm.server.parsers import MAX_HELD_CHARS, joined
 from nanovllm.server.text_format import TextFormat
@@ -37,7 +38,7 @@ TOOLS = [
 
 def parsed(text, tool_format="none", reasoning="none", prompt="", step=None, tools=TOOLS):
     """Return the joined events of a text that arrives in pieces of `step` characters, or whole."""
-    parser = TextFormat(tool_format, reasoning).parser(prompt, tools)
+    (parser,) = TextFormat(tool_format, reasoning).parsers(prompt, tools)
     step = step or max(len(text), 1)
     events = [event for at in range(0, len(text), step) for event in parser.feed(text[at : at + step])]
     return joined(events + parser.finish())
@@ -96,7 +97,7 @@ any_text = st.lists(st.sampled_from(FRAGMENTS) | st.sampled_from(WHOLE) | st.tex
 @settings(max_examples=60, deadline=None)
 @given(any_text, st.lists(st.integers(1, 9), min_size=1, max_size=10), st.sampled_from(["", "<think>\n"]))
 def test_any_split_of_a_text_gives_the_same_events(tool_format, text, sizes, prompt):
-    parser = TextFormat(tool_format, "think").parser(prompt, TOOLS)
+    (parser,) = TextFormat(tool_format, "think").parsers(prompt, TOOLS)
     events, at, i = [], 0, 0
     while at < len(text):
         size = sizes[i % len(sizes)]
@@ -212,11 +213,24 @@ def test_a_large_schema_is_taken_apart_in_bounded_time(parts):
     assert time.process_time() - start < 1, "this takes 0.01 s"
 
 
+def test_the_samples_of_a_request_take_its_schemas_apart_once(monkeypatch):
+    seen = []
+    of = schemas.Alternatives.of
+    monkeypatch.setattr(schemas.Alternatives, "of", lambda self, part: (seen.append(part), of(self, part))[1])
+    text = "</think>\n\n<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
+    one, *others = TextFormat("qwen3_coder", "think").parsers("<think>", TOOLS, num_samples=3)
+    assert not seen
+    events = one.feed(text) + one.finish()
+    assert seen and any(isinstance(event, CallStart) for event in events)
+    seen.clear()
+    assert all(other.feed(text) + other.finish() == events for other in others) and not seen
+
+
 # -- each format ------------------------------------------------------------------------------------------------------
 
 
 def test_hermes_calls_stream_their_arguments_as_the_model_writes_them():
-    parser = TextFormat("hermes").parser("", TOOLS)
+    (parser,) = TextFormat("hermes").parsers("", TOOLS)
     assert parser.feed('Let me see.\n\n<tool_call>\n{"name": "f", "arg') == [Text("Let me see.")]
     assert parser.feed('uments": {"a": "x}') == [CallStart(0, "f"), CallArguments(0, '{"a": "x}')]
     assert parser.feed('\\"\u4f60"}') == [CallArguments(0, '\\"\u4f60"}')]
@@ -336,7 +350,7 @@ def test_a_call_that_is_cut_off_is_not_valid_json(tool_format):
 
 
 def test_qwen3_coder_text_values_stream_as_pieces_of_a_json_string():
-    parser = TextFormat("qwen3_coder").parser("", TOOLS)
+    (parser,) = TextFormat("qwen3_coder").parsers("", TOOLS)
     assert parser.feed("Sure.\n\n<tool_call>\n<function=f>\n<parameter=a>\n") == [
         Text("Sure."),
         CallStart(0, "f"),
@@ -501,7 +515,7 @@ def test_calls_that_end_an_output_whose_thinking_never_ends_are_made(tool_format
 
 
 def test_thinking_streams_and_holds_back_only_what_may_be_a_call():
-    parser = TextFormat("hermes", "think").parser("<think>\n", TOOLS)
+    (parser,) = TextFormat("hermes", "think").parsers("<think>\n", TOOLS)
     call = CALLS_OF_F["hermes"]
     assert parser.feed("Hm. ") == [Thinking("Hm. ")]
     assert parser.feed(f"Like {call}\n") == [Thinking("Like ")]
@@ -518,7 +532,7 @@ def test_calls_in_thinking_that_are_too_long_to_hold_back_are_thinking(step):
     assert len(calls(parsed(text(MAX_HELD_CHARS - 100), "hermes", "think", "<think>", step=step))) == 1
     too_long = text(MAX_HELD_CHARS)
     assert parsed(too_long, "hermes", "think", "<think>", step=step) == [Thinking(too_long)]
-    parser = TextFormat("hermes", "think").parser("<think>", TOOLS)
+    (parser,) = TextFormat("hermes", "think").parsers("<think>", TOOLS)
     assert "".join(texts(parser.feed(too_long), Thinking)) == too_long, "the rest of the call is held back"
 
 
