@@ -1,4 +1,7 @@
-"""POST /v1/responses: OpenAI's newer API, for its clients and for Codex. The server keeps no response."""
+"""POST /v1/responses and /v1/responses/input_tokens: OpenAI's newer API, for its clients and for Codex.
+
+The server keeps no response.
+"""
 
 import time
 from typing import Annotated, Any, ClassVar, Literal
@@ -10,11 +13,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from nanovllm import RequestOutputKind, StructuredOutputsParams
 from nanovllm.server.body import MAX_TOOLS, ToolName
 from nanovllm.server.errors import ApiError
-from nanovllm.server.generation import Conversation, generate_turn
+from nanovllm.server.generation import Conversation, generate_turn, prompt_token_ids
 from nanovllm.server.models import check_model
 from nanovllm.server.responses_writer import ResponseWriter
 from nanovllm.server.sampling import ANY, NEUTRAL, SamplingFields
 from nanovllm.server.state import ServerState
+from nanovllm.server.streaming import JsonResponse
 from nanovllm.server.translation import (
     add_user_text,
     checked_choice,
@@ -283,11 +287,11 @@ def conversation(state: ServerState, request: ResponsesRequest, http: Request) -
     )
 
 
-# -- the endpoint ----------------------------------------------------------------------------------------------------
+# -- endpoints -------------------------------------------------------------------------------------------------------
 
 
 def routes(state: ServerState) -> APIRouter:
-    """Return the endpoint."""
+    """Return the endpoints."""
     router = APIRouter()
 
     @router.post("/v1/responses")
@@ -297,6 +301,13 @@ def routes(state: ServerState) -> APIRouter:
         writer = ResponseWriter(_fixed_fields(state, request, asked))
         pieces = generate_turn(state, asked, writer.fields["id"])
         return await reply(pieces, writer, is_stream=bool(request.stream), error_event=writer.failed)
+
+    @router.post("/v1/responses/input_tokens")
+    async def count_input_tokens(request: ResponsesRequest, http: Request) -> Response:
+        check_model(state, request.model)
+        async with state.tokenizing(http):
+            prompt_ids = await prompt_token_ids(state, conversation(state, request, http))
+        return JsonResponse({"object": "response.input_tokens", "input_tokens": len(prompt_ids)})
 
     return router
 

@@ -100,6 +100,7 @@ LONG = "many " * 2000
             {"model": "tiny", "messages": [{"role": "user", "content": LONG}]},
             "chat_prompt_ids",
         ),
+        ("/v1/responses/input_tokens", {"input": LONG}, "chat_prompt_ids"),
     ],
 )
 def test_long_requests_that_only_tokenize_leave_threads_to_others(llm, monkeypatch, path, body, method):

@@ -65,6 +65,20 @@ def test_text_is_one_message_with_its_usage():
     assert llm.messages == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 
 
+def test_the_tokens_of_an_input_are_counted_as_the_usage_says():
+    llm = ScriptedLLM("Grüezi")
+    request = {"model": MODEL, "input": [{"role": "user", "content": "Hello"}], "instructions": "Be brief."}
+
+    async def act(client):
+        response = await client.responses.create(**request, tools=[WEATHER])
+        return response.usage, await client.responses.input_tokens.count(**request, tools=[WEATHER])
+
+    usage, count = ask(llm, act)
+    assert count.to_dict() == {"object": "response.input_tokens", "input_tokens": usage.input_tokens}
+    with pytest.raises(openai.BadRequestError, match="input"):
+        ask(llm, lambda client: client.responses.input_tokens.count(model=MODEL))
+
+
 def test_thinking_text_and_calls_are_items_that_follow_each_other():
     response = create(ScriptedLLM(EVERYTHING), tools=[WEATHER])
     reasoning, message, first, second = response.output
