@@ -72,12 +72,15 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     check_options(args)
     rows = run_engines(args, [sys.executable, __file__, *argv])
     print(table(rows))
-    if args.json:
-        write_json(args.json, rows, args, argv)
-    if args.plot:
-        if not any("percent" in row for row in rows):
-            raise UsageError(NOTHING_TO_PLOT)
-        write_plot(args.plot, rows, args)
+    try:
+        if args.json:
+            write_json(args.json, rows, args, argv)
+        if args.plot:
+            if not any("percent" in row for row in rows):
+                raise UsageError(NOTHING_TO_PLOT)
+            write_plot(args.plot, rows, args)
+    except OSError as error:
+        raise UsageError(f"the figures cannot be written: {error}") from None
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,8 +14,8 @@ class UsageError(Exception):
 
 
 def at_least_1(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    if not text.isdecimal() or len(text) > 7 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer from 1 to 9999999, got {text[:40]!r}")
     return int(text)
 
 

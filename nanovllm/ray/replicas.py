@@ -38,6 +38,8 @@ _BLOCK_TOKENS = 256
 _CHARS_PER_TOKEN = 4
 # How many blocks to remember for each replica: 16 million tokens.
 _MAX_REMEMBERED = 1 << 16
+# A process of Ray starts within some seconds.
+_PATIENCE_S = 30
 # The estimate for a request without `max_tokens`.
 _NEW_TOKENS = 1024
 
@@ -170,7 +172,8 @@ class Replicas(AbstractContextManager["Replicas"]):
         on_cpus = device == "cpu" or (device == "auto" and "GPU" not in ray.cluster_resources())
         # Calls that are no requests never wait for them.
         defaults = {"num_cpus": 1, "num_gpus": 0 if on_cpus else num_ranks, "max_concurrency": self._max_requests + 64}
-        self._actor_class: Any = ray.remote(ReplicaActor).options(**defaults | (actor_options or {}))
+        self._actor_options = defaults | (actor_options or {})
+        self._actor_class: Any = ray.remote(ReplicaActor).options(**self._actor_options)
         self._seeds = random.Random(options.get("seed") or 0)
         self._version = 0  # of the weights
         # Only the loop's thread uses these.
@@ -268,6 +271,8 @@ class Replicas(AbstractContextManager["Replicas"]):
             try:
                 if num_losses:
                     replica = Replica(self._actor_class.remote(self._options))
+                await self._wait_for_place(replica)
+                if num_losses:
                     await replica.actor.start.remote()
                     async with self._changing:
                         for method, *arguments in self._calls:
@@ -285,6 +290,16 @@ class Replicas(AbstractContextManager["Replicas"]):
                 logger.warning(f"A replica is lost, and another one starts in its place: {reason}")
             finally:
                 self._drop(replica)
+
+    async def _wait_for_place(self, replica: Replica) -> None:
+        """Wait until Ray has started a replica's process. Say so if it cannot, because its resources are not free."""
+        started = asyncio.ensure_future(replica.actor.__ray_ready__.remote())
+        if not (await asyncio.wait([started], timeout=_PATIENCE_S))[0]:
+            logger.warning(
+                f"A replica waits for Ray to start its process since {_PATIENCE_S} s. It needs {self._actor_options}; "
+                f"free are {ray.available_resources()}"
+            )
+        await started
 
     def _receive(self, replica: Replica, items: list[tuple[str, Any]]) -> None:
         for request_id, item in items:

@@ -304,7 +304,9 @@ def test_lost_rank_makes_a_new_replica_and_a_killed_actor_leaves_no_process(clus
         assert samples(replicas.generate(prompts, params, use_tqdm=False)) == wants
 
 
-def test_killed_raylet_leaves_no_process_and_its_replica_starts_on_another_host(cluster, model, one):
+def test_killed_raylet_leaves_no_process_and_its_replica_starts_on_another_host(
+    cluster, model, one, monkeypatch, caplog
+):
     prompts, params = mixed_requests(60)
     wants = samples(one.generate(prompts, params, use_tqdm=False))
     host_options = {"num_cpus": 1, "resources": {"spot": 1}, "object_store_memory": 80 << 20}
@@ -312,12 +314,16 @@ def test_killed_raylet_leaves_no_process_and_its_replica_starts_on_another_host(
     with make_replicas(model, actor_options={"resources": {"spot": 1}}) as replicas:
         pids = {_node_of(replica): pid_of(replica) for replica in replicas._replicas}
         assert pids.keys() == {host.node_id for host in hosts}
+        monkeypatch.setattr("nanovllm.ray.replicas._PATIENCE_S", 1)
         with ThreadPoolExecutor(1) as threads:
             waiting = threads.submit(replicas.generate, prompts, params, use_tqdm=False)
             os.kill(hosts[0].all_processes["raylet"][0].process.pid, signal.SIGKILL)
             assert samples(waiting.result()) == wants
         assert all_end([pids[hosts[0].node_id]])
         assert all_run(replicas, 1)  # another one waits for a host
+        assert wait_until(
+            lambda: "waits for Ray to start its process since 1 s. It needs {'num_cpus': 1" in caplog.text
+        )
         hosts.append(cluster.add_node(**host_options))
         assert all_run(replicas, 2)
         assert {_node_of(replica) for replica in replicas._replicas} == {host.node_id for host in hosts[1:]}

@@ -252,9 +252,10 @@ def test_peaks_are_known_by_name_or_given(name, itemsize, flags, peaks):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--num-seqs 0", "at least 1, got '0'"),
-        ("--repeat 0", "at least 1, got '0'"),
-        ("--repeat x", "at least 1, got 'x'"),
+        ("--num-seqs 0", "from 1 to 9999999, got '0'"),
+        ("--repeat 0", "from 1 to 9999999, got '0'"),
+        ("--num-seqs 10000000000", "from 1 to 9999999, got '10000000000'"),
+        ("--repeat x", "from 1 to 9999999, got 'x'"),
         ("--tflops nan", "above 0, got 'nan'"),
         ("--input-len 10 5", "--input-len: LOW must be at most HIGH, got 10 5"),
         ("--output-len 3 2", "--output-len: LOW must be at most HIGH, got 3 2"),
@@ -281,6 +282,16 @@ def test_wrong_flags_are_refused(flags, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         bench.main(flags.split())
     assert message in capsys.readouterr().err
+
+
+def test_figures_that_cannot_be_written_are_printed(monkeypatch, capsys):
+    row = {"workload": "offline", "tokens_per_second": 5.0}
+    monkeypatch.setattr(bench, "run_engines", lambda args, command: [row])
+    monkeypatch.setattr(bench, "table", str)
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--json", "/dev/full"])
+    shown = capsys.readouterr()
+    assert "tokens_per_second" in shown.out and "the figures cannot be written: [Errno 28]" in shown.err
 
 
 @pytest.mark.parametrize(
