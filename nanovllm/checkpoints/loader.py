@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,20 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
     _check_complete(config, needed, found)
 
 
+@dataclass
+class _LayerPart:
+    """A layer's weight while it is loaded.
+
+    Attributes:
+        targets: all tensors of the weight, by name.
+        lacking: the names of those that were not loaded yet.
+    """
+
+    layer: LinearLayer
+    targets: dict[str, CheckpointTensor] = field(default_factory=dict)
+    lacking: set[str] = field(default_factory=set)
+
+
 class WeightUpdate:
     """Copy a whole checkpoint into a decoder's parameters: in place, and in any number of parts.
 
@@ -169,6 +184,8 @@ class WeightUpdate:
         self.layers = [
             module for module in model.modules() if isinstance(module, (LinearLayer, VocabParallelEmbedding))
         ]
+        # Whether the tensors of finished layers are valid: bools on the device, by name.
+        self.valid: dict[str, torch.Tensor] = {}
         # Parameters made in inference mode can only be written in it.
         with torch.inference_mode():
             for layer in self.layers:
@@ -179,6 +196,18 @@ class WeightUpdate:
         self.quantized = None
         if scheme is not None:
             self.quantized = QuantizedLoading(scheme, self.targets, self.merged, self._plain_shapes)
+        # The weights that can be finished before all are loaded, by the names of their tensors.
+        self.parts: dict[str, _LayerPart] = {}
+        # On a GPU, a finished weight takes no less memory. The head may be the embedding, which is compared with it.
+        if model.embed_tokens.weight.device.type == "cpu":
+            by_param = _by_param(self.targets)
+            for layer in self.layers:
+                if isinstance(layer, LinearLayer) and layer is not model.lm_head:
+                    part = _LayerPart(layer)
+                    for param in layer.format.parameters.values():
+                        part.targets |= by_param.get(param, {})
+                    part.lacking = set(part.targets)
+                    self.parts |= dict.fromkeys(part.targets, part)
 
     def _plain_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes that the checkpoint's tensors would have if none was quantized."""
@@ -218,6 +247,7 @@ class WeightUpdate:
                     for target, tensor in tensors.items():
                         self._copy(target, tensor)
                         self.seen.add(target)
+                        self._finish_layer(target)
                 except ValueError as error:
                     raise ValueError(f"the tensor {given:.200} {error}") from None
             if self.quantized is not None:
@@ -241,6 +271,17 @@ class WeightUpdate:
             for ready_name, tensor in ready.items():
                 for target, merged in self.merged.get(ready_name, {ready_name: None}).items():
                     yield given, target, merged, tensor
+
+    def _finish_layer(self, name: str) -> None:
+        """Convert a weight once its last tensor is loaded, so that few weights are held as they were loaded."""
+        part = self.parts.get(name)
+        if part is None:
+            return
+        part.lacking.discard(name)
+        if not part.lacking:
+            self.valid |= {name: _is_valid(target) for name, target in part.targets.items()}
+            part.layer.format = part.layer.format.finish_loading()
+            self.layers.remove(part.layer)
 
     def _copy(self, name: str, loaded: torch.Tensor) -> None:
         other = _TIED.get(name) if self.model.config.tie_word_embeddings else None
@@ -267,7 +308,7 @@ class WeightUpdate:
             self.model.config, dict.fromkeys([*lacking, *self.targets]), self.seen | waiting.difference(lacking)
         )
         with torch.inference_mode():
-            _check_finite(self.targets, self.model.tp)
+            _check_finite(self.targets, self.valid, self.model.tp)
             if self.head_differs is not None and _first_true([self.head_differs], self.model.tp) is not None:
                 raise ValueError(_DIFFERENT_HEAD)
             for layer in self.layers:
@@ -281,25 +322,40 @@ def load_weights(model: Decoder, weights: Iterable[tuple[str, torch.Tensor]]) ->
     update.finish()
 
 
-def _check_finite(targets: Mapping[str, CheckpointTensor], tp: TensorParallel) -> None:
+def _check_finite(targets: Mapping[str, CheckpointTensor], valid: dict[str, torch.Tensor], tp: TensorParallel) -> None:
     """Raise ValueError with the name of a tensor that has NaN or infinity, or a negative scale: the same on all ranks.
 
     Whole parameters are checked first, because thousands of experts' tensors would take thousands of small kernels.
+
+    Args:
+        valid: whether a tensor is valid, for those that were checked before.
     """
+    bad = _first_true([~flag for flag in valid.values()], tp)
+    if bad is None:
+        by_param = _by_param({name: target for name, target in targets.items() if name not in valid})
+        bad_param = _first_true([~is_valid(param, is_scale(param)) for param in by_param], tp)
+        if bad_param is None:
+            return
+        suspects = list(by_param.values())[bad_param]
+        bad = _first_true([~_is_valid(target) for target in suspects.values()], tp)
+        name = list(suspects)[bad or 0]
+    else:
+        name = list(valid)[bad]
+    param = targets[name].param
+    wrong = BAD_SCALE if is_scale(param) else f"has values that are NaN or infinite in {param.dtype}"
+    raise ValueError(f"the tensor {name} {wrong}")
+
+
+def _is_valid(target: CheckpointTensor) -> torch.Tensor:
+    return is_valid(target.destination, is_scale(target.param))
+
+
+def _by_param(targets: Mapping[str, CheckpointTensor]) -> dict[torch.nn.Parameter, dict[str, CheckpointTensor]]:
+    """Return the targets of each parameter, by name."""
     by_param: dict[torch.nn.Parameter, dict[str, CheckpointTensor]] = {}
     for name, target in targets.items():
         by_param.setdefault(target.param, {})[name] = target
-    bad_param = _first_true([~is_valid(param, is_scale(param)) for param in by_param], tp)
-    if bad_param is None:
-        return
-    suspects = list(by_param.values())[bad_param]
-    bad_tensor = _first_true(
-        [~is_valid(target.destination, is_scale(target.param)) for target in suspects.values()], tp
-    )
-    name, target = list(suspects.items())[bad_tensor or 0]
-    dtype = target.param.dtype
-    wrong = BAD_SCALE if is_scale(target.param) else f"has values that are NaN or infinite in {dtype}"
-    raise ValueError(f"the tensor {name} {wrong}")
+    return by_param
 
 
 def _first_true(flags: list[torch.Tensor], tp: TensorParallel) -> int | None:

@@ -3,7 +3,6 @@
 `SpawnedExecutor` extends it to child processes.
 """
 
-import gc
 from collections.abc import Collection, Iterable
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.messages import Batch, StepOutput
 from nanovllm.runner.model_runner import ModelRunner
-from nanovllm.utils.heap import trim_heap
+from nanovllm.utils.heap import give_back_memory
 
 
 class Executor:
@@ -77,8 +76,4 @@ class Executor:
         if self._tp is not None:
             self._tp.close()
             self._tp = None
-            # Parameters and their loaders refer to each other, so only the garbage collector frees them.
-            gc.collect()
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
-            trim_heap()
+            give_back_memory()

@@ -30,7 +30,7 @@ from nanovllm.runner.batch_state import BatchState, host_buffer
 from nanovllm.runner.cuda_graphs import StepGraphs
 from nanovllm.runner.forward import Forward
 from nanovllm.runner.state_pool import StatePool, StateSizes
-from nanovllm.utils.heap import trim_heap
+from nanovllm.utils.heap import give_back_memory
 from nanovllm.weights.parameter import Storage, storage_of
 
 logger = logging.getLogger(__name__)
@@ -95,8 +95,14 @@ class ModelRunner:
         self.graphs: StepGraphs | None = None
         self.weight_update: WeightUpdate | None = None
         self.in_flight: deque[InFlight] = deque()
-        with self._device_context():
-            self._build(source)
+        try:
+            with self._device_context():
+                self._build(source)
+        except BaseException:
+            self.free_graphs()
+            vars(self).clear()  # the error's traceback refers to this
+            give_back_memory()
+            raise
 
     @contextmanager
     def _device_context(self) -> Iterator[None]:
@@ -405,12 +411,8 @@ class ModelRunner:
             self.pool.free()
         if "weights" in parts and self.device.type == "cuda":
             self._move_weights(torch.device("cpu"))
-        gc.collect()
         self._synchronize()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        else:
-            trim_heap()
+        give_back_memory()
 
     def wake_up(self, parts: Collection[str], capture: bool) -> None:
         """Undo `sleep` for `parts`.

@@ -1,5 +1,6 @@
 """Tests the engine as a user sees it, with tiny random models on a CPU."""
 
+import gc
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 from nanovllm import SamplingParams
 from nanovllm.checkpoints.loader import read_shapes
 from nanovllm.engine import interrupts
+from nanovllm.models.decoder import Decoder
 from nanovllm.ops.inputs.step_rows import StepRows
 from tests.engine.reference import load_reference, reference_greedy
 from tests.helpers import assert_nothing_held, engine, finish, greedy, prompts_of, tokens
@@ -359,6 +361,16 @@ def test_kv_cache_that_cannot_be_allocated_raises_with_its_option(model, monkeyp
         engine(model, num_kvcache_blocks=9000)
     with pytest.raises(RuntimeError, match=r"^can't allocate memory"):
         engine(model)
+
+
+def test_an_engine_that_cannot_be_made_leaves_no_model_even_while_its_error_is_kept(model):
+    def decoders():
+        return {id(each) for each in gc.get_objects() if isinstance(each, Decoder)}
+
+    before = decoders()
+    with pytest.raises(ValueError, match="more than can be allocated") as kept:
+        engine(model, num_kvcache_blocks=10**9)
+    assert kept and decoders() <= before
 
 
 class Stop(Exception):
