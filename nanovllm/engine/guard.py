@@ -1,6 +1,7 @@
 """Guards the state of an engine: whether it can be used now, by which thread, and that each change of it is whole."""
 
 import atexit
+import copy
 import os
 import threading
 import weakref
@@ -28,6 +29,14 @@ class _Forks:
 
 
 os.register_at_fork(after_in_child=_Forks.add)
+
+
+def as_reason(error: BaseException) -> BaseException:
+    """Return a copy of an error that can be kept. The frames of its traceback hold the model and a caller's tensors."""
+    try:
+        return copy.copy(error)
+    except Exception:  # the arguments of its class are others than its `args`
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 class Guard:
@@ -144,7 +153,7 @@ class Guard:
         try:
             yield
         except BaseException as error:
-            self.weight_error = error
+            self.weight_error = as_reason(error)
             self.update_open = False
             raise
         finally:

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -16,7 +17,7 @@ from nanovllm.checks import is_list, shown
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.engine_core import EngineCore
-from nanovllm.engine.guard import MEMORY, Guard, Section, close_at_exit
+from nanovllm.engine.guard import MEMORY, Guard, Section, as_reason, close_at_exit
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.interrupts import DeferInterrupts
 from nanovllm.engine.openmp import ThreadWatch
@@ -405,7 +406,9 @@ class LLMEngine:
             raise
 
     def _fail(self, error: BaseException) -> None:
-        self.guard.error = error
+        self.guard.error = as_reason(error)
+        # The caller may keep the error. Its frames hold the model and a step's tensors.
+        traceback.clear_frames(error.__traceback__)
         try:
             self.close()
         except Exception as second_error:  # a GPU in a bad state fails at whatever it is asked

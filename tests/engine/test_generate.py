@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import signal
+import weakref
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -371,6 +372,23 @@ def test_an_engine_that_cannot_be_made_leaves_no_model_even_while_its_error_is_k
     with pytest.raises(ValueError, match="more than can be allocated") as kept:
         engine(model, num_kvcache_blocks=10**9)
     assert kept and decoders() <= before
+
+
+def test_a_failed_step_gives_the_memory_back_while_the_engine_and_its_error_are_kept(model, monkeypatch):
+    llm = engine(model)
+    runner = weakref.ref(llm.llm_engine.executor.runner)
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(runner().model, "compute_logits", fail)
+    with pytest.raises(RuntimeError, match="out of memory") as kept:
+        llm.generate([[5, 6]], greedy(2), use_tqdm=False)
+    monkeypatch.undo()
+    gc.collect()
+    assert runner() is None and kept
+    with pytest.raises(RuntimeError, match=r"the engine has failed; make a new one: RuntimeError.'out of memory"):
+        llm.generate([[5, 6]])
 
 
 class Stop(Exception):

@@ -1,10 +1,12 @@
 """Tests what training loops need: update the weights in place, give memory back and take it again."""
 
+import gc
 import os
 import random
 import signal
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -131,6 +133,22 @@ def test_an_update_with_values_that_are_not_finite_is_refused_by_all_ranks(model
         llm.update_weights({**good, name: bad}.items())
     llm.update_weights(good.items())
     assert tokens(llm, [[5, 6]], greedy(9)) == tokens_of_new(models)
+
+
+def test_a_refused_update_keeps_nothing_of_its_caller(models, llm):
+    def update():
+        weights = dict(weights_of(models["qwen3"][1]))
+        first = next(iter(weights))
+        weights[first] = weights[first][:3]
+        kept.extend(map(weakref.ref, weights.values()))
+        with pytest.raises(ValueError, match="has shape"):
+            llm.update_weights(weights.items())
+
+    kept = []
+    update()
+    gc.collect()
+    assert not any(reference() is not None for reference in kept)
+    llm.update_weights(models["qwen3"][1])
 
 
 def tokens_of_new(models):
