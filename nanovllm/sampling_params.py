@@ -395,8 +395,7 @@ class SamplingParams:
             object.__setattr__(copied, name, getattr(self, name))
         if hasattr(self, "__dict__"):
             vars(copied).update(vars(self))
-        for name, value in changes.items():
-            setattr(copied, name, value)
+        _assign(copied, changes)
         return copied
 
     def for_ranks(self) -> "SamplingParams":
@@ -423,16 +422,18 @@ class SamplingParams:
 _NAMES = tuple(field.name for field in fields(SamplingParams))
 
 
-def _assign(self: SamplingParams, name: str, value: Any) -> None:
-    """Set a parameter. Raise TypeError or ValueError if it is wrong, alone or next to the others."""
-    if name in _NAMES or name in NEUTRAL_SAMPLING:
-        checked = SamplingParams(**{each: getattr(self, each) for each in _NAMES} | {name: value})
-        value = getattr(checked, name, None)
-    if name not in NEUTRAL_SAMPLING:
-        object.__setattr__(self, name, value)
+def _assign(params: SamplingParams, changes: dict[str, Any]) -> None:
+    """Set parameters. Raise TypeError or ValueError if one is wrong, alone or next to the others."""
+    known = {name: value for name, value in changes.items() if name in _NAMES or name in NEUTRAL_SAMPLING}
+    if known:
+        checked = SamplingParams(**{name: getattr(params, name) for name in _NAMES} | known)
+        changes = changes | {name: getattr(checked, name, None) for name in known}
+    for name, value in changes.items():
+        if name not in NEUTRAL_SAMPLING:
+            object.__setattr__(params, name, value)
 
 
-SamplingParams.__setattr__ = _assign
+SamplingParams.__setattr__ = lambda self, name, value: _assign(self, {name: value})
 
 
 def own(params: Any) -> Any:

@@ -24,6 +24,7 @@ from nanovllm.library_errors import refusing
 from nanovllm.models.families import FAMILIES
 from nanovllm.models.model_config import (
     MAX_EXPERTS,
+    MAX_LAYERS,
     ModelConfig,
     check_model_type,
     checked_option,
@@ -293,6 +294,13 @@ def _check_neutral(file: _GgufFile, values: dict[str, tuple[float, ...]]) -> Non
             raise unsupported(f"a GGUF file with {file.arch}.{key}={shown(value)}")
 
 
+def _num_layers(file: _GgufFile) -> int:
+    num_layers = checked_option("num_layers", file.number("{arch}.block_count"), int)
+    if num_layers > MAX_LAYERS:
+        raise ValueError(f"the model's num_layers must be at most {MAX_LAYERS}, got {num_layers}")
+    return num_layers
+
+
 def _moe(file: _GgufFile) -> MoEConfig | None:
     """Return the options of mixtures of experts, as llama.cpp reads them; None for a dense model."""
     num_experts = file.number("{arch}.expert_count", 0)
@@ -300,7 +308,7 @@ def _moe(file: _GgufFile) -> MoEConfig | None:
         return None
     if file.arch not in _MOE_FAMILIES:
         raise unsupported(f"a mixture of experts of the architecture {shown(file.arch)}")
-    num_layers = checked_option("num_layers", file.number("{arch}.block_count"), int)
+    num_layers = _num_layers(file)
     has_shared = file.arch == "qwen2moe"
     return MoEConfig(
         num_experts=num_experts,
@@ -366,7 +374,7 @@ def read_gguf(path: Path) -> GgufModel:
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=file.number("{arch}.feed_forward_length"),
-        num_layers=file.number("{arch}.block_count"),
+        num_layers=_num_layers(file),
         num_heads=num_heads,
         num_kv_heads=file.number("{arch}.attention.head_count_kv", num_heads),
         head_dim=head_dim,

@@ -125,20 +125,25 @@ class Guard:
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
-        """Refuse other threads in the whole `with` block, which may have several sections. Let interrupts through."""
+        """Refuse other threads in the whole `with` block, which may have several sections. Let interrupts through.
+
+        Blocks of one thread may be nested.
+        """
+        thread = threading.get_ident()
+        outer = thread if self.reserving_thread == thread else None
         try:
             with Section(self):
-                self.reserving_thread = threading.get_ident()
+                self.reserving_thread = thread
             try:
                 yield
             finally:
-                self._unreserve()
+                self._unreserve(outer)
         finally:
-            self._unreserve()  # again, because an interrupt may have come just before the first time
+            self._unreserve(outer)  # again, because an interrupt may have come just before the first time
 
-    def _unreserve(self) -> None:
+    def _unreserve(self, outer: int | None) -> None:
         if self.reserving_thread == threading.get_ident():
-            self.reserving_thread = None
+            self.reserving_thread = outer
 
     @contextmanager
     def updating_weights(self) -> Iterator[None]:

@@ -55,6 +55,10 @@ def unsupported(feature: str) -> ValueError:
     )
 
 
+# Loops over layers come before the weights show how many there are.
+MAX_LAYERS = 4096
+
+
 def checked_option(name: str, value: Any, kind: type) -> Any:
     """Return `value`. Raise ValueError unless a model's option of the type `kind` can have it."""
     limits = _RANGES[kind]

@@ -8,6 +8,9 @@ import ctypes
 import signal
 import warnings
 from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +19,14 @@ import torch
 
 from nanovllm import AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
 from nanovllm.checkpoints.loader import checked_weights
-from nanovllm.engine.llm_engine import weight_pairs
+from nanovllm.engine.llm_engine import LLMEngine, weight_pairs
 from nanovllm.server.engine_messages import pack_error, unpack_error
 
 # A tensor in the object store: its name, bytes, dtype and shape. The processes of a host read the same bytes.
 PackedTensor = tuple[str, np.ndarray, torch.dtype, torch.Size]
 _PART_BYTES = 1 << 28
+# How many parts of each file `_mark` reads, and how many bytes of each.
+_MARK_PARTS, _MARK_BYTES = 256, 64
 _MAX_LEFT = 1 << 12  # requests whose calls may still be on their way
 
 
@@ -91,16 +96,53 @@ class ReplicaActor(AsyncLLM):
                 await self.check_health()
             yield batch
 
-    async def update(self, version: int, *source: Any) -> None:
-        """Update the weights from a path or from lists of `PackedTensor`. Count this as `version`."""
+    async def update(self, version: int, mark: str | None, *source: Any) -> str:
+        """Update the weights from a path or from lists of `PackedTensor`. Count this as `version`.
+
+        Args:
+            mark: what this has returned in another replica, which tells its files from later ones. None if this is the
+                first one.
+        """
+        found = ""
+        if isinstance(source[0], str):
+            with suppress(OSError):  # the update reports what is wrong
+                found = await asyncio.to_thread(_mark, Path(source[0]))
+            if mark is not None and found != mark:
+                raise ValueError(f"the files of {source[0]} have changed since the other replicas have loaded them")
         await self.update_weights(source[0] if isinstance(source[0], str) else _unpack(source))
         self.llm_engine.core.weight_version = version
+        return found
+
+    async def lacks_weights(self) -> bool:
+        """Whether an update has failed, so that the weights may be partly overwritten."""
+        return self.llm_engine.guard.update_failed
+
+    async def refuse(self, reason: str) -> None:
+        """Refuse requests until the next update, as after one that has failed."""
+
+        def fail(engine: LLMEngine) -> None:
+            engine.guard.weight_error = engine.guard.weight_error or RuntimeError(reason)
+
+        await self._call(fail)
 
 
 def end_with_raylet() -> None:
     """Let Linux kill this process when its parent ends, if it is an actor. Ray keeps idle actors of a killed raylet."""
     if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _mark(path: Path) -> str:
+    """Return a hash of the sizes and of some bytes of a checkpoint's files. Training changes all weights a little."""
+    digest = sha256()
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            for start in range(0, size, max(1, size // _MARK_PARTS)):
+                stream.seek(start)
+                digest.update(stream.read(_MARK_BYTES))
+    return digest.hexdigest()
 
 
 def pack(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[PackedTensor]]:

@@ -7,11 +7,11 @@ import logging
 import random
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
-from itertools import accumulate, count
+from itertools import accumulate
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -167,7 +167,7 @@ class Replicas(AbstractContextManager["Replicas"]):
         num_replicas = number("num_replicas", num_replicas, int, 1, 1 << 16)
         self._max_restarts = number("max_restarts", max_restarts, int, 0, 1 << 30)
         self._max_requests = number("max_concurrent_requests", max_concurrent_requests, int, 1, 1 << 20)
-        self._options = {"model": model, "max_concurrent_requests": self._max_requests, **options}
+        self._options = {"model": _absolute(model), "max_concurrent_requests": self._max_requests, **options}
         device, num_ranks = options.get("device") or "auto", options.get("tensor_parallel_size") or 1
         on_cpus = device == "cpu" or (device == "auto" and "GPU" not in ray.cluster_resources())
         # Calls that are no requests never wait for them.
@@ -175,12 +175,14 @@ class Replicas(AbstractContextManager["Replicas"]):
         self._actor_options = defaults | (actor_options or {})
         self._actor_class: Any = ray.remote(ReplicaActor).options(**self._actor_options)
         self._seeds = random.Random(options.get("seed") or 0)
-        self._version = 0  # of the weights
         # Only the loop's thread uses these.
+        self._version = 0  # of the weights
         self._waiting: deque[Request] = deque()
         self._replicas = [Replica(self._actor_class.remote(self._options)) for _ in range(num_replicas)]
+        # What a new replica must do to be as the others are.
         self._calls: list[tuple] = []
         self._changing = asyncio.Lock()
+        self._next_update = asyncio.Event()
         self._end_reason: str | None = None
         self._loop = _event_loop()
         self._keepers = [asyncio.run_coroutine_threadsafe(self._keep(each), self._loop) for each in self._replicas]
@@ -267,18 +269,16 @@ class Replicas(AbstractContextManager["Replicas"]):
 
     async def _keep(self, replica: Replica) -> None:
         """Give the outputs of a replica to their requests. When it is lost, start another one in its place."""
-        for num_losses in count():
+        num_losses, is_first = 0, True
+        while True:
             try:
-                if num_losses:
+                if not is_first:
                     replica = Replica(self._actor_class.remote(self._options))
                 await self._wait_for_place(replica)
-                if num_losses:
-                    await replica.actor.start.remote()
-                    async with self._changing:
-                        for method, *arguments in self._calls:
-                            with suppress(TypeError, ValueError):  # the caller had them from the other replicas
-                                await getattr(replica.actor, method).remote(*arguments)
-                        self._replicas.append(replica)
+                if not is_first and not await self._joins(replica):
+                    self._drop(replica)
+                    await self._next_update.wait()
+                    continue
                 while True:
                     self._dispatch()
                     async for batch in replica.actor.outputs.remote():
@@ -287,9 +287,30 @@ class Replicas(AbstractContextManager["Replicas"]):
                 reason = str(getattr(error, "cause", error)).partition("\n")[0][:300]
                 if num_losses == self._max_restarts:
                     return await self._end(f"a replica is lost after max_restarts={num_losses} in its place: {reason}")
+                num_losses += 1
                 logger.warning(f"A replica is lost, and another one starts in its place: {reason}")
             finally:
+                is_first = False
                 self._drop(replica)
+
+    async def _joins(self, replica: Replica) -> bool:
+        """Let a new replica do what the others have done, and then answer requests. Return False if it cannot."""
+        await replica.actor.start.remote()
+        async with self._changing:
+            try:
+                for method, *arguments in self._calls:
+                    await getattr(replica.actor, method).remote(*arguments)
+            except RayTaskError as error:
+                if not self._replicas:
+                    raise
+                self._next_update.clear()
+                reason = str(error.cause).partition("\n")[0][:300]
+                logger.warning(
+                    f"A new replica cannot have the newest weights, so it waits for the next update: {reason}"
+                )
+                return False
+            self._replicas.append(replica)
+            return True
 
     async def _wait_for_place(self, replica: Replica) -> None:
         """Wait until Ray has started a replica's process. Say so if it cannot, because its resources are not free."""
@@ -360,10 +381,27 @@ class Replicas(AbstractContextManager["Replicas"]):
         """
         if error := self._error():
             raise error
-        source = [str(weights)] if isinstance(weights, str | Path) else [ray.put(part) for part in pack(weights)]
-        self._wait(self._set("update", self._version + 1, *source))
-        self._version += 1
-        return self._version
+        source = (
+            [str(_absolute(weights))] if isinstance(weights, str | Path) else [ray.put(part) for part in pack(weights)]
+        )
+        return self._wait(self._update(source))
+
+    async def _update(self, source: list[Any]) -> int:
+        async with self._changing:
+            version = self._version + 1
+            kept = [call for call in self._calls if call[0] not in ("update", "refuse")]
+            try:
+                marks = await self._on_all("update", version, None, *source)
+            except Exception as error:
+                # One that was refused before it began has changed nothing.
+                if any(await self._on_all("lacks_weights")):
+                    self._calls = [*kept, ("refuse", str(error)[:300])]
+                    await self._on_all("refuse", str(error)[:300])
+                raise
+            self._version = version
+            self._calls = [*kept, ("update", version, marks[0] if marks else None, *source)]
+            self._next_update.set()
+            return version
 
     def sleep(self, level: int = 1) -> None:
         """Give memory of all replicas back until `wake_up`; see `LLM.sleep`."""
@@ -371,17 +409,15 @@ class Replicas(AbstractContextManager["Replicas"]):
 
     def wake_up(self, tags: Iterable[str] | None = None) -> None:
         """Wake all replicas; see `LLM.wake_up`."""
-        self._wait(self._set("wake_up", tags))
+        self._wait(self._set("wake_up", list(tags) if isinstance(tags, Iterator) else tags))
 
     async def _set(self, *call: Any) -> None:
-        """Call a method of all replicas, also of those that start later, even if it fails: they must do the same."""
+        """Call a method of all replicas, also of those that start later."""
         async with self._changing:
-            self._calls.append(call)
             await self._on_all(*call)
-            if call[0] == "update":
-                self._calls = [each for each in self._calls if each[0] != "update" or each is call]
+            self._calls.append(call)
             if not any(await self._on_all("is_sleeping") or [True]):
-                self._calls = [each for each in self._calls if each[0] == "update"]
+                self._calls = [each for each in self._calls if each[0] in ("update", "refuse")]
 
     def reset_prefix_cache(self) -> None:
         """Forget the cached prefixes of all replicas; see `LLM.reset_prefix_cache`."""
@@ -403,6 +439,11 @@ class Replicas(AbstractContextManager["Replicas"]):
     def _wait(self, coroutine: Coroutine) -> Any:
         """Return the result of a coroutine that runs in the loop's thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+
+def _absolute(model: str | Path | None) -> str | Path | None:
+    """Return the model's path as actors find it, whose working folder is another. A hub id is no path."""
+    return str(Path(model).absolute()) if isinstance(model, str | Path) and Path(model).exists() else model
 
 
 @cache

@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
+from nanovllm.config import check_names
 from nanovllm.ray.actor import end_with_raylet
 from nanovllm.server.app import create_app, make_state
 from nanovllm.server.engine_client import EngineClient
@@ -67,6 +68,7 @@ def app(options: dict[str, Any]) -> serve.Application:
     if unused := {"port", "drain_seconds"} & options.keys():
         raise ValueError(f"Ray Serve's own options decide about {' and '.join(sorted(unused))}: see its http_options")
     server = with_key(ServerOptions(**{name: options.pop(name) for name in names & options.keys()}))
+    check_names(options)
     num_gpus = 0 if options.get("device") == "cpu" else options.get("tensor_parallel_size") or 1
     defaults = {
         "max_ongoing_requests": server.max_concurrent_requests,

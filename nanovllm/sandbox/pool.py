@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from contextlib import suppress
 from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,8 @@ class TooCostly(ValueError):
 class Pool:
     """Asks child processes that run one program. Any number of threads may ask at once; each uses a child of its own.
 
-    Starting a child takes up to a second. It then waits for the next request. One that was killed is replaced.
+    Starting a child takes up to a second. It then waits for the next request. One that was killed is replaced. If no
+    child is idle, a request takes the first that is: a new one, or one whose request has ended.
 
     Args:
         program: name of a module in this folder. The child does not import nanovllm's package, and with it torch.
@@ -53,7 +53,10 @@ class Pool:
         self.program, self.failure = str(_FOLDER / f"{program}.py"), failure
         self._setup = json.dumps(setup).encode()
         self._closed = False
+        self._changed = threading.Condition()  # held to use what follows
         self._idle: list[_Child] = []
+        self._num_waiting = self._num_starting = 0
+        self._start_error: str | None = None
         self._children: set[_Child] = set()
         weakref.finalize(self, _end_all, self._children)
 
@@ -78,7 +81,8 @@ class Pool:
         for _ in range(2):  # once more if the child was killed, as the system may do where memory is short
             child = self._take()
             try:
-                reply = child.ask(message, cpu_seconds, self.wall_seconds)
+                child.is_new = False
+                reply = child.ask(json.dumps(cpu_seconds).encode(), message, wall_seconds=self.wall_seconds)
                 if reply is not None:
                     self._keep(child)
             except BaseException:  # an interrupt: the reply would be taken for the next request's
@@ -103,33 +107,60 @@ class Pool:
         """End the children; threads that wait for one get RuntimeError. May be called again."""
         self._closed = True
         _end_all(self._children)
+        with self._changed:
+            self._changed.notify_all()
 
     def _take(self) -> "_Child":
-        """Return an idle child, or a new one."""
-        with suppress(IndexError):
-            while True:
-                child = self._idle.pop()
-                if child.process.poll() is None:
-                    return child
-                self._children.discard(child)
-        if self._closed:
-            raise RuntimeError("the engine is closed")
+        """Wait for an idle child. For each request that waits, one starts."""
+        with self._changed:
+            self._num_waiting += 1
+            self._start_error = None
+            try:
+                while True:
+                    if self._closed:
+                        raise RuntimeError("the engine is closed")
+                    while self._idle:
+                        child = self._idle.pop()
+                        if child.process.poll() is None or child.is_new:
+                            return child
+                        self._children.discard(child)
+                    if self._start_error is not None:
+                        raise RuntimeError(f"{self.failure}: no process can be started: {self._start_error}")
+                    if self._num_starting < self._num_waiting:
+                        threading.Thread(target=self._start, name="nanovllm-sandbox", daemon=True).start()
+                        self._num_starting += 1
+                    self._changed.wait()
+            finally:
+                self._num_waiting -= 1
+
+    def _start(self) -> None:
+        """Start a child, and let it be idle once it has prepared itself, or has ended."""
+        child = error = None
         try:
-            child = _Child({"program": self.program, "memory": self.memory}, self._setup)
-        except OSError as error:
-            raise RuntimeError(f"{self.failure}: no process can be started: {error}") from error
-        self._children.add(child)
-        if self._closed:  # meanwhile, so `close` may not have seen this child
-            self._end(child)
-            raise RuntimeError("the engine is closed")
-        return child
+            child = _Child({"program": self.program, "memory": self.memory})
+            self._children.add(child)
+            if self._closed:  # meanwhile, so `close` may not have seen this child
+                self._end(child)
+            else:
+                child.ask(self._setup, wall_seconds=self.wall_seconds)
+        except Exception as reason:
+            error = str(reason)
+        with self._changed:
+            self._num_starting -= 1
+            if child is not None:
+                self._idle.append(child)
+            else:
+                self._start_error = error
+            self._changed.notify_all()
 
     def _keep(self, child: "_Child") -> None:
         """Keep a child for the next request, unless its libraries have kept too much, such as compiled templates."""
         if child.resident_memory() > self.memory // 2:
             self._end(child)
-        else:
+            return
+        with self._changed:
             self._idle.append(child)
+            self._changed.notify()
 
     def _end(self, child: "_Child") -> None:
         self._children.discard(child)
@@ -147,10 +178,13 @@ class _Child:
 
     Args:
         arguments: those of `serve.main`, but for the connection.
-        setup: its first message.
+
+    Attributes:
+        is_new: it has had no request. If it has ended nevertheless, its first one finds out why.
+        timed_out: it was ended because a reply took too long.
     """
 
-    def __init__(self, arguments: dict[str, Any], setup: bytes):
+    def __init__(self, arguments: dict[str, Any]):
         if not sys.executable:
             raise OSError("sys.executable does not name Python")
         self.channel, theirs = Pipe()
@@ -169,20 +203,16 @@ class _Child:
             except BaseException:
                 self.channel.close()  # the error may be kept for long, and this object with it
                 raise
-        self.setup: bytes | None = setup
-        self.timed_out = False
+        self.is_new, self.timed_out = True, False
 
-    def ask(self, message: bytes, cpu_seconds: float, wall_seconds: float) -> dict[str, Any] | None:
-        """Return the reply, or None if the process ended instead."""
+    def ask(self, *messages: bytes, wall_seconds: float) -> dict[str, Any] | None:
+        """Return the reply to these messages, or None if the process ended instead."""
         timer = threading.Timer(wall_seconds, self._time_out)
         timer.daemon = True
         timer.start()
         try:
-            if self.setup is not None:
-                self.channel.send_bytes(self.setup)
-                self.setup = None
-            self.channel.send_bytes(json.dumps(cpu_seconds).encode())
-            self.channel.send_bytes(message)
+            for message in messages:
+                self.channel.send_bytes(message)
             return json.loads(self.channel.recv_bytes())
         except (EOFError, OSError):
             return None

@@ -17,9 +17,9 @@ def main(fd: int, program: str, memory: int) -> None:
     """Answer requests until the parent closes the connection or ends.
 
     Args:
-        fd: of the connection to the parent. The first message has the arguments of the program's `prepare`. Two
-            messages are a request: the CPU time it may take in seconds, and its data. If it takes more, the kernel ends
-            this process (SIGPROF).
+        fd: of the connection to the parent. The first message has the arguments of the program's `prepare`. The reply
+            says that this process is ready. Then two messages are a request: the CPU time it may take in seconds, and
+            its data. If it takes more, the kernel ends this process (SIGPROF).
         program: path of a file with `prepare`, which returns a function from a request to a reply.
         memory: bytes that requests may take on top of what this process has once it is prepared.
     """
@@ -32,6 +32,7 @@ def main(fd: int, program: str, memory: int) -> None:
         if sys.platform == "linux":
             num_pages = int(Path("/proc/self/statm").read_text().split()[0])
             lower_limit(resource.RLIMIT_AS, num_pages * resource.getpagesize() + memory)
+        channel.send_bytes(b"{}")
         while True:
             cpu_seconds, message = json.loads(channel.recv_bytes()), channel.recv_bytes()
             signal.setitimer(signal.ITIMER_PROF, cpu_seconds)

@@ -43,6 +43,7 @@ from nanovllm.utils.threads import switch_threads_often
 logger = logging.getLogger("nanovllm")
 
 _MAX_SHOWN_ERRORS = 3
+_JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json\b", re.IGNORECASE)
 # Messages of errors start with the name of a field, or with the engine's word for the prompt, which has other names
 # in endpoints.
 _BODIES = (ChatRequest, CompletionRequest, ResponsesRequest)
@@ -163,7 +164,7 @@ def _http_message(request: Request, error: HTTPException) -> str:
 def _validation_error(request: Request, error: RequestValidationError | ValidationError) -> ApiError:
     """Return an error that names the fields that are wrong."""
     content_type = request.headers.get("content-type", "")
-    if request.method == "POST" and "json" not in content_type:
+    if request.method == "POST" and not _JSON_TYPE.match(content_type):
         # Browsers let any page send other types, so they are not read as JSON.
         return ApiError(415, f"the Content-Type must be application/json, got {content_type[:100]!r}")
     faults, params = [], []

@@ -1,5 +1,6 @@
 """Generates the next turn of a conversation: what chat completions, messages and responses share."""
 
+import asyncio
 import re
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from nanovllm.server.events import CallEnd, Event
 from nanovllm.server.parsers import OutputParser
 from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import in_thread
+from nanovllm.utils.shortest_first import ShortestFirst
 
 # The parser reads the end of the prompt, because the template may open the model's thinking there. A message to be
 # continued may have opened it long before.
@@ -26,7 +28,7 @@ _TAIL_TOKENS = 64
 _CONTINUED_TAIL_TOKENS = 4096
 _LONG_TEXT = 4096  # new characters of all samples together; more are parsed in a thread
 # One thread for each kind of long work: more would keep the GIL from the event loop. Long responses have another one.
-_parsing, _constraining = ThreadPoolExecutor(1, "nanovllm-parsing"), ThreadPoolExecutor(1, "nanovllm-constraining")
+_parsing, _constraining = ThreadPoolExecutor(1, "nanovllm-parsing"), ShortestFirst(1, "nanovllm-constraining")
 # Ends thinking that the template has opened, as templates without thinking do.
 _NO_THINKING = "\n</think>\n\n"
 # The engine's error about a grammar: the line that is wrong, the reason, and an excerpt of the grammar.
@@ -107,8 +109,10 @@ async def generate_turn(
     with state.admission.enter(conversation.params.n):
         prompt_ids, prompt_text = await _prompt(state, conversation, tools)
         constrain = partial(_constrained, state, conversation, tools, prompt_text)
-        # The schemas of tools can be large.
-        params = await in_thread(constrain, thread=_constraining) if tools else constrain()
+        if tools:  # their schemas can be large
+            params = await asyncio.wrap_future(_constraining.submit(state.body_bytes(conversation.http), constrain))
+        else:
+            params = constrain()
         is_constrained = params.structured_outputs is not None
         samples = [_Sample(each) for each in state.format.parsers(prompt_text, tools, params.n, is_constrained)]
         prompt = {"prompt_token_ids": prompt_ids}

@@ -45,9 +45,12 @@ class ServerState:
 
     def tokenizing(self, http: Request) -> AbstractAsyncContextManager[Any]:
         """Return what a request that only tokenizes holds meanwhile. Long ones wait for each other."""
+        return nullcontext() if self.body_bytes(http) <= _SHORT_BODY else self._tokenizing
+
+    def body_bytes(self, http: Request) -> int:
+        """Return the number of bytes of a request's body, as many as there may be if it does not say so."""
         length = http.headers.get("content-length", "")
-        is_short = length.isdecimal() and int(length) <= _SHORT_BODY
-        return nullcontext() if is_short else self._tokenizing
+        return int(length) if length.isdecimal() else self.options.max_body_mib << 20
 
     @cached_property
     def token_bytes(self) -> Mapping[int, bytes]:

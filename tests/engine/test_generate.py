@@ -364,6 +364,21 @@ def test_kv_cache_that_cannot_be_allocated_raises_with_its_option(model, monkeyp
         engine(model)
 
 
+def test_a_call_within_on_step_leaves_the_outer_call_its_thread(model):
+    refused, inner = [], []
+    with engine(model) as llm, ThreadPoolExecutor(1) as threads:
+
+        def on_step(stats):
+            llm.on_step = None
+            inner.extend(tokens(llm, [[7]], greedy(2)))
+            refused.append(threads.submit(llm.generate, [[8]], greedy(2), use_tqdm=False).exception())
+
+        llm.on_step = on_step
+        assert len(tokens(llm, [[1, 2]], greedy(9))[0]) == 9
+        assert len(inner[0]) == 2 and "another thread is using the engine" in str(refused[0])
+        assert len(threads.submit(tokens, llm, [[8]], greedy(2)).result()[0]) == 2
+
+
 def test_an_engine_that_cannot_be_made_leaves_no_model_even_while_its_error_is_kept(model):
     def decoders():
         return {id(each) for each in gc.get_objects() if isinstance(each, Decoder)}

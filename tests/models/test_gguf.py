@@ -645,7 +645,8 @@ def test_impossible_counts_and_offsets_are_refused(tmp_path, name):
     [
         ({"llama__embedding_length": 1 << 24}, "token_embd|embed_tokens"),
         ({"llama__feed_forward_length": 1 << 24}, "gate_proj|up_proj|down_proj"),
-        ({"llama__block_count": 1 << 24}, "num_layers is 16777216, but the checkpoint has 2"),
+        ({"llama__block_count": 1 << 24}, "num_layers must be at most 4096, got 16777216"),
+        ({"llama__block_count": 4096}, "num_layers is 4096, but the checkpoint has 2"),
         ({"llama__attention__head_count": 1 << 22}, "q_proj|o_proj"),
         ({"llama__attention__key_length": 1 << 24}, "proj"),
     ],

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.ray import Replicas
@@ -416,6 +416,44 @@ def test_weights_are_updated_under_load_and_later_replicas_have_them(replicas, m
     outputs = replicas.generate(prompts, params, use_tqdm=False)
     assert samples(outputs) == old_wants
     assert versions(outputs) == {2}
+
+
+def test_a_new_replica_never_answers_with_other_weights_than_the_rest(cluster, model, tmp_path, caplog):
+    prompts, params = [[5, 6, 7]] * 20, greedy(4)
+
+    def answers():
+        return {(out.text, out.weight_version) for out in replicas.generate(prompts, params, use_tqdm=False)}
+
+    vocab_size = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
+    path = save_tiny(tmp_path / "new", "qwen3", 1, vocab_size=vocab_size)
+    new = load_file(path / "model.safetensors")
+    wrong = {name: tensor[..., :2] for name, tensor in new.items()}
+    with make_replicas(model, max_restarts=3) as replicas:
+        (old,) = answers()
+        # An update that is refused before it begins changes nothing, now and later.
+        replicas.sleep(2)
+        with pytest.raises(RuntimeError, match="asleep"):
+            replicas.update_weights(new.items())
+        replicas.wake_up(tag for tag in ("weights", "kv_cache"))
+        kill(replicas._replicas[0])
+        assert all_run(replicas, 2) and answers() == {old}
+        # One that fails half-way makes all refuse requests, also those that start later.
+        with pytest.raises(ValueError, match="has shape"):
+            replicas.update_weights(wrong.items())
+        kill(replicas._replicas[0])
+        assert all_run(replicas, 2)
+        for replica in replicas._replicas:
+            assert ray.get(replica.actor.lacks_weights.remote())
+        # Files that have changed since are not loaded: the place stays empty until the next update.
+        assert replicas.update_weights(path) == 1
+        (updated,) = answers()
+        assert updated[1] == 1 and updated[0] != old[0]
+        save_file({name: tensor * 1.01 for name, tensor in new.items()}, path / "model.safetensors")
+        kill(replicas._replicas[0])
+        assert wait_until(lambda: "have changed since the other replicas have loaded them" in caplog.text)
+        assert answers() == {updated} and len(replicas._replicas) == 1
+        assert replicas.update_weights(path) == 2
+        assert all_run(replicas, 2) and {version for _, version in answers()} == {2}
 
 
 def test_sleeping_replicas_refuse_requests_and_a_new_one_sleeps_too(replicas, one):

@@ -380,10 +380,17 @@ def test_a_deep_or_large_or_odd_schema_is_refused_in_words(name):
         {"properties": {f"p{i}": {"$ref": "#/$defs/a"} for i in range(4000)}, "$defs": {"a": {"type": "integer"}}},
         {"properties": {}, "additionalProperties": {"anyOf": [{}] * 64}, "required": [f"p{i}" for i in range(60_000)]},
         {"properties": {f"p{i}": {} for i in range(15_000)}, "required": [f"p{i}" for i in range(15_000)][::-1]},
+        {"properties": {f"p{i}": False for i in range(30_000)}, "required": [f"q{i}" for i in range(30_000)]},
+        {"properties": {"p": {"allOf": [{"type": [f"{i}{j}" for j in range(20_000)]} for i in "ab"]}}},
+        {
+            "properties": {
+                "p": {"allOf": [{"type": ["null"] * 30_000}, {"anyOf": [{"anyOf": [{"type": ["null"]}] * 60}] * 60}]}
+            }
+        },
         {"properties": {"p": {"type": "string", "pattern": "[" * 100_000}}},
         {"properties": {"p": {"type": "string", "pattern": r"\p{" * 100_000}}},
     ],
-    ids=["references", "required", "properties", "classes", "categories"],
+    ids=["references", "required", "properties", "forbidden", "types", "alternatives", "classes", "categories"],
 )
 def test_a_rule_is_made_in_time_that_grows_with_the_length_of_the_schema(schema):
     schema = json.loads(json.dumps(schema))

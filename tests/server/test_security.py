@@ -120,7 +120,13 @@ def test_deeply_nested_schema_gets_400(llm):
 
 
 def test_other_content_types_are_not_read_as_json(llm):
-    for content_type in ("text/plain", "application/x-www-form-urlencoded", ""):
+    for content_type in (
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "text/json",
+        "text/plain; application/json",
+        "",
+    ):
         answer = call(llm, "POST", PATH, json.dumps(BODY).encode(), {"content-type": content_type})
         assert answer.status_code == 415 and "application/json" in error_of(answer)
 

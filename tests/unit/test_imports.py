@@ -17,7 +17,7 @@ LAYERS = [
     ["__init__"],
     ["async_llm"],
     ["llm"],
-    ["vllm_engine"],
+    ["vllm_engine", "input_threads"],
     ["engine"],
     ["executor", "sandbox"],
     ["runner"],

@@ -256,3 +256,15 @@ def test_unknown_options_of_long_names_are_cut():
     with pytest.raises(TypeError, match="there is no option xxx") as caught:
         LLM(**{"x" * 1_000_000: 1})
     assert len(str(caught.value)) < 2000
+
+
+def test_changes_of_a_copy_are_checked_together_in_any_order():
+    params = SamplingParams(stop=["a"], bad_words=["b"])
+    assert params.clone(min_tokens=100, max_tokens=200) == params.clone(max_tokens=200, min_tokens=100)
+    assert params.clone(detokenize=False, stop=()) == SamplingParams(bad_words=["b"], detokenize=False)
+    choice = StructuredOutputsParams(choice=["a"])
+    assert params.clone(structured_outputs=choice, bad_words=()).structured_outputs is choice
+    with pytest.raises(ValueError, match="min_tokens must be at most max_tokens=5, got 9"):
+        params.clone(min_tokens=9, max_tokens=5)
+    with pytest.raises((TypeError, ValueError), match="temperature"):
+        params.clone(temperature=-1)

@@ -13,6 +13,7 @@ import pytest
 
 from nanovllm.sandbox.pool import Pool, TooCostly, _Child
 from nanovllm.utils.child_process import import_path
+from tests.helpers import wait_until
 
 PLAIN = "{{ messages[0].content }}"
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -235,13 +236,33 @@ def test_close_ends_a_child_that_was_being_started(monkeypatch):
             children.append(self)
             pool.close()
 
-        def ask(self, message, seconds):
+        def ask(self, *messages, wall_seconds):
             pytest.fail("it was asked")
 
     monkeypatch.setattr("nanovllm.sandbox.pool._Child", Slow)
     with pytest.raises(RuntimeError, match="the engine is closed"):
         pool.ask(request())
-    assert has_ended(children[0]) and not pool._children
+    assert wait_until(lambda: has_ended(children[0])) and not pool._children
+
+
+def test_requests_that_come_at_once_take_the_first_child_that_is_idle():
+    """A new child takes a second, a request some milliseconds. So the first child does the work of all."""
+    pool, answering, replies = made(), [], []
+    pool.ask(request())
+    (first,) = pool._children
+    ask = first.ask
+    first.ask = lambda *messages, **options: (answering.append(messages), ask(*messages, **options))[1]
+    threads = [threading.Thread(target=lambda: replies.append(pool.ask(request()))) for _ in range(4)]
+    first.process.send_signal(signal.SIGSTOP)
+    for thread in threads:
+        thread.start()
+    assert wait_until(lambda: pool._num_waiting == 3)
+    first.process.send_signal(signal.SIGCONT)
+    for thread in threads:
+        thread.join()
+    assert replies == [{"text": "Hello"}] * 4 and len(answering) > 1
+    assert wait_until(lambda: not pool._num_starting) and len(pool._children) <= 4
+    pool.close()
 
 
 def test_a_child_ends_with_its_parent():
