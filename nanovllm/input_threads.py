@@ -1,7 +1,7 @@
 """Threads that prepare the requests of `AsyncLLM`: they tokenize prompts, render chat templates and compile grammars.
 
-However long that takes, the steps of the engine go on. Each kind of work has its own threads, because a template or a
-grammar of a client may take seconds: requests without one do not wait for it.
+Meanwhile the steps of the engine go on. Each kind of work has its own threads: a template or a grammar of a client may
+take seconds, and requests without one do not wait for it.
 """
 
 import asyncio

@@ -35,7 +35,7 @@ class Fp8Kernel(Enum):
 
 
 class Adder(Enum):
-    """Where the output of o_proj or down_proj is added to the residual stream: the operation that fuses the addition.
+    """The operation that adds the output of o_proj or down_proj to the residual stream.
 
     `choose_adder` in ops/linear/linear.py takes another one where the operands do not fit.
     """

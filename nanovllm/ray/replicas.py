@@ -179,7 +179,7 @@ class Replicas(AbstractContextManager["Replicas"]):
         self._version = 0  # of the weights
         self._waiting: deque[Request] = deque()
         self._replicas = [Replica(self._actor_class.remote(self._options)) for _ in range(num_replicas)]
-        # What a new replica must do to be as the others are.
+        # The calls that bring a new replica to the state of the others.
         self._calls: list[tuple] = []
         self._changing = asyncio.Lock()
         self._next_update = asyncio.Event()

@@ -53,11 +53,11 @@ class Pool:
         self.program, self.failure = str(_FOLDER / f"{program}.py"), failure
         self._setup = json.dumps(setup).encode()
         self._closed = False
+        self._children: set[_Child] = set()
         self._changed = threading.Condition()  # held to use what follows
         self._idle: list[_Child] = []
         self._num_waiting = self._num_starting = 0
         self._start_error: str | None = None
-        self._children: set[_Child] = set()
         weakref.finalize(self, _end_all, self._children)
 
     def ask(self, request: dict[str, Any], cpu_seconds: float | None = None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ _LIMITS: dict[str, set[str]] = {
     "boolean": set(),
     "null": set(),
 }
-# What the parser may take for a value of a type, after white space, and not for text. These match more than it takes.
+# Texts that the parser may read as a value of a type, after white space. They match more than it reads so.
 _TAKEN = {
     "string": r'"(.|\n)*',
     "integer": r"-?[0-9](.|\n)*",

@@ -1,4 +1,4 @@
-"""What clients send as structured outputs is served or refused, and never costs more than the request."""
+"""Structured outputs of clients are served or refused. A bad one costs no other request."""
 
 import json
 import random

@@ -439,7 +439,7 @@ def test_an_answer_in_json_follows_thinking_if_the_model_thinks(answer, accepts)
     ):
         assert all(accepts(constraint(prompt), text) for text in texts)
         assert not any(accepts(constraint(prompt), text) for text in wrong)
-    # What is not to think needs no other grammar.
+    # If the model does not think, the grammar stays.
     assert constraint("<think>\n\n</think>\n\n") is answer
     assert constraint("<think>\n", "mistral") is answer
 

@@ -7,8 +7,8 @@ tensor cores.
 
 A tensor core expects certain rows and columns of its operands in each thread of a warp (PTX ISA, mma.m16n8k16). Thread
 4 * g + t of 32 has the rows g and g + 8. Of each 16 columns it has four, COLUMNS of them in a row from COLUMNS * t on.
-Which number is in which column is free, as long as both operands agree, because a product is a sum over the columns. So
-a thread can load 16 bytes of a key, and these are its columns. In the other product a token is a column and a dimension
+Both operands may permute their columns in the same way, because a product is a sum over the columns. So a thread can
+load 16 bytes of a key, and these are its columns. In the other product a token is a column and a dimension
 is a row: a thread loads 16 dimensions of the value of each of its tokens, as rows.
 
 Triton gives each thread 16 bytes of the last dimension of a loaded tensor, and then threads, warps and registers of the
@@ -22,7 +22,7 @@ If Triton chooses other threads, results stay right, but numbers move between th
 from nanovllm.ops.attention.fp8_cache import key_scales, value_scales
 from nanovllm.ops.triton_utils import INTERPRETED, TRITON_VERSION, kernel_constant, tl, triton
 
-# What Triton gives a thread of these operands: four columns in a row before 3.8, and two from 3.8 on.
+# Columns in a row that Triton gives a thread of these operands: four before 3.8, two since.
 COLUMNS = kernel_constant(2 if TRITON_VERSION >= (3, 8) else 4)
 MIN_TOKENS = 16  # of a warp's part of a tile: rows of a tensor-core tile
 MIN_HEADS = 8  # of the queries' operand: columns of a tensor-core tile

@@ -87,7 +87,7 @@ def _scaled_dot(x, weight, x_scale, weight_scale, SCALES: tl.constexpr):
 
 @triton.jit
 def _finish(total, scale_ptr, bias_ptr, first, end, SCALES: tl.constexpr, BIAS: tl.constexpr):
-    """Apply what there is one of for each row of the weight, from `first` on and before `end`: scales and bias."""
+    """Apply the scales and the bias of the weight's rows `first` to `end`."""
     rows = tl.minimum(first + tl.arange(0, total.shape[1]), end - 1)
     if SCALES == "row":
         total *= tl.load(scale_ptr + rows)[None, :]
