@@ -25,6 +25,7 @@ MAX_ALLOWED_IDS = 1 << 22
 MAX_BAD_WORDS = 1024
 MAX_BAD_CHARS = 1 << 16  # of all bad words: each is split into tokens in several ways
 MAX_GRAMMAR_CHARS = 1 << 20
+_MAX_SCHEMA_LEVELS = 1000  # more are not JSON for Python
 MAX_SALT_CHARS = 1024
 # A token id as text, as JSON has it for a key.
 _ID = re.compile(r"0|[1-9][0-9]{0,9}")
@@ -175,18 +176,21 @@ class StructuredOutputsParams:
 
 
 def _json_text(name: str, schema: Any) -> str:
-    """Return a schema as JSON, or a start that is too long already: shared dicts may make a text of gigabytes."""
-    parts, num_chars = [], 0
-    try:
-        for part in json.JSONEncoder().iterencode(schema):
-            parts.append(part)
-            num_chars += len(part)
+    """Return a schema as JSON. Shared dicts might make a text of gigabytes, so its size is counted first."""
+    field, level, num_chars = f"structured_outputs.{name}", [schema], 0
+    for _ in range(_MAX_SCHEMA_LEVELS):
+        below = []
+        for value in level:
+            children = list(value.values()) if isinstance(value, Mapping) else value
+            num_chars += len(children) + sum([len(child) for child in children if isinstance(child, str)])
+            below += [child for child in children if isinstance(child, (dict, list, tuple))]
             if num_chars > MAX_GRAMMAR_CHARS:
-                break
+                raise ValueError(f"{field} must have at most {MAX_GRAMMAR_CHARS} characters")
+        level = below
+    try:
+        return json.dumps(schema)
     except (TypeError, ValueError, RecursionError) as error:
-        what = f"structured_outputs.{name} is not a schema that JSON can express"
-        raise ValueError(f"{what}: {error!s:.200}") from None
-    return "".join(parts)
+        raise ValueError(f"{field} is not a schema that JSON can express: {error!s:.200}") from None
 
 
 def _refuse_change(*args: Any, **kwargs: Any) -> Any:

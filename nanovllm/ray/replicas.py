@@ -77,14 +77,23 @@ class Request:
         self.sent: dict[int, tuple[int, int]] = {}
 
     def receive(self, item: RequestOutput | Exception) -> None:
-        """Give the caller the new part of an output, or the error."""
-        if self.kind is RequestOutputKind.DELTA and isinstance(item, RequestOutput):
-            item = replace(item, outputs=[self._new_part(sample) for sample in item.outputs])
+        """Give the caller an output of a stream, without what it has already, or another output, or the error."""
+        if isinstance(item, RequestOutput) and self.kind is not RequestOutputKind.FINAL_ONLY:
+            if self.is_resumed and not item.finished and any(map(self._is_behind, item.outputs)):
+                return
+            is_delta = self.kind is RequestOutputKind.DELTA
+            parts = [self._new_part(sample, is_whole=self.is_resumed or not is_delta) for sample in item.outputs]
+            item = replace(item, outputs=parts) if is_delta else item
         self._put(item)
 
-    def _new_part(self, sample: CompletionOutput) -> CompletionOutput:
+    def _is_behind(self, sample: CompletionOutput) -> bool:
+        """Return whether the caller has had more of a sample than this."""
+        return len(sample.token_ids) < self.sent.get(sample.index, (0, 0))[0]
+
+    def _new_part(self, sample: CompletionOutput, is_whole: bool) -> CompletionOutput:
+        """Return what the caller has not had of a sample, which is whole or new."""
         tokens, chars = self.sent.get(sample.index, (0, 0))
-        if self.is_resumed:
+        if is_whole:
             logprobs = sample.logprobs and sample.logprobs[tokens:]
             sample = replace(sample, text=sample.text[chars:], token_ids=sample.token_ids[tokens:], logprobs=logprobs)
         self.sent[sample.index] = tokens + len(sample.token_ids), chars + len(sample.text)

@@ -83,4 +83,5 @@ def anthropic_error(error: ApiError) -> dict:
     """Return an error in the form of Anthropic's API."""
     kind = "invalid_request_error" if error.status < 500 else "api_error"
     kind = _ANTHROPIC_TYPES.get(error.status, kind)
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    details = {"details": {"error_code": error.code}} if error.code else {}
+    return {"type": "error", "error": {"type": kind, "message": error.message, **details}}

@@ -142,17 +142,33 @@ class MessagesRequest(_Part, Body):
     tool_choice: ToolChoice = ToolChoice(type="auto")
     thinking: ThinkingSwitch = ThinkingSwitch(type="disabled")
     output_config: OutputConfig = OutputConfig()
+    output_format: OutputFormat | None = None  # the older name of `output_config.format`
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     stop_sequences: list[str] = Field(default_factory=list)
     stream: bool = False
+    thread: Any = None
+    container: Any = None
+    compaction: Any = None
+    mcp_servers: list = Field(default_factory=list)
 
 
 class CountTokensRequest(MessagesRequest):
     """A request of POST /v1/messages/count_tokens, which generates nothing."""
 
     max_tokens: int = 1
+
+
+# Fields that are refused, because a response without them would be another than the client expects.
+_REFUSED = {
+    "thread": "the server keeps no messages; send the whole conversation",
+    "container": "the server runs no tools",
+    "compaction": "the server does not summarize conversations",
+    "mcp_servers": "the server runs no tools",
+}
+# On this code, Anthropic's client sends the whole conversation again.
+_CODES = {"thread": "thread_unsupported_request"}
 
 
 # -- from a request to a conversation --------------------------------------------------------------------------------
@@ -231,10 +247,13 @@ def template_options(state: ServerState, request: MessagesRequest, messages: lis
 
 def conversation(state: ServerState, request: MessagesRequest, http: Request) -> Conversation:
     """Return the conversation of a request. Raise ApiError if a field is wrong."""
+    for name, message in _REFUSED.items():
+        if getattr(request, name):
+            raise ApiError(400, f"{name}: {message}", param=name, code=_CODES.get(name))
     messages, tools = chat_messages(request), tool_list(request)
     if not messages:
         raise ApiError(400, "messages must have a text, a tool call or its result", param="messages")
-    form = request.output_config.format
+    form = request.output_config.format or request.output_format
     fields = SamplingFields(
         temperature=request.temperature, top_p=request.top_p, top_k=request.top_k, stop=request.stop_sequences
     )

@@ -159,7 +159,6 @@ class ResponsesRequest(SamplingFields):
         "max_tool_calls": (),
         "moderation": (),
         "prompt": (),
-        "prompt_cache_options": ANY,
         "top_logprobs": (0,),
         "truncation": ("disabled",),
     }

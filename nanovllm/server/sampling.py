@@ -20,6 +20,7 @@ NEUTRAL: dict[str, Any] = {
     "safety_identifier": ANY,
     "metadata": ANY,
     "prompt_cache_key": ANY,
+    "prompt_cache_options": ANY,
     "prompt_cache_retention": ANY,
     "prediction": ANY,  # only makes a response faster
     "request_id": ANY,

@@ -17,7 +17,7 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, RequestOutputKind, SamplingParams
 from nanovllm.ray import Replicas
 from nanovllm.ray.actor import _unpack, pack
 from nanovllm.ray.replicas import Replica, Request
@@ -237,6 +237,26 @@ def test_stream_goes_on_where_it_was_when_its_replica_is_killed(replicas, one):
     assert [tokens[i] for i in range(2)] == [sample.token_ids for sample in want.outputs]
     assert [texts[i] for i in range(2)] == [sample.text for sample in want.outputs]
     assert num_logprobs == {0: 300, 1: 300}
+    assert all_run(replicas, 2)
+
+
+def test_a_cumulative_stream_never_shrinks_when_its_replica_is_killed(replicas, one):
+    assert all_run(replicas, 2)
+    params = greedy(40, output_kind=RequestOutputKind.CUMULATIVE)
+    (want,) = one.generate("Another", params.clone(output_kind=RequestOutputKind.FINAL_ONLY), use_tqdm=False)
+
+    async def read():
+        lengths = []
+        async for output in replicas.stream("Another", params):
+            lengths.append(len(output.token_ids))
+            if len(lengths) == 1:
+                kill(first)
+        return lengths, output.token_ids
+
+    first = replicas._replicas[0]
+    stop_after(first, 20)
+    lengths, token_ids = asyncio.run(read())
+    assert lengths == sorted(lengths) and token_ids == want.token_ids
     assert all_run(replicas, 2)
 
 

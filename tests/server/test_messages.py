@@ -275,10 +275,48 @@ def test_sampling_fields_reach_the_engine():
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.25, 0.5, 7, 11)
 
 
-def test_output_config_constrains_the_answer():
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("thread", {"type": "create"}),
+        ("container", "container_1"),
+        ("compaction", {"type": "summarize"}),
+        ("mcp_servers", [{"type": "url", "url": "http://localhost", "name": "x"}]),
+    ],
+)
+def test_what_the_server_would_have_to_keep_or_run_is_refused_by_name(name, value):
+    with pytest.raises(anthropic.BadRequestError, match=name) as caught:
+        create(ScriptedLLM("a"), extra_body={name: value})
+    details = caught.value.body["error"].get("details")
+    assert details == ({"error_code": "thread_unsupported_request"} if name == "thread" else None)
+
+
+def test_the_tool_runner_of_the_client_sends_the_whole_conversation_again():
+    """It asks for a thread first, in which the server would have to keep the messages."""
+    llm = ScriptedLLM(CALL)
+
+    @anthropic.beta_async_tool
+    async def weather(city: str) -> str:
+        """Return the weather."""
+        llm.texts = ("It is sunny.",)
+        return "sunny"
+
+    async def act(client):
+        runner = client.beta.messages.tool_runner(model=MODEL, max_tokens=99, messages=HELLO, tools=[weather])
+        return await runner.until_done()
+
+    message = ask(llm, act)
+    assert message.content[0].text == "It is sunny."
+    assert [each["role"] for each in llm.messages] == ["user", "assistant", "tool"]
+    assert llm.template["tools"][0]["function"]["name"] == "weather"
+
+
+@pytest.mark.parametrize("has_older_name", [False, True])
+def test_output_config_constrains_the_answer(has_older_name):
     schema = {"type": "object"}
+    form = {"type": "json_schema", "schema": schema}
     request = {"model": MODEL, "max_tokens": 9, "messages": HELLO}
-    request["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
+    request["extra_body"] = {"output_format": form} if has_older_name else {"output_config": {"format": form}}
     llm = ScriptedLLM("{}")
     ask(llm, lambda client: client.messages.create(**request), reasoning_parser="none")
     assert llm.params.structured_outputs == StructuredOutputsParams(json=schema)
