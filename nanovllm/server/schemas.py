@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote
 
@@ -17,6 +18,8 @@ _MAX_DEPTH = 64
 # that are copied into them, which take about 50 ns each.
 _MAX_ALL_ALTERNATIVES = 4096
 _MAX_COPIED = 1 << 18
+# Bounds the work for all parameters that a parser reads, which the event loop does: 30 ms.
+_MAX_WORK, _COPIES_PER_ALTERNATIVE = 1 << 19, 40
 # Keywords that `Alternatives` follows, and some that ask nothing.
 _FOLLOWED = {"$ref", "allOf", "anyOf", "oneOf", "$defs", "definitions"}
 _NOTES = {"$comment", "$id", "$schema", "default", "deprecated", "description", "example", "examples", "title"}
@@ -67,9 +70,11 @@ class Alternatives:
             raise ValueError(f"a tool's schema refers to itself without end: {shown(part)}")
         return found
 
-    def start_over(self) -> None:
-        """Allow as many alternatives as at the start. Those that were found are kept."""
+    def start_over(self) -> int:
+        """Allow as many alternatives as at the start. Those that were found are kept. Return their work in copies."""
+        work = self._num_copied + self._num_found * _COPIES_PER_ALTERNATIVE
         self._num_found = self._num_copied = 0
+        return work
 
     def types_of_member(self, key: str) -> set[str]:
         """Return the types that the property `key` of the whole schema, an object, may have."""
@@ -194,6 +199,7 @@ class ToolSchemas:
         self._schemas = schemas
         self._alternatives: dict[str, Alternatives] = {}
         self._types: dict[tuple[str, str], set[str]] = {}
+        self._work = 0
 
     def __contains__(self, name: str) -> bool:
         return name in self._schemas
@@ -203,11 +209,12 @@ class ToolSchemas:
         if (name, key) not in self._types:
             if name not in self._alternatives:
                 self._alternatives[name] = Alternatives(self._schemas[name])
-            self._alternatives[name].start_over()
-            try:
-                self._types[name, key] = self._alternatives[name].types_of_member(key)
-            except ValueError:
-                self._types[name, key] = set(_ALL_TYPES)
+            types: set[str] = set(_ALL_TYPES)
+            if self._work < _MAX_WORK:
+                with suppress(ValueError):
+                    types = self._alternatives[name].types_of_member(key)
+                self._work += self._alternatives[name].start_over()
+            self._types[name, key] = types
         return self._types[name, key]
 
 

@@ -213,6 +213,23 @@ def test_a_large_schema_is_taken_apart_in_bounded_time(parts):
     assert time.process_time() - start < 1, "this takes 0.01 s"
 
 
+def test_the_work_for_all_parameters_of_a_schema_is_bounded():
+    options = [{"properties": {f"o{i}_{j}": True for j in range(2000)}} for i in range(60)]
+    properties = {f"p{i}": {"$ref": "#/$defs/options", "properties": {f"q{i}": True}} for i in range(140)}
+    tools = [
+        {
+            "name": "f",
+            "parameters": {"type": "object", "properties": properties, "$defs": {"options": {"anyOf": options}}},
+        }
+    ]
+    written = "".join(f"<parameter={key}>\n[1]\n</parameter>\n" for key in properties)
+    text = f"<tool_call>\n<function=f>\n{written}</function>\n</tool_call>"
+    start = time.process_time()
+    ((_, arguments),) = calls(parsed(text, "qwen3_coder", tools=[{"type": "function", "function": tools[0]}]))
+    assert time.process_time() - start < 0.5, "this takes 0.05 s"
+    assert json.loads(arguments) == {key: [1] for key in properties}
+
+
 def test_the_samples_of_a_request_take_its_schemas_apart_once(monkeypatch):
     seen = []
     of = schemas.Alternatives.of
