@@ -74,7 +74,7 @@ class EngineCore:
             if not request.metrics.first_token_ts:
                 request.mark_first_token(now)
             finished = request.is_finished
-            if finished or request.stream:
+            if finished or (request.stream and not request.lacks_prompt_logprobs):
                 self.outputs.append((request, request.take_output(self.weight_version, now)))
             if finished:
                 del self.requests[request_id]

@@ -2,6 +2,7 @@
 
 import atexit
 import copy
+import logging
 import os
 import threading
 import weakref
@@ -9,7 +10,11 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+import torch
+
 from nanovllm.engine.interrupts import DeferInterrupts
+
+logger = logging.getLogger("nanovllm")
 
 # The parts of the device memory that can sleep apart, as vLLM names them.
 MEMORY = ("weights", "kv_cache")
@@ -19,13 +24,19 @@ class _Forks:
     """Number of forks between this process and the one that imported this module.
 
     Reading it is cheaper than `os.getpid`, which is a system call.
+
+    Attributes:
+        has_engine: an engine was made in this process.
+        had_engine: one was made in the process that this one was forked from.
     """
 
     count = 0
+    has_engine = had_engine = False
 
     @classmethod
     def add(cls) -> None:
         cls.count += 1
+        cls.had_engine |= cls.has_engine
 
 
 os.register_at_fork(after_in_child=_Forks.add)
@@ -37,6 +48,14 @@ def as_reason(error: BaseException) -> BaseException:
         return copy.copy(error)
     except Exception:  # the arguments of its class are others than its `args`
         return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def use_one_thread_after_fork() -> None:
+    """Let torch use one thread if this process was forked from one that has used more: OpenMP would wait for them."""
+    if _Forks.had_engine and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        message = "torch uses one thread, because this process was forked from one with an engine; %s"
+        logger.warning(message, "start processes with the method 'spawn' to use more")
 
 
 class Guard:
@@ -72,6 +91,7 @@ class Guard:
         self.in_section = False
         self.reserving_thread: int | None = None
         self._forks = _Forks.count
+        _Forks.has_engine = True
 
     @property
     def is_forked(self) -> bool:

@@ -17,7 +17,7 @@ from nanovllm.checks import is_list, shown
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.engine_core import EngineCore
-from nanovllm.engine.guard import MEMORY, Guard, Section, as_reason, close_at_exit
+from nanovllm.engine.guard import MEMORY, Guard, Section, as_reason, close_at_exit, use_one_thread_after_fork
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.interrupts import DeferInterrupts
 from nanovllm.engine.openmp import ThreadWatch
@@ -67,6 +67,8 @@ class LLMEngine:
     def __init__(self, model: str | Path | None = None, **kwargs: Any):
         self.config = Config.from_options({"model": model, **kwargs})
         self.guard = Guard()
+        if self.config.device_type == "cpu":
+            use_one_thread_after_fork()
         self.source = open_config(self.config)
         if self.source.has_tokenizer and not self.config.skip_tokenizer_init:
             # Later its files may be gone, and a broken tokenizer must not cost a step.

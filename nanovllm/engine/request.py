@@ -93,6 +93,12 @@ class Request:
                 seq.seed = xxhash.xxh64_intdigest(seq.index.to_bytes(4, "little"), seed=self.params.seed) >> 1
 
     @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether the first sample still computes those of the prompt. Others may have tokens before."""
+        first = self.samples[0]
+        return first.num_prompt_logprobs is not None and len(first.prompt_logprobs) < len(first.prompt_ids)
+
+    @property
     def is_finished(self) -> bool:
         return all(seq.finish_reason for seq in self.samples)
 

@@ -361,7 +361,15 @@ class Replicas(AbstractContextManager["Replicas"]):
         return RuntimeError(reason) if reason else None
 
     async def _on_all(self, method: str, *arguments: Any) -> list[Any]:
-        """Call a method of all actors. Return the results of those that are not lost meanwhile."""
+        """Call a method of all actors. Return the results of those that are not lost meanwhile, or raise an error."""
+        results = await self._on_each(method, *arguments)
+        for error in results:
+            if isinstance(error, Exception):
+                raise error
+        return results
+
+    async def _on_each(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of all actors. Return the results, or errors, of those that are not lost meanwhile."""
 
         async def call(replica: Replica) -> Any:
             try:
@@ -371,7 +379,8 @@ class Replicas(AbstractContextManager["Replicas"]):
             except RayError:
                 self._drop(replica)
 
-        results = [] if self._error() else await asyncio.gather(*map(call, self._replicas))
+        calls = map(call, self._replicas)
+        results = [] if self._error() else await asyncio.gather(*calls, return_exceptions=True)
         if error := self._error():
             raise error
         return [result for result in results if result is not None]
@@ -399,14 +408,16 @@ class Replicas(AbstractContextManager["Replicas"]):
         async with self._changing:
             version = self._version + 1
             kept = [call for call in self._calls if call[0] not in ("update", "refuse")]
-            try:
-                marks = await self._on_all("update", version, None, *source)
-            except Exception as error:
-                # One that was refused before it began has changed nothing.
-                if any(await self._on_all("lacks_weights")):
-                    self._calls = [*kept, ("refuse", str(error)[:300])]
-                    await self._on_all("refuse", str(error)[:300])
-                raise
+            marks = await self._on_each("update", version, None, *source)
+            errors = [mark for mark in marks if isinstance(mark, Exception)]
+            if not errors and len(set(marks)) > 1:
+                errors = [ValueError(f"the files of {source[0]} are not the same on all hosts")]
+            if errors:
+                # An update that all have refused before it began has changed nothing.
+                if len(errors) < len(marks) or any(await self._on_all("lacks_weights")):
+                    self._calls = [*kept, ("refuse", str(errors[0])[:300])]
+                    await self._on_all("refuse", str(errors[0])[:300])
+                raise errors[0]
             self._version = version
             self._calls = [*kept, ("update", version, marks[0] if marks else None, *source)]
             self._next_update.set()

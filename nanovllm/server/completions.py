@@ -145,11 +145,14 @@ class _Writer:
     def _added_by_prompt(self, prompt_ids: list[int], echo: str) -> list[bytes]:
         """Return the bytes that each token of a prompt adds to its text.
 
-        The tokenizer may have put a special token before the text, which adds none.
+        The tokenizer may have put a special token and a space before the text, which add none.
         """
         added = [self.token_bytes[token_id] for token_id in prompt_ids]
         if not self.text_bytes[prompt_ids[0]] and not echo.encode(errors="replace").startswith(added[0]):
             added[0] = b""
+        first = next((i for i, spelling in enumerate(added) if spelling), 0)
+        if added[first].startswith(b" ") and not echo.startswith(" "):
+            added[first] = added[first][1:]
         return added
 
     def _count_logprobs(self, num_tokens: int) -> None:

@@ -109,7 +109,10 @@ async def generate_turn(
     with state.admission.enter(conversation.params.n):
         prompt_ids, prompt_text = await _prompt(state, conversation, tools)
         constrain = partial(_constrained, state, conversation, tools, prompt_text)
-        if tools:  # their schemas can be large
+        chosen, form = conversation.tool_choice, conversation.params.structured_outputs
+        if len(prompt_ids) > state.llm.max_model_len:
+            params = conversation.params  # the engine refuses the prompt
+        elif state.format.needs_grammar(tools, chosen, conversation.parallel_tool_calls, form):
             params = await asyncio.wrap_future(_constraining.submit(state.body_bytes(conversation.http), constrain))
         else:
             params = constrain()

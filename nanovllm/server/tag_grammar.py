@@ -1,6 +1,7 @@
 """The grammar of calls that are tags. Their values are JSON or plain text, as the schema says."""
 
 from collections.abc import Iterable, Mapping
+from itertools import combinations
 from typing import Any
 
 import regex
@@ -11,6 +12,10 @@ from nanovllm.server.call_grammars import CallGrammar, closed, dumps, json_value
 from nanovllm.server.parsers import Qwen3CoderParser
 from nanovllm.server.schemas import Alternatives, as_json, choices, type_name, types_of
 
+# A character of a pattern takes up to 3 us, as long as so many of a rule.
+_PATTERN_COST = 8
+# Required properties whose values may tell the alternatives of `oneOf` apart.
+_MAX_DISCRIMINATORS = 16
 _KEY = regex.compile(r"[^>\n]{1,256}")
 _END_FUNCTION = "</function>\n</tool_call>"
 _END_PARAMETER = "\n</parameter>\n"
@@ -175,6 +180,7 @@ class Qwen3CoderGrammar(CallGrammar):
         excluded = f" & ~/[ \\t\\r\\n]*({'|'.join(taken)})/" if taken else ""
         texts = [_choice(choice, types) for leaf in leaves for choice in _checked_choices(leaf)]
         limited = [leaf for leaf in leaves if choices(leaf) is None]
+        self._charge(_PATTERN_COST * sum(len(str(leaf.get("pattern", ""))) for leaf in limited))
         texts += [f"({_text_pattern(leaf)}{excluded})" for leaf in limited if "string" in types_of(leaf)]
         if "string" not in free:
             texts += [_SCALARS[kind] for kind in sorted(free)]
@@ -233,11 +239,30 @@ def _check_overlap(leaves: list[dict[str, Any]]) -> None:
     if not any("oneOf" in leaf for leaf in leaves):
         return
     values = [choice for leaf in leaves for choice in choices(leaf) or ()]
-    kinds = [kind for leaf in leaves if choices(leaf) is None for kind in _kinds(types_of(leaf))]
+    objects = [_discriminators(leaf) for leaf in leaves if types_of(leaf) == {"object"} and choices(leaf) is None]
+    are_apart = all(_differ(one, other) for one, other in combinations(objects, 2))
+    others = [leaf for leaf in leaves if not are_apart or types_of(leaf) != {"object"}]
+    kinds = [kind for leaf in others if choices(leaf) is None for kind in _kinds(types_of(leaf))]
+    kinds += ["object"] if are_apart and objects else []
     if len({dumps(value) for value in values}) < len(values) or len(set(kinds)) < len(kinds):
         raise _unheld("oneOf", leaves)
     if _kinds(map(type_name, values)) & set(kinds):
         raise _unheld("oneOf", leaves)
+
+
+def _discriminators(leaf: dict[str, Any]) -> dict[str, set[str]]:
+    """Return the values that the schema of an object names for properties that it requires."""
+    properties, required = leaf.get("properties"), leaf.get("required")
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        return {}
+    parts = {key: properties.get(key) for key in map(str, required[:_MAX_DISCRIMINATORS])}
+    found = {key: choices(part) for key, part in parts.items() if isinstance(part, dict)}
+    return {key: set(map(dumps, values)) for key, values in found.items() if values is not None}
+
+
+def _differ(one: dict[str, set[str]], other: dict[str, set[str]]) -> bool:
+    """Return whether no object has a property's values of both."""
+    return any(one[key].isdisjoint(other[key]) for key in one.keys() & other.keys())
 
 
 def _kinds(types: Iterable[str]) -> set[str]:

@@ -119,14 +119,14 @@ class TextFormat:
             if rule is None or thinking == "none":
                 return response
             return StructuredOutputsParams(grammar=after_thinking(rule, thinking))
+        if not self.needs_grammar(tools, tool_choice, parallel, response):
+            return None
         schemas = _schemas(tools)
         is_required = tool_choice != "auto"
         if not is_required:
             if response is not None and rule is None:
                 raise ValueError("tools that may be called allow responses in the form of JSON, but in no other form")
             strict = {tool["function"]["name"] for tool in tools if tool["function"].get("strict")}
-            if self.tool_format == "none" or (parallel and not strict and response is None):
-                return None
             schemas = {name: schema if name in strict else {"type": "object"} for name, schema in schemas.items()}
         elif tool_choice != "required":
             if tool_choice not in schemas:
@@ -136,6 +136,17 @@ class TextFormat:
         grammar = GRAMMARS["mistral_tags" if has_tags else self.tool_format](schemas, parallel)
         thinking = self._thinking(prompt_text)
         return StructuredOutputsParams(grammar=grammar.text(is_required, thinking, None if is_required else rule))
+
+    def needs_grammar(
+        self, tools: Sequence[dict], tool_choice: str, parallel: bool, response: StructuredOutputsParams | None
+    ) -> bool:
+        """Whether `constraint` makes a grammar of the schemas of tools, which may take long."""
+        if not tools or tool_choice == "none":
+            return False
+        if tool_choice != "auto" or response is not None:
+            return True
+        is_strict = any(tool["function"].get("strict") for tool in tools)
+        return self.tool_format != "none" and (is_strict or not parallel)
 
     def _thinking(self, prompt_text: str) -> str:
         """Return whether an output starts with thinking, as `CallGrammar.text` takes it."""

@@ -5,6 +5,8 @@ import contextlib
 import gc
 import itertools
 import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -327,6 +329,26 @@ def test_forked_child_gets_an_error_about_the_fork(model):
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
     llm.close()
+
+
+def test_an_engine_can_be_made_in_a_child_that_was_forked_after_torch_has_used_threads(model):
+    program = """
+import os, sys
+from nanovllm import LLM, SamplingParams
+options = dict(device="cpu", max_model_len=512)
+params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+def answer(llm):
+    return llm.generate([[5] * 400], params, use_tqdm=False)[0].token_ids
+llm = LLM(sys.argv[1], **options)
+want = answer(llm)
+child = os.fork()
+if child == 0:
+    os._exit(42 if answer(LLM(sys.argv[1], **options)) == want else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", program, model], env=environment, timeout=SECONDS, check=False)
+    assert done.returncode == 42
 
 
 def test_cancelled_calls_do_not_affect_other_requests(model):

@@ -36,6 +36,16 @@ def test_new_sequences_ignore_what_their_slots_hold(model):
         assert tokens(llm, prompts, greedy(8)) == want
 
 
+def test_outputs_of_a_stream_wait_for_all_logprobs_of_the_prompt(model):
+    """The second sample starts from a snapshot, and has a token before the first one has scored the prompt."""
+    (prompt,) = prompts_of([110])
+    with engine(model, max_num_batched_tokens=512) as llm:
+        for _ in range(3):
+            sampling = greedy(4, n=2, prompt_logprobs=1)
+            lengths = [len(out.prompt_logprobs) for out in llm.stream(prompt, sampling)]
+            assert lengths == [110] * len(lengths) and lengths
+
+
 def test_slot_of_an_aborted_request_serves_the_next_one(model):
     first, second = prompts_of([20, 7])
     with engine(model) as llm:

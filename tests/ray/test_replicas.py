@@ -438,6 +438,20 @@ def test_weights_are_updated_under_load_and_later_replicas_have_them(replicas, m
     assert versions(outputs) == {2}
 
 
+def fail_update(actor):
+    async def update_weights(weights):
+        raise ValueError("there is no such folder")
+
+    actor.update_weights = update_weights
+
+
+def see_other_files(actor):
+    from nanovllm.ray import actor as module
+
+    del actor.update_weights
+    module._mark = lambda path: "other"
+
+
 def test_a_new_replica_never_answers_with_other_weights_than_the_rest(cluster, model, tmp_path, caplog):
     prompts, params = [[5, 6, 7]] * 20, greedy(4)
 
@@ -464,6 +478,15 @@ def test_a_new_replica_never_answers_with_other_weights_than_the_rest(cluster, m
         assert all_run(replicas, 2)
         for replica in replicas._replicas:
             assert ray.get(replica.actor.lacks_weights.remote())
+        # So does one that some have done and others not, or that has other files on another host.
+        for break_actor in (fail_update, see_other_files):
+            ray.get(replicas._replicas[1].actor.__ray_call__.remote(break_actor))
+            with pytest.raises(ValueError, match=r"no such folder|not the same on all hosts"):
+                replicas.update_weights(path)
+            for replica in replicas._replicas:
+                assert ray.get(replica.actor.lacks_weights.remote())
+        kill(replicas._replicas[1])
+        assert all_run(replicas, 2)
         # Files that have changed since are not loaded: the place stays empty until the next update.
         assert replicas.update_weights(path) == 1
         (updated,) = answers()

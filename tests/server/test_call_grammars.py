@@ -241,6 +241,10 @@ def parameters(*required, **properties):
     return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
 
 
+def pet(kind, **properties):
+    return parameters("kind", kind={"const": kind, "type": "string"}, **properties)
+
+
 WORD, FEW = {"type": "string", "enum": ["aa", "b"]}, {"type": "integer", "minimum": 5}
 # Schemas of a value, and texts of it that follow the schema or do not. `w` is WORD.
 VALUES = [
@@ -254,6 +258,9 @@ VALUES = [
      ["abc", "1.55", '"ab"', "nulls"]),
     ({"anyOf": [{"type": "string"}, {"type": "array", "items": FEW}]}, ["x", "[5, 6]", "a[4]"], ["[4]", "[a"]),
     ({"oneOf": [{"const": "x", "title": "X"}, {"const": "y"}]}, ["x", "y"], ["z"]),
+    ({"oneOf": [pet("cat", lives=FEW), pet("dog", name=WORD)]},
+     ['{"kind": "cat", "lives": 9}', '{"kind": "dog", "name": "aa"}'],
+     ['{"kind": "cat", "name": "aa"}', '{"kind": "cow"}']),
     ({"type": "array", "items": {"$ref": "#/$defs/w"}}, ['["b"]'], ['["c"]', "b"]),
     ({"type": "array", "items": {"$ref": "#/properties/few"}}, ["[5]"], ["[4]"]),
     ({"type": "array", "items": {"$ref": "#/properties/list/items/0"}}, ["[7]"], ["[8]"]),
@@ -329,6 +336,8 @@ def test_parameters_of_tags_follow_their_schema(schema, valid, invalid, accepts)
         (parameters(a={"type": "string", "not": {"const": "a"}}), "not"),
         (parameters(a={"type": "string", "minLength": "1"}), "minLength .* integer"),
         (parameters(a={"oneOf": [{"type": "string"}, WORD]}), "oneOf"),
+        (parameters(a={"oneOf": [pet("cat"), pet("cat", name=WORD)]}), "oneOf"),
+        (parameters(a={"oneOf": [pet("cat"), {"type": "object", "properties": {"kind": WORD}}]}), "oneOf"),
         (parameters(a={"oneOf": [{"type": "number"}, {"type": "integer"}, WORD]}), "oneOf"),
         (parameters(a={**WORD, "minLength": 2}), "minLength next to"),
         (parameters(a={"allOf": [{"type": "string", "minLength": 2}, {"minLength": 3}]}), "allOf"),

@@ -479,9 +479,10 @@ def test_grammars_of_tools_are_made_in_a_thread(monkeypatch):
         return constrain(*args)
 
     monkeypatch.setattr(generation, "_constrained", recording)
+    whole(ScriptedLLM("ok"), tools=[WEATHER], tool_choice="required")
     whole(ScriptedLLM("ok"), tools=[WEATHER])
     whole(ScriptedLLM("ok"))
-    assert threads == [False, True]
+    assert threads == [False, True, True]
 
 
 def test_log_probabilities_that_fill_the_memory_are_refused(llm, monkeypatch):

@@ -10,6 +10,7 @@ from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.server import completions, streaming
 from nanovllm.server.app import _greeting
 from nanovllm.server.completions import _by_name
+from tests.engine.test_text import save_with_tokenizer, sentencepiece_like
 from tests.server.conftest import OPTIONS
 from tests.server.serving import call, error_of, events_of, make_server, post, with_client
 
@@ -142,6 +143,18 @@ def test_a_start_token_that_the_tokenizer_adds_is_not_in_the_text(llm):
         assert choice["logprobs"]["text_offset"] == [0, 0, 1]
     finally:
         backend.post_processor = before
+
+
+def test_a_space_that_the_tokenizer_adds_is_not_in_the_text(tmp_path):
+    llm = AsyncLLM(save_with_tokenizer(tmp_path, sentencepiece_like()), **OPTIONS)
+    try:
+        body = {"prompt": "yes no yes", "echo": True, "logprobs": 0, **GREEDY}
+        (choice,) = post(llm, PATH, body)["choices"]
+        assert choice["logprobs"]["text_offset"][:3] == [0, 3, 6] and choice["text"].startswith("yes no yes")
+        (same,) = post(llm, PATH, {**body, "prompt": llm.tokenizer.encode(body["prompt"])})["choices"]
+        assert same["logprobs"]["text_offset"] == choice["logprobs"]["text_offset"]
+    finally:
+        llm.close()
 
 
 def test_each_event_has_the_usage_so_far_if_asked(llm):
