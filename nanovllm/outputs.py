@@ -23,6 +23,7 @@ class Logprob(NamedTuple):
 # A position's log-probabilities in bytes: the id, rank and log-probability of its own token, then the ids and
 # log-probabilities of the most likely tokens.
 _OWN, _LIKELY = Struct("=iif"), Struct("=if")
+_MANY_IDS = 4096
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,12 +118,18 @@ class LogprobRows(Sequence[dict[int, Logprob] | None]):
         known = getattr(self.text, "__self__", None)
         if type(known) is dict:  # these rows have been pickled
             return known
-        token_ids: set[int] = set()
-        if self.text is not _no_text:
-            for row in filter(None, self._rows):
-                own, *_ = _OWN.unpack_from(row)
-                token_ids |= {own, *(token_id for token_id, _ in _LIKELY.iter_unpack(row[_OWN.size :]))}
-        return {token_id: self.text(token_id) for token_id in token_ids}
+        rows_by_size: dict[int, list[bytes]] = {}
+        for row in filter(None, self._rows if self.text is not _no_text else ()):
+            rows_by_size.setdefault(len(row), []).append(row)
+        parts = [np.empty(0, np.int32)]
+        for rows in rows_by_size.values():
+            words = np.frombuffer(b"".join(rows), np.int32).reshape(len(rows), -1)
+            parts += words[:, 0], words[:, 3::2].ravel()
+        token_ids = np.concatenate(parts)
+        # A count of each id is fast for many, and a set for few.
+        is_long = len(token_ids) > _MANY_IDS
+        distinct = np.flatnonzero(np.bincount(token_ids)).tolist() if is_long else set(token_ids.tolist())
+        return {token_id: self.text(token_id) for token_id in distinct}
 
     def __deepcopy__(self, memo: dict) -> list[dict[int, Logprob] | None]:
         return list(self)

@@ -276,7 +276,8 @@ class SamplingParams:
         top_p: keep the most likely tokens until their probability reaches top_p, in (0, 1]. It also keeps tokens as
             likely as the last of them.
         min_p: keep tokens at least min_p times as likely as the most likely one, in [0, 1].
-        seed: makes sampling repeatable whatever else runs in the batch; None and -1 derive one from the engine's.
+        seed: makes sampling repeatable whatever else runs in the batch; None and -1 derive one from the engine's. Other
+            negative ones count from 2^63 backwards.
         min_tokens: before this many tokens, end-of-sequence and stop ids are not sampled and stop strings are ignored.
             A structured output may be complete before.
         stop_token_ids: up to 32 ids that end the request; the id itself is kept in `token_ids`.
@@ -317,7 +318,7 @@ class SamplingParams:
     top_k: int = within(0, 2**31 - 1, default=0)
     top_p: float = within(ABOVE_0, 1, default=1.0)
     min_p: float = within(0, 1, default=0.0)
-    seed: int | None = within(0, 2**63 - 1, default=None)
+    seed: int | None = within(-(2**63), 2**63 - 1, default=None)
     min_tokens: int = within(0, MAX_TOKENS, default=0)
     stop_token_ids: SequenceType[int] = ()
     n: int = within(1, MAX_SAMPLES, default=1)
@@ -347,6 +348,8 @@ class SamplingParams:
             if isinstance(value, bool if alias is True else Integral) and value == alias:
                 self._set(name, meaning)
         check_fields(self)
+        if self.seed is not None and self.seed < 0:
+            self._set("seed", self.seed + 2**63)
         if 0 < self.temperature < MIN_TEMPERATURE:
             self._set("temperature", MIN_TEMPERATURE)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

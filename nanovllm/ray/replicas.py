@@ -176,6 +176,8 @@ class Replicas(AbstractContextManager["Replicas"]):
         num_replicas = number("num_replicas", num_replicas, int, 1, 1 << 16)
         self._max_restarts = number("max_restarts", max_restarts, int, 0, 1 << 30)
         self._max_requests = number("max_concurrent_requests", max_concurrent_requests, int, 1, 1 << 20)
+        if "tokenizer" in options:
+            options["tokenizer"] = _absolute(options["tokenizer"])
         self._options = {"model": _absolute(model), "max_concurrent_requests": self._max_requests, **options}
         device, num_ranks = options.get("device") or "auto", options.get("tensor_parallel_size") or 1
         on_cpus = device == "cpu" or (device == "auto" and "GPU" not in ray.cluster_resources())
@@ -324,6 +326,7 @@ class Replicas(AbstractContextManager["Replicas"]):
     async def _wait_for_place(self, replica: Replica) -> None:
         """Wait until Ray has started a replica's process. Say so if it cannot, because its resources are not free."""
         started = asyncio.ensure_future(replica.actor.__ray_ready__.remote())
+        started.add_done_callback(lambda each: each.cancelled() or each.exception())  # marks it as seen
         if not (await asyncio.wait([started], timeout=_PATIENCE_S))[0]:
             logger.warning(
                 f"A replica waits for Ray to start its process since {_PATIENCE_S} s. It needs {self._actor_options}; "
@@ -461,9 +464,9 @@ class Replicas(AbstractContextManager["Replicas"]):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
 
-def _absolute(model: str | Path | None) -> str | Path | None:
-    """Return the model's path as actors find it, whose working folder is another. A hub id is no path."""
-    return str(Path(model).absolute()) if isinstance(model, str | Path) and Path(model).exists() else model
+def _absolute(path: Any) -> Any:
+    """Return a path as actors find it, whose working folder is another. A hub id is no path."""
+    return str(Path(path).absolute()) if isinstance(path, str | Path) and path and Path(path).exists() else path
 
 
 @cache

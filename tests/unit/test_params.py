@@ -31,7 +31,7 @@ from nanovllm.sampling_params import MAX_ALLOWED_IDS
         ("top_p", 0.0, ValueError),
         ("top_p", 1.01, ValueError),
         ("min_p", 2, ValueError),
-        ("seed", -2, ValueError),
+        ("seed", -(2**63) - 1, ValueError),
         ("logprobs", -2, ValueError),
         ("prompt_logprobs", False, TypeError),
         ("min_tokens", 65, ValueError),
@@ -268,6 +268,12 @@ def test_unknown_options_of_long_names_are_cut():
     with pytest.raises(TypeError, match="there is no option xxx") as caught:
         LLM(**{"x" * 1_000_000: 1})
     assert len(str(caught.value)) < 2000
+
+
+def test_negative_seeds_are_seeds_but_for_minus_one():
+    assert SamplingParams(seed=-1).seed is None
+    seeds = [SamplingParams(seed=seed).seed for seed in (-2, -3, -(2**63))]
+    assert len(set(seeds)) == 3 and all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_changes_of_a_copy_are_checked_together_in_any_order():
