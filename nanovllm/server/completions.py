@@ -88,6 +88,12 @@ class _Writer:
         self._ends: dict[int, _TextEnd] = {}
         self.num_logprobs = 0
 
+    def check_prompts(self, prompts: Sequence[str | list[int]]) -> None:
+        """Refuse prompts of token ids that have too many log-probabilities, before they are computed."""
+        sizes = [len(prompt) for prompt in prompts if self.request.echo and isinstance(prompt, list)]
+        num_tokens = max(sizes, default=0) if self.request.stream else sum(sizes) * self.n
+        check_num_logprobs(num_tokens * self.logprobs_per_token)
+
     async def choices(self, prompt_index: int, output: RequestOutput) -> list[dict]:
         """Return what an output has, or what is new in it, as choices."""
         if prompt_index not in self._prompts:
@@ -317,6 +323,7 @@ def routes(state: ServerState) -> APIRouter:
             echoes = [each if isinstance(each, str) else await state.llm.decode(each) for each in prompts]
         text_bytes = state.text_bytes if params.skip_special_tokens else state.token_bytes
         writer = _Writer(request, params.n, echoes, state.token_bytes, text_bytes)
+        writer.check_prompts(prompts)
         outputs = _outputs(state, http, prompts, params)
         header = {
             "id": f"cmpl-{http.state.request_id}",

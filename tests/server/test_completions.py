@@ -94,8 +94,10 @@ def test_log_probabilities_that_fill_the_memory_are_refused(llm, monkeypatch):
     monkeypatch.setattr(streaming, "MAX_RESPONSE_LOGPROBS", 100)
     body = {"prompt": [5] * 20, "max_tokens": 1, "logprobs": 3, "echo": True}
     assert call(llm, "POST", PATH, body).status_code == 200
+    num_steps = llm.llm_engine.core.num_steps
     answer = call(llm, "POST", PATH, {**body, "n": 2})
     assert answer.status_code == 400 and "more than 100 log-probabilities" in error_of(answer)
+    assert llm.llm_engine.core.num_steps == num_steps  # nothing was computed
     # A stream holds those of one choice.
     assert len(events_of(call(llm, "POST", PATH, {**body, "n": 2, "stream": True}).text)) == 2
     assert "more than 100 log-probabilities" in call(llm, "POST", PATH, {**body, "logprobs": 4, "stream": True}).text
