@@ -182,7 +182,8 @@ def _json_text(name: str, schema: Any) -> str:
         below = []
         for value in level:
             children = list(value.values()) if isinstance(value, Mapping) else value
-            num_chars += len(children) + sum([len(child) for child in children if isinstance(child, str)])
+            texts = [*value, *children] if isinstance(value, Mapping) else children
+            num_chars += len(children) + sum([len(text) for text in texts if isinstance(text, str)])
             below += [child for child in children if isinstance(child, (dict, list, tuple))]
             if num_chars > MAX_GRAMMAR_CHARS:
                 raise ValueError(f"{field} must have at most {MAX_GRAMMAR_CHARS} characters")

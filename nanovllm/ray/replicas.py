@@ -308,18 +308,19 @@ class Replicas(AbstractContextManager["Replicas"]):
         """Let a new replica do what the others have done, and then answer requests. Return False if it cannot."""
         await replica.actor.start.remote()
         async with self._changing:
-            try:
-                for method, *arguments in self._calls:
+            for i, (method, *arguments) in enumerate(self._calls):
+                try:
                     await getattr(replica.actor, method).remote(*arguments)
-            except RayTaskError as error:
-                if not self._replicas:
-                    raise
-                self._next_update.clear()
-                reason = str(error.cause).partition("\n")[0][:300]
-                logger.warning(
-                    f"A new replica cannot have the newest weights, so it waits for the next update: {reason}"
-                )
-                return False
+                except RayTaskError as error:
+                    reason = str(error.cause).partition("\n")[0][:300]
+                    if method == "update" and not self._replicas:  # nobody has these weights any more
+                        self._calls[i] = "refuse", reason
+                        await replica.actor.refuse.remote(reason)
+                        continue
+                    self._next_update.clear()
+                    message = "A new replica cannot have the newest weights, so it waits for the next update"
+                    logger.warning(f"{message}: {reason}")
+                    return False
             self._replicas.append(replica)
             return True
 

@@ -81,7 +81,6 @@ class Pool:
         for _ in range(2):  # once more if the child was killed, as the system may do where memory is short
             child = self._take()
             try:
-                child.is_new = False
                 reply = child.ask(json.dumps(cpu_seconds).encode(), message, wall_seconds=self.wall_seconds)
                 if reply is not None:
                     self._keep(child)
@@ -121,7 +120,7 @@ class Pool:
                         raise RuntimeError("the engine is closed")
                     while self._idle:
                         child = self._idle.pop()
-                        if child.process.poll() is None or child.is_new:
+                        if child.process.poll() is None or child.is_broken:
                             return child
                         self._children.discard(child)
                     if self._start_error is not None:
@@ -142,7 +141,7 @@ class Pool:
             if self._closed:  # meanwhile, so `close` may not have seen this child
                 self._end(child)
             else:
-                child.ask(self._setup, wall_seconds=self.wall_seconds)
+                child.is_broken = child.ask(self._setup, wall_seconds=self.wall_seconds) is None
         except Exception as reason:
             error = str(reason)
         with self._changed:
@@ -180,7 +179,7 @@ class _Child:
         arguments: those of `serve.main`, but for the connection.
 
     Attributes:
-        is_new: it has had no request. If it has ended nevertheless, its first one finds out why.
+        is_broken: it has ended before it was ready. The first request finds out why.
         timed_out: it was ended because a reply took too long.
     """
 
@@ -203,7 +202,7 @@ class _Child:
             except BaseException:
                 self.channel.close()  # the error may be kept for long, and this object with it
                 raise
-        self.is_new, self.timed_out = True, False
+        self.is_broken = self.timed_out = False
 
     def ask(self, *messages: bytes, wall_seconds: float) -> dict[str, Any] | None:
         """Return the reply to these messages, or None if the process ended instead."""

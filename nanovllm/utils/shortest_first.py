@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 # A call with 1,000 characters to read lets those that come in the next second overtake it, if they have none.
-_PATIENCE_S = 1e-3
+_PATIENCE_S, _MAX_PATIENCE_S = 1e-3, 60
 
 
 class ShortestFirst:
@@ -40,7 +40,7 @@ class ShortestFirst:
         future: Future = Future()
         try:
             with self._lock:
-                deadline = time.monotonic() + num_chars * _PATIENCE_S
+                deadline = time.monotonic() + min(num_chars * _PATIENCE_S, _MAX_PATIENCE_S)
                 heapq.heappush(self._waiting, (deadline, next(self._order), future, call))
             self._threads.submit(self._run_next)
         except BaseException:  # shut down, or interrupted: nobody waits for this call

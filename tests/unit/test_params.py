@@ -235,8 +235,10 @@ def test_a_schema_of_shared_dicts_is_not_written_whole():
     schema = {"type": "integer"}
     for _ in range(40):  # a text of 10**13 characters
         schema = {"anyOf": [schema, schema]}
-    with pytest.raises(ValueError, match=r"structured_outputs\.json must have at most"):
-        StructuredOutputsParams(json=schema)
+    named = {"k" * 100_000: 1}  # a text of 1 GB
+    for shared in (schema, {"anyOf": [named] * 10_000}):
+        with pytest.raises(ValueError, match=r"structured_outputs\.json must have at most"):
+            StructuredOutputsParams(json=shared)
 
 
 def test_a_deep_schema_takes_no_longer_than_a_flat_one():

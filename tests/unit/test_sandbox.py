@@ -84,6 +84,21 @@ def test_a_child_that_was_killed_while_idle_is_replaced():
     pool.close()
 
 
+def test_idle_children_that_were_killed_cost_no_request():
+    pool = made()
+    threads = [threading.Thread(target=pool.ask, args=[request()]) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wait_until(lambda: not pool._num_starting)
+    for child in pool._idle:
+        child.process.kill()
+        child.process.wait()
+    assert pool.ask(request()) == {"text": "Hello"}
+    pool.close()
+
+
 def killing(pool, monkeypatch, times):
     """Let the children that `pool` takes be killed right before they are asked."""
     take, killed = pool._take, []

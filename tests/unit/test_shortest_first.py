@@ -11,7 +11,7 @@ def test_the_shortest_call_that_was_not_cancelled_is_next_and_equal_ones_keep_th
     threads, release, done = ShortestFirst(1, "test"), threading.Event(), []
     first = threads.submit(100, release.wait)
     calls = [
-        threads.submit(work * 10**6, lambda work=work, i=i: done.append((work, i)))
+        threads.submit(work * 5000, lambda work=work, i=i: done.append((work, i)))
         for i, work in enumerate([9, 5, 7, 5, 1])
     ]
     assert calls[2].cancel()
@@ -24,13 +24,19 @@ def test_the_shortest_call_that_was_not_cancelled_is_next_and_equal_ones_keep_th
 def test_short_calls_overtake_a_long_one_for_a_while_only(monkeypatch):
     threads, release, done = ShortestFirst(1, "test"), threading.Event(), []
     threads.submit(0, release.wait)
-    for seconds, num_chars, name in ((0, 5_000, "long"), (4, 0, "short"), (6, 0, "late")):
+    for seconds, num_chars, name in (
+        (0, 5_000, "long"),
+        (1, 10**9, "huge"),
+        (4, 0, "short"),
+        (6, 0, "late"),
+        (62, 0, "last"),
+    ):
         monkeypatch.setattr("time.monotonic", lambda seconds=seconds: seconds)
         threads.submit(num_chars, lambda name=name: done.append(name))
     monkeypatch.undo()
     release.set()
     threads.shutdown()
-    assert done == ["short", "long", "late"]
+    assert done == ["short", "long", "late", "huge", "last"]
 
 
 def test_errors_are_those_of_the_call():
