@@ -2,7 +2,6 @@
 
 import atexit
 import copy
-import logging
 import os
 import threading
 import weakref
@@ -10,11 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-import torch
-
 from nanovllm.engine.interrupts import DeferInterrupts
-
-logger = logging.getLogger("nanovllm")
 
 # The parts of the device memory that can sleep apart, as vLLM names them.
 MEMORY = ("weights", "kv_cache")
@@ -50,12 +45,9 @@ def as_reason(error: BaseException) -> BaseException:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def use_one_thread_after_fork() -> None:
-    """Let torch use one thread if this process was forked from one that has used more: OpenMP would wait for them."""
-    if _Forks.had_engine and torch.get_num_threads() > 1:
-        torch.set_num_threads(1)
-        message = "torch uses one thread, because this process was forked from one with an engine; %s"
-        logger.warning(message, "start processes with the method 'spawn' to use more")
+def is_forked_from_engine() -> bool:
+    """Whether this process was forked from one in which an engine was made."""
+    return _Forks.had_engine
 
 
 class Guard:

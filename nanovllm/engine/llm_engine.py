@@ -17,10 +17,10 @@ from nanovllm.checks import is_list, shown
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.engine_core import EngineCore
-from nanovllm.engine.guard import MEMORY, Guard, Section, as_reason, close_at_exit, use_one_thread_after_fork
+from nanovllm.engine.guard import MEMORY, Guard, Section, as_reason, close_at_exit
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.interrupts import DeferInterrupts
-from nanovllm.engine.openmp import ThreadWatch
+from nanovllm.engine.openmp import ThreadWatch, use_one_thread_after_fork
 from nanovllm.engine.request import Request, check_request_id
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.snapshots import Snapshots

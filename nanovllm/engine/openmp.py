@@ -1,4 +1,4 @@
-"""Detects that torch's CPU threads spin on cores that other programs use too.
+"""Torch's CPU threads: detects that they spin on cores that other programs use too, and avoids them after a fork.
 
 OpenMP's threads spin while they wait for each other. If other programs use the cores too, a thread may spin while the
 thread it waits for cannot run, and a step takes ten times as long. The environment decides whether threads spin or
@@ -10,6 +10,10 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
+
+from nanovllm.engine.guard import is_forked_from_engine
 
 logger = logging.getLogger("nanovllm")
 
@@ -59,3 +63,13 @@ class ThreadWatch:
                 "use the cores too. Start Python with OMP_WAIT_POLICY=PASSIVE in the environment, which lets threads "
                 "sleep while they wait, or with OMP_NUM_THREADS=1"
             )
+
+
+def use_one_thread_after_fork() -> None:
+    """Let torch use one thread if this process was forked from one that has used more: OpenMP would wait for them."""
+    if is_forked_from_engine() and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        logger.warning(
+            "torch uses one thread, because this process was forked from one with an engine; start processes with the "
+            "method 'spawn' to use more"
+        )

@@ -38,7 +38,7 @@ _BLOCK_TOKENS = 256
 _CHARS_PER_TOKEN = 4
 # How many blocks to remember for each replica: 16 million tokens.
 _MAX_REMEMBERED = 1 << 16
-# A process of Ray starts within some seconds.
+# A warning tells of a process that Ray has not started by then. Usually it takes some seconds.
 _PATIENCE_S = 30
 # The estimate for a request without `max_tokens`.
 _NEW_TOKENS = 1024
@@ -330,7 +330,7 @@ class Replicas(AbstractContextManager["Replicas"]):
         started.add_done_callback(lambda each: each.cancelled() or each.exception())  # marks it as seen
         if not (await asyncio.wait([started], timeout=_PATIENCE_S))[0]:
             logger.warning(
-                f"A replica waits for Ray to start its process since {_PATIENCE_S} s. It needs {self._actor_options}; "
+                f"A replica has waited {_PATIENCE_S} s for Ray to start its process. It needs {self._actor_options}; "
                 f"free are {ray.available_resources()}"
             )
         await started
@@ -403,9 +403,8 @@ class Replicas(AbstractContextManager["Replicas"]):
         """
         if error := self._error():
             raise error
-        source = (
-            [str(_absolute(weights))] if isinstance(weights, str | Path) else [ray.put(part) for part in pack(weights)]
-        )
+        is_path = isinstance(weights, str | Path)
+        source = [str(_absolute(weights))] if is_path else [ray.put(part) for part in pack(weights)]
         return self._wait(self._update(source))
 
     async def _update(self, source: list[Any]) -> int:
@@ -419,8 +418,9 @@ class Replicas(AbstractContextManager["Replicas"]):
             if errors:
                 # An update that all have refused before it began has changed nothing.
                 if len(errors) < len(marks) or any(await self._on_all("lacks_weights")):
-                    self._calls = [*kept, ("refuse", str(errors[0])[:300])]
-                    await self._on_all("refuse", str(errors[0])[:300])
+                    refuse = "refuse", str(errors[0])[:300]
+                    self._calls = [*kept, refuse]
+                    await self._on_all(*refuse)
                 raise errors[0]
             self._version = version
             self._calls = [*kept, ("update", version, marks[0] if marks else None, *source)]

@@ -54,7 +54,7 @@ class Pool:
         self._setup = json.dumps(setup).encode()
         self._closed = False
         self._children: set[_Child] = set()
-        self._changed = threading.Condition()  # held to use what follows
+        self._changed = threading.Condition()  # guards the fields below
         self._idle: list[_Child] = []
         self._num_waiting = self._num_starting = 0
         self._start_error: str | None = None

@@ -18,7 +18,7 @@ _MAX_DEPTH = 64
 # that are copied into them, which take about 50 ns each.
 _MAX_ALL_ALTERNATIVES = 4096
 _MAX_COPIED = 1 << 18
-# Bounds the work for all parameters that a parser reads, which the event loop does: 30 ms.
+# Bounds the event loop's work for all parameters that a parser reads, to about 30 ms.
 _MAX_WORK, _COPIES_PER_ALTERNATIVE = 1 << 19, 40
 # Keywords that `Alternatives` follows, and some that ask nothing.
 _FOLLOWED = {"$ref", "allOf", "anyOf", "oneOf", "$defs", "definitions"}
@@ -71,7 +71,7 @@ class Alternatives:
         return found
 
     def start_over(self) -> int:
-        """Allow as many alternatives as at the start. Those that were found are kept. Return their work in copies."""
+        """Allow as many alternatives as at the start. Those found are kept. Return their work, in copied keywords."""
         work = self._num_copied + self._num_found * _COPIES_PER_ALTERNATIVE
         self._num_found = self._num_copied = 0
         return work

@@ -12,7 +12,7 @@ from nanovllm.server.call_grammars import CallGrammar, closed, dumps, json_value
 from nanovllm.server.parsers import Qwen3CoderParser
 from nanovllm.server.schemas import Alternatives, as_json, choices, type_name, types_of
 
-# A character of a pattern takes up to 3 us, as long as so many of a rule.
+# A character of a pattern takes up to 3 us. It counts as so many characters of the rules.
 _PATTERN_COST = 8
 # Required properties whose values may tell the alternatives of `oneOf` apart.
 _MAX_DISCRIMINATORS = 16

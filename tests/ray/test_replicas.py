@@ -342,7 +342,7 @@ def test_killed_raylet_leaves_no_process_and_its_replica_starts_on_another_host(
         assert all_end([pids[hosts[0].node_id]])
         assert all_run(replicas, 1)  # another one waits for a host
         assert wait_until(
-            lambda: "waits for Ray to start its process since 1 s. It needs {'num_cpus': 1" in caplog.text
+            lambda: "A replica has waited 1 s for Ray to start its process. It needs {'num_cpus': 1" in caplog.text
         )
         hosts.append(cluster.add_node(**host_options))
         assert all_run(replicas, 2)
