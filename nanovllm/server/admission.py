@@ -1,5 +1,6 @@
 """Bounds how many samples the engine has at once."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,6 +30,7 @@ class AdmissionControl:
         self.limit = limit
         self.num_samples = 0
         self.draining = False
+        self._waiting: set[asyncio.Future] = set()
 
     @contextmanager
     def enter(self, num_samples: int = 1) -> Iterator[None]:
@@ -47,9 +49,28 @@ class AdmissionControl:
     def check(self, num_samples: int) -> None:
         """Raise the error of `enter` if a request would get one now."""
         if self.draining:
-            raise ApiError(503, "the server is about to stop", code="draining", retry_after=_RETRY_AFTER_S)
+            raise draining_error()
         if num_samples > self.limit:
             raise ApiError(400, f"the request has {num_samples} samples, but the server takes at most {self.limit}")
         if self.num_samples + num_samples > self.limit:
             message = f"the server is busy with {self.num_samples} of at most {self.limit} samples; try again later"
             raise ApiError(429, message, code="queue_full", retry_after=_RETRY_AFTER_S)
+
+    @contextmanager
+    def waiting_for_body(self, request: asyncio.Future) -> Iterator[None]:
+        """Let `cancel_waiting` cancel the request within a `with` block."""
+        self._waiting.add(request)
+        try:
+            yield
+        finally:
+            self._waiting.discard(request)
+
+    def cancel_waiting(self) -> None:
+        """Cancel the requests whose bodies have not come whole. When they come, they would be refused."""
+        for request in self._waiting:
+            request.cancel()
+
+
+def draining_error() -> ApiError:
+    """Return what a request gets while the server is about to stop."""
+    return ApiError(503, "the server is about to stop", code="draining", retry_after=_RETRY_AFTER_S)

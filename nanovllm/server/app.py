@@ -76,7 +76,7 @@ def create_app(state: ServerState) -> FastAPI:
     options = state.options
     app.add_middleware(_UnexpectedErrors)
     app.add_middleware(BodyLimit, max_bytes=options.max_body_mib << 20)
-    app.add_middleware(CancelOnDisconnect)
+    app.add_middleware(CancelOnDisconnect, admission=state.admission)
     if keys := listed(options.api_key):
         app.add_middleware(ApiKeys, keys=keys)
     elif is_loopback(options.host):
@@ -344,6 +344,8 @@ class Server(uvicorn.Server):
             await self._check_engine()
         if self.failure is not None and time.monotonic() > self.deadline:
             return True
+        if admission.draining:
+            admission.cancel_waiting()
         if admission.draining and (time.monotonic() > self.deadline or not self._is_busy()):
             await asyncio.to_thread(self.state.llm.close)
             return True

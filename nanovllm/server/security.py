@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import HTTPException, Request
 
+from nanovllm.server.admission import AdmissionControl, draining_error
 from nanovllm.server.body import JsonCounter
 from nanovllm.server.errors import ApiError, error_body
 from nanovllm.server.streaming import JsonResponse
@@ -183,10 +184,15 @@ class BodyLimit:
 
 
 class CancelOnDisconnect:
-    """Cancel the endpoint as soon as the client has gone, whether or not it has begun to respond."""
+    """Cancel the endpoint as soon as the client has gone, whether or not it has begun to respond.
 
-    def __init__(self, app: Any):
+    Args:
+        admission: told which requests wait for their bodies. Those that it cancels are refused.
+    """
+
+    def __init__(self, app: Any, admission: AdmissionControl):
         self.app = app
+        self.admission = admission
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -198,7 +204,8 @@ class CancelOnDisconnect:
             if body_read.is_set():
                 await asyncio.shield(gone)
                 return {"type": "http.disconnect"}
-            event = await receive()
+            with self.admission.waiting_for_body(responding):
+                event = await receive()
             if event["type"] == "http.disconnect" or not event.get("more_body", False):
                 body_read.set()
             return event
@@ -206,7 +213,9 @@ class CancelOnDisconnect:
         responding = asyncio.ensure_future(self.app(scope, receive_body, send))
         try:
             await asyncio.wait((responding, gone), return_when=asyncio.FIRST_COMPLETED)
-            if responding.done():
+            if responding.cancelled():
+                await _refuse(draining_error(), scope, receive, send)
+            elif responding.done():
                 responding.result()  # raises what it has raised
         finally:
             for task in (responding, gone):

@@ -290,6 +290,24 @@ def test_sigterm_lets_long_responses_be_sent(own_llm):
     asyncio.run(asyncio.wait_for(use(), SECONDS))
 
 
+def test_sigterm_refuses_requests_whose_bodies_have_not_come(own_llm):
+    """Such a request does not keep the server from stopping."""
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+
+    async def use():
+        async with listening(own_llm) as (state, client, serving):
+            reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+            writer.write(head.encode())
+            await until(lambda: state.admission._waiting)
+            raise_sigterm()
+            response = (await reader.read()).decode()
+            assert response.startswith("HTTP/1.1 503") and "about to stop" in response
+            await serving
+            writer.close()
+
+    asyncio.run(asyncio.wait_for(use(), SECONDS))
+
+
 def test_requests_that_take_longer_than_the_drain_end_with_an_error(own_llm):
     slow_down(own_llm)
 
