@@ -52,6 +52,7 @@ _PROMPT_FIELDS = {"/v1/completions": "prompt", "/v1/chat/completions": "messages
 _KEEP_ALIVE_S = 75
 # How long responses may take to reach their clients when the engine is closed.
 _CLOSE_S = 5
+_TOOL_CALLS = "[TOOL_CALLS]"  # the token that starts calls in Mistral's formats
 # How often the server checks its engine, in ticks of 0.1 s, and how long it waits for the reply, in seconds.
 _HEALTH_TICKS, _HEALTH_S = 50, 1
 # Each client is an open file, also one that gets status 429.
@@ -235,7 +236,12 @@ def make_state(llm: AsyncLLM | EngineClient, model: str | Path | None, options: 
 
     Args:
         model: the model's path or hub id, as in `Config`.
+
+    Raises:
+        ValueError: the tool parser of the options needs a token that the model does not have.
     """
+    if options.tool_parser == "mistral" and _TOOL_CALLS not in getattr(_tokenizer(llm), "get_vocab", dict)():
+        raise ValueError(f"tool_parser mistral needs a model with the token {_TOOL_CALLS}; this one writes other calls")
     names = tuple(listed(options.served_model_name)) or (_model_name(model),)
     return ServerState(
         llm=llm,

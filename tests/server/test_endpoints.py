@@ -43,6 +43,11 @@ def test_model_name_is_that_of_the_folder_or_the_hub(llm, model):
     assert names == [("qwen3",), ("qwen3",), ("Qwen/Qwen3-0.6B",), ("SmolLM2-135M-Instruct",)]
 
 
+def test_parser_of_calls_that_the_model_has_no_token_for_is_refused(llm):
+    with pytest.raises(ValueError, match=r"mistral needs a model with the token \[TOOL_CALLS\]"):
+        make_state(llm, None, ServerOptions(tool_parser="mistral"))
+
+
 def test_tokenize_and_detokenize_are_inverse(llm):
     answer = post(llm, "/tokenize", {"prompt": "héllo", "return_token_strs": True})
     assert answer["tokens"] == llm.tokenizer.encode("héllo")
