@@ -216,7 +216,7 @@ class LLM:
         """End a request in whatever state it is.
 
         Returns:
-            What it has so far (of a stream, what is new), or None if the request is unknown or already finished.
+            Its output so far (of a stream, the new part), or None if the request is unknown or already finished.
 
         Raises:
             TypeError, ValueError: `request_id` is no string or integer, or an integer of more than 64 bits.

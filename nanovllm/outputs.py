@@ -226,7 +226,7 @@ class RequestOutput:
         finished: whether this is the request's last output.
         num_cached_tokens: how many prompt tokens were taken from the prefix cache.
         prompt_logprobs: the requested log-probabilities of each token of the prompt, with None for the first token;
-            None if none were requested. All outputs of a stream share them, too.
+            None if none were requested. All outputs of a stream share them.
         time_to_first_token, total_time: seconds since the request was ready to be queued: tokenized, and its grammar
             compiled. None until they are known.
         weight_version: version of the weights when this output was made; 0 until `update_weights` is called.

@@ -99,7 +99,7 @@ class StructuredOutputsParams:
             `\\w` and `\\s` match Unicode, as in Python. Its texts never match a special token; in Lark's notation
             `<|name|>` without quotes does, and `<[NAME]>` matches the token `[NAME]`. `%json {...}` is a JSON schema. A
             terminal takes as many characters as it can, as in Lark. A GBNF rule that refers to no rules but terminals
-            is one, too: nothing matches `word "a"` with `word ::= [a-z]+`.
+            is also one: nothing matches `word "a"` with `word ::= [a-z]+`.
         json_object: True is any JSON object; False is the same as None.
         disable_any_whitespace: white space in JSON. None is a space after commas and colons and no other; True is
             none at all; False lets the model write any, which a small model may do for ever.

@@ -92,7 +92,7 @@ class Shard:
         """
         if self.order is None:
             return math.gcd(self.start, offset)
-        is_start = np.diff(self.order, prepend=self.order[0]) != 1  # the first row starts a run, too
+        is_start = np.diff(self.order, prepend=self.order[0]) != 1  # the first row also starts a run
         starts = np.flatnonzero(is_start)
         return int(np.gcd.reduce(np.concatenate((starts + offset, self.order[starts]))))
 

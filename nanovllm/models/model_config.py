@@ -531,7 +531,7 @@ def _rope(config: Any, options: dict[str, Any], original: Any = None) -> Rope:
     """Return theta and the scaling options.
 
     Args:
-        original: number of original positions that takes precedence over that of the options; None if there is none.
+        original: number of original positions that takes precedence over that of the options, or None.
     """
     if (options.pop("partial_rotary_factor", None) or 1.0) != 1.0:
         raise unsupported("partial RoPE that differs between layers")

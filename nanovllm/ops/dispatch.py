@@ -95,7 +95,7 @@ _BOUNDS = [regime.max_tokens for regime in TABLE]
 # Ranks allocate memory for ALL_REDUCE_GEMV with up to this many tokens.
 MAX_GEMV_TOKENS = max(regime.max_tokens for regime in TABLE if regime.kernel is Kernel.GEMV)
 MAX_CAPTURED_TOKENS = max(size for regime in TABLE for size in regime.captured)
-# With several tokens, GEMV multiplies at most this many values, tokens times weights. With more, its arithmetic takes
+# For several tokens, GEMV multiplies at most this many values, tokens times weights. Its arithmetic for more takes
 # longer than reading the weights, and GEMM is faster. docs/benchmarks.md has the figures.
 GEMV_MAX_PRODUCTS = 1 << 24
 # Layers with more outputs than this use the library instead of GEMM. The head of a large vocabulary is one.

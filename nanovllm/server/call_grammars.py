@@ -25,8 +25,8 @@ class CallGrammar:
         parallel: whether one call may follow another.
 
     Raises:
-        TypeError, ValueError: a schema is too long, too deep or not that of an object, or the format cannot write
-            a name.
+        TypeError, ValueError: a schema is too long, too deep or not that of an object, or a name
+            cannot be written in the format.
     """
 
     def __init__(self, schemas: Mapping[str, Any], parallel: bool):

@@ -2,7 +2,7 @@
 
 In `Int4`, groups of 32 weights of a row share a scale and a zero, as in the types Q4_0, Q4_1, Q4_K and Q8_0 of GGUF
 files. An 8-bit weight is stored as two 4-bit weights, its high and its low bits, side by side. Torch's GEMM for such
-weights reads bfloat16: the tokens, scales and zeros are rounded to it, and so is the output. Sums are float32.
+weights reads bfloat16: the tokens, scales, zeros and the output are rounded to it. Sums are float32.
 
 In `Int8`, which is for the head, each row and each column has a factor. oneDNN's GEMM multiplies integers. For one
 token, it takes half the time of 8-bit weights in `Int4`.

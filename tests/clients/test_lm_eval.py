@@ -107,7 +107,7 @@ def test_figures_with_the_chat_template_equal_those_of_hf(chat_model, tmp_path):
 
 
 def test_figures_of_a_servers_completions_equal_those_of_hf(server, tmp_path):
-    # The windows of a rolling perplexity are two tokens shorter here, too.
+    # The windows of a rolling perplexity are two tokens shorter here as well.
     url, options = f"{server.url}/v1/completions", {"max_length": 130, "num_concurrent": 4, "tokenizer": server.folder}
     got = evaluate(tmp_path, "local-completions", base_url=url, model=server.model, **options)
     want = evaluate(tmp_path, "hf", pretrained=server.folder, max_length=128, dtype="float32", device="cpu")

@@ -18,7 +18,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
 
 class Trip(BaseModel):
-    """What the model must write. A random model would never end a text or a number of any length."""
+    """The schema that the model must follow. A random model would never end a text or a number of any length."""
 
     city: Literal["Paris", "Rome"]
     is_booked: bool

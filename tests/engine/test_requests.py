@@ -245,7 +245,7 @@ def test_processed_logprobs_exclude_stop_ids_before_min_tokens(model):
     with engine(model) as llm:
         (out,) = llm.generate(prompts_of([10]), params, use_tqdm=False)
     assert len(out.token_ids) == 5 and out.token_ids[-1] == eos
-    for row in out.logprobs[:4]:  # beside the biased one, which cannot be drawn yet, below -20
+    for row in out.logprobs[:4]:  # the biased token would push them below -20
         assert eos not in row and all(x.logprob > -10 for x in row.values())
 
 

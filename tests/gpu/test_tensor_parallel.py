@@ -136,7 +136,7 @@ def mixture():
 def noise_and_agreement(judge, outputs):
     """Compare the tokens of `outputs` with the likeliest tokens according to `judge`.
 
-    Return the largest gap between their log-probabilities, and how often there is none.
+    Return the largest gap between their log-probabilities, and how often they are equal.
     """
     prompts = [output.prompt_token_ids + output.token_ids for output in outputs]
     behind = []

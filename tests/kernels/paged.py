@@ -13,7 +13,7 @@ from nanovllm.ops.triton_utils import triton
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter computes with numpy, which has no bfloat16 arithmetic.
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32]
-# Of queries that meet caches in FP8: 16-bit ones are computed in float16.
+# Dtypes of queries over FP8 caches. 16-bit ones are computed in float16.
 FP8_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
 
 

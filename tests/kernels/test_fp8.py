@@ -169,7 +169,7 @@ def test_grouped_gemm_with_scales_is_close_to_the_reference(device, block, tilin
 
 @pytest.mark.parametrize("block", [LAYOUTS[0], LAYOUTS[2]])
 def test_linear_layers_of_any_number_of_tokens_are_close_to_the_reference(device, block):
-    """With more than one token, activations are quantized. On Hopper, more than 64 tokens are torch's GEMM."""
+    """Activations of more than one token are quantized. On Hopper, more than 64 tokens are torch's GEMM."""
     for tokens in (1, 2, 64, 65, 130):
         layer = Operands(device, tokens, 128, 512, block, False)
         weight, bias = (layer.weight, layer.scale), layer.bias

@@ -292,7 +292,7 @@ def test_attention_without_a_context_or_a_cache_raises():
 
 @pytest.mark.parametrize(("size", "kv_heads"), [(1, 2), (2, 2), (4, 2)])
 def test_norm_over_all_heads_includes_those_of_other_ranks(size, kv_heads):
-    """With 4 ranks, two ranks have the same key head."""
+    """Two of 4 ranks have the same key head."""
     heads, dim, hidden, eps = 8, 4, 6, 0.1
     x = torch.randn(5, (heads + 2 * kv_heads) * dim) * torch.arange(1, 6)[:, None]
     q, k, v = x.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)

@@ -292,12 +292,12 @@ def test_sigterm_lets_long_responses_be_sent(own_llm):
 
 def test_sigterm_refuses_requests_whose_bodies_have_not_come(own_llm):
     """Such a request does not keep the server from stopping."""
-    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
     async def use():
         async with listening(own_llm) as (state, client, serving):
             reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
-            writer.write(head.encode())
+            writer.write(f"{head}Content-Length: 99\r\n\r\n{{".encode())
             await until(lambda: state.admission._waiting)
             raise_sigterm()
             response = (await reader.read()).decode()

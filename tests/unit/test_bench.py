@@ -187,7 +187,7 @@ def test_layers_with_a_window_read_and_attend_to_what_it_shows():
     options = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 3}
     costs = count_costs(batches(), replace(CONFIG, **options), itemsize=2, block_size=4)
     full = count_costs(batches(), CONFIG, itemsize=2, block_size=4)
-    # Of 16 bytes: the contexts of 7 and 7 tokens shrink to 3, and to the 5 that 3 queries see; they share a block of 4.
+    # 16 bytes a token: the contexts of 7 and 7 tokens shrink to 3, and to the 5 that 3 queries see; they share a block.
     assert (full.bytes - costs.bytes).tolist() == [0, 16 * (10 - 8), 16 * (8 - 3)]
     # Contexts of the queries: 1 to 6; 7 and 5 to 7; 8.
     assert (full.flops - costs.flops).tolist() == [32 * (1 + 2 + 3), 32 * (4 + 2 + 3 + 4), 32 * 5]

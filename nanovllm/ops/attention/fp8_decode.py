@@ -1,6 +1,6 @@
 """The loop of decode attention over keys and values in FP8: no barriers, and no shared memory for them.
 
-With FP8, half of the bytes arrive in the same time, and what a tile costs besides them becomes the limit: a conversion,
+FP8 halves the bytes, so the other costs of a tile become the limit: a conversion,
 a second pass through shared memory, and barriers between warps. Here, each warp attends to its own tokens with its own
 softmax, the warps' results are merged once at the end, and a thread loads exactly the numbers that it passes to the
 tensor cores.

@@ -57,7 +57,7 @@ def _scaled_mm(
     """Return x W^T + b [T, N] by torch's GEMM. The kernel before it quantizes x."""
     by_row = scale_layout(weight, scale) == "row"
     rows = quantize_triton(x, norm, by_token=by_row, multiple=4)  # whole 16 bytes of scales
-    # With fast accumulation, sums have the 14 bits of Hopper's tensor cores. Scales for blocks do not allow it.
+    # Fast accumulation leaves sums with the 14 bits of Hopper's tensor cores. Scales for blocks do not allow it.
     options = {"out_dtype": rows.dtype, "use_fast_accum": by_row}
     y = torch.ops.aten._scaled_mm(rows.values, weight.t(), rows.scales, scale.t(), **options)[: len(x)]
     return y if bias is None else y.add_(bias)

@@ -4,7 +4,7 @@ Each program owns a slice of a value head of a row. It convolves the channels th
 part of the state once, and writes it once. The bytes of the state are the limit. So the program loads the state before
 it waits for the projections (programmatic dependent launch): no other kernel of the step writes it.
 
-With few rows a slice is a whole head, so that the program can norm and gate the output as well. With many rows, smaller
+For few rows a slice is a whole head, so that the program can norm and gate the output as well. For many rows, smaller
 slices read the state faster, because more programs run at once.
 
 Several programs convolve the same q and k. They need no order: the convolution's state is a ring, and the new input

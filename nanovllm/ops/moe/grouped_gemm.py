@@ -11,7 +11,7 @@ the weights.
 
 Up to 32 tokens, a tile is [outputs, tokens], so that the weight provides the 64 rows that Hopper's tensor cores need.
 
-With FP8 weights, tokens are also FP8. A tile then sums 128 inputs without scales, and multiplies this partial sum with
+FP8 weights take FP8 tokens. A tile then sums 128 inputs without scales, and multiplies this partial sum with
 the scales of its tokens and of its block of the weight. gate_up quantizes its output, 128 values of a token at a time.
 """
 
@@ -366,7 +366,7 @@ def grouped_gate_up_triton(
     """Return silu(gate x) * up x [T top_k, I] of the sorted pairs, with sums in float32, rounded once.
 
     Args:
-        x, gate_up: as in `experts`; quantized x if the weight is FP8. Then the result is quantized, too.
+        x, gate_up: as in `experts`; quantized x if the weight is FP8. Then the result is also quantized.
         top_k: experts per token.
         config: with FP8 weights, tiles have 128 outputs and inputs.
         scale: contiguous scales [E, ...] of an FP8 weight; see `scale_layout`.
