@@ -127,7 +127,8 @@ class Nanovllm(Engine):
         state_itemsize = getattr(torch, self.llm.config.state_dtype).itemsize
         block_size = self.llm.config.kvcache_block_size
         body_itemsize = self.dtype.itemsize
-        scheme, device = self.config.quantization, torch.device(self.llm.config.device_type)
+        scheme = self.config.quantization
+        device = torch.device(self.llm.config.device_type)
         hidden_size = self.config.hidden_size
         if scheme is not None and scheme.has_kernels(device, self.dtype, (hidden_size, hidden_size)):
             body_itemsize = 1
@@ -235,7 +236,8 @@ class Transformers(Engine):
         self.max_model_len = engine.max_model_len
         self.on_gpu = engine.on_gpu
         self.device = torch.device(engine.llm.config.device_type)
-        folder, options = engine.llm.llm_engine.source.path, {}
+        folder = engine.llm.llm_engine.source.path
+        options = {}
         if folder is None:
             raise ValueError("transformers needs a model with weights")
         if folder.is_file():
@@ -319,7 +321,9 @@ def write_config(source: ModelSource, folder: str) -> str:
 
     options = asdict(source.config)
     del options["quantization"]  # the shapes have plain weights
-    moe, gdn, model_type = options.pop("moe"), options.pop("gated_delta_net"), options["model_type"]
+    moe = options.pop("moe")
+    gdn = options.pop("gated_delta_net")
+    model_type = options["model_type"]
     options["dtype"] = "bfloat16"
     if moe is not None:
         options["num_experts"] = moe["num_experts"]

@@ -46,11 +46,13 @@ def find_peaks(args: Namespace, gpu_name: str | None, itemsize: int) -> tuple[fl
         gpu_name: None on a CPU.
         itemsize: bytes of a weight; the known peaks are those of 2.
     """
-    hbm_tb_s, tflops = None, None
+    hbm_tb_s = None
+    tflops = None
     if gpu_name is not None and itemsize == 2:
         for part, (known_tb_s, known_tflops) in PEAKS.items():
             if part in gpu_name:
-                hbm_tb_s, tflops = known_tb_s, known_tflops
+                hbm_tb_s = known_tb_s
+                tflops = known_tflops
     hbm_tb_s = args.hbm_tb_s or hbm_tb_s
     tflops = args.tflops or tflops
     if hbm_tb_s is None and tflops is None:
@@ -75,12 +77,15 @@ def gated_delta_net(config: ModelConfig, layer: int) -> GatedDeltaNetConfig | No
 
 def mixer_parameters(config: ModelConfig, layer: int) -> int:
     """Return the number of parameters of a layer's attention or Gated DeltaNet, and its two norms."""
-    hidden, gdn = config.hidden_size, gated_delta_net(config, layer)
+    hidden = config.hidden_size
+    gdn = gated_delta_net(config, layer)
     if gdn is not None:
-        heads, values = gdn.num_value_heads, gdn.num_value_heads * gdn.value_head_dim
+        heads = gdn.num_value_heads
+        values = gdn.num_value_heads * gdn.value_head_dim
         projections = gdn.num_channels + 2 * values + 2 * heads
         return hidden * (projections + 2) + gdn.num_channels * gdn.conv_width + 2 * heads + gdn.value_head_dim
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    queries = config.num_heads * config.head_dim
+    keys = config.num_kv_heads * config.head_dim
     projected = queries * (2 if config.attention_gate else 1) + 2 * keys
     count = hidden * (projected + queries + 2)
     if config.qk_norm:
@@ -118,7 +123,9 @@ def count_state(config: ModelConfig, itemsize: int, state_itemsize: int) -> tupl
 
 def mlp_parameters(config: ModelConfig, layer: int, num_experts: float) -> float:
     """Return the number of parameters of a layer's MLP, or of its router, shared expert and `num_experts` experts."""
-    hidden, inner, moe = config.hidden_size, config.intermediate_size, config.moe
+    hidden = config.hidden_size
+    inner = config.intermediate_size
+    moe = config.moe
     if moe is None or layer in moe.dense_layers:
         return 3 * hidden * inner + (2 * inner + hidden if config.mlp_bias else 0)
     count = hidden * (moe.num_experts + 3 * moe.intermediate_size * num_experts)
@@ -224,7 +231,8 @@ def count_costs(
         if not config.is_recurrent(layer)
     }
     state_bytes, state_flops = count_state(config, itemsize, state_itemsize)
-    last, active = config.num_layers - 1, 0 if config.moe is None else config.moe.experts_per_token
+    last = config.num_layers - 1
+    active = 0 if config.moe is None else config.moe.experts_per_token
     without_experts = body_parameters(config, 0)
     one_expert = body_parameters(config, 1) - without_experts  # of every layer that has experts
     one_last_expert = mlp_parameters(config, last, 1) - mlp_parameters(config, last, 0)
@@ -234,13 +242,17 @@ def count_costs(
     kv_bytes = kv_token_bytes or 2 * config.num_kv_heads * config.head_dim * itemsize
     skippable = skippable_mixer_parameters(config, last) + mlp_parameters(config, last, active)
     tables = BlockTables(batches, block_size)
-    step_bytes, step_flops, step_fp8_flops = [], [], []
+    step_bytes = []
+    step_flops = []
+    step_fp8_flops = []
     for batch in batches:
         tables.apply(batch)
         slots, before, new = np.array([(row.slot, row.start, row.num_tokens) for row in batch.rows]).T
         num_tokens = int(new.sum())
         num_sampled = sum(row.is_sampled for row in batch.rows)
-        distinct, attended, kv_tokens = tables.distinct_tokens(slots, before + new), 0, 0
+        distinct = tables.distinct_tokens(slots, before + new)
+        attended = 0
+        kv_tokens = 0
         for window, num_layers in Counter(windows.values()).items():
             attended += num_layers * attended_tokens(before, new, window)
             seen = int(np.minimum(before + new, new - 1 + window).sum())
@@ -248,7 +260,8 @@ def count_costs(
         if last in windows:
             attended += int(np.minimum(before + new, windows[last]).sum())
             attended -= attended_tokens(before, new, windows[last])
-        experts, last_experts = distinct_experts(config, num_tokens), distinct_experts(config, len(batch.rows))
+        experts = distinct_experts(config, num_tokens)
+        last_experts = distinct_experts(config, len(batch.rows))
         weights = without_experts + experts * one_expert - (experts - last_experts) * one_last_expert
         embeddings = (head if num_sampled else 0) + num_tokens * config.hidden_size
         num_states = len(before) + int((before > 0).sum())  # written and read

@@ -93,7 +93,9 @@ def plot(rows: list[Row], title: str) -> str:
 
     It has no background, so that it suits light and dark pages.
     """
-    left, full, step = 190, 300, 30
+    left = 190
+    full = 300
+    step = 30
     height = 56 + step * len(rows)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height}" width="720" height="{height}" role="img">',
@@ -103,7 +105,8 @@ def plot(rows: list[Row], title: str) -> str:
         '<text x="0" y="34" class="note">percent of what memory bandwidth and arithmetic allow</text>',
     ]
     for i, row in enumerate(rows):
-        y, reached = 48 + step * i, row["percent"] / 100
+        y = 48 + step * i
+        reached = row["percent"] / 100
         name = escape(f"{row['workload']}, {row['unit']}")
         value = f"{reached:.0%}: {number(row['value'])} of {number(row['limit'])}"
         lines += [

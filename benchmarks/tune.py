@@ -53,7 +53,8 @@ def seconds(calls: list[Callable[[], object]], repeat: int = 5) -> float:
             call()
     times = []
     for _ in range(repeat + 1):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
@@ -129,7 +130,8 @@ def decode(full: bool) -> None:
         if full:
             tiles = [(32, 2, 3), (32, 2, 4), (64, 4, 3), (64, 4, 4), (64, 4, 5), (128, 4, 2), (128, 4, 3), (128, 8, 3)]
             configs += [DecodeConfig(*tile) for tile in tiles]
-        name, head_bytes = f"{batch} x {low}-{high}, {group}, {cache_name(fp8)}", HEAD_DIM + 2 if fp8 else 2 * HEAD_DIM
+        name = f"{batch} x {low}-{high}, {group}, {cache_name(fp8)}"
+        head_bytes = HEAD_DIM + 2 if fp8 else 2 * HEAD_DIM
         sweep(name, calls, configs, 2 * sum(lens) * KV_HEADS * head_bytes, "TB/s")
 
 
@@ -140,7 +142,8 @@ def rope_decode(full: bool) -> None:
     for group, (batch, tokens) in itertools.product((2, 4), [(1, 128), (1, 600), (1, 4000), (4, 600)]):
         sequences = make_sequences([tokens] * batch)
         n = KV_HEADS * (group + 2) * HEAD_DIM
-        x, weights = random(batch, hidden), make_weights(n, hidden)
+        x = random(batch, hidden)
+        weights = make_weights(n, hidden)
         q_weight, k_weight = random(2, HEAD_DIM)
         cos_sin = torch.randn(tokens, HEAD_DIM, device="cuda")
         transform = QKTransform(KV_HEADS * group, cos_sin, q_weight, k_weight, 1e-6)
@@ -181,7 +184,9 @@ def swiglu(full: bool) -> None:
     """Measure the arithmetic rate of SwiGLU for many tokens, and of cuBLAS with SiLU after it, at the power limit."""
     print("swiglu: tokens x k -> n | m n k warps stages programs | us, TFLOP/s  (* default; cuBLAS, SiLU after it)")
     for (k, n), tokens in itertools.product([(4096, 12288), (1024, 3072)], (2048, 16384)):
-        x, weight, work = random(tokens, k), random(2 * n, k) * k**-0.5, 4 * tokens * n * k
+        x = random(tokens, k)
+        weight = random(2 * n, k) * k**-0.5
+        work = 4 * tokens * n * k
         configs = [DEFAULT_CONFIG]
         if full:
             tiles = [(128, 128, 64, 8, 4), (128, 64, 64, 8, 3, 2), (128, 64, 64, 4, 3, 2), (64, 128, 64, 4, 4)]
@@ -196,7 +201,9 @@ def gemv(full: bool) -> None:
     """Measure the bandwidth of the linear layers of a decode step with one token, and of cuBLAS."""
     print("gemv: rows x k of the weight | rows per program, warps | us, TB/s  (* default; cuBLAS with norm and SiLU)")
     for name, n, k in [*WEIGHTS, ("head", 151936, 1024), ("head", 151936, 4096)]:
-        x, weights, gated = random(1, k), make_weights(n, k), name == "gate_up"
+        x = random(1, k)
+        weights = make_weights(n, k)
+        gated = name == "gate_up"
         options: dict[str, Any] = {"norm": (random(k), 1e-6), "gated": gated}
         if name in ("o", "down"):
             options = {"residual": random(1, n)}
@@ -215,7 +222,9 @@ def gemm(full: bool) -> None:
     print("gemm: rows x k of the weight, tokens | tile warps stages splits prefetch | us, TB/s  (* default; cuBLAS)")
     counters = torch.zeros(MAX_TILES, device="cuda", dtype=torch.int32)
     for (name, n, k), tokens in itertools.product(WEIGHTS, (8, 32, 64)):
-        x, weights, gated = random(tokens, k), make_weights(n, k), name == "gate_up"
+        x = random(tokens, k)
+        weights = make_weights(n, k)
+        gated = name == "gate_up"
         options: dict[str, Any] = {"residual": random(tokens, n)} if name in ("o", "down") else {"gated": gated}
         configs = [default_gemm_config(tokens, n // (2 if gated else 1), k, gated)]
         if full:

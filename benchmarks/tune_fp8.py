@@ -87,7 +87,8 @@ class Layer:
     def scaled_mm(self, x: QuantizedRows, scales: torch.Tensor | None, weight: torch.Tensor, scale: torch.Tensor):
         """Compute the layer with torch's GEMM, and what must follow it."""
         if scales is None:
-            scales, scale = self.token_scale, self.row_scale
+            scales = self.token_scale
+            scale = self.row_scale
         fast = scales is self.token_scale
         options = {"out_dtype": torch.bfloat16, "use_fast_accum": fast}
         y = torch.ops.aten._scaled_mm(x.values, weight.t(), scales, scale.t(), **options)

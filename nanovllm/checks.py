@@ -82,7 +82,8 @@ def one_of(*choices: str, default: str | None = "") -> Any:
 def check_fields(options: Any) -> None:
     """Check those fields of a frozen dataclass that are bools, or that `within` or `one_of` made."""
     for declared in fields(options):
-        name, kind = declared.name, declared.type
+        name = declared.name
+        kind = declared.type
         value = getattr(options, name)
         if value is None and (declared.default is None or declared.metadata.get("optional")):
             continue

@@ -18,12 +18,17 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.sandbox.pool import TooCostly
 from nanovllm.utils.shortest_first import ShortestFirst
 
-_PROMPTS, _TEMPLATES, _GIVEN_TEMPLATES = "prompts", "templates", "given-templates"
-_GRAMMARS, _COSTLY_GRAMMARS = "grammars", "costly-grammars"
+_PROMPTS = "prompts"
+_TEMPLATES = "templates"
+_GIVEN_TEMPLATES = "given-templates"
+_GRAMMARS = "grammars"
+_COSTLY_GRAMMARS = "costly-grammars"
 # Threads for each kind: bounds how many requests are prepared at once, so that they leave time to the engine's thread.
 _NUM_THREADS = {_PROMPTS: 4, _TEMPLATES: 4, _GIVEN_TEMPLATES: 2, _GRAMMARS: 2, _COSTLY_GRAMMARS: 2}
 # Estimates of the work of other things than texts, which counts by characters.
-_IDS_PER_CHAR, _CHARS_PER_BAD_WORD, _CHARS_PER_MESSAGE = 16, 128, 128
+_IDS_PER_CHAR = 16
+_CHARS_PER_BAD_WORD = 128
+_CHARS_PER_MESSAGE = 128
 # A grammar that is longer, or takes more CPU time, goes to threads of its own, so that no other waits for it. A usual
 # schema takes 0.01 s. The next grammar waits until a new process can compile, 0.2 to 1 s.
 _COSTLY_CHARS = 8192

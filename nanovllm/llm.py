@@ -80,7 +80,8 @@ class LLM:
 
     def _serve(self, requests: list[Request], use_tqdm: bool, interrupts: DeferInterrupts) -> list[RequestOutput]:
         """Queue requests and run steps until all have finished."""
-        engine, wanted = self.llm_engine, set(requests)
+        engine = self.llm_engine
+        wanted = set(requests)
         unfinished = deque(requests)
         outputs: dict[str, RequestOutput] = {}
         try:

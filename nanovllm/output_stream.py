@@ -43,7 +43,8 @@ class OutputStream(Generic[Output]):
         """Add an output that was merged from `count`."""
         while self._outputs and (self._outputs[-1][0] <= count or not self._copies):
             older_count, older = self._outputs.pop()
-            count, output = older_count + count, self._merge(older, output)
+            count = older_count + count
+            output = self._merge(older, output)
         self._outputs.append((count, output))
 
     async def get(self) -> Output:

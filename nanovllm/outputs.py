@@ -22,7 +22,8 @@ class Logprob(NamedTuple):
 
 # A position's log-probabilities in bytes: the id, rank and log-probability of its own token, then the ids and
 # log-probabilities of the most likely tokens.
-_OWN, _LIKELY = Struct("=iif"), Struct("=if")
+_OWN = Struct("=iif")
+_LIKELY = Struct("=if")
 _MANY_IDS = 4096
 
 

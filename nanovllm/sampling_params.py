@@ -177,7 +177,9 @@ class StructuredOutputsParams:
 
 def _json_text(name: str, schema: Any) -> str:
     """Return a schema as JSON. Shared dicts might make a text of gigabytes, so its size is counted first."""
-    field, level, num_chars = f"structured_outputs.{name}", [schema], 0
+    field = f"structured_outputs.{name}"
+    level = [schema]
+    num_chars = 0
     for _ in range(_MAX_SCHEMA_LEVELS):
         below = []
         for value in level:

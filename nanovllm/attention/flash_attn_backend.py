@@ -21,7 +21,8 @@ from nanovllm.attention.base import AttentionBackend, Context, PagedKV
 from nanovllm.ops.triton_utils import sm_count
 
 # Query rows (tokens x heads of a group) in a tile of FlashAttention-3, for head_dim above 64 and up to 64.
-QUERY_TILE, SMALL_HEAD_QUERY_TILE = 128, 192
+QUERY_TILE = 128
+SMALL_HEAD_QUERY_TILE = 192
 MAX_SPLITS = 32
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,8 @@ def choose_package(
     """
     if device.type != "cuda":
         raise ValueError(f"attention_backend='flash_attn' needs a CUDA device, not device={str(device)!r}; use 'torch'")
-    missing, reasons = [], []
+    missing = []
+    reasons = []
     for package in PACKAGES:
         try:
             module = importlib.import_module(package.module)

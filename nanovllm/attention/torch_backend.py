@@ -122,7 +122,8 @@ class TorchBackend(AttentionBackend):
 
         They are [T, 1, 1, Dh / 2] and [T, 1, 2, Dh / 2].
         """
-        rotations, key = ctx.plan.rotations, id(cos_sin)
+        rotations = ctx.plan.rotations
+        key = id(cos_sin)
         if key not in rotations:
             cos, sin = cos_sin[positions][:, None, None].chunk(2, dim=-1)
             rotations[key] = cos, torch.cat((-sin, sin), dim=2)

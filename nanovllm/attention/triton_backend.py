@@ -38,7 +38,8 @@ class TritonBackend(AttentionBackend):
 
     def plan(self, ctx: Context) -> dict[KVKind, DecodePlan]:
         """Plan decode attention, for each kind of cache."""
-        rows, plans = ctx.decode_rows, {}
+        rows = ctx.decode_rows
+        plans = {}
         for kind in ctx.kv_kinds if ctx.num_decode else ():
             policy = default_split_policy(len(rows), kind.kv_heads, sm_count(rows.slots.device), kind.is_fp8)
             lens = rows.context_lens.clamp(max=kind.window) if kind.window else rows.context_lens
@@ -58,7 +59,8 @@ class TritonBackend(AttentionBackend):
         return rope_decode_triton(qkv, transform, kv, ctx.rows, scale, counters=ctx.counters)
 
     def decode(self, q: Tensor, kv: PagedKV, scale: float, ctx: Context, out: Tensor) -> None:
-        rows, plan = ctx.decode_rows, ctx.plan[kv.kind]
+        rows = ctx.decode_rows
+        plan = ctx.plan[kv.kind]
         prefix = None
         if ctx.shared is not None and not kv.window:
             prefix = shared_attention_triton(q, kv, rows, scale, ctx.shared, plan.num_splits)

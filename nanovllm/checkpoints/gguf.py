@@ -67,10 +67,12 @@ _EXPERT_NAMES = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_do
 _MOE_FAMILIES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
 # The numpy dtype of each scalar type of metadata, by its number in the format.
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
-_STRING, _ARRAY = 8, 9
+_STRING = 8
+_ARRAY = 9
 _MAX_DIMS = 4
 # Types of tokens that a text may have whole: control tokens are special, user-defined ones are not.
-_CONTROL, _USER_DEFINED = 3, 4
+_CONTROL = 3
+_USER_DEFINED = 4
 # Metadata with the values of arguments of SamplingParams that the model's authors recommend.
 _SAMPLING = {
     "general.sampling.temp": "temperature",
@@ -426,7 +428,8 @@ def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
             f"transformers must be 5.18 or later for tokenizers of GGUF files, got {transformers.__version__}"
         )
     file = _GgufFile(path)
-    is_bpe, split = file.get("tokenizer.ggml.model") == "gpt2", file.get("tokenizer.ggml.pre", "default")
+    is_bpe = file.get("tokenizer.ggml.model") == "gpt2"
+    split = file.get("tokenizer.ggml.pre", "default")
     if is_bpe:
         _check_split(path, split)
     whole_words = is_bpe and split in _WHOLE_WORDS

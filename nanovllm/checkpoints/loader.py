@@ -34,7 +34,8 @@ from nanovllm.weights.quantization import QuantizedLoading
 logger = logging.getLogger(__name__)
 
 # A checkpoint with tied embeddings has either tensor, or both.
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
 _TIED = {_EMBEDDING: _HEAD, _HEAD: _EMBEDDING}
 _PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 # The supported dtypes, by their names in safetensors files.
@@ -123,7 +124,8 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
     targets = _meta_targets(config)
     merged = _merged_tensors(targets)
     allowed = _shapes(targets, merged)
-    needed, parts_of = list(targets), {name: list(parts) for name, parts in merged.items()}
+    needed = list(targets)
+    parts_of = {name: list(parts) for name, parts in merged.items()}
     if (scheme := config.quantization) is not None:
         # Any matrix may be quantized in the checkpoint, also one that is merged with others that are not.
         matrices = {name: shape for name, shape in allowed.items() if len(shape) > 1}
@@ -409,7 +411,8 @@ def dummy_weights(model: Decoder, seed: int) -> Iterator[tuple[str, torch.Tensor
 
     It is the same for any number of ranks.
     """
-    param, scheme = next(model.parameters()), model.config.quantization
+    param = next(model.parameters())
+    scheme = model.config.quantization
     generator = torch.Generator(param.device).manual_seed(seed)
     targets = model.checkpoint_tensors()
     for name, target in _meta_targets(model.config).items():
@@ -502,7 +505,8 @@ def _weight_files(folder: Path) -> list[Path]:
     transformers reads a single file rather than shards. Its `save_pretrained` may leave an older model's index next to
     a single file, and an older model's single file next to shards.
     """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
     if single.exists():
         return [single]
     if index.exists():

@@ -45,7 +45,9 @@ class Times:
 
     @classmethod
     def from_answer(cls, answer: Answer) -> "Times":
-        first, last, num_tokens = answer.times[0], answer.times[-1], answer.num_tokens
+        first = answer.times[0]
+        last = answer.times[-1]
+        num_tokens = answer.num_tokens
         tpot = (last - first) / (num_tokens - 1) if num_tokens > 1 else None
         return cls(first - answer.start, tpot, answer.end - answer.start)
 

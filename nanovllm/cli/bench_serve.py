@@ -117,7 +117,8 @@ def make_requests(options: BenchOptions) -> tuple[list[list[int]], list[int]]:
 
 def arrivals(options: BenchOptions) -> Iterator[float]:
     """Yield when each request is sent, in seconds from the start."""
-    rng, now = Random(options.seed + 1), 0.0
+    rng = Random(options.seed + 1)
+    now = 0.0
     for _ in range(options.num_prompts):
         yield now
         if options.request_rate < math.inf:
@@ -145,7 +146,8 @@ class _Load:
         ]
         allow_open_files(_SPARE_FILES + min(self.options.max_concurrency or len(requests), len(requests)))
         with ProgressBar(total=len(requests), desc="Requests", enabled=None, dynamic_ncols=True) as bar:
-            start, cpu_start = time.perf_counter(), time.process_time()
+            start = time.perf_counter()
+            cpu_start = time.process_time()
             answers = await self._send_all(requests, start, bar)
             cpu_seconds = time.process_time() - cpu_start
         return Run(

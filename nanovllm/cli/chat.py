@@ -32,7 +32,8 @@ Ctrl-C stops an answer. A line that ends with \\ goes on in the next one; so doe
 A message that starts with / needs a space before it."""
 _BLOCK = '"""'
 _INTERRUPTED = 130  # exit status
-_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+_DIM = "\x1b[2m"
+_PLAIN = "\x1b[0m"
 # Control characters in a text could change the terminal's state or what it shows.
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
@@ -196,7 +197,8 @@ class Chat:
     def _answer(self, messages: list[dict[str, str]]) -> dict[str, str] | None:
         """Print the answer to messages as it comes. Return what came of it as a message, or None if nothing came."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        counts, start = Counts(), time.perf_counter()
+        counts = Counts()
+        start = time.perf_counter()
         pieces: list[str] = []
         try:
             self._show(self.model.answer([*system, *messages], self.settings, counts), pieces)

@@ -173,7 +173,8 @@ def _events(data: bytes, counts: Counts) -> list[Text | Thinking]:
     Raises:
         ValueError, RuntimeError: the server has sent something else, or an error.
     """
-    chunk, events = json.loads(data), []
+    chunk = json.loads(data)
+    events = []
     try:
         if chunk.get("error"):
             raise RuntimeError(f"the server could not finish: {message_of(data)}")

@@ -21,7 +21,8 @@ def add_flags(parser: argparse._ActionsContainer, options: type, without: Iterab
     Args:
         without: names of fields that get no flag.
     """
-    hints, docs = get_type_hints(options), argument_docs(options)
+    hints = get_type_hints(options)
+    docs = argument_docs(options)
     for declared in fields(options):
         if declared.name not in without:
             settings = _settings(declared, hints[declared.name])

@@ -160,7 +160,8 @@ class Answer(asyncio.Protocol):
         return True
 
     def _read_chunks(self, now: float) -> None:
-        received, start = self._received, 0
+        received = self._received
+        start = 0
         payload = []
         while (end := received.find(b"\r\n", start)) >= 0:
             size = _size(received[start:end].split(b";")[0], 16)

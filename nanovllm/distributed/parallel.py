@@ -70,7 +70,8 @@ class TensorParallel:
         try:
             handle = cuda_ipc.share(own)
         except RuntimeError as error:  # not every allocator supports sharing
-            handle, failure = None, error
+            handle = None
+            failure = error
         shared = self.all_gather_json([host, handle], device)
         memory: list[torch.Tensor | cuda_ipc.Mapping] = []
         with ExitStack() as unused:  # unmaps the memory unless all ranks succeed

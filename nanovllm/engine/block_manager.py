@@ -110,7 +110,8 @@ class BlockManager:
         found = seq.found_prefix = list(takewhile(lambda pair: self.blocks[pair[0]].uid == pair[1], seq.found_prefix))
         prefix_hash, parent_uid = _empty_prefix(seq)
         if found:
-            prefix_hash, parent_uid = self.blocks[found[-1][0]].hash, found[-1][1]
+            prefix_hash = self.blocks[found[-1][0]].hash
+            parent_uid = found[-1][1]
         for i in range(len(found), (len(seq.token_ids) - 1) // self.block_size):
             token_ids = self._block_tokens(seq, i)
             prefix_hash = _chain(prefix_hash, token_ids)

@@ -69,7 +69,8 @@ class ChatTemplate:
         return [self._adapt(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
     def _adapt(self, message: Mapping, name: str) -> dict:
-        adapted, role = dict(message), message["role"]
+        adapted = dict(message)
+        role = message["role"]
         calls = message.get("tool_calls") if role == "assistant" else None
         if calls is not None and not (is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
             raise TypeError(f"{name}['tool_calls'] must be a list of dicts, got {shown(calls)}")

@@ -82,8 +82,10 @@ class StopStrings:
 
     def __init__(self, strings: Iterable[str]):
         # The last character of each node, and the node without that character.
-        labels, parents = [""], [0]
-        depths, match = array("i", [0]), array("i", [0])
+        labels = [""]
+        parents = [0]
+        depths = array("i", [0])
+        match = array("i", [0])
         # (node, character) -> child, if it is not the next node
         self._branches: dict[tuple[int, str], int] = {}
         # The nodes of the current string's prefixes.
@@ -94,7 +96,8 @@ class StopStrings:
                 common += 1
             del path[common + 1 :]
             for character in string[common:]:
-                node, parent = len(labels), path[-1]
+                node = len(labels)
+                parent = path[-1]
                 if node != parent + 1:
                     self._branches[parent, character] = node
                 labels.append(character)

@@ -68,7 +68,8 @@ class EngineCore:
     def _update(self, step: ScheduledStep, output: StepOutput) -> None:
         """Take in the tokens of a step, and gather the outputs of finished and streamed requests."""
         self.num_steps += 1
-        changed, now = self.scheduler.update(step, output), time.monotonic()
+        changed = self.scheduler.update(step, output)
+        now = time.monotonic()
         for request_id in dict.fromkeys(seq.request_id for seq in changed):
             request = self.requests[request_id]
             if not request.metrics.first_token_ts:
@@ -126,7 +127,8 @@ class EngineCore:
 
     def metrics(self) -> Metrics:
         """Return counters since the engine was made, and what it is doing now."""
-        scheduler, blocks = self.scheduler, self.scheduler.block_manager
+        scheduler = self.scheduler
+        blocks = self.scheduler.block_manager
         return Metrics(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),

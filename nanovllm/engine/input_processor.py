@@ -464,7 +464,10 @@ class InputProcessor:
 
     def _check_chat(self, data: Any) -> None:
         """Refuse a conversation of far too many values or tokens before it is rendered."""
-        texts, todo, num_values, num_chars = [], [data], 0, 0
+        texts = []
+        todo = [data]
+        num_values = 0
+        num_chars = 0
         while todo:
             value = todo.pop()
             num_values += 1

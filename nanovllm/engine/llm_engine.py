@@ -115,7 +115,8 @@ class LLMEngine:
 
     def _take(self, requests: Collection[Request] | None = None) -> list[RequestOutput]:
         """Remove the outputs of `requests`, or all, and return them. After an interrupt none has been removed."""
-        core, all_outputs = self.core, self.core.outputs
+        core = self.core
+        all_outputs = self.core.outputs
         try:
             core.outputs = [] if requests is None else [pair for pair in all_outputs if pair[0] not in requests]
             return [output for request, output in all_outputs if requests is None or request in requests]
@@ -431,7 +432,8 @@ class LLMEngine:
 
 def _make_scheduler(config: Config, executor: Executor) -> Scheduler:
     """Make the scheduler of the blocks, slots and snapshots that the executor's ranks have."""
-    runner, caches_prefixes = executor.runner, config.enable_prefix_caching
+    runner = executor.runner
+    caches_prefixes = config.enable_prefix_caching
     snapshots = None
     if caches_prefixes and runner.snapshot_slots is not None:
         # Blocks of KV are of no use without the recurrent state at their end.

@@ -42,7 +42,8 @@ class ThreadWatch:
         if self.done:
             yield
             return
-        start, cpu_start = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
+        cpu_start = time.process_time()
         yield
         self.add(time.perf_counter() - start, time.process_time() - cpu_start)
 

@@ -114,7 +114,9 @@ class Request:
             now: the time, by `time.monotonic`; None looks at the clock.
         """
         now = time.monotonic() if now is None else now
-        first, finished, metrics = self.samples[0], self.is_finished, self.metrics
+        first = self.samples[0]
+        finished = self.is_finished
+        metrics = self.metrics
         metrics.last_token_ts = now
         metrics.scheduled_ts = first.scheduled_ts
         metrics.num_generation_tokens = sum(len(seq.token_ids) - len(seq.prompt_ids) for seq in self.samples)

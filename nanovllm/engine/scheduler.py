@@ -303,7 +303,8 @@ class Scheduler:
         for rows, logprobs in zip(batch.scored_rows.values(), output.prompt_logprobs, strict=True):
             start = 0  # index of the row's first scored token in `logprobs`
             for row in rows:
-                seq, end = step.sequences[row], start + len(batch.rows[row].scored_ids)
+                seq = step.sequences[row]
+                end = start + len(batch.rows[row].scored_ids)
                 if seq.status is not Status.FINISHED:
                     for i in range(start, end):
                         seq.prompt_logprobs.append(logprobs.row(i, seq.num_prompt_logprobs or 0))
@@ -335,7 +336,8 @@ class _StepBuilder:
 
     def add_admission(self, seq: Sequence, placement: Placement) -> None:
         """Describe a new sequence, whose placement holds the cached prefix, to the runner."""
-        params, batch = seq.params, self.batch
+        params = seq.params
+        batch = self.batch
         admission = Admission(
             slot=placement.slot,
             params=params.for_ranks(),
@@ -404,12 +406,15 @@ class _StepBuilder:
             self.batch.new_blocks.append((placement.slot, i, placement.block_table[i]))
 
     def _add_prefill_row(self, seq: Sequence, slot: int, start: int, num_new: int, is_sampled: bool) -> None:
-        scored_ids, first_scored = (), 0
+        scored_ids = ()
+        first_scored = 0
         if seq.num_unscored:
             # Prompt logprobs: the token at position p is scored by the logits at p - 1.
-            first, end = seq.num_scored, min(start + num_new, len(seq.prompt_ids) - 1)
+            first = seq.num_scored
+            end = min(start + num_new, len(seq.prompt_ids) - 1)
             if first < end:
-                scored_ids, first_scored = seq.prompt_ids[first + 1 : end + 1], first - start
+                scored_ids = seq.prompt_ids[first + 1 : end + 1]
+                first_scored = first - start
                 seq.num_scored = end
                 self.wants_logprobs = True
         token_ids = seq.token_ids[start : start + num_new]

@@ -86,7 +86,8 @@ class Snapshots:
 
     def take(self, placement: Placement, batch: Batch) -> None:
         """Let the step save the state after the computed tokens of `placement`, if a snapshot is due."""
-        position, planned = placement.num_computed, placement.planned_snapshots
+        position = placement.num_computed
+        planned = placement.planned_snapshots
         if planned and planned[0] == position:
             planned.pop(0)
         elif not self._is_due(placement):

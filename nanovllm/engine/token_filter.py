@@ -43,7 +43,8 @@ class TokenFilter:
         is_blocked: whether the newest mask has only tokens that would complete a bad word.
     """
 
-    is_complete, is_blocked = False, False
+    is_complete = False
+    is_blocked = False
 
     def __init__(self, allowed: np.ndarray, bad_words: list[tuple[int, ...]], stop_ids: Iterable[int], min_tokens: int):
         self.stop_ids, self.min_tokens_left = list(stop_ids), min_tokens

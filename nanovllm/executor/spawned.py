@@ -150,7 +150,8 @@ class SpawnedExecutor(Executor):
 
     def _abort_collectives(self) -> None:
         """End this rank's waits for other ranks. A step may be waiting in another thread."""
-        tp, runner = self._tp, self._runner
+        tp = self._tp
+        runner = self._runner
         if tp is not None:
             tp.abort(runner.free_graphs if runner is not None else lambda: None)
 

@@ -59,7 +59,8 @@ def _join_outside_world(config: Config, source: ModelSource) -> Executor:
         dist.init_process_group("nccl" if config.device_type == "cuda" else "gloo")
         # Exit handlers run in reverse order: the engine registers its own later and closes before the group does.
         atexit.register(_destroy_outside_group)
-    size, world_size = config.tensor_parallel_size, dist.get_world_size()
+    size = config.tensor_parallel_size
+    world_size = dist.get_world_size()
     if world_size % size:
         raise ValueError(f"tensor_parallel_size={size} must divide the world size, {world_size}")
     device = rank_device(config.device_type, int(os.environ.get("LOCAL_RANK", dist.get_rank())))

@@ -94,7 +94,8 @@ class GatedDeltaNet(StatefulLayer):
             all_values, hidden_size, dtype=dtype, tp=tp, allocate_weight=formats.weight("out_proj")
         )
         self.norm = RMSNorm(config.value_head_dim, eps, dtype=dtype)
-        conv, whole_conv = (len(channels), CONV_WIDTH), (config.num_channels, 1, CONV_WIDTH)
+        conv = (len(channels), CONV_WIDTH)
+        whole_conv = (config.num_channels, 1, CONV_WIDTH)
         by_head = {"shape": (num_heads,), "whole": (config.num_value_heads,), "dtype": torch.float32}
         self.targets = {
             "conv1d.weight": rows_of(channels, shape=conv, whole=whole_conv, dtype=dtype),
@@ -133,7 +134,8 @@ class GatedDeltaNet(StatefulLayer):
             inputs = GdnInputs(*self.in_proj(x).split(self.sizes, dim=1))
         else:
             x = x.computed()  # once for both projections
-            qkvz, gates = self.in_proj(x), self.gates_proj(x)
+            qkvz = self.in_proj(x)
+            gates = self.gates_proj(x)
             inputs = GdnInputs(*qkvz.split(self.sizes[:2], dim=1), *gates.split(self.sizes[2:], dim=1))
         out = gated_delta_net(inputs, self.weights, self.state, rows)
         return self.out_proj(out if last_indices is None else out[last_indices])
@@ -143,14 +145,16 @@ def _shards(config: GatedDeltaNetConfig, channels: np.ndarray, heads: range) -> 
     """Return the shards of qkv, z, b and a, for these value heads."""
     shards: dict[ShardId, Shard] = {"qkv": Shard.reordered("in_proj_qkv", config.num_channels, channels)}
     for name, size in {"z": config.value_head_dim, "b": 1, "a": 1}.items():
-        total, start = config.num_value_heads * size, heads.start * size
+        total = config.num_value_heads * size
+        start = heads.start * size
         shards[name] = Shard(f"in_proj_{name}", total=total, start=start, size=len(heads) * size)
     return shards
 
 
 def _packed_shards(config: GatedDeltaNetConfig, key_heads: range) -> dict[ShardId, Shard]:
     """Return the shards of qkvz and ba, for these key heads and their value heads."""
-    group, key_dim = config.num_value_heads // config.num_key_heads, config.key_head_dim
+    group = config.num_value_heads // config.num_key_heads
+    key_dim = config.key_head_dim
     values = group * config.value_head_dim
     return {
         name: Shard.reordered(f"in_proj_{name}", config.num_key_heads * sum(sizes), packed_rows(key_heads, sizes))

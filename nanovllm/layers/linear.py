@@ -152,7 +152,8 @@ class ColumnParallelLinear(LinearLayer):
         """Return the parts of the tensor `name`, which some checkpoints have in place of one for each shard."""
         if not self.may_be_merged:
             return {}
-        block, totals = block_of(param)[0], [shard.total for shard in self.shards.values()]
+        block = block_of(param)[0]
+        totals = [shard.total for shard in self.shards.values()]
         stops = list(accumulate(totals))
         parts = [slice(stop - total, stop) for stop, total in zip(stops, totals, strict=True)]
         if any(splits_block(part, stops[-1], block) for part in parts):
@@ -165,7 +166,8 @@ class ColumnParallelLinear(LinearLayer):
 
     def _target(self, param: nn.Parameter, shard_id: ShardId) -> CheckpointTensor:
         """Return the tensor that fills a shard of `param`."""
-        rows, step = self.rows[shard_id], row_block_of(param)
+        rows = self.rows[shard_id]
+        step = row_block_of(param)
         shape = (ceil_div(self.shards[shard_id].total, block_of(param)[0]), *param.shape[1:])
         target_index = slice(rows.start // step, ceil_div(rows.stop, step))
         return CheckpointTensor(param, shape, shard_id, target_index)
@@ -251,9 +253,11 @@ class QKVParallelLinear(ColumnParallelLinear):
                 "one must divide the other"
             )
         self.num_kv_heads = num_kv_heads * copies // tp.size
-        query_rows, kv_rows = self.num_heads * head_dim, self.num_kv_heads * head_dim
+        query_rows = self.num_heads * head_dim
+        kv_rows = self.num_kv_heads * head_dim
         self.gate_size = query_rows if layout is not None and layout.has_gate else 0
-        total_kv_rows, first_kv_head = num_kv_heads * head_dim, tp.rank // copies * self.num_kv_heads
+        total_kv_rows = num_kv_heads * head_dim
+        first_kv_head = tp.rank // copies * self.num_kv_heads
         first_kv_row = first_kv_head * head_dim
         shards: dict[ShardId, Shard] = {
             "q": Shard("q_proj", total=num_heads * head_dim, start=tp.rank * query_rows, size=query_rows),
@@ -327,7 +331,8 @@ class LazyGemm:
 
     def add_to(self, residual: Residual) -> Residual:
         """Run the GEMM and add it to the residual stream, whose memory may be overwritten."""
-        stream, tp = residual.complete(), self.layer.tp
+        stream = residual.complete()
+        tp = self.layer.tp
         match self.layer.format.choose_adder(self.x, stream, tp.size, tp.peers):
             case Adder.LINEAR:
                 return self._add_in_linear(stream)
@@ -340,7 +345,9 @@ class LazyGemm:
 
     def _add_in_linear(self, stream: torch.Tensor) -> Residual:
         """Let the GEMM's kernel add, on rank 0 only. With several ranks, the next norm all-reduces."""
-        layer, fmt, counters = self.layer, self.layer.format, get_counters()
+        layer = self.layer
+        fmt = self.layer.format
+        counters = get_counters()
         if layer.tp.rank == 0:
             partial_sum = fmt.linear_add(self.x, layer.bias, stream, counters)
         else:
@@ -349,7 +356,8 @@ class LazyGemm:
 
     def _add_in_next_norm(self, stream: torch.Tensor) -> Residual:
         """Run the GEMM only. The next norm adds, and all-reduces with several ranks."""
-        layer, fmt = self.layer, self.layer.format
+        layer = self.layer
+        fmt = self.layer.format
         bias = self._rank_bias
         if bias is None and fmt.wants_zero_bias(self.x):
             bias = layer.zero_bias
@@ -363,7 +371,8 @@ class LazyGemm:
 
     def _add_in_slices(self, stream: torch.Tensor) -> Residual:
         """Overwrite slices of the stream with partial sums. Send each while the next one is computed. Rank 0 adds."""
-        layer, fmt = self.layer, self.layer.format
+        layer = self.layer
+        fmt = self.layer.format
         overlapped = layer.tp.overlapped
         assert overlapped is not None  # choose_adder has checked this
         for tokens in overlapped.slices(stream):

@@ -145,7 +145,9 @@ class Experts(Layer):
         """Return the target of one expert's gate or up, which is a part of the tensor `merged` in some checkpoints."""
         rows, columns = self._gate_shape(gate_up)
         size = self.rank_inner_size // row_block_of(gate_up)
-        block, total, part = block_of(gate_up)[0], 2 * self.inner_size, None
+        block = block_of(gate_up)[0]
+        total = 2 * self.inner_size
+        part = None
         half_rows = slice(half * self.inner_size, (half + 1) * self.inner_size)
         # Otherwise a block of the merged tensor has rows of gate and of up.
         if not splits_block(half_rows, total, block):

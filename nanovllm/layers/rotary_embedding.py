@@ -33,7 +33,8 @@ ROPE_OPTIONAL = {
 
 def _llama3(inv_freq: torch.Tensor, options: dict) -> torch.Tensor:
     """Scale frequencies as Llama 3.1: divide slow ones by the factor, keep fast ones, blend linearly in between."""
-    low, high = options["low_freq_factor"], options["high_freq_factor"]
+    low = options["low_freq_factor"]
+    high = options["high_freq_factor"]
     turns = options["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return inv_freq * kept + inv_freq / options["factor"] * (1 - kept)
@@ -57,13 +58,16 @@ def _yarn(inv_freq: torch.Tensor, theta: float, options: dict) -> tuple[torch.Te
     low = index_of(options.get("beta_fast") or 32)
     high = index_of(options.get("beta_slow") or 1)
     if options.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, dim - 1)
     blend = ((torch.arange(dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
     inv_freq = inv_freq / factor * blend + inv_freq * (1 - blend)
     if options.get("attention_factor") is not None:
         return inv_freq, options["attention_factor"]
-    scale, scale_all = options.get("mscale"), options.get("mscale_all_dim")
+    scale = options.get("mscale")
+    scale_all = options.get("mscale_all_dim")
     if scale and scale_all:
         return inv_freq, mscale(scale) / mscale(scale_all)
     return inv_freq, mscale(1)
@@ -74,7 +78,8 @@ def _longrope(inv_freq: torch.Tensor, options: dict) -> tuple[torch.Tensor, floa
 
     Each frequency has a divisor. Longer texts have other divisors, at all positions.
     """
-    attention_factor, factor = options.get("attention_factor"), options["factor"]
+    attention_factor = options.get("attention_factor")
+    factor = options["factor"]
     if attention_factor is None:
         original = options["original_max_position_embeddings"]
         attention_factor = math.sqrt(1 + max(0.0, math.log(factor)) / math.log(original))
@@ -162,7 +167,8 @@ class RotaryEmbedding(nn.Module):
         self.order = None if rotary_dim in (None, head_dim) else paired_order(head_dim, rotary_dim)
         device = torch.get_default_device()
         if device.type == "meta":  # arithmetic on meta tensors would import torch's compiler, which takes seconds
-            table, query_scale = torch.empty((max_position, head_dim)), None
+            table = torch.empty((max_position, head_dim))
+            query_scale = None
         else:
             with torch.device("cpu"):
                 table = rope_table(head_dim, max_position, theta, scaling, rotary_dim)

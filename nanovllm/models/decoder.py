@@ -76,7 +76,8 @@ class SelfAttention(Layer):
 
     def forward(self, x: Normed | Residual, positions: torch.Tensor, last_indices: torch.Tensor | None) -> LazyGemm:
         # The gates come first, so that the rest is what the kernels of attention read.
-        qkv, gate_size = self.qkv_proj(x), self.qkv_proj.gate_size
+        qkv = self.qkv_proj(x)
+        gate_size = self.qkv_proj.gate_size
         if self.whole_qk_norm is not None:
             self.whole_qk_norm(qkv[:, gate_size:])
         attended = self.attn(qkv[:, gate_size:], positions, last_indices)

@@ -41,7 +41,9 @@ _RANGES = {
 _NOT_COMPARED = {"model_type", "max_position", "dtype", "eos_token_ids", "tie_word_embeddings", "separate_head"}
 _NOT_COMPARED |= {"rope_theta", "rope_scaling", "sliding_rope", "rope_layers", "quantization"}
 _MAX_END_IDS = 1024  # real models have a few
-MAX_EXPERTS, _MAX_EXPERTS_PER_TOKEN = 4096, 64  # kernels hold so many in registers; real models have up to 512 and 22
+# kernels hold so many in registers; real models have up to 512 and 22
+MAX_EXPERTS = 4096
+_MAX_EXPERTS_PER_TOKEN = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ORIGINAL = "original_max_position_embeddings"
 Rope: TypeAlias = tuple[float, dict[str, Any] | None]  # theta and the scaling options
@@ -283,7 +285,8 @@ class ModelConfig:
             for factor in value:
                 checked_option(f"RoPE {name}", factor, kind)
         if rope_type == "llama3" and not options["low_freq_factor"] < options["high_freq_factor"]:
-            low, high = options["low_freq_factor"], options["high_freq_factor"]
+            low = options["low_freq_factor"]
+            high = options["high_freq_factor"]
             raise ValueError(f"the model's RoPE high_freq_factor must be above low_freq_factor={low}, got {high}")
         if rope_type == "yarn" and theta <= 1:
             raise ValueError(f"the model's rope_theta must be above 1 for RoPE of type 'yarn', got {theta}")
@@ -295,9 +298,11 @@ class ModelConfig:
 
         Formats differ in the names of families and of kinds of RoPE, and round numbers, so the results are compared.
         """
-        options, their_options = _comparable(self), _comparable(other)
+        options = _comparable(self)
+        their_options = _comparable(other)
         for name in options | their_options:
-            mine, theirs = options.get(name), their_options.get(name)
+            mine = options.get(name)
+            theirs = their_options.get(name)
             if isinstance(mine, float) and isinstance(theirs, float):
                 is_same = math.isclose(mine, theirs, rel_tol=1e-5)
             else:
@@ -316,7 +321,8 @@ class ModelConfig:
                 is_same = torch.allclose(frequencies, their_frequencies, rtol=1e-4, atol=0)
             beta, their_beta = ((s or {}).get("llama_4_scaling_beta") for s in (scaling, their_scaling))
             if not is_same or not math.isclose(factor, their_factor, rel_tol=1e-4) or beta != their_beta:
-                mine, theirs = f"{theta} scaled by {shown(scaling)}", f"{their_theta} scaled by {shown(their_scaling)}"
+                mine = f"{theta} scaled by {shown(scaling)}"
+                theirs = f"{their_theta} scaled by {shown(their_scaling)}"
                 raise ValueError(f"the checkpoint's RoPE is rope_theta={theirs}, but the model's is rope_theta={mine}")
 
     @classmethod
@@ -327,11 +333,13 @@ class ModelConfig:
             eos_token_ids: those of the generation config, which take precedence.
         """
         check_model_type(config.model_type)
-        whole, config = config, config.text_config if FAMILIES[config.model_type].is_nested else config
+        whole = config
+        config = config.text_config if FAMILIES[config.model_type].is_nested else config
         for part in (whole, config):
             check_model_type(part.model_type)
             _check_variant(part)
-        num_heads, moe_size = config.num_attention_heads, getattr(config, "moe_intermediate_size", None)
+        num_heads = config.num_attention_heads
+        moe_size = getattr(config, "moe_intermediate_size", None)
         head_dim = getattr(config, "head_dim", None)
         (theta, scaling), sliding_rope, rotary_factor = _ropes(config)
         max_position = scaled_max_position(config.max_position_embeddings, scaling)
@@ -473,7 +481,8 @@ def _layer_types(config: Any, max_position: int, keep: bool) -> tuple[str, ...] 
     """
     family = FAMILIES[config.model_type]
     is_uniform = family.uniform_window
-    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
     if is_uniform or not types:
         is_used = window and (is_uniform or getattr(config, "use_sliding_window", True))
         num_layers = checked_option("num_layers", config.num_hidden_layers, int)

@@ -121,7 +121,8 @@ def _load_launchers_one_by_one() -> None:
     """
     if TRITON_VERSION != (3, 6):
         return
-    build, lock = triton.runtime.build, threading.Lock()
+    build = triton.runtime.build
+    lock = threading.Lock()
     load = build._load_module_from_path
 
     def load_and_copy(name: str, path: str) -> SimpleNamespace:
@@ -159,7 +160,8 @@ def compile_without_launch() -> Iterator[None]:
     """
     caller = threading.get_ident()
     with _compiling:
-        run, empty = triton.JITFunction.run, torch.empty
+        run = triton.JITFunction.run
+        empty = torch.empty
 
         def compile_instead(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
             return run(self, *args, warmup=warmup or threading.get_ident() == caller, **kwargs)

@@ -26,7 +26,8 @@ from nanovllm.server.engine_messages import pack_error, unpack_error
 PackedTensor = tuple[str, np.ndarray, torch.dtype, torch.Size]
 _PART_BYTES = 1 << 28
 # How many parts of each file `_mark` reads, and how many bytes of each.
-_MARK_PARTS, _MARK_BYTES = 256, 64
+_MARK_PARTS = 256
+_MARK_BYTES = 64
 _MAX_LEFT = 1 << 12  # requests whose calls may still be on their way
 
 

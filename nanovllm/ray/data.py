@@ -48,7 +48,8 @@ class AnswerRows:
         params = sampling_params or self._llm.get_default_sampling_params()
         self._params = params.clone(output_kind=RequestOutputKind.FINAL_ONLY)
         self._template = template or {}
-        text, ids = pa.string(), pa.list_(pa.int32())
+        text = pa.string()
+        ids = pa.list_(pa.int32())
         kinds = {"generated_text": text, "generated_token_ids": ids, "finish_reason": text}
         if params.n > 1:
             kinds = {name: pa.list_(kind) for name, kind in kinds.items()}

@@ -69,7 +69,8 @@ class Request:
     def __init__(self, seeds: random.Random, put: Any, kind: Any, prompt: Any, params: Any, template: Any = None):
         self.id, self.kind, self._put = uuid4().hex, kind, put
         self.message = ray.cloudpickle.dumps((prompt, params, seeds.getrandbits(63), template))
-        text, size = str(prompt.tolist() if is_array(prompt) else prompt), _BLOCK_TOKENS * _CHARS_PER_TOKEN
+        text = str(prompt.tolist() if is_array(prompt) else prompt)
+        size = _BLOCK_TOKENS * _CHARS_PER_TOKEN
         blocks = [hash(text[end - size : end]) for end in range(size, len(text) + 1, size)]
         self.prefixes = list(accumulate(blocks, lambda prefix, block: hash((prefix, block))))
         params = params if isinstance(params, SamplingParams) else SamplingParams()  # the engine refuses others
@@ -179,7 +180,8 @@ class Replicas(AbstractContextManager["Replicas"]):
         if "tokenizer" in options:
             options["tokenizer"] = _absolute(options["tokenizer"])
         self._options = {"model": _absolute(model), "max_concurrent_requests": self._max_requests, **options}
-        device, num_ranks = options.get("device") or "auto", options.get("tensor_parallel_size") or 1
+        device = options.get("device") or "auto"
+        num_ranks = options.get("tensor_parallel_size") or 1
         on_cpus = device == "cpu" or (device == "auto" and "GPU" not in ray.cluster_resources())
         # Calls that are no requests never wait for them.
         defaults = {"num_cpus": 1, "num_gpus": 0 if on_cpus else num_ranks, "max_concurrency": self._max_requests + 64}
@@ -241,7 +243,9 @@ class Replicas(AbstractContextManager["Replicas"]):
         """Return the whole outputs of prompts, or of conversations with options of their template."""
         if not isinstance(use_tqdm, bool):
             raise TypeError(f"use_tqdm must be a bool, got {shown(use_tqdm)}")
-        items, outputs, kind = SimpleQueue(), {}, RequestOutputKind.FINAL_ONLY
+        items = SimpleQueue()
+        outputs = {}
+        kind = RequestOutputKind.FINAL_ONLY
         requests = [Request(self._seeds, items.put, kind, *pair, template) for pair in pairs]
         try:
             self._loop.call_soon_threadsafe(self._dispatch, requests)
@@ -280,7 +284,8 @@ class Replicas(AbstractContextManager["Replicas"]):
 
     async def _keep(self, replica: Replica) -> None:
         """Give the outputs of a replica to their requests. When it is lost, start another one in its place."""
-        num_losses, is_first = 0, True
+        num_losses = 0
+        is_first = True
         while True:
             try:
                 if not is_first:

@@ -171,7 +171,9 @@ class BatchState:
         """
         packed = np.zeros(StepRows.size(num_rows, num_tokens), dtype=np.int32)
         rows = StepRows.split(packed, num_rows, num_tokens)
-        num_decode, used_rows, used_tokens = batch.num_decode, len(batch.rows), batch.num_tokens
+        num_decode = batch.num_decode
+        used_rows = len(batch.rows)
+        used_tokens = batch.num_tokens
         prefill_rows = batch.prefill_rows
         rows.slots[:used_rows] = batch.slots
         rows.slots[used_rows:] = self.scratch_slot

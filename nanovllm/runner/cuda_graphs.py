@@ -145,7 +145,8 @@ class StepGraphs:
 
     def capture(self) -> None:
         """Capture all graphs. If this fails, `free` still frees those that exist."""
-        backend, max_num_seqs = self.forward.backend, len(self.slots)
+        backend = self.forward.backend
+        max_num_seqs = len(self.slots)
         shares = backend.shares_prefixes and self.config.enable_prefix_caching and max_num_seqs >= MIN_SEQUENCES
         shares = shares and any(not kind.window for kind in self.forward.pool.kv_kinds)
         with _exclusive_capture():  # the largest of each kind first: the others fit in its memory
@@ -167,7 +168,8 @@ class StepGraphs:
         self.decode[size] = CapturedStep(*self._capture(lambda: self.forward.step(StepRows(self.slots[:size]), size)))
 
     def _capture_shared(self, size: int) -> None:
-        rows, whole = StepRows(self.slots[:size]), SharedPrefixPlan.split(self.plan, len(self.slots))
+        rows = StepRows(self.slots[:size])
+        whole = SharedPrefixPlan.split(self.plan, len(self.slots))
         plan = SharedPrefixPlan(whole.sequences[:size], whole.groups[: max(1, size // MIN_SEQUENCES)])
         self.shared[size] = CapturedStep(*self._capture(lambda: self.forward.step(rows, size, shared=plan)))
 
@@ -217,7 +219,8 @@ class StepGraphs:
     def replay(self, batch: Batch) -> StepTensors:
         """Run `batch`. Its results are valid until the next replay."""
         if batch.num_decode < len(batch.rows):
-            graphs, size = self.mixed, self._prepare_mixed(batch)
+            graphs = self.mixed
+            size = self._prepare_mixed(batch)
         else:
             if batch.slots != self.current_slots or self.admission_epoch != self.state.admission_epoch:
                 self._set_slots(batch.slots)
@@ -239,7 +242,8 @@ class StepGraphs:
 
     def _set_slots(self, slots: list[int]) -> None:
         """Send the slots of the next decode steps, and which prefixes they share."""
-        state, to_device = self.state, self.state.staging.to_device
+        state = self.state
+        to_device = self.state.staging.to_device
         padded = np.full(len(self.slots), state.scratch_slot, dtype=np.int32)
         padded[: len(slots)] = slots
         self.slots.copy_(to_device(padded))

@@ -72,7 +72,8 @@ class Forward:
             # The device knows the rest of decode rows.
             slots = to_device(np.array(batch.slots, dtype=np.int32))
             return self.step(StepRows(slots), batch.num_decode)
-        num_rows, num_tokens = len(batch.rows), batch.num_tokens
+        num_rows = len(batch.rows)
+        num_tokens = batch.num_tokens
         packed = to_device(self.state.pack(batch, num_rows, num_tokens))
         return self.step(
             StepRows.split(packed, num_rows, num_tokens),
@@ -101,7 +102,8 @@ class Forward:
             shared: the prefixes that decode rows share, if they are attended once for all.
             keep_hidden: return the hidden states of all tokens.
         """
-        state, slots = self.state, rows.slots
+        state = self.state
+        slots = rows.slots
         inputs = step_inputs(
             rows,
             state.last_token,
@@ -156,7 +158,8 @@ class Forward:
 
     def _sampled_logprobs(self, batch: Batch, result: StepTensors, k: int, rows: list[int]) -> LogprobTensors:
         """Return the logprobs of the tokens sampled in these rows of the batch, and of the k most likely tokens."""
-        to_device, rank_rows = self.state.staging.to_device, result.rank_rows
+        to_device = self.state.staging.to_device
+        rank_rows = result.rank_rows
         wanted = np.array(rows, dtype=np.int64)
         # Indices in `wanted` of the rows whose logits this rank has.
         local = np.flatnonzero((wanted >= rank_rows.start) & (wanted < rank_rows.stop))
@@ -234,7 +237,8 @@ def plan_state_rows(
         return {}
     if rows.are_decode_rows:
         return dict.fromkeys(classes, StateRows(rows.slots, inputs.positions))
-    starts, num_tokens = inputs.context_lens - rows.cu_seqlens.diff(), len(rows.token_ids)
+    starts = inputs.context_lens - rows.cu_seqlens.diff()
+    num_tokens = len(rows.token_ids)
     # A plan is for the rows of two or more tokens.
     max_prompts = max(1, min(len(rows.slots) - num_decode, num_tokens // 2))
     plans = {cls: cls.plan_prompts(rows.cu_seqlens, num_tokens, max_prompts) for cls in classes}

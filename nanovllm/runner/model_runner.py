@@ -226,7 +226,8 @@ class ModelRunner:
         self.token_ring.rotate(-1)
         host = self.token_ring[0][: len(tokens)]
         host.copy_(tokens, non_blocking=True)
-        logprobs, prompt_logprobs = _to_host(logprobs), _to_host(prompt_logprobs)
+        logprobs = _to_host(logprobs)
+        prompt_logprobs = _to_host(prompt_logprobs)
         event = torch.cuda.Event()
         event.record()
         self.in_flight.append(InFlight(batch, host, logprobs, prompt_logprobs, event))
@@ -269,7 +270,8 @@ class ModelRunner:
 
     def _size_state(self) -> StateSizes:
         """Return how many KV blocks, sequences and snapshots fit, the same on all ranks."""
-        config, num_bytes = self.config, self._measure_state_bytes()
+        config = self.config
+        num_bytes = self._measure_state_bytes()
         sizes = self.pool.divide(
             num_bytes, config.max_num_seqs, config.num_kvcache_blocks, caches_prefixes=config.enable_prefix_caching
         )

@@ -72,7 +72,9 @@ class StatePool:
             num_blocks: the configured number of KV blocks, not part of the budget; None for as many as fit.
             caches_prefixes: whether snapshots are wanted.
         """
-        num_seqs, num_snapshots, rest = max_num_seqs, 0, num_bytes
+        num_seqs = max_num_seqs
+        num_snapshots = 0
+        rest = num_bytes
         if self.slot_bytes:
             num_seqs = max(1, min(max_num_seqs, num_bytes // 2 // self.slot_bytes - 1))  # one is the scratch slot
             rest = max(0, num_bytes - (num_seqs + 1) * self.slot_bytes)

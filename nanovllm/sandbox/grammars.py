@@ -270,7 +270,8 @@ def _plain_part(part: re.Match) -> str:
 def _plain_character(text: str) -> str:
     """Return a character of a GBNF text or class as itself if it is a letter, a digit or not ASCII, else as `\x2d`."""
     if text.startswith("\\"):
-        kind, code = text[1], text[2:]
+        kind = text[1]
+        code = text[2:]
         if not code and kind not in 'nrt"\\[]':
             return text  # the conversion refuses it
         text = chr(int(code, 16)) if code else {"n": "\n", "r": "\r", "t": "\t"}.get(kind, kind)
@@ -304,7 +305,9 @@ _SCHEMA_START = re.compile(rf"{_LARK_PARTS.pattern}|%json\s*(?={{)")
 
 def _with_schemas(lark: str) -> str:
     """Return a Lark grammar whose `%json` schemas are as `_supported_schema` returns them."""
-    decoder, parts, at = json.JSONDecoder(), [], 0
+    decoder = json.JSONDecoder()
+    parts = []
+    at = 0
     while found := _SCHEMA_START.search(lark, at):
         parts.append(lark[at : found.end()])
         at = found.end()
@@ -372,7 +375,8 @@ def _merge_named_patterns(schema: dict[str, Any]) -> None:
 
     The pattern matches no other property, but llguidance would let a comma follow, and after it nothing.
     """
-    properties, patterns = schema.get("properties"), schema.get("patternProperties")
+    properties = schema.get("properties")
+    patterns = schema.get("patternProperties")
     if not isinstance(properties, dict) or not isinstance(patterns, dict):
         return
     for pattern in list(patterns):
@@ -429,7 +433,8 @@ def exact_pattern(pattern: str) -> str:
 
 def _exact_part(part: re.Match) -> str:
     """Return a class or a character of a pattern in Rust's notation."""
-    text, body = part[0], part["body"]
+    text = part[0]
+    body = part["body"]
     if part["flag"]:
         raise ValueError(f"pattern must not have the flag x, got {text}")
     if body is None:

@@ -77,7 +77,8 @@ class Pool:
             raise ValueError(f"{self.failure}: {error!s:.500}") from None
         except RecursionError:
             raise ValueError(f"{self.failure}: the data is nested too deeply") from None
-        code, cpu_seconds = None, self.cpu_seconds if cpu_seconds is None else cpu_seconds
+        code = None
+        cpu_seconds = self.cpu_seconds if cpu_seconds is None else cpu_seconds
         for _ in range(2):  # once more if the child was killed, as the system may do where memory is short
             child = self._take()
             try:

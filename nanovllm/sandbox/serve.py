@@ -34,7 +34,8 @@ def main(fd: int, program: str, memory: int) -> None:
             lower_limit(resource.RLIMIT_AS, num_pages * resource.getpagesize() + memory)
         channel.send_bytes(b"{}")
         while True:
-            cpu_seconds, message = json.loads(channel.recv_bytes()), channel.recv_bytes()
+            cpu_seconds = json.loads(channel.recv_bytes())
+            message = channel.recv_bytes()
             signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
             answered = reply(answer, message)
             signal.setitimer(signal.ITIMER_PROF, 0)

@@ -7,9 +7,13 @@ from typing import Any
 # Other roles are the caller's words. A template is asked about all of them as one, so that the work has a bound.
 OTHER_ROLE = "other"
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "model", OTHER_ROLE)
-_PROBE, _SECOND_PROBE = "Xprobe", "Xsecond"  # texts that are looked for in renderings
+# texts that are looked for in renderings
+_PROBE = "Xprobe"
+_SECOND_PROBE = "Xsecond"
 _USER = {"role": "user", "content": "x"}
-_SHORT_ID, _LONG_ID = "call00000", "call_0123456789abcdef"  # Mistral's templates refuse ids without nine characters
+# Mistral's templates refuse ids without nine characters
+_SHORT_ID = "call00000"
+_LONG_ID = "call_0123456789abcdef"
 
 
 def prepare() -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -63,7 +67,8 @@ def inspect(tokenizer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         return [] if _is_quoted(text) else [probe for probe in (_PROBE, _SECOND_PROBE) if probe in text]
 
     def forms(role: str) -> dict[str, bool]:
-        in_text, in_parts = printed(role, _PROBE), printed(role, parts)
+        in_text = printed(role, _PROBE)
+        in_parts = printed(role, parts)
         return {"text": _PROBE in in_text, "parts": len(in_parts) == len(parts), "first_part": _PROBE in in_parts}
 
     def called(call_arguments: Any, call_id: str = _SHORT_ID) -> str:
@@ -74,8 +79,10 @@ def inspect(tokenizer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     variables = find_variables(arguments["chat_template"])
     parts = [{"type": "text", "text": probe} for probe in (_PROBE, _SECOND_PROBE)]
     contents = {role: forms(role) for role in _ROLES}
-    text, data = json.dumps({"argument": _PROBE}), {"argument": _PROBE}
-    as_text, as_object = called(text), called(data)
+    text = json.dumps({"argument": _PROBE})
+    data = {"argument": _PROBE}
+    as_text = called(text)
+    as_object = called(data)
     calls = {
         # JSON has the probe in double quotes, and Python's notation in single ones.
         "text": text in as_text,

@@ -54,7 +54,8 @@ _KEEP_ALIVE_S = 75
 _CLOSE_S = 5
 _TOOL_CALLS = "[TOOL_CALLS]"  # the token that starts calls in Mistral's formats
 # How often the server checks its engine, in ticks of 0.1 s, and how long it waits for the reply, in seconds.
-_HEALTH_TICKS, _HEALTH_S = 50, 1
+_HEALTH_TICKS = 50
+_HEALTH_S = 1
 # Each client is an open file, also one that gets status 429.
 _OPEN_FILES = 1 << 16
 # How long a server whose engine has failed still responds, with the reason, in seconds.
@@ -168,7 +169,8 @@ def _validation_error(request: Request, error: RequestValidationError | Validati
     if request.method == "POST" and not _JSON_TYPE.match(content_type):
         # Browsers let any page send other types, so they are not read as JSON.
         return ApiError(415, f"the Content-Type must be application/json, got {content_type[:100]!r}")
-    faults, params = [], []
+    faults = []
+    params = []
     for fault in error.errors()[:_MAX_SHOWN_ERRORS]:
         if fault["type"] == "json_invalid":
             return ApiError(400, f"the body is not JSON: {fault.get('ctx', {}).get('error')} at {fault['loc'][-1]}")
@@ -192,7 +194,8 @@ def _field(fault: Any, body: Any) -> str:
         body: the JSON, or None if it is not known.
     """
     location = [part for i, part in enumerate(fault["loc"]) if i > 0 or part != "body"]
-    path, value = [], body
+    path = []
+    value = body
     for i, part in enumerate(location):
         is_here = part in value if isinstance(value, dict) else isinstance(value, list) and part in range(len(value))
         is_missing = fault["type"] == "missing" and i == len(location) - 1
@@ -385,9 +388,11 @@ def _greeting(state: ServerState, host: str, port: int) -> str:
     """Return the address, and a command that tries it."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     prompt = [1, 2, 3] if _tokenizer(state.llm) is None else "The capital of France is"
-    path, body = "completions", {"prompt": prompt, "max_tokens": 16}
+    path = "completions"
+    body = {"prompt": prompt, "max_tokens": 16}
     if _chat_template(state.llm) is not None:
-        path, body = "chat/completions", {"messages": [{"role": "user", "content": "Hello!"}]}
+        path = "chat/completions"
+        body = {"messages": [{"role": "user", "content": "Hello!"}]}
     key = ' \\\n    -H "Authorization: Bearer $API_KEY"' if listed(state.options.api_key) else ""
     return f"""\
 Serving {", ".join(state.model_names)} at http://{host}:{port}

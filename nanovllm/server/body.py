@@ -74,7 +74,8 @@ def _check_size(data: Any) -> None:
 
     The endpoints check the body's own numbers. What is below them may be a schema, which goes on as JSON.
     """
-    todo, num_values = [(data, False)], 0
+    todo = [(data, False)]
+    num_values = 0
     while todo:
         value, may_be_ids = todo.pop()
         children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -142,7 +142,8 @@ class _Choice:
             message |= _thinking(self.thinking)
         if self.calls:
             message |= {"content": self.text or None, "tool_calls": self.calls}
-        last, logprobs = self.pieces[-1], None
+        last = self.pieces[-1]
+        logprobs = None
         if form.num_top is not None:
             tokens = (token for piece in self.pieces for token in form.logprobs(piece.token_ids, piece.logprobs))
             logprobs = {"content": tokens, "refusal": None}
@@ -178,7 +179,8 @@ class ChunkWriter:
 
     def chunks(self, sample: SamplePiece) -> list[dict[str, Any]]:
         """Return the chunks of a sample's next piece. Raise ApiError if they have too many log-probabilities."""
-        index, chunks = sample.index, []
+        index = sample.index
+        chunks = []
         check_num_logprobs(self._num_logprobs(sample))
         if index not in self.waiting:
             chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))

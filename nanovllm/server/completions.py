@@ -116,21 +116,30 @@ class _Writer:
         if sample.finish_reason == "abort":
             raise aborted(sample.stop_reason)
         index = prompt_index * self.n + sample.index
-        text, finish_reason, stop_reason = sample.text, sample.finish_reason, sample.stop_reason
-        token_ids, rows = sample.token_ids, sample.logprobs
+        text = sample.text
+        finish_reason = sample.finish_reason
+        stop_reason = sample.stop_reason
+        token_ids = sample.token_ids
+        rows = sample.logprobs
         if self.is_empty:
-            text, finish_reason, stop_reason = "", "length" if finish_reason else None, None
-            token_ids, rows = [], rows and rows[:0]
+            text = ""
+            finish_reason = "length" if finish_reason else None
+            stop_reason = None
+            token_ids = []
+            rows = rows and rows[:0]
         self.num_generated += len(token_ids)
         added = [] if rows is None else [self.text_bytes[token_id] for token_id in token_ids]  # to the text
         is_first = index not in self._ends  # the first output of this sample
         if self.request.echo and is_first:
-            echo, prompt_ids = self.echoes[prompt_index], output.prompt_token_ids
+            echo = self.echoes[prompt_index]
+            prompt_ids = output.prompt_token_ids
             text = echo + text
             if rows is not None and output.prompt_logprobs is not None:
-                token_ids, rows = prompt_ids + token_ids, output.prompt_logprobs + rows
+                token_ids = prompt_ids + token_ids
+                rows = output.prompt_logprobs + rows
                 added = self._added_by_prompt(prompt_ids, echo) + added
-        end, logprobs = self._ends.setdefault(index, _TextEnd()), None
+        end = self._ends.setdefault(index, _TextEnd())
+        logprobs = None
         if rows is not None:
             self._count_logprobs(len(token_ids))
             offsets = [end.add(spelling) for spelling in added]
@@ -199,7 +208,8 @@ def _logprobs(token_ids: list[int], rows: LogprobRows, token_bytes: Mapping[int,
     def name(token_id: int) -> str:
         return _token_name(token_id, rows.text(token_id), token_bytes)
 
-    token_logprobs, top_logprobs = [], []
+    token_logprobs = []
+    top_logprobs = []
     for token_id, row in zip(token_ids, rows, strict=True):
         token_logprobs.append(None if row is None else json_logprob(row[token_id].logprob))
         top_logprobs.append(None if row is None else _by_name(row, name))
@@ -282,7 +292,8 @@ async def _events(
     writer: _Writer, outputs: AsyncGenerator[tuple[int, RequestOutput], None], header: dict
 ) -> AsyncGenerator[list[dict], None]:
     """Yield the events of a streamed response."""
-    request, usage = writer.request, {}
+    request = writer.request
+    usage = {}
     async with aclosing(outputs):
         async for index, output in outputs:
             choices = await writer.choices(index, output)

@@ -165,14 +165,16 @@ class EngineClient:
         kind = getattr(sampling_params, "output_kind", None)  # wrong parameters are refused by the engine
         is_delta = kind in (None, RequestOutputKind.DELTA)
         stream = OutputStream(merge_packed_deltas if is_delta else keep_newest_packed, copies=is_delta)
-        key, finished = next(self._keys), False
+        key = next(self._keys)
+        finished = False
         progress = prompt_fields = None
         self._waiting[key] = _Waiting(stream.loop, stream.put, stream.put)
         try:
             self._send("generate", key, prompt, sampling_params, request_id)
             while not finished:
                 samples, new_progress, first = await stream.get()
-                progress, prompt_fields = new_progress or progress, first or prompt_fields
+                progress = new_progress or progress
+                prompt_fields = first or prompt_fields
                 assert progress is not None and prompt_fields is not None  # the first output has both
                 output = unpack_output(samples, progress, prompt_fields, request_id or str(key))
                 finished = output.finished
@@ -190,7 +192,8 @@ class EngineClient:
                 self._send("leave", key)
 
     async def _call(self, method: str, **arguments: Any) -> Any:
-        loop, key = asyncio.get_running_loop(), next(self._keys)
+        loop = asyncio.get_running_loop()
+        key = next(self._keys)
         future = loop.create_future()
         self._waiting[key] = _Waiting(
             loop, _unless_done(future, future.set_result), _unless_done(future, future.set_exception)

@@ -28,7 +28,8 @@ _TAIL_TOKENS = 64
 _CONTINUED_TAIL_TOKENS = 4096
 _LONG_TEXT = 4096  # new characters of all samples together; more are parsed in a thread
 # One thread for each kind of long work: more would keep the GIL from the event loop. Long responses have another one.
-_parsing, _constraining = ThreadPoolExecutor(1, "nanovllm-parsing"), ShortestFirst(1, "nanovllm-constraining")
+_parsing = ThreadPoolExecutor(1, "nanovllm-parsing")
+_constraining = ShortestFirst(1, "nanovllm-constraining")
 # Ends thinking that the template has opened, as templates without thinking do.
 _NO_THINKING = "\n</think>\n\n"
 # The engine's error about a grammar: the line that is wrong, the reason, and an excerpt of the grammar.
@@ -109,7 +110,8 @@ async def generate_turn(
     with state.admission.enter(conversation.params.n):
         prompt_ids, prompt_text = await _prompt(state, conversation, tools)
         constrain = partial(_constrained, state, conversation, tools, prompt_text)
-        chosen, form = conversation.tool_choice, conversation.params.structured_outputs
+        chosen = conversation.tool_choice
+        form = conversation.params.structured_outputs
         if len(prompt_ids) > state.llm.max_model_len:
             params = conversation.params  # the engine refuses the prompt
         elif state.format.needs_grammar(tools, chosen, conversation.parallel_tool_calls, form):

@@ -96,7 +96,8 @@ class LongJson:
             add(_encoder.encode(value))
             yield
             return
-        is_dict, separator = isinstance(value, dict), ""
+        is_dict = isinstance(value, dict)
+        separator = ""
         add("{" if is_dict else "[")
         for entry in value:  # a key or a value
             add(separator)

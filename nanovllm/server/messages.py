@@ -250,7 +250,8 @@ def conversation(state: ServerState, request: MessagesRequest, http: Request) ->
     for name, message in _REFUSED.items():
         if getattr(request, name):
             raise ApiError(400, f"{name}: {message}", param=name, code=_CODES.get(name))
-    messages, tools = chat_messages(request), tool_list(request)
+    messages = chat_messages(request)
+    tools = tool_list(request)
     if not messages:
         raise ApiError(400, "messages must have a text, a tool call or its result", param="messages")
     form = request.output_config.format or request.output_format

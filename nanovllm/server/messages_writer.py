@@ -94,14 +94,16 @@ class MessageWriter:
                 yield event
 
     def _stop(self, sample: SamplePiece) -> dict[str, str | None]:
-        reason, sequence = "end_turn", None
+        reason = "end_turn"
+        sequence = None
         if sample.finish_reason == "tool_calls":
             reason = "tool_use"
         elif sample.finish_reason == "length":
             is_full = self.num_output < self.max_tokens
             reason = "model_context_window_exceeded" if is_full else "max_tokens"
         elif isinstance(sample.stop_reason, str):
-            reason, sequence = "stop_sequence", sample.stop_reason
+            reason = "stop_sequence"
+            sequence = sample.stop_reason
         return {"stop_reason": reason, "stop_sequence": sequence}
 
 

@@ -77,7 +77,8 @@ class ServerMetrics:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the outputs of a request, and count it, unless the engine refuses it. See `ServerState.generate`."""
         reasons: Counter[str] = Counter()
-        unfinished, output = "abort", None
+        unfinished = "abort"
+        output = None
         try:
             async for output in outputs:
                 for sample in output.outputs:

@@ -253,7 +253,8 @@ class JsonCallParser(OutputParser):
             return False
         before = opening.match(self._text, self._position)
         start = size = before.end() - self._position if before else 0
-        json_object, pieces = JsonObject(), []
+        json_object = JsonObject()
+        pieces = []
         while True:
             piece, end = json_object.read(self._text, self._position + size)
             pieces.append(piece)
@@ -321,7 +322,8 @@ class JsonObject:
         Returns:
             The object's part of the text, with control characters of strings escaped, and the index after it.
         """
-        pieces, at = [], start
+        pieces = []
+        at = start
         while at < len(text) and not self.is_complete and not self.is_broken:
             end = self._read_string(text, at) if self._in_string else self._read_bracket(text, at)
             piece = text[at:end]

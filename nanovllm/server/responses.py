@@ -263,7 +263,8 @@ def conversation(state: ServerState, request: ResponsesRequest, http: Request) -
     if form and request.structured_outputs is not None:
         message = "text.format and structured_outputs cannot be used together; send one of them"
         raise ApiError(400, message, param="text")
-    messages, tools = chat_messages(request), tool_list(request)
+    messages = chat_messages(request)
+    tools = tool_list(request)
     if not messages:
         raise ApiError(400, "input must have at least one item", param="input")
     effort = request.reasoning and request.reasoning.effort

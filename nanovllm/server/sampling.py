@@ -14,7 +14,8 @@ from nanovllm.server.errors import ApiError
 from nanovllm.server.state import ServerState
 
 # Fields of OpenAI's and vLLM's clients, and their values that change no response. Null changes none either.
-ANY, ONLY_NULL = object(), ()
+ANY = object()
+ONLY_NULL = ()
 NEUTRAL: dict[str, Any] = {
     "user": ANY,
     "safety_identifier": ANY,

@@ -19,7 +19,8 @@ _MAX_DEPTH = 64
 _MAX_ALL_ALTERNATIVES = 4096
 _MAX_COPIED = 1 << 18
 # Bounds the event loop's work for all parameters that a parser reads, to about 30 ms.
-_MAX_WORK, _COPIES_PER_ALTERNATIVE = 1 << 19, 40
+_MAX_WORK = 1 << 19
+_COPIES_PER_ALTERNATIVE = 40
 # Keywords that `Alternatives` follows, and some that ask nothing.
 _FOLLOWED = {"$ref", "allOf", "anyOf", "oneOf", "$defs", "definitions"}
 _NOTES = {"$comment", "$id", "$schema", "default", "deprecated", "description", "example", "examples", "title"}
@@ -115,14 +116,16 @@ def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Return a schema whose values follow both."""
     both = {**other, **one}
     for word in one.keys() & other.keys():
-        left, right = one[word], other[word]
+        left = one[word]
+        right = other[word]
         if left == right:
             continue
         if word == "properties" and isinstance(left, dict) and isinstance(right, dict):
             shared = {key: {"allOf": [left[key], right[key]]} for key in left.keys() & right.keys()}
             both[word] = {**left, **right, **shared}
         elif word in ("required", "type") and isinstance(left, list) and isinstance(right, list):
-            left, right = dict.fromkeys(map(str, left)), dict.fromkeys(map(str, right))
+            left = dict.fromkeys(map(str, left))
+            right = dict.fromkeys(map(str, right))
             both[word] = list(left | right) if word == "required" else [name for name in left if name in right]
         else:
             both["allOf"] = [*both.get("allOf", ()), {word: right}]
@@ -169,7 +172,8 @@ def types_of(alternative: dict[str, Any]) -> set[str]:
 
 def choices(alternative: dict[str, Any]) -> list[Any] | None:
     """Return the only values that an alternative may have, or None if it names none."""
-    values, types = _named_values(alternative), types_of(alternative)
+    values = _named_values(alternative)
+    types = types_of(alternative)
     types |= {"integer"} if "number" in types else set()
     return None if values is None else [value for value in values if type_name(value) in types]
 
@@ -182,7 +186,8 @@ def _named_values(alternative: dict[str, Any]) -> list[Any] | None:
 
 def member(alternative: dict[str, Any], key: str) -> Any:
     """Return the schema of an object's property: text, if the object's schema does not say it."""
-    properties, others = alternative.get("properties"), alternative.get("additionalProperties")
+    properties = alternative.get("properties")
+    others = alternative.get("additionalProperties")
     if isinstance(properties, dict) and key in properties:
         return properties[key]
     return others if isinstance(others, dict) else _TEXT

@@ -162,7 +162,8 @@ class BodyLimit:
         message = f"the body must have at most {self.max_bytes} bytes"
         if not length.isdecimal() or len(length) > 15 or int(length) > self.max_bytes:
             return await _refuse(ApiError(413, message), scope, receive, send)
-        num_bytes, counter = 0, JsonCounter()
+        num_bytes = 0
+        counter = JsonCounter()
 
         async def receive_bounded() -> Any:
             nonlocal num_bytes

@@ -21,7 +21,8 @@ from nanovllm.server.text_format import TextFormat
 
 # Long requests that only tokenize and are worked on at once. They share the engine's threads for prompts, and leave
 # some to requests that generate. Bodies up to so many bytes are short.
-_MAX_TOKENIZING, _SHORT_BODY = 2, 1 << 13
+_MAX_TOKENIZING = 2
+_SHORT_BODY = 1 << 13
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,8 @@ class Qwen3CoderGrammar(CallGrammar):
 
     def _parameters(self, one: dict[str, Any]) -> str:
         """Return the rule of all parameters of a call that follows one of the schema's alternatives."""
-        found, required = one.get("properties", {}), one.get("required", [])
+        found = one.get("properties", {})
+        required = one.get("required", [])
         if not isinstance(found, dict) or not isinstance(required, list):
             raise ValueError(f"a tool's properties must be a dict and required must be a list, got {shown(one)}")
         for word in one.keys() & _UNHELD_OF_PARAMETERS:
@@ -252,7 +253,8 @@ def _check_overlap(leaves: list[dict[str, Any]]) -> None:
 
 def _discriminators(leaf: dict[str, Any]) -> dict[str, set[str]]:
     """Return the values that the schema of an object names for properties that it requires."""
-    properties, required = leaf.get("properties"), leaf.get("required")
+    properties = leaf.get("properties")
+    required = leaf.get("required")
     if not isinstance(properties, dict) or not isinstance(required, list):
         return {}
     parts = {key: properties.get(key) for key in map(str, required[:_MAX_DISCRIMINATORS])}
@@ -297,7 +299,8 @@ def _text_pattern(leaf: dict[str, Any]) -> str:
     """Return a Lark expression for texts that follow the lengths, the pattern and the format of a schema."""
     for word in leaf.keys() & _UNHELD:
         raise _unheld(word, leaf)
-    low, high = _count(leaf, "minLength", 0), _count(leaf, "maxLength", 0) if "maxLength" in leaf else ""
+    low = _count(leaf, "minLength", 0)
+    high = _count(leaf, "maxLength", 0) if "maxLength" in leaf else ""
     terminals = [_FREE_TEXT, rf"/(.|\n){{{low},{high}}}/"]
     if isinstance(pattern := leaf.get("pattern"), str):
         pattern = regex.sub(r"\\.", lambda part: _CLASSES.get(part[0], part[0]), exact_pattern(pattern))

@@ -85,7 +85,8 @@ class TextFormat:
         """
         # A model of an unknown format writes Hermes' format where a grammar makes it.
         name = "hermes" if is_constrained and self.tool_format == "none" else self.tool_format
-        parser, schemas = PARSERS[name] if tools else OutputParser, ToolSchemas(_schemas(tools))
+        parser = PARSERS[name] if tools else OutputParser
+        schemas = ToolSchemas(_schemas(tools))
         if self.reasoning_format == "none":
             return [parser(schemas) for _ in range(num_samples)]
         is_open = _opens_thinking(prompt_text)
@@ -131,7 +132,9 @@ class TextFormat:
         elif tool_choice != "required":
             if tool_choice not in schemas:
                 raise ValueError(f"tool_choice must name one of the tools, got {shown(tool_choice)}")
-            schemas, parallel = {tool_choice: schemas[tool_choice]}, False  # a named function is called once
+            # a named function is called once
+            schemas = {tool_choice: schemas[tool_choice]}
+            parallel = False
         has_tags = self.tool_format == "mistral" and self.has_argument_tags
         grammar = GRAMMARS["mistral_tags" if has_tags else self.tool_format](schemas, parallel)
         thinking = self._thinking(prompt_text)

@@ -49,7 +49,8 @@ class ThinkingParser(OutputParser):
         """Pass thinking on, but hold back the calls at its end, up to a number of characters."""
         while text:
             num_chars = MAX_HELD_CHARS - len(self._held)
-            piece, text = text[:num_chars], text[num_chars:]
+            piece = text[:num_chars]
+            text = text[num_chars:]
             self._held += piece
             self._read(self._drafts.feed(piece))
             if len(self._held) == MAX_HELD_CHARS:

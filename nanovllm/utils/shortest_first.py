@@ -9,7 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 # A call with 1,000 characters to read lets those that come in the next second overtake it, if they have none.
-_PATIENCE_S, _MAX_PATIENCE_S = 1e-3, 60
+_PATIENCE_S = 1e-3
+_MAX_PATIENCE_S = 60
 
 
 class ShortestFirst:

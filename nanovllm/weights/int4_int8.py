@@ -77,7 +77,8 @@ def _fit(groups: torch.Tensor) -> Groups | None:
     """Find the grid of the groups [N, K / 32, 32]: from the smallest to the largest value in 15 steps, or in fewer."""
     flat = groups.reshape(-1, GROUP)
     low, high = flat.aminmax(dim=1)
-    span, tolerance = high - low, torch.maximum(low.abs(), high.abs()) * _TOLERANCE
+    span = high - low
+    tolerance = torch.maximum(low.abs(), high.abs()) * _TOLERANCE
     q = torch.zeros(flat.shape, dtype=torch.uint8, device=flat.device)
     scale = torch.zeros_like(low)
     remaining = torch.arange(len(flat), device=flat.device)
@@ -109,7 +110,8 @@ def quantize_8_bits(weight: torch.Tensor) -> Groups:
 
 def _split_into_nibbles(groups: Groups) -> Groups:
     """Return 8-bit weights as 4-bit ones [N, 2 K]: the high bits, whose values are centered, and then the low bits."""
-    high, low = groups.scale * 16, groups.scale
+    high = groups.scale * 16
+    low = groups.scale
     return Groups(
         torch.cat([groups.q >> 4, groups.q & 15], 1),
         torch.cat([high, low], 1),

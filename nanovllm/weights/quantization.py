@@ -157,7 +157,8 @@ class QuantizationScheme(ABC):
 
     def _has_kernels_here(self, dtype: torch.dtype | None, *shapes: tuple[int, ...]) -> bool:
         """Return whether the default device has kernels for all of these shapes."""
-        device, dtype = torch.get_default_device(), dtype or torch.get_default_dtype()
+        device = torch.get_default_device()
+        dtype = dtype or torch.get_default_dtype()
         # On "meta", all weights are plain: `check_shapes` and `dummy_weights` ask the scheme what a checkpoint has.
         return device.type != "meta" and all(self.has_kernels(device, dtype, shape) for shape in shapes)
 

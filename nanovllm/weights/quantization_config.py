@@ -44,7 +44,8 @@ def _read_compressed_tensors(options: dict[str, Any]) -> QuantizationScheme:
         raise ValueError(f"a quantization_config with config_groups={shown(groups)}")
     (group,) = groups.values()
     group = group if isinstance(group, dict) else {}
-    weights, activations = group.get("weights"), group.get("input_activations")
+    weights = group.get("weights")
+    activations = group.get("input_activations")
     if not isinstance(weights, dict) or not isinstance(activations, dict):
         raise ValueError(f"a quantization_config without weights or input_activations in {shown(groups)}")
     for part in (weights, activations):

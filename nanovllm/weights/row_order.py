@@ -22,7 +22,8 @@ def joined_rows(*parts: tuple[range, int, int]) -> np.ndarray:
     Args:
         parts: of each part the heads to return, the rows of a head, and the number of heads.
     """
-    rows, start = [], 0
+    rows = []
+    start = 0
     for heads, head_size, num_heads in parts:
         rows.append(start + head_rows(heads, head_size, np.arange(head_size)))
         start += num_heads * head_size

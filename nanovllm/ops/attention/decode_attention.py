@@ -174,7 +174,9 @@ def decode_attention_triton(
     batch, heads, _ = q.shape
     words = reads_words(q, kv)
     config = _config_for(q, kv, plan, words, prefix is not None)
-    cache, min_heads, options = [kv.k_cache, kv.v_cache, kv.scales], MIN_DOT, {}
+    cache = [kv.k_cache, kv.v_cache, kv.scales]
+    min_heads = MIN_DOT
+    options = {}
     if words:
         cache = [tensor.view(torch.int32) for tensor in cache if tensor is not None]
         min_heads = MIN_HEADS

@@ -91,12 +91,16 @@ def default_decode_config(
     kernel has such tiles only if `reads_words` returns False.
     """
     programs = batch * kv_heads
-    tile, num_warps, num_stages = 128, 4, 3
+    tile = 128
+    num_warps = 4
+    num_stages = 3
     if 2 * programs >= 5 * sm_count and itemsize > 1:
         tile = 64
         num_stages = 3 if programs >= MANY_PROGRAMS_PER_SM * sm_count else 4
     if prefix:
-        tile, num_warps, num_stages = 32, 2, 3
+        tile = 32
+        num_warps = 2
+        num_stages = 3
     padded_dim = triton.next_power_of_2(head_dim)
     head_bytes = padded_dim * itemsize
     tile = min(tile, tile * 256 // (padded_dim * max(itemsize, 2)))

@@ -13,7 +13,8 @@ from nanovllm.ops.float8 import FP8, FP8_MAX
 from nanovllm.ops.triton_utils import INTERPRETED, tl, triton
 
 # The smallest float16 with full precision, and the largest scale whose products are finite in float16.
-MIN_SCALE, MAX_SCALE = 2.0**-14, 146.0
+MIN_SCALE = 2.0**-14
+MAX_SCALE = 146.0
 
 
 def quantize_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

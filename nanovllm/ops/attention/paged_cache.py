@@ -89,7 +89,8 @@ class PagedKV:
         return k.transpose(0, 1)[:, None], v.transpose(0, 1)[:, None]
 
     def _check_scales(self) -> None:
-        scales, shape = self.scales, (len(self.k_cache), self.kv_heads, self.block_size, 2)
+        scales = self.scales
+        shape = (len(self.k_cache), self.kv_heads, self.block_size, 2)
         if scales is None:
             if self.is_fp8:
                 raise ValueError("caches in FP8 need scales")

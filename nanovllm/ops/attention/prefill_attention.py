@@ -305,7 +305,8 @@ def prefill_attention_triton(
         return out
     if config is None:
         config = _config_for(q, kv)
-    batch, group = len(rows), heads // kv.kv_heads
+    batch = len(rows)
+    group = heads // kv.kv_heads
     check_power_of_2("block_m", config.block_m, max(MIN_DOT, group))
     check_power_of_2("block_n", config.block_n, MIN_DOT)
     tma = config.tma and supports_tma(kv, config.block_n)

@@ -48,7 +48,8 @@ def gather_kv(kv: PagedKV, indices: torch.Tensor, dtype: torch.dtype) -> tuple[t
     """Return keys and values [*indices.shape, Dh] at `cache_indices`; those in FP8 are dequantized to `dtype`."""
     if kv.scales is None:
         return gather(kv.k_cache, indices), gather(kv.v_cache, indices)
-    tokens, heads = indices // kv.kv_heads, indices % kv.kv_heads
+    tokens = indices // kv.kv_heads
+    heads = indices % kv.kv_heads
     scales = kv.scales[tokens // kv.block_size, heads, tokens % kv.block_size]
     # torch gathers bytes, but not FP8.
     k, v = (gather(cache.view(torch.uint8), indices).view(cache.dtype) for cache in (kv.k_cache, kv.v_cache))
@@ -104,7 +105,9 @@ def group_by_length(rows: PagedRows, kv: PagedKV) -> list[torch.Tensor]:
     lens = rows.context_lens.clamp(max=kv.window) if kv.window else rows.context_lens
     lens, order = lens.sort(descending=True)
     max_tokens = _GATHERED_BYTES // (kv.kv_heads * kv.head_dim * kv.k_cache.itemsize)
-    sizes, longest = [], 0  # of each group, and of the last one
+    # of each group, and of the last one
+    sizes = []
+    longest = 0
     for i, length in enumerate(lens.tolist()):
         # All sequences from here on are at most as long.
         saved = (longest - length) * (len(lens) - i)
@@ -245,8 +248,11 @@ def plan_prefill_gather(
         dtype: of the queries, and so of the masks.
     """
     bounds = (cu_seqlens_q - cu_seqlens_q[0]).tolist()
-    slots, lens, device = rows.slots.tolist(), rows.context_lens.tolist(), rows.slots.device
-    plain, masked = [], []
+    slots = rows.slots.tolist()
+    lens = rows.context_lens.tolist()
+    device = rows.slots.device
+    plain = []
+    masked = []
     for slot, length, (start, end) in zip(slots, lens, pairwise(bounds), strict=True):
         is_plain = length == end - start and not 0 < kv.window < length
         step = max(length, 1) if is_plain else _MASKED_QUERIES

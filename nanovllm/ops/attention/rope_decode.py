@@ -219,7 +219,9 @@ def rope_decode_triton(
         counters: as in `decode_attention_triton`.
         config: `default_rope_decode_config` if None.
     """
-    batch, heads, kv_heads = len(qkv), transform.num_heads, kv.kv_heads
+    batch = len(qkv)
+    heads = transform.num_heads
+    kv_heads = kv.kv_heads
     out = torch.empty((batch, heads, kv.head_dim), dtype=qkv.dtype, device=qkv.device)
     kv.check_queries(out)
     if batch == 0:

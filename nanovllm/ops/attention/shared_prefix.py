@@ -82,9 +82,12 @@ def _find_groups(tables: np.ndarray, no_block: int, block_size: int, max_sequenc
     common = shared_blocks * block_size // STEP * STEP  # tokens that sequences i and i + 1 share
     if common.sum() < MIN_SAVED:
         return []
-    groups, first = [], 0
+    groups = []
+    first = 0
     while first < len(common):
-        tokens, last = int(common[first]), first  # sequences up to `last` share `tokens`
+        # sequences up to `last` share `tokens`
+        tokens = int(common[first])
+        last = first
         if tokens >= MIN_TOKENS:
             while last < len(common) and last + 1 - first < max_sequences and common[last] >= tokens:
                 last += 1

@@ -348,7 +348,8 @@ def all_to_all_triton(x: torch.Tensor, peers: PeerMemory) -> torch.Tensor:
     Returns:
         [M, ranks * N], the M rows of `rows_of_rank`.
     """
-    num_rows, words = len(x), x.shape[1] * x.itemsize // 4
+    num_rows = len(x)
+    words = x.shape[1] * x.itemsize // 4
     rows_per_rank = triton.cdiv(num_rows, peers.size)
     rows = rows_of_rank(peers.rank, num_rows, peers.size)
     out = torch.empty((rows.stop - rows.start, peers.size * x.shape[1]), dtype=x.dtype, device=x.device)

@@ -42,7 +42,8 @@ def copy(target: int, source: int, num_bytes: int, stream: torch.cuda.Stream) ->
 
 def write(address: int, value: int, stream: torch.cuda.Stream) -> None:
     """Queue a 32-bit write in `stream`. All earlier work of the stream is complete and visible everywhere by then."""
-    target, bits = ctypes.c_uint64(address), ctypes.c_uint32(value & 0xFFFFFFFF)
+    target = ctypes.c_uint64(address)
+    bits = ctypes.c_uint32(value & 0xFFFFFFFF)
     _call("cuStreamWriteValue32_v2", ctypes.c_void_p(stream.cuda_stream), target, bits, ctypes.c_uint(0))
 
 
@@ -52,7 +53,9 @@ def share(tensor: torch.Tensor) -> list:
     Raises:
         RuntimeError: the tensor's allocator does not support sharing.
     """
-    address, base, handle = ctypes.c_uint64(tensor.data_ptr()), ctypes.c_uint64(), _HandleByValue()
+    address = ctypes.c_uint64(tensor.data_ptr())
+    base = ctypes.c_uint64()
+    handle = _HandleByValue()
     _call("cuMemGetAddressRange_v2", ctypes.byref(base), None, address)
     _call("cuIpcGetMemHandle", ctypes.byref(handle), base)
     return [bytes(handle).hex(), address.value - base.value]

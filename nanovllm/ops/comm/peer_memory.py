@@ -69,7 +69,8 @@ class PeerMemory:
 
     def fits_all_to_all(self, x: torch.Tensor) -> bool:
         """Return whether `all_to_all_triton` accepts `x`."""
-        row_bytes, block_bytes = x.shape[1] * x.itemsize, 4 * ALL_TO_ALL_BLOCK
+        row_bytes = x.shape[1] * x.itemsize
+        block_bytes = 4 * ALL_TO_ALL_BLOCK
         num_blocks = triton.cdiv(len(x), self.size) * triton.cdiv(row_bytes, block_bytes)
         return num_blocks * block_bytes <= CAPACITY and row_bytes % 4 == 0 and x.is_contiguous()
 

@@ -106,8 +106,10 @@ def quantize_triton(
     gated = isinstance(x, LazySwiglu)
     if isinstance(x, LazySwiglu):
         x = x.gate_up
-    num_tokens, size = x.shape[0], x.shape[1] // (2 if gated else 1)
-    num_rows, whole = ceil_div(num_tokens, multiple) * multiple, max(GROUP, triton.next_power_of_2(size))
+    num_tokens = x.shape[0]
+    size = x.shape[1] // (2 if gated else 1)
+    num_rows = ceil_div(num_tokens, multiple) * multiple
+    whole = max(GROUP, triton.next_power_of_2(size))
     group = whole if by_token else GROUP
     values = torch.empty((num_rows, size), dtype=FP8, device=x.device)
     scales = torch.empty((ceil_div(size, group), num_rows), dtype=torch.float32, device=x.device)

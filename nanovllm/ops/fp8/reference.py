@@ -41,7 +41,8 @@ def expand_scale(scale: torch.Tensor, shape: tuple[int, ...], block: Block) -> t
 def quantize_weight(weight: torch.Tensor, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a float weight [..., N, K] in e4m3, and its scales: a block's largest magnitude / 448, 1 for zeros."""
     *_, rows, columns = shape = tuple(weight.shape)
-    height, width = min(block[0], rows), min(block[1], columns)
+    height = min(block[0], rows)
+    width = min(block[1], columns)
     values = weight.float()
     padded = torch.nn.functional.pad(values, (0, -columns % width, 0, -rows % height))
     amax = padded.unflatten(-1, (-1, width)).unflatten(-3, (-1, height)).abs().amax((-3, -1))

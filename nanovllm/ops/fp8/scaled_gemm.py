@@ -138,15 +138,18 @@ def _scaled_gemm_kernel(
             prefetch_rows(weight_ptr, N + first_n, first_k, num_rows, K, prefetched, BLOCK_N, THREADS)
     wait_for_inputs(PDL)
     for item in range(tl.program_id(0), tiles_m * tiles_n * num_splits, tl.num_programs(0)):
-        tile, split = item // num_splits, item % num_splits
+        tile = item // num_splits
+        split = item % num_splits
         start = tile // (GROUP * tiles_n) * GROUP
         height = min(GROUP, tiles_m - start)
         within = tile % (GROUP * tiles_n)
         m = (start + within % height) * BLOCK_M
         n = within // height * BLOCK_N
-        first, last = 0, blocks
+        first = 0
+        last = blocks
         if SPLIT:
-            first, last = blocks * split // num_splits, blocks * (split + 1) // num_splits
+            first = blocks * split // num_splits
+            last = blocks * (split + 1) // num_splits
         rows = m + tl.arange(0, BLOCK_M)
         x_scale_ptrs = x_scale_ptr + tl.minimum(rows, M - 1)
         scale_ptrs = block_scale_ptrs(scale_ptr, n, num_rows, K, BLOCK_N, SCALES)
@@ -167,7 +170,9 @@ def _scaled_gemm_kernel(
             y += _scaled_dot(x, weight_desc.load([n, k]), x_scale, scale, SCALES)
             if GATED:
                 up += _scaled_dot(x, weight_desc.load([N + n, k]), x_scale, up_scale, SCALES)
-            x_scale, scale, up_scale = next_x_scale, next_scale, next_up_scale
+            x_scale = next_x_scale
+            scale = next_scale
+            up_scale = next_up_scale
         is_last = True
         if SPLIT:
             y, is_last = reduce_splits(y, partial_ptr, counter_ptr, tile, split, num_splits)

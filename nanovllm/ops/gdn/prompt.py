@@ -458,7 +458,8 @@ def gdn_prepare_triton(
     """Run the kernels before the recurrence. They also write zeros to `out` for padding tokens."""
     k_heads = state.check(inputs, weights)
     _, heads, k_dim, v_dim = state.recurrent.shape
-    qkv, num_chunks = inputs.qkv, len(plan.chunk_rows)
+    qkv = inputs.qkv
+    num_chunks = len(plan.chunk_rows)
 
     def empty(*shape: int, dtype: torch.dtype = qkv.dtype) -> torch.Tensor:
         return torch.empty((num_chunks, *shape), dtype=dtype, device=qkv.device)

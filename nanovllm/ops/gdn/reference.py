@@ -39,7 +39,8 @@ def causal_conv_torch(x: torch.Tensor, weight: torch.Tensor, history: torch.Tens
     before = torch.zeros(CONV_WIDTH - 1, x.shape[1], dtype=torch.float32, device=x.device)
     for back in range(1, min(start, CONV_WIDTH - 1) + 1):
         before[-back] = history[(start - back) % CONV_WIDTH]
-    padded, taps = torch.cat((before, x.float())), weight.float().T.contiguous()
+    padded = torch.cat((before, x.float()))
+    taps = weight.float().T.contiguous()
     convolved = padded[: len(x)] * taps[0]
     for tap in range(1, CONV_WIDTH):
         convolved.addcmul_(padded[tap : tap + len(x)], taps[tap])
@@ -83,21 +84,26 @@ def chunk_delta_rule_torch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply the gated delta rule chunk by chunk, like the kernels in prompt.py; arguments as in the recurrent form."""
-    num_tokens, num_chunks = len(q), ceil_div(len(q), CHUNK)
+    num_tokens = len(q)
+    num_chunks = ceil_div(len(q), CHUNK)
 
     def chunks(x: torch.Tensor) -> torch.Tensor:
         """Return x [N, HV, ...] as [HV, chunks, CHUNK, ...], zeros after the last token."""
         padded = F.pad(x.flatten(2) if x.dim() > 2 else x.unsqueeze(2), (0, 0, 0, 0, 0, num_chunks * CHUNK - len(x)))
         return padded.movedim(1, 0).unflatten(1, (num_chunks, CHUNK))
 
-    q, k, v, beta = chunks(q), chunks(k), chunks(v), chunks(beta).squeeze(-1)
+    q = chunks(q)
+    k = chunks(k)
+    v = chunks(v)
+    beta = chunks(beta).squeeze(-1)
     g = chunks(g).squeeze(-1).cumsum(-1)
     decay = (g.unsqueeze(-1) - g.unsqueeze(-2)).masked_fill_(_above_diagonal(q.device), float("-inf")).exp_()
     system = k @ k.mT * decay * beta.unsqueeze(-1)
     solved = torch.linalg.solve_triangular(system, beta.diag_embed(), upper=False, unitriangular=True)
     scores = (q @ k.mT).mul_(decay)
     # Each token sees the state at the start of its chunk, decayed up to the token.
-    q, k_seen = q * g.exp().unsqueeze(-1), k * g.exp().unsqueeze(-1)
+    q = q * g.exp().unsqueeze(-1)
+    k_seen = k * g.exp().unsqueeze(-1)
     k_kept = k * (g[..., -1:] - g).exp().unsqueeze(-1)
     kept = g[..., -1].exp()[..., None, None]
     out = torch.empty_like(v)
@@ -128,7 +134,8 @@ def gated_delta_net_torch(
         out[tokens] = _decode(few, weights, state, rows.slots[singles], rows.starts[singles])
     for row in (lengths > 1).nonzero().squeeze(1).tolist():
         first, last = rows.cu_seqlens[row : row + 2].tolist()
-        slot, start = int(rows.slots[row]), int(rows.starts[row])
+        slot = int(rows.slots[row])
+        start = int(rows.starts[row])
         row_inputs = GdnInputs(*(x[first:last] for x in inputs))
         qkv = causal_conv_torch(row_inputs.qkv, weights.conv, state.conv[slot], start)
         before = state.recurrent[slot].float()
@@ -144,7 +151,8 @@ def _decode(
     inputs: GdnInputs, weights: GdnWeights, state: GdnState, slots: torch.Tensor, starts: torch.Tensor
 ) -> torch.Tensor:
     """Compute rows of one token each."""
-    slots, starts = slots.long(), starts.long()
+    slots = slots.long()
+    starts = starts.long()
     convolved = inputs.qkv.float() * weights.conv[:, -1].float()
     for back in range(1, CONV_WIDTH):
         x = state.conv[slots, (starts - back) % CONV_WIDTH].float()

@@ -114,7 +114,8 @@ def step_inputs_triton(
     decode = rows.are_decode_rows
     if decode:
         rows = StepRows(*[rows.slots] * 5)  # the kernel reads the slots only, but each pointer needs a tensor
-    num_rows, num_tokens = len(rows.slots), len(rows.token_ids)
+    num_rows = len(rows.slots)
+    num_tokens = len(rows.token_ids)
     device = last_token.device
     ids, positions, mapping = torch.empty((3, num_tokens), dtype=torch.int64, device=device).unbind(0)
     lens = torch.empty(num_rows, dtype=torch.int32, device=device)

@@ -136,12 +136,15 @@ def _gemm_kernel(
     PDL: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N
-    ms, ns = tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+    ms = tl.arange(0, BLOCK_M)
+    ns = n + tl.arange(0, BLOCK_N)
     offsets = ms[:, None] * N + ns[None, :]
     mask = (ms < M)[:, None] & (ns < N)[None, :]
-    first, last = 0, tl.cdiv(K, BLOCK_K)
+    first = 0
+    last = tl.cdiv(K, BLOCK_K)
     if SPLIT:
-        first, last = last * tl.program_id(1) // num_splits, last * (tl.program_id(1) + 1) // num_splits
+        first = last * tl.program_id(1) // num_splits
+        last = last * (tl.program_id(1) + 1) // num_splits
     if PDL:
         columns = tl.minimum(prefetch, tl.minimum(last * BLOCK_K, K) - first * BLOCK_K)
         prefetch_rows(weight_ptr, n, first * BLOCK_K, N, K, columns, BLOCK_N, THREADS)

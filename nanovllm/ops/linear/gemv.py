@@ -194,7 +194,8 @@ def gemv_triton(
     config = config or default_gemv_config(n, k, gated, weight.itemsize)
     out = torch.empty((m, n), dtype=x.dtype, device=x.device) if residual is None else residual
     norm_weight, eps = (weight, 0.0) if norm is None else norm
-    num_programs, adds = triton.cdiv(n, config.rows), True
+    num_programs = triton.cdiv(n, config.rows)
+    adds = True
     if peers is None:
         local = out
         pointers = (out, out, out, out)

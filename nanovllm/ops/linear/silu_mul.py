@@ -21,7 +21,8 @@ def _silu_mul_kernel(x_ptr, out_ptr, x_stride, N: tl.constexpr, BLOCK: tl.conste
 
 def silu_mul_triton(x: torch.Tensor) -> torch.Tensor:
     """Compute `silu_mul` with a Triton kernel."""
-    num_tokens, size = x.shape[0], x.shape[1] // 2
+    num_tokens = x.shape[0]
+    size = x.shape[1] // 2
     out = torch.empty((num_tokens, size), dtype=x.dtype, device=x.device)
     if num_tokens:
         block = min(1024, triton.next_power_of_2(size))

@@ -78,7 +78,8 @@ def _sort_pairs_kernel(
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
-    program, blocks = tl.program_id(0), tl.num_programs(0)
+    program = tl.program_id(0)
+    blocks = tl.num_programs(0)
     experts = tl.arange(0, E_PAD)
     start = program * block
     end = tl.minimum(start + block, num_pairs)
@@ -155,7 +156,8 @@ def _sort_few_pairs_kernel(
 
 def align_triton(ids: torch.Tensor, num_experts: int, block_m: int) -> ExpertTiles:
     """Sort the pairs of `ids` [T, top_k] int32 by expert and cut them into tiles of up to `block_m` pairs."""
-    num_pairs, device = ids.numel(), ids.device
+    num_pairs = ids.numel()
+    device = ids.device
     experts_pad = max(16, triton.next_power_of_2(num_experts))
     most = max_tiles(num_pairs, num_experts, block_m)
     order = torch.empty(num_pairs, dtype=torch.int32, device=device)

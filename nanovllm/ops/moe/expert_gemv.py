@@ -193,7 +193,8 @@ def gate_up_gemv_triton(
         config: `default_gate_up_config` if None.
         scale: contiguous scales [E, ...] of an FP8 weight; see `scale_layout`.
     """
-    h, i = x.shape[1], gate_up.shape[1] // 2
+    h = x.shape[1]
+    i = gate_up.shape[1] // 2
     config = config or default_gate_up_config(gate_up.itemsize)
     hidden = torch.empty((ids.numel(), i), dtype=x.dtype, device=x.device)
     norm_weight, eps = (gate_up, 0.0) if norm is None else norm
@@ -239,7 +240,8 @@ def down_gemv_triton(
         scale: as in `gate_up_gemv_triton`.
     """
     (num_tokens, top_k), (_, h, i) = ids.shape, down.shape
-    layout, inner_pad = scale_layout(down, scale), _padded(i, scale)
+    layout = scale_layout(down, scale)
+    inner_pad = _padded(i, scale)
     config = config or default_down_config(inner_pad * triton.next_power_of_2(top_k), layout)
     out = torch.empty((num_tokens, h), dtype=hidden.dtype, device=hidden.device) if residual is None else residual
     output, gate = shared or (None, None)

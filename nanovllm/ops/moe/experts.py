@@ -82,7 +82,8 @@ def experts_gemm_triton(
     Args:
         tiling: `default_tiling` if None.
     """
-    num_experts, top_k = len(down), ids.shape[1]
+    num_experts = len(down)
+    top_k = ids.shape[1]
     tiling = tiling or default_tiling(x, num_experts, top_k)
     tiles = align_triton(ids, num_experts, tiling.block_m)
     hidden = grouped_gate_up_triton(x, gate_up, tiles, top_k, tiling.gate_up)

@@ -44,7 +44,8 @@ def store(kv: PagedKV, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Ten
             x, scales = quantize_kv(x)
             kv.scales[slot_mapping // kv.block_size, :, slot_mapping % kv.block_size, index] = scales
             # torch copies bytes to given indices, but not FP8.
-            x, cache = x.view(torch.uint8), cache.view(torch.uint8)
+            x = x.view(torch.uint8)
+            cache = cache.view(torch.uint8)
         cache.view(-1, kv.kv_heads, kv.head_dim).index_copy_(0, slot_mapping, x)
 
 
@@ -56,7 +57,8 @@ def qk_norm_rope_store_torch(
     kv: PagedKV,
 ) -> torch.Tensor:
     """Compute `qk_norm_rope_store`."""
-    kv_heads, head_dim = kv.kv_heads, kv.head_dim
+    kv_heads = kv.kv_heads
+    head_dim = kv.head_dim
     q, k, v = qkv.view(len(qkv), -1, head_dim).split([transform.num_heads, kv_heads, kv_heads], dim=1)
     if transform.q_weight is not None and transform.k_weight is not None:
         q = rms_norm_torch(q, transform.q_weight, transform.eps)

@@ -110,7 +110,8 @@ def qk_norm_rope_store_triton(
 ) -> torch.Tensor:
     """Compute `qk_norm_rope_store` with a Triton kernel, one program per token."""
     num_heads = transform.num_heads
-    kv_heads, head_dim = kv.kv_heads, kv.head_dim
+    kv_heads = kv.kv_heads
+    head_dim = kv.head_dim
     q = torch.empty((len(qkv), num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if len(qkv):
         _rope_store_kernel[(len(qkv),)](

@@ -53,7 +53,8 @@ def top_logprobs(logits: torch.Tensor, tokens: torch.Tensor, k: int) -> LogprobT
         tokens: [N] int64.
     """
     total = logits.float().logsumexp(-1, keepdim=True)
-    given, top = logits.gather(1, tokens[:, None]), logits.topk(min(k, logits.shape[1]), dim=-1)
+    given = logits.gather(1, tokens[:, None])
+    top = logits.topk(min(k, logits.shape[1]), dim=-1)
     return LogprobTensors(
         token_ids=torch.cat((top.indices, tokens[:, None]), 1),
         logprobs=torch.cat((top.values, given), 1).float() - total,

@@ -6,7 +6,9 @@ from nanovllm.ops.sampling.state import HAS_BIAS, HAS_MASK, HAS_PENALTIES, TILE,
 from nanovllm.sampling_params import MAX_LOGIT_BIAS
 
 _GOLDEN = 0x9E3779B9
-_MIX1, _MIX2 = 0x7FEB352D, 0x846CA68B  # "lowbias32" of Wellons' hash prospector
+# "lowbias32" of Wellons' hash prospector
+_MIX1 = 0x7FEB352D
+_MIX2 = 0x846CA68B
 
 
 def _signed(value: int) -> int:
@@ -25,7 +27,8 @@ def _mix_torch(x: torch.Tensor) -> torch.Tensor:
 
 def _gumbel_torch(counters: torch.Tensor, seed: torch.Tensor, context_lens: torch.Tensor) -> torch.Tensor:
     """Return noise [B, N] float32 for counters [B or 1, N] int32, seed [B] int64 and context_lens [B] int32."""
-    low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
+    low = seed.to(torch.int32)
+    high = (seed >> 32).to(torch.int32)
     key = _mix_torch(_mix_torch(_mix_torch(high + _signed(_GOLDEN)) ^ low) ^ context_lens)[:, None]
     bits = _mix_torch(_mix_torch(counters + key) ^ _mix_torch(key + _signed(_GOLDEN)))
     u = ((bits >> 1) & 0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2**-31).clamp_(max=0.99999994)
@@ -67,7 +70,8 @@ def adjust_logits(x: torch.Tensor, slots: torch.Tensor, state: SamplingState) ->
     unused = torch.arange(MAX_LOGIT_BIAS, device=x.device) >= num_bias[:, None]
     x = x.scatter_add(1, ids.to(torch.int64), values.view(torch.float32).masked_fill(unused, 0))
     seen = torch.where((flags & HAS_PENALTIES != 0)[:, None], state.counts[slots], 0)
-    times, penalty = seen >> 1, state.repetition[slots, None]
+    times = seen >> 1
+    penalty = state.repetition[slots, None]
     x = torch.where(seen != 0, torch.where(x > 0, x / penalty, x * penalty), x)
     x = x - ((times > 0) * state.presence[slots, None] + times * state.frequency[slots, None])
     bits = state.masks[slots][:, :, None] >> torch.arange(32, dtype=torch.int32, device=x.device) & 1
@@ -79,7 +83,8 @@ def mask_stop_ids(
     x: torch.Tensor, slots: torch.Tensor, context_lens: torch.Tensor, state: SamplingState
 ) -> torch.Tensor:
     """Set the stop ids of slots [B] int64 to -inf in x [B, V] where the sequence is shorter than its minimum length."""
-    stop_ids, banned = state.stop_ids[slots].to(torch.int64), context_lens < state.min_length[slots]
+    stop_ids = state.stop_ids[slots].to(torch.int64)
+    banned = context_lens < state.min_length[slots]
     drop = torch.zeros((len(x), x.shape[1] + 1), dtype=torch.bool, device=x.device)
     drop.scatter_(1, stop_ids.masked_fill((stop_ids < 0) | ~banned[:, None], x.shape[1]), True)
     return x.masked_fill(drop[:, :-1], float("-inf"))
@@ -105,7 +110,9 @@ def sample_torch(
     if len(sampled):
         sampled_slots = slots[sampled]
         y = x[sampled] * state.temperature[sampled_slots, None].reciprocal()
-        top_k, top_p, min_p = state.top_k[sampled_slots], state.top_p[sampled_slots], state.min_p[sampled_slots]
+        top_k = state.top_k[sampled_slots]
+        top_p = state.top_p[sampled_slots]
+        min_p = state.min_p[sampled_slots]
         filtered = ((top_k > 0) | (top_p < 1) | (min_p > 0)).nonzero()[:, 0]
         if len(filtered):
             y[filtered] = filter_logits(y[filtered], top_k[filtered], top_p[filtered], min_p[filtered])

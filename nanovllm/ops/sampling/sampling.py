@@ -167,7 +167,9 @@ def _threshold_kernel(batch, slots_ptr, context_lens_ptr, threshold_ptr, tables,
     greedy, logits = _sequence(batch, slots_ptr, context_lens_ptr, threshold_ptr, tables)
     _, vocab_size, _, threshold_ptr, slot = logits
     params_ptr, _, _, _, _ = slot
-    top_k, top_p, min_p = tl.load(params_ptr + TOP_K), _float(params_ptr + TOP_P), _float(params_ptr + MIN_P)
+    top_k = tl.load(params_ptr + TOP_K)
+    top_p = _float(params_ptr + TOP_P)
+    min_p = _float(params_ptr + MIN_P)
     wait_for_inputs(PDL)
     if greedy | ((top_k == 0) & (top_p >= 1) & (min_p == 0)):
         tl.store(threshold_ptr, float("-inf"))
@@ -193,7 +195,8 @@ def _weigh_kernel(
 ):
     """Store the largest logit of each tile of a greedy sequence, and the log-sum-exp of each tile of the others."""
     greedy, logits = _sequence(batch, slots_ptr, context_lens_ptr, threshold_ptr, tables)
-    seq, tile = tl.program_id(0), tl.program_id(1)
+    seq = tl.program_id(0)
+    tile = tl.program_id(1)
     wait_for_inputs(PDL)
     x = _kept(logits, tile * TILE + tl.arange(0, TILE))
     weight = tl.max(x, 0)
@@ -225,9 +228,11 @@ def _sample_kernel(
     _, vocab_size, _, _, parameter_ptrs = logits
     params_ptr, _, _, _, _ = parameter_ptrs
     seq = tl.program_id(0)
-    slot, context_len = tl.load(slots_ptr + seq), tl.load(context_lens_ptr + seq)
+    slot = tl.load(slots_ptr + seq)
+    context_len = tl.load(context_lens_ptr + seq)
     wait_for_inputs(PDL)
-    tiles, num_tiles = tl.arange(0, TILES), tl.cdiv(vocab_size, TILE)
+    tiles = tl.arange(0, TILES)
+    num_tiles = tl.cdiv(vocab_size, TILE)
     weights = tl.load(weight_ptr + seq * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf"))
     if not greedy:
         weights += _gumbel(-1 - tiles, params_ptr, context_len)
