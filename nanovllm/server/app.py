@@ -5,6 +5,7 @@ import contextlib
 import gc
 import json
 import logging
+import os
 import re
 import socket
 import sys
@@ -334,7 +335,7 @@ class Server(uvicorn.Server):
             print(_greeting(self.state, host, port), flush=True)
         except OSError as error:  # a full disk, or a reader that has gone
             logger.warning(f"The greeting cannot be printed: {error}")
-            sys.stdout = None  # Python would fail to flush it at the end
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python would fail to flush the old one at the end
         self.warm_up = asyncio.create_task(_start_templates(self.state.llm))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

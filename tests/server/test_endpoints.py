@@ -336,6 +336,8 @@ def test_server_whose_greeting_cannot_be_printed_serves(llm, monkeypatch, caplog
             monkeypatch.setattr(sys, "stdout", full)
             async with listening(llm) as (_, client, _):
                 assert (await client.get("/health")).status_code == 200
+            sys.stdout.flush()  # as the command line does at its end
+            sys.stdout.close()
             monkeypatch.undo()
             with contextlib.suppress(OSError):
                 full.close()

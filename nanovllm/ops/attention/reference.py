@@ -105,7 +105,7 @@ def group_by_length(rows: PagedRows, kv: PagedKV) -> list[torch.Tensor]:
     lens = rows.context_lens.clamp(max=kv.window) if kv.window else rows.context_lens
     lens, order = lens.sort(descending=True)
     max_tokens = _GATHERED_BYTES // (kv.kv_heads * kv.head_dim * kv.k_cache.itemsize)
-    # of each group, and of the last one
+    # the groups so far, and the most tokens of a sequence in the last one
     sizes = []
     longest = 0
     for i, length in enumerate(lens.tolist()):
