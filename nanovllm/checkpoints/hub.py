@@ -114,7 +114,7 @@ def _load_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
 
 def _read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
     if path.is_file():
-        from nanovllm.checkpoints.gguf import read_tokenizer
+        from nanovllm.checkpoints.gguf_tokenizer import read_tokenizer
 
         return read_tokenizer(path, **options)
     from transformers import AutoTokenizer, PreTrainedTokenizerFast

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoints import gguf as reader
-from nanovllm.checkpoints.gguf import _check_split
+from nanovllm.checkpoints.gguf_tokenizer import _check_split
 from nanovllm.checkpoints.hub import get_tokenizer, open_model
 from nanovllm.checkpoints.loader import iterate_weights, load_weights
 from nanovllm.layers.rotary_embedding import rope_table

@@ -1,0 +1,115 @@
+"""The tokenizers of GGUF files, as those of the transformers checkpoints that they were converted from."""
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+
+from nanovllm.checkpoints.gguf_file import GgufFile
+from nanovllm.checks import shown
+from nanovllm.models.model_config import unsupported
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+# Types of tokens that a text may have whole: control tokens are special, user-defined ones are not.
+_CONTROL = 3
+_USER_DEFINED = 4
+# For these pre-tokenizers llama.cpp adds BOS by default, and looks up whole words before it merges.
+_WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
+# Pre-tokenizers that split text like those of Llama 3, Qwen, GPT-4o or Tekken. transformers knows these names.
+_KNOWN_SPLITS = _WHOLE_WORDS | {"dbrx", "deepseek-r1-qwen", "f2llmv2", "gpt-4o", "jina-v5-nano", "kanana2", "kormo"}
+_KNOWN_SPLITS |= {"llama4", "megrez", "minimax-m2", "qwen2", "qwen35", "smaug-bpe", "talkie"}
+# These split text like GPT-2's, which transformers uses for names that it does not know.
+_GPT2_SPLITS = {"gpt-2", "phi-2", "olmo", "jais", "mpt", "trillion"}
+# These split digits from each other first, and then like GPT-2's.
+_DIGIT_SPLITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+
+
+def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
+    """Return the file's transformers tokenizer. Other files of its folder may belong to another model.
+
+    Args:
+        options: of transformers' tokenizers, instead of the file's.
+
+    Raises:
+        ValueError: transformers is too old to read such tokenizers right.
+    """
+    import transformers
+    from transformers import PreTrainedTokenizerFast
+
+    if Version(transformers.__version__) < Version("5.18"):
+        raise ValueError(
+            f"transformers must be 5.18 or later for tokenizers of GGUF files, got {transformers.__version__}"
+        )
+    file = GgufFile(path)
+    is_bpe = file.get("tokenizer.ggml.model") == "gpt2"
+    split = file.get("tokenizer.ggml.pre", "default")
+    if is_bpe:
+        _check_split(path, split)
+    whole_words = is_bpe and split in _WHOLE_WORDS
+    # `from_pretrained` would also read the tokenizer files in the folder.
+    tokenizer = PreTrainedTokenizerFast(name_or_path=str(path.parent), gguf_file=path.name, **options)
+    if state := _corrected_state(tokenizer, file):
+        backend = Tokenizer.from_str(json.dumps(state))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokenizer.init_kwargs)
+    backend = tokenizer.backend_tokenizer
+    if whole_words:
+        backend.model.ignore_merges = True
+    # transformers before 5.23 ignores the file's flags, and later ones prefer them to the options.
+    for name, default in (("add_bos_token", whole_words or not is_bpe), ("add_eos_token", False)):
+        flag = options.get(name)
+        setattr(tokenizer, name, file.get(f"tokenizer.ggml.{name}", default) if flag is None else flag)
+    if is_bpe and split in _DIGIT_SPLITS:
+        digits = pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    if not is_bpe:
+        # Like llama.cpp and SentencePiece: the space comes before each part of the text that starts it or follows a
+        # special token, also if that part has one already. Metaspace of tokenizers leaves it out there.
+        prefix = [] if file.get("tokenizer.ggml.add_space_prefix", True) is False else [normalizers.Prepend("▁")]
+        backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
+    return tokenizer
+
+
+def _corrected_state(tokenizer: "PreTrainedTokenizerFast", file: GgufFile) -> dict[str, Any] | None:
+    """Return a tokenizer's state with all control and user-defined tokens of the file. Return None if it has them.
+
+    transformers leaves out tokens whose text is not in the byte alphabet, such as `<｜User｜>` of DeepSeek. It adds
+    tokens that the model does not have: one for the text of such a BOS, and GPT-2's `<|endoftext|>`.
+    """
+    texts = file.get("tokenizer.ggml.tokens")
+    specials = [file.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")]
+    is_special = {i: True for i in specials if i in range(len(texts))}
+    for i, kind in enumerate(file.get("tokenizer.ggml.token_type", [])[: len(texts)]):
+        if kind in (_CONTROL, _USER_DEFINED):
+            is_special[i] = kind == _CONTROL
+    found = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+    right = {i for i, text in found.items() if texts[i : i + 1] == [text]}
+    if is_special.keys() <= right == found.keys():
+        return None
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    spelled = {i: text for text, i in state["model"]["vocab"].items()} | {i: texts[i] for i in is_special}
+    state["model"]["vocab"] = {spelled.get(i, text): i for i, text in enumerate(texts)}
+    plain_match = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = {token["id"]: token for token in state["added_tokens"] if token["id"] in right}
+    for i in is_special.keys() - added.keys():
+        added[i] = {"id": i, "content": texts[i], "special": is_special[i], **plain_match}
+    state["added_tokens"] = [added[i] for i in sorted(added)]
+    state["post_processor"] = None  # it has the wrong id of BOS; PreTrainedTokenizerFast makes it again
+    return state
+
+
+def _check_split(path: Path, split: Any) -> None:
+    """Raise ValueError unless this pre-tokenizer of a BPE vocabulary is known."""
+    if split == "default":
+        logger.warning("%s does not name its pre-tokenizer; GPT-2's is used, which may not be the model's", path)
+        return
+    known = sorted(_KNOWN_SPLITS | _GPT2_SPLITS | _DIGIT_SPLITS)
+    if split not in known:
+        raise unsupported(f"the pre-tokenizer tokenizer.ggml.pre={shown(split)} of {path} (known: {', '.join(known)})")
