@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from nanovllm.checkpoints.files import MissingFileError, check_working_folder, local_path, regular_file
-from nanovllm.checkpoints.loader import (
-    check_shapes,
+from nanovllm.checkpoints.loader import check_shapes
+from nanovllm.checkpoints.weight_files import (
     has_separate_head,
     iterate_weights,
     pickled_advice,

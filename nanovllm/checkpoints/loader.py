@@ -1,21 +1,17 @@
-"""Read checkpoints and copy their tensors into a decoder: strictly, one tensor at a time."""
+"""Copy the tensors of checkpoints into a decoder: strictly, one tensor at a time."""
 
-import json
-import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from nanovllm.checkpoints.files import MissingFileError, local_path, regular_file
-from nanovllm.checks import plain, shown
+from nanovllm.checkpoints.given_weights import checked_weights
+from nanovllm.checkpoints.weight_files import EMBEDDING, HEAD, TIED, full_name
+from nanovllm.checks import shown
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.linear import LinearLayer
-from nanovllm.library_errors import refusing
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.families import FAMILIES
 from nanovllm.models.model_config import ModelConfig
@@ -31,31 +27,10 @@ from nanovllm.weights.parameter import (
 )
 from nanovllm.weights.quantization import QuantizedLoading
 
-logger = logging.getLogger(__name__)
-
-# A checkpoint with tied embeddings has either tensor, or both.
-_EMBEDDING = "model.embed_tokens.weight"
-_HEAD = "lm_head.weight"
-_TIED = {_EMBEDDING: _HEAD, _HEAD: _EMBEDDING}
-_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
-# The supported dtypes, by their names in safetensors files.
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_PICKLED = (".bin", ".pt", ".pth")
 _DIFFERENT_HEAD = (
-    f"the tensor {_HEAD} differs from the embedding, but the model was loaded with one parameter for both; "
+    f"the tensor {HEAD} differs from the embedding, but the model was loaded with one parameter for both; "
     "make a new engine"
 )
-
-
-def _full_name(name: str) -> str:
-    """Return the tensor's name with the prefix "model.".
-
-    Checkpoints without the head leave it out. Those with more than text have one of _PREFIXES.
-    """
-    if name in (_HEAD, f"language_model.{_HEAD}"):
-        return _HEAD
-    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
-    return f"model.{name.removeprefix(prefix)}"
 
 
 def _is_skipped(config: ModelConfig, name: str) -> bool:
@@ -102,7 +77,7 @@ def _check_complete(config: ModelConfig, needed: Iterable[str], found: Iterable[
     """Raise ValueError with the names of tensors of `needed` that are not in `found`."""
     found = set(found)
     if config.tie_word_embeddings:  # one of the two tied tensors is enough
-        found |= {_HEAD} | ({_EMBEDDING} if _HEAD in found else set())
+        found |= {HEAD} | ({EMBEDDING} if HEAD in found else set())
     missing = [name for name in needed if name not in found]
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} tensors: {', '.join(missing[:8])}")
@@ -117,7 +92,7 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
     Raises:
         ValueError: a tensor is missing, unknown, or has another shape than the config's sizes imply.
     """
-    names = map(_full_name, shapes)
+    names = map(full_name, shapes)
     layers = {match[1] for match in map(re.compile(r"model\.layers\.(\d+)\.").match, names) if match}
     if config.num_layers > len(layers):
         raise ValueError(f"the model's num_layers is {config.num_layers}, but the checkpoint has {len(layers)} layers")
@@ -142,7 +117,7 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
                 parts_of |= {whole: list(names) for whole, *names in rows}
     found: set[str] = set()
     for given, shape in shapes.items():
-        name = _full_name(given)
+        name = full_name(given)
         if _is_skipped(config, given):
             continue
         if name not in allowed:
@@ -266,7 +241,7 @@ class WeightUpdate:
         """
         for given, loaded in checked_weights(weights):
             names.add(given)
-            name = _full_name(given)
+            name = full_name(given)
             if _is_skipped(self.model.config, given):
                 continue
             ready = {name: loaded} if self.quantized is None else self.quantized.receive(name, loaded)
@@ -286,7 +261,7 @@ class WeightUpdate:
             self.layers.remove(part.layer)
 
     def _copy(self, name: str, loaded: torch.Tensor) -> None:
-        other = _TIED.get(name) if self.model.config.tie_word_embeddings else None
+        other = TIED.get(name) if self.model.config.tie_word_embeddings else None
         is_shared = self.model.lm_head.weight is self.model.embed_tokens.weight
         if is_shared and other in self.seen:
             self.head_differs = self.model.embed_tokens.differs(loaded)
@@ -375,37 +350,6 @@ def _first_true(flags: list[torch.Tensor], tp: TensorParallel) -> int | None:
     return index if index < len(flags) else None
 
 
-def checked_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Iterate over `weights`. Raise TypeError or ValueError at one that is not a name and a tensor with data."""
-    for pair in weights:
-        name, tensor = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"weights must be pairs (name, tensor), got {shown(pair)}")
-        with torch._C.DisableTorchFunctionSubclass():  # read the memory, whatever methods a subclass has
-            if fault := _fault(tensor):
-                raise ValueError(f"the tensor {name:.200} {fault}; it must be a dense tensor of real numbers with data")
-            tensor = tensor.detach().as_subclass(torch.Tensor).resolve_neg()
-        yield plain(name), tensor
-
-
-def _fault(tensor: torch.Tensor) -> str | None:
-    """Return why the bytes of a tensor's numbers cannot be read; None if they can."""
-    kind = type(tensor)
-    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # pyright: ignore[reportAttributeAccessIssue]
-        advice = " (give its .full_tensor())" if hasattr(tensor, "full_tensor") else ""
-        return f"is a {kind.__name__:.100}, which has no plain data{advice}"
-    if torch.nn.parameter.is_lazy(tensor) or tensor.is_nested:
-        return f"is a {'nested tensor' if tensor.is_nested else kind.__name__} without a shape"
-    if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex():
-        return f"is on {tensor.device} with layout {tensor.layout} and dtype {tensor.dtype}"
-    end = (
-        tensor.storage_offset() + 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    )
-    if tensor.numel() and tensor.untyped_storage().nbytes() < end * tensor.itemsize:
-        return "has lost its memory: its storage was freed or made smaller"
-    return None
-
-
 def dummy_weights(model: Decoder, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Iterate over a checkpoint of small random numbers, and of constants where layers declare them.
 
@@ -416,7 +360,7 @@ def dummy_weights(model: Decoder, seed: int) -> Iterator[tuple[str, torch.Tensor
     generator = torch.Generator(param.device).manual_seed(seed)
     targets = model.checkpoint_tensors()
     for name, target in _meta_targets(model.config).items():
-        if name == _HEAD and model.config.tie_word_embeddings:
+        if name == HEAD and model.config.tie_word_embeddings:
             continue
         tensor = torch.empty(target.shape, dtype=param.dtype, device=param.device)
         if target.dummy is None:
@@ -427,120 +371,3 @@ def dummy_weights(model: Decoder, seed: int) -> Iterator[tuple[str, torch.Tensor
             yield from scheme.quantize(name, tensor).items()
         else:
             yield name, tensor.to(targets[name].param.dtype)
-
-
-def iterate_weights(location: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Iterate over the memory-mapped tensors of a safetensors folder or a GGUF file, with their transformers names.
-
-    Raises:
-        ValueError: `location` has no weights, or only pickled ones, which are never loaded.
-    """
-    location = _weights_path(location)
-    if not location.is_dir():
-        from nanovllm.checkpoints.gguf import iterate_gguf
-
-        return iterate_gguf(location)
-    return _iterate_safetensors(_weight_files(location), lambda file, name: file.get_tensor(name))
-
-
-def read_shapes(location: str | Path) -> dict[str, tuple[int, ...]]:
-    """Read the shapes of the tensors of `iterate_weights` from the files' headers."""
-    location = _weights_path(location)
-    if not location.is_dir():
-        from nanovllm.checkpoints import gguf
-
-        return gguf.read_shapes(location)
-    shapes: dict[str, tuple[int, ...]] = {}
-    files = _weight_files(location)
-    if files[0].name == "model.safetensors" and any(location.glob("model-*-of-*.safetensors")):
-        logger.warning("Reading %s, as transformers does, and not the shards next to it", files[0])
-    for name, shape in _iterate_safetensors(files, lambda file, name: file.get_slice(name).get_shape()):
-        if name in shapes:
-            raise ValueError(f"the checkpoint has the tensor {name:.200} twice")
-        shapes[name] = tuple(shape)
-    return shapes
-
-
-def read_dtype(folder: Path) -> torch.dtype:
-    """Return the dtype of the first tensor with a supported one, from the headers of the files; float32 without one."""
-    files = _weight_files(folder)
-    for _, dtype in _iterate_safetensors(files, lambda file, name: file.get_slice(name).get_dtype()):
-        if dtype in _DTYPES:
-            return _DTYPES[dtype]
-    return torch.float32
-
-
-def has_separate_head(location: Path, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return whether a checkpoint of tied embeddings has other weights for the head, which transformers then uses.
-
-    Args:
-        shapes: shapes of the checkpoint's tensors.
-    """
-    if not _TIED.keys() <= set(map(_full_name, shapes)):
-        return False
-    tied = [tensor for name, tensor in iterate_weights(location) if _full_name(name) in _TIED]
-    return tied[0].dtype != tied[1].dtype or not torch.equal(tied[0], tied[1])
-
-
-def _weights_path(location: str | Path) -> Path:
-    path = local_path("the path of the weights", location)
-    if not path.is_dir() and path.suffix != ".gguf":
-        raise ValueError(f"the path of the weights {str(location)!r:.100} is not a folder or a .gguf file")
-    return path
-
-
-def read_json(file: Path) -> dict:
-    """Return the object in a JSON file. Raise ValueError if the file has no JSON object."""
-    regular_file(file)
-    with refusing(f"{file} is not JSON", OSError, ValueError, RecursionError):
-        content = json.loads(file.read_bytes())  # UTF-8 in any locale
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}")
-    return content
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the files of a folder's weights: those that transformers reads, or all if it would find none.
-
-    transformers reads a single file rather than shards. Its `save_pretrained` may leave an older model's index next to
-    a single file, and an older model's single file next to shards.
-    """
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if single.exists():
-        return [single]
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} has no weight_map, or an empty one")
-        names = sorted(set(map(str, weight_map.values())))
-        files = {file.name for file in folder.iterdir() if file.is_file()}
-        if missing := [name for name in names if name not in files]:
-            raise MissingFileError(f"{index} names {missing[0]!r:.200}, which is not a file in that folder")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        names = [file.name for file in folder.iterdir()]
-        raise MissingFileError(f"{folder} has no weights: no *.safetensors files{pickled_advice(names)}")
-    return files
-
-
-def pickled_advice(names: Iterable[str]) -> str:
-    """Return what to do with the pickled weights among files of these names, for the end of a message."""
-    pickled = min((name for name in names if name.endswith(_PICKLED)), default=None)
-    if pickled is None:
-        return ""
-    return f"; pickled weights ({pickled!r:.100}) can run code when loaded, so they must be converted"
-
-
-def _iterate_safetensors(files: list[Path], read: Callable[[Any, str], Any]) -> Iterator[tuple[str, Any]]:
-    """Iterate over the name and `read(file, name)` of each tensor in the files."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in files:
-        with (
-            refusing(f"{file} is not a safetensors file that can be read", OSError, SafetensorError),
-            safe_open(regular_file(file), framework="pt") as tensors,
-        ):
-            for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                yield name, read(tensors, name)

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, Pipe
 
 import torch
 
-from nanovllm.checkpoints.loader import checked_weights
+from nanovllm.checkpoints.given_weights import checked_weights
 from nanovllm.distributed.parallel import TensorParallel
 
 

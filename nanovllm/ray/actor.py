@@ -18,7 +18,7 @@ import ray
 import torch
 
 from nanovllm import AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
-from nanovllm.checkpoints.loader import checked_weights
+from nanovllm.checkpoints.given_weights import checked_weights
 from nanovllm.engine.llm_engine import LLMEngine, weight_pairs
 from nanovllm.server.engine_messages import pack_error, unpack_error
 

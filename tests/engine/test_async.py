@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, AsyncLLM, RequestOutputKind, SamplingParams, StructuredOutputsParams, async_llm
-from nanovllm.checkpoints.loader import iterate_weights
+from nanovllm.checkpoints.weight_files import iterate_weights
 from nanovllm.vllm_options import NEUTRAL_ASYNC
 from tests.helpers import greedy, prompts_of, tokens
 from tests.models.tiny import save_tiny, save_tiny_with_tokenizer

@@ -16,7 +16,7 @@ import torch
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
 from nanovllm import SamplingParams
-from nanovllm.checkpoints.loader import read_shapes
+from nanovllm.checkpoints.weight_files import read_shapes
 from nanovllm.engine import interrupts
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.inputs.step_rows import StepRows

@@ -10,7 +10,7 @@ import pytest
 
 import nanovllm
 from nanovllm.arithmetic import ceil_div
-from nanovllm.checkpoints.loader import iterate_weights
+from nanovllm.checkpoints.weight_files import iterate_weights
 from nanovllm.engine.interrupts import DeferInterrupts
 from tests import helpers
 from tests.helpers import assert_nothing_held, finish, greedy, tokens

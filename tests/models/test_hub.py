@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoints import hub
 from nanovllm.checkpoints.hub import default_model, get_tokenizer, open_model
-from nanovllm.checkpoints.loader import iterate_weights
+from nanovllm.checkpoints.weight_files import iterate_weights
 from nanovllm.config import Config
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.presets import PRESETS

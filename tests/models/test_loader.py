@@ -9,14 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nanovllm.checkpoints.loader import (
-    WeightUpdate,
-    check_shapes,
-    dummy_weights,
-    iterate_weights,
-    load_weights,
-    read_shapes,
-)
+from nanovllm.checkpoints.loader import WeightUpdate, check_shapes, dummy_weights, load_weights
+from nanovllm.checkpoints.weight_files import iterate_weights, read_shapes
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.model_config import ModelConfig
@@ -348,7 +342,7 @@ print(max(sizes) - sizes[0])
 
 def test_json_is_utf8_in_any_locale(tmp_path):
     (tmp_path / "config.json").write_bytes('{"note": "é日"}'.encode())
-    code = "import sys, pathlib; from nanovllm.checkpoints.loader import read_json as read\n"
+    code = "import sys, pathlib; from nanovllm.checkpoints.weight_files import read_json as read\n"
     code += "print(len(read(pathlib.Path(sys.argv[1]))['note']))"
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-c", code, str(tmp_path / "config.json")]

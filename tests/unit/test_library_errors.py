@@ -11,7 +11,7 @@ import safetensors
 import transformers
 
 from nanovllm.checkpoints.hub import default_model, get_tokenizer, open_model
-from nanovllm.checkpoints.loader import iterate_weights
+from nanovllm.checkpoints.weight_files import iterate_weights
 from nanovllm.library_errors import refusing
 from nanovllm.progress import ProgressBar
 from tests.helpers import engine, greedy, tokens
