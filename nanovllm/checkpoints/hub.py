@@ -31,7 +31,8 @@ from nanovllm.checkpoints.weight_files import (
 from nanovllm.checks import shown
 from nanovllm.config import Config
 from nanovllm.library_errors import refusing
-from nanovllm.models.model_config import ModelConfig, check_model_type, stated_dtype, token_ids
+from nanovllm.models.hf_config import read_hf_config, stated_dtype
+from nanovllm.models.model_config import ModelConfig, check_model_type, token_ids
 from nanovllm.models.presets import PRESETS
 from nanovllm.vllm_options import translate
 from nanovllm.weights.quantization_config import SCHEMES
@@ -322,7 +323,7 @@ def _read_config(path: Path, load_format: str = "dummy") -> ModelConfig:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     if load_format != "dummy" and stated_dtype(config) is None:
         config.dtype = read_dtype(path)
-    return ModelConfig.from_hf(config, token_ids(_generation_config(path).get("eos_token_id")))
+    return read_hf_config(config, token_ids(_generation_config(path).get("eos_token_id")))
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:

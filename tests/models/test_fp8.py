@@ -13,7 +13,7 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import GateUpParallelLinear, LinearLayer, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.moe import Experts, MoEConfig
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.hf_config import read_hf_config
 from nanovllm.ops.float8 import FP8
 from nanovllm.ops.fp8.reference import (
     block_of_scale,
@@ -149,7 +149,7 @@ def test_other_quantisations_are_refused_by_name(options, named):
     config = tiny_model("llama").config
     config.quantization_config = options
     with pytest.raises(ValueError, match=f"^a quantization_config .*{named}.* is not supported; supported are"):
-        ModelConfig.from_hf(config)
+        read_hf_config(config)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def model_in_fp8(name, options, seed=0):
     model = tiny_model(family, seed, **sizes)
     kept = (*blocks()["modules_to_not_convert"], "in_proj_ba")
     model.config.quantization_config = options
-    return ModelConfig.from_hf(model.config), *quantized(separate_experts(model.state_dict()), options, kept)
+    return read_hf_config(model.config), *quantized(separate_experts(model.state_dict()), options, kept)
 
 
 def weights_of(model):
@@ -360,7 +360,7 @@ def test_modules_that_a_checkpoint_excludes_stay_plain():
     kept = [*BLOCKS["modules_to_not_convert"], "model.layers.0.self_attn", "model.layers.1.mlp.down_proj"]
     model = tiny_model("llama", hidden_size=144, intermediate_size=256)
     model.config.quantization_config = options = blocks(kept=[*kept, "layers.1.self_attn.k_proj"])
-    config = ModelConfig.from_hf(model.config)
+    config = read_hf_config(model.config)
     skipped = (*kept, *(f"layers.0.self_attn.{part}_proj" for part in "qkvo"), "layers.1.self_attn.k_proj")
     checkpoint, plain_checkpoint = quantized(model.state_dict(), options, skipped)
     decoders = Decoder(config), Decoder(dataclasses.replace(config, quantization=None))
@@ -436,7 +436,7 @@ def test_weights_quantized_while_loading_are_those_quantized_before(name, comput
     use_references(monkeypatch, computes)
     model = tiny_model(MODELS[name][0], **MODELS[name][1])
     weights = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}  # experts are fused
-    config = dataclasses.replace(ModelConfig.from_hf(model.config), quantization=Fp8Scheme(quantizes=True))
+    config = dataclasses.replace(read_hf_config(model.config), quantization=Fp8Scheme(quantizes=True))
     checkpoint, _ = quantized(separate_experts(weights), BLOCKS)
     decoders = [Decoder(config) for _ in range(2)]
     for decoder, given in zip(decoders, (weights, checkpoint), strict=True):

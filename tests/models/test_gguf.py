@@ -18,6 +18,7 @@ from nanovllm.checkpoints.loader import load_weights
 from nanovllm.checkpoints.weight_files import iterate_weights
 from nanovllm.layers.rotary_embedding import rope_table
 from nanovllm.models.decoder import Decoder
+from nanovllm.models.hf_config import read_hf_config
 from nanovllm.models.model_config import ModelConfig
 from tests.helpers import engine
 from tests.models.tiny import separate_experts, tiny_model
@@ -49,7 +50,7 @@ def write_gguf(path, model, extra=(), quantize=False, without=(), **metadata):
     writer.add_block_count(config.num_hidden_layers)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(ModelConfig.from_hf(config).head_dim)
+    writer.add_key_length(read_hf_config(config).head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     if arch.endswith("moe"):
@@ -140,7 +141,7 @@ def test_config_and_weights_equal_those_of_the_original(tmp_path, name):
     overrides = {"rope_parameters": None} if name == "llama-bias" else {}
     model = tiny_model(name, **overrides)
     source = open_model(write_gguf(tmp_path / "tiny.gguf", model))
-    expected = ModelConfig.from_hf(model.config)
+    expected = read_hf_config(model.config)
     assert source.config.eos_token_ids == (1, 9)
     for field in ModelConfig.__dataclass_fields__.keys() - {"eos_token_ids", "model_type", "rms_norm_eps"}:
         assert getattr(source.config, field) == getattr(expected, field), field

@@ -13,7 +13,7 @@ from nanovllm.checkpoints.loader import WeightUpdate, check_shapes, dummy_weight
 from nanovllm.checkpoints.weight_files import iterate_weights, read_shapes
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.hf_config import read_hf_config
 from nanovllm.weights.formats import Packed
 from tests.models.tiny import save_tiny, separate_experts, tiny_model
 
@@ -24,7 +24,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def untied():
     """Return a function that makes an empty decoder, and the checkpoint to load."""
     model = tiny_model("qwen3-yarn")
-    config = ModelConfig.from_hf(model.config)
+    config = read_hf_config(model.config)
 
     def make_decoder(tp=None):
         return Decoder(config, tp=tp)
@@ -88,7 +88,7 @@ def experts_model(rank=0, size=1):
     """Return an empty decoder with experts, and its checkpoint with merged and with separate experts."""
     model = tiny_model("qwen2-moe")
     merged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    decoder = Decoder(ModelConfig.from_hf(model.config), tp=TensorParallel(rank, size))
+    decoder = Decoder(read_hf_config(model.config), tp=TensorParallel(rank, size))
     return decoder, merged, separate_experts(merged)
 
 
@@ -164,7 +164,7 @@ def test_redundant_tensors_are_ignored():
     model = tiny_model("qwen3")
     weights = dict(model.state_dict())  # tied: the head is the embedding
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(1)
-    decoder = Decoder(ModelConfig.from_hf(model.config))
+    decoder = Decoder(read_hf_config(model.config))
     load_weights(decoder, weights.items())
     assert decoder.lm_head.weight is decoder.embed_tokens.weight
     torch.testing.assert_close(decoder.lm_head.weight, weights["model.embed_tokens.weight"])
@@ -173,7 +173,7 @@ def test_redundant_tensors_are_ignored():
 def tied(separate_head=False, rank=0, size=1):
     """Return a decoder with tied embeddings, and a checkpoint with both tensors, which differ if `separate_head`."""
     model = tiny_model("qwen3")
-    config = dataclasses.replace(ModelConfig.from_hf(model.config), separate_head=separate_head)
+    config = dataclasses.replace(read_hf_config(model.config), separate_head=separate_head)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if separate_head:
         weights[HEAD] = weights[EMBEDDING].flip(0)
@@ -247,7 +247,7 @@ def test_tensor_that_overflows_in_the_dtype_is_named(untied):
 
 
 def test_dummy_weights_depend_on_the_seed_only():
-    decoders = [Decoder(ModelConfig.from_hf(tiny_model("qwen2").config)) for _ in range(3)]
+    decoders = [Decoder(read_hf_config(tiny_model("qwen2").config)) for _ in range(3)]
     state = torch.get_rng_state()
     for decoder, seed in zip(decoders, (1, 1, 2), strict=True):
         load_weights(decoder, dummy_weights(decoder, seed))
@@ -260,7 +260,7 @@ def test_dummy_weights_depend_on_the_seed_only():
 
 @pytest.mark.parametrize("name", ["olmo2", "qwen3.5", "qwen3-next"])
 def test_dummy_norms_scale_by_one_and_dummy_gates_are_constant(name):
-    decoder = Decoder(ModelConfig.from_hf(tiny_model(name).config))
+    decoder = Decoder(read_hf_config(tiny_model(name).config))
     load_weights(decoder, dummy_weights(decoder, seed=0))
     params = dict(decoder.named_parameters())
     constants = {"norm.weight": 1.0, "whole_qk_norm.q_weight": 1.0, "a_log": 0.0, "dt_bias": 1.0}

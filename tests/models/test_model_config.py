@@ -26,7 +26,7 @@ from nanovllm.layers.gated_delta_net import GatedDeltaNetConfig
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.models import model_config
 from nanovllm.models.families import FAMILIES
-from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.hf_config import read_hf_config
 from nanovllm.models.presets import PRESETS
 from tests.models.tiny import TINY
 
@@ -61,14 +61,14 @@ def hf_config(**options):
 
 def test_families_have_their_options():
     small = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    qwen3 = ModelConfig.from_hf(Qwen3Config(**small))
-    qwen2 = ModelConfig.from_hf(Qwen2Config(**small))
-    llama = ModelConfig.from_hf(LlamaConfig(**small, attention_bias=True, mlp_bias=True))
-    mistral = ModelConfig.from_hf(MistralConfig(**small, sliding_window=None))
-    olmo2 = ModelConfig.from_hf(Olmo2Config(**small))
+    qwen3 = read_hf_config(Qwen3Config(**small))
+    qwen2 = read_hf_config(Qwen2Config(**small))
+    llama = read_hf_config(LlamaConfig(**small, attention_bias=True, mlp_bias=True))
+    mistral = read_hf_config(MistralConfig(**small, sliding_window=None))
+    olmo2 = read_hf_config(Olmo2Config(**small))
     experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    qwen3_moe = ModelConfig.from_hf(Qwen3MoeConfig(**small, **experts, norm_topk_prob=True))
-    qwen2_moe = ModelConfig.from_hf(Qwen2MoeConfig(**small, **experts, shared_expert_intermediate_size=40))
+    qwen3_moe = read_hf_config(Qwen3MoeConfig(**small, **experts, norm_topk_prob=True))
+    qwen2_moe = read_hf_config(Qwen2MoeConfig(**small, **experts, shared_expert_intermediate_size=40))
     assert {c.model_type for c in (qwen3, qwen2, llama, mistral, qwen3_moe, qwen2_moe)} < set(FAMILIES)
     assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.head_dim) == (True, False, 128)
     assert (qwen2.qk_norm, qwen2.qkv_bias, qwen2.o_bias, qwen2.head_dim) == (False, True, False, 16)
@@ -90,7 +90,7 @@ def test_every_family_has_a_tiny_model():
 )
 def test_layers_without_experts_are_those_that_transformers_makes_dense(step, listed, dense):
     options = {"num_hidden_layers": 5, "decoder_sparse_step": step, "mlp_only_layers": listed}
-    found = ModelConfig.from_hf(Qwen3MoeConfig(**options)).moe
+    found = read_hf_config(Qwen3MoeConfig(**options)).moe
     assert found is None if len(dense) == 5 else found.dense_layers == dense
 
 
@@ -98,22 +98,22 @@ HYBRID = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "
 
 
 def test_hybrid_families_have_their_options():
-    text = ModelConfig.from_hf(Qwen3_5TextConfig(**HYBRID, eos_token_id=7, dtype="bfloat16"))
+    text = read_hf_config(Qwen3_5TextConfig(**HYBRID, eos_token_id=7, dtype="bfloat16"))
     assert text.layer_types == ("gated_delta_net",) * 3 + ("full_attention",)
     assert [text.is_recurrent(index) for index in range(4)] == [True, True, True, False]
     assert (text.attention_gate, text.zero_centered_norms, text.qk_norm) == (True, True, True)
     assert (text.head_dim, text.partial_rotary_factor, text.rotary_dim) == (256, 0.25, 64)
     assert text.gated_delta_net == GatedDeltaNetConfig(16, 32, 128, 128)
     nested = Qwen3_5Config(text_config={**HYBRID, "eos_token_id": 7, "dtype": "bfloat16"}, dtype="bfloat16")
-    assert ModelConfig.from_hf(nested) == text and text.eos_token_ids == (7,)
+    assert read_hf_config(nested) == text and text.eos_token_ids == (7,)
     experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     sizes = {**HYBRID, **experts, "shared_expert_intermediate_size": 40}
-    sparse = ModelConfig.from_hf(Qwen3_5MoeConfig(text_config={**sizes, "norm_topk_prob": False}))
+    sparse = read_hf_config(Qwen3_5MoeConfig(text_config={**sizes, "norm_topk_prob": False}))
     assert sparse.moe == MoEConfig(6, 2, 24, True, 40) and sparse.attention_gate
-    packed = ModelConfig.from_hf(Qwen3NextConfig(**sizes, norm_topk_prob=False, linear_num_value_heads=48))
+    packed = read_hf_config(Qwen3NextConfig(**sizes, norm_topk_prob=False, linear_num_value_heads=48))
     assert packed.moe == MoEConfig(6, 2, 24, False, 40)
     assert packed.gated_delta_net == GatedDeltaNetConfig(16, 48, 128, 128, is_packed=True)
-    dense = ModelConfig.from_hf(Qwen3_5TextConfig(**HYBRID, layer_types=["full_attention"] * 4))
+    dense = read_hf_config(Qwen3_5TextConfig(**HYBRID, layer_types=["full_attention"] * 4))
     assert dense.layer_types is None and dense.gated_delta_net is None
 
 
@@ -121,7 +121,7 @@ def test_hybrid_families_have_their_options():
 @pytest.mark.parametrize("inner", [False, True])
 def test_embeddings_are_tied_if_either_config_says_so(outer, inner):
     config = Qwen3_5Config(text_config={**HYBRID, "tie_word_embeddings": inner}, tie_word_embeddings=outer)
-    assert ModelConfig.from_hf(config).tie_word_embeddings == (outer or inner)
+    assert read_hf_config(config).tie_word_embeddings == (outer or inner)
 
 
 @pytest.mark.parametrize(
@@ -142,49 +142,49 @@ def test_embeddings_are_tied_if_either_config_says_so(outer, inner):
 def test_hybrid_options_that_no_kernel_supports_are_named(options, named):
     given = vars(Qwen3_5TextConfig(**HYBRID)) | {"rope_parameters": None, "partial_rotary_factor": 0.25} | options
     with pytest.raises(ValueError, match=named):
-        ModelConfig.from_hf(SimpleNamespace(**given, model_type="qwen3_5_text", torch_dtype=None))
+        read_hf_config(SimpleNamespace(**given, model_type="qwen3_5_text", torch_dtype=None))
 
 
 def test_other_weights_of_hybrid_models_are_refused_by_the_option_that_differs():
-    mine = ModelConfig.from_hf(Qwen3_5TextConfig(**HYBRID))
+    mine = read_hf_config(Qwen3_5TextConfig(**HYBRID))
     for option, changes in (
         ("layer_types", {"layer_types": ["full_attention", "linear_attention"] * 2}),
         ("gated_delta_net.num_key_heads", {"linear_num_key_heads": 8}),
         ("partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
     ):
         with pytest.raises(ValueError, match=f"the checkpoint's {option} is .*, but the model's is"):
-            mine.check_same_model(ModelConfig.from_hf(Qwen3_5TextConfig(**HYBRID, **changes)))
-    mine.check_same_model(ModelConfig.from_hf(Qwen3_5Config(text_config=HYBRID)))
+            mine.check_same_model(read_hf_config(Qwen3_5TextConfig(**HYBRID, **changes)))
+    mine.check_same_model(read_hf_config(Qwen3_5Config(text_config=HYBRID)))
 
 
 def test_rope_options_of_transformers_4_and_5_give_the_same_config():
     old = hf_config(rope_theta=5e5, rope_scaling={"type": "llama3", **LLAMA3})
     new = hf_config(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3})
-    assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)
-    assert ModelConfig.from_hf(new).rope_theta == 5e5
-    assert ModelConfig.from_hf(new).rope_scaling == {"rope_type": "llama3", **LLAMA3}
+    assert read_hf_config(old) == read_hf_config(new)
+    assert read_hf_config(new).rope_theta == 5e5
+    assert read_hf_config(new).rope_scaling == {"rope_type": "llama3", **LLAMA3}
     for plain in ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_parameters": {"rope_theta": 5e5}}):
-        config = ModelConfig.from_hf(hf_config(**plain))
+        config = read_hf_config(hf_config(**plain))
         assert (config.rope_theta, config.rope_scaling) == (5e5, None)
     # transformers 4 with a checkpoint saved by 5 has the default theta and the checkpoint's theta.
     both = hf_config(rope_theta=1e4, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    assert ModelConfig.from_hf(both).rope_theta == 5e5
+    assert read_hf_config(both).rope_theta == 5e5
 
 
 def test_scaled_queries_are_an_option_of_ministral3_alone():
     rope = {"rope_type": "yarn", "rope_theta": 1e4, **YARN}
     scaled = {"rope_parameters": {**rope, "llama_4_scaling_beta": 0.1}}
-    given = ModelConfig.from_hf(hf_config(**scaled, model_type="ministral3", sliding_window=None))
+    given = read_hf_config(hf_config(**scaled, model_type="ministral3", sliding_window=None))
     assert given.rope_scaling["llama_4_scaling_beta"] == 0.1
-    assert ModelConfig.from_hf(hf_config(**scaled)) == ModelConfig.from_hf(hf_config(rope_parameters=rope))
+    assert read_hf_config(hf_config(**scaled)) == read_hf_config(hf_config(rope_parameters=rope))
 
 
 def test_dtype_and_end_tokens_are_read():
-    config = ModelConfig.from_hf(hf_config(eos_token_id=[3, 4]))
+    config = read_hf_config(hf_config(eos_token_id=[3, 4]))
     assert (config.dtype, config.eos_token_ids) == (torch.bfloat16, (3, 4))
-    config = ModelConfig.from_hf(hf_config(dtype="float16"), eos_token_ids=(7, 8))
+    config = read_hf_config(hf_config(dtype="float16"), eos_token_ids=(7, 8))
     assert (config.dtype, config.eos_token_ids) == (torch.float16, (7, 8))
-    assert ModelConfig.from_hf(hf_config(torch_dtype=None, eos_token_id=None)).eos_token_ids == ()
+    assert read_hf_config(hf_config(torch_dtype=None, eos_token_id=None)).eos_token_ids == ()
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_dtype_and_end_tokens_are_read():
 )
 def test_unsupported_feature_is_refused_by_name(options, named):
     with pytest.raises(ValueError, match="qwen3, qwen2, llama, mistral, ") as error:
-        ModelConfig.from_hf(hf_config(**options))
+        read_hf_config(hf_config(**options))
     assert named in str(error.value)
 
 
@@ -238,12 +238,12 @@ def test_unsupported_feature_is_refused_by_name(options, named):
 )
 def test_invalid_options_are_named_instead_of_replaced_by_defaults(options, named):
     with pytest.raises(ValueError, match=named):
-        ModelConfig.from_hf(hf_config(**options))
+        read_hf_config(hf_config(**options))
 
 
 def test_missing_rope_option_is_named():
     with pytest.raises(ValueError, match=r"RoPE factor must be a number from 1e-15 to 1e15, got None"):
-        ModelConfig.from_hf(hf_config(rope_scaling={"rope_type": "linear"}))
+        read_hf_config(hf_config(rope_scaling={"rope_type": "linear"}))
 
 
 @pytest.mark.parametrize(
@@ -259,24 +259,24 @@ def test_missing_rope_option_is_named():
     ],
 )
 def test_scaling_extends_the_positions_unless_the_config_includes_it(scaling, positions):
-    assert ModelConfig.from_hf(hf_config(rope_scaling=scaling)).max_position == positions
+    assert read_hf_config(hf_config(rope_scaling=scaling)).max_position == positions
 
 
 @pytest.mark.parametrize("option", [{"factor": "x"}, {"factor": 2.0, "original_max_position_embeddings": "x"}])
 def test_rope_scaling_by_a_string_is_refused(option):
     with pytest.raises(ValueError, match=r"must be a number .*, got 'x'"):
-        ModelConfig.from_hf(hf_config(rope_scaling={"rope_type": "linear", **option}))
+        read_hf_config(hf_config(rope_scaling={"rope_type": "linear", **option}))
 
 
 def test_end_tokens_outside_the_vocabulary_are_ignored_with_a_warning(caplog):
-    config = ModelConfig.from_hf(hf_config(eos_token_id=[-1, 3, 99]), eos_token_ids=(-1,))
+    config = read_hf_config(hf_config(eos_token_id=[-1, 3, 99]), eos_token_ids=(-1,))
     assert config.eos_token_ids == (3,)
     assert "eos_token_id [-1, 99]: ids go from 0 to 98" in caplog.text
-    assert ModelConfig.from_hf(hf_config(eos_token_id=[3] * 1024)).eos_token_ids[-1] == 3
+    assert read_hf_config(hf_config(eos_token_id=[3] * 1024)).eos_token_ids[-1] == 3
     with pytest.raises(ValueError, match="eos_token_id must have at most 1024 ids, got 1025"):
-        ModelConfig.from_hf(hf_config(eos_token_id=[99] * 1025))
+        read_hf_config(hf_config(eos_token_id=[99] * 1025))
     with pytest.raises(ValueError, match=r"eos_token_id must be a token id or a list of them, got 2\.5"):
-        ModelConfig.from_hf(hf_config(eos_token_id=2.5))
+        read_hf_config(hf_config(eos_token_id=2.5))
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_end_tokens_outside_the_vocabulary_are_ignored_with_a_warning(caplog):
 )
 def test_dtype_of_a_whole_config_precedes_that_of_its_text(whole, text, found):
     config = Qwen3_5Config(text_config={**HYBRID, "dtype": text}, dtype=whole)
-    assert ModelConfig.from_hf(config).dtype == found
+    assert read_hf_config(config).dtype == found
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_dtype_of_a_whole_config_precedes_that_of_its_text(whole, text, found):
     ],
 )
 def test_a_window_that_hides_nothing_is_no_window(config):
-    config = ModelConfig.from_hf(config)
+    config = read_hf_config(config)
     assert (config.layer_types, config.sliding_window, config.window(0, 1 << 20)) == (None, None, 0)
 
 
@@ -328,17 +328,17 @@ def test_a_window_that_hides_nothing_is_no_window(config):
     ],
 )
 def test_layers_have_the_windows_of_the_family(config, windows):
-    config = ModelConfig.from_hf(config)
+    config = read_hf_config(config)
     assert {index: config.window(index, max_position=101) for index in windows} == windows
     assert not any(config.window(index, max_position=100) for index in windows)  # it hides nothing
 
 
 def test_layers_have_the_rope_of_their_type_or_none():
     yarn = {"rope_type": "yarn", "rope_theta": 9.0, **YARN}
-    config = ModelConfig.from_hf(Olmo3Config(rope_parameters={"full_attention": yarn, "sliding_attention": {}}))
+    config = read_hf_config(Olmo3Config(rope_parameters={"full_attention": yarn, "sliding_attention": {}}))
     assert [config.rope(i)[0] for i in range(4)] == [500000.0] * 3 + [9.0]
     assert [config.rope(i)[1] is None for i in range(4)] == [True, True, True, False]
-    config = ModelConfig.from_hf(SmolLM3Config(rope_parameters={"rope_theta": 7.0}))
+    config = read_hf_config(SmolLM3Config(rope_parameters={"rope_theta": 7.0}))
     assert [config.rope(i) for i in range(5)] == [(7.0, None)] * 3 + [(None, None), (7.0, None)]
 
 
@@ -446,7 +446,7 @@ def test_impossible_options_of_experts_in_a_file_are_named(options, message):
     experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": False}
     experts |= {"decoder_sparse_step": 1, "mlp_only_layers": None, "shared_expert_intermediate_size": 8}
     with pytest.raises(ValueError, match=message):
-        ModelConfig.from_hf(hf_config(model_type="qwen2_moe", **experts | options))
+        read_hf_config(hf_config(model_type="qwen2_moe", **experts | options))
 
 
 def test_models_with_other_experts_are_not_the_same():

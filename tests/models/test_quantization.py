@@ -18,7 +18,7 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import GateUpParallelLinear, LinearLayer, RowParallelLinear
 from nanovllm.layers.moe import Experts
 from nanovllm.models.decoder import Decoder
-from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.hf_config import read_hf_config
 from nanovllm.ops.moe.experts import experts
 from nanovllm.weights import quantization_config
 from nanovllm.weights.formats import ExpertFormat, PlainExperts, WeightFormat
@@ -210,7 +210,7 @@ def model_in_fp4(name, kind="fp4", seed=0, fused=False, **changes):
     """Return a model's config, its checkpoint in a kind of FP4, and the same one dequantized."""
     model = tiny_model(name, seed, **MODELS[name])
     model.config.quantization_config = {"quant_method": f"toy-{kind}"}
-    config = ModelConfig.from_hf(model.config)
+    config = read_hf_config(model.config)
     config = dataclasses.replace(config, quantization=dataclasses.replace(config.quantization, **changes))
     return config, *quantized(model.state_dict() if fused else separate_experts(model.state_dict()), kind)
 
