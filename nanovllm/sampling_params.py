@@ -282,7 +282,7 @@ class SamplingParams:
         seed: makes sampling repeatable whatever else runs in the batch; None and -1 derive one from the engine's. Other
             negative ones count from 2^63 backwards.
         min_tokens: before this many tokens, end-of-sequence and stop ids are not sampled and stop strings are ignored.
-            A structured output may be complete before.
+            A structured output may be complete before. `ignore_eos` lets end-of-sequence ids be sampled at any time.
         stop_token_ids: up to 32 ids that end the request; the id itself is kept in `token_ids`.
         n: number of samples, which share the blocks of the prompt. Sample i of a seeded request is repeatable too.
         stop: strings that end the request as soon as the text has one of them; the text ends before it.

@@ -5,6 +5,7 @@ import codecs
 import io
 import logging
 import os
+import signal
 import sys
 from typing import NoReturn, TypeVar
 
@@ -116,9 +117,19 @@ def _make_streams_usable() -> None:
         sys.stdin.reconfigure(encoding="utf-8" if is_ascii else None, errors="surrogateescape")
 
 
+def _obey_sigterm() -> None:
+    """Let SIGTERM end this process if it is process 1, as in a container. Linux gives that one no default action.
+
+    The server replaces this once its model is loaded.
+    """
+    if os.getpid() == 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Return the exit status: 0, 1 for a failure, 130 for Ctrl-C; wrong usage exits with 2."""
     _make_streams_usable()
+    _obey_sigterm()
     args = make_parser().parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(message)s")
     if args.command is _serve or getattr(args, "log_steps", False):

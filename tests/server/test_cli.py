@@ -152,6 +152,21 @@ def test_python_m_runs_the_command_line(monkeypatch, capsys):
     assert capsys.readouterr().out == f"nanovllm {__version__}\n"
 
 
+@pytest.mark.usefixtures("served")
+def test_process_1_obeys_sigterm_while_it_loads_a_model(monkeypatch):
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    app = sys.modules["nanovllm.server.app"]
+    monkeypatch.setattr(app, "serve", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert before is signal.SIG_DFL, "another handler would stay"
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["serve", "m"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+
+
 @pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
 def test_a_closed_stream_is_no_failure(stream, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("x\n"))
