@@ -18,7 +18,7 @@ import torch
 
 from nanovllm.checks import is_list, length, number, shown
 from nanovllm.config import Config, check_names
-from nanovllm.engine.guard import as_reason, close_at_exit
+from nanovllm.engine.guard import close_at_exit, without_traceback
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Request, check_request_id
 from nanovllm.executor.start import is_replicated
@@ -130,7 +130,7 @@ class AsyncLLM:
         """Close the engine and raise `reason` in all iterations."""
         if self._end_reason is None:
             logger.error("The engine has failed", exc_info=reason)
-            self._end_reason = as_reason(reason)
+            self._end_reason = without_traceback(reason)
         try:
             self.llm_engine.close()
         finally:

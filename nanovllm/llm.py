@@ -93,14 +93,15 @@ class LLM:
                         outputs[output.request_id] = output
                         bar.add(sum(len(sample.token_ids) for sample in output.outputs))
                     interrupts.let_through()
+                    # Only the oldest is looked at, so that a step costs the same for any number of requests.
                     while unfinished and not engine.expects_output(unfinished[0]):
                         unfinished.popleft()
         finally:
             if unfinished:  # an error or an interrupt
                 engine.abandon(requests)
         if not all(request.is_finished for request in requests):
-            engine.ensure_usable(needs=())  # `on_step` or another thread has closed the engine
-        # `on_step` may have ended requests, or have received their outputs.
+            engine.ensure_usable(needs=())  # raises: `on_step` or another thread has closed the engine
+        # An output is missing here if `on_step` aborted its request or took it with `step`. It is made again.
         now = time.monotonic()
         return [outputs.get(request.id) or request.take_output(engine.weight_version, now) for request in requests]
 
@@ -144,9 +145,10 @@ class LLM:
         return self.llm_engine.input_processor.chat_prompt_ids(messages, **template)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Generate for one prompt step by step: each output has what is new since the last one, or `output_kind` of it.
+        """Generate for one prompt step by step.
 
-        Other requests go on meanwhile. Leaving the iterator ends the request.
+        Each output has what is new since the last one, unless `output_kind` of the parameters says otherwise. Other
+        requests go on meanwhile. Closing or dropping the iterator ends the request.
 
         Raises:
             TypeError, ValueError: at once, if the request cannot be served.
@@ -193,8 +195,8 @@ class LLM:
         Args:
             prompt: text, which is tokenized with the model's special tokens, or one of the other forms in `generate`.
             sampling_params: None are those of `get_default_sampling_params`.
-            request_id: an id that no request has which is unfinished or whose output waits for `step`; None numbers it.
-                An integer becomes a string, as all ids are in outputs.
+            request_id: the request's id; None numbers it. No request that is unfinished, or whose output waits for
+                `step`, may have the same id. An integer becomes a string, as all ids are in outputs.
             stream: `step` returns what is new each time there is something, instead of everything at the end. None
                 streams if `output_kind` of `sampling_params` asks for it.
 

@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 @dataclass(slots=True)
 class Admission:
-    """A slot's new sequence, as far as the sampler must know it.
+    """What the sampler must know about a slot's new sequence.
 
     Args:
         min_length: while the sequence, prompt included, is shorter, `stop_ids` cannot be sampled.

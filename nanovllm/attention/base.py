@@ -22,8 +22,8 @@ class Context:
 
     A captured mixed step has no decode rows here: attention treats rows of one token as prefill rows.
 
-    There are D decode rows, P prefill rows and R = D + P rows; T tokens: D and those of the prefill rows; S slots and
-    one scratch slot.
+    Sizes: D decode rows, P prefill rows, R = D + P rows; T tokens, D of decode rows and the rest of prefill rows; S
+    slots and one scratch slot; W entries in a block table. A rank has H query heads and K KV heads of size Dh.
     """
 
     backend: "AttentionBackend"
@@ -36,8 +36,8 @@ class Context:
     max_seqlen_q: int = 0  # upper bound of the tokens of a prefill row
     max_context_len: int = 0  # upper bound of the context of a prefill row
     shared: SharedPrefixPlan | None = None  # prefixes of decode rows, if one kernel attends to them for all rows
-    # [L] int64, tokens whose hidden states the last layer returns. None: all tokens, because each row is one token, or
-    # because the step keeps all hidden states (for prompt logprobs).
+    # [R] int64, the last token of each row: the last layer returns the hidden states of these only. None: all tokens,
+    # because each row is one token, or because the step keeps all hidden states (for prompt logprobs).
     last_indices: Tensor | None = None
     # All R rows for layers with recurrent state, with a plan of each class of these layers.
     state_rows: Mapping[type, StateRows] = field(default_factory=dict)

@@ -32,15 +32,20 @@ class TritonBackend(AttentionBackend):
             raise ValueError(f"attention_backend='triton' needs a CUDA device, not device={str(device)!r}; use 'torch'")
 
     def prepare(self, ctx: Context) -> None:
-        """Plan for both contexts of a step now: in the last layer, a plan would stand between overlapping kernels."""
+        """Plan both contexts of a step, unless one kernel attends without a plan.
+
+        The last layer's plan is made now, too: a kernel for it would separate the layers' kernels, which overlap.
+        """
         if not self._fuses(ctx):
             super().prepare(ctx)
 
     def plan(self, ctx: Context) -> dict[KVKind, DecodePlan]:
         """Plan decode attention, for each kind of cache."""
+        if not ctx.num_decode:
+            return {}
         rows = ctx.decode_rows
         plans = {}
-        for kind in ctx.kv_kinds if ctx.num_decode else ():
+        for kind in ctx.kv_kinds:
             policy = default_split_policy(len(rows), kind.kv_heads, sm_count(rows.slots.device), kind.is_fp8)
             lens = rows.context_lens.clamp(max=kind.window) if kind.window else rows.context_lens
             plans[kind] = plan_decode_triton(lens, kind.kv_heads, policy)

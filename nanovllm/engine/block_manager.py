@@ -107,7 +107,8 @@ class BlockManager:
         """
         if not self.enable_prefix_caching:
             return []
-        found = seq.found_prefix = list(takewhile(lambda pair: self.blocks[pair[0]].uid == pair[1], seq.found_prefix))
+        found = list(takewhile(self._is_unchanged, seq.found_prefix))
+        seq.found_prefix = found  # the loop below appends to it
         prefix_hash, parent_uid = _empty_prefix(seq)
         if found:
             prefix_hash = self.blocks[found[-1][0]].hash
@@ -146,8 +147,9 @@ class BlockManager:
         """
         if not self.enable_prefix_caching:
             return
+        # Most calls stop here: every row of every step calls this, and few rows fill a block.
         if placement.num_computed < (placement.num_registered + 1) * self.block_size:
-            return  # as in most calls: every row of every step makes one
+            return
         # Pending tokens count as computed, but the host does not know their ids yet.
         num_full = min(placement.num_computed, len(seq.token_ids)) // self.block_size
         for i in range(placement.num_registered, num_full):
@@ -169,6 +171,11 @@ class BlockManager:
         """Empty the prefix index. Sequences keep their blocks, but no other will share them."""
         for block_id in range(self.num_blocks):
             self._remove_from_index(block_id)
+
+    def _is_unchanged(self, found: tuple[int, int]) -> bool:
+        """Return whether a block still has the content that it had when it was found: (block id, uid)."""
+        block_id, uid = found
+        return self.blocks[block_id].uid == uid
 
     def _block_tokens(self, seq: Sequence, i: int) -> tuple[int, ...]:
         return tuple(seq.token_ids[i * self.block_size : (i + 1) * self.block_size])

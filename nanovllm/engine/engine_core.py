@@ -59,7 +59,11 @@ class EngineCore:
         return stats
 
     def _must_collect(self, launched: ScheduledStep | None) -> bool:
-        """Return whether to collect the oldest step in flight now, after `launched`; None if no step was launched."""
+        """Return whether to collect the oldest step in flight now.
+
+        Args:
+            launched: the step that was launched just before; None if there was nothing to launch.
+        """
         if launched is None or not self.requests:
             # Nothing is left to overlap with. If all requests ended early, their blocks become free now.
             return bool(self.in_flight)
@@ -110,7 +114,7 @@ class EngineCore:
         return self.requests.get(request.id) is request  # not only the id: another request may have it by now
 
     def has_output(self, request: Request) -> bool:
-        """Return whether nobody has taken an output of `request` yet."""
+        """Return whether an output of `request` waits to be taken."""
         return any(owner is request for owner, _ in self.outputs)
 
     def has_id(self, request_id: str) -> bool:

@@ -1,4 +1,4 @@
-"""Guards the state of an engine: whether it can be used now, by which thread, and that each change of it is whole."""
+"""Guards the state of an engine: whether it can be used now, by which thread, and that each change of it is atomic."""
 
 import atexit
 import copy
@@ -37,11 +37,11 @@ class _Forks:
 os.register_at_fork(after_in_child=_Forks.add)
 
 
-def as_reason(error: BaseException) -> BaseException:
-    """Return a copy of an error that can be kept. The frames of its traceback hold the model and a caller's tensors."""
+def without_traceback(error: BaseException) -> BaseException:
+    """Return a copy of an error that can be kept: the traceback's frames hold the model and a caller's tensors."""
     try:
         return copy.copy(error)
-    except Exception:  # the arguments of its class are others than its `args`
+    except Exception:  # copying calls the class with `args`, which may not be its arguments
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
@@ -170,7 +170,7 @@ class Guard:
         try:
             yield
         except BaseException as error:
-            self.weight_error = as_reason(error)
+            self.weight_error = without_traceback(error)
             self.update_open = False
             raise
         finally:
@@ -178,7 +178,7 @@ class Guard:
 
 
 class Section(DeferInterrupts):
-    """Change the engine's state as a whole in a `with` block: refuse other threads, and hold back interrupts.
+    """Make a `with` block a critical section of the engine: refuse other threads, and hold back interrupts.
 
     Sections may be nested.
 

@@ -17,7 +17,7 @@ from nanovllm.checks import is_list, shown
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.engine_core import EngineCore
-from nanovllm.engine.guard import MEMORY, Guard, Section, as_reason, close_at_exit
+from nanovllm.engine.guard import MEMORY, Guard, Section, close_at_exit, without_traceback
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.interrupts import DeferInterrupts
 from nanovllm.engine.openmp import ThreadWatch, use_one_thread_after_fork
@@ -58,7 +58,8 @@ class LLMEngine:
     Attributes:
         on_step, time_gpu: see `LLM`.
         core: the requests and the loop over their steps.
-        abandoned: requests whose callers have gone; the next section ends them.
+        abandoned: requests whose callers have gone, an ordered set: the values mean nothing. The end of a section ends
+            these requests.
         holds_resources: whether there is anything for `close` to give back.
     """
 
@@ -79,10 +80,11 @@ class LLMEngine:
         runner = self.executor.runner
         num_kv_tokens = runner.num_blocks * self.config.kvcache_block_size
         self.max_model_len = min(runner.max_model_len, num_kv_tokens)
-        asked = self.config.max_model_len
-        if runner.max_model_len < asked != Config().max_model_len:  # nobody asked for the default
+        configured = self.config.max_model_len
+        # The default is lowered without a warning, because nobody asked for it.
+        if configured > runner.max_model_len and configured != Config().max_model_len:
             message = "max_model_len is %d in place of %d: the model knows no more positions"
-            logger.warning(message, runner.max_model_len, asked)
+            logger.warning(message, runner.max_model_len, configured)
         if num_kv_tokens < runner.max_model_len:
             message = "max_model_len is %d in place of %d: num_kvcache_blocks=%d hold no more tokens"
             logger.warning(message, num_kv_tokens, runner.max_model_len, runner.num_blocks)
@@ -116,10 +118,13 @@ class LLMEngine:
     def _take(self, requests: Collection[Request] | None = None) -> list[RequestOutput]:
         """Remove the outputs of `requests`, or all, and return them. After an interrupt none has been removed."""
         core = self.core
-        all_outputs = self.core.outputs
+        all_outputs = core.outputs
         try:
-            core.outputs = [] if requests is None else [pair for pair in all_outputs if pair[0] not in requests]
-            return [output for request, output in all_outputs if requests is None or request in requests]
+            if requests is None:
+                core.outputs = []
+                return [output for _, output in all_outputs]
+            core.outputs = [pair for pair in all_outputs if pair[0] not in requests]
+            return [output for request, output in all_outputs if request in requests]
         except BaseException:
             core.outputs = all_outputs
             raise
@@ -225,11 +230,11 @@ class LLMEngine:
 
     def end_abandoned(self) -> None:
         """End the abandoned requests now, or let the open section do it at its end."""
-        # Python's garbage collector may end a stream's iterator within a section.
+        # The garbage collector may end a stream's iterator within a section, whose end then ends the request.
         if self.abandoned and not self.guard.in_section:
-            # RuntimeError: another thread uses the engine, and its section ends them.
+            # RuntimeError: another thread uses the engine, and the end of its section ends the requests.
             with suppress(RuntimeError), self._section():
-                pass
+                pass  # the end of this section calls `_end_abandoned`
 
     def abandon_with_consumer(self, request: Request, consumer: Any) -> None:
         """Abandon a request as soon as its consumer has been garbage-collected."""
@@ -248,7 +253,9 @@ class LLMEngine:
         """End the abandoned requests and drop their outputs. Call this in a section."""
         core = self.core
         while self.abandoned:
-            abandoned = list(self.abandoned)  # oldest first, because the queue is searched from its front
+            # A copy, because the garbage collector may abandon more requests meanwhile; the outer loop ends those.
+            # `generate` abandons its oldest request first: `Scheduler.finish` searches `running` from the oldest on.
+            abandoned = list(self.abandoned)
             for request in abandoned:
                 if core.is_unfinished(request):
                     core.abort(request)
@@ -261,7 +268,9 @@ class LLMEngine:
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | str | Path) -> int:
         """Overwrite the weights in place, on all ranks; see `LLM.update_weights`."""
         self.ensure_usable(_UPDATE_NEEDS, allow_partial_weights=True)
-        weights = weight_pairs(new_weights(weights, self.source.config) if isinstance(weights, str | Path) else weights)
+        if isinstance(weights, str | Path):
+            weights = new_weights(weights, self.source.config)
+        weights = weight_pairs(weights)
         with self._section() as section:
             self.start_weight_update()
             self.load_weights(section.pull(weights))
@@ -409,7 +418,7 @@ class LLMEngine:
             raise
 
     def _fail(self, error: BaseException) -> None:
-        self.guard.error = as_reason(error)
+        self.guard.error = without_traceback(error)
         # The caller may keep the error. Its frames hold the model and a step's tensors.
         traceback.clear_frames(error.__traceback__)
         try:

@@ -46,7 +46,8 @@ class Request:
         created: when this object was made, by `time.monotonic`: the request is then ready to be queued.
         metrics: times and counts so far.
         consumer: refers weakly to the iterator of a stream, and abandons the request when that is garbage-collected.
-        delivered: for each sample of a stream, how many tokens and which finish reason its caller has received.
+        delivered: for each sample of a stream of deltas, what its caller has received: the number of tokens, those of
+            the prompt included, and the finish reason.
     """
 
     chosen_id: str | None
@@ -94,7 +95,10 @@ class Request:
 
     @property
     def lacks_prompt_logprobs(self) -> bool:
-        """Whether the first sample still computes those of the prompt. Others may have tokens before."""
+        """Whether some logprobs of the prompt are still missing.
+
+        Only the first sample computes them. The other samples may have output tokens before that.
+        """
         first = self.samples[0]
         return first.num_prompt_logprobs is not None and len(first.prompt_logprobs) < len(first.prompt_ids)
 

@@ -22,15 +22,15 @@ STEP_MASK_SECONDS = 0.01
 # A sequence whose mask takes more CPU seconds than this is aborted. With an ambiguous grammar, the time of a mask grows
 # with the cube of the text's length, so the first mask over the limit is not far over it.
 _MAX_MASK_SECONDS = 0.02
-# Virtual time of masks (see `Scheduler._compute_masks`), in seconds. A sequence that goes on is at most _MASK_CREDIT
-# behind the clock: enough that one with usual masks comes before those with costly ones. One that starts is _MASK_START
-# ahead of it: else an endless row of short ones, which all start now, would keep a longer one from its turn.
+# Virtual time of masks (see `Scheduler._compute_masks`), in seconds. A sequence that has had a mask is at most
+# _MASK_CREDIT behind the clock: enough for cheap masks to come before costly ones. The first mask of a sequence is
+# _MASK_START ahead of the clock: otherwise a steady stream of new, short sequences would starve a longer one.
 _MASK_CREDIT = 0.0005
 _MASK_START = 0.0001
-# Bounds the host's time for a step that admits sequences: it stops once it sends this many block ids to the device. A
-# request may have hundreds of samples of a long prompt. Hashing and sharing this many cached blocks took 13 ms.
+# A step admits no more sequences once it sends this many block ids to the device. This bounds the host's time, because
+# a request may have hundreds of samples of a long prompt. Hashing and sharing this many cached blocks took 13 ms.
 _MAX_NEW_BLOCKS = 8500
-# A step stops to admit after this many sequences had to wait for a snapshot: each lookup hashes a whole prompt in vain.
+# A step admits no more sequences after this many had to wait for a snapshot: each lookup hashes a whole prompt in vain.
 _MAX_DEFERRED = 8
 
 
@@ -83,8 +83,6 @@ class Scheduler:
         preempted = False
         running = list(self.running)
         for i, seq in enumerate(running, start=1):
-            if budget == 0:
-                break
             placement = seq.placement
             if placement is None:
                 continue  # preempted for a sequence before it
@@ -93,9 +91,11 @@ class Scheduler:
                 continue  # its last token is in flight
             if seq.token_filter and seq.lacks_mask:
                 continue
-            # A token is left for each sequence after it. There may be one although this prompt is not done: a snapshot
-            # can end a chunk early, and the rest of that step admits others.
-            num_new = min(num_tokens - placement.num_computed, max(1, budget - (len(running) - i)))
+            # Leave one token for each sequence after this one. The budget suffices: it is at least `max_num_seqs`.
+            # Others may follow an unfinished prompt: a snapshot can end its chunk early, and the rest of that step
+            # admits new sequences.
+            num_after = len(running) - i
+            num_new = min(num_tokens - placement.num_computed, budget - num_after)
             if self.snapshots:
                 num_new = self.snapshots.limit(placement, num_new)
             end = placement.num_computed + num_new
@@ -175,7 +175,10 @@ class Scheduler:
         budget = STEP_MASK_SECONDS if self.limit_masks else math.inf
         clock = self.mask_clock
         for seq, _ in lacking:
-            seq.virtual_time = max(seq.virtual_time, clock - _MASK_CREDIT) if seq.virtual_time else clock + _MASK_START
+            if seq.virtual_time:
+                seq.virtual_time = max(seq.virtual_time, clock - _MASK_CREDIT)
+            else:
+                seq.virtual_time = clock + _MASK_START
         for seq, token_filter in sorted(lacking, key=lambda pair: pair[0].virtual_time):
             if budget <= 0:
                 break

@@ -78,7 +78,8 @@ class Sequence:
         status: whether it waits, runs or has finished.
         placement: its slot and blocks; None while it has none.
         token_ids: prompt and output, as far as the host knows them.
-        found_prefix: id and uid of the cached blocks that its tokens were last found to start with, while it waits.
+        found_prefix: (block id, uid) of each cached block that the last `BlockManager.find_prefix` found. Empty once it
+            is admitted.
         mask: the filter's bit mask of allowed next tokens, if it depends on the output. None until it is computed, and
             again once a row samples with it.
         virtual_time: decides whose mask is computed next, see `Scheduler._compute_masks`; 0 before the first one.

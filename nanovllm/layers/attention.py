@@ -42,11 +42,13 @@ class Attention(StatefulLayer):
         self.window = window
         self.rotary = rotary
         self.q_norm = self.k_norm = None
+        q_weight = k_weight = None
         if qk_norm_eps is not None:
             options = {"dtype": dtype, "zero_centered": zero_centered, "order": rotary.order}
             self.q_norm = RMSNorm(head_dim, qk_norm_eps, **options)
             self.k_norm = RMSNorm(head_dim, qk_norm_eps, **options)
-        q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
+            q_weight = self.q_norm.weight
+            k_weight = self.k_norm.weight
         self.transform = QKTransform(
             num_heads, rotary.cos_sin, q_weight, k_weight, qk_norm_eps or 0.0, query_scale=rotary.query_scale
         )

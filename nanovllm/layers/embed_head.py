@@ -9,7 +9,7 @@ from nanovllm.arithmetic import ceil_div
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.layer import Layer
 from nanovllm.layers.linear import LinearLayer
-from nanovllm.layers.residual import Normed, Residual, as_normed
+from nanovllm.layers.residual import LazyNorm, Residual, as_lazy_norm
 from nanovllm.weights.formats import Plain, Table
 from nanovllm.weights.parameter import CheckpointTensor, check_dtype, check_shape, make_parameter
 
@@ -114,6 +114,8 @@ class ParallelLMHead(VocabParallel, LinearLayer):
             delattr(self, name)
         self.set_format(Plain(embedding.weight, is_shared=True))
 
-    def forward(self, x: torch.Tensor | Normed) -> torch.Tensor:
-        x, norm = as_normed(x)
-        return self.tp.all_to_all(self.format.linear(x, norm=norm))[:, : self.num_embeddings]
+    def forward(self, x: torch.Tensor | LazyNorm) -> torch.Tensor:
+        x, norm = as_lazy_norm(x)
+        shard = self.format.linear(x, norm=norm)  # [L, size]: all tokens, this rank's shard of the vocabulary
+        logits = self.tp.all_to_all(shard)  # [M, size * ranks]: this rank's tokens, the whole vocabulary
+        return logits[:, : self.num_embeddings]  # without the padding of the last shards

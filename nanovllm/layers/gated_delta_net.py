@@ -8,7 +8,7 @@ import torch
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ColumnParallelLinear, LazyGemm, RowParallelLinear, Shard, divide
-from nanovllm.layers.residual import Normed
+from nanovllm.layers.residual import LazyNorm
 from nanovllm.layers.state import SlotStateSpec, StatefulLayer
 from nanovllm.ops.gdn.gated_delta_net import gated_delta_net
 from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
@@ -25,7 +25,7 @@ class GatedDeltaNetConfig:
 
     Args:
         num_value_heads: a multiple of `num_key_heads`.
-        conv_width: taps of the convolution.
+        conv_width: taps of the convolution. The kernels have CONV_WIDTH; `ModelConfig` refuses others.
         is_packed: the checkpoint has one projection of q, k, v and z and one of b and a, both ordered by key head.
     """
 
@@ -79,7 +79,7 @@ class GatedDeltaNet(StatefulLayer):
         keys = (key_heads, config.key_head_dim, config.num_key_heads)
         channels = joined_rows(keys, keys, (heads, config.value_head_dim, config.num_value_heads))
 
-        self.sizes = [len(channels), num_values, num_heads, num_heads]  # of qkv, z, b and a
+        self.split_sizes = [len(channels), num_values, num_heads, num_heads]  # of qkv, z, b and a
         shards = _packed_shards(config, key_heads) if config.is_packed else _shards(config, channels, heads)
         gates: dict[ShardId, Shard] = {name: shards.pop(name) for name in ("b", "a", "ba") if name in shards}
         names = [shard.name for shard in shards.values()]
@@ -94,11 +94,11 @@ class GatedDeltaNet(StatefulLayer):
             all_values, hidden_size, dtype=dtype, tp=tp, allocate_weight=formats.weight("out_proj")
         )
         self.norm = RMSNorm(config.value_head_dim, eps, dtype=dtype)
-        conv = (len(channels), CONV_WIDTH)
-        whole_conv = (config.num_channels, 1, CONV_WIDTH)
+        conv_shape = (len(channels), CONV_WIDTH)
+        whole_conv_shape = (config.num_channels, 1, CONV_WIDTH)
         by_head = {"shape": (num_heads,), "whole": (config.num_value_heads,), "dtype": torch.float32}
         self.targets = {
-            "conv1d.weight": rows_of(channels, shape=conv, whole=whole_conv, dtype=dtype),
+            "conv1d.weight": rows_of(channels, shape=conv_shape, whole=whole_conv_shape, dtype=dtype),
             "A_log": rows_of(np.array(heads), **by_head)._replace(dummy=0.0),
             "dt_bias": rows_of(np.array(heads), **by_head)._replace(dummy=1.0),
         }
@@ -126,17 +126,17 @@ class GatedDeltaNet(StatefulLayer):
     def plan_prompts(cu_seqlens: torch.Tensor, num_tokens: int, max_prompts: int) -> PromptPlan | None:
         return prompt_plan_triton(cu_seqlens, num_tokens, max_prompts) if cu_seqlens.is_cuda else None
 
-    def forward(self, x: Normed, positions: torch.Tensor, last_indices: torch.Tensor | None) -> LazyGemm:
+    def forward(self, x: LazyNorm, positions: torch.Tensor, last_indices: torch.Tensor | None) -> LazyGemm:
         rows = get_context().state_rows.get(type(self))
         if self.state is None or rows is None:
             raise RuntimeError("this layer has no recurrent state: bind() one first, and give the context state_rows")
         if self.gates_proj is None:
-            inputs = GdnInputs(*self.in_proj(x).split(self.sizes, dim=1))
+            inputs = GdnInputs(*self.in_proj(x).split(self.split_sizes, dim=1))
         else:
             x = x.computed()  # once for both projections
             qkvz = self.in_proj(x)
             gates = self.gates_proj(x)
-            inputs = GdnInputs(*qkvz.split(self.sizes[:2], dim=1), *gates.split(self.sizes[2:], dim=1))
+            inputs = GdnInputs(*qkvz.split(self.split_sizes[:2], dim=1), *gates.split(self.split_sizes[2:], dim=1))
         out = gated_delta_net(inputs, self.weights, self.state, rows)
         return self.out_proj(out if last_indices is None else out[last_indices])
 

@@ -4,17 +4,17 @@ from torch import nn
 
 from nanovllm.layers.layer import Layer
 from nanovllm.layers.linear import LazyGemm
-from nanovllm.layers.residual import Normed, Residual
+from nanovllm.layers.residual import LazyNorm, Residual
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
 from nanovllm.weights.parameter import CheckpointTensor, check_shape, make_parameter, select
 
 
 class RMSNorm(Layer):
-    """RMSNorm (arXiv:1910.07467). What it returns depends on the input.
+    """RMSNorm (arXiv:1910.07467). The input decides what runs:
 
-    - Of a tensor [T, size]: its norm.
-    - Of a `Residual`: a lazy `Normed`.
-    - Of a `LazyGemm`: it runs the GEMM and the all-reduce, and returns the norm of the result.
+    - A tensor [T, size]: the norm runs now.
+    - A `Residual`: returns a `LazyNorm`, whose norm the next linear layer may fuse.
+    - A `LazyGemm` (post-norm layers): the GEMM, the all-reduce and the norm run now.
 
     Args:
         zero_centered: the checkpoint has the weight minus 1. The weight is float32, as 1 + w needs more bits than w.
@@ -47,7 +47,7 @@ class RMSNorm(Layer):
         dummy = 0.0 if self.zero_centered else 1.0
         return {f"{prefix}.weight": CheckpointTensor(self.weight, tuple(self.weight.shape), dummy=dummy)}
 
-    def forward(self, x: torch.Tensor | Residual | LazyGemm) -> torch.Tensor | Normed:
+    def forward(self, x: torch.Tensor | Residual | LazyGemm) -> torch.Tensor | LazyNorm:
         if isinstance(x, Residual):
             return x.normed((self.weight, self.eps))
         if isinstance(x, LazyGemm):

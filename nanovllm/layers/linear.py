@@ -16,7 +16,7 @@ from torch import nn
 from nanovllm.arithmetic import ceil_div
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.layer import Layer
-from nanovllm.layers.residual import Norm, Normed, Residual, as_normed
+from nanovllm.layers.residual import LazyNorm, Norm, Residual, as_lazy_norm
 from nanovllm.ops.dispatch import Adder
 from nanovllm.ops.fp8.quantize import LazySwiglu
 from nanovllm.utils.context import get_counters
@@ -124,14 +124,15 @@ class ColumnParallelLinear(LinearLayer):
         super().__init__()
         self.shards = shards
         self.rows: dict[ShardId, slice] = {}
-        rows = 0
+        num_rows = 0
+        alignment = 0
         for shard_id, shard in shards.items():
-            self.rows[shard_id] = slice(rows, rows + shard.size)
-            rows += shard.size
-        alignments = (shard.row_alignment(self.rows[shard_id].start) for shard_id, shard in shards.items())
-        options = {"weight_loader": self.weight_loader, "row_alignment": math.gcd(*alignments)}
-        self.set_format(allocate_weight(rows, in_features, dtype=dtype, **options))
-        self.bias = make_parameter(rows, dtype=dtype, weight_loader=self.weight_loader) if bias else None
+            self.rows[shard_id] = slice(num_rows, num_rows + shard.size)
+            alignment = math.gcd(alignment, shard.row_alignment(num_rows))
+            num_rows += shard.size
+        options = {"weight_loader": self.weight_loader, "row_alignment": alignment}
+        self.set_format(allocate_weight(num_rows, in_features, dtype=dtype, **options))
+        self.bias = make_parameter(num_rows, dtype=dtype, weight_loader=self.weight_loader) if bias else None
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId) -> None:
         target = self._target(param, shard_id)
@@ -172,8 +173,8 @@ class ColumnParallelLinear(LinearLayer):
         target_index = slice(rows.start // step, ceil_div(rows.stop, step))
         return CheckpointTensor(param, shape, shard_id, target_index)
 
-    def forward(self, x: torch.Tensor | Normed | Residual) -> torch.Tensor:
-        x, norm = as_normed(x)
+    def forward(self, x: torch.Tensor | LazyNorm | Residual) -> torch.Tensor:
+        x, norm = as_lazy_norm(x)
         return self.format.linear(x, self.bias, norm=norm, counters=get_counters())
 
 
@@ -208,9 +209,9 @@ class GateUpParallelLinear(ColumnParallelLinear):
         }
         super().__init__(hidden_size, shards, bias, dtype, allocate_weight)
 
-    def forward(self, x: torch.Tensor | Normed | Residual) -> Any:
+    def forward(self, x: torch.Tensor | LazyNorm | Residual) -> Any:
         """Return SwiGLU of x for a RowParallelLinear: a tensor, or a `LazySwiglu`."""
-        x, norm = as_normed(x)
+        x, norm = as_lazy_norm(x)
         return self.format.gate_up(x, self.bias, norm=norm, counters=get_counters())
 
 

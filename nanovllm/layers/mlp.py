@@ -5,7 +5,7 @@ import torch
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.layer import Layer
 from nanovllm.layers.linear import GateUpParallelLinear, LazyGemm, RowParallelLinear
-from nanovllm.layers.residual import Normed, Residual
+from nanovllm.layers.residual import LazyNorm, Residual
 from nanovllm.weights.layer_formats import PLAIN_FORMATS, LayerFormats
 
 
@@ -39,5 +39,5 @@ class MLP(Layer):
             intermediate_size, hidden_size, bias, dtype=dtype, tp=tp, allocate_weight=formats.weight("down_proj")
         )
 
-    def forward(self, x: Normed | Residual) -> LazyGemm:
+    def forward(self, x: LazyNorm | Residual) -> LazyGemm:
         return self.down_proj(self.gate_up_proj(x))

@@ -11,7 +11,7 @@ from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.layer import Layer
 from nanovllm.layers.linear import ColumnParallelLinear, Shard, divide
 from nanovllm.layers.mlp import MLP
-from nanovllm.layers.residual import Normed, Residual
+from nanovllm.layers.residual import LazyNorm, Residual
 from nanovllm.ops.moe.experts import Shared
 from nanovllm.ops.moe.router import route
 from nanovllm.weights.formats import ExpertSizes, Plain
@@ -63,7 +63,7 @@ class Router(ColumnParallelLinear):
         super().__init__(hidden_size, shards, bias=False, dtype=dtype, allocate_weight=_allocate_aligned)
         self.config = config
 
-    def choose(self, x: Normed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def choose(self, x: LazyNorm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Choose the experts of x [T, H]. The weights are rounded to the dtype of the logits, as in transformers.
 
         Returns:
@@ -190,7 +190,7 @@ class SparseMoE(Layer):
             options = {"dtype": dtype, "tp": tp, "formats": formats.of("shared_expert")}
             self.shared_expert = MLP(hidden_size, config.shared_intermediate_size, **options)
 
-    def forward(self, x: Normed) -> "LazyExperts":
+    def forward(self, x: LazyNorm) -> "LazyExperts":
         if not self.experts.format.fuses_norm(x.x, self.gate.config.experts_per_token):
             x = x.computed()
         ids, weights, gate = self.gate.choose(x)
@@ -217,7 +217,7 @@ class LazyExperts:
     """
 
     layer: Experts
-    x: Normed
+    x: LazyNorm
     ids: torch.Tensor
     weights: torch.Tensor
     shared: Shared | None

@@ -11,8 +11,8 @@ from nanovllm.ops.norm_rope.rms_norm import rms_norm
 Norm = tuple[torch.Tensor, float]  # weight and epsilon of an RMSNorm
 
 
-class Normed(NamedTuple):
-    """The RMSNorm of a residual stream: the linear layer that reads it may fuse the norm.
+class LazyNorm(NamedTuple):
+    """An RMSNorm that may not have run yet, so that the linear layer that reads it can fuse it.
 
     Attributes:
         x: [T, hidden_size].
@@ -22,9 +22,9 @@ class Normed(NamedTuple):
     x: torch.Tensor
     norm: Norm | None
 
-    def computed(self) -> "Normed":
+    def computed(self) -> "LazyNorm":
         """Return this with the norm applied, for several layers that cannot fuse it."""
-        return self if self.norm is None else Normed(rms_norm(self.x, *self.norm), None)
+        return self if self.norm is None else LazyNorm(rms_norm(self.x, *self.norm), None)
 
 
 class LazyValue(Protocol):
@@ -39,13 +39,14 @@ class LazyValue(Protocol):
 class Residual:
     """The residual stream of T tokens.
 
-    Its value is x, or base + all_reduce(x) while the stream is partial. `complete` makes x that value, in place.
+    Its value is x, or base + all_reduce(x) while `is_partial`. `complete` computes this value in x, in place.
 
     Attributes:
         x: [T, hidden_size].
         tp: the tensor-parallel group.
-        base: None, or [T, hidden_size], the same on every rank.
-        is_partial: whether x is only this rank's partial sum.
+        base: [T, hidden_size], the same on every rank: what is still to be added to the all-reduced x. None if nothing.
+        is_partial: whether the all-reduce of x, the addition of `base`, or both are still to be done. On one rank only
+            the addition is.
     """
 
     x: torch.Tensor
@@ -77,9 +78,11 @@ class Residual:
         """Make x the whole stream, in place, and return it."""
         return self._all_reduce(norm=None) if self.is_partial else self.x
 
-    def normed(self, norm: Norm) -> Normed:
+    def normed(self, norm: Norm) -> LazyNorm:
         """Return the RMSNorm of the stream. It is computed now only if the stream needs an all-reduce anyway."""
-        return Normed(self._all_reduce(norm), None) if self.is_partial else Normed(self.x, norm)
+        if self.is_partial:
+            return LazyNorm(self._all_reduce(norm), None)
+        return LazyNorm(self.x, norm)
 
     def _all_reduce(self, norm: Norm | None) -> torch.Tensor:
         """Overwrite x with its sum over the ranks plus `base`. Return x, or its RMSNorm."""
@@ -88,8 +91,8 @@ class Residual:
         return result
 
 
-def as_normed(x: torch.Tensor | Normed | Residual) -> Normed:
-    """Return a tensor, or a residual stream that is read without a norm, as a `Normed` that needs no norm."""
-    if isinstance(x, Normed):
+def as_lazy_norm(x: torch.Tensor | LazyNorm | Residual) -> LazyNorm:
+    """Return the input of a linear layer as a `LazyNorm`. A tensor or a residual stream is read without a norm."""
+    if isinstance(x, LazyNorm):
         return x
-    return Normed(x.complete() if isinstance(x, Residual) else x, None)
+    return LazyNorm(x.complete() if isinstance(x, Residual) else x, None)

@@ -48,7 +48,7 @@ class WholeQKNorm(Layer):
         squares = torch.stack([x.float().square().sum(1) for x in parts], dim=1)
         squares = self.tp.all_reduce(squares).split(1, dim=1)
         for x, weight, total in zip(parts, weights, squares, strict=True):
-            # A key head that several ranks have counts as often in `total` as here.
+            # If several ranks hold the same key head, the sum and the count both include it once per rank.
             mean = total / (len(weight) * self.tp.size)
             x.copy_((x.float() * torch.rsqrt(mean + self.eps)).to(x.dtype) * weight)
         return qkv

@@ -17,7 +17,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import LazyGemm, LinearLayer, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.mlp import MLP
 from nanovllm.layers.moe import Router, SparseMoE
-from nanovllm.layers.residual import Normed, Residual
+from nanovllm.layers.residual import LazyNorm, Residual
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.layers.whole_qk_norm import WholeQKNorm
 from nanovllm.models.model_config import ModelConfig
@@ -74,15 +74,16 @@ class SelfAttention(Layer):
             allocate_weight=formats.weight("o_proj"),
         )
 
-    def forward(self, x: Normed | Residual, positions: torch.Tensor, last_indices: torch.Tensor | None) -> LazyGemm:
-        # The gates come first, so that the rest is what the kernels of attention read.
-        qkv = self.qkv_proj(x)
-        gate_size = self.qkv_proj.gate_size
+    def forward(self, x: LazyNorm | Residual, positions: torch.Tensor, last_indices: torch.Tensor | None) -> LazyGemm:
+        projected = self.qkv_proj(x)
+        gate_size = self.qkv_proj.gate_size  # 0 for most models
+        # Gates come before queries, keys and values, so that attention gets these three as one slice.
+        qkv = projected[:, gate_size:]
         if self.whole_qk_norm is not None:
-            self.whole_qk_norm(qkv[:, gate_size:])
-        attended = self.attn(qkv[:, gate_size:], positions, last_indices)
+            self.whole_qk_norm(qkv)
+        attended = self.attn(qkv, positions, last_indices)
         if gate_size:
-            gate = qkv[:, :gate_size]
+            gate = projected[:, :gate_size]
             attended = sigmoid_mul(attended, gate if last_indices is None else gate[last_indices])
         return self.o_proj(attended)
 
@@ -150,7 +151,9 @@ class DecoderLayer(Layer):
         """
         mixer = getattr(self, self.mixer_name)
         mixed = mixer(self.input_layernorm(residual), positions, last_indices)
-        residual = (residual if last_indices is None else residual[last_indices]).add(mixed)
+        if last_indices is not None:
+            residual = residual[last_indices]
+        residual = residual.add(mixed)
         return residual.add(self.mlp(self.post_attention_layernorm(residual)))
 
 
@@ -177,7 +180,9 @@ class PostNormLayer(Layer):
         self, residual: Residual, positions: torch.Tensor, last_indices: torch.Tensor | None = None
     ) -> Residual:
         attended = self.post_attention_layernorm(self.self_attn(residual, positions, last_indices))
-        residual = (residual if last_indices is None else residual[last_indices]).add(attended)
+        if last_indices is not None:
+            residual = residual[last_indices]
+        residual = residual.add(attended)
         return residual.add(self.post_feedforward_layernorm(self.mlp(residual)))
 
 
@@ -200,13 +205,15 @@ def _norm(config: ModelConfig, dtype: torch.dtype | None) -> RMSNorm:
 def _rotary_embeddings(config: ModelConfig, max_position: int) -> list[RotaryEmbedding]:
     """Return the tables of RoPE of each layer. Layers with the same RoPE share them."""
     ropes = [config.rope(index) for index in range(config.num_layers)]
-    first = [ropes.index(rope) for rope in ropes]  # the first layer with the same RoPE
-    tables = {
-        index: RotaryEmbedding(config.head_dim, max_position, theta, scaling, config.rotary_dim)
-        for index, (theta, scaling) in enumerate(ropes)
-        if index in first
-    }
-    return [tables[index] for index in first]
+    tables: list[RotaryEmbedding] = []
+    for index, rope in enumerate(ropes):
+        first = ropes.index(rope)  # the first layer with the same RoPE; its options are a dict, which cannot be a key
+        if first < index:
+            tables.append(tables[first])
+        else:
+            theta, scaling = rope
+            tables.append(RotaryEmbedding(config.head_dim, max_position, theta, scaling, config.rotary_dim))
+    return tables
 
 
 class Decoder(Layer):
@@ -296,8 +303,11 @@ class Decoder(Layer):
         they have the same type, and their modules the same classes and formats.
         """
         layers = self.layers
-        kinds = {(layer.layer_type, *map(_kind, layer.modules())): layer for layer in reversed(layers)}
-        self.layers = nn.ModuleList(dict.fromkeys([*kinds.values(), layers[-1]]))
+        *others, last_layer = layers
+        first_of_kind: dict[tuple, nn.Module] = {}
+        for layer in others:
+            first_of_kind.setdefault((layer.layer_type, *map(_kind, layer.modules())), layer)
+        self.layers = nn.ModuleList([*first_of_kind.values(), last_layer])
         try:
             yield
         finally:

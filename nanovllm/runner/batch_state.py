@@ -42,10 +42,13 @@ class Staging:
     def __init__(self, num_bytes: int, device: torch.device):
         self.buffers = [host_buffer(num_bytes, torch.uint8, device) for _ in range(2)]
         self.device = device
-        self.step = self.used = 0
+        self.index = 0  # of the buffer that the current step uses
+        self.used = 0  # bytes of it
 
     def next_step(self) -> None:
-        self.step, self.used = (self.step + 1) % len(self.buffers), 0
+        """Switch to the other buffer, whose copies are done."""
+        self.index = (self.index + 1) % len(self.buffers)
+        self.used = 0
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         """Return `array` on the device. Do not change it afterwards: on a CPU the tensor shares its memory."""
@@ -53,11 +56,12 @@ class Staging:
         if self.device.type == "cpu":
             return tensor
         end = self.used + array.nbytes
-        if end > self.buffers[self.step].numel():
+        buffer = self.buffers[self.index]
+        if end > len(buffer):
             return tensor.to(self.device)  # larger than the buffers are sized for: correct, but it waits
-        pinned = self.buffers[self.step][self.used : end].view(tensor.dtype).view(tensor.shape)
+        pinned = buffer[self.used : end].view(tensor.dtype).view(tensor.shape)
         pinned.copy_(tensor)
-        self.used = 16 * ceil_div(end, 16)
+        self.used = 16 * ceil_div(end, 16)  # keeps the next array aligned for any dtype
         return pinned.to(self.device, non_blocking=True)
 
 
@@ -117,34 +121,36 @@ class BatchState:
             self.sampling.masks.index_copy_(0, self.staging.to_device(slots), self.staging.to_device(masks))
 
     def _admit(self, admissions: list[Admission]) -> None:
-        rows = default_params(len(admissions))
-        for row, a in zip(rows, admissions, strict=True):
-            params = a.params
+        records = default_params(len(admissions))
+        for record, admission in zip(records, admissions, strict=True):
+            params = admission.params
             for name in ("temperature", "top_k", "top_p", "min_p"):
-                row[name] = getattr(params, name)
-            row["seed"], row["min_length"] = a.seed, a.min_length
+                record[name] = getattr(params, name)
+            record["seed"] = admission.seed
+            record["min_length"] = admission.min_length
             if params.min_tokens:
-                row["stop_ids"][: len(a.stop_ids)] = a.stop_ids
-            if a.is_filtered:
-                row["flags"] |= HAS_MASK
+                record["stop_ids"][: len(admission.stop_ids)] = admission.stop_ids
+            if admission.is_filtered:
+                record["flags"] |= HAS_MASK
             if params.logprobs_mode == "processed_logprobs":
-                row["flags"] |= PROCESSED_LOGPROBS
+                record["flags"] |= PROCESSED_LOGPROBS
             if params.logit_bias:
-                row["flags"] |= HAS_BIAS
-                row["num_bias"] = len(params.logit_bias)
-                self._send_bias(a.slot, params.logit_bias)
+                record["flags"] |= HAS_BIAS
+                record["num_bias"] = len(params.logit_bias)
+                self._send_bias(admission.slot, params.logit_bias)
             if params.penalizes:
-                row["flags"] |= HAS_PENALTIES
+                record["flags"] |= HAS_PENALTIES
                 for name in ("repetition", "presence", "frequency"):
-                    row[name] = getattr(params, f"{name}_penalty")
-                self._send_counts(a)
-        slots = np.array([a.slot for a in admissions])
+                    record[name] = getattr(params, f"{name}_penalty")
+                self._send_counts(admission)
+        slots = np.array([admission.slot for admission in admissions])
         self.host_tables[slots] = self.scratch_block
         self.admission_epoch += 1
-        values = self.staging.to_device(rows.view(np.int32).reshape(-1, PARAMS_STRIDE))
+        values = self.staging.to_device(records.view(np.int32).reshape(-1, PARAMS_STRIDE))
         self.sampling.table.index_copy_(0, self.staging.to_device(slots), values)
 
     def _send_bias(self, slot: int, logit_bias: Mapping[int, float]) -> None:
+        # One int32 table holds both columns: the token id, and the bits of its float32 bias.
         entries = np.zeros((len(logit_bias), 2), dtype=np.int32)
         entries[:, 0] = list(logit_bias)
         entries[:, 1] = np.array(list(logit_bias.values()), dtype=np.float32).view(np.int32)

@@ -132,9 +132,11 @@ class StepGraphs:
         max_num_seqs = config.max_num_seqs
         self.pool, self.stream = torch.cuda.graph_pool_handle(), capture_stream(self.device)
         self.slots = torch.full((max_num_seqs,), self.state.scratch_slot, dtype=torch.int32, device=self.device)
-        self.current_slots: list[int] = []  # the content of `slots`
-        self.has_shared_prefixes = False  # whether these rows share prefixes, as `plan` says
-        self.admission_epoch = 0  # the state's epoch when that was decided
+        self.current_slots: list[int] = []  # the content of `slots`, without padding
+        self.has_shared_prefixes = False  # whether the sequences in these slots share prefixes; `plan` then has them
+        # The state's epoch when the slots were sent. After a later admission, a slot may have a sequence with another
+        # prefix.
+        self.admission_epoch = 0
         self.plan = torch.zeros(SharedPrefixPlan.size(max_num_seqs), dtype=torch.int32, device=self.device)
         layers = [layer for layer in forward.model.modules() if isinstance(layer, Attention)]
         self.queries_per_kv_head = max(layer.num_heads // layer.num_kv_heads for layer in layers)
@@ -197,7 +199,9 @@ class StepGraphs:
                 self._abort_capture(graph)
                 raise
         torch.cuda.current_stream().wait_stream(self.stream)
-        return graph, result._replace(logits=borrow(result.logits) if len(result.logits) else result.logits)
+        if len(result.logits):  # else this rank samples no row
+            result = result._replace(logits=borrow(result.logits))
+        return graph, result
 
     def _abort_capture(self, graph: torch.cuda.CUDAGraph) -> None:
         """End a failed capture. An open one would forbid the process most of CUDA, and NCCL would wait for it."""

@@ -160,15 +160,16 @@ class Forward:
         """Return the logprobs of the tokens sampled in these rows of the batch, and of the k most likely tokens."""
         to_device = self.state.staging.to_device
         rank_rows = result.rank_rows
-        wanted = np.array(rows, dtype=np.int64)
-        # Indices in `wanted` of the rows whose logits this rank has.
-        local = np.flatnonzero((wanted >= rank_rows.start) & (wanted < rank_rows.stop))
+        wanted = np.array(rows, dtype=np.int64)  # indices of rows in the batch
+        # This rank has only the logits of `rank_rows`. `local` are indices in `wanted`.
+        is_local = (wanted >= rank_rows.start) & (wanted < rank_rows.stop)
+        local = np.flatnonzero(is_local)
         tokens = result.tokens[rank_rows]
         parts = []
         # A rank without such rows joins the all-gather with empty tensors.
         for start in range(0, max(1, len(local)), LOGPROB_ROWS):
             batch_rows = wanted[local[start : start + LOGPROB_ROWS]]
-            logit_rows = to_device(batch_rows - rank_rows.start)
+            logit_rows = to_device(batch_rows - rank_rows.start)  # indices in this rank's logits and tokens
             logits = result.logits[logit_rows]
             if batch.processed_logprobs:
                 slots = to_device(np.array(batch.slots)[batch_rows])

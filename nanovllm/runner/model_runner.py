@@ -187,8 +187,8 @@ class ModelRunner:
     def launch(self, batch: Batch) -> None:
         """Start a step: apply the batch's changes, run it, and start the copy of its results.
 
-        This waits for the device only to copy arrays for which the staging buffers lack room, or the indices of prompt
-        logprobs. The torch attention backend also waits, for lengths.
+        This waits for the device in three cases: the changes do not fit in the staging buffers, the batch wants prompt
+        logprobs (it sends their indices), or the torch attention backend reads lengths.
         """
         with self._device_context():
             self.state.apply(batch)
@@ -205,7 +205,8 @@ class ModelRunner:
     def _copy_state(self, pairs: list[tuple[int, int]]) -> None:
         """Copy recurrent state between slots: pairs of source and target."""
         if pairs:
-            sources, targets = np.ascontiguousarray(np.array(pairs, dtype=np.int64).T)
+            sources = np.array([source for source, _ in pairs], dtype=np.int64)
+            targets = np.array([target for _, target in pairs], dtype=np.int64)
             to_device = self.state.staging.to_device
             self.pool.copy_slots(to_device(sources), to_device(targets))
 
@@ -324,8 +325,9 @@ class ModelRunner:
         All rows have slot 0, the only one that certainly has recurrent state. Its blocks are the scratch block. The
         rows overwrite each other's state, but nobody reads what this step computes.
         """
-        parts = np.array_split(np.arange(self.config.max_num_batched_tokens), self.max_rows)
-        return Batch([Row(0, 0, [0] * len(part), is_sampled=False) for part in parts])
+        length, num_longer = divmod(self.config.max_num_batched_tokens, self.max_rows)
+        lengths = [length + 1] * num_longer + [length] * (self.max_rows - num_longer)
+        return Batch([Row(slot=0, start=0, token_ids=[0] * length, is_sampled=False) for length in lengths])
 
     # -- kernels and graphs ------------------------------------------------------------------------------------------
 
@@ -344,13 +346,14 @@ class ModelRunner:
             yield
 
     def _trace_decode_steps(self) -> None:
-        """Run decode steps with each power of two of rows, with and without shared prefixes.
+        """Run decode steps of 1, 2, 4, ... and `max_num_seqs` rows, with and without shared prefixes.
 
         Steps with other numbers of rows use the same kernels.
         """
         max_num_seqs = self.config.max_num_seqs
         slots = torch.full((max_num_seqs,), self.state.scratch_slot, dtype=torch.int32, device=self.device)
-        for size in sorted({min(1 << i, max_num_seqs) for i in range(max_num_seqs.bit_length() + 1)}):
+        powers_of_2 = {1 << i for i in range(max_num_seqs.bit_length())}
+        for size in sorted(powers_of_2 | {max_num_seqs}):
             plan = torch.zeros(SharedPrefixPlan.size(size), dtype=torch.int32, device=self.device)
             for shared in (None, SharedPrefixPlan.split(plan, size)):
                 self.forward.step(StepRows(slots[:size]), size, shared=shared)
@@ -446,10 +449,10 @@ class ModelRunner:
 
 
 def _to_host(results: list[LogprobTensors]) -> list[LogprobTensors]:
-    """Start copies to the host."""
+    """Start asynchronous copies to pinned host memory."""
     return [LogprobTensors(*(tensor.to("cpu", non_blocking=True) for tensor in tensors)) for tensors in results]
 
 
 def _packed(results: list[LogprobTensors]) -> list[TokenLogprobs]:
-    """Return copies, because requests keep them for long, and memory that the device can write to is scarce."""
+    """Return the logprobs in compact copies, because requests keep them for long, and pinned memory is scarce."""
     return [TokenLogprobs.pack(*(tensor.numpy() for tensor in tensors)) for tensors in results]

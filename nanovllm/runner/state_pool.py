@@ -82,7 +82,9 @@ class StatePool:
                 fitting = int(rest * _SNAPSHOT_FRACTION) // self.slot_bytes
                 num_snapshots = min(fitting, _SNAPSHOTS_PER_SEQUENCE * num_seqs)
                 rest -= num_snapshots * self.slot_bytes
-        return StateSizes(rest // self.block_bytes if num_blocks is None else num_blocks, num_seqs, num_snapshots)
+        if num_blocks is None:
+            num_blocks = rest // self.block_bytes
+        return StateSizes(num_blocks, num_seqs, num_snapshots)
 
     def allocate(self, sizes: StateSizes) -> None:
         """Allocate blocks and slots. The present state is freed first."""
