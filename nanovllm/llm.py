@@ -317,7 +317,7 @@ class LLM:
 
         Raises:
             TypeError, ValueError: `tags` is wrong.
-            RuntimeError: the engine cannot be used.
+            RuntimeError: the engine cannot be used; or the device has too little free memory, and the engine sleeps on.
         """
         self.llm_engine.wake_up(tags)
 

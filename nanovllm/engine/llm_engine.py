@@ -344,8 +344,13 @@ class LLMEngine:
             self.guard.check_usable(needs=(), allow_partial_weights=True)
             if parts := tuple(part for part in wanted if part in self.guard.asleep):
                 with self._closing_on_error():
-                    self.executor.wake_up(parts, capture=self.guard.asleep.issubset(parts))
-                    self.guard.asleep.difference_update(parts)
+                    lacking = self.executor.lacking_memory(parts)
+                    if not lacking:
+                        self.executor.wake_up(parts, capture=self.guard.asleep.issubset(parts))
+                        self.guard.asleep.difference_update(parts)
+                if lacking:
+                    lacking = f"{lacking / 2**30:.2f} GiB of device memory"
+                    raise RuntimeError(f"the engine still sleeps: wake_up lacks {lacking}; free it and call it again")
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; see `LLM.reset_prefix_cache`."""

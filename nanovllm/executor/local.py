@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 
@@ -52,6 +53,10 @@ class Executor:
     def sleep(self, parts: Collection[str]) -> None:
         self._call("sleep", parts)
 
+    def lacking_memory(self, parts: Collection[str]) -> int:
+        """Return how many bytes of device memory `wake_up` of `parts` lacks on some rank; 0 if there is enough."""
+        return self._call("lacking_memory", parts)
+
     def wake_up(self, parts: Collection[str], capture: bool) -> None:
         self._call("wake_up", parts, capture)
 
@@ -64,9 +69,9 @@ class Executor:
     def finish_weight_update(self) -> None:
         self._call("finish_weight_update")
 
-    def _call(self, method: str, *arguments: object) -> None:
-        """Call a method of every rank's runner."""
-        getattr(self.runner, method)(*arguments)
+    def _call(self, method: str, *arguments: object) -> Any:
+        """Call a method of every rank's runner. Return the result of this one."""
+        return getattr(self.runner, method)(*arguments)
 
     def close(self) -> None:
         """Give memory back. May be called again."""

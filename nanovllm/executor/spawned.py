@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -71,10 +71,10 @@ class SpawnedExecutor(Executor):
             with contextlib.closing(shared):
                 return super().load_weights(shared)
 
-    def _call(self, method: str, *arguments: object) -> None:
+    def _call(self, method: str, *arguments: object) -> Any:
         with self._naming_lost_ranks():
             self.channels.send(method, *arguments)
-            super()._call(method, *arguments)
+            return super()._call(method, *arguments)
 
     @contextlib.contextmanager
     def _naming_lost_ranks(self) -> Iterator[None]:

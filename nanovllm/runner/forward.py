@@ -130,7 +130,10 @@ class Forward:
         self.backend.prepare(context)
         with set_context(context):
             hidden = self.model(inputs.input_ids, inputs.positions)  # of each row's last token, or all if kept
-            last_hidden = hidden[inputs.last_indices] if keep_hidden else hidden
+            last_hidden = hidden
+            if keep_hidden:
+                hidden.complete()  # now for all tokens: `_scored_logprobs` reads few at a time
+                last_hidden = hidden[inputs.last_indices]
             logits = self.model.compute_logits(last_hidden)
         rank_rows = self.tp.rows(len(slots))
         tokens = self._sample(logits, rank_rows, slots, inputs.context_lens)

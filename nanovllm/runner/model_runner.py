@@ -343,6 +343,7 @@ class ModelRunner:
                 self.forward.run(self._largest_batch())
                 self._trace_decode_steps()
                 self._trace_mixed_steps()
+                self._copy_state([(0, 1)])  # to the scratch slot
             yield
 
     def _trace_decode_steps(self) -> None:
@@ -418,6 +419,22 @@ class ModelRunner:
             self._move_weights(torch.device("cpu"))
         self._synchronize()
         give_back_memory()
+
+    def lacking_memory(self, parts: Collection[str]) -> int:
+        """Return how many bytes `wake_up` of `parts` lacks on the device, the most of all ranks; 0 if there is enough.
+
+        What the graphs take is not known before.
+        """
+        missing = 0
+        with self._device_context():
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # the caller may have freed tensors, whose memory torch keeps
+                missing -= torch.cuda.mem_get_info()[0]
+                if "weights" in parts:
+                    missing += sum(param.nbytes for param in self.model.parameters())
+                if "kv_cache" in parts:
+                    missing += self.pool.num_bytes(self.sizes._replace(num_blocks=self.sizes.num_blocks + 1))
+            return max(0, -self.tp.all_reduce_min(-missing, self.device))
 
     def wake_up(self, parts: Collection[str], capture: bool) -> None:
         """Undo `sleep` for `parts`.

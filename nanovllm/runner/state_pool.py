@@ -86,6 +86,11 @@ class StatePool:
             num_blocks = rest // self.block_bytes
         return StateSizes(num_blocks, num_seqs, num_snapshots)
 
+    def num_bytes(self, sizes: StateSizes) -> int:
+        """Return the bytes that `allocate` takes."""
+        num_slots = sizes.num_seqs + 1 + sizes.num_snapshots
+        return sizes.num_blocks * self.block_bytes + num_slots * self.slot_bytes
+
     def allocate(self, sizes: StateSizes) -> None:
         """Allocate blocks and slots. The present state is freed first."""
         self.free()

@@ -161,6 +161,22 @@ def test_autocast_of_the_caller_does_not_change_the_outputs(model, dtype):
         assert answers() == plain
 
 
+def test_engine_sleeps_on_while_the_device_has_too_little_memory(model):
+    prompts = prompts_of([5, 40])
+    with engine(model) as llm:
+        want = tokens(llm, prompts, greedy(5))
+        llm.sleep(2)
+        runner = llm.llm_engine.executor.runner
+        with (
+            patch.object(runner, "lacking_memory", return_value=3 << 29),
+            pytest.raises(RuntimeError, match=r"still sleeps: wake_up lacks 1.50 GiB of device memory; free it"),
+        ):
+            llm.wake_up()
+        assert llm.is_sleeping()
+        llm.wake_up()
+        assert tokens(llm, prompts, greedy(5)) == want
+
+
 def test_default_device_of_the_caller_does_not_change_the_outputs(model):
     def answers():
         with engine(model) as llm:

@@ -252,6 +252,21 @@ def test_sleep_frees_memory_and_wake_up_restores_it():
             assert tokens(llm, prompts, greedy(16)) == want
 
 
+@measures_memory
+def test_engine_sleeps_on_while_somebody_else_has_its_memory():
+    options = dict(load_format="dummy", max_model_len=256, max_num_seqs=8, gpu_memory_utilization=0.8)
+    with LLM("qwen3-0.6b", **options) as llm:
+        want = tokens(llm, [[5, 6, 7]], greedy(8))
+        for level in (1, 2):
+            llm.sleep(level)
+            trainer = torch.empty(int(torch.cuda.mem_get_info()[0] * 0.9), dtype=torch.uint8, device="cuda")
+            with pytest.raises(RuntimeError, match=r"still sleeps: wake_up lacks .* GiB"):
+                llm.wake_up()
+            del trainer
+            llm.wake_up()
+            assert tokens(llm, [[5, 6, 7]], greedy(8)) == want
+
+
 def test_real_shapes_run_in_bfloat16():
     prompt = prompts_of([50], 10_000)[0]
     options = dict(load_format="dummy", max_model_len=256, max_num_seqs=4, gpu_memory_utilization=0.4)

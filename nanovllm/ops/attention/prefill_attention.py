@@ -191,8 +191,8 @@ def _prefill_kernel(
     TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
     # KV heads vary fastest and tiles run from the last to the first: a sequence's longest tiles start first, and its
     # programs share K and V in the L2 cache.
-    kv_head = tl.program_id(0)
-    pid = tl.num_programs(1) - 1 - tl.program_id(1)
+    kv_head = tl.program_id(0) % KV_HEADS
+    pid = (tl.num_programs(0) - 1 - tl.program_id(0)) // KV_HEADS
     seq = _find_sequence(cu_seqlens_ptr, pid, batch, BLOCK_Q)
     base = tl.load(cu_seqlens_ptr)
     q_start = tl.load(cu_seqlens_ptr + seq) - base
@@ -311,7 +311,7 @@ def prefill_attention_triton(
     check_power_of_2("block_n", config.block_n, MIN_DOT)
     tma = config.tma and supports_tma(kv, config.block_n)
     num_tiles = num_tokens // (config.block_m // group) + batch
-    _prefill_kernel[(kv.kv_heads, num_tiles)](
+    _prefill_kernel[(kv.kv_heads * num_tiles,)](  # one dimension, because the others end at 65,535
         q,
         cache_descriptor(kv.k_cache, config.block_n) if tma else kv.k_cache,
         cache_descriptor(kv.v_cache, config.block_n) if tma else kv.v_cache,
