@@ -103,11 +103,11 @@ class InputThreads:
 
 
 def future_of(submit: Callable[[], Any]) -> asyncio.Future:
-    """Return a future of the running loop for a call in another thread. RuntimeError if the threads are shut down."""
+    """Return a future of the running loop for a call in another thread. RuntimeError if no thread can run it."""
     try:
         return asyncio.wrap_future(submit())
     except RuntimeError as error:
-        raise RuntimeError("the engine is closed") from error
+        raise RuntimeError(f"the engine is closed or cannot start a thread: {error}") from error
 
 
 def _amount(prompt: Any, params: SamplingParams | None) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -283,8 +284,14 @@ class Chat:
         if not path:
             raise ValueError("/save needs a file")
         system = [{"role": "system", "content": self.system}] if self.system else []
+        text = json.dumps([*system, *self.messages], indent=2, ensure_ascii=False)
         with open(path, "x", encoding="utf-8") as file:  # never overwrites
-            json.dump([*system, *self.messages], file, indent=2, ensure_ascii=False)
+            try:
+                file.write(text)
+                file.flush()
+            except OSError:  # a full disk
+                os.unlink(path)
+                raise
         self._say(f"Saved {len(system + self.messages)} messages.")
 
 

@@ -147,7 +147,8 @@ class InputProcessor:
         try:
             return SamplingParams(**self.source.sampling_defaults)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the model's generation_config.json is wrong, so give SamplingParams: {error}") from None
+            advice = "give SamplingParams or correct the file"
+            raise ValueError(f"the model's generation_config.json is wrong ({advice}): {error}") from None
 
     def process(
         self,

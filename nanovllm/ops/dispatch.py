@@ -77,7 +77,7 @@ TABLE = (
            one_kernel_attention=True, compiled=(1,)),
     # Large weights use GEMM from two tokens on; see GEMV_MAX_PRODUCTS.
     Regime(4,     Kernel.GEMV,    Fp8Kernel.GEMM,    Adder.LINEAR,    Adder.ALL_REDUCE_GEMV,
-           one_kernel_attention=True, compiled=(2, 4)),
+           one_kernel_attention=True, compiled=(2, 3, 4)),
     # The other kernels of a step take so long from here on that fusing QK-norm, RoPE and attention gains nothing.
     Regime(64,    Kernel.GEMM,    Fp8Kernel.GEMM,    Adder.LINEAR,    Adder.NEXT_NORM,
            captured=(16, 32, 64), compiled=(16, 32, 64)),

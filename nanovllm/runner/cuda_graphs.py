@@ -257,7 +257,8 @@ class StepGraphs:
         if not self.shared or len(slots) < MIN_SEQUENCES:
             return
         plan = plan_shared_prefixes(
-            state.host_tables[slots],
+            state.host_tables,
+            slots,
             state.scratch_block,
             state.block_size,
             self.queries_per_kv_head,

@@ -242,8 +242,10 @@ def make_state(llm: AsyncLLM | EngineClient, model: str | Path | None, options: 
         model: the model's path or hub id, as in `Config`.
 
     Raises:
-        ValueError: the tool parser of the options needs a token that the model does not have.
+        ValueError: the tool parser of the options needs a token that the model does not have, or the model's
+            generation_config.json is wrong.
     """
+    llm.get_default_sampling_params()  # else each request would be refused
     if options.tool_parser == "mistral" and _TOOL_CALLS not in getattr(_tokenizer(llm), "get_vocab", dict)():
         raise ValueError(f"tool_parser mistral needs a model with the token {_TOOL_CALLS}; this one writes other calls")
     names = tuple(listed(options.served_model_name)) or (_model_name(model),)

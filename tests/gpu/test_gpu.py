@@ -18,6 +18,7 @@ from nanovllm.ops.linear.linear import linear
 from nanovllm.ops.linear.swiglu import is_swiglu
 from nanovllm.ops.norm_rope.reference import rms_norm_torch
 from nanovllm.ops.norm_rope.rms_norm import rms_norm
+from nanovllm.ops.triton_utils import triton
 from tests.engine.reference import load_reference, reference_greedy
 from tests.kernels.test_swiglu import operands, swiglu_torch
 from tests.models.tiny import TINY, save_tiny
@@ -265,6 +266,34 @@ def test_engine_sleeps_on_while_somebody_else_has_its_memory():
             del trainer
             llm.wake_up()
             assert tokens(llm, [[5, 6, 7]], greedy(8)) == want
+
+
+@pytest.mark.parametrize("options", [{}, {"quantization": "fp8"}, {"enforce_eager": True}])
+def test_no_kernel_is_compiled_while_requests_run(options, monkeypatch):
+    compiled = []
+    compile_kernel = triton.JITFunction._do_compile
+
+    def counting(self, *args, **kwargs):
+        compiled.append(self.fn.__name__)
+        return compile_kernel(self, *args, **kwargs)
+
+    monkeypatch.setattr(triton.JITFunction, "_do_compile", counting)
+    options = dict(load_format="dummy", max_model_len=4096, max_num_seqs=64, num_kvcache_blocks=300, **options)
+    with LLM("qwen3-0.6b", **options) as llm:
+        assert compiled
+        compiled.clear()
+        for lengths in ([50], [3001], [5, 6, 7], [9] * 37, [2999] + [5] * 20):
+            llm.generate(prompts_of(lengths, 10_000), greedy(3), use_tqdm=False)
+        for lengths in ([3], [2, 1], [77], [77, 78, 79], [999]):
+            llm.generate(
+                prompts_of(lengths, 10_000),
+                SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=1),
+                use_tqdm=False,
+            )
+        llm.generate(prompts_of([2000] * 8, 10_000)[:1] * 8, greedy(3), use_tqdm=False)  # shares a prefix
+        params = SamplingParams(temperature=1.0, max_tokens=3, logprobs=3, top_k=9, top_p=0.5, presence_penalty=1.0)
+        llm.generate(prompts_of([9] * 5, 10_000), params, use_tqdm=False)
+    assert compiled == []
 
 
 def test_real_shapes_run_in_bfloat16():

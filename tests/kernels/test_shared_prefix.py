@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -23,8 +25,27 @@ def tables_of(*sequences, width=12):
 
 
 def plan_of(tables, size=None, sms=132):
-    packed = plan_shared_prefixes(tables, NONE, 64, 2, 2, sms, size or len(tables))
+    packed = plan_shared_prefixes(tables, list(range(len(tables))), NONE, 64, 2, 2, sms, size or len(tables))
     return None if packed is None else SharedPrefixPlan.split(packed, size or len(tables))
+
+
+def test_long_common_prefixes_are_counted_whole(monkeypatch):
+    """Tables are compared 64 blocks at a time. Slots may be in any order."""
+    monkeypatch.setattr(shared_prefix, "MIN_SAVED", 1000)
+    lengths = (64, 130, 200, 200, 63)
+    sequences = [list(range(max(lengths))) for _ in range(2 * len(lengths) + 1)]
+    for i, length in enumerate(lengths):  # of the blocks that pairs share
+        sequences[2 * i + 1] = [*range(length), *range(1000 * (i + 1), 1000 * (i + 1) + 200 - length)]
+        sequences[2 * i] = sequences[2 * i][: length + i]
+    tables = tables_of(*sequences, width=300)
+    order = list(reversed(range(len(tables))))
+    shared = shared_prefix._num_shared_blocks(tables, order, NONE)
+    want = []
+    for a, b in itertools.pairwise(order):
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(sequences[a], sequences[b], strict=False))
+        want.append(len(list(pairs)))
+    assert shared.tolist() == want
+    assert {63, 64, 130, 200} <= set(want)
 
 
 def test_neighbors_with_a_common_prefix_are_grouped(monkeypatch):
@@ -61,8 +82,9 @@ def test_prefix_and_own_attention_equal_the_references(
     first = [[0, 1, 2, 3, 10 + i] for i in range(5)]
     second = [[4, 5, 6, 7, 8, 9, 20 + i, 30 + i] for i in range(4)]
     tables = tables_of([40, 41], *first, *second, [])
+    slots = list(range(len(tables)))
     contexts = [100, 257, 258, 300, 319, 320, 385, 449, 500, 511, 1]
-    packed = plan_shared_prefixes(tables, NONE, 64, heads // kv_heads, kv_heads, sms, len(tables))
+    packed = plan_shared_prefixes(tables, slots, NONE, 64, heads // kv_heads, kv_heads, sms, len(tables))
     plan = SharedPrefixPlan.split(torch.from_numpy(packed).to(DEVICE), len(tables))
     assert (plan.groups[:, 1] > 0).sum() == 2
     caches = torch.randn(2, 50, 64, kv_heads, head_dim, generator=generator).to(DEVICE, dtype)

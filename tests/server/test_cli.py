@@ -4,6 +4,7 @@ import asyncio
 import io
 import itertools
 import json
+import resource
 import runpy
 import signal
 import sys
@@ -334,6 +335,18 @@ def test_save_writes_the_conversation_and_never_overwrites(tmp_path, capsys):
     exists, needs = capsys.readouterr().err.splitlines()
     assert "File exists" in exists
     assert needs == "Error: /save needs a file"
+
+
+def test_save_on_a_full_disk_leaves_no_file(tmp_path, capsys):
+    path = tmp_path / "chat.json"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]))
+    try:
+        talk(ScriptedModel(["a long answer"]), f"x\n/save {path}\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "Error: [Errno 27]" in capsys.readouterr().err
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(

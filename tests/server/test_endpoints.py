@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -41,6 +42,17 @@ def test_model_name_is_that_of_the_folder_or_the_hub(llm, model):
         make_state(llm, path, ServerOptions()).model_names for path in (model, str(model), "Qwen/Qwen3-0.6B", None)
     ]
     assert names == [("qwen3",), ("qwen3",), ("Qwen/Qwen3-0.6B",), ("SmolLM2-135M-Instruct",)]
+
+
+def test_server_does_not_start_with_a_wrong_generation_config(model, tmp_path):
+    path = shutil.copytree(model, tmp_path / "model")
+    (path / "generation_config.json").write_text('{"temperature": -1}')
+    llm = nanovllm.AsyncLLM(path, **OPTIONS)
+    try:
+        with pytest.raises(ValueError, match=r"generation_config.json is wrong \(.*\): temperature must be from 0"):
+            make_state(llm, path, ServerOptions())
+    finally:
+        llm.close()
 
 
 def test_parser_of_calls_that_the_model_has_no_token_for_is_refused(llm):

@@ -21,6 +21,7 @@ from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_input
 MIN_SEQUENCES = 4  # in a group
 MIN_TOKENS = 256  # shared tokens of a group
 MIN_SAVED = 16384  # tokens that a step need not read again; with fewer, the launch costs more than it gains
+_TABLE_PART = 64  # columns of the block tables that are compared at once
 STEP = 128  # shared tokens are a multiple of this, which is a multiple of every kernel's tile
 MAX_PREFIX_SPLITS = 16  # most programs that split the work of a group and KV head
 TILE_QUERIES = 64  # most queries (sequences x heads of a KV head) of a group
@@ -50,18 +51,27 @@ class SharedPrefixPlan(NamedTuple):
 
 
 def plan_shared_prefixes(
-    tables: np.ndarray, no_block: int, block_size: int, group: int, kv_heads: int, sm_count: int, size: int
+    tables: np.ndarray,
+    slots: list[int],
+    no_block: int,
+    block_size: int,
+    group: int,
+    kv_heads: int,
+    sm_count: int,
+    size: int,
 ) -> np.ndarray | None:
     """Return the SharedPrefixPlan of a batch in one array, or None if it would not pay off.
 
     Args:
-        tables: [B, W] block ids of the sequences. Sequences that share a prefix must be neighbors; they are if they
-            arrived together.
+        tables: [S, W] block ids of each slot.
+        slots: slots of the B sequences. Sequences that share a prefix must be neighbors; they are if they arrived
+            together.
         no_block: the id that marks an empty entry.
         group: query heads per KV head.
         size: sequences that the plan has room for, at least B.
     """
-    groups = _find_groups(tables, no_block, block_size, max_sequences=max(1, TILE_QUERIES // group))
+    common = _num_shared_blocks(tables, slots, no_block) * block_size // STEP * STEP
+    groups = _find_groups(common, max_sequences=max(1, TILE_QUERIES // group))
     if sum((count - 1) * tokens for _, count, tokens in groups) < MIN_SAVED:
         return None
     packed = np.zeros(SharedPrefixPlan.size(size), dtype=np.int32)
@@ -75,11 +85,32 @@ def plan_shared_prefixes(
     return packed
 
 
-def _find_groups(tables: np.ndarray, no_block: int, block_size: int, max_sequences: int) -> list[tuple[int, int, int]]:
-    """Return (first sequence, number of sequences, shared tokens) of each group of neighbors."""
-    equal = (tables[1:] == tables[:-1]) & (tables[1:] != no_block)
-    shared_blocks = np.where(equal.all(1), equal.shape[1], equal.argmin(1))
-    common = shared_blocks * block_size // STEP * STEP  # tokens that sequences i and i + 1 share
+def _num_shared_blocks(tables: np.ndarray, slots: list[int], no_block: int) -> np.ndarray:
+    """Return [B - 1], how many of its first blocks each sequence shares with the next one.
+
+    The tables are read in parts, because wide ones are mostly empty.
+    """
+    shared = np.zeros(len(slots) - 1, dtype=np.int64)
+    first, second = np.array(slots[:-1], dtype=np.int64), np.array(slots[1:], dtype=np.int64)
+    pairs = np.arange(len(shared))  # those that share all blocks so far
+    for start in range(0, tables.shape[1], _TABLE_PART):
+        part = tables[:, start : start + _TABLE_PART]
+        blocks = part[second[pairs]]
+        equal = (part[first[pairs]] == blocks) & (blocks != no_block)
+        is_whole = equal.all(1)
+        shared[pairs] += np.where(is_whole, equal.shape[1], equal.argmin(1))
+        pairs = pairs[is_whole]
+        if not len(pairs):
+            break
+    return shared
+
+
+def _find_groups(common: np.ndarray, max_sequences: int) -> list[tuple[int, int, int]]:
+    """Return (first sequence, number of sequences, shared tokens) of each group of neighbors.
+
+    Args:
+        common: [B - 1], tokens that sequences i and i + 1 share.
+    """
     if common.sum() < MIN_SAVED:
         return []
     groups = []

@@ -166,7 +166,7 @@ def sum_unit(out_ptr, pointers, unit, num_words, RANK, SIZE, NUM_WORDS, UNIT):
     _count(calls_ptr, unit, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _all_reduce_kernel(
     x_ptr,
     residual_ptr,
@@ -230,7 +230,7 @@ def _all_reduce_kernel(
             tl.store(out_ptr + token * WORDS + words, pack_words(low, high, DTYPE), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "rows_per_rank"])
 def _all_to_all_kernel(
     x_ptr,
     out_ptr,

@@ -53,7 +53,7 @@ class LazySwiglu:
         return silu_mul(self.gate_up)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride"])
 def _quantize_kernel(
     x_ptr,
     norm_ptr,
