@@ -344,6 +344,7 @@ class ModelRunner:
                 self._trace_decode_steps()
                 self._trace_mixed_steps()
                 self._copy_state([(0, 1)])  # to the scratch slot
+                self.forward.load_logprob_kernels()
             yield
 
     def _trace_decode_steps(self) -> None:

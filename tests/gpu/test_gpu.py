@@ -285,11 +285,8 @@ def test_no_kernel_is_compiled_while_requests_run(options, monkeypatch):
         for lengths in ([50], [3001], [5, 6, 7], [9] * 37, [2999] + [5] * 20):
             llm.generate(prompts_of(lengths, 10_000), greedy(3), use_tqdm=False)
         for lengths in ([3], [2, 1], [77], [77, 78, 79], [999]):
-            llm.generate(
-                prompts_of(lengths, 10_000),
-                SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=1),
-                use_tqdm=False,
-            )
+            params = SamplingParams(max_tokens=3, prompt_logprobs=1)
+            llm.generate(prompts_of(lengths, 10_000), params, use_tqdm=False)
         llm.generate(prompts_of([2000] * 8, 10_000)[:1] * 8, greedy(3), use_tqdm=False)  # shares a prefix
         params = SamplingParams(temperature=1.0, max_tokens=3, logprobs=3, top_k=9, top_p=0.5, presence_penalty=1.0)
         llm.generate(prompts_of([9] * 5, 10_000), params, use_tqdm=False)

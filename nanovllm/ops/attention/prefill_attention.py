@@ -34,6 +34,9 @@ from nanovllm.ops.attention.paged_cache import (
 from nanovllm.ops.triton_utils import TensorDescriptor, is_hopper_or_newer, sm_count, tl, triton
 
 
+_MAX_GRID = 65_535  # programs in the second dimension of a grid
+
+
 class PrefillConfig(NamedTuple):
     """Compile-time settings of the prefill kernel.
 
@@ -191,8 +194,8 @@ def _prefill_kernel(
     TOKEN_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
     # KV heads vary fastest and tiles run from the last to the first: a sequence's longest tiles start first, and its
     # programs share K and V in the L2 cache.
-    kv_head = tl.program_id(0) % KV_HEADS
-    pid = (tl.num_programs(0) - 1 - tl.program_id(0)) // KV_HEADS
+    kv_head = tl.program_id(0)
+    pid = tl.num_programs(1) * tl.num_programs(2) - 1 - tl.program_id(2) * tl.num_programs(1) - tl.program_id(1)
     seq = _find_sequence(cu_seqlens_ptr, pid, batch, BLOCK_Q)
     base = tl.load(cu_seqlens_ptr)
     q_start = tl.load(cu_seqlens_ptr + seq) - base
@@ -311,7 +314,8 @@ def prefill_attention_triton(
     check_power_of_2("block_n", config.block_n, MIN_DOT)
     tma = config.tma and supports_tma(kv, config.block_n)
     num_tiles = num_tokens // (config.block_m // group) + batch
-    _prefill_kernel[(kv.kv_heads * num_tiles,)](  # one dimension, because the others end at 65,535
+    num_parts = triton.cdiv(num_tiles, _MAX_GRID)
+    _prefill_kernel[(kv.kv_heads, triton.cdiv(num_tiles, num_parts), num_parts)](
         q,
         cache_descriptor(kv.k_cache, config.block_n) if tma else kv.k_cache,
         cache_descriptor(kv.v_cache, config.block_n) if tma else kv.v_cache,
