@@ -33,7 +33,6 @@ from nanovllm.ops.attention.paged_cache import (
 )
 from nanovllm.ops.triton_utils import TensorDescriptor, is_hopper_or_newer, sm_count, tl, triton
 
-
 _MAX_GRID = 65_535  # programs in the second dimension of a grid
 
 
