@@ -142,11 +142,13 @@ class Config:
 
     def _set_budget(self) -> None:
         """Set the sizes of a step that are not given, and check that they fit each other."""
-        max_num_seqs, budget = (512, 16384) if self.device_type == "cuda" else (256, 512)
+        on_gpu = self.device_type == "cuda"
+        default_budget = 16384 if on_gpu else 512
+        default_num_seqs = 512 if on_gpu else 256
         if self.max_num_batched_tokens is None:
-            self._set("max_num_batched_tokens", max(budget, 2 * (self.max_num_seqs or 0)))
+            self._set("max_num_batched_tokens", max(default_budget, 2 * (self.max_num_seqs or 0)))
         if self.max_num_seqs is None:
-            self._set("max_num_seqs", min(max_num_seqs, self.max_num_batched_tokens))
+            self._set("max_num_seqs", min(default_num_seqs, self.max_num_batched_tokens))
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
@@ -165,7 +167,9 @@ class Config:
     def _check_path(self, name: str, what: str) -> None:
         """Check an option that is a text, a path or None."""
         value = getattr(self, name)
-        if not isinstance(value, str | None if name == "revision" else str | Path | None):
+        is_text = value is None or isinstance(value, str)
+        is_path = isinstance(value, Path) and name != "revision"
+        if not is_text and not is_path:
             raise TypeError(f"{name} must be {what} or None, got {shown(value)}")
         if value == "":
             raise ValueError(f"{name} must be {what} or None, got ''")

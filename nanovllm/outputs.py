@@ -20,8 +20,8 @@ class Logprob(NamedTuple):
     decoded_token: str | None = None
 
 
-# A position's log-probabilities in bytes: the id, rank and log-probability of its own token, then the ids and
-# log-probabilities of the most likely tokens.
+# A position's log-probabilities in bytes: the id, rank and log-probability of its own token, then the id and the
+# log-probability of each of the most likely tokens. All are words of 32 bits.
 _OWN = Struct("=iif")
 _LIKELY = Struct("=if")
 _MANY_IDS = 4096
@@ -48,16 +48,20 @@ class TokenLogprobs:
             ranks: for each position, the rank of its own token.
         """
         num_positions, num_tokens = token_ids.shape
-        packed = np.empty((num_positions, 1 + 2 * num_tokens), dtype=np.int32)
-        values = packed.view(np.float32)
-        packed[:, 0], packed[:, 1], values[:, 2] = token_ids[:, -1], ranks, logprobs[:, -1]
-        packed[:, 3::2], values[:, 4::2] = token_ids[:, :-1], logprobs[:, :-1]
-        return cls(packed.tobytes(), packed.shape[1] * packed.itemsize)
+        words = np.empty((num_positions, 1 + 2 * num_tokens), dtype=np.int32)
+        floats = words.view(np.float32)
+        words[:, 0] = token_ids[:, -1]
+        words[:, 1] = ranks
+        floats[:, 2] = logprobs[:, -1]
+        words[:, 3::2] = token_ids[:, :-1]
+        floats[:, 4::2] = logprobs[:, :-1]
+        return cls(words.tobytes(), words.shape[1] * words.itemsize)
 
     def row(self, i: int, k: int) -> bytes:
-        """Return a copy of the bytes of position i alone, with the k most likely tokens. There may be fewer."""
+        """Return a copy of the bytes of position i, with the k most likely tokens, or all if there are fewer."""
         start = i * self.num_bytes
-        return self.packed[start : start + min(_OWN.size + k * _LIKELY.size, self.num_bytes)]
+        size = min(_OWN.size + k * _LIKELY.size, self.num_bytes)
+        return self.packed[start : start + size]
 
 
 def _no_text(token_id: int) -> None:
@@ -112,25 +116,34 @@ class LogprobRows(Sequence[dict[int, Logprob] | None]):
 
     def with_texts(self, token_ids: Iterable[int]) -> "LogprobRows":
         """Return these rows with the texts of more tokens, which pickling keeps too."""
-        return LogprobRows(self._rows, (self._texts() | {token_id: self.text(token_id) for token_id in token_ids}).get)
+        texts = self._texts() | {token_id: self.text(token_id) for token_id in token_ids}
+        return LogprobRows(self._rows, texts.get)
 
     def _texts(self) -> dict[int, str | None]:
         """Return the texts of the rows' tokens."""
+        if self.text is _no_text:
+            return {}
         known = getattr(self.text, "__self__", None)
-        if type(known) is dict:  # these rows have been pickled
+        if type(known) is dict:  # `text` is `known.get`: these rows have been pickled, or come from `with_texts`
             return known
+        return {token_id: self.text(token_id) for token_id in self._distinct_ids()}
+
+    def _distinct_ids(self) -> Iterable[int]:
+        """Return the ids of all tokens in the rows."""
         rows_by_size: dict[int, list[bytes]] = {}
-        for row in filter(None, self._rows if self.text is not _no_text else ()):
+        for row in filter(None, self._rows):
             rows_by_size.setdefault(len(row), []).append(row)
         parts = [np.empty(0, np.int32)]
         for rows in rows_by_size.values():
             words = np.frombuffer(b"".join(rows), np.int32).reshape(len(rows), -1)
-            parts += words[:, 0], words[:, 3::2].ravel()
+            own_ids = words[:, 0]
+            likely_ids = words[:, 3::2].ravel()
+            parts += [own_ids, likely_ids]
         token_ids = np.concatenate(parts)
         # A count of each id is fast for many, and a set for few.
-        is_long = len(token_ids) > _MANY_IDS
-        distinct = np.flatnonzero(np.bincount(token_ids)).tolist() if is_long else set(token_ids.tolist())
-        return {token_id: self.text(token_id) for token_id in distinct}
+        if len(token_ids) > _MANY_IDS:
+            return np.flatnonzero(np.bincount(token_ids)).tolist()
+        return set(token_ids.tolist())
 
     def __deepcopy__(self, memo: dict) -> list[dict[int, Logprob] | None]:
         return list(self)

@@ -54,17 +54,21 @@ def _strings(name: str, value: Any, max_entries: int) -> tuple[str, ...]:
 
 
 def _token_ids(name: str, value: Any, max_entries: int) -> tuple[int, ...]:
-    """Return a list of token ids, which may be long: only the entries that can be wrong are checked one by one."""
+    """Return a list of token ids.
+
+    The list may be long, so only a few ids are checked by themselves: the first one of a wrong type, or else the
+    smallest and the largest.
+    """
     ids = _entries(name, value, "token ids", max_entries)
-    kinds = set(map(type, ids))
-    wrong_types = [kind for kind in kinds if kind is bool or not issubclass(kind, Integral)]
+    types = set(map(type, ids))
+    wrong_types = [kind for kind in types if kind is bool or not issubclass(kind, Integral)]
     if wrong_types:
-        suspects = [next(token_id for token_id in ids if type(token_id) in wrong_types)]
+        checked = [next(token_id for token_id in ids if type(token_id) in wrong_types)]
     else:
-        suspects = [min(ids, default=0), max(ids, default=0)]
-    for token_id in suspects:
+        checked = [min(ids, default=0), max(ids, default=0)]
+    for token_id in checked:
         number(f"each id of {name}", token_id, int, 0, 2**31 - 1)
-    return ids if kinds <= {int} else tuple(map(int, ids))
+    return ids if types <= {int} else tuple(map(int, ids))
 
 
 def _as_id(key: Any) -> Any:
@@ -176,20 +180,27 @@ class StructuredOutputsParams:
 
 
 def _json_text(name: str, schema: Any) -> str:
-    """Return a schema as JSON. Shared dicts might make a text of gigabytes, so its size is counted first."""
+    """Return a schema as JSON.
+
+    A dict that occurs many times could make a text of gigabytes. So first count the entries and the characters of
+    names and texts, level by level from the outside.
+    """
     field = f"structured_outputs.{name}"
     level = [schema]
     num_chars = 0
     for _ in range(_MAX_SCHEMA_LEVELS):
-        below = []
+        next_level = []
         for value in level:
-            children = list(value.values()) if isinstance(value, Mapping) else value
-            texts = [*value, *children] if isinstance(value, Mapping) else children
+            children = value
+            texts = value
+            if isinstance(value, Mapping):
+                children = list(value.values())
+                texts = [*value, *children]
             num_chars += len(children) + sum([len(text) for text in texts if isinstance(text, str)])
-            below += [child for child in children if isinstance(child, (dict, list, tuple))]
+            next_level += [child for child in children if isinstance(child, (dict, list, tuple))]
             if num_chars > MAX_GRAMMAR_CHARS:
                 raise ValueError(f"{field} must have at most {MAX_GRAMMAR_CHARS} characters")
-        level = below
+        level = next_level
     try:
         return json.dumps(schema)
     except (TypeError, ValueError, RecursionError) as error:
@@ -249,7 +260,7 @@ class RequestOutputKind(Enum):
     FINAL_ONLY = 2
 
 
-# Other values that mean the same: (name, value, meaning).
+# Other values that mean the same: (name, alias, meaning).
 _ALIASES: tuple[tuple[str, Any, Any], ...] = (
     ("top_k", -1, 0),
     ("seed", -1, None),
@@ -348,7 +359,9 @@ class SamplingParams:
     def __post_init__(self):
         for name, alias, meaning in _ALIASES:
             value = getattr(self, name)
-            if isinstance(value, bool if alias is True else Integral) and value == alias:
+            # Check the type, because 1.0 equals True and -1.0 equals -1: `check_fields` must refuse them.
+            kind = bool if alias is True else Integral
+            if isinstance(value, kind) and value == alias:
                 self._set(name, meaning)
         check_fields(self)
         if self.seed is not None and self.seed < 0:
@@ -390,8 +403,12 @@ class SamplingParams:
 
         `max_tokens=None` keeps its own meaning.
         """
-        given: dict[str, Any] = {k: value for k, value in arguments.items() if value is not None or k == "max_tokens"}
-        if isinstance(biases := given.get("logit_bias"), Mapping):
+        given: dict[str, Any] = {}
+        for name, value in arguments.items():
+            if value is not None or name == "max_tokens":
+                given[name] = value
+        biases = given.get("logit_bias")
+        if isinstance(biases, Mapping):
             given["logit_bias"] = {_as_id(key): bias for key, bias in biases.items()}
             if len(given["logit_bias"]) < len(biases):
                 raise ValueError("logit_bias must have each token id once, got one as a text and as a number")

@@ -29,11 +29,11 @@ def local_path(label: str, name: str | Path) -> Path:
     """
     if not str(name):
         raise ValueError(f"{label} must not be empty")
-    kinds = (OSError, RuntimeError, ValueError)  # too long or forbidden, an unknown user's home, a NUL
-    what = f"{label} {str(name)!r:.100} is not a path that can be read"
-    with refusing(what, *kinds, reason=lambda error: getattr(error, "strerror", None) or error):
+    errors = (OSError, RuntimeError, ValueError)  # too long or forbidden, an unknown user's home, a NUL
+    message = f"{label} {str(name)!r:.100} is not a path that can be read"
+    with refusing(message, *errors, reason=lambda error: getattr(error, "strerror", None) or error):
         path = Path(name).expanduser().absolute()
-        path.exists()
+        path.exists()  # raises for a path that the system cannot look up
     return path
 
 

@@ -104,13 +104,16 @@ def _rope_scaling(file: GgufFile) -> dict[str, Any] | None:
     if not is_scaled:
         return None
     original = file.number("{arch}.rope.scaling.original_context_length", file.number("{arch}.context_length"))
-    betas = {name: file.get(f"{{arch}}.rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
-    given = {name: value for name, value in betas.items() if value is not None}
-    scaling = {"rope_type": rope_type, "factor": factor, "original_max_position_embeddings": original, **given}
+    scaling = {"rope_type": rope_type, "factor": factor, "original_max_position_embeddings": original}
+    for name in ("beta_fast", "beta_slow"):
+        beta = file.get(f"{{arch}}.rope.scaling.yarn_{name}")
+        if beta is not None:
+            scaling[name] = beta
     if rope_type == "yarn":
         _check_neutral(file, {"rope.scaling.yarn_ext_factor": (1, -1)})
         attn_factor = file.number("{arch}.rope.scaling.attn_factor", 1)
-        if attn_factor != 1 and factor > 0:  # it multiplies what YaRN scales by; ModelConfig refuses other factors
+        if attn_factor != 1 and factor > 0:  # ModelConfig refuses factors that are not positive
+            # The file's factor multiplies YaRN's own, 1 + 0.1 ln(factor). transformers' option is the product of both.
             scaling["attention_factor"] = attn_factor * (1 + 0.1 * math.log(max(factor, 1)))
     return scaling
 
@@ -185,7 +188,8 @@ def read_gguf(path: Path) -> GgufModel:
     max_position = file.number("{arch}.context_length")
     if file.number("split.count", 1) > 1:
         raise unsupported("a GGUF model that is split over several files")
-    if (file.number("{arch}.attention.sliding_window", 0) or max_position) < max_position:
+    window = file.number("{arch}.attention.sliding_window", 0)
+    if window and window < max_position:
         raise unsupported("a GGUF file with sliding-window attention")  # it does not say in which layers
     if file.number("{arch}.rope.dimension_count", head_dim) != head_dim:
         raise unsupported("partial RoPE")
@@ -253,7 +257,10 @@ def _is_weight(name: str) -> bool:
 
 
 def _split_experts(tensor: GgufTensor) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
-    """Iterate over transformers names, shapes and experts of the matrices in a tensor. Others are whole: no expert."""
+    """Iterate over the transformers tensors in a GGUF tensor: each one's name, shape, and index of the expert.
+
+    A tensor of experts has a matrix for each of them. Any other tensor is one tensor, and its expert is None.
+    """
     match tensor.name.split("."):
         case ["blk", layer, module, "weight"] if module in _EXPERT_NAMES and len(tensor.shape) == 3:
             if tensor.shape[0] > MAX_EXPERTS:
@@ -287,12 +294,21 @@ def iterate_gguf(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     num_heads = file.number("{arch}.attention.head_count")
     heads = {"attn_q": num_heads, "attn_k": file.number("{arch}.attention.head_count_kv", num_heads)}
     for name in filter(_is_weight, file.tensors):
-        module = name.split(".")[-2:][0]
+        parts = name.split(".")
+        module = parts[-2] if len(parts) > 1 else name
         for hf_name, shape, expert in _split_experts(file.tensors[name]):
             array = file.floats(name, expert)
-            # The loader refuses a size that the heads do not divide.
-            if file.arch == "llama" and module in heads and len(array) % (2 * heads[module]) == 0:
-                # llama.cpp rotates neighboring pairs, so its converter interleaves the halves of each head's rows.
-                pairs = array.reshape((heads[module], -1, 2, *array.shape[1:]))
-                array = pairs.swapaxes(1, 2)
+            if file.arch == "llama" and module in heads:
+                array = _with_whole_halves(array, heads[module])
             yield hf_name, torch.from_numpy(np.require(array.reshape(shape), requirements="W"))
+
+
+def _with_whole_halves(rows: np.ndarray, num_heads: int) -> np.ndarray:
+    """Return the rows of query or key heads with the first half of each head before the second, as in transformers.
+
+    llama.cpp rotates neighboring rows, so its converter interleaves the two halves.
+    """
+    if len(rows) % (2 * num_heads):
+        return rows  # the loader refuses this size
+    pairs = rows.reshape((num_heads, -1, 2, *rows.shape[1:]))
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

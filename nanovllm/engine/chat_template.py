@@ -39,6 +39,7 @@ class ChatTemplate:
         self.special_tokens = special_tokens
         self.max_chars = max_chars
         found = pool.ask({"inspected": {"chat_template": text, **special_tokens}})
+        # `inspect` in sandbox/templates.py says what these dicts have.
         self.variables = frozenset(found["variables"])
         self._contents: dict[str, dict[str, bool]] = found["contents"]
         self._calls: dict[str, bool] = found["calls"]

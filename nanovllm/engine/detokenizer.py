@@ -14,8 +14,9 @@ _REPLACEMENT = "\ufffd"
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 
 # Byte-level tokenizers spell each byte as a character: printable ones as themselves, the others from U+0100 on.
+_UNPRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
-_BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)}
+_BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(_UNPRINTABLE)}
 
 
 class TokenBytes(dict):
@@ -106,9 +107,12 @@ class StopStrings:
                 match.append(0)
                 path.append(node)
             match[path[-1]] = len(string)
+        # An entry for the root, and one after the last node, because `next` looks at the node after a state. Its depth
+        # of 0 says that it is nobody's child.
         self._labels = "\0" + "".join(labels) + "\0"
-        self._depths = depths + array("i", [0])  # no node follows the last one
-        self.match, self.num_held = match, depths[:]
+        self._depths = depths + array("i", [0])
+        self.match = match
+        self.num_held = depths[:]
         # For each node, the longest proper suffix that is a node too. Shorter nodes come first, because longer ones use
         # their suffixes.
         self._suffixes = array("i", bytes(match.itemsize * len(match)))
@@ -188,8 +192,9 @@ class Detokenizer:
         end = len(self.text)
         if self.stops and not self.ended:
             end -= self.stops.num_held[self._state]
-        start, self.num_taken = self.num_taken, max(self.num_taken, end)
-        return self.text[start:end]
+        new = self.text[self.num_taken : end]
+        self.num_taken = max(self.num_taken, end)
+        return new
 
     @property
     def taken(self) -> str:

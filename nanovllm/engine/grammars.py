@@ -40,8 +40,11 @@ class GrammarFilter:
         stop_ids: Collection[int] = (),
         min_tokens: int = 0,
     ):
-        self.matcher, self.vocab_size = matcher, vocab_size
-        self.never_ids, self.stop_ids, self.min_tokens_left = never_ids, stop_ids, min_tokens
+        self.matcher = matcher
+        self.vocab_size = vocab_size
+        self.never_ids = never_ids
+        self.stop_ids = stop_ids
+        self.min_tokens_left = min_tokens
         self.is_blocked = False
 
     def copy(self) -> "GrammarFilter":
@@ -65,13 +68,13 @@ class GrammarFilter:
         self.min_tokens_left -= 1
 
     def compute_mask(self) -> np.ndarray:
-        words = np.frombuffer(self.matcher.compute_bitmask(), np.int32, count=ceil_div(self.vocab_size, 32))
+        mask = np.frombuffer(self.matcher.compute_bitmask(), np.int32, count=ceil_div(self.vocab_size, 32))
         if self.min_tokens_left > 0:
-            self.is_blocked = not without(words, self.stop_ids).any()
+            self.is_blocked = not without(mask, self.stop_ids).any()
         if self.never_ids:
-            others = without(words, self.never_ids)
-            return others if others.any() else words
-        return words
+            others = without(mask, self.never_ids)
+            return others if others.any() else mask
+        return mask
 
 
 class Grammars:

@@ -120,14 +120,14 @@ class InputProcessor:
         The configs of a model that was tuned to chat may still name the end token of its base model.
         """
         ids = self.source.config.eos_token_ids
-        own: Any = None
+        tokenizer_id: Any = None
         if self.has_tokenizer:
-            own = self.tokenizer.eos_token_id
+            tokenizer_id = self.tokenizer.eos_token_id
         elif self.source.has_tokenizer and not ids:  # even with `skip_tokenizer_init`, a text must end
-            own = self.source.tokenizer().eos_token_id
-        if own is None or own in ids or own >= self.vocab_size:
+            tokenizer_id = self.source.tokenizer().eos_token_id
+        if tokenizer_id is None or tokenizer_id in ids or tokenizer_id >= self.vocab_size:
             return ids
-        return (*ids, own)
+        return (*ids, tokenizer_id)
 
     @loaded_once
     def grammars(self) -> Grammars:
@@ -348,18 +348,21 @@ class InputProcessor:
 
     def _check_logprobs(self, num_prompt: int, max_output_len: int, params: SamplingParams) -> None:
         """Refuse log-probabilities of the whole vocabulary that need too much memory, in a step or altogether."""
-        num_tokens = min(max_output_len, params.max_tokens or max_output_len) * params.n
-        for name, positions, option in (
-            ("logprobs", num_tokens, "max_num_seqs"),
+        num_output = min(max_output_len, params.max_tokens or max_output_len) * params.n
+        for name, num_tokens, option in (
+            ("logprobs", num_output, "max_num_seqs"),
             ("prompt_logprobs", num_prompt, "max_num_batched_tokens"),
         ):
             if getattr(params, name) != -1:
                 continue
             message = f"{name}=-1 has {self.vocab_size} entries a token"
-            if positions > (limit := _MAX_LOGPROB_ENTRIES // self.vocab_size):
-                raise ValueError(f"{message}, so the request must have at most {limit} such tokens, got {positions}")
-            if getattr(self.config, option) > (limit := _MAX_STEP_LOGPROB_ENTRIES // self.vocab_size):
-                raise ValueError(f"{message}, so the engine needs {option}={limit} or less")
+            request_limit = _MAX_LOGPROB_ENTRIES // self.vocab_size
+            if num_tokens > request_limit:
+                limits = f"at most {request_limit} such tokens, got {num_tokens}"
+                raise ValueError(f"{message}, so the request must have {limits}")
+            step_limit = _MAX_STEP_LOGPROB_ENTRIES // self.vocab_size
+            if getattr(self.config, option) > step_limit:
+                raise ValueError(f"{message}, so the engine needs {option}={step_limit} or less")
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
         stop_ids = frozenset(params.stop_token_ids)
@@ -423,9 +426,7 @@ class InputProcessor:
         continue_final_message: bool | None = None,
         **variables: Any,
     ) -> list[tuple[str, list[int]]]:
-        chats: Any = [messages] if is_list(messages) and isinstance(next(iter(messages), None), dict) else messages
-        if not is_list(chats) or not chats or not all(map(_is_chat, chats)):
-            raise TypeError(f"messages must be a list of dicts with role and content, got {shown(messages)}")
+        chats = _list_chats(messages)
         flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         for name, flag in flags.items():
             if not isinstance(flag, bool | None):
@@ -478,7 +479,7 @@ class InputProcessor:
             elif isinstance(value, list | tuple):
                 todo += value
             elif isinstance(value, dict):
-                todo += value
+                todo += value.keys()
                 todo += value.values()
             if num_values > _MAX_TOKEN_VALUES * self.max_model_len:  # or the data contains itself
                 raise self._too_long(f"messages and tools have more than {num_values - 1} values")
@@ -506,6 +507,15 @@ def _function_schema(tool: Callable) -> dict:
 
     with refusing("tools has a function that no JSON schema can be made of", Exception):
         return get_json_schema(tool)
+
+
+def _list_chats(messages: Any) -> list[Any]:
+    """Return the conversations in `messages`, which is one of them or a list of them."""
+    is_single = is_list(messages) and isinstance(next(iter(messages), None), dict)
+    chats = [messages] if is_single else messages
+    if not is_list(chats) or not chats or not all(map(_is_chat, chats)):
+        raise TypeError(f"messages must be a list of dicts with role and content, got {shown(messages)}")
+    return chats
 
 
 def _is_chat(messages: Any) -> bool:

@@ -15,17 +15,18 @@ from nanovllm.arithmetic import ceil_div
 from nanovllm.sampling_params import SamplingParams
 
 
-def _packed(allowed: np.ndarray) -> np.ndarray:
+def _pack_bits(allowed: np.ndarray) -> np.ndarray:
+    """Return a bool for each token as a mask."""
     return np.packbits(allowed, bitorder="little").view(np.int32)
 
 
-def without(words: np.ndarray, token_ids: Iterable[int]) -> np.ndarray:
-    """Return a mask in which `token_ids` are not allowed."""
-    words = words.copy()
-    bits = words.view(np.uint32)
+def without(mask: np.ndarray, token_ids: Iterable[int]) -> np.ndarray:
+    """Return a copy of `mask` in which `token_ids` are not allowed."""
+    mask = mask.copy()
+    words = mask.view(np.uint32)
     for token_id in token_ids:
-        bits[token_id // 32] &= ~np.uint32(1 << token_id % 32)
-    return words
+        words[token_id // 32] &= ~np.uint32(1 << token_id % 32)
+    return mask
 
 
 class TokenFilter:
@@ -47,18 +48,21 @@ class TokenFilter:
     is_blocked = False
 
     def __init__(self, allowed: np.ndarray, bad_words: list[tuple[int, ...]], stop_ids: Iterable[int], min_tokens: int):
-        self.stop_ids, self.min_tokens_left = list(stop_ids), min_tokens
+        self.stop_ids = list(stop_ids)
+        self.min_tokens_left = min_tokens
         self.allowed = allowed.copy()
         self.allowed[[word[0] for word in bad_words if len(word) == 1]] = False
-        self.words = _packed(self.allowed)
+        self.usual_mask = _pack_bits(self.allowed)
+        # The first tokens and the last token of each longer word.
         self.bad_words = [(list(word[:-1]), word[-1]) for word in bad_words if len(word) > 1]
         self.depends_on_output = bool(self.bad_words)
-        self.last: deque[int] = deque(maxlen=max((len(start) for start, _ in self.bad_words), default=0))
+        longest_start = max((len(start) for start, _ in self.bad_words), default=0)
+        self.recent_ids: deque[int] = deque(maxlen=longest_start)
 
     def copy(self) -> "TokenFilter":
         """Return a filter for another sample. It shares all that does not change."""
         other = copy(self)
-        other.last = self.last.copy()
+        other.recent_ids = self.recent_ids.copy()
         return other
 
     @property
@@ -68,23 +72,25 @@ class TokenFilter:
 
     def accept(self, token_id: int) -> None:
         """Take in a sampled token."""
-        self.last.append(token_id)
+        self.recent_ids.append(token_id)
         self.min_tokens_left -= 1
 
     def has_any(self, allowed: np.ndarray) -> bool:
         """Return whether one of the tokens `allowed` can be sampled next."""
-        return bool((np.delete(allowed, self.stop_ids) if self.min_tokens_left > 0 else allowed).any())
+        if self.min_tokens_left > 0:
+            allowed = np.delete(allowed, self.stop_ids)
+        return bool(allowed.any())
 
     def compute_mask(self) -> np.ndarray:
         """Return the tokens that may be sampled next. If bad words leave none, the filter is blocked from now on."""
-        last = list(self.last)
-        ends = [end for start, end in self.bad_words if last[-len(start) :] == start]
+        recent = list(self.recent_ids)
+        ends = [end for start, end in self.bad_words if recent[-len(start) :] == start]
         if not ends:
-            return self.words
+            return self.usual_mask
         allowed = self.allowed.copy()
         allowed[ends] = False
         self.is_blocked = not self.has_any(allowed)
-        return self.words if self.is_blocked else _packed(allowed)
+        return self.usual_mask if self.is_blocked else _pack_bits(allowed)
 
 
 # Texts that a word may follow; one of them must not merge with it into a token.
@@ -92,25 +98,30 @@ _ANCHORS = ("=", "a", "1", "\n")
 
 
 def _spellings(words: Iterable[str], encode_all: Callable[[list[str]], list[list[int]]]) -> set[tuple[int, ...]]:
-    """Return the token ids of bad words, as they are and, unless they begin with white space themselves, after a space.
+    """Return the token ids of bad words, as they are and, unless they start with white space themselves, after a space.
 
-    A tokenizer may put a space before each text that it encodes, and an output does not begin a text. So the ids are
-    those that a word adds to another text.
+    A tokenizer may put a space before each text that it encodes, and an output does not start a text. So the ids are
+    those that a word adds to another text, the anchor.
     """
-    forms = [form for word in words for form in ((word,) if word[0].isspace() else (word, " " + word))]
+    forms = []
+    for word in words:
+        forms.append(word)
+        if not word[0].isspace():
+            forms.append(" " + word)
     spellings = set()
     for anchor in _ANCHORS:
-        before, *found = encode_all([anchor, *(anchor + form for form in forms)])
-        merged = []
-        for form, ids in zip(forms, found, strict=True):
-            if before and ids[: len(before)] == before:
-                spellings.add(tuple(ids[len(before) :]))
+        anchor_ids, *anchored_ids = encode_all([anchor, *(anchor + form for form in forms)])
+        merged = []  # forms whose first token merges with the anchor
+        for form, ids in zip(forms, anchored_ids, strict=True):
+            if anchor_ids and ids[: len(anchor_ids)] == anchor_ids:
+                spellings.add(tuple(ids[len(anchor_ids) :]))
             else:
                 merged.append(form)
         forms = merged
         if not forms:
             break
-    return (spellings | set(map(tuple, encode_all(forms)))) - {()}
+    spellings.update(map(tuple, encode_all(forms)))
+    return spellings - {()}
 
 
 def make_filter(

@@ -78,8 +78,8 @@ class RankProcesses:
     def wait_for_failure(self) -> None:
         """Wait until `failure` is set, if a lost rank may be the cause of an error in this one.
 
-        Give up after two seconds in which the monitor has also checked all ranks. A check may have begun before, so the
-        second one counts.
+        Give up after two seconds, but not before the monitor has checked all ranks. A check that is running now may
+        have missed the loss, so wait for two checks to finish.
         """
         deadline = time.monotonic() + _GRACE_SECONDS
         last_check = self._num_checks + 2

@@ -44,12 +44,13 @@ def rank_device(device_type: str, local_rank: int | None = None) -> torch.device
 def open_store(descriptor: int, size: int) -> "FileStore":
     """Open the store through which `size` ranks meet. All of them inherit `descriptor`, a file in memory.
 
-    A store opens its file again for each operation, the last one when it ends. It has a descriptor of its own, which is
-    closed after that: the number of a closed one may by then belong to another file, such as one of the caller's.
+    A store opens its file again, by the path of a descriptor, for each operation and when it ends. Were the descriptor
+    closed before, its number could belong to another file, such as one of the caller's. So the store has a descriptor
+    of its own, which is closed after the store has ended.
     """
-    own = os.dup(descriptor)
-    store = dist.FileStore(f"/proc/self/fd/{own}", size)  # pyright: ignore[reportPrivateImportUsage]
-    weakref.finalize(store, os.close, own).atexit = False
+    duplicate = os.dup(descriptor)
+    store = dist.FileStore(f"/proc/self/fd/{duplicate}", size)  # pyright: ignore[reportPrivateImportUsage]
+    weakref.finalize(store, os.close, duplicate).atexit = False
     return store
 
 

@@ -81,11 +81,13 @@ def serve(runner: ModelRunner, connection: Connection) -> None:
 
 
 def _wait_for_close(connection: Connection, seconds: float) -> None:
-    """Wait until rank 0 closes the ranks, at most for some seconds. Do nothing that it asks for before."""
-    end = time.monotonic() + seconds
+    """Wait until rank 0 closes the ranks, but at most this many seconds. Ignore its other messages."""
+    deadline = time.monotonic() + seconds
     with contextlib.suppress(EOFError, OSError):
-        while connection.poll(max(0, end - time.monotonic())) and connection.recv()[0] != "close":
-            pass
+        while connection.poll(max(0, deadline - time.monotonic())):
+            method, *_ = connection.recv()
+            if method == "close":
+                return
 
 
 def _load_weights(runner: ModelRunner, connection: Connection) -> None:

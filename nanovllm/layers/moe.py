@@ -184,10 +184,10 @@ class SparseMoE(Layer):
         super().__init__()
         tp = tp or TensorParallel.default()
         self.gate = Router(config, hidden_size, dtype)
-        self.experts = Experts(config, hidden_size, dtype, tp, formats.of("experts"))
+        self.experts = Experts(config, hidden_size, dtype, tp, formats.child("experts"))
         self.shared_expert = None
         if config.shared_intermediate_size:
-            options = {"dtype": dtype, "tp": tp, "formats": formats.of("shared_expert")}
+            options = {"dtype": dtype, "tp": tp, "formats": formats.child("shared_expert")}
             self.shared_expert = MLP(hidden_size, config.shared_intermediate_size, **options)
 
     def forward(self, x: LazyNorm) -> "LazyExperts":

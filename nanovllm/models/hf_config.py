@@ -11,6 +11,7 @@ from nanovllm.layers.moe import MoEConfig
 from nanovllm.layers.rotary_embedding import ROPE_WITH_ORIGINAL
 from nanovllm.models.families import ATTENTION_TYPES, FAMILIES
 from nanovllm.models.model_config import (
+    ORIGINAL_POSITIONS,
     ModelConfig,
     Rope,
     check_model_type,
@@ -22,8 +23,6 @@ from nanovllm.models.model_config import (
 )
 from nanovllm.weights.quantization import QuantizationScheme
 from nanovllm.weights.quantization_config import read_scheme
-
-_ORIGINAL = "original_max_position_embeddings"
 
 
 def read_hf_config(config: Any, eos_token_ids: tuple[int, ...] = ()) -> ModelConfig:
@@ -48,8 +47,7 @@ def read_hf_config(config: Any, eos_token_ids: tuple[int, ...] = ()) -> ModelCon
     max_position = scaled_max_position(config.max_position_embeddings, scaling)
     layer_types = _layer_types(config, max_position, keep=sliding_rope is not None)
     vocab_size = checked_option("vocab_size", config.vocab_size, int)
-    given_ends = (eos_token_ids, getattr(whole, "eos_token_id", None), getattr(config, "eos_token_id", None))
-    ends = next(filter(None, (known_ids(given, vocab_size) for given in given_ends)), ())
+    end_ids = _end_ids(whole, config, eos_token_ids, vocab_size)
     return ModelConfig(
         model_type=config.model_type,
         vocab_size=vocab_size,
@@ -69,11 +67,19 @@ def read_hf_config(config: Any, eos_token_ids: tuple[int, ...] = ()) -> ModelCon
         layer_types=layer_types,
         gated_delta_net=_gated_delta_net(config) if "gated_delta_net" in (layer_types or ()) else None,
         dtype=_first_given(stated_dtype(whole), torch.float32),
-        eos_token_ids=ends,
+        eos_token_ids=end_ids,
         moe=_moe(config) if FAMILIES[config.model_type].has_experts else None,
         quantization=_quantization(whole) or _quantization(config),
         **_family_options(config, layer_types),
     )
+
+
+def _end_ids(whole: Any, config: Any, generation_ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    """Return the end-of-sequence ids of the first config that names any that the vocabulary has."""
+    for given in (generation_ids, getattr(whole, "eos_token_id", None), getattr(config, "eos_token_id", None)):
+        if ids := known_ids(given, vocab_size):
+            return ids
+    return ()
 
 
 def _moe(config: Any) -> MoEConfig | None:
@@ -187,13 +193,14 @@ def _gated_delta_net(config: Any) -> GatedDeltaNetConfig:
 
 
 def _ropes(config: Any) -> tuple[Rope, Rope | None, float]:
-    """Return the RoPE of the layers, that of layers with sliding attention if it differs, and the part that rotates.
+    """Return the RoPE of the layers, that of layers with sliding attention if it differs, and `partial_rotary_factor`.
 
-    transformers 5 has the options in `rope_parameters`, perhaps by the type of the layer. transformers 4 has two
-    options. The sections of multimodal RoPE are all the same for text.
+    transformers 5 has the options in `rope_parameters`, perhaps by the type of the layer. transformers 4 has
+    `rope_theta` and `rope_scaling`. The sections of multimodal RoPE are all the same for text.
 
-    A number of original positions next to the RoPE options takes precedence, unless the options differ between types of
-    layers. transformers 5 decides so when it makes a model, so `rope_parameters` may not have that number yet.
+    If the config itself has `original_max_position_embeddings`, that takes precedence over the one among the RoPE
+    options, unless these differ between types of layers. transformers 5 decides so when it makes a model, so
+    `rope_parameters` may not have that number yet.
     """
     options = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     factor = _first_given(
@@ -202,10 +209,11 @@ def _ropes(config: Any) -> tuple[Rope, Rope | None, float]:
     if factor != 1.0 and not FAMILIES[config.model_type].partial_rope:
         raise unsupported("partial RoPE")
     if not any(isinstance(value, dict) for value in options.values()):
-        return _rope(config, options, getattr(config, _ORIGINAL, None)), None, factor
+        return _rope(config, options, getattr(config, ORIGINAL_POSITIONS, None)), None, factor
     if not options.keys() <= set(ATTENTION_TYPES) or not all(isinstance(value, dict) for value in options.values()):
         raise unsupported("RoPE that differs between layers of one type")
-    full, sliding = (_rope(config, dict(options.get(layer_type, {}))) for layer_type in ATTENTION_TYPES)
+    full = _rope(config, dict(options.get("full_attention", {})))
+    sliding = _rope(config, dict(options.get("sliding_attention", {})))
     return full, None if sliding == full else sliding, factor
 
 
@@ -224,10 +232,10 @@ def _rope(config: Any, options: dict[str, Any], original: Any = None) -> Rope:
     if rope_type == "default" and "llama_4_scaling_beta" not in options:
         return theta, None
     if original is not None and rope_type in ROPE_WITH_ORIGINAL:
-        options[_ORIGINAL] = original
-    if options.get(_ORIGINAL) is None:
-        options[_ORIGINAL] = config.max_position_embeddings
+        options[ORIGINAL_POSITIONS] = original
+    if options.get(ORIGINAL_POSITIONS) is None:
+        options[ORIGINAL_POSITIONS] = config.max_position_embeddings
     if rope_type == "longrope" and options.get("factor") is None:
-        original = checked_option("RoPE original length", options[_ORIGINAL], float)
+        original = checked_option("RoPE original length", options[ORIGINAL_POSITIONS], float)
         options["factor"] = checked_option("max_position", config.max_position_embeddings, int) / original
     return theta, {**options, "rope_type": rope_type}

@@ -41,11 +41,13 @@ _RANGES = {
 _NOT_COMPARED = {"model_type", "max_position", "dtype", "eos_token_ids", "tie_word_embeddings", "separate_head"}
 _NOT_COMPARED |= {"rope_theta", "rope_scaling", "sliding_rope", "rope_layers", "quantization"}
 _MAX_END_IDS = 1024  # real models have a few
-# kernels hold so many in registers; real models have up to 512 and 22
+# Kernels hold a value for each expert in registers. Real models have up to 512 experts, and 22 per token.
 MAX_EXPERTS = 4096
 _MAX_EXPERTS_PER_TOKEN = 64
+# Bounds the loops over layers that run before the weights show how many there are.
+MAX_LAYERS = 4096
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ORIGINAL = "original_max_position_embeddings"
+ORIGINAL_POSITIONS = "original_max_position_embeddings"
 Rope: TypeAlias = tuple[float, dict[str, Any] | None]  # theta and the scaling options
 
 
@@ -55,10 +57,6 @@ def unsupported(feature: str) -> ValueError:
         f"{feature} is not supported; supported are models of the types {', '.join(FAMILIES)}, with RoPE of the types "
         f"{', '.join(ROPE_TYPES)}: unquantized, as GGUF files, or in {SUPPORTED}"
     )
-
-
-# Loops over layers come before the weights show how many there are.
-MAX_LAYERS = 4096
 
 
 def checked_option(name: str, value: Any, kind: type) -> Any:
@@ -113,7 +111,7 @@ def scaled_max_position(max_position: int, scaling: dict[str, Any] | None) -> in
     """
     if scaling is None or scaling["rope_type"] not in ("linear", "yarn", "longrope"):
         return max_position
-    original = checked_option(_ORIGINAL, scaling.get(_ORIGINAL), float)
+    original = checked_option(ORIGINAL_POSITIONS, scaling.get(ORIGINAL_POSITIONS), float)
     if scaling["rope_type"] == "longrope":
         logger.warning("The model's RoPE of type 'longrope' is supported for texts of up to %d tokens", original)
         return min(checked_option("max_position", max_position, int), int(original))
@@ -197,8 +195,9 @@ class ModelConfig:
             raise unsupported(f"num_attention_heads={self.num_heads} with num_key_value_heads={self.num_kv_heads}")
         if self.dtype not in _DTYPES:
             raise unsupported(f"a checkpoint of dtype {shown(self.dtype)}")
-        for theta, scaling in filter(None, [(self.rope_theta, self.rope_scaling), self.sliding_rope]):
-            self._check_rope(theta, scaling or {"rope_type": "default"})
+        self._check_rope(self.rope_theta, self.rope_scaling)
+        if self.sliding_rope is not None:
+            self._check_rope(*self.sliding_rope)
         if self.moe is not None:
             _check_moe(self.moe)
         self._check_layers()
@@ -265,8 +264,9 @@ class ModelConfig:
         if options.conv_width != CONV_WIDTH:
             raise unsupported(f"linear_conv_kernel_dim={options.conv_width}")
 
-    def _check_rope(self, theta: Any, options: dict[str, Any]) -> None:
+    def _check_rope(self, theta: Any, scaling: dict[str, Any] | None) -> None:
         checked_option("rope_theta", theta, float)
+        options = scaling or {"rope_type": "default"}
         rope_type = options["rope_type"]
         num_factors = self.rotary_dim // 2
         if rope_type not in tuple(ROPE_TYPES):
@@ -274,7 +274,7 @@ class ModelConfig:
         needed = dict.fromkeys(ROPE_TYPES[rope_type], float)
         given = {name: kind for name, kind in ROPE_OPTIONAL.items() if options.get(name) is not None}
         if "llama_4_scaling_beta" in given:
-            needed["original_max_position_embeddings"] = float
+            needed[ORIGINAL_POSITIONS] = float
         for name, kind in (needed | given).items():
             value = options.get(name)
             if name not in ("factors", "short_factor"):
@@ -290,14 +290,21 @@ class ModelConfig:
             raise ValueError(f"the model's RoPE high_freq_factor must be above low_freq_factor={low}, got {high}")
         if rope_type == "yarn" and theta <= 1:
             raise ValueError(f"the model's rope_theta must be above 1 for RoPE of type 'yarn', got {theta}")
-        if rope_type == "longrope" and options["original_max_position_embeddings"] <= 1:
+        if rope_type == "longrope" and options[ORIGINAL_POSITIONS] <= 1:
             raise ValueError("the model's original_max_position_embeddings must be above 1 for RoPE of type 'longrope'")
 
     def check_same_model(self, other: "ModelConfig") -> None:
-        """Raise ValueError if weights of a checkpoint with the config `other` would mean something else here.
+        """Raise ValueError if this model would compute something else with the weights of a checkpoint of `other`.
 
-        Formats differ in the names of families and of kinds of RoPE, and round numbers, so the results are compared.
+        Two configs of one model may have different names for its family and its RoPE, and rounded numbers: a GGUF file
+        and transformers' config. So this compares what the options result in, such as RoPE's frequencies.
         """
+        self._check_same_options(other)
+        self._check_same_quantization(other)
+        for index in range(self.num_layers):
+            self._check_same_rope(other, index)
+
+    def _check_same_options(self, other: "ModelConfig") -> None:
         options = _comparable(self)
         their_options = _comparable(other)
         for name in options | their_options:
@@ -309,24 +316,32 @@ class ModelConfig:
                 is_same = mine == theirs
             if not is_same:
                 raise ValueError(f"the checkpoint's {name} is {shown(theirs)}, but the model's is {shown(mine)}")
-        mine, theirs = (None if scheme is None else scheme.layout for scheme in (self.quantization, other.quantization))
+
+    def _check_same_quantization(self, other: "ModelConfig") -> None:
+        mine = None if self.quantization is None else self.quantization.layout
+        theirs = None if other.quantization is None else other.quantization.layout
         quantizes = self.quantization is not None and self.quantization.quantizes
         if mine != theirs and not (theirs is None and quantizes):
             raise ValueError(f"the checkpoint's quantization is {theirs}, but the model's is {mine}")
-        for index in range(self.num_layers):
-            (theta, scaling), (their_theta, their_scaling) = self.rope(index), other.rope(index)
-            with torch.device("cpu"):  # not the caller's default device, which may be "meta"
-                frequencies, factor = rope_frequencies(self.rotary_dim, theta, scaling)
-                their_frequencies, their_factor = rope_frequencies(other.rotary_dim, their_theta, their_scaling)
-                is_same = torch.allclose(frequencies, their_frequencies, rtol=1e-4, atol=0)
-            beta, their_beta = ((s or {}).get("llama_4_scaling_beta") for s in (scaling, their_scaling))
-            if not is_same or not math.isclose(factor, their_factor, rel_tol=1e-4) or beta != their_beta:
-                mine = f"{theta} scaled by {shown(scaling)}"
-                theirs = f"{their_theta} scaled by {shown(their_scaling)}"
-                raise ValueError(f"the checkpoint's RoPE is rope_theta={theirs}, but the model's is rope_theta={mine}")
+
+    def _check_same_rope(self, other: "ModelConfig", index: int) -> None:
+        """Compare the RoPE of one layer."""
+        theta, scaling = self.rope(index)
+        their_theta, their_scaling = other.rope(index)
+        with torch.device("cpu"):  # not the caller's default device, which may be "meta"
+            frequencies, factor = rope_frequencies(self.rotary_dim, theta, scaling)
+            their_frequencies, their_factor = rope_frequencies(other.rotary_dim, their_theta, their_scaling)
+            is_same = torch.allclose(frequencies, their_frequencies, rtol=1e-4, atol=0)
+        beta = (scaling or {}).get("llama_4_scaling_beta")
+        their_beta = (their_scaling or {}).get("llama_4_scaling_beta")
+        if not is_same or not math.isclose(factor, their_factor, rel_tol=1e-4) or beta != their_beta:
+            mine = f"{theta} scaled by {shown(scaling)}"
+            theirs = f"{their_theta} scaled by {shown(their_scaling)}"
+            raise ValueError(f"the checkpoint's RoPE is rope_theta={theirs}, but the model's is rope_theta={mine}")
 
 
 def _check_moe(moe: MoEConfig) -> None:
+    # 0 stands for no shared expert, and would be out of range as a size.
     has_shared_expert = moe.shared_intermediate_size != 0
     check_options(moe if has_shared_expert else replace(moe, shared_intermediate_size=1), "moe.")
     if moe.num_experts > MAX_EXPERTS:

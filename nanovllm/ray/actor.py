@@ -25,10 +25,10 @@ from nanovllm.server.engine_messages import pack_error, unpack_error
 # A tensor in the object store: its name, bytes, dtype and shape. The processes of a host read the same bytes.
 PackedTensor = tuple[str, np.ndarray, torch.dtype, torch.Size]
 _PART_BYTES = 1 << 28
-# How many parts of each file `_mark` reads, and how many bytes of each.
-_MARK_PARTS = 256
-_MARK_BYTES = 64
-_MAX_LEFT = 1 << 12  # requests whose calls may still be on their way
+# How many parts of each file `_fingerprint` reads, and how many bytes of each.
+_FINGERPRINT_PARTS = 256
+_FINGERPRINT_BYTES = 64
+_MAX_ABANDONED = 1 << 12  # requests whose calls may still be on their way
 
 
 class ReplicaActor(AsyncLLM):
@@ -43,7 +43,8 @@ class ReplicaActor(AsyncLLM):
         self._options = options
         self._items: asyncio.Queue[tuple[str, RequestOutput | Exception]] = asyncio.Queue()
         self._answers: dict[str, asyncio.Task] = {}
-        self._left: dict[str, None] = {}  # requests that were not here when their callers left them, the newest last
+        # Requests that were abandoned before they arrived here, the newest last: a dict, as an ordered set.
+        self._abandoned: dict[str, None] = {}
         # Weights in the object store are read-only, and the engine does not write to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
@@ -57,21 +58,21 @@ class ReplicaActor(AsyncLLM):
         Args:
             message: the pickled prompt, parameters, seed and template of a `Request`.
         """
-        if request_id in self._left:
+        if request_id in self._abandoned:
             return
         self._answers[request_id] = asyncio.create_task(self._answer(request_id, kind, message))
         await asyncio.wait([self._answers[request_id]])
         del self._answers[request_id]
 
-    async def leave(self, request_ids: list[str]) -> None:
-        """End requests whose callers have left them. Those that come later, as Ray may swap calls, never start."""
+    async def abandon(self, request_ids: list[str]) -> None:
+        """End abandoned requests. One that arrives later never starts: Ray may swap its call with this one."""
         for request_id in request_ids:
             if answer := self._answers.get(request_id):
                 answer.cancel()
             else:
-                self._left[request_id] = None
-        for request_id in list(self._left)[:-_MAX_LEFT]:
-            del self._left[request_id]
+                self._abandoned[request_id] = None
+        for request_id in list(self._abandoned)[:-_MAX_ABANDONED]:
+            del self._abandoned[request_id]
 
     async def _answer(self, request_id: str, kind: RequestOutputKind, message: bytes) -> None:
         try:
@@ -80,7 +81,9 @@ class ReplicaActor(AsyncLLM):
                 prompt = await self.chat_prompt(prompt, **template)
             params = self.get_default_sampling_params() if params is None else params
             if isinstance(params, SamplingParams):  # else the engine refuses it
-                params.seed, params.output_kind = seed if params.seed is None else params.seed, kind
+                params.output_kind = kind
+                if params.seed is None:
+                    params.seed = seed
             async for output in self.generate(prompt, params, request_id):
                 self._items.put_nowait((request_id, output))
         except Exception as error:
@@ -97,22 +100,26 @@ class ReplicaActor(AsyncLLM):
                 await self.check_health()
             yield batch
 
-    async def update(self, version: int, mark: str | None, *source: Any) -> str:
+    async def update(self, version: int, fingerprint: str | None, *source: Any) -> str:
         """Update the weights from a path or from lists of `PackedTensor`. Count this as `version`.
 
         Args:
-            mark: what this has returned in another replica, which tells its files from later ones. None if this is the
-                first one.
+            fingerprint: of the files that the other replicas have loaded; None if no replica has loaded them yet.
+
+        Returns:
+            The fingerprint of this replica's files; "" without files.
         """
-        found = ""
+        own_fingerprint = ""
+        weights: Any = _unpack(source)
         if isinstance(source[0], str):
+            weights = source[0]
             with suppress(OSError):  # the update reports what is wrong
-                found = await asyncio.to_thread(_mark, Path(source[0]))
-            if mark is not None and found != mark:
-                raise ValueError(f"the files of {source[0]} have changed since the other replicas have loaded them")
-        await self.update_weights(source[0] if isinstance(source[0], str) else _unpack(source))
+                own_fingerprint = await asyncio.to_thread(_fingerprint, Path(weights))
+            if fingerprint is not None and own_fingerprint != fingerprint:
+                raise ValueError(f"the files of {weights} have changed since the other replicas have loaded them")
+        await self.update_weights(weights)
         self.llm_engine.core.weight_version = version
-        return found
+        return own_fingerprint
 
     async def lacks_weights(self) -> bool:
         """Whether an update has failed, so that the weights may be partly overwritten."""
@@ -133,16 +140,16 @@ def end_with_raylet() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _mark(path: Path) -> str:
+def _fingerprint(path: Path) -> str:
     """Return a hash of the sizes and of some bytes of a checkpoint's files. Training changes all weights a little."""
     digest = sha256()
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as stream:
-            for start in range(0, size, max(1, size // _MARK_PARTS)):
+            for start in range(0, size, max(1, size // _FINGERPRINT_PARTS)):
                 stream.seek(start)
-                digest.update(stream.read(_MARK_BYTES))
+                digest.update(stream.read(_FINGERPRINT_BYTES))
     return digest.hexdigest()
 
 

@@ -50,10 +50,10 @@ class AnswerRows:
         self._template = template or {}
         text = pa.string()
         ids = pa.list_(pa.int32())
-        kinds = {"generated_text": text, "generated_token_ids": ids, "finish_reason": text}
+        column_types = {"generated_text": text, "generated_token_ids": ids, "finish_reason": text}
         if params.n > 1:
-            kinds = {name: pa.list_(kind) for name, kind in kinds.items()}
-        self._kinds = kinds | {"error": text}
+            column_types = {name: pa.list_(column_type) for name, column_type in column_types.items()}
+        self._column_types = column_types | {"error": text}
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         if not isinstance(batch, pa.Table):
@@ -61,9 +61,9 @@ class AnswerRows:
         # Other columns may have values that Python cannot have, such as times in the far future.
         rows = batch.select([name for name in _INPUTS if name in batch.column_names]).to_pylist()
         answers = await asyncio.gather(*map(self._answer, rows))
-        batch = batch.drop_columns([name for name in self._kinds if name in batch.column_names])
-        for name, kind in self._kinds.items():
-            batch = batch.append_column(name, pa.array([answer.get(name) for answer in answers], kind))
+        batch = batch.drop_columns([name for name in self._column_types if name in batch.column_names])
+        for name, column_type in self._column_types.items():
+            batch = batch.append_column(name, pa.array([answer.get(name) for answer in answers], column_type))
         return batch
 
     async def _answer(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -80,9 +80,14 @@ class AnswerRows:
         except Exception as error:
             await self._llm.check_health()  # raises if the engine is the reason, so that Ray starts another one
             return {"error": f"{type(error).__name__}: {error}"}
-        samples = [(sample.text, sample.token_ids, sample.finish_reason) for sample in output.outputs]
-        values = samples[0] if self._params.n == 1 else zip(*samples, strict=True)
-        return dict(zip(self._kinds, values, strict=False))
+        columns = {
+            "generated_text": [sample.text for sample in output.outputs],
+            "generated_token_ids": [sample.token_ids for sample in output.outputs],
+            "finish_reason": [sample.finish_reason for sample in output.outputs],
+        }
+        if self._params.n == 1:
+            return {name: value for name, (value,) in columns.items()}
+        return columns
 
 
 def _without_nulls(value: Any) -> Any:

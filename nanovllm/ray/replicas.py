@@ -51,7 +51,7 @@ class Request:
 
     Args:
         seeds: makes a seed for parameters without one.
-        put: gets each output, and the error that ends the request.
+        put: called with each output, and with the error that ends the request.
         kind: kind of the outputs.
         prompt: a prompt, or a conversation if there are options of its `template`.
         params: None are the model's own.
@@ -67,18 +67,20 @@ class Request:
     """
 
     def __init__(self, seeds: random.Random, put: Any, kind: Any, prompt: Any, params: Any, template: Any = None):
-        self.id, self.kind, self._put = uuid4().hex, kind, put
+        self.id = uuid4().hex
+        self.kind = kind
+        self._put = put
         self.message = ray.cloudpickle.dumps((prompt, params, seeds.getrandbits(63), template))
         text = str(prompt.tolist() if is_array(prompt) else prompt)
         size = _BLOCK_TOKENS * _CHARS_PER_TOKEN
-        blocks = [hash(text[end - size : end]) for end in range(size, len(text) + 1, size)]
-        self.prefixes = list(accumulate(blocks, lambda prefix, block: hash((prefix, block))))
+        block_hashes = [hash(text[end - size : end]) for end in range(size, len(text) + 1, size)]
+        self.prefixes = list(accumulate(block_hashes, lambda prefix, block: hash((prefix, block))))
         params = params if isinstance(params, SamplingParams) else SamplingParams()  # the engine refuses others
         self.num_tokens = len(text) // _CHARS_PER_TOKEN + (params.max_tokens or _NEW_TOKENS) * params.n
         self.sent: dict[int, tuple[int, int]] = {}
 
     def receive(self, item: RequestOutput | Exception) -> None:
-        """Give the caller an output of a stream, without what it has already, or another output, or the error."""
+        """Give an output or the error to the caller. An output of a stream loses what the caller has already."""
         if isinstance(item, RequestOutput) and self.kind is not RequestOutputKind.FINAL_ONLY:
             if self.is_resumed and not item.finished and any(map(self._is_behind, item.outputs)):
                 return
@@ -237,7 +239,7 @@ class Replicas(AbstractContextManager["Replicas"]):
                 if output.finished:
                     return
         finally:
-            self._loop.call_soon_threadsafe(self._leave, {request})
+            self._loop.call_soon_threadsafe(self._abandon, {request})
 
     def _answer(self, pairs: list[tuple[Any, Any]], use_tqdm: bool, template: Any = None) -> list[RequestOutput]:
         """Return the whole outputs of prompts, or of conversations with options of their template."""
@@ -257,7 +259,7 @@ class Replicas(AbstractContextManager["Replicas"]):
                     outputs[item.request_id] = item
                     bar.add(sum(len(sample.token_ids) for sample in item.outputs))
         finally:
-            self._loop.call_soon_threadsafe(self._leave, set(requests))
+            self._loop.call_soon_threadsafe(self._abandon, set(requests))
         return [outputs[request.id] for request in requests]
 
     def _dispatch(self, requests: Iterable[Request] = ()) -> None:
@@ -265,19 +267,23 @@ class Replicas(AbstractContextManager["Replicas"]):
         self._waiting.extend(requests)
         while self._waiting and (error := self._error()):
             self._waiting.popleft().receive(error)
-        while self._waiting and (free := [each for each in self._replicas if len(each.requests) < self._max_requests]):
+        while self._waiting:
+            free = [replica for replica in self._replicas if len(replica.requests) < self._max_requests]
+            if not free:
+                return
             request = self._waiting.popleft()
-            min(free, key=lambda each: each.num_tokens + each.cost(request)).send(request)
+            least_loaded = min(free, key=lambda replica: replica.num_tokens + replica.cost(request))
+            least_loaded.send(request)
 
-    def _leave(self, left: set[Request]) -> None:
+    def _abandon(self, abandoned: set[Request]) -> None:
         """End those of these requests that have not finished."""
-        self._waiting = deque(request for request in self._waiting if request not in left)
+        self._waiting = deque(request for request in self._waiting if request not in abandoned)
         for replica in self._replicas:
-            requests = left.intersection(replica.requests.values())
+            requests = abandoned.intersection(replica.requests.values())
             for request in requests:
                 replica.remove(request)
             if requests and ray.is_initialized():
-                replica.actor.leave.remote([request.id for request in requests])
+                replica.actor.abandon.remote([request.id for request in requests])
         self._dispatch()
 
     # -- replicas ----------------------------------------------------------------------------------------------------
@@ -333,7 +339,8 @@ class Replicas(AbstractContextManager["Replicas"]):
         """Wait until Ray has started a replica's process. Say so if it cannot, because its resources are not free."""
         started = asyncio.ensure_future(replica.actor.__ray_ready__.remote())
         started.add_done_callback(lambda each: each.cancelled() or each.exception())  # marks it as seen
-        if not (await asyncio.wait([started], timeout=_PATIENCE_S))[0]:
+        done, _ = await asyncio.wait([started], timeout=_PATIENCE_S)
+        if not done:
             logger.warning(
                 f"A replica has waited {_PATIENCE_S} s for Ray to start its process. It needs {self._actor_options}; "
                 f"free are {ray.available_resources()}"
@@ -342,7 +349,7 @@ class Replicas(AbstractContextManager["Replicas"]):
 
     def _receive(self, replica: Replica, items: list[tuple[str, Any]]) -> None:
         for request_id, item in items:
-            if request := replica.requests.get(request_id):  # else its caller has left
+            if request := replica.requests.get(request_id):  # else it is abandoned
                 if isinstance(item, Exception) or item.finished:
                     replica.remove(request)
                 request.receive(item)
@@ -416,19 +423,20 @@ class Replicas(AbstractContextManager["Replicas"]):
         async with self._changing:
             version = self._version + 1
             kept = [call for call in self._calls if call[0] not in ("update", "refuse")]
-            marks = await self._on_each("update", version, None, *source)
-            errors = [mark for mark in marks if isinstance(mark, Exception)]
-            if not errors and len(set(marks)) > 1:
+            results = await self._on_each("update", version, None, *source)
+            errors = [result for result in results if isinstance(result, Exception)]
+            if not errors and len(set(results)) > 1:  # they are fingerprints of the files
                 errors = [ValueError(f"the files of {source[0]} are not the same on all hosts")]
             if errors:
                 # An update that all have refused before it began has changed nothing.
-                if len(errors) < len(marks) or any(await self._on_all("lacks_weights")):
-                    refuse = "refuse", str(errors[0])[:300]
-                    self._calls = [*kept, refuse]
-                    await self._on_all(*refuse)
+                if len(errors) < len(results) or any(await self._on_all("lacks_weights")):
+                    reason = str(errors[0])[:300]
+                    self._calls = [*kept, ("refuse", reason)]
+                    await self._on_all("refuse", reason)
                 raise errors[0]
             self._version = version
-            self._calls = [*kept, ("update", version, marks[0] if marks else None, *source)]
+            fingerprint = results[0] if results else None
+            self._calls = [*kept, ("update", version, fingerprint, *source)]
             self._next_update.set()
             return version
 
@@ -440,12 +448,14 @@ class Replicas(AbstractContextManager["Replicas"]):
         """Wake all replicas; see `LLM.wake_up`."""
         self._wait(self._set("wake_up", list(tags) if isinstance(tags, Iterator) else tags))
 
-    async def _set(self, *call: Any) -> None:
+    async def _set(self, method: str, argument: Any) -> None:
         """Call a method of all replicas, also of those that start later."""
         async with self._changing:
-            await self._on_all(*call)
-            self._calls.append(call)
-            if not any(await self._on_all("is_sleeping") or [True]):
+            await self._on_all(method, argument)
+            self._calls.append((method, argument))
+            are_sleeping = await self._on_all("is_sleeping")  # empty if all replicas are lost
+            if are_sleeping and not any(are_sleeping):
+                # New replicas start awake, so they need no `sleep` and `wake_up`.
                 self._calls = [each for each in self._calls if each[0] in ("update", "refuse")]
 
     def reset_prefix_cache(self) -> None:
@@ -455,8 +465,11 @@ class Replicas(AbstractContextManager["Replicas"]):
     def metrics(self) -> Metrics:
         """Return the sums of the replicas' metrics, and the mean of `kv_usage`. A new replica counts from 0."""
         found = self._wait(self._on_all("metrics"))
-        sums: Any = {each.name: sum(getattr(metrics, each.name) for metrics in found) for each in fields(Metrics)}
-        return Metrics(**sums | {"kv_usage": sums["kv_usage"] / max(1, len(found))})
+        values: dict[str, Any] = {}
+        for each in fields(Metrics):
+            values[each.name] = sum(getattr(metrics, each.name) for metrics in found)
+        values["kv_usage"] /= max(1, len(found))
+        return Metrics(**values)
 
     def close(self) -> None:
         """End all replicas. Calls that wait raise RuntimeError. May be called again."""

@@ -8,7 +8,7 @@ torch, is imported here.
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -191,7 +191,9 @@ def _tags_grammar(text: str, special_tokens: dict[str, int], is_closed: bool, st
     rules = [f"start: ({' | '.join(f'tag_{i}' for i in range(len(structures)))})* free", "free: FREE"]
     rules.append(r"FREE: /(.|\n)*/")
     for i, structure in enumerate(structures):
-        begin, schema, end = (structure.get(key) for key in ("begin", "schema", "end"))
+        begin = structure.get("begin")
+        schema = structure.get("schema")
+        end = structure.get("end")
         starts = [trigger for trigger in triggers if isinstance(begin, str) and begin.startswith(trigger)]
         trigger = min(starts, key=len, default=None)  # the text reaches this one first
         if trigger is None or not isinstance(end, str) or not isinstance(schema, dict):
@@ -203,8 +205,8 @@ def _tags_grammar(text: str, special_tokens: dict[str, int], is_closed: bool, st
             rules.append(f"head_{i}[lazy]: {head}")
             head = f"head_{i}"
         body = json.loads(_supported_schema(json.dumps(schema), is_closed)) | {"x-guidance": style}
-        begin, end = (_lark_text(part, special_tokens) for part in (begin[len(trigger) :], end))
-        rules.append(f"tag_{i}: {head} {begin} %json {json.dumps(body)} {end}")
+        rest = _lark_text(begin[len(trigger) :], special_tokens)
+        rules.append(f"tag_{i}: {head} {rest} %json {json.dumps(body)} {_lark_text(end, special_tokens)}")
     return "\n".join(rules)
 
 
@@ -234,7 +236,8 @@ def _literal(text: str) -> str:
 
 # A Lark grammar starts a line with one of these. `?` and `!` before a rule are Lark's, `::=` is GBNF's.
 _LARK_START = re.compile(r"^[ \t]*(?:%llguidance\b|[?!]?start\b[^:\n]*:(?!:=))", re.MULTILINE)
-# The text, class, comment, dot or repeated group's end at some place of a GBNF grammar.
+# A part of a GBNF grammar that llguidance converts wrongly, or whose inside must stay as it is: a text, a class, a
+# comment, a dot, or the end of a repeated group.
 _GBNF_PARTS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*|\.|\)(?=\s*[*+?{])')
 _GBNF_CHARACTER = r"(?:\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|\\.|[^\\])"
 _GBNF_RANGE = re.compile(rf"({_GBNF_CHARACTER})(?:-({_GBNF_CHARACTER}))?", re.DOTALL)
@@ -264,7 +267,12 @@ def _plain_part(part: re.Match) -> str:
         return '"' + re.sub(_GBNF_CHARACTER, lambda character: _plain_character(character[0]), text[1:-1]) + '"'
     start = "[^" if text.startswith("[^") else "["
     ranges = _GBNF_RANGE.finditer(text, len(start), len(text) - 1)
-    return start + "".join("-".join(_plain_character(end) for end in each.groups() if end) for each in ranges) + "]"
+    return start + _spelled_ranges(ranges, _plain_character) + "]"
+
+
+def _spelled_ranges(ranges: Iterable[re.Match], spell: Callable[[str], str]) -> str:
+    """Return the inside of a class. The groups of a match are a character, and the last one if it is a range."""
+    return "".join("-".join(map(spell, filter(None, each.groups()))) for each in ranges)
 
 
 def _plain_character(text: str) -> str:
@@ -294,8 +302,11 @@ def _with_tokens(lark: str, text_tokens: dict[str, int], special_tokens: dict[st
     """
 
     def numbered(part: re.Match) -> str:
-        token_id = text_tokens.get(part[0], special_tokens.get(part[0][1:-1]) if part[0][:2] == "<[" else None)
-        return part[0] if token_id is None else f"<[{token_id}]>"
+        name = part[0]
+        token_id = text_tokens.get(name)
+        if token_id is None and name.startswith("<["):
+            token_id = special_tokens.get(name[1:-1])
+        return name if token_id is None else f"<[{token_id}]>"
 
     return _LARK_PARTS.sub(numbered, lark)
 
@@ -365,7 +376,9 @@ def _adapt(schema: Any, is_closed: bool) -> None:
             for subschema in value.values():
                 _adapt(subschema, is_closed)
         elif keyword.lower().endswith(("maximum", "minimum")):
-            schema[keyword] = _exact_bound(keyword, value, "integer" in str(schema.get("type", "integer")))
+            # The type is a name or a list of names. Without a type, the bound may be one of integers.
+            may_be_integer = "integer" in str(schema.get("type", "integer"))
+            schema[keyword] = _exact_bound(keyword, value, may_be_integer)
         else:
             _adapt(value, is_closed)
 
@@ -390,7 +403,7 @@ def _follow_patterns(schema: dict[str, Any]) -> None:
     if isinstance(pattern := schema.get("pattern"), str):
         schema["pattern"] = exact_pattern(pattern)
     if schema.get("format") in ("date", "date-time"):
-        schema["allOf"] = [*_list(schema.get("allOf")), {"pattern": _EXISTING_DAY}]
+        schema["allOf"] = [*_as_list(schema.get("allOf")), {"pattern": _EXISTING_DAY}]
     if not isinstance(patterns := schema.get("patternProperties"), dict):
         return
     exact: dict[str, Any] = {}
@@ -412,7 +425,7 @@ def _has_nul_names(schema: dict[str, Any]) -> bool:
 
 _PATTERN_CODE = r"\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\[xu]\{[0-9a-fA-F]{1,6}\}"
 _PATTERN_CHARACTER = rf"(?:{_PATTERN_CODE}|\\[pP](?:\{{[^}}]{{0,40}}\}}|[a-zA-Z])|\\.|[^\\])"
-# The class, the flag x or the character at some place of a pattern. As in JavaScript, the first `]` ends a class.
+# A class, the flag x, or a character of a pattern. As in JavaScript, the first `]` ends a class.
 _PATTERN_PARTS = re.compile(
     rf"\[(?P<negation>\^?)(?P<body>(?:\\.|[^\]\\])*)(?P<end>\]?)|(?P<flag>\(\?[a-zA-Z]*x)|{_PATTERN_CHARACTER}",
     re.DOTALL,
@@ -444,8 +457,7 @@ def _exact_part(part: re.Match) -> str:
         raise ValueError(f"pattern must not have a class without its end, got {text[:40]}")
     if not body:
         raise ValueError(rf"pattern must not have ] as the first character of a class: write {text[:-1]}\]")
-    ranges = _PATTERN_RANGE.finditer(body)
-    body = "".join("-".join(_plain_character_of_pattern(end) for end in each.groups() if end) for each in ranges)
+    body = _spelled_ranges(_PATTERN_RANGE.finditer(body), _plain_character_of_pattern)
     return _exact_class(f"[{part['negation']}{body}]")
 
 
@@ -480,7 +492,7 @@ _EXISTING_DAY = f"^(?:{_LEAP_YEAR}-02-29|[0-9]{{4}}-(?:02-(?:[01][0-9]|2[0-8])|0
 def _check_min_properties(schema: dict[str, Any]) -> None:
     """Refuse a number of properties that a repeated name could reach: llguidance counts it each time."""
     minimum: Any = schema.get("minProperties")
-    num_names = len(set(map(str, _list(schema.get("required")))))
+    num_names = len(set(map(str, _as_list(schema.get("required")))))
     if _is_number(minimum) and minimum > num_names + 1:
         what = "minProperties must be at most 1 + the number of required names, because a repeated name would count"
         raise ValueError(f"{what}, got {str(minimum)[:40]}")
@@ -488,7 +500,7 @@ def _check_min_properties(schema: dict[str, Any]) -> None:
 
 def _check_exclusive_bounds(schema: dict[str, Any]) -> None:
     """Refuse an exclusive bound that is the integer part of the other bound: llguidance would include it."""
-    parts = [part for part in (schema, *_list(schema.get("allOf"))) if isinstance(part, dict)]
+    parts = [part for part in (schema, *_as_list(schema.get("allOf"))) if isinstance(part, dict)]
     if any(part.get("type") == "integer" for part in parts):
         return
     for exclusive, others in (
@@ -502,7 +514,8 @@ def _check_exclusive_bounds(schema: dict[str, Any]) -> None:
                     raise ValueError(f"{what}, got {str(bound)[:40]} and {str(other)[:40]}")
 
 
-def _list(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
+    """Return `value` if it is a list, and else an empty list: a schema may have anything in place of a list."""
     return value if isinstance(value, list) else []
 
 
@@ -526,7 +539,8 @@ def _exact_bound(keyword: str, bound: Any, is_integer: bool) -> Any:
     effective = float(bound)
     if is_integer:
         effective = min(max(effective, _INT64[0]), _INT64[1])
-    if effective > bound if is_maximum else effective < bound:
+    is_looser = effective > bound if is_maximum else effective < bound
+    if is_looser:
         raise ValueError(f"{keyword} must be a number that fits in 64 bits exactly, got {str(bound)[:40]}")
     return bound
 

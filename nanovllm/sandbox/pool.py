@@ -31,8 +31,8 @@ class TooCostly(ValueError):
 class Pool:
     """Asks child processes that run one program. Any number of threads may ask at once; each uses a child of its own.
 
-    Starting a child takes up to a second. It then waits for the next request. One that was killed is replaced. If no
-    child is idle, a request takes the first that is: a new one, or one whose request has ended.
+    Starting a child takes up to a second. A child answers any number of requests; one that was killed is replaced. If
+    no child is idle, one more starts, and the request takes the first that becomes idle.
 
     Args:
         program: name of a module in this folder. The child does not import nanovllm's package, and with it torch.
@@ -50,13 +50,15 @@ class Pool:
     wall_seconds = 300
 
     def __init__(self, program: str, setup: dict[str, Any], failure: str):
-        self.program, self.failure = str(_FOLDER / f"{program}.py"), failure
+        self.program = str(_FOLDER / f"{program}.py")
+        self.failure = failure
         self._setup = json.dumps(setup).encode()
         self._closed = False
         self._children: set[_Child] = set()
         self._changed = threading.Condition()  # guards the fields below
         self._idle: list[_Child] = []
-        self._num_waiting = self._num_starting = 0
+        self._num_waiting = 0  # requests that wait for a child
+        self._num_starting = 0  # children that are not ready yet
         self._start_error: str | None = None
         weakref.finalize(self, _end_all, self._children)
 
@@ -81,27 +83,33 @@ class Pool:
         cpu_seconds = self.cpu_seconds if cpu_seconds is None else cpu_seconds
         for _ in range(2):  # once more if the child was killed, as the system may do where memory is short
             child = self._take()
-            try:
-                reply = child.ask(json.dumps(cpu_seconds).encode(), message, wall_seconds=self.wall_seconds)
-                if reply is not None:
-                    self._keep(child)
-            except BaseException:  # an interrupt: the reply would be taken for the next request's
-                self._end(child)
-                raise
-            if self._closed:
-                _end_all(self._children)
-                raise RuntimeError("the engine is closed")
+            reply = self._ask_child(child, message, cpu_seconds)
             if reply is not None:
                 if "error" in reply:
                     raise ValueError(f"{self.failure}: {reply['error']}")
                 return reply
-            self._end(child)
             code = child.process.returncode
             if code == -signal.SIGPROF:
                 raise TooCostly(f"{self.failure}: it took more than {cpu_seconds:g} s of CPU time")
             if excess := self._excess(child):
                 raise ValueError(f"{self.failure}: it took {excess}")
         raise RuntimeError(f"{self.failure}: two processes ended, the last with code {code}")
+
+    def _ask_child(self, child: "_Child", message: bytes, cpu_seconds: float) -> dict[str, Any] | None:
+        """Return the child's reply, and let the child be idle again. Return None if the child has ended instead."""
+        try:
+            reply = child.ask(json.dumps(cpu_seconds).encode(), message, wall_seconds=self.wall_seconds)
+            if reply is not None:
+                self._keep(child)
+        except BaseException:  # an interrupt: the reply would be taken for the next request's
+            self._end(child)
+            raise
+        if self._closed:
+            _end_all(self._children)
+            raise RuntimeError("the engine is closed")
+        if reply is None:
+            self._end(child)
+        return reply
 
     def close(self) -> None:
         """End the children; threads that wait for one get RuntimeError. May be called again."""
@@ -111,7 +119,7 @@ class Pool:
             self._changed.notify_all()
 
     def _take(self) -> "_Child":
-        """Wait for an idle child. For each request that waits, one starts."""
+        """Wait for an idle child. As many children start as requests wait."""
         with self._changed:
             self._num_waiting += 1
             self._start_error = None
@@ -135,7 +143,8 @@ class Pool:
 
     def _start(self) -> None:
         """Start a child, and let it be idle once it has prepared itself, or has ended."""
-        child = error = None
+        child: _Child | None = None
+        error: str | None = None
         try:
             child = _Child({"program": self.program, "memory": self.memory})
             self._children.add(child)
@@ -203,7 +212,8 @@ class _Child:
             except BaseException:
                 self.channel.close()  # the error may be kept for long, and this object with it
                 raise
-        self.is_broken = self.timed_out = False
+        self.is_broken = False
+        self.timed_out = False
 
     def ask(self, *messages: bytes, wall_seconds: float) -> dict[str, Any] | None:
         """Return the reply to these messages, or None if the process ended instead."""

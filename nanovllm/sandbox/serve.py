@@ -45,9 +45,10 @@ def main(fd: int, program: str, memory: int) -> None:
 
 
 def lower_limit(kind: int, value: int) -> None:
-    """Set a soft limit, or keep the hard one if that is lower."""
+    """Set a soft limit to `value`, or to the hard limit if that is lower."""
     _, hard = resource.getrlimit(kind)
-    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+    soft = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (soft, hard))
 
 
 def reply(answer: Callable[[dict[str, Any]], dict[str, Any]], message: bytes) -> bytes:

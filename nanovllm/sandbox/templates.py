@@ -52,42 +52,47 @@ def inspect(tokenizer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
             whether it needs "short_ids".
     """
 
-    def rendered(messages: list[dict[str, Any]]) -> str:
+    def render(messages: list[dict[str, Any]]) -> str:
+        """Return a conversation's text; "" if the template refuses it."""
         try:
             return tokenizer.apply_chat_template(conversation=messages, **arguments, tokenize=False)
         except MemoryError:
             raise
-        except Exception:  # the template refuses this form, or such a conversation
+        except Exception:  # templates raise what they like
             return ""
 
-    def printed(role: str, content: Any) -> list[str]:
+    def printed_probes(role: str, content: Any) -> list[str]:
+        """Return the probes in `content` that the template prints as they are, in a message of this role."""
         message = {"role": role, "content": content}
         orders = {"user": [message], "system": [message, _USER], "developer": [message, _USER]}
-        text = rendered(orders.get(role, [_USER, message]))
+        text = render(orders.get(role, [_USER, message]))
         return [] if _is_quoted(text) else [probe for probe in (_PROBE, _SECOND_PROBE) if probe in text]
 
-    def forms(role: str) -> dict[str, bool]:
-        in_text = printed(role, _PROBE)
-        in_parts = printed(role, parts)
+    def printed_forms(role: str) -> dict[str, bool]:
+        parts = [{"type": "text", "text": probe} for probe in (_PROBE, _SECOND_PROBE)]
+        in_text = printed_probes(role, _PROBE)
+        in_parts = printed_probes(role, parts)
         return {"text": _PROBE in in_text, "parts": len(in_parts) == len(parts), "first_part": _PROBE in in_parts}
 
-    def called(call_arguments: Any, call_id: str = _SHORT_ID) -> str:
+    def render_call(call_arguments: Any, call_id: str = _SHORT_ID) -> str:
         function = {"name": "f", "arguments": call_arguments}
         call = {"id": call_id, "type": "function", "function": function}
-        return rendered([_USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
+        return render([_USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
 
+    def takes_long_ids() -> bool:
+        return bool(render_call(arguments_text, _LONG_ID) or render_call(arguments_object, _LONG_ID))
+
+    arguments_object = {"argument": _PROBE}
+    arguments_text = json.dumps(arguments_object)
     variables = find_variables(arguments["chat_template"])
-    parts = [{"type": "text", "text": probe} for probe in (_PROBE, _SECOND_PROBE)]
-    contents = {role: forms(role) for role in _ROLES}
-    text = json.dumps({"argument": _PROBE})
-    data = {"argument": _PROBE}
-    as_text = called(text)
-    as_object = called(data)
+    contents = {role: printed_forms(role) for role in _ROLES}
+    with_object = render_call(arguments_object)
+    with_text = render_call(arguments_text)
     calls = {
         # JSON has the probe in double quotes, and Python's notation in single ones.
-        "text": text in as_text,
-        "object": _PROBE in as_object and f"'{_PROBE}'" not in as_object,
-        "short_ids": bool(as_text or as_object) and not (called(text, _LONG_ID) or called(data, _LONG_ID)),
+        "text": arguments_text in with_text,
+        "object": _PROBE in with_object and f"'{_PROBE}'" not in with_object,
+        "short_ids": bool(with_text or with_object) and not takes_long_ids(),
     }
     return {"variables": list(variables), "contents": contents, "calls": calls}
 

@@ -43,7 +43,7 @@ class WeightFormat(ABC):
         norm: tuple[torch.Tensor, float] | None = None,
         counters: torch.Tensor | None = None,
     ) -> torch.Tensor | LazySwiglu:
-        """Return SwiGLU of x, or what the `prepare` of any format takes for it."""
+        """Return SwiGLU of x W^T + b [T, N / 2], or a LazySwiglu that the next layer's `prepare` computes or keeps."""
         return self.linear(x, bias, norm=norm, gated=True, counters=counters)
 
     def prepare(self, x: torch.Tensor | LazySwiglu) -> Any:
@@ -111,10 +111,9 @@ class AllocateWeight(Protocol):
         rows, columns: sizes of the weight on this rank.
         dtype: dtype of the activations; torch's default if None.
         weight_loader: loads all parameters.
-        row_alignment: shards start at multiples of this many rows, or at row 0 if it is 0; see
-            `layers/linear.py:Shard.row_alignment`. Blocks of as many rows, or of a divisor, belong to one shard each.
-            If blocks have another number of rows, a parameter of scales needs a row for each row of the weight
-            (`row_block=1`).
+        row_alignment: every shard starts at a multiple of this many rows, or at row 0 if it is 0; see
+            `layers/linear.py:Shard.row_alignment`. A block whose height divides it lies in one shard. If shards could
+            split blocks, a parameter of scales needs a row for each row of the weight (`row_block=1`).
     """
 
     def __call__(

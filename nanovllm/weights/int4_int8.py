@@ -25,14 +25,15 @@ from nanovllm.weights.formats import Plain, Table, WeightFormat
 _int4_gemm = torch._weight_int4pack_mm_for_cpu  # pyright: ignore[reportPrivateImportUsage]
 
 GROUP = 32
-# The GEMM packs this many rows together.
-_ROWS = 16
-# The largest 8-bit integer of a token. On CPUs without VNNI, the GEMM adds products of two of them in 16 bits.
-_LIMIT = 63
+# The 4-bit GEMM packs this many rows together.
+_PACKED_ROWS = 16
+# The largest magnitude of the integers that `Int8` makes of activations. On CPUs without VNNI, the GEMM adds two
+# products of such an integer and a weight in 16 bits.
+_MAX_ACTIVATION = 63
 # In place of the factor of a row or column of zeros.
 _TINY = 1e-30
 # Rows that are quantized at once, which bounds the memory for it.
-_CHUNK = 1024
+_CHUNK_ROWS = 1024
 # How far a value of a 4-bit type may be from the grid, relative to the largest absolute value of its group. The
 # checkpoint's reader rounds to float32.
 _TOLERANCE = 2.0**-21
@@ -65,30 +66,40 @@ def is_supported() -> bool:
 def quantize_4_bits(weight: torch.Tensor) -> Groups | None:
     """Return float32 weights [N, K] in 4 bits; None if some group has more than 16 equally spaced values."""
     parts = []
-    for rows in weight.split(_CHUNK):
-        part = _fit(rows.unflatten(1, (-1, GROUP)))
+    for rows in weight.split(_CHUNK_ROWS):
+        part = _fit_grids(rows.unflatten(1, (-1, GROUP)))
         if part is None:
             return None
         parts.append(part)
-    return Groups(*map(torch.cat, zip(*parts, strict=True)))
+    return Groups(
+        q=torch.cat([part.q for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        low=torch.cat([part.low for part in parts]),
+    )
 
 
-def _fit(groups: torch.Tensor) -> Groups | None:
-    """Find the grid of the groups [N, K / 32, 32]: from the smallest to the largest value in 15 steps, or in fewer."""
+def _fit_grids(groups: torch.Tensor) -> Groups | None:
+    """Fit an equally spaced grid to each group [N, K / 32, 32]; return None if a group has no such grid.
+
+    A grid goes from the group's smallest to its largest value in 15 steps. If a value is off the grid, the group tries
+    fewer steps.
+    """
     flat = groups.reshape(-1, GROUP)
     low, high = flat.aminmax(dim=1)
     span = high - low
     tolerance = torch.maximum(low.abs(), high.abs()) * _TOLERANCE
     q = torch.zeros(flat.shape, dtype=torch.uint8, device=flat.device)
     scale = torch.zeros_like(low)
-    remaining = torch.arange(len(flat), device=flat.device)
+    remaining = torch.arange(len(flat), device=flat.device)  # the groups without a grid yet
     for steps in range(15, 0, -1):
         values = flat if len(remaining) == len(flat) else flat[remaining]
         step = span[remaining] / steps
         nearest = (values - low[remaining, None]).mul_(torch.where(step > 0, 1 / step, 0.0)[:, None]).round_()
         error = torch.addcmul(low[remaining, None], nearest, step[:, None]).sub_(values).abs_().amax(1)
         fits = error <= tolerance[remaining]
-        q[remaining[fits]], scale[remaining[fits]] = nearest[fits].to(torch.uint8), step[fits]
+        fitted = remaining[fits]
+        q[fitted] = nearest[fits].to(torch.uint8)
+        scale[fitted] = step[fits]
         remaining = remaining[~fits]
         if not len(remaining):
             shape = groups.shape[:2]
@@ -102,8 +113,8 @@ def quantize_8_bits(weight: torch.Tensor) -> Groups:
     scale = groups.abs().amax(2) / 127
     inverse = torch.where(scale > 0, 1 / scale, 0.0)[:, :, None]
     q = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
-    for rows in range(0, len(groups), _CHUNK):
-        part = slice(rows, rows + _CHUNK)
+    for start in range(0, len(groups), _CHUNK_ROWS):
+        part = slice(start, start + _CHUNK_ROWS)
         q[part] = (groups[part] * inverse[part]).round_().add_(128)
     return Groups(q.flatten(1), scale, -128 * scale)
 
@@ -124,7 +135,7 @@ class WeightToCompress(Plain):
 
     def finish_loading(self) -> WeightFormat:
         rows, columns = self.weight.shape
-        if rows % _ROWS or columns % GROUP:
+        if rows % _PACKED_ROWS or columns % GROUP:
             return super().finish_loading()
         groups = quantize_4_bits(self.weight)
         return self._with_8_bits() if groups is None else Int4(self, groups)
@@ -134,7 +145,7 @@ class WeightToCompress(Plain):
 
 
 class HeadToCompress(WeightToCompress):
-    """The head's weight, which becomes `Int8` if it has more than 4 bits. No layer adds to the errors."""
+    """The head's weight, which becomes `Int8` if it needs 8 bits. No later layer adds to its rounding errors."""
 
     def _with_8_bits(self) -> WeightFormat:
         return Int8(self)
@@ -201,7 +212,7 @@ class Int8(Compressed):
     """8-bit weights with a factor for each row and each column: row * q * column.
 
     Without the factors of columns, a column of large weights would cost the others their precision. Each token becomes
-    two rows of 7-bit integers: its rounded values, and what rounding left of them.
+    two rows of 7-bit integers: its rounded values, and the rounding errors, scaled up.
     """
 
     def __init__(self, plain: Plain):
@@ -209,8 +220,8 @@ class Int8(Compressed):
         self.columns = torch.linalg.vector_norm(weight, math.inf, dim=0).clamp_(min=_TINY).sqrt_()
         self.rows = weight.new_empty(len(weight))
         q = torch.empty_like(weight, dtype=torch.int8)
-        for start in range(0, len(weight), _CHUNK):
-            part = slice(start, start + _CHUNK)
+        for start in range(0, len(weight), _CHUNK_ROWS):
+            part = slice(start, start + _CHUNK_ROWS)
             scaled = weight[part] / self.columns
             self.rows[part] = scaled.abs().amax(1).clamp_(min=_TINY) / 127
             q[part] = scaled.div_(self.rows[part, None]).round_()
@@ -220,16 +231,17 @@ class Int8(Compressed):
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         x = x * self.columns
-        scale = torch.linalg.vector_norm(x, math.inf, dim=1, keepdim=True).clamp_(min=_TINY).div_(_LIMIT)
+        scale = torch.linalg.vector_norm(x, math.inf, dim=1, keepdim=True).clamp_(min=_TINY).div_(_MAX_ACTIVATION)
         x.div_(scale)
         high = x.round()
-        low = x.sub_(high).mul_(2 * _LIMIT)
-        q = torch.cat((high, low)).add_(_LIMIT + 0.5).to(torch.uint8)  # rounds; the GEMM reads unsigned integers
+        low = x.sub_(high).mul_(2 * _MAX_ACTIVATION)
+        # The GEMM reads unsigned integers. Adding 0.5 makes the conversion round.
+        q = torch.cat((high, low)).add_(_MAX_ACTIVATION + 0.5).to(torch.uint8)
         sums = torch.ops.onednn.qlinear_pointwise(
-            q, 1.0, _LIMIT, self.packed, self.rows, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            q, 1.0, _MAX_ACTIVATION, self.packed, self.rows, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
         high, low = sums.chunk(2)
-        y = high.add_(low, alpha=0.5 / _LIMIT).mul_(scale)
+        y = high.add_(low, alpha=0.5 / _MAX_ACTIVATION).mul_(scale)
         return y if bias is None else y.add_(bias)
 
 
@@ -273,5 +285,9 @@ def with_compression(weight_format: WeightFormat, is_head: bool = False) -> Weig
     """Return a format that compresses its weight once it is loaded, if `weight_format` is plain and float32."""
     if not isinstance(weight_format, Plain) or weight_format.weight.dtype != torch.float32:
         return weight_format
-    make = {Plain: HeadToCompress if is_head else WeightToCompress, Table: TableToCompress}.get(type(weight_format))
-    return weight_format if make is None else make(weight_format.weight, weight_format.is_shared)
+    if type(weight_format) is Table:
+        return TableToCompress(weight_format.weight, weight_format.is_shared)
+    if type(weight_format) is Plain:
+        make = HeadToCompress if is_head else WeightToCompress
+        return make(weight_format.weight, weight_format.is_shared)
+    return weight_format

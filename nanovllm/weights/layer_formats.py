@@ -17,24 +17,27 @@ class LayerFormats(NamedTuple):
     scheme: QuantizationScheme | None = None
     prefix: str = ""
 
-    def of(self, child: str) -> "LayerFormats":
-        """Return what chooses the formats of a part of the layer."""
-        return LayerFormats(self.scheme, f"{self.prefix}.{child}")
+    def child(self, name: str) -> "LayerFormats":
+        """Return the choice of formats for a submodule of the layer."""
+        return LayerFormats(self.scheme, f"{self.prefix}.{name}")
 
     def are_plain(self, *names: str) -> bool:
         """Return whether the weight that merges these modules is plain, because one of them is not quantized."""
         return self.scheme is None or not all(self.scheme.covers(f"{self.prefix}.{name}") for name in names)
 
     def weight(self, *names: str) -> AllocateWeight:
-        """Return what makes the weight that merges these modules."""
-        return Plain.allocate if self.scheme is None or self.are_plain(*names) else self.scheme.allocate
+        """Return the function that allocates the weight that merges these modules."""
+        if self.scheme is None or self.are_plain(*names):
+            return Plain.allocate
+        return self.scheme.allocate
 
     def experts(self) -> AllocateExperts:
-        """Return what makes the weights of this layer, the experts: all are like the first one."""
+        """Return the function that allocates the weights of this layer's experts. Expert 0 decides for all of them."""
         if self.scheme is None or not self.scheme.covers(self.prefix):
             return PlainExperts.allocate
-        are_plain = self.are_plain("0.gate_proj", "0.up_proj", "0.down_proj")
-        return PlainExperts.allocate if are_plain else self.scheme.allocate_experts
+        if self.are_plain("0.gate_proj", "0.up_proj", "0.down_proj"):
+            return PlainExperts.allocate
+        return self.scheme.allocate_experts
 
 
 PLAIN_FORMATS = LayerFormats()

@@ -24,7 +24,7 @@ WeightLoader: TypeAlias = Callable[..., None]  # see above
 ShardId = str | int  # names a shard of a merged parameter, as in nano-vLLM: "q", "k", "v", 0 or 1
 BAD_SCALE = "has values that are NaN, infinite or negative"
 Index: TypeAlias = slice | tuple[int | slice, ...]  # selects a part of a tensor
-# As the rows or columns of a block: all that a weight has. It is more than any weight has.
+# A block with this many rows or columns covers all rows or columns of its weight: no weight has more.
 WHOLE = 1 << 30
 
 
@@ -126,7 +126,7 @@ def check_dtype(loaded: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 def splits_block(part: slice, size: int, block: int) -> bool:
-    """Return whether rows or columns of a weight start or stop inside a block, and are not inside one block.
+    """Return whether rows or columns of a weight cover a block in part, unless they all lie in one block.
 
     Args:
         part: the rows or columns.
@@ -171,6 +171,8 @@ def row_block_of(param: nn.Parameter) -> int:
 def column_shard(param: nn.Parameter, columns: slice, total: int) -> tuple[tuple[int, int], slice]:
     """Return the shape of the whole tensor that `param` [..., N, K] loads, and the columns of it that this rank loads.
 
+    Both are in elements of that tensor: if an element covers a block, a shape counts blocks.
+
     Args:
         columns: this rank's columns of the weight.
         total: number of columns that the whole weight has.
@@ -188,12 +190,12 @@ def is_scale(param: nn.Parameter) -> bool:
 
 
 def storage_of(param: nn.Parameter) -> Storage:
-    """Return how the weight is held to which the parameter belongs: itself, packed values, scales or zero points."""
+    """Return how the parameter's weight is held. The parameter is the weight, its packed values, scales or zeros."""
     return _contents(param).storage
 
 
 def set_storage(param: nn.Parameter, storage: Storage) -> None:
-    """Remember how the weight is held to which the parameter belongs."""
+    """Set how the parameter's weight is held; see `storage_of`."""
     param.contents = _contents(param)._replace(storage=storage)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -245,10 +247,10 @@ def make_parameter(
 def rows_of(
     indices: np.ndarray, *, shape: tuple[int, ...], whole: tuple[int, ...], dtype: torch.dtype | None
 ) -> CheckpointTensor:
-    """Make a parameter that holds rows of a checkpoint's tensor. Return both.
+    """Make a parameter that holds some rows of a checkpoint's tensor. Return it as the target of that tensor.
 
     Args:
-        indices: the rows.
+        indices: the rows, in the parameter's order.
         shape: shape of the parameter. It has as many values as the rows.
         whole: shape of the whole tensor.
     """

@@ -71,7 +71,10 @@ class QuantizationScheme(ABC):
 
     @abstractmethod
     def stored(self, name: str, shape: tuple[int, ...]) -> dict[str, StoredTensor]:
-        """Return the tensors that the checkpoint must have for a weight [..., N, K] of this name, by their names."""
+        """Return the tensors that the checkpoint must have for a weight [..., N, K] of this name, by their names.
+
+        Their order, such as values before scales, is the same for all weights.
+        """
 
     def constants(self, name: str, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
         """Return other tensors that the checkpoint may have for the weight, such as its shape, by their names.
@@ -188,12 +191,12 @@ class QuantizedLoading:
 
     Args:
         targets: the targets of the checkpoint's tensors, by name.
-        merged: the parts of merged tensors, by the names of these and of the targets.
+        merged: the parts of each merged tensor, by its name, and then by the names of their targets.
         read_shapes: returns the shapes that the checkpoint's tensors, separate and merged, would have if none was
             quantized, by name. It is called only if they are needed, because it takes time.
 
     Attributes:
-        kept: the names of the weights that parameters hold quantized.
+        kept: the names of the weights that stay quantized: their parameters are those of a quantized format.
         dequantized: the names of the weights that have been dequantized.
     """
 
@@ -205,15 +208,14 @@ class QuantizedLoading:
         read_shapes: Callable[[], Mapping[str, tuple[int, ...]]],
     ):
         self.scheme, self.targets, self.read_shapes = scheme, targets, read_shapes
-        self.names = targets.keys() | merged.keys()
+        self.loadable_names = targets.keys() | merged.keys()
         self.device = next(iter(targets.values())).param.device
         params = {name: [target.param] for name, target in targets.items()}
         params |= {name: [targets[part].param for part in parts] for name, parts in merged.items()}
-        self.kept = {
-            scheme.weight_name(name, group[0].dtype)
-            for name, group in params.items()
-            if all(storage_of(param) is Storage.QUANTIZED for param in group)
-        }
+        self.kept: set[str | None] = set()
+        for name, tensor_params in params.items():
+            if all(storage_of(param) is Storage.QUANTIZED for param in tensor_params):
+                self.kept.add(scheme.weight_name(name, tensor_params[0].dtype))
         # By the names of weights and of their tensors.
         self.waiting: dict[str, dict[str, torch.Tensor]] = {}
         self.dequantized: set[str] = set()
@@ -242,7 +244,7 @@ class QuantizedLoading:
         if weight_name is None:
             return {name: loaded}
         is_kept = weight_name in self.kept
-        if is_kept and name in self.names:
+        if is_kept and name in self.loadable_names:
             arranged = self.scheme.arrange(name, loaded)
             if arranged is not loaded:
                 _check(name, loaded, self.stored[weight_name][name])
@@ -275,10 +277,12 @@ class QuantizedLoading:
         return {weight_name: self.scheme.dequantize(weight_name, waiting)}
 
     def quantize_if_needed(self, name: str, loaded: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return what to load, by name, for the tensor `loaded`: the tensors of a quantized weight, or else itself.
+        """Return what to load, by name, for `loaded`, which goes to the target `name`.
+
+        This is `loaded` itself, unless it is in higher precision and the checkpoint should have it quantized.
 
         Raises:
-            ValueError: it should be quantized, but is of higher precision, and the scheme does not quantize it.
+            ValueError: `loaded` should be quantized, but the scheme does not quantize while loading.
         """
         target = self.targets[name]
         is_quantized_weight = name in self.kept or storage_of(target.param) is Storage.DEQUANTIZED

@@ -85,7 +85,10 @@ def _names(options: dict[str, Any], name: str) -> list[str]:
 
 
 def _transformers_pattern(name: str) -> str:
-    """Return a regex for the modules that transformers leaves out for this entry: a module's name, or its end."""
+    """Return a regex for the modules that transformers leaves out for this entry.
+
+    The entry is a regex for the start of a module's name, up to a dot, or the text at the end of its name.
+    """
     return rf"(?:{name})(?:(?<=\.)|(?=\.|$))|.*{regex.escape(name)}$"
 
 

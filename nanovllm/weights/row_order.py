@@ -11,7 +11,14 @@ def head_rows(heads: range, head_size: int, dims: np.ndarray) -> np.ndarray:
 
 
 def packed_rows(heads: range, sizes: tuple[int, ...]) -> np.ndarray:
-    """Return these heads' rows of a tensor that has parts of these sizes for each head: a part of all heads first."""
+    """Return the rows of these heads, regrouped by part.
+
+    The tensor has the parts of head 0, then those of head 1, and so on. The result has the first part of all `heads`,
+    then the second part of all. Heads 0 and 1 with parts of sizes (1, 2) give rows 0, 3, 1, 2, 4, 5.
+
+    Args:
+        sizes: rows of each part of a head.
+    """
     parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
     return np.concatenate([head_rows(heads, sum(sizes), part) for part in parts])
 
@@ -31,13 +38,16 @@ def joined_rows(*parts: tuple[range, int, int]) -> np.ndarray:
 
 
 def paired_order(head_dim: int, rotary_dim: int) -> np.ndarray:
-    """Return the order of a head's dimensions in which RoPE pairs dimension i with i + head_dim / 2.
+    """Return the order [head_dim] of a head's dimensions in which RoPE pairs dimension i with i + head_dim / 2.
 
     A checkpoint has the `rotary_dim` dimensions that rotate first, and pairs i with i + rotary_dim / 2. The others are
     paired as well, but their angles are 0. Scores do not change if queries and keys have the same order.
+    paired_order(8, 4) is 0, 1, 4, 5, 2, 3, 6, 7.
     """
-    halves = np.arange(rotary_dim).reshape(2, -1), np.arange(rotary_dim, head_dim).reshape(2, -1)
-    return np.concatenate(halves, axis=1).ravel()
+    # Row 0 has the first dimension of each pair, row 1 the second.
+    rotated = np.arange(rotary_dim).reshape(2, -1)
+    others = np.arange(rotary_dim, head_dim).reshape(2, -1)
+    return np.concatenate((rotated, others), axis=1).ravel()
 
 
 class HeadLayout(NamedTuple):

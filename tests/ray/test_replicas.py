@@ -449,7 +449,7 @@ def see_other_files(actor):
     from nanovllm.ray import actor as module
 
     del actor.update_weights
-    module._mark = lambda path: "other"
+    module._fingerprint = lambda path: "other"
 
 
 def test_a_new_replica_never_answers_with_other_weights_than_the_rest(cluster, model, tmp_path, caplog):

@@ -106,7 +106,8 @@ def default_decode_config(
     tile = min(tile, tile * 256 // (padded_dim * max(itemsize, 2)))
     max_tokens = (shared_memory - (16 << 10)) // (2 * head_bytes)  # 16 KiB are left for everything else
     spare = 0 if itemsize == 1 else 1  # stages that need no memory
-    num_stages = num_stages if (num_stages - spare) * tile <= max_tokens else 3
+    if (num_stages - spare) * tile > max_tokens:
+        num_stages = 3
     while (num_stages - spare) * tile > max_tokens:
         tile //= 2
     return DecodeConfig(max(MIN_DOT, tile), num_warps, num_stages)

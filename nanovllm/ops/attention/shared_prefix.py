@@ -70,8 +70,8 @@ def plan_shared_prefixes(
         group: query heads per KV head.
         size: sequences that the plan has room for, at least B.
     """
-    common = _num_shared_blocks(tables, slots, no_block) * block_size // STEP * STEP
-    groups = _find_groups(common, max_sequences=max(1, TILE_QUERIES // group))
+    shared_tokens = _num_shared_blocks(tables, slots, no_block) * block_size // STEP * STEP
+    groups = _find_groups(shared_tokens, max_sequences=max(1, TILE_QUERIES // group))
     if sum((count - 1) * tokens for _, count, tokens in groups) < MIN_SAVED:
         return None
     packed = np.zeros(SharedPrefixPlan.size(size), dtype=np.int32)
@@ -98,6 +98,7 @@ def _num_shared_blocks(tables: np.ndarray, slots: list[int], no_block: int) -> n
         blocks = part[second[pairs]]
         equal = (part[first[pairs]] == blocks) & (blocks != no_block)
         is_whole = equal.all(1)
+        # `argmin` is the first block that differs.
         shared[pairs] += np.where(is_whole, equal.shape[1], equal.argmin(1))
         pairs = pairs[is_whole]
         if not len(pairs):
@@ -105,22 +106,22 @@ def _num_shared_blocks(tables: np.ndarray, slots: list[int], no_block: int) -> n
     return shared
 
 
-def _find_groups(common: np.ndarray, max_sequences: int) -> list[tuple[int, int, int]]:
+def _find_groups(shared_tokens: np.ndarray, max_sequences: int) -> list[tuple[int, int, int]]:
     """Return (first sequence, number of sequences, shared tokens) of each group of neighbors.
 
     Args:
-        common: [B - 1], tokens that sequences i and i + 1 share.
+        shared_tokens: [B - 1], tokens that sequences i and i + 1 share.
     """
-    if common.sum() < MIN_SAVED:
+    if shared_tokens.sum() < MIN_SAVED:
         return []
     groups = []
     first = 0
-    while first < len(common):
-        # sequences up to `last` share `tokens`
-        tokens = int(common[first])
+    while first < len(shared_tokens):
+        # The sequences from `first` to `last` share their first `tokens` tokens.
+        tokens = int(shared_tokens[first])
         last = first
         if tokens >= MIN_TOKENS:
-            while last < len(common) and last + 1 - first < max_sequences and common[last] >= tokens:
+            while last < len(shared_tokens) and last + 1 - first < max_sequences and shared_tokens[last] >= tokens:
                 last += 1
         if last + 1 - first >= MIN_SEQUENCES:
             groups.append((first, last + 1 - first, tokens))

@@ -48,7 +48,9 @@ def write(address: int, value: int, stream: torch.cuda.Stream) -> None:
 
 
 def share(tensor: torch.Tensor) -> list:
-    """Return what another process needs for a `Mapping` of the tensor: a string and an integer.
+    """Return what another process needs for a `Mapping` of the tensor, as plain data.
+
+    It is the handle of the tensor's allocation, in hexadecimal, and the tensor's offset in it in bytes.
 
     Raises:
         RuntimeError: the tensor's allocator does not support sharing.
@@ -74,7 +76,8 @@ class Mapping:
     def __init__(self, shared: list):
         handle = _HandleByValue.from_buffer_copy(bytes.fromhex(shared[0]))
         self.offset = shared[1]
-        self.base, self.context = ctypes.c_uint64(), ctypes.c_void_p()
+        self.base = ctypes.c_uint64()
+        self.context = ctypes.c_void_p()
         _call("cuCtxGetCurrent", ctypes.byref(self.context))
         _call("cuIpcOpenMemHandle_v2", ctypes.byref(self.base), handle, ctypes.c_uint(_LAZY_PEER_ACCESS))
 

@@ -37,7 +37,8 @@ def inbox_words(largest: int) -> int:
     """Return the 32-bit words of an inbox for tensors of up to `largest` bytes: two tensors and the slices' words."""
     if largest < MIN_BYTES:
         return 0
-    return 2 * min(largest, MAX_BYTES) // 16 * 4 + NUM_SLICES
+    num_bytes = 2 * min(largest, MAX_BYTES)
+    return num_bytes // 16 * 4 + NUM_SLICES  # whole 16 bytes, which are 4 words
 
 
 @triton.jit
@@ -138,7 +139,7 @@ class OverlappedAllReduce:
 
     def slices(self, x: torch.Tensor) -> Iterator[slice]:
         """Yield slices of the tokens of `x` [T, N]. The caller computes each one before it asks for the next."""
-        self.number = (self.number + 1 + (1 << 31)) % (1 << 32) - (1 << 31)
+        self.number = (self.number + 1 + (1 << 31)) % (1 << 32) - (1 << 31)  # add 1, wrapping around as an int32 does
         slice_tokens = _slice_tokens(x)
         for index, start in enumerate(range(0, len(x), slice_tokens)):
             tokens = slice(start, min(start + slice_tokens, len(x)))

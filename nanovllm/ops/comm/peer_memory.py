@@ -49,10 +49,11 @@ class PeerMemory:
         self.num_sms = sm_count(self.device)
         self.max_programs = 4 * self.num_sms  # all must run at once, because they wait for other ranks
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # for `stop`; other streams may be blocked
-        start, self.overlapped = _buffer_words(self.size), None
-        if len(own) > start:
-            other_inbox = addresses[1 - rank] + 4 * start
-            self.overlapped = OverlappedAllReduce(own[start:], other_inbox, self.host_stop, self.device_stop)
+        self.overlapped: OverlappedAllReduce | None = None
+        inbox_start = _buffer_words(self.size)
+        if len(own) > inbox_start:
+            other_inbox = addresses[1 - rank] + 4 * inbox_start
+            self.overlapped = OverlappedAllReduce(own[inbox_start:], other_inbox, self.host_stop, self.device_stop)
 
     def launch_arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
         """Return what every kernel here needs: tensors, then constants and launch options."""
@@ -87,7 +88,9 @@ class PeerMemory:
         """Unmap the other ranks' memory after this rank's running kernels, which must finish without the others."""
         if self._stream is not None:
             torch.cuda.synchronize(self.device)
-        memory, self.memory, self.overlapped = self.memory, [], None
+        memory = self.memory
+        self.memory = []
+        self.overlapped = None
         with ExitStack() as stack:  # closes all even if one fails
             for part in memory:
                 if isinstance(part, Mapping):
@@ -106,8 +109,8 @@ def new_peer_memory(num_ranks: int, device: torch.device, largest_all_reduce: in
         largest_all_reduce: bytes of the largest all-reduce there will be. Only two ranks have an inbox, and only if
             this is large enough.
     """
-    start = _buffer_words(num_ranks)
-    inbox = inbox_words(largest_all_reduce) if num_ranks == 2 else 0
-    memory = torch.full((start + inbox,), EMPTY_WORD, dtype=torch.int32, device=device)
-    memory[start:].zero_()
+    num_buffer_words = _buffer_words(num_ranks)
+    num_inbox_words = inbox_words(largest_all_reduce) if num_ranks == 2 else 0
+    memory = torch.full((num_buffer_words + num_inbox_words,), EMPTY_WORD, dtype=torch.int32, device=device)
+    memory[num_buffer_words:].zero_()
     return memory

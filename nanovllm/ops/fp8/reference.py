@@ -40,7 +40,8 @@ def expand_scale(scale: torch.Tensor, shape: tuple[int, ...], block: Block) -> t
 
 def quantize_weight(weight: torch.Tensor, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a float weight [..., N, K] in e4m3, and its scales: a block's largest magnitude / 448, 1 for zeros."""
-    *_, rows, columns = shape = tuple(weight.shape)
+    shape = tuple(weight.shape)
+    *_, rows, columns = shape
     height = min(block[0], rows)
     width = min(block[1], columns)
     values = weight.float()

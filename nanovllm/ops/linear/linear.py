@@ -73,14 +73,17 @@ def choose_adder(
         return Adder.LINEAR
     regime = regime_of(len(x))
     if ranks == 1:
-        fits = weight is not None and (is_gemv(x, weight) or is_gemm(x, weight))
-        return regime.adder if fits or regime.kernel is Kernel.LIBRARY else Adder.NEXT_NORM
+        has_kernel = weight is not None and (is_gemv(x, weight) or is_gemm(x, weight))
+        if has_kernel or regime.kernel is Kernel.LIBRARY:
+            return regime.adder
+        return Adder.NEXT_NORM
     if regime.ranks_adder is Adder.ALL_REDUCE_GEMV:
         fits = weight is not None and is_gemv(x, weight) and peers is not None and peers.fits_all_reduce(residual)
         return Adder.ALL_REDUCE_GEMV if fits else Adder.NEXT_NORM
     if regime.ranks_adder is Adder.SLICED_GEMM:
         overlapped = None if weight is None or peers is None else peers.overlapped
-        return Adder.SLICED_GEMM if overlapped is not None and overlapped.fits(residual) else Adder.LINEAR
+        fits = overlapped is not None and overlapped.fits(residual)
+        return Adder.SLICED_GEMM if fits else Adder.LINEAR
     return regime.ranks_adder
 
 
