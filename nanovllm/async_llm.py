@@ -34,13 +34,13 @@ logger = logging.getLogger("nanovllm")
 
 
 class _Consumer:
-    """Gets the outputs of one request in its event loop.
+    """Receives the outputs of one request in its event loop.
 
     Args:
         receive: called in the event loop with each output, or with the error that ends the request.
 
     Attributes:
-        request_id: set when the engine has the request.
+        request_id: the request's id; None until the engine has the request.
         aborted: the request was aborted before the engine had it.
         failed: `receive` has raised, so it is not called again.
     """
@@ -59,8 +59,8 @@ class AsyncLLM:
         async for output in llm.generate(prompt, SamplingParams(...)):
             print(output.text, end="")  # the new text
 
-    One thread does all work of the engine, whatever event loops the coroutines run in. A few more threads prepare
-    requests, each of which starts as soon as it is ready. Close the engine, or use it as `async with`.
+    One thread does all work of the engine, whatever event loops the coroutines run in. Other threads prepare requests.
+    A request starts as soon as it is ready. Close the engine, or use it in an `async with` block.
 
     Args:
         model: see `Config`.
@@ -78,7 +78,7 @@ class AsyncLLM:
         self._max_concurrent = number("max_concurrent_requests", max_concurrent_requests, int, 1, 1 << 30)
         self._semaphores: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
         self._engine_thread = ThreadPoolExecutor(1, "nanovllm-engine", current_gpu_initializer())
-        # The requests with a chosen id that the engine does not have yet.
+        # By id: the requests whose id was chosen by the caller, until the engine has them.
         self._preparing: dict[str, _Consumer] = {}
         self._end_reason: BaseException | None = None  # set when the engine is closed or has failed
         # Only the engine's thread uses these two.
@@ -200,7 +200,7 @@ class AsyncLLM:
             raise
 
     def _receive(self, consumer: _Consumer, item: RequestOutput | BaseException) -> None:
-        """Call a consumer. If it raises, tell the event loop's exception handler and end this request only."""
+        """Call a consumer. If it raises, call the event loop's exception handler and end this request only."""
         if consumer.failed:
             return
         try:
@@ -239,7 +239,7 @@ class AsyncLLM:
         request_id: int | str | None = None,
         **neutral: Any,
     ) -> AsyncIterator[RequestOutput]:
-        """Generate for one prompt. Yield an output for each step: the new text and tokens, or `output_kind` of them.
+        """Generate for one prompt. Yield an output for each step: what is new, or what `output_kind` says.
 
         The request waits while `max_concurrent_requests` others are unfinished. Leaving the iteration, or cancelling
         the task, ends the request.
@@ -248,9 +248,9 @@ class AsyncLLM:
             neutral: vLLM's other arguments, such as `lora_request` and `priority`, at values without effect.
 
         Raises:
-            TypeError, ValueError: the request cannot be served; others are not affected. This call raises what can be
-                known without tokenizing. The first output raises the rest: a text that is too long, a token mask that
-                allows nothing, an id that another request has.
+            TypeError, ValueError: the request cannot be served; others are not affected. This call raises what shows
+                without tokenizing. The first output raises the rest: a text that is too long, a token mask that allows
+                nothing, an id that another request has.
             RuntimeError: the engine is closed or has failed, or an update of the weights has failed meanwhile.
         """
         check_call(neutral, NEUTRAL_ASYNC)
@@ -452,7 +452,7 @@ class AsyncLLM:
         with contextlib.suppress(RuntimeError):  # closed before
             self._engine_thread.submit(self._close_with, self._end_reason)
         self._engine_thread.shutdown()
-        # Again, in case that failed, or Python is ending and has ended its threads before.
+        # Again, in case that failed, or Python is exiting and had stopped the engine's thread before.
         self.llm_engine.close()
 
     def shutdown(self) -> None:
@@ -467,7 +467,7 @@ class AsyncLLM:
 
 
 def _check_one_engine(config: Config) -> None:
-    """Refuse ranks that each run the engine: all must run the same steps, but requests reach each at another time."""
+    """Refuse ranks that each run the engine: all must run the same steps, but requests reach them at other times."""
     if is_replicated(config):
         raise ValueError(
             f"AsyncLLM with tensor_parallel_size={config.tensor_parallel_size} cannot share an engine among processes "
@@ -477,6 +477,6 @@ def _check_one_engine(config: Config) -> None:
 
 
 def _retrieve_exception(future: asyncio.Future) -> None:
-    """Mark a future's exception as seen: its task may be cancelled, and then nobody else looks at it."""
+    """Keep asyncio from logging an exception that was never retrieved: the task that awaits it may be cancelled."""
     if not future.cancelled():
         future.exception()

@@ -25,12 +25,12 @@ _GRAMMARS = "grammars"
 _COSTLY_GRAMMARS = "costly-grammars"
 # Threads for each kind: bounds how many requests are prepared at once, so that they leave time to the engine's thread.
 _NUM_THREADS = {_PROMPTS: 4, _TEMPLATES: 4, _GIVEN_TEMPLATES: 2, _GRAMMARS: 2, _COSTLY_GRAMMARS: 2}
-# Estimates of the work of other things than texts, which counts by characters.
+# Work is estimated as a number of characters to read. These turn other things into characters.
 _IDS_PER_CHAR = 16
 _CHARS_PER_BAD_WORD = 128
 _CHARS_PER_MESSAGE = 128
-# A grammar that is longer, or takes more CPU time, goes to threads of its own, so that no other waits for it. A usual
-# schema takes 0.01 s. The next grammar waits until a new process can compile, 0.2 to 1 s.
+# A grammar that is longer, or takes more CPU time, goes to threads for costly ones, so that no other waits for it. A
+# usual schema takes 0.01 s. The next grammar waits until a new process can compile, 0.2 to 1 s.
 _COSTLY_CHARS = 8192
 _COSTLY_S = 0.25
 
@@ -44,7 +44,8 @@ class InputThreads:
     """
 
     def __init__(self, processor: InputProcessor, check_usable: Callable[[], None]):
-        self._processor, self._check_usable = processor, check_usable
+        self._processor = processor
+        self._check_usable = check_usable
         self._threads = {kind: ShortestFirst(count, f"nanovllm-{kind}") for kind, count in _NUM_THREADS.items()}
 
     def load_grammars(self) -> None:
@@ -53,7 +54,7 @@ class InputThreads:
 
     async def process(self, prompt: Prompt, params: SamplingParams | None, request_id: str | None) -> Request:
         """Check a request and prepare everything it needs; see `InputProcessor.process`."""
-        amount = _amount(prompt, params)
+        amount = _request_chars(prompt, params)
         work = partial(self._processor.process, prompt, params, request_id, stream=True)
         form = params.structured_outputs if params is not None else None
         if form is None:
@@ -67,7 +68,8 @@ class InputThreads:
         """Return the token ids of one conversation; see `LLM.chat_prompts`."""
         kind = _TEMPLATES if template.get("chat_template") is None else _GIVEN_TEMPLATES
         work = partial(self._processor.chat_prompt_ids, messages, **template)
-        return (await self._run(kind, _amount_of_chat(messages), work))[0]
+        prompts = await self._run(kind, _conversation_chars(messages), work)
+        return prompts[0]
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Return the token ids of a text."""
@@ -103,31 +105,38 @@ class InputThreads:
 
 
 def future_of(submit: Callable[[], Any]) -> asyncio.Future:
-    """Return a future of the running loop for a call in another thread. RuntimeError if no thread can run it."""
+    """Return a future of the running loop for a call that `submit` gives to another thread.
+
+    Raises:
+        RuntimeError: the threads are shut down, or none can be started.
+    """
     try:
         return asyncio.wrap_future(submit())
     except RuntimeError as error:
         raise RuntimeError(f"the engine is closed or cannot start a thread: {error}") from error
 
 
-def _amount(prompt: Any, params: SamplingParams | None) -> int:
-    """Return about how much there is to read of a request that was checked."""
+def _request_chars(prompt: Any, params: SamplingParams | None) -> int:
+    """Return an estimate of the characters to read for a request that was checked."""
     text, token_ids, _ = split_prompt(prompt)
-    amount = len(text) if text is not None else _size(token_ids) // _IDS_PER_CHAR
+    num_chars = len(text) if text is not None else _size(token_ids) // _IDS_PER_CHAR
     if params is not None:
-        form = params.structured_outputs
-        amount += len(params.bad_words) * _CHARS_PER_BAD_WORD + (form.num_chars if form is not None else 0)
-    return amount
+        num_chars += len(params.bad_words) * _CHARS_PER_BAD_WORD
+        if params.structured_outputs is not None:
+            num_chars += params.structured_outputs.num_chars
+    return num_chars
 
 
-def _amount_of_chat(messages: Any) -> int:
-    """Return about how many characters a conversation has. It has not been checked."""
-    contents = [each.get("content") for each in messages if isinstance(each, dict)] if is_list(messages) else []
+def _conversation_chars(messages: Any) -> int:
+    """Return an estimate of the characters of a conversation, which has not been checked."""
+    if not is_list(messages):
+        return 0
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
     return sum(len(content) if isinstance(content, str) else _CHARS_PER_MESSAGE for content in contents)
 
 
 def _size(value: Any) -> int:
-    """Return the length of what may have none."""
+    """Return the length of a value, 0 if it has none."""
     try:
         return length(value)
     except TypeError:

@@ -1,7 +1,6 @@
 """The figures of a load test."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +51,8 @@ class Times:
         return cls(first - answer.start, tpot, answer.end - answer.start)
 
 
-# The times that goodput may have goals for, by their names.
-GOALS: dict[str, Callable[[Times], float | None]] = {
-    "ttft": lambda times: times.ttft,
-    "tpot": lambda times: times.tpot,
-    "e2e": lambda times: times.e2e,
-}
+# The fields of `Times` that goodput may have goals for.
+GOALS = ("ttft", "tpot", "e2e")
 _DISTRIBUTIONS = {
     "ttft_ms": "time to first token, ms",
     "tpot_ms": "time per further token, ms",
@@ -76,10 +71,12 @@ def summary(run: Run, goals: dict[str, float]) -> dict[str, Any]:
     seconds = max((answer.end for answer in run.answers), default=run.start) - run.start
     num_tokens = [answer.num_tokens for answer in answers]
     num_pieces = sum(len(answer.times) for answer in answers)
+    failures = Counter(filter(None, map(_failure, run.answers)))
+    intervals = [np.diff(answer.times) for answer in answers]
     figures: dict[str, Any] = {
         "completed": len(done),
         "failed": len(run.answers) - len(done),
-        "errors": dict(Counter(failure for answer in run.answers if (failure := _failure(answer))).most_common(10)),
+        "errors": dict(failures.most_common(10)),
         "shorter_than_asked": sum(count < run.output_lens[i] for i, count in zip(done, num_tokens, strict=True)),
         "seconds": seconds,
         "input_tokens": sum(run.input_lens[i] for i in done),
@@ -90,7 +87,7 @@ def summary(run: Run, goals: dict[str, float]) -> dict[str, Any]:
         "tokens_per_piece": sum(num_tokens) / num_pieces if num_pieces else None,
         "ttft_ms": _distribution([each.ttft for each in times]),
         "tpot_ms": _distribution([each.tpot for each in times if each.tpot is not None]),
-        "itl_ms": _distribution(np.concatenate([np.diff(answer.times) for answer in answers] or [[]])),
+        "itl_ms": _distribution(np.concatenate(intervals) if intervals else ()),
         "e2e_ms": _distribution([each.e2e for each in times]),
         "client_cpu": run.cpu_seconds / seconds,
         "client_late_ms": _distribution(run.late),
@@ -111,7 +108,8 @@ def _failure(answer: Answer) -> str | None:
 
 
 def _reaches(times: Times, goals: dict[str, float]) -> bool:
-    values = {name: GOALS[name](times) for name in goals}
+    """Return whether a request reached all goals. A time that it does not have reaches its goal."""
+    values = {name: getattr(times, name) for name in goals}
     return all(value is None or value <= goals[name] for name, value in values.items())
 
 

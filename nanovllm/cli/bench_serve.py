@@ -22,7 +22,7 @@ _SPARE_FILES = 100  # descriptors for everything but connections
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """The arguments of `nanovllm bench serve`. None is the default of each.
+    """The arguments of `nanovllm bench serve`.
 
     Args:
         url: the server's address.
@@ -66,8 +66,10 @@ class BenchOptions:
         object.__setattr__(self, "goodput", tuple(self.goodput))
         self.goals()
         Server(self.url, self.api_key)
-        if self.json is not None and (not (path := Path(self.json).absolute()).parent.is_dir() or path.is_dir()):
-            raise ValueError(f"json must be a file in a folder that exists, got {self.json!r:.200}")
+        if self.json is not None:
+            path = Path(self.json).absolute()
+            if path.is_dir() or not path.parent.is_dir():
+                raise ValueError(f"json must be a file in a folder that exists, got {self.json!r:.200}")
 
     def goals(self) -> dict[str, float]:
         """Return the goals of `goodput` in seconds, by their names.
@@ -111,7 +113,10 @@ def make_requests(options: BenchOptions) -> tuple[list[list[int]], list[int]]:
     rng = Random(options.seed)
     top = min(_TOP_TOKEN_ID, options.vocab_size - 1)
     low, high = options.input_len
-    prompts = [[rng.randint(0, top) for _ in range(rng.randint(low, high))] for _ in range(options.num_prompts)]
+    prompts = []
+    for _ in range(options.num_prompts):
+        num_tokens = rng.randint(low, high)
+        prompts.append([rng.randint(0, top) for _ in range(num_tokens)])
     return prompts, [rng.randint(*options.output_len) for _ in prompts]
 
 
@@ -139,7 +144,7 @@ class _Load:
         model = self.options.model or await self._first_model()
         await self._try(model)
         prompts, lens = make_requests(self.options)
-        # JSON is made before anything is measured.
+        # Made before the clock starts: writing JSON would delay the requests.
         requests = [
             self._completion(model, prompt, num_tokens, f"bench-{i}")
             for i, (prompt, num_tokens) in enumerate(zip(prompts, lens, strict=True))

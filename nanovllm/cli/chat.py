@@ -18,8 +18,15 @@ from nanovllm.server.events import Text, Thinking
 
 # The sampling parameters that /set knows: those that engines and servers both have.
 SETTINGS = (
-    *("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "max_tokens",
+    "seed",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
 )
 HELP = """\
 /system TEXT       set the system message; without TEXT: remove it
@@ -103,7 +110,7 @@ class Chat:
         self.stdin = stdin or sys.stdin
         self.is_terminal = self.stdin.isatty() and sys.stdout.isatty()
         self.has_failed = False
-        self.num_interrupts = 0  # in a row, without an answer or a line between them
+        self.num_interrupts = 0  # answers in a row that Ctrl-C has stopped
         self.commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: print(HELP),
             "/system": self._set_system,
@@ -133,7 +140,8 @@ class Chat:
             if message.strip() == "/quit":
                 return int(self.has_failed)
             self.handle(message)
-            if self.num_interrupts > 1 and not self.is_terminal:  # nobody could end a long list of questions otherwise
+            # Else each Ctrl-C would stop one answer of a long list of questions, but not the chat.
+            if self.num_interrupts > 1 and not self.is_terminal:
                 return _INTERRUPTED
         if self.is_terminal:
             print()
@@ -196,7 +204,7 @@ class Chat:
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def _answer(self, messages: list[dict[str, str]]) -> dict[str, str] | None:
-        """Print the answer to messages as it comes. Return what came of it as a message, or None if nothing came."""
+        """Print the answer as it comes. Return it as a message, even if it was cut off, or None if it has no text."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         counts = Counts()
         start = time.perf_counter()
@@ -296,7 +304,7 @@ class Chat:
 
 
 def _is_text(text: str) -> bool:
-    """Whether text can be sent: bytes that could not be decoded are half characters."""
+    """Return whether text can be encoded. Bytes that stdin could not decode are lone surrogates, which cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -116,13 +116,13 @@ class ServerModel:
         timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
         self.url = base_url(url)
         self.client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
-        self.lost = httpx.HTTPError
+        self.http_error = httpx.HTTPError
         self.name = name or self._first_name()
 
     def _first_name(self) -> str:
         try:
             response = self.client.get("/v1/models")
-        except self.lost as error:
+        except self.http_error as error:
             raise RuntimeError(f"cannot reach {self.url}: {error}") from error
         if response.status_code != 200:
             raise RuntimeError(
@@ -145,8 +145,9 @@ class ServerModel:
                 for line in _lines(response.iter_bytes()):
                     if line.startswith(b"data:"):
                         is_whole = line[5:].strip() == b"[DONE]"
-                        yield from () if is_whole else _events(line[5:], counts)
-        except self.lost as error:
+                        if not is_whole:
+                            yield from _events(line[5:], counts)
+        except self.http_error as error:
             raise RuntimeError(f"the connection to {self.url} failed: {error}") from error
         if not is_whole:
             raise RuntimeError("the server did not end its stream with [DONE]")
@@ -168,7 +169,7 @@ def _lines(parts: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _events(data: bytes, counts: Counts) -> list[Text | Thinking]:
-    """Return what a chunk of a streamed chat completion has. Set `counts` if it has a number of tokens.
+    """Return the events in a chunk of a streamed chat completion. Set `counts` if the chunk has a number of tokens.
 
     Raises:
         ValueError, RuntimeError: the server has sent something else, or an error.

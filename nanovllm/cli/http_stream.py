@@ -1,7 +1,7 @@
 """A small HTTP client for load generators: one request for each connection, and answers that are streams of events.
 
-A general client takes about 100 µs of CPU for each chunk of a stream, so that a few hundred streams keep a core busy,
-and the figures show the client instead of the server. This one takes a fifth: it looks only for what figures need.
+A general client takes about 100 µs of CPU for each chunk of a stream. A few hundred streams keep a core busy, and then
+the figures show the client instead of the server. This one takes a fifth: it reads only what the figures need.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ _MAX_MESSAGE_CHARS = 500
 _MAX_HEAD_BYTES = 1 << 16
 # More tokens than a stream can have: a server that counts more is wrong.
 _MAX_TOKENS = 1 << 40
-# Events that have one of these are parsed: the generated text may have the same words.
+# Only events with one of these words are parsed. Generated text may have the words too.
 _MARKS = (b'"completion_tokens"', b'"error"', b"[DONE]")
 
 
@@ -173,7 +173,7 @@ class Answer(asyncio.Protocol):
                 break
         del received[:start]
         self._read_body(b"".join(payload), now)
-        if payload and not payload[-1]:
+        if payload and not payload[-1]:  # the last chunk is empty
             self.connection_lost(None)
 
     def _read_body(self, data: bytes | bytearray, now: float) -> None:

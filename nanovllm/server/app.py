@@ -45,8 +45,8 @@ logger = logging.getLogger("nanovllm")
 
 _MAX_SHOWN_ERRORS = 3
 _JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json\b", re.IGNORECASE)
-# Messages of errors start with the name of a field, or with the engine's word for the prompt, which has other names
-# in endpoints.
+# Messages of errors start with the name of a field, or with the engine's word for the prompt. In requests, the prompt
+# has another name for each path.
 _BODIES = (ChatRequest, CompletionRequest, ResponsesRequest)
 _NAMED_FIELDS = {name for body in _BODIES for name in (*body.model_fields, *body.NEUTRAL)}
 _PROMPT_FIELDS = {"/v1/completions": "prompt", "/v1/chat/completions": "messages", "/v1/responses": "input"}
@@ -83,7 +83,7 @@ def create_app(state: ServerState) -> FastAPI:
     if keys := listed(options.api_key):
         app.add_middleware(ApiKeys, keys=keys)
     elif is_loopback(options.host):
-        app.add_middleware(LocalHosts, own=options.host)
+        app.add_middleware(LocalHosts, own_host=options.host)
     if origins := listed(options.cors_origins):
         app.add_middleware(
             CORSMiddleware,
@@ -284,7 +284,7 @@ def _chat_template(llm: AsyncLLM | EngineClient) -> str | None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to the address. Its port is taken before a model is loaded for minutes."""
+    """Return a socket that is bound to the address. A port in use shows before a model is loaded for minutes."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -307,6 +307,7 @@ class Server(uvicorn.Server):
     service manager starts another one.
 
     Attributes:
+        deadline: when the server stops while it drains or its engine has failed, on the clock of `time.monotonic`.
         failure: why the engine has failed; None if it has not.
         warm_up: a task that prepares the engine for the first conversation.
     """
@@ -329,7 +330,8 @@ class Server(uvicorn.Server):
         self.failure: str | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        for listener in sockets or ():  # connections of an earlier server may still be closing
+        for listener in sockets or ():
+            # Connections of an earlier server may still be closing.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         await super().startup(sockets)
         host, port = (sockets or self.servers[0].sockets)[0].getsockname()[:2]
@@ -358,9 +360,9 @@ class Server(uvicorn.Server):
             return True
         if admission.draining:
             admission.cancel_waiting()
-        if admission.draining and (time.monotonic() > self.deadline or not self._is_busy()):
-            await asyncio.to_thread(self.state.llm.close)
-            return True
+            if time.monotonic() > self.deadline or not self._is_busy():
+                await asyncio.to_thread(self.state.llm.close)
+                return True
         return must_exit
 
     def _is_busy(self) -> bool:
@@ -382,14 +384,16 @@ class Server(uvicorn.Server):
 
 
 async def _start_templates(llm: AsyncLLM | EngineClient) -> None:
-    """Start the process that renders chat templates. Else the first conversation would wait for it for a second."""
+    """Start the process that renders chat templates. Else the first conversation would wait a second for it."""
     with contextlib.suppress(Exception):  # the model has no template, or a wrong one: its requests report why
         await llm.chat_prompt([{"role": "user", "content": "Hello!"}])
 
 
 def _greeting(state: ServerState, host: str, port: int) -> str:
     """Return the address, and a command that tries it."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    if ":" in host:
+        host = f"[{host}]"
     prompt = [1, 2, 3] if _tokenizer(state.llm) is None else "The capital of France is"
     path = "completions"
     body = {"prompt": prompt, "max_tokens": 16}

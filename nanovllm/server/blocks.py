@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 from uuid import uuid4
 
-from nanovllm.server.events import CallArguments, CallEnd, CallStart, Event, Text, Thinking
+from nanovllm.server.events import CallEnd, CallStart, Event, Text, Thinking
 
 
 @dataclass(slots=True)
@@ -74,7 +74,7 @@ class Blocks:
             elif isinstance(event, CallEnd):
                 self.all[-1].is_complete = event.is_complete
             elif event.text:
-                if not isinstance(event, CallArguments) and not self._grows(type(event)):
+                if isinstance(event, Text | Thinking) and not self._is_open_block_of(type(event)):
                     yield from self._start(type(event))
                 self.all[-1].pieces.append(event.text)
                 yield Grown(self.all[-1], event.text)
@@ -85,12 +85,12 @@ class Blocks:
             self._is_open = False
             yield Finished(self.all[-1])
 
-    def _grows(self, kind: type) -> bool:
+    def _is_open_block_of(self, kind: type) -> bool:
         return self._is_open and self.all[-1].kind is kind
 
     def _start(self, kind: type[Thinking] | type[Text] | type[CallStart], name: str = "") -> Iterator[Change]:
         yield from self.finish()
         self.all.append(Block(kind, len(self.all), name))
         self._is_open = True
-        # A copy, because the block may have grown when somebody reads the change.
+        # A copy, because the block may have grown before the change is read.
         yield Started(replace(self.all[-1], pieces=[]))

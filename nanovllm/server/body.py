@@ -5,6 +5,7 @@ requests, so they are refused.
 """
 
 import math
+from collections.abc import Collection
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ModelWrapValidatorHandler, ValidationError, model_validator
@@ -39,7 +40,7 @@ class JsonCounter:
             raise ValueError("the body is not UTF-8, or has a NUL character that is not escaped")
         text = (self._rest + chunk).replace(b"\\\\", b"").replace(b'\\"', b"")
         self._rest = b"\\" if text.endswith(b"\\") else b""
-        parts = text.split(b'"')  # by turns outside and inside of strings
+        parts = text.split(b'"')  # alternately outside and inside of strings
         outside = b"".join(parts[self._in_string :: 2])
         self._in_string ^= len(parts) % 2 == 0
         num_containers = outside.count(b"[") + outside.count(b"{")
@@ -66,19 +67,22 @@ class Body(BaseModel):
             num_errors = error.error_count()
             if num_errors <= _MAX_ERRORS:
                 raise
-        raise ValueError(f"{num_errors} values in the body are wrong")
+            raise ValueError(f"{num_errors} values in the body are wrong") from None
 
 
 def _check_size(data: Any) -> None:
     """Raise ValueError if the body has too many values that are not token ids, or a number in it is not finite.
 
-    The endpoints check the body's own numbers. What is below them may be a schema, which goes on as JSON.
+    Numbers that are fields of the body itself are not checked here: the endpoints do it. Deeper ones may be parts of a
+    schema, which is written as JSON again.
     """
     todo = [(data, False)]
     num_values = 0
     while todo:
         value, may_be_ids = todo.pop()
-        children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        children: Collection[Any] = value if isinstance(value, list) else ()
+        if isinstance(value, dict):
+            children = value.values()
         kinds = set(map(type, children))  # fast for many token ids
         if not (may_be_ids and kinds == {int}):
             num_values += len(children)

@@ -10,7 +10,7 @@ from nanovllm import StructuredOutputsParams
 from nanovllm.checks import shown
 from nanovllm.sampling_params import MAX_GRAMMAR_CHARS
 
-# Models write a space after commas and colons. One that may choose white space may write it for ever.
+# Models write a space after commas and colons. If a grammar allowed any white space, a model could write it for ever.
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Names that all formats can write.
 _NAME = regex.compile(r"""[^\s<>"'\\\[\]{}]{1,128}""")
@@ -146,14 +146,16 @@ def json_rule(response: StructuredOutputsParams) -> str | None:
             return None
     else:
         return None
-    has_options = response.disable_any_whitespace is not None or response.whitespace_pattern is not None
-    return None if has_options or response.disable_additional_properties else json_value(schema, is_object=False)
+    has_whitespace_option = response.disable_any_whitespace is not None or response.whitespace_pattern is not None
+    if has_whitespace_option or response.disable_additional_properties:
+        return None
+    return json_value(schema, is_object=False)
 
 
 def after_thinking(body: str, thinking: str) -> str:
     """Return the grammar of an output that follows the rule `body`, after thinking as in `CallGrammar.text`."""
     before = {"open": "thought BREAKS", "optional": '("<think>" thought BREAKS)?', "none": ""}[thinking]
-    # Text that may start thinking would be taken for free text, because that can be longer than the tag.
+    # Else a thinking tag would be taken for free text, because that can be longer than the tag.
     free = r"/(.|\n)*/ & ~/<think>(.|\n)*/" if thinking == "optional" else r"/(.|\n)*/"
     rules = f"FREE: {free}", r'thought[lazy]: /(.|\n)*/ "</think>"', r"BREAKS: /\n{0,2}/", f"start: {before} {body}"
     return "\n".join(rules)
@@ -181,8 +183,11 @@ def json_value(schema: Any, is_object: bool = True) -> str:
     Args:
         is_object: the JSON is a call's arguments: an object with no other properties than the schema names.
     """
-    schema = closed(schema) if is_object else schema
-    return f"%json {dumps({**schema, 'x-guidance': _STYLE} if isinstance(schema, dict) else schema)}"
+    if is_object:
+        schema = closed(schema)
+    if isinstance(schema, dict):
+        schema = {**schema, "x-guidance": _STYLE}
+    return f"%json {dumps(schema)}"
 
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class JsonSchemaForm(_Part):
 
 
 class ChatRequest(SamplingFields):
-    """The body of a request. See OpenAI's API; None is the default of each field.
+    """The body of a request. See OpenAI's API. None is the default of each field but `messages`.
 
     Args:
         chat_template_kwargs: variables of the model's chat template.
@@ -222,14 +222,15 @@ def _message(message: dict[str, Any], i: int) -> dict[str, Any]:
     if "reasoning" in kept:  # templates read the other name
         kept.setdefault("reasoning_content", kept.pop("reasoning"))
     if isinstance(kept.get("content"), list):
-        kept["content"] = [_as_text(part) for part in kept["content"]]
+        kept["content"] = [_refusal_as_text(part) for part in kept["content"]]
     return {"content": "", **kept}
 
 
-def _as_text(part: Any) -> Any:
-    """Return a part of a message as text if it is a refusal."""
-    is_refusal = isinstance(part, dict) and part.get("type") == "refusal"
-    return {"type": "text", "text": part.get("refusal")} if is_refusal else part
+def _refusal_as_text(part: Any) -> Any:
+    """Return a part of a message, a refusal as text."""
+    if isinstance(part, dict) and part.get("type") == "refusal":
+        return {"type": "text", "text": part.get("refusal")}
+    return part
 
 
 def routes(state: ServerState) -> APIRouter:

@@ -16,7 +16,9 @@ _CHUNK = "chat.completion.chunk"
 
 @dataclass(frozen=True)
 class Form:
-    """The fields that all parts of one response share, and how to write log-probabilities.
+    """The fields that all chunks of a response share, and which log-probabilities and usage they show.
+
+    A whole response uses it too.
 
     Args:
         request_id: the response's id.
@@ -162,8 +164,8 @@ class ChunkWriter:
     def __init__(self, form: Form):
         self.form = form
         self.usage = Usage()
-        # For each sample that has started, the log-probabilities that no chunk has had yet.
-        self.waiting: dict[int, list[dict[str, Any]]] = {}
+        # For each sample that has started, the tokens' log-probabilities that no chunk has had yet.
+        self.pending: dict[int, list[dict[str, Any]]] = {}
 
     def count(self, piece: Piece) -> None:
         """Count the tokens of the next piece. Then ask for the chunks of each of its samples."""
@@ -175,45 +177,49 @@ class ChunkWriter:
 
     def last(self) -> list[dict[str, Any]]:
         """Return the chunk with the usage, if the stream ends with one."""
-        return [self.form.body(_CHUNK, []) | {"usage": self.usage.fields()}] if self.form.has_usage else []
+        if not self.form.has_usage:
+            return []
+        return [self.form.body(_CHUNK, []) | {"usage": self.usage.fields()}]
 
     def chunks(self, sample: SamplePiece) -> list[dict[str, Any]]:
         """Return the chunks of a sample's next piece. Raise ApiError if they have too many log-probabilities."""
         index = sample.index
         chunks = []
         check_num_logprobs(self._num_logprobs(sample))
-        if index not in self.waiting:
+        if index not in self.pending:
             chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))
-        tokens = [*self.waiting.get(index, ()), *self.form.logprobs(sample.token_ids, sample.logprobs)]
+        logprobs = [*self.pending.get(index, ()), *self.form.logprobs(sample.token_ids, sample.logprobs)]
         for event in sample.events:
             if not isinstance(event, CallEnd):
-                chunks.append(self._chunk(index, _delta(event), tokens))
-                tokens = []
+                chunks.append(self._chunk(index, _delta(event), logprobs))
+                logprobs = []
         if sample.finish_reason is not None:
             ending = {"finish_reason": sample.finish_reason, "stop_reason": sample.stop_reason}
-            chunks.append(self._chunk(index, {}, tokens, ending))
-            tokens = []
-        if self._are_many(tokens):  # their text is held back, as it may be a call
-            chunks.append(self._chunk(index, {"content": ""}, tokens))
-            tokens = []
-        self.waiting[index] = tokens
+            chunks.append(self._chunk(index, {}, logprobs, ending))
+            logprobs = []
+        if self._are_many(logprobs):  # their text is held back, as it may be a call
+            chunks.append(self._chunk(index, {"content": ""}, logprobs))
+            logprobs = []
+        self.pending[index] = logprobs
         return chunks
 
     def _num_logprobs(self, sample: SamplePiece) -> int:
         """Return how many log-probabilities the next chunks of a sample have."""
-        return (len(self.waiting.get(sample.index, ())) + len(sample.token_ids)) * self.form.logprobs_per_token
+        num_tokens = len(self.pending.get(sample.index, ())) + len(sample.token_ids)
+        return num_tokens * self.form.logprobs_per_token
 
     def _chunk(
-        self, index: int, delta: dict[str, Any], tokens: Sequence[dict] = (), ending: dict[str, Any] | None = None
+        self, index: int, delta: dict[str, Any], logprobs: Sequence[dict] = (), ending: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": _logprobs(tokens), "finish_reason": None}
+        content = {"content": list(logprobs), "refusal": None} if logprobs else None
+        choice = {"index": index, "delta": delta, "logprobs": content, "finish_reason": None}
         chunk = self.form.body(_CHUNK, [choice | (ending or {})])
         if self.form.has_usage:
             chunk["usage"] = self.usage.fields() if self.form.continuous_usage else None
-        return LongEvent(chunk) if self._are_many(tokens) else chunk
+        return LongEvent(chunk) if self._are_many(logprobs) else chunk
 
-    def _are_many(self, tokens: Sequence[dict]) -> bool:
-        return len(tokens) * self.form.logprobs_per_token > LONG_LOGPROBS
+    def _are_many(self, logprobs: Sequence[dict]) -> bool:
+        return len(logprobs) * self.form.logprobs_per_token > LONG_LOGPROBS
 
 
 def _delta(event: Text | Thinking | CallStart | CallArguments) -> dict[str, Any]:
@@ -234,7 +240,3 @@ def _thinking(text: str) -> dict[str, str]:
 def _call(name: str) -> dict[str, Any]:
     """Return a tool call with a new id and no arguments yet."""
     return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": {"name": name, "arguments": ""}}
-
-
-def _logprobs(tokens: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    return {"content": list(tokens), "refusal": None} if tokens else None

@@ -61,11 +61,9 @@ class _Writer:
 
     Attributes:
         logprobs_per_token: how many log-probabilities a token has: its own and the most likely ones.
-        is_empty: leave out the sampled token, because `max_tokens` is 0. The engine cannot do without it.
+        is_prompt_only: `max_tokens` is 0, so the sampled token is left out. The engine always samples one.
         num_generated, num_prompt, num_cached: numbers of tokens so far; cached are those that the prefix cache had.
-        _prompts: the indices of the prompts that had an output.
-        _ends: for each sample that had an output, where its text ends so far; 0 without logprobs.
-        num_logprobs: how many log-probabilities the response has so far; in a stream, the last choice.
+        num_logprobs: how many log-probabilities the response has so far; in a stream, those of the last choice.
     """
 
     def __init__(
@@ -82,11 +80,11 @@ class _Writer:
         self.token_bytes = token_bytes
         self.text_bytes = text_bytes
         self.logprobs_per_token = 0 if request.logprobs is None else request.logprobs + 1
-        self.is_empty = request.max_tokens == 0
+        self.is_prompt_only = request.max_tokens == 0
         self.num_generated = self.num_prompt = self.num_cached = 0
-        self._prompts: set[int] = set()
-        self._ends: dict[int, _TextEnd] = {}
         self.num_logprobs = 0
+        self._counted_prompts: set[int] = set()  # indices
+        self._ends: dict[int, _TextEnd] = {}  # of the samples that had an output; they stay 0 without logprobs
 
     def check_prompts(self, prompts: Sequence[str | list[int]]) -> None:
         """Refuse prompts of token ids that have too many log-probabilities, before they are computed."""
@@ -96,14 +94,14 @@ class _Writer:
 
     async def choices(self, prompt_index: int, output: RequestOutput) -> list[dict]:
         """Return what an output has, or what is new in it, as choices."""
-        if prompt_index not in self._prompts:
-            self._prompts.add(prompt_index)
+        if prompt_index not in self._counted_prompts:
+            self._counted_prompts.add(prompt_index)
             self.num_prompt += len(output.prompt_token_ids)
             self.num_cached += output.num_cached_tokens
-        make = partial(self._choice, prompt_index, output)
+        make_choice = partial(self._choice, prompt_index, output)
         if not self._takes_long(output):
-            return [make(sample) for sample in output.outputs]
-        return [await in_thread(make, sample) for sample in output.outputs]
+            return [make_choice(sample) for sample in output.outputs]
+        return [await in_thread(make_choice, sample) for sample in output.outputs]
 
     def _takes_long(self, output: RequestOutput) -> bool:
         """Return whether the choices of an output take milliseconds, because of their log-probabilities."""
@@ -121,16 +119,17 @@ class _Writer:
         stop_reason = sample.stop_reason
         token_ids = sample.token_ids
         rows = sample.logprobs
-        if self.is_empty:
+        if self.is_prompt_only:
             text = ""
             finish_reason = "length" if finish_reason else None
             stop_reason = None
             token_ids = []
             rows = rows and rows[:0]
         self.num_generated += len(token_ids)
-        added = [] if rows is None else [self.text_bytes[token_id] for token_id in token_ids]  # to the text
-        is_first = index not in self._ends  # the first output of this sample
-        if self.request.echo and is_first:
+        # The bytes that each token adds to the text.
+        added = [] if rows is None else [self.text_bytes[token_id] for token_id in token_ids]
+        is_first_output = index not in self._ends
+        if self.request.echo and is_first_output:
             echo = self.echoes[prompt_index]
             prompt_ids = output.prompt_token_ids
             text = echo + text
@@ -223,7 +222,7 @@ def _logprobs(token_ids: list[int], rows: LogprobRows, token_bytes: Mapping[int,
 def _token_name(token_id: int, text: str | None, token_bytes: Mapping[int, bytes]) -> str:
     """Return a token's text, or its bytes if it is a part of a character, or its id if it has no text.
 
-    OpenAI writes bytes so, and vLLM ids.
+    The notation of bytes is OpenAI's, that of ids is vLLM's.
     """
     if not text:
         return f"token_id:{token_id}"
@@ -237,7 +236,7 @@ def _token_name(token_id: int, text: str | None, token_bytes: Mapping[int, bytes
 
 
 def _by_name(row: dict[int, Logprob], name: Callable[[int], str]) -> dict[str, float]:
-    """Return log-probabilities by the names of tokens. Of tokens with the same name, take the largest."""
+    """Return log-probabilities by the names of tokens. If tokens have the same name, the largest counts."""
     result: dict[str, float] = {}
     for token_id, entry in row.items():
         key = name(token_id)
@@ -297,7 +296,7 @@ async def _events(
     async with aclosing(outputs):
         async for index, output in outputs:
             choices = await writer.choices(index, output)
-            # Half a character has no text yet.
+            # Leave out choices with nothing new: a token that is a part of a character has no text yet.
             events = [choice for choice in choices if choice["text"] or choice["logprobs"] or choice["finish_reason"]]
             if request.include_usage:
                 usage = {"usage": writer.usage() if request.continuous_usage else None}
@@ -313,7 +312,8 @@ def _add(choices: dict[int, dict], new: dict) -> None:
     if choice is new:
         return
     choice["text"] += new["text"]
-    choice["finish_reason"], choice["stop_reason"] = new["finish_reason"], new["stop_reason"]
+    choice["finish_reason"] = new["finish_reason"]
+    choice["stop_reason"] = new["stop_reason"]
     if new["logprobs"] is not None:
         for name, values in new["logprobs"].items():
             choice["logprobs"][name] += values
@@ -343,7 +343,8 @@ def routes(state: ServerState) -> APIRouter:
             "model": state.model_names[0],
         }
         if request.stream:
-            if len(prompts) > 1:  # a fault that shows after the first event could not change the response's status
+            if len(prompts) > 1:
+                # A wrong prompt must show before the first event, which fixes the response's status.
                 for prompt in prompts:
                     await state.llm.check_request(prompt, params)
             return await sse(_events(writer, outputs, header))

@@ -40,7 +40,7 @@ _CLOSE_SECONDS = 10.0
 
 @dataclass
 class _Waiting:
-    """A request or a call whose results are awaited in `loop`.
+    """A request or a call that a coroutine of `loop` awaits.
 
     Args:
         put: called in the loop with each output, or with the value of a call.
@@ -85,12 +85,8 @@ class EngineClient:
             self._process.kill()  # it may be loading a model for minutes
             self.close()
             raise
-        self._threads = [
-            threading.Thread(target=target, name=f"nanovllm-{target.__name__.strip('_')}", daemon=True)
-            for target in (self._read, self._write)
-        ]
-        for thread in self._threads:
-            thread.start()
+        for name, target in (("read", self._read), ("write", self._write)):
+            threading.Thread(target=target, name=f"nanovllm-{name}", daemon=True).start()
 
     def _start(self, options: dict[str, Any]) -> tuple[int, Any]:
         try:
@@ -117,10 +113,10 @@ class EngineClient:
                 if kind == "outputs":
                     self._hand_over(rest[0])
                 elif waiting := self._waiting.pop(rest[0], None):
-                    deliver, item = (
-                        (waiting.put, rest[1]) if kind == "result" else (waiting.fail, unpack_error(rest[1]))
-                    )
-                    call_soon(waiting.loop, deliver, item)
+                    if kind == "result":
+                        call_soon(waiting.loop, waiting.put, rest[1])
+                    else:
+                        call_soon(waiting.loop, waiting.fail, unpack_error(rest[1]))
         except (EOFError, OSError):
             self._fail(self._describe_end())
 
@@ -186,7 +182,7 @@ class EngineClient:
                 self._leave(key)
 
     def _leave(self, key: int) -> None:
-        """End what the other process does for a coroutine, unless it has the result."""
+        """Cancel a request or a call of a coroutine that awaits it no longer. Do nothing if it has its result."""
         if self._waiting.pop(key, None) is not None:
             with contextlib.suppress(RuntimeError):
                 self._send("leave", key)

@@ -27,7 +27,7 @@ def main(descriptor: int) -> None:
     except Exception as error:
         connection.send_bytes(pickle.dumps(("failed", pack_error(error))))
         return
-    # The garbage collector passes over what is loaded, about a million objects, instead of checking it again and again.
+    # The garbage collector skips what is loaded, about a million objects, instead of checking it again and again.
     gc.collect()
     gc.freeze()
     try:
@@ -49,9 +49,10 @@ class _Host:
     """Does what the server's process asks for.
 
     Attributes:
-        requests: for each unfinished request, the task that prepares it, or the function that ends it.
-        started: the requests that have had an output.
-        outbox: outputs that the next message takes along. Those of a step travel together.
+        requests: for each unfinished request, the task that prepares it; later, the function that ends it.
+        started: the unfinished requests that have had an output.
+        outbox: the outputs of the next message. Those of one step travel together.
+        calls: the tasks of unfinished calls.
     """
 
     def __init__(self, llm: AsyncLLM, connection: Connection):
@@ -96,11 +97,11 @@ class _Host:
                 self.requests[key] = leave
 
     def _leave(self, key: int) -> None:
-        entry = self.calls.get(key) or self._forget(key)
-        if isinstance(entry, asyncio.Task):
-            entry.cancel()
-        elif entry is not None:
-            entry()
+        work = self.calls.get(key) or self._forget(key)
+        if isinstance(work, asyncio.Task):
+            work.cancel()
+        elif work is not None:
+            work()  # ends a request that the engine has
 
     def _forget(self, key: int) -> asyncio.Task | Callable[[], None] | None:
         self.started.discard(key)

@@ -8,12 +8,13 @@ where `method` is a coroutine of `AsyncLLM` and `key` numbers what the server as
 where outputs and errors are packed by the functions here.
 """
 
+from operator import itemgetter
 from typing import TypeAlias
 
 from nanovllm.outputs import CompletionOutput, RequestOutput
 
 PackedError: TypeAlias = tuple[str, str]
-# Samples, progress and prompt; see `pack_output`.
+# The samples, the request's progress, and the fields of its prompt; see `pack_output`.
 PackedOutput: TypeAlias = tuple[list[tuple], tuple | None, tuple | None]
 
 _ERRORS = {kind.__name__: kind for kind in (TypeError, ValueError, RecursionError, RuntimeError)}
@@ -34,10 +35,10 @@ def unpack_error(packed: PackedError) -> Exception:
 
 
 def pack_output(output: RequestOutput, is_first: bool) -> PackedOutput:
-    """Return an output as small tuples: the new of each sample, the request's progress, and the prompt.
+    """Return an output as small tuples: its samples, the request's progress, and its prompt.
 
-    Only the first and the last output of a request have its progress, and only the first its prompt. There is an output
-    for each stream in each step, and pickling them takes time from the next step.
+    Only the first and the last output of a request have the progress, and only the first has the prompt: each stream
+    has an output in each step, and pickling them takes time from the next step.
     """
     samples = [
         (sample.index, sample.text, sample.token_ids, sample.finish_reason, sample.stop_reason, sample.logprobs)
@@ -56,15 +57,18 @@ def pack_output(output: RequestOutput, is_first: bool) -> PackedOutput:
 
 
 def merge_packed_deltas(first: PackedOutput, second: PackedOutput) -> PackedOutput:
-    """Merge two successive outputs that have only what is new. They stay packed: each token of a stream comes here."""
+    """Merge two successive outputs that have only what is new. Unpacking them first would cost time at each token."""
     samples = {sample[0]: sample for sample in first[0]}
     for new in second[0]:
         index, text, token_ids, finish_reason, stop_reason, logprobs = new
         if old := samples.get(index):
-            logprobs = old[5] + logprobs if logprobs is not None else None
-            new = (index, old[1] + text, old[2] + token_ids, finish_reason, stop_reason, logprobs)
+            _, old_text, old_token_ids, _, _, old_logprobs = old
+            logprobs = old_logprobs + logprobs if logprobs is not None else None
+            new = (index, old_text + text, old_token_ids + token_ids, finish_reason, stop_reason, logprobs)
         samples[index] = new
-    merged = list(samples.values()) if len(samples) == 1 else [samples[index] for index in sorted(samples)]
+    merged = list(samples.values())
+    if len(merged) > 1:
+        merged.sort(key=itemgetter(0))
     return merged, second[1] or first[1], first[2] or second[2]
 
 

@@ -22,8 +22,8 @@ from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import in_thread
 from nanovllm.utils.shortest_first import ShortestFirst
 
-# The parser reads the end of the prompt, because the template may open the model's thinking there. A message to be
-# continued may have opened it long before.
+# How many tokens at the end of the prompt the parser reads, because the template may open the model's thinking there. A
+# message to be continued may have opened it long before.
 _TAIL_TOKENS = 64
 _CONTINUED_TAIL_TOKENS = 4096
 _LONG_TEXT = 4096  # new characters of all samples together; more are parsed in a thread
@@ -101,23 +101,17 @@ async def generate_turn(
 
     Raises:
         ApiError, TypeError, ValueError: the request cannot be served. Everything that is wrong with a request shows
-            before the first piece, but for a structured output that becomes too costly.
+            before the first piece, except a structured output that becomes too costly.
         RuntimeError: the engine is closed or has failed.
     """
-    tools = _shown_tools(conversation)
+    tools = _allowed_tools(conversation)
     if tools:
         _check_tools(state, conversation)
     with state.admission.enter(conversation.params.n):
         prompt_ids, prompt_text = await _prompt(state, conversation, tools)
-        constrain = partial(_constrained, state, conversation, tools, prompt_text)
-        chosen = conversation.tool_choice
-        form = conversation.params.structured_outputs
-        if len(prompt_ids) > state.llm.max_model_len:
-            params = conversation.params  # the engine refuses the prompt
-        elif state.format.needs_grammar(tools, chosen, conversation.parallel_tool_calls, form):
-            params = await asyncio.wrap_future(_constraining.submit(state.body_bytes(conversation.http), constrain))
-        else:
-            params = constrain()
+        params = conversation.params
+        if len(prompt_ids) <= state.llm.max_model_len:  # else the engine refuses the prompt
+            params = await _constrained_params(state, conversation, tools, prompt_text)
         is_constrained = params.structured_outputs is not None
         samples = [_Sample(each) for each in state.format.parsers(prompt_text, tools, params.n, is_constrained)]
         prompt = {"prompt_token_ids": prompt_ids}
@@ -132,11 +126,11 @@ async def generate_turn(
 
 async def prompt_token_ids(state: ServerState, conversation: Conversation) -> list[int]:
     """Return the prompt of a conversation."""
-    prompt_ids, _ = await _prompt(state, conversation, _shown_tools(conversation))
+    prompt_ids, _ = await _prompt(state, conversation, _allowed_tools(conversation))
     return prompt_ids
 
 
-def _shown_tools(conversation: Conversation) -> Sequence[dict[str, Any]]:
+def _allowed_tools(conversation: Conversation) -> Sequence[dict[str, Any]]:
     """Return the tools that the model may call in this turn."""
     return () if conversation.tool_choice == "none" else conversation.tools
 
@@ -161,10 +155,12 @@ async def _prompt(
     state: ServerState, conversation: Conversation, tools: Sequence[dict[str, Any]]
 ) -> tuple[list[int], str]:
     """Return the prompt's token ids, and the end of its text."""
-    template = conversation.template | ({"tools": [_shown(tool) for tool in tools]} if tools else {})
+    template = dict(conversation.template)
+    if tools:
+        template["tools"] = [_without_strict(tool) for tool in tools]
     prompt_ids = await state.llm.chat_prompt(conversation.messages, **template)
-    options: dict[str, Any] = {**template, **(conversation.template.get("chat_template_kwargs") or {})}
-    num_tail = _CONTINUED_TAIL_TOKENS if options.get("continue_final_message") else _TAIL_TOKENS
+    variables: dict[str, Any] = template | (template.get("chat_template_kwargs") or {})
+    num_tail = _CONTINUED_TAIL_TOKENS if variables.get("continue_final_message") else _TAIL_TOKENS
     text = await state.llm.decode(prompt_ids[-num_tail:])
     form = conversation.params.structured_outputs
     if form is not None and json_rule(form) is None and state.format.opens_thinking(text):
@@ -174,9 +170,21 @@ async def _prompt(
     return prompt_ids, text
 
 
-def _shown(tool: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool as models know it, without what is for the server alone."""
-    return {**tool, "function": {name: value for name, value in tool["function"].items() if name != "strict"}}
+def _without_strict(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool without `strict`, which is for the server and not for the model."""
+    function = {name: value for name, value in tool["function"].items() if name != "strict"}
+    return {**tool, "function": function}
+
+
+async def _constrained_params(
+    state: ServerState, conversation: Conversation, tools: Sequence[dict[str, Any]], prompt_text: str
+) -> SamplingParams:
+    """Return `_constrained`, from a thread if it has to make a grammar."""
+    constrain = partial(_constrained, state, conversation, tools, prompt_text)
+    form = conversation.params.structured_outputs
+    if state.format.needs_grammar(tools, conversation.tool_choice, conversation.parallel_tool_calls, form):
+        return await asyncio.wrap_future(_constraining.submit(state.body_bytes(conversation.http), constrain))
+    return constrain()
 
 
 def _constrained(
@@ -188,7 +196,9 @@ def _constrained(
         tools, conversation.tool_choice, conversation.parallel_tool_calls, prompt_text, params.structured_outputs
     )
     params = replace(params, structured_outputs=constraint)
-    return replace(params, skip_special_tokens=False) if tools and state.format.shows_special_tokens else params
+    if tools and state.format.shows_special_tokens:
+        params = replace(params, skip_special_tokens=False)
+    return params
 
 
 @contextmanager
@@ -197,16 +207,25 @@ def _naming_schemas(conversation: Conversation, params: SamplingParams) -> Itera
     try:
         yield
     except ValueError as error:
-        is_clients = params == conversation.params and conversation.form_field == "structured_outputs"
-        match = None if is_clients else _GRAMMAR_ERROR.fullmatch(str(error))
+        if params == conversation.params and conversation.form_field == "structured_outputs":
+            raise  # the grammar is the client's
+        match = _GRAMMAR_ERROR.fullmatch(str(error))
         if match is None:
             raise
-        lines = ((params.structured_outputs and params.structured_outputs.grammar) or "").split("\n")
-        # The rule `start` has the form of the response, other rules have the schemas of tools.
-        is_start = match[1] is not None and "".join(lines[int(match[1]) - 1 :][:1]).startswith("start:")
-        has_form = conversation.params.structured_outputs is not None
-        name = conversation.form_field if has_form and (is_start or not _shown_tools(conversation)) else "tools"
+        name = "tools"
+        if conversation.params.structured_outputs is not None:
+            # The rule `start` has the form of the response, other rules have the schemas of tools.
+            is_start = match[1] is not None and _grammar_line(params, int(match[1])).startswith("start:")
+            if is_start or not _allowed_tools(conversation):
+                name = conversation.form_field
         raise ApiError(400, f"{name} has a schema that cannot be followed: {match[2]}", param=name) from None
+
+
+def _grammar_line(params: SamplingParams, number: int) -> str:
+    """Return a line of the grammar that constrains the output, by its number from 1; "" if there is no such line."""
+    grammar = params.structured_outputs and params.structured_outputs.grammar
+    lines = (grammar or "").split("\n")
+    return lines[number - 1] if number <= len(lines) else ""
 
 
 async def _piece(sample: "_Sample", new: CompletionOutput, is_long: bool) -> SamplePiece:

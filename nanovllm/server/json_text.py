@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic_core import from_json
 
-# `json.dumps` would make one for each event.
+# With these options, `json.dumps` would make a new encoder for each event.
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-# Log-probabilities of a token are five levels below a response.
+# `LongJson` does not split values at this depth: in a response, the log-probabilities of one token.
 _WRITTEN_LEVELS = 5
-# Steps of a long response that are encoded together.
-_CHUNK_PARTS = 256
+# How many steps of `LongJson` make one chunk of bytes.
+_STEPS_PER_CHUNK = 256
 
 
 def read_json(text: str) -> Any:
@@ -39,13 +39,14 @@ def _read_float(text: str) -> float:
 
 
 def _finite(value: Any) -> Any:
-    """Return a value of JSON with the largest float in place of a number that is too large for one."""
+    """Return a value of JSON with the largest float in place of numbers that are too large for a float."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_finite(entry) for entry in value]
-    is_infinite = isinstance(value, float) and math.isinf(value)
-    return math.copysign(sys.float_info.max, value) if is_infinite else value
+    if isinstance(value, float) and math.isinf(value):
+        return math.copysign(sys.float_info.max, value)
+    return value
 
 
 def json_bytes(value: Any) -> bytes:
@@ -54,29 +55,30 @@ def json_bytes(value: Any) -> bytes:
 
 
 def _as_bytes(text: str) -> bytes:
-    # Half a character, which a client may send escaped, is escaped again: JSON and Python write it in the same way.
+    # A lone surrogate, which a client may send escaped, is escaped again: JSON and Python write it in the same way.
     return text.encode(errors="backslashreplace")
 
 
 class LongJson:
     """Writes a value that may be long as compact JSON, in steps between which other threads run.
 
-        for _ in (long := LongJson(value)):
+        long = LongJson(value)
+        for _ in long:
             ...
         long.bytes()
 
     The encoder keeps the GIL until it has written what it is given. So it is given small parts. A long list can be an
-    iterator, so that only one of its values is there at a time.
+    iterator, so that only one of its entries is in memory at a time.
     """
 
     def __init__(self, value: Any):
         self._value = value
-        self._parts: list[str] = []  # those that are not in a chunk yet
+        self._parts: list[str] = []  # text that is not in a chunk yet
         self._chunks: list[bytes] = []
 
     def __iter__(self) -> Iterator[None]:
-        for number, _ in enumerate(self._write(self._value, _WRITTEN_LEVELS), 1):
-            if number % _CHUNK_PARTS == 0:
+        for number, _ in enumerate(self._write(self._value, _WRITTEN_LEVELS), start=1):
+            if number % _STEPS_PER_CHUNK == 0:
                 self._add_chunk()
             yield
         self._add_chunk()
@@ -90,7 +92,7 @@ class LongJson:
         self._parts.clear()
 
     def _write(self, value: Any, levels: int) -> Iterator[None]:
-        """Append the parts of a value's JSON, of an iterator as of a list. What is below so many levels is one part."""
+        """Append a value's JSON part by part. An iterator is a list. What is `levels` deep in the value is one part."""
         add = self._parts.append
         if not levels or not isinstance(value, dict | list | Iterator):
             add(_encoder.encode(value))

@@ -11,7 +11,7 @@ from nanovllm.server.parsers import joined
 
 # Clients drop thinking without a signature, and send back what they keep.
 _SIGNATURE = "nanovllm"
-# The type and the key of the text of a delta, by the kind of its block.
+# For each kind of block: the type of its deltas, and the key of their text.
 _DELTAS = {
     Text: ("text_delta", "text"),
     Thinking: ("thinking_delta", "thinking"),
@@ -35,7 +35,7 @@ class MessageWriter:
         self.blocks = Blocks()
         self.num_input = self.num_cached = self.num_output = 0
         self.stop: dict[str, str | None] = {"stop_reason": None, "stop_sequence": None}
-        # The call that is being read. Clients may run what they see of a call, so they see whole ones.
+        # The events of a call that has not ended. Clients may run what they see of a call, so they see whole ones.
         self._call: list[Event] = []
         self._has_started = False
 
@@ -44,7 +44,8 @@ class MessageWriter:
         events = []
         if not self._has_started:
             self._has_started = True
-            self.num_input, self.num_cached = piece.num_prompt_tokens, piece.num_cached_tokens
+            self.num_input = piece.num_prompt_tokens
+            self.num_cached = piece.num_cached_tokens
             events = [{"type": "message_start", "message": self.body()}, {"type": "ping"}]
         for sample in piece.samples:
             self.num_output += len(sample.token_ids)
@@ -66,7 +67,7 @@ class MessageWriter:
         return message | {"content": content, **self.stop, "usage": self.usage()}
 
     def usage(self) -> dict[str, int]:
-        """Return how many tokens there are. What was cached is no input in this API."""
+        """Return how many tokens there are. In this API, input tokens do not include the cached ones."""
         return {
             "input_tokens": self.num_input - self.num_cached,
             "cache_creation_input_tokens": 0,
@@ -99,8 +100,8 @@ class MessageWriter:
         if sample.finish_reason == "tool_calls":
             reason = "tool_use"
         elif sample.finish_reason == "length":
-            is_full = self.num_output < self.max_tokens
-            reason = "model_context_window_exceeded" if is_full else "max_tokens"
+            is_context_full = self.num_output < self.max_tokens
+            reason = "model_context_window_exceeded" if is_context_full else "max_tokens"
         elif isinstance(sample.stop_reason, str):
             reason = "stop_sequence"
             sequence = sample.stop_reason
@@ -115,8 +116,10 @@ def _events(change: Change) -> list[dict[str, Any]]:
     if isinstance(change, Grown):
         kind, key = _DELTAS[block.kind]
         return [_delta(block, {"type": kind, key: change.text})]
-    signature = [_delta(block, {"type": "signature_delta", "signature": _SIGNATURE})] if block.kind is Thinking else []
-    return [*signature, {"type": "content_block_stop", "index": block.index}]
+    stop = {"type": "content_block_stop", "index": block.index}
+    if block.kind is Thinking:
+        return [_delta(block, {"type": "signature_delta", "signature": _SIGNATURE}), stop]
+    return [stop]
 
 
 def _delta(block: Block, delta: dict[str, str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 _SECONDS = [base * 10**power for power in (-3, -2, -1, 0, 1, 2) for base in (1, 2, 5)]
 _TOKENS = [2**power for power in range(0, 21, 2)]
 
-# Metrics of the engine whose values are counts since its start, and metrics of now: (name, help, field).
+# The engine's counters since its start, and its gauges: (name, help, field of `Metrics`).
 _COUNTERS = (
     ("vllm:num_preemptions", "Times that a running sequence had to wait again.", "num_preemptions"),
     ("vllm:prompt_tokens", "Tokens of prompts.", "prompt_tokens"),
@@ -75,9 +75,9 @@ class ServerMetrics:
     async def observe(
         self, outputs: AsyncGenerator[RequestOutput, None], num_samples: int
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Yield the outputs of a request, and count it, unless the engine refuses it. See `ServerState.generate`."""
+        """Yield the outputs of a request, and count its samples, unless the engine refuses it."""
         reasons: Counter[str] = Counter()
-        unfinished = "abort"
+        unfinished = "abort"  # the reason of samples that do not finish
         output = None
         try:
             async for output in outputs:
@@ -99,7 +99,7 @@ class ServerMetrics:
             await outputs.aclose()
 
     def _observe_end(self, output: RequestOutput | None, num_samples: int) -> None:
-        """Observe the times of a request that has finished. Nothing is counted at each token, where time is dear."""
+        """Observe the times of a request that has finished. Work for each token would slow down all streams."""
         if output is None or output.metrics is None:
             return
         times = output.metrics
@@ -122,14 +122,14 @@ class ServerMetrics:
         """Return all metrics in Prometheus' text format.
 
         Args:
-            engine: those of the engine now, or None if it has failed.
+            engine: the engine's metrics now, or None if it is closed or has failed.
         """
         self.engine = engine
         return prometheus_client.generate_latest(self.registry)
 
 
 class _EngineCollector:
-    """Gives the registry the engine's own metrics."""
+    """Gives the registry the metrics of the engine."""
 
     def __init__(self, metrics: ServerMetrics):
         self.metrics = metrics

@@ -40,13 +40,13 @@ class OutputParser:
 
     def __init__(self, tools: ToolSchemas):
         self.tools = tools
-        # The text that has no event yet starts at this index.
-        self._text, self._position = "", 0
+        self._text = ""
+        self._position = 0  # the text that has no event yet starts here
         # Line breaks are held back, and belong to the call if one follows.
         self._num_newlines = 0
         self._num_calls = 0
-        # The text of the call that is being read, as the model wrote it: earlier pieces, at least one, and the index
-        # where the rest starts. `CallEnd` has it, for a call whose arguments are no JSON object.
+        # The call that is being read, as the model wrote it: its earlier pieces, of which there is at least one, and
+        # the index in `_text` where the rest of it starts. `CallEnd.written` is made of them.
         self._raw: list[str] = []
         self._raw_start = 0
         self._arguments: list[str] = []
@@ -59,7 +59,8 @@ class OutputParser:
         """Return the events of the next piece of the text, as far as they are certain."""
         if self._raw:
             self._raw.append(self._text[self._raw_start : self._position])
-        self._text, self._position, self._raw_start = self._text[self._position :] + text, 0, 0
+        self._text = self._text[self._position :] + text
+        self._position = self._raw_start = 0
         return self._resume()
 
     def finish(self) -> list[Event]:
@@ -143,13 +144,15 @@ class OutputParser:
             self._events.append(Text("\n" * self._num_newlines))
             self._num_newlines = 0
 
-    def _start_call(self, name: str, arguments_at: int) -> None:
-        """Start a call whose arguments start at the index `arguments_at`."""
+    def _start_call(self, name: str, arguments_start: int) -> None:
+        """Start a call whose arguments start at the index `arguments_start`."""
         self._events.append(CallStart(self._num_calls, name))
         self._num_calls += 1
-        self._raw, self._raw_start = ["\n" * self._num_newlines], self._position
+        self._raw = ["\n" * self._num_newlines]
+        self._raw_start = self._position
         self._arguments = []
-        self._num_newlines, self._position = 0, arguments_at
+        self._num_newlines = 0
+        self._position = arguments_start
 
     def _emit_arguments(self, text: str) -> None:
         """Emit a piece of the arguments of the newest call."""
@@ -166,7 +169,7 @@ class OutputParser:
 
 
 def joined(events: list[Event]) -> list[Event]:
-    """Return the events with neighboring pieces of the same text in one."""
+    """Return the events, with successive pieces of one text joined."""
     if len(events) < 2:
         return events
     whole: list[Event] = []
@@ -259,7 +262,7 @@ class JsonCallParser(OutputParser):
             piece, end = json_object.read(self._text, self._position + size)
             pieces.append(piece)
             size = end - self._position
-            # The length is checked first, so that it does not matter in which pieces the text arrives.
+            # Even a complete object that is too long is refused: else the result would depend on how the text arrives.
             if size - start > MAX_HELD_CHARS or json_object.is_broken:
                 return False
             if json_object.is_complete:
@@ -294,9 +297,9 @@ def _as_call(text: str) -> tuple[str, str] | None:
 
 
 _CONTROL_CHARACTERS = {code: json.dumps(chr(code))[1:-1] for code in range(32)}
-_OF_STRING = regex.compile(r'[^"\\]*+')
-# Numbers, words such as true, and what separates values. `[TOOL_CALLS]` breaks an object, as `<` does. Otherwise each
-# start of a call that is never finished would be read to the end of the text.
+_STRING_CHARACTERS = regex.compile(r'[^"\\]*+')
+# Numbers, words such as true, and what separates values. Without `_` and `<`, so that `[TOOL_CALLS]` and tags break an
+# object: else an object that is never finished would be read to the end of the text.
 _BETWEEN = regex.compile(r"[a-zA-Z0-9\s.,:+-]*+")
 
 
@@ -323,32 +326,32 @@ class JsonObject:
             The object's part of the text, with control characters of strings escaped, and the index after it.
         """
         pieces = []
-        at = start
-        while at < len(text) and not self.is_complete and not self.is_broken:
-            end = self._read_string(text, at) if self._in_string else self._read_bracket(text, at)
-            piece = text[at:end]
+        index = start
+        while index < len(text) and not self.is_complete and not self.is_broken:
+            end = self._read_string(text, index) if self._in_string else self._read_bracket(text, index)
+            piece = text[index:end]
             pieces.append(piece.translate(_CONTROL_CHARACTERS) if self._in_string else piece)
-            at = end
-        return "".join(pieces), at
+            index = end
+        return "".join(pieces), index
 
-    def _read_string(self, text: str, at: int) -> int:
+    def _read_string(self, text: str, index: int) -> int:
         """Read characters of a string, an escape, or the quote that ends the string. Return the index after it."""
         if self._is_escaped:
             self._is_escaped = False
-            return at + 1
-        found = _OF_STRING.match(text, at)
-        if found and found.end() > at:
+            return index + 1
+        found = _STRING_CHARACTERS.match(text, index)
+        if found and found.end() > index:
             return found.end()
-        self._is_escaped = text[at] == "\\"
+        self._is_escaped = text[index] == "\\"
         self._in_string = self._is_escaped
-        return at + 1
+        return index + 1
 
-    def _read_bracket(self, text: str, at: int) -> int:
+    def _read_bracket(self, text: str, index: int) -> int:
         """Read a bracket, the quote that starts a string, or what is between them. Return the index after it."""
-        found = _BETWEEN.match(text, at)
-        if found and found.end() > at:
+        found = _BETWEEN.match(text, index)
+        if found and found.end() > index:
             return found.end()
-        character = text[at]
+        character = text[index]
         if character == '"':
             self._in_string = True
         elif character in "{[":
@@ -358,8 +361,8 @@ class JsonObject:
             self.is_complete = not self._open
         else:
             self.is_broken = True
-            return at
-        return at + 1
+            return index
+        return index + 1
 
 
 class HermesParser(JsonCallParser):

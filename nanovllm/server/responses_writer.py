@@ -8,7 +8,7 @@ from nanovllm.server.errors import ApiError
 from nanovllm.server.events import CallStart, Text, Thinking
 from nanovllm.server.generation import Piece
 
-# The name of a text in events, and its key in the last of them, by the kind of the block.
+# For each kind of block: the name of its text in the types of events, and the text's key in its "done" event.
 _NAMES = {
     Text: ("output_text", "text"),
     Thinking: ("reasoning_text", "text"),
@@ -36,8 +36,9 @@ class ResponseWriter:
         """Add the next piece, and return the events that show it."""
         events = []
         if not self.num_input:
-            self.num_input, self.num_cached = piece.num_prompt_tokens, piece.num_cached_tokens
-            events = [self._event("response.created", response=self.body())]
+            self.num_input = piece.num_prompt_tokens
+            self.num_cached = piece.num_cached_tokens
+            events.append(self._event("response.created", response=self.body()))
             events.append(self._event("response.in_progress", response=self.body()))
         for sample in piece.samples:
             self.num_output += len(sample.token_ids)
@@ -82,14 +83,15 @@ class ResponseWriter:
         return "incomplete" if is_cut else "completed"
 
     def _usage(self) -> dict[str, Any]:
-        """Return how many tokens there are. How many of them are thinking is estimated from its share of the text."""
-        sizes = [(block.kind is Thinking, len(block.text)) for block in self.blocks.all]
-        share = sum(size for is_thinking, size in sizes if is_thinking) / max(1, sum(size for _, size in sizes))
+        """Return how many tokens there are. Those of thinking are estimated from its fraction of all characters."""
+        num_chars = sum(len(block.text) for block in self.blocks.all)
+        num_thinking_chars = sum(len(block.text) for block in self.blocks.all if block.kind is Thinking)
+        thinking_fraction = num_thinking_chars / max(1, num_chars)
         return {
             "input_tokens": self.num_input,
             "input_tokens_details": {"cached_tokens": self.num_cached, "cache_write_tokens": 0},
             "output_tokens": self.num_output,
-            "output_tokens_details": {"reasoning_tokens": round(share * self.num_output)},
+            "output_tokens_details": {"reasoning_tokens": round(thinking_fraction * self.num_output)},
             "total_tokens": self.num_input + self.num_output,
         }
 
@@ -103,7 +105,7 @@ class ResponseWriter:
             return self._start(block)
         if isinstance(change, Grown):
             name, _ = _NAMES[block.kind]
-            return [self._event(f"response.{name}.delta", **_place(block), **_logprobs(block), delta=change.text)]
+            return [self._event(f"response.{name}.delta", **_address(block), **_logprobs(block), delta=change.text)]
         return self._finish(block)
 
     def _start(self, block: Block) -> list[dict[str, Any]]:
@@ -113,14 +115,14 @@ class ResponseWriter:
         item["content"] = []  # the next event adds the part
         return [
             self._event("response.output_item.added", output_index=block.index, item=item),
-            self._event("response.content_part.added", **_place(block), part=_part(block)),
+            self._event("response.content_part.added", **_address(block), part=_part(block)),
         ]
 
     def _finish(self, block: Block) -> list[dict[str, Any]]:
         name, key = _NAMES[block.kind]
-        events = [self._event(f"response.{name}.done", **_place(block), **_logprobs(block), **{key: block.text})]
+        events = [self._event(f"response.{name}.done", **_address(block), **_logprobs(block), **{key: block.text})]
         if block.kind is not CallStart:
-            events.append(self._event("response.content_part.done", **_place(block), part=_part(block)))
+            events.append(self._event("response.content_part.done", **_address(block), part=_part(block)))
         item = _item(block, self._item_status(block))
         return [*events, self._event("response.output_item.done", output_index=block.index, item=item)]
 
@@ -129,12 +131,12 @@ def _item_id(block: Block) -> str:
     return f"{_ID_PREFIXES[block.kind]}_{block.id}"
 
 
-def _place(block: Block) -> dict[str, Any]:
-    """Return where an event of a block belongs."""
-    place: dict[str, Any] = {"item_id": _item_id(block), "output_index": block.index}
+def _address(block: Block) -> dict[str, Any]:
+    """Return the fields of an event that say which item it belongs to, and which part of the item."""
+    address: dict[str, Any] = {"item_id": _item_id(block), "output_index": block.index}
     if block.kind is not CallStart:
-        place["content_index"] = 0
-    return place
+        address["content_index"] = 0
+    return address
 
 
 def _logprobs(block: Block) -> dict[str, list]:

@@ -80,7 +80,7 @@ class StructuredOutputs(BaseModel):
 
 
 class SamplingFields(Body):
-    """Fields that chat completions and completions share. None is the default of each.
+    """Fields that the bodies of chat completions, completions and responses share. None is the default of each.
 
     Their types are checked here, and their values by `SamplingParams`.
 
@@ -124,7 +124,7 @@ class SamplingFields(Body):
             return data
         kept = {}
         for name, value in data.items():
-            accepted = cls.NEUTRAL.get(name, None)
+            accepted = cls.NEUTRAL.get(name)
             if accepted is None or name in cls.model_fields:
                 kept[name] = value
             elif accepted is not ANY and value is not None and value not in accepted:
@@ -154,24 +154,23 @@ class SamplingFields(Body):
         """Return the sampling parameters of a request. What it leaves open is the model's default.
 
         Args:
-            names: the request's names of arguments of `SamplingParams`, where they differ.
-            overrides: other arguments of `SamplingParams`, such as `logprobs`, and other values of the fields here.
-                `max_tokens=None` is up to `max_model_len`; None of others has no effect.
+            names: for errors, the request's name of each argument of `SamplingParams` that it names otherwise.
+            overrides: arguments of `SamplingParams` that replace these fields or are not among them, such as
+                `logprobs`. `max_tokens=None` means up to `max_model_len`. None of others has no effect.
 
         Raises:
             ApiError: a value is wrong.
         """
-        given: dict[str, Any] = {name: getattr(self, name) for name in _PARAMS}
-        given["output_kind"] = RequestOutputKind.DELTA
+        given: dict[str, Any] = {"output_kind": RequestOutputKind.DELTA}
+        given |= _given({name: getattr(self, name) for name in _PARAMS})
         if self.structured_outputs is not None:
             given["structured_outputs"] = _checked(self.structured_outputs.to_params, {})
-        given |= {name: value for name, value in overrides.items() if value is not None or name == "max_tokens"}
-        n = 1 if given["n"] is None else given["n"]
+        given |= _given(overrides)
+        n = given.get("n", 1)
         if not 1 <= n <= state.options.max_n:
             raise ApiError(400, f"n must be from 1 to {state.options.max_n}, got {shown(n)}", param="n")
         defaults = state.llm.get_default_sampling_params()
         base = {name: getattr(defaults, name) for name in _DEFAULTS}
-        given = {name: value for name, value in given.items() if value is not None or name == "max_tokens"}
         return _checked(SamplingParams.from_optional, names, **base | given)
 
 
@@ -202,8 +201,13 @@ _PARAMS = (
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
+def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that are not None, and `max_tokens`, for which None is a value."""
+    return {name: value for name, value in arguments.items() if value is not None or name == "max_tokens"}
+
+
 def _checked(make: Any, names: Mapping[str, str], **arguments: Any) -> Any:
-    """Return what `make` makes. Raise ApiError, with the request's `names`, for its TypeError and ValueError."""
+    """Return `make(**arguments)`. Its TypeError or ValueError becomes an ApiError, with the request's `names`."""
     try:
         return make(**arguments)
     except (TypeError, ValueError) as error:

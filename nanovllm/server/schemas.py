@@ -35,8 +35,8 @@ def type_name(value: Any) -> str:
 class Alternatives:
     """Takes the parts of one schema apart: into schemas without references and without combinations such as `anyOf`.
 
-    A value follows a part if it follows one of its alternatives; for `oneOf`, exactly one, which each of them then
-    notes. What cannot be joined stays as `allOf`.
+    A value follows a part if it follows one of its alternatives. Of alternatives with `"oneOf": True`, it must follow
+    exactly one. Keywords that cannot be joined stay as `allOf`.
 
     Args:
         schema: the whole schema, in which references start.
@@ -71,8 +71,8 @@ class Alternatives:
             raise ValueError(f"a tool's schema refers to itself without end: {shown(part)}")
         return found
 
-    def start_over(self) -> int:
-        """Allow as many alternatives as at the start. Those found are kept. Return their work, in copied keywords."""
+    def reset_bounds(self) -> int:
+        """Start the counts of bounded work again, and keep what was found. Return that work, in copied keywords."""
         work = self._num_copied + self._num_found * _COPIES_PER_ALTERNATIVE
         self._num_found = self._num_copied = 0
         return work
@@ -104,12 +104,14 @@ class Alternatives:
         return found
 
     def _combinations(self, part: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
-        """Yield lists of schemas, one of each of which a value must follow, and the keyword of each."""
+        """Yield the keyword and the schemas of each combination. A value must follow one schema of each."""
         if isinstance(part.get("$ref"), str):
             yield "$ref", [_resolve(self.schema, part["$ref"])]
-        for word in ("allOf", "anyOf", "oneOf"):
+        if isinstance(options := part.get("allOf"), list):
+            yield from (("allOf", [option]) for option in options)
+        for word in ("anyOf", "oneOf"):
             if isinstance(options := part.get(word), list):
-                yield from ((word, [option]) for option in options) if word == "allOf" else [(word, options)]
+                yield word, options
 
 
 def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -124,9 +126,9 @@ def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
             shared = {key: {"allOf": [left[key], right[key]]} for key in left.keys() & right.keys()}
             both[word] = {**left, **right, **shared}
         elif word in ("required", "type") and isinstance(left, list) and isinstance(right, list):
-            left = dict.fromkeys(map(str, left))
-            right = dict.fromkeys(map(str, right))
-            both[word] = list(left | right) if word == "required" else [name for name in left if name in right]
+            names = dict.fromkeys(map(str, left))
+            others = dict.fromkeys(map(str, right))
+            both[word] = list(names | others) if word == "required" else [name for name in names if name in others]
         else:
             both["allOf"] = [*both.get("allOf", ()), {word: right}]
     for closed, open_ in ((one, other), (other, one)):
@@ -174,7 +176,8 @@ def choices(alternative: dict[str, Any]) -> list[Any] | None:
     """Return the only values that an alternative may have, or None if it names none."""
     values = _named_values(alternative)
     types = types_of(alternative)
-    types |= {"integer"} if "number" in types else set()
+    if "number" in types:
+        types.add("integer")
     return None if values is None else [value for value in values if type_name(value) in types]
 
 
@@ -185,7 +188,7 @@ def _named_values(alternative: dict[str, Any]) -> list[Any] | None:
 
 
 def member(alternative: dict[str, Any], key: str) -> Any:
-    """Return the schema of an object's property: text, if the object's schema does not say it."""
+    """Return the schema of an object's property. Without one, the property is text."""
     properties = alternative.get("properties")
     others = alternative.get("additionalProperties")
     if isinstance(properties, dict) and key in properties:
@@ -218,7 +221,7 @@ class ToolSchemas:
             if self._work < _MAX_WORK:
                 with suppress(ValueError):
                     types = self._alternatives[name].types_of_member(key)
-                self._work += self._alternatives[name].start_over()
+                self._work += self._alternatives[name].reset_bounds()
             self._types[name, key] = types
         return self._types[name, key]
 
@@ -230,15 +233,17 @@ _JSON_SPACE = " \t\r\n"
 
 
 def as_json(text: str, types: set[str]) -> str:
-    """Return the JSON of a value that a model has written as text, of one of the types if it can be."""
+    """Return the JSON of a value that a model has written as text. It has one of the types, if the text allows that."""
+    as_string = json.dumps(text, ensure_ascii=False)
     if types == {"string"}:
-        return json.dumps(text, ensure_ascii=False)
-    value, kind = _PYTHON_VALUES.get(text.strip(_JSON_SPACE), ("", ""))
+        return as_string
+    bare = text.strip(_JSON_SPACE)
+    value, kind = _PYTHON_VALUES.get(bare, ("", ""))
     if kind in types:
         return value
     try:
         kind = type_name(read_json(text))
     except (ValueError, RecursionError):
-        return json.dumps(text, ensure_ascii=False)
+        return as_string
     fits = kind in types or (kind == "integer" and "number" in types)
-    return text.strip(_JSON_SPACE) if fits or "string" not in types else json.dumps(text, ensure_ascii=False)
+    return bare if fits or "string" not in types else as_string

@@ -27,8 +27,9 @@ _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 def sent_keys(headers: Mapping[str, str]) -> list[str]:
     """Return the keys in a request's headers: a bearer token, `x-api-key`, or both if they differ."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    keys = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
-    return [key for key in dict.fromkeys(keys) if key]
+    bearer = token.strip() if scheme.lower() == "bearer" else ""
+    keys = dict.fromkeys((bearer, headers.get("x-api-key", "")))
+    return [key for key in keys if key]
 
 
 def key_salt(http: Request, cache_salt: str | None = None) -> str:
@@ -65,7 +66,7 @@ class RequestIds:
             if message["type"] == "http.response.start":
                 ids = [(name, request_id.encode()) for name in (b"x-request-id", b"request-id")]
                 message = {**message, "headers": [*message["headers"], *ids]}
-                # Only paths of endpoints, because there is no end of other ones.
+                # Other paths have one label: clients can send any number of them.
                 path = getattr(scope.get("route"), "path", "other")
                 self.count_response(path, message["status"])
             await send(message)
@@ -74,7 +75,7 @@ class RequestIds:
 
 
 class ApiKeys:
-    """Refuse requests without one of the keys. The time that this takes tells nothing about a key."""
+    """Refuse requests without one of the keys. Digests are compared in constant time."""
 
     def __init__(self, app: Any, keys: list[str]):
         self.app = app
@@ -97,36 +98,36 @@ class ApiKeys:
 class LocalHosts:
     """Refuse requests whose Host header names another machine.
 
-    A web page of somebody else can let its own name point to this machine. The browser then takes the server for a part
-    of that page, which could read all responses.
+    This stops DNS rebinding: a web page lets its own name point to this machine. The browser then takes the server for
+    a part of that page, which could read all responses.
 
     Args:
-        own: the name or address that the server was told to listen on.
+        own_host: the name or address of the option `host`.
     """
 
-    def __init__(self, app: Any, own: str):
+    def __init__(self, app: Any, own_host: str):
         self.app = app
-        self.own = own.lower()
+        self.own_host = own_host.lower()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         host = Request(scope).headers.get("host", "") if scope["type"] == "http" else ""
-        if _is_local(host, self.own):
+        if _is_local(host, self.own_host):
             return await self.app(scope, receive, send)
         names = "localhost, IP addresses and its own host"
         message = f"without an API key this server responds to {names} only, not to {host[:100]!r}"
         await _refuse(ApiError(403, message), scope, receive, send)
 
 
-def _is_local(host: str, own: str) -> bool:
-    """Whether a Host header is empty, or has an IP address, a name of this machine or `own`, maybe with a port."""
+def _is_local(host: str, own_host: str) -> bool:
+    """Return whether a Host header is empty, or has an IP address, a local name or `own_host`, maybe with a port."""
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     name = name.lower().removesuffix(".")
-    is_name = name in ("", "localhost", own) or name.endswith(".localhost")
-    return is_name or _ip_address(name) is not None
+    is_local_name = name in ("", "localhost", own_host) or name.endswith(".localhost")
+    return is_local_name or _ip_address(name) is not None
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens on `host`, a name or an address in any notation."""
+    """Return whether only this machine can reach a server that listens on `host`, a name or an address."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
@@ -188,7 +189,7 @@ class CancelOnDisconnect:
     """Cancel the endpoint as soon as the client has gone, whether or not it has begun to respond.
 
     Args:
-        admission: told which requests wait for their bodies. Those that it cancels are refused.
+        admission: may cancel requests that wait for their bodies. They are refused.
     """
 
     def __init__(self, app: Any, admission: AdmissionControl):
@@ -199,11 +200,11 @@ class CancelOnDisconnect:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         body_read = asyncio.Event()
-        gone = asyncio.create_task(_wait_for_disconnect(body_read, receive))
+        disconnected = asyncio.create_task(_wait_for_disconnect(body_read, receive))
 
         async def receive_body() -> Any:
             if body_read.is_set():
-                await asyncio.shield(gone)
+                await asyncio.shield(disconnected)
                 return {"type": "http.disconnect"}
             with self.admission.waiting_for_body(responding):
                 event = await receive()
@@ -213,15 +214,15 @@ class CancelOnDisconnect:
 
         responding = asyncio.ensure_future(self.app(scope, receive_body, send))
         try:
-            await asyncio.wait((responding, gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((responding, disconnected), return_when=asyncio.FIRST_COMPLETED)
             if responding.cancelled():
                 await _refuse(draining_error(), scope, receive, send)
             elif responding.done():
                 responding.result()  # raises what it has raised
         finally:
-            for task in (responding, gone):
+            for task in (responding, disconnected):
                 task.cancel()
-            await asyncio.gather(responding, gone, return_exceptions=True)
+            await asyncio.gather(responding, disconnected, return_exceptions=True)
 
 
 async def _wait_for_disconnect(body_read: asyncio.Event, receive: Any) -> None:

@@ -19,10 +19,10 @@ from nanovllm.server.options import ServerOptions
 from nanovllm.server.security import key_salt
 from nanovllm.server.text_format import TextFormat
 
-# Long requests that only tokenize and are worked on at once. They share the engine's threads for prompts, and leave
-# some to requests that generate. Bodies up to so many bytes are short.
+# How many long requests that only tokenize run at once. They share the engine's threads for prompts with requests that
+# generate, and leave some of them free.
 _MAX_TOKENIZING = 2
-_SHORT_BODY = 1 << 13
+_SHORT_BODY = 1 << 13  # bytes
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class ServerState:
     _tokenizing: asyncio.Semaphore = field(init=False, default_factory=lambda: asyncio.Semaphore(_MAX_TOKENIZING))
 
     def tokenizing(self, http: Request) -> AbstractAsyncContextManager[Any]:
-        """Return what a request that only tokenizes holds meanwhile. Long ones wait for each other."""
+        """Return a context manager for a request that only tokenizes. It bounds how many long ones run at once."""
         return nullcontext() if self.body_bytes(http) <= _SHORT_BODY else self._tokenizing
 
     def body_bytes(self, http: Request) -> int:
-        """Return the number of bytes of a request's body, as many as there may be if it does not say so."""
+        """Return the size of a request's body in bytes; without a Content-Length, the largest that is allowed."""
         length = http.headers.get("content-length", "")
         return int(length) if length.isdecimal() else self.options.max_body_mib << 20
 
@@ -80,7 +80,7 @@ class ServerState:
 
         Raises:
             TypeError, ValueError: the request cannot be served. Some faults show at the first output only.
-            RuntimeError: the engine is closed, asleep or has failed, whatever error this was at first.
+            RuntimeError: the engine is closed, asleep or has failed. This replaces any other error that it causes.
         """
         if self.options.salt_prefix_cache:
             params = replace(params, cache_salt=key_salt(http, params.cache_salt))

@@ -15,11 +15,11 @@ from nanovllm.server.json_text import LongJson, json_bytes, long_json_bytes
 
 logger = logging.getLogger("nanovllm")
 
-# Log-probabilities of a response. They take 200 bytes each, and more in chat completions.
+# The most log-probabilities of a response. Each takes 200 bytes of memory, and more in chat completions.
 MAX_RESPONSE_LOGPROBS = 1 << 20
 # Writing more than this many takes a few milliseconds, so it is done in a thread.
 LONG_LOGPROBS = 512
-# Writing a long response gives way to other long work after this time, so that no response waits for all of another.
+# A long response is written in slices of this time. Other long work runs between them, so that it does not wait long.
 _SLICE_S = 0.02
 # Does work that takes long, one piece after the other: several threads at once would keep the GIL from the event loop.
 _long_work = ThreadPoolExecutor(1, "nanovllm-long-work")
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 async def in_thread(function: Callable[..., T], *args: Any, thread: ThreadPoolExecutor = _long_work) -> T:
-    """Return `function(*args)`, which may take long. It waits for what the thread has to do before."""
+    """Return `function(*args)`, which may take long. The thread does its earlier work first."""
     return await asyncio.get_running_loop().run_in_executor(thread, function, *args)
 
 
@@ -76,9 +76,9 @@ def json_logprob(value: float) -> float:
 
 def check_num_logprobs(num_logprobs: int) -> None:
     """Raise ApiError for more log-probabilities than a response may have."""
-    if num_logprobs > (limit := MAX_RESPONSE_LOGPROBS):
-        message = f"the response has more than {limit} log-probabilities: ask for fewer, or for fewer samples"
-        raise ApiError(400, message, param="logprobs")
+    if num_logprobs > MAX_RESPONSE_LOGPROBS:
+        fault = f"the response has more than {MAX_RESPONSE_LOGPROBS} log-probabilities"
+        raise ApiError(400, f"{fault}: ask for fewer, or for fewer samples", param="logprobs")
 
 
 class JsonResponse(JSONResponse):

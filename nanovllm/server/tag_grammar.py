@@ -19,10 +19,10 @@ _MAX_DISCRIMINATORS = 16
 _KEY = regex.compile(r"[^>\n]{1,256}")
 _END_FUNCTION = "</function>\n</tool_call>"
 _END_PARAMETER = "\n</parameter>\n"
-# Keywords that tags cannot hold, of the parameters and of a text.
-_UNHELD = {"allOf", "not", "if", "then", "else", "$dynamicRef"}
-_UNHELD_OF_PARAMETERS = _UNHELD | {"oneOf", "const", "enum", "patternProperties", "propertyNames", "dependencies"}
-_UNHELD_OF_PARAMETERS |= {"dependentRequired", "dependentSchemas", "unevaluatedProperties"}
+# Keywords that a grammar of tags cannot enforce: for the schema of a text, and for that of all parameters.
+_UNSUPPORTED = {"allOf", "not", "if", "then", "else", "$dynamicRef"}
+_UNSUPPORTED_FOR_PARAMETERS = _UNSUPPORTED | {"oneOf", "const", "enum", "patternProperties", "propertyNames"}
+_UNSUPPORTED_FOR_PARAMETERS |= {"dependencies", "dependentRequired", "dependentSchemas", "unevaluatedProperties"}
 # Keywords that limit the values of a type. All others limit arrays and objects.
 _NUMBER_LIMITS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "format"}
 _LIMITS: dict[str, set[str]] = {
@@ -32,8 +32,8 @@ _LIMITS: dict[str, set[str]] = {
     "boolean": set(),
     "null": set(),
 }
-# Texts that the parser may read as a value of a type, after white space. They match more than it reads so.
-_TAKEN = {
+# For each type, a pattern of texts that the parser may read as its values, after white space. It may match more.
+_READ_AS = {
     "string": r'"(.|\n)*',
     "integer": r"-?[0-9](.|\n)*",
     "number": r"-?[0-9](.|\n)*",
@@ -73,13 +73,13 @@ class Qwen3CoderGrammar(CallGrammar):
     Parameters come in the order of the schema. Those that it does not name come last.
 
     Raises:
-        ValueError: tags cannot hold a keyword of a schema.
+        ValueError: a schema has a keyword that a grammar of tags cannot enforce.
     """
 
     def __init__(self, schemas: Mapping[str, Any], parallel: bool):
         self._num_names = 0
-        # The schema of the function whose rule is made, and what is known of it: the names of its parameters' rules,
-        # the rules of its values, and what `_root` returns.
+        # For the function whose rule is being made: its schema, the names of its parameters' rules, the rules of its
+        # values, and what `_root` returns.
         self._alternatives = Alternatives({})
         self._found: dict[tuple[str, int], str] = {}
         self._values: dict[tuple[int, frozenset[str]], str] = {}
@@ -100,10 +100,13 @@ class Qwen3CoderGrammar(CallGrammar):
 
     def _call(self, i: int, name: str, schema: Any) -> str:
         self._charge(len(dumps(schema)))
-        self._alternatives, self._found, self._values, self._root = Alternatives(schema), {}, {}, None
+        self._alternatives = Alternatives(schema)
+        self._found = {}
+        self._values = {}
+        self._root = None
         objects = self._alternatives.of(schema)
         if len(objects) > 1 and any(isinstance(one.get("additionalProperties"), dict) for one in objects):
-            raise _unheld("additionalProperties next to anyOf", schema)
+            raise _unsupported("additionalProperties next to anyOf", schema)
         parameters = " | ".join(map(self._parameters, objects))
         start = lark_text(f"{name}>\n")
         return f"{start} ({parameters}) {lark_text(_END_FUNCTION)}"
@@ -114,15 +117,15 @@ class Qwen3CoderGrammar(CallGrammar):
         required = one.get("required", [])
         if not isinstance(found, dict) or not isinstance(required, list):
             raise ValueError(f"a tool's properties must be a dict and required must be a list, got {shown(one)}")
-        for word in one.keys() & _UNHELD_OF_PARAMETERS:
-            raise _unheld(word, one)
+        for word in one.keys() & _UNSUPPORTED_FOR_PARAMETERS:
+            raise _unsupported(word, one)
         required = dict.fromkeys(map(str, required))
         keys = list(dict.fromkeys([*found, *required]))
         others = one.get("additionalProperties", "properties" not in one)
         if _count(one, "minProperties", 0) > len(required):
-            raise _unheld("minProperties", one)
+            raise _unsupported("minProperties", one)
         if "maxProperties" in one and (others is not False or _count(one, "maxProperties", 0) < len(keys)):
-            raise _unheld("maxProperties", one)
+            raise _unsupported("maxProperties", one)
         parts = []
         for key in keys:
             part = found.get(key, others)
@@ -171,14 +174,15 @@ class Qwen3CoderGrammar(CallGrammar):
         if "string" not in types:
             return self._json_or_text(part, [])
         free = {kind for leaf in leaves for kind in types_of(leaf) if _is_free(leaf, kind)}
-        free |= {"integer"} if "number" in free else set()
+        if "number" in free:
+            free.add("integer")
         if "string" not in free:
             free -= {"array", "object"}
         elif free >= types:
             return "value"
         # Text must not be what the parser takes for another value, unless any such value is valid.
-        taken = [_TAKEN[kind] for kind in sorted(types - free if types > {"string"} else ())]
-        excluded = f" & ~/[ \\t\\r\\n]*({'|'.join(taken)})/" if taken else ""
+        other_values = [_READ_AS[kind] for kind in sorted(types - free if types > {"string"} else ())]
+        excluded = f" & ~/[ \\t\\r\\n]*({'|'.join(other_values)})/" if other_values else ""
         texts = [_choice(choice, types) for leaf in leaves for choice in _checked_choices(leaf)]
         limited = [leaf for leaf in leaves if choices(leaf) is None]
         self._charge(_PATTERN_COST * sum(len(str(leaf.get("pattern", ""))) for leaf in limited))
@@ -214,7 +218,7 @@ class Qwen3CoderGrammar(CallGrammar):
         return f"{kind}_{self._num_names}"
 
 
-def _unheld(word: str, schema: Any) -> ValueError:
+def _unsupported(word: str, schema: Any) -> ValueError:
     return ValueError(f"this model's calls cannot be held to the keyword {word} of a tool's schema: {shown(schema)}")
 
 
@@ -231,8 +235,10 @@ def _count(schema: dict[str, Any], word: str, default: int) -> int:
 
 def _is_free(leaf: dict[str, Any], kind: str) -> bool:
     """Return whether all values of a type follow a schema, which has no references and no combinations."""
-    words = leaf.keys() - {"type", "oneOf"}
-    return choices(leaf) is None and not (words & (_UNHELD | _LIMITS[kind]) if kind in _LIMITS else words)
+    limits = leaf.keys() - {"type", "oneOf"}
+    if kind in _LIMITS:
+        limits &= _UNSUPPORTED | _LIMITS[kind]
+    return choices(leaf) is None and not limits
 
 
 def _check_overlap(leaves: list[dict[str, Any]]) -> None:
@@ -244,11 +250,12 @@ def _check_overlap(leaves: list[dict[str, Any]]) -> None:
     are_apart = all(_differ(one, other) for one, other in combinations(objects, 2))
     others = [leaf for leaf in leaves if not are_apart or types_of(leaf) != {"object"}]
     kinds = [kind for leaf in others if choices(leaf) is None for kind in _kinds(types_of(leaf))]
-    kinds += ["object"] if are_apart and objects else []
+    if are_apart and objects:
+        kinds.append("object")
     if len({dumps(value) for value in values}) < len(values) or len(set(kinds)) < len(kinds):
-        raise _unheld("oneOf", leaves)
+        raise _unsupported("oneOf", leaves)
     if _kinds(map(type_name, values)) & set(kinds):
-        raise _unheld("oneOf", leaves)
+        raise _unsupported("oneOf", leaves)
 
 
 def _discriminators(leaf: dict[str, Any]) -> dict[str, set[str]]:
@@ -278,7 +285,7 @@ def _checked_choices(leaf: dict[str, Any]) -> list[Any]:
     if values is None:
         return []
     for word in leaf.keys() - {"type", "oneOf", "const" if "const" in leaf else "enum"}:
-        raise _unheld(f"{word} next to const or enum", leaf)
+        raise _unsupported(f"{word} next to const or enum", leaf)
     return values
 
 
@@ -297,21 +304,25 @@ def _choice(choice: Any, types: set[str]) -> str:
 
 def _text_pattern(leaf: dict[str, Any]) -> str:
     """Return a Lark expression for texts that follow the lengths, the pattern and the format of a schema."""
-    for word in leaf.keys() & _UNHELD:
-        raise _unheld(word, leaf)
+    for word in leaf.keys() & _UNSUPPORTED:
+        raise _unsupported(word, leaf)
     low = _count(leaf, "minLength", 0)
     high = _count(leaf, "maxLength", 0) if "maxLength" in leaf else ""
     terminals = [_FREE_TEXT, rf"/(.|\n){{{low},{high}}}/"]
     if isinstance(pattern := leaf.get("pattern"), str):
         pattern = regex.sub(r"\\.", lambda part: _CLASSES.get(part[0], part[0]), exact_pattern(pattern))
         pattern = regex.sub(r"\\.|[/\n]", lambda part: {"/": r"\/", "\n": r"\n"}.get(part[0], part[0]), pattern)
-        start = "" if pattern.startswith("^") else r"(.|\n)*"
-        end = "" if regex.search(r"(?<!\\)(\\\\)*\$$", pattern) else r"(.|\n)*"
-        body = pattern.removeprefix("^") if not start else pattern
-        terminals.append(f"/{start}({body[:-1] if not end else body}){end}/")
+        before = after = r"(.|\n)*"
+        if pattern.startswith("^"):
+            before = ""
+            pattern = pattern[1:]
+        if regex.search(r"(?<!\\)(\\\\)*\$$", pattern):  # not an escaped dollar sign
+            after = ""
+            pattern = pattern[:-1]
+        terminals.append(f"/{before}({pattern}){after}/")
     if "format" in leaf:
         if leaf["format"] not in _FORMATS:
-            raise _unheld(f"format {shown(leaf['format'])}", leaf)
+            raise _unsupported(f"format {shown(leaf['format'])}", leaf)
         terminals.append(f"/{_FORMATS[leaf['format']]}/")
     return " & ".join(terminals)
 

@@ -30,7 +30,7 @@ GRAMMARS: dict[str, type[CallGrammar]] = {
     "qwen3_coder": Qwen3CoderGrammar,
 }
 
-# After a thinking tag one of these shows that it is not open: its end, or the marker of another turn.
+# What closes a thinking tag before it: the end tag, or a marker of the next turn.
 _CLOSES_THINKING = regex.compile(r"</think>|<\||<｜|</s>|\[/INST\]|<end_of_turn>")
 
 
@@ -100,7 +100,9 @@ class TextFormat:
         prompt_text: str = "",
         response: StructuredOutputsParams | None = None,
     ) -> StructuredOutputsParams | None:
-        """Return a grammar of outputs whose calls are all valid, or None if none is needed.
+        """Return the constraint that the output must follow, or None if it may be any text.
+
+        If tools need one, it is a grammar of outputs whose calls are all valid.
 
         Args:
             tools: the functions that can be called, as in OpenAI's API.
@@ -114,36 +116,37 @@ class TextFormat:
             ValueError: no function has the name `tool_choice`, the format cannot write a tool's name or schema, or the
                 model may either call tools or respond in a form that is not JSON.
         """
-        rule = None if response is None else json_rule(response)
+        response_rule = None if response is None else json_rule(response)
         if not tools or tool_choice == "none":
             thinking = self._thinking(prompt_text)
-            if rule is None or thinking == "none":
+            if response_rule is None or thinking == "none":
                 return response
-            return StructuredOutputsParams(grammar=after_thinking(rule, thinking))
+            return StructuredOutputsParams(grammar=after_thinking(response_rule, thinking))
         if not self.needs_grammar(tools, tool_choice, parallel, response):
             return None
         schemas = _schemas(tools)
         is_required = tool_choice != "auto"
         if not is_required:
-            if response is not None and rule is None:
+            if response is not None and response_rule is None:
                 raise ValueError("tools that may be called allow responses in the form of JSON, but in no other form")
             strict = {tool["function"]["name"] for tool in tools if tool["function"].get("strict")}
             schemas = {name: schema if name in strict else {"type": "object"} for name, schema in schemas.items()}
         elif tool_choice != "required":
             if tool_choice not in schemas:
                 raise ValueError(f"tool_choice must name one of the tools, got {shown(tool_choice)}")
-            # a named function is called once
+            # A named function is called once.
             schemas = {tool_choice: schemas[tool_choice]}
             parallel = False
         has_tags = self.tool_format == "mistral" and self.has_argument_tags
         grammar = GRAMMARS["mistral_tags" if has_tags else self.tool_format](schemas, parallel)
         thinking = self._thinking(prompt_text)
-        return StructuredOutputsParams(grammar=grammar.text(is_required, thinking, None if is_required else rule))
+        text = grammar.text(is_required, thinking, response=None if is_required else response_rule)
+        return StructuredOutputsParams(grammar=text)
 
     def needs_grammar(
         self, tools: Sequence[dict], tool_choice: str, parallel: bool, response: StructuredOutputsParams | None
     ) -> bool:
-        """Whether `constraint` makes a grammar of the schemas of tools, which may take long."""
+        """Return whether `constraint` makes a grammar of the tools' schemas, which may take long."""
         if not tools or tool_choice == "none":
             return False
         if tool_choice != "auto" or response is not None:
@@ -152,7 +155,7 @@ class TextFormat:
         return self.tool_format != "none" and (is_strict or not parallel)
 
     def _thinking(self, prompt_text: str) -> str:
-        """Return whether an output starts with thinking, as `CallGrammar.text` takes it."""
+        """Return "open", "optional" or "none", the argument `thinking` of `CallGrammar.text`."""
         if self.reasoning_format == "none" or prompt_text.rstrip("\n").endswith("</think>"):
             return "none"
         return "open" if _opens_thinking(prompt_text) else "optional"
@@ -176,5 +179,7 @@ def _tool_format(template: str) -> str:
         return "mistral"
     if "<tool_call>" in template and "<arg_key>" not in template:
         return "qwen3_coder" if "<function=" in template else "hermes"
-    # Llama's template tells the model to respond with {"name": ..., "parameters": ...}.
-    return "llama3" if '"parameters": dictionary of argument name' in template.replace("\\", "") else "none"
+    # Llama's template asks the model for {"name": ..., "parameters": ...}. Its quotation marks may be escaped.
+    if '"parameters": dictionary of argument name' in template.replace("\\", ""):
+        return "llama3"
+    return "none"

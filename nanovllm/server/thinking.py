@@ -26,8 +26,9 @@ class ThinkingParser(OutputParser):
     """
 
     def __init__(self, parser: type[OutputParser], tools: ToolSchemas, is_open: bool):
-        self._parser, self._is_open = parser, is_open
-        self._drafts = parser(tools)
+        self._parser_class = parser
+        self._is_open = is_open
+        self._draft_parser = parser(tools)
         # The thinking that has no event yet, and the events of the calls at its start.
         self._held = ""
         self._calls: list[CallStart | CallArguments | CallEnd] = []
@@ -37,27 +38,29 @@ class ThinkingParser(OutputParser):
         yield
         if self._is_open or (yield from self._skip(_THINK)):
             yield from self._skip_newlines()
-            if (yield from self._emit_until(_END_THINK, self._think)):
+            if (yield from self._emit_until(_END_THINK, self._hold_thinking)):
                 self._pass_thinking(len(self._held.rstrip("\n")))
                 yield from self._skip(_END_THINK)
                 yield from self._skip_newlines()
             else:
-                self._forget_tag()
+                self._make_drafted_calls()
         yield from self._respond()
 
-    def _think(self, text: str) -> None:
+    def _hold_thinking(self, text: str) -> None:
         """Pass thinking on, but hold back the calls at its end, up to a number of characters."""
         while text:
             num_chars = MAX_HELD_CHARS - len(self._held)
             piece = text[:num_chars]
             text = text[num_chars:]
             self._held += piece
-            self._read(self._drafts.feed(piece))
+            self._read_drafts(self._draft_parser.feed(piece))
             if len(self._held) == MAX_HELD_CHARS:
                 self._pass_thinking(MAX_HELD_CHARS)
-                self._drafts, self._calls = self._parser(self.tools), []
+                self._draft_parser = self._parser_class(self.tools)
+                self._calls = []
 
-    def _read(self, events: list[Event]) -> None:
+    def _read_drafts(self, events: list[Event]) -> None:
+        """Hold calls back. Pass thinking on up to the end of a text that follows them."""
         for event in events:
             if isinstance(event, Text | Thinking):
                 num_chars = sum(len(call.written) for call in self._calls if isinstance(call, CallEnd))
@@ -66,9 +69,9 @@ class ThinkingParser(OutputParser):
             else:
                 self._calls.append(event)
 
-    def _forget_tag(self) -> None:
+    def _make_drafted_calls(self) -> None:
         """Make the calls at the end of an output that is all thinking, if they are complete."""
-        self._read(self._drafts.finish())
+        self._read_drafts(self._draft_parser.finish())
         if self._calls and all(call.is_complete for call in self._calls if isinstance(call, CallEnd)):
             first = self._calls[0].index
             self._events += [replace(call, index=call.index - first) for call in self._calls]
@@ -82,7 +85,7 @@ class ThinkingParser(OutputParser):
         self._held = self._held[num_chars:]
 
     def _respond(self) -> Wait:
-        parser = self._parser(self.tools)
+        parser = self._parser_class(self.tools)
         while True:
             self._events += parser.feed(self._text[self._position :])
             self._position = len(self._text)

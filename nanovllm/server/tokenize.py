@@ -39,7 +39,7 @@ class DetokenizeRequest(Body):
     tokens: list[int]
 
 
-_OF_MESSAGES = (
+_CHAT_FIELDS = (
     "tools",
     "add_generation_prompt",
     "continue_final_message",
@@ -50,7 +50,7 @@ _OF_MESSAGES = (
 
 
 async def _token_ids(state: ServerState, request: TokenizeRequest, http: Request) -> list[int]:
-    fields = {name: value for name in _OF_MESSAGES if (value := getattr(request, name)) is not None}
+    fields = {name: getattr(request, name) for name in _CHAT_FIELDS if getattr(request, name) is not None}
     if request.prompt is not None and request.messages is None:
         if fields:
             raise ApiError(400, f"{min(fields)} needs messages, but there is a prompt", param=min(fields))
@@ -60,8 +60,9 @@ async def _token_ids(state: ServerState, request: TokenizeRequest, http: Request
     if request.add_special_tokens:
         message = "add_special_tokens must not be true with messages: the chat template writes the special tokens"
         raise ApiError(400, message, param="add_special_tokens")
-    # As a chat request, so that its prompt is the one that chat completions would make.
-    return await prompt_token_ids(state, ChatRequest(messages=request.messages, **fields).conversation(state, http))
+    # The prompt is the one that chat completions would make.
+    chat = ChatRequest(messages=request.messages, **fields)
+    return await prompt_token_ids(state, chat.conversation(state, http))
 
 
 def routes(state: ServerState) -> APIRouter:

@@ -42,11 +42,15 @@ def add_user_text(messages: list[dict[str, Any]], text: str) -> None:
 
 
 def join_texts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Join texts that are lists. Adding them one by one would copy them all each time."""
+    """Join texts that are lists, in place, and return the messages.
+
+    `add_user_text` does not join them itself: that would take quadratic time.
+    """
     for message in messages:
+        separator = "\n" if message["role"] == "user" else ""
         for name in ("content", "reasoning_content"):
             if isinstance(texts := message.get(name), list):
-                message[name] = ("\n" if message["role"] == "user" else "").join(texts)
+                message[name] = separator.join(texts)
     return messages
 
 
@@ -68,8 +72,9 @@ def checked_name(name: str, tools: list[dict[str, Any]]) -> str:
 
 def thinking_option(state: ServerState, is_on: bool) -> dict[str, Any]:
     """Return the arguments of the chat template that switch thinking on or off, if the template has the switch."""
-    template = str(state.llm.tokenizer.chat_template)
-    return {"chat_template_kwargs": {"enable_thinking": is_on}} if "enable_thinking" in template else {}
+    if "enable_thinking" in str(state.llm.tokenizer.chat_template):
+        return {"chat_template_kwargs": {"enable_thinking": is_on}}
+    return {}
 
 
 class Writer(Protocol):
