@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 @dataclass(slots=True)
 class Admission:
-    """What the sampler must know about a slot's new sequence.
+    """A slot's new sequence: all that the sampler must know about it.
 
     Args:
         min_length: while the sequence, prompt included, is shorter, `stop_ids` cannot be sampled.

@@ -424,7 +424,7 @@ class ModelRunner:
     def lacking_memory(self, parts: Collection[str]) -> int:
         """Return how many bytes `wake_up` of `parts` lacks on the device, the most of all ranks; 0 if there is enough.
 
-        What the graphs take is not known before.
+        The memory of the graphs is not known before, so it is not counted.
         """
         missing = 0
         with self._device_context():

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-# With these options, `json.dumps` would make a new encoder for each event.
+# `json.dumps` with these options would make a new encoder for each event.
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 # `LongJson` does not split values at this depth: in a response, the log-probabilities of one token.
 _WRITTEN_LEVELS = 5

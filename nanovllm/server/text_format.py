@@ -30,7 +30,7 @@ GRAMMARS: dict[str, type[CallGrammar]] = {
     "qwen3_coder": Qwen3CoderGrammar,
 }
 
-# What closes a thinking tag before it: the end tag, or a marker of the next turn.
+# The text that closes a thinking tag: its end tag, or a marker of the next turn.
 _CLOSES_THINKING = regex.compile(r"</think>|<\||<｜|</s>|\[/INST\]|<end_of_turn>")
 
 
