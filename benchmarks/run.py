@@ -43,7 +43,10 @@ def run_engine(args: Namespace) -> list[Row]:
         try:
             rows += measure_workloads(engine, names, args)
             if args.trace and isinstance(engine, Nanovllm):
-                write_trace(engine, args)
+                try:
+                    write_trace(engine, args)
+                except OSError as error:  # the figures are still shown
+                    print(f"the trace cannot be written: {error}", file=sys.stderr)
         finally:
             engine.close()
     return sorted(rows, key=lambda row: WORKLOAD_NAMES.index(row["workload"]))

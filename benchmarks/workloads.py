@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import itemgetter
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -144,7 +145,10 @@ def is_allowed(options: dict[str, Any], args: Namespace, vocab_size: int) -> boo
         return False
     if "stop" not in options and "structured_outputs" not in options:
         return True
+    folder = Path(args.model or "")
     has_tokenizer = args.model not in PRESETS and args.load_format != "dummy"
+    if args.model and folder.is_dir():
+        has_tokenizer = has_tokenizer and any(folder.glob("tokenizer*"))
     return has_tokenizer and importlib.util.find_spec("llguidance") is not None
 
 

@@ -351,6 +351,7 @@ RENDERED = [
     ("3. a\n4. b\n\nc", '<ol start="3"><li class="">a</li><li class="">b</li></ol><p>c</p>'),
     ("- [x] a\n- [ ] b", '<ul><li class="task">☑ a</li><li class="task">☐ b</li></ul>'),
     ("- a\n  more\n- b\nlazy", '<ul><li class="">a\nmore</li><li class="">b\nlazy</li></ul>'),
+    ("1.\ta\n2.\tb", '<ol><li class="">a</li><li class="">b</li></ol>'),
     ("- a\n\n  b\n- c", '<ul><li class=""><p>a</p><p>b</p></li><li class=""><p>c</p></li></ul>'),
     ("- a\n\n  > b\n  >\n  > c", '<ul><li class=""><p>a</p><blockquote><p>b</p><p>c</p></blockquote></li></ul>'),
     ("1. a\n   - b\n\n     c", '<ol><li class="">a<ul><li class=""><p>b</p><p>c</p></li></ul></li></ol>'),

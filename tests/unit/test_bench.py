@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,7 +16,7 @@ from benchmarks.engines import Nanovllm, write_config
 from benchmarks.limits import body_parameters, count_costs, find_peaks
 from benchmarks.run import figure_row, run_workload
 from benchmarks.trace import TRACE_STEPS
-from benchmarks.workloads import Figure, latency, offline
+from benchmarks.workloads import Figure, is_allowed, latency, offline
 from nanovllm.checkpoints.hub import open_model
 from nanovllm.layers.gated_delta_net import GatedDeltaNetConfig
 from nanovllm.layers.moe import MoEConfig
@@ -433,6 +434,19 @@ def test_gpu_time_and_memory_are_reported(model, monkeypatch):
     assert row["gpu_ms"] == pytest.approx(2) and row["gpu_gib"] == 2
     assert FakeEvent.made == 2 * row["steps"]  # the timed run has no events
     assert "percent" not in row
+
+
+def test_trace_that_cannot_be_written_leaves_the_figures(model, capsys):
+    path = "/proc/self/trace.json"  # a folder that takes no files
+    bench.main(["--model", model, "--device", "cpu", *SMALL, "--trace", path])
+    shown = capsys.readouterr()
+    assert "the trace cannot be written: [Errno 2]" in shown.err and "offline" in shown.out
+
+
+def test_features_that_need_a_tokenizer_are_left_out_without_one(model):
+    args = bench.make_parser().parse_args(["--model", model])
+    assert not list(Path(model).glob("tokenizer*"))
+    assert not is_allowed({"stop": "a"}, args, 1000) and is_allowed({"logit_bias": {5: 1.0}}, args, 1000)
 
 
 def test_plot_and_trace_are_written(model, tmp_path):

@@ -165,7 +165,7 @@ function splitCells(line) {
   return cells.map((cell) => cell.trim());
 }
 
-const ITEM = /^( *)([-*+]|\d{1,9}[.)])( +|$)/;
+const ITEM = /^( *)([-*+]|\d{1,9}[.)])([ \t]+|$)/;
 
 function readList(lines, i, depth) {
   const first = ITEM.exec(lines[i]);
