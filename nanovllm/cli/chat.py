@@ -99,6 +99,7 @@ class Chat:
 
     Attributes:
         messages: the conversation after the system message.
+        unanswered: the last question, if no answer came.
         settings: sampling parameters that differ from the model's defaults.
     """
 
@@ -106,6 +107,7 @@ class Chat:
         self.model = model
         self.system = system
         self.messages: list[dict[str, str]] = []
+        self.unanswered: dict[str, str] | None = None
         self.settings: dict[str, Any] = {}
         self.stdin = stdin or sys.stdin
         self.is_terminal = self.stdin.isatty() and sys.stdout.isatty()
@@ -184,9 +186,7 @@ class Chat:
             self._report("the input is not UTF-8")
             return
         if not message.startswith("/"):
-            question = {"role": "user", "content": message.strip()}
-            if answer := self._answer([*self.messages, question]):
-                self.messages += [question, answer]
+            self._ask({"role": "user", "content": message.strip()})
             return
         name, _, argument = message.strip().partition(" ")
         try:
@@ -202,6 +202,13 @@ class Chat:
         print(f"Error: {error}", file=sys.stderr, flush=True)
 
     # -- answers -----------------------------------------------------------------------------------------------------
+
+    def _ask(self, question: dict[str, str]) -> None:
+        """Answer a question. Keep it for /regen if no answer comes."""
+        self.unanswered = question
+        if answer := self._answer([*self.messages, question]):
+            self.messages += [question, answer]
+            self.unanswered = None
 
     def _answer(self, messages: list[dict[str, str]]) -> dict[str, str] | None:
         """Print the answer as it comes. Return it as a message, even if it was cut off, or None if it has no text."""
@@ -279,6 +286,9 @@ class Chat:
         self._say(f"{name} is {self.settings.get(name, 'default')}.")
 
     def _regenerate(self, _: str) -> None:
+        if self.unanswered is not None:
+            self._ask(self.unanswered)
+            return
         if not self.messages:
             raise ValueError("there is no message to answer again")
         if answer := self._answer(self.messages[:-1]):
@@ -286,16 +296,17 @@ class Chat:
 
     def _start_again(self, _: str) -> None:
         self.messages.clear()
+        self.unanswered = None
         self._say("A new conversation.")
 
     def _save(self, path: str) -> None:
         if not path:
             raise ValueError("/save needs a file")
         system = [{"role": "system", "content": self.system}] if self.system else []
-        text = json.dumps([*system, *self.messages], indent=2, ensure_ascii=False)
-        with open(path, "x", encoding="utf-8") as file:  # never overwrites
+        content = json.dumps([*system, *self.messages], indent=2, ensure_ascii=False).encode()
+        with open(path, "xb") as file:  # never overwrites
             try:
-                file.write(text)
+                file.write(content)
                 file.flush()
             except OSError:  # a full disk
                 os.unlink(path)

@@ -189,10 +189,14 @@ class Replicas(AbstractContextManager["Replicas"]):
         defaults = {"num_cpus": 1, "num_gpus": 0 if on_cpus else num_ranks, "max_concurrency": self._max_requests + 64}
         self._actor_options = defaults | (actor_options or {})
         self._actor_class: Any = ray.remote(ReplicaActor).options(**self._actor_options)
+        self._node_id = ray.get_runtime_context().get_node_id()
         self._seeds = random.Random(options.get("seed") or 0)
         # Only the loop's thread uses these.
         self._version = 0  # of the weights
         self._waiting: deque[Request] = deque()
+        self._are_asleep = False
+        # Requests of replicas that were lost asleep, in order. The other engines take them when they are awake again.
+        self._held: dict[Request, None] = {}
         self._replicas = [Replica(self._actor_class.remote(self._options)) for _ in range(num_replicas)]
         # The calls that bring a new replica to the state of the others.
         self._calls: list[tuple] = []
@@ -275,9 +279,16 @@ class Replicas(AbstractContextManager["Replicas"]):
             least_loaded = min(free, key=lambda replica: replica.num_tokens + replica.cost(request))
             least_loaded.send(request)
 
+    def _dispatch_held(self) -> None:
+        held = list(self._held)
+        self._held.clear()
+        self._dispatch(held)
+
     def _abandon(self, abandoned: set[Request]) -> None:
         """End those of these requests that have not finished."""
         self._waiting = deque(request for request in self._waiting if request not in abandoned)
+        for request in abandoned.intersection(self._held):
+            del self._held[request]
         for replica in self._replicas:
             requests = abandoned.intersection(replica.requests.values())
             for request in requests:
@@ -306,6 +317,8 @@ class Replicas(AbstractContextManager["Replicas"]):
                     async for batch in replica.actor.outputs.remote():
                         self._receive(replica, await batch)
             except Exception as error:
+                if ended := self._error():
+                    return await self._end(str(ended))
                 reason = str(getattr(error, "cause", error)).partition("\n")[0][:300]
                 if num_losses == self._max_restarts:
                     return await self._end(f"a replica is lost after max_restarts={num_losses} in its place: {reason}")
@@ -361,7 +374,10 @@ class Replicas(AbstractContextManager["Replicas"]):
             ray.kill(replica.actor)
         if replica in self._replicas:
             self._replicas.remove(replica)
-            self._dispatch(replica.requests.values())
+            if self._are_asleep:
+                self._held.update(dict.fromkeys(replica.requests.values()))
+            else:
+                self._dispatch(replica.requests.values())
             replica.requests.clear()
 
     async def _end(self, reason: str) -> None:
@@ -369,11 +385,12 @@ class Replicas(AbstractContextManager["Replicas"]):
         self._end_reason = reason
         for keeper in self._keepers:
             keeper.cancel()
-        self._dispatch()
+        self._dispatch_held()
 
     def _error(self) -> RuntimeError | None:
         """Return an error that says why no replica can answer any more. A call of Ray would start it again."""
-        reason = self._end_reason if ray.is_initialized() else "Ray has been shut down"
+        is_same_ray = ray.is_initialized() and ray.get_runtime_context().get_node_id() == self._node_id
+        reason = self._end_reason if is_same_ray else "Ray has been shut down"
         return RuntimeError(reason) if reason else None
 
     async def _on_all(self, method: str, *arguments: Any) -> list[Any]:
@@ -454,9 +471,12 @@ class Replicas(AbstractContextManager["Replicas"]):
             await self._on_all(method, argument)
             self._calls.append((method, argument))
             are_sleeping = await self._on_all("is_sleeping")  # empty if all replicas are lost
-            if are_sleeping and not any(are_sleeping):
-                # New replicas start awake, so they need no `sleep` and `wake_up`.
-                self._calls = [each for each in self._calls if each[0] in ("update", "refuse")]
+            if are_sleeping:
+                self._are_asleep = any(are_sleeping)
+                if not self._are_asleep:
+                    # New replicas start awake, so they need no `sleep` and `wake_up`.
+                    self._calls = [each for each in self._calls if each[0] in ("update", "refuse")]
+                    self._dispatch_held()
 
     def reset_prefix_cache(self) -> None:
         """Forget the cached prefixes of all replicas; see `LLM.reset_prefix_cache`."""

@@ -66,7 +66,7 @@ class AdmissionControl:
             self._waiting.discard(request)
 
     def cancel_waiting(self) -> None:
-        """Cancel the requests whose bodies have not come whole. When they come, they would be refused."""
+        """Cancel the requests whose bodies have not come whole, because a client may never send the rest."""
         for request in self._waiting:
             request.cancel()
 

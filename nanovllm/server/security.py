@@ -215,7 +215,7 @@ class CancelOnDisconnect:
         responding = asyncio.ensure_future(self.app(scope, receive_body, send))
         try:
             await asyncio.wait((responding, disconnected), return_when=asyncio.FIRST_COMPLETED)
-            if responding.cancelled():
+            if responding.cancelled() and self.admission.draining and not body_read.is_set():
                 await _refuse(draining_error(), scope, receive, send)
             elif responding.done():
                 responding.result()  # raises what it has raised

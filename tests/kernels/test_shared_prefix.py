@@ -30,7 +30,7 @@ def plan_of(tables, size=None, sms=132):
 
 
 def test_long_common_prefixes_are_counted_whole(monkeypatch):
-    """Tables are compared 64 blocks at a time. Slots may be in any order."""
+    """Tables are compared in parts of 64, 128, ... blocks. Slots may be in any order."""
     monkeypatch.setattr(shared_prefix, "MIN_SAVED", 1000)
     lengths = (64, 130, 200, 200, 63)
     sequences = [list(range(max(lengths))) for _ in range(2 * len(lengths) + 1)]

@@ -295,6 +295,24 @@ def test_no_call_starts_ray_again_after_its_shutdown(cluster, model, monkeypatch
     replicas.close()
 
 
+def test_lost_replica_does_not_start_ray_again_after_its_shutdown(cluster, model, monkeypatch):
+    replicas = make_replicas(model, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(replicas, "_actor_class", None)  # a new actor would raise
+        patch.setattr(replicas, "_error", lambda: RuntimeError("Ray has been shut down"))
+        kill(replicas._replicas[0])
+        assert wait_until(lambda: all(keeper.done() for keeper in replicas._keepers))
+    assert replicas._end_reason == "Ray has been shut down"
+    replicas.close()
+
+
+def test_replicas_belong_to_the_ray_in_which_they_were_made(cluster, model, monkeypatch):
+    with make_replicas(model, 1) as replicas:
+        monkeypatch.setattr(replicas, "_node_id", "another")  # as after ray.shutdown() and ray.init()
+        with pytest.raises(RuntimeError, match="Ray has been shut down"):
+            replicas.generate("x")
+
+
 def test_close_ends_calls_that_wait(cluster, model):
     replicas = make_replicas(model, 1)
     pid = pid_of(replicas._replicas[0])
@@ -497,6 +515,24 @@ def test_a_new_replica_never_answers_with_other_weights_than_the_rest(cluster, m
         assert answers() == {updated} and len(replicas._replicas) == 1
         assert replicas.update_weights(path) == 2
         assert all_run(replicas, 2) and {version for _, version in answers()} == {2}
+
+
+def test_requests_of_a_replica_that_is_lost_asleep_go_on_after_wake_up(replicas, one):
+    prompts = [f"Asleep {i}" for i in range(6)]
+    for replica in replicas._replicas:
+        set_step_time(replica, 0.05)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(replicas.generate, prompts, greedy(40), use_tqdm=False)
+        assert wait_until(lambda: replicas.metrics().num_running == 6)
+        replicas.sleep(1)
+        lost = replicas._replicas[0]
+        kill(lost)
+        assert wait_until(lambda: lost not in replicas._replicas and len(replicas._replicas) == 2)
+        for replica in replicas._replicas:
+            set_step_time(replica, 0)
+        replicas.wake_up()
+        outputs = waiting.result()
+    assert samples(outputs) == samples(one.generate(prompts, greedy(40), use_tqdm=False))
 
 
 def test_sleeping_replicas_refuse_requests_and_a_new_one_sleeps_too(replicas, one):

@@ -289,6 +289,13 @@ def test_system_and_settings_go_with_each_message_until_they_are_taken_back():
     assert model.seen[2][1] == {"temperature": 0.7, "seed": 3}
 
 
+def test_regen_answers_a_question_that_had_no_answer():
+    model = ScriptedModel(["a"], [RuntimeError("lost")], ["b"], ["c"])
+    chat, _ = talk(model, "x\ny\n/regen\n/regen\n")
+    assert chat.messages == [user("x"), assistant("a"), user("y"), assistant("c")]
+    assert [messages[-1] for messages, *_ in model.seen] == [user("x"), user("y"), user("y"), user("y")]
+
+
 def test_regen_replaces_the_last_answer_and_new_forgets_all():
     model = ScriptedModel(["a"], ["b"], ["c"], ["d"])
     chat, _ = talk(model, "x\n/regen\ny\n/new\nz\n")

@@ -21,7 +21,7 @@ from nanovllm.ops.triton_utils import launch_options, tl, triton, wait_for_input
 MIN_SEQUENCES = 4  # in a group
 MIN_TOKENS = 256  # shared tokens of a group
 MIN_SAVED = 16384  # tokens that a step need not read again; with fewer, the launch costs more than it gains
-_TABLE_PART = 64  # columns of the block tables that are compared at once
+_TABLE_PART = 64  # columns of the block tables that are compared first; each further part is twice as wide
 STEP = 128  # shared tokens are a multiple of this, which is a multiple of every kernel's tile
 MAX_PREFIX_SPLITS = 16  # most programs that split the work of a group and KV head
 TILE_QUERIES = 64  # most queries (sequences x heads of a KV head) of a group
@@ -90,19 +90,25 @@ def _num_shared_blocks(tables: np.ndarray, slots: list[int], no_block: int) -> n
 
     The tables are read in parts, because wide ones are mostly empty.
     """
-    shared = np.zeros(len(slots) - 1, dtype=np.int64)
-    first, second = np.array(slots[:-1], dtype=np.int64), np.array(slots[1:], dtype=np.int64)
+    rows = np.array(slots, dtype=np.int64)
+    shared = np.zeros(len(rows) - 1, dtype=np.int64)
     pairs = np.arange(len(shared))  # those that share all blocks so far
-    for start in range(0, tables.shape[1], _TABLE_PART):
-        part = tables[:, start : start + _TABLE_PART]
-        blocks = part[second[pairs]]
-        equal = (part[first[pairs]] == blocks) & (blocks != no_block)
+    start = 0
+    size = _TABLE_PART
+    while len(pairs) and start < tables.shape[1]:
+        part = tables[:, start : start + size]
+        if len(pairs) == len(shared):
+            blocks = part[rows]
+            first, second = blocks[:-1], blocks[1:]
+        else:
+            first, second = part[rows[pairs]], part[rows[pairs + 1]]
+        equal = (first == second) & (second != no_block)
         is_whole = equal.all(1)
         # `argmin` is the first block that differs.
         shared[pairs] += np.where(is_whole, equal.shape[1], equal.argmin(1))
         pairs = pairs[is_whole]
-        if not len(pairs):
-            break
+        start += size
+        size *= 2
     return shared
 
 
