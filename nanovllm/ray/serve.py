@@ -43,7 +43,11 @@ class HttpServer:
     def __init__(self, config_options: dict[str, Any], server_options: ServerOptions):
         end_with_raylet()
         self._llm = EngineClient(**config_options)
-        self._state = make_state(self._llm, config_options.get("model"), server_options)
+        try:
+            self._state = make_state(self._llm, config_options.get("model"), server_options)
+        except BaseException:
+            self._llm.close()
+            raise
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_app(self._state)

@@ -430,7 +430,8 @@ class ModelRunner:
         with self._device_context():
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # the caller may have freed tensors, whose memory torch keeps
-                missing -= torch.cuda.mem_get_info()[0]
+                unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+                missing -= torch.cuda.mem_get_info()[0] + unused
                 if "weights" in parts:
                     missing += sum(param.nbytes for param in self.model.parameters())
                 if "kv_cache" in parts:

@@ -83,33 +83,27 @@ class Pool:
         cpu_seconds = self.cpu_seconds if cpu_seconds is None else cpu_seconds
         for _ in range(2):  # once more if the child was killed, as the system may do where memory is short
             child = self._take()
-            reply = self._ask_child(child, message, cpu_seconds)
+            try:
+                reply = child.ask(json.dumps(cpu_seconds).encode(), message, wall_seconds=self.wall_seconds)
+                if reply is not None:
+                    self._keep(child)
+            except BaseException:  # an interrupt: the reply would be taken for the next request's
+                self._end(child)
+                raise
+            if self._closed:
+                _end_all(self._children)
+                raise RuntimeError("the engine is closed")
             if reply is not None:
                 if "error" in reply:
                     raise ValueError(f"{self.failure}: {reply['error']}")
                 return reply
+            self._end(child)
             code = child.process.returncode
             if code == -signal.SIGPROF:
                 raise TooCostly(f"{self.failure}: it took more than {cpu_seconds:g} s of CPU time")
             if excess := self._excess(child):
                 raise ValueError(f"{self.failure}: it took {excess}")
         raise RuntimeError(f"{self.failure}: two processes ended, the last with code {code}")
-
-    def _ask_child(self, child: "_Child", message: bytes, cpu_seconds: float) -> dict[str, Any] | None:
-        """Return the child's reply, and let the child be idle again. Return None if the child has ended instead."""
-        try:
-            reply = child.ask(json.dumps(cpu_seconds).encode(), message, wall_seconds=self.wall_seconds)
-            if reply is not None:
-                self._keep(child)
-        except BaseException:  # an interrupt: the reply would be taken for the next request's
-            self._end(child)
-            raise
-        if self._closed:
-            _end_all(self._children)
-            raise RuntimeError("the engine is closed")
-        if reply is None:
-            self._end(child)
-        return reply
 
     def close(self) -> None:
         """End the children; threads that wait for one get RuntimeError. May be called again."""

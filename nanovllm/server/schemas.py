@@ -234,9 +234,8 @@ _JSON_SPACE = " \t\r\n"
 
 def as_json(text: str, types: set[str]) -> str:
     """Return the JSON of a value that a model has written as text. It has one of the types, if the text allows that."""
-    as_string = json.dumps(text, ensure_ascii=False)
     if types == {"string"}:
-        return as_string
+        return json.dumps(text, ensure_ascii=False)
     bare = text.strip(_JSON_SPACE)
     value, kind = _PYTHON_VALUES.get(bare, ("", ""))
     if kind in types:
@@ -244,6 +243,8 @@ def as_json(text: str, types: set[str]) -> str:
     try:
         kind = type_name(read_json(text))
     except (ValueError, RecursionError):
-        return as_string
+        return json.dumps(text, ensure_ascii=False)
     fits = kind in types or (kind == "integer" and "number" in types)
-    return bare if fits or "string" not in types else as_string
+    if fits or "string" not in types:
+        return bare
+    return json.dumps(text, ensure_ascii=False)

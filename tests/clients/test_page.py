@@ -437,6 +437,17 @@ def test_failure_is_shown_in_words_and_can_be_tried_again(page, api, script, wor
     assert api.requests[1]["messages"] == [{"role": "user", "content": "Hi"}]
 
 
+def test_question_without_an_answer_is_part_of_the_next_one(page, api):
+    """Many chat templates refuse two questions in a row."""
+    api.scripts.append(Script(status=500))
+    send(page, "First")
+    expect(page.locator(".problem")).to_be_visible()
+    wait_until_idle(page)
+    send(page, "Second")
+    expect(answers(page).last).to_have_text("An answer.")
+    assert api.requests[1]["messages"] == [{"role": "user", "content": "First\n\nSecond"}]
+
+
 def test_failed_answer_is_no_version_after_a_new_one(page, api):
     api.scripts += [Script(["old"]), Script(status=500), Script(["new"])]
     send(page, "Hi")

@@ -162,6 +162,14 @@ def test_many_short_and_empty_sequences():
 
 
 @needs_triton
+@pytest.mark.parametrize("limit", [1, 5])
+def test_more_tiles_than_a_grid_has_in_one_dimension(limit, monkeypatch):
+    monkeypatch.setattr(prefill_attention_module, "_MAX_GRID", limit)
+    sequences = [(75, 75), (1, 1), (30, 101), (0, 7)]
+    check(prefill_attention_triton, sequences, 4, 2, 64, 16, config=PrefillConfig(16, 16, 4, 2))
+
+
+@needs_triton
 def test_slices_of_a_mixed_step_are_accepted():
     """Prefill after decode in one batch: metadata and queries start at any offset, and queries are strided."""
     paged = make_paged([9, 40, 25], 2, 64, 16)

@@ -69,7 +69,13 @@ export function showNewest(conversation) {
 
 /** Return the messages down to `node` in the form of the API. */
 export function apiMessages(conversation, node, system) {
-  const messages = path(conversation, node.id).flatMap(apiMessage);
+  const messages = [];
+  for (const message of path(conversation, node.id).flatMap(apiMessage)) {
+    const last = messages.at(-1);
+    // Many chat templates refuse two questions in a row. The first one had no answer.
+    if (message.role === "user" && last?.role === "user") last.content += `\n\n${message.content}`;
+    else messages.push(message);
+  }
   return system.trim() ? [{ role: "system", content: system }, ...messages] : messages;
 }
 
