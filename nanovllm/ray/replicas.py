@@ -61,6 +61,7 @@ class Request:
         num_tokens: the estimated number of tokens of its prompt and its answer.
         prefixes: a hash of each prefix of its prompt that is whole blocks.
         sent: how many tokens and characters of each sample the consumer of a stream has.
+        ended: the samples whose ends the consumer of a stream has.
         is_resumed: another replica was lost after it had sent some outputs of a stream. The outputs of this one have
             each sample whole, so that the part that was sent can be cut off.
         cost: how many tokens it has added to this replica.
@@ -78,12 +79,17 @@ class Request:
         params = params if isinstance(params, SamplingParams) else SamplingParams()  # the engine refuses others
         self.num_tokens = len(text) // _CHARS_PER_TOKEN + (params.max_tokens or _NEW_TOKENS) * params.n
         self.sent: dict[int, tuple[int, int]] = {}
+        self.ended: set[int] = set()
 
     def receive(self, item: RequestOutput | Exception) -> None:
         """Give an output or the error to the caller. An output of a stream loses what the caller has already."""
         if isinstance(item, RequestOutput) and self.kind is not RequestOutputKind.FINAL_ONLY:
-            if self.is_resumed and not item.finished and any(map(self._is_behind, item.outputs)):
-                return
+            if self.is_resumed:
+                # The new replica repeats samples that have ended before.
+                item = replace(item, outputs=[each for each in item.outputs if each.index not in self.ended])
+                if not item.finished and (not item.outputs or any(map(self._is_behind, item.outputs))):
+                    return
+            self.ended.update(sample.index for sample in item.outputs if sample.finish_reason is not None)
             is_delta = self.kind is RequestOutputKind.DELTA
             parts = [self._new_part(sample, is_whole=self.is_resumed or not is_delta) for sample in item.outputs]
             item = replace(item, outputs=parts) if is_delta else item
@@ -187,6 +193,8 @@ class Replicas(AbstractContextManager["Replicas"]):
         on_cpus = device == "cpu" or (device == "auto" and "GPU" not in ray.cluster_resources())
         # Calls that are no requests never wait for them.
         defaults = {"num_cpus": 1, "num_gpus": 0 if on_cpus else num_ranks, "max_concurrency": self._max_requests + 64}
+        if not isinstance(actor_options, dict | None):
+            raise TypeError(f"actor_options must be a dict or None, got {shown(actor_options)}")
         self._actor_options = defaults | (actor_options or {})
         self._actor_class: Any = ray.remote(ReplicaActor).options(**self._actor_options)
         self._node_id = ray.get_runtime_context().get_node_id()

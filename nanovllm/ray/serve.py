@@ -4,7 +4,11 @@
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 # pyright: reportArgumentType=false, reportFunctionMemberAccess=false
 
+import asyncio
+import os
 import random
+import threading
+import time
 from dataclasses import fields
 from typing import Any
 
@@ -17,6 +21,10 @@ from nanovllm.ray.actor import end_with_raylet
 from nanovllm.server.app import create_app, make_state
 from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.options import ServerOptions, with_key
+
+# How often a replica checks its engine, how long it waits for the reply, and how long the clients of a failed engine
+# have to read their errors, in seconds.
+_CHECK_S, _REPLY_S, _LEAVE_S = 1.0, 5.0, 0.5
 
 
 class SessionRouter(ConsistentHashRouter):
@@ -48,6 +56,7 @@ class HttpServer:
         except BaseException:
             self._llm.close()
             raise
+        threading.Thread(target=end_with_engine, args=(self._llm,), name="nanovllm-health", daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_app(self._state)
@@ -55,6 +64,23 @@ class HttpServer:
     async def check_health(self) -> None:
         """Raise RuntimeError if the engine has failed. Then Ray starts another replica."""
         await self._llm.check_health()
+
+
+def end_with_engine(llm: EngineClient) -> None:
+    """End this process soon after its engine has failed.
+
+    Ray checks the health of replicas every ten seconds. Until then a failed one would get most requests, because it
+    refuses them at once, and so has the shortest queue.
+    """
+    while True:
+        try:
+            asyncio.run(asyncio.wait_for(llm.check_health(), _REPLY_S))
+        except asyncio.TimeoutError:  # a long step; Python 3.10 has two kinds
+            pass
+        except RuntimeError:
+            time.sleep(_LEAVE_S)
+            os._exit(1)
+        time.sleep(_CHECK_S)
 
 
 def app(options: dict[str, Any]) -> serve.Application:

@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -238,6 +239,22 @@ def test_stream_goes_on_where_it_was_when_its_replica_is_killed(replicas, one):
     assert [texts[i] for i in range(2)] == [sample.text for sample in want.outputs]
     assert num_logprobs == {0: 300, 1: 300}
     assert all_run(replicas, 2)
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE])
+def test_a_resumed_stream_does_not_repeat_samples_that_have_ended(one, kind):
+    """The first replica was lost after it had given one sample whole. The next one gives both from the start."""
+    (whole,) = one.generate("Two", sampled(4, n=2, output_kind=RequestOutputKind.FINAL_ONLY), use_tqdm=False)
+    first, second = whole.outputs
+    received = []
+    request = Request(random.Random(), received.append, kind, "Two", SamplingParams(n=2))
+    request.is_resumed = False
+    request.receive(replace(whole, finished=False, outputs=[first]))
+    request.is_resumed = True
+    request.receive(replace(whole, finished=False, outputs=[first]))
+    request.receive(whole)
+    assert [[sample.index for sample in output.outputs] for output in received] == [[0], [1]]
+    assert received[1].outputs[0].token_ids == second.token_ids and received[1].finished
 
 
 def test_a_cumulative_stream_never_shrinks_when_its_replica_is_killed(replicas, one):

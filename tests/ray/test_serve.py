@@ -1,5 +1,6 @@
 """Ray Serve: the HTTP server as a deployment."""
 
+import asyncio
 import contextlib
 import random
 import socket
@@ -9,7 +10,8 @@ import openai
 import pytest
 from ray import serve
 
-from nanovllm.ray.serve import app
+import nanovllm.ray.serve
+from nanovllm.ray.serve import app, end_with_engine
 from tests.helpers import greedy, wait_until
 from tests.ray.conftest import OPTIONS
 
@@ -104,3 +106,30 @@ def test_app_takes_the_key_of_the_environment_and_refuses_options_of_ray(monkeyp
         assert server_options.api_key == key
     with pytest.raises(ValueError, match="drain_seconds and port"):
         app({"model": "m", "port": 8000, "drain_seconds": 3})
+
+
+class FailingEngine:
+    """An engine whose second and later health checks raise these errors."""
+
+    def __init__(self, *errors):
+        self.errors = [None, *errors]
+
+    async def check_health(self):
+        error = self.errors.pop(0)
+        if error is not None:
+            raise error
+
+
+def test_a_replica_ends_when_its_engine_has_failed_and_not_for_a_long_step(monkeypatch):
+    statuses = []
+
+    def end(status):
+        statuses.append(status)
+        raise SystemExit
+
+    monkeypatch.setattr(nanovllm.ray.serve, "_CHECK_S", 0)
+    monkeypatch.setattr("os._exit", end)
+    engine = FailingEngine(asyncio.TimeoutError(), RuntimeError("the engine is lost"))
+    with pytest.raises(SystemExit):
+        end_with_engine(engine)
+    assert statuses == [1] and engine.errors == []
