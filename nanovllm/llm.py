@@ -209,6 +209,8 @@ class LLM:
     def step(self) -> list[RequestOutput]:
         """Run one step. Return the outputs of finished requests, and what is new in streams.
 
+        The iterators of `stream` keep their outputs.
+
         Raises:
             RuntimeError: the engine is closed, asleep, in use by another thread, or has failed.
             Exception: the step itself has failed, which closes the engine; or `on_step` has raised, which does not.

@@ -8,12 +8,14 @@ Overlap of depth 1 keeps the device busy while the host works:
 
 import time
 from collections import deque
+from functools import reduce
 
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.step_stats import StepStats, StepTimer
 from nanovllm.executor.local import Executor
 from nanovllm.messages import StepOutput
+from nanovllm.output_stream import merge_deltas
 from nanovllm.outputs import Metrics, RequestOutput
 
 
@@ -100,15 +102,20 @@ class EngineCore:
             self.scheduler.add(seq)
 
     def abort(self, request: Request) -> RequestOutput:
-        """End an unfinished request. Return what it has so far."""
+        """End an unfinished request. Return its results so far; of a stream of deltas, those that nobody has taken."""
         del self.requests[request.id]
         for seq in request.samples:
             self.scheduler.finish(seq, "abort")
-        return request.take_output(self.weight_version)
+        output = request.take_output(self.weight_version)
+        if request.is_delta:
+            untaken = [each for owner, each in self.outputs if owner is request]
+            output = reduce(merge_deltas, [*untaken, output])
+        self.outputs = [pair for pair in self.outputs if pair[0] is not request]
+        return output
 
     def has_unfinished(self) -> bool:
-        """Return whether a request, a step or an output is left."""
-        return bool(self.requests or self.in_flight or self.outputs)
+        """Return whether a request, a step or an output is left, other than the outputs of iterators."""
+        return bool(self.requests or self.in_flight) or any(not owner.has_consumer for owner, _ in self.outputs)
 
     def is_unfinished(self, request: Request) -> bool:
         return self.requests.get(request.id) is request  # not only the id: another request may have it by now

@@ -116,13 +116,17 @@ class LLMEngine:
         return self._take(requests)
 
     def _take(self, requests: Collection[Request] | None = None) -> list[RequestOutput]:
-        """Remove the outputs of `requests`, or all, and return them. After an interrupt none has been removed."""
+        """Remove the outputs of `requests`, or all but those of iterators. Return them.
+
+        After an interrupt none has been removed.
+        """
         core = self.core
         all_outputs = core.outputs
         try:
             if requests is None:
-                core.outputs = []
-                return [output for _, output in all_outputs]
+                # Iterators take their outputs themselves.
+                core.outputs = [pair for pair in all_outputs if pair[0].has_consumer]
+                return [output for request, output in all_outputs if not request.has_consumer]
             core.outputs = [pair for pair in all_outputs if pair[0] not in requests]
             return [output for request, output in all_outputs if request in requests]
         except BaseException:

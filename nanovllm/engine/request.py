@@ -94,6 +94,11 @@ class Request:
                 seq.seed = xxhash.xxh64_intdigest(seq.index.to_bytes(4, "little"), seed=self.params.seed) >> 1
 
     @property
+    def has_consumer(self) -> bool:
+        """Whether an iterator of `LLM.stream` takes the outputs."""
+        return self.consumer is not None
+
+    @property
     def lacks_prompt_logprobs(self) -> bool:
         """Whether some logprobs of the prompt are still missing.
 

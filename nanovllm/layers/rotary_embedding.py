@@ -135,7 +135,8 @@ def query_scale_table(max_position: int, scaling: dict | None) -> torch.Tensor |
     beta = (scaling or {}).get("llama_4_scaling_beta")
     if scaling is None or beta is None:
         return None
-    return 1 + beta * torch.log1p(torch.arange(max_position) // scaling["original_max_position_embeddings"])
+    num_originals = torch.arange(max_position) // scaling["original_max_position_embeddings"]
+    return 1 + beta * torch.log1p(num_originals.to(torch.float32))
 
 
 class RotaryEmbedding(nn.Module):

@@ -24,6 +24,7 @@ from ray.exceptions import RayError, RayTaskError
 from nanovllm import CompletionOutput, Metrics, RequestOutput, RequestOutputKind, SamplingParams
 from nanovllm.checks import is_list, length, number, shown
 from nanovllm.config import check_names
+from nanovllm.engine.guard import MEMORY
 from nanovllm.inputs import Prompt, is_array, list_prompts
 from nanovllm.llm import Chat, pair_params
 from nanovllm.output_stream import OutputStream, call_soon, keep_newest, merge_deltas
@@ -84,13 +85,13 @@ class Request:
     def receive(self, item: RequestOutput | Exception) -> None:
         """Give an output or the error to the caller. An output of a stream loses what the caller has already."""
         if isinstance(item, RequestOutput) and self.kind is not RequestOutputKind.FINAL_ONLY:
-            if self.is_resumed:
+            is_delta = self.kind is RequestOutputKind.DELTA
+            if self.is_resumed and is_delta:
                 # The new replica repeats samples that have ended before.
                 item = replace(item, outputs=[each for each in item.outputs if each.index not in self.ended])
-                if not item.finished and (not item.outputs or any(map(self._is_behind, item.outputs))):
-                    return
+            if self.is_resumed and not item.finished and (not item.outputs or any(map(self._is_behind, item.outputs))):
+                return
             self.ended.update(sample.index for sample in item.outputs if sample.finish_reason is not None)
-            is_delta = self.kind is RequestOutputKind.DELTA
             parts = [self._new_part(sample, is_whole=self.is_resumed or not is_delta) for sample in item.outputs]
             item = replace(item, outputs=parts) if is_delta else item
         self._put(item)
@@ -202,9 +203,7 @@ class Replicas(AbstractContextManager["Replicas"]):
         # Only the loop's thread uses these.
         self._version = 0  # of the weights
         self._waiting: deque[Request] = deque()
-        self._are_asleep = False
-        # Requests of replicas that were lost asleep, in order. The other engines take them when they are awake again.
-        self._held: dict[Request, None] = {}
+        self._asleep: set[str] = set()  # the parts of the replicas' memory that sleep
         self._replicas = [Replica(self._actor_class.remote(self._options)) for _ in range(num_replicas)]
         # The calls that bring a new replica to the state of the others.
         self._calls: list[tuple] = []
@@ -244,7 +243,7 @@ class Replicas(AbstractContextManager["Replicas"]):
         stream = OutputStream(merge_deltas if is_delta else keep_newest, copies=is_delta)
         request = Request(self._seeds, partial(call_soon, stream.loop, stream.put), kind, prompt, sampling_params)
         try:
-            self._loop.call_soon_threadsafe(self._dispatch, [request])
+            self._loop.call_soon_threadsafe(self._submit, [request])
             while True:
                 output = await stream.get()
                 yield output
@@ -262,7 +261,7 @@ class Replicas(AbstractContextManager["Replicas"]):
         kind = RequestOutputKind.FINAL_ONLY
         requests = [Request(self._seeds, items.put, kind, *pair, template) for pair in pairs]
         try:
-            self._loop.call_soon_threadsafe(self._dispatch, requests)
+            self._loop.call_soon_threadsafe(self._submit, requests)
             with GenerationBar(len(requests), enabled=use_tqdm) as bar:
                 while len(outputs) < len(requests):
                     item = items.get()
@@ -274,12 +273,21 @@ class Replicas(AbstractContextManager["Replicas"]):
             self._loop.call_soon_threadsafe(self._abandon, set(requests))
         return [outputs[request.id] for request in requests]
 
+    def _submit(self, requests: Iterable[Request]) -> None:
+        """Take requests of a caller. Sleeping replicas refuse them."""
+        if self._asleep and not self._error():
+            parts = ", ".join(sorted(self._asleep))
+            for request in requests:
+                request.receive(RuntimeError(f"the replicas are asleep ({parts}); call wake_up() first"))
+        else:
+            self._dispatch(requests)
+
     def _dispatch(self, requests: Iterable[Request] = ()) -> None:
-        """Send requests to replicas that have room for them. The others wait."""
+        """Send requests to replicas that are awake and have room for them. The others wait."""
         self._waiting.extend(requests)
         while self._waiting and (error := self._error()):
             self._waiting.popleft().receive(error)
-        while self._waiting:
+        while self._waiting and not self._asleep:
             free = [replica for replica in self._replicas if len(replica.requests) < self._max_requests]
             if not free:
                 return
@@ -287,16 +295,9 @@ class Replicas(AbstractContextManager["Replicas"]):
             least_loaded = min(free, key=lambda replica: replica.num_tokens + replica.cost(request))
             least_loaded.send(request)
 
-    def _dispatch_held(self) -> None:
-        held = list(self._held)
-        self._held.clear()
-        self._dispatch(held)
-
     def _abandon(self, abandoned: set[Request]) -> None:
         """End those of these requests that have not finished."""
         self._waiting = deque(request for request in self._waiting if request not in abandoned)
-        for request in abandoned.intersection(self._held):
-            del self._held[request]
         for replica in self._replicas:
             requests = abandoned.intersection(replica.requests.values())
             for request in requests:
@@ -382,10 +383,7 @@ class Replicas(AbstractContextManager["Replicas"]):
             ray.kill(replica.actor)
         if replica in self._replicas:
             self._replicas.remove(replica)
-            if self._are_asleep:
-                self._held.update(dict.fromkeys(replica.requests.values()))
-            else:
-                self._dispatch(replica.requests.values())
+            self._dispatch(replica.requests.values())
             replica.requests.clear()
 
     async def _end(self, reason: str) -> None:
@@ -393,7 +391,7 @@ class Replicas(AbstractContextManager["Replicas"]):
         self._end_reason = reason
         for keeper in self._keepers:
             keeper.cancel()
-        self._dispatch_held()
+        self._dispatch()
 
     def _error(self) -> RuntimeError | None:
         """Return an error that says why no replica can answer any more. A call of Ray would start it again."""
@@ -474,17 +472,25 @@ class Replicas(AbstractContextManager["Replicas"]):
         self._wait(self._set("wake_up", list(tags) if isinstance(tags, Iterator) else tags))
 
     async def _set(self, method: str, argument: Any) -> None:
-        """Call a method of all replicas, also of those that start later."""
+        """Call `sleep` or `wake_up` of all replicas, also of those that start later."""
         async with self._changing:
-            await self._on_all(method, argument)
+            before = set(self._asleep)
+            if method == "sleep":
+                self._asleep |= {"kv_cache"} if argument == 1 else set(MEMORY)  # from now on, requests wait here
+            try:
+                await self._on_all(method, argument)
+            except BaseException:
+                self._asleep = before
+                self._dispatch()
+                raise
+            if method == "wake_up":
+                woken: Any = MEMORY if argument is None else argument
+                self._asleep.difference_update(woken)
             self._calls.append((method, argument))
-            are_sleeping = await self._on_all("is_sleeping")  # empty if all replicas are lost
-            if are_sleeping:
-                self._are_asleep = any(are_sleeping)
-                if not self._are_asleep:
-                    # New replicas start awake, so they need no `sleep` and `wake_up`.
-                    self._calls = [each for each in self._calls if each[0] in ("update", "refuse")]
-                    self._dispatch_held()
+            if not self._asleep:
+                # New replicas start awake, so they need no `sleep` and `wake_up`.
+                self._calls = [each for each in self._calls if each[0] in ("update", "refuse")]
+                self._dispatch()
 
     def reset_prefix_cache(self) -> None:
         """Forget the cached prefixes of all replicas; see `LLM.reset_prefix_cache`."""

@@ -89,8 +89,8 @@ def app(options: dict[str, Any]) -> serve.Application:
     Args:
         options: fields of `Config` and of `ServerOptions` except `port` and `drain_seconds`, and "deployment": options
             of Ray Serve's deployment, such as `autoscaling_config` and `ray_actor_options`. By default one replica has
-            `tensor_parallel_size` GPUs unless the device is "cpu", and the number of replicas follows the number of
-            unfinished requests.
+            a CPU and, unless the device is "cpu", `tensor_parallel_size` GPUs, and the number of replicas follows the
+            number of unfinished requests.
     """
     options = dict(options)
     deployment = options.pop("deployment", {})
@@ -106,4 +106,7 @@ def app(options: dict[str, Any]) -> serve.Application:
         "ray_actor_options": {"num_cpus": 1, "num_gpus": num_gpus},
         "request_router_config": RequestRouterConfig(request_router_class=SessionRouter),
     }
-    return HttpServer.options(**defaults | deployment).bind(options, server)
+    if deployment.get("num_replicas", "auto") != "auto":
+        del defaults["autoscaling_config"]
+    actor_options = defaults["ray_actor_options"] | deployment.get("ray_actor_options", {})
+    return HttpServer.options(**defaults | deployment | {"ray_actor_options": actor_options}).bind(options, server)

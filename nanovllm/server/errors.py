@@ -1,6 +1,9 @@
 """Errors that an HTTP client gets."""
 
+import re
 from dataclasses import dataclass
+
+_QUEUE_FULL = re.compile(r"\d+ sequences would wait; max_num_waiting=\d+")
 
 
 @dataclass
@@ -34,6 +37,8 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, TypeError | ValueError):
         message = f"{error!s:.1000}"
         # The engine's process sends exceptions of builtin types, so that only the text says which error this is.
+        if _QUEUE_FULL.fullmatch(message):
+            return ApiError(429, message, code="queue_full", retry_after=1)
         code = "context_length_exceeded" if "maximum context length" in message else None
         return ApiError(400, message, code=code)
     # Exactly this class: the engine raises it if it is closed, asleep or has failed. Subclasses, such as

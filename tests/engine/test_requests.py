@@ -333,10 +333,10 @@ def test_stream_ends_when_its_request_ends_elsewhere(model):
         llm.abort(next(stream).request_id)
         assert list(stream) == []
         stream = llm.stream([1, 2, 3], greedy(5))
-        next(stream)
+        first = next(stream)
         while llm.has_unfinished():
-            llm.step()
-        assert list(stream) == []
+            assert llm.step() == []
+        assert sum(len(output.token_ids) for output in [first, *stream]) == 5
         stream = llm.stream([1, 2, 3], greedy(5))
         first = next(stream).request_id
         llm.abort(first)
@@ -349,6 +349,31 @@ def test_stream_ends_when_its_request_ends_elsewhere(model):
         assert llm.metrics().num_running == llm.metrics().num_waiting == 0
         with pytest.raises(RuntimeError, match="closed"):
             list(stream)
+
+
+def test_step_leaves_the_outputs_of_an_iterator_to_it(model):
+    with engine(model) as llm:
+        (want,) = tokens(llm, [[5, 6, 7]], greedy(20))
+        other = llm.add_request([8, 9], greedy(30))
+        stream = llm.stream([5, 6, 7], greedy(20))
+        got = list(next(stream).token_ids)
+        outputs = finish(llm)  # ends both requests, although the iterator has outputs that nobody has taken
+        assert [output.request_id for output in outputs] == [other]
+        for output in stream:
+            got += output.token_ids
+        assert got == want
+        assert_nothing_held(llm)
+
+
+def test_abort_returns_the_pieces_that_nobody_has_taken(model):
+    with engine(model) as llm:
+        (want,) = tokens(llm, [[5, 6, 7]], greedy(20))
+        request_id = llm.add_request([5, 6, 7], greedy(20), stream=True)
+        llm.generate([[8, 9]], greedy(6), use_tqdm=False)  # runs steps of both
+        output = llm.abort(request_id)
+        assert output.finished and len(output.token_ids) >= 5 and output.token_ids == want[: len(output.token_ids)]
+        assert finish(llm) == []
+        assert_nothing_held(llm)
 
 
 def test_id_of_a_waiting_output_is_refused(model):

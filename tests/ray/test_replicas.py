@@ -22,7 +22,7 @@ from nanovllm import LLM, RequestOutputKind, SamplingParams
 from nanovllm.ray import Replicas
 from nanovllm.ray.actor import _unpack, pack
 from nanovllm.ray.replicas import Replica, Request
-from tests.helpers import all_end, greedy, rank_pids, sampled, wait_until
+from tests.helpers import SOON, all_end, greedy, rank_pids, sampled, wait_until
 from tests.models.test_hub import FakeHub
 from tests.models.tiny import save_tiny
 from tests.ray.conftest import OPTIONS
@@ -241,20 +241,22 @@ def test_stream_goes_on_where_it_was_when_its_replica_is_killed(replicas, one):
     assert all_run(replicas, 2)
 
 
-@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE])
-def test_a_resumed_stream_does_not_repeat_samples_that_have_ended(one, kind):
+@pytest.mark.parametrize("is_delta", [True, False])
+def test_a_resumed_stream_does_not_repeat_samples_that_have_ended(one, is_delta):
     """The first replica was lost after it had given one sample whole. The next one gives both from the start."""
     (whole,) = one.generate("Two", sampled(4, n=2, output_kind=RequestOutputKind.FINAL_ONLY), use_tqdm=False)
-    first, second = whole.outputs
     received = []
+    kind = RequestOutputKind.DELTA if is_delta else RequestOutputKind.CUMULATIVE
     request = Request(random.Random(), received.append, kind, "Two", SamplingParams(n=2))
     request.is_resumed = False
-    request.receive(replace(whole, finished=False, outputs=[first]))
+    request.receive(replace(whole, finished=False, outputs=whole.outputs[:1]))
     request.is_resumed = True
-    request.receive(replace(whole, finished=False, outputs=[first]))
+    if is_delta:
+        request.receive(replace(whole, finished=False, outputs=whole.outputs[:1]))
     request.receive(whole)
-    assert [[sample.index for sample in output.outputs] for output in received] == [[0], [1]]
-    assert received[1].outputs[0].token_ids == second.token_ids and received[1].finished
+    # Cumulative outputs have all samples.
+    assert [[sample.index for sample in output.outputs] for output in received] == [[0], [1] if is_delta else [0, 1]]
+    assert received[1].outputs[-1].token_ids == whole.outputs[1].token_ids and received[1].finished
 
 
 def test_a_cumulative_stream_never_shrinks_when_its_replica_is_killed(replicas, one):
@@ -550,6 +552,32 @@ def test_requests_of_a_replica_that_is_lost_asleep_go_on_after_wake_up(replicas,
         replicas.wake_up()
         outputs = waiting.result()
     assert samples(outputs) == samples(one.generate(prompts, greedy(40), use_tqdm=False))
+
+
+def test_requests_that_wait_here_stay_while_replicas_sleep_and_go_on_after_a_loss(cluster, model, one):
+    prompts = [f"Wait {i}" for i in range(6)]
+    with make_replicas(model, 1, max_concurrent_requests=2) as replicas, ThreadPoolExecutor(1) as threads:
+        set_step_time(replicas._replicas[0], 0.05)
+        waiting = threads.submit(replicas.generate, prompts, greedy(20), use_tqdm=False)
+        assert wait_until(lambda: replicas.metrics().num_running == 2)
+        replicas.sleep(1)
+        kill(replicas._replicas[0])
+        replicas.wake_up()  # perhaps before the next replica has started
+        assert samples(waiting.result()) == samples(one.generate(prompts, greedy(20), use_tqdm=False))
+        with pytest.raises(RuntimeError, match="asleep"):
+            replicas.sleep(2)
+            replicas.generate("x", use_tqdm=False)
+
+
+def test_close_ends_calls_that_wait_for_sleeping_replicas(cluster, model):
+    with make_replicas(model, 1) as replicas, ThreadPoolExecutor(1) as threads:
+        set_step_time(replicas._replicas[0], 0.05)
+        waiting = threads.submit(replicas.generate, ["Asleep"] * 3, greedy(400), use_tqdm=False)
+        assert wait_until(lambda: replicas.metrics().num_running == 3)
+        replicas.sleep(1)
+        replicas.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            waiting.result(SOON)
 
 
 def test_sleeping_replicas_refuse_requests_and_a_new_one_sleeps_too(replicas, one):

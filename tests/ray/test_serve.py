@@ -108,6 +108,17 @@ def test_app_takes_the_key_of_the_environment_and_refuses_options_of_ray(monkeyp
         app({"model": "m", "port": 8000, "drain_seconds": 3})
 
 
+@pytest.mark.parametrize(
+    ("deployment", "num_replicas", "num_cpus"),
+    [({"num_replicas": 2}, 2, 1), ({"ray_actor_options": {"num_cpus": 4}}, None, 4)],
+)
+def test_options_of_the_deployment_keep_the_other_defaults(deployment, num_replicas, num_cpus):
+    bound = app({"model": "m", "tensor_parallel_size": 2, "deployment": deployment})._bound_deployment
+    assert bound.ray_actor_options == {"num_cpus": num_cpus, "num_gpus": 2}
+    assert (bound._deployment_config.autoscaling_config is None) == (num_replicas is not None)
+    assert num_replicas is None or bound.num_replicas == num_replicas
+
+
 class FailingEngine:
     """An engine whose second and later health checks raise these errors."""
 

@@ -55,6 +55,16 @@ def test_server_does_not_start_with_a_wrong_generation_config(model, tmp_path):
         llm.close()
 
 
+def test_full_queue_of_the_engine_is_no_fault_of_the_request(model):
+    llm = nanovllm.AsyncLLM(model, max_num_waiting=3, **OPTIONS)
+    try:
+        answer = call(llm, "POST", "/v1/completions", {"prompt": ["a"] * 20, "max_tokens": 50})
+        assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+        assert answer.json()["error"]["code"] == "queue_full" and "max_num_waiting=3" in error_of(answer)
+    finally:
+        llm.close()
+
+
 def test_parser_of_calls_that_the_model_has_no_token_for_is_refused(llm):
     with pytest.raises(ValueError, match=r"mistral needs a model with the token \[TOOL_CALLS\]"):
         make_state(llm, None, ServerOptions(tool_parser="mistral"))
