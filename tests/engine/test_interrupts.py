@@ -273,22 +273,30 @@ def test_interrupted_close_can_be_called_again(model, call):
         line += 1 if line < 10 else 5
 
 
-@pytest.mark.parametrize("requests", [None, {"a"}])
-def test_an_interrupt_while_outputs_are_taken_loses_none(llm, requests):
+class Owner:
+    """A request that has outputs."""
+
+    def __init__(self, has_consumer):
+        self.has_consumer = has_consumer
+
+
+@pytest.mark.parametrize("takes_all", [True, False])
+def test_an_interrupt_while_outputs_are_taken_loses_none(llm, takes_all):
     engine = llm.llm_engine
-    outputs = [("a", 1), ("b", 2), ("a", 3)]
+    a, b, iterator = Owner(False), Owner(False), Owner(True)
+    outputs = [(a, 1), (b, 2), (iterator, 3), (a, 4)]
     for line in range(1, 100):
         engine.core.outputs = list(outputs)
         injector = Injector(line)
         try:
             with injector:
-                taken = engine._take(requests)
+                taken = engine._take(None if takes_all else {a})
         except KeyboardInterrupt:
             assert engine.core.outputs == outputs, injector.where
         else:
             break
-    assert line > 4 and taken == ([1, 2, 3] if requests is None else [1, 3])
-    assert engine.core.outputs == ([] if requests is None else [("b", 2)])
+    assert line > 4 and taken == ([1, 2, 4] if takes_all else [1, 4])
+    assert engine.core.outputs == ([(iterator, 3)] if takes_all else [(b, 2), (iterator, 3)])
     engine.core.outputs = []
 
 
