@@ -8,14 +8,12 @@ Overlap of depth 1 keeps the device busy while the host works:
 
 import time
 from collections import deque
-from functools import reduce
 
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.step_stats import StepStats, StepTimer
 from nanovllm.executor.local import Executor
 from nanovllm.messages import StepOutput
-from nanovllm.output_stream import merge_deltas
 from nanovllm.outputs import Metrics, RequestOutput
 
 
@@ -102,16 +100,11 @@ class EngineCore:
             self.scheduler.add(seq)
 
     def abort(self, request: Request) -> RequestOutput:
-        """End an unfinished request. Return its results so far; of a stream of deltas, those that nobody has taken."""
+        """End an unfinished request. Return what it has so far. Outputs that wait to be taken stay."""
         del self.requests[request.id]
         for seq in request.samples:
             self.scheduler.finish(seq, "abort")
-        output = request.take_output(self.weight_version)
-        if request.is_delta:
-            untaken = [each for owner, each in self.outputs if owner is request]
-            output = reduce(merge_deltas, [*untaken, output])
-        self.outputs = [pair for pair in self.outputs if pair[0] is not request]
-        return output
+        return request.take_output(self.weight_version)
 
     def has_unfinished(self) -> bool:
         """Return whether a request, a step or an output is left, other than the outputs of iterators."""
@@ -139,7 +132,7 @@ class EngineCore:
     def metrics(self) -> Metrics:
         """Return counters since the engine was made, and what it is doing now."""
         scheduler = self.scheduler
-        blocks = self.scheduler.block_manager
+        blocks = scheduler.block_manager
         return Metrics(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),

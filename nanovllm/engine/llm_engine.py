@@ -29,6 +29,7 @@ from nanovllm.executor.local import Executor
 from nanovllm.executor.start import start_executor
 from nanovllm.inputs import Prompt
 from nanovllm.messages import Batch
+from nanovllm.output_stream import merge_all_deltas
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams, own
 
@@ -221,7 +222,11 @@ class LLMEngine:
         """End a request in whatever state it is; see `LLM.abort`."""
         with self._section():
             request = self.core.requests.get(check_request_id(request_id))
-            return None if request is None else self.core.abort(request)
+            if request is None:
+                return None
+            last = self.core.abort(request)
+            untaken = self._take((request,))
+            return merge_all_deltas([*untaken, last]) if request.is_delta else last
 
     def expects_output(self, request: Request) -> bool:
         """Return whether a request is unfinished, or an output of it waits for `step`."""
@@ -353,8 +358,8 @@ class LLMEngine:
                         self.executor.wake_up(parts, capture=self.guard.asleep.issubset(parts))
                         self.guard.asleep.difference_update(parts)
                 if lacking:
-                    lacking = f"{lacking / 2**30:.2f} GiB of device memory"
-                    raise RuntimeError(f"the engine still sleeps: wake_up lacks {lacking}; free it and call it again")
+                    memory = f"{lacking / 2**30:.2f} GiB of device memory"
+                    raise RuntimeError(f"the engine still sleeps: wake_up lacks {memory}; free it and call it again")
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; see `LLM.reset_prefix_cache`."""

@@ -22,9 +22,11 @@ from nanovllm.server.app import create_app, make_state
 from nanovllm.server.engine_client import EngineClient
 from nanovllm.server.options import ServerOptions, with_key
 
-# How often a replica checks its engine, how long it waits for the reply, and how long the clients of a failed engine
-# have to read their errors, in seconds.
-_CHECK_S, _REPLY_S, _LEAVE_S = 1.0, 5.0, 0.5
+# How often a replica checks its engine, and how long it waits for the reply, in seconds.
+_CHECK_S = 1.0
+_REPLY_S = 5.0
+# How long the clients of a failed engine have to read their errors.
+_LEAVE_S = 0.5
 
 
 class SessionRouter(ConsistentHashRouter):

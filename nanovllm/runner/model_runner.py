@@ -426,17 +426,17 @@ class ModelRunner:
 
         The memory of the graphs is not known before, so it is not counted.
         """
-        missing = 0
+        if self.device.type == "cpu":
+            return 0
         with self._device_context():
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # the caller may have freed tensors, whose memory torch keeps
-                unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-                missing -= torch.cuda.mem_get_info()[0] + unused
-                if "weights" in parts:
-                    missing += sum(param.nbytes for param in self.model.parameters())
-                if "kv_cache" in parts:
-                    missing += self.pool.num_bytes(self.sizes._replace(num_blocks=self.sizes.num_blocks + 1))
-            return max(0, -self.tp.all_reduce_min(-missing, self.device))
+            torch.cuda.empty_cache()  # the caller may have freed tensors, whose memory torch keeps
+            unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            spare = torch.cuda.mem_get_info()[0] + unused
+            if "weights" in parts:
+                spare -= sum(param.nbytes for param in self.model.parameters())
+            if "kv_cache" in parts:
+                spare -= self.pool.num_bytes(self.sizes._replace(num_blocks=self.sizes.num_blocks + 1))
+            return max(0, -self.tp.all_reduce_min(spare, self.device))
 
     def wake_up(self, parts: Collection[str], capture: bool) -> None:
         """Undo `sleep` for `parts`.

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from nanovllm import LLM, RequestOutputKind, SamplingParams
 from nanovllm.ray import Replicas
 from nanovllm.ray.actor import _unpack, pack
-from nanovllm.ray.replicas import Replica, Request
+from nanovllm.ray.request import Replica, Request
 from tests.helpers import SOON, all_end, greedy, rank_pids, sampled, wait_until
 from tests.models.test_hub import FakeHub
 from tests.models.tiny import save_tiny

@@ -97,7 +97,7 @@ def _num_shared_blocks(tables: np.ndarray, slots: list[int], no_block: int) -> n
     size = _TABLE_PART
     while len(pairs) and start < tables.shape[1]:
         part = tables[:, start : start + size]
-        if len(pairs) == len(shared):
+        if len(pairs) == len(shared):  # then each sequence is read once, although it is in two pairs
             blocks = part[rows]
             first, second = blocks[:-1], blocks[1:]
         else:
