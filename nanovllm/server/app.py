@@ -29,7 +29,7 @@ from nanovllm.server.admission import AdmissionControl
 from nanovllm.server.chat import ChatRequest
 from nanovllm.server.completions import CompletionRequest
 from nanovllm.server.engine_client import EngineClient
-from nanovllm.server.errors import ApiError, as_api_error, error_body
+from nanovllm.server.errors import ApiError, as_api_error, endpoint_path, error_body
 from nanovllm.server.http_protocol import HttpProtocol
 from nanovllm.server.metrics import ServerMetrics
 from nanovllm.server.options import ServerOptions, listed
@@ -125,11 +125,11 @@ async def _error_response(request: Request, error: Exception) -> JsonResponse:
     if api_error.status == 500:
         logger.error(f"{request.method} {request.url.path} has failed", exc_info=error)
     if api_error.status == 400 and api_error.param is None:
-        api_error.param = _named_field(api_error.message, request.url.path)
+        api_error.param = _named_field(api_error.message, endpoint_path(request.scope))
     headers = dict(getattr(error, "headers", None) or {})  # such as Allow, next to status 405
     if api_error.retry_after is not None:
         headers["retry-after"] = str(api_error.retry_after)
-    return JsonResponse(error_body(api_error, request.url.path), api_error.status, headers)
+    return JsonResponse(error_body(api_error, request.scope), api_error.status, headers)
 
 
 def _api_error(request: Request, error: Exception) -> ApiError:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 _QUEUE_FULL = re.compile(r"\d+ sequences would wait; max_num_waiting=\d+")
 
@@ -79,9 +80,18 @@ def aborted(stop_reason: int | str | None) -> ApiError:
     return ApiError(400, f"the structured output was given up: {stop_reason}", param="structured_outputs")
 
 
-def error_body(error: ApiError, path: str) -> dict:
-    """Return an error in the form of the API that `path` belongs to."""
-    return anthropic_error(error) if path.startswith("/v1/messages") else openai_error(error)
+def endpoint_path(scope: Any) -> str:
+    """Return the path of a request, without the prefix under which Ray Serve or a proxy has the whole app."""
+    path = scope["path"]
+    prefix = scope.get("root_path", "").rstrip("/")
+    if path == prefix or path.startswith(f"{prefix}/"):
+        return path.removeprefix(prefix) or "/"
+    return path
+
+
+def error_body(error: ApiError, scope: Any) -> dict:
+    """Return an error in the form of the API that the request belongs to."""
+    return anthropic_error(error) if endpoint_path(scope).startswith("/v1/messages") else openai_error(error)
 
 
 def anthropic_error(error: ApiError) -> dict:

@@ -14,7 +14,7 @@ from fastapi import HTTPException, Request
 
 from nanovllm.server.admission import AdmissionControl, draining_error
 from nanovllm.server.body import JsonCounter
-from nanovllm.server.errors import ApiError, error_body
+from nanovllm.server.errors import ApiError, endpoint_path, error_body
 from nanovllm.server.streaming import JsonResponse
 
 # Everybody may read whether the server is well, and the chat page, which asks for a key.
@@ -88,7 +88,7 @@ class ApiKeys:
         await _refuse(ApiError(401, message, code="invalid_api_key"), scope, receive, send)
 
     def _may_enter(self, scope: Any) -> bool:
-        if _OPEN_PATHS.fullmatch(scope["path"]):
+        if _OPEN_PATHS.fullmatch(endpoint_path(scope)):
             return True
         sent = [_digest(key) for key in sent_keys(Request(scope).headers)]
         matches = [hmac.compare_digest(key, digest) for key in sent for digest in self.digests]
@@ -232,4 +232,4 @@ async def _wait_for_disconnect(body_read: asyncio.Event, receive: Any) -> None:
 
 
 async def _refuse(error: ApiError, scope: Any, receive: Any, send: Any) -> None:
-    await JsonResponse(error_body(error, scope["path"]), error.status)(scope, receive, send)
+    await JsonResponse(error_body(error, scope), error.status)(scope, receive, send)

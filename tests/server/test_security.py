@@ -6,6 +6,7 @@ import json
 from itertools import pairwise
 from random import Random
 
+import httpx
 import pytest
 
 from nanovllm.server import body
@@ -57,6 +58,24 @@ def test_health_needs_no_key(llm):
 def test_refusals_of_messages_have_anthropics_form(llm):
     answer = call(llm, "POST", "/v1/messages", BODY, api_key="one").json()
     assert (answer["type"], answer["error"]["type"]) == ("error", "authentication_error")
+
+
+def test_app_below_a_prefix_opens_and_refuses_the_same_paths(llm):
+    async def statuses_and_errors():
+        _, app = make_server(llm, api_key="one")
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False, root_path="/llm")
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            opened = [(await client.get(f"/llm{path}")).status_code for path in ("/health", "/", "/page/chat.js")]
+            refused = await client.post("/llm/v1/messages", json=BODY)
+            wrong = await client.post("/llm/v1/chat/completions", json={"messages": []}, headers={"x-api-key": "one"})
+            other = [(await client.get(path)).status_code for path in ("/llm/v1/models", "/llmhealth", "/llm/metrics")]
+            return opened, refused, wrong, other
+
+    opened, refused, wrong, other = asyncio.run(statuses_and_errors())
+    assert opened == [200, 200, 200]
+    assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "messages")
+    assert other == [401, 401, 401]
 
 
 def test_body_that_is_too_large_gets_413_without_being_read(llm):
