@@ -276,7 +276,8 @@ class LLMEngine:
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | str | Path) -> int:
         """Overwrite the weights in place, on all ranks; see `LLM.update_weights`."""
-        self.ensure_usable(_UPDATE_NEEDS, allow_partial_weights=True)
+        with self._section():
+            self._check_updatable()
         if isinstance(weights, str | Path):
             weights = new_weights(weights, self.source.config)
         weights = weight_pairs(weights)
@@ -288,8 +289,7 @@ class LLMEngine:
     def start_weight_update(self) -> None:
         """Start to overwrite the weights in parts; see `LLM.start_weight_update`."""
         with self._section():
-            # Not `_ensure_usable`, here and below: that may finish an update.
-            self.guard.check_usable(_UPDATE_NEEDS, allow_partial_weights=True)
+            self._check_updatable()
             with self._closing_on_error():
                 self.core.drain_and_preempt_all()
             with self._updating_weights():
@@ -314,8 +314,12 @@ class LLMEngine:
             self.core.weight_version += 1
             return self.weight_version
 
-    def _check_update_open(self) -> None:
+    def _check_updatable(self) -> None:
+        """Raise RuntimeError if weights cannot be overwritten now. Unlike `_ensure_usable`, this finishes no update."""
         self.guard.check_usable(_UPDATE_NEEDS, allow_partial_weights=True)
+
+    def _check_update_open(self) -> None:
+        self._check_updatable()
         if not self.guard.update_open:
             raise RuntimeError("no weight update is open; call start_weight_update() first")
 

@@ -476,6 +476,17 @@ def test_update_through_the_path_of_vllm_is_finished_by_the_next_call(models, fi
         assert tokens(llm, [[5, 6]], greedy(9)) == want
 
 
+def test_whole_update_after_one_through_the_path_of_vllm_that_broke_off(models):
+    old, new = models["qwen3"]
+    with engine(new) as llm:
+        want = tokens(llm, [[5, 6]], greedy(9))
+    with engine(old) as llm:
+        load = llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights
+        load_one_by_one(weights_of(old), load, count=-1)
+        assert llm.update_weights(weights_of(new)) == 1
+        assert tokens(llm, [[5, 6]], greedy(9)) == want
+
+
 def test_update_through_the_path_of_vllm_while_the_kv_cache_sleeps(models):
     old, new = models["qwen3"]
     with engine(new) as llm:
