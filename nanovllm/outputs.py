@@ -64,6 +64,11 @@ class TokenLogprobs:
         return self.packed[start : start + size]
 
 
+def own_logprob(row: bytes) -> float:
+    """Return the log-probability of a position's own token from its row of `TokenLogprobs`."""
+    return _OWN.unpack_from(row)[2]
+
+
 def _no_text(token_id: int) -> None:
     """Return the text of a token where there is no tokenizer."""
 
@@ -181,6 +186,8 @@ class CompletionOutput:
         stop_reason: the stop id or stop string that ended the sample, or why a structured output had to be aborted;
             None for an end-of-sequence token and in all other cases.
         logprobs: the requested log-probabilities of each token, by token id; None if none were requested.
+        cumulative_logprob: sum of the log-probabilities of the sample's tokens so far, also of those that earlier
+            outputs of a stream had; None if none were requested.
     """
 
     index: int
@@ -189,13 +196,7 @@ class CompletionOutput:
     finish_reason: str | None
     stop_reason: int | str | None = None
     logprobs: LogprobRows | None = None
-
-    @property
-    def cumulative_logprob(self) -> float | None:
-        """Sum of the sampled tokens' log-probabilities; None if none were requested."""
-        if self.logprobs is None:
-            return None
-        return sum(row[token_id].logprob for row, token_id in zip(self.logprobs, self.token_ids, strict=True) if row)
+    cumulative_logprob: float | None = None
 
     def finished(self) -> bool:
         """Whether the sample has ended."""

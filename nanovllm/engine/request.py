@@ -163,6 +163,7 @@ class Request:
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,
             logprobs=None if self.params.logprobs is None else seq.logprobs[start - len(seq.prompt_ids) :],
+            cumulative_logprob=None if self.params.logprobs is None else seq.cumulative_logprob,
         )
 
     def _take_text(self, seq: Sequence) -> str:

@@ -302,7 +302,7 @@ class Scheduler:
             for i, row in enumerate(rows):
                 seq = step.sequences[row]
                 if seq.status is not Status.FINISHED:
-                    seq.logprobs.append(logprobs.row(i, seq.num_logprobs or 0))
+                    seq.append_logprobs(logprobs.row(i, seq.num_logprobs or 0))
         for rows, logprobs in zip(batch.scored_rows.values(), output.prompt_logprobs, strict=True):
             start = 0  # index of the row's first scored token in `logprobs`
             for row in rows:

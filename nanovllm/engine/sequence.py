@@ -9,7 +9,7 @@ import numpy as np
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.grammars import GrammarFilter
 from nanovllm.engine.token_filter import TokenFilter
-from nanovllm.outputs import LogprobRows
+from nanovllm.outputs import LogprobRows, own_logprob
 from nanovllm.sampling_params import MAX_TOKENS, SamplingParams
 
 # The uid of a prefix: that of its last block; for the empty prefix, the request's cache salt, or 0 without one. A salt
@@ -91,6 +91,7 @@ class Sequence:
         scheduled_ts: when it was first admitted, by `time.monotonic`; 0 until then.
         finish_reason, stop_reason: why it has ended; see `CompletionOutput`.
         logprobs, prompt_logprobs: those of the output and of the prompt.
+        cumulative_logprob: sum of the log-probabilities of the output's tokens, if they are wanted.
     """
 
     prompt_ids: list[int]
@@ -124,6 +125,7 @@ class Sequence:
     stop_reason: int | str | None = None
     logprobs: LogprobRows = field(default_factory=LogprobRows)
     prompt_logprobs: LogprobRows = field(default_factory=lambda: LogprobRows([None]))
+    cumulative_logprob: float = 0.0
 
     def __post_init__(self):
         params = self.params
@@ -157,3 +159,8 @@ class Sequence:
         if self.num_prompt_logprobs is None or self.index:
             return 0
         return len(self.prompt_ids) - 1 - self.num_scored
+
+    def append_logprobs(self, row: bytes) -> None:
+        """Add the log-probabilities of an output token: a row of `TokenLogprobs`."""
+        self.logprobs.append(row)
+        self.cumulative_logprob += own_logprob(row)

@@ -8,7 +8,7 @@ where `method` is a coroutine of `AsyncLLM` and `key` numbers what the server as
 where outputs and errors are packed by the functions here.
 """
 
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import TypeAlias
 
 from nanovllm.outputs import CompletionOutput, RequestOutput
@@ -17,6 +17,8 @@ PackedError: TypeAlias = tuple[str, str]
 # The samples, the request's progress, and the fields of its prompt; see `pack_output`.
 PackedOutput: TypeAlias = tuple[list[tuple], tuple | None, tuple | None]
 
+# The fields of a `CompletionOutput`, in their order.
+_sample_fields = attrgetter(*CompletionOutput.__slots__)
 _ERRORS = {kind.__name__: kind for kind in (TypeError, ValueError, RecursionError, RuntimeError)}
 
 
@@ -40,10 +42,7 @@ def pack_output(output: RequestOutput, is_first: bool) -> PackedOutput:
     Only the first and the last output of a request have the progress, and only the first has the prompt: each stream
     has an output in each step, and pickling them takes time from the next step.
     """
-    samples = [
-        (sample.index, sample.text, sample.token_ids, sample.finish_reason, sample.stop_reason, sample.logprobs)
-        for sample in output.outputs
-    ]
+    samples = [_sample_fields(sample) for sample in output.outputs]
     progress = prompt = None
     if is_first or output.finished:
         times = output.time_to_first_token, output.total_time
@@ -60,12 +59,13 @@ def merge_packed_deltas(first: PackedOutput, second: PackedOutput) -> PackedOutp
     """Merge two successive outputs that have only what is new. Unpacking them first would cost time at each token."""
     samples = {sample[0]: sample for sample in first[0]}
     for new in second[0]:
-        index, text, token_ids, finish_reason, stop_reason, logprobs = new
+        index, text, token_ids, finish_reason, stop_reason, logprobs, cumulative_logprob = new
         if old := samples.get(index):
-            _, old_text, old_token_ids, _, _, old_logprobs = old
+            _, old_text, old_token_ids, _, _, old_logprobs, _ = old
+            text = old_text + text
+            token_ids = old_token_ids + token_ids
             logprobs = old_logprobs + logprobs if logprobs is not None else None
-            new = (index, old_text + text, old_token_ids + token_ids, finish_reason, stop_reason, logprobs)
-        samples[index] = new
+        samples[index] = (index, text, token_ids, finish_reason, stop_reason, logprobs, cumulative_logprob)
     merged = list(samples.values())
     if len(merged) > 1:
         merged.sort(key=itemgetter(0))

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import pickle
@@ -380,6 +381,15 @@ def test_logprobs_have_the_own_token_first_and_all_ranks(llm, k, temperature):
                     assert entry.decoded_token == llm.tokenizer.decode([other])
         total = sum(row[i].logprob for row, i in zip(output.logprobs, output.token_ids, strict=True))
         assert output.outputs[0].cumulative_logprob == pytest.approx(total)
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE])
+def test_cumulative_logprob_of_a_stream_is_the_sum_since_its_start(llm, kind):
+    rows = answer(llm, greedy(5, logprobs=0)).logprobs
+    logprobs = [next(iter(row.values())).logprob for row in rows]
+    streamed = list(llm.stream("Hello", greedy(5, logprobs=0, output_kind=kind)))
+    got = [output.outputs[0].cumulative_logprob for output in streamed]
+    assert got == pytest.approx(list(itertools.accumulate(logprobs)))
 
 
 def test_texts_of_logprobs_join_to_the_output(llm):

@@ -214,8 +214,11 @@ def test_a_message_that_is_nested_too_deeply_fails_alone(client):
 
 def _outputs_of_two_samples() -> list[RequestOutput]:
     steps = [
-        [CompletionOutput(0, "a", [1], None)],
-        [CompletionOutput(1, "b", [2], None), CompletionOutput(0, "c", [3], "length")],
+        [CompletionOutput(0, "a", [1], None, cumulative_logprob=-1.0)],
+        [
+            CompletionOutput(1, "b", [2], None, cumulative_logprob=-2.0),
+            CompletionOutput(0, "c", [3], "length", cumulative_logprob=-3.0),
+        ],
         [CompletionOutput(1, "d", [4, 5], "stop", 5)],
     ]
     metrics = RequestMetrics()
