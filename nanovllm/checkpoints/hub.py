@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,7 @@ def _load_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
         # The first call turns off truncation and padding, which must not happen while another thread encodes. It also
         # shows options that make each call fail, such as a model_max_length that is no number.
         tokenizer.encode("", add_special_tokens=False)
+        _check_decoder(tokenizer)
     return tokenizer
 
 
@@ -129,6 +131,14 @@ def _read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
     if not isinstance(tokenizer, PreTrainedTokenizerFast):  # transformers prefers mistral-common's if installed
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **options)
     return tokenizer
+
+
+def _check_decoder(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise ValueError if a token's text depends on the next token: the text of a stream could never be sent."""
+    decoder = tokenizer.backend_tokenizer.decoder
+    if decoder and (match := re.search(rb'"(BPEDecoder|CTC)"', decoder.__getstate__())):
+        message = f"its decoder {match[1].decode()} needs all tokens of a text; set skip_tokenizer_init=True"
+        raise ValueError(f"{message} and give prompts as token ids")
 
 
 def _template_of_processor(file: Path) -> str:

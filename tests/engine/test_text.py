@@ -171,6 +171,17 @@ def test_a_tokenizer_that_fails_at_each_text_is_refused_when_the_engine_starts(t
         engine(path)
 
 
+@pytest.mark.parametrize("steps", [decoders.BPEDecoder(), decoders.Sequence([decoders.CTC()])])
+def test_a_decoder_that_needs_all_tokens_is_refused_when_the_engine_starts(tmp_path, steps):
+    backend = sentencepiece_like()
+    backend.decoder = steps
+    path = save_with_tokenizer(tmp_path, backend)
+    with pytest.raises(ValueError, match=r"its decoder (BPEDecoder|CTC) needs all tokens of a text"):
+        engine(path)
+    with engine(path, skip_tokenizer_init=True) as llm:
+        assert llm.generate([[5]], SamplingParams(max_tokens=1), use_tqdm=False)[0].text == ""
+
+
 def test_a_tokenizer_of_another_library_is_refused_when_the_engine_starts(spaced, monkeypatch, tmp_path):
     import transformers
 
