@@ -67,18 +67,18 @@ class InputThreads:
     async def chat_prompt(self, messages: Sequence[dict], **template: Any) -> list[int]:
         """Return the token ids of one conversation; see `LLM.chat_prompts`."""
         kind = _TEMPLATES if template.get("chat_template") is None else _GIVEN_TEMPLATES
-        work = partial(self._processor.chat_prompt_ids, messages, **template)
+        work = partial(self._processor.chats.prompt_ids, messages, **template)
         prompts = await self._run(kind, _conversation_chars(messages), work)
         return prompts[0]
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Return the token ids of a text."""
-        work = partial(self._processor.encode_bounded, text, add_special_tokens)
+        work = partial(self._processor.codec.encode_bounded, text, add_special_tokens)
         return await self._run(_PROMPTS, _size(text), work)
 
     async def decode(self, token_ids: list[int]) -> str:
         """Return the text of token ids, special tokens included."""
-        return await self._run(_PROMPTS, _size(token_ids), partial(self._processor.decode, token_ids))
+        return await self._run(_PROMPTS, _size(token_ids), partial(self._processor.codec.decode, token_ids))
 
     def close(self) -> None:
         """Close the input processor and end the threads. Calls that wait raise RuntimeError. May be called again."""

@@ -33,6 +33,18 @@ def refusing(
 
 
 @contextmanager
+def refusing_panics(message: str) -> Iterator[None]:
+    """Raise ValueError for what libraries in Rust raise: a bare Exception, or a panic, which is a BaseException."""
+    try:
+        yield
+    except BaseException as error:
+        # Each library has a PanicException of its own, which none exports. Everything else may be an interrupt.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{message}: {error!s:.200}") from error
+
+
+@contextmanager
 def handling(handle: Callable[[Exception], None], *kinds: type[Exception]) -> Iterator[None]:
     """Let `handle` deal with a library's errors of these kinds. What a signal handler has raised is raised as it is."""
     before = sys.exc_info()[1]

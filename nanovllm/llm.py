@@ -120,7 +120,7 @@ class LLM:
             template: options of `chat_prompts`, and the last ones of `generate`.
         """
         neutral = {name: template.pop(name) for name in NEUTRAL_CALL if name in template}
-        prompts = self.llm_engine.input_processor.chat_prompts(messages, **template)
+        prompts = self.llm_engine.input_processor.chats.prompts(messages, **template)
         return self.generate(prompts, sampling_params, use_tqdm, **neutral)
 
     def chat_prompts(self, messages: Chat | SequenceType[Chat], **template: Any) -> list[list[int]]:
@@ -142,7 +142,7 @@ class LLM:
             ValueError: the messages are far too long for `max_model_len`, the model has no chat template, or the
                 template does not fit the messages or the tools, or it took too much time or memory.
         """
-        return self.llm_engine.input_processor.chat_prompt_ids(messages, **template)
+        return self.llm_engine.input_processor.chats.prompt_ids(messages, **template)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Generate for one prompt step by step.

@@ -135,8 +135,9 @@ def _read_tokenizer(path: Path, **options: Any) -> "PreTrainedTokenizerBase":
 
 def _check_decoder(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raise ValueError if a token's text depends on the next token: the text of a stream could never be sent."""
-    decoder = tokenizer.backend_tokenizer.decoder
-    if decoder and (match := re.search(rb'"(BPEDecoder|CTC)"', decoder.__getstate__())):
+    backend: Any = tokenizer.backend_tokenizer
+    decoder = backend.decoder
+    if decoder is not None and (match := re.search(rb'"(BPEDecoder|CTC)"', decoder.__getstate__())):
         message = f"its decoder {match[1].decode()} needs all tokens of a text; set skip_tokenizer_init=True"
         raise ValueError(f"{message} and give prompts as token ids")
 

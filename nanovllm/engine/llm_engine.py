@@ -377,7 +377,7 @@ class LLMEngine:
     @property
     def tokenizer(self) -> Any:
         """The model's transformers tokenizer."""
-        return self.input_processor.tokenizer
+        return self.input_processor.codec.tokenizer
 
     @property
     def weight_version(self) -> int:

@@ -38,15 +38,15 @@ def processor(template):
     config = SimpleNamespace(vocab_size=len(tokenizer), eos_token_ids=(2,))
     source = SimpleNamespace(config=config, has_tokenizer=True, tokenizer=lambda: tokenizer)
     inputs = InputProcessor(Config(), source, max_model_len=1000)
-    inputs.templates = POOL
+    inputs.chats.templates = POOL
     return inputs
 
 
 def prompt(template, messages, **options):
     """Return the text of one conversation's prompt."""
     inputs = processor(template)
-    (token_ids,) = inputs.chat_prompt_ids(messages, **options)
-    return inputs.tokenizer.decode(token_ids)
+    (token_ids,) = inputs.chats.prompt_ids(messages, **options)
+    return inputs.codec.tokenizer.decode(token_ids)
 
 
 # -- variables --------------------------------------------------------------------------------------------------------
@@ -104,33 +104,33 @@ def test_chat_template_kwargs_come_before_arguments():
 def test_options_that_a_template_does_not_read_are_refused(options):
     names = [str(name) for name in options.get("chat_template_kwargs", options)]
     with pytest.raises(TypeError, match="|".join(["chat_template_kwargs", *names])):
-        processor(THINKING).chat_prompts([USER], **options)
+        processor(THINKING).chats.prompts([USER], **options)
 
 
 def test_an_empty_template_is_refused():
     with pytest.raises(ValueError, match="chat_template must not be empty"):
-        processor(THINKING).chat_prompts([USER], chat_template="")
+        processor(THINKING).chats.prompts([USER], chat_template="")
 
 
 def test_a_template_longer_than_any_real_one_is_refused():
     with pytest.raises(ValueError, match="chat_template must have at most 1048576 characters, got 2000000"):
-        processor(THINKING).chat_prompts([USER], chat_template="x" * 2_000_000)
+        processor(THINKING).chats.prompts([USER], chat_template="x" * 2_000_000)
 
 
 def test_a_closed_processor_starts_no_process():
     inputs = InputProcessor(Config(), processor(THINKING).source, max_model_len=1000)
     inputs.close()
     with pytest.raises(RuntimeError, match="the engine is closed"):
-        inputs.chat_prompts(5)
+        inputs.chats.prompts(5)
     params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
     with pytest.raises(RuntimeError, match="the engine is closed"):
         inputs.process("a", params)
-    assert not inputs.templates._children and not inputs.grammars._pool._children
+    assert not inputs.chats.templates._children and not inputs.grammars._pool._children
 
 
 def test_the_error_names_the_variable_and_those_there_are():
     with pytest.raises(TypeError, match=r"'enable_thinkin' is no variable .* are: enable_thinking$"):
-        processor(THINKING).chat_prompts([USER], enable_thinkin=False)
+        processor(THINKING).chats.prompts([USER], enable_thinkin=False)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_the_start_token_of_a_template_is_not_followed_by_the_tokenizers(tmp_pat
 def test_tools_that_a_template_does_not_read_are_refused():
     tools = [{"type": "function", "function": {"name": "search", "parameters": {}}}]
     with pytest.raises(ValueError, match="does not read them"):
-        processor(THINKING).chat_prompts([USER], tools=tools)
+        processor(THINKING).chats.prompts([USER], tools=tools)
     assert prompt(THINKING, [USER], tools=[]) == "Hello"
     named = {"default": THINKING, "tool_use": "{{ tools[0].function.name }}"}
     assert prompt(named, [USER], tools=tools) == "search"
@@ -177,7 +177,7 @@ def test_tools_that_a_template_does_not_read_are_refused():
 def test_a_template_that_cannot_be_read_is_a_value_error():
     for template in ("{% if %}", {"a": "x", "b": "y"}):
         with pytest.raises(ValueError, match="template"):
-            processor(template).chat_prompts([USER])
+            processor(template).chats.prompts([USER])
 
 
 # -- contents ---------------------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def test_many_roles_cost_no_more_requests_than_one(monkeypatch):
 @pytest.mark.parametrize("template", [TEXT_ONLY, PARTS_ONLY])
 def test_contents_that_are_no_text_are_refused(template, content, error, match):
     with pytest.raises(error, match=match):
-        processor(template).chat_prompts([{"role": "user", "content": content}])
+        processor(template).chats.prompts([{"role": "user", "content": content}])
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_contents_that_are_no_text_are_refused(template, content, error, match):
 )
 def test_messages_without_roles_are_refused(messages):
     with pytest.raises(TypeError, match="messages"):
-        processor(TEXT_ONLY).chat_prompts(messages)
+        processor(TEXT_ONLY).chats.prompts(messages)
 
 
 # -- tool calls -------------------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def test_arguments_that_are_no_json_object_are_shown_as_the_model_wrote_them(arg
 @pytest.mark.parametrize("calls", ["x", [5], [{"function": 5}], np.array([1, 2]), torch.tensor([1, 2])])
 def test_tool_calls_of_another_form_are_refused(calls):
     with pytest.raises(TypeError, match="tool_calls"):
-        processor(AS_JSON).chat_prompts([USER, {"role": "assistant", "content": None, "tool_calls": calls}])
+        processor(AS_JSON).chats.prompts([USER, {"role": "assistant", "content": None, "tool_calls": calls}])
 
 
 SHORT_IDS = (
@@ -353,7 +353,7 @@ def test_short_ids_of_tool_calls_are_kept():
 def test_messages_of_more_entries_than_a_length_can_say_are_refused():
     for messages in (range(10**30), [range(10**30)]):
         with pytest.raises(TypeError, match="messages must be a list of dicts"):
-            processor(AS_JSON).chat_prompts(messages)
+            processor(AS_JSON).chats.prompts(messages)
 
 
 def test_content_may_be_missing_beside_tool_calls():
@@ -381,6 +381,6 @@ def test_answer_with_null_or_no_tool_calls_is_one_without_the_key(calls):
 
 def test_the_default_model_s_template_takes_parts():
     inputs = InputProcessor(Config(), open_model(None), max_model_len=1000)
-    assert inputs.chat_prompts([{"role": "user", "content": parts("Hello")}]) == inputs.chat_prompts([USER])
+    assert inputs.chats.prompts([{"role": "user", "content": parts("Hello")}]) == inputs.chats.prompts([USER])
     with pytest.raises(TypeError, match="enable_thinking"):
-        inputs.chat_prompts([USER], enable_thinking=False)
+        inputs.chats.prompts([USER], enable_thinking=False)

@@ -8,8 +8,7 @@ import pytest
 
 from nanovllm import LLM
 from nanovllm.checkpoints.hub import get_tokenizer
-from nanovllm.config import Config
-from nanovllm.engine.input_processor import InputProcessor
+from nanovllm.engine.text_codec import TextCodec
 from tests.models.tiny import save_tiny
 
 OPTIONS = dict(device="cpu", kvcache_block_size=16, max_model_len=128, max_num_seqs=8)
@@ -25,15 +24,15 @@ def llm(tmp_path_factory):
     path = save_tiny(tmp_path_factory.mktemp("speaking"), "qwen3", vocab_size=len(tokenizer), eos_token_id=2)
     tokenizer.save_pretrained(path)
     with LLM(path, **OPTIONS) as llm:
-        llm.llm_engine.input_processor.templates.cpu_seconds = 1
+        llm.llm_engine.input_processor.chats.templates.cpu_seconds = 1
         yield llm
 
 
 def test_a_long_text_is_refused_after_a_part_of_it_is_tokenized(llm, monkeypatch):
-    processor = llm.llm_engine.input_processor
-    lengths, encode = [], processor.encode
-    monkeypatch.setattr(processor, "encode", lambda text, *args: lengths.append(len(text)) or encode(text, *args))
-    monkeypatch.setattr(processor, "max_model_len", 8192)
+    codec = llm.llm_engine.input_processor.codec
+    lengths, encode = [], codec.encode
+    monkeypatch.setattr(codec, "encode", lambda text, *args: lengths.append(len(text)) or encode(text, *args))
+    monkeypatch.setattr(codec, "max_model_len", 8192)
     text = "many words " * 180_000
     for refused in (
         lambda: llm.add_request(text),
@@ -68,7 +67,7 @@ def test_a_text_of_few_long_tokens_is_served(llm):
     ids=["long", "messages", "list", "dict"],
 )
 def test_too_large_messages_are_refused_before_they_are_rendered(llm, monkeypatch, messages):
-    monkeypatch.delattr(llm.llm_engine.input_processor, "templates")
+    monkeypatch.delattr(llm.llm_engine.input_processor.chats, "templates")
     with pytest.raises(ValueError, match=r"messages.*too many for max_model_len=128"):
         llm.chat_prompts(messages, chat_template=PLAIN)
 
@@ -111,9 +110,9 @@ def test_a_template_of_too_much_work_is_refused_alone(llm, template, reason):
 # -- threads ----------------------------------------------------------------------------------------------------------
 
 
-def processor_of(load):
+def codec_of(load):
     source = SimpleNamespace(config=SimpleNamespace(vocab_size=3), has_tokenizer=True, tokenizer=load)
-    return InputProcessor(Config(device="cpu"), source, 128)
+    return TextCodec(source, 128)
 
 
 def test_threads_that_need_the_tokenizer_at_once_load_it_once():
@@ -124,9 +123,9 @@ def test_threads_that_need_the_tokenizer_at_once_load_it_once():
         second.wait(0.2)  # a second thread may load it meanwhile
         return SimpleNamespace(encode=lambda *args, **kwargs: [])
 
-    processor = processor_of(load)
+    codec = codec_of(load)
     with ThreadPoolExecutor(4) as threads:
-        tokenizers = list(threads.map(lambda _: processor.tokenizer, range(4)))
+        tokenizers = list(threads.map(lambda _: codec.tokenizer, range(4)))
     assert len(loads) == 1 and len({id(tokenizer) for tokenizer in tokenizers}) == 1
 
 

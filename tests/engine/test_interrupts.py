@@ -221,7 +221,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llm(model):
     with engine(model) as llm:
-        llm.llm_engine.input_processor.chat_prompts = lambda *_, **__: PROMPTS  # there is no tokenizer
+        llm.llm_engine.input_processor.chats.prompts = lambda *_, **__: PROMPTS  # there is no tokenizer
         yield llm
 
 

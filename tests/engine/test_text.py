@@ -144,7 +144,7 @@ def test_an_interrupt_while_tokenising_stays_what_it_is(spaced, monkeypatch):
             raise Stop
 
     with engine(spaced) as llm:
-        monkeypatch.setattr(llm.llm_engine.input_processor, "backend", Interrupted())
+        monkeypatch.setattr(llm.llm_engine.input_processor.codec, "backend", Interrupted())
         with pytest.raises(Stop):
             llm.generate("say")
 

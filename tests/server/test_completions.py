@@ -136,7 +136,7 @@ def test_offsets_count_special_tokens_only_if_they_are_in_the_text(llm, skipped)
 
 
 def test_a_start_token_that_the_tokenizer_adds_is_not_in_the_text(llm):
-    backend, special = llm.llm_engine.input_processor.backend, llm.tokenizer.all_special_ids[0]
+    backend, special = llm.llm_engine.input_processor.codec.backend, llm.tokenizer.all_special_ids[0]
     name, before = llm.tokenizer.convert_ids_to_tokens(special), backend.post_processor
     backend.post_processor = processors.TemplateProcessing(f"{name} $A", special_tokens=[(name, special)])
     try:

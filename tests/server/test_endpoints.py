@@ -125,13 +125,14 @@ LONG = "many " * 2000
         (
             "/v1/messages/count_tokens",
             {"model": "tiny", "messages": [{"role": "user", "content": LONG}]},
-            "chat_prompt_ids",
+            "prompt_ids",
         ),
-        ("/v1/responses/input_tokens", {"input": LONG}, "chat_prompt_ids"),
+        ("/v1/responses/input_tokens", {"input": LONG}, "prompt_ids"),
     ],
 )
 def test_long_requests_that_only_tokenize_leave_threads_to_others(llm, monkeypatch, path, body, method):
-    processor, release, started = llm.llm_engine.input_processor, threading.Event(), threading.Event()
+    inputs, release, started = llm.llm_engine.input_processor, threading.Event(), threading.Event()
+    owner = inputs.chats if method == "prompt_ids" else inputs.codec
 
     def wait(value, *args, **kwargs):
         if len(str(value)) < len(LONG):
@@ -140,8 +141,8 @@ def test_long_requests_that_only_tokenize_leave_threads_to_others(llm, monkeypat
         assert release.wait(SECONDS)
         raise ValueError("it is too long")
 
-    work = getattr(processor, method)
-    monkeypatch.setattr(processor, method, wait)
+    work = getattr(owner, method)
+    monkeypatch.setattr(owner, method, wait)
 
     async def use(client, state):
         many = [asyncio.create_task(client.post(path, json=body)) for _ in range(8)]
@@ -371,6 +372,6 @@ def test_server_whose_greeting_cannot_be_printed_serves(llm, monkeypatch, caplog
 def test_server_starts_the_process_for_templates_before_the_first_conversation(own_llm):
     async def use():
         async with listening(own_llm):
-            await asyncio.wait_for(until(lambda: own_llm.llm_engine.input_processor.templates._idle), SECONDS)
+            await asyncio.wait_for(until(lambda: own_llm.llm_engine.input_processor.chats.templates._idle), SECONDS)
 
     asyncio.run(use())
