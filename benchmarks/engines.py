@@ -14,7 +14,7 @@ import torch
 from benchmarks.limits import count_costs, find_peaks
 from benchmarks.workloads import Group
 from nanovllm import LLM, SamplingParams
-from nanovllm.checkpoints.hub import ModelSource, open_model
+from nanovllm.checkpoints.model_source import ModelSource, open_model
 from nanovllm.config import Config
 from nanovllm.engine.step_stats import StepStats
 from nanovllm.layers.state import PagedKVSpec

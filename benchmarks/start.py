@@ -10,7 +10,7 @@ from benchmarks.engines import nanovllm_options
 from benchmarks.options import UsageError
 from benchmarks.report import Row
 from benchmarks.workloads import PROMPT_LEN
-from nanovllm.checkpoints.hub import open_model
+from nanovllm.checkpoints.model_source import open_model
 from nanovllm.config import Config
 
 PROGRAM = f"""

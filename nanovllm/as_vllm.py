@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import nanovllm
-from nanovllm.checkpoints.hub import get_tokenizer
+from nanovllm.checkpoints.tokenizers import get_tokenizer
 from nanovllm.engine.chat_template import resolve_chat_template
 
 # The vLLM whose names these are. Programs compare it to know which names there are.

@@ -43,3 +43,10 @@ def regular_file(path: Path) -> Path:
         reason = "it is something else" if path.exists() else "it does not exist"
         raise ValueError(f"{path} must be a regular file, but {reason}")
     return path
+
+
+def check_files(folder: Path) -> None:
+    """Raise ValueError if the folder has pipes, sockets or devices: reading one may never end."""
+    for file in folder.iterdir():
+        if file.exists() and not file.is_dir():
+            regular_file(file)

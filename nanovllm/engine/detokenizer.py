@@ -28,7 +28,7 @@ class TokenBytes(dict):
     on such a run, takes quadratic time for tokens without text, and loses an unfinished character at the end.
 
     Args:
-        tokenizer: its decoder gives a token the same bytes after any other token; `checkpoints/hub.py` refuses others.
+        tokenizer: its decoder gives a token the same bytes after any other token; `load_tokenizer` refuses others.
         skip_special_tokens: special tokens have no text.
     """
 

@@ -7,7 +7,7 @@ No torch here.
 from dataclasses import asdict
 from typing import Any
 
-from nanovllm.checkpoints.hub import ModelSource
+from nanovllm.checkpoints.model_source import ModelSource
 from nanovllm.checks import in_vocabulary, is_list, length, shown
 from nanovllm.config import Config
 from nanovllm.engine.chat_renderer import ChatRenderer

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.checkpoints.hub import new_weights, open_config
+from nanovllm.checkpoints.model_source import new_weights, open_config
 from nanovllm.checks import is_list, shown
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager

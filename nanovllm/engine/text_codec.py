@@ -4,7 +4,7 @@ import copy
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.checkpoints.hub import ModelSource
+from nanovllm.checkpoints.model_source import ModelSource
 from nanovllm.checks import in_vocabulary, is_list, length, shown
 from nanovllm.engine.detokenizer import TokenBytes
 from nanovllm.library_errors import refusing_panics

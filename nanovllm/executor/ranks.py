@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.distributed as dist
 
-from nanovllm.checkpoints.hub import ModelSource
+from nanovllm.checkpoints.model_source import ModelSource
 from nanovllm.config import Config
 from nanovllm.distributed.socket_group import SocketGroup
 from nanovllm.ops.triton_utils import preload_triton

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nanovllm.checkpoints.hub import ModelSource
+from nanovllm.checkpoints.model_source import ModelSource
 from nanovllm.config import Config
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.executor.channels import RankChannels

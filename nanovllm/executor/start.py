@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nanovllm.checkpoints.hub import ModelSource
+from nanovllm.checkpoints.model_source import ModelSource
 from nanovllm.config import Config
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.executor.local import Executor

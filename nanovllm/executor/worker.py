@@ -10,7 +10,7 @@ import time
 import traceback
 from multiprocessing.connection import Connection
 
-from nanovllm.checkpoints.hub import open_config
+from nanovllm.checkpoints.model_source import open_config
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.executor.channels import receive_weights
 from nanovllm.executor.ranks import largest_all_reduce, make_group, open_store, rank_device

@@ -14,8 +14,8 @@ import torch
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.attention import select_backend
-from nanovllm.checkpoints.hub import ModelSource
 from nanovllm.checkpoints.loader import WeightUpdate, dummy_weights, load_weights
+from nanovllm.checkpoints.model_source import ModelSource
 from nanovllm.config import Config
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.messages import Batch, Row, StepOutput

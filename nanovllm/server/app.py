@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from nanovllm import AsyncLLM, __version__
-from nanovllm.checkpoints.hub import DEFAULT_FILE
+from nanovllm.checkpoints.default_model import DEFAULT_FILE
 from nanovllm.checks import shown
 from nanovllm.server import chat, completions, health, messages, models, page, responses, tokenize
 from nanovllm.server.admission import AdmissionControl

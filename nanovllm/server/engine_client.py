@@ -20,7 +20,7 @@ from functools import cached_property
 from multiprocessing.connection import Connection
 from typing import Any
 
-from nanovllm.checkpoints.hub import open_config
+from nanovllm.checkpoints.model_source import open_config
 from nanovllm.config import Config
 from nanovllm.inputs import Prompt
 from nanovllm.output_stream import OutputStream, call_soon

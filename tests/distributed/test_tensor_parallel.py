@@ -515,7 +515,7 @@ def test_the_kv_pool_has_the_size_of_the_smallest_rank_s(model, tmp_path):
         import sys, torch, torch.distributed as dist
         from nanovllm.config import Config
         from nanovllm.runner import model_runner
-        from nanovllm.checkpoints.hub import open_model
+        from nanovllm.checkpoints.model_source import open_model
         from nanovllm.distributed.parallel import TensorParallel
         rank, path, model = int(sys.argv[1]), sys.argv[2], sys.argv[3]
         tp = TensorParallel(rank, 2, dist.ProcessGroupGloo(dist.FileStore(path, 2), rank, 2))

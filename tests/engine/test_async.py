@@ -1026,7 +1026,7 @@ def test_any_error_while_preparing_reaches_only_its_caller(model):
 
 
 def test_the_tokenizer_of_structured_outputs_is_made_when_the_engine_starts(tmp_path):
-    from nanovllm.checkpoints.hub import open_model
+    from nanovllm.checkpoints.model_source import open_model
 
     tokenizer = open_model(None).tokenizer()
     path = save_tiny(tmp_path, "qwen3", vocab_size=len(tokenizer), eos_token_id=2)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from nanovllm import SamplingParams, StructuredOutputsParams
-from nanovllm.checkpoints.hub import open_model
+from nanovllm.checkpoints.model_source import open_model
 from nanovllm.config import Config
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.sandbox.pool import Pool

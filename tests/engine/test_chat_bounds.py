@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanovllm import LLM
-from nanovllm.checkpoints.hub import get_tokenizer
+from nanovllm.checkpoints.tokenizers import get_tokenizer
 from nanovllm.engine.text_codec import TextCodec
 from tests.models.tiny import save_tiny
 
@@ -18,7 +18,7 @@ PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
-    from nanovllm.checkpoints.hub import open_model
+    from nanovllm.checkpoints.model_source import open_model
 
     tokenizer = open_model(None).tokenizer()
     path = save_tiny(tmp_path_factory.mktemp("speaking"), "qwen3", vocab_size=len(tokenizer), eos_token_id=2)

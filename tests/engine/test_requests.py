@@ -40,7 +40,7 @@ def reference(model):
 @pytest.fixture(scope="module")
 def speaking(tmp_path_factory):
     """A tiny random model with SmolLM2's tokenizer, so that it speaks, if not sense."""
-    from nanovllm.checkpoints.hub import open_model
+    from nanovllm.checkpoints.model_source import open_model
 
     tokenizer = open_model(None).tokenizer()
     path = save_tiny(tmp_path_factory.mktemp("speaking"), "qwen3", vocab_size=len(tokenizer), eos_token_id=2)

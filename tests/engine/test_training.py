@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanovllm import SamplingParams
-from nanovllm.checkpoints.hub import open_model
+from nanovllm.checkpoints.model_source import open_model
 from nanovllm.executor.processes import RankProcesses
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.rotary_embedding import rope_frequencies

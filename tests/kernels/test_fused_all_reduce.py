@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nanovllm.attention import select_backend
-from nanovllm.checkpoints.hub import open_model
 from nanovllm.checkpoints.loader import load_weights
+from nanovllm.checkpoints.model_source import open_model
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.layernorm import RMSNorm

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.attention import select_backend
-from nanovllm.checkpoints.hub import open_model
 from nanovllm.checkpoints.loader import load_weights
+from nanovllm.checkpoints.model_source import open_model
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.paged_cache import PagedRows
 from nanovllm.ops.state.rows import StateRows

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from nanovllm import LLM, SamplingParams
 from nanovllm.checkpoints import gguf as reader
 from nanovllm.checkpoints.gguf_tokenizer import _check_split
-from nanovllm.checkpoints.hub import get_tokenizer, open_model
 from nanovllm.checkpoints.loader import load_weights
+from nanovllm.checkpoints.model_source import open_model
+from nanovllm.checkpoints.tokenizers import get_tokenizer
 from nanovllm.checkpoints.weight_files import iterate_weights
 from nanovllm.layers.rotary_embedding import rope_table
 from nanovllm.models.decoder import Decoder

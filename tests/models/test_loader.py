@@ -322,7 +322,7 @@ import sys
 from pathlib import Path
 from nanovllm.models.decoder import Decoder
 from nanovllm.checkpoints.loader import load_weights
-from nanovllm.checkpoints.hub import open_model
+from nanovllm.checkpoints.model_source import open_model
 
 def anonymous_memory():
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanovllm import LLM
-from nanovllm.checkpoints.hub import open_model
+from nanovllm.checkpoints.model_source import open_model
 from tests.engine.reference import load_reference
 from tests.models.tiny import CHAT_TEMPLATE, save_tiny, save_tiny_with_tokenizer
 from tests.programs.evaluate import loglikelihoods

@@ -23,7 +23,7 @@ from nanovllm.ray import Replicas
 from nanovllm.ray.actor import _unpack, pack
 from nanovllm.ray.request import Replica, Request
 from tests.helpers import SOON, all_end, greedy, rank_pids, sampled, wait_until
-from tests.models.test_hub import FakeHub
+from tests.models.test_model_source import FakeHub
 from tests.models.tiny import save_tiny
 from tests.ray.conftest import OPTIONS
 from tests.ray.helpers import all_run, kill, make_replicas, mixed_requests, pid_of, samples, set_step_time, stop_after

@@ -17,7 +17,7 @@ from benchmarks.limits import body_parameters, count_costs, find_peaks
 from benchmarks.run import figure_row, run_workload
 from benchmarks.trace import TRACE_STEPS
 from benchmarks.workloads import Figure, is_allowed, latency, offline
-from nanovllm.checkpoints.hub import open_model
+from nanovllm.checkpoints.model_source import open_model
 from nanovllm.layers.gated_delta_net import GatedDeltaNetConfig
 from nanovllm.layers.moe import MoEConfig
 from nanovllm.messages import Batch, Row

