@@ -5,7 +5,8 @@ from nanovllm.engine.step_stats import StepStats
 from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, Logprob, Metrics, RequestMetrics, RequestOutput
-from nanovllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 

@@ -12,6 +12,7 @@ N = TypeVar("N", int, float)
 
 # A lower bound that excludes 0 itself.
 ABOVE_0 = math.ulp(0.0)
+MAX_STRING_CHARS = 1024
 _MAX_SHOWN_CHARS = 200
 # Shows a few entries of a list, and the start and the end of a long text, without making the whole repr.
 _reprs = reprlib.Repr()
@@ -98,3 +99,43 @@ def check_fields(options: Any) -> None:
         elif bounds := declared.metadata.get("bounds"):
             value = number(name, value, float if kind is float else int, *bounds)
             object.__setattr__(options, name, value)
+
+
+def _entries(name: str, value: Any, entries: str, max_entries: int) -> tuple:
+    """Return the entries of a list or a set. None has none."""
+    if value is None:
+        return ()
+    if not is_list(value) and not isinstance(value, set | frozenset):
+        raise TypeError(f"{name} must be a list of {entries}, got {shown(value)}")
+    if (count := length(value)) > max_entries:
+        raise ValueError(f"{name} must have at most {max_entries} entries, got {count}")
+    return tuple(value)
+
+
+def string_list(name: str, value: Any, max_entries: int) -> tuple[str, ...]:
+    """Return a list of strings, which may be given as a single one."""
+    strings = _entries(name, [value] if isinstance(value, str) else value, "strings", max_entries)
+    for string in strings:
+        if not isinstance(string, str):
+            raise TypeError(f"{name} must be a list of strings, got the entry {shown(string)}")
+        if not 0 < len(string) <= MAX_STRING_CHARS:
+            raise ValueError(f"{name} must have strings of 1 to {MAX_STRING_CHARS} characters, got {shown(string)}")
+    return tuple(map(plain, strings))
+
+
+def token_id_list(name: str, value: Any, max_entries: int) -> tuple[int, ...]:
+    """Return a list of token ids.
+
+    The list may be long, so only a few ids are checked by themselves: the first one of a wrong type, or else the
+    smallest and the largest.
+    """
+    ids = _entries(name, value, "token ids", max_entries)
+    types = set(map(type, ids))
+    wrong_types = [kind for kind in types if kind is bool or not issubclass(kind, Integral)]
+    if wrong_types:
+        checked = [next(token_id for token_id in ids if type(token_id) in wrong_types)]
+    else:
+        checked = [min(ids, default=0), max(ids, default=0)]
+    for token_id in checked:
+        number(f"each id of {name}", token_id, int, 0, 2**31 - 1)
+    return ids if types <= {int} else tuple(map(int, ids))

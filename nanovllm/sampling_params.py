@@ -1,6 +1,5 @@
 """Sampling parameters: how a request is sampled, when it finishes, and what it returns."""
 
-import json
 import re
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceType
@@ -9,8 +8,20 @@ from enum import Enum
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.checks import ABOVE_0, check_fields, is_list, length, number, one_of, plain, shown, within
-from nanovllm.vllm_options import NEUTRAL_SAMPLING, NEUTRAL_STRUCTURED, accept_neutral
+from nanovllm.checks import (
+    ABOVE_0,
+    check_fields,
+    length,
+    number,
+    one_of,
+    plain,
+    shown,
+    string_list,
+    token_id_list,
+    within,
+)
+from nanovllm.structured_outputs import StructuredOutputsParams
+from nanovllm.vllm_options import NEUTRAL_SAMPLING, accept_neutral
 
 # Limits of a request, so that none can make unbounded work.
 MIN_TEMPERATURE = 1e-3  # below it, but for 0, logits could overflow
@@ -19,192 +30,18 @@ MAX_TOKENS = 2**31 - 1
 MAX_LOGPROBS = 128  # or all of the vocabulary
 MAX_STOP_IDS = 32  # as many ids can be banned on the device until a request has min_tokens
 MAX_STOP_STRINGS = 64
-MAX_STRING_CHARS = 1024
 MAX_LOGIT_BIAS = 300
 MAX_ALLOWED_IDS = 1 << 22
 MAX_BAD_WORDS = 1024
 MAX_BAD_CHARS = 1 << 16  # of all bad words: each is split into tokens in several ways
-MAX_GRAMMAR_CHARS = 1 << 20
-_MAX_SCHEMA_LEVELS = 1000  # more are not JSON for Python
 MAX_SALT_CHARS = 1024
 # A token id as text, as JSON has it for a key.
 _ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
-def _entries(name: str, value: Any, entries: str, max_entries: int) -> tuple:
-    """Return the entries of a list or a set. None has none."""
-    if value is None:
-        return ()
-    if not is_list(value) and not isinstance(value, set | frozenset):
-        raise TypeError(f"{name} must be a list of {entries}, got {shown(value)}")
-    if (count := length(value)) > max_entries:
-        raise ValueError(f"{name} must have at most {max_entries} entries, got {count}")
-    return tuple(value)
-
-
-def _strings(name: str, value: Any, max_entries: int) -> tuple[str, ...]:
-    """Return a list of strings, which may be given as a single one."""
-    strings = _entries(name, [value] if isinstance(value, str) else value, "strings", max_entries)
-    for string in strings:
-        if not isinstance(string, str):
-            raise TypeError(f"{name} must be a list of strings, got the entry {shown(string)}")
-        if not 0 < len(string) <= MAX_STRING_CHARS:
-            raise ValueError(f"{name} must have strings of 1 to {MAX_STRING_CHARS} characters, got {shown(string)}")
-    return tuple(map(plain, strings))
-
-
-def _token_ids(name: str, value: Any, max_entries: int) -> tuple[int, ...]:
-    """Return a list of token ids.
-
-    The list may be long, so only a few ids are checked by themselves: the first one of a wrong type, or else the
-    smallest and the largest.
-    """
-    ids = _entries(name, value, "token ids", max_entries)
-    types = set(map(type, ids))
-    wrong_types = [kind for kind in types if kind is bool or not issubclass(kind, Integral)]
-    if wrong_types:
-        checked = [next(token_id for token_id in ids if type(token_id) in wrong_types)]
-    else:
-        checked = [min(ids, default=0), max(ids, default=0)]
-    for token_id in checked:
-        number(f"each id of {name}", token_id, int, 0, 2**31 - 1)
-    return ids if types <= {int} else tuple(map(int, ids))
-
-
 def _as_id(key: Any) -> Any:
     """Return a token id that is written as text, as in JSON, or what else `key` is."""
     return int(key) if isinstance(key, str) and _ID.fullmatch(key) else key
-
-
-# The forms of a structured output.
-_FORMS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
-_JSON_FORMS = ("json", "json_object", "structural_tag")
-
-
-@accept_neutral(NEUTRAL_STRUCTURED)
-@dataclass(frozen=True, slots=True)
-class StructuredOutputsParams:
-    """The form that an output must have: exactly one of json, regex, choice, grammar, json_object, structural_tag.
-
-    Args:
-        json: a JSON schema, as a dict or as text. In a `pattern`, classes, `\\d`, `\\w` and `\\s` mean what they do in
-            JavaScript; a dot matches all but a newline. A class that excludes a quotation mark or a backslash excludes
-            U+0000 as well. Keywords of JSON Schema that llguidance does not follow, and formats that it does not know,
-            are refused. So are `minProperties` above 1 + the number of required names, because a repeated name would
-            count, and such a class in `patternProperties` without `additionalProperties: false`. Other words mean
-            nothing in JSON Schema and are ignored, also misspelled keywords; so are `uniqueItems: false`, formats of
-            numbers, `password` and `binary`. An integer in the schema has at most 64 bits. Where an object may have
-            properties that the schema neither names nor has a pattern for, a name spelled with an escape, as `\\u0061`
-            for `a`, counts as one of these.
-        regex: a regular expression in Rust's notation that the whole output matches. `\\d`, `\\w` and `\\s` match ASCII
-            only; `\\p{...}` matches Unicode classes.
-        choice: the output is one of these texts, each of 1 to 1024 characters.
-        grammar: a context-free grammar in Lark's notation, or in GGML's (GBNF). In its regular expressions `\\d`,
-            `\\w` and `\\s` match Unicode, as in Python. Its texts never match a special token; in Lark's notation
-            `<|name|>` without quotes does, and `<[NAME]>` matches the token `[NAME]`. `%json {...}` is a JSON schema. A
-            terminal takes as many characters as it can, as in Lark. A GBNF rule that refers to no rules but terminals
-            is also one: nothing matches `word "a"` with `word ::= [a-z]+`.
-        json_object: True is any JSON object; False is the same as None.
-        disable_any_whitespace: white space in JSON. None is a space after commas and colons and no other; True is
-            none at all; False lets the model write any, which a small model may do for ever.
-        disable_additional_properties: objects of a schema have no properties that the schema does not name.
-        whitespace_pattern: a regular expression of the white space that JSON may have between its tokens, in place of
-            `disable_any_whitespace`.
-        structural_tag: free text in which each of the `triggers` starts one of the `structures`, as JSON text or a
-            dict: `{"structures": [{"begin": "<f=x>", "schema": {...}, "end": "</f>"}], "triggers": ["<f="]}`.
-
-    The model chooses how a text is split into tokens, also where only one text can follow.
-
-    Raises:
-        TypeError, ValueError: an argument is wrong; the message names it. The schema or grammar is compiled when a
-            request is added. If it is wrong, not supported, or takes more than 5 s of CPU time or 1 GiB to compile,
-            only that request is refused. An output finishes with the reason "abort" where a step would take too long:
-            after a long text of an ambiguous grammar (`s: s s | "a"`), for a regular expression that needs more than
-            50,000 states, or if more than 2,000 rules may go on at the same token, as in an object of about 500
-            optional properties.
-    """
-
-    json: str | dict | None = None
-    regex: str | None = None
-    choice: SequenceType[str] | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-    disable_any_whitespace: bool | None = None
-    disable_additional_properties: bool = False
-    whitespace_pattern: str | None = None
-    structural_tag: str | dict | None = None
-
-    def __post_init__(self):
-        for name in ("json_object", "disable_any_whitespace", "disable_additional_properties"):
-            if not isinstance(value := getattr(self, name), bool | None):
-                raise TypeError(f"structured_outputs.{name} must be a bool, got {shown(value)}")
-        if not isinstance(self.whitespace_pattern, str | None):
-            got = shown(self.whitespace_pattern)
-            raise TypeError(f"structured_outputs.whitespace_pattern must be a string, got {got}")
-        if self.json_object is False:
-            object.__setattr__(self, "json_object", None)
-        given = [name for name in _FORMS if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"structured_outputs needs exactly one of {', '.join(_FORMS)}; got {given}")
-        (form,) = given
-        for name in ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"):
-            if getattr(self, name) and form not in _JSON_FORMS:
-                raise ValueError(f"structured_outputs.{name} needs one of {', '.join(_JSON_FORMS)}; got {form}")
-        if self.disable_any_whitespace and self.whitespace_pattern is not None:
-            raise ValueError("structured_outputs.whitespace_pattern cannot be used with disable_any_whitespace")
-        for name in ("json", "structural_tag"):
-            if isinstance(value := getattr(self, name), Mapping):
-                object.__setattr__(self, name, _json_text(name, value))
-        if self.choice is not None:
-            object.__setattr__(self, "choice", _strings("structured_outputs.choice", self.choice, MAX_GRAMMAR_CHARS))
-            if not self.choice:
-                raise ValueError("structured_outputs.choice must have at least one text")
-        for name in (form, "whitespace_pattern"):
-            text = self._text(name)
-            if not isinstance(text, str):
-                raise TypeError(f"structured_outputs.{name} must be a string, got {shown(text)}")
-            if len(text) > MAX_GRAMMAR_CHARS:
-                raise ValueError(f"structured_outputs.{name} must have at most {MAX_GRAMMAR_CHARS} characters")
-
-    def _text(self, name: str) -> Any:
-        """Return what a field has to compile."""
-        value = getattr(self, name)
-        if value is None or (name == "json_object" and value is True):
-            return ""
-        return "".join(value) if name == "choice" else value
-
-    @property
-    def num_chars(self) -> int:
-        """How many characters there are to compile."""
-        return sum(len(self._text(name)) for name in (*_FORMS, "whitespace_pattern"))
-
-
-def _json_text(name: str, schema: Any) -> str:
-    """Return a schema as JSON.
-
-    A dict that occurs many times could make a text of gigabytes. So first count the entries and the characters of
-    names and texts, level by level from the outside.
-    """
-    field = f"structured_outputs.{name}"
-    level = [schema]
-    num_chars = 0
-    for _ in range(_MAX_SCHEMA_LEVELS):
-        next_level = []
-        for value in level:
-            children = value
-            texts = value
-            if isinstance(value, Mapping):
-                children = list(value.values())
-                texts = [*value, *children]
-            num_chars += len(children) + sum([len(text) for text in texts if isinstance(text, str)])
-            next_level += [child for child in children if isinstance(child, (dict, list, tuple))]
-            if num_chars > MAX_GRAMMAR_CHARS:
-                raise ValueError(f"{field} must have at most {MAX_GRAMMAR_CHARS} characters")
-        level = next_level
-    try:
-        return json.dumps(schema)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{field} is not a schema that JSON can express: {error!s:.200}") from None
 
 
 def _refuse_change(*args: Any, **kwargs: Any) -> Any:
@@ -228,7 +65,7 @@ def _biases(logit_bias: Any) -> _FrozenDict:
         raise TypeError(f"logit_bias must be a dict of token ids and numbers, got {shown(logit_bias)}")
     if (count := length(logit_bias)) > MAX_LOGIT_BIAS:
         raise ValueError(f"logit_bias must have at most {MAX_LOGIT_BIAS} entries, got {count}")
-    ids = _token_ids("logit_bias", tuple(logit_bias), MAX_LOGIT_BIAS)
+    ids = token_id_list("logit_bias", tuple(logit_bias), MAX_LOGIT_BIAS)
     biases = [number("each bias of logit_bias", bias, float, -100, 100) for bias in logit_bias.values()]
     return _FrozenDict(zip(ids, biases, strict=True))
 
@@ -370,15 +207,15 @@ class SamplingParams:
             self._set("temperature", MIN_TEMPERATURE)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}")
-        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_IDS))
-        self._set("stop", _strings("stop", self.stop, MAX_STOP_STRINGS))
+        self._set("stop_token_ids", token_id_list("stop_token_ids", self.stop_token_ids, MAX_STOP_IDS))
+        self._set("stop", string_list("stop", self.stop, MAX_STOP_STRINGS))
         if self.stop and not self.detokenize:
             raise ValueError("stop strings need detokenize=True")
-        self._set("bad_words", _strings("bad_words", self.bad_words, MAX_BAD_WORDS))
+        self._set("bad_words", string_list("bad_words", self.bad_words, MAX_BAD_WORDS))
         if (num_chars := sum(map(len, self.bad_words))) > MAX_BAD_CHARS:
             raise ValueError(f"bad_words must have at most {MAX_BAD_CHARS} characters together, got {num_chars}")
         if self.allowed_token_ids is not None:
-            self._set("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_IDS))
+            self._set("allowed_token_ids", token_id_list("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_IDS))
             if not self.allowed_token_ids:
                 raise ValueError("allowed_token_ids must have at least one token id; None allows all")
         if self.logit_bias is not None:

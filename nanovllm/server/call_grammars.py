@@ -8,7 +8,7 @@ import regex
 
 from nanovllm import StructuredOutputsParams
 from nanovllm.checks import shown
-from nanovllm.sampling_params import MAX_GRAMMAR_CHARS
+from nanovllm.structured_outputs import MAX_GRAMMAR_CHARS
 
 # Models write a space after commas and colons. If a grammar allowed any white space, a model could write it for ever.
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}

@@ -1,6 +1,7 @@
 """Events that the parsers make of a model's text: pieces of text, thinking and tool calls."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TypeAlias
 
 
@@ -50,3 +51,16 @@ class CallEnd:
 
 
 Event: TypeAlias = Text | Thinking | CallStart | CallArguments | CallEnd
+
+
+def joined(events: list[Event]) -> list[Event]:
+    """Return the events, with successive pieces of one text joined."""
+    if len(events) < 2:
+        return events
+    whole: list[Event] = []
+    for _, group in groupby(events, lambda event: (type(event), getattr(event, "index", None))):
+        first, *others = group
+        if others and not isinstance(first, CallStart | CallEnd):
+            first = replace(first, text=first.text + "".join(getattr(event, "text", "") for event in others))
+        whole.append(first)
+    return whole

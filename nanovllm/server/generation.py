@@ -17,7 +17,7 @@ from nanovllm.outputs import LogprobRows
 from nanovllm.server.call_grammars import json_rule
 from nanovllm.server.errors import ApiError, aborted
 from nanovllm.server.events import CallEnd, Event
-from nanovllm.server.parsers import OutputParser
+from nanovllm.server.parsers.output_parser import OutputParser
 from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import in_thread
 from nanovllm.utils.shortest_first import ShortestFirst

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from nanovllm.server.blocks import Block, Blocks, Change, Grown, Started
-from nanovllm.server.events import CallArguments, CallEnd, CallStart, Event, Text, Thinking
+from nanovllm.server.events import CallArguments, CallEnd, CallStart, Event, Text, Thinking, joined
 from nanovllm.server.generation import Piece, SamplePiece
 from nanovllm.server.json_text import read_cut_json, read_json
-from nanovllm.server.parsers import joined
 
 # Clients drop thinking without a signature, and send back what they keep.
 _SIGNATURE = "nanovllm"

@@ -9,7 +9,7 @@ import regex
 from nanovllm.checks import shown
 from nanovllm.sandbox.grammars import exact_pattern
 from nanovllm.server.call_grammars import CallGrammar, closed, dumps, json_value, lark_text
-from nanovllm.server.parsers import Qwen3CoderParser
+from nanovllm.server.parsers.qwen3_coder import Qwen3CoderParser
 from nanovllm.server.schemas import Alternatives, as_json, choices, type_name, types_of
 
 # A character of a pattern takes up to 3 us. It counts as so many characters of the rules.

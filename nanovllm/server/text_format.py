@@ -16,11 +16,20 @@ from nanovllm.server.call_grammars import (
     after_thinking,
     json_rule,
 )
-from nanovllm.server.parsers import PARSERS, OutputParser
+from nanovllm.server.parsers.json_calls import HermesParser, Llama3Parser, MistralParser
+from nanovllm.server.parsers.output_parser import OutputParser
+from nanovllm.server.parsers.qwen3_coder import Qwen3CoderParser
 from nanovllm.server.schemas import ToolSchemas
 from nanovllm.server.tag_grammar import Qwen3CoderGrammar
 from nanovllm.server.thinking import ThinkingParser
 
+PARSERS: dict[str, type[OutputParser]] = {
+    "none": OutputParser,
+    "hermes": HermesParser,
+    "qwen3_coder": Qwen3CoderParser,
+    "llama3": Llama3Parser,
+    "mistral": MistralParser,
+}
 GRAMMARS: dict[str, type[CallGrammar]] = {
     "none": CallGrammar,
     "hermes": CallGrammar,

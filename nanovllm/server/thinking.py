@@ -5,7 +5,7 @@ from dataclasses import replace
 import regex
 
 from nanovllm.server.events import CallArguments, CallEnd, CallStart, Event, Text, Thinking
-from nanovllm.server.parsers import MAX_HELD_CHARS, OutputParser, Wait
+from nanovllm.server.parsers.output_parser import MAX_HELD_CHARS, OutputParser, Wait
 from nanovllm.server.schemas import ToolSchemas
 
 _THINK = regex.compile(r"\n{0,16}<think>")

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.server import schemas
-from nanovllm.server.events import CallArguments, CallEnd, CallStart, Text, Thinking
-from nanovllm.server.parsers import MAX_HELD_CHARS, joined
+from nanovllm.server.events import CallArguments, CallEnd, CallStart, Text, Thinking, joined
+from nanovllm.server.parsers.output_parser import MAX_HELD_CHARS
 from nanovllm.server.text_format import TextFormat
 from tests.server.scripted import ScriptedLLM
 from tests.server.serving import make_server

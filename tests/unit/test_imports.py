@@ -30,7 +30,7 @@ LAYERS = [
     ["distributed"],
     ["ops"],
     ["messages"],
-    ["config", "sampling_params", "inputs", "output_stream", "outputs"],
+    ["config", "sampling_params", "structured_outputs", "inputs", "output_stream", "outputs"],
     ["vllm_options"],
     ["checks", "arithmetic", "progress"],
     ["library_errors"],
