@@ -10,8 +10,8 @@ from nanovllm.ops.gdn.decode import GdnDecodeConfig, default_decode_config, gdn_
 from nanovllm.ops.gdn.gated_delta_net import gated_delta_net, gated_delta_net_triton
 from nanovllm.ops.gdn.gated_norm import gated_rms_norm, gated_rms_norm_triton
 from nanovllm.ops.gdn.inputs import CONV_WIDTH, GdnInputs, GdnState, GdnWeights
-from nanovllm.ops.gdn.plan import CHUNK, prompt_plan_triton
-from nanovllm.ops.gdn.prompt import GdnPromptConfig, gdn_prompt_triton
+from nanovllm.ops.gdn.plan import CHUNK, GdnPromptConfig, prompt_plan_triton
+from nanovllm.ops.gdn.prompt import gdn_prompt_triton
 from nanovllm.ops.gdn.reference import (
     chunk_delta_rule_torch,
     gated_delta_net_torch,

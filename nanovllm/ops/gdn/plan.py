@@ -13,6 +13,41 @@ _ROWS_PER_TILE = 64
 _CHUNKS_PER_PROGRAM = 64
 
 
+class GdnPromptConfig(NamedTuple):
+    """Settings of the kernels.
+
+    Attributes:
+        convolution_warps, chunk_warps: warps per program of the first two kernels.
+        slices: parts of the value dimensions in the recurrence.
+        num_stages: pipeline stages of the recurrence.
+        merge_precision: of the matmuls that build the inverse; see tl.dot.
+    """
+
+    convolution_warps: int = 8
+    chunk_warps: int = 4
+    slices: int = 2
+    num_stages: int = 2
+    merge_precision: str = "tf32"
+
+
+class ChunkTiles(NamedTuple):
+    """What the first two kernels compute of N chunks for the third.
+
+    Args:
+        q, k: [N, HK, CHUNK, DK], normalized, q scaled.
+        v: [N, HV, CHUNK, DV].
+        solved, scores: [N, HV, CHUNK, CHUNK].
+        g: [N, HV, CHUNK] float32, running sum within the chunk.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    solved: torch.Tensor
+    scores: torch.Tensor
+    g: torch.Tensor
+
+
 class PromptPlan(NamedTuple):
     """The prompt rows of a step, which are its rows of two or more tokens, and their chunks.
 
