@@ -173,7 +173,8 @@ class LLM:
             yield  # to `stream`: only an iterator that has started runs its `finally` when it is dropped
             # `abort` or a step for another caller may have ended the request.
             while engine.expects_output(request):
-                for output in engine.step_for((request,)):
+                # A step for another caller may have made an output already.
+                for output in engine.take_outputs((request,)) or engine.step_for((request,)):
                     yield output
                     if output.finished:
                         return

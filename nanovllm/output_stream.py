@@ -81,14 +81,6 @@ def merge_deltas(first: RequestOutput, second: RequestOutput) -> RequestOutput:
     return replace(second, outputs=[samples[index] for index in sorted(samples)])
 
 
-def merge_all_deltas(outputs: list[RequestOutput]) -> RequestOutput:
-    """Merge successive outputs that have only what is new. Each is copied log2(n) times, as in `OutputStream`."""
-    while len(outputs) > 1:
-        merged = [merge_deltas(*pair) for pair in zip(outputs[::2], outputs[1::2], strict=False)]
-        outputs = merged + outputs[2 * len(merged) :]
-    return outputs[0]
-
-
 def _merge_samples(old: CompletionOutput, new: CompletionOutput) -> CompletionOutput:
     logprobs = None
     if old.logprobs is not None and new.logprobs is not None:

@@ -14,6 +14,7 @@ from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.step_stats import StepStats, StepTimer
 from nanovllm.executor.local import Executor
 from nanovllm.messages import StepOutput
+from nanovllm.output_stream import merge_deltas
 from nanovllm.outputs import Metrics, RequestOutput
 
 
@@ -28,7 +29,8 @@ class EngineCore:
     Attributes:
         requests: the unfinished requests, by id.
         in_flight: steps that are launched and not collected yet, oldest first.
-        outputs: the outputs that nobody has taken yet, each with its request.
+        outputs: of each request, the output that nobody has taken yet. A new one joins it, or replaces it if the request
+            wants all outputs to be cumulative.
         weight_version: how many weight updates have succeeded.
     """
 
@@ -38,7 +40,7 @@ class EngineCore:
         self.overlap = overlap
         self.requests: dict[str, Request] = {}
         self.in_flight: deque[ScheduledStep] = deque()
-        self.outputs: list[tuple[Request, RequestOutput]] = []
+        self.outputs: dict[Request, RequestOutput] = {}
         self.weight_version = 0
         self.num_steps = 0
         self.step_time = 0.0
@@ -80,9 +82,13 @@ class EngineCore:
                 request.mark_first_token(now)
             finished = request.is_finished
             if finished or (request.stream and not request.lacks_prompt_logprobs):
-                self.outputs.append((request, request.take_output(self.weight_version, now)))
+                self._add_output(request, request.take_output(self.weight_version, now))
             if finished:
                 del self.requests[request_id]
+
+    def _add_output(self, request: Request, output: RequestOutput) -> None:
+        waiting = self.outputs.get(request)
+        self.outputs[request] = merge_deltas(waiting, output) if waiting and request.is_delta else output
 
     def drain_and_preempt_all(self) -> None:
         """Collect the steps in flight. Then preempt all sequences, so that they are computed again."""
@@ -99,27 +105,27 @@ class EngineCore:
         for seq in request.samples:
             self.scheduler.add(seq)
 
-    def abort(self, request: Request) -> RequestOutput:
-        """End an unfinished request. Return what it has so far. Outputs that wait to be taken stay."""
+    def abort(self, request: Request) -> None:
+        """End an unfinished request. What it has so far is its last output."""
         del self.requests[request.id]
         for seq in request.samples:
             self.scheduler.finish(seq, "abort")
-        return request.take_output(self.weight_version)
+        self._add_output(request, request.take_output(self.weight_version))
 
     def has_unfinished(self) -> bool:
         """Return whether a request, a step or an output is left, other than the outputs of iterators."""
-        return bool(self.requests or self.in_flight) or any(not owner.has_consumer for owner, _ in self.outputs)
+        return bool(self.requests or self.in_flight) or any(not request.has_consumer for request in self.outputs)
 
     def is_unfinished(self, request: Request) -> bool:
         return self.requests.get(request.id) is request  # not only the id: another request may have it by now
 
     def has_output(self, request: Request) -> bool:
         """Return whether an output of `request` waits to be taken."""
-        return any(owner is request for owner, _ in self.outputs)
+        return request in self.outputs
 
     def has_id(self, request_id: str) -> bool:
         """Return whether a request with this id is unfinished, or has an output that nobody has taken."""
-        return request_id in self.requests or any(output.request_id == request_id for _, output in self.outputs)
+        return request_id in self.requests or any(request.id == request_id for request in self.outputs)
 
     def clear(self) -> None:
         """Drop all requests, steps and outputs."""

@@ -29,7 +29,6 @@ from nanovllm.executor.local import Executor
 from nanovllm.executor.start import start_executor
 from nanovllm.inputs import Prompt
 from nanovllm.messages import Batch
-from nanovllm.output_stream import merge_all_deltas
 from nanovllm.outputs import Metrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams, own
 
@@ -107,29 +106,26 @@ class LLMEngine:
         self._advance()
         return self.take_outputs()
 
-    def take_outputs(self) -> list[RequestOutput]:
-        """Return the outputs that the next `step` would return, without a step."""
-        return self._take()
-
     def step_for(self, requests: Collection[Request]) -> list[RequestOutput]:
         """Run one step. Return the outputs of `requests`; keep those of other callers for their next `step`."""
         self._advance()
-        return self._take(requests)
+        return self.take_outputs(requests)
 
-    def _take(self, requests: Collection[Request] | None = None) -> list[RequestOutput]:
-        """Remove the outputs of `requests`, or all but those of iterators. Return them.
+    def take_outputs(self, requests: Collection[Request] | None = None) -> list[RequestOutput]:
+        """Return the outputs of `requests`, or all but those of iterators, without a step.
 
-        After an interrupt none has been removed.
+        After an interrupt none has been taken.
         """
         core = self.core
         all_outputs = core.outputs
         try:
             if requests is None:
                 # Iterators take their outputs themselves.
-                core.outputs = [pair for pair in all_outputs if pair[0].has_consumer]
-                return [output for request, output in all_outputs if not request.has_consumer]
-            core.outputs = [pair for pair in all_outputs if pair[0] not in requests]
-            return [output for request, output in all_outputs if request in requests]
+                taken = {request: output for request, output in all_outputs.items() if not request.has_consumer}
+            else:
+                taken = {request: output for request, output in all_outputs.items() if request in requests}
+            core.outputs = {request: all_outputs[request] for request in all_outputs if request not in taken}
+            return list(taken.values())
         except BaseException:
             core.outputs = all_outputs
             raise
@@ -224,9 +220,9 @@ class LLMEngine:
             request = self.core.requests.get(check_request_id(request_id))
             if request is None:
                 return None
-            last = self.core.abort(request)
-            untaken = self._take((request,))
-            return merge_all_deltas([*untaken, last]) if request.is_delta else last
+            self.core.abort(request)
+            (output,) = self.take_outputs((request,))
+            return output
 
     def expects_output(self, request: Request) -> bool:
         """Return whether a request is unfinished, or an output of it waits for `step`."""
@@ -268,7 +264,9 @@ class LLMEngine:
             for request in abandoned:
                 if core.is_unfinished(request):
                     core.abort(request)
-            core.outputs = [pair for pair in core.outputs if pair[0] not in self.abandoned]
+            core.outputs = {
+                request: output for request, output in core.outputs.items() if request not in self.abandoned
+            }
             for request in abandoned:
                 del self.abandoned[request]
 

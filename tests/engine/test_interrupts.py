@@ -284,20 +284,20 @@ class Owner:
 def test_an_interrupt_while_outputs_are_taken_loses_none(llm, takes_all):
     engine = llm.llm_engine
     a, b, iterator = Owner(False), Owner(False), Owner(True)
-    outputs = [(a, 1), (b, 2), (iterator, 3), (a, 4)]
+    outputs = {a: 1, b: 2, iterator: 3}
     for line in range(1, 100):
-        engine.core.outputs = list(outputs)
+        engine.core.outputs = dict(outputs)
         injector = Injector(line)
         try:
             with injector:
-                taken = engine._take(None if takes_all else {a})
+                taken = engine.take_outputs(None if takes_all else {a})
         except KeyboardInterrupt:
             assert engine.core.outputs == outputs, injector.where
         else:
             break
-    assert line > 4 and taken == ([1, 2, 4] if takes_all else [1, 4])
-    assert engine.core.outputs == ([(iterator, 3)] if takes_all else [(b, 2), (iterator, 3)])
-    engine.core.outputs = []
+    assert line > 4 and taken == ([1, 2] if takes_all else [1])
+    assert engine.core.outputs == ({iterator: 3} if takes_all else {b: 2, iterator: 3})
+    engine.core.outputs = {}
 
 
 def test_second_interrupt_is_raised_at_once():

@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams, StructuredOutputsParams
+from nanovllm import LLM, RequestOutputKind, SamplingParams, StructuredOutputsParams
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.models.presets import PRESETS
@@ -386,6 +386,20 @@ def test_id_of_a_waiting_output_is_refused(model):
         assert [out.prompt_token_ids for out in outputs] == [[i] * 5 for i in (2, 3, 4)]
         assert [out.request_id for out in llm.step()] == ["2"]
         assert_nothing_held(llm)
+
+
+def test_outputs_of_iterators_that_nobody_reads_are_merged(speaking):
+    params = greedy(40, logprobs=1)
+    with engine(speaking) as llm:
+        (want,) = llm.generate(["one"], params, use_tqdm=False)
+        for kind in (None, RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE):
+            iterator = llm.stream("one", params.clone(output_kind=kind))
+            llm.add_request("two", greedy(60))
+            while llm.has_unfinished():
+                llm.step()
+            assert len(llm.llm_engine.core.outputs) == 1
+            (output,) = iterator
+            assert output.finished and output.outputs[0] == want.outputs[0]
 
 
 def test_interleaved_streams_are_whole_and_a_closed_one_holds_nothing(speaking):
