@@ -245,6 +245,7 @@ class LLM:
         """Overwrite the weights in place, on all ranks; captured graphs stay valid.
 
         The prefix cache is emptied. Running requests go on from the tokens they have, recomputed with the new weights.
+        Logprobs of a prompt that is not complete start again, so that all are of the same weights.
 
         Args:
             weights: every tensor of the checkpoint, whole, on any device, by its Hugging Face name; the engine holds

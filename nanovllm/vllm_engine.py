@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import torch
 
-from nanovllm.engine.guard import MEMORY
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.memory_parts import MEMORY
 
 
 class VllmEngine(LLMEngine):

@@ -29,8 +29,8 @@ class EngineCore:
     Attributes:
         requests: the unfinished requests, by id.
         in_flight: steps that are launched and not collected yet, oldest first.
-        outputs: of each request, the output that nobody has taken yet. A new one joins it, or replaces it if the request
-            wants all outputs to be cumulative.
+        outputs: the output of each request that nobody has taken yet. A new one joins it, or replaces it if the
+            request's outputs are cumulative.
         weight_version: how many weight updates have succeeded.
     """
 

@@ -10,9 +10,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from nanovllm.engine.interrupts import DeferInterrupts
-
-# The parts of the device memory that can sleep apart, as vLLM names them.
-MEMORY = ("weights", "kv_cache")
+from nanovllm.engine.memory_parts import MEMORY
 
 
 class _Forks:

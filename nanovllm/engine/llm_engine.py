@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from nanovllm.checkpoints.model_source import new_weights, open_config
-from nanovllm.checks import is_list, shown
+from nanovllm.checks import shown
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.engine_core import EngineCore
-from nanovllm.engine.guard import MEMORY, Guard, Section, close_at_exit, without_traceback
+from nanovllm.engine.guard import Guard, Section, close_at_exit, without_traceback
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.interrupts import DeferInterrupts
+from nanovllm.engine.memory_parts import MEMORY, parts_of_level, parts_of_tags
 from nanovllm.engine.openmp import ThreadWatch, use_one_thread_after_fork
 from nanovllm.engine.request import Request, check_request_id
 from nanovllm.engine.scheduler import Scheduler
@@ -290,6 +291,7 @@ class LLMEngine:
             self._check_updatable()
             with self._closing_on_error():
                 self.core.drain_and_preempt_all()
+                self.scheduler.restart_prompt_logprobs()
             with self._updating_weights():
                 self.executor.start_weight_update()
                 self.guard.update_open = True
@@ -334,14 +336,9 @@ class LLMEngine:
 
     def sleep(self, level: int = 1) -> None:
         """Give device memory back until `wake_up`; see `LLM.sleep`."""
-        message = f"level must be the integer 1 (KV cache) or 2 (KV cache and weights), got {shown(level)}"
-        if not isinstance(level, int) or isinstance(level, bool):
-            raise TypeError(message)
-        if level not in (1, 2):
-            raise ValueError(message)
+        wanted = parts_of_level(level)
         with self._section():
             self.guard.check_usable(needs=(), allow_partial_weights=True)
-            wanted = MEMORY if level == 2 else ("kv_cache",)
             if parts := tuple(part for part in wanted if part not in self.guard.asleep):
                 with self._closing_on_error():
                     self.core.drain_and_preempt_all()
@@ -350,7 +347,7 @@ class LLMEngine:
 
     def wake_up(self, tags: Iterable[str] | None = None) -> None:
         """Undo `sleep`, or a part of it; see `LLM.wake_up`."""
-        wanted = MEMORY if tags is None else _memory_parts(tags)
+        wanted = parts_of_tags(tags)
         with self._section():
             self.guard.check_usable(needs=(), allow_partial_weights=True)
             if parts := tuple(part for part in wanted if part in self.guard.asleep):
@@ -478,13 +475,3 @@ def weight_pairs(weights: Any) -> Iterable[tuple[str, torch.Tensor]]:
     if not isinstance(weights, Iterable) or isinstance(weights, str | bytes | Mapping):
         raise TypeError(f"weights must be pairs (name, tensor), got {type(weights).__name__}")
     return weights
-
-
-def _memory_parts(tags: Any) -> tuple[str, ...]:
-    is_listed = is_list(tags) or isinstance(tags, set | frozenset)
-    if not is_listed or not all(isinstance(part, str) for part in tags):
-        raise TypeError(f"tags must be None or a list of {' and '.join(MEMORY)}, got {shown(tags)}")
-    parts = tuple(tags)
-    if unknown := [part for part in parts if part not in MEMORY]:
-        raise ValueError(f"tags must be None or a list of {' and '.join(MEMORY)}, got {shown(unknown[0])}")
-    return parts

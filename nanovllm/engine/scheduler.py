@@ -157,6 +157,16 @@ class Scheduler:
             self._preempt(self.running[-1])
         self.block_manager.reset_prefix_cache()
 
+    def restart_prompt_logprobs(self) -> None:
+        """Forget logprobs of prompts that are not complete: the rest will come from other weights.
+
+        All sequences wait.
+        """
+        for seq in self.waiting:
+            if seq.num_unscored:
+                seq.num_scored = 0
+                seq.prompt_logprobs = seq.prompt_logprobs[:1]
+
     # -- parts of schedule -------------------------------------------------------------------------------------------
 
     def _compute_masks(self) -> None:

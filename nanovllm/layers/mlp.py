@@ -33,7 +33,7 @@ class MLP(Layer):
             bias,
             dtype=dtype,
             tp=tp,
-            allocate_weight=formats.weight("gate_proj", "up_proj"),
+            allocate_weight=formats.weight("gate_proj", "up_proj", "gate_up_proj"),
         )
         self.down_proj = RowParallelLinear(
             intermediate_size, hidden_size, bias, dtype=dtype, tp=tp, allocate_weight=formats.weight("down_proj")

@@ -11,15 +11,17 @@ from nanovllm.weights.parameter import CheckpointTensor, check_shape, make_param
 class WholeQKNorm(Layer):
     """RMSNorm of all query heads together and of all key heads together (Olmo 2), those of other ranks included.
 
+    The weights are float32, so that only the products with them are rounded, as in transformers.
+
     Args:
         qkv_proj: computes the queries and keys.
     """
 
-    def __init__(self, qkv_proj: QKVParallelLinear, eps: float, *, dtype: torch.dtype | None, tp: TensorParallel):
+    def __init__(self, qkv_proj: QKVParallelLinear, eps: float, *, tp: TensorParallel):
         super().__init__()
         self.shards = {"q": qkv_proj.shards["q"], "k": qkv_proj.shards["k"]}
         self.eps, self.tp = eps, tp
-        options = {"dtype": dtype, "weight_loader": self.weight_loader}
+        options = {"dtype": torch.float32, "weight_loader": self.weight_loader}
         self.q_weight = make_parameter(self.shards["q"].size, **options)
         self.k_weight = make_parameter(self.shards["k"].size, **options)
 
@@ -50,5 +52,5 @@ class WholeQKNorm(Layer):
         for x, weight, total in zip(parts, weights, squares, strict=True):
             # If several ranks hold the same key head, the sum and the count both include it once per rank.
             mean = total / (len(weight) * self.tp.size)
-            x.copy_((x.float() * torch.rsqrt(mean + self.eps)).to(x.dtype) * weight)
+            x.copy_(x.float() * torch.rsqrt(mean + self.eps) * weight)
         return qkv

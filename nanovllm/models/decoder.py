@@ -49,7 +49,7 @@ class SelfAttention(Layer):
             layout=_head_layout(config, rotary),
             dtype=dtype,
             tp=tp,
-            allocate_weight=formats.weight("q_proj", "k_proj", "v_proj"),
+            allocate_weight=formats.weight("q_proj", "k_proj", "v_proj", "qkv_proj"),
         )
         self.attn = Attention(
             num_heads=self.qkv_proj.num_heads,
@@ -63,7 +63,7 @@ class SelfAttention(Layer):
         )
         self.whole_qk_norm = None
         if config.whole_qk_norm:
-            self.whole_qk_norm = WholeQKNorm(self.qkv_proj, config.rms_norm_eps, dtype=dtype, tp=tp)
+            self.whole_qk_norm = WholeQKNorm(self.qkv_proj, config.rms_norm_eps, tp=tp)
         attended_size = config.num_heads * config.head_dim
         self.o_proj = RowParallelLinear(
             attended_size,
@@ -199,6 +199,8 @@ def _kind(module: nn.Module) -> tuple[type, type]:
 
 def _norm(config: ModelConfig, dtype: torch.dtype | None) -> RMSNorm:
     """Make a norm of the residual stream."""
+    # Norms of Olmo multiply by the weight before they round. A float32 weight does that.
+    dtype = torch.float32 if config.post_norms else dtype
     return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, zero_centered=config.zero_centered_norms)
 
 

@@ -44,6 +44,8 @@ _MAX_END_IDS = 1024  # real models have a few
 # Kernels hold a value for each expert in registers. Real models have up to 512 experts, and 22 per token.
 MAX_EXPERTS = 4096
 _MAX_EXPERTS_PER_TOKEN = 64
+# Bounds the tables with an entry for each feature of all heads, which are made before the weights show the sizes.
+_MAX_FEATURES = 1 << 20
 # Bounds the loops over layers that run before the weights show how many there are.
 MAX_LAYERS = 4096
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -193,6 +195,7 @@ class ModelConfig:
             raise ValueError(f"the model's partial_rotary_factor must leave an even number of dimensions, got {factor}")
         if self.num_heads % self.num_kv_heads:
             raise unsupported(f"num_attention_heads={self.num_heads} with num_key_value_heads={self.num_kv_heads}")
+        _check_features("num_attention_heads", self.num_heads, self.head_dim)
         if self.dtype not in _DTYPES:
             raise unsupported(f"a checkpoint of dtype {shown(self.dtype)}")
         self._check_rope(self.rope_theta, self.rope_scaling)
@@ -255,6 +258,8 @@ class ModelConfig:
 
     def _check_gated_delta_net(self, options: GatedDeltaNetConfig) -> None:
         check_options(options, "gated_delta_net.")
+        _check_features("linear_num_key_heads", options.num_key_heads, options.key_head_dim)
+        _check_features("linear_num_value_heads", options.num_value_heads, options.value_head_dim)
         if options.num_value_heads % options.num_key_heads:
             heads = f"linear_num_value_heads={options.num_value_heads}"
             raise unsupported(f"{heads} with linear_num_key_heads={options.num_key_heads}")
@@ -332,12 +337,24 @@ class ModelConfig:
             frequencies, factor = rope_frequencies(self.rotary_dim, theta, scaling)
             their_frequencies, their_factor = rope_frequencies(other.rotary_dim, their_theta, their_scaling)
             is_same = torch.allclose(frequencies, their_frequencies, rtol=1e-4, atol=0)
-        beta = (scaling or {}).get("llama_4_scaling_beta")
-        their_beta = (their_scaling or {}).get("llama_4_scaling_beta")
-        if not is_same or not math.isclose(factor, their_factor, rel_tol=1e-4) or beta != their_beta:
+        is_same = is_same and _query_scaling(scaling) == _query_scaling(their_scaling)
+        if not is_same or not math.isclose(factor, their_factor, rel_tol=1e-4):
             mine = f"{theta} scaled by {shown(scaling)}"
             theirs = f"{their_theta} scaled by {shown(their_scaling)}"
             raise ValueError(f"the checkpoint's RoPE is rope_theta={theirs}, but the model's is rope_theta={mine}")
+
+
+def _query_scaling(scaling: dict[str, Any] | None) -> tuple | None:
+    """Return the options of the factor by which queries grow with their position; None if they do not grow."""
+    if scaling is None or scaling.get("llama_4_scaling_beta") is None:
+        return None
+    return scaling["llama_4_scaling_beta"], scaling.get(ORIGINAL_POSITIONS)
+
+
+def _check_features(name: str, num_heads: int, head_dim: int) -> None:
+    if num_heads * head_dim > _MAX_FEATURES:
+        message = f"the model's {name} must have at most {_MAX_FEATURES} features together"
+        raise ValueError(f"{message}, got {num_heads} heads of {head_dim}")
 
 
 def _check_moe(moe: MoEConfig) -> None:

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import random
 import threading
-from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import fields
 from functools import cache, partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from ray.exceptions import RayError, RayTaskError
 from nanovllm import Metrics, RequestOutput, RequestOutputKind, SamplingParams
 from nanovllm.checks import is_list, length, number, shown
 from nanovllm.config import check_names
-from nanovllm.engine.guard import MEMORY
+from nanovllm.engine.memory_parts import MEMORY, parts_of_level, parts_of_tags
 from nanovllm.inputs import Prompt, list_prompts
 from nanovllm.llm import Chat, pair_params
 from nanovllm.output_stream import OutputStream, call_soon, keep_newest, merge_deltas
@@ -35,6 +35,8 @@ logger = logging.getLogger("nanovllm")
 
 # After so many seconds without a process for a replica, a warning is logged. Ray usually starts one within some.
 _PATIENCE_S = 30
+# How often to look whether Ray still runs, in seconds.
+_WATCH_S = 1.0
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -94,16 +96,19 @@ class Replicas(AbstractContextManager["Replicas"]):
         self._seeds = random.Random(options.get("seed") or 0)
         # Only the loop's thread uses these.
         self._version = 0  # of the weights
-        self._waiting: deque[Request] = deque()
+        self._waiting: OrderedDict[Request, None] = OrderedDict()
         self._asleep: set[str] = set()  # the parts of the replicas' memory that sleep
         self._replicas = [Replica(self._actor_class.remote(self._options)) for _ in range(num_replicas)]
-        # The calls that bring a new replica to the state of the others.
-        self._calls: list[tuple] = []
-        self._changing = asyncio.Lock()
+        # The call that gives a new replica the weights of the others: `update` or `refuse`.
+        self._weights_call: tuple[str, tuple] | None = None
+        self._changing = asyncio.Lock()  # held while the weights change, or which parts sleep
+        self._joined = asyncio.Event()  # some replica is up
+        self._joined.set()
         self._next_update = asyncio.Event()
         self._end_reason: str | None = None
         self._loop = _event_loop()
         self._keepers = [asyncio.run_coroutine_threadsafe(self._keep(each), self._loop) for each in self._replicas]
+        self._keepers.append(asyncio.run_coroutine_threadsafe(self._watch_ray(), self._loop))
         try:
             self._wait(self._on_all("start"))
         except BaseException:
@@ -176,25 +181,26 @@ class Replicas(AbstractContextManager["Replicas"]):
 
     def _dispatch(self, requests: Iterable[Request] = ()) -> None:
         """Send requests to replicas that are awake and have room for them. The others wait."""
-        self._waiting.extend(requests)
+        self._waiting.update(dict.fromkeys(requests))
         while self._waiting and (error := self._error()):
-            self._waiting.popleft().receive(error)
+            self._waiting.popitem(last=False)[0].receive(error)
         while self._waiting and not self._asleep:
             free = [replica for replica in self._replicas if len(replica.requests) < self._max_requests]
             if not free:
                 return
-            request = self._waiting.popleft()
+            request, _ = self._waiting.popitem(last=False)
             least_loaded = min(free, key=lambda replica: replica.num_tokens + replica.cost(request))
             least_loaded.send(request)
 
     def _abandon(self, abandoned: set[Request]) -> None:
         """End those of these requests that have not finished."""
-        self._waiting = deque(request for request in self._waiting if request not in abandoned)
+        for request in abandoned:
+            self._waiting.pop(request, None)
         for replica in self._replicas:
-            requests = abandoned.intersection(replica.requests.values())
+            requests = [request for request in abandoned if request.id in replica.requests]
             for request in requests:
                 replica.remove(request)
-            if requests and ray.is_initialized():
+            if requests and self._is_same_ray():
                 replica.actor.abandon.remote([request.id for request in requests])
         self._dispatch()
 
@@ -230,24 +236,40 @@ class Replicas(AbstractContextManager["Replicas"]):
                 self._drop(replica)
 
     async def _joins(self, replica: Replica) -> bool:
-        """Let a new replica do what the others have done, and then answer requests. Return False if it cannot."""
-        await replica.actor.start.remote()
+        """Bring a new replica to the state of the others, and let it answer requests.
+
+        Return False if it cannot have their weights.
+        """
+        actor = replica.actor
+        await actor.start.remote()
         async with self._changing:
-            for i, (method, *arguments) in enumerate(self._calls):
-                try:
-                    await getattr(replica.actor, method).remote(*arguments)
-                except RayTaskError as error:
-                    reason = str(error.cause).partition("\n")[0][:300]
-                    if method == "update" and not self._replicas:  # nobody has these weights any more
-                        self._calls[i] = "refuse", reason
-                        await replica.actor.refuse.remote(reason)
-                        continue
-                    self._next_update.clear()
-                    message = "A new replica cannot have the newest weights, so it waits for the next update"
-                    logger.warning(f"{message}: {reason}")
-                    return False
+            if not await self._takes_weights(actor):
+                return False
+            if self._asleep:
+                await actor.sleep.remote(2 if "weights" in self._asleep else 1)
+                await actor.wake_up.remote([part for part in MEMORY if part not in self._asleep])
             self._replicas.append(replica)
+            self._joined.set()
             return True
+
+    async def _takes_weights(self, actor: Any) -> bool:
+        """Give a new replica, which is awake, the newest weights. Return False if it cannot have them."""
+        if self._weights_call is None:
+            return True
+        method, arguments = self._weights_call
+        try:
+            await getattr(actor, method).remote(*arguments)
+        except RayTaskError as error:
+            reason = str(error.cause).partition("\n")[0][:300]
+            if self._replicas:
+                self._next_update.clear()
+                message = "A new replica cannot have the newest weights, so it waits for the next update"
+                logger.warning(f"{message}: {reason}")
+                return False
+            # Nobody has these weights any more.
+            self._weights_call = "refuse", (reason,)
+            await actor.refuse.remote(reason)
+        return True
 
     async def _wait_for_place(self, replica: Replica) -> None:
         """Wait until Ray has started a replica's process. Say so if it cannot, because its resources are not free."""
@@ -271,25 +293,52 @@ class Replicas(AbstractContextManager["Replicas"]):
 
     def _drop(self, replica: Replica) -> None:
         """Kill a replica, which may be lost already, and let others answer its requests."""
-        if ray.is_initialized():
+        if self._is_same_ray():
             ray.kill(replica.actor)
         if replica in self._replicas:
             self._replicas.remove(replica)
+            if not self._replicas and not self._end_reason:
+                self._joined.clear()
             self._dispatch(replica.requests.values())
             replica.requests.clear()
 
+    async def _watch_ray(self) -> None:
+        """End all requests once Ray has been shut down, which nothing else tells."""
+        while self._is_same_ray():
+            await asyncio.sleep(_WATCH_S)
+        await self._end("Ray has been shut down")
+
     async def _end(self, reason: str) -> None:
-        """Kill all replicas, and let all requests raise RuntimeError."""
+        """Kill all replicas, and let all requests and calls raise RuntimeError."""
         self._end_reason = reason
         for keeper in self._keepers:
             keeper.cancel()
+        self._joined.set()
         self._dispatch()
+
+    def _is_same_ray(self) -> bool:
+        """Whether the Ray in which the replicas were made still runs."""
+        return ray.is_initialized() and ray.get_runtime_context().get_node_id() == self._node_id
 
     def _error(self) -> RuntimeError | None:
         """Return an error that says why no replica can answer any more. A call of Ray would start it again."""
-        is_same_ray = ray.is_initialized() and ray.get_runtime_context().get_node_id() == self._node_id
-        reason = self._end_reason if is_same_ray else "Ray has been shut down"
+        reason = self._end_reason if self._is_same_ray() else "Ray has been shut down"
         return RuntimeError(reason) if reason else None
+
+    @asynccontextmanager
+    async def _change(self) -> AsyncIterator[None]:
+        """Change the weights or the memory of all replicas, of which at least one is up.
+
+        Raise RuntimeError once no replica can be up any more.
+        """
+        while True:
+            if error := self._error():
+                raise error
+            await self._joined.wait()
+            async with self._changing:
+                if self._replicas:  # the last one may have been lost meanwhile
+                    yield
+                    return
 
     async def _on_all(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of all actors. Return the results of those that are not lost meanwhile, or raise an error."""
@@ -335,54 +384,59 @@ class Replicas(AbstractContextManager["Replicas"]):
         return self._wait(self._update(source))
 
     async def _update(self, source: list[Any]) -> int:
-        async with self._changing:
-            version = self._version + 1
-            kept = [call for call in self._calls if call[0] not in ("update", "refuse")]
-            results = await self._on_each("update", version, None, *source)
-            errors = [result for result in results if isinstance(result, Exception)]
-            if not errors and len(set(results)) > 1:  # they are fingerprints of the files
-                errors = [ValueError(f"the files of {source[0]} are not the same on all hosts")]
-            if errors:
-                # An update that all have refused before it began has changed nothing.
-                if len(errors) < len(results) or any(await self._on_all("lacks_weights")):
-                    reason = str(errors[0])[:300]
-                    self._calls = [*kept, ("refuse", reason)]
-                    await self._on_all("refuse", reason)
-                raise errors[0]
-            self._version = version
-            fingerprint = results[0] if results else None
-            self._calls = [*kept, ("update", version, fingerprint, *source)]
-            self._next_update.set()
-            return version
+        while True:
+            async with self._change():
+                if await self._updates(source):
+                    return self._version
+
+    async def _updates(self, source: list[Any]) -> bool:
+        """Update the weights of all replicas. Return False if all are lost meanwhile, so that none has checked them."""
+        version = self._version + 1
+        results = await self._on_each("update", version, None, *source)
+        if not results:
+            return False
+        errors = [result for result in results if isinstance(result, Exception)]
+        if not errors and len(set(results)) > 1:  # they are fingerprints of the files
+            errors = [ValueError(f"the files of {source[0]} are not the same on all hosts")]
+        if errors:
+            # An update that all have refused before it began has changed nothing.
+            if len(errors) < len(results) or any(await self._on_all("lacks_weights")):
+                reason = str(errors[0])[:300]
+                self._weights_call = "refuse", (reason,)
+                await self._on_all("refuse", reason)
+            raise errors[0]
+        self._version = version
+        fingerprint = results[0]
+        self._weights_call = "update", (version, fingerprint, *source)
+        self._next_update.set()
+        return True
 
     def sleep(self, level: int = 1) -> None:
         """Give memory of all replicas back until `wake_up`; see `LLM.sleep`."""
-        self._wait(self._set("sleep", level))
+        self._wait(self._sleep(level, parts_of_level(level)))
 
     def wake_up(self, tags: Iterable[str] | None = None) -> None:
         """Wake all replicas; see `LLM.wake_up`."""
-        self._wait(self._set("wake_up", list(tags) if isinstance(tags, Iterator) else tags))
+        tags = list(tags) if isinstance(tags, Iterator) else tags
+        self._wait(self._wake_up(list(parts_of_tags(tags))))
 
-    async def _set(self, method: str, argument: Any) -> None:
-        """Call `sleep` or `wake_up` of all replicas, also of those that start later."""
-        async with self._changing:
+    async def _sleep(self, level: int, parts: Collection[str]) -> None:
+        async with self._change():
             before = set(self._asleep)
-            if method == "sleep":
-                self._asleep |= {"kv_cache"} if argument == 1 else set(MEMORY)  # from now on, requests wait here
-            try:
-                await self._on_all(method, argument)
-            except BaseException:
-                self._asleep = before
-                self._dispatch()
-                raise
-            if method == "wake_up":
-                woken: Any = MEMORY if argument is None else argument
-                self._asleep.difference_update(woken)
-            self._calls.append((method, argument))
-            if not self._asleep:
-                # New replicas start awake, so they need no `sleep` and `wake_up`.
-                self._calls = [each for each in self._calls if each[0] in ("update", "refuse")]
-                self._dispatch()
+            self._asleep.update(parts)  # from now on, requests wait here
+            num_asked = len(self._replicas)
+            errors = [result for result in await self._on_each("sleep", level) if isinstance(result, Exception)]
+            if errors:
+                if len(errors) == num_asked:  # else some are asleep: `wake_up` wakes them
+                    self._asleep = before
+                    self._dispatch()
+                raise errors[0]
+
+    async def _wake_up(self, parts: list[str]) -> None:
+        async with self._change():
+            await self._on_all("wake_up", parts)  # after an error, a second call wakes those that still sleep
+            self._asleep.difference_update(parts)
+            self._dispatch()
 
     def reset_prefix_cache(self) -> None:
         """Forget the cached prefixes of all replicas; see `LLM.reset_prefix_cache`."""

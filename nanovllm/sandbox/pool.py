@@ -213,8 +213,8 @@ class _Child:
         """Return the reply to these messages, or None if the process ended instead."""
         timer = threading.Timer(wall_seconds, self._time_out)
         timer.daemon = True
-        timer.start()
         try:
+            timer.start()  # an interrupt may come while it waits for its thread
             for message in messages:
                 self.channel.send_bytes(message)
             return json.loads(self.channel.recv_bytes())

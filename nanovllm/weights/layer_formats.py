@@ -22,11 +22,15 @@ class LayerFormats(NamedTuple):
         return LayerFormats(self.scheme, f"{self.prefix}.{name}")
 
     def are_plain(self, *names: str) -> bool:
-        """Return whether the weight that merges these modules is plain, because one of them is not quantized."""
+        """Return whether the weight that merges these modules is plain, because one of them is not quantized.
+
+        Args:
+            names: of the modules, and of the one that has them merged in some checkpoints.
+        """
         return self.scheme is None or not all(self.scheme.covers(f"{self.prefix}.{name}") for name in names)
 
     def weight(self, *names: str) -> AllocateWeight:
-        """Return the function that allocates the weight that merges these modules."""
+        """Return the function that allocates the weight that merges these modules; see `are_plain`."""
         if self.scheme is None or self.are_plain(*names):
             return Plain.allocate
         return self.scheme.allocate

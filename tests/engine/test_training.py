@@ -381,6 +381,22 @@ def test_running_requests_go_on_with_the_new_weights(models):
     assert 5 < same < 12 and out.token_ids[same:] == rest and out.weight_version == 1
 
 
+def test_prompt_logprobs_that_an_update_interrupts_are_all_of_the_new_weights(models):
+    old, new = models["qwen3"]
+    (prompt,) = prompts_of([99])
+    params = greedy(1, prompt_logprobs=0)
+    with engine(new) as llm:
+        (want,) = llm.generate([prompt], params, use_tqdm=False)
+    with engine(old, max_num_batched_tokens=32, max_num_seqs=2) as llm:
+        llm.add_request(prompt, params)
+        llm.step()
+        llm.step()
+        llm.update_weights(weights_of(new))
+        (out,) = finish(llm)
+    got, expected = ([next(iter(row.values())).logprob for row in each.prompt_logprobs[1:]] for each in (out, want))
+    assert got == pytest.approx(expected, abs=1e-3) and len(got) == 98
+
+
 @pytest.mark.parametrize("level", [1, 2])
 def test_sleep_frees_the_cache_and_requests_go_on_after_waking_up(llm, level):
     prompts, params = prompts_of([20, 3]), [greedy(30), SamplingParams(seed=1, max_tokens=30, ignore_eos=True)]

@@ -10,6 +10,7 @@ from nanovllm.arithmetic import ceil_div
 from nanovllm.attention import select_backend
 from nanovllm.checkpoints.loader import load_weights
 from nanovllm.checkpoints.model_source import open_model
+from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.models.decoder import Decoder
 from nanovllm.ops.attention.paged_cache import PagedRows
 from nanovllm.ops.state.rows import StateRows
@@ -61,6 +62,27 @@ def test_logits_equal_transformers(tmp_path, name):
     with torch.inference_mode():
         expected = reference(ids[None]).logits[0]
     torch.testing.assert_close(prefill_logits(model, ids), expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["olmo2", "olmo3"])
+def test_norms_of_olmo_round_once_as_in_transformers(tmp_path, name):
+    reference = tiny_model(name).to(torch.bfloat16)
+    reference.save_pretrained(tmp_path)
+    source = open_model(tmp_path)
+    model = Decoder(source.config, dtype=torch.bfloat16, tp=TensorParallel())
+    load_weights(model, source.weights())
+    x = torch.randn(50, source.config.hidden_size, generator=torch.Generator().manual_seed(1)).bfloat16()
+    ours, theirs = model.layers[0], reference.model.layers[0]
+    with torch.inference_mode():
+        assert torch.equal(model.norm(x), reference.model.norm(x))
+        norm = theirs.post_feedforward_layernorm
+        assert torch.equal(ours.post_feedforward_layernorm(x), norm(x))
+        qkv = torch.randn(50, 2000, generator=torch.Generator().manual_seed(1)).bfloat16()
+        attention = theirs.self_attn
+        sizes = [len(attention.q_norm.weight), len(attention.k_norm.weight)]
+        expected = [attention.q_norm(qkv[:, : sizes[0]]), attention.k_norm(qkv[:, sizes[0] : sum(sizes)])]
+        got = ours.self_attn.whole_qk_norm(qkv.clone())[:, : sum(sizes)]
+        assert torch.equal(got, torch.cat(expected, dim=1))
 
 
 def test_a_random_model_has_random_values_in_the_buffers_of_its_checkpoint():

@@ -1,6 +1,7 @@
 """FP8 weights: the formula, configs of checkpoints, shards of blocks, and errors by name."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 from nanovllm.arithmetic import ceil_div
 from nanovllm.checkpoints.loader import WeightUpdate, check_shapes, dummy_weights, load_weights
+from nanovllm.checkpoints.model_source import open_model
 from nanovllm.distributed.parallel import TensorParallel
 from nanovllm.layers.linear import GateUpParallelLinear, LinearLayer, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.moe import Experts, MoEConfig
@@ -27,7 +29,8 @@ from nanovllm.weights.fp8 import Fp8, Fp8Experts, Fp8Scheme
 from nanovllm.weights.layer_formats import LayerFormats
 from nanovllm.weights.parameter import WHOLE, blocks_covering
 from nanovllm.weights.quantization_config import read_scheme
-from tests.models.fp8 import blocks, compressed, quantized, use_references
+from tests.models.fp8 import KEPT, blocks, compressed, quantized, save_fp8, use_references
+from tests.models.test_decoder import prefill_logits
 from tests.models.tiny import separate_experts, tiny_model
 
 BLOCKS, ROWS = blocks(), compressed()
@@ -172,6 +175,22 @@ def test_other_quantisations_are_refused_by_name(options, named):
 )
 def test_excluded_modules_are_matched_like_in_their_libraries(options, name, is_covered):
     assert read_scheme(options).covers(name) is is_covered
+
+
+@pytest.mark.parametrize("name", ["self_attn.qkv_proj", "mlp.gate_up_proj"])
+@pytest.mark.parametrize("options", [blocks(kept=[*KEPT, "{}"]), compressed(ignore=["lm_head", "{}"])])
+def test_merged_modules_that_a_checkpoint_keeps_are_plain(tmp_path, options, name):
+    module = f"model.layers.1.{name}"
+    options = json.loads(json.dumps(options).replace("{}", module))
+    fp8, plain = save_fp8(tmp_path, "phi3", options, kept=(*KEPT, module), hidden_size=256, intermediate_size=512)
+    ids = torch.arange(20)
+    logits = []
+    for path in (fp8, plain):
+        source = open_model(path)
+        model = Decoder(source.config, tp=TensorParallel())
+        load_weights(model, source.weights())
+        logits.append(prefill_logits(model, ids))
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
 
 
 def test_pattern_that_takes_for_ever_is_refused(monkeypatch):

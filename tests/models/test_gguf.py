@@ -650,8 +650,10 @@ def test_impossible_counts_and_offsets_are_refused(tmp_path, name):
         ({"llama__feed_forward_length": 1 << 24}, "gate_proj|up_proj|down_proj"),
         ({"llama__block_count": 1 << 24}, "num_layers must be at most 4096, got 16777216"),
         ({"llama__block_count": 4096}, "num_layers is 4096, but the checkpoint has 2"),
-        ({"llama__attention__head_count": 1 << 22}, "q_proj|o_proj"),
-        ({"llama__attention__key_length": 1 << 24}, "proj"),
+        ({"llama__attention__head_count": 1 << 12}, "q_proj|o_proj"),
+        ({"llama__attention__head_count": 1 << 22}, "at most 1048576 features"),
+        ({"llama__attention__key_length": 1 << 10}, "proj"),
+        ({"llama__attention__key_length": 1 << 24}, "at most 1048576 features"),
     ],
 )
 def test_sizes_that_differ_from_the_tensors_are_refused(tmp_path, size, named):

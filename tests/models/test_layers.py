@@ -300,7 +300,7 @@ def test_norm_over_all_heads_includes_those_of_other_ranks(size, kv_heads):
     expected = torch.cat([rms_norm(q, weights[0], eps), rms_norm(k, weights[1], eps), v], 1)
     for tp in ranks(size):
         proj = QKVParallelLinear(hidden, dim, heads, kv_heads, tp=tp)
-        norm = WholeQKNorm(proj, eps, dtype=torch.float32, tp=tp)
+        norm = WholeQKNorm(proj, eps, tp=tp)
         targets = norm.checkpoint_tensors("self_attn.whole_qk_norm")
         for weight, target in zip(weights, targets.values(), strict=True):
             target.load(weight)

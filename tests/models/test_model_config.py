@@ -130,6 +130,7 @@ def test_embeddings_are_tied_if_either_config_says_so(outer, inner):
         ({"linear_key_head_dim": 24}, "heads of 24 dimensions"),
         ({"linear_value_head_dim": 8}, "heads of 8 dimensions"),
         ({"linear_num_value_heads": 40}, "linear_num_value_heads=40 with linear_num_key_heads=16"),
+        ({"linear_num_value_heads": 1 << 14}, "linear_num_value_heads must have at most .*, got 16384 heads of 128"),
         ({"linear_num_key_heads": 0}, "num_key_heads must be an integer from 1 .*, got 0"),
         ({"linear_conv_kernel_dim": 3}, "linear_conv_kernel_dim=3"),
         ({"layer_types": ["linear_attention"] * 4}, "a model without layers of attention"),
@@ -361,6 +362,15 @@ def test_weights_of_a_model_that_differs_in_one_option_are_refused(change, messa
     config.check_same_model(dataclasses.replace(config))
     with pytest.raises(ValueError, match=message):
         config.check_same_model(dataclasses.replace(config, **change))
+
+
+def test_weights_of_a_model_whose_queries_grow_from_another_position_are_refused():
+    scaling = {"rope_type": "default", "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}
+    config = dataclasses.replace(PRESETS["qwen3-0.6b"], rope_scaling=scaling)
+    config.check_same_model(dataclasses.replace(config, rope_scaling=dict(scaling)))
+    with pytest.raises(ValueError, match="the checkpoint's RoPE"):
+        other = scaling | {"original_max_position_embeddings": 32}
+        config.check_same_model(dataclasses.replace(config, rope_scaling=other))
 
 
 @pytest.mark.parametrize(

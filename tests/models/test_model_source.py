@@ -505,8 +505,10 @@ def test_broken_file_is_named(tmp_path, file, content):
         ({"num_labels": 10**12}, "num_labels must be an integer from 1 to 4096"),
         ({"num_hidden_layers": 1}, r"layers\.1\..* does not have"),
         ({"vocab_size": 1 << 24}, "embed_tokens"),
-        ({"head_dim": 1 << 24}, "proj|norm"),
-        ({"num_attention_heads": 1 << 24, "num_key_value_heads": 1 << 24}, "proj"),
+        ({"head_dim": 1 << 24}, "at most 1048576 features together, got 4 heads of 16777216"),
+        ({"head_dim": 1 << 10}, "proj|norm"),
+        ({"num_attention_heads": 1 << 24, "num_key_value_heads": 1 << 24}, "at most 1048576 features"),
+        ({"num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12}, "proj"),
         ({"attention_bias": True}, "lacks 8 tensors"),
     ],
 )

@@ -304,6 +304,19 @@ def test_more_losses_than_max_restarts_are_one_clear_error(cluster, model):
     replicas.close()
 
 
+def test_requests_end_when_ray_is_shut_down(cluster, model, monkeypatch):
+    replicas = make_replicas(model, 1)
+    set_step_time(replicas._replicas[0], 0.1)
+    with ThreadPoolExecutor(1) as threads, monkeypatch.context() as patch:
+        waiting = threads.submit(replicas.generate, ["x"] * 3, greedy(400), use_tqdm=False)
+        assert wait_until(lambda: replicas.metrics().num_running)
+        patch.setattr(replicas, "_node_id", "another")  # as after ray.shutdown() and ray.init()
+        patch.setattr(ray, "kill", lambda actor: (_ for _ in ()).throw(ValueError("an actor of another Ray")))
+        with pytest.raises(RuntimeError, match="Ray has been shut down"):
+            waiting.result(SOON)
+        replicas.close()
+
+
 def test_no_call_starts_ray_again_after_its_shutdown(cluster, model, monkeypatch):
     replicas = make_replicas(model, 1)
     with monkeypatch.context() as patch:
@@ -567,6 +580,56 @@ def test_requests_that_wait_here_stay_while_replicas_sleep_and_go_on_after_a_los
         with pytest.raises(RuntimeError, match="asleep"):
             replicas.sleep(2)
             replicas.generate("x", use_tqdm=False)
+
+
+def test_calls_while_no_replica_is_up_wait_for_one_that_checks_them(replicas, one):
+    assert all_run(replicas, 2)
+    for replica in list(replicas._replicas):
+        kill(replica)
+    with pytest.raises(ValueError, match="/nowhere"):
+        replicas.update_weights("/nowhere")
+    for wrong in (lambda: replicas.sleep(9), lambda: replicas.wake_up(["weight"])):
+        with pytest.raises(ValueError, match=r"level must be|tags must be"):
+            wrong()
+    want = samples(one.generate("x", greedy(5), use_tqdm=False))
+    assert samples(replicas.generate("x", greedy(5), use_tqdm=False)) == want
+    assert all_run(replicas, 2)
+
+
+def test_a_sleep_that_fails_in_one_replica_is_undone_by_wake_up(replicas, one):
+    def fail(actor):
+        engine = actor.llm_engine
+
+        def sleep(level):
+            del engine.sleep
+            raise RuntimeError("no sleep")
+
+        engine.sleep = sleep
+
+    assert all_run(replicas, 2)
+    ray.get(replicas._replicas[1].actor.__ray_call__.remote(fail))
+    with pytest.raises(RuntimeError, match="no sleep"):
+        replicas.sleep(1)
+    with pytest.raises(RuntimeError, match="the replicas are asleep"):
+        replicas.generate("x", greedy(5), use_tqdm=False)
+    replicas.wake_up()
+    want = samples(one.generate("x", greedy(5), use_tqdm=False))
+    assert samples(replicas.generate(["x"] * 8, greedy(5), use_tqdm=False)) == want * 8
+
+
+def test_a_new_replica_sleeps_as_far_as_the_others(replicas, one):
+    want = samples(one.generate("x", greedy(5), use_tqdm=False))
+    for part in ("weights", "kv_cache"):
+        replicas.sleep(2)
+        replicas.wake_up([part])
+        lost = replicas._replicas[0]
+        kill(lost)
+        assert wait_until(lambda lost=lost: lost not in replicas._replicas and len(replicas._replicas) == 2)
+        for replica in replicas._replicas:
+            asleep = replica.actor.__ray_call__.remote(lambda actor: actor.llm_engine.guard.asleep)
+            assert ray.get(asleep) == {"weights", "kv_cache"} - {part}
+        replicas.wake_up()
+        assert samples(replicas.generate(["x"] * 8, greedy(5), use_tqdm=False)) == want * 8
 
 
 def test_close_ends_calls_that_wait_for_sleeping_replicas(cluster, model):

@@ -182,6 +182,22 @@ def test_an_interrupted_request_leaves_no_reply_for_the_next(monkeypatch):
     pool.close()
 
 
+def test_an_interrupt_while_the_timer_starts_leaves_no_thread(monkeypatch):
+    pool = made()
+    pool.ask(request())
+
+    def start(timer):
+        threading.Thread.start(timer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Timer, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        pool.ask(request())
+    monkeypatch.undo()
+    pool.close()
+    assert wait_until(lambda: not any(isinstance(thread, threading.Timer) for thread in threading.enumerate()))
+
+
 def test_ctrl_c_in_a_terminal_does_not_reach_a_child():
     pool = made()
     pool.ask(request())
