@@ -145,7 +145,8 @@ def _api_error(request: Request, error: Exception) -> ApiError:
 def _named_field(message: str, path: str) -> str | None:
     """Return the field of a request that the first word of a message names, or None."""
     name = re.split(r"[ :\[]", message.removeprefix("each id of ").removeprefix("each bias of "), maxsplit=1)[0]
-    if name in ("prompt", "messages", "tokens"):  # what the engine calls them
+    is_sent = message.startswith(f"{name} is not supported")  # else the engine's word for something
+    if name in ("prompt", "messages", "tokens") and not is_sent:
         return _PROMPT_FIELDS.get(path, name)
     if name == "text":  # what it calls a text to tokenize
         return "prompt"
@@ -161,7 +162,11 @@ def _http_message(request: Request, error: HTTPException) -> str:
         return f"{path} takes {(error.headers or {}).get('Allow', 'other methods')}, not {request.method}"
     if error.status_code == 400 and (encoding := request.headers.get("content-encoding")):
         return f"the body must not be compressed, got {encoding[:100]!r}"
-    return "the body is not UTF-8" if isinstance(error.__cause__, UnicodeDecodeError) else error.detail
+    if isinstance(error.__cause__, UnicodeDecodeError):
+        return "the body is not UTF-8"
+    if isinstance(error.__cause__, ValueError):  # an integer of too many digits
+        return f"the body cannot be read: {error.__cause__!s:.200}"
+    return error.detail
 
 
 def _validation_error(request: Request, error: RequestValidationError | ValidationError) -> ApiError:

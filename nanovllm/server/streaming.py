@@ -23,6 +23,8 @@ LONG_LOGPROBS = 512
 _SLICE_S = 0.02
 # Does work that takes long, one piece after the other: several threads at once would keep the GIL from the event loop.
 _long_work = ThreadPoolExecutor(1, "nanovllm-long-work")
+# So many streams of one request start at once. Each pickles its prompt and its parameters in the event loop.
+_STARTED_AT_ONCE = 16
 # An event, or a list of events that are sent together.
 Item: TypeAlias = dict | list[dict]
 T = TypeVar("T")
@@ -52,9 +54,13 @@ async def merge_streams(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGene
                 end = error
         await queue.put((index, end))
 
-    tasks = [asyncio.create_task(forward(index, stream)) for index, stream in enumerate(streams)]
-    num_open = len(tasks)
+    tasks = []
+    num_open = len(streams)
     try:
+        for index, stream in enumerate(streams):
+            tasks.append(asyncio.create_task(forward(index, stream)))
+            if len(tasks) % _STARTED_AT_ONCE == 0:
+                await asyncio.sleep(0)  # lets these start, and then what else waits in the event loop
         while num_open:
             index, item = await queue.get()
             if isinstance(item, Exception):

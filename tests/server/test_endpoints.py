@@ -232,6 +232,16 @@ def test_a_wrong_value_is_refused_with_the_name_that_the_client_has_sent(path, b
     assert answer.json()["error"]["param"] == field
 
 
+def test_an_unsupported_field_is_named_even_if_the_engine_has_another_use_for_its_name():
+    answer = call(ScriptedLLM("a"), "POST", RESPONSES, {"input": "a", "prompt": {"id": "p"}})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+
+
+def test_an_integer_of_too_many_digits_is_refused_with_the_reason():
+    answer = call(ScriptedLLM("a"), "POST", COMPLETIONS, b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}")
+    assert answer.status_code == 400 and "the body cannot be read: Exceeds the limit" in error_of(answer)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
