@@ -204,9 +204,13 @@ class LLMEngine:
         """Queue a request that was prepared. Return its id."""
         with self._section():
             self._check_addable(request.chosen_id)
-            num_waiting = len(self.scheduler.waiting) + len(request.samples)
-            if num_waiting > self.config.max_num_waiting:
-                raise ValueError(f"{num_waiting} sequences would wait; max_num_waiting={self.config.max_num_waiting}")
+            num_samples = len(request.samples)
+            most = self.config.max_num_waiting
+            if num_samples > most:
+                raise ValueError(f"n must be at most max_num_waiting={most}, got {num_samples}")
+            num_waiting = len(self.scheduler.waiting) + num_samples
+            if num_waiting > most:
+                raise ValueError(f"{num_waiting} sequences would wait; max_num_waiting={most}")
             request.mark_queued(str(self.next_id) if request.chosen_id is None else request.chosen_id)
             if request.id.isascii() and request.id.isdigit() and len(request.id) <= _MAX_ID_DIGITS:
                 # Numbers that the engine gives are larger than all that callers chose.

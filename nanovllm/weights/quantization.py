@@ -6,7 +6,7 @@ docs/architecture.md says how to add a weight format.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import regex
@@ -171,16 +171,18 @@ class QuantizationScheme(ABC):
         Raises:
             ValueError: a pattern of the checkpoint takes too long.
         """
-        if self.excluded is None:
-            return True
-        rest = name.removeprefix("model.")
-        try:
-            return not any(regex.match(self.excluded, prefix + rest, timeout=_MATCH_SECONDS) for prefix in _SPELLINGS)
-        except TimeoutError:
-            raise ValueError(
-                f"a pattern of the checkpoint's quantization_config takes too long for the module {name}: "
-                f"{shown(self.excluded)}"
-            ) from None
+        return self.excluded is None or not _is_excluded(self.excluded, name)
+
+
+@lru_cache(maxsize=1 << 16)  # a start makes the layers several times, and each match of a long list takes 1 ms
+def _is_excluded(pattern: str, name: str) -> bool:
+    """Return whether the pattern matches the module in one of its spellings."""
+    rest = name.removeprefix("model.")
+    try:
+        return any(regex.match(pattern, prefix + rest, timeout=_MATCH_SECONDS) for prefix in _SPELLINGS)
+    except TimeoutError:
+        message = f"a pattern of the checkpoint's quantization_config takes too long for the module {name}"
+        raise ValueError(f"{message}: {shown(pattern)}") from None
 
 
 class QuantizedLoading:

@@ -786,6 +786,8 @@ def test_requests_beyond_max_num_waiting_are_refused(model):
         assert len(finish(llm)) == 3
         with pytest.raises(ValueError, match="max_num_waiting=3"):
             llm.generate([[1]] * 4, greedy(2), use_tqdm=False)
+        with pytest.raises(ValueError, match="n must be at most max_num_waiting=3, got 4"):
+            llm.add_request([1], greedy(2, n=4))
         assert llm.metrics().num_waiting == 0 and not llm.has_unfinished()
 
 

@@ -61,6 +61,8 @@ def test_full_queue_of_the_engine_is_no_fault_of_the_request(model):
         answer = call(llm, "POST", "/v1/completions", {"prompt": ["a"] * 20, "max_tokens": 50})
         assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
         assert answer.json()["error"]["code"] == "queue_full" and "max_num_waiting=3" in error_of(answer)
+        answer = call(llm, "POST", "/v1/completions", {"prompt": "a", "n": 4})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
     finally:
         llm.close()
 
